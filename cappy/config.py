@@ -1,0 +1,98 @@
+"""Settings of a step: typed, frozen, validated before anything heavy is imported.
+
+A step's config is `@settings class XConfig:` with `Annotated[type, Field(description=...)]` fields; the command line
+shows the descriptions, the pipelines send the values as one encoded JSON.
+"""
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
+
+import pydantic
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from cappy.errors import ConfigError, shown
+
+T = TypeVar("T")
+
+LOCATION = "location"
+Location = Annotated[Path, LOCATION]
+"""A path that says where something lies and not what is computed: it stays out of manifests and work keys."""
+
+DEFAULT_WORK = Path(".cappy/work")
+Work = Annotated[Path, LOCATION, Field(description="Folder that keeps unfinished and finished work, to resume from")]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, Field))
+def settings(cls: type[T]) -> type[T]:
+    """Makes a frozen, keyword-only dataclass that refuses unknown fields and wrong values."""
+    frozen: type[T] = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)  # type: ignore[assignment]
+    return frozen
+
+
+def build(config_class: type[T], values: Mapping[str, Any]) -> T:
+    """The config with these values; ConfigError names the field, the value and the rule."""
+    try:
+        return config_class(**values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or config_class.__name__
+        rule = first["msg"].removeprefix("Value error, ")
+        value = "" if first["type"] in ("missing", "missing_argument") else f", got {shown(first['input'])}"
+        raise ConfigError(f"{_step_of(config_class)}: --{name.replace('_', '-')}: {rule}{value}") from error
+
+
+def to_values(config: Any) -> dict[str, Any]:
+    """A config as JSON values."""
+    values: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return values
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The settings that change what is computed: `to_values` without locations."""
+    hints = get_type_hints(type(config), include_extras=True)
+    located = {name for name, hint in hints.items() if LOCATION in getattr(hint, "__metadata__", ())}
+    return {name: value for name, value in to_values(config).items() if name not in located}
+
+
+def encode(values: Mapping[str, Any]) -> str:
+    """Settings as one URL-safe word: kfp's local runner rewrites some plain text inside arguments."""
+    return base64.urlsafe_b64encode(json.dumps(values, sort_keys=True).encode()).decode()
+
+
+def decode(text: str) -> dict[str, Any]:
+    """The settings that `encode` wrote; an empty text means none."""
+    try:
+        values = json.loads(base64.urlsafe_b64decode(text.encode())) if text else {}
+    except ValueError as error:
+        raise ConfigError(
+            f"settings: not an encoded JSON ({shown(text)}); write them with cappy.config.encode"
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"settings: must hold an object, got {shown(values)}")
+    return values
+
+
+def fingerprint(*values: Any) -> str:
+    """sha256 over JSON values, in hexadecimal."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def code_version() -> str:
+    """sha256 over the library's Python files: finished work of another version is not taken for this one's."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _step_of(config_class: type) -> str:
+    return config_class.__name__.removesuffix("Config").lower()

@@ -1,0 +1,42 @@
+"""What can go wrong in a way that a person can mend.
+
+    CappyError
+    ├── ConfigError       a setting, a flag or a spec has a wrong value
+    ├── RecordError       a line, a row or a field of the input is not what it must be
+    ├── FolderError       a folder of records, a scorer or a report is unfinished, damaged or busy
+    ├── GeneratorError    an LLM could not be reached, or refused
+    └── RegistryError     MLflow could not be reached, or does not know the version
+
+The text of each is one line: what (file, line, field), what was wrong (the value), what to do. The command line
+prints it on stderr and exits with 1. Every other exception is a defect of ours and keeps its traceback.
+"""
+
+
+class CappyError(Exception):
+    """Something that a person can mend; its text says how."""
+
+
+class ConfigError(CappyError):
+    """A setting, a flag or a spec has a wrong value."""
+
+
+class RecordError(CappyError):
+    """A line, a row or a field of the input is not what it must be."""
+
+
+class FolderError(CappyError):
+    """A folder of records, a scorer or a report is unfinished, damaged or busy."""
+
+
+class GeneratorError(CappyError):
+    """An LLM could not be reached, or refused."""
+
+
+class RegistryError(CappyError):
+    """MLflow could not be reached, or does not know the version."""
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """`value` as it may stand in one line of an error: quoted by repr, cut to `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

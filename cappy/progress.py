@@ -1,0 +1,71 @@
+"""How far a step is: told by the step, shown by whoever started it."""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Told by a step after each piece of work."""
+
+    def __call__(self, done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+        """`done` of `total` units are finished; `resumed` of them were finished before this start."""
+
+
+def silent(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+    """Progress that nobody looks at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What `FileProgress` writes: rates count only what this start did."""
+
+    done: int
+    total: int | None
+    unit: str
+    resumed: int
+    started: float
+    updated: float
+
+    @property
+    def per_second(self) -> float:
+        """Units per second since the start, resumed ones not counted."""
+        seconds = self.updated - self.started
+        return (self.done - self.resumed) / seconds if seconds > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimated from the mean rate; None where the total or the rate is unknown."""
+        if self.total is None or self.per_second <= 0:
+            return None
+        return max(0.0, (self.total - self.done) / self.per_second)
+
+
+class FileProgress:
+    """Writes the state to a file, at most five times a second, for another process to show."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._started = time.time()
+        self._updated = 0.0
+
+    def __call__(self, done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+        now = time.time()
+        if now - self._updated < 0.2 and done != total:
+            return
+        self._updated = now
+        state = State(done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now)
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(asdict(state)))
+        temporary.replace(self._path)
+
+
+def read_state(path: Path) -> State | None:
+    """The state last written, or None if there is none yet."""
+    try:
+        return State(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None

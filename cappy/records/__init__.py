@@ -1,0 +1,17 @@
+"""The record that flows through the house, and the folders it lies in."""
+
+from cappy.records.folder import File, Manifest, read, read_batches, read_manifest, write
+from cappy.records.instance import Candidate, Instance, Split, prompt_hash
+
+__all__ = [
+    "Candidate",
+    "File",
+    "Instance",
+    "Manifest",
+    "Split",
+    "prompt_hash",
+    "read",
+    "read_batches",
+    "read_manifest",
+    "write",
+]

@@ -1,0 +1,231 @@
+"""A folder of Parquet parts (or of a scorer's or a report's files) that is finished when its manifest stands in it."""
+
+import contextlib
+import errno
+import hashlib
+import io
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cappy.errors import FolderError, shown
+from cappy.records.instance import Instance, Split
+from cappy.records.schema import SCHEMA_VERSION, from_batch, to_table
+
+MANIFEST = "manifest.json"
+PART_ROWS = 512
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """A file of the folder: its sha256, and how many instances and candidates it holds (0 for other files)."""
+
+    name: str
+    sha256: str
+    rows: int = 0
+    candidates: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder holds and how it came about; equal work writes an equal manifest, so no clock and no path."""
+
+    step: str
+    files: tuple[File, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    code: str = ""
+    seed: int | None = None
+    generators: Mapping[str, str] = field(default_factory=dict)
+    parents: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def rows(self) -> int:
+        """Instances in all parts."""
+        return sum(file.rows for file in self.files)
+
+    @property
+    def candidates(self) -> int:
+        """Candidates in all parts."""
+        return sum(file.candidates for file in self.files)
+
+    @property
+    def hash(self) -> str:
+        """sha256 over the manifest, and through it over every file it names."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`: the fields, with rows and candidates in all."""
+        values = {**asdict(self), "rows": self.rows, "candidates": self.candidates}
+        return json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> "Manifest":
+        """The manifest that `to_json` wrote; ValueError, TypeError or KeyError if it is not one."""
+        values = json.loads(text)
+        for derived in ("rows", "candidates"):
+            values.pop(derived, None)
+        files = tuple(File(**file) for file in values.pop("files"))
+        return Manifest(**{**values, "files": files, "parents": tuple(values.pop("parents"))})
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A full disk or a missing right under `path` becomes one line with its remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            remedy = "free some space and run the same command again; finished parts are kept"
+            raise FolderError(f"{path}: no room left on the disk; {remedy}") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise FolderError(f"{path}: may not be written; choose another --target or mend its rights") from error
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a whole file or nothing: under a temporary name, flushed to the disk, renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_part(folder: Path, index: int, instances: Sequence[Instance]) -> File:
+    """Writes one Parquet part (zstd), whole or not at all."""
+    buffer = io.BytesIO()
+    pq.write_table(to_table(instances), buffer, compression="zstd")
+    data = buffer.getvalue()
+    name = f"part-{index:05d}.parquet"
+    write_bytes(folder / name, data)
+    return File(
+        name=name,
+        sha256=hashlib.sha256(data).hexdigest(),
+        rows=len(instances),
+        candidates=sum(len(instance.candidates) for instance in instances),
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Finishes the folder."""
+    write_bytes(folder / MANIFEST, manifest.to_json().encode())
+
+
+def describe_files(folder: Path) -> tuple[File, ...]:
+    """Every file of a folder, with its sha256, the manifest itself and hidden files aside."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return tuple(File(name=name, sha256=sha256_of(folder / name)) for name in names if name != MANIFEST)
+
+
+def write(folder: str | Path, instances: Iterable[Instance], *, step: str = "", part_rows: int = PART_ROWS) -> Manifest:
+    """Writes instances as a finished folder, `part_rows` to a part; FolderError if it already holds one."""
+    target = Path(folder)
+    if (target / MANIFEST).exists():
+        raise FolderError(f"{target}: already holds a finished folder; choose another, or delete it first")
+    files = [write_part(target, index, part) for index, part in enumerate(_batched(instances, part_rows))]
+    manifest = Manifest(step=step, files=tuple(files))
+    write_manifest(target, manifest)
+    return manifest
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a finished folder; FolderError if there is none or it cannot be read."""
+    path = Path(folder) / MANIFEST
+    if not path.parent.is_dir():
+        raise FolderError(f"{folder}: no such folder; check the path")
+    if not path.is_file():
+        raise FolderError(f"{folder}: has no {MANIFEST}, so it is unfinished; run the step that writes it again")
+    try:
+        manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FolderError(
+            f"{path}: is not a manifest ({shown(str(error))}); run the step that wrote it again"
+        ) from error
+    if manifest.schema_version > SCHEMA_VERSION:
+        newest = f"this version reads up to {SCHEMA_VERSION}"
+        raise FolderError(f"{path}: has schema version {manifest.schema_version}, {newest}; update cappy")
+    return manifest
+
+
+def verify(folder: str | Path, manifest: Manifest | None = None) -> Manifest:
+    """Checks the sha256 of every file that the manifest names; returns the manifest."""
+    manifest = manifest or read_manifest(folder)
+    for file in manifest.files:
+        _verified(Path(folder), file)
+    return manifest
+
+
+def read(folder: str | Path, *, splits: Sequence[Split] | None = None) -> Iterator[Instance]:
+    """Streams the instances of a finished folder, of all splits or of those named; memory holds one part's batch."""
+    for batch in read_batches(folder):
+        for instance in from_batch(batch):
+            if splits is None or instance.split in splits:
+                yield instance
+
+
+def read_batches(folder: str | Path, *, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Streams Arrow record batches, for loops that need a few columns of many rows; each part is verified first."""
+    for file in read_manifest(folder).files:
+        path = _verified(Path(folder), file)
+        with pq.ParquetFile(path) as parquet:
+            yield from parquet.iter_batches(batch_size=PART_ROWS, columns=columns)
+
+
+def publish(work: Path, target: Path, manifest: Manifest) -> None:
+    """Puts the files of a work folder under `target` and finishes it there; the manifest goes last.
+
+    Hard links where the file system allows them, so that publishing costs no room.
+    """
+    if target.exists() and not target.is_dir():
+        raise FolderError(f"{target}: is a file; --target must be a folder")
+    with disk_errors(target):
+        for file in manifest.files:
+            path = target / file.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            try:
+                os.link(work / file.name, path)
+            except OSError:
+                shutil.copyfile(work / file.name, path)
+    write_manifest(target, manifest)
+
+
+def _verified(folder: Path, file: File) -> Path:
+    path = folder / file.name
+    remedy = f"delete {folder} and run the step that wrote it again"
+    if not path.is_file():
+        raise FolderError(f"{path}: is missing, the manifest names it; {remedy}")
+    if (found := sha256_of(path)) != file.sha256:
+        raise FolderError(f"{path}: is damaged (sha256 {found[:12]}, manifest {file.sha256[:12]}); {remedy}")
+    return path
+
+
+def _batched(instances: Iterable[Instance], size: int) -> Iterator[list[Instance]]:
+    iterator = iter(instances)
+    while part := list(itertools.islice(iterator, size)):
+        yield part

@@ -1,0 +1,97 @@
+"""The one record: an instruction with its references, choices and candidates."""
+
+import hashlib
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from cappy.errors import RecordError, shown
+
+Split = Literal["train", "validation", "test"]
+Source = Literal["reference", "choice", "mismatch", "llm"]
+Status = Literal["ok", "empty", "refused", "failed"]
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+SOURCES: tuple[Source, ...] = get_args(Source)
+STATUSES: tuple[Status, ...] = get_args(Status)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A text proposed for an instruction, with where it came from and what is known of it.
+
+    `logprob_sum` and `logprob_mean` are natural logarithms under the generator, end-of-sequence token included;
+    None where the generator cannot give them. `labels` maps a metric's name to a correctness from 0 to 1, `scores`
+    a scorer version to its score.
+    """
+
+    response: str
+    source: Source = "llm"
+    generator: str = ""
+    revision: str = ""
+    decoding: str = ""
+    seed: int | None = None
+    status: Status = "ok"
+    logprob_sum: float | None = None
+    logprob_mean: float | None = None
+    num_tokens: int | None = None
+    labels: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise RecordError(f"source must be one of {', '.join(SOURCES)}, got {shown(self.source)}")
+        if self.status not in STATUSES:
+            raise RecordError(f"status must be one of {', '.join(STATUSES)}, got {shown(self.status)}")
+
+    @property
+    def selectable(self) -> bool:
+        """Whether a selector may pick it: what a user would have, never a reference or a planted mismatch."""
+        return self.source in ("llm", "choice") and self.status == "ok"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """An instruction with its references, choices and candidates.
+
+    `group_id` names the source row behind the instance: splits and bootstraps go by group. `original_task` is false
+    for a template that turns its dataset's task around (as PromptSource marks them).
+    """
+
+    instance_id: str
+    instruction: str
+    references: tuple[str, ...]
+    group_id: str = ""
+    task: str = ""
+    template: str = ""
+    original_task: bool = True
+    split: Split = "train"
+    choices: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.instruction.strip():
+            raise RecordError(f"instance {shown(self.instance_id)}: instruction is empty; give it a text")
+        if not any(reference.strip() for reference in self.references):
+            raise RecordError(f"instance {shown(self.instance_id)}: no reference; give at least one accepted answer")
+        if self.split not in SPLITS:
+            raise RecordError(
+                f"instance {shown(self.instance_id)}: split must be one of {', '.join(SPLITS)}, got {shown(self.split)}"
+            )
+        if not self.group_id:
+            object.__setattr__(self, "group_id", self.instance_id)
+
+    @property
+    def selectable(self) -> tuple[Candidate, ...]:
+        """The candidates that a selector may pick, in order."""
+        return tuple(candidate for candidate in self.candidates if candidate.selectable)
+
+
+def prompt_hash(instruction: str) -> int:
+    """64 bits that are equal for prompts that differ only in case, white space or Unicode form.
+
+    The leakage check between training and evaluation compares these.
+    """
+    normal = " ".join(unicodedata.normalize("NFKC", instruction).casefold().split())
+    return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little")

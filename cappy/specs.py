@@ -1,0 +1,105 @@
+"""One grammar for everything that names a model, an LLM or a scorer, wherever it lies.
+
+builtin                        the one that comes with the project
+path/to/folder                 a folder on this machine
+hub:org/name@revision          a Hugging Face repository at a pinned commit
+openai:model@http://host/v1    an LLM behind an OpenAI-compatible endpoint
+models:/name@alias             a version in the MLflow registry, by alias
+models:/name/version           the same, by number
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cappy.errors import ConfigError, FolderError, shown
+from cappy.records.folder import verify
+
+Kind = Literal["builtin", "path", "hub", "openai", "models"]
+
+_REVISION = re.compile(r"[0-9a-f]{7,40}")
+FORMS = "builtin, a folder, hub:org/name@revision, openai:model@http://host/v1 or models:/name@alias"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """A parsed spec: `name` is the path, repository, model or registry name; `revision` a commit, alias or version."""
+
+    text: str
+    kind: Kind
+    name: str
+    revision: str = ""
+    url: str = ""
+
+
+def parse_spec(text: str) -> Spec:
+    """The parts of a spec; ConfigError says which forms there are."""
+    if text == "builtin":
+        return Spec(text=text, kind="builtin", name="builtin")
+    if text.startswith("hub:"):
+        name, _, revision = text.removeprefix("hub:").partition("@")
+        if "/" not in name or not _REVISION.fullmatch(revision):
+            raise ConfigError(f"{shown(text)}: a hub spec is hub:org/name@revision, the revision a commit hash")
+        return Spec(text=text, kind="hub", name=name, revision=revision)
+    if text.startswith("openai:"):
+        name, _, url = text.removeprefix("openai:").partition("@")
+        if not name or not url.startswith(("http://", "https://")):
+            raise ConfigError(f"{shown(text)}: an endpoint is openai:model@http://host:port/v1")
+        return Spec(text=text, kind="openai", name=name, url=url)
+    if text.startswith("models:/"):
+        name, separator, revision = re.fullmatch(r"([^@/]*)([@/]?)(.*)", text.removeprefix("models:/")).groups()  # type: ignore[union-attr]
+        if not name or not revision or (separator == "/" and not revision.isdigit()):
+            raise ConfigError(f"{shown(text)}: a registered version is models:/name@alias or models:/name/3")
+        return Spec(text=text, kind="models", name=name, revision=revision)
+    if not text.strip():
+        raise ConfigError(f"a spec is empty; it is {FORMS}")
+    return Spec(text=text, kind="path", name=text)
+
+
+def scorer_folder(text: str) -> Path:
+    """The local folder of a scorer, every file's sha256 checked; ConfigError or FolderError with the remedy.
+
+    Folders that other tools wrote have no manifest to check: they are taken as they are, safetensors only.
+    """
+    spec = parse_spec(text)
+    if spec.kind == "openai":
+        raise ConfigError(f"{shown(text)}: an endpoint samples, it does not score; a scorer is {FORMS}")
+    folder = _local(spec)
+    if (folder / "manifest.json").exists():
+        verify(folder)
+    elif not (folder / "config.json").exists():
+        raise FolderError(f"{folder}: neither manifest.json nor config.json, so it is no scorer; {FORMS}")
+    return folder
+
+
+def _local(spec: Spec) -> Path:
+    if spec.kind == "builtin":
+        from cappy.builtin import SCORER_FOLDER
+
+        return SCORER_FOLDER
+    if spec.kind == "models":
+        from cappy.registry import download
+
+        return download(spec.text)
+    if spec.kind == "hub":
+        return hub_folder(spec)
+    folder = Path(spec.name)
+    if not folder.is_dir():
+        raise FolderError(f"{folder}: no such folder; a scorer is {FORMS}")
+    return folder
+
+
+def hub_folder(spec: Spec) -> Path:
+    """Downloads a pinned repository, safetensors and tokenizer alone; ConfigError if it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(spec.name, revision=spec.revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{spec.text}: cannot be had from the hub ({shown(reason, 100)}); check name, revision and network"
+        ) from error

@@ -1,0 +1,143 @@
+"""The nine steps by name, and how an orchestrator's worker starts one."""
+
+import fcntl
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cappy.config import build, decode, to_values
+from cappy.errors import CappyError
+from cappy.progress import FileProgress, Progress, silent
+from cappy.records import Manifest
+from cappy.records.folder import write_bytes
+
+STEPS: Mapping[str, str] = {
+    "preparation": "cappy.preparation",
+    "sampling": "cappy.sampling",
+    "annotation": "cappy.annotation",
+    "pretraining": "cappy.training.pretraining",
+    "finetuning": "cappy.training.finetuning",
+    "evaluation": "cappy.evaluation",
+    "registration": "cappy.registry.registration",
+    "promotion": "cappy.registry.promotion",
+    "deployment": "cappy.deployment",
+}
+"""Step -> the module that has its `XConfig` and its `run(config, progress) -> Manifest`."""
+
+PROGRESS_VARIABLE = "CAPPY_PROGRESS"
+"""Environment: folder where a local run's steps write how far they are."""
+PARENT_VARIABLE = "CAPPY_PARENT"
+"""Environment: file that a local run's parent holds locked for as long as it lives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What one execution of a step did; tracking turns it into an MLflow run.
+
+    `fingerprint` names what was asked for and `run` the pipeline run that executed it: a later run whose step came
+    from the cache finds the record under the same fingerprint with an older run's id.
+    """
+
+    step: str
+    fingerprint: str
+    run: str
+    status: str
+    started: float
+    seconds: float
+    config: Mapping[str, Any]
+    target: str
+    manifest_hash: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    error: str = ""
+
+
+def config_class(step: str) -> type[Any]:
+    """The config class of a step."""
+    found: type[Any] = getattr(importlib.import_module(STEPS[step]), f"{step.capitalize()}Config")
+    return found
+
+
+def runner(step: str) -> Callable[[Any, Progress], Manifest]:
+    """The `run` function of a step."""
+    found: Callable[[Any, Progress], Manifest] = importlib.import_module(STEPS[step]).run
+    return found
+
+
+def record_path(work: Path, fingerprint: str) -> Path:
+    """Where the record of the step with this fingerprint lies."""
+    return work / "records" / f"{fingerprint}.json"
+
+
+def launch(step: str, settings: str = "", *, fingerprint: str = "", run: str = "", **values: Any) -> Manifest:
+    """Runs a step as an orchestrator's worker does: settings decoded, progress to a file, a record of what was done.
+
+    A CappyError ends the process with status 1 and its one line on stderr. The process dies with the local run that
+    started it, so that no orphan goes on writing.
+    """
+    _die_with_parent()
+    config = build(config_class(step), {**decode(settings), **values})
+    started = time.time()
+    outcome: dict[str, Any] = {"status": "failed"}
+    try:
+        manifest = runner(step)(config, _progress(step))
+        outcome = {"status": "done", "manifest_hash": manifest.hash, "metrics": dict(manifest.metrics)}
+    except CappyError as error:
+        outcome["error"] = str(error)
+        sys.stderr.write(f"cappy {step}: {error}\n")
+        raise SystemExit(1) from error
+    except BaseException as error:
+        outcome["error"] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        record = StepRecord(
+            step=step,
+            fingerprint=fingerprint,
+            run=run,
+            started=started,
+            seconds=time.time() - started,
+            config=to_values(config),
+            target=str(config.target),
+            **outcome,
+        )
+        text = json.dumps(asdict(record), indent=1).encode()
+        write_bytes(record_path(config.work, fingerprint or f"{step}-{os.getpid()}"), text)
+    return manifest
+
+
+def read_record(work: Path, fingerprint: str) -> StepRecord | None:
+    """The record of the last execution under this fingerprint, or None if there was none."""
+    path = record_path(work, fingerprint)
+    return StepRecord(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def hold_parent_lock(path: Path) -> int:
+    """Locks `path` for the life of this process and returns the descriptor; children wait for the lock to fall."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def _die_with_parent() -> None:
+    path = os.environ.get(PARENT_VARIABLE)
+    if path:
+        threading.Thread(target=_wait_for_parent, args=(path,), daemon=True).start()
+
+
+def _wait_for_parent(path: str) -> None:
+    """Blocks until the parent's lock falls, which the kernel does however the parent ended; then ends this process."""
+    with open(path, "a+") as file:  # noqa: PTH123 (a plain descriptor is all that is wanted)
+        fcntl.flock(file, fcntl.LOCK_SH)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _progress(step: str) -> Progress:
+    folder = os.environ.get(PROGRESS_VARIABLE)
+    return FileProgress(Path(folder) / f"{step}.json") if folder else silent
