@@ -1,0 +1,106 @@
+"""Sampling: candidates for every instance, from one LLM or several."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from cappy.config import DEFAULT_WORK, Location, Work, code_version, identity, settings
+from cappy.errors import ConfigError, shown
+from cappy.progress import Progress, silent
+from cappy.records import Candidate, Instance, Manifest, read, read_manifest
+from cappy.sampling.strategies import Decoding, strategy
+
+if TYPE_CHECKING:
+    from cappy.sampling.generators import Generator
+
+__all__ = ["SamplingConfig", "load_generator", "run"]
+
+
+@settings
+class SamplingConfig:
+    """Candidates for a folder of instances."""
+
+    source: Annotated[Location, Field(description="Folder of instances")]
+    target: Annotated[Location, Field(description="Folder to write")]
+    generator: Annotated[
+        tuple[str, ...],
+        Field(description="LLM to sample from: builtin, a folder, hub:org/name@revision, openai:model@http://host/v1"),
+    ] = ()
+    strategy: Annotated[str, Field(description="Which responses to draw: paper17, sampling8, greedy, endpoint8")] = (
+        "paper17"
+    )
+    seed: Annotated[int, Field(description="Seed of the draw")] = 0
+    part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 64
+    work: Work = DEFAULT_WORK
+
+    def __post_init__(self) -> None:
+        strategy(self.strategy)
+
+
+def load_generator(spec: str) -> "Generator":
+    """The generator that a spec names: `sample(instructions, decoding, seed=...)` draws candidates from it."""
+    from cappy.sampling import generators
+
+    return generators.load_generator(spec)
+
+
+def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
+    """Samples for the instances of `source` into `target`; a killed run continues at the first unfinished part.
+
+    Instances with choices need no samples. Without a generator the candidates that came with the instances stand.
+    """
+    from cappy.records.work import claim, finish, process
+
+    parent = read_manifest(config.source)
+    generators = [load_generator(spec) for spec in config.generator]
+    decodings = strategy(config.strategy)
+
+    def transform(part: list[Instance]) -> Iterator[Instance]:
+        return sample(part, generators, decodings, seed=config.seed)
+
+    revisions = {generator.name: generator.revision for generator in generators}
+    with claim(config.work, "sampling", identity(config), [parent.hash, *revisions.values()]) as folder:
+        files = process(
+            read(config.source), folder, transform, part_rows=config.part_rows, progress=progress, total=parent.rows
+        )
+        candidates = sum(file.candidates for file in files)
+        manifest = Manifest(
+            step="sampling",
+            files=files,
+            config=identity(config),
+            code=code_version(),
+            seed=config.seed,
+            generators=revisions,
+            parents=(parent.hash,),
+            metrics={"instances": parent.rows, "candidates": candidates, "sampled": candidates - parent.candidates},
+        )
+        return finish(folder, config.target, manifest)
+
+
+def sample(
+    part: Sequence[Instance], generators: Sequence["Generator"], decodings: Sequence[Decoding], *, seed: int
+) -> Iterator[Instance]:
+    """The instances with every generator's candidates appended, in order; equal arguments give equal candidates."""
+    open_ended = [instance for instance in part if not instance.choices]
+    bare = next((instance for instance in open_ended if not instance.candidates), None)
+    if bare and not generators:
+        remedy = "name an LLM with --generator, or give responses in the file"
+        raise ConfigError(f"sampling: instance {shown(bare.instance_id)} has no candidate; {remedy}")
+    added: dict[str, list[Candidate]] = {instance.instance_id: [] for instance in open_ended}
+    prompts = [instance.instruction for instance in open_ended]
+    for generator in generators:
+        for decoding in decodings:
+            draw = _seed(seed, generator.name, decoding.name, [instance.instance_id for instance in open_ended])
+            for instance, drawn in zip(open_ended, generator.sample(prompts, decoding, seed=draw), strict=True):
+                added[instance.instance_id] += drawn
+    for instance in part:
+        new = added.get(instance.instance_id, [])
+        yield replace(instance, candidates=(*instance.candidates, *new)) if new else instance
+
+
+def _seed(*parts: object) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") & 0x7FFF_FFFF

@@ -1,0 +1,111 @@
+"""Very small random models that every room's tests share: real architectures, no weights to fetch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three is are not yes no where who".split()
+
+
+def _tokenizer(folder: Path, pair: bool) -> object:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "</s>", "<unk>", "<s>"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+    template = (
+        TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 3), ("</s>", 1)]
+        )
+        if pair
+        else TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    )
+    tokenizer.post_processor = template
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        cls_token="<s>",
+        sep_token="</s>",
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.fixture(scope="session")
+def make_scorer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_scorer(head="bce", max_length=48, seed=0) -> a finished scorer folder: a random RoBERTa of 2 layers."""
+
+    def make(head: str = "bce", max_length: int = 48, seed: int = 0) -> Path:
+        import torch
+        from transformers import RobertaConfig, RobertaForSequenceClassification
+
+        from cappy.scoring import Scorer
+
+        folder = tmp_path_factory.mktemp("scorer")
+        tokenizer = _tokenizer(tmp_path_factory.mktemp("tokenizer"), pair=True)
+        torch.manual_seed(seed)
+        config = RobertaConfig(
+            vocab_size=len(tokenizer),  # type: ignore[arg-type]
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=max_length + 2,
+            type_vocab_size=1,
+            pad_token_id=0,
+            bos_token_id=3,
+            eos_token_id=1,
+            num_labels=1,
+            initializer_range=0.5,
+        )
+        model = RobertaForSequenceClassification(config).eval()
+        Scorer(model, tokenizer, head=head, max_length=max_length).save(folder)  # type: ignore[arg-type]
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def scorer_folder(make_scorer: Callable[..., Path]) -> Path:
+    """One scorer folder for tests that only read it."""
+    return make_scorer()
+
+
+@pytest.fixture(scope="session")
+def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random T5 of one layer whose generation config asks for top-k 50, as careless checkpoints do."""
+    import torch
+    from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    folder = tmp_path_factory.mktemp("llm")
+    tokenizer = _tokenizer(folder, pair=False)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer),  # type: ignore[arg-type]
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    model = T5ForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=50, temperature=0.1, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0
+    )
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,83 @@
+"""The step: candidates appended once, resumed at parts, nothing sampled twice."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from cappy.errors import ConfigError
+from cappy.records import Candidate, Instance, read, write
+from cappy.sampling import SamplingConfig, run, sample
+from cappy.sampling.strategies import GREEDY, STRATEGIES, Decoding
+
+
+class Echo:
+    """Answers with the instruction and the seed, and counts."""
+
+    name = "echo"
+    revision = "1"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def sample(self, instructions: Sequence[str], decoding: Decoding, *, seed: int) -> list[list[Candidate]]:
+        self.asked += instructions
+        return [
+            [Candidate(response=f"{text} {seed} {n}") for n in range(decoding.num_samples)] for text in instructions
+        ]
+
+
+def instance(number: int, **values: object) -> Instance:
+    return Instance(instance_id=str(number), instruction=f"say {number}", references=("x",), **values)  # type: ignore[arg-type]
+
+
+def test_paper17_draws_seventeen() -> None:
+    assert sum(decoding.num_samples for decoding in STRATEGIES["paper17"]) == 17
+
+
+def test_candidates_are_appended_and_choices_left_alone() -> None:
+    given = instance(1, candidates=(Candidate(response="own"),))
+    closed = instance(2, choices=("x", "y"), candidates=(Candidate(response="y", source="choice"),))
+    first, second = sample([given, closed], [Echo()], [GREEDY], seed=0)
+    assert [c.response.split()[0] for c in first.candidates] == ["own", "say"]
+    assert second == closed
+
+
+def test_draws_depend_on_the_part_alone_and_not_on_what_was_drawn_before() -> None:
+    parts = [[instance(1), instance(2)], [instance(3)]]
+    whole = [list(sample(part, [Echo()], [GREEDY], seed=7)) for part in parts]
+    assert list(sample(parts[1], [Echo()], [GREEDY], seed=7)) == whole[1]
+    assert list(sample(parts[1], [Echo()], [GREEDY], seed=8)) != whole[1]
+
+
+def test_nothing_to_sample_from_is_said_with_the_remedy() -> None:
+    with pytest.raises(ConfigError, match="instance '1' has no candidate; name an LLM with --generator"):
+        list(sample([instance(1)], [], [GREEDY], seed=0))
+
+
+def test_the_step_samples_from_a_real_llm_and_its_second_run_does_nothing(tmp_path: Path, llm_folder: Path) -> None:
+    write(tmp_path / "in", [instance(n) for n in range(5)])
+
+    def config(target: str) -> SamplingConfig:
+        return SamplingConfig(
+            source=tmp_path / "in",
+            target=tmp_path / target,
+            generator=(str(llm_folder),),
+            strategy="sampling8",
+            part_rows=2,
+            work=tmp_path / "work",
+        )
+
+    manifest = run(config("one"))
+    assert manifest.metrics == {"instances": 5, "candidates": 40, "sampled": 40}
+    parts = sorted((tmp_path / "work").rglob("*.parquet"))
+    before = [path.stat().st_mtime_ns for path in parts]
+    assert run(config("two")).hash == manifest.hash
+    assert [path.stat().st_mtime_ns for path in parts] == before
+    assert list(read(tmp_path / "one")) == list(read(tmp_path / "two"))
+    assert all(c.logprob_sum is not None and c.revision for i in read(tmp_path / "one") for c in i.candidates)
+
+
+def test_an_unknown_strategy_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'paper18' is unknown; choose one of greedy"):
+        SamplingConfig(source=tmp_path, target=tmp_path, strategy="paper18")
