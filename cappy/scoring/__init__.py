@@ -1,0 +1,31 @@
+"""Scoring: from (instruction, response) pairs to numbers; `Scorer.score` is the only door to a score."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cappy.scoring.scorer import Scorer
+
+__all__ = ["Scorer", "trained_on"]
+
+TRAINED_ON = "trained_on.u64"
+
+
+def trained_on(folder: str | Path) -> "NDArray[np.uint64]":
+    """The sorted `prompt_hash` of every prompt that the scorer in `folder` was trained on; empty if it does not say."""
+    import numpy as np
+
+    path = Path(folder) / TRAINED_ON
+    return np.fromfile(path, dtype="<u8") if path.is_file() else np.empty(0, dtype="<u8")
+
+
+def __getattr__(name: str) -> Any:
+    """Loads torch with the first use of `Scorer`, not with the import of this package."""
+    if name == "Scorer":
+        from cappy.scoring.scorer import Scorer
+
+        return Scorer
+    raise AttributeError(name)

@@ -1,0 +1,100 @@
+"""Pairs as token ids: the instruction is cut in the middle where a pair is too long, the response never."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One pair as the model reads it; `cut` where the response alone was too long and lost its end."""
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...]
+    cut: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """The tokens that a tokenizer puts before, between and after the two texts of a pair, with their type ids."""
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: tuple[int, ...]
+    types: tuple[int, int]
+    between_types: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.before) + len(self.between) + len(self.after)
+
+
+class PairEncoder:
+    """Encodes pairs as `tokenizer(instruction, response)` does, byte for byte, where they fit into `max_length`.
+
+    Where they do not, the instruction keeps both its ends (the task often stands first, the question last) and the
+    response stays whole; a response that alone is too long loses its end.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._frame = _frame(tokenizer)
+        self.max_length = max_length
+
+    def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
+        """The encoded pairs, in order; every distinct text is tokenized once."""
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        tokens = dict(zip(texts, self._tokens(texts), strict=True))
+        return [self._join(tokens[instruction], tokens[response]) for instruction, response in pairs]
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _join(self, instruction: list[int], response: list[int]) -> Encoded:
+        frame, room = self._frame, self.max_length - self._frame.length
+        cut = len(response) > room
+        response = response[:room]
+        instruction = _middle_cut(instruction, room - len(response))
+        first, second = frame.types
+        return Encoded(
+            ids=(*frame.before, *instruction, *frame.between, *response, *frame.after),
+            types=(
+                *(first,) * (len(frame.before) + len(instruction)),
+                *frame.between_types,
+                *(second,) * (len(response) + len(frame.after)),
+            ),
+            cut=cut,
+        )
+
+
+def _middle_cut(tokens: list[int], room: int) -> list[int]:
+    if len(tokens) <= room:
+        return tokens
+    head = (room + 1) // 2
+    return tokens[:head] + tokens[len(tokens) - (room - head) :]
+
+
+def _frame(tokenizer: Any) -> _Frame:
+    """Read off the tokenizer's own encoding of a pair of two known texts."""
+    first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
+    probe = tokenizer("a", "b", return_token_type_ids=True)
+    ids, types = list(probe["input_ids"]), list(probe["token_type_ids"])
+    start = _find(ids, first, 0)
+    middle = start + len(first)
+    end = _find(ids, second, middle)
+    return _Frame(
+        before=tuple(ids[:start]),
+        between=tuple(ids[middle:end]),
+        after=tuple(ids[end + len(second) :]),
+        types=(types[start], types[end]),
+        between_types=tuple(types[middle:end]),
+    )
+
+
+def _find(ids: list[int], part: list[int], start: int) -> int:
+    return next(i for i in range(start, len(ids)) if ids[i : i + len(part)] == part)

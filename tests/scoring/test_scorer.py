@@ -1,0 +1,168 @@
+"""One folder, one number: whoever loads it, and whatever else is scored beside it."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from cappy.errors import ConfigError, FolderError
+from cappy.scoring import Scorer
+from cappy.scoring.encoding import Encoded
+from cappy.scoring.scorer import by_length
+
+WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three".split()
+
+
+def texts(count: int, longest: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for _ in range(count)]
+
+
+PAIRS = list(zip(texts(40, 12, 1), texts(40, 5, 2), strict=True))
+
+
+@pytest.fixture(scope="module")
+def scorer(scorer_folder: Path) -> Scorer:
+    return Scorer.load(str(scorer_folder))
+
+
+def plain(folder: Path, pairs: list[tuple[str, str]]) -> list[float]:
+    """Plain transformers, one pair at a time."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        return [model(**tokenizer(*pair, return_tensors="pt")).logits[0, 0].item() for pair in pairs]
+
+
+def test_scores_equal_plain_transformers(scorer: Scorer, scorer_folder: Path) -> None:
+    expected = [torch.tensor(logit).sigmoid().item() for logit in plain(scorer_folder, PAIRS)]
+    assert scorer.score(PAIRS) == pytest.approx(expected, abs=1e-4)
+    assert max(expected) - min(expected) > 0.05, "a scorer that gives one number to all would pass too"
+
+
+def test_scores_equal_cross_encoder_for_both_heads(make_scorer: Callable[..., Path]) -> None:
+    from sentence_transformers import CrossEncoder
+
+    for head in ("bce", "mse"):
+        folder = make_scorer(head=head, seed=3)
+        peer = CrossEncoder(str(folder), device="cpu")
+        assert Scorer.load(str(folder)).score(PAIRS) == pytest.approx(peer.predict(PAIRS).tolist(), abs=1e-4)
+
+
+def test_a_foreign_folder_scores_as_it_says(make_scorer: Callable[..., Path], tmp_path: Path) -> None:
+    """The published scorer states neither head nor manifest: raw regression."""
+    folder = make_scorer(head="mse", seed=4)
+    (folder / "manifest.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("cappy", "sentence_transformers", "problem_type"):
+        config.pop(key)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert Scorer.load(str(folder)).score(PAIRS) == pytest.approx(plain(folder, PAIRS), abs=1e-4)
+
+
+def test_scores_do_not_depend_on_order_batch_or_company(scorer: Scorer) -> None:
+    together = dict(zip(PAIRS, scorer.score(PAIRS), strict=True))
+    shuffled = random.Random(0).sample(PAIRS, len(PAIRS))
+    assert scorer.score(shuffled) == pytest.approx([together[pair] for pair in shuffled], abs=1e-4)
+    for pair in PAIRS[:8]:
+        assert scorer.score([pair])[0] == pytest.approx(together[pair], abs=1e-4)
+
+
+def test_equal_pairs_get_equal_scores_and_a_stream_scores_as_a_list(scorer: Scorer) -> None:
+    scores = scorer.score([PAIRS[0], PAIRS[1], PAIRS[0]])
+    assert scores[0] == scores[2]
+    assert list(scorer.score_stream(iter(PAIRS))) == scorer.score(PAIRS)
+    assert scorer.score([]) == []
+
+
+def test_rank_and_select_agree_and_the_first_of_equals_wins(scorer: Scorer) -> None:
+    responses = texts(6, 5, 9)
+    ranked = scorer.rank("where is the cat", responses)
+    selection = scorer.select("where is the cat", responses)
+    assert ranked[0] == (selection.index, max(selection.scores))
+    assert [score for _, score in ranked] == sorted(selection.scores, reverse=True)
+    assert scorer.select("where is the cat", ["dog", "dog"]).index == 0
+    with pytest.raises(ConfigError, match="no response to choose from"):
+        scorer.select("where is the cat", [])
+
+
+def test_a_long_instruction_is_cut_in_the_middle_and_the_response_never(scorer: Scorer) -> None:
+    tokenizer = scorer.tokenizer
+    instruction, response = "one " + "cat " * 60 + "two", "blue bird"
+    (encoded,) = scorer.encoder.encode([(instruction, response)])
+    text = tokenizer.decode(encoded.ids)
+    assert len(encoded.ids) == scorer.encoder.max_length
+    assert text.startswith("<s>one cat")
+    assert "two</s></s>blue bird</s>" in text
+    assert not encoded.cut
+
+
+def test_a_response_longer_than_the_model_loses_its_end_and_is_flagged(scorer: Scorer) -> None:
+    (encoded,) = scorer.encoder.encode([("one", "red " * 200)])
+    assert encoded.cut
+    assert len(encoded.ids) == scorer.encoder.max_length
+    assert 0 <= scorer.score([("one", "red " * 200)])[0] <= 1
+
+
+def test_batches_hold_every_pair_once_within_the_budget() -> None:
+    encoded = [Encoded(ids=(1,) * length, types=(0,) * length) for length in (5, 90, 3, 40, 41, 7, 300)]
+    batches = list(by_length(encoded, budget=100))
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(len(encoded[i].ids) for i in batch) <= 100
+
+
+def test_saving_and_loading_keeps_the_scores(scorer: Scorer, tmp_path: Path) -> None:
+    manifest = scorer.save(tmp_path / "copy")
+    loaded = Scorer.load(str(tmp_path / "copy"))
+    assert loaded.version == manifest.hash[:12]
+    assert loaded.head == scorer.head
+    assert loaded.score(PAIRS) == scorer.score(PAIRS)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "deep/optimizer.pt", "state.pkl"])
+def test_a_pickle_in_the_folder_is_refused(make_scorer: Callable[..., Path], name: str) -> None:
+    folder = make_scorer(seed=5)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"x")
+    with pytest.raises(FolderError, match="can run code when loaded; convert it to safetensors"):
+        Scorer.load(str(folder))
+
+
+def test_a_damaged_weight_is_refused(make_scorer: Callable[..., Path]) -> None:
+    folder = make_scorer(seed=6)
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(FolderError, match="model.safetensors: is damaged"):
+        Scorer.load(str(folder))
+
+
+def test_remote_code_is_never_asked_for(make_scorer: Callable[..., Path]) -> None:
+    folder = make_scorer(seed=7)
+    (folder / "manifest.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+    with pytest.raises(FolderError, match="asks for remote code"):
+        Scorer.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nowhere", "nowhere: no such folder; a scorer is builtin"),
+        ("hub:org/name", "a hub spec is hub:org/name@revision"),
+        ("hub:org/name@main", "the revision a commit hash"),
+        ("openai:m@http://x/v1", "an endpoint samples, it does not score"),
+        ("openai:m", "an endpoint is openai:model@http"),
+        ("models:/cappy", "a registered version is models:/name@alias"),
+        ("", "a spec is empty"),
+    ],
+)
+def test_a_wrong_spec_is_one_line_with_the_right_form(spec: str, message: str) -> None:
+    with pytest.raises((ConfigError, FolderError), match=message):
+        Scorer.load(spec)
