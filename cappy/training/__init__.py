@@ -1,0 +1,1 @@
+"""Training: one loop that pretrains and finetunes a scorer on whole instances."""

@@ -1,0 +1,42 @@
+"""Finetuning: a scorer adapted to one task's annotated instances; the LLM stays as it is."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from cappy.config import settings
+from cappy.progress import Progress, silent
+from cappy.records import Manifest
+from cappy.training.plan import TrainingSettings
+
+
+@settings
+class FinetuningConfig(TrainingSettings):
+    """A scorer, adapted."""
+
+    scorer: Annotated[
+        str, Field(description="Scorer to start from: builtin, a folder, hub:org/name@revision, models:/name@champion")
+    ] = "builtin"
+
+
+def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
+    """Finetunes `scorer` on the train split of `source` into `target`; a killed run continues at its checkpoint."""
+    from cappy.records.folder import MANIFEST, describe_files, read_manifest
+    from cappy.scoring import Scorer, trained_on
+    from cappy.specs import scorer_folder
+    from cappy.training.train import train
+
+    folder = scorer_folder(config.scorer)
+    hashes = (
+        [read_manifest(folder).hash]
+        if (folder / MANIFEST).exists()
+        else [file.sha256 for file in describe_files(folder)]
+    )
+    return train(
+        "finetuning",
+        config,
+        lambda: Scorer.load(config.scorer),
+        parents=hashes,
+        seen=trained_on(folder),
+        progress=progress,
+    )

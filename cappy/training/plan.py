@@ -1,0 +1,53 @@
+"""The settings of the loop, and the learning rate at every update."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from cappy.config import DEFAULT_WORK, Location, Work, settings
+
+
+@settings
+class TrainingSettings:
+    """What pretraining and finetuning have in common."""
+
+    source: Annotated[Location, Field(description="Folder of annotated instances")]
+    target: Annotated[Location, Field(description="Scorer folder to write")]
+    metric: Annotated[str, Field(description="Label to learn")] = "rougeL"
+    epochs: Annotated[float, Field(gt=0, description="Passes over the training instances, at most")] = 4.0
+    batch_instances: Annotated[int, Field(ge=1, description="Whole instances per update")] = 16
+    batch_tokens: Annotated[int, Field(ge=64, description="Padded tokens per forward pass; bounds memory")] = 8192
+    max_candidates: Annotated[
+        int, Field(ge=2, description="Candidates drawn per instance and pass; the rest wait for the next pass")
+    ] = 16
+    learning_rate: Annotated[
+        float | None, Field(gt=0, description="Peak learning rate; left out: 2e-5 x (1024 / hidden size)^2")
+    ] = None
+    warmup: Annotated[float, Field(ge=0, lt=1, description="Share of the updates that warm up")] = 0.06
+    weight_decay: Annotated[float, Field(ge=0, description="AdamW's weight decay, biases and norms aside")] = 0.01
+    clip: Annotated[float, Field(gt=0, description="Largest norm of a gradient")] = 1.0
+    relative: Annotated[
+        float, Field(ge=0, description="Weight of the relative loss (deviations from the instance's mean)")
+    ] = 4.0
+    listwise: Annotated[float, Field(ge=0, description="Weight of the listwise softmax loss")] = 0.0
+    checks: Annotated[int, Field(ge=1, description="Times the validation instances are scored on the way")] = 10
+    patience: Annotated[int, Field(ge=1, description="Checks without a better pick before training stops")] = 4
+    checkpoint_seconds: Annotated[float, Field(ge=0, description="Seconds between checkpoints to resume from")] = 60.0
+    seed: Annotated[int, Field(description="Seed of order, draws and dropout")] = 0
+    work: Work = DEFAULT_WORK
+
+
+def rate(update: int, updates: int, peak: float, warmup: float) -> float:
+    """Learning rate of an update (0-based): a linear rise over the warm-up share, then a linear fall to zero.
+
+    Counted in updates of the optimizer. The published code counted micro-batches and so never left the warm-up.
+    """
+    rising = max(1, round(updates * warmup))
+    if update < rising:
+        return peak * (update + 1) / rising
+    return peak * (updates - update) / max(1, updates - rising)
+
+
+def default_rate(hidden_size: int) -> float:
+    """Peak learning rate for an encoder of this width: 2e-5 at RoBERTa-large's 1024, growing as it gets narrower."""
+    return 2e-5 * (1024 / hidden_size) ** 2
