@@ -1,0 +1,85 @@
+"""Evaluation: does the scorer pick better responses than what needs no scorer, and by how much?
+
+`cappy evaluation --source annotated --scorer folder --target report` writes report.json, report.html, curve.png,
+table.txt and probe.json, a few scored pairs that a deployment checks itself against.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from cappy.config import DEFAULT_WORK, Location, Work, settings
+from cappy.errors import FolderError
+from cappy.evaluation.report import Difference, Estimate, Report
+from cappy.progress import Progress, silent
+from cappy.records import Instance, Manifest, Split, read_manifest
+
+if TYPE_CHECKING:
+    from cappy.evaluation.pools import Score
+
+__all__ = ["Difference", "Estimate", "EvaluationConfig", "Report", "evaluate", "read_report", "run"]
+
+
+@settings
+class EvaluationConfig:
+    """What a scorer, and the present champion beside it, are worth on held-out instances."""
+
+    source: Annotated[Location, Field(description="Folder of annotated instances")]
+    scorer: Annotated[Location, Field(description="Folder of the scorer to evaluate")]
+    target: Annotated[Location, Field(description="Folder to write the report to")]
+    champion: Annotated[str, Field(description="Spec of the present champion; empty if there is none")] = ""
+    metric: Annotated[Literal["rougeL"], Field(description="Metric whose labels are reported")] = "rougeL"
+    split: Annotated[Literal["validation", "test"], Field(description="Split that is reported")] = "test"
+    resamples: Annotated[int, Field(ge=100, le=100_000, description="Bootstrap resamples")] = 2000
+    seed: Annotated[int, Field(ge=0, description="Seed of the bootstrap, the MBR curve and the examples")] = 0
+    work: Work = DEFAULT_WORK
+
+
+def evaluate(
+    instances: Iterable[Instance],
+    *,
+    score: "Score | None",
+    champion: "Score | None" = None,
+    metric: str = "rougeL",
+    split: Split = "test",
+    seed: int = 0,
+    resamples: int = 2000,
+    progress: Progress = silent,
+) -> Report:
+    """Every selector on the instances of `split`, with intervals; `score` is `Scorer.score` or alike, None for none.
+
+    The validation split chooses hybrid weights and the best single system. Instances of both splits are held in
+    memory, others are passed over. RecordError where there is nothing to report on, or a candidate has no label.
+    """
+    from cappy.evaluation import protocol
+
+    return protocol.evaluate(
+        instances,
+        score=score,
+        champion=champion,
+        metric=metric,
+        split=split,
+        seed=seed,
+        resamples=resamples,
+        progress=progress,
+    )
+
+
+def read_report(folder: str | Path) -> Report:
+    """The report of a finished evaluation; FolderError or RecordError if there is none."""
+    read_manifest(folder)
+    path = Path(folder) / "report.json"
+    if not path.is_file():
+        raise FolderError(f"{path}: is missing, so {folder} is no evaluation; give the folder that evaluation wrote")
+    return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def run(config: EvaluationConfig, progress: Progress = silent) -> Manifest:
+    """Evaluates `scorer` (and `champion`) on `source` and writes the report; a killed run keeps the scores it had."""
+    from cappy.evaluation.step import evaluate_folder
+    from cappy.scoring import Scorer, trained_on
+
+    return evaluate_folder(config, progress, load=Scorer.load, trained_on=trained_on)

@@ -1,0 +1,67 @@
+"""Best-of-n: the label that a selector's pick is expected to have when n candidates of the pool had been sampled."""
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import gammaln
+
+from cappy.evaluation.pools import Vector
+from cappy.evaluation.selectors import mutual_rouge_l
+
+MBR_DRAWS = 32
+"""Orders of the pool that the MBR curve is averaged over, for each instance."""
+
+
+def ranked_curve(values: Vector, labels: Vector) -> Vector:
+    """Expected label of the pick among n random candidates, for n from 1 to all; exact.
+
+    For a selector whose value of a candidate does not depend on the other candidates. Of equal values the first wins.
+    """
+    order = np.argsort(-values, kind="stable")
+    expected: Vector = best_probabilities(len(values)) @ labels[order]
+    return expected
+
+
+@lru_cache(maxsize=256)
+def best_probabilities(size: int) -> npt.NDArray[np.float64]:
+    """Row n - 1, column k: probability that the k-th best (from 0) of `size` is the best of n drawn ones.
+
+    Drawn without replacement: C(size - 1 - k, n - 1) / C(size, n), by logarithms so that no binomial overflows.
+    """
+    n = np.arange(1, size + 1)[:, None]
+    worse = size - 1 - np.arange(size)[None, :]
+    possible = worse >= n - 1
+    chosen = _log_binomial(np.where(possible, worse, n - 1), n - 1)
+    table: npt.NDArray[np.float64] = np.where(possible, np.exp(chosen - _log_binomial(np.full_like(n, size), n)), 0.0)
+    table.setflags(write=False)
+    return table
+
+
+def mbr_curve(responses: tuple[str, ...], labels: Vector, rng: np.random.Generator, draws: int = MBR_DRAWS) -> Vector:
+    """Expected label of MBR's pick among n random candidates, for n from 1 to all, averaged over `draws` orders.
+
+    MBR's values depend on which candidates are there, so each n is simulated: the first n of a random order.
+    """
+    size = len(responses)
+    similarity = mutual_rouge_l(responses)
+    np.fill_diagonal(similarity, 0.0)
+    absent = np.tril(np.full((size, size), -np.inf), -1)
+    total = np.zeros(size)
+    for _ in range(draws):
+        order = rng.permutation(size)
+        sums = np.cumsum(similarity[np.ix_(order, order)], axis=1)
+        # The penalty is far below any difference of two sums: of equal ones the first of the pool wins.
+        total += labels[order[np.argmax(sums - 1e-11 * order[:, None] + absent, axis=0)]]
+    mean: Vector = total / draws
+    return mean
+
+
+def extended(curve: Vector, size: int) -> Vector:
+    """The curve up to `size`: an instance with fewer candidates keeps the result of all it has."""
+    return np.concatenate([curve, np.full(size - len(curve), curve[-1])])
+
+
+def _log_binomial(n: npt.NDArray[np.int64], k: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    logarithm: npt.NDArray[np.float64] = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
+    return logarithm

@@ -1,0 +1,57 @@
+"""Intervals by the bootstrap over groups: instances of one group are drawn together, as they were made together."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from cappy.evaluation.report import Difference, Estimate
+
+Matrix = npt.NDArray[np.float64]
+
+LEVEL = 0.95
+_CHUNK_DRAWS = 1_000_000
+
+
+def resampled_means(values: Matrix, groups: Sequence[str], *, resamples: int, seed: int) -> Matrix:
+    """Means of the columns of `values` (instances, columns) in each resample, shape (resamples, columns).
+
+    A resample draws as many groups as there are, with replacement, and every instance of a drawn group as often as the
+    group was drawn (Efron and Tibshirani, 1993, §8.6). All columns see the same draws, so their differences are paired.
+    """
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    sizes = np.bincount(index).astype(np.float64)
+    sums = np.zeros((len(sizes), values.shape[1]))
+    np.add.at(sums, index, values)
+    parts = [counts @ sums / (counts @ sizes)[:, None] for counts in _counts(len(sizes), resamples, seed)]
+    return np.concatenate(parts)
+
+
+def estimate(mean: float, samples: Matrix) -> Estimate:
+    """A mean with the percentile interval of its resampled values."""
+    low, high = _percentiles(samples)
+    return Estimate(mean=float(mean), low=low, high=high)
+
+
+def compare(mean: float, other: float, samples: Matrix, others: Matrix) -> Difference:
+    """The paired difference of two means, and the share of resamples in which it is above 0 (a tie counts half)."""
+    differences = samples - others
+    low, high = _percentiles(differences)
+    above = np.mean(differences > 0) + np.mean(differences == 0) / 2
+    return Difference(difference=float(mean - other), low=low, high=high, probability=float(above))
+
+
+def _percentiles(samples: Matrix) -> tuple[float, float]:
+    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _counts(num_groups: int, resamples: int, seed: int) -> Iterator[Matrix]:
+    """How often each resample draws each group, some resamples at a time so that memory stays small."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK_DRAWS // num_groups)
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        drawn = rng.integers(num_groups, size=(size, num_groups)) + num_groups * np.arange(size)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=size * num_groups)
+        yield counts.reshape(size, num_groups).astype(np.float64)

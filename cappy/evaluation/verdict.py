@@ -1,0 +1,84 @@
+"""The verdict: what the numbers of a report say, in words."""
+
+from collections.abc import Iterator
+
+from cappy.evaluation.report import SELECTORS, Difference, Report, percent, signed, spread
+
+BASELINES = {
+    "random": "random choice",
+    "likelihood": "the better likelihood selector",
+    "mbr": "MBR, the consensus of the pool, which needs no training",
+    "champion": "the champion",
+}
+_SHORT = {"random": "random choice", "likelihood": "the likelihood", "mbr": "MBR", "champion": "the champion"}
+
+
+def verdict(report: Report) -> tuple[str, ...]:
+    """Sentences, the headline first; a difference counts only if its 95% interval leaves out 0."""
+    subject = "scorer" if "scorer" in report.selectors else "mbr"
+    if subject not in report.selectors:
+        return ("Neither a scorer nor MBR could be evaluated.", *_cautions(report))
+    found = {name: report.comparisons[key] for name in BASELINES if (key := f"{subject}-{name}") in report.comparisons}
+    said = tuple(_sentence(report, subject, name, difference) for name, difference in found.items())
+    return (_headline(subject, found), *said, *_hybrid(report), *_cautions(report))
+
+
+def outcome(difference: Difference) -> str:
+    """'better', 'worse', or 'open' where the interval holds 0."""
+    if difference.low > 0:
+        return "better"
+    return "worse" if difference.high < 0 else "open"
+
+
+def _headline(subject: str, found: dict[str, Difference]) -> str:
+    parts = []
+    for result, verb in (("better", "beats"), ("open", "is not shown to beat"), ("worse", "does not beat")):
+        names = [_SHORT[name] for name, difference in found.items() if outcome(difference) == result]
+        if names:
+            parts.append(f"{verb} {_listed(names, 'and' if result == 'better' else 'or')}")
+    return f"{_subject(subject)} {'; it '.join(parts)}." if parts else f"{_subject(subject)} was compared with nothing."
+
+
+def _sentence(report: Report, subject: str, name: str, difference: Difference) -> str:
+    other = report.better_likelihood if name == "likelihood" else name
+    means = report.selectors[subject].estimate.mean, report.selectors[other].estimate.mean
+    numbers = f"{percent(means[0])} against {percent(means[1])}, {signed(difference.difference)}"
+    interval = f"95% interval {spread(difference)}"
+    verb = {"better": "beats", "worse": "does worse than", "open": "may or may not beat"}[outcome(difference)]
+    remedy = "; more instances would tell" if outcome(difference) == "open" else ""
+    if difference.low == difference.high == 0:
+        verb, remedy = "does exactly as well as", ""
+    who = f"{BASELINES[name]} ({SELECTORS[other]})" if name == "likelihood" else BASELINES[name]
+    return f"{_subject(subject)} {verb} {who}: {numbers} ({interval}){remedy}."
+
+
+def _hybrid(report: Report) -> Iterator[str]:
+    difference = report.comparisons.get("hybrid_mbr-mbr")
+    if difference is None:
+        return
+    verb = {"better": "beat", "worse": "do worse than", "open": "are not shown to beat"}[outcome(difference)]
+    mean = report.selectors["hybrid_mbr"].estimate.mean
+    yield (
+        f"The scorer and MBR together {verb} MBR: {percent(mean)}, {signed(difference.difference)} "
+        f"(95% interval {spread(difference)})."
+    )
+
+
+def _cautions(report: Report) -> Iterator[str]:
+    instances = int(report.facts["instances"])
+    for name, count in report.leaks.items():
+        if count:
+            yield (
+                f"Caution: the {name} was trained on {count} of the {instances} {report.split} prompts, "
+                "so its result is too good."
+            )
+    if instances < 100:
+        yield f"Caution: only {instances} instances; intervals of so few are themselves unsure."
+
+
+def _subject(name: str) -> str:
+    return "The scorer" if name == "scorer" else "No scorer was given; MBR"
+
+
+def _listed(names: list[str], word: str) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"

@@ -1,0 +1,139 @@
+"""The report says in words what its numbers say, and shows texts as texts."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+
+from cappy.errors import RecordError
+from cappy.evaluation import Difference, Report, evaluate, page
+from cappy.evaluation.verdict import verdict
+from cappy.records import Instance
+
+Score = Callable[[Sequence[tuple[str, str]]], list[float]]
+
+
+@pytest.fixture
+def report(instances: list[Instance], score: Score) -> Report:
+    return evaluate(instances, score=score, champion=score)
+
+
+def judged(report: Report, **bounds: tuple[float, float]) -> Report:
+    """The report with these intervals of the scorer's difference to others."""
+    made = {
+        f"scorer-{other}": Difference(difference=sum(ends) / 2, low=ends[0], high=ends[1], probability=0.5)
+        for other, ends in bounds.items()
+    }
+    return replace(report, comparisons=made)
+
+
+def test_a_report_goes_to_json_and_back(report: Report) -> None:
+    text = json.dumps(report.to_dict(), allow_nan=False)
+    assert Report.from_dict(json.loads(text)) == report
+
+
+def test_what_is_no_report_is_refused_with_the_field(report: Report) -> None:
+    with pytest.raises(RecordError, match="metric"):
+        Report.from_dict({})
+    values = report.to_dict()
+    values["selectors"]["scorer"]["estimate"]["mean"] = "high"
+    with pytest.raises(RecordError, match=r"selectors\.scorer\.estimate\.mean.*'high'"):
+        Report.from_dict(values)
+
+
+def test_a_field_of_a_later_version_is_passed_over(report: Report) -> None:
+    assert Report.from_dict({**report.to_dict(), "calibration": {}}) == report
+
+
+def test_the_headline_tells_apart_better_open_and_worse(report: Report) -> None:
+    found = verdict(judged(report, random=(0.01, 0.03), likelihood=(-0.01, 0.02), mbr=(-0.04, -0.02)))
+    assert found[0] == ("The scorer beats random choice; it is not shown to beat the likelihood; it does not beat MBR.")
+    assert any(sentence.startswith("The scorer does worse than MBR") for sentence in found)
+
+
+def test_what_it_does_not_beat_is_joined_by_or(report: Report) -> None:
+    found = verdict(judged(report, random=(-0.03, -0.01), mbr=(-0.04, -0.02)))
+    assert found[0] == "The scorer does not beat random choice or MBR."
+
+
+def test_the_same_picks_are_called_the_same(report: Report) -> None:
+    assert verdict(judged(report, champion=(0.0, 0.0)))[1].startswith("The scorer does exactly as well as the champion")
+
+
+def test_an_interval_that_touches_zero_is_no_win(report: Report) -> None:
+    assert "is not shown to beat MBR" in verdict(judged(report, mbr=(0.0, 0.04)))[0]
+
+
+def test_a_leak_is_said_in_words(report: Report) -> None:
+    leaking = replace(report, leaks={"challenger": 3, "champion": 0})
+    cautions = [sentence for sentence in verdict(leaking) if "trained on" in sentence]
+    assert cautions == ["Caution: the challenger was trained on 3 of the 40 test prompts, so its result is too good."]
+
+
+def test_the_verdict_without_a_scorer_is_about_mbr(instances: list[Instance]) -> None:
+    assert verdict(evaluate(instances, score=None))[0].startswith("No scorer was given; MBR ")
+
+
+def test_the_table_has_the_selectors_that_a_person_compares(report: Report) -> None:
+    header, *rows = report.table()
+    assert header[:2] == ("selector", "Rouge-L x100")
+    names = [row[0] for row in rows]
+    assert [name for name in names if name.startswith("likelihood")] == [names[3]]
+    assert [name.split(" (")[0] for name in (*names[:3], *names[4:])] == [
+        "random choice",
+        "longest",
+        "best single system",
+        "MBR",
+        "champion",
+        "scorer",
+        "scorer + likelihood",
+        "scorer + MBR",
+        "oracle",
+    ]
+    assert rows[0][1] == f"{100 * report.selectors['random'].estimate.mean:.1f}"
+    assert verdict(report)[0] in report.text()
+
+
+def test_texts_of_the_data_cannot_become_markup(instances: list[Instance]) -> None:
+    attack = "<script>alert(1)</script>"
+    hostile = [
+        replace(
+            i,
+            instance_id=attack + i.instance_id,
+            task=attack,
+            instruction=attack + i.instruction,
+            references=(attack,),
+            candidates=tuple(replace(c, response=attack + c.response, generator=attack) for c in i.candidates),
+        )
+        for i in instances
+    ]
+    html = page.render(replace(evaluate(hostile, score=None), versions={"challenger": attack}))
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;alert(1)") > 40
+
+
+def test_the_page_needs_nothing_from_elsewhere(report: Report) -> None:
+    html = page.render(report)
+    assert not re.search(r"(src|href)=.(?!#)", html.replace('xlink:href="#', "").replace('href="#', ""))
+    assert "url(http" not in html
+    assert "@import" not in html
+    assert html.count("<svg") == 2
+
+
+def test_the_plot_takes_its_colours_from_the_page(report: Report) -> None:
+    html = page.render(report)
+    drawn = html[html.index("<svg") :]
+    assert "var(--scorer)" in drawn
+    assert "#1d5fd0" not in drawn
+
+
+def test_equal_reports_make_equal_pages(report: Report) -> None:
+    assert page.render(report) == page.render(Report.from_dict(report.to_dict()))
+
+
+def test_the_page_says_what_was_not_available(instances: list[Instance]) -> None:
+    html = page.render(evaluate(instances, score=None))
+    assert "without scorer + MBR" in html
+    assert "needs scorer, which is missing" in html
