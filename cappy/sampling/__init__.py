@@ -1,6 +1,7 @@
 """Sampling: candidates for every instance, from one LLM or several."""
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -83,7 +84,11 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
 def sample(
     part: Sequence[Instance], generators: Sequence["Generator"], decodings: Sequence[Decoding], *, seed: int
 ) -> Iterator[Instance]:
-    """The instances with every generator's candidates appended, in order; equal arguments give equal candidates."""
+    """The instances with every generator's candidates appended, in order; equal arguments give equal candidates.
+
+    Instances with choices keep those as their candidates and learn how likely the first generator that knows finds
+    each.
+    """
     open_ended = [instance for instance in part if not instance.choices]
     bare = next((instance for instance in open_ended if not instance.candidates), None)
     if bare and not generators:
@@ -96,9 +101,31 @@ def sample(
             draw = _seed(seed, generator.name, decoding.name, [instance.instance_id for instance in open_ended])
             for instance, drawn in zip(open_ended, generator.sample(prompts, decoding, seed=draw), strict=True):
                 added[instance.instance_id] += drawn
+    closed = _with_likelihoods([instance for instance in part if instance.choices], generators)
     for instance in part:
-        new = added.get(instance.instance_id, [])
-        yield replace(instance, candidates=(*instance.candidates, *new)) if new else instance
+        if instance.choices:
+            yield next(closed)
+        else:
+            yield replace(instance, candidates=(*instance.candidates, *added[instance.instance_id]))
+
+
+def _with_likelihoods(instances: Sequence[Instance], generators: Sequence["Generator"]) -> Iterator[Instance]:
+    pairs = [(instance.instruction, candidate.response) for instance in instances for candidate in instance.candidates]
+    known = (generator.likelihoods(pairs) for generator in generators) if pairs else iter(())
+    found = next((likelihoods for likelihoods in known if likelihoods is not None), None)
+    if found is None:
+        yield from instances
+        return
+    likelihoods = iter(found)
+    for instance in instances:
+        told = zip(instance.candidates, itertools.islice(likelihoods, len(instance.candidates)), strict=True)
+        yield replace(
+            instance,
+            candidates=tuple(
+                replace(candidate, logprob_sum=total, logprob_mean=total / max(count, 1), num_tokens=count)
+                for candidate, (total, count) in told
+            ),
+        )
 
 
 def _seed(*parts: object) -> int:

@@ -42,6 +42,9 @@ class Endpoint:
             candidates = list(pool.map(lambda call: self._ask(call[0], decoding, call[1]), calls))
         return [candidates[i : i + decoding.num_samples] for i in range(0, len(candidates), decoding.num_samples)]
 
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """None: chat endpoints do not tell how likely a given response is."""
+
     def _ask(self, instruction: str, decoding: Decoding, seed: int) -> Candidate:
         try:
             completion = self._client.chat.completions.create(

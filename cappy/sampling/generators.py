@@ -21,6 +21,9 @@ class Generator(Protocol):
     def sample(self, instructions: Sequence[str], decoding: Decoding, *, seed: int) -> list[list[Candidate]]:
         """`decoding.num_samples` candidates per instruction, in order; equal arguments draw equal candidates."""
 
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]] | None:
+        """(sum of log-probabilities, number of tokens) of each given response, end token included; None if unknown."""
+
 
 def load_generator(text: str) -> Generator:
     """The generator that a spec names; ConfigError says which specs sample."""

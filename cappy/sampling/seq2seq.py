@@ -50,12 +50,31 @@ class Seq2Seq:
         return candidates
 
     @torch.inference_mode()
-    def _sample_batch(self, instructions: Sequence[str], decoding: Decoding, seed: int) -> list[list[Candidate]]:
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
+        """(sum of log-probabilities, number of tokens) of each given response, end token included."""
+        found: list[tuple[float, int]] = []
+        for start in range(0, len(pairs), BATCH_INSTRUCTIONS):
+            batch = pairs[start : start + BATCH_INSTRUCTIONS]
+            inputs = self._inputs([instruction for instruction, _ in batch])
+            encoded = self.model.get_encoder()(**inputs).last_hidden_state
+            responses = [response for _, response in batch]
+            sequences = self.tokenizer(responses, padding=True, return_tensors="pt").input_ids.to(self.device)
+            sums, counts = self._likelihoods(encoded, inputs["attention_mask"], sequences)
+            found += zip(sums.tolist(), counts.tolist(), strict=True)
+        return found
+
+    def _inputs(self, instructions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Padded ids and mask (instructions, longest)."""
         inputs = self.tokenizer(
             list(instructions), padding=True, truncation=True, max_length=MAX_INSTRUCTION_TOKENS, return_tensors="pt"
         ).to(self.device)
-        mask = inputs.attention_mask
-        encoded = self.model.get_encoder()(input_ids=inputs.input_ids, attention_mask=mask).last_hidden_state
+        return {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+
+    @torch.inference_mode()
+    def _sample_batch(self, instructions: Sequence[str], decoding: Decoding, seed: int) -> list[list[Candidate]]:
+        inputs = self._inputs(instructions)
+        mask = inputs["attention_mask"]
+        encoded = self.model.get_encoder()(**inputs).last_hidden_state
         sequences = self.model.generate(
             # A copy, because generate() expands the states in place for several samples.
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.clone()),

@@ -26,6 +26,9 @@ class Echo:
             [Candidate(response=f"{text} {seed} {n}") for n in range(decoding.num_samples)] for text in instructions
         ]
 
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
+        return [(-float(len(response)), 2) for _, response in pairs]
+
 
 def instance(number: int, **values: object) -> Instance:
     return Instance(instance_id=str(number), instruction=f"say {number}", references=("x",), **values)  # type: ignore[arg-type]
@@ -35,12 +38,14 @@ def test_paper17_draws_seventeen() -> None:
     assert sum(decoding.num_samples for decoding in STRATEGIES["paper17"]) == 17
 
 
-def test_candidates_are_appended_and_choices_left_alone() -> None:
+def test_candidates_are_appended_and_choices_learn_their_likelihood() -> None:
     given = instance(1, candidates=(Candidate(response="own"),))
-    closed = instance(2, choices=("x", "y"), candidates=(Candidate(response="y", source="choice"),))
+    closed = instance(2, choices=("x", "yes"), candidates=(Candidate(response="yes", source="choice"),))
     first, second = sample([given, closed], [Echo()], [GREEDY], seed=0)
     assert [c.response.split()[0] for c in first.candidates] == ["own", "say"]
-    assert second == closed
+    assert [(c.response, c.source, c.logprob_sum, c.logprob_mean) for c in second.candidates] == [
+        ("yes", "choice", -3.0, -1.5)
+    ]
 
 
 def test_draws_depend_on_the_part_alone_and_not_on_what_was_drawn_before() -> None:

@@ -65,6 +65,21 @@ def test_likelihood_is_the_forward_passs(generator: Seq2Seq, llm_folder: Path) -
             assert candidate.logprob_mean == pytest.approx(expected / len(ids), abs=1e-4)
 
 
+def test_a_given_response_is_as_likely_as_in_a_forward_pass_end_token_included(
+    generator: Seq2Seq, llm_folder: Path
+) -> None:
+    model = AutoModelForSeq2SeqLM.from_pretrained(llm_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(llm_folder)
+    pairs = [("the cat sat", "on the mat"), ("who", "a dog and a bird"), ("one two three", "")]
+    for (instruction, response), (total, count) in zip(pairs, generator.likelihoods(pairs), strict=True):
+        labels = tokenizer(response, return_tensors="pt").input_ids
+        with torch.no_grad():
+            logits = model(**tokenizer(instruction, return_tensors="pt"), labels=labels).logits
+        expected = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).sum().item()
+        assert count == labels.shape[1]
+        assert total == pytest.approx(expected, abs=1e-4)
+
+
 def test_likelihood_does_not_depend_on_the_batch(generator: Seq2Seq) -> None:
     alone = [generator.sample([prompt], GREEDY, seed=0)[0][0] for prompt in PROMPTS]
     together = [drawn[0] for drawn in generator.sample(PROMPTS, GREEDY, seed=0)]
