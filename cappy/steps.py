@@ -90,8 +90,8 @@ def launch(step: str, settings: str = "", *, fingerprint: str = "", run: str = "
         manifest = runner(step)(config, _progress(step))
         outcome = {"status": "done", "manifest_hash": manifest.hash, "metrics": dict(manifest.metrics)}
     except CappyError as error:
-        outcome["error"] = str(error)
-        sys.stderr.write(f"cappy {step}: {error}\n")
+        outcome["error"] = str(error).removeprefix(f"{step}: ")
+        sys.stderr.write(f"cappy {step}: {outcome['error']}\n")
         raise SystemExit(1) from error
     except BaseException as error:
         outcome["error"] = f"{type(error).__name__}: {error}"

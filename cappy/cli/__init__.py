@@ -1,0 +1,102 @@
+"""The `cappy` command: the front desk, which imports what a verb needs inside that verb."""
+
+import os
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import cappy
+from cappy.cli import adapt, doctor, pipeline, scoring, serve
+from cappy.errors import CappyError
+
+__all__ = ["main"]
+
+STEP_HELP = {
+    "preparation": "Turn sources into instances.",
+    "sampling": "Let LLMs propose candidates for every instance.",
+    "annotation": "Label every candidate with its correctness, 0 to 1.",
+    "pretraining": "Train a scorer on labelled candidates of many tasks.",
+    "finetuning": "Train a scorer further on one task.",
+    "evaluation": "Compare the scorer with other selectors; write the report.",
+    "registration": "Register the scorer in MLflow as the challenger.",
+    "promotion": "Let the gate decide whether the challenger is the champion.",
+    "deployment": "Check that the registered version answers; say how to serve.",
+}
+"""What `cappy --help` says of the nine steps; their flags come from the config class when the verb is asked for."""
+
+RESUMABLE = {*STEP_HELP, "adapt", "pipeline"}
+
+
+class Verbs(TyperGroup):
+    """Finds the verbs, and turns what a person can mend into one line and an exit status."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The command of the verb; a step's is made here, because its config class costs half a second to import."""
+        if args and args[0] in STEP_HELP:
+            from cappy.cli.steps import step_command
+
+            return args[0], step_command(args[0], STEP_HELP[args[0]]), args[1:]
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the verb: a CappyError ends with status 1, Ctrl-C with 130, a defect keeps its traceback."""
+        try:
+            return super().invoke(ctx)
+        except CappyError as error:
+            verb = ctx.invoked_subcommand
+            text = " ".join(str(error).split()).removeprefix(f"{verb}: ")
+            typer.echo(f"cappy {verb}: {text}", err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            verb = ctx.invoked_subcommand
+            remedy = "; run the same command again to continue" if verb in RESUMABLE else ""
+            typer.echo(f"cappy {verb}: interrupted{remedy}", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Verbs,
+    help="Small scorers that make large language models better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cappy {cappy.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _listed() -> None:
+    """Stands in the list of verbs; `Verbs.resolve_command` makes the command that runs."""
+
+
+app.command("adapt", short_help="Make a scorer for your task: all steps in a row.")(adapt.adapt)
+for _step, _help in STEP_HELP.items():
+    app.command(_step, help=_help)(_listed)
+app.command("score", short_help="Score responses, JSON Lines in and out.")(scoring.score)
+app.command("select", short_help="Pick the best of several responses.")(scoring.select)
+app.command("serve", short_help="Serve a scorer over HTTP.")(serve.serve)
+app.command("doctor", short_help="Say what this machine has and lacks.")(doctor.doctor)
+app.add_typer(pipeline.app, name="pipeline")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line, this process's own if none is given; ends with SystemExit."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars would be drawn over ours
+    app(arguments, prog_name="cappy")

@@ -1,0 +1,99 @@
+"""`cappy adapt`: the pipeline that most people want, on this machine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cappy.errors import ConfigError
+
+BUILTIN = "builtin"
+FORMS = "builtin, a JSON Lines, CSV or Parquet file, or a folder of records"
+
+SettingFlag = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="STEP.SETTING=VALUE",
+        help="Any other setting of a step, such as finetuning.epochs=2; `cappy STEP --help` lists them (repeatable).",
+        show_default="none",
+    ),
+]
+WorkFlag = Annotated[Path, typer.Option(help="Folder that keeps unfinished and finished work, to resume from.")]
+TrackingFlag = Annotated[
+    str,
+    typer.Option(help="MLflow's address.", show_default="MLFLOW_TRACKING_URI, else the database .cappy/mlflow.db"),
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
+
+
+def adapt(
+    instances: Annotated[str, typer.Option(help=f"Your task: {FORMS}.")] = BUILTIN,
+    generator: Annotated[
+        list[str],
+        typer.Option(
+            metavar="<str>",
+            help="LLM to sample from: builtin, a folder, hub:org/name@revision, openai:model@http://host/v1 "
+            "(repeatable).",
+            show_default="builtin for the built-in tasks, else the responses in the file",
+        ),
+    ] = [],  # noqa: B006 (typer needs the default and copies it)
+    strategy: Annotated[
+        str, typer.Option(help="Which responses to draw: paper17, sampling8, greedy, endpoint8.")
+    ] = "paper17",
+    scorer: Annotated[
+        str, typer.Option(help="Scorer to start from: builtin, a folder, hub:org/name@revision, models:/name@alias.")
+    ] = BUILTIN,
+    name: Annotated[str, typer.Option(help="Name of the registered model.")] = "cappy",
+    margin: Annotated[
+        float, typer.Option(min=0, max=1, help="What the gate's lower bound must be above, on the scale of 0 to 1.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of splits, samples, training and bootstrap.")] = 0,
+    tracking_uri: TrackingFlag = "",
+    setting: SettingFlag = [],  # noqa: B006 (as above)
+    work: WorkFlag = Path(".cappy/work"),
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a scorer for your task: prepare, sample, annotate, finetune, evaluate, register, promote, deploy.
+
+    Runs the Kubeflow pipeline on this machine and ends with the report's table, the gate's decision and the command
+    that serves the scorer. Interrupted or run again, it continues where it was.
+    """
+    from cappy.cli.pipeline import per_step, run_and_tell
+
+    choices = {
+        "source": instances,
+        "generator": generators_for(instances, generator),
+        "strategy": strategy,
+        "scorer": scorer,
+        "name": name,
+        "margin": margin,
+        "seed": seed,
+        "tracking_uri": tracking_uri,
+        "settings": per_step("adapt", setting),
+    }
+    run_and_tell("adapt", choices, work=work, tracking_uri=tracking_uri, as_json=as_json)
+
+
+def generators_for(instances: str, given: Sequence[str]) -> list[str]:
+    """What to sample from: the LLMs given, the built-in one for the built-in tasks, none where responses came along.
+
+    Looks at the first instance; sampling itself refuses a later one that has no response.
+    """
+    if given:
+        return list(given)
+    if instances == BUILTIN:
+        return [BUILTIN]
+    if not Path(instances).exists():
+        raise ConfigError(f"{instances}: no such file or folder; --instances is {FORMS}")
+    from cappy.preparation import PreparationConfig
+    from cappy.preparation.sources import open_source
+
+    first = next(open_source(PreparationConfig(source=instances, target=Path("unused"))).rows(), None)
+    if first is not None and not first.instance.candidates and not first.instance.choices:
+        raise typer.BadParameter(
+            f"{first.where} has no responses; name an LLM to sample them from, or give them as responses in the file",
+            param_hint="--generator",
+        )
+    return []

@@ -1,0 +1,104 @@
+"""JSON Lines in and out: every error names source:line and field, memory holds one line at a time."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from cappy.errors import ConfigError, RecordError, shown
+
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class Line:
+    """An object of the input and where it stands (source:line)."""
+
+    where: str
+    value: Mapping[str, Any]
+
+    def text(self, field: str) -> str:
+        """The text in a field; RecordError if there is none."""
+        return self._text(field, self._field(field))
+
+    def texts(self, field: str) -> list[str]:
+        """The list of texts in a field, at least one; RecordError if it is anything else."""
+        values = self._field(field)
+        if not isinstance(values, list) or not values:
+            raise RecordError(f"{self.where}: {field} must be a list of at least one text, got {shown(values)}")
+        return [self._text(f"{field}[{index}]", value) for index, value in enumerate(values)]
+
+    def _field(self, field: str) -> Any:
+        if field not in self.value:
+            names = ", ".join(self.value) or "none"
+            raise RecordError(f"{self.where}: has no field {shown(field)}; add it (fields here: {shown(names)})")
+        return self.value[field]
+
+    def _text(self, field: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise RecordError(f"{self.where}: {field} must be a text in quotes, got {shown(value)}")
+        if not _encodable(value):
+            raise RecordError(f"{self.where}: {field} holds half a character (lone surrogate), mend {shown(value)}")
+        return value
+
+
+@contextlib.contextmanager
+def opened(source: str) -> Iterator[IO[bytes]]:
+    """The bytes of a file, or of standard input for `-`; ConfigError if it cannot be read."""
+    if source == STDIN:
+        if sys.stdin.isatty():
+            sys.stderr.write("reading JSON Lines from the keyboard; end with Ctrl-D\n")
+        yield sys.stdin.buffer
+        return
+    try:
+        file = Path(source).open("rb")  # noqa: SIM115 (a `with` here would take the reader's errors for its own)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{source}: {reason}; --source is a JSON Lines file, or - for standard input") from error
+    with file:
+        yield file
+
+
+def lines(file: IO[bytes], source: str) -> Iterator[Line]:
+    """The objects of JSON Lines, blank lines left out; RecordError names the line that is none."""
+    name = "stdin" if source == STDIN else source
+    for number, raw in enumerate(file, start=1):
+        if raw.strip():
+            where = f"{name}:{number}"
+            yield Line(where, _object(where, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw))
+
+
+def write_line(value: Mapping[str, Any]) -> None:
+    """Writes one object to standard output, UTF-8 whatever the locale says."""
+    text = json.dumps(value, ensure_ascii=False)
+    if not _encodable(text):
+        text = json.dumps(value)
+    sys.stdout.buffer.write(text.encode() + b"\n")
+
+
+def _object(where: str, raw: bytes) -> Mapping[str, Any]:
+    try:
+        value = json.loads(raw.decode(), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{where}: is not UTF-8 (byte {error.start + 1}); convert the file to UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecordError(f"{where}: is not JSON ({reason}), got {shown(raw.decode().strip())}") from error
+    if not isinstance(value, dict):
+        raise RecordError(f"{where}: must be an object in braces, got {shown(value)}")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,63 @@
+"""What a person wants to know when a pipeline has run: the table, the version, the gate's decision, what to do next."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cappy.evaluation import read_report
+from cappy.records import read_manifest
+
+if TYPE_CHECKING:
+    from pipelines.local import Outcome
+
+
+def facts(outcome: "Outcome", tracking_uri: str = "") -> dict[str, Any]:
+    """What came of a run, as JSON values: means and intervals of every selector on the metric's scale of 0 to 1."""
+    report = read_report(outcome.outputs["evaluation"])
+    version = _facts(outcome, "registration")
+    found: dict[str, Any] = {
+        "run": outcome.run_id,
+        "log": str(outcome.log),
+        "selectors": {name: vars(row.estimate) for name, row in report.selectors.items()},
+        "report": str(_near(outcome.outputs["evaluation"] / "report.html")),
+        "version": version["uri"],
+        "alias": version["alias"],
+        "from_cache": [step for step in outcome.outputs if step in outcome.cached],
+        "seconds": dict(outcome.seconds),
+        "serve": f"cappy serve --scorer {version['uri']}",
+    }
+    if "promotion" in outcome.outputs:
+        decided = _facts(outcome, "promotion")
+        found |= {
+            "decision": decided["decision"],
+            "reasons": decided["reasons"],
+            "alias": decided["serve"].rpartition("@")[2],
+            "serve": _facts(outcome, "deployment").get("command") or decided["serve"],
+        }
+    if tracking_uri:
+        found["serve"] = f"MLFLOW_TRACKING_URI={shlex.quote(tracking_uri)} {found['serve']}"
+    return found
+
+
+def told(outcome: "Outcome", found: Mapping[str, Any]) -> str:
+    """The report's table and the facts of a run, for a terminal."""
+    table = read_report(outcome.outputs["evaluation"]).text()
+    lines = [table, f"report    {found['report']}", f"version   {found['version']}, alias {found['alias']}"]
+    if "decision" in found:
+        word = "promoted to champion" if found["decision"] == "promote" else "held: it stays challenger"
+        lines += [f"decision  {word}", *(f"          {reason}" for reason in found["reasons"])]
+    if found["from_cache"]:
+        lines.append(f"cache     {', '.join(found['from_cache'])} came from the cache")
+    return "\n".join([*lines, f"serve it  {found['serve']}"])
+
+
+def _facts(outcome: "Outcome", step: str) -> Mapping[str, Any]:
+    """The facts that a step left in its manifest; none if it did not run."""
+    return read_manifest(outcome.outputs[step]).facts if step in outcome.outputs else {}
+
+
+def _near(path: Path) -> Path:
+    """The path from here where it lies below, which is what a person can read."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

@@ -1,0 +1,205 @@
+"""`cappy adapt` and `cappy pipeline`: what is asked of the pipelines, and what is told of their outcome."""
+
+import inspect
+import json
+import random
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import pipelines
+from cappy.cli.adapt import adapt, generators_for
+from cappy.cli.outcome import facts, told
+from cappy.cli.pipeline import Name, per_step, run
+from cappy.errors import ConfigError
+from cappy.evaluation import evaluate
+from cappy.records import Candidate, Instance, Manifest, write
+from cappy.records.folder import describe_files, write_manifest
+from pipelines.adapt import plan
+from pipelines.local import Outcome
+
+Cappy = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def instances() -> list[Instance]:
+    rng = random.Random(0)
+    return [
+        Instance(
+            instance_id=str(index),
+            instruction=f"Say {index}.",
+            references=("yes",),
+            split="test" if index % 2 else "validation",
+            candidates=tuple(
+                Candidate(response=f"{text} {index}", labels={"rougeL": value})
+                for text, value in zip("abc", rng.sample([0.0, 0.5, 1.0], 3), strict=True)
+            ),
+        )
+        for index in range(60)
+    ]
+
+
+def finished(folder: Path, files: Mapping[str, Any], step: str, found: Mapping[str, Any]) -> Path:
+    folder.mkdir()
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values))
+    write_manifest(folder, Manifest(step=step, files=describe_files(folder), facts=found))
+    return folder
+
+
+@pytest.fixture
+def make_outcome(tmp_path: Path) -> Callable[..., Outcome]:
+    """make_outcome("hold") -> a run of adapt whose evaluation is real and whose other folders hold their facts."""
+
+    def make(decision: str) -> Outcome:
+        labels = {c.response: c.labels["rougeL"] for instance in instances() for c in instance.candidates}
+        report = evaluate(
+            instances(), score=lambda pairs: [labels[response] for _, response in pairs], resamples=100
+        ).to_dict()
+        alias = "champion" if decision == "promote" else "challenger"
+        version = {"uri": "models:/mine/3", "alias": "challenger"}
+        decided = {
+            "decision": decision,
+            "reasons": ["Because of this.", "And of that."],
+            "serve": f"cappy serve --scorer models:/mine@{alias}",
+        }
+        outputs = {
+            "evaluation": finished(tmp_path / "evaluation", {"report.json": report}, "evaluation", {}),
+            "registration": finished(tmp_path / "registration", {}, "registration", version),
+            "promotion": finished(tmp_path / "promotion", {}, "promotion", decided),
+        }
+        if decision == "promote":
+            endpoint = {"command": f"{decided['serve']} --port 8080"}
+            outputs["deployment"] = finished(tmp_path / "deployment", {}, "deployment", endpoint)
+        return Outcome(
+            run_id="adapt-1",
+            folder=tmp_path,
+            log=tmp_path / "run.log",
+            outputs=outputs,
+            cached=frozenset({"evaluation"}),
+        )
+
+    return make
+
+
+def test_a_promotion_is_told_with_the_table_the_reasons_and_the_champions_command(
+    make_outcome: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    outcome = make_outcome("promote")
+    found = facts(outcome)
+    text = told(outcome, found)
+    for row in ("random choice", "longest", "MBR", "scorer", "oracle", "95% interval"):
+        assert row in text
+    assert f"report    {tmp_path}/evaluation/report.html\nversion   models:/mine/3, alias champion\n" in text
+    assert "decision  promoted to champion\n          Because of this.\n          And of that.\n" in text
+    assert "cache     evaluation came from the cache\n" in text
+    assert text.endswith("serve it  cappy serve --scorer models:/mine@champion --port 8080")
+
+
+def test_a_hold_is_told_with_its_reasons_and_the_challengers_command(make_outcome: Callable[..., Outcome]) -> None:
+    outcome = make_outcome("hold")
+    text = told(outcome, facts(outcome))
+    assert "alias challenger\ndecision  held: it stays challenger\n          Because of this.\n" in text
+    assert text.endswith("serve it  cappy serve --scorer models:/mine@challenger")
+
+
+def test_the_facts_are_json_with_the_reports_numbers(make_outcome: Callable[..., Outcome]) -> None:
+    found = facts(make_outcome("hold"))
+    assert json.loads(json.dumps(found)) == found
+    assert found["selectors"]["scorer"]["mean"] == found["selectors"]["oracle"]["mean"] == 1.0
+    random_choice = found["selectors"]["random"]
+    assert random_choice["low"] <= random_choice["mean"] <= random_choice["high"]
+    assert random_choice["mean"] == pytest.approx(0.5)
+    assert (found["decision"], found["version"], found["from_cache"]) == ("hold", "models:/mine/3", ["evaluation"])
+
+
+def test_the_command_that_serves_names_another_mlflow(make_outcome: Callable[..., Outcome]) -> None:
+    assert facts(make_outcome("hold"), "http://h:1/a b")["serve"] == (
+        "MLFLOW_TRACKING_URI='http://h:1/a b' cappy serve --scorer models:/mine@challenger"
+    )
+
+
+def test_the_report_is_named_from_here(make_outcome: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = make_outcome("hold")
+    monkeypatch.chdir(outcome.folder)
+    assert facts(outcome)["report"] == "evaluation/report.html"
+
+
+def test_what_is_sampled_from_follows_from_the_instances(tmp_path: Path) -> None:
+    bare, full, closed = tmp_path / "bare.jsonl", tmp_path / "full.jsonl", tmp_path / "closed.jsonl"
+    row = {"instruction": "a", "reference": "b"}
+    bare.write_text(json.dumps(row))
+    full.write_text(json.dumps({**row, "responses": ["b", "c"]}))
+    closed.write_text(json.dumps({**row, "choices": ["b", "c"]}))
+    write(tmp_path / "records", instances())
+    assert generators_for("builtin", []) == ["builtin"]
+    assert generators_for(str(full), []) == generators_for(str(closed), []) == []
+    assert generators_for(str(tmp_path / "records"), []) == []
+    assert generators_for(str(bare), ["builtin", "openai:m@http://h/v1"]) == ["builtin", "openai:m@http://h/v1"]
+    with pytest.raises(typer.BadParameter, match=r"bare\.jsonl:1 has no responses; name an LLM"):
+        generators_for(str(bare), [])
+    with pytest.raises(ConfigError, match="absent: no such file or folder; --instances is builtin, a JSON Lines"):
+        generators_for(str(tmp_path / "absent"), [])
+
+
+def test_instances_without_responses_and_without_an_llm_are_wrong_usage(here: Cappy, tmp_path: Path) -> None:
+    (tmp_path / "bare.jsonl").write_text('{"instruction": "a", "reference": "b"}\n')
+    done = here("adapt", "--instances", "bare.jsonl")
+    assert done.returncode == 2
+    assert "--generator: bare.jsonl:1 has no responses" in done.stderr
+
+
+def test_the_flags_have_the_defaults_of_the_plan_and_the_pipelines_their_names() -> None:
+    flags, planned = inspect.signature(adapt).parameters, inspect.signature(plan).parameters
+    for name in ("strategy", "scorer", "name", "margin", "seed", "tracking_uri"):
+        assert flags[name].default == planned[name].default, name
+    assert flags["instances"].default == planned["source"].default
+    assert run.__annotations__["name"] is Name
+    assert set(Name.__origin__.__args__) == set(pipelines.PIPELINES)  # type: ignore[attr-defined]
+
+
+def test_settings_of_any_step_are_read_as_json_or_text() -> None:
+    words = ["finetuning.epochs=2", "finetuning.learning-rate=1e-4", "preparation.task=a=b", 'sampling.generator=["x"]']
+    assert per_step("adapt", words) == {
+        "finetuning": {"epochs": 2, "learning_rate": 1e-4},
+        "preparation": {"task": "a=b"},
+        "sampling": {"generator": ["x"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("epochs=2", "'epochs=2' is not STEP.SETTING=VALUE"),
+        ("finetuning.epochs", "'finetuning.epochs' is not STEP.SETTING=VALUE"),
+        ("finetuning.=1", "'finetuning.=1' is not STEP.SETTING=VALUE"),
+        ("pretraining.epochs=2", "adapt has no step 'pretraining': preparation, sampling,"),
+    ],
+)
+def test_a_setting_that_names_no_step_is_wrong_usage(word: str, message: str) -> None:
+    with pytest.raises(typer.BadParameter) as error:
+        per_step("adapt", [word])
+    assert str(error.value).startswith(message)
+
+
+def test_an_unknown_setting_is_refused_before_anything_runs(here: Cappy, tmp_path: Path) -> None:
+    write(tmp_path / "records", instances())
+    done = here("adapt", "--instances", "records", "--set", "annotation.colour=red")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "cappy adapt: annotation: --colour: Unexpected keyword argument, got 'red'\n",
+    )
+
+
+def test_compile_writes_the_yaml_to_a_file_or_prints_it(here: Cappy, tmp_path: Path) -> None:
+    printed = here("pipeline", "compile", "adapt")
+    assert "# Name: cappy-adapt" in printed.stdout
+    written = here("pipeline", "compile", "adapt", "--target", "adapt.yaml")
+    assert written.stdout == "adapt.yaml: pipeline adapt\n"
+    assert (tmp_path / "adapt.yaml").read_text() == printed.stdout
+    missing = here("pipeline", "compile", "adapt", "--target", "absent/adapt.yaml")
+    assert missing.stderr.startswith("cappy pipeline: absent/adapt.yaml: cannot be written (No such file")
+    assert here("pipeline", "compile", "adopt").returncode == 2

@@ -1,0 +1,148 @@
+"""The surface of `cappy`: its verbs, what they say of themselves, and how they end."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+import typer
+
+import cappy.cli
+from cappy.cli import STEP_HELP, Verbs
+from cappy.errors import FolderError
+from cappy.steps import STEPS, config_class
+
+Cappy = Callable[..., subprocess.CompletedProcess[str]]
+Rows = Callable[[str], dict[str, str]]
+
+VERBS = {*STEPS, "adapt", "score", "select", "serve", "doctor", "pipeline"}
+HEAVY = ("torch", "transformers", "mlflow", "kfp", "numpy", "pyarrow", "fastapi", "serving", "pipelines", "components")
+
+
+def listed(text: str) -> dict[str, str]:
+    """The rows of a help page under Commands."""
+    rows = text.split("Commands:\n")[1].splitlines()
+    return dict(row.split(maxsplit=1) for row in rows)  # type: ignore[misc]
+
+
+def test_the_verbs_are_these_and_each_says_what_it_does_in_one_row(cappy: Cappy) -> None:
+    rows = listed(cappy("--help").stdout)
+    assert set(rows) == VERBS
+    assert not [row for row in rows.values() if row.endswith("...")]
+    assert tuple(STEP_HELP) == tuple(STEPS)
+
+
+def test_help_and_version_import_nothing_heavy_and_are_quick() -> None:
+    program = (
+        "import sys\nfrom cappy.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as ended:\n"
+        f"    found = [name for name in {HEAVY} if name in sys.modules]\n"
+        "    sys.exit(f'{ended.code} {found}' if found or ended.code else 0)\n"
+    )
+    seconds = []
+    for words in (["--help"], ["--version"], ["score", "--help"], ["serve", "--help"], ["adapt", "--help"]):
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+        seconds.append(time.monotonic() - started)
+        assert (done.returncode, done.stderr) == (0, ""), words
+    assert min(seconds) < 0.6
+
+
+def test_version_prints_the_version(cappy: Cappy) -> None:
+    assert cappy("--version").stdout == "cappy 0.1.0\n"
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS - {"pipeline"}))
+def test_help_of_a_verb_explains_every_flag_with_its_default(verb: str, here: Cappy, flag_rows: Rows) -> None:
+    done = here(verb, "--help")
+    assert done.returncode == 0
+    rows = flag_rows(done.stdout)
+    assert set(rows) > {"--help"}
+    for flag, text in rows.items():
+        if flag not in ("--help", "--json"):
+            assert "[default: " in text or "[required]" in text, flag
+            explained = re.sub(r"^\S* *(<[^>]*>)?|\[(default|required).*", "", text).strip()
+            assert len(explained) > 8, (flag, text)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_has_one_flag_per_field_of_its_config(step: str, here: Cappy, flag_rows: Rows) -> None:
+    fields = config_class(step).__pydantic_fields__
+    rows = flag_rows(here(step, "--help").stdout)
+    assert set(rows) == {f"--{name.replace('_', '-')}" for name in fields} | {"--json", "--help"}
+
+
+def test_an_unknown_verb_and_no_verb_are_wrong_usage(here: Cappy) -> None:
+    unknown = here("anotation")
+    assert unknown.returncode == 2
+    assert "Did you mean 'annotation'" in unknown.stderr
+    assert here().returncode == 2
+
+
+def test_what_a_person_can_mend_is_one_line_and_status_1(cappy: Cappy) -> None:
+    done = cappy("annotation", "--source", "absent", "--target", "out")
+    assert done.returncode == 1
+    assert done.stderr == "cappy annotation: absent: no such folder; check the path\n"
+    assert done.stdout == ""
+
+
+def ending(*words: str) -> int:
+    """The status of a command line whose verbs end in the ways that verbs can."""
+    small = typer.Typer(cls=Verbs, pretty_exceptions_enable=False)
+
+    @small.command()
+    def mendable() -> None:
+        raise FolderError("mendable: here:\n  is damaged; write it again")
+
+    @small.command()
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    @small.command()
+    def broken() -> None:
+        raise ZeroDivisionError("a defect")
+
+    with pytest.raises(SystemExit) as ended:
+        small(list(words), prog_name="cappy")
+    return int(ended.value.code or 0)
+
+
+def test_an_error_of_several_lines_becomes_one_that_names_the_verb_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ending("mendable") == 1
+    assert capsys.readouterr().err == "cappy mendable: here: is damaged; write it again\n"
+
+
+def test_ctrl_c_is_one_line_and_status_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ending("stopped") == 130
+    assert capsys.readouterr().err == "cappy stopped: interrupted\n"
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        ending("broken")
+
+
+def test_doctor_looks_at_everything_and_its_status_says_whether_the_demo_can_run(cappy: Cappy, here: Cappy) -> None:
+    done = cappy("doctor", "--json")
+    report = json.loads(done.stdout)
+    statuses = {finding["name"]: finding["status"] for finding in report["findings"]}
+    assert {
+        "python",
+        "packages",
+        "processor",
+        "memory",
+        "disk",
+        "built-in llm",
+        "built-in scorer",
+        "mlflow",
+        "user",
+    } < set(statuses)
+    assert report["ok"] == ("failure" not in statuses.values())
+    assert done.returncode == (0 if report["ok"] else 1)
+    assert here("doctor").returncode == done.returncode
+
+
+def test_the_module_offers_its_entry_point_alone() -> None:
+    assert cappy.cli.__all__ == ["main"]

@@ -1,0 +1,88 @@
+"""JSON Lines in and out, without a process."""
+
+import io
+import json
+import tracemalloc
+from collections.abc import Iterator
+
+import pytest
+
+from cappy.cli.jsonlines import lines, write_line
+from cappy.errors import RecordError
+
+
+def test_blank_lines_are_left_out_and_lines_keep_their_numbers() -> None:
+    found = list(lines(io.BytesIO(b'\xef\xbb\xbf{"a": 1}\n\n  \n{"a": 2}'), "in.jsonl"))
+    assert [(line.where, line.value) for line in found] == [("in.jsonl:1", {"a": 1}), ("in.jsonl:4", {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b'{"a"', "in.jsonl:1: is not JSON ("),
+        (b"[1]", "in.jsonl:1: must be an object in braces, got [1]"),
+        (b'{"a": "\xff"}', "in.jsonl:1: is not UTF-8 (byte 8); convert the file to UTF-8"),
+        (b'{"a": NaN}', "in.jsonl:1: is not JSON (NaN is no JSON number)"),
+        (b"[" * 100_000, "in.jsonl:1: is not JSON ("),
+    ],
+)
+def test_a_line_that_is_no_object_is_named_in_one_line(raw: bytes, message: str) -> None:
+    with pytest.raises(RecordError) as error:
+        list(lines(io.BytesIO(raw), "in.jsonl"))
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b'{"b": ""}', "stdin:1: has no field 'a'; add it (fields here: 'b')"),
+        (b'{"a": 5}', "stdin:1: a must be a text in quotes, got 5"),
+        (b'{"a": null}', "stdin:1: a must be a text in quotes, got None"),
+        (b'{"a": "\\ud800"}', "stdin:1: a holds half a character (lone surrogate), mend "),
+    ],
+)
+def test_a_field_that_is_no_text_is_named_in_one_line(raw: bytes, message: str) -> None:
+    (line,) = lines(io.BytesIO(raw), "-")
+    with pytest.raises(RecordError) as error:
+        line.text("a")
+    assert str(error.value).startswith(message)
+    str(error.value).encode()
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b'{"a": []}', "stdin:1: a must be a list of at least one text, got []"),
+        (b'{"a": "b"}', "stdin:1: a must be a list of at least one text, got 'b'"),
+        (b'{"a": ["b", 2]}', "stdin:1: a[1] must be a text in quotes, got 2"),
+    ],
+)
+def test_a_field_that_is_no_list_of_texts_is_named_in_one_line(raw: bytes, message: str) -> None:
+    (line,) = lines(io.BytesIO(raw), "-")
+    with pytest.raises(RecordError) as error:
+        line.texts("a")
+    assert str(error.value) == message
+
+
+def test_what_is_written_is_one_line_of_json_that_reads_back_equal(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    values: list[dict[str, object]] = [{"a": "猫\n\u2028", "b": 0.1}, {"a": "\ud800"}]
+    for value in values:
+        write_line(value)
+    written = capsysbinary.readouterr().out
+    assert written.count(b"\n") == 2
+    assert [json.loads(line) for line in written.split(b"\n")[:2]] == values
+    assert "猫".encode() in written
+
+
+def test_memory_does_not_grow_with_the_number_of_lines() -> None:
+    class Endless(io.RawIOBase):
+        def __iter__(self) -> Iterator[bytes]:  # type: ignore[override]
+            return iter(b'{"instruction": "%s"}\n' % (b"x" * 1000) for _ in range(20_000))
+
+    tracemalloc.start()
+    for line in lines(Endless(), "big"):  # type: ignore[arg-type]
+        line.text("instruction")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2_000_000

@@ -1,0 +1,91 @@
+"""`cappy score` and `cappy select`, as processes of their own."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cappy.scoring import Scorer
+
+Cappy = Callable[..., subprocess.CompletedProcess[str]]
+
+PAIRS = [(f"Say {word}.", word * count) for count, word in enumerate(["ja", "néin", "猫", "oui"] * 75, start=1)]
+
+
+def jsonl(values: list[dict[str, object]]) -> str:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
+def test_score_keeps_order_and_fields_across_chunks_and_gives_the_scorers_numbers(
+    cappy: Cappy, scorer_folder: Path
+) -> None:
+    given: list[dict[str, object]] = [
+        {"id": index, "instruction": instruction, "response": response, "note": "猫"}
+        for index, (instruction, response) in enumerate(PAIRS)
+    ]
+    done = cappy("score", "--scorer", scorer_folder, input="\ufeff" + jsonl(given).replace("\n", "\n\n", 3))
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    scores = [answer.pop("score") for answer in answers]
+    assert answers == given
+    assert scores == pytest.approx(Scorer.load(str(scorer_folder)).score(PAIRS), abs=1e-4)
+    assert len(set(scores)) > 10
+    assert done.stderr == ""
+
+
+def test_select_adds_the_index_the_text_and_all_scores(here: Cappy, scorer_folder: Path, tmp_path: Path) -> None:
+    groups: list[dict[str, object]] = [
+        {"instruction": "Say yes.", "responses": ["yes", "no", "perhaps"]},
+        {"instruction": "Say no.", "responses": ["no"]},
+        {"instruction": "Say it twice.", "responses": ["it", "it", "it it"]},
+    ]
+    source = tmp_path / "groups.jsonl"
+    source.write_text(jsonl(groups))
+    done = here("select", "--scorer", scorer_folder, "--source", source)
+    assert done.returncode == 0, done.stderr
+    scorer = Scorer.load(str(scorer_folder))
+    for line, group in zip(done.stdout.splitlines(), groups, strict=True):
+        answer = json.loads(line)
+        instruction, responses = str(group["instruction"]), list(map(str, group["responses"]))  # type: ignore[call-overload]
+        expected = scorer.select(instruction, responses)
+        assert answer["selected"] == expected.index
+        assert answer["response"] == expected.response
+        assert answer["scores"] == pytest.approx(expected.scores, abs=1e-4)
+        assert answer["instruction"] == instruction
+
+
+def test_one_pair_prints_the_number_and_one_group_prints_the_pick(here: Cappy, scorer_folder: Path) -> None:
+    scorer = Scorer.load(str(scorer_folder))
+    number = here("score", "--scorer", scorer_folder, "--instruction", "Say yes.", "--response", "yes")
+    assert float(number.stdout) == pytest.approx(scorer.score([("Say yes.", "yes")])[0], abs=1e-6)
+    texts = ["no", "yes", "perhaps"]
+    flags = [word for text in texts for word in ("--response", text)]
+    pick = here("select", "--scorer", scorer_folder, "--instruction", "Say yes.", *flags)
+    assert pick.stdout == scorer.select("Say yes.", texts).response + "\n"
+
+
+def test_a_bad_line_is_one_line_on_stderr_and_status_1(here: Cappy, scorer_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "pairs.jsonl"
+    source.write_text('{"instruction": "a", "response": "b"}\n{"instruction": "a"}\n')
+    done = here("score", "--scorer", scorer_folder, "--source", "pairs.jsonl")
+    assert done.returncode == 1
+    assert done.stderr == "cappy score: pairs.jsonl:2: has no field 'response'; add it (fields here: 'instruction')\n"
+
+
+def test_a_missing_file_and_a_missing_scorer_are_one_line_each(here: Cappy, tmp_path: Path) -> None:
+    absent = here("score", "--source", tmp_path / "absent.jsonl")
+    assert absent.stderr.startswith(f"cappy score: {tmp_path}/absent.jsonl: No such file or directory; --source is a")
+    folder = here("score", "--scorer", "absent")
+    assert folder.stderr.startswith("cappy score: absent: no such folder; a scorer is builtin, a folder, hub:")
+    for done in (absent, folder):
+        assert (done.returncode, done.stderr.count("\n"), done.stdout) == (1, 1, "")
+
+
+@pytest.mark.parametrize("verb", ["score", "select"])
+def test_half_of_a_one_off_is_wrong_usage(here: Cappy, verb: str) -> None:
+    for flags in (["--instruction", "a"], ["--response", "a"]):
+        done = here(verb, *flags)
+        assert done.returncode == 2
+        assert "go together" in done.stderr
