@@ -83,7 +83,11 @@ def launch(step: str, settings: str = "", *, fingerprint: str = "", run: str = "
     started it, so that no orphan goes on writing.
     """
     _die_with_parent()
-    config = build(config_class(step), {**decode(settings), **values})
+    try:
+        config = build(config_class(step), {**decode(settings), **values})
+    except CappyError as error:
+        sys.stderr.write(f"cappy {step}: {error}\n")
+        raise SystemExit(1) from error
     started = time.time()
     outcome: dict[str, Any] = {"status": "failed"}
     try:
@@ -108,7 +112,11 @@ def launch(step: str, settings: str = "", *, fingerprint: str = "", run: str = "
             **outcome,
         )
         text = json.dumps(asdict(record), indent=1).encode()
-        write_bytes(record_path(config.work, fingerprint or f"{step}-{os.getpid()}"), text)
+        try:
+            write_bytes(record_path(config.work, fingerprint or f"{step}-{os.getpid()}"), text)
+        except CappyError as error:
+            sys.stderr.write(f"cappy {step}: {error}\n")
+            raise SystemExit(1) from error
     return manifest
 
 

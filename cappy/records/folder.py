@@ -23,6 +23,7 @@ from cappy.records.schema import SCHEMA_VERSION, from_batch, to_table
 MANIFEST = "manifest.json"
 PART_ROWS = 512
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise FolderError(f"{path}: no room left on the disk; {remedy}") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise FolderError(f"{path}: may not be written; choose another --target or mend its rights") from error
+        if error.errno in _NO_PLACE:
+            raise FolderError(f"{path}: cannot be a folder ({error.strerror}); choose another path") from error
         raise
 
 
@@ -201,9 +204,12 @@ def publish(work: Path, target: Path, manifest: Manifest) -> None:
 
     Hard links where the file system allows them, so that publishing costs no room.
     """
-    if target.exists() and not target.is_dir():
-        raise FolderError(f"{target}: is a file; --target must be a folder")
     with disk_errors(target):
+        if target.exists() and not target.is_dir():
+            raise FolderError(f"{target}: is a file; --target must be a folder")
+        (target / MANIFEST).unlink(missing_ok=True)
+        for stale in target.glob("part-*.parquet"):
+            stale.unlink()
         for file in manifest.files:
             path = target / file.name
             path.parent.mkdir(parents=True, exist_ok=True)

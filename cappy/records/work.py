@@ -92,7 +92,10 @@ def _finished(folder: Path, index: int) -> File | None:
     note = _note(folder, index)
     if not note.is_file():
         return None
-    file = File(**json.loads(note.read_text()))
+    try:
+        file = File(**json.loads(note.read_text()))
+    except (ValueError, TypeError):
+        return None
     path = folder / file.name
     return file if path.is_file() and sha256_of(path) == file.sha256 else None
 

@@ -1,0 +1,200 @@
+"""Which split each row belongs to: drawn by group, or given and then held to share no group and no prompt.
+
+A group's place between 0 and 1 is a seeded hash of its id, so that adding rows moves no group: below `test` it is
+test, below `test + validation` validation, and from there on train. Groups that share a prompt (see `prompt_hash`)
+have one place. Where a split that was asked for would stay empty, it gets the group nearest to it, so that as few
+groups as there are splits are enough.
+"""
+
+import hashlib
+import itertools
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cappy.errors import ConfigError, RecordError, shown
+from cappy.preparation import PreparationConfig
+from cappy.preparation.rows import Row
+from cappy.preparation.sources import Source
+from cappy.progress import Progress
+from cappy.records import Instance, prompt_hash
+from cappy.records.instance import SPLITS
+
+Hashes = npt.NDArray[np.uint64]
+Codes = npt.NDArray[np.uint8]
+"""Splits as indexes into SPLITS."""
+
+TRAIN, VALIDATION, TEST = (SPLITS.index(split) for split in ("train", "validation", "test"))
+_TOLD_EVERY = 512
+_PLACES = 2**64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the first reading of a source decided: the split of each row, and its ordinal inside its group."""
+
+    splits: Codes
+    ordinals: npt.NDArray[np.uint32]
+    metrics: Mapping[str, float]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the source."""
+        return len(self.splits)
+
+
+def survey(source: Source, config: PreparationConfig, progress: Progress) -> Plan:
+    """Reads the whole source once, holding a few numbers for each row; RecordError for the first row that is wrong."""
+    ids, groups, prompts, codes, first = _hashes(source, config.seed, progress)
+    if first.has_id and (clash := _repeated(ids)):
+        earlier, later = _rows_at(source, clash)
+        twice = f"id {shown(later.instance.instance_id)} stands at {earlier.where} already"
+        raise RecordError(f"{later.where}: {twice}; give every row its own id")
+    if first.has_split:
+        _check_shared(source, codes, prompts, lambda row: f"instruction {shown(row.instance.instruction)}")
+        _check_shared(source, codes, groups, lambda row: f"group_id {shown(row.instance.group_id)}")
+    else:
+        codes = draw(representatives(groups, prompts), config, source.name)
+    counts = np.bincount(codes, minlength=len(SPLITS))
+    metrics: dict[str, float] = {
+        "instances": float(len(codes)),
+        **{str(split): float(count) for split, count in zip(SPLITS, counts, strict=True)},
+        "duplicates_of_instruction": float(len(prompts) - len(np.unique(prompts))),
+    }
+    return Plan(splits=codes, ordinals=_ordinals(groups), metrics=metrics)
+
+
+def place(rows: Iterator[Row], plan: Plan) -> Iterator[Instance]:
+    """The instances of the rows, with the ids and splits that were left to us.
+
+    Rows beyond the plan stand in a file that grew since; the source notices that itself.
+    """
+    for row, code, ordinal in zip(rows, plan.splits, plan.ordinals, strict=False):
+        instance = row.instance
+        if not row.has_id:
+            instance = replace(instance, instance_id=f"{instance.group_id}-{ordinal}")
+        yield instance if row.has_split else replace(instance, split=SPLITS[code])
+
+
+def draw(places: Hashes, config: PreparationConfig, name: str = "source") -> Codes:
+    """A split for each place by the config's fractions, none of them empty; ConfigError if there are too few groups."""
+    groups = np.unique(places)
+    wanted = 1 + (config.test > 0) + (config.validation > 0)
+    if len(groups) < wanted:
+        remedy = f"give at least {wanted} different instructions, or set --test 0 and --validation 0"
+        raise ConfigError(f"{name}: {len(groups)} group(s) cannot fill {wanted} splits; {remedy}")
+    num_test = _within(groups, config.test)
+    if config.test:
+        num_test = min(max(num_test, 1), len(groups) - wanted + 1)
+    num_held_out = num_test
+    if config.validation:
+        num_held_out = min(max(_within(groups, config.test + config.validation), num_test + 1), len(groups) - 1)
+    ranks = np.searchsorted(groups, places)
+    return np.select([ranks < num_test, ranks < num_held_out], [TEST, VALIDATION], TRAIN).astype(np.uint8)
+
+
+def representatives(groups: Hashes, prompts: Hashes) -> Hashes:
+    """For each row one group of all those that its group is tied to by shared prompts.
+
+    Chosen by the low half of the hash: the place is its high half, and the lowest place of several would be test too
+    often.
+    """
+    parents: dict[int, int] = {}
+
+    def root(group: int) -> int:
+        while (parent := parents.get(group, group)) != group:
+            parents[group] = group = parents.get(parent, parent)
+        return group
+
+    order = np.argsort(prompts, kind="stable")
+    by_prompt, groups_by_prompt = prompts[order], groups[order]
+    tied = (by_prompt[1:] == by_prompt[:-1]) & (groups_by_prompt[1:] != groups_by_prompt[:-1])
+    left, right = groups_by_prompt[:-1][tied].tolist(), groups_by_prompt[1:][tied].tolist()
+    for pair in zip(left, right, strict=True):
+        low, high = sorted(map(root, pair), key=lambda group: (group & 0xFFFF_FFFF, group))
+        parents[high] = low
+    if not parents:
+        return groups
+    members = np.array(sorted({*parents, *parents.values()}), dtype=np.uint64)
+    roots = np.array([root(int(member)) for member in members], dtype=np.uint64)
+    index = np.minimum(np.searchsorted(members, groups), len(members) - 1)
+    return np.where(members[index] == groups, roots[index], groups)
+
+
+def _hashes(source: Source, seed: int, progress: Progress) -> tuple[Hashes, Hashes, Hashes, Codes, Row]:
+    """Hashes of each row's id, group and prompt, its split, and the first row; RecordError if there is none."""
+    ids, groups, prompts, codes = array("Q"), array("Q"), array("Q"), array("B")
+    first: Row | None = None
+    for count, row in enumerate(source.rows()):
+        first = first or row
+        _check_alike(row, first)
+        ids.append(hash64(row.instance.instance_id))
+        groups.append(hash64(f"{seed} {row.instance.group_id}"))
+        prompts.append(prompt_hash(row.instance.instruction))
+        codes.append(SPLITS.index(row.instance.split))
+        if count % _TOLD_EVERY == 0:
+            progress(count, None, unit="instances checked")
+    if first is None:
+        raise RecordError(f"{source.name}: holds no instances; give at least one row with instruction and reference")
+    hashes = (np.frombuffer(values, dtype=np.uint64) for values in (ids, groups, prompts))
+    return *hashes, np.frombuffer(codes, dtype=np.uint8), first  # type: ignore[return-value]
+
+
+def hash64(text: str) -> int:
+    """64 bits of blake2b, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _check_alike(row: Row, first: Row) -> None:
+    for name, here, there in (("split", row.has_split, first.has_split), ("id", row.has_id, first.has_id)):
+        if here != there:
+            mine, first_one = ("gives", "none") if here else ("gives no", "one")
+            remedy = f"give every row its {name}, or none"
+            raise RecordError(f"{row.where}: {mine} {name}, {first.where} gives {first_one}; {remedy}")
+
+
+def _check_shared(source: Source, codes: Codes, keys: Hashes, what: Callable[[Row], str]) -> None:
+    """RecordError for the first row whose key stands in another split already."""
+    if clash := _repeated(keys, codes):
+        earlier, later = _rows_at(source, clash)
+        here, there = later.instance.split, earlier.instance.split
+        remedy = "delete one of the two, or leave out every split to have them drawn"
+        raise RecordError(f"{later.where}: {what(later)} is in {here}, at {earlier.where} in {there}; {remedy}")
+
+
+def _repeated(keys: Hashes, codes: Codes | None = None) -> tuple[int, int] | None:
+    """Two rows of equal keys (and, with `codes`, unequal codes): the pair whose later row comes first."""
+    order = np.argsort(keys, kind="stable")
+    clash = keys[order][1:] == keys[order][:-1]
+    if codes is not None:
+        clash &= codes[order][1:] != codes[order][:-1]
+    if not clash.any():
+        return None
+    later = order[1:][clash]
+    index = int(later.argmin())
+    return int(order[:-1][clash][index]), int(later[index])
+
+
+def _rows_at(source: Source, indexes: tuple[int, int]) -> tuple[Row, Row]:
+    earlier, later = (next(itertools.islice(source.rows(), index, None)) for index in indexes)
+    return earlier, later
+
+
+def _ordinals(groups: Hashes) -> npt.NDArray[np.uint32]:
+    """The ordinal of each row among the rows of its group, from 0."""
+    order = np.argsort(groups, kind="stable")
+    by_group: npt.NDArray[Any] = groups[order]
+    new = np.append(True, by_group[1:] != by_group[:-1])
+    starts = np.maximum.accumulate(np.where(new, np.arange(len(groups)), 0))
+    ordinals = np.empty(len(groups), dtype=np.uint32)
+    ordinals[order] = np.arange(len(groups)) - starts
+    return ordinals
+
+
+def _within(groups: Hashes, share: float) -> int:
+    """How many of the sorted groups lie below this share of all places."""
+    return int(np.searchsorted(groups, np.uint64(min(share * _PLACES, _PLACES - 2048))))

@@ -1,0 +1,305 @@
+"""What the step promises of every source."""
+
+import gzip
+import hashlib
+import json
+import lzma
+import subprocess
+import sys
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cappy.config import build
+from cappy.errors import ConfigError, FolderError
+from cappy.preparation import PreparationConfig, run
+from cappy.records import Candidate, Instance, Manifest, prompt_hash, read, write
+
+E2E = Path(__file__).parents[2].parent / "shared/data/candidates/e2e_nlg.jsonl.gz"
+Prepare = Callable[..., tuple[Manifest, list[Instance]]]
+JsonLines = Callable[..., Path]
+
+
+def test_the_least_that_a_row_may_have_becomes_an_instance(prepare: Prepare, json_lines: JsonLines) -> None:
+    path = json_lines({"instruction": "Add.", "reference": "1"}, name="sums.jsonl")
+    _, (instance,) = prepare(path, test=0, validation=0)
+    group = f"{prompt_hash('Add.'):016x}"
+    assert instance == Instance(
+        instance_id=f"{group}-0", group_id=group, task="sums", instruction="Add.", references=("1",), split="train"
+    )
+
+
+def test_every_field_that_the_record_knows_is_kept_and_others_are_ignored(
+    prepare: Prepare, json_lines: JsonLines
+) -> None:
+    row = {
+        "instance_id": 7, "group_id": "g", "task": "t", "template": "p", "original_task": False, "split": "validation",
+        "instruction": " Pick one. ", "references": ["b", " "], "choices": ["a", "b"], "responses": ["x", " "],
+        "candidates": [
+            {"generator": "m", "response": "y", "decoding": "beam", "seed": 3, "logprob_sum": -2.5, "logprob_mean": -1,
+             "num_tokens": 2, "human_quality": 6.0},
+            {"system": "n", "text": "z"},
+        ],
+        "source": "elsewhere", "nothing": None,
+    }  # fmt: skip
+    _, (instance,) = prepare(json_lines(row))
+    assert instance == Instance(
+        instance_id="7",
+        group_id="g",
+        task="t",
+        template="p",
+        original_task=False,
+        split="validation",
+        instruction=" Pick one. ",
+        references=("b",),
+        choices=("a", "b"),
+        candidates=(
+            Candidate(response="x", revision="imported"),
+            Candidate(response=" ", revision="imported", status="empty"),
+            Candidate(
+                response="y",
+                revision="imported",
+                generator="m",
+                decoding="beam",
+                seed=3,
+                logprob_sum=-2.5,
+                logprob_mean=-1.0,
+                num_tokens=2,
+            ),
+            Candidate(response="z", revision="imported", generator="n"),
+        ),
+    )
+
+
+def test_choices_become_candidates_where_none_are_given(prepare: Prepare, json_lines: JsonLines) -> None:
+    path = json_lines({"instruction": "Yes or no?", "references": "no", "choices": ["yes", "no"]})
+    _, (instance,) = prepare(path, test=0, validation=0)
+    assert instance.candidates == tuple(Candidate(response=text, source="choice") for text in ("yes", "no"))
+
+
+def test_the_same_rows_are_the_same_instances_in_every_format(
+    prepare: Prepare, json_lines: JsonLines, ten_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    plain = json_lines(*ten_rows).read_bytes()
+    for name, content in {
+        "gz.jsonl.gz": gzip.compress(plain),
+        "xz.jsonl.xz": lzma.compress(plain),
+        "misnamed.jsonl.gz": plain,
+        "unnamed": gzip.compress(plain),
+        "bom.jsonl": b"\xef\xbb\xbf" + plain,
+        "blank.jsonl": plain.replace(b"\n", b"\r\n \n\n").rstrip(),
+        "table.csv": "\r\n".join(
+            ["reference,instruction,notes", *(f'{row["reference"]},"{row["instruction"]}",' for row in ten_rows)]
+        ).encode(),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert prepare(tmp_path / name, task="sums")[1] == prepare(tmp_path / "data.jsonl", task="sums")[1], name
+    pq.write_table(pa.Table.from_pylist(ten_rows), tmp_path / "table.parquet")
+    assert prepare(tmp_path / "table.parquet", task="sums")[1] == prepare(tmp_path / "data.jsonl", task="sums")[1]
+
+
+def test_a_cell_of_a_csv_file_may_hold_commas_quotes_and_line_ends(prepare: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text('id,instruction,reference,task\n1,"Say ""a,\nb"".","a,\nb",\n')
+    _, (instance,) = prepare(path, test=0, validation=0)
+    assert (instance.instance_id, instance.task) == ("1", "table")
+    assert (instance.instruction, instance.references) == ('Say "a,\nb".', ("a,\nb",))
+
+
+def test_equal_work_writes_an_equal_manifest_wherever_the_file_lies(
+    json_lines: JsonLines, ten_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    first, second = json_lines(*ten_rows), json_lines(*ten_rows, name="other/data.jsonl")
+    manifests = [
+        run(PreparationConfig(source=str(path), target=tmp_path / f"t{n}", work=tmp_path / f"w{n}"))
+        for n, path in enumerate((first, second))
+    ]
+    assert manifests[0].hash == manifests[1].hash
+    assert str(tmp_path) not in manifests[0].to_json()
+
+
+def test_another_content_name_or_seed_is_other_work(
+    prepare: Prepare, json_lines: JsonLines, ten_rows: list[dict[str, Any]]
+) -> None:
+    path = json_lines(*ten_rows)
+    hashes = {prepare(path)[0].hash, prepare(path, seed=1)[0].hash, prepare(path, task="other")[0].hash}
+    json_lines(*ten_rows, {"instruction": "Add one to 10.", "reference": "11"})
+    grown, instances = prepare(path)
+    assert len(instances) == 11
+    assert len({*hashes, grown.hash}) == 4
+
+
+def test_the_manifest_names_the_file_by_its_sha256_and_counts_what_it_holds(
+    prepare: Prepare, json_lines: JsonLines, ten_rows: list[dict[str, Any]]
+) -> None:
+    path = json_lines(*ten_rows, {**ten_rows[0], "instruction": " add ONE to  0.", "responses": ["1", "2"]})
+    manifest, instances = prepare(path)
+    assert manifest.parents == (hashlib.sha256(path.read_bytes()).hexdigest(),)
+    splits = Counter(instance.split for instance in instances)
+    assert manifest.metrics == {**splits, "instances": 11, "candidates": 2, "duplicates_of_instruction": 1}
+    assert (manifest.step, manifest.seed, manifest.rows, manifest.candidates) == ("preparation", 0, 11, 2)
+
+
+def test_progress_counts_instances_to_the_end(json_lines: JsonLines, ten_rows: list[Any], tmp_path: Path) -> None:
+    told: list[tuple[int, int | None, str]] = []
+
+    def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+        told.append((done, total, unit))
+
+    config = PreparationConfig(
+        source=str(json_lines(*ten_rows)), target=tmp_path / "t", work=tmp_path / "w", part_rows=4
+    )
+    run(config, progress)
+    assert told == [(0, None, "instances checked"), *((n, 10, "instances") for n in (0, 4, 8, 10))]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    json_lines: JsonLines, ten_rows: list[Any], tmp_path: Path
+) -> None:
+    path = json_lines(*ten_rows)
+
+    def append(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+        if unit == "instances" and done == 0:
+            with path.open("a") as file:
+                file.write('{"instruction": "new", "reference": "new"}\n')
+
+    with pytest.raises(FolderError, match=r"^.*data\.jsonl: changed while it was read; run the same command again$"):
+        run(PreparationConfig(source=str(path), target=tmp_path / "t", work=tmp_path / "w"), append)
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_folder_of_records_passes_through_unchanged(prepare: Prepare, tmp_path: Path) -> None:
+    candidate = Candidate(response="r", generator="m", labels={"rougeL": 0.5}, scores={"v": 0.1})
+    given = [
+        Instance(instance_id="a", instruction="i", references=("r",), split="test", candidates=(candidate,)),
+        Instance(instance_id="b", instruction="j", references=("r",), choices=("r", "s"), task="t"),
+    ]
+    parent = write(tmp_path / "records", given)
+    manifest, instances = prepare(tmp_path / "records")
+    assert instances == given
+    assert manifest.parents == (parent.hash,)
+
+
+def test_the_built_in_tasks_keep_their_splits_and_offer_their_choices(prepare: Prepare) -> None:
+    tasks = pytest.importorskip("cappy.builtin.tasks", reason="the built-in tasks are not written yet")
+    manifest, instances = prepare("builtin", num_per_family=12, seed=3)
+    drawn = list(tasks.instances("adaptation", num_per_family=12, seed=3))
+    assert [(i.instance_id, i.split, i.instruction) for i in instances] == [
+        (i.instance_id, i.split, i.instruction) for i in drawn
+    ]
+    assert all([c.response for c in i.candidates] == list(i.choices) for i in instances)
+    assert manifest.parents == ()
+    name = drawn[0].task
+    _, few = prepare("builtin", num_per_family=3, families=(name,))
+    assert {i.task for i in few} == {name}
+
+
+@pytest.mark.skipif(not E2E.exists(), reason="the real pool of E2E responses is not beside the project")
+def test_every_candidate_of_a_real_pool_is_imported(prepare: Prepare) -> None:
+    with gzip.open(E2E, "rt") as file:
+        rows = [json.loads(line) for line in file]
+    manifest, instances = prepare(E2E)
+    assert [i.instance_id for i in instances] == [row["id"] for row in rows]
+    for row, instance in zip(rows, instances, strict=True):
+        assert [(c.generator, c.response) for c in instance.candidates] == [
+            (given["system"], given["text"]) for given in row["candidates"]
+        ]
+    # 56 systems under "all/", and 21 of them once more under "primary/": an import keeps what the file holds.
+    systems = Counter(c.generator.split("/")[0] for i in instances for c in i.candidates)
+    assert (manifest.rows, manifest.candidates, systems) == (630, 48_295, {"all": 35_065, "primary": 13_230})
+    assert {c.revision for i in instances for c in i.candidates} == {"imported"}
+
+
+def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
+    def peak(num_rows: int) -> int:
+        path = tmp_path / f"{num_rows}.jsonl"
+        with path.open("w") as file:
+            for number in range(num_rows):
+                file.write(json.dumps({"instruction": f"{number} {'word ' * 100}", "reference": "r"}) + "\n")
+        config = PreparationConfig(
+            source=str(path), target=tmp_path / f"t{num_rows}", work=tmp_path / "w", part_rows=64
+        )
+        tracemalloc.start()
+        run(config)
+        try:
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(100)
+    small, large = peak(600), peak(2_600)
+    # 2,000 more rows are 1 MB of text; their hashes, splits and ordinals are a few dozen bytes each.
+    assert large - small < 2_000 * 150
+
+
+KILLED = """
+import json, os, signal, sys
+from cappy.config import build
+from cappy.preparation import PreparationConfig, run
+from cappy.records import work
+
+work.code_version = lambda: "the same"
+
+def progress(done, total=None, *, unit="rows", resumed=0):
+    if unit == "instances":
+        print(done, resumed, flush=True)
+        if str(done) == sys.argv[2]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+run(build(PreparationConfig, json.loads(sys.argv[1])), progress)
+"""
+
+
+def test_a_killed_run_resumes_without_doing_finished_parts_again(
+    json_lines: JsonLines, ten_rows: list[Any], tmp_path: Path
+) -> None:
+    # The code version is held, because an edit between the two runs would rightly make them other work.
+    places = {"target": str(tmp_path / "t"), "work": str(tmp_path / "w")}
+    values = json.dumps({"source": str(json_lines(*ten_rows)), **places, "part_rows": 2})
+    command = [sys.executable, "-c", KILLED, values]
+    killed = subprocess.run([*command, "6"], capture_output=True, text=True)
+    assert (killed.returncode, killed.stdout.splitlines()[-1]) == (-9, "6 0")
+    assert not (tmp_path / "t").exists()
+    resumed = subprocess.run([*command, "never"], capture_output=True, text=True, check=True)
+    assert resumed.stdout.splitlines() == ["0 0", "2 2", "4 4", "6 6", "8 6", "10 6"]
+    assert [instance.references for instance in read(tmp_path / "t")] == [(str(n + 1),) for n in range(10)]
+
+
+def test_importing_the_config_loads_nothing_heavy() -> None:
+    program = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'mlflow', 'kfp', 'scipy', 'pandas')))\n"
+        "import cappy.preparation\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"test": 1.0}, "preparation: --test: Input should be less than 1, got 1.0"),
+        ({"validation": -0.1}, "preparation: --validation: Input should be greater than or equal to 0, got -0.1"),
+        ({"test": float("nan")}, "preparation: --test: Input should be less than 1, got nan"),
+        (
+            {"test": 0.6, "validation": 0.4},
+            "preparation: --test 0.6 and --validation 0.4 leave nothing to train on; their sum must be below 1",
+        ),
+        (
+            {"families": ["x"], "source": "in.jsonl"},
+            "preparation: --families chooses among the built-in tasks; leave it out with a --source",
+        ),
+        ({"source": ""}, "preparation: --source: String should have at least 1 character, got ''"),
+        ({"pool": "llm"}, "preparation: --pool: Input should be 'adaptation' or 'pretraining', got 'llm'"),
+    ],
+)
+def test_a_wrong_setting_is_named_in_one_line(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build(PreparationConfig, {"target": "t", **values})
+    assert str(error.value) == message

@@ -1,0 +1,125 @@
+"""Every field of the record survives the disk, and the schema only grows."""
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cappy.errors import RecordError
+from cappy.records.instance import SOURCES, SPLITS, STATUSES, Candidate, Instance, prompt_hash
+from cappy.records.schema import SCHEMA, from_batch, to_table
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+full = texts.map(lambda text: f"{text}.")
+numbers = st.floats(allow_nan=False)
+metrics = st.dictionaries(texts, numbers, max_size=3)
+candidates = st.builds(
+    Candidate,
+    response=texts,
+    source=st.sampled_from(SOURCES),
+    generator=texts,
+    revision=texts,
+    decoding=texts,
+    seed=st.none() | st.integers(-(2**63), 2**63 - 1),
+    status=st.sampled_from(STATUSES),
+    logprob_sum=st.none() | numbers,
+    logprob_mean=st.none() | numbers,
+    num_tokens=st.none() | st.integers(0, 2**31 - 1),
+    labels=metrics,
+    scores=metrics,
+)
+instances = st.builds(
+    Instance,
+    instance_id=full,
+    instruction=full,
+    references=st.lists(full, min_size=1, max_size=3).map(tuple),
+    group_id=full,
+    task=texts,
+    template=texts,
+    original_task=st.booleans(),
+    split=st.sampled_from(SPLITS),
+    choices=st.lists(texts, max_size=3).map(tuple),
+    candidates=st.lists(candidates, max_size=3).map(tuple),
+)
+
+
+def back(table: pa.Table) -> list[Instance]:
+    return [instance for batch in table.to_batches() for instance in from_batch(batch)]
+
+
+@given(st.lists(instances, max_size=4))
+def test_every_field_survives_the_round_trip(given_instances: list[Instance]) -> None:
+    assert back(to_table(given_instances)) == given_instances
+
+
+def test_every_field_of_the_record_has_a_column() -> None:
+    candidate = SCHEMA.field("candidates").type.value_type
+    assert set(SCHEMA.names) == set(Instance.__dataclass_fields__)
+    assert {field.name for field in candidate} == set(Candidate.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("column", sorted(set(SCHEMA.names) - {"instance_id", "instruction", "references"}))
+def test_a_part_written_before_a_column_was_added_reads_with_its_default(column: str) -> None:
+    instance = Instance(
+        instance_id="a",
+        instruction="i",
+        references=("r",),
+        group_id="g",
+        task="t",
+        template="p",
+        original_task=False,
+        split="test",
+        choices=("r", "s"),
+        candidates=(Candidate(response="r"),),
+    )
+    default: Any = getattr(Instance(instance_id="a", instruction="i", references=("r",)), column)
+    (old,) = back(to_table([instance]).drop_columns([column]))
+    assert getattr(old, column) == default != getattr(instance, column)
+    assert all(getattr(old, name) == getattr(instance, name) for name in SCHEMA.names if name != column)
+
+
+def test_a_candidate_written_before_a_field_was_added_reads_with_its_default() -> None:
+    rows = [{"instance_id": "a", "instruction": "i", "references": ["r"], "candidates": [{"response": "x"}]}]
+    (old,) = back(pa.Table.from_pylist(rows))
+    assert old.candidates == (Candidate(response="x"),)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"instruction": " \n"}, "instance 'a': instruction is empty; give it a text"),
+        ({"references": ("", " ")}, "instance 'a': no reference; give at least one accepted answer"),
+        ({"references": ()}, "instance 'a': no reference; give at least one accepted answer"),
+        ({"split": "dev"}, "instance 'a': split must be one of train, validation, test, got 'dev'"),
+    ],
+)
+def test_an_instance_that_could_not_be_judged_cannot_be_made(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecordError) as error:
+        Instance(**{"instance_id": "a", "instruction": "i", "references": ("r",), **values})
+    assert str(error.value) == message
+
+
+def test_a_candidate_of_an_unknown_source_or_status_cannot_be_made() -> None:
+    with pytest.raises(RecordError, match=r"^source must be one of reference, choice, mismatch, llm, got 'gold'$"):
+        Candidate(response="x", source="gold")  # type: ignore[arg-type]
+    with pytest.raises(RecordError, match=r"^status must be one of ok, empty, refused, failed, got 'late'$"):
+        Candidate(response="x", status="late")  # type: ignore[arg-type]
+
+
+def test_an_instance_without_a_group_is_its_own_group() -> None:
+    assert Instance(instance_id="a", instruction="i", references=("r",)).group_id == "a"
+
+
+def test_a_selector_sees_sampled_responses_and_choices_that_are_ok_and_nothing_else() -> None:
+    pool = tuple(Candidate(response="x", source=source, status=status) for source in SOURCES for status in STATUSES)
+    instance = Instance(instance_id="a", instruction="i", references=("r",), candidates=pool)
+    assert {(c.source, c.status) for c in instance.selectable} == {("llm", "ok"), ("choice", "ok")}
+
+
+@given(texts, texts)
+def test_prompts_that_differ_only_in_case_white_space_or_unicode_form_hash_alike(left: str, right: str) -> None:
+    assert prompt_hash(f"{left} {right}") == prompt_hash(f"  {left}\n\t{right} ")
+    assert prompt_hash("Add \u00e9 \ufb01") == prompt_hash("ADD e\u0301 fi") != prompt_hash("Add e fi")
+    assert 0 <= prompt_hash(left) < 2**64

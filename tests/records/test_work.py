@@ -1,0 +1,177 @@
+"""Work is done once, part by part, by one process at a time, and survives being killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cappy.config import code_version
+from cappy.errors import FolderError
+from cappy.progress import silent
+from cappy.records import File, Instance, Manifest, read
+from cappy.records import work as work_module
+from cappy.records.work import claim, finish, process
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from cappy.records import work
+work.code_version = lambda: sys.argv[2]
+with work.claim(Path(sys.argv[1]), "step", {"a": 1}):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def instances(count: int = 10) -> Iterator[Instance]:
+    for number in range(count):
+        yield Instance(instance_id=str(number), instruction=f"i{number}", references=("r",))
+
+
+class Counting:
+    """A transform that remembers which instances it was given, and fails at one."""
+
+    def __init__(self, fail_at: str = "") -> None:
+        self.seen: list[str] = []
+        self._fail_at = fail_at
+
+    def __call__(self, part: list[Instance]) -> list[Instance]:
+        for instance in part:
+            if instance.instance_id == self._fail_at:
+                raise RuntimeError("killed")
+            self.seen.append(instance.instance_id)
+        return part
+
+
+def do(work: Path, transform: Counting, **known: Any) -> tuple[File, ...]:
+    with claim(work, "step", {"a": 1}) as folder:
+        return process(instances(), folder, transform, part_rows=3, progress=known.get("progress", silent), total=10)
+
+
+def test_a_second_start_does_the_unfinished_parts_only(tmp_path: Path) -> None:
+    first, second, third = Counting(fail_at="7"), Counting(), Counting()
+    with pytest.raises(RuntimeError):
+        do(tmp_path, first)
+    files = do(tmp_path, second)
+    assert first.seen == list("0123456")
+    assert second.seen == list("6789")
+    assert do(tmp_path, third) == files
+    assert third.seen == []
+    assert [file.rows for file in files] == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("damage", ["part", "no part", "no note"])
+def test_a_damaged_part_is_done_again_and_no_other(tmp_path: Path, damage: str) -> None:
+    files = do(tmp_path, Counting())
+    (folder,) = (tmp_path / "step").iterdir()
+    part, note = folder / files[1].name, folder / ".part-00001.json"
+    if damage == "part":
+        part.write_bytes(part.read_bytes()[:-1])
+    else:
+        (part if damage == "no part" else note).unlink()
+    again = Counting()
+    assert do(tmp_path, again) == files
+    assert again.seen == list("345")
+
+
+def test_progress_tells_what_an_earlier_start_had_finished(tmp_path: Path) -> None:
+    told: list[tuple[int, int | None, int]] = []
+
+    def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+        told.append((done, total, resumed))
+
+    with pytest.raises(RuntimeError):
+        do(tmp_path, Counting(fail_at="4"))
+    do(tmp_path, Counting(), progress=progress)
+    assert told == [(0, 10, 0), (3, 10, 3), (6, 10, 3), (9, 10, 3), (10, 10, 3)]
+
+
+def test_other_steps_settings_and_parents_are_other_work(tmp_path: Path) -> None:
+    asked: list[tuple[str, dict[str, Any], list[str]]] = [
+        ("step", {"a": 1}, []),
+        ("step", {"a": 2}, []),
+        ("step", {"a": 1}, ["p"]),
+        ("step", {"a": 1}, ["p", "q"]),
+        ("other", {"a": 1}, []),
+    ]
+    folders = []
+    for step, config, parents in asked:
+        with claim(tmp_path, step, config, parents) as folder:
+            folders.append(folder)
+    assert len(set(folders)) == len(asked)
+    with claim(tmp_path, "step", {"a": 1}) as again:
+        assert again == folders[0]
+
+
+def test_finished_work_is_published_whole_with_the_manifest(tmp_path: Path) -> None:
+    with claim(tmp_path / "w", "step", {}) as folder:
+        files = process(instances(), folder, Counting(), part_rows=4, progress=silent)
+        manifest = finish(folder, tmp_path / "t", Manifest(step="step", files=files))
+    assert list(read(tmp_path / "t")) == list(instances())
+    assert manifest.rows == 10
+    names = sorted(path.name for path in (tmp_path / "t").iterdir())
+    assert names == ["manifest.json", *(f"part-0000{n}.parquet" for n in range(3))]
+
+
+@contextmanager
+def holder(work: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the work, under this code version: an edit meanwhile would make it other work."""
+    other = subprocess.Popen([sys.executable, "-c", HOLD, work, code_version()], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    with other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            yield other
+        finally:
+            other.kill()
+
+
+def test_a_second_process_waits_and_then_names_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work_module, "WAIT_SECONDS", 0.5)
+    with holder(tmp_path) as other:
+        started = time.monotonic()
+        with pytest.raises(FolderError) as error, claim(tmp_path, "step", {"a": 1}):
+            pytest.fail("two processes hold the same work")
+        assert time.monotonic() - started >= 0.5
+        (folder,) = (tmp_path / "step").iterdir()
+        remedy = "wait for it, or stop it and run the same command again"
+        assert str(error.value) == f"{folder}: process {other.pid} is doing this very work; {remedy}"
+        with claim(tmp_path, "step", {"a": 2}):
+            pass
+
+
+def test_the_lock_falls_with_its_holder_however_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work_module, "WAIT_SECONDS", 5.0)
+    with holder(tmp_path) as other:
+        os.kill(other.pid, signal.SIGKILL)
+        with claim(tmp_path, "step", {"a": 1}) as folder:
+            assert (folder / ".lock").read_text() == str(os.getpid())
+    with pytest.raises(RuntimeError), claim(tmp_path, "step", {"a": 1}):
+        raise RuntimeError
+    with claim(tmp_path, "step", {"a": 1}):
+        pass
+
+
+def test_a_note_that_does_not_fit_its_part_does_the_part_again(tmp_path: Path) -> None:
+    files = do(tmp_path, Counting())
+    (folder,) = (tmp_path / "step").iterdir()
+    note = folder / ".part-00000.json"
+    note.write_text(json.dumps({"name": files[0].name, "sha256": "0" * 64}))
+    again = Counting()
+    assert do(tmp_path, again) == files
+    assert again.seen == list("012")
+
+
+def test_a_note_that_is_damaged_does_its_part_again(tmp_path: Path) -> None:
+    files = do(tmp_path, Counting())
+    (folder,) = (tmp_path / "step").iterdir()
+    (folder / ".part-00000.json").write_text("{")
+    assert do(tmp_path, Counting()) == files

@@ -1,0 +1,139 @@
+"""Settings are refused in one line, travel as one word, and are the same work wherever they lie."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+from cappy.config import (
+    DEFAULT_WORK,
+    Location,
+    Work,
+    build,
+    code_version,
+    decode,
+    encode,
+    fingerprint,
+    identity,
+    settings,
+    to_values,
+)
+from cappy.errors import ConfigError, shown
+
+
+@settings
+class TrialConfig:
+    """Settings of no step."""
+
+    source: Annotated[Location, Field(description="Somewhere")]
+    target: Location
+    rate: Annotated[float, Field(gt=0, le=1, description="A fraction")] = 0.5
+    kind: Literal["mse", "bce"] = "bce"
+    names: tuple[str, ...] = ()
+    work: Work = DEFAULT_WORK
+
+    def __post_init__(self) -> None:
+        if "bad" in self.names:
+            raise ValueError("names may not hold 'bad'")
+
+
+PLACES = {"source": "s", "target": "t"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rate": 0}, "trial: --rate: Input should be greater than 0, got 0"),
+        ({"rate": "x" * 99}, "trial: --rate: Input should be a valid number, unable to parse string as a number, got "),
+        ({"kind": "hinge"}, "trial: --kind: Input should be 'mse' or 'bce', got 'hinge'"),
+        ({"names": ["a", 1]}, "trial: --names.1: Input should be a valid string, got 1"),
+        ({"num_steps": 3}, "trial: --num-steps: Unexpected keyword argument, got 3"),
+        ({"target": None}, "trial: --target: Input is not a valid path for <class 'pathlib.Path'>, got None"),
+        ({"names": ["bad"]}, "trial: --TrialConfig: names may not hold 'bad'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_flag_and_rule(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build(TrialConfig, {**PLACES, **values})
+    assert str(error.value).startswith(message)
+    assert len(str(error.value)) < 200
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_value_is_named_without_a_value() -> None:
+    with pytest.raises(ConfigError) as error:
+        build(TrialConfig, {"source": "s"})
+    assert str(error.value) == "trial: --target: Field required"
+
+
+def test_settings_are_frozen_and_by_name_only() -> None:
+    config = build(TrialConfig, PLACES)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rate = 0.1
+    with pytest.raises(Exception, match="positional"):
+        TrialConfig("s", "t")  # type: ignore[misc]
+
+
+def test_identity_is_what_is_computed_and_not_where() -> None:
+    here = build(TrialConfig, {**PLACES, "rate": 0.25})
+    there = build(TrialConfig, {"source": "x", "target": "y", "work": "z", "rate": 0.25})
+    assert identity(here) == identity(there) == {"rate": 0.25, "kind": "bce", "names": []}
+    assert set(to_values(here)) == {"source", "target", "rate", "kind", "names", "work"}
+
+
+def test_values_build_the_config_that_they_came_from() -> None:
+    config = build(TrialConfig, {**PLACES, "names": ["a", "b"], "rate": 1})
+    assert build(TrialConfig, decode(encode(to_values(config)))) == config
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), json_values, max_size=4))
+def test_encoded_settings_are_one_plain_word_and_decode_to_themselves(values: dict[str, Any]) -> None:
+    word = encode(values)
+    assert re.fullmatch(r"[A-Za-z0-9_=-]+", word)
+    assert decode(word) == values
+
+
+def test_no_text_means_no_settings() -> None:
+    assert decode("") == {}
+
+
+@pytest.mark.parametrize("text", ["{}", "é", "abc", "AAAA", encode({"a": 1})[:-3]])
+def test_what_encode_did_not_write_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        decode(text)
+    remedy = "write them with cappy.config.encode"
+    assert str(error.value) == f"settings: not an encoded JSON ({shown(text)}); {remedy}"
+
+
+def test_encoded_settings_must_be_an_object() -> None:
+    with pytest.raises(ConfigError, match=r"^settings: must hold an object, got \[1\]$"):
+        decode("WzFd")
+
+
+def test_fingerprints_do_not_depend_on_the_order_of_names() -> None:
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 2, "b": 1})
+    assert fingerprint("a", "b") != fingerprint("ab")
+
+
+def test_the_code_version_is_one_hash_that_does_not_change_while_running() -> None:
+    assert re.fullmatch(r"[0-9a-f]{64}", code_version())
+    assert code_version() == code_version()
+
+
+@pytest.mark.parametrize("value", ["x" * 500, "a\nb", "\ud800", ["\n"] * 90, Path("\n")])
+def test_a_shown_value_fits_into_one_line(value: object) -> None:
+    assert len(shown(value)) <= 60
+    assert "\n" not in shown(value)
+    shown(value).encode()

@@ -1,0 +1,213 @@
+"""A worker starts a step, tells how far it is, leaves a record, and never outlives its parent."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cappy.config import encode
+from cappy.progress import FileProgress, State, read_state
+from cappy.records import read_manifest
+from cappy.steps import (
+    PARENT_VARIABLE,
+    PROGRESS_VARIABLE,
+    STEPS,
+    config_class,
+    hold_parent_lock,
+    launch,
+    read_record,
+    record_path,
+    runner,
+)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A file that the preparation step can read."""
+    path = tmp_path / "in.jsonl"
+    rows = ({"instruction": f"Add {number}.", "reference": "1"} for number in range(6))
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_has_a_config_of_its_name_and_a_run(step: str) -> None:
+    assert config_class(step).__name__ == f"{step.capitalize()}Config"
+    assert callable(runner(step))
+
+
+def test_a_launched_step_does_its_work_and_leaves_a_record(source: Path, tmp_path: Path) -> None:
+    word = encode({"seed": 3, "work": str(tmp_path / "w")})
+    manifest = launch("preparation", word, fingerprint="f", run="r", source=str(source), target=str(tmp_path / "t"))
+    assert read_manifest(tmp_path / "t") == manifest
+    record = read_record(tmp_path / "w", "f")
+    assert record is not None
+    assert (record.step, record.fingerprint, record.run, record.status) == ("preparation", "f", "r", "done")
+    assert (record.manifest_hash, record.target, record.error) == (manifest.hash, str(tmp_path / "t"), "")
+    assert record.metrics == manifest.metrics
+    assert (record.config["seed"], record.config["source"]) == (3, str(source))
+    assert record.seconds >= 0
+    assert read_record(tmp_path / "w", "g") is None
+
+
+def test_values_given_by_name_stand_above_the_encoded_ones(source: Path, tmp_path: Path) -> None:
+    word = encode({"seed": 3, "work": str(tmp_path / "w")})
+    assert launch("preparation", word, source=str(source), target=str(tmp_path / "t"), seed=4).seed == 4
+
+
+def test_an_error_that_a_person_can_mend_is_one_line_and_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    word = encode({"work": str(tmp_path / "w")})
+    with pytest.raises(SystemExit) as ended:
+        launch("preparation", word, fingerprint="f", source=str(tmp_path / "none"), target=str(tmp_path / "t"))
+    assert ended.value.code == 1
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err.startswith(f"cappy preparation: {tmp_path / 'none'}: no such file or folder; ")
+    assert written.err.count("\n") == 1
+    record = read_record(tmp_path / "w", "f")
+    assert record is not None
+    assert (record.status, record.manifest_hash) == ("failed", "")
+    assert f"cappy preparation: {record.error}\n" == written.err
+
+
+def test_a_defect_keeps_its_traceback_and_leaves_a_record(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(config: object, progress: object) -> None:
+        raise ZeroDivisionError("by us")
+
+    monkeypatch.setattr("cappy.preparation.run", broken)
+    with pytest.raises(ZeroDivisionError):
+        launch("preparation", fingerprint="f", source=str(source), target=str(tmp_path / "t"), work=str(tmp_path / "w"))
+    record = read_record(tmp_path / "w", "f")
+    assert record is not None
+    assert (record.status, record.error) == ("failed", "ZeroDivisionError: by us")
+
+
+def test_a_record_without_a_fingerprint_is_named_by_the_process(source: Path, tmp_path: Path) -> None:
+    launch("preparation", source=str(source), target=str(tmp_path / "t"), work=str(tmp_path / "w"))
+    assert record_path(tmp_path / "w", f"preparation-{os.getpid()}").is_file()
+
+
+def test_a_launched_step_tells_its_progress_to_a_file(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PROGRESS_VARIABLE, str(tmp_path))
+    launch("preparation", source=str(source), target=str(tmp_path / "t"), work=str(tmp_path / "w"))
+    state = read_state(tmp_path / "preparation.json")
+    assert state is not None
+    assert (state.done, state.total, state.unit) == (6, 6, "instances")
+
+
+PARENT = """
+import os, subprocess, sys
+from pathlib import Path
+from cappy.steps import hold_parent_lock
+hold_parent_lock(Path(sys.argv[1]))
+child = subprocess.Popen([sys.executable, "-c", sys.argv[2], sys.argv[1]])
+print(child.pid, flush=True)
+child.wait()
+"""
+CHILD = """
+import os, sys, time
+from cappy import steps
+os.environ[steps.PARENT_VARIABLE] = sys.argv[1]
+def endless(config, progress):
+    from pathlib import Path
+    Path(sys.argv[1] + ".started").touch()
+    time.sleep(60)
+steps.runner = lambda step: endless
+steps.launch("preparation", target=sys.argv[1] + ".t", work=sys.argv[1] + ".w")
+"""
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that ended and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="tells the living from the dead by /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_step_dies_with_its_parent_however_it_ends(tmp_path: Path, how: signal.Signals) -> None:
+    lock = tmp_path / "lock"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, lock, CHILD], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent:
+        child = int(parent.stdout.readline())
+        wait_until(Path(f"{lock}.started").exists)
+        time.sleep(0.3)
+        assert alive(child), "the step must live as long as its parent"
+        os.kill(parent.pid, how)
+        wait_until(lambda: not alive(child))
+    assert PARENT_VARIABLE not in os.environ
+
+
+def test_the_parents_lock_is_not_inherited_by_its_children(tmp_path: Path) -> None:
+    descriptor = hold_parent_lock(tmp_path / "lock")
+    try:
+        assert not os.get_inheritable(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def test_rates_count_only_what_this_start_did() -> None:
+    state = State(done=60, total=100, unit="rows", resumed=40, started=10.0, updated=20.0)
+    assert (state.per_second, state.seconds_left) == (2.0, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "updated", "left"),
+    [(5, None, 20.0, None), (0, 10, 20.0, None), (5, 10, 10.0, None), (12, 10, 20.0, 0.0)],
+)
+def test_the_time_left_is_known_only_with_a_total_and_a_rate(
+    done: int, total: int | None, updated: float, left: float | None
+) -> None:
+    state = State(done=done, total=total, unit="rows", resumed=0, started=10.0, updated=updated)
+    assert state.seconds_left == left
+
+
+def test_progress_in_a_file_is_written_at_most_five_times_a_second_and_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    progress = FileProgress(path)
+    assert read_state(path) is None
+    progress(0, 1_000, unit="pairs", resumed=0)
+    for done in range(1, 50):
+        progress(done, 1_000, unit="pairs")
+    state = read_state(path)
+    assert state is not None
+    assert (state.done, state.total, state.unit) == (0, 1_000, "pairs")
+    progress(1_000, 1_000, unit="pairs", resumed=400)
+    state = read_state(path)
+    assert state is not None
+    assert (state.done, state.resumed) == (1_000, 400)
+    assert state.updated >= state.started
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p.json"]
+
+
+@pytest.mark.parametrize("word", ["{}", encode({"seed": "x"})])
+def test_wrong_settings_are_one_line_and_status_1_before_anything_is_done(
+    tmp_path: Path, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        launch("preparation", word, target=str(tmp_path / "t"), work=str(tmp_path / "w"))
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("cappy preparation: ")
+    assert not (tmp_path / "t").exists()
