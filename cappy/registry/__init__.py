@@ -1,0 +1,49 @@
+"""The registry: what was run, which scorers there are, which of them is served. MLflow loads with the first call."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from cappy.registry.models import Version
+
+__all__ = ["Version", "champion", "download", "resolve", "rollback", "track_run"]
+
+MODELS = Path(".cappy/models")
+
+
+def resolve(spec: str, *, tracking_uri: str = "") -> Version:
+    """The version that `models:/name@alias` or `models:/name/number` names; RegistryError if there is none."""
+    from cappy.registry import versions
+
+    return versions.resolve(spec, tracking_uri=tracking_uri)
+
+
+def champion(name: str, *, tracking_uri: str = "") -> Version | None:
+    """The champion of a registered model, or None; without a database yet, MLflow is not even imported."""
+    from cappy.registry.address import no_database_yet
+
+    if no_database_yet(tracking_uri):
+        return None
+    from cappy.registry import versions
+
+    return versions.champion(name, tracking_uri=tracking_uri)
+
+
+def download(spec: str, *, tracking_uri: str = "", cache: Path = MODELS) -> Path:
+    """The local folder of a registered scorer, every file's sha256 checked; downloaded once per content."""
+    from cappy.registry import versions
+
+    return versions.download(spec, tracking_uri=tracking_uri, cache=cache)
+
+
+def rollback(name: str, *, tracking_uri: str = "") -> Version:
+    """Gives the champion's alias back to its predecessor and returns that version; RegistryError without one."""
+    from cappy.registry import versions
+
+    return versions.rollback(name, tracking_uri=tracking_uri)
+
+
+def track_run(fingerprints: Mapping[str, str], settings: str = "", *, run: str, state: str = "SUCCEEDED") -> None:
+    """Tells MLflow what every step of a pipeline run did; a RegistryError ends the process with its one line."""
+    from cappy.registry import tracking
+
+    tracking.track_run(fingerprints, settings, run=run, state=state)

@@ -1,0 +1,65 @@
+"""The door to MLflow: a client that is known to reach it, and its errors as one line."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Before MLflow is imported: it reads pickles unless told otherwise, and reports usage to its makers.
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+import sqlalchemy.exc
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from cappy.errors import RegistryError, shown
+from cappy.registry.address import artifact_root, check, database, without_password
+
+__all__ = ["MlflowException", "connected", "experiment_id"]
+
+
+@contextlib.contextmanager
+def connected(tracking_uri: str) -> Iterator[Any]:
+    """An MlflowClient for a block whose MLflow errors become RegistryError; fails within seconds if unreachable."""
+    address = check(tracking_uri)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    try:
+        with _alone(database(address)), warnings.catch_warnings():
+            # MLflow 3.17 uses a loader that SQLAlchemy 2.1 warns of, once, when its store is loaded.
+            warnings.simplefilter("ignore")
+            client = MlflowClient(tracking_uri=address, registry_uri=address)
+            client.search_experiments(max_results=1)
+        yield client
+    except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
+        reason = without_password(" ".join(str(error).split()))
+        raise RegistryError(
+            f"{without_password(address)}: MLflow refused ({shown(reason, 200)}); see its log, then run again"
+        ) from error
+
+
+def experiment_id(client: Any, name: str, tracking_uri: str) -> str:
+    """The experiment with this name, made if it is missing."""
+    with _alone(database(tracking_uri)):
+        found = client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        return str(client.create_experiment(name, artifact_location=artifact_root(tracking_uri)))
+
+
+@contextlib.contextmanager
+def _alone(path: Path | None) -> Iterator[None]:
+    """One process at a time makes the tables of a SQLite file: two at once would both find them missing."""
+    if path is None:
+        yield
+        return
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,42 @@
+"""A registered version, as the rest of the house sees it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+MANIFEST_TAG = "cappy.manifest"
+FORMER_TAG = "cappy.former"
+RUN_TAG = "cappy.run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """A version of a registered model; `source` is where its files lie, `aliases` what points at it."""
+
+    name: str
+    number: int
+    source: str
+    aliases: tuple[str, ...] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def uri(self) -> str:
+        """Its spec, which no alias can move."""
+        return f"models:/{self.name}/{self.number}"
+
+    @property
+    def manifest_hash(self) -> str:
+        """Hash of the scorer's manifest, and through it of every file; empty if another tool registered it."""
+        return self.tags.get(MANIFEST_TAG, "")
+
+    @property
+    def former(self) -> str:
+        """Number of the version that was champion before this one; empty if there was none."""
+        return self.tags.get(FORMER_TAG, "")
+
+    @property
+    def served_as(self) -> str:
+        """The spec to serve it by: its alias, so that the service follows the gate; its number without one."""
+        alias = next((alias for alias in (CHAMPION, CHALLENGER) if alias in self.aliases), "")
+        return f"models:/{self.name}@{alias}" if alias else self.uri

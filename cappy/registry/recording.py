@@ -1,0 +1,137 @@
+"""Puts a scorer into MLflow: its folder, its model card, a signature, and the version that points at them."""
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas  # type: ignore[import-untyped]
+
+from cappy import __version__
+from cappy.records import Manifest
+from cappy.records.folder import MANIFEST
+from cappy.registry.card import model_card
+from cappy.registry.client import MlflowException, connected, experiment_id
+from cappy.registry.models import CHALLENGER, CHAMPION, MANIFEST_TAG, RUN_TAG, Version
+from cappy.registry.registration import RegistrationConfig
+from cappy.registry.tracking import step_run
+from cappy.registry.versions import SCORER_PATH, find, find_content
+
+MODEL = "model"
+REQUIREMENTS = [f"cappy-scorer=={__version__}", "torch>=2.10", "transformers>=5,<6", "safetensors", "mlflow>=3.16.1,<4"]
+EXAMPLE = {"instruction": "Translate to French: cat", "response": "chat"}
+
+
+def register(config: RegistrationConfig, scorer: Manifest, report: Mapping[str, Any], folder: Path) -> Version:
+    """The version that holds this scorer, made if there is none; it is challenger unless it is champion.
+
+    Files are staged under `folder`. A version whose files are gone from the artifact store gets them again.
+    """
+    with connected(config.tracking_uri) as client:
+        known = find_content(client, config.name, scorer.hash)
+        if known is None:
+            known = _create(client, config, scorer, report, folder)
+        elif not _complete(client, known, config.scorer, scorer):
+            _upload(client, known.tags["cappy.mlflow_run"], config, scorer, report, folder)
+        if not {CHAMPION, CHALLENGER} & set(known.aliases):
+            client.set_registered_model_alias(config.name, CHALLENGER, str(known.number))
+        return find(client, config.name, str(known.number)) or known
+
+
+def _create(
+    client: Any, config: RegistrationConfig, scorer: Manifest, report: Mapping[str, Any], folder: Path
+) -> Version:
+    experiment = experiment_id(client, config.experiment, config.tracking_uri)
+    run_id = step_run(client, experiment, config.pipeline_run, "registration")
+    _upload(client, run_id, config, scorer, report, folder)
+    try:
+        client.create_registered_model(config.name, description="Scores how correct a response is.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    made = client.create_model_version(
+        config.name,
+        source=f"{client.get_run(run_id).info.artifact_uri}/{MODEL}",
+        run_id=run_id,
+        tags={
+            MANIFEST_TAG: scorer.hash,
+            RUN_TAG: config.pipeline_run,
+            "cappy.mlflow_run": run_id,
+            "cappy.code": scorer.code[:12],
+            **{f"cappy.{name}": f"{mean:.4f}" for name, mean in _means(report).items()},
+        },
+        description=model_card(config.name, scorer, report).partition("# ")[2],
+    )
+    client.set_terminated(run_id)
+    found = find(client, config.name, str(made.version))
+    assert found is not None  # noqa: S101 (it was made a line above)
+    return found
+
+
+def _upload(
+    client: Any, run_id: str, config: RegistrationConfig, scorer: Manifest, report: Mapping[str, Any], folder: Path
+) -> None:
+    """Logs the scorer as an MLflow model (code by path, no pickle), with its card, and the report beside it."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".stage-") as staged:
+        plain, model = Path(staged) / "scorer", Path(staged) / MODEL
+        _link(config.scorer, plain, [MANIFEST, *(file.name for file in scorer.files)])
+        _save(plain, model)
+        (model / "MODEL_CARD.md").write_text(model_card(config.name, scorer, report), encoding="utf-8")
+        client.log_artifacts(run_id, str(model), MODEL)
+    client.log_artifacts(run_id, str(config.report), "report")
+
+
+def _save(scorer: Path, target: Path) -> None:
+    """Writes the MLflow model that holds a scorer folder, with the signature instruction, response -> score."""
+    with warnings.catch_warnings():
+        # MLflow warns of its own type hints when pyfunc is imported.
+        warnings.simplefilter("ignore")
+        import mlflow.pyfunc
+        from mlflow.models import ModelSignature
+        from mlflow.types import ColSpec, DataType, Schema
+
+        mlflow.pyfunc.save_model(
+            str(target),
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            artifacts={"scorer": str(scorer)},
+            signature=ModelSignature(
+                inputs=Schema([ColSpec(DataType.string, name) for name in EXAMPLE]),
+                outputs=Schema([ColSpec(DataType.double, "score")]),
+            ),
+            input_example=pandas.DataFrame([EXAMPLE]),
+            pip_requirements=REQUIREMENTS,
+        )
+
+
+def _link(source: Path, target: Path, names: list[str]) -> None:
+    for name in names:
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source / name, path)
+        except OSError:
+            shutil.copyfile(source / name, path)
+
+
+def _complete(client: Any, version: Version, folder: Path, scorer: Manifest) -> bool:
+    """Whether the artifact store still has every file, with its size; content is verified on download."""
+    top = f"{MODEL}/{SCORER_PATH}"
+    run_id = version.tags["cappy.mlflow_run"]
+    parents = {str(Path(top) / Path(file.name).parent) for file in scorer.files}
+    sizes = {item.path: item.file_size for parent in parents for item in client.list_artifacts(run_id, parent)}
+    names = [MANIFEST, *(file.name for file in scorer.files)]
+    return all(sizes.get(f"{top}/{name}") == (folder / name).stat().st_size for name in names)
+
+
+def _means(report: Mapping[str, Any]) -> dict[str, float]:
+    """The mean label of the selectors that people ask for, by metric and selector."""
+    metric = report.get("metric", "label")
+    selectors = report.get("selectors", {})
+    return {
+        f"{metric}_{name}": selectors[name]["estimate"]["mean"]
+        for name in ("scorer", "random", "mbr", "hybrid_mbr")
+        if name in selectors
+    }

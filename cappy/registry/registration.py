@@ -1,0 +1,89 @@
+"""Registration: a scorer and its report become a version of the registry, the challenger."""
+
+import json
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, code_version, identity, settings
+from cappy.errors import FolderError
+from cappy.progress import Progress, silent
+from cappy.records import Manifest, read_manifest
+from cappy.records.folder import describe_files, verify, write_bytes
+
+PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".pickle", ".pkl", ".pt", ".pth"})
+
+TrackingUri = Annotated[
+    str, LOCATION, Field(description="MLflow's address; empty for MLFLOW_TRACKING_URI, else .cappy/mlflow.db")
+]
+
+
+@settings
+class RegistrationConfig:
+    """A scorer to register, with the report that says what it is worth."""
+
+    scorer: Annotated[Location, Field(description="Folder of the scorer")]
+    report: Annotated[Location, Field(description="Folder of its evaluation")]
+    target: Annotated[Location, Field(description="Folder to write version.json to")]
+    name: Annotated[str, Field(min_length=1, pattern=r"^[^/:@'\"`]+$", description="Name of the registered model")] = (
+        "cappy"
+    )
+    experiment: Annotated[str, Field(min_length=1, description="MLflow experiment to log to")] = "cappy"
+    tracking_uri: TrackingUri = ""
+    pipeline_run: Annotated[str, LOCATION, Field(description="Id of the pipeline run that this belongs to")] = ""
+    work: Work = DEFAULT_WORK
+
+
+def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
+    """Registers the scorer as challenger and writes version.json; a scorer that is a version already stays that one."""
+    from cappy.records.work import claim, finish
+
+    refuse_pickles(config)
+    scorer = verify(config.scorer)
+    report = read_report(config, scorer)
+    parents = (scorer.hash, read_manifest(config.report).hash)
+    # Two registrations of one scorer at once would make two versions of it: the claim lets them take turns.
+    with claim(config.work, "registration", identity(config), [scorer.hash]) as folder:
+        from cappy.registry.recording import register
+
+        version = register(config, scorer, report, folder)
+        values = {
+            "name": version.name,
+            "version": version.number,
+            "alias": version.served_as.partition("@")[2],
+            "uri": version.uri,
+            "manifest_hash": version.manifest_hash,
+        }
+        write_bytes(folder / "version.json", json.dumps(values, indent=1).encode())
+        manifest = Manifest(
+            step="registration",
+            files=describe_files(folder),
+            config=identity(config),
+            code=code_version(),
+            parents=parents,
+            facts=values,
+        )
+        progress(1, 1, unit="versions")
+        return finish(folder, config.target, manifest)
+
+
+def refuse_pickles(config: RegistrationConfig) -> None:
+    """FolderError if a file of the scorer could run code when it is loaded."""
+    found = [path for path in sorted(config.scorer.rglob("*")) if path.suffix in PICKLES]
+    if found:
+        remedy = "convert it to safetensors and remove it"
+        raise FolderError(f"{found[0]}: is a pickle, which can run code when it is loaded; {remedy}")
+
+
+def read_report(config: RegistrationConfig, scorer: Manifest) -> dict[str, Any]:
+    """The report, if it is about this scorer; FolderError if it is about another."""
+    read_manifest(config.report)
+    path = config.report / "report.json"
+    if not path.is_file():
+        raise FolderError(f"{path}: is missing, so {config.report} is no evaluation; give the folder it wrote")
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    told = report.get("versions", {}).get("challenger", "")
+    if told and told != scorer.hash[: len(told)]:
+        numbers = f"scorer {scorer.hash[:12]}, report on {told}"
+        raise FolderError(f"{path}: is about another scorer ({numbers}); evaluate {config.scorer} first")
+    return report

@@ -1,0 +1,135 @@
+"""What a pipeline run did, in MLflow: one parent run, one nested run per step, made once however often it is told."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric, Param, RunTag
+
+from cappy.config import DEFAULT_WORK, decode
+from cappy.errors import CappyError
+from cappy.records.folder import MANIFEST
+from cappy.registry.client import connected, experiment_id
+from cappy.registry.models import RUN_TAG
+from cappy.steps import StepRecord, read_record
+
+STEP_TAG = "cappy.step"
+PIPELINE = "pipeline"
+PARAM_LIMIT = 500
+
+
+def track_run(fingerprints: Mapping[str, str], settings: str, *, run: str, state: str) -> None:
+    """Tracks a pipeline run as an orchestrator's exit step; a CappyError becomes one line and status 1."""
+    values = decode(settings)
+    try:
+        track(
+            fingerprints,
+            run=run,
+            work=Path(values.get("work", DEFAULT_WORK)),
+            tracking_uri=values.get("tracking_uri", ""),
+            experiment=values.get("experiment", "cappy"),
+            succeeded=state == "SUCCEEDED",
+        )
+    except CappyError as error:
+        sys.stderr.write(f"cappy tracking: {error}\n")
+        raise SystemExit(1) from error
+
+
+def track(
+    fingerprints: Mapping[str, str],
+    *,
+    run: str,
+    work: Path,
+    tracking_uri: str = "",
+    experiment: str = "cappy",
+    succeeded: bool = True,
+) -> None:
+    """Logs every step that has a record: parameters, metrics, manifest, report; steps from the cache marked so."""
+    with connected(tracking_uri) as client:
+        where = experiment_id(client, experiment, tracking_uri)
+        parent = pipeline_run(client, where, run)
+        for step, fingerprint in fingerprints.items():
+            record = read_record(work, fingerprint)
+            if record is not None and _told_by(record, run):
+                nested = step_run(client, where, run, step)
+                _log_step(client, nested, record, cached=record.run != run)
+                if step == "evaluation":
+                    client.log_batch(parent, metrics=_metrics(record.metrics, record.started))
+        if os.environ.get("MLFLOW_RUN_ID") != parent:
+            client.set_terminated(parent, "FINISHED" if succeeded else "FAILED")
+
+
+def pipeline_run(client: Any, experiment: str, run: str) -> str:
+    """The MLflow run of a pipeline run: found by its tag, or the one that MLFLOW_RUN_ID injects, or a new one."""
+    found = _find(client, experiment, run, PIPELINE)
+    if found is not None:
+        return found
+    injected = os.environ.get("MLFLOW_RUN_ID")
+    tags = {RUN_TAG: run, STEP_TAG: PIPELINE}
+    if injected:
+        for name, value in tags.items():
+            client.set_tag(injected, name, value)
+        return injected
+    return str(client.create_run(experiment, tags=tags, run_name=run).info.run_id)
+
+
+def step_run(client: Any, experiment: str, run: str, step: str) -> str:
+    """The nested MLflow run of a step, made if it is missing; without a pipeline run it stands alone."""
+    if not run:
+        return str(client.create_run(experiment, tags={STEP_TAG: step}, run_name=step).info.run_id)
+    found = _find(client, experiment, run, step)
+    if found is not None:
+        return found
+    parent = pipeline_run(client, experiment, run)
+    tags = {"mlflow.parentRunId": parent, RUN_TAG: run, STEP_TAG: step}
+    return str(client.create_run(experiment, tags=tags, run_name=step).info.run_id)
+
+
+def _find(client: Any, experiment: str, run: str, step: str) -> str | None:
+    wanted = f"tags.`{RUN_TAG}` = '{run}' and tags.`{STEP_TAG}` = '{step}'"
+    found = client.search_runs([experiment], filter_string=wanted, max_results=1)
+    return str(found[0].info.run_id) if found else None
+
+
+def _told_by(record: StepRecord, run: str) -> bool:
+    """Whether the record says something of this run: a failure of another run does not."""
+    return record.run == run or record.status == "done"
+
+
+def _log_step(client: Any, run_id: str, record: StepRecord, *, cached: bool) -> None:
+    params = [Param(name, str(value)[:PARAM_LIMIT]) for name, value in record.config.items()]
+    tags = {"cappy.fingerprint": record.fingerprint, "cappy.manifest": record.manifest_hash}
+    tags |= {"cappy.cached": "true", "cappy.cached_from": record.run} if cached else {"cappy.cached": "false"}
+    tags |= {"cappy.error": record.error[:PARAM_LIMIT]} if record.error else {}
+    # A cached step's parameters are those of the run that did the work: folders differ, so they are not overwritten.
+    known = client.get_run(run_id).data.params
+    client.log_batch(
+        run_id,
+        metrics=_metrics({**record.metrics, "seconds": 0.0 if cached else record.seconds}, record.started),
+        params=[param for param in params if param.key not in known],
+        tags=[RunTag(name, value) for name, value in tags.items()],
+    )
+    _log_files(client, run_id, record)
+    status = "FINISHED" if record.status == "done" else "FAILED"
+    client.set_terminated(run_id, status, end_time=_milliseconds(record.started + record.seconds))
+
+
+def _log_files(client: Any, run_id: str, record: StepRecord) -> None:
+    """The manifest, and of an evaluation the whole report, where this machine sees the step's folder."""
+    folder = Path(record.target)
+    if not (folder / MANIFEST).is_file():
+        return
+    client.log_artifact(run_id, str(folder / MANIFEST))
+    if record.step == "evaluation":
+        client.log_artifacts(run_id, str(folder), "report")
+
+
+def _metrics(values: Mapping[str, float], started: float) -> list[Metric]:
+    # One timestamp for all tellings: MLflow drops a point that it has.
+    return [Metric(name, float(value), _milliseconds(started), 0) for name, value in values.items()]
+
+
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)

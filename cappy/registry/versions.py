@@ -1,0 +1,150 @@
+"""Registered versions: found by alias, number or content, downloaded and verified, promoted and rolled back."""
+
+import contextlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlflow.artifacts
+
+from cappy.errors import FolderError, RegistryError, shown
+from cappy.records import read_manifest
+from cappy.records.folder import verify
+from cappy.registry.client import MlflowException, connected
+from cappy.registry.models import CHALLENGER, CHAMPION, FORMER_TAG, MANIFEST_TAG, Version
+from cappy.specs import parse_spec
+
+NEWEST = "version_number DESC"
+SCORER_PATH = "artifacts/scorer"
+"""Where the plain scorer folder lies inside a version."""
+
+
+def resolve(spec: str, *, tracking_uri: str) -> Version:
+    """The version that a `models:/` spec names; RegistryError if there is none."""
+    parsed = parse_spec(spec)
+    if parsed.kind != "models":
+        raise RegistryError(f"{shown(spec)}: names no registered version; that is models:/name@alias or models:/name/3")
+    with connected(tracking_uri) as client:
+        found = find(client, parsed.name, parsed.revision)
+        if found is None:
+            raise RegistryError(f"{spec}: {_known(client, parsed.name)}")
+        return found
+
+
+def champion(name: str, *, tracking_uri: str) -> Version | None:
+    """The champion of a registered model, or None."""
+    with connected(tracking_uri) as client:
+        return find(client, name, CHAMPION)
+
+
+def find(client: Any, name: str, revision: str) -> Version | None:
+    """The version with this number or alias, or None."""
+    try:
+        if revision.isdigit():
+            return _version(client.get_model_version(name, revision))
+        return _version(client.get_model_version_by_alias(name, revision))
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def find_content(client: Any, name: str, manifest_hash: str) -> Version | None:
+    """The newest version that holds the scorer with this manifest, or None."""
+    wanted = f"name = '{name}' and tags.`{MANIFEST_TAG}` = '{manifest_hash}'"
+    newest = client.search_model_versions(wanted, order_by=[NEWEST], max_results=1)
+    # What a search returns has no aliases.
+    return find(client, name, str(newest[0].version)) if newest else None
+
+
+def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
+    """The verified local folder of a registered scorer, kept in `cache` under its manifest's hash."""
+    version = resolve(spec, tracking_uri=tracking_uri)
+    if not version.manifest_hash:
+        raise RegistryError(f"{version.uri}: was not registered by cappy (no tag {MANIFEST_TAG}); register it again")
+    kept = cache / version.manifest_hash
+    if kept.is_dir():
+        try:
+            verify(kept)
+        except FolderError:
+            shutil.rmtree(kept)
+        else:
+            return kept
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
+        _fetch(version, Path(folder), tracking_uri)
+        with contextlib.suppress(FileExistsError):
+            # Another process may have put the same content there meanwhile.
+            _rename(Path(folder) / "scorer", kept)
+    return kept
+
+
+def promote(client: Any, version: Version) -> None:
+    """Gives a version the champion's alias and notes its predecessor, so that it can be undone."""
+    former = find(client, version.name, CHAMPION)
+    if former is not None and former.number != version.number:
+        client.set_model_version_tag(version.name, str(version.number), FORMER_TAG, str(former.number))
+    client.set_registered_model_alias(version.name, CHAMPION, str(version.number))
+    challenger = find(client, version.name, CHALLENGER)
+    if challenger is not None and challenger.number == version.number:
+        client.delete_registered_model_alias(version.name, CHALLENGER)
+
+
+def rollback(name: str, *, tracking_uri: str) -> Version:
+    """Gives the champion's alias back to its predecessor; RegistryError without champion or predecessor."""
+    with connected(tracking_uri) as client:
+        present = find(client, name, CHAMPION)
+        if present is None:
+            raise RegistryError(f"models:/{name}@{CHAMPION}: {_known(client, name)}")
+        former = find(client, name, present.former) if present.former else None
+        if former is None:
+            raise RegistryError(f"{present.uri}: had no champion before it, so there is nothing to roll back to")
+        client.set_registered_model_alias(name, CHAMPION, str(former.number))
+        return _version(client.get_model_version(name, str(former.number)))
+
+
+def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
+    """Downloads the scorer to `folder/scorer` and verifies it against the tag of the version."""
+    with connected(tracking_uri) as client:
+        mlflow.artifacts.download_artifacts(
+            artifact_uri=f"{version.source}/{SCORER_PATH}", dst_path=str(folder), tracking_uri=client.tracking_uri
+        )
+    scorer = folder / "scorer"
+    try:
+        found = verify(scorer).hash
+    except FolderError as error:
+        reason = str(error).replace(str(scorer), version.source)
+        raise RegistryError(f"{version.uri}: {reason.partition(';')[0]}; register the scorer again") from error
+    if found != version.manifest_hash:
+        numbers = f"manifest {found[:12]}, registered {version.manifest_hash[:12]}"
+        raise RegistryError(f"{version.uri}: is not what was registered ({numbers}); register the scorer again")
+
+
+def _rename(source: Path, target: Path) -> None:
+    try:
+        source.rename(target)
+    except OSError as error:
+        if read_manifest(target):
+            raise FileExistsError(target) from error
+        raise
+
+
+def _version(found: Any) -> Version:
+    return Version(
+        name=found.name,
+        number=int(found.version),
+        source=found.source,
+        aliases=tuple(found.aliases),
+        tags=dict(found.tags),
+    )
+
+
+def _known(client: Any, name: str) -> str:
+    """What there is instead, for the message of a version that is missing."""
+    versions = client.search_model_versions(f"name = '{name}'", order_by=[NEWEST], max_results=1)
+    if not versions:
+        return "no such model in the registry; run `cappy adapt`, or set MLFLOW_TRACKING_URI to the registry meant"
+    aliases = sorted(client.get_registered_model(name).aliases)
+    known = f"aliases: {', '.join(aliases) or 'none'}, newest version: {versions[0].version}"
+    return f"no such version ({known}); name one of these"

@@ -1,0 +1,108 @@
+"""Registration: one version per content, whole, without pickles, with its card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cappy import registry
+from cappy.errors import FolderError
+from cappy.records import Manifest, read_manifest
+from cappy.records.folder import describe_files, verify, write_manifest
+
+
+def test_the_same_scorer_twice_is_one_version_with_the_alias_challenger(room: Any) -> None:
+    scorer = room.scorer("a")
+    report = room.report("report", scorer)
+    first = room.register(scorer, report, pipeline_run="run-1")
+    second = room.register(scorer, report, pipeline_run="run-2")
+    assert first == second
+    assert (first["version"], first["alias"], first["uri"]) == (1, "challenger", "models:/cappy/1")
+    assert first["manifest_hash"] == read_manifest(scorer).hash
+
+
+def test_another_scorer_is_another_version_and_takes_the_alias(room: Any, registered: Any) -> None:
+    registered("a", 1.0)
+    registered("b", 2.0)
+    found = registry.resolve("models:/cappy@challenger", tracking_uri=room.uri)
+    assert found.number == 2
+    assert registry.resolve("models:/cappy/1", tracking_uri=room.uri).aliases == ()
+
+
+def test_version_json_says_which_version_it_is(room: Any, registered: Any) -> None:
+    registered("a")
+    told = json.loads((room.folder / "version-0" / "version.json").read_text())
+    assert told["uri"] == "models:/cappy/1"
+    verify(room.folder / "version-0")
+
+
+def test_a_champion_that_is_registered_again_stays_champion(room: Any, registered: Any) -> None:
+    scorer, report = registered("a")
+    room.promote(report)
+    assert room.register(scorer, report)["alias"] == "champion"
+    assert registry.resolve("models:/cappy@champion", tracking_uri=room.uri).aliases == ("champion",)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.pt", "deep/extra.pkl", "last.ckpt"])
+def test_a_pickle_among_the_files_is_refused(room: Any, name: str) -> None:
+    scorer = room.scorer("a")
+    (scorer / name).parent.mkdir(exist_ok=True)
+    (scorer / name).write_bytes(b"\x80\x04.")
+    with pytest.raises(FolderError, match=f"{Path(name).name}: is a pickle"):
+        room.register(scorer, room.report("report", scorer))
+
+
+def test_a_damaged_scorer_is_refused(room: Any) -> None:
+    scorer = room.scorer("a")
+    report = room.report("report", scorer)
+    (scorer / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(FolderError, match="is damaged"):
+        room.register(scorer, report)
+
+
+def test_a_report_on_another_scorer_is_refused(room: Any) -> None:
+    one, other = room.scorer("a", 1.0), room.scorer("b", 2.0)
+    with pytest.raises(FolderError, match="is about another scorer"):
+        room.register(one, room.report("report", other))
+
+
+def test_the_version_has_card_signature_report_and_no_pickle(room: Any, registered: Any) -> None:
+    registered("a")
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+    card = (source / "MODEL_CARD.md").read_text()
+    assert "| scorer | 50.0 | 40.0 to 60.0 |" in card
+    assert "The scorer beats random choice." in card
+    described = (source / "MLmodel").read_text()
+    assert all(word in described for word in ("instruction", "response", "score", "model_code_path"))
+    names = [path.name for path in source.parent.rglob("*") if path.is_file()]
+    assert "report.json" in names
+    assert not any(name.endswith((".pkl", ".bin", ".pickle")) for name in names)
+
+
+def test_files_that_are_gone_from_the_store_are_put_back(room: Any, registered: Any) -> None:
+    scorer, report = registered("a")
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+    (source / "artifacts" / "scorer" / "model.safetensors").unlink()
+    assert room.register(scorer, report)["version"] == 1
+    verify(registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models"))
+
+
+def test_only_what_the_manifest_names_is_registered(room: Any) -> None:
+    scorer = room.scorer("a")
+    (scorer / "notes.txt").write_text("private")
+    room.register(scorer, room.report("report", scorer))
+    folder = registry.download("models:/cappy@challenger", tracking_uri=room.uri, cache=room.folder / "models")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
+
+
+def test_files_in_folders_of_the_scorer_are_registered_too(room: Any) -> None:
+    scorer = room.scorer("a")
+    (scorer / "tokenizer").mkdir()
+    (scorer / "tokenizer" / "vocab.json").write_text("{}")
+    write_manifest(scorer, Manifest(step="finetuning", files=describe_files(scorer)))
+    report = room.report("report", scorer)
+    room.register(scorer, report)
+    assert room.register(scorer, report)["version"] == 1
+    folder = registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+    assert (folder / "tokenizer" / "vocab.json").read_text() == "{}"

@@ -1,0 +1,116 @@
+"""Tracking: one parent, one nested run per step, the same however often it is told."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cappy.config import encode
+from cappy.records import Instance, write
+from cappy.registry import track_run
+from cappy.steps import StepRecord, record_path
+
+
+def record(room: Any, step: str, fingerprint: str, run: str, status: str = "done", error: str = "") -> None:
+    folder = room.folder / "artifacts" / fingerprint
+    if status == "done":
+        write(folder, [Instance(instance_id="1", instruction="Add.", references=("2",))], step=step)
+    told = StepRecord(
+        step=step,
+        fingerprint=fingerprint,
+        run=run,
+        status=status,
+        started=time.time() - 5,
+        seconds=2.5,
+        config={"seed": 3, "source": "long" * 1000},
+        target=str(folder),
+        manifest_hash="abc",
+        metrics={"rougeL_scorer": 0.5},
+        error=error,
+    )
+    path = record_path(room.folder / "work", fingerprint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(told)))
+
+
+def track(room: Any, fingerprints: dict[str, str], run: str, state: str = "SUCCEEDED") -> dict[str, Any]:
+    """The MLflow runs of a pipeline run by step, after it was tracked."""
+    from mlflow import MlflowClient
+
+    settings = encode({"work": str(room.folder / "work"), "tracking_uri": room.uri})
+    track_run(fingerprints, settings, run=run, state=state)
+    client = MlflowClient(tracking_uri=room.uri)
+    experiment = client.get_experiment_by_name("cappy")
+    found = client.search_runs([experiment.experiment_id], filter_string=f"tags.`cappy.run` = '{run}'")
+    by_step = {each.data.tags["cappy.step"]: each for each in found}
+    assert len(by_step) == len(found)
+    return by_step
+
+
+def test_every_step_is_a_nested_run_with_what_it_did(room: Any) -> None:
+    record(room, "preparation", "f1", "run-1")
+    record(room, "evaluation", "f2", "run-1")
+    runs = track(room, {"preparation": "f1", "evaluation": "f2", "promotion": "never ran"}, "run-1")
+    assert set(runs) == {"pipeline", "preparation", "evaluation"}
+    parent, evaluation = runs["pipeline"], runs["evaluation"]
+    assert evaluation.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert evaluation.data.params["seed"] == "3"
+    assert evaluation.data.metrics == {"rougeL_scorer": 0.5, "seconds": 2.5}
+    assert evaluation.data.tags["cappy.cached"] == "false"
+    assert parent.data.metrics == {"rougeL_scorer": 0.5}
+    assert parent.info.status == "FINISHED"
+    files = {path.name for path in Path(evaluation.info.artifact_uri.removeprefix("file://")).rglob("*")}
+    assert {"manifest.json", "report"} <= files
+
+
+def test_told_twice_it_is_there_once(room: Any) -> None:
+    record(room, "preparation", "f1", "run-1")
+    first = track(room, {"preparation": "f1"}, "run-1")
+    second = track(room, {"preparation": "f1"}, "run-1")
+    assert {step: run.info.run_id for step, run in first.items()} == {
+        step: run.info.run_id for step, run in second.items()
+    }
+    from mlflow import MlflowClient
+
+    history = MlflowClient(tracking_uri=room.uri).get_metric_history(first["preparation"].info.run_id, "seconds")
+    assert len(history) == 1
+
+
+def test_a_step_from_the_cache_is_marked_with_the_run_that_did_it(room: Any) -> None:
+    record(room, "preparation", "f1", "run-1")
+    runs = track(room, {"preparation": "f1"}, "run-2")
+    assert runs["preparation"].data.tags["cappy.cached"] == "true"
+    assert runs["preparation"].data.tags["cappy.cached_from"] == "run-1"
+    assert runs["preparation"].data.metrics["seconds"] == 0.0
+
+
+def test_a_failed_step_is_a_failed_run_with_its_line(room: Any) -> None:
+    record(room, "preparation", "f1", "run-1", status="failed", error="notes.jsonl:3: reference is empty")
+    runs = track(room, {"preparation": "f1"}, "run-1", state="FAILED")
+    assert runs["preparation"].info.status == "FAILED"
+    assert runs["preparation"].data.tags["cappy.error"] == "notes.jsonl:3: reference is empty"
+    assert runs["pipeline"].info.status == "FAILED"
+
+
+def test_an_injected_run_is_joined_and_left_open(room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cappy.registry.client import connected, experiment_id
+
+    with connected(room.uri) as client:
+        outer = client.create_run(experiment_id(client, "cappy", room.uri)).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", outer)
+    record(room, "preparation", "f1", "run-1")
+    runs = track(room, {"preparation": "f1"}, "run-1")
+    assert runs["pipeline"].info.run_id == outer
+    assert runs["pipeline"].info.status == "RUNNING"
+
+
+def test_mlflow_away_ends_the_exit_step_with_one_line(room: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        track_run({}, encode({"tracking_uri": "http://127.0.0.1:9"}), run="run-1")
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert told.startswith("cappy tracking: http://127.0.0.1:9: MLflow does not answer")
+    assert told.count("\n") == 1

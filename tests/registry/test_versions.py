@@ -1,0 +1,126 @@
+"""Versions: found by what a person types, downloaded once, never trusted unseen; MLflow away is one quick line."""
+
+import http.server
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cappy import registry
+from cappy.errors import RegistryError
+from cappy.records import read_manifest
+from cappy.specs import scorer_folder
+
+
+def stored(room: Any, number: int = 1) -> Path:
+    source = registry.resolve(f"models:/cappy/{number}", tracking_uri=room.uri).source
+    return Path(source.removeprefix("file://")) / "artifacts" / "scorer"
+
+
+def test_a_download_is_the_plain_folder_and_comes_once(room: Any, registered: Any) -> None:
+    scorer, _ = registered("a")
+    first = registry.download("models:/cappy@challenger", tracking_uri=room.uri, cache=room.folder / "models")
+    assert read_manifest(first).hash == read_manifest(scorer).hash
+    touched = (first / "config.json").stat().st_mtime_ns
+    second = registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+    assert second == first
+    assert (second / "config.json").stat().st_mtime_ns == touched
+
+
+def test_a_damaged_file_in_the_store_is_refused(room: Any, registered: Any) -> None:
+    registered("a")
+    (stored(room) / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(RegistryError, match=r"models:/cappy/1: .*model.safetensors: is damaged"):
+        registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+    assert not (room.folder / "models" / read_manifest(room.folder / "a").hash).exists()
+
+
+def test_another_scorer_under_the_versions_name_is_refused(room: Any, registered: Any) -> None:
+    registered("a", 1.0)
+    other, _ = registered("b", 2.0)
+    for name in ("model.safetensors", "manifest.json"):
+        (stored(room) / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(RegistryError, match="is not what was registered"):
+        registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+
+
+def test_a_damaged_copy_in_the_cache_is_fetched_again(room: Any, registered: Any) -> None:
+    registered("a")
+    cache = room.folder / "models"
+    kept = registry.download("models:/cappy/1", tracking_uri=room.uri, cache=cache)
+    (kept / "config.json").write_text("damaged")
+    assert (
+        registry.download("models:/cappy/1", tracking_uri=room.uri, cache=cache) / "config.json"
+    ).read_text() == "{}"
+
+
+def test_what_is_missing_is_said_with_what_there_is(room: Any, registered: Any) -> None:
+    with pytest.raises(RegistryError, match=r"models:/cappy@champion: no such model in the registry"):
+        registry.resolve("models:/cappy@champion", tracking_uri=room.uri)
+    registered("a")
+    with pytest.raises(RegistryError, match=r"aliases: challenger, newest version: 1"):
+        registry.resolve("models:/cappy@champion", tracking_uri=room.uri)
+    with pytest.raises(RegistryError, match="newest version: 1"):
+        registry.resolve("models:/cappy/7", tracking_uri=room.uri)
+
+
+def test_a_scorer_spec_finds_the_registry_of_the_environment(
+    room: Any, registered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, _ = registered("a")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", room.uri)
+    assert read_manifest(scorer_folder("models:/cappy@challenger")).hash == read_manifest(scorer).hash
+
+
+def test_no_champion_is_known_where_no_database_is_yet(tmp_path: Path) -> None:
+    assert registry.champion("cappy", tracking_uri=f"sqlite:///{tmp_path}/none.db") is None
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_a_server_that_refuses_is_one_quick_line() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _quick(f"http://127.0.0.1:{port}", "does not answer")
+
+
+def test_a_server_that_never_answers_is_one_quick_line() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        _quick(f"http://127.0.0.1:{silent.getsockname()[1]}", "does not answer")
+
+
+def test_a_server_that_is_no_mlflow_is_one_quick_line() -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        _quick(f"http://127.0.0.1:{server.server_address[1]}", "MLflow refused")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_database_that_cannot_be_opened_is_one_quick_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    _quick(f"sqlite:///{tmp_path}/file/mlflow.db", "cannot be opened")
+    (tmp_path / "other.db").write_text("no database, but long enough to be read as one" * 100)
+    _quick(f"sqlite:///{tmp_path}/other.db", "cannot be opened")
+
+
+def test_a_password_in_the_address_is_not_told() -> None:
+    with pytest.raises(RegistryError) as caught:
+        registry.resolve("models:/cappy/1", tracking_uri="http://anna:secret@127.0.0.1:9")
+    assert "secret" not in str(caught.value)
+
+
+def _quick(uri: str, words: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(RegistryError, match=words) as caught:
+        registry.resolve("models:/cappy/1", tracking_uri=uri)
+    assert time.monotonic() - started < 8
+    assert "\n" not in str(caught.value)
+    assert uri in str(caught.value)
