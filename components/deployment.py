@@ -1,0 +1,22 @@
+"""Deployment: the registered version answers as it did when it was evaluated."""
+
+from kfp.dsl import Artifact, Input, Output
+
+from components.component import component
+
+
+@component()
+def deployment(
+    version: Input[Artifact],
+    report: Input[Artifact],
+    endpoint: Output[Artifact],
+    settings: str = "",
+    fingerprint: str = "",
+    run: str = "",
+) -> None:
+    """Check the registered version against stored scores, and write the command that serves it."""
+    from cappy.steps import launch
+
+    folders = {"version": version.path, "report": report.path, "target": endpoint.path}
+    done = launch("deployment", settings, fingerprint=fingerprint, run=run, **folders)
+    endpoint.metadata.update(manifest=done.hash)

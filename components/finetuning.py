@@ -1,0 +1,23 @@
+"""Finetuning: a scorer for one task, from a general one."""
+
+from kfp.dsl import Dataset, Input, Model, Output
+
+from components.component import TRAINER, component
+
+
+@component(base_image=TRAINER)
+def finetuning(
+    annotated: Input[Dataset],
+    finetuned: Output[Model],
+    scorer: str = "builtin",
+    seed: int = 0,
+    settings: str = "",
+    fingerprint: str = "",
+    run: str = "",
+) -> None:
+    """Train a scorer further on the labelled candidates of one task."""
+    from cappy.steps import launch
+
+    folders = {"source": annotated.path, "target": finetuned.path}
+    done = launch("finetuning", settings, fingerprint=fingerprint, run=run, scorer=scorer, seed=seed, **folders)
+    finetuned.metadata.update(manifest=done.hash)

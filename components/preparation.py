@@ -1,0 +1,23 @@
+"""Preparation: where instances come from."""
+
+from kfp.dsl import Dataset, Output
+
+from components.component import component
+
+
+@component()
+def preparation(
+    instances: Output[Dataset],
+    source: str = "builtin",
+    seed: int = 0,
+    settings: str = "",
+    fingerprint: str = "",
+    run: str = "",
+) -> None:
+    """Turn a source of tasks into instances, split by group for life."""
+    from cappy.steps import launch
+
+    done = launch(
+        "preparation", settings, fingerprint=fingerprint, run=run, source=source, seed=seed, target=instances.path
+    )
+    instances.metadata.update(manifest=done.hash, rows=done.rows)

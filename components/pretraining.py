@@ -1,0 +1,22 @@
+"""Pretraining: a scorer from the labelled candidates of many tasks."""
+
+from kfp.dsl import Dataset, Input, Model, Output
+
+from components.component import TRAINER, component
+
+
+@component(base_image=TRAINER)
+def pretraining(
+    annotated: Input[Dataset],
+    pretrained: Output[Model],
+    seed: int = 0,
+    settings: str = "",
+    fingerprint: str = "",
+    run: str = "",
+) -> None:
+    """Train a scorer on labelled candidates of many tasks."""
+    from cappy.steps import launch
+
+    folders = {"source": annotated.path, "target": pretrained.path}
+    done = launch("pretraining", settings, fingerprint=fingerprint, run=run, seed=seed, **folders)
+    pretrained.metadata.update(manifest=done.hash)

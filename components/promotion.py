@@ -1,0 +1,24 @@
+"""Promotion: the gate between challenger and champion."""
+
+from kfp.dsl import Artifact, Input, Output
+
+from components.component import component
+
+
+@component()
+def promotion(
+    version: Input[Artifact],
+    report: Input[Artifact],
+    decision: Output[Artifact],
+    margin: float = 0.0,
+    settings: str = "",
+    fingerprint: str = "",
+    run: str = "",
+) -> str:
+    """Move the champion's alias if the challenger is proven better; returns promote or hold."""
+    from cappy.steps import launch
+
+    folders = {"version": version.path, "report": report.path, "target": decision.path}
+    done = launch("promotion", settings, fingerprint=fingerprint, run=run, margin=margin, **folders)
+    decision.metadata.update(manifest=done.hash)
+    return str(done.facts["decision"])

@@ -1,0 +1,23 @@
+"""Registration: the scorer becomes a version of the registry, as challenger."""
+
+from kfp.dsl import Artifact, Input, Model, Output
+
+from components.component import component
+
+
+@component()
+def registration(
+    scorer: Input[Model],
+    report: Input[Artifact],
+    version: Output[Artifact],
+    name: str = "cappy",
+    settings: str = "",
+    fingerprint: str = "",
+    run: str = "",
+) -> None:
+    """Register the scorer in MLflow with its model card; a scorer that is registered already stays one version."""
+    from cappy.steps import launch
+
+    folders = {"scorer": scorer.path, "report": report.path, "target": version.path}
+    done = launch("registration", settings, fingerprint=fingerprint, run=run, name=name, pipeline_run=run, **folders)
+    version.metadata.update(manifest=done.hash, uri=str(done.facts["uri"]))

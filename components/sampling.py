@@ -1,0 +1,25 @@
+"""Sampling: candidates for every instance."""
+
+from kfp.dsl import Dataset, Input, Output
+
+from components.component import component
+
+
+@component()
+def sampling(
+    instances: Input[Dataset],
+    candidates: Output[Dataset],
+    generator: list,  # type: ignore[type-arg] # kfp knows no list[str]: it is a JSON list
+    strategy: str = "paper17",
+    seed: int = 0,
+    settings: str = "",
+    fingerprint: str = "",
+    run: str = "",
+) -> None:
+    """Let one LLM or several propose responses to every instruction."""
+    from cappy.steps import launch
+
+    changed = {"generator": generator, "strategy": strategy, "seed": seed}
+    folders = {"source": instances.path, "target": candidates.path}
+    done = launch("sampling", settings, fingerprint=fingerprint, run=run, **changed, **folders)
+    candidates.metadata.update(manifest=done.hash, rows=done.rows, candidates=done.candidates)

@@ -1,0 +1,15 @@
+"""Tracking: the exit step, which tells MLflow what every step did, also after a failure."""
+
+from kfp.dsl import PipelineTaskFinalStatus
+
+from components.component import component
+
+
+@component()
+def tracking(status: PipelineTaskFinalStatus, fingerprints: str = "{}", settings: str = "", run: str = "") -> None:
+    """Log the pipeline run with one nested run per step; steps answered from the cache are marked so."""
+    import json
+
+    from cappy.registry import track_run
+
+    track_run(json.loads(fingerprints), settings, run=run, state=status.state)

@@ -1,0 +1,97 @@
+"""What each step of a run will compute, as one hash per step, found when the run is submitted.
+
+An orchestrator's cache keys see strings, not what they point to: with the fingerprint among a step's parameters, an
+edited input file, a moved alias or another version of the code is never answered from the cache.
+"""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cappy.config import build, code_version, fingerprint, identity
+from cappy.records.folder import MANIFEST, describe_files, sha256_of, verify
+from cappy.steps import config_class
+
+ARTIFACTS: Mapping[str, tuple[str, ...]] = {
+    "preparation": ("target",),
+    "sampling": ("source", "target"),
+    "annotation": ("source", "target"),
+    "pretraining": ("source", "target"),
+    "finetuning": ("source", "target"),
+    "evaluation": ("source", "scorer", "target"),
+    "registration": ("scorer", "report", "target"),
+    "promotion": ("version", "report", "target"),
+    "deployment": ("version", "report", "target"),
+}
+"""Step -> the settings that a pipeline fills with folders."""
+SPECS: Mapping[str, tuple[str, ...]] = {
+    "preparation": ("source",),
+    "sampling": ("generator",),
+    "pretraining": ("encoder",),
+    "finetuning": ("scorer",),
+    "evaluation": ("champion",),
+}
+"""Step -> the settings that name something outside: a file, a folder, built-in weights, a registered version."""
+
+
+def fingerprints(settings: Mapping[str, Mapping[str, Any]], *, tracking_uri: str = "") -> dict[str, str]:
+    """Step -> hash of the code, the settings and the outside content of this step and all before it.
+
+    ConfigError if a setting is wrong: it costs milliseconds here and a training run later.
+    """
+    found: dict[str, str] = {}
+    before = ""
+    for step, values in settings.items():
+        folders = {name: Path("artifact") for name in ARTIFACTS[step]}
+        config = build(config_class(step), {**values, **folders})
+        outside = _outside(step, values, tracking_uri)
+        before = found[step] = fingerprint(step, code_version(), identity(config), outside, before)
+    return found
+
+
+def content(text: str, *, tracking_uri: str = "") -> str:
+    """What a spec or path points to at this moment, as a hash; the text itself where it pins what it names."""
+    if text == "builtin":
+        return _weights()
+    if text.startswith("models:/"):
+        from cappy.registry import resolve
+
+        return resolve(text, tracking_uri=tracking_uri).manifest_hash
+    path = Path(text)
+    if path.is_file():
+        return _sha256(path.absolute(), path.stat().st_mtime_ns, path.stat().st_size)
+    if path.is_dir():
+        return _folder(path)
+    return text
+
+
+def _outside(step: str, values: Mapping[str, Any], tracking_uri: str) -> list[list[str]]:
+    """Setting, name and content of everything outside; a file's name counts, because preparation names a task by it."""
+    named = [(name, values[name]) for name in SPECS.get(step, ()) if values.get(name)]
+    return [
+        [name, Path(text).name, content(text, tracking_uri=tracking_uri)]
+        for name, value in named
+        for text in ([value] if isinstance(value, str) else value)
+    ]
+
+
+def _folder(path: Path) -> str:
+    if (path / MANIFEST).is_file():
+        # Verified, or an edited part under its old manifest would be answered from the cache.
+        return verify(path).hash
+    return fingerprint([[file.name, file.sha256] for file in describe_files(path)])
+
+
+@functools.cache
+def _sha256(path: Path, changed: int, size: int) -> str:
+    """A big file is read once, although two fingerprints ask for it; `changed` and `size` tell another content."""
+    return sha256_of(path)
+
+
+@functools.cache
+def _weights() -> str:
+    from cappy import builtin
+
+    folder = Path(builtin.__file__).parent / "weights"
+    return fingerprint([[file.name, file.sha256] for file in describe_files(folder)])

@@ -1,0 +1,173 @@
+"""Runs a pipeline on this machine, on kfp's own local runner, and shows a person how far each step is."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pipelines
+from cappy.errors import CappyError, ConfigError, shown
+from cappy.steps import PARENT_VARIABLE, PROGRESS_VARIABLE, hold_parent_lock
+from pipelines.board import Board
+from pipelines.states import StepState, log_section, observe
+from pipelines.submission import Submission, prepare
+
+LOOK_SECONDS = 0.2
+STOP_SECONDS = 5.0
+TAIL_LINES = 15
+MANGLED = "python3"
+"""kfp's local runner replaces this text inside every argument by the path of the interpreter."""
+
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Interrupt): ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a finished run left: each step's output folder, which steps came from the cache, seconds by step."""
+
+    run_id: str
+    folder: Path
+    log: Path
+    outputs: Mapping[str, Path]
+    cached: frozenset[str] = frozenset()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def run_pipeline(
+    name: str,
+    steps: Mapping[str, Mapping[str, Any]],
+    *,
+    work: Path = Path(".cappy/work"),
+    root: Path = Path(".cappy"),
+    show: bool = True,
+) -> Outcome:
+    """Runs pipeline `name` (adapt or pretrain) with these settings per step and waits for it.
+
+    `root` gets the artifacts (`pipeline/`) and the logs (`runs/<run id>/`). CappyError with the failed step's own line
+    if one fails; Ctrl-C ends every process of the run and raises KeyboardInterrupt.
+    """
+    submission = prepare(name, steps, work=work)
+    return execute(f"{pipelines.PIPELINES[name]}:{name}", submission, work=work, root=root, show=show)
+
+
+def execute(target: str, submission: Submission, *, work: Path, root: Path, show: bool = True) -> Outcome:
+    """Runs the kfp pipeline at `target` (module:name) with a submission's arguments."""
+    root, work = root.absolute(), work.absolute()
+    _refuse_mangled({"the folder of the run": str(root), **submission.arguments})
+    run_id = f"{submission.pipeline}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    folder = root / "runs" / run_id
+    folder.mkdir(parents=True)
+    request = folder / "request.json"
+    values = {
+        "pipeline": target,
+        "arguments": submission.arguments,
+        "run": run_id,
+        "pipeline_root": str(root / "pipeline"),
+        "cache_root": str(work / "cache"),
+        "fingerprints": submission.fingerprints,
+    }
+    request.write_text(json.dumps(values, indent=1))
+
+    def look(alive: bool, succeeded: bool = False) -> list[StepState]:
+        return observe(
+            submission.fingerprints, work=work, progress=folder, run=run_id, alive=alive, succeeded=succeeded
+        )
+
+    lock = hold_parent_lock(folder / "parent.lock")
+    try:
+        with Board(f"cappy {submission.pipeline}", folder / "run.log", show=show) as board:
+            status = _supervised(request, submission.tracking_uri, lambda: board.update(look(alive=True)))
+            states = look(alive=False, succeeded=status == 0)
+            board.update(states)
+    finally:
+        os.close(lock)
+    if status:
+        _raise_failure(states, folder / "run.log", show=show)
+    return _outcome(run_id, folder, states)
+
+
+def _supervised(request: Path, tracking_uri: str, look: Callable[[], None]) -> int:
+    """Starts the child and waits for it; an interrupt ends it and the steps beneath it."""
+    folder = request.parent
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        # Steps that are not told MLflow's address (evaluation loads the champion) take it from here.
+        **({"MLFLOW_TRACKING_URI": tracking_uri} if tracking_uri else {}),
+        PARENT_VARIABLE: str(folder / "parent.lock"),
+        PROGRESS_VARIABLE: str(folder),
+        "PYTHONPATH": os.pathsep.join(paths),
+        # Without it a file of the current folder that is named like a module would take that module's place.
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    with (folder / "run.log").open("wb") as log:
+        process = subprocess.Popen(  # noqa: S603 (our own module)
+            [sys.executable, "-m", "pipelines.execution", str(request)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(LOOK_SECONDS)
+            look()
+    finally:
+        _end_group(process)
+
+
+def _end_group(process: "subprocess.Popen[bytes]") -> None:
+    """Asks the child's whole group to end, and ends it if it does not; nothing to do after a normal end."""
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _refuse_mangled(arguments: Mapping[str, Any]) -> None:
+    for name, value in arguments.items():
+        if MANGLED in json.dumps(value):
+            remedy = "choose another name (kfp's local runner rewrites that text inside arguments)"
+            raise ConfigError(f"{name}: holds the text {MANGLED!r}, got {shown(value)}; {remedy}")
+
+
+def _raise_failure(states: list[StepState], log: Path, *, show: bool) -> None:
+    """Raises the failed step's own line; of a defect, which has none, the last lines of its log are shown first."""
+    failed = next((state for state in states if state.state == "failed"), None)
+    step = failed.step if failed else "tracking"
+    lines = log_section(log, step)
+    said = next((line for line in reversed(lines) if line.startswith(f"cappy {step}: ")), None)
+    if said is not None:
+        raise CappyError(said.removeprefix("cappy "))
+    if show:
+        sys.stderr.write("\n".join(lines[-TAIL_LINES:]) + "\n")
+    raised = next((line for line in reversed(lines) if _EXCEPTION.match(line)), "")
+    reason = (failed.error if failed else "") or raised or "its process was killed (out of memory?)"
+    raise CappyError(f"{step}: {reason}; the whole log is {log}")
+
+
+def _outcome(run_id: str, folder: Path, states: list[StepState]) -> Outcome:
+    return Outcome(
+        run_id=run_id,
+        folder=folder,
+        log=folder / "run.log",
+        outputs={state.step: state.target for state in states if state.target is not None},
+        cached=frozenset(state.step for state in states if state.state == "cached"),
+        seconds={state.step: state.seconds for state in states if state.state == "done"},
+    )

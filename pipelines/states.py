@@ -1,0 +1,84 @@
+"""How far each step of a local run is, read from the files that the steps write."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cappy.progress import State, read_state
+from cappy.steps import StepRecord, read_record
+
+Name = Literal["waiting", "running", "cached", "done", "failed", "skipped"]
+NEVER_CACHED = ("registration", "promotion", "deployment")
+
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+_START = re.compile(r"Executing task '([a-z-]+)'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepState:
+    """One step of a run: `seconds` that it took or takes, `target` where its output lies once there is one."""
+
+    step: str
+    state: Name
+    progress: State | None = None
+    seconds: float = 0.0
+    target: Path | None = None
+    error: str = ""
+
+
+def observe(
+    fingerprints: Mapping[str, str], *, work: Path, progress: Path, run: str, alive: bool, succeeded: bool
+) -> list[StepState]:
+    """The state of every step, in order.
+
+    A step that this run executed has a record with the run's id, one that works has told its progress; a step before
+    either of them that has neither was answered from the cache.
+    """
+    records = {step: read_record(work, fingerprint) for step, fingerprint in fingerprints.items()}
+    told = {step: read_state(progress / f"{step}.json") for step in fingerprints}
+    own = {step: record for step, record in records.items() if record is not None and record.run == run}
+    steps = list(fingerprints)
+    reached = max((steps.index(step) for step in steps if step in own or told[step]), default=-1)
+    states: list[StepState] = []
+    for index, step in enumerate(steps):
+        state = _state(own.get(step), told[step], passed=index < reached)
+        if state == "waiting" and alive and (not states or states[-1].state in ("done", "cached")):
+            state = "running"
+        if state == "waiting" and succeeded:
+            state = "skipped" if step in NEVER_CACHED else "cached"
+        if state == "running" and not alive:
+            state = "failed"
+        states.append(_describe(step, state, records[step], told[step]))
+    return states
+
+
+def log_section(log: Path, step: str) -> list[str]:
+    """The lines that a step wrote to the run's log; all lines if the step never started."""
+    lines = [_COLOR.sub("", line) for line in log.read_text(errors="replace").splitlines()]
+    starts = [(index, found[1]) for index, line in enumerate(lines) if (found := _START.search(line))]
+    for (start, name), (end, _) in zip(starts, [*starts[1:], (len(lines), "")], strict=True):
+        if name == step:
+            return [line.removeprefix("    ") for line in lines[start:end]]
+    return lines
+
+
+def _state(record: StepRecord | None, told: State | None, *, passed: bool) -> Name:
+    if record is not None:
+        return "failed" if record.status == "failed" else "done"
+    if told is not None:
+        return "running"
+    return "cached" if passed else "waiting"
+
+
+def _describe(step: str, state: Name, record: StepRecord | None, told: State | None) -> StepState:
+    if state == "running":
+        seconds = told.updated - told.started if told else 0.0
+        return StepState(step=step, state=state, progress=told, seconds=seconds)
+    if record is None or state in ("waiting", "skipped"):
+        return StepState(step=step, state=state)
+    target = Path(record.target) if state in ("done", "cached") else None
+    error = record.error if state == "failed" else ""
+    seconds = 0.0 if state == "cached" else record.seconds
+    return StepState(step=step, state=state, progress=told, seconds=seconds, target=target, error=error)

@@ -1,0 +1,151 @@
+"""Local runs: what a person sees, what comes from the cache, and that nothing outlives its parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cappy.errors import CappyError, ConfigError
+from cappy.records import read_manifest
+from cappy.steps import read_record
+from pipelines.local import Outcome, execute
+from pipelines.submission import Submission
+
+MakeUp = Callable[..., Submission]
+TARGET = "made_pipeline:made_up"
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Outcome]:
+    """start(submission) runs it under tmp_path."""
+
+    def started(submission: Submission, show: bool = False) -> Outcome:
+        return execute(TARGET, submission, work=tmp_path / "work-python3", root=tmp_path / "root", show=show)
+
+    return started
+
+
+def test_a_second_run_comes_from_the_cache_and_another_fingerprint_runs_again(
+    made_up: MakeUp, start: Callable[..., Outcome], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = start(made_up(), show=True)
+    assert set(first.outputs) == set(first.seconds) == {"preparation", "annotation"}
+    assert first.cached == frozenset()
+    for folder in first.outputs.values():
+        assert read_manifest(folder).rows == 1
+    record = read_record(tmp_path / "work-python3", "1" * 8)
+    assert record is not None
+    assert record.run == first.run_id
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert str(first.log) in told.err
+    assert "preparation: done, 10 rows" in told.err
+
+    second = start(made_up(), show=True)
+    assert second.run_id != first.run_id
+    assert second.cached == {"preparation", "annotation"}
+    assert second.outputs == first.outputs
+    assert (tmp_path / "beat.state").read_text() == f"SUCCEEDED {second.run_id}"
+    assert "annotation: from the cache" in capfd.readouterr().err
+
+    assert start(made_up(two="3" * 8)).cached == {"preparation"}
+
+
+def test_a_failing_step_says_its_own_line(made_up: MakeUp, start: Callable[..., Outcome], tmp_path: Path) -> None:
+    with pytest.raises(CappyError) as caught:
+        start(made_up(second={"fail": "mend"}))
+    assert str(caught.value) == "annotation: notes.jsonl:3: reference is empty; give it a text"
+    assert (tmp_path / "beat.state").read_text().startswith("FAILED")
+
+
+def test_a_defect_shows_the_end_of_the_steps_own_log(
+    made_up: MakeUp, start: Callable[..., Outcome], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CappyError, match=r"preparation: ZeroDivisionError: a defect of ours; the whole log is .*log"):
+        start(made_up(first={"fail": "defect"}), show=True)
+    told = capfd.readouterr().err
+    assert "Traceback" in told or 'raise ZeroDivisionError("a defect of ours")' in told
+    assert "farewell" not in told
+
+
+def test_a_killed_step_is_said_to_be_killed(made_up: MakeUp, start: Callable[..., Outcome]) -> None:
+    with pytest.raises(CappyError, match="annotation: its process was killed"):
+        start(made_up(second={"fail": "killed"}))
+
+
+def test_a_folder_that_kfp_would_mangle_is_refused(made_up: MakeUp, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="python3"):
+        execute(TARGET, made_up(), work=tmp_path / "work-python3", root=tmp_path / "python3.11" / "root", show=False)
+
+
+def test_an_argument_that_kfp_would_mangle_is_refused(made_up: MakeUp, start: Callable[..., Outcome]) -> None:
+    with pytest.raises(ConfigError, match=r"^one: holds the text 'python3'"):
+        start(made_up(one="python3"))
+
+
+def test_two_runs_at_once_in_one_folder_do_not_disturb_each_other(
+    made_up: MakeUp, start: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    with _other_process(tmp_path, made_up(one="5" * 8, two="6" * 8, first={"seconds": 0.5})) as other:
+        mine = start(made_up(first={"seconds": 0.5}))
+        assert other.wait(30) == 0
+    assert mine.cached == frozenset()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_outlives_the_process_that_started_the_run(
+    made_up: MakeUp, tmp_path: Path, number: signal.Signals
+) -> None:
+    beat = tmp_path / "beat"
+    with _other_process(tmp_path, made_up(first={"seconds": 60})) as parent:
+        deadline = time.monotonic() + 20
+        while not beat.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        parent.send_signal(number)
+        parent.wait(10)
+        time.sleep(1.0)
+        last = beat.read_text()
+        time.sleep(0.5)
+        assert beat.read_text() == last
+    assert _processes(tmp_path) == []
+
+
+def _processes(folder: Path) -> list[str]:
+    """Command lines of living processes that have the folder in their environment."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            environment, line = (process / "environ").read_bytes(), (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if str(folder / "beat").encode() in environment and line and process.name != str(os.getpid()):
+            found.append(line.decode(errors="replace"))
+    return found
+
+
+class _other_process:  # noqa: N801 (read as a verb in a with statement)
+    """The same run in a process of its own, ended at the end of the block."""
+
+    def __init__(self, folder: Path, submission: Submission) -> None:
+        program = (
+            "from pathlib import Path\n"
+            "from pipelines.local import execute\n"
+            "from pipelines.submission import Submission\n"
+            f"execute({TARGET!r}, {submission!r}, work=Path({str(folder / 'work-python3')!r}), "
+            f"root=Path({str(folder / 'root')!r}), show=False)\n"
+        )
+        self.process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+
+    def __enter__(self) -> "subprocess.Popen[bytes]":
+        return self.process
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()

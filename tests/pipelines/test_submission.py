@@ -1,0 +1,117 @@
+"""What is handed to an orchestrator: nothing in it moves, and a fingerprint changes with whatever it points to."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipelines.adapt
+import pipelines.pretrain
+from cappy.config import decode
+from cappy.errors import CappyError, ConfigError
+from cappy.records import Instance, write
+from pipelines.fingerprints import fingerprints
+from pipelines.submission import prepare
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A person's instances, in a folder without a registry."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"instruction": "Add 1 and 1.", "references": ["2"], "responses": ["2", "3"]}\n')
+    return path
+
+
+def plan(file: Path, **choices: Any) -> dict[str, dict[str, Any]]:
+    return pipelines.adapt.plan(**{"source": str(file), "generator": (), **choices})
+
+
+def changed(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    return [step for step in one if one[step] != other[step]]
+
+
+def test_one_byte_of_the_input_changes_every_fingerprint(file: Path, tmp_path: Path) -> None:
+    before = prepare("adapt", plan(file), work=tmp_path / "work").fingerprints
+    assert prepare("adapt", plan(file), work=tmp_path / "work").fingerprints == before
+    file.write_text(file.read_text().replace("3", "4"))
+    after = prepare("adapt", plan(file), work=tmp_path / "work").fingerprints
+    assert changed(before, after) == list(pipelines.STEPS["adapt"])
+
+
+def test_a_setting_changes_the_fingerprints_of_its_step_and_of_those_after_it(file: Path, tmp_path: Path) -> None:
+    before = fingerprints(_placed(plan(file), tmp_path))
+    more = plan(file, settings={"evaluation": {"resamples": 500}})
+    after = fingerprints(_placed(more, tmp_path))
+    assert changed(before, after) == ["evaluation", "registration", "promotion", "deployment"]
+
+
+def test_where_things_lie_changes_no_fingerprint(file: Path, tmp_path: Path) -> None:
+    one = fingerprints(_placed(plan(file), tmp_path))
+    assert fingerprints(_placed(plan(file, tracking_uri="sqlite:///elsewhere.db"), tmp_path / "elsewhere")) == one
+
+
+def test_a_generator_folder_that_changes_is_sampled_again(file: Path, tmp_path: Path) -> None:
+    llm = tmp_path / "llm"
+    llm.mkdir()
+    (llm / "model.safetensors").write_bytes(b"one")
+    before = fingerprints(_placed(plan(file, generator=(str(llm),)), tmp_path))
+    (llm / "model.safetensors").write_bytes(b"two")
+    after = fingerprints(_placed(plan(file, generator=(str(llm),)), tmp_path))
+    assert changed(before, after) == list(pipelines.STEPS["adapt"])[1:]
+
+
+def test_an_edited_part_of_a_folder_of_records_is_refused(file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    write(folder, [Instance(instance_id="1", instruction="Add 1 and 1.", references=("2",))])
+    prepare("adapt", plan(folder), work=tmp_path / "work")
+    part = next(folder.glob("*.parquet"))
+    part.write_bytes(part.read_bytes() + b" ")
+    with pytest.raises(CappyError, match="is damaged"):
+        prepare("adapt", plan(folder), work=tmp_path / "work")
+
+
+def test_a_wrong_setting_is_said_before_anything_runs(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation: --resamples: .*100.*, got 3"):
+        prepare("adapt", plan(file, settings={"evaluation": {"resamples": 3}}), work=tmp_path)
+    with pytest.raises(ConfigError, match="adapt: has no step pretraining"):
+        prepare("adapt", {**plan(file), "pretraining": {}}, work=tmp_path)
+    with pytest.raises(ConfigError, match="no such pipeline; there are adapt, pretrain"):
+        prepare("adopt", plan(file), work=tmp_path)
+    with pytest.raises(ConfigError, match="--seed is one for the whole pipeline"):
+        prepare("adapt", plan(file, settings={"finetuning": {"seed": 5}}), work=tmp_path)
+
+
+def test_every_setting_reaches_its_step_as_a_parameter_or_encoded(file: Path, tmp_path: Path) -> None:
+    choices = plan(file, name="notes", seed=7, tracking_uri="sqlite:///my.db", settings={"promotion": {"margin": 0.1}})
+    found = prepare("adapt", choices, work=tmp_path / "work").arguments
+    assert (found["name"], found["seed"], found["margin"], found["source"]) == ("notes", 7, 0.1, str(file))
+    work = str(tmp_path / "work")
+    assert decode(found["registration_settings"]) == {"tracking_uri": "sqlite:///my.db", "work": work}
+    assert decode(found["tracking_settings"]) == {"tracking_uri": "sqlite:///my.db", "work": work}
+    assert set(json.loads(found["fingerprints"])) == set(pipelines.STEPS["adapt"])
+    known = pipelines.adapt.adapt.pipeline_spec.root.input_definitions.parameters
+    assert set(found) <= set(known)
+
+
+def test_pretraining_on_the_builtin_tasks_is_judged_on_validation(tmp_path: Path) -> None:
+    steps = pipelines.pretrain.plan()
+    assert steps["preparation"]["pool"] == "pretraining"
+    assert steps["evaluation"]["split"] == "validation"
+    found = prepare("pretrain", steps, work=tmp_path).arguments
+    known = pipelines.pretrain.pretrain.pipeline_spec.root.input_definitions.parameters
+    assert set(found) <= set(known)
+
+
+def test_a_missing_version_is_said_before_anything_runs(file: Path, tmp_path: Path, empty_database: Path) -> None:
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(CappyError, match="models:/general@champion: no such model"):
+        prepare("adapt", plan(file, scorer="models:/general@champion", tracking_uri=uri), work=tmp_path)
+
+
+def _placed(steps: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+    return {step: {**values, "work": str(folder / "work")} for step, values in steps.items()}
