@@ -31,6 +31,8 @@ from cappy.training.pretraining import run as pretraining
 
 ROOT = Path(__file__).resolve().parents[1]
 CANDIDATES = ROOT.parent / "shared/data/candidates/e2e_nlg.jsonl.gz"
+REPEATED = ("primary/*",)
+"""The file lists 21 of the 56 systems once more under this name; twice the same response would weigh twice in MBR."""
 SEED = 0
 
 
@@ -73,7 +75,10 @@ def main() -> None:
 def annotate(candidates: Path, folder: Path) -> Path:
     """The annotated instances of the file, split 70/10/20 by instance."""
     work = folder / "work"
-    preparation(PreparationConfig(source=str(candidates), target=folder / "prepared", seed=SEED, work=work))
+    config = PreparationConfig(
+        source=str(candidates), target=folder / "prepared", exclude=REPEATED, seed=SEED, work=work
+    )
+    preparation(config)
     annotation(AnnotationConfig(source=folder / "prepared", target=folder / "annotated", seed=SEED, work=work))
     return folder / "annotated"
 

@@ -82,7 +82,7 @@ def launch(step: str, settings: str = "", *, fingerprint: str = "", run: str = "
     A CappyError ends the process with status 1 and its one line on stderr. The process dies with the local run that
     started it, so that no orphan goes on writing.
     """
-    _die_with_parent()
+    die_with_parent()
     try:
         config = build(config_class(step), {**decode(settings), **values})
     except CappyError as error:
@@ -133,7 +133,8 @@ def hold_parent_lock(path: Path) -> int:
     return descriptor
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Ends this process when the local run that started it ends, however that went; nothing elsewhere."""
     path = os.environ.get(PARENT_VARIABLE)
     if path:
         threading.Thread(target=_wait_for_parent, args=(path,), daemon=True).start()

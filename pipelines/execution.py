@@ -9,13 +9,13 @@ from pathlib import Path
 from kfp import local
 from kfp.local import placeholder_utils
 
-from cappy.steps import _die_with_parent
+from cappy.steps import die_with_parent
 
 
 def main(request: Path) -> int:
     """Runs the pipeline of the request on kfp's local runner; 1 if a step failed."""
     wanted = json.loads(request.read_text())
-    _die_with_parent()
+    die_with_parent()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s - %(levelname)s - %(message)s")
     # kfp draws eight random digits for a local run's id: two runs may share them, and whoever started it cannot know.
     placeholder_utils.make_random_id = lambda: wanted["run"]

@@ -44,6 +44,10 @@ class PreparationConfig:
         Literal["adaptation", "pretraining"],
         Field(description="Built-in pool: adaptation has a test split, pretraining leaves the held-out families out"),
     ] = "adaptation"
+    exclude: Annotated[
+        tuple[str, ...],
+        Field(description="Pattern of systems whose candidates are left out of a file, such as 'primary/*'"),
+    ] = ()
     max_characters: Annotated[int, Field(ge=1, description="Longest text accepted from a file, in characters")] = 20_000
     part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 512
     work: Work = DEFAULT_WORK

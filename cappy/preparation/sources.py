@@ -1,7 +1,8 @@
 """What `--source` names: the built-in tasks, a file, or a folder of records."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from cappy.errors import ConfigError, FolderError, shown
@@ -93,11 +94,26 @@ def _file(path: Path, config: PreparationConfig) -> Source:
     return Source(
         name=str(path),
         format=read_rows.__name__.removeprefix("read_"),
-        rows=lambda: (row(*found, task=task, max_characters=config.max_characters) for found in read_rows(path)),
+        rows=lambda: (
+            _without(row(*found, task=task, max_characters=config.max_characters), config.exclude)
+            for found in read_rows(path)
+        ),
         task=task,
         parents=(sha256,),
         check_unchanged=check_unchanged,
     )
+
+
+def _without(found: Row, patterns: Sequence[str]) -> Row:
+    """The row without the candidates of the systems that match a pattern."""
+    if not patterns:
+        return found
+    kept = tuple(
+        candidate
+        for candidate in found.instance.candidates
+        if not any(fnmatchcase(candidate.generator, pattern) for pattern in patterns)
+    )
+    return replace(found, instance=replace(found.instance, candidates=kept))
 
 
 def _given(name: str, instance: Instance, task: str | None) -> Row:

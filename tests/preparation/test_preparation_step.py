@@ -303,3 +303,12 @@ def test_a_wrong_setting_is_named_in_one_line(values: dict[str, Any], message: s
     with pytest.raises(ConfigError) as error:
         build(PreparationConfig, {"target": "t", **values})
     assert str(error.value) == message
+
+
+def test_the_candidates_of_excluded_systems_are_left_out(prepare: Prepare, json_lines: JsonLines) -> None:
+    systems = [{"system": name, "text": name} for name in ("primary/x", "all/x", "all/y")]
+    rows = [{"instruction": f"say {n}", "references": ["x"], "candidates": systems} for n in range(4)]
+    _, instances = prepare(json_lines(*rows), exclude=("primary/*", "*y"))
+    assert len(instances) == 4
+    for instance in instances:
+        assert [candidate.generator for candidate in instance.candidates] == ["all/x"]
