@@ -100,6 +100,8 @@ def _supervised(request: Path, tracking_uri: str, look: Callable[[], None]) -> i
     folder = request.parent
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
+        # OpenMP threads that wait by spinning stall small models on a shared machine by a factor of up to ten.
+        "OMP_WAIT_POLICY": "PASSIVE",
         **os.environ,
         # Steps that are not told MLflow's address (evaluation loads the champion) take it from here.
         **({"MLFLOW_TRACKING_URI": tracking_uri} if tracking_uri else {}),

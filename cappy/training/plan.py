@@ -16,7 +16,9 @@ class TrainingSettings:
     metric: Annotated[str, Field(description="Label to learn")] = "rougeL"
     epochs: Annotated[float, Field(gt=0, description="Passes over the training instances, at most")] = 4.0
     batch_instances: Annotated[int, Field(ge=1, description="Whole instances per update")] = 16
-    batch_tokens: Annotated[int, Field(ge=64, description="Padded tokens per forward pass; bounds memory")] = 8192
+    batch_tokens: Annotated[
+        int, Field(ge=64, description="Padded tokens per forward pass; bounds memory. Small is faster on a CPU")
+    ] = 2048
     max_candidates: Annotated[
         int, Field(ge=2, description="Candidates drawn per instance and pass; the rest wait for the next pass")
     ] = 16

@@ -1,0 +1,67 @@
+"""Makes what this folder embeds.
+
+    python -m cappy.builtin llm --target cappy/builtin/weights/llm
+    python -m cappy.builtin scorer --target cappy/builtin/weights/scorer
+
+The scorer samples from the LLM that lies in its folder, so the LLM comes first.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Reads the command line and makes the weights that it names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cappy.builtin", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    llm = commands.add_parser("llm", help="train the very small LLM on the built-in tasks")
+    llm.add_argument("--target", type=Path, required=True, help="folder to write; its files are overwritten")
+    llm.add_argument("--steps", type=int, default=3000, help="updates of the weights")
+    llm.add_argument("--processes", type=int, default=2, help="processes to share each batch, one thread each")
+    llm.add_argument("--seed", type=int, default=0)
+    llm.add_argument("--num-per-family", type=int, default=8_000, help="instances to draw from each family")
+    scorer = commands.add_parser("scorer", help="pretrain the very small scorer on samples of the LLM")
+    scorer.add_argument("--target", type=Path, required=True, help="folder to write")
+    scorer.add_argument("--num-per-family", type=int, default=500, help="instances to draw from each family")
+    scorer.add_argument("--epochs", type=float, default=3.0, help="passes over the instances")
+    scorer.add_argument("--seed", type=int, default=0)
+    scorer.add_argument("--work", type=Path, default=Path(".cappy/builtin"), help="folder to resume from")
+    arguments = parser.parse_args()
+    (_make_llm if arguments.command == "llm" else _make_scorer)(arguments)
+
+
+def _make_llm(arguments: argparse.Namespace) -> None:
+    from cappy.builtin.llm import make
+
+    make(
+        arguments.target,
+        steps=arguments.steps,
+        processes=arguments.processes,
+        seed=arguments.seed,
+        num_per_family=arguments.num_per_family,
+    )
+
+
+def _make_scorer(arguments: argparse.Namespace) -> None:
+    from cappy.builtin.scorer import make
+
+    manifest = make(
+        arguments.target,
+        work=arguments.work,
+        num_per_family=arguments.num_per_family,
+        epochs=arguments.epochs,
+        seed=arguments.seed,
+        progress=_progress,
+    )
+    sys.stderr.write(f"{dict(manifest.metrics)}\n")
+
+
+def _progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+    sys.stderr.write(f"\r{done}/{total} {unit}   ")
+
+
+if __name__ == "__main__":
+    main()

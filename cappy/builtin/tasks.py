@@ -1,0 +1,127 @@
+"""The built-in tasks: procedural families, drawn into pools and splits that share no instruction."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from random import Random
+from typing import Literal, TypeVar, get_args
+
+from cappy.builtin.families import choosing, dates, edits, lists, passages, quantities, records, sentences
+from cappy.builtin.family import Content, Family, content_hash
+from cappy.errors import ConfigError, shown
+from cappy.records.instance import Instance, Split, prompt_hash
+
+_Name = TypeVar("_Name", bound=str)
+Pool = Literal["llm", "pretraining", "adaptation"]
+
+POOLS: tuple[Pool, ...] = get_args(Pool)
+FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in chain(
+        lists.FAMILIES,
+        edits.FAMILIES,
+        sentences.FAMILIES,
+        quantities.FAMILIES,
+        dates.FAMILIES,
+        records.FAMILIES,
+        passages.FAMILIES,
+        choosing.FAMILIES,
+    )
+}
+
+_POOL_SHARES: Mapping[Pool, float] = {"llm": 0.5, "pretraining": 0.25, "adaptation": 0.25}
+_SPLIT_SHARES: Mapping[Pool, Mapping[Split, float]] = {
+    "llm": {"train": 0.95, "validation": 0.05},
+    "pretraining": {"train": 0.95, "validation": 0.05},
+    "adaptation": {"train": 0.6, "validation": 0.15, "test": 0.25},
+}
+_PATIENCE = 2_000
+
+
+def instances(
+    pool: Pool, *, num_per_family: int, seed: int = 0, families: Sequence[str] | None = None
+) -> Iterator[Instance]:
+    """`num_per_family` instances of each family, the families taking turns; one instance per group.
+
+    The default is every family; for `pretraining`, every family that is not held out. A hash of the drawn content
+    decides its pool, its split and its template, so that no two pools and no two splits share an instruction,
+    whatever the seeds. Raises ConfigError for an unknown family, for a held-out one in `pretraining`, and where a
+    family cannot supply so many.
+    """
+    if pool not in POOLS:
+        raise ConfigError(f"pool must be one of {', '.join(POOLS)}, got {shown(pool)}")
+    if num_per_family < 1:
+        raise ConfigError(f"num_per_family must be at least 1, got {num_per_family}")
+    chosen = [_family(name, pool) for name in families] if families is not None else _offered(pool)
+    streams = [_stream(family, pool, num_per_family, seed) for family in chosen]
+    return chain.from_iterable(zip(*streams, strict=True))
+
+
+def pool_of(number: int) -> Pool:
+    """The pool of a content with this hash: half of all contents are the LLM's, a quarter each the scorer's pools."""
+    return _share(_POOL_SHARES, (number & 0xFFFFFFFF) / 2**32)
+
+
+def split_of(pool: Pool, number: int) -> Split:
+    """The split of a content with this hash inside its pool, by other bits than the pool's."""
+    return _share(_SPLIT_SHARES[pool], (number >> 32) / 2**32)
+
+
+def _share(shares: Mapping[_Name, float], position: float) -> _Name:
+    """The share, laid end to end from 0 to 1, in which `position` lies."""
+    for name, size in shares.items():
+        if position < size:
+            return name
+        position -= size
+    return next(reversed(list(shares)))
+
+
+def _offered(pool: Pool) -> list[Family]:
+    return [family for family in FAMILIES.values() if pool != "pretraining" or not family.held_out]
+
+
+def _family(name: str, pool: Pool) -> Family:
+    if name not in FAMILIES:
+        raise ConfigError(f"families: no family {shown(name)}; choose from {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    if pool == "pretraining" and family.held_out:
+        raise ConfigError(f"families: {shown(name)} is held out of pretraining; take it from the adaptation pool")
+    return family
+
+
+def _stream(family: Family, pool: Pool, num: int, seed: int) -> Iterator[Instance]:
+    """`num` distinct instances of one family. A str seeds Random through SHA-512, the same in every process."""
+    rng = Random(f"{seed}/{pool}/{family.name}")
+    seen: set[int] = set()
+    produced = misses = 0
+    while produced < num:
+        content = family.draw(rng)
+        number = content_hash(family, content)
+        instance = _instance(family, content, pool, number)
+        prompt = prompt_hash(instance.instruction)
+        if pool_of(number) != pool or prompt in seen:
+            misses += 1
+            if misses > _PATIENCE:
+                raise ConfigError(
+                    f"num_per_family: {family.name} has no more than about {produced} instances in pool {pool}, "
+                    f"got {num}; ask for fewer"
+                )
+            continue
+        misses = 0
+        seen.add(prompt)
+        produced += 1
+        yield instance
+
+
+def _instance(family: Family, content: Content, pool: Pool, number: int) -> Instance:
+    index = number % 65_521 % len(family.templates)
+    group = f"{family.name}/{number:016x}"
+    return Instance(
+        instance_id=f"{family.name}/{pool}/{number:016x}",
+        group_id=group,
+        task=family.name,
+        template=f"{family.name}_{index}",
+        split=split_of(pool, number),
+        instruction=family.templates[index].format(**content.slots),
+        references=content.references,
+        choices=content.choices,
+    )
