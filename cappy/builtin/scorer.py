@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
@@ -25,8 +26,10 @@ from cappy.training.pretraining import PretrainingConfig
 from cappy.training.pretraining import run as pretraining
 
 HEAD_SIZE = 32
-MATCH_GAIN = 0.7
+WORD_SCALE = 0.1
+TYPE_SCALE = 0.05
 MAX_LENGTH = 256
+LEARNING_RATE = 1e-3
 
 
 def make(
@@ -46,7 +49,14 @@ def make(
     )
     annotation(AnnotationConfig(source=sampled, target=annotated, seed=seed, work=work), progress)
     config = PretrainingConfig(
-        source=annotated, target=target, max_length=MAX_LENGTH, epochs=epochs, seed=seed, patience=100, work=work
+        source=annotated,
+        target=target,
+        max_length=MAX_LENGTH,
+        epochs=epochs,
+        learning_rate=LEARNING_RATE,
+        patience=100,
+        seed=seed,
+        work=work,
     )
     return pretraining(config, progress)
 
@@ -84,12 +94,19 @@ def new_encoder(layers: int, hidden_size: int, max_length: int) -> tuple[Any, An
 
 @torch.no_grad()
 def _lean_to_matching(model: Any) -> None:
-    """Starts every layer's queries and keys as one projection, so that a token looks at its equals.
+    """Starts the weights where comparing is near: words as the LLM knows them, and attention to equals.
 
-    A scorer compares a response with its instruction word by word; from a plain start so small a model finds that out
-    very late. The gain makes an equal token about twenty times as visible as another.
+    A scorer compares a response with its instruction word by word. From a plain start this one had not begun to after
+    280 updates (loss 1.17); from here it had after 100 (1.07). Queries and keys share a projection, so that a token
+    looks at its equals; the output undoes the value projection; types are loud enough to tell where an equal stands.
     """
+    words = load_file(LLM_FOLDER / "model.safetensors")["shared.weight"].float()
+    embeddings = model.bert.embeddings
+    embeddings.word_embeddings.weight[: len(words)] = words / words.std() * WORD_SCALE
+    embeddings.token_type_embeddings.weight.normal_(0.0, TYPE_SCALE)
     for layer in model.bert.encoder.layer:
-        attention = layer.attention.self
-        torch.nn.init.orthogonal_(attention.query.weight, gain=MATCH_GAIN)
-        attention.key.weight.copy_(attention.query.weight)
+        attention = layer.attention
+        torch.nn.init.orthogonal_(attention.self.query.weight)
+        attention.self.key.weight.copy_(attention.self.query.weight)
+        torch.nn.init.orthogonal_(attention.self.value.weight)
+        attention.output.dense.weight.copy_(attention.self.value.weight.T)
