@@ -139,10 +139,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def describe_files(folder: Path) -> tuple[File, ...]:
-    """Every file of a folder, with its sha256, the manifest itself and hidden files aside."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    return tuple(File(name=name, sha256=sha256_of(folder / name)) for name in names if name != MANIFEST)
+    """Every file of a folder with its sha256, but the manifest and what is hidden or lies in a hidden folder."""
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    shown_names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    return tuple(
+        File(name=name.as_posix(), sha256=sha256_of(folder / name))
+        for name in shown_names
+        if name.as_posix() != MANIFEST
+    )
 
 
 def write(folder: str | Path, instances: Iterable[Instance], *, step: str = "", part_rows: int = PART_ROWS) -> Manifest:

@@ -228,3 +228,10 @@ def test_memory_does_not_grow_with_rows(tmp_path: Path) -> None:
 
     peak(100)
     assert peak(2_400) < 1.3 * peak(600)
+
+
+def test_what_is_hidden_or_lies_in_a_hidden_folder_is_not_described(tmp_path: Path) -> None:
+    for name in ("kept.json", "deep/kept.bin", ".hidden", ".checkpoints/1/model.safetensors", "manifest.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert [file.name for file in describe_files(tmp_path)] == ["deep/kept.bin", "kept.json"]
