@@ -18,7 +18,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 demo: $(STAMP) ## Adapt a scorer to the built-in tasks, offline, and show what it is worth
-	$(BIN)/cappy adapt --instances builtin --generator builtin
+	$(BIN)/cappy adapt --instances builtin --generator builtin --strategy sampling8 --set finetuning.epochs=2
 
 test: $(STAMP) ## Run all tests
 	$(BIN)/python -m pytest

@@ -38,7 +38,7 @@ class PreparationConfig:
     task: Annotated[
         str | None, Field(min_length=1, description="Task of instances that name none; a file's own name if left out")
     ] = None
-    num_per_family: Annotated[int, Field(ge=1, description="Instances of each built-in family")] = 120
+    num_per_family: Annotated[int, Field(ge=1, description="Instances of each built-in family")] = 80
     families: Annotated[tuple[str, ...], Field(description="Built-in families to draw from; all if left out")] = ()
     pool: Annotated[
         Literal["adaptation", "pretraining"],

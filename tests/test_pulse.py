@@ -1,0 +1,124 @@
+"""Has it a pulse: the whole of `cappy adapt` on a handful of built-in instances, killed on the way, then run again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cappy.records import read
+from cappy.steps import STEPS
+
+pytestmark = [pytest.mark.pulse, pytest.mark.timeout(600)]
+
+SMALL = {
+    "preparation.num_per_family": 4,
+    "sampling.part_rows": 8,
+    "finetuning.epochs": 2,
+    "finetuning.checkpoint_seconds": 0,
+    "evaluation.resamples": 200,
+}
+COMMAND = [
+    *(sys.executable, "-c", "from cappy.cli import main; main()", "adapt", "--json"),
+    *(word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")),
+]
+WAIT_SECONDS = 240.0
+
+
+def parts(folder: Path, step: str) -> dict[str, int]:
+    """Finished parts of a step's work -> when each was written, in nanoseconds."""
+    notes = folder.glob(f".cappy/work/{step}/*/.part-*.json")
+    return {str(note): note.stat().st_mtime_ns for note in notes}
+
+
+def wait_for(condition: "object", what: str) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)
+
+
+def test_a_killed_run_finishes_without_doing_a_finished_part_again(tmp_path: Path) -> None:
+    with (tmp_path / "first.log").open("wb") as log:
+        first = subprocess.Popen(COMMAND, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
+        wait_for(lambda: len(parts(tmp_path, "sampling")) >= 2 or first.poll() is not None, "two sampled parts")
+        assert first.poll() is None, (tmp_path / "first.log").read_text()
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+    time.sleep(1.0)
+    killed_with = parts(tmp_path, "sampling")
+    time.sleep(1.0)
+    assert parts(tmp_path, "sampling") == killed_with, "an orphan goes on writing"
+
+    second = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    after = parts(tmp_path, "sampling")
+    assert len(after) > len(killed_with)
+    assert {name: after[name] for name in killed_with} == killed_with, "a finished part was done again"
+
+    found = json.loads(second.stdout)
+    assert {"random", "longest", "likelihood_mean", "mbr", "scorer", "oracle"} <= set(found["selectors"])
+    assert found["decision"] in ("promote", "hold")
+    assert found["reasons"]
+    assert (tmp_path / found["report"]).read_text().lstrip().lower().startswith("<!doctype html")
+    assert found["serve"].startswith("cappy serve --scorer models:/cappy@")
+
+    third = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True)
+    assert third.returncode == 0, third.stderr
+    again = json.loads(third.stdout)
+    assert set(again["from_cache"]) >= {"preparation", "sampling", "annotation", "finetuning", "evaluation"}
+    assert again["version"] == found["version"], "the same scorer is not registered twice"
+    _check_tracking(tmp_path, found["run"], again["run"])
+
+
+def _check_tracking(folder: Path, *runs: str) -> None:
+    """Every step is a nested run of its pipeline's run; those that the cache answered say so."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/.cappy/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    for number, run in enumerate(runs):
+        (parent,) = (
+            found
+            for found in client.search_runs(experiments, f"tags.`cappy.run` = '{run}'")
+            if "mlflow.parentRunId" not in found.data.tags
+        )
+        nested = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+        steps = {found.info.run_name.split()[0]: found for found in nested}
+        assert set(steps) <= set(STEPS)
+        assert set(steps) >= {"preparation", "sampling", "annotation", "finetuning", "evaluation", "registration"}
+        cached = {name for name, found in steps.items() if found.data.tags.get("cappy.cached") == "true"}
+        assert ("sampling" in cached) == (number > 0)
+        assert "registration" not in cached
+        assert float(steps["evaluation"].data.metrics["num_instances"]) > 0
+
+
+def test_an_edited_input_is_never_answered_from_the_cache(tmp_path: Path) -> None:
+    rows = [
+        {
+            "instruction": f"{number}. Say {number % 3}.",
+            "references": [f"it is {number % 3}"],
+            "responses": ["it is", f"it is {number % 3}", "no"],
+        }
+        for number in range(20)
+    ]
+    path = tmp_path / "tasks.jsonl"
+
+    def adapt() -> dict[str, object]:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        done = subprocess.run(
+            [*COMMAND[:5], *COMMAND[7:], "--instances", str(path)], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        found: dict[str, object] = json.loads(done.stdout)
+        return found
+
+    adapt()
+    rows[0]["references"] = ["something else"]
+    assert adapt()["from_cache"] == []
+    prepared = max(tmp_path.glob(".cappy/pipeline/**/preparation/instances"), key=lambda folder: folder.stat().st_mtime)
+    assert any(instance.references == ("something else",) for instance in read(prepared))
