@@ -35,7 +35,7 @@ format: $(STAMP) ## Put the code into the house's style
 serve: $(STAMP) ## Serve the champion on port 8080
 	$(BIN)/cappy serve --scorer models:/cappy@champion --port 8080
 
-bench: $(STAMP) ## Measure what selection is worth on real outputs (reads ../shared/data; up to an hour)
+bench: $(STAMP) ## Measure what selection is worth on real outputs (reads ../shared/data; slow)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement benchmarks/requirements.txt
 	$(BIN)/python benchmarks/selection.py --start builtin
 	$(BIN)/python benchmarks/selection.py --start minilm
