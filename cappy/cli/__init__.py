@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import cappy
-from cappy.cli import adapt, doctor, pipeline, scoring, serve
+from cappy.cli import adapt, doctor, pipeline, rollback, scoring, serve
 from cappy.errors import CappyError
 
 __all__ = ["main"]
@@ -92,6 +92,7 @@ for _step, _help in STEP_HELP.items():
 app.command("score", short_help="Score responses, JSON Lines in and out.")(scoring.score)
 app.command("select", short_help="Pick the best of several responses.")(scoring.select)
 app.command("serve", short_help="Serve a scorer over HTTP.")(serve.serve)
+app.command("rollback", short_help="Make the champion's predecessor champion again.")(rollback.rollback)
 app.command("doctor", short_help="Say what this machine has and lacks.")(doctor.doctor)
 app.add_typer(pipeline.app, name="pipeline")
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from cappy import registry
+from cappy.cli import main
 from cappy.errors import RegistryError
 from cappy.registry.promotion import decide
 
@@ -98,14 +99,19 @@ def test_a_report_without_the_champion_holds_the_version(room: Any, registered: 
     assert room.promote(blind)["decision"] == "hold"
 
 
-def test_rollback_gives_the_alias_back_and_refuses_where_nothing_was_before(room: Any, registered: Any) -> None:
+def test_rollback_gives_the_alias_back_and_refuses_where_nothing_was_before(
+    room: Any, registered: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     one, first = registered("a", 1.0)
     room.promote(first)
     with pytest.raises(RegistryError, match="nothing to roll back to"):
         registry.rollback("cappy", tracking_uri=room.uri)
     _, second = registered("b", 2.0, champion=one)
     room.promote(second)
-    assert registry.rollback("cappy", tracking_uri=room.uri).number == 1
+    with pytest.raises(SystemExit) as ended:
+        main(["rollback", "--tracking-uri", room.uri])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "models:/cappy@champion is models:/cappy/1 again, it was models:/cappy/2\n"
     present = registry.champion("cappy", tracking_uri=room.uri)
     assert present is not None
     assert present.number == 1
