@@ -78,7 +78,15 @@ class Manifest:
         for derived in ("rows", "candidates"):
             values.pop(derived, None)
         files = tuple(File(**file) for file in values.pop("files"))
+        for file in files:
+            _refuse_outside(file.name)
         return Manifest(**{**values, "files": files, "parents": tuple(values.pop("parents"))})
+
+
+def _refuse_outside(name: str) -> None:
+    """ValueError where the name leads out of the folder: manifests come from registries that others write to."""
+    if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+        raise ValueError(f"the file name {name!r} leads out of the folder")
 
 
 def sha256_of(path: Path) -> str:

@@ -135,6 +135,17 @@ def test_a_folder_of_a_newer_schema_is_refused(tmp_path: Path) -> None:
     assert str(error.value) == f"{path}: has schema version {newer}, {rule}"
 
 
+@pytest.mark.parametrize("name", ["../stolen", "/etc/stolen", "sub/../../stolen", "..\\stolen"])
+def test_a_manifest_names_nothing_outside_its_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "stolen").write_text("secret")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_manifest(folder, Manifest(step="s", files=(File(name=name, sha256="0"),)))
+    for action in (read_manifest, verify, lambda where: list(read(where))):
+        with pytest.raises(FolderError, match="leads out of the folder"):
+            action(folder)
+
+
 def test_every_file_but_the_manifest_and_hidden_ones_is_described(tmp_path: Path) -> None:
     for name in ("b.txt", "sub/a.txt", ".hidden", "manifest.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
