@@ -44,6 +44,31 @@ class State:
         return max(0.0, (self.total - self.done) / self.per_second)
 
 
+def describe(state: State) -> str:
+    """How far a step is, for a person: done of total, what was resumed, rate, time left."""
+    total = "" if state.total is None else f" of {state.total:,}"
+    resumed = f" ({state.resumed:,} resumed)" if state.resumed else ""
+    parts = [f"{state.done:,}{total} {state.unit}{resumed}"]
+    if state.per_second > 0:
+        rate = f"{state.per_second:,.0f}" if state.per_second >= 10 else f"{state.per_second:.2g}"
+        parts.append(f"{rate} {state.unit}/s")
+    if state.seconds_left:
+        parts.append(f"{duration(state.seconds_left)} left")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 4.2 s, 42 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
 class FileProgress:
     """Writes the state to a file, at most five times a second, for another process to show."""
 

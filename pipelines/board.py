@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cappy.progress import State
+from cappy.progress import describe, duration
 from pipelines.states import StepState
 
 PLAIN_SECONDS = 15.0
@@ -94,26 +94,4 @@ def told(state: StepState) -> str:
         return ""
     if state.state == "done":
         return f"{progress.done:,} {progress.unit}" if progress.done > 1 else ""
-    total = "" if progress.total is None else f" of {progress.total:,}"
-    parts = [f"{progress.done:,}{total} {progress.unit}", *_pace(progress)]
-    return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 4.2 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _pace(progress: State) -> list[str]:
-    if progress.per_second <= 0:
-        return []
-    rate = f"{progress.per_second:,.0f}" if progress.per_second >= 10 else f"{progress.per_second:.2g}"
-    left = progress.seconds_left
-    return [f"{rate} {progress.unit}/s"] + ([f"{duration(left)} left"] if left else [])
+    return describe(progress)

@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from cappy.progress import State
+from cappy.progress import State, describe
 
 PLAIN_SECONDS = 10.0
 
@@ -49,26 +49,3 @@ class ProgressLine:
             self._last_plain = time.time()
             sys.stderr.write(f"{self._label}: {text}\n")
             sys.stderr.flush()
-
-
-def describe(state: State) -> str:
-    """How far a step is, for a person: done of total, what was resumed, rate, time left."""
-    parts = [f"{state.done:,}" + ("" if state.total is None else f" of {state.total:,}") + f" {state.unit}"]
-    if state.resumed:
-        parts.append(f"{state.resumed:,} of them from an earlier start")
-    if state.per_second > 0:
-        rate = f"{state.per_second:,.0f}" if state.per_second >= 10 else f"{state.per_second:.2g}"
-        parts.append(f"{rate} {state.unit}/s")
-    if state.seconds_left:
-        parts.append(f"{duration(state.seconds_left)} left")
-    return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 3 min 05 s, 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

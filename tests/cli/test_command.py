@@ -40,7 +40,14 @@ def test_help_and_version_import_nothing_heavy() -> None:
         f"    found = [name for name in {HEAVY} if name in sys.modules]\n"
         "    sys.exit(f'{ended.code} {found}' if found or ended.code else 0)\n"
     )
-    for words in (["--help"], ["--version"], ["score", "--help"], ["serve", "--help"], ["adapt", "--help"], ["rollback", "--help"]):
+    for words in (
+        ["--help"],
+        ["--version"],
+        ["score", "--help"],
+        ["serve", "--help"],
+        ["adapt", "--help"],
+        ["rollback", "--help"],
+    ):
         done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, ""), words
 
