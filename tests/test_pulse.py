@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cappy.progress import read_state
 from cappy.records import read
 from cappy.steps import STEPS
 
@@ -19,6 +21,7 @@ SMALL = {
     "preparation.num_per_family": 4,
     "sampling.part_rows": 8,
     "finetuning.epochs": 2,
+    "finetuning.batch_instances": 2,
     "finetuning.checkpoint_seconds": 0,
     "evaluation.resamples": 200,
 }
@@ -35,32 +38,53 @@ def parts(folder: Path, step: str) -> dict[str, int]:
     return {str(note): note.stat().st_mtime_ns for note in notes}
 
 
-def wait_for(condition: "object", what: str) -> None:
+def checkpoints(folder: Path) -> list[int]:
+    """The updates of the loop that finished checkpoints hold."""
+    return [int(path.name) for path in folder.glob(".cappy/work/finetuning/*/.checkpoints/0*")]
+
+
+def written(folder: Path) -> dict[str, int]:
+    """Every file below -> when it was written, in nanoseconds."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.02)
 
 
-def test_a_killed_run_finishes_without_doing_a_finished_part_again(tmp_path: Path) -> None:
-    with (tmp_path / "first.log").open("wb") as log:
-        first = subprocess.Popen(COMMAND, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
-        wait_for(lambda: len(parts(tmp_path, "sampling")) >= 2 or first.poll() is not None, "two sampled parts")
-        assert first.poll() is None, (tmp_path / "first.log").read_text()
-        os.kill(first.pid, signal.SIGKILL)
-        first.wait()
+def kill_when(folder: Path, condition: Callable[[], bool], what: str) -> None:
+    """Starts the command, kills it with SIGKILL as soon as the condition holds, and sees that nothing goes on."""
+    log = folder / "killed.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(COMMAND, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+        wait_for(lambda: condition() or process.poll() is not None, what)
+        assert process.poll() is None, log.read_text()
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
     time.sleep(1.0)
+    before = written(folder)
+    time.sleep(1.0)
+    assert written(folder) == before, "an orphan goes on writing"
+
+
+def test_a_run_killed_twice_finishes_without_doing_finished_work_again(tmp_path: Path) -> None:
+    kill_when(tmp_path, lambda: len(parts(tmp_path, "sampling")) >= 2, "two sampled parts")
     killed_with = parts(tmp_path, "sampling")
-    time.sleep(1.0)
-    assert parts(tmp_path, "sampling") == killed_with, "an orphan goes on writing"
+    kill_when(tmp_path, lambda: len(checkpoints(tmp_path)) > 0, "a checkpoint of finetuning")
+    sampled, (update,) = parts(tmp_path, "sampling"), checkpoints(tmp_path)
+    assert len(sampled) > len(killed_with)
+    assert {name: sampled[name] for name in killed_with} == killed_with, "a finished part was done again"
 
     second = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
-    after = parts(tmp_path, "sampling")
-    assert len(after) > len(killed_with)
-    assert {name: after[name] for name in killed_with} == killed_with, "a finished part was done again"
-
+    assert parts(tmp_path, "sampling") == sampled, "a finished part was done again"
     found = json.loads(second.stdout)
+    finetuned = read_state(Path(found["log"]).with_name("finetuning.json"))
+    assert finetuned is not None
+    assert 0 < update <= finetuned.resumed < finetuned.done, "finetuning began anew"
     assert {"random", "longest", "likelihood_mean", "mbr", "scorer", "oracle"} <= set(found["selectors"])
     assert found["decision"] in ("promote", "hold")
     assert found["reasons"]
@@ -77,24 +101,25 @@ def test_a_killed_run_finishes_without_doing_a_finished_part_again(tmp_path: Pat
 
 def _check_tracking(folder: Path, *runs: str) -> None:
     """Every step is a nested run of its pipeline's run; those that the cache answered say so."""
-    import mlflow
+    from cappy.registry.client import connected
 
-    client = mlflow.MlflowClient(f"sqlite:///{folder}/.cappy/mlflow.db")
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    for number, run in enumerate(runs):
-        (parent,) = (
-            found
-            for found in client.search_runs(experiments, f"tags.`cappy.run` = '{run}'")
-            if "mlflow.parentRunId" not in found.data.tags
-        )
-        nested = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-        steps = {found.info.run_name.split()[0]: found for found in nested}
-        assert set(steps) <= set(STEPS)
-        assert set(steps) >= {"preparation", "sampling", "annotation", "finetuning", "evaluation", "registration"}
-        cached = {name for name, found in steps.items() if found.data.tags.get("cappy.cached") == "true"}
-        assert ("sampling" in cached) == (number > 0)
-        assert "registration" not in cached
-        assert float(steps["evaluation"].data.metrics["num_instances"]) > 0
+    with connected(f"sqlite:///{folder}/.cappy/mlflow.db") as client:
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        for number, run in enumerate(runs):
+            (parent,) = (
+                found
+                for found in client.search_runs(experiments, f"tags.`cappy.run` = '{run}'")
+                if "mlflow.parentRunId" not in found.data.tags
+            )
+            nested = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+            steps = {found.info.run_name.split()[0]: found for found in nested}
+            assert set(steps) <= set(STEPS)
+            assert set(steps) >= {"preparation", "sampling", "annotation", "finetuning", "evaluation", "registration"}
+            cached = {name for name, found in steps.items() if found.data.tags.get("cappy.cached") == "true"}
+            assert "sampling" in cached, "the second killed run had finished it"
+            assert ("finetuning" in cached) == (number > 0)
+            assert "registration" not in cached
+            assert float(steps["evaluation"].data.metrics["num_instances"]) > 0
 
 
 def test_an_edited_input_is_never_answered_from_the_cache(tmp_path: Path) -> None:
