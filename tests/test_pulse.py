@@ -147,3 +147,26 @@ def test_an_edited_input_is_never_answered_from_the_cache(tmp_path: Path) -> Non
     assert adapt()["from_cache"] == []
     prepared = max(tmp_path.glob(".cappy/pipeline/**/preparation/instances"), key=lambda folder: folder.stat().st_mtime)
     assert any(instance.references == ("something else",) for instance in read(prepared))
+
+
+def test_pretrain_ends_with_a_registered_scorer_that_adapt_can_start_from(tmp_path: Path) -> None:
+    small = {
+        "preparation.num_per_family": 60,
+        "preparation.families": '["tense_change", "sentiment"]',
+        "sampling.strategy": "sampling8",
+        "pretraining.epochs": 0.5,
+        "pretraining.layers": 1,
+        "evaluation.resamples": 200,
+    }
+    command = [*COMMAND[:3], "pipeline", "run", "pretrain", "--json"]
+    words = [word for name, value in small.items() for word in ("--set", f"{name}={value}")]
+    done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["version"], found["alias"]) == ("models:/cappy-pretrained/1", "challenger")
+    assert found["serve"] == "cappy serve --scorer models:/cappy-pretrained/1"
+    pair = ["--instruction", "Is it good?", "--response", "yes"]
+    scored = subprocess.run(
+        [*COMMAND[:3], "score", "--scorer", found["version"], *pair], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert 0 < float(scored.stdout) < 1, scored.stderr
