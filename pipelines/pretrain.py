@@ -21,6 +21,7 @@ def plan(
     source: str = "builtin",
     generator: Sequence[str] = ("builtin",),
     strategy: str = "paper17",
+    metric: str = "rougeL",
     name: str = "cappy-pretrained",
     seed: int = 0,
     tracking_uri: str = "",
@@ -32,9 +33,9 @@ def plan(
     chosen: dict[str, dict[str, Any]] = {
         "preparation": {"source": source, "seed": seed, **({"pool": "pretraining"} if builtin else {})},
         "sampling": {"generator": list(generator), "strategy": strategy, "seed": seed},
-        "annotation": {},
-        "pretraining": {"seed": seed},
-        "evaluation": {"seed": seed, **({"split": "validation"} if builtin else {})},
+        "annotation": {"metric": metric},
+        "pretraining": {"metric": metric, "seed": seed},
+        "evaluation": {"metric": metric, "seed": seed, **({"split": "validation"} if builtin else {})},
         "registration": {"name": name, "tracking_uri": tracking_uri},
     }
     return {step: {**values, **(settings or {}).get(step, {})} for step, values in chosen.items()}

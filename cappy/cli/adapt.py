@@ -45,6 +45,12 @@ def adapt(
     scorer: Annotated[
         str, typer.Option(help="Scorer to start from: builtin, a folder, hub:org/name@revision, models:/name@alias.")
     ] = BUILTIN,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="What makes a response correct: rougeL, exact_match, ...; `cappy annotation --help` lists all."
+        ),
+    ] = "rougeL",
     name: Annotated[str, typer.Option(help="Name of the registered model.")] = "cappy",
     margin: Annotated[
         float, typer.Option(min=0, max=1, help="What the gate's lower bound must be above, on the scale of 0 to 1.")
@@ -67,6 +73,7 @@ def adapt(
         "generator": generators_for(instances, generator),
         "strategy": strategy,
         "scorer": scorer,
+        "metric": metric,
         "name": name,
         "margin": margin,
         "seed": seed,

@@ -31,7 +31,7 @@ class EvaluationConfig:
     scorer: Annotated[Location, Field(description="Folder of the scorer to evaluate")]
     target: Annotated[Location, Field(description="Folder to write the report to")]
     champion: Annotated[str, Field(description="Spec of the present champion; empty if there is none")] = ""
-    metric: Annotated[Literal["rougeL"], Field(description="Metric whose labels are reported")] = "rougeL"
+    metric: Annotated[str, Field(min_length=1, description="Metric whose labels are reported")] = "rougeL"
     split: Annotated[Literal["validation", "test"], Field(description="Split that is reported")] = "test"
     resamples: Annotated[int, Field(ge=100, le=100_000, description="Bootstrap resamples")] = 2000
     seed: Annotated[int, Field(ge=0, description="Seed of the bootstrap, the MBR curve and the examples")] = 0

@@ -25,6 +25,16 @@ SELECTORS: Mapping[str, str] = {
 }
 """Every selector and how a person reads its name, in the order of a report."""
 
+_METRIC_NAMES = {
+    "rougeL": "Rouge-L",
+    "rougeL_unicode": "Rouge-L (all scripts)",
+    "exact_match": "exact match",
+    "numeric_match": "numeric match",
+    "token_f1": "token F1",
+    "chrf": "chrF",
+    "bleu": "BLEU",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -165,7 +175,7 @@ class Report:
 
 def metric_name(metric: str) -> str:
     """How a person writes the metric."""
-    return {"rougeL": "Rouge-L"}.get(metric, metric)
+    return _METRIC_NAMES.get(metric, metric)
 
 
 def spread(interval: Estimate | Difference) -> str:

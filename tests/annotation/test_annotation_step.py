@@ -58,5 +58,5 @@ def test_annotating_twice_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_an_unknown_metric_is_named_with_the_ones_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"annotation: --metric: Input should be 'rougeL', got 'bleu'"):
-        build(AnnotationConfig, {"source": tmp_path, "target": tmp_path, "metric": "bleu"})
+    with pytest.raises(ConfigError, match=r"annotation: --metric: 'meteor' is no metric; choose of rougeL, "):
+        build(AnnotationConfig, {"source": tmp_path, "target": tmp_path, "metric": "meteor"})
