@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -142,9 +141,8 @@ def write_report(folder: Path, report: Report) -> None:
 def metrics(report: Report) -> dict[str, float]:
     """The numbers that a pipeline shows beside the run."""
     numbers = {"num_instances": float(report.facts["instances"])}
-    label = re.sub(r"[^\w.]+", "_", report.metric)  # MLflow takes no * and no +
     for name, row in report.selectors.items():
-        numbers[f"{label}_{name}"] = row.estimate.mean
+        numbers[f"{report.metric}_{name}"] = row.estimate.mean
     for key, difference in report.comparisons.items():
         one, _, other = key.partition("-")
         if one == "scorer":

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,9 @@ from mlflow.exceptions import MlflowException
 from cappy.errors import RegistryError, shown
 from cappy.registry.address import artifact_root, check, database, without_password
 
-__all__ = ["MlflowException", "connected", "experiment_id"]
+__all__ = ["MlflowException", "connected", "experiment_id", "metric_key"]
+
+_REFUSED = re.compile(r"[^\w\-. :/]")
 
 
 @contextlib.contextmanager
@@ -52,6 +55,11 @@ def experiment_id(client: Any, name: str, tracking_uri: str) -> str:
         if found is not None:
             return str(found.experiment_id)
         return str(client.create_experiment(name, artifact_location=artifact_root(tracking_uri)))
+
+
+def metric_key(name: str) -> str:
+    """A metric's name as MLflow takes it: a mixture such as 0.5*rougeL+0.5*bleu has characters that it refuses."""
+    return _REFUSED.sub("_", name)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from cappy import __version__
 from cappy.records import Manifest
 from cappy.records.folder import MANIFEST
 from cappy.registry.card import model_card
-from cappy.registry.client import MlflowException, connected, experiment_id
+from cappy.registry.client import MlflowException, connected, experiment_id, metric_key
 from cappy.registry.models import CHALLENGER, CHAMPION, MANIFEST_TAG, RUN_TAG, Version
 from cappy.registry.registration import RegistrationConfig
 from cappy.registry.tracking import step_run
@@ -131,7 +131,7 @@ def _means(report: Mapping[str, Any]) -> dict[str, float]:
     metric = report.get("metric", "label")
     selectors = report.get("selectors", {})
     return {
-        f"{metric}_{name}": selectors[name]["estimate"]["mean"]
+        metric_key(f"{metric}_{name}"): selectors[name]["estimate"]["mean"]
         for name in ("scorer", "random", "mbr", "hybrid_mbr")
         if name in selectors
     }

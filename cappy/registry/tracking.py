@@ -11,7 +11,7 @@ from mlflow.entities import Metric, Param, RunTag
 from cappy.config import DEFAULT_WORK, decode
 from cappy.errors import CappyError
 from cappy.records.folder import MANIFEST
-from cappy.registry.client import connected, experiment_id
+from cappy.registry.client import connected, experiment_id, metric_key
 from cappy.registry.models import RUN_TAG
 from cappy.steps import StepRecord, read_record
 
@@ -128,7 +128,7 @@ def _log_files(client: Any, run_id: str, record: StepRecord) -> None:
 
 def _metrics(values: Mapping[str, float], started: float) -> list[Metric]:
     # One timestamp for all tellings: MLflow drops a point that it has.
-    return [Metric(name, float(value), _milliseconds(started), 0) for name, value in values.items()]
+    return [Metric(metric_key(name), float(value), _milliseconds(started), 0) for name, value in values.items()]
 
 
 def _milliseconds(seconds: float) -> int:

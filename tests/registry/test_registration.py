@@ -80,6 +80,12 @@ def test_the_version_has_card_signature_report_and_no_pickle(room: Any, register
     assert not any(name.endswith((".pkl", ".bin", ".pickle")) for name in names)
 
 
+def test_a_report_on_a_mixture_of_metrics_is_registered(room: Any) -> None:
+    scorer = room.scorer("a")
+    report = room.report("report", scorer, metric="0.5*rougeL+0.5*exact_match")
+    assert room.register(scorer, report)["version"] == 1
+
+
 def test_files_that_are_gone_from_the_store_are_put_back(room: Any, registered: Any) -> None:
     scorer, report = registered("a")
     source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
