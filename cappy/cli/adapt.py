@@ -1,8 +1,8 @@
 """`cappy adapt`: the pipeline that most people want, on this machine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +30,14 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of th
 
 def adapt(
     instances: Annotated[str, typer.Option(help=f"Your task: {FORMS}.")] = BUILTIN,
+    columns: Annotated[
+        list[str],
+        typer.Option(
+            metavar="<str>",
+            help="Column of your file that holds a field: FIELD=COLUMN, such as instruction=question (repeatable).",
+            show_default="none",
+        ),
+    ] = [],  # noqa: B006 (typer needs the default and copies it)
     generator: Annotated[
         list[str],
         typer.Option(
@@ -68,9 +76,12 @@ def adapt(
     """
     from cappy.cli.pipeline import per_step, run_and_tell
 
+    settings = per_step("adapt", setting)
+    if columns:
+        settings["preparation"] = {**settings.get("preparation", {}), "columns": columns}
     choices = {
         "source": instances,
-        "generator": generators_for(instances, generator),
+        "generator": generators_for(instances, generator, settings.get("preparation", {})),
         "strategy": strategy,
         "scorer": scorer,
         "metric": metric,
@@ -78,14 +89,15 @@ def adapt(
         "margin": margin,
         "seed": seed,
         "tracking_uri": tracking_uri,
-        "settings": per_step("adapt", setting),
+        "settings": settings,
     }
     run_and_tell("adapt", choices, work=work, tracking_uri=tracking_uri, as_json=as_json)
 
 
-def generators_for(instances: str, given: Sequence[str]) -> list[str]:
+def generators_for(instances: str, given: Sequence[str], preparation: Mapping[str, Any]) -> list[str]:
     """What to sample from: the LLMs given, the built-in one for the built-in tasks, none where responses came along.
 
+    `preparation` are further settings of that step, which say how the file is read.
     Looks at the first instance; sampling itself refuses a later one that has no response.
     """
     if given:
@@ -94,10 +106,12 @@ def generators_for(instances: str, given: Sequence[str]) -> list[str]:
         return [BUILTIN]
     if not Path(instances).exists():
         raise ConfigError(f"{instances}: no such file or folder; --instances is {FORMS}")
+    from cappy.config import build
     from cappy.preparation import PreparationConfig
     from cappy.preparation.sources import open_source
 
-    first = next(open_source(PreparationConfig(source=instances, target=Path("unused"))).rows(), None)
+    config = build(PreparationConfig, {**preparation, "source": instances, "target": "unused"})
+    first = next(open_source(config).rows(), None)
     if first is not None and not first.instance.candidates and not first.instance.choices:
         raise typer.BadParameter(
             f"{first.where} has no responses; name an LLM to sample them from, or give them as responses in the file",

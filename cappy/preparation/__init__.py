@@ -7,6 +7,7 @@ from pydantic import Field
 
 from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, code_version, identity, settings
 from cappy.errors import ConfigError
+from cappy.preparation.columns import parse
 from cappy.progress import Progress, silent
 from cappy.records import Manifest
 
@@ -44,6 +45,10 @@ class PreparationConfig:
         Literal["adaptation", "pretraining"],
         Field(description="Built-in pool: adaptation has a test split, pretraining leaves the held-out families out"),
     ] = "adaptation"
+    columns: Annotated[
+        tuple[str, ...],
+        Field(description="Column of a file that a field is read from: FIELD=COLUMN, such as instruction=question"),
+    ] = ()
     exclude: Annotated[
         tuple[str, ...],
         Field(description="Pattern of systems whose candidates are left out of a file, such as 'primary/*'"),
@@ -56,6 +61,8 @@ class PreparationConfig:
         if self.test + self.validation >= 1:
             share = f"--test {self.test} and --validation {self.validation}"
             raise ConfigError(f"preparation: {share} leave nothing to train on; their sum must be below 1")
+        if parse(self.columns) and self.source == BUILTIN:
+            raise ConfigError("preparation: --columns names columns of a file; leave it out without a --source")
         if self.families and self.source != BUILTIN:
             raise ConfigError("preparation: --families chooses among the built-in tasks; leave it out with a --source")
 

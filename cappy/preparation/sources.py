@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cappy.errors import ConfigError, FolderError, shown
 from cappy.preparation import BUILTIN, PreparationConfig
+from cappy.preparation.columns import mapped, parse
 from cappy.preparation.fields import choice_candidates, row
 from cappy.preparation.jsonlines import read_json_lines
 from cappy.preparation.lines import readable
@@ -64,6 +65,8 @@ def _builtin(config: PreparationConfig) -> Source:
 
 
 def _folder(path: Path, config: PreparationConfig) -> Source:
+    if config.columns:
+        raise ConfigError(f"{path}: is a folder of records, whose fields have their names; leave --columns out")
     if not (path / MANIFEST).is_file():
         remedy = "name a file in it, or run the step that writes it again"
         raise FolderError(f"{path}: is a folder without {MANIFEST}; {remedy}")
@@ -83,7 +86,7 @@ def _folder(path: Path, config: PreparationConfig) -> Source:
 def _file(path: Path, config: PreparationConfig) -> Source:
     plain = path.with_suffix("") if path.suffix in _PACKED else path
     read_rows = READERS.get(plain.suffix, read_json_lines)
-    task = config.task or plain.stem
+    task, columns = config.task or plain.stem, parse(config.columns)
     with readable(path):
         sha256 = sha256_of(path)
 
@@ -96,7 +99,7 @@ def _file(path: Path, config: PreparationConfig) -> Source:
         format=read_rows.__name__.removeprefix("read_"),
         rows=lambda: (
             _without(row(*found, task=task, max_characters=config.max_characters), config.exclude)
-            for found in read_rows(path)
+            for found in mapped(read_rows(path), columns)
         ),
         task=task,
         parents=(sha256,),

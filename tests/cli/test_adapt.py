@@ -135,14 +135,18 @@ def test_what_is_sampled_from_follows_from_the_instances(tmp_path: Path) -> None
     full.write_text(json.dumps({**row, "responses": ["b", "c"]}))
     closed.write_text(json.dumps({**row, "choices": ["b", "c"]}))
     write(tmp_path / "records", instances())
-    assert generators_for("builtin", []) == ["builtin"]
-    assert generators_for(str(full), []) == generators_for(str(closed), []) == []
-    assert generators_for(str(tmp_path / "records"), []) == []
-    assert generators_for(str(bare), ["builtin", "openai:m@http://h/v1"]) == ["builtin", "openai:m@http://h/v1"]
+    assert generators_for("builtin", [], {}) == ["builtin"]
+    assert generators_for(str(full), [], {}) == generators_for(str(closed), [], {}) == []
+    assert generators_for(str(tmp_path / "records"), [], {}) == []
+    assert generators_for(str(bare), ["builtin", "openai:m@http://h/v1"], {}) == ["builtin", "openai:m@http://h/v1"]
     with pytest.raises(typer.BadParameter, match=r"bare\.jsonl:1 has no responses; name an LLM"):
-        generators_for(str(bare), [])
+        generators_for(str(bare), [], {})
+    named = tmp_path / "named.jsonl"
+    named.write_text(json.dumps({"question": "a", "answer": "b", "responses": ["c"]}))
+    columns = ["instruction=question", "reference=answer"]
+    assert generators_for(str(named), [], {"columns": columns}) == []
     with pytest.raises(ConfigError, match="absent: no such file or folder; --instances is builtin, a JSON Lines"):
-        generators_for(str(tmp_path / "absent"), [])
+        generators_for(str(tmp_path / "absent"), [], {})
 
 
 def test_instances_without_responses_and_without_an_llm_are_wrong_usage(here: Cappy, tmp_path: Path) -> None:
@@ -154,7 +158,7 @@ def test_instances_without_responses_and_without_an_llm_are_wrong_usage(here: Ca
 
 def test_the_flags_have_the_defaults_of_the_plan_and_the_pipelines_their_names() -> None:
     flags, planned = inspect.signature(adapt).parameters, inspect.signature(plan).parameters
-    for name in ("strategy", "scorer", "name", "margin", "seed", "tracking_uri"):
+    for name in ("strategy", "scorer", "metric", "name", "margin", "seed", "tracking_uri"):
         assert flags[name].default == planned[name].default, name
     assert flags["instances"].default == planned["source"].default
     assert run.__annotations__["name"] is Name

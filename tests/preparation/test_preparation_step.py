@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cappy.config import build
-from cappy.errors import ConfigError, FolderError
+from cappy.errors import ConfigError, FolderError, RecordError
 from cappy.preparation import PreparationConfig, run
 from cappy.records import Candidate, Instance, Manifest, prompt_hash, read, write
 
@@ -33,6 +33,48 @@ def test_the_least_that_a_row_may_have_becomes_an_instance(prepare: Prepare, jso
     assert instance == Instance(
         instance_id=f"{group}-0", group_id=group, task="sums", instruction="Add.", references=("1",), split="train"
     )
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_fields_are_read_from_the_columns_that_are_named(prepare: Prepare, tmp_path: Path, suffix: str) -> None:
+    rows = [{"question": f"Add {n}.", "references": "not these", "answer": str(n), "task": "sums"} for n in range(3)]
+    path = tmp_path / f"named.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == "csv":
+        path.write_text("\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)]))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    columns = ("instruction=question", "reference=answer")
+    _, instances = prepare(path, columns=columns)
+    assert [(i.instruction, i.references, i.task) for i in instances] == [
+        (f"Add {n}.", (str(n),), "sums") for n in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["question"], "--columns: 'question' is not FIELD=COLUMN, such as instruction=question"),
+        (["instruction="], "'instruction=' is not FIELD=COLUMN"),
+        (["prompt=question"], "--columns: no field 'prompt'; choose of instruction, reference"),
+        (["instruction=a", "instruction=b"], "instruction is read from one column, got 'a' and 'b'"),
+        (["instruction=a"], "names columns of a file; leave it out without a --source"),
+    ],
+)
+def test_columns_that_cannot_be_meant_are_refused(tmp_path: Path, columns: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(PreparationConfig, {"target": tmp_path, "columns": columns})
+    assert message in str(caught.value)
+
+
+def test_a_row_without_a_named_column_is_named(prepare: Prepare, json_lines: JsonLines) -> None:
+    path = json_lines({"question": "a", "reference": "b"}, {"query": "a", "reference": "b"})
+    with pytest.raises(RecordError) as caught:
+        prepare(path, columns=("instruction=question",))
+    remedy = "mend --columns instruction=question"
+    found = "columns found: 'query, reference'"
+    assert str(caught.value) == f"{path}:2: has no column 'question', {found}; {remedy}"
 
 
 def test_every_field_that_the_record_knows_is_kept_and_others_are_ignored(
