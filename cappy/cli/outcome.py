@@ -27,6 +27,8 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> dict[str, Any]:
         "seconds": dict(outcome.seconds),
         "serve": f"cappy serve --scorer {version['uri']}",
     }
+    if "finetuning" in outcome.outputs:
+        found["training"] = dict(read_manifest(outcome.outputs["finetuning"]).metrics)
     if "promotion" in outcome.outputs:
         decided = _facts(outcome, "promotion")
         found |= {
@@ -47,6 +49,8 @@ def told(outcome: "Outcome", found: Mapping[str, Any]) -> str:
     if "decision" in found:
         word = "promoted to champion" if found["decision"] == "promote" else "held: it stays challenger"
         lines += [f"decision  {word}", *(f"          {reason}" for reason in found["reasons"])]
+    if found.get("training", {}).get("best_update") == 0:
+        lines.append("training  no check was better than the scorer that training started from: that one was kept")
     if found["from_cache"]:
         lines.append(f"cache     {', '.join(found['from_cache'])} came from the cache")
     return "\n".join([*lines, f"serve it  {found['serve']}"])

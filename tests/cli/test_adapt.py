@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,20 @@ def test_a_hold_is_told_with_its_reasons_and_the_challengers_command(make_outcom
     text = told(outcome, facts(outcome))
     assert "alias challenger\ndecision  held: it stays challenger\n          Because of this.\n" in text
     assert text.endswith("serve it  cappy serve --scorer models:/mine@challenger")
+
+
+@pytest.mark.parametrize(("best_update", "kept"), [(0, True), (9, False)])
+def test_training_that_improved_nothing_is_told(
+    make_outcome: Callable[..., Outcome], tmp_path: Path, best_update: int, kept: bool
+) -> None:
+    outcome = make_outcome("hold")
+    trained = tmp_path / "finetuning"
+    trained.mkdir()
+    write_manifest(trained, Manifest(step="finetuning", files=(), metrics={"best_update": best_update, "updates": 9}))
+    outcome = replace(outcome, outputs={**outcome.outputs, "finetuning": trained})
+    found = facts(outcome)
+    assert found["training"] == {"best_update": best_update, "updates": 9}
+    assert ("no check was better than the scorer that training started from" in told(outcome, found)) == kept
 
 
 def test_the_facts_are_json_with_the_reports_numbers(make_outcome: Callable[..., Outcome]) -> None:
