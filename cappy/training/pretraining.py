@@ -72,6 +72,7 @@ def _encoder_folder(text: str) -> Path:
 def _start(config: PretrainingConfig, folder: Path) -> "Scorer":
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils.logging import set_verbosity_error
 
     from cappy.scoring import Scorer
     from cappy.scoring.scorer import refuse_pickles
@@ -84,6 +85,8 @@ def _start(config: PretrainingConfig, folder: Path) -> "Scorer":
 
         model, tokenizer = new_encoder(config.layers, config.hidden_size, config.max_length)
     else:
+        # It would report that the head's weights are new, which is the point of pretraining.
+        set_verbosity_error()
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, num_labels=1, dtype=torch.float32, use_safetensors=True
         )
