@@ -32,7 +32,7 @@ _POOL_SHARES: Mapping[Pool, float] = {"llm": 0.5, "pretraining": 0.25, "adaptati
 _SPLIT_SHARES: Mapping[Pool, Mapping[Split, float]] = {
     "llm": {"train": 0.95, "validation": 0.05},
     "pretraining": {"train": 0.95, "validation": 0.05},
-    "adaptation": {"train": 0.6, "validation": 0.15, "test": 0.25},
+    "adaptation": {"train": 0.5, "validation": 0.1, "test": 0.4},
 }
 _PATIENCE = 2_000
 
