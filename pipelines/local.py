@@ -100,8 +100,6 @@ def _supervised(request: Path, tracking_uri: str, look: Callable[[], None]) -> i
     folder = request.parent
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
-        # Training two threads wide was seen to stall on a busy machine; that waiting threads should sleep is a guess.
-        "OMP_WAIT_POLICY": "PASSIVE",
         **os.environ,
         # Steps that are not told MLflow's address (evaluation loads the champion) take it from here.
         **({"MLFLOW_TRACKING_URI": tracking_uri} if tracking_uri else {}),
