@@ -47,6 +47,9 @@ class Board:
 
     def update(self, states: Sequence[StepState]) -> None:
         """Shows the present states."""
+        for state in states:
+            if state.state == "running":
+                self._since.setdefault(state.step, time.monotonic())
         if self._live is not None:
             self._live.update(self._table(states))
         elif self._show:
@@ -82,8 +85,7 @@ class Board:
     def _seconds(self, state: StepState) -> str:
         """Seconds of a step; of a running one they are counted here, because it tells nothing between two rows."""
         if state.state == "running":
-            started = self._since.setdefault(state.step, time.monotonic())
-            return duration(time.monotonic() - started)
+            return duration(time.monotonic() - self._since[state.step])
         return duration(state.seconds) if state.state in ("done", "failed") and state.seconds else ""
 
 

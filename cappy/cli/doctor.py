@@ -34,6 +34,6 @@ def doctor(
             text = escape(finding.found) + (f"\n[bold]→ {escape(finding.remedy)}[/]" if finding.remedy else "")
             table.add_row(escape(finding.name), MARKS[finding.status], text)
         Console().print(table)
-        typer.echo("the demo can run: cappy adapt" if ok else "the demo cannot run yet; mend the failures above")
+        typer.echo("the demo can run: make demo" if ok else "the demo cannot run yet; mend the failures above")
     if not ok:
         raise typer.Exit(1)

@@ -80,7 +80,7 @@ class Fields:
         if not isinstance(value, str):
             raise RecordError(f"{self.where}: {name} must be a text, got {shown(value)}; put it in quotes")
         if len(value) > self.max_characters:
-            remedy = "shorten it, or raise --max-characters"
+            remedy = "shorten it, or raise --max-characters (of preparation)"
             limit = f"the limit is {self.max_characters:,}"
             raise RecordError(f"{self.where}: {name} has {len(value):,} characters, {limit}; {remedy}")
         if "\0" in value:
@@ -127,7 +127,7 @@ def choice_candidates(choices: Sequence[str]) -> tuple[Candidate, ...]:
 
 def _instruction(fields: Fields) -> str:
     if "instruction" not in fields.values:
-        remedy = "give the prompt under the name instruction"
+        remedy = "give the prompt under that name, or say which column it is: --columns instruction=COLUMN"
         raise RecordError(f"{fields.where}: has no field instruction, fields found: {fields.found()}; {remedy}")
     instruction = fields.text("instruction") if fields.has("instruction") else None
     if instruction is None or not instruction.strip():
@@ -137,7 +137,7 @@ def _instruction(fields: Fields) -> str:
 
 def _references(fields: Fields) -> tuple[str, ...]:
     given = [name for name in ("reference", "references") if name in fields.values]
-    remedy = "give at least one accepted answer as reference or references"
+    remedy = "give at least one accepted answer as reference or references, or --columns reference=COLUMN"
     if not given:
         raise RecordError(f"{fields.where}: has no reference, fields found: {fields.found()}; {remedy}")
     references = tuple(text for text in fields.texts(*given) if text.strip())

@@ -18,7 +18,9 @@ from cappy.records import Instance, write
 
 GOOD = {"instruction": "Add.", "reference": "1"}
 OBJECT = 'write one object per line: {"instruction": "...", "reference": "..."}'
-ANSWER = "give at least one accepted answer as reference or references"
+PROMPT = "give the prompt under that name, or say which column it is: --columns instruction=COLUMN"
+SHORTER = "shorten it, or raise --max-characters (of preparation)"
+ANSWER = "give at least one accepted answer as reference or references, or --columns reference=COLUMN"
 
 Refuse = Callable[..., str]
 
@@ -45,9 +47,9 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refuse:
     [
         (
             {"prompt": "Add.", "reference": "1"},
-            "has no field instruction, fields found: 'prompt, reference'; give the prompt under the name instruction",
+            f"has no field instruction, fields found: 'prompt, reference'; {PROMPT}",
         ),
-        ({}, "has no field instruction, fields found: 'none'; give the prompt under the name instruction"),
+        ({}, f"has no field instruction, fields found: 'none'; {PROMPT}"),
         ({"instruction": 5, "reference": "1"}, "instruction must be a text, got 5; put it in quotes"),
         ({"instruction": None, "reference": "1"}, "instruction is empty, got None; give it a text"),
         ({"instruction": " \n", "reference": "1"}, "instruction is empty, got ' \\n'; give it a text"),
@@ -81,11 +83,11 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refuse:
         ({**GOOD, "responses": 5}, "responses must be a text or a list of texts, got 5"),
         (
             {**GOOD, "responses": ["a", "x" * 100_000]},
-            "responses[1] has 100,000 characters, the limit is 20,000; shorten it, or raise --max-characters",
+            f"responses[1] has 100,000 characters, the limit is 20,000; {SHORTER}",
         ),
         (
             {**GOOD, "candidates": [{"system": "m", "text": "x" * 20_001}]},
-            "candidates[0]: text has 20,001 characters, the limit is 20,000; shorten it, or raise --max-characters",
+            f"candidates[0]: text has 20,001 characters, the limit is 20,000; {SHORTER}",
         ),
         ({**GOOD, "candidates": "a"}, "candidates must be a list of objects, got 'a'"),
         (
@@ -271,7 +273,7 @@ def test_rows_that_do_not_fit_together_are_named_by_both_lines(
 
 def test_the_limit_of_characters_is_a_setting(refuse: Refuse) -> None:
     Path("in.jsonl").write_text(json.dumps({"instruction": "12345", "reference": "1"}))
-    message = "in.jsonl:1: instruction has 5 characters, the limit is 4; shorten it, or raise --max-characters"
+    message = f"in.jsonl:1: instruction has 5 characters, the limit is 4; {SHORTER}"
     assert refuse("in.jsonl", max_characters=4) == message
 
 
