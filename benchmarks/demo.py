@@ -29,14 +29,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of splits, samples and training")
     runs = []
-    for seed in parser.parse_args().seeds:
+    seeds = parser.parse_args().seeds
+    for seed in seeds:
         runs.append(measure(seed))
         print(json.dumps({key: value for key, value in runs[-1].items() if key != "selectors"}), flush=True)
     result = {
         "benchmark": "demo",
         "date": date.today().isoformat(),
         "machine": machine(),
-        "command": "python benchmarks/demo.py",
+        "command": f"python benchmarks/demo.py --seeds {' '.join(map(str, seeds))}",
         "runs": runs,
     }
     target = ROOT / "benchmarks/results/demo.json"
