@@ -1,7 +1,7 @@
-"""Rouge-L, equal to `rouge_score` with its stemmer to the last bit, and fast enough for every candidate there is.
+"""Rouge-L of one response, equal to `rouge_score` to the last bit.
 
-The tokens are integers from one table per process, so that equal words are stemmed once, and the longest common
-subsequence is rapidfuzz's bit-parallel one. `rouge_score` 0.1.2 is the reference that the tests compare with.
+`rouge_score` 0.1.2 is the reference that the tests compare with. For many responses see `rouge_columns`, which gives
+the same numbers many times faster.
 """
 
 import re
@@ -13,7 +13,9 @@ from rapidfuzz.distance import LCSseq
 
 _WORDS = re.compile(r"[a-z0-9]+")
 _STEMMER = PorterStemmer()
-_IDS: dict[str, int] = {}
+_LONGEST_CACHED = 4_096
+"""Characters of the longest text whose tokens are kept: the cache stays small whatever the texts."""
+_LONGEST_WORD = 64
 
 
 def rouge_l(references: Sequence[str], response: str, *, use_stemmer: bool = True) -> float:
@@ -26,11 +28,14 @@ def rouge_l(references: Sequence[str], response: str, *, use_stemmer: bool = Tru
     return max((f_measure(tokenize(reference, use_stemmer), tokens) for reference in references), default=0.0)
 
 
-@lru_cache(maxsize=65_536)
-def tokenize(text: str, use_stemmer: bool = True) -> tuple[int, ...]:
-    """The tokens of a text as integers that are equal where the stemmed words are."""
-    stem = _stemmed if use_stemmer else _identifier
-    return tuple(stem(word) for word in _WORDS.findall(text.lower()))
+def tokenize(text: str, use_stemmer: bool = True) -> tuple[str, ...]:
+    """The tokens of a text, stemmed unless told otherwise."""
+    return _kept(text, use_stemmer) if len(text) <= _LONGEST_CACHED else _tokens(text, use_stemmer)
+
+
+def visible(text: str) -> bool:
+    """Whether Rouge-L sees anything of a text."""
+    return _WORDS.search(text.lower()) is not None
 
 
 def f_measure(target: Sequence[Hashable], prediction: Sequence[Hashable]) -> float:
@@ -43,10 +48,21 @@ def f_measure(target: Sequence[Hashable], prediction: Sequence[Hashable]) -> flo
     return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
 
 
-@lru_cache(maxsize=1_000_000)
-def _stemmed(word: str) -> int:
-    return _identifier(_STEMMER.stem(word) if len(word) > 3 else word)
+def stem(word: str) -> str:
+    """The token that a word counts as: longer than three characters, its Porter stem."""
+    if len(word) <= 3:
+        return word
+    return _stemmed(word) if len(word) <= _LONGEST_WORD else _STEMMER.stem(word)
 
 
-def _identifier(word: str) -> int:
-    return _IDS.setdefault(word, len(_IDS))
+def _tokens(text: str, use_stemmer: bool) -> tuple[str, ...]:
+    words = _WORDS.findall(text.lower())
+    return tuple(map(stem, words)) if use_stemmer else tuple(words)
+
+
+_kept = lru_cache(maxsize=8_192)(_tokens)
+
+
+@lru_cache(maxsize=131_072)
+def _stemmed(word: str) -> str:
+    return str(_STEMMER.stem(word))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
-from cappy.annotation.rouge import tokenize
+from cappy.annotation.rouge_columns import token_strings
 from cappy.evaluation.pools import Vector
 from cappy.records import Candidate
 
@@ -91,7 +91,7 @@ def mutual_rouge_l(responses: Sequence[str]) -> npt.NDArray[np.float64]:
 
     It is 2c / (m + n) for a common subsequence of c tokens: `rouge_score`'s value up to its last bits.
     """
-    tokens = [tokenize(response) for response in responses]
+    tokens, _ = token_strings(responses)
     unique = {text: index for index, text in enumerate(dict.fromkeys(tokens))}
     texts = list(unique)
     common = process.cdist(texts, texts, scorer=LCSseq.similarity, dtype=np.int32)
