@@ -26,6 +26,11 @@ Location = Annotated[Path, LOCATION]
 
 DEFAULT_WORK = Path(".cappy/work")
 Work = Annotated[Path, LOCATION, Field(description="Folder that keeps unfinished and finished work, to resume from")]
+Workers = Annotated[
+    int,
+    LOCATION,
+    Field(ge=1, le=256, description="Processes that share the work; the result is the same for any number"),
+]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, Field))

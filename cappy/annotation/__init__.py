@@ -1,15 +1,17 @@
 """Annotation: every candidate gets its label, Rouge-L against the references."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from cappy.annotation.metrics import METRICS, load, parse, versions
-from cappy.config import DEFAULT_WORK, Location, Work, code_version, identity, settings
+from cappy.config import DEFAULT_WORK, Location, Work, Workers, code_version, identity, settings
+from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
-from cappy.records import Manifest, read, read_batches, read_manifest
+from cappy.records import Instance, Manifest, read_manifest
+from cappy.records.shard import ShardOf, parse_shard
 
 __all__ = ["AnnotationConfig", "rouge_l", "run"]
 
@@ -24,15 +26,29 @@ class AnnotationConfig:
         str,
         Field(description=f"Metric that labels an LLM's response, 0 to 1: {', '.join(METRICS)}; or 0.5*ONE+0.5*OTHER"),
     ] = "rougeL"
+    recipe: Annotated[
+        Literal["default", "paper"],
+        Field(description="paper repeats the published regression set with its quirks; see docs/annotation.md"),
+    ] = "default"
     mismatches: Annotated[
-        int, Field(ge=0, description="Wrong responses added per instance: references of other instances, label 0")
+        int,
+        Field(ge=0, description="Wrong responses per instance: references of others, label 0; paper: 1 per reference"),
     ] = 1
     seed: Annotated[int, Field(description="Seed of the draw of mismatches")] = 0
-    part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 512
+    part_rows: Annotated[
+        int,
+        Field(ge=1, description="Instances per part: a killed run continues at one, mismatches are drawn within one"),
+    ] = 512
+    shard: ShardOf = ""
+    workers: Workers = 1
     work: Work = DEFAULT_WORK
 
     def __post_init__(self) -> None:
         parse(self.metric)
+        parse_shard(self.shard)
+        if self.recipe == "paper" and self.mismatches != 1:
+            remedy = "leave --mismatches out, or choose --recipe default"
+            raise ConfigError(f"annotation: --recipe paper draws one mismatch for each reference; {remedy}")
 
 
 def rouge_l(references: Sequence[str], response: str, *, use_stemmer: bool = True) -> float:
@@ -44,41 +60,47 @@ def rouge_l(references: Sequence[str], response: str, *, use_stemmer: bool = Tru
 
 def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
     """Annotates `source` into `target`; a killed run continues where it was."""
-    from cappy.annotation.labels import annotate
-    from cappy.records.work import claim, finish, process
+    from cappy.annotation.labels import count
+    from cappy.records.parts import process_folder
+    from cappy.records.work import claim, finish
 
     parent = read_manifest(config.source)
-    metric = load(config.metric)
-    transform = partial(annotate, name=config.metric, metric=metric, mismatches=config.mismatches, seed=config.seed)
+    load(config.metric)
+    planted = config.mismatches if config.recipe == "default" else 0
     with claim(config.work, "annotation", identity(config), [parent.hash]) as folder:
-        files = process(
-            read(config.source), folder, transform, part_rows=config.part_rows, progress=progress, total=parent.rows
+        parts = process_folder(
+            config.source,
+            folder,
+            partial(_annotated, config=config),
+            rows=parse_shard(config.shard).rows(parent.rows),
+            part_rows=config.part_rows,
+            progress=progress,
+            count=partial(count, name=config.metric, mismatches=planted),
+            workers=config.workers,
         )
         manifest = Manifest(
             step="annotation",
-            files=files,
+            files=parts.files,
             config=identity(config),
             code=code_version(),
             seed=config.seed,
             generators=parent.generators,
             parents=(parent.hash,),
-            metrics={
-                "instances": sum(f.rows for f in files),
-                "candidates": sum(f.candidates for f in files),
-                **_unseen(config),
-            },
+            metrics={"instances": parts.rows, "candidates": parts.candidates, **parts.counts},
             facts={"metric_versions": versions(config.metric)},
         )
         return finish(folder, config.target, manifest)
 
 
-def _unseen(config: AnnotationConfig) -> dict[str, int]:
-    """How many instances have references of which Rouge-L sees nothing, if any do: their labels are all 0."""
-    from cappy.annotation.rouge import tokenize
+def _annotated(part: list[Instance], *, config: AnnotationConfig) -> Iterator[Instance]:
+    """One part's work, in whichever process."""
+    from cappy.annotation.labels import Labelling, annotate
 
-    if "rougeL" not in parse(config.metric):
-        return {}
-    batches = read_batches(config.source, columns=["references"])
-    rows = (references for batch in batches for references in batch["references"].to_pylist())
-    unseen = sum(not any(tokenize(reference) for reference in references) for references in rows)
-    return {"invisible_to_rougeL": unseen} if unseen else {}
+    labelling = Labelling(
+        name=config.metric,
+        metric=load(config.metric),
+        recipe=config.recipe,
+        mismatches=config.mismatches,
+        seed=config.seed,
+    )
+    return annotate(part, labelling)

@@ -1,42 +1,62 @@
 """Labels for candidates: what each source means, and the candidates that training needs beside the sampled ones."""
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
+from cappy.annotation import mismatches
+from cappy.annotation.metrics import Metric, Pool, parse
+from cappy.annotation.rouge import visible
 from cappy.records import Candidate, Instance
 
-Metric = Callable[[Sequence[str], str], float]
+Recipe = Literal["default", "paper"]
 
 
-def annotate(
-    instances: Iterable[Instance], *, name: str, metric: Metric, mismatches: int = 1, seed: int = 0
-) -> Iterator[Instance]:
+@dataclass(frozen=True, kw_only=True)
+class Labelling:
+    """How candidates are labelled: `metric` under the name of its label, and what is added beside the sampled ones."""
+
+    name: str
+    metric: Metric = field(repr=False)
+    recipe: Recipe = "default"
+    mismatches: int = 1
+    seed: int = 0
+
+
+def annotate(instances: Sequence[Instance], labelling: Labelling) -> Iterator[Instance]:
     """Instances with `labels[name]` on every candidate, references and mismatches added to their candidates.
 
     A reference is 1, a mismatch 0, a choice 1 if it is a reference and else 0, an LLM's response its metric (Cappy,
-    §3.1). A mismatch is the reference of another instance of the same task among those given; where there is none that
-    differs from the instance's own texts, none is added.
+    §3.1). Where one text stands twice, training takes the first (see `rows`): the reference, then what was sampled,
+    then the mismatch; under the `paper` recipe the mismatch before what was sampled.
     """
-    given = list(instances)
-    pools: dict[str, list[str]] = {}
-    for instance in given:
-        pools.setdefault(instance.task, []).extend(instance.references)
-    for instance in given:
-        kept = [candidate for candidate in instance.candidates if candidate.source in ("llm", "choice")]
-        added = _references(instance, kept)
-        if not instance.choices:
-            own = {*instance.references, *(candidate.response for candidate in kept)}
-            added += _mismatches(pools[instance.task], own, mismatches, random.Random(f"{seed} {instance.instance_id}"))
+    kept = [[one for one in instance.candidates if one.source in ("llm", "choice")] for instance in instances]
+    sampled = [[one for one in candidates if one.source == "llm"] for candidates in kept]
+    metric = iter(labelling.metric([Pool(*pool) for pool in zip(instances, sampled, strict=True)]).tolist())
+    wrong = _mismatches(instances, kept, labelling)
+    for instance, candidates, texts in zip(instances, kept, wrong, strict=True):
+        planted = [Candidate(response=text, source="mismatch") for text in texts]
+        references = _references(instance, candidates, repeated=labelling.recipe == "paper")
+        middle = [*planted, *candidates] if labelling.recipe == "paper" else [*candidates, *planted]
         labelled = (
-            replace(candidate, labels={**candidate.labels, name: label(candidate, instance, metric)})
-            for candidate in [*kept, *added]
+            replace(one, labels={**one.labels, labelling.name: _label(one, instance, metric)})
+            for one in (*references, *middle)
         )
         yield replace(instance, candidates=tuple(labelled))
 
 
-def label(candidate: Candidate, instance: Instance, metric: Metric) -> float:
-    """The correctness of one candidate, 0 to 1, by its source."""
+def count(instances: Sequence[Instance], *, name: str, mismatches: int) -> Mapping[str, int]:
+    """What a reader of the labels should know: references that Rouge-L cannot see, mismatches that were not found."""
+    unseen = sum(not any(map(visible, instance.references)) for instance in instances) if "rougeL" in parse(name) else 0
+    open_ended = (instance.candidates for instance in instances if not instance.choices)
+    planted = (sum(candidate.source == "mismatch" for candidate in candidates) for candidates in open_ended)
+    missing = sum(max(0, mismatches - number) for number in planted)
+    counts = {"invisible_to_rougeL": unseen, "mismatches_missing": missing}
+    return {what: number for what, number in counts.items() if number}
+
+
+def _label(candidate: Candidate, instance: Instance, metric: Iterator[float]) -> float:
+    """The correctness of one candidate, 0 to 1, by its source; an LLM's is the next of the metric's values."""
     match candidate.source:
         case "reference":
             return 1.0
@@ -45,17 +65,23 @@ def label(candidate: Candidate, instance: Instance, metric: Metric) -> float:
         case "choice":
             return float(candidate.response in instance.references)
         case _:
-            return metric(instance.references, candidate.response)
+            return next(metric)
 
 
-def _references(instance: Instance, kept: Sequence[Candidate]) -> list[Candidate]:
+def _references(instance: Instance, kept: Sequence[Candidate], *, repeated: bool) -> list[Candidate]:
     """The references as candidates; a choice that is one already stands among the candidates."""
     choices = {candidate.response for candidate in kept if candidate.source == "choice"}
-    texts = dict.fromkeys(reference for reference in instance.references if reference.strip())
-    return [Candidate(response=text, source="reference") for text in texts if text not in choices]
+    texts = [reference for reference in instance.references if reference.strip() and reference not in choices]
+    return [Candidate(response=text, source="reference") for text in (texts if repeated else dict.fromkeys(texts))]
 
 
-def _mismatches(pool: Sequence[str], own: set[str], count: int, rng: random.Random) -> list[Candidate]:
-    drawn = [rng.choice(pool) for _ in range(count)]
-    texts = dict.fromkeys(text for text in drawn if text not in own)
-    return [Candidate(response=text, source="mismatch") for text in texts]
+def _mismatches(
+    instances: Sequence[Instance], kept: Sequence[Sequence[Candidate]], labelling: Labelling
+) -> list[list[str]]:
+    if labelling.recipe == "paper":
+        return mismatches.published(instances, seed=labelling.seed)
+    own = [
+        {*instance.references, *(candidate.response for candidate in candidates)}
+        for instance, candidates in zip(instances, kept, strict=True)
+    ]
+    return mismatches.unlike(instances, own, count=labelling.mismatches, seed=labelling.seed)

@@ -75,13 +75,14 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
     """
     from cappy.preparation.sources import open_source
     from cappy.preparation.splits import place, survey
-    from cappy.records.work import claim, finish, process
+    from cappy.records.parts import process
+    from cappy.records.work import claim, finish
 
     source = open_source(config)
     plan = survey(source, config, progress)
     values = {**identity(config), "task": source.task}
     with claim(config.work, "preparation", {**values, "format": source.format}, source.parents) as folder:
-        files = process(
+        parts = process(
             place(source.rows(), plan),
             folder,
             lambda part: part,
@@ -92,13 +93,13 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
         source.check_unchanged()
         manifest = Manifest(
             step="preparation",
-            files=files,
+            files=parts.files,
             config=values,
             code=code_version(),
             seed=config.seed,
             generators=source.generators,
             parents=source.parents,
-            metrics={**plan.metrics, "candidates": float(sum(file.candidates for file in files))},
+            metrics={**plan.metrics, "candidates": float(parts.candidates)},
             facts={"format": source.format},
         )
         return finish(folder, config.target, manifest)

@@ -8,7 +8,7 @@ from typing import Any
 from cappy.errors import RecordError, shown
 from cappy.preparation.rows import Row, Values
 from cappy.records import Candidate, Instance, prompt_hash
-from cappy.records.instance import SPLITS
+from cappy.records.instance import GIVEN, SPLITS
 
 IMPORTED = "imported"
 """Revision of candidates that were sampled elsewhere."""
@@ -48,6 +48,19 @@ class Fields:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value)):
             raise RecordError(f"{self.where}: {name} must be a finite number, got {shown(value)}")
         return value
+
+    def label(self, name: str) -> float | None:
+        """The label in a field, 0 to 1, true or false counting as 1 or 0; or None."""
+        return _label(f"{self.where}: {name}", self.values[name]) if self.has(name) else None
+
+    def labels(self, *names: str) -> list[float]:
+        """The labels in these fields that are there; one alone counts as a list of one."""
+        found: list[float] = []
+        for name in filter(self.has, names):
+            value = self.values[name]
+            items = value if isinstance(value, list) else [value]
+            found += [_label(f"{self.where}: {name}[{index}]", item) for index, item in enumerate(items)]
+        return found
 
     def whole(self, name: str, bits: int) -> int | None:
         """The whole number in a field, or None."""
@@ -98,9 +111,9 @@ def row(where: str, values: Values, *, task: str, max_characters: int) -> Row:
     """The instance in the fields of a row; RecordError says which field is wrong and how to mend it."""
     fields = Fields(where, values, max_characters)
     instruction = _instruction(fields)
-    references = _references(fields)
-    choices = _choices(fields, references)
     candidates = (*_responses(fields), *_candidates(fields))
+    references = _references(fields, rated=bool(candidates) and all(GIVEN in one.labels for one in candidates))
+    choices = _choices(fields, references)
     instance_id = fields.optional("instance_id", "id")
     split = fields.optional("split")
     if split and split not in SPLITS:
@@ -135,7 +148,10 @@ def _instruction(fields: Fields) -> str:
     return instruction
 
 
-def _references(fields: Fields) -> tuple[str, ...]:
+def _references(fields: Fields, *, rated: bool) -> tuple[str, ...]:
+    """The accepted answers; there may be none where every response brought its label."""
+    if rated and not fields.has("reference") and not fields.has("references"):
+        return ()
     given = [name for name in ("reference", "references") if name in fields.values]
     remedy = "give at least one accepted answer as reference or references, or --columns reference=COLUMN"
     if not given:
@@ -161,14 +177,24 @@ def _choices(fields: Fields, references: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _responses(fields: Fields) -> Iterator[Candidate]:
-    return (_imported(text) for text in fields.texts("responses"))
+    """The candidates of `responses` (or `response`), each with the label beside it in `labels` (or `label`)."""
+    texts = fields.texts("response", "responses")
+    labels = fields.labels("label", "labels")
+    if labels and len(labels) != len(texts):
+        remedy = "give one label for each response, in order"
+        raise RecordError(f"{fields.where}: has {len(texts)} responses and {len(labels)} labels; {remedy}")
+    for index, text in enumerate(texts):
+        yield _imported(text, label=labels[index] if labels else None)
 
 
 def _candidates(fields: Fields) -> Iterator[Candidate]:
     """Candidates in the exchange form: `system` or `generator`, `text` or `response`, and what else a record keeps."""
-    items = fields.values.get("candidates") or []
-    if not isinstance(items, list):
-        raise RecordError(f"{fields.where}: candidates must be a list of objects, got {shown(items)}")
+    items = fields.values.get("candidates")
+    if items is None:
+        return
+    if not isinstance(items, list) or not items:
+        remedy = "leave it out where there are none"
+        raise RecordError(f"{fields.where}: candidates must be a list of objects, got {shown(items)}; {remedy}")
     for index, item in enumerate(items):
         where = f"{fields.where}: candidates[{index}]"
         if not isinstance(item, dict):
@@ -180,6 +206,7 @@ def _candidates(fields: Fields) -> Iterator[Candidate]:
             raise RecordError(f"{where}: has no text, fields found: {inner.found()}; give the response as text")
         yield _imported(
             inner.text(name),
+            label=inner.label("label"),
             generator=inner.optional("generator", "system"),
             decoding=inner.optional("decoding"),
             seed=inner.whole("seed", 64),
@@ -189,9 +216,29 @@ def _candidates(fields: Fields) -> Iterator[Candidate]:
         )
 
 
-def _imported(response: str, **known: Any) -> Candidate:
+def _imported(response: str, *, label: float | None = None, **known: Any) -> Candidate:
     status = "ok" if response.strip() else "empty"
-    return Candidate(response=response, revision=IMPORTED, status=status, **known)  # type: ignore[arg-type]
+    labels = {} if label is None else {GIVEN: label}
+    return Candidate(response=response, revision=IMPORTED, status=status, labels=labels, **known)  # type: ignore[arg-type]
+
+
+def _label(where: str, value: object) -> float:
+    number = _number(value)
+    if number is None or not 0 <= number <= 1:
+        remedy = "give how correct the response is, from 0 to 1, or true or false"
+        raise RecordError(f"{where} is no label, got {shown(value)}; {remedy}")
+    return number
+
+
+def _number(value: object) -> float | None:
+    """A number, a truth value, or the text of one: cells of CSV are texts."""
+    if isinstance(value, str):
+        known = {"true": 1.0, "false": 0.0}.get(value.strip().lower())
+        try:
+            return float(value) if known is None else known
+        except ValueError:
+            return None
+    return float(value) if isinstance(value, int | float) and _finite(value) else None
 
 
 def _is_int(value: object) -> bool:

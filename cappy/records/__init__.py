@@ -1,7 +1,8 @@
 """The record that flows through the house, and the folders it lies in."""
 
-from cappy.records.folder import File, Manifest, read, read_batches, read_manifest, write
+from cappy.records.folder import File, Manifest, read_manifest, write
 from cappy.records.instance import Candidate, Instance, Split, prompt_hash
+from cappy.records.reading import read, read_batches
 
 __all__ = [
     "Candidate",

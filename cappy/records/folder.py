@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cappy.errors import FolderError, shown
-from cappy.records.instance import Instance, Split
-from cappy.records.schema import SCHEMA_VERSION, from_batch, to_table
+from cappy.records.instance import Instance
+from cappy.records.schema import SCHEMA_VERSION, to_table
 
 MANIFEST = "manifest.json"
 PART_ROWS = 512
@@ -162,7 +161,7 @@ def write(folder: str | Path, instances: Iterable[Instance], *, step: str = "", 
     target = Path(folder)
     if (target / MANIFEST).exists():
         raise FolderError(f"{target}: already holds a finished folder; choose another, or delete it first")
-    files = [write_part(target, index, part) for index, part in enumerate(_batched(instances, part_rows))]
+    files = [write_part(target, index, part) for index, part in enumerate(batched(instances, part_rows))]
     manifest = Manifest(step=step, files=tuple(files))
     write_manifest(target, manifest)
     return manifest
@@ -191,24 +190,8 @@ def verify(folder: str | Path, manifest: Manifest | None = None) -> Manifest:
     """Checks the sha256 of every file that the manifest names; returns the manifest."""
     manifest = manifest or read_manifest(folder)
     for file in manifest.files:
-        _verified(Path(folder), file)
+        verified(Path(folder), file)
     return manifest
-
-
-def read(folder: str | Path, *, splits: Sequence[Split] | None = None) -> Iterator[Instance]:
-    """Streams the instances of a finished folder, of all splits or of those named; memory holds one part's batch."""
-    for batch in read_batches(folder):
-        for instance in from_batch(batch):
-            if splits is None or instance.split in splits:
-                yield instance
-
-
-def read_batches(folder: str | Path, *, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Streams Arrow record batches, for loops that need a few columns of many rows; each part is verified first."""
-    for file in read_manifest(folder).files:
-        path = _verified(Path(folder), file)
-        with pq.ParquetFile(path) as parquet:
-            yield from parquet.iter_batches(batch_size=PART_ROWS, columns=columns)
 
 
 def publish(work: Path, target: Path, manifest: Manifest) -> None:
@@ -233,7 +216,8 @@ def publish(work: Path, target: Path, manifest: Manifest) -> None:
     write_manifest(target, manifest)
 
 
-def _verified(folder: Path, file: File) -> Path:
+def verified(folder: Path, file: File) -> Path:
+    """The path of a file of the folder, once its sha256 is that of the manifest."""
     path = folder / file.name
     remedy = f"delete {folder} and run the step that wrote it again"
     if not path.is_file():
@@ -243,7 +227,8 @@ def _verified(folder: Path, file: File) -> Path:
     return path
 
 
-def _batched(instances: Iterable[Instance], size: int) -> Iterator[list[Instance]]:
+def batched(instances: Iterable[Instance], size: int) -> Iterator[list[Instance]]:
+    """The instances in lists of `size`, the last one shorter."""
     iterator = iter(instances)
     while part := list(itertools.islice(iterator, size)):
         yield part

@@ -13,6 +13,8 @@ Source = Literal["reference", "choice", "mismatch", "llm"]
 Status = Literal["ok", "empty", "refused", "failed"]
 
 SPLITS: tuple[Split, ...] = get_args(Split)
+GIVEN = "given"
+"""Name of the label that a candidate brought with it."""
 SOURCES: tuple[Source, ...] = get_args(Source)
 STATUSES: tuple[Status, ...] = get_args(Status)
 
@@ -56,7 +58,8 @@ class Instance:
     """An instruction with its references, choices and candidates.
 
     `group_id` names the source row behind the instance: splits and bootstraps go by group. `original_task` is false
-    for a template that turns its dataset's task around (as PromptSource marks them).
+    for a template that turns its dataset's task around (as PromptSource marks them). There is at least one reference,
+    unless candidates brought labels of their own.
     """
 
     instance_id: str
@@ -73,7 +76,8 @@ class Instance:
     def __post_init__(self) -> None:
         if not self.instruction.strip():
             raise RecordError(f"instance {shown(self.instance_id)}: instruction is empty; give it a text")
-        if not any(reference.strip() for reference in self.references):
+        rated = any(GIVEN in candidate.labels for candidate in self.candidates)
+        if not rated and not any(reference.strip() for reference in self.references):
             raise RecordError(f"instance {shown(self.instance_id)}: no reference; give at least one accepted answer")
         if self.split not in SPLITS:
             raise RecordError(

@@ -11,7 +11,8 @@ from pydantic import Field
 from cappy.config import DEFAULT_WORK, Location, Work, code_version, identity, settings
 from cappy.errors import ConfigError, shown
 from cappy.progress import Progress, silent
-from cappy.records import Candidate, Instance, Manifest, read, read_manifest
+from cappy.records import Candidate, Instance, Manifest, read_manifest
+from cappy.records.shard import ShardOf, parse_shard
 from cappy.sampling.strategies import Decoding, strategy
 
 if TYPE_CHECKING:
@@ -35,10 +36,12 @@ class SamplingConfig:
     )
     seed: Annotated[int, Field(description="Seed of the draw")] = 0
     part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 64
+    shard: ShardOf = ""
     work: Work = DEFAULT_WORK
 
     def __post_init__(self) -> None:
         strategy(self.strategy)
+        parse_shard(self.shard)
 
 
 def load_generator(spec: str) -> "Generator":
@@ -53,7 +56,8 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
 
     Instances with choices need no samples. Without a generator the candidates that came with the instances stand.
     """
-    from cappy.records.work import claim, finish, process
+    from cappy.records.parts import process_folder
+    from cappy.records.work import claim, finish
 
     parent = read_manifest(config.source)
     generators = [load_generator(spec) for spec in config.generator]
@@ -63,20 +67,29 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
         return sample(part, generators, decodings, seed=config.seed)
 
     revisions = {generator.name: generator.revision for generator in generators}
+
+    def drawn(part: Sequence[Instance]) -> dict[str, int]:
+        return {"sampled": sum(one.generator in revisions for instance in part for one in instance.candidates)}
+
     with claim(config.work, "sampling", identity(config), [parent.hash, *revisions.values()]) as folder:
-        files = process(
-            read(config.source), folder, transform, part_rows=config.part_rows, progress=progress, total=parent.rows
+        parts = process_folder(
+            config.source,
+            folder,
+            transform,
+            rows=parse_shard(config.shard).rows(parent.rows),
+            part_rows=config.part_rows,
+            progress=progress,
+            count=drawn,
         )
-        candidates = sum(file.candidates for file in files)
         manifest = Manifest(
             step="sampling",
-            files=files,
+            files=parts.files,
             config=identity(config),
             code=code_version(),
             seed=config.seed,
             generators=revisions,
             parents=(parent.hash,),
-            metrics={"instances": parent.rows, "candidates": candidates, "sampled": candidates - parent.candidates},
+            metrics={"instances": parts.rows, "candidates": parts.candidates, **parts.counts},
         )
         return finish(folder, config.target, manifest)
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cappy.errors import RecordError, shown
+from cappy.annotation.rows import regression_rows
 from cappy.records import Instance, prompt_hash
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One instance as training sees it: distinct responses with their labels, and which a selector may pick."""
+    """One instance as training sees it: responses with their labels, and which a selector may pick."""
 
     instruction: str
     responses: tuple[str, ...]
@@ -22,21 +22,14 @@ class Group:
 
 
 def to_group(instance: Instance, metric: str) -> Group:
-    """The instance's distinct responses; RecordError where a candidate has no label of this metric.
-
-    A response that both a model and a planted mismatch gave counts as the model's: the first one stands.
-    """
-    found: dict[str, tuple[float, bool]] = {}
-    for candidate in instance.candidates:
-        if metric not in candidate.labels:
-            remedy = "run cappy annotation on this folder first"
-            raise RecordError(f"instance {shown(instance.instance_id)}: a candidate has no label {metric!r}; {remedy}")
-        found.setdefault(candidate.response, (candidate.labels[metric], candidate.selectable))
+    """The instance's rows of the regression set; RecordError where a candidate has no label of this metric."""
+    rows = list(regression_rows(instance, metric))
+    selectable = {candidate.response for candidate in instance.selectable}
     return Group(
         instruction=instance.instruction,
-        responses=tuple(found),
-        labels=tuple(label for label, _ in found.values()),
-        selectable=tuple(selectable for _, selectable in found.values()),
+        responses=tuple(row.response for row in rows),
+        labels=tuple(row.label for row in rows),
+        selectable=tuple(row.response in selectable for row in rows),
     )
 
 

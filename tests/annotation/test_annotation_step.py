@@ -1,14 +1,19 @@
 """Labels mean what their source says, and training gets the candidates that it needs."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cappy.annotation import AnnotationConfig, rouge_l, run
-from cappy.annotation.labels import annotate
+from cappy.annotation.labels import Labelling, annotate
+from cappy.annotation.metrics import load
+from cappy.annotation.mismatches import NEARLY_RIGHT
+from cappy.annotation.rows import Row, regression_rows
 from cappy.config import build
-from cappy.errors import ConfigError
-from cappy.records import Candidate, Instance, read, write
+from cappy.errors import ConfigError, RecordError
+from cappy.records import Candidate, Instance, Manifest, read, read_manifest, write
 
 
 def generation(name: str, reference: str, *responses: str) -> Instance:
@@ -18,17 +23,17 @@ def generation(name: str, reference: str, *responses: str) -> Instance:
     )
 
 
-def labelled(instances: list[Instance]) -> dict[str, list[tuple[str, str, float]]]:
-    done = annotate(instances, name="rougeL", metric=rouge_l)
+def labelled(instances: list[Instance], **known: Any) -> dict[str, list[tuple[str, str, float]]]:
+    done = annotate(instances, Labelling(name="rougeL", metric=load("rougeL"), **known))
     return {i.instance_id: [(c.response, c.source, c.labels["rougeL"]) for c in i.candidates] for i in done}
 
 
 def test_each_source_has_its_label() -> None:
     found = labelled([generation("one", "the red cat", "the cat", "dog"), generation("two", "a blue bird")])
     assert found["one"] == [
+        ("the red cat", "reference", 1.0),
         ("the cat", "llm", 0.8),
         ("dog", "llm", 0.0),
-        ("the red cat", "reference", 1.0),
         ("a blue bird", "mismatch", 0.0),
     ]
 
@@ -60,3 +65,133 @@ def test_annotating_twice_changes_nothing(tmp_path: Path) -> None:
 def test_an_unknown_metric_is_named_with_the_ones_there_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"annotation: --metric: 'meteor' is no metric; choose of rougeL, "):
         build(AnnotationConfig, {"source": tmp_path, "target": tmp_path, "metric": "meteor"})
+
+
+def test_a_nearly_right_reference_of_another_is_no_mismatch() -> None:
+    instances = [generation("a", "the red cat"), generation("b", "the red cats sat"), generation("c", "no")]
+    for name, candidates in labelled(instances, mismatches=2).items():
+        own = next(instance.references for instance in instances if instance.instance_id == name)
+        wrong = [text for text, source, _ in candidates if source == "mismatch"]
+        assert wrong
+        assert all(rouge_l(own, text) < NEARLY_RIGHT for text in wrong)
+
+
+def test_a_mismatch_comes_from_the_same_task_and_template() -> None:
+    instances = [
+        replace(generation(f"{task}{template}{n}", f"{task}{template}{n}"), task=task, template=template)
+        for task in "xy"
+        for template in "pq"
+        for n in range(5)
+    ]
+    for name, candidates in labelled(instances, mismatches=3).items():
+        wrong = [text for text, source, _ in candidates if source == "mismatch"]
+        assert len(set(wrong)) == 3
+        assert all(text.startswith(name[:2]) for text in wrong)
+
+
+def test_the_draw_of_mismatches_hangs_on_the_seed_alone() -> None:
+    instances = [generation(str(n), f"answer{n}") for n in range(40)]
+    assert labelled(instances, seed=1) == labelled(instances, seed=1)
+    assert labelled(instances, seed=1) != labelled(instances, seed=2)
+
+
+def test_the_paper_recipe_repeats_the_published_set_with_its_quirks() -> None:
+    twice = Instance(instance_id="t", instruction="say t", references=("same", "same"), task="say")
+    found = labelled([twice, generation("u", "other", "same", "other", "")], recipe="paper")
+    # One draw for each reference; one that is a text of the instance is dropped and not drawn again. A repeated
+    # reference stays, and a mismatch stands before what was sampled, so that its label wins.
+    assert [row for row in found["t"] if row[1] == "reference"] == [("same", "reference", 1.0)] * 2
+    assert [text for text, source, _ in found["t"] if source == "mismatch"] in ([], ["other"])
+    wins = {}
+    for seed in range(20):
+        instance = generation("u", "other", "same", "other", "")
+        (_, done) = annotate(
+            [twice, instance], Labelling(name="rougeL", metric=load("rougeL"), recipe="paper", seed=seed)
+        )
+        rows = [(row.response, row.source, row.label) for row in regression_rows(done, "rougeL")]
+        wins[tuple(rows)] = seed
+    start, end = ("other", "reference", 1.0), ("", "llm", 0.0)
+    # "other" was sampled too, but stands as the reference; "same" is the mismatch where one was drawn.
+    assert set(wins) == {(start, ("same", "mismatch", 0.0), end), (start, ("same", "llm", 0.0), end)}
+
+
+def test_rows_drop_duplicates_and_keep_where_each_came_from() -> None:
+    labels = {"rougeL": 0.25}
+    instance = Instance(
+        instance_id="i",
+        instruction="go",
+        references=("a",),
+        candidates=(
+            Candidate(response="a", source="reference", labels={"rougeL": 1.0}),
+            Candidate(response="a", labels={"rougeL": 0.9}),
+            Candidate(response="b", generator="g", decoding="beam4", labels=labels),
+            Candidate(response="b", source="mismatch", labels={"rougeL": 0.0}),
+        ),
+    )
+    common = {"instance_id": "i", "instruction": "go"}
+    assert list(regression_rows(instance, "rougeL")) == [
+        Row(response="a", label=1.0, source="reference", **common),  # type: ignore[arg-type]
+        Row(response="b", label=0.25, source="llm", generator="g", decoding="beam4", **common),  # type: ignore[arg-type]
+    ]
+
+
+def test_given_labels_need_no_reference_and_none_may_miss(tmp_path: Path) -> None:
+    def rated(*labels: float | None) -> Instance:
+        return Instance(
+            instance_id="i",
+            instruction="rate",
+            references=(),
+            candidates=tuple(
+                Candidate(response=f"r{n}", labels={} if label is None else {"given": label})
+                for n, label in enumerate(labels)
+            ),
+        )
+
+    write(tmp_path / "in", [rated(0.25, 1.0)])
+    config = AnnotationConfig(source=tmp_path / "in", target=tmp_path / "out", work=tmp_path / "work", metric="given")
+    run(config)
+    (done,) = read(tmp_path / "out")
+    assert [(candidate.source, candidate.labels) for candidate in done.candidates] == [
+        ("llm", {"given": 0.25}),
+        ("llm", {"given": 1.0}),
+    ]
+    with pytest.raises(RecordError) as error:
+        list(annotate([rated(0.5, None)], Labelling(name="given", metric=load("given"))))
+    remedy = "give every response a label from 0 to 1, or choose another --metric"
+    assert str(error.value) == f"instance 'i': response 'r1' came without a label; {remedy}"
+
+
+def test_shards_and_workers_change_nothing_of_what_is_written(tmp_path: Path) -> None:
+    write(tmp_path / "in", [generation(f"i{n}", f"the {n} cats", f"{n} cats") for n in range(40)], part_rows=7)
+
+    def annotated(name: str, **known: Any) -> Manifest:
+        return run(
+            AnnotationConfig(
+                source=tmp_path / "in", target=tmp_path / name, work=tmp_path / f"work-{name}", part_rows=10, **known
+            )
+        )
+
+    assert annotated("one") == annotated("two", workers=2)
+    shards = [annotated(f"shard{n}", shard=f"{n}/4") for n in range(4)]
+    assert [manifest.rows for manifest in shards] == [10] * 4
+    assert [i for n in range(4) for i in read(tmp_path / f"shard{n}")] == list(read(tmp_path / "one"))
+
+
+def test_what_rouge_l_cannot_see_and_mismatches_not_found_are_counted(tmp_path: Path) -> None:
+    instances = [generation("r", "привет"), generation("s", "cat"), generation("t", "日本"), generation("u", "cat")]
+    write(tmp_path / "in", [*instances, replace(generation("alone", "x"), task="alone")])
+    run(AnnotationConfig(source=tmp_path / "in", target=tmp_path / "out", work=tmp_path / "work", part_rows=2))
+    metrics = read_manifest(tmp_path / "out").metrics
+    assert {name: metrics[name] for name in ("invisible_to_rougeL", "mismatches_missing")} == {
+        "invisible_to_rougeL": 2,
+        "mismatches_missing": 1,
+    }
+    # Counted once, also where the parts are there already.
+    run(AnnotationConfig(source=tmp_path / "in", target=tmp_path / "again", work=tmp_path / "work", part_rows=2))
+    assert read_manifest(tmp_path / "again").metrics == metrics
+
+
+@pytest.mark.parametrize("shard", ["4/4", "1", "-1/2", "1/0", "0/5000", "a/b"])
+def test_what_is_no_shard_is_refused(tmp_path: Path, shard: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^--shard: '{shard}' is no shard i/N; give 0/4 to 3/4 for four"):
+        build(AnnotationConfig, {"source": tmp_path, "target": tmp_path, "shard": shard})

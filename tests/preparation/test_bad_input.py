@@ -20,6 +20,7 @@ GOOD = {"instruction": "Add.", "reference": "1"}
 OBJECT = 'write one object per line: {"instruction": "...", "reference": "..."}'
 PROMPT = "give the prompt under that name, or say which column it is: --columns instruction=COLUMN"
 SHORTER = "shorten it, or raise --max-characters (of preparation)"
+LABEL = "give how correct the response is, from 0 to 1, or true or false"
 ANSWER = "give at least one accepted answer as reference or references, or --columns reference=COLUMN"
 
 Refuse = Callable[..., str]
@@ -89,7 +90,10 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refuse:
             {**GOOD, "candidates": [{"system": "m", "text": "x" * 20_001}]},
             f"candidates[0]: text has 20,001 characters, the limit is 20,000; {SHORTER}",
         ),
-        ({**GOOD, "candidates": "a"}, "candidates must be a list of objects, got 'a'"),
+        (
+            {**GOOD, "candidates": "a"},
+            "candidates must be a list of objects, got 'a'; leave it out where there are none",
+        ),
         (
             {**GOOD, "candidates": ["a"]},
             "candidates[0] must be an object, got 'a'; plain texts belong under responses",
@@ -105,6 +109,25 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refuse:
         (
             {**GOOD, "candidates": [{"text": "a", "num_tokens": 2**31}]},
             "candidates[0]: num_tokens must be a whole number of 32 bits, got 2147483648",
+        ),
+        (
+            {**GOOD, "candidates": []},
+            "candidates must be a list of objects, got []; leave it out where there are none",
+        ),
+        (
+            {**GOOD, "candidates": [{"text": "a", "label": float("nan")}]},
+            f"candidates[0]: label is no label, got nan; {LABEL}",
+        ),
+        ({**GOOD, "candidates": [{"text": "a", "label": 1.5}]}, f"candidates[0]: label is no label, got 1.5; {LABEL}"),
+        ({**GOOD, "candidates": [{"text": "a", "label": "x"}]}, f"candidates[0]: label is no label, got 'x'; {LABEL}"),
+        ({**GOOD, "responses": ["a", "b"], "labels": [1, -0.1]}, f"labels[1] is no label, got -0.1; {LABEL}"),
+        (
+            {**GOOD, "responses": ["a", "b"], "labels": [1]},
+            "has 2 responses and 1 labels; give one label for each response, in order",
+        ),
+        (
+            {"instruction": "Add.", "responses": ["a"]},
+            f"has no reference, fields found: 'instruction, responses'; {ANSWER}",
         ),
         ({"instruction": "a\0b", "reference": "1"}, "instruction holds a NUL (character 2); delete it"),
         (

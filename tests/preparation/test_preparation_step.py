@@ -35,6 +35,27 @@ def test_the_least_that_a_row_may_have_becomes_an_instance(prepare: Prepare, jso
     )
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_labels_that_users_bring_are_kept_and_need_no_reference(prepare: Prepare, tmp_path: Path, suffix: str) -> None:
+    values = [(0.25, 0.25), (1, 1.0), (True, 1.0), (False, 0.0), ("0.5", 0.5), ("False", 0.0)]
+    rows = [{"instruction": f"Add {n}.", "response": "1", "label": label} for n, (label, _) in enumerate(values)]
+    path = tmp_path / f"rated.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        path.write_text("\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]))
+    _, instances = prepare(path)
+    found = [(instance.references, [dict(one.labels) for one in instance.candidates]) for instance in instances]
+    assert found == [((), [{"given": label}]) for _, label in values]
+
+
+def test_labels_stand_beside_their_responses(prepare: Prepare, json_lines: JsonLines) -> None:
+    path = json_lines({"instruction": "Add.", "responses": ["1", "2"], "labels": [1, 0], "reference": "1"})
+    _, (instance,) = prepare(path, test=0, validation=0)
+    assert [(one.response, one.labels["given"]) for one in instance.candidates] == [("1", 1.0), ("2", 0.0)]
+    assert instance.references == ("1",)
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_fields_are_read_from_the_columns_that_are_named(prepare: Prepare, tmp_path: Path, suffix: str) -> None:
     rows = [{"question": f"Add {n}.", "references": "not these", "answer": str(n), "task": "sums"} for n in range(3)]

@@ -18,7 +18,8 @@ from cappy.errors import FolderError
 from cappy.progress import silent
 from cappy.records import File, Instance, Manifest, read
 from cappy.records import work as work_module
-from cappy.records.work import claim, finish, process
+from cappy.records.parts import process
+from cappy.records.work import claim, finish
 
 HOLD = """
 import sys, time
@@ -53,7 +54,8 @@ class Counting:
 
 def do(work: Path, transform: Counting, **known: Any) -> tuple[File, ...]:
     with claim(work, "step", {"a": 1}) as folder:
-        return process(instances(), folder, transform, part_rows=3, progress=known.get("progress", silent), total=10)
+        progress = known.get("progress", silent)
+        return process(instances(), folder, transform, part_rows=3, progress=progress, total=10).files
 
 
 def test_a_second_start_does_the_unfinished_parts_only(tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_other_steps_settings_and_parents_are_other_work(tmp_path: Path) -> None
 
 def test_finished_work_is_published_whole_with_the_manifest(tmp_path: Path) -> None:
     with claim(tmp_path / "w", "step", {}) as folder:
-        files = process(instances(), folder, Counting(), part_rows=4, progress=silent)
+        files = process(instances(), folder, Counting(), part_rows=4, progress=silent).files
         manifest = finish(folder, tmp_path / "t", Manifest(step="step", files=files))
     assert list(read(tmp_path / "t")) == list(instances())
     assert manifest.rows == 10

@@ -1,0 +1,79 @@
+"""Reading of finished folders: instances for people, record batches for hot loops, all rows or a range of them."""
+
+import bisect
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cappy.records.folder import MANIFEST, PART_ROWS, File, read_manifest, verified
+from cappy.records.instance import Instance, Split
+from cappy.records.schema import from_batch
+
+
+def read(folder: str | Path, *, splits: Sequence[Split] | None = None, rows: range | None = None) -> Iterator[Instance]:
+    """Streams the instances of a finished folder, of all splits or of those named, of all rows or of these.
+
+    Memory holds one part's batch. Parts without a row of `rows` are not opened.
+    """
+    for batch in read_batches(folder, rows=rows):
+        for instance in from_batch(batch):
+            if splits is None or instance.split in splits:
+                yield instance
+
+
+def read_batches(
+    folder: str | Path, *, columns: Sequence[str] | None = None, rows: range | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Streams Arrow record batches, for loops that need a few columns of many rows; each part is verified first."""
+    if rows is None:
+        for file in read_manifest(folder).files:
+            with pq.ParquetFile(verified(Path(folder), file)) as parquet:
+                yield from parquet.iter_batches(batch_size=PART_ROWS, columns=columns)
+        return
+    files, ends = _rows_of_files(Path(folder), _stamp(Path(folder) / MANIFEST))
+    for index in range(bisect.bisect_right(ends, rows.start), len(files)):
+        file, end = files[index], ends[index]
+        start = end - file.rows
+        if start >= rows.stop:
+            return
+        path = _verified_once(Path(folder), file, _stamp(Path(folder) / file.name))
+        with pq.ParquetFile(path) as parquet:
+            batches = parquet.iter_batches(batch_size=PART_ROWS, columns=columns)
+            yield from _within(batches, max(rows.start - start, 0), min(rows.stop - start, file.rows))
+
+
+@functools.lru_cache(maxsize=4)
+def _rows_of_files(folder: Path, stamp: tuple[int, ...]) -> tuple[tuple[File, ...], list[int]]:
+    """The files of a folder and the row at which each ends; read once, because shards ask part by part."""
+    files = read_manifest(folder).files
+    return files, list(itertools.accumulate(file.rows for file in files))
+
+
+@functools.lru_cache(maxsize=64)
+def _verified_once(folder: Path, file: File, stamp: tuple[int, ...]) -> Path:
+    return verified(folder, file)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file does; empty where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _within(batches: Iterable[pa.RecordBatch], first: int, last: int) -> Iterator[pa.RecordBatch]:
+    """The batches cut to the rows from `first` to before `last`."""
+    end = 0
+    for batch in batches:
+        start, end = end, end + len(batch)
+        if start >= last:
+            return
+        cut = batch.slice(max(first - start, 0), min(last, end) - max(first, start)) if first < end else batch[:0]
+        if len(cut):
+            yield cut
