@@ -16,6 +16,8 @@ _STEMMER = PorterStemmer()
 _LONGEST_CACHED = 4_096
 """Characters of the longest text whose tokens are kept: the cache stays small whatever the texts."""
 _LONGEST_WORD = 64
+_NO_SUFFIX_ENDS = frozenset("0123456789abfhjkopquvwxz")
+"""Last characters of no suffix that Porter's rules know: such a word is its own stem."""
 
 
 def rouge_l(references: Sequence[str], response: str, *, use_stemmer: bool = True) -> float:
@@ -50,7 +52,7 @@ def f_measure(target: Sequence[Hashable], prediction: Sequence[Hashable]) -> flo
 
 def stem(word: str) -> str:
     """The token that a word counts as: longer than three characters, its Porter stem."""
-    if len(word) <= 3:
+    if len(word) <= 3 or word[-1] in _NO_SUFFIX_ENDS:
         return word
     return _stemmed(word) if len(word) <= _LONGEST_WORD else _STEMMER.stem(word)
 

@@ -21,6 +21,8 @@ from cappy.annotation.rouge import stem
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
+COLUMNS = ("references", "candidates.list.element.response")
+"""What `rouge_l_batch` reads of the record, as `cappy.records.read_batches` takes it."""
 CHUNK_CHARACTERS = 2**21
 CHUNK_PAIRS = 2**17
 """Sizes of a chunk, at which the arrays on the way stay within some tens of MB."""
@@ -44,6 +46,18 @@ def rouge_l_columns(references: pa.ListArray, responses: pa.ListArray, *, use_st
     index = np.asarray(texts.indices, dtype=np.int64)
     values = _best(texts.dictionary.to_pylist(), index, counts[0], counts[1], use_stemmer)
     return pa.ListArray.from_arrays(pa.array(_offsets(counts[1]), pa.int32()), pa.array(values))
+
+
+def rouge_l_batch(batch: pa.RecordBatch, *, use_stemmer: bool = True) -> pa.ListArray:
+    """Rouge-L F1 of every candidate of a batch of the record, 0 to 1: list<double>, shaped as `candidates`.
+
+    The batch needs the columns `COLUMNS` alone.
+    """
+    candidates = batch["candidates"]
+    counts = np.asarray(pc.list_value_length(candidates).fill_null(0), dtype=np.int64)
+    responses = candidates.flatten().field("response")
+    column = pa.ListArray.from_arrays(pa.array(_offsets(counts), pa.int32()), responses)
+    return rouge_l_columns(batch["references"], column, use_stemmer=use_stemmer)
 
 
 def rouge_l_pools(

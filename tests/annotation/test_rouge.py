@@ -10,11 +10,13 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenize import tokenize
 
-from cappy.annotation import rouge_columns, rouge_l
-from cappy.annotation.rouge_columns import rouge_l_columns, rouge_l_pools, token_strings
+from cappy.annotation import rouge, rouge_columns, rouge_l
+from cappy.annotation.rouge_columns import COLUMNS, rouge_l_batch, rouge_l_columns, rouge_l_pools, token_strings
+from cappy.records import Candidate, Instance, read_batches, write
 
 POOLS = Path(__file__).parents[2].parent / "shared/data/candidates"
 REFERENCE = {stem: RougeScorer(["rougeL"], use_stemmer=stem) for stem in (True, False)}
@@ -85,6 +87,29 @@ def test_a_column_may_be_a_slice_and_hold_nulls_and_empty_lists() -> None:
     responses: Any = [["x"], ["red cat", None], ["cat"], ["cat"], [], ["y"]]
     columns = [pa.array(values, LISTS).slice(1, 4) for values in (references, responses)]
     assert rouge_l_columns(*columns).to_pylist() == [[0.8, 0.0], [0.0], [0.0], []]
+
+
+def test_the_column_door_gives_what_the_step_writes(tmp_path: Path) -> None:
+    pools = [("the red cat", ["red cat", "cat", ""]), ("a dog", []), ("blue", ["blue", "Blues"])]
+    instances = [
+        Instance(
+            instance_id=str(n),
+            instruction="go",
+            references=(target, "x"),
+            candidates=tuple(Candidate(response=text) for text in texts),
+        )
+        for n, (target, texts) in enumerate(pools)
+    ]
+    write(tmp_path / "f", instances, part_rows=2)
+    batches = read_batches(tmp_path / "f", columns=COLUMNS)
+    found = [labels for batch in batches for labels in rouge_l_batch(batch).to_pylist()]
+    assert found == [[rouge_l((target, "x"), text) for text in texts] for target, texts in pools]
+
+
+@given(st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=4, max_size=12))
+def test_stems_are_those_of_the_library(word: str) -> None:
+    for suffix in ("", "s", "ed", "ing", "y", "ational", "alli", "ement", "logi", "fulli", "ell", "7", "k", "o", "x"):
+        assert rouge.stem(word + suffix) == PorterStemmer().stem(word + suffix)
 
 
 def test_long_texts_equal_rouge_score_piece_by_piece() -> None:
