@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cappy.evaluation import plot
-from cappy.evaluation.report import SELECTORS, Report, TaskRow, metric_name, percent, signed, spread
+from cappy.evaluation.report import SELECTORS, Report, TaskRow, spread
 from cappy.evaluation.tuning import WEIGHTS
 from cappy.evaluation.verdict import outcome, verdict
+from cappy.pages.template import template
+from cappy.pages.words import metric_name, percent, signed
 
 _TASK_COLUMNS = ("random", "likelihood", "mbr", "champion", "scorer", "hybrid_mbr", "oracle")
 _COMPARED = {**SELECTORS, "likelihood": "better likelihood"}
@@ -17,11 +18,8 @@ _COMPARED = {**SELECTORS, "likelihood": "better likelihood"}
 
 def render(report: Report) -> str:
     """The page; every text of the data in it is escaped."""
-    environment = Environment(
-        loader=PackageLoader("cappy", "evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters.update(percent=percent, signed=signed, spread=spread)
-    return environment.get_template("page.jinja").render(
+    filters = {"percent": percent, "signed": signed, "spread": spread}
+    return template("evaluation", filters).render(
         report=report,
         verdict=verdict(report),
         names=SELECTORS,

@@ -1,16 +1,15 @@
-"""The best-of-n plot: as SVG that takes its colours from the page, and as PNG."""
+"""The best-of-n plot."""
 
-import io
 from collections.abc import Mapping
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cappy.evaluation.report import SELECTORS, Report, metric_name
+from cappy.evaluation.report import SELECTORS, Report
+from cappy.pages.plot import INK, QUIET, drawing, plain_axes, to_png, to_svg
+from cappy.pages.words import metric_name
 
-INK, QUIET, GRID = "#1b1f24", "#5b6470", "#d9dde3"
 COLOURS: Mapping[str, str] = {
     "oracle": INK,
     "scorer": "#1d5fd0",
@@ -21,10 +20,7 @@ COLOURS: Mapping[str, str] = {
     "random": QUIET,
 }
 VARIABLES: Mapping[str, str] = {
-    INK: "var(--ink)",
-    QUIET: "var(--quiet)",
-    GRID: "var(--line)",
-    **{COLOURS[name]: f"var(--{name.replace('_', '-')})" for name in COLOURS if name not in ("oracle", "random")},
+    COLOURS[name]: f"var(--{name.replace('_', '-')})" for name in COLOURS if name not in ("oracle", "random")
 }
 BANDS = ("scorer", "mbr")
 _DASHED = {"oracle": (0, (5, 3)), "random": (0, (1, 2))}
@@ -32,34 +28,21 @@ _DASHED = {"oracle": (0, (5, 3)), "random": (0, (1, 2))}
 
 def svg(report: Report, *, width: float, height: float) -> str:
     """The plot as an SVG element, `width` by `height` inches, its colours the page's variables."""
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"cappy {width}"}):
-        _figure(report, width, height).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, variable)
-    return text[text.index("<svg") :]
+    return to_svg(_figure(report, width, height), salt=f"cappy {width}", variables=VARIABLES)
 
 
 def png(report: Report) -> bytes:
     """The plot on white, for places that show pictures only."""
-    figure = _figure(report, 7.4, 4.2)
-    figure.set_facecolor("white")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-    return buffer.getvalue()
+    return to_png(_figure(report, 7.4, 4.2))
 
 
 def _figure(report: Report, width: float, height: float) -> Figure:
-    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        figure.set_facecolor("none")
-        axes = figure.add_subplot()
-        axes.set_facecolor("none")
+    with drawing(width, height) as figure:
+        axes = plain_axes(figure, "candidates sampled (n)", f"{metric_name(report.metric)} ×100")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for name, colour in COLOURS.items():
             if name in report.curve:
                 _line(axes, report, name, colour)
-        _frame(axes, report)
         handles, _ = axes.get_legend_handles_labels()
         columns = len(handles) if width > 5 else 2
         figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK, handlelength=1.8)
@@ -83,14 +66,3 @@ def _line(axes: Axes, report: Report, name: str, colour: str) -> None:
         return
     lows, highs = ([100 * getattr(point, end) for point in points] for end in ("low", "high"))
     axes.fill_between(n, lows, highs, color=colour, alpha=0.13, linewidth=0)
-
-
-def _frame(axes: Axes, report: Report) -> None:
-    axes.set_xlabel("candidates sampled (n)", color=QUIET)
-    axes.set_ylabel(f"{metric_name(report.metric)} ×100", color=QUIET)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(visible=True, color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=QUIET, length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from cappy.errors import RecordError, shown
+from cappy.pages.words import metric_name, percent, signed
 
 SELECTORS: Mapping[str, str] = {
     "random": "random choice",
@@ -24,16 +25,6 @@ SELECTORS: Mapping[str, str] = {
     "oracle": "oracle",
 }
 """Every selector and how a person reads its name, in the order of a report."""
-
-_METRIC_NAMES = {
-    "rougeL": "Rouge-L",
-    "rougeL_unicode": "Rouge-L (all scripts)",
-    "exact_match": "exact match",
-    "numeric_match": "numeric match",
-    "token_f1": "token F1",
-    "chrf": "chrF",
-    "bleu": "BLEU",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,21 +164,6 @@ class Report:
         return "\n".join([*lines, "", *verdict(self)]) + "\n"
 
 
-def metric_name(metric: str) -> str:
-    """How a person writes the metric."""
-    return _METRIC_NAMES.get(metric, metric)
-
-
 def spread(interval: Estimate | Difference) -> str:
     """The ends of an interval, x 100."""
     return f"{percent(interval.low)} to {percent(interval.high)}"
-
-
-def percent(value: float) -> str:
-    """A value of 0 to 1, x 100."""
-    return f"{100 * value:z.1f}".replace("-", "−")
-
-
-def signed(value: float) -> str:
-    """A difference x 100 with its sign."""
-    return f"{100 * value:+z.1f}".replace("-", "−")

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from cappy.evaluation.report import SELECTORS, Difference, Report, percent, signed, spread
+from cappy.evaluation.report import SELECTORS, Difference, Report, spread
+from cappy.pages.words import percent, signed
 
 BASELINES = {
     "random": "random choice",
