@@ -38,10 +38,7 @@ def annotate(instances: Sequence[Instance], labelling: Labelling) -> Iterator[In
         planted = [Candidate(response=text, source="mismatch") for text in texts]
         references = _references(instance, candidates, repeated=labelling.recipe == "paper")
         middle = [*planted, *candidates] if labelling.recipe == "paper" else [*candidates, *planted]
-        labelled = (
-            replace(one, labels={**one.labels, labelling.name: _label(one, instance, metric)})
-            for one in (*references, *middle)
-        )
+        labelled = (one.labelled(labelling.name, _label(one, instance, metric)) for one in (*references, *middle))
         yield replace(instance, candidates=tuple(labelled))
 
 

@@ -1,10 +1,12 @@
 """Instances as Arrow tables and back; the schema only grows."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
-from typing import Any
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cappy.records.instance import Candidate, Instance
 
@@ -44,33 +46,80 @@ SCHEMA = pa.schema(
 
 _CANDIDATE_FIELDS = tuple(field.name for field in fields(Candidate))
 _INSTANCE_FIELDS = tuple(field.name for field in fields(Instance) if field.name != "candidates")
+_MAPS = ("labels", "scores")
+T = TypeVar("T")
+
+
+def _defaults(kind: type[Any]) -> dict[str, Any]:
+    """What stands for null in each field: its default, or a blank text where it has none."""
+    return {field.name: "" if field.default is MISSING else field.default for field in fields(kind)}
+
+
+_INSTANCE_DEFAULTS = _defaults(Instance)
+_CANDIDATE_DEFAULTS = _defaults(Candidate)
 
 
 def to_table(instances: Iterable[Instance]) -> pa.Table:
     """One row per instance, its candidates nested."""
-    return pa.Table.from_pylist([_row(instance) for instance in instances], schema=SCHEMA)
+    rows = list(instances)
+    columns = [pa.array([getattr(row, name) for row in rows], SCHEMA.field(name).type) for name in _INSTANCE_FIELDS]
+    candidates = [candidate for row in rows for candidate in row.candidates]
+    struct = pa.StructArray.from_arrays(
+        [pa.array(_values(candidates, name), _CANDIDATE.field(name).type) for name in _CANDIDATE_FIELDS],
+        fields=list(_CANDIDATE),
+    )
+    offsets = list(itertools.accumulate((len(row.candidates) for row in rows), initial=0))
+    nested = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), struct)
+    by_name = {**dict(zip(_INSTANCE_FIELDS, columns, strict=True)), "candidates": nested}
+    return pa.table([by_name[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
 def from_batch(batch: pa.RecordBatch) -> Iterator[Instance]:
-    """The instances of a batch; columns that an older writer did not know keep their defaults."""
-    for row in batch.to_pylist(maps_as_pydicts="strict"):
-        yield _instance(row)
+    """The instances of a batch; columns that an older writer did not know keep their defaults.
+
+    Column by column, because rows of nested values are many times slower to read (pyarrow makes an object of each).
+    """
+    known = {
+        name: _column(batch[name], _INSTANCE_DEFAULTS[name]) for name in _INSTANCE_FIELDS if name in batch.schema.names
+    }
+    candidates = _candidates(batch["candidates"]) if "candidates" in batch.schema.names else [()] * len(batch)
+    for values, found in zip(zip(*known.values(), strict=True), candidates, strict=True):
+        yield Instance(**dict(zip(known, values, strict=True)), candidates=found)
 
 
-def _row(instance: Instance) -> dict[str, Any]:
-    row = {name: getattr(instance, name) for name in _INSTANCE_FIELDS}
-    row["candidates"] = [
-        {name: getattr(candidate, name) for name in _CANDIDATE_FIELDS} for candidate in instance.candidates
-    ]
-    return row
+def _candidates(column: pa.ListArray) -> list[tuple[Candidate, ...]]:
+    struct = column.flatten()
+    names = [name for name in _CANDIDATE_FIELDS if struct.type.get_field_index(name) >= 0]
+    columns = [_column(struct.field(name), _CANDIDATE_DEFAULTS[name]) for name in names]
+    flat = [Candidate(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+    return _cut(flat, column)
 
 
-def _instance(row: Mapping[str, Any]) -> Instance:
-    values = {name: row[name] for name in _INSTANCE_FIELDS if row.get(name) is not None}
-    values["references"] = tuple(values.get("references", ()))
-    values["choices"] = tuple(values.get("choices", ()))
-    candidates = (
-        Candidate(**{name: value for name, value in candidate.items() if value is not None})
-        for candidate in row.get("candidates") or ()
-    )
-    return Instance(**values, candidates=tuple(candidates))
+def _column(column: pa.Array, default: Any) -> list[Any]:
+    """The values of a column, nulls as the default; lists as tuples, maps as read-only mappings."""
+    if pa.types.is_map(column.type):
+        return _maps(column)
+    if pa.types.is_list(column.type):
+        return _cut(column.flatten().to_pylist(), column)
+    values = column.to_pylist()
+    return [default if value is None else value for value in values] if column.null_count else values
+
+
+def _cut(flat: Sequence[T], column: pa.ListArray) -> list[tuple[T, ...]]:
+    """The flattened values of a list column, row by row; a null list is an empty one."""
+    lengths = pc.list_value_length(column).fill_null(0).to_pylist()
+    ends = list(itertools.accumulate(lengths, initial=0))
+    return [tuple(flat[start:end]) for start, end in itertools.pairwise(ends)]
+
+
+def _maps(column: pa.MapArray) -> list[Mapping[str, float]]:
+    ends = column.offsets.to_pylist()
+    if not ends or ends[0] == ends[-1]:
+        return [{} for _ in range(len(column))]
+    keys, items = column.keys.to_pylist(), column.items.to_pylist()
+    return [dict(zip(keys[start:end], items[start:end], strict=True)) for start, end in itertools.pairwise(ends)]
+
+
+def _values(candidates: Sequence[Candidate], name: str) -> list[Any]:
+    values = [getattr(candidate, name) for candidate in candidates]
+    return [list(value.items()) for value in values] if name in _MAPS else values

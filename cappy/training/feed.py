@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from cappy.annotation.rows import regression_rows
 from cappy.records import Instance, prompt_hash
+from cappy.records.instance import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +22,12 @@ class Group:
     selectable: tuple[bool, ...]
 
 
-def to_group(instance: Instance, metric: str) -> Group:
-    """The instance's rows of the regression set; RecordError where a candidate has no label of this metric."""
-    rows = list(regression_rows(instance, metric))
+def to_group(instance: Instance, metric: str, sources: Sequence[Source] = ()) -> Group:
+    """The instance's rows of the regression set, of these sources if any are named.
+
+    RecordError where a candidate has no label of this metric.
+    """
+    rows = [row for row in regression_rows(instance, metric) if not sources or row.source in sources]
     selectable = {candidate.response for candidate in instance.selectable}
     return Group(
         instruction=instance.instruction,

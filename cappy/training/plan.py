@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from cappy.config import DEFAULT_WORK, Location, Work, settings
+from cappy.records.instance import Source
 
 
 @settings
@@ -14,6 +15,10 @@ class TrainingSettings:
     source: Annotated[Location, Field(description="Folder of annotated instances")]
     target: Annotated[Location, Field(description="Scorer folder to write")]
     metric: Annotated[str, Field(description="Label to learn")] = "rougeL"
+    sources: Annotated[
+        tuple[Source, ...],
+        Field(description="Responses to train on: reference, choice, mismatch, llm; all if left out (for ablations)"),
+    ] = ()
     epochs: Annotated[float, Field(gt=0, description="Passes over the training instances, at most")] = 4.0
     batch_instances: Annotated[int, Field(ge=1, description="Whole instances per update")] = 16
     batch_tokens: Annotated[

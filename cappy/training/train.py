@@ -37,17 +37,19 @@ def train(
     source = read_manifest(config.source)
     with claim(config.work, step, identity(config), [source.hash, *parents]) as folder:
         instances = list(read(config.source, splits=("train", "validation")))
-        by_split = {
-            split: [to_group(instance, config.metric) for instance in instances if instance.split == split]
-            for split in ("train", "validation")
-        }
-        if not by_split["train"]:
-            raise ConfigError(f"{config.source}: has no instance of split train; nothing to learn from")
+        train, validation = (
+            [to_group(instance, config.metric, sources) for instance in instances if instance.split == split]
+            for split, sources in (("train", config.sources), ("validation", ()))
+        )
+        train = [group for group in train if group.responses]
+        if not train:
+            of = f" with a response of source {', '.join(config.sources)}" if config.sources else ""
+            raise ConfigError(f"{config.source}: has no instance of split train{of}; nothing to learn from")
         scorer = start()
         outcome = fit(
             scorer,
-            by_split["train"],
-            by_split["validation"],
+            train,
+            validation,
             config,
             checkpoints=folder / ".checkpoints",
             progress=progress,

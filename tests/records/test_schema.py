@@ -1,5 +1,6 @@
 """Every field of the record survives the disk, and the schema only grows."""
 
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -123,3 +124,8 @@ def test_prompts_that_differ_only_in_case_white_space_or_unicode_form_hash_alike
     assert prompt_hash(f"{left} {right}") == prompt_hash(f"  {left}\n\t{right} ")
     assert prompt_hash("Add \u00e9 \ufb01") == prompt_hash("ADD e\u0301 fi") != prompt_hash("Add e fi")
     assert 0 <= prompt_hash(left) < 2**64
+
+
+@given(candidates, texts, numbers)
+def test_a_label_changes_nothing_else(candidate: Candidate, metric: str, label: float) -> None:
+    assert candidate.labelled(metric, label) == replace(candidate, labels={**candidate.labels, metric: label})

@@ -59,3 +59,17 @@ def test_a_sampled_response_outranks_a_mismatch_of_the_same_text_and_labels_must
     assert to_group(instance, "rougeL").labels == (0.5,)
     with pytest.raises(RecordError, match="instance '1': a candidate has no label 'bleu'; run cappy annotation"):
         to_group(instance, "bleu")
+
+
+def test_sources_can_be_left_out_and_what_a_selector_may_pick_stays_known() -> None:
+    candidates = (
+        Candidate(response="r", source="reference", labels={"rougeL": 1.0}),
+        Candidate(response="r", labels={"rougeL": 0.9}),
+        Candidate(response="x", labels={"rougeL": 0.5}),
+        Candidate(response="m", source="mismatch", labels={"rougeL": 0.0}),
+    )
+    instance = Instance(instance_id="1", instruction="i", references=("r",), candidates=candidates)
+    whole = to_group(instance, "rougeL")
+    assert (whole.responses, whole.labels, whole.selectable) == (("r", "x", "m"), (1.0, 0.5, 0.0), (True, True, False))
+    assert to_group(instance, "rougeL", ("llm",)).responses == ("x",)
+    assert to_group(instance, "rougeL", ("reference", "mismatch")).responses == ("r", "m")
