@@ -8,6 +8,7 @@ _METRIC_NAMES = {
     "token_f1": "token F1",
     "chrf": "chrF",
     "bleu": "BLEU",
+    "given": "given label",
 }
 
 
