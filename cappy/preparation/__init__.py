@@ -1,15 +1,24 @@
 """Preparation: where instances come from, and which split each belongs to for life."""
 
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Literal
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, code_version, identity, settings
-from cappy.errors import ConfigError
+from cappy.errors import ConfigError, RecordError
 from cappy.preparation.columns import parse
 from cappy.progress import Progress, silent
-from cappy.records import Manifest
+from cappy.records import Instance, Manifest
+from cappy.records.shard import ShardOf, parse_shard
+
+if TYPE_CHECKING:
+    from cappy.preparation.prompted import Tally
+    from cappy.preparation.sources import Source
 
 __all__ = ["PreparationConfig", "run"]
 
@@ -18,14 +27,15 @@ BUILTIN = "builtin"
 
 @settings
 class PreparationConfig:
-    """Instances from the built-in tasks, a file of one's own, or a folder of records."""
+    """Instances from the built-in tasks, files, BIG-bench tasks, templates over datasets, the hub, or a mixture."""
 
     source: Annotated[
         str,
         LOCATION,
         Field(
             min_length=1,
-            description="builtin, a JSON Lines (.gz and .xz too), CSV or Parquet file, or a folder of records",
+            description="builtin, a JSON Lines (.gz and .xz too), CSV or Parquet file, a BIG-bench task or a folder of "
+            "them, a folder of records or of its shards, or hub:org/name:configuration@revision",
         ),
     ] = BUILTIN
     target: Annotated[Location, Field(description="Folder to write")]
@@ -53,44 +63,114 @@ class PreparationConfig:
         tuple[str, ...],
         Field(description="Pattern of systems whose candidates are left out of a file, such as 'primary/*'"),
     ] = ()
+    split: Annotated[str, Field(min_length=1, description="Split of a dataset of the hub to read")] = "train"
+    templates: Annotated[
+        Path | None,
+        LOCATION,
+        Field(description="Folder of PromptSource templates to render the rows of a dataset with"),
+    ] = None
+    dataset: Annotated[
+        str | None,
+        Field(min_length=1, description="Whose templates: a folder under --templates, such as super_glue/rte"),
+    ] = None
+    template: Annotated[tuple[str, ...], Field(description="Pattern of template names to render; all if left out")] = ()
+    max_failed: Annotated[
+        float, Field(ge=0, le=1, description="Largest share of its rows that a template may fail on")
+    ] = 0.0
+    missing: Annotated[
+        Literal["blank", "fail"],
+        Field(description="A field that a template reads and a row lacks is nothing, as in PromptSource, or a failure"),
+    ] = "blank"
+    mixture: Annotated[
+        Literal["t0", "heldout", "bigbench45"] | None,
+        Field(description="Datasets of the paper by name, read from the hub; takes the place of --source"),
+    ] = None
+    subsets: Annotated[tuple[str, ...], Field(description="Pattern of the mixture's datasets; all if left out")] = ()
+    local: Annotated[
+        Path | None, LOCATION, Field(description="Folder of the mixture's datasets that are at hand, NAME.SPLIT.jsonl")
+    ] = None
+    against: Annotated[
+        tuple[Path, ...],
+        LOCATION,
+        Field(description="Folder of an evaluation set: no instance to train on may have a prompt of it"),
+    ] = ()
+    leaked: Annotated[
+        Literal["refuse", "drop"], Field(description="What to do with training instances that stand in --against")
+    ] = "refuse"
     max_characters: Annotated[int, Field(ge=1, description="Longest text accepted from a file, in characters")] = 20_000
     part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 512
+    shard: ShardOf = ""
     work: Work = DEFAULT_WORK
 
     def __post_init__(self) -> None:
+        parse_shard(self.shard)
+        parse(self.columns)
         if self.test + self.validation >= 1:
             share = f"--test {self.test} and --validation {self.validation}"
             raise ConfigError(f"preparation: {share} leave nothing to train on; their sum must be below 1")
-        if parse(self.columns) and self.source == BUILTIN:
-            raise ConfigError("preparation: --columns names columns of a file; leave it out without a --source")
-        if self.families and self.source != BUILTIN:
-            raise ConfigError("preparation: --families chooses among the built-in tasks; leave it out with a --source")
+        for name, needs in _NEEDS.items():
+            if getattr(self, name) and not needs(self):
+                raise ConfigError(f"preparation: --{name} {_WITHOUT[name]}")
+
+
+_WITHOUT = {
+    "columns": "names columns of a file; leave it out without a --source",
+    "families": "chooses among the built-in tasks; leave it out with a --source",
+    "dataset": "says whose templates are meant; give --templates FOLDER, or leave it out",
+    "template": "chooses among templates; give --templates FOLDER, or leave it out",
+    "subsets": "chooses among the datasets of a mixture; give --mixture, or leave it out",
+    "local": "holds datasets of a mixture; give --mixture, or leave it out",
+    "mixture": "takes the place of --source; leave one of them out",
+}
+_NEEDS: Mapping[str, Any] = {
+    "columns": lambda config: config.source != BUILTIN,
+    "families": lambda config: config.source == BUILTIN,
+    "dataset": lambda config: config.templates,
+    "template": lambda config: config.templates,
+    "subsets": lambda config: config.mixture,
+    "local": lambda config: config.mixture,
+    "mixture": lambda config: config.source == BUILTIN,
+}
 
 
 def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
-    """Prepares `source` into `target`.
+    """Prepares `source` or `mixture` into `target`.
 
-    Every row is checked before anything is written, so a bad one costs no half-written folder. The source is read
-    twice and never held in memory: for each row only the hashes of its id, group and prompt are.
+    Of a file, every row is checked before anything is written, so a bad one costs no half-written folder: it is read
+    twice and never held in memory, for each row only the hashes of its id, group and prompt are. Where a row makes
+    many prompts (templates, mixtures), see `prompted`.
     """
+    from cappy.preparation.leakage import evaluation_prompts, kept_apart
+    from cappy.preparation.prompted import Tally
     from cappy.preparation.sources import open_source
-    from cappy.preparation.splits import place, survey
+    from cappy.records import read_manifest
     from cappy.records.parts import process
     from cappy.records.work import claim, finish
 
     source = open_source(config)
-    plan = survey(source, config, progress)
+    tally = Tally(max_failed=config.max_failed, missing=config.missing)
+    instances, total, metrics = _placed(source, config, tally, progress)
+    apart = [read_manifest(folder).hash for folder in config.against]
     values = {**identity(config), "task": source.task}
-    with claim(config.work, "preparation", {**values, "format": source.format}, source.parents) as folder:
+    with claim(
+        config.work, "preparation", {**values, "format": source.format, "apart": apart}, source.parents
+    ) as folder:
         parts = process(
-            place(source.rows(), plan),
+            kept_apart(
+                instances, evaluation_prompts(config.against), config.against, tally, drop=config.leaked == "drop"
+            ),
             folder,
             lambda part: part,
             part_rows=config.part_rows,
             progress=partial(progress, unit="instances"),
-            total=plan.num_rows,
+            total=total,
+            count=_count,
         )
         source.check_unchanged()
+        tally.check()
+        if not parts.rows:
+            raise RecordError(f"{source.name}: nothing is left to write; give more rows, or fewer shards")
+        counts = {**dict.fromkeys(("train", "validation", "test"), 0), **parts.counts}
         manifest = Manifest(
             step="preparation",
             files=parts.files,
@@ -99,7 +179,39 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
             seed=config.seed,
             generators=source.generators,
             parents=source.parents,
-            metrics={**plan.metrics, "candidates": float(parts.candidates)},
-            facts={"format": source.format},
+            metrics={
+                "instances": float(parts.rows),
+                **{name: float(count) for name, count in {**counts, **metrics, **tally.counts}.items()},
+                "candidates": float(parts.candidates),
+            },
+            facts={"format": source.format, **_facts(source, tally)},
         )
         return finish(folder, config.target, manifest)
+
+
+def _placed(
+    source: "Source", config: PreparationConfig, tally: "Tally", progress: Progress
+) -> tuple[Iterator[Instance], int | None, dict[str, float]]:
+    """This shard's instances with their splits, how many there are where that is known, and what was counted."""
+    from cappy.preparation import prompted
+    from cappy.preparation.splits import place, survey
+
+    shard = parse_shard(config.shard)
+    if source.datasets:
+        places = prompted.Places(
+            seed=config.seed, test=0.0 if config.mixture else config.test, validation=config.validation, shard=shard
+        )
+        return prompted.instances(source.datasets, places, tally, progress), None, {}
+    plan = survey(source, config, progress)
+    rows = shard.rows(plan.num_rows)
+    return islice(place(source.rows(), plan), rows.start, rows.stop), len(rows), dict(plan.metrics)
+
+
+def _count(part: Sequence[Instance]) -> Mapping[str, int]:
+    return Counter(str(instance.split) for instance in part)
+
+
+def _facts(source: "Source", tally: "Tally") -> dict[str, Any]:
+    failed = {name: {"rows": count, "first": tally.errors[name]} for name, count in sorted(tally.failed.items())}
+    facts = {"made_of": dict(source.commits), "failed_templates": failed, "missing_fields": dict(tally.holes)}
+    return {name: fact for name, fact in facts.items() if fact}

@@ -1,5 +1,6 @@
 """A row of a source: an instance, where it stands, and what its writer left for us to fill in."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,3 +20,8 @@ class Row:
     instance: Instance
     has_id: bool = True
     has_split: bool = True
+
+
+def hash64(text: str) -> int:
+    """64 bits of blake2b, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -1,54 +1,73 @@
-"""What `--source` names: the built-in tasks, a file, or a folder of records."""
+"""What `--source` names: the built-in tasks, a file, a folder, a dataset of the hub; or what `--mixture` does."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 
 from cappy.errors import ConfigError, FolderError, shown
 from cappy.preparation import BUILTIN, PreparationConfig
+from cappy.preparation.bigbench import TASK_FILE, is_task, read_tasks
 from cappy.preparation.columns import mapped, parse
 from cappy.preparation.fields import choice_candidates, row
-from cappy.preparation.jsonlines import read_json_lines
+from cappy.preparation.files import plain, reader_of
+from cappy.preparation.hub import PREFIX, commit_of, parse_hub, read_hub
 from cappy.preparation.lines import readable
+from cappy.preparation.prompted import Dataset
 from cappy.preparation.rows import Row, Rows
-from cappy.preparation.tables import read_csv, read_parquet
+from cappy.preparation.shapes import known
 from cappy.records import Instance, read, read_manifest
-from cappy.records.folder import MANIFEST, sha256_of
-
-READERS: Mapping[str, Callable[[Path], Rows]] = {".csv": read_csv, ".parquet": read_parquet}
-"""Reader by the suffix of the name; every other file is JSON Lines."""
-_PACKED = (".gz", ".xz")
+from cappy.records.folder import MANIFEST, Manifest, sha256_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Rows that can be read again and again, and what of them belongs in the manifest.
 
-    `parents` holds the sha256 of the file, or the manifest hash of the folder; `task` what instances are called that
-    name no task.
+    `parents` holds the sha256 of the file, the commit of the hub, or the manifest hash of the folder; `task` what
+    instances are called that name no task. `datasets` stands in place of `rows` where a row makes many prompts.
     """
 
     name: str
     format: str
-    rows: Callable[[], Iterator[Row]]
+    rows: Callable[[], Iterator[Row]] = lambda: iter(())
+    datasets: Sequence[Dataset] = ()
     task: str = ""
     parents: tuple[str, ...] = ()
     generators: Mapping[str, str] = field(default_factory=dict)
+    commits: Mapping[str, str] = field(default_factory=dict)
     check_unchanged: Callable[[], None] = lambda: None
 
 
 def open_source(config: PreparationConfig) -> Source:
     """The source of a config; ConfigError or FolderError if there is none."""
+    if config.mixture or config.templates:
+        return _datasets(config)
     if config.source == BUILTIN:
         return _builtin(config)
+    if config.source.startswith(PREFIX):
+        return _hub(config)
     path = Path(config.source)
     if path.is_dir():
         return _folder(path, config)
     if not path.is_file():
-        known = f"{BUILTIN}, a JSON Lines, CSV or Parquet file, or a folder of records"
-        raise ConfigError(f"{path}: no such file or folder; --source is {known}")
-    return _file(path, config)
+        kinds = f"{BUILTIN}, a JSON Lines, CSV or Parquet file, a BIG-bench task, a folder of records or hub:org/name"
+        raise ConfigError(f"{path}: no such file or folder; --source is {kinds}")
+    return _bigbench([path], path, config) if is_task(path) else _file(path, config)
+
+
+def _datasets(config: PreparationConfig) -> Source:
+    from cappy.preparation.mixed import mixture, templated
+
+    datasets, made_of = mixture(config) if config.mixture else templated(config)
+    return Source(
+        name=config.mixture or config.source,
+        format="mixture" if config.mixture else "templates",
+        datasets=datasets,
+        parents=tuple(dict.fromkeys(made_of.values())),
+        commits=made_of,
+    )
 
 
 def _builtin(config: PreparationConfig) -> Source:
@@ -66,27 +85,66 @@ def _builtin(config: PreparationConfig) -> Source:
 
 def _folder(path: Path, config: PreparationConfig) -> Source:
     if config.columns:
-        raise ConfigError(f"{path}: is a folder of records, whose fields have their names; leave --columns out")
-    if not (path / MANIFEST).is_file():
+        raise ConfigError(f"{path}: is a folder, whose fields have their names; leave --columns out")
+    shards = [path] if (path / MANIFEST).is_file() else sorted(found.parent for found in path.glob(f"*/{MANIFEST}"))
+    if not shards:
+        tasks = sorted(path.rglob(TASK_FILE))
+        if tasks:
+            return _bigbench(tasks, path, config)
         remedy = "name a file in it, or run the step that writes it again"
-        raise FolderError(f"{path}: is a folder without {MANIFEST}; {remedy}")
-    manifest = read_manifest(path)
-    if not manifest.rows:
-        raise FolderError(f"{path}: holds no instances (written by {manifest.step or 'nobody'}); choose another")
+        raise FolderError(f"{path}: is a folder without {MANIFEST}, of its own or in folders of it; {remedy}")
+    manifests = [_of_records(shard) for shard in shards]
     return Source(
         name=str(path),
         format="records",
-        rows=lambda: (_given(str(path), instance, config.task) for instance in read(path)),
+        rows=lambda: (_given(str(shard), found, config.task) for shard in shards for found in read(shard)),
         task=config.task or "",
-        parents=(manifest.hash,),
-        generators=manifest.generators,
+        parents=tuple(manifest.hash for manifest in manifests),
+        generators=dict(chain.from_iterable(manifest.generators.items() for manifest in manifests)),
+    )
+
+
+def _of_records(path: Path) -> Manifest:
+    manifest = read_manifest(path)
+    if not manifest.rows:
+        raise FolderError(f"{path}: holds no instances (written by {manifest.step or 'nobody'}); choose another")
+    return manifest
+
+
+def _bigbench(tasks: Sequence[Path], path: Path, config: PreparationConfig) -> Source:
+    def rows() -> Rows:
+        return read_tasks(tasks, path, seed=config.seed, validation=config.validation)
+
+    return Source(
+        name=str(path),
+        format="bigbench",
+        rows=lambda: (row(*found, task="", max_characters=config.max_characters) for found in rows()),
+        parents=tuple(map(sha256_of, tasks)),
+    )
+
+
+def _hub(config: PreparationConfig) -> Source:
+    dataset = parse_hub(config.source)
+    commit, columns = commit_of(dataset), parse(config.columns)
+    task = config.task or dataset.configuration or dataset.repository.partition("/")[2]
+
+    def rows() -> Rows:
+        found = read_hub(dataset, commit, config.split)
+        return mapped(found, columns) if columns else known(found)
+
+    return Source(
+        name=config.source,
+        format="hub",
+        rows=lambda: (row(*found, task=task, max_characters=config.max_characters) for found in rows()),
+        task=task,
+        parents=(commit,),
+        commits={dataset.name: commit},
     )
 
 
 def _file(path: Path, config: PreparationConfig) -> Source:
-    plain = path.with_suffix("") if path.suffix in _PACKED else path
-    read_rows = READERS.get(plain.suffix, read_json_lines)
-    task, columns = config.task or plain.stem, parse(config.columns)
+    read_rows = reader_of(path)
+    task, columns = config.task or plain(path).stem, parse(config.columns)
     with readable(path):
         sha256 = sha256_of(path)
 
@@ -99,7 +157,7 @@ def _file(path: Path, config: PreparationConfig) -> Source:
         format=read_rows.__name__.removeprefix("read_"),
         rows=lambda: (
             _without(row(*found, task=task, max_characters=config.max_characters), config.exclude)
-            for found in mapped(read_rows(path), columns)
+            for found in (mapped(read_rows(path), columns) if columns else known(read_rows(path)))
         ),
         task=task,
         parents=(sha256,),

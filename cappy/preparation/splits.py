@@ -6,7 +6,6 @@ have one place. Where a split that was asked for would stay empty, it gets the g
 groups as there are splits are enough.
 """
 
-import hashlib
 import itertools
 from array import array
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 from cappy.errors import ConfigError, RecordError, shown
 from cappy.preparation import PreparationConfig
-from cappy.preparation.rows import Row
+from cappy.preparation.rows import Row, hash64
 from cappy.preparation.sources import Source
 from cappy.progress import Progress
 from cappy.records import Instance, prompt_hash
@@ -59,12 +58,7 @@ def survey(source: Source, config: PreparationConfig, progress: Progress) -> Pla
         _check_shared(source, codes, groups, lambda row: f"group_id {shown(row.instance.group_id)}")
     else:
         codes = draw(representatives(groups, prompts), config, source.name)
-    counts = np.bincount(codes, minlength=len(SPLITS))
-    metrics: dict[str, float] = {
-        "instances": float(len(codes)),
-        **{str(split): float(count) for split, count in zip(SPLITS, counts, strict=True)},
-        "duplicates_of_instruction": float(len(prompts) - len(np.unique(prompts))),
-    }
+    metrics = {"duplicates_of_instruction": float(len(prompts) - len(np.unique(prompts)))}
     return Plan(splits=codes, ordinals=_ordinals(groups), metrics=metrics)
 
 
@@ -142,11 +136,6 @@ def _hashes(source: Source, seed: int, progress: Progress) -> tuple[Hashes, Hash
         raise RecordError(f"{source.name}: holds no instances; give at least one row with instruction and reference")
     hashes = (np.frombuffer(values, dtype=np.uint64) for values in (ids, groups, prompts))
     return *hashes, np.frombuffer(codes, dtype=np.uint8), first  # type: ignore[return-value]
-
-
-def hash64(text: str) -> int:
-    """64 bits of blake2b, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _check_alike(row: Row, first: Row) -> None:

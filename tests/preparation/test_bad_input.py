@@ -301,14 +301,17 @@ def test_the_limit_of_characters_is_a_setting(refuse: Refuse) -> None:
 
 
 def test_a_source_that_does_not_exist_is_named(refuse: Refuse) -> None:
-    known = "builtin, a JSON Lines, CSV or Parquet file, or a folder of records"
+    known = "builtin, a JSON Lines, CSV or Parquet file, a BIG-bench task, a folder of records or hub:org/name"
     assert refuse("in.jsonl", ConfigError) == f"in.jsonl: no such file or folder; --source is {known}"
 
 
 def test_a_folder_must_be_finished_and_hold_instances(refuse: Refuse) -> None:
     Path("folder").mkdir()
     remedy = "name a file in it, or run the step that writes it again"
-    assert refuse("folder", FolderError) == f"folder: is a folder without manifest.json; {remedy}"
+    assert (
+        refuse("folder", FolderError)
+        == f"folder: is a folder without manifest.json, of its own or in folders of it; {remedy}"
+    )
     write("folder", [], step="annotation")
     assert refuse("folder", FolderError) == "folder: holds no instances (written by annotation); choose another"
 

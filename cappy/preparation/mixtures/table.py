@@ -141,7 +141,7 @@ def _about_t0(mixture: Mixture, planned: Plan) -> Iterator[str]:
     yield (
         f"{_millions(planned.pairs())} million pairs by our reconstruction; Cappy's authors say {PUBLISHED_MILLIONS} "
         "million, and no public text found says how they count. How many choices wiki_hop has differs by row: "
-        f"{max(numbers):g} on average is recalled from its paper, and one more or less moves the sum by "
+        f"{max(numbers):g} are counted, its paper's average is recalled as 19.8, and one more or less moves the sum by "
         f"{_millions(one_more)} million."
     )
 

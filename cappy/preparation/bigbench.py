@@ -1,0 +1,156 @@
+"""BIG-bench tasks: the JSON of the benchmark, or its rows as `tasksource/bigbench` has them on the hub.
+
+A prompt is the benchmark's zero-shot one: task prefix, input prefix, input, choices where the task appends them, output
+prefix (BIG-bench, docs/doc.md, fields of a JSON task). A fifth of each task, at least 16 examples, is held out: the
+benchmark calls it validation, and Cappy reports on it (§4.2), so here it is the test split. Which examples those are
+the benchmark draws by a generator of its own; from the JSON ours draws as many by the seed, from the hub the published
+ones are taken.
+"""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cappy.errors import RecordError, shown
+from cappy.preparation.lines import readable
+from cappy.preparation.rows import Rows, Values
+from cappy.records import prompt_hash
+
+HELD_OUT = 0.2
+MIN_HELD_OUT = 16
+MAX_EXAMPLES = 50_000
+"""Examples of a split that are kept, as in tasksource/bigbench."""
+TASK_FILE = "task.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A task or subtask: its name, and each example's place in the file with the fields of the record."""
+
+    name: str
+    rows: Sequence[tuple[str, Values]]
+
+
+def is_task(path: Path) -> bool:
+    """Whether a file is a JSON task: an object with examples, and not JSON Lines."""
+    if path.suffix != ".json":
+        return False
+    try:
+        return "examples" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, TypeError):
+        return path.name == TASK_FILE
+
+
+def read_tasks(paths: Sequence[Path], root: Path, *, seed: int, validation: float) -> Rows:
+    """The rows of all tasks with their splits; tasks in one folder under `root` are subtasks and share the minimum.
+
+    A prompt that an earlier task had is left out, so that no two splits share one.
+    """
+    siblings = Counter(_top(path, root) for path in paths)
+    seen: set[int] = set()
+    for path in paths:
+        minimum = -(-MIN_HELD_OUT // siblings[_top(path, root)])
+        task = unique_rows(read_task(path, seed), seen)
+        yield from split_rows(task, seed=seed, validation=validation, minimum=minimum)
+
+
+def unique_rows(task: Task, seen: set[int]) -> Task:
+    """The task with each prompt once, without those that are `seen`; its own are added to them."""
+    rows = []
+    for where, values in task.rows:
+        if (prompt := prompt_hash(values["instruction"])) not in seen:
+            seen.add(prompt)
+            rows.append((where, values))
+    return Task(name=task.name, rows=rows)
+
+
+def _top(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).parts if path != root else ()
+    return parts[0] if len(parts) > 2 else str(path)
+
+
+def read_task(path: Path, seed: int) -> Task:
+    """The task in a JSON file of the benchmark; RecordError names the example and field that is wrong.
+
+    The order of appended choices is drawn by the seed, as the benchmark draws it by its own.
+    """
+    values = _object(path)
+    name = str(values.get("name") or path.parent.name)
+    examples = values.get("examples")
+    if not isinstance(examples, list) or not examples:
+        raise RecordError(f"{path}: has no examples, got {shown(examples)}; choose a JSON task of BIG-bench")
+    rows = []
+    for index, example in enumerate(examples):
+        where = f"{path}: examples[{index}]"
+        if not isinstance(example, dict):
+            raise RecordError(f"{where} must be an object, got {shown(example)}; mend it")
+        rows.append((where, _fields(where, values, example, name, random.Random(f"{seed} {name} {index}"))))
+    return Task(name=name, rows=rows)
+
+
+def split_rows(task: Task, *, seed: int, validation: float, minimum: int = MIN_HELD_OUT) -> Rows:
+    """The task's rows with their splits: test is a fifth, at least `minimum`, `validation` a share of the rest."""
+    rows = task.rows
+    order = random.Random(f"{seed} {task.name}").sample(range(len(rows)), len(rows))
+    num_test = min(max(minimum, int(HELD_OUT * len(rows))), max(0, len(rows) - 1))
+    test, rest = order[:num_test][:MAX_EXAMPLES], order[num_test:][:MAX_EXAMPLES]
+    num_validation = max(0, min(int(validation * len(rest)) or bool(validation), len(rest) - 1))
+    named = {"test": test, "validation": rest[:num_validation], "train": rest[num_validation:]}
+    place = {index: split for split, indexes in named.items() for index in indexes}
+    for index in sorted(place):
+        where, values = rows[index]
+        yield where, {**values, "split": place[index]}
+
+
+def _fields(where: str, task: Values, example: Mapping[str, Any], name: str, rng: random.Random) -> dict[str, Any]:
+    scores = example.get("target_scores")
+    if scores is not None and not (isinstance(scores, dict) and scores):
+        raise RecordError(f"{where}: target_scores must be choices with their scores, got {shown(scores)}; mend it")
+    choices = sorted(scores or ())
+    shuffled = rng.sample(choices, len(choices)) if task.get("append_choices_to_input", True) else ()
+    prompt = "".join(
+        (
+            task.get("task_prefix", ""),
+            task.get("example_input_prefix", "\nQ: "),
+            _text(where, example, "input"),
+            *(task.get("choice_prefix", "\n  choice: ") + choice for choice in shuffled),
+            task.get("example_output_prefix", "\nA: "),
+        )
+    )
+    return {"instruction": prompt, "references": _targets(where, example), "choices": choices, "task": name}
+
+
+def _targets(where: str, example: Mapping[str, Any]) -> list[str]:
+    """The accepted answers: `target`, or the choices of the highest score."""
+    if "target" in example:
+        target = example["target"]
+        return target if isinstance(target, list) else [_text(where, example, "target")]
+    scores = example.get("target_scores")
+    if not scores:
+        raise RecordError(f"{where}: has no target and no target_scores; give one of them")
+    best = max(scores.values())
+    return [choice for choice, score in scores.items() if score == best]
+
+
+def _text(where: str, example: Mapping[str, Any], name: str) -> str:
+    value = example.get(name)
+    if not isinstance(value, str):
+        raise RecordError(f"{where}: {name} must be a text, got {shown(value)}; mend it")
+    return value
+
+
+def _object(path: Path) -> Values:
+    with readable(path):
+        text = path.read_text(encoding="utf-8", errors="strict")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecordError(f"{path}: is not JSON ({reason}); choose a JSON task of BIG-bench") from error
+    if not isinstance(values, dict):
+        raise RecordError(f"{path}: must be a JSON object, got {shown(values)}; choose a JSON task of BIG-bench")
+    return values

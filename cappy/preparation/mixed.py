@@ -1,0 +1,194 @@
+"""Templates over a dataset of one's own, and the mixtures by name, as datasets of `prompted`."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+
+from cappy.errors import ConfigError, RecordError, shown
+from cappy.preparation import PreparationConfig
+from cappy.preparation.files import read_file
+from cappy.preparation.hub import HubDataset, commit_of, parse_hub, read_hub
+from cappy.preparation.mixtures import load_mixture
+from cappy.preparation.mixtures.facts import Mixture, Subset
+from cappy.preparation.mixtures.plan import cap
+from cappy.preparation.prompted import Dataset, Prompt, Prompts, Table, Tally, distinct_choices
+from cappy.preparation.rows import Rows, Values
+from cappy.preparation.shapes import from_bigbench
+from cappy.preparation.templates import Template, fields, load_templates, render
+from cappy.records.folder import sha256_of
+
+Reader = Callable[[str], Rows]
+"""The rows of a split."""
+
+
+def templated(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
+    """The dataset of `source` under its templates, and the hash or commit of everything that it is made of."""
+    hub = parse_hub(config.source) if config.source.startswith("hub:") else None
+    name = config.dataset or (
+        "/".join(filter(None, (hub.repository.partition("/")[2], hub.configuration))) if hub else ""
+    )
+    if not name:
+        raise ConfigError("preparation: --templates needs --dataset, such as super_glue/rte: whose templates are meant")
+    templates = _templates(config, name)
+    if hub is not None:
+        commit = commit_of(hub)
+        rows, parents = partial(read_hub, hub, commit, config.split), {hub.name: commit}
+    else:
+        path = Path(config.source)
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; with --templates, --source is a file or hub:org/name")
+        rows, parents = partial(read_file, path), {path.name: sha256_of(path)}
+    table = Table(split="", rows=rows)
+    return [Dataset(name=name, tables=(table,), prompts=_under(templates))], {**parents, **_hashes(templates)}
+
+
+def mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
+    """The datasets of a mixture: each from a file under `local` where there is one, and else from the hub."""
+    mixed = load_mixture(config.mixture or "")
+    subsets = _chosen(mixed, config.subsets)
+    if mixed.template_version and config.templates is None:
+        remedy = (
+            "give the folder of PromptSource templates with --templates; cappy templates --target FOLDER fetches it"
+        )
+        raise ConfigError(f"preparation: mixture {mixed.name} is rendered from templates; {remedy}")
+    datasets, parents = [], {}
+    for subset in subsets:
+        reader, found = _reader(subset, config)
+        templates = _templates(config, subset.dataset) if subset.templates else ()
+        parents.update(found)
+        parents.update(_hashes(templates))
+        tables = tuple(
+            Table(split=split, rows=partial(reader, split), held_out=split != "train") for split in subset.splits
+        )
+        prompts = _under(templates, subset.rows.get("train")) if templates else _as_they_are
+        datasets.append(Dataset(name=subset.name, tables=tables, prompts=prompts))
+    return datasets, parents
+
+
+def _chosen(mixed: Mixture, patterns: Sequence[str]) -> list[Subset]:
+    names = [subset.name for subset in mixed.subsets]
+    unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    if unknown:
+        remedy = f"choose of {', '.join(names)}, or a pattern such as 'super_glue/*'"
+        raise ConfigError(f"preparation: --subsets: {mixed.name} has no {shown(unknown[0])}; {remedy}")
+    return [s for s in mixed.subsets if not patterns or any(fnmatchcase(s.name, pattern) for pattern in patterns)]
+
+
+def _reader(subset: Subset, config: PreparationConfig) -> tuple[Reader, dict[str, str]]:
+    """How the splits of a subset are read, and what they are: file and sha256, or dataset of the hub and commit."""
+    files = {split: _local(subset, split, config.local) for split in subset.splits} if config.local else {}
+    if files and all(files.values()):
+        known = {path.name: sha256_of(path) for path in files.values() if path}
+        return lambda split: read_file(files[split] or Path()), known
+    if subset.manual:
+        names = ", ".join(f"{_stem(subset)}.{split}.jsonl" for split in subset.splits)
+        remedy = f"{subset.manual} Put it under --local FOLDER as {names}, or leave it out with --subsets"
+        raise ConfigError(f"preparation: {subset.name} must be obtained by hand; {remedy}")
+    dataset = HubDataset(repository=subset.repository, configuration=subset.configuration, revision=subset.revision)
+    commit = commit_of(dataset)
+    return partial(read_hub, dataset, commit), {dataset.name: commit}
+
+
+def _local(subset: Subset, split: str, folder: Path) -> Path | None:
+    return next(iter(sorted(folder.glob(f"{_stem(subset)}.{split}.*"))), None)
+
+
+def _stem(subset: Subset) -> str:
+    return subset.name.replace("/", "_")
+
+
+def _templates(config: PreparationConfig, dataset: str) -> tuple[Template, ...]:
+    if config.templates is None:
+        return ()
+    found = load_templates(config.templates, dataset)
+    kept = tuple(t for t in found if not config.template or any(fnmatchcase(t.name, p) for p in config.template))
+    if not kept:
+        names = ", ".join(template.name for template in found)
+        raise ConfigError(f"preparation: --template: {dataset} has no such template; choose of {shown(names, 400)}")
+    return kept
+
+
+def _hashes(templates: Sequence[Template]) -> dict[str, str]:
+    """One hash over the templates of a dataset: an edited one is other work."""
+    if not templates:
+        return {}
+    text = repr([(t.name, t.jinja, t.answer_choices, t.original_task) for t in templates])
+    return {f"templates of {templates[0].dataset}": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _under(templates: Sequence[Template], num_rows: int | None = None) -> Prompts:
+    """The prompts of a row under each template that sees it.
+
+    Where a training split of `num_rows` is capped, a template sees its share of rows, evenly spaced, and each template
+    others than the one before.
+    """
+    needed = [fields(template) for template in templates]
+    share = cap(num_rows, len(templates)) if num_rows else 0
+
+    def prompts(index: int, where: str, values: Values, tally: Tally) -> Iterator[Prompt]:
+        for number, template in enumerate(templates):
+            if num_rows and not _sees(index + number * num_rows // (share * len(templates)), num_rows, share):
+                continue
+            prompt = _prompt(template, needed[number], where, values, tally)
+            if prompt is not None:
+                yield prompt
+
+    return prompts
+
+
+def _sees(index: int, num_rows: int, share: int) -> bool:
+    """Whether a row is one of `share` evenly spaced ones of `num_rows`."""
+    return index * share // num_rows != (index - 1) * share // num_rows
+
+
+def _prompt(template: Template, needed: frozenset[str], where: str, values: Values, tally: Tally) -> Prompt | None:
+    """The row under a template; None where it fails (which is tallied) or comes out blank."""
+    name = f"{template.dataset} {template.name}"
+    tally.tried[name] += 1
+    missing = _missing(template, needed, values)
+    try:
+        if missing and tally.missing == "fail":
+            raise RecordError(missing)
+        rendered = render(template, values)
+    except RecordError as error:
+        tally.fail(name, f"{where}: {error}")
+        return None
+    if missing:
+        tally.hole(name, f"{where}: {missing}")
+    if rendered is None:
+        tally.counts["dropped_blank"] += 1
+        return None
+    choices = distinct_choices(rendered.choices, [rendered.target])
+    if rendered.choices and not choices:
+        tally.counts["answer_not_among_choices"] += 1
+    return Prompt(
+        instruction=rendered.instruction,
+        references=(rendered.target,),
+        choices=choices,
+        template=template.name,
+        original_task=template.original_task,
+    )
+
+
+def _missing(template: Template, needed: frozenset[str], values: Values) -> str:
+    """What the template reads and the row lacks, in words; PromptSource renders that as nothing."""
+    missing = sorted(needed - {name.replace("-", "_") for name in values})
+    if not missing:
+        return ""
+    found = shown(", ".join(values), limit=120)
+    return (
+        f"{template.dataset}: template {shown(template.name)} reads {', '.join(missing)}, which the row lacks; "
+        f"fields found: {found}"
+    )
+
+
+def _as_they_are(index: int, where: str, values: Values, tally: Tally) -> Iterator[Prompt]:
+    """The prompt that a row of tasksource/bigbench is; none where it is blank or has no answer."""
+    read = from_bigbench(where, values)
+    references = tuple(text for text in read["references"] if text.strip())
+    if isinstance(read["instruction"], str) and read["instruction"].strip() and references:
+        yield Prompt(instruction=read["instruction"], references=references, choices=tuple(read["choices"]))
+    else:
+        tally.counts["dropped_blank"] += 1

@@ -1,0 +1,220 @@
+"""Datasets of many prompts per row: templates over a table, or a benchmark's own prompts, streamed to instances.
+
+The rows of a dataset are read once, and once more before that where some are held out: the prompts of held-out rows are
+collected first, so that no training instance shares one. Splits go by the hash of the row itself, so one row under ten
+templates is one group, and so is a row that stands twice. Nothing but the held-out prompts is held in memory.
+"""
+
+import hashlib
+import json
+from array import array
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from cappy.errors import RecordError
+from cappy.preparation.fields import choice_candidates
+from cappy.preparation.rows import Rows, Values, hash64
+from cappy.progress import Progress
+from cappy.records import Instance, Split, prompt_hash
+from cappy.records.shard import Shard
+
+HOPELESS = 100
+"""Rows after which a template that failed on all of them fails the run at once."""
+_TOLD_EVERY = 4_096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What a row is under one template, or as a benchmark has it."""
+
+    instruction: str
+    references: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+    template: str = ""
+    original_task: bool = True
+
+
+@dataclass(slots=True)
+class Tally:
+    """What is worth knowing afterwards: how often what happened, and each template's failures with the first error.
+
+    A template may fail on a share of `max_failed` of its rows. A row that lacks a field that its template reads is a
+    failure where `missing` is fail, and else a hole in the prompt, which is counted.
+    """
+
+    max_failed: float = 0.0
+    missing: Literal["blank", "fail"] = "blank"
+    counts: Counter[str] = field(default_factory=Counter)
+    tried: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    errors: dict[str, str] = field(default_factory=dict)
+    holes: dict[str, str] = field(default_factory=dict)
+
+    def hole(self, name: str, error: str) -> None:
+        """A prompt was rendered from a row that lacks a field that its template reads."""
+        self.counts["with_missing_fields"] += 1
+        self.holes.setdefault(name, error)
+
+    def fail(self, name: str, error: str) -> None:
+        """One more failure of a template; RecordError where it has never done anything else."""
+        self.failed[name] += 1
+        self.errors.setdefault(name, error)
+        if self.max_failed < 1 and self.failed[name] == self.tried[name] == HOPELESS:
+            self.refuse(name)
+
+    def check(self) -> None:
+        """RecordError for the template that failed on the largest share of its rows, if that share is too large."""
+        shares = {name: count / self.tried[name] for name, count in self.failed.items()}
+        worst = max(shares, key=lambda name: shares[name], default=None)
+        if worst is not None and shares[worst] > self.max_failed:
+            self.refuse(worst)
+
+    def refuse(self, name: str) -> None:
+        """RecordError with the first error of a template."""
+        share = f"{self.failed[name]:,} of {self.tried[name]:,} rows"
+        remedy = "leave the template out with --template, or raise --max-failed"
+        raise RecordError(f"{self.errors[name]}; it failed on {share}: {remedy}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """The rows of one split of a dataset, readable again and again; `held_out` makes all of them test."""
+
+    split: str
+    rows: Callable[[], Rows]
+    held_out: bool = False
+
+
+Apart = Mapping[Split, "array[int]"]
+"""Split -> sorted hashes of the prompts that no instance of it may have."""
+Prompts = Callable[[int, str, Values, Tally], Iterator[Prompt]]
+"""The prompts of the row of this index at this place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """A dataset of a source: its tables, and what prompts a row of them makes."""
+
+    name: str
+    tables: tuple[Table, ...]
+    prompts: Prompts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """How groups are dealt to splits, and which rows are this shard's."""
+
+    seed: int
+    test: float
+    validation: float
+    shard: Shard
+
+    def split(self, group: str, table: Table) -> Split:
+        """The split of a group: what a table holds out is test, what is left is drawn by the hash."""
+        if table.held_out:
+            return "test"
+        place = hash64(f"{self.seed} {group}") / 2**64
+        return "test" if place < self.test else "validation" if place < self.test + self.validation else "train"
+
+
+def instances(datasets: Sequence[Dataset], places: Places, tally: Tally, progress: Progress) -> Iterator[Instance]:
+    """The instances of all datasets in order; RecordError where a template fails on a row, see `Tally`."""
+    held_out = _held_out(datasets, places, progress)
+    for dataset in datasets:
+        for table in dataset.tables:
+            for index, where, values in _rows(dataset, table, progress):
+                if places.shard.holds(index):
+                    yield from _of_row(dataset, table, index, where, values, places, held_out, tally)
+
+
+def _of_row(
+    dataset: Dataset,
+    table: Table,
+    index: int,
+    where: str,
+    values: Values,
+    places: Places,
+    held_out: Apart,
+    tally: Tally,
+) -> Iterator[Instance]:
+    group = group_of(dataset.name, values)
+    split = places.split(group, table)
+    for prompt in dataset.prompts(index, where, values, tally):
+        if holds(held_out[split], prompt_hash(prompt.instruction)):
+            tally.counts["dropped_shared_with_held_out"] += 1
+            continue
+        yield Instance(
+            instance_id=":".join(filter(None, (dataset.name, table.split, str(index), prompt.template))),
+            group_id=group,
+            task=dataset.name,
+            template=prompt.template,
+            original_task=prompt.original_task,
+            split=split,
+            instruction=prompt.instruction,
+            references=prompt.references,
+            choices=prompt.choices,
+            candidates=choice_candidates(prompt.choices),
+        )
+
+
+def group_of(name: str, values: Values) -> str:
+    """The group of a row: equal rows of a dataset are one."""
+    text = json.dumps(values, sort_keys=True, default=str, ensure_ascii=False)
+    return f"{name}:{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=8).hexdigest()}"
+
+
+def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -> Apart:
+    """For train and validation the prompts that it may not have: those of all rows that are held out further.
+
+    All datasets and all shards count. There is nothing to keep apart where all is test.
+    """
+    hashes = {"validation": array("Q"), "test": array("Q")}
+    untold = Tally(max_failed=1.0)
+    tables = [(dataset, table) for dataset in datasets for table in dataset.tables]
+    for dataset, table in tables if not all(table.held_out for _, table in tables) else ():
+        if not (table.held_out or places.test or places.validation):
+            continue
+        for index, where, values in _rows(dataset, table, progress):
+            split = places.split(group_of(dataset.name, values), table)
+            if split != "train":
+                prompts = dataset.prompts(index, where, values, untold)
+                hashes[split].extend(prompt_hash(prompt.instruction) for prompt in prompts)
+    test, both = (_sorted(found) for found in (hashes["test"], hashes["test"] + hashes["validation"]))
+    return {"train": both, "validation": test, "test": array("Q")}
+
+
+def _sorted(hashes: "array[int]") -> "array[int]":
+    return array("Q", np.unique(np.array(hashes, dtype=np.uint64)).tobytes())
+
+
+def _rows(dataset: Dataset, table: Table, progress: Progress) -> Iterator[tuple[int, str, Values]]:
+    for index, (where, values) in enumerate(table.rows()):
+        if index % _TOLD_EVERY == 0:
+            progress(index, None, unit=f"rows of {dataset.name}")
+        yield index, where, values
+
+
+def holds(hashes: "array[int]", value: int) -> bool:
+    """Whether sorted hashes hold a value."""
+    index = bisect_left(hashes, value)
+    return index < len(hashes) and hashes[index] == value
+
+
+def distinct_choices(choices: Sequence[str], references: Sequence[str]) -> tuple[str, ...]:
+    """The choices, repeated ones once; none where they are no choice or the answer is not among them."""
+    different = tuple(dict.fromkeys(filter(str.strip, choices)))
+    return different if len(different) > 1 and set(references) & set(different) else ()
+
+
+def texts(where: str, values: Values, name: str) -> tuple[str, ...]:
+    """The text or texts in a field; RecordError for anything else."""
+    value: Any = values.get(name)
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise RecordError(f"{where}: {name} must be a text or a list of texts; choose another dataset")
+    return tuple(found)
