@@ -2,15 +2,18 @@
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from cappy.cli.flags import parameters
 from cappy.cli.progress_line import ProgressLine
 from cappy.config import build
+from cappy.errors import ConfigError
 from cappy.progress import Progress
 from cappy.records import Manifest
 from cappy.steps import config_class, runner
@@ -18,28 +21,101 @@ from cappy.steps import config_class, runner
 JSON_FLAG = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead of a line.")]
 
 
+Before = Callable[[Mapping[str, Any]], bool]
+After = Callable[[Any, bool], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """A flag of one verb alone, that is no setting of its step.
+
+    `before` is told all values and says whether that was all there is to do; `after` is told the config when the step
+    is done, and whether a person reads what is printed.
+    """
+
+    name: str
+    help: str
+    before: Before = lambda values: False
+    after: After = lambda config, told: None
+
+
 def step_command(step: str, text: str) -> Any:
     """The command of a step."""
-    return make_command(step, text, config_class(step), runner(step))
+    return make_command(step, text, config_class(step), runner(step), EXTRAS.get(step))
 
 
-def make_command(step: str, text: str, settings: type[Any], run: Callable[[Any, Progress], Manifest]) -> Any:
+def make_command(
+    step: str, text: str, settings: type[Any], run: Callable[[Any, Progress], Manifest], extra: Extra | None = None
+) -> Any:
     """A command whose flags are the fields of `settings` and which calls `run` with them."""
 
     def verb(*, as_json: bool, **values: Any) -> None:
+        wanted = extra is not None and values.pop(extra.name)
+        if extra and wanted and extra.before({**values, "as_json": as_json}):
+            return
+        if values.get("target", "") is None:
+            raise typer.BadParameter("give the folder to write: --target FOLDER")
         started = time.monotonic()
         config = build(settings, values)
         with ProgressLine(f"cappy {step}") as progress:
             manifest = run(config, progress)
         typer.echo(manifest.to_json() if as_json else summary(manifest, config.target, time.monotonic() - started))
+        if extra and wanted:
+            extra.after(config, not as_json)
 
     as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, annotation=JSON_FLAG, default=False)
-    signature = inspect.Signature([*parameters(settings), as_json])
+    flags = [*parameters(settings), *([_flag(extra)] if extra else ()), as_json]
+    if extra and extra.before is not Extra.before:
+        flags = [_optional(flag) if flag.name == "target" else flag for flag in flags]
+    signature = inspect.Signature(flags)
     verb.__signature__ = signature  # type: ignore[attr-defined]
     verb.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     single.command(step, help=text)(verb)
     return typer.main.get_command(single)
+
+
+def _flag(extra: Extra) -> inspect.Parameter:
+    option = typer.Option(f"--{extra.name}", help=extra.help, show_default="off")
+    return inspect.Parameter(
+        extra.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[bool, option], default=False
+    )
+
+
+def _optional(flag: inspect.Parameter) -> inspect.Parameter:
+    """The flag where another may take its place; a run without both is refused."""
+    kind, option = get_args(flag.annotation)
+    told = copy(option)
+    told.show_default = "needed, but for --plan"
+    return flag.replace(default=None, annotation=Annotated[kind, told])
+
+
+def _plan(values: Mapping[str, Any]) -> bool:
+    from cappy.preparation.mixtures import load_mixture, text, to_json
+
+    if not values["mixture"]:
+        raise ConfigError("preparation: --plan shows a mixture; give --mixture t0, heldout or bigbench45")
+    mixture = load_mixture(values["mixture"])
+    typer.echo((to_json(mixture) if values["as_json"] else text(mixture, by_template=True)).rstrip())
+    return True
+
+
+def _report(config: Any, told: bool) -> None:
+    from cappy.annotation.report import to_text, write_report
+
+    folder = config.target / "report"
+    with ProgressLine("cappy annotation: report") as progress:
+        report = write_report(config.target, folder, progress=progress)
+    if told:
+        typer.echo(f"\n{to_text(report)}\n{folder / 'report.html'}")
+
+
+EXTRAS = {
+    "preparation": Extra(
+        name="plan", help="Print what the mixture holds, template by template; load nothing.", before=_plan
+    ),
+    "annotation": Extra(name="report", help="Describe the data: tables here, plots in TARGET/report.", after=_report),
+}
 
 
 def summary(manifest: Manifest, target: Path, seconds: float) -> str:

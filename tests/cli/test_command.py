@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import typer
@@ -17,7 +18,7 @@ from cappy.steps import STEPS, config_class
 Cappy = Callable[..., subprocess.CompletedProcess[str]]
 Rows = Callable[[str], dict[str, str]]
 
-VERBS = {*STEPS, "adapt", "score", "select", "serve", "rollback", "doctor", "pipeline"}
+VERBS = {*STEPS, "adapt", "score", "select", "serve", "rollback", "templates", "doctor", "pipeline"}
 HEAVY = ("torch", "transformers", "mlflow", "kfp", "numpy", "pyarrow", "fastapi", "serving", "pipelines", "components")
 
 
@@ -73,7 +74,8 @@ def test_help_of_a_verb_explains_every_flag_with_its_default(verb: str, here: Ca
 def test_a_step_has_one_flag_per_field_of_its_config(step: str, here: Cappy, flag_rows: Rows) -> None:
     fields = config_class(step).__pydantic_fields__
     rows = flag_rows(here(step, "--help").stdout)
-    assert set(rows) == {f"--{name.replace('_', '-')}" for name in fields} | {"--json", "--help"}
+    own = {"preparation": {"--plan"}, "annotation": {"--report"}}.get(step, set())
+    assert set(rows) == {f"--{name.replace('_', '-')}" for name in fields} | {"--json", "--help"} | own
 
 
 def test_an_unknown_verb_and_no_verb_are_wrong_usage(here: Cappy) -> None:
@@ -148,3 +150,29 @@ def test_doctor_looks_at_everything_and_its_status_says_whether_the_demo_can_run
 
 def test_the_module_offers_its_entry_point_alone() -> None:
     assert cappy.cli.__all__ == ["main"]
+
+
+def test_a_plan_is_printed_without_a_target_and_loads_nothing(here: Cappy) -> None:
+    done = here("preparation", "--mixture", "t0", "--plan")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "17,277,798" in done.stdout
+    assert "wiki_hop/original" in done.stdout
+    totals = json.loads(here("preparation", "--mixture", "t0", "--plan", "--json").stdout)["totals"]
+    assert (totals["examples"], round(totals["pairs"] / 1e6, 1)) == (17_277_798, 151.8)
+    alone = here("preparation", "--plan")
+    assert alone.stderr == "cappy preparation: --plan shows a mixture; give --mixture t0, heldout or bigbench45\n"
+    without = here("preparation", "--mixture", "t0")
+    assert without.returncode == 2
+    assert "--target FOLDER" in without.stderr
+
+
+def test_a_report_lies_beside_the_labels_and_its_tables_are_printed(here: Cappy, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"Say {n}.", "reference": f"number {n}", "responses": [f"{n}", "no"]} for n in range(20)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert here("preparation", "--source", source, "--target", "instances").returncode == 0
+    told = here("annotation", "--source", "instances", "--target", "labels", "--report")
+    assert "selection can gain" in told.stdout
+    assert told.stdout.rstrip().endswith("labels/report/report.html")
+    again = here("annotation", "--source", "instances", "--target", "labels", "--report", "--json")
+    assert json.loads(again.stdout)["step"] == "annotation"
