@@ -41,7 +41,10 @@ def templated(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]
             raise ConfigError(f"{path}: no such file; with --templates, --source is a file or hub:org/name")
         rows, parents = partial(read_file, path), {path.name: sha256_of(path)}
     table = Table(split="", rows=rows)
-    return [Dataset(name=name, tables=(table,), prompts=_under(templates))], {**parents, **_hashes(templates)}
+    return [Dataset(name=name, tables=(table,), prompts=_under(templates, seed=config.seed))], {
+        **parents,
+        **_hashes(templates),
+    }
 
 
 def mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
@@ -62,7 +65,7 @@ def mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
         tables = tuple(
             Table(split=split, rows=partial(reader, split), held_out=split != "train") for split in subset.splits
         )
-        prompts = _under(templates, subset.rows.get("train")) if templates else _as_they_are
+        prompts = _under(templates, subset.rows.get("train"), seed=config.seed) if templates else _as_they_are
         datasets.append(Dataset(name=subset.name, tables=tables, prompts=prompts))
     return datasets, parents
 
@@ -118,7 +121,7 @@ def _hashes(templates: Sequence[Template]) -> dict[str, str]:
     return {f"templates of {templates[0].dataset}": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _under(templates: Sequence[Template], num_rows: int | None = None) -> Prompts:
+def _under(templates: Sequence[Template], num_rows: int | None = None, *, seed: int) -> Prompts:
     """The prompts of a row under each template that sees it.
 
     Where a training split of `num_rows` is capped, a template sees its share of rows, evenly spaced, and each template
@@ -131,7 +134,7 @@ def _under(templates: Sequence[Template], num_rows: int | None = None) -> Prompt
         for number, template in enumerate(templates):
             if num_rows and not _sees(index + number * num_rows // (share * len(templates)), num_rows, share):
                 continue
-            prompt = _prompt(template, needed[number], where, values, tally)
+            prompt = _prompt(template, needed[number], where, values, tally, seed)
             if prompt is not None:
                 yield prompt
 
@@ -143,7 +146,9 @@ def _sees(index: int, num_rows: int, share: int) -> bool:
     return index * share // num_rows != (index - 1) * share // num_rows
 
 
-def _prompt(template: Template, needed: frozenset[str], where: str, values: Values, tally: Tally) -> Prompt | None:
+def _prompt(
+    template: Template, needed: frozenset[str], where: str, values: Values, tally: Tally, seed: int
+) -> Prompt | None:
     """The row under a template; None where it fails (which is tallied) or comes out blank."""
     name = f"{template.dataset} {template.name}"
     tally.tried[name] += 1
@@ -151,7 +156,7 @@ def _prompt(template: Template, needed: frozenset[str], where: str, values: Valu
     try:
         if missing and tally.missing == "fail":
             raise RecordError(missing)
-        rendered = render(template, values)
+        rendered = render(template, values, seed=seed)
     except RecordError as error:
         tally.fail(name, f"{where}: {error}")
         return None
