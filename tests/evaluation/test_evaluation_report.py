@@ -137,3 +137,17 @@ def test_the_page_says_what_was_not_available(instances: list[Instance]) -> None
     html = page.render(evaluate(instances, score=None))
     assert "without scorer + MBR" in html
     assert "needs scorer, which is missing" in html
+
+
+def test_labels_that_users_brought_need_no_reference(instances: list[Instance], score: Score) -> None:
+    rated = [
+        replace(
+            instance,
+            references=(),
+            candidates=tuple(one.labelled("given", one.labels["rougeL"]) for one in instance.candidates),
+        )
+        for instance in instances
+    ]
+    report = evaluate(rated, score=score, metric="given")
+    assert report.selectors["oracle"].estimate == evaluate(instances, score=score).selectors["oracle"].estimate
+    assert "the labels came with the responses" in page.render(report)
