@@ -2,16 +2,18 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
+from cappy.config import fingerprint
 from cappy.errors import ConfigError, RecordError, shown
 from cappy.preparation import PreparationConfig
 from cappy.preparation.files import read_file
 from cappy.preparation.hub import HubDataset, commit_of, parse_hub, read_hub
 from cappy.preparation.mixtures import load_mixture
-from cappy.preparation.mixtures.facts import Mixture, Subset
+from cappy.preparation.mixtures.facts import Mixture, Subset, to_values
 from cappy.preparation.mixtures.plan import cap
 from cappy.preparation.prompted import Dataset, Prompt, Prompts, Table, Tally, distinct_choices
 from cappy.preparation.rows import Rows, Values
@@ -56,7 +58,7 @@ def mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
             "give the folder of PromptSource templates with --templates; cappy templates --target FOLDER fetches it"
         )
         raise ConfigError(f"preparation: mixture {mixed.name} is rendered from templates; {remedy}")
-    datasets, parents = [], {}
+    datasets, parents = [], {f"mixture {mixed.name}": fingerprint(to_values(replace(mixed, subsets=tuple(subsets))))}
     for subset in subsets:
         reader, found = _reader(subset, config)
         templates = _templates(config, subset.dataset) if subset.templates else ()

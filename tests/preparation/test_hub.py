@@ -107,7 +107,8 @@ def test_a_big_bench_task_of_the_mixture_keeps_its_published_test_split(
     assert {i.split for i in found} == {"train", "validation", "test"}
     assert {i.task for i in found} == {"tense"}
     assert manifest.metrics["dropped_shared_with_held_out"] == 1
-    assert manifest.facts["made_of"] == {"hub:tasksource/bigbench:tense@main": commit_of(files)}
+    assert manifest.facts["made_of"]["hub:tasksource/bigbench:tense@main"] == commit_of(files)
+    assert set(manifest.facts["made_of"]) == {"mixture bigbench45", "hub:tasksource/bigbench:tense@main"}
 
 
 def test_the_converted_branch_is_read_by_folder(
