@@ -11,7 +11,7 @@ from cappy.config import DEFAULT_WORK, Location, Work, Workers, code_version, id
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
-from cappy.records.shard import ShardOf, parse_shard
+from cappy.records.shard import ShardOf, parse_shard, refuse_same
 
 __all__ = ["AnnotationConfig", "rouge_l", "run"]
 
@@ -46,6 +46,7 @@ class AnnotationConfig:
     def __post_init__(self) -> None:
         parse(self.metric)
         parse_shard(self.shard)
+        refuse_same(self.source, self.target)
         if self.recipe == "paper" and self.mismatches != 1:
             remedy = "leave --mismatches out, or choose --recipe default"
             raise ConfigError(f"annotation: --recipe paper draws one mismatch for each reference; {remedy}")

@@ -52,7 +52,7 @@ class Verbs(TyperGroup):
         except KeyboardInterrupt:
             verb = ctx.invoked_subcommand
             remedy = "; run the same command again to continue" if verb in RESUMABLE else ""
-            typer.echo(f"cappy {verb}: interrupted{remedy}", err=True)
+            typer.echo(f"{' '.join(filter(None, ('cappy', verb)))}: interrupted{remedy}", err=True)
             raise typer.Exit(130) from None
 
 

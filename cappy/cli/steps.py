@@ -92,10 +92,11 @@ def _optional(flag: inspect.Parameter) -> inspect.Parameter:
 
 def _plan(values: Mapping[str, Any]) -> bool:
     from cappy.preparation.mixtures import load_mixture, text, to_json
+    from cappy.preparation.mixtures.facts import chosen
 
     if not values["mixture"]:
         raise ConfigError("preparation: --plan shows a mixture; give --mixture t0, heldout or bigbench45")
-    mixture = load_mixture(values["mixture"])
+    mixture = chosen(load_mixture(values["mixture"]), values["subsets"])
     typer.echo((to_json(mixture) if values["as_json"] else text(mixture, by_template=True)).rstrip())
     return True
 

@@ -14,7 +14,7 @@ from cappy.errors import ConfigError, RecordError
 from cappy.preparation.columns import parse
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest
-from cappy.records.shard import ShardOf, parse_shard
+from cappy.records.shard import ShardOf, parse_shard, refuse_same
 
 if TYPE_CHECKING:
     from cappy.preparation.prompted import Tally
@@ -73,7 +73,9 @@ class PreparationConfig:
         str | None,
         Field(min_length=1, description="Whose templates: a folder under --templates, such as super_glue/rte"),
     ] = None
-    template: Annotated[tuple[str, ...], Field(description="Pattern of template names to render; all if left out")] = ()
+    template: Annotated[
+        tuple[str, ...], Field(description="Pattern of template names to render, or of those to leave out: '!yes*'")
+    ] = ()
     max_failed: Annotated[
         float, Field(ge=0, le=1, description="Largest share of its rows that a template may fail on")
     ] = 0.0
@@ -104,6 +106,7 @@ class PreparationConfig:
 
     def __post_init__(self) -> None:
         parse_shard(self.shard)
+        refuse_same(self.source, self.target)
         parse(self.columns)
         if self.test + self.validation >= 1:
             share = f"--test {self.test} and --validation {self.validation}"
@@ -113,6 +116,7 @@ class PreparationConfig:
                 raise ConfigError(f"preparation: --{name} {_WITHOUT[name]}")
 
 
+_HELD_OUT_TOO = ("dropped_shared_with_held_out", "dropped_leaked")
 _WITHOUT = {
     "columns": "names columns of a file; leave it out without a --source",
     "families": "chooses among the built-in tasks; leave it out with a --source",
@@ -170,6 +174,10 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
         tally.check()
         if not parts.rows:
             raise RecordError(f"{source.name}: nothing is left to write; give more rows, or fewer shards")
+        dropped = sum(count for name, count in tally.counts.items() if name in _HELD_OUT_TOO)
+        if dropped and not config.shard and not parts.counts.get("train"):
+            what = f"nothing is left to train on: {dropped:,} instances have a prompt that is held out too"
+            raise RecordError(f"{source.name}: {what}; check --dataset, --against and the data")
         counts = {**dict.fromkeys(("train", "validation", "test"), 0), **parts.counts}
         manifest = Manifest(
             step="preparation",

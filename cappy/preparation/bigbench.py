@@ -37,12 +37,12 @@ class Task:
 
 def is_task(path: Path) -> bool:
     """Whether a file is a JSON task: an object with examples, and not JSON Lines."""
-    if path.suffix != ".json":
-        return False
+    if path.suffix != ".json" or path.name == TASK_FILE:
+        return path.name == TASK_FILE
     try:
         return "examples" in json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, TypeError):
-        return path.name == TASK_FILE
+        return False
 
 
 def read_tasks(paths: Sequence[Path], root: Path, *, seed: int, validation: float) -> Rows:

@@ -13,12 +13,12 @@ from cappy.preparation import PreparationConfig
 from cappy.preparation.files import read_file
 from cappy.preparation.hub import HubDataset, commit_of, parse_hub, read_hub
 from cappy.preparation.mixtures import load_mixture
-from cappy.preparation.mixtures.facts import Mixture, Subset, to_values
+from cappy.preparation.mixtures.facts import Subset, chosen, to_values
 from cappy.preparation.mixtures.plan import cap
 from cappy.preparation.prompted import Dataset, Prompt, Prompts, Table, Tally, distinct_choices
 from cappy.preparation.rows import Rows, Values
 from cappy.preparation.shapes import from_bigbench
-from cappy.preparation.templates import Template, fields, load_templates, render
+from cappy.preparation.templates import Rendered, Template, fields, load_templates, render
 from cappy.records.folder import sha256_of
 
 Reader = Callable[[str], Rows]
@@ -40,7 +40,8 @@ def templated(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]
     else:
         path = Path(config.source)
         if not path.is_file():
-            raise ConfigError(f"{path}: no such file; with --templates, --source is a file or hub:org/name")
+            what = "is a folder" if path.is_dir() else "no such file"
+            raise ConfigError(f"{path}: {what}; with --templates, --source is a file or hub:org/name")
         rows, parents = partial(read_file, path), {path.name: sha256_of(path)}
     table = Table(split="", rows=rows)
     return [Dataset(name=name, tables=(table,), prompts=_under(templates, seed=config.seed))], {
@@ -52,13 +53,15 @@ def templated(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]
 def mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
     """The datasets of a mixture: each from a file under `local` where there is one, and else from the hub."""
     mixed = load_mixture(config.mixture or "")
-    subsets = _chosen(mixed, config.subsets)
+    subsets = chosen(mixed, config.subsets).subsets
+    if config.local is not None and not config.local.is_dir():
+        raise ConfigError(f"{config.local}: no such folder; --local names the one with the datasets at hand")
     if mixed.template_version and config.templates is None:
         remedy = (
             "give the folder of PromptSource templates with --templates; cappy templates --target FOLDER fetches it"
         )
         raise ConfigError(f"preparation: mixture {mixed.name} is rendered from templates; {remedy}")
-    datasets, parents = [], {f"mixture {mixed.name}": fingerprint(to_values(replace(mixed, subsets=tuple(subsets))))}
+    datasets, parents = [], {f"mixture {mixed.name}": fingerprint(to_values(replace(mixed, subsets=subsets)))}
     for subset in subsets:
         reader, found = _reader(subset, config)
         templates = _templates(config, subset.dataset) if subset.templates else ()
@@ -72,15 +75,6 @@ def mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
     return datasets, parents
 
 
-def _chosen(mixed: Mixture, patterns: Sequence[str]) -> list[Subset]:
-    names = [subset.name for subset in mixed.subsets]
-    unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
-    if unknown:
-        remedy = f"choose of {', '.join(names)}, or a pattern such as 'super_glue/*'"
-        raise ConfigError(f"preparation: --subsets: {mixed.name} has no {shown(unknown[0])}; {remedy}")
-    return [s for s in mixed.subsets if not patterns or any(fnmatchcase(s.name, pattern) for pattern in patterns)]
-
-
 def _reader(subset: Subset, config: PreparationConfig) -> tuple[Reader, dict[str, str]]:
     """How the splits of a subset are read, and what they are: file and sha256, or dataset of the hub and commit."""
     files = {split: _local(subset, split, config.local) for split in subset.splits} if config.local else {}
@@ -92,7 +86,13 @@ def _reader(subset: Subset, config: PreparationConfig) -> tuple[Reader, dict[str
         remedy = f"{subset.manual} Put it under --local FOLDER as {names}, or leave it out with --subsets"
         raise ConfigError(f"preparation: {subset.name} must be obtained by hand; {remedy}")
     dataset = HubDataset(repository=subset.repository, configuration=subset.configuration, revision=subset.revision)
-    commit = commit_of(dataset)
+    try:
+        commit = commit_of(dataset)
+    except ConfigError as error:
+        if config.local is None:
+            raise
+        names = ", ".join(f"{_stem(subset)}.{split}.jsonl" for split in subset.splits)
+        raise ConfigError(f"{error}, or put it under {config.local} as {names}") from error
     return partial(read_hub, dataset, commit), {dataset.name: commit}
 
 
@@ -107,8 +107,18 @@ def _stem(subset: Subset) -> str:
 def _templates(config: PreparationConfig, dataset: str) -> tuple[Template, ...]:
     if config.templates is None:
         return ()
+    if not config.templates.is_dir():
+        remedy = "cappy templates --target FOLDER fetches them"
+        raise ConfigError(f"{config.templates}: no such folder of templates; {remedy}")
     found = load_templates(config.templates, dataset)
-    kept = tuple(t for t in found if not config.template or any(fnmatchcase(t.name, p) for p in config.template))
+    wanted = [pattern for pattern in config.template if not pattern.startswith("!")]
+    unwanted = [pattern.removeprefix("!") for pattern in config.template if pattern.startswith("!")]
+    kept = tuple(
+        template
+        for template in found
+        if (not wanted or any(fnmatchcase(template.name, pattern) for pattern in wanted))
+        and not any(fnmatchcase(template.name, pattern) for pattern in unwanted)
+    )
     if not kept:
         names = ", ".join(template.name for template in found)
         raise ConfigError(f"preparation: --template: {dataset} has no such template; choose of {shown(names, 400)}")
@@ -159,6 +169,8 @@ def _prompt(
         if missing and tally.missing == "fail":
             raise RecordError(missing)
         rendered = render(template, values, seed=seed)
+        if rendered is not None:
+            check_writable(f"{template.dataset}: template {shown(template.name)}", rendered)
     except RecordError as error:
         tally.fail(name, f"{where}: {error}")
         return None
@@ -177,6 +189,18 @@ def _prompt(
         template=template.name,
         original_task=template.original_task,
     )
+
+
+def check_writable(where: str, rendered: Rendered) -> None:
+    """RecordError for a text that no file of the record takes: with a NUL, or with half a character."""
+    for name, text in (("instruction", rendered.instruction), ("target", rendered.target)):
+        if "\0" in text:
+            raise RecordError(f"{where}: {name} holds a NUL; delete it from the row")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"half a character ({shown(text[error.start])})"
+            raise RecordError(f"{where}: {name} holds {half}; delete it or write the whole one") from error
 
 
 def _missing(template: Template, needed: frozenset[str], values: Values) -> str:

@@ -63,6 +63,7 @@ class Tally:
     def fail(self, name: str, error: str) -> None:
         """One more failure of a template; RecordError where it has never done anything else."""
         self.failed[name] += 1
+        self.counts["failed"] += 1
         self.errors.setdefault(name, error)
         if self.max_failed < 1 and self.failed[name] == self.tried[name] == HOPELESS:
             self.refuse(name)

@@ -94,6 +94,7 @@ def _folder(path: Path, config: PreparationConfig) -> Source:
         remedy = "name a file in it, or run the step that writes it again"
         raise FolderError(f"{path}: is a folder without {MANIFEST}, of its own or in folders of it; {remedy}")
     manifests = [_of_records(shard) for shard in shards]
+    _check_shards(shards, manifests)
     return Source(
         name=str(path),
         format="records",
@@ -102,6 +103,25 @@ def _folder(path: Path, config: PreparationConfig) -> Source:
         parents=tuple(manifest.hash for manifest in manifests),
         generators=dict(chain.from_iterable(manifest.generators.items() for manifest in manifests)),
     )
+
+
+def _check_shards(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    """FolderError unless the folders are all shards of one piece of work, or none is a shard."""
+    shards = [str(manifest.config.get("shard", "")) for manifest in manifests]
+    if len(folders) == 1 or not any(shards):
+        return
+    works = [
+        (manifest.step, manifest.code, manifest.parents, {**manifest.config, "shard": ""}) for manifest in manifests
+    ]
+    count = next(filter(None, shards)).partition("/")[2]
+    missing = {f"{index}/{count}" for index in range(int(count))} - set(shards)
+    odd = next((index for index, work in enumerate(works) if work != works[0] or not shards[index]), None)
+    if odd is not None:
+        remedy = "move it elsewhere, or run that shard again"
+        raise FolderError(f"{folders[odd]}: is no shard of the work that {folders[0]} is a shard of; {remedy}")
+    if missing or len(set(shards)) != len(shards):
+        what = f"shard {min(missing)} is missing" if missing else "a shard stands there twice"
+        raise FolderError(f"{folders[0].parent}: {what}, found {', '.join(sorted(shards))}; run each shard once")
 
 
 def _of_records(path: Path) -> Manifest:

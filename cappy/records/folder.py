@@ -22,7 +22,7 @@ from cappy.records.schema import SCHEMA_VERSION, to_table
 MANIFEST = "manifest.json"
 PART_ROWS = 512
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_NO_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +170,13 @@ def write(folder: str | Path, instances: Iterable[Instance], *, step: str = "", 
 def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of a finished folder; FolderError if there is none or it cannot be read."""
     path = Path(folder) / MANIFEST
+    if path.parent.is_file():
+        raise FolderError(f"{folder}: is a file; give the folder that a step wrote (cappy preparation makes one of it)")
     if not path.parent.is_dir():
         raise FolderError(f"{folder}: no such folder; check the path")
+    if not path.is_file() and any(path.parent.glob(f"*/{MANIFEST}")):
+        remedy = "join them: cappy preparation --source on this folder"
+        raise FolderError(f"{folder}: holds folders of records and is none itself; {remedy}")
     if not path.is_file():
         raise FolderError(f"{folder}: has no {MANIFEST}, so it is unfinished; run the step that writes it again")
     try:

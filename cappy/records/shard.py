@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -28,6 +29,12 @@ class Shard:
     def holds(self, row: int) -> bool:
         """Whether it has this row of a source whose length nobody knows: rows are dealt in turn."""
         return row % self.count == self.index
+
+
+def refuse_same(source: str | Path, target: Path) -> None:
+    """ConfigError where the target is the source: what was there would be gone."""
+    if Path(source).resolve() == target.resolve():
+        raise ConfigError(f"--target: {target} is the source itself; choose another folder")
 
 
 def parse_shard(text: str) -> Shard:

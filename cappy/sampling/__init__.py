@@ -12,7 +12,7 @@ from cappy.config import DEFAULT_WORK, Location, Work, code_version, identity, s
 from cappy.errors import ConfigError, shown
 from cappy.progress import Progress, silent
 from cappy.records import Candidate, Instance, Manifest, read_manifest
-from cappy.records.shard import ShardOf, parse_shard
+from cappy.records.shard import ShardOf, parse_shard, refuse_same
 from cappy.sampling.strategies import Decoding, strategy
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         strategy(self.strategy)
         parse_shard(self.shard)
+        refuse_same(self.source, self.target)
 
 
 def load_generator(spec: str) -> "Generator":

@@ -159,6 +159,9 @@ def test_a_plan_is_printed_without_a_target_and_loads_nothing(here: Cappy) -> No
     assert "wiki_hop/original" in done.stdout
     totals = json.loads(here("preparation", "--mixture", "t0", "--plan", "--json").stdout)["totals"]
     assert (totals["examples"], round(totals["pairs"] / 1e6, 1)) == (17_277_798, 151.8)
+    part = json.loads(here("preparation", "--mixture", "t0", "--subsets", "glue/*", "--plan", "--json").stdout)
+    assert [subset["name"] for subset in part["subsets"]] == ["glue/mrpc", "glue/qqp"]
+    assert "17,277,798" not in here("preparation", "--mixture", "t0", "--subsets", "wiki_hop/*", "--plan").stdout
     alone = here("preparation", "--plan")
     assert alone.stderr == "cappy preparation: --plan shows a mixture; give --mixture t0, heldout or bigbench45\n"
     without = here("preparation", "--mixture", "t0")

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cappy.errors import ConfigError, RecordError
+from cappy.annotation import AnnotationConfig
+from cappy.errors import ConfigError, FolderError, RecordError
 from cappy.preparation import PreparationConfig, run
 from cappy.preparation.mixed import _sees
 from cappy.preparation.mixtures import cap
 from cappy.records import Instance, Manifest, prompt_hash, read
+from cappy.sampling import SamplingConfig
 
 Prepare = Callable[..., tuple[Manifest, list[Instance]]]
 SHARED = Path(__file__).parents[2].parent / "shared/data"
@@ -284,3 +286,67 @@ def test_a_test_instance_may_stand_in_the_evaluation_set(prepare: Prepare, json_
     path = json_lines({"instruction": "q", "reference": "r", "split": "test"})
     prepare(path, target=tmp_path / "heldout")
     assert len(prepare(path, against=(tmp_path / "heldout",))[1]) == 1
+
+
+def test_shards_are_joined_whole_or_not_at_all(
+    prepare: Prepare, json_lines: Any, templates: Path, tmp_path: Path
+) -> None:
+    path = json_lines(*quiz(9))
+    known = {"templates": templates, "dataset": "quiz"}
+    shards = tmp_path / "shards"
+    for number in (0, 2):
+        prepare(path, shard=f"{number}/3", target=shards / str(number), **known)
+    with pytest.raises(FolderError) as error:
+        prepare(shards)
+    assert str(error.value) == f"{shards}: shard 1/3 is missing, found 0/3, 2/3; run each shard once"
+    prepare(path, seed=5, shard="1/3", target=shards / "1", **known)
+    with pytest.raises(FolderError, match=r"shards/1: is no shard of the work that .*shards/0 is a shard of; move"):
+        prepare(shards)
+
+
+def test_the_source_is_never_the_target(tmp_path: Path) -> None:
+    for config in (AnnotationConfig, SamplingConfig, PreparationConfig):
+        with pytest.raises(ConfigError, match="is the source itself; choose another folder"):
+            config(source=str(tmp_path / "a/../same"), target=tmp_path / "same")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("text", "what"), [("a\0b", "holds a NUL"), ("a\ud800b", "holds half a character")])
+def test_texts_that_no_file_takes_are_failures_of_their_row(
+    prepare: Prepare, json_lines: Any, templates: Path, text: str, what: str
+) -> None:
+    path = json_lines(*quiz(20), {"question": text, "topic": "t", "label": 1})
+    known = {"templates": templates, "dataset": "quiz"}
+    with pytest.raises(RecordError, match=rf"data\.jsonl:21: quiz: template 'ask': instruction {what}"):
+        prepare(path, **known)
+    manifest, found = prepare(path, max_failed=0.1, **known)
+    assert manifest.metrics["failed"] == 2
+    assert len(found) == 40
+
+
+def test_templates_can_be_left_out_by_name(prepare: Prepare, json_lines: Any, templates: Path) -> None:
+    path = json_lines(*quiz(5))
+    _, found = prepare(path, templates=templates, dataset="quiz", template=("!write*",))
+    assert {instance.template for instance in found} == {"ask"}
+
+
+def test_nothing_left_to_train_on_is_refused(prepare: Prepare, json_lines: Any, templates: Path) -> None:
+    # The wrong templates: no field is there, so every prompt is the same.
+    path = json_lines(*[{"other": n, "label": 0} for n in range(50)])
+    with pytest.raises(RecordError, match=r"nothing is left to train on: \d+ instances have a prompt that is held out"):
+        prepare(path, templates=templates, dataset="quiz")
+
+
+def test_a_folder_of_datasets_at_hand_must_be_there(templates: Path, tmp_path: Path) -> None:
+    (templates / "imdb").mkdir()
+    (templates / "imdb/templates.yaml").write_text(YAML)
+    with pytest.raises(ConfigError, match="no such folder; --local names the one with the datasets at hand"):
+        run(
+            PreparationConfig(
+                mixture="t0",
+                subsets=("imdb",),
+                templates=templates,
+                local=tmp_path / "none",
+                target=tmp_path / "t",
+                work=tmp_path / "w",
+            )
+        )

@@ -94,6 +94,15 @@ def test_a_missing_and_an_unfinished_folder_are_refused(tmp_path: Path) -> None:
     assert str(error.value) == f"{folder}: has no manifest.json, so it is unfinished; {remedy}"
 
 
+def test_a_file_and_a_folder_of_folders_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FolderError, match="file: is a file; give the folder that a step wrote"):
+        read_manifest(tmp_path / "file")
+    write(tmp_path / "shards/0", some(2))
+    with pytest.raises(FolderError, match="shards: holds folders of records and is none itself; join them: cappy prep"):
+        read_manifest(tmp_path / "shards")
+
+
 @pytest.mark.parametrize("damage", ["changed", "shortened", "missing"])
 def test_a_damaged_part_is_refused_before_a_row_of_it_is_read(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "f"

@@ -1,7 +1,8 @@
 """What a mixture is made of, read from the packaged data."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from importlib.resources import files
 from typing import Any
 
@@ -90,6 +91,17 @@ def load_mixture(name: str) -> Mixture:
     if name not in NAMES:
         raise ConfigError(f"mixture: no mixture {shown(name)}; choose of {', '.join(NAMES)}")
     return from_json(data_text(f"{name}.json"))
+
+
+def chosen(mixture: Mixture, patterns: Sequence[str]) -> Mixture:
+    """The mixture with the subsets whose names match a pattern; ConfigError for a pattern that matches none."""
+    names = [subset.name for subset in mixture.subsets]
+    unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    if unknown:
+        remedy = f"choose of {', '.join(names)}, or a pattern such as 'super_glue/*'"
+        raise ConfigError(f"preparation: --subsets: {mixture.name} has no {shown(unknown[0])}; {remedy}")
+    kept = [s for s in mixture.subsets if not patterns or any(fnmatchcase(s.name, pattern) for pattern in patterns)]
+    return replace(mixture, subsets=tuple(kept))
 
 
 def from_json(text: str) -> Mixture:

@@ -15,6 +15,9 @@ WIDTH = 100
 PUBLISHED_MILLIONS = 160
 """Rows of Cappy's pretraining set as its authors count them (Google Research blog), in millions."""
 
+WHOLE_EXAMPLES = 17_000_000
+"""Examples below which a plan shows a part of T0's mixture, which the published sum says nothing of."""
+
 Line = tuple[str, ...]
 
 
@@ -135,7 +138,9 @@ def _about_t0(mixture: Mixture, planned: Plan) -> Iterator[str]:
         f"open-ended ones make {REFERENCE_AND_MISMATCH + mixture.samples} each (the reference, a mismatch and "
         f"{mixture.samples} sampled responses), {_millions(planned.pairs('open-ended'))} million."
     )
-    varying = next(subset for subset in mixture.subsets if subset.name == "wiki_hop/original")
+    varying = next((subset for subset in mixture.subsets if subset.name == "wiki_hop/original"), None)
+    if varying is None or planned.examples() < WHOLE_EXAMPLES:
+        return
     numbers = [template.num_choices for template in varying.templates if template.num_choices is not None]
     one_more = cap(varying.rows["train"] or 0, len(varying.templates)) * len(numbers)
     yield (
