@@ -10,13 +10,16 @@ from cappy.errors import RecordError, shown
 
 Split = Literal["train", "validation", "test"]
 Source = Literal["reference", "choice", "mismatch", "llm"]
-Status = Literal["ok", "empty", "refused", "failed"]
+Status = Literal["ok", "empty", "refused", "failed", "truncated", "filtered"]
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 GIVEN = "given"
 """Name of the label that a candidate brought with it."""
 SOURCES: tuple[Source, ...] = get_args(Source)
 STATUSES: tuple[Status, ...] = get_args(Status)
+SELECTABLE: tuple[Status, ...] = ("ok", "truncated")
+"""Statuses of what a user would have: a response that ran into the limit on its length is one, and a local LLM's, which
+nobody marks, is selected from too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +70,7 @@ class Candidate:
     @property
     def selectable(self) -> bool:
         """Whether a selector may pick it: what a user would have, never a reference or a planted mismatch."""
-        return self.source in ("llm", "choice") and self.status == "ok"
+        return self.source in ("llm", "choice") and self.status in SELECTABLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,21 +4,23 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, Location, Work, code_version, identity, settings
+from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, code_version, fingerprint, identity, settings
 from cappy.errors import ConfigError, shown
 from cappy.progress import Progress, silent
 from cappy.records import Candidate, Instance, Manifest, read_manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
+from cappy.sampling.accounts import accounts, taken
+from cappy.sampling.paid import Api, Paid, Terms
 from cappy.sampling.strategies import Decoding, strategy
 
 if TYPE_CHECKING:
     from cappy.sampling.generators import Generator
 
-__all__ = ["SamplingConfig", "load_generator", "run"]
+__all__ = ["SamplingConfig", "load_generator", "run", "terms_of"]
 
 
 @settings
@@ -38,18 +40,66 @@ class SamplingConfig:
     part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 64
     shard: ShardOf = ""
     work: Work = DEFAULT_WORK
+    api: Annotated[Api, Field(description="How an endpoint is asked: chat, or completions for a base model")] = "chat"
+    extra: Annotated[
+        tuple[Literal["top_k"], ...], Field(description="Knobs beyond OpenAI's that the endpoint takes: top_k (vLLM)")
+    ] = ()
+    concurrency: Annotated[int, LOCATION, Field(ge=1, le=1024, description="Requests to an endpoint at a time")] = 8
+    requests_per_minute: Annotated[int, LOCATION, Field(ge=0, description="Most requests a minute; 0: no limit")] = 0
+    tokens_per_minute: Annotated[
+        int, LOCATION, Field(ge=0, description="Most tokens a minute, in and out; 0: no limit")
+    ] = 0
+    budget_requests: Annotated[int, LOCATION, Field(ge=0, description="Most requests of this run; 0: no limit")] = 0
+    budget_tokens: Annotated[int, LOCATION, Field(ge=0, description="Most tokens, in and out; 0: no limit")] = 0
+    budget_money: Annotated[float, LOCATION, Field(ge=0, description="Most that answers may cost; 0: no limit")] = 0.0
+    price_input: Annotated[float, LOCATION, Field(ge=0, description="Price of a million tokens of instructions")] = 0.0
+    price_output: Annotated[float, LOCATION, Field(ge=0, description="Price of a million tokens of responses")] = 0.0
+    timeout: Annotated[float, LOCATION, Field(gt=0, description="Seconds that a request may take")] = 120.0
+    retries: Annotated[int, LOCATION, Field(ge=0, le=100, description="Further attempts at a failed request")] = 8
 
     def __post_init__(self) -> None:
         strategy(self.strategy)
         parse_shard(self.shard)
         refuse_same(self.source, self.target)
+        if self.budget_money and not (self.price_input or self.price_output):
+            remedy = "give --price-input and --price-output, per million tokens"
+            raise ConfigError(
+                f"sampling: --budget-money: {self.budget_money:g} cannot be kept without prices; {remedy}"
+            )
 
 
-def load_generator(spec: str) -> "Generator":
-    """The generator that a spec names: `sample(instructions, decoding, seed=...)` draws candidates from it."""
+def load_generator(spec: str, terms: Terms | None = None) -> "Generator":
+    """The generator that a spec names: `sample(instructions, decoding, seed=...)` draws candidates from it.
+
+    `terms` hold for an endpoint; without them it keeps no answers.
+    """
     from cappy.sampling import generators
 
-    return generators.load_generator(spec)
+    return generators.load_generator(spec, terms)
+
+
+def terms_of(config: SamplingConfig, parent: str = "") -> Terms:
+    """The terms of the config's endpoints; the budget is that of one run over the folder whose hash is `parent`.
+
+    Shards share the budget, and neither they nor the size of parts make another run of it.
+    """
+    computed = {name: value for name, value in identity(config).items() if name not in ("shard", "part_rows")}
+    return Terms(
+        api=config.api,
+        extra=config.extra,
+        concurrency=config.concurrency,
+        requests_per_minute=config.requests_per_minute,
+        tokens_per_minute=config.tokens_per_minute,
+        budget_requests=config.budget_requests,
+        budget_tokens=config.budget_tokens,
+        budget_money=config.budget_money,
+        price_input=config.price_input,
+        price_output=config.price_output,
+        timeout=config.timeout,
+        retries=config.retries,
+        folder=config.work / "answers",
+        run=fingerprint("budget", computed, parent)[:24],
+    )
 
 
 def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
@@ -61,8 +111,12 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
     from cappy.records.work import claim, finish
 
     parent = read_manifest(config.source)
-    generators = [load_generator(spec) for spec in config.generator]
+    terms = terms_of(config, parent.hash)
+    generators = [load_generator(spec, terms) for spec in config.generator]
+    paid = [generator for generator in generators if isinstance(generator, Paid)]
     decodings = strategy(config.strategy)
+    for generator in paid:
+        generator.check(decodings)
 
     def transform(part: list[Instance]) -> Iterator[Instance]:
         return sample(part, generators, decodings, seed=config.seed)
@@ -70,7 +124,8 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
     revisions = {generator.name: generator.revision for generator in generators}
 
     def drawn(part: Sequence[Instance]) -> dict[str, int]:
-        return {"sampled": sum(one.generator in revisions for instance in part for one in instance.candidates)}
+        sampled = sum(one.generator in revisions for instance in part for one in instance.candidates)
+        return {"sampled": sampled, **taken(part, paid)}
 
     with claim(config.work, "sampling", identity(config), [parent.hash, *revisions.values()]) as folder:
         parts = process_folder(
@@ -82,6 +137,7 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
             progress=progress,
             count=drawn,
         )
+        metrics, facts = accounts(parts.counts, terms)
         manifest = Manifest(
             step="sampling",
             files=parts.files,
@@ -90,7 +146,8 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
             seed=config.seed,
             generators=revisions,
             parents=(parent.hash,),
-            metrics={"instances": parts.rows, "candidates": parts.candidates, **parts.counts},
+            metrics={"instances": parts.rows, "candidates": parts.candidates, **metrics},
+            facts=facts,
         )
         return finish(folder, config.target, manifest)
 
@@ -111,6 +168,10 @@ def sample(
     added: dict[str, list[Candidate]] = {instance.instance_id: [] for instance in open_ended}
     prompts = [instance.instruction for instance in open_ended]
     for generator in generators:
+        if isinstance(generator, Paid):
+            for instance, drawn in zip(open_ended, generator.sample_all(prompts, decodings, seed=seed), strict=True):
+                added[instance.instance_id] += drawn
+            continue
         for decoding in decodings:
             draw = _seed(seed, generator.name, decoding.name, [instance.instance_id for instance in open_ended])
             for instance, drawn in zip(open_ended, generator.sample(prompts, decoding, seed=draw), strict=True):

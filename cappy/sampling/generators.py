@@ -5,6 +5,7 @@ from typing import Protocol
 
 from cappy.errors import ConfigError, shown
 from cappy.records import Candidate
+from cappy.sampling.paid import Terms
 from cappy.sampling.strategies import Decoding
 from cappy.specs import hub_folder, parse_spec
 
@@ -25,13 +26,13 @@ class Generator(Protocol):
         """(sum of log-probabilities, number of tokens) of each given response, end token included; None if unknown."""
 
 
-def load_generator(text: str) -> Generator:
-    """The generator that a spec names; ConfigError says which specs sample."""
+def load_generator(text: str, terms: Terms | None = None) -> Generator:
+    """The generator that a spec names; ConfigError says which specs sample. `terms` are an endpoint's."""
     spec = parse_spec(text)
     if spec.kind == "openai":
         from cappy.sampling.endpoint import Endpoint
 
-        return Endpoint(spec)
+        return Endpoint(spec, terms)
     if spec.kind == "models":
         raise ConfigError(
             f"{shown(text)}: the registry holds scorers; a generator is builtin, a folder, hub: or openai:"

@@ -105,7 +105,8 @@ def test_an_instance_that_could_not_be_judged_cannot_be_made(values: dict[str, A
 def test_a_candidate_of_an_unknown_source_or_status_cannot_be_made() -> None:
     with pytest.raises(RecordError, match=r"^source must be one of reference, choice, mismatch, llm, got 'gold'$"):
         Candidate(response="x", source="gold")  # type: ignore[arg-type]
-    with pytest.raises(RecordError, match=r"^status must be one of ok, empty, refused, failed, got 'late'$"):
+    statuses = "ok, empty, refused, failed, truncated, filtered"
+    with pytest.raises(RecordError, match=rf"^status must be one of {statuses}, got 'late'$"):
         Candidate(response="x", status="late")  # type: ignore[arg-type]
 
 
@@ -113,10 +114,11 @@ def test_an_instance_without_a_group_is_its_own_group() -> None:
     assert Instance(instance_id="a", instruction="i", references=("r",)).group_id == "a"
 
 
-def test_a_selector_sees_sampled_responses_and_choices_that_are_ok_and_nothing_else() -> None:
+def test_a_selector_sees_sampled_responses_and_choices_that_a_user_would_have_and_nothing_else() -> None:
     pool = tuple(Candidate(response="x", source=source, status=status) for source in SOURCES for status in STATUSES)
     instance = Instance(instance_id="a", instruction="i", references=("r",), candidates=pool)
-    assert {(c.source, c.status) for c in instance.selectable} == {("llm", "ok"), ("choice", "ok")}
+    seen = {(source, status) for source in ("llm", "choice") for status in ("ok", "truncated")}
+    assert {(c.source, c.status) for c in instance.selectable} == seen
 
 
 @given(texts, texts)

@@ -1,101 +1,197 @@
-"""An OpenAI-compatible endpoint, here a real HTTP server on this machine that answers like one."""
+"""An OpenAI-compatible endpoint, here a real HTTP server on this machine: what is asked, read, learned and refused."""
 
-import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-import openai
 import pytest
+from chat_server import Model, serving
 
 from cappy.errors import ConfigError, GeneratorError
 from cappy.sampling.endpoint import Endpoint
-from cappy.sampling.strategies import BEAM4, Decoding
+from cappy.sampling.paid import Terms
+from cappy.sampling.strategies import BEAM4, GREEDY, Decoding
 from cappy.specs import parse_spec
 
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers with the prompt in capitals; fails the first time a prompt says so."""
-
-    requests: list[dict[str, Any]] = []  # noqa: RUF012
-    failed: set[str] = set()  # noqa: RUF012
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        Handler.requests.append(body)
-        prompt = body["messages"][0]["content"]
-        if prompt.startswith("flaky") and prompt not in Handler.failed:
-            Handler.failed.add(prompt)
-            return self._send(429, {"error": {"message": "slow down"}})
-        if prompt.startswith("forbidden"):
-            return self._send(401, {"error": {"message": "who are you"}})
-        message = {"role": "assistant", "content": f" {prompt.upper()} "}
-        tokens = [{"token": "X", "logprob": -0.5, "bytes": None, "top_logprobs": []}] * 2
-        choice = {
-            "index": 0,
-            "message": message,
-            "finish_reason": "stop",
-            "logprobs": {"content": tokens, "refusal": None},
-        }
-        return self._send(
-            200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m-2026", "choices": [choice]}
-        )
-
-    def _send(self, status: int, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("Retry-After", "0")
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args: object) -> None:
-        """Silence."""
+SAMPLING = Decoding(name="sampling", num_samples=4)
+NUCLEUS = Decoding(name="topp0.5", num_samples=2, top_p=0.5)
+TOP_K = Decoding(name="topk40", top_k=40)
+Make = Callable[..., Endpoint]
 
 
 @pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    Handler.requests.clear()
-    Handler.failed.clear()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    url = f"http://127.0.0.1:{server.server_port}/v1"
-    client = openai.OpenAI(base_url=url, api_key="secret", max_retries=2)
-    yield Endpoint(parse_spec(f"openai:m@{url}"), client)
-    client.close()
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def model() -> Model:
+    return Model()
 
 
-def test_candidates_come_back_in_order_with_likelihood_and_model(endpoint: Endpoint) -> None:
-    drawn = endpoint.sample(["one", "two"], Decoding(name="sampling", num_samples=2), seed=5)
-    assert [[c.response for c in group] for group in drawn] == [["ONE", "ONE"], ["TWO", "TWO"]]
-    assert drawn[0][0].logprob_sum == -1.0
-    assert drawn[0][0].logprob_mean == -0.5
-    assert drawn[0][0].revision == "m-2026"
+@pytest.fixture
+def url(model: Model) -> Iterator[str]:
+    with serving(model) as address:
+        yield address
 
 
-def test_every_candidate_is_its_own_request_with_its_own_seed(endpoint: Endpoint) -> None:
-    endpoint.sample(["one"], Decoding(name="sampling", num_samples=3, top_p=0.5), seed=5)
-    assert sorted(request["seed"] for request in Handler.requests) == [5, 6, 7]
-    assert {(request["temperature"], request["top_p"]) for request in Handler.requests} == {(1.0, 0.5)}
+@pytest.fixture
+def make(url: str) -> Iterator[Make]:
+    """make(retries=...) -> an endpoint on these terms."""
+    made: list[Endpoint] = []
+
+    def endpoint(**terms: object) -> Endpoint:
+        made.append(Endpoint(parse_spec(f"openai:m@{url}"), Terms(**{"first_wait": 0.01, "retries": 3, **terms})))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield endpoint
+    for one in made:
+        one.close()
 
 
-def test_what_passes_is_retried(endpoint: Endpoint) -> None:
-    assert endpoint.sample(["flaky"], Decoding(name="sampling"), seed=0)[0][0].response == "FLAKY"
+def test_candidates_come_back_in_order_with_likelihood_and_model(make: Make) -> None:
+    drawn = make().sample_all(["one", "two"], [GREEDY, SAMPLING], seed=5)
+    assert [[c.decoding for c in group] for group in drawn] == [["greedy", *["sampling"] * 4]] * 2
+    assert [[c.response.split()[0] for c in group] for group in drawn] == [["ONE"] * 5, ["TWO"] * 5]
+    assert {(c.logprob_sum, c.logprob_mean, c.num_tokens, c.revision) for g in drawn for c in g} == {
+        (-1.0, -0.5, 2, "m-2026")
+    }
 
 
-def test_what_does_not_pass_is_one_line_without_the_key(endpoint: Endpoint) -> None:
-    with pytest.raises(GeneratorError, match="AuthenticationError.*check the endpoint and OPENAI_API_KEY") as error:
-        endpoint.sample(["forbidden"], Decoding(name="sampling"), seed=0)
-    assert "secret" not in str(error.value)
+def test_every_knob_is_stated_and_samples_are_asked_for_together(make: Make, model: Model) -> None:
+    make().sample_all(["one"], [GREEDY, SAMPLING, NUCLEUS], seed=5)
+    asked = sorted((b["temperature"], b["top_p"], b.get("n"), b["max_tokens"]) for b in model.asked)
+    assert asked == [(0.0, 1.0, None, 64), (1.0, 0.5, 2, 64), (1.0, 1.0, 4, 64)]
+    assert len({b["seed"] for b in model.asked}) == 3
+
+
+def test_completions_send_the_instruction_as_it_is(make: Make, model: Model) -> None:
+    drawn = make(api="completions").sample(["one"], GREEDY, seed=0)[0][0]
+    assert (model.asked[0]["prompt"], model.paths) == ("one", ["/v1/completions"])
+    assert (drawn.response.split()[0], drawn.logprob_sum) == ("ONE", -1.0)
+
+
+def test_a_sample_depends_on_its_instruction_alone(make: Make) -> None:
+    together = make().sample(["one", "two", "three"], SAMPLING, seed=1)
+    assert make().sample(["two"], SAMPLING, seed=1)[0] == together[1]
+    assert make().sample(["two"], SAMPLING, seed=2)[0] != together[1]
+
+
+@pytest.mark.parametrize("name", ["n", "temperature", "top_p", "seed", "logprobs", "max_tokens"])
+def test_a_refused_parameter_is_asked_for_once_and_told(make: Make, model: Model, name: str) -> None:
+    model.refused = (name,)
+    endpoint = make(concurrency=1)
+    drawn = endpoint.sample(["one", "two", "three"], SAMPLING, seed=0)
+    assert [len(group) for group in drawn] == [4, 4, 4]
+    assert {c.status for g in drawn for c in g} == {"ok"}
+    assert sum(name in body for body in model.asked) == 1
+    told = {key.rpartition("/")[2] for key in endpoint.tally() if key.startswith("not_asked/")}
+    # The limit on length has another name to go by.
+    assert told == ({name} - {"max_tokens"})
+    assert all((name == "max_tokens") == ("max_completion_tokens" in body) for body in model.asked[1:])
+    assert all((c.seed is None) == (name == "seed") for g in drawn for c in g)
+    assert all((c.logprob_sum is None) == (name == "logprobs") for g in drawn for c in g)
+
+
+def test_all_refusals_together_are_learned_under_concurrency(make: Make, model: Model) -> None:
+    model.refused = ("n", "temperature", "top_p", "seed", "logprobs", "max_tokens", "max_completion_tokens")
+    drawn = make(retries=0).sample([f"p{i}" for i in range(20)], SAMPLING, seed=0)
+    assert sum(len(group) for group in drawn) == 80
+    assert sum(model.answered.values()) == 80
+
+
+@pytest.mark.parametrize("way", ["ignores_n", "copies_n"])
+def test_a_server_that_ignores_n_is_asked_for_the_rest_one_by_one(make: Make, model: Model, way: str) -> None:
+    setattr(model, way, True)
+    drawn = make().sample(["one"], SAMPLING, seed=0)[0]
+    assert len({c.response for c in drawn}) == 4
+    assert len({c.seed for c in drawn}) == 4
+    assert [body.get("n") for body in model.asked] == [4, None, None, None]
+
+
+def test_equal_responses_are_kept_where_n_is_known(make: Make, model: Model) -> None:
+    drawn = make().sample(["same"], SAMPLING, seed=0)[0]
+    assert [c.response for c in drawn] == ["the same"] * 4
+    assert len(model.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "response", "selectable"),
+    [
+        ("long", "truncated", "LONG", True),
+        ("blank", "empty", "", False),
+        ("cut", "empty", "", False),
+        ("filtered", "filtered", "", False),
+        ("refuse", "refused", "I", False),
+        ("endless", "failed", "", False),
+        ("wicked", "filtered", "", False),
+    ],
+)
+def test_what_is_no_plain_answer_is_a_candidate_with_its_status(
+    make: Make, head: str, status: str, response: str, selectable: bool
+) -> None:
+    drawn = make(retries=0).sample([f"{head} story", "plain"], NUCLEUS, seed=0)
+    assert {c.status for c in drawn[0]} == {status}
+    assert {c.response.partition(" ")[0] for c in drawn[0]} == {response}
+    assert {c.selectable for c in drawn[0]} == {selectable}
+    assert {c.status for c in drawn[1]} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("head", "told"),
+    [
+        ("unauthorized", "401 .*set OPENAI_API_KEY, or OPENAI_API_KEY_FILE"),
+        ("forbidden", "403 .*set OPENAI_API_KEY"),
+        ("absent", "404 .*model 'm' does not exist.*check the model's name and the address"),
+        ("odd", "max_tokens is too large: 64; check what the endpoint takes"),
+        ("broke", "exceeded your current quota; the account has nothing left"),
+    ],
+)
+def test_what_does_not_pass_ends_the_run_at_once_in_one_line(make: Make, model: Model, head: str, told: str) -> None:
+    with pytest.raises(GeneratorError, match=told) as error:
+        make(concurrency=1).sample([f"{head} {i}" for i in range(50)], GREEDY, seed=0)
     assert "\n" not in str(error.value)
+    assert len(model.asked) <= 2
 
 
-def test_a_decoding_that_no_endpoint_can_do_is_refused_at_once(endpoint: Endpoint) -> None:
+def test_an_unknown_host_is_tried_again_and_then_one_line() -> None:
+    endpoint = Endpoint(parse_spec("openai:m@http://no-such-host.invalid/v1"), Terms(retries=2, first_wait=0.01))
+    with pytest.raises(GeneratorError, match=r"no answer \(.+\) after 3 attempts; check the address") as error:
+        endpoint.sample(["one"], GREEDY, seed=0)
+    assert "\n" not in str(error.value)
+    assert endpoint.usage.errors == 3
+    endpoint.close()
+
+
+def test_a_decoding_that_no_endpoint_can_do_is_refused_before_the_first_request(make: Make, model: Model) -> None:
     with pytest.raises(ConfigError, match="an endpoint cannot do beam4; choose --strategy endpoint8"):
-        endpoint.sample(["one"], BEAM4, seed=0)
-    assert Handler.requests == []
+        make().sample_all(["one"], [GREEDY, BEAM4], seed=0)
+    with pytest.raises(ConfigError, match="no top_k for topk40; say --extra top_k"):
+        make().sample_all(["one"], [GREEDY, TOP_K], seed=0)
+    assert model.asked == []
+
+
+def test_top_k_is_sent_where_the_server_takes_it_and_switched_off_elsewhere(make: Make, model: Model) -> None:
+    make(extra=("top_k",), concurrency=1).sample_all(["one"], [TOP_K, GREEDY], seed=0)
+    assert [body["top_k"] for body in model.asked] == [40, -1]
+
+
+def test_the_key_comes_from_the_environment_or_a_file(
+    make: Make, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "key").write_text("from-file\n")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY_FILE", str(tmp_path / "key"))
+    make().sample(["one"], GREEDY, seed=0)
+    monkeypatch.setenv("OPENAI_API_KEY", "from-environment")
+    make().sample(["one"], GREEDY, seed=0)
+    assert model.keys == {"from-file", "from-environment"}
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setenv("OPENAI_API_KEY_FILE", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY_FILE: .* cannot be read .*; mount the key there"):
+        make()
+
+
+def test_a_secret_in_the_address_and_a_broken_key_are_refused_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address in ("https://me:canary@host/v1", "https://host/v1?api_key=canary"):
+        with pytest.raises(ConfigError, match="set OPENAI_API_KEY") as error:
+            Endpoint(parse_spec(f"openai:m@{address}"))
+        assert "canary" not in str(error.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "canary\nkey")
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY: holds white space") as error:
+        Endpoint(parse_spec("openai:m@https://host/v1"))
+    assert "canary" not in str(error.value)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cappy.errors import RecordError, shown
+from cappy.records.instance import SELECTABLE
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -57,7 +58,7 @@ class Candidates:
     @property
     def selectable(self) -> Flags:
         """As `Candidate.selectable`."""
-        flags: Flags = self.proposed & self.status.among("ok")
+        flags: Flags = self.proposed & self.status.among(*SELECTABLE)
         return flags
 
     @property

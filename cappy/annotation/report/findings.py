@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from cappy.annotation.report.numbers import count, label, number, part, share
 from cappy.annotation.report.record import DataReport
 from cappy.pages.words import metric_name
+from cappy.records.instance import SELECTABLE
 
 
 def findings(report: DataReport) -> tuple[str, ...]:
@@ -74,7 +75,8 @@ def _cautions(report: DataReport) -> Iterator[str]:
         # What has the status empty is blank, and that has been said.
         if status not in ("ok", "empty"):
             responses = _of(some, sum(report.statuses.values()), "LLM response", "has", "have")
-            yield f"Caution: {responses} the status {status}, so that no selector may pick it."
+            verdict = "which a selector may pick" if status in SELECTABLE else "so that no selector may pick it"
+            yield f"Caution: {responses} the status {status}, {verdict}."
     if instructions.in_several_splits:
         shared = _of(instructions.in_several_splits, instructions.distinct, "instruction", "stands", "stand")
         yield f"Caution: {shared} in more than one split: what is trained on one is tested on the other."

@@ -39,9 +39,9 @@ class Labels:
 class Pools:
     """Instances and what a selector finds in them; the means are over instances and None where there is none.
 
-    A pool is the selectable candidates of an instance (`llm` or `choice`, status ok). `pools` counts the instances that
-    have one, and all means but `ties` are over those. Where different responses are counted, equal ones are one
-    response, with the label that it has first.
+    A pool is the selectable candidates of an instance (`llm` or `choice`, status ok or truncated). `pools` counts the
+    instances that have one, and all means but `ties` are over those. Where different responses are counted, equal ones
+    are one response, with the label that it has first.
 
     random       mean label of the pool: what a random pick is worth
     oracle       highest label of the pool: what the best pick is worth

@@ -120,7 +120,7 @@ def cell_names() -> list[str]:
 
 
 DEFINITIONS: Mapping[str, str] = {
-    "selectable": "an LLM's response or a choice, with status ok: what a selector may pick",
+    "selectable": "an LLM's response or a choice, with status ok or truncated: what a selector may pick",
     "random, oracle, room": "mean label ×100 of a random and of the best selectable response, and their difference",
     "no signal": "instances whose selectable responses all have equal labels: whichever is picked, nothing changes",
     "ties": "pairs of different selectable responses of an instance with equal labels, mean over instances",

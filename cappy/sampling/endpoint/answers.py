@@ -1,0 +1,149 @@
+"""What an endpoint answers, read without trust: a body that is no completion is a fault, not an empty response."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cappy.errors import shown
+from cappy.records import Candidate
+from cappy.records.instance import Status
+from cappy.sampling.paid import tokens_of
+from cappy.sampling.strategies import Decoding
+
+
+class BadAnswerError(Exception):
+    """The body is no completion; the same request may get a better one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One response, and its share of what its request took.
+
+    `requests` is 1 for the first choice of a request and 0 for the others. `left_out` names the parameters that the
+    model had refused when it was asked. `kept` is false for what says nothing of the model: it is asked for again.
+    """
+
+    text: str
+    status: Status
+    model: str = ""
+    seed: int | None = None
+    logprob_sum: float | None = None
+    num_tokens: int | None = None
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    left_out: tuple[str, ...] = ()
+    kept: bool = True
+
+    def candidate(self, generator: str, model: str, decoding: Decoding) -> Candidate:
+        """The candidate for the record."""
+        known = self.logprob_sum is not None and self.num_tokens
+        return Candidate(
+            response=self.text,
+            generator=generator,
+            revision=self.model or model,
+            decoding=decoding.name,
+            seed=self.seed,
+            status=self.status,
+            logprob_sum=self.logprob_sum,
+            logprob_mean=self.logprob_sum / self.num_tokens if known else None,  # type: ignore[operator]
+            num_tokens=self.num_tokens,
+        )
+
+
+def failed(status: Status, count: int) -> list[Answer]:
+    """Answers for a request that the endpoint will not take for this instruction, however often it is sent."""
+    return [Answer(text="", status=status, kept=False)] * count
+
+
+def read_answers(
+    body: str, instruction: str, *, count: int, seed: int | None, left_out: tuple[str, ...]
+) -> list[Answer]:
+    """The answers in the body of a completion, at most `count`, at least one; BadAnswerError if it is none.
+
+    Choices that repeat an index are copies by a server that does not know `n`, and count once. Without a usage in the
+    body, tokens go by the rule of thumb. Tokens of the response are shared out evenly, for only their sum is told.
+    """
+    values = _json(body)
+    found = values.get("choices")
+    if not isinstance(found, list) or not found or not all(isinstance(choice, dict) for choice in found):
+        raise BadAnswerError(f"the body has no choices: {shown(body)}")
+    by_index = {choice.get("index", number): choice for number, choice in reversed(list(enumerate(found)))}
+    choices = [by_index[index] for index in sorted(by_index, key=str)][:count]
+    told = [_told(choice) for choice in choices]
+    used = values.get("usage")
+    usage: Mapping[str, Any] = used if isinstance(used, dict) else {}
+    input_tokens = _count(usage.get("prompt_tokens"), tokens_of(instruction))
+    output_tokens = _count(usage.get("completion_tokens"), sum(tokens_of(text) for text, _, _ in told))
+    model = values.get("model")
+    return [
+        Answer(
+            text=text,
+            status=status,
+            model=model if isinstance(model, str) else "",
+            seed=seed,
+            logprob_sum=sum(logprobs) if logprobs else None,
+            num_tokens=len(logprobs) if logprobs else None,
+            requests=int(number == 0),
+            input_tokens=input_tokens if number == 0 else 0,
+            output_tokens=output_tokens // len(told) + int(number < output_tokens % len(told)),
+            left_out=left_out,
+        )
+        for number, (text, status, logprobs) in enumerate(told)
+    ]
+
+
+def _json(body: str) -> dict[str, Any]:
+    try:
+        values = json.loads(body)
+    except ValueError:
+        raise BadAnswerError(f"the body is no JSON: {shown(body)}") from None
+    if not isinstance(values, dict):
+        raise BadAnswerError(f"the body is no JSON object: {shown(body)}")
+    return values
+
+
+def _told(choice: Mapping[str, Any]) -> tuple[str, Status, list[float]]:
+    """Text, status and the log-probabilities of the tokens of a choice, of chat or of completions."""
+    message = choice.get("message")
+    if isinstance(message, dict):
+        text, refusal = message.get("content"), message.get("refusal")
+    elif "text" in choice:
+        text, refusal = choice["text"], None
+    else:
+        raise BadAnswerError(f"a choice has neither message nor text: {shown(dict(choice))}")
+    if isinstance(text, list):
+        text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
+    if not isinstance(text, str | None):
+        raise BadAnswerError(f"the content of a choice is no text: {shown(text)}")
+    stripped = (text or "").strip()
+    if refusal:
+        return stripped or str(refusal).strip(), "refused", []
+    return stripped, _status(choice.get("finish_reason"), stripped), _logprobs(choice.get("logprobs"))
+
+
+def _status(finish: object, text: str) -> Status:
+    if finish == "content_filter":
+        return "filtered"
+    if not text:
+        return "empty"
+    return "truncated" if finish == "length" else "ok"
+
+
+def _logprobs(told: object) -> list[float]:
+    if not isinstance(told, dict):
+        return []
+    tokens = told.get("content")
+    values: Sequence[object] = (
+        [token.get("logprob") if isinstance(token, dict) else None for token in tokens]
+        if isinstance(tokens, list)
+        else told.get("token_logprobs") or []
+    )
+    numbers = [float(value) for value in values if isinstance(value, int | float)]
+    # A likelihood with a gap would be that of another response.
+    return numbers if len(numbers) == len(values) else []
+
+
+def _count(told: object, otherwise: int) -> int:
+    return told if isinstance(told, int) and told >= 0 else otherwise

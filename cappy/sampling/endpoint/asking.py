@@ -1,0 +1,153 @@
+"""One question to an endpoint, sent until it is answered or the run must end."""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import openai
+
+from cappy.errors import GeneratorError
+from cappy.sampling.endpoint.answers import Answer, BadAnswerError, failed, read_answers
+from cappy.sampling.endpoint.capabilities import Capabilities
+from cappy.sampling.endpoint.faults import Fault, backoff, judge
+from cappy.sampling.endpoint.keys import without
+from cappy.sampling.endpoint.limits import Budget, Pace, Spent, pause
+from cappy.sampling.paid import Terms, Usage, tokens_of
+from cappy.sampling.strategies import Decoding
+
+_SHOWN = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """An instruction under a decoding; sample `number` of it has the seed `seed + number`."""
+
+    instruction: str
+    decoding: Decoding
+    seed: int
+
+    def body(self, model: str, terms: Terms, *, count: int, number: int) -> dict[str, Any]:
+        """The request for `count` samples from `number` on; every knob is stated, so that no server's default is."""
+        decoding = self.decoding
+        body: dict[str, Any] = {
+            "model": model,
+            "temperature": decoding.temperature if decoding.do_sample else 0.0,
+            "top_p": decoding.top_p,
+            "max_tokens": decoding.max_new_tokens,
+            "seed": self.seed + number,
+        }
+        if terms.api == "chat":
+            body |= {"messages": [{"role": "user", "content": self.instruction}], "logprobs": True}
+        else:
+            body |= {"prompt": self.instruction, "logprobs": 1}
+        if "top_k" in terms.extra:
+            body["top_k"] = decoding.top_k or -1
+        return {**body, "n": count} if count > 1 else body
+
+
+class Meter:
+    """Counts what is used; several threads may count at once."""
+
+    def __init__(self, terms: Terms) -> None:
+        self._terms = terms
+        self._lock = threading.Lock()
+        self._usage = Usage()
+
+    def add(self, **more: int) -> None:
+        """Adds to these fields of the usage."""
+        with self._lock:
+            now = {name: getattr(self._usage, name) + value for name, value in more.items()}
+            self._usage = replace(self._usage, **now)
+
+    @property
+    def usage(self) -> Usage:
+        """What was counted so far, with its cost."""
+        usage = self._usage
+        return replace(usage, cost=self._terms.cost(usage.input_tokens, usage.output_tokens))
+
+
+class Asker:
+    """Sends questions for a model, within the terms; safe for any number of threads."""
+
+    def __init__(self, name: str, model: str, client: openai.OpenAI, terms: Terms) -> None:
+        self.name = name
+        self.capabilities = Capabilities()
+        self.budget = Budget(name, terms)
+        self.meter = Meter(terms)
+        self._model = model
+        self._client = client
+        self._terms = terms
+        # More threads than slots: while one writes an answer down, another has its request under way.
+        self._slots = threading.BoundedSemaphore(terms.concurrency)
+        self._requests = Pace(terms.requests_per_minute)
+        self._tokens = Pace(terms.tokens_per_minute)
+
+    def ask(self, question: Question, numbers: list[int], stop: threading.Event) -> list[Answer]:
+        """Answers for the first of these samples, at least one; for all of them where the model takes `n`.
+
+        GeneratorError, one line, where asking on is of no use or the budget is used up.
+        """
+        attempt = 0
+        while True:
+            answers, fault = self._try(question, numbers, stop)
+            if fault is None:
+                return answers
+            if fault.kind == "without":
+                self.capabilities.refuse(fault.parameter)
+                continue
+            if fault.kind == "unanswered":
+                return failed(fault.status, len(numbers))
+            attempt += 1
+            self.meter.add(errors=1)
+            if fault.kind == "end" or attempt > self._terms.retries:
+                raise GeneratorError(self._last_words(fault, attempt))
+            wait = backoff(attempt, self._terms.first_wait)
+            # Never earlier than told, and not all at once.
+            pause(wait if fault.wait is None else fault.wait + min(wait, 1.0) / 4, stop)
+
+    def _try(self, question: Question, numbers: list[int], stop: threading.Event) -> tuple[list[Answer], Fault | None]:
+        most = Spent(
+            requests=1,
+            input_tokens=tokens_of(question.instruction),
+            output_tokens=self._count(numbers) * question.decoding.max_new_tokens,
+        )
+        asked = most.input_tokens + most.output_tokens
+        wanted = question.body(self._model, self._terms, count=len(numbers), number=numbers[0])
+        sent: dict[str, Any] = {}
+        try:
+            with self.budget.hold(most, stop) as spent:
+                pause(max(self._requests.turn(1), self._tokens.turn(asked)), stop)
+                with self._slots:
+                    pause(0, stop)
+                    # What others learned in the meantime need not be refused again.
+                    count = self._count(numbers)
+                    sent, left_out = self.capabilities.trimmed(wanted)
+                    text = self._send(sent)
+                answers = read_answers(
+                    text, question.instruction, count=count, seed=sent.get("seed"), left_out=left_out
+                )
+                for answer in answers:
+                    spent.add(Spent(answer.requests, answer.input_tokens, answer.output_tokens))
+        except (openai.OpenAIError, BadAnswerError) as error:
+            return [], judge(error, sent)
+        if len(answers) < count:
+            self.capabilities.refuse("n")
+        self._tokens.correct(spent.input_tokens + spent.output_tokens - asked)
+        self.meter.add(requests=1, input_tokens=spent.input_tokens, output_tokens=spent.output_tokens)
+        return answers, None
+
+    def _count(self, numbers: list[int]) -> int:
+        return len(numbers) if self.capabilities.takes("n") else 1
+
+    def _send(self, body: Mapping[str, Any]) -> str:
+        """The text of the response; what the body says is for the reader of answers to find out."""
+        # Straight to the path: the typed methods spend as long again on reshaping a body that is already right.
+        path = "/chat/completions" if self._terms.api == "chat" else "/completions"
+        return self._client.post(path, body=dict(body), cast_to=str)
+
+    def _last_words(self, fault: Fault, attempt: int) -> str:
+        reason = without(self._client.api_key, fault.reason)
+        tried = f" after {attempt} attempts" if attempt > 1 else ""
+        remedy = fault.remedy or "check the address and the network"
+        return f"{self.name}: {reason[:_SHOWN]}{tried}; {remedy}, then run the same command again: every answer is kept"

@@ -1,0 +1,108 @@
+"""What went wrong with a request, and what follows: another attempt, another request, a failed instance, the end."""
+
+import email.utils
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import openai
+
+from cappy.records.instance import Status
+from cappy.sampling.endpoint.capabilities import refused_parameter
+from cappy.sampling.endpoint.keys import FILE_VARIABLE, KEY_VARIABLE
+
+LONGEST_WAIT = 30.0
+LONGEST_RETRY_AFTER = 600.0
+_TOO_LONG = (
+    "context_length_exceeded",
+    "context length",
+    "context window",
+    "maximum input length",
+    "prompt is too long",
+)
+_FILTERED = ("content_filter", "content_policy_violation", "content management policy")
+_SPENT = ("insufficient_quota", "billing_hard_limit_reached")
+_PASSING = (408, 409, 425, 429)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """`kind` says what follows: `again` after `wait` seconds (None: by backoff), `without` the parameter, the
+    instruction `unanswered` with a status, or the `end` of the run with its remedy.
+    """
+
+    kind: Literal["again", "without", "unanswered", "end"]
+    reason: str
+    wait: float | None = None
+    parameter: str = ""
+    status: Status = "failed"
+    remedy: str = ""
+
+
+def judge(error: Exception, sent: Mapping[str, Any]) -> Fault:
+    """What follows from what the client raised, or from an answer that was none."""
+    if isinstance(error, openai.APIStatusError):
+        return _judge_status(error, sent)
+    if isinstance(error, openai.APIConnectionError):
+        # The client's own text is "Connection error."; what it came from says why.
+        reason = str(error.__cause__ or error) or type(error.__cause__ or error).__name__
+        return Fault(kind="again", reason=f"no answer ({reason})")
+    return Fault(kind="again", reason=str(error))
+
+
+def backoff(attempt: int, first: float) -> float:
+    """Seconds before attempt `attempt` (from 1): doubled each time, up to `LONGEST_WAIT`, less up to a quarter."""
+    return float(min(first * 2.0 ** (attempt - 1), LONGEST_WAIT)) * (1 - 0.25 * random.random())
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a response asks to wait, from its number or its date; None if it asks for none."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) * unit
+        except ValueError:
+            continue
+        return seconds if 0 <= seconds < float("inf") else None
+    try:
+        date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
+    except (ValueError, TypeError, IndexError):
+        return None
+    return max(0.0, date.timestamp() - time.time())
+
+
+def _judge_status(error: openai.APIStatusError, sent: Mapping[str, Any]) -> Fault:
+    status, message = error.status_code, _message(error)
+    told = f"{status} {message}"
+    clue = f"{error.code or ''} {error.type or ''} {message}".lower()
+    if status in (401, 403):
+        return Fault(kind="end", reason=told, remedy=f"set {KEY_VARIABLE}, or {FILE_VARIABLE} for a mounted file")
+    if status == 404:
+        return Fault(kind="end", reason=told, remedy="check the model's name and the address in the spec")
+    if status == 429 and any(word in clue for word in _SPENT):
+        return Fault(kind="end", reason=told, remedy="the account has nothing left; top it up")
+    if status in _PASSING or status >= 500:
+        return _passing(told, retry_after(error.response.headers))
+    if any(word in clue for word in _FILTERED):
+        return Fault(kind="unanswered", reason=told, status="filtered")
+    if status == 413 or any(word in clue for word in _TOO_LONG):
+        return Fault(kind="unanswered", reason=told)
+    parameter = refused_parameter(sent, message, error.param)
+    if status in (400, 422) and parameter:
+        return Fault(kind="without", reason=told, parameter=parameter)
+    return Fault(kind="end", reason=told, remedy="check what the endpoint takes")
+
+
+def _passing(told: str, wait: float | None) -> Fault:
+    if wait is not None and wait > LONGEST_RETRY_AFTER:
+        return Fault(kind="end", reason=told, remedy=f"it asks to wait {wait:,.0f} s; come back then")
+    return Fault(kind="again", reason=told, wait=wait)
+
+
+def _message(error: openai.APIStatusError) -> str:
+    body = error.body
+    if isinstance(body, dict):
+        inner = body.get("message") or body.get("detail") or body.get("error")
+        return str(inner or body)
+    return str(body or error.message)

@@ -1,0 +1,167 @@
+"""How fast an endpoint may be asked, and how much it may take in all."""
+
+import contextlib
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cappy.errors import GeneratorError
+from cappy.records.folder import disk_errors
+from cappy.sampling.paid import Terms
+
+
+class StoppedError(Exception):
+    """Another request ended the run; this one is not sent."""
+
+
+class Pace:
+    """Lets `per_minute` units through each minute, evenly and from the first one; 0 lets all through."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._seconds = 60 / per_minute if per_minute else 0.0
+        self._free = 0.0
+        self._lock = threading.Lock()
+
+    def turn(self, units: int) -> float:
+        """Seconds to wait until these units may pass; their place is taken."""
+        with self._lock:
+            now = time.monotonic()
+            start = max(now, self._free)
+            self._free = start + units * self._seconds
+            return start - now
+
+    def correct(self, units: int) -> None:
+        """Makes up for units (positive: more, negative: fewer) that a turn took beside what it had asked for."""
+        with self._lock:
+            self._free += units * self._seconds
+
+
+def pause(seconds: float, stop: threading.Event) -> None:
+    """Waits; StoppedError as soon as the run is."""
+    if stop.wait(seconds) if seconds > 0 else stop.is_set():
+        raise StoppedError
+
+
+@dataclass(slots=True)
+class Spent:
+    """What was used, or may be."""
+
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    def add(self, other: "Spent", sign: int = 1) -> None:
+        """Adds the other, or takes it away."""
+        self.requests += sign * other.requests
+        self.input_tokens += sign * other.input_tokens
+        self.output_tokens += sign * other.output_tokens
+
+
+class Budget:
+    """What a run may spend, over all its starts and processes.
+
+    Before a request is sent the most that it may take is held back, so that requests in flight cannot overrun the
+    budget together; other processes' requests are seen once answered. What was answered is written to a ledger,
+    a file per process under the run's name.
+    """
+
+    def __init__(self, name: str, terms: Terms) -> None:
+        self._name = name
+        self._terms = terms
+        self._held = Spent()
+        self._own = Spent()
+        self._others = Spent()
+        self._read: dict[Path, int] = {}
+        self._change = threading.Condition()
+        self._folder = terms.folder / "spent" / (terms.run or "unnamed") if terms.folder else None
+        self._file = self._folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.txt" if self._folder else None
+        self._ledger: int | None = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads what earlier starts and other processes have added to the ledger."""
+        for path in sorted(self._folder.glob("*.txt")) if self._folder else ():
+            if path == self._file:
+                continue
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                whole = file.read().rpartition(b"\n")[0]
+            self._read[path] = self._read.get(path, 0) + len(whole) + bool(whole)
+            for line in whole.splitlines():
+                numbers = [int(number) for number in line.split()]
+                if len(numbers) == 3:
+                    self._others.add(Spent(*numbers))
+
+    @contextlib.contextmanager
+    def hold(self, most: Spent, stop: threading.Event) -> Iterator[Spent]:
+        """Holds `most` back while the block asks; what the block adds to the value given is spent.
+
+        Waits while requests in flight may still leave room; GeneratorError with the remedy where they cannot.
+        """
+        with self._change:
+            while (short := self._short(most)) is not None:
+                if not self._held.requests:
+                    raise GeneratorError(short)
+                self._change.wait(0.2)
+                if stop.is_set():
+                    raise StoppedError
+            self._held.add(most)
+        spent = Spent()
+        try:
+            yield spent
+        finally:
+            with self._change:
+                self._held.add(most, -1)
+                if spent.requests:
+                    self._own.add(spent)
+                    self._note(spent)
+                self._change.notify_all()
+
+    def _short(self, most: Spent) -> str | None:
+        """What to say where `most` does not fit beside what is spent and held."""
+        spent, after = Spent(), Spent()
+        spent.add(self._own)
+        spent.add(self._others)
+        for part in (spent, self._held, most):
+            after.add(part)
+        terms = self._terms
+        kinds = (
+            ("requests", terms.budget_requests, spent.requests, after.requests),
+            ("tokens", terms.budget_tokens, _tokens(spent), _tokens(after)),
+            ("money", terms.budget_money, _money(spent, terms), _money(after, terms)),
+        )
+        for kind, budget, used, would_be in kinds:
+            if budget and would_be > budget * (1 + 1e-9):
+                left = f"{budget - used:,.6g}"
+                return (
+                    f"{self._name}: the budget of {budget:,.10g} {kind} is used up ({left} left, less than the next "
+                    f"request may take); raise --budget-{kind} and run the same command again: every answer is kept"
+                )
+        return None
+
+    def close(self) -> None:
+        """Closes the ledger."""
+        if self._ledger is not None:
+            os.close(self._ledger)
+            self._ledger = None
+
+    def _note(self, spent: Spent) -> None:
+        if self._file is None:
+            return
+        with disk_errors(self._file):
+            if self._ledger is None:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                self._ledger = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.write(self._ledger, f"{spent.requests} {spent.input_tokens} {spent.output_tokens}\n".encode())
+
+
+def _tokens(spent: Spent) -> int:
+    return spent.input_tokens + spent.output_tokens
+
+
+def _money(spent: Spent, terms: Terms) -> float:
+    return terms.cost(spent.input_tokens, spent.output_tokens)

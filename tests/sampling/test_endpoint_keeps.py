@@ -1,0 +1,323 @@
+"""Nothing lost and nothing paid twice: storms, kills, budgets and limits, over a server that counts."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from chat_server import Model, serving
+from fault_proxy import BEFORE, FAULTS, Weather, proxying
+
+from cappy.config import to_values
+from cappy.errors import ConfigError, GeneratorError
+from cappy.progress import FileProgress
+from cappy.records import Instance, read, read_manifest, write
+from cappy.sampling import SamplingConfig, run, terms_of
+from cappy.sampling.endpoint import Endpoint
+from cappy.sampling.endpoint.faults import retry_after
+from cappy.sampling.paid import Terms, estimate, tokens_of
+from cappy.sampling.strategies import GREEDY, STRATEGIES, Decoding
+from cappy.specs import parse_spec
+
+SAMPLING = Decoding(name="sampling", num_samples=4)
+PROMPTS = [f"prompt {i}" for i in range(60)]
+
+
+def endpoint_at(url: str, **terms: object) -> Endpoint:
+    return Endpoint(parse_spec(f"openai:m@{url}"), Terms(**{"first_wait": 0.01, **terms}))  # type: ignore[arg-type]
+
+
+def instances(folder: Path, count: int, head: str = "say") -> Path:
+    write(folder, [Instance(instance_id=str(i), instruction=f"{head} {i}", references=("x",)) for i in range(count)])
+    return folder
+
+
+def config_at(folder: Path, url: str, **values: object) -> SamplingConfig:
+    given = {"source": folder / "in", "target": folder / "out", "work": folder / "work", "strategy": "endpoint8"}
+    return SamplingConfig(**{**given, "generator": (f"openai:m@{url}",), **values})  # type: ignore[arg-type]
+
+
+def test_a_storm_loses_no_instance(tmp_path: Path) -> None:
+    model, weather = Model(), Weather(rate=0.3, seed=1, stall=0.6, later=0.02)
+    with serving(model) as upstream, proxying(upstream, weather) as url:
+        endpoint = endpoint_at(url, timeout=0.4, concurrency=16, folder=tmp_path)
+        drawn = endpoint.sample_all(PROMPTS * 3, [GREEDY, SAMPLING], seed=0)
+        endpoint.close()
+    assert {len(group) for group in drawn} == {5}
+    assert {c.status for group in drawn for c in group} == {"ok"}
+    assert all(group[0].response.startswith(f"PROMPT {i % 60} ") for i, group in enumerate(drawn))
+    assert endpoint.usage.errors == sum(weather.blown.values()) > 20
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_tried_again(fault: str) -> None:
+    weather = Weather(plan=[fault, fault], stall=0.5)
+    with serving(Model()) as upstream, proxying(upstream, weather) as url:
+        endpoint = endpoint_at(url, timeout=0.25)
+        assert endpoint.sample(["one"], GREEDY, seed=0)[0][0].response.startswith("ONE")
+        endpoint.close()
+    assert endpoint.usage.errors == 2
+    assert len(weather.arrivals) == 3
+
+
+def test_retry_after_is_waited_for_in_full() -> None:
+    weather = Weather(plan=["429-later"], later=0.7)
+    with serving(Model()) as upstream, proxying(upstream, weather) as url:
+        endpoint = endpoint_at(url)
+        endpoint.sample(["one"], GREEDY, seed=0)
+        endpoint.close()
+    assert weather.arrivals[1] - weather.arrivals[0] >= 0.7
+
+
+def test_retry_after_is_read_in_all_its_forms() -> None:
+    assert retry_after({"retry-after": "1.5"}) == 1.5
+    assert retry_after({"retry-after-ms": "250", "retry-after": "9"}) == 0.25
+    assert retry_after({"retry-after": "Mon, 01 Jan 2001 00:00:00 GMT"}) == 0.0
+    assert all(retry_after({"retry-after": odd}) is None for odd in ("", "soon", "-1", "inf", "nan"))
+
+
+def test_what_was_answered_before_an_end_is_kept(tmp_path: Path) -> None:
+    model = Model(latency=0.02)
+    with serving(model) as url:
+        endpoint = endpoint_at(url, folder=tmp_path, concurrency=4)
+        with pytest.raises(GeneratorError, match="404"):
+            endpoint.sample([*PROMPTS[:30], "absent"], GREEDY, seed=0)
+        answered = sum(model.answered.values())
+        assert answered >= 26
+        endpoint.sample(PROMPTS, GREEDY, seed=0)
+        endpoint.close()
+    assert sum(model.answered.values()) == 60
+    assert max(model.answered.values()) == 1
+
+
+STEP = """
+import sys
+from pathlib import Path
+from cappy.sampling import SamplingConfig, run
+folder, url = Path(sys.argv[1]), sys.argv[2]
+run(SamplingConfig(source=folder / "in", target=folder / "out", work=folder / "work", strategy="endpoint8",
+                   generator=(f"openai:m@{url}",), part_rows=16, concurrency=4))
+"""
+
+
+@pytest.mark.parametrize(("kills", "quiet"), [((20, 150), True), ((90,), False)])
+def test_after_kill_9_the_same_command_asks_nothing_twice(tmp_path: Path, kills: tuple[int, ...], quiet: bool) -> None:
+    """Killed between answers: nothing. Killed amid answers: at most what was on its way."""
+    instances(tmp_path / "in", 64)
+    model, weather = Model(latency=0.01), Weather(rate=0.2, faults=BEFORE, later=0.01)
+    command = [sys.executable, "-c", STEP, str(tmp_path)]
+    with serving(model) as upstream, proxying(upstream, weather) as url:
+        for wanted in kills:
+            process = subprocess.Popen([*command, url])
+            while sum(model.answered.values()) < wanted and process.poll() is None:
+                time.sleep(0.005)
+            if quiet:
+                # The server is down for a moment, so that nothing is on its way.
+                weather.rate = 1.0
+                time.sleep(0.5)
+            assert process.poll() is None
+            process.kill()
+            process.wait()
+            weather.rate = 0.2
+        subprocess.run([*command, url], check=True)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.metrics["candidates"] == 64 * 8
+    # Four requests under way, four answers being written down, of at most four samples each.
+    twice = sum(model.answered.values()) - 64 * 8
+    assert twice <= (0 if quiet else 8 * 4)
+    assert manifest.metrics["requests"] >= 64 * 3
+    assert manifest.metrics["output_tokens"] == 64 * 8 * 5
+
+
+def test_processes_that_share_a_folder_share_its_answers(tmp_path: Path) -> None:
+    model = Model()
+    with serving(model) as url:
+        first, second = endpoint_at(url, folder=tmp_path), endpoint_at(url, folder=tmp_path)
+        assert first.sample(PROMPTS, SAMPLING, seed=0) == second.sample(PROMPTS, SAMPLING, seed=0)
+        assert second.usage.requests == 0
+        more = Decoding(name="sampling", num_samples=6)
+        assert [g[:4] for g in second.sample(PROMPTS, more, seed=0)] == first.sample(PROMPTS, SAMPLING, seed=0)
+        first.close()
+        second.close()
+    assert max(model.answered.values()) == 1
+    assert sum(model.answered.values()) == 60 * 6
+
+
+def test_a_torn_answer_is_asked_again(tmp_path: Path) -> None:
+    with serving(Model()) as url:
+        endpoint = endpoint_at(url, folder=tmp_path)
+        before = endpoint.sample(["one"], GREEDY, seed=0)
+        (file,) = tmp_path.glob("*/*.json")
+        file.write_text(file.read_text()[:20])
+        assert endpoint.sample(["one"], GREEDY, seed=0) == before
+        endpoint.close()
+    assert endpoint.usage.requests == 2
+
+
+def test_neither_part_size_nor_more_instances_pay_again(tmp_path: Path) -> None:
+    model = Model()
+    instances(tmp_path / "in", 20)
+    with serving(model) as url:
+        run(config_at(tmp_path, url, part_rows=7))
+        run(config_at(tmp_path, url, part_rows=20, target=tmp_path / "two", concurrency=3))
+        instances(tmp_path / "more", 25)
+        run(config_at(tmp_path, url, source=tmp_path / "more", target=tmp_path / "three"))
+    assert list(read(tmp_path / "out")) == list(read(tmp_path / "two")) == list(read(tmp_path / "three"))[:20]
+    assert sum(model.answered.values()) == 25 * 8
+
+
+@pytest.mark.parametrize(
+    ("budget", "raised"),
+    [
+        ({"budget_requests": 25}, {"budget_requests": 60}),
+        ({"budget_tokens": 900}, {"budget_tokens": 100_000}),
+        ({"budget_money": 0.0009}, {"budget_money": 1.0}),
+    ],
+)
+def test_a_budget_stops_cleanly_and_a_raised_one_goes_on(
+    tmp_path: Path, budget: dict[str, float], raised: dict[str, float]
+) -> None:
+    instances(tmp_path / "in", 20)
+    model = Model()
+    prices = {"price_input": 1.0, "price_output": 1.0, "part_rows": 5}
+    (name, limit), *_ = budget.items()
+    with serving(model) as url:
+        remedy = f"raise --{name.replace('_', '-')} and run the same command again: every answer is kept"
+        with pytest.raises(GeneratorError, match=remedy):
+            run(config_at(tmp_path, url, **prices, **budget))
+        paid = sum(model.answered.values())
+        requests = len(model.asked)
+        assert 0 < paid < 160
+        spent = {"budget_requests": requests, "budget_tokens": 10 * requests + 5 * paid}
+        assert (spent | {"budget_money": spent["budget_tokens"] / 1e6})[name] <= limit
+        with pytest.raises(GeneratorError, match=remedy):
+            run(config_at(tmp_path, url, **prices, **budget))
+        assert len(model.asked) == requests
+        manifest = run(config_at(tmp_path, url, **prices, **raised))
+    assert sum(model.answered.values()) == 160
+    assert max(model.answered.values()) == 1
+    assert manifest.metrics["cost"] == pytest.approx((60 * 10 + 160 * 5) / 1e6)
+
+
+def test_limits_per_minute_are_kept_from_the_first_request_on() -> None:
+    model = Model()
+    with serving(model) as url:
+        for terms in ({"requests_per_minute": 600}, {"tokens_per_minute": 600 * 66}):
+            started = time.monotonic()
+            endpoint = endpoint_at(url, **terms)
+            endpoint.sample([f"prompt {i}" for i in range(8)], Decoding(name="g", max_new_tokens=63), seed=len(terms))
+            endpoint.close()
+            # Tokens that were not taken are given back, so only requests are that slow.
+            assert time.monotonic() - started >= (0.69 if "requests_per_minute" in terms else 0.05)
+        assert len(model.asked) == 16
+
+
+def test_no_more_requests_are_under_way_than_allowed() -> None:
+    model = Model(latency=0.02)
+    with serving(model) as url:
+        endpoint = endpoint_at(url, concurrency=5)
+        endpoint.sample(PROMPTS, GREEDY, seed=0)
+        endpoint.close()
+    assert model.most_at_once == 5
+
+
+def test_the_manifest_counts_what_came_and_says_what_could_not_be_asked(tmp_path: Path) -> None:
+    heads = ("long", "blank", "filtered", "refuse", "endless", "same", "plain")
+    write(tmp_path / "in", [Instance(instance_id=h, instruction=f"{h} x", references=("y",)) for h in heads])
+    with serving(Model(refused=("seed", "logprobs"))) as url:
+        manifest = run(config_at(tmp_path, url))
+        again = run(config_at(tmp_path, url, target=tmp_path / "two"))
+        other = run(config_at(tmp_path, url, target=tmp_path / "three", part_rows=2))
+    counted = ("truncated", "empty", "filtered", "refused", "failed", "sampled", "duplicates", "distinct")
+    assert [manifest.metrics[name] for name in counted] == [8, 8, 8, 8, 8, 56, 7 + 2 * 4, 1 + 2 * 4]
+    assert manifest.facts == {"not_asked": {f"openai:m@{url}": ["logprobs", "seed"]}}
+    assert again.hash == manifest.hash
+    assert {**other.metrics, "errors": 0} == {**manifest.metrics, "errors": 0}
+    assert other.facts == manifest.facts
+
+
+def test_a_strategy_that_an_endpoint_cannot_do_is_refused_before_anything_is_paid(tmp_path: Path) -> None:
+    instances(tmp_path / "in", 3)
+    model = Model()
+    with serving(model) as url, pytest.raises(ConfigError, match="cannot do beam4"):
+        run(config_at(tmp_path, url, strategy="paper17"))
+    assert model.asked == []
+
+
+def test_a_budget_of_money_needs_prices(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--budget-money: 2 cannot be kept without prices; give --price-input"):
+        config_at(tmp_path, "http://h/v1", budget_money=2.0)
+
+
+def test_the_key_stands_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    canary = "sk-canary-0123456789"
+    monkeypatch.setenv("OPENAI_API_KEY", canary)
+    caplog.set_level(logging.DEBUG)
+    instances(tmp_path / "in", 6)
+    instances(tmp_path / "bad", 3, head="unauthorized")
+    model, weather = Model(), Weather(rate=0.3, later=0.01, stall=0.01)
+    with serving(model) as upstream, proxying(upstream, weather) as url:
+        config = config_at(tmp_path, url)
+        run(config, FileProgress(tmp_path / "progress.json"))
+        with pytest.raises(GeneratorError) as caught:
+            run(config_at(tmp_path, url, source=tmp_path / "bad", target=tmp_path / "never"))
+    assert model.keys == {canary}
+    error: BaseException | None = caught.value
+    told = []
+    while error is not None:
+        told.append(f"{error!r} {error}")
+        error = error.__cause__ or error.__context__
+    assert "Incorrect API key provided: ***" in told[0]
+    assert canary not in " ".join(told)
+    assert canary not in caplog.text
+    assert len(caplog.records) > 10
+    assert canary not in repr(to_values(config))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 50
+    assert not [path for path in files if canary.encode() in path.read_bytes()]
+    assert not [line for batch in read(tmp_path / "out") for line in [repr(batch)] if canary in line]
+
+
+def test_an_estimate_is_what_a_run_takes_at_most(tmp_path: Path) -> None:
+    decodings = STRATEGIES["endpoint8"]
+    terms = Terms(requests_per_minute=60, price_input=1.0, price_output=2.0)
+    found = estimate(PROMPTS, decodings, terms)
+    assert (found.candidates, found.requests, found.fewest_requests) == (480, 480, 180)
+    assert found.input_tokens == 8 * sum(tokens_of(prompt) for prompt in PROMPTS) == 8 * (10 * 2 + 50 * 3)
+    assert found.output_tokens == 480 * 64
+    assert found.minutes == 8.0
+    assert found.cost == pytest.approx((found.input_tokens + 2 * found.output_tokens) / 1e6)
+    assert "480 (180 if the endpoint takes n)" in found.text
+    model = Model()
+    with serving(model) as url:
+        endpoint = endpoint_at(url)
+        endpoint.sample_all(PROMPTS, decodings, seed=0)
+        endpoint.close()
+    assert len(model.asked) == found.fewest_requests
+
+
+def test_shards_and_part_sizes_share_a_budget_and_other_seeds_do_not(tmp_path: Path) -> None:
+    one = terms_of(config_at(tmp_path, "http://h/v1"), "p").run
+    assert terms_of(config_at(tmp_path, "http://h/v1", shard="0/4", part_rows=3, budget_requests=5), "p").run == one
+    assert terms_of(config_at(tmp_path, "http://h/v1", seed=1), "p").run != one
+    assert terms_of(config_at(tmp_path, "http://h/v1"), "q").run != one
+
+
+def test_ctrl_c_keeps_what_was_under_way(tmp_path: Path) -> None:
+    model = Model(latency=0.05)
+    with serving(model) as url:
+        endpoint = endpoint_at(url, folder=tmp_path, concurrency=4)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            endpoint.sample(PROMPTS, GREEDY, seed=0)
+        answered = sum(model.answered.values())
+        assert 0 < answered < 60
+        assert len(list(tmp_path.glob("[0-9a-f][0-9a-f]/*.json"))) == answered
+        endpoint.close()
