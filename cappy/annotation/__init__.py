@@ -46,7 +46,6 @@ class AnnotationConfig:
     def __post_init__(self) -> None:
         parse(self.metric)
         parse_shard(self.shard)
-        refuse_same(self.source, self.target)
         if self.recipe == "paper" and self.mismatches != 1:
             remedy = "leave --mismatches out, or choose --recipe default"
             raise ConfigError(f"annotation: --recipe paper draws one mismatch for each reference; {remedy}")
@@ -65,6 +64,7 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
     from cappy.records.parts import process_folder
     from cappy.records.work import claim, finish
 
+    refuse_same(config.source, config.target)
     parent = read_manifest(config.source)
     load(config.metric)
     planted = config.mismatches if config.recipe == "default" else 0

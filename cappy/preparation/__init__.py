@@ -106,7 +106,6 @@ class PreparationConfig:
 
     def __post_init__(self) -> None:
         parse_shard(self.shard)
-        refuse_same(self.source, self.target)
         parse(self.columns)
         if self.test + self.validation >= 1:
             share = f"--test {self.test} and --validation {self.validation}"
@@ -151,6 +150,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
     from cappy.records.parts import process
     from cappy.records.work import claim, finish
 
+    refuse_same(config.source, config.target)
     source = open_source(config)
     tally = Tally(max_failed=config.max_failed, missing=config.missing)
     instances, total, metrics = _placed(source, config, tally, progress)

@@ -60,7 +60,6 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         strategy(self.strategy)
         parse_shard(self.shard)
-        refuse_same(self.source, self.target)
         if self.budget_money and not (self.price_input or self.price_output):
             remedy = "give --price-input and --price-output, per million tokens"
             raise ConfigError(
@@ -110,6 +109,7 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
     from cappy.records.parts import process_folder
     from cappy.records.work import claim, finish
 
+    refuse_same(config.source, config.target)
     parent = read_manifest(config.source)
     terms = terms_of(config, parent.hash)
     generators = [load_generator(spec, terms) for spec in config.generator]

@@ -488,7 +488,7 @@ def test_the_metric_is_the_folders_own_or_must_be_named(tmp_path: Path) -> None:
         write_report(tmp_path / "bare", tmp_path / "report")
     with pytest.raises(RecordError, match=r"plain: instance 'i\d+': candidate 0 has no label 'bleu'; it has 'm'"):
         write_report(tmp_path / "plain", tmp_path / "report", "bleu")
-    with pytest.raises(FolderError, match="unfinished"):
+    with pytest.raises(FolderError, match="holds folders of records"):
         write_report(tmp_path, tmp_path / "report")
     assert not (tmp_path / "report").exists()
 

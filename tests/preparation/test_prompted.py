@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cappy.annotation import AnnotationConfig
+from cappy.annotation import run as annotation
 from cappy.errors import ConfigError, FolderError, RecordError
 from cappy.preparation import PreparationConfig, run
 from cappy.preparation.mixed import _sees
 from cappy.preparation.mixtures import cap
-from cappy.records import Instance, Manifest, prompt_hash, read
+from cappy.records import Instance, Manifest, prompt_hash, read, write
 from cappy.sampling import SamplingConfig
+from cappy.sampling import run as sampling
 
 Prepare = Callable[..., tuple[Manifest, list[Instance]]]
 SHARED = Path(__file__).parents[2].parent / "shared/data"
@@ -305,9 +307,17 @@ def test_shards_are_joined_whole_or_not_at_all(
 
 
 def test_the_source_is_never_the_target(tmp_path: Path) -> None:
-    for config in (AnnotationConfig, SamplingConfig, PreparationConfig):
+    (tmp_path / "a").mkdir()
+    source, target = tmp_path / "a/../same", tmp_path / "same"
+    write(target, [Instance(instance_id="1", instruction="i", references=("r",))])
+    for step in (
+        lambda: annotation(AnnotationConfig(source=source, target=target)),
+        lambda: sampling(SamplingConfig(source=source, target=target)),
+        lambda: run(PreparationConfig(source=str(source), target=target)),
+    ):
         with pytest.raises(ConfigError, match="is the source itself; choose another folder"):
-            config(source=str(tmp_path / "a/../same"), target=tmp_path / "same")  # type: ignore[arg-type]
+            step()
+    assert len(list(read(target))) == 1
 
 
 @pytest.mark.parametrize(("text", "what"), [("a\0b", "holds a NUL"), ("a\ud800b", "holds half a character")])
