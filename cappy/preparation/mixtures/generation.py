@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cappy.errors import ConfigError
 from cappy.preparation.mixtures.facts import NAMES, Mixture, Subset, TemplateFacts, data_text, to_values
+from cappy.preparation.templates.loading import load_templates
 
 TEMPLATE_VERSION = "promptsource 0.1.0"
 """The version that T0 pins."""
@@ -33,13 +32,6 @@ SAMPLES = {"t0": 10, "heldout": 0, "bigbench45": 17}
 """Responses that an LLM samples for each prompt: 5 of BART0 and 5 of T0-3B, none, and the published 17 candidates."""
 
 _JOINED = re.compile(r"""join\(\s*(["'])\s*\|\|\|\s*\1\s*\)""")
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads PromptSource's own tags as plain mappings."""
-
-
-_Loader.add_multi_constructor("!", lambda loader, _, node: loader.construct_mapping(node, deep=True))
 
 
 def write_mixtures(templates: Path, published: Path, target: Path) -> list[Path]:
@@ -107,16 +99,12 @@ def _templates(dataset: str, templates: Path, per_row: float | None) -> Iterator
     path = templates / dataset / "templates.yaml"
     if not path.is_file():
         raise ConfigError(f"{path}: is missing; --templates names PromptSource's folder promptsource/templates")
-    # A SafeLoader with constructors for plain mappings: nothing in the file is run.
-    loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
-    for template in sorted(loaded["templates"].values(), key=lambda template: str(template["name"])):
-        name = template["name"]
-        if (dataset, name) in AT_THAT_VERSION:
-            num_choices = AT_THAT_VERSION[dataset, name]
+    for template in load_templates(templates, dataset):
+        if (dataset, template.name) in AT_THAT_VERSION:
+            num_choices = AT_THAT_VERSION[dataset, template.name]
         else:
-            num_choices = count_choices(template["answer_choices"], per_row)
-        original_task = bool(template["metadata"]["original_task"])
-        yield TemplateFacts(name=name, num_choices=num_choices, original_task=original_task)
+            num_choices = count_choices(template.answer_choices or None, per_row)
+        yield TemplateFacts(name=template.name, num_choices=num_choices, original_task=template.original_task)
 
 
 def _table(path: Path) -> list[dict[str, str]]:
