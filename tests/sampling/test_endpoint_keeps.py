@@ -43,22 +43,23 @@ def config_at(folder: Path, url: str, **values: object) -> SamplingConfig:
 
 
 def test_a_storm_loses_no_instance(tmp_path: Path) -> None:
-    model, weather = Model(), Weather(rate=0.3, seed=1, stall=0.6, later=0.02)
+    model, weather = Model(), Weather(rate=0.3, seed=1, stall=2.0, later=0.02)
     with serving(model) as upstream, proxying(upstream, weather) as url:
-        endpoint = endpoint_at(url, timeout=0.4, concurrency=16, folder=tmp_path)
+        endpoint = endpoint_at(url, timeout=1.5, concurrency=16, folder=tmp_path)
         drawn = endpoint.sample_all(PROMPTS * 3, [GREEDY, SAMPLING], seed=0)
         endpoint.close()
     assert {len(group) for group in drawn} == {5}
     assert {c.status for group in drawn for c in group} == {"ok"}
     assert all(group[0].response.startswith(f"PROMPT {i % 60} ") for i, group in enumerate(drawn))
-    assert endpoint.usage.errors == sum(weather.blown.values()) > 20
+    # A busy machine may let answers come too late as well.
+    assert endpoint.usage.errors >= sum(weather.blown.values()) > 20
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_tried_again(fault: str) -> None:
-    weather = Weather(plan=[fault, fault], stall=0.5)
+    weather = Weather(plan=[fault, fault], stall=1.5)
     with serving(Model()) as upstream, proxying(upstream, weather) as url:
-        endpoint = endpoint_at(url, timeout=0.25)
+        endpoint = endpoint_at(url, timeout=1.0)
         assert endpoint.sample(["one"], GREEDY, seed=0)[0][0].response.startswith("ONE")
         endpoint.close()
     assert endpoint.usage.errors == 2

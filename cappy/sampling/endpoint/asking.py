@@ -86,7 +86,8 @@ class Asker:
     def ask(self, question: Question, numbers: list[int], stop: threading.Event) -> list[Answer]:
         """Answers for the first of these samples, at least one; for all of them where the model takes `n`.
 
-        GeneratorError, one line, where asking on is of no use or the budget is used up.
+        GeneratorError, one line, where asking on is of no use or the budget is used up; `stop` is set then, and
+        StoppedError raised in those who were still to ask.
         """
         attempt = 0
         while True:
@@ -101,6 +102,7 @@ class Asker:
             attempt += 1
             self.meter.add(errors=1)
             if fault.kind == "end" or attempt > self._terms.retries:
+                stop.set()
                 raise GeneratorError(self._last_words(fault, attempt))
             wait = backoff(attempt, self._terms.first_wait)
             # Never earlier than told, and not all at once.
@@ -123,13 +125,20 @@ class Asker:
                     # What others learned in the meantime need not be refused again.
                     count = self._count(numbers)
                     sent, left_out = self.capabilities.trimmed(wanted)
-                    text = self._send(sent)
+                    try:
+                        text = self._send(sent)
+                    except openai.OpenAIError as error:
+                        fault = judge(error, sent)
+                        if fault.kind == "end":
+                            # While the slot is still taken, so that nobody asks in vain after this.
+                            stop.set()
+                        return [], fault
                 answers = read_answers(
                     text, question.instruction, count=count, seed=sent.get("seed"), left_out=left_out
                 )
                 for answer in answers:
                     spent.add(Spent(answer.requests, answer.input_tokens, answer.output_tokens))
-        except (openai.OpenAIError, BadAnswerError) as error:
+        except BadAnswerError as error:
             return [], judge(error, sent)
         if len(answers) < count:
             self.capabilities.refuse("n")

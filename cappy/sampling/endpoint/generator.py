@@ -14,6 +14,7 @@ from cappy.sampling.endpoint.answers import Answer
 from cappy.sampling.endpoint.asking import Asker, Question
 from cappy.sampling.endpoint.cache import Cache, key_of
 from cappy.sampling.endpoint.keys import api_key, refuse_secrets
+from cappy.sampling.endpoint.limits import StoppedError
 from cappy.sampling.paid import Terms, Usage
 from cappy.sampling.strategies import Decoding
 from cappy.specs import Spec
@@ -144,7 +145,11 @@ class Endpoint:
         question, numbers = job
         if len(numbers) > 1 and not self._asker.capabilities.takes("n"):
             return [(question, [number]) for number in numbers]
-        answers = self._asker.ask(question, numbers, stop)
+        try:
+            answers = self._asker.ask(question, numbers, stop)
+        except StoppedError:
+            # Why the run ended is told by the one who ended it.
+            return []
         for number, answer in zip(numbers, answers, strict=False):
             if answer.kept:
                 self._cache.put(self._key(question, number), answer)
