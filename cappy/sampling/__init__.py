@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
@@ -13,6 +13,7 @@ from cappy.errors import ConfigError, shown
 from cappy.progress import Progress, silent
 from cappy.records import Candidate, Instance, Manifest, read_manifest
 from cappy.records.shard import ShardOf, parse_shard
+from cappy.sampling.generators import SamplesAll, check_strategy
 from cappy.sampling.strategies import Decoding, strategy
 
 if TYPE_CHECKING:
@@ -29,18 +30,25 @@ class SamplingConfig:
     target: Annotated[Location, Field(description="Folder to write")]
     generator: Annotated[
         tuple[str, ...],
-        Field(description="LLM to sample from: builtin, a folder, hub:org/name@revision, openai:model@http://host/v1"),
+        Field(
+            description="LLM to sample from: builtin, a folder, hub:org/name@revision, vllm:folder, "
+            "openai:model@http://host/v1"
+        ),
     ] = ()
-    strategy: Annotated[str, Field(description="Which responses to draw: paper17, sampling8, greedy, endpoint8")] = (
-        "paper17"
-    )
+    strategy: Annotated[
+        str,
+        Field(
+            description="Which responses to draw: paper17, paper17-leaky, paper-pretrain, sampling8, endpoint8; "
+            "decodings as beam4+topk40x4; or a file of them"
+        ),
+    ] = "paper17"
     seed: Annotated[int, Field(description="Seed of the draw")] = 0
     part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 64
     shard: ShardOf = ""
     work: Work = DEFAULT_WORK
 
     def __post_init__(self) -> None:
-        strategy(self.strategy)
+        check_strategy(self.generator, strategy(self.strategy))
         parse_shard(self.shard)
 
 
@@ -68,10 +76,17 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
 
     revisions = {generator.name: generator.revision for generator in generators}
 
-    def drawn(part: Sequence[Instance]) -> dict[str, int]:
-        return {"sampled": sum(one.generator in revisions for instance in part for one in instance.candidates)}
+    # The file of decodings may change while its path stays.
+    stated = identity(config) | {"decodings": [asdict(decoding) for decoding in decodings]}
+    seen = 0
 
-    with claim(config.work, "sampling", identity(config), [parent.hash, *revisions.values()]) as folder:
+    def drawn(part: Sequence[Instance]) -> dict[str, int]:
+        nonlocal seen
+        before, seen = seen, sum(getattr(generator, "cut", 0) for generator in generators)
+        sampled = sum(one.generator in revisions for instance in part for one in instance.candidates)
+        return {"sampled": sampled, "cut": seen - before}
+
+    with claim(config.work, "sampling", stated, [parent.hash, *revisions.values()]) as folder:
         parts = process_folder(
             config.source,
             folder,
@@ -84,7 +99,7 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
         manifest = Manifest(
             step="sampling",
             files=parts.files,
-            config=identity(config),
+            config=stated,
             code=code_version(),
             seed=config.seed,
             generators=revisions,
@@ -99,6 +114,8 @@ def sample(
 ) -> Iterator[Instance]:
     """The instances with every generator's candidates appended, in order; equal arguments give equal candidates.
 
+    What a generator on this machine draws does not depend on the part (see `LocalLLM`); an endpoint's seeds do.
+
     Instances with choices keep those as their candidates and learn how likely the first generator that knows finds
     each.
     """
@@ -109,17 +126,30 @@ def sample(
         raise ConfigError(f"sampling: instance {shown(bare.instance_id)} has no candidate; {remedy}")
     added: dict[str, list[Candidate]] = {instance.instance_id: [] for instance in open_ended}
     prompts = [instance.instruction for instance in open_ended]
-    for generator in generators:
-        for decoding in decodings:
-            draw = _seed(seed, generator.name, decoding.name, [instance.instance_id for instance in open_ended])
-            for instance, drawn in zip(open_ended, generator.sample(prompts, decoding, seed=draw), strict=True):
-                added[instance.instance_id] += drawn
+    for position, generator in enumerate(generators):
+        own = [decoding for decoding in decodings if decoding.generator in (None, position)]
+        for drawn in _drawn(generator, prompts, own, seed, [instance.instance_id for instance in open_ended]):
+            for instance, candidates in zip(open_ended, drawn, strict=True):
+                added[instance.instance_id] += candidates
     closed = _with_likelihoods([instance for instance in part if instance.choices], generators)
     for instance in part:
         if instance.choices:
             yield next(closed)
         else:
             yield replace(instance, candidates=(*instance.candidates, *added[instance.instance_id]))
+
+
+def _drawn(
+    generator: "Generator", prompts: Sequence[str], decodings: Sequence[Decoding], seed: int, ids: Sequence[str]
+) -> Iterator[list[list[Candidate]]]:
+    """For one decoding after another, or for all at once, the candidates of every prompt."""
+    if not prompts or not decodings:
+        return
+    if isinstance(generator, SamplesAll):
+        yield generator.sample_all(prompts, decodings, seed=_seed(seed, generator.name))
+        return
+    for decoding in decodings:
+        yield generator.sample(prompts, decoding, seed=_seed(seed, generator.name, decoding.name, ids))
 
 
 def _with_likelihoods(instances: Sequence[Instance], generators: Sequence["Generator"]) -> Iterator[Instance]:

@@ -74,13 +74,72 @@ def test_the_step_samples_from_a_real_llm_and_its_second_run_does_nothing(tmp_pa
         )
 
     manifest = run(config("one"))
-    assert manifest.metrics == {"instances": 5, "candidates": 40, "sampled": 40}
+    assert manifest.metrics == {"instances": 5, "candidates": 40, "sampled": 40, "cut": 0}
     parts = sorted((tmp_path / "work").rglob("*.parquet"))
     before = [path.stat().st_mtime_ns for path in parts]
     assert run(config("two")).hash == manifest.hash
     assert [path.stat().st_mtime_ns for path in parts] == before
     assert list(read(tmp_path / "one")) == list(read(tmp_path / "two"))
     assert all(c.logprob_sum is not None and c.revision for i in read(tmp_path / "one") for c in i.candidates)
+
+
+def test_a_decoding_for_one_generator_is_drawn_by_that_one() -> None:
+    class Other(Echo):
+        name = "other"
+
+        def sample_all(
+            self, instructions: Sequence[str], decodings: Sequence[Decoding], *, seed: int
+        ) -> list[list[Candidate]]:
+            return [[Candidate(response=one.name, seed=seed) for one in decodings] for _ in instructions]
+
+    first, second = STRATEGIES["paper-pretrain"]
+    echo = Echo()
+    (drawn,) = sample([instance(1)], [echo, Other()], [first, second], seed=0)
+    assert echo.asked == ["say 1"]
+    assert [c.response.split()[0] for c in drawn.candidates] == [*["say"] * 5, second.name]
+
+
+def test_a_strategy_for_two_generators_is_refused_with_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--strategy is for 2 generators, got 1"):
+        SamplingConfig(source=tmp_path, target=tmp_path, generator=("builtin",), strategy="paper-pretrain")
+
+
+def test_candidates_do_not_depend_on_the_size_of_parts_and_cuts_are_counted(tmp_path: Path, llm_folder: Path) -> None:
+    long = Instance(instance_id="long", instruction="where is the dog " * 300, references=("x",))
+    write(tmp_path / "in", [*(instance(n) for n in range(4)), long])
+
+    def drawn(part_rows: int) -> list[list[str]]:
+        config = SamplingConfig(
+            source=tmp_path / "in",
+            target=tmp_path / f"out{part_rows}",
+            generator=(str(llm_folder),),
+            strategy="beam2+sampling3",
+            part_rows=part_rows,
+            work=tmp_path / "work",
+        )
+        assert run(config).metrics["cut"] == 1
+        return [[candidate.response for candidate in one.candidates] for one in read(config.target)]
+
+    assert drawn(2) == drawn(5)
+
+
+def test_an_edited_file_of_decodings_is_other_work(tmp_path: Path, llm_folder: Path) -> None:
+    write(tmp_path / "in", [instance(1)])
+    strategy = tmp_path / "s.yaml"
+    counts = []
+    for count in (1, 3):
+        strategy.write_text(f"[sampling{count}]")
+        config = SamplingConfig(
+            source=tmp_path / "in",
+            target=tmp_path / f"out{count}",
+            generator=(str(llm_folder),),
+            strategy=str(strategy),
+            work=tmp_path / "work",
+        )
+        manifest = run(config)
+        counts.append(manifest.metrics["sampled"])
+        assert manifest.config["decodings"][0]["num_samples"] == count
+    assert counts == [1, 3]
 
 
 def test_an_unknown_strategy_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -1,0 +1,220 @@
+"""What the LLMs that run on this machine share: loading, batches by length, and candidates in the original order."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
+
+from cappy.errors import ConfigError, FolderError, shown
+from cappy.records import Candidate
+from cappy.records.folder import sha256_of
+from cappy.sampling.decoding import Response
+from cappy.sampling.strategies import Decoding
+
+MOST_LOGITS = 2**26
+"""Logits that one batch of likelihoods may hold, 4 bytes each."""
+
+
+class LocalLLM(ABC):
+    """An LLM of transformers in a folder: safetensors alone, no code of the folder's own, float32.
+
+    `BATCH_TOKENS` bounds a batch: rows times the longest prompt with its response. `cut` counts the instructions that
+    were longer than the model's context and lost their end.
+
+    What is drawn depends on the seed, the instruction, the decoding's name and the number of the sample, and not on
+    what else is asked for. Batches differ in the last bits of their logits, though: where two tokens are as good as
+    equal, or a draw falls on the border of two, another company in the batch can turn the choice. Two instances with
+    the same instruction draw the same candidates.
+    """
+
+    BATCH_TOKENS = 32_768
+    AUTO_MODEL: Any
+
+    def __init__(self, name: str, folder: str | Path, revision: str = "") -> None:
+        path = Path(folder)
+        config = read_config(path)
+        self.name = name
+        self.revision = revision or weights_hash(path)
+        self.cut = 0
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        disable_progress_bar()
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self.model: Any = self.AUTO_MODEL.from_pretrained(
+                path, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise _unloadable(path, error) from error
+        self.model.to(self.device).eval()
+        # generate() fills whatever a call leaves open from the model's own configuration; an empty one leaks nothing.
+        self.model.generation_config = GenerationConfig()
+        self.ends = torch.tensor(end_tokens(self.tokenizer, config, path), device=self.device)
+        self.pad: int = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
+
+    def sample(self, instructions: Sequence[str], decoding: Decoding, *, seed: int) -> list[list[Candidate]]:
+        """`decoding.num_samples` candidates per instruction, in order, with likelihoods."""
+        return self.sample_all(instructions, (decoding,), seed=seed)
+
+    def sample_all(
+        self, instructions: Sequence[str], decodings: Sequence[Decoding], *, seed: int
+    ) -> list[list[Candidate]]:
+        """The candidates of all decodings, in their order, per instruction; each instruction is encoded once."""
+        return [
+            [
+                self._candidate(response, decoding, seed)
+                for decoding, responses in zip(decodings, drawn, strict=True)
+                for response in responses
+            ]
+            for drawn in self.respond(instructions, decodings, seed=seed)
+        ]
+
+    @torch.inference_mode()
+    def respond(
+        self, instructions: Sequence[str], decodings: Sequence[Decoding], *, seed: int
+    ) -> list[list[list[Response]]]:
+        """Responses as tokens: of each instruction, for each decoding, its samples."""
+        most = max(decoding.max_new_tokens for decoding in decodings)
+        prompts = self._prompts(instructions, most)
+        rows = sum(max(decoding.num_samples, decoding.num_beams) for decoding in decodings)
+        found: list[list[list[Response]]] = [[] for _ in instructions]
+        for batch in batches([len(prompt) for prompt in prompts], room=most, budget=self.BATCH_TOKENS // rows):
+            drawn = self._respond([instructions[i] for i in batch], [prompts[i] for i in batch], decodings, seed)
+            for place, responses in zip(batch, drawn, strict=True):
+                found[place] = responses
+        return found
+
+    @torch.inference_mode()
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
+        """(sum of log-probabilities, number of tokens) of each given response, end token included."""
+        responses = [self._response(response) for _, response in pairs]
+        instructions = list(dict.fromkeys(instruction for instruction, _ in pairs))
+        most = max(map(len, responses), default=0)
+        prompts = dict(zip(instructions, self._prompts(instructions, most), strict=True))
+        asked = [(prompts[instruction], response) for (instruction, _), response in zip(pairs, responses, strict=True)]
+        budget = min(self.BATCH_TOKENS, MOST_LOGITS // self.model.config.vocab_size)
+        found = [(0.0, 0)] * len(pairs)
+        for batch in batches([len(prompt) + len(response) for prompt, response in asked], room=0, budget=budget):
+            sums = self._sums([asked[i][0] for i in batch], [asked[i][1] for i in batch])
+            for place, total in zip(batch, sums.tolist(), strict=True):
+                found[place] = (total, len(asked[place][1]))
+        return found
+
+    def generation_config(self, decoding: Decoding) -> GenerationConfig:
+        """Every knob of a beam search, stated; the decoding loop of our own needs none."""
+        return GenerationConfig(
+            do_sample=False,
+            num_beams=decoding.num_beams,
+            num_return_sequences=decoding.num_samples,
+            max_new_tokens=decoding.max_new_tokens,
+            min_new_tokens=decoding.min_new_tokens or None,
+            decoder_start_token_id=getattr(self.model.config, "decoder_start_token_id", None),
+            eos_token_id=self.ends.tolist(),
+            pad_token_id=self.pad,
+        )
+
+    @abstractmethod
+    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
+        """Tokens of each instruction, cut so that `room` more have their place; counts in `cut`."""
+
+    @abstractmethod
+    def _response(self, text: str) -> list[int]:
+        """Tokens of a given response, end token included."""
+
+    @abstractmethod
+    def _respond(
+        self,
+        instructions: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        decodings: Sequence[Decoding],
+        seed: int,
+    ) -> list[list[list[Response]]]:
+        """`respond` for one batch."""
+
+    @abstractmethod
+    def _sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Sum of the log-probabilities of each response's tokens after its prompt: (rows,)."""
+
+    def _ended(self, sequences: torch.Tensor) -> list[tuple[int, ...]]:
+        """Tokens of each row (rows, length) up to and with its first end token."""
+        ends = set(self.ends.tolist())
+        rows: list[list[int]] = sequences.tolist()
+        stops = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
+        return [tuple(row[:stop]) for row, stop in zip(rows, stops, strict=True)]
+
+    def _candidate(self, response: Response, decoding: Decoding, seed: int) -> Candidate:
+        text = self.tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
+        return Candidate(
+            response=text,
+            generator=self.name,
+            revision=self.revision,
+            decoding=decoding.name,
+            seed=seed,
+            status="ok" if text else "empty",
+            logprob_sum=response.logprob_sum,
+            logprob_mean=response.logprob_sum / max(len(response.tokens), 1),
+            num_tokens=len(response.tokens),
+        )
+
+
+def batches(lengths: Sequence[int], *, room: int, budget: int) -> Iterator[list[int]]:
+    """Places of all lengths, longest first, in batches of like lengths.
+
+    A batch holds at most `budget` tokens, padding and `room` more for each included, and at least one place.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    start = 0
+    while start < len(order):
+        count = max(1, budget // max(1, lengths[order[start]] + room))
+        yield order[start : start + count]
+        start += count
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, both (rows, longest)."""
+    longest = max(map(len, rows))
+    gaps = [longest - len(row) for row in rows]
+    ids = [[fill] * gap + list(row) if left else list(row) + [fill] * gap for row, gap in zip(rows, gaps, strict=True)]
+    mask = [
+        [0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in zip(rows, gaps, strict=True)
+    ]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration of a model folder; FolderError if there is none that transformers knows."""
+    if not (folder / "config.json").is_file():
+        raise FolderError(f"{folder}: no config.json there; a local generator is a folder that transformers saved")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(folder, error) from error
+
+
+def weights_hash(folder: Path) -> str:
+    """Names the weights by their sha256; FolderError if there are no safetensors."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise FolderError(f"{folder}: holds no *.safetensors; save the model with safe_serialization=True")
+    return "-".join(sha256_of(path)[:12] for path in weights)
+
+
+def end_tokens(tokenizer: Any, config: Any, folder: Path) -> list[int]:
+    """The tokens that end a response, the tokenizer's own first; ConfigError if neither names one."""
+    own = getattr(config, "eos_token_id", None)
+    told = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    ends = list(dict.fromkeys(end for end in told if end is not None and end < config.vocab_size))
+    if not ends:
+        raise ConfigError(f"{folder}: neither tokenizer nor config.json names an end token; set eos_token_id there")
+    return ends
+
+
+def _unloadable(folder: Path, error: Exception) -> FolderError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return FolderError(
+        f"{folder}: transformers cannot load it ({shown(reason, 120)}); it must be a model with its tokenizer, without "
+        "code of its own"
+    )
