@@ -31,7 +31,7 @@ class LocalLLM(ABC):
     the same instruction draw the same candidates.
     """
 
-    BATCH_TOKENS = 32_768
+    BATCH_TOKENS = 65_536
     AUTO_MODEL: Any
 
     def __init__(self, name: str, folder: str | Path, revision: str = "") -> None:
