@@ -77,7 +77,7 @@ def measured(url: str, arguments: argparse.Namespace) -> tuple[float, float]:
     for _ in range(2):
         endpoint = Endpoint(parse_spec(f"openai:m@{url}"), terms)
         started = time.perf_counter()
-        drawn = endpoint.sample([f"prompt {i}" for i in range(arguments.calls)], Decoding(name="sampling"), seed=0)
+        drawn = endpoint.sample([f"prompt {i}" for i in range(arguments.calls)], [Decoding(name="sampling")], seed=0)
         seconds.append(time.perf_counter() - started)
         endpoint.close()
         assert all(one.status == "ok" for group in drawn for one in group)

@@ -98,7 +98,7 @@ def train(start: str, annotated: Path, folder: Path, epochs: float) -> Manifest:
     return pretraining(PretrainingConfig(encoder=encoder, max_length=256, **common), progress)
 
 
-def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
     """A line every ten units."""
     if done % 10 == 0:
         print(f"{done}/{total} {unit}", flush=True)

@@ -11,11 +11,13 @@ from typing import Protocol
 class Progress(Protocol):
     """Told by a step after each piece of work."""
 
-    def __call__(self, done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
-        """`done` of `total` units are finished; `resumed` of them were finished before this start."""
+    def __call__(
+        self, done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = ""
+    ) -> None:
+        """`done` of `total` units are finished, `resumed` of them before this start; `note` says more to a person."""
 
 
-def silent(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+def silent(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
     """Progress that nobody looks at."""
 
 
@@ -29,6 +31,7 @@ class State:
     resumed: int
     started: float
     updated: float
+    note: str = ""
 
     @property
     def per_second(self) -> float:
@@ -45,7 +48,7 @@ class State:
 
 
 def describe(state: State) -> str:
-    """How far a step is, for a person: done of total, what was resumed, rate, time left."""
+    """How far a step is, for a person: done of total, what was resumed, rate, time left, the note."""
     total = "" if state.total is None else f" of {state.total:,}"
     resumed = f" ({state.resumed:,} resumed)" if state.resumed else ""
     parts = [f"{state.done:,}{total} {state.unit}{resumed}"]
@@ -54,6 +57,8 @@ def describe(state: State) -> str:
         parts.append(f"{rate} {state.unit}/s")
     if state.seconds_left:
         parts.append(f"{duration(state.seconds_left)} left")
+    if state.note:
+        parts.append(state.note)
     return ", ".join(parts)
 
 
@@ -77,12 +82,14 @@ class FileProgress:
         self._started = time.time()
         self._updated = 0.0
 
-    def __call__(self, done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+    def __call__(
+        self, done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = ""
+    ) -> None:
         now = time.time()
         if now - self._updated < 0.2 and done != total:
             return
         self._updated = now
-        state = State(done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now)
+        state = State(done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now, note=note)
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(asdict(state)))
         temporary.replace(self._path)

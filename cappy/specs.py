@@ -4,6 +4,7 @@ builtin                        the one that comes with the project
 path/to/folder                 a folder on this machine
 hub:org/name@revision          a Hugging Face repository at a pinned commit
 openai:model@http://host/v1    an LLM behind an OpenAI-compatible endpoint
+vllm:path, vllm:hub:...        a folder or a repository as above, run by vLLM
 models:/name@alias             a version in the MLflow registry, by alias
 models:/name/version           the same, by number
 """
@@ -16,10 +17,11 @@ from typing import Literal
 from cappy.errors import ConfigError, FolderError, shown
 from cappy.records.folder import verify
 
-Kind = Literal["builtin", "path", "hub", "openai", "models"]
+Kind = Literal["builtin", "path", "hub", "openai", "vllm", "models"]
 
 _REVISION = re.compile(r"[0-9a-f]{7,40}")
-FORMS = "builtin, a folder, hub:org/name@revision, openai:model@http://host/v1 or models:/name@alias"
+SCORERS = "builtin, a folder, hub:org/name@revision or models:/name@alias"
+FORMS = f"{SCORERS} for a scorer; builtin, a folder, hub:, vllm:folder or openai:model@http://host/v1 for an LLM"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,11 @@ def parse_spec(text: str) -> Spec:
         if not name or not url.startswith(("http://", "https://")):
             raise ConfigError(f"{shown(text)}: an endpoint is openai:model@http://host:port/v1")
         return Spec(text=text, kind="openai", name=name, url=url)
+    if text.startswith("vllm:"):
+        inner = text.removeprefix("vllm:")
+        if not inner.strip() or parse_spec(inner).kind not in ("path", "hub"):
+            raise ConfigError(f"{shown(text)}: a vLLM spec is vllm:folder or vllm:hub:org/name@revision")
+        return Spec(text=text, kind="vllm", name=inner)
     if text.startswith("models:/"):
         name, separator, revision = re.fullmatch(r"([^@/]*)([@/]?)(.*)", text.removeprefix("models:/")).groups()  # type: ignore[union-attr]
         if not name or not revision or (separator == "/" and not revision.isdigit()):
@@ -63,13 +70,13 @@ def scorer_folder(text: str) -> Path:
     Folders that other tools wrote have no manifest to check: they are taken as they are, safetensors only.
     """
     spec = parse_spec(text)
-    if spec.kind == "openai":
-        raise ConfigError(f"{shown(text)}: an endpoint samples, it does not score; a scorer is {FORMS}")
+    if spec.kind in ("openai", "vllm"):
+        raise ConfigError(f"{shown(text)}: an endpoint samples, it does not score; a scorer is {SCORERS}")
     folder = _local(spec)
     if (folder / "manifest.json").exists():
         verify(folder)
     elif not (folder / "config.json").exists():
-        raise FolderError(f"{folder}: neither manifest.json nor config.json, so it is no scorer; {FORMS}")
+        raise FolderError(f"{folder}: neither manifest.json nor config.json, so it is no scorer; a scorer is {SCORERS}")
     return folder
 
 
@@ -86,7 +93,7 @@ def _local(spec: Spec) -> Path:
         return hub_folder(spec)
     folder = Path(spec.name)
     if not folder.is_dir():
-        raise FolderError(f"{folder}: no such folder; a scorer is {FORMS}")
+        raise FolderError(f"{folder}: no such folder; a scorer is {SCORERS}")
     return folder
 
 

@@ -59,7 +59,7 @@ def _make_scorer(arguments: argparse.Namespace) -> None:
     sys.stderr.write(f"{dict(manifest.metrics)}\n")
 
 
-def _progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+def _progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
     sys.stderr.write(f"\r{done}/{total} {unit}   ")
 
 

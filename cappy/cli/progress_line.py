@@ -34,9 +34,11 @@ class ProgressLine:
         if self._status is not None:
             self._status.stop()
 
-    def __call__(self, done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+    def __call__(
+        self, done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = ""
+    ) -> None:
         now = time.time()
-        state = State(done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now)
+        state = State(done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now, note=note)
         self.show(describe(state))
 
     def show(self, text: str) -> None:

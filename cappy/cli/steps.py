@@ -1,10 +1,11 @@
 """The nine step verbs: flags from the config class, the step's own `run`, one line at the end."""
 
 import inspect
+import json
 import time
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -66,7 +67,7 @@ def make_command(
     as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, annotation=JSON_FLAG, default=False)
     flags = [*parameters(settings), *([_flag(extra)] if extra else ()), as_json]
     if extra and extra.before is not Extra.before:
-        flags = [_optional(flag) if flag.name == "target" else flag for flag in flags]
+        flags = [_optional(flag, extra.name) if flag.name == "target" else flag for flag in flags]
     signature = inspect.Signature(flags)
     verb.__signature__ = signature  # type: ignore[attr-defined]
     verb.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
@@ -82,11 +83,11 @@ def _flag(extra: Extra) -> inspect.Parameter:
     )
 
 
-def _optional(flag: inspect.Parameter) -> inspect.Parameter:
+def _optional(flag: inspect.Parameter, other: str) -> inspect.Parameter:
     """The flag where another may take its place; a run without both is refused."""
     kind, option = get_args(flag.annotation)
     told = copy(option)
-    told.show_default = "needed, but for --plan"
+    told.show_default = f"needed, but for --{other}"
     return flag.replace(default=None, annotation=Annotated[kind, told])
 
 
@@ -99,6 +100,23 @@ def _plan(values: Mapping[str, Any]) -> bool:
     mixture = chosen(load_mixture(values["mixture"]), values["subsets"])
     typer.echo((to_json(mixture) if values["as_json"] else text(mixture, by_template=True)).rstrip())
     return True
+
+
+def _estimate(values: Mapping[str, Any]) -> bool:
+    from cappy.sampling import SamplingConfig, terms_of
+    from cappy.sampling.estimate import describe, estimate
+
+    # Nothing is written, so any place does.
+    config = build(SamplingConfig, {**_settings(values), "target": values["target"] or "nowhere"})
+    found = estimate(config)
+    if not found:
+        raise ConfigError("sampling: --estimate needs an LLM to ask; name it with --generator")
+    typer.echo(json.dumps([asdict(one) for one in found]) if values["as_json"] else describe(found, terms_of(config)))
+    return True
+
+
+def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "as_json"}
 
 
 def _report(config: Any, told: bool) -> None:
@@ -114,6 +132,11 @@ def _report(config: Any, told: bool) -> None:
 EXTRAS = {
     "preparation": Extra(
         name="plan", help="Print what the mixture holds, template by template; load nothing.", before=_plan
+    ),
+    "sampling": Extra(
+        name="estimate",
+        help="Print requests, tokens, minutes and cost of the run; ask nothing, write nothing.",
+        before=_estimate,
     ),
     "annotation": Extra(name="report", help="Describe the data: tables here, plots in TARGET/report.", after=_report),
 }

@@ -1,21 +1,21 @@
 """Sampling: candidates for every instance, from one LLM or several."""
 
-import hashlib
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, code_version, fingerprint, identity, settings
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
-from cappy.records import Candidate, Instance, Manifest, read_manifest
+from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
 from cappy.sampling.accounts import accounts, taken
-from cappy.sampling.paid import Api, Paid, Terms
-from cappy.sampling.strategies import Decoding, strategy
+from cappy.sampling.generators import check_strategy
+from cappy.sampling.paid import Api, Terms
+from cappy.sampling.strategies import share, strategy
 
 if TYPE_CHECKING:
     from cappy.sampling.generators import Generator
@@ -31,18 +31,26 @@ class SamplingConfig:
     target: Annotated[Location, Field(description="Folder to write")]
     generator: Annotated[
         tuple[str, ...],
-        Field(description="LLM to sample from: builtin, a folder, hub:org/name@revision, openai:model@http://host/v1"),
+        Field(
+            description="LLM to sample from: builtin, a folder, hub:org/name@revision, vllm:folder, "
+            "openai:model@http://host/v1"
+        ),
     ] = ()
-    strategy: Annotated[str, Field(description="Which responses to draw: paper17, sampling8, greedy, endpoint8")] = (
-        "paper17"
-    )
+    strategy: Annotated[
+        str,
+        Field(
+            description="Which responses to draw: paper17, paper17-leaky, paper-pretrain, sampling8, endpoint8; "
+            "decodings as beam4+topk40x4; or a file of them"
+        ),
+    ] = "paper17"
     seed: Annotated[int, Field(description="Seed of the draw")] = 0
     part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 64
     shard: ShardOf = ""
     work: Work = DEFAULT_WORK
     api: Annotated[Api, Field(description="How an endpoint is asked: chat, or completions for a base model")] = "chat"
     extra: Annotated[
-        tuple[Literal["top_k"], ...], Field(description="Knobs beyond OpenAI's that the endpoint takes: top_k (vLLM)")
+        tuple[Literal["top_k", "min_p", "min_tokens"], ...],
+        Field(description="Knobs beyond OpenAI's that the endpoint takes, as vLLM's does: top_k, min_p, min_tokens"),
     ] = ()
     concurrency: Annotated[int, LOCATION, Field(ge=1, le=1024, description="Requests to an endpoint at a time")] = 8
     requests_per_minute: Annotated[int, LOCATION, Field(ge=0, description="Most requests a minute; 0: no limit")] = 0
@@ -58,7 +66,7 @@ class SamplingConfig:
     retries: Annotated[int, LOCATION, Field(ge=0, le=100, description="Further attempts at a failed request")] = 8
 
     def __post_init__(self) -> None:
-        strategy(self.strategy)
+        check_strategy(self.generator, strategy(self.strategy))
         parse_shard(self.shard)
         if self.budget_money and not (self.price_input or self.price_output):
             remedy = "give --price-input and --price-output, per million tokens"
@@ -108,40 +116,41 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
     """
     from cappy.records.parts import process_folder
     from cappy.records.work import claim, finish
+    from cappy.sampling.candidates import sample
+    from cappy.sampling.telling import Telling
 
     refuse_same(config.source, config.target)
     parent = read_manifest(config.source)
     terms = terms_of(config, parent.hash)
     generators = [load_generator(spec, terms) for spec in config.generator]
-    paid = [generator for generator in generators if isinstance(generator, Paid)]
     decodings = strategy(config.strategy)
-    for generator in paid:
-        generator.check(decodings)
+    for position, generator in enumerate(generators):
+        generator.check(share(decodings, position))
+    telling = Telling(progress, generators, decodings)
 
     def transform(part: list[Instance]) -> Iterator[Instance]:
-        return sample(part, generators, decodings, seed=config.seed)
+        return sample(part, generators, decodings, seed=config.seed, told=telling.drawn)
 
     revisions = {generator.name: generator.revision for generator in generators}
 
-    def drawn(part: Sequence[Instance]) -> dict[str, int]:
-        sampled = sum(one.generator in revisions for instance in part for one in instance.candidates)
-        return {"sampled": sampled, **taken(part, paid)}
+    # The file of decodings may change while its path stays.
+    stated = identity(config) | {"decodings": [asdict(decoding) for decoding in decodings]}
 
-    with claim(config.work, "sampling", identity(config), [parent.hash, *revisions.values()]) as folder:
+    with claim(config.work, "sampling", stated, [parent.hash, *revisions.values()]) as folder:
         parts = process_folder(
             config.source,
             folder,
             transform,
             rows=parse_shard(config.shard).rows(parent.rows),
             part_rows=config.part_rows,
-            progress=progress,
-            count=drawn,
+            progress=telling,
+            count=partial(taken, generators=generators),
         )
         metrics, facts = accounts(parts.counts, terms)
         manifest = Manifest(
             step="sampling",
             files=parts.files,
-            config=identity(config),
+            config=stated,
             code=code_version(),
             seed=config.seed,
             generators=revisions,
@@ -150,59 +159,3 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
             facts=facts,
         )
         return finish(folder, config.target, manifest)
-
-
-def sample(
-    part: Sequence[Instance], generators: Sequence["Generator"], decodings: Sequence[Decoding], *, seed: int
-) -> Iterator[Instance]:
-    """The instances with every generator's candidates appended, in order; equal arguments give equal candidates.
-
-    Instances with choices keep those as their candidates and learn how likely the first generator that knows finds
-    each.
-    """
-    open_ended = [instance for instance in part if not instance.choices]
-    bare = next((instance for instance in open_ended if not instance.candidates), None)
-    if bare and not generators:
-        remedy = "name an LLM with --generator, or give responses in the file"
-        raise ConfigError(f"sampling: instance {shown(bare.instance_id)} has no candidate; {remedy}")
-    added: dict[str, list[Candidate]] = {instance.instance_id: [] for instance in open_ended}
-    prompts = [instance.instruction for instance in open_ended]
-    for generator in generators:
-        if isinstance(generator, Paid):
-            for instance, drawn in zip(open_ended, generator.sample_all(prompts, decodings, seed=seed), strict=True):
-                added[instance.instance_id] += drawn
-            continue
-        for decoding in decodings:
-            draw = _seed(seed, generator.name, decoding.name, [instance.instance_id for instance in open_ended])
-            for instance, drawn in zip(open_ended, generator.sample(prompts, decoding, seed=draw), strict=True):
-                added[instance.instance_id] += drawn
-    closed = _with_likelihoods([instance for instance in part if instance.choices], generators)
-    for instance in part:
-        if instance.choices:
-            yield next(closed)
-        else:
-            yield replace(instance, candidates=(*instance.candidates, *added[instance.instance_id]))
-
-
-def _with_likelihoods(instances: Sequence[Instance], generators: Sequence["Generator"]) -> Iterator[Instance]:
-    pairs = [(instance.instruction, candidate.response) for instance in instances for candidate in instance.candidates]
-    known = (generator.likelihoods(pairs) for generator in generators) if pairs else iter(())
-    found = next((likelihoods for likelihoods in known if likelihoods is not None), None)
-    if found is None:
-        yield from instances
-        return
-    likelihoods = iter(found)
-    for instance in instances:
-        told = zip(instance.candidates, itertools.islice(likelihoods, len(instance.candidates)), strict=True)
-        yield replace(
-            instance,
-            candidates=tuple(
-                replace(candidate, logprob_sum=total, logprob_mean=total / max(count, 1), num_tokens=count)
-                for candidate, (total, count) in told
-            ),
-        )
-
-
-def _seed(*parts: object) -> int:
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") & 0x7FFF_FFFF

@@ -1,4 +1,4 @@
-"""What paid sampling took, part by part and in all, as the manifest tells it."""
+"""What sampling took, part by part and in all, as the manifest tells it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -6,28 +6,31 @@ from typing import Any
 
 from cappy.records import Instance
 from cappy.records.instance import STATUSES
-from cappy.sampling.paid import Paid, Terms
+from cappy.sampling.generators import Generator
+from cappy.sampling.paid import Terms
 
 _NOT_ASKED = "not_asked/"
 
 
-def taken(part: Sequence[Instance], paid: Sequence[Paid]) -> dict[str, int]:
-    """Counts of a finished part: tokens and attempts, candidates by status, and how many responses are different.
+def taken(part: Sequence[Instance], generators: Sequence[Generator]) -> dict[str, int]:
+    """Counts of a finished part: what the generators tell, candidates by status, how many responses are different.
 
     `distinct` adds up the effective numbers: for each instance the different responses among its candidates that may
-    be selected; `duplicates` are the others of those. Nothing where no generator is paid for.
+    be selected; `duplicates` are the others of those. Nothing without a generator.
     """
-    if not paid:
+    if not generators:
         return {}
-    names = {generator.name for generator in paid}
-    counts: Counter[str] = Counter(dict.fromkeys((*(s for s in STATUSES if s != "ok"), "distinct", "duplicates"), 0))
+    names = {generator.name for generator in generators}
+    counted = ("sampled", *(status for status in STATUSES if status != "ok"), "distinct", "duplicates")
+    counts: Counter[str] = Counter(dict.fromkeys(counted, 0))
     for instance in part:
         drawn = [candidate for candidate in instance.candidates if candidate.generator in names]
+        counts["sampled"] += len(drawn)
         counts.update(candidate.status for candidate in drawn if candidate.status != "ok")
         responses = [candidate.response for candidate in drawn if candidate.selectable]
         counts["distinct"] += len(set(responses))
         counts["duplicates"] += len(responses) - len(set(responses))
-    for generator in paid:
+    for generator in generators:
         counts.update(generator.tally())
     return dict(counts)
 

@@ -1,6 +1,8 @@
 """What a generator is, and how a spec becomes one."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from cappy.errors import ConfigError, shown
@@ -8,6 +10,12 @@ from cappy.records import Candidate
 from cappy.sampling.paid import Terms
 from cappy.sampling.strategies import Decoding
 from cappy.specs import hub_folder, parse_spec
+
+_GENERATES = ("ForCausalLM", "LMHeadModel")
+
+
+def unheard(candidates: int) -> None:
+    """Nobody counts the candidates."""
 
 
 class Generator(Protocol):
@@ -19,11 +27,47 @@ class Generator(Protocol):
     name: str
     revision: str
 
-    def sample(self, instructions: Sequence[str], decoding: Decoding, *, seed: int) -> list[list[Candidate]]:
-        """`decoding.num_samples` candidates per instruction, in order; equal arguments draw equal candidates."""
+    def check(self, decodings: Sequence[Decoding]) -> None:
+        """ConfigError for a decoding that it cannot do, before anything is drawn."""
+
+    def sample(
+        self,
+        instructions: Sequence[str],
+        decodings: Sequence[Decoding],
+        *,
+        seed: int,
+        told: Callable[[int], None] = unheard,
+    ) -> list[list[Candidate]]:
+        """The candidates of all decodings, in their order, per instruction; `told` hears of them as they come.
+
+        What is drawn for an instruction depends on the seed, the instruction and the decoding, not on the instructions
+        beside it.
+        """
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]] | None:
         """(sum of log-probabilities, number of tokens) of each given response, end token included; None if unknown."""
+
+    def tally(self) -> Mapping[str, int]:
+        """Counts for the manifest of what the candidates since the last call took; forgets them."""
+
+
+def check_strategy(specs: Sequence[str], decodings: Sequence[Decoding]) -> None:
+    """ConfigError for what can be known to fail before anything is loaded."""
+    beams = next((decoding for decoding in decodings if decoding.num_beams > 1), None)
+    for text in specs:
+        if beams and parse_spec(text).kind == "vllm":
+            raise ConfigError(f"{text}: vLLM does no beams here ({beams.name}); choose a --strategy without, as greedy")
+    needed = max((decoding.generator + 1 for decoding in decodings if decoding.generator is not None), default=0)
+    if specs and needed > len(specs):
+        raise ConfigError(
+            f"sampling: --strategy is for {needed} generators, got {len(specs)}; name each with --generator"
+        )
+
+
+def seed_of(seed: int, generator: str) -> int:
+    """The seed of one generator of a run, below 2^31."""
+    digest = hashlib.blake2b(repr((seed, generator)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") & 0x7FFF_FFFF
 
 
 def load_generator(text: str, terms: Terms | None = None) -> Generator:
@@ -35,15 +79,38 @@ def load_generator(text: str, terms: Terms | None = None) -> Generator:
         return Endpoint(spec, terms)
     if spec.kind == "models":
         raise ConfigError(
-            f"{shown(text)}: the registry holds scorers; a generator is builtin, a folder, hub: or openai:"
+            f"{shown(text)}: the registry holds scorers; a generator is builtin, a folder, hub:, vllm: or openai:"
         )
-    from cappy.sampling.seq2seq import Seq2Seq
+    if spec.kind == "vllm":
+        from cappy.sampling.vllm_generator import VLLM
 
+        inner = parse_spec(spec.name)
+        folder = hub_folder(inner) if inner.kind == "hub" else Path(inner.name)
+        return VLLM(text, folder, revision=inner.revision)
     if spec.kind == "builtin":
         from cappy.builtin import LLM_FOLDER, verify
 
         verify(LLM_FOLDER)
-        return Seq2Seq(text, LLM_FOLDER)
+        return _local(text, LLM_FOLDER)
     if spec.kind == "hub":
-        return Seq2Seq(text, hub_folder(spec), revision=spec.revision)
-    return Seq2Seq(text, spec.name)
+        return _local(text, hub_folder(spec), revision=spec.revision)
+    return _local(text, Path(spec.name))
+
+
+def _local(name: str, folder: Path, revision: str = "") -> Generator:
+    from cappy.sampling.model_folder import read_config
+
+    config = read_config(folder)
+    if config.is_encoder_decoder:
+        from cappy.sampling.seq2seq import Seq2Seq
+
+        return Seq2Seq(name, folder, revision)
+    kinds = config.architectures or []
+    if kinds and not any(kind.endswith(_GENERATES) for kind in kinds):
+        raise ConfigError(
+            f"{folder}: holds {', '.join(kinds)}, which generates nothing; a generator is an encoder-decoder or a "
+            "causal LLM"
+        )
+    from cappy.sampling.causal import Causal
+
+    return Causal(name, folder, revision)

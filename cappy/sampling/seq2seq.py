@@ -5,142 +5,128 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils.logging import disable_progress_bar
 
-from cappy.errors import ConfigError, FolderError
-from cappy.records import Candidate
-from cappy.records.folder import sha256_of
+from cappy.errors import ConfigError
+from cappy.sampling.decoding import Continuation
+from cappy.sampling.local import LocalLLM, padded
 from cappy.sampling.strategies import Decoding
 
-BATCH_INSTRUCTIONS = 32
 MAX_INSTRUCTION_TOKENS = 512
 
 
-class Seq2Seq:
-    """Samples from a folder that `AutoModelForSeq2SeqLM` loads; safetensors only."""
+class Seq2Seq(LocalLLM):
+    """Samples from a folder that `AutoModelForSeq2SeqLM` loads.
+
+    An instruction's encoder runs once for all decodings; greedy and samples go through one loop, where each step takes
+    one token of all their rows; beams go through transformers' own search.
+    """
+
+    AUTO_MODEL = AutoModelForSeq2SeqLM
 
     def __init__(self, name: str, folder: str | Path, revision: str = "") -> None:
-        path = Path(folder)
-        if not (path / "config.json").is_file():
-            raise FolderError(f"{path}: no config.json there; a local generator is a folder that transformers saved")
-        if not AutoConfig.from_pretrained(path).is_encoder_decoder:
-            remedy = "serve it and name it as openai:model@http://host/v1"
-            raise ConfigError(f"{path}: is not an encoder-decoder; {remedy}")
-        self.name = name
-        self.revision = revision or _weights_hash(path)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        disable_progress_bar()
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        self.model: Any = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-        self.model.to(self.device).eval()
-        self._start = self.model.config.decoder_start_token_id
-        self._end = self.tokenizer.eos_token_id
-        self._pad = self.tokenizer.pad_token_id
-        # generate() fills whatever a call leaves open from the model's own configuration; an empty one leaks nothing.
-        self.model.generation_config = GenerationConfig()
+        super().__init__(name, folder, revision)
+        if getattr(self.model.config, "decoder_start_token_id", None) is None:
+            raise ConfigError(f"{folder}: config.json names no decoder_start_token_id; responses start with it")
 
-    def sample(self, instructions: Sequence[str], decoding: Decoding, *, seed: int) -> list[list[Candidate]]:
-        """`decoding.num_samples` candidates per instruction, in order, with likelihoods."""
-        torch.manual_seed(seed)
-        candidates: list[list[Candidate]] = []
-        for start in range(0, len(instructions), BATCH_INSTRUCTIONS):
-            candidates += self._sample_batch(instructions[start : start + BATCH_INSTRUCTIONS], decoding, seed)
-        return candidates
+    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
+        context = getattr(self.model.config, "max_position_embeddings", None) or MAX_INSTRUCTION_TOKENS
+        longest = min(MAX_INSTRUCTION_TOKENS, context)
+        if not instructions:
+            return []
+        whole: list[list[int]] = self.tokenizer(list(instructions)).input_ids
+        prompts = whole
+        if any(len(prompt) > longest for prompt in whole):
+            prompts = self.tokenizer(list(instructions), truncation=True, max_length=longest).input_ids
+        self._cut += sum(len(prompt) > longest for prompt in whole)
+        return prompts
 
-    @torch.inference_mode()
-    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
-        """(sum of log-probabilities, number of tokens) of each given response, end token included."""
-        found: list[tuple[float, int]] = []
-        for start in range(0, len(pairs), BATCH_INSTRUCTIONS):
-            batch = pairs[start : start + BATCH_INSTRUCTIONS]
-            inputs = self._inputs([instruction for instruction, _ in batch])
-            encoded = self.model.get_encoder()(**inputs).last_hidden_state
-            responses = [response for _, response in batch]
-            sequences = self.tokenizer(responses, padding=True, return_tensors="pt").input_ids.to(self.device)
-            sums, counts = self._likelihoods(encoded, inputs["attention_mask"], sequences)
-            found += zip(sums.tolist(), counts.tolist(), strict=True)
-        return found
+    def _response(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text_target=text).input_ids
+        return ids
 
-    def _inputs(self, instructions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Padded ids and mask (instructions, longest)."""
-        inputs = self.tokenizer(
-            list(instructions), padding=True, truncation=True, max_length=MAX_INSTRUCTION_TOKENS, return_tensors="pt"
-        ).to(self.device)
-        return {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+    def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """States (rows, longest, hidden) and mask (rows, longest)."""
+        ids, mask = (tensor.to(self.device) for tensor in padded(prompts, self.pad))
+        return self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
-    @torch.inference_mode()
-    def _sample_batch(self, instructions: Sequence[str], decoding: Decoding, seed: int) -> list[list[Candidate]]:
-        inputs = self._inputs(instructions)
-        mask = inputs["attention_mask"]
-        encoded = self.model.get_encoder()(**inputs).last_hidden_state
+    def _begin(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
+        rows = _Decoder(self.model, encoded, mask)
+        return rows, rows.start(copies)
+
+    def _beams(
+        self, prompts: Sequence[Sequence[int]], encoded: torch.Tensor, mask: torch.Tensor, decoding: Decoding
+    ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
         sequences = self.model.generate(
-            # A copy, because generate() expands the states in place for several samples.
+            # A copy, because generate() expands the states in place for several beams.
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.clone()),
             attention_mask=mask,
-            generation_config=self._generation_config(decoding),
+            generation_config=self.generation_config(decoding),
         )[:, 1:]
-        sums, counts = self._likelihoods(
-            encoded.repeat_interleave(decoding.num_samples, 0),
-            mask.repeat_interleave(decoding.num_samples, 0),
-            sequences,
-        )
-        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
-        made = [
-            self._candidate(text.strip(), total, count, decoding, seed)
-            for text, total, count in zip(texts, sums.tolist(), counts.tolist(), strict=True)
-        ]
-        return [made[i : i + decoding.num_samples] for i in range(0, len(made), decoding.num_samples)]
+        tokens = self._ended(sequences)
+        each = decoding.num_samples
+        return tokens, self._target_sums(encoded.repeat_interleave(each, 0), mask.repeat_interleave(each, 0), tokens)
 
-    def _generation_config(self, decoding: Decoding) -> GenerationConfig:
-        knobs: dict[str, Any] = {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p}
-        return GenerationConfig(
-            do_sample=decoding.do_sample,
-            num_beams=decoding.num_beams,
-            num_return_sequences=decoding.num_samples,
-            max_new_tokens=decoding.max_new_tokens,
-            decoder_start_token_id=self._start,
-            eos_token_id=self._end,
-            pad_token_id=self._pad,
-            **(knobs if decoding.do_sample else {}),
-        )
+    def _sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
+        different = list(dict.fromkeys(map(tuple, prompts)))
+        states, mask = self._encode(different)
+        place = {prompt: number for number, prompt in enumerate(different)}
+        rows = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=self.device)
+        return self._target_sums(states[rows], mask[rows], responses)
 
-    def _likelihoods(
-        self, encoded: torch.Tensor, mask: torch.Tensor, sequences: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the log-probabilities of each sequence's tokens up to its end token, and the number of those tokens.
-
-        (rows, source, hidden), (rows, source) and (rows, length) -> two tensors of (rows,).
-        """
-        ended = (sequences == self._end).cumsum(1)
-        counted = (ended == 0) | ((ended == 1) & (sequences == self._end))
-        decoder_inputs = torch.cat([sequences.new_full((len(sequences), 1), self._start), sequences[:, :-1]], 1)
+    def _target_sums(
+        self, states: torch.Tensor, mask: torch.Tensor, responses: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """Sum of the log-probabilities of each response's tokens: (rows, source, hidden), (rows, source) -> (rows,)."""
+        targets, counted = (tensor.to(self.device) for tensor in padded(responses, self.pad))
+        start = targets.new_full((len(targets), 1), self.model.config.decoder_start_token_id)
         logits = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=mask,
-            decoder_input_ids=decoder_inputs,
+            decoder_input_ids=torch.cat([start, targets[:, :-1]], 1),
             use_cache=False,
         ).logits.float()
-        chosen = logits.log_softmax(-1).gather(-1, sequences.unsqueeze(-1)).squeeze(-1)
-        return (chosen * counted).sum(1), counted.sum(1)
+        chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+        sums: torch.Tensor = (chosen.double() * counted).sum(1)
+        return sums
 
-    def _candidate(self, text: str, total: float, count: int, decoding: Decoding, seed: int) -> Candidate:
-        return Candidate(
-            response=text,
-            generator=self.name,
-            revision=self.revision,
-            decoding=decoding.name,
-            seed=seed,
-            status="ok" if text else "empty",
-            logprob_sum=total,
-            logprob_mean=total / max(count, 1),
-            num_tokens=count,
+
+class _Decoder:
+    """The decoder over rows of the same batch; keys and values of the source are computed once per instruction."""
+
+    def __init__(self, model: Any, states: torch.Tensor, mask: torch.Tensor) -> None:
+        self._model = model
+        self._states = states
+        self._mask = mask
+        self._cache: Any = None
+
+    def start(self, copies: int) -> torch.Tensor:
+        """Logits of the first token, each instruction's `copies` times: (instructions * copies, vocabulary)."""
+        begin = self._model.config.decoder_start_token_id
+        logits = self._forward(torch.full((len(self._mask),), begin, device=self._mask.device))
+        if copies > 1:
+            self._cache.batch_repeat_interleave(copies)
+            self._mask = self._mask.repeat_interleave(copies, 0)
+        return logits.float().repeat_interleave(copies, 0)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._forward(tokens)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+        self._mask = self._mask[rows]
+
+    def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        # Once the cache holds the source's keys and values, the states only lend their shape.
+        states = self._states if self._cache is None else self._states[:1].expand(len(tokens), -1, -1)
+        output = self._model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=self._mask,
+            decoder_input_ids=tokens[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
         )
-
-
-def _weights_hash(folder: Path) -> str:
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise FolderError(f"{folder}: holds no *.safetensors; save the model with safe_serialization=True")
-    return "-".join(sha256_of(path)[:12] for path in weights)
+        self._cache = output.past_key_values
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits

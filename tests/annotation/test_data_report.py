@@ -498,7 +498,7 @@ def test_the_columns_of_the_report_are_enough_and_progress_ends_at_all_rows(tmp_
     write(tmp_path / "data", given, part_rows=40)
     told: list[tuple[int, int | None]] = []
 
-    def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+    def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         told.append((done, total))
 
     report = write_report(tmp_path / "data", tmp_path / "report", "m", progress)

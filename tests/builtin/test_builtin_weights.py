@@ -42,8 +42,8 @@ def test_the_llm_answers_and_there_is_something_to_select() -> None:
     rows = list(instances("adaptation", num_per_family=3, seed=3, families=("word_sorting", "restaurant_description")))
     generator = load_generator("builtin")
     prompts = [row.instruction for row in rows]
-    sampled = generator.sample(prompts, Decoding(name="sampling", num_samples=8), seed=0)
-    greedy = generator.sample(prompts, GREEDY, seed=0)
+    sampled = generator.sample(prompts, [Decoding(name="sampling", num_samples=8)], seed=0)
+    greedy = generator.sample(prompts, [GREEDY], seed=0)
     assert all(candidate.logprob_sum is not None and candidate.logprob_sum <= 0 for one in sampled for candidate in one)
     labels = [[rouge_l(row.references, c.response) for c in drawn] for row, drawn in zip(rows, sampled, strict=True)]
     assert sum(map(max, labels)) > sum(sum(given) / len(given) for given in labels)

@@ -74,7 +74,7 @@ def test_help_of_a_verb_explains_every_flag_with_its_default(verb: str, here: Ca
 def test_a_step_has_one_flag_per_field_of_its_config(step: str, here: Cappy, flag_rows: Rows) -> None:
     fields = config_class(step).__pydantic_fields__
     rows = flag_rows(here(step, "--help").stdout)
-    own = {"preparation": {"--plan"}, "annotation": {"--report"}}.get(step, set())
+    own = {"preparation": {"--plan"}, "sampling": {"--estimate"}, "annotation": {"--report"}}.get(step, set())
     assert set(rows) == {f"--{name.replace('_', '-')}" for name in fields} | {"--json", "--help"} | own
 
 

@@ -165,7 +165,7 @@ def test_progress_counts_every_pair(instances: list[Instance], score: Score) -> 
         sizes.append(len(pairs))
         return score(pairs)
 
-    def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+    def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         told.append((done, total, unit))
 
     many = [replace(i, instance_id=f"{i.instance_id}.{n}") for i in instances for n in range(12)]

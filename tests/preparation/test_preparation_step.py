@@ -213,7 +213,7 @@ def test_the_manifest_names_the_file_by_its_sha256_and_counts_what_it_holds(
 def test_progress_counts_instances_to_the_end(json_lines: JsonLines, ten_rows: list[Any], tmp_path: Path) -> None:
     told: list[tuple[int, int | None, str]] = []
 
-    def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+    def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         told.append((done, total, unit))
 
     config = PreparationConfig(
@@ -228,7 +228,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 ) -> None:
     path = json_lines(*ten_rows)
 
-    def append(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+    def append(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         if unit == "instances" and done == 0:
             with path.open("a") as file:
                 file.write('{"instruction": "new", "reference": "new"}\n')

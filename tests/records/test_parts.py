@@ -69,7 +69,7 @@ def test_workers_write_what_one_process_writes(tmp_path: Path) -> None:
     write(tmp_path / "f", some(20), part_rows=6)
     told: list[int] = []
 
-    def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+    def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         told.append(done)
 
     results = []

@@ -87,7 +87,7 @@ def test_a_damaged_part_is_done_again_and_no_other(tmp_path: Path, damage: str) 
 def test_progress_tells_what_an_earlier_start_had_finished(tmp_path: Path) -> None:
     told: list[tuple[int, int | None, int]] = []
 
-    def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0) -> None:
+    def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         told.append((done, total, resumed))
 
     with pytest.raises(RuntimeError):

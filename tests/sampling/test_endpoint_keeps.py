@@ -20,8 +20,8 @@ from cappy.records import Instance, read, read_manifest, write
 from cappy.sampling import SamplingConfig, run, terms_of
 from cappy.sampling.endpoint import Endpoint
 from cappy.sampling.endpoint.faults import retry_after
-from cappy.sampling.paid import Terms, estimate, tokens_of
-from cappy.sampling.strategies import GREEDY, STRATEGIES, Decoding
+from cappy.sampling.paid import Terms
+from cappy.sampling.strategies import GREEDY, Decoding
 from cappy.specs import parse_spec
 
 SAMPLING = Decoding(name="sampling", num_samples=4)
@@ -46,7 +46,7 @@ def test_a_storm_loses_no_instance(tmp_path: Path) -> None:
     model, weather = Model(), Weather(rate=0.3, seed=1, stall=2.0, later=0.02)
     with serving(model) as upstream, proxying(upstream, weather) as url:
         endpoint = endpoint_at(url, timeout=1.5, concurrency=16, folder=tmp_path)
-        drawn = endpoint.sample_all(PROMPTS * 3, [GREEDY, SAMPLING], seed=0)
+        drawn = endpoint.sample(PROMPTS * 3, [GREEDY, SAMPLING], seed=0)
         endpoint.close()
     assert {len(group) for group in drawn} == {5}
     assert {c.status for group in drawn for c in group} == {"ok"}
@@ -60,7 +60,7 @@ def test_every_fault_is_tried_again(fault: str) -> None:
     weather = Weather(plan=[fault, fault], stall=1.5)
     with serving(Model()) as upstream, proxying(upstream, weather) as url:
         endpoint = endpoint_at(url, timeout=1.0)
-        assert endpoint.sample(["one"], GREEDY, seed=0)[0][0].response.startswith("ONE")
+        assert endpoint.sample(["one"], [GREEDY], seed=0)[0][0].response.startswith("ONE")
         endpoint.close()
     assert endpoint.usage.errors == 2
     assert len(weather.arrivals) == 3
@@ -70,7 +70,7 @@ def test_retry_after_is_waited_for_in_full() -> None:
     weather = Weather(plan=["429-later"], later=0.7)
     with serving(Model()) as upstream, proxying(upstream, weather) as url:
         endpoint = endpoint_at(url)
-        endpoint.sample(["one"], GREEDY, seed=0)
+        endpoint.sample(["one"], [GREEDY], seed=0)
         endpoint.close()
     assert weather.arrivals[1] - weather.arrivals[0] >= 0.7
 
@@ -87,10 +87,10 @@ def test_what_was_answered_before_an_end_is_kept(tmp_path: Path) -> None:
     with serving(model) as url:
         endpoint = endpoint_at(url, folder=tmp_path, concurrency=4)
         with pytest.raises(GeneratorError, match="404"):
-            endpoint.sample([*PROMPTS[:30], "absent"], GREEDY, seed=0)
+            endpoint.sample([*PROMPTS[:30], "absent"], [GREEDY], seed=0)
         answered = sum(model.answered.values())
         assert answered >= 26
-        endpoint.sample(PROMPTS, GREEDY, seed=0)
+        endpoint.sample(PROMPTS, [GREEDY], seed=0)
         endpoint.close()
     assert sum(model.answered.values()) == 60
     assert max(model.answered.values()) == 1
@@ -139,10 +139,10 @@ def test_processes_that_share_a_folder_share_its_answers(tmp_path: Path) -> None
     model = Model()
     with serving(model) as url:
         first, second = endpoint_at(url, folder=tmp_path), endpoint_at(url, folder=tmp_path)
-        assert first.sample(PROMPTS, SAMPLING, seed=0) == second.sample(PROMPTS, SAMPLING, seed=0)
+        assert first.sample(PROMPTS, [SAMPLING], seed=0) == second.sample(PROMPTS, [SAMPLING], seed=0)
         assert second.usage.requests == 0
         more = Decoding(name="sampling", num_samples=6)
-        assert [g[:4] for g in second.sample(PROMPTS, more, seed=0)] == first.sample(PROMPTS, SAMPLING, seed=0)
+        assert [g[:4] for g in second.sample(PROMPTS, [more], seed=0)] == first.sample(PROMPTS, [SAMPLING], seed=0)
         first.close()
         second.close()
     assert max(model.answered.values()) == 1
@@ -152,10 +152,10 @@ def test_processes_that_share_a_folder_share_its_answers(tmp_path: Path) -> None
 def test_a_torn_answer_is_asked_again(tmp_path: Path) -> None:
     with serving(Model()) as url:
         endpoint = endpoint_at(url, folder=tmp_path)
-        before = endpoint.sample(["one"], GREEDY, seed=0)
+        before = endpoint.sample(["one"], [GREEDY], seed=0)
         (file,) = tmp_path.glob("*/*.json")
         file.write_text(file.read_text()[:20])
-        assert endpoint.sample(["one"], GREEDY, seed=0) == before
+        assert endpoint.sample(["one"], [GREEDY], seed=0) == before
         endpoint.close()
     assert endpoint.usage.requests == 2
 
@@ -211,7 +211,7 @@ def test_limits_per_minute_are_kept_from_the_first_request_on() -> None:
         for terms in ({"requests_per_minute": 600}, {"tokens_per_minute": 600 * 66}):
             started = time.monotonic()
             endpoint = endpoint_at(url, **terms)
-            endpoint.sample([f"prompt {i}" for i in range(8)], Decoding(name="g", max_new_tokens=63), seed=len(terms))
+            endpoint.sample([f"prompt {i}" for i in range(8)], [Decoding(name="g", max_new_tokens=63)], seed=len(terms))
             endpoint.close()
             # Tokens that were not taken are given back, so only requests are that slow.
             assert time.monotonic() - started >= (0.69 if "requests_per_minute" in terms else 0.05)
@@ -222,7 +222,7 @@ def test_no_more_requests_are_under_way_than_allowed() -> None:
     model = Model(latency=0.02)
     with serving(model) as url:
         endpoint = endpoint_at(url, concurrency=5)
-        endpoint.sample(PROMPTS, GREEDY, seed=0)
+        endpoint.sample(PROMPTS, [GREEDY], seed=0)
         endpoint.close()
     assert model.most_at_once == 5
 
@@ -286,24 +286,6 @@ def test_the_key_stands_nowhere(
     assert not [line for batch in read(tmp_path / "out") for line in [repr(batch)] if canary in line]
 
 
-def test_an_estimate_is_what_a_run_takes_at_most(tmp_path: Path) -> None:
-    decodings = STRATEGIES["endpoint8"]
-    terms = Terms(requests_per_minute=60, price_input=1.0, price_output=2.0)
-    found = estimate(PROMPTS, decodings, terms)
-    assert (found.candidates, found.requests, found.fewest_requests) == (480, 480, 180)
-    assert found.input_tokens == 8 * sum(tokens_of(prompt) for prompt in PROMPTS) == 8 * (10 * 2 + 50 * 3)
-    assert found.output_tokens == 480 * 64
-    assert found.minutes == 8.0
-    assert found.cost == pytest.approx((found.input_tokens + 2 * found.output_tokens) / 1e6)
-    assert "480 (180 if the endpoint takes n)" in found.text
-    model = Model()
-    with serving(model) as url:
-        endpoint = endpoint_at(url)
-        endpoint.sample_all(PROMPTS, decodings, seed=0)
-        endpoint.close()
-    assert len(model.asked) == found.fewest_requests
-
-
 def test_shards_and_part_sizes_share_a_budget_and_other_seeds_do_not(tmp_path: Path) -> None:
     one = terms_of(config_at(tmp_path, "http://h/v1"), "p").run
     assert terms_of(config_at(tmp_path, "http://h/v1", shard="0/4", part_rows=3, budget_requests=5), "p").run == one
@@ -317,7 +299,7 @@ def test_ctrl_c_keeps_what_was_under_way(tmp_path: Path) -> None:
         endpoint = endpoint_at(url, folder=tmp_path, concurrency=4)
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            endpoint.sample(PROMPTS, GREEDY, seed=0)
+            endpoint.sample(PROMPTS, [GREEDY], seed=0)
         answered = sum(model.answered.values())
         assert 0 < answered < 60
         assert len(list(tmp_path.glob("[0-9a-f][0-9a-f]/*.json"))) == answered

@@ -17,14 +17,14 @@ def test_a_server_of_others_answers_every_sample(transformers_server: str, causa
     spec = parse_spec(f"openai:{causal_folder}@{transformers_server}")
     endpoint = Endpoint(spec, Terms(folder=tmp_path / "answers"))
     prompts = ["the cat sat", "where is the dog"]
-    drawn = endpoint.sample_all(prompts, [GREEDY, SAMPLING], seed=0)
+    drawn = endpoint.sample(prompts, [GREEDY, SAMPLING], seed=0)
     assert [[one.decoding for one in of_one] for of_one in drawn] == [["greedy", *["sampling"] * 3]] * 2
     assert {one.status for of_one in drawn for one in of_one} <= {"ok", "truncated", "empty"}
     # It takes no `n` and says nothing of it: the rest was asked for one by one.
     assert endpoint.usage.requests == 8
     assert 0 < endpoint.usage.output_tokens <= 2 * (64 + 3 * 8)
     again = Endpoint(spec, Terms(folder=tmp_path / "answers"))
-    assert again.sample_all(prompts, [GREEDY, SAMPLING], seed=0) == drawn
+    assert again.sample(prompts, [GREEDY, SAMPLING], seed=0) == drawn
     assert again.usage.requests == 0
     assert again.usage.cached == 8
     endpoint.close()
@@ -33,7 +33,7 @@ def test_a_server_of_others_answers_every_sample(transformers_server: str, causa
 
 def test_completions_of_a_server_of_others_are_read(transformers_server: str, causal_folder: Path) -> None:
     endpoint = Endpoint(parse_spec(f"openai:{causal_folder}@{transformers_server}"), Terms(api="completions"))
-    drawn = endpoint.sample(["the cat sat"], SAMPLING, seed=0)[0]
+    drawn = endpoint.sample(["the cat sat"], [SAMPLING], seed=0)[0]
     assert len(drawn) == 3
     assert {one.status for one in drawn} <= {"ok", "truncated", "empty"}
     endpoint.close()
@@ -42,5 +42,5 @@ def test_completions_of_a_server_of_others_are_read(transformers_server: str, ca
 def test_a_model_that_the_server_does_not_have_ends_the_run(transformers_server: str, tmp_path: Path) -> None:
     endpoint = Endpoint(parse_spec(f"openai:{tmp_path}/none@{transformers_server}"), Terms(retries=0))
     with pytest.raises(GeneratorError, match="run the same command again"):
-        endpoint.sample(["the cat sat"], SAMPLING, seed=0)
+        endpoint.sample(["the cat sat"], [SAMPLING], seed=0)
     endpoint.close()

@@ -71,11 +71,13 @@ def test_a_killed_run_continues_and_ends_with_the_same_weights(
     unbroken = run(config(source, scorer_folder, tmp_path / "a"))
     seen: list[int] = []
 
-    def killed_after_four(done: int, total: int | None = None, *, unit: str = "", resumed: int = 0) -> None:
+    def killed_after_four(
+        done: int, total: int | None = None, *, unit: str = "", resumed: int = 0, note: str = ""
+    ) -> None:
         if done == 4:
             raise KilledError
 
-    def remember(done: int, total: int | None = None, *, unit: str = "", resumed: int = 0) -> None:
+    def remember(done: int, total: int | None = None, *, unit: str = "", resumed: int = 0, note: str = "") -> None:
         seen.append(done)
 
     with pytest.raises(KilledError):

@@ -41,9 +41,15 @@ class Question:
             body |= {"messages": [{"role": "user", "content": self.instruction}], "logprobs": True}
         else:
             body |= {"prompt": self.instruction, "logprobs": 1}
-        if "top_k" in terms.extra:
-            body["top_k"] = decoding.top_k or -1
+        body |= {knob: value for knob, value in beyond(decoding).items() if knob in terms.extra}
+        if not body.get("top_k", 1):
+            body["top_k"] = -1
         return {**body, "n": count} if count > 1 else body
+
+
+def beyond(decoding: Decoding) -> dict[str, float]:
+    """The knobs that OpenAI's API lacks, by the names that vLLM's server has for them; 0 where they are off."""
+    return {"top_k": decoding.top_k, "min_p": decoding.min_p, "min_tokens": decoding.min_new_tokens}
 
 
 class Meter:

@@ -3,7 +3,7 @@
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import openai
@@ -11,10 +11,11 @@ import openai
 from cappy.errors import ConfigError
 from cappy.records import Candidate
 from cappy.sampling.endpoint.answers import Answer
-from cappy.sampling.endpoint.asking import Asker, Question
+from cappy.sampling.endpoint.asking import Asker, Question, beyond
 from cappy.sampling.endpoint.cache import Cache, key_of
 from cappy.sampling.endpoint.keys import api_key, refuse_secrets
 from cappy.sampling.endpoint.limits import StoppedError
+from cappy.sampling.generators import unheard
 from cappy.sampling.paid import Terms, Usage
 from cappy.sampling.strategies import Decoding
 from cappy.specs import Spec
@@ -22,6 +23,8 @@ from cappy.specs import Spec
 CONNECT_SECONDS = 10.0
 WRITERS = 16
 """Threads beyond those whose requests are under way, to write answers down."""
+TELL_SECONDS = 1.0
+"""A person hears of requests under way at least that often."""
 Sample = tuple[Question, int]
 Job = tuple[Question, list[int]]
 
@@ -69,18 +72,20 @@ class Endpoint:
         for decoding in decodings:
             if decoding.num_beams > 1:
                 raise ConfigError(f"{self.name}: an endpoint cannot do {decoding.name}; choose --strategy endpoint8")
-            if decoding.top_k and "top_k" not in self._terms.extra:
-                remedy = "say --extra top_k if its server takes it (vLLM does), or choose --strategy endpoint8"
-                raise ConfigError(f"{self.name}: OpenAI's API has no top_k for {decoding.name}; {remedy}")
+            for knob, value in beyond(decoding).items():
+                if value and knob not in self._terms.extra:
+                    remedy = f"say --extra {knob} if its server takes it (vLLM does), or choose --strategy endpoint8"
+                    raise ConfigError(f"{self.name}: OpenAI's API has no {knob} for {decoding.name}; {remedy}")
 
-    def sample(self, instructions: Sequence[str], decoding: Decoding, *, seed: int) -> list[list[Candidate]]:
-        """`decoding.num_samples` candidates per instruction, in order; likelihoods where the endpoint gives them."""
-        return self.sample_all(instructions, [decoding], seed=seed)
-
-    def sample_all(
-        self, instructions: Sequence[str], decodings: Sequence[Decoding], *, seed: int
+    def sample(
+        self,
+        instructions: Sequence[str],
+        decodings: Sequence[Decoding],
+        *,
+        seed: int,
+        told: Callable[[int], None] = unheard,
     ) -> list[list[Candidate]]:
-        """Candidates per instruction, decoding by decoding.
+        """Candidates per instruction, decoding by decoding; likelihoods where the endpoint gives them.
 
         What is already known is not asked for; of equal instructions one is asked. GeneratorError ends the run, and
         what was answered before it, or was under way, is kept.
@@ -91,12 +96,29 @@ class Endpoint:
         wanted = dict.fromkeys(sample for of_one in samples.values() for sample in of_one)
         known = {sample: answer for sample in wanted if (answer := self._cache.get(self._key(*sample))) is not None}
         self._asker.meter.add(cached=len(known))
-        known |= self._asked(sample for sample in wanted if sample not in known)
+        told(len(known))
+        known |= self._asked([sample for sample in wanted if sample not in known], told)
+        told(sum(map(len, (samples[instruction] for instruction in instructions))) - len(known))
         for answer in known.values():
             self._count(answer)
         return [
             [known[sample].candidate(self.name, self._model, sample[0].decoding) for sample in samples[instruction]]
             for instruction in instructions
+        ]
+
+    def unanswered(
+        self, instructions: Sequence[str], decodings: Sequence[Decoding], *, seed: int
+    ) -> list[tuple[str, Decoding]]:
+        """What `sample` would ask for: instruction and decoding of each sample that no earlier answer gives."""
+        wanted = (
+            sample
+            for instruction in dict.fromkeys(instructions)
+            for sample in self._samples(instruction, decodings, seed)
+        )
+        return [
+            (question.instruction, question.decoding)
+            for question, number in wanted
+            if self._cache.get(self._key(question, number)) is None
         ]
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> None:
@@ -121,18 +143,22 @@ class Endpoint:
         body = question.body(self._model, self._terms, count=1, number=0)
         return key_of(url=self._url, api=self._terms.api, number=number, body=body)
 
-    def _asked(self, samples: Iterable[Sample]) -> dict[Sample, Answer]:
-        """The answers to these samples, each on the disk as soon as it is there."""
+    def _asked(self, samples: Iterable[Sample], told: Callable[[int], None]) -> dict[Sample, Answer]:
+        """The answers to these samples, each on the disk as soon as it is there; `told` hears of them at once."""
         jobs: dict[Question, list[int]] = {}
         for question, number in samples:
             jobs.setdefault(question, []).append(number)
         found: dict[Sample, Answer] = {}
+        heard = 0
         stop = threading.Event()
         with ThreadPoolExecutor(self._terms.concurrency + min(self._terms.concurrency, WRITERS)) as pool:
             pending = {pool.submit(self._ask, job, found, stop) for job in jobs.items()}
             try:
                 while pending:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    # Nothing may come for long, while errors do.
+                    done, pending = wait(pending, timeout=TELL_SECONDS, return_when=FIRST_COMPLETED)
+                    heard, before = len(found), heard
+                    told(heard - before)
                     pending |= {pool.submit(self._ask, job, found, stop) for job in _left(done)}
             except BaseException:
                 stop.set()

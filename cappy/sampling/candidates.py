@@ -1,0 +1,65 @@
+"""Candidates from generators onto instances."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from cappy.errors import ConfigError, shown
+from cappy.records import Candidate, Instance
+from cappy.sampling.generators import Generator, seed_of, unheard
+from cappy.sampling.strategies import Decoding, share
+
+
+def sample(
+    part: Sequence[Instance],
+    generators: Sequence[Generator],
+    decodings: Sequence[Decoding],
+    *,
+    seed: int,
+    told: Callable[[int], None] = unheard,
+) -> Iterator[Instance]:
+    """The instances with every generator's candidates appended, in order; equal arguments give equal candidates.
+
+    What is drawn for an instance does not depend on the others. Instances with choices keep those as their candidates
+    and learn how likely the first generator that knows finds each. ConfigError for an instance that would have no
+    candidate at all.
+    """
+    open_ended = [instance for instance in part if not instance.choices]
+    bare = next((instance for instance in open_ended if not instance.candidates), None)
+    if bare and not generators:
+        remedy = "name an LLM with --generator, or give responses in the file"
+        raise ConfigError(f"sampling: instance {shown(bare.instance_id)} has no candidate; {remedy}")
+    added: dict[str, list[Candidate]] = {instance.instance_id: [] for instance in open_ended}
+    prompts = [instance.instruction for instance in open_ended]
+    for position, generator in enumerate(generators):
+        own = share(decodings, position)
+        if not prompts or not own:
+            continue
+        drawn = generator.sample(prompts, own, seed=seed_of(seed, generator.name), told=told)
+        for instance, candidates in zip(open_ended, drawn, strict=True):
+            added[instance.instance_id] += candidates
+    closed = _with_likelihoods([instance for instance in part if instance.choices], generators)
+    for instance in part:
+        if instance.choices:
+            yield next(closed)
+        else:
+            yield replace(instance, candidates=(*instance.candidates, *added[instance.instance_id]))
+
+
+def _with_likelihoods(instances: Sequence[Instance], generators: Sequence[Generator]) -> Iterator[Instance]:
+    pairs = [(instance.instruction, candidate.response) for instance in instances for candidate in instance.candidates]
+    known = (generator.likelihoods(pairs) for generator in generators) if pairs else iter(())
+    found = next((likelihoods for likelihoods in known if likelihoods is not None), None)
+    if found is None:
+        yield from instances
+        return
+    likelihoods = iter(found)
+    for instance in instances:
+        told = zip(instance.candidates, itertools.islice(likelihoods, len(instance.candidates)), strict=True)
+        yield replace(
+            instance,
+            candidates=tuple(
+                replace(candidate, logprob_sum=total, logprob_mean=total / max(count, 1), num_tokens=count)
+                for candidate, (total, count) in told
+            ),
+        )

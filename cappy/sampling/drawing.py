@@ -1,0 +1,100 @@
+"""Which token comes next: one draw per row, from uniforms that belong to the row alone.
+
+Because a row's uniforms come from its seed, instruction, decoding and number, what it draws does not depend on which
+rows happen to share its batch. The filters are those of transformers in their order: temperature, top-k, top-p, min-p.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+
+from cappy.sampling.strategies import Decoding
+
+TRIES = 8
+"""How often a token outside the top-p nucleus is drawn again before the vocabulary is sorted after all."""
+
+
+def uniforms(seed: int, instruction: str, decoding: Decoding) -> torch.Tensor:
+    """Numbers in [0, 1) for every sample and step: (samples, tokens, TRIES + 1), float64; none where none are drawn."""
+    if not decoding.do_sample:
+        return torch.zeros(decoding.num_samples, decoding.max_new_tokens, TRIES + 1, dtype=torch.float64)
+    rows = []
+    for number in range(decoding.num_samples):
+        words = np.frombuffer(_key(seed, instruction, decoding, number), dtype=np.uint64)
+        rows.append(np.random.Generator(np.random.Philox(key=words)).random((decoding.max_new_tokens, TRIES + 1)))
+    return torch.from_numpy(np.stack(rows))
+
+
+def draw_seed(seed: int, instruction: str, decoding: Decoding) -> int:
+    """A seed below 2**31 for engines that draw by themselves."""
+    return int.from_bytes(_key(seed, instruction, decoding, 0)[:4], "little") & 0x7FFF_FFFF
+
+
+def next_tokens(logits: torch.Tensor, decoding: Decoding, numbers: torch.Tensor) -> torch.Tensor:
+    """The next token of every row: (rows, vocabulary) float32 and (rows, TRIES + 1) -> (rows,)."""
+    if not decoding.do_sample:
+        return logits.argmax(-1)
+    scaled = logits / decoding.temperature if decoding.temperature != 1 else logits
+    if decoding.top_k and decoding.top_k < logits.shape[-1]:
+        values, tokens = scaled.topk(decoding.top_k)
+        chosen = _from_sorted(values, decoding, numbers[:, 0])
+        return tokens.gather(1, chosen).squeeze(1)
+    probabilities = (scaled - scaled.amax(-1, keepdim=True)).exp_()
+    if decoding.top_p < 1:
+        return _from_nucleus(probabilities, decoding, numbers)
+    return _inverse(_floored(probabilities, decoding.min_p), numbers[:, :1]).squeeze(1)
+
+
+def _from_nucleus(weights: torch.Tensor, decoding: Decoding, numbers: torch.Tensor) -> torch.Tensor:
+    """Draws from everything and again where that fell outside: exact, and rarely needs the vocabulary sorted.
+
+    A token is inside when the tokens that are more probable than it hold less than `top_p` together.
+    """
+    mass = weights.sum(-1, keepdim=True)
+    drawn = torch.empty(len(weights), dtype=torch.long, device=weights.device)
+    floored = _floored(weights, decoding.min_p)
+    cumulative = floored.cumsum(-1, dtype=torch.float64)
+    left = torch.arange(len(weights), device=weights.device)
+    for attempt in range(TRIES):
+        tokens = _inverse_of(cumulative[left], numbers[left, attempt : attempt + 1])
+        own = weights[left]
+        chosen = own.gather(1, tokens)
+        above = torch.where(own > chosen, own, 0).sum(-1, keepdim=True)
+        inside = (above < decoding.top_p * mass[left]).squeeze(1)
+        drawn[left[inside]] = tokens[inside].squeeze(1)
+        left = left[~inside]
+        if not len(left):
+            return drawn
+    values, tokens = weights[left].log().sort(-1, descending=True)
+    drawn[left] = tokens.gather(1, _from_sorted(values, decoding, numbers[left, TRIES])).squeeze(1)
+    return drawn
+
+
+def _from_sorted(values: torch.Tensor, decoding: Decoding, numbers: torch.Tensor) -> torch.Tensor:
+    """Positions (rows, 1) drawn from logits that fall along the row."""
+    weights = values.softmax(-1)
+    kept = _floored(weights, decoding.min_p)
+    if decoding.top_p < 1:
+        kept = torch.where(weights.cumsum(-1) - weights < decoding.top_p, kept, 0)
+    return _inverse(kept, numbers[:, None])
+
+
+def _floored(weights: torch.Tensor, min_p: float) -> torch.Tensor:
+    return torch.where(weights >= min_p * weights.amax(-1, keepdim=True), weights, 0) if min_p else weights
+
+
+def _inverse(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    return _inverse_of(weights.cumsum(-1, dtype=torch.float64), numbers)
+
+
+def _inverse_of(cumulative: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """The first position whose cumulative weight is above the number's share of the whole: (rows, 1)."""
+    total = cumulative[:, -1:]
+    wanted = (numbers.to(cumulative.dtype) * total).clamp(max=torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, wanted, right=True).clamp_(max=cumulative.shape[1] - 1)
+
+
+def _key(seed: int, instruction: str, decoding: Decoding, number: int) -> bytes:
+    text = repr((seed, instruction, decoding.name, number)).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=16).digest()

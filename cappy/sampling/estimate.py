@@ -1,0 +1,144 @@
+"""What a run of sampling would take, before the first paid request."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cappy.records import Instance, read, read_manifest
+from cappy.records.shard import parse_shard
+from cappy.sampling.paid import CHARACTERS_PER_TOKEN, Terms, tokens_of
+from cappy.sampling.strategies import Decoding, share, strategy
+from cappy.specs import parse_spec
+
+if TYPE_CHECKING:
+    from cappy.sampling import SamplingConfig
+
+SECONDS_PER_REQUEST = 0.5
+TOKENS_PER_SECOND = 50
+"""Guesses of how an endpoint answers, where nothing was measured; the text names them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What one generator is asked for, at most: each response as long as it may be, its own request for each.
+
+    The `fewest` numbers are those of an endpoint that takes `n`. `answered` candidates came in an earlier run and are
+    not asked for again. `minutes` is the longest of the limits per minute and the guessed speed; a generator on this
+    machine (`paid` false) has no requests, no minutes and no cost.
+    """
+
+    generator: str
+    paid: bool
+    instances: int
+    candidates: int
+    answered: int = 0
+    requests: int = 0
+    fewest_requests: int = 0
+    input_tokens: int = 0
+    fewest_input_tokens: int = 0
+    output_tokens: int = 0
+    minutes: float = 0.0
+    cost: float = 0.0
+    fewest_cost: float = 0.0
+
+
+def asked(
+    generator: str,
+    samples: list[tuple[str, Decoding]],
+    terms: Terms,
+    *,
+    instances: int,
+    candidates: int,
+) -> Estimate:
+    """The estimate for these samples, those that nobody answered yet, of an endpoint under these terms."""
+    tokens = {text: tokens_of(text) for text in {text for text, _ in samples}}
+    questions = set(samples)
+    input_tokens = sum(tokens[text] for text, _ in samples)
+    fewest_input_tokens = sum(tokens[text] for text, _ in questions)
+    output_tokens = sum(decoding.max_new_tokens for _, decoding in samples)
+    guess = (len(samples) * SECONDS_PER_REQUEST + output_tokens / TOKENS_PER_SECOND) / terms.concurrency / 60
+    rates = ((len(samples), terms.requests_per_minute), (input_tokens + output_tokens, terms.tokens_per_minute))
+    return Estimate(
+        generator=generator,
+        paid=True,
+        instances=instances,
+        candidates=candidates,
+        answered=candidates - len(samples),
+        requests=len(samples),
+        fewest_requests=len(questions),
+        input_tokens=input_tokens,
+        fewest_input_tokens=fewest_input_tokens,
+        output_tokens=output_tokens,
+        minutes=max([guess, *(amount / limit for amount, limit in rates if limit)]),
+        cost=terms.cost(input_tokens, output_tokens),
+        fewest_cost=terms.cost(fewest_input_tokens, output_tokens),
+    )
+
+
+def estimate(config: "SamplingConfig") -> list[Estimate]:
+    """What the config's run takes of each generator; nothing is asked, no model is loaded.
+
+    ConfigError for a decoding that an endpoint cannot do, as the run itself would say it.
+    """
+    from cappy.sampling import terms_of
+    from cappy.sampling.endpoint import Endpoint
+    from cappy.sampling.generators import seed_of
+
+    manifest = read_manifest(config.source)
+    rows = parse_shard(config.shard).rows(manifest.rows)
+    instructions = list(_instructions(read(config.source, rows=rows)))
+    decodings = strategy(config.strategy)
+    terms = terms_of(config, manifest.hash)
+    found = []
+    for position, text in enumerate(config.generator):
+        own = share(decodings, position)
+        candidates = len(instructions) * sum(decoding.num_samples for decoding in own)
+        spec = parse_spec(text)
+        if spec.kind == "openai":
+            endpoint = Endpoint(spec, terms)
+            endpoint.check(own)
+            samples = endpoint.unanswered(instructions, own, seed=seed_of(config.seed, text))
+            endpoint.close()
+            found.append(asked(text, samples, terms, instances=len(instructions), candidates=candidates))
+        else:
+            found.append(Estimate(generator=text, paid=False, instances=len(instructions), candidates=candidates))
+    return found
+
+
+def _instructions(instances: Iterator[Instance]) -> Iterator[str]:
+    """Of the instances that need samples; those with choices have their candidates."""
+    return (instance.instruction for instance in instances if not instance.choices)
+
+
+def describe(estimates: list[Estimate], terms: Terms) -> str:
+    """For a person: each generator with what it takes, a line each."""
+    return "\n".join(line for one in estimates for line in _lines(one, terms))
+
+
+def _lines(one: Estimate, terms: Terms) -> Iterator[str]:
+    yield f"{one.generator}: {one.candidates:,} candidates for {one.instances:,} instances"
+    if not one.paid:
+        yield "  runs here: no requests, no cost"
+        return
+    if one.answered:
+        yield f"  answered   {one.answered:,} are answered already, or equal to others, and not asked for again"
+    yield f"  requests   {_at_most(f'{one.requests:,}', f'{one.fewest_requests:,}')}"
+    yield (
+        f"  tokens     in {_at_most(f'{one.input_tokens:,}', f'{one.fewest_input_tokens:,}')}, out at most "
+        f"{one.output_tokens:,} ({CHARACTERS_PER_TOKEN} characters a token)"
+    )
+    limits = {"--requests-per-minute": terms.requests_per_minute, "--tokens-per-minute": terms.tokens_per_minute}
+    stated = " and ".join(f"{name} {limit:,}" for name, limit in limits.items() if limit)
+    yield (
+        f"  minutes    about {math.ceil(one.minutes):,} at most, by {SECONDS_PER_REQUEST:g} s a request and "
+        f"{TOKENS_PER_SECOND} tokens/s (a guess), {terms.concurrency} at a time{stated and f', and {stated}'}"
+    )
+    if terms.price_input or terms.price_output:
+        yield f"  cost       {_at_most(f'{one.cost:,.2f}', f'{one.fewest_cost:,.2f}')}"
+    else:
+        yield "  cost       give --price-input and --price-output, per million tokens, to see it"
+
+
+def _at_most(most: str, fewest: str) -> str:
+    return most if most == fewest else f"{most} at most, {fewest} if the endpoint takes n"

@@ -1,0 +1,232 @@
+"""What the LLMs that run on this machine share: loading, batches by length, and candidates in the original order."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
+
+from cappy.records import Candidate
+from cappy.sampling.decoding import Continuation, Response, continue_rows
+from cappy.sampling.drawing import uniforms
+from cappy.sampling.generators import unheard
+from cappy.sampling.model_folder import end_tokens, read_config, unloadable, weights_hash
+from cappy.sampling.strategies import Decoding
+
+MOST_LOGITS = 2**26
+"""Logits that one batch of likelihoods may hold, 4 bytes each."""
+
+
+class LocalLLM(ABC):
+    """An LLM of transformers in a folder: safetensors alone, no code of the folder's own, float32.
+
+    `BATCH_TOKENS` bounds a batch: rows times the longest prompt with its response. Instructions longer than the model's
+    context lose their end, and are counted.
+
+    What is drawn depends on the seed, the instruction, the decoding's name and the number of the sample, and not on
+    what else is asked for. Batches differ in the last bits of their logits, though: where two tokens are as good as
+    equal, or a draw falls on the border of two, another company in the batch can turn the choice. Two instances with
+    the same instruction draw the same candidates.
+    """
+
+    BATCH_TOKENS = 65_536
+    AUTO_MODEL: Any
+
+    def __init__(self, name: str, folder: str | Path, revision: str = "") -> None:
+        path = Path(folder)
+        config = read_config(path)
+        self.name = name
+        self.revision = revision or weights_hash(path)
+        self._cut = 0
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        disable_progress_bar()
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self.model: Any = self.AUTO_MODEL.from_pretrained(
+                path, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise unloadable(path, error) from error
+        self.model.to(self.device).eval()
+        # generate() fills whatever a call leaves open from the model's own configuration; an empty one leaks nothing.
+        self.model.generation_config = GenerationConfig()
+        self.ends = torch.tensor(end_tokens(self.tokenizer, config, path), device=self.device)
+        self.pad: int = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
+
+    def check(self, decodings: Sequence[Decoding]) -> None:
+        """No decoding is refused, since every knob is one of transformers' own."""
+        del decodings
+
+    def tally(self) -> Mapping[str, int]:
+        """`cut`: the instructions since the last call that lost their end."""
+        cut, self._cut = self._cut, 0
+        return {"cut": cut}
+
+    def sample(
+        self,
+        instructions: Sequence[str],
+        decodings: Sequence[Decoding],
+        *,
+        seed: int,
+        told: Callable[[int], None] = unheard,
+    ) -> list[list[Candidate]]:
+        """The candidates of all decodings, in their order, per instruction, with likelihoods."""
+        return [
+            [
+                self._candidate(response, decoding, seed)
+                for decoding, responses in zip(decodings, drawn, strict=True)
+                for response in responses
+            ]
+            for drawn in self.respond(instructions, decodings, seed=seed, told=told)
+        ]
+
+    @torch.inference_mode()
+    def respond(
+        self,
+        instructions: Sequence[str],
+        decodings: Sequence[Decoding],
+        *,
+        seed: int,
+        told: Callable[[int], None] = unheard,
+    ) -> list[list[list[Response]]]:
+        """Responses as tokens: of each instruction, for each decoding, its samples."""
+        most = max(decoding.max_new_tokens for decoding in decodings)
+        prompts = self._prompts(instructions, most)
+        rows = sum(max(decoding.num_samples, decoding.num_beams) for decoding in decodings)
+        each = sum(decoding.num_samples for decoding in decodings)
+        found: list[list[list[Response]]] = [[] for _ in instructions]
+        for batch in batches([len(prompt) for prompt in prompts], room=most, budget=self.BATCH_TOKENS // rows):
+            drawn = self._respond([instructions[i] for i in batch], [prompts[i] for i in batch], decodings, seed)
+            for place, responses in zip(batch, drawn, strict=True):
+                found[place] = responses
+            told(each * len(batch))
+        return found
+
+    @torch.inference_mode()
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
+        """(sum of log-probabilities, number of tokens) of each given response, end token included."""
+        responses = [self._response(response) for _, response in pairs]
+        instructions = list(dict.fromkeys(instruction for instruction, _ in pairs))
+        most = max(map(len, responses), default=0)
+        prompts = dict(zip(instructions, self._prompts(instructions, most), strict=True))
+        asked = [(prompts[instruction], response) for (instruction, _), response in zip(pairs, responses, strict=True)]
+        budget = min(self.BATCH_TOKENS, MOST_LOGITS // self.model.config.vocab_size)
+        found = [(0.0, 0)] * len(pairs)
+        for batch in batches([len(prompt) + len(response) for prompt, response in asked], room=0, budget=budget):
+            sums = self._sums([asked[i][0] for i in batch], [asked[i][1] for i in batch])
+            for place, total in zip(batch, sums.tolist(), strict=True):
+                found[place] = (total, len(asked[place][1]))
+        return found
+
+    def generation_config(self, decoding: Decoding) -> GenerationConfig:
+        """Every knob of a beam search, stated; the decoding loop of our own needs none."""
+        return GenerationConfig(
+            do_sample=False,
+            num_beams=decoding.num_beams,
+            num_return_sequences=decoding.num_samples,
+            max_new_tokens=decoding.max_new_tokens,
+            min_new_tokens=decoding.min_new_tokens or None,
+            decoder_start_token_id=getattr(self.model.config, "decoder_start_token_id", None),
+            eos_token_id=self.ends.tolist(),
+            pad_token_id=self.pad,
+        )
+
+    @abstractmethod
+    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
+        """Tokens of each instruction, cut so that `room` more have their place; counts those."""
+
+    @abstractmethod
+    def _response(self, text: str) -> list[int]:
+        """Tokens of a given response, end token included."""
+
+    @abstractmethod
+    def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What all responses to these prompts start from, and its mask (prompts, longest)."""
+
+    @abstractmethod
+    def _begin(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
+        """Each prompt's `copies` rows, and the logits of their first token: (prompts * copies, vocabulary)."""
+
+    @abstractmethod
+    def _beams(
+        self, prompts: Sequence[Sequence[int]], encoded: torch.Tensor, mask: torch.Tensor, decoding: Decoding
+    ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
+        """Tokens of each prompt's samples by beam search, one prompt after the other, and their sums (rows,)."""
+
+    @abstractmethod
+    def _sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Sum of the log-probabilities of each response's tokens after its prompt: (rows,)."""
+
+    def _respond(
+        self,
+        instructions: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        decodings: Sequence[Decoding],
+        seed: int,
+    ) -> list[list[list[Response]]]:
+        """`respond` for one batch."""
+        encoded, mask = self._encode(prompts)
+        found: list[list[list[Response]]] = [[[] for _ in decodings] for _ in prompts]
+        for place, decoding in enumerate(decodings):
+            if decoding.num_beams > 1:
+                tokens, sums = self._beams(prompts, encoded, mask, decoding)
+                for number, (own, total) in enumerate(zip(tokens, sums.tolist(), strict=True)):
+                    found[number // decoding.num_samples][place].append(Response(own, total))
+        drawn = [(place, decoding) for place, decoding in enumerate(decodings) if decoding.num_beams == 1]
+        if drawn:
+            places = [place for place, decoding in drawn for _ in range(decoding.num_samples)]
+            rows = [decoding for _, decoding in drawn for _ in range(decoding.num_samples)]
+            numbers = [own for text in instructions for _, decoding in drawn for own in uniforms(seed, text, decoding)]
+            model, logits = self._begin(encoded, mask, len(rows))
+            given = continue_rows(model, logits, rows * len(prompts), numbers, self.ends)
+            for number, response in enumerate(given):
+                found[number // len(rows)][places[number % len(rows)]].append(response)
+        return found
+
+    def _ended(self, sequences: torch.Tensor) -> list[tuple[int, ...]]:
+        """Tokens of each row (rows, length) up to and with its first end token."""
+        ends = set(self.ends.tolist())
+        rows: list[list[int]] = sequences.tolist()
+        stops = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
+        return [tuple(row[:stop]) for row, stop in zip(rows, stops, strict=True)]
+
+    def _candidate(self, response: Response, decoding: Decoding, seed: int) -> Candidate:
+        text = self.tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
+        return Candidate(
+            response=text,
+            generator=self.name,
+            revision=self.revision,
+            decoding=decoding.name,
+            seed=seed,
+            status="ok" if text else "empty",
+            logprob_sum=response.logprob_sum,
+            logprob_mean=response.logprob_sum / max(len(response.tokens), 1),
+            num_tokens=len(response.tokens),
+        )
+
+
+def batches(lengths: Sequence[int], *, room: int, budget: int) -> Iterator[list[int]]:
+    """Places of all lengths, longest first, in batches of like lengths.
+
+    A batch holds at most `budget` tokens, padding and `room` more for each included, and at least one place.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    start = 0
+    while start < len(order):
+        count = max(1, budget // max(1, lengths[order[start]] + room))
+        yield order[start : start + count]
+        start += count
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, both (rows, longest)."""
+    longest = max(map(len, rows))
+    gaps = [longest - len(row) for row in rows]
+    ids = [[fill] * gap + list(row) if left else list(row) + [fill] * gap for row, gap in zip(rows, gaps, strict=True)]
+    mask = [
+        [0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in zip(rows, gaps, strict=True)
+    ]
+    return torch.tensor(ids), torch.tensor(mask)

@@ -1,0 +1,150 @@
+"""A causal LLM that vLLM runs, by its documented offline interface (`LLM`, `SamplingParams`).
+
+Never run on a GPU here: vLLM has wheels for CUDA alone, and only the calls are tested, against a stand-in that records
+them. The interface is that of vLLM's public source, `vllm/sampling_params.py` and `vllm/outputs.py`, 2026.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cappy.errors import ConfigError, FolderError
+from cappy.records import Candidate
+from cappy.sampling.drawing import draw_seed
+from cappy.sampling.generators import unheard
+from cappy.sampling.model_folder import end_tokens, read_config, weights_hash
+from cappy.sampling.prompts import prompt_tokens, response_tokens
+from cappy.sampling.strategies import Decoding
+
+
+class VLLM:
+    """Samples from a folder that vLLM loads; safetensors alone, no code of the folder's own, no beams.
+
+    Each instruction has a seed of its own, so that what is drawn does not depend on the part; vLLM itself promises the
+    same tokens for a seed only on the same hardware and with the same batching. Instructions longer than the context
+    lose their end, and are counted.
+    """
+
+    def __init__(self, name: str, folder: str | Path, revision: str = "") -> None:
+        path = Path(folder)
+        config = read_config(path)
+        if config.is_encoder_decoder:
+            raise ConfigError(f"{name}: is an encoder-decoder, which vLLM does not run; name it without vllm:")
+        self.name = name
+        self.revision = revision or weights_hash(path)
+        self._cut = 0
+        try:
+            vllm: Any = importlib.import_module("vllm")
+        except ImportError as error:
+            raise ConfigError(f"{name}: vLLM is not installed; pip install vllm where there is a GPU") from error
+        self._parameters_class: Any = vllm.SamplingParams
+        self._context: int | None = getattr(config, "max_position_embeddings", None)
+        try:
+            # generation_config "vllm" keeps the folder's own sampling settings out.
+            self._llm: Any = vllm.LLM(
+                model=str(path),
+                load_format="safetensors",
+                trust_remote_code=False,
+                generation_config="vllm",
+                logprobs_mode="raw_logprobs",
+            )
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise FolderError(f"{path}: vLLM cannot load it ({reason[:120]})") from error
+        self._tokenizer: Any = self._llm.get_tokenizer()
+        self._ends = end_tokens(self._tokenizer, config, path)
+
+    def check(self, decodings: Sequence[Decoding]) -> None:
+        """ConfigError for beams."""
+        beams = next((decoding for decoding in decodings if decoding.num_beams > 1), None)
+        if beams:
+            raise ConfigError(f"{self.name}: vLLM does no beams here ({beams.name}); choose a --strategy without")
+
+    def tally(self) -> Mapping[str, int]:
+        """`cut`: the instructions since the last call that lost their end."""
+        cut, self._cut = self._cut, 0
+        return {"cut": cut}
+
+    def sample(
+        self,
+        instructions: Sequence[str],
+        decodings: Sequence[Decoding],
+        *,
+        seed: int,
+        told: Callable[[int], None] = unheard,
+    ) -> list[list[Candidate]]:
+        """The candidates of all decodings, in their order, per instruction, with likelihoods; one call for all."""
+        self.check(decodings)
+        room = max((decoding.max_new_tokens for decoding in decodings), default=0)
+        prompts = [self._prompt(instruction, room) for instruction in instructions]
+        asked = [
+            (prompt, self._parameters(decoding, draw_seed(seed, text, decoding)))
+            for text, prompt in zip(instructions, prompts, strict=True)
+            for decoding in decodings
+        ]
+        outputs = iter(self._generate(asked))
+        told(len(prompts) * sum(decoding.num_samples for decoding in decodings))
+        return [
+            [self._candidate(one, decoding, seed) for decoding in decodings for one in next(outputs).outputs]
+            for _ in instructions
+        ]
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
+        """(sum of log-probabilities, number of tokens) of each given response, end token included."""
+        responses = [response_tokens(self._tokenizer, response, self._ends[0]) for _, response in pairs]
+        room = max(map(len, responses), default=0) + 1
+        prompts = {instruction: self._prompt(instruction, room) for instruction in dict.fromkeys(i for i, _ in pairs)}
+        parameters = self._parameters_class(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        rows = [(prompts[text], response) for (text, _), response in zip(pairs, responses, strict=True)]
+        outputs = self._generate([([*prompt, *response], parameters) for prompt, response in rows])
+        found = []
+        for (prompt, response), output in zip(rows, outputs, strict=True):
+            told = output.prompt_logprobs[len(prompt) :]
+            total = sum(place[token].logprob for token, place in zip(response, told, strict=True))
+            found.append((float(total), len(response)))
+        return found
+
+    def _prompt(self, instruction: str, room: int) -> list[int]:
+        longest = self._context - room if self._context else None
+        ids, cut = prompt_tokens(self._tokenizer, instruction, ends=self._ends, longest=longest)
+        self._cut += cut
+        return ids
+
+    def _generate(self, asked: Sequence[tuple[list[int], Any]]) -> list[Any]:
+        prompts = [{"prompt_token_ids": ids} for ids, _ in asked]
+        outputs: list[Any] = self._llm.generate(prompts, [parameters for _, parameters in asked], use_tqdm=False)
+        return outputs
+
+    def _parameters(self, decoding: Decoding, seed: int) -> Any:
+        return self._parameters_class(
+            n=decoding.num_samples,
+            temperature=decoding.temperature if decoding.do_sample else 0.0,
+            top_p=decoding.top_p,
+            top_k=decoding.top_k,
+            min_p=decoding.min_p,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            repetition_penalty=1.0,
+            seed=seed,
+            stop_token_ids=self._ends,
+            max_tokens=decoding.max_new_tokens,
+            min_tokens=decoding.min_new_tokens,
+            logprobs=0,
+            skip_special_tokens=True,
+        )
+
+    def _candidate(self, output: Any, decoding: Decoding, seed: int) -> Candidate:
+        text = output.text.strip()
+        count = len(output.token_ids)
+        return Candidate(
+            response=text,
+            generator=self.name,
+            revision=self.revision,
+            decoding=decoding.name,
+            seed=seed,
+            status="ok" if text else "empty",
+            logprob_sum=output.cumulative_logprob,
+            logprob_mean=output.cumulative_logprob / max(count, 1),
+            num_tokens=count,
+        )

@@ -1,0 +1,38 @@
+"""`cappy sampling --estimate` prints what a run would take, and that is all it does."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from chat_server import Model, serving
+
+from cappy.records import Instance, write
+
+Cappy = Callable[..., subprocess.CompletedProcess[str]]
+INSTANCES = [Instance(instance_id=str(i), instruction=f"prompt {i}", references=("x",)) for i in range(60)]
+
+
+def test_the_flag_prints_and_neither_asks_nor_writes(tmp_path: Path, cappy: Cappy) -> None:
+    write(tmp_path / "in", INSTANCES)
+    model = Model()
+    with serving(model) as url:
+        flags = ["sampling", "--source", str(tmp_path / "in"), "--generator", f"openai:m@{url}", "--estimate"]
+        flags += ["--work", str(tmp_path / "work"), "--strategy"]
+        told = cappy(*flags, "endpoint8", "--price-output", "2").stdout
+        (values,) = json.loads(cappy(*flags, "endpoint8", "--json").stdout)
+        beams = cappy(*flags, "beam4")
+    assert "requests   480 at most, 180 if the endpoint takes n" in told
+    assert "cost       0.06\n" in told
+    assert values["requests"] == 480
+    assert beams.returncode == 1
+    assert "an endpoint cannot do beam4" in beams.stderr
+    assert model.asked == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_without_an_llm_there_is_nothing_to_estimate(tmp_path: Path, cappy: Cappy) -> None:
+    write(tmp_path / "in", INSTANCES)
+    alone = cappy("sampling", "--source", str(tmp_path / "in"), "--estimate")
+    assert alone.returncode == 1
+    assert "--estimate needs an LLM to ask; name it with --generator" in alone.stderr
