@@ -1,7 +1,7 @@
 """Sampling: candidates for every instance, from one LLM or several."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,7 +15,7 @@ from cappy.records.shard import ShardOf, parse_shard, refuse_same
 from cappy.sampling.accounts import accounts, taken
 from cappy.sampling.generators import check_strategy
 from cappy.sampling.paid import Api, Terms
-from cappy.sampling.strategies import share, strategy
+from cappy.sampling.strategies import MOST_NEW_TOKENS, Decoding, checked, share, strategy
 
 if TYPE_CHECKING:
     from cappy.sampling.generators import Generator
@@ -43,6 +43,9 @@ class SamplingConfig:
             "decodings as beam4+topk40x4; or a file of them"
         ),
     ] = "paper17"
+    max_new_tokens: Annotated[
+        int, Field(ge=0, le=MOST_NEW_TOKENS, description="Longest response in tokens; 0: what the strategy says")
+    ] = 0
     seed: Annotated[int, Field(description="Seed of the draw")] = 0
     part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 64
     shard: ShardOf = ""
@@ -66,13 +69,22 @@ class SamplingConfig:
     retries: Annotated[int, LOCATION, Field(ge=0, le=100, description="Further attempts at a failed request")] = 8
 
     def __post_init__(self) -> None:
-        check_strategy(self.generator, strategy(self.strategy))
+        check_strategy(self.generator, self.decodings)
         parse_shard(self.shard)
         if self.budget_money and not (self.price_input or self.price_output):
             remedy = "give --price-input and --price-output, per million tokens"
             raise ConfigError(
                 f"sampling: --budget-money: {self.budget_money:g} cannot be kept without prices; {remedy}"
             )
+
+    @property
+    def decodings(self) -> tuple[Decoding, ...]:
+        """What the strategy draws, with the length that was asked for."""
+        decodings = strategy(self.strategy)
+        if not self.max_new_tokens:
+            return decodings
+        longer = [replace(decoding, max_new_tokens=self.max_new_tokens) for decoding in decodings]
+        return checked(longer, "sampling: --max-new-tokens")
 
 
 def load_generator(spec: str, terms: Terms | None = None) -> "Generator":
@@ -123,7 +135,7 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
     parent = read_manifest(config.source)
     terms = terms_of(config, parent.hash)
     generators = [load_generator(spec, terms) for spec in config.generator]
-    decodings = strategy(config.strategy)
+    decodings = config.decodings
     for position, generator in enumerate(generators):
         generator.check(share(decodings, position))
     telling = Telling(progress, generators, decodings)

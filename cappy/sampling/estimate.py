@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cappy.records import Instance, read, read_manifest
 from cappy.records.shard import parse_shard
 from cappy.sampling.paid import CHARACTERS_PER_TOKEN, Terms, tokens_of
-from cappy.sampling.strategies import Decoding, share, strategy
+from cappy.sampling.strategies import Decoding, share
 from cappy.specs import parse_spec
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def estimate(config: "SamplingConfig") -> list[Estimate]:
     manifest = read_manifest(config.source)
     rows = parse_shard(config.shard).rows(manifest.rows)
     instructions = list(_instructions(read(config.source, rows=rows)))
-    decodings = strategy(config.strategy)
+    decodings = config.decodings
     terms = terms_of(config, manifest.hash)
     found = []
     for position, text in enumerate(config.generator):

@@ -19,6 +19,7 @@ from pathlib import Path
 from cappy.errors import ConfigError, shown
 
 MAX_NEW_TOKENS = 64
+MOST_NEW_TOKENS = 32768
 FILES = (".yaml", ".yml", ".json")
 
 
@@ -191,7 +192,7 @@ def _rules(decoding: Decoding) -> dict[str, bool]:
         "top_k must be 0 (off) or more": decoding.top_k >= 0,
         "top_p must be above 0 and at most 1 (off)": 0 < decoding.top_p <= 1,
         "min_p must be 0 (off) or more, and below 1": 0 <= decoding.min_p < 1,
-        "max_new_tokens must be 1 to 32768": 1 <= decoding.max_new_tokens <= 32768,
+        f"max_new_tokens must be 1 to {MOST_NEW_TOKENS}": 1 <= decoding.max_new_tokens <= MOST_NEW_TOKENS,
         "min_new_tokens must be 0 or more, and below max_new_tokens": (
             0 <= decoding.min_new_tokens < decoding.max_new_tokens
         ),

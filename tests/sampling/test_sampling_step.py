@@ -164,3 +164,18 @@ def test_an_edited_file_of_decodings_is_other_work(tmp_path: Path, llm_folder: P
 def test_an_unknown_strategy_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'paper18' is unknown; choose one of greedy"):
         SamplingConfig(source=tmp_path, target=tmp_path, strategy="paper18")
+
+
+def test_the_length_of_responses_is_a_setting(tmp_path: Path, llm_folder: Path) -> None:
+    write(tmp_path / "in", [instance(n) for n in range(4)])
+
+    def config(**values: object) -> SamplingConfig:
+        given = {"source": tmp_path / "in", "generator": (str(llm_folder),), "strategy": "beam2+sampling2"}
+        return SamplingConfig(**{**given, "work": tmp_path / "work", **values})  # type: ignore[arg-type]
+
+    run(config(target=tmp_path / "short", max_new_tokens=3))
+    assert max(c.num_tokens or 0 for one in read(tmp_path / "short") for c in one.candidates) == 3
+    run(config(target=tmp_path / "long"))
+    assert max(c.num_tokens or 0 for one in read(tmp_path / "long") for c in one.candidates) > 3
+    with pytest.raises(ConfigError, match="--max-new-tokens: decoding 'beam4-leaky': min_new_tokens must be"):
+        config(target=tmp_path / "none", strategy="paper17-leaky", max_new_tokens=2)

@@ -8,7 +8,10 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-OPTIONAL = ("n", "temperature", "top_p", "seed", "logprobs", "max_tokens", "max_completion_tokens", "top_k")
+OPTIONAL = (
+    *("n", "temperature", "top_p", "seed", "logprobs", "max_tokens", "max_completion_tokens"),
+    *("top_k", "min_p", "min_tokens"),
+)
 """What a request can do without."""
 LENGTH = "max_tokens"
 NEW_LENGTH = "max_completion_tokens"
