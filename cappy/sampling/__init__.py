@@ -1,6 +1,7 @@
 """Sampling: candidates for every instance, from one LLM or several."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -126,28 +127,31 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
 
     Instances with choices need no samples. Without a generator the candidates that came with the instances stand.
     """
+    refuse_same(config.source, config.target)
+    parent = read_manifest(config.source)
+    terms = terms_of(config, parent.hash)
+    with ExitStack() as opened:
+        generators = [opened.enter_context(closing(load_generator(spec, terms))) for spec in config.generator]
+        for position, generator in enumerate(generators):
+            generator.check(share(config.decodings, position))
+        return _run(config, parent, generators, progress)
+
+
+def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"], progress: Progress) -> Manifest:
     from cappy.records.parts import process_folder
     from cappy.records.work import claim, finish
     from cappy.sampling.candidates import sample
     from cappy.sampling.telling import Telling
 
-    refuse_same(config.source, config.target)
-    parent = read_manifest(config.source)
-    terms = terms_of(config, parent.hash)
-    generators = [load_generator(spec, terms) for spec in config.generator]
     decodings = config.decodings
-    for position, generator in enumerate(generators):
-        generator.check(share(decodings, position))
     telling = Telling(progress, generators, decodings)
 
     def transform(part: list[Instance]) -> Iterator[Instance]:
         return sample(part, generators, decodings, seed=config.seed, told=telling.drawn)
 
     revisions = {generator.name: generator.revision for generator in generators}
-
     # The file of decodings may change while its path stays.
     stated = identity(config) | {"decodings": [asdict(decoding) for decoding in decodings]}
-
     with claim(config.work, "sampling", stated, [parent.hash, *revisions.values()]) as folder:
         parts = process_folder(
             config.source,
@@ -158,7 +162,7 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
             progress=telling,
             count=partial(taken, generators=generators),
         )
-        metrics, facts = accounts(parts.counts, terms)
+        metrics, facts = accounts(parts.counts, terms_of(config))
         manifest = Manifest(
             step="sampling",
             files=parts.files,

@@ -50,6 +50,9 @@ class Generator(Protocol):
     def tally(self) -> Mapping[str, int]:
         """Counts for the manifest of what the candidates since the last call took; forgets them."""
 
+    def close(self) -> None:
+        """Lets go of what it holds open; it is not used after that."""
+
 
 def check_strategy(specs: Sequence[str], decodings: Sequence[Decoding]) -> None:
     """ConfigError for what can be known to fail before anything is loaded."""

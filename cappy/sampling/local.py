@@ -65,6 +65,10 @@ class LocalLLM(ABC):
         cut, self._cut = self._cut, 0
         return {"cut": cut}
 
+    def close(self) -> None:
+        """Lets the weights go."""
+        self.model = None
+
     def sample(
         self,
         instructions: Sequence[str],

@@ -66,6 +66,10 @@ class VLLM:
         cut, self._cut = self._cut, 0
         return {"cut": cut}
 
+    def close(self) -> None:
+        """Lets the engine go."""
+        self._llm = None
+
     def sample(
         self,
         instructions: Sequence[str],

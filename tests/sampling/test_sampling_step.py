@@ -47,6 +47,9 @@ class Echo:
     def tally(self) -> Mapping[str, int]:
         return {}
 
+    def close(self) -> None:
+        pass
+
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
         return [(-float(len(response)), 2) for _, response in pairs]
 

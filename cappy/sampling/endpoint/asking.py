@@ -10,6 +10,7 @@ import openai
 from cappy.errors import GeneratorError
 from cappy.sampling.endpoint.answers import Answer, BadAnswerError, failed, read_answers
 from cappy.sampling.endpoint.capabilities import Capabilities
+from cappy.sampling.endpoint.clients import Clients
 from cappy.sampling.endpoint.faults import Fault, backoff, judge
 from cappy.sampling.endpoint.keys import without
 from cappy.sampling.endpoint.limits import Budget, Pace, Spent, pause
@@ -76,16 +77,14 @@ class Meter:
 class Asker:
     """Sends questions for a model, within the terms; safe for any number of threads."""
 
-    def __init__(self, name: str, model: str, client: openai.OpenAI, terms: Terms) -> None:
+    def __init__(self, name: str, model: str, clients: Clients, terms: Terms) -> None:
         self.name = name
         self.capabilities = Capabilities()
         self.budget = Budget(name, terms)
         self.meter = Meter(terms)
         self._model = model
-        self._client = client
+        self._clients = clients
         self._terms = terms
-        # More threads than slots: while one writes an answer down, another has its request under way.
-        self._slots = threading.BoundedSemaphore(terms.concurrency)
         self._requests = Pace(terms.requests_per_minute)
         self._tokens = Pace(terms.tokens_per_minute)
 
@@ -126,17 +125,16 @@ class Asker:
         try:
             with self.budget.hold(most, stop) as spent:
                 pause(max(self._requests.turn(1), self._tokens.turn(asked)), stop)
-                with self._slots:
-                    pause(0, stop)
+                with self._clients.client(stop) as client:
                     # What others learned in the meantime need not be refused again.
                     count = self._count(numbers)
                     sent, left_out = self.capabilities.trimmed(wanted)
                     try:
-                        text = self._send(sent)
+                        text = self._send(client, sent)
                     except openai.OpenAIError as error:
                         fault = judge(error, sent)
                         if fault.kind == "end":
-                            # While the slot is still taken, so that nobody asks in vain after this.
+                            # While the client is still held, so that nobody asks in vain after this.
                             stop.set()
                         return [], fault
                 answers = read_answers(
@@ -155,14 +153,14 @@ class Asker:
     def _count(self, numbers: list[int]) -> int:
         return len(numbers) if self.capabilities.takes("n") else 1
 
-    def _send(self, body: Mapping[str, Any]) -> str:
+    def _send(self, client: openai.OpenAI, body: Mapping[str, Any]) -> str:
         """The text of the response; what the body says is for the reader of answers to find out."""
         # Straight to the path: the typed methods spend as long again on reshaping a body that is already right.
         path = "/chat/completions" if self._terms.api == "chat" else "/completions"
-        return self._client.post(path, body=dict(body), cast_to=str)
+        return client.post(path, body=dict(body), cast_to=str)
 
     def _last_words(self, fault: Fault, attempt: int) -> str:
-        reason = without(self._client.api_key, fault.reason)
+        reason = without(self._clients.key, fault.reason)
         tried = f" after {attempt} attempts" if attempt > 1 else ""
         remedy = fault.remedy or "check the address and the network"
         return f"{self.name}: {reason[:_SHOWN]}{tried}; {remedy}, then run the same command again: every answer is kept"

@@ -1,26 +1,25 @@
 """An LLM behind an OpenAI-compatible endpoint as a generator: many requests at once, each answer kept as it comes."""
 
 import hashlib
+import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-
-import openai
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from cappy.errors import ConfigError
 from cappy.records import Candidate
 from cappy.sampling.endpoint.answers import Answer
 from cappy.sampling.endpoint.asking import Asker, Question, beyond
 from cappy.sampling.endpoint.cache import Cache, key_of
-from cappy.sampling.endpoint.keys import api_key, refuse_secrets
+from cappy.sampling.endpoint.clients import Clients
+from cappy.sampling.endpoint.keys import refuse_secrets
 from cappy.sampling.endpoint.limits import StoppedError
 from cappy.sampling.generators import unheard
 from cappy.sampling.paid import Terms, Usage
 from cappy.sampling.strategies import Decoding
 from cappy.specs import Spec
 
-CONNECT_SECONDS = 10.0
 WRITERS = 16
 """Threads beyond those whose requests are under way, to write answers down."""
 TELL_SECONDS = 1.0
@@ -45,14 +44,8 @@ class Endpoint:
         self._model = spec.name
         self._url = spec.url.rstrip("/")
         self._terms = terms or Terms()
-        self._client = openai.OpenAI(
-            base_url=self._url,
-            api_key=api_key(),
-            # Attempts are counted, paced and paid for here, so the client makes one at a time.
-            max_retries=0,
-            timeout=openai.Timeout(self._terms.timeout, connect=min(CONNECT_SECONDS, self._terms.timeout)),
-        )
-        self._asker = Asker(self.name, self._model, self._client, self._terms)
+        self._clients = Clients(self._url, count=self._terms.concurrency, timeout=self._terms.timeout)
+        self._asker = Asker(self.name, self._model, self._clients, self._terms)
         self._cache = Cache(self._terms.folder)
         self._tally = _no_tally()
         self._errors_told = 0
@@ -64,7 +57,7 @@ class Endpoint:
 
     def close(self) -> None:
         """Closes the connections and the ledger."""
-        self._client.close()
+        self._clients.close()
         self._asker.budget.close()
 
     def check(self, decodings: Sequence[Decoding]) -> None:
@@ -149,17 +142,26 @@ class Endpoint:
         for question, number in samples:
             jobs.setdefault(question, []).append(number)
         found: dict[Sample, Answer] = {}
-        heard = 0
         stop = threading.Event()
+        # Beside the clients' threads some that write: while one writes an answer down, another asks.
         with ThreadPoolExecutor(self._terms.concurrency + min(self._terms.concurrency, WRITERS)) as pool:
-            pending = {pool.submit(self._ask, job, found, stop) for job in jobs.items()}
+            # A queue of what is done: waiting for the first of many futures looks at all of them, every time.
+            done: queue.SimpleQueue[Future[list[Job]]] = queue.SimpleQueue()
+
+            def submit(job: Job) -> None:
+                pool.submit(self._ask, job, found, stop).add_done_callback(done.put)
+
             try:
+                for job in jobs.items():
+                    submit(job)
+                pending, heard = len(jobs), 0
                 while pending:
-                    # Nothing may come for long, while errors do.
-                    done, pending = wait(pending, timeout=TELL_SECONDS, return_when=FIRST_COMPLETED)
+                    left = _next(done)
                     heard, before = len(found), heard
                     told(heard - before)
-                    pending |= {pool.submit(self._ask, job, found, stop) for job in _left(done)}
+                    for job in left or ():
+                        submit(job)
+                    pending += len(left) - 1 if left is not None else 0
             except BaseException:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -191,8 +193,14 @@ class Endpoint:
             self._tally[f"not_asked/{self.name}/{parameter}"] += 1
 
 
-def _left(done: Iterable[Future[list[Job]]]) -> list[Job]:
-    return [job for future in done for job in future.result()]
+def _next(done: queue.SimpleQueue[Future[list[Job]]]) -> list[Job] | None:
+    """What is left of the next job that is done; None if none is for a while."""
+    try:
+        future = done.get(timeout=TELL_SECONDS)
+    except queue.Empty:
+        # Nothing may come for long, while errors do.
+        return None
+    return future.result()
 
 
 def _seed(seed: int, decoding: str, instruction: str) -> int:
