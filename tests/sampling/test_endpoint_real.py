@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from fault_proxy import FAULTS, Weather, proxying
 
 from cappy.errors import GeneratorError
 from cappy.sampling.endpoint import Endpoint
@@ -44,3 +45,20 @@ def test_a_model_that_the_server_does_not_have_ends_the_run(transformers_server:
     with pytest.raises(GeneratorError, match="run the same command again"):
         endpoint.sample(["the cat sat"], [SAMPLING], seed=0)
     endpoint.close()
+
+
+def test_every_fault_in_front_of_a_server_of_others_is_outlasted(
+    transformers_server: str, causal_folder: Path, tmp_path: Path
+) -> None:
+    weather = Weather(plan=list(FAULTS), stall=6.0, later=0.1)
+    with proxying(transformers_server, weather) as url:
+        endpoint = Endpoint(
+            parse_spec(f"openai:{causal_folder}@{url}"),
+            Terms(folder=tmp_path, timeout=4.0, concurrency=3, retries=len(FAULTS), first_wait=0.05),
+        )
+        drawn = endpoint.sample(["the cat sat", "where is the dog", "who"], [SAMPLING], seed=0)
+        endpoint.close()
+    assert [len(of_one) for of_one in drawn] == [3, 3, 3]
+    assert {one.status for of_one in drawn for one in of_one} <= {"ok", "truncated", "empty"}
+    assert set(weather.blown) == set(FAULTS)
+    assert endpoint.usage.errors >= len(FAULTS)
