@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,33 @@ def test_processes_that_share_a_folder_share_its_answers(tmp_path: Path) -> None
         second.close()
     assert max(model.answered.values()) == 1
     assert sum(model.answered.values()) == 60 * 6
+
+
+def test_an_answer_serves_its_own_question_alone(tmp_path: Path) -> None:
+    plain = Decoding(name="d", top_p=0.9)
+    knobs: list[dict[str, float]] = [
+        *({"temperature": 0.7}, {"do_sample": False}, {"top_p": 0.8}, {"max_new_tokens": 9}),
+        *({"top_k": 4}, {"min_p": 0.1}, {"min_new_tokens": 2}),
+    ]
+    with serving(Model()) as url:
+        others: list[tuple[str, str, Decoding, int, dict[str, object]]] = [
+            ("m", "one", plain, 0, {}),
+            ("m", "two", plain, 0, {}),
+            ("m", "one", replace(plain, name="e"), 0, {}),
+            ("m", "one", plain, 1, {}),
+            ("n", "one", plain, 0, {}),
+            ("m", "one", plain, 0, {"api": "completions"}),
+            *(("m", "one", replace(plain, **changed), 0, {}) for changed in knobs),  # type: ignore[arg-type]
+        ]
+        asked = [(f"{name}@{url}", *rest) for name, *rest in others] + [(f"m@{url}/other", "one", plain, 0, {})]
+        for requests in (1, 0):
+            for model, instruction, decoding, seed, terms in asked:
+                extra = ("top_k", "min_p", "min_tokens")
+                kept = Terms(folder=tmp_path, extra=extra, **terms)  # type: ignore[arg-type]
+                endpoint = Endpoint(parse_spec(f"openai:{model}"), kept)
+                endpoint.sample([instruction], [decoding], seed=seed)
+                endpoint.close()
+                assert endpoint.usage.requests == requests, (model, instruction, decoding, seed, terms)
 
 
 def test_a_torn_answer_is_asked_again(tmp_path: Path) -> None:

@@ -209,6 +209,24 @@ def test_likelihood_does_not_depend_on_the_batch(generator: Seq2Seq) -> None:
         assert one.logprob_sum == pytest.approx(other.logprob_sum, abs=1e-4)
 
 
+def test_a_repository_is_loaded_at_its_commit_and_named_by_it(
+    llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the hub's own cache on disk, where another commit is the newest."""
+    pinned, newer = "a" * 40, "b" * 40
+    repository = tmp_path / "models--org--name"
+    shutil.copytree(llm_folder, repository / "snapshots" / pinned)
+    (repository / "snapshots" / newer).mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(newer)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (drawn,) = load_generator(f"hub:org/name@{pinned}").sample(PROMPTS[:1], [SAMPLING], seed=0)
+    assert {(one.generator, one.revision) for one in drawn} == {(f"hub:org/name@{pinned}", pinned)}
+    with pytest.raises(ConfigError, match="cannot be had from the hub .*check name, revision and network"):
+        load_generator(f"hub:org/name@{'c' * 40}")
+
+
 def test_what_is_no_generator_is_refused_with_a_remedy(tmp_path: Path, scorer_folder: Path) -> None:
     with pytest.raises(FolderError, match="no config.json there"):
         load_generator(str(tmp_path))
