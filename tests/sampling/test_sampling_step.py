@@ -131,16 +131,6 @@ def test_a_generator_is_only_asked_for_what_is_its_own(tmp_path: Path, llm_folde
     ]
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are listed in /proc")
-def test_nothing_stays_open_after_a_run(tmp_path: Path) -> None:
-    write(tmp_path / "in", [instance(n) for n in range(4)])
-    paths = {"source": tmp_path / "in", "target": tmp_path / "out", "work": tmp_path / "work"}
-    with serving(Model()) as url:
-        run(SamplingConfig(**paths, generator=(f"openai:m@{url}",), strategy="sampling8"))
-        opened = [path.resolve() for path in Path("/proc/self/fd").iterdir()]
-    assert not [path for path in opened if path.is_relative_to(tmp_path.resolve())]
-
-
 def test_nothing_to_sample_from_is_said_with_the_remedy() -> None:
     with pytest.raises(ConfigError, match="instance '1' has no candidate; name an LLM with --generator"):
         list(sample([instance(1)], [], [GREEDY], seed=0))

@@ -164,10 +164,15 @@ def test_the_encoder_runs_once_for_an_instruction(generator: Seq2Seq) -> None:
         hook.remove()
 
 
-def test_no_end_token_comes_before_its_time(generator: Seq2Seq) -> None:
+def test_no_end_token_comes_before_its_time_and_likelihoods_stay_the_models_own(
+    generator: Seq2Seq, llm_folder: Path
+) -> None:
     decoding = Decoding(name="long", num_samples=200, min_new_tokens=6, max_new_tokens=8)
     (((drawn),),) = generator.respond(PROMPTS[:1], [decoding], seed=0)
     assert {len(response.tokens) for response in drawn} <= {7, 8}
+    for response in drawn[:5]:
+        expected = plain_likelihood(llm_folder, PROMPTS[0], response.tokens)
+        assert response.logprob_sum == pytest.approx(expected, abs=1e-4)
 
 
 def test_an_instruction_that_loses_its_end_is_counted_once(llm_folder: Path) -> None:
