@@ -44,7 +44,7 @@ def rules(reported: Sequence[Pool], held_out: Sequence[Pool], scores: Mapping[st
         reason = _without(other, values, held_out)
         tuned = "" if reason else _valued(other, held_out)
         if isinstance(tuned, str):
-            missing[name] = reason or tuned
+            missing[name] = reason or f"of the held-out, {tuned}"
             continue
         weight = tuning.choose_weight(held, tuned, [pool.labels for pool in held_out])
         pairs = zip(values["scorer"], values[other], strict=True)

@@ -51,7 +51,7 @@ def evaluate_folder(
     parents = (parent.hash, *(content(folder) for folder in folders.values()))
     with claim(config.work, "evaluation", identity(config), parents) as folder:
         instances = list(read(config.source, splits=sorted({config.split, "validation"})))
-        reported = [instance for instance in instances if instance.split == config.split]
+        reported = [instance for instance in instances if instance.split == config.split and instance.selectable]
         scorers = {name: load(str(path)) for name, path in folders.items()}
         scores = {name: remembered(scorer.score, folder, name) for name, scorer in scorers.items()}
         report = evaluate(

@@ -8,7 +8,7 @@ from typing import Protocol
 from cappy.errors import ConfigError, shown
 from cappy.records import Candidate
 from cappy.sampling.paid import Terms
-from cappy.sampling.strategies import Decoding
+from cappy.sampling.strategies import Decoding, share
 from cappy.specs import hub_folder, parse_spec
 
 _GENERATES = ("ForCausalLM", "LMHeadModel")
@@ -56,8 +56,8 @@ class Generator(Protocol):
 
 def check_strategy(specs: Sequence[str], decodings: Sequence[Decoding]) -> None:
     """ConfigError for what can be known to fail before anything is loaded."""
-    beams = next((decoding for decoding in decodings if decoding.num_beams > 1), None)
-    for text in specs:
+    for position, text in enumerate(specs):
+        beams = next((decoding for decoding in share(decodings, position) if decoding.num_beams > 1), None)
         if beams and parse_spec(text).kind == "vllm":
             raise ConfigError(f"{text}: vLLM does no beams here ({beams.name}); choose a --strategy without, as greedy")
     needed = max((decoding.generator + 1 for decoding in decodings if decoding.generator is not None), default=0)

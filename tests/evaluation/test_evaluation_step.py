@@ -1,7 +1,9 @@
 """The step writes a whole report, counts leaks and does not score twice."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,13 @@ from cappy.errors import FolderError
 from cappy.evaluation import EvaluationConfig, read_report
 from cappy.evaluation.step import evaluate_folder
 from cappy.progress import silent
-from cappy.records import Instance, Manifest, prompt_hash, write
+from cappy.records import Candidate, Instance, Manifest, prompt_hash, write
 from cappy.records.folder import describe_files, verify, write_manifest
+from cappy.records.instance import Status
 
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
+STARTS = (("test", 0), ("validation", 100))
+"""Where the numbers of the fixture's instances start."""
 
 
 class FakeScorer:
@@ -126,3 +131,48 @@ def test_a_folder_without_a_report_says_what_to_give(folders: Path) -> None:
 def test_settings_out_of_range_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"evaluation: --resamples.*got 5"):
         config(tmp_path, resamples=5)
+
+
+def no_number(text: str) -> None:
+    raise AssertionError(f"{text} stands in the report")
+
+
+@pytest.mark.parametrize("known", ["none", "some", "held-out", "reported"])
+def test_what_sampling_could_not_get_leaves_a_report_that_says_so(
+    tmp_path: Path, folders: Path, instances: list[Instance], score: Score, known: str
+) -> None:
+    """Whole instances without a response to select, candidates without a likelihood: both are what endpoints give."""
+    statuses: list[Status] = ["refused", "filtered", "empty", "failed"]
+    hollow = {f"{split}-{start + n}": status for split, start in STARTS for n, status in enumerate(statuses)}
+
+    def mended(instance: Instance) -> Instance:
+        if instance.instance_id in hollow:
+            nothing = Candidate(response="", status=hollow[instance.instance_id], generator="large")
+            return replace(instance, candidates=(nothing, nothing))
+        kept = {"none": 0, "some": 3, "held-out": 6 * (instance.split == "validation")}
+        number = kept.get(known, 6 * (instance.split == "test"))
+        bare = [replace(one, logprob_sum=None, logprob_mean=None) for one in instance.candidates[number:]]
+        return replace(instance, candidates=(*instance.candidates[:number], *bare))
+
+    write(tmp_path / "mended", [mended(instance) for instance in instances])
+    leaking = trained_on_first_three(instances, "champion")
+    settings = config(folders, source=tmp_path / "mended", champion=str(folders / "champion"))
+    manifest = evaluate_folder(settings, silent, load=lambda path: FakeScorer(score), trained_on=leaking)
+    values = json.loads((folders / "report/report.json").read_text(), parse_constant=no_number)
+    page = (folders / "report/report.html").read_text()
+    facts = values["facts"]
+    assert (facts["instances"], facts["skipped_instances"], facts["held_out_instances"]) == (36, 4, 16)
+    assert "4 more skipped, as they have no candidate to select" in page
+    # The first three instances are among those that are not reported.
+    assert values["leaks"] == {"challenger": 0, "champion": 0}
+    for name in ("likelihood_sum", "likelihood_mean", "hybrid_likelihood"):
+        there = known == "reported" and name != "hybrid_likelihood"
+        assert (name in values["selectors"]) is there
+        assert (name in values["unavailable"]) is not there
+    told = {"reported": "of the held-out, 16 of 16"}.get(known, "36 of 36")
+    assert f"{told} instances have candidates without log-likelihood" in page
+    assert ("scorer-likelihood" in values["comparisons"]) is (known == "reported")
+    assert "hybrid_mbr" in values["selectors"]
+    assert all(math.isfinite(value) for value in manifest.metrics.values())
+    probed = {instruction for instruction, _, _ in json.loads((folders / "report/probe.json").read_text())}
+    assert probed.isdisjoint(i.instruction for i in instances if i.instance_id in hollow)

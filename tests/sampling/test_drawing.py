@@ -22,6 +22,7 @@ DECODINGS = [
     Decoding(name="k", top_k=7),
     Decoding(name="p", top_p=0.8),
     Decoding(name="small p", top_p=0.1),
+    Decoding(name="kp", top_k=20, top_p=0.7),
     Decoding(name="m", min_p=0.2),
     Decoding(name="pm", top_p=0.9, min_p=0.1),
     Decoding(name="tkpm", temperature=1.4, top_k=20, top_p=0.9, min_p=0.05),

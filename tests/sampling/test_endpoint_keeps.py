@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,16 @@ def test_retry_after_is_waited_for_in_full() -> None:
         endpoint.sample(["one"], [GREEDY], seed=0)
         endpoint.close()
     assert weather.arrivals[1] - weather.arrivals[0] >= 0.7
+
+
+def test_an_endpoint_that_asks_to_wait_for_long_ends_the_run() -> None:
+    weather = Weather(plan=["429-later"], later=700)
+    with serving(Model()) as upstream, proxying(upstream, weather) as url:
+        endpoint = endpoint_at(url)
+        with pytest.raises(GeneratorError, match="it asks to wait 700 s; come back then"):
+            endpoint.sample(["one"], [GREEDY], seed=0)
+        endpoint.close()
+    assert len(weather.arrivals) == 1
 
 
 def test_retry_after_is_read_in_all_its_forms() -> None:
@@ -149,6 +160,33 @@ def test_processes_that_share_a_folder_share_its_answers(tmp_path: Path) -> None
     assert sum(model.answered.values()) == 60 * 6
 
 
+def test_an_answer_serves_its_own_question_alone(tmp_path: Path) -> None:
+    plain = Decoding(name="d", top_p=0.9)
+    knobs: list[dict[str, float]] = [
+        *({"temperature": 0.7}, {"do_sample": False}, {"top_p": 0.8}, {"max_new_tokens": 9}),
+        *({"top_k": 4}, {"min_p": 0.1}, {"min_new_tokens": 2}),
+    ]
+    with serving(Model()) as url:
+        others: list[tuple[str, str, Decoding, int, dict[str, object]]] = [
+            ("m", "one", plain, 0, {}),
+            ("m", "two", plain, 0, {}),
+            ("m", "one", replace(plain, name="e"), 0, {}),
+            ("m", "one", plain, 1, {}),
+            ("n", "one", plain, 0, {}),
+            ("m", "one", plain, 0, {"api": "completions"}),
+            *(("m", "one", replace(plain, **changed), 0, {}) for changed in knobs),  # type: ignore[arg-type]
+        ]
+        asked = [(f"{name}@{url}", *rest) for name, *rest in others] + [(f"m@{url}/other", "one", plain, 0, {})]
+        for requests in (1, 0):
+            for model, instruction, decoding, seed, terms in asked:
+                extra = ("top_k", "min_p", "min_tokens")
+                kept = Terms(folder=tmp_path, extra=extra, **terms)  # type: ignore[arg-type]
+                endpoint = Endpoint(parse_spec(f"openai:{model}"), kept)
+                endpoint.sample([instruction], [decoding], seed=seed)
+                endpoint.close()
+                assert endpoint.usage.requests == requests, (model, instruction, decoding, seed, terms)
+
+
 def test_a_torn_answer_is_asked_again(tmp_path: Path) -> None:
     with serving(Model()) as url:
         endpoint = endpoint_at(url, folder=tmp_path)
@@ -216,6 +254,34 @@ def test_limits_per_minute_are_kept_from_the_first_request_on() -> None:
             # Tokens that were not taken are given back, so only requests are that slow.
             assert time.monotonic() - started >= (0.69 if "requests_per_minute" in terms else 0.05)
         assert len(model.asked) == 16
+
+
+def test_tokens_that_were_not_taken_are_given_back() -> None:
+    with serving(Model()) as url:
+        endpoint = endpoint_at(url, tokens_per_minute=6000)
+        started = time.monotonic()
+        for seed in range(3):
+            # Each may take a thousand tokens, ten seconds' worth, and takes fifteen.
+            endpoint.sample(["one"], [Decoding(name="g", max_new_tokens=1000)], seed=seed)
+        assert time.monotonic() - started < 10
+        endpoint.close()
+
+
+def test_what_the_model_said_is_kept_and_what_says_nothing_of_it_is_asked_again(tmp_path: Path) -> None:
+    heads = ("plain", "long", "blank", "filtered", "refuse")
+    with serving(Model()) as url:
+        for _ in range(2):
+            endpoint = endpoint_at(url, folder=tmp_path)
+            endpoint.sample([f"{head} x" for head in heads], [GREEDY], seed=0)
+            endpoint.close()
+        assert endpoint.usage.requests == 0
+    model = Model()
+    with serving(model) as url:
+        endpoint = endpoint_at(url, folder=tmp_path)
+        for _ in range(2):
+            endpoint.sample(["endless x"], [GREEDY], seed=0)
+        endpoint.close()
+    assert len(model.asked) == 2
 
 
 def test_no_more_requests_are_under_way_than_allowed() -> None:

@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from chat_server import Model, serving
 
 from cappy.errors import ConfigError
 from cappy.records import Candidate, Instance, read, write
 from cappy.sampling import SamplingConfig, run
+from cappy.sampling.accounts import taken
 from cappy.sampling.candidates import sample
 from cappy.sampling.generators import unheard
 from cappy.sampling.strategies import GREEDY, STRATEGIES, Decoding
@@ -16,10 +18,10 @@ from cappy.sampling.strategies import GREEDY, STRATEGIES, Decoding
 class Echo:
     """Answers with the instruction and the seed, and counts."""
 
-    name = "echo"
     revision = "1"
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "echo") -> None:
+        self.name = name
         self.asked: list[str] = []
 
     def check(self, decodings: Sequence[Decoding]) -> None:
@@ -79,6 +81,56 @@ def test_draws_depend_on_the_seed_and_not_on_the_part() -> None:
     assert list(sample(parts[1], [Echo()], [GREEDY], seed=8)) != alone[2:]
 
 
+def test_generators_of_a_run_draw_with_seeds_of_their_own() -> None:
+    (drawn,) = sample([instance(1)], [Echo("one"), Echo("two")], [GREEDY], seed=0)
+    one, two = (candidate.response for candidate in drawn.candidates)
+    assert one != two
+
+
+class Silent(Echo):
+    """Does not know how likely a response is."""
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> None:  # type: ignore[override]
+        pass
+
+
+def test_choices_learn_their_likelihood_from_the_first_generator_that_knows() -> None:
+    choices = tuple(Candidate(response=text, source="choice") for text in ("x", "yes"))
+    closed = instance(1, choices=("x", "yes"), candidates=choices)
+    (told,) = sample([closed], [Silent(), Echo()], [GREEDY], seed=0)
+    assert [(one.logprob_sum, one.num_tokens) for one in told.candidates] == [(-1.0, 2), (-3.0, 2)]
+    assert list(sample([closed], [Silent()], [GREEDY], seed=0)) == [closed]
+
+
+def test_what_a_part_took_counts_what_was_drawn_and_may_be_selected() -> None:
+    drawn = [("a", "ok"), ("a", "truncated"), ("b", "ok"), ("", "empty"), ("", "refused"), ("", "refused")]
+    candidates = [Candidate(response=text, generator="echo", status=status) for text, status in drawn]  # type: ignore[arg-type]
+    brought = Candidate(response="a", generator="people")
+    part = [instance(1, candidates=(brought, *candidates)), instance(2, candidates=(brought, candidates[0]))]
+    assert taken(part, [Echo()]) == {
+        "sampled": 7, "empty": 1, "refused": 2, "failed": 0, "truncated": 1, "filtered": 0, "distinct": 3,
+        "duplicates": 1,
+    }  # fmt: skip
+    assert taken(part, []) == {}
+
+
+def test_a_generator_is_only_asked_for_what_is_its_own(tmp_path: Path, llm_folder: Path) -> None:
+    """No endpoint can do beams, and here none has to."""
+    write(tmp_path / "in", [instance(1)])
+    (tmp_path / "s.yaml").write_text(
+        "[{name: b, do_sample: false, num_beams: 2, generator: 0}, {name: s, num_samples: 2, generator: 1}]"
+    )
+    with serving(Model()) as url:
+        generators = (str(llm_folder), f"openai:m@{url}")
+        paths = {"source": tmp_path / "in", "target": tmp_path / "out", "work": tmp_path / "work"}
+        run(SamplingConfig(**paths, generator=generators, strategy=str(tmp_path / "s.yaml")))
+    (told,) = read(tmp_path / "out")
+    assert [(one.generator, one.decoding) for one in told.candidates] == [
+        (generators[0], "b"),
+        *[(generators[1], "s")] * 2,
+    ]
+
+
 def test_nothing_to_sample_from_is_said_with_the_remedy() -> None:
     with pytest.raises(ConfigError, match="instance '1' has no candidate; name an LLM with --generator"):
         list(sample([instance(1)], [], [GREEDY], seed=0))
@@ -112,9 +164,7 @@ def test_the_step_samples_from_a_real_llm_and_its_second_run_does_nothing(tmp_pa
 
 def test_a_decoding_for_one_generator_is_drawn_by_that_one() -> None:
     first, second = STRATEGIES["paper-pretrain"]
-    echo, other = Echo(), Echo()
-    other.name = "other"
-    (drawn,) = sample([instance(1)], [echo, other], [first, second], seed=0)
+    (drawn,) = sample([instance(1)], [Echo(), Echo("other")], [first, second], seed=0)
     assert [(c.generator, c.response.split()[2]) for c in drawn.candidates] == [
         *[("echo", first.name)] * 5,
         *[("other", second.name)] * 5,

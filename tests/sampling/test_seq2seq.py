@@ -164,10 +164,15 @@ def test_the_encoder_runs_once_for_an_instruction(generator: Seq2Seq) -> None:
         hook.remove()
 
 
-def test_no_end_token_comes_before_its_time(generator: Seq2Seq) -> None:
+def test_no_end_token_comes_before_its_time_and_likelihoods_stay_the_models_own(
+    generator: Seq2Seq, llm_folder: Path
+) -> None:
     decoding = Decoding(name="long", num_samples=200, min_new_tokens=6, max_new_tokens=8)
     (((drawn),),) = generator.respond(PROMPTS[:1], [decoding], seed=0)
     assert {len(response.tokens) for response in drawn} <= {7, 8}
+    for response in drawn[:5]:
+        expected = plain_likelihood(llm_folder, PROMPTS[0], response.tokens)
+        assert response.logprob_sum == pytest.approx(expected, abs=1e-4)
 
 
 def test_an_instruction_that_loses_its_end_is_counted_once(llm_folder: Path) -> None:
@@ -207,6 +212,24 @@ def test_likelihood_does_not_depend_on_the_batch(generator: Seq2Seq) -> None:
     for one, other in zip(alone, together, strict=True):
         assert one.response == other.response
         assert one.logprob_sum == pytest.approx(other.logprob_sum, abs=1e-4)
+
+
+def test_a_repository_is_loaded_at_its_commit_and_named_by_it(
+    llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the hub's own cache on disk, where another commit is the newest."""
+    pinned, newer = "a" * 40, "b" * 40
+    repository = tmp_path / "models--org--name"
+    shutil.copytree(llm_folder, repository / "snapshots" / pinned)
+    (repository / "snapshots" / newer).mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(newer)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (drawn,) = load_generator(f"hub:org/name@{pinned}").sample(PROMPTS[:1], [SAMPLING], seed=0)
+    assert {(one.generator, one.revision) for one in drawn} == {(f"hub:org/name@{pinned}", pinned)}
+    with pytest.raises(ConfigError, match="cannot be had from the hub .*check name, revision and network"):
+        load_generator(f"hub:org/name@{'c' * 40}")
 
 
 def test_what_is_no_generator_is_refused_with_a_remedy(tmp_path: Path, scorer_folder: Path) -> None:

@@ -96,6 +96,10 @@ def test_a_file_of_decodings_may_be_yaml_or_json(tmp_path: Path) -> None:
         ("[{name: a, num_beams: 4}]", "do_sample must be false"),
         ("[{name: a, min_new_tokens: 64}]", "below max_new_tokens"),
         ("[{name: ' '}]", "name is empty"),
+        ("[{name: 2020-13-45}]", "is neither YAML nor JSON"),
+        ('[!!int ""]', "is neither YAML nor JSON"),
+        ("[!!timestamp now]", "is neither YAML nor JSON"),
+        ("[!!bool maybe]", "is neither YAML nor JSON"),
         ("[{name: a}, {name: a}]", "'a' stands twice"),
     ],
 )

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from cappy.errors import ConfigError
 from cappy.sampling import SamplingConfig
 from cappy.sampling.generators import load_generator
-from cappy.sampling.strategies import BEAM4, GREEDY, strategy
+from cappy.sampling.strategies import BEAM4, GREEDY, Decoding, strategy
 from cappy.sampling.vllm_generator import VLLM
 from cappy.specs import parse_spec
 
@@ -110,10 +110,38 @@ def test_a_long_instruction_is_cut_and_counted(folder: Path) -> None:
     assert len(LLM.asked[0][0]) <= 128 - 64
 
 
+def test_a_repository_is_named_by_its_commit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "a" * 40
+    snapshot = tmp_path / "models--org--name/snapshots" / commit
+    shutil.copytree(folder, snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    generator = load_generator(f"vllm:hub:org/name@{commit}")
+    assert (generator.name, generator.revision) == (f"vllm:hub:org/name@{commit}", commit)
+    assert LLM.made[-1]["model"] == str(snapshot)
+
+
+def test_lengths_and_the_engines_own_likelihood_are_asked_for(folder: Path) -> None:
+    decoding = Decoding(name="long", min_new_tokens=3, max_new_tokens=9)
+    VLLM("tiny", folder).sample(["who"], [decoding], seed=0)
+    ((_, asked),) = LLM.asked
+    assert (asked.min_tokens, asked.max_tokens) == (3, 9)
+    # Before temperature and filters, as the candidates of other generators have it.
+    assert LLM.made[-1]["logprobs_mode"] == "raw_logprobs"
+
+
 def test_beams_are_refused_before_anything_is_loaded(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"vLLM does no beams here \(beam4\); choose a --strategy without"):
         SamplingConfig(source=folder, target=folder, generator=(f"vllm:{folder}",), strategy="paper17")
     assert LLM.made == []
+    (folder / "s.json").write_text(
+        json.dumps([{"name": "b", "do_sample": False, "num_beams": 2, "generator": 0}, {"name": "s", "generator": 1}])
+    )
+    # Beams that are another generator's to draw are no reason.
+    both = ("builtin", f"vllm:{folder}")
+    SamplingConfig(source=folder, target=folder, generator=both, strategy=str(folder / "s.json"))
+    with pytest.raises(ConfigError, match=r"vLLM does no beams here \(b\)"):
+        SamplingConfig(source=folder, target=folder, generator=both[::-1], strategy=str(folder / "s.json"))
     with pytest.raises(ConfigError, match="vLLM does no beams here"):
         VLLM("tiny", folder).sample(["who"], [BEAM4], seed=0)
     assert LLM.asked == []

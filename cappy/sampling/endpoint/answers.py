@@ -1,7 +1,8 @@
 """What an endpoint answers, read without trust: a body that is no completion is a fault, not an empty response."""
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +70,8 @@ def read_answers(
     found = values.get("choices")
     if not isinstance(found, list) or not found or not all(isinstance(choice, dict) for choice in found):
         raise BadAnswerError(f"the body has no choices: {shown(body)}")
-    by_index = {choice.get("index", number): choice for number, choice in reversed(list(enumerate(found)))}
-    choices = [by_index[index] for index in sorted(by_index, key=str)][:count]
+    by_index = {str(choice.get("index", number)): choice for number, choice in reversed(list(enumerate(found)))}
+    choices = [by_index[index] for index in sorted(by_index)][:count]
     told = [_told(choice) for choice in choices]
     used = values.get("usage")
     usage: Mapping[str, Any] = used if isinstance(used, dict) else {}
@@ -81,7 +82,7 @@ def read_answers(
         Answer(
             text=text,
             status=status,
-            model=model if isinstance(model, str) else "",
+            model=_whole(model) if isinstance(model, str) else "",
             seed=seed,
             logprob_sum=sum(logprobs) if logprobs else None,
             num_tokens=len(logprobs) if logprobs else None,
@@ -97,7 +98,7 @@ def read_answers(
 def _json(body: str) -> dict[str, Any]:
     try:
         values = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadAnswerError(f"the body is no JSON: {shown(body)}") from None
     if not isinstance(values, dict):
         raise BadAnswerError(f"the body is no JSON object: {shown(body)}")
@@ -117,9 +118,9 @@ def _told(choice: Mapping[str, Any]) -> tuple[str, Status, list[float]]:
         text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
     if not isinstance(text, str | None):
         raise BadAnswerError(f"the content of a choice is no text: {shown(text)}")
-    stripped = (text or "").strip()
+    stripped = _whole(text or "").strip()
     if refusal:
-        return stripped or str(refusal).strip(), "refused", []
+        return stripped or _whole(str(refusal)).strip(), "refused", []
     return stripped, _status(choice.get("finish_reason"), stripped), _logprobs(choice.get("logprobs"))
 
 
@@ -135,14 +136,22 @@ def _logprobs(told: object) -> list[float]:
     if not isinstance(told, dict):
         return []
     tokens = told.get("content")
-    values: Sequence[object] = (
+    values: object = (
         [token.get("logprob") if isinstance(token, dict) else None for token in tokens]
         if isinstance(tokens, list)
-        else told.get("token_logprobs") or []
+        else told.get("token_logprobs")
     )
-    numbers = [float(value) for value in values if isinstance(value, int | float)]
+    if not isinstance(values, list):
+        return []
+    # JSON of others may hold NaN, Infinity and whole numbers beyond any float.
+    numbers = [float(v) for v in values if isinstance(v, int | float) and abs(v) <= sys.float_info.max]
     # A likelihood with a gap would be that of another response.
     return numbers if len(numbers) == len(values) else []
+
+
+def _whole(text: str) -> str:
+    """The text with U+FFFD for each half of a character: servers cut where they like, and no file could hold one."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _count(told: object, otherwise: int) -> int:

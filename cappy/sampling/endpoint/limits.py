@@ -13,6 +13,9 @@ from cappy.errors import GeneratorError
 from cappy.records.folder import disk_errors
 from cappy.sampling.paid import Terms
 
+REFRESH_SECONDS = 2.0
+"""How long another process's requests may stay unseen; looking costs a listing of a folder that may be far away."""
+
 
 class StoppedError(Exception):
     """Another request ended the run; this one is not sent."""
@@ -65,8 +68,8 @@ class Budget:
     """What a run may spend, over all its starts and processes.
 
     Before a request is sent the most that it may take is held back, so that requests in flight cannot overrun the
-    budget together; other processes' requests are seen once answered. What was answered is written to a ledger,
-    a file per process under the run's name.
+    budget together; other processes' requests are seen within `REFRESH_SECONDS` of their answer. What was answered is
+    written to a ledger, a file per process under the run's name.
     """
 
     def __init__(self, name: str, terms: Terms) -> None:
@@ -76,6 +79,7 @@ class Budget:
         self._own = Spent()
         self._others = Spent()
         self._read: dict[Path, int] = {}
+        self._refreshed = 0.0
         self._change = threading.Condition()
         self._folder = terms.folder / "spent" / (terms.run or "unnamed") if terms.folder else None
         self._file = self._folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.txt" if self._folder else None
@@ -84,6 +88,7 @@ class Budget:
 
     def refresh(self) -> None:
         """Reads what earlier starts and other processes have added to the ledger."""
+        self._refreshed = time.monotonic()
         for path in sorted(self._folder.glob("*.txt")) if self._folder else ():
             if path == self._file:
                 continue
@@ -100,11 +105,15 @@ class Budget:
     def hold(self, most: Spent, stop: threading.Event) -> Iterator[Spent]:
         """Holds `most` back while the block asks; what the block adds to the value given is spent.
 
-        Waits while requests in flight may still leave room; GeneratorError with the remedy where they cannot.
+        Waits while requests in flight may still leave room; where they cannot, `stop` is set and GeneratorError says
+        the remedy.
         """
         with self._change:
+            if time.monotonic() - self._refreshed > REFRESH_SECONDS:
+                self.refresh()
             while (short := self._short(most)) is not None:
                 if not self._held.requests:
+                    stop.set()
                     raise GeneratorError(short)
                 self._change.wait(0.2)
                 if stop.is_set():
