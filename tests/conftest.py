@@ -1,9 +1,13 @@
 """Very small random models that every room's tests share: real architectures, no weights to fetch."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Very small models gain nothing from threads, and on a busy machine two threads that wait for each other starve.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three is are not yes no where who".split()
 

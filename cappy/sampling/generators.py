@@ -60,7 +60,15 @@ def check_strategy(specs: Sequence[str], decodings: Sequence[Decoding]) -> None:
         beams = next((decoding for decoding in share(decodings, position) if decoding.num_beams > 1), None)
         if beams and parse_spec(text).kind == "vllm":
             raise ConfigError(f"{text}: vLLM does no beams here ({beams.name}); choose a --strategy without, as greedy")
+    twice = next((text for text in specs if specs.count(text) > 1), None)
+    if twice:
+        raise ConfigError(f"sampling: --generator {shown(twice)} stands twice, and would draw the same again; drop one")
     needed = max((decoding.generator + 1 for decoding in decodings if decoding.generator is not None), default=0)
+    idle = next((text for position, text in enumerate(specs) if decodings and not share(decodings, position)), None)
+    if idle and needed <= len(specs):
+        raise ConfigError(
+            f"sampling: --strategy leaves --generator {shown(idle)} without a decoding; it is for {needed} generators"
+        )
     if specs and needed > len(specs):
         raise ConfigError(
             f"sampling: --strategy is for {needed} generators, got {len(specs)}; name each with --generator"

@@ -232,3 +232,13 @@ def test_the_length_of_responses_is_a_setting(tmp_path: Path, llm_folder: Path) 
     assert max(c.num_tokens or 0 for one in read(tmp_path / "long") for c in one.candidates) > 3
     with pytest.raises(ConfigError, match="--max-new-tokens: decoding 'beam4-leaky': min_new_tokens must be"):
         config(target=tmp_path / "none", strategy="paper17-leaky", max_new_tokens=2)
+
+
+def test_generators_that_would_draw_nothing_or_the_same_again_are_refused(tmp_path: Path) -> None:
+    def config(*generator: str) -> SamplingConfig:
+        return SamplingConfig(source=tmp_path, target=tmp_path, generator=generator, strategy="paper-pretrain")
+
+    with pytest.raises(ConfigError, match="--generator 'builtin' stands twice, and would draw the same again"):
+        config("builtin", "builtin")
+    with pytest.raises(ConfigError, match="leaves --generator 'c' without a decoding; it is for 2 generators"):
+        config("a", "b", "c")
