@@ -112,7 +112,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     """The state dict of a file; FolderError where it is anything else. No code of the file runs."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 (bytes that are no pickle end the unpickler in any way)
+    except Exception as error:
         raise FolderError(
             f"{path}: is no checkpoint of tensors alone; nothing else is read, get another file"
         ) from error
