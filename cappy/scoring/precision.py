@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from cappy.errors import ConfigError, shown
+from cappy.scoring import Precision
 
-Precision = Literal["auto", "fp32", "bf16"]
 Chosen = Literal["fp32", "bf16"]
 
 

@@ -13,11 +13,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from cappy.errors import ConfigError, FolderError
 from cappy.records.folder import MANIFEST, Manifest, describe_files, read_manifest, write_manifest
+from cappy.scoring import Precision
 from cappy.scoring.batching import by_length, collate
 from cappy.scoring.encoding import Encoded, Pair, PairEncoder
 from cappy.scoring.folder import HEADS, Head, head_of, mark_head, max_length_of, refuse_foreign, refuse_pickles
 from cappy.scoring.packed import packed_logits, packs
-from cappy.scoring.precision import Chosen, Precision, choose, lower_body, lower_matrices
+from cappy.scoring.precision import Chosen, choose, lower_body, lower_matrices
 from cappy.specs import scorer_folder
 
 __all__ = ["HEADS", "Head", "Scorer", "Selection", "by_length", "collate", "head_of", "mark_head", "refuse_pickles"]

@@ -1,0 +1,303 @@
+"""How fast a scorer scores, beside the peers that load the same folder, and what bf16 costs in agreement.
+
+    python benchmarks/scoring.py [--sizes base large] [--per-set 64] [--rounds 3] [--device cpu]
+        [--peers-python PYTHON]
+
+RoBERTa's two shapes with random weights and RoBERTa's own vocabulary; real pairs of every set of
+`shared/data/candidates`, each distinct pair once, so that lengths are real and nobody gains by duplicates. Every round
+runs all of them in turn, and the best round of each counts: seconds by the clock, and seconds of processor time, which
+a busy machine disturbs less. The rate of the machine's own matrix product is measured in the same run at the same
+precision; the share of it counts the multiplications of the linear maps for real tokens that we do, no padding.
+
+`--peers-python` is the Python of another environment (benchmarks/requirements-scoring-peers.txt) in which CrossEncoder
+runs on ONNX Runtime and OpenVINO. Agreement of bf16 with fp32 is that of `--trained` (a scorer folder, or builtin) on
+whole pools. Results go to `benchmarks/results/scoring.json` with date and machine.
+"""
+
+import argparse
+import gzip
+import json
+import random
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from machine import machine
+from sentence_transformers import CrossEncoder
+from torch.nn.functional import linear
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaTokenizer,
+)
+
+from cappy.scoring import Scorer
+from cappy.scoring.precision import has_bf16
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared/data"
+SHAPES = {"base": (768, 12, 12), "large": (1024, 24, 16)}
+"""Hidden size, layers, heads; the inner size is four times the hidden one."""
+LENGTH = 512
+POOL = 8
+"""Responses of a pool at most, in the part about speed."""
+FOREIGN = """
+import json, sys, time
+from sentence_transformers import CrossEncoder
+folder, pairs, backend, rounds = sys.argv[1:]
+pairs = [tuple(pair) for pair in json.load(open(pairs))]
+model = CrossEncoder(folder, device="cpu", backend=backend, model_kwargs={"export": True})
+model.predict(pairs[:8])
+best = [1e9, 1e9]
+for _ in range(int(rounds)):
+    clock, processor = time.perf_counter(), time.process_time()
+    scores = model.predict(pairs)
+    best = [min(best[0], time.perf_counter() - clock), min(best[1], time.process_time() - processor)]
+print(json.dumps({"seconds": best[0], "cpu_seconds": best[1], "scores": scores.tolist()}))
+"""
+
+Pairs = list[tuple[str, str]]
+Pools = list[tuple[str, list[str]]]
+
+
+@dataclass
+class Best:
+    """The best round so far, and the scores it gave."""
+
+    seconds: float = float("inf")
+    cpu_seconds: float = float("inf")
+    scores: Sequence[float] = ()
+
+    def add(self, work: Callable[[], Sequence[float]]) -> None:
+        """Runs a round."""
+        clock, processor = time.perf_counter(), time.process_time()
+        self.scores = work()
+        self.seconds = min(self.seconds, time.perf_counter() - clock)
+        self.cpu_seconds = min(self.cpu_seconds, time.process_time() - processor)
+
+
+def main() -> None:
+    """Measures and writes all tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--per-set", type=int, default=64, help="distinct pairs of each set of candidates")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, help="threads of torch", default=torch.get_num_threads())
+    parser.add_argument("--peers-python", type=Path, help="Python with ONNX Runtime and OpenVINO")
+    parser.add_argument("--trained", default="builtin", help="scorer for the agreement of bf16 with fp32")
+    parser.add_argument("--pools", type=int, default=20, help="pools of each set for that agreement")
+    parser.add_argument("--work", type=Path, default=Path(".cappy/benchmarks/scoring"))
+    parser.add_argument("--target", type=Path, default=ROOT / "benchmarks/results/scoring.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    bf16 = has_bf16(torch.device(arguments.device))
+    result: dict[str, Any] = {
+        "benchmark": "scoring",
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "threads": arguments.threads,
+        "bf16": "has instructions for it" if bf16 else "has no instructions for it: speed in bf16 was not measured",
+    }
+    for size in arguments.sizes:
+        folder = scorer_folder(size, arguments.work)
+        result[size] = speed(folder, size, arguments, bf16)
+        print(json.dumps({size: result[size]}, indent=1), flush=True)
+        arguments.target.write_text(json.dumps(result, indent=1) + "\n")
+    result["agreement_of_bf16"] = agreement(arguments.trained, arguments.pools, arguments.device)
+    arguments.target.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def speed(folder: Path, size: str, arguments: argparse.Namespace, bf16: bool) -> dict[str, Any]:
+    """The table of one shape: every way to score, its time, its times of CrossEncoder's, its largest difference."""
+    device = arguments.device
+    ours = Scorer.load(str(folder), device=device, precision="fp32")
+    pairs = real_pairs(ours, arguments.per_set)
+    lengths = [len(pair.ids) for pair in ours.encoder.encode(pairs)]
+    peer = CrossEncoder(str(folder), device=device)
+    ways: dict[str, Callable[[], Sequence[float]]] = {
+        "CrossEncoder": lambda: peer.predict(pairs).tolist(),
+        "transformers, batches of 32": in_turn(folder, pairs, device),
+        "cappy fp32": lambda: ours.score(pairs),
+    }
+    if bf16:
+        low = Scorer.load(str(folder), device=device, precision="bf16")
+        half = CrossEncoder(str(folder), device=device, model_kwargs={"dtype": torch.bfloat16})
+        ways |= {
+            "cappy auto (bf16)": lambda: low.score(pairs),
+            "CrossEncoder bf16": lambda: half.predict(pairs).tolist(),
+        }
+    found = {name: Best() for name in ways}
+    rates: dict[str, float] = {}
+    for name, way in ways.items():
+        found[name].add(lambda: way()[:1]) if device == "cuda" else None  # noqa: B023
+    for _ in range(arguments.rounds):
+        for dtype in (torch.float32, torch.bfloat16)[: 1 + bf16]:
+            rates[str(dtype)] = max(rates.get(str(dtype), 0.0), matrix_rate(size, dtype, device))
+        for name, way in ways.items():
+            found[name].add(way)
+    if arguments.peers_python:
+        found |= {
+            f"CrossEncoder {backend}": foreign(folder, pairs, backend, arguments) for backend in ("onnx", "openvino")
+        }
+    rows = {name: row(best, found["CrossEncoder"], len(pairs), sum(lengths)) for name, best in found.items()}
+    done = work_done(lengths, size)
+    rows["cappy fp32"]["share_of_matrix_rate"] = done / found["cappy fp32"].seconds / rates["torch.float32"]
+    if bf16:
+        share = done / found["cappy auto (bf16)"].seconds / rates["torch.bfloat16"]
+        rows["cappy auto (bf16)"]["share_of_matrix_rate"] = share
+    return {
+        "pairs": len(pairs),
+        "tokens": sum(lengths),
+        "longest": max(lengths),
+        "matrix_rate_gflops": {name: rate / 1e9 for name, rate in rates.items()},
+        "ways": rows,
+    }
+
+
+def row(best: Best, peer: Best, pairs: int, tokens: int) -> dict[str, float]:
+    differences = [abs(one - other) for one, other in zip(best.scores, peer.scores, strict=True)]
+    return {
+        "seconds": best.seconds,
+        "cpu_seconds": best.cpu_seconds,
+        "pairs_per_second": pairs / best.seconds,
+        "tokens_per_second": tokens / best.seconds,
+        "times_cross_encoder": peer.seconds / best.seconds,
+        "times_cross_encoder_cpu": peer.cpu_seconds / best.cpu_seconds,
+        "largest_difference": max(differences),
+    }
+
+
+def in_turn(folder: Path, pairs: Pairs, device: str) -> Callable[[], list[float]]:
+    """Plain transformers as one would write it first: batches of 32 in the order of the pairs."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    @torch.inference_mode()
+    def run() -> list[float]:
+        scores: list[float] = []
+        for start in range(0, len(pairs), 32):
+            instructions, responses = zip(*pairs[start : start + 32], strict=True)
+            inputs = tokenizer(list(instructions), list(responses), padding=True, truncation=True, return_tensors="pt")
+            scores += model(**inputs.to(device)).logits.sigmoid().squeeze(-1).tolist()
+        return scores
+
+    return run
+
+
+def foreign(folder: Path, pairs: Pairs, backend: str, arguments: argparse.Namespace) -> Best:
+    """CrossEncoder on another back end, in another environment, with as many threads."""
+    listed = arguments.work / "pairs.json"
+    listed.write_text(json.dumps(pairs))
+    words = [arguments.peers_python, "-c", FOREIGN, folder.resolve(), listed, backend, str(arguments.rounds)]
+    environment = {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    values = json.loads(done.stdout.splitlines()[-1])
+    return Best(seconds=values["seconds"], cpu_seconds=values["cpu_seconds"], scores=values["scores"])
+
+
+def matrix_rate(size: str, dtype: torch.dtype, device: str) -> float:
+    """Operations per second of this machine's own product of a batch and the largest matrix of a layer."""
+    hidden = SHAPES[size][0]
+    rows = torch.randn(2048, hidden, dtype=dtype, device=device)
+    weight = torch.randn(4 * hidden, hidden, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(10):
+        started = time.perf_counter()
+        linear(rows, weight)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * rows.numel() * 4 * hidden / best
+
+
+def work_done(lengths: Sequence[int], size: str) -> float:
+    """Operations of the linear maps: all for every token, in the last layer keys and values alone but for the first."""
+    hidden, layers, _ = SHAPES[size]
+    square, tokens = 2 * hidden**2, sum(lengths)
+    return square * (12 * (layers - 1) * tokens + 2 * tokens + 10 * len(lengths))
+
+
+def agreement(trained: str, count: int, device: str) -> dict[str, Any]:
+    """Of whole pools: how many have the same pick in bf16 and fp32, and how far the scores are apart."""
+    pools = [pool for path in candidate_files() for pool in read_pools(path)[:count]]
+    exact, low = (Scorer.load(trained, device=device, precision=precision) for precision in ("fp32", "bf16"))  # type: ignore[arg-type]
+    same, regrets, differences = 0, [], []
+    for one, other in zip(exact.select_stream(pools), low.select_stream(pools), strict=True):
+        same += one.response == other.response
+        regrets.append(max(one.scores) - one.scores[other.index])
+        differences += [abs(a - b) for a, b in zip(one.scores, other.scores, strict=True)]
+    return {
+        "scorer": trained if trained == "builtin" else "a folder",
+        "pools": len(pools),
+        "same_pick": same / len(pools),
+        "largest_loss_by_another_pick": max(regrets),
+        "mean_difference": fmean(differences),
+        "largest_difference": max(differences),
+    }
+
+
+def scorer_folder(size: str, work: Path) -> Path:
+    """A scorer of RoBERTa's shape with random weights, made once."""
+    folder = work / size
+    if not (folder / "manifest.json").exists():
+        torch.manual_seed(0)
+        hidden, layers, heads = SHAPES[size]
+        tokenizer = roberta_tokenizer()
+        config = RobertaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=4 * hidden,
+            max_position_embeddings=LENGTH + 2,
+            type_vocab_size=1,
+            layer_norm_eps=1e-5,
+            num_labels=1,
+        )
+        model = RobertaForSequenceClassification(config).eval()
+        Scorer(model, tokenizer, head="bce", max_length=LENGTH).save(folder)
+    return folder
+
+
+def roberta_tokenizer() -> RobertaTokenizer:
+    """RoBERTa's tokenizer, of its vocabulary and GPT-2's merges."""
+    vocabulary = json.loads((SHARED / "tokenizers/roberta_vocab.json").read_text(encoding="utf-8"))
+    lines = (SHARED / "tokenizers/gpt2_vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    merges = [tuple(line.split(" ")) for line in lines if line]
+    return RobertaTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
+
+
+def real_pairs(scorer: Scorer, per_set: int) -> Pairs:
+    """Distinct pairs of whole pools, `per_set` of each set, none longer than the model: there peers cut otherwise."""
+    chosen: Pairs = []
+    for path in candidate_files():
+        pairs = list(dict.fromkeys((text, one) for text, pool in read_pools(path) for one in pool[:POOL]))
+        encoded = scorer.encoder.encode(pairs[: 4 * per_set])
+        chosen += [pair for pair, tokens in zip(pairs, encoded, strict=False) if len(tokens.ids) < LENGTH][:per_set]
+    return chosen
+
+
+def candidate_files() -> list[Path]:
+    return sorted((SHARED / "candidates").glob("*.jsonl.gz"))
+
+
+def read_pools(path: Path) -> Pools:
+    """Instruction and distinct responses of each row of a file, in a seeded order."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    random.Random(0).shuffle(rows)
+    return [(row["instruction"], list(dict.fromkeys(found["text"] for found in row["candidates"]))) for row in rows]
+
+
+if __name__ == "__main__":
+    main()
