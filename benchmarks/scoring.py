@@ -15,9 +15,7 @@ whole pools. Results go to `benchmarks/results/scoring.json` with date and machi
 """
 
 import argparse
-import gzip
 import json
-import random
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -29,26 +27,15 @@ from typing import Any
 
 import torch
 from machine import machine
+from scoring_data import SHAPES, Pairs, candidate_files, read_pools, real_pairs, scorer_folder
 from sentence_transformers import CrossEncoder
 from torch.nn.functional import linear
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    RobertaTokenizer,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cappy.scoring import Scorer
 from cappy.scoring.precision import has_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared/data"
-SHAPES = {"base": (768, 12, 12), "large": (1024, 24, 16)}
-"""Hidden size, layers, heads; the inner size is four times the hidden one."""
-LENGTH = 512
-POOL = 8
-"""Responses of a pool at most, in the part about speed."""
 FOREIGN = """
 import json, sys, time
 from sentence_transformers import CrossEncoder
@@ -63,9 +50,6 @@ for _ in range(int(rounds)):
     best = [min(best[0], time.perf_counter() - clock), min(best[1], time.process_time() - processor)]
 print(json.dumps({"seconds": best[0], "cpu_seconds": best[1], "scores": scores.tolist()}))
 """
-
-Pairs = list[tuple[str, str]]
-Pools = list[tuple[str, list[str]]]
 
 
 @dataclass
@@ -244,59 +228,6 @@ def agreement(trained: str, count: int, device: str) -> dict[str, Any]:
         "mean_difference": fmean(differences),
         "largest_difference": max(differences),
     }
-
-
-def scorer_folder(size: str, work: Path) -> Path:
-    """A scorer of RoBERTa's shape with random weights, made once."""
-    folder = work / size
-    if not (folder / "manifest.json").exists():
-        torch.manual_seed(0)
-        hidden, layers, heads = SHAPES[size]
-        tokenizer = roberta_tokenizer()
-        config = RobertaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * hidden,
-            max_position_embeddings=LENGTH + 2,
-            type_vocab_size=1,
-            layer_norm_eps=1e-5,
-            num_labels=1,
-        )
-        model = RobertaForSequenceClassification(config).eval()
-        Scorer(model, tokenizer, head="bce", max_length=LENGTH).save(folder)
-    return folder
-
-
-def roberta_tokenizer() -> RobertaTokenizer:
-    """RoBERTa's tokenizer, of its vocabulary and GPT-2's merges."""
-    vocabulary = json.loads((SHARED / "tokenizers/roberta_vocab.json").read_text(encoding="utf-8"))
-    lines = (SHARED / "tokenizers/gpt2_vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
-    merges = [tuple(line.split(" ")) for line in lines if line]
-    return RobertaTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
-
-
-def real_pairs(scorer: Scorer, per_set: int) -> Pairs:
-    """Distinct pairs of whole pools, `per_set` of each set, none longer than the model: there peers cut otherwise."""
-    chosen: Pairs = []
-    for path in candidate_files():
-        pairs = list(dict.fromkeys((text, one) for text, pool in read_pools(path) for one in pool[:POOL]))
-        encoded = scorer.encoder.encode(pairs[: 4 * per_set])
-        chosen += [pair for pair, tokens in zip(pairs, encoded, strict=False) if len(tokens.ids) < LENGTH][:per_set]
-    return chosen
-
-
-def candidate_files() -> list[Path]:
-    return sorted((SHARED / "candidates").glob("*.jsonl.gz"))
-
-
-def read_pools(path: Path) -> Pools:
-    """Instruction and distinct responses of each row of a file, in a seeded order."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    random.Random(0).shuffle(rows)
-    return [(row["instruction"], list(dict.fromkeys(found["text"] for found in row["candidates"]))) for row in rows]
 
 
 if __name__ == "__main__":
