@@ -39,9 +39,16 @@ ROOT = Path(__file__).resolve().parents[1]
 FOREIGN = """
 import json, sys, time
 from sentence_transformers import CrossEncoder
-folder, pairs, backend, rounds = sys.argv[1:]
+folder, pairs, backend, rounds, threads = sys.argv[1:]
 pairs = [tuple(pair) for pair in json.load(open(pairs))]
-model = CrossEncoder(folder, device="cpu", backend=backend, model_kwargs={"export": True})
+if backend == "onnx":
+    from onnxruntime import SessionOptions
+    options = SessionOptions()
+    options.intra_op_num_threads = int(threads)
+    settings = {"session_options": options, "provider": "CPUExecutionProvider"}
+else:
+    settings = {"ov_config": {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}}
+model = CrossEncoder(folder, device="cpu", backend=backend, model_kwargs={"export": True, **settings})
 model.predict(pairs[:8])
 best = [1e9, 1e9]
 for _ in range(int(rounds)):
@@ -182,7 +189,8 @@ def foreign(folder: Path, pairs: Pairs, backend: str, arguments: argparse.Namesp
     """CrossEncoder on another back end, in another environment, with as many threads."""
     listed = arguments.work / "pairs.json"
     listed.write_text(json.dumps(pairs))
-    words = [arguments.peers_python, "-c", FOREIGN, folder.resolve(), listed, backend, str(arguments.rounds)]
+    counts = [str(arguments.rounds), str(arguments.threads)]
+    words = [arguments.peers_python, "-c", FOREIGN, folder.resolve(), listed, backend, *counts]
     environment = {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     values = json.loads(done.stdout.splitlines()[-1])
