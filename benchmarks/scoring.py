@@ -36,6 +36,7 @@ from cappy.scoring import Scorer
 from cappy.scoring.precision import has_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
+PRODUCT_ROWS = 2048
 FOREIGN = """
 import json, sys, time
 from sentence_transformers import CrossEncoder
@@ -128,12 +129,14 @@ def speed(folder: Path, size: str, arguments: argparse.Namespace, bf16: bool) ->
             "CrossEncoder bf16": lambda: half.predict(pairs).tolist(),
         }
     found = {name: Best() for name in ways}
-    rates: dict[str, float] = {}
+    rates = {dtype: Best() for dtype in (torch.float32, torch.bfloat16)[: 1 + bf16]}
     for name, way in ways.items():
         found[name].add(lambda: way()[:1]) if device == "cuda" else None  # noqa: B023
     for _ in range(arguments.rounds):
-        for dtype in (torch.float32, torch.bfloat16)[: 1 + bf16]:
-            rates[str(dtype)] = max(rates.get(str(dtype), 0.0), matrix_rate(size, dtype, device))
+        for dtype, rate in rates.items():
+            product = matrix_product(size, dtype, device)
+            for _ in range(10):
+                rate.add(product)
         for name, way in ways.items():
             found[name].add(way)
     if arguments.peers_python:
@@ -141,16 +144,16 @@ def speed(folder: Path, size: str, arguments: argparse.Namespace, bf16: bool) ->
             f"CrossEncoder {backend}": foreign(folder, pairs, backend, arguments) for backend in ("onnx", "openvino")
         }
     rows = {name: row(best, found["CrossEncoder"], len(pairs), sum(lengths)) for name, best in found.items()}
-    done = work_done(lengths, size)
-    rows["cappy fp32"]["share_of_matrix_rate"] = done / found["cappy fp32"].seconds / rates["torch.float32"]
-    if bf16:
-        share = done / found["cappy auto (bf16)"].seconds / rates["torch.bfloat16"]
-        rows["cappy auto (bf16)"]["share_of_matrix_rate"] = share
+    for name, dtype in (("cappy fp32", torch.float32), ("cappy auto (bf16)", torch.bfloat16)):
+        if name in rows:
+            share = work_done(lengths, size) / product_work(size)
+            rows[name]["share_of_matrix_rate"] = share * rates[dtype].seconds / found[name].seconds
+            rows[name]["share_of_matrix_rate_cpu"] = share * rates[dtype].cpu_seconds / found[name].cpu_seconds
     return {
         "pairs": len(pairs),
         "tokens": sum(lengths),
         "longest": max(lengths),
-        "matrix_rate_gflops": {name: rate / 1e9 for name, rate in rates.items()},
+        "matrix_rate_gflops": {str(dtype): product_work(size) / rate.seconds / 1e9 for dtype, rate in rates.items()},
         "ways": rows,
     }
 
@@ -197,19 +200,24 @@ def foreign(folder: Path, pairs: Pairs, backend: str, arguments: argparse.Namesp
     return Best(seconds=values["seconds"], cpu_seconds=values["cpu_seconds"], scores=values["scores"])
 
 
-def matrix_rate(size: str, dtype: torch.dtype, device: str) -> float:
-    """Operations per second of this machine's own product of a batch and the largest matrix of a layer."""
+def matrix_product(size: str, dtype: torch.dtype, device: str) -> Callable[[], Sequence[float]]:
+    """The machine's own product of a batch and the largest matrix of a layer."""
     hidden = SHAPES[size][0]
-    rows = torch.randn(2048, hidden, dtype=dtype, device=device)
+    rows = torch.randn(PRODUCT_ROWS, hidden, dtype=dtype, device=device)
     weight = torch.randn(4 * hidden, hidden, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(10):
-        started = time.perf_counter()
+
+    def run() -> Sequence[float]:
         linear(rows, weight)
         if device == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * rows.numel() * 4 * hidden / best
+        return ()
+
+    return run
+
+
+def product_work(size: str) -> int:
+    """Operations of `matrix_product`."""
+    return 2 * PRODUCT_ROWS * 4 * SHAPES[size][0] ** 2
 
 
 def work_done(lengths: Sequence[int], size: str) -> float:
