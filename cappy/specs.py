@@ -10,6 +10,7 @@ models:/name/version           the same, by number
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ Kind = Literal["builtin", "path", "hub", "openai", "vllm", "models"]
 
 _REVISION = re.compile(r"[0-9a-f]{7,40}")
 SCORERS = "builtin, a folder, hub:org/name@revision or models:/name@alias"
+CHECKPOINT = "pytorch_model.bin"
 FORMS = f"{SCORERS} for a scorer; builtin, a folder, hub:, vllm:folder or openai:model@http://host/v1 for an LLM"
 
 
@@ -97,12 +99,12 @@ def _local(spec: Spec) -> Path:
     return folder
 
 
-def hub_folder(spec: Spec) -> Path:
-    """Downloads a pinned repository, safetensors and tokenizer alone; ConfigError if it cannot be had."""
+def hub_folder(spec: Spec, *, also: Sequence[str] = ()) -> Path:
+    """Downloads a pinned repository, safetensors, tokenizer and `also` alone; ConfigError if it cannot be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", *also]
     try:
         return Path(snapshot_download(spec.name, revision=spec.revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

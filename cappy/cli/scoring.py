@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cappy.cli.jsonlines import STDIN, Line, lines, opened, write_line
+from cappy.scoring import Precision
 
 if TYPE_CHECKING:
     from cappy.scoring import Scorer
@@ -19,6 +20,9 @@ ScorerFlag = Annotated[
     typer.Option(help="Scorer: builtin, a folder, hub:org/name@revision, models:/name@alias or models:/name/version."),
 ]
 SourceFlag = Annotated[str, typer.Option(help="JSON Lines file, or - for standard input.")]
+PrecisionFlag = Annotated[
+    Precision, typer.Option(help="What the encoder runs in; auto is bf16 where the device has instructions for it.")
+]
 InstructionFlag = Annotated[
     str | None, typer.Option(help="One instruction, instead of --source.", show_default="none: read --source")
 ]
@@ -31,6 +35,7 @@ def score(
     response: Annotated[
         str | None, typer.Option(help="The response to --instruction.", show_default="none: read --source")
     ] = None,
+    precision: PrecisionFlag = "auto",
 ) -> None:
     """Score responses: JSON Lines {instruction, response} in, the same with "score" out.
 
@@ -39,9 +44,9 @@ def score(
     if (instruction is None) != (response is None):
         raise typer.BadParameter("--instruction and --response go together")
     if instruction is not None and response is not None:
-        typer.echo(_load(scorer).score([(instruction, response)])[0])
+        typer.echo(_load(scorer, precision).score([(instruction, response)])[0])
         return
-    _stream(scorer, source, _scored)
+    _stream(scorer, precision, source, _scored)
 
 
 def select(
@@ -54,6 +59,7 @@ def select(
             metavar="<str>", help="A response to --instruction (repeatable).", show_default="none: read --source"
         ),
     ] = [],  # noqa: B006 (typer needs the default and copies it)
+    precision: PrecisionFlag = "auto",
 ) -> None:
     """Pick the best of several responses: JSON Lines {instruction, responses} in.
 
@@ -63,9 +69,9 @@ def select(
     if (instruction is None) != (not response):
         raise typer.BadParameter("--instruction and --response (once per response) go together")
     if instruction is not None:
-        typer.echo(response[best(_load(scorer).score([(instruction, text) for text in response]))])
+        typer.echo(response[best(_load(scorer, precision).score([(instruction, text) for text in response]))])
         return
-    _stream(scorer, source, _selected)
+    _stream(scorer, precision, source, _selected)
 
 
 def best(scores: Sequence[float]) -> int:
@@ -73,15 +79,15 @@ def best(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def _load(spec: str) -> "Scorer":
+def _load(spec: str, precision: Precision) -> "Scorer":
     from cappy.scoring import Scorer
 
-    return Scorer.load(spec)
+    return Scorer.load(spec, precision=precision)
 
 
-def _stream(spec: str, source: str, answer: Any) -> None:
+def _stream(spec: str, precision: Precision, source: str, answer: Any) -> None:
     with opened(source) as file:
-        scorer = _load(spec)
+        scorer = _load(spec, precision)
         for chunk in _chunks(lines(file, source)):
             for value in answer(scorer, chunk):
                 write_line(value)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import Tokenizer
+
 Pair = tuple[str, str]
 
 
@@ -41,6 +43,7 @@ class PairEncoder:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self._tokenizer = tokenizer
         self._frame = _frame(tokenizer)
+        self._backend = _backend(tokenizer)
         self.max_length = max_length
 
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
@@ -52,6 +55,8 @@ class PairEncoder:
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
+        if self._backend is not None:
+            return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
@@ -70,6 +75,16 @@ class PairEncoder:
             ),
             cut=cut,
         )
+
+
+def _backend(tokenizer: Any) -> Tokenizer | None:
+    """A copy of what is under a fast tokenizer: one that cuts nothing, and whose options no other thread can set."""
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _middle_cut(tokens: list[int], room: int) -> list[int]:

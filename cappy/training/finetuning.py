@@ -35,7 +35,7 @@ def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
     return train(
         "finetuning",
         config,
-        lambda: Scorer.load(config.scorer),
+        lambda: Scorer.load(config.scorer, precision="fp32"),
         parents=hashes,
         seen=trained_on(folder),
         progress=progress,

@@ -18,7 +18,7 @@ from cappy.steps import STEPS, config_class
 Cappy = Callable[..., subprocess.CompletedProcess[str]]
 Rows = Callable[[str], dict[str, str]]
 
-VERBS = {*STEPS, "adapt", "score", "select", "serve", "rollback", "templates", "doctor", "pipeline"}
+VERBS = {*STEPS, "adapt", "score", "select", "serve", "rollback", "convert", "templates", "doctor", "pipeline"}
 HEAVY = ("torch", "transformers", "mlflow", "kfp", "numpy", "pyarrow", "fastapi", "serving", "pipelines", "components")
 
 

@@ -1,8 +1,9 @@
 """One folder, one number: whoever loads it, and whatever else is scored beside it."""
 
+import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cappy.errors import ConfigError, FolderError
 from cappy.scoring import Scorer
+from cappy.scoring.batching import by_length
 from cappy.scoring.encoding import Encoded
-from cappy.scoring.scorer import by_length
 
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three".split()
 
@@ -77,6 +78,35 @@ def test_equal_pairs_get_equal_scores_and_a_stream_scores_as_a_list(scorer: Scor
     assert scores[0] == scores[2]
     assert list(scorer.score_stream(iter(PAIRS))) == scorer.score(PAIRS)
     assert scorer.score([]) == []
+
+
+def test_a_stream_scores_its_duplicates_once_and_holds_one_chunk_at_a_time(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cappy.scoring.scorer.CHUNK_PAIRS", 8)
+    forwarded: list[int] = []
+    forward = scorer.forward
+    monkeypatch.setattr(scorer, "forward", lambda batch: (forwarded.append(len(batch)), forward(batch))[1])
+    taken = 0
+
+    def endless() -> Iterator[tuple[str, str]]:
+        nonlocal taken
+        for taken in itertools.count(1):
+            yield PAIRS[taken % 2]
+
+    scores = list(itertools.islice(scorer.score_stream(endless()), 16))
+    assert taken == 16
+    assert sum(forwarded) == 4, "two distinct pairs in each chunk of eight"
+    assert len(set(scores)) == 2
+
+
+def test_a_stream_of_pools_selects_as_one_pool_at_a_time(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cappy.scoring.scorer.CHUNK_PAIRS", 8)
+    pools = [(instruction, texts(1 + n % 5, 5, n)) for n, (instruction, _) in enumerate(PAIRS)]
+    for (instruction, responses), selection in zip(pools, scorer.select_stream(iter(pools)), strict=True):
+        alone = scorer.select(instruction, responses)
+        assert (selection.index, selection.response) == (alone.index, alone.response)
+        assert selection.scores == pytest.approx(alone.scores, abs=1e-4)
 
 
 def test_rank_and_select_agree_and_the_first_of_equals_wins(scorer: Scorer) -> None:

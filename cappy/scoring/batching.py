@@ -1,0 +1,37 @@
+"""Batches: pairs of similar length within a budget of tokens, and the padded inputs that transformers reads."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from cappy.scoring.encoding import Encoded
+
+
+def by_length(encoded: Sequence[Encoded], budget: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first, padded tokens within `budget` (or a single pair)."""
+    batch: list[int] = []
+    for index in sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids)):
+        if batch and (len(batch) + 1) * len(encoded[batch[0]].ids) > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def collate(batch: Sequence[Encoded], *, pad: int, types: bool, device: torch.device) -> dict[str, Tensor]:
+    """Right-padded inputs (pairs, longest): ids, mask and, where the model knows them, token types."""
+    longest = max(len(pair.ids) for pair in batch)
+    padding = [longest - len(pair.ids) for pair in batch]
+    inputs = {
+        "input_ids": torch.tensor([[*pair.ids, *(pad,) * short] for pair, short in zip(batch, padding, strict=True)]),
+        "attention_mask": torch.tensor(
+            [[1] * len(pair.ids) + [0] * short for pair, short in zip(batch, padding, strict=True)]
+        ),
+    }
+    if types:
+        inputs["token_type_ids"] = torch.tensor(
+            [[*pair.types, *(0,) * short] for pair, short in zip(batch, padding, strict=True)]
+        )
+    return {name: value.to(device) for name, value in inputs.items()}

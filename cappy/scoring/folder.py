@@ -1,0 +1,64 @@
+"""What a scorer folder says of itself, and what may not lie in it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from cappy.errors import FolderError, shown
+
+Head = Literal["mse", "bce"]
+HEADS: tuple[Head, ...] = get_args(Head)
+
+MAX_LENGTH = 512
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npy", "*.joblib", "*.msgpack")
+
+# The activation is recorded where sentence-transformers, vLLM and we look for it, so that one folder gives one number.
+_ACTIVATIONS: Mapping[Head, str] = {
+    "mse": "torch.nn.modules.linear.Identity",
+    "bce": "torch.nn.modules.activation.Sigmoid",
+}
+
+
+def head_of(config: Any) -> Head:
+    """The head that a folder's configuration states; the published scorer states none and is `mse`."""
+    recorded = (getattr(config, "cappy", None) or {}).get("head")
+    for head in HEADS:
+        if head == recorded:
+            return head
+    activation = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn", "")
+    return "bce" if activation.endswith("Sigmoid") else "mse"
+
+
+def mark_head(config: Any, head: Head, max_length: int) -> None:
+    """Records head, activation and length in a configuration."""
+    config.cappy = {"head": head, "max_length": max_length}
+    config.sentence_transformers = {"activation_fn": _ACTIVATIONS[head]}
+    # What makes transformers' own text-classification pipeline apply the identity, or the sigmoid.
+    config.problem_type = "regression" if head == "mse" else "multi_label_classification"
+
+
+def refuse_pickles(folder: Path) -> None:
+    """FolderError where a file of the folder could run code when it is loaded."""
+    for pattern in PICKLES:
+        for path in sorted(folder.rglob(pattern)):
+            remedy = "convert it to safetensors once, then delete it"
+            raise FolderError(f"{path}: is a format that can run code when loaded; {remedy}")
+
+
+def refuse_foreign(folder: Path, config: Any) -> None:
+    """FolderError where a configuration asks for remote code or has another number of labels than one."""
+    if getattr(config, "auto_map", None):
+        raise FolderError(f"{folder}: its config.json asks for remote code (auto_map); it is not run, remove the entry")
+    if config.num_labels != 1:
+        raise FolderError(f"{folder}: has {config.num_labels} labels; a scorer has one")
+
+
+def max_length_of(config: Any) -> int:
+    """The recorded length, else what the positions allow (RoBERTa keeps two of them for itself), at most 512."""
+    recorded = (getattr(config, "cappy", None) or {}).get("max_length")
+    if recorded is not None and (not isinstance(recorded, int) or recorded < 8):
+        raise FolderError(f"config.json: cappy.max_length must be at least 8 tokens, got {shown(json.dumps(recorded))}")
+    positions = getattr(config, "max_position_embeddings", None) or MAX_LENGTH + 2
+    reserved = 2 if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0
+    return int(recorded or min(MAX_LENGTH, positions - reserved))

@@ -1,0 +1,53 @@
+"""The precision that the body of a scorer runs in; head and activation run in fp32 always."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from cappy.errors import ConfigError, shown
+from cappy.scoring import Precision
+
+Chosen = Literal["fp32", "bf16"]
+
+
+def choose(precision: Precision, device: torch.device) -> Chosen:
+    """`auto` is bf16 where the device has instructions for it, else fp32; ConfigError for any other word."""
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision: must be one of {', '.join(get_args(Precision))}, got {shown(precision)}")
+    if precision == "auto":
+        return "bf16" if has_bf16(device) else "fp32"
+    return precision
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices of bf16 by instructions of its own (AMX or AVX512-BF16 of a CPU)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+    return False
+
+
+def lower_matrices(layers: nn.Module) -> None:
+    """Weights of the linear maps in bf16; norms and embeddings stay fp32, and so does what is added up."""
+    for module in layers.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
+
+
+def lower_body(model: Any) -> None:
+    """The whole body in bf16, for encoders of which nothing more is known; what follows it reads and runs in fp32."""
+    body = model.base_model
+    body.to(torch.bfloat16)
+    heads = [child for child in model.children() if child is not body]
+    heads += [child for name, child in body.named_children() if name == "pooler"]
+    for head in heads:
+        head.float().register_forward_pre_hook(_widen)
+
+
+def _widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs
+    )

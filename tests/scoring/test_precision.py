@@ -1,0 +1,181 @@
+"""Without padding, in any company, in threads and in bf16: the numbers of plain transformers."""
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from cappy.errors import ConfigError
+from cappy.scoring import Scorer
+from cappy.scoring.encoding import Encoded
+from cappy.scoring.precision import choose, has_bf16
+
+CPU = torch.device("cpu")
+WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three".split()
+
+
+def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    rng = random.Random(seed)
+    return [tuple(" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(2)) for _ in range(count)]  # type: ignore[misc]
+
+
+def bert(**options: Any) -> Scorer:
+    """A random BERT, which has token types and a pooler, unlike the RoBERTa of the other tests."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = BertConfig(
+        vocab_size=21, max_position_embeddings=64, num_labels=1, pad_token_id=2, initializer_range=0.5, **sizes
+    )
+    model = BertForSequenceClassification(config).eval()
+    return Scorer(model, word_tokenizer(), head="mse", max_length=64, **options)
+
+
+def distilled(**options: Any) -> Scorer:
+    """A random DistilBERT: a build that the packed forward does not know."""
+    torch.manual_seed(0)
+    config = DistilBertConfig(
+        vocab_size=21, dim=32, n_layers=2, n_heads=4, hidden_dim=64, num_labels=1, pad_token_id=2, initializer_range=0.3
+    )
+    model = DistilBertForSequenceClassification(config).eval()
+    return Scorer(model, word_tokenizer(), head="bce", max_length=64, **options)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers.processors import TemplateProcessing
+
+    vocabulary = {word: number for number, word in enumerate(["[UNK]", "[CLS]", "[PAD]", "[SEP]", *WORDS])}
+    vocabulary["b"] = len(vocabulary)
+    if len(vocabulary) > 21:
+        vocabulary = {word: number for number, word in enumerate(list(vocabulary)[:21])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def padded(scorer: Scorer, batch: list[Encoded]) -> list[float]:
+    """Logits by transformers' own forward."""
+    with torch.no_grad():
+        logits: list[float] = scorer.logits(batch).tolist()
+    return logits
+
+
+@pytest.fixture(scope="module")
+def roberta(scorer_folder: Path) -> Scorer:
+    return Scorer.load(str(scorer_folder), precision="fp32")
+
+
+def test_logits_without_padding_equal_transformers_own(roberta: Scorer) -> None:
+    for scorer in (roberta, bert()):
+        for seed in range(4):
+            batch = scorer.encoder.encode(pairs(9, seed))
+            assert len({len(pair.ids) for pair in batch}) > 3
+            found = scorer.forward(batch).tolist()
+            assert found == pytest.approx(padded(scorer, batch), abs=1e-5)
+            assert max(found) - min(found) > 0.05
+
+
+def test_a_padding_token_inside_a_text_counts_as_transformers_counts_it(roberta: Scorer) -> None:
+    for scorer in (roberta, bert()):
+        (usual,) = scorer.encoder.encode(pairs(1))
+        ids = list(usual.ids)
+        ids[3] = scorer.tokenizer.pad_token_id
+        batch = [usual, Encoded(ids=tuple(ids), types=usual.types)]
+        assert scorer.forward(batch).tolist() == pytest.approx(padded(scorer, batch), abs=1e-5)
+
+
+def test_gradients_reach_every_weight_that_scoring_uses(make_scorer: Callable[..., Path]) -> None:
+    scorer = Scorer.load(str(make_scorer(seed=11)), precision="fp32")
+    scorer.score(pairs(4))
+    scorer.logits(scorer.encoder.encode(pairs(4))).sum().backward()  # type: ignore[no-untyped-call]
+    assert all(parameter.grad is not None for parameter in scorer.model.parameters())
+
+
+def test_scores_follow_the_weights_while_a_scorer_is_trained(make_scorer: Callable[..., Path]) -> None:
+    scorer = Scorer.load(str(make_scorer(seed=12)), precision="fp32")
+    before = scorer.score(pairs(4))
+    with torch.no_grad():
+        scorer.model.classifier.out_proj.bias += 1.0
+        scorer.model.base_model.encoder.layer[0].intermediate.dense.weight *= 1.5
+    after = scorer.score(pairs(4))
+    assert after != pytest.approx(before, abs=1e-3)
+    batch = scorer.encoder.encode(pairs(4))
+    assert after == pytest.approx(torch.tensor(padded(scorer, batch)).sigmoid().tolist(), abs=1e-4)
+
+
+def test_threads_get_the_scores_that_one_alone_gets(roberta: Scorer) -> None:
+    work = [pairs(12, seed) for seed in range(24)]
+    alone = [roberta.score(part) for part in work]
+    with ThreadPoolExecutor(6) as threads:
+        for found, expected in zip(threads.map(roberta.score, work), alone, strict=True):
+            assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_tokenizer_set_to_truncate_by_others_cuts_nothing_here(make_scorer: Callable[..., Path]) -> None:
+    scorer = Scorer.load(str(make_scorer(seed=13)), precision="fp32")
+    expected = scorer.score(pairs(4))
+    scorer.tokenizer(["the cat sat on the mat"], truncation=True, max_length=3, padding="max_length")
+    assert scorer.score(pairs(4)) == expected
+
+
+def test_budgets_of_any_size_give_the_same_scores(roberta: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = roberta.score(pairs(30))
+    for budget in (1, 60, 100_000):
+        monkeypatch.setattr("cappy.scoring.scorer.BATCH_TOKENS", {"cpu": budget})
+        assert roberta.score(pairs(30)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_bf16_scores_stay_near_fp32_with_head_and_activation_in_fp32() -> None:
+    for make in (bert, distilled):
+        exact, low = make(), make(precision="bf16")
+        assert torch.bfloat16 in {parameter.dtype for parameter in low.model.parameters()}
+        dtypes = {parameter.dtype for parameter in low.model.classifier.parameters()}
+        assert dtypes == {torch.float32}
+        batch = low.encoder.encode(pairs(20))
+        logits = low.forward(batch)
+        assert logits.dtype == torch.float32
+        assert not torch.equal(logits, logits.bfloat16().float()), "logits rounded to bf16 make ties"
+        assert logits.tolist() == pytest.approx(exact.forward(batch).tolist(), abs=0.3)
+        difference = torch.tensor(low.score(pairs(20))) - torch.tensor(exact.score(pairs(20)))
+        assert 0 < difference.abs().mean() < 0.05
+
+
+def test_auto_is_bf16_only_where_the_processor_has_it(scorer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for capabilities, expected in (
+        ({"avx2": True}, "fp32"),
+        ({"avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert choose("auto", CPU) == expected
+        assert Scorer.load(str(scorer_folder), device="cpu").precision == expected
+        assert choose("fp32", CPU) == "fp32"
+        assert choose("bf16", CPU) == "bf16"
+    assert not has_bf16(torch.device("meta"))
+    with pytest.raises(ConfigError, match="precision: must be one of auto, fp32, bf16, got 'fp16'"):
+        Scorer.load(str(scorer_folder), precision="fp16")  # type: ignore[arg-type]
+
+
+def test_a_scorer_in_bf16_is_neither_trained_nor_saved(scorer_folder: Path, tmp_path: Path) -> None:
+    scorer = Scorer.load(str(scorer_folder), device="cpu", precision="bf16")
+    with pytest.raises(ConfigError, match="load it with precision fp32 to train it"):
+        scorer.logits(scorer.encoder.encode(pairs(2)))
+    with pytest.raises(ConfigError, match="is not saved; load it with precision fp32"):
+        scorer.save(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
