@@ -55,10 +55,10 @@ def _reported(arguments: Sequence[str], report: Report) -> int:
 
     try:
         manifest = _run(arguments, progress)
-        if os.environ["RANK"] == "0":
+        if os.environ["LOCAL_RANK"] == "0":
             report({"manifest": manifest})
     except CappyError as error:
-        report({"error": str(error)[:ATOMIC]})
+        report({"error": [type(error).__name__, str(error)[:ATOMIC]]})
         return 1
     except Exception:  # noqa: BLE001 (told to the parent, which shows the first rank's that failed)
         report({"defect": traceback.format_exc()[-ATOMIC:]})

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from cappy import errors
 from cappy.config import encode, to_values
 from cappy.errors import ConfigError, TrainingError
 from cappy.progress import Progress
@@ -33,13 +34,18 @@ GRACE_SECONDS = 10.0
 
 def starts_ranks(plan: TrainingSettings) -> bool:
     """Whether this process, being no rank itself, has to start some: several, or the one that DeepSpeed wants."""
-    return not started() and (plan.devices > 1 or place(plan).nodes > 1 or plan.strategy == "deepspeed")
+    if started():
+        return False
+    count = plan.devices * place(plan).nodes
+    if plan.strategy == "single" and count > 1:
+        raise ConfigError(f"--strategy single: is for one rank, and {count} were asked for; give ddp or deepspeed")
+    return count > 1 or plan.strategy == "deepspeed"
 
 
 def spread(step: str, plan: TrainingSettings, progress: Progress) -> Manifest:
     """Runs the step in `plan.devices` processes on this machine and returns the manifest that they agree on.
 
-    TrainingError, or the error of the rank that failed. SIGTERM and Ctrl-C are passed on as SIGTERM, which makes the
+    The error of the rank that failed, or TrainingError. SIGTERM and Ctrl-C are passed on as SIGTERM, which makes the
     ranks write a checkpoint; if this process is killed the ranks are too.
     """
     if torch.cuda.is_available() and torch.cuda.device_count() < plan.devices:
@@ -90,7 +96,8 @@ def _followed(ranks: Sequence["subprocess.Popen[bytes]"], reading: int, progress
     if not failed and "manifest" in told:
         return Manifest.from_json(told["manifest"])
     if "error" in told:
-        raise TrainingError(told["error"])
+        kind, text = told["error"]
+        raise getattr(errors, kind)(text)
     killed = [(number, status) for number, status in failed if status is not None and status < 0]
     if killed:
         number, status = killed[0]

@@ -1,6 +1,5 @@
 """How the ranks share an update: one process, replicas, or DeepSpeed's shards."""
 
-from cappy.errors import ConfigError
 from cappy.scoring.scorer import Scorer
 from cappy.training.plan import TrainingSettings
 from cappy.training.ranks import Ranks
@@ -10,8 +9,6 @@ from cappy.training.update import Strategy
 
 def start(scorer: Scorer, plan: TrainingSettings, ranks: Ranks) -> Strategy:
     """The strategy that the plan names, around the scorer's model."""
-    if plan.strategy == "single" and ranks.count > 1:
-        raise ConfigError(f"--strategy single: is for one rank, and {ranks.count} were started; give ddp or deepspeed")
     if plan.strategy == "deepspeed":
         from cappy.training.sharded import Sharded
 
