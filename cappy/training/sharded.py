@@ -28,7 +28,7 @@ class Sharded:
         deepspeed = _deepspeed()
         self._api = deepspeed.utils
         self._gathered = deepspeed.zero.GatheredParameters
-        self._model, self._stage, self._count = model, plan.zero_stage, ranks.count
+        self._model, self._stage, self._ranks = model, plan.zero_stage, ranks
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=adamw(model, plan), config=_config(plan), dist_init_required=False
         )
@@ -40,7 +40,7 @@ class Sharded:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """As `Replicas.backward`; DeepSpeed takes the mean over the ranks where we want the sum."""
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * self._count)
+        self.engine.backward(loss * self._ranks.count)
 
     def step(self, rate: float) -> float:
         """As `Replicas.step`, but that the weights are lost where the norm is no number."""
@@ -65,6 +65,7 @@ class Sharded:
         states = list(self.engine.optimizer.optimizer.state.values())
         if not states or "step" not in states[0]:
             return {}
+        self._link_moments()
         found: Tensors = {}
         for name, parameter in self._model.named_parameters():
             found[f"{name}.step"] = torch.as_tensor(states[0]["step"], dtype=torch.float32).cpu().clone()
@@ -84,10 +85,9 @@ class Sharded:
         if steps:
             self._prepare_moments(steps[0])
         for name, parameter in self._model.named_parameters():
-            self._api.safe_set_full_fp32_param(parameter, weights[name].to(self.engine.device))
+            self._put(parameter, weights[name])
             for key in MOMENTS if steps else ():
-                value = moments[f"{name}.{key}"].to(self.engine.device)
-                self._api.safe_set_full_optimizer_state(parameter, value, key)
+                self._put(parameter, moments[f"{name}.{key}"], key)
 
     def finished(self, best: Tensors) -> nn.Module:
         """A plain model with the best weights, outside DeepSpeed."""
@@ -98,12 +98,37 @@ class Sharded:
     def _prepare_moments(self, step: Tensor) -> None:
         """Makes the optimizer's state, which otherwise begins with the first step."""
         sharded = self.engine.optimizer
-        for group in sharded.optimizer.param_groups:
-            for flat in group["params"]:
-                empty = {key: torch.zeros_like(flat) for key in MOMENTS}
-                sharded.optimizer.state[flat] = {"step": step.clone(), **empty}
+        whole = self._stage < WEIGHTS_SHARDED
+        for flat in sharded.single_partition_of_fp32_groups if whole else sharded.fp32_partitioned_groups_flat:
+            empty = {key: torch.zeros_like(flat) for key in MOMENTS}
+            sharded.optimizer.state[flat] = {"step": step.clone(), **empty}
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Lets DeepSpeed find every parameter's moments.
+
+        It links them itself when the first group of parameters has made its first step, and so forgets the other one.
+        """
         if self._stage < WEIGHTS_SHARDED:
-            sharded._lazy_init_hp_params_optimizer_state()
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _put(self, parameter: Any, value: Tensor, moment: str | None = None) -> None:
+        """Puts this rank's share of a whole tensor in place: of the weights, or of a moment."""
+        api, value = self._api, value.to(self.engine.device)
+        if self._stage == WEIGHTS_SHARDED:
+            # DeepSpeed's own function for whole tensors fails where the ranks do not divide their size.
+            size = parameter.ds_tensor.numel()
+            flat = nn.functional.pad(value.reshape(-1), (0, size * self._ranks.count - value.numel()))
+            share = flat.narrow(0, size * self._ranks.rank, size)
+            if moment:
+                api.safe_set_local_optimizer_state(parameter, share, moment)
+            else:
+                api.safe_set_local_fp32_param(parameter, share)
+        elif moment:
+            api.safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            api.safe_set_full_fp32_param(parameter, value)
 
     def _shape(self, parameter: Any) -> torch.Size:
         shape: torch.Size = parameter.ds_shape if self._stage == WEIGHTS_SHARDED else parameter.shape
