@@ -3,6 +3,10 @@
 import itertools
 from collections.abc import Callable, Sequence
 
+import torch
+from torch import Tensor
+
+from cappy.scoring.encoding import Encoded
 from cappy.scoring.scorer import BATCH_TOKENS, Scorer, by_length
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus
@@ -10,6 +14,7 @@ from cappy.training.feed import Drawn, pool
 from cappy.training.plan import TrainingSettings
 from cappy.training.ranks import Ranks
 
+Forward = Callable[[Sequence[Encoded]], Tensor]
 CHUNK = 64
 """Instances scored at a time: what memory holds, and how long a wish to stop waits."""
 
@@ -37,7 +42,9 @@ def mean_pick(
             break
         own = numbers[start : start + CHUNK]
         pools = [pool(validation, index, plan.max_candidates, seed=plan.seed) for index in own]
-        for index, label in zip(own, _picks(scorer, validation, pools), strict=True):
+        # In lockstep the weights may be sharded, and then only a pass through the whole model gathers them.
+        forward = scorer.logits if lockstep else scorer.forward
+        for index, label in zip(own, _picks(scorer, forward, validation, pools), strict=True):
             picked[index] = label
     *picked, stops = (ranks.summed if not lockstep else list)([*picked, float(stopped)])
     return None if stops else sum(picked) / len(picked)
@@ -57,12 +64,13 @@ def judge(pick: float | None, state: State) -> bool:
     return False
 
 
-def _picks(scorer: Scorer, validation: Corpus, pools: Sequence[Drawn]) -> list[float]:
+@torch.no_grad()
+def _picks(scorer: Scorer, forward: Forward, validation: Corpus, pools: Sequence[Drawn]) -> list[float]:
     """The label of the pick of each pool."""
     encoded = [pair for drawn in pools for pair in validation.pairs(drawn.index, drawn.chosen)]
     scores = [0.0] * len(encoded)
     for batch in by_length(encoded, BATCH_TOKENS):
-        values = scorer.decode(scorer.forward([encoded[number] for number in batch]))
+        values = scorer.decode(forward([encoded[number] for number in batch]))
         for number, value in zip(batch, values, strict=True):
             scores[number] = value
     found = iter(scores)

@@ -144,7 +144,7 @@ class _Run:
             loss = update(self.scorer, self.strategy, self.train, drawn, plan, state, rate=now, ranks=self.ranks)
         except UnwellError as error:
             names = ", ".join(self.train.name(one.index) for one in drawn)
-            good = f"last good checkpoint: {checkpoint.newest(self.checkpoints)}"
+            good = f"last good checkpoint: {self.ranks.told(checkpoint.newest(self.checkpoints))}"
             remedy = "give a smaller --learning-rate, or look at these instances"
             raise TrainingError(f"update {state.update + 1}: {error}, instances {names}; {good}; {remedy}") from None
         state.running_loss = loss if state.update == 0 else 0.95 * state.running_loss + 0.05 * loss

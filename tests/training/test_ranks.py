@@ -229,3 +229,18 @@ def test_machines_that_the_platform_tells_of_train_together(plan: Plan) -> None:
     run(plan("one", **CURVE))
     assert curve(plan("cluster")) == pytest.approx(curve(plan("one")), abs=1e-4)
     assert torch.isfinite(torch.tensor(curve(plan("one")))).all()
+
+
+def test_ranks_that_torchrun_started_train_together(plan: Plan) -> None:
+    settings = plan("torchrun", strategy="ddp", **CURVE)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cappy.training"]
+    done = subprocess.run(
+        [sys.executable, *command, "finetuning", json.dumps(to_values(settings))],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    run(plan("one", **CURVE))
+    assert curve(settings) == pytest.approx(curve(plan("one")), abs=1e-4)
