@@ -1,5 +1,6 @@
 """What the loop eats: whole instances, every one once a pass, the same under the same seed, in constant memory."""
 
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -190,3 +191,18 @@ def test_sources_can_be_left_out_and_what_a_selector_may_pick_stays_known() -> N
     assert (whole.responses, whole.labels, whole.selectable) == (("r", "x", "m"), (1.0, 0.5, 0.0), (True, True, False))
     assert to_group(instance, "rougeL", ("llm",)).responses == ("x",)
     assert to_group(instance, "rougeL", ("reference", "mismatch")).responses == ("r", "m")
+
+
+def test_memory_does_not_grow_with_rows(encoder: PairEncoder, scorer_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(scorer_folder)
+    peaks = []
+    for count in (1024, 4096):
+        write(tmp_path / str(count), (labelled(n, "train") for n in range(count)))
+        tracemalloc.start()
+        found = open_corpora(tmp_path / str(count), tmp_path / "cache", tokenizer, encoder, metric="rougeL", sources=())
+        for update in range(8):
+            batch(found.train, update, 16, 2, seed=0)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert len(found.train) == 4096
+    assert peaks[1] < 1.2 * peaks[0], peaks
