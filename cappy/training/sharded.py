@@ -1,5 +1,6 @@
 """The strategy `deepspeed`: ZeRO shards optimizer state (1), gradients (2) and weights (3) over the ranks."""
 
+import logging
 import os
 from typing import Any
 
@@ -155,4 +156,5 @@ def _deepspeed() -> Any:
     except ImportError as error:
         remedy = "pip install 'cappy-scorer[train]', or --strategy ddp"
         raise ConfigError(f"--strategy deepspeed: cannot be imported ({error}); {remedy}") from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # Else every rank tells its whole configuration.
     return deepspeed
