@@ -5,6 +5,7 @@
     ├── RecordError       a line, a row or a field of the input is not what it must be
     ├── FolderError       a folder of records, a scorer or a report is unfinished, damaged or busy
     ├── GeneratorError    an LLM could not be reached, or refused
+    ├── TrainingError     training had to stop: the loss is no number, memory ran out, a rank or the machine went
     └── RegistryError     MLflow could not be reached, or does not know the version
 
 The text of each is one line: what (file, line, field), what was wrong (the value), what to do. The command line
@@ -30,6 +31,10 @@ class FolderError(CappyError):
 
 class GeneratorError(CappyError):
     """An LLM could not be reached, or refused."""
+
+
+class TrainingError(CappyError):
+    """Training had to stop: the loss is no number, memory ran out, a rank or the machine went."""
 
 
 class RegistryError(CappyError):

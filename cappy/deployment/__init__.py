@@ -19,7 +19,7 @@ from cappy.registry.registration import TrackingUri
 
 __all__ = ["DeploymentConfig", "run"]
 
-TOLERANCE = 1e-4
+TOLERANCES = {"fp32": 1e-4, "bf16": 5e-3}
 
 
 @settings
@@ -82,12 +82,13 @@ def read_probes(report: Path) -> list[tuple[str, str, float]]:
 
 
 def largest_difference(folder: Path, probes: list[tuple[str, str, float]], uri: str) -> float:
-    """How far the scores of the scorer in `folder` are from the stored ones; FolderError above 1e-4."""
+    """How far the scores of the scorer in `folder` are from the stored ones; FolderError above what its precision allows."""
     from cappy.scoring import Scorer
 
-    scores = Scorer.load(str(folder)).score([(instruction, response) for instruction, response, _ in probes])
+    scorer = Scorer.load(str(folder))
+    scores = scorer.score([(instruction, response) for instruction, response, _ in probes])
     worst = max(abs(score - stored) for score, (_, _, stored) in zip(scores, probes, strict=True))
-    if worst > TOLERANCE:
+    if worst > TOLERANCES[scorer.precision]:
         remedy = "evaluate on the machine and with the versions that serve, then run again"
         raise FolderError(f"{uri}: answers differ from its evaluation's by up to {worst:.2g}; {remedy}")
     return worst

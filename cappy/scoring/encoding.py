@@ -49,10 +49,16 @@ class PairEncoder:
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
         """The encoded pairs, in order; every distinct text is tokenized once."""
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        tokens = dict(zip(texts, self._tokens(texts), strict=True))
-        return [self._join(tokens[instruction], tokens[response]) for instruction, response in pairs]
+        tokens = dict(zip(texts, self.tokens(texts), strict=True))
+        return [self.join(tokens[instruction], tokens[response]) for instruction, response in pairs]
 
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
+    @property
+    def added(self) -> int:
+        """Tokens that a pair has beside those of its two texts."""
+        return self._frame.length
+
+    def tokens(self, texts: list[str]) -> list[list[int]]:
+        """The token ids of each text alone, nothing added."""
         if not texts:
             return []
         if self._backend is not None:
@@ -60,7 +66,8 @@ class PairEncoder:
         ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def _join(self, instruction: list[int], response: list[int]) -> Encoded:
+    def join(self, instruction: list[int], response: list[int]) -> Encoded:
+        """The pair of two texts given as `tokens`."""
         frame, room = self._frame, self.max_length - self._frame.length
         cut = len(response) > room
         response = response[:room]

@@ -83,7 +83,12 @@ class Scorer:
         refuse_foreign(folder, config)
         if not any(folder.glob("*.safetensors")):
             raise FolderError(f"{folder}: holds no model.safetensors; save the model with safe_serialization=True")
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        if missing := sorted(found["missing_keys"]):
+            what = "is an encoder, not a scorer: its weights have no" if "classifier" in missing[0] else "lacks"
+            raise FolderError(f"{folder}: {what} {missing[0]}; make a scorer of it first (cappy pretraining --encoder)")
         model.to(chosen_device).eval()
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         version = read_manifest(folder).hash[:12] if (folder / MANIFEST).exists() else ""

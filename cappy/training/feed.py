@@ -1,15 +1,19 @@
-"""What the loop eats: whole instances, in an order that a seed and a pass number decide."""
+"""What the loop eats: whole instances, in an order and with draws that the seed and the update's number decide."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cappy.annotation.rows import regression_rows
-from cappy.records import Instance, prompt_hash
+from cappy.records import Instance
 from cappy.records.instance import Source
+from cappy.training.order import permuted
+
+if TYPE_CHECKING:
+    from cappy.training.corpus import Corpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,21 @@ class Group:
     responses: tuple[str, ...]
     labels: tuple[float, ...]
     selectable: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """An instance of a corpus by its number, and the numbers of the responses drawn of it; `width` is the longest
+    pair's tokens."""
+
+    index: int
+    chosen: tuple[int, ...]
+    width: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its pairs, padded to its longest."""
+        return self.width * len(self.chosen)
 
 
 def to_group(instance: Instance, metric: str, sources: Sequence[Source] = ()) -> Group:
@@ -37,53 +56,66 @@ def to_group(instance: Instance, metric: str, sources: Sequence[Source] = ()) ->
     )
 
 
-def prompt_hashes(instances: Iterable[Instance]) -> NDArray[np.uint64]:
-    """Sorted distinct `prompt_hash` of the instances."""
-    return np.unique(np.fromiter((prompt_hash(i.instruction) for i in instances), dtype="<u8"))
+def batch(corpus: "Corpus", update: int, size: int, max_candidates: int, *, seed: int) -> list[Drawn]:
+    """The `size` instances of an update (0-based), `max_candidates` drawn of each.
+
+    Every pass holds every instance once, in an order of its own, and begins where the one before ended, be it in the
+    middle of an update. Nothing is remembered from update to update: a resumed run asks for the next one.
+    """
+    places = range(update * size, (update + 1) * size)
+    drawn = []
+    for epoch in range(places[0] // len(corpus), places[-1] // len(corpus) + 1):
+        own = [place - epoch * len(corpus) for place in places if place // len(corpus) == epoch]
+        order = permuted(np.array(own, dtype=np.uint64), len(corpus), f"{seed} {epoch}")
+        for index in order.tolist():
+            rng = random.Random(f"{seed} {epoch} {index}")
+            drawn.append(_drawn(corpus, index, range(corpus.size(index)), max_candidates, rng))
+    return drawn
 
 
-def batches(groups: Sequence[Group], size: int, max_candidates: int, *, seed: int, epoch: int) -> Iterator[list[Group]]:
-    """One pass over the groups in an order of its own, `size` to a batch, `max_candidates` drawn of each."""
-    rng = random.Random(f"{seed} {epoch}")
-    order = list(range(len(groups)))
-    rng.shuffle(order)
-    for start in range(0, len(order), size):
-        yield [_drawn(groups[index], max_candidates, rng) for index in order[start : start + size]]
+def pool(corpus: "Corpus", index: int, count: int, *, seed: int) -> Drawn:
+    """What a selector would see of a validation instance, at most `count` responses: the same draw at every check."""
+    return _drawn(corpus, index, corpus.selectable(index), count, random.Random(f"{seed} check {index}"))
 
 
-def micro_batches(batch: Sequence[Group], lengths: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
-    """Indices of whole groups of similar length whose padded tokens stay within `budget` (or one group alone)."""
-    longest = [max(group) for group in lengths]
-    micro: list[int] = []
-    pairs = width = 0
-    for index in sorted(range(len(batch)), key=lambda i: -longest[i]):
-        width = width if micro else longest[index]
-        if micro and (pairs + len(lengths[index])) * width > budget:
-            yield micro
-            micro, pairs, width = [], 0, longest[index]
-        micro.append(index)
-        pairs += len(lengths[index])
-    if micro:
-        yield micro
+def micro_batches(batch: Sequence[Drawn], budget: int, parts: int = 1) -> list[list[Drawn]]:
+    """The instances, whole and of similar length together, in passes of at most `budget` padded tokens.
+
+    An instance that alone has more tokens passes alone. At least `parts` passes, so that every rank has work, as far
+    as there are instances.
+    """
+    micros: list[list[Drawn]] = []
+    pairs = 0
+    for drawn in sorted(batch, key=lambda one: -one.width):
+        if not micros or (pairs + len(drawn.chosen)) * micros[-1][0].width > budget:
+            micros.append([])
+            pairs = 0
+        micros[-1].append(drawn)
+        pairs += len(drawn.chosen)
+    while len(micros) < min(parts, len(batch)):
+        largest = max((micro for micro in micros if len(micro) > 1), key=padded)
+        half = len(largest) // 2
+        micros[micros.index(largest)] = largest[:half]
+        micros.append(largest[half:])
+    return micros
 
 
-def pools_to_check(groups: Sequence[Group], count: int, seed: int) -> list[Group]:
-    """What a selector would see of each group, at most `count` responses: the draw is the same at every check."""
-    rng = random.Random(seed)
-    kept = [_subset(group, [i for i, selectable in enumerate(group.selectable) if selectable]) for group in groups]
-    return [_drawn(group, count, rng) for group in kept if group.responses]
+def padded(micro: Sequence[Drawn]) -> int:
+    """Padded tokens of a pass."""
+    return sum(len(drawn.chosen) for drawn in micro) * max(drawn.width for drawn in micro)
 
 
-def _drawn(group: Group, count: int, rng: random.Random) -> Group:
-    if len(group.responses) <= count:
-        return group
-    return _subset(group, sorted(rng.sample(range(len(group.responses)), count)))
+def dealt(costs: Sequence[int], rank: int, count: int) -> list[int]:
+    """Numbers of the passes that are this rank's: each, the costliest first, goes to the rank with the least so far."""
+    loads, mine = [0] * count, []
+    for number in sorted(range(len(costs)), key=lambda one: -costs[one]):
+        least = loads.index(min(loads))
+        loads[least] += costs[number]
+        if least == rank:
+            mine.append(number)
+    return mine
 
 
-def _subset(group: Group, chosen: Sequence[int]) -> Group:
-    return Group(
-        instruction=group.instruction,
-        responses=tuple(group.responses[i] for i in chosen),
-        labels=tuple(group.labels[i] for i in chosen),
-        selectable=tuple(group.selectable[i] for i in chosen),
-    )
+def _drawn(corpus: "Corpus", index: int, numbers: Sequence[int], count: int, rng: random.Random) -> Drawn:
+    chosen = tuple(numbers) if len(numbers) <= count else tuple(sorted(rng.sample(numbers, count)))
+    return Drawn(index, chosen, corpus.longest(index, chosen))

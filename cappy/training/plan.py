@@ -1,10 +1,10 @@
 """The settings of the loop, and the learning rate at every update."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, Location, Work, settings
+from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, settings
 from cappy.records.instance import Source
 
 
@@ -39,9 +39,26 @@ class TrainingSettings:
     listwise: Annotated[float, Field(ge=0, description="Weight of the listwise softmax loss")] = 0.0
     checks: Annotated[int, Field(ge=1, description="Times the validation instances are scored on the way")] = 10
     patience: Annotated[int, Field(ge=1, description="Checks without a better pick before training stops")] = 4
-    checkpoint_seconds: Annotated[float, Field(ge=0, description="Seconds between checkpoints to resume from")] = 60.0
+    checkpoint_seconds: Annotated[
+        float, LOCATION, Field(ge=0, description="Seconds between checkpoints to resume from")
+    ] = 60.0
     seed: Annotated[int, Field(description="Seed of order, draws and dropout")] = 0
     work: Work = DEFAULT_WORK
+    checkpoint_updates: Annotated[
+        int | None, LOCATION, Field(ge=1, description="Updates between checkpoints, beside those by time")
+    ] = None
+    strategy: Annotated[
+        Literal["auto", "single", "ddp", "deepspeed"],
+        LOCATION,
+        Field(description="How several ranks share an update; auto: single on one device, else ddp"),
+    ] = "auto"
+    devices: Annotated[int, LOCATION, Field(ge=1, description="Ranks on this machine, each with a GPU or a CPU")] = 1
+    nodes: Annotated[
+        int, LOCATION, Field(ge=1, description="Machines; more than one needs torchrun, a TrainJob or a CustomJob")
+    ] = 1
+    zero_stage: Annotated[
+        int, LOCATION, Field(ge=0, le=3, description="What deepspeed shards: 1 optimizer, 2 + gradients, 3 + weights")
+    ] = 1
 
 
 def rate(update: int, updates: int, peak: float, warmup: float) -> float:

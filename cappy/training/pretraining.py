@@ -76,8 +76,10 @@ def _start(config: PretrainingConfig, folder: Path) -> "Scorer":
 
     from cappy.scoring import Scorer
     from cappy.scoring.scorer import refuse_pickles
+    from cappy.training.guards import refuse_without_tokenizer
 
     refuse_pickles(folder)
+    refuse_without_tokenizer(folder)
     torch.manual_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if config.encoder == "builtin":

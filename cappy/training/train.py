@@ -10,21 +10,25 @@ from numpy.typing import NDArray
 
 from cappy.config import code_version, identity
 from cappy.errors import ConfigError
-from cappy.progress import Progress
-from cappy.records import Instance, Manifest, read, read_manifest
+from cappy.progress import Progress, silent
+from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files
 from cappy.records.work import claim, finish
 from cappy.scoring import TRAINED_ON
 from cappy.scoring.scorer import Scorer
-from cappy.training.feed import prompt_hashes, to_group
+from cappy.training.launch import spread, starts_ranks
 from cappy.training.loop import Outcome, fit
 from cappy.training.plan import TrainingSettings
+from cappy.training.ranks import Ranks, joined
+from cappy.training.tokenization import Corpora, open_corpora
+
+Start = Callable[[], Scorer]
 
 
 def train(
     step: str,
     config: TrainingSettings,
-    start: Callable[[], Scorer],
+    start: Start,
     *,
     parents: Sequence[str],
     seen: NDArray[np.uint64],
@@ -33,52 +37,72 @@ def train(
     """Trains what `start` gives on the train split, stops by the validation split, publishes the scorer folder.
 
     `seen` are the prompt hashes that the starting scorer was trained on; the folder records them with this run's own.
+    Starts the ranks that the plan asks for, unless this process is one of them; the first rank alone writes.
     """
-    source = read_manifest(config.source)
-    with claim(config.work, step, identity(config), [source.hash, *parents]) as folder:
-        instances = list(read(config.source, splits=("train", "validation")))
-        train, validation = (
-            [to_group(instance, config.metric, sources) for instance in instances if instance.split == split]
-            for split, sources in (("train", config.sources), ("validation", ()))
-        )
-        train = [group for group in train if group.responses]
-        if not train:
-            of = f" with a response of source {', '.join(config.sources)}" if config.sources else ""
-            raise ConfigError(f"{config.source}: has no instance of split train{of}; nothing to learn from")
-        scorer = start()
-        outcome = fit(
-            scorer,
-            train,
-            validation,
-            config,
-            checkpoints=folder / ".checkpoints",
-            progress=progress,
-        )
-        scorer.write(folder)
-        _write_facts(folder, instances, seen, outcome)
-        manifest = Manifest(
-            step=step,
-            files=describe_files(folder),
-            config=identity(config),
-            code=code_version(),
-            seed=config.seed,
-            generators=source.generators,
-            parents=(source.hash, *parents),
-            metrics=_metrics(outcome, instances),
-        )
-        return finish(folder, config.target, manifest)
+    if starts_ranks(config):
+        return spread(step, config, progress)
+    hashes = (read_manifest(config.source).hash, *parents)
+    with joined() as ranks:
+        if not ranks.first:
+            _fit(config, start, Path(), silent, ranks)
+            return Manifest.from_json(ranks.told(None))
+        with claim(config.work, step, identity(config), hashes) as folder:
+            scorer, corpora, outcome = _fit(config, start, folder / ".checkpoints", progress, ranks)
+            scorer.write(folder)
+            _write_facts(folder, corpora, seen, outcome)
+            manifest = Manifest(
+                step=step,
+                files=describe_files(folder),
+                config=identity(config),
+                code=code_version(),
+                seed=config.seed,
+                generators=read_manifest(config.source).generators,
+                parents=hashes,
+                metrics=_metrics(outcome, corpora),
+            )
+            finish(folder, config.target, manifest)
+            ranks.told(manifest.to_json())
+            return manifest
 
 
-def _write_facts(folder: Path, instances: Sequence[Instance], seen: NDArray[np.uint64], outcome: Outcome) -> None:
-    np.union1d(seen, prompt_hashes(instances)).astype("<u8").tofile(folder / TRAINED_ON)
-    (folder / "training.json").write_text(json.dumps(outcome.log, indent=1) + "\n")
+def _fit(
+    config: TrainingSettings, start: Start, checkpoints: Path, progress: Progress, ranks: Ranks
+) -> tuple[Scorer, Corpora, Outcome]:
+    scorer = start()
+    corpora = open_corpora(
+        config.source,
+        config.work / "tokens",
+        scorer.tokenizer,
+        scorer.encoder,
+        metric=config.metric,
+        sources=config.sources,
+    )
+    if not corpora.has_train:
+        of = f" with a response of source {', '.join(config.sources)}" if config.sources else ""
+        raise ConfigError(f"{config.source}: has no instance of split train{of}; nothing to learn from")
+    outcome = fit(
+        scorer,
+        corpora.train,
+        corpora.validation,
+        config,
+        checkpoints=checkpoints,
+        progress=progress,
+        ranks=ranks,
+    )
+    return scorer, corpora, outcome
 
 
-def _metrics(outcome: Outcome, instances: Sequence[Instance]) -> dict[str, float]:
+def _write_facts(folder: Path, corpora: Corpora, seen: NDArray[np.uint64], outcome: Outcome) -> None:
+    np.union1d(seen, corpora.prompts).astype("<u8").tofile(folder / TRAINED_ON)
+    log = [*outcome.log, *({"event": event} for event in outcome.events)]
+    (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+
+
+def _metrics(outcome: Outcome, corpora: Corpora) -> dict[str, float]:
     metrics = {
         "updates": outcome.updates,
         "best_update": outcome.best_update,
         "validation_pick": outcome.best_pick,
-        "instances": len(instances),
+        "instances": corpora.instances,
     }
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}

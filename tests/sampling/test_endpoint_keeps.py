@@ -227,16 +227,14 @@ def test_a_budget_stops_cleanly_and_a_raised_one_goes_on(
     (name, limit), *_ = budget.items()
     with serving(model) as url:
         remedy = f"raise --{name.replace('_', '-')} and run the same command again: every answer is kept"
-        with pytest.raises(GeneratorError, match=remedy):
-            run(config_at(tmp_path, url, **prices, **budget))
-        paid = sum(model.answered.values())
-        requests = len(model.asked)
-        assert 0 < paid < 160
-        spent = {"budget_requests": requests, "budget_tokens": 10 * requests + 5 * paid}
-        assert (spent | {"budget_money": spent["budget_tokens"] / 1e6})[name] <= limit
-        with pytest.raises(GeneratorError, match=remedy):
-            run(config_at(tmp_path, url, **prices, **budget))
-        assert len(model.asked) == requests
+        for _ in range(3):
+            with pytest.raises(GeneratorError, match=remedy):
+                run(config_at(tmp_path, url, **prices, **budget))
+            paid, requests = sum(model.answered.values()), len(model.asked)
+            assert 0 < paid < 160
+            # A start may still ask what is small enough for what is left, and never more.
+            spent = {"budget_requests": requests, "budget_tokens": 10 * requests + 5 * paid}
+            assert (spent | {"budget_money": spent["budget_tokens"] / 1e6})[name] <= limit
         manifest = run(config_at(tmp_path, url, **prices, **raised))
     assert sum(model.answered.values()) == 160
     assert max(model.answered.values()) == 1

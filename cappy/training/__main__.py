@@ -1,0 +1,89 @@
+"""One rank of a training step, however it was started.
+
+    torchrun --nproc-per-node 2 -m cappy.training finetuning '{"source": "annotated", "target": "scorer"}'
+
+is what a TrainJob runs; a Vertex AI CustomJob runs the same with `python -m`, once per machine. Settings are JSON, or
+encoded as the components encode them.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cappy.config import build, decode
+from cappy.errors import CappyError, ConfigError, shown
+from cappy.progress import Progress, silent
+from cappy.steps import config_class, runner
+from cappy.training.launch import REPORT_VARIABLE
+
+ATOMIC = 1000
+"""Characters of a message: even as escaped JSON within 4,096 bytes or so, which a pipe takes whole from each rank."""
+STEPS = ("pretraining", "finetuning")
+Report = Callable[[Mapping[str, Any]], None]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the step; a CappyError ends the process with status 1, said in one line by the first rank."""
+    pipes = os.environ.pop(REPORT_VARIABLE, "")
+    if not pipes:
+        _alone(arguments)
+        return
+    report, life = map(int, pipes.split(","))
+    threading.Thread(target=_end_with_parent, args=(life,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then asks us to end.
+    sys.exit(_reported(arguments, lambda message: _write(report, message)))
+
+
+def _alone(arguments: Sequence[str]) -> None:
+    try:
+        _run(arguments, silent)
+    except CappyError as error:
+        sys.stderr.write(f"cappy {' '.join(arguments[:1])}: {error}\n")
+        raise SystemExit(1) from error
+
+
+def _reported(arguments: Sequence[str], report: Report) -> int:
+    """Runs the step and tells the process that started us how far it is and what came of it."""
+
+    def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
+        report({"progress": [done, total, unit, resumed, note]})
+
+    try:
+        manifest = _run(arguments, progress)
+        if os.environ["LOCAL_RANK"] == "0":
+            report({"manifest": manifest})
+    except CappyError as error:
+        report({"error": [type(error).__name__, str(error)[:ATOMIC]]})
+        return 1
+    except Exception:  # noqa: BLE001 (told to the parent, which shows the first rank's that failed)
+        report({"defect": traceback.format_exc()[-ATOMIC:]})
+        return 1
+    return 0
+
+
+def _run(arguments: Sequence[str], progress: Progress) -> str:
+    if len(arguments) != 2 or arguments[0] not in STEPS:
+        raise ConfigError(f"give a step ({', '.join(STEPS)}) and its settings, got {shown(list(arguments))}")
+    step, text = arguments
+    values = json.loads(text) if text.startswith("{") else decode(text)
+    return runner(step)(build(config_class(step), values), progress).to_json()
+
+
+def _write(report: int, message: Mapping[str, Any]) -> None:
+    data = json.dumps(message).encode() + b"\n"
+    while data:
+        data = data[os.write(report, data) :]
+
+
+def _end_with_parent(life: int) -> None:
+    os.read(life, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

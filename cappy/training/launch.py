@@ -1,0 +1,175 @@
+"""Starts the ranks of this machine as children, tells what they tell, and ends them all when one ends badly."""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from cappy import errors
+from cappy.config import encode, to_values
+from cappy.errors import ConfigError, TrainingError
+from cappy.progress import Progress
+from cappy.records import Manifest
+from cappy.training.place import Place, place
+from cappy.training.plan import TrainingSettings
+from cappy.training.ranks import started
+
+REPORT_VARIABLE = "CAPPY_RANK_PIPES"
+"""Environment of a rank that we started: descriptor to report to, and descriptor that ends with its parent."""
+GRACE_SECONDS = 10.0
+"""How long the other ranks may go on when one has ended badly: time to end by themselves, not to hang."""
+
+
+def starts_ranks(plan: TrainingSettings) -> bool:
+    """Whether this process, being no rank itself, has to start some: several, or the one that DeepSpeed wants."""
+    if started():
+        return False
+    count = plan.devices * place(plan).nodes
+    if plan.strategy == "single" and count > 1:
+        raise ConfigError(f"--strategy single: is for one rank, and {count} were asked for; give ddp or deepspeed")
+    return count > 1 or plan.strategy == "deepspeed"
+
+
+def spread(step: str, plan: TrainingSettings, progress: Progress) -> Manifest:
+    """Runs the step in `plan.devices` processes on this machine and returns the manifest that they agree on.
+
+    The error of the rank that failed, or TrainingError. SIGTERM and Ctrl-C are passed on as SIGTERM, which makes the
+    ranks write a checkpoint; if this process is killed the ranks are too.
+    """
+    if torch.cuda.is_available() and torch.cuda.device_count() < plan.devices:
+        raise ConfigError(f"--devices {plan.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    reading, report = os.pipe()
+    life, living = os.pipe()
+    command = [sys.executable, "-m", "cappy.training", step, encode(to_values(plan))]
+    here = place(plan)
+    here = replace(here, port=here.port or _free_port())
+    ranks = [
+        subprocess.Popen(  # noqa: S603 (our own interpreter and module)
+            command,
+            env=_environment(here, plan.devices, local, f"{report},{life}"),
+            pass_fds=(report, life),
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
+        )
+        for local in range(plan.devices)
+    ]
+    os.close(report)
+    os.close(life)
+    try:
+        with _passed_on(ranks):
+            return _followed(ranks, reading, progress)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+        os.close(reading)
+        os.close(living)
+
+
+def _followed(ranks: Sequence["subprocess.Popen[bytes]"], reading: int, progress: Progress) -> Manifest:
+    """Reads reports until all ranks have ended; the first that ends badly decides what is said."""
+    told: dict[str, Any] = {}
+    deadline = float("inf")
+    for message in _messages(reading, lambda: any(rank.poll() is None for rank in ranks)):
+        if "progress" in message:
+            done, total, unit, resumed, note = message["progress"]
+            progress(done, total, unit=unit, resumed=resumed, note=note)
+        for kind in message:
+            told.setdefault(kind, message[kind])
+        if any(rank.poll() for rank in ranks):
+            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if time.monotonic() > deadline:
+            break
+    failed = [(number, rank.poll()) for number, rank in enumerate(ranks) if rank.poll()]
+    if not failed and "manifest" in told:
+        return Manifest.from_json(told["manifest"])
+    if "error" in told:
+        kind, text = told["error"]
+        raise getattr(errors, kind)(text)
+    killed = [(number, status) for number, status in failed if status is not None and status < 0]
+    if killed:
+        number, status = killed[0]
+        remedy = "run the same command again to continue at the last checkpoint"
+        raise TrainingError(f"rank {number} was ended by signal {-status}; {remedy}")
+    sys.stderr.write(told.get("defect", ""))
+    raise TrainingError("a rank failed with a defect, see above" if "defect" in told else "the ranks ended untold")
+
+
+def _messages(reading: int, alive: Callable[[], bool]) -> Iterator[Mapping[str, Any]]:
+    """What the ranks report, and an empty message now and then, until they are gone."""
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(reading, selectors.EVENT_READ)
+        while True:
+            data = os.read(reading, 2**16) if selector.select(0.2) else None
+            *lines, rest = (rest + (data or b"")).split(b"\n")
+            yield from map(json.loads, lines)
+            if data == b"" or (data is None and not alive()):
+                return
+            yield {}
+
+
+def _environment(here: Place, devices: int, local: int, pipes: str) -> dict[str, str]:
+    root = str(Path(__file__).parents[2])
+    threads = max(1, (os.cpu_count() or 1) // devices)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", "")))),
+        "RANK": str(here.node * devices + local),
+        "LOCAL_RANK": str(local),
+        "WORLD_SIZE": str(here.nodes * devices),
+        "LOCAL_WORLD_SIZE": str(devices),
+        "MASTER_ADDR": here.address,
+        "MASTER_PORT": str(here.port),
+        REPORT_VARIABLE: pipes,
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _has_descriptor(stream: Any) -> bool:
+    """Whether a child can write to it; a test's or a notebook's stream may have none."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        return int(stream.fileno()) >= 0
+    return False
+
+
+@contextlib.contextmanager
+def _passed_on(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
+    def end(number: int, frame: FrameType | None) -> None:
+        for rank in ranks:
+            rank.terminate()
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread: nobody can listen
+        yield
+        return
+    try:
+        yield
+    except KeyboardInterrupt:
+        end(signal.SIGINT, None)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for rank in ranks:
+                rank.wait(GRACE_SECONDS)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,246 @@
+"""Ranks that train together compute what one process computes, however they are started and ended."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cappy.config import encode, to_values
+from cappy.errors import ConfigError, TrainingError
+from cappy.records import read_manifest
+from cappy.records.folder import verify
+from cappy.scoring import Scorer
+from cappy.training.finetuning import FinetuningConfig, run
+from cappy.training.place import Place, place
+
+Plan = Callable[..., FinetuningConfig]
+CURVE = {"checks": 1000, "patience": 1000, "epochs": 1.5}
+"""A check after every update, so that the log is the loss curve; 12 updates."""
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="deepspeed is not installed: pip install 'cappy-scorer[train]'",
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks of two threads each would fight for the cores."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def curve(plan: FinetuningConfig) -> list[float]:
+    return [entry["loss"] for entry in json.loads((plan.target / "training.json").read_text())]
+
+
+def furthest(first: FinetuningConfig, second: FinetuningConfig) -> float:
+    one, two = (load_file(plan.target / "model.safetensors") for plan in (first, second))
+    assert one.keys() == two.keys()
+    return max((one[name] - two[name]).abs().max().item() for name in one)
+
+
+def test_two_ranks_compute_what_one_process_does_dropout_included(plan: Plan) -> None:
+    run(plan("one", **CURVE))
+    run(plan("two", strategy="ddp", devices=2, **CURVE))
+    assert curve(plan("two")) == pytest.approx(curve(plan("one")), abs=1e-4)
+    assert len(curve(plan("one"))) == 13
+    one, two = (verify(plan(name).target) for name in ("one", "two"))
+    assert [file.name for file in one.files] == [file.name for file in two.files]
+    assert (one.config, one.parents, one.code) == (two.config, two.parents, two.code)
+    pairs = [("1 cat dog mat red", word) for word in ("red", "dog")]
+    scores = [Scorer.load(str(plan(name).target)).score(pairs) for name in ("one", "two")]
+    assert scores[1] == pytest.approx(scores[0], abs=1e-3)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_computes_what_one_process_does(stage: int, plan: Plan) -> None:
+    run(plan("one", **CURVE))
+    run(plan("sharded", strategy="deepspeed", devices=2, zero_stage=stage, **CURVE))
+    assert curve(plan("sharded")) == pytest.approx(curve(plan("one")), abs=1e-4)
+    assert max(curve(plan("one"))[1:]) - min(curve(plan("one"))[1:]) > 0.01, "or there was nothing to compare"
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 3])
+def test_any_strategy_goes_on_where_another_stopped(stage: int, plan: Plan) -> None:
+    run(plan("one", **CURVE))
+    sharded = {"strategy": "deepspeed", "devices": 2, "zero_stage": stage}
+    for stop, spread in ((4, {}), (8, sharded)):
+        with pytest.raises(StoppedError):
+            run(plan("mixed", **spread, **CURVE), stop_after(stop))
+    run(plan("mixed", strategy="ddp", devices=2, **CURVE))
+    assert curve(plan("mixed")) == pytest.approx(curve(plan("one")), abs=1e-4)
+    assert furthest(plan("one"), plan("mixed")) < 1e-4
+
+
+class StoppedError(Exception):
+    """Stands for the end of the process that started the ranks."""
+
+
+def stop_after(update: int) -> Callable[..., None]:
+    def progress(done: int, total: int | None = None, *, unit: str = "", resumed: int = 0, note: str = "") -> None:
+        if done >= update:
+            raise StoppedError
+
+    return progress
+
+
+def test_a_killed_rank_ends_all_and_the_run_goes_on_to_the_same_bits_and_on_one_rank_nearly(plan: Plan) -> None:
+    settings = {"strategy": "ddp", "devices": 2, **CURVE}
+    run(plan("unbroken", **settings))
+    killer = threading.Thread(target=kill_a_rank, args=(plan("b", **settings), 5))
+    killer.start()
+    with pytest.raises(TrainingError, match=r"^rank 1 was ended by signal 9; run the same command again"):
+        run(plan("b", **settings))
+    killer.join()
+    shutil.copytree(plan("b").work, plan("c").work)
+    run(plan("b", **settings))
+    assert furthest(plan("unbroken"), plan("b")) == 0.0
+    assert read_manifest(plan("unbroken").target).hash == read_manifest(plan("b").target).hash
+    run(plan("c", **CURVE))
+    assert furthest(plan("unbroken"), plan("c")) < 1e-4
+
+
+def ranks_of(parent: int) -> dict[int, int]:
+    """Rank -> process id of the ranks that this process started."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                environment = dict(
+                    part.split("=", 1) for part in (folder / "environ").read_text().split("\0") if "=" in part
+                )
+                if "cappy.training" in (folder / "cmdline").read_text():
+                    found[int(environment["RANK"])] = int(folder.name)
+    return found
+
+
+def kill_a_rank(plan: FinetuningConfig, update: int) -> None:
+    wait_for(lambda: list(plan.work.glob(f"finetuning/*/.checkpoints/{update:09d}")))
+    os.kill(ranks_of(os.getpid())[1], signal.SIGKILL)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def parent(plan: Plan) -> Iterator["subprocess.Popen[str]"]:
+    """A process that starts two ranks and trains for long."""
+    settings = plan("long", strategy="ddp", devices=2, epochs=500.0, patience=1000, checkpoint_updates=5)
+    code = f"""
+from cappy.config import build, decode
+from cappy.errors import CappyError
+from cappy.training.finetuning import FinetuningConfig, run
+try:
+    run(build(FinetuningConfig, decode({encode(to_values(settings))!r})))
+except CappyError as error:
+    print(error, flush=True)
+"""
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: list(settings.work.glob("finetuning/*/.checkpoints/000000005")))
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_ranks_die_with_the_process_that_started_them(parent: "subprocess.Popen[str]") -> None:
+    ranks = ranks_of(parent.pid)
+    assert set(ranks) == {0, 1}
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not any(Path(f"/proc/{number}").exists() for number in ranks.values()), 20)
+
+
+def test_sigterm_reaches_the_ranks_which_write_a_checkpoint_and_end(parent: "subprocess.Popen[str]") -> None:
+    parent.terminate()
+    said, _ = parent.communicate(timeout=60)
+    (line,) = said.splitlines()
+    assert line.startswith("stopped by SIGTERM after update ")
+
+
+def test_what_cannot_be_spread_is_refused_in_one_line(plan: Plan) -> None:
+    with pytest.raises(ConfigError, match=r"--batch-instances 1: is less than the 2 ranks; give"):
+        run(plan(strategy="ddp", devices=2, batch_instances=1))
+    with pytest.raises(ConfigError, match=r"--strategy single: is for one rank, and 2 were asked for"):
+        run(plan(strategy="single", devices=2))
+    with pytest.raises(ConfigError, match=r"--nodes 2: the environment tells of 1; start it with torchrun"):
+        run(plan(nodes=2))
+
+
+CLUSTER = {
+    "cluster": {"workerpool0": ["first:2222"], "workerpool1": ["second:2222", "third:2222"], "workerpool2": ["r:1"]},
+    "task": {"type": "workerpool1", "index": 1},
+}
+
+
+def test_the_place_of_a_machine_is_read_from_what_the_platform_tells(plan: Plan) -> None:
+    assert place(plan(), {}) == Place()
+    assert place(plan(nodes=3), {"CLUSTER_SPEC": json.dumps(CLUSTER)}) == Place(2, 3, "first", 2222)
+    assert place(plan(), {"CLUSTER_SPEC": json.dumps(CLUSTER)}).nodes == 3
+    alone = {"cluster": {"workerpool0": ["first:2222"]}, "task": {"type": "workerpool0", "index": 0}}
+    assert place(plan(), {"CLUSTER_SPEC": json.dumps(alone)}) == Place()
+    told = {"NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+    assert place(plan(nodes=2), told) == Place(1, 2, "first", 29500)
+    with pytest.raises(ConfigError, match=r"CLUSTER_SPEC: '\{' is not what Vertex AI writes"):
+        place(plan(), {"CLUSTER_SPEC": "{"})
+    with pytest.raises(ConfigError, match=r"--nodes 4: the environment tells of 3"):
+        place(plan(nodes=4), {"CLUSTER_SPEC": json.dumps(CLUSTER)})
+
+
+def test_machines_that_the_platform_tells_of_train_together(plan: Plan) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    cluster = {"workerpool0": [f"127.0.0.1:{port}"], "workerpool1": [f"127.0.0.1:{port}"]}
+    settings = plan("cluster", strategy="ddp", **CURVE)
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "cappy.training", "finetuning", json.dumps(to_values(settings))],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+                "CLUSTER_SPEC": json.dumps({"cluster": cluster, "task": {"type": pool, "index": 0}}),
+            },
+        )
+        for pool in cluster
+    ]
+    assert [node.wait(200) for node in nodes] == [0, 0]
+    run(plan("one", **CURVE))
+    assert curve(plan("cluster")) == pytest.approx(curve(plan("one")), abs=1e-4)
+    assert torch.isfinite(torch.tensor(curve(plan("one")))).all()
+
+
+def test_ranks_that_torchrun_started_train_together(plan: Plan) -> None:
+    settings = plan("torchrun", strategy="ddp", **CURVE)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cappy.training"]
+    done = subprocess.run(
+        [sys.executable, *command, "finetuning", json.dumps(to_values(settings))],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    run(plan("one", **CURVE))
+    assert curve(settings) == pytest.approx(curve(plan("one")), abs=1e-4)

@@ -1,0 +1,87 @@
+"""An update's gradients are those of its instances, however these are cut into passes and dealt."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cappy.scoring import Scorer
+from cappy.training.checkpoint import State
+from cappy.training.corpus import Corpus
+from cappy.training.feed import batch, dealt, micro_batches, padded
+from cappy.training.finetuning import FinetuningConfig
+from cappy.training.losses import instance_losses
+from cappy.training.ranks import ALONE
+from cappy.training.replicas import Replicas
+from cappy.training.tokenization import open_corpora
+from cappy.training.update import update
+
+Plan = Callable[..., FinetuningConfig]
+
+
+class Still(Replicas):
+    """Replicas that keep the gradients and step nowhere."""
+
+    def step(self, rate: float) -> float:
+        return 1.0
+
+
+@pytest.fixture(scope="module")
+def scorer(scorer_folder: Path) -> Scorer:
+    """Without dropout, whose masks differ from pass to pass."""
+    scorer = Scorer.load(str(scorer_folder))
+    for module in scorer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for layer in scorer.model.roberta.encoder.layer:
+        layer.attention.self.dropout.p = 0.0
+    return scorer
+
+
+@pytest.fixture(scope="module")
+def corpus(scorer: Scorer, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    cache = tmp_path_factory.mktemp("cache")
+    return open_corpora(source, cache, scorer.tokenizer, scorer.encoder, metric="rougeL", sources=()).train
+
+
+def gradients(scorer: Scorer, corpus: Corpus, plan: FinetuningConfig, budget: int, size: int = 13) -> torch.Tensor:
+    strategy = Still(scorer.model, plan, ALONE)
+    drawn = batch(corpus, 2, size, plan.max_candidates, seed=0)
+    update(scorer, strategy, corpus, drawn, plan, State(budget=budget), rate=0.0, ranks=ALONE)
+    return torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("budget", [64, 300, 600])
+def test_gradients_do_not_depend_on_how_the_batch_is_cut(
+    budget: int, scorer: Scorer, corpus: Corpus, plan: Plan
+) -> None:
+    settings = plan(listwise=0.5)
+    whole = gradients(scorer, corpus, settings, 100_000)
+    assert len(micro_batches(batch(corpus, 2, 13, 16, seed=0), budget)) > 1
+    assert (gradients(scorer, corpus, settings, budget) - whole).abs().max() < 1e-6 * max(1.0, whole.abs().max())
+
+
+def test_gradients_are_those_of_the_mean_over_instances(scorer: Scorer, corpus: Corpus, plan: Plan) -> None:
+    settings = plan()
+    found = gradients(scorer, corpus, settings, 300)
+    scorer.model.zero_grad()
+    losses = []
+    for drawn in batch(corpus, 2, 13, 16, seed=0):
+        labels = torch.tensor(corpus.labels(drawn.index, drawn.chosen))
+        logits = scorer.logits(corpus.pairs(drawn.index, drawn.chosen))
+        groups = torch.zeros(len(labels), dtype=torch.long)
+        losses.append(instance_losses(logits, labels, groups, 1, head=scorer.head, relative=4.0, listwise=0.0))
+    torch.cat(losses).mean().backward()
+    expected = torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None])
+    assert (found - expected).abs().max() < 1e-6 * max(1.0, expected.abs().max())
+
+
+def test_the_shares_of_the_ranks_add_up_to_the_whole(scorer: Scorer, corpus: Corpus, plan: Plan) -> None:
+    drawn = batch(corpus, 2, 13, 16, seed=0)
+    whole = micro_batches(drawn, 300, 1)
+    assert len(whole) >= 3, "so that any number of ranks up to three computes the same passes"
+    for count in (1, 2, 3):
+        assert micro_batches(drawn, 300, count) == whole
+        shares = [dealt([padded(micro) for micro in whole], rank, count) for rank in range(count)]
+        assert sorted(number for share in shares for number in share) == list(range(len(whole)))
