@@ -82,7 +82,7 @@ def read_probes(report: Path) -> list[tuple[str, str, float]]:
 
 
 def largest_difference(folder: Path, probes: list[tuple[str, str, float]], uri: str) -> float:
-    """How far the scores of the scorer in `folder` are from the stored ones; FolderError above what its precision allows."""
+    """How far the scores of the scorer in `folder` are from the stored ones; FolderError beyond its precision."""
     from cappy.scoring import Scorer
 
     scorer = Scorer.load(str(folder))

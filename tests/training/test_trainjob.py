@@ -1,23 +1,45 @@
 """The TrainJob's function runs for real under the Trainer SDK's local backend, two nodes that meet over gloo."""
 
 import json
-import os
 import socket
-import sysconfig
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from cappy.config import encode, to_values
 from cappy.records.folder import verify
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.trainjob import trainer
 
-trainer_sdk = pytest.importorskip(
+pytest.importorskip(
     "kubeflow.trainer", reason="the Kubeflow Trainer SDK is not installed: pip install 'cappy-scorer[train]'"
 )
 Plan = Callable[..., FinetuningConfig]
+ROOT = Path(__file__).parents[2]
+NODE = """
+import os, sys, sysconfig
+from kubeflow import trainer as sdk
+from cappy.config import build, decode
+from cappy.training.finetuning import FinetuningConfig
+from cappy.training.trainjob import trainer
+
+settings, port, node = sys.argv[1:]
+image = sdk.RuntimeTrainer(trainer_type=sdk.TrainerType.CUSTOM_TRAINER, framework="python", image="local")
+runtime = sdk.Runtime(name="torch-distributed", kind=sdk.RuntimeKind.TRAINING_RUNTIME, trainer=image)
+environment = {
+    "PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join((os.getcwd(), sysconfig.get_paths()["purelib"])),
+    "OMP_NUM_THREADS": "1", "NODE_RANK": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+}
+client = sdk.TrainerClient(sdk.LocalProcessBackendConfig())
+plan = build(FinetuningConfig, decode(settings))
+name = client.train(runtime=runtime, trainer=trainer("finetuning", plan, environment=environment))
+done = client.wait_for_job_status(name, status={"Complete", "Failed"}, timeout=200, polling_interval=1)
+sys.exit(0 if done.status == "Complete" else "".join(client.get_job_logs(name)))
+"""
+"""One node's job in a process of its own: jobs of one process change its working directory under each other."""
 
 
 def test_the_job_asks_for_the_nodes_of_the_plan(plan: Plan) -> None:
@@ -27,7 +49,6 @@ def test_the_job_asks_for_the_nodes_of_the_plan(plan: Plan) -> None:
     assert not job.packages_to_install
 
 
-@pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
 def test_two_nodes_started_by_the_trainer_sdk_publish_one_scorer(plan: Plan) -> None:
     """The local backend starts one process a job, whatever `num_nodes` says: so each node is a job of its own here.
 
@@ -37,30 +58,14 @@ def test_two_nodes_started_by_the_trainer_sdk_publish_one_scorer(plan: Plan) -> 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = plan(nodes=2, strategy="ddp", epochs=1.0)
-    runtime: Any = trainer_sdk.Runtime(
-        name="torch-distributed",
-        kind=trainer_sdk.RuntimeKind.TRAINING_RUNTIME,
-        trainer=trainer_sdk.RuntimeTrainer(
-            trainer_type=trainer_sdk.TrainerType.CUSTOM_TRAINER, framework="python", image="local"
-        ),
-    )
-    client = trainer_sdk.TrainerClient(trainer_sdk.LocalProcessBackendConfig())
-    root = str(Path(__file__).parents[2])
-    jobs = []
-    for node in range(2):
-        environment = {
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": os.pathsep.join((root, sysconfig.get_paths()["purelib"])),
-            "OMP_NUM_THREADS": "1",
-            "NODE_RANK": str(node),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        job = trainer("finetuning", settings, environment=environment)
-        jobs.append(client.train(runtime=runtime, trainer=job))
-    for name in jobs:
-        done = client.wait_for_job_status(name, status={"Complete", "Failed"}, timeout=200, polling_interval=1)
-        assert done.status == "Complete", "\n".join(client.get_job_logs(name))
+    command = [sys.executable, "-c", NODE, encode(to_values(settings)), str(port)]
+    nodes = [
+        subprocess.Popen([*command, str(node)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for node in range(2)
+    ]
+    for node in nodes:
+        text, _ = node.communicate(timeout=240)
+        assert node.returncode == 0, text[-3000:]
     manifest = verify(settings.target)
     assert manifest.metrics["updates"] == 8
     log = json.loads((settings.target / "training.json").read_text())
