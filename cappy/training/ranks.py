@@ -1,6 +1,7 @@
 """The processes that train together: who this one is, and the few things that they tell each other."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,21 +61,25 @@ class Ranks:
                 gradient.copy_(part.view_as(gradient))
 
     def told(self, value: Any) -> Any:
-        """What the first rank has for `value`."""
+        """What the first rank has for `value`, which JSON can hold; torch's broadcast of objects would pickle it."""
         if self.count == 1:
             return value
-        box = [value]
-        distributed.broadcast_object_list(box, device=self.device)
-        return box[0]
+        text = json.dumps(value).encode() if self.first else b""
+        size = torch.tensor([len(text)], device=self.device)
+        distributed.broadcast(size, 0)
+        sent = bytearray(text) if self.first else bytearray(int(size))
+        moved = torch.frombuffer(sent, dtype=torch.uint8).to(self.device)
+        distributed.broadcast(moved, 0)
+        return json.loads(bytes(moved.cpu().numpy()))
 
     def given(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The first rank's tensors by name, on the CPU; the others may hold none."""
         if self.count == 1:
             return dict(tensors)
-        kinds = self.told({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
+        kinds = self.told({name: (tuple(one.shape), str(one.dtype)) for name, one in tensors.items()})
         found = {}
         for name, (shape, dtype) in kinds.items():
-            here = tensors[name] if self.first else torch.empty(shape, dtype=dtype)
+            here = tensors[name] if self.first else torch.empty(shape, dtype=getattr(torch, dtype.split(".")[-1]))
             moved = here.to(self.device).contiguous()
             distributed.broadcast(moved, 0)
             found[name] = moved.cpu()
