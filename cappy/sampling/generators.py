@@ -57,9 +57,8 @@ class Generator(Protocol):
 def check_strategy(specs: Sequence[str], decodings: Sequence[Decoding]) -> None:
     """ConfigError for what can be known to fail before anything is loaded."""
     for position, text in enumerate(specs):
-        beams = next((decoding for decoding in share(decodings, position) if decoding.num_beams > 1), None)
-        if beams and parse_spec(text).kind == "vllm":
-            raise ConfigError(f"{text}: vLLM does no beams here ({beams.name}); choose a --strategy without, as greedy")
+        if parse_spec(text).kind == "vllm":
+            refuse_beams(text, share(decodings, position))
     twice = next((text for text in specs if specs.count(text) > 1), None)
     if twice:
         raise ConfigError(f"sampling: --generator {shown(twice)} stands twice, and would draw the same again; drop one")
@@ -73,6 +72,13 @@ def check_strategy(specs: Sequence[str], decodings: Sequence[Decoding]) -> None:
         raise ConfigError(
             f"sampling: --strategy is for {needed} generators, got {len(specs)}; name each with --generator"
         )
+
+
+def refuse_beams(name: str, decodings: Sequence[Decoding]) -> None:
+    """ConfigError for a decoding by beams, which vLLM does not do here."""
+    beams = next((decoding for decoding in decodings if decoding.num_beams > 1), None)
+    if beams:
+        raise ConfigError(f"{name}: vLLM does no beams here ({beams.name}); choose a --strategy without, as greedy")
 
 
 def seed_of(seed: int, generator: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from cappy.errors import ConfigError, FolderError
 from cappy.records import Candidate
 from cappy.sampling.drawing import draw_seed
-from cappy.sampling.generators import unheard
+from cappy.sampling.generators import refuse_beams, unheard
 from cappy.sampling.model_folder import end_tokens, read_config, weights_hash
 from cappy.sampling.prompts import prompt_tokens, response_tokens
 from cappy.sampling.strategies import Decoding
@@ -57,9 +57,7 @@ class VLLM:
 
     def check(self, decodings: Sequence[Decoding]) -> None:
         """ConfigError for beams."""
-        beams = next((decoding for decoding in decodings if decoding.num_beams > 1), None)
-        if beams:
-            raise ConfigError(f"{self.name}: vLLM does no beams here ({beams.name}); choose a --strategy without")
+        refuse_beams(self.name, decodings)
 
     def tally(self) -> Mapping[str, int]:
         """`cut`: the instructions since the last call that lost their end."""

@@ -101,7 +101,7 @@ class Scorer:
             return []
         distinct = list(dict.fromkeys(pairs))
         encoded = self.encoder.encode(distinct)
-        batches = list(by_length(encoded, BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])))
+        batches = list(by_length(encoded, self.batch_tokens))
         logits = torch.cat([self.forward([encoded[index] for index in batch]) for batch in batches])
         order = [index for batch in batches for index in batch]
         found = {distinct[index]: value for index, value in zip(order, self.decode(logits), strict=True)}
@@ -169,6 +169,11 @@ class Scorer:
         """Scores as floats, in order."""
         values: list[float] = self.activate(logits.float()).tolist()
         return values
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch that suit the device."""
+        return BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
 
     @property
     def _has_types(self) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from cappy.scoring.batching import by_length
 from cappy.scoring.encoding import Encoded
-from cappy.scoring.scorer import BATCH_TOKENS, Scorer, by_length
+from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus
 from cappy.training.feed import Drawn, pool
@@ -69,7 +70,7 @@ def _picks(scorer: Scorer, forward: Forward, validation: Corpus, pools: Sequence
     """The label of the pick of each pool."""
     encoded = [pair for drawn in pools for pair in validation.pairs(drawn.index, drawn.chosen)]
     scores = [0.0] * len(encoded)
-    for batch in by_length(encoded, BATCH_TOKENS["cpu"]):
+    for batch in by_length(encoded, scorer.batch_tokens):
         values = scorer.decode(forward([encoded[number] for number in batch]))
         for number, value in zip(batch, values, strict=True):
             scores[number] = value

@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
+
+from local_server import handled_by
 
 FAULTS = (
     "429",
@@ -124,19 +126,5 @@ def proxying(upstream: str, weather: Weather) -> Iterator[str]:
             stated = [f"HTTP/1.1 {status} X", *(f"{name}: {value}" for name, value in lines.items())]
             return ("\r\n".join(stated) + "\r\n\r\n").encode()
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 256
-
-        def handle_error(self, *_: object) -> None:
-            """Clients that go away are none."""
-
-    server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}{target.path}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with handled_by(Handler) as address:
+        yield f"{address}{target.path}"

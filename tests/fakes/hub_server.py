@@ -4,15 +4,15 @@ import hashlib
 import io
 import json
 import re
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from local_server import handled_by
 
 Files = Mapping[str, bytes]
 
@@ -89,15 +89,8 @@ def serving(repositories: Mapping[str, Mapping[str, Files]]) -> Iterator[str]:
             if self.command != "HEAD":
                 self.wfile.write(data)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with handled_by(Handler) as address:
+        yield address
 
 
 def tree(files: Files, folder: str) -> list[dict[str, Any]]:
