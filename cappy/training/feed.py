@@ -100,6 +100,17 @@ def micro_batches(batch: Sequence[Drawn], budget: int, parts: int = 1) -> list[l
     return micros
 
 
+def comparable(chosen: Sequence[int], selectable: Sequence[int]) -> list[bool]:
+    """Which of the responses drawn are compared with each other: those that a selector may pick.
+
+    All of them where fewer than two may be picked, as in the published data, which knows references and wrong choices.
+    A mismatch is told apart at a glance and has the lowest label: it would be most of what a comparison teaches.
+    """
+    may = set(selectable)
+    flags = [number in may for number in chosen]
+    return flags if sum(flags) > 1 else [True] * len(chosen)
+
+
 def padded(micro: Sequence[Drawn]) -> int:
     """Padded tokens of a pass."""
     return sum(len(drawn.chosen) for drawn in micro) * max(drawn.width for drawn in micro)

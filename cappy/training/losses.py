@@ -15,13 +15,22 @@ def group_mean(values: Tensor, groups: Tensor, count: int) -> Tensor:
 
 
 def instance_losses(
-    logits: Tensor, labels: Tensor, groups: Tensor, count: int, *, head: str, relative: float, listwise: float
+    logits: Tensor,
+    labels: Tensor,
+    groups: Tensor,
+    count: int,
+    *,
+    compared: Tensor,
+    head: str,
+    relative: float,
+    listwise: float,
 ) -> Tensor:
     """One loss per instance, (count,), from (pairs,) logits, labels and group numbers.
 
-    The pointwise loss of the head (squared error, or cross-entropy with soft labels), plus `relative` times the
-    squared error of the scores' deviations from their instance's mean, plus `listwise` times the cross-entropy of a
-    softmax over the instance's scores with one over its labels.
+    The pointwise loss of the head (squared error, or cross-entropy with soft labels) over all pairs, plus `relative`
+    times the squared error of the scores' deviations from their instance's mean, plus `listwise` times the
+    cross-entropy of a softmax over the instance's scores with one over its labels. These two are over the pairs that
+    are `compared`, (pairs,) bool.
     """
     scores = logits.sigmoid() if head == "bce" else logits
     if head == "bce":
@@ -29,6 +38,7 @@ def instance_losses(
     else:
         pointwise = (scores - labels) ** 2
     loss = group_mean(pointwise, groups, count)
+    scores, labels, groups = scores[compared], labels[compared], groups[compared]
     if relative:
         difference = scores - labels
         deviation = difference - group_mean(difference, groups, count)[groups]

@@ -34,7 +34,11 @@ class TrainingSettings:
     weight_decay: Annotated[float, Field(ge=0, description="AdamW's weight decay, biases and norms aside")] = 0.01
     clip: Annotated[float, Field(gt=0, description="Largest norm of a gradient")] = 1.0
     relative: Annotated[
-        float, Field(ge=0, description="Weight of the relative loss (deviations from the instance's mean)")
+        float,
+        Field(
+            ge=0,
+            description="Weight of the relative loss: deviations from the instance's mean, of what a selector may pick",
+        ),
     ] = 4.0
     listwise: Annotated[float, Field(ge=0, description="Weight of the listwise softmax loss")] = 0.0
     checks: Annotated[int, Field(ge=1, description="Times the validation instances are scored on the way")] = 10

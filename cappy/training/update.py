@@ -12,7 +12,7 @@ from cappy.errors import TrainingError
 from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import State, Tensors
 from cappy.training.corpus import Corpus
-from cappy.training.feed import Drawn, dealt, micro_batches, padded
+from cappy.training.feed import Drawn, comparable, dealt, micro_batches, padded
 from cappy.training.losses import instance_losses
 from cappy.training.plan import TrainingSettings
 from cappy.training.ranks import Ranks
@@ -124,11 +124,13 @@ def _pass(scorer: Scorer, corpus: Corpus, micro: Sequence[Drawn], plan: Training
     logits = scorer.logits([pair for drawn in micro for pair in corpus.pairs(drawn.index, drawn.chosen)])
     labels = [label for drawn in micro for label in corpus.labels(drawn.index, drawn.chosen)]
     numbers = [number for number, drawn in enumerate(micro) for _ in drawn.chosen]
+    compared = [flag for drawn in micro for flag in comparable(drawn.chosen, corpus.selectable(drawn.index))]
     losses = instance_losses(
         logits,
         torch.tensor(labels, device=logits.device),
         torch.tensor(numbers, device=logits.device),
         len(micro),
+        compared=torch.tensor(compared, device=logits.device),
         head=scorer.head,
         relative=plan.relative,
         listwise=plan.listwise,

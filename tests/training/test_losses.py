@@ -1,10 +1,12 @@
 """The losses against plain arithmetic, instance by instance."""
 
+import functools
 import math
 
 import pytest
 import torch
 
+from cappy.training.feed import comparable
 from cappy.training.losses import LISTWISE_TEMPERATURE, group_mean, instance_losses
 
 LOGITS = torch.tensor([0.3, -1.0, 2.0, 0.1, 0.0])
@@ -12,9 +14,18 @@ LABELS = torch.tensor([0.5, 0.0, 1.0, 0.25, 0.75])
 GROUPS = torch.tensor([0, 0, 1, 1, 1])
 
 
-def losses(head: str, relative: float = 0.0, listwise: float = 0.0, logits: torch.Tensor = LOGITS) -> list[float]:
+ALL = torch.ones(5, dtype=torch.bool)
+
+
+def losses(
+    head: str,
+    relative: float = 0.0,
+    listwise: float = 0.0,
+    logits: torch.Tensor = LOGITS,
+    compared: torch.Tensor = ALL,
+) -> list[float]:
     values: list[float] = instance_losses(
-        logits, LABELS, GROUPS, 2, head=head, relative=relative, listwise=listwise
+        logits, LABELS, GROUPS, 2, compared=compared, head=head, relative=relative, listwise=listwise
     ).tolist()
     return values
 
@@ -42,6 +53,31 @@ def test_the_listwise_loss_is_a_cross_entropy_of_softmaxes() -> None:
     scores, labels = LOGITS[2:] / LISTWISE_TEMPERATURE, LABELS[2:] / LISTWISE_TEMPERATURE
     expected = -(labels.softmax(0) * scores.log_softmax(0)).sum().item()
     assert only == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["relative", "listwise"])
+def test_comparisons_are_among_the_pairs_compared_and_the_pointwise_loss_is_over_all(kind: str) -> None:
+    compared = torch.tensor([True, True, True, False, True])
+    left_out = LOGITS + torch.tensor([0.0, 0.0, 0.0, 7.0, 0.0])
+    weights = {kind: 2.0}
+
+    def comparison(logits: torch.Tensor, compared: torch.Tensor) -> float:
+        return losses("mse", logits=logits, compared=compared, **weights)[1] - losses("mse", logits=logits)[1]
+
+    assert comparison(left_out, compared) == pytest.approx(comparison(LOGITS, compared), abs=1e-4)
+    assert comparison(left_out, ALL) != pytest.approx(comparison(LOGITS, ALL), abs=1e-2)
+    alone = functools.partial(
+        instance_losses, LOGITS[[2, 4]], LABELS[[2, 4]], torch.tensor([0, 0]), 1, compared=ALL[:2], head="mse"
+    )
+    none = {"relative": 0.0, "listwise": 0.0}
+    only = (alone(**{**none, **weights}) - alone(**none)).item()
+    assert comparison(LOGITS, compared) == pytest.approx(only, abs=1e-5)
+
+
+def test_what_a_selector_may_not_pick_is_compared_only_where_there_is_nothing_else() -> None:
+    assert comparable([0, 2, 3], [2, 3, 5]) == [False, True, True]
+    assert comparable([0, 1, 2], [2]) == [True, True, True]
+    assert comparable([0, 1], []) == [True, True]
 
 
 def test_group_mean_gives_each_group_its_own() -> None:

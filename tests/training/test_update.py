@@ -71,7 +71,18 @@ def test_gradients_are_those_of_the_mean_over_instances(scorer: Scorer, corpus: 
         labels = torch.tensor(corpus.labels(drawn.index, drawn.chosen))
         logits = scorer.logits(corpus.pairs(drawn.index, drawn.chosen))
         groups = torch.zeros(len(labels), dtype=torch.long)
-        losses.append(instance_losses(logits, labels, groups, 1, head=scorer.head, relative=4.0, listwise=0.0))
+        losses.append(
+            instance_losses(
+                logits,
+                labels,
+                groups,
+                1,
+                compared=torch.ones_like(groups, dtype=torch.bool),
+                head=scorer.head,
+                relative=4.0,
+                listwise=0.0,
+            )
+        )
     torch.cat(losses).mean().backward()
     expected = torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None])
     assert (found - expected).abs().max() < 1e-6 * max(1.0, expected.abs().max())
