@@ -39,15 +39,17 @@ def packs(model: Any) -> bool:
 
 
 def packed_logits(model: Any, batch: Sequence[Encoded], device: torch.device) -> Tensor:
-    """Logits (pairs, 1) in fp32, without dropout; linear maps run in the precision of their weights."""
+    """Logits (pairs,) in fp32; linear maps run in the precision of their weights, dropout where the model trains."""
+    order = sorted(range(len(batch)), key=lambda number: -len(batch[number].ids))
+    batch = [batch[number] for number in order]
     body, layout = model.base_model, _layout(batch, device)
     hidden = _embedded(body, model.config, batch, layout)
     layers = body.encoder.layer
     for layer in layers:
         hidden = _layer(layer, hidden, layout, last=layer is layers[-1])
     first = hidden.float()[:, None]
-    logits: Tensor = model.classifier(first if body.pooler is None else body.pooler(first))
-    return logits
+    logits: Tensor = model.classifier(first if body.pooler is None else model.dropout(body.pooler(first))).squeeze(-1)
+    return logits[torch.tensor(order, device=device).argsort()]
 
 
 def _layout(batch: Sequence[Encoded], device: torch.device) -> _Layout:
@@ -88,14 +90,16 @@ def _layer(layer: Any, hidden: Tensor, layout: _Layout, *, last: bool) -> Tensor
             (projections.value, narrow),
         )
     )
-    attended = layer.attention.output(_attention(query, key, value, layout, single=last).flatten(1), kept)
+    dropout = projections.dropout.p if layer.training else 0.0
+    found = _attention(query, key, value, layout, single=last, dropout=dropout)
+    attended = layer.attention.output(found.flatten(1), kept)
     output: Tensor = layer.output(layer.intermediate(attended.to(dtype)), attended)
     return output
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, *, single: bool) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, *, single: bool, dropout: float) -> Tensor:
     """(rows, heads, size) from queries, keys and values of that shape; `single`: one query per pair."""
-    if query.is_cuda and query.dtype is torch.bfloat16:
+    if query.is_cuda and query.dtype is torch.bfloat16 and not dropout:
         from torch.nn.attention.varlen import varlen_attn
 
         longest = max(layout.lengths)
@@ -107,6 +111,6 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, *, si
         rows, queries = pairs * length, pairs if single else pairs * length
         q = query[asked_row : asked_row + queries].view(pairs, -1, *shape).transpose(1, 2)
         k, v = (whole[row : row + rows].view(pairs, length, *shape).transpose(1, 2) for whole in (key, value))
-        attended.append(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
+        attended.append(scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1))
         row, asked_row = row + rows, asked_row + queries
     return torch.cat(attended) if len(attended) > 1 else attended[0]

@@ -1,6 +1,6 @@
 """The scorer: a folder that transformers loads, and the object that scores."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,8 @@ from cappy.specs import scorer_folder
 
 __all__ = ["HEADS", "Head", "Scorer", "Selection", "by_length", "collate", "head_of", "mark_head", "refuse_pickles"]
 
+Through = Callable[[Callable[[Any], Tensor]], Tensor]
+"""Lets a pass through the model happen; where weights are sharded, they are gathered for it."""
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 CHUNK_PAIRS = 4096
 
@@ -63,6 +65,7 @@ class Scorer:
         self.encoder = PairEncoder(tokenizer, max_length)
         self.device = next(model.parameters()).device
         self._packs = packs(model)
+        self.through: Through | None = None
         if precision == "bf16" and self._packs:
             lower_matrices(model.base_model.encoder)
         elif precision == "bf16":
@@ -149,17 +152,27 @@ class Scorer:
     @torch.inference_mode()
     def forward(self, batch: Sequence[Encoded]) -> Tensor:
         """Logits (pairs,) in fp32, on the model's device; without padding where the encoder's build allows it."""
-        packed = self._packs and not self.model.training and (self.device.type == "cpu" or self.precision == "bf16")
-        logits: Tensor = packed_logits(self.model, batch, self.device).squeeze(-1) if packed else self.logits(batch)
-        return logits
+        return self._logits(batch)
 
     def logits(self, batch: Sequence[Encoded]) -> Tensor:
         """As `forward`, with gradients: training sees what scoring sees. ConfigError of a scorer loaded in bf16."""
-        if self.precision == "bf16" and self._packs:
+        if self.precision == "bf16":
             raise ConfigError("a scorer loaded in bf16 only scores; load it with precision fp32 to train it")
+        return self._logits(batch)
+
+    @property
+    def pads(self) -> bool:
+        """Whether pairs of a batch are padded to its longest: on a GPU in fp32, and where the build is not known."""
+        return not self._packs or not (self.device.type == "cpu" or self.precision == "bf16")
+
+    def _logits(self, batch: Sequence[Encoded]) -> Tensor:
+        if not self.pads:
+            return self._passed(lambda model: packed_logits(model, batch, self.device))
         inputs = collate(batch, pad=self.tokenizer.pad_token_id, types=self._has_types, device=self.device)
-        logits: Tensor = self.model(**inputs).logits
-        return logits.float().squeeze(-1)
+        return self._passed(lambda model: model(**inputs).logits.float().squeeze(-1))
+
+    def _passed(self, compute: Callable[[Any], Tensor]) -> Tensor:
+        return self.through(compute) if self.through else compute(self.model)
 
     def activate(self, logits: Tensor) -> Tensor:
         """Scores from logits: the sigmoid of a `bce` head, the identity of an `mse` head."""

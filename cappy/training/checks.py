@@ -4,10 +4,8 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from cappy.scoring.batching import by_length
-from cappy.scoring.encoding import Encoded
 from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus
@@ -15,7 +13,6 @@ from cappy.training.feed import Drawn, pool
 from cappy.training.plan import TrainingSettings
 from cappy.training.ranks import Ranks
 
-Forward = Callable[[Sequence[Encoded]], Tensor]
 CHUNK = 64
 """Instances scored at a time: what memory holds, and how long a wish to stop waits."""
 
@@ -43,9 +40,7 @@ def mean_pick(
             break
         own = numbers[start : start + CHUNK]
         pools = [pool(validation, index, plan.max_candidates, seed=plan.seed) for index in own]
-        # In lockstep the weights may be sharded, and then only a pass through the whole model gathers them.
-        forward = scorer.logits if lockstep else scorer.forward
-        for index, label in zip(own, _picks(scorer, forward, validation, pools), strict=True):
+        for index, label in zip(own, _picks(scorer, validation, pools), strict=True):
             picked[index] = label
     *picked, stops = (ranks.summed if not lockstep else list)([*picked, float(stopped)])
     return None if stops else sum(picked) / len(picked)
@@ -66,12 +61,12 @@ def judge(pick: float | None, state: State) -> bool:
 
 
 @torch.no_grad()
-def _picks(scorer: Scorer, forward: Forward, validation: Corpus, pools: Sequence[Drawn]) -> list[float]:
+def _picks(scorer: Scorer, validation: Corpus, pools: Sequence[Drawn]) -> list[float]:
     """The label of the pick of each pool."""
     encoded = [pair for drawn in pools for pair in validation.pairs(drawn.index, drawn.chosen)]
     scores = [0.0] * len(encoded)
     for batch in by_length(encoded, scorer.batch_tokens):
-        values = scorer.decode(forward([encoded[number] for number in batch]))
+        values = scorer.decode(scorer.logits([encoded[number] for number in batch]))
         for number, value in zip(batch, values, strict=True):
             scores[number] = value
     found = iter(scores)

@@ -66,7 +66,7 @@ def fit(
             progress(state.update, run.updates, unit="updates", resumed=resumed_at, note=run.note)
     progress(state.update, state.update, unit="updates", resumed=resumed_at, note=run.note)
     if ranks.first:
-        scorer.model = run.strategy.finished(run.best).eval()
+        scorer.model, scorer.through = run.strategy.finished(run.best).eval(), None
     return Outcome(
         updates=state.update,
         best_update=state.best_update,

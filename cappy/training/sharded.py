@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,17 @@ from cappy.training.ranks import Ranks
 from cappy.training.replicas import MOMENTS, adamw, moments_of, restore_moments
 
 WEIGHTS_SHARDED = 3
+
+
+class _Passes(nn.Module):
+    """What the engine runs: any computation with the model, so that ours need not be the model's own `forward`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[[nn.Module], Tensor]) -> Tensor:
+        return compute(self.model)
 
 
 class Sharded:
@@ -31,7 +43,7 @@ class Sharded:
         self._gathered = deepspeed.zero.GatheredParameters
         self._model, self._stage, self._ranks = model, plan.zero_stage, ranks
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=adamw(model, plan), config=_config(plan), dist_init_required=False
+            model=_Passes(model), optimizer=adamw(model, plan), config=_config(plan), dist_init_required=False
         )
 
     def forget(self) -> None:

@@ -13,6 +13,6 @@ def start(scorer: Scorer, plan: TrainingSettings, ranks: Ranks) -> Strategy:
         from cappy.training.sharded import Sharded
 
         sharded = Sharded(scorer.model, plan, ranks)
-        scorer.model = sharded.engine  # A pass through the engine is what gathers sharded weights.
+        scorer.through = sharded.engine  # It gathers sharded weights for a pass.
         return sharded
     return Replicas(scorer.model, plan, ranks)

@@ -19,8 +19,9 @@ from transformers import (
 
 from cappy.errors import ConfigError
 from cappy.scoring import Scorer
+from cappy.scoring.batching import collate
 from cappy.scoring.encoding import Encoded
-from cappy.scoring.precision import choose, has_bf16
+from cappy.scoring.precision import Chosen, choose, has_bf16
 
 CPU = torch.device("cpu")
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three".split()
@@ -31,15 +32,21 @@ def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return [tuple(" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(2)) for _ in range(count)]  # type: ignore[misc]
 
 
-def bert(**options: Any) -> Scorer:
+def bert(*, precision: Chosen = "fp32", **settings: Any) -> Scorer:
     """A random BERT, which has token types and a pooler, unlike the RoBERTa of the other tests."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     config = BertConfig(
-        vocab_size=21, max_position_embeddings=64, num_labels=1, pad_token_id=2, initializer_range=0.5, **sizes
+        vocab_size=21,
+        max_position_embeddings=64,
+        num_labels=1,
+        pad_token_id=2,
+        initializer_range=0.5,
+        **sizes,
+        **settings,
     )
     model = BertForSequenceClassification(config).eval()
-    return Scorer(model, word_tokenizer(), head="mse", max_length=64, **options)
+    return Scorer(model, word_tokenizer(), head="mse", max_length=64, precision=precision)
 
 
 def distilled(**options: Any) -> Scorer:
@@ -69,10 +76,17 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def own_logits(scorer: Scorer, batch: list[Encoded]) -> torch.Tensor:
+    """Logits by transformers' own forward, padded."""
+    types = getattr(scorer.model.config, "type_vocab_size", 0) > 1
+    inputs = collate(batch, pad=scorer.tokenizer.pad_token_id, types=types, device=CPU)
+    logits: torch.Tensor = scorer.model(**inputs).logits.squeeze(-1)
+    return logits
+
+
 def padded(scorer: Scorer, batch: list[Encoded]) -> list[float]:
-    """Logits by transformers' own forward."""
     with torch.no_grad():
-        logits: list[float] = scorer.logits(batch).tolist()
+        logits: list[float] = own_logits(scorer, batch).tolist()
     return logits
 
 
@@ -98,6 +112,31 @@ def test_a_padding_token_inside_a_text_counts_as_transformers_counts_it(roberta:
         ids[3] = scorer.tokenizer.pad_token_id
         batch = [usual, Encoded(ids=tuple(ids), types=usual.types)]
         assert scorer.forward(batch).tolist() == pytest.approx(padded(scorer, batch), abs=1e-5)
+
+
+def test_gradients_without_padding_equal_transformers_own(roberta: Scorer) -> None:
+    for scorer in (roberta, bert()):
+        batch = scorer.encoder.encode(pairs(9, 1))
+        weights = torch.linspace(-1, 1, len(batch))
+        found, expected = (
+            torch.autograd.grad((logits * weights).sum(), list(scorer.model.parameters()))
+            for logits in (scorer.logits(batch), own_logits(scorer, batch))
+        )
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (ours - theirs).abs().max() < 1e-5 * max(1.0, float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("which", ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"])
+def test_dropout_without_padding_is_as_strong_as_transformers_own(which: str) -> None:
+    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    scorer = bert(**{**dropouts, which: 0.3})
+    batch = scorer.encoder.encode(pairs(5, 2))
+    scorer.model.train()
+    with torch.no_grad():
+        ours = torch.stack([scorer.logits(batch) for _ in range(1500)]).std(0)
+        theirs = torch.stack([own_logits(scorer, batch) for _ in range(1500)]).std(0)
+    assert theirs.min() > 0.01
+    assert (ours / theirs - 1).abs().max() < 0.12
 
 
 def test_gradients_reach_every_weight_that_scoring_uses(make_scorer: Callable[..., Path]) -> None:
