@@ -143,7 +143,11 @@ EXTRAS = {
 
 
 def summary(manifest: Manifest, target: Path, seconds: float) -> str:
-    """What was written, where, and how long it took, in one line."""
+    """What was written, where, and how long it took, in one line; of a dry run what it measured."""
+    if "trial_updates" in manifest.metrics:
+        from cappy.training.trial import text
+
+        return text(manifest.metrics)
     if manifest.rows:
         content = f"{manifest.rows:,} instances with {manifest.candidates:,} candidates"
     else:

@@ -14,10 +14,14 @@ from cappy.records.folder import MANIFEST
 from cappy.registry.client import connected, experiment_id, metric_key
 from cappy.registry.models import RUN_TAG
 from cappy.steps import StepRecord, read_record
+from cappy.training.curves import TRAINING_LOG, read_curves
 
 STEP_TAG = "cappy.step"
 PIPELINE = "pipeline"
 PARAM_LIMIT = 500
+BATCH = 1000
+"""Metrics that MLflow takes in one request."""
+TRAINING = ("pretraining", "finetuning")
 
 
 def track_run(fingerprints: Mapping[str, str], settings: str, *, run: str, state: str) -> None:
@@ -112,6 +116,7 @@ def _log_step(client: Any, run_id: str, record: StepRecord, *, cached: bool) -> 
         tags=[RunTag(name, value) for name, value in tags.items()],
     )
     _log_files(client, run_id, record)
+    _log_curve(client, run_id, record)
     status = "FINISHED" if record.status == "done" else "FAILED"
     client.set_terminated(run_id, status, end_time=_milliseconds(record.started + record.seconds))
 
@@ -124,6 +129,24 @@ def _log_files(client: Any, run_id: str, record: StepRecord) -> None:
     client.log_artifact(run_id, str(folder / MANIFEST))
     if record.step == "evaluation":
         client.log_artifacts(run_id, str(folder), "report")
+
+
+def _log_curve(client: Any, run_id: str, record: StepRecord) -> None:
+    """Loss, learning rate, picks and speed of a training step, update by update; a cached step's are those it had."""
+    if record.step not in TRAINING:
+        return
+    points = read_curves(Path(record.target), Path(record.config["work"]), record.manifest_hash)
+    if points:
+        client.log_artifact(run_id, str(Path(record.target) / TRAINING_LOG))
+    time = _milliseconds(record.started)
+    curve = [
+        Metric(f"training_{name}", float(value), time, int(point["update"]))
+        for point in points
+        for name, value in point.items()
+        if name != "update"
+    ]
+    for start in range(0, len(curve), BATCH):
+        client.log_batch(run_id, metrics=curve[start : start + BATCH])
 
 
 def _metrics(values: Mapping[str, float], started: float) -> list[Metric]:

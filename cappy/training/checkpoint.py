@@ -23,7 +23,7 @@ _SUMS = "sums.json"
 
 @dataclass
 class State:
-    """How far the loop is; `log` holds one entry per check of the validation instances.
+    """How far the loop is; `log` holds one entry per check of the validation instances, `curve` points between.
 
     The place in the feed and the state of every random draw follow from the seed and `update`. `budget` is the token
     budget in force, smaller than the setting once memory has run out; `events` tells of that.
@@ -37,6 +37,7 @@ class State:
     running_loss: float = 0.0
     budget: int = 0
     log: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
 
 

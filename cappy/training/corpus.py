@@ -77,11 +77,15 @@ class Corpus:
         instruction = self._text(first)
         return [self._encoder.join(instruction, self._text(first + 1 + number)) for number in chosen]
 
+    def tokens(self, index: int, chosen: Sequence[int]) -> list[int]:
+        """Tokens of each of these pairs, as the model reads them."""
+        first = _start(self._pair_ends, index) + index
+        around = self._encoder.added + self._length(first)
+        return [min(self._encoder.max_length, around + self._length(first + 1 + number)) for number in chosen]
+
     def longest(self, index: int, chosen: Sequence[int]) -> int:
         """Tokens of the longest of these pairs."""
-        first = _start(self._pair_ends, index) + index
-        longest = max(self._length(first + 1 + number) for number in chosen)
-        return min(self._encoder.max_length, self._encoder.added + self._length(first) + longest)
+        return max(self.tokens(index, chosen))
 
     @property
     def longest_pair(self) -> int:

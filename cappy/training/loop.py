@@ -1,6 +1,7 @@
 """The loop: whole instances in, a scorer out, the best by what its picks are worth on held-out instances."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -15,25 +16,31 @@ from cappy.training.checkpoint import Checkpoint, State
 from cappy.training.checks import judge, mean_pick
 from cappy.training.corpus import Corpus
 from cappy.training.ending import Clock, Ending
-from cappy.training.feed import batch
+from cappy.training.feed import Drawn, batch, micro_batches, padded
 from cappy.training.guards import refuse_unfit
+from cappy.training.meter import Meter, flops_of_pair, layer_weights, peak_of, told
 from cappy.training.plan import TrainingSettings, default_rate, rate
 from cappy.training.ranks import ALONE, Ranks
 from cappy.training.strategies import start
-from cappy.training.update import UnwellError, update
+from cappy.training.update import UnwellError, in_bf16, update
+
+POINTS = 200
+"""Points of a run's curve."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What training came to: `best_pick` is the mean label of the picks on the validation instances, 0 to 1.
 
-    `events` tells what went otherwise than planned, such as a smaller token budget.
+    `log` has an entry per check, `curve` one per `POINTS`th of the run; `events` tells what went otherwise than
+    planned, such as a smaller token budget.
     """
 
     updates: int
     best_update: int
     best_pick: float
     log: tuple[dict[str, float], ...]
+    curve: tuple[dict[str, float], ...] = ()
     events: tuple[str, ...] = ()
 
 
@@ -53,7 +60,7 @@ def fit(
     Of several ranks the first alone reads and writes checkpoints, and it alone has the best weights in the end.
     """
     refuse_unfit(train, plan, ranks)
-    run = _Run(scorer, train, validation, plan, checkpoints, ranks)
+    run = Run(scorer, train, validation, plan, checkpoints, ranks)
     state, resumed_at = run.state, run.state.update
     with Ending() as ending:
         while True:
@@ -63,8 +70,8 @@ def fit(
                 break
             run.update()
             run.save_if_due(ending)
-            progress(state.update, run.updates, unit="updates", resumed=resumed_at, note=run.note)
-    progress(state.update, state.update, unit="updates", resumed=resumed_at, note=run.note)
+            progress(state.update, run.updates, unit="updates", resumed=resumed_at, note=run.told)
+    progress(state.update, state.update, unit="updates", resumed=resumed_at, note=run.told)
     if ranks.first:
         scorer.model, scorer.through = run.strategy.finished(run.best).eval(), None
     return Outcome(
@@ -72,11 +79,12 @@ def fit(
         best_update=state.best_update,
         best_pick=state.best_pick,
         log=tuple(state.log),
+        curve=tuple(state.curve),
         events=tuple(state.events),
     )
 
 
-class _Run:
+class Run:
     """One training run: what it works on, how far it is, and the best weights so far (the first rank's alone)."""
 
     def __init__(
@@ -93,6 +101,8 @@ class _Run:
         self.updates = max(1, math.ceil(len(train) / plan.batch_instances * plan.epochs))
         self.every = max(1, self.updates // plan.checks)
         self.peak = plan.learning_rate or default_rate(scorer.model.config.hidden_size)
+        self.layer_weights = layer_weights(scorer.model)
+        self.meter = Meter(peak_of(scorer.device, ranks.count, bf16=in_bf16(plan, scorer.device)))
         self.strategy = start(scorer, plan, ranks)
         self.clock = Clock(plan.checkpoint_seconds, plan.checkpoint_updates)
         self.state, self.best, self.note = State(budget=plan.batch_tokens), dict[str, Tensor](), ""
@@ -108,6 +118,17 @@ class _Run:
             self.state, self.best = State(**state), found.best if found else {}
         elif self.ranks.count > 1:
             self.strategy.restore(self.ranks.given(self.strategy.weights()), {})
+
+    @property
+    def told(self) -> str:
+        """What a person wants to know beside how far it is."""
+        now = self.state.update - 1
+        figures = told(self.state.running_loss, self.rate(now), self.meter.figures()) if now >= 0 else ""
+        return ", ".join(filter(None, (figures, self.note)))
+
+    def rate(self, update: int) -> float:
+        """Learning rate of an update (0-based)."""
+        return rate(update, self.updates, self.peak, self.plan.warmup)
 
     @property
     def check_due(self) -> bool:
@@ -139,9 +160,10 @@ class _Run:
         """One step of the optimizer on the next instances; TrainingError where there is nothing to go on with."""
         plan, state = self.plan, self.state
         drawn = batch(self.train, state.update, plan.batch_instances, plan.max_candidates, seed=plan.seed)
-        now = rate(state.update, self.updates, self.peak, plan.warmup)
+        now = self.rate(state.update)
         try:
-            loss = update(self.scorer, self.strategy, self.train, drawn, plan, state, rate=now, ranks=self.ranks)
+            with self.meter.timed():
+                loss = update(self.scorer, self.strategy, self.train, drawn, plan, state, rate=now, ranks=self.ranks)
         except UnwellError as error:
             names = ", ".join(self.train.name(one.index) for one in drawn)
             good = f"last good checkpoint: {self.ranks.told(checkpoint.newest(self.checkpoints))}"
@@ -149,6 +171,21 @@ class _Run:
             raise TrainingError(f"update {state.update + 1}: {error}, instances {names}; {good}; {remedy}") from None
         state.running_loss = loss if state.update == 0 else 0.95 * state.running_loss + 0.05 * loss
         state.update += 1
+        self._measure(drawn, now)
+
+    def _measure(self, drawn: Sequence[Drawn], rate: float) -> None:
+        """Notes what the update cost, and a point of the curve now and then."""
+        lengths = [length for one in drawn for length in self.train.tokens(one.index, one.chosen)]
+        config, state = self.scorer.model.config, self.state
+        self.meter.add(
+            pairs=len(lengths),
+            tokens=sum(lengths),
+            padded=sum(map(padded, micro_batches(drawn, state.budget))) if self.scorer.pads else sum(lengths),
+            flops=sum(flops_of_pair(config, self.layer_weights, length) for length in lengths),
+        )
+        if state.update % max(1, self.updates // POINTS) == 0 or state.update == self.updates:
+            point = {"update": state.update, "loss": round(state.running_loss, 6), "rate": rate}
+            state.curve.append({**point, **self.meter.figures()})
 
     def save_if_due(self, ending: Ending) -> None:
         """A checkpoint where it is time for one; the last one and a TrainingError where the machine wants us to end."""

@@ -51,6 +51,13 @@ class TrainingSettings:
     checkpoint_updates: Annotated[
         int | None, LOCATION, Field(ge=1, description="Updates between checkpoints, beside those by time")
     ] = None
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        Field(description="Of matrix products in training; auto: bf16 on a GPU that has it, else fp32. Weights: fp32"),
+    ] = "auto"
+    dry_run: Annotated[
+        bool, LOCATION, Field(description="Train 20 updates, print time, memory and hours of the whole, write nothing")
+    ] = False
     strategy: Annotated[
         Literal["auto", "single", "ddp", "deepspeed"],
         LOCATION,

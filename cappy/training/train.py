@@ -1,6 +1,5 @@
 """From a folder of annotated instances to a scorer folder: what pretraining and finetuning share."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,11 +15,13 @@ from cappy.records.folder import describe_files
 from cappy.records.work import claim, finish
 from cappy.scoring import TRAINED_ON
 from cappy.scoring.scorer import Scorer
+from cappy.training.curves import write_log, write_speed
 from cappy.training.launch import spread, starts_ranks
 from cappy.training.loop import Outcome, fit
 from cappy.training.plan import TrainingSettings
 from cappy.training.ranks import Ranks, joined
 from cappy.training.tokenization import Corpora, open_corpora
+from cappy.training.trial import trial
 
 Start = Callable[[], Scorer]
 
@@ -43,6 +44,10 @@ def train(
         return spread(step, config, progress)
     hashes = (read_manifest(config.source).hash, *parents)
     with joined() as ranks:
+        if config.dry_run:
+            scorer, corpora = _begin(config, start)
+            metrics = trial(scorer, corpora.train, corpora.validation, config, ranks, progress)
+            return Manifest(step=step, files=(), config=identity(config), code=code_version(), metrics=metrics)
         if not ranks.first:
             _fit(config, start, Path(), silent, ranks)
             return Manifest.from_json(ranks.told(None))
@@ -61,6 +66,7 @@ def train(
                 metrics=_metrics(outcome, corpora),
             )
             finish(folder, config.target, manifest)
+            write_speed(config.work, manifest.hash, outcome.curve)
             ranks.told(manifest.to_json())
             return manifest
 
@@ -68,18 +74,7 @@ def train(
 def _fit(
     config: TrainingSettings, start: Start, checkpoints: Path, progress: Progress, ranks: Ranks
 ) -> tuple[Scorer, Corpora, Outcome]:
-    scorer = start()
-    corpora = open_corpora(
-        config.source,
-        config.work / "tokens",
-        scorer.tokenizer,
-        scorer.encoder,
-        metric=config.metric,
-        sources=config.sources,
-    )
-    if not corpora.has_train:
-        of = f" with a response of source {', '.join(config.sources)}" if config.sources else ""
-        raise ConfigError(f"{config.source}: has no instance of split train{of}; nothing to learn from")
+    scorer, corpora = _begin(config, start)
     outcome = fit(
         scorer,
         corpora.train,
@@ -92,10 +87,25 @@ def _fit(
     return scorer, corpora, outcome
 
 
+def _begin(config: TrainingSettings, start: Start) -> tuple[Scorer, Corpora]:
+    scorer = start()
+    corpora = open_corpora(
+        config.source,
+        config.work / "tokens",
+        scorer.tokenizer,
+        scorer.encoder,
+        metric=config.metric,
+        sources=config.sources,
+    )
+    if not corpora.has_train:
+        of = f" with a response of source {', '.join(config.sources)}" if config.sources else ""
+        raise ConfigError(f"{config.source}: has no instance of split train{of}; nothing to learn from")
+    return scorer, corpora
+
+
 def _write_facts(folder: Path, corpora: Corpora, seen: NDArray[np.uint64], outcome: Outcome) -> None:
     np.union1d(seen, corpora.prompts).astype("<u8").tofile(folder / TRAINED_ON)
-    log = [*outcome.log, *({"event": event} for event in outcome.events)]
-    (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+    write_log(folder, outcome.log, outcome.curve, outcome.events)
 
 
 def _metrics(outcome: Outcome, corpora: Corpora) -> dict[str, float]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cappy.errors import TrainingError
+from cappy.scoring.precision import has_bf16
 from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import State, Tensors
 from cappy.training.corpus import Corpus
@@ -121,7 +122,9 @@ def _gradients(
 
 def _pass(scorer: Scorer, corpus: Corpus, micro: Sequence[Drawn], plan: TrainingSettings) -> Tensor:
     """The sum of the instances' losses."""
-    logits = scorer.logits([pair for drawn in micro for pair in corpus.pairs(drawn.index, drawn.chosen)])
+    pairs = [pair for drawn in micro for pair in corpus.pairs(drawn.index, drawn.chosen)]
+    with torch.autocast(scorer.device.type, torch.bfloat16, enabled=in_bf16(plan, scorer.device)):
+        logits = scorer.logits(pairs)
     labels = [label for drawn in micro for label in corpus.labels(drawn.index, drawn.chosen)]
     numbers = [number for number, drawn in enumerate(micro) for _ in drawn.chosen]
     compared = [flag for drawn in micro for flag in comparable(drawn.chosen, corpus.selectable(drawn.index))]
@@ -136,6 +139,11 @@ def _pass(scorer: Scorer, corpus: Corpus, micro: Sequence[Drawn], plan: Training
         listwise=plan.listwise,
     )
     return losses.sum()
+
+
+def in_bf16(plan: TrainingSettings, device: torch.device) -> bool:
+    """Whether matrix products run in bf16: where asked, and by `auto` on a GPU that has instructions for it."""
+    return plan.precision == "bf16" or (plan.precision == "auto" and device.type == "cuda" and has_bf16(device))
 
 
 def _seed(seed: int, update: int, number: int) -> int:

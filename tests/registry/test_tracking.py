@@ -12,6 +12,7 @@ from cappy.config import encode
 from cappy.records import Instance, write
 from cappy.registry import track_run
 from cappy.steps import StepRecord, record_path
+from cappy.training.curves import write_log, write_speed
 
 
 def record(room: Any, step: str, fingerprint: str, run: str, status: str = "done", error: str = "") -> None:
@@ -25,7 +26,7 @@ def record(room: Any, step: str, fingerprint: str, run: str, status: str = "done
         status=status,
         started=time.time() - 5,
         seconds=2.5,
-        config={"seed": 3, "source": "long" * 1000},
+        config={"seed": 3, "source": "long" * 1000, "work": str(room.folder / "work")},
         target=str(folder),
         manifest_hash="abc",
         metrics={"rougeL_scorer": 0.5},
@@ -64,6 +65,27 @@ def test_every_step_is_a_nested_run_with_what_it_did(room: Any) -> None:
     assert parent.info.status == "FINISHED"
     files = {path.name for path in Path(evaluation.info.artifact_uri.removeprefix("file://")).rglob("*")}
     assert {"manifest.json", "report"} <= files
+
+
+def test_a_training_step_has_its_curves_once(room: Any) -> None:
+    record(room, "finetuning", "f1", "run-1")
+    points = [
+        {"update": update, "loss": 1 / update, "rate": 1e-4, "pairs_per_second": 40.0, "padding_share": 0.0}
+        for update in range(1, 601)
+    ]
+    write_log(room.folder / "artifacts" / "f1", [{"update": 600, "loss": 0.1, "pick": 0.7}], points, [])
+    write_speed(room.folder / "work", "abc", points)
+    from mlflow import MlflowClient
+
+    for _ in range(2):
+        run = track(room, {"finetuning": "f1"}, "run-1")["finetuning"]
+        client = MlflowClient(tracking_uri=room.uri)
+        loss = client.get_metric_history(run.info.run_id, "training_loss")
+        assert [point.step for point in loss] == list(range(1, 601))
+        assert loss[3].value == 0.25
+        assert len(client.get_metric_history(run.info.run_id, "training_pairs_per_second")) == 600
+        (pick,) = client.get_metric_history(run.info.run_id, "training_pick")
+        assert (pick.step, pick.value) == (600, 0.7)
 
 
 def test_told_twice_it_is_there_once(room: Any) -> None:

@@ -48,8 +48,8 @@ def test_a_killed_run_continues_and_ends_with_the_same_weights(plan: Plan) -> No
 def test_training_learns_and_keeps_the_best_check(plan: Plan) -> None:
     manifest = run(plan(epochs=30.0, checks=10, patience=10, checkpoint_updates=None))
     log = json.loads((plan().target / "training.json").read_text())
-    assert log[-1]["loss"] < log[1]["loss"]
-    assert manifest.metrics["validation_pick"] == pytest.approx(max(entry["pick"] for entry in log), abs=1e-6)
+    assert log["curve"][-1]["loss"] < log["curve"][1]["loss"]
+    assert manifest.metrics["validation_pick"] == pytest.approx(max(entry["pick"] for entry in log["checks"]), abs=1e-6)
     assert manifest.metrics["validation_pick"] > 0.25, "chance is 1 in 4"
 
 

@@ -44,7 +44,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def curve(plan: FinetuningConfig) -> list[float]:
-    return [entry["loss"] for entry in json.loads((plan.target / "training.json").read_text())]
+    return [entry["loss"] for entry in json.loads((plan.target / "training.json").read_text())["curve"]]
 
 
 def furthest(first: FinetuningConfig, second: FinetuningConfig) -> float:

@@ -69,4 +69,4 @@ def test_two_nodes_started_by_the_trainer_sdk_publish_one_scorer(plan: Plan) -> 
     manifest = verify(settings.target)
     assert manifest.metrics["updates"] == 8
     log = json.loads((settings.target / "training.json").read_text())
-    assert log[-1]["update"] == 8
+    assert log["checks"][-1]["update"] == log["curve"][-1]["update"] == 8

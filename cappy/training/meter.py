@@ -1,0 +1,111 @@
+"""What training costs while it runs: pairs and tokens per second, padding, the share of the device's peak."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+RECENT = 20
+"""Updates that the figures of now are means over."""
+PEAKS: Mapping[str, float] = {
+    "B200": 2.25e15,
+    "H200": 9.89e14,
+    "H100 PCIe": 7.56e14,
+    "H100": 9.89e14,
+    "A100": 3.12e14,
+    "L40S": 3.62e14,
+    "A10G": 7.0e13,
+    "L4": 1.21e14,
+}
+"""Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that fits counts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Some updates: pairs, their tokens, the tokens that were multiplied (padding included), FLOPs, seconds."""
+
+    pairs: int
+    tokens: int
+    padded: int
+    flops: float
+    seconds: float
+
+
+class Meter:
+    """Counts the whole batch of every update against the time that updates took; checks and checkpoints are left out.
+
+    `peak` is the FLOP/s of all ranks together, where known.
+    """
+
+    def __init__(self, peak: float | None = None) -> None:
+        self._peak = peak
+        self._recent: deque[Work] = deque(maxlen=RECENT)
+        self._seconds = 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Times the update that its block makes."""
+        started = time.perf_counter()
+        yield
+        self._seconds = time.perf_counter() - started
+
+    def add(self, *, pairs: int, tokens: int, padded: int, flops: float) -> None:
+        """Notes what the update just timed has done."""
+        self._recent.append(Work(pairs=pairs, tokens=tokens, padded=padded, flops=flops, seconds=self._seconds))
+
+    def figures(self) -> dict[str, float]:
+        """The figures of now: pairs and tokens per second, share of padding, and MFU where the peak is known."""
+        seconds = sum(work.seconds for work in self._recent)
+        if seconds <= 0:
+            return {}
+        tokens = sum(work.tokens for work in self._recent)
+        found = {
+            "pairs_per_second": sum(work.pairs for work in self._recent) / seconds,
+            "tokens_per_second": tokens / seconds,
+            "padding_share": 1 - tokens / max(1, sum(work.padded for work in self._recent)),
+        }
+        if self._peak:
+            found["mfu"] = sum(work.flops for work in self._recent) / seconds / self._peak
+        return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def peak_of(device: torch.device, ranks: int, *, bf16: bool) -> float | None:
+    """FLOP/s that `ranks` such devices reach at best in bf16; None of a CPU, an unknown GPU and another precision."""
+    if device.type != "cuda" or not bf16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((ranks * peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def flops_of_pair(config: Any, weights: int, tokens: int) -> float:
+    """FLOPs of a pair, forward and backward: 6 per weight of the layers and token, and attention's two products.
+
+    Kaplan et al. 2020 (2.1) count so for the weights; attention is 12 x layers x width x tokens², as PaLM (appendix B)
+    counts it. Padding does no work here.
+    """
+    flops: float = 6.0 * weights * tokens + 12.0 * config.num_hidden_layers * config.hidden_size * tokens**2
+    return flops
+
+
+def layer_weights(model: Any) -> int:
+    """Weights of the matrices in the encoder's layers: neither embeddings nor the head."""
+    body = model.base_model
+    layers = getattr(body, "encoder", None) or getattr(body, "transformer", None) or body
+    count: int = sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)
+    return count
+
+
+def told(loss: float, rate: float, figures: Mapping[str, float]) -> str:
+    """The figures of now as one line shows them."""
+    parts = [f"loss {loss:.4f}", f"rate {rate:.2g}"]
+    if figures:
+        parts.append(f"{figures['pairs_per_second']:,.3g} pairs/s")
+        parts.append(f"{figures['tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"{figures['padding_share']:.0%} padding")
+    if "mfu" in figures:
+        parts.append(f"MFU {figures['mfu']:.0%}")
+    return ", ".join(parts)

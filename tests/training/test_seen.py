@@ -1,0 +1,119 @@
+"""What a person sees of training: figures while it runs, curves afterwards, a trial before."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cappy.cli import main
+from cappy.scoring.scorer import Scorer
+from cappy.training.curves import read_curves
+from cappy.training.finetuning import FinetuningConfig, run
+from cappy.training.meter import Meter, flops_of_pair, layer_weights, peak_of, told
+from cappy.training.plan import rate
+
+Plan = Callable[..., FinetuningConfig]
+
+
+def test_figures_are_means_over_recent_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 2.0, 10.0, 12.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    meter = Meter(peak=1000.0)
+    assert meter.figures() == {}
+    for pairs in (10, 30):
+        with meter.timed():
+            pass
+        meter.add(pairs=pairs, tokens=5 * pairs, padded=8 * pairs, flops=20.0 * pairs)
+    assert meter.figures() == {
+        "pairs_per_second": 10.0,
+        "tokens_per_second": 50.0,
+        "padding_share": 0.375,
+        "mfu": 0.2,
+    }
+    assert told(0.25, 1e-4, meter.figures()) == (
+        "loss 0.2500, rate 0.0001, 10 pairs/s, 50 tokens/s, 38% padding, MFU 20%"
+    )
+    assert peak_of(torch.device("cpu"), 2, bf16=True) is None
+
+
+def test_flops_are_those_that_torch_counts(scorer_folder: Path) -> None:
+    """The head is left aside."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    scorer = Scorer.load(str(scorer_folder), precision="fp32")
+    (pair,) = scorer.encoder.encode([("one two three four five six", "cat dog bird")])
+    ids = torch.tensor([pair.ids])
+    scorer.model.set_attn_implementation("eager")  # The counter does not know the fused kernel of a CPU.
+    with FlopCounterMode(display=False) as counter:
+        scorer.model(input_ids=ids).logits.sum().backward()
+    head = sum(w.numel() for n, w in scorer.model.named_parameters() if "classifier" in n and w.ndim == 2)
+    expected = counter.get_total_flops() - 6 * head
+    found = flops_of_pair(scorer.model.config, layer_weights(scorer.model), len(pair.ids))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_curves_tell_loss_rate_picks_and_speed_and_a_resumed_run_keeps_them(plan: Plan) -> None:
+    notes: list[str] = []
+
+    class KilledError(Exception):
+        pass
+
+    def killed(done: int, total: int | None = None, *, unit: str = "", resumed: int = 0, note: str = "") -> None:
+        notes.append(note)
+        if done == 5:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run(plan(), killed)
+    manifest = run(plan())
+    points = read_curves(plan().target, plan().work, manifest.hash)
+    updates = int(manifest.metrics["updates"])
+    rates = [point["rate"] for point in points if "rate" in point]
+    assert rates == [rate(update, updates, 1e-3, plan().warmup) for update in range(updates)]
+    assert [point["update"] for point in points if "pairs_per_second" in point] == list(range(1, updates + 1))
+    assert sum("pick" in point for point in points) >= 3
+    assert all(point["padding_share"] == 0 for point in points if "padding_share" in point)
+    assert notes[0].startswith("loss ")
+    assert "pairs/s" in notes[0]
+    assert "0% padding" in notes[0]
+    assert "pairs_per_second" not in (plan().target / "training.json").read_text()
+
+
+def test_a_dry_run_measures_and_writes_nothing(plan: Plan) -> None:
+    manifest = run(plan(dry_run=True, epochs=40.0))
+    found = manifest.metrics
+    assert found["trial_updates"] == 20
+    assert found["updates"] == 300
+    assert found["projected_seconds"] > 280 * found["seconds_per_update"] > 0
+    assert found["peak_bytes"] > 50e6
+    assert not plan().target.exists()
+    assert sorted(path.name for path in plan().work.iterdir()) == ["tokens"]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_dry_run_says_what_the_whole_run_takes(
+    plan: Plan, devices: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = plan()
+    flags = ["--source", settings.source, "--scorer", settings.scorer, "--target", settings.target]
+    flags += ["--work", settings.work, "--epochs", 40, "--batch-instances", 8, "--devices", devices, "--dry-run"]
+    with pytest.raises(SystemExit) as ended:
+        main(["finetuning", *map(str, flags)])
+    text = capsys.readouterr().out
+    assert not ended.value.code
+    assert text.startswith("20 updates of 300: ")
+    assert "the whole run takes about" in text
+    assert not settings.target.exists()
+
+
+def test_bf16_is_asked_for_by_flag_and_changes_the_products_alone(plan: Plan) -> None:
+    losses = []
+    for name, precision in (("a", "fp32"), ("b", "bf16")):
+        settings = plan(name, precision=precision, epochs=0.5)
+        run(settings)
+        losses.append([point["loss"] for point in json.loads((settings.target / "training.json").read_text())["curve"]])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
