@@ -46,14 +46,15 @@ def mean_pick(
     return None if stops else sum(picked) / len(picked)
 
 
-def judge(pick: float | None, state: State) -> bool:
-    """Notes a check in the state; whether the picks are better than ever before.
+def judge(pick: float | None, state: State, *, last: bool = False) -> bool:
+    """Notes a check in the state; whether its weights are the best so far.
 
-    Without validation instances (None) there is nothing to stop early by, and the last weights are the best.
+    They are where the picks are better than ever before, where there are no validation instances (None), and always
+    where the `last` weights are wanted: then nothing stops early.
     """
     value = state.best_pick + 1e-9 if pick is None else pick
     state.log.append({"update": state.update, "loss": round(state.running_loss, 6), "pick": round(value, 6)})
-    if value > state.best_pick:
+    if last or value > state.best_pick:
         state.best_pick, state.best_update, state.checks_since_best = value, state.update, 0
         return True
     state.checks_since_best += 1

@@ -56,6 +56,12 @@ def to_group(instance: Instance, metric: str, sources: Sequence[Source] = ()) ->
     )
 
 
+def split_rows(group: Group) -> list[Group]:
+    """One group per response, for training in rows."""
+    columns = zip(group.responses, group.labels, group.selectable, strict=True)
+    return [Group(group.instruction, (response,), (label,), (may,)) for response, label, may in columns]
+
+
 def batch(corpus: "Corpus", update: int, size: int, max_candidates: int, *, seed: int) -> list[Drawn]:
     """The `size` instances of an update (0-based), `max_candidates` drawn of each.
 

@@ -24,8 +24,10 @@ def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
     from cappy.records.folder import MANIFEST, describe_files, read_manifest
     from cappy.scoring import Scorer, trained_on
     from cappy.specs import scorer_folder
+    from cappy.training.paper import resolved
     from cappy.training.train import train
 
+    config = resolved(config)
     folder = scorer_folder(config.scorer)
     hashes = (
         [read_manifest(folder).hash]

@@ -84,6 +84,13 @@ def fit(
     )
 
 
+def updates_of(plan: TrainingSettings, train: Corpus) -> int:
+    """Updates that draw `plan.train_rows` responses, or as many as `plan.epochs` passes over all of them have."""
+    drawn = sum(min(plan.max_candidates, train.size(index)) for index in range(len(train))) / len(train)
+    rows = plan.train_rows or train.facts.pairs * plan.epochs
+    return max(1, math.ceil(rows / (plan.batch_instances * drawn) - 1e-9))
+
+
 class Run:
     """One training run: what it works on, how far it is, and the best weights so far (the first rank's alone)."""
 
@@ -98,7 +105,7 @@ class Run:
     ) -> None:
         self.scorer, self.train, self.validation = scorer, train, validation
         self.plan, self.checkpoints, self.ranks = plan, checkpoints, ranks
-        self.updates = max(1, math.ceil(len(train) / plan.batch_instances * plan.epochs))
+        self.updates = updates_of(plan, train)
         self.every = max(1, self.updates // plan.checks)
         self.peak = plan.learning_rate or default_rate(scorer.model.config.hidden_size)
         self.layer_weights = layer_weights(scorer.model)
@@ -128,7 +135,7 @@ class Run:
 
     def rate(self, update: int) -> float:
         """Learning rate of an update (0-based)."""
-        return rate(update, self.updates, self.peak, self.plan.warmup)
+        return rate(update, self.updates, self.peak, self.plan.warmup, self.plan.schedule)
 
     @property
     def check_due(self) -> bool:
@@ -151,7 +158,7 @@ class Run:
             )
             if pick is None:
                 self._end()
-        if judge(pick, self.state):
+        if judge(pick, self.state, last=self.plan.keep == "last"):
             weights = self.strategy.weights()
             self.best = weights if self.ranks.first else {}
         self.state.stopped = self.state.checks_since_best >= self.plan.patience

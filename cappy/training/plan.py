@@ -7,6 +7,11 @@ from pydantic import Field
 from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, settings
 from cappy.records.instance import Source
 
+Schedule = Literal["linear", "published"]
+Unit = Literal["instance", "row"]
+PUBLISHED_MICRO = 16
+"""Micro-batches of an update in the published finetuning."""
+
 
 @settings
 class TrainingSettings:
@@ -15,24 +20,39 @@ class TrainingSettings:
     source: Annotated[Location, Field(description="Folder of annotated instances")]
     target: Annotated[Location, Field(description="Scorer folder to write")]
     metric: Annotated[str, Field(description="Label to learn")] = "rougeL"
+    preset: Annotated[
+        Literal["default", "paper"],
+        Field(description="paper: as published, whatever no other flag says (cappy/training/paper.py)"),
+    ] = "default"
+    unit: Annotated[
+        Unit,
+        Field(description="What a batch is made of: whole instances, or single rows in any order (published)"),
+    ] = "instance"
+    train_rows: Annotated[
+        int | None, Field(ge=1, description="Responses to train on in all, repeated as needed; instead of --epochs")
+    ] = None
     sources: Annotated[
         tuple[Source, ...],
         Field(description="Responses to train on: reference, choice, mismatch, llm; all if left out (for ablations)"),
     ] = ()
-    epochs: Annotated[float, Field(gt=0, description="Passes over the training instances, at most")] = 4.0
-    batch_instances: Annotated[int, Field(ge=1, description="Whole instances per update")] = 16
+    epochs: Annotated[float, Field(gt=0, description="Passes over the training responses, at most")] = 4.0
+    batch_instances: Annotated[int, Field(ge=1, description="Whole instances per update")] = 8
     batch_tokens: Annotated[
         int, Field(ge=64, description="Padded tokens per forward pass; bounds memory. Small is faster on a CPU")
     ] = 2048
     max_candidates: Annotated[
         int, Field(ge=2, description="Candidates drawn per instance and pass; the rest wait for the next pass")
-    ] = 16
+    ] = 8
     learning_rate: Annotated[
         float | None, Field(gt=0, description="Peak learning rate; left out: 2e-5 x (1024 / hidden size)^2")
     ] = None
     warmup: Annotated[float, Field(ge=0, lt=1, description="Share of the updates that warm up")] = 0.06
+    schedule: Annotated[
+        Schedule,
+        Field(description="linear: up over the warm-up, down to zero; published: a ramp that never ends (its bug)"),
+    ] = "linear"
     weight_decay: Annotated[float, Field(ge=0, description="AdamW's weight decay, biases and norms aside")] = 0.01
-    clip: Annotated[float, Field(gt=0, description="Largest norm of a gradient")] = 1.0
+    clip: Annotated[float | None, Field(gt=0, description="Largest norm of a gradient; none: no clipping")] = 1.0
     relative: Annotated[
         float,
         Field(
@@ -43,6 +63,9 @@ class TrainingSettings:
     listwise: Annotated[float, Field(ge=0, description="Weight of the listwise softmax loss")] = 0.0
     checks: Annotated[int, Field(ge=1, description="Times the validation instances are scored on the way")] = 10
     patience: Annotated[int, Field(ge=1, description="Checks without a better pick before training stops")] = 4
+    keep: Annotated[
+        Literal["best", "last"], Field(description="Weights kept: of the best check (stops early), or the last ones")
+    ] = "best"
     checkpoint_seconds: Annotated[
         float, LOCATION, Field(ge=0, description="Seconds between checkpoints to resume from")
     ] = 60.0
@@ -72,11 +95,15 @@ class TrainingSettings:
     ] = 1
 
 
-def rate(update: int, updates: int, peak: float, warmup: float) -> float:
+def rate(update: int, updates: int, peak: float, warmup: float, schedule: Schedule = "linear") -> float:
     """Learning rate of an update (0-based): a linear rise over the warm-up share, then a linear fall to zero.
 
-    Counted in updates of the optimizer. The published code counted micro-batches and so never left the warm-up.
+    Counted in updates of the optimizer. The published code planned its schedule in micro-batches, `PUBLISHED_MICRO` per
+    update, and moved along it once per update: with its warm-up of a tenth the rate rises from 0 to 0.62 of the peak
+    and never falls.
     """
+    if schedule == "published":
+        return peak * min(1.0, update / max(1.0, warmup * updates * PUBLISHED_MICRO))
     rising = max(1, round(updates * warmup))
     if update < rising:
         return peak * (update + 1) / rising

@@ -35,8 +35,10 @@ def run(config: PretrainingConfig, progress: Progress = silent) -> Manifest:
     import numpy as np
 
     from cappy.records.folder import describe_files
+    from cappy.training.paper import resolved
     from cappy.training.train import train
 
+    config = resolved(config)
     folder = _encoder_folder(config.encoder)
     return train(
         "pretraining",

@@ -1,5 +1,7 @@
 """Every rank holds the whole model and optimizer; one rank alone is the plain case."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ class Replicas:
     def step(self, rate: float) -> float:
         """One step at this learning rate; the gradient's norm before clipping. No step where that is no number."""
         self._share()
-        norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip))
+        norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or math.inf))
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         if norm < float("inf"):

@@ -20,7 +20,8 @@ from cappy.records.folder import batched, disk_errors
 from cappy.records.instance import Source
 from cappy.scoring.encoding import PairEncoder
 from cappy.training.corpus import FACTS, FILES, Corpus, Facts, mapped
-from cappy.training.feed import Group, to_group
+from cappy.training.feed import Group, split_rows, to_group
+from cappy.training.plan import Unit
 
 HAS_TRAIN = "has_train"
 FORMAT = 1
@@ -46,19 +47,27 @@ class Corpora:
 
 
 def open_corpora(
-    source: Path, cache: Path, tokenizer: Any, encoder: PairEncoder, *, metric: str, sources: Sequence[Source]
+    source: Path,
+    cache: Path,
+    tokenizer: Any,
+    encoder: PairEncoder,
+    *,
+    metric: str,
+    sources: Sequence[Source],
+    unit: Unit = "instance",
 ) -> Corpora:
     """The corpora of a finished folder, from `cache` or tokenized into it now; other processes wait meanwhile.
 
-    Kept under a hash of the folder's manifest, the tokenizer, the metric and the sources (of the train split alone).
-    Of the train split stand instances with two responses or more, of the validation split those with one that a
-    selector may pick. Memory holds `CHUNK` instances, and 8 bytes of every instance read.
+    Kept under a hash of the folder's manifest, the tokenizer, the metric, and the sources and unit of the train split.
+    Of that one stand instances with two responses or more (of the unit `row` every response by itself), of the
+    validation split those with a response that a selector may pick. Memory holds `CHUNK` instances, and 8 bytes of
+    every instance read.
     """
-    key = fingerprint(FORMAT, read_manifest(source).hash, tokenizer_hash(tokenizer), metric, list(sources))[:24]
+    key = fingerprint(FORMAT, read_manifest(source).hash, tokenizer_hash(tokenizer), metric, list(sources), unit)[:24]
     folder = cache / key
     with disk_errors(folder), _held(cache, key):
         if not folder.is_dir():
-            _build(source, folder, encoder, len(tokenizer), metric, sources)
+            _build(source, folder, encoder, len(tokenizer), metric, sources, unit)
     prompts = mapped(folder / "prompts", "<u8")
     return Corpora(
         train=Corpus(folder / "train", encoder),
@@ -134,7 +143,13 @@ class CorpusWriter:
 
 
 def _build(
-    source: Path, folder: Path, encoder: PairEncoder, vocabulary: int, metric: str, sources: Sequence[Source]
+    source: Path,
+    folder: Path,
+    encoder: PairEncoder,
+    vocabulary: int,
+    metric: str,
+    sources: Sequence[Source],
+    unit: Unit,
 ) -> None:
     """Writes the corpora under a temporary name and renames: a killed build leaves nothing that looks finished."""
     temporary = folder.with_name(f"{folder.name}.tmp")
@@ -150,7 +165,10 @@ def _build(
             checked = [(i.instance_id, to_group(i, metric)) for i in part if i.split == "validation"]
             if any(group.responses for _, group in fitted):
                 (temporary / HAS_TRAIN).touch()
-            train.add([(name, group) for name, group in fitted if len(group.responses) > 1])
+            if unit == "row":
+                train.add([(name, row) for name, group in fitted for row in split_rows(group)])
+            else:
+                train.add([(name, group) for name, group in fitted if len(group.responses) > 1])
             validation.add([(name, group) for name, group in checked if any(group.selectable)])
     temporary.rename(folder)
 

@@ -96,6 +96,7 @@ def _begin(config: TrainingSettings, start: Start) -> tuple[Scorer, Corpora]:
         scorer.encoder,
         metric=config.metric,
         sources=config.sources,
+        unit=config.unit,
     )
     if not corpora.has_train:
         of = f" with a response of source {', '.join(config.sources)}" if config.sources else ""
