@@ -1,0 +1,39 @@
+"""The scorers that JAX is compared on; tests/training/test_tpu.py says how these tests are run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from cappy.builtin import SCORER_FOLDER
+from cappy.scoring import Scorer
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of two layers with the head `bce` and two token types."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = AutoTokenizer.from_pretrained(SCORER_FOLDER)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=96,
+        pad_token_id=0,
+        num_labels=1,
+        initializer_range=0.3,
+    )
+    Scorer(BertForSequenceClassification(config).eval(), tokenizer, head="bce", max_length=96).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["roberta", "bert"])
+def load(request: pytest.FixtureRequest, make_scorer: Callable[..., Path], bert_folder: Path) -> Callable[[], Scorer]:
+    """load() -> a scorer on the CPU, fresh at each call: a random RoBERTa with the head `mse`, or a BERT with `bce`."""
+    folder = make_scorer(head="mse", max_length=96) if request.param == "roberta" else bert_folder
+    return lambda: Scorer.load(str(folder), device="cpu")
