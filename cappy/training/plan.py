@@ -52,11 +52,13 @@ class TrainingSettings:
         int | None, LOCATION, Field(ge=1, description="Updates between checkpoints, beside those by time")
     ] = None
     strategy: Annotated[
-        Literal["auto", "single", "ddp", "deepspeed"],
+        Literal["auto", "single", "ddp", "deepspeed", "jax"],
         LOCATION,
-        Field(description="How several ranks share an update; auto: single on one device, else ddp"),
+        Field(description="How devices share an update; auto: single on one device, else ddp; jax: for TPUs"),
     ] = "auto"
-    devices: Annotated[int, LOCATION, Field(ge=1, description="Ranks on this machine, each with a GPU or a CPU")] = 1
+    devices: Annotated[
+        int, LOCATION, Field(ge=1, description="Ranks on this machine, each with a GPU or a CPU; with jax: its devices")
+    ] = 1
     nodes: Annotated[
         int, LOCATION, Field(ge=1, description="Machines; more than one needs torchrun, a TrainJob or a CustomJob")
     ] = 1
