@@ -26,7 +26,8 @@ Plan = Callable[..., FinetuningConfig]
 HERE = Path(__file__).parent / "tpu"
 ROOT = Path(cappy.__file__).parents[1]
 # Unoptimized code: compiling takes a third of the time, and these models are too small to be slow.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FLAGS = f"--xla_force_host_platform_device_count=8 {FAST}"
 MISSING = [name for name in ("jax", "optax") if importlib.util.find_spec(name) is None]
 
 

@@ -119,16 +119,12 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_torch_does_not_go_on_with_it(
     settings = {"strategy": "jax", "devices": 2, "source": tmp_path / "annotated", "batch_tokens": 2048, **CURVE}
     finetuning(plan("unbroken", **settings))
     killed_after(plan("killed", **settings), 5)
-    for name in ("torch", "one"):
-        shutil.copytree(plan("killed").work, plan(name).work)
-    seen = {name: Seen() for name in ("killed", "torch", "one")}
+    shutil.copytree(plan("killed").work, plan("torch").work)
+    seen = {name: Seen() for name in ("killed", "torch")}
     finetuning(plan("killed", **settings), seen["killed"])
     assert seen["killed"].updates[0] > 5, "updates before the checkpoint are not done again"
     assert furthest(plan("unbroken"), plan("killed")) == 0.0
     assert read_manifest(plan("unbroken").target).hash == read_manifest(plan("killed").target).hash
-    finetuning(plan("one", **{**settings, "devices": 1}), seen["one"])
-    assert seen["one"].updates[0] > 5
-    assert curve(plan("one")) == pytest.approx(curve(plan("unbroken")), abs=1e-4)
     finetuning(plan("torch", **{**settings, "strategy": "single", "devices": 1}), seen["torch"])
     assert seen["torch"].updates[0] == 1
     assert read_manifest(plan("unbroken").target).config["strategy"] == "jax"
