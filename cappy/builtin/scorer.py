@@ -57,6 +57,8 @@ def make(
         epochs=epochs,
         learning_rate=LEARNING_RATE,
         batch_tokens=BATCH_TOKENS,
+        batch_instances=16,
+        max_candidates=16,
         patience=100,
         seed=seed,
         work=work,

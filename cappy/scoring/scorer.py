@@ -64,7 +64,6 @@ class Scorer:
         self.precision = precision
         self.encoder = PairEncoder(tokenizer, max_length)
         self.device = next(model.parameters()).device
-        self._packs = packs(model)
         self.through: Through | None = None
         if precision == "bf16" and self._packs:
             lower_matrices(model.base_model.encoder)
@@ -187,6 +186,11 @@ class Scorer:
     def batch_tokens(self) -> int:
         """Tokens of a batch that suit the device."""
         return BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
+
+    @property
+    def _packs(self) -> bool:
+        """Asked each time: training may put another model in this one's place."""
+        return packs(self.model)
 
     @property
     def _has_types(self) -> bool:

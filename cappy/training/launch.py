@@ -34,12 +34,25 @@ GRACE_SECONDS = 10.0
 
 def starts_ranks(plan: TrainingSettings) -> bool:
     """Whether this process, being no rank itself, has to start some: several, or the one that DeepSpeed wants."""
+    if plan.strategy == "jax":
+        _refuse_several(plan)
+        return False
     if started():
         return False
     count = plan.devices * place(plan).nodes
     if plan.strategy == "single" and count > 1:
         raise ConfigError(f"--strategy single: is for one rank, and {count} were asked for; give ddp or deepspeed")
     return count > 1 or plan.strategy == "deepspeed"
+
+
+def _refuse_several(plan: TrainingSettings) -> None:
+    """ConfigError where several machines or processes are to train with JAX."""
+    nodes = plan.nodes if plan.nodes > 1 else place(plan).nodes
+    if nodes > 1:
+        raise ConfigError(f"--strategy jax: is for one machine, and {nodes} were asked for; give ddp or deepspeed")
+    if started() and int(os.environ["WORLD_SIZE"]) > 1:
+        remedy = "start it without torchrun, or with one process"
+        raise ConfigError(f"--strategy jax: one process drives all devices, this is one of several; {remedy}")
 
 
 def spread(step: str, plan: TrainingSettings, progress: Progress) -> Manifest:

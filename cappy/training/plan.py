@@ -82,11 +82,13 @@ class TrainingSettings:
         bool, LOCATION, Field(description="Train 20 updates, print time, memory and hours of the whole, write nothing")
     ] = False
     strategy: Annotated[
-        Literal["auto", "single", "ddp", "deepspeed"],
+        Literal["auto", "single", "ddp", "deepspeed", "jax"],
         LOCATION,
-        Field(description="How several ranks share an update; auto: single on one device, else ddp"),
+        Field(description="How devices share an update; auto: single on one device, else ddp; jax: for TPUs"),
     ] = "auto"
-    devices: Annotated[int, LOCATION, Field(ge=1, description="Ranks on this machine, each with a GPU or a CPU")] = 1
+    devices: Annotated[
+        int, LOCATION, Field(ge=1, description="Ranks on this machine, each with a GPU or a CPU; with jax: its devices")
+    ] = 1
     nodes: Annotated[
         int, LOCATION, Field(ge=1, description="Machines; more than one needs torchrun, a TrainJob or a CustomJob")
     ] = 1

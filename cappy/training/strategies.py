@@ -1,4 +1,4 @@
-"""How the ranks share an update: one process, replicas, or DeepSpeed's shards."""
+"""How an update is shared: one process, replicas, DeepSpeed's shards, or JAX's devices."""
 
 from cappy.scoring.scorer import Scorer
 from cappy.training.plan import TrainingSettings
@@ -15,4 +15,8 @@ def start(scorer: Scorer, plan: TrainingSettings, ranks: Ranks) -> Strategy:
         sharded = Sharded(scorer.model, plan, ranks)
         scorer.through = sharded.engine  # It gathers sharded weights for a pass.
         return sharded
+    if plan.strategy == "jax":
+        from cappy.training import tpu
+
+        return tpu.start(scorer, plan)
     return Replicas(scorer.model, plan, ranks)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,14 +52,15 @@ def train(
         if not ranks.first:
             _fit(config, start, Path(), silent, ranks)
             return Manifest.from_json(ranks.told(None))
-        with claim(config.work, step, identity(config), hashes) as folder:
+        computed = _computed(config)
+        with claim(config.work, step, computed, hashes) as folder:
             scorer, corpora, outcome = _fit(config, start, folder / ".checkpoints", progress, ranks)
             scorer.write(folder)
             _write_facts(folder, corpora, seen, outcome)
             manifest = Manifest(
                 step=step,
                 files=describe_files(folder),
-                config=identity(config),
+                config=computed,
                 code=code_version(),
                 seed=config.seed,
                 generators=read_manifest(config.source).generators,
@@ -69,6 +71,11 @@ def train(
             write_speed(config.work, manifest.hash, outcome.curve)
             ranks.told(manifest.to_json())
             return manifest
+
+
+def _computed(config: TrainingSettings) -> dict[str, Any]:
+    """The settings that change what is computed: `jax` is one, whose floats are not rounded as torch's are."""
+    return identity(config) | ({"strategy": "jax"} if config.strategy == "jax" else {})
 
 
 def _fit(

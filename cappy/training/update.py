@@ -152,8 +152,10 @@ def _seed(seed: int, update: int, number: int) -> int:
 
 
 def _of_memory(error: BaseException) -> bool:
-    """Whether it says that memory ran out; on a CPU torch says so by a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+    """Whether it says that memory ran out; torch on a CPU, and JAX, say so by a plain RuntimeError."""
+    said = str(error)
+    short = "allocate memory" in said or said.startswith("RESOURCE_EXHAUSTED")
+    return short or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _halve(state: State, batch: Sequence[Drawn]) -> None:

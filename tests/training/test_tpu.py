@@ -1,0 +1,129 @@
+"""The strategy jax, on a CPU that stands for eight devices. No TPU was ever used.
+
+The tests that run JAX lie in tests/training/tpu and run in a process of their own, because a process that has used JAX
+must not fork, as other tests do. By hand:
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 \\
+        python -m pytest -o pythonpath="tests/fakes tests/training/tpu" tests/training/tpu/passes.py
+"""
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import cappy
+from cappy.errors import ConfigError
+from cappy.training.finetuning import FinetuningConfig, run
+from cappy.training.tpu.shapes import Shapes
+
+Plan = Callable[..., FinetuningConfig]
+HERE = Path(__file__).parent / "tpu"
+ROOT = Path(cappy.__file__).parents[1]
+# Unoptimized code: compiling takes a third of the time, and these models are too small to be slow.
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FLAGS = f"--xla_force_host_platform_device_count=8 {FAST}"
+MISSING = [name for name in ("jax", "optax") if importlib.util.find_spec(name) is None]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Eight devices on the CPU, and a folder where compiled programs wait for the next test that needs them."""
+    return {
+        **os.environ,
+        "XLA_FLAGS": FLAGS,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} (the extra tpu)")
+@pytest.mark.timeout(600)
+def test_jax_trains_as_torch_does(environment: dict[str, str]) -> None:
+    paths = f"pythonpath={HERE.parents[1] / 'fakes'} {HERE}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", paths, "--durations=5"]
+    files = [str(HERE / "passes.py"), str(HERE / "runs.py")]
+    done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True)
+    print(done.stdout[-6000:])
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert " skipped" not in done.stdout
+
+
+def test_jax_is_imported_in_its_own_package_alone() -> None:
+    package = ROOT / "cappy" / "training" / "tpu"
+    users = {path for path in (ROOT / "cappy").rglob("*.py") if {"jax", "optax"} & _imported(path)}
+    assert users
+    assert all(path.parent == package and path.name != "__init__.py" for path in users)
+    loaded = "import sys, cappy.training, cappy.training.tpu; print({'jax', 'optax', 'torch'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_without_jax_the_extra_is_named(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax", None)
+    with pytest.raises(
+        ConfigError, match=r"^--strategy jax: cannot be imported \(.*\); pip install 'cappy-scorer\[tpu"
+    ):
+        run(plan(strategy="jax"))
+
+
+def test_several_machines_and_processes_are_refused_in_one_line(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"^--strategy jax: is for one machine, and 2 were asked for; give ddp or"):
+        run(plan(strategy="jax", nodes=2))
+    pools = '{"workerpool0": ["first:2222"], "workerpool1": ["second:2222"]}'
+    with monkeypatch.context() as patch:
+        patch.setenv("CLUSTER_SPEC", f'{{"cluster": {pools}, "task": {{"type": "workerpool0", "index": 0}}}}')
+        with pytest.raises(ConfigError, match=r"^--strategy jax: is for one machine, and 2 were asked for"):
+            run(plan(strategy="jax"))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"one process drives all devices, this is one of several; start it without"):
+        run(plan(strategy="jax"))
+
+
+def shapes(**values: int) -> Shapes:
+    return Shapes(**{"longest": 200, "tokens": 512, "devices": 1, **values})
+
+
+def test_lengths_double_up_to_the_scorers_own() -> None:
+    assert shapes().lengths == (32, 64, 128, 200)
+    assert shapes(longest=512).lengths == (32, 64, 128, 256, 512)
+    assert shapes(longest=32).lengths == (32,)
+    assert shapes(longest=20).lengths == (20,)
+    assert [shapes().length_of(tokens) for tokens in (1, 32, 33, 200)] == [32, 32, 64, 200]
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+@pytest.mark.parametrize("tokens", [64, 512, 8192])
+def test_pieces_hold_every_pair_once_in_few_shapes_within_the_budget(devices: int, tokens: int) -> None:
+    given = shapes(tokens=tokens, devices=devices)
+    for length in given.lengths:
+        seen = set()
+        for pairs in (1, 2, 3, 7, 16, 100, 333):
+            covered: list[int] = []
+            for own, count in given.pieces(pairs, length):
+                covered += range(own.start, own.stop)
+                assert own.stop - own.start <= count
+                assert count % devices == 0
+                assert count == devices or (count - devices) * length < tokens
+                seen.add(count)
+            assert covered == list(range(pairs))
+        assert len(seen) <= 3
+
+
+def _imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").partition(".")[0])
+    return names
