@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cappy.records.instance import SOURCES, Source
 from cappy.scoring.encoding import Encoded, PairEncoder
 
 FACTS = "facts.json"
@@ -18,6 +19,7 @@ FILES: Mapping[str, str] = {
     "pair_ends": "<u8",  # where each instance ends in `labels`
     "labels": "<f8",
     "selectable": "<u1",
+    "sources": "<u1",  # of each response, its place in SOURCES
     "names": "<u1",  # instance ids, UTF-8
     "name_ends": "<u8",
 }
@@ -46,7 +48,7 @@ class Corpus:
         kinds = {**FILES, "tokens": self.facts.token_type}
         arrays = {name: mapped(folder / name, kind) for name, kind in kinds.items()}
         self._tokens, self._text_ends, self._pair_ends = (arrays[n] for n in ("tokens", "text_ends", "pair_ends"))
-        self._labels, self._selectable = arrays["labels"], arrays["selectable"]
+        self._labels, self._selectable, self._sources = (arrays[n] for n in ("labels", "selectable", "sources"))
         self._names, self._name_ends = arrays["names"], arrays["name_ends"]
 
     def __len__(self) -> int:
@@ -65,6 +67,11 @@ class Corpus:
         """Labels of these responses, 0 to 1."""
         start = _start(self._pair_ends, index)
         return [float(self._labels[start + number]) for number in chosen]
+
+    def sources(self, index: int, chosen: Sequence[int]) -> list[Source]:
+        """Where these responses came from."""
+        start = _start(self._pair_ends, index)
+        return [SOURCES[self._sources[start + number]] for number in chosen]
 
     def selectable(self, index: int) -> list[int]:
         """Numbers of the responses that a selector may pick."""

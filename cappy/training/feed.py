@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One instance as training sees it: responses with their labels, and which a selector may pick."""
+    """One instance as training sees it: responses, labels, which a selector may pick, and where they came from."""
 
     instruction: str
     responses: tuple[str, ...]
     labels: tuple[float, ...]
     selectable: tuple[bool, ...]
+    sources: tuple[Source, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,14 @@ def to_group(instance: Instance, metric: str, sources: Sequence[Source] = ()) ->
         responses=tuple(row.response for row in rows),
         labels=tuple(row.label for row in rows),
         selectable=tuple(row.response in selectable for row in rows),
+        sources=tuple(row.source for row in rows),
     )
 
 
 def split_rows(group: Group) -> list[Group]:
     """One group per response, for training in rows."""
-    columns = zip(group.responses, group.labels, group.selectable, strict=True)
-    return [Group(group.instruction, (response,), (label,), (may,)) for response, label, may in columns]
+    columns = zip(group.responses, group.labels, group.selectable, group.sources, strict=True)
+    return [Group(group.instruction, (text,), (label,), (may,), (source,)) for text, label, may, source in columns]
 
 
 def batch(corpus: "Corpus", update: int, size: int, max_candidates: int, *, seed: int) -> list[Drawn]:

@@ -21,22 +21,25 @@ def instance_losses(
     count: int,
     *,
     compared: Tensor,
+    weights: Tensor | None = None,
     head: str,
     relative: float,
     listwise: float,
 ) -> Tensor:
     """One loss per instance, (count,), from (pairs,) logits, labels and group numbers.
 
-    The pointwise loss of the head (squared error, or cross-entropy with soft labels) over all pairs, plus `relative`
-    times the squared error of the scores' deviations from their instance's mean, plus `listwise` times the
-    cross-entropy of a softmax over the instance's scores with one over its labels. These two are over the pairs that
-    are `compared`, (pairs,) bool.
+    The pointwise loss of the head (squared error, or cross-entropy with soft labels) over all pairs, a mean by
+    `weights` (pairs,) where given; plus `relative` times the squared error of the scores' deviations from their
+    instance's mean, plus `listwise` times the cross-entropy of a softmax over the instance's scores with one over its
+    labels. These two are over the pairs that are `compared`, (pairs,) bool.
     """
     scores = logits.sigmoid() if head == "bce" else logits
     if head == "bce":
         pointwise = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     else:
         pointwise = (scores - labels) ** 2
+    if weights is not None:
+        pointwise = pointwise * weights / group_mean(weights, groups, count).clamp(min=1e-12)[groups]
     loss = group_mean(pointwise, groups, count)
     scores, labels, groups = scores[compared], labels[compared], groups[compared]
     if relative:

@@ -1,12 +1,15 @@
 """The settings of the loop, and the learning rate at every update."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, settings
-from cappy.records.instance import Source
+from cappy.errors import ConfigError, shown
+from cappy.records.instance import SOURCES, Source
 
+SOURCE_WEIGHT = re.compile(r"(reference|choice|mismatch|llm)=(\d+(?:\.\d+)?)")
 Schedule = Literal["linear", "published"]
 Unit = Literal["instance", "row"]
 PUBLISHED_MICRO = 16
@@ -34,6 +37,10 @@ class TrainingSettings:
     sources: Annotated[
         tuple[Source, ...],
         Field(description="Responses to train on: reference, choice, mismatch, llm; all if left out (for ablations)"),
+    ] = ()
+    weights: Annotated[
+        tuple[str, ...],
+        Field(description="Weights in the head's loss by where a response came from, as mismatch=0.2; 1 if left out"),
     ] = ()
     epochs: Annotated[float, Field(gt=0, description="Passes over the training responses, at most")] = 4.0
     batch_instances: Annotated[int, Field(ge=1, description="Whole instances per update")] = 8
@@ -95,6 +102,18 @@ class TrainingSettings:
     zero_stage: Annotated[
         int, LOCATION, Field(ge=0, le=3, description="What deepspeed shards: 1 optimizer, 2 + gradients, 3 + weights")
     ] = 1
+
+    def __post_init__(self) -> None:
+        for text in self.weights:
+            if not SOURCE_WEIGHT.fullmatch(text):
+                remedy = f"write one of {', '.join(SOURCES)}, an equals sign and a number, as mismatch=0.2"
+                raise ConfigError(f"--weights: {shown(text)} is no weight of a source; {remedy}")
+
+    @property
+    def source_weights(self) -> dict[Source, float]:
+        """Weight of every source in the head's loss."""
+        told = dict(text.split("=") for text in self.weights)
+        return {source: float(told.get(source, 1.0)) for source in SOURCES}
 
 
 def rate(update: int, updates: int, peak: float, warmup: float, schedule: Schedule = "linear") -> float:

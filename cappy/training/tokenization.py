@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from cappy.config import fingerprint
 from cappy.records import prompt_hash, read, read_manifest
 from cappy.records.folder import batched, disk_errors
-from cappy.records.instance import Source
+from cappy.records.instance import SOURCES, Source
 from cappy.scoring.encoding import PairEncoder
 from cappy.training.corpus import FACTS, FILES, Corpus, Facts, mapped
 from cappy.training.feed import Group, split_rows, to_group
 from cappy.training.plan import Unit
 
 HAS_TRAIN = "has_train"
-FORMAT = 1
+FORMAT = 2
 """Counted up where the arrays change."""
 CHUNK = 512
 """Instances tokenized at a time: what memory holds."""
@@ -118,6 +118,7 @@ class CorpusWriter:
         self._write("tokens", list(itertools.chain.from_iterable(found[text] for text in texts)))
         self._write("labels", labels)
         self._write("selectable", [flag for group in groups for flag in group.selectable])
+        self._write("sources", [SOURCES.index(source) for group in groups for source in group.sources])
         self._write("names", list(b"".join(names)))
         self._write_ends("text_ends", [len(found[text]) for text in texts])
         self._write_ends("pair_ends", [len(group.responses) for group in groups])

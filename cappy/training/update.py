@@ -128,12 +128,15 @@ def _pass(scorer: Scorer, corpus: Corpus, micro: Sequence[Drawn], plan: Training
     labels = [label for drawn in micro for label in corpus.labels(drawn.index, drawn.chosen)]
     numbers = [number for number, drawn in enumerate(micro) for _ in drawn.chosen]
     compared = [flag for drawn in micro for flag in comparable(drawn.chosen, corpus.selectable(drawn.index))]
+    sources = [source for drawn in micro for source in corpus.sources(drawn.index, drawn.chosen)]
+    weights = torch.tensor([plan.source_weights[source] for source in sources]) if plan.weights else None
     losses = instance_losses(
         logits,
         torch.tensor(labels, device=logits.device),
         torch.tensor(numbers, device=logits.device),
         len(micro),
         compared=torch.tensor(compared, device=logits.device),
+        weights=None if weights is None else weights.to(logits.device),
         head=scorer.head,
         relative=plan.relative,
         listwise=plan.listwise,

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from cappy.errors import RecordError
 from cappy.records import Candidate, Instance, write
+from cappy.records.instance import SOURCES
 from cappy.scoring.encoding import PairEncoder
 from cappy.training.corpus import Corpus
 from cappy.training.feed import Drawn, Group, batch, dealt, micro_batches, padded, pool, to_group
@@ -25,6 +26,7 @@ def group(number: int, size: int = 6) -> Group:
         responses=tuple(f"{number}.{i}" for i in range(size)),
         labels=tuple(i / size for i in range(size)),
         selectable=tuple(i > 0 for i in range(size)),
+        sources=tuple(SOURCES[i % len(SOURCES)] for i in range(size)),
     )
 
 
@@ -54,6 +56,7 @@ def test_a_corpus_gives_back_what_the_encoder_would_make_of_the_texts(corpus: Co
         assert corpus.pairs(index, chosen) == expected
         assert corpus.longest(index, chosen) == max(len(pair.ids) for pair in expected) <= corpus.longest_pair
         assert corpus.labels(index, chosen) == list(one.labels)
+        assert corpus.sources(index, chosen) == [one.sources[i] for i in chosen]
         assert corpus.selectable(index) == [i for i in chosen if one.selectable[i]]
         assert corpus.name(index) == f"id {index}é"
 

@@ -82,3 +82,26 @@ def test_what_a_selector_may_not_pick_is_compared_only_where_there_is_nothing_el
 
 def test_group_mean_gives_each_group_its_own() -> None:
     assert group_mean(LABELS, GROUPS, 2).tolist() == pytest.approx([0.25, 2 / 3])
+
+
+@pytest.mark.parametrize("head", ["mse", "bce"])
+def test_weights_make_the_pointwise_loss_a_weighted_mean_and_leave_comparisons_alone(head: str) -> None:
+    weights = torch.tensor([1.0, 0.25, 1.0, 0.0, 1.0])
+
+    def found(relative: float, weights: torch.Tensor | None) -> torch.Tensor:
+        return instance_losses(
+            LOGITS, LABELS, GROUPS, 2, compared=ALL, weights=weights, head=head, relative=relative, listwise=0.0
+        )
+
+    each = [
+        instance_losses(
+            LOGITS[[i]], LABELS[[i]], torch.tensor([0]), 1, compared=ALL[:1], head=head, relative=0.0, listwise=0.0
+        ).item()
+        for i in range(5)
+    ]
+    expected = [(each[0] + 0.25 * each[1]) / 1.25, (each[2] + each[4]) / 2]
+    assert found(0.0, weights).tolist() == pytest.approx(expected, abs=1e-6)
+    assert found(0.0, torch.full((5,), 3.0)).tolist() == pytest.approx(found(0.0, None).tolist(), abs=1e-6)
+    with_comparison = found(2.0, weights) - found(0.0, weights)
+    assert with_comparison.tolist() == pytest.approx((found(2.0, None) - found(0.0, None)).tolist(), abs=1e-6)
+    assert found(0.0, torch.zeros(5)).tolist() == [0.0, 0.0]

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from cappy.errors import ConfigError
 from cappy.scoring import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus
 from cappy.training.feed import batch, dealt, micro_batches, padded
 from cappy.training.finetuning import FinetuningConfig
+from cappy.training.guards import refuse_unfit
 from cappy.training.losses import instance_losses
-from cappy.training.ranks import ALONE
+from cappy.training.ranks import ALONE, Ranks
 from cappy.training.replicas import Replicas
 from cappy.training.tokenization import open_corpora
 from cappy.training.update import update
@@ -96,3 +98,24 @@ def test_the_shares_of_the_ranks_add_up_to_the_whole(scorer: Scorer, corpus: Cor
         assert micro_batches(drawn, 300, count) == whole
         shares = [dealt([padded(micro) for micro in whole], rank, count) for rank in range(count)]
         assert sorted(number for share in shares for number in share) == list(range(len(whole)))
+
+
+def test_weights_by_source_reach_the_loss(scorer: Scorer, corpus: Corpus, plan: Plan) -> None:
+    """All responses of the task are from an LLM: one weight for all changes nothing, without them nothing is left."""
+    settings = {"relative": 0.0}
+    plain = gradients(scorer, corpus, plan(**settings), 300)
+    assert (gradients(scorer, corpus, plan(weights=("llm=3",), **settings), 300) - plain).abs().max() < 1e-6
+    assert gradients(scorer, corpus, plan(weights=("llm=0", "mismatch=1"), **settings), 300).abs().max() == 0
+
+
+@pytest.mark.parametrize("text", ["llm", "human=1", "llm=-1", "llm=much"])
+def test_a_weight_that_is_none_is_refused_in_one_line(text: str, plan: Plan) -> None:
+    with pytest.raises(ConfigError, match=rf"--weights: '{text}' is no weight of a source; write one of reference"):
+        plan(weights=(text,))
+
+
+def test_fewer_instances_than_ranks_are_refused_in_one_line(corpus: Corpus, plan: Plan) -> None:
+    message = f"training: {len(corpus)} instances for 100 ranks; give fewer --devices or --nodes"
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        refuse_unfit(corpus, plan(batch_instances=100), Ranks(count=100))
+    refuse_unfit(corpus, plan(batch_instances=100), Ranks(count=len(corpus)))

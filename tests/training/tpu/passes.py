@@ -41,7 +41,7 @@ def groups(count: int) -> list[Group]:
         size = 3 + number % 4
         responses = tuple(WORDS[(number + place) % 10] for place in range(size))
         labels = tuple(round(((number + 2) * (place + 1) % 7) / 7, 3) for place in range(size - 1))
-        made.append(Group(" ".join(words), responses, (*labels, 0.0), (*[True] * (size - 1), False)))
+        made.append(Group(" ".join(words), responses, (*labels, 0.0), (*[True] * (size - 1), False), ("llm",) * size))
     return made
 
 
@@ -213,7 +213,7 @@ def test_the_padding_tokens_vectors_are_not_trained(bert: Load, plan: Plan, tmp_
     scorer, settings = bert(), plan(**SETTINGS)
     pad = scorer.tokenizer.pad_token
     with CorpusWriter(tmp_path / "corpus", scorer.encoder, len(scorer.tokenizer)) as writer:
-        writer.add([("0", Group(f"cat {pad} dog", (f"red {pad}", "blue"), (1.0, 0.0), (True, True)))])
+        writer.add([("0", Group(f"cat {pad} dog", (f"red {pad}", "blue"), (1.0, 0.0), (True, True), ("llm", "llm")))])
     strategy = OnDevices(scorer, settings)
     updated(scorer, strategy, Corpus(tmp_path / "corpus", scorer.encoder), settings)
     table = next(g for name, g in strategy.engine.gradients().items() if name.endswith("word_embeddings.weight"))
