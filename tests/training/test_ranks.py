@@ -24,6 +24,7 @@ from cappy.errors import ConfigError, TrainingError
 from cappy.records import read_manifest
 from cappy.records.folder import verify
 from cappy.scoring import Scorer
+from cappy.training.customjob import worker_pools
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.place import Place, place
 
@@ -209,15 +210,36 @@ def test_the_place_of_a_machine_is_read_from_what_the_platform_tells(plan: Plan)
         place(plan(nodes=4), {"CLUSTER_SPEC": json.dumps(CLUSTER)})
 
 
-def test_machines_that_the_platform_tells_of_train_together(plan: Plan) -> None:
+def test_a_vertex_job_asks_for_the_machines_and_accelerators_of_the_plan(plan: Plan) -> None:
+    first, others = worker_pools(
+        "finetuning",
+        plan(nodes=3, devices=4),
+        image="image@sha256:0",
+        machine_type="a2-highgpu-4g",
+        accelerator_type="NVIDIA_TESLA_A100",
+        environment={"CAPPY_ZONE": "a"},
+    )
+    assert (first["replica_count"], others["replica_count"]) == (1, 2)
+    assert first["machine_spec"] == others["machine_spec"]
+    assert first["machine_spec"]["accelerator_count"] == 4
+    assert first["container_spec"]["env"] == [{"name": "CAPPY_ZONE", "value": "a"}]
+    (alone,) = worker_pools("finetuning", plan(), image="image", machine_type="n1-standard-8")
+    assert alone["machine_spec"] == {"machine_type": "n1-standard-8"}
+    with pytest.raises(ConfigError, match="finetuning: 2 devices per machine, and no accelerator is named; name the"):
+        worker_pools("finetuning", plan(devices=2), image="image", machine_type="n1-standard-8")
+
+
+def test_the_command_of_a_vertex_job_trains_on_all_machines_together(plan: Plan) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     cluster = {"workerpool0": [f"127.0.0.1:{port}"], "workerpool1": [f"127.0.0.1:{port}"]}
-    settings = plan("cluster", strategy="ddp", **CURVE)
+    settings = plan("cluster", strategy="ddp", nodes=2, **CURVE)
+    pools = worker_pools("finetuning", settings, image="image", machine_type="n1-standard-8")
+    _, *words = pools[0]["container_spec"]["command"] + pools[0]["container_spec"]["args"]
     nodes = [
         subprocess.Popen(
-            [sys.executable, "-m", "cappy.training", "finetuning", json.dumps(to_values(settings))],
+            [sys.executable, *words],
             env={
                 **os.environ,
                 "PYTHONPATH": str(Path(__file__).parents[2]),

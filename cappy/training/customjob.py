@@ -1,0 +1,44 @@
+"""A training step as a Vertex AI CustomJob: what `aiplatform.CustomJob(worker_pool_specs=...)` takes.
+
+Vertex AI starts the same command on every machine and tells each of the others in CLUSTER_SPEC, which `place` reads;
+the command then starts a rank per accelerator. The first machine is a pool of its own, the others are the second.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cappy.config import encode, to_values
+from cappy.errors import ConfigError
+from cappy.training.plan import TrainingSettings
+
+
+def worker_pools(
+    step: str,
+    plan: TrainingSettings,
+    *,
+    image: str,
+    machine_type: str,
+    accelerator_type: str = "",
+    environment: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """The worker pools of a step on `plan.nodes` machines with `plan.devices` accelerators of this type each.
+
+    `plan.source`, `plan.target` and `plan.work` must lie where every machine sees them, such as a Cloud Storage bucket
+    under /gcs or an NFS mount. The image needs cappy and no entry point of its own. ConfigError where the plan wants
+    several ranks on a machine without an accelerator's type to have them on.
+    """
+    if plan.devices > 1 and not accelerator_type:
+        remedy = "name the accelerator_type, or give --devices 1"
+        raise ConfigError(f"{step}: {plan.devices} devices per machine, and no accelerator is named; {remedy}")
+    machine: dict[str, Any] = {"machine_type": machine_type}
+    if accelerator_type:
+        machine |= {"accelerator_type": accelerator_type, "accelerator_count": plan.devices}
+    container = {
+        "image_uri": image,
+        "command": ["python", "-m", "cappy.training"],
+        "args": [step, encode(to_values(plan))],
+        "env": [{"name": name, "value": value} for name, value in (environment or {}).items()],
+    }
+    pool = {"machine_spec": machine, "container_spec": container}
+    others = [{**pool, "replica_count": plan.nodes - 1}] if plan.nodes > 1 else []
+    return [{**pool, "replica_count": 1}, *others]
