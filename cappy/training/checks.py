@@ -13,6 +13,8 @@ from cappy.training.feed import Drawn, pool
 from cappy.training.plan import TrainingSettings
 from cappy.training.ranks import Ranks
 
+CANDIDATES = 16
+"""Responses of a validation instance that a pick is made from, at most: more make a check less a matter of chance, and dearer."""
 CHUNK = 64
 """Instances scored at a time: what memory holds, and how long a wish to stop waits."""
 
@@ -39,7 +41,7 @@ def mean_pick(
         if stopped:
             break
         own = numbers[start : start + CHUNK]
-        pools = [pool(validation, index, plan.max_candidates, seed=plan.seed) for index in own]
+        pools = [pool(validation, index, CANDIDATES, seed=plan.seed) for index in own]
         for index, label in zip(own, _picks(scorer, validation, pools), strict=True):
             picked[index] = label
     *picked, stops = (ranks.summed if not lockstep else list)([*picked, float(stopped)])

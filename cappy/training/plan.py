@@ -25,7 +25,7 @@ class TrainingSettings:
     metric: Annotated[str, Field(description="Label to learn")] = "rougeL"
     preset: Annotated[
         Literal["default", "paper"],
-        Field(description="paper: as published, whatever no other flag says (cappy/training/paper.py)"),
+        Field(description="paper: as the published finetuning, but for what other flags say (cappy/training/paper.py)"),
     ] = "default"
     unit: Annotated[
         Unit,
@@ -59,7 +59,7 @@ class TrainingSettings:
         Field(description="linear: up over the warm-up, down to zero; published: a ramp that never ends (its bug)"),
     ] = "linear"
     weight_decay: Annotated[float, Field(ge=0, description="AdamW's weight decay, biases and norms aside")] = 0.01
-    clip: Annotated[float | None, Field(gt=0, description="Largest norm of a gradient; none: no clipping")] = 1.0
+    clip: Annotated[float, Field(ge=0, description="Largest norm of a gradient; 0: no clipping")] = 1.0
     relative: Annotated[
         float,
         Field(

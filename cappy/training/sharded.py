@@ -152,7 +152,7 @@ def _config(plan: TrainingSettings) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": plan.clip or 0.0,
+        "gradient_clipping": plan.clip,
         "zero_optimization": {"stage": plan.zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

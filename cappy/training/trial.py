@@ -10,6 +10,7 @@ import torch
 
 from cappy.progress import Progress, duration
 from cappy.scoring.scorer import Scorer
+from cappy.training.checks import CANDIDATES
 from cappy.training.corpus import Corpus
 from cappy.training.guards import refuse_unfit
 from cappy.training.loop import Run
@@ -43,7 +44,7 @@ def trial(
     warm = min(WARM, count - 1)
     per_update = (ends[-1] - ends[warm]) / (count - warm)
     figures = run.meter.figures()
-    checked = sum(min(plan.max_candidates, len(validation.selectable(index))) for index in range(len(validation)))
+    checked = sum(min(CANDIDATES, len(validation.selectable(index))) for index in range(len(validation)))
     checking = FORWARD * checked / max(figures["pairs_per_second"], 1e-9) * (run.updates // run.every + 1)
     return {
         "trial_updates": float(count),

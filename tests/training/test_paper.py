@@ -47,7 +47,7 @@ def test_the_preset_is_the_published_run_but_for_what_flags_say(plan: Plan) -> N
     found = resolved(plan(preset="paper", learning_rate=None, batch_instances=8))
     assert (found.unit, found.batch_instances, found.train_rows) == ("row", 128, 102_400)
     assert (found.learning_rate, found.schedule, found.warmup) == (2e-5, "published", 0.1)
-    assert (found.relative, found.listwise, found.weight_decay, found.clip) == (0.0, 0.0, 0.0, None)
+    assert (found.relative, found.listwise, found.weight_decay, found.clip) == (0.0, 0.0, 0.0, 0.0)
     assert found.keep == "last"
     assert resolved(plan(preset="paper", train_rows=640, clip=0.5)).train_rows == 640
     assert resolved(plan(preset="paper", clip=0.5)).clip == 0.5
