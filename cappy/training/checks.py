@@ -14,7 +14,7 @@ from cappy.training.plan import TrainingSettings
 from cappy.training.ranks import Ranks
 
 CANDIDATES = 16
-"""Responses of a validation instance that a pick is made from, at most: more make a check less a matter of chance, and dearer."""
+"""Responses of a validation instance that a pick is made from, at most: more cost more, and leave less to chance."""
 CHUNK = 64
 """Instances scored at a time: what memory holds, and how long a wish to stop waits."""
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cappy.config import fingerprint
+from cappy.progress import Progress, silent
 from cappy.records import prompt_hash, read, read_manifest
 from cappy.records.folder import batched, disk_errors
 from cappy.records.instance import SOURCES, Source
@@ -55,6 +56,7 @@ def open_corpora(
     metric: str,
     sources: Sequence[Source],
     unit: Unit = "instance",
+    progress: Progress = silent,
 ) -> Corpora:
     """The corpora of a finished folder, from `cache` or tokenized into it now; other processes wait meanwhile.
 
@@ -67,7 +69,7 @@ def open_corpora(
     folder = cache / key
     with disk_errors(folder), _held(cache, key):
         if not folder.is_dir():
-            _build(source, folder, encoder, len(tokenizer), metric, sources, unit)
+            _build(source, folder, encoder, len(tokenizer), metric, sources, unit, progress)
     prompts = mapped(folder / "prompts", "<u8")
     return Corpora(
         train=Corpus(folder / "train", encoder),
@@ -151,10 +153,12 @@ def _build(
     metric: str,
     sources: Sequence[Source],
     unit: Unit,
+    progress: Progress,
 ) -> None:
     """Writes the corpora under a temporary name and renames: a killed build leaves nothing that looks finished."""
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    done = 0
     with (
         CorpusWriter(temporary / "train", encoder, vocabulary) as train,
         CorpusWriter(temporary / "validation", encoder, vocabulary) as validation,
@@ -171,6 +175,8 @@ def _build(
             else:
                 train.add([(name, group) for name, group in fitted if len(group.responses) > 1])
             validation.add([(name, group) for name, group in checked if any(group.selectable)])
+            done += len(part)
+            progress(done, unit="instances tokenized")
     temporary.rename(folder)
 
 

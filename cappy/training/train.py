@@ -46,7 +46,7 @@ def train(
     hashes = (read_manifest(config.source).hash, *parents)
     with joined() as ranks:
         if config.dry_run:
-            scorer, corpora = _begin(config, start)
+            scorer, corpora = _begin(config, start, progress)
             metrics = trial(scorer, corpora.train, corpora.validation, config, ranks, progress)
             return Manifest(step=step, files=(), config=identity(config), code=code_version(), metrics=metrics)
         if not ranks.first:
@@ -81,7 +81,7 @@ def _computed(config: TrainingSettings) -> dict[str, Any]:
 def _fit(
     config: TrainingSettings, start: Start, checkpoints: Path, progress: Progress, ranks: Ranks
 ) -> tuple[Scorer, Corpora, Outcome]:
-    scorer, corpora = _begin(config, start)
+    scorer, corpora = _begin(config, start, progress)
     outcome = fit(
         scorer,
         corpora.train,
@@ -94,7 +94,7 @@ def _fit(
     return scorer, corpora, outcome
 
 
-def _begin(config: TrainingSettings, start: Start) -> tuple[Scorer, Corpora]:
+def _begin(config: TrainingSettings, start: Start, progress: Progress) -> tuple[Scorer, Corpora]:
     scorer = start()
     corpora = open_corpora(
         config.source,
@@ -104,6 +104,7 @@ def _begin(config: TrainingSettings, start: Start) -> tuple[Scorer, Corpora]:
         metric=config.metric,
         sources=config.sources,
         unit=config.unit,
+        progress=progress,
     )
     if not corpora.has_train:
         of = f" with a response of source {', '.join(config.sources)}" if config.sources else ""

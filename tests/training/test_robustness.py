@@ -46,6 +46,8 @@ class Stop:
     def __call__(
         self, done: int, total: int | None = None, *, unit: str = "", resumed: int = 0, note: str = ""
     ) -> None:
+        if unit != "updates":
+            return
         self.updates.append(done)
         self.notes.add(note)
         if done == self.after:

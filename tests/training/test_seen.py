@@ -56,12 +56,16 @@ def test_flops_are_those_that_torch_counts(scorer_folder: Path) -> None:
 
 def test_curves_tell_loss_rate_picks_and_speed_and_a_resumed_run_keeps_them(plan: Plan) -> None:
     notes: list[str] = []
+    tokenized: list[tuple[int, int | None]] = []
 
     class KilledError(Exception):
         pass
 
     def killed(done: int, total: int | None = None, *, unit: str = "", resumed: int = 0, note: str = "") -> None:
-        notes.append(note)
+        if unit == "updates":
+            notes.append(note)
+        else:
+            tokenized.append((done, total))
         if done == 5:
             raise KilledError
 
@@ -75,6 +79,7 @@ def test_curves_tell_loss_rate_picks_and_speed_and_a_resumed_run_keeps_them(plan
     assert [point["update"] for point in points if "pairs_per_second" in point] == list(range(1, updates + 1))
     assert sum("pick" in point for point in points) >= 3
     assert all(point["padding_share"] == 0 for point in points if "padding_share" in point)
+    assert tokenized == [(80, None)], "train and validation instances, once"
     assert notes[0].startswith("loss ")
     assert "pairs/s" in notes[0]
     assert "0% padding" in notes[0]
