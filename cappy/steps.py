@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cappy.config import build, decode, to_values
-from cappy.errors import CappyError
+from cappy.errors import CappyError, ConfigError
 from cappy.progress import FileProgress, Progress, silent
 from cappy.records import Manifest
 from cappy.records.folder import write_bytes
@@ -85,13 +85,17 @@ def launch(step: str, settings: str = "", *, fingerprint: str = "", run: str = "
     die_with_parent()
     try:
         config = build(config_class(step), {**decode(settings), **values})
+        if getattr(config, "dry_run", False):
+            raise ConfigError(f"{step}: --dry-run leaves nothing for the next step; run it as cappy {step} --dry-run")
     except CappyError as error:
         sys.stderr.write(f"cappy {step}: {error}\n")
         raise SystemExit(1) from error
     started = time.time()
     outcome: dict[str, Any] = {"status": "failed"}
+    told = to_values(config)
     try:
         manifest = runner(step)(config, _progress(step))
+        told |= manifest.config  # What a preset stood for.
         outcome = {"status": "done", "manifest_hash": manifest.hash, "metrics": dict(manifest.metrics)}
     except CappyError as error:
         outcome["error"] = str(error).removeprefix(f"{step}: ")
@@ -107,7 +111,7 @@ def launch(step: str, settings: str = "", *, fingerprint: str = "", run: str = "
             run=run,
             started=started,
             seconds=time.time() - started,
-            config=to_values(config),
+            config=told,
             target=str(config.target),
             **outcome,
         )

@@ -1,5 +1,6 @@
 """The precision that the body of a scorer runs in; head and activation run in fp32 always."""
 
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -45,6 +46,27 @@ def lower_body(model: Any) -> None:
     heads += [child for name, child in body.named_children() if name == "pooler"]
     for head in heads:
         head.float().register_forward_pre_hook(_widen)
+
+
+def keep_heads_exact(model: Any) -> None:
+    """Lets what follows the body run in fp32 even where a pass runs under autocast."""
+    body = model.base_model
+    heads = [child for child in model.children() if child is not body]
+    heads += [child for name, child in body.named_children() if name == "pooler"]
+    for head in heads:
+        entered: list[Any] = []
+        head.register_forward_pre_hook(partial(_enter_exact, entered))
+        head.register_forward_hook(partial(_leave_exact, entered), always_call=True)
+
+
+def _enter_exact(entered: list[Any], module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    entered.append(torch.autocast(next(module.parameters(), torch.empty(0)).device.type, enabled=False))
+    entered[-1].__enter__()
+    return _widen(module, inputs)
+
+
+def _leave_exact(entered: list[Any], *_: Any) -> None:
+    entered.pop().__exit__(None, None, None)
 
 
 def _widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -65,6 +65,8 @@ class Scorer:
         self.encoder = PairEncoder(tokenizer, max_length)
         self.device = next(model.parameters()).device
         self.through: Through | None = None
+        self.autocast = False
+        """Whether passes run under bf16 autocast, as training on a GPU does; see `keep_heads_exact`."""
         if precision == "bf16" and self._packs:
             lower_matrices(model.base_model.encoder)
         elif precision == "bf16":
@@ -171,7 +173,11 @@ class Scorer:
         return self._passed(lambda model: model(**inputs).logits.float().squeeze(-1))
 
     def _passed(self, compute: Callable[[Any], Tensor]) -> Tensor:
-        return self.through(compute) if self.through else compute(self.model)
+        def run(model: Any) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                return compute(model)
+
+        return self.through(run) if self.through else run(self.model)
 
     def activate(self, logits: Tensor) -> Tensor:
         """Scores from logits: the sigmoid of a `bce` head, the identity of an `mse` head."""

@@ -41,7 +41,11 @@ def main(arguments: Sequence[str]) -> None:
 
 def _alone(arguments: Sequence[str]) -> None:
     try:
-        _run(arguments, silent)
+        metrics = json.loads(_run(arguments, silent))["metrics"]
+        if "trial_updates" in metrics and os.environ.get("RANK", "0") == "0":
+            from cappy.training.trial import text
+
+            sys.stdout.write(f"{text(metrics)}\n")
     except CappyError as error:
         sys.stderr.write(f"cappy {' '.join(arguments[:1])}: {error}\n")
         raise SystemExit(1) from error

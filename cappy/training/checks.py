@@ -55,7 +55,8 @@ def judge(pick: float | None, state: State, *, last: bool = False) -> bool:
     where the `last` weights are wanted: then nothing stops early.
     """
     value = state.best_pick + 1e-9 if pick is None else pick
-    state.log.append({"update": state.update, "loss": round(state.running_loss, 6), "pick": round(value, 6)})
+    told = {} if pick is None else {"pick": round(pick, 6)}
+    state.log.append({"update": state.update, "loss": round(state.running_loss, 6), **told})
     if last or value > state.best_pick:
         state.best_pick, state.best_update, state.checks_since_best = value, state.update, 0
         return True

@@ -58,6 +58,10 @@ class Corpus:
         """Responses of an instance."""
         return int(self._pair_ends[index]) - _start(self._pair_ends, index)
 
+    def drawable(self, most: int) -> int:
+        """Responses that one pass draws, at most `most` of each instance."""
+        return int(np.minimum(np.diff(self._pair_ends, prepend=np.uint64(0)), most).sum())
+
     def name(self, index: int) -> str:
         """The instance's id."""
         start, end = _start(self._name_ends, index), int(self._name_ends[index])

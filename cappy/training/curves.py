@@ -36,7 +36,7 @@ def read_curves(folder: Path, work: Path, manifest_hash: str) -> list[dict[str, 
         return []
     log: dict[str, Any] = json.loads((folder / TRAINING_LOG).read_text())
     speed = _speed_path(work, manifest_hash)
-    picks = [{"update": check["update"], "pick": check["pick"]} for check in log["checks"]]
+    picks = [{"update": check["update"], "pick": check["pick"]} for check in log["checks"] if "pick" in check]
     return [*log["curve"], *picks, *(json.loads(speed.read_text()) if speed.is_file() else ())]
 
 

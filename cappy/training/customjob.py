@@ -23,11 +23,17 @@ def worker_pools(
 ) -> list[dict[str, Any]]:
     """The worker pools of a step on `plan.nodes` machines with `plan.devices` accelerators of this type each.
 
-    `plan.source`, `plan.target` and `plan.work` must lie where every machine sees them, such as a Cloud Storage bucket
-    under /gcs or an NFS mount. The image needs cappy and no entry point of its own. ConfigError where the plan wants
-    several ranks on a machine without an accelerator's type to have them on.
+    `plan.source`, `plan.target` and `plan.work` must lie on a file system that every machine mounts and that locks and
+    renames, such as NFS. The image needs cappy and no entry point of its own. A TPU is part of the machine's type.
+    ConfigError where a path is relative, or several ranks of a machine have no accelerator to be on.
     """
-    if plan.devices > 1 and not accelerator_type:
+    if plan.strategy == "jax" and plan.nodes > 1:
+        raise ConfigError(f"{step}: --strategy jax drives one machine, and {plan.nodes} were asked for; give --nodes 1")
+    for name in ("source", "target", "work"):
+        if not getattr(plan, name).is_absolute():
+            remedy = "give a folder on a file system that all machines mount, such as NFS"
+            raise ConfigError(f"{step}: --{name} {getattr(plan, name)}: is no absolute path; {remedy}")
+    if plan.devices > 1 and not accelerator_type and plan.strategy != "jax":
         remedy = "name the accelerator_type, or give --devices 1"
         raise ConfigError(f"{step}: {plan.devices} devices per machine, and no accelerator is named; {remedy}")
     machine: dict[str, Any] = {"machine_type": machine_type}

@@ -1,6 +1,6 @@
 """Finetuning: a scorer adapted to one task's annotated instances; the LLM stays as it is."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -8,6 +8,9 @@ from cappy.config import settings
 from cappy.progress import Progress, silent
 from cappy.records import Manifest
 from cappy.training.plan import TrainingSettings
+
+if TYPE_CHECKING:
+    from cappy.scoring import Scorer
 
 
 @settings
@@ -22,7 +25,7 @@ class FinetuningConfig(TrainingSettings):
 def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
     """Finetunes `scorer` on the train split of `source` into `target`; a killed run continues at its checkpoint."""
     from cappy.records.folder import MANIFEST, describe_files, read_manifest
-    from cappy.scoring import Scorer, trained_on
+    from cappy.scoring import trained_on
     from cappy.specs import scorer_folder
     from cappy.training.paper import resolved
     from cappy.training.train import train
@@ -37,8 +40,19 @@ def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
     return train(
         "finetuning",
         config,
-        lambda: Scorer.load(config.scorer, precision="fp32"),
+        lambda: _start(config),
         parents=hashes,
         seen=trained_on(folder),
         progress=progress,
     )
+
+
+def _start(config: FinetuningConfig) -> "Scorer":
+    from cappy.errors import ConfigError
+    from cappy.scoring import Scorer
+
+    scorer = Scorer.load(config.scorer, precision="fp32")
+    if config.preset == "paper" and scorer.head != "mse":
+        remedy = "start from a scorer pretrained with --head mse, or leave the preset out"
+        raise ConfigError(f"--preset paper: trains a raw regression, this scorer's head is {scorer.head}; {remedy}")
+    return scorer

@@ -24,7 +24,7 @@ def refuse_unfit(train: Corpus, plan: TrainingSettings, ranks: Ranks) -> None:
         remedy = f"give --batch-instances {ranks.count} or more, or fewer --devices"
         raise ConfigError(f"--batch-instances {plan.batch_instances}: is less than the {ranks.count} ranks; {remedy}")
     if plan.batch_tokens < train.longest_pair:
-        remedy = f"give --batch-tokens {train.longest_pair} or more, or a smaller --max-length"
+        remedy = f"give --batch-tokens {train.longest_pair} or more"
         raise ConfigError(f"--batch-tokens {plan.batch_tokens}: a pair may have {train.longest_pair} tokens; {remedy}")
 
 

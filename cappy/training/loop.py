@@ -8,8 +8,9 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from cappy.errors import TrainingError
+from cappy.errors import ConfigError, TrainingError
 from cappy.progress import Progress
+from cappy.scoring.precision import keep_heads_exact
 from cappy.scoring.scorer import Scorer
 from cappy.training import checkpoint
 from cappy.training.checkpoint import Checkpoint, State
@@ -24,6 +25,8 @@ from cappy.training.ranks import ALONE, Ranks
 from cappy.training.strategies import start
 from cappy.training.update import UnwellError, in_bf16, update
 
+NAMED = 16
+"""Instances that an error names."""
 POINTS = 200
 """Points of a run's curve."""
 
@@ -74,6 +77,7 @@ def fit(
     progress(state.update, state.update, unit="updates", resumed=resumed_at, note=run.told)
     if ranks.first:
         scorer.model, scorer.through = run.strategy.finished(run.best).eval(), None
+        scorer.autocast = False
     return Outcome(
         updates=state.update,
         best_update=state.best_update,
@@ -86,7 +90,7 @@ def fit(
 
 def updates_of(plan: TrainingSettings, train: Corpus) -> int:
     """Updates that draw `plan.train_rows` responses, or as many as `plan.epochs` passes over all of them have."""
-    drawn = sum(min(plan.max_candidates, train.size(index)) for index in range(len(train))) / len(train)
+    drawn = train.drawable(plan.max_candidates) / len(train)
     rows = plan.train_rows or train.facts.pairs * plan.epochs
     return max(1, math.ceil(rows / (plan.batch_instances * drawn) - 1e-9))
 
@@ -106,10 +110,15 @@ class Run:
         self.scorer, self.train, self.validation = scorer, train, validation
         self.plan, self.checkpoints, self.ranks = plan, checkpoints, ranks
         self.updates = updates_of(plan, train)
+        if plan.schedule == "published" and self.updates < 2:
+            raise ConfigError("--schedule published: begins at rate 0, and this is one update; give more --train-rows")
         self.every = max(1, self.updates // plan.checks)
         self.peak = plan.learning_rate or default_rate(scorer.model.config.hidden_size)
         self.layer_weights = layer_weights(scorer.model)
         self.meter = Meter(peak_of(scorer.device, ranks.count, bf16=in_bf16(plan, scorer.device)))
+        if in_bf16(plan, scorer.device):
+            scorer.autocast = True
+            keep_heads_exact(scorer.model)
         self.strategy = start(scorer, plan, ranks)
         self.clock = Clock(plan.checkpoint_seconds, plan.checkpoint_updates)
         self.state, self.best, self.note = State(budget=plan.batch_tokens), dict[str, Tensor](), ""
@@ -172,7 +181,8 @@ class Run:
             with self.meter.timed():
                 loss = update(self.scorer, self.strategy, self.train, drawn, plan, state, rate=now, ranks=self.ranks)
         except UnwellError as error:
-            names = ", ".join(self.train.name(one.index) for one in drawn)
+            names = ", ".join(self.train.name(one.index) for one in drawn[:NAMED])
+            names += f" and {len(drawn) - NAMED} more" if len(drawn) > NAMED else ""
             good = f"last good checkpoint: {self.ranks.told(checkpoint.newest(self.checkpoints))}"
             remedy = "give a smaller --learning-rate, or look at these instances"
             raise TrainingError(f"update {state.update + 1}: {error}, instances {names}; {good}; {remedy}") from None
@@ -184,11 +194,12 @@ class Run:
         """Notes what the update cost, and a point of the curve now and then."""
         lengths = [length for one in drawn for length in self.train.tokens(one.index, one.chosen)]
         config, state = self.scorer.model.config, self.state
+        passes = micro_batches(drawn, state.budget, self.ranks.count)
         self.meter.add(
             pairs=len(lengths),
             tokens=sum(lengths),
-            padded=sum(map(padded, micro_batches(drawn, state.budget))) if self.scorer.pads else sum(lengths),
-            flops=sum(flops_of_pair(config, self.layer_weights, length) for length in lengths),
+            padded=sum(map(padded, passes)) if self.scorer.pads else sum(lengths),
+            flops=sum(flops_of_pair(config, self.layer_weights, n) for n in lengths) if self.layer_weights else 0.0,
         )
         if state.update % max(1, self.updates // POINTS) == 0 or state.update == self.updates:
             point = {"update": state.update, "loss": round(state.running_loss, 6), "rate": rate}

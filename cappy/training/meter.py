@@ -1,5 +1,6 @@
 """What training costs while it runs: pairs and tokens per second, padding, the share of the device's peak."""
 
+import re
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,11 @@ PEAKS: Mapping[str, float] = {
     "B200": 2.25e15,
     "H200": 9.89e14,
     "H100 PCIe": 7.56e14,
+    "H100 NVL": 8.35e14,
     "H100": 9.89e14,
     "A100": 3.12e14,
     "L40S": 3.62e14,
+    "L40": 1.81e14,
     "A10G": 7.0e13,
     "L4": 1.21e14,
 }
@@ -57,6 +60,10 @@ class Meter:
         """Notes what the update just timed has done."""
         self._recent.append(Work(pairs=pairs, tokens=tokens, padded=padded, flops=flops, seconds=self._seconds))
 
+    def forget(self) -> None:
+        """Drops the updates so far."""
+        self._recent.clear()
+
     def figures(self) -> dict[str, float]:
         """The figures of now: pairs and tokens per second, share of padding, and MFU where the peak is known."""
         seconds = sum(work.seconds for work in self._recent)
@@ -68,8 +75,9 @@ class Meter:
             "tokens_per_second": tokens / seconds,
             "padding_share": 1 - tokens / max(1, sum(work.padded for work in self._recent)),
         }
-        if self._peak:
-            found["mfu"] = sum(work.flops for work in self._recent) / seconds / self._peak
+        flops = sum(work.flops for work in self._recent)
+        if self._peak and flops:
+            found["mfu"] = flops / seconds / self._peak
         return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
@@ -78,7 +86,7 @@ def peak_of(device: torch.device, ranks: int, *, bf16: bool) -> float | None:
     if device.type != "cuda" or not bf16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((ranks * peak for part, peak in PEAKS.items() if part in name), None)
+    return next((ranks * peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def flops_of_pair(config: Any, weights: int, tokens: int) -> float:
@@ -92,9 +100,15 @@ def flops_of_pair(config: Any, weights: int, tokens: int) -> float:
 
 
 def layer_weights(model: Any) -> int:
-    """Weights of the matrices in the encoder's layers: neither embeddings nor the head."""
+    """Weights of the matrices in the encoder's layers: neither embeddings nor the head; 0 of an unknown build.
+
+    ALBERT passes one layer many times: it counts as unknown.
+    """
     body = model.base_model
-    layers = getattr(body, "encoder", None) or getattr(body, "transformer", None) or body
+    names = [name for name in ("encoder", "transformer", "layers") if hasattr(body, name)]
+    if not names or model.config.model_type == "albert":
+        return 0
+    layers = getattr(body, names[0])
     count: int = sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)
     return count
 

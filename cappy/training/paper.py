@@ -34,11 +34,17 @@ Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
 def resolved(plan: Settings) -> Settings:
-    """The plan with the preset's settings put where its own stand at their defaults."""
+    """The plan with the preset's settings put where its own stand at their defaults.
+
+    So a flag that is given its default's value does not win over the preset. Other `epochs` than the default stand in
+    the place of `train_rows`.
+    """
     if plan.preset != "paper":
         return plan
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(plan)}
     own: dict[str, Any] = {
         name: value for name, value in PAPER.items() if name in defaults and getattr(plan, name) == defaults[name]
     }
+    if plan.epochs != defaults["epochs"]:
+        own.pop("train_rows", None)
     return dataclasses.replace(plan, **own)

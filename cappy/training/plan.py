@@ -25,7 +25,7 @@ class TrainingSettings:
     metric: Annotated[str, Field(description="Label to learn")] = "rougeL"
     preset: Annotated[
         Literal["default", "paper"],
-        Field(description="paper: as the published finetuning, but for what other flags say (cappy/training/paper.py)"),
+        Field(description="paper: as the published finetuning, but for flags given another value than their default"),
     ] = "default"
     unit: Annotated[
         Unit,
@@ -42,13 +42,13 @@ class TrainingSettings:
         tuple[str, ...],
         Field(description="Weights in the head's loss by where a response came from, as mismatch=0.2; 1 if left out"),
     ] = ()
-    epochs: Annotated[float, Field(gt=0, description="Passes over the training responses, at most")] = 4.0
-    batch_instances: Annotated[int, Field(ge=1, description="Whole instances per update")] = 8
+    epochs: Annotated[float, Field(gt=0, description="Draws per training response, in the mean and at most")] = 4.0
+    batch_instances: Annotated[int, Field(ge=1, description="Instances (or rows) per update")] = 8
     batch_tokens: Annotated[
         int, Field(ge=64, description="Padded tokens per forward pass; bounds memory. Small is faster on a CPU")
     ] = 2048
     max_candidates: Annotated[
-        int, Field(ge=2, description="Candidates drawn per instance and pass; the rest wait for the next pass")
+        int, Field(ge=2, description="Responses drawn per instance and pass, anew in every pass")
     ] = 8
     learning_rate: Annotated[
         float | None, Field(gt=0, description="Peak learning rate; left out: 2e-5 x (1024 / hidden size)^2")
@@ -64,7 +64,7 @@ class TrainingSettings:
         float,
         Field(
             ge=0,
-            description="Weight of the relative loss: deviations from the instance's mean, of what a selector may pick",
+            description="Weight of the relative loss (deviations from the mean of an instance's selectable responses)",
         ),
     ] = 4.0
     listwise: Annotated[float, Field(ge=0, description="Weight of the listwise softmax loss")] = 0.0
@@ -104,6 +104,8 @@ class TrainingSettings:
     ] = 1
 
     def __post_init__(self) -> None:
+        if self.weights and self.unit == "row":
+            raise ConfigError("--weights: weigh responses of one instance, a row has one; give --unit instance")
         for text in self.weights:
             if not SOURCE_WEIGHT.fullmatch(text):
                 remedy = f"write one of {', '.join(SOURCES)}, an equals sign and a number, as mismatch=0.2"

@@ -47,7 +47,8 @@ def train(
     with joined() as ranks:
         if config.dry_run:
             scorer, corpora = _begin(config, start, progress)
-            metrics = trial(scorer, corpora.train, corpora.validation, config, ranks, progress)
+            told = progress if ranks.first else silent
+            metrics = trial(scorer, corpora.train, corpora.validation, config, ranks, told)
             return Manifest(step=step, files=(), config=identity(config), code=code_version(), metrics=metrics)
         if not ranks.first:
             _fit(config, start, Path(), silent, ranks)
@@ -118,10 +119,11 @@ def _write_facts(folder: Path, corpora: Corpora, seen: NDArray[np.uint64], outco
 
 
 def _metrics(outcome: Outcome, corpora: Corpora) -> dict[str, float]:
-    metrics = {
+    metrics: dict[str, float] = {
         "updates": outcome.updates,
         "best_update": outcome.best_update,
-        "validation_pick": outcome.best_pick,
         "instances": corpora.instances,
     }
+    if len(corpora.validation):
+        metrics["validation_pick"] = outcome.best_pick
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}

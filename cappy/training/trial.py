@@ -38,6 +38,8 @@ def trial(
         count = min(UPDATES, run.updates)
         ends = [time.perf_counter()]
         for done in range(1, count + 1):
+            if done == WARM + 1:
+                run.meter.forget()
             run.update()
             ends.append(time.perf_counter())
             progress(done, count, unit="updates of the trial", note=run.told)
@@ -45,8 +47,10 @@ def trial(
     per_update = (ends[-1] - ends[warm]) / (count - warm)
     figures = run.meter.figures()
     checked = sum(min(CANDIDATES, len(validation.selectable(index))) for index in range(len(validation)))
-    checking = FORWARD * checked / max(figures["pairs_per_second"], 1e-9) * (run.updates // run.every + 1)
+    checks = len({*range(0, run.updates, run.every), run.updates})
+    checking = FORWARD * checked / max(figures["pairs_per_second"], 1e-9) * checks
     return {
+        "batch_tokens": float(run.state.budget),
         "trial_updates": float(count),
         "seconds_per_update": per_update,
         **figures,
@@ -64,8 +68,8 @@ def text(metrics: Mapping[str, float]) -> str:
         f"{metrics['trial_updates']:.0f} updates of {metrics['updates']:,.0f}: "
         f"{metrics['seconds_per_update']:.3g} s each, {metrics['pairs_per_second']:,.3g} pairs/s, "
         f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['padding_share']:.0%} padding{mfu}, "
-        f"peak memory {metrics['peak_bytes'] / 2**20:,.0f} MiB; the whole run takes about {whole} "
-        "with its checks, less where it stops early. Nothing was written."
+        f"peak memory {metrics['peak_bytes'] / 2**20:,.0f} MiB at {metrics['batch_tokens']:,.0f} tokens per pass; "
+        f"the whole run takes about {whole} with its checks, unless it stops early. No scorer was written."
     )
 
 

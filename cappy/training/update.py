@@ -123,13 +123,13 @@ def _gradients(
 def _pass(scorer: Scorer, corpus: Corpus, micro: Sequence[Drawn], plan: TrainingSettings) -> Tensor:
     """The sum of the instances' losses."""
     pairs = [pair for drawn in micro for pair in corpus.pairs(drawn.index, drawn.chosen)]
-    with torch.autocast(scorer.device.type, torch.bfloat16, enabled=in_bf16(plan, scorer.device)):
-        logits = scorer.logits(pairs)
+    logits = scorer.logits(pairs)
     labels = [label for drawn in micro for label in corpus.labels(drawn.index, drawn.chosen)]
     numbers = [number for number, drawn in enumerate(micro) for _ in drawn.chosen]
     compared = [flag for drawn in micro for flag in comparable(drawn.chosen, corpus.selectable(drawn.index))]
     sources = [source for drawn in micro for source in corpus.sources(drawn.index, drawn.chosen)]
-    weights = torch.tensor([plan.source_weights[source] for source in sources]) if plan.weights else None
+    by_source = plan.source_weights
+    weights = torch.tensor([by_source[source] for source in sources]) if plan.weights else None
     losses = instance_losses(
         logits,
         torch.tensor(labels, device=logits.device),
@@ -164,7 +164,7 @@ def _of_memory(error: BaseException) -> bool:
 def _halve(state: State, batch: Sequence[Drawn]) -> None:
     largest = max(drawn.tokens for drawn in batch)
     if state.budget // 2 < max(drawn.width for drawn in batch):
-        remedy = "give a smaller --max-candidates or a shorter --max-length"
+        remedy = "give a smaller --max-candidates, or pretrain with a smaller --max-length"
         raise TrainingError(f"memory ran out for one instance of {largest} padded tokens; {remedy}")
     state.budget //= 2
     state.events.append(f"update {state.update + 1}: memory ran out; on with {state.budget} tokens per pass")

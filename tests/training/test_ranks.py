@@ -95,7 +95,7 @@ class StoppedError(Exception):
 
 def stop_after(update: int) -> Callable[..., None]:
     def progress(done: int, total: int | None = None, *, unit: str = "", resumed: int = 0, note: str = "") -> None:
-        if done >= update:
+        if unit == "updates" and done >= update:
             raise StoppedError
 
     return progress
@@ -208,6 +208,16 @@ def test_the_place_of_a_machine_is_read_from_what_the_platform_tells(plan: Plan)
         place(plan(), {"CLUSTER_SPEC": "{"})
     with pytest.raises(ConfigError, match=r"--nodes 4: the environment tells of 3"):
         place(plan(nodes=4), {"CLUSTER_SPEC": json.dumps(CLUSTER)})
+
+
+def test_a_vertex_job_that_cannot_work_is_refused_in_one_line(plan: Plan) -> None:
+    machine = {"image": "image", "machine_type": "ct5lp-hightpu-4t"}
+    (tpu,) = worker_pools("finetuning", plan(strategy="jax", devices=4), **machine)
+    assert "accelerator_type" not in tpu["machine_spec"]
+    with pytest.raises(ConfigError, match="--strategy jax drives one machine, and 2 were asked for"):
+        worker_pools("finetuning", plan(strategy="jax", nodes=2), **machine)
+    with pytest.raises(ConfigError, match=r"finetuning: --work gs:/bucket/work: is no absolute path; give a folder on"):
+        worker_pools("finetuning", plan(work=Path("gs://bucket/work")), **machine)
 
 
 def test_a_vertex_job_asks_for_the_machines_and_accelerators_of_the_plan(plan: Plan) -> None:

@@ -1,6 +1,9 @@
 """What a person sees of training: figures while it runs, curves afterwards, a trial before."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +11,9 @@ import pytest
 import torch
 
 from cappy.cli import main
+from cappy.config import to_values
+from cappy.records import Instance, write
+from cappy.scoring.precision import keep_heads_exact
 from cappy.scoring.scorer import Scorer
 from cappy.training.curves import read_curves
 from cappy.training.finetuning import FinetuningConfig, run
@@ -91,7 +97,9 @@ def test_a_dry_run_measures_and_writes_nothing(plan: Plan) -> None:
     found = manifest.metrics
     assert found["trial_updates"] == 20
     assert found["updates"] == 300
-    assert found["projected_seconds"] > 280 * found["seconds_per_update"] > 0
+    checking = 20 * 4 * 4 / 3 / found["pairs_per_second"]
+    assert found["projected_seconds"] == pytest.approx(300 * found["seconds_per_update"] + checking, rel=0.01)
+    assert found["seconds_per_update"] == pytest.approx(8 * 4 / found["pairs_per_second"], rel=0.2)
     assert found["peak_bytes"] > 50e6
     assert not plan().target.exists()
     assert sorted(path.name for path in plan().work.iterdir()) == ["tokens"]
@@ -122,3 +130,55 @@ def test_bf16_is_asked_for_by_flag_and_changes_the_products_alone(plan: Plan) ->
         losses.append([point["loss"] for point in json.loads((settings.target / "training.json").read_text())["curve"]])
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
+
+
+def test_in_bf16_the_head_and_what_follows_stay_in_fp32(scorer_folder: Path) -> None:
+    scorer = Scorer.load(str(scorer_folder), precision="fp32")
+    batch = scorer.encoder.encode([("one two three", "cat"), ("four", "dog bird")])
+    exact = scorer.logits(batch)
+    scorer.autocast = True
+    keep_heads_exact(scorer.model)
+    for pads in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Scorer, "pads", pads)
+            found = scorer.logits(batch)
+        assert found.dtype == torch.float32
+        assert (found != found.bfloat16().float()).any(), "a head in bf16 would have rounded them"
+        assert 0 < (found - exact).abs().max() < 0.05
+        assert all(weight.dtype == torch.float32 for weight in scorer.model.parameters())
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_padding_is_told_where_there_is_some(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scorer, "pads", True)
+    manifest = run(plan(epochs=0.5))
+    shares = [
+        p["padding_share"] for p in read_curves(plan().target, plan().work, manifest.hash) if "padding_share" in p
+    ]
+    assert shares
+    assert all(0 < share < 0.5 for share in shares)
+
+
+def test_without_validation_instances_no_pick_is_told(plan: Plan, instances: list[Instance], tmp_path: Path) -> None:
+    write(tmp_path / "train-only", [one for one in instances if one.split == "train"])
+    manifest = run(plan(source=tmp_path / "train-only", epochs=0.5))
+    assert "validation_pick" not in manifest.metrics
+    assert not any("pick" in point for point in read_curves(plan().target, plan().work, manifest.hash))
+
+
+def test_a_dry_run_that_another_launcher_starts_is_told_too(plan: Plan) -> None:
+    settings = json.dumps(to_values(plan(dry_run=True)))
+    command = [sys.executable, "-m", "cappy.training", "finetuning", settings]
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("15 updates of 15: ")
+
+
+def test_peaks_are_found_by_whole_words() -> None:
+    names = {"NVIDIA L40": 1.81e14, "NVIDIA L4": 1.21e14, "NVIDIA L40S": 3.62e14, "NVIDIA H100 80GB HBM3": 9.89e14}
+    names |= {"NVIDIA H100 NVL": 8.35e14, "NVIDIA H200": 9.89e14, "NVIDIA A100-SXM4-80GB": 3.12e14}
+    for name, peak in names.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+            assert peak_of(torch.device("cuda"), 2, bf16=True) == 2 * peak

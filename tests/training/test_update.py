@@ -1,12 +1,14 @@
 """An update's gradients are those of its instances, however these are cut into passes and dealt."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from cappy.errors import ConfigError
+from cappy.records import Candidate, Instance, write
 from cappy.scoring import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus
@@ -119,3 +121,31 @@ def test_fewer_instances_than_ranks_are_refused_in_one_line(corpus: Corpus, plan
     with pytest.raises(ConfigError, match=f"^{message}$"):
         refuse_unfit(corpus, plan(batch_instances=100), Ranks(count=100))
     refuse_unfit(corpus, plan(batch_instances=100), Ranks(count=len(corpus)))
+
+
+def test_a_mismatch_takes_no_part_in_the_comparisons_of_an_update(
+    scorer: Scorer, instances: list[Instance], plan: Plan, tmp_path: Path
+) -> None:
+    planted = Candidate(response="cat dog", source="mismatch", labels={"rougeL": 0.0})
+    write(tmp_path / "mixed", [replace(one, candidates=(*one.candidates[:3], planted)) for one in instances])
+    mixed = open_corpora(
+        tmp_path / "mixed", tmp_path / "cache", scorer.tokenizer, scorer.encoder, metric="rougeL", sources=()
+    ).train
+    found = gradients(scorer, mixed, plan(), 100_000, size=1)
+    (drawn,) = batch(mixed, 2, 1, 16, seed=0)
+    expected = []
+    for compared in ([True, True, True, False], [True] * 4):
+        scorer.model.zero_grad()
+        instance_losses(
+            scorer.logits(mixed.pairs(drawn.index, drawn.chosen)),
+            torch.tensor(mixed.labels(drawn.index, drawn.chosen)),
+            torch.zeros(4, dtype=torch.long),
+            1,
+            compared=torch.tensor(compared),
+            head=scorer.head,
+            relative=4.0,
+            listwise=0.0,
+        ).sum().backward()
+        expected.append(torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None]))
+    assert (found - expected[0]).abs().max() < 1e-5 * max(1.0, float(expected[0].abs().max()))
+    assert (found - expected[1]).abs().max() > 1e-3 * float(expected[1].abs().max())
