@@ -168,5 +168,8 @@ def _deepspeed() -> Any:
     except ImportError as error:
         remedy = "pip install 'cappy-scorer[train]', or --strategy ddp"
         raise ConfigError(f"--strategy deepspeed: cannot be imported ({error}); {remedy}") from error
+    # Else every rank on a CPU compiles an extension that gloo does without; a build that is killed leaves a lock, and
+    # whoever comes next waits for it for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # Else every rank tells its whole configuration.
     return deepspeed

@@ -89,6 +89,14 @@ def test_any_strategy_goes_on_where_another_stopped(stage: int, plan: Plan) -> N
     assert furthest(plan("one"), plan("mixed")) < 1e-4
 
 
+@needs_deepspeed
+def test_deepspeed_compiles_nothing_on_a_cpu(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that is killed leaves a lock that all later runs would wait for."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    run(plan(strategy="deepspeed", epochs=0.2))
+    assert not list((tmp_path / "extensions").rglob("*"))
+
+
 class StoppedError(Exception):
     """Stands for the end of the process that started the ranks."""
 
