@@ -15,13 +15,13 @@ from cappy.registry.client import connected, experiment_id, metric_key
 from cappy.registry.models import RUN_TAG
 from cappy.steps import StepRecord, read_record
 from cappy.training.curves import TRAINING_LOG, read_curves
+from cappy.training.plan import TRAINING_STEPS
 
 STEP_TAG = "cappy.step"
 PIPELINE = "pipeline"
 PARAM_LIMIT = 500
 BATCH = 1000
 """Metrics that MLflow takes in one request."""
-TRAINING = ("pretraining", "finetuning")
 
 
 def track_run(fingerprints: Mapping[str, str], settings: str, *, run: str, state: str) -> None:
@@ -133,7 +133,7 @@ def _log_files(client: Any, run_id: str, record: StepRecord) -> None:
 
 def _log_curve(client: Any, run_id: str, record: StepRecord) -> None:
     """Loss, learning rate, picks and speed of a training step, update by update; a cached step's are those it had."""
-    if record.step not in TRAINING:
+    if record.step not in TRAINING_STEPS:
         return
     points = read_curves(Path(record.target), Path(record.config["work"]), record.manifest_hash)
     if points:

@@ -40,23 +40,24 @@ def lower_matrices(layers: nn.Module) -> None:
 
 def lower_body(model: Any) -> None:
     """The whole body in bf16, for encoders of which nothing more is known; what follows it reads and runs in fp32."""
-    body = model.base_model
-    body.to(torch.bfloat16)
-    heads = [child for child in model.children() if child is not body]
-    heads += [child for name, child in body.named_children() if name == "pooler"]
-    for head in heads:
+    model.base_model.to(torch.bfloat16)
+    for head in _heads(model):
         head.float().register_forward_pre_hook(_widen)
 
 
 def keep_heads_exact(model: Any) -> None:
     """Lets what follows the body run in fp32 even where a pass runs under autocast."""
-    body = model.base_model
-    heads = [child for child in model.children() if child is not body]
-    heads += [child for name, child in body.named_children() if name == "pooler"]
-    for head in heads:
+    for head in _heads(model):
         entered: list[Any] = []
         head.register_forward_pre_hook(partial(_enter_exact, entered))
         head.register_forward_hook(partial(_leave_exact, entered), always_call=True)
+
+
+def _heads(model: Any) -> list[nn.Module]:
+    """What follows the body, its own pooler included."""
+    body = model.base_model
+    after = [child for child in model.children() if child is not body]
+    return after + [child for name, child in body.named_children() if name == "pooler"]
 
 
 def _enter_exact(entered: list[Any], module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

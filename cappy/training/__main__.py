@@ -20,10 +20,10 @@ from cappy.errors import CappyError, ConfigError, shown
 from cappy.progress import Progress, silent
 from cappy.steps import config_class, runner
 from cappy.training.launch import REPORT_VARIABLE
+from cappy.training.plan import TRAINING_STEPS
 
 ATOMIC = 1000
 """Characters of a message: even as escaped JSON within 4,096 bytes or so, which a pipe takes whole from each rank."""
-STEPS = ("pretraining", "finetuning")
 Report = Callable[[Mapping[str, Any]], None]
 
 
@@ -71,8 +71,8 @@ def _reported(arguments: Sequence[str], report: Report) -> int:
 
 
 def _run(arguments: Sequence[str], progress: Progress) -> str:
-    if len(arguments) != 2 or arguments[0] not in STEPS:
-        raise ConfigError(f"give a step ({', '.join(STEPS)}) and its settings, got {shown(list(arguments))}")
+    if len(arguments) != 2 or arguments[0] not in TRAINING_STEPS:
+        raise ConfigError(f"give a step ({', '.join(TRAINING_STEPS)}) and its settings, got {shown(list(arguments))}")
     step, text = arguments
     values = json.loads(text) if text.startswith("{") else decode(text)
     return runner(step)(build(config_class(step), values), progress).to_json()

@@ -1,5 +1,6 @@
 """What the loop eats: whole instances, in an order and with draws that the seed and the update's number decide."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from cappy.annotation.rows import regression_rows
 from cappy.records import Instance
 from cappy.records.instance import Source
 from cappy.training.order import permuted
+from cappy.training.plan import TrainingSettings
 
 if TYPE_CHECKING:
     from cappy.training.corpus import Corpus
@@ -79,6 +81,13 @@ def batch(corpus: "Corpus", update: int, size: int, max_candidates: int, *, seed
             rng = random.Random(f"{seed} {epoch} {index}")
             drawn.append(_drawn(corpus, index, range(corpus.size(index)), max_candidates, rng))
     return drawn
+
+
+def updates_of(corpus: "Corpus", plan: TrainingSettings) -> int:
+    """Updates that draw `plan.train_rows` responses, or `plan.epochs` times as many as there are."""
+    drawn = corpus.drawable(plan.max_candidates) / len(corpus)
+    rows = plan.train_rows or corpus.facts.pairs * plan.epochs
+    return max(1, math.ceil(rows / (plan.batch_instances * drawn) - 1e-9))
 
 
 def pool(corpus: "Corpus", index: int, count: int, *, seed: int) -> Drawn:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cappy.errors import ConfigError, FolderError
 from cappy.training.corpus import Corpus
+from cappy.training.feed import updates_of
 from cappy.training.plan import TrainingSettings
 from cappy.training.ranks import Ranks
 
@@ -18,6 +19,8 @@ def refuse_unfit(train: Corpus, plan: TrainingSettings, ranks: Ranks) -> None:
     if facts.lowest == facts.highest:
         remedy = "nothing can be learned; choose another --metric or sample more candidates"
         raise ConfigError(f"training: every label {plan.metric!r} is {facts.lowest:g}; {remedy}")
+    if plan.schedule == "published" and updates_of(train, plan) < 2:
+        raise ConfigError("--schedule published: begins at rate 0, and this is one update; give more --train-rows")
     if len(train) < ranks.count:
         raise ConfigError(f"training: {len(train)} instances for {ranks.count} ranks; give fewer --devices or --nodes")
     if plan.batch_instances < ranks.count:

@@ -1,29 +1,29 @@
 """The loop: whole instances in, a scorer out, the best by what its picks are worth on held-out instances."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
-from cappy.errors import ConfigError, TrainingError
+from cappy.errors import TrainingError
 from cappy.progress import Progress
-from cappy.scoring.precision import keep_heads_exact
+from cappy.scoring.precision import has_bf16, keep_heads_exact
 from cappy.scoring.scorer import Scorer
 from cappy.training import checkpoint
 from cappy.training.checkpoint import Checkpoint, State
 from cappy.training.checks import judge, mean_pick
 from cappy.training.corpus import Corpus
 from cappy.training.ending import Clock, Ending
-from cappy.training.feed import Drawn, batch, micro_batches, padded
+from cappy.training.feed import Drawn, batch, micro_batches, padded, updates_of
 from cappy.training.guards import refuse_unfit
 from cappy.training.meter import Meter, flops_of_pair, layer_weights, peak_of, told
 from cappy.training.plan import TrainingSettings, default_rate, rate
 from cappy.training.ranks import ALONE, Ranks
 from cappy.training.strategies import start
-from cappy.training.update import UnwellError, in_bf16, update
+from cappy.training.update import UnwellError, update
 
 NAMED = 16
 """Instances that an error names."""
@@ -88,13 +88,6 @@ def fit(
     )
 
 
-def updates_of(plan: TrainingSettings, train: Corpus) -> int:
-    """Updates that draw `plan.train_rows` responses, or as many as `plan.epochs` passes over all of them have."""
-    drawn = train.drawable(plan.max_candidates) / len(train)
-    rows = plan.train_rows or train.facts.pairs * plan.epochs
-    return max(1, math.ceil(rows / (plan.batch_instances * drawn) - 1e-9))
-
-
 class Run:
     """One training run: what it works on, how far it is, and the best weights so far (the first rank's alone)."""
 
@@ -109,16 +102,14 @@ class Run:
     ) -> None:
         self.scorer, self.train, self.validation = scorer, train, validation
         self.plan, self.checkpoints, self.ranks = plan, checkpoints, ranks
-        self.updates = updates_of(plan, train)
-        if plan.schedule == "published" and self.updates < 2:
-            raise ConfigError("--schedule published: begins at rate 0, and this is one update; give more --train-rows")
+        self.updates = updates_of(train, plan)
         self.every = max(1, self.updates // plan.checks)
         self.peak = plan.learning_rate or default_rate(scorer.model.config.hidden_size)
         self.layer_weights = layer_weights(scorer.model)
-        self.meter = Meter(peak_of(scorer.device, ranks.count, bf16=in_bf16(plan, scorer.device)))
-        if in_bf16(plan, scorer.device):
-            scorer.autocast = True
+        scorer.autocast = _in_bf16(plan, scorer.device)
+        if scorer.autocast:
             keep_heads_exact(scorer.model)
+        self.meter = Meter(peak_of(scorer.device, ranks.count, bf16=scorer.autocast))
         self.strategy = start(scorer, plan, ranks)
         self.clock = Clock(plan.checkpoint_seconds, plan.checkpoint_updates)
         self.state, self.best, self.note = State(budget=plan.batch_tokens), dict[str, Tensor](), ""
@@ -225,3 +216,8 @@ class Run:
         self.ranks.told(None)  # A rank that ends takes the others with it: not before the first has written.
         done = f"stopped by SIGTERM after update {self.state.update} of {self.updates}"
         raise TrainingError(f"{done}; the checkpoint is written, run the same command again to continue")
+
+
+def _in_bf16(plan: TrainingSettings, device: torch.device) -> bool:
+    """Whether matrix products run in bf16: where asked, and by `auto` on a GPU that has instructions for it."""
+    return plan.precision == "bf16" or (plan.precision == "auto" and device.type == "cuda" and has_bf16(device))

@@ -28,8 +28,8 @@ PEAKS: Mapping[str, float] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """Some updates: pairs, their tokens, the tokens that were multiplied (padding included), FLOPs, seconds."""
+class Cost:
+    """Of an update: pairs, their tokens, the tokens that were multiplied (padding included), FLOPs, seconds."""
 
     pairs: int
     tokens: int
@@ -46,7 +46,7 @@ class Meter:
 
     def __init__(self, peak: float | None = None) -> None:
         self._peak = peak
-        self._recent: deque[Work] = deque(maxlen=RECENT)
+        self._recent: deque[Cost] = deque(maxlen=RECENT)
         self._seconds = 0.0
 
     @contextmanager
@@ -58,7 +58,7 @@ class Meter:
 
     def add(self, *, pairs: int, tokens: int, padded: int, flops: float) -> None:
         """Notes what the update just timed has done."""
-        self._recent.append(Work(pairs=pairs, tokens=tokens, padded=padded, flops=flops, seconds=self._seconds))
+        self._recent.append(Cost(pairs=pairs, tokens=tokens, padded=padded, flops=flops, seconds=self._seconds))
 
     def forget(self) -> None:
         """Drops the updates so far."""
@@ -66,16 +66,16 @@ class Meter:
 
     def figures(self) -> dict[str, float]:
         """The figures of now: pairs and tokens per second, share of padding, and MFU where the peak is known."""
-        seconds = sum(work.seconds for work in self._recent)
+        seconds = sum(cost.seconds for cost in self._recent)
         if seconds <= 0:
             return {}
-        tokens = sum(work.tokens for work in self._recent)
+        tokens = sum(cost.tokens for cost in self._recent)
         found = {
-            "pairs_per_second": sum(work.pairs for work in self._recent) / seconds,
+            "pairs_per_second": sum(cost.pairs for cost in self._recent) / seconds,
             "tokens_per_second": tokens / seconds,
-            "padding_share": 1 - tokens / max(1, sum(work.padded for work in self._recent)),
+            "padding_share": 1 - tokens / max(1, sum(cost.padded for cost in self._recent)),
         }
-        flops = sum(work.flops for work in self._recent)
+        flops = sum(cost.flops for cost in self._recent)
         if self._peak and flops:
             found["mfu"] = flops / seconds / self._peak
         return {name: float(f"{value:.4g}") for name, value in found.items()}

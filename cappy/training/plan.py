@@ -9,7 +9,8 @@ from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, settings
 from cappy.errors import ConfigError, shown
 from cappy.records.instance import SOURCES, Source
 
-SOURCE_WEIGHT = re.compile(r"(reference|choice|mismatch|llm)=(\d+(?:\.\d+)?)")
+TRAINING_STEPS = ("pretraining", "finetuning")
+SOURCE_WEIGHT = re.compile(rf"({'|'.join(SOURCES)})=(\d+(?:\.\d+)?)")
 Schedule = Literal["linear", "published"]
 Unit = Literal["instance", "row"]
 PUBLISHED_MICRO = 16

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from cappy.errors import TrainingError
-from cappy.scoring.precision import has_bf16
 from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import State, Tensors
 from cappy.training.corpus import Corpus
@@ -122,21 +121,17 @@ def _gradients(
 
 def _pass(scorer: Scorer, corpus: Corpus, micro: Sequence[Drawn], plan: TrainingSettings) -> Tensor:
     """The sum of the instances' losses."""
-    pairs = [pair for drawn in micro for pair in corpus.pairs(drawn.index, drawn.chosen)]
-    logits = scorer.logits(pairs)
+    logits = scorer.logits([pair for drawn in micro for pair in corpus.pairs(drawn.index, drawn.chosen)])
     labels = [label for drawn in micro for label in corpus.labels(drawn.index, drawn.chosen)]
     numbers = [number for number, drawn in enumerate(micro) for _ in drawn.chosen]
     compared = [flag for drawn in micro for flag in comparable(drawn.chosen, corpus.selectable(drawn.index))]
-    sources = [source for drawn in micro for source in corpus.sources(drawn.index, drawn.chosen)]
-    by_source = plan.source_weights
-    weights = torch.tensor([by_source[source] for source in sources]) if plan.weights else None
     losses = instance_losses(
         logits,
         torch.tensor(labels, device=logits.device),
         torch.tensor(numbers, device=logits.device),
         len(micro),
         compared=torch.tensor(compared, device=logits.device),
-        weights=None if weights is None else weights.to(logits.device),
+        weights=_weights(corpus, micro, plan, logits.device) if plan.weights else None,
         head=scorer.head,
         relative=plan.relative,
         listwise=plan.listwise,
@@ -144,9 +139,11 @@ def _pass(scorer: Scorer, corpus: Corpus, micro: Sequence[Drawn], plan: Training
     return losses.sum()
 
 
-def in_bf16(plan: TrainingSettings, device: torch.device) -> bool:
-    """Whether matrix products run in bf16: where asked, and by `auto` on a GPU that has instructions for it."""
-    return plan.precision == "bf16" or (plan.precision == "auto" and device.type == "cuda" and has_bf16(device))
+def _weights(corpus: Corpus, micro: Sequence[Drawn], plan: TrainingSettings, device: torch.device) -> Tensor:
+    """The weight of every pair by its source, (pairs,)."""
+    by_source = plan.source_weights
+    sources = (source for drawn in micro for source in corpus.sources(drawn.index, drawn.chosen))
+    return torch.tensor([by_source[source] for source in sources], device=device)
 
 
 def _seed(seed: int, update: int, number: int) -> int:

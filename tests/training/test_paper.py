@@ -15,9 +15,8 @@ from cappy.errors import ConfigError
 from cappy.records import Instance, write
 from cappy.scoring import Scorer
 from cappy.training.corpus import Corpus
-from cappy.training.feed import batch
+from cappy.training.feed import batch, updates_of
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.loop import updates_of
 from cappy.training.paper import resolved
 from cappy.training.plan import Unit, rate
 from cappy.training.pretraining import PretrainingConfig
@@ -91,7 +90,7 @@ def test_a_run_takes_as_many_rows_as_asked_for_and_keeps_the_last_weights(
     assert manifest.metrics["updates"] == manifest.metrics["best_update"] == 10
     assert [point["rate"] for point in log["curve"]] == [rate(u, 10, 1e-2, 0.1, "published") for u in range(10)]
     whole = plan(train_rows=480, batch_instances=8)
-    assert updates_of(whole, corpus) == 480 / (8 * 4), "the copy task has four candidates per instance"
+    assert updates_of(corpus, whole) == 480 / (8 * 4), "the copy task has four candidates per instance"
 
 
 def test_an_epoch_draws_as_many_responses_as_there_are(
@@ -106,9 +105,9 @@ def test_an_epoch_draws_as_many_responses_as_there_are(
         made.append(replace(one, split="train", candidates=many))
     write(folder, made)
     uneven = read_corpus(scorer_folder, folder, tmp_path / "cache", "instance")
-    assert updates_of(plan(epochs=1.0, max_candidates=8, batch_instances=8), uneven) == math.ceil(550 / (8 * 6.5))
-    assert updates_of(plan(epochs=4.0, max_candidates=8, batch_instances=8), uneven) == math.ceil(2200 / (8 * 6.5))
-    assert updates_of(plan(train_rows=52, max_candidates=8, batch_instances=8), uneven) == 1
+    assert updates_of(uneven, plan(epochs=1.0, max_candidates=8, batch_instances=8)) == math.ceil(550 / (8 * 6.5))
+    assert updates_of(uneven, plan(epochs=4.0, max_candidates=8, batch_instances=8)) == math.ceil(2200 / (8 * 6.5))
+    assert updates_of(uneven, plan(train_rows=52, max_candidates=8, batch_instances=8)) == 1
 
 
 def test_pretraining_follows_the_preset_too(plan: Plan, tmp_path: Path, scorer_folder: Path) -> None:
