@@ -179,6 +179,8 @@ def _choices(fields: Fields, references: tuple[str, ...]) -> tuple[str, ...]:
 def _responses(fields: Fields) -> Iterator[Candidate]:
     """The candidates of `responses` (or `response`), each with the label beside it in `labels` (or `label`)."""
     texts = fields.texts("response", "responses")
+    if not texts and fields.has("responses"):
+        raise RecordError(f"{fields.where}: responses holds no text, got []; leave it out where there are none")
     labels = fields.labels("label", "labels")
     if labels and len(labels) != len(texts):
         remedy = "give one label for each response, in order"

@@ -81,6 +81,7 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refuse:
             {**GOOD, "choices": ["1", " "]},
             "choices are not a choice, got ['1', ' ']; give at least two different texts, none of them blank",
         ),
+        ({**GOOD, "responses": []}, "responses holds no text, got []; leave it out where there are none"),
         ({**GOOD, "responses": 5}, "responses must be a text or a list of texts, got 5"),
         (
             {**GOOD, "responses": ["a", "x" * 100_000]},
