@@ -111,6 +111,10 @@ class TrainingSettings:
             if not SOURCE_WEIGHT.fullmatch(text):
                 remedy = f"write one of {', '.join(SOURCES)}, an equals sign and a number, as mismatch=0.2"
                 raise ConfigError(f"--weights: {shown(text)} is no weight of a source; {remedy}")
+        told = [text.split("=")[0] for text in self.weights]
+        twice = next((source for source in told if told.count(source) > 1), None)
+        if twice:
+            raise ConfigError(f"--weights: gives {twice} twice; give it once")
 
     @property
     def source_weights(self) -> dict[Source, float]:

@@ -116,6 +116,11 @@ def test_a_weight_that_is_none_is_refused_in_one_line(text: str, plan: Plan) -> 
         plan(weights=(text,))
 
 
+def test_a_source_that_is_weighed_twice_is_refused_instead_of_the_last_weight_winning(plan: Plan) -> None:
+    with pytest.raises(ConfigError, match="--weights: gives mismatch twice; give it once"):
+        plan(weights=("mismatch=0.2", "llm=1", "mismatch=0.5"))
+
+
 def test_fewer_instances_than_ranks_are_refused_in_one_line(corpus: Corpus, plan: Plan) -> None:
     message = f"training: {len(corpus)} instances for 100 ranks; give fewer --devices or --nodes"
     with pytest.raises(ConfigError, match=f"^{message}$"):
