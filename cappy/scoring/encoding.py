@@ -1,4 +1,4 @@
-"""Pairs as token ids: the instruction is cut in the middle where a pair is too long, the response never."""
+"""Pairs as token ids: where a pair is too long, the instruction is cut in its middle and the response not at all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,12 +6,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from cappy.scoring.folder import Truncation
+
 Pair = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One pair as the model reads it; `cut` where the response alone was too long and lost its end."""
+    """One pair as the model reads it; `cut` where the response lost its end."""
 
     ids: tuple[int, ...]
     types: tuple[int, ...]
@@ -37,14 +39,16 @@ class PairEncoder:
     """Encodes pairs as `tokenizer(instruction, response)` does, byte for byte, where they fit into `max_length`.
 
     Where they do not, the instruction keeps both its ends (the task often stands first, the question last) and the
-    response stays whole; a response that alone is too long loses its end.
+    response stays whole; a response that alone is too long loses its end. With `longest_first` it is `truncation=True`
+    of transformers instead, what the published scorer was trained with: the longer text loses its end, then both do.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, truncation: Truncation = "middle") -> None:
         self._tokenizer = tokenizer
         self._frame = _frame(tokenizer)
         self._backend = _backend(tokenizer)
         self.max_length = max_length
+        self.truncation = truncation
 
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
         """The encoded pairs, in order; every distinct text is tokenized once."""
@@ -69,9 +73,13 @@ class PairEncoder:
     def join(self, instruction: list[int], response: list[int]) -> Encoded:
         """The pair of two texts given as `tokens`."""
         frame, room = self._frame, self.max_length - self._frame.length
-        cut = len(response) > room
-        response = response[:room]
-        instruction = _middle_cut(instruction, room - len(response))
+        asked = len(response)
+        if self.truncation == "longest_first":
+            lengths = _longest_first(len(instruction), len(response), room)
+            instruction, response = instruction[: lengths[0]], response[: lengths[1]]
+        else:
+            response = response[:room]
+            instruction = _middle_cut(instruction, room - len(response))
         first, second = frame.types
         return Encoded(
             ids=(*frame.before, *instruction, *frame.between, *response, *frame.after),
@@ -80,7 +88,7 @@ class PairEncoder:
                 *frame.between_types,
                 *(second,) * (len(response) + len(frame.after)),
             ),
-            cut=cut,
+            cut=len(response) < asked,
         )
 
 
@@ -99,6 +107,19 @@ def _middle_cut(tokens: list[int], room: int) -> list[int]:
         return tokens
     head = (room + 1) // 2
     return tokens[:head] + tokens[len(tokens) - (room - head) :]
+
+
+def _longest_first(instruction: int, response: int, room: int) -> tuple[int, int]:
+    """How many tokens of each are kept, as the tokenizers library has it (`longest_first`).
+
+    The shorter text is whole as long as it takes at most half of the room; of two long ones each has half, the longer
+    one, or the response of equally long ones, the odd token.
+    """
+    shorter, longer = sorted((instruction, response))
+    if shorter + longer > room:
+        shorter = min(shorter, room // 2)
+        longer = room - shorter
+    return (longer, shorter) if instruction > response else (shorter, longer)
 
 
 def _frame(tokenizer: Any) -> _Frame:

@@ -9,6 +9,9 @@ from cappy.errors import FolderError, shown
 
 Head = Literal["mse", "bce"]
 HEADS: tuple[Head, ...] = get_args(Head)
+Truncation = Literal["middle", "longest_first"]
+"""Where a pair that is too long is cut: inside the instruction, or at the end of the longer text, as published."""
+TRUNCATIONS: tuple[Truncation, ...] = get_args(Truncation)
 
 MAX_LENGTH = 512
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npy", "*.joblib", "*.msgpack")
@@ -30,9 +33,11 @@ def head_of(config: Any) -> Head:
     return "bce" if activation.endswith("Sigmoid") else "mse"
 
 
-def mark_head(config: Any, head: Head, max_length: int) -> None:
-    """Records head, activation and length in a configuration."""
+def mark_head(config: Any, head: Head, max_length: int, truncation: Truncation = "middle") -> None:
+    """Records head, activation, length and, unless it is the usual one, truncation in a configuration."""
     config.cappy = {"head": head, "max_length": max_length}
+    if truncation != "middle":
+        config.cappy["truncation"] = truncation
     config.sentence_transformers = {"activation_fn": _ACTIVATIONS[head]}
     # What makes transformers' own text-classification pipeline apply the identity, or the sigmoid.
     config.problem_type = "regression" if head == "mse" else "multi_label_classification"
@@ -52,6 +57,16 @@ def refuse_foreign(folder: Path, config: Any) -> None:
         raise FolderError(f"{folder}: its config.json asks for remote code (auto_map); it is not run, remove the entry")
     if config.num_labels != 1:
         raise FolderError(f"{folder}: has {config.num_labels} labels; a scorer has one")
+
+
+def truncation_of(config: Any) -> Truncation:
+    """The recorded truncation, else `middle`; FolderError where it is none that is known."""
+    recorded = (getattr(config, "cappy", None) or {}).get("truncation", "middle")
+    for truncation in TRUNCATIONS:
+        if truncation == recorded:
+            return truncation
+    known = " or ".join(TRUNCATIONS)
+    raise FolderError(f"config.json: cappy.truncation must be {known}, got {shown(json.dumps(recorded))}")
 
 
 def max_length_of(config: Any) -> int:

@@ -16,7 +16,17 @@ from cappy.records.folder import MANIFEST, Manifest, describe_files, read_manife
 from cappy.scoring import Precision
 from cappy.scoring.batching import by_length, collate
 from cappy.scoring.encoding import Encoded, Pair, PairEncoder
-from cappy.scoring.folder import HEADS, Head, head_of, mark_head, max_length_of, refuse_foreign, refuse_pickles
+from cappy.scoring.folder import (
+    HEADS,
+    Head,
+    Truncation,
+    head_of,
+    mark_head,
+    max_length_of,
+    refuse_foreign,
+    refuse_pickles,
+    truncation_of,
+)
 from cappy.scoring.packed import packed_logits, packs
 from cappy.scoring.precision import Chosen, choose, lower_body, lower_matrices
 from cappy.specs import scorer_folder
@@ -44,7 +54,7 @@ class Scorer:
     The head `bce` gives 0 to 1 (a sigmoid over soft labels); `mse` is the published raw regression, never clipped,
     because clipping makes ties: it may leave 0 to 1 a little. Head and activation run in fp32, whatever the body runs
     in. A score does not depend on the other pairs of the call, nor on the thread (1e-4 in fp32, 5e-3 in bf16). A pair's
-    response is never truncated as long as it fits alone.
+    response is never truncated as long as it fits alone, unless the scorer's truncation is `longest_first`.
     """
 
     def __init__(
@@ -54,6 +64,7 @@ class Scorer:
         *,
         head: Head,
         max_length: int,
+        truncation: Truncation = "middle",
         version: str = "",
         precision: Chosen = "fp32",
     ) -> None:
@@ -62,7 +73,7 @@ class Scorer:
         self.head = head
         self.version = version
         self.precision = precision
-        self.encoder = PairEncoder(tokenizer, max_length)
+        self.encoder = PairEncoder(tokenizer, max_length, truncation)
         self.device = next(model.parameters()).device
         self.through: Through | None = None
         self.autocast = False
@@ -96,8 +107,15 @@ class Scorer:
         model.to(chosen_device).eval()
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         version = read_manifest(folder).hash[:12] if (folder / MANIFEST).exists() else ""
-        length = max_length_of(config)
-        return cls(model, tokenizer, head=head_of(config), max_length=length, version=version, precision=chosen)
+        return cls(
+            model,
+            tokenizer,
+            head=head_of(config),
+            max_length=max_length_of(config),
+            truncation=truncation_of(config),
+            version=version,
+            precision=chosen,
+        )
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
         """One score per (instruction, response), in their order; equal pairs are scored once."""
@@ -212,7 +230,7 @@ class Scorer:
                 f"{folder}: a scorer loaded in {self.precision} is not saved; load it with precision fp32"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        mark_head(self.model.config, self.head, self.encoder.max_length)
+        mark_head(self.model.config, self.head, self.encoder.max_length, self.encoder.truncation)
         disable_progress_bar()
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

@@ -2,17 +2,20 @@
 
 Rows of all instances in one order, 128 to an update, 102,400 in all however many there are; squared error on a raw
 regression; AdamW without weight decay, gradients not clipped; the learning rate as the published code moved it; the
-last weights kept, nothing looked at on the way. Still ours: the random draws, and where a pair beyond 512 tokens is cut
-(inside the instruction; the published one cut the longer text). The settings of the published pretraining are not known
-in full: there the preset sets the same.
+last weights kept, nothing looked at on the way. A pair beyond 512 tokens loses the end of its longer text
+(`TRUNCATION`); the scorer's folder records it, so that it is scored as it was trained. Still ours: the random draws.
+The settings of the published pretraining are not known in full: there the preset sets the same.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from cappy.scoring.folder import Truncation
 from cappy.training.plan import TrainingSettings
 
+TRUNCATION: Truncation = "longest_first"
+"""The published code's `truncation=True` (cappy_bigbench.py, lines 73 to 79)."""
 PAPER: Mapping[str, Any] = {
     "unit": "row",
     "batch_instances": 128,

@@ -79,6 +79,7 @@ def _start(config: PretrainingConfig, folder: Path) -> "Scorer":
     from cappy.scoring import Scorer
     from cappy.scoring.scorer import refuse_pickles
     from cappy.training.guards import refuse_without_tokenizer
+    from cappy.training.paper import TRUNCATION
 
     refuse_pickles(folder)
     refuse_without_tokenizer(folder)
@@ -95,4 +96,5 @@ def _start(config: PretrainingConfig, folder: Path) -> "Scorer":
             folder, num_labels=1, dtype=torch.float32, use_safetensors=True
         )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return Scorer(model, tokenizer, head=config.head, max_length=config.max_length)
+    truncation = TRUNCATION if config.preset == "paper" else "middle"
+    return Scorer(model, tokenizer, head=config.head, max_length=config.max_length, truncation=truncation)

@@ -88,6 +88,8 @@ def test_a_run_takes_as_many_rows_as_asked_for_and_keeps_the_last_weights(
     manifest = run(settings)
     log = json.loads((settings.target / "training.json").read_text())
     assert manifest.metrics["updates"] == manifest.metrics["best_update"] == 10
+    assert Scorer.load(str(folder)).encoder.truncation == "middle"
+    assert Scorer.load(str(settings.target)).encoder.truncation == "longest_first", "it is scored as it was trained"
     assert [point["rate"] for point in log["curve"]] == [rate(u, 10, 1e-2, 0.1, "published") for u in range(10)]
     whole = plan(train_rows=480, batch_instances=8)
     assert updates_of(corpus, whole) == 480 / (8 * 4), "the copy task has four candidates per instance"
@@ -120,7 +122,8 @@ def test_pretraining_follows_the_preset_too(plan: Plan, tmp_path: Path, scorer_f
         "encoder": str(scorer_folder),
     }
     pretraining(build(PretrainingConfig, {**given, **sizes}))
-    assert Scorer.load(str(tmp_path / "made")).head == "mse"
+    made = Scorer.load(str(tmp_path / "made"))
+    assert (made.head, made.encoder.truncation) == ("mse", "longest_first")
     assert len(json.loads((tmp_path / "made" / "training.json").read_text())["curve"]) == 3
 
 
