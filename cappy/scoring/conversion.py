@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from cappy.errors import ConfigError, FolderError, shown
 from cappy.records.folder import Manifest, describe_files, disk_errors, sha256_of, write_manifest
-from cappy.scoring.folder import head_of, max_length_of, refuse_foreign, truncation_of
+from cappy.scoring.folder import recorded, refuse_foreign
 from cappy.scoring.scorer import Scorer
 from cappy.specs import CHECKPOINT, hub_folder, parse_spec
 
@@ -84,13 +84,7 @@ def _scorer(folder: Path) -> Scorer:
         found = f"{len(tokenizer)} tokens, padding {tokenizer.pad_token!r}; the encoder has {config.vocab_size}"
         raise FolderError(f"{folder}: its tokenizer is not this encoder's ({found}); fetch the one it was trained with")
     model.load_state_dict(_weights(folder / CHECKPOINT, model.state_dict()))
-    return Scorer(
-        model.eval(),
-        tokenizer,
-        head=head_of(config),
-        max_length=max_length_of(config),
-        truncation=truncation_of(config),
-    )
+    return Scorer(model.eval(), tokenizer, **recorded(config))
 
 
 def _check_architecture(folder: Path, config: Any) -> None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from cappy.errors import FolderError, shown
 
@@ -57,6 +57,19 @@ def refuse_foreign(folder: Path, config: Any) -> None:
         raise FolderError(f"{folder}: its config.json asks for remote code (auto_map); it is not run, remove the entry")
     if config.num_labels != 1:
         raise FolderError(f"{folder}: has {config.num_labels} labels; a scorer has one")
+
+
+class Recorded(TypedDict):
+    """What a folder's configuration says that transformers does not ask for."""
+
+    head: Head
+    max_length: int
+    truncation: Truncation
+
+
+def recorded(config: Any) -> Recorded:
+    """Head, length and truncation of a configuration, each with its default where it is not recorded."""
+    return {"head": head_of(config), "max_length": max_length_of(config), "truncation": truncation_of(config)}
 
 
 def truncation_of(config: Any) -> Truncation:

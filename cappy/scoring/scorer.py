@@ -22,10 +22,9 @@ from cappy.scoring.folder import (
     Truncation,
     head_of,
     mark_head,
-    max_length_of,
+    recorded,
     refuse_foreign,
     refuse_pickles,
-    truncation_of,
 )
 from cappy.scoring.packed import packed_logits, packs
 from cappy.scoring.precision import Chosen, choose, lower_body, lower_matrices
@@ -107,15 +106,7 @@ class Scorer:
         model.to(chosen_device).eval()
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         version = read_manifest(folder).hash[:12] if (folder / MANIFEST).exists() else ""
-        return cls(
-            model,
-            tokenizer,
-            head=head_of(config),
-            max_length=max_length_of(config),
-            truncation=truncation_of(config),
-            version=version,
-            precision=chosen,
-        )
+        return cls(model, tokenizer, **recorded(config), version=version, precision=chosen)
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
         """One score per (instruction, response), in their order; equal pairs are scored once."""

@@ -50,7 +50,6 @@ def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
 def _start(config: FinetuningConfig) -> "Scorer":
     from cappy.errors import ConfigError
     from cappy.scoring import Scorer
-    from cappy.scoring.encoding import PairEncoder
     from cappy.training.paper import TRUNCATION
 
     scorer = Scorer.load(config.scorer, precision="fp32")
@@ -58,5 +57,5 @@ def _start(config: FinetuningConfig) -> "Scorer":
         remedy = "start from a scorer pretrained with --head mse, or leave the preset out"
         raise ConfigError(f"--preset paper: trains a raw regression, this scorer's head is {scorer.head}; {remedy}")
     if config.preset == "paper":
-        scorer.encoder = PairEncoder(scorer.tokenizer, scorer.encoder.max_length, TRUNCATION)
+        scorer.encoder.truncation = TRUNCATION
     return scorer
