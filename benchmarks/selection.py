@@ -9,9 +9,10 @@ only), and on the test instances every selector picks among all candidates. Hybr
 are chosen on the validation instances. All arms of a set see the same number of responses, `ROWS`, unless their name
 says a number of training instances.
 
-Runs lie under `--work` and are not done again, so the benchmark goes on where it was stopped. `benchmarks/results/
-selection.json` has means over all test instances of all seeds with 95 % intervals (bootstrap over instances, 2,000
-resamples; an instance stands in the test split of several seeds), and the spread of the seeds' means.
+Runs lie under `--work` and are not done again, so the benchmark goes on where it was stopped. An arm with no run there
+keeps the table that an earlier machine or day gave it. `benchmarks/results/selection.json` has means over all test
+instances of all seeds with 95 % intervals (bootstrap over instances, 2,000 resamples; an instance stands in the test
+split of several seeds), and the spread of the seeds' means.
 """
 
 import argparse
@@ -89,9 +90,10 @@ def main() -> None:
                     path.write_text(json.dumps(found))
                     print(f"  {brief(found)}", flush=True)
     runs = [json.loads(path.read_text()) for path in sorted((arguments.work / "runs").glob("*/*/*.json"))]
-    result = {"benchmark": "selection", "rows": ROWS, "rate": RATE, "tables": tables(runs)}
+    new = tables(runs)
+    result = {"benchmark": "selection", "rows": ROWS, "rate": RATE, "tables": merged(earlier(arguments.target), new)}
     arguments.target.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["tables"], indent=1))
+    print(json.dumps(new, indent=1))
 
 
 def measure(name: str, arm: str, seed: int, work: Path) -> dict[str, Any]:
@@ -199,6 +201,16 @@ def tables(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         own = [run for run in runs if (run["set"], run["arm"]) == (name, arm)]
         found.setdefault(name, {})[arm] = table(own, {run["seed"]: run for run in runs if is_base(run, name)})
     return found
+
+
+def earlier(target: Path) -> Mapping[str, Mapping[str, Any]]:
+    """The tables that the target has already."""
+    return json.loads(target.read_text())["tables"] if target.exists() else {}
+
+
+def merged(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Set -> arm -> table: an arm that was run here takes the place of its earlier table, the others stay."""
+    return {name: {**old.get(name, {}), **new.get(name, {})} for name in sorted({*old, *new})}
 
 
 def is_base(run: Mapping[str, Any], name: str) -> bool:
