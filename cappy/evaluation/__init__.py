@@ -1,26 +1,29 @@
 """Evaluation: does the scorer pick better responses than what needs no scorer, and by how much?
 
-`cappy evaluation --source annotated --scorer folder --target report` writes report.json, report.html, curve.png,
-table.txt and probe.json, a few scored pairs that a deployment checks itself against.
+`cappy evaluation --source annotated --scorer folder --target report` writes report.json, report.html, report.md,
+table.txt, the plots curve.png, curve.svg, calibration.png and calibration.svg, the map calibration.json that turns
+scores into expected labels, picks.json, which `cappy threshold` reads, and probe.json, a few scored pairs that a
+deployment checks itself against.
 """
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from cappy.config import DEFAULT_WORK, Location, Work, settings
 from cappy.errors import FolderError
-from cappy.evaluation.report import Difference, Estimate, Report
+from cappy.evaluation.findings import Difference, Estimate
+from cappy.evaluation.report import Report, check_schema
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, Split, read_manifest
 
 if TYPE_CHECKING:
     from cappy.evaluation.pools import Score
 
-__all__ = ["Difference", "Estimate", "EvaluationConfig", "Report", "evaluate", "read_report", "run"]
+__all__ = ["Difference", "Estimate", "EvaluationConfig", "Report", "evaluate", "read_report", "read_values", "run"]
 
 
 @settings
@@ -35,6 +38,7 @@ class EvaluationConfig:
     split: Annotated[Literal["validation", "test"], Field(description="Split that is reported")] = "test"
     resamples: Annotated[int, Field(ge=100, le=100_000, description="Bootstrap resamples")] = 2000
     seed: Annotated[int, Field(ge=0, description="Seed of the bootstrap, the MBR curve and the examples")] = 0
+    probe: Annotated[bool, Field(description="Probe the scorer for known weaknesses (scores some pairs again)")] = True
     work: Work = DEFAULT_WORK
 
 
@@ -47,6 +51,7 @@ def evaluate(
     split: Split = "test",
     seed: int = 0,
     resamples: int = 2000,
+    probe: bool = True,
     progress: Progress = silent,
 ) -> Report:
     """Every selector on the instances of `split`, with intervals; `score` is `Scorer.score` or alike, None for none.
@@ -64,17 +69,25 @@ def evaluate(
         split=split,
         seed=seed,
         resamples=resamples,
+        probe=probe,
         progress=progress,
     )
 
 
 def read_report(folder: str | Path) -> Report:
-    """The report of a finished evaluation; FolderError or RecordError if there is none."""
+    """The report of a finished evaluation; FolderError or RecordError if there is none that this version reads."""
+    return Report.from_dict(read_values(folder))
+
+
+def read_values(folder: str | Path) -> dict[str, Any]:
+    """The values of report.json, as they stand there, of a schema that this version reads."""
     read_manifest(folder)
     path = Path(folder) / "report.json"
     if not path.is_file():
         raise FolderError(f"{path}: is missing, so {folder} is no evaluation; give the folder that evaluation wrote")
-    return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    check_schema(values)
+    return values
 
 
 def run(config: EvaluationConfig, progress: Progress = silent) -> Manifest:

@@ -1,5 +1,6 @@
 """Best-of-n: the label that a selector's pick is expected to have when n candidates of the pool had been sampled."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -11,6 +12,8 @@ from cappy.evaluation.selectors import mutual_rouge_l
 
 MBR_DRAWS = 32
 """Orders of the pool that the MBR curve is averaged over, for each instance."""
+WORTH = 0.001
+"""What one more candidate must add to pay: 0.1 on the scale of 0 to 100, which is what a report prints."""
 
 
 def ranked_curve(values: Vector, labels: Vector) -> Vector:
@@ -55,6 +58,13 @@ def mbr_curve(responses: tuple[str, ...], labels: Vector, rng: np.random.Generat
         total += labels[order[np.argmax(sums - 1e-11 * order[:, None] + absent, axis=0)]]
     mean: Vector = total / draws
     return mean
+
+
+def pays_until(curve: Sequence[float]) -> int:
+    """The number of candidates beyond which no further one adds `WORTH` or more; the curve's length if all pay."""
+    gains = np.diff(np.asarray(curve))
+    paying = np.flatnonzero(gains >= WORTH)
+    return int(paying[-1]) + 2 if len(paying) else 1
 
 
 def extended(curve: Vector, size: int) -> Vector:

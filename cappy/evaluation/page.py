@@ -6,7 +6,9 @@ from typing import Any
 from markupsafe import Markup
 
 from cappy.evaluation import plot
-from cappy.evaluation.report import SELECTORS, Report, TaskRow, spread
+from cappy.evaluation.advice import advice
+from cappy.evaluation.findings import Published, TaskRow
+from cappy.evaluation.report import SELECTORS, Report, spread
 from cappy.evaluation.tuning import WEIGHTS
 from cappy.evaluation.verdict import outcome, verdict
 from cappy.pages.template import template
@@ -25,13 +27,16 @@ def render(report: Report) -> str:
         names=SELECTORS,
         metric=metric_name(report.metric),
         bars=_bars(report),
-        comparisons=[(*_sides(key), value, outcome(value)) for key, value in report.comparisons.items()],
+        comparisons=[(key, *_sides(key), value, outcome(value)) for key, value in report.comparisons.items()],
         columns=_columns(report),
         means=_means,
         weights=", ".join(f"{weight:g}" for weight in WEIGHTS),
+        advice=advice(report),
+        steps=_steps(report),
+        spreads=_spreads(report),
+        published=_published(report),
         # Made by matplotlib from numbers and fixed names alone.
-        wide=Markup(plot.svg(report, width=10.2, height=4.6)),  # noqa: S704
-        narrow=Markup(plot.svg(report, width=3.7, height=3.7)),  # noqa: S704
+        plots={name: tuple(map(Markup, both)) for name, both in plot.svgs(report).items()},
     )
 
 
@@ -65,3 +70,35 @@ def _means(row: TaskRow, columns: list[tuple[str, str]]) -> list[dict[str, Any]]
     """The cells of a task's row; the best one, the oracle aside, is marked."""
     best = max(row.means[name] for name, _ in columns if name != "oracle")
     return [{"mean": row.means[name], "best": name != "oracle" and row.means[name] == best} for name, _ in columns]
+
+
+def _steps(report: Report) -> list[dict[str, float | None]]:
+    """What each number of candidates is worth with the scorer, and costs: powers of two, where it pays, and all."""
+    points = [point.mean for point in report.curve.get("scorer", ())]
+    if not points:
+        return []
+    size = len(points)
+    chosen = sorted({n for n in (1, 2, 4, 8, 16, 32, 64, report.pays_until, size) if n <= size})
+    return [_step(report, points, n) for n in chosen]
+
+
+def _step(report: Report, points: list[float], n: int) -> dict[str, float | None]:
+    gain = points[n - 1] - points[0]
+    tokens, seconds = (None if each is None else each * n for each in (report.cost.tokens, report.cost.seconds))
+    added = None if tokens is None or report.cost.tokens is None else tokens - report.cost.tokens
+    per_point = added / (100 * gain) if added and gain > 0 else None
+    return {"n": n, "mean": points[n - 1], "gain": gain, "tokens": tokens, "seconds": seconds, "per_point": per_point}
+
+
+def _spreads(report: Report) -> list[tuple[str, int, float, float, float]]:
+    """Task, templates, and the lowest, mean and highest accuracy over them."""
+    found = [(row.task, list(row.templates.values())) for row in report.tasks if len(row.templates) > 1]
+    return [(task, len(own), min(own), sum(own) / len(own), max(own)) for task, own in found]
+
+
+def _published(report: Report) -> list[tuple[str, list[str], list[Published]]]:
+    """Source, its models, and the tasks that it shares with the report."""
+    sources: dict[str, list[Published]] = {}
+    for row in report.published:
+        sources.setdefault(row.source, []).append(row)
+    return [(source, list(rows[0].numbers), rows) for source, rows in sources.items()]

@@ -1,25 +1,44 @@
 """The evaluation itself: every selector over the same pools, with paired intervals."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from cappy.errors import RecordError
-from cappy.evaluation import curve, report, selectors, statistics
+from cappy.errors import ConfigError, RecordError
+from cappy.evaluation import (
+    best_of_n,
+    calibration,
+    curve,
+    examples,
+    published,
+    report,
+    robustness,
+    selectors,
+    statistics,
+    tables,
+)
+from cappy.evaluation.findings import Calibrated, Cost, Coverage, Probe
 from cappy.evaluation.pools import Pool, Score, Vector, collect, num_pairs, score_pools
 from cappy.evaluation.rules import Rules, Values, rules
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Split
+from cappy.scoring.calibration import Calibration
 
-COMPARISONS = (
-    *(("scorer", other) for other in ("random", "first", "longest", "best_system", "likelihood", "mbr", "champion")),
-    ("hybrid_mbr", "mbr"),
-    ("hybrid_mbr", "scorer"),
-    ("hybrid_likelihood", "scorer"),
-    ("mbr", "random"),
-    ("mbr", "likelihood"),
-)
-NUM_EXAMPLES = 10
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Pools that one scorer is reported on, what was chosen on the held-out ones, and the calibration fitted there.
+
+    An evaluation has one part, a cross-fitted one has a part for each fold.
+    """
+
+    pools: Sequence[Pool]
+    held_out: Sequence[Pool]
+    held_scores: Values
+    rules: Rules
+    calibration: Calibration | None
+    probes: Sequence[Probe] = ()
 
 
 def evaluate(
@@ -31,6 +50,7 @@ def evaluate(
     split: Split = "test",
     seed: int = 0,
     resamples: int = 2000,
+    probe: bool = True,
     progress: Progress = silent,
 ) -> report.Report:
     """Every selector on the instances of `split`; the validation split chooses hybrid weights and the best system.
@@ -38,46 +58,43 @@ def evaluate(
     The instances of both splits are held in memory, those of other splits are not. RecordError where there is nothing
     to report on, or a candidate has no label.
     """
+    pools, held_out, skipped = pools_of(instances, metric=metric, split=split)
+    part = part_of(pools, held_out, score, champion, metric=metric, seed=seed, probe=probe, progress=progress)
+    return report_of([part], metric=metric, split=split, seed=seed, resamples=resamples, skipped=skipped)
+
+
+def pools_of(instances: Iterable[Instance], *, metric: str, split: Split) -> tuple[list[Pool], list[Pool], int]:
+    """The reported pools, the held-out ones, and how many instances of `split` have no candidate to select."""
     collected = collect(instances, metric=metric, splits={split, "validation"})
     pools = [pool for pool in collected if pool.instance.split == split and pool.candidates]
     held_out = [pool for pool in collected if pool.instance.split == "validation" != split and pool.candidates]
     skipped = sum(pool.instance.split == split and not pool.candidates for pool in collected)
+    if not pools and skipped:
+        raise RecordError(
+            f"all {skipped} {split} instances are without candidates to select from; run cappy sampling first"
+        )
     if not pools:
-        raise RecordError(_nothing(split, skipped))
-    scores, held = _scored(pools, held_out, score, champion, progress)
-    found = rules(pools, held_out, scores, held)
-    labels = {"random": np.array([pool.labels.mean() for pool in pools])}
-    labels |= {name: _picked(pools, values) for name, values in found.values.items()}
-    labels = {name: labels[name] for name in report.SELECTORS if name in labels}
-    likelihood = max(_likelihoods(labels), key=lambda name: labels[name].mean(), default="")
-    samples = _resampled(labels, pools, resamples, seed)
-    return report.Report(
-        metric=metric,
-        split=split,
-        seed=seed,
-        resamples=resamples,
-        facts=_facts(pools, held_out, skipped),
-        selectors=_rows(labels, samples, found, pools),
-        unavailable=found.unavailable,
-        comparisons=_comparisons(labels, samples, likelihood),
-        curve=_curves(pools, found, likelihood, resamples, seed),
-        tasks=_tasks(pools, labels, resamples, seed),
-        averages=_averages(pools, labels),
-        examples=_examples(pools, found, seed),
-        better_likelihood=likelihood,
-    )
+        raise RecordError(f"no instance of split {split!r} to report on; prepare instances with that split")
+    if all(len(pool.candidates) == 1 for pool in pools):
+        raise RecordError(
+            f"every {split} instance has a single candidate, so there is nothing to select; sample more of them "
+            "(cappy sampling --strategy)"
+        )
+    return pools, held_out, skipped
 
 
-def _nothing(split: str, skipped: int) -> str:
-    if skipped:
-        return f"all {skipped} {split} instances are without candidates to select from; run cappy sampling first"
-    return f"no instance of split {split!r} to report on; prepare instances with that split"
-
-
-def _scored(
-    pools: Sequence[Pool], held_out: Sequence[Pool], score: Score | None, champion: Score | None, progress: Progress
-) -> tuple[dict[str, Values], Values]:
-    """The scores of scorer and champion on the reported pools, and the scorer's on the held-out ones."""
+def part_of(
+    pools: Sequence[Pool],
+    held_out: Sequence[Pool],
+    score: Score | None,
+    champion: Score | None = None,
+    *,
+    metric: str,
+    seed: int,
+    probe: bool = True,
+    progress: Progress = silent,
+) -> Part:
+    """Scores the pools, and the held-out ones by the scorer alone, and finds all selectors' values."""
     total = (num_pairs(pools) + num_pairs(held_out)) * (score is not None) + num_pairs(pools) * (champion is not None)
     done = 0
 
@@ -93,149 +110,144 @@ def _scored(
         scores["scorer"] = score_pools(pools, score, told)
     if champion is not None:
         scores["champion"] = score_pools(pools, champion, told)
-    return scores, held
+    for name, values in scores.items():
+        _refuse_constant(name, values)
+    fitted = calibration.fit(_flat(held), _flat([pool.labels for pool in held_out]), metric) if held else None
+    probes: list[Probe] = []
+    if score is not None and probe:
+        table = tables.tasks(pools, _means(pools, {"scorer": scores["scorer"]}, 1, seed), resamples=1, seed=seed)
+        probes = robustness.probes(pools, scores["scorer"], score, table, seed)
+    found = rules(pools, held_out, scores, held)
+    return Part(pools=pools, held_out=held_out, held_scores=held, rules=found, calibration=fitted, probes=probes)
 
 
-def _picked(pools: Sequence[Pool], values: Values) -> Vector:
-    rows = zip(pools, values, strict=True)
-    return np.array([pool.labels[selectors.pick(value)] for pool, value in rows])
+def report_of(
+    parts: Sequence[Part], *, metric: str, split: str, seed: int, resamples: int, skipped: int = 0, folds: int = 0
+) -> report.Report:
+    """The report on all pools of the parts together."""
+    pools = [pool for part in parts for pool in part.pools]
+    found = _joined([part.rules for part in parts])
+    means = _means(pools, found.values, resamples, seed)
+    likelihood = max(
+        (name for name in ("likelihood_sum", "likelihood_mean") if name in means.labels),
+        key=lambda name: means.labels[name].mean(),
+        default="",
+    )
+    compared = tables.pairs(means, likelihood)
+    comparisons = {key: means.compare(*sides) for key, sides in compared.items()}
+    curves = best_of_n.curves(pools, found, likelihood, resamples=resamples, seed=seed)
+    tasks = tables.tasks(pools, means, resamples=resamples, seed=seed)
+    return report.Report(
+        metric=metric,
+        split=split,
+        seed=seed,
+        resamples=resamples,
+        facts=_facts(parts, pools, skipped),
+        selectors=tables.rows(means, found, pools),
+        unavailable=found.unavailable,
+        comparisons=comparisons,
+        adjusted=statistics.holm({key: statistics.p_value(value, resamples) for key, value in comparisons.items()}),
+        power={key: means.power(*sides) for key, sides in compared.items()},
+        curve=curves,
+        pays_until=curve.pays_until([point.mean for point in curves["scorer"]]) if "scorer" in curves else 0,
+        tasks=tasks,
+        averages=tables.averages(tasks, resamples=resamples, seed=seed),
+        published=published.beside(
+            tasks,
+            metric,
+            tables.subject_of(means.labels),
+            {pool.instance.task for pool in pools if pool.instance.template},
+        ),
+        examples=examples.drawn(pools, found, seed),
+        worst=examples.worst(pools, found),
+        calibration=_calibrated(parts),
+        coverage=_coverage(pools, found),
+        probes=_mean_probes([part.probes for part in parts]),
+        cost=Cost(tokens=_tokens(pools)),
+        better_likelihood=likelihood,
+        folds=folds,
+    )
 
 
-def _likelihoods(labels: Mapping[str, Vector]) -> list[str]:
-    return [name for name in labels if name in ("likelihood_sum", "likelihood_mean")]
-
-
-def _resampled(labels: Mapping[str, Vector], pools: Sequence[Pool], resamples: int, seed: int) -> dict[str, Vector]:
-    """Selector -> its mean in every resample; the resamples are the same for all of them."""
-    groups = [pool.instance.group_id for pool in pools]
-    means = statistics.resampled_means(np.stack(list(labels.values()), axis=1), groups, resamples=resamples, seed=seed)
-    return dict(zip(labels, means.T, strict=True))
-
-
-def _compared(labels: Mapping[str, Vector], samples: Mapping[str, Vector], one: str, other: str) -> report.Difference:
-    return statistics.compare(labels[one].mean(), labels[other].mean(), samples[one], samples[other])
-
-
-def _rows(
-    labels: Mapping[str, Vector], samples: Mapping[str, Vector], found: Rules, pools: Sequence[Pool]
-) -> dict[str, report.Row]:
-    def ties(name: str) -> int:
-        values = found.values.get(name, ())
-        return sum(selectors.is_tied(value, pool.labels) for pool, value in zip(pools, values, strict=False))
-
-    return {
-        name: report.Row(
-            estimate=statistics.estimate(labels[name].mean(), samples[name]),
-            gain=_compared(labels, samples, name, "random"),
-            ties=ties(name),
-            detail=found.details.get(name, ""),
+def _refuse_constant(name: str, values: Values) -> None:
+    flat = _flat(values)
+    if len(flat) > 1 and flat.max() - flat.min() == 0.0:
+        raise ConfigError(
+            f"the {name} gave {flat[0]:.6g} to all {len(flat)} candidates, so it tells none apart; train it again"
         )
-        for name in labels
-    }
 
 
-def _comparisons(
-    labels: Mapping[str, Vector], samples: Mapping[str, Vector], likelihood: str
-) -> dict[str, report.Difference]:
-    named = {name: likelihood if name == "likelihood" else name for _, name in COMPARISONS}
-    return {
-        f"{one}-{other}": _compared(labels, samples, one, named[other])
-        for one, other in COMPARISONS
-        if one in labels and named[other] in labels
-    }
+def _means(pools: Sequence[Pool], values: Mapping[str, Values], resamples: int, seed: int) -> tables.Means:
+    """The selectors' labels by pool, in the order of a report."""
+    labels = {"random": np.array([pool.labels.mean() for pool in pools])}
+    for name, own in values.items():
+        rows = zip(pools, own, strict=True)
+        labels[name] = np.array([pool.labels[selectors.pick(value)] for pool, value in rows])
+    ordered = {name: labels[name] for name in report.SELECTORS if name in labels}
+    return tables.means(ordered, [pool.instance.group_id for pool in pools], resamples=resamples, seed=seed)
 
 
-def _curves(
-    pools: Sequence[Pool], found: Rules, likelihood: str, resamples: int, seed: int
-) -> dict[str, tuple[report.Estimate, ...]]:
-    """Best-of-n for n from 1 to the largest pool."""
-    curves = {"random": [np.full(1, pool.labels.mean()) for pool in pools]}
-    for name in ("scorer", "champion", likelihood, "oracle"):
-        if name in found.values:
-            rows = zip(pools, found.values[name], strict=True)
-            curves[name] = [curve.ranked_curve(values, pool.labels) for pool, values in rows]
-    if "mbr" in found.values:
-        rng = np.random.default_rng(seed)
-        curves["mbr"] = [curve.mbr_curve(pool.responses, pool.labels, rng) for pool in pools]
-    size = max(len(pool.candidates) for pool in pools)
-    groups = [pool.instance.group_id for pool in pools]
-    estimates = {}
-    for name, each in curves.items():
-        values = np.stack([curve.extended(row, size) for row in each])
-        samples = statistics.resampled_means(values, groups, resamples=resamples, seed=seed)
-        columns = zip(values.mean(axis=0), samples.T, strict=True)
-        estimates[name] = tuple(statistics.estimate(mean, column) for mean, column in columns)
-    return estimates
+def _joined(found: Sequence[Rules]) -> Rules:
+    """The selectors that all parts have, one part's pools after another's; details of several parts are listed."""
+    first = found[0]
+    names = [name for name in first.values if all(name in own.values for own in found)]
+    missing = {name: reason for own in found for name, reason in own.unavailable.items()}
+    details = {}
+    for name in first.details:
+        if name in names:
+            details[name] = ", ".join(dict.fromkeys(own.details.get(name, "") for own in found))
+    return Rules(
+        values={name: [value for own in found for value in own.values[name]] for name in names},
+        details=details,
+        unavailable=missing,
+    )
 
 
-def _tasks(
-    pools: Sequence[Pool], labels: Mapping[str, Vector], resamples: int, seed: int
-) -> tuple[report.TaskRow, ...]:
-    subject = next(name for name in ("scorer", "mbr", "first") if name in labels)
-    rows = []
-    for task, where in _grouped([pool.instance.task for pool in pools]).items():
-        own = [pools[index] for index in where]
-        part = {name: values[where] for name, values in labels.items()}
-        is_choice = all(pool.is_choice for pool in own)
-        templates = _grouped([pool.instance.template for pool in own]) if is_choice else {}
-        rows.append(
-            report.TaskRow(
-                task=task,
-                kind="choice" if is_choice else "generation",
-                instances=len(own),
-                means={name: float(values.mean()) for name, values in part.items()},
-                gain=_compared(part, _resampled(part, own, resamples, seed), subject, "random"),
-                templates={name: float(part[subject][index].mean()) for name, index in templates.items()},
-            )
+def _calibrated(parts: Sequence[Part]) -> Calibrated | None:
+    """Calibration over all reported candidates, each by the map that was fitted beside its own scorer."""
+    if any("scorer" not in part.rules.values for part in parts):
+        return None
+    raw = _flat([value for part in parts for value in part.rules.values["scorer"]])
+    labels = _flat([pool.labels for part in parts for pool in part.pools])
+    maps = [part.calibration for part in parts]
+    mapped = None
+    if all(own is not None for own in maps):
+        mapped = np.array(
+            [
+                value
+                for part, own in zip(parts, maps, strict=True)
+                if own is not None
+                for value in own.apply(_flat(part.rules.values["scorer"]).tolist())
+            ]
         )
-    return tuple(rows)
+    return calibration.calibrated(raw, mapped, labels, sum(own.fitted_on for own in maps if own is not None))
 
 
-def _averages(pools: Sequence[Pool], labels: Mapping[str, Vector]) -> dict[str, dict[str, float]]:
-    """Unweighted means over tasks; CrowS-Pairs can carry an average alone, so there is one without it."""
-    tasks = _grouped([pool.instance.task for pool in pools])
-    kept = {task: where for task, where in tasks.items() if "crows" not in task.casefold()}
-    sets = {"all tasks": tasks, "without CrowS-Pairs": kept if len(kept) < len(tasks) else {}}
-    return {
-        title: {
-            name: float(np.mean([values[where].mean() for where in of.values()])) for name, values in labels.items()
-        }
-        for title, of in sets.items()
-        if len(of) > 1
-    }
+def _coverage(pools: Sequence[Pool], found: Rules) -> Coverage | None:
+    if "scorer" not in found.values:
+        return None
+    values = found.values["scorer"]
+    labels = np.array([pool.labels[selectors.pick(own)] for pool, own in zip(pools, values, strict=True)])
+    return calibration.coverage([float(own.max()) for own in values], labels)
 
 
-def _grouped(names: Sequence[str]) -> dict[str, list[int]]:
-    groups: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
-        groups.setdefault(name, []).append(index)
-    return dict(sorted(groups.items()))
+def _mean_probes(parts: Sequence[Sequence[Probe]]) -> tuple[Probe, ...]:
+    """The first part's probes: a cross-fitted report says of one of its scorers how it reads."""
+    return tuple(parts[0]) if parts else ()
 
 
-def _examples(pools: Sequence[Pool], found: Rules, seed: int) -> tuple[report.Example, ...]:
-    drawn = np.sort(np.random.default_rng(seed).permutation(len(pools))[:NUM_EXAMPLES])
-    shown = [name for name in ("first", "mbr", "scorer", "oracle") if name in found.values]
-    examples = []
-    for index in drawn:
-        pool = pools[index]
-        best = {name: selectors.pick(found.values[name][index]) for name in shown}
-        picks = (
-            report.Pick(selector=n, response=pool.responses[i], label=float(pool.labels[i])) for n, i in best.items()
-        )
-        instance = pool.instance
-        examples.append(
-            report.Example(
-                instance_id=instance.instance_id,
-                task=instance.task,
-                instruction=instance.instruction,
-                references=instance.references,
-                picks=tuple(picks),
-            )
-        )
-    return tuple(examples)
+def _tokens(pools: Sequence[Pool]) -> float | None:
+    """Mean tokens of a candidate; None where one was not counted."""
+    counts = [candidate.num_tokens for pool in pools for candidate in pool.candidates]
+    known = [count for count in counts if count is not None]
+    return float(np.mean(known)) if known and len(known) == len(counts) else None
 
 
-def _facts(pools: Sequence[Pool], held_out: Sequence[Pool], skipped: int) -> dict[str, int]:
+def _flat(values: Values) -> Vector:
+    return np.concatenate([np.asarray(value, dtype=np.float64) for value in values]) if len(values) else np.empty(0)
+
+
+def _facts(parts: Sequence[Part], pools: Sequence[Pool], skipped: int) -> dict[str, int]:
     sizes = [len(pool.candidates) for pool in pools]
     return {
         "instances": len(pools),
@@ -243,7 +255,8 @@ def _facts(pools: Sequence[Pool], held_out: Sequence[Pool], skipped: int) -> dic
         "candidates": sum(sizes),
         "fewest_candidates": min(sizes),
         "most_candidates": max(sizes),
-        "held_out_instances": len(held_out),
+        "single_candidate_instances": sizes.count(1),
+        "held_out_instances": sum(len(part.held_out) for part in parts),
         "skipped_instances": skipped,
         "mbr_curve_orders": curve.MBR_DRAWS,
     }

@@ -7,7 +7,24 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from cappy.errors import RecordError, shown
+from cappy.evaluation.findings import (
+    Average,
+    Calibrated,
+    Cost,
+    Coverage,
+    Difference,
+    Estimate,
+    Example,
+    Power,
+    Probe,
+    Published,
+    Row,
+    TaskRow,
+)
 from cappy.pages.words import metric_name, percent, signed
+
+SCHEMA = 2
+"""Goes up when a field changes its meaning or goes; a field that is added needs no other number."""
 
 SELECTORS: Mapping[str, str] = {
     "random": "random choice",
@@ -28,80 +45,15 @@ SELECTORS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A mean with its 95% interval, on the metric's scale of 0 to 1."""
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """A paired difference of two means, its 95% interval, and the probability that it is above 0."""
-
-    difference: float
-    low: float
-    high: float
-    probability: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One selector: its mean label, its gain over random choice, what was chosen for it on held-out instances.
-
-    `ties` counts the instances where order alone decided between candidates with different labels.
-    """
-
-    estimate: Estimate
-    gain: Difference
-    ties: int = 0
-    detail: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskRow:
-    """One task: the mean label of each selector, and the gain of the scorer (or of MBR without one) over random choice.
-
-    `kind` is "choice" where every instance is a choice from a closed set; `templates` then has the accuracy of the same
-    selector by template.
-    """
-
-    task: str
-    kind: str
-    instances: int
-    means: Mapping[str, float]
-    gain: Difference
-    templates: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pick:
-    """What a selector picked in an example, with its label."""
-
-    selector: str
-    response: str
-    label: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """An instance to look at: drawn at random, so that nobody chose it."""
-
-    instance_id: str
-    task: str
-    instruction: str
-    references: tuple[str, ...]
-    picks: tuple[Pick, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything that an evaluation found; numbers are on the metric's scale of 0 to 1.
 
     `comparisons` maps "one-other" to their paired difference; "scorer-likelihood" compares with the likelihood selector
-    named in `better_likelihood`, the better one on the reported split itself, which favours the baseline. `averages`
-    are unweighted means over tasks. `leaks` counts reported prompts that a scorer was trained on.
+    named in `better_likelihood`, the better one on the reported split itself, which favours the baseline. `adjusted`
+    has the comparisons' p-values after Holm's correction. `averages` are unweighted means over tasks. `leaks` counts
+    reported prompts that a scorer was trained on. `pays_until` is the number of candidates beyond which one more adds
+    less than `curve.WORTH`; 0 where no scorer was given. `folds` is above 0 where the report was cross-fitted: it is
+    then about the recipe, not about the scorer in `versions`.
     """
 
     metric: str
@@ -113,25 +65,39 @@ class Report:
     unavailable: Mapping[str, str]
     comparisons: Mapping[str, Difference]
     curve: Mapping[str, tuple[Estimate, ...]]
+    adjusted: Mapping[str, float] = field(default_factory=dict)
+    power: Mapping[str, Power] = field(default_factory=dict)
     tasks: tuple[TaskRow, ...] = ()
-    averages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    averages: Mapping[str, Average] = field(default_factory=dict)
     examples: tuple[Example, ...] = ()
+    worst: tuple[Example, ...] = ()
+    calibration: Calibrated | None = None
+    coverage: Coverage | None = None
+    probes: tuple[Probe, ...] = ()
+    published: tuple[Published, ...] = ()
+    cost: Cost = field(default_factory=Cost)
+    pays_until: int = 0
     better_likelihood: str = ""
     leaks: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    folds: int = 0
+    schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, with the verdict in words beside the numbers."""
+        """JSON values, with the verdict and the advice in words beside the numbers."""
+        from cappy.evaluation.advice import advice
         from cappy.evaluation.verdict import verdict
 
         values: dict[str, Any] = TypeAdapter(Report).dump_python(self, mode="json")
-        return {"verdict": list(verdict(self)), **values}
+        return {"verdict": list(verdict(self)), "next": advice(self), **values}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Report":
-        """The report that `to_dict` wrote; RecordError if it is not one."""
+        """The report that `to_dict` wrote; RecordError if it is not one, or has another schema."""
+        check_schema(values)
+        told = {key: value for key, value in values.items() if key not in ("verdict", "next")}
         try:
-            return TypeAdapter(Report).validate_python({key: values[key] for key in values if key != "verdict"})
+            return TypeAdapter(Report).validate_python(told)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
@@ -151,7 +117,8 @@ class Report:
         return rows
 
     def text(self) -> str:
-        """The verdict and the table, as plain text."""
+        """The table, the verdict and the advice, as plain text."""
+        from cappy.evaluation.advice import advice
         from cappy.evaluation.verdict import verdict
 
         rows = self.table()
@@ -161,7 +128,18 @@ class Report:
             + "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
             for row in rows
         ]
-        return "\n".join([*lines, "", *verdict(self)]) + "\n"
+        return "\n".join([*lines, "", *verdict(self), "", advice(self)]) + "\n"
+
+
+def check_schema(values: Mapping[str, Any]) -> None:
+    """RecordError where the values of a report.json are of another schema than this version writes."""
+    found = values.get("schema", 1)
+    if not isinstance(found, int) or found > SCHEMA:
+        raise RecordError(
+            f"report: has schema {shown(found)}, this version reads {SCHEMA}; update cappy, or evaluate again with it"
+        )
+    if found < SCHEMA:
+        raise RecordError(f"report: has schema {found}, this version reads {SCHEMA}; evaluate again")
 
 
 def spread(interval: Estimate | Difference) -> str:

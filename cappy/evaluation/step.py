@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from cappy.config import code_version, fingerprint, identity
-from cappy.evaluation import EvaluationConfig, page, plot
-from cappy.evaluation.pools import Score
-from cappy.evaluation.protocol import evaluate
+from cappy.evaluation import EvaluationConfig, markdown, page, plot
+from cappy.evaluation.pools import Pool, Score, Vector
+from cappy.evaluation.protocol import Part, part_of, pools_of, report_of
 from cappy.evaluation.report import Report
+from cappy.evaluation.selectors import pick
+from cappy.evaluation.threshold import PICKS
 from cappy.progress import Progress
 from cappy.records import Instance, Manifest, prompt_hash, read, read_manifest
 from cappy.records.folder import MANIFEST, describe_files, write_bytes
 from cappy.records.work import claim, finish
+from cappy.scoring.calibration import CALIBRATION
 from cappy.specs import scorer_folder
 
 NUM_PROBES = 32
@@ -54,22 +58,35 @@ def evaluate_folder(
         reported = [instance for instance in instances if instance.split == config.split and instance.selectable]
         scorers = {name: load(str(path)) for name, path in folders.items()}
         scores = {name: remembered(scorer.score, folder, name) for name, scorer in scorers.items()}
-        report = evaluate(
-            instances,
-            score=scores["challenger"],
-            champion=scores.get("champion"),
+        pools, held_out, skipped = pools_of(instances, metric=config.metric, split=config.split)
+        part = part_of(
+            pools,
+            held_out,
+            scores["challenger"],
+            scores.get("champion"),
+            metric=config.metric,
+            seed=config.seed,
+            probe=config.probe,
+            progress=progress,
+        )
+        report = report_of(
+            [part],
             metric=config.metric,
             split=config.split,
             seed=config.seed,
             resamples=config.resamples,
-            progress=progress,
+            skipped=skipped,
         )
         report = replace(
             report,
             leaks={name: seen_in_training(reported, trained_on(path)) for name, path in folders.items()},
             versions={name: scorer.version for name, scorer in scorers.items()},
+            cost=replace(report.cost, seconds=seconds_per_pair(folder, "challenger")),
         )
         write_report(folder, report)
+        write_picks(folder, part, config)
+        if part.calibration is not None:
+            write_bytes(folder / CALIBRATION, part.calibration.to_json().encode())
         write_probe(folder, probe(reported, scores["challenger"], seed=config.seed))
         manifest = Manifest(
             step="evaluation",
@@ -86,17 +103,47 @@ def evaluate_folder(
 
 
 def remembered(score: Score, folder: Path, name: str) -> Score:
-    """`score`, each call's answer kept in a hidden file of the work folder: a restart does not score it again."""
+    """`score`, each call's answer kept in a hidden file of the work folder: a restart does not score it again.
+
+    The file has the seconds that it took too.
+    """
 
     def scores(pairs: Sequence[tuple[str, str]]) -> list[float]:
         key = hashlib.sha256(json.dumps(list(pairs)).encode()).hexdigest()[:16]
         path = folder / f".{name}-{key}.json"
         if not path.is_file():
-            write_bytes(path, json.dumps([float(value) for value in score(pairs)]).encode())
-        kept: list[float] = json.loads(path.read_text())
+            started = time.monotonic()
+            values = [float(value) for value in score(pairs)]
+            told = {"scores": values, "seconds": time.monotonic() - started}
+            write_bytes(path, json.dumps(told).encode())
+        kept: list[float] = json.loads(path.read_text())["scores"]
         return kept
 
     return scores
+
+
+def seconds_per_pair(folder: Path, name: str) -> float | None:
+    """The scorer's time for a pair, over the calls with 100 pairs or more that `remembered` kept, else all."""
+    calls = [json.loads(path.read_text()) for path in sorted(folder.glob(f".{name}-*.json"))]
+    large = [call for call in calls if len(call["scores"]) >= 100] or calls
+    pairs = sum(len(call["scores"]) for call in large)
+    return sum(call["seconds"] for call in large) / pairs if pairs else None
+
+
+def write_picks(folder: Path, part: Part, config: EvaluationConfig) -> None:
+    """Writes picks.json: the score and label of the scorer's pick of every instance, held-out and reported."""
+    held, reported = (part.held_out, part.held_scores), (part.pools, part.rules.values["scorer"])
+    values = {
+        "metric": config.metric,
+        "held_out": _picked(*held),
+        "reported": _picked(*reported),
+    }
+    write_bytes(folder / PICKS, json.dumps(values).encode())
+
+
+def _picked(pools: Sequence[Pool], scores: Sequence[Vector]) -> list[tuple[float, float]]:
+    picks = [(pick(values), values, pool) for pool, values in zip(pools, scores, strict=True)]
+    return [(float(values[index]), float(pool.labels[index])) for index, values, pool in picks]
 
 
 def content(folder: Path) -> str:
@@ -130,12 +177,14 @@ def write_probe(folder: Path, triples: Sequence[Triple]) -> None:
 
 
 def write_report(folder: Path, report: Report) -> None:
-    """Writes report.json, report.html, table.txt and curve.png."""
+    """Writes report.json, report.html, report.md, table.txt and the plots."""
     text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
     write_bytes(folder / "report.json", f"{text}\n".encode())
     write_bytes(folder / "report.html", page.render(report).encode())
     write_bytes(folder / "table.txt", report.text().encode())
-    write_bytes(folder / "curve.png", plot.png(report))
+    write_bytes(folder / "report.md", markdown.render(report).encode())
+    for name, data in plot.files(report).items():
+        write_bytes(folder / name, data)
 
 
 def metrics(report: Report) -> dict[str, float]:
@@ -148,4 +197,8 @@ def metrics(report: Report) -> dict[str, float]:
         if one == "scorer":
             numbers[f"gain_over_{other}"] = difference.difference
             numbers[f"gain_over_{other}_low"] = difference.low
+    if report.calibration is not None:
+        best = report.calibration.calibrated or report.calibration.raw
+        numbers |= {"ece": best.ece, "brier": best.brier}
+    numbers |= {f"probe_{one.name.replace(' ', '_')}": one.value for one in report.probes}
     return numbers | {f"leaks_{name}": float(count) for name, count in report.leaks.items()}

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from cappy.evaluation.report import SELECTORS, Difference, Report, spread
+from cappy.evaluation.findings import Difference
+from cappy.evaluation.report import SELECTORS, Report, spread
 from cappy.pages.words import percent, signed
 
 BASELINES = {
@@ -11,6 +12,7 @@ BASELINES = {
     "mbr": "MBR, the consensus of the pool, which needs no training",
     "champion": "the champion",
 }
+FAR = 100
 _SHORT = {"random": "random choice", "likelihood": "the likelihood", "mbr": "MBR", "champion": "the champion"}
 
 
@@ -46,11 +48,22 @@ def _sentence(report: Report, subject: str, name: str, difference: Difference) -
     numbers = f"{percent(means[0])} against {percent(means[1])}, {signed(difference.difference)}"
     interval = f"95% interval {spread(difference)}"
     verb = {"better": "beats", "worse": "does worse than", "open": "may or may not beat"}[outcome(difference)]
-    remedy = "; more instances would tell" if outcome(difference) == "open" else ""
+    remedy = _remedy(report, f"{subject}-{name}") if outcome(difference) == "open" else ""
     if difference.low == difference.high == 0:
         verb, remedy = "does exactly as well as", ""
     who = f"{BASELINES[name]} ({SELECTORS[other]})" if name == "likelihood" else BASELINES[name]
     return f"{_subject(subject)} {verb} {who}: {numbers} ({interval}){remedy}."
+
+
+def _remedy(report: Report, key: str) -> str:
+    """What more instances would tell of a difference that is open."""
+    power = report.power.get(key)
+    if power is None or power.groups_needed is None:
+        return "; more instances would tell"
+    smallest = percent(power.smallest)
+    if power.groups_needed > FAR * power.groups:
+        return f"; {power.groups:,} groups show {smallest} or more, and this one is far below"
+    return f"; {power.groups:,} groups show {smallest} or more, about {power.groups_needed:,} would show this one"
 
 
 def _hybrid(report: Report) -> Iterator[str]:
@@ -73,6 +86,13 @@ def _cautions(report: Report) -> Iterator[str]:
                 f"Caution: the {name} was trained on {count} of the {instances} {report.split} prompts, "
                 "so its result is too good."
             )
+    found = report.comparisons
+    changed = [key for key, value in found.items() if outcome(value) != "open" and report.adjusted.get(key, 0) > 0.05]
+    if changed:
+        yield (
+            f"Of {len(found)} comparisons {len(changed)} would be open if each had to stand among all of them "
+            f"(Holm): {', '.join(changed)}."
+        )
     if instances < 100:
         yield f"Caution: only {instances} instances; intervals of so few are themselves unsure."
 

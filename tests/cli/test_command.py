@@ -18,7 +18,8 @@ from cappy.steps import STEPS, config_class
 Cappy = Callable[..., subprocess.CompletedProcess[str]]
 Rows = Callable[[str], dict[str, str]]
 
-VERBS = {*STEPS, "adapt", "score", "select", "serve", "rollback", "convert", "templates", "doctor", "pipeline"}
+OTHER = "adapt score select serve rollback convert templates threshold doctor pipeline"
+VERBS = {*STEPS, *OTHER.split()}
 HEAVY = ("torch", "transformers", "mlflow", "kfp", "numpy", "pyarrow", "fastapi", "serving", "pipelines", "components")
 
 

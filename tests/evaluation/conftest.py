@@ -56,4 +56,4 @@ def instances(make_instance: Callable[..., Instance]) -> list[Instance]:
 def score(instances: list[Instance]) -> Callable[..., list[float]]:
     """A scorer that knows the labels, but not well."""
     labels = {(i.instruction, c.response): c.labels["rougeL"] for i in instances for c in i.candidates}
-    return lambda pairs: [0.5 * labels[pair] + 0.3 * random.Random(pair[1]).random() for pair in pairs]
+    return lambda pairs: [0.5 * labels.get(pair, 0.0) + 0.3 * random.Random(pair[1]).random() for pair in pairs]

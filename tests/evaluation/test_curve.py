@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cappy.evaluation.curve import best_probabilities, extended, mbr_curve, ranked_curve
+from cappy.evaluation.curve import best_probabilities, extended, mbr_curve, pays_until, ranked_curve
 from cappy.evaluation.selectors import mbr, pick
 
 RNG = np.random.default_rng(0)
@@ -50,3 +50,10 @@ def test_the_mbr_curve_comes_near_the_mean_over_all_subsets_and_ends_at_its_pick
 
 def test_a_smaller_pool_keeps_its_last_result() -> None:
     assert extended(np.array([0.2, 0.4]), 4).tolist() == [0.2, 0.4, 0.4, 0.4]
+
+
+def test_more_candidates_pay_as_long_as_one_adds_a_tenth_of_a_point() -> None:
+    assert pays_until([0.5, 0.6, 0.65, 0.6505, 0.6505]) == 3
+    assert pays_until([0.5, 0.5, 0.5, 0.6]) == 4
+    assert pays_until([0.5, 0.5]) == 1
+    assert pays_until([0.5]) == 1

@@ -72,11 +72,9 @@ def test_the_step_writes_a_report_that_can_be_verified_and_read(
     )
     assert verify(folders / "report") == manifest
     assert {file.name for file in manifest.files} == {
-        "report.json",
-        "report.html",
-        "curve.png",
-        "table.txt",
-        "probe.json",
+        *("report.json", "report.html", "report.md", "table.txt"),
+        *("curve.png", "curve.svg", "calibration.png", "calibration.svg"),
+        *("calibration.json", "picks.json", "probe.json"),
     }
     report = read_report(folders / "report")
     assert report.leaks == {"challenger": 0, "champion": 3}

@@ -1,5 +1,6 @@
 """The evaluation keeps its promises on a small pool."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from cappy.errors import CappyError, ConfigError, RecordError
-from cappy.evaluation import Report, evaluate
+from cappy.evaluation import Report, evaluate, published
 from cappy.evaluation.pools import CHUNK_PAIRS
 from cappy.records import Candidate, Instance
 
@@ -49,7 +50,7 @@ def test_a_planted_reference_is_never_picked(instances: list[Instance], score: S
 
 def test_a_scorer_that_knows_the_labels_is_the_oracle_and_its_hybrids_are_it(instances: list[Instance]) -> None:
     labels = {(i.instruction, c.response): c.labels["rougeL"] for i in instances for c in i.candidates}
-    report = evaluate(instances, score=lambda pairs: [labels[pair] for pair in pairs])
+    report = evaluate(instances, score=lambda pairs: [labels.get(pair, 0.0) for pair in pairs])
     found = means(report)
     assert found["scorer"] == found["hybrid_mbr"] == found["hybrid_likelihood"] == found["oracle"]
     assert report.selectors["hybrid_mbr"].detail == "weight 0"
@@ -87,7 +88,7 @@ def test_a_missing_likelihood_makes_the_selector_unavailable_and_says_why(
 
 
 def test_ties_with_another_label_are_counted_and_the_first_wins(instances: list[Instance]) -> None:
-    report = evaluate(instances, score=lambda pairs: [0.5] * len(pairs))
+    report = evaluate(instances, score=lambda pairs: [0.5 - (instruction[-1] == "1") for instruction, _ in pairs])
     assert means(report)["scorer"] == means(report)["first"]
     differing = sum(len({c.labels["rougeL"] for c in i.candidates}) > 1 for i in instances if i.split == "test")
     assert report.selectors["scorer"].ties == differing > 0
@@ -115,11 +116,21 @@ def test_instances_without_candidates_are_skipped_and_counted(instances: list[In
     assert (report.facts["instances"], report.facts["skipped_instances"]) == (39, 1)
 
 
-def test_a_pool_of_one_candidate_is_evaluated(instances: list[Instance], score: Score) -> None:
-    report = evaluate([replace(i, candidates=i.candidates[:1]) for i in instances], score=score)
-    assert len(set(means(report).values())) == 1
-    assert report.comparisons["scorer-random"].difference == 0
-    assert len(report.curve["scorer"]) == 1
+def test_an_instance_with_one_candidate_is_evaluated_and_counted(instances: list[Instance], score: Score) -> None:
+    lone = replace(instances[0], candidates=instances[0].candidates[:1])
+    report = evaluate([lone, *instances[1:]], score=score)
+    assert report.facts["single_candidate_instances"] == 1
+    assert report.facts["instances"] == 40
+
+
+def test_pools_of_one_candidate_alone_leave_nothing_to_select(instances: list[Instance], score: Score) -> None:
+    with pytest.raises(RecordError, match="single candidate.*cappy sampling"):
+        evaluate([replace(i, candidates=i.candidates[:1]) for i in instances], score=score)
+
+
+def test_a_scorer_that_tells_nothing_apart_is_refused(instances: list[Instance]) -> None:
+    with pytest.raises(ConfigError, match="the scorer gave 0.5 to all 240 candidates.*train it again"):
+        evaluate(instances, score=lambda pairs: [0.5] * len(pairs))
 
 
 def test_pools_of_different_sizes_have_one_curve(make_instance: Callable[..., Instance]) -> None:
@@ -152,8 +163,9 @@ def test_choices_give_accuracy_by_task_and_template() -> None:
     assert rows["rte"].templates == {"template 0": 0.0, "template 1": 1.0}
     assert {row.kind for row in report.tasks} == {"choice"}
     assert rows["rte"].means["random"] == pytest.approx(1 / 3)
-    assert report.averages["all tasks"]["scorer"] == 0.5
-    assert report.averages["without CrowS-Pairs"]["scorer"] == 0.25
+    assert report.averages["all tasks"].means["scorer"].mean == 0.5
+    assert report.averages["without CrowS-Pairs"].means["scorer"].mean == 0.25
+    assert report.averages["all tasks"].tasks == 3
     assert "choices" in report.unavailable["mbr"]
 
 
@@ -192,3 +204,59 @@ def test_a_missing_label_names_the_instance_and_the_remedy(instances: list[Insta
 def test_a_broken_scorer_is_an_error_and_not_a_pick(instances: list[Instance], bad: Score) -> None:
     with pytest.raises(ConfigError, match="the scorer gave"):
         evaluate(instances, score=bad)
+
+
+def test_an_average_over_tasks_is_as_unsure_as_its_tasks_differ(make_instance: Callable[..., Instance]) -> None:
+    """Many instances of few tasks that differ: instances alone would make the interval far too narrow."""
+    instances = [make_instance(index, task=f"task {index % 4}") for index in range(80)]
+    good = {i.instruction for i in instances if i.task in ("task 0", "task 1")}
+    labels = {(i.instruction, c.response): c.labels["rougeL"] for i in instances for c in i.candidates}
+    report = evaluate(instances, score=lambda p: [labels.get(x, 0.0) * (1 if x[0] in good else -1) for x in p])
+    average = report.averages["all tasks"].means["scorer"]
+    by_task = [row.means["scorer"] for row in report.tasks]
+    assert average.mean == pytest.approx(np.mean(by_task))
+    assert (average.low, average.high) == pytest.approx((min(by_task), max(by_task)), abs=0.05)
+    assert average.high - average.low > 2 * (
+        report.selectors["scorer"].estimate.high - report.selectors["scorer"].estimate.low
+    )
+
+
+def test_the_worst_instances_come_first_with_their_candidates_by_score(instances: list[Instance], score: Score) -> None:
+    report = evaluate(instances, score=score)
+    lost = [{pick.selector: pick.label for pick in example.picks} for example in report.worst]
+    regrets = [picks["oracle"] - picks["scorer"] for picks in lost]
+    assert regrets == sorted(regrets, reverse=True)
+    assert regrets[-1] > 0
+    for example in report.worst:
+        scores = [candidate.score for candidate in example.candidates]
+        assert scores == sorted(scores, reverse=True)  # type: ignore[type-var]
+        assert len(scores) + example.left_out == 6
+
+
+def test_a_long_pool_is_cut_but_its_picks_stay(make_instance: Callable[..., Instance]) -> None:
+    made = [make_instance(index, size=40) for index in range(5)]
+    report = evaluate(made, score=lambda pairs: [-len(response) / 100 for _, response in pairs], probe=False)
+    for example in report.worst:
+        assert len(example.candidates) == 12
+        assert example.left_out == 28
+        assert {pick.response for pick in example.picks} <= {one.response for one in example.candidates}
+
+
+def test_published_tasks_have_their_numbers_beside_ours(instances: list[Instance], score: Score) -> None:
+    tense = evaluate([replace(i, task="tense") for i in instances], score=score).published
+    assert [(row.task, row.numbers["FLAN-T5-xxl + Cappy"]) for row in tense] == [("tense", 96.23)]
+    assert evaluate([replace(i, task="tense", template="own") for i in instances], score=score).published == ()
+    assert evaluate([replace(i, task="my task") for i in instances], score=score).published == ()
+
+
+def test_the_published_tables_are_whole_and_have_the_known_averages() -> None:
+    tables = json.loads(published.DATA.read_text())
+    large = [row["Cappy-large"] for row in tables["promptsource11"]["tasks"].values()]
+    assert len(large) == 11
+    assert sum(large) / 11 == pytest.approx(56.6, abs=0.1)
+    rows = list(tables["bigbench45"]["tasks"].values())
+    means = [
+        sum(row[f"FLAN-T5-{size} + Cappy"] for row in rows) / 45 for size in ("small", "base", "large", "xl", "xxl")
+    ]
+    assert len(rows) == 45
+    assert means == pytest.approx([23.6543, 27.6178, 30.3802, 33.2775, 37.1678], abs=0.01)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from cappy.evaluation.statistics import compare, estimate, resampled_means
+from cappy.evaluation.findings import Difference
+from cappy.evaluation.statistics import compare, estimate, holm, p_value, power, resampled_means
 
 
 def test_intervals_of_grouped_data_hold_the_true_mean_as_often_as_they_say() -> None:
@@ -51,3 +52,43 @@ def test_the_seed_decides_and_chunks_do_not_repeat() -> None:
     assert (first == again).all()
     assert (first != other).any()
     assert len(np.unique(first)) == 450
+
+
+def test_a_difference_of_the_smallest_size_is_shown_in_four_of_five_tries() -> None:
+    rng = np.random.default_rng(0)
+    groups = [str(index) for index in range(200)]
+    smallest = 2.8 * np.sqrt(2) / np.sqrt(200)
+    shown = []
+    found = []
+    for trial in range(300):
+        values = rng.normal(size=(200, 2)) + np.array([smallest, 0.0])
+        samples = resampled_means(values, groups, resamples=400, seed=trial)
+        means = values.mean(axis=0)
+        shown.append(compare(means[0], means[1], samples[:, 0], samples[:, 1]).low > 0)
+        found.append(power(means[0] - means[1], samples[:, 0], samples[:, 1], 200).smallest)
+    assert np.mean(found) == pytest.approx(smallest, rel=0.03)
+    assert 0.73 < np.mean(shown) < 0.87
+
+
+def test_a_difference_half_the_smallest_needs_four_times_the_groups() -> None:
+    samples = np.random.default_rng(0).normal(size=4000)
+    smallest = power(1.0, samples, np.zeros(4000), 50).smallest
+    assert power(smallest / 2, samples, np.zeros(4000), 50).groups_needed == pytest.approx(200, abs=1)
+    assert power(0.0, samples, np.zeros(4000), 50).groups_needed is None
+
+
+def test_holm_multiplies_the_smallest_by_all_and_never_turns_the_order() -> None:
+    """The example of three hypotheses at 0.01, 0.02 and 0.04: 3 x 0.01, 2 x 0.02, then the highest so far."""
+    found = holm({"c": 0.04, "a": 0.01, "b": 0.02})
+    assert list(found) == ["c", "a", "b"]
+    assert found == pytest.approx({"a": 0.03, "b": 0.04, "c": 0.04})
+    assert holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+
+
+def test_no_p_value_is_below_what_the_resamples_can_tell() -> None:
+    def of(probability: float) -> Difference:
+        return Difference(difference=0.0, low=0.0, high=0.0, probability=probability)
+
+    assert p_value(of(1.0), 2000) == p_value(of(0.0), 2000) == pytest.approx(0.001)
+    assert p_value(of(0.5), 2000) == 1.0
+    assert p_value(of(0.975), 2000) == pytest.approx(0.05)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cappy.evaluation.report import SCHEMA
 from cappy.records import Manifest
 from cappy.records.folder import describe_files, write_manifest
 
@@ -49,6 +50,7 @@ class Room:
         found = {"difference": 0.2, "low": 0.1, "high": 0.3, "probability": 1.0}
         others = ("random", "likelihood", "mbr") if champion is None else ("random", "likelihood", "mbr", "champion")
         values: dict[str, Any] = {
+            "schema": SCHEMA,
             "verdict": ["The scorer beats random choice."],
             "metric": "rougeL",
             "split": "test",

@@ -1,0 +1,178 @@
+"""What an evaluation finds, one record per kind of finding; all numbers are on the metric's scale of 0 to 1."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean with its 95% interval, on the metric's scale of 0 to 1."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A paired difference of two means, its 95% interval, and the probability that it is above 0."""
+
+    difference: float
+    low: float
+    high: float
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Power:
+    """What so many groups can show of a comparison, and how many the difference that was found would need.
+
+    `smallest` is the difference that an interval of 95% leaves 0 out of with a probability of 80%; `groups_needed` is
+    None where no difference was found.
+    """
+
+    groups: int
+    smallest: float
+    groups_needed: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One selector: its mean label, its gain over random choice, what was chosen for it on held-out instances.
+
+    `ties` counts the instances where order alone decided between candidates with different labels.
+    """
+
+    estimate: Estimate
+    gain: Difference
+    ties: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRow:
+    """One task: the mean label of each selector, and the gain of the scorer (or of MBR without one) over random choice.
+
+    `kind` is "choice" where every instance is a choice from a closed set; `templates` then has the accuracy of the same
+    selector by template. `against_champion` is the scorer's difference to the champion, where there is one.
+    """
+
+    task: str
+    kind: str
+    instances: int
+    means: Mapping[str, float]
+    gain: Difference
+    templates: Mapping[str, float] = field(default_factory=dict)
+    against_champion: Difference | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average:
+    """Unweighted means over tasks and the subject's gain over random choice; intervals are of resampled tasks."""
+
+    tasks: int
+    means: Mapping[str, Estimate]
+    gain: Difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pick:
+    """What a selector picked in an example, with its label."""
+
+    selector: str
+    response: str
+    label: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rated:
+    """A candidate with its label, the scorer's score and MBR's value; None where there is no such selector."""
+
+    response: str
+    label: float
+    score: float | None = None
+    mbr: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """An instance to look at, with the picks of the selectors and its candidates, best score first."""
+
+    instance_id: str
+    task: str
+    instruction: str
+    references: tuple[str, ...]
+    picks: tuple[Pick, ...]
+    candidates: tuple[Rated, ...] = ()
+    left_out: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """Pairs with neighbouring scores: their mean score, their mean label, how many they are."""
+
+    score: float
+    label: float
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """How far scores are from the labels that they foretell, over all candidates.
+
+    `ece` is the expected calibration error: the mean distance of the bins' mean score and mean label, weighted by their
+    size (Naeini, Cooper and Hauskrecht, 2015), here with bins of equal size. `brier` is the mean squared difference of
+    score and label (Brier, 1950).
+    """
+
+    ece: float
+    brier: float
+    bins: tuple[Bin, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """The scores as they are, and after the calibration that was fitted on `fitted_on` held-out candidates."""
+
+    raw: Reliability
+    calibrated: Reliability | None = None
+    fitted_on: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """Mean label of the picks that are kept when only the share of instances with the highest scores is answered.
+
+    `quality[i]` belongs to `coverage[i]`; `random` is what keeping the same share at random gives.
+    """
+
+    coverage: tuple[float, ...]
+    quality: tuple[float, ...]
+    random: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One number on a weakness that scorers are known for, and what it says, in a sentence."""
+
+    name: str
+    value: float
+    meaning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a candidate costs: tokens that the LLM wrote, seconds that the scorer took; None where nobody counted."""
+
+    tokens: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A task that was published too: our number and the published ones by model, x 100, with their source."""
+
+    task: str
+    ours: float
+    numbers: Mapping[str, float]
+    source: str

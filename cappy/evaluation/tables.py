@@ -1,0 +1,131 @@
+"""The tables of a report: selectors, comparisons, tasks and their averages."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cappy.evaluation import selectors, statistics
+from cappy.evaluation.findings import Average, Difference, Power, Row, TaskRow
+from cappy.evaluation.pools import Pool, Vector
+from cappy.evaluation.rules import Rules
+
+COMPARISONS = (
+    *(("scorer", other) for other in ("random", "first", "longest", "best_system", "likelihood", "mbr", "champion")),
+    ("hybrid_mbr", "mbr"),
+    ("hybrid_mbr", "scorer"),
+    ("hybrid_likelihood", "scorer"),
+    ("mbr", "random"),
+    ("mbr", "likelihood"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """The label of every selector's pick by pool, and its mean in every resample, the same resamples for all."""
+
+    labels: Mapping[str, Vector]
+    samples: Mapping[str, Vector]
+    groups: int
+
+    def compare(self, one: str, other: str) -> Difference:
+        """The paired difference of two selectors."""
+        return statistics.compare(*self._sides(one, other))
+
+    def power(self, one: str, other: str) -> Power:
+        """What so many groups can show of it."""
+        mean, other_mean, samples, others = self._sides(one, other)
+        return statistics.power(mean - other_mean, samples, others, self.groups)
+
+    def _sides(self, one: str, other: str) -> tuple[float, float, Vector, Vector]:
+        means = float(self.labels[one].mean()), float(self.labels[other].mean())
+        return *means, self.samples[one], self.samples[other]
+
+
+def means(labels: Mapping[str, Vector], groups: Sequence[str], *, resamples: int, seed: int) -> Means:
+    """The means of all selectors, resampled by group."""
+    stacked = np.stack(list(labels.values()), axis=1)
+    samples = statistics.resampled_means(stacked, groups, resamples=resamples, seed=seed)
+    return Means(labels=labels, samples=dict(zip(labels, samples.T, strict=True)), groups=len(set(groups)))
+
+
+def rows(found: Means, rules: Rules, pools: Sequence[Pool]) -> dict[str, Row]:
+    """One row per selector."""
+
+    def ties(name: str) -> int:
+        values = rules.values.get(name, ())
+        return sum(selectors.is_tied(value, pool.labels) for pool, value in zip(pools, values, strict=False))
+
+    return {
+        name: Row(
+            estimate=statistics.estimate(labels.mean(), found.samples[name]),
+            gain=found.compare(name, "random"),
+            ties=ties(name),
+            detail=rules.details.get(name, ""),
+        )
+        for name, labels in found.labels.items()
+    }
+
+
+def pairs(found: Means, likelihood: str) -> dict[str, tuple[str, str]]:
+    """The pairs that a report compares, by key; `likelihood` is the selector that the word stands for."""
+    named = {name: likelihood if name == "likelihood" else name for _, name in COMPARISONS}
+    return {
+        f"{one}-{other}": (one, named[other])
+        for one, other in COMPARISONS
+        if one in found.labels and named[other] in found.labels
+    }
+
+
+def tasks(pools: Sequence[Pool], found: Means, *, resamples: int, seed: int) -> tuple[TaskRow, ...]:
+    """One row per task, in alphabetical order."""
+    subject = subject_of(found.labels)
+    table = []
+    for task, where in grouped([pool.instance.task for pool in pools]).items():
+        own = [pools[index] for index in where]
+        labels = {name: values[where] for name, values in found.labels.items()}
+        part = means(labels, [pool.instance.group_id for pool in own], resamples=resamples, seed=seed)
+        is_choice = all(pool.is_choice for pool in own)
+        templates = grouped([pool.instance.template for pool in own]) if is_choice else {}
+        table.append(
+            TaskRow(
+                task=task,
+                kind="choice" if is_choice else "generation",
+                instances=len(own),
+                means={name: float(values.mean()) for name, values in labels.items()},
+                gain=part.compare(subject, "random"),
+                templates={name: float(labels[subject][index].mean()) for name, index in templates.items()},
+                against_champion=part.compare("scorer", "champion") if {"scorer", "champion"} <= {*labels} else None,
+            )
+        )
+    return tuple(table)
+
+
+def averages(table: Sequence[TaskRow], *, resamples: int, seed: int) -> dict[str, Average]:
+    """Unweighted means over tasks; CrowS-Pairs can carry an average alone, so there is one without it.
+
+    Intervals are of resampled tasks: they say what other tasks of the kind would give.
+    """
+    kept = [row for row in table if "crows" not in row.task.casefold()]
+    sets = {"all tasks": table, "without CrowS-Pairs": kept if len(kept) < len(table) else ()}
+    return {title: _average(own, resamples, seed) for title, own in sets.items() if len(own) > 1}
+
+
+def _average(table: Sequence[TaskRow], resamples: int, seed: int) -> Average:
+    labels = {name: np.array([row.means[name] for row in table]) for name in table[0].means}
+    found = means(labels, [row.task for row in table], resamples=resamples, seed=seed)
+    estimates = {name: statistics.estimate(values.mean(), found.samples[name]) for name, values in found.labels.items()}
+    return Average(tasks=len(table), means=estimates, gain=found.compare(subject_of(labels), "random"))
+
+
+def subject_of(labels: Mapping[str, Vector]) -> str:
+    """The selector that a report is about: the scorer, MBR without one, and the first response without either."""
+    return next(name for name in ("scorer", "mbr", "first") if name in labels)
+
+
+def grouped(names: Sequence[str]) -> dict[str, list[int]]:
+    """Name -> where it stands, names in alphabetical order."""
+    groups: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        groups.setdefault(name, []).append(index)
+    return dict(sorted(groups.items()))

@@ -1,0 +1,99 @@
+"""The advice follows from the numbers, and gives them as its reason."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+
+from cappy.evaluation import Difference, Estimate, Report, evaluate
+from cappy.evaluation.advice import advice
+from cappy.evaluation.findings import Power
+from cappy.records import Instance
+
+Score = Callable[[Sequence[tuple[str, str]]], list[float]]
+
+
+@pytest.fixture
+def report(instances: list[Instance], score: Score) -> Report:
+    """A scorer that was compared with everything but a champion."""
+    return evaluate(instances, score=score, resamples=100, probe=False)
+
+
+def found(report: Report, needed: int | None = 60, **bounds: tuple[float, float]) -> Report:
+    """The report with these intervals of the scorer's differences, and of the hybrid's to MBR."""
+    keys = {("hybrid_mbr-mbr" if name == "hybrid" else f"scorer-{name}"): ends for name, ends in bounds.items()}
+    made = {
+        key: Difference(difference=sum(ends) / 2, low=ends[0], high=ends[1], probability=0.5)
+        for key, ends in keys.items()
+    }
+    power = {key: Power(groups=40, smallest=0.03, groups_needed=needed) for key in made}
+    return replace(report, comparisons=made, power=power)
+
+
+WON, LOST, OPEN = (0.02, 0.06), (-0.06, -0.02), (-0.01, 0.03)
+
+
+def test_a_scorer_that_beats_everything_is_promoted(report: Report) -> None:
+    level = replace(report, curve={"scorer": (Estimate(mean=0.5, low=0.4, high=0.6),) * 6}, pays_until=1)
+    assert advice(found(level, random=WON, mbr=WON)).startswith("Promote: the scorer beats")
+
+
+def test_a_curve_that_still_rises_asks_for_more_samples(report: Report) -> None:
+    curve = tuple(Estimate(mean=0.5 + n / 100, low=0.4, high=0.6) for n in range(6))
+    rising = replace(report, curve={"scorer": curve}, pays_until=6)
+    assert advice(found(rising, random=WON, mbr=WON)) == "Promote, and sample more: the 6th candidate still adds 1.0."
+
+
+def test_a_leak_comes_before_everything(report: Report) -> None:
+    leaking = replace(found(report, random=WON, mbr=WON), leaks={"challenger": 2})
+    assert advice(leaking).startswith("Hold: the challenger saw reported prompts")
+
+
+def test_a_scorer_below_mbr_gives_way_to_it(report: Report) -> None:
+    assert advice(found(report, random=WON, mbr=LOST, hybrid=OPEN)).startswith(
+        "Use MBR: the scorer is below it by −4.0"
+    )
+
+
+def test_a_hybrid_that_wins_is_used(report: Report) -> None:
+    assert "pick by scorer + MBR (weight" in advice(found(report, random=WON, mbr=OPEN, hybrid=WON))
+
+
+def test_an_open_gain_says_how_many_groups_would_show_it(report: Report) -> None:
+    assert advice(found(report, random=OPEN)) == (
+        "More data: +1.0 against random choice is not proven on 40 groups, about 60 would show it."
+    )
+
+
+def test_the_same_picks_as_the_champion_are_no_reason_to_promote(instances: list[Instance], score: Score) -> None:
+    both = evaluate(instances, score=score, champion=score, resamples=100, probe=False)
+    assert advice(both).startswith("Hold: the scorer does exactly as well as the champion")
+
+
+def test_what_no_data_would_show_is_held(report: Report) -> None:
+    text = advice(found(report, needed=100_000, random=OPEN))
+    assert text.startswith("Hold: the scorer is not shown to beat random choice")
+    assert "40 groups show no difference below 3.0" in text
+
+
+def test_a_scorer_worse_than_chance_is_held(report: Report) -> None:
+    assert advice(found(report, random=LOST)).startswith("Hold: the scorer does worse than random choice")
+
+
+@pytest.mark.parametrize(("bounds", "start"), [(WON, "Promote: "), (LOST, "Hold: "), (OPEN, "More data: ")])
+def test_beside_a_champion_the_champion_decides(
+    instances: list[Instance], score: Score, bounds: tuple[float, float], start: str
+) -> None:
+    both = evaluate(instances, score=score, champion=score, resamples=100, probe=False)
+    assert advice(found(both, random=WON, mbr=LOST, champion=bounds)).startswith(start)
+
+
+def test_a_pool_without_room_asks_for_other_candidates(instances: list[Instance]) -> None:
+    labels = {(i.instruction, c.response): c.labels["rougeL"] for i in instances for c in i.candidates}
+    report = evaluate(instances, score=lambda p: [labels[x] for x in p], resamples=100, probe=False)
+    assert advice(report) == "More candidates: the oracle is only 0.0 above the best selector, so no scorer gains more."
+
+
+def test_without_a_scorer_the_advice_is_to_train_one(instances: list[Instance]) -> None:
+    report = evaluate(instances, score=None, resamples=100)
+    assert "train a scorer" in advice(report).casefold()

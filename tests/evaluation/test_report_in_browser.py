@@ -1,0 +1,84 @@
+"""The page in a real browser: it opens from the disk, needs no network, fits a phone, and its tables sort."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import pytest
+
+from cappy.evaluation import evaluate, page
+from cappy.records import Instance
+
+CHROMIUM = which("chromium") or which("chromium-browser") or which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
+Score = Callable[[Sequence[tuple[str, str]]], list[float]]
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path, make_instance: Callable[..., Instance], score: Score) -> Path:
+    names = ("north", "east", "south", "west")
+    instances = [make_instance(index, task=names[index % 4]) for index in range(40)]
+    held = [make_instance(index, split="validation") for index in range(100, 120)]
+    report = evaluate([*instances, *held], score=score, resamples=100)
+    (tmp_path / "report.html").write_text(page.render(report), encoding="utf-8")
+    return tmp_path / "report.html"
+
+
+@pytest.fixture
+def opened(browser: Any, path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Any, list[str]]]:
+    """The page, and everything that it asked the network for or complained of."""
+    told: list[str] = []
+    view = browser.new_page(viewport={"width": getattr(request, "param", 1100), "height": 900})
+    view.on("request", lambda asked: told.append(asked.url) if not asked.url.startswith("file:") else None)
+    view.on("console", lambda message: told.append(message.text))
+    view.on("pageerror", lambda error: told.append(str(error)))
+    view.goto(path.as_uri())
+    yield view, told
+    view.close()
+
+
+def column(view: Any, index: int) -> list[str]:
+    texts: list[str] = view.locator(f"table.sorted >> nth=0 >> tbody tr td:nth-child({index})").all_inner_texts()
+    return texts
+
+
+@pytest.mark.parametrize("opened", [1100, 390], indirect=True, ids=["laptop", "phone"])
+def test_the_page_needs_nothing_and_fits_the_width(opened: tuple[Any, list[str]]) -> None:
+    view, told = opened
+    assert told == []
+    width, room = view.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    assert width <= room
+    shown = [plot for plot in view.locator("section svg").all() if plot.is_visible()]
+    assert len(shown) == 2
+    assert view.locator("h1").inner_text().startswith("The scorer")
+
+
+def test_a_click_on_a_head_sorts_by_numbers_and_a_second_turns_the_order(opened: tuple[Any, list[str]]) -> None:
+    view, told = opened
+    head = view.locator("table.sorted >> nth=0 >> th").nth(2).locator("button")
+    for reverse in (True, False):
+        head.click()
+        values = [float(text.replace("−", "-")) for text in column(view, 3)]
+        assert values == sorted(values, reverse=reverse)
+        assert len(set(values)) > 1
+    view.locator("table.sorted >> nth=0 >> th").first.locator("button").press("Enter")
+    assert column(view, 1) == ["west", "south", "north", "east"]
+    assert told == []
+
+
+def test_the_average_stays_below_the_sorted_tasks(opened: tuple[Any, list[str]]) -> None:
+    view, _ = opened
+    view.locator("table.sorted >> nth=0 >> th button").first.click()
+    assert view.locator("table.sorted >> nth=0 >> tr").last.inner_text().startswith("average")
