@@ -3,7 +3,7 @@
 import inspect
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from cappy.cli import promotion
 from cappy.cli.flags import parameters
 from cappy.cli.progress_line import ProgressLine
 from cappy.config import build
@@ -30,44 +31,58 @@ After = Callable[[Any, bool], None]
 class Extra:
     """A flag of one verb alone, that is no setting of its step.
 
-    `before` is told all values and says whether that was all there is to do; `after` is told the config when the step
-    is done, and whether a person reads what is printed.
+    `before` is told all values and says whether that was all there is to do: it needs no flag of `instead_of`. `after`
+    is told the config when the step is done, and whether a person reads what is printed. A flag with a `text` has a
+    value, for others to read.
     """
 
     name: str
     help: str
     before: Before = lambda values: False
     after: After = lambda config, told: None
+    instead_of: tuple[str, ...] = ()
+    text: str | None = None
+
+    @property
+    def flag(self) -> str:
+        """As it is typed."""
+        return f"--{self.name.replace('_', '-')}"
 
 
 def step_command(step: str, text: str) -> Any:
     """The command of a step."""
-    return make_command(step, text, config_class(step), runner(step), EXTRAS.get(step))
+    return make_command(step, text, config_class(step), runner(step), EXTRAS.get(step, ()))
 
 
 def make_command(
-    step: str, text: str, settings: type[Any], run: Callable[[Any, Progress], Manifest], extra: Extra | None = None
+    step: str,
+    text: str,
+    settings: type[Any],
+    run: Callable[[Any, Progress], Manifest],
+    extras: Sequence[Extra] = (),
 ) -> Any:
     """A command whose flags are the fields of `settings` and which calls `run` with them."""
+    needed = {name: f"--{name.replace('_', '-')}" for extra in extras for name in extra.instead_of}
 
     def verb(*, as_json: bool, **values: Any) -> None:
-        wanted = extra is not None and values.pop(extra.name)
-        if extra and wanted and extra.before({**values, "as_json": as_json}):
+        asked = {extra.name: values.pop(extra.name) for extra in extras}
+        wanted = [extra for extra in extras if asked[extra.name]]
+        if any(extra.before({**values, **asked, "as_json": as_json}) for extra in wanted):
             return
-        if values.get("target", "") is None:
-            raise typer.BadParameter("give the folder to write: --target FOLDER")
+        for name, flag in needed.items():
+            if values[name] is None:
+                raise typer.BadParameter(f"give the folder to {'write' if name == 'target' else 'read'}: {flag} FOLDER")
         started = time.monotonic()
         config = build(settings, values)
         with ProgressLine(f"cappy {step}") as progress:
             manifest = run(config, progress)
         typer.echo(manifest.to_json() if as_json else summary(manifest, config.target, time.monotonic() - started))
-        if extra and wanted:
+        for extra in wanted:
             extra.after(config, not as_json)
 
     as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, annotation=JSON_FLAG, default=False)
-    flags = [*parameters(settings), *([_flag(extra)] if extra else ()), as_json]
-    if extra and extra.before is not Extra.before:
-        flags = [_optional(flag, extra.name) if flag.name == "target" else flag for flag in flags]
+    flags = [*parameters(settings), *map(_flag, extras), as_json]
+    flags = [_optional(flag, extras) if flag.name in needed else flag for flag in flags]
     signature = inspect.Signature(flags)
     verb.__signature__ = signature  # type: ignore[attr-defined]
     verb.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
@@ -77,17 +92,22 @@ def make_command(
 
 
 def _flag(extra: Extra) -> inspect.Parameter:
-    option = typer.Option(f"--{extra.name}", help=extra.help, show_default="off")
+    kind = bool if extra.text is None else str
+    option = typer.Option(extra.flag, help=extra.help, show_default=True if extra.text else "off")
+    if extra.text == "":
+        option.show_default = "none"
+    default = False if extra.text is None else extra.text
     return inspect.Parameter(
-        extra.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[bool, option], default=False
+        extra.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, option], default=default
     )
 
 
-def _optional(flag: inspect.Parameter, other: str) -> inspect.Parameter:
-    """The flag where another may take its place; a run without both is refused."""
+def _optional(flag: inspect.Parameter, extras: Sequence[Extra]) -> inspect.Parameter:
+    """The flag where others may take its place; a run without any of them is refused."""
     kind, option = get_args(flag.annotation)
     told = copy(option)
-    told.show_default = f"needed, but for --{other}"
+    others = " or ".join(extra.flag for extra in extras if flag.name in extra.instead_of)
+    told.show_default = f"needed, but for {others}"
     return flag.replace(default=None, annotation=Annotated[kind, told])
 
 
@@ -129,16 +149,48 @@ def _report(config: Any, told: bool) -> None:
         typer.echo(f"\n{to_text(report)}\n{folder / 'report.html'}")
 
 
-EXTRAS = {
-    "preparation": Extra(
-        name="plan", help="Print what the mixture holds, template by template; load nothing.", before=_plan
+EXTRAS: Mapping[str, tuple[Extra, ...]] = {
+    "preparation": (
+        Extra(
+            name="plan",
+            help="Print what the mixture holds, template by template; load nothing.",
+            before=_plan,
+            instead_of=("target",),
+        ),
     ),
-    "sampling": Extra(
-        name="estimate",
-        help="Print requests, tokens, minutes and cost of the run; ask nothing, write nothing.",
-        before=_estimate,
+    "sampling": (
+        Extra(
+            name="estimate",
+            help="Print requests, tokens, minutes and cost of the run; ask nothing, write nothing.",
+            before=_estimate,
+            instead_of=("target",),
+        ),
     ),
-    "annotation": Extra(name="report", help="Describe the data: tables here, plots in TARGET/report.", after=_report),
+    "annotation": (
+        Extra(name="report", help="Describe the data: tables here, plots in TARGET/report.", after=_report),
+    ),
+    "promotion": (
+        Extra(
+            name="dry_run",
+            help="Print what the gate would decide now, and why; move and write nothing.",
+            before=promotion.explain,
+            instead_of=("target",),
+        ),
+        Extra(
+            name="rollback",
+            help="Make the champion's predecessor champion again.",
+            before=promotion.roll_back,
+            instead_of=("version", "report", "target"),
+        ),
+        Extra(
+            name="history",
+            help="Print every move of the champion's alias.",
+            before=promotion.show_history,
+            instead_of=("version", "report", "target"),
+        ),
+        Extra(name="name", help="Registered model that is rolled back or whose history is shown.", text="cappy"),
+        Extra(name="reason", help="Why it is rolled back; kept in the history.", text=""),
+    ),
 }
 
 

@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cappy.registry.models import Version
 
-__all__ = ["Version", "champion", "download", "resolve", "rollback", "track_run"]
+if TYPE_CHECKING:
+    from cappy.registry.aliases import Move
+
+__all__ = ["Version", "champion", "download", "history", "resolve", "rollback", "track_run"]
 
 MODELS = Path(".cappy/models")
 
@@ -35,11 +39,18 @@ def download(spec: str, *, tracking_uri: str = "", cache: Path = MODELS) -> Path
     return versions.download(spec, tracking_uri=tracking_uri, cache=cache)
 
 
-def rollback(name: str, *, tracking_uri: str = "") -> Version:
+def rollback(name: str, *, why: str = "", tracking_uri: str = "") -> Version:
     """Gives the champion's alias back to its predecessor and returns that version; RegistryError without one."""
-    from cappy.registry import versions
+    from cappy.registry import aliases
 
-    return versions.rollback(name, tracking_uri=tracking_uri)
+    return aliases.rollback(name, why=why, tracking_uri=tracking_uri)
+
+
+def history(name: str, *, tracking_uri: str = "") -> list["Move"]:
+    """Every move of the champion's alias, the first one first; RegistryError where there is no such model."""
+    from cappy.registry import aliases
+
+    return aliases.history(name, tracking_uri=tracking_uri)
 
 
 def track_run(fingerprints: Mapping[str, str], settings: str = "", *, run: str, state: str = "SUCCEEDED") -> None:

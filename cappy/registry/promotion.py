@@ -1,22 +1,22 @@
 """Promotion: the gate. The champion's alias moves only to a scorer that is proven better."""
 
+import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, Location, Work, code_version, identity, settings
+from cappy.config import DEFAULT_WORK, Location, Work, build, code_version, identity, settings
 from cappy.errors import FolderError
+from cappy.evaluation import read_values
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_bytes
+from cappy.registry.gate import Baseline, Decision, decide, parse_guards
 from cappy.registry.models import CHAMPION, Version
 from cappy.registry.registration import TrackingUri
-
-BASELINES = {"random": "random choice", "likelihood": "the better likelihood selector"}
 
 
 @settings
@@ -29,45 +29,21 @@ class PromotionConfig:
     margin: Annotated[
         float, Field(ge=0, le=1, description="What the lower bound of the gain must be above, on the scale of 0 to 1")
     ] = 0.0
+    baseline: Annotated[
+        Baseline, Field(description="What a first version must beat beside random choice; mbr: likelihood and MBR")
+    ] = "likelihood"
+    guard: Annotated[
+        tuple[str, ...], Field(description="TASK=MARGIN: a task that may not fall by more than its margin, 0 to 1")
+    ] = ()
     tracking_uri: TrackingUri = ""
     work: Work = DEFAULT_WORK
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What the gate says, and why, in sentences."""
-
-    decision: Literal["promote", "hold"]
-    reasons: tuple[str, ...]
-
-
-def decide(report: Mapping[str, Any], *, has_champion: bool, margin: float = 0.0) -> Decision:
-    """The gate's rule on a report's `comparisons` (paired differences with 95% intervals, 0..1) and `leaks`.
-
-    With a champion the lower bound of the difference to it must be above `margin`; the first version must beat random
-    choice and, where there is one, the better likelihood selector. A scorer trained on a reported prompt is held.
-    """
-    comparisons = report.get("comparisons", {})
-    checks = [_leak(name, count) for name, count in report.get("leaks", {}).items() if count]
-    if has_champion:
-        checks.append(_check(comparisons, "champion", "the champion", margin))
-    else:
-        checks.append(_check(comparisons, "random", BASELINES["random"], margin))
-        if "scorer-likelihood" in comparisons:
-            checks.append(_check(comparisons, "likelihood", BASELINES["likelihood"], margin))
-    reasons = [sentence for _, sentence in checks]
-    if not has_champion and "scorer-mbr" in comparisons:
-        reasons.append(f"For information: against MBR the difference is {_interval(comparisons['scorer-mbr'])}.")
-    passed = all(passed for passed, _ in checks)
-    return Decision(decision="promote" if passed else "hold", reasons=tuple(reasons))
 
 
 def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
     """Decides, moves the aliases if the decision is to promote, and writes decision.json; hold is a result."""
     from cappy.records.work import claim, finish
 
-    registered = read_version(config.version)
-    report = _read(config.report, "report.json")
+    registered, report = read_version(config.version), read_values(config.report)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
     with claim(config.work, "promotion", identity(config), parents) as folder:
         decision, version = _decided(config, registered, report)
@@ -79,7 +55,8 @@ def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
             "uri": version.uri,
             "serve": f"cappy serve --scorer {version.served_as}",
         }
-        write_bytes(folder / "decision.json", json.dumps(values, indent=1, ensure_ascii=False).encode())
+        told = {**values, "evidence": evidence(config, report)}
+        write_bytes(folder / "decision.json", json.dumps(told, indent=1, ensure_ascii=False).encode())
         manifest = Manifest(
             step="promotion",
             files=describe_files(folder),
@@ -92,26 +69,57 @@ def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
         return finish(folder, config.target, manifest)
 
 
+def evidence(config: PromotionConfig, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the decision rests on: the settings of the gate, the scorer's comparisons, leaks and versions."""
+    comparisons = report.get("comparisons", {})
+    return {
+        "margin": config.margin,
+        "baseline": config.baseline,
+        "guards": parse_guards(config.guard),
+        "comparisons": {key: value for key, value in comparisons.items() if key.startswith("scorer-")},
+        "leaks": report.get("leaks", {}),
+        "versions": report.get("versions", {}),
+    }
+
+
 def read_version(folder: Path) -> str:
     """The spec (models:/name/number) that a registration wrote; FolderError if the folder is none."""
     return str(_read(folder, "version.json")["uri"])
 
 
-def _decided(config: PromotionConfig, registered: str, report: Mapping[str, Any]) -> tuple[Decision, Version]:
+def dry_run(version: Path, report: Path, **settings: Any) -> Decision:
+    """What the gate would decide now; nothing is moved or written."""
+    config = build(PromotionConfig, {**settings, "version": version, "report": report, "target": "nowhere"})
+    decision, _ = _decided(config, read_version(version), read_values(report), carry_out=False)
+    return decision
+
+
+def _decided(
+    config: PromotionConfig, registered: str, report: Mapping[str, Any], *, carry_out: bool = True
+) -> tuple[Decision, Version]:
     """The decision, carried out, and the version as it is afterwards."""
-    from cappy.registry import versions
+    from cappy.registry import aliases, versions
     from cappy.registry.client import connected
 
+    guards = parse_guards(config.guard)
     version = versions.resolve(registered, tracking_uri=config.tracking_uri)
     with connected(config.tracking_uri) as client:
-        champion = versions.find(client, version.name, CHAMPION)
-        decision = _with_champion(report, version, champion, config.margin)
-        if decision.decision == "promote":
-            versions.promote(client, version)
+        # Of two promotions at once the second finds the first one's champion, with which its report does not compare.
+        with aliases.alone(client, version.name) if carry_out else contextlib.nullcontext():
+            champion = versions.find(client, version.name, CHAMPION)
+            decision = _with_champion(report, version, champion, config, guards)
+            if decision.decision == "promote" and carry_out:
+                aliases.promote(client, version, decision.reasons[0])
         return decision, versions.find(client, version.name, str(version.number)) or version
 
 
-def _with_champion(report: Mapping[str, Any], version: Version, champion: Version | None, margin: float) -> Decision:
+def _with_champion(
+    report: Mapping[str, Any],
+    version: Version,
+    champion: Version | None,
+    config: PromotionConfig,
+    guards: Mapping[str, float],
+) -> Decision:
     if champion is not None and champion.number == version.number:
         return Decision(decision="promote", reasons=(f"Version {version.number} is already champion.",))
     told = report.get("versions", {}).get("champion", "")
@@ -119,26 +127,8 @@ def _with_champion(report: Mapping[str, Any], version: Version, champion: Versio
         compared = f"the report compares with {told}" if told else "the report compares with no champion"
         moved = f"The champion is now version {champion.number} ({champion.manifest_hash[:12]}), but {compared}"
         return Decision(decision="hold", reasons=(f"{moved}: run the pipeline again to compare with it.",))
-    return decide(report, has_champion=champion is not None, margin=margin)
-
-
-def _check(comparisons: Mapping[str, Any], other: str, words: str, margin: float) -> tuple[bool, str]:
-    found = comparisons.get(f"scorer-{other}")
-    if found is None:
-        return False, f"The report has no comparison with {words}: evaluate again."
-    passed = found["low"] > margin
-    verb = "beats" if passed else "is not proven to beat"
-    bar = f" by more than {100 * margin:.1f}" if margin else ""
-    return passed, f"The scorer {verb} {words}{bar}: difference {_interval(found)}."
-
-
-def _leak(name: str, count: int) -> tuple[bool, str]:
-    return False, f"The {name} was trained on {count} of the reported prompts: prepare splits that share none."
-
-
-def _interval(found: Mapping[str, float]) -> str:
-    difference, low, high = (f"{100 * found[key]:+.1f}" for key in ("difference", "low", "high"))
-    return f"{difference} (95% interval {low} to {high}, x100)"
+    has_champion = champion is not None
+    return decide(report, has_champion=has_champion, margin=config.margin, baseline=config.baseline, guards=guards)
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

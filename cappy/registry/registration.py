@@ -7,6 +7,7 @@ from pydantic import Field
 
 from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, code_version, identity, settings
 from cappy.errors import FolderError
+from cappy.evaluation import read_values
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, verify, write_bytes
@@ -77,13 +78,9 @@ def refuse_pickles(config: RegistrationConfig) -> None:
 
 def read_report(config: RegistrationConfig, scorer: Manifest) -> dict[str, Any]:
     """The report, if it is about this scorer; FolderError if it is about another."""
-    read_manifest(config.report)
-    path = config.report / "report.json"
-    if not path.is_file():
-        raise FolderError(f"{path}: is missing, so {config.report} is no evaluation; give the folder it wrote")
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    report = read_values(config.report)
     told = report.get("versions", {}).get("challenger", "")
     if told and told != scorer.hash[: len(told)]:
         numbers = f"scorer {scorer.hash[:12]}, report on {told}"
-        raise FolderError(f"{path}: is about another scorer ({numbers}); evaluate {config.scorer} first")
+        raise FolderError(f"{config.report}: is about another scorer ({numbers}); evaluate {config.scorer} first")
     return report

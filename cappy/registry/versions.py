@@ -1,4 +1,4 @@
-"""Registered versions: found by alias, number or content, downloaded and verified, promoted and rolled back."""
+"""Registered versions: found by alias, number or content, downloaded and and verified."""
 
 import contextlib
 import shutil
@@ -12,7 +12,7 @@ from cappy.errors import FolderError, RegistryError, shown
 from cappy.records import read_manifest
 from cappy.records.folder import verify
 from cappy.registry.client import MlflowException, connected
-from cappy.registry.models import CHALLENGER, CHAMPION, FORMER_TAG, MANIFEST_TAG, Version
+from cappy.registry.models import CHAMPION, MANIFEST_TAG, Version
 from cappy.specs import parse_spec
 
 NEWEST = "version_number DESC"
@@ -28,7 +28,7 @@ def resolve(spec: str, *, tracking_uri: str) -> Version:
     with connected(tracking_uri) as client:
         found = find(client, parsed.name, parsed.revision)
         if found is None:
-            raise RegistryError(f"{spec}: {_known(client, parsed.name)}")
+            raise RegistryError(f"{spec}: {known(client, parsed.name)}")
         return found
 
 
@@ -80,30 +80,6 @@ def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
     return kept
 
 
-def promote(client: Any, version: Version) -> None:
-    """Gives a version the champion's alias and notes its predecessor, so that it can be undone."""
-    former = find(client, version.name, CHAMPION)
-    if former is not None and former.number != version.number:
-        client.set_model_version_tag(version.name, str(version.number), FORMER_TAG, str(former.number))
-    client.set_registered_model_alias(version.name, CHAMPION, str(version.number))
-    challenger = find(client, version.name, CHALLENGER)
-    if challenger is not None and challenger.number == version.number:
-        client.delete_registered_model_alias(version.name, CHALLENGER)
-
-
-def rollback(name: str, *, tracking_uri: str) -> Version:
-    """Gives the champion's alias back to its predecessor; RegistryError without champion or predecessor."""
-    with connected(tracking_uri) as client:
-        present = find(client, name, CHAMPION)
-        if present is None:
-            raise RegistryError(f"models:/{name}@{CHAMPION}: {_known(client, name)}")
-        former = find(client, name, present.former) if present.former else None
-        if former is None:
-            raise RegistryError(f"{present.uri}: had no champion before it, so there is nothing to roll back to")
-        client.set_registered_model_alias(name, CHAMPION, str(former.number))
-        return _version(client.get_model_version(name, str(former.number)))
-
-
 def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
     """Downloads the scorer to `folder/scorer` and verifies it against the tag of the version."""
     with connected(tracking_uri) as client:
@@ -140,7 +116,7 @@ def _version(found: Any) -> Version:
     )
 
 
-def _known(client: Any, name: str) -> str:
+def known(client: Any, name: str) -> str:
     """What there is instead, for the message of a version that is missing."""
     versions = client.search_model_versions(f"name = '{name}'", order_by=[NEWEST], max_results=1)
     if not versions:

@@ -1,15 +1,19 @@
 """The gate: a table of its decisions, and what it does to the aliases."""
 
 import json
+import multiprocessing
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import race
 
 from cappy import registry
 from cappy.cli import main
-from cappy.errors import RegistryError
-from cappy.registry.promotion import decide
+from cappy.errors import ConfigError, RegistryError
+from cappy.registry import aliases
+from cappy.registry.client import connected
+from cappy.registry.gate import decide, parse_guards
 
 
 def report(leaks: Mapping[str, int] | None = None, **lows: float) -> dict[str, Any]:
@@ -38,6 +42,7 @@ def report(leaks: Mapping[str, int] | None = None, **lows: float) -> dict[str, A
         (report(random=0.1, likelihood=0.1), True, 0.0, "hold"),
         (report({"challenger": 1}, random=0.1), False, 0.0, "hold"),
         (report({"challenger": 0, "champion": 2}, champion=0.1), True, 0.0, "hold"),
+        ({**report(random=0.1, likelihood=0.1), "folds": 5}, False, 0.0, "hold"),
     ],
 )
 def test_the_gate_opens_only_for_what_is_proven(
@@ -109,9 +114,157 @@ def test_rollback_gives_the_alias_back_and_refuses_where_nothing_was_before(
     _, second = registered("b", 2.0, champion=one)
     room.promote(second)
     with pytest.raises(SystemExit) as ended:
-        main(["rollback", "--tracking-uri", room.uri])
+        main(["promotion", "--rollback", "--reason", "wrong task", "--tracking-uri", room.uri])
     assert ended.value.code == 0
     assert capsys.readouterr().out == "models:/cappy@champion is models:/cappy/1 again, it was models:/cappy/2\n"
     present = registry.champion("cappy", tracking_uri=room.uri)
     assert present is not None
     assert present.number == 1
+
+
+@pytest.mark.parametrize(
+    ("lows", "expected"),
+    [
+        ({"random": 0.1, "likelihood": 0.1, "mbr": 0.01}, "promote"),
+        ({"random": 0.1, "likelihood": 0.1, "mbr": -0.01}, "hold"),
+        ({"random": 0.1, "likelihood": -0.1, "mbr": 0.01}, "hold"),
+        ({"random": 0.1, "likelihood": 0.1}, "hold"),
+    ],
+)
+def test_the_strict_gate_asks_for_mbr_too(lows: dict[str, float], expected: str) -> None:
+    assert decide(report(**lows), has_champion=False, baseline="mbr").decision == expected
+
+
+def guarded(low: float, champion: bool = True) -> dict[str, Any]:
+    difference = {"difference": low + 0.05, "low": low, "high": low + 0.1, "probability": 0.5}
+    other = {"difference": -0.9, "low": -1.0, "high": -0.8, "probability": 0.0}
+    row = {
+        "task": "rte",
+        "gain": other if champion else difference,
+        "against_champion": difference if champion else None,
+    }
+    return {**report(random=0.1, likelihood=0.1, champion=0.1), "tasks": [row, {"task": "cb", "gain": other}]}
+
+
+@pytest.mark.parametrize("champion", [True, False])
+@pytest.mark.parametrize(
+    ("low", "margin", "expected"), [(-0.01, 0.02, "promote"), (-0.03, 0.02, "hold"), (0.0, 0.0, "hold")]
+)
+def test_a_guarded_task_may_not_be_shown_to_fall(low: float, margin: float, expected: str, champion: bool) -> None:
+    decision = decide(guarded(low, champion), has_champion=champion, guards={"rte": margin})
+    assert decision.decision == expected
+    assert any(reason.startswith("On rte the scorer") for reason in decision.reasons)
+
+
+def test_a_task_that_the_report_lacks_cannot_be_guarded() -> None:
+    with pytest.raises(ConfigError, match=r"no task 'wic'; its tasks: 'cb, rte'"):
+        decide(guarded(0.0), has_champion=True, guards={"wic": 0.1})
+
+
+@pytest.mark.parametrize("text", ["rte", "rte=", "=0.1", "rte=-0.1", "rte=2", "rte=nan"])
+def test_a_guard_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="TASK=MARGIN"):
+        parse_guards([text])
+    assert parse_guards(["a=b=0.5"]) == {"a=b": 0.5}
+
+
+def test_hold_leaves_its_evidence(room: Any, registered: Any) -> None:
+    _, found = registered("a", leaks={"challenger": 1})
+    room.promote(found, baseline="mbr", margin=0.05)
+    told = json.loads((room.folder / "decision-0" / "decision.json").read_text())["evidence"]
+    assert (told["baseline"], told["margin"], told["leaks"]) == ("mbr", 0.05, {"challenger": 1})
+    assert set(told["comparisons"]) == {"scorer-random", "scorer-likelihood", "scorer-mbr"}
+
+
+def test_a_dry_run_explains_and_moves_nothing(room: Any, registered: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = registered("a")
+    version = next(room.folder.glob("version-*"))
+    words = ["--version", str(version), "--report", str(found), "--tracking-uri", room.uri]
+    with pytest.raises(SystemExit) as ended:
+        main(["promotion", "--dry-run", *words])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert told.startswith("would promote; nothing was moved\n  The scorer beats random choice")
+    assert registry.champion("cappy", tracking_uri=room.uri) is None
+
+
+def test_every_move_is_in_the_history_with_who_when_and_why(
+    room: Any, registered: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "anna")
+    one, first = registered("a", 1.0)
+    assert registry.history("cappy", tracking_uri=room.uri) == []
+    room.promote(first)
+    _, second = registered("b", 2.0, champion=one)
+    room.promote(second)
+    room.promote(second)
+    registry.rollback("cappy", why="answers got worse", tracking_uri=room.uri)
+    moves = registry.history("cappy", tracking_uri=room.uri)
+    assert [(move.kind, move.version, move.former) for move in moves] == [
+        ("promotion", 1, 0),
+        ("promotion", 2, 1),
+        ("rollback", 1, 2),
+    ]
+    assert {move.by for move in moves} == {"anna"}
+    assert moves[0].why.startswith("The scorer beats random choice")
+    assert moves[2].why == "answers got worse"
+    assert [move.at for move in moves] == sorted(move.at for move in moves)
+    with pytest.raises(SystemExit):
+        main(["promotion", "--history", "--tracking-uri", room.uri])
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["when", "what", "version", "before", "who", "why"]
+    assert "rollback" in table[3]
+    assert "answers got worse" in table[3]
+
+
+def test_the_history_of_a_model_that_is_not_there_is_one_line(room: Any) -> None:
+    with pytest.raises(RegistryError, match="no such model in the registry"):
+        registry.history("nobody", tracking_uri=room.uri)
+
+
+def test_of_two_promotions_at_once_one_wins_and_the_other_says_so(room: Any, registered: Any) -> None:
+    """Both were compared with the first champion, and both are better: whoever is second is held."""
+    one, first = registered("a", 1.0)
+    room.promote(first)
+    rivals = []
+    for name, value in (("b", 2.0), ("c", 3.0)):
+        _, found = registered(name, value, champion=one)
+        version = max(room.folder.glob("version-*"), key=lambda path: int(path.name.partition("-")[2]))
+        rivals.append((version, found))
+    start = multiprocessing.get_context("spawn").Barrier(2)
+    workers = [
+        multiprocessing.get_context("spawn").Process(
+            target=race.promote, args=(start, str(version), str(found), room.uri, str(room.folder / f"told-{index}"))
+        )
+        for index, (version, found) in enumerate(rivals)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    told = [json.loads((room.folder / f"told-{index}" / "decision.json").read_text()) for index in (0, 1)]
+    assert sorted(one["decision"] for one in told) == ["hold", "promote"]
+    winner, loser = sorted(told, key=lambda one: one["decision"], reverse=True)
+    assert f"The champion is now version {winner['version']}" in loser["reasons"][0]
+    present = registry.champion("cappy", tracking_uri=room.uri)
+    assert present is not None
+    assert present.number == winner["version"]
+    assert [move.version for move in registry.history("cappy", tracking_uri=room.uri)] == [1, winner["version"]]
+
+
+def test_a_lock_that_a_dead_process_left_is_broken_and_a_live_one_waited_for(
+    room: Any, registered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered("a")
+    monkeypatch.setattr(aliases, "WAIT_SECONDS", 0.5)
+    with connected(room.uri) as client:
+        client.create_registered_model(f"cappy{aliases.LOCK}")
+        with (
+            pytest.raises(RegistryError, match="another promotion or rollback is at work"),
+            aliases.alone(client, "cappy"),
+        ):
+            pytest.fail("two held the lock")
+        monkeypatch.setattr(aliases, "LOCK_SECONDS", 0.0)
+        with aliases.alone(client, "cappy"):
+            pass
+        assert not client.search_registered_models(f"name LIKE '%{aliases.LOCK}'")
