@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 MANIFEST_TAG = "cappy.manifest"
+CALIBRATION_TAG = "cappy.calibration"
 FORMER_TAG = "cappy.former"
 RUN_TAG = "cappy.run"
 

@@ -12,13 +12,14 @@ import pandas  # type: ignore[import-untyped]
 
 from cappy import __version__
 from cappy.records import Manifest
-from cappy.records.folder import MANIFEST
+from cappy.records.folder import MANIFEST, sha256_of
 from cappy.registry.card import model_card
 from cappy.registry.client import MlflowException, connected, experiment_id, metric_key
-from cappy.registry.models import CHALLENGER, CHAMPION, MANIFEST_TAG, RUN_TAG, Version
+from cappy.registry.models import CALIBRATION_TAG, CHALLENGER, CHAMPION, MANIFEST_TAG, RUN_TAG, Version
 from cappy.registry.registration import RegistrationConfig
 from cappy.registry.tracking import step_run
 from cappy.registry.versions import SCORER_PATH, find, find_content
+from cappy.scoring.calibration import CALIBRATION
 
 MODEL = "model"
 REQUIREMENTS = [f"cappy-scorer=={__version__}", "torch>=2.10", "transformers>=5,<6", "safetensors", "mlflow>=3.16.1,<4"]
@@ -61,9 +62,10 @@ def _create(
             RUN_TAG: config.pipeline_run,
             "cappy.mlflow_run": run_id,
             "cappy.code": scorer.code[:12],
+            **_calibration(config),
             **{f"cappy.{name}": f"{mean:.4f}" for name, mean in _means(report).items()},
         },
-        description=model_card(config.name, scorer, report).partition("# ")[2],
+        description=model_card(config.name, scorer, report, licence=config.licence).partition("# ")[2],
     )
     client.set_terminated(run_id)
     found = find(client, config.name, str(made.version))
@@ -78,10 +80,19 @@ def _upload(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".stage-") as staged:
         plain, model = Path(staged) / "scorer", Path(staged) / MODEL
         _link(config.scorer, plain, [MANIFEST, *(file.name for file in scorer.files)])
+        if _calibration(config):
+            _link(config.report, plain, [CALIBRATION])
         _save(plain, model)
-        (model / "MODEL_CARD.md").write_text(model_card(config.name, scorer, report), encoding="utf-8")
+        card = model_card(config.name, scorer, report, licence=config.licence)
+        (model / "MODEL_CARD.md").write_text(card, encoding="utf-8")
         client.log_artifacts(run_id, str(model), MODEL)
     client.log_artifacts(run_id, str(config.report), "report")
+
+
+def _calibration(config: RegistrationConfig) -> dict[str, str]:
+    """The tag with the sha256 of the calibration that the evaluation fitted; none where there is none."""
+    path = config.report / CALIBRATION
+    return {CALIBRATION_TAG: sha256_of(path)} if path.is_file() else {}
 
 
 def _save(scorer: Path, target: Path) -> None:

@@ -29,6 +29,7 @@ class RegistrationConfig:
     name: Annotated[str, Field(min_length=1, pattern=r"^[^/:@'\"`]+$", description="Name of the registered model")] = (
         "cappy"
     )
+    licence: Annotated[str, Field(description="Licence of the encoder that training started from, such as mit")] = ""
     experiment: Annotated[str, Field(min_length=1, description="MLflow experiment to log to")] = "cappy"
     tracking_uri: TrackingUri = ""
     pipeline_run: Annotated[str, LOCATION, Field(description="Id of the pipeline run that this belongs to")] = ""

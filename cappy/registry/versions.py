@@ -10,9 +10,10 @@ import mlflow.artifacts
 
 from cappy.errors import FolderError, RegistryError, shown
 from cappy.records import read_manifest
-from cappy.records.folder import verify
+from cappy.records.folder import sha256_of, verify
 from cappy.registry.client import MlflowException, connected
-from cappy.registry.models import CHAMPION, MANIFEST_TAG, Version
+from cappy.registry.models import CALIBRATION_TAG, CHAMPION, MANIFEST_TAG, Version
+from cappy.scoring.calibration import CALIBRATION
 from cappy.specs import parse_spec
 
 NEWEST = "version_number DESC"
@@ -67,7 +68,8 @@ def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
     if kept.is_dir():
         try:
             verify(kept)
-        except FolderError:
+            check_calibration(kept, version)
+        except (FolderError, RegistryError):
             shutil.rmtree(kept)
         else:
             return kept
@@ -95,6 +97,19 @@ def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
     if found != version.manifest_hash:
         numbers = f"manifest {found[:12]}, registered {version.manifest_hash[:12]}"
         raise RegistryError(f"{version.uri}: is not what was registered ({numbers}); register the scorer again")
+    check_calibration(scorer, version)
+
+
+def check_calibration(folder: Path, version: Version) -> None:
+    """The calibration is no file of the manifest, as it comes after it: its sha256 is the version's tag.
+
+    RegistryError where it is missing, another one, or there though none was registered.
+    """
+    path, wanted = folder / CALIBRATION, version.tags.get(CALIBRATION_TAG, "")
+    found = sha256_of(path) if path.is_file() else ""
+    if found != wanted:
+        numbers = f"sha256 {found[:12] or 'none'}, registered {wanted[:12] or 'none'}"
+        raise RegistryError(f"{version.uri}: {CALIBRATION} is not what was registered ({numbers}); register it again")
 
 
 def _rename(source: Path, target: Path) -> None:

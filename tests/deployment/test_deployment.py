@@ -9,6 +9,7 @@ import pytest
 
 from cappy.deployment import DeploymentConfig, run
 from cappy.errors import FolderError
+from cappy.evaluation.report import SCHEMA
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_manifest
 from cappy.registry.promotion import PromotionConfig
@@ -36,7 +37,11 @@ def registered(scorer_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def write_report(folder: Path, scorer: Path, probes: list[list[object]]) -> None:
     folder.mkdir()
     found = {"difference": 0.2, "low": 0.1, "high": 0.3, "probability": 1.0}
-    values = {"comparisons": {"scorer-random": found}, "versions": {"challenger": read_manifest(scorer).hash[:12]}}
+    values = {
+        "schema": SCHEMA,
+        "comparisons": {"scorer-random": found},
+        "versions": {"challenger": read_manifest(scorer).hash[:12]},
+    }
     (folder / "report.json").write_text(json.dumps(values))
     (folder / "probe.json").write_text(json.dumps(probes))
     write_manifest(folder, Manifest(step="evaluation", files=describe_files(folder)))

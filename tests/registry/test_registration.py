@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from cappy import registry
-from cappy.errors import FolderError
+from cappy.errors import FolderError, RecordError, RegistryError
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, verify, write_manifest
+from cappy.scoring.calibration import Calibration, read_calibration
 
 
 def test_the_same_scorer_twice_is_one_version_with_the_alias_challenger(room: Any) -> None:
@@ -112,3 +113,64 @@ def test_files_in_folders_of_the_scorer_are_registered_too(room: Any) -> None:
     assert room.register(scorer, report)["version"] == 1
     folder = registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
     assert (folder / "tokenizer" / "vocab.json").read_text() == "{}"
+
+
+def calibrated(report: Path) -> Path:
+    (report / "calibration.json").write_text(Calibration((0.0, 1.0), (0.1, 0.9), "rougeL", 80).to_json())
+    return report
+
+
+def test_the_calibration_of_the_evaluation_travels_with_the_scorer(room: Any) -> None:
+    scorer = room.scorer("a")
+    room.register(scorer, calibrated(room.report("report", scorer)))
+    cache = room.folder / "models"
+    for _ in ("from the store", "from the cache"):
+        folder = registry.download("models:/cappy/1", tracking_uri=room.uri, cache=cache)
+        found = read_calibration(folder)
+        assert found is not None
+        assert found.apply([0.5]) == [0.5]
+
+
+@pytest.mark.parametrize("text", ["{}", None], ids=["changed", "gone"])
+def test_another_calibration_than_was_registered_is_refused(room: Any, text: str | None) -> None:
+    scorer = room.scorer("a")
+    room.register(scorer, calibrated(room.report("report", scorer)))
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+    path = source / "artifacts" / "scorer" / "calibration.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(RegistryError, match=r"models:/cappy/1: calibration.json is not what was registered"):
+        registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+
+
+def test_a_calibration_that_somebody_added_is_refused(room: Any, registered: Any) -> None:
+    registered("a")
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+    (source / "artifacts" / "scorer" / "calibration.json").write_text("{}")
+    with pytest.raises(RegistryError, match=r"calibration.json is not what was registered .*registered none"):
+        registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+
+
+def test_the_card_says_what_the_scorer_is_for_and_what_nobody_stated(room: Any) -> None:
+    scorer = room.scorer("a")
+    report = room.report("report", scorer, next="Promote: it is better.", calibration={"raw": {"ece": 0.05}})
+    room.register(scorer, report)
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+    card = (source / "MODEL_CARD.md").read_text()
+    for words in ("It is not a judge of truth", "Promote: it is better.", "5.0 as it is; no calibration", "not stated"):
+        assert words in card
+    assert "license: other" in card
+
+
+def test_a_stated_licence_stands_in_the_card(room: Any) -> None:
+    scorer = room.scorer("a")
+    room.register(scorer, room.report("report", scorer), licence="mit")
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+    assert "license: mit" in (source / "MODEL_CARD.md").read_text()
+
+
+def test_a_report_of_a_newer_schema_registers_nothing(room: Any) -> None:
+    scorer = room.scorer("a")
+    with pytest.raises(RecordError, match="schema 99.*update cappy"):
+        room.register(scorer, room.report("report", scorer, schema=99))
+    with pytest.raises(RegistryError, match="no such model"):
+        registry.resolve("models:/cappy/1", tracking_uri=room.uri)
