@@ -39,7 +39,17 @@ class EvaluationConfig:
     resamples: Annotated[int, Field(ge=100, le=100_000, description="Bootstrap resamples")] = 2000
     seed: Annotated[int, Field(ge=0, description="Seed of the bootstrap, the MBR curve and the examples")] = 0
     probe: Annotated[bool, Field(description="Probe the scorer for known weaknesses (scores some pairs again)")] = True
+    folds: Annotated[
+        int,
+        Field(ge=0, le=20, description="Train the scorer's recipe this many times and test every instance; 0 for none"),
+    ] = 0
     work: Work = DEFAULT_WORK
+
+    def __post_init__(self) -> None:
+        if self.folds in (1, 2):
+            raise ValueError("folds: takes 3 or more: one to test, one to hold out, the others to train on")
+        if self.folds and self.champion:
+            raise ValueError("folds: a cross-fitted report is about a recipe; leave --champion out")
 
 
 def evaluate(

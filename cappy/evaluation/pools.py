@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,17 @@ Score = Callable[[Sequence[tuple[str, str]]], list[float]]
 """Scores of (instruction, response) pairs, in their order: the type of `Scorer.score`."""
 
 CHUNK_PAIRS = 2048
+
+
+class AnyScorer(Protocol):
+    """What the step needs of a scorer."""
+
+    @property
+    def version(self) -> str:
+        """A name that changes with the weights."""
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """The scores of (instruction, response) pairs, in order."""
 
 
 @dataclass(frozen=True)

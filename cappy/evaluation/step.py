@@ -1,25 +1,25 @@
 """The evaluation step: reads the instances, keeps scores across restarts, counts leaks, writes the report's files."""
 
-import hashlib
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from cappy.config import code_version, fingerprint, identity
-from cappy.evaluation import EvaluationConfig, markdown, page, plot
+from cappy.evaluation import EvaluationConfig, crossfit, markdown, page, plot
+from cappy.evaluation.crossfit import Load
+from cappy.evaluation.leaks import TrainedOn, seen_in_training
+from cappy.evaluation.parts import Part, part_of, pools_of
 from cappy.evaluation.pools import Pool, Score, Vector
-from cappy.evaluation.protocol import Part, part_of, pools_of, report_of
+from cappy.evaluation.protocol import report_of
+from cappy.evaluation.remembered import remembered, seconds_per_pair
 from cappy.evaluation.report import Report
 from cappy.evaluation.selectors import pick
 from cappy.evaluation.threshold import PICKS
 from cappy.progress import Progress
-from cappy.records import Instance, Manifest, prompt_hash, read, read_manifest
+from cappy.records import Instance, Manifest, read, read_manifest
 from cappy.records.folder import MANIFEST, describe_files, write_bytes
 from cappy.records.work import claim, finish
 from cappy.scoring.calibration import CALIBRATION
@@ -29,24 +29,7 @@ NUM_PROBES = 32
 Triple = tuple[str, str, float]
 
 
-class AnyScorer(Protocol):
-    """What the step needs of a scorer."""
-
-    @property
-    def version(self) -> str:
-        """A name that changes with the weights."""
-
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """The scores of (instruction, response) pairs, in order."""
-
-
-def evaluate_folder(
-    config: EvaluationConfig,
-    progress: Progress,
-    *,
-    load: Callable[[str], AnyScorer],
-    trained_on: Callable[[Path], npt.NDArray[np.uint64]],
-) -> Manifest:
+def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: Load, trained_on: TrainedOn) -> Manifest:
     """Evaluates as `config` says; `load` makes a scorer of a folder, `trained_on` its training prompts' hashes."""
     parent = read_manifest(config.source)
     folders = {"challenger": scorer_folder(str(config.scorer))}
@@ -54,40 +37,38 @@ def evaluate_folder(
         folders["champion"] = scorer_folder(config.champion)
     parents = (parent.hash, *(content(folder) for folder in folders.values()))
     with claim(config.work, "evaluation", identity(config), parents) as folder:
-        instances = list(read(config.source, splits=sorted({config.split, "validation"})))
-        reported = [instance for instance in instances if instance.split == config.split and instance.selectable]
+        instances = list(read(config.source, splits=None if config.folds else sorted({config.split, "validation"})))
         scorers = {name: load(str(path)) for name, path in folders.items()}
-        scores = {name: remembered(scorer.score, folder, name) for name, scorer in scorers.items()}
-        pools, held_out, skipped = pools_of(instances, metric=config.metric, split=config.split)
-        part = part_of(
-            pools,
-            held_out,
-            scores["challenger"],
-            scores.get("champion"),
-            metric=config.metric,
-            seed=config.seed,
-            probe=config.probe,
-            progress=progress,
-        )
+        if config.folds:
+            recipe = crossfit.recipe(read_manifest(folders["challenger"]), config.scorer)
+            parts, skipped = crossfit.parts(config, instances, recipe, folder, load=load, progress=progress)
+            leaks = {"challenger": crossfit.leaks(parts, folder, trained_on)}
+        else:
+            scores = {name: remembered(scorer.score, folder, name) for name, scorer in scorers.items()}
+            parts, skipped = once(config, instances, scores, progress)
+            tested = [pool.instance for pool in parts[0].pools]
+            leaks = {name: seen_in_training(tested, trained_on(path)) for name, path in folders.items()}
         report = report_of(
-            [part],
+            parts,
             metric=config.metric,
-            split=config.split,
+            split="cross-fitted" if config.folds else config.split,
             seed=config.seed,
             resamples=config.resamples,
             skipped=skipped,
+            folds=config.folds,
         )
         report = replace(
             report,
-            leaks={name: seen_in_training(reported, trained_on(path)) for name, path in folders.items()},
+            leaks=leaks,
             versions={name: scorer.version for name, scorer in scorers.items()},
-            cost=replace(report.cost, seconds=seconds_per_pair(folder, "challenger")),
+            cost=replace(report.cost, seconds=seconds_per_pair(folder)),
         )
         write_report(folder, report)
-        write_picks(folder, part, config)
-        if part.calibration is not None:
-            write_bytes(folder / CALIBRATION, part.calibration.to_json().encode())
-        write_probe(folder, probe(reported, scores["challenger"], seed=config.seed))
+        write_picks(folder, parts, config)
+        if not config.folds and parts[0].calibration is not None:
+            write_bytes(folder / CALIBRATION, parts[0].calibration.to_json().encode())
+        tested = [pool.instance for part in parts for pool in part.pools]
+        write_probe(folder, probe(tested, remembered(scorers["challenger"].score, folder, "probe"), seed=config.seed))
         manifest = Manifest(
             step="evaluation",
             files=describe_files(folder),
@@ -102,41 +83,30 @@ def evaluate_folder(
         return finish(folder, config.target, manifest)
 
 
-def remembered(score: Score, folder: Path, name: str) -> Score:
-    """`score`, each call's answer kept in a hidden file of the work folder: a restart does not score it again.
-
-    The file has the seconds that it took too.
-    """
-
-    def scores(pairs: Sequence[tuple[str, str]]) -> list[float]:
-        key = hashlib.sha256(json.dumps(list(pairs)).encode()).hexdigest()[:16]
-        path = folder / f".{name}-{key}.json"
-        if not path.is_file():
-            started = time.monotonic()
-            values = [float(value) for value in score(pairs)]
-            told = {"scores": values, "seconds": time.monotonic() - started}
-            write_bytes(path, json.dumps(told).encode())
-        kept: list[float] = json.loads(path.read_text())["scores"]
-        return kept
-
-    return scores
+def once(
+    config: EvaluationConfig, instances: Sequence[Instance], scores: Mapping[str, Score], progress: Progress
+) -> tuple[list[Part], int]:
+    """The one part of an evaluation, and how many instances have no candidate."""
+    pools, held_out, skipped = pools_of(instances, metric=config.metric, split=config.split)
+    part = part_of(
+        pools,
+        held_out,
+        scores["challenger"],
+        scores.get("champion"),
+        metric=config.metric,
+        seed=config.seed,
+        probe=config.probe,
+        progress=progress,
+    )
+    return [part], skipped
 
 
-def seconds_per_pair(folder: Path, name: str) -> float | None:
-    """The scorer's time for a pair, over the calls with 100 pairs or more that `remembered` kept, else all."""
-    calls = [json.loads(path.read_text()) for path in sorted(folder.glob(f".{name}-*.json"))]
-    large = [call for call in calls if len(call["scores"]) >= 100] or calls
-    pairs = sum(len(call["scores"]) for call in large)
-    return sum(call["seconds"] for call in large) / pairs if pairs else None
-
-
-def write_picks(folder: Path, part: Part, config: EvaluationConfig) -> None:
+def write_picks(folder: Path, parts: Sequence[Part], config: EvaluationConfig) -> None:
     """Writes picks.json: the score and label of the scorer's pick of every instance, held-out and reported."""
-    held, reported = (part.held_out, part.held_scores), (part.pools, part.rules.values["scorer"])
     values = {
         "metric": config.metric,
-        "held_out": _picked(*held),
-        "reported": _picked(*reported),
+        "held_out": [pick for part in parts for pick in _picked(part.held_out, part.held_scores)],
+        "reported": [pick for part in parts for pick in _picked(part.pools, part.rules.values["scorer"])],
     }
     write_bytes(folder / PICKS, json.dumps(values).encode())
 
@@ -151,12 +121,6 @@ def content(folder: Path) -> str:
     if (folder / MANIFEST).is_file():
         return read_manifest(folder).hash
     return fingerprint([(file.name, file.sha256) for file in describe_files(folder)])
-
-
-def seen_in_training(instances: Sequence[Instance], trained_on: npt.NDArray[np.uint64]) -> int:
-    """How many of the instances have a prompt whose hash is among those trained on."""
-    prompts = np.array([prompt_hash(instance.instruction) for instance in instances], dtype=np.uint64)
-    return int(np.isin(prompts, trained_on).sum())
 
 
 def probe(instances: Sequence[Instance], score: Score, *, seed: int, count: int = NUM_PROBES) -> list[Triple]:

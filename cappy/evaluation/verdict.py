@@ -80,6 +80,11 @@ def _hybrid(report: Report) -> Iterator[str]:
 
 def _cautions(report: Report) -> Iterator[str]:
     instances = int(report.facts["instances"])
+    if report.folds:
+        yield (
+            f"Cross-fitted over {report.folds} folds: this is what the recipe is worth, trained on the other folds; "
+            "the gate needs a report on the scorer itself."
+        )
     for name, count in report.leaks.items():
         if count:
             yield (

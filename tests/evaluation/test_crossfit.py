@@ -1,0 +1,158 @@
+"""Cross-fitting tests every instance once, by a scorer that saw neither it nor anything of its group."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cappy.config import build
+from cappy.errors import ConfigError
+from cappy.evaluation import EvaluationConfig, crossfit, read_report, run
+from cappy.progress import silent
+from cappy.records import Instance, Manifest, prompt_hash, read, write
+from cappy.records.folder import describe_files, write_manifest
+from cappy.registry.gate import decide
+from cappy.scoring import Scorer
+
+Score = Callable[[Sequence[tuple[str, str]]], list[float]]
+
+
+@pytest.fixture
+def grouped(make_instance: Callable[..., Instance]) -> list[Instance]:
+    """60 instances of two tasks, in groups of two templates."""
+    made = [make_instance(index, task="one" if index < 40 else "two") for index in range(60)]
+    return [replace(one, group_id=f"row {index // 2}") for index, one in enumerate(made)]
+
+
+@pytest.mark.parametrize("count", [3, 5, 7])
+def test_every_instance_is_tested_once_held_out_once_and_trained_on_otherwise(
+    grouped: list[Instance], count: int
+) -> None:
+    seen: dict[str, Counter[str]] = {one.instance_id: Counter() for one in grouped}
+    for fold in crossfit.folds(grouped, count, seed=0):
+        for one in fold:
+            seen[one.instance_id][one.split] += 1
+    assert all(dict(found) == {"test": 1, "validation": 1, "train": count - 2} for found in seen.values())
+
+
+def test_groups_stay_together_and_tasks_are_spread(grouped: list[Instance]) -> None:
+    for fold in crossfit.folds(grouped, 5, seed=0):
+        splits: dict[str, set[str]] = {}
+        for one in fold:
+            splits.setdefault(one.group_id, set()).add(one.split)
+        assert all(len(own) == 1 for own in splits.values())
+        tested = Counter(one.task for one in fold if one.split == "test")
+        assert tested == {"one": 8, "two": 4}
+
+
+def test_the_seed_decides_the_folds(grouped: list[Instance]) -> None:
+    first, again, other = ([one.split for one in next(crossfit.folds(grouped, 5, seed=seed))] for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_fewer_groups_than_folds_are_refused(grouped: list[Instance]) -> None:
+    with pytest.raises(ConfigError, match="--folds 5: there are 3 groups"):
+        list(crossfit.folds(grouped[:6], 5, seed=0))
+
+
+class Fold:
+    """A scorer of a fold: it knows the labels of what it was trained on, and guesses the others'."""
+
+    version = "abcdef123456"
+
+    def __init__(self, folder: Path, score: Score) -> None:
+        self.trained = set(json.loads((folder / "trained.json").read_text()))
+        self._score = score
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        return [
+            99.0 if instruction in self.trained else own
+            for (instruction, _), own in zip(pairs, self._score(pairs), strict=True)
+        ]
+
+
+def test_no_instance_is_tested_or_held_out_by_a_scorer_that_saw_it(
+    tmp_path: Path, grouped: list[Instance], score: Score
+) -> None:
+    config = build(EvaluationConfig, {"source": tmp_path, "scorer": tmp_path, "target": tmp_path, "folds": 4})
+    asked: list[Mapping[str, Any]] = []
+
+    def train(step: str, settings: Mapping[str, Any], progress: object) -> None:
+        asked.append(settings)
+        target = Path(settings["target"])
+        target.mkdir(parents=True)
+        learned = [one.instruction for one in read(settings["source"]) if one.split == "train"]
+        (target / "trained.json").write_text(json.dumps(learned))
+
+    parts, skipped = crossfit.parts(
+        config,
+        grouped,
+        ("finetuning", {"scorer": "builtin", "epochs": 3.0}),
+        tmp_path,
+        load=lambda folder: Fold(Path(folder), score),
+        progress=silent,
+        train=train,
+    )
+    assert skipped == 0
+    assert sorted(pool.instance.instance_id for part in parts for pool in part.pools) == sorted(
+        one.instance_id for one in grouped
+    )
+    assert all(value.max() < 99 for part in parts for value in [*part.rules.values["scorer"], *part.held_scores])
+    assert {settings["epochs"] for settings in asked} == {3.0}
+
+    def trained_on(folder: Path) -> np.ndarray:
+        return np.array(
+            [prompt_hash(text) for text in json.loads((folder / "trained.json").read_text())], dtype=np.uint64
+        )
+
+    assert crossfit.leaks(parts, tmp_path, trained_on) == 0
+    of_first = trained_on(tmp_path / ".fold-1-scorer")
+    assert crossfit.leaks(parts, tmp_path, lambda folder: of_first) == len(of_first) > 20
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [({"folds": 2}, "takes 3 or more"), ({"folds": 5, "champion": "builtin"}, "leave --champion out")],
+)
+def test_folds_that_make_no_sense_are_refused(tmp_path: Path, values: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build(EvaluationConfig, {"source": tmp_path, "scorer": tmp_path, "target": tmp_path, **values})
+
+
+def test_a_scorer_whose_recipe_is_not_known_is_refused(
+    tmp_path: Path, scorer_folder: Path, grouped: list[Instance]
+) -> None:
+    write(tmp_path / "annotated", grouped)
+    places = {"source": tmp_path / "annotated", "target": tmp_path / "report", "work": tmp_path / "work"}
+    with pytest.raises(ConfigError, match="its recipe is not known"):
+        run(build(EvaluationConfig, {"scorer": scorer_folder, "folds": 3, **places}))
+
+
+def test_a_real_recipe_is_trained_for_each_fold_and_its_report_opens_no_gate(
+    tmp_path: Path, scorer_folder: Path, grouped: list[Instance]
+) -> None:
+    """The settings stand in the scorer's own manifest; a second run trains nothing again."""
+    Scorer.load(str(scorer_folder), precision="fp32").write(tmp_path / "scorer")
+    settings = {"scorer": str(scorer_folder), "epochs": 1.0, "batch_instances": 4, "max_candidates": 3, "checks": 1}
+    made = Manifest(step="finetuning", files=describe_files(tmp_path / "scorer"), config=settings)
+    write_manifest(tmp_path / "scorer", made)
+    write(tmp_path / "annotated", grouped[:30])
+    places = {"source": tmp_path / "annotated", "scorer": tmp_path / "scorer", "work": tmp_path / "work"}
+    told: list[str] = []
+
+    def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
+        told.append(note)
+
+    config = build(EvaluationConfig, {"target": tmp_path / "report", "folds": 3, "resamples": 200, **places})
+    first = run(config, progress)
+    report = read_report(tmp_path / "report")
+    assert (report.folds, report.facts["instances"], report.split) == (3, 30, "cross-fitted")
+    assert report.leaks == {"challenger": 0}
+    assert {note.split(",")[0] for note in told} >= {"fold 1 of 3", "fold 2 of 3", "fold 3 of 3"}
+    assert decide(report.to_dict(), has_champion=False).decision == "hold"
+    assert run(config).hash == first.hash
