@@ -1,0 +1,92 @@
+"""KServe: the manifest of an InferenceService that serves a registered version."""
+
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import yaml
+
+from cappy.deployment import DeploymentConfig
+from cappy.errors import ConfigError
+from cappy.registry.address import tracking_address, without_password
+from cappy.registry.models import Version
+
+PORT = 8080
+MOUNTED = "/mnt/models"
+"""Where KServe's storage initializer puts what STORAGE_URI names."""
+
+
+def inference_service(config: DeploymentConfig, version: Version) -> dict[str, Any]:
+    """An InferenceService (serving.kserve.io/v1beta1) with the serving image as a custom predictor.
+
+    Below 100 `traffic` is `canaryTrafficPercent`: KServe keeps the revision before for the rest. The version is named
+    by number, not by alias, so that the manifest says what runs. ConfigError where a cluster could not reach MLflow.
+    """
+    return {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {
+            "name": config.service,
+            "namespace": config.namespace,
+            "labels": {"app.kubernetes.io/name": "cappy", "app.kubernetes.io/component": "serving"},
+            "annotations": {
+                "cappy/model": version.uri,
+                "cappy/manifest": version.manifest_hash,
+            },
+        },
+        "spec": {
+            "predictor": {
+                "minReplicas": config.min_replicas,
+                "maxReplicas": config.max_replicas,
+                **({"canaryTrafficPercent": config.traffic} if config.traffic < 100 else {}),
+                "containers": [_container(config, version)],
+            }
+        },
+    }
+
+
+def text(service: dict[str, Any]) -> str:
+    """The manifest as YAML."""
+    return yaml.safe_dump(service, sort_keys=False, width=120)
+
+
+def _container(config: DeploymentConfig, version: Version) -> dict[str, Any]:
+    quantities = {"cpu": config.cpu, "memory": config.memory}
+    if config.gpus:
+        quantities["nvidia.com/gpu"] = str(config.gpus)
+    return {
+        "name": "kserve-container",
+        "image": config.image,
+        "args": ["--scorer", MOUNTED if config.storage else version.uri, "--host", "0.0.0.0", "--port", str(PORT)],  # noqa: S104
+        "env": _environment(config),
+        **({"envFrom": [{"secretRef": {"name": config.secret}}]} if config.secret else {}),
+        "ports": [{"containerPort": PORT, "protocol": "TCP"}],
+        "resources": {"requests": quantities, "limits": dict(quantities)},
+        "startupProbe": {**_probe("/ready"), "failureThreshold": 60},
+        "readinessProbe": _probe("/ready"),
+        "livenessProbe": _probe("/health"),
+        "securityContext": {
+            "runAsNonRoot": True,
+            "readOnlyRootFilesystem": True,
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+    }
+
+
+def _environment(config: DeploymentConfig) -> list[dict[str, str]]:
+    """Where the scorer comes from; user and password of an address are a secret's to bring."""
+    told = [{"name": "MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "value": "false"}]
+    if config.storage:
+        return [*told, {"name": "STORAGE_URI", "value": config.storage}]
+    address = tracking_address(config.tracking_uri)
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https"):
+        remedy = "give the address of an MLflow server, or copy the scorer to a bucket and name it with --storage"
+        raise ConfigError(f"deployment: --tracking-uri: no cluster reaches {without_password(address)}; {remedy}")
+    host = parts.netloc.rpartition("@")[2]
+    return [*told, {"name": "MLFLOW_TRACKING_URI", "value": urlunsplit((parts.scheme, host, parts.path, "", ""))}]
+
+
+def _probe(path: str) -> dict[str, Any]:
+    return {"httpGet": {"path": path, "port": PORT}, "periodSeconds": 5, "timeoutSeconds": 2}

@@ -1,0 +1,150 @@
+"""Vertex AI: the version as a model, an endpoint of its own, and the version's share of its traffic.
+
+Works with google-cloud-aiplatform 1.165 and later and with 2.x, which keeps the same classes for models and endpoints.
+"""
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from google.api_core.exceptions import GoogleAPICallError
+from google.auth.exceptions import GoogleAuthError
+from google.cloud import aiplatform
+
+from cappy.deployment import DeploymentConfig
+from cappy.errors import ConfigError, shown
+from cappy.registry.models import Version
+
+PORT = 8080
+MANIFEST_LABEL = "cappy-manifest"
+"""A label of Vertex takes 63 characters: the first 32 of the manifest's hash."""
+
+
+def deploy(config: DeploymentConfig, version: Version, scorer: Path) -> dict[str, Any]:
+    """Uploads and deploys; what was deployed before keeps the rest of the traffic, or goes when this takes all.
+
+    A version that was uploaded, or that answers already, is neither uploaded nor deployed again. ConfigError with the
+    service's own words where it refuses.
+    """
+    _hush()
+    with _told(config):
+        aiplatform.init(project=config.project, location=config.region, staging_bucket=config.bucket)
+        model = _uploaded(config, version, scorer)
+        endpoint = _endpoint(config)
+        own = next((one.id for one in endpoint.list_models() if _same(one, model)), None)
+        present = _traffic(endpoint)
+        if own is None:
+            _deploy(config, version, endpoint, model, split(present, config.traffic))
+        elif present.get(own) != config.traffic:
+            others = {name: percent for name, percent in present.items() if name != own}
+            shares = split(others, config.traffic)
+            endpoint.update(traffic_split={own if name == "0" else name: share for name, share in shares.items()})
+        gone = _undeploy(endpoint, model) if config.traffic == 100 else []
+        return {
+            "endpoint": endpoint.resource_name,
+            "model": model.versioned_resource_name,
+            "traffic": _traffic(endpoint),
+            "undeployed": gone,
+            "command": f"gcloud ai endpoints describe {endpoint.name} --region={config.region}",
+        }
+
+
+def split(present: Mapping[str, int], share: int) -> dict[str, int]:
+    """Traffic with `share` percent for the newcomer ("0") and the rest shared as it was; sums to 100.
+
+    Where nothing answers yet the newcomer gets all: an endpoint's shares have to sum to 100.
+    """
+    answering = {name: percent for name, percent in present.items() if percent}
+    if share == 100 or not answering:
+        return {"0": 100}
+    rest, total = 100 - share, sum(answering.values())
+    shares = {name: rest * percent // total for name, percent in answering.items()}
+    # What rounding left goes to the largest.
+    shares[max(shares, key=lambda name: shares[name])] += rest - sum(shares.values())
+    return {"0": share, **shares}
+
+
+def _deploy(config: DeploymentConfig, version: Version, endpoint: Any, model: Any, shares: Mapping[str, int]) -> None:
+    endpoint.deploy(
+        model,
+        deployed_model_display_name=f"{version.name}-{version.number}",
+        traffic_split=dict(shares),
+        machine_type=config.machine,
+        min_replica_count=config.min_replicas,
+        max_replica_count=config.max_replicas,
+        accelerator_type=config.accelerator or None,
+        accelerator_count=1 if config.accelerator else None,
+        service_account=config.service_account or None,
+    )
+
+
+def _uploaded(config: DeploymentConfig, version: Version, scorer: Path) -> Any:
+    """The model with this content, uploaded as a version of the model of this name where there is none."""
+    label = version.manifest_hash[:32]
+    known = aiplatform.Model.list(filter=f'labels.{MANIFEST_LABEL}="{label}" AND display_name="{version.name}"')
+    if known:
+        return known[0]
+    parents = aiplatform.Model.list(filter=f'display_name="{version.name}"')
+    return aiplatform.Model.upload(
+        display_name=version.name,
+        parent_model=parents[0].resource_name if parents else None,
+        artifact_uri=str(scorer),
+        serving_container_image_uri=config.image,
+        serving_container_predict_route="/predict",
+        serving_container_health_route="/ready",
+        serving_container_ports=[PORT],
+        serving_container_environment_variables={"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
+        version_description=f"{version.uri}, manifest {version.manifest_hash}",
+        labels={MANIFEST_LABEL: label},
+    )
+
+
+def _endpoint(config: DeploymentConfig) -> Any:
+    known = aiplatform.Endpoint.list(filter=f'display_name="{config.service}"')
+    if known:
+        return known[0]
+    return aiplatform.Endpoint.create(display_name=config.service, dedicated_endpoint_enabled=True)
+
+
+def _traffic(endpoint: Any) -> dict[str, int]:
+    return {str(name): int(percent) for name, percent in (endpoint.traffic_split or {}).items()}
+
+
+def _same(deployed: Any, model: Any) -> bool:
+    return bool(deployed.model == model.resource_name and deployed.model_version_id == model.version_id)
+
+
+def _undeploy(endpoint: Any, model: Any) -> list[str]:
+    """Takes down what no longer answers; the names of what went."""
+    gone = [one for one in endpoint.list_models() if not _same(one, model)]
+    for one in gone:
+        endpoint.undeploy(deployed_model_id=one.id)
+    return [one.display_name for one in gone]
+
+
+def _hush() -> None:
+    """The SDK tells what it does on stdout, where our own answer goes, by a logger of each of its modules."""
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("google.cloud.aiplatform"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def _told(config: DeploymentConfig) -> Iterator[None]:
+    """What the service or the credentials refuse, as one line."""
+    place = f"Vertex AI, project {config.project}, {config.region}"
+    try:
+        yield
+    except GoogleAuthError as error:
+        reason = " ".join(str(error).split())
+        remedy = "log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
+        raise ConfigError(f"deployment: {place}: no credentials ({shown(reason, 120)}); {remedy}") from error
+    except GoogleAPICallError as error:
+        # Over REST the request stands in front of the service's words.
+        words = re.sub(r"^[A-Z]+ \S+: ", "", str(error.message))
+        reason = shown(" ".join(words.split()), 200)
+        remedy = "mend that, then run the same command again"
+        raise ConfigError(f"deployment: {place}: refused ({error.code}, {reason}); {remedy}") from error

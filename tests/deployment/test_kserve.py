@@ -1,0 +1,80 @@
+"""The InferenceService: what runs, how much of the traffic it gets, what it may do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from vertex_scenario import IMAGE, version
+
+from cappy.config import build
+from cappy.deployment import DeploymentConfig
+from cappy.deployment.kserve import inference_service, text
+from cappy.errors import ConfigError
+
+
+def service(**changed: Any) -> dict[str, Any]:
+    places = {"version": "version", "report": "report", "target": "target", "platform": "kserve", "image": IMAGE}
+    settings = {"tracking_uri": "http://mlflow.mlops:5000", **changed}
+    return inference_service(build(DeploymentConfig, {**places, **settings}), version(3))
+
+
+def container(**changed: Any) -> dict[str, Any]:
+    found: dict[str, Any] = service(**changed)["spec"]["predictor"]["containers"][0]
+    return found
+
+
+def test_the_version_runs_by_number_in_the_image_with_that_digest() -> None:
+    found = container()
+    assert found["image"] == IMAGE
+    assert found["args"][:2] == ["--scorer", "models:/cappy/3"]
+    assert {"name": "MLFLOW_TRACKING_URI", "value": "http://mlflow.mlops:5000"} in found["env"]
+    assert service()["metadata"]["annotations"]["cappy/manifest"] == "3" * 64
+
+
+def test_a_canary_gets_its_share_and_a_whole_version_no_entry() -> None:
+    assert service(traffic=10)["spec"]["predictor"]["canaryTrafficPercent"] == 10
+    assert "canaryTrafficPercent" not in service()["spec"]["predictor"]
+
+
+def test_a_copied_scorer_is_read_where_kserve_mounts_it_and_mlflow_is_not_asked() -> None:
+    found = container(storage="gs://bucket/scorer", tracking_uri="")
+    assert found["args"][1] == "/mnt/models"
+    names = {one["name"]: one["value"] for one in found["env"]}
+    assert names["STORAGE_URI"] == "gs://bucket/scorer"
+    assert "MLFLOW_TRACKING_URI" not in names
+
+
+def test_no_password_is_written_down_and_a_secret_can_bring_it() -> None:
+    written = text(service(tracking_uri="https://anna:secret@mlflow.example/path", secret="mlflow-login"))
+    assert "secret@" not in written
+    assert "anna" not in written
+    assert "https://mlflow.example/path" in written
+    assert {"secretRef": {"name": "mlflow-login"}} in yaml.safe_load(written)["spec"]["predictor"]["containers"][0][
+        "envFrom"
+    ]
+
+
+def test_a_registry_on_this_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match=r"no cluster reaches sqlite:.*--storage"):
+        service(tracking_uri="")
+
+
+def test_the_container_may_do_nothing_that_it_need_not() -> None:
+    rights = container()["securityContext"]
+    assert rights["runAsNonRoot"] is True
+    assert rights["readOnlyRootFilesystem"] is True
+    assert rights["allowPrivilegeEscalation"] is False
+    assert rights["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_a_gpu_is_asked_for_as_kubernetes_does() -> None:
+    assert container(gpus=1)["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert "nvidia.com/gpu" not in container()["resources"]["limits"]
+
+
+@pytest.mark.parametrize("changed", [{"image": "cappy:1"}, {"storage": "bucket/scorer"}, {"namespace": "My_Space"}])
+def test_settings_that_cannot_work_are_refused(changed: dict[str, str]) -> None:
+    with pytest.raises(ConfigError):
+        service(**changed)

@@ -1,0 +1,109 @@
+"""Vertex AI, against a server that parses what the SDK sends into the SDK's own messages.
+
+It shows what is asked of Vertex AI and in which order, not that Google grants it: no request ever left this machine.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vertex_scenario import IMAGE, connect, life, settings, told, version
+from vertex_server import vertex_server
+
+from cappy.config import build
+from cappy.deployment import DeploymentConfig, vertex
+from cappy.errors import ConfigError
+
+# The SDK warns of its own protobuf and of REST being in preview.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def scorer(tmp_path: Path) -> Path:
+    folder = tmp_path / "scorer"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_a_first_version_a_canary_and_the_whole_traffic(scorer: Path) -> None:
+    found = life(scorer)
+    first, canary, again, whole = found["steps"]
+    assert first["shares"] == {"cappy-1": 100}
+    assert canary["shares"] == again["shares"] == {"cappy-1": 80, "cappy-2": 20}
+    assert whole["shares"] == {"cappy-2": 100}
+    assert whole["undeployed"] == ["cappy-1"]
+    assert found["changes"] == [
+        "models:upload",
+        "endpoints",
+        "2000:deployModel",
+        "models:upload",
+        "2000:deployModel",
+        "2000",
+        "2000:undeployModel",
+    ]
+
+
+def test_the_model_has_our_image_its_routes_and_the_verified_files(scorer: Path) -> None:
+    found = life(scorer)
+    container = found["model"]["containerSpec"]
+    assert container["imageUri"] == IMAGE
+    assert (container["predictRoute"], container["healthRoute"]) == ("/predict", "/ready")
+    assert {"name": "MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "value": "false"} in container["env"]
+    assert found["objects"] == ["config.json", "model.safetensors"]
+    assert found["model"]["artifactUri"].startswith("gs://bucket/")
+    assert found["dedicated"] is True
+    assert found["resources"]["machineSpec"]["machineType"] == "g2-standard-8"
+    assert found["resources"]["machineSpec"]["acceleratorCount"] == 1
+
+
+@pytest.mark.parametrize(
+    ("present", "share", "expected"),
+    [
+        ({}, 20, {"0": 100}),
+        ({"a": 100}, 100, {"0": 100}),
+        ({"a": 100, "b": 0}, 20, {"0": 20, "a": 80}),
+        ({"a": 80, "b": 20}, 50, {"0": 50, "a": 40, "b": 10}),
+        ({"a": 33, "b": 33, "c": 34}, 1, {"0": 1, "a": 32, "b": 32, "c": 35}),
+    ],
+)
+def test_the_rest_of_the_traffic_is_shared_as_it_was(
+    present: dict[str, int], share: int, expected: dict[str, int]
+) -> None:
+    found = vertex.split(present, share)
+    assert found == expected
+    assert sum(found.values()) == 100
+
+
+def test_a_refusal_is_one_line_and_the_same_command_goes_on(scorer: Path) -> None:
+    with vertex_server() as server:
+        connect(server)
+        server.refuse = (429, "Quota exceeded for aiplatform.googleapis.com/custom_model_serving_nvidia_l4_gpus")
+        with pytest.raises(
+            ConfigError, match=r"project my-project.*Quota exceeded.*run the same command again"
+        ) as caught:
+            vertex.deploy(settings(), version(1), scorer)
+        assert "\n" not in str(caught.value)
+        server.refuse = None
+        assert told(server, scorer, 1)["shares"] == {"cappy-1": 100}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"image": "registry.example/cappy:latest"}, "by digest"),
+        ({"project": ""}, "needs --project and --bucket"),
+        ({"bucket": "s3://bucket"}, "needs --project and --bucket"),
+        ({"min_replicas": 4, "max_replicas": 2}, "below min-replicas"),
+        ({"traffic": 0}, "traffic"),
+        ({"service": "My Service"}, "service"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_asked(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        settings(**changed)
+
+
+def test_a_local_deployment_needs_none_of_it() -> None:
+    assert build(DeploymentConfig, {"version": "v", "report": "r", "target": "t"}).platform == "local"

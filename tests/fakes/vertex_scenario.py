@@ -1,0 +1,82 @@
+"""A scorer's life on Vertex AI, told as JSON: run in the tests' own process, and by another version of the SDK.
+
+python vertex_scenario.py FOLDER
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from vertex_server import Vertex, vertex_server
+
+IMAGE = f"registry.example/cappy-serving@sha256:{'a' * 64}"
+
+
+def settings(**changed: Any) -> Any:
+    """A deployment's settings for Vertex AI."""
+    from cappy.config import build
+    from cappy.deployment import DeploymentConfig
+
+    places = {"version": "version", "report": "report", "target": "target", "platform": "vertex", "image": IMAGE}
+    cloud = {"project": "my-project", "bucket": "gs://bucket", "machine": "g2-standard-8", "accelerator": "NVIDIA_L4"}
+    return build(DeploymentConfig, {**places, **cloud, **changed})
+
+
+def version(number: int) -> Any:
+    """A registered version with a manifest of its own."""
+    from cappy.registry.models import MANIFEST_TAG, Version
+
+    return Version(name="cappy", number=number, source="", tags={MANIFEST_TAG: f"{number:x}" * 64})
+
+
+def connect(vertex: Vertex) -> None:
+    """Points the SDK at the server."""
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud import aiplatform
+
+    os.environ["STORAGE_EMULATOR_HOST"] = vertex.address
+    aiplatform.init(
+        project="my-project",
+        location="us-central1",
+        api_endpoint=vertex.address,
+        api_transport="rest",
+        credentials=AnonymousCredentials(),
+    )
+
+
+def told(vertex: Vertex, scorer: Path, number: int, **changed: Any) -> dict[str, Any]:
+    """Deploys, and what the endpoint looks like then: version -> percent."""
+    from cappy.deployment.vertex import deploy
+
+    found = deploy(settings(**changed), version(number), scorer)
+    deployed = vertex.endpoints[0]["deployedModels"]
+    shares = {one["displayName"]: vertex.endpoints[0]["trafficSplit"].get(one["id"], 0) for one in deployed}
+    return {"shares": shares, "undeployed": found["undeployed"], "model": found["model"], "endpoint": found["endpoint"]}
+
+
+def life(scorer: Path) -> dict[str, Any]:
+    """First version, a canary, the canary again, the canary takes all."""
+    with vertex_server() as vertex:
+        connect(vertex)
+        steps = [
+            told(vertex, scorer, 1),
+            told(vertex, scorer, 2, traffic=20),
+            told(vertex, scorer, 2, traffic=20),
+            told(vertex, scorer, 2),
+        ]
+        changes = [call.rsplit("/", 1)[1] for call in vertex.calls if not call.startswith("GET") and "/locations/" in call]
+        deployed = vertex.endpoints[0]["deployedModels"][0]
+        return {
+            "steps": steps,
+            "changes": changes,
+            "objects": sorted({name.rsplit("/", 1)[1] for name in vertex.objects}),
+            "model": vertex.models[-1],
+            "resources": deployed["dedicatedResources"],
+            "dedicated": vertex.endpoints[0].get("dedicatedEndpointEnabled"),
+        }
+
+
+if __name__ == "__main__":
+    print(json.dumps(life(Path(sys.argv[1]))))
