@@ -31,9 +31,9 @@ After = Callable[[Any, bool], None]
 class Extra:
     """A flag of one verb alone, that is no setting of its step.
 
-    `before` is told all values and says whether that was all there is to do: it needs no flag of `instead_of`. `after`
-    is told the config when the step is done, and whether a person reads what is printed. A flag with a `text` has a
-    value, for others to read.
+    `before` is told all values, those of texts included, and says whether that was all there is to do: it needs no flag
+    of `instead_of`. `after` is told the config when the step is done, and whether a person reads what is printed. A
+    flag with a `text` has a value, for others to read.
     """
 
     name: str
@@ -67,7 +67,8 @@ def make_command(
     def verb(*, as_json: bool, **values: Any) -> None:
         asked = {extra.name: values.pop(extra.name) for extra in extras}
         wanted = [extra for extra in extras if asked[extra.name]]
-        if any(extra.before({**values, **asked, "as_json": as_json}) for extra in wanted):
+        texts = {extra.name: asked[extra.name] for extra in extras if extra.text is not None}
+        if any(extra.before({**values, **texts, "as_json": as_json}) for extra in wanted):
             return
         for name, flag in needed.items():
             if values[name] is None:

@@ -11,6 +11,13 @@ MANY = 20
 
 def advice(report: Report) -> str:
     """One sentence. What is decided by evidence comes first: leaks, then proof, then what would bring proof."""
+    text = _advice(report)
+    if report.folds and text.startswith("Promote"):
+        return "Keep the recipe: evaluate the scorer that it made on the scorer's own test split, to promote that one."
+    return text
+
+
+def _advice(report: Report) -> str:
     if leaked := [name for name, count in report.leaks.items() if count]:
         who = " and the ".join(leaked)
         return f"Hold: the {who} saw reported prompts in training; prepare splits that share none, then train again."

@@ -44,6 +44,11 @@ def test_a_curve_that_still_rises_asks_for_more_samples(report: Report) -> None:
     assert advice(found(rising, random=WON, mbr=WON)) == "Promote, and sample more: the 6th candidate still adds 1.0."
 
 
+def test_a_cross_fitted_report_promotes_no_scorer(report: Report) -> None:
+    recipe = replace(found(report, random=WON, mbr=WON), folds=5)
+    assert advice(recipe).startswith("Keep the recipe: evaluate the scorer")
+
+
 def test_a_leak_comes_before_everything(report: Report) -> None:
     leaking = replace(found(report, random=WON, mbr=WON), leaks={"challenger": 2})
     assert advice(leaking).startswith("Hold: the challenger saw reported prompts")

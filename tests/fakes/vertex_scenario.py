@@ -66,11 +66,11 @@ def life(scorer: Path) -> dict[str, Any]:
             told(vertex, scorer, 2, traffic=20),
             told(vertex, scorer, 2),
         ]
-        changes = [call.rsplit("/", 1)[1] for call in vertex.calls if not call.startswith("GET") and "/locations/" in call]
+        asked = [call for call in vertex.calls if "/locations/" in call and not call.startswith("GET")]
         deployed = vertex.endpoints[0]["deployedModels"][0]
         return {
             "steps": steps,
-            "changes": changes,
+            "changes": [call.rsplit("/", 1)[1] for call in asked],
             "objects": sorted({name.rsplit("/", 1)[1] for name in vertex.objects}),
             "model": vertex.models[-1],
             "resources": deployed["dedicatedResources"],
