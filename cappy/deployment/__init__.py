@@ -77,6 +77,8 @@ class DeploymentConfig:
             raise ValueError("max-replicas: is below min-replicas")
         if self.storage and not re.match(r"(gs|s3|pvc|hdfs|https?)://", self.storage):
             raise ValueError("storage: is no address that KServe copies from, such as gs://bucket/folder")
+        if self.storage and re.search(r"[@?]", self.storage):
+            raise ValueError("storage: holds a password or a signature, which would be written down; use --secret")
 
 
 def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:

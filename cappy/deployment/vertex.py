@@ -10,17 +10,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from google.api_core.exceptions import GoogleAPICallError
-from google.auth.exceptions import GoogleAuthError
-from google.cloud import aiplatform
-
 from cappy.deployment import DeploymentConfig
 from cappy.errors import ConfigError, shown
 from cappy.registry.models import Version
 
+try:
+    from google.api_core.exceptions import GoogleAPICallError
+    from google.auth.exceptions import GoogleAuthError
+    from google.cloud import aiplatform
+except ModuleNotFoundError as missing:
+    raise ConfigError(
+        f"deployment: --platform vertex needs {missing.name}; pip install 'cappy-scorer[gcp]'"
+    ) from missing
+
 PORT = 8080
-MANIFEST_LABEL = "cappy-manifest"
-"""A label of Vertex takes 63 characters: the first 32 of the manifest's hash."""
 
 
 def deploy(config: DeploymentConfig, version: Version, scorer: Path) -> dict[str, Any]:
@@ -38,10 +41,11 @@ def deploy(config: DeploymentConfig, version: Version, scorer: Path) -> dict[str
         present = _traffic(endpoint)
         if own is None:
             _deploy(config, version, endpoint, model, split(present, config.traffic))
-        elif present.get(own) != config.traffic:
+        else:
             others = {name: percent for name, percent in present.items() if name != own}
-            shares = split(others, config.traffic)
-            endpoint.update(traffic_split={own if name == "0" else name: share for name, share in shares.items()})
+            shares = {own if name == "0" else name: share for name, share in split(others, config.traffic).items()}
+            if shares != {name: percent for name, percent in present.items() if percent}:
+                endpoint.update(traffic_split=shares)
         gone = _undeploy(endpoint, model) if config.traffic == 100 else []
         return {
             "endpoint": endpoint.resource_name,
@@ -82,12 +86,16 @@ def _deploy(config: DeploymentConfig, version: Version, endpoint: Any, model: An
 
 
 def _uploaded(config: DeploymentConfig, version: Version, scorer: Path) -> Any:
-    """The model with this content, uploaded as a version of the model of this name where there is none."""
-    label = version.manifest_hash[:32]
-    known = aiplatform.Model.list(filter=f'labels.{MANIFEST_LABEL}="{label}" AND display_name="{version.name}"')
-    if known:
-        return known[0]
+    """The model with this content, uploaded as a version of the model of this name where there is none.
+
+    A list of models has each one's newest version alone, so the versions of the model are looked through.
+    """
     parents = aiplatform.Model.list(filter=f'display_name="{version.name}"')
+    told = f"{version.uri}, manifest {version.manifest_hash}"
+    for parent in parents:
+        for one in parent.versioning_registry.list_versions():
+            if one.version_description == told:
+                return aiplatform.Model(parent.resource_name, version=one.version_id)
     return aiplatform.Model.upload(
         display_name=version.name,
         parent_model=parents[0].resource_name if parents else None,
@@ -97,8 +105,7 @@ def _uploaded(config: DeploymentConfig, version: Version, scorer: Path) -> Any:
         serving_container_health_route="/ready",
         serving_container_ports=[PORT],
         serving_container_environment_variables={"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
-        version_description=f"{version.uri}, manifest {version.manifest_hash}",
-        labels={MANIFEST_LABEL: label},
+        version_description=told,
     )
 
 
@@ -142,6 +149,11 @@ def _told(config: DeploymentConfig) -> Iterator[None]:
         reason = " ".join(str(error).split())
         remedy = "log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
         raise ConfigError(f"deployment: {place}: no credentials ({shown(reason, 120)}); {remedy}") from error
+    except ValueError as error:
+        # The SDK's own checks: a region, a machine or an accelerator that it does not know.
+        raise ConfigError(
+            f"deployment: {place}: {shown(' '.join(str(error).split()), 200)}; mend that setting"
+        ) from error
     except GoogleAPICallError as error:
         # Over REST the request stands in front of the service's words.
         words = re.sub(r"^[A-Z]+ \S+: ", "", str(error.message))

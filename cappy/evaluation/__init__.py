@@ -19,6 +19,7 @@ from cappy.evaluation.findings import Difference, Estimate
 from cappy.evaluation.report import Report, check_schema
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, Split, read_manifest
+from cappy.records.folder import verify
 
 if TYPE_CHECKING:
     from cappy.evaluation.pools import Score
@@ -89,9 +90,12 @@ def read_report(folder: str | Path) -> Report:
     return Report.from_dict(read_values(folder))
 
 
-def read_values(folder: str | Path) -> dict[str, Any]:
-    """The values of report.json, as they stand there, of a schema that this version reads."""
-    read_manifest(folder)
+def read_values(folder: str | Path, *, checked: bool = False) -> dict[str, Any]:
+    """The values of report.json, as they stand there, of a schema that this version reads.
+
+    `checked` compares every file of the folder with its manifest first: a gate must not open for an edited report.
+    """
+    (verify if checked else read_manifest)(folder)
     path = Path(folder) / "report.json"
     if not path.is_file():
         raise FolderError(f"{path}: is missing, so {folder} is no evaluation; give the folder that evaluation wrote")

@@ -7,6 +7,9 @@ from cappy.pages.words import percent, signed
 NARROW = 0.01
 """Room between the best selector and the oracle, below which a better scorer cannot gain a point."""
 MANY = 20
+"""Times the groups at hand that a person may go and find more of."""
+UNTRAINED = {"scorer-random": "random choice", "scorer-likelihood": "the better likelihood selector"}
+"""What a first version must beat to be promoted; see `cappy.registry.gate`."""
 
 
 def advice(report: Report) -> str:
@@ -27,10 +30,9 @@ def _advice(report: Report) -> str:
         return "Hold: the scorer does worse than random choice; look at the worst instances and at the labels first."
     if "champion" in report.selectors:
         return _against_champion(report)
-    if not _better(report, "scorer-random"):
-        return _unproven(report, "scorer-random", "random choice")
-    if _low_room(report):
-        return f"More candidates: the oracle is only {_room(report)} above the best selector, so no scorer gains more."
+    for key, other in UNTRAINED.items():
+        if key in report.comparisons and not _better(report, key):
+            return _below(report, key, other)
     return _against_mbr(report)
 
 
@@ -50,20 +52,32 @@ def _against_champion(report: Report) -> str:
     return _unproven(report, "scorer-champion", "the champion")
 
 
+def _below(report: Report, key: str, other: str) -> str:
+    """What the gate asks a first version to beat, and this one does not."""
+    if _worse(report, key):
+        return f"Hold: the scorer is below {other} by {_told(report.comparisons[key])}; train on more instances."
+    return _unproven(report, key, other)
+
+
 def _against_mbr(report: Report) -> str:
-    against = report.comparisons.get("scorer-mbr")
-    hybrid = report.comparisons.get("hybrid_mbr-mbr")
-    if hybrid is not None and hybrid.low > 0 and not (against is not None and against.low > 0):
+    """The gate is open; what is the best use of the scorer?"""
+    against, hybrid = report.comparisons.get("scorer-mbr"), report.comparisons.get("hybrid_mbr-mbr")
+    if hybrid is not None and hybrid.low > 0 and against is not None and against.low <= 0:
         detail = report.selectors["hybrid_mbr"].detail
         return f"Promote, and pick by scorer + MBR ({detail}): together they beat MBR by {_told(hybrid)}."
     if against is not None and against.high < 0:
         return f"Use MBR: the scorer is below it by {_told(against)}; train on more instances before you promote."
     if against is not None and against.low <= 0:
         return f"Promote if MBR is no choice for you; {_lower(_unproven(report, 'scorer-mbr', 'MBR'))}"
+    if all(task.kind == "choice" for task in report.tasks):
+        return "Promote: the scorer beats random choice and what needs no training among these choices."
+    if _room(report) < NARROW:
+        room = percent(_room(report))
+        return f"Promote, and sample other candidates: the oracle is only {room} above the best selector."
     if _rising(report):
-        last = len(report.curve["scorer"])
-        return f"Promote, and sample more: the {last}th candidate still adds {percent(_last_gain(report))}."
-    return "Promote: the scorer beats random choice and every selector that needs no training."
+        last, gain = len(report.curve["scorer"]), percent(_last_gain(report))
+        return f"Promote, and sample more: candidate {last} still adds {gain}."
+    return "Promote: the scorer beats random choice, the likelihood and MBR, as far as they were at hand."
 
 
 def _unproven(report: Report, key: str, other: str) -> str:
@@ -91,14 +105,10 @@ def _last_gain(report: Report) -> float:
     return report.curve["scorer"][-1].mean - report.curve["scorer"][-2].mean
 
 
-def _low_room(report: Report) -> bool:
+def _room(report: Report) -> float:
+    """How far the oracle is above the best selector, 0 to 1."""
     best = max(row.estimate.mean for name, row in report.selectors.items() if name != "oracle")
-    return report.selectors["oracle"].estimate.mean - best < NARROW
-
-
-def _room(report: Report) -> str:
-    best = max(row.estimate.mean for name, row in report.selectors.items() if name != "oracle")
-    return percent(report.selectors["oracle"].estimate.mean - best)
+    return report.selectors["oracle"].estimate.mean - best
 
 
 def _better(report: Report, key: str) -> bool:

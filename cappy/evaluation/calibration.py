@@ -29,9 +29,14 @@ def fit(scores: Vector, labels: Vector, metric: str) -> Calibration | None:
 
 
 def reliability(scores: Vector, labels: Vector) -> Reliability:
-    """Calibration error, Brier score and bins of equal size, of scores against labels of 0 to 1."""
+    """Calibration error, Brier score and bins of about equal size, of scores against labels of 0 to 1.
+
+    Equal scores are in one bin, whatever their order: a calibrated score has many of them.
+    """
     order = np.argsort(scores, kind="stable")
-    parts = [part for part in np.array_split(order, NUM_BINS) if len(part)]
+    rank = np.searchsorted(scores[order], scores, side="left")
+    place = rank * NUM_BINS // len(scores)
+    parts = [part for number in range(NUM_BINS) if len(part := np.flatnonzero(place == number))]
     bins = tuple(
         Bin(score=float(scores[part].mean()), label=float(labels[part].mean()), count=len(part)) for part in parts
     )

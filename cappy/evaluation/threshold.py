@@ -20,7 +20,8 @@ class Threshold:
     """A threshold, chosen on held-out picks, and what it keeps on the reported ones.
 
     `coverage` is the share of reported instances that are answered, `precision` the share of good picks among them with
-    its 95% interval (Clopper and Pearson, 1934); None where none is answered.
+    its 95% interval (Clopper and Pearson, 1934); None where none is answered. The interval takes every instance for one
+    of its own: instances that share a row, as its templates do, make it too narrow.
     """
 
     threshold: float
@@ -40,12 +41,15 @@ def threshold(report: str | Path, *, precision: float, good: float) -> Threshold
 
     A pick is good if its label is at least `good`. FolderError where the report has no held-out picks.
     """
-    read_values(report)
+    if read_values(report).get("folds"):
+        raise FolderError(
+            f"{report}: is cross-fitted, so no one scorer gave its scores; evaluate a scorer on its own split"
+        )
     path = Path(report) / PICKS
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not values.get("held_out"):
         raise FolderError(
-            f"{path}: has no held-out picks to choose a threshold on; prepare a validation split, then evaluate again"
+            f"{path}: has no held-out picks to choose a threshold on; evaluate on --split test, with a validation split"
         )
     held, reported = (np.array(values[name], dtype=np.float64) for name in ("held_out", "reported"))
     found = lowest(held[:, 0], held[:, 1] >= good, precision)

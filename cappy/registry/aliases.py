@@ -92,20 +92,29 @@ def history(name: str, *, tracking_uri: str) -> list[Move]:
 def _move(
     client: Any, version: Version, former: Version | None, kind: Literal["promotion", "rollback"], why: str
 ) -> None:
-    """Sets the alias, then keeps the move; whoever calls holds the lock."""
+    """Keeps the move, then sets the alias; whoever calls holds the lock."""
     if former is not None and former.number == version.number:
         return
-    client.set_registered_model_alias(version.name, CHAMPION, str(version.number))
     move = Move(
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         kind=kind,
         version=version.number,
         former=former.number if former else 0,
-        by=os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser(),
+        by=_who(),
         why=why,
     )
     kept = sum(key.startswith(HISTORY_TAG) for key in client.get_registered_model(version.name).tags)
+    # First the history: a process that dies between the two leaves an entry without a move, which the next try repeats.
     client.set_registered_model_tag(version.name, f"{HISTORY_TAG}{kept:05d}", json.dumps(asdict(move)))
+    client.set_registered_model_alias(version.name, CHAMPION, str(version.number))
+
+
+def _who() -> str:
+    """MLflow's user, else the system's; in a container its number may be all there is."""
+    try:
+        return os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def _taken(client: Any, lock: str) -> bool:

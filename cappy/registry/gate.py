@@ -35,7 +35,11 @@ def decide(
     be above minus that margin. A scorer trained on a reported prompt is held, and so is one whose report was
     cross-fitted, which is about the recipe. ConfigError where a guarded task is not in the report.
     """
-    checks = [*_valid(report), *_proof(report, has_champion, margin, baseline), *_guarded(report, guards or {})]
+    checks = [
+        *_valid(report),
+        *_proof(report, has_champion, margin, baseline),
+        *_guarded(report, guards or {}, has_champion),
+    ]
     reasons = [sentence for _, sentence in checks]
     comparisons = report.get("comparisons", {})
     if not has_champion and baseline != "mbr" and "scorer-mbr" in comparisons:
@@ -98,13 +102,13 @@ def _beats(comparisons: Mapping[str, Any], other: str, words: str, margin: float
     return passed, f"The scorer {verb} {words}{bar}: difference {interval(found)}."
 
 
-def _guarded(report: Mapping[str, Any], guards: Mapping[str, float]) -> Iterator[Check]:
+def _guarded(report: Mapping[str, Any], guards: Mapping[str, float], has_champion: bool) -> Iterator[Check]:
     tasks = {task["task"]: task for task in report.get("tasks", ())}
     for name, margin in guards.items():
         if name not in tasks:
             known = shown(", ".join(sorted(tasks)), 200)
             raise ConfigError(f"guard: the report has no task {shown(name)}; its tasks: {known}")
-        champion = tasks[name].get("against_champion")
+        champion = tasks[name].get("against_champion") if has_champion else None
         found, other = (champion, "the champion") if champion else (tasks[name]["gain"], "random choice")
         passed = found["low"] > -margin
         verb = "does not fall" if passed else "may fall"

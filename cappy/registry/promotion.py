@@ -43,7 +43,7 @@ def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
     """Decides, moves the aliases if the decision is to promote, and writes decision.json; hold is a result."""
     from cappy.records.work import claim, finish
 
-    registered, report = read_version(config.version), read_values(config.report)
+    registered, report = read_version(config.version), read_values(config.report, checked=True)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
     with claim(config.work, "promotion", identity(config), parents) as folder:
         decision, version = _decided(config, registered, report)
@@ -90,7 +90,7 @@ def read_version(folder: Path) -> str:
 def dry_run(version: Path, report: Path, **settings: Any) -> Decision:
     """What the gate would decide now; nothing is moved or written."""
     config = build(PromotionConfig, {**settings, "version": version, "report": report, "target": "nowhere"})
-    decision, _ = _decided(config, read_version(version), read_values(report), carry_out=False)
+    decision, _ = _decided(config, read_version(version), read_values(report, checked=True), carry_out=False)
     return decision
 
 
@@ -122,6 +122,11 @@ def _with_champion(
 ) -> Decision:
     if champion is not None and champion.number == version.number:
         return Decision(decision="promote", reasons=(f"Version {version.number} is already champion.",))
+    about = report.get("versions", {}).get("challenger", "")
+    if not (about and version.manifest_hash.startswith(about)):
+        said = f"on {about}" if about else "on a scorer that it does not name"
+        reason = f"The report is {said}, not on version {version.number} ({version.manifest_hash[:12]}): evaluate it."
+        return Decision(decision="hold", reasons=(reason,))
     told = report.get("versions", {}).get("champion", "")
     if champion is not None and not (told and champion.manifest_hash.startswith(told)):
         compared = f"the report compares with {told}" if told else "the report compares with no champion"

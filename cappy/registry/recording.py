@@ -11,7 +11,7 @@ from typing import Any
 import pandas  # type: ignore[import-untyped]
 
 from cappy import __version__
-from cappy.records import Manifest
+from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, sha256_of
 from cappy.registry.card import model_card
 from cappy.registry.client import MlflowException, connected, experiment_id, metric_key
@@ -35,8 +35,9 @@ def register(config: RegistrationConfig, scorer: Manifest, report: Mapping[str, 
         known = find_content(client, config.name, scorer.hash)
         if known is None:
             known = _create(client, config, scorer, report, folder)
-        elif not _complete(client, known, config.scorer, scorer):
+        elif not _complete(client, known, config, scorer):
             _upload(client, known.tags["cappy.mlflow_run"], config, scorer, report, folder)
+            _retag(client, known, config)
         if not {CHAMPION, CHALLENGER} & set(known.aliases):
             client.set_registered_model_alias(config.name, CHALLENGER, str(known.number))
         return find(client, config.name, str(known.number)) or known
@@ -90,9 +91,12 @@ def _upload(
 
 
 def _calibration(config: RegistrationConfig) -> dict[str, str]:
-    """The tag with the sha256 of the calibration that the evaluation fitted; none where there is none."""
-    path = config.report / CALIBRATION
-    return {CALIBRATION_TAG: sha256_of(path)} if path.is_file() else {}
+    """The tag with the sha256 of the calibration that the evaluation fitted; none where its manifest names none.
+
+    A file that an earlier evaluation left in the folder is not this one's.
+    """
+    files = {file.name: file.sha256 for file in read_manifest(config.report).files}
+    return {CALIBRATION_TAG: files[CALIBRATION]} if CALIBRATION in files else {}
 
 
 def _save(scorer: Path, target: Path) -> None:
@@ -127,14 +131,36 @@ def _link(source: Path, target: Path, names: list[str]) -> None:
             shutil.copyfile(source / name, path)
 
 
-def _complete(client: Any, version: Version, folder: Path, scorer: Manifest) -> bool:
-    """Whether the artifact store still has every file, with its size; content is verified on download."""
+def _complete(client: Any, version: Version, config: RegistrationConfig, scorer: Manifest) -> bool:
+    """Whether the artifact store still has every file, with its size; content is verified on download.
+
+    The calibration is read and compared: another one of the same size would make every download fail.
+    """
     top = f"{MODEL}/{SCORER_PATH}"
     run_id = version.tags["cappy.mlflow_run"]
     parents = {str(Path(top) / Path(file.name).parent) for file in scorer.files}
     sizes = {item.path: item.file_size for parent in parents for item in client.list_artifacts(run_id, parent)}
     names = [MANIFEST, *(file.name for file in scorer.files)]
-    return all(sizes.get(f"{top}/{name}") == (folder / name).stat().st_size for name in names)
+    whole = all(sizes.get(f"{top}/{name}") == (config.scorer / name).stat().st_size for name in names)
+    return whole and _stored_calibration(client, run_id, f"{top}/{CALIBRATION}", sizes) == version.tags.get(
+        CALIBRATION_TAG, ""
+    )
+
+
+def _stored_calibration(client: Any, run_id: str, path: str, sizes: Mapping[str, int]) -> str:
+    """The sha256 of the calibration in the store; empty where there is none."""
+    if path not in sizes:
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        return sha256_of(Path(client.download_artifacts(run_id, path, folder)))
+
+
+def _retag(client: Any, version: Version, config: RegistrationConfig) -> None:
+    """The tag of a version whose files were put back: the calibration is that of the report at hand, or gone."""
+    if tag := _calibration(config):
+        client.set_model_version_tag(version.name, str(version.number), CALIBRATION_TAG, tag[CALIBRATION_TAG])
+    elif CALIBRATION_TAG in version.tags:
+        client.delete_model_version_tag(version.name, str(version.number), CALIBRATION_TAG)
 
 
 def _means(report: Mapping[str, Any]) -> dict[str, float]:

@@ -29,7 +29,12 @@ class RegistrationConfig:
     name: Annotated[str, Field(min_length=1, pattern=r"^[^/:@'\"`]+$", description="Name of the registered model")] = (
         "cappy"
     )
-    licence: Annotated[str, Field(description="Licence of the encoder that training started from, such as mit")] = ""
+    licence: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9.+-]*$", description="Licence of the encoder that training started from, such as mit"
+        ),
+    ] = ""
     experiment: Annotated[str, Field(min_length=1, description="MLflow experiment to log to")] = "cappy"
     tracking_uri: TrackingUri = ""
     pipeline_run: Annotated[str, LOCATION, Field(description="Id of the pipeline run that this belongs to")] = ""
@@ -79,7 +84,9 @@ def refuse_pickles(config: RegistrationConfig) -> None:
 
 def read_report(config: RegistrationConfig, scorer: Manifest) -> dict[str, Any]:
     """The report, if it is about this scorer; FolderError if it is about another."""
-    report = read_values(config.report)
+    report = read_values(config.report, checked=True)
+    if report.get("folds"):
+        raise FolderError(f"{config.report}: is cross-fitted, so it is about a recipe; evaluate {config.scorer} itself")
     told = report.get("versions", {}).get("challenger", "")
     if told and told != scorer.hash[: len(told)]:
         numbers = f"scorer {scorer.hash[:12]}, report on {told}"

@@ -29,11 +29,13 @@ def scorer(tmp_path: Path) -> Path:
 
 def test_a_first_version_a_canary_and_the_whole_traffic(scorer: Path) -> None:
     found = life(scorer)
-    first, canary, again, whole = found["steps"]
+    first, canary, again, whole, back = found["steps"]
     assert first["shares"] == {"cappy-1": 100}
     assert canary["shares"] == again["shares"] == {"cappy-1": 80, "cappy-2": 20}
     assert whole["shares"] == {"cappy-2": 100}
     assert whole["undeployed"] == ["cappy-1"]
+    assert back["shares"] == {"cappy-1": 50, "cappy-2": 50}
+    assert found["models"] == 2, "a version that was uploaded once is found again"
     assert found["changes"] == [
         "models:upload",
         "endpoints",
@@ -42,6 +44,7 @@ def test_a_first_version_a_canary_and_the_whole_traffic(scorer: Path) -> None:
         "2000:deployModel",
         "2000",
         "2000:undeployModel",
+        "2000:deployModel",
     ]
 
 
@@ -87,6 +90,13 @@ def test_a_refusal_is_one_line_and_the_same_command_goes_on(scorer: Path) -> Non
         assert "\n" not in str(caught.value)
         server.refuse = None
         assert told(server, scorer, 1)["shares"] == {"cappy-1": 100}
+
+
+def test_what_the_sdk_itself_refuses_is_one_line_too(scorer: Path) -> None:
+    with vertex_server() as server:
+        connect(server)
+        with pytest.raises(ConfigError, match="nowhere.*mend that setting"):
+            vertex.deploy(settings(region="nowhere"), version(1), scorer)
 
 
 @pytest.mark.parametrize(

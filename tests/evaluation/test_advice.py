@@ -9,6 +9,7 @@ from cappy.evaluation import Difference, Estimate, Report, evaluate
 from cappy.evaluation.advice import advice
 from cappy.evaluation.findings import Power
 from cappy.records import Instance
+from cappy.registry.gate import decide
 
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
 
@@ -30,6 +31,7 @@ def found(report: Report, needed: int | None = 60, **bounds: tuple[float, float]
     return replace(report, comparisons=made, power=power)
 
 
+Bounds = tuple[float, float]
 WON, LOST, OPEN = (0.02, 0.06), (-0.06, -0.02), (-0.01, 0.03)
 
 
@@ -41,7 +43,7 @@ def test_a_scorer_that_beats_everything_is_promoted(report: Report) -> None:
 def test_a_curve_that_still_rises_asks_for_more_samples(report: Report) -> None:
     curve = tuple(Estimate(mean=0.5 + n / 100, low=0.4, high=0.6) for n in range(6))
     rising = replace(report, curve={"scorer": curve}, pays_until=6)
-    assert advice(found(rising, random=WON, mbr=WON)) == "Promote, and sample more: the 6th candidate still adds 1.0."
+    assert advice(found(rising, random=WON, mbr=WON)) == "Promote, and sample more: candidate 6 still adds 1.0."
 
 
 def test_a_cross_fitted_report_promotes_no_scorer(report: Report) -> None:
@@ -93,10 +95,37 @@ def test_beside_a_champion_the_champion_decides(
     assert advice(found(both, random=WON, mbr=LOST, champion=bounds)).startswith(start)
 
 
-def test_a_pool_without_room_asks_for_other_candidates(instances: list[Instance]) -> None:
+def test_a_pool_without_room_is_promoted_and_asks_for_other_candidates(instances: list[Instance]) -> None:
     labels = {(i.instruction, c.response): c.labels["rougeL"] for i in instances for c in i.candidates}
     report = evaluate(instances, score=lambda p: [labels[x] for x in p], resamples=100, probe=False)
-    assert advice(report) == "More candidates: the oracle is only 0.0 above the best selector, so no scorer gains more."
+    assert advice(report).startswith("Promote, and sample other candidates: the oracle is only 0.0 above")
+
+
+def test_closed_choices_are_never_asked_for_more_samples(report: Report) -> None:
+    curve = tuple(Estimate(mean=0.5 + n / 100, low=0.4, high=0.6) for n in range(6))
+    choices = replace(report, curve={"scorer": curve}, pays_until=6, tasks=(replace(report.tasks[0], kind="choice"),))
+    assert advice(found(choices, random=WON)) == (
+        "Promote: the scorer beats random choice and what needs no training among these choices."
+    )
+
+
+def test_a_scorer_below_the_likelihood_is_held_whatever_else_it_beats(report: Report) -> None:
+    assert advice(found(report, random=WON, likelihood=LOST, mbr=WON)).startswith(
+        "Hold: the scorer is below the better likelihood selector by −4.0"
+    )
+
+
+@pytest.mark.parametrize("random", [WON, OPEN, LOST])
+@pytest.mark.parametrize("likelihood", [WON, OPEN, LOST, None])
+@pytest.mark.parametrize("mbr", [WON, OPEN, LOST, None])
+@pytest.mark.parametrize("hybrid", [WON, OPEN, None])
+def test_nothing_is_advised_to_be_promoted_that_the_gate_would_hold(
+    report: Report, random: Bounds, likelihood: Bounds | None, mbr: Bounds | None, hybrid: Bounds | None
+) -> None:
+    bounds = {"random": random, "likelihood": likelihood, "mbr": mbr, "hybrid": hybrid}
+    made = found(report, **{name: ends for name, ends in bounds.items() if ends is not None})
+    if advice(made).startswith("Promote"):
+        assert decide(made.to_dict(), has_champion=False).decision == "promote"
 
 
 def test_without_a_scorer_the_advice_is_to_train_one(instances: list[Instance]) -> None:

@@ -33,6 +33,13 @@ def test_bins_hold_every_pair_once_and_rise() -> None:
     assert [one.score for one in bins] == sorted(one.score for one in bins)
 
 
+def test_the_order_of_rows_changes_nothing_where_scores_are_equal() -> None:
+    labels = np.repeat([0.0, 1.0], 100)
+    shuffled = RNG.permutation(labels)
+    level = np.full(200, 0.5)
+    assert calibration.reliability(level, labels).ece == calibration.reliability(level, shuffled).ece == 0.0
+
+
 def test_a_map_fitted_on_one_half_mends_the_other() -> None:
     labels = (RNG.random(len(SCORES)) < SCORES**3).astype(float)
     found = calibration.fit(SCORES[:2000], labels[:2000], "rougeL")
@@ -51,6 +58,9 @@ def test_the_map_is_the_best_monotone_one() -> None:
     found = calibration.fit(scores, labels, "rougeL")
     assert found is not None
     fitted = np.array(found.apply(scores.tolist()))
+    one_level = np.full(len(labels), labels.mean())
+    straight = np.clip(np.polyval(np.polyfit(scores, labels, 1), scores), 0, 1)
+    assert np.mean((fitted - labels) ** 2) < min(np.mean((other - labels) ** 2) for other in (one_level, straight))
     for level in np.unique(fitted):
         assert labels[fitted == level].mean() == pytest.approx(level)
     assert (np.diff(fitted[np.argsort(scores, kind="stable")]) >= 0).all()
@@ -135,7 +145,13 @@ def test_a_precision_that_no_score_has_is_said(report: Path) -> None:
     assert "No score keeps" in sentence(None, precision=1.0, good=1.1)
 
 
+def test_a_cross_fitted_report_has_no_threshold(report: Path) -> None:
+    (report / "report.json").write_text(json.dumps({"schema": SCHEMA, "folds": 5}))
+    with pytest.raises(FolderError, match="is cross-fitted"):
+        threshold(report, precision=0.9, good=0.5)
+
+
 def test_a_report_without_held_out_picks_is_refused(report: Path) -> None:
     (report / "picks.json").write_text(json.dumps({"held_out": [], "reported": [[0.5, 1.0]]}))
-    with pytest.raises(FolderError, match="no held-out picks.*validation"):
+    with pytest.raises(FolderError, match="no held-out picks.*validation split"):
         threshold(report, precision=0.9, good=0.5)

@@ -53,11 +53,12 @@ def told(vertex: Vertex, scorer: Path, number: int, **changed: Any) -> dict[str,
     found = deploy(settings(**changed), version(number), scorer)
     deployed = vertex.endpoints[0]["deployedModels"]
     shares = {one["displayName"]: vertex.endpoints[0]["trafficSplit"].get(one["id"], 0) for one in deployed}
+    assert len(shares) == len(deployed), "a version is deployed twice"
     return {"shares": shares, "undeployed": found["undeployed"], "model": found["model"], "endpoint": found["endpoint"]}
 
 
 def life(scorer: Path) -> dict[str, Any]:
-    """First version, a canary, the canary again, the canary takes all."""
+    """First version, a canary, the canary again, the canary takes all, the first version comes back for half."""
     with vertex_server() as vertex:
         connect(vertex)
         steps = [
@@ -65,6 +66,7 @@ def life(scorer: Path) -> dict[str, Any]:
             told(vertex, scorer, 2, traffic=20),
             told(vertex, scorer, 2, traffic=20),
             told(vertex, scorer, 2),
+            told(vertex, scorer, 1, traffic=50),
         ]
         asked = [call for call in vertex.calls if "/locations/" in call and not call.startswith("GET")]
         deployed = vertex.endpoints[0]["deployedModels"][0]
@@ -73,6 +75,7 @@ def life(scorer: Path) -> dict[str, Any]:
             "changes": [call.rsplit("/", 1)[1] for call in asked],
             "objects": sorted({name.rsplit("/", 1)[1] for name in vertex.objects}),
             "model": vertex.models[-1],
+            "models": len(vertex.models),
             "resources": deployed["dedicatedResources"],
             "dedicated": vertex.endpoints[0].get("dedicatedEndpointEnabled"),
         }

@@ -38,6 +38,8 @@ class Vertex:
         name = body.get("parentModel") or f"{parent}/models/{1000 + len(self.models)}"
         version = str(1 + sum(one["name"] == name for one in self.models))
         model |= {"name": name, "versionId": version, "supportedDeploymentResourcesTypes": ["DEDICATED_RESOURCES"]}
+        # What a version of a model without an alias cannot be listed by.
+        model["versionAliases"] = ["default"] if version == "1" else []
         self.models.append(model)
         return done("UploadModelResponse", {"model": name, "modelVersionId": version})
 
@@ -79,7 +81,11 @@ class Vertex:
         strict(types.Endpoint, body)
         endpoint = self.find(self.endpoints, name)
         known = {one["id"] for one in endpoint["deployedModels"]}
-        if mask.replace("_", "").casefold() != "trafficsplit" or not set(body["trafficSplit"]) <= known:
+        if (
+            mask.replace("_", "").casefold() != "trafficsplit"
+            or not set(body["trafficSplit"]) <= known
+            or sum(body["trafficSplit"].values()) != 100
+        ):
             raise Refusal(400, f"cannot set {mask} to {body}")
         endpoint["trafficSplit"] = body["trafficSplit"]
         return endpoint
@@ -100,6 +106,8 @@ class Vertex:
             return self.store(method, path, query, data)
         body = json.loads(data) if data else {}
         resource, _, verb = path.removeprefix("/v1/").partition(":")
+        if verb == "listVersions":
+            return {"models": [one for one in self.models if one["name"] == resource]}
         verbs = {"upload": self.upload, "deployModel": self.deploy, "undeployModel": self.undeploy}
         if verb in verbs:
             return verbs[verb](resource.removesuffix("/models"), body)

@@ -10,7 +10,7 @@ import race
 
 from cappy import registry
 from cappy.cli import main
-from cappy.errors import ConfigError, RegistryError
+from cappy.errors import ConfigError, FolderError, RegistryError
 from cappy.registry import aliases
 from cappy.registry.client import connected
 from cappy.registry.gate import decide, parse_guards
@@ -83,6 +83,35 @@ def test_promotion_told_twice_stays_promoted(room: Any, registered: Any) -> None
     again = room.promote(found)
     assert again["decision"] == "promote"
     assert again["reasons"] == ["Version 1 is already champion."]
+
+
+def test_a_report_on_another_scorer_opens_no_gate(room: Any, registered: Any) -> None:
+    other = room.scorer("other", 9.0)
+    registered("a", 1.0)
+    told = room.promote(room.report("report-other", other))
+    assert told["decision"] == "hold"
+    assert told["reasons"][0].startswith("The report is on ")
+    assert registry.champion("cappy", tracking_uri=room.uri) is None
+
+
+def test_a_report_that_was_edited_is_refused(room: Any, registered: Any) -> None:
+    _, found = registered("a", 1.0, leaks={"challenger": 3})
+    values = json.loads((found / "report.json").read_text())
+    (found / "report.json").write_text(json.dumps({**values, "leaks": {}}))
+    with pytest.raises(FolderError, match=r"report.json: is damaged"):
+        room.promote(found)
+
+
+def test_a_user_without_a_name_moves_the_alias_by_number(
+    room: Any, registered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr(aliases.getpass, "getuser", nameless)
+    _, found = registered("a", 1.0)
+    room.promote(found)
+    assert registry.history("cappy", tracking_uri=room.uri)[0].by.startswith("uid ")
 
 
 def test_a_champion_that_moved_since_the_report_holds_the_version(room: Any, registered: Any) -> None:

@@ -115,9 +115,37 @@ def test_files_in_folders_of_the_scorer_are_registered_too(room: Any) -> None:
     assert (folder / "tokenizer" / "vocab.json").read_text() == "{}"
 
 
-def calibrated(report: Path) -> Path:
-    (report / "calibration.json").write_text(Calibration((0.0, 1.0), (0.1, 0.9), "rougeL", 80).to_json())
+def calibrated(report: Path, top: float = 0.9) -> Path:
+    (report / "calibration.json").write_text(Calibration((0.0, 1.0), (0.1, top), "rougeL", 80).to_json())
+    write_manifest(report, Manifest(step="evaluation", files=describe_files(report)))
     return report
+
+
+def test_a_calibration_that_an_earlier_evaluation_left_is_not_taken(room: Any) -> None:
+    scorer = room.scorer("a")
+    report = room.report("report", scorer)
+    (report / "calibration.json").write_text("left by another")
+    room.register(scorer, report)
+    folder = registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+    assert read_calibration(folder) is None
+
+
+@pytest.mark.parametrize("lost", ["calibration.json", "model.safetensors"])
+def test_a_version_that_lost_a_file_is_mended_by_registering_it_again_with_another_report(room: Any, lost: str) -> None:
+    scorer = room.scorer("a")
+    room.register(scorer, calibrated(room.report("report", scorer)))
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+    (source / "artifacts" / "scorer" / lost).unlink()
+    room.register(scorer, calibrated(room.report("later", scorer), top=0.7))
+    found = read_calibration(registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models"))
+    assert found is not None
+    assert found.expected[-1] == 0.7
+
+
+def test_a_cross_fitted_report_registers_nothing(room: Any) -> None:
+    scorer = room.scorer("a")
+    with pytest.raises(FolderError, match="is cross-fitted"):
+        room.register(scorer, room.report("report", scorer, folds=5))
 
 
 def test_the_calibration_of_the_evaluation_travels_with_the_scorer(room: Any) -> None:
