@@ -90,6 +90,65 @@ def test_any_strategy_goes_on_where_another_stopped(stage: int, plan: Plan) -> N
 
 
 @needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_goes_on_to_the_same_bits(stage: int, plan: Plan) -> None:
+    settings = {"strategy": "deepspeed", "devices": 2, "zero_stage": stage, **CURVE}
+    run(plan("unbroken", **settings))
+    with pytest.raises(StoppedError):
+        run(plan("b", **settings), stop_after(5))
+    run(plan("b", **settings))
+    assert furthest(plan("unbroken"), plan("b")) == 0.0
+
+
+OUT_OF_MEMORY = """
+import os
+
+if os.environ.get("RANK") == "1":
+    from cappy.scoring.scorer import Scorer
+
+    calls, plain = [], Scorer.logits
+
+    def logits(self, batch):
+        calls.append(batch)
+        if len(calls) == 4:
+            raise MemoryError
+        return plain(self, batch)
+
+    Scorer.logits = logits
+"""
+"""A module that Python imports at every start, before the rank does: the second rank fails once."""
+
+
+@pytest.fixture
+def short_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "sitecustomize.py").write_text(OUT_OF_MEMORY)
+    paths = [str(tmp_path / "start"), str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+
+
+@pytest.mark.usefixtures("short_of_memory")
+def test_when_memory_runs_out_on_one_rank_all_halve_their_budget_and_go_on(plan: Plan) -> None:
+    run(plan("one", **CURVE))
+    short = plan("short", strategy="ddp", devices=2, batch_tokens=4096, **CURVE)
+    run(short)
+    log = json.loads((short.target / "training.json").read_text())
+    assert [re.sub(r"update \d+", "update", event) for event in log["events"]] == [
+        "update: memory ran out; on with 2048 tokens per pass"
+    ]
+    assert curve(short) == pytest.approx(curve(plan("one")), abs=1e-4)
+    assert len(curve(short)) == 12
+
+
+@needs_deepspeed
+@pytest.mark.usefixtures("short_of_memory")
+def test_deepspeed_ends_in_one_line_where_memory_runs_out(plan: Plan) -> None:
+    """Its ranks wait for each other within a pass, so one that gave up cannot tell the others."""
+    with pytest.raises(TrainingError, match="memory ran out at 4096 tokens per pass; give a smaller --batch-tokens"):
+        run(plan("short", strategy="deepspeed", devices=2, batch_tokens=4096, **CURVE))
+
+
+@needs_deepspeed
 def test_deepspeed_compiles_nothing_on_a_cpu(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build that is killed leaves a lock that all later runs would wait for."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
