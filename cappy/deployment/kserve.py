@@ -11,6 +11,8 @@ from cappy.registry.address import tracking_address, without_password
 from cappy.registry.models import Version
 
 PORT = 8080
+SCRATCH = "/scratch"
+"""The one place that the container may write to: downloads of the registry, temporary files."""
 MOUNTED = "/mnt/models"
 """Where KServe's storage initializer puts what STORAGE_URI names."""
 
@@ -39,6 +41,7 @@ def inference_service(config: DeploymentConfig, version: Version) -> dict[str, A
                 "maxReplicas": config.max_replicas,
                 **({"canaryTrafficPercent": config.traffic} if config.traffic < 100 else {}),
                 "containers": [_container(config, version)],
+                "volumes": [{"name": "scratch", "emptyDir": {}}],
             }
         },
     }
@@ -56,9 +59,12 @@ def _container(config: DeploymentConfig, version: Version) -> dict[str, Any]:
     return {
         "name": "kserve-container",
         "image": config.image,
+        "command": ["python", "-m", "serving"],
         "args": ["--scorer", MOUNTED if config.storage else version.uri, "--host", "0.0.0.0", "--port", str(PORT)],  # noqa: S104
         "env": _environment(config),
         **({"envFrom": [{"secretRef": {"name": config.secret}}]} if config.secret else {}),
+        "workingDir": SCRATCH,
+        "volumeMounts": [{"name": "scratch", "mountPath": SCRATCH}],
         "ports": [{"containerPort": PORT, "protocol": "TCP"}],
         "resources": {"requests": quantities, "limits": dict(quantities)},
         "startupProbe": {**_probe("/ready"), "failureThreshold": 60},
@@ -77,6 +83,7 @@ def _container(config: DeploymentConfig, version: Version) -> dict[str, Any]:
 def _environment(config: DeploymentConfig) -> list[dict[str, str]]:
     """Where the scorer comes from; user and password of an address are a secret's to bring."""
     told = [{"name": "MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "value": "false"}]
+    told += [{"name": name, "value": SCRATCH} for name in ("HOME", "TMPDIR")]
     if config.storage:
         return [*told, {"name": "STORAGE_URI", "value": config.storage}]
     address = tracking_address(config.tracking_uri)

@@ -69,12 +69,29 @@ def test_the_container_may_do_nothing_that_it_need_not() -> None:
     assert rights["capabilities"] == {"drop": ["ALL"]}
 
 
+def test_all_that_the_service_writes_has_a_place_to_go() -> None:
+    found = container()
+    places = [found["workingDir"], *(one["value"] for one in found["env"] if one["name"] in ("HOME", "TMPDIR"))]
+    mounted = {mount["mountPath"]: mount["name"] for mount in found["volumeMounts"]}
+    assert len(places) == 3
+    assert set(places) <= set(mounted)
+    assert set(mounted.values()) == {volume["name"] for volume in service()["spec"]["predictor"]["volumes"]}
+
+
 def test_a_gpu_is_asked_for_as_kubernetes_does() -> None:
     assert container(gpus=1)["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert "nvidia.com/gpu" not in container()["resources"]["limits"]
 
 
-@pytest.mark.parametrize("changed", [{"image": "cappy:1"}, {"storage": "bucket/scorer"}, {"namespace": "My_Space"}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"image": "cappy:1"},
+        {"storage": "bucket/scorer"},
+        {"storage": "https://anna:secret@host/x"},
+        {"namespace": "My_Space"},
+    ],
+)
 def test_settings_that_cannot_work_are_refused(changed: dict[str, str]) -> None:
     with pytest.raises(ConfigError):
         service(**changed)
