@@ -15,7 +15,7 @@ from cappy.evaluation import (
     statistics,
     tables,
 )
-from cappy.evaluation.findings import Calibrated, Cost, Coverage, Probe
+from cappy.evaluation.findings import Calibrated, Cost, Coverage
 from cappy.evaluation.parts import Part, flat, means_of, part_of, pools_of
 from cappy.evaluation.pools import Pool, Score
 from cappy.evaluation.rules import Rules
@@ -86,7 +86,7 @@ def report_of(
         worst=examples.worst(pools, found),
         calibration=_calibrated(parts),
         coverage=_coverage(pools, found),
-        probes=_mean_probes([part.probes for part in parts]),
+        probes=tuple(parts[0].probes),
         cost=Cost(tokens=_tokens(pools)),
         better_likelihood=likelihood,
         folds=folds,
@@ -135,11 +135,6 @@ def _coverage(pools: Sequence[Pool], found: Rules) -> Coverage | None:
     values = found.values["scorer"]
     labels = np.array([pool.labels[selectors.pick(own)] for pool, own in zip(pools, values, strict=True)])
     return calibration.coverage([float(own.max()) for own in values], labels)
-
-
-def _mean_probes(parts: Sequence[Sequence[Probe]]) -> tuple[Probe, ...]:
-    """The first part's probes: a cross-fitted report says of one of its scorers how it reads."""
-    return tuple(parts[0]) if parts else ()
 
 
 def _tokens(pools: Sequence[Pool]) -> float | None:
