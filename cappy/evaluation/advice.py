@@ -1,7 +1,7 @@
 """The advice: what to do next, in one sentence with its reason."""
 
 from cappy.evaluation.findings import Difference
-from cappy.evaluation.report import Report
+from cappy.evaluation.report import Report, spread
 from cappy.pages.words import percent, signed
 
 NARROW = 0.01
@@ -120,8 +120,7 @@ def _worse(report: Report, key: str) -> bool:
 
 
 def _told(difference: Difference) -> str:
-    interval = f"{percent(difference.low)} to {percent(difference.high)}"
-    return f"{signed(difference.difference)} (95% interval {interval})"
+    return f"{signed(difference.difference)} (95% interval {spread(difference)})"
 
 
 def _lower(text: str) -> str:

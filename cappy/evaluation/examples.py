@@ -24,8 +24,8 @@ def worst(pools: Sequence[Pool], rules: Rules) -> tuple[Example, ...]:
     """The instances where the scorer's pick is furthest below the best candidate, the furthest first."""
     if "scorer" not in rules.values:
         return ()
-    rows = zip(pools, rules.values["scorer"], strict=True)
-    lost = np.array([pool.labels.max() - pool.labels[selectors.pick(values)] for pool, values in rows])
+    best = np.array([pool.labels.max() for pool in pools])
+    lost = best - selectors.picked(pools, rules.values["scorer"])
     order = np.argsort(-lost, kind="stable")[:NUM_EXAMPLES]
     return tuple(_examples([index for index in order if lost[index] > 0], pools, rules))
 

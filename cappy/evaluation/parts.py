@@ -91,9 +91,7 @@ def part_of(
 def means_of(pools: Sequence[Pool], values: Mapping[str, Values], resamples: int, seed: int) -> tables.Means:
     """The selectors' labels by pool, in the order of a report."""
     labels = {"random": np.array([pool.labels.mean() for pool in pools])}
-    for name, own in values.items():
-        rows = zip(pools, own, strict=True)
-        labels[name] = np.array([pool.labels[selectors.pick(value)] for pool, value in rows])
+    labels |= {name: selectors.picked(pools, own) for name, own in values.items()}
     ordered = {name: labels[name] for name in report.SELECTORS if name in labels}
     return tables.means(ordered, [pool.instance.group_id for pool in pools], resamples=resamples, seed=seed)
 

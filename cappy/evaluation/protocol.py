@@ -133,8 +133,7 @@ def _coverage(pools: Sequence[Pool], found: Rules) -> Coverage | None:
     if "scorer" not in found.values:
         return None
     values = found.values["scorer"]
-    labels = np.array([pool.labels[selectors.pick(own)] for pool, own in zip(pools, values, strict=True)])
-    return calibration.coverage([float(own.max()) for own in values], labels)
+    return calibration.coverage([float(own.max()) for own in values], selectors.picked(pools, values))
 
 
 def _tokens(pools: Sequence[Pool]) -> float | None:

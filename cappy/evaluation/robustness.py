@@ -34,7 +34,11 @@ def _response_only(pools: Sequence[Pool], scores: Values, score: Score) -> Probe
     blind = [np.array([next(flat) for _ in own]) for own in pairs]
     random, seen, unseen = (
         float(np.mean(values))
-        for values in ([pool.labels.mean() for pool in pools], _picked(pools, scores), _picked(pools, blind))
+        for values in (
+            [pool.labels.mean() for pool in pools],
+            selectors.picked(pools, scores),
+            selectors.picked(pools, blind),
+        )
     )
     if seen - random < 1e-3:
         return None
@@ -95,11 +99,6 @@ def _order(pools: Sequence[Pool], scores: Values, score: Score) -> Probe:
         value=worst,
         meaning=f"Scored again in another order, and each alone, {len(some)} pairs change by {worst:.1g} at most.",
     )
-
-
-def _picked(pools: Sequence[Pool], values: Values) -> list[float]:
-    rows = zip(pools, values, strict=True)
-    return [float(pool.labels[selectors.pick(value)]) for pool, value in rows]
 
 
 def correlation(one: Sequence[Vector], other: Sequence[Vector]) -> float | None:

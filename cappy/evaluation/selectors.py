@@ -12,13 +12,18 @@ from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
 from cappy.annotation.rouge_columns import token_strings
-from cappy.evaluation.pools import Vector
+from cappy.evaluation.pools import Pool, Vector
 from cappy.records import Candidate
 
 
 def pick(values: Vector) -> int:
     """The index of the highest value, the first of equal ones."""
     return int(np.argmax(values))
+
+
+def picked(pools: Sequence[Pool], values: Sequence[Vector]) -> Vector:
+    """The label of the pick in every pool, shape (pools,)."""
+    return np.array([pool.labels[pick(own)] for pool, own in zip(pools, values, strict=True)])
 
 
 def is_tied(values: Vector, labels: Vector) -> bool:

@@ -16,7 +16,7 @@ from cappy.evaluation.pools import Pool, Score, Vector
 from cappy.evaluation.protocol import report_of
 from cappy.evaluation.remembered import remembered, seconds_per_pair
 from cappy.evaluation.report import Report
-from cappy.evaluation.selectors import pick
+from cappy.evaluation.selectors import picked
 from cappy.evaluation.threshold import PICKS
 from cappy.progress import Progress
 from cappy.records import Instance, Manifest, read, read_manifest
@@ -112,8 +112,8 @@ def write_picks(folder: Path, parts: Sequence[Part], config: EvaluationConfig) -
 
 
 def _picked(pools: Sequence[Pool], scores: Sequence[Vector]) -> list[tuple[float, float]]:
-    picks = [(pick(values), values, pool) for pool, values in zip(pools, scores, strict=True)]
-    return [(float(values[index]), float(pool.labels[index])) for index, values, pool in picks]
+    tops = [float(own.max()) for own in scores]
+    return list(zip(tops, picked(pools, scores).tolist(), strict=True))
 
 
 def content(folder: Path) -> str:

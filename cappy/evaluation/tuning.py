@@ -27,7 +27,6 @@ def choose_system(pools: Sequence[Pool]) -> str | None:
     names.pop("", None)
 
     def mean_label(name: str) -> float:
-        picks = [pool.labels[selectors.pick(selectors.system(pool.candidates, name))] for pool in pools]
-        return float(np.mean(picks))
+        return float(selectors.picked(pools, [selectors.system(pool.candidates, name) for pool in pools]).mean())
 
     return max(names, key=mean_label, default=None)
