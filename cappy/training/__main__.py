@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from cappy.config import build, decode
 from cappy.errors import CappyError, ConfigError, shown
@@ -27,19 +27,31 @@ ATOMIC = 1000
 Report = Callable[[Mapping[str, Any]], None]
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the step; a CappyError ends the process with status 1, said in one line by the first rank."""
+def main(arguments: Sequence[str]) -> NoReturn:
+    """Runs the step and ends the process: status 1 after a CappyError, which the first rank says in one line."""
+    try:
+        status = _ran(arguments)
+    except BaseException:  # noqa: BLE001 (shown, as the interpreter would)
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: threads of torch's and of DeepSpeed's that still run while the interpreter is torn down abort the
+    # process now and then, and a rank whose work is done would count as one that failed.
+    os._exit(status)
+
+
+def _ran(arguments: Sequence[str]) -> int:
     pipes = os.environ.pop(REPORT_VARIABLE, "")
     if not pipes:
-        _alone(arguments)
-        return
+        return _alone(arguments)
     report, life = map(int, pipes.split(","))
     threading.Thread(target=_end_with_parent, args=(life,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then asks us to end.
-    sys.exit(_reported(arguments, lambda message: _write(report, message)))
+    return _reported(arguments, lambda message: _write(report, message))
 
 
-def _alone(arguments: Sequence[str]) -> None:
+def _alone(arguments: Sequence[str]) -> int:
     try:
         metrics = json.loads(_run(arguments, silent))["metrics"]
         if "trial_updates" in metrics and os.environ.get("RANK", "0") == "0":
@@ -48,7 +60,8 @@ def _alone(arguments: Sequence[str]) -> None:
             sys.stdout.write(f"{text(metrics)}\n")
     except CappyError as error:
         sys.stderr.write(f"cappy {' '.join(arguments[:1])}: {error}\n")
-        raise SystemExit(1) from error
+        return 1
+    return 0
 
 
 def _reported(arguments: Sequence[str], report: Report) -> int:

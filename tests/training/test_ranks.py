@@ -48,10 +48,14 @@ def curve(plan: FinetuningConfig) -> list[float]:
     return [entry["loss"] for entry in json.loads((plan.target / "training.json").read_text())["curve"]]
 
 
-def furthest(first: FinetuningConfig, second: FinetuningConfig) -> float:
+def furthest(first: FinetuningConfig, second: FinetuningConfig, *, left_out: str = " ") -> float:
     one, two = (load_file(plan.target / "model.safetensors") for plan in (first, second))
     assert one.keys() == two.keys()
-    return max((one[name] - two[name]).abs().max().item() for name in one)
+    return max((one[name] - two[name]).abs().max().item() for name in one if not name.endswith(left_out))
+
+
+NOISE = "attention.self.key.bias"
+"""Softmax does not change with it, so its gradient is rounding alone, which Adam scales up to whole steps."""
 
 
 def test_two_ranks_compute_what_one_process_does_dropout_included(plan: Plan) -> None:
@@ -86,7 +90,7 @@ def test_any_strategy_goes_on_where_another_stopped(stage: int, plan: Plan) -> N
             run(plan("mixed", **spread, **CURVE), stop_after(stop))
     run(plan("mixed", strategy="ddp", devices=2, **CURVE))
     assert curve(plan("mixed")) == pytest.approx(curve(plan("one")), abs=1e-4)
-    assert furthest(plan("one"), plan("mixed")) < 1e-4
+    assert furthest(plan("one"), plan("mixed"), left_out=NOISE) < 1e-4
 
 
 @needs_deepspeed
@@ -181,7 +185,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_to_the_same_bits_and_on_one_
     assert furthest(plan("unbroken"), plan("b")) == 0.0
     assert read_manifest(plan("unbroken").target).hash == read_manifest(plan("b").target).hash
     run(plan("c", **CURVE))
-    assert furthest(plan("unbroken"), plan("c")) < 1e-4
+    assert furthest(plan("unbroken"), plan("c"), left_out=NOISE) < 1e-4
 
 
 def ranks_of(parent: int) -> dict[int, int]:
