@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cappy.errors import ConfigError, shown
 from cappy.scoring import Precision
+from cappy.scoring.prepacked import has_prepacking, prepack
 
 Chosen = Literal["fp32", "bf16"]
 
@@ -31,9 +32,13 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
-def lower_matrices(layers: nn.Module) -> None:
-    """Weights of the linear maps in bf16; norms and embeddings stay fp32, and so does what is added up."""
-    for module in layers.modules():
+def lower_matrices(model: Any) -> None:
+    """Weights of an encoder's linear maps in bf16; norms and embeddings stay fp32, and so does what is added up."""
+    encoder = model.base_model.encoder
+    if next(model.parameters()).device.type == "cpu" and has_prepacking():
+        prepack(encoder.layer, gelu=model.config.hidden_act == "gelu")
+        return
+    for module in encoder.modules():
         if isinstance(module, nn.Linear):
             module.to(torch.bfloat16)
 

@@ -78,7 +78,7 @@ class Scorer:
         self.autocast = False
         """Whether passes run under bf16 autocast, as training on a GPU does; see `keep_heads_exact`."""
         if precision == "bf16" and self._packs:
-            lower_matrices(model.base_model.encoder)
+            lower_matrices(model)
         elif precision == "bf16":
             lower_body(model)
 

@@ -22,6 +22,7 @@ from cappy.scoring import Scorer
 from cappy.scoring.batching import collate
 from cappy.scoring.encoding import Encoded
 from cappy.scoring.precision import Chosen, choose, has_bf16
+from cappy.scoring.prepacked import has_prepacking
 
 CPU = torch.device("cpu")
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three".split()
@@ -183,7 +184,7 @@ def test_budgets_of_any_size_give_the_same_scores(roberta: Scorer, monkeypatch: 
 def test_bf16_scores_stay_near_fp32_with_head_and_activation_in_fp32() -> None:
     for make in (bert, distilled):
         exact, low = make(), make(precision="bf16")
-        assert torch.bfloat16 in {parameter.dtype for parameter in low.model.parameters()}
+        assert torch.bfloat16 in {tensor.dtype for tensor in (*low.model.parameters(), *low.model.buffers())}
         dtypes = {parameter.dtype for parameter in low.model.classifier.parameters()}
         assert dtypes == {torch.float32}
         batch = low.encoder.encode(pairs(20))
@@ -193,6 +194,22 @@ def test_bf16_scores_stay_near_fp32_with_head_and_activation_in_fp32() -> None:
         assert logits.tolist() == pytest.approx(exact.forward(batch).tolist(), abs=0.3)
         difference = torch.tensor(low.score(pairs(20))) - torch.tensor(exact.score(pairs(20)))
         assert 0 < difference.abs().mean() < 0.05
+
+
+@pytest.mark.skipif(not has_prepacking(), reason="this processor multiplies no bf16 by oneDNN")
+@pytest.mark.parametrize("act", ["gelu", "gelu_new"])
+def test_weights_put_in_order_once_give_what_bf16_gives_without(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ordered = bert(precision="bf16", hidden_act=act)
+    maps = [module for module in ordered.model.base_model.encoder.modules() if isinstance(module, torch.nn.Linear)]
+    assert not maps, "each of an encoder's linear maps"
+    monkeypatch.setattr("cappy.scoring.precision.has_prepacking", lambda: False)
+    plain, exact = bert(precision="bf16", hidden_act=act), bert(hidden_act=act)
+    near, far = (
+        (torch.tensor(ordered.score(pairs(40))) - torch.tensor(other.score(pairs(40)))).abs().mean()
+        for other in (plain, exact)
+    )
+    assert near < 0.02, "a wrong activation is 0.1 off and more"
+    assert far < 0.05
 
 
 def test_auto_is_bf16_only_where_the_processor_has_it(scorer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

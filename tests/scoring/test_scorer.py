@@ -28,7 +28,7 @@ PAIRS = list(zip(texts(40, 12, 1), texts(40, 5, 2), strict=True))
 
 @pytest.fixture(scope="module")
 def scorer(scorer_folder: Path) -> Scorer:
-    return Scorer.load(str(scorer_folder))
+    return Scorer.load(str(scorer_folder), precision="fp32")
 
 
 def plain(folder: Path, pairs: list[tuple[str, str]]) -> list[float]:
@@ -51,7 +51,9 @@ def test_scores_equal_cross_encoder_for_both_heads(make_scorer: Callable[..., Pa
     for head in ("bce", "mse"):
         folder = make_scorer(head=head, seed=3)
         peer = CrossEncoder(str(folder), device="cpu")
-        assert Scorer.load(str(folder)).score(PAIRS) == pytest.approx(peer.predict(PAIRS).tolist(), abs=1e-4)
+        assert Scorer.load(str(folder), precision="fp32").score(PAIRS) == pytest.approx(
+            peer.predict(PAIRS).tolist(), abs=1e-4
+        )
 
 
 def test_a_foreign_folder_scores_as_it_says(make_scorer: Callable[..., Path], tmp_path: Path) -> None:
@@ -62,7 +64,7 @@ def test_a_foreign_folder_scores_as_it_says(make_scorer: Callable[..., Path], tm
     for key in ("cappy", "sentence_transformers", "problem_type"):
         config.pop(key)
     (folder / "config.json").write_text(json.dumps(config))
-    assert Scorer.load(str(folder)).score(PAIRS) == pytest.approx(plain(folder, PAIRS), abs=1e-4)
+    assert Scorer.load(str(folder), precision="fp32").score(PAIRS) == pytest.approx(plain(folder, PAIRS), abs=1e-4)
 
 
 def test_scores_do_not_depend_on_order_batch_or_company(scorer: Scorer) -> None:
@@ -148,7 +150,7 @@ def test_batches_hold_every_pair_once_within_the_budget() -> None:
 
 def test_saving_and_loading_keeps_the_scores(scorer: Scorer, tmp_path: Path) -> None:
     manifest = scorer.save(tmp_path / "copy")
-    loaded = Scorer.load(str(tmp_path / "copy"))
+    loaded = Scorer.load(str(tmp_path / "copy"), precision="fp32")
     assert loaded.version == manifest.hash[:12]
     assert loaded.head == scorer.head
     assert loaded.score(PAIRS) == scorer.score(PAIRS)

@@ -30,12 +30,12 @@ def test_a_folder_keeps_its_truncation_and_scores_long_pairs_as_cross_encoder_th
 ) -> None:
     from sentence_transformers import CrossEncoder
 
-    usual = Scorer.load(str(make_scorer(head="mse", max_length=16)))
+    usual = Scorer.load(str(make_scorer(head="mse", max_length=16)), precision="fp32")
     published = Scorer(usual.model, usual.tokenizer, head="mse", max_length=16, truncation="longest_first")
     published.save(tmp_path / "published")
     pairs = [("one " + "cat " * 30 + "two", "blue bird"), ("one", "red " * 30), ("cat " * 20, "red " * 20)]
     peer = CrossEncoder(str(tmp_path / "published"), device="cpu", max_length=16)
-    again = Scorer.load(str(tmp_path / "published"))
+    again = Scorer.load(str(tmp_path / "published"), precision="fp32")
     assert again.encoder.truncation == "longest_first"
     assert again.score(pairs) == pytest.approx(peer.predict(pairs).tolist(), abs=1e-4)
     assert usual.score(pairs)[0] != pytest.approx(again.score(pairs)[0], abs=1e-6), "the middle is gone in both"
