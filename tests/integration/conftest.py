@@ -1,4 +1,4 @@
-"""Real servers that nobody here wrote: PostgreSQL, an S3 server (moto's), MLflow's own over both.
+"""Real servers that nobody here wrote: PostgreSQL, buckets (moto's S3, gcp-storage-emulator), MLflow's own over them.
 
 Each starts on a free port in a folder of its own and ends with the session; where its programs are missing, the tests
 skip and say what to install.
@@ -18,11 +18,22 @@ from processes import BUCKET, S3_KEYS, free_port, running, wait_for
 SERVERS = Path(__file__).parents[2] / ".venv-servers" / "bin"
 
 
+class Bucket(NamedTuple):
+    """Its address, what the environment needs of a program that reaches it, and its objects, past MLflow."""
+
+    address: str
+    environment: dict[str, str]
+    names: Callable[[], list[str]]
+    read: Callable[[str], bytes]
+    write: Callable[[str, bytes], object]
+
+
 class MlflowServer(NamedTuple):
-    """Its address, its database's, and what the environment of a client needs."""
+    """Its address, its database's, the bucket of its artifacts, and what the environment of a client needs."""
 
     address: str
     store: str
+    bucket: Bucket
     environment: dict[str, str]
 
 
@@ -62,8 +73,8 @@ def database() -> Iterator[Callable[[str], str]]:
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an S3 server with one empty bucket."""
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    """An empty bucket of an S3 server."""
     program = SERVERS / "moto_server"
     if not program.exists():
         pytest.skip("no S3 server here; make integration installs one")
@@ -75,25 +86,63 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         address = f"http://127.0.0.1:{port}"
         wait_for(f"{address}/moto-api/", process, log)
         keys = {name.lower(): value for name, value in S3_KEYS.items() if name != "AWS_DEFAULT_REGION"}
-        boto3.client("s3", endpoint_url=address, region_name="us-east-1", **keys).create_bucket(Bucket=BUCKET)
-        yield address
+        client = boto3.client("s3", endpoint_url=address, region_name="us-east-1", **keys)
+        client.create_bucket(Bucket=BUCKET)
+        yield Bucket(
+            f"s3://{BUCKET}",
+            {**S3_KEYS, "MLFLOW_S3_ENDPOINT_URL": address},
+            lambda: [found["Key"] for found in client.list_objects_v2(Bucket=BUCKET)["Contents"]],
+            lambda name: client.get_object(Bucket=BUCKET, Key=name)["Body"].read(),
+            lambda name, data: client.put_object(Bucket=BUCKET, Key=name, Body=data),
+        )
 
 
-@pytest.fixture(scope="session", params=["through the server", "straight to the bucket"])
+@pytest.fixture(scope="session")
+def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    """An empty bucket of a server that speaks Google Cloud Storage's JSON API."""
+    program = SERVERS / "gcp-storage-emulator"
+    if not program.exists():
+        pytest.skip("no server of Google's storage API here; make integration installs one")
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud import storage
+
+    port = free_port()
+    log = tmp_path_factory.mktemp("gcs") / "log"
+    command = [str(program), "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--quiet"]
+    with running([*command, "--default-bucket", BUCKET], log) as process:
+        address = f"http://127.0.0.1:{port}"
+        wait_for(address, process, log)
+        reached = {"credentials": AnonymousCredentials(), "client_options": {"api_endpoint": address}}
+        bucket = storage.Client(project="test", **reached).bucket(BUCKET)
+        yield Bucket(
+            f"gs://{BUCKET}",
+            {"STORAGE_EMULATOR_HOST": address},
+            lambda: [found.name for found in bucket.list_blobs()],
+            lambda name: bucket.blob(name).download_as_bytes(),
+            lambda name, data: bucket.blob(name).upload_from_string(data, "application/octet-stream"),
+        )
+
+
+@pytest.fixture(
+    scope="session",
+    params=[("s3", "through"), ("s3", "straight"), ("gcs", "through"), ("gcs", "straight")],
+    ids=["S3 through the server", "straight to S3", "GCS through the server", "straight to GCS"],
+)
 def mlflow_server(
-    database: Callable[[str], str], s3: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    database: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[MlflowServer]:
-    """MLflow over a PostgreSQL database of its own and S3."""
+    """MLflow over a PostgreSQL database of its own and a bucket."""
+    kind, way = request.param
+    bucket: Bucket = request.getfixturevalue(kind)
     port = free_port()
     log = tmp_path_factory.mktemp("mlflow") / "log"
-    keys = {**S3_KEYS, "MLFLOW_S3_ENDPOINT_URL": s3}
-    through = request.param == "through the server"
-    store = database("through" if through else "straight")
-    places = ["--artifacts-destination", f"s3://{BUCKET}"] if through else ["--no-serve-artifacts"]
-    places += [] if through else ["--default-artifact-root", f"s3://{BUCKET}/straight"]
+    store = database(f"{kind}_{way}")
+    places = ["--artifacts-destination", bucket.address] if way == "through" else ["--no-serve-artifacts"]
+    places += [] if way == "through" else ["--default-artifact-root", f"{bucket.address}/straight"]
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, *places]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-    with running(command, log, **keys, **quiet) as process:
-        wait_for(f"http://127.0.0.1:{port}/health", process, log)
-        yield MlflowServer(f"http://127.0.0.1:{port}", store, {} if through else keys)
+    with running(command, log, **bucket.environment, **quiet) as process:
+        address = f"http://127.0.0.1:{port}"
+        wait_for(f"{address}/health", process, log)
+        yield MlflowServer(address, store, bucket, {} if way == "through" else bucket.environment)

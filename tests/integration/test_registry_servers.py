@@ -1,4 +1,4 @@
-"""The registry's promises over PostgreSQL and S3, through MLflow's own server."""
+"""The registry's promises over PostgreSQL and buckets of two kinds, through MLflow's own server."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import BUCKET, S3_KEYS, free_port, running, wait_for
+from processes import free_port, running, wait_for
 
 from cappy import registry
 from cappy.errors import RegistryError
@@ -106,21 +106,17 @@ def test_a_scorer_goes_in_comes_out_whole_and_its_alias_moves_back(
 
 
 def test_a_byte_that_changed_in_the_bucket_is_refused_by_name(
-    uri: str, name: str, scorers: Callable[[str], Path], tmp_path: Path, s3: str
+    uri: str, name: str, scorers: Callable[[str], Path], tmp_path: Path, mlflow_server: Any
 ) -> None:
-    import boto3
-
-    scorer = scorers("one")
+    scorer, bucket = scorers("one"), mlflow_server.bucket
     registered(uri, name, scorer, evaluated(tmp_path / "report", scorer), tmp_path / "version")
-    keys = {key.lower(): value for key, value in S3_KEYS.items() if key != "AWS_DEFAULT_REGION"}
-    client = boto3.client("s3", endpoint_url=s3, region_name="us-east-1", **keys)
     source = registry.resolve(f"models:/{name}/1", tracking_uri=uri).source
     run = source.split("/artifacts")[0].rsplit("/", 1)[1]
-    listed = client.list_objects_v2(Bucket=BUCKET)["Contents"]
-    weights = next(found["Key"] for found in listed if run in found["Key"] and found["Key"].endswith(".safetensors"))
-    data = bytearray(client.get_object(Bucket=BUCKET, Key=weights)["Body"].read())
+    weights = next(found for found in bucket.names() if run in found and found.endswith(".safetensors"))
+    data = bytearray(bucket.read(weights))
+    assert data == (scorer / "model.safetensors").read_bytes()
     data[-1] ^= 1
-    client.put_object(Bucket=BUCKET, Key=weights, Body=bytes(data))
+    bucket.write(weights, bytes(data))
     with pytest.raises(RegistryError, match=r"model.safetensors: is damaged"):
         registry.download(f"models:/{name}/1", tracking_uri=uri, cache=tmp_path / "models")
 
