@@ -29,6 +29,7 @@ def roll_back(values: Mapping[str, Any]) -> bool:
     """`--rollback`: the version that loses the alias stays registered, models:/NAME/NUMBER still names it."""
     from cappy.registry import champion, rollback
 
+    _without_folders(values, "--rollback")
     name, uri = values["name"], values["tracking_uri"]
     present = champion(name, tracking_uri=uri)
     former = rollback(name, why=values["reason"], tracking_uri=uri)
@@ -44,6 +45,7 @@ def show_history(values: Mapping[str, Any]) -> bool:
     """`--history`: a table, the last move last."""
     from cappy.registry import history
 
+    _without_folders(values, "--history")
     moves = history(values["name"], tracking_uri=values["tracking_uri"])
     if values["as_json"]:
         typer.echo(json.dumps([asdict(move) for move in moves]))
@@ -57,3 +59,10 @@ def show_history(values: Mapping[str, Any]) -> bool:
             cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False))
             typer.echo("  ".join([*cells, row[5]]))
     return True
+
+
+def _without_folders(values: Mapping[str, Any], flag: str) -> None:
+    """A folder beside a flag that reads none was meant for something: a version to roll back to, as like as not."""
+    for name in ("version", "report", "target"):
+        if values[name] is not None:
+            raise typer.BadParameter(f"{flag} takes no --{name}, its model is named by --name; leave --{name} out")

@@ -33,7 +33,7 @@ class Extra:
 
     `before` is told all values, those of texts included, and says whether that was all there is to do: it needs no flag
     of `instead_of`. `after` is told the config when the step is done, and whether a person reads what is printed. A
-    flag with a `text` has a value, for others to read.
+    flag with a `text` has a value, that text where nothing is said, for the flags in `part_of` to read.
     """
 
     name: str
@@ -42,11 +42,17 @@ class Extra:
     after: After = lambda config, told: None
     instead_of: tuple[str, ...] = ()
     text: str | None = None
+    part_of: tuple[str, ...] = ()
 
     @property
     def flag(self) -> str:
         """As it is typed."""
-        return f"--{self.name.replace('_', '-')}"
+        return as_flag(self.name)
+
+
+def as_flag(name: str) -> str:
+    """The flag of a setting, as it is typed."""
+    return f"--{name.replace('_', '-')}"
 
 
 def step_command(step: str, text: str) -> Any:
@@ -62,12 +68,17 @@ def make_command(
     extras: Sequence[Extra] = (),
 ) -> Any:
     """A command whose flags are the fields of `settings` and which calls `run` with them."""
-    needed = {name: f"--{name.replace('_', '-')}" for extra in extras for name in extra.instead_of}
+    needed = {name: as_flag(name) for extra in extras for name in extra.instead_of}
 
     def verb(*, as_json: bool, **values: Any) -> None:
         asked = {extra.name: values.pop(extra.name) for extra in extras}
-        wanted = [extra for extra in extras if asked[extra.name]]
-        texts = {extra.name: asked[extra.name] for extra in extras if extra.text is not None}
+        wanted = [extra for extra in extras if asked[extra.name] not in (False, None)]
+        refuse_together(wanted)
+        texts = {
+            extra.name: extra.text if asked[extra.name] is None else asked[extra.name]
+            for extra in extras
+            if extra.text is not None
+        }
         if any(extra.before({**values, **texts, "as_json": as_json}) for extra in wanted):
             return
         for name, flag in needed.items():
@@ -92,12 +103,24 @@ def make_command(
     return typer.main.get_command(single)
 
 
+def refuse_together(wanted: Sequence[Extra]) -> None:
+    """BadParameter where two flags each take the step's place, or where no flag reads the value of another."""
+    instead = [extra.flag for extra in wanted if extra.instead_of]
+    if len(instead) > 1:
+        raise typer.BadParameter(f"{instead[0]} and {instead[1]} do not go together; give one of them")
+    given = {extra.name for extra in wanted}
+    for extra in wanted:
+        if extra.part_of and given.isdisjoint(extra.part_of):
+            others = " or ".join(map(as_flag, extra.part_of))
+            raise typer.BadParameter(f"{extra.flag} is for {others}; leave it out")
+
+
 def _flag(extra: Extra) -> inspect.Parameter:
-    kind = bool if extra.text is None else str
-    option = typer.Option(extra.flag, help=extra.help, show_default=True if extra.text else "off")
-    if extra.text == "":
-        option.show_default = "none"
-    default = False if extra.text is None else extra.text
+    kind = bool if extra.text is None else str | None
+    option = typer.Option(
+        extra.flag, help=extra.help, show_default="off" if extra.text is None else extra.text or "none"
+    )
+    default = False if extra.text is None else None
     return inspect.Parameter(
         extra.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, option], default=default
     )
@@ -189,8 +212,13 @@ EXTRAS: Mapping[str, tuple[Extra, ...]] = {
             before=promotion.show_history,
             instead_of=("version", "report", "target"),
         ),
-        Extra(name="name", help="Registered model that is rolled back or whose history is shown.", text="cappy"),
-        Extra(name="reason", help="Why it is rolled back; kept in the history.", text=""),
+        Extra(
+            name="name",
+            help="Registered model that is rolled back or whose history is shown.",
+            text="cappy",
+            part_of=("rollback", "history"),
+        ),
+        Extra(name="reason", help="Why it is rolled back; kept in the history.", text="", part_of=("rollback",)),
     ),
 }
 

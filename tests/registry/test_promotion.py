@@ -152,6 +152,29 @@ def test_rollback_gives_the_alias_back_and_refuses_where_nothing_was_before(
 
 
 @pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--rollback --history", "--rollback and --history do not go together; give one of them"),
+        ("--rollback --dry-run", "--dry-run and --rollback do not go together; give one of them"),
+        ("--history --dry-run", "--dry-run and --history do not go together; give one of them"),
+        ("--version v --report r --target t --name cappy", "--name is for --rollback or --history; leave it out"),
+        ("--version v --report r --target t --reason why", "--reason is for --rollback; leave it out"),
+        ("--version v --report r --dry-run --name other", "--name is for --rollback or --history; leave it out"),
+        ("--history --reason why", "--reason is for --rollback; leave it out"),
+        ("--rollback --version v", "--rollback takes no --version, its model is named by --name"),
+        ("--history --report r", "--history takes no --report, its model is named by --name"),
+    ],
+)
+def test_flags_that_would_be_passed_over_are_refused_before_anything_is_read_or_moved(
+    words: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["promotion", *words.split(), "--tracking-uri", "http://127.0.0.1:9"])
+    assert ended.value.code == 2
+    assert line in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     ("lows", "expected"),
     [
         ({"random": 0.1, "likelihood": 0.1, "mbr": 0.01}, "promote"),
