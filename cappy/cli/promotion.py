@@ -27,17 +27,16 @@ def explain(values: Mapping[str, Any]) -> bool:
 
 def roll_back(values: Mapping[str, Any]) -> bool:
     """`--rollback`: the version that loses the alias stays registered, models:/NAME/NUMBER still names it."""
-    from cappy.registry import champion, rollback
+    from cappy.registry import rollback
 
     _without_folders(values, "--rollback")
-    name, uri = values["name"], values["tracking_uri"]
-    present = champion(name, tracking_uri=uri)
-    former = rollback(name, why=values["reason"], tracking_uri=uri)
+    model = f"models:/{values['name']}"
+    move = rollback(values["name"], why=values["reason"], tracking_uri=values["tracking_uri"])
+    champion, was = f"{model}/{move.version}", f"{model}/{move.former}"
     if values["as_json"]:
-        typer.echo(json.dumps({"champion": former.uri, "was": present.uri if present else ""}))
+        typer.echo(json.dumps({"champion": champion, "was": was}))
     else:
-        was = f", it was {present.uri}" if present else ""
-        typer.echo(f"models:/{name}@champion is {former.uri} again{was}")
+        typer.echo(f"{model}@champion is {champion} again, it was {was}")
     return True
 
 

@@ -39,8 +39,8 @@ def download(spec: str, *, tracking_uri: str = "", cache: Path = MODELS) -> Path
     return versions.download(spec, tracking_uri=tracking_uri, cache=cache)
 
 
-def rollback(name: str, *, why: str = "", tracking_uri: str = "") -> Version:
-    """Gives the champion's alias back to its predecessor and returns that version; RegistryError without one."""
+def rollback(name: str, *, why: str = "", tracking_uri: str = "") -> "Move":
+    """Gives the champion's alias back to its predecessor and returns that move; RegistryError without one."""
     from cappy.registry import aliases
 
     return aliases.rollback(name, why=why, tracking_uri=tracking_uri)

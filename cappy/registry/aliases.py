@@ -5,6 +5,7 @@ import getpass
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from cappy.registry.versions import find, known
 
 HISTORY_TAG = "cappy.history."
 LOCK = ".alias-is-moving"
+OWNER_TAG = "cappy.owner"
 LOCK_SECONDS = 120.0
 """A lock older than this was left by a process that died: a move takes about a second."""
 WAIT_SECONDS = 30.0
@@ -38,10 +40,11 @@ class Move:
 def alone(client: Any, name: str) -> Iterator[None]:
     """One process at a time, on every machine that uses the registry; RegistryError where another does not finish.
 
-    MLflow has no lock, but of two that register a model of one name it lets one win: that name is the lock.
+    MLflow has no lock, but of two that register a model of one name it lets one win: that name is the lock, and a tag
+    says whose it is. Whoever took so long that its lock was removed leaves the next one's alone.
     """
-    lock, deadline = f"{name}{LOCK}", time.monotonic() + WAIT_SECONDS
-    while not _taken(client, lock):
+    lock, owner, deadline = f"{name}{LOCK}", uuid.uuid4().hex, time.monotonic() + WAIT_SECONDS
+    while not _taken(client, lock, owner):
         if time.monotonic() > deadline:
             raise RegistryError(
                 f"models:/{name}@{CHAMPION}: another promotion or rollback is at work; run again when it is done"
@@ -50,22 +53,26 @@ def alone(client: Any, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        client.delete_registered_model(lock)
+        _remove(client, lock, owner)
 
 
 def promote(client: Any, version: Version, why: str) -> None:
     """Gives a version the champion's alias and notes its predecessor, so that it can be undone."""
     former = find(client, version.name, CHAMPION)
-    if former is not None and former.number != version.number:
-        client.set_model_version_tag(version.name, str(version.number), FORMER_TAG, str(former.number))
-    _move(client, version, former, "promotion", why)
+    if former is None or former.number != version.number:
+        if former is not None:
+            client.set_model_version_tag(version.name, str(version.number), FORMER_TAG, str(former.number))
+        _move(client, version, former, "promotion", why)
     challenger = find(client, version.name, CHALLENGER)
     if challenger is not None and challenger.number == version.number:
         client.delete_registered_model_alias(version.name, CHALLENGER)
 
 
-def rollback(name: str, *, why: str, tracking_uri: str) -> Version:
-    """Gives the champion's alias back to its predecessor; RegistryError without champion or predecessor."""
+def rollback(name: str, *, why: str, tracking_uri: str) -> Move:
+    """Gives the champion's alias back to its predecessor; RegistryError without champion or predecessor.
+
+    The move says which version had the alias when the lock was taken: one read before may have lost it meanwhile.
+    """
     with connected(tracking_uri) as client, alone(client, name):
         present = find(client, name, CHAMPION)
         if present is None:
@@ -73,8 +80,7 @@ def rollback(name: str, *, why: str, tracking_uri: str) -> Version:
         former = find(client, name, present.former) if present.former else None
         if former is None:
             raise RegistryError(f"{present.uri}: had no champion before it, so there is nothing to roll back to")
-        _move(client, former, present, "rollback", why)
-        return find(client, name, str(former.number)) or former
+        return _move(client, former, present, "rollback", why)
 
 
 def history(name: str, *, tracking_uri: str) -> list[Move]:
@@ -91,10 +97,8 @@ def history(name: str, *, tracking_uri: str) -> list[Move]:
 
 def _move(
     client: Any, version: Version, former: Version | None, kind: Literal["promotion", "rollback"], why: str
-) -> None:
+) -> Move:
     """Keeps the move, then sets the alias; whoever calls holds the lock."""
-    if former is not None and former.number == version.number:
-        return
     move = Move(
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         kind=kind,
@@ -107,6 +111,7 @@ def _move(
     # First the history: a process that dies between the two leaves an entry without a move, which the next try repeats.
     client.set_registered_model_tag(version.name, f"{HISTORY_TAG}{kept:05d}", json.dumps(asdict(move)))
     client.set_registered_model_alias(version.name, CHAMPION, str(version.number))
+    return move
 
 
 def _who() -> str:
@@ -117,17 +122,28 @@ def _who() -> str:
         return f"uid {os.getuid()}"
 
 
-def _taken(client: Any, lock: str) -> bool:
+def _taken(client: Any, lock: str, owner: str) -> bool:
     """Whether the lock is ours now; one that a dead process left is removed."""
+    told = "A move of an alias is under way; gone in a second."
     try:
-        client.create_registered_model(lock, description="A move of an alias is under way; gone in a second.")
+        client.create_registered_model(lock, tags={OWNER_TAG: owner}, description=told)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     else:
         return True
     with contextlib.suppress(MlflowException):
-        age = time.time() - client.get_registered_model(lock).creation_timestamp / 1000
-        if age > LOCK_SECONDS:
-            client.delete_registered_model(lock)
+        held = client.get_registered_model(lock)
+        if time.time() - held.creation_timestamp / 1000 > LOCK_SECONDS:
+            _remove(client, lock, held.tags.get(OWNER_TAG, ""))
     return False
+
+
+def _remove(client: Any, lock: str, owner: str) -> None:
+    """Takes the lock of this owner away; another's stays, and one that is gone is no error."""
+    try:
+        if client.get_registered_model(lock).tags.get(OWNER_TAG, "") == owner:
+            client.delete_registered_model(lock)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise

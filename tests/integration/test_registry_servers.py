@@ -96,7 +96,7 @@ def test_a_scorer_goes_in_comes_out_whole_and_its_alias_moves_back(
     assert promoted(uri, tmp_path / "version-2", later, tmp_path / "decision-2")["decision"] == "promote"
     folder = registry.download(f"models:/{name}@champion", tracking_uri=uri, cache=tmp_path / "models")
     assert verify(folder).hash == read_manifest(two).hash
-    assert registry.rollback(name, why="a test", tracking_uri=uri).number == 1
+    assert registry.rollback(name, why="a test", tracking_uri=uri).version == 1
     moves = registry.history(name, tracking_uri=uri)
     assert [(move.kind, move.version, move.former) for move in moves] == [
         ("promotion", 1, 0),

@@ -1,8 +1,9 @@
 """The gate: a table of its decisions, and what it does to the aliases."""
 
+import contextlib
 import json
 import multiprocessing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -149,6 +150,30 @@ def test_rollback_gives_the_alias_back_and_refuses_where_nothing_was_before(
     present = registry.champion("cappy", tracking_uri=room.uri)
     assert present is not None
     assert present.number == 1
+
+
+def test_a_rollback_tells_the_champion_that_it_took_the_alias_from(
+    room: Any, registered: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A promotion that was first at the lock has moved the alias by the time that it is the rollback's turn."""
+    one, first = registered("a", 1.0)
+    room.promote(first)
+    two, second = registered("b", 2.0, champion=one)
+    room.promote(second)
+    _, third = registered("c", 3.0, champion=two)
+    alone, others = aliases.alone, [third]
+
+    @contextlib.contextmanager
+    def second_at_the_lock(client: Any, name: str) -> Iterator[None]:
+        if others:
+            room.promote(others.pop())
+        with alone(client, name):
+            yield
+
+    monkeypatch.setattr(aliases, "alone", second_at_the_lock)
+    with pytest.raises(SystemExit):
+        main(["promotion", "--rollback", "--json", "--tracking-uri", room.uri])
+    assert json.loads(capsys.readouterr().out) == {"champion": "models:/cappy/2", "was": "models:/cappy/3"}
 
 
 @pytest.mark.parametrize(
@@ -320,3 +345,19 @@ def test_a_lock_that_a_dead_process_left_is_broken_and_a_live_one_waited_for(
         with aliases.alone(client, "cappy"):
             pass
         assert not client.search_registered_models(f"name LIKE '%{aliases.LOCK}'")
+
+
+def test_whoever_lost_the_lock_leaves_the_next_ones_alone(room: Any, registered: Any) -> None:
+    registered("a")
+    lock = f"cappy{aliases.LOCK}"
+    with connected(room.uri) as client:
+        with aliases.alone(client, "cappy"):
+            client.delete_registered_model(lock)
+            client.create_registered_model(lock, tags={aliases.OWNER_TAG: "another"})
+        assert client.get_registered_model(lock).tags[aliases.OWNER_TAG] == "another"
+
+
+def test_a_lock_that_is_gone_when_the_move_is_done_is_no_error(room: Any, registered: Any) -> None:
+    registered("a")
+    with connected(room.uri) as client, aliases.alone(client, "cappy"):
+        client.delete_registered_model(f"cappy{aliases.LOCK}")
