@@ -32,6 +32,11 @@ class Version:
         return self.tags.get(MANIFEST_TAG, "")
 
     @property
+    def content(self) -> str:
+        """A name that changes with the scorer and with its calibration, which is no file of the manifest."""
+        return "-".join(filter(None, (self.manifest_hash, self.tags.get(CALIBRATION_TAG, "")[:12])))
+
+    @property
     def former(self) -> str:
         """Number of the version that was champion before this one; empty if there was none."""
         return self.tags.get(FORMER_TAG, "")

@@ -1,4 +1,4 @@
-"""Registered versions: found by alias, number or content, downloaded and and verified."""
+"""Registered versions: found by alias, number or content, downloaded and verified."""
 
 import contextlib
 import shutil
@@ -60,11 +60,11 @@ def find_content(client: Any, name: str, manifest_hash: str) -> Version | None:
 
 
 def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
-    """The verified local folder of a registered scorer, kept in `cache` under its manifest's hash."""
+    """The verified local folder of a registered scorer, kept in `cache` under its content's name."""
     version = resolve(spec, tracking_uri=tracking_uri)
     if not version.manifest_hash:
         raise RegistryError(f"{version.uri}: was not registered by cappy (no tag {MANIFEST_TAG}); register it again")
-    kept = cache / version.manifest_hash
+    kept = cache / version.content
     if kept.is_dir():
         try:
             verify(kept)

@@ -1,6 +1,7 @@
 """Registration: one version per content, whole, without pickles, with its card."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,22 @@ def test_the_calibration_of_the_evaluation_travels_with_the_scorer(room: Any) ->
         found = read_calibration(folder)
         assert found is not None
         assert found.apply([0.5]) == [0.5]
+
+
+def test_one_scorer_with_two_calibrations_is_kept_twice_and_fetched_once_each(room: Any) -> None:
+    scorer, cache = room.scorer("a"), room.folder / "models"
+    for name, top in (("careful", 0.7), ("bold", 0.9)):
+        room.register(scorer, calibrated(room.report(f"report-{name}", scorer), top=top), name=name)
+    room.register(scorer, room.report("report-plain", scorer), name="plain")
+    names = ("careful", "bold", "plain")
+    first = {name: registry.download(f"models:/{name}/1", tracking_uri=room.uri, cache=cache) for name in names}
+    for name in names:
+        source = registry.resolve(f"models:/{name}/1", tracking_uri=room.uri).source
+        shutil.rmtree(source.removeprefix("file://"))
+    again = {name: registry.download(f"models:/{name}/1", tracking_uri=room.uri, cache=cache) for name in names}
+    assert again == first
+    found = [read_calibration(folder) for folder in again.values()]
+    assert [one and one.expected[-1] for one in found] == [0.7, 0.9, None]
 
 
 @pytest.mark.parametrize("text", ["{}", None], ids=["changed", "gone"])
