@@ -15,7 +15,7 @@ from cappy.errors import ConfigError, shown
 from cappy.registry.models import Version
 
 try:
-    from google.api_core.exceptions import GoogleAPICallError
+    from google.api_core.exceptions import GoogleAPICallError, GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
     from google.cloud import aiplatform
 except ModuleNotFoundError as missing:
@@ -30,7 +30,7 @@ def deploy(config: DeploymentConfig, version: Version, scorer: Path) -> dict[str
     """Uploads and deploys; what was deployed before keeps the rest of the traffic, or goes when this takes all.
 
     A version that was uploaded, or that answers already, is neither uploaded nor deployed again. ConfigError with the
-    service's own words where it refuses.
+    service's own words where it refuses, or where it does not answer.
     """
     _hush()
     with _told(config):
@@ -141,7 +141,7 @@ def _hush() -> None:
 
 @contextlib.contextmanager
 def _told(config: DeploymentConfig) -> Iterator[None]:
-    """What the service or the credentials refuse, as one line."""
+    """What the service or the credentials refuse, and a service that does not answer, as one line."""
     place = f"Vertex AI, project {config.project}, {config.region}"
     try:
         yield
@@ -160,3 +160,8 @@ def _told(config: DeploymentConfig) -> Iterator[None]:
         reason = shown(" ".join(words.split()), 200)
         remedy = "mend that, then run the same command again"
         raise ConfigError(f"deployment: {place}: refused ({error.code}, {reason}); {remedy}") from error
+    except GoogleAPIError as error:
+        # Without an answer: the SDK asked again until its time was up (RetryError), or could not read what came.
+        reason = shown(" ".join(str(error).split()), 200)
+        remedy = "look at the network and the service's state, then run the same command again"
+        raise ConfigError(f"deployment: {place}: gave no answer ({reason}); {remedy}") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.api_core.exceptions import GoogleAPIError, RetryError
 from vertex_scenario import IMAGE, connect, life, settings, told, version
 from vertex_server import vertex_server
 
@@ -97,6 +98,31 @@ def test_what_the_sdk_itself_refuses_is_one_line_too(scorer: Path) -> None:
         connect(server)
         with pytest.raises(ConfigError, match="nowhere.*mend that setting"):
             vertex.deploy(settings(region="nowhere"), version(1), scorer)
+
+
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        (RetryError("Timeout of 120.0s exceeded", ConnectionError("reset\nby peer")), "120.0s exceeded.*reset by peer"),
+        (GoogleAPIError("what came is\nno JSON"), "what came is no JSON"),
+    ],
+)
+def test_a_service_that_gives_no_answer_is_one_line_and_the_same_command_goes_on(
+    scorer: Path, monkeypatch: pytest.MonkeyPatch, raised: GoogleAPIError, words: str
+) -> None:
+    def silent(*given: Any, **named: Any) -> Any:
+        raise raised
+
+    with vertex_server() as server:
+        connect(server)
+        with monkeypatch.context() as away:
+            away.setattr(vertex.aiplatform.Model, "upload", silent)
+            with pytest.raises(
+                ConfigError, match=f"my-project.*no answer.*{words}.*run the same command again"
+            ) as caught:
+                vertex.deploy(settings(), version(1), scorer)
+        assert "\n" not in str(caught.value)
+        assert told(server, scorer, 1)["shares"] == {"cappy-1": 100}
 
 
 @pytest.mark.parametrize(
