@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cappy.config import build
-from cappy.errors import ConfigError
+from cappy.errors import ConfigError, FolderError
 from cappy.evaluation import EvaluationConfig
 from cappy.evaluation.leaks import TrainedOn, seen_in_training
 from cappy.evaluation.parts import Part, part_of, pools_of
@@ -21,7 +21,7 @@ from cappy.evaluation.pools import AnyScorer
 from cappy.evaluation.remembered import remembered
 from cappy.progress import Progress
 from cappy.records import Instance, Manifest, Split, read, write
-from cappy.records.folder import MANIFEST
+from cappy.records.folder import MANIFEST, verify
 from cappy.training.plan import TRAINING_STEPS
 
 Load = Callable[[str], AnyScorer]
@@ -86,13 +86,15 @@ def parts(
 ) -> tuple[list[Part], int]:
     """A part for each fold, scored by the scorer that was trained on its other folds, and how many instances are empty.
 
-    A killed run goes on where it was: at training's checkpoint, or at the scores that it had.
+    A killed run goes on where it was: at the fold's training checkpoint, or at the scores that it had; a fold whose
+    scorer is there, every sha256 right, is not trained again.
     """
     step, settings = made
     found, skipped = [], 0
     for fold in prepare(instances, config.folds, config.seed, work):
-        own = {**settings, "source": fold.annotated, "target": fold.scorer, "work": config.work}
-        (train or train_fold)(step, own, _of_fold(progress, fold.number, config.folds))
+        if not _is_whole(fold.scorer):
+            own = {**settings, "source": fold.annotated, "target": fold.scorer, "work": config.work}
+            (train or train_fold)(step, own, _of_fold(progress, fold.number, config.folds))
         pools, held_out, empty = pools_of(read(fold.annotated), metric=config.metric, split="test")
         score = remembered(load(str(fold.scorer)).score, work, f"fold-{fold.number}")
         probed = config.probe and fold.number == 1
@@ -109,7 +111,7 @@ def leaks(found: Sequence[Part], work: Path, trained_on: TrainedOn) -> int:
 
 
 def train_fold(step: str, settings: Mapping[str, Any], progress: Progress) -> None:
-    """Trains by the step itself; a killed run goes on at its checkpoint, a finished one is not done again."""
+    """Trains by the step itself; a killed run goes on at its checkpoint."""
     from cappy.steps import config_class, runner
 
     runner(step)(build(config_class(step), settings), progress)
@@ -123,6 +125,15 @@ def _of_fold(progress: Progress, number: int, count: int) -> Progress:
         progress(done, total, unit=unit, resumed=resumed, note=f"{fold}, {note}" if note else fold)
 
     return told
+
+
+def _is_whole(scorer: Path) -> bool:
+    """Whether a run before this one trained the fold: the work folder is named by recipe, instances and code."""
+    try:
+        verify(scorer)
+    except FolderError:
+        return False
+    return True
 
 
 def _scorer(work: Path, number: int) -> Path:

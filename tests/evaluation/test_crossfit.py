@@ -18,6 +18,7 @@ from cappy.records import Instance, Manifest, prompt_hash, read, write
 from cappy.records.folder import describe_files, write_manifest
 from cappy.registry.gate import decide
 from cappy.scoring import Scorer
+from cappy.training.loop import Run
 
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
 
@@ -134,9 +135,9 @@ def test_a_scorer_whose_recipe_is_not_known_is_refused(
 
 
 def test_a_real_recipe_is_trained_for_each_fold_and_its_report_opens_no_gate(
-    tmp_path: Path, scorer_folder: Path, grouped: list[Instance]
+    tmp_path: Path, scorer_folder: Path, grouped: list[Instance], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The settings stand in the scorer's own manifest; a second run trains nothing again."""
+    """The settings stand in the scorer's own manifest; a second run trains nothing again but what was damaged."""
     Scorer.load(str(scorer_folder), precision="fp32").write(tmp_path / "scorer")
     settings = {"scorer": str(scorer_folder), "epochs": 1.0, "batch_instances": 4, "max_candidates": 3, "checks": 1}
     made = Manifest(step="finetuning", files=describe_files(tmp_path / "scorer"), config=settings)
@@ -144,6 +145,14 @@ def test_a_real_recipe_is_trained_for_each_fold_and_its_report_opens_no_gate(
     write(tmp_path / "annotated", grouped[:30])
     places = {"source": tmp_path / "annotated", "scorer": tmp_path / "scorer", "work": tmp_path / "work"}
     told: list[str] = []
+    updates: list[int] = []
+    update = Run.update
+
+    def counted(training: Run) -> None:
+        updates.append(training.state.update)
+        update(training)
+
+    monkeypatch.setattr(Run, "update", counted)
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         told.append(note)
@@ -155,4 +164,14 @@ def test_a_real_recipe_is_trained_for_each_fold_and_its_report_opens_no_gate(
     assert report.leaks == {"challenger": 0}
     assert {note.split(",")[0] for note in told} >= {"fold 1 of 3", "fold 2 of 3", "fold 3 of 3"}
     assert decide(report.to_dict(), has_champion=False).decision == "hold"
+    trained = Counter(updates)
+    assert trained[0] == 3, "each fold is trained from its first update"
+    assert set(trained.values()) == {3}
+    updates.clear()
     assert run(config).hash == first.hash
+    assert updates == []
+    damaged = next((tmp_path / "work").rglob(".fold-2-scorer")) / "model.safetensors"
+    damaged.unlink()
+    damaged.write_bytes(b"no weights")
+    assert run(config).hash == first.hash
+    assert updates == sorted(trained), "one fold alone is trained again"
