@@ -6,8 +6,6 @@ from cappy.pages.words import percent, signed
 
 NARROW = 0.01
 """Room between the best selector and the oracle, below which a better scorer cannot gain a point."""
-MANY = 20
-"""Times the groups at hand that a person may go and find more of."""
 UNTRAINED = {"scorer-random": "random choice", "scorer-likelihood": "the better likelihood selector"}
 """What a first version must beat to be promoted; see `cappy.registry.gate`."""
 
@@ -86,7 +84,7 @@ def _unproven(report: Report, key: str, other: str) -> str:
     if difference.low == difference.high == 0:
         return f"Hold: the scorer does exactly as well as {other}, no better; train on more instances or another loss."
     needed = power.groups_needed
-    if difference.difference > 0 and needed is not None and needed <= MANY * power.groups:
+    if difference.difference > 0 and needed is not None and power.within_reach:
         return (
             f"More data: {signed(difference.difference)} against {other} is not proven on {power.groups} groups, "
             f"about {max(needed, power.groups + 1):,} would show it."

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+WITHIN_REACH = 20
+"""Times the groups at hand that a person may go and find."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -34,6 +37,11 @@ class Power:
     groups: int
     smallest: float
     groups_needed: int | None
+
+    @property
+    def within_reach(self) -> bool:
+        """Whether a person may go and find as many groups as would show the difference."""
+        return self.groups_needed is not None and self.groups_needed <= WITHIN_REACH * self.groups
 
 
 @dataclass(frozen=True, kw_only=True)

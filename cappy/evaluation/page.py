@@ -8,14 +8,13 @@ from markupsafe import Markup
 from cappy.evaluation import plot
 from cappy.evaluation.advice import advice
 from cappy.evaluation.findings import Published, TaskRow
-from cappy.evaluation.report import SELECTORS, Report, spread
+from cappy.evaluation.report import SELECTORS, Report, sides, spread
 from cappy.evaluation.tuning import WEIGHTS
 from cappy.evaluation.verdict import outcome, verdict
 from cappy.pages.template import template
 from cappy.pages.words import metric_name, percent, signed
 
 _TASK_COLUMNS = ("random", "likelihood", "mbr", "champion", "scorer", "hybrid_mbr", "oracle")
-_COMPARED = {**SELECTORS, "likelihood": "better likelihood"}
 
 
 def render(report: Report) -> str:
@@ -27,7 +26,7 @@ def render(report: Report) -> str:
         names=SELECTORS,
         metric=metric_name(report.metric),
         bars=_bars(report),
-        comparisons=[(key, *_sides(key), value, outcome(value)) for key, value in report.comparisons.items()],
+        comparisons=[(key, *sides(key), value, outcome(value)) for key, value in report.comparisons.items()],
         columns=_columns(report),
         means=_means,
         weights=", ".join(f"{weight:g}" for weight in WEIGHTS),
@@ -53,11 +52,6 @@ def _bars(report: Report) -> Mapping[str, Mapping[str, float]]:
         }
         for name, estimate in estimates.items()
     }
-
-
-def _sides(key: str) -> tuple[str, str]:
-    one, _, other = key.partition("-")
-    return _COMPARED[one], _COMPARED[other]
 
 
 def _columns(report: Report) -> list[tuple[str, str]]:

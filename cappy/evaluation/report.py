@@ -142,6 +142,13 @@ def check_schema(values: Mapping[str, Any]) -> None:
         raise RecordError(f"report: has schema {found}, this version reads {SCHEMA}; evaluate again")
 
 
+def sides(key: str) -> tuple[str, str]:
+    """The names of the two selectors that a comparison's key stands for, as a person reads them."""
+    names = {**SELECTORS, "likelihood": "better likelihood"}
+    one, _, other = key.partition("-")
+    return names[one], names[other]
+
+
 def spread(interval: Estimate | Difference) -> str:
     """The ends of an interval, x 100."""
     return f"{percent(interval.low)} to {percent(interval.high)}"

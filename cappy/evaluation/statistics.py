@@ -54,8 +54,8 @@ def power(difference: float, samples: Matrix, others: Matrix, groups: int) -> Po
     return Power(groups=groups, smallest=smallest, groups_needed=needed)
 
 
-def p_value(difference: Difference, resamples: int) -> float:
-    """The two-sided p-value of a difference of 0, at least that of one resample in all."""
+def p_value(difference: Difference, resamples: float) -> float:
+    """The two-sided p-value of a difference of 0, at least that of one resample in all; of infinitely many, any."""
     tail = min(difference.probability, 1 - difference.probability)
     return min(1.0, 2 * max(tail, 1 / resamples))
 

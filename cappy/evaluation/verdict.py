@@ -1,9 +1,11 @@
 """The verdict: what the numbers of a report say, in words."""
 
+import math
 from collections.abc import Iterator
 
 from cappy.evaluation.findings import Difference
-from cappy.evaluation.report import SELECTORS, Report, spread
+from cappy.evaluation.report import SELECTORS, Report, sides, spread
+from cappy.evaluation.statistics import holm, p_value
 from cappy.pages.words import percent, signed
 
 BASELINES = {
@@ -12,7 +14,8 @@ BASELINES = {
     "mbr": "MBR, the consensus of the pool, which needs no training",
     "champion": "the champion",
 }
-FAR = 100
+SURE = 0.05
+"""The adjusted p-value up to which a comparison stands among all."""
 _SHORT = {"random": "random choice", "likelihood": "the likelihood", "mbr": "MBR", "champion": "the champion"}
 
 
@@ -61,7 +64,7 @@ def _remedy(report: Report, key: str) -> str:
     if power is None or power.groups_needed is None:
         return "; more instances would tell"
     smallest = percent(power.smallest)
-    if power.groups_needed > FAR * power.groups:
+    if not power.within_reach:
         return f"; {power.groups:,} groups show {smallest} or more, and this one is far below"
     return f"; {power.groups:,} groups show {smallest} or more, about {power.groups_needed:,} would show this one"
 
@@ -91,15 +94,30 @@ def _cautions(report: Report) -> Iterator[str]:
                 f"Caution: the {name} was trained on {count} of the {instances} {report.split} prompts, "
                 "so its result is too good."
             )
-    found = report.comparisons
-    changed = [key for key, value in found.items() if outcome(value) != "open" and report.adjusted.get(key, 0) > 0.05]
-    if changed:
-        yield (
-            f"Of {len(found)} comparisons {len(changed)} would be open if each had to stand among all of them "
-            f"(Holm): {', '.join(changed)}."
-        )
+    yield from _among_all(report)
     if instances < 100:
         yield f"Caution: only {instances} instances; intervals of so few are themselves unsure."
+
+
+def _among_all(report: Report) -> Iterator[str]:
+    """What Holm's correction opens again, and of what so few resamples cannot tell: a p-value is 2 / resamples or more.
+
+    Without that limit a comparison's p-value can only fall, so what is open without it too is open.
+    """
+    found = report.comparisons
+    unlimited = holm({key: p_value(value, math.inf) for key, value in found.items()})
+    doubtful = [key for key, value in found.items() if outcome(value) != "open" and report.adjusted.get(key, 0) > SURE]
+    opened = [" against ".join(sides(key)) for key in doubtful if unlimited[key] > SURE]
+    if opened:
+        yield (
+            f"Of {len(found)} comparisons {len(opened)} would be open if each had to stand among all of them "
+            f"(Holm): {', '.join(opened)}."
+        )
+    if untold := len(doubtful) - len(opened):
+        yield (
+            f"{report.resamples:,} resamples are too few to say of {untold} of {len(found)} comparisons whether they "
+            f"stand among all of them (Holm); more than {2 * len(found) / SURE:,.0f} would tell (--resamples)."
+        )
 
 
 def _subject(name: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 from cappy.evaluation import Difference, Estimate, Report, evaluate
 from cappy.evaluation.advice import advice
 from cappy.evaluation.findings import Power
+from cappy.evaluation.verdict import verdict
 from cappy.records import Instance
 from cappy.registry.gate import decide
 
@@ -81,6 +82,16 @@ def test_what_no_data_would_show_is_held(report: Report) -> None:
     text = advice(found(report, needed=100_000, random=OPEN))
     assert text.startswith("Hold: the scorer is not shown to beat random choice")
     assert "40 groups show no difference below 3.0" in text
+
+
+@pytest.mark.parametrize(("needed", "reach"), [(800, True), (801, False)])
+def test_the_verdict_and_the_advice_agree_on_how_much_data_is_within_reach(
+    report: Report, needed: int, reach: bool
+) -> None:
+    made = found(report, needed=needed, random=OPEN)
+    said = next(sentence for sentence in verdict(made) if "may or may not beat random choice" in sentence)
+    assert advice(made).startswith("More data") == ("would show this one" in said) == reach
+    assert ("this one is far below" in said) == (not reach)
 
 
 def test_a_scorer_worse_than_chance_is_held(report: Report) -> None:

@@ -10,6 +10,7 @@ import pytest
 from cappy.errors import RecordError
 from cappy.evaluation import Difference, Report, evaluate, page
 from cappy.evaluation.report import SCHEMA
+from cappy.evaluation.statistics import holm, p_value
 from cappy.evaluation.verdict import verdict
 from cappy.records import Instance
 
@@ -73,6 +74,38 @@ def test_the_same_picks_are_called_the_same(report: Report) -> None:
 
 def test_an_interval_that_touches_zero_is_no_win(report: Report) -> None:
     assert "is not shown to beat MBR" in verdict(judged(report, mbr=(0.0, 0.04)))[0]
+
+
+def among_all(report: Report, resamples: int, **probabilities: float) -> str:
+    """What the verdict says of all comparisons together, of which these have such probabilities and the others 1."""
+    made = {
+        key: Difference(difference=0.02, low=0.01, high=0.03, probability=probabilities.get(key.replace("-", "_"), 1.0))
+        for key in report.comparisons
+    }
+    adjusted = holm({key: p_value(value, resamples) for key, value in made.items()})
+    told = verdict(replace(report, comparisons=made, adjusted=adjusted, resamples=resamples))
+    return " ".join(sentence for sentence in told if "(Holm)" in sentence)
+
+
+@pytest.mark.parametrize(("resamples", "too_few"), [(100, True), (470, True), (490, False), (2000, False)])
+def test_a_comparison_that_no_resample_speaks_against_is_never_called_open_for_want_of_resamples(
+    report: Report, resamples: int, too_few: bool
+) -> None:
+    assert len(report.comparisons) == 12
+    told = among_all(report, resamples)
+    assert "would be open" not in told
+    expected = f"{resamples} resamples are too few to say of 12 of 12 comparisons whether they stand among all of them"
+    assert told == (f"{expected} (Holm); more than 480 would tell (--resamples)." if too_few else "")
+
+
+@pytest.mark.parametrize("resamples", [100, 2000])
+def test_comparisons_that_would_be_open_among_all_are_named_as_a_person_reads_them(
+    report: Report, resamples: int
+) -> None:
+    told = among_all(report, resamples, hybrid_mbr_mbr=0.98, scorer_likelihood=0.98)
+    names = "scorer against better likelihood, scorer + MBR against MBR"
+    assert told.startswith(f"Of 12 comparisons 2 would be open if each had to stand among all of them (Holm): {names}.")
+    assert ("10 of 12 comparisons" in told) == (resamples == 100)
 
 
 def test_a_leak_is_said_in_words(report: Report) -> None:
