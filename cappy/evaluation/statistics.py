@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import betaincinv
 
 from cappy.evaluation.findings import Difference, Estimate, Power
 
@@ -14,6 +15,8 @@ LEVEL = 0.95
 SHOWN_WITH = 2.8
 """Standard errors of a difference that a two-sided 5% test finds with a probability of 80%: 1.96 + 0.84."""
 _CHUNK_DRAWS = 1_000_000
+_STILL = 1e-12
+"""A variance of resampled means below this is none."""
 
 
 def resampled_means(values: Matrix, groups: Sequence[str], *, resamples: int, seed: int) -> Matrix:
@@ -34,6 +37,23 @@ def estimate(mean: float, samples: Matrix) -> Estimate:
     """A mean with the percentile interval of its resampled values."""
     low, high = _percentiles(samples)
     return Estimate(mean=float(mean), low=low, high=high)
+
+
+def share(good: Matrix, groups: Sequence[str], *, resamples: int, seed: int) -> Estimate:
+    """The share of ones among zeros and ones, shape (instances,), with an interval that is not too narrow near 0 and 1.
+
+    It is Clopper and Pearson's (1934) for as many instances as would vary as much, drawn one by one, as the share does
+    over resampled groups, but for no more than there are (Korn and Graubard, 1998). Where all are alike, resamples say
+    nothing of how alike a group is, and each group counts as one.
+    """
+    mean, count = float(good.mean()), float(len(set(groups)))
+    variance = float(resampled_means(good[:, None], groups, resamples=resamples, seed=seed).var())
+    if variance > _STILL:
+        count = min(float(len(good)), mean * (1 - mean) / variance)
+    ones, zeros, tail = mean * count, (1 - mean) * count, (1 - LEVEL) / 2
+    low = float(betaincinv(ones, zeros + 1, tail)) if ones else 0.0
+    high = float(betaincinv(ones + 1, zeros, 1 - tail)) if zeros else 1.0
+    return Estimate(mean=mean, low=low, high=high)
 
 
 def compare(mean: float, other: float, samples: Matrix, others: Matrix) -> Difference:

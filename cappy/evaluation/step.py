@@ -102,7 +102,7 @@ def once(
 
 
 def write_picks(folder: Path, parts: Sequence[Part], config: EvaluationConfig) -> None:
-    """Writes picks.json: the score and label of the scorer's pick of every instance, held-out and reported."""
+    """Writes picks.json: score, label and group of the scorer's pick of every instance, held-out and reported."""
     values = {
         "metric": config.metric,
         "held_out": [pick for part in parts for pick in _picked(part.held_out, part.held_scores)],
@@ -111,9 +111,10 @@ def write_picks(folder: Path, parts: Sequence[Part], config: EvaluationConfig) -
     write_bytes(folder / PICKS, json.dumps(values).encode())
 
 
-def _picked(pools: Sequence[Pool], scores: Sequence[Vector]) -> list[tuple[float, float]]:
+def _picked(pools: Sequence[Pool], scores: Sequence[Vector]) -> list[tuple[float, float, str]]:
     tops = [float(own.max()) for own in scores]
-    return list(zip(tops, picked(pools, scores).tolist(), strict=True))
+    groups = [pool.instance.group_id for pool in pools]
+    return list(zip(tops, picked(pools, scores).tolist(), groups, strict=True))
 
 
 def content(folder: Path) -> str:

@@ -3,16 +3,17 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest
 
 from cappy.errors import FolderError
-from cappy.evaluation import read_values
+from cappy.evaluation import read_values, statistics
 from cappy.evaluation.pools import Vector
 
 PICKS = "picks.json"
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +21,7 @@ class Threshold:
     """A threshold, chosen on held-out picks, and what it keeps on the reported ones.
 
     `coverage` is the share of reported instances that are answered, `precision` the share of good picks among them with
-    its 95% interval (Clopper and Pearson, 1934); None where none is answered. The interval takes every instance for one
-    of its own: instances that share a row, as its templates do, make it too narrow.
+    its 95% interval over their `groups` (`statistics.share`); None where none is answered.
     """
 
     threshold: float
@@ -31,6 +31,7 @@ class Threshold:
     held_out_precision: float
     reported: int
     coverage: float
+    groups: int
     precision: float | None
     low: float | None
     high: float | None
@@ -39,24 +40,17 @@ class Threshold:
 def threshold(report: str | Path, *, precision: float, good: float) -> Threshold | None:
     """The lowest threshold whose held-out picks are good with at least `precision`; None if no score is enough.
 
-    A pick is good if its label is at least `good`. FolderError where the report has no held-out picks.
+    A pick is good if its label is at least `good`. FolderError where the report has no held-out picks, or picks that
+    do not say which group they are of.
     """
-    if read_values(report).get("folds"):
-        raise FolderError(
-            f"{report}: is cross-fitted, so no one scorer gave its scores; evaluate a scorer on its own split"
-        )
-    path = Path(report) / PICKS
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not values.get("held_out"):
-        raise FolderError(
-            f"{path}: has no held-out picks to choose a threshold on; evaluate on --split test, with a validation split"
-        )
-    held, reported = (np.array(values[name], dtype=np.float64) for name in ("held_out", "reported"))
+    picks = _read_picks(Path(report))
+    held, reported = (np.array([pick[:2] for pick in picks[name]]) for name in ("held_out", "reported"))
     found = lowest(held[:, 0], held[:, 1] >= good, precision)
     if found is None:
         return None
     kept, own = reported[reported[:, 0] >= found, 1] >= good, held[held[:, 0] >= found, 1] >= good
-    interval = binomtest(int(kept.sum()), len(kept)).proportion_ci(method="exact") if len(kept) else None
+    groups = [group for score, _, group in picks["reported"] if score >= found]
+    estimate = statistics.share(kept.astype(np.float64), groups, resamples=RESAMPLES, seed=0) if groups else None
     return Threshold(
         threshold=found,
         good=good,
@@ -65,10 +59,28 @@ def threshold(report: str | Path, *, precision: float, good: float) -> Threshold
         held_out_precision=float(own.mean()),
         reported=len(reported),
         coverage=len(kept) / len(reported),
-        precision=float(kept.mean()) if len(kept) else None,
-        low=float(interval.low) if interval else None,
-        high=float(interval.high) if interval else None,
+        groups=len(set(groups)),
+        precision=estimate.mean if estimate else None,
+        low=estimate.low if estimate else None,
+        high=estimate.high if estimate else None,
     )
+
+
+def _read_picks(report: Path) -> dict[str, list[tuple[float, float, str]]]:
+    """Score, label and group of the picks, held-out and reported."""
+    if read_values(report).get("folds"):
+        raise FolderError(
+            f"{report}: is cross-fitted, so no one scorer gave its scores; evaluate a scorer on its own split"
+        )
+    path = report / PICKS
+    picks: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not picks.get("held_out"):
+        raise FolderError(
+            f"{path}: has no held-out picks to choose a threshold on; evaluate on --split test, with a validation split"
+        )
+    if any(len(pick) != 3 for pick in picks["reported"]):
+        raise FolderError(f"{path}: does not say which group a pick is of, an older version wrote it; evaluate again")
+    return picks
 
 
 def lowest(scores: Vector, good: npt.NDArray[np.bool_], precision: float) -> float | None:
@@ -99,5 +111,5 @@ def sentence(found: Threshold | None, *, precision: float, good: float) -> str:
     proof = "" if found.low >= precision else ", so what you ask for is not proven"
     return (
         f"{text}; of the {found.reported} reported instances it answers {100 * found.coverage:.1f}%, of which "
-        f"{100 * found.precision:.1f}% are good (95% interval {interval}{proof})."
+        f"{100 * found.precision:.1f}% are good (95% interval {interval} over {found.groups} groups{proof})."
     )

@@ -119,9 +119,9 @@ def test_picks_of_equal_score_are_kept_together() -> None:
 
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
-    """100 held-out picks, good from 0.5 on, and 10 reported ones, of which one above it is bad."""
-    held = [(index / 100, float(index >= 50)) for index in range(100)]
-    reported = [(0.1 + index / 10, float(index >= 4 and index != 6)) for index in range(9)]
+    """100 held-out picks, good from 0.5 on, and 9 reported ones, one bad above it; each is of a group of its own."""
+    held = [(index / 100, float(index >= 50), str(index)) for index in range(100)]
+    reported = [(0.1 + index / 10, float(index >= 4 and index != 6), str(index)) for index in range(9)]
     (tmp_path / "report.json").write_text(json.dumps({"schema": SCHEMA}))
     (tmp_path / "picks.json").write_text(json.dumps({"metric": "rougeL", "held_out": held, "reported": reported}))
     write_manifest(tmp_path, Manifest(step="evaluation", files=describe_files(tmp_path)))
@@ -136,8 +136,27 @@ def test_the_threshold_is_chosen_held_out_and_tried_on_what_is_reported(report: 
     assert found.coverage == pytest.approx(5 / 9)
     assert found.precision == pytest.approx(4 / 5)
     expected = binomtest(4, 5).proportion_ci(method="exact")
-    assert (found.low, found.high) == (expected.low, expected.high)
-    assert "not proven" in sentence(found, precision=1.0, good=0.5)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
+    assert "over 5 groups, so what you ask for is not proven" in sentence(found, precision=1.0, good=0.5)
+
+
+def test_picks_of_one_group_prove_as_much_as_one_of_them(report: Path) -> None:
+    def proven(copies: int) -> tuple[float | None, float | None]:
+        values = json.loads((report / "picks.json").read_text())
+        picks = [pick for pick in values["reported"] for _ in range(copies)]
+        (report / "picks.json").write_text(json.dumps({**values, "reported": picks}))
+        found = threshold(report, precision=1.0, good=0.5)
+        assert found is not None
+        assert (found.groups, found.precision) == (5, pytest.approx(4 / 5))
+        return found.low, found.high
+
+    assert proven(1) == pytest.approx(proven(4), abs=0.02)
+
+
+def test_picks_without_groups_are_refused(report: Path) -> None:
+    (report / "picks.json").write_text(json.dumps({"held_out": [[0.5, 1.0]], "reported": [[0.5, 1.0]]}))
+    with pytest.raises(FolderError, match="which group.*evaluate again"):
+        threshold(report, precision=0.9, good=0.5)
 
 
 def test_a_precision_that_no_score_has_is_said(report: Path) -> None:

@@ -13,6 +13,7 @@ from cappy.config import ConfigError, build
 from cappy.errors import FolderError
 from cappy.evaluation import EvaluationConfig, read_report
 from cappy.evaluation.step import evaluate_folder
+from cappy.evaluation.threshold import threshold
 from cappy.progress import silent
 from cappy.records import Candidate, Instance, Manifest, prompt_hash, write
 from cappy.records.folder import describe_files, verify, write_manifest
@@ -84,6 +85,21 @@ def test_the_step_writes_a_report_that_can_be_verified_and_read(
     assert manifest.metrics["num_instances"] == 40
     assert len(manifest.parents) == 3
     assert (folders / "report" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_threshold_is_found_in_the_picks_and_knows_their_groups(
+    folders: Path, instances: list[Instance], score: Score
+) -> None:
+    paired = [replace(one, group_id=f"row {index // 2}") for index, one in enumerate(instances)]
+    write(folders / "paired", paired)
+    nothing = trained_on_first_three(instances, "")
+    own = config(folders, source=folders / "paired")
+    evaluate_folder(own, silent, load=lambda path: FakeScorer(score), trained_on=nothing)
+    found = threshold(folders / "report", precision=0.0, good=0.5)
+    assert found is not None
+    assert found.reported == 40
+    assert found.coverage > 0.9
+    assert round(found.coverage * 40) / 2 <= found.groups <= 20
 
 
 def test_the_probe_holds_selectable_test_pairs_with_their_scores(

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from cappy.evaluation.findings import Difference
-from cappy.evaluation.statistics import compare, estimate, holm, p_value, power, resampled_means
+from cappy.evaluation.statistics import compare, estimate, holm, p_value, power, resampled_means, share
 
 
 def test_intervals_of_grouped_data_hold_the_true_mean_as_often_as_they_say() -> None:
@@ -29,6 +30,44 @@ def test_a_large_group_weighs_by_its_instances() -> None:
     values = np.array([[1.0], [1.0], [1.0], [0.0]])
     means = resampled_means(values, ["a", "a", "a", "b"], resamples=500, seed=0)
     assert set(np.round(means[:, 0], 6)) == {0.0, 0.75, 1.0}
+
+
+@pytest.mark.parametrize("alike", [0.01, 0.4, 0.95])
+@pytest.mark.parametrize("truth", [0.8, 0.95])
+def test_the_interval_of_a_share_holds_the_truth_however_alike_the_picks_of_a_group_are(
+    truth: float, alike: float
+) -> None:
+    """20 groups of 4; near 1 the percentiles of resamples alone would hold it in as few as two tries of three."""
+    rng = np.random.default_rng(0)
+    groups = [str(index // 4) for index in range(80)]
+    held = 0
+    for trial in range(200):
+        chances = rng.beta((1 / alike - 1) * truth, (1 / alike - 1) * (1 - truth), size=20).repeat(4)
+        good = (rng.random(80) < chances).astype(np.float64)
+        found = share(good, groups, resamples=200, seed=trial)
+        held += found.low <= truth <= found.high
+    assert held / 200 >= 0.92
+
+
+def test_a_share_of_instances_on_their_own_has_the_exact_interval() -> None:
+    good = np.array([1.0] * 70 + [0.0] * 30)
+    found = share(good, [str(index) for index in range(100)], resamples=5000, seed=0)
+    exact = binomtest(70, 100).proportion_ci(method="exact")
+    assert (found.mean, found.low, found.high) == pytest.approx((0.7, exact.low, exact.high), abs=0.005)
+
+
+def test_instances_of_a_group_that_are_not_alike_count_each() -> None:
+    good = (np.random.default_rng(0).random(400) < 0.7).astype(np.float64)
+    found = share(good, [str(index // 4) for index in range(400)], resamples=5000, seed=0)
+    exact = binomtest(int(good.sum()), 400).proportion_ci(method="exact")
+    assert found.high - found.low == pytest.approx(exact.high - exact.low, rel=0.15)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_where_all_are_alike_each_group_counts_once(value: float) -> None:
+    found = share(np.full(40, value), [str(index // 4) for index in range(40)], resamples=100, seed=0)
+    exact = binomtest(int(10 * value), 10).proportion_ci(method="exact")
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
 
 
 def test_differences_are_paired() -> None:
