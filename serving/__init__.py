@@ -1,6 +1,6 @@
 """The HTTP service around a scorer."""
 
-from serving.app import create_app
-from serving.server import run
+from serving.app import Options, create_app
+from serving.server import Address, run
 
-__all__ = ["create_app", "run"]
+__all__ = ["Address", "Options", "create_app", "run"]

@@ -1,45 +1,93 @@
-"""The access log: one JSON object per request, without a word of what was asked."""
+"""Around every request: its id, the headers of every answer, and the access log, without a word of what was asked."""
 
 import json
 import logging
+import re
 import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOGGER = logging.getLogger("serving.access")
+GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+SAFE = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+"""Headers of an answer that says nothing else; the page brings a policy of its own."""
+
+
+def _no_facts() -> Mapping[str, str]:
+    return {}
+
+
+def _untold(dialect: str, status: int, seconds: float, scores: Sequence[float]) -> None:
+    pass
 
 
 class AccessLog:
-    """ASGI middleware: logs method, path, status, seconds and the number of pairs."""
+    """ASGI middleware: one JSON line per request with its id, method, path, status, seconds and number of pairs.
 
-    def __init__(self, app: ASGIApp) -> None:
+    `facts` gives headers for answers that bring none of their own; `told` is called with dialect, status, seconds and
+    scores of requests of a dialect; while `closing` is true, clients are told to come back on another connection.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        facts: Callable[[], Mapping[str, str]] = _no_facts,
+        told: Callable[[str, int, float, Sequence[float]], None] = _untold,
+        closing: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._app = app
+        self._facts = facts
+        self._told = told
+        self._closing = closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.monotonic()
-        status = 500
+        state: dict[str, Any] = scope.setdefault("state", {})
+        given = Headers(scope=scope).get("x-request-id", "")
+        state["request_id"] = given if GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
+        started, status = time.monotonic(), 500
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                self._mark(MutableHeaders(scope=message), state)
             await send(message)
 
         try:
             await self._app(scope, receive, watched)
         finally:
-            LOGGER.info(
-                json.dumps(
-                    {
-                        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                        "method": scope["method"],
-                        "path": scope["path"],
-                        "status": status,
-                        "seconds": round(time.monotonic() - started, 4),
-                        "pairs": scope.get("state", {}).get("pairs", 0),
-                    }
-                )
-            )
+            self._log(scope, state, status, time.monotonic() - started)
+
+    def _mark(self, headers: MutableHeaders, state: Mapping[str, Any]) -> None:
+        facts = {"X-Request-Id": state["request_id"], **SAFE, **(state.get("facts") or self._facts())}
+        for name, value in facts.items():
+            headers.setdefault(name, value)
+        if self._closing():
+            headers["Connection"] = "close"
+
+    def _log(self, scope: Scope, state: Mapping[str, Any], status: int, seconds: float) -> None:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "request_id": state["request_id"],
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "seconds": round(seconds, 4),
+            "pairs": state.get("pairs", 0),
+        }
+        if "dialect" in state:
+            line["dialect"] = state["dialect"]
+            self._told(state["dialect"], status, seconds, state.get("scores", ()))
+        LOGGER.info(json.dumps(line))

@@ -1,91 +1,147 @@
 """Loads a scorer and serves it until SIGTERM."""
 
+import asyncio
 import contextlib
 import errno
 import logging
-import math
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
-from cappy.errors import CappyError, ConfigError, FolderError
+from cappy.errors import CappyError, ConfigError
 from cappy.specs import parse_spec
-from serving.app import MAX_BODY_BYTES, MAX_PAIRS, Score, create_app
+from serving.app import Options, create_app
+from serving.models import Model, Models, load
+from serving.protocol import PunctualProtocol
 
 DEFAULT_SCORER = "models:/cappy@champion"
-DRAIN_SECONDS = 30
+Follow = Callable[[Models], Awaitable[None]]
+"""Changes the model while requests are answered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where to listen, with TLS where a certificate is given; times in seconds.
+
+    After SIGTERM the service is not ready but answers for `notice_seconds`, so that a balancer can look elsewhere; then
+    it takes no more connections and finishes what it has within `grace_seconds`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    certificate: Path | None = None
+    key: Path | None = None
+    notice_seconds: float = 1.0
+    grace_seconds: int = 30
 
 
 def run(
     scorer: str = DEFAULT_SCORER,
+    address: Address | None = None,
+    options: Options | None = None,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8080,
-    max_body_bytes: int = MAX_BODY_BYTES,
-    max_pairs: int = MAX_PAIRS,
+    name: str = "",
+    batch_tokens: int = 0,
 ) -> None:
     """Takes the address, loads the scorer, listens; returns when it was told to stop and has answered what it had.
 
     ConfigError if the address cannot be had, which is found out before the scorer is loaded. SIGTERM ends the process
-    with status 0.
+    with status 0. `batch_tokens` 0 is what suits the device.
     """
     parse_spec(scorer)
-
-    def load() -> tuple[Score, str]:
-        from cappy.scoring import Scorer
-
-        loaded = Scorer.load(scorer)
-        return loaded.score, loaded.version
-
-    serve(load, host=host, port=port, max_body_bytes=max_body_bytes, max_pairs=max_pairs)
+    _check_tls(address or Address())
+    serve(lambda: load(scorer, name), address or Address(), options or Options(), batch_tokens=batch_tokens)
 
 
 def serve(
-    load: Callable[[], tuple[Score, str]],
+    load: Callable[[], Model],
+    address: Address,
+    options: Options,
     *,
-    host: str,
-    port: int,
-    max_body_bytes: int = MAX_BODY_BYTES,
-    max_pairs: int = MAX_PAIRS,
+    batch_tokens: int = 0,
+    follow: Follow | None = None,
 ) -> None:
-    """`run` with whatever `load` gives: a function that scores pairs, and its version."""
+    """`run` with whatever model `load` gives."""
     signal.signal(signal.SIGTERM, _stop)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     failures: list[CappyError] = []
 
-    def verify() -> None:
-        try:
-            probe(score)
-        except CappyError as error:
-            failures.append(error)
-            server.should_exit = True
-            raise
+    def failed(error: CappyError) -> None:
+        failures.append(error)
+        server.should_exit = True
 
-    with bound(host, port) as listener:
-        score, version = load()
-        with _address_errors(host, port):
-            listener.listen()
-        app = create_app(score, version=version, verify=verify, max_body_bytes=max_body_bytes, max_pairs=max_pairs)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
-            )
+    with bound(address.host, address.port) as listener:
+        models = Models(load())
+        with _address_errors(address.host, address.port):
+            listener.listen(2048)
+        tokens = batch_tokens or getattr(models.current.engine, "batch_tokens", options.batch_tokens)
+        options = replace(options, batch_tokens=tokens)
+        app = create_app(models, options, failed=failed, follow=(lambda: follow(models)) if follow else None)
+        server = _Server(_config(app, address), models, address.notice_seconds)
+        scheme = "https" if address.certificate else "http"
+        sys.stderr.write(
+            f"cappy serve: scorer {models.current.version} at {_url(listener, scheme)} "
+            "(POST /score, GET /health, GET /ready)\n"
         )
-        sys.stderr.write(f"cappy serve: scorer {version} at {_url(listener)} (POST /score, GET /health, GET /ready)\n")
         server.run(sockets=[listener])
     if failures:
         raise failures[0]
 
 
-def probe(score: Score) -> None:
-    """Scores one pair, which also warms the scorer up; FolderError if the answer is no finite number."""
-    answer = score([("What is 1 + 1?", "2")])
-    if len(answer) != 1 or not math.isfinite(answer[0]):
-        raise FolderError(f"the scorer answers {answer} to one pair; its weights are damaged, fetch or train it again")
+def _check_tls(address: Address) -> None:
+    if (address.certificate is None) != (address.key is None):
+        raise ConfigError("--tls-certificate and --tls-key: give both or none")
+    for given, flag in ((address.certificate, "--tls-certificate"), (address.key, "--tls-key")):
+        if given is not None and not given.is_file():
+            raise ConfigError(f"{flag} {given}: no such file; give one in PEM form")
+
+
+def _config(app: object, address: Address) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        http=PunctualProtocol,
+        ws="none",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=address.grace_seconds,
+        ssl_certfile=address.certificate,
+        ssl_keyfile=address.key,
+    )
+
+
+class _Server(uvicorn.Server):
+    """Gives notice before it closes the door."""
+
+    def __init__(self, config: uvicorn.Config, models: Models, notice_seconds: float) -> None:
+        super().__init__(config)
+        self._models = models
+        self._notice_seconds = notice_seconds
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first SIGTERM: not ready, and closed a little later; any other signal at once."""
+        if sig != signal.SIGTERM or self._models.closing or not self.started:
+            super().handle_exit(sig, frame)
+            return
+        self._models.closing = True
+        self._models.reason = "the service was told to end"
+        self._captured_signals.append(sig)
+        self._loop.call_soon_threadsafe(self._loop.call_later, self._notice_seconds, self._close)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serves until told to end."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def _close(self) -> None:
+        self.should_exit = True
 
 
 @contextlib.contextmanager
@@ -115,9 +171,9 @@ def _address_errors(host: str, port: int) -> Iterator[None]:
         raise ConfigError(text) from error
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, scheme: str) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -1,5 +1,6 @@
 """`cappy serve`: starts the HTTP service, which only this verb imports."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,10 +19,35 @@ def serve(
     ] = "models:/cappy@champion",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes any free one.")] = 8080,
+    model_name: Annotated[str, typer.Option(help="Name that clients ask for; the scorer's own if not given.")] = "",
     max_body_mb: Annotated[
         float, typer.Option(min=0.001, help="Largest request body in megabytes; larger ones get status 413.")
     ] = 8.0,
     max_pairs: Annotated[int, typer.Option(min=1, help="Most pairs in a request; more get status 413.")] = 1024,
+    max_queued_tokens: Annotated[
+        int, typer.Option(min=0, help="Most tokens that wait before requests get status 429; 0: 32 batches.")
+    ] = 0,
+    batch_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Tokens of a batch: fewer answer sooner, more do more; 0: what suits the device."
+        ),
+    ] = 0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that a request may take; a longer one gets status 504.")
+    ] = 60.0,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of API keys, one a line; else the variable CAPPY_API_KEYS, by commas.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Origin that browsers may call from (CORS); repeat for several.")
+    ] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="Certificate chain (PEM), to serve HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate (PEM).")] = None,
+    notice: Annotated[
+        float, typer.Option(min=0, help="Seconds after SIGTERM in which it is not ready but still answers.")
+    ] = 1.0,
+    grace: Annotated[int, typer.Option(min=1, help="Seconds after that in which what was accepted is finished.")] = 30,
 ) -> None:
     """Serve a scorer over HTTP: POST /score {"pairs": [[instruction, response], ...]}, GET /health, GET /ready.
 
@@ -30,7 +56,25 @@ def serve(
     try:
         import serving
     except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn", "starlette"):
+        if error.name not in ("fastapi", "uvicorn", "starlette", "prometheus_client"):
             raise
         raise ConfigError(f"{error.name} is not installed; install the serve extra: {EXTRA}") from error
-    serving.run(scorer, host=host, port=port, max_body_bytes=round(max_body_mb * 1e6), max_pairs=max_pairs)
+    from serving.keys import read_keys
+    from serving.service import Limits
+
+    limits = Limits(max_body_bytes=round(max_body_mb * 1e6), max_pairs=max_pairs, seconds=timeout)
+    options = serving.Options(
+        limits=limits,
+        max_queued_tokens=max_queued_tokens,
+        keys=read_keys(api_keys),
+        origins=allow_origin or (),
+    )
+    address = serving.Address(
+        host=host,
+        port=port,
+        certificate=tls_certificate,
+        key=tls_key,
+        notice_seconds=notice,
+        grace_seconds=grace,
+    )
+    serving.run(scorer, address, options, name=model_name, batch_tokens=batch_tokens)

@@ -2,174 +2,292 @@
 
 import json
 import logging
+import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from scoring_function import FakeEngine, model, until_ready
 
-from cappy.errors import FolderError
-from serving import create_app
+from cappy.scoring.encoding import Pair
+from serving.app import Options, create_app
+from serving.keys import Keys
+from serving.models import Models
+from serving.service import Limits
 
+Serve = Callable[..., TestClient]
 SHAPE = 'send {"pairs": [["instruction", "response"], ...]}'
 
 
-def lengths(pairs: list[tuple[str, str]]) -> list[float]:
-    """A scorer that tells both members and their order apart."""
-    return [len(instruction) + len(response) / 1000 for instruction, response in pairs]
-
-
-def until_ready(client: TestClient) -> None:
-    deadline = time.monotonic() + 10
-    while client.get("/ready").status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.fixture
-def client() -> Iterator[TestClient]:
-    with TestClient(create_app(lengths, version="abc", max_body_bytes=2000, max_pairs=5)) as client:
-        yield client
-
-
-def test_scores_come_in_the_order_of_the_pairs_and_each_pair_keeps_its_members(client: TestClient) -> None:
+def test_scores_come_in_the_order_of_the_pairs_and_each_pair_keeps_its_members(serve: Serve) -> None:
     pairs = [["a", "xyz"], ["abc", ""], ["", "x"], ["a", "xyz"]]
-    answer = client.post("/score", json={"pairs": pairs})
+    answer = serve().post("/score", json={"pairs": pairs})
     assert answer.status_code == 200
-    assert answer.json() == {"scores": [1.003, 3.0, 0.001, 1.003], "version": "abc"}
+    assert answer.json() == {"scores": [1.003, 3.0, 0.001, 1.003], "expected": None, "version": "abc"}
+
+
+def test_a_calibrated_scorer_says_what_to_expect(serve: Serve) -> None:
+    client = serve(calibrate=lambda scores: [score / 10 for score in scores])
+    answer = client.post("/score", json={"pairs": [["a", ""], ["abc", ""]]}).json()
+    assert answer["scores"] == [1.0, 3.0]
+    assert answer["expected"] == [0.1, 0.3]
+
+
+def test_select_gives_the_first_of_the_best(serve: Serve) -> None:
+    answer = serve().post("/select", json={"instruction": "i", "responses": ["a", "bbb", "ccc", ""]}).json()
+    assert (answer["index"], answer["response"]) == (1, "bbb")
+    assert answer["scores"] == [1.001, 1.003, 1.003, 1.0]
+
+
+def test_every_answer_says_who_gave_it(serve: Serve) -> None:
+    client = serve()
+    answers = [
+        client.post("/score", json={"pairs": [["a", "b"]]}, headers={"X-Request-Id": "mine-1"}),
+        client.post("/score", json={}),
+        client.get("/ready"),
+        client.get("/nowhere"),
+    ]
+    for answer in answers:
+        assert answer.headers["X-Cappy-Version"] == "abc"
+        assert answer.headers["X-Cappy-Manifest-Sha256"] == "f" * 64
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answers[0].headers["X-Request-Id"] == "mine-1"
+    assert len({answer.headers["X-Request-Id"] for answer in answers}) == 4
+    forged = client.get("/ready", headers={"X-Request-Id": 'a"b c'})
+    assert re.fullmatch("[0-9a-f]{32}", forged.headers["X-Request-Id"])
 
 
 @pytest.mark.parametrize(
-    ("body", "field"),
+    ("body", "status", "field"),
     [
-        ('{"pairs": []}', "pairs: "),
-        ('{"pairs": [["a"]]}', "pairs.0.1: "),
-        ('{"pairs": [["a", "b", "c"]]}', "pairs.0: "),
-        ('{"pairs": [["a", 1]]}', "pairs.0.1: "),
-        ('{"pairs": [["a", null]]}', "pairs.0.1: "),
-        ('{"pairs": [["a", "\\ud800"]]}', "pairs.0.1: "),
-        ('{"pair": [["a", "b"]]}', "pairs: "),
-        ('{"pairs": [["a", "b"]], "model": "x"}', "model: "),
-        ("[]", "body: "),
-        ("", "body: "),
-        ('{"pairs"', ""),
+        ('{"pairs": []}', 422, "pairs: "),
+        ('{"pairs": [["a"]]}', 422, "pairs.0.1: "),
+        ('{"pairs": [["a", "b", "c"]]}', 422, "pairs.0: "),
+        ('{"pairs": [["a", 1]]}', 422, "pairs.0.1: "),
+        ('{"pairs": [["a", null]]}', 422, "pairs.0.1: "),
+        ('{"pairs": [["a", NaN]]}', 422, "pairs.0.1: "),
+        ('{"pairs": [["a", "\\ud800"]]}', 400, "the body is no JSON"),
+        ('{"pair": [["a", "b"]]}', 422, "pairs: "),
+        ('{"pairs": [["a", "b"]], "model": "x"}', 422, "model: "),
+        ("[]", 422, "body: "),
+        ("", 400, "the body is no JSON"),
+        ('{"pairs"', 400, "the body is no JSON"),
+        ("[" * 100_000, 400, "the body is no JSON"),
+        ('{"pairs": ' + "9" * 10_000 + "}", 400, "the body is no JSON"),
     ],
 )
 def test_a_body_of_another_shape_is_refused_with_its_field_and_the_right_shape(
-    client: TestClient, body: str, field: str
+    serve: Serve, body: str, status: int, field: str
 ) -> None:
-    answer = client.post("/score", content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == 422
+    answer = serve().post("/score", content=body, headers={"content-type": "application/json"})
     detail = answer.json()["detail"]
+    assert answer.status_code == status, detail
     assert detail.startswith(field)
-    assert detail.endswith(SHAPE)
+    assert status == 400 or detail.endswith(SHAPE)
     assert "\n" not in detail
 
 
-def test_a_refusal_does_not_repeat_what_was_sent(client: TestClient) -> None:
-    assert "secret" not in client.post("/score", json={"pairs": [["secret", 1]]}).text
+def test_a_refusal_does_not_repeat_what_was_sent(serve: Serve) -> None:
+    assert "secret" not in serve().post("/score", json={"pairs": [["secret", 1]]}).text
 
 
-def test_more_pairs_than_allowed_are_413(client: TestClient) -> None:
-    assert client.post("/score", json={"pairs": [["a", "b"]] * 5}).status_code == 200
-    answer = client.post("/score", json={"pairs": [["a", "b"]] * 6})
-    assert answer.status_code == 413
-    assert answer.json() == {"detail": "6 pairs are above 5; send them in several requests"}
+def test_what_is_too_large_is_413(serve: Serve) -> None:
+    client = serve(options=Options(limits=Limits(max_pairs=5, max_characters=9)))
+    assert client.post("/score", json={"pairs": [["a", "b" * 9]] * 5}).status_code == 200
+    for pairs, text in (
+        ([["a", "b"]] * 6, "6 pairs are above 5; send them in several requests"),
+        ([["a", "b" * 10]], "a text of 10 characters is above 9; send a shorter one"),
+    ):
+        answer = client.post("/score", json={"pairs": pairs})
+        assert (answer.status_code, answer.json()) == (413, {"detail": text})
 
 
-def test_a_body_above_the_limit_is_413_announced_or_not(client: TestClient) -> None:
+def test_a_body_above_the_limit_is_413_announced_or_not(serve: Serve) -> None:
+    client = serve(options=Options(limits=Limits(max_body_bytes=2000)))
     body = json.dumps({"pairs": [["a", "b" * 2000]]}).encode()
-    announced = client.post("/score", content=body)
-    streamed = client.post("/score", content=iter([body[:1000], body[1000:]]))
-    for answer in (announced, streamed):
+    for content in (body, iter([body[:1000], body[1000:]])):
+        answer = client.post("/score", content=content)
         assert answer.status_code == 413
         assert answer.json()["detail"] == "the body is above 2000 bytes; send fewer pairs per request"
 
 
-def test_health_answers_during_a_slow_score_and_scores_are_computed_one_request_at_a_time() -> None:
-    running, most, entered, release = 0, 0, threading.Event(), threading.Event()
+def test_a_request_that_takes_too_long_is_504_and_leaves_the_queue(serve: Serve) -> None:
+    engine = FakeEngine(delay=0.3)
+    client = serve(engine, Options(batch_tokens=3, limits=Limits(seconds=60)))
+    body = {"pairs": [["a", str(number)] for number in range(9)]}
+    answer = client.post("/score", json=body, headers={"X-Timeout-Seconds": "0.4"})
+    assert answer.status_code == 504
+    assert answer.json()["detail"] == "the time for this request is over; send fewer pairs or ask later"
+    assert client.post("/score", json={"pairs": [["b", "b"]]}).status_code == 200
+    assert sum(pair[0] == "a" for batch in engine.batches for pair in batch) < 5
 
-    def slow(pairs: list[tuple[str, str]]) -> list[float]:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        entered.set()
-        assert release.wait(10)
-        running -= 1
-        return [0.0] * len(pairs)
 
-    with TestClient(create_app(slow, version="abc")) as client:
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "0", "soon"])
+def test_a_deadline_that_is_no_time_is_400(serve: Serve, text: str) -> None:
+    answer = serve().post("/score", json={"pairs": [["a", "b"]]}, headers={"X-Timeout-Seconds": text})
+    assert answer.status_code == 400
+    assert answer.json()["detail"] == "X-Timeout-Seconds: must be a number of seconds above 0"
+
+
+def test_overload_is_429_with_the_seconds_to_wait_and_never_a_score(serve: Serve) -> None:
+    client = serve(FakeEngine(delay=0.2), Options(batch_tokens=3, max_queued_tokens=30))
+    answers = []
+
+    def ask(number: int) -> None:
+        answers.append(client.post("/score", json={"pairs": [[str(number), str(n)] for n in range(5)]}))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join(30)
+    assert sorted({answer.status_code for answer in answers}) == [200, 429]
+    for answer in answers:
+        if answer.status_code == 200:
+            assert answer.json()["scores"] == [1.001] * 5
+        else:
+            assert 1 <= int(answer.headers["Retry-After"]) <= 60
+            assert "scores" not in answer.json()
+
+
+def test_a_scorer_that_fails_is_500_in_one_sentence(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(pair: Pair) -> float:
+        if pair[1] == "bad":
+            raise RuntimeError("secret weights")
+        return 0.5
+
+    client = serve(FakeEngine(score=fails))
+    answer = client.post("/score", json={"pairs": [["a", "bad"]]})
+    assert answer.status_code == 500
+    assert answer.json() == {"detail": "the scorer failed; the log of the service says how"}
+    assert "secret weights" in caplog.text
+    assert client.post("/score", json={"pairs": [["a", "good"]]}).json()["scores"] == [0.5]
+
+
+def test_only_known_keys_get_scores_and_probes_need_none(serve: Serve) -> None:
+    client = serve(options=Options(keys=Keys(["first-key", "second-key"])))
+    body = {"pairs": [["a", "b"]]}
+    for key in ("Bearer first-key", "bearer second-key"):
+        assert client.post("/score", json=body, headers={"Authorization": key}).status_code == 200
+    for headers in (
+        {},
+        {"Authorization": "Bearer first"},
+        {"Authorization": "first-key"},
+        {"Authorization": "Bearer "},
+    ):
+        answer = client.post("/score", json=body, headers=headers)
+        assert answer.status_code == 401
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+    for path in ("/health", "/ready", "/startup", "/metrics"):
+        assert client.get(path).status_code == 200
+
+
+def test_browsers_of_other_sites_are_let_in_by_name_alone(serve: Serve) -> None:
+    named = serve(options=Options(origins=["https://our.example"]))
+    ask = {"Access-Control-Request-Method": "POST"}
+    ours = named.options("/score", headers={"Origin": "https://our.example", **ask})
+    assert ours.headers["Access-Control-Allow-Origin"] == "https://our.example"
+    for client, origin in ((named, "https://other.example"), (serve(), "https://our.example")):
+        assert "Access-Control-Allow-Origin" not in client.options("/score", headers={"Origin": origin, **ask}).headers
+
+
+def test_health_answers_during_a_slow_score() -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def slow(pair: Pair) -> float:
+        if pair[0] == "slow":
+            entered.set()
+            assert release.wait(10)
+        return 0.0
+
+    with TestClient(create_app(Models(model(FakeEngine(score=slow))))) as client:
         until_ready(client)
-        requests = [
-            threading.Thread(target=client.post, args=("/score",), kwargs={"json": {"pairs": [["a", "b"]]}})
-            for _ in range(3)
-        ]
-        for request in requests:
-            request.start()
+        request = threading.Thread(target=client.post, args=("/score",), kwargs={"json": {"pairs": [["slow", "b"]]}})
+        request.start()
         assert entered.wait(10)
         assert client.get("/health").json() == {"status": "ok"}
         release.set()
-        for request in requests:
-            request.join(10)
-    assert (running, most) == (0, 1)
+        request.join(10)
 
 
 def test_ready_turns_from_503_to_200_when_the_probe_has_answered() -> None:
     release = threading.Event()
 
-    def verify() -> None:
+    def waits(pair: Pair) -> float:
         assert release.wait(10)
+        return 0.5
 
-    with TestClient(create_app(lengths, version="abc", verify=verify)) as client:
-        before = client.get("/ready")
-        assert before.status_code == 503
-        assert before.json() == {"ready": False, "version": "abc", "reason": "the probe is running; ask again"}
+    with TestClient(create_app(Models(model(FakeEngine(score=waits))))) as client:
+        for path in ("/ready", "/startup"):
+            before = client.get(path)
+            assert before.status_code == 503
+            assert before.json() == {"ready": False, "version": "abc", "reason": "the probe is running; ask again"}
+        early = client.post("/score", json={"pairs": [["a", "b"]]})
+        assert (early.status_code, early.headers["Retry-After"]) == (503, "1")
         assert client.get("/health").status_code == 200
         release.set()
         until_ready(client)
         assert client.get("/ready").json() == {"ready": True, "version": "abc", "reason": ""}
 
 
-def test_a_failed_probe_keeps_the_service_unready_and_says_why() -> None:
-    failed = threading.Event()
-
-    def verify() -> None:
-        failed.set()
-        raise FolderError("weights.safetensors: is damaged; fetch it again")
-
-    with TestClient(create_app(lengths, version="abc", verify=verify)) as client:
-        assert failed.wait(10)
+@pytest.mark.parametrize("answer", [float("nan"), float("inf"), 0.9])
+def test_a_failed_probe_keeps_the_service_unready_and_says_why(answer: float) -> None:
+    options = Options(probes=[(("What is 1 + 1?", "2"), 0.5)])
+    with TestClient(create_app(Models(model(FakeEngine(score=lambda pair: answer))), options)) as client:
         deadline = time.monotonic() + 10
-        while "damaged" not in client.get("/ready").json()["reason"]:
+        while "scorer answers" not in client.get("/ready").json()["reason"]:
             assert time.monotonic() < deadline
         assert client.get("/ready").status_code == 503
+        assert client.post("/score", json={"pairs": [["a", "b"]]}).status_code == 503
 
 
 def test_the_access_log_is_one_json_object_per_request_without_its_texts(
-    client: TestClient, caplog: pytest.LogCaptureFixture
+    serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
+    client = serve()
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="serving.access"):
         client.post("/score?prompt=secret", json={"pairs": [["secret", "secret"], ["secret", "secret"]]})
         client.get("/nowhere")
     records = [json.loads(record.message) for record in caplog.records if record.name == "serving.access"]
-    assert [(r["method"], r["path"], r["status"], r["pairs"]) for r in records] == [
-        ("POST", "/score", 200, 2),
-        ("GET", "/nowhere", 404, 0),
+    assert [(r["method"], r["path"], r["status"], r["pairs"], r.get("dialect")) for r in records] == [
+        ("POST", "/score", 200, 2, "score"),
+        ("GET", "/nowhere", 404, 0, None),
     ]
     assert "secret" not in "".join(record.message for record in caplog.records if record.name.startswith("serving"))
 
 
-def test_openapi_names_every_route_with_every_status_it_answers() -> None:
-    app: FastAPI = create_app(lengths, version="abc")
-    routes = {
-        (method, path): sorted(operation["responses"])
-        for path, methods in app.openapi()["paths"].items()
-        for method, operation in methods.items()
+def test_prometheus_reads_requests_batches_scores_queue_and_version(serve: Serve) -> None:
+    client = serve(FakeEngine(score=lambda pair: 0.35))
+    client.post("/score", json={"pairs": [["a", "b"], ["a", "c"]]})
+    client.post("/score", json={})
+    text = client.get("/metrics").text
+    for line in (
+        'cappy_requests_total{dialect="score",status="200"} 1.0',
+        'cappy_requests_total{dialect="score",status="422"} 1.0',
+        'cappy_request_seconds_count{dialect="score"} 2.0',
+        "cappy_pairs_total 2.0",
+        'cappy_score_bucket{le="0.3"} 0.0',
+        'cappy_score_bucket{le="0.4"} 2.0',
+        "cappy_batch_tokens_sum 6.0",
+        "cappy_queue_tokens 0.0",
+        "cappy_ready 1.0",
+        f'cappy_model_info{{model="cappy",sha256="{"f" * 64}",version="abc"}} 1.0',
+    ):
+        assert line in text.splitlines()
+
+
+def test_openapi_names_every_route_with_every_status_it_answers(serve: Serve) -> None:
+    document = serve().get("/openapi.json").json()
+    score = document["paths"]["/score"]["post"]
+    assert score["requestBody"]["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/ScoreRequest"
     }
-    assert routes == {
-        ("post", "/score"): ["200", "413", "422"],
-        ("get", "/health"): ["200"],
-        ("get", "/ready"): ["200", "503"],
-    }
+    assert "pairs" in document["components"]["schemas"]["ScoreRequest"]["properties"]
+    assert set(score["responses"]) == {"200", "400", "401", "404", "408", "413", "422", "429", "500", "503", "504"}
+    assert set(document["paths"]["/ready"]["get"]["responses"]) == {"200", "503"}
+    refs = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert refs <= set(document["components"]["schemas"])

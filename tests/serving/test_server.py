@@ -1,51 +1,69 @@
 """The service as a process of its own on a free port, with a function in place of a scorer."""
 
+import json
 import re
 import select
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
-from cappy.errors import ConfigError, FolderError
-from serving.server import bound, probe, run
+from cappy.errors import ConfigError
+from serving.keys import read_keys
+from serving.server import Address, bound, run
 
 PROGRAM = """
-import sys, time
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from scoring_function import FakeEngine, model
 from cappy.errors import CappyError
-from serving.server import serve
+from serving import server
+from serving.app import Options
 
-def lengths(pairs):
-    time.sleep(0.5 if pairs[0][0] == "slow" else 0)
-    return [float("nan") if sys.argv[1] == "damaged" else float(len(response)) for _, response in pairs]
+server.PunctualProtocol.__init__.__globals__["HEAD_SECONDS"] = 0.5
+kind, *tls = sys.argv[2:]
 
+def score(pair):
+    return float("nan") if kind == "damaged" else float(len(pair[1]))
+
+engine = FakeEngine(score=score, delay=0.3 if kind == "slow" else 0.0)
+certificate, key = map(Path, tls) if tls else (None, None)
 try:
-    serve(lambda: (lengths, "0123456789ab"), host="127.0.0.1", port=0)
+    server.serve(
+        lambda: model(engine, version="0123456789ab"),
+        server.Address(port=0, certificate=certificate, key=key, notice_seconds=0.5),
+        Options(batch_tokens=3 if kind == "slow" else 2048),
+        batch_tokens=3 if kind == "slow" else 0,
+    )
 except CappyError as error:
     sys.exit(f"cappy serve: {error}")
 """
-
-Start = Callable[[str], tuple[subprocess.Popen[str], str]]
+FAKES = str(Path(__file__).parents[1] / "fakes")
+Start = Callable[..., tuple[subprocess.Popen[str], str]]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
     processes: list[subprocess.Popen[str]] = []
 
-    def started(kind: str) -> tuple[subprocess.Popen[str], str]:
-        process = subprocess.Popen([sys.executable, "-c", PROGRAM, kind], stderr=subprocess.PIPE, text=True)
+    def started(kind: str, *tls: str) -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-c", PROGRAM, FAKES, kind, *tls]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         processes.append(process)
         assert process.stderr is not None
         assert select.select([process.stderr], [], [], 60)[0]
         line = process.stderr.readline()
-        address = re.fullmatch(r"cappy serve: scorer 0123456789ab at (http://127\.0\.0\.1:\d+) \(.*\)\n", line)
-        assert address, line
+        address = re.fullmatch(r"cappy serve: scorer 0123456789ab at (https?://127\.0\.0\.1:\d+) \(.*\)\n", line)
+        assert address, line + process.stderr.read()
         return process, address[1]
 
     yield started
@@ -54,47 +72,109 @@ def start() -> Iterator[Start]:
         process.communicate()
 
 
+def until_ready(address: str, **settings: object) -> None:
+    deadline = time.monotonic() + 10
+    while httpx.get(f"{address}/ready", **settings).status_code != 200:  # type: ignore[arg-type]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_real_server_scores_and_sigterm_ends_it_with_status_0(start: Start) -> None:
     process, address = start("sound")
+    until_ready(address)
     answer = httpx.post(f"{address}/score", json={"pairs": [["a", "xyz"], ["a", "x"]]})
-    assert answer.json() == {"scores": [3.0, 1.0], "version": "0123456789ab"}
-    deadline = time.monotonic() + 10
-    while httpx.get(f"{address}/ready").status_code != 200:
-        assert time.monotonic() < deadline
+    assert answer.json()["scores"] == [3.0, 1.0]
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=20)
     assert process.returncode == 0
     assert "Traceback" not in log
 
 
-def test_sigterm_lets_a_running_request_finish(start: Start) -> None:
-    process, address = start("sound")
+def test_after_sigterm_it_is_not_ready_answers_all_it_accepted_and_ends_with_status_0(start: Start) -> None:
+    process, address = start("slow")
+    until_ready(address)
     answers: list[httpx.Response] = []
-    request = threading.Thread(
-        target=lambda: answers.append(httpx.post(f"{address}/score", json={"pairs": [["slow", "xyz"]]}))
-    )
-    request.start()
+
+    def ask(number: int) -> None:
+        body = {"pairs": [[str(number), "x"], [str(number), "xy"]]}
+        answers.append(httpx.post(f"{address}/score", json=body, timeout=30))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    request.join(20)
-    process.communicate(timeout=20)
-    assert [answer.json()["scores"] for answer in answers] == [[3.0]]
-    assert process.returncode == 0
+    time.sleep(0.2)
+    ready = httpx.get(f"{address}/ready")
+    assert (ready.status_code, ready.json()["reason"]) == (503, "the service was told to end")
+    assert ready.headers["Connection"] == "close"
+    late = httpx.post(f"{address}/score", json={"pairs": [["a", "b"]]})
+    assert late.status_code == 503
+    for thread in threads:
+        thread.join(30)
+    assert [(answer.status_code, answer.json()["scores"]) for answer in answers] == [(200, [1.0, 2.0])] * 4
+    assert process.wait(20) == 0
+
+
+def test_a_client_that_hangs_up_is_taken_out_of_the_queue(start: Start) -> None:
+    process, address = start("slow")
+    until_ready(address)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{address}/score", json={"pairs": [["a", str(number)] for number in range(50)]}, timeout=0.5)
+    started = time.monotonic()
+    assert httpx.post(f"{address}/score", json={"pairs": [["b", "xyz"]]}, timeout=20).json()["scores"] == [3.0]
+    assert time.monotonic() - started < 5, "50 batches of 0.3 s were waiting"
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=20)
+    records = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    assert 499 in [record["status"] for record in records]
+
+
+def test_a_client_that_sends_its_request_too_slowly_loses_its_connection_and_others_do_not_wait(start: Start) -> None:
+    _, address = start("sound")
+    until_ready(address)
+    host, port = address.removeprefix("http://").split(":")
+    slow = [socket.create_connection((host, int(port)), timeout=10) for _ in range(50)]
+    for connection in slow:
+        connection.sendall(b"POST /score HTTP/1.1\r\nHost: a\r\nX-Slow: ")
+    assert httpx.post(f"{address}/score", json={"pairs": [["b", "xyz"]]}).json()["scores"] == [3.0]
+    for connection in slow:
+        assert connection.recv(1) == b""
+        connection.close()
 
 
 def test_a_scorer_that_fails_its_probe_ends_the_process_with_one_line(start: Start) -> None:
     process, _ = start("damaged")
     _, log = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert "cappy serve: the scorer answers [nan] to one pair; its weights are damaged" in log
+    assert "cappy serve: the scorer answers [nan] to stored pairs; its weights are damaged" in log
     assert "Traceback" not in log
+
+
+def test_with_a_certificate_it_speaks_https(start: Start, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    words = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", *words, *names, "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    _, address = start("sound", str(certificate), str(key))
+    assert address.startswith("https://")
+    until_ready(address, verify=ssl.create_default_context(cafile=str(certificate)))
+
+
+def test_a_certificate_without_its_key_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "c.pem").write_text("")
+    with pytest.raises(ConfigError, match="--tls-certificate and --tls-key: give both or none"):
+        run("no/such/folder", Address(port=0, certificate=tmp_path / "c.pem"))
+    with pytest.raises(ConfigError, match="--tls-key .*: no such file; give one in PEM form"):
+        run("no/such/folder", Address(port=0, certificate=tmp_path / "c.pem", key=tmp_path / "k.pem"))
 
 
 def test_a_port_in_use_is_said_in_one_line_before_the_scorer_is_looked_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError) as error:
-            run("no/such/folder", port=port)
+            run("no/such/folder", Address(port=port))
     assert str(error.value) == (
         f"127.0.0.1:{port}: is in use by another process; stop it or choose another --port (0: any free one)"
     )
@@ -106,8 +186,19 @@ def test_an_address_of_another_machine_is_said_in_one_line() -> None:
         pass
 
 
-def test_the_probe_refuses_what_is_no_finite_number() -> None:
-    probe(lambda pairs: [0.5])
-    for answer in ([float("inf")], []):
-        with pytest.raises(FolderError, match="its weights are damaged"):
-            probe(lambda pairs, answer=answer: answer)  # type: ignore[misc]
+def test_keys_come_from_a_file_or_the_environment_and_short_ones_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "keys"
+    assert not read_keys(None)
+    monkeypatch.setenv("CAPPY_API_KEYS", "first-key, second-key")
+    assert read_keys(None).allow({"authorization": "Bearer second-key"})
+    path.write_text("third-key\n\n")
+    assert read_keys(path).allow({"authorization": "Bearer third-key"})
+    assert not read_keys(path).allow({"authorization": "Bearer first-key"})
+    for text, said in (("\n", "holds no key"), ("short\n", "an API key is shorter than 8 characters")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            read_keys(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_keys(tmp_path / "none")

@@ -1,0 +1,65 @@
+"""What a dialect is: the shapes of one kind of client, around pairs and scores."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cappy.scoring.encoding import Pair
+
+Words = Annotated[str, Field(min_length=1)]
+"""A text that may not be empty."""
+
+
+class Body(BaseModel):
+    """A request or an answer; a field that is not named in a dialect is wrong usage, not silence."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What came of a request: a score and a logit for each of its pairs, in order, and who gave them."""
+
+    scores: Sequence[float]
+    logits: Sequence[float]
+    expected: Sequence[float] | None
+    """Calibrated: the label to expect, 0 to 1; None where the scorer has no calibration."""
+    tokens: int
+    model: str
+    version: str
+    sha256: str
+    request_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """One kind of client.
+
+    `paths` may hold `{model}`. On a path of several dialects a body belongs to the first one whose `marks` it has all.
+    `pairs` reads a request, `answer` writes what came of it, `refuse` says (status, message) in the dialect's shape.
+    `named` gives the model that a request asks for, if it may name one.
+    """
+
+    name: str
+    paths: Sequence[str]
+    request: type[BaseModel]
+    response: type[BaseModel]
+    problem: type[BaseModel]
+    pairs: Callable[[Any], Sequence[Pair]]
+    answer: Callable[[Any, Scored], BaseModel]
+    refuse: Callable[[int, str], Mapping[str, Any]]
+    shape: str
+    """The shortest right body, for whoever sent another."""
+    marks: frozenset[str] = frozenset()
+    invalid: int = 422
+    """Status of a body that is JSON of another shape."""
+    bare: bool = False
+    """Whether answers leave out fields without a value, rather than give null."""
+    named: Callable[[Any], str | None] = lambda request: None
+
+
+def ranked(scores: Sequence[float], top: int | None = None) -> list[tuple[int, float]]:
+    """(index, score), best first, the first of equal ones first; the best `top` alone."""
+    return sorted(enumerate(scores), key=lambda one: -one[1])[:top]

@@ -1,0 +1,112 @@
+"""Our own dialect: POST /score for pairs, POST /select for the best of some responses."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+from cappy.scoring.encoding import Pair
+from serving.dialects.dialect import Body, Dialect, Scored
+
+Version = Annotated[str, Field(description="Version of the scorer: 12 hexadecimal digits of its manifest's hash")]
+Expected = Annotated[
+    list[float] | None,
+    Field(description="The label to expect of each, 0 to 1, by the scorer's calibration; null if it has none"),
+]
+Scores = Annotated[list[float], Field(description="In the order given; higher is more correct, about 0 to 1")]
+
+
+class ScoreRequest(Body):
+    """Pairs to score."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"pairs": [["What is the capital of France?", "Paris"]]}]}
+    )
+
+    pairs: Annotated[
+        list[tuple[str, str]], Field(min_length=1, description="[instruction, response] pairs, at least one")
+    ]
+
+
+class ScoreResponse(Body):
+    """One score per pair."""
+
+    scores: Scores
+    expected: Expected
+    version: Version
+
+
+class SelectRequest(Body):
+    """Responses to choose from."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"instruction": "What is the capital of France?", "responses": ["Paris", "Rome"]}]
+        }
+    )
+
+    instruction: str
+    responses: Annotated[list[str], Field(min_length=1, description="Candidate responses, at least one")]
+
+
+class SelectResponse(Body):
+    """The pick, the first of equally good ones, and the scores of all."""
+
+    index: Annotated[int, Field(description="Place of the pick among the responses, from 0")]
+    response: str
+    scores: Scores
+    expected: Expected
+    version: Version
+
+
+class Problem(Body):
+    """What was wrong with a request."""
+
+    detail: Annotated[str, Field(description="What was wrong and what to do, in one line")]
+
+
+def refuse(status: int, message: str) -> Mapping[str, Any]:
+    """Our own shape of a refusal."""
+    return {"detail": message}
+
+
+def _scores(request: ScoreRequest, scored: Scored) -> ScoreResponse:
+    expected = None if scored.expected is None else list(scored.expected)
+    return ScoreResponse(scores=list(scored.scores), expected=expected, version=scored.version)
+
+
+def _pick(request: SelectRequest, scored: Scored) -> SelectResponse:
+    scores = list(scored.scores)
+    index = scores.index(max(scores))
+    expected = None if scored.expected is None else list(scored.expected)
+    response = request.responses[index]
+    return SelectResponse(index=index, response=response, scores=scores, expected=expected, version=scored.version)
+
+
+def _pool(request: SelectRequest) -> list[Pair]:
+    return [(request.instruction, response) for response in request.responses]
+
+
+SCORE = Dialect(
+    name="score",
+    paths=("/score",),
+    marks=frozenset({"pairs"}),
+    request=ScoreRequest,
+    response=ScoreResponse,
+    problem=Problem,
+    pairs=lambda request: request.pairs,
+    answer=_scores,
+    refuse=refuse,
+    shape='{"pairs": [["instruction", "response"], ...]}',
+)
+SELECT = Dialect(
+    name="select",
+    paths=("/select",),
+    request=SelectRequest,
+    response=SelectResponse,
+    problem=Problem,
+    pairs=_pool,
+    answer=_pick,
+    refuse=refuse,
+    shape='{"instruction": "...", "responses": ["...", ...]}',
+)

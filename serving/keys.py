@@ -1,0 +1,52 @@
+"""API keys: who may ask for scores."""
+
+import hmac
+import os
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from cappy.errors import ConfigError
+
+VARIABLE = "CAPPY_API_KEYS"
+SHORTEST = 8
+
+
+class Keys:
+    """The keys that are known; without any, everybody may ask. Only their digests are kept."""
+
+    def __init__(self, keys: Sequence[str] = ()) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def allow(self, headers: Mapping[str, str]) -> bool:
+        """Whether `Authorization: Bearer KEY` has a known key; a wrong one takes as long as a right one."""
+        if not self._digests:
+            return True
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = _digest(key.strip() if scheme.lower() == "bearer" else "")
+        return bool(sum(hmac.compare_digest(given, known) for known in self._digests))
+
+
+def read_keys(path: Path | None) -> Keys:
+    """Keys from a file, one a line, or from CAPPY_API_KEYS, separated by commas; ConfigError for a short one."""
+    if path is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-keys {path}: cannot be read; give a text file with one key a line") from error
+        found = text.splitlines()
+    else:
+        found = os.environ.get(VARIABLE, "").split(",")
+    keys = [key.strip() for key in found if key.strip()]
+    if path is not None and not keys:
+        raise ConfigError(f"--api-keys {path}: holds no key; write one a line")
+    if any(len(key) < SHORTEST for key in keys):
+        raise ConfigError(f"an API key is shorter than {SHORTEST} characters; make one with: openssl rand -hex 24")
+    return Keys(keys)
+
+
+def _digest(key: str) -> bytes:
+    return sha256(key.encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,199 @@
+"""From a request in any dialect to its answer: read, refuse what cannot be answered, score, write."""
+
+import asyncio
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+
+from serving.batcher import Batcher
+from serving.dialects import Dialect, Scored
+from serving.keys import Keys
+from serving.models import Model, Models
+from serving.refusals import Refusal
+
+LOGGER = logging.getLogger("serving")
+GONE = 499
+"""What the log calls a request whose client hung up (a custom of nginx)."""
+DEADLINE = "x-timeout-seconds"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request may be; sizes in bytes, characters and pairs, times in seconds."""
+
+    max_body_bytes: int = 8_000_000
+    max_pairs: int = 1024
+    max_characters: int = 200_000
+    """Of one text: beyond it no scorer reads on, and tokenizing it would hold up the others."""
+    seconds: float = 60.0
+    """From a request's arrival to its answer; a request may ask for less."""
+    body_seconds: float = 20.0
+    """Within which a body must have arrived."""
+
+
+@dataclass(kw_only=True)
+class Service:
+    """Answers requests of every dialect by one batcher; `models` may change between any two."""
+
+    models: Models
+    batcher: Batcher
+    limits: Limits
+    keys: Keys
+
+    async def answer(self, request: Request, dialects: Sequence[Dialect]) -> Response:
+        """The answer to a request at a path of these dialects, a refusal in the dialect's own shape included."""
+        dialect = dialects[0]
+        request.state.dialect = dialect.name
+        try:
+            async with asyncio.timeout(self._seconds(request)):
+                self._admit(request)
+                value = await self._read(request)
+                dialect = chosen(dialects, value)
+                request.state.dialect = dialect.name
+                return await self._answer(request, dialect, value)
+        except Refusal as refusal:
+            return refused(dialect, refusal)
+        except TimeoutError:
+            return refused(dialect, Refusal(504, "the time for this request is over; send fewer pairs or ask later"))
+        except Exception:
+            LOGGER.exception("a request failed")
+            return refused(dialect, Refusal(500, "the scorer failed; the log of the service says how"))
+
+    async def _answer(self, request: Request, dialect: Dialect, value: Any) -> Response:
+        asked = parsed(dialect, value)
+        pairs = dialect.pairs(asked)
+        self._refuse_large(pairs)
+        model = self._model(request.path_params.get("model") or dialect.named(asked))
+        request.state.pairs, request.state.facts = len(pairs), model.facts()
+        scored = await self._scored(request, model, pairs)
+        return JSONResponse(dialect.answer(asked, scored).model_dump(exclude_none=dialect.bare))
+
+    async def _scored(self, request: Request, model: Model, pairs: Sequence[tuple[str, str]]) -> Scored:
+        """Scores them, unless the client hangs up before."""
+        work = asyncio.ensure_future(self.batcher.score(model.engine, pairs))
+        gone = asyncio.ensure_future(_hung_up(request))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise Refusal(GONE, "the client hung up")
+            computed, tokens = work.result()
+        finally:
+            work.cancel()
+            gone.cancel()
+        scores = [score for score, _ in computed]
+        request.state.scores = scores
+        return Scored(
+            scores=scores,
+            logits=[logit for _, logit in computed],
+            expected=model.calibrate(scores) if model.calibrate else None,
+            tokens=tokens,
+            model=model.name,
+            version=model.version,
+            sha256=model.sha256,
+            request_id=getattr(request.state, "request_id", ""),
+        )
+
+    def _seconds(self, request: Request) -> float:
+        """The time that a request has; what is no number of seconds is told later, by `_admit`."""
+        text = request.headers.get(DEADLINE, "")
+        try:
+            asked = float(text) if text else self.limits.seconds
+        except ValueError:
+            asked = math.nan
+        return min(asked, self.limits.seconds) if 0 < asked < math.inf else self.limits.seconds
+
+    def _admit(self, request: Request) -> None:
+        """Before a body is read: whether the client may ask, the model can answer and the queue has room."""
+        if not self.keys.allow(request.headers):
+            raise Refusal(401, "no API key that this service knows; send Authorization: Bearer KEY")
+        text = request.headers.get(DEADLINE)
+        if text is not None and not _positive(text):
+            raise Refusal(400, "X-Timeout-Seconds: must be a number of seconds above 0")
+        if self.models.reason:
+            raise Refusal(503, f"not ready: {self.models.reason}", retry_after=1)
+        self.batcher.admit(1)
+
+    async def _read(self, request: Request) -> Any:
+        """The JSON of the body."""
+        most = self.limits.max_body_bytes
+        large = Refusal(413, f"the body is above {most} bytes; send fewer pairs per request")
+        announced = request.headers.get("content-length", "0")
+        if announced.isdigit() and int(announced) > most:
+            raise large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > most:
+                        raise large
+        except TimeoutError as error:
+            raise Refusal(
+                408, f"the body did not arrive within {self.limits.body_seconds:g} s; send it again"
+            ) from error
+        try:
+            return from_json(bytes(body))
+        except ValueError as error:
+            raise Refusal(400, f"the body is no JSON ({error})") from error
+
+    def _refuse_large(self, pairs: Sequence[tuple[str, str]]) -> None:
+        if len(pairs) > self.limits.max_pairs:
+            text = f"{len(pairs)} pairs are above {self.limits.max_pairs}; send them in several requests"
+            raise Refusal(413, text)
+        longest = max((len(text) for pair in pairs for text in pair), default=0)
+        if longest > self.limits.max_characters:
+            text = f"a text of {longest} characters is above {self.limits.max_characters}; send a shorter one"
+            raise Refusal(413, text)
+
+    def _model(self, name: str | None) -> Model:
+        """The model that answers; Refusal 404 where another one is asked for."""
+        current = self.models.current
+        if name and name not in (current.name, current.version, current.spec):
+            raise Refusal(404, f"no model of that name is served; ask for {current.name}, or name none")
+        return current
+
+
+def chosen(dialects: Sequence[Dialect], value: Any) -> Dialect:
+    """The first dialect of a path whose marks a body has; the path's first where it has none's."""
+    names = value.keys() if isinstance(value, Mapping) else frozenset()
+    return next((dialect for dialect in dialects if dialect.marks <= names), dialects[0])
+
+
+def parsed(dialect: Dialect, value: Any) -> BaseModel:
+    """The request; Refusal that names the field and the rule, and does not repeat what was sent."""
+    try:
+        return dialect.request.model_validate(value)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False, include_context=False)
+        field = ".".join(map(str, errors[0]["loc"])) or "body"
+        rule = errors[0]["msg"].removeprefix("Value error, ")
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise Refusal(dialect.invalid, f"{field}: {rule}{more}; send {dialect.shape}") from error
+
+
+def refused(dialect: Dialect, refusal: Refusal) -> Response:
+    """A refusal in the shape of a dialect."""
+    headers = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
+    if refusal.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(dialect.refuse(refusal.status, refusal.message), status_code=refusal.status, headers=headers)
+
+
+async def _hung_up(request: Request) -> None:
+    """Returns when the client has closed its connection; the body has been read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
