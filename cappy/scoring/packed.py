@@ -79,22 +79,25 @@ def _embedded(body: Any, config: Any, batch: Sequence[Encoded], layout: _Layout)
 def _layer(layer: Any, hidden: Tensor, layout: _Layout, *, last: bool) -> Tensor:
     """(tokens, hidden), or (pairs, hidden) of the last layer."""
     projections = layer.attention.self
-    dtype = projections.query.weight.dtype
+    dtype = layer.attention.output.dense.weight.dtype
     narrow = hidden.to(dtype)
     asking, kept = (narrow[layout.starts], hidden[layout.starts]) if last else (narrow, hidden)
-    query, key, value = (
-        project(rows).view(len(rows), projections.num_attention_heads, -1)
-        for project, rows in (
-            (projections.query, asking),
-            (projections.key, narrow),
-            (projections.value, narrow),
-        )
-    )
+    query, key, value = _projected(projections, asking, narrow)
     dropout = projections.dropout.p if layer.training else 0.0
     found = _attention(query, key, value, layout, single=last, dropout=dropout)
     attended = layer.attention.output(found.flatten(1), kept)
     output: Tensor = layer.output(layer.intermediate(attended.to(dtype)), attended)
     return output
+
+
+def _projected(projections: Any, asking: Tensor, narrow: Tensor) -> Sequence[Tensor]:
+    """Queries of the rows `asking`, keys and values of all, (rows, heads, size) each."""
+    heads = projections.num_attention_heads
+    if hasattr(projections, "together"):
+        joined: Tensor = projections.together(narrow)
+        return joined.view(len(narrow), 3, heads, -1).unbind(1)
+    maps = ((projections.query, asking), (projections.key, narrow), (projections.value, narrow))
+    return [project(rows).view(len(rows), heads, -1) for project, rows in maps]
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, *, single: bool, dropout: float) -> Tensor:

@@ -5,7 +5,7 @@ operators that torch's own compiler calls for the same purpose; they have no pub
 them, and scoring does without where they are missing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -45,12 +45,27 @@ class Prepacked(nn.Module):
         return found
 
 
-def prepack(layers: Iterable[Any], *, gelu: bool) -> None:
-    """Puts a `Prepacked` in the place of every linear map in layers of BERT's build; `gelu`: theirs is exact."""
+def prepack(layers: Sequence[Any], *, gelu: bool) -> None:
+    """Puts a `Prepacked` in the place of every linear map in layers of BERT's build; `gelu`: theirs is exact.
+
+    Queries, keys and values of all layers but the last, which asks for the first token alone, are one map, `together`.
+    """
     for layer in layers:
+        projections = layer.attention.self
+        if layer is not layers[-1]:
+            projections.together = _joined(projections.query, projections.key, projections.value)
+            projections.query = projections.key = projections.value = None
         if gelu:
             layer.intermediate = Prepacked(layer.intermediate.dense, "gelu")
         for module in list(layer.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(module, name, Prepacked(child))
+
+
+def _joined(*maps: nn.Linear) -> nn.Linear:
+    """One map that gives what these give, one after the other."""
+    joined = nn.Linear(maps[0].in_features, sum(one.out_features for one in maps))
+    joined.weight.data = torch.cat([one.weight.detach() for one in maps])
+    joined.bias.data = torch.cat([one.bias.detach() for one in maps])
+    return joined
