@@ -19,7 +19,7 @@ def serve(
     ] = "models:/cappy@champion",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes any free one.")] = 8080,
-    model_name: Annotated[str, typer.Option(help="Name that clients ask for; the scorer's own if not given.")] = "",
+    model_name: Annotated[str, typer.Option(help="Name that clients ask for.", show_default="the scorer's own")] = "",
     max_body_mb: Annotated[
         float, typer.Option(min=0.001, help="Largest request body in megabytes; larger ones get status 413.")
     ] = 8.0,
@@ -29,21 +29,24 @@ def serve(
     ] = 0,
     batch_tokens: Annotated[
         int,
-        typer.Option(
-            min=0, help="Tokens of a batch: fewer answer sooner, more do more; 0: what suits the device."
-        ),
+        typer.Option(min=0, help="Tokens of a batch: fewer answer sooner, more do more; 0: what suits the device."),
     ] = 0,
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds that a request may take; a longer one gets status 504.")
     ] = 60.0,
     api_keys: Annotated[
-        Path | None, typer.Option(help="File of API keys, one a line; else the variable CAPPY_API_KEYS, by commas.")
+        Path | None, typer.Option(help="File of API keys, one a line.", show_default="CAPPY_API_KEYS, by commas")
     ] = None,
     allow_origin: Annotated[
-        list[str] | None, typer.Option(help="Origin that browsers may call from (CORS); repeat for several.")
+        list[str] | None,
+        typer.Option(help="Origin that browsers may call from (CORS); repeat for several.", show_default="none"),
     ] = None,
-    tls_certificate: Annotated[Path | None, typer.Option(help="Certificate chain (PEM), to serve HTTPS.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate (PEM).")] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="Certificate chain (PEM), to serve HTTPS.", show_default="none")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="Private key of the certificate (PEM).", show_default="none")
+    ] = None,
     notice: Annotated[
         float, typer.Option(min=0, help="Seconds after SIGTERM in which it is not ready but still answers.")
     ] = 1.0,
