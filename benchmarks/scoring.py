@@ -7,7 +7,8 @@ RoBERTa's two shapes with random weights and RoBERTa's own vocabulary; real pair
 `shared/data/candidates`, each distinct pair once, so that lengths are real and nobody gains by duplicates. Every round
 runs all of them in turn, and the best round of each counts: seconds by the clock, and seconds of processor time, which
 a busy machine disturbs less. The rate of the machine's own matrix product is measured in the same run at the same
-precision; the share of it counts the multiplications of the linear maps for real tokens that we do, no padding.
+precision, 64 products in a row, since a single one may run faster than the processor goes on at; the share of it
+counts the multiplications of the linear maps for real tokens that we do, no padding.
 
 `--peers-python` is the Python of another environment (benchmarks/requirements-scoring-peers.txt) in which CrossEncoder
 runs on ONNX Runtime and OpenVINO. Agreement of bf16 with fp32 is that of `--trained` (a scorer folder, or builtin) on
@@ -37,6 +38,7 @@ from cappy.scoring.precision import has_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
 PRODUCT_ROWS = 2048
+PRODUCTS = 64
 FOREIGN = """
 import json, sys, time
 from sentence_transformers import CrossEncoder
@@ -135,7 +137,7 @@ def speed(folder: Path, size: str, arguments: argparse.Namespace, bf16: bool) ->
     for _ in range(arguments.rounds):
         for dtype, rate in rates.items():
             product = matrix_product(size, dtype, device)
-            for _ in range(10):
+            for _ in range(3):
                 rate.add(product)
         for name, way in ways.items():
             found[name].add(way)
@@ -201,13 +203,14 @@ def foreign(folder: Path, pairs: Pairs, backend: str, arguments: argparse.Namesp
 
 
 def matrix_product(size: str, dtype: torch.dtype, device: str) -> Callable[[], Sequence[float]]:
-    """The machine's own product of a batch and the largest matrix of a layer."""
+    """The machine's own product of a batch and the largest matrix of a layer, again and again."""
     hidden = SHAPES[size][0]
     rows = torch.randn(PRODUCT_ROWS, hidden, dtype=dtype, device=device)
     weight = torch.randn(4 * hidden, hidden, dtype=dtype, device=device)
 
     def run() -> Sequence[float]:
-        linear(rows, weight)
+        for _ in range(PRODUCTS):
+            linear(rows, weight)
         if device == "cuda":
             torch.cuda.synchronize()
         return ()
@@ -217,7 +220,7 @@ def matrix_product(size: str, dtype: torch.dtype, device: str) -> Callable[[], S
 
 def product_work(size: str) -> int:
     """Operations of `matrix_product`."""
-    return 2 * PRODUCT_ROWS * 4 * SHAPES[size][0] ** 2
+    return PRODUCTS * 2 * PRODUCT_ROWS * 4 * SHAPES[size][0] ** 2
 
 
 def work_done(lengths: Sequence[int], size: str) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cappy.errors import FolderError
+from cappy.scoring import Precision
 from cappy.scoring.encoding import Encoded, Pair
 from serving.batcher import Computed, Engine
 
@@ -63,7 +64,7 @@ class ScorerEngine:
         return list(zip(self._scorer.decode(logits), logits.tolist(), strict=True))
 
 
-def load(spec: str, name: str = "") -> Model:
+def load(spec: str, name: str = "", precision: Precision = "auto") -> Model:
     """The scorer that a spec names, every file's sha256 checked; ConfigError or FolderError with the remedy."""
     from cappy.records.folder import MANIFEST, read_manifest
     from cappy.scoring import Scorer
@@ -71,7 +72,7 @@ def load(spec: str, name: str = "") -> Model:
     from cappy.specs import parse_spec, scorer_folder
 
     folder = scorer_folder(spec)
-    scorer = Scorer.load(str(folder))
+    scorer = Scorer.load(str(folder), precision=precision)
     calibration = read_calibration(folder)
     parsed = parse_spec(spec)
     return Model(

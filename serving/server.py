@@ -15,6 +15,7 @@ from types import FrameType
 import uvicorn
 
 from cappy.errors import CappyError, ConfigError
+from cappy.scoring import Precision
 from cappy.specs import parse_spec
 from serving.app import Options, create_app
 from serving.models import Model, Models, load
@@ -47,6 +48,7 @@ def run(
     options: Options | None = None,
     *,
     name: str = "",
+    precision: Precision = "auto",
     batch_tokens: int = 0,
 ) -> None:
     """Takes the address, loads the scorer, listens; returns when it was told to stop and has answered what it had.
@@ -56,7 +58,7 @@ def run(
     """
     parse_spec(scorer)
     _check_tls(address or Address())
-    serve(lambda: load(scorer, name), address or Address(), options or Options(), batch_tokens=batch_tokens)
+    serve(lambda: load(scorer, name, precision), address or Address(), options or Options(), batch_tokens=batch_tokens)
 
 
 def serve(

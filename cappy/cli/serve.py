@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from cappy.errors import ConfigError
+from cappy.scoring import Precision
 
 EXTRA = "pip install -e '.[serve]'"
 
@@ -20,6 +21,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes any free one.")] = 8080,
     model_name: Annotated[str, typer.Option(help="Name that clients ask for.", show_default="the scorer's own")] = "",
+    precision: Annotated[
+        Precision, typer.Option(help="What the body runs in; auto: bf16 where the device has instructions for it.")
+    ] = "auto",
     max_body_mb: Annotated[
         float, typer.Option(min=0.001, help="Largest request body in megabytes; larger ones get status 413.")
     ] = 8.0,
@@ -80,4 +84,4 @@ def serve(
         notice_seconds=notice,
         grace_seconds=grace,
     )
-    serving.run(scorer, address, options, name=model_name, batch_tokens=batch_tokens)
+    serving.run(scorer, address, options, name=model_name, precision=precision, batch_tokens=batch_tokens)
