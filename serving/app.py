@@ -21,6 +21,7 @@ from serving.dialects import DIALECTS, Dialect
 from serving.keys import Keys
 from serving.metrics import Metrics
 from serving.models import PROBES, Models, probe
+from serving.page import About, add_page
 from serving.probes import add_probes
 from serving.service import Limits, Service
 
@@ -94,7 +95,18 @@ def create_app(
     paths += [(path, _named(name)) for path, name in options.routes.items()]
     _add_routes(app, service, paths)
     add_probes(app, models, metrics)
+    add_page(app, lambda: _about(models))
     return app
+
+
+def _about(models: Models) -> About:
+    return About(
+        service="scorer",
+        model=models.current.name,
+        version=models.current.version,
+        former=models.former.version if models.former else None,
+        calibrated=models.current.calibrate is not None,
+    )
 
 
 def _add_routes(app: FastAPI, service: Service, paths: Sequence[tuple[str, Dialect]]) -> None:

@@ -2,28 +2,23 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 import pytest
+from chromium import launched, needs_chromium
 
 from cappy.evaluation import evaluate, page
 from cappy.records import Instance
 
-CHROMIUM = which("chromium") or which("chromium-browser") or which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; apt-get install chromium")
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with launched() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture
