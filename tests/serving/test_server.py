@@ -40,7 +40,7 @@ certificate, key = map(Path, tls) if tls else (None, None)
 try:
     server.serve(
         lambda: model(engine, version="0123456789ab"),
-        server.Address(port=0, certificate=certificate, key=key, notice_seconds=0.5),
+        server.Address(port=0, certificate=certificate, key=key, notice_seconds=2.0 if kind == "slow" else 0.1),
         Options(batch_tokens=3 if kind == "slow" else 2048),
         batch_tokens=3 if kind == "slow" else 0,
     )
@@ -79,6 +79,11 @@ def until_ready(address: str, **settings: object) -> None:
         time.sleep(0.02)
 
 
+def queued(address: str) -> float:
+    text = httpx.get(f"{address}/metrics").text
+    return float(re.search(r"^cappy_queue_tokens (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+
+
 def test_a_real_server_scores_and_sigterm_ends_it_with_status_0(start: Start) -> None:
     process, address = start("sound")
     until_ready(address)
@@ -102,7 +107,9 @@ def test_after_sigterm_it_is_not_ready_answers_all_it_accepted_and_ends_with_sta
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
-    time.sleep(0.2)
+    deadline = time.monotonic() + 10
+    while queued(address) < 22:  # three requests have 21 tokens
+        assert time.monotonic() < deadline
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     ready = httpx.get(f"{address}/ready")
