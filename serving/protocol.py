@@ -9,9 +9,9 @@ HEAD_SECONDS = 10.0
 
 
 class PunctualProtocol(H11Protocol):
-    """Closes a connection whose next request has not begun `HEAD_SECONDS` after its first byte was due.
+    """Closes a connection that brings no head at all, or a part of one, within `HEAD_SECONDS`.
 
-    uvicorn ends idle connections between requests, but waits for ever for the rest of a head.
+    uvicorn ends idle connections between requests, but waits for ever for a first head and for the rest of any.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -26,7 +26,7 @@ class PunctualProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Stops waiting once a request has begun; waits for the rest of one that has not."""
         super().data_received(data)
-        if self._served():
+        if self._served() or not self.conn.trailing_data[0]:
             self._stop()
         elif self._overdue is None:
             self._wait()

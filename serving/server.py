@@ -22,6 +22,9 @@ from serving.models import Model, Models, load
 from serving.protocol import PunctualProtocol
 
 DEFAULT_SCORER = "models:/cappy@champion"
+KEEP_ALIVE_SECONDS = 620
+"""Longer than clients and balancers keep a connection (httpx 5 s, Google's balancers 600 s): were it closed on our
+side, a request that they just sent on it would fail."""
 Follow = Callable[[Models], Awaitable[None]]
 """Changes the model while requests are answered."""
 
@@ -113,6 +116,7 @@ def _config(app: object, address: Address) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=address.grace_seconds,
         ssl_certfile=address.certificate,
         ssl_keyfile=address.key,
