@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -92,7 +93,8 @@ def create_app(
     )
     service = Service(models=models, batcher=batcher, limits=options.limits, keys=options.keys)
     paths = [(path, dialect) for dialect in DIALECTS for path in dialect.paths]
-    paths += [(path, _named(name)) for path, name in options.routes.items()]
+    further = ((path, _named(name)) for path, name in options.routes.items())
+    paths += [one for one in further if one not in paths]
     _add_routes(app, service, paths)
     add_probes(app, models, metrics)
     add_page(app, lambda: _about(models))
@@ -131,6 +133,10 @@ def _add_route(app: FastAPI, service: Service, path: str, dialects: Sequence[Dia
 
     schemas = [{"$ref": f"#/components/schemas/{dialect.request.__name__}"} for dialect in dialects]
     body = {"required": True, "content": {"application/json": {"schema": _either(schemas)}}}
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", path)
+    ]
     problems = {"model": _union([dialect.problem for dialect in dialects])}
     app.add_api_route(
         path,
@@ -141,8 +147,8 @@ def _add_route(app: FastAPI, service: Service, path: str, dialects: Sequence[Dia
             200: {"model": _union([dialect.response for dialect in dialects])},
             **dict.fromkeys((*REFUSALS, *(dialect.invalid for dialect in dialects)), problems),
         },
-        openapi_extra={"requestBody": body},
-        operation_id="_".join([*(dialect.name for dialect in dialects), path.strip("/").replace("/", "_")]),
+        openapi_extra={"requestBody": body, "parameters": parameters},
+        operation_id="_".join([*(dialect.name for dialect in dialects), *re.findall(r"\w+", path)]),
         summary=f"Scores for clients of: {', '.join(dialect.name for dialect in dialects)}",
         tags=["scoring"],
     )

@@ -30,6 +30,9 @@ class Engine(Protocol):
     def encode(self, pairs: Sequence[Pair]) -> Sequence[Encoded]:
         """The pairs as token ids."""
 
+    def fit(self, pairs: Sequence[Pair]) -> bool:
+        """Whether no pair is longer than the model reads."""
+
     def compute(self, batch: Sequence[Encoded]) -> Computed:
         """One pass of the model."""
 
@@ -94,6 +97,10 @@ class Batcher:
             job.waiting.clear()
         found = dict(zip(distinct, job.found, strict=True))
         return [found[pair] for pair in pairs], tokens
+
+    async def fit(self, engine: Engine, pairs: Sequence[Pair]) -> bool:
+        """Whether no pair is longer than the engine reads."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, engine.fit, pairs)
 
     async def run(self) -> None:
         """Computes batch after batch, until it is cancelled."""

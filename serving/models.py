@@ -58,6 +58,10 @@ class ScorerEngine:
         encoded: list[Encoded] = self._scorer.encoder.encode(pairs)
         return encoded
 
+    def fit(self, pairs: Sequence[Pair]) -> bool:
+        """Whether no pair has to be cut."""
+        return all(self._scorer.encoder.fit(pairs))
+
     def compute(self, batch: Sequence[Encoded]) -> Computed:
         """One pass of the model."""
         logits = self._scorer.forward(batch)

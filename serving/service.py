@@ -10,7 +10,6 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
 
 from serving.batcher import Batcher
 from serving.dialects import Dialect, Scored
@@ -54,7 +53,7 @@ class Service:
         try:
             async with asyncio.timeout(self._seconds(request)):
                 self._admit(request)
-                value = await self._read(request)
+                value = await self._read(request, dialect)
                 dialect = chosen(dialects, value)
                 request.state.dialect = dialect.name
                 return await self._answer(request, dialect, value)
@@ -71,6 +70,9 @@ class Service:
         pairs = dialect.pairs(asked)
         self._refuse_large(pairs)
         model = self._model(request.path_params.get("model") or dialect.named(asked))
+        self._model(request.path_params.get("version"))
+        if dialect.whole(asked) and not await self.batcher.fit(model.engine, pairs):
+            raise Refusal(dialect.invalid, "a pair is longer than the scorer reads; shorten it or let it be cut")
         request.state.pairs, request.state.facts = len(pairs), model.facts()
         scored = await self._scored(request, model, pairs)
         return JSONResponse(dialect.answer(asked, scored).model_dump(exclude_none=dialect.bare))
@@ -120,7 +122,7 @@ class Service:
             raise Refusal(503, f"not ready: {self.models.reason}", retry_after=1)
         self.batcher.admit(1)
 
-    async def _read(self, request: Request) -> Any:
+    async def _read(self, request: Request, dialect: Dialect) -> Any:
         """The JSON of the body."""
         most = self.limits.max_body_bytes
         large = Refusal(413, f"the body is above {most} bytes; send fewer pairs per request")
@@ -139,7 +141,7 @@ class Service:
                 408, f"the body did not arrive within {self.limits.body_seconds:g} s; send it again"
             ) from error
         try:
-            return from_json(bytes(body))
+            return dialect.read(bytes(body), request.headers)
         except ValueError as error:
             raise Refusal(400, f"the body is no JSON ({error})") from error
 
@@ -161,9 +163,9 @@ class Service:
 
 
 def chosen(dialects: Sequence[Dialect], value: Any) -> Dialect:
-    """The first dialect of a path whose marks a body has; the path's first where it has none's."""
+    """The first dialect of a path one of whose marks a body has; the path's first where it has none's."""
     names = value.keys() if isinstance(value, Mapping) else frozenset()
-    return next((dialect for dialect in dialects if dialect.marks <= names), dialects[0])
+    return next((dialect for dialect in dialects if dialect.marks & names), dialects[0])
 
 
 def parsed(dialect: Dialect, value: Any) -> BaseModel:

@@ -52,9 +52,13 @@ class PairEncoder:
 
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
         """The encoded pairs, in order; every distinct text is tokenized once."""
-        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        tokens = dict(zip(texts, self.tokens(texts), strict=True))
+        tokens = self._tokens(pairs)
         return [self.join(tokens[instruction], tokens[response]) for instruction, response in pairs]
+
+    def fit(self, pairs: Sequence[Pair]) -> list[bool]:
+        """Whether each pair is encoded whole."""
+        tokens, room = self._tokens(pairs), self.max_length - self._frame.length
+        return [len(tokens[instruction]) + len(tokens[response]) <= room for instruction, response in pairs]
 
     @property
     def added(self) -> int:
@@ -69,6 +73,10 @@ class PairEncoder:
             return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+    def _tokens(self, pairs: Sequence[Pair]) -> dict[str, list[int]]:
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        return dict(zip(texts, self.tokens(texts), strict=True))
 
     def join(self, instruction: list[int], response: list[int]) -> Encoded:
         """The pair of two texts given as `tokens`."""

@@ -2,9 +2,17 @@
 
 from collections.abc import Sequence
 
+from serving.dialects import cohere, own, rerank, tei, vllm
 from serving.dialects.dialect import Dialect, Scored, ranked
-from serving.dialects.own import SCORE, SELECT
 
 __all__ = ["DIALECTS", "Dialect", "Scored", "ranked"]
 
-DIALECTS: Sequence[Dialect] = (SCORE, SELECT)
+DIALECTS: Sequence[Dialect] = (
+    own.SCORE,
+    own.SELECT,
+    rerank.RERANK,
+    cohere.COHERE,
+    tei.RERANK,
+    tei.PREDICT,
+    vllm.VLLM,
+)

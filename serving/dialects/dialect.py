@@ -5,11 +5,17 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json
 
 from cappy.scoring.encoding import Pair
 
 Words = Annotated[str, Field(min_length=1)]
 """A text that may not be empty."""
+Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
+"""Texts, at least one; the first that is none is told, so that a million of them cost no more than one."""
+Flag = Annotated[bool, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Name = Annotated[str | None, Field(description="The model's name or version; none means the one that is served")]
 
 
 class Body(BaseModel):
@@ -37,9 +43,9 @@ class Scored:
 class Dialect:
     """One kind of client.
 
-    `paths` may hold `{model}`. On a path of several dialects a body belongs to the first one whose `marks` it has all.
-    `pairs` reads a request, `answer` writes what came of it, `refuse` says (status, message) in the dialect's shape.
-    `named` gives the model that a request asks for, if it may name one.
+    `paths` may hold `{model}` and `{version}`. On a path of several dialects a body belongs to the first one of whose
+    `marks` it has one. `pairs` reads a request, `answer` writes what came of it, `refuse` says (status, message) in the
+    dialect's shape. `named` gives the model that a request asks for, if it may name one.
     """
 
     name: str
@@ -58,6 +64,10 @@ class Dialect:
     bare: bool = False
     """Whether answers leave out fields without a value, rather than give null."""
     named: Callable[[Any], str | None] = lambda request: None
+    whole: Callable[[Any], bool] = lambda request: False
+    """Whether a request asks that a pair is refused rather than cut where it is longer than the scorer reads."""
+    read: Callable[[bytes, Mapping[str, str]], Any] = lambda body, headers: from_json(body)
+    """A body, given with its headers, as JSON; ValueError where it is none."""
 
 
 def ranked(scores: Sequence[float], top: int | None = None) -> list[tuple[int, float]]:

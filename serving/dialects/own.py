@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Scored
+from serving.dialects.dialect import Body, Dialect, Scored, Texts
 
 Version = Annotated[str, Field(description="Version of the scorer: 12 hexadecimal digits of its manifest's hash")]
 Expected = Annotated[
@@ -24,7 +24,8 @@ class ScoreRequest(Body):
     )
 
     pairs: Annotated[
-        list[tuple[str, str]], Field(min_length=1, description="[instruction, response] pairs, at least one")
+        list[tuple[str, str]],
+        Field(min_length=1, fail_fast=True, description="[instruction, response] pairs, at least one"),
     ]
 
 
@@ -46,7 +47,7 @@ class SelectRequest(Body):
     )
 
     instruction: str
-    responses: Annotated[list[str], Field(min_length=1, description="Candidate responses, at least one")]
+    responses: Annotated[Texts, Field(description="Candidate responses, at least one")]
 
 
 class SelectResponse(Body):

@@ -29,6 +29,7 @@ class FakeEngine:
     pads: bool = False
     delay: float = 0.0
     remembers: bool = True
+    longest: int = 512
     batches: list[list[Pair]] = field(default_factory=list)
 
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
@@ -37,6 +38,10 @@ class FakeEngine:
         for instruction, response in pairs:
             found.append(Encoded(ids=(*map(ord, instruction), -1, *map(ord, response)), types=()))
         return found
+
+    def fit(self, pairs: Sequence[Pair]) -> bool:
+        """Whether no pair has more than `longest` characters."""
+        return all(len(instruction) + len(response) <= self.longest for instruction, response in pairs)
 
     def compute(self, batch: Sequence[Encoded]) -> list[tuple[float, float]]:
         """The function, and ten times it for the logit."""

@@ -140,6 +140,17 @@ def test_a_response_longer_than_the_model_loses_its_end_and_is_flagged(scorer: S
     assert 0 <= scorer.score([("one", "red " * 200)])[0] <= 1
 
 
+def test_a_pair_fits_exactly_where_none_of_its_tokens_is_cut(scorer: Scorer) -> None:
+    encoder = scorer.encoder
+    pairs = [("cat " * count, "red bird") for count in range(80)] + [("one", "red " * 200)]
+    whole = []
+    for pair, encoded in zip(pairs, encoder.encode(pairs), strict=True):
+        asked = sum(map(len, encoder.tokens(list(pair)))) + encoder.added
+        whole.append(asked == len(encoded.ids))
+    assert encoder.fit(pairs) == whole
+    assert set(whole) == {True, False}
+
+
 def test_batches_hold_every_pair_once_within_the_budget() -> None:
     encoded = [Encoded(ids=(1,) * length, types=(0,) * length) for length in (5, 90, 3, 40, 41, 7, 300)]
     batches = list(by_length(encoded, budget=100))

@@ -1,0 +1,123 @@
+"""POST /v1/rerank and /rerank for clients of Jina, of Cohere's version 1 and of vLLM.
+
+Their requests cannot be told apart, so an answer has the fields of all three, and a refusal those of the first two.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cappy.scoring.encoding import Pair
+from serving.dialects.cohere import EXAMPLE, SHAPE, Meta, Relevance, meta
+from serving.dialects.dialect import Body, Count, Dialect, Flag, Name, Scored, Words, ranked
+
+
+class Passage(BaseModel):
+    """A document with its text; what else it has is given back as it came."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, str] = Field(init=False)
+
+    text: str
+
+
+class RerankRequest(Body):
+    """A query, which is the instruction, and documents, which are its responses."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
+
+    model: Name = None
+    query: Words
+    documents: Annotated[list[str | Passage], Field(min_length=1, fail_fast=True)]
+    top_n: Annotated[
+        int | None, Field(strict=True, ge=0, description="How many of the best to give; all if none or 0")
+    ] = None
+    return_documents: Annotated[Flag | None, Field(description="Whether to give the documents too; true if none")] = (
+        None
+    )
+    rank_fields: Annotated[list[Literal["text"]] | None, Field(description="Cohere's: the text alone is scored")] = None
+    max_chunks_per_doc: Annotated[Count | None, Field(description="Cohere's: a document is one chunk here")] = None
+    truncation: Annotated[Literal[True] | None, Field(description="Jina's: too long pairs are always cut")] = None
+    use_activation: Annotated[Flag | None, Field(description="vLLM's: false gives logits for scores")] = None
+
+
+class RerankResult(Body):
+    """A document's place in the request, its score, and itself unless it was not wanted."""
+
+    index: int
+    relevance_score: Relevance
+    document: Passage | None = None
+
+
+class RerankUsage(Body):
+    """Tokens that the scorer read; of equal documents one."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class RerankResponse(Body):
+    """Documents, best first, the first of equally good ones first."""
+
+    id: str
+    model: str
+    results: Sequence[RerankResult]
+    usage: RerankUsage
+    meta: Meta
+
+
+class RerankProblem(Body):
+    """What was wrong with a request, for Cohere's clients and for Jina's."""
+
+    message: str
+    detail: str
+
+
+def _passage(document: str | Passage) -> Passage:
+    return Passage(text=document) if isinstance(document, str) else document
+
+
+def _pairs(request: RerankRequest) -> list[Pair]:
+    return [(request.query, _passage(document).text) for document in request.documents]
+
+
+def _answer(request: RerankRequest, scored: Scored) -> RerankResponse:
+    values = scored.logits if request.use_activation is False else scored.scores
+    shown = request.return_documents is not False
+    results = [
+        RerankResult(
+            index=index,
+            relevance_score=value,
+            document=_passage(request.documents[index]) if shown else None,
+        )
+        for index, value in ranked(values, request.top_n or None)
+    ]
+    return RerankResponse(
+        id=scored.request_id,
+        model=scored.model,
+        results=results,
+        usage=RerankUsage(prompt_tokens=scored.tokens, total_tokens=scored.tokens),
+        meta=meta("1", scored.tokens),
+    )
+
+
+def _refuse(status: int, message: str) -> Mapping[str, Any]:
+    return {"message": message, "detail": message}
+
+
+RERANK = Dialect(
+    name="rerank",
+    paths=("/v1/rerank", "/rerank"),
+    request=RerankRequest,
+    response=RerankResponse,
+    problem=RerankProblem,
+    pairs=_pairs,
+    answer=_answer,
+    refuse=_refuse,
+    shape=SHAPE,
+    marks=frozenset({"documents"}),
+    invalid=400,
+    bare=True,
+    named=lambda request: request.model,
+)

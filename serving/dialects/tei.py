@@ -1,0 +1,137 @@
+"""Text Embeddings Inference: POST /rerank for responses to one instruction, POST /predict for pairs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, RootModel
+
+from cappy.scoring.encoding import Pair
+from serving.dialects.dialect import Body, Dialect, Flag, Scored, Texts, Words, ranked
+
+LABEL = "LABEL_0"
+"""What transformers calls the only output of a model whose outputs were given no names."""
+Raw = Annotated[Flag, Field(description="true gives logits, false scores, about 0 to 1")]
+Truncate = Annotated[
+    Flag | None,
+    Field(description="false: a pair that is longer than the scorer reads is refused; else its instruction is cut"),
+]
+Kind = Literal["validation", "overloaded", "unhealthy", "unauthorized", "backend"]
+KINDS: Mapping[int, Kind] = {401: "unauthorized", 429: "overloaded", 503: "unhealthy", 500: "backend", 504: "backend"}
+
+
+class _Options(Body):
+    raw_scores: Raw = False
+    truncate: Truncate = None
+    truncation_direction: Annotated[
+        Literal["Right", "right"], Field(description="The default alone: what is cut is the instruction's middle")
+    ] = "Right"
+
+
+class TeiRerankRequest(_Options):
+    """An instruction (`query`) and responses to it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"query": "What is the capital of France?", "texts": ["Rome", "Paris"]}]}
+    )
+
+    query: Words
+    texts: Texts
+    return_text: Flag = False
+
+
+class TeiRank(Body):
+    """A text's place in the request, its score, and itself where it was wanted."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
+class TeiRerankResponse(RootModel[Sequence[TeiRank]]):
+    """Texts, best first, the first of equally good ones first."""
+
+
+class TeiPredictRequest(_Options):
+    """A pair of instruction and response, or a list of them."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": [["What is 1 + 1?", "2"]]}]})
+
+    inputs: tuple[Words, str] | Annotated[list[tuple[Words, str]], Field(min_length=1, fail_fast=True)]
+
+
+class TeiPrediction(Body):
+    """The score of a pair under the name of the only label."""
+
+    score: float
+    label: str
+
+
+class TeiPredictResponse(RootModel[Sequence[TeiPrediction] | Sequence[Sequence[TeiPrediction]]]):
+    """A list for each pair; the list alone where one pair was given outside a list."""
+
+
+class TeiProblem(Body):
+    """What was wrong with a request."""
+
+    error: str
+    error_type: Kind
+
+
+def _refuse(status: int, message: str) -> Mapping[str, Any]:
+    return {"error": message, "error_type": KINDS.get(status, "validation")}
+
+
+def _values(request: _Options, scored: Scored) -> Sequence[float]:
+    return scored.logits if request.raw_scores else scored.scores
+
+
+def _pool(request: TeiRerankRequest) -> list[Pair]:
+    return [(request.query, text) for text in request.texts]
+
+
+def _ranks(request: TeiRerankRequest, scored: Scored) -> TeiRerankResponse:
+    return TeiRerankResponse(
+        [
+            TeiRank(index=index, score=value, text=request.texts[index] if request.return_text else None)
+            for index, value in ranked(_values(request, scored))
+        ]
+    )
+
+
+def _inputs(request: TeiPredictRequest) -> list[Pair]:
+    return [request.inputs] if isinstance(request.inputs, tuple) else request.inputs
+
+
+def _predictions(request: TeiPredictRequest, scored: Scored) -> TeiPredictResponse:
+    predictions = [[TeiPrediction(score=value, label=LABEL)] for value in _values(request, scored)]
+    return TeiPredictResponse(predictions[0] if isinstance(request.inputs, tuple) else predictions)
+
+
+RERANK = Dialect(
+    name="tei_rerank",
+    paths=("/rerank",),
+    request=TeiRerankRequest,
+    response=TeiRerankResponse,
+    problem=TeiProblem,
+    pairs=_pool,
+    answer=_ranks,
+    refuse=_refuse,
+    shape='{"query": "the instruction", "texts": ["a response", ...]}',
+    marks=frozenset({"texts"}),
+    bare=True,
+    whole=lambda request: request.truncate is False,
+)
+PREDICT = Dialect(
+    name="tei_predict",
+    paths=("/predict",),
+    request=TeiPredictRequest,
+    response=TeiPredictResponse,
+    problem=TeiProblem,
+    pairs=_inputs,
+    answer=_predictions,
+    refuse=_refuse,
+    shape='{"inputs": [["instruction", "response"], ...]}',
+    marks=frozenset({"inputs"}),
+    bare=True,
+    whole=lambda request: request.truncate is False,
+)

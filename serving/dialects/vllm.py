@@ -1,0 +1,138 @@
+"""vLLM's score: POST /score and /v1/score, under the names that its fields have had; its rerank is in `rerank`."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AliasChoices, ConfigDict, Field, model_validator
+
+from cappy.scoring.encoding import Pair
+from serving.dialects.dialect import Body, Dialect, Flag, Name, Scored, Texts, Words
+
+Instructions = Words | Annotated[list[Words], Field(min_length=1, fail_fast=True)]
+KINDS: Mapping[int, str] = {
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    429: "RateLimitError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+    504: "GatewayTimeoutError",
+}
+
+
+class VllmRequest(Body):
+    """Instructions and responses: one and one, one and many, or as many of both."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"text_1": "What is the capital of France?", "text_2": ["Paris", "Rome"]}]}
+    )
+
+    model: Name = None
+    text_1: Annotated[
+        Instructions,
+        Field(
+            validation_alias=AliasChoices("text_1", "queries", "data_1"),
+            description="The instruction, or one per response; also `queries`, `data_1`",
+        ),
+    ]
+    text_2: Annotated[
+        str | Texts,
+        Field(
+            validation_alias=AliasChoices("text_2", "documents", "items", "data_2"),
+            description="The response or responses; also `documents`, `items`, `data_2`",
+        ),
+    ]
+    use_activation: Annotated[Flag | None, Field(description="false gives logits for scores")] = None
+    truncate_prompt_tokens: Annotated[
+        Literal[-1] | None, Field(description="-1, the scorer's own length, is always meant")
+    ] = None
+    user: Annotated[str | None, Field(description="Taken and not used")] = None
+
+    @model_validator(mode="after")
+    def _matching(self) -> Self:
+        first, second = len(_listed(self.text_1)), len(_listed(self.text_2))
+        if first not in (1, second):
+            raise ValueError(f"{first} instructions for {second} responses; give one, or one per response")
+        return self
+
+
+class VllmScore(Body):
+    """The score of a pair."""
+
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class VllmUsage(Body):
+    """Tokens that the scorer read; of equal pairs one."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: Literal[0] = 0
+
+
+class VllmResponse(Body):
+    """Scores in the order of the pairs; `created` in seconds since 1970."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: Sequence[VllmScore]
+    usage: VllmUsage
+
+
+class VllmError(Body):
+    """What was wrong: in a sentence, as a class, in which field, by which status."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class VllmProblem(Body):
+    """What was wrong with a request."""
+
+    error: VllmError
+
+
+def _refuse(status: int, message: str) -> Mapping[str, Any]:
+    return {"error": {"message": message, "type": KINDS.get(status, "BadRequestError"), "param": None, "code": status}}
+
+
+def _listed(texts: str | list[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else texts
+
+
+def _pairs(request: VllmRequest) -> list[Pair]:
+    first, second = _listed(request.text_1), _listed(request.text_2)
+    return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
+
+
+def _answer(request: VllmRequest, scored: Scored) -> VllmResponse:
+    values = scored.logits if request.use_activation is False else scored.scores
+    return VllmResponse(
+        id=f"score-{scored.request_id}",
+        created=int(time.time()),
+        model=scored.model,
+        data=[VllmScore(index=index, score=value) for index, value in enumerate(values)],
+        usage=VllmUsage(prompt_tokens=scored.tokens, total_tokens=scored.tokens),
+    )
+
+
+VLLM = Dialect(
+    name="vllm",
+    paths=("/score", "/v1/score"),
+    request=VllmRequest,
+    response=VllmResponse,
+    problem=VllmProblem,
+    pairs=_pairs,
+    answer=_answer,
+    refuse=_refuse,
+    shape='{"text_1": "the instruction", "text_2": ["a response", ...]}',
+    marks=frozenset({"text_1", "text_2", "queries", "documents", "items", "data_1", "data_2"}),
+    invalid=400,
+    named=lambda request: request.model,
+)
