@@ -24,6 +24,7 @@ from serving.metrics import Metrics
 from serving.models import PROBES, Models, probe
 from serving.page import About, add_page
 from serving.probes import add_probes
+from serving.served import add_served
 from serving.service import Limits, Service
 
 LOGGER = logging.getLogger("serving")
@@ -98,6 +99,7 @@ def create_app(
     _add_routes(app, service, paths)
     add_probes(app, models, metrics)
     add_page(app, lambda: _about(models))
+    add_served(app, models, options.limits, options.batch_tokens)
     return app
 
 

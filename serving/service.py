@@ -174,8 +174,10 @@ def parsed(dialect: Dialect, value: Any) -> BaseModel:
         return dialect.request.model_validate(value)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False, include_context=False)
-        field = ".".join(map(str, errors[0]["loc"])) or "body"
-        rule = errors[0]["msg"].removeprefix("Value error, ")
+        # Where a field may have several forms, a sentence of ours says more than that it has not the first form.
+        told = next((one for one in errors if one["type"] == "value_error"), errors[0])
+        field = ".".join(map(str, told["loc"])) or "body"
+        rule = told["msg"].removeprefix("Value error, ")
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise Refusal(dialect.invalid, f"{field}: {rule}{more}; send {dialect.shape}") from error
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from serving.dialects import cohere, own, rerank, tei, vllm
+from serving.dialects import cohere, kserve, mlflow, open_inference, openrlhf, own, rerank, tei, vertex, vllm
 from serving.dialects.dialect import Dialect, Scored, ranked
 
 __all__ = ["DIALECTS", "Dialect", "Scored", "ranked"]
@@ -15,4 +15,9 @@ DIALECTS: Sequence[Dialect] = (
     tei.RERANK,
     tei.PREDICT,
     vllm.VLLM,
+    vertex.VERTEX,
+    kserve.KSERVE,
+    open_inference.OPEN_INFERENCE,
+    mlflow.MLFLOW,
+    openrlhf.OPENRLHF,
 )

@@ -1,0 +1,132 @@
+"""MLflow's scoring server: POST /invocations, tables of instructions and responses in any of its four forms."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from cappy.scoring.encoding import Pair
+from serving.dialects.dialect import Body, Dialect, Words
+from serving.dialects.vertex import NoParameters
+
+COLUMNS = ("instruction", "response")
+FORMS = ("dataframe_split", "dataframe_records", "instances", "inputs")
+KINDS: Mapping[int, str] = {
+    401: "UNAUTHENTICATED",
+    404: "RESOURCE_DOES_NOT_EXIST",
+    429: "REQUEST_LIMIT_EXCEEDED",
+    500: "INTERNAL_ERROR",
+    503: "TEMPORARILY_UNAVAILABLE",
+    504: "TEMPORARILY_UNAVAILABLE",
+}
+EXAMPLE: dict[str, JsonValue] = {"dataframe_split": {"columns": [*COLUMNS], "data": [["What is 1 + 1?", "2"]]}}
+
+
+class Row(BaseModel):
+    """An instruction and a response; further columns are not read, as in a table."""
+
+    instruction: Words
+    response: str
+
+
+class Columns(BaseModel):
+    """As many instructions as responses; further columns are not read."""
+
+    instruction: Annotated[list[Words], Field(min_length=1, fail_fast=True)]
+    response: Annotated[list[str], Field(min_length=1, fail_fast=True)]
+
+    @model_validator(mode="after")
+    def _equally_long(self) -> Self:
+        if len(self.instruction) != len(self.response):
+            raise ValueError(f"{len(self.instruction)} instructions for {len(self.response)} responses")
+        return self
+
+
+class Split(BaseModel):
+    """Names of columns, and rows of as many values."""
+
+    columns: list[str]
+    data: Annotated[list[list[JsonValue]], Field(min_length=1, fail_fast=True)]
+
+    @model_validator(mode="after")
+    def _texts(self) -> Self:
+        self.pairs()
+        return self
+
+    def pairs(self) -> list[Pair]:
+        """The two columns, in whatever place they stand."""
+        if missing := set(COLUMNS) - set(self.columns):
+            raise ValueError(f"no column {min(missing)}")
+        if any(len(row) != len(self.columns) for row in self.data):
+            raise ValueError(f"a row has not {len(self.columns)} values, as there are columns")
+        first, second = map(self.columns.index, COLUMNS)
+        return [_pair(number, row[first], row[second]) for number, row in enumerate(self.data)]
+
+
+def _pair(row: int, instruction: JsonValue, response: JsonValue) -> Pair:
+    if not isinstance(instruction, str) or not isinstance(response, str):
+        raise ValueError(f"row {row} has something else than texts in the columns {' and '.join(COLUMNS)}")
+    if not instruction:
+        raise ValueError(f"row {row} has an empty instruction")
+    return instruction, response
+
+
+Rows = Annotated[list[Row], Field(min_length=1, fail_fast=True)]
+
+
+class InvocationsRequest(Body):
+    """A table in one of the four forms."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
+
+    dataframe_split: Split | None = None
+    dataframe_records: Rows | None = None
+    instances: Rows | Columns | None = None
+    inputs: Rows | Columns | None = None
+    params: NoParameters | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if sum(getattr(self, form) is not None for form in FORMS) != 1:
+            raise ValueError(f"there must be one of {', '.join(FORMS)}")
+        return self
+
+
+class InvocationsResponse(Body):
+    """Scores in the order of the rows."""
+
+    predictions: Sequence[float]
+
+
+class MlflowProblem(Body):
+    """What was wrong with a request."""
+
+    error_code: str
+    message: str
+
+
+def _pairs(request: InvocationsRequest) -> list[Pair]:
+    table = next(found for form in FORMS if (found := getattr(request, form)) is not None)
+    if isinstance(table, Split):
+        return table.pairs()
+    if isinstance(table, Columns):
+        return list(zip(table.instruction, table.response, strict=True))
+    return [(row.instruction, row.response) for row in table]
+
+
+def _refuse(status: int, message: str) -> Mapping[str, Any]:
+    return {"error_code": KINDS.get(status, "BAD_REQUEST"), "message": message}
+
+
+MLFLOW = Dialect(
+    name="mlflow",
+    paths=("/invocations",),
+    request=InvocationsRequest,
+    response=InvocationsResponse,
+    problem=MlflowProblem,
+    pairs=_pairs,
+    answer=lambda request, scored: InvocationsResponse(predictions=scored.scores),
+    refuse=_refuse,
+    shape='{"dataframe_split": {"columns": ["instruction", "response"], "data": [["...", "..."], ...]}}',
+    invalid=400,
+)

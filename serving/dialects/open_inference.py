@@ -1,0 +1,180 @@
+"""The Open Inference Protocol (KServe's version 2, Triton): tensors `instruction` and `response` in, `score` out.
+
+Inputs may come as JSON or, by the extension for binary data, as bytes behind the JSON; answers are JSON.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import from_json
+
+from cappy.scoring.encoding import Pair
+from serving.dialects.dialect import Body, Dialect, Flag, Scored
+from serving.dialects.vertex import PlatformProblem, refuse
+
+HEADER = "inference-header-content-length"
+"""How many bytes of a body are JSON; the rest is tensors."""
+PREFIX = 4
+"""Bytes that give the length of an element, least significant first."""
+INPUTS = ("instruction", "response")
+OUTPUT, DATATYPE = "score", "FP64"
+EXAMPLE: dict[str, JsonValue] = {
+    "inputs": [
+        {"name": "instruction", "datatype": "BYTES", "shape": [1], "data": ["What is 1 + 1?"]},
+        {"name": "response", "datatype": "BYTES", "shape": [1], "data": ["2"]},
+    ]
+}
+
+
+class TensorParameters(Body):
+    """Size of a tensor that follows the JSON, in bytes."""
+
+    binary_data_size: Annotated[int | None, Field(strict=True, ge=0)] = None
+
+
+class Tensor(Body):
+    """Texts: as many as the shape says."""
+
+    name: Literal["instruction", "response"]
+    shape: Annotated[list[Annotated[int, Field(strict=True, ge=1)]], Field(min_length=1, max_length=8)]
+    datatype: Literal["BYTES"]
+    parameters: TensorParameters | None = None
+    data: Annotated[list[JsonValue], Field(min_length=1, description="Texts, flat or nested as the shape has it")]
+
+    @model_validator(mode="after")
+    def _as_many_as_its_shape(self) -> Self:
+        count = 1
+        for size in self.shape:
+            count *= size
+        found = list(_flat(self.data))
+        if len(found) != count:
+            raise ValueError(f"{self.name} has {len(found)} texts where its shape has {count}")
+        if self.name == "instruction" and "" in found:
+            raise ValueError("an instruction is empty")
+        return self
+
+
+class Wanted(Body):
+    """An output by name; it is given as JSON, whatever is asked of its form."""
+
+    class Form(Body):
+        """How it should come."""
+
+        binary_data: Flag = False
+
+    name: Literal["score"]
+    parameters: Form | None = None
+
+
+class InferParameters(Body):
+    """Whether outputs may come as bytes; they do not."""
+
+    binary_data_output: Flag = False
+
+
+class InferRequest(Body):
+    """Two tensors of equal shapes."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
+
+    id: str | None = None
+    parameters: InferParameters | None = None
+    inputs: Annotated[list[Tensor], Field(min_length=2, max_length=2)]
+    outputs: Annotated[list[Wanted] | None, Field(max_length=1)] = None
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if {tensor.name for tensor in self.inputs} != set(INPUTS):
+            raise ValueError("the inputs must be instruction and response")
+        if self.inputs[0].shape != self.inputs[1].shape:
+            raise ValueError("instruction and response must have equal shapes")
+        return self
+
+
+class ScoreTensor(Body):
+    """Scores in the shape of the inputs."""
+
+    name: str = OUTPUT
+    shape: list[int]
+    datatype: str = DATATYPE
+    data: Sequence[float]
+
+
+class InferResponse(BaseModel):
+    """One tensor, and the id that the request had."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: Sequence[ScoreTensor]
+
+
+def _flat(data: Sequence[JsonValue], depth: int = 8) -> Iterator[str]:
+    for one in data:
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, list) and depth:
+            yield from _flat(one, depth - 1)
+        else:
+            raise ValueError("data must be texts")
+
+
+def read(body: bytes, headers: Mapping[str, str]) -> Any:
+    """The JSON of a body with its binary tensors as `data`; ValueError where the sizes do not hold."""
+    announced = headers.get(HEADER)
+    if announced is None:
+        return from_json(body)
+    if not announced.isascii() or not announced.isdigit() or int(announced) > len(body):
+        raise ValueError(f"{HEADER} must be the number of bytes that are JSON")
+    head = int(announced)
+    value, rest = from_json(body[:head]), body[head:]
+    for tensor in value.get("inputs") or () if isinstance(value, dict) else ():
+        parameters = tensor.get("parameters") if isinstance(tensor, dict) else None
+        size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
+        if isinstance(size, int) and size >= 0:
+            tensor["data"], rest = _elements(rest[:size]), rest[size:]
+    if rest:
+        raise ValueError(f"{len(rest)} bytes more than the tensors' sizes")
+    return value
+
+
+def _elements(data: bytes) -> list[str]:
+    """The texts of a tensor of bytes, each with its length before it."""
+    found, place = [], 0
+    while place < len(data):
+        begin = place + PREFIX
+        place = begin + int.from_bytes(data[place:begin], "little")
+        if place > len(data):
+            raise ValueError("a tensor ends within an element")
+        found.append(data[begin:place].decode())
+    return found
+
+
+def _pairs(request: InferRequest) -> list[Pair]:
+    found = {tensor.name: list(_flat(tensor.data)) for tensor in request.inputs}
+    return list(zip(found["instruction"], found["response"], strict=True))
+
+
+def _answer(request: InferRequest, scored: Scored) -> InferResponse:
+    tensor = ScoreTensor(shape=request.inputs[0].shape, data=scored.scores)
+    return InferResponse(model_name=scored.model, model_version=scored.version, id=request.id, outputs=[tensor])
+
+
+OPEN_INFERENCE = Dialect(
+    name="open_inference",
+    paths=("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer"),
+    request=InferRequest,
+    response=InferResponse,
+    problem=PlatformProblem,
+    pairs=_pairs,
+    answer=_answer,
+    refuse=refuse,
+    shape='{"inputs": [{"name": "instruction", "datatype": "BYTES", "shape": [1], "data": ["..."]}, '
+    '{"name": "response", "datatype": "BYTES", "shape": [1], "data": ["..."]}]}',
+    invalid=400,
+    bare=True,
+    read=read,
+)

@@ -1,0 +1,62 @@
+"""OpenRLHF's remote reward model: POST /get_reward; a query is a prompt with the response behind it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Self
+
+from pydantic import ConfigDict, Field, JsonValue, model_validator
+
+from cappy.scoring.encoding import Pair
+from serving.dialects.dialect import Body, Dialect, Scored, Texts, Words
+from serving.dialects.own import Problem, refuse
+
+EXAMPLE: dict[str, JsonValue] = {"query": ["What is 1 + 1? 2"], "prompts": ["What is 1 + 1? "], "labels": ["2"]}
+
+
+class RewardRequest(Body):
+    """Queries and as many prompts; `labels` are taken and not used, since a scorer needs no reference."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
+
+    query: Texts
+    prompts: Annotated[list[Words], Field(min_length=1, fail_fast=True)]
+    labels: list[JsonValue] | None = None
+
+    @model_validator(mode="after")
+    def _prompts_of_queries(self) -> Self:
+        if len(self.query) != len(self.prompts):
+            raise ValueError(f"{len(self.query)} queries for {len(self.prompts)} prompts")
+        for index, (query, prompt) in enumerate(zip(self.query, self.prompts, strict=True)):
+            if prompt not in query:
+                raise ValueError(f"query {index} does not have its prompt in it, so its response cannot be told")
+        return self
+
+
+class RewardResponse(Body):
+    """Rewards in the order of the queries; `scores` are the same, `extra_logs` for curves."""
+
+    rewards: Sequence[float]
+    scores: Sequence[float]
+    extra_logs: Mapping[str, Sequence[float]]
+
+
+def _pairs(request: RewardRequest) -> list[Pair]:
+    """The response is what follows the prompt; a token for the begin of a text may stand before it."""
+    return [(prompt, query.partition(prompt)[2]) for query, prompt in zip(request.query, request.prompts, strict=True)]
+
+
+def _answer(request: RewardRequest, scored: Scored) -> RewardResponse:
+    logs = {"logits": scored.logits, **({} if scored.expected is None else {"expected": scored.expected})}
+    return RewardResponse(rewards=scored.scores, scores=scored.scores, extra_logs=logs)
+
+
+OPENRLHF = Dialect(
+    name="openrlhf",
+    paths=("/get_reward",),
+    request=RewardRequest,
+    response=RewardResponse,
+    problem=Problem,
+    pairs=_pairs,
+    answer=_answer,
+    refuse=refuse,
+    shape='{"query": ["prompt and response", ...], "prompts": ["prompt", ...]}',
+)
