@@ -47,23 +47,25 @@ class Service:
     keys: Keys
 
     async def answer(self, request: Request, dialects: Sequence[Dialect]) -> Response:
-        """The answer to a request at a path of these dialects, a refusal in the dialect's own shape included."""
-        dialect = dialects[0]
-        request.state.dialect = dialect.name
+        """The answer to a request at a path of these dialects, a refusal in the dialect's own shape included.
+
+        Before the body has told which dialect it is, a refusal has the fields of all of them.
+        """
+        request.state.dialect = dialects[0].name
         try:
             async with asyncio.timeout(self._seconds(request)):
                 self._admit(request)
-                value = await self._read(request, dialect)
-                dialect = chosen(dialects, value)
-                request.state.dialect = dialect.name
-                return await self._answer(request, dialect, value)
+                value = await self._read(request, dialects[0])
+                dialects = [chosen(dialects, value)]
+                request.state.dialect = dialects[0].name
+                return await self._answer(request, dialects[0], value)
         except Refusal as refusal:
-            return refused(dialect, refusal)
+            return refused(dialects, refusal)
         except TimeoutError:
-            return refused(dialect, Refusal(504, "the time for this request is over; send fewer pairs or ask later"))
+            return refused(dialects, Refusal(504, "the time for this request is over; send fewer pairs or ask later"))
         except Exception:
             LOGGER.exception("a request failed")
-            return refused(dialect, Refusal(500, "the scorer failed; the log of the service says how"))
+            return refused(dialects, Refusal(500, "the scorer failed; the log of the service says how"))
 
     async def _answer(self, request: Request, dialect: Dialect, value: Any) -> Response:
         asked = parsed(dialect, value)
@@ -182,12 +184,15 @@ def parsed(dialect: Dialect, value: Any) -> BaseModel:
         raise Refusal(dialect.invalid, f"{field}: {rule}{more}; send {dialect.shape}") from error
 
 
-def refused(dialect: Dialect, refusal: Refusal) -> Response:
-    """A refusal in the shape of a dialect."""
+def refused(dialects: Sequence[Dialect], refusal: Refusal) -> Response:
+    """A refusal with the fields of every one of these dialects; where they give a field differently, of the first."""
+    fields: dict[str, Any] = {}
+    for dialect in reversed(dialects):
+        fields |= dialect.refuse(refusal.status, refusal.message)
     headers = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
     if refusal.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(dialect.refuse(refusal.status, refusal.message), status_code=refusal.status, headers=headers)
+    return JSONResponse(fields, status_code=refusal.status, headers=headers)
 
 
 async def _hung_up(request: Request) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, JsonValue
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Count, Dialect, Name, Scored, Texts, Words, ranked
+from serving.dialects.dialect import Body, Count, Dialect, Name, Refused, Scored, Texts, Words, ranked
 
 EXAMPLE: dict[str, JsonValue] = {"query": "What is the capital of France?", "documents": ["Rome", "Paris"], "top_n": 1}
 SHAPE = '{"query": "the instruction", "documents": ["a response", ...]}'
@@ -63,7 +63,7 @@ class CohereResponse(Body):
     meta: Meta
 
 
-class CohereProblem(Body):
+class CohereProblem(Refused):
     """What was wrong with a request."""
 
     message: str

@@ -24,6 +24,10 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+class Refused(BaseModel):
+    """A refusal; beside the fields of its dialect it may have those of others that share the path."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scored:
     """What came of a request: a score and a logit for each of its pairs, in order, and who gave them."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Words
+from serving.dialects.dialect import Body, Dialect, Refused, Words
 from serving.dialects.vertex import NoParameters
 
 COLUMNS = ("instruction", "response")
@@ -98,7 +98,7 @@ class InvocationsResponse(Body):
     predictions: Sequence[float]
 
 
-class MlflowProblem(Body):
+class MlflowProblem(Refused):
     """What was wrong with a request."""
 
     error_code: str

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Scored, Texts
+from serving.dialects.dialect import Body, Dialect, Refused, Scored, Texts
 
 Version = Annotated[str, Field(description="Version of the scorer: 12 hexadecimal digits of its manifest's hash")]
 Expected = Annotated[
@@ -60,7 +60,7 @@ class SelectResponse(Body):
     version: Version
 
 
-class Problem(Body):
+class Problem(Refused):
     """What was wrong with a request."""
 
     detail: Annotated[str, Field(description="What was wrong and what to do, in one line")]

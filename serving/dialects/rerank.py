@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cappy.scoring.encoding import Pair
 from serving.dialects.cohere import EXAMPLE, SHAPE, Meta, Relevance, meta
-from serving.dialects.dialect import Body, Count, Dialect, Flag, Name, Scored, Words, ranked
+from serving.dialects.dialect import Body, Count, Dialect, Flag, Name, Refused, Scored, Words, ranked
 
 
 class Passage(BaseModel):
@@ -67,7 +67,7 @@ class RerankResponse(Body):
     meta: Meta
 
 
-class RerankProblem(Body):
+class RerankProblem(Refused):
     """What was wrong with a request, for Cohere's clients and for Jina's."""
 
     message: str

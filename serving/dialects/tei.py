@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, RootModel
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Flag, Scored, Texts, Words, ranked
+from serving.dialects.dialect import Body, Dialect, Flag, Refused, Scored, Texts, Words, ranked
 
 LABEL = "LABEL_0"
 """What transformers calls the only output of a model whose outputs were given no names."""
@@ -70,7 +70,7 @@ class TeiPredictResponse(RootModel[Sequence[TeiPrediction] | Sequence[Sequence[T
     """A list for each pair; the list alone where one pair was given outside a list."""
 
 
-class TeiProblem(Body):
+class TeiProblem(Refused):
     """What was wrong with a request."""
 
     error: str

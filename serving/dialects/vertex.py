@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, JsonValue
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Scored, Words
+from serving.dialects.dialect import Body, Dialect, Refused, Scored, Words
 
 EXAMPLE: dict[str, JsonValue] = {"instances": [{"instruction": "What is 1 + 1?", "response": "2"}]}
 
@@ -44,7 +44,7 @@ class PredictionsResponse(Body):
     predictions: Sequence[Prediction]
 
 
-class PlatformProblem(Body):
+class PlatformProblem(Refused):
     """What was wrong with a request."""
 
     error: str

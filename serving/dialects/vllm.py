@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Flag, Name, Scored, Texts, Words
+from serving.dialects.dialect import Body, Dialect, Flag, Name, Refused, Scored, Texts, Words
 
 Instructions = Words | Annotated[list[Words], Field(min_length=1, fail_fast=True)]
 KINDS: Mapping[int, str] = {
@@ -92,7 +92,7 @@ class VllmError(Body):
     code: int
 
 
-class VllmProblem(Body):
+class VllmProblem(Refused):
     """What was wrong with a request."""
 
     error: VllmError
