@@ -45,6 +45,8 @@ class Options:
     probes: Sequence[tuple[Pair, float | None]] = PROBES
     routes: Mapping[str, str] = field(default_factory=dict)
     """Further paths, such as Vertex AI asks for: path -> name of the dialect."""
+    ready_path: str = ""
+    """A further path that answers as /ready does."""
 
 
 def create_app(
@@ -97,7 +99,7 @@ def create_app(
     further = ((path, _named(name)) for path, name in options.routes.items())
     paths += [one for one in further if one not in paths]
     _add_routes(app, service, paths)
-    add_probes(app, models, metrics)
+    add_probes(app, models, metrics, options.ready_path)
     add_page(app, lambda: _about(models))
     add_served(app, models, options.limits, options.batch_tokens)
     return app

@@ -23,8 +23,8 @@ class Readiness(BaseModel):
     reason: Annotated[str, Field(description="Why not, if not")] = ""
 
 
-def add_probes(app: FastAPI, models: Models, metrics: Metrics) -> None:
-    """GET /health, /startup, /ready and /metrics; they need no key."""
+def add_probes(app: FastAPI, models: Models, metrics: Metrics, ready_path: str = "") -> None:
+    """GET /health, /startup, /ready, what else is to answer as /ready does, and /metrics; they need no key."""
 
     @app.get("/health", tags=["probes"])
     async def health() -> Health:
@@ -36,7 +36,7 @@ def add_probes(app: FastAPI, models: Models, metrics: Metrics) -> None:
         response.status_code = 503 if models.reason else 200
         return Readiness(ready=not models.reason, version=models.current.version, reason=models.reason)
 
-    for path in ("/ready", "/startup"):
+    for path in {"/ready", "/startup", ready_path} - {"", "/health"}:
         app.get(path, responses={503: {"model": Readiness}}, tags=["probes"], name=path.strip("/"))(ready)
 
     @app.get("/metrics", tags=["probes"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})

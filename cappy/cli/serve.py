@@ -1,5 +1,6 @@
 """`cappy serve`: starts the HTTP service, which only this verb imports."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +14,24 @@ EXTRA = "pip install -e '.[serve]'"
 
 def serve(
     scorer: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Scorer: models:/name@alias, models:/name/version, builtin, a folder or hub:org/name@revision."
+            help="Scorer: models:/name@alias, models:/name/version, builtin, a folder, hub:org/name@revision or "
+            "a bucket's folder (gs://).",
+            show_default="AIP_STORAGE_URI, else models:/cappy@champion",
         ),
-    ] = "models:/cappy@champion",
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes any free one.")] = 8080,
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            help="Address to listen on; 0.0.0.0 lets other machines in.",
+            show_default="127.0.0.1, or 0.0.0.0 with AIP_HTTP_PORT",
+        ),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="TCP port; 0 takes any free one.", show_default="AIP_HTTP_PORT, else 8080"),
+    ] = None,
     model_name: Annotated[str, typer.Option(help="Name that clients ask for.", show_default="the scorer's own")] = "",
     precision: Annotated[
         Precision, typer.Option(help="What the body runs in; auto: bf16 where the device has instructions for it.")
@@ -58,7 +70,8 @@ def serve(
 ) -> None:
     """Serve a scorer over HTTP: POST /score {"pairs": [[instruction, response], ...]}, GET /health, GET /ready.
 
-    Loads and verifies the scorer, then listens until SIGTERM (status 0) or Ctrl-C (status 130).
+    Loads and verifies the scorer, then listens until SIGTERM (status 0) or Ctrl-C (status 130). In a container of
+    Vertex AI, AIP_STORAGE_URI, AIP_HTTP_PORT, AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE say what no flag does.
     """
     try:
         import serving
@@ -66,22 +79,27 @@ def serve(
         if error.name not in ("fastapi", "uvicorn", "starlette", "prometheus_client"):
             raise
         raise ConfigError(f"{error.name} is not installed; install the serve extra: {EXTRA}") from error
+    from serving import environment
     from serving.keys import read_keys
     from serving.service import Limits
 
+    told = environment.read(os.environ)
     limits = Limits(max_body_bytes=round(max_body_mb * 1e6), max_pairs=max_pairs, seconds=timeout)
     options = serving.Options(
         limits=limits,
         max_queued_tokens=max_queued_tokens,
         keys=read_keys(api_keys),
         origins=allow_origin or (),
+        routes=told.routes,
+        ready_path=told.ready_path,
     )
     address = serving.Address(
-        host=host,
-        port=port,
+        host=told.host if host is None else host,
+        port=told.port if port is None else port,
         certificate=tls_certificate,
         key=tls_key,
         notice_seconds=notice,
         grace_seconds=grace,
     )
-    serving.run(scorer, address, options, name=model_name, precision=precision, batch_tokens=batch_tokens)
+    with environment.local(scorer or told.scorer) as place:
+        serving.run(place, address, options, name=model_name, precision=precision, batch_tokens=batch_tokens)
