@@ -66,13 +66,8 @@ def read_answers(
     Choices that repeat an index are copies by a server that does not know `n`, and count once. Without a usage in the
     body, tokens go by the rule of thumb. Tokens of the response are shared out evenly, for only their sum is told.
     """
-    values = _json(body)
-    found = values.get("choices")
-    if not isinstance(found, list) or not found or not all(isinstance(choice, dict) for choice in found):
-        raise BadAnswerError(f"the body has no choices: {shown(body)}")
-    by_index = {str(choice.get("index", number)): choice for number, choice in reversed(list(enumerate(found)))}
-    choices = [by_index[index] for index in sorted(by_index)][:count]
-    told = [_told(choice) for choice in choices]
+    values, choices = read_choices(body)
+    told = [read_choice(choice) for choice in choices[:count]]
     used = values.get("usage")
     usage: Mapping[str, Any] = used if isinstance(used, dict) else {}
     input_tokens = _count(usage.get("prompt_tokens"), tokens_of(instruction))
@@ -95,6 +90,16 @@ def read_answers(
     ]
 
 
+def read_choices(body: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The body of a completion and its choices in order, copies of one index left out; BadAnswerError if it is none."""
+    values = _json(body)
+    found = values.get("choices")
+    if not isinstance(found, list) or not found or not all(isinstance(choice, dict) for choice in found):
+        raise BadAnswerError(f"the body has no choices: {shown(body)}")
+    by_index = {str(choice.get("index", number)): choice for number, choice in reversed(list(enumerate(found)))}
+    return values, [by_index[index] for index in sorted(by_index)]
+
+
 def _json(body: str) -> dict[str, Any]:
     try:
         values = json.loads(body)
@@ -105,8 +110,8 @@ def _json(body: str) -> dict[str, Any]:
     return values
 
 
-def _told(choice: Mapping[str, Any]) -> tuple[str, Status, list[float]]:
-    """Text, status and the log-probabilities of the tokens of a choice, of chat or of completions."""
+def read_choice(choice: Mapping[str, Any]) -> tuple[str, Status, list[float]]:
+    """Text, status and the tokens' log-probabilities of a choice, of chat or of completions; BadAnswerError if none."""
     message = choice.get("message")
     if isinstance(message, dict):
         text, refusal = message.get("content"), message.get("refusal")

@@ -13,22 +13,22 @@ NO_KEY = "none"
 _SECRET_QUERIES = ("key", "token", "secret", "password")
 
 
-def api_key() -> str:
-    """The key from the environment or else from the file that it names; `NO_KEY` if neither is set.
+def api_key(variable: str = KEY_VARIABLE) -> str:
+    """The key in a variable of the environment or else in the file that `<variable>_FILE` names; `NO_KEY` if neither.
 
     ConfigError, without the key, if the file cannot be read or the key could stand in no header.
     """
-    source, key = KEY_VARIABLE, os.environ.get(KEY_VARIABLE, "").strip()
-    path = os.environ.get(FILE_VARIABLE, "")
+    source, key = variable, os.environ.get(variable, "").strip()
+    path = os.environ.get(f"{variable}_FILE", "")
     if not key and path:
-        source = FILE_VARIABLE
+        source = f"{variable}_FILE"
         try:
             key = Path(path).read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "it is no text"
-            raise ConfigError(f"{FILE_VARIABLE}: {shown(path)} cannot be read ({why}); mount the key there") from None
+            raise ConfigError(f"{source}: {shown(path)} cannot be read ({why}); mount the key there") from None
         if not key:
-            raise ConfigError(f"{FILE_VARIABLE}: {shown(path)} is empty; mount the key there")
+            raise ConfigError(f"{source}: {shown(path)} is empty; mount the key there")
     if not all(33 <= ord(character) <= 126 for character in key):
         raise ConfigError(f"{source}: holds white space or characters beyond ASCII inside the key; set the key alone")
     return key or NO_KEY
