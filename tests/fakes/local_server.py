@@ -18,7 +18,7 @@ class _Server(ThreadingHTTPServer):
 def handled_by(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """The address, without a path, of a server whose requests go to this handler."""
     server = _Server(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
