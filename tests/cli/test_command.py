@@ -18,7 +18,7 @@ from cappy.steps import STEPS, config_class
 Cappy = Callable[..., subprocess.CompletedProcess[str]]
 Rows = Callable[[str], dict[str, str]]
 
-OTHER = "adapt score select serve convert templates threshold doctor pipeline"
+OTHER = "adapt score select serve gateway convert templates threshold doctor pipeline"
 VERBS = {*STEPS, *OTHER.split()}
 OWN = {
     "preparation": "--plan",
@@ -54,6 +54,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
         ["--version"],
         ["score", "--help"],
         ["serve", "--help"],
+        ["gateway", "--help"],
         ["adapt", "--help"],
         ["threshold", "--help"],
     ):

@@ -24,6 +24,11 @@ Cappy = Callable[..., subprocess.CompletedProcess[str]]
             "cappy serve: uvicorn is not installed; install the serve extra: pip install -e '.[serve]'",
         ),
         (
+            "prometheus_client",
+            ["gateway", "--upstream", "http://localhost/v1"],
+            "cappy gateway: prometheus_client is not installed; install the serve extra: pip install -e '.[serve]'",
+        ),
+        (
             "kfp",
             ["pipeline", "run", "pretrain"],
             "cappy pipeline: kfp is not installed; install the pipelines extra: pip install -e '.[pipelines]'",

@@ -1,0 +1,233 @@
+"""The gateway as an HTTP application: OpenAI's chat completions in front of an LLM and a scorer."""
+
+import asyncio
+import contextlib
+import json
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+import cappy
+from serving.access import AccessLog
+from serving.gateway.answering import Gateway, Outcome
+from serving.gateway.completion import chunks, completion, headers
+from serving.gateway.errors import GatewayError
+from serving.gateway.feedback import FeedbackLog, read_feedback
+from serving.gateway.metrics import Metrics
+from serving.gateway.schemas import ChatRequest, read_request
+from serving.gateway.streaming import KEEP_ALIVE_SECONDS, events
+
+MAX_BODY_BYTES = 8_000_000
+CANDIDATES_HEADER = "x-cappy-candidates"
+_UNREACHED = (502, 503, 504)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Front:
+    """What the routes share."""
+
+    gateway: Gateway
+    feedback: FeedbackLog | None
+    metrics: Metrics
+    max_body_bytes: int
+    keep_alive: float
+
+
+def create_app(
+    gateway: Gateway,
+    *,
+    feedback: FeedbackLog | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    keep_alive: float = KEEP_ALIVE_SECONDS,
+) -> FastAPI:
+    """An application that answers with the gateway's best candidate and keeps what it answered in the feedback log."""
+    front = _Front(
+        gateway=gateway,
+        feedback=feedback,
+        metrics=Metrics(),
+        max_body_bytes=max_body_bytes,
+        keep_alive=keep_alive,
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        writing = asyncio.create_task(feedback.flush_for_ever()) if feedback else None
+        yield
+        if feedback and writing:
+            writing.cancel()
+            await asyncio.to_thread(feedback.close)
+        await gateway.close()
+
+    app = FastAPI(
+        title="Cappy gateway",
+        summary="The best of several samples of an LLM, behind OpenAI's chat completions.",
+        version=cappy.__version__,
+        lifespan=lifespan,
+        docs_url=None,  # the page would load its script from another site
+        redoc_url=None,
+    )
+    app.add_middleware(AccessLog)
+    app.add_exception_handler(GatewayError, _told)
+    app.add_exception_handler(HTTPException, _not_found)
+    app.add_exception_handler(Exception, _defect)
+    _add_chat(app, front)
+    _add_models(app, front)
+    _add_feedback(app, front)
+    _add_probes(app, front)
+    return app
+
+
+def _add_chat(app: FastAPI, front: _Front) -> None:
+    @app.post("/v1/chat/completions", tags=["chat"], response_class=Response)
+    async def chat(request: Request) -> Response:
+        """The best of the candidates that the LLM gives, by the scorer."""
+        data = await _body(request, front.max_body_bytes)
+        wanted = read_request(data, most_choices=front.gateway.policy.candidates)
+        details = _flag(request, CANDIDATES_HEADER)
+        identity = f"chatcmpl-{uuid.uuid4().hex}"
+        work = asyncio.create_task(_answered(front, wanted, request.headers.get("authorization", ""), identity))
+        told = partial(chunks, identity=identity, details=details)
+        if not await _ended(work, request, front.keep_alive if wanted.stream else None):
+            return _stream(events(work, told, keep_alive=front.keep_alive), {})
+        outcome = work.result()
+        if wanted.stream:
+            return _stream(events(work, told, keep_alive=front.keep_alive), headers(outcome))
+        return _Json(completion(outcome, identity, details=details), headers=headers(outcome))
+
+
+def _add_models(app: FastAPI, front: _Front) -> None:
+    @app.get("/v1/models", tags=["chat"], response_class=Response)
+    async def models(request: Request) -> Response:
+        """The LLM's models, as its server answers."""
+        found = await front.gateway.first.models(request.headers.get("authorization", ""))
+        return Response(found, media_type="application/json")
+
+
+def _add_feedback(app: FastAPI, front: _Front) -> None:
+    @app.post("/v1/feedback", tags=["feedback"], response_class=Response)
+    async def feedback(request: Request) -> Response:
+        """Takes {"id", "score"} or {"id", "reference"}: what a user thought of an answer."""
+        found = read_feedback(await _body(request, front.max_body_bytes))
+        if front.feedback is None:
+            raise GatewayError(
+                404, "feedback is not kept here; start the gateway with --feedback FOLDER", code="not_found"
+            )
+        await front.feedback.add(found)
+        return _Json({"id": found.id, "kept": True})
+
+
+def _add_probes(app: FastAPI, front: _Front) -> None:
+    @app.get("/health", tags=["probes"], response_class=Response)
+    async def health() -> Response:
+        """Whether the process lives."""
+        return _Json({"status": "ok"})
+
+    @app.get("/ready", tags=["probes"], response_class=Response)
+    async def ready() -> Response:
+        """Whether the LLM's server answers: one that wants a key, or has no list of models, does."""
+        try:
+            await front.gateway.first.models("")
+            reason = ""
+        except GatewayError as problem:
+            reason = str(problem) if problem.status in _UNREACHED else ""
+        return _Json({"ready": not reason, "reason": reason}, status_code=503 if reason else 200)
+
+    @app.get("/metrics", tags=["probes"], response_class=Response)
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(front.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _answered(front: _Front, wanted: ChatRequest, authorization: str, identity: str) -> Outcome:
+    """The outcome, counted and kept."""
+    try:
+        outcome = await front.gateway.answer(wanted, authorization)
+    except GatewayError as problem:
+        front.metrics.refused(problem)
+        raise
+    front.metrics.answered(outcome)
+    if front.feedback is not None:
+        await front.feedback.keep(outcome, identity)
+    return outcome
+
+
+async def _ended(work: "asyncio.Task[Outcome]", request: Request, timeout: float | None) -> bool:
+    """Waits for the work; False if it is still under way after `timeout` seconds.
+
+    Where the client goes away first the work is cancelled, and with it every call of the LLM: GatewayError, for nobody.
+    """
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done() and not work.done():
+            raise GatewayError(499, "the client went away")
+    except BaseException:
+        work.cancel()
+        raise
+    finally:
+        gone.cancel()
+    return work.done()
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """The body; GatewayError 413 above `most` bytes, announced or met while reading."""
+    problem = GatewayError(413, f"the body is above {most} bytes; send a shorter conversation", code="body_too_large")
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > most:
+        raise problem
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise problem
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _flag(request: Request, name: str) -> bool:
+    """A header that is 1 or 0, or true or false; GatewayError 400 for another value."""
+    value = request.headers.get(name, "0").strip().lower()
+    if value not in ("0", "1", "true", "false"):
+        raise GatewayError(400, f"the header {name} must be 1 or 0", param=name)
+    return value in ("1", "true")
+
+
+def _stream(content: AsyncIterator[str], more: Mapping[str, str]) -> StreamingResponse:
+    kept = {"cache-control": "no-cache", "x-accel-buffering": "no", **more}
+    return StreamingResponse(content, media_type="text/event-stream", headers=kept)
+
+
+class _Json(JSONResponse):
+    """JSON in ASCII, because the texts of others may hold half a character."""
+
+    def render(self, content: object) -> bytes:
+        return json.dumps(content).encode()
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    assert isinstance(error, GatewayError)  # noqa: S101 (what the handler is registered for)
+    return _Json(error.body(), status_code=error.status, headers=error.headers)
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    """What nobody foresaw; its traceback goes to the log alone."""
+    text = "the gateway met a defect of its own; its log says where"
+    return _Json(GatewayError(500, text, kind="server_error").body(), status_code=500)
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    """A path or a method that is not here, in OpenAI's shape too."""
+    assert isinstance(error, HTTPException)  # noqa: S101 (what the handler is registered for)
+    text = f"{request.method} {request.url.path}: {error.detail}; POST /v1/chat/completions is what is here"
+    return _Json(GatewayError(error.status_code, text).body(), status_code=error.status_code, headers=error.headers)

@@ -1,0 +1,152 @@
+"""What goes back for an outcome: OpenAI's chat completion, whole or in chunks, and what the gateway adds to it."""
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from serving.gateway.answering import Outcome
+
+REFUSAL = "I do not have an answer to this that is good enough to give."
+_PIECE = re.compile(r"\s*\S{1,40}\s?|\s+")
+
+
+def completion(outcome: Outcome, identity: str, *, details: bool) -> dict[str, Any]:
+    """The body of a chat completion: the best choices first, the usage of all candidates.
+
+    `details` adds `cappy`: how the answer came about, and every candidate with its scores.
+    """
+    body: dict[str, Any] = {
+        "id": identity,
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": outcome.best.model,
+        "choices": choices(outcome),
+        "usage": usage(outcome),
+    }
+    return {**body, "cappy": {**facts(outcome), "candidates": candidates(outcome)}} if details else body
+
+
+def choices(outcome: Outcome) -> list[dict[str, Any]]:
+    """The choices, best first, as the LLM's server sent them; the stated refusal where the gateway abstains."""
+    if outcome.how == "abstained":
+        message = {"role": "assistant", "content": REFUSAL, "refusal": REFUSAL}
+        return [{"index": 0, "message": message, "logprobs": None, "finish_reason": "content_filter"}]
+    return [{**draw.choice, "index": index} for index, draw in enumerate(outcome.draws[: outcome.request.count])]
+
+
+def usage(outcome: Outcome) -> dict[str, Any]:
+    """Tokens of all candidates, as their servers counted them for every call, details included."""
+    total: dict[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    for one in outcome.ledger.usages:
+        total = _added(total, one)
+    return {**total, "total_tokens": total["prompt_tokens"] + total["completion_tokens"]}
+
+
+def facts(outcome: Outcome) -> dict[str, Any]:
+    """How the answer came about, as JSON values; `limit` is null where none was reached.
+
+    `unmetered_calls` took tokens that nobody told: `usage` lacks them, the limits on money count them at their most.
+    """
+    ledger = outcome.ledger
+    return {
+        "outcome": outcome.how,
+        "stop": outcome.stop,
+        "limit": outcome.limit,
+        "score": outcome.best.value,
+        "calibrated": outcome.calibrated,
+        "scorer": outcome.scorer,
+        "sampled": len(outcome.draws),
+        "calls": ledger.calls,
+        "failed_calls": ledger.failed,
+        "unmetered_calls": ledger.unmetered,
+        "cost": round(ledger.cost, 9),
+        "seconds": round(outcome.seconds, 3),
+    }
+
+
+def headers(outcome: Outcome) -> dict[str, str]:
+    """The facts as headers, `X-Cappy-Outcome` to `X-Cappy-Seconds`; those without a value are left out."""
+    told = {name: json.dumps(fact) if not isinstance(fact, str) else fact for name, fact in facts(outcome).items()}
+    return {
+        f"X-Cappy-{name.replace('_', '-').title()}": value.encode("ascii", "replace").decode()
+        for name, value in told.items()
+        if value not in ("null", "")
+    }
+
+
+def candidates(outcome: Outcome) -> list[dict[str, Any]]:
+    """Every candidate with its scores, best first; `score` is null where it was no text that could be scored."""
+    return [
+        {
+            "content": draw.text,
+            "score": draw.score,
+            "calibrated_score": draw.value if outcome.calibrated else None,
+            "status": draw.status,
+            "finish_reason": draw.choice.get("finish_reason"),
+            "model": draw.model,
+            "seed": draw.seed,
+        }
+        for draw in outcome.draws
+    ]
+
+
+def chunks(outcome: Outcome, identity: str, *, details: bool) -> Iterator[dict[str, Any]]:
+    """The chunks of a stream: for each choice its role, its text in pieces and its finish_reason; last the usage.
+
+    The chunk that ends the first choice holds `cappy`, the facts, since a stream's headers may have gone before them.
+    """
+    head = {"id": identity, "object": "chat.completion.chunk", "created": int(time.time()), "model": outcome.best.model}
+    if outcome.request.include_usage:
+        head = {**head, "usage": None}
+    for choice in choices(outcome):
+        yield from ({**head, "choices": [part]} for part in _parts(choice))
+        end = {**head, "choices": [_part(choice, {}, finish=choice.get("finish_reason"))]}
+        if choice["index"] == 0:
+            own = {"candidates": candidates(outcome)} if details else {}
+            end["cappy"] = {**facts(outcome), **own}
+        yield end
+    if outcome.request.include_usage:
+        yield {**head, "choices": [], "usage": usage(outcome)}
+
+
+def _parts(choice: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What of a choice goes before its end: the role, the text in pieces, and whatever else its message holds."""
+    message = choice.get("message") or {}
+    content = message.get("content")
+    others = {name: value for name, value in message.items() if name not in ("role", "content") and value is not None}
+    yield _part(choice, {"role": "assistant", "content": ""})
+    if others:
+        yield _part(choice, others)
+    if choice.get("logprobs"):
+        # Their tokens are not our pieces, so both go whole.
+        yield _part(choice, {"content": content or ""}, logprobs=choice["logprobs"])
+    else:
+        yield from (_part(choice, {"content": piece}) for piece in pieces(content))
+
+
+def pieces(content: object) -> Sequence[str]:
+    """A text in pieces of about a word that add up to it; none of what is no text."""
+    return _PIECE.findall(content) if isinstance(content, str) else ()
+
+
+def _part(choice: Mapping[str, Any], delta: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "index": choice["index"],
+        "delta": dict(delta),
+        "logprobs": more.get("logprobs"),
+        "finish_reason": more.get("finish"),
+    }
+
+
+def _added(total: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers added up by name, at any depth; what is no number is left out."""
+    found = dict(total)
+    for name, value in more.items():
+        known = found.get(name)
+        if isinstance(value, dict) and isinstance(known, dict | None):
+            found[name] = _added(known or {}, value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and isinstance(known, int | float | None):
+            found[name] = (known or 0) + value
+    return found

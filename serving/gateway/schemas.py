@@ -1,0 +1,123 @@
+"""The request for a chat completion: what the gateway must understand of it; all else goes to the LLM as it is."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from serving.gateway.conversation import instruction_of
+from serving.gateway.errors import GatewayError
+
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_NO_CALLS = "calls of tools cannot be scored; ask the LLM directly for them"
+REFUSED = {
+    "tools": _NO_CALLS,
+    "functions": _NO_CALLS,
+    "function_call": _NO_CALLS,
+    "audio": "sound cannot be scored; ask the LLM directly for it",
+}
+"""Parameters that cannot be honoured, and why."""
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class _Checked(BaseModel):
+    """Types of the parameters that the gateway reads; ranges that differ by model are the LLM's to check."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    model: Annotated[str, Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    n: Count | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    seed: Annotated[int, Field(ge=-(2**62), le=2**62)] | None = None
+    logprobs: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRequest:
+    """A request that can be honoured: `body` as the client sent it, and what was read of it.
+
+    `count` is the number of choices wanted, `most_tokens` the client's own limit on a response.
+    """
+
+    body: Mapping[str, Any]
+    instruction: str
+    model: str
+    count: int
+    stream: bool
+    include_usage: bool
+    temperature: float | None
+    top_p: float | None
+    seed: int | None
+    logprobs: bool
+    most_tokens: int | None
+
+
+def read_object(data: bytes) -> dict[str, Any]:
+    """A JSON object whose numbers are finite and whose texts are whole; GatewayError 400 for anything else."""
+    try:
+        values = json.loads(data.decode("utf-8"))
+        if not isinstance(values, dict):
+            raise GatewayError(400, "the body must be a JSON object")
+        json.dumps(values, allow_nan=False, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise GatewayError(400, "a text of the body holds half a character (lone surrogate); send whole ones") from None
+    except UnicodeDecodeError:
+        raise GatewayError(400, "the body is not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        why = f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "its numbers"
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else why
+        raise GatewayError(400, f"the body is no JSON ({why}); NaN and Infinity are none either") from None
+    return values
+
+
+def read_request(data: bytes, *, most_choices: int) -> ChatRequest:
+    """The request in a body; GatewayError 400, one sentence, where it is none or asks for what cannot be had."""
+    body = read_object(data)
+    for name, why in REFUSED.items():
+        if body.get(name):
+            raise GatewayError(400, f"{name}: {why}", param=name, code="unsupported_parameter")
+    try:
+        checked = _Checked.model_validate(body)
+    except ValidationError as error:
+        raise _invalid(error) from None
+    if (checked.n or 1) > most_choices:
+        text = f"n is {checked.n}, and this gateway samples at most {most_choices} candidates; ask for fewer choices"
+        raise GatewayError(400, text, param="n")
+    if checked.stream_options is not None and not checked.stream:
+        raise GatewayError(400, "stream_options is for stream: true alone", param="stream_options")
+    options = checked.stream_options or _StreamOptions()
+    return ChatRequest(
+        body=body,
+        instruction=instruction_of(checked.messages),
+        model=checked.model,
+        count=checked.n or 1,
+        stream=bool(checked.stream),
+        include_usage=bool(options.include_usage),
+        temperature=checked.temperature,
+        top_p=checked.top_p,
+        seed=checked.seed,
+        logprobs=bool(checked.logprobs),
+        most_tokens=checked.max_completion_tokens or checked.max_tokens,
+    )
+
+
+def _invalid(error: ValidationError) -> GatewayError:
+    """Names the first field and its rule, and does not repeat what was sent."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    field = ".".join(map(str, first["loc"]))
+    return GatewayError(400, f"{field}: {first['msg']}", param=field or None)

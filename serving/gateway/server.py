@@ -1,0 +1,87 @@
+"""Loads a scorer and serves the gateway until SIGTERM."""
+
+import logging
+import signal
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from serving.gateway.answering import Gateway
+from serving.gateway.app import MAX_BODY_BYTES, create_app
+from serving.gateway.feedback import FeedbackLog
+from serving.gateway.ledger import Limits
+from serving.gateway.llm import LLM
+from serving.gateway.policy import Policy
+from serving.gateway.scoring import Scoring, load
+from serving.gateway.upstream import Upstream
+from serving.server import DRAIN_SECONDS, bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a gateway is made of; `feedback` is the folder of the feedback log, None for none."""
+
+    llm: LLM
+    scorer: str
+    calibration: Path | None = None
+    policy: Policy = field(default_factory=Policy)
+    limits: Limits = field(default_factory=Limits)
+    second: LLM | None = None
+    second_candidates: int = 1
+    feedback: Path | None = None
+    max_body_bytes: int = MAX_BODY_BYTES
+
+
+def run(settings: Settings, *, host: str = "127.0.0.1", port: int = 8090) -> None:
+    """Takes the address, loads the scorer, listens; returns when it was told to stop and has answered what it had.
+
+    ConfigError if the address cannot be had, which is found out before the scorer is loaded. SIGTERM ends the process
+    with status 0.
+    """
+    signal.signal(signal.SIGTERM, _stop)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    # It would tell every call of the LLM, with its address.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    with bound(host, port) as listener:
+        scoring = load(settings.scorer, settings.calibration)
+        feedback = FeedbackLog(settings.feedback) if settings.feedback is not None else None
+        listener.listen()
+        app = create_app(_gateway(settings, scoring), feedback=feedback, max_body_bytes=settings.max_body_bytes)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
+            )
+        )
+        sys.stderr.write(started(settings, scoring, listener) + "\n")
+        server.run(sockets=[listener])
+
+
+def started(settings: Settings, scoring: Scoring, listener: socket.socket) -> str:
+    """The line that says what is served where, and what the scores mean."""
+    found = scoring.calibration
+    scores = f"calibrated to {found.metric}" if found else "raw scores: no calibration.json beside it"
+    host, port = listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    what = f"best of {settings.policy.candidates} from {settings.llm.url}"
+    return f"cappy gateway: {what} by scorer {scoring.version() or settings.scorer} ({scores}) at {address}"
+
+
+def _gateway(settings: Settings, scoring: Scoring) -> Gateway:
+    second = settings.second
+    return Gateway(
+        first=Upstream(settings.llm),
+        scoring=scoring,
+        policy=settings.policy,
+        limits=settings.limits,
+        second=Upstream(second, name="the second LLM") if second is not None else None,
+        second_candidates=settings.second_candidates,
+    )
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """Ends with status 0; uvicorn raises the signal again after its own graceful stop, so this is the last word."""
+    raise SystemExit(0)

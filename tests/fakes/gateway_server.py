@@ -1,0 +1,60 @@
+"""The gateway on a free port of this machine, in a thread, while a test needs it."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from cappy.scoring.calibration import Calibration
+from serving.gateway.answering import Gateway
+from serving.gateway.app import create_app
+from serving.gateway.ledger import Prices
+from serving.gateway.llm import LLM
+from serving.gateway.scoring import Scoring
+from serving.gateway.upstream import Upstream
+
+PRICES = Prices(prompt=100.0, completion=1000.0)
+"""A call of the fake server with one choice (10 and 5 tokens) costs 0.006."""
+
+
+def by_number(response: str) -> float:
+    """A score that the fake server's answers bring with them: `WORDS seed/number`, seed counted tenfold."""
+    seed, _, number = response.rpartition(" ")[2].partition("/")
+    return (10 * int(seed if seed.isdigit() else 0) + int(number)) / 100
+
+
+def scoring(score: Any = by_number, calibration: Calibration | None = None) -> Scoring:
+    """A scorer of responses, by a function of one."""
+
+    async def scores(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        return [score(response) for _, response in pairs]
+
+    return Scoring(score=scores, version=lambda: "0123456789ab", calibration=calibration)
+
+
+def gateway(url: str, *, key: str = "", **settings: Any) -> Gateway:
+    """A gateway in front of the LLM at this address."""
+    first = Upstream(LLM(url=url, key=key, prices=PRICES))
+    return Gateway(**{"first": first, "scoring": scoring(), **settings})
+
+
+@contextmanager
+def listening(gateway: Gateway, **settings: Any) -> Iterator[str]:
+    """The base URL of the gateway."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(create_app(gateway, **settings), log_config=None, log_level="warning", ws="none")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + 20
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        finally:
+            server.should_exit = True
+            thread.join(20)

@@ -1,0 +1,289 @@
+"""The gateway in front of a small server that counts: which answer comes back, and what is said of it."""
+
+from http.server import BaseHTTPRequestHandler
+
+import httpx
+import openai
+import pytest
+from chat_server import Model, serving
+from gateway_server import PRICES, by_number, gateway, listening, scoring
+from local_server import handled_by
+
+from cappy.scoring.calibration import Calibration
+from serving.gateway.ledger import Limits
+from serving.gateway.llm import LLM
+from serving.gateway.policy import Policy
+from serving.gateway.upstream import Upstream
+
+HALVES = Calibration((0.0, 1.0), (0.0, 0.5), metric="rougeL", fitted_on=10)
+
+
+def ask(url: str, text: str = "hello", *, details: bool = True, **more: object) -> httpx.Response:
+    body = {"model": "m", "messages": [{"role": "user", "content": text}], **more}
+    headers = {"X-Cappy-Candidates": "1"} if details else {}
+    return httpx.post(f"{url}/chat/completions", json=body, headers=headers, timeout=30)
+
+
+def test_the_best_of_all_candidates_comes_back_as_the_server_sent_it() -> None:
+    model = Model()
+    with serving(model) as upstream, listening(gateway(upstream, policy=Policy(candidates=5, min_gain=0))) as url:
+        answer = ask(url, seed=3)
+    body = answer.json()
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "finish_reason": "stop",
+            "logprobs": None,
+            "message": {"role": "assistant", "content": " HELLO 7/0 ", "refusal": None},
+        }
+    ]
+    assert [(one["content"], one["score"]) for one in body["cappy"]["candidates"]] == [
+        ("HELLO 7/0", 0.7),
+        ("HELLO 3/3", 0.33),
+        ("HELLO 3/2", 0.32),
+        ("HELLO 3/1", 0.31),
+        ("HELLO 3/0", 0.3),
+    ]
+    assert [(asked.get("n"), asked["seed"]) for asked in model.asked] == [(4, 3), (None, 7)]
+    assert (body["model"], body["object"]) == ("m-2026", "chat.completion")
+
+
+def test_usage_and_cost_are_those_of_every_call() -> None:
+    with serving(Model()) as upstream, listening(gateway(upstream, policy=Policy(candidates=6, min_gain=0))) as url:
+        answer = ask(url)
+    assert answer.json()["usage"] == {"prompt_tokens": 20, "completion_tokens": 30, "total_tokens": 50}
+    assert float(answer.headers["x-cappy-cost"]) == pytest.approx(PRICES.cost(20, 30))
+    assert (answer.headers["x-cappy-calls"], answer.headers["x-cappy-sampled"]) == ("2", "6")
+
+
+@pytest.mark.parametrize("how", ["refused", "ignores_n", "copies_n"])
+def test_a_server_that_takes_no_n_is_asked_one_by_one_and_never_again_for_more(how: str) -> None:
+    model = Model(refused=("n",)) if how == "refused" else Model(**{how: True})
+    with serving(model) as upstream, listening(gateway(upstream, policy=Policy(candidates=4, min_gain=0))) as url:
+        first, again = ask(url, seed=1), ask(url, seed=1)
+    assert [one["content"] for one in again.json()["cappy"]["candidates"]] == [f"HELLO {n}/0" for n in (4, 3, 2, 1)]
+    assert len(first.json()["cappy"]["candidates"]) == 4
+    assert [one.get("n") for one in model.asked].count(4) == 1
+    assert again.headers["x-cappy-failed-calls"] == first.headers["x-cappy-failed-calls"] == "0"
+
+
+def test_sampling_stops_at_a_score_that_is_good_enough() -> None:
+    model = Model()
+    policy = Policy(candidates=8, round_size=2, threshold=0.2, min_gain=0)
+    with serving(model) as upstream, listening(gateway(upstream, policy=policy)) as url:
+        answer = ask(url, seed=0)
+    assert (answer.headers["x-cappy-stop"], answer.headers["x-cappy-sampled"]) == ("threshold", "4")
+
+
+def test_the_threshold_is_on_the_calibrated_score_and_the_pick_on_the_scorers() -> None:
+    level = Calibration((0.0, 1.0), (0.3, 0.3), metric="rougeL", fitted_on=10)
+    for calibration, sampled in ((HALVES, "6"), (level, "4")):
+        policy = Policy(candidates=8, round_size=2, threshold=0.2 if calibration is HALVES else 0.4, min_gain=0.001)
+        behind = scoring(calibration=calibration)
+        with serving(Model()) as upstream, listening(gateway(upstream, policy=policy, scoring=behind)) as url:
+            body = ask(url, seed=0).json()
+        assert body["choices"][0]["message"]["content"] == f" HELLO {int(sampled) - 2}/1 "
+        best = body["cappy"]["candidates"][0]
+        assert best["calibrated_score"] == pytest.approx(calibration.apply([best["score"]])[0])
+        assert (body["cappy"]["calibrated"], str(body["cappy"]["sampled"])) == (True, sampled)
+
+
+def test_sampling_stops_where_another_sample_promises_too_little() -> None:
+    behind = scoring(lambda _: 0.5)
+    with serving(Model()) as upstream, listening(gateway(upstream, scoring=behind)) as url:
+        answer = ask(url)
+    assert (answer.headers["x-cappy-stop"], answer.headers["x-cappy-sampled"]) == ("gain", "4")
+
+
+def test_a_request_without_randomness_is_sampled_once() -> None:
+    with serving(Model()) as upstream, listening(gateway(upstream)) as url:
+        answer = ask(url, temperature=0)
+    assert (answer.headers["x-cappy-stop"], answer.headers["x-cappy-sampled"]) == ("temperature", "1")
+
+
+def test_n_choices_are_the_n_best_and_are_sampled_whatever_stops_earlier() -> None:
+    policy = Policy(candidates=8, round_size=1, threshold=0.0)
+    with serving(Model()) as upstream, listening(gateway(upstream, policy=policy)) as url:
+        body = ask(url, n=3, seed=0).json()
+        too_many = ask(url, n=9)
+    assert [(choice["index"], choice["message"]["content"]) for choice in body["choices"]] == [
+        (0, " HELLO 0/2 "),
+        (1, " HELLO 0/1 "),
+        (2, " HELLO 0/0 "),
+    ]
+    assert too_many.status_code == 400
+    assert too_many.json()["error"]["param"] == "n"
+
+
+def test_logprobs_and_whatever_else_the_server_knows_pass_through() -> None:
+    model = Model()
+    with serving(model) as upstream, listening(gateway(upstream)) as url:
+        body = ask(url, logprobs=True, response_format={"type": "json_object"}, top_k=5, user="u").json()
+    assert len(body["choices"][0]["logprobs"]["content"]) == 2
+    sent = model.asked[0]
+    assert (sent["logprobs"], sent["top_k"], sent["user"]) == (True, 5, "u")
+    assert sent["response_format"] == {"type": "json_object"}
+
+
+def test_without_the_header_the_body_is_openais_alone() -> None:
+    with serving(Model()) as upstream, listening(gateway(upstream)) as url:
+        answer = ask(url, details=False)
+        odd = httpx.post(f"{url}/chat/completions", json={}, headers={"X-Cappy-Candidates": "yes"})
+    assert set(answer.json()) == {"id", "object", "created", "model", "choices", "usage"}
+    assert odd.status_code == 400
+
+
+@pytest.mark.parametrize("word", ["refuse", "filtered", "blank"])
+def test_where_no_candidate_can_be_scored_the_servers_own_answer_is_given(word: str) -> None:
+    policy = Policy(candidates=4, floor=0.5)
+    with serving(Model()) as upstream, listening(gateway(upstream, policy=policy)) as url:
+        answer = ask(url, word)
+    assert answer.headers["x-cappy-outcome"] == "unscored"
+    assert "x-cappy-score" not in answer.headers
+    assert {one["score"] for one in answer.json()["cappy"]["candidates"]} == {None}
+    assert answer.json()["choices"][0]["message"]["content"] in (None, "")
+
+
+def test_below_the_floor_the_answer_is_a_stated_refusal() -> None:
+    with serving(Model()) as upstream, listening(gateway(upstream, policy=Policy(floor=0.5, min_gain=0))) as url:
+        answer = ask(url, seed=0)
+    choice = answer.json()["choices"][0]
+    assert (answer.headers["x-cappy-outcome"], choice["finish_reason"]) == ("abstained", "content_filter")
+    assert choice["message"]["refusal"] == choice["message"]["content"] != ""
+    assert answer.json()["usage"]["completion_tokens"] == 40
+
+
+def test_below_the_floor_a_second_llm_is_asked_with_its_own_key_and_the_best_of_all_is_given() -> None:
+    first, second = Model(), Model()
+    policy = Policy(candidates=2, floor=0.5)
+    with serving(first) as upstream, serving(second) as other:
+        for key, best in (("second-key", "SEED"), ("", "SEED")):
+            llm = LLM(url=other, model="big", key=key, passes_key=False, prices=PRICES)
+            behind = scoring(lambda text: by_number(text) + 0.1 * (len(first.asked) and "0/0" in text))
+            made = gateway(upstream, policy=policy, second=Upstream(llm), scoring=behind)
+            with listening(made) as url:
+                body = {"model": "m", "messages": [{"role": "user", "content": "seed"}], "seed": 0}
+                answer = httpx.post(
+                    f"{url}/chat/completions", json=body, headers={"Authorization": "Bearer client-key"}
+                )
+            assert answer.headers["x-cappy-outcome"] == "escalated"
+            assert answer.json()["choices"][0]["message"]["content"].strip().startswith(best)
+            assert answer.headers["x-cappy-sampled"] == "3"
+            assert answer.json()["usage"]["prompt_tokens"] == 20
+    assert first.keys == {"client-key"}
+    assert second.keys == {"second-key", ""}
+    assert {asked["model"] for asked in second.asked} == {"big"}
+
+
+def test_a_second_llm_that_fails_leaves_the_best_of_the_first() -> None:
+    dead = Upstream(LLM(url="http://127.0.0.1:9/v1", model="big", passes_key=False))
+    made = {"policy": Policy(candidates=2, floor=0.5), "second": dead}
+    with serving(Model()) as upstream, listening(gateway(upstream, **made)) as url:
+        answer = ask(url, seed=0)
+    assert answer.headers["x-cappy-outcome"] == "escalation-failed"
+    assert answer.json()["choices"][0]["message"]["content"] == " HELLO 0/1 "
+
+
+def test_the_limit_on_tokens_ends_sampling_and_is_told() -> None:
+    model = Model()
+    limited = {"policy": Policy(candidates=8, min_gain=0), "limits": Limits(tokens=27)}
+    with serving(model) as upstream, listening(gateway(upstream, **limited)) as url:
+        answer = ask(url, max_tokens=6)
+    assert (answer.headers["x-cappy-limit"], answer.headers["x-cappy-stop"]) == ("tokens", "limit")
+    assert answer.json()["usage"]["completion_tokens"] == 25
+    assert [asked["max_tokens"] for asked in model.asked] == [6, 6]
+
+
+def test_a_response_that_the_limit_cuts_says_so() -> None:
+    model = Model()
+    with serving(model) as upstream, listening(gateway(upstream, limits=Limits(tokens=20))) as url:
+        answer = ask(url, "long")
+    assert answer.headers["x-cappy-limit"] == "tokens"
+    assert [asked["max_tokens"] for asked in model.asked] == [20]
+
+
+def test_the_limit_on_time_gives_the_best_of_what_is_there_and_else_an_error() -> None:
+    model = Model(refused=("n",), latency=0.3)
+    limited = {"policy": Policy(candidates=100, round_size=1, min_gain=0), "limits": Limits(seconds=1.5)}
+    with serving(model) as upstream, listening(gateway(upstream, **limited)) as url:
+        answer = ask(url)
+        model.latency = 3.0
+        none = ask(url)
+    assert (answer.status_code, answer.headers["x-cappy-limit"]) == (200, "seconds")
+    assert 1 <= int(answer.headers["x-cappy-sampled"]) <= 5
+    assert answer.headers["x-cappy-unmetered-calls"] == "1"
+    assert none.status_code == 504
+    assert "raise --max-seconds" in none.json()["error"]["message"]
+
+
+def test_limits_on_money_hold_for_a_request_and_for_all() -> None:
+    made = {"policy": Policy(candidates=8, round_size=1, min_gain=0)}
+    with serving(Model()) as upstream:
+        made["limits"] = Limits(money=0.02)
+        with listening(gateway(upstream, **made)) as url:
+            answer = ask(url, max_tokens=5)
+        assert answer.headers["x-cappy-limit"] == "money"
+        assert float(answer.headers["x-cappy-cost"]) <= 0.02
+        made["limits"] = Limits(total_money=0.02)
+        with listening(gateway(upstream, **made)) as url:
+            first, second = ask(url, max_tokens=5), ask(url, max_tokens=5)
+    assert first.headers["x-cappy-limit"] == "total-money"
+    assert float(first.headers["x-cappy-cost"]) <= 0.02
+    assert second.status_code == 429
+    assert second.json()["error"]["code"] == "insufficient_quota"
+    assert second.headers["x-should-retry"] == "false"
+
+
+def test_a_scorer_that_answers_no_number_is_an_error_and_no_guess() -> None:
+    with serving(Model()) as upstream, listening(gateway(upstream, scoring=scoring(lambda _: float("nan")))) as url:
+        answer = ask(url)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "scorer_error"
+
+
+def test_health_and_metrics_are_told() -> None:
+    with serving(Model()) as upstream, listening(gateway(upstream, policy=Policy(min_gain=0))) as url:
+        root = url.removesuffix("/v1")
+        ask(url)
+        assert httpx.get(f"{root}/health").json() == {"status": "ok"}
+        text = httpx.get(f"{root}/metrics").text
+    for line in (
+        'cappy_gateway_requests_total{outcome="answered"} 1.0',
+        "cappy_gateway_samples_total 8.0",
+        'cappy_gateway_stops_total{reason="candidates"} 1.0',
+        'cappy_gateway_tokens_total{kind="completion"} 40.0',
+        "cappy_gateway_seconds_count 1.0",
+    ):
+        assert line in text
+
+
+def test_models_pass_through_and_readiness_says_whether_the_server_answers() -> None:
+    status, keys = 200, []
+
+    class Models(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            keys.append(self.headers["Authorization"])
+            known = b'{"object": "list", "data": [{"id": "m-1", "object": "model", "created": 0, "owned_by": "us"}]}'
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(known if status == 200 else b"client-key is wrong")
+
+    with handled_by(Models) as upstream, listening(gateway(f"{upstream}/v1")) as url:
+        ready = f"{url.removesuffix('/v1')}/ready"
+        with openai.OpenAI(base_url=url, api_key="client-key", max_retries=0) as client:
+            assert [model.id for model in client.models.list()] == ["m-1"]
+            assert httpx.get(ready).json() == {"ready": True, "reason": ""}
+            status = 401
+            with pytest.raises(openai.AuthenticationError, match=r"the LLM answered 401: \*\*\* is wrong"):
+                client.models.list()
+            assert httpx.get(ready).status_code == 200
+            status = 503
+            assert httpx.get(ready).status_code == 503
+    assert set(keys) == {"Bearer client-key", None}
+    with listening(gateway("http://127.0.0.1:9/v1")) as url:
+        unready = httpx.get(f"{url.removesuffix('/v1')}/ready")
+    assert unready.status_code == 503
+    assert "cannot be reached" in unready.json()["reason"]

@@ -1,0 +1,253 @@
+"""The feedback log: what was answered, what users said of it, and that the house reads it."""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow.parquet as pq
+import pytest
+from chat_server import Model, serving
+from gateway_server import gateway, listening
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cappy import annotation, preparation
+from cappy.errors import FolderError, RecordError
+from cappy.records import Candidate, Instance, read, read_manifest
+from cappy.records.folder import verify
+from serving.gateway.feedback import FeedbackLog
+from serving.gateway.policy import Policy
+from serving.gateway.shelf import Answer, Shelf
+
+
+@contextlib.contextmanager
+def kept(folder: Path) -> Iterator[str]:
+    """The base URL of a gateway that keeps its answers there."""
+    made = {"policy": Policy(candidates=3, min_gain=0)}
+    with serving(Model()) as upstream, listening(gateway(upstream, **made), feedback=FeedbackLog(folder)) as url:
+        yield url
+
+
+def ask(url: str, text: str, **more: object) -> dict[str, Any]:
+    body = {"model": "m", "messages": [{"role": "user", "content": text}], "temperature": 0.5, **more}
+    answer: dict[str, Any] = httpx.post(f"{url}/chat/completions", json=body).json()
+    return answer
+
+
+def tell(url: str, **feedback: object) -> httpx.Response:
+    return httpx.post(f"{url}/feedback", json=feedback)
+
+
+def test_every_answer_is_kept_with_its_candidates_and_their_scores(tmp_path: Path) -> None:
+    with kept(tmp_path) as url:
+        identity = ask(url, "hello", seed=1)["id"]
+    verify(tmp_path / "answers")
+    (row,) = rows_of(tmp_path / "answers")
+    assert (row["instance_id"], row["instruction"], row["references"]) == (identity, "hello", [])
+    best = row["candidates"][0]
+    assert (best["response"], best["source"], best["status"]) == ("HELLO 1/2", "llm", "ok")
+    assert best["scores"] == [("0123456789ab", 0.12)]
+    assert best["generator"].startswith("openai:m@http://127.0.0.1")
+    assert (best["revision"], best["decoding"], best["seed"]) == ("m-2026", "temperature=0.5", 1)
+    assert len(row["candidates"]) == 3
+
+
+def test_what_is_not_rated_is_no_instance_and_says_what_to_add(tmp_path: Path) -> None:
+    with kept(tmp_path) as url:
+        ask(url, "hello")
+    with pytest.raises(RecordError, match="no reference; give at least one accepted answer"):
+        list(read(tmp_path / "answers"))
+    assert not (tmp_path / "rated/manifest.json").exists()
+
+
+def test_a_reference_makes_an_instance_that_annotation_and_preparation_read(tmp_path: Path) -> None:
+    with kept(tmp_path / "log") as url:
+        for number in range(12):
+            identity = ask(url, f"say {number}")["id"]
+            assert tell(url, id=identity, reference=f"SAY {number}").json() == {"id": identity, "kept": True}
+    folder = tmp_path / "log/referenced"
+    instances = list(read(folder))
+    assert {one.references for one in instances} == {(f"SAY {number}",) for number in range(12)}
+    assert {one.split for one in instances} > {"train"}
+    annotated = annotation.run(
+        annotation.AnnotationConfig(source=folder, target=tmp_path / "labels", work=tmp_path / "work")
+    )
+    assert annotated.rows == 12
+    labelled = next(iter(read(tmp_path / "labels")))
+    assert max(one.labels["rougeL"] for one in labelled.candidates if one.source == "llm") > 0
+    preparation.run(
+        preparation.PreparationConfig(source=str(folder), target=tmp_path / "prepared", work=tmp_path / "work")
+    )
+
+
+def test_scores_label_the_rated_choices_and_the_last_word_counts(tmp_path: Path) -> None:
+    with kept(tmp_path / "log") as url:
+        identity = ask(url, "hello", n=2)["id"]
+        for choice, score in ((0, 1.0), (1, 0.0), (0, 0.25)):
+            assert tell(url, id=identity, score=score, choice=choice).status_code == 200
+    (instance,) = read(tmp_path / "log/rated")
+    assert [(one.response, one.labels["given"]) for one in instance.candidates] == [
+        ("HELLO None/1", 0.0),
+        ("HELLO None/2", 0.25),
+    ]
+    annotated = annotation.AnnotationConfig(
+        source=tmp_path / "log/rated", target=tmp_path / "labels", metric="given", work=tmp_path / "work"
+    )
+    assert annotation.run(annotated).rows == 1
+
+
+def test_feedback_outlives_a_restart(tmp_path: Path) -> None:
+    with kept(tmp_path) as url:
+        identity = ask(url, "hello")["id"]
+    with kept(tmp_path) as url:
+        other = ask(url, "other")["id"]
+        assert tell(url, id=identity, score=0.5).status_code == 200
+        assert tell(url, id=identity, reference="HELLO").status_code == 200
+    assert [one.instance_id for one in read(tmp_path / "rated")] == [identity]
+    assert [one["instance_id"] for one in rows_of(tmp_path / "answers")] == [identity, other]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"id": "chatcmpl-none", "score": 1}, 404),
+        ({"id": "x"}, 400),
+        ({"id": "x", "score": 1, "reference": "y"}, 400),
+        ({"id": "x", "score": 1.5}, 400),
+        ({"id": "x", "reference": "  "}, 400),
+        ({"id": "x", "score": True}, 400),
+        ({"score": 1}, 400),
+        ({"id": "x", "score": 1, "other": 1}, 400),
+        ([], 400),
+    ],
+)
+def test_feedback_of_another_shape_is_refused(tmp_path: Path, body: object, status: int) -> None:
+    with kept(tmp_path) as url:
+        answer = httpx.post(f"{url}/feedback", json=body)
+        far = tell(url, id=ask(url, "hello")["id"], score=1, choice=9)
+    assert (answer.status_code, set(answer.json())) == (status, {"error"})
+    assert far.status_code == 400
+    assert not (tmp_path / "rated/manifest.json").exists()
+
+
+def test_nothing_is_kept_unless_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with serving(Model()) as upstream, listening(gateway(upstream)) as url:
+        identity = ask(url, "hello")["id"]
+        answer = tell(url, id=identity, score=1)
+    assert answer.status_code == 404
+    assert "--feedback FOLDER" in answer.json()["error"]["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_is_given_where_the_disk_refuses_to_keep_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise FolderError("no room left on the disk")
+
+    monkeypatch.setattr(Shelf, "put", full)
+    with kept(tmp_path) as url:
+        assert "choices" in ask(url, "hello")
+    assert "an answer was not kept" in caplog.text
+
+
+def row(number: int, text: str = "x") -> Answer:
+    candidate = Candidate(response=text, scores={"v": 0.5})
+    return Answer(instance_id=f"id-{number}", instruction="i", candidates=(candidate,), group_id="g", split="train")
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    files = read_manifest(folder).files
+    return [one for file in files for one in pq.read_table(folder / file.name).to_pylist()]
+
+
+def rows_on_disk(folder: Path) -> dict[str, str]:
+    if not (folder / "manifest.json").exists():
+        return {}
+    verify(folder)
+    rows = rows_of(folder)
+    found = {one["instance_id"]: one["candidates"][0]["response"] for one in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from("abc"), st.sampled_from(["put", "flush", "open again"]))))
+def test_a_shelf_holds_the_last_row_of_each_id_whatever_happens_between(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, str, str]]
+) -> None:
+    folder = tmp_path_factory.mktemp("shelf")
+    shelf, expected = Shelf(folder, part_rows=3), {}
+    for number, text, step in steps:
+        if step == "put":
+            shelf.put(row(number, text))
+            expected[f"id-{number}"] = text
+        elif step == "flush":
+            shelf.flush()
+            assert rows_on_disk(folder) == expected
+        else:
+            shelf.close()
+            shelf = Shelf(folder, part_rows=3)
+        assert len(shelf._open) < 3
+        for identity, text in expected.items():
+            found = shelf.get(identity)
+            assert found is not None
+            assert found.candidates[0].response == text
+    shelf.close()
+    assert rows_on_disk(folder) == expected
+    assert shelf.get("id-none") is None
+
+
+def _die_while_writing(folder: Path, step: int) -> None:
+    from cappy.records import folder as records
+
+    shelf = Shelf(folder, part_rows=3)
+    replaced = 0
+    replace = Path.replace
+
+    def dying(self: Path, target: Path) -> Path:
+        nonlocal replaced
+        replaced += 1
+        if replaced > step:
+            os._exit(9)
+        return replace(self, target)
+
+    records.Path.replace = dying  # type: ignore[method-assign]
+    for number in range(20):
+        shelf.put(row(number))
+        shelf.flush()
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 5, 6, 9])
+def test_a_crash_at_any_moment_leaves_a_whole_folder(tmp_path: Path, step: int) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_die_while_writing, args=(tmp_path, step))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 9
+    before = rows_on_disk(tmp_path)
+    assert len(before) == step // 2
+    shelf = Shelf(tmp_path, part_rows=3)
+    shelf.put(row(100))
+    shelf.close()
+    assert rows_on_disk(tmp_path) == before | {"id-100": "x"}
+    named = {file.name for file in read_manifest(tmp_path).files}
+    assert {path.name for path in tmp_path.glob("part-*")} == named
+
+
+def test_one_folder_is_of_one_gateway(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    with pytest.raises(FolderError, match="another gateway writes there; give each a folder of its own"):
+        Shelf(tmp_path)
+    shelf.close()
+    Shelf(tmp_path).close()
+
+
+def test_an_answer_has_the_columns_of_an_instance() -> None:
+    names = [field.name for field in dataclasses.fields(Answer)]
+    assert set(names) == {field.name for field in dataclasses.fields(Instance)}

@@ -1,0 +1,190 @@
+"""`cappy gateway` as a process of its own, with the built-in scorer; and where scores come from."""
+
+import asyncio
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from chat_server import Model, serving
+from local_server import handled_by
+
+import serving as service
+from cappy.errors import ConfigError
+from cappy.scoring.calibration import Calibration
+from serving.gateway.errors import GatewayError
+from serving.gateway.scoring import load
+
+CANARY = "sk-canary-4f1d9a"
+PROGRAM = "from cappy.cli import main; main()"
+Start = Callable[..., tuple["subprocess.Popen[str]", str, str]]
+
+
+def command(*words: object, **environment: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "gateway", *map(str, words)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )
+
+
+def lengths(pairs: list[tuple[str, str]]) -> list[float]:
+    return [float(len(response)) for _, response in pairs]
+
+
+@pytest.fixture
+def scorer() -> Iterator[str]:
+    """The address of a service that scores responses by their length."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        app = service.create_app(lengths, version="a" * 12)
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture
+def start(scorer: str) -> Iterator[Start]:
+    processes: list[subprocess.Popen[str]] = []
+
+    def started(*words: object, **environment: str) -> tuple["subprocess.Popen[str]", str, str]:
+        process = command(*words, "--scorer", scorer, "--port", 0, **environment)
+        processes.append(process)
+        assert process.stderr is not None
+        assert select.select([process.stderr], [], [], 60)[0]
+        line = process.stderr.readline()
+        address = re.search(r" at (http://127\.0\.0\.1:\d+/v1)\n", line)
+        assert address, line + process.stderr.read()
+        return process, address[1], line
+
+    yield started
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def ask(url: str, **more: object) -> httpx.Response:
+    body = {"model": "m", "messages": [{"role": "user", "content": "Sort: pear fig"}], **more}
+    return httpx.post(f"{url}/chat/completions", json=body, timeout=30)
+
+
+def test_the_command_answers_says_what_its_scores_are_and_sigterm_lets_a_request_finish(
+    start: Start, tmp_path: Path
+) -> None:
+    model = Model(latency=1.0)
+    calibrated = Calibration((0.0, 1.0), (0.0, 0.9), metric="rougeL", fitted_on=9)
+    (tmp_path / "calibration.json").write_text(calibrated.to_json())
+    with serving(model) as upstream:
+        words = ("--upstream", upstream, "--key-variable", "MY_KEY", "--feedback", tmp_path / "log")
+        process, url, line = start(*words, "--calibration", tmp_path, MY_KEY=CANARY)
+        assert line.startswith(f"cappy gateway: best of 8 from {upstream} by scorer aaaaaaaaaaaa ")
+        assert "(calibrated to rougeL)" in line
+        answers: list[httpx.Response] = []
+        request = threading.Thread(target=lambda: answers.append(ask(url)))
+        request.start()
+        deadline = time.monotonic() + 10
+        while not model.asked and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        request.join(20)
+        _, log = process.communicate(timeout=20)
+    assert [answer.status_code for answer in answers] == [200]
+    assert answers[0].headers["x-cappy-calibrated"] == "true"
+    assert process.returncode == 0
+    assert model.keys == {CANARY}
+    assert CANARY not in log + line
+    assert "Traceback" not in log
+    assert (tmp_path / "log/answers/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--upstream", "localhost"], "'localhost': an LLM's address is http://host:port/v1"),
+        (["--upstream", "http://u:p@h/v1"], "openai: the address of h carries a name, a password or a key"),
+        (["--upstream", "http://h/v1", "--key-variable", "NOT_SET"], "NOT_SET is not set; put the key of http://h/v1"),
+        (["--upstream", "http://h/v1", "--escalate-to", "http://g/v1"], "a second LLM is asked below --floor"),
+        (["--upstream", "http://h/v1", "--max-cost", "1"], "limits on money need prices; give --price-prompt"),
+        (["--upstream", "http://h/v1", "--floor", "0.9", "--threshold", "0.5"], "--floor 0.9 is above --threshold 0.5"),
+        (
+            ["--upstream", "http://h/v1", "--scorer", "http://127.0.0.1:9"],
+            "http://127.0.0.1:9: no scorer answers there",
+        ),
+        (["--upstream", "http://h/v1", "--scorer", "builtin", "--calibration", "."], ".: holds no calibration.json"),
+    ],
+)
+def test_what_a_person_can_mend_is_one_line(
+    words: list[str], line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cappy.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["gateway", *words, "--port", "0"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    told = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert told.startswith(f"cappy gateway: {line}")
+    assert told.count("\n") == 1
+
+
+def test_the_builtin_scorer_scores_as_it_does_alone_and_has_no_calibration() -> None:
+    from cappy.scoring import Scorer
+
+    found = load("builtin")
+    pairs = [("Sort: pear fig", "fig pear"), ("Sort: pear fig", "pear fig")]
+    assert asyncio.run(found(pairs)) == Scorer.load("builtin").score(pairs)
+    assert found.calibration is None
+    assert found.version() == Scorer.load("builtin").version
+
+
+def test_scores_of_a_running_service_are_asked_over_http(scorer: str) -> None:
+    with asyncio.Runner() as loop:
+        found = load(scorer)
+        pairs = [("a", "x" * length) for length in range(1500)]
+        assert loop.run(found(pairs)) == lengths(pairs)
+        assert found.version() == "a" * 12
+        loop.run(found.close())
+
+
+def test_a_service_that_does_not_score_is_told_with_its_remedy() -> None:
+    class Broken(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            data = b'{"scores": [1.0], "version": "v"}' if answers.pop(0) else b"{}"
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    answers = [True, False, True, False]
+    with handled_by(Broken) as url, asyncio.Runner() as loop:
+        found = load(url)
+        with pytest.raises(GatewayError, match="the scorer does not answer .*; see that cappy serve runs") as error:
+            loop.run(found([("a", "b")]))
+        assert error.value.status == 503
+        with pytest.raises(GatewayError, match="no finite numbers, one per candidate") as error:
+            loop.run(found([("a", "b"), ("a", "c")]))
+        assert error.value.status == 500
+        loop.run(found.close())
+        with pytest.raises(ConfigError, match="no scorer answers there .*; start it: cappy serve"):
+            load(url)
