@@ -6,7 +6,8 @@
     ├── FolderError       a folder of records, a scorer or a report is unfinished, damaged or busy
     ├── GeneratorError    an LLM could not be reached, or refused
     ├── TrainingError     training had to stop: the loss is no number, memory ran out, a rank or the machine went
-    └── RegistryError     MLflow could not be reached, or does not know the version
+    └── RegistryError     MLflow does not know the version, or holds another one than was registered
+        └── UnreachableError  MLflow or its store did not answer; it may do so later
 
 The text of each is one line: what (file, line, field), what was wrong (the value), what to do. The command line
 prints it on stderr and exits with 1. Every other exception is a defect of ours and keeps its traceback.
@@ -38,7 +39,11 @@ class TrainingError(CappyError):
 
 
 class RegistryError(CappyError):
-    """MLflow could not be reached, or does not know the version."""
+    """MLflow could not be reached, does not know the version, or holds another one than was registered."""
+
+
+class UnreachableError(RegistryError):
+    """MLflow or its store did not answer; it may do so later."""
 
 
 def shown(value: object, limit: int = 60) -> str:

@@ -19,6 +19,7 @@ from cappy.records.folder import describe_files, write_bytes
 from cappy.registry.models import Version
 from cappy.registry.promotion import read_version
 from cappy.registry.registration import TrackingUri
+from cappy.scoring.probe import PROBE, Triple, read_probe
 
 __all__ = ["DeploymentConfig", "run"]
 
@@ -134,17 +135,16 @@ def deployed(config: DeploymentConfig, version: Version, scorer: Path, folder: P
     return {"command": f"cappy serve --scorer {version.served_as} --port {config.port}"}
 
 
-def read_probes(report: Path) -> list[tuple[str, str, float]]:
+def read_probes(report: Path) -> list[Triple]:
     """The (instruction, response, score) triples of an evaluation; FolderError if there are none."""
     read_manifest(report)
-    path = report / "probe.json"
-    triples: list[Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    triples = read_probe(report)
     if not triples:
-        raise FolderError(f"{path}: holds no stored pair to check the version against; evaluate again")
-    return [(instruction, response, float(score)) for instruction, response, score in triples]
+        raise FolderError(f"{report / PROBE}: holds no stored pair to check the version against; evaluate again")
+    return triples
 
 
-def largest_difference(folder: Path, probes: list[tuple[str, str, float]], uri: str) -> float:
+def largest_difference(folder: Path, probes: list[Triple], uri: str) -> float:
     """How far the scores of the scorer in `folder` are from the stored ones; FolderError beyond its precision."""
     from cappy.scoring import Scorer
 

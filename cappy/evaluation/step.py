@@ -23,10 +23,10 @@ from cappy.records import Instance, Manifest, read, read_manifest
 from cappy.records.folder import MANIFEST, describe_files, write_bytes
 from cappy.records.work import claim, finish
 from cappy.scoring.calibration import CALIBRATION
+from cappy.scoring.probe import PROBE, Triple
 from cappy.specs import scorer_folder
 
 NUM_PROBES = 32
-Triple = tuple[str, str, float]
 
 
 def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: Load, trained_on: TrainedOn) -> Manifest:
@@ -138,7 +138,7 @@ def probe(instances: Sequence[Instance], score: Score, *, seed: int, count: int 
 
 def write_probe(folder: Path, triples: Sequence[Triple]) -> None:
     """Writes probe.json."""
-    write_bytes(folder / "probe.json", json.dumps(triples, ensure_ascii=False, indent=1).encode())
+    write_bytes(folder / PROBE, json.dumps(triples, ensure_ascii=False, indent=1).encode())
 
 
 def write_report(folder: Path, report: Report) -> None:

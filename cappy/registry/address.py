@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cappy.errors import RegistryError
+from cappy.errors import UnreachableError
 
 DATABASE = Path(".cappy/mlflow.db")
 REACH_SECONDS = 4.0
@@ -66,7 +66,7 @@ def _check_database(address: str, path: Path) -> None:
             connection.close()
     except (OSError, sqlite3.Error) as error:
         remedy = "choose a file that may be written, with --tracking-uri or MLFLOW_TRACKING_URI"
-        raise RegistryError(f"{address}: MLflow's database cannot be opened ({error}); {remedy}") from error
+        raise UnreachableError(f"{address}: MLflow's database cannot be opened ({error}); {remedy}") from error
 
 
 def _check_server(address: str) -> None:
@@ -80,6 +80,6 @@ def _check_server(address: str) -> None:
         finally:
             connection.close()
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise RegistryError(
+        raise UnreachableError(
             f"{without_password(address)}: MLflow does not answer ({error or type(error).__name__}); {_REMEDY}"
         ) from error

@@ -22,7 +22,7 @@ import sqlalchemy.exc
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from cappy.errors import RegistryError, shown
+from cappy.errors import UnreachableError, shown
 from cappy.registry.address import artifact_root, check, database, without_password
 
 __all__ = ["MlflowException", "connected", "experiment_id", "metric_key"]
@@ -32,7 +32,7 @@ _REFUSED = re.compile(r"[^\w\-. :/]")
 
 @contextlib.contextmanager
 def connected(tracking_uri: str) -> Iterator[Any]:
-    """An MlflowClient for a block whose MLflow errors become RegistryError; fails within seconds if unreachable."""
+    """An MlflowClient for a block whose MLflow errors become UnreachableError; fails within seconds if unreachable."""
     address = check(tracking_uri)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -45,7 +45,7 @@ def connected(tracking_uri: str) -> Iterator[Any]:
         yield client
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
         reason = without_password(" ".join(str(error).split()))
-        raise RegistryError(
+        raise UnreachableError(
             f"{without_password(address)}: MLflow refused ({shown(reason, 200)}); see its log, then run again"
         ) from error
 

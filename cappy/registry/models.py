@@ -3,12 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cappy.scoring.calibration import CALIBRATION
+from cappy.scoring.probe import PROBE
+
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 MANIFEST_TAG = "cappy.manifest"
-CALIBRATION_TAG = "cappy.calibration"
 FORMER_TAG = "cappy.former"
 RUN_TAG = "cappy.run"
+EVALUATED = {CALIBRATION: "cappy.calibration", PROBE: "cappy.probe"}
+"""Files that an evaluation wrote and that travel with the scorer; its manifest, which is older, does not name them.
+
+Each has its sha256 in a tag of the version.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +40,9 @@ class Version:
 
     @property
     def content(self) -> str:
-        """A name that changes with the scorer and with its calibration, which is no file of the manifest."""
-        return "-".join(filter(None, (self.manifest_hash, self.tags.get(CALIBRATION_TAG, "")[:12])))
+        """A name that changes with the scorer and with what its evaluation left beside it."""
+        beside = (self.tags.get(tag, "")[:12] for tag in EVALUATED.values())
+        return "-".join(filter(None, (self.manifest_hash, *beside)))
 
     @property
     def former(self) -> str:

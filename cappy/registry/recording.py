@@ -15,11 +15,10 @@ from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, sha256_of
 from cappy.registry.card import model_card
 from cappy.registry.client import MlflowException, connected, experiment_id, metric_key
-from cappy.registry.models import CALIBRATION_TAG, CHALLENGER, CHAMPION, MANIFEST_TAG, RUN_TAG, Version
+from cappy.registry.models import CHALLENGER, CHAMPION, EVALUATED, MANIFEST_TAG, RUN_TAG, Version
 from cappy.registry.registration import RegistrationConfig
 from cappy.registry.tracking import step_run
 from cappy.registry.versions import SCORER_PATH, find, find_content
-from cappy.scoring.calibration import CALIBRATION
 
 MODEL = "model"
 REQUIREMENTS = [f"cappy-scorer=={__version__}", "torch>=2.10", "transformers>=5,<6", "safetensors", "mlflow>=3.16.1,<4"]
@@ -63,7 +62,7 @@ def _create(
             RUN_TAG: config.pipeline_run,
             "cappy.mlflow_run": run_id,
             "cappy.code": scorer.code[:12],
-            **_calibration(config),
+            **_evaluated(config),
             **{f"cappy.{name}": f"{mean:.4f}" for name, mean in _means(report).items()},
         },
         description=model_card(config.name, scorer, report, licence=config.licence).partition("# ")[2],
@@ -81,8 +80,8 @@ def _upload(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".stage-") as staged:
         plain, model = Path(staged) / "scorer", Path(staged) / MODEL
         _link(config.scorer, plain, [MANIFEST, *(file.name for file in scorer.files)])
-        if _calibration(config):
-            _link(config.report, plain, [CALIBRATION])
+        tags = _evaluated(config)
+        _link(config.report, plain, [name for name, tag in EVALUATED.items() if tag in tags])
         _save(plain, model)
         card = model_card(config.name, scorer, report, licence=config.licence)
         (model / "MODEL_CARD.md").write_text(card, encoding="utf-8")
@@ -90,13 +89,13 @@ def _upload(
     client.log_artifacts(run_id, str(config.report), "report")
 
 
-def _calibration(config: RegistrationConfig) -> dict[str, str]:
-    """The tag with the sha256 of the calibration that the evaluation fitted; none where its manifest names none.
+def _evaluated(config: RegistrationConfig) -> dict[str, str]:
+    """Tags with the sha256 of what the evaluation wrote for the scorer; none for what its manifest does not name.
 
     A file that an earlier evaluation left in the folder is not this one's.
     """
     files = {file.name: file.sha256 for file in read_manifest(config.report).files}
-    return {CALIBRATION_TAG: files[CALIBRATION]} if CALIBRATION in files else {}
+    return {tag: files[name] for name, tag in EVALUATED.items() if name in files}
 
 
 def _save(scorer: Path, target: Path) -> None:
@@ -134,7 +133,7 @@ def _link(source: Path, target: Path, names: list[str]) -> None:
 def _complete(client: Any, version: Version, config: RegistrationConfig, scorer: Manifest) -> bool:
     """Whether the artifact store still has every file, with its size; content is verified on download.
 
-    The calibration is read and compared: another one of the same size would make every download fail.
+    What the evaluation wrote is read and compared: another file of its size would make every download fail.
     """
     top = f"{MODEL}/{SCORER_PATH}"
     run_id = version.tags["cappy.mlflow_run"]
@@ -142,13 +141,13 @@ def _complete(client: Any, version: Version, config: RegistrationConfig, scorer:
     sizes = {item.path: item.file_size for parent in parents for item in client.list_artifacts(run_id, parent)}
     names = [MANIFEST, *(file.name for file in scorer.files)]
     whole = all(sizes.get(f"{top}/{name}") == (config.scorer / name).stat().st_size for name in names)
-    return whole and _stored_calibration(client, run_id, f"{top}/{CALIBRATION}", sizes) == version.tags.get(
-        CALIBRATION_TAG, ""
+    return whole and all(
+        _stored(client, run_id, f"{top}/{name}", sizes) == version.tags.get(tag, "") for name, tag in EVALUATED.items()
     )
 
 
-def _stored_calibration(client: Any, run_id: str, path: str, sizes: Mapping[str, int]) -> str:
-    """The sha256 of the calibration in the store; empty where there is none."""
+def _stored(client: Any, run_id: str, path: str, sizes: Mapping[str, int]) -> str:
+    """The sha256 of a file in the store; empty where there is none."""
     if path not in sizes:
         return ""
     with tempfile.TemporaryDirectory() as folder:
@@ -156,11 +155,13 @@ def _stored_calibration(client: Any, run_id: str, path: str, sizes: Mapping[str,
 
 
 def _retag(client: Any, version: Version, config: RegistrationConfig) -> None:
-    """The tag of a version whose files were put back: the calibration is that of the report at hand, or gone."""
-    if tag := _calibration(config):
-        client.set_model_version_tag(version.name, str(version.number), CALIBRATION_TAG, tag[CALIBRATION_TAG])
-    elif CALIBRATION_TAG in version.tags:
-        client.delete_model_version_tag(version.name, str(version.number), CALIBRATION_TAG)
+    """The tags of a version whose files were put back: what travels is that of the report at hand, or gone."""
+    now = _evaluated(config)
+    for tag in EVALUATED.values():
+        if tag in now:
+            client.set_model_version_tag(version.name, str(version.number), tag, now[tag])
+        elif tag in version.tags:
+            client.delete_model_version_tag(version.name, str(version.number), tag)
 
 
 def _means(report: Mapping[str, Any]) -> dict[str, float]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import mlflow.artifacts
 
-from cappy.errors import FolderError, RegistryError, shown
+from cappy.errors import FolderError, RegistryError, UnreachableError, shown
 from cappy.records import read_manifest
 from cappy.records.folder import sha256_of, verify
+from cappy.registry.address import without_password
 from cappy.registry.client import MlflowException, connected
-from cappy.registry.models import CALIBRATION_TAG, CHAMPION, MANIFEST_TAG, Version
-from cappy.scoring.calibration import CALIBRATION
+from cappy.registry.models import CHAMPION, EVALUATED, MANIFEST_TAG, Version
 from cappy.specs import parse_spec
 
 NEWEST = "version_number DESC"
@@ -68,7 +68,7 @@ def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
     if kept.is_dir():
         try:
             verify(kept)
-            check_calibration(kept, version)
+            check_evaluated(kept, version)
         except (FolderError, RegistryError):
             shutil.rmtree(kept)
         else:
@@ -85,9 +85,16 @@ def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
 def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
     """Downloads the scorer to `folder/scorer` and verifies it against the tag of the version."""
     with connected(tracking_uri) as client:
-        mlflow.artifacts.download_artifacts(
-            artifact_uri=f"{version.source}/{SCORER_PATH}", dst_path=str(folder), tracking_uri=client.tracking_uri
-        )
+        try:
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{version.source}/{SCORER_PATH}", dst_path=str(folder), tracking_uri=client.tracking_uri
+            )
+        except Exception as error:  # every store has errors of its own
+            reason = without_password(" ".join(str(error).split()))
+            remedy = "check the artifact store, then run again"
+            raise UnreachableError(
+                f"{version.uri}: its files cannot be had ({shown(reason, 200)}); {remedy}"
+            ) from error
     scorer = folder / "scorer"
     try:
         found = verify(scorer).hash
@@ -97,19 +104,20 @@ def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
     if found != version.manifest_hash:
         numbers = f"manifest {found[:12]}, registered {version.manifest_hash[:12]}"
         raise RegistryError(f"{version.uri}: is not what was registered ({numbers}); register the scorer again")
-    check_calibration(scorer, version)
+    check_evaluated(scorer, version)
 
 
-def check_calibration(folder: Path, version: Version) -> None:
-    """The calibration is no file of the manifest, as it comes after it: its sha256 is the version's tag.
+def check_evaluated(folder: Path, version: Version) -> None:
+    """What came after the manifest is no file of it: its sha256 is the version's tag.
 
-    RegistryError where it is missing, another one, or there though none was registered.
+    RegistryError where such a file is missing, another one, or there though none was registered.
     """
-    path, wanted = folder / CALIBRATION, version.tags.get(CALIBRATION_TAG, "")
-    found = sha256_of(path) if path.is_file() else ""
-    if found != wanted:
-        numbers = f"sha256 {found[:12] or 'none'}, registered {wanted[:12] or 'none'}"
-        raise RegistryError(f"{version.uri}: {CALIBRATION} is not what was registered ({numbers}); register it again")
+    for name, tag in EVALUATED.items():
+        path, wanted = folder / name, version.tags.get(tag, "")
+        found = sha256_of(path) if path.is_file() else ""
+        if found != wanted:
+            numbers = f"sha256 {found[:12] or 'none'}, registered {wanted[:12] or 'none'}"
+            raise RegistryError(f"{version.uri}: {name} is not what was registered ({numbers}); register it again")
 
 
 def _rename(source: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ from cappy.errors import FolderError, RecordError, RegistryError
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, verify, write_manifest
 from cappy.scoring.calibration import Calibration, read_calibration
+from cappy.scoring.probe import read_probe
 
 
 def test_the_same_scorer_twice_is_one_version_with_the_alias_challenger(room: Any) -> None:
@@ -174,6 +175,49 @@ def test_one_scorer_with_two_calibrations_is_kept_twice_and_fetched_once_each(ro
     assert again == first
     found = [read_calibration(folder) for folder in again.values()]
     assert [one and one.expected[-1] for one in found] == [0.7, 0.9, None]
+
+
+def probed(report: Path, score: float = 0.5) -> Path:
+    (report / "probe.json").write_text(json.dumps([["who", "a bird", score]]))
+    write_manifest(report, Manifest(step="evaluation", files=describe_files(report)))
+    return report
+
+
+def test_the_stored_pairs_of_the_evaluation_travel_with_the_scorer_and_its_calibration(room: Any) -> None:
+    scorer = room.scorer("a")
+    report = probed(calibrated(room.report("report", scorer)))
+    assert room.register(scorer, report)["version"] == 1
+    assert room.register(scorer, report)["version"] == 1
+    folder = registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+    assert read_probe(folder) == [("who", "a bird", 0.5)]
+    assert read_calibration(folder) is not None
+    assert read_manifest(folder).hash == read_manifest(scorer).hash
+
+
+def test_one_scorer_with_two_evaluations_keeps_the_stored_pairs_of_each(room: Any) -> None:
+    scorer, cache = room.scorer("a"), room.folder / "models"
+    for name, score in (("one", 0.25), ("other", 0.75)):
+        room.register(scorer, probed(room.report(f"report-{name}", scorer), score), name=name)
+    found = [registry.download(f"models:/{name}/1", tracking_uri=room.uri, cache=cache) for name in ("one", "other")]
+    assert [read_probe(folder)[0][2] for folder in found] == [0.25, 0.75]
+
+
+@pytest.mark.parametrize("text", ["[]", None], ids=["changed", "gone"])
+def test_other_stored_pairs_than_were_registered_are_refused(room: Any, text: str | None) -> None:
+    scorer = room.scorer("a")
+    room.register(scorer, probed(room.report("report", scorer)))
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+    path = source / "artifacts" / "scorer" / "probe.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(RegistryError, match=r"models:/cappy/1: probe.json is not what was registered"):
+        registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+
+
+@pytest.mark.parametrize("text", ["{", "[[1, 2, 3]]", '[["a", "b"]]', '[["a", "b", "c"]]', "7"])
+def test_stored_pairs_that_are_none_are_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "probe.json").write_text(text)
+    with pytest.raises(FolderError, match=r"probe.json: holds no stored pairs \(.*\); evaluate again, or delete it"):
+        read_probe(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{}", None], ids=["changed", "gone"])

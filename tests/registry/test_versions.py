@@ -1,6 +1,7 @@
 """Versions: found by what a person types, downloaded once, never trusted unseen; MLflow away is one quick line."""
 
 import http.server
+import shutil
 import socket
 import threading
 import time
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from cappy import registry
-from cappy.errors import RegistryError
+from cappy.errors import RegistryError, UnreachableError
 from cappy.records import read_manifest
 from cappy.specs import scorer_folder
 
@@ -36,6 +37,13 @@ def test_a_damaged_file_in_the_store_is_refused(room: Any, registered: Any) -> N
     with pytest.raises(RegistryError, match=r"models:/cappy/1: .*model.safetensors: is damaged"):
         registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
     assert not (room.folder / "models" / read_manifest(room.folder / "a").hash).exists()
+
+
+def test_files_that_the_store_does_not_give_are_unreachable_and_not_a_bad_version(room: Any, registered: Any) -> None:
+    registered("a")
+    shutil.rmtree(stored(room))
+    with pytest.raises(UnreachableError, match=r"models:/cappy/1: its files cannot be had .*; check the artifact"):
+        registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
 
 
 def test_another_scorer_under_the_versions_name_is_refused(room: Any, registered: Any) -> None:
