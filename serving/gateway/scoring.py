@@ -64,10 +64,10 @@ def in_process(spec: str) -> Scoring:
     """The scorer that a spec names; one call at a time, in a thread of its own."""
     from cappy.scoring import Scorer
     from cappy.specs import scorer_folder
-    from serving.server import probe
+    from serving.models import Model, ScorerEngine, probe
 
     scorer = Scorer.load(spec)
-    probe(scorer.score)
+    probe(Model(engine=ScorerEngine(scorer), name=spec, version=scorer.version, precision=scorer.precision))
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
 
     async def score(pairs: Sequence[Pair]) -> Sequence[float]:

@@ -18,7 +18,7 @@ from serving.gateway.llm import LLM
 from serving.gateway.policy import Policy
 from serving.gateway.scoring import Scoring, load
 from serving.gateway.upstream import Upstream
-from serving.server import DRAIN_SECONDS, bound
+from serving.server import Address, bound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,11 @@ def run(settings: Settings, *, host: str = "127.0.0.1", port: int = 8090) -> Non
         app = create_app(_gateway(settings, scoring), feedback=feedback, max_body_bytes=settings.max_body_bytes)
         server = uvicorn.Server(
             uvicorn.Config(
-                app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
+                app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=Address.grace_seconds,
             )
         )
         sys.stderr.write(started(settings, scoring, listener) + "\n")

@@ -19,12 +19,14 @@ import pytest
 import uvicorn
 from chat_server import Model, serving
 from local_server import handled_by
+from scoring_function import FakeEngine, model
 
 import serving as service
 from cappy.errors import ConfigError
 from cappy.scoring.calibration import Calibration
 from serving.gateway.errors import GatewayError
 from serving.gateway.scoring import load
+from serving.models import Models
 
 CANARY = "sk-canary-4f1d9a"
 PROGRAM = "from cappy.cli import main; main()"
@@ -40,15 +42,12 @@ def command(*words: object, **environment: str) -> "subprocess.Popen[str]":
     )
 
 
-def lengths(pairs: list[tuple[str, str]]) -> list[float]:
-    return [float(len(response)) for _, response in pairs]
-
-
 @pytest.fixture
 def scorer() -> Iterator[str]:
     """The address of a service that scores responses by their length."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        app = service.create_app(lengths, version="a" * 12)
+        engine = FakeEngine(score=lambda pair: float(len(pair[1])))
+        app = service.create_app(Models(model(engine, version="a" * 12)))
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
