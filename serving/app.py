@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -15,13 +16,14 @@ from pydantic.json_schema import models_json_schema
 
 import cappy
 from cappy.errors import CappyError
-from cappy.scoring.encoding import Pair
 from serving.access import AccessLog
+from serving.admin import add_admin
 from serving.batcher import Batcher
 from serving.dialects import DIALECTS, Dialect
+from serving.following import Follower
 from serving.keys import Keys
 from serving.metrics import Metrics
-from serving.models import PROBES, Models, probe
+from serving.models import PROBES, Models, Stored, probe
 from serving.page import About, add_page
 from serving.probes import add_probes
 from serving.served import add_served
@@ -42,7 +44,10 @@ class Options:
     max_queued_tokens: int = 0
     keys: Keys = field(default_factory=Keys)
     origins: Sequence[str] = ()
-    probes: Sequence[tuple[Pair, float | None]] = PROBES
+    probes: Stored = PROBES
+    """For a first model that brings no stored pairs of its own."""
+    webhook_secret: str = ""
+    """Of MLflow's webhooks; without it there is no path for them."""
     routes: Mapping[str, str] = field(default_factory=dict)
     """Further paths, such as Vertex AI asks for: path -> name of the dialect."""
     ready_path: str = ""
@@ -54,27 +59,30 @@ def create_app(
     options: Options | None = None,
     *,
     failed: Callable[[CappyError], None] = lambda error: None,
-    follow: Callable[[], Awaitable[None]] | None = None,
+    follower: Follower | None = None,
 ) -> FastAPI:
     """An application that answers with `models.current`.
 
     It is probed after start-up: /ready answers 503 until it has answered its probes, and for good if it fails them, in
-    which case `failed` is told. `follow` runs beside the requests, to change the model.
+    which case `failed` is told. From then on `follower` changes the model, beside the requests.
     """
     options = options or Options()
     batcher = Batcher(options.batch_tokens, options.max_queued_tokens or QUEUED_BATCHES * options.batch_tokens)
     metrics = Metrics(batcher, models)
     batcher.told = metrics.batch
+    if follower is not None:
+        follower.told = metrics.move
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(batcher.run()), asyncio.create_task(_probed(models, batcher, options, failed))]
-        if follow is not None:
-            tasks.append(asyncio.ensure_future(follow()))
+        probed = _probed(models, batcher, options, failed)
+        tasks = [asyncio.create_task(batcher.run()), asyncio.create_task(_followed(probed, models, follower))]
         yield
         for task in tasks:
             task.cancel()
         batcher.close()
+        if follower is not None:
+            await follower.close()
 
     app = FastAPI(
         title="Cappy",
@@ -102,6 +110,7 @@ def create_app(
     add_probes(app, models, metrics, options.ready_path)
     add_page(app, lambda: _about(models))
     add_served(app, models, options.limits, options.batch_tokens)
+    add_admin(app, models, follower, options.keys, options.webhook_secret)
     return app
 
 
@@ -173,9 +182,22 @@ def _named(name: str) -> Dialect:
     return next(dialect for dialect in DIALECTS if dialect.name == name)
 
 
+async def _followed(probed: Awaitable[None], models: Models, follower: Follower | None) -> None:
+    """Once the first model has answered its probe, keeps to the alias."""
+    await probed
+    if follower is not None and not models.reason:
+        await follower.run()
+
+
+def _collect() -> None:
+    gc.collect()
+
+
 async def _probed(models: Models, batcher: Batcher, options: Options, failed: Callable[[CappyError], None]) -> None:
     try:
-        await batcher.apart(lambda: probe(models.current, options.probes))
+        await batcher.apart(lambda: probe(models.current, models.current.probes or options.probes))
+        # Once, before anybody is served: what loading left in cycles would keep the first model after a swap.
+        await batcher.apart(_collect)
         models.reason = ""
     except CappyError as error:
         models.reason = str(error)

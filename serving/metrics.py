@@ -1,6 +1,7 @@
 """What Prometheus reads at /metrics: queue, batches, latency, scores and the version, without a word of any text."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -28,6 +29,8 @@ class Metrics:
         self._scores = Histogram("cappy_score", "Scores", buckets=SCORES, registry=own)
         self._tokens = Histogram("cappy_batch_tokens", "Tokens of a batch", buckets=TOKENS, registry=own)
         self._batches = Histogram("cappy_batch_seconds", "Time of a batch", buckets=SECONDS, registry=own)
+        self._swaps = Counter("cappy_swap", "Changes of the model", registry=own)
+        self._refused = Counter("cappy_swap_refused", "Versions that may not serve", registry=own)
         self._model = Gauge("cappy_model_info", "The model that answers", ["model", "version", "sha256"], registry=own)
         Gauge("cappy_queue_tokens", "Tokens that wait or are computed", registry=own).set_function(
             lambda: batcher.queued_tokens
@@ -46,6 +49,10 @@ class Metrics:
         self._seconds.labels(dialect).observe(seconds)
         for score in scores:
             self._scores.observe(score)
+
+    def move(self, what: Literal["swap", "refusal"]) -> None:
+        """Counts a change of the model, or a version that was refused."""
+        (self._swaps if what == "swap" else self._refused).inc()
 
     def text(self) -> bytes:
         """What Prometheus reads."""

@@ -7,17 +7,20 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
+from cappy import registry
 from cappy.errors import CappyError, ConfigError
+from cappy.registry import Version
 from cappy.scoring import Precision
 from cappy.specs import parse_spec
 from serving.app import Options, create_app
+from serving.following import Follower, follow_seconds, load_version
 from serving.models import Model, Models, load
 from serving.protocol import PunctualProtocol
 
@@ -25,8 +28,8 @@ DEFAULT_SCORER = "models:/cappy@champion"
 KEEP_ALIVE_SECONDS = 620
 """Longer than clients and balancers keep a connection (httpx 5 s, Google's balancers 600 s): were it closed on our
 side, a request that they just sent on it would fail."""
-Follow = Callable[[Models], Awaitable[None]]
-"""Changes the model while requests are answered."""
+Follow = Callable[[Models], Follower]
+"""What changes the model while requests are answered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +56,32 @@ def run(
     name: str = "",
     precision: Precision = "auto",
     batch_tokens: int = 0,
+    follow: float | None = None,
 ) -> None:
     """Takes the address, loads the scorer, listens; returns when it was told to stop and has answered what it had.
 
     ConfigError if the address cannot be had, which is found out before the scorer is loaded. SIGTERM ends the process
-    with status 0. `batch_tokens` 0 is what suits the device.
+    with status 0. `batch_tokens` 0 is what suits the device. An alias is followed: `follow` seconds lie between two
+    looks at it, 30 where none are given, 0 for none.
     """
     parse_spec(scorer)
-    _check_tls(address or Address())
-    serve(lambda: load(scorer, name, precision), address or Address(), options or Options(), batch_tokens=batch_tokens)
+    seconds = follow_seconds(scorer, follow)
+    address, options = address or Address(), options or Options()
+    _check_tls(address)
+    if not seconds:
+        serve(lambda: load(scorer, name, precision), address, options, batch_tokens=batch_tokens)
+        return
+
+    def find() -> Version:
+        return registry.resolve(scorer)
+
+    def load_found(version: Version) -> Model:
+        return load_version(version, scorer, name, precision)
+
+    def followed(models: Models) -> Follower:
+        return Follower(models=models, alias=scorer, find=find, load=load_found, seconds=seconds)
+
+    serve(lambda: load_found(find()), address, options, batch_tokens=batch_tokens, follow=followed)
 
 
 def serve(
@@ -87,7 +107,7 @@ def serve(
             listener.listen(2048)
         tokens = batch_tokens or getattr(models.current.engine, "batch_tokens", options.batch_tokens)
         options = replace(options, batch_tokens=tokens)
-        app = create_app(models, options, failed=failed, follow=(lambda: follow(models)) if follow else None)
+        app = create_app(models, options, failed=failed, follower=follow(models) if follow else None)
         server = _Server(_config(app, address), models, address.notice_seconds)
         scheme = "https" if address.certificate else "http"
         sys.stderr.write(

@@ -126,22 +126,7 @@ class Service:
 
     async def _read(self, request: Request, dialect: Dialect) -> Any:
         """The JSON of the body."""
-        most = self.limits.max_body_bytes
-        large = Refusal(413, f"the body is above {most} bytes; send fewer pairs per request")
-        announced = request.headers.get("content-length", "0")
-        if announced.isdigit() and int(announced) > most:
-            raise large
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > most:
-                        raise large
-        except TimeoutError as error:
-            raise Refusal(
-                408, f"the body did not arrive within {self.limits.body_seconds:g} s; send it again"
-            ) from error
+        body = await received(request, self.limits)
         try:
             return dialect.read(bytes(body), request.headers)
         except ValueError as error:
@@ -157,11 +142,30 @@ class Service:
             raise Refusal(413, text)
 
     def _model(self, name: str | None) -> Model:
-        """The model that answers; Refusal 404 where another one is asked for."""
-        current = self.models.current
-        if name and name not in (current.name, current.version, current.spec):
-            raise Refusal(404, f"no model of that name is served; ask for {current.name}, or name none")
-        return current
+        """The model that answers, current or former; Refusal 404 where another one is asked for."""
+        model = self.models.named(name)
+        if model is None:
+            raise Refusal(404, f"no model of that name is served; ask for {self.models.current.name}, or name none")
+        return model
+
+
+async def received(request: Request, limits: Limits) -> bytes:
+    """The body; Refusal 413 where it is too large, announced or not, and 408 where it does not arrive in time."""
+    most = limits.max_body_bytes
+    large = Refusal(413, f"the body is above {most} bytes; send fewer pairs per request")
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced) > most:
+        raise large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > most:
+                    raise large
+    except TimeoutError as error:
+        raise Refusal(408, f"the body did not arrive within {limits.body_seconds:g} s; send it again") from error
+    return bytes(body)
 
 
 def chosen(dialects: Sequence[Dialect], value: Any) -> Dialect:

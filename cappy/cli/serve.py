@@ -32,6 +32,10 @@ def serve(
         int | None,
         typer.Option(min=0, max=65535, help="TCP port; 0 takes any free one.", show_default="AIP_HTTP_PORT, else 8080"),
     ] = None,
+    follow: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds between looks at the alias; 0: none.", show_default="30 for an alias"),
+    ] = None,
     model_name: Annotated[str, typer.Option(help="Name that clients ask for.", show_default="the scorer's own")] = "",
     precision: Annotated[
         Precision, typer.Option(help="What the body runs in; auto: bf16 where the device has instructions for it.")
@@ -82,6 +86,7 @@ def serve(
     from serving import environment
     from serving.keys import read_keys
     from serving.service import Limits
+    from serving.webhook import read_secret
 
     told = environment.read(os.environ)
     limits = Limits(max_body_bytes=round(max_body_mb * 1e6), max_pairs=max_pairs, seconds=timeout)
@@ -92,6 +97,7 @@ def serve(
         origins=allow_origin or (),
         routes=told.routes,
         ready_path=told.ready_path,
+        webhook_secret=read_secret(),
     )
     address = serving.Address(
         host=told.host if host is None else host,
@@ -102,4 +108,12 @@ def serve(
         grace_seconds=grace,
     )
     with environment.local(scorer or told.scorer) as place:
-        serving.run(place, address, options, name=model_name, precision=precision, batch_tokens=batch_tokens)
+        serving.run(
+            place,
+            address,
+            options,
+            name=model_name,
+            precision=precision,
+            batch_tokens=batch_tokens,
+            follow=follow,
+        )

@@ -27,6 +27,9 @@ class ScoreRequest(Body):
         list[tuple[str, str]],
         Field(min_length=1, fail_fast=True, description="[instruction, response] pairs, at least one"),
     ]
+    version: Annotated[
+        str | None, Field(description="Version to be answered by, the current or the former; the current if none")
+    ] = None
 
 
 class ScoreResponse(Body):
@@ -96,6 +99,7 @@ SCORE = Dialect(
     response=ScoreResponse,
     problem=Problem,
     pairs=lambda request: request.pairs,
+    named=lambda request: request.version,
     answer=_scores,
     refuse=refuse,
     shape='{"pairs": [["instruction", "response"], ...]}',

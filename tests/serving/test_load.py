@@ -21,21 +21,23 @@ sys.path.insert(0, sys.argv[1])
 from scoring_function import FakeEngine, model
 from serving import server
 from serving.app import Options
+from serving.following import Follower
 
 def version(name, shift):
     return model(FakeEngine(score=lambda pair: shift + len(pair[1]) / 100, delay=0.02, remembers=False), version=name)
 
-async def follow(models):
-    while True:
-        await asyncio.sleep(0.5)
-        models.swap(version("even", 0.0) if models.current.version == "odd" else version("odd", 0.5))
+class Restless(Follower):
+    async def run(self):
+        while True:
+            await asyncio.sleep(0.5)
+            self.models.swap(version("even", 0.0) if self.models.current.version == "odd" else version("odd", 0.5))
 
 server.serve(
     lambda: version("even", 0.0),
     server.Address(port=0, notice_seconds=1.0),
     Options(max_queued_tokens=4000),
     batch_tokens=400,
-    follow=follow,
+    follow=lambda models: Restless(models=models, alias="models:/cappy@champion", find=None, load=None),
 )
 """
 POOLS = [[(f"instruction {number}", "r" * (1 + (number + place) % 30)) for place in range(8)] for number in range(50)]
