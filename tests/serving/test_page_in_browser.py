@@ -85,6 +85,16 @@ def test_the_page_scores_with_the_keyboard_alone_and_marks_the_pick(opened: tupl
     assert told == []
 
 
+def test_two_versions_are_compared(opened: tuple[Any, list[str]]) -> None:
+    view, told = opened
+    fill(view)
+    view.check("#compare")
+    view.click("text=Score >> nth=-1")
+    view.wait_for_selector("#outcome:not([hidden])")
+    assert view.locator(".number").all_inner_texts() == ["0.100", "0.050", "0.250", "1.100", "0.550", "0.250"]
+    assert told == []
+
+
 def test_the_request_is_copied_as_curl_and_python_and_works(opened: tuple[Any, list[str]], address: str) -> None:
     import subprocess
     import sys
