@@ -23,7 +23,7 @@ demo: $(STAMP) ## Adapt a scorer to the built-in tasks, offline, and show what i
 test: $(STAMP) ## Run all tests but those that need servers
 	$(BIN)/python -m pytest --ignore=tests/integration
 
-integration: $(STAMP) .venv-servers/.installed ## Run the tests against real servers (PostgreSQL, S3, GCS); each skips with a reason without its server
+integration: $(STAMP) .venv-servers/.installed ## Run the tests against real servers and clients; each skips with a reason without its server
 	$(BIN)/python -m pytest tests/integration
 
 .venv-servers/.installed: tests/integration/requirements.txt

@@ -140,10 +140,11 @@ class Models:
     refused: dict[str, str] = field(default_factory=dict)
     """Version of the registry -> why it does not serve."""
 
-    def named(self, name: str | None) -> Model | None:
-        """The model of this name, version or spec, the current one first; the current one where none is named."""
+    def named(self, *names: str | None) -> Model | None:
+        """The model of which each of these is name, version or spec, the current one first; an empty one is any."""
         loaded = [model for model in (self.current, self.former) if model is not None]
-        return next((one for one in loaded if not name or name in (one.name, one.version, one.spec)), None)
+        known = [(model, {"", None, model.name, model.version, model.spec}) for model in loaded]
+        return next((model for model, own in known if own.issuperset(names)), None)
 
     def swap(self, model: Model) -> None:
         """Lets a probed model answer from the next request on."""

@@ -71,8 +71,7 @@ class Service:
         asked = parsed(dialect, value)
         pairs = dialect.pairs(asked)
         self._refuse_large(pairs)
-        model = self._model(request.path_params.get("model") or dialect.named(asked))
-        self._model(request.path_params.get("version"))
+        model = self._model(dialect.named(asked), *request.path_params.values())
         if dialect.whole(asked) and not await self.batcher.fit(model.engine, pairs):
             raise Refusal(dialect.invalid, "a pair is longer than the scorer reads; shorten it or let it be cut")
         request.state.pairs, request.state.facts = len(pairs), model.facts()
@@ -141,9 +140,9 @@ class Service:
             text = f"a text of {longest} characters is above {self.limits.max_characters}; send a shorter one"
             raise Refusal(413, text)
 
-    def _model(self, name: str | None) -> Model:
-        """The model that answers, current or former; Refusal 404 where another one is asked for."""
-        model = self.models.named(name)
+    def _model(self, *names: str | None) -> Model:
+        """The model that answers, current or former; Refusal 404 where another one, or a version of it, is asked for."""
+        model = self.models.named(*names)
         if model is None:
             raise Refusal(404, f"no model of that name is served; ask for {self.models.current.name}, or name none")
         return model

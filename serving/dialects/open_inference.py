@@ -76,8 +76,9 @@ class InferParameters(Body):
 class InferRequest(Body):
     """Two tensors of equal shapes."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]}, protected_namespaces=())
 
+    model_name: Annotated[str | None, Field(description="As in the path; KServe's client repeats it")] = None
     id: str | None = None
     parameters: InferParameters | None = None
     inputs: Annotated[list[Tensor], Field(min_length=2, max_length=2)]
@@ -176,5 +177,6 @@ OPEN_INFERENCE = Dialect(
     '{"name": "response", "datatype": "BYTES", "shape": [1], "data": ["..."]}]}',
     invalid=400,
     bare=True,
+    named=lambda request: request.model_name,
     read=read,
 )

@@ -151,6 +151,9 @@ def test_open_inference_says_what_is_served(serve: Serve) -> None:
     for place in ("/v2/models/other", "/v2/models/cappy/versions/9", "/v2/models/cappy/versions/9/ready"):
         assert client.get(place).status_code == 404
     assert client.post("/v2/models/cappy/versions/9/infer", json={"inputs": tensors()}).status_code == 404
+    named = {name: {"inputs": tensors(), "model_name": name} for name in ("cappy", "other")}
+    assert client.post("/v2/models/cappy/infer", json=named["cappy"]).status_code == 200
+    assert client.post("/v2/models/cappy/infer", json=named["other"]).status_code == 404
 
 
 def test_what_cannot_score_yet_or_any_more_says_so_to_every_platform() -> None:
