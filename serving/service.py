@@ -21,6 +21,8 @@ LOGGER = logging.getLogger("serving")
 GONE = 499
 """What the log calls a request whose client hung up (a custom of nginx)."""
 DEADLINE = "x-timeout-seconds"
+VALUES_PER_PAIR = 32
+"""How many JSON values a body may have for each pair that a request may: tables have further columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ class Service:
             return refused(dialects, Refusal(500, "the scorer failed; the log of the service says how"))
 
     async def _answer(self, request: Request, dialect: Dialect, value: Any) -> Response:
+        self._refuse_many(value)
         asked = parsed(dialect, value)
         pairs = dialect.pairs(asked)
         self._refuse_large(pairs)
@@ -130,6 +133,17 @@ class Service:
             return dialect.read(bytes(body), request.headers)
         except ValueError as error:
             raise Refusal(400, f"the body is no JSON ({error})") from error
+
+    def _refuse_many(self, value: Any) -> None:
+        """Before a body is looked at closely, which takes microseconds per value and holds up the other requests."""
+        most, found, left = VALUES_PER_PAIR * (self.limits.max_pairs + 2), 0, [value]
+        while left:
+            one = left.pop()
+            inner = list(one.values()) if isinstance(one, dict) else one if isinstance(one, list) else []
+            found += len(inner)
+            if found > most:
+                raise Refusal(413, f"the body has more than {most} values; send fewer pairs per request")
+            left.extend(inner)
 
     def _refuse_large(self, pairs: Sequence[tuple[str, str]]) -> None:
         if len(pairs) > self.limits.max_pairs:

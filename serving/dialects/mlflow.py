@@ -45,7 +45,7 @@ class Columns(BaseModel):
 class Split(BaseModel):
     """Names of columns, and rows of as many values."""
 
-    columns: list[str]
+    columns: Annotated[list[str], Field(fail_fast=True)]
     data: Annotated[list[list[JsonValue]], Field(min_length=1, fail_fast=True)]
 
     @model_validator(mode="after")

@@ -36,7 +36,9 @@ class RerankRequest(Body):
     return_documents: Annotated[Flag | None, Field(description="Whether to give the documents too; true if none")] = (
         None
     )
-    rank_fields: Annotated[list[Literal["text"]] | None, Field(description="Cohere's: the text alone is scored")] = None
+    rank_fields: Annotated[
+        list[Literal["text"]] | None, Field(max_length=8, description="Cohere's: the text alone is scored")
+    ] = None
     max_chunks_per_doc: Annotated[Count | None, Field(description="Cohere's: a document is one chunk here")] = None
     truncation: Annotated[Literal[True] | None, Field(description="Jina's: too long pairs are always cut")] = None
     use_activation: Annotated[Flag | None, Field(description="vLLM's: false gives logits for scores")] = None
