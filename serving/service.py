@@ -155,7 +155,7 @@ class Service:
             raise Refusal(413, text)
 
     def _model(self, *names: str | None) -> Model:
-        """The model that answers, current or former; Refusal 404 where another one, or a version of it, is asked for."""
+        """The model that answers, current or former; Refusal 404 where another model or version is asked for."""
         model = self.models.named(*names)
         if model is None:
             raise Refusal(404, f"no model of that name is served; ask for {self.models.current.name}, or name none")
