@@ -11,6 +11,7 @@ from functools import partial
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 import cappy
 from serving.access import AccessLog
@@ -187,11 +188,14 @@ async def _body(request: Request, most: int) -> bytes:
     if announced.isdigit() and int(announced) > most:
         raise problem
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise problem
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise problem
+            parts.append(part)
+    except ClientDisconnect:
+        raise GatewayError(499, "the client went away") from None
     return b"".join(parts)
 
 

@@ -13,7 +13,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._requests = self._counter("requests", "Requests by how they ended", "outcome")
+        self._requests = self._counter("requests", "Requests that could be asked, by how they ended", "outcome")
         self._stops = self._counter("stops", "Answered requests by what stopped sampling", "reason")
         self._samples = self._counter("samples", "Candidates sampled")
         self._calls = self._counter("calls", "Calls of LLMs", "result")

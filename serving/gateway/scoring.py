@@ -100,7 +100,8 @@ def over_http(url: str) -> Scoring:
                 scores += found["scores"]
                 current[0] = str(found["version"])
         except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
-            text = f"the scorer does not answer ({type(error).__name__}); see that cappy serve runs"
+            status = f"status {error.response.status_code}" if isinstance(error, httpx2.HTTPStatusError) else ""
+            text = f"the scorer does not answer ({status or type(error).__name__}); see that cappy serve runs"
             raise GatewayError(503, text, kind="scorer_error", code="scorer_unreachable") from None
         return scores
 

@@ -2,11 +2,13 @@
 
 import contextlib
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -165,6 +167,19 @@ def test_a_client_that_goes_away_cancels_the_calls_of_the_llm() -> None:
             client.close()
             assert asked.is_set()
             assert left.wait(5), f"stream={stream}"
+
+
+def test_a_client_that_goes_away_while_it_sends_is_no_defect(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), listening(gateway("http://127.0.0.1:9/v1")) as url:
+        address = urlsplit(url)
+        with socket.create_connection((address.hostname, address.port)) as client:
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            time.sleep(0.1)
+        deadline = time.monotonic() + 5
+        while '"status": 499' not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert '"status": 499' in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_server_that_is_not_there_is_502_and_one_that_hangs_is_504() -> None:

@@ -14,6 +14,7 @@ from serving.gateway.policy import Policy, decide, expected_gain
 
 # Scores on a grid, so that rounding is far below what is compared.
 SCORE = st.integers(0, 1000).map(lambda number: number / 1000)
+COARSE = st.integers(0, 10).map(lambda number: number / 10)
 SCORES = st.lists(SCORE, min_size=3, max_size=30)
 
 
@@ -68,12 +69,12 @@ POLICIES = st.builds(
     Policy,
     candidates=st.integers(1, 20),
     round_size=st.integers(1, 20),
-    threshold=st.none() | SCORE,
+    threshold=st.none() | COARSE,
     min_gain=st.sampled_from([0.0, 0.01, 0.1]),
 )
 
 
-@given(POLICIES, st.lists(SCORE, min_size=20, max_size=20), st.integers(1, 20))
+@given(POLICIES, st.lists(COARSE, min_size=20, max_size=20), st.integers(1, 20))
 def test_rounds_end_at_the_first_reason_and_never_ask_for_more_than_allowed(
     policy: Policy, stream: list[float], wanted: int
 ) -> None:
@@ -99,6 +100,16 @@ def test_no_least_gain_never_stops_and_an_endless_one_always_does(scores: list[f
     at = {"asked": len(scores), "drawn": len(scores), "wanted": 1, "most": len(scores) + 1}
     assert decide(Policy(min_gain=0), scores, **at).count == 1
     assert decide(Policy(min_gain=math.inf), scores, **at).stop == "gain"
+
+
+def test_choices_that_are_wanted_and_failed_are_made_up_for_however_good_the_others_are() -> None:
+    policy = Policy(candidates=8, round_size=1, threshold=0.5)
+    assert decide(policy, [0.9], asked=3, drawn=1, wanted=3, most=8).count == 2
+    assert decide(policy, [0.9] * 3, asked=5, drawn=3, wanted=3, most=8).stop == "threshold"
+
+
+def test_a_score_that_equals_the_threshold_is_enough() -> None:
+    assert decide(Policy(threshold=0.5), [0.5], asked=1, drawn=1, wanted=1, most=8).stop == "threshold"
 
 
 def test_a_floor_above_the_threshold_is_refused() -> None:

@@ -94,6 +94,11 @@ def test_what_is_no_request_is_400_in_one_sentence_and_asks_nothing(
     assert len(model.asked) == before
 
 
+def test_half_a_character_is_told_as_such(url: str) -> None:
+    answer = httpx.post(f"{url}/chat/completions", content=text().replace('"hello"', '"\\ud800"'))
+    assert "half a character (lone surrogate)" in answer.json()["error"]["message"]
+
+
 def test_a_body_of_10_mb_is_413_announced_or_not(url: str) -> None:
     body = text(messages=[{"role": "user", "content": "x" * 10_000_000}]).encode()
     for content in (body, iter([body[:50_000], body[50_000:200_000]])):
