@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cappy.errors import ConfigError
+
 Limit = Literal["seconds", "tokens", "money", "total-money"]
 EXPECTED_TOKENS = 256
 """Taken for the length of a response where the client sets no limit and none was seen."""
@@ -36,6 +38,10 @@ class Limits:
     tokens: int = 0
     money: float = 0.0
     total_money: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.seconds + self.money + self.total_money):
+            raise ConfigError("--max-seconds, --max-cost and --max-total-cost must be finite; 0 is no limit on money")
 
 
 @dataclass(frozen=True)

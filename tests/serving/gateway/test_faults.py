@@ -116,7 +116,10 @@ def test_a_refusal_keeps_its_status_and_code(word: str, status: int, code: str) 
 def test_a_parameter_that_the_client_asked_for_and_the_model_refuses_is_not_dropped() -> None:
     model = Model(refused=("temperature", "max_tokens"))
     with serving(model) as upstream, listening(gateway(upstream, limits=Limits(tokens=100))) as url:
-        own, refused = ask(url), ask(url, temperature=0.5)
+        own = ask(url)
+        before = len(model.asked)
+        refused = ask(url, temperature=0.5)
+    assert len(model.asked) == before + 1
     assert own.status_code == 200
     assert "max_completion_tokens" in model.asked[1]
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "temperature")
