@@ -2,7 +2,8 @@
 
 Three folders of records. `answers` holds all, and none of them is an instance yet, for nothing says what is right.
 `rated` holds those whose choices got a score: the rated candidates alone, with their label `given`. `referenced` holds
-those that got a reference, with all their candidates. The last two are read by `cappy adapt` and `annotation`.
+those that got a reference, with all their candidates. The last two are read by `cappy adapt` and `annotation`; a scorer
+learns from a rated answer only where two of its choices are.
 """
 
 import asyncio
