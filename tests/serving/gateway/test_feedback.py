@@ -204,6 +204,15 @@ def test_a_shelf_holds_the_last_row_of_each_id_whatever_happens_between(
     assert shelf.get("id-none") is None
 
 
+def test_a_row_that_changes_in_a_closed_part_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, part_rows=3)
+    for number in range(4):
+        shelf.put(row(number))
+    shelf.put(row(1, "new"))
+    assert rows_on_disk(tmp_path) == {"id-0": "x", "id-1": "new", "id-2": "x", "id-3": "x"}
+    shelf.close()
+
+
 def _die_while_writing(folder: Path, step: int) -> None:
     from cappy.records import folder as records
 
