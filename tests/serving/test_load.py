@@ -34,7 +34,7 @@ class Restless(Follower):
 
 server.serve(
     lambda: version("even", 0.0),
-    server.Address(port=0, notice_seconds=1.0),
+    server.Address(port=0, notice_seconds=3.0),
     Options(max_queued_tokens=4000),
     batch_tokens=400,
     follow=lambda models: Restless(models=models, alias="models:/cappy@champion", find=None, load=None),

@@ -89,7 +89,7 @@ def test_two_versions_are_compared(opened: tuple[Any, list[str]]) -> None:
     view, told = opened
     fill(view)
     view.check("#compare")
-    view.click("text=Score >> nth=-1")
+    view.click("#score button.main")
     view.wait_for_selector("#outcome:not([hidden])")
     assert view.locator(".number").all_inner_texts() == ["0.100", "0.050", "0.250", "1.100", "0.550", "0.250"]
     assert told == []
