@@ -6,6 +6,7 @@ import gc
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -60,14 +61,20 @@ def create_app(
     *,
     failed: Callable[[CappyError], None] = lambda error: None,
     follower: Follower | None = None,
+    computing: ThreadPoolExecutor | None = None,
 ) -> FastAPI:
     """An application that answers with `models.current`.
 
     It is probed after start-up: /ready answers 503 until it has answered its probes, and for good if it fails them, in
-    which case `failed` is told. From then on `follower` changes the model, beside the requests.
+    which case `failed` is told. From then on `follower` changes the model, beside the requests. `computing` is the
+    thread that loaded it, see `Batcher`.
     """
     options = options or Options()
-    batcher = Batcher(options.batch_tokens, options.max_queued_tokens or QUEUED_BATCHES * options.batch_tokens)
+    batcher = Batcher(
+        options.batch_tokens,
+        options.max_queued_tokens or QUEUED_BATCHES * options.batch_tokens,
+        computing=computing or ThreadPoolExecutor(1, "computing"),
+    )
     metrics = Metrics(batcher, models)
     batcher.told = metrics.batch
     if follower is not None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -102,12 +103,14 @@ def serve(
         server.should_exit = True
 
     with bound(address.host, address.port) as listener:
-        models = Models(load())
+        computing = ThreadPoolExecutor(1, "computing")
+        models = Models(computing.submit(load).result())
         with _address_errors(address.host, address.port):
             listener.listen(2048)
         tokens = batch_tokens or getattr(models.current.engine, "batch_tokens", options.batch_tokens)
         options = replace(options, batch_tokens=tokens)
-        app = create_app(models, options, failed=failed, follower=follow(models) if follow else None)
+        follower = follow(models) if follow else None
+        app = create_app(models, options, failed=failed, follower=follower, computing=computing)
         server = _Server(_config(app, address), models, address.notice_seconds)
         scheme = "https" if address.certificate else "http"
         sys.stderr.write(
