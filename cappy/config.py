@@ -46,8 +46,10 @@ def build(config_class: type[T], values: Mapping[str, Any]) -> T:
         return config_class(**values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or config_class.__name__
+        name = ".".join(str(part) for part in first["loc"])
         rule = first["msg"].removeprefix("Value error, ")
+        if not name:  # a rule over several fields, which names them itself
+            raise ConfigError(f"{_step_of(config_class)}: --{rule}") from error
         value = "" if first["type"] in ("missing", "missing_argument") else f", got {shown(first['input'])}"
         raise ConfigError(f"{_step_of(config_class)}: --{name.replace('_', '-')}: {rule}{value}") from error
 

@@ -76,7 +76,9 @@ def scorer_folder(text: str) -> Path:
         raise ConfigError(f"{shown(text)}: an endpoint samples, it does not score; a scorer is {SCORERS}")
     folder = _local(spec)
     if (folder / "manifest.json").exists():
-        verify(folder)
+        step = verify(folder).step
+        if not (folder / "config.json").exists():
+            raise FolderError(f"{folder}: has no config.json: what {step} left, and no scorer; a scorer is {SCORERS}")
     elif not (folder / "config.json").exists():
         raise FolderError(f"{folder}: neither manifest.json nor config.json, so it is no scorer; a scorer is {SCORERS}")
     return folder

@@ -39,7 +39,7 @@ class TrialConfig:
 
     def __post_init__(self) -> None:
         if "bad" in self.names:
-            raise ValueError("names may not hold 'bad'")
+            raise ValueError("names: may not hold 'bad'")
 
 
 PLACES = {"source": "s", "target": "t"}
@@ -54,7 +54,7 @@ PLACES = {"source": "s", "target": "t"}
         ({"names": ["a", 1]}, "trial: --names.1: Input should be a valid string, got 1"),
         ({"num_steps": 3}, "trial: --num-steps: Unexpected keyword argument, got 3"),
         ({"target": None}, "trial: --target: Input is not a valid path for <class 'pathlib.Path'>, got None"),
-        ({"names": ["bad"]}, "trial: --TrialConfig: names may not hold 'bad'"),
+        ({"names": ["bad"]}, "trial: --names: may not hold 'bad'"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_flag_and_rule(values: dict[str, Any], message: str) -> None:

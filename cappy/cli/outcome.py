@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cappy.evaluation import read_report
-from cappy.records import read_manifest
+from cappy.records import Manifest, read_manifest
 
 if TYPE_CHECKING:
     from pipelines.local import Outcome
@@ -47,13 +47,31 @@ def told(outcome: "Outcome", found: Mapping[str, Any]) -> str:
     table = read_report(outcome.outputs["evaluation"]).text()
     lines = [table, f"report    {found['report']}", f"version   {found['version']}, alias {found['alias']}"]
     if "decision" in found:
-        word = "promoted to champion" if found["decision"] == "promote" else "held: it stays challenger"
-        lines += [f"decision  {word}", *(f"          {reason}" for reason in found["reasons"])]
+        lines.append(_decided(found))
     if found.get("training", {}).get("best_update") == 0:
         lines.append("training  no check was better than the scorer that training started from: that one was kept")
     if found["from_cache"]:
         lines.append(f"cache     {', '.join(found['from_cache'])} came from the cache")
     return "\n".join([*lines, f"serve it  {found['serve']}"])
+
+
+def step_told(manifest: Manifest, target: Path) -> list[str]:
+    """What a person wants to know when one step has run; nothing where its numbers say it."""
+    facts = manifest.facts
+    if manifest.step == "evaluation":
+        return [read_report(target).text(), f"report    {_near(target / 'report.html')}"]
+    if manifest.step == "registration":
+        return [f"version   {facts['uri']}, alias {facts['alias'] or 'none'}"]
+    if manifest.step == "promotion":
+        return [_decided(facts), f"serve it  {facts['serve']}"]
+    if manifest.step == "deployment":
+        return [f"version   {facts['uri']}", f"next      {facts['command']}"]
+    return []
+
+
+def _decided(facts: Mapping[str, Any]) -> str:
+    word = "promoted to champion" if facts["decision"] == "promote" else "held: it stays challenger"
+    return "\n".join([f"decision  {word}", *(f"          {reason}" for reason in facts["reasons"])])
 
 
 def _facts(outcome: "Outcome", step: str) -> Mapping[str, Any]:

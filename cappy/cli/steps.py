@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from cappy.cli import promotion
+from cappy.cli import outcome, promotion
 from cappy.cli.flags import parameters
 from cappy.cli.progress_line import ProgressLine
 from cappy.config import build
@@ -233,7 +233,10 @@ def summary(manifest: Manifest, target: Path, seconds: float) -> str:
         content = f"{manifest.rows:,} instances with {manifest.candidates:,} candidates"
     else:
         content = f"{len(manifest.files)} files"
+    told = outcome.step_told(manifest, target)
+    shown = {} if told else manifest.metrics
     numbers = ", ".join(
-        f"{name} {value:,.6g}" for name, value in manifest.metrics.items() if name not in ("instances", "candidates")
+        f"{name} {value:,.6g}" for name, value in shown.items() if name not in ("instances", "candidates")
     )
-    return f"{target}: {content}{numbers and f'; {numbers}'} (manifest {manifest.hash[:12]}, {seconds:.1f} s)"
+    line = f"{target}: {content}{numbers and f'; {numbers}'} (manifest {manifest.hash[:12]}, {seconds:.1f} s)"
+    return "\n".join([*told, line])

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, code_version, identity, settings
 from cappy.errors import FolderError
+from cappy.evaluation import read_values
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_bytes
@@ -95,6 +96,7 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
     with claim(config.work, "deployment", identity(config), parents) as folder:
         version = registry.resolve(uri, tracking_uri=config.tracking_uri)
+        refuse_other(config.report, version)
         local = registry.download(uri, tracking_uri=config.tracking_uri, cache=config.models)
         worst = largest_difference(local, probes, uri)
         progress(len(probes), len(probes), unit="pairs")
@@ -120,6 +122,14 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
         return finish(folder, config.target, manifest)
 
 
+def refuse_other(report: Path, version: Version) -> None:
+    """FolderError where a report is about another scorer than this version."""
+    told = read_values(report).get("versions", {}).get("challenger", "")
+    if told and not version.manifest_hash.startswith(told):
+        numbers = f"report on {told}, version of {version.manifest_hash[:12]}"
+        raise FolderError(f"{report}: is about another scorer than {version.uri} ({numbers}); give that version's own")
+
+
 def deployed(config: DeploymentConfig, version: Version, scorer: Path, folder: Path) -> dict[str, Any]:
     """Does what the platform asks for; what endpoint.json says of it, `command` always being the next thing to type."""
     if config.platform == "kserve":
@@ -127,7 +137,7 @@ def deployed(config: DeploymentConfig, version: Version, scorer: Path, folder: P
 
         name = "inference_service.yaml"
         write_bytes(folder / name, kserve.text(kserve.inference_service(config, version)).encode())
-        return {"command": f"kubectl apply -f {name}", "traffic": config.traffic}
+        return {"command": f"kubectl apply -f {config.target / name}", "traffic": config.traffic}
     if config.platform == "vertex":
         from cappy.deployment import vertex
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cappy.errors import FolderError
 from cappy.records.folder import MANIFEST, PART_ROWS, File, read_manifest, verified
 from cappy.records.instance import Instance, Split
 from cappy.records.schema import from_batch
@@ -30,7 +31,7 @@ def read_batches(
 ) -> Iterator[pa.RecordBatch]:
     """Streams Arrow record batches, for loops that need a few columns of many rows; each part is verified first."""
     if rows is None:
-        for file in read_manifest(folder).files:
+        for file in _parts(Path(folder)):
             with pq.ParquetFile(verified(Path(folder), file)) as parquet:
                 yield from parquet.iter_batches(batch_size=PART_ROWS, columns=columns)
         return
@@ -46,10 +47,18 @@ def read_batches(
             yield from _within(batches, max(rows.start - start, 0), min(rows.stop - start, file.rows))
 
 
+def _parts(folder: Path) -> tuple[File, ...]:
+    """The parts of a folder of records; FolderError where it holds something else."""
+    manifest = read_manifest(folder)
+    if strange := [file.name for file in manifest.files if not file.name.endswith(".parquet")]:
+        raise FolderError(f"{folder}: is what {manifest.step} left ({strange[0]}), and no folder of records; name one")
+    return manifest.files
+
+
 @functools.lru_cache(maxsize=4)
 def _rows_of_files(folder: Path, stamp: tuple[int, ...]) -> tuple[tuple[File, ...], list[int]]:
     """The files of a folder and the row at which each ends; read once, because shards ask part by part."""
-    files = read_manifest(folder).files
+    files = _parts(folder)
     return files, list(itertools.accumulate(file.rows for file in files))
 
 

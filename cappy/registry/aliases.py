@@ -76,7 +76,9 @@ def rollback(name: str, *, why: str, tracking_uri: str) -> Move:
     with connected(tracking_uri) as client, alone(client, name):
         present = find(client, name, CHAMPION)
         if present is None:
-            raise RegistryError(f"models:/{name}@{CHAMPION}: {known(client, name)}")
+            raise RegistryError(
+                f"models:/{name}: has no champion, so there is nothing to roll back ({known(client, name)})"
+            )
         former = find(client, name, present.former) if present.former else None
         if former is None:
             raise RegistryError(f"{present.uri}: had no champion before it, so there is nothing to roll back to")

@@ -52,5 +52,9 @@ class Version:
     @property
     def served_as(self) -> str:
         """The spec to serve it by: its alias, so that the service follows the gate; its number without one."""
-        alias = next((alias for alias in (CHAMPION, CHALLENGER) if alias in self.aliases), "")
-        return f"models:/{self.name}@{alias}" if alias else self.uri
+        return f"models:/{self.name}@{self.alias}" if self.alias else self.uri
+
+    @property
+    def alias(self) -> str:
+        """Champion or challenger, or empty."""
+        return next((alias for alias in (CHAMPION, CHALLENGER) if alias in self.aliases), "")

@@ -131,7 +131,8 @@ def _with_champion(
     if champion is not None and not (told and champion.manifest_hash.startswith(told)):
         compared = f"the report compares with {told}" if told else "the report compares with no champion"
         moved = f"The champion is now version {champion.number} ({champion.manifest_hash[:12]}), but {compared}"
-        return Decision(decision="hold", reasons=(f"{moved}: run the pipeline again to compare with it.",))
+        remedy = f"evaluate with --champion models:/{champion.name}@champion, or run the pipeline again"
+        return Decision(decision="hold", reasons=(f"{moved}: {remedy}.",))
     has_champion = champion is not None
     return decide(report, has_champion=has_champion, margin=config.margin, baseline=config.baseline, guards=guards)
 

@@ -18,7 +18,7 @@ from cappy.registry.client import MlflowException, connected, experiment_id, met
 from cappy.registry.models import CHALLENGER, CHAMPION, EVALUATED, MANIFEST_TAG, RUN_TAG, Version
 from cappy.registry.registration import RegistrationConfig
 from cappy.registry.tracking import step_run
-from cappy.registry.versions import SCORER_PATH, find, find_content
+from cappy.registry.versions import SCORER_PATH, find, find_content, intact
 
 MODEL = "model"
 REQUIREMENTS = [f"cappy-scorer=={__version__}", "torch>=2.10", "transformers>=5,<6", "safetensors", "mlflow>=3.16.1,<4"]
@@ -28,13 +28,13 @@ EXAMPLE = {"instruction": "Translate to French: cat", "response": "chat"}
 def register(config: RegistrationConfig, scorer: Manifest, report: Mapping[str, Any], folder: Path) -> Version:
     """The version that holds this scorer, made if there is none; it is challenger unless it is champion.
 
-    Files are staged under `folder`. A version whose files are gone from the artifact store gets them again.
+    Files are staged under `folder`. A version whose files are gone from the artifact store or damaged gets them again.
     """
     with connected(config.tracking_uri) as client:
         known = find_content(client, config.name, scorer.hash)
         if known is None:
             known = _create(client, config, scorer, report, folder)
-        elif not _complete(client, known, config, scorer):
+        elif not (_complete(client, known, config, scorer) and intact(known, tracking_uri=config.tracking_uri)):
             _upload(client, known.tags["cappy.mlflow_run"], config, scorer, report, folder)
             _retag(client, known, config)
         if not {CHAMPION, CHALLENGER} & set(known.aliases):
@@ -131,7 +131,7 @@ def _link(source: Path, target: Path, names: list[str]) -> None:
 
 
 def _complete(client: Any, version: Version, config: RegistrationConfig, scorer: Manifest) -> bool:
-    """Whether the artifact store still has every file, with its size; content is verified on download.
+    """Whether the artifact store still has every file, with its size.
 
     What the evaluation wrote is read and compared: another file of its size would make every download fail.
     """

@@ -57,7 +57,7 @@ def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
         values = {
             "name": version.name,
             "version": version.number,
-            "alias": version.served_as.partition("@")[2],
+            "alias": version.alias,
             "uri": version.uri,
             "manifest_hash": version.manifest_hash,
         }

@@ -99,12 +99,24 @@ def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
     try:
         found = verify(scorer).hash
     except FolderError as error:
-        reason = str(error).replace(str(scorer), version.source)
+        reason = str(error).replace(str(scorer), f"{version.source}/{SCORER_PATH}")
         raise RegistryError(f"{version.uri}: {reason.partition(';')[0]}; register the scorer again") from error
     if found != version.manifest_hash:
         numbers = f"manifest {found[:12]}, registered {version.manifest_hash[:12]}"
         raise RegistryError(f"{version.uri}: is not what was registered ({numbers}); register the scorer again")
     check_evaluated(scorer, version)
+
+
+def intact(version: Version, *, tracking_uri: str) -> bool:
+    """Whether what the artifact store gives is what was registered, every byte read anew; RegistryError without it."""
+    with tempfile.TemporaryDirectory(prefix="cappy-") as folder:
+        try:
+            _fetch(version, Path(folder), tracking_uri)
+        except UnreachableError:
+            raise
+        except RegistryError:
+            return False
+    return True
 
 
 def check_evaluated(folder: Path, version: Version) -> None:

@@ -63,6 +63,16 @@ def test_a_version_that_answers_the_stored_pairs_gets_the_command_that_serves_it
     assert facts["command"] == "cappy serve --scorer models:/cappy@champion --port 9000"
 
 
+def test_a_report_on_another_scorer_is_refused_before_anything_is_scored(
+    registered: dict[str, Any], make_scorer: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = make_scorer(head="mse")
+    Scorer.load(str(other), precision="fp32").save(tmp_path / "other")
+    write_report(tmp_path / "report", tmp_path / "other", [["a", "b", 0.5]])
+    with pytest.raises(FolderError, match=r"report: is about another scorer than models:/cappy/1 \(report on "):
+        run(DeploymentConfig(target=tmp_path / "endpoint", **(registered | {"report": tmp_path / "report"})))
+
+
 def test_a_version_that_answers_otherwise_is_refused(
     registered: dict[str, Any], scorer_folder: Path, tmp_path: Path
 ) -> None:

@@ -97,6 +97,19 @@ def test_files_that_are_gone_from_the_store_are_put_back(room: Any, registered: 
     verify(registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models"))
 
 
+def test_a_file_that_is_damaged_in_the_store_is_put_there_again(room: Any, registered: Any) -> None:
+    scorer, report = registered("a")
+    source = Path(registry.resolve("models:/cappy/1", tracking_uri=room.uri).source.removeprefix("file://"))
+    stored = source / "artifacts" / "scorer" / "model.safetensors"
+    whole = stored.read_bytes()
+    stored.unlink()  # not written over: the store may have linked it to the scorer's own
+    stored.write_bytes(bytes([whole[0] ^ 1, *whole[1:]]))
+    with pytest.raises(RegistryError, match=r"artifacts/scorer/model.safetensors: is damaged"):
+        registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+    assert room.register(scorer, report)["version"] == 1
+    verify(registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models"))
+
+
 def test_only_what_the_manifest_names_is_registered(room: Any) -> None:
     scorer = room.scorer("a")
     (scorer / "notes.txt").write_text("private")
