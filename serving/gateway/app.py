@@ -22,6 +22,7 @@ from serving.gateway.feedback import FeedbackLog, read_feedback
 from serving.gateway.metrics import Metrics
 from serving.gateway.schemas import ChatRequest, read_request
 from serving.gateway.streaming import KEEP_ALIVE_SECONDS, events
+from serving.page import About, add_page
 
 MAX_BODY_BYTES = 8_000_000
 CANDIDATES_HEADER = "x-cappy-candidates"
@@ -80,7 +81,16 @@ def create_app(
     _add_models(app, front)
     _add_feedback(app, front)
     _add_probes(app, front)
+    add_page(app, lambda: _about(gateway))
     return app
+
+
+def _about(gateway: Gateway) -> About:
+    scoring = gateway.scoring
+    calibrated = scoring.calibration is not None
+    return About(
+        service="gateway", model=gateway.first.llm.model, version=scoring.version(), former=None, calibrated=calibrated
+    )
 
 
 def _add_chat(app: FastAPI, front: _Front) -> None:
