@@ -111,7 +111,7 @@ def serve(
         options = replace(options, batch_tokens=tokens)
         follower = follow(models) if follow else None
         app = create_app(models, options, failed=failed, follower=follower, computing=computing)
-        server = _Server(_config(app, address), models, address.notice_seconds)
+        server = _Server(http_config(app, address), models, address.notice_seconds)
         scheme = "https" if address.certificate else "http"
         sys.stderr.write(
             f"cappy serve: scorer {models.current.version} at {_url(listener, scheme)} "
@@ -130,7 +130,8 @@ def _check_tls(address: Address) -> None:
             raise ConfigError(f"{flag} {given}: no such file; give one in PEM form")
 
 
-def _config(app: object, address: Address) -> uvicorn.Config:
+def http_config(app: object, address: Address) -> uvicorn.Config:
+    """How both services speak HTTP: punctual clients, patient connections, a time to finish in."""
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         http=PunctualProtocol,

@@ -18,7 +18,7 @@ from serving.gateway.llm import LLM
 from serving.gateway.policy import Policy
 from serving.gateway.scoring import Scoring, load
 from serving.gateway.upstream import Upstream
-from serving.server import Address, bound
+from serving.server import Address, bound, http_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +51,7 @@ def run(settings: Settings, *, host: str = "127.0.0.1", port: int = 8090) -> Non
         feedback = FeedbackLog(settings.feedback) if settings.feedback is not None else None
         listener.listen()
         app = create_app(_gateway(settings, scoring), feedback=feedback, max_body_bytes=settings.max_body_bytes)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=Address.grace_seconds,
-            )
-        )
+        server = uvicorn.Server(http_config(app, Address(host=host, port=port)))
         sys.stderr.write(started(settings, scoring, listener) + "\n")
         server.run(sockets=[listener])
 
