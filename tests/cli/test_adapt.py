@@ -14,7 +14,7 @@ import typer
 
 import pipelines
 from cappy.cli.adapt import adapt, generators_for
-from cappy.cli.outcome import facts, told
+from cappy.cli.outcome import facts, step_told, told
 from cappy.cli.pipeline import Name, per_step, run
 from cappy.errors import ConfigError
 from cappy.evaluation import evaluate
@@ -222,3 +222,27 @@ def test_compile_writes_the_yaml_to_a_file_or_prints_it(here: Cappy, tmp_path: P
     missing = here("pipeline", "compile", "adapt", "--target", "absent/adapt.yaml")
     assert missing.stderr.startswith("cappy pipeline: absent/adapt.yaml: cannot be written (No such file")
     assert here("pipeline", "compile", "adopt").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "found", "lines"),
+    [
+        (
+            "registration",
+            {"uri": "models:/cappy/3", "alias": "challenger"},
+            ["version   models:/cappy/3, alias challenger"],
+        ),
+        (
+            "promotion",
+            {"decision": "hold", "reasons": ["Not shown."], "serve": "cappy serve --scorer x"},
+            [
+                "decision  held: it stays challenger\n          Not shown.",
+                "serve it  cappy serve --scorer x",
+            ],
+        ),
+        ("deployment", {"uri": "models:/cappy/3", "command": "do"}, ["version   models:/cappy/3", "next      do"]),
+        ("annotation", {}, []),
+    ],
+)
+def test_a_step_says_what_came_of_it(step: str, found: dict[str, Any], lines: list[str]) -> None:
+    assert step_told(Manifest(step=step, files=(), facts=found), Path("target")) == lines

@@ -12,15 +12,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cappy.errors import RecordError
+from cappy.errors import FolderError, RecordError
 from cappy.progress import silent
-from cappy.records import Instance, read, read_batches, write
+from cappy.records import Instance, Manifest, read, read_batches, write
+from cappy.records.folder import describe_files, write_manifest
 from cappy.records.parts import process_folder
 from cappy.records.shard import Shard, parse_shard
 
 
 def some(count: int) -> list[Instance]:
     return [Instance(instance_id=str(n), instruction=f"i{n}", references=("r",)) for n in range(count)]
+
+
+def test_a_folder_of_something_else_is_one_line_that_says_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    write_manifest(tmp_path, Manifest(step="finetuning", files=describe_files(tmp_path)))
+    for rows in (None, range(1)):
+        with pytest.raises(FolderError, match=r"is what finetuning left \(model.safetensors\), and no folder"):
+            list(read(tmp_path, rows=rows))
 
 
 def same(part: list[Instance]) -> list[Instance]:

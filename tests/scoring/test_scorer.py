@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cappy.errors import ConfigError, FolderError
+from cappy.records import Instance, write
 from cappy.scoring import Scorer
 from cappy.scoring.batching import by_length
 from cappy.scoring.encoding import Encoded
@@ -209,3 +210,9 @@ def test_remote_code_is_never_asked_for(make_scorer: Callable[..., Path]) -> Non
 def test_a_wrong_spec_is_one_line_with_the_right_form(spec: str, message: str) -> None:
     with pytest.raises((ConfigError, FolderError), match=message):
         Scorer.load(spec)
+
+
+def test_a_folder_of_records_is_no_scorer_and_said_to_be_none(tmp_path: Path) -> None:
+    write(tmp_path / "annotated", [Instance(instance_id="1", instruction="i", references=("r",))])
+    with pytest.raises(FolderError, match=r"annotated: has no config.json: what .* left, and no scorer; a scorer is"):
+        Scorer.load(str(tmp_path / "annotated"))
