@@ -174,7 +174,7 @@ def train_unwell(plan: FinetuningConfig, harm: Callable[[Any], Any]) -> None:
     """Finetunes a scorer that does `harm` to the logits of every training pass."""
 
     def start() -> Scorer:
-        scorer = Unwell.load(plan.scorer)
+        scorer = Unwell.load(plan.scorer, precision="fp32")
         scorer.harm = harm  # type: ignore[attr-defined]
         return scorer
 

@@ -34,7 +34,7 @@ class Still(Replicas):
 @pytest.fixture(scope="module")
 def scorer(scorer_folder: Path) -> Scorer:
     """Without dropout, whose masks differ from pass to pass."""
-    scorer = Scorer.load(str(scorer_folder))
+    scorer = Scorer.load(str(scorer_folder), precision="fp32")
     for module in scorer.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -50,7 +50,7 @@ def load(request: pytest.FixtureRequest, make_scorer: Callable[..., Path], bert_
 
 
 def _fresh(folder: Path, dropout: float) -> Scorer:
-    scorer = Scorer.load(str(folder), device="cpu")
+    scorer = Scorer.load(str(folder), device="cpu", precision="fp32")
     weights, config = scorer.model.state_dict(), scorer.model.config
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     scorer.model = type(scorer.model)(config).eval()
