@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import which
 
 import httpx
 import pytest
@@ -163,6 +164,7 @@ def test_a_scorer_that_fails_its_probe_ends_the_process_with_one_line(start: Sta
     assert "Traceback" not in log
 
 
+@pytest.mark.skipif(which("openssl") is None, reason="no openssl here; apt-get install openssl")
 def test_with_a_certificate_it_speaks_https(start: Start, tmp_path: Path) -> None:
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     words = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
