@@ -94,7 +94,7 @@ def serve(
     follow: Follow | None = None,
 ) -> None:
     """`run` with whatever model `load` gives."""
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, end)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     failures: list[CappyError] = []
 
@@ -114,7 +114,7 @@ def serve(
         server = _Server(http_config(app, address), models, address.notice_seconds)
         scheme = "https" if address.certificate else "http"
         sys.stderr.write(
-            f"cappy serve: scorer {models.current.version} at {_url(listener, scheme)} "
+            f"cappy serve: scorer {models.current.version} at {url(listener, scheme)} "
             "(POST /score, GET /health, GET /ready)\n"
         )
         server.run(sockets=[listener])
@@ -201,11 +201,12 @@ def _address_errors(host: str, port: int) -> Iterator[None]:
         raise ConfigError(text) from error
 
 
-def _url(listener: socket.socket, scheme: str) -> str:
+def url(listener: socket.socket, scheme: str = "http") -> str:
+    """The address that a socket listens on."""
     host, port = listener.getsockname()[:2]
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _stop(signum: int, frame: FrameType | None) -> None:
+def end(signum: int, frame: FrameType | None) -> None:
     """Ends with status 0; uvicorn raises the signal again after its own graceful stop, so this is the last word."""
     raise SystemExit(0)

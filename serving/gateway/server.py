@@ -6,7 +6,6 @@ import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import uvicorn
 
@@ -18,7 +17,7 @@ from serving.gateway.llm import LLM
 from serving.gateway.policy import Policy
 from serving.gateway.scoring import Scoring, load
 from serving.gateway.upstream import Upstream
-from serving.server import Address, bound, http_config
+from serving.server import Address, bound, end, http_config, url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,7 @@ def run(settings: Settings, *, host: str = "127.0.0.1", port: int = 8090) -> Non
     ConfigError if the address cannot be had, which is found out before the scorer is loaded. SIGTERM ends the process
     with status 0.
     """
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, end)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     # It would tell every call of the LLM, with its address.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
@@ -60,10 +59,8 @@ def started(settings: Settings, scoring: Scoring, listener: socket.socket) -> st
     """The line that says what is served where, and what the scores mean."""
     found = scoring.calibration
     scores = f"calibrated to {found.metric}" if found else "raw scores: no calibration.json beside it"
-    host, port = listener.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     what = f"best of {settings.policy.candidates} from {settings.llm.url}"
-    return f"cappy gateway: {what} by scorer {scoring.version() or settings.scorer} ({scores}) at {address}"
+    return f"cappy gateway: {what} by scorer {scoring.version() or settings.scorer} ({scores}) at {url(listener)}/v1"
 
 
 def _gateway(settings: Settings, scoring: Scoring) -> Gateway:
@@ -76,8 +73,3 @@ def _gateway(settings: Settings, scoring: Scoring) -> Gateway:
         second=Upstream(second, name="the second LLM") if second is not None else None,
         second_candidates=settings.second_candidates,
     )
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    """Ends with status 0; uvicorn raises the signal again after its own graceful stop, so this is the last word."""
-    raise SystemExit(0)
