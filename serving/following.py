@@ -62,8 +62,10 @@ class Follower:
             self._asked.clear()
             try:
                 await self.look()
-            except Exception:
+            except Exception as error:
+                # A defect of ours: what answers goes on, and GET /model tells it until a look succeeds.
                 LOGGER.exception("following %s failed", self.alias)
+                self.trouble = reason(error)
 
     def ask(self, *, again: bool = False) -> None:
         """Has `run` look at once; `again` gives versions that were refused another chance."""

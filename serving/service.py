@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from serving.batcher import Batcher
 from serving.dialects import Dialect, Scored
@@ -66,6 +67,7 @@ class Service:
         except TimeoutError:
             return refused(dialects, Refusal(504, "the time for this request is over; send fewer pairs or ask later"))
         except Exception:
+            # The last door: whatever the scorer raises is logged whole, and the client is told in its dialect.
             LOGGER.exception("a request failed")
             return refused(dialects, Refusal(500, "the scorer failed; the log of the service says how"))
 
@@ -176,6 +178,8 @@ async def received(request: Request, limits: Limits) -> bytes:
                 body += chunk
                 if len(body) > most:
                     raise large
+    except ClientDisconnect as error:
+        raise Refusal(GONE, "the client hung up") from error
     except TimeoutError as error:
         raise Refusal(408, f"the body did not arrive within {limits.body_seconds:g} s; send it again") from error
     return bytes(body)

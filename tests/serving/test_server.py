@@ -138,6 +138,21 @@ def test_a_client_that_hangs_up_is_taken_out_of_the_queue(start: Start) -> None:
     assert 499 in [record["status"] for record in records]
 
 
+def test_a_client_that_hangs_up_while_it_sends_is_no_defect_of_the_service(start: Start) -> None:
+    process, address = start("sound")
+    until_ready(address)
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b'POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{"pairs"')
+        time.sleep(0.3)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=20)
+    assert "Traceback" not in log
+    records = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    assert [record["status"] for record in records if record["path"] == "/score"] == [499]
+
+
 def test_a_client_that_sends_its_request_too_slowly_loses_its_connection_and_others_do_not_wait(start: Start) -> None:
     _, address = start("sound")
     until_ready(address)

@@ -51,7 +51,11 @@ def scorer() -> Iterator[str]:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        deadline = time.monotonic() + 20
+        while httpx.get(f"{address}/ready").status_code != 200:
+            assert time.monotonic() < deadline
+        yield address
         server.should_exit = True
         thread.join(10)
 
