@@ -1,4 +1,4 @@
-"""The nine steps by name, and how an orchestrator's worker starts one."""
+"""The steps by name, and how an orchestrator's worker starts one."""
 
 import fcntl
 import importlib
@@ -18,11 +18,14 @@ from cappy.errors import CappyError, ConfigError
 from cappy.progress import FileProgress, Progress, silent
 from cappy.records import Manifest
 from cappy.records.folder import write_bytes
+from cappy.secrets import fill_environment
 
 STEPS: Mapping[str, str] = {
     "preparation": "cappy.preparation",
     "sampling": "cappy.sampling",
     "annotation": "cappy.annotation",
+    "scoring": "cappy.scoring.step",
+    "gathering": "cappy.records.gathering",
     "pretraining": "cappy.training.pretraining",
     "finetuning": "cappy.training.finetuning",
     "evaluation": "cappy.evaluation",
@@ -34,16 +37,23 @@ STEPS: Mapping[str, str] = {
 
 PROGRESS_VARIABLE = "CAPPY_PROGRESS"
 """Environment: folder where a local run's steps write how far they are."""
+PACKAGE = "pipeline.yaml"
+"""The compiled pipeline of a local run, in the same folder."""
 PARENT_VARIABLE = "CAPPY_PARENT"
 """Environment: file that a local run's parent holds locked for as long as it lives."""
+TIMEOUT_VARIABLE = "CAPPY_TIMEOUT"
+"""Environment: seconds that a step may take; Vertex AI has no such limit for the steps of a pipeline."""
+GRACE_SECONDS = 60.0
+"""How long a step that took too long may write its checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """What one execution of a step did; tracking turns it into an MLflow run.
 
-    `fingerprint` names what was asked for and `run` the pipeline run that executed it: a later run whose step came
-    from the cache finds the record under the same fingerprint with an older run's id.
+    `fingerprint` names what was asked for, with `-i/N` where a shard of it was, and `run` the pipeline run that
+    executed it: a later run whose step came from the cache finds the record under the same fingerprint with an older
+    run's id.
     """
 
     step: str
@@ -73,17 +83,29 @@ def runner(step: str) -> Callable[[Any, Progress], Manifest]:
 
 def record_path(work: Path, fingerprint: str) -> Path:
     """Where the record of the step with this fingerprint lies."""
-    return work / "records" / f"{fingerprint}.json"
+    return work / "records" / f"{fingerprint.replace('/', '-of-')}.json"
 
 
-def launch(step: str, settings: str = "", *, fingerprint: str = "", run: str = "", **values: Any) -> Manifest:
+def progress_path(folder: Path, step: str, fingerprint: str) -> Path:
+    """Where a step of a local run tells how far it is: shards of a step tell it each for itself."""
+    shard = fingerprint.partition("-")[2].replace("/", "-of-")
+    return folder / f"{step}{shard and '-'}{shard}.json"
+
+
+def launch(
+    step: str, settings: str = "", *, fingerprint: str = "", part: str = "", run: str = "", **values: Any
+) -> Manifest:
     """Runs a step as an orchestrator's worker does: settings decoded, progress to a file, a record of what was done.
 
-    A CappyError ends the process with status 1 and its one line on stderr. The process dies with the local run that
-    started it, so that no orphan goes on writing.
+    `part` is the shard i/N that this execution does; each leaves a record of its own. A CappyError ends the process
+    with status 1 and its one line on stderr. The process dies with the local run that started it, so that no orphan
+    goes on writing.
     """
     die_with_parent()
+    _end_in_time(step)
+    fingerprint = f"{fingerprint}-{part}" if part else fingerprint
     try:
+        fill_environment()
         config = build(config_class(step), {**decode(settings), **values})
         if getattr(config, "dry_run", False):
             raise ConfigError(f"{step}: --dry-run leaves nothing for the next step; run it as cappy {step} --dry-run")
@@ -94,7 +116,7 @@ def launch(step: str, settings: str = "", *, fingerprint: str = "", run: str = "
     outcome: dict[str, Any] = {"status": "failed"}
     told = to_values(config)
     try:
-        manifest = runner(step)(config, _progress(step))
+        manifest = runner(step)(config, _progress(step, fingerprint))
         told |= manifest.config  # What a preset stood for.
         outcome = {"status": "done", "manifest_hash": manifest.hash, "metrics": dict(manifest.metrics)}
     except CappyError as error:
@@ -151,6 +173,25 @@ def _wait_for_parent(path: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _progress(step: str) -> Progress:
+def _end_in_time(step: str) -> None:
+    """Asks this process to end when the step's time is over, as an orchestrator would, and ends it if it does not."""
+    seconds = float(os.environ.get(TIMEOUT_VARIABLE) or 0)
+    if not seconds:
+        return
+
+    def end() -> None:
+        sys.stderr.write(
+            f"cappy {step}: took longer than {seconds:g} seconds; give it a longer timeout in the recipe\n"
+        )
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
+def _progress(step: str, fingerprint: str) -> Progress:
     folder = os.environ.get(PROGRESS_VARIABLE)
-    return FileProgress(Path(folder) / f"{step}.json") if folder else silent
+    return FileProgress(progress_path(Path(folder), step, fingerprint)) if folder else silent

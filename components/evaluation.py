@@ -8,10 +8,10 @@ from components.component import component
 @component()
 def evaluation(
     annotated: Input[Dataset],
-    scorer: Input[Model],
     report: Output[Artifact],
     page: Output[HTML],
     metrics: Output[Metrics],
+    scorer: Input[Model] = None,
     champion: str = "",
     metric: str = "rougeL",
     seed: int = 0,
@@ -19,15 +19,28 @@ def evaluation(
     fingerprint: str = "",
     run: str = "",
 ) -> None:
-    """Compare the scorer, and the champion beside it, with the other selectors on held-out instances."""
+    """Compare a scorer, and the champion beside it, with the other selectors on held-out instances.
+
+    The scorer is the one that the run trained, or the one that the settings name.
+    """
     import shutil
     from pathlib import Path
 
     from cappy.steps import launch
 
-    changed = {"champion": champion, "metric": metric, "seed": seed}
-    folders = {"source": annotated.path, "scorer": scorer.path, "target": report.path}
-    done = launch("evaluation", settings, fingerprint=fingerprint, run=run, **changed, **folders)
+    folders = {"source": annotated.path, "target": report.path}
+    if scorer is not None:
+        folders["scorer"] = scorer.path
+    done = launch(
+        "evaluation",
+        settings,
+        fingerprint=fingerprint,
+        run=run,
+        champion=champion,
+        metric=metric,
+        seed=seed,
+        **folders,
+    )
     report.metadata.update(manifest=done.hash)
     metrics.metadata.update(done.metrics)
     shutil.copyfile(f"{report.path}/report.html", page.path)

@@ -14,12 +14,13 @@ def sampling(
     seed: int = 0,
     settings: str = "",
     fingerprint: str = "",
+    part: str = "",
     run: str = "",
 ) -> None:
-    """Let one LLM or several propose responses to every instruction."""
+    """Let one LLM or several propose responses to every instruction, or to those of a part of them, i/N."""
     from cappy.steps import launch
 
-    changed = {"generator": generator, "strategy": strategy, "seed": seed}
+    changed = {"generator": generator, "strategy": strategy, "shard": part, "seed": seed}
     folders = {"source": instances.path, "target": candidates.path}
-    done = launch("sampling", settings, fingerprint=fingerprint, run=run, **changed, **folders)
+    done = launch("sampling", settings, fingerprint=fingerprint, part=part, run=run, **changed, **folders)
     candidates.metadata.update(manifest=done.hash, rows=done.rows, candidates=done.candidates)

@@ -5,17 +5,14 @@ from typing import Any
 
 from kfp import dsl
 
-from components.annotation import annotation
 from components.deployment import deployment
 from components.evaluation import evaluation
 from components.finetuning import finetuning
-from components.preparation import preparation
 from components.promotion import promotion
 from components.registration import registration
-from components.sampling import sampling
 from components.tracking import tracking
-
-RUN = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+from pipelines.dressing import Dress, plain
+from pipelines.labelling import RUN, labelled, shared
 
 
 def plan(
@@ -46,101 +43,118 @@ def plan(
     return {step: {**values, **(settings or {}).get(step, {})} for step, values in chosen.items()}
 
 
-@dsl.pipeline(name="cappy-adapt", description="A scorer for one task: sample, annotate, finetune, evaluate, promote.")  # type: ignore[untyped-decorator]
-def adapt(
-    source: str = "builtin",
-    generator: list = ["builtin"],  # type: ignore[type-arg] # noqa: B006 (kfp reads the default, nobody changes it)
-    strategy: str = "paper17",
-    scorer: str = "builtin",
-    champion: str = "",
-    metric: str = "rougeL",
-    name: str = "cappy",
-    margin: float = 0.0,
-    seed: int = 0,
-    preparation_settings: str = "",
-    sampling_settings: str = "",
-    annotation_settings: str = "",
-    finetuning_settings: str = "",
-    evaluation_settings: str = "",
-    registration_settings: str = "",
-    promotion_settings: str = "",
-    deployment_settings: str = "",
-    tracking_settings: str = "",
-    preparation_fingerprint: str = "",
-    sampling_fingerprint: str = "",
-    annotation_fingerprint: str = "",
-    finetuning_fingerprint: str = "",
-    evaluation_fingerprint: str = "",
-    registration_fingerprint: str = "",
-    promotion_fingerprint: str = "",
-    deployment_fingerprint: str = "",
-    fingerprints: str = "{}",
-) -> None:
-    """Chains the steps; the exit step tells MLflow what each did, also after a failure."""
-    last = tracking(fingerprints=fingerprints, settings=tracking_settings, run=RUN)
-    last.set_caching_options(False)
-    with dsl.ExitHandler(last, name="adapt"):
-        prepared = preparation(
-            source=source, seed=seed, settings=preparation_settings, fingerprint=preparation_fingerprint, run=RUN
-        )
-        sampled = sampling(
-            instances=prepared.outputs["instances"],
-            generator=generator,
-            strategy=strategy,
-            seed=seed,
-            settings=sampling_settings,
-            fingerprint=sampling_fingerprint,
-            run=RUN,
-        )
-        labelled = annotation(
-            candidates=sampled.outputs["candidates"],
-            metric=metric,
-            settings=annotation_settings,
-            fingerprint=annotation_fingerprint,
-            run=RUN,
-        )
-        trained = finetuning(
-            annotated=labelled.outputs["annotated"],
-            scorer=scorer,
-            seed=seed,
-            settings=finetuning_settings,
-            fingerprint=finetuning_fingerprint,
-            run=RUN,
-        )
-        evaluated = evaluation(
-            annotated=labelled.outputs["annotated"],
-            scorer=trained.outputs["finetuned"],
-            champion=champion,
-            metric=metric,
-            seed=seed,
-            settings=evaluation_settings,
-            fingerprint=evaluation_fingerprint,
-            run=RUN,
-        )
-        registered = registration(
-            scorer=trained.outputs["finetuned"],
-            report=evaluated.outputs["report"],
-            name=name,
-            settings=registration_settings,
-            fingerprint=registration_fingerprint,
-            run=RUN,
-        )
-        registered.set_caching_options(False)
-        decided = promotion(
-            version=registered.outputs["version"],
-            report=evaluated.outputs["report"],
-            margin=margin,
-            settings=promotion_settings,
-            fingerprint=promotion_fingerprint,
-            run=RUN,
-        )
-        decided.set_caching_options(False)
-        with dsl.If(decided.outputs["Output"] == "promote", name="promoted"):
-            deployed = deployment(
+def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
+    """The pipeline with its samples drawn in these shards (i/N), and each task dressed for a platform."""
+
+    @dsl.pipeline(name="cappy-adapt", description="A scorer for one task: sample, annotate, finetune, promote.")  # type: ignore[untyped-decorator]
+    def adapt(
+        source: str = "builtin",
+        generator: list = ["builtin"],  # type: ignore[type-arg] # noqa: B006 (kfp reads the default, nobody changes it)
+        strategy: str = "paper17",
+        scorer: str = "builtin",
+        champion: str = "",
+        metric: str = "rougeL",
+        name: str = "cappy",
+        margin: float = 0.0,
+        seed: int = 0,
+        preparation_settings: str = "",
+        sampling_settings: str = "",
+        annotation_settings: str = "",
+        gathering_settings: str = "",
+        finetuning_settings: str = "",
+        evaluation_settings: str = "",
+        registration_settings: str = "",
+        promotion_settings: str = "",
+        deployment_settings: str = "",
+        tracking_settings: str = "",
+        preparation_fingerprint: str = "",
+        sampling_fingerprint: str = "",
+        annotation_fingerprint: str = "",
+        gathering_fingerprint: str = "",
+        finetuning_fingerprint: str = "",
+        evaluation_fingerprint: str = "",
+        registration_fingerprint: str = "",
+        promotion_fingerprint: str = "",
+        deployment_fingerprint: str = "",
+        fingerprints: str = "{}",
+    ) -> None:
+        """Chains the steps; the exit step tells MLflow what each did, also after a failure."""
+        settings = {
+            "preparation": preparation_settings,
+            "sampling": sampling_settings,
+            "annotation": annotation_settings,
+            "gathering": gathering_settings,
+            "finetuning": finetuning_settings,
+            "evaluation": evaluation_settings,
+            "registration": registration_settings,
+            "promotion": promotion_settings,
+            "deployment": deployment_settings,
+        }
+        prints = {
+            "preparation": preparation_fingerprint,
+            "sampling": sampling_fingerprint,
+            "annotation": annotation_fingerprint,
+            "gathering": gathering_fingerprint,
+            "finetuning": finetuning_fingerprint,
+            "evaluation": evaluation_fingerprint,
+            "registration": registration_fingerprint,
+            "promotion": promotion_fingerprint,
+            "deployment": deployment_fingerprint,
+        }
+        last = tracking(fingerprints=fingerprints, settings=tracking_settings, run=RUN)
+        last.set_caching_options(False)
+        dress("tracking", last)
+        with dsl.ExitHandler(last, name="adapt"):
+            annotated = labelled(
+                shards,
+                dress,
+                source=source,
+                generator=generator,
+                strategy=strategy,
+                metric=metric,
+                seed=seed,
+                settings=settings,
+                fingerprints=prints,
+            )
+            trained = finetuning(
+                annotated=annotated, scorer=scorer, seed=seed, **shared("finetuning", settings, prints)
+            )
+            dress("finetuning", trained)
+            evaluated = evaluation(
+                annotated=annotated,
+                scorer=trained.outputs["finetuned"],
+                champion=champion,
+                metric=metric,
+                seed=seed,
+                **shared("evaluation", settings, prints),
+            )
+            dress("evaluation", evaluated)
+            registered = registration(
+                scorer=trained.outputs["finetuned"],
+                report=evaluated.outputs["report"],
+                name=name,
+                **shared("registration", settings, prints),
+            )
+            registered.set_caching_options(False)
+            dress("registration", registered)
+            decided = promotion(
                 version=registered.outputs["version"],
                 report=evaluated.outputs["report"],
-                settings=deployment_settings,
-                fingerprint=deployment_fingerprint,
-                run=RUN,
+                margin=margin,
+                **shared("promotion", settings, prints),
             )
-            deployed.set_caching_options(False)
+            decided.set_caching_options(False)
+            dress("promotion", decided)
+            with dsl.If(decided.outputs["Output"] == "promote", name="promoted"):
+                deployed = deployment(
+                    version=registered.outputs["version"],
+                    report=evaluated.outputs["report"],
+                    **shared("deployment", settings, prints),
+                )
+                deployed.set_caching_options(False)
+                dress("deployment", deployed)
+
+    return adapt
+
+
+adapt = build()

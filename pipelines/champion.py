@@ -10,26 +10,27 @@ from pipelines.fingerprints import SPECS, fingerprints
 CHAMPION = "champion"
 
 
-def resolved(settings: Mapping[str, Mapping[str, Any]], *, work: Path) -> dict[str, dict[str, Any]]:
+def resolved(
+    settings: Mapping[str, Mapping[str, Any]], *, work: Path, tracking_uri: str = ""
+) -> dict[str, dict[str, Any]]:
     """The settings with every `models:/name@alias` as `models:/name/number`, and the champion to compare with."""
-    found = {step: {**values, **_numbered(step, values, settings)} for step, values in settings.items()}
+    found = {step: {**values, **_numbered(step, values, tracking_uri)} for step, values in settings.items()}
     if "promotion" in found and not found["evaluation"].get("champion"):
-        found["evaluation"]["champion"] = _champion(found, work)
+        found["evaluation"]["champion"] = _champion(found, work, tracking_uri)
     return found
 
 
-def _numbered(step: str, values: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _numbered(step: str, values: Mapping[str, Any], tracking_uri: str) -> dict[str, Any]:
     from cappy.registry import resolve
 
-    uri = tracking_uri(settings)
     return {
-        name: resolve(values[name], tracking_uri=uri).uri
+        name: resolve(values[name], tracking_uri=tracking_uri).uri
         for name in SPECS.get(step, ())
         if isinstance(values.get(name), str) and values[name].startswith("models:/")
     }
 
 
-def _champion(settings: Mapping[str, Mapping[str, Any]], work: Path) -> str:
+def _champion(settings: Mapping[str, Mapping[str, Any]], work: Path, tracking_uri: str) -> str:
     """The version that evaluation compares with; empty if there is none.
 
     A champion that this very finetuning made is not compared with itself but with its predecessor, as it was when it
@@ -38,17 +39,12 @@ def _champion(settings: Mapping[str, Mapping[str, Any]], work: Path) -> str:
     from cappy.registry import champion
 
     name = settings["registration"].get("name", "cappy")
-    present = champion(name, tracking_uri=tracking_uri(settings))
+    present = champion(name, tracking_uri=tracking_uri)
     if present is None:
         return ""
-    until = ("preparation", "sampling", "annotation", "finetuning")
-    found = fingerprints({step: settings[step] for step in until}, tracking_uri=tracking_uri(settings))
+    until = list(settings)[: list(settings).index("finetuning") + 1]
+    found = fingerprints({step: settings[step] for step in until}, tracking_uri=tracking_uri)
     record = read_record(work, found["finetuning"])
     if record is not None and record.manifest_hash == present.manifest_hash:
         return f"models:/{name}/{present.former}" if present.former else ""
     return present.uri
-
-
-def tracking_uri(settings: Mapping[str, Mapping[str, Any]]) -> str:
-    """MLflow's address as the registration step will use it."""
-    return str(settings["registration"].get("tracking_uri", ""))

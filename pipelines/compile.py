@@ -1,23 +1,27 @@
-"""`python -m pipelines.compile adapt`: a pipeline as the YAML that Kubeflow and Vertex take."""
+"""A pipeline as the YAML that Kubeflow and Vertex AI take: `cappy pipeline compile`."""
 
 import importlib
-import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pipelines
+from pipelines.recipe import Platform, Recipe
 
 
-def compiled(name: str) -> str:
-    """The YAML of pipeline `name`; needs kfp and nothing heavier."""
+def built(recipe: Recipe, platform: Platform = "local") -> Any:
+    """The kfp pipeline of a recipe, each task dressed for the platform; ConfigError for a resource that it lacks."""
+    from pipelines.profiles import dress_for
+
+    module = importlib.import_module(pipelines.PIPELINES[recipe.pipeline])
+    return module.build(pipelines.shards_of(recipe.shards), dress_for(platform, recipe))
+
+
+def compiled(recipe: Recipe, platform: Platform = "local") -> str:
+    """The YAML of a recipe; needs kfp and nothing heavier. Kubeflow's has a second document, with what pods get."""
     from kfp.compiler import Compiler
 
-    function = getattr(importlib.import_module(pipelines.PIPELINES[name]), name)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.yaml"
-        Compiler().compile(function, str(path))
+        path = Path(folder) / "pipeline.yaml"
+        Compiler().compile(built(recipe, platform), str(path))
         return path.read_text(encoding="utf-8")
-
-
-if __name__ == "__main__":
-    sys.stdout.write(compiled(sys.argv[1]))

@@ -3,13 +3,17 @@
 import importlib
 import json
 import logging
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from kfp import local
+from kfp.compiler import Compiler
 from kfp.local import placeholder_utils
 
-from cappy.steps import die_with_parent
+from cappy.steps import PACKAGE, PROGRESS_VARIABLE, die_with_parent
 
 
 def main(request: Path) -> int:
@@ -20,14 +24,15 @@ def main(request: Path) -> int:
     # kfp draws eight random digits for a local run's id: two runs may share them, and whoever started it cannot know.
     placeholder_utils.make_random_id = lambda: wanted["run"]
     local.init(
-        local.SubprocessRunner(use_venv=False),
+        _containers() if wanted.get("platform") == "docker" else local.SubprocessRunner(use_venv=False),
         pipeline_root=wanted["pipeline_root"],
         workspace_root=str(request.parent / "workspace"),
         enable_caching=True,
         cache_root=wanted["cache_root"],
     )
-    module, _, name = wanted["pipeline"].partition(":")
-    pipeline = getattr(importlib.import_module(module), name)
+    pipeline = _pipeline(wanted)
+    # Beside the log, where the exit step finds it for MLflow.
+    Compiler().compile(pipeline, str(request.parent / PACKAGE))
     try:
         pipeline(**wanted["arguments"])
     except RuntimeError as error:
@@ -35,6 +40,41 @@ def main(request: Path) -> int:
         sys.stdout.write(f"{error}\n")
         return 1
     return 0
+
+
+def _pipeline(wanted: Mapping[str, Any]) -> Any:
+    """The pipeline of a recipe, dressed for where it runs, or one that stands in a module under its name."""
+    if "recipe" in wanted:
+        from pipelines.compile import built
+        from pipelines.recipe import checked
+
+        return built(checked(wanted["recipe"]), wanted["platform"])
+    module, _, name = wanted["pipeline"].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _containers() -> Any:
+    """A container for each step: as this user, in this folder, which is mounted where it lies.
+
+    Files that steps name must lie under the current folder. The network is this machine's, so that MLflow's address
+    means the same inside.
+    """
+    here = str(Path.cwd())
+    # No CAPPY_PARENT: a lock on a file tells of no process beyond a container's own.
+    told = {name: os.environ[name] for name in (PROGRESS_VARIABLE, "MLFLOW_TRACKING_URI") if name in os.environ}
+    return local.DockerRunner(
+        user=f"{os.getuid()}:{os.getgid()}",
+        working_dir=here,
+        environment={**told, "HOME": "/tmp"},  # noqa: S108 (in the container)
+        network_mode="host",
+        mounts=[_mount(here)],
+    )
+
+
+def _mount(folder: str) -> Any:
+    from docker.types import Mount
+
+    return Mount(target=folder, source=folder, type="bind")
 
 
 if __name__ == "__main__":

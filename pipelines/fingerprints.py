@@ -17,6 +17,8 @@ ARTIFACTS: Mapping[str, tuple[str, ...]] = {
     "preparation": ("target",),
     "sampling": ("source", "target"),
     "annotation": ("source", "target"),
+    "scoring": ("source", "target"),
+    "gathering": ("source", "target"),
     "pretraining": ("source", "target"),
     "finetuning": ("source", "target"),
     "evaluation": ("source", "scorer", "target"),
@@ -28,25 +30,39 @@ ARTIFACTS: Mapping[str, tuple[str, ...]] = {
 SPECS: Mapping[str, tuple[str, ...]] = {
     "preparation": ("source",),
     "sampling": ("generator",),
+    "scoring": ("scorer",),
     "pretraining": ("encoder",),
     "finetuning": ("scorer",),
-    "evaluation": ("champion",),
+    "evaluation": ("champion", "scorer"),
 }
 """Step -> the settings that name something outside: a file, a folder, built-in weights, a registered version."""
 
 
-def fingerprints(settings: Mapping[str, Mapping[str, Any]], *, tracking_uri: str = "") -> dict[str, str]:
+def fingerprints(
+    settings: Mapping[str, Mapping[str, Any]], *, tracking_uri: str = "", revision: str = ""
+) -> dict[str, str]:
     """Step -> hash of the code, the settings and the outside content of this step and all before it.
 
-    ConfigError if a setting is wrong: it costs milliseconds here and a training run later.
+    `revision` stands for content outside that this machine cannot see. ConfigError if a setting is wrong: it costs
+    milliseconds here and a training run later.
     """
     found: dict[str, str] = {}
-    before = ""
-    for step, values in settings.items():
-        folders = {name: Path("artifact") for name in ARTIFACTS[step]}
-        config = build(config_class(step), {**values, **folders})
+    before = revision
+    for step, config in configs(settings).items():
+        values = settings[step]
         outside = _outside(step, values, tracking_uri)
         before = found[step] = fingerprint(step, code_version(), identity(config), outside, before)
+    return found
+
+
+def configs(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The config of each step, its folders not yet known; ConfigError if a setting is wrong."""
+    found: dict[str, Any] = {}
+    for step, values in settings.items():
+        folders: dict[str, Any] = {name: Path("artifact") for name in ARTIFACTS[step]}
+        if step == "gathering":
+            folders["source"] = (Path("artifact"),)
+        found[step] = build(config_class(step), {**values, **folders})
     return found
 
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pipelines
+from cappy.config import to_values
 from cappy.errors import CappyError, ConfigError, shown
 from cappy.steps import PARENT_VARIABLE, PROGRESS_VARIABLE, hold_parent_lock
 from pipelines.board import Board
+from pipelines.recipe import Platform, Recipe, checked
 from pipelines.states import StepState, log_section, observe
 from pipelines.submission import Submission, prepare
 
@@ -49,18 +50,26 @@ def run_pipeline(
     work: Path = Path(".cappy/work"),
     root: Path = Path(".cappy"),
     show: bool = True,
+    tracking_uri: str = "",
+    recipe: Recipe | None = None,
+    platform: Platform = "local",
 ) -> Outcome:
-    """Runs pipeline `name` (adapt or pretrain) with these settings per step and waits for it.
+    """Runs pipeline `name` (adapt, pretrain or batch_score) with these settings per step and waits for it.
 
-    `root` gets the artifacts (`pipeline/`) and the logs (`runs/<run id>/`). CappyError with the failed step's own line
-    if one fails; Ctrl-C ends every process of the run and raises KeyboardInterrupt.
+    `root` gets the artifacts (`pipeline/`) and the logs (`runs/<run id>/`); a `recipe` says how many shards there are
+    and, with `platform` docker, which images. CappyError with the failed step's own line if one fails; Ctrl-C ends
+    every process of the run and raises KeyboardInterrupt.
     """
-    submission = prepare(name, steps, work=work)
-    return execute(f"{pipelines.PIPELINES[name]}:{name}", submission, work=work, root=root, show=show)
+    chosen = recipe or checked({"pipeline": name})
+    submission = prepare(name, steps, work=work, shards=chosen.shards, tracking_uri=tracking_uri)
+    built = {"recipe": to_values(chosen), "platform": platform}
+    return execute(built, submission, work=work, root=root, show=show)
 
 
-def execute(target: str, submission: Submission, *, work: Path, root: Path, show: bool = True) -> Outcome:
-    """Runs the kfp pipeline at `target` (module:name) with a submission's arguments."""
+def execute(
+    target: str | Mapping[str, Any], submission: Submission, *, work: Path, root: Path, show: bool = True
+) -> Outcome:
+    """Runs a kfp pipeline with a submission's arguments: a recipe's, or the one at `target` (module:name)."""
     root, work = root.absolute(), work.absolute()
     _refuse_mangled({"the folder of the run": str(root), **submission.arguments})
     run_id = f"{submission.pipeline}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
@@ -68,7 +77,7 @@ def execute(target: str, submission: Submission, *, work: Path, root: Path, show
     folder.mkdir(parents=True)
     request = folder / "request.json"
     values = {
-        "pipeline": target,
+        **({"pipeline": target} if isinstance(target, str) else target),
         "arguments": submission.arguments,
         "run": run_id,
         "pipeline_root": str(root / "pipeline"),

@@ -5,15 +5,12 @@ from typing import Any
 
 from kfp import dsl
 
-from components.annotation import annotation
 from components.evaluation import evaluation
-from components.preparation import preparation
 from components.pretraining import pretraining
 from components.registration import registration
-from components.sampling import sampling
 from components.tracking import tracking
-
-RUN = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+from pipelines.dressing import Dress, plain
+from pipelines.labelling import RUN, labelled, shared
 
 
 def plan(
@@ -41,74 +38,88 @@ def plan(
     return {step: {**values, **(settings or {}).get(step, {})} for step, values in chosen.items()}
 
 
-@dsl.pipeline(name="cappy-pretrain", description="A general scorer: sample, annotate, pretrain, evaluate, register.")  # type: ignore[untyped-decorator]
-def pretrain(
-    source: str = "builtin",
-    generator: list = ["builtin"],  # type: ignore[type-arg] # noqa: B006 (kfp reads the default, nobody changes it)
-    strategy: str = "paper17",
-    metric: str = "rougeL",
-    name: str = "cappy-pretrained",
-    seed: int = 0,
-    preparation_settings: str = "",
-    sampling_settings: str = "",
-    annotation_settings: str = "",
-    pretraining_settings: str = "",
-    evaluation_settings: str = "",
-    registration_settings: str = "",
-    tracking_settings: str = "",
-    preparation_fingerprint: str = "",
-    sampling_fingerprint: str = "",
-    annotation_fingerprint: str = "",
-    pretraining_fingerprint: str = "",
-    evaluation_fingerprint: str = "",
-    registration_fingerprint: str = "",
-    fingerprints: str = "{}",
-) -> None:
-    """Chains the steps; the exit step tells MLflow what each did, also after a failure."""
-    last = tracking(fingerprints=fingerprints, settings=tracking_settings, run=RUN)
-    last.set_caching_options(False)
-    with dsl.ExitHandler(last, name="pretrain"):
-        prepared = preparation(
-            source=source, seed=seed, settings=preparation_settings, fingerprint=preparation_fingerprint, run=RUN
-        )
-        sampled = sampling(
-            instances=prepared.outputs["instances"],
-            generator=generator,
-            strategy=strategy,
-            seed=seed,
-            settings=sampling_settings,
-            fingerprint=sampling_fingerprint,
-            run=RUN,
-        )
-        labelled = annotation(
-            candidates=sampled.outputs["candidates"],
-            metric=metric,
-            settings=annotation_settings,
-            fingerprint=annotation_fingerprint,
-            run=RUN,
-        )
-        trained = pretraining(
-            annotated=labelled.outputs["annotated"],
-            seed=seed,
-            settings=pretraining_settings,
-            fingerprint=pretraining_fingerprint,
-            run=RUN,
-        )
-        evaluated = evaluation(
-            annotated=labelled.outputs["annotated"],
-            scorer=trained.outputs["pretrained"],
-            metric=metric,
-            seed=seed,
-            settings=evaluation_settings,
-            fingerprint=evaluation_fingerprint,
-            run=RUN,
-        )
-        registered = registration(
-            scorer=trained.outputs["pretrained"],
-            report=evaluated.outputs["report"],
-            name=name,
-            settings=registration_settings,
-            fingerprint=registration_fingerprint,
-            run=RUN,
-        )
-        registered.set_caching_options(False)
+def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
+    """The pipeline with its samples drawn in these shards (i/N), and each task dressed for a platform."""
+
+    @dsl.pipeline(name="cappy-pretrain", description="A general scorer: sample, annotate, pretrain, register.")  # type: ignore[untyped-decorator]
+    def pretrain(
+        source: str = "builtin",
+        generator: list = ["builtin"],  # type: ignore[type-arg] # noqa: B006 (kfp reads the default, nobody changes it)
+        strategy: str = "paper17",
+        metric: str = "rougeL",
+        name: str = "cappy-pretrained",
+        seed: int = 0,
+        preparation_settings: str = "",
+        sampling_settings: str = "",
+        annotation_settings: str = "",
+        gathering_settings: str = "",
+        pretraining_settings: str = "",
+        evaluation_settings: str = "",
+        registration_settings: str = "",
+        tracking_settings: str = "",
+        preparation_fingerprint: str = "",
+        sampling_fingerprint: str = "",
+        annotation_fingerprint: str = "",
+        gathering_fingerprint: str = "",
+        pretraining_fingerprint: str = "",
+        evaluation_fingerprint: str = "",
+        registration_fingerprint: str = "",
+        fingerprints: str = "{}",
+    ) -> None:
+        """Chains the steps; the exit step tells MLflow what each did, also after a failure."""
+        settings = {
+            "preparation": preparation_settings,
+            "sampling": sampling_settings,
+            "annotation": annotation_settings,
+            "gathering": gathering_settings,
+            "pretraining": pretraining_settings,
+            "evaluation": evaluation_settings,
+            "registration": registration_settings,
+        }
+        prints = {
+            "preparation": preparation_fingerprint,
+            "sampling": sampling_fingerprint,
+            "annotation": annotation_fingerprint,
+            "gathering": gathering_fingerprint,
+            "pretraining": pretraining_fingerprint,
+            "evaluation": evaluation_fingerprint,
+            "registration": registration_fingerprint,
+        }
+        last = tracking(fingerprints=fingerprints, settings=tracking_settings, run=RUN)
+        last.set_caching_options(False)
+        dress("tracking", last)
+        with dsl.ExitHandler(last, name="pretrain"):
+            annotated = labelled(
+                shards,
+                dress,
+                source=source,
+                generator=generator,
+                strategy=strategy,
+                metric=metric,
+                seed=seed,
+                settings=settings,
+                fingerprints=prints,
+            )
+            trained = pretraining(annotated=annotated, seed=seed, **shared("pretraining", settings, prints))
+            dress("pretraining", trained)
+            evaluated = evaluation(
+                annotated=annotated,
+                scorer=trained.outputs["pretrained"],
+                metric=metric,
+                seed=seed,
+                **shared("evaluation", settings, prints),
+            )
+            dress("evaluation", evaluated)
+            registered = registration(
+                scorer=trained.outputs["pretrained"],
+                report=evaluated.outputs["report"],
+                name=name,
+                **shared("registration", settings, prints),
+            )
+            registered.set_caching_options(False)
+            dress("registration", registered)
+
+    return pretrain
+
+
+pretrain = build()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from cappy.progress import State, read_state
-from cappy.steps import StepRecord, read_record
+from cappy.steps import StepRecord, progress_path, read_record
 
 Name = Literal["waiting", "running", "cached", "done", "failed", "skipped"]
 NEVER_CACHED = ("registration", "promotion", "deployment")
@@ -18,7 +18,10 @@ _START = re.compile(r"Executing task '([a-z-]+)'")
 
 @dataclass(frozen=True, kw_only=True)
 class StepState:
-    """One step of a run: `seconds` that it took or takes, `target` where its output lies once there is one."""
+    """One step of a run, or a shard of one ("sampling 0/4").
+
+    `seconds` is what it took or takes, `target` where its output lies once there is one.
+    """
 
     step: str
     state: Name
@@ -31,27 +34,38 @@ class StepState:
 def observe(
     fingerprints: Mapping[str, str], *, work: Path, progress: Path, run: str, alive: bool, succeeded: bool
 ) -> list[StepState]:
-    """The state of every step, in order.
+    """The state of every step and shard, in order.
 
     A step that this run executed has a record with the run's id, one that works has told its progress; a step before
-    either of them that has neither was answered from the cache.
+    either of them that has neither was answered from the cache. Shards wait for the steps before them, not for each
+    other.
     """
     records = {step: read_record(work, fingerprint) for step, fingerprint in fingerprints.items()}
-    told = {step: read_state(progress / f"{step}.json") for step in fingerprints}
+    told = {
+        step: read_state(progress_path(progress, step.partition(" ")[0], fingerprint))
+        for step, fingerprint in fingerprints.items()
+    }
     own = {step: record for step, record in records.items() if record is not None and record.run == run}
-    steps = list(fingerprints)
-    reached = max((steps.index(step) for step in steps if step in own or told[step]), default=-1)
-    states: list[StepState] = []
-    for index, step in enumerate(steps):
-        state = _state(own.get(step), told[step], passed=index < reached)
-        if state == "waiting" and alive and (not states or states[-1].state in ("done", "cached")):
+    reached = [step for step in fingerprints if step in own or told[step]]
+    states: dict[str, StepState] = {}
+    for step in fingerprints:
+        passed = any(_follows(later, step, list(fingerprints)) for later in reached)
+        state = _state(own.get(step), told[step], passed=passed)
+        before = [states[other].state for other in states if _follows(step, other, list(fingerprints))]
+        if state == "waiting" and alive and all(other in ("done", "cached") for other in before):
             state = "running"
         if state == "waiting" and succeeded:
             state = "skipped" if step in NEVER_CACHED else "cached"
         if state == "running" and not alive:
             state = "failed"
-        states.append(_describe(step, state, records[step], told[step]))
-    return states
+        states[step] = _describe(step, state, records[step], told[step])
+    return list(states.values())
+
+
+def _follows(later: str, step: str, steps: list[str]) -> bool:
+    """Whether `later` starts only when `step` is done: it stands after it, and is no other shard."""
+    shards = {name.partition(" ")[2] for name in (later, step)} - {""}
+    return steps.index(later) > steps.index(step) and len(shards) < 2
 
 
 def log_section(log: Path, step: str) -> list[str]:

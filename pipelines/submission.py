@@ -9,13 +9,15 @@ from typing import Any
 import pipelines
 from cappy.config import encode
 from cappy.errors import ConfigError, shown
-from pipelines.champion import resolved, tracking_uri
+from pipelines.champion import resolved
 from pipelines.fingerprints import fingerprints
 
 TYPED: Mapping[str, tuple[str, ...]] = {
     "preparation": ("source", "seed"),
     "sampling": ("generator", "strategy", "seed"),
     "annotation": ("metric",),
+    "scoring": ("scorer",),
+    "gathering": (),
     "pretraining": ("seed",),
     "finetuning": ("scorer", "seed"),
     "evaluation": ("champion", "metric", "seed"),
@@ -28,36 +30,74 @@ TYPED: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """A run that is ready to be handed to an orchestrator."""
+    """A run that is ready to be handed to an orchestrator; `fingerprints` by step, and by shard of a sharded one."""
 
     pipeline: str
     arguments: Mapping[str, Any]
     fingerprints: Mapping[str, str]
     tracking_uri: str = ""
+    shards: int = 1
 
 
-def prepare(pipeline: str, steps: Mapping[str, Mapping[str, Any]], *, work: Path) -> Submission:
+def prepare(
+    pipeline: str,
+    steps: Mapping[str, Mapping[str, Any]],
+    *,
+    work: Path,
+    shards: int = 1,
+    tracking_uri: str = "",
+    revision: str = "",
+) -> Submission:
     """The submission of a pipeline with these settings per step; ConfigError if a setting is wrong.
 
-    Nothing that moves is left in it: aliases have become versions, and every file stands in a fingerprint.
+    Nothing that moves is left in it: aliases have become versions, and every file stands in a fingerprint. `revision`
+    stands for content that this machine cannot see, such as files of a cluster's volume.
     """
     if pipeline not in pipelines.PIPELINES:
         raise ConfigError(f"{shown(pipeline)}: no such pipeline; there are {', '.join(pipelines.PIPELINES)}")
-    if unknown := set(steps) - set(pipelines.STEPS[pipeline]):
+    if not 1 <= shards <= pipelines.MAX_SHARDS:
+        raise ConfigError(f"{pipeline}: {shards} shards; give 1 to {pipelines.MAX_SHARDS}")
+    names = pipelines.steps_of(pipeline, shards)
+    if named := [step for step in steps if step in pipelines.SHARDED and steps[step].get("shard")]:
+        raise ConfigError(f"{named[0]}: --shard is what the pipeline gives each; say how many: shards, or --shards")
+    if unknown := set(steps) - set(names):
         raise ConfigError(f"{pipeline}: has no step {', '.join(sorted(unknown))}")
     shared = {"work": str(work.absolute())}
-    settings = resolved({step: {**steps.get(step, {}), **shared} for step in pipelines.STEPS[pipeline]}, work=work)
-    found = fingerprints(settings, tracking_uri=tracking_uri(settings))
+    address = str(steps.get("registration", {}).get("tracking_uri", "")) or tracking_uri
+    placed = {step: {**steps.get(step, {}), **shared} for step in names}
+    settings = resolved(placed, work=work, tracking_uri=address)
+    found = fingerprints(settings, tracking_uri=address, revision=revision)
+    told = by_shard(found, shards)
     return Submission(
         pipeline=pipeline,
-        arguments=arguments(settings, found),
-        fingerprints=found,
-        tracking_uri=tracking_uri(settings),
+        arguments=arguments(settings, found, told, {**shared, "tracking_uri": address}),
+        fingerprints=told,
+        tracking_uri=address,
+        shards=shards,
     )
 
 
-def arguments(settings: Mapping[str, Mapping[str, Any]], found: Mapping[str, str]) -> dict[str, Any]:
-    """The parameters of the pipeline function."""
+def by_shard(found: Mapping[str, str], shards: int) -> dict[str, str]:
+    """The fingerprints under which steps and shards leave their records: `sampling 0/4` and so on in place of a step.
+
+    Shards stand one after the other, each with its steps in order, which is how they run.
+    """
+    if shards == 1:
+        return dict(found)
+    sharded = [step for step in found if step in pipelines.SHARDED]
+    spread = {f"{step} {shard}": f"{found[step]}-{shard}" for shard in pipelines.shards_of(shards) for step in sharded}
+    before = list(found)[: list(found).index(sharded[0])]
+    after = [step for step in found if step not in (*before, *sharded)]
+    return {**{step: found[step] for step in before}, **spread, **{step: found[step] for step in after}}
+
+
+def arguments(
+    settings: Mapping[str, Mapping[str, Any]],
+    found: Mapping[str, str],
+    told: Mapping[str, str],
+    tracking: Mapping[str, str],
+) -> dict[str, Any]:
+    """The parameters of the pipeline function; shards are told which they are by the pipeline itself."""
     values: dict[str, Any] = {}
     for step, chosen in settings.items():
         for name in TYPED[step]:
@@ -66,7 +106,5 @@ def arguments(settings: Mapping[str, Mapping[str, Any]], found: Mapping[str, str
                 raise ConfigError(f"{step}: --{name} is one for the whole pipeline, got {both}")
         values[f"{step}_settings"] = encode({key: chosen[key] for key in chosen if key not in TYPED[step]})
         values[f"{step}_fingerprint"] = found[step]
-    tracking = {
-        key: settings["registration"][key] for key in ("work", "tracking_uri") if key in settings["registration"]
-    }
-    return {**values, "tracking_settings": encode(tracking), "fingerprints": json.dumps(found)}
+    given = {name: value for name, value in tracking.items() if value}
+    return {**values, "tracking_settings": encode(given), "fingerprints": json.dumps(told)}

@@ -7,7 +7,9 @@ from typing import Literal
 from cappy.annotation import mismatches
 from cappy.annotation.metrics import Metric, Pool, parse
 from cappy.annotation.rouge import visible
+from cappy.errors import RecordError, shown
 from cappy.records import Candidate, Instance
+from cappy.records.instance import GIVEN
 
 Recipe = Literal["default", "paper"]
 
@@ -30,6 +32,7 @@ def annotate(instances: Sequence[Instance], labelling: Labelling) -> Iterator[In
     §3.1). Where one text stands twice, training takes the first (see `rows`): the reference, then what was sampled,
     then the mismatch; under the `paper` recipe the mismatch before what was sampled.
     """
+    _refuse_unlabelled(instances)
     kept = [[one for one in instance.candidates if one.source in ("llm", "choice")] for instance in instances]
     sampled = [[one for one in candidates if one.source == "llm"] for candidates in kept]
     metric = iter(labelling.metric([Pool(*pool) for pool in zip(instances, sampled, strict=True)]).tolist())
@@ -40,6 +43,14 @@ def annotate(instances: Sequence[Instance], labelling: Labelling) -> Iterator[In
         middle = [*planted, *candidates] if labelling.recipe == "paper" else [*candidates, *planted]
         labelled = (one.labelled(labelling.name, _label(one, instance, metric)) for one in (*references, *middle))
         yield replace(instance, candidates=tuple(labelled))
+
+
+def _refuse_unlabelled(instances: Sequence[Instance]) -> None:
+    """RecordError where nothing says what is correct: prepared to be scored, not to learn from."""
+    for instance in instances:
+        if not instance.references and not any(GIVEN in candidate.labels for candidate in instance.candidates):
+            remedy = "prepare it with references and without --unlabelled"
+            raise RecordError(f"instance {shown(instance.instance_id)}: has no reference to compare with; {remedy}")
 
 
 def count(instances: Sequence[Instance], *, name: str, mismatches: int) -> Mapping[str, int]:

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import cappy
-from cappy.cli import adapt, convert, doctor, gateway, pipeline, scoring, serve, templates, threshold
+from cappy.cli import adapt, convert, doctor, gateway, pipeline, remote, scoring, serve, templates, threshold
 from cappy.errors import CappyError
 
 __all__ = ["main"]
@@ -17,6 +17,8 @@ STEP_HELP = {
     "preparation": "Turn sources into instances.",
     "sampling": "Let LLMs propose candidates for every instance.",
     "annotation": "Label every candidate with its correctness, 0 to 1.",
+    "scoring": "Score the candidates of a dataset.",
+    "gathering": "Join the folders that shards of a step wrote.",
     "pretraining": "Train a scorer on labelled candidates of many tasks.",
     "finetuning": "Train a scorer further on one task.",
     "evaluation": "Compare the scorer with other selectors; write the report.",
@@ -24,7 +26,7 @@ STEP_HELP = {
     "promotion": "Let the gate decide whether the challenger is the champion.",
     "deployment": "Check that the registered version answers; say how to serve.",
 }
-"""What `cappy --help` says of the nine steps; their flags come from the config class when the verb is asked for."""
+"""What `cappy --help` says of the steps; their flags come from the config class when the verb is asked for."""
 
 RESUMABLE = {*STEP_HELP, "adapt", "pipeline"}
 
@@ -97,6 +99,7 @@ app.command("threshold", short_help="Find the score that keeps picks good enough
 app.command("convert", short_help="Turn a published PyTorch checkpoint into a scorer.")(convert.convert)
 app.command("templates", short_help="Fetch PromptSource's templates, checked.")(templates.templates)
 app.command("doctor", short_help="Say what this machine has and lacks.")(doctor.doctor)
+remote.add_to(pipeline.app)
 app.add_typer(pipeline.app, name="pipeline")
 
 

@@ -16,17 +16,18 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> dict[str, Any]:
     """What came of a run, as JSON values: means and intervals of every selector on the metric's scale of 0 to 1."""
     report = read_report(outcome.outputs["evaluation"])
     version = _facts(outcome, "registration")
+    registered = {"version": version["uri"], "alias": version["alias"]} if version else {}
     found: dict[str, Any] = {
         "run": outcome.run_id,
         "log": str(outcome.log),
         "selectors": {name: vars(row.estimate) for name, row in report.selectors.items()},
         "report": str(_near(outcome.outputs["evaluation"] / "report.html")),
-        "version": version["uri"],
-        "alias": version["alias"],
+        **registered,
         "from_cache": [step for step in outcome.outputs if step in outcome.cached],
         "seconds": dict(outcome.seconds),
-        "serve": f"cappy serve --scorer {version['uri']}",
     }
+    if version:
+        found["serve"] = f"cappy serve --scorer {version['uri']}"
     if "finetuning" in outcome.outputs:
         found["training"] = dict(read_manifest(outcome.outputs["finetuning"]).metrics)
     if "promotion" in outcome.outputs:
@@ -37,7 +38,7 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> dict[str, Any]:
             "alias": decided["serve"].rpartition("@")[2],
             "serve": _facts(outcome, "deployment").get("command") or decided["serve"],
         }
-    if tracking_uri:
+    if tracking_uri and "serve" in found:
         found["serve"] = f"MLFLOW_TRACKING_URI={shlex.quote(tracking_uri)} {found['serve']}"
     return found
 
@@ -45,14 +46,16 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> dict[str, Any]:
 def told(outcome: "Outcome", found: Mapping[str, Any]) -> str:
     """The report's table and the facts of a run, for a terminal."""
     table = read_report(outcome.outputs["evaluation"]).text()
-    lines = [table, f"report    {found['report']}", f"version   {found['version']}, alias {found['alias']}"]
+    lines = [table, f"report    {found['report']}"]
+    if "version" in found:
+        lines.append(f"version   {found['version']}, alias {found['alias']}")
     if "decision" in found:
         lines.append(_decided(found))
     if found.get("training", {}).get("best_update") == 0:
         lines.append("training  no check was better than the scorer that training started from: that one was kept")
     if found["from_cache"]:
         lines.append(f"cache     {', '.join(found['from_cache'])} came from the cache")
-    return "\n".join([*lines, f"serve it  {found['serve']}"])
+    return "\n".join([*lines, *([f"serve it  {found['serve']}"] if "serve" in found else [])])
 
 
 def step_told(manifest: Manifest, target: Path) -> list[str]:

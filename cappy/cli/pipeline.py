@@ -3,44 +3,84 @@
 import importlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cappy.cli.adapt import JsonFlag, SettingFlag, TrackingFlag, WorkFlag
+from cappy.cli.adapt import JsonFlag, SettingFlag
 from cappy.errors import ConfigError, shown
 
+if TYPE_CHECKING:
+    from pipelines.recipe import Recipe
+
 EXTRA = "pip install -e '.[pipelines]'"
+NAMES = ("adapt", "pretrain", "evaluate", "batch_score")
 
-app = typer.Typer(help="Compile and run the Kubeflow pipelines.", no_args_is_help=True)
+app = typer.Typer(help="Compile, run, submit and follow the Kubeflow pipelines.", no_args_is_help=True)
 
-Name = Annotated[Literal["adapt", "pretrain"], typer.Argument(help="Pipeline.", show_default=False)]
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A recipe (YAML file), or adapt, pretrain, evaluate, batch_score.", show_default=False
+    ),
+]
+ShardsFlag = Annotated[
+    int | None,
+    typer.Option(min=1, help="Shards that samples or scores are computed in.", show_default="the recipe's, else 1"),
+]
+AddressFlag = Annotated[
+    str,
+    typer.Option(
+        "--tracking-uri", help="MLflow's address.", show_default="the recipe's, else as `cappy adapt` takes it"
+    ),
+]
+PlaceFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--work", help="Folder that keeps unfinished and finished work.", show_default="the recipe's, else .cappy/work"
+    ),
+]
 
 
 @app.command()
 def run(
-    name: Name,
+    recipe: RecipeArgument,
+    on: Annotated[
+        Literal["local", "docker"], typer.Option(help="In processes, or in the images' containers.")
+    ] = "local",
     setting: SettingFlag = [],  # noqa: B006 (typer needs the default and copies it)
-    tracking_uri: TrackingFlag = "",
-    work: WorkFlag = Path(".cappy/work"),
+    shards: ShardsFlag = None,
+    tracking_uri: AddressFlag = "",
+    work: PlaceFlag = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the graph and what it takes; run nothing.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Run a pipeline on this machine, on Kubeflow's local runner."""
-    choices = {"tracking_uri": tracking_uri, "settings": per_step(name, setting)}
-    run_and_tell(name, choices, work=work, tracking_uri=tracking_uri, as_json=as_json)
+    chosen = recipe_of(recipe, setting, shards=shards, tracking_uri=tracking_uri, work=work)
+    if dry_run:
+        outlined(chosen, on, as_json)
+        return
+    _run_and_tell(chosen, on, as_json)
 
 
 @app.command("compile")
 def compile_pipeline(
-    name: Name,
+    recipe: RecipeArgument,
+    on: Annotated[
+        Literal["local", "docker", "kubeflow", "vertex"], typer.Option(help="Platform whose settings are written in.")
+    ] = "local",
+    setting: SettingFlag = [],  # noqa: B006 (as above)
+    shards: ShardsFlag = None,
     target: Annotated[
         Path | None, typer.Option(help="YAML file to write.", show_default="none: standard output")
     ] = None,
 ) -> None:
     """Write a pipeline as the YAML that Kubeflow and Vertex AI take."""
-    text = _module("pipelines.compile").compiled(name)
+    chosen = recipe_of(recipe, setting, shards=shards)
+    text = load("pipelines.compile").compiled(chosen, on)
     if target is None:
         typer.echo(text, nl=False)
         return
@@ -48,12 +88,46 @@ def compile_pipeline(
         target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{target}: cannot be written ({error.strerror}); choose another --target") from error
-    typer.echo(f"{target}: pipeline {name}")
+    typer.echo(f"{target}: pipeline {chosen.pipeline} for {on}")
 
 
-def per_step(name: str, pairs: Sequence[str]) -> dict[str, dict[str, Any]]:
+def recipe_of(
+    text: str,
+    pairs: Sequence[str] = (),
+    *,
+    shards: int | None = None,
+    tracking_uri: str = "",
+    work: Path | None = None,
+) -> "Recipe":
+    """The recipe of a file, or of a pipeline's name alone, with what flags say in place of it."""
+    recipes = load("pipelines.recipe")
+    chosen: Recipe
+    if text in NAMES:
+        chosen = recipes.checked({"pipeline": text})
+    elif Path(text).suffix in (".yaml", ".yml") or Path(text).is_file():
+        chosen = recipes.read_recipe(Path(text))
+    else:
+        names = ", ".join(NAMES)
+        raise typer.BadParameter(f"{shown(text)} is no recipe and no pipeline: {names}", param_hint="RECIPE")
+    if shards is not None:
+        limit = load("pipelines").MAX_SHARDS
+        if shards > limit:
+            raise ConfigError(f"--shards: {shards} are too many for a graph; give at most {limit}")
+        chosen = replace(chosen, shards=shards)
+    settings = {step: dict(values) for step, values in chosen.settings.items()}
+    for step, values in per_step(chosen.pipeline, pairs, chosen.steps).items():
+        settings.setdefault(step, {}).update(values)
+    return replace(
+        chosen,
+        settings=settings,
+        tracking_uri=tracking_uri or chosen.tracking_uri,
+        work=str(work) if work else chosen.work,
+    )
+
+
+def per_step(name: str, pairs: Sequence[str], steps: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """STEP.SETTING=VALUE words as settings by step; a value is JSON where it reads as such, else text."""
-    steps = importlib.import_module("pipelines").STEPS[name]
+    steps = steps or importlib.import_module("pipelines").STEPS[name]
     settings: dict[str, dict[str, Any]] = {}
     for pair in pairs:
         path, equals, text = pair.partition("=")
@@ -68,15 +142,60 @@ def per_step(name: str, pairs: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def run_and_tell(name: str, choices: Mapping[str, Any], *, work: Path, tracking_uri: str, as_json: bool) -> None:
     """Plans and runs a pipeline, then prints what came of it."""
+    steps = load(f"pipelines.{name}").plan(**choices)
+    outcome = load("pipelines.local").run_pipeline(name, steps, work=work, show=True, tracking_uri=tracking_uri)
+    _tell(outcome, tracking_uri, as_json)
+
+
+def _run_and_tell(recipe: "Recipe", on: str, as_json: bool) -> None:
+    planning = load("pipelines.planning")
+    outcome = load("pipelines.local").run_pipeline(
+        recipe.pipeline,
+        planning.settings_of(recipe),
+        work=planning.work_of(recipe, on),
+        tracking_uri=recipe.tracking_uri,
+        recipe=recipe,
+        platform=on,
+        show=True,
+    )
+    if recipe.pipeline == "batch_score":
+        _tell_scored(outcome, as_json)
+        return
+    _tell(outcome, recipe.tracking_uri, as_json)
+
+
+def _tell_scored(outcome: Any, as_json: bool) -> None:
+    """Prints where the scored records lie."""
+    from cappy.records import read_manifest
+
+    folder = outcome.outputs.get("gathering") or outcome.outputs["scoring"]
+    manifest = read_manifest(folder)
+    version = str(manifest.config.get("version", ""))
+    found = {"run": outcome.run_id, "scored": str(folder), "candidates": manifest.candidates, "version": version}
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    content = f"{manifest.rows:,} instances, {manifest.candidates:,} candidates, scores under {version}"
+    typer.echo(f"scored    {folder}\n          {content}")
+
+
+def _tell(outcome: Any, tracking_uri: str, as_json: bool) -> None:
     from cappy.cli.outcome import facts, told
 
-    steps = _module(f"pipelines.{name}").plan(**choices)
-    outcome = _module("pipelines.local").run_pipeline(name, steps, work=work, show=True)
     found = facts(outcome, tracking_uri)
     typer.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else told(outcome, found))
 
 
-def _module(name: str) -> ModuleType:
+def outlined(recipe: "Recipe", on: Any, as_json: bool) -> None:
+    """Prints what the run would be, once everything that can be checked before it is."""
+    load("pipelines.compile").built(recipe, on)
+    outline = load("pipelines.outline")
+    load("pipelines.planning").check(recipe, on)
+    typer.echo(json.dumps(outline.to_json(recipe, on), indent=1) if as_json else outline.text(recipe, on))
+
+
+def load(name: str) -> ModuleType:
+    """A module of `pipelines`; ConfigError where kfp is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

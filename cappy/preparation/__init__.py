@@ -63,6 +63,9 @@ class PreparationConfig:
         tuple[str, ...],
         Field(description="Pattern of systems whose candidates are left out of a file, such as 'primary/*'"),
     ] = ()
+    unlabelled: Annotated[
+        bool, Field(description="A file's rows need responses and no reference: to be scored, not to learn from")
+    ] = False
     split: Annotated[str, Field(min_length=1, description="Split of a dataset of the hub to read")] = "train"
     templates: Annotated[
         Path | None,

@@ -107,12 +107,19 @@ class Fields:
         return value
 
 
-def row(where: str, values: Values, *, task: str, max_characters: int) -> Row:
-    """The instance in the fields of a row; RecordError says which field is wrong and how to mend it."""
+def row(where: str, values: Values, *, task: str, max_characters: int, unlabelled: bool = False) -> Row:
+    """The instance in the fields of a row; RecordError says which field is wrong and how to mend it.
+
+    An `unlabelled` row needs responses and no reference.
+    """
     fields = Fields(where, values, max_characters)
     instruction = _instruction(fields)
     candidates = (*_responses(fields), *_candidates(fields))
-    references = _references(fields, rated=bool(candidates) and all(GIVEN in one.labels for one in candidates))
+    if unlabelled and not candidates:
+        remedy = "give the responses to be scored as responses, or leave --unlabelled out"
+        raise RecordError(f"{where}: has no responses, fields found: {fields.found()}; {remedy}")
+    rated = bool(candidates) and all(GIVEN in one.labels for one in candidates)
+    references = _references(fields, needed=not rated and not unlabelled)
     choices = _choices(fields, references)
     instance_id = fields.optional("instance_id", "id")
     split = fields.optional("split")
@@ -148,9 +155,9 @@ def _instruction(fields: Fields) -> str:
     return instruction
 
 
-def _references(fields: Fields, *, rated: bool) -> tuple[str, ...]:
-    """The accepted answers; there may be none where every response brought its label."""
-    if rated and not fields.has("reference") and not fields.has("references"):
+def _references(fields: Fields, *, needed: bool) -> tuple[str, ...]:
+    """The accepted answers; there may be none where every response brought its label or has none to get."""
+    if not needed and not fields.has("reference") and not fields.has("references"):
         return ()
     given = [name for name in ("reference", "references") if name in fields.values]
     remedy = "give at least one accepted answer as reference or references, or --columns reference=COLUMN"

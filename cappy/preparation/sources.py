@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -165,8 +166,12 @@ def _hub(config: PreparationConfig) -> Source:
 def _file(path: Path, config: PreparationConfig) -> Source:
     read_rows = reader_of(path)
     task, columns = config.task or plain(path).stem, parse(config.columns)
+    read_row = partial(row, task=task, max_characters=config.max_characters, unlabelled=config.unlabelled)
     with readable(path):
         sha256 = sha256_of(path)
+
+    def read_found() -> Rows:
+        return mapped(read_rows(path), columns) if columns else known(read_rows(path))
 
     def check_unchanged() -> None:
         if sha256_of(path) != sha256:
@@ -175,10 +180,7 @@ def _file(path: Path, config: PreparationConfig) -> Source:
     return Source(
         name=str(path),
         format=read_rows.__name__.removeprefix("read_"),
-        rows=lambda: (
-            _without(row(*found, task=task, max_characters=config.max_characters), config.exclude)
-            for found in (mapped(read_rows(path), columns) if columns else known(read_rows(path)))
-        ),
+        rows=lambda: (_without(read_row(*found), config.exclude) for found in read_found()),
         task=task,
         parents=(sha256,),
         check_unchanged=check_unchanged,

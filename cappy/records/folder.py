@@ -211,14 +211,18 @@ def publish(work: Path, target: Path, manifest: Manifest) -> None:
         for stale in target.glob("part-*.parquet"):
             stale.unlink()
         for file in manifest.files:
-            path = target / file.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            try:
-                os.link(work / file.name, path)
-            except OSError:
-                shutil.copyfile(work / file.name, path)
+            put(work / file.name, target / file.name)
     write_manifest(target, manifest)
+
+
+def put(source: Path, path: Path) -> None:
+    """The same file under another path, in place of what was there: a hard link where that can be, else a copy."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
 
 
 def verified(folder: Path, file: File) -> Path:

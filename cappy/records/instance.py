@@ -79,7 +79,7 @@ class Instance:
 
     `group_id` names the source row behind the instance: splits and bootstraps go by group. `original_task` is false
     for a template that turns its dataset's task around (as PromptSource marks them). There is at least one reference,
-    unless candidates brought labels of their own.
+    unless there are candidates: they may have brought labels of their own, or are there to be scored.
     """
 
     instance_id: str
@@ -96,8 +96,7 @@ class Instance:
     def __post_init__(self) -> None:
         if not self.instruction.strip():
             raise RecordError(f"instance {shown(self.instance_id)}: instruction is empty; give it a text")
-        rated = any(GIVEN in candidate.labels for candidate in self.candidates)
-        if not rated and not any(reference.strip() for reference in self.references):
+        if not self.candidates and not any(reference.strip() for reference in self.references):
             raise RecordError(f"instance {shown(self.instance_id)}: no reference; give at least one accepted answer")
         if self.split not in SPLITS:
             raise RecordError(

@@ -9,7 +9,7 @@ from cappy.registry.models import Version
 if TYPE_CHECKING:
     from cappy.registry.aliases import Move
 
-__all__ = ["Version", "champion", "download", "history", "resolve", "rollback", "track_run"]
+__all__ = ["Version", "attach", "champion", "download", "history", "resolve", "rollback", "track_run"]
 
 MODELS = Path(".cappy/models")
 
@@ -58,3 +58,12 @@ def track_run(fingerprints: Mapping[str, str], settings: str = "", *, run: str, 
     from cappy.registry import tracking
 
     tracking.track_run(fingerprints, settings, run=run, state=state)
+
+
+def attach(
+    texts: Mapping[str, str], *, run: str, tracking_uri: str = "", facts: Mapping[str, str] | None = None
+) -> None:
+    """Keeps these texts (file name -> text) as artifacts of a pipeline run's MLflow run, and the facts as its tags."""
+    from cappy.registry import tracking
+
+    tracking.attach(texts, run=run, tracking_uri=tracking_uri, facts=facts or {})

@@ -13,7 +13,7 @@ from cappy.errors import CappyError
 from cappy.records.folder import MANIFEST
 from cappy.registry.client import connected, experiment_id, metric_key
 from cappy.registry.models import RUN_TAG
-from cappy.steps import StepRecord, read_record
+from cappy.steps import PACKAGE, PROGRESS_VARIABLE, StepRecord, read_record
 from cappy.training.curves import TRAINING_LOG, read_curves
 from cappy.training.plan import TRAINING_STEPS
 
@@ -61,8 +61,21 @@ def track(
                 _log_step(client, nested, record, cached=record.run != run)
                 if step == "evaluation":
                     client.log_batch(parent, metrics=_metrics(record.metrics, record.started))
+        package = Path(os.environ.get(PROGRESS_VARIABLE, "nowhere")) / PACKAGE
+        if package.is_file():
+            client.log_artifact(parent, str(package))
         if os.environ.get("MLFLOW_RUN_ID") != parent:
             client.set_terminated(parent, "FINISHED" if succeeded else "FAILED")
+
+
+def attach(texts: Mapping[str, str], *, run: str, tracking_uri: str, facts: Mapping[str, str]) -> None:
+    """Keeps what a run was made of with its MLflow run, which is made if it is missing."""
+    with connected(tracking_uri) as client:
+        parent = pipeline_run(client, experiment_id(client, "cappy", tracking_uri), run)
+        for name, text in texts.items():
+            client.log_text(parent, text, name)
+        for name, value in facts.items():
+            client.set_tag(parent, f"cappy.{name}", value)
 
 
 def pipeline_run(client: Any, experiment: str, run: str) -> str:

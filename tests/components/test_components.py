@@ -14,7 +14,7 @@ from pipelines.fingerprints import ARTIFACTS
 from pipelines.submission import TYPED
 
 FOLDER = Path(components.__file__).parent
-SHARED = {"settings", "fingerprint", "run"}
+SHARED = {"settings", "fingerprint", "part", "run"}
 
 
 def tree(name: str) -> ast.Module:

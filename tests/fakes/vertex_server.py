@@ -1,4 +1,4 @@
-"""A small server that speaks the REST of Vertex AI's models and endpoints, and of the bucket they are staged in.
+"""A small server that speaks the REST of Vertex AI's models, endpoints and pipeline jobs, of their bucket and logs.
 
 It parses every request strictly into the SDK's own message, so that a field which the service does not know is an
 error, and answers long-running operations at once. It proves what is asked for, not that Google would grant it.
@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from google.cloud.aiplatform_v1 import types
 from google.protobuf.json_format import ParseDict, ParseError
+from kfp.pipeline_spec import pipeline_spec_pb2
 from local_server import handled_by
 
 V1 = "type.googleapis.com/google.cloud.aiplatform.v1"
@@ -28,6 +29,8 @@ class Vertex:
     endpoints: list[dict[str, Any]] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
+    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    entries: list[dict[str, Any]] = field(default_factory=list)
     address: str = ""
     refuse: tuple[int, str] | None = None
 
@@ -90,6 +93,25 @@ class Vertex:
         endpoint["trafficSplit"] = body["trafficSplit"]
         return endpoint
 
+    def job(self, method: str, resource: str, verb: str, query: dict[str, list[str]], body: Any) -> dict[str, Any]:
+        """pipelineJobs: one is created under the id that it asks for, looked at, cancelled."""
+        if method == "POST" and not verb:
+            strict(types.PipelineJob, body)
+            PipelineSpec = pipeline_spec_pb2.PipelineSpec  # noqa: N806
+            ParseDict(body["pipelineSpec"], PipelineSpec(), ignore_unknown_fields=False)
+            name = f"{resource}/{query['pipelineJobId'][0]}"
+            self.jobs[name] = {**body, "name": name, "state": "PIPELINE_STATE_PENDING"}
+            return self.jobs[name]
+        if resource not in self.jobs:
+            raise Refusal(404, f"{resource} not found")
+        return {} if verb == "cancel" else self.jobs[resource]
+
+    def logged(self, body: Any) -> dict[str, Any]:
+        """entries:list of Cloud Logging, a page of one at a time."""
+        number = int(body.get("pageToken", 0))
+        more = {"nextPageToken": str(number + 1)} if number + 1 < len(self.entries) else {}
+        return {"entries": self.entries[number : number + 1], **more}
+
     @staticmethod
     def find(among: list[dict[str, Any]], name: str) -> dict[str, Any]:
         bare, _, version = name.partition("@")
@@ -106,6 +128,10 @@ class Vertex:
             return self.store(method, path, query, data)
         body = json.loads(data) if data else {}
         resource, _, verb = path.removeprefix("/v1/").partition(":")
+        if path == "/v2/entries:list":
+            return self.logged(body)
+        if "/pipelineJobs" in resource:
+            return self.job(method, resource, verb, query, body)
         if verb == "listVersions":
             return {"models": [one for one in self.models if one["name"] == resource]}
         verbs = {"upload": self.upload, "deployModel": self.deploy, "undeployModel": self.undeploy}

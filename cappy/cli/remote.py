@@ -1,0 +1,239 @@
+"""`cappy pipeline submit`, `status`, `logs`, `cancel`: runs on Kubeflow and on Vertex AI, from here."""
+
+import json
+import secrets
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cappy.cli.adapt import JsonFlag, SettingFlag
+from cappy.cli.pipeline import AddressFlag, RecipeArgument, ShardsFlag, load, outlined, recipe_of
+from cappy.errors import CappyError, ConfigError
+
+if TYPE_CHECKING:
+    from pipelines.clients import Client, RunState
+    from pipelines.recipe import Recipe
+
+LOOK_SECONDS = 10.0
+
+OnFlag = Annotated[Literal["kubeflow", "vertex"], typer.Option(help="Where the run is.", show_default=False)]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="The run's id, as submit printed it.", show_default=False)
+]
+FromFlag = Annotated[
+    str, typer.Option("--recipe", help="Recipe that says where the platform is.", show_default="none: the flags say it")
+]
+EndpointFlag = Annotated[str, typer.Option(help="Address of Kubeflow Pipelines.", show_default="the recipe's")]
+NamespaceFlag = Annotated[
+    str, typer.Option(help="Namespace of the runs (kubeflow).", show_default="the recipe's, else kubeflow")
+]
+ProjectFlag = Annotated[str, typer.Option(help="Google Cloud project (vertex).", show_default="the recipe's")]
+RegionFlag = Annotated[str, typer.Option(help="Region (vertex).", show_default="the recipe's, else us-central1")]
+BucketFlag = Annotated[str, typer.Option(help="gs:// bucket (vertex).", show_default="the recipe's")]
+StepFlag = Annotated[str, typer.Option(help="Step whose lines are shown.", show_default="all")]
+FollowFlag = Annotated[bool, typer.Option("--follow", help="Go on until the run is over.")]
+
+
+def submit(
+    recipe: RecipeArgument,
+    on: OnFlag,
+    setting: SettingFlag = [],  # noqa: B006 (typer needs the default and copies it)
+    shards: ShardsFlag = None,
+    tracking_uri: AddressFlag = "",
+    endpoint: EndpointFlag = "",
+    namespace: NamespaceFlag = "",
+    project: ProjectFlag = "",
+    region: RegionFlag = "",
+    bucket: BucketFlag = "",
+    compiled: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML that `cappy pipeline compile` wrote, to send as it is.", show_default="none: compiled now"
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print graph, resources and most cost; send nothing.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Send a pipeline to Kubeflow or Vertex AI; prints the run's id and the page to watch it on."""
+    chosen = recipe_of(recipe, setting, shards=shards, tracking_uri=tracking_uri)
+    chosen = placed(chosen, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
+    if dry_run:
+        outlined(chosen, on, as_json)
+        return
+    submission = load("pipelines.planning").submission_of(chosen, on)
+    text = load("pipelines.packages").package_of(chosen, on, submission.arguments, compiled)
+    client = _client(chosen, on)
+    name = f"cappy-{chosen.pipeline.replace('_', '-')}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pipeline.yaml"
+        path.write_text(text, encoding="utf-8")
+        state = client.submit(path, submission.arguments, name)
+    _attach(chosen, on, state, text)
+    if as_json:
+        typer.echo(json.dumps({"run": state.run, "url": state.url, "name": name}, indent=1))
+    else:
+        typer.echo(
+            f"run     {state.run}\npage    {state.url}\nfollow  cappy pipeline status {state.run} --on {on} --follow"
+        )
+
+
+def status(
+    run: RunArgument,
+    on: OnFlag,
+    recipe: FromFlag = "",
+    endpoint: EndpointFlag = "",
+    namespace: NamespaceFlag = "",
+    project: ProjectFlag = "",
+    region: RegionFlag = "",
+    bucket: BucketFlag = "",
+    follow: FollowFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show how far a run is, step by step; exits with 1 if it failed."""
+    chosen = placed(
+        recipe_of(recipe or "adapt"),
+        endpoint=endpoint,
+        namespace=namespace,
+        project=project,
+        region=region,
+        bucket=bucket,
+    )
+    client = _client(chosen, on)
+    told: dict[str, str] = {}
+    while True:
+        state = client.look(run)
+        if follow and not as_json:
+            _changes(state, told)
+        if state.over or not follow:
+            break
+        time.sleep(LOOK_SECONDS)
+    if as_json:
+        typer.echo(json.dumps(asdict(state), indent=1, default=dict))
+    elif not follow:
+        typer.echo(table(state))
+    if state.state in ("failed", "cancelled"):
+        failed = next((task for task in state.tasks if task.state == "failed"), None)
+        reason = (failed.error if failed else "") or state.error or f"see {state.url}"
+        raise CappyError(f"{run}: {state.state}{f' in {failed.step}' if failed else ''}: {' '.join(reason.split())}")
+
+
+def logs(
+    run: RunArgument,
+    on: OnFlag,
+    step: StepFlag = "",
+    recipe: FromFlag = "",
+    endpoint: EndpointFlag = "",
+    namespace: NamespaceFlag = "",
+    project: ProjectFlag = "",
+    region: RegionFlag = "",
+    bucket: BucketFlag = "",
+    follow: FollowFlag = False,
+) -> None:
+    """Show what the steps of a run wrote, each line with its step."""
+    chosen = placed(
+        recipe_of(recipe or "adapt"),
+        endpoint=endpoint,
+        namespace=namespace,
+        project=project,
+        region=region,
+        bucket=bucket,
+    )
+    client = _client(chosen, on)
+    seen: dict[str, int] = {}
+    while True:
+        over = not follow or client.look(run).over
+        counted: dict[str, int] = {}
+        for line in client.logs(run, step):
+            name = line.partition(": ")[0]
+            counted[name] = counted.get(name, 0) + 1
+            if counted[name] > seen.get(name, 0):
+                typer.echo(line)
+        seen = {name: max(seen.get(name, 0), counted.get(name, 0)) for name in {*seen, *counted}}
+        if over:
+            return
+        time.sleep(LOOK_SECONDS)
+
+
+def cancel(
+    run: RunArgument,
+    on: OnFlag,
+    recipe: FromFlag = "",
+    endpoint: EndpointFlag = "",
+    namespace: NamespaceFlag = "",
+    project: ProjectFlag = "",
+    region: RegionFlag = "",
+    bucket: BucketFlag = "",
+) -> None:
+    """End a run; what its steps finished stays in the work folder."""
+    chosen = placed(
+        recipe_of(recipe or "adapt"),
+        endpoint=endpoint,
+        namespace=namespace,
+        project=project,
+        region=region,
+        bucket=bucket,
+    )
+    _client(chosen, on).cancel(run)
+    typer.echo(f"{run}: asked to end")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Makes the verbs those of `cappy pipeline`."""
+    for verb in (submit, status, logs, cancel):
+        app.command()(verb)
+
+
+def placed(recipe: "Recipe", **given: str) -> "Recipe":
+    """The recipe with what flags say of the platforms in place of its own."""
+    kubeflow: dict[str, Any] = {name: given[name] for name in ("endpoint", "namespace") if given[name]}
+    vertex: dict[str, Any] = {name: given[name] for name in ("project", "region", "bucket") if given[name]}
+    if (name := given["bucket"]) and not name.startswith("gs://"):
+        raise ConfigError(f"--bucket: {name} is no bucket; give gs://NAME")
+    return replace(recipe, kubeflow=replace(recipe.kubeflow, **kubeflow), vertex=replace(recipe.vertex, **vertex))
+
+
+def table(state: "RunState") -> str:
+    """A run's state, for a terminal."""
+    width = max((len(task.step) for task in state.tasks), default=0)
+    rows = [f"  {task.step.ljust(width)}  {_told(task)}" for task in state.tasks]
+    return "\n".join([f"{state.run}: {state.state}", *rows, state.url])
+
+
+def _changes(state: "RunState", told: dict[str, str]) -> None:
+    """Prints what is new since the last look."""
+    for task in state.tasks:
+        words = _told(task)
+        if told.get(task.step) != words:
+            told[task.step] = words
+            typer.echo(f"{task.step}: {words}")
+
+
+def _told(task: Any) -> str:
+    seconds = f", {task.seconds:.0f} s" if task.seconds else ""
+    return f"{task.state}{seconds}{f': {task.error}' if task.error else ''}"
+
+
+def _client(recipe: "Recipe", on: Any) -> "Client":
+    client: Client = load("pipelines.clients").client_for(on, recipe.kubeflow, recipe.vertex)
+    return client
+
+
+def _attach(recipe: "Recipe", on: str, state: "RunState", text: str) -> None:
+    """Keeps the pipeline with the MLflow run; the run itself goes on where MLflow cannot be had from here."""
+    from cappy.registry import attach
+
+    try:
+        attach(
+            {"pipeline.yaml": text},
+            run=state.run,
+            tracking_uri=recipe.tracking_uri,
+            facts={"platform": on, "page": state.url},
+        )
+    except CappyError as error:
+        typer.echo(f"cappy pipeline: the run is on its way, its YAML is not in MLflow: {error}", err=True)

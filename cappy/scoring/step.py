@@ -1,0 +1,108 @@
+"""The scoring step: every candidate of a dataset gets its score, kept in the record under the scorer's version."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, code_version, identity, settings
+from cappy.progress import Progress, silent
+from cappy.records import Instance, Manifest, read_manifest
+from cappy.records.shard import ShardOf, parse_shard, refuse_same
+from cappy.scoring import Precision
+
+if TYPE_CHECKING:
+    from cappy.scoring.scorer import Scorer
+
+__all__ = ["ScoringConfig", "run"]
+
+UNVERSIONED = "unversioned"
+"""What scores of a folder without a manifest stand under."""
+
+
+@settings
+class ScoringConfig:
+    """A scorer's scores for the candidates of a folder."""
+
+    source: Annotated[Location, Field(description="Folder of instances with candidates")]
+    target: Annotated[Location, Field(description="Folder to write")]
+    scorer: Annotated[
+        str,
+        LOCATION,
+        Field(
+            min_length=1,
+            description="Scorer: builtin, a folder, hub:org/name@revision, models:/name@alias or models:/name/version",
+        ),
+    ] = "builtin"
+    precision: Annotated[
+        Precision, Field(description="What the encoder runs in; auto is bf16 where the device has instructions for it")
+    ] = "auto"
+    part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 512
+    shard: ShardOf = ""
+    work: Work = DEFAULT_WORK
+
+    def __post_init__(self) -> None:
+        parse_shard(self.shard)
+
+
+def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
+    """Scores the candidates of `source` into `target`; a killed run continues at the first unfinished part.
+
+    Each candidate's `scores` gets one more entry, under the first twelve digits of the scorer's manifest hash; what
+    was scored before keeps its entry. An empty response is not scored.
+    """
+    from cappy.records.parts import process_folder
+    from cappy.records.work import claim, finish
+    from cappy.scoring.scorer import Scorer
+    from cappy.specs import scorer_folder
+
+    refuse_same(config.source, config.target)
+    parent = read_manifest(config.source)
+    scorer = Scorer.load(str(scorer_folder(config.scorer)), precision=config.precision)
+    # `auto` is told as what it came to: on another machine it may be other numbers.
+    stated = identity(config) | {"precision": scorer.precision, "version": scorer.version}
+
+    def transform(part: list[Instance]) -> Iterator[Instance]:
+        return _scored(part, scorer)
+
+    with claim(config.work, "scoring", stated, [parent.hash, scorer.version]) as folder:
+        parts = process_folder(
+            config.source,
+            folder,
+            transform,
+            rows=parse_shard(config.shard).rows(parent.rows),
+            part_rows=config.part_rows,
+            progress=progress,
+        )
+        manifest = Manifest(
+            step="scoring",
+            files=parts.files,
+            config=stated,
+            code=code_version(),
+            generators=parent.generators,
+            parents=(parent.hash,),
+            metrics={"instances": parts.rows, "candidates": parts.candidates},
+            facts={"version": scorer.version, "scorer": config.scorer},
+        )
+        return finish(folder, config.target, manifest)
+
+
+def _scored(part: list[Instance], scorer: "Scorer") -> Iterator[Instance]:
+    """The instances with their scores; all pairs of a part go to the scorer at once."""
+    pairs = [
+        (instance.instruction, candidate.response)
+        for instance in part
+        for candidate in instance.candidates
+        if candidate.response.strip()
+    ]
+    scores = iter(scorer.score(pairs))
+    name = scorer.version or UNVERSIONED
+    for instance in part:
+        candidates = tuple(
+            replace(candidate, scores={**candidate.scores, name: next(scores)})
+            if candidate.response.strip()
+            else candidate
+            for candidate in instance.candidates
+        )
+        yield replace(instance, candidates=candidates)

@@ -1,0 +1,23 @@
+"""Gathering: what the shards wrote becomes one folder."""
+
+from typing import List  # noqa: UP035 (kfp reads a list of artifacts by this name alone)
+
+from kfp.dsl import Dataset, Input, Output
+
+from components.component import component
+
+
+@component()
+def gathering(
+    parts: Input[List[Dataset]],  # noqa: UP006 (as above)
+    gathered: Output[Dataset],
+    settings: str = "",
+    fingerprint: str = "",
+    run: str = "",
+) -> None:
+    """Join the folders that the shards of a step wrote, in their order."""
+    from cappy.steps import launch
+
+    folders = {"source": [part.path for part in parts], "target": gathered.path}
+    done = launch("gathering", settings, fingerprint=fingerprint, run=run, **folders)
+    gathered.metadata.update(manifest=done.hash, rows=done.rows, candidates=done.candidates)

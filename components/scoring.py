@@ -1,0 +1,24 @@
+"""Scoring: a scorer's score for every candidate of a dataset."""
+
+from kfp.dsl import Dataset, Input, Output
+
+from components.component import component
+
+
+@component()
+def scoring(
+    instances: Input[Dataset],
+    scored: Output[Dataset],
+    scorer: str = "builtin",
+    settings: str = "",
+    fingerprint: str = "",
+    part: str = "",
+    run: str = "",
+) -> None:
+    """Score the candidates of a dataset, or of a part of it, i/N."""
+    from cappy.steps import launch
+
+    changed = {"scorer": scorer, "shard": part}
+    folders = {"source": instances.path, "target": scored.path}
+    done = launch("scoring", settings, fingerprint=fingerprint, part=part, run=run, **changed, **folders)
+    scored.metadata.update(manifest=done.hash, rows=done.rows, candidates=done.candidates)

@@ -1,0 +1,195 @@
+"""Kubeflow Pipelines through kfp's own client, credentials as that client finds them; logs from the pods themselves."""
+
+import contextlib
+import io
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cappy.errors import ConfigError, UnreachableError, shown
+from pipelines.clients import RunState, State, TaskState, step_name
+from pipelines.recipe import Kubeflow
+
+STATES: Mapping[str, State] = {
+    "PENDING": "waiting",
+    "RUNNING": "running",
+    "SUCCEEDED": "done",
+    "SKIPPED": "skipped",
+    "CACHED": "cached",
+    "FAILED": "failed",
+    "CANCELING": "running",
+    "CANCELED": "cancelled",
+    "PAUSED": "waiting",
+}
+"""Kubeflow's V2beta1RuntimeState -> ours."""
+REMEDIES = {
+    401: "log in again: kfp takes its credentials from the environment or from its config file",
+    403: "ask for the right to create runs in that namespace, or name another with --namespace",
+    404: "check the run's id, the endpoint and the namespace",
+    409: "a run or an experiment of that name exists; run the same command again",
+    413: "the pipeline is too large; give fewer shards",
+    429: "the quota is used up; wait, or ask for more",
+}
+STUCK = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "CreateContainerConfigError", "Unschedulable")
+"""Why a pod waits without an end: an image, a secret or a machine that is not there."""
+RUN_LABEL = "pipeline/runid"
+NODE_NAME = "workflows.argoproj.io/node-name"
+
+
+class KubeflowClient:
+    """Kubeflow Pipelines at one address. Its server says what runs did; the cluster's API what pods write."""
+
+    def __init__(self, place: Kubeflow) -> None:
+        if not place.endpoint:
+            remedy = "give kubeflow.endpoint in the recipe, or --endpoint https://HOST/pipeline"
+            raise ConfigError(f"kubeflow: no endpoint; {remedy}")
+        self._place = place
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"kfp\..*")  # It warns of old servers.
+        with self._told():
+            self._client = _connected(place.endpoint)
+            # Where users share a server runs have a namespace; elsewhere the server refuses to be told one.
+            shared = self._client.get_kfp_healthz().multi_user
+        self._namespace = place.namespace if shared else None
+
+    def submit(self, package: Path, arguments: Mapping[str, Any], name: str) -> RunState:
+        """Creates the experiment if it is missing and a run in it."""
+        # kfp prints its links where our own answer goes.
+        with self._told(), contextlib.redirect_stdout(io.StringIO()):
+            made = self._client.create_run_from_pipeline_package(
+                str(package),
+                arguments=dict(arguments),
+                run_name=name,
+                experiment_name=self._place.experiment,
+                namespace=self._namespace,
+                service_account=self._place.service_account or None,
+            )
+        return RunState(run=made.run_id, state="waiting", url=self._url(made.run_id))
+
+    def look(self, run: str) -> RunState:
+        """The run's state as the server tells it, and why pods wait where the cluster's API can be asked."""
+        with self._told():
+            found = self._client.get_run(run)
+        details = found.run_details.task_details if found.run_details else None
+        tasks = [task for task in (_task(each) for each in details or ()) if task]
+        stuck = self._stuck(run) if STATES.get(found.state, "running") == "running" else {}
+        told = tuple(
+            TaskState(
+                step=task.step, state=task.state, seconds=task.seconds, error=task.error or stuck.get(task.step, "")
+            )
+            for task in tasks
+        )
+        error = found.error.message if found.error else ""
+        return RunState(
+            run=run, state=STATES.get(found.state, "waiting"), url=self._url(run), tasks=told, error=error or ""
+        )
+
+    def logs(self, run: str, step: str) -> Iterator[str]:
+        """What the pods of a run wrote, pod by pod; the cluster's API must be reachable (kubectl's configuration)."""
+        core = self._core()
+        with self._told():
+            pods = core.list_namespaced_pod(self._place.namespace, label_selector=f"{RUN_LABEL}={run}").items
+        for pod in pods:
+            name = _step_of(pod)
+            if name is None or step not in ("", name):
+                continue
+            with self._told():
+                text = core.read_namespaced_pod_log(pod.metadata.name, self._place.namespace, container="main")
+            yield from (f"{name}: {line}" for line in text.splitlines())
+
+    def cancel(self, run: str) -> None:
+        """Asks the server to end the run."""
+        with self._told():
+            self._client.terminate_run(run)
+
+    def _url(self, run: str) -> str:
+        return f"{self._place.endpoint.rstrip('/')}/#/runs/details/{run}"
+
+    def _core(self) -> Any:
+        from kubernetes import client, config
+
+        try:
+            # Its own load_config prints to stdout, and reads KUBECONFIG as it is imported.
+            try:
+                config.load_kube_config(config_file=os.environ.get("KUBECONFIG"))
+            except config.ConfigException:
+                config.load_incluster_config()
+        except config.ConfigException as error:
+            remedy = "set KUBECONFIG, or look at the run's page"
+            raise ConfigError(
+                f"kubeflow: logs lie in the cluster, and kubectl has no configuration here; {remedy}"
+            ) from error
+        return client.CoreV1Api()
+
+    def _stuck(self, run: str) -> dict[str, str]:
+        """Step -> why its pod waits without an end; nothing where the cluster's API is not at hand."""
+        with contextlib.suppress(ConfigError, UnreachableError):
+            core = self._core()
+            with self._told():
+                pods = core.list_namespaced_pod(self._place.namespace, label_selector=f"{RUN_LABEL}={run}").items
+            return {_step_of(pod) or "": reason for pod in pods if (reason := _waits(pod))}
+        return {}
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What the server refuses, and a server that does not answer, as one line."""
+        import kfp_server_api
+        import urllib3
+        from kubernetes.client import ApiException
+
+        where = f"kubeflow: {self._place.endpoint}"
+        try:
+            yield
+        except (kfp_server_api.ApiException, ApiException) as error:
+            remedy = REMEDIES.get(error.status, "mend that, then run the same command again")
+            reason = " ".join(str(error.body or error.reason).split())
+            raise ConfigError(f"{where}: refused ({error.status}, {shown(reason, 200)}); {remedy}") from error
+        except (urllib3.exceptions.HTTPError, TimeoutError, OSError) as error:
+            remedy = "check the address and the network (kubectl port-forward, a login of the proxy)"
+            raise UnreachableError(f"{where}: gave no answer ({shown(str(error), 120)}); {remedy}") from error
+
+
+def _connected(endpoint: str) -> Any:
+    """kfp's client; its own asks for the server's health five times with pauses, whatever the reason is."""
+    import kfp
+
+    class Client(kfp.Client):  # type: ignore[misc]
+        def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
+            return self._healthz_api.healthz_service_get_healthz()
+
+    return Client(host=endpoint)
+
+
+def _task(found: Any) -> TaskState | None:
+    """A task that is a step of ours; what Kubeflow adds (drivers, the graph's own nodes) is left out."""
+    name = found.display_name or ""
+    if (
+        name.endswith("-driver")
+        or name in ("executor", "root", "")
+        or name.startswith(("for-loop", "exit-handler", "condition"))
+    ):
+        return None
+    end, start = found.end_time, found.start_time
+    seconds = (end - start).total_seconds() if end and start and end > start else 0.0
+    error = (found.error.message or "") if found.error else ""
+    return TaskState(step=step_name(name), state=STATES.get(found.state, "waiting"), seconds=seconds, error=error)
+
+
+def _step_of(pod: Any) -> str | None:
+    """The step whose code a pod runs; None for pods that Kubeflow adds."""
+    node = (pod.metadata.annotations or {}).get(NODE_NAME, "")
+    names = node.split(".")
+    return step_name(names[-2]) if len(names) > 2 and names[-1].startswith("executor") else None
+
+
+def _waits(pod: Any) -> str:
+    statuses = pod.status.container_statuses or []
+    waiting = [status.state.waiting for status in statuses if status.state and status.state.waiting]
+    for reason in waiting:
+        if reason.reason in STUCK:
+            return f"{reason.reason}: {reason.message or 'see the pod'}"
+    for condition in pod.status.conditions or []:
+        if condition.reason in STUCK:
+            return f"{condition.reason}: {condition.message or 'no node fits'}"
+    return ""

@@ -1,0 +1,186 @@
+"""Vertex AI Pipelines through google-cloud-aiplatform; what steps write is read from Cloud Logging."""
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cappy.errors import ConfigError, UnreachableError, shown
+from pipelines.clients import RunState, State, TaskState, step_name
+from pipelines.recipe import Vertex
+
+STATES: Mapping[str, State] = {
+    "PENDING": "waiting",
+    "QUEUED": "waiting",
+    "RUNNING": "running",
+    "CANCEL_PENDING": "running",
+    "CANCELLING": "running",
+    "PAUSED": "waiting",
+    "SUCCEEDED": "done",
+    "SKIPPED": "skipped",
+    "NOT_TRIGGERED": "skipped",
+    "FAILED": "failed",
+    "CANCELLED": "cancelled",
+}
+"""The last words of Vertex AI's PipelineState and PipelineTaskDetail.State -> ours."""
+LOGGING = "https://logging.googleapis.com"
+PAGE = 1000
+REMEDIES = {
+    401: "log in with `gcloud auth application-default login`",
+    403: "grant yourself roles/aiplatform.user, and roles/iam.serviceAccountUser on the steps' service account",
+    404: "check project, region and the run's id",
+    429: "the quota is used up; wait, or ask for more in the console (IAM, Quotas)",
+}
+
+
+class VertexClient:
+    """Vertex AI Pipelines of one project and region."""
+
+    def __init__(self, place: Vertex) -> None:
+        if not place.project or not place.bucket:
+            remedy = "give vertex.project and vertex.bucket (gs://...) in the recipe, or --project and --bucket"
+            raise ConfigError(f"vertex: no project or no bucket; {remedy}")
+        try:
+            from google.cloud import aiplatform
+        except ModuleNotFoundError as missing:
+            raise ConfigError(f"vertex: needs {missing.name}; pip install 'cappy-scorer[gcp]'") from missing
+        self._place = place
+        for name in logging.root.manager.loggerDict:
+            if name.startswith("google.cloud.aiplatform"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+        with self._told():
+            aiplatform.init(project=place.project, location=place.region, **_elsewhere(place))
+        self._sdk = aiplatform
+
+    def submit(self, package: Path, arguments: Mapping[str, Any], name: str) -> RunState:
+        """Creates a pipeline job that has `name` as its id."""
+        with self._told():
+            job = self._sdk.PipelineJob(
+                display_name=name,
+                template_path=str(package),
+                job_id=name,
+                pipeline_root=f"{self._place.bucket}/pipeline",
+                parameter_values=dict(arguments),
+            )
+            job.submit(service_account=self._place.service_account or None, network=self._place.network or None)
+        return RunState(run=name, state="waiting", url=self._url(name))
+
+    def look(self, run: str) -> RunState:
+        """The job's state and that of each task."""
+        with self._told():
+            found = self._sdk.PipelineJob.get(run)
+        resource = found.gca_resource
+        tasks = tuple(task for task in map(_task, resource.job_detail.task_details) if task)
+        return RunState(
+            run=run,
+            state=_state(resource.state.name),
+            url=self._url(run),
+            tasks=tasks,
+            error=resource.error.message if resource.error else "",
+        )
+
+    def logs(self, run: str, step: str) -> Iterator[str]:
+        """What the steps' containers wrote, oldest first, from Cloud Logging (role logging.viewer)."""
+        with self._told():
+            details = self._sdk.PipelineJob.get(run).gca_resource.job_detail.task_details
+        jobs = {
+            detail.executor_detail.container_detail.main_job.rpartition("/")[2]: step_name(detail.task_name)
+            for detail in details
+            if detail.executor_detail.container_detail.main_job
+        }
+        wanted = {job: name for job, name in jobs.items() if step in ("", name)}
+        if wanted:
+            yield from self._entries(wanted)
+
+    def cancel(self, run: str) -> None:
+        """Asks Vertex AI to end the job."""
+        with self._told():
+            self._sdk.PipelineJob.get(run).cancel()
+
+    def _entries(self, jobs: Mapping[str, str]) -> Iterator[str]:
+        named = " OR ".join(f'"{job}"' for job in jobs)
+        body = {
+            "resourceNames": [f"projects/{self._place.project}"],
+            "filter": f'resource.type="ml_job" AND resource.labels.job_id=({named})',
+            "orderBy": "timestamp asc",
+            "pageSize": PAGE,
+        }
+        while True:
+            with self._told():
+                answer = self._session().post(f"{self._logging}/v2/entries:list", json=body, timeout=60)
+            if answer.status_code != 200:
+                remedy = "grant yourself roles/logging.viewer, or look at the run's page"
+                raise ConfigError(f"vertex: Cloud Logging answered {answer.status_code}; {remedy}")
+            values = answer.json()
+            for entry in values.get("entries", ()):
+                name = jobs.get(entry["resource"]["labels"].get("job_id", ""), "")
+                text = entry.get("textPayload") or entry.get("jsonPayload", {}).get("message", "")
+                yield from (f"{name}: {line}" for line in text.splitlines())
+            if not values.get("nextPageToken"):
+                return
+            body["pageToken"] = values["nextPageToken"]
+
+    @property
+    def _logging(self) -> str:
+        return self._place.endpoint or LOGGING
+
+    def _session(self) -> Any:
+        from google.auth.transport import requests
+
+        session: Any = requests.AuthorizedSession
+        return session(self._sdk.initializer.global_config.credentials)
+
+    def _url(self, run: str) -> str:
+        place = f"locations/{self._place.region}/runs/{run}?project={self._place.project}"
+        return f"https://console.cloud.google.com/vertex-ai/{place}"
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What the service or the credentials refuse, and a service that does not answer, as one line."""
+        from google.api_core.exceptions import GoogleAPICallError, GoogleAPIError
+        from google.auth.exceptions import GoogleAuthError
+
+        where = f"vertex: project {self._place.project}, {self._place.region}"
+        try:
+            yield
+        except GoogleAuthError as error:
+            reason = shown(" ".join(str(error).split()), 120)
+            remedy = "log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
+            raise ConfigError(f"{where}: no valid credentials ({reason}); {remedy}") from error
+        except GoogleAPICallError as error:
+            code = int(error.code) if error.code else 0
+            words = " ".join(re.sub(r"^[A-Z]+ \S+: ", "", str(error.message)).split())
+            remedy = REMEDIES.get(code, "mend that, then run the same command again")
+            raise ConfigError(f"{where}: refused ({code}, {shown(words, 200)}); {remedy}") from error
+        except (GoogleAPIError, OSError) as error:
+            reason = shown(" ".join(str(error).split()), 200)
+            raise UnreachableError(
+                f"{where}: gave no answer ({reason}); look at the network, then try again"
+            ) from error
+        except ValueError as error:
+            raise ConfigError(f"{where}: {shown(' '.join(str(error).split()), 200)}; mend that setting") from error
+
+
+def _elsewhere(place: Vertex) -> dict[str, Any]:
+    """A server that stands in for Vertex AI speaks REST."""
+    return {"api_endpoint": place.endpoint, "api_transport": "rest"} if place.endpoint else {}
+
+
+def _task(found: Any) -> TaskState | None:
+    """A task that is a step; the graph's own nodes run no container."""
+    if not found.executor_detail.container_detail.main_job and found.state.name not in ("SKIPPED", "NOT_TRIGGERED"):
+        return None
+    start, end = found.start_time, found.end_time
+    seconds = (end - start).total_seconds() if start and end and end > start else 0.0
+    return TaskState(
+        step=step_name(found.task_name),
+        state=_state(found.state.name),
+        seconds=seconds,
+        error=found.error.message if found.error else "",
+    )
+
+
+def _state(name: str) -> State:
+    return STATES.get(name.removeprefix("PIPELINE_STATE_"), "waiting")

@@ -1,0 +1,96 @@
+"""The pipeline that measures a registered scorer on other data, such as the paper's held-out tasks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kfp import dsl
+
+from components.evaluation import evaluation
+from components.tracking import tracking
+from pipelines.dressing import Dress, plain
+from pipelines.labelling import RUN, labelled, shared
+
+
+def plan(
+    *,
+    source: str = "builtin",
+    generator: Sequence[str] = ("builtin",),
+    strategy: str = "paper17",
+    scorer: str = "models:/cappy@champion",
+    metric: str = "rougeL",
+    seed: int = 0,
+    tracking_uri: str = "",
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The settings of each step for a person's choices; `settings` adds more of them, step by step."""
+    chosen: dict[str, dict[str, Any]] = {
+        "preparation": {"source": source, "seed": seed},
+        "sampling": {"generator": list(generator), "strategy": strategy, "seed": seed},
+        "annotation": {"metric": metric},
+        "evaluation": {"scorer": scorer, "metric": metric, "seed": seed},
+    }
+    return {step: {**values, **(settings or {}).get(step, {})} for step, values in chosen.items()}
+
+
+def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
+    """The pipeline with its samples drawn in these shards (i/N), and each task dressed for a platform."""
+
+    @dsl.pipeline(name="cappy-evaluate", description="A registered scorer, measured: sample, annotate, evaluate.")  # type: ignore[untyped-decorator]
+    def evaluate(
+        source: str = "builtin",
+        generator: list = ["builtin"],  # type: ignore[type-arg] # noqa: B006 (kfp reads the default, nobody changes it)
+        strategy: str = "paper17",
+        metric: str = "rougeL",
+        seed: int = 0,
+        preparation_settings: str = "",
+        sampling_settings: str = "",
+        annotation_settings: str = "",
+        gathering_settings: str = "",
+        evaluation_settings: str = "",
+        tracking_settings: str = "",
+        preparation_fingerprint: str = "",
+        sampling_fingerprint: str = "",
+        annotation_fingerprint: str = "",
+        gathering_fingerprint: str = "",
+        evaluation_fingerprint: str = "",
+        fingerprints: str = "{}",
+    ) -> None:
+        """Chains the steps; the exit step tells MLflow what each did, also after a failure."""
+        settings = {
+            "preparation": preparation_settings,
+            "sampling": sampling_settings,
+            "annotation": annotation_settings,
+            "gathering": gathering_settings,
+            "evaluation": evaluation_settings,
+        }
+        prints = {
+            "preparation": preparation_fingerprint,
+            "sampling": sampling_fingerprint,
+            "annotation": annotation_fingerprint,
+            "gathering": gathering_fingerprint,
+            "evaluation": evaluation_fingerprint,
+        }
+        last = tracking(fingerprints=fingerprints, settings=tracking_settings, run=RUN)
+        last.set_caching_options(False)
+        dress("tracking", last)
+        with dsl.ExitHandler(last, name="evaluate"):
+            annotated = labelled(
+                shards,
+                dress,
+                source=source,
+                generator=generator,
+                strategy=strategy,
+                metric=metric,
+                seed=seed,
+                settings=settings,
+                fingerprints=prints,
+            )
+            evaluated = evaluation(
+                annotated=annotated, metric=metric, seed=seed, **shared("evaluation", settings, prints)
+            )
+            dress("evaluation", evaluated)
+
+    return evaluate
+
+
+evaluate = build()

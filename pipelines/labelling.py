@@ -1,0 +1,65 @@
+"""The front of both training pipelines: instances, samples and labels, in shards where there are several."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kfp import dsl
+
+from components.annotation import annotation
+from components.gathering import gathering
+from components.preparation import preparation
+from components.sampling import sampling
+from pipelines.dressing import Dress
+
+RUN = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+AT_ONCE = 16
+"""Shards that run at a time on a cluster; kfp's local runner takes two, whatever is asked for."""
+
+
+def labelled(
+    shards: Sequence[str],
+    dress: Dress,
+    *,
+    source: Any,
+    generator: Any,
+    strategy: Any,
+    metric: Any,
+    seed: Any,
+    settings: dict[str, Any],
+    fingerprints: dict[str, Any],
+) -> Any:
+    """The annotated instances as an artifact; `settings` and `fingerprints` hold the parameters of these steps."""
+    prepared = preparation(source=source, seed=seed, **shared("preparation", settings, fingerprints))
+    dress("preparation", prepared)
+
+    def one(**part: Any) -> Any:
+        sampled = sampling(
+            instances=prepared.outputs["instances"],
+            generator=generator,
+            strategy=strategy,
+            seed=seed,
+            **shared("sampling", settings, fingerprints),
+            **part,
+        )
+        dress("sampling", sampled)
+        annotated = annotation(
+            candidates=sampled.outputs["candidates"],
+            metric=metric,
+            **shared("annotation", settings, fingerprints),
+            **part,
+        )
+        dress("annotation", annotated)
+        return annotated.outputs["annotated"]
+
+    if len(shards) == 1:
+        return one()
+    with dsl.ParallelFor(list(shards), name="shards", parallelism=AT_ONCE) as shard:
+        annotated = one(part=shard)
+    gathered = gathering(parts=dsl.Collected(annotated), **shared("gathering", settings, fingerprints))
+    dress("gathering", gathered)
+    return gathered.outputs["gathered"]
+
+
+def shared(step: str, settings: dict[str, Any], fingerprints: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that every component has."""
+    return {"settings": settings[step], "fingerprint": fingerprints[step], "run": RUN}

@@ -1,0 +1,101 @@
+"""From a recipe to a submission: the settings of each step, where the work lies, what may be sent there."""
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pipelines
+from cappy.errors import ConfigError, shown
+from pipelines.fingerprints import SPECS, configs
+from pipelines.recipe import Platform, Recipe
+from pipelines.submission import Submission, prepare
+
+LOCAL_WORK = ".cappy/work"
+ON_THIS_MACHINE = ("local", "docker")
+
+
+def settings_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The settings of each step; ConfigError for a parameter that the pipeline's `plan` does not take."""
+    plan = importlib.import_module(pipelines.PIPELINES[recipe.pipeline]).plan
+    known = set(inspect.signature(plan).parameters) - {"settings", "tracking_uri"}
+    if unknown := set(recipe.parameters) - known:
+        names = ", ".join(sorted(known))
+        raise ConfigError(f"parameters: {recipe.pipeline} has no {shown(min(unknown))}; there are {names}")
+    settings: dict[str, dict[str, Any]] = plan(
+        **recipe.parameters, tracking_uri=recipe.tracking_uri, settings=recipe.settings
+    )
+    extra = {step: values for step, values in recipe.settings.items() if step not in settings}
+    return {**settings, **extra}
+
+
+def work_of(recipe: Recipe, platform: Platform) -> Path:
+    """The work folder: a local one, a place on the volume, or one in the bucket as Vertex AI mounts it."""
+    if platform in ON_THIS_MACHINE:
+        return Path(recipe.work or LOCAL_WORK)
+    root = root_of(recipe, platform)
+    work = Path(recipe.work or f"{root}/cappy")
+    if not work.is_relative_to(root):
+        raise ConfigError(f"work: {work} is not under {root}, which every step on {platform} sees; leave it out")
+    return work
+
+
+def root_of(recipe: Recipe, platform: Platform) -> str:
+    """The folder that every step sees: the volume, or the bucket as Vertex AI mounts it."""
+    if platform != "vertex":
+        return recipe.kubeflow.mount
+    return f"/gcs/{recipe.vertex.bucket.removeprefix('gs://')}".rstrip("/")
+
+
+def check(recipe: Recipe, platform: Platform = "local") -> None:
+    """ConfigError for what could not work on the platform, as far as the recipe alone shows it; asks no registry."""
+    settings = settings_of(recipe)
+    configs({step: settings.get(step, {}) for step in recipe.steps})
+    if platform not in ON_THIS_MACHINE:
+        _refuse_unseen(recipe, settings, root_of(recipe, platform))
+        _refuse_local_registry(recipe)
+
+
+def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
+    """What is handed to the platform; ConfigError for what could not work there, or names a version that is missing."""
+    check(recipe, platform)
+    return prepare(
+        recipe.pipeline,
+        settings_of(recipe),
+        work=work_of(recipe, platform),
+        shards=recipe.shards,
+        tracking_uri=recipe.tracking_uri,
+        revision=recipe.revision,
+    )
+
+
+def _refuse_unseen(recipe: Recipe, settings: Mapping[str, Mapping[str, Any]], root: str) -> None:
+    """ConfigError for a file of this machine, which no step would find, and for unseen content without a revision."""
+    for step, values in settings.items():
+        for name in SPECS.get(step, ()):
+            given = values.get(name) or ()
+            for text in (given,) if isinstance(given, str) else given:
+                _refuse_file(recipe, f"{step}: --{name}", text, root)
+
+
+def _refuse_file(recipe: Recipe, where: str, text: str, root: str) -> None:
+    if text == "builtin" or ":" in text:
+        return
+    if not Path(text).is_relative_to(root):
+        remedy = f"copy it there and give {root}/..."
+        raise ConfigError(f"{where}: {text} does not lie under {root}, which is all that every step sees; {remedy}")
+    if not Path(text).exists() and not recipe.revision:
+        remedy = "give revision: in the recipe, any text that changes when it does"
+        raise ConfigError(
+            f"{where}: {text} cannot be seen from here, so a changed one would be answered from the cache; {remedy}"
+        )
+
+
+def _refuse_local_registry(recipe: Recipe) -> None:
+    if not recipe.tracking_uri or recipe.tracking_uri.startswith(("sqlite:", "file:", "/", ".")):
+        remedy = "give tracking_uri: http(s)://HOST of an MLflow server in the recipe"
+        raise ConfigError(f"tracking_uri: {shown(recipe.tracking_uri)} is not reachable from a cluster; {remedy}")
+    if "@" in recipe.tracking_uri.partition("//")[2].partition("/")[0]:
+        remedy = "give it as secrets: of the steps, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        raise ConfigError(f"tracking_uri: holds a password, which every reader of the run would see; {remedy}")

@@ -1,0 +1,148 @@
+"""A recipe: one YAML file that holds everything of a run, typed and checked before anything is submitted."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+import pipelines
+from cappy.config import settings
+from cappy.errors import ConfigError, shown
+from pipelines.resources import Resources
+
+Platform = Literal["local", "docker", "kubeflow", "vertex"]
+
+
+@settings
+class Kubeflow:
+    """Where Kubeflow Pipelines answers, and what every pod of a run gets there.
+
+    `volume` is a PersistentVolumeClaim that many pods may mount (ReadWriteMany); it is mounted under `mount` and holds
+    the work folder. `spot` is the label of spot nodes, which their taint repeats: GKE's, where nothing else is said.
+    """
+
+    endpoint: str = ""
+    namespace: str = "kubeflow"
+    experiment: str = "cappy"
+    volume: str = "cappy-work"
+    mount: Annotated[str, Field(pattern=r"^/.*[^/]$")] = "/work"
+    pull_secret: str = ""
+    service_account: str = ""
+    spot: dict[str, str] = Field(default_factory=lambda: {"cloud.google.com/gke-spot": "true"})
+    shared_memory: Annotated[str, Field(pattern=r"^[0-9]+(Mi|Gi)$")] = "2Gi"
+
+
+@settings
+class Vertex:
+    """The project, region and bucket of Vertex AI; the bucket is mounted under /gcs in every step, without a volume.
+
+    `service_account` is what the steps run as. `endpoint` replaces Vertex AI's own address.
+    """
+
+    project: str = ""
+    region: str = "us-central1"
+    bucket: Annotated[str, Field(pattern=r"^(gs://[a-z0-9][-_.a-z0-9]+[^/])?$")] = ""
+    service_account: str = ""
+    network: str = ""
+    endpoint: str = ""
+
+
+@settings
+class Recipe:
+    """A run of a pipeline: what is computed (parameters, settings, shards) and where (resources, platforms).
+
+    `parameters` are the choices of the pipeline's `plan`; `settings` any other setting of a step; `resources` by step,
+    `default` for those that are not named. `revision` changes with content that the submitting machine cannot see,
+    such as a file on a cluster's volume. `prices` are money per hour of one accelerator, or of a step without one
+    (`none`), for the estimate alone.
+    """
+
+    pipeline: Literal["adapt", "pretrain", "evaluate", "batch_score"]
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    shards: Annotated[int, Field(ge=1, le=pipelines.MAX_SHARDS)] = 1
+    work: str = ""
+    tracking_uri: str = ""
+    revision: str = ""
+    images: dict[Literal["worker", "trainer"], str] = Field(default_factory=dict)
+    resources: dict[str, Resources] = Field(default_factory=dict)
+    prices: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    kubeflow: Kubeflow = Field(default_factory=Kubeflow)
+    vertex: Vertex = Field(default_factory=Vertex)
+
+    def needs(self, step: str) -> Resources:
+        """What a step needs: its own entry, else the default one."""
+        return self.resources.get(step) or self.resources.get("default") or Resources()
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The steps of the run in order."""
+        return pipelines.steps_of(self.pipeline, self.shards)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a YAML file; ConfigError with file, key and remedy where it is not one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as a recipe ({error}); give a YAML file such as recipes/adapt.yaml"
+        ) from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is no YAML: {' '.join(str(error).split())}; mend it") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds no keys, got {shown(values)}; begin with pipeline: adapt")
+    return checked(values, where=str(path))
+
+
+def checked(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """The recipe with these values; ConfigError names the key, what is wrong with it and the nearest known one."""
+    try:
+        recipe = Recipe(**values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{where}: {_told(error)}") from error
+    except TypeError as error:  # a key that is no text
+        raise ConfigError(f"{where}: {error}; keys are words") from error
+    for kind, names in (("settings", recipe.settings), ("resources", recipe.resources)):
+        known = {*recipe.steps, *(("default", "tracking") if kind == "resources" else ())}
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"{where}: {kind}.{name}: {recipe.pipeline} has no such step{_near(name, known)}")
+    return recipe
+
+
+def _told(error: pydantic.ValidationError) -> str:
+    # An unknown key before a missing one: it is likely the same key, misspelt.
+    first = min(error.errors(), key=lambda each: each["type"] != "unexpected_keyword_argument")
+    keys = [str(part) for part in first["loc"] if part != "[key]"]
+    if first["type"] == "unexpected_keyword_argument":
+        return f"{'.'.join(keys)}: no such key{_near(keys[-1], _siblings(keys))}"
+    rule = first["msg"].removeprefix("Value error, ")
+    value = "" if first["type"].startswith("missing") else f", got {shown(first['input'])}"
+    return f"{'.'.join(keys)}: {rule}{value}"
+
+
+def _siblings(keys: list[str]) -> list[str]:
+    """The keys that are known where an unknown one stands."""
+    from pipelines.resources import Secret, Toleration
+
+    places: dict[str, Any] = {
+        "kubeflow": Kubeflow,
+        "vertex": Vertex,
+        "resources": Resources,
+        "tolerations": Toleration,
+        "secrets": Secret,
+    }
+    inside: Any = next((places[key] for key in reversed(keys[:-1]) if key in places), Recipe)
+    return list(inside.__pydantic_fields__)
+
+
+def _near(word: str, known: Any) -> str:
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else f"; there are {', '.join(sorted(known))}"

@@ -1,0 +1,242 @@
+"""`cappy pipeline submit`, `status`, `logs`, `cancel` against servers that speak the platforms' REST."""
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kubeflow_server import Kubeflow, kubeflow_server, pod
+from vertex_scenario import connect
+from vertex_server import Vertex, vertex_server
+
+from cappy.cli import remote
+
+Here = Callable[..., subprocess.CompletedProcess[str]]
+NOBODY = "http://127.0.0.1:9"
+"""Where no MLflow answers."""
+
+
+@pytest.fixture
+def kubeflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubeflow]:
+    monkeypatch.setattr(remote, "LOOK_SECONDS", 0.01)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with kubeflow_server() as server:
+        monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path)))
+        yield server
+
+
+@pytest.fixture
+def vertex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vertex]:
+    monkeypatch.setattr(remote, "LOOK_SECONDS", 0.01)
+    with vertex_server() as server:
+        connect(server)
+        yield server
+
+
+def recipe(tmp_path: Path, **more: Any) -> Path:
+    path = tmp_path / "mine.yaml"
+    values = {"pipeline": "pretrain", "shards": 3, "tracking_uri": NOBODY, **more}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def on_kubeflow(server: Kubeflow) -> tuple[str, ...]:
+    return ("--on", "kubeflow", "--endpoint", server.address)
+
+
+def test_kubeflow_is_sent_a_run_that_it_understands_and_its_page_is_printed(
+    here: Here, kubeflow: Kubeflow, tmp_path: Path
+) -> None:
+    done = here("pipeline", "submit", recipe(tmp_path), *on_kubeflow(kubeflow))
+    assert done.returncode == 0, done.stderr
+    assert f"{kubeflow.address}/#/runs/details/run-1" in done.stdout
+    assert "Run details" not in done.stdout
+    assert "its YAML is not in MLflow" in done.stderr
+    (run,) = kubeflow.runs
+    spec = run["pipeline_spec"]
+    assert "kubernetes" in spec["platform_spec"]["platforms"]
+    parameters = run["runtime_config"]["parameters"]
+    assert parameters["source"] == "builtin"
+    assert set(json.loads(parameters["fingerprints"])) >= {"preparation", "sampling 2/3", "gathering", "registration"}
+
+
+def test_a_server_that_users_share_is_told_the_namespace(here: Here, kubeflow: Kubeflow, tmp_path: Path) -> None:
+    kubeflow.shared = True
+    done = here("pipeline", "submit", recipe(tmp_path), *on_kubeflow(kubeflow), "--namespace", "team")
+    assert done.returncode == 0, done.stderr
+    assert kubeflow.experiments[0]["namespace"] == "team"
+
+
+def test_status_tells_each_step_and_fails_with_the_failed_ones_words(here: Here, kubeflow: Kubeflow) -> None:
+    kubeflow.runs.append({})
+    times = {"start_time": "2026-11-26T10:00:00Z", "end_time": "2026-11-26T10:00:42Z"}
+    done = {"display_name": "preparation", "state": "SUCCEEDED", **times}
+    driver = {"display_name": "preparation-driver", "state": "SUCCEEDED"}
+    loop = {"display_name": "for-loop-1", "state": "RUNNING"}
+    running = {
+        "state": "RUNNING",
+        "run_details": {"task_details": [driver, done, loop, {"display_name": "sampling", "state": "RUNNING"}]},
+    }
+    failed = {"display_name": "sampling", "state": "FAILED", "error": {"code": 1, "message": "out of credit"}}
+    over = {"state": "FAILED", "run_details": {"task_details": [done, failed]}}
+    kubeflow.states = [running, over]
+    kubeflow.pods = [pod("a", "sampling", waiting="ImagePullBackOff")]
+
+    first = here("pipeline", "status", "run-1", *on_kubeflow(kubeflow))
+    assert first.returncode == 0
+    assert "preparation  done, 42 s" in first.stdout
+    assert "sampling     running: ImagePullBackOff: no such image" in first.stdout
+    assert "driver" not in first.stdout
+    assert "for-loop" not in first.stdout
+
+    second = here("pipeline", "status", "run-1", *on_kubeflow(kubeflow), "--follow")
+    assert second.returncode == 1
+    assert "sampling: failed: out of credit" in second.stdout
+    assert second.stderr == "cappy pipeline: run-1: failed in sampling: out of credit\n"
+
+
+def test_logs_come_from_the_pods_each_line_once(here: Here, kubeflow: Kubeflow) -> None:
+    kubeflow.runs.append({})
+    kubeflow.states = [{"state": "RUNNING"}, {"state": "SUCCEEDED"}]
+    kubeflow.pods = [pod("a", "preparation"), pod("b", "sampling"), pod("c", "sampling-2")]
+    kubeflow.logs = {"a": "one\ntwo\n", "b": "three\n", "c": "four\n"}
+    done = here("pipeline", "logs", "run-1", *on_kubeflow(kubeflow), "--follow")
+    assert done.stdout.splitlines() == ["preparation: one", "preparation: two", "sampling: three", "sampling: four"]
+    kubeflow.states = [{"state": "SUCCEEDED"}]
+    assert here("pipeline", "logs", "run-1", *on_kubeflow(kubeflow), "--step", "preparation").stdout.count("\n") == 2
+
+
+def test_a_run_is_ended_on_request(here: Here, kubeflow: Kubeflow) -> None:
+    assert here("pipeline", "cancel", "run-1", *on_kubeflow(kubeflow)).returncode == 0
+    assert kubeflow.ended == ["run-1"]
+
+
+@pytest.mark.parametrize(
+    ("refuse", "remedy"),
+    [
+        ((401, "token expired"), "refused (401, 'token expired'); log in again"),
+        ((403, "not yours"), "ask for the right to create runs"),
+        ((429, "quota exceeded"), "the quota is used up; wait, or ask for more"),
+    ],
+)
+def test_what_kubeflow_refuses_is_one_line_with_a_remedy(
+    here: Here, kubeflow: Kubeflow, tmp_path: Path, refuse: tuple[int, str], remedy: str
+) -> None:
+    kubeflow.refuse = refuse
+    done = here("pipeline", "submit", recipe(tmp_path), *on_kubeflow(kubeflow))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert remedy.replace("'token expired'", "").split("(")[0] in done.stderr
+    assert remedy.rpartition("; ")[2] in done.stderr
+    assert kubeflow.runs == []
+
+
+def test_an_endpoint_that_is_not_there_is_one_line(here: Here, tmp_path: Path) -> None:
+    done = here("pipeline", "submit", recipe(tmp_path), "--on", "kubeflow", "--endpoint", NOBODY)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert f"kubeflow: {NOBODY}: gave no answer" in done.stderr
+    nowhere = here("pipeline", "submit", recipe(tmp_path), "--on", "kubeflow")
+    assert "kubeflow: no endpoint; give kubeflow.endpoint in the recipe, or --endpoint" in nowhere.stderr
+
+
+def test_a_yaml_that_was_looked_at_is_sent_as_it_is_and_a_wrong_one_is_not(
+    here: Here, kubeflow: Kubeflow, tmp_path: Path
+) -> None:
+    mine, seen = recipe(tmp_path), tmp_path / "seen.yaml"
+    assert here("pipeline", "compile", mine, "--on", "kubeflow", "--target", seen).returncode == 0
+    sent = ("pipeline", "submit", mine, *on_kubeflow(kubeflow), "--compiled", seen)
+    assert here(*sent).returncode == 0
+    text = seen.read_text()
+    for changed, line in (
+        (
+            text.replace("sdkVersion: kfp-2.17.0", "sdkVersion: kfp-2.18.1"),
+            "compiled by kfp-2.18.1, here is kfp 2.17.0",
+        ),
+        (text.replace("name: cappy-pretrain", "name: cappy-adapt"), "is pipeline 'cappy-adapt'"),
+        (text.replace("pretraining_fingerprint", "old_fingerprint"), "takes no pretraining_fingerprint"),
+        ("a: 1", "is no compiled pipeline"),
+        ("a: [", "cannot be read"),
+    ):
+        seen.write_text(changed)
+        done = here(*sent)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert line in done.stderr
+    assert len(kubeflow.runs) == 1
+
+
+def test_a_dry_run_sends_nothing_and_says_what_it_would_cost(here: Here, kubeflow: Kubeflow, tmp_path: Path) -> None:
+    priced = recipe(tmp_path, prices={"none": 1.0}, resources={"default": {"hours": 2.0}})
+    done = here("pipeline", "submit", priced, *on_kubeflow(kubeflow), "--dry-run")
+    assert "3 x [sampling -> annotation]" in done.stdout
+    assert "at most 22.00" in done.stdout
+    assert kubeflow.calls == []
+    found = json.loads(here("pipeline", "submit", priced, *on_kubeflow(kubeflow), "--dry-run", "--json").stdout)
+    assert found["most_cost"] == 22.0
+
+
+def on_vertex() -> tuple[str, ...]:
+    return ("--on", "vertex", "--project", "my-project", "--bucket", "gs://bucket")
+
+
+def placed(tmp_path: Path, server: Vertex) -> Path:
+    return recipe(tmp_path, vertex={"endpoint": server.address, "service_account": "cappy@my-project.example"})
+
+
+def test_vertex_is_sent_a_job_that_its_sdk_understands(here: Here, vertex: Vertex, tmp_path: Path) -> None:
+    done = here("pipeline", "submit", placed(tmp_path, vertex), *on_vertex())
+    assert done.returncode == 0, done.stderr
+    (job,) = vertex.jobs.values()
+    assert job["serviceAccount"] == "cappy@my-project.example"
+    assert job["runtimeConfig"]["gcsOutputDirectory"] == "gs://bucket/pipeline"
+    assert job["runtimeConfig"]["parameterValues"]["preparation_settings"]
+    run = done.stdout.split()[1]
+    assert f"runs/{run}?project=my-project" in done.stdout
+
+
+def test_vertex_tells_steps_logs_and_failures(here: Here, vertex: Vertex, tmp_path: Path) -> None:
+    mine = placed(tmp_path, vertex)
+    run = here("pipeline", "submit", mine, *on_vertex()).stdout.split()[1]
+    (job,) = vertex.jobs.values()
+    detail = {"containerDetail": {"mainJob": "projects/1/locations/us-central1/customJobs/77"}}
+    job |= {
+        "state": "PIPELINE_STATE_FAILED",
+        "error": {"code": 9, "message": "the job failed"},
+        "jobDetail": {
+            "taskDetails": [
+                {"taskName": "exit-handler-1", "state": "RUNNING"},
+                {
+                    "taskName": "sampling-2",
+                    "state": "FAILED",
+                    "executorDetail": detail,
+                    "startTime": "2026-11-26T10:00:00Z",
+                    "endTime": "2026-11-26T10:01:00Z",
+                    "error": {"code": 8, "message": "quota exceeded"},
+                },
+            ]
+        },
+    }
+    vertex.entries = [
+        {"resource": {"type": "ml_job", "labels": {"job_id": "77"}}, "textPayload": "one"},
+        {"resource": {"type": "ml_job", "labels": {"job_id": "77"}}, "jsonPayload": {"message": "two\nthree"}},
+    ]
+    where = (run, *on_vertex(), "--recipe", mine)
+    done = here("pipeline", "status", *where)
+    assert done.returncode == 1
+    assert "sampling  failed, 60 s: quota exceeded" in done.stdout
+    assert "exit-handler" not in done.stdout
+    assert done.stderr == f"cappy pipeline: {run}: failed in sampling: quota exceeded\n"
+    assert here("pipeline", "logs", *where).stdout.splitlines() == ["sampling: one", "sampling: two", "sampling: three"]
+    assert here("pipeline", "cancel", *where).returncode == 0
+    assert vertex.calls[-1].endswith(f"{run}:cancel")
+
+
+def test_what_vertex_refuses_is_one_line_with_a_remedy(here: Here, vertex: Vertex, tmp_path: Path) -> None:
+    vertex.refuse = (429, "Quota exceeded for custom_model_training_nvidia_l4_gpus")
+    done = here("pipeline", "submit", placed(tmp_path, vertex), *on_vertex())
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "Quota exceeded" in done.stderr
+    assert "wait, or ask for more in the console" in done.stderr
+    lacking = here("pipeline", "submit", recipe(tmp_path), "--on", "vertex")
+    assert "give vertex.project and vertex.bucket" in lacking.stderr

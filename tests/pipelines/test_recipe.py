@@ -1,0 +1,134 @@
+"""Recipes: what is wrong with one is said with file, key and remedy, before anything is submitted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cappy.errors import ConfigError
+from pipelines.compile import built
+from pipelines.outline import graph, lines, text, to_json
+from pipelines.planning import check, settings_of, submission_of, work_of
+from pipelines.recipe import checked, read_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PLACES = {"tracking_uri": "https://mlflow.example", "kubeflow": {"endpoint": "https://kubeflow.example"}}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_repository_is_one_that_kubeflow_would_get(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert len(list(built(recipe, "kubeflow").pipeline_spec.components)) > 3
+    if path.stem not in ("adapt", "batch-score"):  # These are for a person to fill.
+        check(recipe, "kubeflow")
+        told = path.read_text()
+        assert "no published number was reproduced" in " ".join(told.replace("#", " ").split())
+
+
+def test_the_recipes_of_the_paper_are_those_of_the_paper() -> None:
+    names = {path.stem for path in RECIPES.glob("*.yaml")}
+    sizes = {f"bigbench45-flan-t5-{size}" for size in ("small", "base", "large", "xl", "xxl")}
+    assert {"pretrain-360m", "promptsource11", *sizes} <= names
+    for size in sizes:
+        settings = settings_of(read_recipe(RECIPES / f"{size}.yaml"))
+        assert settings["finetuning"]["preset"] == "paper"
+        assert settings["sampling"]["strategy"] == "paper17-leaky"
+        assert size.removeprefix("bigbench45-") in settings["sampling"]["generator"][0]
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"pipelin": "adapt"}, r"pipelin.*: no such key; did you mean pipeline\?"),
+        ({"pipeline": "adopt"}, r"pipeline: .*adapt.*got"),
+        ({"pipeline": "adapt", "shards": 65}, r"shards: .*64.*got 65"),
+        ({"pipeline": "adapt", "resources": {"sampling": {"gpus": 1}}}, r"resources.sampling.gpus: no such key"),
+        ({"pipeline": "adapt", "resources": {"sampling": {"memroy": "1Gi"}}}, r"did you mean memory\?"),
+        ({"pipeline": "adapt", "resources": {"sampling": {"memory": "1GB"}}}, r"resources.sampling.memory: .*got"),
+        ({"pipeline": "adapt", "resources": {"pretraining": {}}}, r"resources.pretraining: adapt has no such step"),
+        ({"pipeline": "adapt", "settings": {"tuning": {}}}, r"settings.tuning: adapt has no such step; did you mean"),
+        ({"pipeline": "adapt", "vertex": {"bucket": "mine"}}, r"vertex.bucket: .*got"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line(values: dict[str, Any], line: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=line) as caught:
+        checked(values, where="mine.yaml")
+    assert str(caught.value).startswith("mine.yaml: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("a: [", "is no YAML"), ("- a", "holds no keys"), ("", "holds no keys"), (None, "cannot be read")],
+)
+def test_a_file_that_is_no_recipe_is_one_line(text: str | None, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=line):
+        read_recipe(path)
+
+
+def test_a_wrong_parameter_and_a_wrong_setting_are_refused_without_a_registry() -> None:
+    with pytest.raises(ConfigError, match=r"parameters: adapt has no 'sauce'; there are .*source"):
+        check(checked({"pipeline": "adapt", "parameters": {"sauce": "builtin"}}))
+    with pytest.raises(ConfigError, match=r"evaluation: --resamples"):
+        check(checked({"pipeline": "adapt", "settings": {"evaluation": {"resamples": 3}}}))
+    with pytest.raises(ConfigError, match=r"sampling: --shard is what the pipeline gives each"):
+        submission_of(checked({"pipeline": "adapt", "settings": {"sampling": {"shard": "0/2"}}, "shards": 2}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"tracking_uri": ""}, r"tracking_uri: .*not reachable from a cluster; give"),
+        ({"tracking_uri": "sqlite:///mine.db"}, r"tracking_uri: .*not reachable from a cluster"),
+        ({"tracking_uri": "https://me:secret@mlflow.example"}, r"tracking_uri: holds a password"),
+        ({"parameters": {"source": "mine.jsonl"}}, r"preparation: --source: mine.jsonl does not lie under /work"),
+        ({"parameters": {"source": "/work/mine.jsonl"}}, r"cannot be seen from here.* give revision:"),
+        ({"work": "/elsewhere"}, r"work: /elsewhere is not under /work"),
+    ],
+)
+def test_what_no_step_of_a_cluster_could_reach_is_refused(changed: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError, match=line) as caught:
+        submission_of(checked({"pipeline": "pretrain", **PLACES, **changed}), "kubeflow")
+    assert "secret@" not in str(caught.value)
+
+
+def test_what_the_submitter_cannot_see_changes_the_fingerprints_through_the_revision(tmp_path: Path) -> None:
+    values = {"pipeline": "pretrain", "parameters": {"source": "/work/mine.jsonl", "generator": []}, **PLACES}
+    found = [
+        submission_of(checked({**values, "revision": revision}), "kubeflow").fingerprints
+        for revision in ("1", "1", "2")
+    ]
+    assert found[0] == found[1]
+    assert all(found[0][step] != found[2][step] for step in found[0])
+
+
+def test_work_lies_where_every_step_of_the_platform_sees_it() -> None:
+    recipe = checked({"pipeline": "adapt", "vertex": {"bucket": "gs://mine"}, "kubeflow": {"mount": "/data"}})
+    assert str(work_of(recipe, "local")) == ".cappy/work"
+    assert str(work_of(recipe, "kubeflow")) == "/data/cappy"
+    assert str(work_of(recipe, "vertex")) == "/gcs/mine/cappy"
+
+
+def test_the_outline_adds_up() -> None:
+    recipe = checked(
+        {
+            "pipeline": "pretrain",
+            "shards": 4,
+            "prices": {"none": 0.1, "nvidia-l4": 2.0},
+            "resources": {"default": {"hours": 10}, "sampling": {"accelerator": "nvidia-l4", "count": 2, "hours": 3}},
+        }
+    )
+    assert graph(recipe) == (
+        "preparation -> 4 x [sampling -> annotation] -> gathering -> pretraining -> evaluation -> registration"
+    )
+    costs = {line.step: line.cost for line in lines(recipe)}
+    assert costs["sampling"] == pytest.approx(4 * 2 * 3 * 2.0)
+    assert costs["annotation"] == pytest.approx(4 * 10 * 0.1)
+    assert to_json(recipe, "kubeflow")["most_cost"] == pytest.approx(48 + 4 + 5 * 1.0)
+    assert "at most 57.00" in text(recipe, "kubeflow")
+    unpriced = checked({"pipeline": "pretrain"})
+    assert to_json(unpriced, "local")["most_cost"] is None
+    assert "no price for preparation" in text(unpriced, "local")
