@@ -18,6 +18,7 @@ from cappy.config import to_values
 from cappy.errors import CappyError, ConfigError, shown
 from cappy.steps import PARENT_VARIABLE, PROGRESS_VARIABLE, hold_parent_lock
 from pipelines.board import Board
+from pipelines.clients.local import STATUS
 from pipelines.recipe import Platform, Recipe, checked
 from pipelines.states import StepState, log_section, observe
 from pipelines.submission import Submission, prepare
@@ -79,6 +80,8 @@ def execute(
     values = {
         **({"pipeline": target} if isinstance(target, str) else target),
         "arguments": submission.arguments,
+        "process": os.getpid(),
+        "work": str(work),
         "run": run_id,
         "pipeline_root": str(root / "pipeline"),
         "cache_root": str(work / "cache"),
@@ -96,6 +99,7 @@ def execute(
         with Board(f"cappy {submission.pipeline}", folder / "run.log", show=show) as board:
             status = _supervised(request, submission.tracking_uri, lambda: board.update(look(alive=True)))
             states = look(alive=False, succeeded=status == 0)
+            (folder / STATUS).write_text(json.dumps({"status": status}))
             board.update(states)
     finally:
         os.close(lock)

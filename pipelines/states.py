@@ -68,14 +68,14 @@ def _follows(later: str, step: str, steps: list[str]) -> bool:
     return steps.index(later) > steps.index(step) and len(shards) < 2
 
 
-def log_section(log: Path, step: str) -> list[str]:
-    """The lines that a step wrote to the run's log; all lines if the step never started."""
+def log_section(log: Path, step: str, *, whole: bool = True) -> list[str]:
+    """The lines that a step wrote to the run's log; if it never started all lines, or none without `whole`."""
     lines = [_COLOR.sub("", line) for line in log.read_text(errors="replace").splitlines()]
     starts = [(index, found[1]) for index, line in enumerate(lines) if (found := _START.search(line))]
     for (start, name), (end, _) in zip(starts, [*starts[1:], (len(lines), "")], strict=True):
         if name == step:
             return [line.removeprefix("    ") for line in lines[start:end]]
-    return lines
+    return lines if whole else []
 
 
 def _state(record: StepRecord | None, told: State | None, *, passed: bool) -> Name:

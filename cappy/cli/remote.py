@@ -1,4 +1,4 @@
-"""`cappy pipeline submit`, `status`, `logs`, `cancel`: runs on Kubeflow and on Vertex AI, from here."""
+"""`cappy pipeline submit`, `status`, `logs`, `cancel`: runs on Kubeflow and Vertex AI, and of this machine."""
 
 import json
 import secrets
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 10.0
 
-OnFlag = Annotated[Literal["kubeflow", "vertex"], typer.Option(help="Where the run is.", show_default=False)]
+OnFlag = Annotated[Literal["kubeflow", "vertex"], typer.Option(help="Where the run is to be.", show_default=False)]
+WhereFlag = Annotated[Literal["local", "docker", "kubeflow", "vertex"], typer.Option("--on", help="Where the run is.")]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="The run's id, as submit printed it.", show_default=False)
 ]
@@ -85,7 +86,7 @@ def submit(
 
 def status(
     run: RunArgument,
-    on: OnFlag,
+    on: WhereFlag = "local",
     recipe: FromFlag = "",
     endpoint: EndpointFlag = "",
     namespace: NamespaceFlag = "",
@@ -125,7 +126,7 @@ def status(
 
 def logs(
     run: RunArgument,
-    on: OnFlag,
+    on: WhereFlag = "local",
     step: StepFlag = "",
     recipe: FromFlag = "",
     endpoint: EndpointFlag = "",
@@ -162,7 +163,7 @@ def logs(
 
 def cancel(
     run: RunArgument,
-    on: OnFlag,
+    on: WhereFlag = "local",
     recipe: FromFlag = "",
     endpoint: EndpointFlag = "",
     namespace: NamespaceFlag = "",

@@ -62,6 +62,10 @@ class Client(Protocol):
 
 def client_for(platform: Platform, kubeflow: Kubeflow, vertex: Vertex) -> Client:
     """The client of a platform; ConfigError where its address or its package is missing."""
+    if platform in ("local", "docker"):
+        from pipelines.clients.local import LocalClient
+
+        return LocalClient()
     if platform == "kubeflow":
         from pipelines.clients.kubeflow import KubeflowClient
 
@@ -70,7 +74,7 @@ def client_for(platform: Platform, kubeflow: Kubeflow, vertex: Vertex) -> Client
         from pipelines.clients.vertex import VertexClient
 
         return VertexClient(vertex)
-    raise ConfigError(f"{platform}: runs are sent to kubeflow or vertex; on this machine use cappy pipeline run")
+    raise ConfigError(f"{platform}: no such platform; there are local, docker, kubeflow and vertex")
 
 
 def step_name(task: str) -> str:

@@ -1,5 +1,6 @@
 """Local runs: what a person sees, what comes from the cache, and that nothing outlives its parent."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from cappy.errors import CappyError, ConfigError
-from cappy.records import read_manifest
+from cappy.records import read, read_manifest
 from cappy.steps import read_record
-from pipelines.local import Outcome, execute
+from pipelines.clients.local import LocalClient
+from pipelines.local import Outcome, execute, run_pipeline
+from pipelines.planning import settings_of
+from pipelines.recipe import checked
 from pipelines.submission import Submission
 
 MakeUp = Callable[..., Submission]
@@ -149,3 +153,59 @@ class _other_process:  # noqa: N801 (read as a verb in a with statement)
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+
+
+def test_another_terminal_sees_how_far_a_run_is_and_can_end_it(
+    made_up: MakeUp, start: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    client = LocalClient(tmp_path / "root" / "runs")
+    over = start(made_up())
+    state = client.look(over.run_id)
+    assert (state.state, [(task.step, task.state) for task in state.tasks]) == (
+        "done",
+        [("preparation", "done"), ("annotation", "done")],
+    )
+    assert any("annotation" in line for line in client.logs(over.run_id, "annotation"))
+    with pytest.raises(ConfigError, match="is over; nothing to end"):
+        client.cancel(over.run_id)
+    with _other_process(tmp_path, made_up(one="7" * 8, first={"seconds": 60})) as other:
+        deadline = time.monotonic() + 30
+        while not (runs := {path.name for path in (tmp_path / "root" / "runs").iterdir()} - {over.run_id}):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (run,) = runs
+        while not (tmp_path / "root" / "runs" / run / "request.json").is_file() or client.look(run).state != "running":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        client.cancel(run)
+        assert other.wait(30) != 0
+    assert client.look(run).state == "cancelled"
+    with pytest.raises(ConfigError, match=f"nope: no run of that name .* the last one is {run}"):
+        client.look("nope")
+
+
+def test_shards_run_each_under_its_own_name_and_are_cached_each_for_itself(
+    tmp_path: Path, start: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"Add {index} and 1.", "responses": ["2", "3"]} for index in range(6)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    recipe = checked({"pipeline": "batch_score", "shards": 3, "parameters": {"source": str(file), "scorer": "builtin"}})
+
+    def once() -> Outcome:
+        settings = settings_of(recipe)
+        return run_pipeline(
+            "batch_score", settings, work=tmp_path / "work", root=tmp_path / "root", show=False, recipe=recipe
+        )
+
+    first = once()
+    shards = {f"scoring {index}/3" for index in range(3)}
+    assert set(first.outputs) == {"preparation", *shards, "gathering"}
+    assert [instance.instruction for instance in read(first.outputs["gathering"])] == [
+        row["instruction"] for row in rows
+    ]
+    assert (first.folder / "pipeline.yaml").read_text().startswith("# PIPELINE DEFINITION")
+    second = once()
+    assert second.cached == set(first.outputs)
+    assert second.outputs == first.outputs

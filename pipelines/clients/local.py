@@ -1,0 +1,85 @@
+"""Runs of this machine, looked at from another terminal: their folder says how far they are."""
+
+import fcntl
+import json
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cappy.errors import ConfigError
+from pipelines.clients import RunState, State, TaskState
+from pipelines.states import log_section, observe
+
+RUNS = Path(".cappy/runs")
+STATUS = "status.json"
+"""What a run that is over left: whether it succeeded."""
+
+
+class LocalClient:
+    """The runs under a folder, `.cappy/runs` where nothing else is said."""
+
+    def __init__(self, runs: Path = RUNS) -> None:
+        self._runs = runs
+
+    def submit(self, package: Path, arguments: Mapping[str, Any], name: str) -> RunState:
+        """ConfigError: nothing of this machine goes on without the terminal that started it."""
+        raise ConfigError("local: a run of this machine is started by cappy pipeline run")
+
+    def look(self, run: str) -> RunState:
+        """How far the run is, from its folder and the records in its work folder."""
+        folder, request = self._request(run)
+        alive, status = _held(folder / "parent.lock"), _status(folder)
+        states = observe(
+            request["fingerprints"],
+            work=Path(request["work"]),
+            progress=folder,
+            run=run,
+            alive=alive,
+            succeeded=status == 0,
+        )
+        tasks = tuple(
+            TaskState(step=each.step, state=each.state, seconds=each.seconds, error=each.error) for each in states
+        )
+        state: State = "running" if alive else "done" if status == 0 else "failed" if status else "cancelled"
+        return RunState(run=run, state=state, url=str(folder / "run.log"), tasks=tasks)
+
+    def logs(self, run: str, step: str) -> Iterator[str]:
+        """The lines of a step, or of the whole run."""
+        folder, request = self._request(run)
+        names = [name.partition(" ")[0] for name in request["fingerprints"]]
+        for name in dict.fromkeys(names):
+            if step in ("", name):
+                yield from (f"{name}: {line}" for line in log_section(folder / "run.log", name, whole=False))
+
+    def cancel(self, run: str) -> None:
+        """Interrupts the process that started the run, which ends its steps."""
+        folder, request = self._request(run)
+        if not _held(folder / "parent.lock"):
+            raise ConfigError(f"{run}: is over; nothing to end")
+        os.kill(int(request["process"]), signal.SIGINT)
+
+    def _request(self, run: str) -> tuple[Path, dict[str, Any]]:
+        path = self._runs / run / "request.json"
+        if not path.is_file():
+            known = sorted(self._runs.glob("*/request.json"), key=lambda found: found.stat().st_mtime)
+            remedy = f"the last one is {known[-1].parent.name}" if known else "start one with cappy pipeline run"
+            raise ConfigError(f"{run}: no run of that name under {self._runs}; {remedy}")
+        values: dict[str, Any] = json.loads(path.read_text())
+        return path.parent, values
+
+
+def _held(path: Path) -> bool:
+    """Whether the process that started the run lives: it holds the lock."""
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _status(folder: Path) -> int | None:
+    path = folder / STATUS
+    return int(json.loads(path.read_text())["status"]) if path.is_file() else None

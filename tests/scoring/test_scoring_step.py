@@ -1,0 +1,82 @@
+"""The scoring step: scores stand in the record under the scorer's version, the same for one shard or several."""
+
+from pathlib import Path
+
+import pytest
+
+from cappy.errors import ConfigError
+from cappy.preparation import PreparationConfig
+from cappy.preparation import run as prepare
+from cappy.records import read, read_manifest
+from cappy.scoring import Scorer
+from cappy.scoring.step import ScoringConfig, run
+
+ROWS = [
+    '{"instruction": "Add 1 and 1.", "responses": ["2", "3", ""]}',
+    '{"instruction": "Add 2 and 2.", "responses": ["4"]}',
+    '{"instruction": "Add 3 and 3.", "responses": ["6", "6", "7"]}',
+]
+
+
+@pytest.fixture
+def instances(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(ROWS))
+    target = tmp_path / "instances"
+    choices = {"unlabelled": True, "test": 0.0, "validation": 0.0, "work": tmp_path / "work"}
+    prepare(PreparationConfig(source=str(file), target=target, **choices))
+    return target
+
+
+def scored(instances: Path, tmp_path: Path, **more: str) -> dict[tuple[str, str], dict[str, float]]:
+    target = tmp_path / f"scored{more.get('shard', '').replace('/', '-')}"
+    run(ScoringConfig(source=instances, target=target, precision="fp32", work=tmp_path / "work", **more))
+    return {
+        (instance.instruction, candidate.response): dict(candidate.scores)
+        for instance in read(target)
+        for candidate in instance.candidates
+    }
+
+
+def test_every_response_has_the_scorers_score_under_its_version(instances: Path, tmp_path: Path) -> None:
+    scorer = Scorer.load("builtin", precision="fp32")
+    found = scored(instances, tmp_path)
+    assert len(found) == 6
+    for (instruction, response), scores in found.items():
+        if not response:
+            assert scores == {}
+            continue
+        assert list(scores) == [scorer.version]
+        assert scores[scorer.version] == pytest.approx(scorer.score([(instruction, response)])[0], abs=1e-4)
+    assert read_manifest(tmp_path / "scored").facts["version"] == scorer.version
+
+
+def test_shards_score_what_the_whole_does(instances: Path, tmp_path: Path) -> None:
+    whole = scored(instances, tmp_path)
+    parts = scored(instances, tmp_path, shard="0/2") | scored(instances, tmp_path, shard="1/2")
+    assert set(parts) == set(whole)
+    for pair, scores in whole.items():
+        assert parts[pair] == pytest.approx(scores, abs=1e-4)
+
+
+def test_rows_without_responses_or_references_are_refused_where_they_are_needed(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"instruction": "Add 1 and 1."}')
+    with pytest.raises(Exception, match=r"rows.jsonl:1: has no responses.*; give the responses"):
+        prepare(PreparationConfig(source=str(file), target=tmp_path / "a", unlabelled=True, work=tmp_path / "work"))
+    file.write_text(ROWS[0])
+    with pytest.raises(Exception, match="has no reference"):
+        prepare(PreparationConfig(source=str(file), target=tmp_path / "b", work=tmp_path / "work"))
+
+
+def test_what_was_prepared_to_be_scored_is_not_labelled(instances: Path, tmp_path: Path) -> None:
+    from cappy.annotation import AnnotationConfig
+    from cappy.annotation import run as annotate
+
+    with pytest.raises(Exception, match="has no reference to compare with; prepare it with references"):
+        annotate(AnnotationConfig(source=instances, target=tmp_path / "c", work=tmp_path / "work"))
+
+
+def test_a_target_that_is_the_source_is_refused(instances: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is the source itself"):
+        run(ScoringConfig(source=instances, target=instances, work=tmp_path / "work"))
