@@ -180,9 +180,7 @@ def _end_in_time(step: str) -> None:
         return
 
     def end() -> None:
-        sys.stderr.write(
-            f"cappy {step}: took longer than {seconds:g} seconds; give it a longer timeout in the recipe\n"
-        )
+        sys.stderr.write(f"cappy {step}: took longer than {seconds:g} seconds; give it more hours in the recipe\n")
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -18,9 +18,11 @@ from cappy.steps import (
     PARENT_VARIABLE,
     PROGRESS_VARIABLE,
     STEPS,
+    TIMEOUT_VARIABLE,
     config_class,
     hold_parent_lock,
     launch,
+    progress_path,
     read_record,
     record_path,
     runner,
@@ -211,3 +213,25 @@ def test_wrong_settings_are_one_line_and_status_1_before_anything_is_done(
     assert ended.value.code == 1
     assert capsys.readouterr().err.startswith("cappy preparation: ")
     assert not (tmp_path / "t").exists()
+
+
+def test_shards_of_a_step_leave_a_record_and_progress_each(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PROGRESS_VARIABLE, str(tmp_path))
+    word = encode({"work": str(tmp_path / "w")})
+    for shard in ("0/2", "1/2"):
+        target = tmp_path / shard.replace("/", "-")
+        launch("preparation", word, fingerprint="f", part=shard, run="r", source=str(source), target=str(target))
+    assert {read_record(tmp_path / "w", f"f-{shard}") is not None for shard in ("0/2", "1/2")} == {True}
+    assert read_record(tmp_path / "w", "f") is None
+    assert read_state(progress_path(tmp_path, "preparation", "f-1/2")) is not None
+    assert progress_path(tmp_path, "preparation", "f-0/2") != progress_path(tmp_path, "preparation", "f-1/2")
+
+
+def test_a_step_that_takes_too_long_is_asked_to_end_and_says_why(tmp_path: Path) -> None:
+    program = "import sys, time\nfrom cappy.steps import _end_in_time\n_end_in_time('sampling')\ntime.sleep(30)"
+    environment = {**os.environ, TIMEOUT_VARIABLE: "0.2"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGTERM
+    assert done.stderr == "cappy sampling: took longer than 0.2 seconds; give it more hours in the recipe\n"

@@ -1,0 +1,65 @@
+"""Secrets that a step reads itself: into its environment, from the store's own address, and into nothing else."""
+
+import base64
+import json
+import os
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+import google.auth
+import pytest
+from google.auth.credentials import AnonymousCredentials
+from local_server import handled_by
+
+from cappy.errors import ConfigError
+from cappy.secrets import VARIABLE, fill_environment
+
+NAME = "projects/p/secrets/llm/versions/3"
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A store that knows one secret; credentials are those of nobody."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.path == f"/v1/{NAME}:access"
+            data = base64.b64encode(b"a key").decode()
+            payload = json.dumps({"payload": {"data": data}} if known else {"error": {}}).encode()
+            self.send_response(200 if known else 403)
+            self.send_header("content-length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    monkeypatch.setattr(google.auth, "default", lambda **_: (AnonymousCredentials(), "p"))
+    monkeypatch.delenv("LLM_KEY", raising=False)
+    with handled_by(Handler) as address:
+        yield address
+
+
+def test_a_named_secret_becomes_a_variable_and_its_name_goes(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, json.dumps({"LLM_KEY": NAME}))
+    monkeypatch.setenv("LLM_KEY", "")
+    fill_environment(store)
+    assert os.environ["LLM_KEY"] == "a key"
+    assert VARIABLE not in os.environ
+
+
+def test_a_secret_that_may_not_be_read_is_one_line(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, json.dumps({"LLM_KEY": NAME.replace("llm", "other")}))
+    with pytest.raises(ConfigError, match=r"secret 'projects/p/secrets/other/versions/3': .* 403; grant"):
+        fill_environment(store)
+
+
+def test_without_credentials_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(**_: Any) -> Any:
+        raise google.auth.exceptions.DefaultCredentialsError("none found")
+
+    monkeypatch.setattr(google.auth, "default", nobody)
+    monkeypatch.setenv(VARIABLE, json.dumps({"LLM_KEY": NAME}))
+    with pytest.raises(ConfigError, match="no Google credentials here .*; run the step with a service account"):
+        fill_environment()
