@@ -1,5 +1,7 @@
 """Evaluation: how much the scorer helps, against every other selector."""
 
+from typing import Any
+
 from kfp.dsl import HTML, Artifact, Dataset, Input, Metrics, Model, Output
 
 from components.component import component
@@ -19,28 +21,16 @@ def evaluation(
     fingerprint: str = "",
     run: str = "",
 ) -> None:
-    """Compare a scorer, and the champion beside it, with the other selectors on held-out instances.
-
-    The scorer is the one that the run trained, or the one that the settings name.
-    """
+    """Compare the run's scorer, else the one that settings name, and the champion with the other selectors."""
     import shutil
     from pathlib import Path
 
     from cappy.steps import launch
 
+    trained = {"scorer": scorer.path} if scorer is not None else {}
+    values: dict[str, Any] = {"champion": champion, "metric": metric, "seed": seed, **trained}
     folders = {"source": annotated.path, "target": report.path}
-    if scorer is not None:
-        folders["scorer"] = scorer.path
-    done = launch(
-        "evaluation",
-        settings,
-        fingerprint=fingerprint,
-        run=run,
-        champion=champion,
-        metric=metric,
-        seed=seed,
-        **folders,
-    )
+    done = launch("evaluation", settings, fingerprint=fingerprint, run=run, **values, **folders)
     report.metadata.update(manifest=done.hash)
     metrics.metadata.update(done.metrics)
     shutil.copyfile(f"{report.path}/report.html", page.path)

@@ -216,7 +216,7 @@ def test_compile_writes_the_yaml_to_a_file_or_prints_it(here: Cappy, tmp_path: P
     printed = here("pipeline", "compile", "adapt")
     assert "# Name: cappy-adapt" in printed.stdout
     written = here("pipeline", "compile", "adapt", "--target", "adapt.yaml")
-    assert written.stdout == "adapt.yaml: pipeline adapt\n"
+    assert written.stdout == "adapt.yaml: pipeline adapt for local\n"
     assert (tmp_path / "adapt.yaml").read_text() == printed.stdout
     missing = here("pipeline", "compile", "adapt", "--target", "absent/adapt.yaml")
     assert missing.stderr.startswith("cappy pipeline: absent/adapt.yaml: cannot be written (No such file")
