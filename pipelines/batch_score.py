@@ -10,7 +10,7 @@ from components.preparation import preparation
 from components.scoring import scoring
 from components.tracking import tracking
 from pipelines.dressing import Dress, plain
-from pipelines.labelling import AT_ONCE, RUN, shared
+from pipelines.labelling import AT_ONCE, RUN, by_step, shared
 
 
 def plan(
@@ -49,16 +49,7 @@ def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
         fingerprints: str = "{}",
     ) -> None:
         """Chains the steps; the exit step tells MLflow what each did, also after a failure."""
-        settings = {
-            "preparation": preparation_settings,
-            "scoring": scoring_settings,
-            "gathering": gathering_settings,
-        }
-        prints = {
-            "preparation": preparation_fingerprint,
-            "scoring": scoring_fingerprint,
-            "gathering": gathering_fingerprint,
-        }
+        settings, prints = by_step(locals())
         last = tracking(fingerprints=fingerprints, settings=tracking_settings, run=RUN)
         last.set_caching_options(False)
         dress("tracking", last)

@@ -8,7 +8,7 @@ from kfp import dsl
 from components.evaluation import evaluation
 from components.tracking import tracking
 from pipelines.dressing import Dress, plain
-from pipelines.labelling import RUN, labelled, shared
+from pipelines.labelling import RUN, by_step, labelled, shared
 
 
 def plan(
@@ -56,20 +56,7 @@ def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
         fingerprints: str = "{}",
     ) -> None:
         """Chains the steps; the exit step tells MLflow what each did, also after a failure."""
-        settings = {
-            "preparation": preparation_settings,
-            "sampling": sampling_settings,
-            "annotation": annotation_settings,
-            "gathering": gathering_settings,
-            "evaluation": evaluation_settings,
-        }
-        prints = {
-            "preparation": preparation_fingerprint,
-            "sampling": sampling_fingerprint,
-            "annotation": annotation_fingerprint,
-            "gathering": gathering_fingerprint,
-            "evaluation": evaluation_fingerprint,
-        }
+        settings, prints = by_step(locals())
         last = tracking(fingerprints=fingerprints, settings=tracking_settings, run=RUN)
         last.set_caching_options(False)
         dress("tracking", last)

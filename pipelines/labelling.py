@@ -1,6 +1,6 @@
 """The front of both training pipelines: instances, samples and labels, in shards where there are several."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kfp import dsl
@@ -58,6 +58,15 @@ def labelled(
     gathered = gathering(parts=dsl.Collected(annotated), **shared("gathering", settings, fingerprints))
     dress("gathering", gathered)
     return gathered.outputs["gathered"]
+
+
+def by_step(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings and the fingerprints among a pipeline's parameters, each by step."""
+    settings, fingerprints = (
+        {name.removesuffix(suffix): value for name, value in given.items() if name.endswith(suffix)}
+        for suffix in ("_settings", "_fingerprint")
+    )
+    return settings, fingerprints
 
 
 def shared(step: str, settings: dict[str, Any], fingerprints: dict[str, Any]) -> dict[str, Any]:

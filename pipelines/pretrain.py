@@ -10,7 +10,7 @@ from components.pretraining import pretraining
 from components.registration import registration
 from components.tracking import tracking
 from pipelines.dressing import Dress, plain
-from pipelines.labelling import RUN, labelled, shared
+from pipelines.labelling import RUN, by_step, labelled, shared
 
 
 def plan(
@@ -67,24 +67,7 @@ def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
         fingerprints: str = "{}",
     ) -> None:
         """Chains the steps; the exit step tells MLflow what each did, also after a failure."""
-        settings = {
-            "preparation": preparation_settings,
-            "sampling": sampling_settings,
-            "annotation": annotation_settings,
-            "gathering": gathering_settings,
-            "pretraining": pretraining_settings,
-            "evaluation": evaluation_settings,
-            "registration": registration_settings,
-        }
-        prints = {
-            "preparation": preparation_fingerprint,
-            "sampling": sampling_fingerprint,
-            "annotation": annotation_fingerprint,
-            "gathering": gathering_fingerprint,
-            "pretraining": pretraining_fingerprint,
-            "evaluation": evaluation_fingerprint,
-            "registration": registration_fingerprint,
-        }
+        settings, prints = by_step(locals())
         last = tracking(fingerprints=fingerprints, settings=tracking_settings, run=RUN)
         last.set_caching_options(False)
         dress("tracking", last)
