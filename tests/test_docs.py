@@ -11,8 +11,12 @@ from pathlib import Path
 
 import chat_server
 import pytest
+import yaml
 from chromium import launched, needs_chromium
 from documents import PAGES, ROOT, RUNS, Block, blocks
+
+from cappy.sampling import SamplingConfig
+from pipelines.recipe import checked
 
 README_RUNS_IT = "the README runs it"
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -129,6 +133,21 @@ def said() -> Iterator[str]:
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                     yield node.value
     yield (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_files_that_pages_show_are_read(tmp_path: Path) -> None:
+    """Recipes and decodings in YAML, which no command line of their page reads."""
+    recipes = [block for block in BLOCKS if block.reason.startswith("a part of a recipe")]
+    decodings = [block for block in BLOCKS if block.reason.startswith("a file of decodings")]
+    assert recipes
+    assert decodings
+    for block in recipes:
+        assert checked({"pipeline": "adapt", **yaml.safe_load(block.code)}).resources
+    for block in decodings:
+        file = tmp_path / "decodings.yaml"
+        file.write_text(block.code, encoding="utf-8")
+        config = SamplingConfig(source=tmp_path, target=tmp_path / "out", strategy=str(file))
+        assert len(config.decodings) == len(yaml.safe_load(block.code))
 
 
 @pytest.fixture(scope="module")
