@@ -11,10 +11,13 @@ from cappy.registry.address import tracking_address, without_password
 from cappy.registry.models import Version
 
 PORT = 8080
-SCRATCH = "/scratch"
-"""The one place that the container may write to: downloads of the registry, temporary files."""
+SCRATCH = "/tmp"  # noqa: S108 (of a container of its own)
+"""The one place that the container may write to: downloads of the registry, temporary files, the image's caches."""
 MOUNTED = "/mnt/models"
 """Where KServe's storage initializer puts what STORAGE_URI names."""
+NOTICE_SECONDS, GRACE_SECONDS = 5, 20
+"""After SIGTERM it answers as not ready, while nodes learn that the pod is going, then finishes what it has. Together
+less than the 30 seconds until SIGKILL, which Knative lets no manifest change (terminationGracePeriodSeconds)."""
 
 
 def inference_service(config: DeploymentConfig, version: Version) -> dict[str, Any]:
@@ -40,6 +43,9 @@ def inference_service(config: DeploymentConfig, version: Version) -> dict[str, A
                 "minReplicas": config.min_replicas,
                 "maxReplicas": config.max_replicas,
                 **({"canaryTrafficPercent": config.traffic} if config.traffic < 100 else {}),
+                # It asks the cluster for nothing; a Service named mlflow would set MLFLOW_PORT to tcp://...
+                "automountServiceAccountToken": False,
+                "enableServiceLinks": False,
                 "containers": [_container(config, version)],
                 "volumes": [{"name": "scratch", "emptyDir": {}}],
             }
@@ -60,14 +66,18 @@ def _container(config: DeploymentConfig, version: Version) -> dict[str, Any]:
         "name": "kserve-container",
         "image": config.image,
         "command": ["python", "-m", "serving"],
-        "args": ["--scorer", MOUNTED if config.storage else version.uri, "--host", "0.0.0.0", "--port", str(PORT)],  # noqa: S104
+        "args": [
+            *("--scorer", MOUNTED if config.storage else version.uri),
+            *("--host", "0.0.0.0", "--port", str(PORT)),  # noqa: S104
+            *("--notice", str(NOTICE_SECONDS), "--grace", str(GRACE_SECONDS)),
+        ],
         "env": _environment(config),
         **({"envFrom": [{"secretRef": {"name": config.secret}}]} if config.secret else {}),
         "workingDir": SCRATCH,
         "volumeMounts": [{"name": "scratch", "mountPath": SCRATCH}],
         "ports": [{"containerPort": PORT, "protocol": "TCP"}],
         "resources": {"requests": quantities, "limits": dict(quantities)},
-        "startupProbe": {**_probe("/ready"), "failureThreshold": 60},
+        "startupProbe": {**_probe("/startup"), "failureThreshold": 60},
         "readinessProbe": _probe("/ready"),
         "livenessProbe": _probe("/health"),
         "securityContext": {

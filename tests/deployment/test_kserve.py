@@ -78,6 +78,20 @@ def test_all_that_the_service_writes_has_a_place_to_go() -> None:
     assert set(mounted.values()) == {volume["name"] for volume in service()["spec"]["predictor"]["volumes"]}
 
 
+def test_the_service_has_ended_before_a_cluster_would_kill_it() -> None:
+    """30 seconds after SIGTERM where the manifest does not say, and Knative lets none say."""
+    told = container()["args"]
+    seconds = [int(told[told.index(flag) + 1]) for flag in ("--notice", "--grace")]
+    assert sum(seconds) <= 25
+    assert "terminationGracePeriodSeconds" not in service()["spec"]["predictor"]
+
+
+def test_the_cluster_tells_the_pod_nothing_and_gives_it_no_token() -> None:
+    predictor = service()["spec"]["predictor"]
+    assert predictor["automountServiceAccountToken"] is False
+    assert predictor["enableServiceLinks"] is False
+
+
 def test_a_gpu_is_asked_for_as_kubernetes_does() -> None:
     assert container(gpus=1)["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert "nvidia.com/gpu" not in container()["resources"]["limits"]
