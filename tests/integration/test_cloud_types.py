@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from manifests import only, rendered
 from vertex_scenario import IMAGE, version
 
 from cappy.config import build
@@ -69,6 +70,10 @@ def test_kserves_own_models_know_every_field_of_our_service(kserve_models: Any, 
     service["spec"]["predictor"]["canaryTraffic"] = 10
     with pytest.raises(AssertionError, match="canaryTraffic"):
         check(service, "V1beta1InferenceService", kserve_models, "service")
+
+
+def test_kserves_own_models_know_every_field_of_the_overlay(kserve_models: Any) -> None:
+    check(only(rendered("serving-kserve"), "InferenceService"), "V1beta1InferenceService", kserve_models, "service")
 
 
 def test_the_vertex_sdk_of_the_first_major_does_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
