@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ def work_of(recipe: Recipe, platform: Platform) -> Path:
     return work
 
 
+def registry_of(recipe: Recipe, platform: Platform) -> str:
+    """MLflow's address as this machine reaches it: what MLFLOW_TRACKING_URI says, where the steps run elsewhere."""
+    elsewhere = "" if platform in ON_THIS_MACHINE else os.environ.get("MLFLOW_TRACKING_URI", "")
+    return elsewhere or recipe.tracking_uri
+
+
 def root_of(recipe: Recipe, platform: Platform) -> str:
     """The folder that every step sees: the volume, or the bucket as Vertex AI mounts it."""
     if platform != "vertex":
@@ -67,6 +74,7 @@ def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
         shards=recipe.shards,
         tracking_uri=recipe.tracking_uri,
         revision=recipe.revision,
+        registry=registry_of(recipe, platform),
     )
 
 

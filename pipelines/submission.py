@@ -47,11 +47,13 @@ def prepare(
     shards: int = 1,
     tracking_uri: str = "",
     revision: str = "",
+    registry: str = "",
 ) -> Submission:
     """The submission of a pipeline with these settings per step; ConfigError if a setting is wrong.
 
     Nothing that moves is left in it: aliases have become versions, and every file stands in a fingerprint. `revision`
-    stands for content that this machine cannot see, such as files of a cluster's volume.
+    stands for content that this machine cannot see, such as files of a cluster's volume; `registry` is MLflow's address
+    from here, where the steps' own `tracking_uri` leads there from inside a cluster alone.
     """
     if pipeline not in pipelines.PIPELINES:
         raise ConfigError(f"{shown(pipeline)}: no such pipeline; there are {', '.join(pipelines.PIPELINES)}")
@@ -65,8 +67,8 @@ def prepare(
     shared = {"work": str(work.absolute())}
     address = str(steps.get("registration", {}).get("tracking_uri", "")) or tracking_uri
     placed = {step: {**steps.get(step, {}), **shared} for step in names}
-    settings = resolved(placed, work=work, tracking_uri=address)
-    found = fingerprints(settings, tracking_uri=address, revision=revision)
+    settings = resolved(placed, work=work, tracking_uri=registry or address)
+    found = fingerprints(settings, tracking_uri=registry or address, revision=revision)
     told = by_shard(found, shards)
     return Submission(
         pipeline=pipeline,

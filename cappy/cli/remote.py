@@ -233,7 +233,7 @@ def _attach(recipe: "Recipe", on: str, state: "RunState", text: str) -> None:
         attach(
             {"pipeline.yaml": text},
             run=state.run,
-            tracking_uri=recipe.tracking_uri,
+            tracking_uri=load("pipelines.planning").registry_of(recipe, on),
             facts={"platform": on, "page": state.url},
         )
     except CappyError as error:

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from cappy.errors import ConfigError
+from cappy.config import decode
+from cappy.errors import ConfigError, UnreachableError
 from pipelines.compile import built
 from pipelines.outline import graph, lines, text, to_json
-from pipelines.planning import check, settings_of, submission_of, work_of
+from pipelines.planning import check, registry_of, settings_of, submission_of, work_of
 from pipelines.recipe import checked, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -132,3 +133,16 @@ def test_the_outline_adds_up() -> None:
     unpriced = checked({"pipeline": "pretrain"})
     assert to_json(unpriced, "local")["most_cost"] is None
     assert "no price for preparation" in text(unpriced, "local")
+
+
+def test_a_cluster_is_told_its_own_address_and_this_machine_asks_at_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    recipe = checked({"pipeline": "adapt", **PLACES})
+    assert (registry_of(recipe, "kubeflow"), registry_of(recipe, "local")) == (
+        "http://127.0.0.1:9",
+        PLACES["tracking_uri"],
+    )
+    with pytest.raises(UnreachableError, match="127.0.0.1:9"):
+        submission_of(recipe, "kubeflow")
+    found = submission_of(checked({"pipeline": "pretrain", **PLACES}), "kubeflow").arguments
+    assert decode(found["registration_settings"])["tracking_uri"] == PLACES["tracking_uri"]
