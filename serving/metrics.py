@@ -35,7 +35,7 @@ class Metrics:
         Gauge("cappy_queue_tokens", "Tokens that wait or are computed", registry=own).set_function(
             lambda: batcher.queued_tokens
         )
-        Gauge("cappy_ready", "Whether scores can be had", registry=own).set_function(lambda: not models.reason)
+        Gauge("cappy_ready", "Whether new clients may come", registry=own).set_function(lambda: not models.unready)
 
     def batch(self, tokens: int, pairs: int, seconds: float) -> None:
         """Counts a batch."""

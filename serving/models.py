@@ -9,6 +9,7 @@ from cappy.errors import FolderError
 from cappy.scoring import Precision
 from cappy.scoring.encoding import Encoded, Pair
 from serving.batcher import Computed, Engine
+from serving.ending import ENDING
 
 if TYPE_CHECKING:
     from cappy.registry.models import Version
@@ -139,6 +140,14 @@ class Models:
     """Whether the service has been told to end."""
     refused: dict[str, str] = field(default_factory=dict)
     """Version of the registry -> why it does not serve."""
+
+    @property
+    def unready(self) -> str:
+        """Why new clients should look elsewhere; empty where they need not.
+
+        A service that was told to end still answers, so this is more than `reason`.
+        """
+        return self.reason or (ENDING if self.closing else "")
 
     def named(self, *names: str | None) -> Model | None:
         """The model of which each of these is name, version or spec, the current one first; an empty one is any."""

@@ -33,8 +33,8 @@ def add_probes(app: FastAPI, models: Models, metrics: Metrics, ready_path: str =
 
     async def ready(response: Response) -> Readiness:
         """Whether scores can be had: false before the scorer has answered its probe, and after SIGTERM."""
-        response.status_code = 503 if models.reason else 200
-        return Readiness(ready=not models.reason, version=models.current.version, reason=models.reason)
+        response.status_code = 503 if models.unready else 200
+        return Readiness(ready=not models.unready, version=models.current.version, reason=models.unready)
 
     for path in {"/ready", "/startup", ready_path} - {"", "/health"}:
         app.get(path, responses={503: {"model": Readiness}}, tags=["probes"], name=path.strip("/"))(ready)

@@ -66,7 +66,7 @@ def _add_open_inference(app: FastAPI, models: Models) -> None:
     @app.get("/v2/health/ready", tags=["served"], responses=UNREADY)
     async def server_ready() -> Response:
         """Whether scores can be had."""
-        return JSONResponse({"ready": not models.reason}, status_code=503 if models.reason else 200)
+        return JSONResponse({"ready": not models.unready}, status_code=503 if models.unready else 200)
 
     async def model_metadata(model: str, version: str = "") -> Response:
         """Names and types of the tensors."""
@@ -93,7 +93,7 @@ def _add_mlflow(app: FastAPI, models: Models) -> None:
     @app.get("/ping", tags=["served"], response_class=PlainTextResponse, responses=UNREADY)
     async def ping() -> Response:
         """Whether scores can be had."""
-        return PlainTextResponse("\n", status_code=503 if models.reason else 200)
+        return PlainTextResponse("\n", status_code=503 if models.unready else 200)
 
     @app.get("/version", tags=["served"], response_class=PlainTextResponse)
     async def version() -> Response:
@@ -116,7 +116,7 @@ def _unknown(models: Models, model: str, version: str = "") -> Response | None:
 
 
 def _state(models: Models, model: str, version: str = "") -> Response:
-    status = 503 if models.reason else 200
+    status = 503 if models.unready else 200
     return _unknown(models, model, version) or JSONResponse(
-        {"name": model, "ready": not models.reason}, status_code=status
+        {"name": model, "ready": not models.unready}, status_code=status
     )

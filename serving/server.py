@@ -1,6 +1,5 @@
 """Loads a scorer and serves it until SIGTERM."""
 
-import asyncio
 import contextlib
 import errno
 import logging
@@ -21,6 +20,7 @@ from cappy.registry import Version
 from cappy.scoring import Precision
 from cappy.specs import parse_spec
 from serving.app import Options, create_app
+from serving.ending import NoticeServer
 from serving.following import Follower, follow_seconds, load_version
 from serving.models import Model, Models, load
 from serving.protocol import PunctualProtocol
@@ -111,7 +111,7 @@ def serve(
         options = replace(options, batch_tokens=tokens)
         follower = follow(models) if follow else None
         app = create_app(models, options, failed=failed, follower=follower, computing=computing)
-        server = _Server(http_config(app, address), models, address.notice_seconds)
+        server = NoticeServer(http_config(app, address), models, address.notice_seconds)
         scheme = "https" if address.certificate else "http"
         sys.stderr.write(
             f"cappy serve: scorer {models.current.version} at {url(listener, scheme)} "
@@ -145,33 +145,6 @@ def http_config(app: object, address: Address) -> uvicorn.Config:
         ssl_certfile=address.certificate,
         ssl_keyfile=address.key,
     )
-
-
-class _Server(uvicorn.Server):
-    """Gives notice before it closes the door."""
-
-    def __init__(self, config: uvicorn.Config, models: Models, notice_seconds: float) -> None:
-        super().__init__(config)
-        self._models = models
-        self._notice_seconds = notice_seconds
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first SIGTERM: not ready, and closed a little later; any other signal at once."""
-        if sig != signal.SIGTERM or self._models.closing or not self.started:
-            super().handle_exit(sig, frame)
-            return
-        self._models.closing = True
-        self._models.reason = "the service was told to end"
-        self._captured_signals.append(sig)
-        self._loop.call_soon_threadsafe(self._loop.call_later, self._notice_seconds, self._close)
-
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serves until told to end."""
-        self._loop = asyncio.get_running_loop()
-        await super().serve(sockets)
-
-    def _close(self) -> None:
-        self.should_exit = True
 
 
 @contextlib.contextmanager

@@ -67,6 +67,10 @@ def gateway(
     max_body_mb: Annotated[
         float, typer.Option(min=0.001, help="Largest request body in megabytes; larger ones get status 413.")
     ] = 8.0,
+    notice: Annotated[
+        float, typer.Option(min=0, help="Seconds after SIGTERM in which it is not ready but still answers.")
+    ] = 1.0,
+    grace: Annotated[int, typer.Option(min=1, help="Seconds after that in which what was accepted is finished.")] = 30,
 ) -> None:
     """Put best-of-n in front of an LLM: change one base URL, and POST /v1/chat/completions answers with the best.
 
@@ -74,6 +78,7 @@ def gateway(
     (status 130). docs/guides/gateway.md says what it does with each parameter.
     """
     try:
+        from serving import Address
         from serving.gateway import Settings, run
         from serving.gateway.ledger import Limits, Prices
         from serving.gateway.llm import llm
@@ -108,4 +113,4 @@ def gateway(
         feedback=feedback,
         max_body_bytes=round(max_body_mb * 1e6),
     )
-    run(settings, host=host, port=port)
+    run(settings, Address(host=host, port=port, notice_seconds=notice, grace_seconds=grace))

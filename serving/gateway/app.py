@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 
 import cappy
 from serving.access import AccessLog
+from serving.ending import ENDING, Door
 from serving.gateway.answering import Gateway, Outcome
 from serving.gateway.completion import chunks, completion, headers
 from serving.gateway.errors import GatewayError
@@ -38,6 +39,7 @@ class _Front:
     metrics: Metrics
     max_body_bytes: int
     keep_alive: float
+    door: Door
 
 
 def create_app(
@@ -46,14 +48,19 @@ def create_app(
     feedback: FeedbackLog | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     keep_alive: float = KEEP_ALIVE_SECONDS,
+    door: Door | None = None,
 ) -> FastAPI:
-    """An application that answers with the gateway's best candidate and keeps what it answered in the feedback log."""
+    """An application that answers with the gateway's best candidate and keeps what it answered in the feedback log.
+
+    While `door` is closing it answers, but is not ready.
+    """
     front = _Front(
         gateway=gateway,
         feedback=feedback,
         metrics=Metrics(),
         max_body_bytes=max_body_bytes,
         keep_alive=keep_alive,
+        door=door or Door(),
     )
 
     @contextlib.asynccontextmanager
@@ -73,7 +80,7 @@ def create_app(
         docs_url=None,  # the page would load its script from another site
         redoc_url=None,
     )
-    app.add_middleware(AccessLog)
+    app.add_middleware(AccessLog, closing=lambda: front.door.closing)
     app.add_exception_handler(GatewayError, _told)
     app.add_exception_handler(HTTPException, _not_found)
     app.add_exception_handler(Exception, _defect)
@@ -140,18 +147,23 @@ def _add_probes(app: FastAPI, front: _Front) -> None:
 
     @app.get("/ready", tags=["probes"], response_class=Response)
     async def ready() -> Response:
-        """Whether the LLM's server answers: one that wants a key, or has no list of models, does."""
-        try:
-            await front.gateway.first.models("")
-            reason = ""
-        except GatewayError as problem:
-            reason = str(problem) if problem.status in _UNREACHED else ""
+        """Whether the LLM's server answers: one that wants a key, or has no list of models, does. No, after SIGTERM."""
+        reason = ENDING if front.door.closing else await _unreached(front.gateway)
         return _Json({"ready": not reason, "reason": reason}, status_code=503 if reason else 200)
 
     @app.get("/metrics", tags=["probes"], response_class=Response)
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(front.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _unreached(gateway: Gateway) -> str:
+    """Why the LLM's server does not answer; empty where it does."""
+    try:
+        await gateway.first.models("")
+    except GatewayError as problem:
+        return str(problem) if problem.status in _UNREACHED else ""
+    return ""
 
 
 async def _answered(front: _Front, wanted: ChatRequest, authorization: str, identity: str) -> Outcome:

@@ -7,8 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import uvicorn
-
+from serving.ending import Door, NoticeServer
 from serving.gateway.answering import Gateway
 from serving.gateway.app import MAX_BODY_BYTES, create_app
 from serving.gateway.feedback import FeedbackLog
@@ -35,22 +34,25 @@ class Settings:
     max_body_bytes: int = MAX_BODY_BYTES
 
 
-def run(settings: Settings, *, host: str = "127.0.0.1", port: int = 8090) -> None:
+def run(settings: Settings, address: Address) -> None:
     """Takes the address, loads the scorer, listens; returns when it was told to stop and has answered what it had.
 
-    ConfigError if the address cannot be had, which is found out before the scorer is loaded. SIGTERM ends the process
-    with status 0.
+    CappyError if the address or the feedback log's folder cannot be had, which is found out before the scorer is loaded.
+    SIGTERM ends the process with status 0.
     """
     signal.signal(signal.SIGTERM, end)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     # It would tell every call of the LLM, with its address.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
-    with bound(host, port) as listener:
-        scoring = load(settings.scorer, settings.calibration)
+    with bound(address.host, address.port) as listener:
         feedback = FeedbackLog(settings.feedback) if settings.feedback is not None else None
+        scoring = load(settings.scorer, settings.calibration)
         listener.listen()
-        app = create_app(_gateway(settings, scoring), feedback=feedback, max_body_bytes=settings.max_body_bytes)
-        server = uvicorn.Server(http_config(app, Address(host=host, port=port)))
+        door = Door()
+        app = create_app(
+            _gateway(settings, scoring), feedback=feedback, max_body_bytes=settings.max_body_bytes, door=door
+        )
+        server = NoticeServer(http_config(app, address), door, address.notice_seconds)
         sys.stderr.write(started(settings, scoring, listener) + "\n")
         server.run(sockets=[listener])
 

@@ -96,7 +96,7 @@ def test_a_real_server_scores_and_sigterm_ends_it_with_status_0(start: Start) ->
     assert "Traceback" not in log
 
 
-def test_after_sigterm_it_is_not_ready_answers_all_it_accepted_and_ends_with_status_0(start: Start) -> None:
+def test_after_sigterm_it_is_not_ready_answers_those_who_still_come_and_ends_with_status_0(start: Start) -> None:
     process, address = start("slow")
     until_ready(address)
     answers: list[httpx.Response] = []
@@ -116,8 +116,8 @@ def test_after_sigterm_it_is_not_ready_answers_all_it_accepted_and_ends_with_sta
     ready = httpx.get(f"{address}/ready")
     assert (ready.status_code, ready.json()["reason"]) == (503, "the service was told to end")
     assert ready.headers["Connection"] == "close"
-    late = httpx.post(f"{address}/score", json={"pairs": [["a", "b"]]})
-    assert late.status_code == 503
+    late = httpx.post(f"{address}/score", json={"pairs": [["a", "b"]]}, timeout=30)
+    assert (late.status_code, late.json()["scores"]) == (200, [1.0]), "a balancer may not have looked elsewhere yet"
     for thread in threads:
         thread.join(30)
     assert [(answer.status_code, answer.json()["scores"]) for answer in answers] == [(200, [1.0, 2.0])] * 4

@@ -103,6 +103,10 @@ def test_the_command_answers_says_what_its_scores_are_and_sigterm_lets_a_request
         while not model.asked and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
+        while not answers and httpx.get(f"{url.removesuffix('/v1')}/ready").status_code == 200:
+            time.sleep(0.01)
+        ready = httpx.get(f"{url.removesuffix('/v1')}/ready")
+        assert (ready.status_code, ready.json()["reason"]) == (503, "the service was told to end")
         request.join(20)
         _, log = process.communicate(timeout=20)
     assert [answer.status_code for answer in answers] == [200]
