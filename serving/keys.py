@@ -31,18 +31,25 @@ class Keys:
 
 
 def read_keys(path: Path | None) -> Keys:
-    """Keys from a file, one a line, or from CAPPY_API_KEYS, separated by commas; ConfigError for a short one."""
+    """Keys from a file, one a line, or from CAPPY_API_KEYS, separated by commas; ConfigError for a short one.
+
+    Lines that begin with # are comments. A file, or a variable that is not empty, that holds no key is refused: who
+    gave it did not want an open service.
+    """
     if path is not None:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--api-keys {path}: cannot be read; give a text file with one key a line") from error
-        found = text.splitlines()
+        found = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     else:
-        found = os.environ.get(VARIABLE, "").split(",")
+        text = os.environ.get(VARIABLE, "")
+        found = text.split(",")
     keys = [key.strip() for key in found if key.strip()]
     if path is not None and not keys:
         raise ConfigError(f"--api-keys {path}: holds no key; write one a line")
+    if text and not keys:
+        raise ConfigError(f"{VARIABLE}: holds no key; put keys there, with commas between, or unset it")
     if any(len(key) < SHORTEST for key in keys):
         raise ConfigError(f"an API key is shorter than {SHORTEST} characters; make one with: openssl rand -hex 24")
     return Keys(keys)

@@ -5,6 +5,7 @@ import errno
 import logging
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -128,6 +129,15 @@ def _check_tls(address: Address) -> None:
     for given, flag in ((address.certificate, "--tls-certificate"), (address.key, "--tls-key")):
         if given is not None and not given.is_file():
             raise ConfigError(f"{flag} {given}: no such file; give one in PEM form")
+    if address.certificate is None or address.key is None:
+        return
+    try:
+        # An empty passphrase, or OpenSSL would ask for one at the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(address.certificate, address.key, password=lambda: "")
+    except OSError as error:  # SSLError is one
+        text = f"--tls-certificate {address.certificate}: cannot be used with --tls-key {address.key}"
+        remedy = "give a certificate and the private key that belongs to it, both in PEM form, without a passphrase"
+        raise ConfigError(f"{text} ({error.strerror or error}); {remedy}") from error
 
 
 def http_config(app: object, address: Address) -> uvicorn.Config:

@@ -1,6 +1,7 @@
 """`cappy serve`: starts the HTTP service, which only this verb imports."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,10 @@ def serve(
         float, typer.Option(min=0.1, help="Seconds that a request may take; a longer one gets status 504.")
     ] = 60.0,
     api_keys: Annotated[
-        Path | None, typer.Option(help="File of API keys, one a line.", show_default="CAPPY_API_KEYS, by commas")
+        Path | None,
+        typer.Option(
+            help="File of API keys, one a line; # begins a comment.", show_default="CAPPY_API_KEYS, by commas"
+        ),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
@@ -89,6 +93,9 @@ def serve(
     from serving.webhook import read_secret
 
     told = environment.read(os.environ)
+    for origin in allow_origin or ():
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s*]+", origin):
+            raise ConfigError(f"--allow-origin {origin}: is no origin; give one such as https://app.example, or *")
     limits = Limits(max_body_bytes=round(max_body_mb * 1e6), max_pairs=max_pairs, seconds=timeout)
     options = serving.Options(
         limits=limits,

@@ -37,8 +37,8 @@ class Settings:
 def run(settings: Settings, address: Address) -> None:
     """Takes the address, loads the scorer, listens; returns when it was told to stop and has answered what it had.
 
-    CappyError if the address or the feedback log's folder cannot be had, which is found out before the scorer is loaded.
-    SIGTERM ends the process with status 0.
+    CappyError if the address or the feedback log's folder cannot be had, which is found out before the scorer is
+    loaded. SIGTERM ends the process with status 0.
     """
     signal.signal(signal.SIGTERM, end)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")

@@ -199,6 +199,24 @@ def test_a_certificate_without_its_key_is_refused_before_anything_is_loaded(tmp_
         run("no/such/folder", Address(port=0, certificate=tmp_path / "c.pem", key=tmp_path / "k.pem"))
 
 
+@pytest.mark.parametrize("passphrase", [False, True])
+@pytest.mark.skipif(which("openssl") is None, reason="no openssl here; apt-get install openssl")
+def test_a_certificate_that_is_none_or_a_key_that_asks_for_a_passphrase_is_refused_in_one_line(
+    tmp_path: Path, passphrase: bool
+) -> None:
+    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    words = ["-x509", "-newkey", "rsa:2048", "-days", "1", "-subj", "/CN=localhost"]
+    protection = ["-passout", "pass:secret"] if passphrase else ["-nodes"]
+    command = ["openssl", "req", *words, *protection, "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    given = (certificate, key) if passphrase else (key, certificate)
+    address = Address(port=0, certificate=given[0], key=given[1])
+    with pytest.raises(
+        ConfigError, match="--tls-certificate .*: cannot be used with --tls-key .*without a passphrase$"
+    ):
+        run("no/such/folder", address)
+
+
 def test_a_port_in_use_is_said_in_one_line_before_the_scorer_is_looked_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -222,12 +240,26 @@ def test_keys_come_from_a_file_or_the_environment_and_short_ones_are_refused(
     assert not read_keys(None)
     monkeypatch.setenv("CAPPY_API_KEYS", "first-key, second-key")
     assert read_keys(None).allow({"authorization": "Bearer second-key"})
-    path.write_text("third-key\n\n")
+    path.write_text("# of-the-batch-job\nthird-key\n\n")
     assert read_keys(path).allow({"authorization": "Bearer third-key"})
     assert not read_keys(path).allow({"authorization": "Bearer first-key"})
+    assert not read_keys(path).allow({"authorization": "Bearer # of-the-batch-job"})
+    monkeypatch.setenv("CAPPY_API_KEYS", " , ")
+    with pytest.raises(ConfigError, match="CAPPY_API_KEYS: holds no key"):
+        read_keys(None)
     for text, said in (("\n", "holds no key"), ("short\n", "an API key is shorter than 8 characters")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=said):
             read_keys(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_keys(tmp_path / "none")
+
+
+@pytest.mark.parametrize("origin", ["app.example", "https://app.example/path", "null"])
+def test_what_no_browser_sends_as_its_origin_is_refused(origin: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from cappy.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--scorer", "no/such/folder", "--allow-origin", origin])
+    assert ended.value.code == 1
+    assert f"--allow-origin {origin}: is no origin; give one such as https://app.example" in capsys.readouterr().err
