@@ -13,7 +13,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
 from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
 
 import cappy
 from cappy.errors import CappyError
@@ -21,6 +23,7 @@ from serving.access import AccessLog
 from serving.admin import add_admin
 from serving.batcher import Batcher
 from serving.dialects import DIALECTS, Dialect
+from serving.dialects.own import refuse
 from serving.following import Follower
 from serving.keys import Keys
 from serving.metrics import Metrics
@@ -109,6 +112,7 @@ def create_app(
         told=metrics.request,
         closing=lambda: models.closing,
     )
+    app.add_exception_handler(HTTPException, _not_here)
     service = Service(models=models, batcher=batcher, limits=options.limits, keys=options.keys)
     paths = [(path, dialect) for dialect in DIALECTS for path in dialect.paths]
     further = ((path, _named(name)) for path, name in options.routes.items())
@@ -119,6 +123,16 @@ def create_app(
     add_served(app, models, options.limits, options.batch_tokens)
     add_admin(app, models, follower, options.keys, options.webhook_secret)
     return app
+
+
+async def _not_here(request: Request, error: Exception) -> Response:
+    """A path or a method that is not here, with what is."""
+    assert isinstance(error, HTTPException)  # noqa: S101 (what the handler is registered for)
+    path, allowed = request.url.path, (error.headers or {}).get("Allow")
+    text = f"{path}: no such path; GET /openapi.json lists them"
+    if allowed:
+        text = f"{request.method} {path}: this path answers {allowed} alone; GET /openapi.json shows how"
+    return JSONResponse(refuse(error.status_code, text), status_code=error.status_code, headers=error.headers)
 
 
 def _about(models: Models) -> About:

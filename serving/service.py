@@ -17,6 +17,7 @@ from serving.dialects import Dialect, Scored
 from serving.keys import Keys
 from serving.models import Model, Models
 from serving.refusals import Refusal
+from serving.rules import broken
 
 LOGGER = logging.getLogger("serving")
 GONE = 499
@@ -134,7 +135,7 @@ class Service:
         try:
             return dialect.read(bytes(body), request.headers)
         except ValueError as error:
-            raise Refusal(400, f"the body is no JSON ({error})") from error
+            raise Refusal(400, f"the body is no JSON ({error}); send {dialect.shape}") from error
 
     def _refuse_many(self, value: Any) -> None:
         """Before a body is looked at closely, which takes microseconds per value and holds up the other requests."""
@@ -160,7 +161,9 @@ class Service:
         """The model that answers, current or former; Refusal 404 where another model or version is asked for."""
         model = self.models.named(*names)
         if model is None:
-            raise Refusal(404, f"no model of that name is served; ask for {self.models.current.name}, or name none")
+            loaded = [one.version for one in (self.models.current, self.models.former) if one is not None]
+            text = f"no model of that name is served; ask for {self.models.current.name}, or name none"
+            raise Refusal(404, f"{text}; versions that are loaded: {', '.join(loaded)}")
         return model
 
 
@@ -196,13 +199,7 @@ def parsed(dialect: Dialect, value: Any) -> BaseModel:
     try:
         return dialect.request.model_validate(value)
     except ValidationError as error:
-        errors = error.errors(include_url=False, include_input=False, include_context=False)
-        # Where a field may have several forms, a sentence of ours says more than that it has not the first form.
-        told = next((one for one in errors if one["type"] == "value_error"), errors[0])
-        field = ".".join(map(str, told["loc"])) or "body"
-        rule = told["msg"].removeprefix("Value error, ")
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise Refusal(dialect.invalid, f"{field}: {rule}{more}; send {dialect.shape}") from error
+        raise Refusal(dialect.invalid, f"{broken(error, value)}; send {dialect.shape}") from error
 
 
 def refused(dialects: Sequence[Dialect], refusal: Refusal) -> Response:

@@ -22,7 +22,7 @@ from cappy.records import Candidate, Instance, prompt_hash
 from cappy.records.instance import GIVEN
 from serving.gateway.answering import Outcome
 from serving.gateway.errors import GatewayError
-from serving.gateway.schemas import read_object
+from serving.gateway.schemas import invalid, read_object
 from serving.gateway.shelf import Answer, Shelf
 from serving.gateway.upstream import Draw
 
@@ -45,12 +45,11 @@ class Feedback(BaseModel):
 
 def read_feedback(data: bytes) -> Feedback:
     """The feedback in a body; GatewayError 400 where it is none."""
+    body = read_object(data)
     try:
-        found = Feedback.model_validate(read_object(data))
+        found = Feedback.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise GatewayError(400, f"{field}: {first['msg']}", param=field) from None
+        raise invalid(error, body) from None
     if (found.score is None) == (found.reference is None):
         raise GatewayError(400, 'give a score or a reference: {"id": "chatcmpl-...", "score": 0.8}', param="score")
     if found.reference is not None and not found.reference.strip():

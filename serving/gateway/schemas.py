@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.gateway.conversation import instruction_of
 from serving.gateway.errors import GatewayError
+from serving.rules import broken
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _NO_CALLS = "calls of tools cannot be scored; ask the LLM directly for them"
@@ -94,7 +95,7 @@ def read_request(data: bytes, *, most_choices: int) -> ChatRequest:
     try:
         checked = _Checked.model_validate(body)
     except ValidationError as error:
-        raise _invalid(error) from None
+        raise invalid(error, body) from None
     if (checked.n or 1) > most_choices:
         text = f"n is {checked.n}, and this gateway samples at most {most_choices} candidates; ask for fewer choices"
         raise GatewayError(400, text, param="n")
@@ -116,8 +117,7 @@ def read_request(data: bytes, *, most_choices: int) -> ChatRequest:
     )
 
 
-def _invalid(error: ValidationError) -> GatewayError:
+def invalid(error: ValidationError, body: Mapping[str, Any]) -> GatewayError:
     """Names the first field and its rule, and does not repeat what was sent."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    field = ".".join(map(str, first["loc"]))
-    return GatewayError(400, f"{field}: {first['msg']}", param=field or None)
+    found = broken(error, body)
+    return GatewayError(400, str(found), param=found.field or None)

@@ -89,6 +89,38 @@ def test_a_body_of_another_shape_is_refused_with_its_field_and_the_right_shape(
     assert "\n" not in detail
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("/score", {}, "pairs: is missing; send {"),
+        ("/score", [], "body: must be an object; send {"),
+        ("/score", {"pairs": []}, "pairs: must have 1 or more items; send {"),
+        ("/score", {"pairs": [["a", "b"]], "mood": 1}, "mood: cannot be honoured here; leave it out; send {"),
+        ("/rerank", {"query": "", "documents": ["a"]}, "query: may not be empty; send {"),
+        ("/rerank", {"query": "a", "documents": [{"txt": "a"}]}, "documents.0: must be a text (and 1 more); send {"),
+        ("/v1/score", {"text_1": "", "text_2": ["a"]}, "text_1: may not be empty; send {"),
+        ("/predict", {"inputs": "a"}, "inputs: must be a list; send {"),
+        ("/v2/rerank", {"query": "a", "documents": ["a"], "top_n": 0}, "top_n: must be at least 1; send {"),
+    ],
+)
+def test_a_wrong_field_is_told_in_words_of_json_not_of_our_types(
+    serve: Serve, path: str, body: object, said: str
+) -> None:
+    found = serve().post(path, json=body).json()
+    told = found.get("detail") or found.get("message") or found["error"]
+    assert (told if isinstance(told, str) else told["message"]).startswith(said)
+
+
+def test_a_path_a_method_or_a_version_that_is_not_here_is_told_with_what_is(serve: Serve) -> None:
+    client = serve()
+    assert client.get("/nowhere").json() == {"detail": "/nowhere: no such path; GET /openapi.json lists them"}
+    wrong = client.get("/score")
+    assert wrong.json() == {"detail": "GET /score: this path answers POST alone; GET /openapi.json shows how"}
+    assert (wrong.status_code, wrong.headers["Allow"]) == (405, "POST")
+    other = client.post("/score", json={"pairs": [["a", "b"]], "version": "0123456789ab"})
+    assert (other.status_code, other.json()["detail"].endswith("; versions that are loaded: abc")) == (404, True)
+
+
 def test_a_refusal_does_not_repeat_what_was_sent(serve: Serve) -> None:
     assert "secret" not in serve().post("/score", json={"pairs": [["secret", 1]]}).text
 

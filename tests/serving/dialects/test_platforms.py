@@ -106,7 +106,7 @@ def test_open_inference_reads_tensors_that_follow_the_json_as_bytes(serve: Serve
         (binary([b"a"], [b"b"], size=1), "a tensor ends within an element"),
         (binary([b"\xff"], [b"b"]), "utf-8"),
         (binary([b"a", b"b"], [b"b"]), "must have equal shapes"),
-        (binary([b"a"]), "at least 2 items"),
+        (binary([b"a"]), "inputs: must have 2 or more items"),
     ],
 )
 def test_binary_tensors_whose_sizes_do_not_hold_are_refused(
@@ -247,7 +247,7 @@ def test_a_reward_is_that_of_what_follows_the_prompt(serve: Serve) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({"query": ["ab"]}, "prompts: Field required"),
+        ({"query": ["ab"]}, "prompts: is missing"),
         ({"query": ["ab"], "prompts": ["a", "b"]}, "1 queries for 2 prompts"),
         ({"query": ["ab", "ab"], "prompts": ["a", "c"]}, "query 1 does not have its prompt in it"),
     ],
