@@ -11,6 +11,8 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.tracing import Traced, Tracing
+
 LOGGER = logging.getLogger("serving.access")
 GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 SAFE = {
@@ -34,7 +36,8 @@ class AccessLog:
     """ASGI middleware: one JSON line per request with its id, method, path, status, seconds and number of pairs.
 
     `facts` gives headers for answers that bring none of their own; `told` is called with dialect, status, seconds and
-    scores of requests of a dialect; while `closing` is true, clients are told to come back on another connection.
+    scores of requests of a dialect, of which `tracing` makes spans; while `closing` is true, clients are told to come
+    back on another connection.
     """
 
     def __init__(
@@ -43,11 +46,13 @@ class AccessLog:
         facts: Callable[[], Mapping[str, str]] = _no_facts,
         told: Callable[[str, int, float, Sequence[float]], None] = _untold,
         closing: Callable[[], bool] = lambda: False,
+        tracing: Tracing | None = None,
     ) -> None:
         self._app = app
         self._facts = facts
         self._told = told
         self._closing = closing
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,4 +95,23 @@ class AccessLog:
         if "dialect" in state:
             line["dialect"] = state["dialect"]
             self._told(state["dialect"], status, seconds, state.get("scores", ()))
+            if self._tracing is not None:
+                self._trace(self._tracing, scope, state, status, seconds)
         LOGGER.info(json.dumps(line))
+
+    def _trace(self, tracing: Tracing, scope: Scope, state: Mapping[str, Any], status: int, seconds: float) -> None:
+        ended = time.time_ns()
+        facts = state.get("facts") or self._facts()
+        traced = Traced(
+            method=scope["method"],
+            dialect=state["dialect"],
+            status=status,
+            began=ended - int(seconds * 1e9),
+            ended=ended,
+            pairs=state.get("pairs", 0),
+            tokens=state.get("tokens", 0),
+            wait_seconds=state.get("wait_seconds", 0.0),
+            version=facts.get("X-Cappy-Version", ""),
+            request_id=state["request_id"],
+        )
+        tracing.tell(traced, Headers(scope=scope))

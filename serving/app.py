@@ -32,6 +32,7 @@ from serving.page import About, add_page
 from serving.probes import add_probes
 from serving.served import add_served
 from serving.service import Limits, Service
+from serving.tracing import Tracing
 
 LOGGER = logging.getLogger("serving")
 REFUSALS = (400, 401, 404, 408, 413, 429, 500, 503, 504)
@@ -65,12 +66,13 @@ def create_app(
     failed: Callable[[CappyError], None] = lambda error: None,
     follower: Follower | None = None,
     computing: ThreadPoolExecutor | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """An application that answers with `models.current`.
 
     It is probed after start-up: /ready answers 503 until it has answered its probes, and for good if it fails them, in
     which case `failed` is told. From then on `follower` changes the model, beside the requests. `computing` is the
-    thread that loaded it, see `Batcher`.
+    thread that loaded it, see `Batcher`; `tracing` makes spans of requests, and is closed at the end.
     """
     options = options or Options()
     batcher = Batcher(
@@ -93,6 +95,8 @@ def create_app(
         batcher.close()
         if follower is not None:
             await follower.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="Cappy",
@@ -111,6 +115,7 @@ def create_app(
         facts=lambda: models.current.facts(),
         told=metrics.request,
         closing=lambda: models.closing,
+        tracing=tracing,
     )
     app.add_exception_handler(HTTPException, _not_here)
     service = Service(models=models, batcher=batcher, limits=options.limits, keys=options.keys)

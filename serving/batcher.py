@@ -11,13 +11,21 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from cappy.scoring.encoding import Encoded, Pair
 from serving.refusals import Refusal
 
 Computed = Sequence[tuple[float, float]]
 """(score, logit) of each pair of a batch."""
+
+
+class Answer(NamedTuple):
+    """(score, logit) of each pair in order, the tokens they have, and the seconds that the first computed waited."""
+
+    computed: Computed
+    tokens: int
+    wait_seconds: float
 
 
 class Engine(Protocol):
@@ -46,6 +54,8 @@ class _Job:
     found: list[tuple[float, float]]
     left: int
     done: "asyncio.Future[None]"
+    begun: float = 0.0
+    """The loop's time when the first of it was computed; 0 before."""
 
     @property
     def tokens(self) -> int:
@@ -76,8 +86,8 @@ class Batcher:
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
     _encoding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoding"))
 
-    async def score(self, engine: Engine, pairs: Sequence[Pair]) -> tuple[Computed, int]:
-        """(score, logit) of each pair, in order, and the tokens they have; equal pairs are computed once.
+    async def score(self, engine: Engine, pairs: Sequence[Pair]) -> Answer:
+        """The answer to each pair; equal pairs are computed once.
 
         Refusal 429 where the queue is full. A caller that is cancelled takes its pairs out of the queue.
         """
@@ -87,7 +97,8 @@ class Batcher:
         tokens = sum(len(pair.ids) for pair in encoded)
         self.admit(tokens)
         waiting = sorted(enumerate(encoded), key=lambda numbered: len(numbered[1].ids))
-        done = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        done, queued = loop.create_future(), loop.time()
         job = _Job(engine, waiting, [(0.0, 0.0)] * len(distinct), len(distinct), done)
         self.queued_tokens += tokens
         self._jobs.append(job)
@@ -98,7 +109,7 @@ class Batcher:
             self.queued_tokens -= job.tokens
             job.waiting.clear()
         found = dict(zip(distinct, job.found, strict=True))
-        return [found[pair] for pair in pairs], tokens
+        return Answer([found[pair] for pair in pairs], tokens, job.begun - queued)
 
     async def fit(self, engine: Engine, pairs: Sequence[Pair]) -> bool:
         """Whether no pair is longer than the engine reads."""
@@ -115,6 +126,8 @@ class Batcher:
                 continue
             tokens, started = sum(len(pair.ids) for _, _, pair in batch), loop.time()
             pairs = [pair for _, _, pair in batch]
+            for job, _, _ in batch:
+                job.begun = job.begun or started
             try:
                 computed = await loop.run_in_executor(self.computing, batch[0][0].engine.compute, pairs)
                 _deliver(batch, computed)

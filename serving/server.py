@@ -25,6 +25,7 @@ from serving.ending import NoticeServer
 from serving.following import Follower, follow_seconds, load_version
 from serving.models import Model, Models, load
 from serving.protocol import PunctualProtocol
+from serving.tracing import tracing
 
 DEFAULT_SCORER = "models:/cappy@champion"
 KEEP_ALIVE_SECONDS = 620
@@ -111,7 +112,7 @@ def serve(
         tokens = batch_tokens or getattr(models.current.engine, "batch_tokens", options.batch_tokens)
         options = replace(options, batch_tokens=tokens)
         follower = follow(models) if follow else None
-        app = create_app(models, options, failed=failed, follower=follower, computing=computing)
+        app = create_app(models, options, failed=failed, follower=follower, computing=computing, tracing=tracing())
         server = NoticeServer(http_config(app, address), models, address.notice_seconds)
         scheme = "https" if address.certificate else "http"
         sys.stderr.write(

@@ -92,12 +92,12 @@ class Service:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 raise Refusal(GONE, "the client hung up")
-            computed, tokens = work.result()
+            computed, tokens, request.state.wait_seconds = work.result()
         finally:
             work.cancel()
             gone.cancel()
         scores = [score for score, _ in computed]
-        request.state.scores = scores
+        request.state.scores, request.state.tokens = scores, tokens
         return Scored(
             scores=scores,
             logits=[logit for _, logit in computed],
