@@ -7,12 +7,12 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
+from serving.bodies import received
 from serving.dialects.own import Problem, refuse
 from serving.following import Follower
 from serving.keys import Keys
 from serving.models import Model, Models
 from serving.refusals import Refusal
-from serving.service import Limits, received
 from serving.webhook import about, signed
 
 WEBHOOK_BYTES = 65_536
@@ -82,13 +82,11 @@ def _add_moves(app: FastAPI, models: Models, follower: Follower, keys: Keys) -> 
 
 
 def _add_webhook(app: FastAPI, follower: Follower, secret: str) -> None:
-    limits = Limits(max_body_bytes=WEBHOOK_BYTES)
-
     @app.post("/webhooks/mlflow", tags=["model"], status_code=202, responses=_REFUSED, response_model=Asked)
     async def webhook(request: Request) -> Response | Asked:
         """An event of MLflow's, signed with the secret: looks at the alias now if it is about the alias."""
         try:
-            body = await received(request, limits)
+            body = await received(request, WEBHOOK_BYTES, "no event of MLflow is as large")
         except Refusal as refusal:
             return _told(refusal)
         if not signed(secret, request.headers, body, time.time()):

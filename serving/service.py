@@ -10,9 +10,9 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect
 
 from serving.batcher import Batcher
+from serving.bodies import GONE, SECONDS, received
 from serving.dialects import Dialect, Scored
 from serving.keys import Keys
 from serving.models import Model, Models
@@ -20,8 +20,6 @@ from serving.refusals import Refusal
 from serving.rules import broken
 
 LOGGER = logging.getLogger("serving")
-GONE = 499
-"""What the log calls a request whose client hung up (a custom of nginx)."""
 DEADLINE = "x-timeout-seconds"
 VALUES_PER_PAIR = 32
 """How many JSON values a body may have for each pair that a request may: tables have further columns."""
@@ -37,7 +35,7 @@ class Limits:
     """Of one text: beyond it no scorer reads on, and tokenizing it would hold up the others."""
     seconds: float = 60.0
     """From a request's arrival to its answer; a request may ask for less."""
-    body_seconds: float = 20.0
+    body_seconds: float = SECONDS
     """Within which a body must have arrived."""
 
 
@@ -131,9 +129,10 @@ class Service:
 
     async def _read(self, request: Request, dialect: Dialect) -> Any:
         """The JSON of the body."""
-        body = await received(request, self.limits)
+        limits = self.limits
+        body = await received(request, limits.max_body_bytes, "send fewer pairs per request", limits.body_seconds)
         try:
-            return dialect.read(bytes(body), request.headers)
+            return dialect.read(body, request.headers)
         except ValueError as error:
             raise Refusal(400, f"the body is no JSON ({error}); send {dialect.shape}") from error
 
@@ -165,27 +164,6 @@ class Service:
             text = f"no model of that name is served; ask for {self.models.current.name}, or name none"
             raise Refusal(404, f"{text}; versions that are loaded: {', '.join(loaded)}")
         return model
-
-
-async def received(request: Request, limits: Limits) -> bytes:
-    """The body; Refusal 413 where it is too large, announced or not, and 408 where it does not arrive in time."""
-    most = limits.max_body_bytes
-    large = Refusal(413, f"the body is above {most} bytes; send fewer pairs per request")
-    announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > most:
-        raise large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > most:
-                    raise large
-    except ClientDisconnect as error:
-        raise Refusal(GONE, "the client hung up") from error
-    except TimeoutError as error:
-        raise Refusal(408, f"the body did not arrive within {limits.body_seconds:g} s; send it again") from error
-    return bytes(body)
 
 
 def chosen(dialects: Sequence[Dialect], value: Any) -> Dialect:

@@ -14,6 +14,10 @@ def gateway(
     scorer: Annotated[
         str, typer.Option(help="Scorer: a spec as in cappy serve, or http://host:port of a running cappy serve.")
     ] = "models:/cappy@champion",
+    scorer_key_variable: Annotated[
+        str,
+        typer.Option(help="Environment variable with an API key of that cappy serve.", show_default="none"),
+    ] = "",
     calibration: Annotated[
         Path | None,
         typer.Option(help="Folder with calibration.json, where the scorer's own has none.", show_default="none"),
@@ -81,7 +85,7 @@ def gateway(
         from serving import Address
         from serving.gateway import Settings, run
         from serving.gateway.ledger import Limits, Prices
-        from serving.gateway.llm import llm
+        from serving.gateway.llm import key_of, llm
         from serving.gateway.policy import Policy
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn", "starlette", "prometheus_client"):
@@ -89,11 +93,16 @@ def gateway(
         raise ConfigError(f"{error.name} is not installed; install the serve extra: {EXTRA}") from error
     if (floor is None and escalate_to) or (not escalate_to and (escalate_model or escalate_key_variable)):
         raise ConfigError("a second LLM is asked below --floor at --escalate-to; give both, or neither")
+    if scorer_key_variable and not scorer.startswith(("http://", "https://")):
+        raise ConfigError(
+            "--scorer-key-variable: is for a running service; give its address, --scorer http://host:port"
+        )
     if (max_cost or max_total_cost) and not (price_prompt or price_completion):
         raise ConfigError("limits on money need prices; give --price-prompt and --price-completion")
     settings = Settings(
         llm=llm(upstream, key_variable=key_variable, prices=Prices(prompt=price_prompt, completion=price_completion)),
         scorer=scorer,
+        scorer_key=key_of(scorer, scorer_key_variable),
         calibration=calibration,
         policy=Policy(
             candidates=candidates, round_size=round_size, threshold=threshold, min_gain=min_gain, floor=floor

@@ -11,10 +11,10 @@ from functools import partial
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 import cappy
 from serving.access import AccessLog
+from serving.bodies import GONE, received
 from serving.ending import ENDING, Door
 from serving.gateway.answering import Gateway, Outcome
 from serving.gateway.completion import chunks, completion, headers
@@ -24,10 +24,12 @@ from serving.gateway.metrics import Metrics
 from serving.gateway.schemas import ChatRequest, read_request
 from serving.gateway.streaming import KEEP_ALIVE_SECONDS, events
 from serving.page import About, add_page
+from serving.refusals import Refusal
 
 MAX_BODY_BYTES = 8_000_000
 CANDIDATES_HEADER = "x-cappy-candidates"
 _UNREACHED = (502, 503, 504)
+_CODES = {408: "timeout", 413: "body_too_large"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +106,13 @@ def _add_chat(app: FastAPI, front: _Front) -> None:
     @app.post("/v1/chat/completions", tags=["chat"], response_class=Response)
     async def chat(request: Request) -> Response:
         """The best of the candidates that the LLM gives, by the scorer."""
-        data = await _body(request, front.max_body_bytes)
-        wanted = read_request(data, most_choices=front.gateway.policy.candidates)
-        details = _flag(request, CANDIDATES_HEADER)
+        try:
+            data = await _body(request, front.max_body_bytes)
+            wanted = read_request(data, most_choices=front.gateway.policy.candidates)
+            details = _flag(request, CANDIDATES_HEADER)
+        except GatewayError as problem:
+            front.metrics.refused(problem.status)
+            raise
         identity = f"chatcmpl-{uuid.uuid4().hex}"
         work = asyncio.create_task(_answered(front, wanted, request.headers.get("authorization", ""), identity))
         told = partial(chunks, identity=identity, details=details)
@@ -170,8 +176,12 @@ async def _answered(front: _Front, wanted: ChatRequest, authorization: str, iden
     """The outcome, counted and kept."""
     try:
         outcome = await front.gateway.answer(wanted, authorization)
-    except GatewayError as problem:
-        front.metrics.refused(problem)
+    except (GatewayError, asyncio.CancelledError) as ended:
+        # It is cancelled where the client hangs up.
+        front.metrics.refused(ended.status if isinstance(ended, GatewayError) else GONE)
+        raise
+    except Exception:
+        front.metrics.refused(500)
         raise
     front.metrics.answered(outcome)
     if front.feedback is not None:
@@ -188,7 +198,7 @@ async def _ended(work: "asyncio.Task[Outcome]", request: Request, timeout: float
     try:
         await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if gone.done() and not work.done():
-            raise GatewayError(499, "the client went away")
+            raise GatewayError(GONE, "the client hung up")
     except BaseException:
         work.cancel()
         raise
@@ -204,21 +214,11 @@ async def _gone(request: Request) -> None:
 
 
 async def _body(request: Request, most: int) -> bytes:
-    """The body; GatewayError 413 above `most` bytes, announced or met while reading."""
-    problem = GatewayError(413, f"the body is above {most} bytes; send a shorter conversation", code="body_too_large")
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > most:
-        raise problem
-    parts, size = [], 0
+    """The body; GatewayError 413 above `most` bytes, 408 where it is late."""
     try:
-        async for part in request.stream():
-            size += len(part)
-            if size > most:
-                raise problem
-            parts.append(part)
-    except ClientDisconnect:
-        raise GatewayError(499, "the client went away") from None
-    return b"".join(parts)
+        return await received(request, most, "send a shorter conversation")
+    except Refusal as refusal:
+        raise GatewayError(refusal.status, refusal.message, code=_CODES.get(refusal.status)) from None
 
 
 def _flag(request: Request, name: str) -> bool:

@@ -30,7 +30,13 @@ def llm(url: str, *, model: str = "", key_variable: str = "", passes_key: bool =
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"{shown(url)}: an LLM's address is http://host:port/v1")
     refuse_secrets(url)
-    key = api_key(key_variable) if key_variable else ""
-    if key == NO_KEY:
-        raise ConfigError(f"{key_variable} is not set; put the key of {url} there, or leave the flag out")
+    key = key_of(url, key_variable)
     return LLM(url=url.rstrip("/"), model=model, key=key, passes_key=passes_key, prices=prices)
+
+
+def key_of(url: str, variable: str) -> str:
+    """The key of a server in a variable of the environment, empty without a variable; ConfigError if it is not set."""
+    key = api_key(variable) if variable else ""
+    if key == NO_KEY:
+        raise ConfigError(f"{variable} is not set; put the key of {url} there, or leave the flag out")
+    return key

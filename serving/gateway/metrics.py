@@ -3,7 +3,6 @@
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from serving.gateway.answering import Outcome
-from serving.gateway.errors import GatewayError
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
 
@@ -13,7 +12,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._requests = self._counter("requests", "Requests that could be asked, by how they ended", "outcome")
+        self._requests = self._counter("requests", "Requests for completions, by how they ended", "outcome")
         self._stops = self._counter("stops", "Answered requests by what stopped sampling", "reason")
         self._samples = self._counter("samples", "Candidates sampled")
         self._calls = self._counter("calls", "Calls of LLMs", "result")
@@ -36,9 +35,9 @@ class Metrics:
         self._cost.inc(ledger.cost)
         self._seconds.observe(outcome.seconds)
 
-    def refused(self, problem: GatewayError) -> None:
-        """Counts a request without an answer by its status."""
-        self._requests.labels(str(problem.status)).inc()
+    def refused(self, status: int) -> None:
+        """Counts a request without an answer, one that could not be read included, by its status."""
+        self._requests.labels(str(status)).inc()
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -48,15 +48,16 @@ class Scoring:
         return scores
 
 
-def load(spec: str, calibration: Path | None = None) -> Scoring:
+def load(spec: str, calibration: Path | None = None, key: str = "") -> Scoring:
     """What a spec or the address of a running `cappy serve` names, tried on one pair; CappyError where it is no scorer.
 
+    `key` is an API key of that service.
     `calibration` is a folder that holds calibration.json; a scorer's own folder is looked into without being told.
     """
     given = read_calibration(calibration) if calibration is not None else None
     if calibration is not None and given is None:
         raise ConfigError(f"{calibration}: holds no calibration.json; name the folder of a scorer or of a report")
-    found = over_http(spec) if spec.startswith(("http://", "https://")) else in_process(spec)
+    found = over_http(spec, key) if spec.startswith(("http://", "https://")) else in_process(spec)
     return replace(found, calibration=given or found.calibration)
 
 
@@ -80,16 +81,21 @@ def in_process(spec: str) -> Scoring:
     return Scoring(score=score, version=lambda: scorer.version, calibration=own, close=close)
 
 
-def over_http(url: str) -> Scoring:
+def over_http(url: str, key: str = "") -> Scoring:
     """The scorer of a running `cappy serve`; ConfigError where none answers; GatewayError 503 if none does later."""
     address = f"{url.rstrip('/')}/score"
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        answer = httpx2.post(address, json={"pairs": [PROBE]}, timeout=SECONDS).raise_for_status().json()
-        current = [str(answer["version"])]
+        answer = httpx2.post(address, json={"pairs": [PROBE]}, headers=headers, timeout=SECONDS)
+        if answer.status_code == 401:
+            raise ConfigError(
+                f"{url}: wants another API key; put it into a variable and name it: --scorer-key-variable"
+            )
+        current = [str(answer.raise_for_status().json()["version"])]
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{url}: no scorer answers there ({why}); start it: cappy serve --port ...") from None
-    client = httpx2.AsyncClient(timeout=SECONDS)
+    client = httpx2.AsyncClient(timeout=SECONDS, headers=headers)
 
     async def score(pairs: Sequence[Pair]) -> Sequence[float]:
         scores: list[float] = []

@@ -25,6 +25,8 @@ class Settings:
 
     llm: LLM
     scorer: str
+    scorer_key: str = field(default="", repr=False)
+    """API key of the `cappy serve` at the address that `scorer` is."""
     calibration: Path | None = None
     policy: Policy = field(default_factory=Policy)
     limits: Limits = field(default_factory=Limits)
@@ -46,7 +48,7 @@ def run(settings: Settings, address: Address) -> None:
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     with bound(address.host, address.port) as listener:
         feedback = FeedbackLog(settings.feedback) if settings.feedback is not None else None
-        scoring = load(settings.scorer, settings.calibration)
+        scoring = load(settings.scorer, settings.calibration, settings.scorer_key)
         listener.listen()
         door = Door()
         app = create_app(

@@ -245,10 +245,13 @@ def test_health_and_metrics_are_told() -> None:
     with serving(Model()) as upstream, listening(gateway(upstream, policy=Policy(min_gain=0))) as url:
         root = url.removesuffix("/v1")
         ask(url)
+        assert ask(url, n=0).status_code == 400
+        assert httpx.post(f"{url}/chat/completions", content=b"{").status_code == 400
         assert httpx.get(f"{root}/health").json() == {"status": "ok"}
         text = httpx.get(f"{root}/metrics").text
     for line in (
         'cappy_gateway_requests_total{outcome="answered"} 1.0',
+        'cappy_gateway_requests_total{outcome="400"} 2.0',
         "cappy_gateway_samples_total 8.0",
         'cappy_gateway_stops_total{reason="candidates"} 1.0',
         'cappy_gateway_tokens_total{kind="completion"} 40.0',

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from cappy.errors import ConfigError
 from cappy.scoring.calibration import Calibration
 from serving.gateway.errors import GatewayError
 from serving.gateway.scoring import load
+from serving.keys import Keys
 from serving.models import Models
 
 CANARY = "sk-canary-4f1d9a"
@@ -42,12 +44,12 @@ def command(*words: object, **environment: str) -> "subprocess.Popen[str]":
     )
 
 
-@pytest.fixture
-def scorer() -> Iterator[str]:
+@contextmanager
+def scoring_service(*keys: str) -> Iterator[str]:
     """The address of a service that scores responses by their length."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         engine = FakeEngine(score=lambda pair: float(len(pair[1])))
-        app = service.create_app(Models(model(engine, version="a" * 12)))
+        app = service.create_app(Models(model(engine, version="a" * 12)), service.Options(keys=Keys(keys)))
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -58,6 +60,12 @@ def scorer() -> Iterator[str]:
         yield address
         server.should_exit = True
         thread.join(10)
+
+
+@pytest.fixture
+def scorer() -> Iterator[str]:
+    with scoring_service() as address:
+        yield address
 
 
 @pytest.fixture
@@ -125,6 +133,14 @@ def test_the_command_answers_says_what_its_scores_are_and_sigterm_lets_a_request
         (["--upstream", "http://u:p@h/v1"], "openai: the address of h carries a name, a password or a key"),
         (["--upstream", "http://h/v1", "--key-variable", "NOT_SET"], "NOT_SET is not set; put the key of http://h/v1"),
         (["--upstream", "http://h/v1", "--escalate-to", "http://g/v1"], "a second LLM is asked below --floor"),
+        (
+            ["--upstream", "http://h/v1", "--scorer", "http://g", "--scorer-key-variable", "NOT_SET"],
+            "NOT_SET is not set; put the key of http://g there",
+        ),
+        (
+            ["--upstream", "http://h/v1", "--scorer", "builtin", "--scorer-key-variable", "X"],
+            "--scorer-key-variable: is for a running service",
+        ),
         (["--upstream", "http://h/v1", "--max-cost", "1"], "limits on money need prices; give --price-prompt"),
         (["--upstream", "http://h/v1", "--floor", "0.9", "--threshold", "0.5"], "--floor 0.9 is above --threshold 0.5"),
         (
@@ -169,6 +185,16 @@ def test_scores_of_a_running_service_are_asked_over_http(scorer: str) -> None:
         assert loop.run(found(pairs)) == [float(len(response)) for _, response in pairs]
         assert found.version() == "a" * 12
         loop.run(found.close())
+
+
+def test_a_service_that_wants_a_key_is_given_the_one_that_the_flag_names() -> None:
+    with scoring_service(CANARY) as address, asyncio.Runner() as loop:
+        found = load(address, key=CANARY)
+        assert loop.run(found([("a", "xyz")])) == [3.0]
+        loop.run(found.close())
+        for key in ("", "another-key"):
+            with pytest.raises(ConfigError, match="wants another API key; .*: --scorer-key-variable$"):
+                load(address, key=key)
 
 
 def test_a_service_that_does_not_score_is_told_with_its_remedy() -> None:
