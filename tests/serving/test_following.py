@@ -49,6 +49,8 @@ class Registry:
 
     number: int = 1
     away: Exception | None = None
+    odd: Any = None
+    """What the alias is said to name, where it is no version."""
     wrong: dict[int, Exception] = field(default_factory=dict)
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
     loaded: list[int] = field(default_factory=list)
@@ -59,6 +61,8 @@ class Registry:
         self.looks += 1
         if self.away is not None:
             raise self.away
+        if self.odd is not None:
+            return self.odd
         return version(self.number)
 
     def load(self, found: Version) -> Model:
@@ -250,6 +254,20 @@ def test_a_registry_that_is_away_is_warned_of_once_and_the_model_goes_on(
     until(answers_with(client, 2))
     assert client.get("/model").json()["trouble"] == ""
     assert sum("can be read again" in record.message for record in caplog.records) == 1
+
+
+def test_after_a_defect_the_model_goes_on_its_trouble_is_told_and_the_next_sound_look_ends_it(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, registry = start()
+    registry.odd = object()
+    until(lambda: client.get("/model").json()["trouble"])
+    assert "AttributeError" in client.get("/model").json()["trouble"]
+    assert f"following {ALIAS} failed" in caplog.text
+    assert client.post("/score", json={"pairs": [["a", "b"]]}).json()["version"] == name_of(1)
+    registry.number, registry.odd = 2, None
+    until(answers_with(client, 2))
+    assert client.get("/model").json()["trouble"] == ""
 
 
 def test_a_rollback_by_hand_loads_nothing_and_holds_until_the_alias_moves(start: Start) -> None:

@@ -131,3 +131,30 @@ def test_errors_are_sentences_and_a_missing_key_is_asked_for(opened: tuple[Any, 
     view.wait_for_selector("#error:has-text('characters')")
     assert view.inner_text("#error") == "A text of 12 characters is above 5; send a shorter one."
     assert view.is_hidden("#outcome")
+
+
+@pytest.mark.parametrize("address", [Options(keys=Keys(["right-key"]))], indirect=True, ids=["keys"])
+def test_a_copied_request_names_a_variable_in_place_of_the_key_and_works(
+    opened: tuple[Any, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view, _ = opened
+    monkeypatch.setenv("API_KEY", "right-key")
+    fill(view)
+    view.evaluate("document.getElementById('access').open = true")
+    view.fill("#key", "right-key")
+    view.click("#score button.main")
+    view.wait_for_selector("#outcome:not([hidden])")
+    for kind, command in (("curl", ["bash", "-c"]), ("python", [sys.executable, "-c"])):
+        view.click(f"[data-copy={kind}]")
+        text = view.inner_text("#request")
+        assert "right-key" not in text
+        if kind == "curl" and which("curl") is None:
+            continue
+        done = subprocess.run([*command, text], capture_output=True, text=True, timeout=20)
+        assert "1.1" in done.stdout, done.stderr
+
+
+def test_scores_that_are_close_have_the_digits_that_tell_them_apart(opened: tuple[Any, list[str]]) -> None:
+    view, _ = opened
+    for values, digits in (("[0.12341, 0.12344]", 5), ("[0.5, 0.5, 0.5001]", 4), ("[0.5]", 3), ("[0.1, 0.1]", 3)):
+        assert view.evaluate(f"digitsOf({values})") == digits
