@@ -117,7 +117,7 @@ def serve(
         scheme = "https" if address.certificate else "http"
         sys.stderr.write(
             f"cappy serve: scorer {models.current.version} at {url(listener, scheme)} "
-            "(POST /score, GET /health, GET /ready)\n"
+            "(a page at /, POST /score, GET /ready; /openapi.json has every path)\n"
         )
         server.run(sockets=[listener])
     if failures:
