@@ -6,6 +6,7 @@
     ├── FolderError       a folder of records, a scorer or a report is unfinished, damaged or busy
     ├── GeneratorError    an LLM could not be reached, or refused
     ├── TrainingError     training had to stop: the loss is no number, memory ran out, a rank or the machine went
+    │   └── UnansweredError   the platform that runs a training job did not answer; it may do so later
     └── RegistryError     MLflow does not know the version, or holds another one than was registered
         └── UnreachableError  MLflow or its store did not answer; it may do so later
 
@@ -36,6 +37,10 @@ class GeneratorError(CappyError):
 
 class TrainingError(CappyError):
     """Training had to stop: the loss is no number, memory ran out, a rank or the machine went."""
+
+
+class UnansweredError(TrainingError):
+    """The platform that runs a training job did not answer; it may do so later."""
 
 
 class RegistryError(CappyError):

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -93,6 +94,28 @@ class FileProgress:
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(asdict(state)))
         temporary.replace(self._path)
+
+
+class LineProgress:
+    """Says the state in a line of its own, now and then and at the end: for logs that a person reads later."""
+
+    def __init__(self, say: Callable[[str], object], seconds: float = 30.0) -> None:
+        self._say, self._seconds = say, seconds
+        self._started = time.time()
+        self._told = float("-inf")
+
+    def __call__(
+        self, done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = ""
+    ) -> None:
+        now = time.time()
+        if now - self._told < self._seconds and done != total:
+            return
+        self._told = now
+        self._say(
+            describe(
+                State(done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now, note=note)
+            )
+        )
 
 
 def read_state(path: Path) -> State | None:

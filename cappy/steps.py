@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,10 @@ TIMEOUT_VARIABLE = "CAPPY_TIMEOUT"
 """Environment: seconds that a step may take; Vertex AI has no such limit for the steps of a pipeline."""
 GRACE_SECONDS = 60.0
 """How long a step that took too long may write its checkpoint."""
+ORCHESTRATOR: ContextVar[int | None] = ContextVar("orchestrator", default=None)
+"""The process that started this one to do a step, as it was when the step began; None where a person did."""
+ORPHAN_SECONDS = 8.0
+"""What a step whose parent went may take to write a checkpoint or to cancel a job; less than the next run waits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +106,7 @@ def launch(
     with status 1 and its one line on stderr. The process dies with the local run that started it, so that no orphan
     goes on writing.
     """
+    ORCHESTRATOR.set(os.getppid())
     die_with_parent()
     _end_in_time(step)
     fingerprint = f"{fingerprint}-{part}" if part else fingerprint
@@ -167,9 +173,14 @@ def die_with_parent() -> None:
 
 
 def _wait_for_parent(path: str) -> None:
-    """Blocks until the parent's lock falls, which the kernel does however the parent ended; then ends this process."""
+    """Blocks until the parent's lock falls, which the kernel does however the parent ended; then ends this process.
+
+    SIGTERM ends most steps at once; training writes a checkpoint first, or cancels the job that it follows.
+    """
     with open(path, "a+") as file:  # noqa: PTH123 (a plain descriptor is all that is wanted)
         fcntl.flock(file, fcntl.LOCK_SH)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -182,7 +193,7 @@ def _end_in_time(step: str) -> None:
     def end() -> None:
         sys.stderr.write(f"cappy {step}: took longer than {seconds:g} seconds; give it more hours in the recipe\n")
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE_SECONDS)
+        time.sleep(ORPHAN_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 
     timer = threading.Timer(seconds, end)

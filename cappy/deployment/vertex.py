@@ -3,21 +3,18 @@
 Works with google-cloud-aiplatform 1.165 and later and with 2.x, which keeps the same classes for models and endpoints.
 """
 
-import contextlib
-import logging
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cappy.deployment import DeploymentConfig
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError
 from cappy.registry.models import Version
 
 try:
-    from google.api_core.exceptions import GoogleAPICallError, GoogleAPIError
-    from google.auth.exceptions import GoogleAuthError
     from google.cloud import aiplatform
+
+    from cappy.vertex import hush, told
 except ModuleNotFoundError as missing:
     raise ConfigError(
         f"deployment: --platform vertex needs {missing.name}; pip install 'cappy-scorer[gcp]'"
@@ -32,8 +29,8 @@ def deploy(config: DeploymentConfig, version: Version, scorer: Path) -> dict[str
     A version that was uploaded, or that answers already, is neither uploaded nor deployed again. ConfigError with the
     service's own words where it refuses, or where it does not answer.
     """
-    _hush()
-    with _told(config):
+    hush()
+    with told("deployment", config.project, config.region):
         aiplatform.init(project=config.project, location=config.region, staging_bucket=config.bucket)
         model = _uploaded(config, version, scorer)
         endpoint = _endpoint(config)
@@ -130,38 +127,3 @@ def _undeploy(endpoint: Any, model: Any) -> list[str]:
     for one in gone:
         endpoint.undeploy(deployed_model_id=one.id)
     return [one.display_name for one in gone]
-
-
-def _hush() -> None:
-    """The SDK tells what it does on stdout, where our own answer goes, by a logger of each of its modules."""
-    for name in logging.root.manager.loggerDict:
-        if name.startswith("google.cloud.aiplatform"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-
-
-@contextlib.contextmanager
-def _told(config: DeploymentConfig) -> Iterator[None]:
-    """What the service or the credentials refuse, and a service that does not answer, as one line."""
-    place = f"Vertex AI, project {config.project}, {config.region}"
-    try:
-        yield
-    except GoogleAuthError as error:
-        reason = " ".join(str(error).split())
-        remedy = "log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
-        raise ConfigError(f"deployment: {place}: no credentials ({shown(reason, 120)}); {remedy}") from error
-    except ValueError as error:
-        # The SDK's own checks: a region, a machine or an accelerator that it does not know.
-        raise ConfigError(
-            f"deployment: {place}: {shown(' '.join(str(error).split()), 200)}; mend that setting"
-        ) from error
-    except GoogleAPICallError as error:
-        # Over REST the request stands in front of the service's words.
-        words = re.sub(r"^[A-Z]+ \S+: ", "", str(error.message))
-        reason = shown(" ".join(words.split()), 200)
-        remedy = "mend that, then run the same command again"
-        raise ConfigError(f"deployment: {place}: refused ({error.code}, {reason}); {remedy}") from error
-    except GoogleAPIError as error:
-        # Without an answer: the SDK asked again until its time was up (RetryError), or could not read what came.
-        reason = shown(" ".join(str(error).split()), 200)
-        remedy = "look at the network and the service's state, then run the same command again"
-        raise ConfigError(f"deployment: {place}: gave no answer ({reason}); {remedy}") from error

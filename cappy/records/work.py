@@ -23,11 +23,20 @@ WAIT_SECONDS = 10.0
 def claim(work: Path, step: str, config: Mapping[str, Any], parents: Sequence[str] = ()) -> Iterator[Path]:
     """The folder of this work under `work`, held by this process alone until the block ends or the process dies.
 
-    Its key is a hash of step, config, the manifest hashes of the parents and the code. FolderError if another living
-    process holds it for more than `WAIT_SECONDS` (a killed one lets go by itself).
+    FolderError if another living process holds it for more than `WAIT_SECONDS` (a killed one lets go by itself).
     """
-    key = fingerprint(step, dict(config), list(parents), code_version())[:24]
-    folder = work / step / key
+    with held(work / step / work_key(step, config, parents)) as folder:
+        yield folder
+
+
+def work_key(step: str, config: Mapping[str, Any], parents: Sequence[str] = ()) -> str:
+    """The name of a piece of work: a hash of step, config, the manifest hashes of the parents and the code."""
+    return fingerprint(step, dict(config), list(parents), code_version())[:24]
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[Path]:
+    """The folder, made where it is missing and held by this process alone; FolderError as `claim` says."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")

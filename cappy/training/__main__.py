@@ -6,6 +6,7 @@ is what a TrainJob runs; a Vertex AI CustomJob runs the same with `python -m`, o
 encoded as the components encode them.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -13,13 +14,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from cappy.config import build, decode
+from cappy.config import build, code_version, decode
 from cappy.errors import CappyError, ConfigError, shown
-from cappy.progress import Progress, silent
-from cappy.steps import config_class, runner
-from cappy.training.launch import REPORT_VARIABLE
+from cappy.progress import FileProgress, LineProgress, Progress, silent
+from cappy.steps import PROGRESS_VARIABLE, config_class, runner
+from cappy.training.launch import CODE_VARIABLE, REPORT_VARIABLE
 from cappy.training.plan import TRAINING_STEPS
 
 ATOMIC = 1000
@@ -53,7 +55,7 @@ def _ran(arguments: Sequence[str]) -> int:
 
 def _alone(arguments: Sequence[str]) -> int:
     try:
-        metrics = json.loads(_run(arguments, silent))["metrics"]
+        metrics = json.loads(_run(arguments, _told_outside(arguments)))["metrics"]
         if "trial_updates" in metrics and os.environ.get("RANK", "0") == "0":
             from cappy.training.trial import text
 
@@ -62,6 +64,23 @@ def _alone(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"cappy {' '.join(arguments[:1])}: {error}\n")
         return 1
     return 0
+
+
+def _told_outside(arguments: Sequence[str]) -> Progress:
+    """For a job: a file on the volume that the step which submitted it reads, and a line in the log now and then."""
+    folder = os.environ.get(PROGRESS_VARIABLE)
+    if not folder or not arguments:
+        return silent
+    step = arguments[0]
+    in_file = FileProgress(Path(folder) / f"{step}.json")
+    in_log = LineProgress(lambda text: sys.stderr.write(f"{step}: {text}\n"))
+
+    def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
+        with contextlib.suppress(OSError):  # A volume that is away for a moment must not end the training.
+            in_file(done, total, unit=unit, resumed=resumed, note=note)
+        in_log(done, total, unit=unit, resumed=resumed, note=note)
+
+    return progress
 
 
 def _reported(arguments: Sequence[str], report: Report) -> int:
@@ -87,6 +106,9 @@ def _run(arguments: Sequence[str], progress: Progress) -> str:
     if len(arguments) != 2 or arguments[0] not in TRAINING_STEPS:
         raise ConfigError(f"give a step ({', '.join(TRAINING_STEPS)}) and its settings, got {shown(list(arguments))}")
     step, text = arguments
+    if os.environ.get(CODE_VARIABLE, code_version()) != code_version():
+        remedy = "build both images from one commit"
+        raise ConfigError(f"the job's image holds other code than the step that submitted it; {remedy}")
     values = json.loads(text) if text.startswith("{") else decode(text)
     return runner(step)(build(config_class(step), values), progress).to_json()
 

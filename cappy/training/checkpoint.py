@@ -98,6 +98,12 @@ def newest(folder: Path) -> str:
     return str(found[-1]) if found else "none yet"
 
 
+def newest_update(folder: Path) -> int:
+    """The update of the newest generation, damaged or not; -1 where there is none."""
+    found = _generations(folder)
+    return int(found[-1].name) if found else -1
+
+
 def _said(passed: list[Path], update: int) -> str:
     if not passed:
         return ""

@@ -20,11 +20,13 @@ def worker_pools(
     machine_type: str,
     accelerator_type: str = "",
     environment: Mapping[str, str] | None = None,
+    volume: str = "",
 ) -> list[dict[str, Any]]:
     """The worker pools of a step on `plan.nodes` machines with `plan.devices` accelerators of this type each.
 
     `plan.source`, `plan.target` and `plan.work` must lie on a file system that every machine mounts and that locks and
-    renames, such as NFS. The image needs cappy and no entry point of its own. A TPU is part of the machine's type.
+    renames, such as NFS: `volume` is SERVER:/export:/mnt/nfs/name of one to mount. The image needs cappy and no entry
+    point of its own. A TPU is part of the machine's type.
     ConfigError where a path is relative, or several ranks of a machine have no accelerator to be on.
     """
     if plan.strategy == "jax" and plan.nodes > 1:
@@ -45,6 +47,9 @@ def worker_pools(
         "args": [step, encode(to_values(plan))],
         "env": [{"name": name, "value": value} for name, value in (environment or {}).items()],
     }
-    pool = {"machine_spec": machine, "container_spec": container}
+    pool: dict[str, Any] = {"machine_spec": machine, "container_spec": container}
+    if volume:
+        server, export, folder = volume.split(":")
+        pool["nfs_mounts"] = [{"server": server, "path": export, "mount_point": folder.removeprefix("/mnt/nfs/")}]
     others = [{**pool, "replica_count": plan.nodes - 1}] if plan.nodes > 1 else []
     return [{**pool, "replica_count": 1}, *others]

@@ -6,6 +6,9 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+CONTINUES = "run the same command again to continue"
+"""What the error of a run says that lost nothing and has nothing to mend."""
+
 
 class Ending:
     """Knows, while its block runs, whether SIGTERM asked this process to end; outside, SIGTERM ends it at once.

@@ -22,12 +22,17 @@ from cappy.config import encode, to_values
 from cappy.errors import ConfigError, TrainingError
 from cappy.progress import Progress
 from cappy.records import Manifest
+from cappy.training.ending import CONTINUES
 from cappy.training.place import Place, place
 from cappy.training.plan import TrainingSettings
 from cappy.training.ranks import started
 
 REPORT_VARIABLE = "CAPPY_RANK_PIPES"
 """Environment of a rank that we started: descriptor to report to, and descriptor that ends with its parent."""
+CODE_VARIABLE = "CAPPY_CODE"
+"""Environment of a job: the code version of the step that submitted it, which the job must have too."""
+DEFECT = "a rank failed with a defect, see above"
+UNTOLD = "the ranks ended untold"
 GRACE_SECONDS = 10.0
 """How long the other ranks may go on when one has ended badly: time to end by themselves, not to hang."""
 
@@ -114,10 +119,9 @@ def _followed(ranks: Sequence["subprocess.Popen[bytes]"], reading: int, progress
     killed = [(number, status) for number, status in failed if status is not None and status < 0]
     if killed:
         number, status = killed[0]
-        remedy = "run the same command again to continue at the last checkpoint"
-        raise TrainingError(f"rank {number} was ended by signal {-status}; {remedy}")
+        raise TrainingError(f"rank {number} was ended by signal {-status}; {CONTINUES} at the last checkpoint")
     sys.stderr.write(told.get("defect", ""))
-    raise TrainingError("a rank failed with a defect, see above" if "defect" in told else "the ranks ended untold")
+    raise TrainingError(DEFECT if "defect" in told else UNTOLD)
 
 
 def _messages(reading: int, alive: Callable[[], bool]) -> Iterator[Mapping[str, Any]]:

@@ -16,7 +16,7 @@ from cappy.training import checkpoint
 from cappy.training.checkpoint import Checkpoint, State
 from cappy.training.checks import judge, mean_pick
 from cappy.training.corpus import Corpus
-from cappy.training.ending import Clock, Ending
+from cappy.training.ending import CONTINUES, Clock, Ending
 from cappy.training.feed import Drawn, batch, micro_batches, padded, updates_of
 from cappy.training.guards import refuse_unfit
 from cappy.training.meter import Meter, flops_of_pair, layer_weights, peak_of, told
@@ -215,7 +215,7 @@ class Run:
         self._save()
         self.ranks.told(None)  # A rank that ends takes the others with it: not before the first has written.
         done = f"stopped by SIGTERM after update {self.state.update} of {self.updates}"
-        raise TrainingError(f"{done}; the checkpoint is written, run the same command again to continue")
+        raise TrainingError(f"{done}; the checkpoint is written, {CONTINUES}")
 
 
 def _in_bf16(plan: TrainingSettings, device: torch.device) -> bool:

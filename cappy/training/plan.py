@@ -8,6 +8,7 @@ from pydantic import Field
 from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, settings
 from cappy.errors import ConfigError, shown
 from cappy.records.instance import SOURCES, Source
+from cappy.training.remote.settings import LauncherSettings, refuse_unlaunchable
 
 TRAINING_STEPS = ("pretraining", "finetuning")
 SOURCE_WEIGHT = re.compile(rf"({'|'.join(SOURCES)})=(\d+(?:\.\d+)?)")
@@ -18,8 +19,8 @@ PUBLISHED_MICRO = 16
 
 
 @settings
-class TrainingSettings:
-    """What pretraining and finetuning have in common."""
+class LoopSettings:
+    """What the loop is to do, and how ranks share it."""
 
     source: Annotated[Location, Field(description="Folder of annotated instances")]
     target: Annotated[Location, Field(description="Scorer folder to write")]
@@ -121,6 +122,15 @@ class TrainingSettings:
         """Weight of every source in the head's loss."""
         told = dict(text.split("=") for text in self.weights)
         return {source: float(told.get(source, 1.0)) for source in SOURCES}
+
+
+@settings
+class TrainingSettings(LauncherSettings, LoopSettings):
+    """What pretraining and finetuning have in common."""
+
+    def __post_init__(self) -> None:
+        LoopSettings.__post_init__(self)
+        refuse_unlaunchable(self)
 
 
 def rate(update: int, updates: int, peak: float, warmup: float, schedule: Schedule = "linear") -> float:

@@ -21,6 +21,7 @@ from cappy.training.launch import spread, starts_ranks
 from cappy.training.loop import Outcome, fit
 from cappy.training.plan import TrainingSettings
 from cappy.training.ranks import Ranks, joined
+from cappy.training.remote.run import train_elsewhere
 from cappy.training.tokenization import Corpora, open_corpora
 from cappy.training.trial import trial
 
@@ -39,8 +40,11 @@ def train(
     """Trains what `start` gives on the train split, stops by the validation split, publishes the scorer folder.
 
     `seen` are the prompt hashes that the starting scorer was trained on; the folder records them with this run's own.
-    Starts the ranks that the plan asks for, unless this process is one of them; the first rank alone writes.
+    Starts the ranks that the plan asks for, unless this process is one of them; the first rank alone writes. Where the
+    plan names a platform, a job of it does all that.
     """
+    if config.launcher != "here":
+        return train_elsewhere(step, config, _computed(config), (read_manifest(config.source).hash, *parents), progress)
     if starts_ranks(config):
         return spread(step, config, progress)
     hashes = (read_manifest(config.source).hash, *parents)

@@ -1,0 +1,236 @@
+"""The loop over a job, whatever platform runs it: submitted once, looked at, told of, submitted again, cancelled."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from cappy.errors import CappyError, TrainingError, UnansweredError
+
+PATIENCE_SECONDS = 600.0
+"""How long a platform may give no answer while a job runs: an API server that is being replaced is back by then."""
+CANCEL_SECONDS = 60.0
+"""How long a cancelled job is waited for: the usual grace period of 30 seconds, and some to take the machines down."""
+TICK_SECONDS = 0.5
+"""How often a wish to cancel is looked for between two looks at the job."""
+
+
+class Phase(Enum):
+    """How far a job is."""
+
+    PENDING = "waits"
+    RUNNING = "runs"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "was cancelled"
+
+
+OVER = (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A job's phase and, in the platform's words, why it waits or failed.
+
+    `preempted`: its machines were taken away. `hopeless`: it waits for what will not come, such as an absent image.
+    """
+
+    phase: Phase
+    reason: str = ""
+    preempted: bool = False
+    hopeless: bool = False
+
+
+class Jobs(Protocol):
+    """A platform's jobs of one training step. Each call raises UnansweredError where the platform gives no answer."""
+
+    def status(self, name: str) -> Status | None:
+        """How the newest job of this name is; None if there is none."""
+
+    def submit(self, name: str) -> None:
+        """Submits a job of this name; one that is over goes first. ConfigError with the platform's words."""
+
+    def lines(self, name: str) -> Iterable[tuple[str, str]]:
+        """(node, line) of its log since this was asked last; nothing where logs are elsewhere."""
+
+    def cancel(self, name: str) -> None:
+        """Ends the job, if there is one: its processes get SIGTERM and the platform's grace period."""
+
+    def address(self, name: str) -> str:
+        """Where, or with which command, a person looks at it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """`retries` submissions after the first, `timeout` and `poll` in seconds."""
+
+    retries: int
+    timeout: float
+    poll: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What the loop asks and tells beside the platform: a test plays it without a clock.
+
+    `checkpoint` is the update of the job's newest checkpoint (-1: none), `cancelled` why this step is to end ("": it is
+    not), `look` is called at every look at the job.
+    """
+
+    checkpoint: Callable[[], int]
+    cancelled: Callable[[], str]
+    tell: Callable[[str], None]
+    look: Callable[[], None] = lambda: None
+    said: Callable[[str], str] = lambda line: ""
+    clock: Callable[[], float] = time.monotonic
+    pause: Callable[[float], None] = time.sleep
+
+
+def follow(jobs: Jobs, name: str, terms: Terms, around: Surroundings) -> None:
+    """Returns when the job has succeeded; TrainingError or ConfigError when it never will.
+
+    A job that runs already is followed, one that succeeded already is not submitted. One that failed is submitted
+    again while its checkpoint moves on, at most `terms.retries` times. When this step is to end, so does the job.
+    """
+    followed = _Followed(jobs, name, terms, around)
+    try:
+        followed.begin()
+        while not followed.succeeded():
+            followed.wait()
+    except KeyboardInterrupt:
+        followed.cancel("Ctrl-C")
+        raise
+
+
+def why_not_again(status: Status, *, at: int, before: int | None, used: int, retries: int) -> str:
+    """Why a failed job is not submitted again, "" where it is: it must have got on since it failed before.
+
+    `at` is its checkpoint's update (-1: none), `before` the same when it failed last, `used` the submissions again.
+    """
+    if at < 0 and not status.preempted:
+        return "before its first checkpoint"
+    if before is not None and at <= before:
+        return f"twice at the checkpoint of update {at}" if at >= 0 else "twice before its first checkpoint"
+    if used >= retries:
+        return f"after it was submitted {used + 1} times (--retries {retries})"
+    return ""
+
+
+class _Followed:
+    """What is remembered of a job between two looks at it."""
+
+    def __init__(self, jobs: Jobs, name: str, terms: Terms, around: Surroundings) -> None:
+        self.jobs, self.name, self.terms, self.around = jobs, name, terms, around
+        self.deadline = around.clock() + terms.timeout
+        self.answered = around.clock()
+        self.failed_at: int | None = None
+        self.submitted_again = 0
+        self.told = ""
+        self.error = ""
+
+    def begin(self) -> None:
+        """Finds the job or submits it. A platform that does not answer here is not waited for."""
+        found = self.jobs.status(self.name)
+        if found is not None and found.phase not in (Phase.FAILED, Phase.CANCELLED):
+            self.around.tell(f"{self.name}: {found.phase.value} already; {self.jobs.address(self.name)}")
+            return
+        self._refuse_to_go_on()
+        self.jobs.submit(self.name)
+        self.around.tell(f"{self.name}: submitted; {self.jobs.address(self.name)}")
+
+    def succeeded(self) -> bool:
+        """Looks at the job once."""
+        try:
+            status = self.jobs.status(self.name)
+            self.answered = self.around.clock()
+        except UnansweredError as error:
+            self._refuse_to_go_on()
+            if self.around.clock() - self.answered > PATIENCE_SECONDS:
+                raise
+            self._tell_once(f"no answer: {error}")
+            return False
+        self._tell_lines()
+        self.around.look()
+        if status is None or status.phase is Phase.CANCELLED:
+            remedy = "run the same command again to continue at its checkpoint"
+            raise TrainingError(f"{self.name}: was cancelled or deleted by someone else; {remedy}")
+        if status.phase is not Phase.FAILED:
+            self._tell_once(f"{status.phase.value}{status.reason and f': {status.reason}'}")
+        if status.phase is Phase.SUCCEEDED:
+            return True
+        self._refuse_to_go_on()
+        if status.hopeless:
+            self._cancel()
+            raise TrainingError(
+                f"{self.name}: {status.reason}; it is cancelled, mend that and run the same command again"
+            )
+        if status.phase is Phase.FAILED:
+            self._submit_again(status)
+        return False
+
+    def wait(self) -> None:
+        """Until the next look, or until this step is to end."""
+        end = self.around.clock() + self.terms.poll
+        while self.around.clock() < end and not self.around.cancelled():
+            self.around.pause(TICK_SECONDS)
+
+    def cancel(self, why: str) -> None:
+        """Ends the job and says so."""
+        self.around.tell(f"{self.name}: {why}, it is being cancelled")
+        self._cancel()
+
+    def _refuse_to_go_on(self) -> None:
+        if why := self.around.cancelled():
+            self.cancel(why)
+            remedy = "run the same command again to continue at its checkpoint"
+            raise TrainingError(f"{self.name}: was cancelled ({why}); {remedy}")
+        if self.around.clock() > self.deadline:
+            self.cancel("its time is up")
+            remedy = "give more --timeout-hours to continue at its checkpoint"
+            raise TrainingError(
+                f"{self.name}: was not done in {self.terms.timeout / 3600:g} hours, cancelled; {remedy}"
+            )
+
+    def _cancel(self) -> None:
+        """Ends the job and waits until it has ended, so that whoever goes on does not meet it."""
+        try:
+            self.jobs.cancel(self.name)
+            end = self.around.clock() + CANCEL_SECONDS
+            while self._going() and self.around.clock() < end:
+                self.around.pause(TICK_SECONDS)
+        except CappyError as error:
+            address = self.jobs.address(self.name)
+            raise TrainingError(f"{self.name}: could not be cancelled ({error}); do it by hand: {address}") from error
+        self._tell_lines()
+
+    def _going(self) -> bool:
+        status = self.jobs.status(self.name)
+        return status is not None and status.phase not in OVER
+
+    def _submit_again(self, status: Status) -> None:
+        at = self.around.checkpoint()
+        words = "was preempted" if status.preempted else "failed"
+        reason = f" ({status.reason})" if status.reason else ""
+        if self.error and not status.preempted:
+            raise TrainingError(f"{self.name}: {self.error}")
+        rules = {"before": self.failed_at, "used": self.submitted_again, "retries": self.terms.retries}
+        if why := why_not_again(status, at=at, **rules):  # type: ignore[arg-type]
+            remedy = f"look at its log ({self.jobs.address(self.name)}), then run the same command again"
+            raise TrainingError(f"{self.name}: {words}{reason} {why}; {remedy}")
+        self.failed_at, self.submitted_again, self.error = at, self.submitted_again + 1, ""
+        place = f"the checkpoint of update {at}" if at >= 0 else "the start"
+        self.around.tell(f"{self.name}: {words}{reason}, submitted again to continue at {place}")
+        self.jobs.submit(self.name)
+
+    def _tell_lines(self) -> None:
+        with contextlib.suppress(UnansweredError):  # What was not told now is told at the next look.
+            for node, line in self.jobs.lines(self.name):
+                self.around.tell(f"{node}: {line}")
+                self.error = self.around.said(line) or self.error
+
+    def _tell_once(self, text: str) -> None:
+        if text != self.told:
+            self.told = text
+            self.around.tell(f"{self.name}: {text}")

@@ -1,0 +1,136 @@
+"""A training step as a Vertex AI CustomJob, by the SDK (google-cloud-aiplatform 1.165 and later, or 2.x).
+
+Logs lie in Cloud Logging, which would need a client of its own: where a person reads them is told, how far the job is
+comes through the file on the volume.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cappy.errors import ConfigError, UnansweredError, shown
+from cappy.training.customjob import worker_pools
+from cappy.training.plan import TrainingSettings
+from cappy.training.remote.following import OVER, Phase, Status
+
+try:
+    from google.api_core.exceptions import GoogleAPIError, RetryError, ServerError, TooManyRequests
+    from google.cloud import aiplatform
+    from google.cloud.aiplatform.utils import console_utils
+    from google.cloud.aiplatform_v1.types import JobState, Scheduling
+    from requests.exceptions import RequestException
+
+    from cappy.vertex import hush, told
+except ModuleNotFoundError as missing:
+    raise ConfigError(f"--launcher customjob: needs {missing.name}; pip install 'cappy-scorer[gcp]'") from missing
+
+PHASES = {
+    JobState.JOB_STATE_SUCCEEDED: Phase.SUCCEEDED,
+    JobState.JOB_STATE_PARTIALLY_SUCCEEDED: Phase.FAILED,
+    JobState.JOB_STATE_FAILED: Phase.FAILED,
+    JobState.JOB_STATE_EXPIRED: Phase.FAILED,
+    JobState.JOB_STATE_CANCELLED: Phase.CANCELLED,
+    JobState.JOB_STATE_RUNNING: Phase.RUNNING,
+    JobState.JOB_STATE_UPDATING: Phase.RUNNING,
+    JobState.JOB_STATE_CANCELLING: Phase.RUNNING,
+}
+"""What is not here waits: queued, pending, paused, unspecified."""
+TAKEN = (10, 14)
+"""Codes of a job's error (google.rpc.Code) that tell of its machines: ABORTED, UNAVAILABLE."""
+NEVER = ("image", "pull")
+"""Words that tell of an image that cannot be had, where both stand in a job's error."""
+
+
+class CustomJobs:
+    """CustomJobs of one step: `plan` says where, `inner` what each machine does."""
+
+    def __init__(
+        self, step: str, plan: TrainingSettings, inner: TrainingSettings, environment: Mapping[str, str]
+    ) -> None:
+        self.step, self.plan = step, plan
+        self.pools = worker_pools(
+            step,
+            inner,
+            image=plan.image,
+            machine_type=plan.machine,
+            accelerator_type=plan.accelerator,
+            environment=environment,
+            volume=plan.volume,
+        )
+        self.resource = ""
+        hush()
+        with self._asked():
+            aiplatform.init(project=plan.project, location=plan.region, staging_bucket=plan.bucket)
+
+    def status(self, name: str) -> Status | None:
+        """The state of the job of this name that was made last."""
+        with self._asked(TooManyRequests):
+            job = self._newest(name)
+            return None if job is None else read(job.state, job.error)
+
+    def submit(self, name: str) -> None:
+        """Creates the job; those of this name that are over stay in the list, as Vertex AI keeps them."""
+        with self._asked():
+            job = aiplatform.CustomJob(display_name=name, worker_pool_specs=self.pools)
+            job.submit(
+                service_account=self.plan.service_account or None,
+                network=self.plan.network or None,
+                timeout=int(self.plan.timeout_hours * 3600),
+                # Ranks that lost one of them only wait: all have to begin at the checkpoint.
+                restart_job_on_worker_restart=self.plan.nodes > 1,
+                scheduling_strategy=Scheduling.Strategy.SPOT if self.plan.spot else None,
+            )
+            self.resource = job.resource_name
+
+    def lines(self, name: str) -> list[tuple[str, str]]:
+        """None: they lie in Cloud Logging."""
+        return []
+
+    def cancel(self, name: str) -> None:
+        """Asks Vertex AI to end it; its containers get SIGTERM."""
+        with self._asked(TooManyRequests):
+            job = self._newest(name)
+            if job is not None and PHASES.get(job.state) not in OVER:
+                job.cancel()
+
+    def address(self, name: str) -> str:
+        """Its page, which links to its log, and the command that streams the log."""
+        number, region, project = self.resource.rpartition("/")[2], self.plan.region, self.plan.project
+        if not number:
+            return f"gcloud ai custom-jobs list --region={region} --project={project} --filter=displayName={name}"
+        page = console_utils.custom_job_console_uri(self.resource)
+        return f"{page} or gcloud ai custom-jobs stream-logs {number} --region={region} --project={project}"
+
+    def _newest(self, name: str) -> Any:
+        found = aiplatform.CustomJob.list(filter=f'display_name="{name}"')
+        job = max(found, key=lambda one: one.create_time, default=None)
+        self.resource = self.resource if job is None else job.resource_name
+        return job
+
+    @contextlib.contextmanager
+    def _asked(self, *transient: type[GoogleAPIError]) -> Iterator[None]:
+        """A refusal as one line; UnansweredError where it may be answered later.
+
+        Too many requests are a quota that is used up when a job is created, and a matter of seconds when one is read.
+        """
+        place = f"Vertex AI, project {self.plan.project}, {self.plan.region}"
+        with told(self.step, self.plan.project, self.plan.region):
+            try:
+                yield
+            except (ServerError, RetryError, RequestException, *transient) as error:
+                reason = shown(" ".join(str(error).split()), 200)
+                raise UnansweredError(
+                    f"{place}: gives no answer ({reason}); run the same command again later"
+                ) from error
+
+
+def read(state: Any, error: Any) -> Status:
+    """The status of a job in this state, with the error that Vertex AI wrote (google.rpc.Status, or none)."""
+    phase = PHASES.get(state, Phase.PENDING)
+    code, words = (error.code, " ".join(error.message.split())) if error else (0, "")
+    if phase is not Phase.FAILED:
+        return Status(phase)
+    absent = all(word in words.lower() for word in NEVER)
+    taken = not absent and (code in TAKEN or "preempt" in words.lower())
+    reason = shown(words, 200) if words else state.name
+    return Status(phase, reason, preempted=taken, hopeless=absent)

@@ -1,0 +1,44 @@
+"""Vertex AI's SDK as we use it: silent on stdout, and what it refuses in one line."""
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+
+from google.api_core.exceptions import GoogleAPICallError, GoogleAPIError
+from google.auth.exceptions import GoogleAuthError
+
+from cappy.errors import ConfigError, shown
+
+
+def hush() -> None:
+    """The SDK tells what it does on stdout, where our own answer goes, by a logger of each of its modules."""
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("google.cloud.aiplatform"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def told(step: str, project: str, region: str) -> Iterator[None]:
+    """What the service or the credentials refuse, and a service that does not answer, as one line."""
+    place = f"Vertex AI, project {project}, {region}"
+    try:
+        yield
+    except GoogleAuthError as error:
+        reason = " ".join(str(error).split())
+        remedy = "log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
+        raise ConfigError(f"{step}: {place}: no credentials ({shown(reason, 120)}); {remedy}") from error
+    except ValueError as error:
+        # The SDK's own checks: a region, a machine or an accelerator that it does not know.
+        raise ConfigError(f"{step}: {place}: {shown(' '.join(str(error).split()), 200)}; mend that setting") from error
+    except GoogleAPICallError as error:
+        # Over REST the request stands in front of the service's words.
+        words = re.sub(r"^[A-Z]+ \S+: ", "", str(error.message))
+        reason = shown(" ".join(words.split()), 200)
+        remedy = "mend that, then run the same command again"
+        raise ConfigError(f"{step}: {place}: refused ({error.code}, {reason}); {remedy}") from error
+    except GoogleAPIError as error:
+        # Without an answer: the SDK asked again until its time was up (RetryError), or could not read what came.
+        reason = shown(" ".join(str(error).split()), 200)
+        remedy = "look at the network and the service's state, then run the same command again"
+        raise ConfigError(f"{step}: {place}: gave no answer ({reason}); {remedy}") from error

@@ -1,0 +1,154 @@
+"""A step that trains as a TrainJob of two nodes, for real but for the cluster: the Trainer SDK's local processes.
+
+What the local backend cannot show is Kubernetes' own part: that the API server takes the TrainJob, that pods find each
+other, that a deleted TrainJob's pods get SIGTERM.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cappy.config import encode, to_values
+from cappy.records.folder import verify
+from cappy.training.finetuning import FinetuningConfig, run
+
+pytest.importorskip(
+    "kubeflow.trainer", reason="the Kubeflow Trainer SDK is not installed: pip install 'cappy-scorer[train]'"
+)
+Plan = Callable[..., FinetuningConfig]
+ROOT = Path(__file__).parents[3]
+PROGRAM = ROOT / "tests/fakes/local_trainjobs.py"
+TWO = {"strategy": "ddp", "epochs": 1.0}
+
+
+class Step:
+    """A component: a shell, in it the step, and beneath that the job's processes; all it says in `said`."""
+
+    def __init__(self, plan: FinetuningConfig) -> None:
+        given = to_values(plan)
+        self.plan, self.log = plan, plan.work.parent / "log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        words = [sys.executable, str(PROGRAM), "finetuning", encode(given), given["source"], given["target"]]
+        with self.log.open("wb") as log:
+            # The line after it keeps the shell from becoming the step, as kfp's own lines do.
+            self.shell = subprocess.Popen(
+                ["sh", "-ec", f"{' '.join(words)}\ntrue"],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=plan.work.parent,
+                env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{PROGRAM.parent}", "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def processes(self, words: str) -> list[psutil.Process]:
+        """Those of this session whose command line has the words, whoever their parent is by now."""
+        found = []
+        for process in psutil.process_iter(["pid", "cmdline"]):
+            try:
+                if os.getsid(process.pid) == self.shell.pid and words in " ".join(process.cmdline()):
+                    found.append(process)
+            except (ProcessLookupError, psutil.Error):
+                continue
+        return found
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = 150) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.said[-3000:]
+            time.sleep(0.05)
+
+    def checkpoint(self, update: int) -> bool:
+        return bool(list(self.plan.work.glob(f"finetuning/*/.checkpoints/{update:09d}")))
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[FinetuningConfig], Step]]:
+    """start(plan) -> the step's processes; what is left of them goes with the test."""
+    steps: list[Step] = []
+
+    def make(plan: FinetuningConfig) -> Step:
+        steps.append(Step(plan))
+        return steps[-1]
+
+    yield make
+    for step in steps:
+        for process in step.processes(""):
+            process.kill()
+        step.shell.wait()
+
+
+def equal(first: FinetuningConfig, second: FinetuningConfig) -> bool:
+    one, two = (load_file(plan.target / "model.safetensors") for plan in (first, second))
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_step_trains_as_a_job_of_two_nodes_and_publishes_what_training_here_gives(
+    plan: Plan, start: Callable[[FinetuningConfig], Step]
+) -> None:
+    here = run(plan("here", devices=2, **TWO))
+    remote = plan("there", launcher="trainjob", nodes=2, **TWO)
+    step = start(remote)
+    assert step.shell.wait(200) == 0, step.said[-3000:]
+    assert verify(remote.target).hash == here.hash
+    assert equal(remote, plan("here"))
+    assert "finetuning: node-0: finetuning: 8 of 8 updates" in step.said, "the job's log is told, node by node"
+    assert "finetuning: node-1: " in step.said
+    record = json.loads((remote.work / "records" / "f.json").read_text())
+    assert (record["status"], record["manifest_hash"]) == ("done", here.hash)
+    (job,) = (remote.work / "jobs").iterdir()
+    assert not (job / "source").exists(), "the staged input goes when it is not needed any more"
+    again = start(plan("there", launcher="trainjob", nodes=2, **TWO))
+    assert again.shell.wait(100) == 0, again.said[-3000:]
+    assert "submitted" not in again.said, "what a job wrote is read, not trained again"
+
+
+def test_a_job_whose_ranks_are_killed_is_submitted_again_and_ends_with_the_weights_of_an_unbroken_run(
+    plan: Plan, start: Callable[[FinetuningConfig], Step]
+) -> None:
+    settings = {**TWO, "epochs": 3.0, "patience": 10}
+    run(plan("here", devices=2, **settings))
+    remote = plan("there", launcher="trainjob", nodes=2, **settings)
+    step = start(remote)
+    step.wait_until(lambda: step.checkpoint(4))
+    for rank in step.processes("-m cappy.training finetuning"):
+        rank.send_signal(signal.SIGKILL)
+    assert step.shell.wait(250) == 0, step.said[-3000:]
+    (again,) = [line for line in step.said.splitlines() if "submitted again to continue at the checkpoint" in line]
+    update = int(again.rpartition(" ")[2])
+    assert update >= 4
+    assert f"({update} resumed)" in step.said, "updates before the checkpoint are not done again"
+    assert equal(remote, plan("here"))
+
+
+@pytest.mark.parametrize("whom", ["shell", "step"])
+def test_a_step_that_is_cancelled_takes_its_job_with_it(
+    whom: str, plan: Plan, start: Callable[[FinetuningConfig], Step]
+) -> None:
+    step = start(plan("there", launcher="trainjob", nodes=2, **{**TWO, "epochs": 500.0, "patience": 100}))
+    step.wait_until(lambda: step.checkpoint(3))
+    (follower,) = [one for one in step.processes(PROGRAM.name) if one.name() != "sh"]
+    assert len(step.processes("-m cappy.training finetuning")) == 2
+    os.kill(step.shell.pid if whom == "shell" else follower.pid, signal.SIGTERM)
+    step.wait_until(lambda: not [one for one in step.processes("") if one.status() != psutil.STATUS_ZOMBIE], 60)
+    why = "the process that started this step is gone" if whom == "shell" else "this step got SIGTERM"
+    name = f"cappy-finetuning-{next((step.plan.work / 'finetuning').iterdir()).name}"
+    ending = (
+        f"cappy finetuning: {name}: was cancelled ({why}); run the same command again to continue at its checkpoint"
+    )
+    assert step.said.splitlines()[-1] == ending
+    assert "stopped by SIGTERM after update" in step.said, "the ranks were asked, and wrote a checkpoint"
+    assert not step.plan.target.exists()
