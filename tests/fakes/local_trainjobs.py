@@ -82,6 +82,11 @@ class LocalTrainJobs:
         for process in left:
             process.kill()
         for node in self.nodes.pop(name):
+            end = time.monotonic() + 10
+            while self.client.get_job(node).status == "Running" and time.monotonic() < end:
+                time.sleep(0.05)
+            # Gone from here on, as a deleted pod's log is.
+            sys.stderr.write("".join(f"{node}: {line}\n" for line in self.client.get_job_logs(node)))
             self.client.delete_job(node)
 
     def list_namespaced_pod(self, namespace: str, label_selector: str) -> Any:

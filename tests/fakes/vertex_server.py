@@ -1,4 +1,4 @@
-"""A small server that speaks the REST of Vertex AI's models, endpoints and pipeline jobs, of their bucket and logs.
+"""A small server that speaks the REST of Vertex AI's models, endpoints, custom and pipeline jobs, their bucket and logs.
 
 It parses every request strictly into the SDK's own message, so that a field which the service does not know is an
 error, and answers long-running operations at once. It proves what is asked for, not that Google would grant it.
@@ -23,10 +23,11 @@ V1 = "type.googleapis.com/google.cloud.aiplatform.v1"
 
 @dataclass
 class Vertex:
-    """What the server was told: uploaded models, endpoints, objects of the bucket, and every call."""
+    """What the server was told: uploaded models, endpoints, custom jobs, objects of the bucket, and every call."""
 
     models: list[dict[str, Any]] = field(default_factory=list)
     endpoints: list[dict[str, Any]] = field(default_factory=list)
+    custom_jobs: list[dict[str, Any]] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -68,6 +69,22 @@ class Vertex:
         endpoint.setdefault("deployedModels", []).append(added)
         endpoint["trafficSplit"] = shares
         return done("DeployModelResponse", {"deployedModel": added})
+
+    def start(self, parent: str, body: dict[str, Any]) -> dict[str, Any]:
+        """customJobs: a job that waits; a test says how it goes on."""
+        strict(types.CustomJob, body)
+        number = 4000 + len(self.custom_jobs)
+        made = f"2026-01-01T00:00:{len(self.custom_jobs):02d}Z"
+        self.custom_jobs.append(
+            {**body, "name": f"{parent}/customJobs/{number}", "state": "JOB_STATE_PENDING", "createTime": made}
+        )
+        return self.custom_jobs[-1]
+
+    def cancel(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
+        """customJobs:cancel: its containers are told to end."""
+        strict(types.CancelCustomJobRequest, body)
+        self.find(self.custom_jobs, name)["state"] = "JOB_STATE_CANCELLED"
+        return {}
 
     def undeploy(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
         """endpoints:undeployModel: not while it has traffic."""
@@ -134,18 +151,21 @@ class Vertex:
             return self.job(method, resource, verb, query, body)
         if verb == "listVersions":
             return {"models": [one for one in self.models if one["name"] == resource]}
-        verbs = {"upload": self.upload, "deployModel": self.deploy, "undeployModel": self.undeploy}
+        verbs = {"upload": self.upload, "deployModel": self.deploy, "undeployModel": self.undeploy, "cancel": self.cancel}
         if verb in verbs:
             return verbs[verb](resource.removesuffix("/models"), body)
         if method == "PATCH":
             return self.update(resource, body, query["updateMask"][0])
-        if resource.endswith(("/models", "/endpoints")):
+        if resource.endswith(("/models", "/endpoints", "/customJobs")):
             kind = resource.rsplit("/", 1)[1]
+            if kind == "customJobs" and method == "POST":
+                return self.start(resource.removesuffix("/customJobs"), body)
             if method == "POST":
                 return self.create(resource.removesuffix("/endpoints"), body)
-            among = latest(self.models) if kind == "models" else self.endpoints
+            among = {"models": latest(self.models), "endpoints": self.endpoints, "customJobs": self.custom_jobs}[kind]
             return {kind: [one for one in among if matches(one, query.get("filter", [""])[0])]}
-        return self.find(self.endpoints if "/endpoints/" in resource else self.models, resource)
+        kinds = {"endpoints": self.endpoints, "models": self.models, "customJobs": self.custom_jobs}
+        return self.find(kinds[resource.rsplit("/", 2)[1]], resource)
 
     def store(self, method: str, path: str, query: dict[str, list[str]], data: bytes) -> dict[str, Any]:
         """The bucket: an object in one multipart request."""

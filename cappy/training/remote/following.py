@@ -189,9 +189,8 @@ class _Followed:
         if self.around.clock() > self.deadline:
             self.cancel("its time is up")
             remedy = "give more --timeout-hours to continue at its checkpoint"
-            raise TrainingError(
-                f"{self.name}: was not done in {self.terms.timeout / 3600:g} hours, cancelled; {remedy}"
-            )
+            hours = self.terms.timeout / 3600
+            raise TrainingError(f"{self.name}: was not done in {hours:g} hours and is cancelled; {remedy}")
 
     def _cancel(self) -> None:
         """Ends the job and waits until it has ended, so that whoever goes on does not meet it."""

@@ -72,13 +72,21 @@ def refuse_unlaunchable(plan: "TrainingSettings") -> None:
         raise ConfigError(f"{told}: a dry run has nothing to follow; run it with --launcher here on such a machine")
     if plan.strategy == "jax" and plan.nodes > 1:
         raise ConfigError(f"{told}: --strategy jax drives one machine, and {plan.nodes} were asked for; give --nodes 1")
-    _refuse_relative(plan, told)
     if plan.launcher == "trainjob":
-        if plan.spot:
-            raise ConfigError(f"{told}: --spot is for customjob; put the node selector of spot nodes into the runtime")
-        if plan.volume and plan.volume.count(":") != 1:
-            raise ConfigError(f"--volume {plan.volume}: is no CLAIM:/path; name a PersistentVolumeClaim and a folder")
-        return
+        _refuse_for_trainjob(plan, told)
+    else:
+        _refuse_for_customjob(plan, told)
+    _refuse_out_of_reach(plan, told)
+
+
+def _refuse_for_trainjob(plan: "TrainingSettings", told: str) -> None:
+    if plan.spot:
+        raise ConfigError(f"{told}: --spot is for customjob; put the node selector of spot nodes into the runtime")
+    if plan.volume and plan.volume.count(":") != 1:
+        raise ConfigError(f"--volume {plan.volume}: is no CLAIM:/path; name a PersistentVolumeClaim and a folder")
+
+
+def _refuse_for_customjob(plan: "TrainingSettings", told: str) -> None:
     if not (plan.image and plan.project and plan.bucket.startswith("gs://")):
         raise ConfigError(f"{told}: needs --image, --project and --bucket gs://...; give them")
     if plan.volume and (plan.volume.count(":") != 2 or not mount_point(plan.volume).startswith("/mnt/nfs/")):
@@ -88,7 +96,7 @@ def refuse_unlaunchable(plan: "TrainingSettings") -> None:
         raise ConfigError(f"{told}: {plan.devices} devices and no accelerator; give --accelerator, or --devices 1")
 
 
-def _refuse_relative(plan: "TrainingSettings", told: str) -> None:
+def _refuse_out_of_reach(plan: "TrainingSettings", told: str) -> None:
     """The job's machines have another working directory, and see of this one's disks the shared volume alone."""
     starts = {name: str(getattr(plan, name)) for name in ("scorer", "encoder") if hasattr(plan, name)}
     mounted = mount_point(plan.volume)

@@ -25,6 +25,7 @@ from cappy.training.finetuning import FinetuningConfig, run
 pytest.importorskip(
     "kubeflow.trainer", reason="the Kubeflow Trainer SDK is not installed: pip install 'cappy-scorer[train]'"
 )
+pytestmark = pytest.mark.timeout(900)  # Processes start one after another, on a busy machine for minutes.
 Plan = Callable[..., FinetuningConfig]
 ROOT = Path(__file__).parents[3]
 PROGRAM = ROOT / "tests/fakes/local_trainjobs.py"
@@ -119,7 +120,7 @@ def test_a_step_trains_as_a_job_of_two_nodes_and_publishes_what_training_here_gi
 def test_a_job_whose_ranks_are_killed_is_submitted_again_and_ends_with_the_weights_of_an_unbroken_run(
     plan: Plan, start: Callable[[FinetuningConfig], Step]
 ) -> None:
-    settings = {**TWO, "epochs": 3.0, "patience": 10}
+    settings = {**TWO, "epochs": 2.0, "patience": 10}
     run(plan("here", devices=2, **settings))
     remote = plan("there", launcher="trainjob", nodes=2, **settings)
     step = start(remote)

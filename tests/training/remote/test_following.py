@@ -1,0 +1,205 @@
+"""The loop over a job: submitted once, followed, submitted again while it gets on, cancelled with its step."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+
+from cappy.errors import ConfigError, TrainingError, UnansweredError
+from cappy.training.remote.following import PATIENCE_SECONDS, Phase, Status, Surroundings, Terms, follow, why_not_again
+
+NAME = "cappy-finetuning-0"
+PENDING, RUNNING = Status(Phase.PENDING), Status(Phase.RUNNING)
+SUCCEEDED, CANCELLED = Status(Phase.SUCCEEDED), Status(Phase.CANCELLED)
+FAILED, PREEMPTED = Status(Phase.FAILED, "node-0: Error"), Status(Phase.FAILED, "gone", preempted=True)
+Look = Status | BaseException | None
+
+
+class Played:
+    """A platform that shows these states one after another, the last for ever, and a clock that turns with `pause`."""
+
+    def __init__(self, *looks: Look, lines: Sequence[Sequence[tuple[str, str]]] = ()) -> None:
+        self.looks, self.told_lines = list(looks), list(lines)
+        self.did: list[str] = []
+        self.said: list[str] = []
+        self.now = 0.0
+        self.checkpoints: Iterable[int] = iter([])
+        self.cancelled_at: Callable[[], str] = lambda: ""
+
+    def status(self, name: str) -> Status | None:
+        assert name == NAME
+        look = self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+        if isinstance(look, BaseException):
+            raise look
+        return look
+
+    def submit(self, name: str) -> None:
+        self.did.append("submit")
+
+    def lines(self, name: str) -> list[tuple[str, str]]:
+        return list(self.told_lines.pop(0)) if self.told_lines else []
+
+    def cancel(self, name: str) -> None:
+        self.did.append("cancel")
+        self.looks = [None]
+
+    def address(self, name: str) -> str:
+        return "there"
+
+    def pause(self, seconds: float) -> None:
+        self.now += seconds
+
+    def follow(self, **terms: Any) -> None:
+        checkpoints = iter(self.checkpoints)
+        around = Surroundings(
+            checkpoint=lambda: next(checkpoints),
+            cancelled=lambda: self.cancelled_at(),
+            tell=self.said.append,
+            said=lambda line: line.partition("cappy finetuning: ")[2],
+            clock=lambda: self.now,
+            pause=self.pause,
+        )
+        follow(self, NAME, Terms(**{"retries": 5, "timeout": 36_000.0, "poll": 5.0, **terms}), around)
+
+
+def ended(played: Played, kind: type[Exception] = TrainingError, **terms: Any) -> str:
+    with pytest.raises(kind) as caught:
+        played.follow(**terms)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_job_is_submitted_once_and_followed_to_its_end_with_every_line_of_its_nodes() -> None:
+    played = Played(None, PENDING, RUNNING, RUNNING, SUCCEEDED, lines=[[], [("node-0", "a"), ("node-1", "b")], [], [("node-0", "c")]])
+    played.follow()
+    assert played.did == ["submit"]
+    told = [f"{NAME}: {word}" for word in ("submitted; there", "waits", "runs", "succeeded")]
+    assert played.said == [*told[:2], "node-0: a", "node-1: b", told[2], "node-0: c", told[3]]
+
+
+@pytest.mark.parametrize("found", [PENDING, RUNNING, SUCCEEDED])
+def test_a_step_that_is_retried_finds_its_job_and_does_not_submit_a_second_one(found: Status) -> None:
+    played = Played(found, found, SUCCEEDED)
+    played.follow()
+    assert played.did == []
+    assert played.said[0] == f"{NAME}: {found.phase.value} already; there"
+
+
+@pytest.mark.parametrize("found", [FAILED, CANCELLED])
+def test_a_step_that_finds_a_job_that_ended_badly_submits_it_again(found: Status) -> None:
+    played = Played(found, RUNNING, SUCCEEDED)
+    played.follow()
+    assert played.did == ["submit"]
+
+
+@pytest.mark.parametrize("failure", [FAILED, PREEMPTED])
+def test_a_job_is_submitted_again_as_long_as_its_checkpoint_moves_on(failure: Status) -> None:
+    played = Played(None, failure, RUNNING, failure, RUNNING, failure, RUNNING, SUCCEEDED)
+    played.checkpoints = [10, 20, 21]
+    played.follow()
+    assert played.did == ["submit"] * 4
+    again = [line.rpartition(" ")[2] for line in played.said if "submitted again" in line]
+    assert again == ["10", "20", "21"]
+
+
+def test_a_job_that_fails_twice_at_the_same_checkpoint_is_not_submitted_again() -> None:
+    played = Played(None, FAILED, RUNNING, FAILED, RUNNING, FAILED)
+    played.checkpoints = [10, 20, 20]
+    text = ended(played)
+    assert text.startswith(f"{NAME}: failed (node-0: Error) twice at the checkpoint of update 20; look at its log (there)")
+    assert played.did == ["submit"] * 3
+
+
+def test_a_job_is_submitted_again_as_often_as_asked_for_and_no_more() -> None:
+    played = Played(None, *[FAILED] * 9)
+    played.checkpoints = range(1, 9)
+    assert "after it was submitted 3 times (--retries 2)" in ended(played, retries=2)
+    assert played.did == ["submit"] * 3
+
+
+def test_before_a_first_checkpoint_only_a_job_whose_machine_was_taken_is_submitted_again_and_once() -> None:
+    lost = {"at": -1, "used": 0, "retries": 5}
+    assert why_not_again(FAILED, before=None, **lost) == "before its first checkpoint"
+    assert why_not_again(PREEMPTED, before=None, **lost) == ""
+    assert why_not_again(PREEMPTED, before=-1, **lost) == "twice before its first checkpoint"
+
+
+def test_what_a_rank_said_is_to_be_mended_is_the_error_and_not_tried_again() -> None:
+    lines = [[("node-0", "starts")], [("node-0", "cappy finetuning: out: no such folder; check the path")]]
+    played = Played(None, RUNNING, FAILED, lines=lines)
+    played.checkpoints = [10]
+    assert ended(played) == f"{NAME}: out: no such folder; check the path"
+    assert played.did == ["submit"]
+
+
+def test_a_job_that_waits_for_an_image_that_is_not_there_is_told_and_cancelled() -> None:
+    why = "node-0 cannot start, ImagePullBackOff of image x (no such image)"
+    played = Played(None, PENDING, Status(Phase.PENDING, why, hopeless=True))
+    assert ended(played) == f"{NAME}: {why}; it is cancelled, mend that and run the same command again"
+    assert played.did == ["submit", "cancel"]
+
+
+def test_a_job_that_someone_else_cancelled_is_told_and_left_alone() -> None:
+    for look in (None, CANCELLED):
+        played = Played(None, RUNNING, look)
+        assert "was cancelled or deleted by someone else; run the same command again" in ended(played)
+        assert played.did == ["submit"]
+
+
+def test_when_the_step_is_to_end_so_does_the_job_within_a_second() -> None:
+    played = Played(None, PENDING, RUNNING)
+    played.cancelled_at = lambda: "SIGTERM" if played.now >= 7 else ""
+    assert ended(played).startswith(f"{NAME}: was cancelled (SIGTERM); run the same command again to continue")
+    assert played.did == ["submit", "cancel"]
+    assert played.now <= 8
+
+
+def test_a_step_that_is_to_end_before_it_submitted_anything_submits_nothing() -> None:
+    played = Played(None)
+    played.cancelled_at = lambda: "SIGTERM"
+    ended(played)
+    assert "submit" not in played.did
+
+
+def test_ctrl_c_cancels_the_job_too() -> None:
+    played = Played(None, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        played.follow()
+    assert played.did == ["submit", "cancel"]
+
+
+def test_a_job_that_takes_longer_than_allowed_is_cancelled() -> None:
+    played = Played(None, RUNNING)
+    assert "was not done in 2 hours and is cancelled; give more --timeout-hours" in ended(played, timeout=7200.0)
+    assert played.did == ["submit", "cancel"]
+
+
+def test_a_platform_that_is_silent_for_a_while_loses_nothing_and_is_told_of_once() -> None:
+    silence = UnansweredError("no answer")
+    played = Played(None, RUNNING, *[silence] * 20, RUNNING, SUCCEEDED)
+    played.follow()
+    assert played.did == ["submit"]
+    assert sum("no answer" in line for line in played.said) == 1
+
+
+def test_a_platform_that_is_silent_for_long_ends_the_step_and_leaves_the_job() -> None:
+    played = Played(None, RUNNING, UnansweredError("no answer"))
+    assert ended(played) == "no answer"
+    assert played.did == ["submit"]
+    assert PATIENCE_SECONDS < played.now < 2 * PATIENCE_SECONDS
+
+
+def test_a_platform_that_never_answered_is_not_waited_for() -> None:
+    played = Played(UnansweredError("no cluster"))
+    assert ended(played) == "no cluster"
+    assert played.now == 0
+
+
+def test_a_job_that_cannot_be_cancelled_is_told_with_how_to_do_it_by_hand() -> None:
+    class Stuck(Played):
+        def cancel(self, name: str) -> None:
+            raise ConfigError("no permission")
+
+    played = Stuck(None, RUNNING)
+    played.cancelled_at = lambda: "SIGTERM" if played.now >= 7 else ""
+    assert ended(played) == f"{NAME}: could not be cancelled (no permission); do it by hand: there"
