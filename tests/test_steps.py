@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cappy.config import encode
-from cappy.progress import FileProgress, State, read_state
+from cappy.progress import FileProgress, LineProgress, State, read_state
 from cappy.records import read_manifest
 from cappy.steps import (
     PARENT_VARIABLE,
@@ -162,6 +162,30 @@ def test_a_step_dies_with_its_parent_however_it_ends(tmp_path: Path, how: signal
     assert PARENT_VARIABLE not in os.environ
 
 
+TIDY = CHILD.replace("import os, sys, time", "import os, signal, sys, time").replace(
+    "    time.sleep(60)",
+    """    def tidy(number, frame):
+        Path(sys.argv[1] + ".tidied").touch()
+        os._exit(0)
+    signal.signal(signal.SIGTERM, tidy)
+    Path(sys.argv[1] + ".listens").touch()
+    time.sleep(60)""",
+)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="tells the living from the dead by /proc")
+def test_a_step_whose_parent_was_killed_may_tidy_up_first(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, lock, TIDY], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent:
+        child = int(parent.stdout.readline())
+        wait_until(Path(f"{lock}.listens").exists)
+        os.kill(parent.pid, signal.SIGKILL)
+        wait_until(lambda: not alive(child))
+    assert Path(f"{lock}.tidied").exists()
+
+
 def test_the_parents_lock_is_not_inherited_by_its_children(tmp_path: Path) -> None:
     descriptor = hold_parent_lock(tmp_path / "lock")
     try:
@@ -184,6 +208,15 @@ def test_the_time_left_is_known_only_with_a_total_and_a_rate(
 ) -> None:
     state = State(done=done, total=total, unit="rows", resumed=0, started=10.0, updated=updated)
     assert state.seconds_left == left
+
+
+def test_progress_in_a_log_is_a_line_at_the_start_now_and_then_and_at_the_end() -> None:
+    lines: list[str] = []
+    progress = LineProgress(lines.append, seconds=3600)
+    for done in range(4, 11):
+        progress(done, 10, unit="updates", resumed=3, note="loss 1")
+    assert [line.partition(",")[0] for line in lines] == ["4 of 10 updates (3 resumed)", "10 of 10 updates (3 resumed)"]
+    assert lines[0].endswith("loss 1")
 
 
 def test_progress_in_a_file_is_written_at_most_five_times_a_second_and_at_the_end(tmp_path: Path) -> None:

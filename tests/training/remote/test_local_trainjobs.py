@@ -66,7 +66,7 @@ class Step:
                 continue
         return found
 
-    def wait_until(self, condition: Callable[[], object], seconds: float = 150) -> None:
+    def wait_until(self, condition: Callable[[], object], seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.said[-3000:]
