@@ -193,7 +193,7 @@ def _end_in_time(step: str) -> None:
     def end() -> None:
         sys.stderr.write(f"cappy {step}: took longer than {seconds:g} seconds; give it more hours in the recipe\n")
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(ORPHAN_SECONDS)
+        time.sleep(GRACE_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 
     timer = threading.Timer(seconds, end)

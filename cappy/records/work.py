@@ -35,13 +35,13 @@ def work_key(step: str, config: Mapping[str, Any], parents: Sequence[str] = ()) 
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[Path]:
-    """The folder, made where it is missing and held by this process alone; FolderError as `claim` says."""
+def held(folder: Path, patience: float = WAIT_SECONDS) -> Iterator[Path]:
+    """The folder, made where it is missing and held by this process alone; FolderError after `patience` seconds."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")
     with lock:
-        _lock(lock, folder)
+        _lock(lock, folder, patience)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -54,8 +54,8 @@ def finish(folder: Path, target: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _lock(lock: IO[str], folder: Path) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
+def _lock(lock: IO[str], folder: Path, patience: float) -> None:
+    deadline = time.monotonic() + patience
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -46,7 +46,7 @@ class LocalTrainJobs:
         self.nodes[name] = []
         for node in range(trainer.num_nodes):
             # Torch's own runtime would install torch anew into a fresh environment; ours is lent to a plain Python's.
-            local = sdk.Runtime(name=runtime, kind=sdk.RuntimeKind.TRAINING_RUNTIME, trainer=image)
+            local = sdk.Runtime(name="torch-distributed", kind=sdk.RuntimeKind.TRAINING_RUNTIME, trainer=image)
             environment = {
                 "PATH": os.environ["PATH"],
                 "PYTHONPATH": os.pathsep.join((ROOT, sysconfig.get_paths()["purelib"])),

@@ -27,7 +27,7 @@ NODE = {
 RUNTIME = {
     "apiVersion": "trainer.kubeflow.org/v1alpha1",
     "kind": "ClusterTrainingRuntime",
-    "metadata": {"name": "torch-distributed", "labels": {"trainer.kubeflow.org/framework": "torch"}},
+    "metadata": {"name": "cappy-torch", "labels": {"trainer.kubeflow.org/framework": "torch"}},
     "spec": {
         "mlPolicy": {"numNodes": 1, "torch": {"numProcPerNode": "auto"}},
         "template": {"spec": {"replicatedJobs": [NODE]}},
@@ -37,7 +37,7 @@ RUNTIME = {
 
 @dataclass
 class Cluster:
-    """TrainJobs by name, pods, their logs as (time, line), and every call; `refuse` is a status and words for `verb`s."""
+    """TrainJobs by name, pods, their logs as (time, line), and every call; `refuse` holds a status and words by call."""
 
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     pods: list[dict[str, Any]] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Cluster:
         if refusal := self.refuse.get(f"{verb} {kind}"):
             return refusal[0], {"message": refusal[1]}
         if "clustertrainingruntimes" in path:
-            return (200, RUNTIME) if path.endswith("/torch-distributed") else (404, {"message": "no such runtime"})
+            return (200, RUNTIME) if path.endswith("/cappy-torch") else (404, {"message": "no such runtime"})
         if kind == "trainjobs":
             return self.trainjob(verb, name, json.loads(data) if data and verb == "POST" else {})
         if kind == "pods" and name.endswith("/log"):

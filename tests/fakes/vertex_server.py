@@ -1,4 +1,4 @@
-"""A small server that speaks the REST of Vertex AI's models, endpoints, custom and pipeline jobs, their bucket and logs.
+"""A small server that speaks the REST of Vertex AI's models, endpoints, custom and pipeline jobs, bucket and logs.
 
 It parses every request strictly into the SDK's own message, so that a field which the service does not know is an
 error, and answers long-running operations at once. It proves what is asked for, not that Google would grant it.
@@ -32,6 +32,7 @@ class Vertex:
     calls: list[str] = field(default_factory=list)
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     entries: list[dict[str, Any]] = field(default_factory=list)
+    unreadable: bool = False
     address: str = ""
     refuse: tuple[int, str] | None = None
 
@@ -125,6 +126,8 @@ class Vertex:
 
     def logged(self, body: Any) -> dict[str, Any]:
         """entries:list of Cloud Logging, a page of one at a time."""
+        if self.unreadable:
+            raise Refusal(403, "Permission denied for all log views")
         number = int(body.get("pageToken", 0))
         more = {"nextPageToken": str(number + 1)} if number + 1 < len(self.entries) else {}
         return {"entries": self.entries[number : number + 1], **more}
@@ -151,7 +154,12 @@ class Vertex:
             return self.job(method, resource, verb, query, body)
         if verb == "listVersions":
             return {"models": [one for one in self.models if one["name"] == resource]}
-        verbs = {"upload": self.upload, "deployModel": self.deploy, "undeployModel": self.undeploy, "cancel": self.cancel}
+        verbs = {
+            "upload": self.upload,
+            "deployModel": self.deploy,
+            "undeployModel": self.undeploy,
+            "cancel": self.cancel,
+        }
         if verb in verbs:
             return verbs[verb](resource.removesuffix("/models"), body)
         if method == "PATCH":

@@ -25,7 +25,7 @@ from cappy.training.ending import CONTINUES
 from cappy.training.launch import CODE_VARIABLE, DEFECT, UNTOLD
 from cappy.training.plan import TrainingSettings
 from cappy.training.remote.cancelling import cancellation
-from cappy.training.remote.following import Jobs, Surroundings, Terms, follow
+from cappy.training.remote.following import CANCEL_SECONDS, Jobs, Surroundings, Terms, follow
 
 POLL_SECONDS = 5.0
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -41,7 +41,8 @@ def train_elsewhere(
     """
     key = work_key(step, computed, parents)
     name = f"cappy-{step}-{key}"
-    with held(plan.work / "jobs" / name) as folder:
+    # One that is being cancelled holds the work until its job has ended.
+    with held(plan.work / "jobs" / name, patience=2 * CANCEL_SECONDS) as folder:
         written = folder / "target"
         if not (written / MANIFEST).is_file():
             staged = _staged(plan.source, folder / "source")

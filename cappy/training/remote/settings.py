@@ -47,7 +47,7 @@ class LauncherSettings:
     namespace: Annotated[str, LOCATION, Field(description="Kubernetes namespace; none: the current one (trainjob)")] = (
         ""
     )
-    runtime: Annotated[str, LOCATION, Field(description="Training runtime of the job (trainjob)")] = "torch-distributed"
+    runtime: Annotated[str, LOCATION, Field(description="Training runtime of the job (trainjob)")] = "cappy-torch"
     project: Annotated[str, LOCATION, Field(description="Google Cloud project (customjob)")] = ""
     region: Annotated[str, LOCATION, Field(description="Region of the job (customjob)")] = "us-central1"
     bucket: Annotated[str, LOCATION, Field(description="gs:// bucket that Vertex AI stages in (customjob)")] = ""

@@ -1,7 +1,7 @@
 """A training step as a Vertex AI CustomJob, by the SDK (google-cloud-aiplatform 1.165 and later, or 2.x).
 
-Logs lie in Cloud Logging, which would need a client of its own: where a person reads them is told, how far the job is
-comes through the file on the volume.
+Logs are read from Cloud Logging over its REST API, whose client is not installed; without the right to, the step goes
+on, and tells where a person reads them. How far the job is comes through the file on the volume.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ from cappy.training.remote.following import OVER, Phase, Status
 
 try:
     from google.api_core.exceptions import GoogleAPIError, RetryError, ServerError, TooManyRequests
+    from google.auth.exceptions import GoogleAuthError
+    from google.auth.transport.requests import AuthorizedSession
     from google.cloud import aiplatform
     from google.cloud.aiplatform.utils import console_utils
     from google.cloud.aiplatform_v1.types import JobState, Scheduling
@@ -37,6 +39,8 @@ PHASES = {
 """What is not here waits: queued, pending, paused, unspecified."""
 TAKEN = (10, 14)
 """Codes of a job's error (google.rpc.Code) that tell of its machines: ABORTED, UNAVAILABLE."""
+LOGGING = "https://logging.googleapis.com"
+PAGE = 1000
 NEVER = ("image", "pull")
 """Words that tell of an image that cannot be had, where both stand in a job's error."""
 
@@ -58,6 +62,10 @@ class CustomJobs:
             volume=plan.volume,
         )
         self.resource = ""
+        self.logging = LOGGING
+        self._since = "1970-01-01T00:00:00Z"
+        self._told: set[str] = set()
+        self._readable = True
         hush()
         with self._asked():
             aiplatform.init(project=plan.project, location=plan.region, staging_bucket=plan.bucket)
@@ -82,9 +90,41 @@ class CustomJobs:
             )
             self.resource = job.resource_name
 
-    def lines(self, name: str) -> list[tuple[str, str]]:
-        """None: they lie in Cloud Logging."""
-        return []
+    def lines(self, name: str) -> Iterator[tuple[str, str]]:
+        """New lines of its machines, as Cloud Logging has them, some seconds late (role logging.viewer)."""
+        number = self.resource.rpartition("/")[2]
+        if not (number and self._readable):
+            return
+        wanted = f'resource.type="ml_job" AND resource.labels.job_id="{number}" AND timestamp>="{self._since}"'
+        body = {"resourceNames": [f"projects/{self.plan.project}"], "filter": wanted, "pageSize": PAGE}
+        for entry in self._entries({**body, "orderBy": "timestamp asc"}):
+            if entry["insertId"] in self._told:
+                continue
+            self._told.add(entry["insertId"])
+            self._since = max(self._since, entry["timestamp"])
+            node = entry["resource"]["labels"].get("task_name", "job")
+            text = entry.get("textPayload") or entry.get("jsonPayload", {}).get("message", "")
+            yield from ((node, line) for line in text.splitlines())
+
+    def _entries(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        while True:
+            try:
+                session: Any = AuthorizedSession(aiplatform.initializer.global_config.credentials)  # type: ignore[no-untyped-call]
+                answer = session.post(f"{self.logging}/v2/entries:list", json=body, timeout=60)
+            except (RequestException, GoogleAuthError) as error:
+                raise UnansweredError(f"Cloud Logging: gives no answer ({shown(str(error), 200)})") from error
+            if answer.status_code in (401, 403):
+                self._readable = False
+                place = "grant the step roles/logging.viewer, or read them where the job is"
+                yield _line(f"its log may not be read ({answer.status_code}); {place}: {self.address('')}")
+                return
+            if answer.status_code != 200:
+                raise UnansweredError(f"Cloud Logging: answers {answer.status_code}")
+            values = answer.json()
+            yield from values.get("entries", ())
+            if not values.get("nextPageToken"):
+                return
+            body = {**body, "pageToken": values["nextPageToken"]}
 
     def cancel(self, name: str) -> None:
         """Asks Vertex AI to end it; its containers get SIGTERM."""
@@ -122,6 +162,11 @@ class CustomJobs:
                 raise UnansweredError(
                     f"{place}: gives no answer ({reason}); run the same command again later"
                 ) from error
+
+
+def _line(text: str) -> dict[str, Any]:
+    """An entry of our own."""
+    return {"insertId": text, "timestamp": "", "resource": {"labels": {}}, "textPayload": text}
 
 
 def read(state: Any, error: Any) -> Status:

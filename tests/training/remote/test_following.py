@@ -70,7 +70,14 @@ def ended(played: Played, kind: type[Exception] = TrainingError, **terms: Any) -
 
 
 def test_a_job_is_submitted_once_and_followed_to_its_end_with_every_line_of_its_nodes() -> None:
-    played = Played(None, PENDING, RUNNING, RUNNING, SUCCEEDED, lines=[[], [("node-0", "a"), ("node-1", "b")], [], [("node-0", "c")]])
+    played = Played(
+        None,
+        PENDING,
+        RUNNING,
+        RUNNING,
+        SUCCEEDED,
+        lines=[[], [("node-0", "a"), ("node-1", "b")], [], [("node-0", "c")]],
+    )
     played.follow()
     assert played.did == ["submit"]
     told = [f"{NAME}: {word}" for word in ("submitted; there", "waits", "runs", "succeeded")]
@@ -106,7 +113,9 @@ def test_a_job_that_fails_twice_at_the_same_checkpoint_is_not_submitted_again() 
     played = Played(None, FAILED, RUNNING, FAILED, RUNNING, FAILED)
     played.checkpoints = [10, 20, 20]
     text = ended(played)
-    assert text.startswith(f"{NAME}: failed (node-0: Error) twice at the checkpoint of update 20; look at its log (there)")
+    assert text.startswith(
+        f"{NAME}: failed (node-0: Error) twice at the checkpoint of update 20; look at its log (there)"
+    )
     assert played.did == ["submit"] * 3
 
 

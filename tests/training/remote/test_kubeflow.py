@@ -45,7 +45,9 @@ def jobs(cluster: Cluster, plan: Plan) -> Callable[..., Any]:
         reached = client.Configuration(host=cluster.address)
         reached.retries = False
         backend = KubernetesBackendConfig(namespace="ml", client_configuration=reached)
-        return TrainJobs("finetuning", settings, plan(nodes=settings.nodes), {"A": "b"}, client=sdk.TrainerClient(backend))
+        return TrainJobs(
+            "finetuning", settings, plan(nodes=settings.nodes), {"A": "b"}, client=sdk.TrainerClient(backend)
+        )
 
     return make
 
@@ -73,7 +75,7 @@ def test_the_trainjob_asks_for_the_nodes_their_devices_the_volume_and_an_end(
     assert found.status(NAME) is None
     found.submit(NAME)
     spec = cluster.jobs[NAME]["spec"]
-    assert spec["runtimeRef"] == {"name": "torch-distributed", "kind": "ClusterTrainingRuntime"}
+    assert spec["runtimeRef"] == {"name": "cappy-torch", "kind": "ClusterTrainingRuntime"}
     assert spec["activeDeadlineSeconds"] == 7200
     assert (spec["trainer"]["numNodes"], spec["trainer"]["image"]) == (3, "trainer:1")
     assert spec["trainer"]["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": 4}
@@ -205,7 +207,11 @@ def test_cancelling_deletes_it_and_is_done_where_there_is_none(cluster: Cluster,
     [
         ((401, "Unauthorized"), ConfigError, "does not know these credentials ('Unauthorized'); log in again"),
         ((403, "trainjobs is forbidden"), ConfigError, "no permission ('trainjobs is forbidden'); the service account"),
-        ((403, "exceeded quota: gpus"), ConfigError, "the quota is used up ('exceeded quota: gpus'); wait for other jobs"),
+        (
+            (403, "exceeded quota: gpus"),
+            ConfigError,
+            "the quota is used up ('exceeded quota: gpus'); wait for other jobs",
+        ),
         ((422, "spec is\ninvalid"), ConfigError, "refused (status 422, 'spec is invalid'); mend that"),
         ((503, "etcd is away"), UnansweredError, "cannot answer now (status 503, 'etcd is away')"),
     ],
@@ -220,7 +226,9 @@ def test_what_the_cluster_refuses_is_one_line(
 
 def test_a_runtime_that_the_cluster_lacks_is_told_by_name(jobs: Callable[..., Any]) -> None:
     found = jobs(runtime="absent")
-    assert "has no training runtime 'absent', or no Kubeflow Trainer; name one that" in refused(lambda: found.submit(NAME))
+    assert "has no training runtime 'absent', or no Kubeflow Trainer; name one that" in refused(
+        lambda: found.submit(NAME)
+    )
 
 
 def test_a_cluster_that_cannot_be_reached_is_one_line(

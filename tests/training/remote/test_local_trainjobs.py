@@ -56,11 +56,12 @@ class Step:
         return self.log.read_text()
 
     def processes(self, words: str) -> list[psutil.Process]:
-        """Those of this session whose command line has the words, whoever their parent is by now."""
+        """The living of this session whose command line has the words, whoever their parent is by now."""
         found = []
         for process in psutil.process_iter(["pid", "cmdline"]):
             try:
-                if os.getsid(process.pid) == self.shell.pid and words in " ".join(process.cmdline()):
+                ours = os.getsid(process.pid) == self.shell.pid and process.status() != psutil.STATUS_ZOMBIE
+                if ours and words in " ".join(process.cmdline()):
                     found.append(process)
             except (ProcessLookupError, psutil.Error):
                 continue
@@ -144,7 +145,7 @@ def test_a_step_that_is_cancelled_takes_its_job_with_it(
     (follower,) = [one for one in step.processes(PROGRAM.name) if one.name() != "sh"]
     assert len(step.processes("-m cappy.training finetuning")) == 2
     os.kill(step.shell.pid if whom == "shell" else follower.pid, signal.SIGTERM)
-    step.wait_until(lambda: not [one for one in step.processes("") if one.status() != psutil.STATUS_ZOMBIE], 60)
+    step.wait_until(lambda: not step.processes(""), 60)
     why = "the process that started this step is gone" if whom == "shell" else "this step got SIGTERM"
     name = f"cappy-finetuning-{next((step.plan.work / 'finetuning').iterdir()).name}"
     ending = (

@@ -24,7 +24,10 @@ def test_where_a_step_trains_does_not_name_the_work(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"launcher": "trainjob", "work": "work"}, "--work work: is a relative path; give an absolute path on a volume"),
+        (
+            {"launcher": "trainjob", "work": "work"},
+            "--work work: is a relative path; give an absolute path on a volume",
+        ),
         ({"launcher": "trainjob", "scorer": "out/scorer"}, "--scorer out/scorer: is a relative path"),
         ({"launcher": "trainjob", "volume": "claim"}, "--volume claim: is no CLAIM:/path"),
         ({"launcher": "trainjob", "volume": "claim:/elsewhere"}, "does not lie on the volume, under /elsewhere"),

@@ -25,6 +25,7 @@ from cappy.errors import ConfigError, TrainingError, UnansweredError
 from cappy.records.folder import verify
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.remote import run as remote
+from cappy.training.remote import vertex
 from cappy.training.remote.following import Phase, Status
 
 # The SDK warns of its own protobuf and of REST being in preview.
@@ -56,7 +57,9 @@ def jobs(server: Vertex, plan: Plan) -> Callable[..., Any]:
 
         settings = plan(**{**CLOUD, **values})
         shared = {name: getattr(settings, name) for name in ("nodes", "devices", "scorer", "work")}
-        return CustomJobs("finetuning", settings, plan(**shared), {"A": "b"})
+        found = CustomJobs("finetuning", settings, plan(**shared), {"A": "b"})
+        found.logging = server.address
+        return found
 
     return make
 
@@ -156,6 +159,30 @@ def test_where_the_log_lies_is_told(server: Vertex, jobs: Callable[..., Any]) ->
     assert list(found.lines(NAME)) == []
 
 
+def entry(number: int, node: str, text: str) -> dict[str, Any]:
+    labels = {"job_id": "4000", "task_name": node}
+    stamp = f"2026-01-01T00:00:{number:02d}Z"
+    return {"insertId": str(number), "timestamp": stamp, "textPayload": text, "resource": {"labels": labels}}
+
+
+def test_every_line_of_every_machine_is_told_once(server: Vertex, jobs: Callable[..., Any]) -> None:
+    found = jobs()
+    found.submit(NAME)
+    server.entries = [entry(1, "workerpool0-0", "a"), entry(2, "workerpool1-0", "b\nc")]
+    assert list(found.lines(NAME)) == [("workerpool0-0", "a"), ("workerpool1-0", "b"), ("workerpool1-0", "c")]
+    server.entries.append(entry(3, "workerpool0-0", "d"))
+    assert list(found.lines(NAME)) == [("workerpool0-0", "d")]
+
+
+def test_a_log_that_may_not_be_read_is_told_once_and_ends_nothing(server: Vertex, jobs: Callable[..., Any]) -> None:
+    found = jobs()
+    found.submit(NAME)
+    server.unreadable = True
+    ((_, line),) = list(found.lines(NAME))
+    assert line.startswith("its log may not be read (403); grant the step roles/logging.viewer")
+    assert list(found.lines(NAME)) == []
+
+
 def test_a_quota_a_missing_right_and_a_service_that_is_away_are_one_line(
     server: Vertex, jobs: Callable[..., Any]
 ) -> None:
@@ -236,6 +263,7 @@ def test_a_preempted_job_goes_on_at_its_checkpoint_and_what_it_wrote_is_publishe
     server: Vertex, plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(vertex, "LOGGING", server.address)
     settings = {"epochs": 8.0, "patience": 50}
     here = run(plan("here", **settings))
     told = Told(at=3, do=lambda: server.custom_jobs[0].update(preempt=True))
@@ -244,13 +272,17 @@ def test_a_preempted_job_goes_on_at_its_checkpoint_and_what_it_wrote_is_publishe
     assert verify(plan("there").target).hash == manifest.hash == here.hash
     assert [one["state"] for one in server.custom_jobs] == ["JOB_STATE_FAILED", "JOB_STATE_SUCCEEDED"]
     assert told.updates[-1][1] >= 3, "it went on where it was"
-    assert "was preempted ('The VM was preempted.'), submitted again to continue at the checkpoint" in capsys.readouterr().err
+    assert (
+        "was preempted ('The VM was preempted.'), submitted again to continue at the checkpoint"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_step_that_is_cancelled_cancels_its_job_and_keeps_the_checkpoint(
     server: Vertex, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(vertex, "LOGGING", server.address)
     told = Told(at=2, do=lambda: os.kill(os.getpid(), 15))
     settings = plan(**CLOUD, epochs=500.0, patience=100)
     with machines(server), pytest.raises(TrainingError, match=r"was cancelled \(this step got SIGTERM\)"):
@@ -264,6 +296,7 @@ def test_a_job_that_succeeded_and_left_nothing_where_the_step_looks_is_told(
     server: Vertex, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(vertex, "LOGGING", server.address)
     settings = plan(**CLOUD)
 
     def succeed() -> None:
