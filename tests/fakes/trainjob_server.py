@@ -37,7 +37,7 @@ RUNTIME = {
 
 @dataclass
 class Cluster:
-    """TrainJobs by name, pods, their logs as (time, line), and every call; `refuse` holds a status and words by call."""
+    """TrainJobs by name, pods, their logs as (time, line), and every call; `refuse`: status and words by call."""
 
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     pods: list[dict[str, Any]] = field(default_factory=list)
