@@ -1,13 +1,12 @@
 """The loop over a job, whatever platform runs it: submitted once, looked at, told of, submitted again, cancelled."""
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from cappy.errors import CappyError, TrainingError, UnansweredError
+from cappy.errors import CappyError, ConfigError, TrainingError, UnansweredError
 
 PATIENCE_SECONDS = 600.0
 """How long a platform may give no answer while a job runs: an API server that is being replaced is back by then."""
@@ -129,6 +128,7 @@ class _Followed:
         self.submitted_again = 0
         self.told = ""
         self.error = ""
+        self.unread = False
 
     def begin(self) -> None:
         """Finds the job or submits it. A platform that does not answer here is not waited for."""
@@ -224,10 +224,16 @@ class _Followed:
         self.jobs.submit(self.name)
 
     def _tell_lines(self) -> None:
-        with contextlib.suppress(UnansweredError):  # What was not told now is told at the next look.
+        try:
             for node, line in self.jobs.lines(self.name):
                 self.around.tell(f"{node}: {line}")
                 self.error = self.around.said(line) or self.error
+        except UnansweredError:  # What was not told now is told at the next look.
+            return
+        except ConfigError as error:  # A right that is missing for the log alone must not end a training.
+            if not self.unread:
+                self.around.tell(f"{self.name}: its log cannot be read ({error})")
+            self.unread = True
 
     def _tell_once(self, text: str) -> None:
         if text != self.told:

@@ -70,13 +70,15 @@ class TrainJobs:
     def status(self, name: str) -> Status | None:
         """How it is, with what its pods say."""
         with _told(self.plan):
+            # First, so that a right to look at pods that is missing is told before anything is submitted.
+            found = self._pods(name)
             try:
                 job = self.client.get_job(name)
             except RuntimeError as error:
                 if str(error).startswith("Failed to get TrainJob") and _code(error) == 404:
                     return None
                 raise
-            return pods.read(PHASES[job.status], self._pods(name))
+            return pods.read(PHASES[job.status], found)
 
     def submit(self, name: str) -> None:
         """Creates the TrainJob, once one of this name that is over is gone with its pods."""

@@ -204,6 +204,16 @@ def test_a_platform_that_never_answered_is_not_waited_for() -> None:
     assert played.now == 0
 
 
+def test_a_log_that_may_not_be_read_is_told_once_and_ends_nothing() -> None:
+    class Secret(Played):
+        def lines(self, name: str) -> list[tuple[str, str]]:
+            raise ConfigError("no permission")
+
+    played = Secret(None, RUNNING, RUNNING, SUCCEEDED)
+    played.follow()
+    assert sum("its log cannot be read (no permission)" in line for line in played.said) == 1
+
+
 def test_a_job_that_cannot_be_cancelled_is_told_with_how_to_do_it_by_hand() -> None:
     class Stuck(Played):
         def cancel(self, name: str) -> None:

@@ -224,6 +224,16 @@ def test_what_the_cluster_refuses_is_one_line(
     assert words in refused(lambda: found.submit(NAME), kind)
 
 
+def test_a_missing_right_to_look_at_pods_is_told_before_anything_is_submitted(
+    cluster: Cluster, jobs: Callable[..., Any]
+) -> None:
+    found = jobs()
+    cluster.refuse["GET pods"] = (403, "pods is forbidden")
+    assert "no permission ('pods is forbidden'); the service account needs create" in refused(
+        lambda: found.status(NAME)
+    )
+
+
 def test_a_runtime_that_the_cluster_lacks_is_told_by_name(jobs: Callable[..., Any]) -> None:
     found = jobs(runtime="absent")
     assert "has no training runtime 'absent', or no Kubeflow Trainer; name one that" in refused(
