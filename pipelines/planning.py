@@ -10,6 +10,7 @@ from typing import Any
 import pipelines
 from cappy.errors import ConfigError, shown
 from pipelines.fingerprints import SPECS, configs
+from pipelines.nodes import launchers
 from pipelines.recipe import Platform, Recipe
 from pipelines.submission import Submission, prepare
 
@@ -17,8 +18,11 @@ LOCAL_WORK = ".cappy/work"
 ON_THIS_MACHINE = ("local", "docker")
 
 
-def settings_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The settings of each step; ConfigError for a parameter that the pipeline's `plan` does not take."""
+def settings_of(recipe: Recipe, platform: Platform = "local") -> dict[str, dict[str, Any]]:
+    """The settings of each step; ConfigError for a parameter that the pipeline's `plan` does not take.
+
+    A training step that spreads over nodes is told where; what its settings say themselves stands above that.
+    """
     plan = importlib.import_module(pipelines.PIPELINES[recipe.pipeline]).plan
     known = set(inspect.signature(plan).parameters) - {"settings", "tracking_uri"}
     if unknown := set(recipe.parameters) - known:
@@ -28,7 +32,8 @@ def settings_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
         **recipe.parameters, tracking_uri=recipe.tracking_uri, settings=recipe.settings
     )
     extra = {step: values for step, values in recipe.settings.items() if step not in settings}
-    return {**settings, **extra}
+    jobs = launchers(recipe, platform)
+    return {step: {**jobs.get(step, {}), **values} for step, values in {**settings, **extra}.items()}
 
 
 def work_of(recipe: Recipe, platform: Platform) -> Path:
@@ -57,8 +62,9 @@ def root_of(recipe: Recipe, platform: Platform) -> str:
 
 def check(recipe: Recipe, platform: Platform = "local") -> None:
     """ConfigError for what could not work on the platform, as far as the recipe alone shows it; asks no registry."""
-    settings = settings_of(recipe)
-    configs({step: settings.get(step, {}) for step in recipe.steps})
+    settings = settings_of(recipe, platform)
+    work = {"work": str(work_of(recipe, platform))}
+    configs({step: {**settings.get(step, {}), **work} for step in recipe.steps})
     if platform not in ON_THIS_MACHINE:
         _refuse_unseen(recipe, settings, root_of(recipe, platform))
         _refuse_local_registry(recipe)
@@ -69,7 +75,7 @@ def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
     check(recipe, platform)
     return prepare(
         recipe.pipeline,
-        settings_of(recipe),
+        settings_of(recipe, platform),
         work=work_of(recipe, platform),
         shards=recipe.shards,
         tracking_uri=recipe.tracking_uri,

@@ -22,7 +22,8 @@ class Kubeflow:
     """Where Kubeflow Pipelines answers, and what every pod of a run gets there.
 
     `volume` is a PersistentVolumeClaim that many pods may mount (ReadWriteMany); it is mounted under `mount` and holds
-    the work folder. `spot` is the label of spot nodes, which their taint repeats: GKE's, where nothing else is said.
+    the work folder. `runtime` is the TrainingRuntime of steps that train on several nodes. `spot` is the label of spot
+    nodes, which their taint repeats: GKE's, where nothing else is said.
     """
 
     endpoint: str = ""
@@ -33,6 +34,7 @@ class Kubeflow:
     pull_secret: str = ""
     service_account: str = ""
     spot: dict[str, str] = Field(default_factory=lambda: {"cloud.google.com/gke-spot": "true"})
+    runtime: str = "cappy-torch"
     shared_memory: Annotated[str, Field(pattern=r"^[0-9]+(Mi|Gi)$")] = "2Gi"
 
 

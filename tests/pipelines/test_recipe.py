@@ -7,7 +7,7 @@ import pytest
 
 from cappy.config import decode
 from cappy.errors import ConfigError, UnreachableError
-from pipelines.compile import built
+from pipelines.compile import built, compiled
 from pipelines.outline import graph, lines, text, to_json
 from pipelines.planning import check, registry_of, settings_of, submission_of, work_of
 from pipelines.recipe import checked, read_recipe
@@ -146,3 +146,36 @@ def test_a_cluster_is_told_its_own_address_and_this_machine_asks_at_its_own(monk
         submission_of(recipe, "kubeflow")
     found = submission_of(checked({"pipeline": "pretrain", **PLACES}), "kubeflow").arguments
     assert decode(found["registration_settings"])["tracking_uri"] == PLACES["tracking_uri"]
+
+
+def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_has_no_accelerator() -> None:
+    needs = {"accelerator": "nvidia-h100-80gb", "count": 8, "nodes": 4, "hours": 48.0, "machine_type": "a3-highgpu-8g"}
+    places = {**PLACES, "vertex": {"project": "p", "bucket": "gs://mine", "service_account": "me@p"}}
+    vertex = checked({"pipeline": "adapt", "resources": {"finetuning": {**needs, "spot": True}}, **places})
+    check(vertex, "vertex")
+    told = settings_of(vertex, "vertex")["finetuning"]
+    assert (told["launcher"], told["nodes"], told["devices"], told["spot"]) == ("customjob", 4, 8, True)
+    assert (told["accelerator"], told["machine"], told["timeout_hours"]) == (
+        "NVIDIA_H100_80GB",
+        "a3-highgpu-8g",
+        pytest.approx(45.6),
+    )
+    del needs["machine_type"]
+    kubeflow = checked({"pipeline": "adapt", "resources": {"finetuning": needs}, **places})
+    check(kubeflow, "kubeflow")
+    told = settings_of(kubeflow, "kubeflow")["finetuning"]
+    assert (told["launcher"], told["volume"], told["runtime"]) == ("trainjob", "cappy-work:/work", "cappy-torch")
+    assert "launcher" not in settings_of(kubeflow, "local")["finetuning"]
+    for recipe, platform in ((vertex, "vertex"), (kubeflow, "kubeflow")):
+        spec = compiled(recipe, platform)
+        assert "H100" not in spec
+        assert "nvidia.com/gpu" not in spec
+    chosen = checked(
+        {
+            "pipeline": "adapt",
+            "settings": {"finetuning": {"runtime": "mine"}},
+            "resources": {"finetuning": needs},
+            **places,
+        }
+    )
+    assert settings_of(chosen, "kubeflow")["finetuning"]["runtime"] == "mine"
