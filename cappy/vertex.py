@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from google.api_core.exceptions import GoogleAPICallError, GoogleAPIError
 from google.auth.exceptions import GoogleAuthError
@@ -19,8 +19,11 @@ def hush() -> None:
 
 
 @contextlib.contextmanager
-def told(step: str, project: str, region: str) -> Iterator[None]:
-    """What the service or the credentials refuse, and a service that does not answer, as one line."""
+def told(step: str, project: str, region: str, remedies: Mapping[int, str] | None = None) -> Iterator[None]:
+    """What the service or the credentials refuse, and a service that does not answer, as one line.
+
+    `remedies` says what to do about a status, where more can be said than to mend it.
+    """
     place = f"Vertex AI, project {project}, {region}"
     try:
         yield
@@ -35,8 +38,9 @@ def told(step: str, project: str, region: str) -> Iterator[None]:
         # Over REST the request stands in front of the service's words.
         words = re.sub(r"^[A-Z]+ \S+: ", "", str(error.message))
         reason = shown(" ".join(words.split()), 200)
-        remedy = "mend that, then run the same command again"
-        raise ConfigError(f"{step}: {place}: refused ({error.code}, {reason}); {remedy}") from error
+        code = int(error.code) if error.code else 0
+        remedy = (remedies or {}).get(code, "mend that, then run the same command again")
+        raise ConfigError(f"{step}: {place}: refused ({code}, {reason}); {remedy}") from error
     except GoogleAPIError as error:
         # Without an answer: the SDK asked again until its time was up (RetryError), or could not read what came.
         reason = shown(" ".join(str(error).split()), 200)

@@ -2,12 +2,11 @@
 
 import contextlib
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cappy.errors import ConfigError, UnreachableError, shown
+from cappy.errors import ConfigError
 from pipelines.clients import RunState, State, TaskState, step_name
 from pipelines.recipe import Vertex
 
@@ -47,9 +46,8 @@ class VertexClient:
         except ModuleNotFoundError as missing:
             raise ConfigError(f"vertex: needs {missing.name}; pip install 'cappy-scorer[gcp]'") from missing
         self._place = place
-        for name in logging.root.manager.loggerDict:
-            if name.startswith("google.cloud.aiplatform"):
-                logging.getLogger(name).setLevel(logging.CRITICAL)
+        # The SDK tells a bucket that it may not look at with a traceback, and goes on.
+        logging.getLogger("google.cloud.aiplatform.pipeline_jobs").setLevel(logging.CRITICAL)
         with self._told():
             aiplatform.init(project=place.project, location=place.region, **_elsewhere(place))
         self._sdk = aiplatform
@@ -136,31 +134,11 @@ class VertexClient:
         place = f"locations/{self._place.region}/runs/{run}?project={self._place.project}"
         return f"https://console.cloud.google.com/vertex-ai/{place}"
 
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _told(self) -> contextlib.AbstractContextManager[None]:
         """What the service or the credentials refuse, and a service that does not answer, as one line."""
-        from google.api_core.exceptions import GoogleAPICallError, GoogleAPIError
-        from google.auth.exceptions import GoogleAuthError
+        from cappy.vertex import told
 
-        where = f"vertex: project {self._place.project}, {self._place.region}"
-        try:
-            yield
-        except GoogleAuthError as error:
-            reason = shown(" ".join(str(error).split()), 120)
-            remedy = "log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
-            raise ConfigError(f"{where}: no valid credentials ({reason}); {remedy}") from error
-        except GoogleAPICallError as error:
-            code = int(error.code) if error.code else 0
-            words = " ".join(re.sub(r"^[A-Z]+ \S+: ", "", str(error.message)).split())
-            remedy = REMEDIES.get(code, "mend that, then run the same command again")
-            raise ConfigError(f"{where}: refused ({code}, {shown(words, 200)}); {remedy}") from error
-        except (GoogleAPIError, OSError) as error:
-            reason = shown(" ".join(str(error).split()), 200)
-            raise UnreachableError(
-                f"{where}: gave no answer ({reason}); look at the network, then try again"
-            ) from error
-        except ValueError as error:
-            raise ConfigError(f"{where}: {shown(' '.join(str(error).split()), 200)}; mend that setting") from error
+        return told("pipeline", self._place.project, self._place.region, REMEDIES)
 
 
 def _elsewhere(place: Vertex) -> dict[str, Any]:
