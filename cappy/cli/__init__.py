@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import cappy
-from cappy.cli import adapt, convert, doctor, gateway, pipeline, remote, scoring, serve, templates, threshold
+from cappy.cli import adapt, convert, doctor, gateway, pipeline, plan, remote, scoring, serve, templates, threshold
 from cappy.errors import CappyError
 
 __all__ = ["main"]
@@ -96,6 +96,7 @@ app.command("select", short_help="Pick the best of several responses.")(scoring.
 app.command("serve", short_help="Serve a scorer over HTTP.")(serve.serve)
 app.command("gateway", short_help="Answer with the best of an LLM's samples.")(gateway.gateway)
 app.command("threshold", short_help="Find the score that keeps picks good enough.")(threshold.threshold)
+app.command("plan", short_help="Say what a pretraining will take.")(plan.plan)
 app.command("convert", short_help="Turn a published PyTorch checkpoint into a scorer.")(convert.convert)
 app.command("templates", short_help="Fetch PromptSource's templates, checked.")(templates.templates)
 app.command("doctor", short_help="Say what this machine has and lacks.")(doctor.doctor)

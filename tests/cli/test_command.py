@@ -18,7 +18,7 @@ from cappy.steps import STEPS, config_class
 Cappy = Callable[..., subprocess.CompletedProcess[str]]
 Rows = Callable[[str], dict[str, str]]
 
-OTHER = "adapt score select serve gateway convert templates threshold doctor pipeline"
+OTHER = "adapt score select serve gateway plan convert templates threshold doctor pipeline"
 VERBS = {*STEPS, *OTHER.split()}
 OWN = {
     "preparation": "--plan",
@@ -57,6 +57,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
         ["gateway", "--help"],
         ["adapt", "--help"],
         ["threshold", "--help"],
+        ["plan", "--help"],
     ):
         done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, ""), words

@@ -1,0 +1,171 @@
+"""A plan as text for a terminal or a page, and as JSON values."""
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cappy.plan.costs import CPU, MOST_SHARDS, Cost, Terms, Work, cost
+from cappy.plan.volumes import Volumes
+from cappy.preparation.mixtures.table import PUBLISHED_MILLIONS
+
+WIDTH = 110
+"""Columns that no sentence exceeds."""
+
+Line = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is planned: the volumes, the work of each step, and the numbers of devices that are compared."""
+
+    mixture: str
+    hardware: str
+    devices: tuple[int, ...]
+    price: float | None
+    terms: Terms
+    volumes: Volumes
+    works: tuple[Work, ...]
+
+    def costs(self, devices: int) -> list[Cost]:
+        """The cost of each step on so many devices."""
+        cores = devices if self.hardware == CPU else self.terms.workers
+        return [cost(work, devices, self.terms, cores=cores) for work in self.works]
+
+
+def text(plan: Plan) -> str:
+    """The plan as plain text: what each step does, how long it takes on so many devices, and what that rests on."""
+    blocks = [_rows(plan), _aligned(_work_lines(plan)), _aligned(_time_lines(plan))]
+    sentences = [textwrap.fill(one, WIDTH, initial_indent="- ", subsequent_indent="  ") for one in assumptions(plan)]
+    return "\n\n".join([*blocks, "\n".join(["Rests on", *sentences])])
+
+
+def to_values(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values; seconds, hours and bytes are numbers, each step says whether its speed was measured."""
+    volumes = {**asdict(plan.volumes), "candidates": plan.volumes.candidates}
+    return {
+        "mixture": plan.mixture,
+        "hardware": plan.hardware,
+        "terms": asdict(plan.terms),
+        "volumes": volumes,
+        "steps": [asdict(work) for work in plan.works],
+        "by_devices": {
+            str(number): {"steps": [asdict(one) for one in plan.costs(number)], **_sums(plan, number)}
+            for number in plan.devices
+        },
+        "bytes": sum(work.bytes for work in plan.works),
+        "rests_on": list(assumptions(plan)),
+    }
+
+
+def assumptions(plan: Plan) -> Iterator[str]:
+    """What the numbers rest on and leave out, a sentence each; those that nobody measured say so."""
+    volumes, terms = plan.volumes, plan.terms
+    assumed = [work for work in plan.works if not work.measured]
+    if assumed:
+        yield (
+            f"NOT MEASURED on {plan.hardware}: {', '.join(work.name for work in assumed)}. Their speed is the share of "
+            "the data sheet's peak that the flags say, and is worth as much as that guess."
+        )
+    if plan.hardware != CPU:
+        yield (
+            f"Preparation and annotation run on {terms.workers} cores (--workers), each as fast as the calibrated "
+            "one; twice the cores are taken to halve the time."
+        )
+    if max(plan.devices) > 1:
+        overhead = "no overhead, an upper bound" if terms.scaling == 1 else "an assumption"
+        yield (
+            f"Training on several devices keeps {terms.scaling:g} of linear speed (--scaling; {overhead}; never "
+            f"measured). Sampling shares nothing and is spread over at most {MOST_SHARDS} shards, a device each. "
+            "Devices that wait for tokens count, those that a step does not use do not."
+        )
+    yield (
+        f"Lengths were measured on prompts of {volumes.known:.0%} of the mixture (the first 200 rows of each dataset), "
+        "in the scorer's tokens; means of those stand for the rest. Candidates are taken to be as long as the "
+        "references are."
+    )
+    yield (
+        f"Pretraining: {terms.epochs:g} epochs, {terms.validation:.1%} of the instances held out and checked on the "
+        "way, no early stop. Evaluation: scores on one device; statistics and plots are left out. Storage: one copy "
+        "of each folder; loading of large models, queues, failures and transfers are left out."
+    )
+
+
+def _rows(plan: Plan) -> str:
+    volumes = plan.volumes
+    each = " + ".join(f"{number} of {name}" for name, number in volumes.samples.items())
+    told = f"{PUBLISHED_MILLIONS} million by the paper's authors' count" if plan.mixture == "t0" else ""
+    return "\n".join(
+        [
+            f"mixture {plan.mixture}: {volumes.prompts:,} prompts, {volumes.open_prompts:,} of them open-ended",
+            f"candidates: {volumes.candidates:,} ({each} for each open-ended prompt)",
+            f"rows to pretrain on: {volumes.pairs:,} pairs, {volumes.pair.tokens:,.0f} tokens in the mean"
+            + (f" ({told})" if told else ""),
+            f"scorer: {plan.terms.scorer}; hardware: {plan.hardware}",
+        ]
+    )
+
+
+def _work_lines(plan: Plan) -> list[Line]:
+    lines: list[Line] = [("step", "work", "tokens", "storage", "speed of one")]
+    for work in plan.works:
+        amount = f"{work.amount:.3g} FLOP" if work.unit == "FLOP" else f"{work.amount:,.0f} {work.unit}"
+        lines.append((work.name, amount, _tokens(work.tokens), stored(work.bytes), work.basis))
+    return lines
+
+
+def _time_lines(plan: Plan) -> list[Line]:
+    unit = "core" if plan.hardware == CPU else "GPU"
+    costs = {number: plan.costs(number) for number in plan.devices}
+    lines: list[Line] = [("wall-clock", *(f"{number} {unit}{'s' if number > 1 else ''}" for number in plan.devices))]
+    for place, work in enumerate(plan.works):
+        lines.append((work.name, *(span(costs[number][place].seconds) for number in plan.devices)))
+    sums = [_sums(plan, number) for number in plan.devices]
+    lines.append(("total", *(span(one["seconds"]) for one in sums)))
+    if plan.hardware != CPU:
+        lines.append(("GPU-hours", *(f"{one['device_hours']:,.0f}" for one in sums)))
+    lines.append(("core-hours", *(f"{one['core_hours']:,.0f}" for one in sums)))
+    if plan.price is not None:
+        lines.append((f"price, {plan.price:g} a {unit}-hour", *(f"{one['price']:,.0f}" for one in sums)))
+    return lines
+
+
+def _sums(plan: Plan, devices: int) -> Mapping[str, float]:
+    """Sums over the steps, which run one after another; the hours of a CPU's devices are core-hours."""
+    costs = plan.costs(devices)
+    hours, cores = sum(one.device_hours for one in costs), sum(one.core_hours for one in costs)
+    if plan.hardware == CPU:
+        hours, cores = 0.0, cores + hours
+    found = {"seconds": sum(one.seconds for one in costs), "device_hours": hours, "core_hours": cores}
+    if plan.price is not None:
+        found["price"] = plan.price * (cores if plan.hardware == CPU else hours)
+    return found
+
+
+def span(seconds: float) -> str:
+    """A time as a person says it, in one unit."""
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h"), (730 * 86_400, 86_400, "d")):
+        if seconds < limit:
+            return f"{seconds / size:.{0 if seconds / size >= 10 else 1}f} {unit}"
+    return f"{seconds / (365.25 * 86_400):,.1f} years"
+
+
+def stored(count: float) -> str:
+    """Bytes as a person says them; empty for none."""
+    for limit, size, unit in ((1e6, 1e3, "kB"), (1e9, 1e6, "MB"), (1e12, 1e9, "GB")):
+        if count < limit:
+            return f"{count / size:.3g} {unit}" if count else ""
+    return f"{count / 1e12:.3g} TB"
+
+
+def _tokens(count: float) -> str:
+    if not count:
+        return ""
+    return f"{count / 1e9:,.1f} billion" if count >= 1e8 else f"{count / 1e6:,.2g} million"
+
+
+def _aligned(lines: Sequence[Line]) -> str:
+    """Columns padded to their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(padded)
