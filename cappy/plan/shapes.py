@@ -103,11 +103,11 @@ GENERATORS: Mapping[str, GeneratorShape] = {
 
 SCORERS: Mapping[str, ScorerShape] = {
     "builtin": ScorerShape(layers=4, hidden=160, vocabulary=2_501, positions=256),
-    "mini": ScorerShape(layers=6, hidden=384, vocabulary=2_501, positions=256),
+    "mini": ScorerShape(layers=12, hidden=160, vocabulary=2_501, positions=256),
     "roberta-base": ScorerShape(layers=12, hidden=768, vocabulary=50_265),
     "roberta-large": ScorerShape(layers=24, hidden=1024, vocabulary=50_265),
 }
-"""`mini` is what `cappy pretraining --layers 6 --hidden-size 384` makes."""
+"""`mini` is what `cappy pretraining --layers 12` makes of the built-in encoder."""
 
 Shape = TypeVar("Shape")
 

@@ -1,0 +1,50 @@
+"""Where the measurements of `calibration.py` gather, and its clock."""
+
+import os
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from calibration_texts import rounded
+from machine import machine
+
+from cappy.plan.calibration import Measurement, Texts
+from cappy.plan.costs import CPU, HARDWARE
+
+T = TypeVar("T")
+
+
+class Bench:
+    """Where measurements gather; `note` adds one and says so."""
+
+    def __init__(self, hardware: str, work: Path) -> None:
+        self.hardware, self.work = hardware, work
+        self.found: list[Measurement] = []
+        self.texts: dict[str, tuple[Texts, ...]] = {}
+
+    def note(self, step: Any, of: str, unit: Any, value: float, *, hardware: str | None = None, **told: float) -> None:
+        """Adds a measurement with today's date, this machine and its load."""
+        entry = Measurement(
+            step=step, hardware=hardware or self.hardware, of=of, unit=unit, value=rounded(value),
+            date=date.today().isoformat(), machine=machine(), load=rounded(os.getloadavg()[0]),
+            told={name: rounded(number) for name, number in told.items()},
+        )  # fmt: skip
+        self.found.append(entry)
+        print(f"{step} of {of}: {entry.value:g} {unit} {entry.told}", flush=True)
+
+    def timed(self, work: Callable[[], T]) -> tuple[float, T]:
+        """Seconds that a call took, and what it gave: of a CPU its time, so that other work beside it counts little."""
+        clock = time.process_time if self.hardware == CPU else time.perf_counter
+        started = clock()
+        value = work()
+        if self.hardware != CPU:
+            torch.cuda.synchronize()
+        return clock() - started, value
+
+    def share(self, flops: float) -> dict[str, float]:
+        """The share of the data sheet's peak, where there is one."""
+        peak = HARDWARE[self.hardware]
+        return {"flop_share": flops / peak} if peak else {}

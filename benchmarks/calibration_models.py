@@ -1,0 +1,172 @@
+"""How fast generators sample, and how fast scorers train and score: the part of `calibration.py` that runs models."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from builtin_steps import LENGTH, POOL, size_of
+from calibration_bench import Bench
+from calibration_texts import builtin_instances
+from scoring_data import scorer_folder
+from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+from cappy.annotation import AnnotationConfig
+from cappy.annotation import run as annotation
+from cappy.builtin import LLM_FOLDER
+from cappy.builtin.scorer import new_encoder
+from cappy.builtin.tasks import instances as builtin_tasks
+from cappy.plan.shapes import GENERATORS, SCORERS, GeneratorShape
+from cappy.records import Instance, write
+from cappy.sampling.seq2seq import Seq2Seq
+from cappy.sampling.strategies import Decoding, strategy
+from cappy.scoring import Scorer
+from cappy.training import checkpoint
+from cappy.training.feed import batch
+from cappy.training.loop import Run
+from cappy.training.pretraining import PretrainingConfig
+from cappy.training.ranks import ALONE
+from cappy.training.tokenization import open_corpora
+
+RESPONSE_TOKENS = 24
+UPDATES = {"mini": 20, "builtin": 20, "roberta-base": 4}
+"""Timed updates of a scorer; 2 of a large one."""
+
+
+def measure_sampling(bench: Bench, names: Sequence[str], sample: Sequence[Instance]) -> None:
+    """Each generator on T0's open-ended prompts, the built-in one on its own; fewer prompts for larger ones."""
+    opened = [one.instruction for one in sample if not one.choices]
+    for name in names:
+        shape = GENERATORS[name]
+        with TemporaryDirectory(dir=bench.work) as folder:
+            if name == "builtin":
+                texts = [one.instruction for one in builtin_tasks(POOL, num_per_family=20, seed=2) if not one.choices]
+                generator, decodings = Seq2Seq(name, LLM_FOLDER), strategy("topk40x5+topp0.95x5")
+            else:
+                random_weights(shape, Path(folder))
+                count = max(4, min(64, round(4e9 / (shape.encoder_weights + shape.decoder_weights))))
+                count = 512 if bench.hardware != "cpu" else count
+                texts, generator = opened[:count], Seq2Seq(name, folder)
+                decodings = (replace(strategy("topk40x5")[0], max_new_tokens=RESPONSE_TOKENS),)
+            note_sampling(bench, name, generator, texts, decodings)
+
+
+def note_sampling(
+    bench: Bench, name: str, generator: Seq2Seq, texts: Sequence[str], decodings: Sequence[Decoding]
+) -> None:
+    """Samples once after two prompts that warm up, and notes operations and tokens a second."""
+    generator.sample(texts[:2], decodings, seed=1)
+    seconds, drawn = bench.timed(lambda: generator.sample(texts, decodings, seed=0))
+    shape = GENERATORS[name]
+    prompts = [len(ids) for ids in generator.tokenizer(list(texts), max_length=512, truncation=True).input_ids]
+    own = [[candidate.num_tokens or 0 for candidate in candidates] for candidates in drawn]
+    flops = sum(shape.prompt_flops(prompt, prompt**2) for prompt in prompts)
+    flops += sum(
+        shape.response_flops(tokens, prompt) for prompt, some in zip(prompts, own, strict=True) for tokens in some
+    )
+    responses = sum(map(sum, own))
+    told = {"prompts": len(texts), "prompt_tokens": fmean(prompts), "candidates": sum(map(len, own))}
+    bench.note(
+        "sampling", name, "FLOP/s", flops / seconds, response_tokens_per_second=responses / seconds,
+        response_tokens=responses / told["candidates"], seconds=seconds, **told, **bench.share(flops / seconds),
+    )  # fmt: skip
+
+
+def random_weights(shape: GeneratorShape, folder: Path) -> None:
+    """Saves a model of the shape with random weights and the built-in tokenizer."""
+    torch.manual_seed(0)
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    if shape.gated:
+        config: Any = T5Config(
+            vocab_size=shape.vocabulary, d_model=shape.hidden, d_kv=64, num_heads=shape.attention // 64,
+            d_ff=shape.inner, num_layers=shape.layers, num_decoder_layers=shape.layers,
+            feed_forward_proj="gated-gelu", tie_word_embeddings=False, **ends,
+        )  # fmt: skip
+        model: Any = T5ForConditionalGeneration(config)
+    else:
+        config = BartConfig(
+            vocab_size=shape.vocabulary, d_model=shape.hidden, encoder_layers=shape.layers,
+            decoder_layers=shape.layers, encoder_attention_heads=16, decoder_attention_heads=16,
+            encoder_ffn_dim=shape.inner, decoder_ffn_dim=shape.inner, bos_token_id=0, forced_eos_token_id=None, **ends,
+        )  # fmt: skip
+        model = BartForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(LLM_FOLDER).save_pretrained(folder)
+
+
+def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instance]) -> None:
+    """Updates of each scorer, the first one left out; `mini` and `builtin` on the built-in tasks."""
+    for name in names:
+        scorer, instances = scorer_and_texts(bench, name, sample, precision="fp32")
+        source = bench.work / f"training-{name}"
+        labelled = (replace(one, split="train") for one in instances)
+        write(source / "instances", labelled)
+        annotation(AnnotationConfig(source=source / "instances", target=source / "labels", work=source / "work"))
+        many = bench.hardware != "cpu"
+        small = name in ("mini", "builtin")
+        config = PretrainingConfig(
+            source=source / "labels", target=source / "none", epochs=4.0, max_candidates=16 if many or small else 4,
+            batch_instances=8 if many or small else 1, batch_tokens=32_768 if many else 2_048, learning_rate=1e-5,
+        )  # fmt: skip
+        corpora = open_corpora(
+            config.source, source / "tokens", scorer.tokenizer, scorer.encoder, metric="rougeL", sources=()
+        )
+        run = Run(scorer, corpora.train, corpora.validation, config, source / "checkpoints", ALONE)
+        run.update()
+        updates = UPDATES.get(name, 2) * (1 + 3 * many)
+        drawn = [
+            one
+            for number in range(1, updates + 1)
+            for one in batch(corpora.train, number, config.batch_instances, config.max_candidates, seed=config.seed)
+        ]
+        lengths = [length for one in drawn for length in corpora.train.tokens(one.index, one.chosen)]
+        seconds, _ = bench.timed(lambda: [run.update() for _ in range(updates)])  # noqa: B023
+        flops = sum(SCORERS[name].training_flops(length, length**2) for length in lengths) / seconds
+        bench.note(
+            "pretraining", name, "FLOP/s", flops, pairs_per_second=len(lengths) / seconds, pairs=len(lengths),
+            tokens_per_second=sum(lengths) / seconds, pair_tokens=fmean(lengths), **bench.share(flops),
+        )  # fmt: skip
+        if name == "mini":
+            weights = run.strategy.weights()
+            kept = checkpoint.Checkpoint(state=run.state, weights=weights, moments=run.strategy.moments(), best=weights)
+            checkpoint.save(source / "saved", kept)
+            bench.note(
+                "pretraining", "builtin", "bytes/weight", size_of(source / "saved") / SCORERS[name].weights,
+                hardware="cpu", weights=SCORERS[name].weights,
+            )  # fmt: skip
+
+
+def measure_scoring(bench: Bench, names: Sequence[str], sample: Sequence[Instance]) -> None:
+    """Pairs through `Scorer.score`, as it comes."""
+    for name in names:
+        scorer, instances = scorer_and_texts(bench, name, sample, precision="auto")
+        count = {"mini": 1_000, "builtin": 2_000, "roberta-base": 24}.get(name, 8)
+        count = 4_096 if bench.hardware != "cpu" else count
+        pairs = [(one.instruction, some.response) for one in instances for some in one.candidates][:count]
+        scorer.score(pairs[:4])
+        seconds, _ = bench.timed(lambda: scorer.score(pairs))  # noqa: B023
+        lengths = [len(one.ids) for one in scorer.encoder.encode(pairs)]
+        shape = SCORERS[name]
+        flops = sum(shape.scoring_flops(length, length**2) for length in lengths) / seconds
+        bench.note(
+            "evaluation", name, "FLOP/s", flops, pairs_per_second=len(pairs) / seconds, pairs=len(pairs),
+            pair_tokens=fmean(lengths), **bench.share(flops),
+        )  # fmt: skip
+
+
+def scorer_and_texts(
+    bench: Bench, name: str, sample: Sequence[Instance], *, precision: Any
+) -> tuple[Scorer, Sequence[Instance]]:
+    """A scorer of the shape, random weights, and what it is measured on."""
+    if name.startswith("roberta-"):
+        folder = scorer_folder(name.removeprefix("roberta-"), bench.work / "scorers")
+        return Scorer.load(str(folder), precision=precision), sample
+    shape = SCORERS[name]
+    torch.manual_seed(0)
+    model, tokenizer = new_encoder(shape.layers, shape.hidden, LENGTH)
+    folder = bench.work / f"scorers/{name}"
+    Scorer(model, tokenizer, head="bce", max_length=LENGTH).save(folder)
+    return Scorer.load(str(folder), precision=precision), builtin_instances(24)
