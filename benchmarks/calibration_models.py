@@ -145,7 +145,8 @@ def measure_scoring(bench: Bench, names: Sequence[str], sample: Sequence[Instanc
         scorer, instances = scorer_and_texts(bench, name, sample, precision="auto")
         count = {"mini": 1_000, "builtin": 2_000, "roberta-base": 24}.get(name, 8)
         count = 4_096 if bench.hardware != "cpu" else count
-        pairs = [(one.instruction, some.response) for one in instances for some in one.candidates][:count]
+        texts = ((one.instruction, some.response) for one in instances for some in one.candidates)
+        pairs = list(dict.fromkeys(texts))[:count]  # Scored twice, a pair would cost nothing.
         scorer.score(pairs[:4])
         seconds, _ = bench.timed(lambda: scorer.score(pairs))  # noqa: B023
         lengths = [len(one.ids) for one in scorer.encoder.encode(pairs)]
