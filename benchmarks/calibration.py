@@ -65,7 +65,9 @@ def main() -> None:
     """Measures the parts that are asked for and writes them among the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--generators", nargs="*", choices=GENERATORS, default=["builtin", "flan-t5-small", "bart0"])
+    parser.add_argument(
+        "--generators", nargs="*", choices=GENERATORS, default=["builtin", "bart0", "t0-3b", "flan-t5-small"]
+    )
     parser.add_argument("--scorers", nargs="*", choices=SCORERS, default=["mini", "roberta-base", "roberta-large"])
     parser.add_argument("--hardware", choices=HARDWARE, default="cpu")
     parser.add_argument("--work", type=Path, default=Path(".cappy/benchmarks/calibration"))

@@ -59,6 +59,7 @@ def make_plan(
         terms=terms,
         volumes=volumes,
         works=tuple(works(volumes, calibration, hardware, terms, texts=mixture)),
+        machines=tuple(dict.fromkeys(one.machine for one in calibration.measurements)),
     )
 
 

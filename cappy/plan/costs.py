@@ -151,20 +151,19 @@ class _Rates:
 
     def flops(self, step: Step, of: str) -> tuple[float, str, bool]:
         """FLOP/s of a device at a step, where that number is from, and whether it was measured."""
-        found = self.calibration.find(step, "FLOP/s", hardware=self.hardware, of=of)
-        if found:
-            return found.value, f"measured {found.date}: {found.value / 1e9:,.0f} GFLOP/s a device", True
         peak = peak_of(self.hardware)
-        if peak is None:
-            self.calibration.need(step, "FLOP/s", hardware=self.hardware, of=of)
-            raise AssertionError
+        look = self.calibration.need if peak is None else self.calibration.find
+        found = look(step, "FLOP/s", hardware=self.hardware, of=of)
+        if found is not None:
+            return found.value, f"measured {found.date}: {found.value / 1e9:,.0f} GFLOP/s a device", True
+        assert peak is not None  # noqa: S101 (`need` has raised)
         flag, share = ("--sampling-mfu", self.terms.sampling_mfu) if step == "sampling" else ("--mfu", self.terms.mfu)
         if share is None:
             raise ConfigError(
                 f"plan: {step} of {of} was never measured on {self.hardware}; give {flag}, the share of its data "
                 f"sheet's {peak / 1e12:,.0f} TFLOP/s that you assume, above 0 and at most 1"
             )
-        told = f"not measured: assumes {share:g} of the data sheet's {peak / 1e12:,.0f} TFLOP/s ({flag})"
+        told = f"not measured: assumes {share:g} of the data-sheet peak ({flag})"
         return peak * share, told, False
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cappy.plan.costs import CPU, MOST_SHARDS, Cost, Terms, Work, cost
+from cappy.plan.costs import CPU, HARDWARE, MOST_SHARDS, Cost, Terms, Work, cost
 from cappy.plan.volumes import Volumes
 from cappy.preparation.mixtures.table import PUBLISHED_MILLIONS
 
@@ -17,7 +17,10 @@ Line = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is planned: the volumes, the work of each step, and the numbers of devices that are compared."""
+    """What is planned: the volumes, the work of each step, and the numbers of devices that are compared.
+
+    `machines` are those that the calibration measured on.
+    """
 
     mixture: str
     hardware: str
@@ -26,6 +29,7 @@ class Plan:
     terms: Terms
     volumes: Volumes
     works: tuple[Work, ...]
+    machines: tuple[str, ...] = ()
 
     def costs(self, devices: int) -> list[Cost]:
         """The cost of each step on so many devices."""
@@ -64,9 +68,11 @@ def assumptions(plan: Plan) -> Iterator[str]:
     assumed = [work for work in plan.works if not work.measured]
     if assumed:
         yield (
-            f"NOT MEASURED on {plan.hardware}: {', '.join(work.name for work in assumed)}. Their speed is the share of "
-            "the data sheet's peak that the flags say, and is worth as much as that guess."
+            f"NOT MEASURED on {plan.hardware}: {', '.join(work.name for work in assumed)}. Their speed is a share of "
+            f"the data-sheet peak, {(HARDWARE[plan.hardware] or 0) / 1e12:,.0f} TFLOP/s in dense bf16, that the flags "
+            "say, and is worth as much as that guess."
         )
+    yield f"Measured speeds: one thread, seconds of the processor's time, on {'; '.join(plan.machines)}."
     if plan.hardware != CPU:
         yield (
             f"Preparation and annotation run on {terms.workers} cores (--workers), each as fast as the calibrated "
@@ -85,9 +91,10 @@ def assumptions(plan: Plan) -> Iterator[str]:
         "references are."
     )
     yield (
-        f"Pretraining: {terms.epochs:g} epochs, {terms.validation:.1%} of the instances held out and checked on the "
-        "way, no early stop. Evaluation: scores on one device; statistics and plots are left out. Storage: one copy "
-        "of each folder; loading of large models, queues, failures and transfers are left out."
+        f"Pretraining: {terms.epochs:g} {'pass' if terms.epochs == 1 else 'passes'} over the rows, "
+        f"{terms.validation:.1%} of the instances held out and checked on the way, no early stop. Evaluation: scores "
+        "on one device; statistics and plots are left out. Storage: one copy of each folder; loading of large models, "
+        "queues, failures and transfers are left out."
     )
 
 
