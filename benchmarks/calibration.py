@@ -57,6 +57,8 @@ from cappy.training.tokenization import open_corpora
 PARTS = ("texts", "records", "sampling", "training", "scoring", "starts")
 ONE_OF = 5_000
 """One of so many prompts of T0's mixture is measured with."""
+SAMPLED_PART = 64
+"""Instances of a part that sampling writes by default: smaller parts weigh more."""
 PER_FAMILY = 8
 """Instances of a built-in family in the small run through the verbs."""
 
@@ -146,7 +148,7 @@ def measure_labels(bench: Bench, of: str, sample: Sequence[Instance], encoder: P
     folder = bench.work / f"records-{of}"
     bare = [one if one.choices else replace(one, candidates=()) for one in sample]
     write(folder / "prepared", bare)
-    write(folder / "sampled", sample)
+    write(folder / "sampled", sample, part_rows=SAMPLED_PART)
     best, pairs = float("inf"), 0
     for seed in (0, 1):
         config = AnnotationConfig(

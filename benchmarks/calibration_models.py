@@ -118,8 +118,8 @@ def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instan
         many = bench.hardware != "cpu"
         small = name in ("mini", "builtin")
         config = PretrainingConfig(
-            source=source / "labels", target=source / "none", epochs=4.0, max_candidates=16 if many or small else 4,
-            batch_instances=8 if many or small else 1, batch_tokens=32_768 if many else 2_048, learning_rate=1e-5,
+            source=source / "labels", target=source / "none", epochs=4.0, max_candidates=16 if many or small else 8,
+            batch_instances=8 if many or small else 2, batch_tokens=32_768 if many else 2_048, learning_rate=1e-5,
         )  # fmt: skip
         corpora = open_corpora(
             config.source, source / "tokens", scorer.tokenizer, scorer.encoder, metric="rougeL", sources=()
@@ -153,7 +153,7 @@ def measure_scoring(bench: Bench, names: Sequence[str], sample: Sequence[Instanc
     """Pairs through `Scorer.score`, as it comes."""
     for name in names:
         scorer, instances = scorer_and_texts(bench, name, sample, precision="auto")
-        count = {"mini": 1_000, "builtin": 2_000, "roberta-base": 24}.get(name, 8)
+        count = {"mini": 1_000, "builtin": 2_000, "roberta-base": 200}.get(name, 80)
         count = 4_096 if bench.hardware != "cpu" else count
         texts = ((one.instruction, some.response) for one in instances for some in one.candidates)
         pairs = list(dict.fromkeys(texts))[:count]  # Scored twice, a pair would cost nothing.

@@ -1,6 +1,6 @@
 """The plan beside a real run at 1/10,000 of the paper's 160 million rows: built-in tasks, built-in LLM, a small scorer.
 
-    python benchmarks/scale_check.py [--per-family 118]
+    python benchmarks/scale_check.py [--per-family 118] [--compare]
 
 The steps are the verbs themselves, processes on one thread each (`builtin_steps.py`). Predicted is by the code of
 `cappy plan` with the speeds in `benchmarks/results/calibration.json`, from arithmetic over the task families alone:
@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from calibration_texts import rounded
 from machine import machine
 
 from cappy.plan.calibration import DEFAULT, read_calibration
-from cappy.plan.costs import Terms, Work, cost, works
+from cappy.plan.costs import END, Terms, Work, cost, works
 from cappy.plan.volumes import Volumes
 from cappy.records import read
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_OF = 10_000
+RAN = "ran.json"
 
 
 def main() -> None:
@@ -37,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--per-family", type=int, default=118, help="instances of each built-in family")
     parser.add_argument("--work", type=Path, default=Path(".cappy/benchmarks/scale-check"))
+    parser.add_argument("--compare", action="store_true", help="predict the last run anew, run nothing")
     arguments = parser.parse_args()
     calibration = read_calibration(DEFAULT)
     volumes = builtin_volumes(arguments.per_family, calibration)
@@ -44,15 +47,14 @@ def main() -> None:
     planned = works(volumes, calibration, "cpu", terms, texts="builtin")
     predicted = seconds_of(planned, terms)
     print(f"{volumes.pairs:,} rows, predicted seconds {predicted}", flush=True)
-    shutil.rmtree(arguments.work, ignore_errors=True)
-    load = os.getloadavg()[0]
-    ran = run_steps(arguments.work, arguments.per_family)
+    if not arguments.compare:
+        run(arguments.work, arguments.per_family)
+    facts = json.loads((arguments.work / RAN).read_text())
+    ran = {step: Ran(**one) for step, one in facts.pop("steps").items()}
     result = {
         "benchmark": "scale check",
-        "date": date.today().isoformat(),
-        "machine": machine(),
+        **facts,
         "threads": 1,
-        "load": [rounded(load), rounded(os.getloadavg()[0])],
         "one_of": ONE_OF,
         "commands": [
             f"cappy {step} {' '.join(flags)}" for step, flags in commands(Path(), arguments.per_family).items()
@@ -62,6 +64,19 @@ def main() -> None:
     }
     (ROOT / "benchmarks/results/scale-check.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+
+
+def run(work: Path, per_family: int) -> None:
+    """Runs the steps and keeps what they took in the work folder."""
+    shutil.rmtree(work, ignore_errors=True)
+    load = os.getloadavg()[0]
+    steps = {step: asdict(one) for step, one in run_steps(work, per_family).items()}
+    told = {
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "load": [rounded(load), rounded(os.getloadavg()[0])],
+    }
+    (work / RAN).write_text(json.dumps({**told, "steps": steps}))
 
 
 def seconds_of(planned: list[Work], terms: Terms) -> dict[str, float]:
@@ -104,7 +119,7 @@ def compared_volumes(volumes: Volumes, planned: list[Work], ran: Mapping[str, Ra
         "candidates": (volumes.open_prompts * SAMPLES, len(drawn)),
         "rows": (volumes.pairs, ran["annotation"].manifest["metrics"]["candidates"]),
         "rows_to_train_on": (volumes.pairs, sum(one["pairs"] for one in trained)),
-        "sampled_tokens": (volumes.candidates * volumes.response_tokens, tokens),
+        "sampled_tokens": (volumes.candidates * (volumes.response_tokens + END), tokens),
         "bytes_prepared": (of_bytes["preparation"], ran["preparation"].bytes),
         "bytes_sampled": (of_bytes["sampling"], ran["sampling"].bytes),
         "bytes_annotated": (of_bytes["annotation"], ran["annotation"].bytes),

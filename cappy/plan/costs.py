@@ -20,6 +20,8 @@ CHECKED = 16
 """Responses of a validation instance that a check scores at most (`cappy.training.checks.CANDIDATES`)."""
 CHECKPOINTS = 2
 """Generations of checkpoints kept at a time."""
+END = 1
+"""Token that a generator draws after those of a response."""
 
 HARDWARE: Mapping[str, float | None] = {
     CPU: None,
@@ -184,15 +186,16 @@ def _stored(volumes: Volumes, found: _Rates) -> dict[str, float]:
 
 def _sampling(volumes: Volumes, found: _Rates, stored: float) -> Iterator[Work]:
     """One work for each generator, in turn over the same shards; the last one's folder is the one that stays."""
+    drawn = volumes.response_tokens + END
     for place, (name, samples) in enumerate(volumes.samples.items(), start=1):
         shape = shape_of(name, GENERATORS, "generators")
         prompts = shape.prompt_flops(volumes.prompt.tokens, volumes.prompt.squared)
-        responses = samples * shape.response_flops(volumes.response_tokens, volumes.prompt.tokens)
+        responses = samples * shape.response_flops(drawn, volumes.prompt.tokens)
         rate, basis, measured = found.flops("sampling", name)
         yield Work(
             step="sampling", name=f"sampling {name}", amount=volumes.open_prompts * (prompts + responses),
             unit="FLOP", rate=rate, start=found.start("sampling"), basis=basis, measured=measured, most=MOST_SHARDS,
-            tokens=volumes.open_prompts * (volumes.prompt.tokens + samples * volumes.response_tokens),
+            tokens=volumes.open_prompts * (volumes.prompt.tokens + samples * drawn),
             bytes=stored if place == len(volumes.samples) else 0.0,
         )  # fmt: skip
 
