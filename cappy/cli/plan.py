@@ -46,7 +46,7 @@ def plan(
         ),
     ] = None,
     sampling_mfu: Annotated[
-        float | None, typer.Option(help="The same of sampling, which reaches far less.", show_default="none")
+        float | None, typer.Option(help="The same of sampling, whose tokens come one at a time.", show_default="none")
     ] = None,
     scaling: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of linear speed that training keeps on several devices.")

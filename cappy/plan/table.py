@@ -94,7 +94,7 @@ def assumptions(plan: Plan) -> Iterator[str]:
         f"Pretraining: {terms.epochs:g} {'pass' if terms.epochs == 1 else 'passes'} over the rows, "
         f"{terms.validation:.1%} of the instances held out and checked on the way, no early stop. Evaluation: scores "
         "on one device; statistics and plots are left out. Storage: one copy of each folder; loading of large models, "
-        "queues, failures and transfers are left out."
+        "joining of shards, queues, failures and transfers are left out."
     )
 
 
