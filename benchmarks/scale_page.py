@@ -18,7 +18,7 @@ from cappy.cli import main as cappy
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, CHECK = ROOT / "docs/scale.md", ROOT / "benchmarks/results/scale-check.json"
-COMMAND = re.compile(r"(?<=^```console\n)\$ (cappy plan .*)\n.*?(?=^```)", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"(?<=^```console\n)\$ (cappy plan [^\n]*)\n.*?(?=^```)", re.MULTILINE | re.DOTALL)
 TABLE = re.compile(r"(?<=<!-- scale check -->\n).*?(?=<!-- end of scale check -->)", re.DOTALL)
 
 

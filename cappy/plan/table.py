@@ -88,7 +88,7 @@ def assumptions(plan: Plan) -> Iterator[str]:
     yield (
         f"Lengths were measured on prompts of {volumes.known:.0%} of the mixture (the first 200 rows of each dataset), "
         "in the scorer's tokens; means of those stand for the rest. Candidates are taken to be as long as the "
-        "references are."
+        "references are, and all different: training drops those that repeat."
     )
     yield (
         f"Pretraining: {terms.epochs:g} {'pass' if terms.epochs == 1 else 'passes'} over the rows, "
