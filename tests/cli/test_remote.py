@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from google.cloud.aiplatform.utils import resource_manager_utils
 from kubeflow_server import Kubeflow, kubeflow_server, pod
 from vertex_scenario import connect
 from vertex_server import Vertex, vertex_server
@@ -31,6 +32,8 @@ def kubeflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubefl
 @pytest.fixture
 def vertex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vertex]:
     monkeypatch.setattr(remote, "LOOK_SECONDS", 0.01)
+    # The SDK asks another service, over gRPC, whose the bucket is; here that would be 40 s of retries.
+    monkeypatch.setattr(resource_manager_utils, "get_project_number", lambda *_, **__: "1")
     with vertex_server() as server:
         connect(server)
         yield server
