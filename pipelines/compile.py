@@ -19,9 +19,14 @@ def built(recipe: Recipe, platform: Platform = "local") -> Any:
 
 def compiled(recipe: Recipe, platform: Platform = "local") -> str:
     """The YAML of a recipe; needs kfp and nothing heavier. Kubeflow's has a second document, with what pods get."""
+    from kfp import dsl
     from kfp.compiler import Compiler
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         Compiler().compile(built(recipe, platform), str(path))
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+    if platform == "vertex":
+        # The job's id, which the submitter chooses; its number is known inside alone, and MLflow's run is named by it.
+        text = text.replace(dsl.PIPELINE_JOB_ID_PLACEHOLDER, dsl.PIPELINE_JOB_NAME_PLACEHOLDER)
+    return text

@@ -196,6 +196,11 @@ def test_what_writes_to_the_registry_is_never_answered_from_a_cache() -> None:
     assert {step for step in (*STEPS["adapt"], "tracking") if not cached[step]} == never
 
 
+def test_on_vertex_a_run_is_named_by_what_the_submitter_knows() -> None:
+    assert "pipeline_job_uuid" not in compiled("adapt", "vertex")
+    assert "{{$.pipeline_job_name}}" in compiled("adapt", "vertex")
+
+
 def test_the_run_id_is_no_parameter_so_that_a_second_run_can_hit_the_cache() -> None:
     assert "{{$.pipeline_job_uuid}}" in compiled("adapt")
     assert "run" not in yaml.safe_load(compiled("adapt"))["root"]["inputDefinitions"]["parameters"]
