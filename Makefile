@@ -4,10 +4,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test integration lint format serve bench docs reference lock clean
-
-help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+.PHONY: help demo test integration lint format serve bench docs reference lock clean help: ## Show this list @awk -F ':.*## ' '/^[a-z]+:.*## /{printf " make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST) images images-test image-locks '/^[a-z-]+:.*## %-11s
 
 $(STAMP): requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; install Python 3.11, or name one: make PYTHON=python3.12 ..." >&2; exit 1; }
@@ -33,6 +30,15 @@ integration: $(STAMP) .venv-servers/.installed ## Run the tests against real ser
 	@# KServe's models alone: its package asks for versions of half the field.
 	@.venv-servers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps kserve==0.21.0
 	@touch $@
+
+images: $(STAMP) ## Build the container images, with an engine that is started where none answers (TORCH=cuda, JAX=tpu)
+	PYTHONPATH=. $(BIN)/python docker/engine.py $(BIN)/python docker/images.py
+
+images-test: $(STAMP) ## Build, run and test the container images
+	$(BIN)/python -m pytest tests/integration/test_images.py
+
+image-locks: $(STAMP) ## Write the hashed pins of the images from requirements.lock
+	$(BIN)/python docker/locks.py
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .

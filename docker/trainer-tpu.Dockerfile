@@ -1,0 +1,89 @@
+# The base holds python3 with venv. No digest stands here, because where this was written no registry could be reached:
+# give --build-arg PYTHON=python:3.11-slim-bookworm@sha256:... where yours can be.
+ARG PYTHON=python:3.11-slim-bookworm
+
+# The same words in all four Dockerfiles, down to the next line that says so: what they build once is shared.
+FROM ${PYTHON} AS builder
+ARG TORCH=cpu
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+COPY docker/requirements/builder.lock /locks/
+RUN python3 -m venv /opt/build \
+    && /opt/build/bin/pip install --no-cache-dir --no-deps --require-hashes --requirement /locks/builder.lock
+COPY docker/requirements/torch-${TORCH}.lock docker/requirements/serving.lock /locks/
+# docker/wheels may hold files that no index has, such as torch's CPU build; hashes are asked of them too.
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=/local \
+    for set in torch-${TORCH} serving; do \
+      /opt/build/bin/pip wheel --no-deps --require-hashes --no-build-isolation --find-links /local \
+      --wheel-dir /wheels/shared --requirement /locks/$set.lock || exit 1; done
+
+FROM builder AS project
+COPY pyproject.toml README.md LICENSE /source/
+COPY cappy /source/cappy
+COPY components /source/components
+COPY pipelines /source/pipelines
+COPY serving /source/serving
+RUN /opt/build/bin/pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /wheels/project /source
+
+FROM builder AS bill
+COPY docker/requirements/sbom.lock /locks/
+RUN --mount=type=cache,target=/root/.cache/pip python3 -m venv /opt/bill \
+    && /opt/build/bin/pip --python /opt/bill/bin/python install --no-deps --require-hashes --no-compile --requirement /locks/sbom.lock
+
+FROM ${PYTHON} AS shared
+RUN python3 -m venv --without-pip /opt/cappy
+RUN --mount=type=bind,from=builder,source=/opt/build,target=/opt/build \
+    --mount=type=bind,from=builder,source=/wheels/shared,target=/wheels \
+    /opt/build/bin/pip --python /opt/cappy/bin/python install --quiet --no-cache-dir --no-compile --no-index --no-deps /wheels/*.whl \
+    && /opt/build/bin/pip --python /opt/cappy/bin/python check \
+    && (/opt/cappy/bin/python -m compileall -q -j 0 /opt/cappy/lib || true)
+# Here ends what all four share.
+
+FROM builder AS worker-wheels
+COPY docker/requirements/worker.lock /locks/
+RUN --mount=type=cache,target=/root/.cache/pip /opt/build/bin/pip wheel --no-deps --require-hashes --no-build-isolation \
+    --wheel-dir /wheels/worker --requirement /locks/worker.lock
+
+FROM builder AS own-wheels
+ARG JAX=cpu
+COPY docker/requirements/jax-${JAX}.lock /locks/
+RUN --mount=type=cache,target=/root/.cache/pip /opt/build/bin/pip wheel --no-deps --require-hashes --no-build-isolation \
+    --wheel-dir /wheels/jax --requirement /locks/jax-${JAX}.lock
+
+FROM shared AS image
+RUN --mount=type=bind,from=builder,source=/opt/build,target=/opt/build \
+    --mount=type=bind,from=worker-wheels,source=/wheels/worker,target=/wheels \
+    /opt/build/bin/pip --python /opt/cappy/bin/python install --quiet --no-cache-dir --no-compile --no-index --no-deps /wheels/*.whl \
+    && (/opt/cappy/bin/python -m compileall -q -j 0 /opt/cappy/lib || true)
+RUN --mount=type=bind,from=builder,source=/opt/build,target=/opt/build \
+    --mount=type=bind,from=own-wheels,source=/wheels/jax,target=/wheels \
+    /opt/build/bin/pip --python /opt/cappy/bin/python install --quiet --no-cache-dir --no-compile --no-index --no-deps /wheels/*.whl \
+    && (/opt/cappy/bin/python -m compileall -q -j 0 /opt/cappy/lib || true)
+RUN --mount=type=bind,from=builder,source=/opt/build,target=/opt/build \
+    --mount=type=bind,from=project,source=/wheels/project,target=/wheels \
+    /opt/build/bin/pip --python /opt/cappy/bin/python install --quiet --no-cache-dir --no-compile --no-index --no-deps /wheels/*.whl \
+    && /opt/build/bin/pip --python /opt/cappy/bin/python check \
+    && (/opt/cappy/bin/python -m compileall -q -j 0 /opt/cappy/lib || true)
+RUN --mount=type=bind,from=bill,source=/opt/bill,target=/opt/bill --mount=type=bind,source=docker/sbom.py,target=/sbom.py \
+    /opt/bill/bin/cyclonedx-py environment --output-format JSON --output-reproducible --output-file /tmp/python.json /opt/cappy/bin/python \
+    && python3 /sbom.py /tmp/python.json /usr/share/sbom/cappy.cdx.json && rm /tmp/python.json
+# A container's user has a name, so that programs which look it up find one; /work is where a volume goes.
+RUN groupadd --gid 10001 cappy && useradd --uid 10001 --gid cappy --no-log-init --home-dir /tmp --shell /usr/sbin/nologin cappy \
+    && install --directory --owner=cappy --group=cappy /work
+ENV PATH=/opt/cappy/bin:/usr/local/bin:/usr/bin:/bin \
+    HOME=/tmp TMPDIR=/tmp XDG_CACHE_HOME=/tmp/.cache HF_HOME=/tmp/.cache/huggingface MPLCONFIGDIR=/tmp/.cache/matplotlib \
+    TORCH_EXTENSIONS_DIR=/tmp/.cache/torch_extensions TRITON_CACHE_DIR=/tmp/.cache/triton \
+    PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 \
+    MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false HF_HUB_DISABLE_TELEMETRY=1
+ARG VERSION=unknown
+ARG COMMIT=unknown
+ARG SOURCE=unknown
+LABEL org.opencontainers.image.title="cappy-python-trainer-tpu" \
+      org.opencontainers.image.description="Training by JAX" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${COMMIT}" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.licenses="Apache-2.0"
+USER 10001:10001
+WORKDIR /work
+ENTRYPOINT []
+CMD ["cappy", "--help"]
