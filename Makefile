@@ -4,7 +4,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test integration lint format serve bench docs reference lock clean help: ## Show this list @awk -F ':.*## ' '/^[a-z]+:.*## /{printf " make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST) images images-test image-locks '/^[a-z-]+:.*## %-11s
+.PHONY: help demo test integration images images-test image-locks lint format serve bench docs reference lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; install Python 3.11, or name one: make PYTHON=python3.12 ..." >&2; exit 1; }

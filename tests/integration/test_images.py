@@ -48,8 +48,9 @@ from pipelines import adapt
 from pipelines.submission import prepare
 from pathlib import Path
 
-os.umask(0)  # kfp makes the folders that the container's user writes to
+os.umask(0)
 folder, settings = sys.argv[1], json.loads(sys.argv[2])
+os.mkdir(f"{folder}/pipeline")  # else the engine makes it, as root
 tracking = f"sqlite:///{folder}/mlflow.db"
 steps = adapt.plan(strategy="sampling8", tracking_uri=tracking, settings=settings)
 submission = prepare("adapt", steps, work=Path(folder, "work"))
@@ -301,8 +302,11 @@ def test_the_pipeline_adapt_runs_in_the_images(containers: Containers, folder: P
         ).returncode
     assert done == 0, log.read_text(errors="replace")[-6000:]
     records = [json.loads(path.read_text()) for path in (place / "work/records").glob("*.json")]
-    assert {found["step"]: found["status"] for found in records} == dict.fromkeys(set(STEPS) - {"pretraining"}, "done")
+    steps = {found["step"]: found["status"] for found in records}
+    # So few instances show too little for the gate to promote; where it does, deployment runs as well.
+    assert steps.pop("deployment", "done") == "done"
+    assert steps == dict.fromkeys(set(STEPS) - {"pretraining", "deployment"}, "done")
     assert {path.stat().st_uid for path in (place / "work/records").glob("*.json")} == {USER}
-    evaluated = next(found["target"] for found in records if found["step"] == "sampling")
-    assert any(instance.candidates for instance in read(Path(evaluated)))
+    sampled = next(found["target"] for found in records if found["step"] == "sampling")
+    assert any(instance.candidates for instance in read(Path(sampled)))
     assert (place / "mlflow.db").exists()
