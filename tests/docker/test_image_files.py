@@ -1,11 +1,13 @@
 """What can be said of the images without building them: pins, Dockerfiles, and an engine's refusals."""
 
 import re
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
 import engine
 import images
+import locks
 import pytest
 
 from components.component import TRAINER, WORKER
@@ -55,6 +57,24 @@ def test_every_image_has_what_its_dependencies_ask_for() -> None:
     assert sets["worker"]["kfp"] == "2.17.0"
     assert "kfp" not in sets["serving"]
     assert {"jax", "optax"} <= sets["jax-cpu"].keys() < sets["jax-tpu"].keys()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_the_project_asks_for_is_in_the_pins_else_run_make_image_locks(name: str) -> None:
+    project = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]
+    extras = {"trainer": ("train",), "trainer-tpu": ("tpu",)}.get(name, ())
+    wanted = [*project["dependencies"]] if name != "serving" else [*locks.SERVING]
+    wanted += [
+        line
+        for extra in (*locks.WORKER, *extras)
+        for line in project["optional-dependencies"][extra]
+        if name != "serving"
+    ]
+    names = {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in wanted}
+    have = {
+        found for layer in ("torch-cpu", *LAYERS[name]) for found in pins(DOCKER / "requirements" / f"{layer}.lock")
+    }
+    assert names - have == set()
 
 
 def test_what_all_images_share_is_written_once_and_the_same_everywhere() -> None:
