@@ -149,17 +149,7 @@ def make_base(environment: Mapping[str, str]) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="cappy-base-") as folder:
         root = Path(folder)
-        include = f"--include={','.join(PACKAGES)}"
-        made = subprocess.run(
-            ["debootstrap", "--variant=minbase", include, SUITE, folder],
-            capture_output=True,
-            text=True,
-            timeout=BASE_SECONDS,
-            check=False,
-        )
-        if made.returncode:
-            said = (made.stdout + made.stderr).strip().splitlines()[-1:]
-            raise EngineError(f"docker: debootstrap made no base image: {' '.join(said)[:300]}")
+        bootstrap(folder)
         shutil.copy(CERTIFICATES, root / CERTIFICATES.relative_to("/"))
         (root / "usr/bin/python").symlink_to("python3")
         for path in (root / "var/cache/apt/archives").glob("*.deb"):
@@ -168,6 +158,19 @@ def make_base(environment: Mapping[str, str]) -> None:
         command = [docker(), "import", "--change", "ENV PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "-", BASE]
         subprocess.run(command, env=environment, stdin=archive.stdout, capture_output=True, timeout=300, check=True)
         archive.wait()
+
+
+def bootstrap(folder: str) -> None:
+    """Unpacks Debian with Python into a folder; EngineError where that fails or takes too long."""
+    command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, folder]
+    try:
+        made = subprocess.run(command, capture_output=True, text=True, timeout=BASE_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        remedy = "is Debian's mirror reached?"
+        raise EngineError(f"docker: debootstrap made no base image in {BASE_SECONDS:.0f} s; {remedy}") from error
+    if made.returncode:
+        said = (made.stdout + made.stderr).strip().splitlines()[-1:]
+        raise EngineError(f"docker: debootstrap made no base image: {' '.join(said)[:300]}")
 
 
 def main() -> int:

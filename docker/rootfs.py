@@ -20,7 +20,8 @@ UNUSED = ("ensurepip", "venv", "idlelib", "tkinter", "turtledemo", "lib2to3", "t
 """Of the standard library: package managers, screens, tests."""
 UNWANTED = {"tests", "include"}
 """Of the environment: packages' own tests, headers for compilers."""
-CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+KEPT = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/ld.so.cache"))
+"""Certificates, and where the loader looks beside its own folders (the official image has libpython in /usr/local)."""
 USER = "cappy:x:10001:10001:cappy:/tmp:/usr/sbin/nologin\n"
 
 
@@ -41,7 +42,8 @@ def main(target: Path) -> None:
     originals = [Path("/", path.relative_to(target)) for path in copied]
     for path in sorted(needed(path for path in originals if is_binary(path))):
         copy_link(path, target)
-    copy_file(CERTIFICATES, target)
+    for path in KEPT:
+        copy_file(path, target)
     (target / "etc/passwd").write_text("root:x:0:0:root:/root:/usr/sbin/nologin\n" + USER)
     (target / "etc/group").write_text("root:x:0:\ncappy:x:10001:\n")
     (target / "etc/nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files dns\n")

@@ -234,6 +234,11 @@ def test_the_serving_image_has_no_shell_compiler_or_package_manager(containers: 
     assert containers.docker("run", "--rm", "--entrypoint", "sh", images.tag("serving"), check=False).returncode == 127
 
 
+def test_the_command_of_our_kserve_manifest_is_in_the_serving_image(containers: Containers) -> None:
+    help_text = containers.run("serving", "-m", "serving", "--help", options=("--entrypoint", "python"))
+    assert "--scorer" in help_text
+
+
 def test_the_serving_image_keeps_the_contract_of_vertex(containers: Containers, folder: Path) -> None:
     model, place, port = folder / "scorer", "/v1/endpoints/1/deployedModels/2", free_port()
     subprocess.run(["cp", "-r", str(SCORER_FOLDER), str(model)], check=True)
