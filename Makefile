@@ -3,6 +3,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Test processes at a time; each test has one thread.
+JOBS ?= 2
 
 .PHONY: help demo test integration images images-test image-locks lint format serve bench docs reference lock clean
 
@@ -21,7 +23,9 @@ demo: $(STAMP) ## Adapt a scorer to the built-in tasks, offline, and show what i
 	$(BIN)/cappy adapt --instances builtin --generator builtin --strategy sampling8 --set finetuning.epochs=2
 
 test: $(STAMP) ## Run all tests but those that need servers
-	$(BIN)/python -m pytest --ignore=tests/integration
+	$(BIN)/python -m pytest --ignore=tests/integration --ignore=tests/serving --numprocesses=$(JOBS) --dist=loadfile
+	@# Tests of load share the cores with nobody.
+	$(BIN)/python -m pytest tests/serving
 
 integration: $(STAMP) .venv-servers/.installed ## Run the tests against real servers and clients; each skips with a reason without its server
 	$(BIN)/python -m pytest tests/integration
