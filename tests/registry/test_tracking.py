@@ -136,3 +136,34 @@ def test_mlflow_away_ends_the_exit_step_with_one_line(room: Any, capsys: pytest.
     told = capsys.readouterr().err
     assert told.startswith("cappy tracking: http://127.0.0.1:9: MLflow does not answer")
     assert told.count("\n") == 1
+
+
+def artifacts(room: Any, run_id: str) -> dict[str, str]:
+    """The text files of an MLflow run at its top."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=room.uri)
+    names = [found.path for found in client.list_artifacts(run_id) if not found.is_dir]
+    return {name: Path(client.download_artifacts(run_id, name)).read_text() for name in names}
+
+
+def test_the_exit_step_keeps_the_compiled_pipeline_of_a_local_run(
+    room: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pipeline.yaml").write_text("name: adapt\n")
+    monkeypatch.setenv("CAPPY_PROGRESS", str(tmp_path))
+    record(room, "preparation", "f1", "run-1")
+    assert artifacts(room, track(room, {"preparation": "f1"}, "run-1")["pipeline"].info.run_id) == {
+        "pipeline.yaml": "name: adapt\n"
+    }
+
+
+def test_what_a_submitter_attaches_and_what_steps_tell_are_one_run(room: Any) -> None:
+    from cappy.registry import attach
+
+    attach({"pipeline.yaml": "name: adapt\n"}, run="run-1", tracking_uri=room.uri, facts={"platform": "kubeflow"})
+    record(room, "preparation", "f1", "run-1")
+    parent = track(room, {"preparation": "f1"}, "run-1")["pipeline"]
+    assert artifacts(room, parent.info.run_id) == {"pipeline.yaml": "name: adapt\n"}
+    assert parent.data.tags["cappy.platform"] == "kubeflow"
+    assert parent.info.status == "FINISHED"
