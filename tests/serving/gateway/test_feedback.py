@@ -57,11 +57,16 @@ def test_every_answer_is_kept_with_its_candidates_and_their_scores(tmp_path: Pat
     assert len(row["candidates"]) == 3
 
 
-def test_what_is_not_rated_is_no_instance_and_says_what_to_add(tmp_path: Path) -> None:
+def test_what_is_not_rated_can_be_scored_and_not_learnt_from(tmp_path: Path) -> None:
     with kept(tmp_path) as url:
         ask(url, "hello")
-    with pytest.raises(RecordError, match="no reference; give at least one accepted answer"):
-        list(read(tmp_path / "answers"))
+    (answer,) = read(tmp_path / "answers")
+    assert answer.candidates
+    config = annotation.AnnotationConfig(
+        source=tmp_path / "answers", target=tmp_path / "labels", work=tmp_path / "work"
+    )
+    with pytest.raises(RecordError, match="has no reference to compare with"):
+        annotation.run(config)
     assert not (tmp_path / "rated/manifest.json").exists()
 
 
