@@ -12,7 +12,7 @@ from components.promotion import promotion
 from components.registration import registration
 from components.tracking import tracking
 from pipelines.dressing import Dress, plain
-from pipelines.labelling import RUN, by_step, labelled, shared
+from pipelines.labelling import RUN, by_step, generators, labelled, shared
 
 
 def plan(
@@ -32,7 +32,7 @@ def plan(
     registry = {"tracking_uri": tracking_uri}
     chosen: dict[str, dict[str, Any]] = {
         "preparation": {"source": source, "seed": seed},
-        "sampling": {"generator": list(generator), "strategy": strategy, "seed": seed},
+        "sampling": {"generator": generators(generator), "strategy": strategy, "seed": seed},
         "annotation": {"metric": metric},
         "finetuning": {"scorer": scorer, "metric": metric, "seed": seed},
         "evaluation": {"metric": metric, "seed": seed},

@@ -8,7 +8,7 @@ from kfp import dsl
 from components.evaluation import evaluation
 from components.tracking import tracking
 from pipelines.dressing import Dress, plain
-from pipelines.labelling import RUN, by_step, labelled, shared
+from pipelines.labelling import RUN, by_step, generators, labelled, shared
 
 
 def plan(
@@ -25,7 +25,7 @@ def plan(
     """The settings of each step for a person's choices; `settings` adds more of them, step by step."""
     chosen: dict[str, dict[str, Any]] = {
         "preparation": {"source": source, "seed": seed},
-        "sampling": {"generator": list(generator), "strategy": strategy, "seed": seed},
+        "sampling": {"generator": generators(generator), "strategy": strategy, "seed": seed},
         "annotation": {"metric": metric},
         "evaluation": {"scorer": scorer, "metric": metric, "seed": seed},
     }

@@ -5,6 +5,7 @@ from typing import Any
 
 from kfp import dsl
 
+from cappy.errors import ConfigError, shown
 from components.annotation import annotation
 from components.gathering import gathering
 from components.preparation import preparation
@@ -58,6 +59,15 @@ def labelled(
     gathered = gathering(parts=dsl.Collected(annotated), **shared("gathering", settings, fingerprints))
     dress("gathering", gathered)
     return gathered.outputs["gathered"]
+
+
+def generators(given: Any) -> list[str]:
+    """The generators that a person named: a list of specs, or one; ConfigError for anything else."""
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
+        raise ConfigError(f"generator: is a list of LLMs, got {shown(given)}; give such as [builtin]")
+    return list(given)
 
 
 def by_step(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

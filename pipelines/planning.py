@@ -3,13 +3,13 @@
 import importlib
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pipelines
 from cappy.errors import ConfigError, shown
-from pipelines.fingerprints import SPECS, configs
+from pipelines.fingerprints import ARTIFACTS, SPECS, configs
 from pipelines.nodes import launchers
 from pipelines.recipe import Platform, Recipe
 from pipelines.submission import Submission, prepare
@@ -42,7 +42,7 @@ def work_of(recipe: Recipe, platform: Platform) -> Path:
         return Path(recipe.work or LOCAL_WORK)
     root = root_of(recipe, platform)
     work = Path(recipe.work or f"{root}/cappy")
-    if not work.is_relative_to(root):
+    if ".." in work.parts or not work.is_relative_to(root):
         raise ConfigError(f"work: {work} is not under {root}, which every step on {platform} sees; leave it out")
     return work
 
@@ -60,14 +60,24 @@ def root_of(recipe: Recipe, platform: Platform) -> str:
     return f"/gcs/{recipe.vertex.bucket.removeprefix('gs://')}".rstrip("/")
 
 
-def check(recipe: Recipe, platform: Platform = "local") -> None:
-    """ConfigError for what could not work on the platform, as far as the recipe alone shows it; asks no registry."""
+def check_settings(recipe: Recipe, platform: Platform = "local") -> dict[str, dict[str, Any]]:
+    """The settings of each step, once every config takes them; ConfigError for one that is wrong or not a person's."""
     settings = settings_of(recipe, platform)
+    _refuse_placed(recipe)
     work = {"work": str(work_of(recipe, platform))}
     configs({step: {**settings.get(step, {}), **work} for step in recipe.steps})
+    return settings
+
+
+def check(recipe: Recipe, platform: Platform = "local") -> None:
+    """ConfigError for what could not work on the platform, as far as the recipe alone shows it; asks no registry."""
+    settings = check_settings(recipe, platform)
     if platform not in ON_THIS_MACHINE:
         _refuse_unseen(recipe, settings, root_of(recipe, platform))
         _refuse_local_registry(recipe)
+        _refuse_nowhere(recipe, platform)
+    else:
+        _refuse_missing(settings)
 
 
 def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
@@ -84,13 +94,47 @@ def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
     )
 
 
-def _refuse_unseen(recipe: Recipe, settings: Mapping[str, Mapping[str, Any]], root: str) -> None:
-    """ConfigError for a file of this machine, which no step would find, and for unseen content without a revision."""
+def _refuse_placed(recipe: Recipe) -> None:
+    """ConfigError for a setting that the pipeline fills: it would be passed over in silence."""
+    for step, values in recipe.settings.items():
+        for name in sorted({*ARTIFACTS[step], "work"} & set(values)):
+            # Evaluation's scorer is an artifact in the pipelines that train one, and named in the one that does not.
+            if (step, name, recipe.pipeline) != ("evaluation", "scorer", "evaluate"):
+                raise ConfigError(f"{step}: --{name} is what the pipeline gives it; leave it out of settings and --set")
+        if step in pipelines.SHARDED and values.get("shard"):
+            raise ConfigError(f"{step}: --shard is what the pipeline gives each; say how many: shards, or --shards")
+
+
+def _refuse_nowhere(recipe: Recipe, platform: Platform) -> None:
+    """ConfigError where the recipe does not say where the platform is."""
+    if platform == "kubeflow" and not recipe.kubeflow.endpoint:
+        remedy = "give kubeflow.endpoint in the recipe, or --endpoint https://HOST/pipeline"
+        raise ConfigError(f"kubeflow: no endpoint; {remedy}")
+    if platform == "vertex" and not (recipe.vertex.project and recipe.vertex.bucket):
+        remedy = "give vertex.project and vertex.bucket (gs://...) in the recipe, or --project and --bucket"
+        raise ConfigError(f"vertex: no project or no bucket; {remedy}")
+
+
+def _refuse_missing(settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """ConfigError for a file or folder of this machine that is not there."""
+    for step, name, text in _named(settings):
+        if text != "builtin" and ":" not in text and not Path(text).exists():
+            raise ConfigError(f"{step}: --{name}: {text}: no such file or folder; check the path")
+
+
+def _named(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """Step, setting and text of all that the settings name outside."""
     for step, values in settings.items():
         for name in SPECS.get(step, ()):
             given = values.get(name) or ()
             for text in (given,) if isinstance(given, str) else given:
-                _refuse_file(recipe, f"{step}: --{name}", text, root)
+                yield step, name, text
+
+
+def _refuse_unseen(recipe: Recipe, settings: Mapping[str, Mapping[str, Any]], root: str) -> None:
+    """ConfigError for a file of this machine, which no step would find, and for unseen content without a revision."""
+    for step, name, text in _named(settings):
+        _refuse_file(recipe, f"{step}: --{name}", text, root)
 
 
 def _refuse_file(recipe: Recipe, where: str, text: str, root: str) -> None:
@@ -107,7 +151,7 @@ def _refuse_file(recipe: Recipe, where: str, text: str, root: str) -> None:
 
 
 def _refuse_local_registry(recipe: Recipe) -> None:
-    if not recipe.tracking_uri or recipe.tracking_uri.startswith(("sqlite:", "file:", "/", ".")):
+    if not recipe.tracking_uri.startswith(("http://", "https://")):
         remedy = "give tracking_uri: http(s)://HOST of an MLflow server in the recipe"
         raise ConfigError(f"tracking_uri: {shown(recipe.tracking_uri)} is not reachable from a cluster; {remedy}")
     if "@" in recipe.tracking_uri.partition("//")[2].partition("/")[0]:

@@ -10,7 +10,7 @@ from components.pretraining import pretraining
 from components.registration import registration
 from components.tracking import tracking
 from pipelines.dressing import Dress, plain
-from pipelines.labelling import RUN, by_step, labelled, shared
+from pipelines.labelling import RUN, by_step, generators, labelled, shared
 
 
 def plan(
@@ -29,7 +29,7 @@ def plan(
     builtin = source == "builtin"
     chosen: dict[str, dict[str, Any]] = {
         "preparation": {"source": source, "seed": seed, **({"pool": "pretraining"} if builtin else {})},
-        "sampling": {"generator": list(generator), "strategy": strategy, "seed": seed},
+        "sampling": {"generator": generators(generator), "strategy": strategy, "seed": seed},
         "annotation": {"metric": metric},
         "pretraining": {"metric": metric, "seed": seed},
         "evaluation": {"metric": metric, "seed": seed, **({"split": "validation"} if builtin else {})},

@@ -80,6 +80,10 @@ def compile_pipeline(
 ) -> None:
     """Write a pipeline as the YAML that Kubeflow and Vertex AI take."""
     chosen = recipe_of(recipe, setting, shards=shards)
+    if chosen.parameters or chosen.settings:
+        load("pipelines.planning").check_settings(chosen, on)
+    if target is not None and Path(recipe).is_file() and target.resolve() == Path(recipe).resolve():
+        raise ConfigError(f"--target: {target} is the recipe itself; choose another file")
     text = load("pipelines.compile").compiled(chosen, on)
     if target is None:
         typer.echo(text, nl=False)

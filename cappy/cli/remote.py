@@ -78,10 +78,12 @@ def submit(
     _attach(chosen, on, state, text)
     if as_json:
         typer.echo(json.dumps({"run": state.run, "url": state.url, "name": name}, indent=1))
-    else:
-        typer.echo(
-            f"run     {state.run}\npage    {state.url}\nfollow  cappy pipeline status {state.run} --on {on} --follow"
-        )
+        return
+    given = {"endpoint": endpoint, "namespace": namespace, "project": project, "region": region, "bucket": bucket}
+    words = [f"--recipe {recipe}"] if Path(recipe).is_file() else []
+    words += [f"--{flag} {value}" for flag, value in given.items() if value]
+    follow = " ".join(["cappy pipeline status", state.run, f"--on {on}", *words, "--follow"])
+    typer.echo(f"run     {state.run}\npage    {state.url}\nfollow  {follow}")
 
 
 def status(
@@ -150,10 +152,9 @@ def logs(
     while True:
         over = not follow or client.look(run).over
         counted: dict[str, int] = {}
-        for line in client.logs(run, step):
-            name = line.partition(": ")[0]
-            counted[name] = counted.get(name, 0) + 1
-            if counted[name] > seen.get(name, 0):
+        for source, line in client.logs(run, step):
+            counted[source] = counted.get(source, 0) + 1
+            if counted[source] > seen.get(source, 0):
                 typer.echo(line)
         seen = {name: max(seen.get(name, 0), counted.get(name, 0)) for name in {*seen, *counted}}
         if over:

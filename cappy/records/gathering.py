@@ -11,6 +11,7 @@ from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, code_version, s
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records.folder import File, Manifest, put, read_manifest, verified
+from cappy.records.shard import refuse_same
 from cappy.records.work import claim, finish
 
 __all__ = ["GatheringConfig", "run"]
@@ -33,7 +34,11 @@ def run(config: GatheringConfig, progress: Progress = silent) -> Manifest:
     The manifest names the sources as parents and adds up what they counted. ConfigError if the sources come from
     different steps; FolderError if one is damaged.
     """
+    for place in config.source:
+        refuse_same(place, config.target)
     sources = [read_manifest(folder) for folder in config.source]
+    if len({source.hash for source in sources}) < len(sources):
+        raise ConfigError("gathering: two sources hold the same work; give each shard once")
     if len({source.step for source in sources}) > 1:
         found = ", ".join(sorted({source.step for source in sources}))
         raise ConfigError(f"gathering: the sources come from different steps ({found}); give the shards of one")

@@ -51,8 +51,11 @@ class Client(Protocol):
         """How far a run is."""
         ...
 
-    def logs(self, run: str, step: str) -> Iterator[str]:
-        """The lines that a step wrote so far, of all steps for an empty name; each begins with its step."""
+    def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
+        """(source, line) of all that a step wrote so far, of all steps for an empty name; a line begins with its step.
+
+        A source is what writes lines in an order of its own: a pod, a job, a log.
+        """
         ...
 
     def cancel(self, run: str) -> None:

@@ -45,12 +45,17 @@ class KubeflowClient:
         if not place.endpoint:
             remedy = "give kubeflow.endpoint in the recipe, or --endpoint https://HOST/pipeline"
             raise ConfigError(f"kubeflow: no endpoint; {remedy}")
+        if not place.endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"kubeflow: {place.endpoint} is no address; it begins with https:// or http://")
         self._place = place
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"kfp\..*")  # It warns of old servers.
         with self._told():
             self._client = _connected(place.endpoint)
             # Where users share a server runs have a namespace; elsewhere the server refuses to be told one.
             shared = self._client.get_kfp_healthz().multi_user
+        if not isinstance(shared, bool):
+            remedy = "log in where a proxy asks for it, or check the address (it often ends in /pipeline)"
+            raise ConfigError(f"kubeflow: {place.endpoint}: what answers is no Kubeflow Pipelines; {remedy}")
         self._namespace = place.namespace if shared else None
 
     def submit(self, package: Path, arguments: Mapping[str, Any], name: str) -> RunState:
@@ -71,6 +76,8 @@ class KubeflowClient:
         """The run's state as the server tells it, and why pods wait where the cluster's API can be asked."""
         with self._told():
             found = self._client.get_run(run)
+        if not found.run_id:
+            raise ConfigError(f"kubeflow: {self._place.endpoint}: told nothing of run {shown(run)}; check its id")
         details = found.run_details.task_details if found.run_details else None
         tasks = [task for task in (_task(each) for each in details or ()) if task]
         stuck = self._stuck(run) if STATES.get(found.state, "running") == "running" else {}
@@ -85,7 +92,7 @@ class KubeflowClient:
             run=run, state=STATES.get(found.state, "waiting"), url=self._url(run), tasks=told, error=error or ""
         )
 
-    def logs(self, run: str, step: str) -> Iterator[str]:
+    def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
         """What the pods of a run wrote, pod by pod; the cluster's API must be reachable (kubectl's configuration)."""
         core = self._core()
         with self._told():
@@ -94,14 +101,25 @@ class KubeflowClient:
             name = _step_of(pod)
             if name is None or step not in ("", name):
                 continue
-            with self._told():
-                text = core.read_namespaced_pod_log(pod.metadata.name, self._place.namespace, container="main")
-            yield from (f"{name}: {line}" for line in text.splitlines())
+            source = pod.metadata.name
+            yield from ((source, f"{name}: {line}") for line in self._written(core, source).splitlines())
 
     def cancel(self, run: str) -> None:
         """Asks the server to end the run."""
         with self._told():
             self._client.terminate_run(run)
+
+    def _written(self, core: Any, pod: str) -> str:
+        """What a pod wrote so far; nothing of one whose container starts (400) or that is gone (404)."""
+        from kubernetes.client import ApiException
+
+        with self._told():
+            try:
+                return str(core.read_namespaced_pod_log(pod, self._place.namespace, container="main"))
+            except ApiException as error:
+                if error.status not in (400, 404):
+                    raise
+                return ""
 
     def _url(self, run: str) -> str:
         return f"{self._place.endpoint.rstrip('/')}/#/runs/details/{run}"

@@ -45,13 +45,19 @@ class LocalClient:
         state: State = "running" if alive else "done" if status == 0 else "failed" if status else "cancelled"
         return RunState(run=run, state=state, url=str(folder / "run.log"), tasks=tasks)
 
-    def logs(self, run: str, step: str) -> Iterator[str]:
-        """The lines of a step, or of the whole run."""
+    def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
+        """The lines of a step, or of the whole run; ConfigError for a step that it does not have.
+
+        Shards write to one log by turns, so that a line of theirs may stand under the one that began last.
+        """
         folder, request = self._request(run)
-        names = [name.partition(" ")[0] for name in request["fingerprints"]]
-        for name in dict.fromkeys(names):
+        names = list(dict.fromkeys(name.partition(" ")[0] for name in request["fingerprints"]))
+        if step and step not in names:
+            raise ConfigError(f"{run}: has no step {step}; there are {', '.join(names)}")
+        for name in names:
             if step in ("", name):
-                yield from (f"{name}: {line}" for line in log_section(folder / "run.log", name, whole=False))
+                lines = log_section(folder / "run.log", name, whole=False)
+                yield from ((name, f"{name}: {line}") for line in lines)
 
     def cancel(self, run: str) -> None:
         """Interrupts the process that started the run, which ends its steps."""

@@ -79,7 +79,7 @@ class VertexClient:
             error=resource.error.message if resource.error else "",
         )
 
-    def logs(self, run: str, step: str) -> Iterator[str]:
+    def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
         """What the steps' containers wrote, oldest first, from Cloud Logging (role logging.viewer)."""
         with self._told():
             details = self._sdk.PipelineJob.get(run).gca_resource.job_detail.task_details
@@ -97,7 +97,7 @@ class VertexClient:
         with self._told():
             self._sdk.PipelineJob.get(run).cancel()
 
-    def _entries(self, jobs: Mapping[str, str]) -> Iterator[str]:
+    def _entries(self, jobs: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         named = " OR ".join(f'"{job}"' for job in jobs)
         body = {
             "resourceNames": [f"projects/{self._place.project}"],
@@ -113,9 +113,9 @@ class VertexClient:
                 raise ConfigError(f"vertex: Cloud Logging answered {answer.status_code}; {remedy}")
             values = answer.json()
             for entry in values.get("entries", ()):
-                name = jobs.get(entry["resource"]["labels"].get("job_id", ""), "")
+                job = entry["resource"]["labels"].get("job_id", "")
                 text = entry.get("textPayload") or entry.get("jsonPayload", {}).get("message", "")
-                yield from (f"{name}: {line}" for line in text.splitlines())
+                yield from ((job, f"{jobs.get(job, '')}: {line}") for line in text.splitlines())
             if not values.get("nextPageToken"):
                 return
             body["pageToken"] = values["nextPageToken"]

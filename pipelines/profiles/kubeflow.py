@@ -13,7 +13,7 @@ SHARED_MEMORY = "/dev/shm"  # noqa: S108 (of the pod)
 
 def dress(recipe: Recipe) -> Dress:
     """The tasks of a recipe for Kubeflow; ConfigError where it asks for what a pod cannot have."""
-    for step in recipe.steps:
+    for step in (*recipe.steps, "tracking"):
         _refuse(recipe, step)
 
     def dressed(step: str, task: Any) -> None:

@@ -14,7 +14,7 @@ SECRET = re.compile(r"projects/[^/]+/secrets/[^/]+/versions/[^/]+")
 
 def dress(recipe: Recipe) -> Dress:
     """The tasks of a recipe for Vertex AI; ConfigError where it asks for what Vertex AI lacks."""
-    for step in recipe.steps:
+    for step in (*recipe.steps, "tracking"):
         _refuse(recipe, step)
 
     def dressed(step: str, task: Any) -> None:

@@ -112,6 +112,40 @@ def test_logs_come_from_the_pods_each_line_once(here: Here, kubeflow: Kubeflow) 
     assert here("pipeline", "logs", "run-1", *on_kubeflow(kubeflow), "--step", "preparation").stdout.count("\n") == 2
 
 
+def test_lines_of_several_pods_of_a_step_are_told_once_each_while_they_grow(
+    here: Here, kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kubeflow.runs.append({})
+    kubeflow.states = [{"state": "RUNNING"}, {"state": "RUNNING"}, {"state": "SUCCEEDED"}]
+    kubeflow.pods = [pod("a", "sampling"), pod("b", "sampling-2"), pod("c", "sampling-3")]  # c only starts
+    kubeflow.logs = {"a": "a1\n", "b": "b1\n"}
+
+    def grow(_: float) -> None:
+        kubeflow.logs = {name: text + f"{name}{text.count(chr(10)) + 1}\n" for name, text in kubeflow.logs.items()}
+
+    monkeypatch.setattr(remote.time, "sleep", grow)
+    done = here("pipeline", "logs", "run-1", *on_kubeflow(kubeflow), "--follow")
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()[1::2]) == ["a1", "a2", "a3", "b1", "b2", "b3"]
+
+
+def test_what_answers_and_is_no_kubeflow_is_one_line(here: Here, kubeflow: Kubeflow, tmp_path: Path) -> None:
+    kubeflow.shared = None  # type: ignore[assignment]
+    for words in (("submit", recipe(tmp_path)), ("status", "run-1"), ("cancel", "run-1")):
+        done = here("pipeline", *words, *on_kubeflow(kubeflow))
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert "what answers is no Kubeflow Pipelines; log in" in done.stderr
+    done = here("pipeline", "status", "run-1", "--on", "kubeflow", "--endpoint", "127.0.0.1:9")
+    assert "is no address; it begins with https:// or http://" in done.stderr
+
+
+def test_the_command_to_follow_with_is_whole(here: Here, kubeflow: Kubeflow, tmp_path: Path) -> None:
+    kubeflow.states = [{"state": "SUCCEEDED"}]
+    done = here("pipeline", "submit", recipe(tmp_path), *on_kubeflow(kubeflow))
+    follow = next(line for line in done.stdout.splitlines() if line.startswith("follow")).split()[2:]
+    assert here(*follow).returncode == 0
+
+
 def test_a_run_is_ended_on_request(here: Here, kubeflow: Kubeflow) -> None:
     assert here("pipeline", "cancel", "run-1", *on_kubeflow(kubeflow)).returncode == 0
     assert kubeflow.ended == ["run-1"]
@@ -160,6 +194,9 @@ def test_a_yaml_that_was_looked_at_is_sent_as_it_is_and_a_wrong_one_is_not(
         (text.replace("name: cappy-pretrain", "name: cappy-adapt"), "is pipeline 'cappy-adapt'"),
         (text.replace("pretraining_fingerprint", "old_fingerprint"), "takes no pretraining_fingerprint"),
         ("a: 1", "is no compiled pipeline"),
+        ("sdkVersion: kfp-2.17.0\npipelineInfo: x\nroot:", "is no compiled pipeline"),
+        (text.replace('["0/3", "1/3", "2/3"]', '["0/2", "1/2"]'), "has other shards than the recipe's 3"),
+        (text.split("\n---")[0], "was compiled for another platform; compile it with --on kubeflow"),
         ("a: [", "cannot be read"),
     ):
         seen.write_text(changed)

@@ -204,3 +204,8 @@ def test_on_vertex_a_run_is_named_by_what_the_submitter_knows() -> None:
 def test_the_run_id_is_no_parameter_so_that_a_second_run_can_hit_the_cache() -> None:
     assert "{{$.pipeline_job_uuid}}" in compiled("adapt")
     assert "run" not in yaml.safe_load(compiled("adapt"))["root"]["inputDefinitions"]["parameters"]
+
+
+def test_the_exit_step_is_held_against_the_platform_too() -> None:
+    with pytest.raises(ConfigError, match=r"resources.tracking.accelerator"):
+        compiled("adapt", "vertex", resources={"tracking": {"accelerator": "tpu-v5e"}})

@@ -165,7 +165,7 @@ def test_another_terminal_sees_how_far_a_run_is_and_can_end_it(
         "done",
         [("preparation", "done"), ("annotation", "done")],
     )
-    assert any("annotation" in line for line in client.logs(over.run_id, "annotation"))
+    assert any("annotation" in line for _, line in client.logs(over.run_id, "annotation"))
     with pytest.raises(ConfigError, match="is over; nothing to end"):
         client.cancel(over.run_id)
     with _other_process(tmp_path, made_up(one="7" * 8, first={"seconds": 60})) as other:

@@ -179,3 +179,30 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
         }
     )
     assert settings_of(chosen, "kubeflow")["finetuning"]["runtime"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"parameters": {"generator": 3}}, r"generator: is a list of LLMs, got 3"),
+        ({"parameters": {"source": "missing.jsonl"}}, r"preparation: --source: missing.jsonl: no such file or folder"),
+        ({"settings": {"sampling": {"target": "x"}}}, r"sampling: --target is what the pipeline gives it"),
+        ({"settings": {"evaluation": {"scorer": "builtin"}}}, r"evaluation: --scorer is what the pipeline gives it"),
+        ({"settings": {"annotation": {"work": "x"}}}, r"annotation: --work is what the pipeline gives it"),
+    ],
+)
+def test_what_the_pipeline_gives_and_what_is_not_there_are_refused(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        check(checked({"pipeline": "adapt", **values}))
+
+
+def test_one_generator_may_be_named_without_a_list() -> None:
+    settings = settings_of(checked({"pipeline": "adapt", "parameters": {"generator": "builtin"}}))
+    assert settings["sampling"]["generator"] == ["builtin"]
+
+
+def test_a_recipe_that_does_not_say_where_the_platform_is_is_no_submission() -> None:
+    with pytest.raises(ConfigError, match="kubeflow: no endpoint"):
+        check(checked({"pipeline": "pretrain", "tracking_uri": "https://mlflow.example"}), "kubeflow")
+    with pytest.raises(ConfigError, match="vertex: no project or no bucket"):
+        check(checked({"pipeline": "pretrain", "tracking_uri": "https://mlflow.example"}), "vertex")

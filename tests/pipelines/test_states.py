@@ -84,3 +84,12 @@ def test_the_log_of_a_step_is_its_own(tmp_path: Path) -> None:
     log.write_text("start\nExecuting task \x1b[96m'a'\x1b[0m\n    of a\nExecuting task \x1b[96m'b'\x1b[0m\n    of b\n")
     assert log_section(log, "a") == ["Executing task 'a'", "of a"]
     assert log_section(log, "b")[-1] == "of b"
+
+
+def test_a_step_that_began_twice_has_all_its_lines(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    log.write_text(
+        "Executing task 'scoring'\nExecuting task 'scoring'\n    a line\nExecuting task 'gathering'\n    other\n"
+    )
+    assert log_section(log, "scoring")[-1] == "a line"
+    assert log_section(log, "tracking", whole=False) == []

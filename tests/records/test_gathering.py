@@ -37,6 +37,7 @@ def test_all_rows_are_there_in_the_order_of_the_shards(tmp_path: Path) -> None:
     assert manifest.parents == (read_manifest(one).hash, read_manifest(two).hash)
     assert manifest.metrics == {"rows": 7.0}, "counts add up, a mean of means says nothing"
     assert manifest.config == {"seed": 1}
+    assert manifest.step == "annotation"
     assert {file.sha256 for file in manifest.files} == {
         file.sha256 for folder in (one, two) for file in read_manifest(folder).files
     }
@@ -58,3 +59,12 @@ def test_a_damaged_part_and_another_steps_folder_are_refused(tmp_path: Path) -> 
     with pytest.raises(FolderError, match="is damaged"):
         gathered(tmp_path, one, two)
     assert not (tmp_path / "target").exists()
+
+
+def test_a_source_is_neither_the_target_nor_given_twice(tmp_path: Path) -> None:
+    one, two = shard(tmp_path / "a", 0, 3), shard(tmp_path / "b", 3, 4)
+    with pytest.raises(ConfigError, match="is the source itself"):
+        gathered(tmp_path, one, two, target="a")
+    with pytest.raises(ConfigError, match="two sources hold the same work"):
+        gathered(tmp_path, one, one)
+    assert read_manifest(one).rows == 3
