@@ -154,10 +154,9 @@ def make_base(environment: Mapping[str, str]) -> None:
         (root / "usr/bin/python").symlink_to("python3")
         for path in (root / "var/cache/apt/archives").glob("*.deb"):
             path.unlink()
-        archive = subprocess.Popen(["tar", "-C", folder, "-c", "."], stdout=subprocess.PIPE)
         command = [docker(), "import", "--change", "ENV PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "-", BASE]
-        subprocess.run(command, env=environment, stdin=archive.stdout, capture_output=True, timeout=300, check=True)
-        archive.wait()
+        with subprocess.Popen(["tar", "-C", folder, "-c", "."], stdout=subprocess.PIPE) as archive:
+            subprocess.run(command, env=environment, stdin=archive.stdout, capture_output=True, timeout=300, check=True)
 
 
 def bootstrap(folder: str) -> None:

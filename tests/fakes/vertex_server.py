@@ -15,7 +15,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from google.cloud.aiplatform_v1 import types
 from google.protobuf.json_format import ParseDict, ParseError
-from kfp.pipeline_spec import pipeline_spec_pb2
 from local_server import handled_by
 
 V1 = "type.googleapis.com/google.cloud.aiplatform.v1"
@@ -114,6 +113,8 @@ class Vertex:
     def job(self, method: str, resource: str, verb: str, query: dict[str, list[str]], body: Any) -> dict[str, Any]:
         """pipelineJobs: one is created under the id that it asks for, looked at, cancelled."""
         if method == "POST" and not verb:
+            from kfp.pipeline_spec import pipeline_spec_pb2  # Beside another SDK there is no kfp.
+
             strict(types.PipelineJob, body)
             PipelineSpec = pipeline_spec_pb2.PipelineSpec  # noqa: N806
             ParseDict(body["pipelineSpec"], PipelineSpec(), ignore_unknown_fields=False)
