@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from google.api_core.exceptions import GoogleAPICallError, GoogleAPIError
 from google.auth.exceptions import GoogleAuthError
+from requests.exceptions import RequestException
 
 from cappy.errors import ConfigError, shown
 
@@ -41,7 +42,7 @@ def told(step: str, project: str, region: str, remedies: Mapping[int, str] | Non
         code = int(error.code) if error.code else 0
         remedy = (remedies or {}).get(code, "mend that, then run the same command again")
         raise ConfigError(f"{step}: {place}: refused ({code}, {reason}); {remedy}") from error
-    except GoogleAPIError as error:
+    except (GoogleAPIError, RequestException) as error:
         # Without an answer: the SDK asked again until its time was up (RetryError), or could not read what came.
         reason = shown(" ".join(str(error).split()), 200)
         remedy = "look at the network and the service's state, then run the same command again"
