@@ -1,6 +1,6 @@
 """Copies what a Python program needs of this file system into an empty folder: python3 rootfs.py FOLDER.
 
-The interpreter and its standard library, the environment /opt/cappy, the shared libraries that these load, certificates
+The interpreter and its standard library, the environment /app, the shared libraries that these load, certificates
 and a user. Runs in the image that it copies from, under any layout of Python (Debian's or the official image's).
 """
 
@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-ENVIRONMENT = Path("/opt/cappy")
+ENVIRONMENT = Path("/app")
 PROGRAMS = re.compile(r"python[\d.]*|cappy")
 """Of the environment's programs; the others come with packages and nothing calls them."""
 UNUSED = ("ensurepip", "venv", "idlelib", "tkinter", "turtledemo", "lib2to3", "test", "pydoc_data", "site-packages")

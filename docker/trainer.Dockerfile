@@ -5,15 +5,15 @@ ARG PYTHON=python:3.11-slim-bookworm
 # The same words in all four Dockerfiles, down to the next line that says so: what they build once is shared.
 FROM ${PYTHON} AS builder
 ARG TORCH=cpu
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_CACHE_DIR=/cache/pip
 COPY docker/requirements/builder.lock /locks/
-RUN python3 -m venv /opt/build \
-    && /opt/build/bin/pip install --no-cache-dir --no-deps --require-hashes --requirement /locks/builder.lock
+RUN python3 -m venv /build \
+    && /build/bin/pip install --no-cache-dir --no-deps --require-hashes --requirement /locks/builder.lock
 COPY docker/requirements/torch-${TORCH}.lock docker/requirements/serving.lock /locks/
 # docker/wheels may hold files that no index has, such as torch's CPU build; hashes are asked of them too.
-RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=/local \
+RUN --mount=type=cache,target=/cache/pip --mount=type=bind,source=docker/wheels,target=/local \
     for set in torch-${TORCH} serving; do \
-      /opt/build/bin/pip wheel --no-deps --require-hashes --no-build-isolation --find-links /local \
+      /build/bin/pip wheel --no-deps --require-hashes --no-build-isolation --find-links /local \
       --wheel-dir /wheels/shared --requirement /locks/$set.lock || exit 1; done
 
 FROM builder AS project
@@ -22,53 +22,53 @@ COPY cappy /source/cappy
 COPY components /source/components
 COPY pipelines /source/pipelines
 COPY serving /source/serving
-RUN /opt/build/bin/pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /wheels/project /source
+RUN /build/bin/pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /wheels/project /source
 
 FROM builder AS bill
 COPY docker/requirements/sbom.lock /locks/
-RUN --mount=type=cache,target=/root/.cache/pip python3 -m venv /opt/bill \
-    && /opt/build/bin/pip --python /opt/bill/bin/python install --no-deps --require-hashes --no-compile --requirement /locks/sbom.lock
+RUN --mount=type=cache,target=/cache/pip python3 -m venv /bill \
+    && /build/bin/pip --python /bill/bin/python install --no-deps --require-hashes --no-compile --requirement /locks/sbom.lock
 
 FROM ${PYTHON} AS shared
-RUN python3 -m venv --without-pip /opt/cappy
-RUN --mount=type=bind,from=builder,source=/opt/build,target=/opt/build \
+RUN python3 -m venv --without-pip /app
+RUN --mount=type=bind,from=builder,source=/build,target=/build \
     --mount=type=bind,from=builder,source=/wheels/shared,target=/wheels \
-    /opt/build/bin/pip --python /opt/cappy/bin/python install --quiet --no-cache-dir --no-compile --no-index --no-deps /wheels/*.whl \
-    && /opt/build/bin/pip --python /opt/cappy/bin/python check \
-    && (/opt/cappy/bin/python -m compileall -q -j 0 /opt/cappy/lib || true)
+    /build/bin/pip --python /app/bin/python install --quiet --no-cache-dir --no-compile --no-index --no-deps /wheels/*.whl \
+    && /build/bin/pip --python /app/bin/python check \
+    && (/app/bin/python -m compileall -q -j 0 /app/lib || true)
 # Here ends what all four share.
 
 FROM builder AS worker-wheels
 COPY docker/requirements/worker.lock /locks/
-RUN --mount=type=cache,target=/root/.cache/pip /opt/build/bin/pip wheel --no-deps --require-hashes --no-build-isolation \
+RUN --mount=type=cache,target=/cache/pip /build/bin/pip wheel --no-deps --require-hashes --no-build-isolation \
     --wheel-dir /wheels/worker --requirement /locks/worker.lock
 
 FROM builder AS own-wheels
 COPY docker/requirements/trainer.lock /locks/
-RUN --mount=type=cache,target=/root/.cache/pip /opt/build/bin/pip wheel --no-deps --require-hashes --no-build-isolation \
+RUN --mount=type=cache,target=/cache/pip /build/bin/pip wheel --no-deps --require-hashes --no-build-isolation \
     --wheel-dir /wheels/trainer --requirement /locks/trainer.lock
 
 FROM shared AS image
-RUN --mount=type=bind,from=builder,source=/opt/build,target=/opt/build \
+RUN --mount=type=bind,from=builder,source=/build,target=/build \
     --mount=type=bind,from=worker-wheels,source=/wheels/worker,target=/wheels \
-    /opt/build/bin/pip --python /opt/cappy/bin/python install --quiet --no-cache-dir --no-compile --no-index --no-deps /wheels/*.whl \
-    && (/opt/cappy/bin/python -m compileall -q -j 0 /opt/cappy/lib || true)
-RUN --mount=type=bind,from=builder,source=/opt/build,target=/opt/build \
+    /build/bin/pip --python /app/bin/python install --quiet --no-cache-dir --no-compile --no-index --no-deps /wheels/*.whl \
+    && (/app/bin/python -m compileall -q -j 0 /app/lib || true)
+RUN --mount=type=bind,from=builder,source=/build,target=/build \
     --mount=type=bind,from=own-wheels,source=/wheels/trainer,target=/wheels \
-    /opt/build/bin/pip --python /opt/cappy/bin/python install --quiet --no-cache-dir --no-compile --no-index --no-deps /wheels/*.whl \
-    && (/opt/cappy/bin/python -m compileall -q -j 0 /opt/cappy/lib || true)
-RUN --mount=type=bind,from=builder,source=/opt/build,target=/opt/build \
+    /build/bin/pip --python /app/bin/python install --quiet --no-cache-dir --no-compile --no-index --no-deps /wheels/*.whl \
+    && (/app/bin/python -m compileall -q -j 0 /app/lib || true)
+RUN --mount=type=bind,from=builder,source=/build,target=/build \
     --mount=type=bind,from=project,source=/wheels/project,target=/wheels \
-    /opt/build/bin/pip --python /opt/cappy/bin/python install --quiet --no-cache-dir --no-compile --no-index --no-deps /wheels/*.whl \
-    && /opt/build/bin/pip --python /opt/cappy/bin/python check \
-    && (/opt/cappy/bin/python -m compileall -q -j 0 /opt/cappy/lib || true)
-RUN --mount=type=bind,from=bill,source=/opt/bill,target=/opt/bill --mount=type=bind,source=docker/sbom.py,target=/sbom.py \
-    /opt/bill/bin/cyclonedx-py environment --output-format JSON --output-reproducible --output-file /tmp/python.json /opt/cappy/bin/python \
+    /build/bin/pip --python /app/bin/python install --quiet --no-cache-dir --no-compile --no-index --no-deps /wheels/*.whl \
+    && /build/bin/pip --python /app/bin/python check \
+    && (/app/bin/python -m compileall -q -j 0 /app/lib || true)
+RUN --mount=type=bind,from=bill,source=/bill,target=/bill --mount=type=bind,source=docker/sbom.py,target=/sbom.py \
+    /bill/bin/cyclonedx-py environment --output-format JSON --output-reproducible --output-file /tmp/python.json /app/bin/python \
     && python3 /sbom.py /tmp/python.json /usr/share/sbom/cappy.cdx.json && rm /tmp/python.json
-# A container's user has a name, so that programs which look it up find one; /work is where a volume goes.
+# A container's user has a name, so that programs which look it up find one; /data is where a volume goes.
 RUN groupadd --gid 10001 cappy && useradd --uid 10001 --gid cappy --no-log-init --home-dir /tmp --shell /usr/sbin/nologin cappy \
-    && install --directory --owner=cappy --group=cappy /work
-ENV PATH=/opt/cappy/bin:/usr/local/bin:/usr/bin:/bin \
+    && install --directory --owner=cappy --group=cappy /data
+ENV PATH=/app/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp TMPDIR=/tmp XDG_CACHE_HOME=/tmp/.cache HF_HOME=/tmp/.cache/huggingface MPLCONFIGDIR=/tmp/.cache/matplotlib \
     TORCH_EXTENSIONS_DIR=/tmp/.cache/torch_extensions TRITON_CACHE_DIR=/tmp/.cache/triton \
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 \
@@ -85,6 +85,6 @@ LABEL org.opencontainers.image.title="cappy-python-trainer" \
       org.opencontainers.image.source="${SOURCE}" \
       org.opencontainers.image.licenses="Apache-2.0"
 USER 10001:10001
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT []
 CMD ["cappy", "--help"]

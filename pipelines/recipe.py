@@ -30,7 +30,7 @@ class Kubeflow:
     namespace: str = "kubeflow"
     experiment: str = "cappy"
     volume: str = "cappy-work"
-    mount: Annotated[str, Field(pattern=r"^/.*[^/]$")] = "/work"
+    mount: Annotated[str, Field(pattern=r"^/.*[^/]$")] = "/data"
     pull_secret: str = ""
     service_account: str = ""
     spot: dict[str, str] = Field(default_factory=lambda: {"cloud.google.com/gke-spot": "true"})

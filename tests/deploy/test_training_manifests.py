@@ -51,7 +51,7 @@ def test_ranks_find_the_work_folder_on_a_volume_that_all_nodes_may_write_to() ->
     (found,) = containers(objects)
     (volume,) = [one for one in found[0].spec["volumes"] if "persistentVolumeClaim" in one]
     assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"] == "cappy-work"
-    assert {"name": volume["name"], "mountPath": "/work"} in found[1]["volumeMounts"]
+    assert {"name": volume["name"], "mountPath": "/data"} in found[1]["volumeMounts"]
 
 
 def test_a_rank_that_fails_takes_its_job_with_it_and_all_begin_again() -> None:

@@ -138,7 +138,7 @@ def test_a_step_gets_what_its_recipe_says_and_the_others_do_not() -> None:
     assert "nodeSelector" not in pods["exec-sampling"]
     for each in pods.values():
         (volume,) = each["pvcMount"]
-        assert volume["mountPath"] == "/work"
+        assert volume["mountPath"] == "/data"
 
 
 def test_every_attempt_but_the_exit_steps_is_repeated_and_every_step_has_a_limit() -> None:

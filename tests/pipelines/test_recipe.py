@@ -85,9 +85,9 @@ def test_a_wrong_parameter_and_a_wrong_setting_are_refused_without_a_registry() 
         ({"tracking_uri": ""}, r"tracking_uri: .*not reachable from a cluster; give"),
         ({"tracking_uri": "sqlite:///mine.db"}, r"tracking_uri: .*not reachable from a cluster"),
         ({"tracking_uri": "https://me:secret@mlflow.example"}, r"tracking_uri: holds a password"),
-        ({"parameters": {"source": "mine.jsonl"}}, r"preparation: --source: mine.jsonl does not lie under /work"),
-        ({"parameters": {"source": "/work/mine.jsonl"}}, r"cannot be seen from here.* give revision:"),
-        ({"work": "/elsewhere"}, r"work: /elsewhere is not under /work"),
+        ({"parameters": {"source": "mine.jsonl"}}, r"preparation: --source: mine.jsonl does not lie under /data"),
+        ({"parameters": {"source": "/data/mine.jsonl"}}, r"cannot be seen from here.* give revision:"),
+        ({"work": "/elsewhere"}, r"work: /elsewhere is not under /data"),
     ],
 )
 def test_what_no_step_of_a_cluster_could_reach_is_refused(changed: dict[str, Any], line: str) -> None:
@@ -97,7 +97,7 @@ def test_what_no_step_of_a_cluster_could_reach_is_refused(changed: dict[str, Any
 
 
 def test_what_the_submitter_cannot_see_changes_the_fingerprints_through_the_revision(tmp_path: Path) -> None:
-    values = {"pipeline": "pretrain", "parameters": {"source": "/work/mine.jsonl", "generator": []}, **PLACES}
+    values = {"pipeline": "pretrain", "parameters": {"source": "/data/mine.jsonl", "generator": []}, **PLACES}
     found = [
         submission_of(checked({**values, "revision": revision}), "kubeflow").fingerprints
         for revision in ("1", "1", "2")
@@ -164,7 +164,7 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
     kubeflow = checked({"pipeline": "adapt", "resources": {"finetuning": needs}, **places})
     check(kubeflow, "kubeflow")
     told = settings_of(kubeflow, "kubeflow")["finetuning"]
-    assert (told["launcher"], told["volume"], told["runtime"]) == ("trainjob", "cappy-work:/work", "cappy-torch")
+    assert (told["launcher"], told["volume"], told["runtime"]) == ("trainjob", "cappy-work:/data", "cappy-torch")
     assert "launcher" not in settings_of(kubeflow, "local")["finetuning"]
     for recipe, platform in ((vertex, "vertex"), (kubeflow, "kubeflow")):
         spec = compiled(recipe, platform)
