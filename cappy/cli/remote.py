@@ -99,15 +99,7 @@ def status(
     as_json: JsonFlag = False,
 ) -> None:
     """Show how far a run is, step by step; exits with 1 if it failed."""
-    chosen = placed(
-        recipe_of(recipe or "adapt"),
-        endpoint=endpoint,
-        namespace=namespace,
-        project=project,
-        region=region,
-        bucket=bucket,
-    )
-    client = _client(chosen, on)
+    client = reached(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
     told: dict[str, str] = {}
     while True:
         state = client.look(run)
@@ -139,15 +131,7 @@ def logs(
     follow: FollowFlag = False,
 ) -> None:
     """Show what the steps of a run wrote, each line with its step."""
-    chosen = placed(
-        recipe_of(recipe or "adapt"),
-        endpoint=endpoint,
-        namespace=namespace,
-        project=project,
-        region=region,
-        bucket=bucket,
-    )
-    client = _client(chosen, on)
+    client = reached(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
     seen: dict[str, int] = {}
     while True:
         over = not follow or client.look(run).over
@@ -173,15 +157,8 @@ def cancel(
     bucket: BucketFlag = "",
 ) -> None:
     """End a run; what its steps finished stays in the work folder."""
-    chosen = placed(
-        recipe_of(recipe or "adapt"),
-        endpoint=endpoint,
-        namespace=namespace,
-        project=project,
-        region=region,
-        bucket=bucket,
-    )
-    _client(chosen, on).cancel(run)
+    client = reached(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
+    client.cancel(run)
     typer.echo(f"{run}: asked to end")
 
 
@@ -189,6 +166,11 @@ def add_to(app: typer.Typer) -> None:
     """Makes the verbs those of `cappy pipeline`."""
     for verb in (submit, status, logs, cancel):
         app.command()(verb)
+
+
+def reached(on: Any, recipe: str, **given: str) -> "Client":
+    """The client of the platform that a recipe, or flags alone, say where to find."""
+    return _client(placed(recipe_of(recipe or "adapt"), **given), on)
 
 
 def placed(recipe: "Recipe", **given: str) -> "Recipe":
