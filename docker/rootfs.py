@@ -49,8 +49,8 @@ def main(target: Path) -> None:
     (target / "etc/nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files dns\n")
     (target / "tmp").mkdir(mode=0o777)
     (target / "tmp").chmod(0o1777)
-    (target / "work").mkdir()
-    os.chown(target / "work", 10001, 10001)
+    (target / "data").mkdir()
+    os.chown(target / "data", 10001, 10001)
 
 
 def under(target: Path, path: Path) -> Path:

@@ -184,7 +184,7 @@ def test_the_user_is_a_fixed_one_that_owns_nothing(containers: Containers, name:
     program = "import os, pwd; print(os.getuid(), os.getgid(), pwd.getpwuid(os.getuid()).pw_name)"
     assert containers.python(name, program) == f"{USER} {USER} cappy\n"
     with containers.files(name) as archive:
-        assert [member.name for member in archive if member.uid == USER] == ["work/"[:-1]]
+        assert [member.name for member in archive if member.uid == USER] == ["data"]
 
 
 @pytest.mark.parametrize("name", NAMES)
