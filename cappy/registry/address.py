@@ -27,9 +27,9 @@ def database(uri: str) -> Path | None:
 
 
 def no_database_yet(uri: str = "") -> bool:
-    """Whether the address is a SQLite file that the first run will make."""
+    """Whether the address is a SQLite file that the first run will make; an empty file is none."""
     path = database(uri)
-    return path is not None and not path.exists()
+    return path is not None and not (path.exists() and path.stat().st_size)
 
 
 def artifact_root(uri: str) -> str | None:

@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from cappy.errors import UnreachableError, shown
-from cappy.registry.address import artifact_root, check, database, without_password
+from cappy.registry.address import artifact_root, check, database, no_database_yet, without_password
 
 __all__ = ["MlflowException", "connected", "experiment_id", "metric_key"]
 
@@ -37,9 +37,12 @@ def connected(tracking_uri: str) -> Iterator[Any]:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     try:
-        with _alone(database(address)), warnings.catch_warnings():
+        path = database(address)
+        with _alone(path), warnings.catch_warnings():
             # MLflow 3.17 uses a loader that SQLAlchemy 2.1 warns of, once, when its store is loaded.
             warnings.simplefilter("ignore")
+            if path is not None and no_database_yet(address):
+                _make_tables(path)
             client = MlflowClient(tracking_uri=address, registry_uri=address)
             client.search_experiments(max_results=1)
         yield client
@@ -62,6 +65,18 @@ def experiment_id(client: Any, name: str, tracking_uri: str) -> str:
 def metric_key(name: str) -> str:
     """A metric's name as MLflow takes it: a mixture such as 0.5*rougeL+0.5*bleu has characters that it refuses."""
     return _REFUSED.sub("_", name)
+
+
+def _make_tables(path: Path) -> None:
+    """Makes a SQLite file whole or not at all: MLflow refuses for good what a process killed in between leaves."""
+    draft = path.absolute().with_name(f".{path.name}.new")
+    for leftover in (draft, draft.with_name(f"{draft.name}-journal")):
+        leftover.unlink(missing_ok=True)
+    # Imported here: it loads all tables, which an address of a server has no use for.
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    SqlAlchemyStore(f"sqlite:///{draft}", artifact_root(f"sqlite:///{path}")).engine.dispose()
+    draft.replace(path)
 
 
 @contextlib.contextmanager
