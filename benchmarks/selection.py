@@ -57,6 +57,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "mse + 4 relative": {"head": "mse"},
     "mse + 4 relative, no early stop": {"head": "mse", "patience": 1000},
     "mse + listwise": {"head": "mse", "relative": 0.0, "listwise": 1.0},
+    "bce + listwise": {"relative": 0.0, "listwise": 1.0},
     "bce": {"relative": 0.0},
     "paper": {"preset": "paper"},
     "paper, rate as ours": {"preset": "paper", "learning_rate": RATE},

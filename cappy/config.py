@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
 import pydantic
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, near, shown
 
 T = TypeVar("T")
 
@@ -46,12 +46,16 @@ def build(config_class: type[T], values: Mapping[str, Any]) -> T:
         return config_class(**values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
+        step, name = _step_of(config_class), ".".join(str(part) for part in first["loc"]).replace("_", "-")
         rule = first["msg"].removeprefix("Value error, ")
         if not name:  # a rule over several fields, which names them itself
-            raise ConfigError(f"{_step_of(config_class)}: --{rule}") from error
+            raise ConfigError(f"{step}: --{rule}") from error
+        if first["type"] == "unexpected_keyword_argument":
+            known = [field.replace("_", "-") for field in config_class.__dataclass_fields__]  # type: ignore[attr-defined]
+            meant = near(name, known, otherwise=f"; `cappy {step} --help` lists them")
+            raise ConfigError(f"{step}: --{name}: no such setting{meant}") from error
         value = "" if first["type"] in ("missing", "missing_argument") else f", got {shown(first['input'])}"
-        raise ConfigError(f"{_step_of(config_class)}: --{name.replace('_', '-')}: {rule}{value}") from error
+        raise ConfigError(f"{step}: --{name}: {rule}{value}") from error
 
 
 def to_values(config: Any) -> dict[str, Any]:

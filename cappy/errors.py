@@ -14,6 +14,9 @@ The text of each is one line: what (file, line, field), what was wrong (the valu
 prints it on stderr and exits with 1. Every other exception is a defect of ours and keeps its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class CappyError(Exception):
     """Something that a person can mend; its text says how."""
@@ -55,3 +58,10 @@ def shown(value: object, limit: int = 60) -> str:
     """`value` as it may stand in one line of an error: quoted by repr, cut to `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def near(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The end of a line about an unknown word: the nearest known one, else `otherwise`, else all that there are."""
+    names = sorted(known)
+    found = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {found[0]}?" if found else otherwise or f"; there are {', '.join(names)}"

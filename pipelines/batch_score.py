@@ -5,6 +5,7 @@ from typing import Any
 
 from kfp import dsl
 
+from cappy.errors import ConfigError
 from components.gathering import gathering
 from components.preparation import preparation
 from components.scoring import scoring
@@ -28,7 +29,11 @@ def plan(
         "preparation": {"source": source, "unlabelled": True, "test": 0.0, "validation": 0.0},
         "scoring": {"scorer": scorer},
     }
-    return {step: {**values, **(settings or {}).get(step, {})} for step, values in chosen.items()}
+    found = {step: {**values, **(settings or {}).get(step, {})} for step, values in chosen.items()}
+    if not found["preparation"]["source"]:
+        remedy = "give source: FILE under parameters, or --set preparation.source=FILE"
+        raise ConfigError(f"batch_score: no source: nothing to score; {remedy}")
+    return found
 
 
 def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:

@@ -5,7 +5,7 @@ edited input file, a moved alias or another version of the code is never answere
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ ARTIFACTS: Mapping[str, tuple[str, ...]] = {
 }
 """Step -> the settings that a pipeline fills with folders."""
 SPECS: Mapping[str, tuple[str, ...]] = {
-    "preparation": ("source",),
+    "preparation": ("source", "templates", "local", "against"),
     "sampling": ("generator",),
     "scoring": ("scorer",),
     "pretraining": ("encoder",),
@@ -82,14 +82,18 @@ def content(text: str, *, tracking_uri: str = "") -> str:
     return text
 
 
+def named(step: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Setting and text of everything outside that the settings of a step name."""
+    for name in SPECS.get(step, ()):
+        given = values.get(name) or ()
+        for text in (given,) if isinstance(given, str | Path) else given:
+            yield name, str(text)
+
+
 def _outside(step: str, values: Mapping[str, Any], tracking_uri: str) -> list[list[str]]:
     """Setting, name and content of everything outside; a file's name counts, because preparation names a task by it."""
-    named = [(name, values[name]) for name in SPECS.get(step, ()) if values.get(name)]
-    return [
-        [name, Path(text).name, content(text, tracking_uri=tracking_uri)]
-        for name, value in named
-        for text in ([value] if isinstance(value, str) else value)
-    ]
+    found = named(step, values)
+    return [[name, Path(text).name, content(text, tracking_uri=tracking_uri)] for name, text in found]
 
 
 def _folder(path: Path) -> str:

@@ -13,7 +13,10 @@ CONDITION = "(if promoted)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One step of the outline; `hours` and `cost` are what it takes at most, of all its shards and nodes together."""
+    """One step of the outline.
+
+    `hours` and `cost` are what one attempt takes at most, of all its shards and nodes together.
+    """
 
     step: str
     image: str
@@ -66,15 +69,25 @@ def graph(recipe: Recipe) -> str:
 def to_json(recipe: Recipe, platform: Platform) -> dict[str, Any]:
     """The outline as JSON values; `cost` is None where some step has no price."""
     found = lines(recipe)
-    costs = [line.cost for line in found]
     return {
         "pipeline": recipe.pipeline,
         "platform": platform,
         "graph": graph(recipe),
         "work": str(work_of(recipe, platform)),
         "steps": [asdict(line) for line in found],
-        "most_cost": None if None in costs else sum(cost for cost in costs if cost is not None),
+        "most_cost": None if unpriced(found) else most_cost(found),
+        "most_cost_with_retries": None if unpriced(found) else most_cost(found, retried=True),
     }
+
+
+def most_cost(found: list[Line], *, retried: bool = False) -> float:
+    """What the priced steps cost at most: in one attempt each, or with every retry used up."""
+    return sum((line.cost or 0.0) * (1 + line.retries if retried else 1) for line in found)
+
+
+def unpriced(found: list[Line]) -> list[str]:
+    """The steps whose machines the recipe has no price for."""
+    return [line.step for line in found if line.cost is None]
 
 
 def text(recipe: Recipe, platform: Platform) -> str:
@@ -112,11 +125,13 @@ def text(recipe: Recipe, platform: Platform) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (header, *rows)
     ]
-    known = [line.cost for line in found if line.cost is not None]
-    unpriced = [line.step for line in found if line.cost is None]
-    cost = f"at most {sum(known):,.2f}, each step its most hours at the recipe's prices" if known else "not known"
-    if unpriced:
-        cost += f"; no price for {', '.join(unpriced)} (prices: in the recipe)"
+    lacking = unpriced(found)
+    cost = "not known"
+    if len(lacking) < len(found):
+        once, all_retries = most_cost(found), most_cost(found, retried=True)
+        cost = f"at most {once:,.2f} where no step is tried again, {all_retries:,.2f} with every retry used"
+    if lacking:
+        cost += f"; no price for {', '.join(lacking)} (prices: in the recipe)"
     return "\n".join(
         [
             f"pipeline  {recipe.pipeline} on {platform}",

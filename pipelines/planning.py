@@ -9,7 +9,7 @@ from typing import Any
 
 import pipelines
 from cappy.errors import ConfigError, shown
-from pipelines.fingerprints import ARTIFACTS, SPECS, configs
+from pipelines.fingerprints import ARTIFACTS, configs, named
 from pipelines.nodes import launchers
 from pipelines.recipe import Platform, Recipe
 from pipelines.submission import Submission, prepare
@@ -125,10 +125,8 @@ def _refuse_missing(settings: Mapping[str, Mapping[str, Any]]) -> None:
 def _named(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
     """Step, setting and text of all that the settings name outside."""
     for step, values in settings.items():
-        for name in SPECS.get(step, ()):
-            given = values.get(name) or ()
-            for text in (given,) if isinstance(given, str) else given:
-                yield step, name, text
+        for name, text in named(step, values):
+            yield step, name, text
 
 
 def _refuse_unseen(recipe: Recipe, settings: Mapping[str, Mapping[str, Any]], root: str) -> None:

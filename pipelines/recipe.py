@@ -1,6 +1,5 @@
 """A recipe: one YAML file that holds everything of a run, typed and checked before anything is submitted."""
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,10 +10,12 @@ from pydantic import Field
 
 import pipelines
 from cappy.config import settings
-from cappy.errors import ConfigError, shown
-from pipelines.resources import Resources
+from cappy.errors import ConfigError, near, shown
+from pipelines.resources import Accelerator, Resources
 
 Platform = Literal["local", "docker", "kubeflow", "vertex"]
+WORDS = {"dict_type": "must hold keys with values, one on each line", "int_type": "must be a whole number"}
+"""Kind of a pydantic error -> what a recipe's author calls it, where pydantic speaks of Python."""
 
 
 @settings
@@ -66,13 +67,15 @@ class Recipe:
     pipeline: Literal["adapt", "pretrain", "evaluate", "batch_score"]
     parameters: dict[str, Any] = Field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    shards: Annotated[int, Field(ge=1, le=pipelines.MAX_SHARDS)] = 1
+    shards: Annotated[int, Field(strict=True, ge=1, le=pipelines.MAX_SHARDS)] = 1
     work: str = ""
     tracking_uri: str = ""
     revision: str = ""
     images: dict[Literal["worker", "trainer"], str] = Field(default_factory=dict)
     resources: dict[str, Resources] = Field(default_factory=dict)
-    prices: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    prices: dict[Accelerator, Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict
+    )
     kubeflow: Kubeflow = Field(default_factory=Kubeflow)
     vertex: Vertex = Field(default_factory=Vertex)
 
@@ -95,12 +98,24 @@ def read_recipe(path: Path) -> Recipe:
             f"{path}: cannot be read as a recipe ({error}); give a YAML file such as recipes/adapt.yaml"
         ) from error
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_Unrepeated)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is no YAML: {' '.join(str(error).split())}; mend it") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no keys, got {shown(values)}; begin with pipeline: adapt")
     return checked(values, where=str(path))
+
+
+class _Unrepeated(yaml.SafeLoader):
+    """A SafeLoader that refuses a key given twice: YAML forbids it, and PyYAML takes the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def checked(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
@@ -115,7 +130,7 @@ def checked(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         known = {*recipe.steps, *(("default", "tracking") if kind == "resources" else ())}
         for name in names:
             if name not in known:
-                raise ConfigError(f"{where}: {kind}.{name}: {recipe.pipeline} has no such step{_near(name, known)}")
+                raise ConfigError(f"{where}: {kind}.{name}: {recipe.pipeline} has no such step{near(name, known)}")
     return recipe
 
 
@@ -124,8 +139,10 @@ def _told(error: pydantic.ValidationError) -> str:
     first = min(error.errors(), key=lambda each: each["type"] != "unexpected_keyword_argument")
     keys = [str(part) for part in first["loc"] if part != "[key]"]
     if first["type"] == "unexpected_keyword_argument":
-        return f"{'.'.join(keys)}: no such key{_near(keys[-1], _siblings(keys))}"
-    rule = first["msg"].removeprefix("Value error, ")
+        return f"{'.'.join(keys)}: no such key{near(keys[-1], _siblings(keys))}"
+    rule = WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # a rule over several keys, which names them itself
+        return f"{'.'.join(keys)}: {rule}"
     value = "" if first["type"].startswith("missing") else f", got {shown(first['input'])}"
     return f"{'.'.join(keys)}: {rule}{value}"
 
@@ -143,8 +160,3 @@ def _siblings(keys: list[str]) -> list[str]:
     }
     inside: Any = next((places[key] for key in reversed(keys[:-1]) if key in places), Recipe)
     return list(inside.__pydantic_fields__)
-
-
-def _near(word: str, known: Any) -> str:
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else f"; there are {', '.join(sorted(known))}"

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cappy.config import settings
 
@@ -67,13 +67,19 @@ class Resources:
     cpu: Annotated[str, Field(pattern=r"^([0-9]+m?)?$")] = ""
     memory: Annotated[str, Field(pattern=r"^([0-9]+(Mi|Gi))?$")] = ""
     accelerator: Accelerator = "none"
-    count: Annotated[int, Field(ge=1, le=16)] = 1
-    nodes: Annotated[int, Field(ge=1, le=1024)] = 1
+    count: Annotated[int, Field(strict=True, ge=1, le=16)] = 1
+    nodes: Annotated[int, Field(strict=True, ge=1, le=1024)] = 1
     spot: bool = False
-    hours: Annotated[float, Field(gt=0, le=24 * 28)] = 24.0
-    retries: Annotated[int, Field(ge=0, le=20)] = 2
+    hours: Annotated[float, Field(strict=True, gt=0, le=24 * 28)] = 24.0
+    retries: Annotated[int, Field(strict=True, ge=0, le=20)] = 2
     machine_type: str = ""
     node_selector: dict[str, str] = Field(default_factory=dict)
     tolerations: tuple[Toleration, ...] = ()
     secrets: tuple[Secret, ...] = ()
     image: str = ""
+
+    @model_validator(mode="after")
+    def _count_of_something(self) -> "Resources":
+        if self.count > 1 and self.accelerator == "none":
+            raise ValueError(f"count: {self.count} of no accelerator; say which: accelerator: nvidia-l4")
+        return self

@@ -1,6 +1,7 @@
 """`cappy plan`: what a pretraining will take, before anything is started."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -72,6 +73,9 @@ def plan(
     from cappy.plan import Terms, make_plan, read_calibration, text, to_values
     from cappy.plan.calibration import DEFAULT
 
+    for flag, number in (("--epochs", epochs), ("--price", price)):
+        if number is not None and not math.isfinite(number):
+            raise ConfigError(f"plan: {flag}: {number} is no number to reckon with; give a finite one")
     for flag, share in (("--mfu", mfu), ("--sampling-mfu", sampling_mfu)):
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"plan: {flag}: {share:g} is no share of a peak; give one above 0 and at most 1")

@@ -65,6 +65,8 @@ def submit(
     chosen = recipe_of(recipe, setting, shards=shards, tracking_uri=tracking_uri)
     chosen = placed(chosen, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
     if dry_run:
+        if compiled is not None:
+            load("pipelines.packages").package_of(chosen, on, {}, compiled)
         outlined(chosen, on, as_json)
         return
     submission = load("pipelines.planning").submission_of(chosen, on)

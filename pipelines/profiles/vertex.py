@@ -43,6 +43,9 @@ def _refuse(recipe: Recipe, step: str) -> None:
         )
     if needs.nodes > 1 and not needs.machine_type:
         raise ConfigError(f"{where}.machine_type: a CustomJob needs one; give such as a3-highgpu-8g")
+    if needs.nodes == 1 and needs.machine_type:
+        remedy = "give cpu, memory and accelerator, or train as a CustomJob (nodes: 2 or more)"
+        raise ConfigError(f"{where}.machine_type: a step of a pipeline on Vertex AI has none to choose; {remedy}")
     if needs.node_selector or needs.tolerations:
         remedy = "leave them out; cpu, memory and accelerator choose the machine"
         raise ConfigError(f"{where}: node_selector and tolerations are Kubernetes'; {remedy}")

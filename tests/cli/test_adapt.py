@@ -208,7 +208,7 @@ def test_an_unknown_setting_is_refused_before_anything_runs(here: Cappy, tmp_pat
     done = here("adapt", "--instances", "records", "--set", "annotation.colour=red")
     assert (done.returncode, done.stderr) == (
         1,
-        "cappy adapt: annotation: --colour: Unexpected keyword argument, got 'red'\n",
+        "cappy adapt: annotation: --colour: no such setting; `cappy annotation --help` lists them\n",
     )
 
 

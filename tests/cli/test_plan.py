@@ -49,6 +49,8 @@ def test_json_says_the_same_with_numbers_and_a_price_only_where_one_is_given(her
         (("--hardware", "h100", "--gpus", "0", *ASSUMED), "--gpus: 0 is out of range; give 1 to 256"),
         (("--hardware", "h100", "--gpus", "1", "--gpus", "300", *ASSUMED), "--gpus: 300 is out of range; give 1 to"),
         (("--hardware", "h100"), "sampling of bart0 was never measured on h100; give --sampling-mfu, the share"),
+        (("--hardware", "h100", "--price", "inf"), "--price: inf is no number to reckon with; give a finite one"),
+        (("--hardware", "h100", "--epochs", "inf"), "--epochs: inf is no number to reckon with"),
         (("--hardware", "h100", "--mfu", "0"), "--mfu: 0 is no share of a peak; give one above 0 and at most 1"),
         (("--hardware", "h100", "--sampling-mfu", "40"), "--sampling-mfu: 40 is no share of a peak; give one above"),
         (("--hardware", "h100", "--calibration", "no.json"), "no.json: no such calibration; write it with python"),

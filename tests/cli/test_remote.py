@@ -203,6 +203,10 @@ def test_a_yaml_that_was_looked_at_is_sent_as_it_is_and_a_wrong_one_is_not(
         done = here(*sent)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
         assert line in done.stderr
+        if (
+            "takes no" not in line
+        ):  # What it is given is known once the registry was asked, which a dry run does not do.
+            assert line in here(*sent, "--dry-run").stderr
     assert len(kubeflow.runs) == 1
 
 

@@ -170,6 +170,11 @@ def test_vertexs_names_of_accelerators_are_those_of_its_sdk() -> None:
     [
         ("vertex", {"spot": True}, r"resources.sampling.spot: Vertex AI has no spot machines"),
         ("vertex", {"accelerator": "tpu-v5e"}, r"resources.sampling.accelerator: .* no tpu-v5e; train on GPUs"),
+        (
+            "vertex",
+            {"machine_type": "a2-highgpu-1g"},
+            r"resources.sampling.machine_type: .*has none to choose; give cpu",
+        ),
         ("vertex", {"node_selector": {"a": "b"}}, r"resources.sampling: node_selector .* Kubernetes'; leave them out"),
         ("vertex", {"secrets": [{"variable": "A", "name": "s"}]}, r"A is from Secret Manager .* projects/P/secrets"),
         ("vertex", {"nodes": 2}, r"resources.sampling.nodes: 2: only training spreads over nodes"),

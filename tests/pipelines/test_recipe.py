@@ -49,6 +49,12 @@ def test_the_recipes_of_the_paper_are_those_of_the_paper() -> None:
         ({"pipeline": "adapt", "resources": {"pretraining": {}}}, r"resources.pretraining: adapt has no such step"),
         ({"pipeline": "adapt", "settings": {"tuning": {}}}, r"settings.tuning: adapt has no such step; did you mean"),
         ({"pipeline": "adapt", "vertex": {"bucket": "mine"}}, r"vertex.bucket: .*got"),
+        ({"pipeline": "adapt", "shards": True}, r"shards: must be a whole number, got True"),
+        ({"pipeline": "adapt", "resources": {"sampling": {"hours": True}}}, r"sampling.hours: .*number, got True"),
+        ({"pipeline": "adapt", "resources": {"sampling": {"count": 2}}}, r"sampling: count: 2 of no accelerator; say"),
+        ({"pipeline": "adapt", "prices": {"gold": 1.0}}, r"prices.gold: .*'nvidia-l4'.*, got 'gold'"),
+        ({"pipeline": "adapt", "prices": {"none": float("inf")}}, r"prices.none: .*finite number, got inf"),
+        ({"pipeline": "adapt", "settings": ["sampling"]}, r"settings: must hold keys with values.*, got"),
     ],
 )
 def test_a_wrong_key_or_value_is_one_line(values: dict[str, Any], line: str, tmp_path: Path) -> None:
@@ -60,7 +66,14 @@ def test_a_wrong_key_or_value_is_one_line(values: dict[str, Any], line: str, tmp
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("a: [", "is no YAML"), ("- a", "holds no keys"), ("", "holds no keys"), (None, "cannot be read")],
+    [
+        ("a: [", "is no YAML"),
+        ("pipeline: adapt\nshards: 2\nshards: 3", "shards is given twice .*line 3"),
+        ("pipeline: adapt\n? [a]\n: 2", "is no YAML: .*unhashable"),
+        ("- a", "holds no keys"),
+        ("", "holds no keys"),
+        (None, "cannot be read"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_one_line(text: str | None, line: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
@@ -86,6 +99,10 @@ def test_a_wrong_parameter_and_a_wrong_setting_are_refused_without_a_registry() 
         ({"tracking_uri": "sqlite:///mine.db"}, r"tracking_uri: .*not reachable from a cluster"),
         ({"tracking_uri": "https://me:secret@mlflow.example"}, r"tracking_uri: holds a password"),
         ({"parameters": {"source": "mine.jsonl"}}, r"preparation: --source: mine.jsonl does not lie under /data"),
+        (
+            {"settings": {"preparation": {"templates": "mine"}}},
+            r"preparation: --templates: mine does not lie under /data",
+        ),
         ({"parameters": {"source": "/data/mine.jsonl"}}, r"cannot be seen from here.* give revision:"),
         ({"work": "/elsewhere"}, r"work: /elsewhere is not under /data"),
     ],
@@ -119,7 +136,11 @@ def test_the_outline_adds_up() -> None:
             "pipeline": "pretrain",
             "shards": 4,
             "prices": {"none": 0.1, "nvidia-l4": 2.0},
-            "resources": {"default": {"hours": 10}, "sampling": {"accelerator": "nvidia-l4", "count": 2, "hours": 3}},
+            "resources": {
+                "default": {"hours": 10, "retries": 0},
+                "sampling": {"accelerator": "nvidia-l4", "count": 2, "hours": 3, "retries": 1},
+                "pretraining": {"accelerator": "nvidia-l4", "count": 8, "nodes": 3, "hours": 5, "retries": 0},
+            },
         }
     )
     assert graph(recipe) == (
@@ -128,8 +149,13 @@ def test_the_outline_adds_up() -> None:
     costs = {line.step: line.cost for line in lines(recipe)}
     assert costs["sampling"] == pytest.approx(4 * 2 * 3 * 2.0)
     assert costs["annotation"] == pytest.approx(4 * 10 * 0.1)
-    assert to_json(recipe, "kubeflow")["most_cost"] == pytest.approx(48 + 4 + 5 * 1.0)
-    assert "at most 57.00" in text(recipe, "kubeflow")
+    assert costs["pretraining"] == pytest.approx(3 * 8 * 5 * 2.0)
+    machines = {line.step: line.machines for line in lines(recipe)}
+    assert (machines["sampling"], machines["pretraining"], machines["evaluation"]) == (4, 3, 1)
+    found = to_json(recipe, "kubeflow")
+    assert found["most_cost"] == pytest.approx(48 + 4 + 240 + 4 * 1.0)
+    assert found["most_cost_with_retries"] == pytest.approx(found["most_cost"] + 48)
+    assert "at most 296.00 where no step is tried again, 344.00 with every retry used" in text(recipe, "kubeflow")
     unpriced = checked({"pipeline": "pretrain"})
     assert to_json(unpriced, "local")["most_cost"] is None
     assert "no price for preparation" in text(unpriced, "local")
@@ -186,6 +212,11 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
     [
         ({"parameters": {"generator": 3}}, r"generator: is a list of LLMs, got 3"),
         ({"parameters": {"source": "missing.jsonl"}}, r"preparation: --source: missing.jsonl: no such file or folder"),
+        ({"settings": {"preparation": {"against": ["missing"]}}}, r"preparation: --against: missing: no such file"),
+        (
+            {"settings": {"preparation": {"mixture": "t0", "local": "missing"}}},
+            r"preparation: --local: missing: no such file or folder",
+        ),
         ({"settings": {"sampling": {"target": "x"}}}, r"sampling: --target is what the pipeline gives it"),
         ({"settings": {"evaluation": {"scorer": "builtin"}}}, r"evaluation: --scorer is what the pipeline gives it"),
         ({"settings": {"annotation": {"work": "x"}}}, r"annotation: --work is what the pipeline gives it"),
@@ -194,6 +225,14 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
 def test_what_the_pipeline_gives_and_what_is_not_there_are_refused(values: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         check(checked({"pipeline": "adapt", **values}))
+
+
+def test_a_dataset_to_score_must_be_named() -> None:
+    for values in ({}, {"parameters": {"source": ""}}):
+        with pytest.raises(ConfigError, match=r"batch_score: no source: .*--set preparation.source=FILE"):
+            settings_of(checked({"pipeline": "batch_score", **values}))
+    named = checked({"pipeline": "batch_score", "settings": {"preparation": {"source": "mine.jsonl"}}})
+    assert settings_of(named)["preparation"]["source"] == "mine.jsonl"
 
 
 def test_one_generator_may_be_named_without_a_list() -> None:

@@ -64,6 +64,22 @@ def test_a_generator_folder_that_changes_is_sampled_again(file: Path, tmp_path: 
     assert changed(before, after) == list(pipelines.STEPS["adapt"])[1:]
 
 
+@pytest.mark.parametrize("name", ["templates", "local", "against"])
+def test_a_folder_beside_the_source_that_changes_is_read_again(name: str, file: Path, tmp_path: Path) -> None:
+    """As preparation's settings name it: a path alone, or a list of them."""
+    folder = tmp_path / "beside"
+    folder.mkdir()
+    (folder / "data.jsonl").write_text("one")
+    given: dict[str, Any] = {"against": [str(folder)], "templates": folder}.get(name, str(folder))
+    mixture = {"mixture": "t0"} if name == "local" else {}
+    own = {"preparation": {name: given, **mixture}}
+    source = {"source": "builtin"} if mixture else {}
+    before = fingerprints(_placed(plan(file, settings=own, **source), tmp_path))
+    (folder / "data.jsonl").write_text("two")
+    after = fingerprints(_placed(plan(file, settings=own, **source), tmp_path))
+    assert changed(before, after) == list(pipelines.STEPS["adapt"])
+
+
 def test_an_edited_part_of_a_folder_of_records_is_refused(file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "records"
     write(folder, [Instance(instance_id="1", instruction="Add 1 and 1.", references=("2",))])
