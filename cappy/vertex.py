@@ -3,7 +3,10 @@
 import contextlib
 import logging
 import re
+import socket
 from collections.abc import Iterator, Mapping
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from google.api_core.exceptions import GoogleAPICallError, GoogleAPIError
 from google.auth.exceptions import GoogleAuthError
@@ -11,12 +14,26 @@ from requests.exceptions import RequestException
 
 from cappy.errors import ConfigError, shown
 
+REACH_SECONDS = 4.0
+
 
 def hush() -> None:
     """The SDK tells what it does on stdout, where our own answer goes, by a logger of each of its modules."""
     for name in logging.root.manager.loggerDict:
         if name.startswith("google.cloud.aiplatform"):
             logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def reach(region: str, endpoint: str = "") -> None:
+    """ConnectionError within seconds where nobody answers at the address: the SDK itself asks for two minutes."""
+    parts = urlsplit(endpoint or f"https://{region}-aiplatform.googleapis.com")
+    if parts.scheme in getproxies():
+        return  # Who stands in between may know names that this machine does not.
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"{parts.hostname}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -42,8 +59,9 @@ def told(step: str, project: str, region: str, remedies: Mapping[int, str] | Non
         code = int(error.code) if error.code else 0
         remedy = (remedies or {}).get(code, "mend that, then run the same command again")
         raise ConfigError(f"{step}: {place}: refused ({code}, {reason}); {remedy}") from error
-    except (GoogleAPIError, RequestException) as error:
-        # Without an answer: the SDK asked again until its time was up (RetryError), or could not read what came.
+    except (GoogleAPIError, RequestException, ConnectionError) as error:
+        # Without an answer: nobody listens, the SDK asked again until its time was up (RetryError), or could not read
+        # what came.
         reason = shown(" ".join(str(error).split()), 200)
         remedy = "look at the network and the service's state, then run the same command again"
         raise ConfigError(f"{step}: {place}: gave no answer ({reason}); {remedy}") from error

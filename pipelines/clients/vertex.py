@@ -43,6 +43,8 @@ class VertexClient:
             raise ConfigError(f"vertex: no project or no bucket; {remedy}")
         try:
             from google.cloud import aiplatform
+
+            from cappy.vertex import reach
         except ModuleNotFoundError as missing:
             raise ConfigError(f"vertex: needs {missing.name}; pip install 'cappy-scorer[gcp]'") from missing
         self._place = place
@@ -50,6 +52,9 @@ class VertexClient:
         logging.getLogger("google.cloud.aiplatform.pipeline_jobs").setLevel(logging.CRITICAL)
         with self._told():
             aiplatform.init(project=place.project, location=place.region, **_elsewhere(place))
+            # Asked for before the network is: who is not logged in reads that, online and offline.
+            _ = aiplatform.initializer.global_config.credentials
+            reach(place.region, place.endpoint)
         self._sdk = aiplatform
 
     def submit(self, package: Path, arguments: Mapping[str, Any], name: str) -> RunState:

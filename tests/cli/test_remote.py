@@ -284,3 +284,13 @@ def test_what_vertex_refuses_is_one_line_with_a_remedy(here: Here, vertex: Verte
     assert "wait, or ask for more in the console" in done.stderr
     lacking = here("pipeline", "submit", recipe(tmp_path), "--on", "vertex")
     assert "give vertex.project and vertex.bucket" in lacking.stderr
+
+
+@pytest.mark.timeout(60)  # The SDK's own retries go on for two minutes.
+def test_a_vertex_that_is_not_there_is_one_line_within_seconds(here: Here, vertex: Vertex, tmp_path: Path) -> None:
+    nowhere = recipe(tmp_path, vertex={"endpoint": NOBODY})
+    for words in (("submit", nowhere), ("status", "run-1", "--recipe", nowhere)):
+        done = here("pipeline", *words, *on_vertex())
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert "gave no answer ('127.0.0.1: Connection refused'); look at the network" in done.stderr
+    assert vertex.jobs == {}
