@@ -1,6 +1,7 @@
 """`cappy pipeline submit`, `status`, `logs`, `cancel` against servers that speak the platforms' REST."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,7 +155,7 @@ def test_a_run_is_ended_on_request(here: Here, kubeflow: Kubeflow) -> None:
 @pytest.mark.parametrize(
     ("refuse", "remedy"),
     [
-        ((401, "token expired"), "refused (401, 'token expired'); log in again"),
+        ((401, "token expired"), "log in again"),
         ((403, "not yours"), "ask for the right to create runs"),
         ((429, "quota exceeded"), "the quota is used up; wait, or ask for more"),
     ],
@@ -165,8 +166,8 @@ def test_what_kubeflow_refuses_is_one_line_with_a_remedy(
     kubeflow.refuse = refuse
     done = here("pipeline", "submit", recipe(tmp_path), *on_kubeflow(kubeflow))
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert remedy.replace("'token expired'", "").split("(")[0] in done.stderr
-    assert remedy.rpartition("; ")[2] in done.stderr
+    status, words = refuse
+    assert re.search(rf"refused \({status}, .*{words}.*\); .*{re.escape(remedy)}", done.stderr), done.stderr
     assert kubeflow.runs == []
 
 

@@ -58,6 +58,9 @@ def test_an_image_that_is_here_will_do_and_one_that_cannot_be_pulled_is_one_line
         ConfigError, match=r"mine:2: is not here and cannot be pulled \(.*denied.*\); build it with make"
     ):
         check_images(checked({"pipeline": "adapt", "images": {"worker": HERE, "trainer": "mine:2"}}))
+    exit_step = {"resources": {"tracking": {"image": "mine:3"}}}
+    with pytest.raises(ConfigError, match=r"mine:3: is not here"):
+        check_images(checked({"pipeline": "adapt", "images": {"worker": HERE, "trainer": HERE}, **exit_step}))
 
 
 def test_no_engine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,8 @@ def shard(folder: Path, start: int, count: int, step: str = "annotation", **metr
         for index in range(start, start + count)
     ]
     manifest = write(folder, instances, step=step, part_rows=2)
-    write_manifest(
-        folder, replace(manifest, metrics={"rows": float(count), **metrics}, config={"shard": str(start), "seed": 1})
-    )
+    told = {"config": {"shard": str(start), "seed": 1}, "seed": 7, "generators": {f"llm-{start}": f"revision-{start}"}}
+    write_manifest(folder, replace(manifest, metrics={"rows": float(count), **metrics}, **told))
     return folder
 
 
@@ -38,6 +37,8 @@ def test_all_rows_are_there_in_the_order_of_the_shards(tmp_path: Path) -> None:
     assert manifest.metrics == {"rows": 7.0}, "counts add up, a mean of means says nothing"
     assert manifest.config == {"seed": 1}
     assert manifest.step == "annotation"
+    assert manifest.seed == 7
+    assert manifest.generators == {"llm-0": "revision-0", "llm-3": "revision-3"}
     assert {file.sha256 for file in manifest.files} == {
         file.sha256 for folder in (one, two) for file in read_manifest(folder).files
     }

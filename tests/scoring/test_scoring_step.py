@@ -1,15 +1,20 @@
 """The scoring step: scores stand in the record under the scorer's version, the same for one shard or several."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from cappy.errors import ConfigError
+from cappy.errors import ConfigError, RecordError
 from cappy.preparation import PreparationConfig
 from cappy.preparation import run as prepare
 from cappy.records import read, read_manifest
+from cappy.records.folder import describe_files, write_manifest
 from cappy.scoring import Scorer
 from cappy.scoring.step import ScoringConfig, run
+from cappy.specs import scorer_folder
 
 ROWS = [
     '{"instruction": "Add 1 and 1.", "responses": ["2", "3", ""]}',
@@ -59,13 +64,40 @@ def test_shards_score_what_the_whole_does(instances: Path, tmp_path: Path) -> No
         assert parts[pair] == pytest.approx(scores, abs=1e-4)
 
 
+def test_a_second_scorer_adds_its_score_and_leaves_the_firsts(instances: Path, tmp_path: Path) -> None:
+    first = scored(instances, tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(scorer_folder("builtin"), other)
+    weights = load_file(other / "model.safetensors")
+    weights = {name: values * 0.5 if name.startswith("classifier") else values for name, values in weights.items()}
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(other, replace(read_manifest(other), files=describe_files(other)))
+    run(
+        ScoringConfig(
+            source=tmp_path / "scored",
+            target=tmp_path / "twice",
+            scorer=str(other),
+            precision="fp32",
+            work=tmp_path / "work",
+        )
+    )
+    version = Scorer.load(str(other), precision="fp32").version
+    for instance in read(tmp_path / "twice"):
+        for candidate in instance.candidates:
+            before = first[instance.instruction, candidate.response]
+            kept = {name: score for name, score in candidate.scores.items() if name != version}
+            assert kept == before
+            assert (version in candidate.scores) == bool(candidate.response)
+            assert candidate.scores.get(version) not in before.values() or not candidate.response
+
+
 def test_rows_without_responses_or_references_are_refused_where_they_are_needed(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"instruction": "Add 1 and 1."}')
-    with pytest.raises(Exception, match=r"rows.jsonl:1: has no responses.*; give the responses"):
+    with pytest.raises(RecordError, match=r"rows.jsonl:1: has no responses.*; give the responses"):
         prepare(PreparationConfig(source=str(file), target=tmp_path / "a", unlabelled=True, work=tmp_path / "work"))
     file.write_text(ROWS[0])
-    with pytest.raises(Exception, match="has no reference"):
+    with pytest.raises(RecordError, match="has no reference"):
         prepare(PreparationConfig(source=str(file), target=tmp_path / "b", work=tmp_path / "work"))
 
 
@@ -73,7 +105,7 @@ def test_what_was_prepared_to_be_scored_is_not_labelled(instances: Path, tmp_pat
     from cappy.annotation import AnnotationConfig
     from cappy.annotation import run as annotate
 
-    with pytest.raises(Exception, match="has no reference to compare with; prepare it with references"):
+    with pytest.raises(RecordError, match="has no reference to compare with; prepare it with references"):
         annotate(AnnotationConfig(source=instances, target=tmp_path / "c", work=tmp_path / "work"))
 
 
