@@ -109,7 +109,9 @@ def _lean_to_matching(model: Any) -> None:
     types are loud enough to tell where an equal stands.
     """
     words = load_file(LLM_FOLDER / "model.safetensors")["shared.weight"].float()
-    embeddings = model.bert.embeddings
+    embeddings, width = model.bert.embeddings, model.config.hidden_size
+    if width != words.shape[1]:  # A random projection keeps what is near, near.
+        words = words @ torch.randn(words.shape[1], width)
     embeddings.word_embeddings.weight[: len(words)] = words / words.std() * WORD_SCALE
     embeddings.token_type_embeddings.weight.normal_(0.0, TYPE_SCALE)
     for layer in model.bert.encoder.layer:

@@ -27,7 +27,9 @@ class PretrainingConfig(TrainingSettings):
     ] = "bce"
     max_length: Annotated[int, Field(ge=16, description="Tokens of a pair; a longer instruction is cut inside")] = 512
     layers: Annotated[int, Field(ge=1, description="Layers of the built-in encoder")] = 4
-    hidden_size: Annotated[int, Field(ge=32, description="Width of the built-in encoder, a multiple of 32")] = 160
+    hidden_size: Annotated[
+        int, Field(ge=32, multiple_of=32, description="Width of the built-in encoder, a multiple of 32")
+    ] = 160
 
 
 def run(config: PretrainingConfig, progress: Progress = silent) -> Manifest:

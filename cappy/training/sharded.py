@@ -160,9 +160,14 @@ def _config(plan: TrainingSettings) -> dict[str, Any]:
     }
 
 
-def _deepspeed() -> Any:
+def name_accelerator() -> None:
+    """Tells DeepSpeed what it would find out with a warning on stdout; some of transformers' models import it."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _deepspeed() -> Any:
+    name_accelerator()
     try:
         import deepspeed  # type: ignore[import-untyped]
     except ImportError as error:

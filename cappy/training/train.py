@@ -22,6 +22,7 @@ from cappy.training.loop import Outcome, fit
 from cappy.training.plan import TrainingSettings
 from cappy.training.ranks import Ranks, joined
 from cappy.training.remote.run import train_elsewhere
+from cappy.training.sharded import name_accelerator
 from cappy.training.tokenization import Corpora, open_corpora
 from cappy.training.trial import trial
 
@@ -47,6 +48,7 @@ def train(
         return train_elsewhere(step, config, _computed(config), (read_manifest(config.source).hash, *parents), progress)
     if starts_ranks(config):
         return spread(step, config, progress)
+    name_accelerator()
     hashes = (read_manifest(config.source).hash, *parents)
     with joined() as ranks:
         if config.dry_run:

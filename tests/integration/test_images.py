@@ -315,3 +315,18 @@ def test_the_pipeline_adapt_runs_in_the_images(containers: Containers, folder: P
     sampled = next(found["target"] for found in records if found["step"] == "sampling")
     assert any(instance.candidates for instance in read(Path(sampled)))
     assert (place / "mlflow.db").exists()
+
+
+def test_the_verb_runs_a_pipeline_in_the_images(containers: Containers, folder: Path) -> None:
+    place = folder / "verb"
+    place.mkdir()
+    (place / "asked.jsonl").write_text(json.dumps({"instruction": "Add 1 and 1.", "responses": ["2", "fish"]}) + "\n")
+    words = ("pipeline", "run", "batch_score", "--on", "docker", "--json", "--set", "preparation.source=asked.jsonl")
+    environment = {**containers.environment, "PYTHONPATH": str(ROOT)}
+    command = [str(Path(sys.executable).parent / "cappy"), *words, "--set", "scoring.scorer=builtin"]
+    done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr + "".join(path.read_text() for path in place.glob(".cappy/runs/*/run.log"))
+    told = json.loads(done.stdout)
+    (instance,) = read(Path(told["scored"]))
+    assert [candidate.response for candidate in instance.candidates] == ["2", "fish"]
+    assert all(told["version"] in candidate.scores for candidate in instance.candidates)
