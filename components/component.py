@@ -9,6 +9,7 @@ VERSION = "0.1.0"
 # The local runner warns of an image whose name does not contain "python".
 WORKER = f"cappy-python-worker:{VERSION}"
 TRAINER = f"cappy-python-trainer:{VERSION}"
+TRAINER_TPU = f"cappy-python-trainer-tpu:{VERSION}"
 
 
 def component(base_image: str = WORKER) -> Callable[[Callable[..., Any]], Any]:

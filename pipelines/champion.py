@@ -11,12 +11,15 @@ CHAMPION = "champion"
 
 
 def resolved(
-    settings: Mapping[str, Mapping[str, Any]], *, work: Path, tracking_uri: str = ""
+    settings: Mapping[str, Mapping[str, Any]], *, work: Path, tracking_uri: str = "", **pinned: Any
 ) -> dict[str, dict[str, Any]]:
-    """The settings with every `models:/name@alias` as `models:/name/number`, and the champion to compare with."""
+    """The settings with every `models:/name@alias` as `models:/name/number`, and the champion to compare with.
+
+    `pinned` is what else goes into the fingerprints.
+    """
     found = {step: {**values, **_numbered(step, values, tracking_uri)} for step, values in settings.items()}
     if "promotion" in found and not found["evaluation"].get("champion"):
-        found["evaluation"]["champion"] = _champion(found, work, tracking_uri)
+        found["evaluation"]["champion"] = _champion(found, work, tracking_uri, pinned)
     return found
 
 
@@ -30,7 +33,9 @@ def _numbered(step: str, values: Mapping[str, Any], tracking_uri: str) -> dict[s
     }
 
 
-def _champion(settings: Mapping[str, Mapping[str, Any]], work: Path, tracking_uri: str) -> str:
+def _champion(
+    settings: Mapping[str, Mapping[str, Any]], work: Path, tracking_uri: str, pinned: Mapping[str, Any]
+) -> str:
     """The version that evaluation compares with; empty if there is none.
 
     A champion that this very finetuning made is not compared with itself but with its predecessor, as it was when it
@@ -43,7 +48,7 @@ def _champion(settings: Mapping[str, Mapping[str, Any]], work: Path, tracking_ur
     if present is None:
         return ""
     until = list(settings)[: list(settings).index("finetuning") + 1]
-    found = fingerprints({step: settings[step] for step in until}, tracking_uri=tracking_uri)
+    found = fingerprints({step: settings[step] for step in until}, tracking_uri=tracking_uri, **pinned)
     record = read_record(work, found["finetuning"])
     if record is not None and record.manifest_hash == present.manifest_hash:
         return f"models:/{name}/{present.former}" if present.former else ""

@@ -39,19 +39,24 @@ SPECS: Mapping[str, tuple[str, ...]] = {
 
 
 def fingerprints(
-    settings: Mapping[str, Mapping[str, Any]], *, tracking_uri: str = "", revision: str = ""
+    settings: Mapping[str, Mapping[str, Any]],
+    *,
+    tracking_uri: str = "",
+    revision: str = "",
+    images: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Step -> hash of the code, the settings and the outside content of this step and all before it.
+    """Step -> hash of the code, the settings, the image and the outside content of this step and all before it.
 
-    `revision` stands for content outside that this machine cannot see. ConfigError if a setting is wrong: it costs
-    milliseconds here and a training run later.
+    `revision` stands for content outside that this machine cannot see, `images` are those of steps that run in one.
+    ConfigError if a setting is wrong: it costs milliseconds here and a training run later.
     """
     found: dict[str, str] = {}
     before = revision
     for step, config in configs(settings).items():
         values = settings[step]
         outside = _outside(step, values, tracking_uri)
-        before = found[step] = fingerprint(step, code_version(), identity(config), outside, before)
+        image = (images or {}).get(step, "")
+        before = found[step] = fingerprint(step, code_version(), identity(config), image, outside, before)
     return found
 
 
@@ -83,11 +88,15 @@ def content(text: str, *, tracking_uri: str = "") -> str:
 
 
 def named(step: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Setting and text of everything outside that the settings of a step name."""
+    """Setting and path or spec of everything outside that the settings of a step name."""
+    from cappy.sampling.strategies import FILES
+
     for name in SPECS.get(step, ()):
         given = values.get(name) or ()
         for text in (given,) if isinstance(given, str | Path) else given:
-            yield name, str(text)
+            yield name, str(text).removeprefix("vllm:")  # Who runs a folder changes nothing of what it holds.
+    if step == "sampling" and str(values.get("strategy", "")).endswith(FILES):
+        yield "strategy", values["strategy"]
 
 
 def _outside(step: str, values: Mapping[str, Any], tracking_uri: str) -> list[list[str]]:

@@ -54,15 +54,17 @@ def run_pipeline(
     tracking_uri: str = "",
     recipe: Recipe | None = None,
     platform: Platform = "local",
+    images: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Runs pipeline `name` (adapt, pretrain or batch_score) with these settings per step and waits for it.
 
     `root` gets the artifacts (`pipeline/`) and the logs (`runs/<run id>/`); a `recipe` says how many shards there are
-    and, with `platform` docker, which images. CappyError with the failed step's own line if one fails; Ctrl-C ends
-    every process of the run and raises KeyboardInterrupt.
+    and, with `platform` docker, which images, whose ids `images` has by step. CappyError with the failed step's own
+    line if one fails; Ctrl-C ends every process of the run and raises KeyboardInterrupt.
     """
     chosen = recipe or checked({"pipeline": name})
-    submission = prepare(name, steps, work=work, shards=chosen.shards, tracking_uri=tracking_uri)
+    pinned: dict[str, Any] = {"revision": chosen.revision, "images": images}
+    submission = prepare(name, steps, work=work, shards=chosen.shards, tracking_uri=tracking_uri, **pinned)
     built = {"recipe": to_values(chosen), "platform": platform}
     return execute(built, submission, work=work, root=root, show=show)
 

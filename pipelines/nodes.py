@@ -38,6 +38,8 @@ def _trainjob(recipe: Recipe, step: str) -> dict[str, Any]:
     return {
         "launcher": "trainjob",
         **_shared(recipe, step),
+        "cpu": needs.cpu,
+        "memory": needs.memory,
         "volume": f"{place.volume}:{place.mount}",
         "accelerator": accelerator,
         "namespace": place.namespace,

@@ -11,7 +11,8 @@ import pipelines
 from cappy.errors import ConfigError, shown
 from pipelines.fingerprints import ARTIFACTS, configs, named
 from pipelines.nodes import launchers
-from pipelines.recipe import Platform, Recipe
+from pipelines.profiles import image
+from pipelines.recipe import Platform, Recipe, refuse_password
 from pipelines.submission import Submission, prepare
 
 LOCAL_WORK = ".cappy/work"
@@ -74,7 +75,7 @@ def check(recipe: Recipe, platform: Platform = "local") -> None:
     settings = check_settings(recipe, platform)
     if platform not in ON_THIS_MACHINE:
         _refuse_unseen(recipe, settings, root_of(recipe, platform))
-        _refuse_local_registry(recipe)
+        _refuse_local_registry(recipe, settings)
         _refuse_nowhere(recipe, platform)
     else:
         _refuse_missing(settings)
@@ -91,6 +92,7 @@ def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
         tracking_uri=recipe.tracking_uri,
         revision=recipe.revision,
         registry=registry_of(recipe, platform),
+        images={step: image(recipe, step) for step in recipe.steps},
     )
 
 
@@ -148,10 +150,11 @@ def _refuse_file(recipe: Recipe, where: str, text: str, root: str) -> None:
         )
 
 
-def _refuse_local_registry(recipe: Recipe) -> None:
-    if not recipe.tracking_uri.startswith(("http://", "https://")):
-        remedy = "give tracking_uri: http(s)://HOST of an MLflow server in the recipe"
-        raise ConfigError(f"tracking_uri: {shown(recipe.tracking_uri)} is not reachable from a cluster; {remedy}")
-    if "@" in recipe.tracking_uri.partition("//")[2].partition("/")[0]:
-        remedy = "give it as secrets: of the steps, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        raise ConfigError(f"tracking_uri: holds a password, which every reader of the run would see; {remedy}")
+def _refuse_local_registry(recipe: Recipe, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """ConfigError for an address of MLflow, of the run or of one step, that no step of a cluster reaches."""
+    own = {f"settings.{step}.tracking_uri": values.get("tracking_uri") for step, values in settings.items()}
+    for where, address in {"tracking_uri": recipe.tracking_uri, **{k: v for k, v in own.items() if v}}.items():
+        refuse_password(where, str(address))
+        if not str(address).startswith(("http://", "https://")):
+            remedy = "give tracking_uri: http(s)://HOST of an MLflow server in the recipe"
+            raise ConfigError(f"{where}: {shown(address)} is not reachable from a cluster; {remedy}")

@@ -71,7 +71,7 @@ class Recipe:
     work: str = ""
     tracking_uri: str = ""
     revision: str = ""
-    images: dict[Literal["worker", "trainer"], str] = Field(default_factory=dict)
+    images: dict[Literal["worker", "trainer", "trainer-tpu"], str] = Field(default_factory=dict)
     resources: dict[str, Resources] = Field(default_factory=dict)
     prices: dict[Accelerator, Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]] = Field(
         default_factory=dict
@@ -87,6 +87,13 @@ class Recipe:
     def steps(self) -> tuple[str, ...]:
         """The steps of the run in order."""
         return pipelines.steps_of(self.pipeline, self.shards)
+
+
+def refuse_password(where: str, address: str) -> None:
+    """ConfigError for an address with a password in it: it would stand in what is compiled and in every run."""
+    if "@" in address.partition("//")[2].partition("/")[0]:
+        remedy = "give it as secrets: of the steps, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        raise ConfigError(f"{where}: holds a password, which every reader of the run would see; {remedy}")
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -48,12 +48,14 @@ def prepare(
     tracking_uri: str = "",
     revision: str = "",
     registry: str = "",
+    images: Mapping[str, str] | None = None,
 ) -> Submission:
     """The submission of a pipeline with these settings per step; ConfigError if a setting is wrong.
 
     Nothing that moves is left in it: aliases have become versions, and every file stands in a fingerprint. `revision`
     stands for content that this machine cannot see, such as files of a cluster's volume; `registry` is MLflow's address
-    from here, where the steps' own `tracking_uri` leads there from inside a cluster alone.
+    from here, where the steps' own `tracking_uri` leads there from inside a cluster alone; `images` are those of steps
+    that run in one, by what pins them.
     """
     if pipeline not in pipelines.PIPELINES:
         raise ConfigError(f"{shown(pipeline)}: no such pipeline; there are {', '.join(pipelines.PIPELINES)}")
@@ -67,8 +69,9 @@ def prepare(
     shared = {"work": str(work.absolute())}
     address = str(steps.get("registration", {}).get("tracking_uri", "")) or tracking_uri
     placed = {step: {**steps.get(step, {}), **shared} for step in names}
-    settings = resolved(placed, work=work, tracking_uri=registry or address)
-    found = fingerprints(settings, tracking_uri=registry or address, revision=revision)
+    pinned: dict[str, Any] = {"tracking_uri": registry or address, "revision": revision, "images": images}
+    settings = resolved(placed, work=work, **pinned)
+    found = fingerprints(settings, **pinned)
     told = by_shard(found, shards)
     return Submission(
         pipeline=pipeline,

@@ -153,8 +153,8 @@ def run_and_tell(name: str, choices: Mapping[str, Any], *, work: Path, tracking_
 
 def _run_and_tell(recipe: "Recipe", on: str, as_json: bool) -> None:
     planning = load("pipelines.planning")
-    if on == "docker":
-        load("pipelines.containers").check_images(recipe)
+    planning.check(recipe, on)
+    images = load("pipelines.containers").check_images(recipe) if on == "docker" else {}
     outcome = load("pipelines.local").run_pipeline(
         recipe.pipeline,
         planning.settings_of(recipe),
@@ -162,6 +162,7 @@ def _run_and_tell(recipe: "Recipe", on: str, as_json: bool) -> None:
         tracking_uri=recipe.tracking_uri,
         recipe=recipe,
         platform=on,
+        images=images,
         show=True,
     )
     if recipe.pipeline == "batch_score":

@@ -4,7 +4,7 @@ from typing import Any
 
 from cappy.errors import ConfigError
 from pipelines.dressing import Dress
-from pipelines.profiles import TRAINING, dress_common
+from pipelines.profiles import dress_common, refuse_anywhere
 from pipelines.recipe import Recipe
 from pipelines.resources import kubernetes_resource
 
@@ -50,10 +50,13 @@ def dress(recipe: Recipe) -> Dress:
 
 
 def _refuse(recipe: Recipe, step: str) -> None:
+    refuse_anywhere(recipe, step)
     needs = recipe.needs(step)
-    if needs.nodes > 1 and step not in TRAINING:
-        remedy = "give shards for more of them at a time"
-        raise ConfigError(f"resources.{step}.nodes: {needs.nodes}: only training spreads over nodes; {remedy}")
+    if needs.nodes > 1:
+        for name in ("spot", "node_selector", "tolerations", "secrets"):
+            if getattr(needs, name):
+                remedy = f"put it into the TrainingRuntime {recipe.kubeflow.runtime} (deploy/base/training)"
+                raise ConfigError(f"resources.{step}.{name}: is not a TrainJob's to give its nodes; {remedy}")
     if needs.accelerator.startswith("tpu-") and not needs.node_selector:
         remedy = "give node_selector with cloud.google.com/gke-tpu-accelerator and gke-tpu-topology"
         raise ConfigError(

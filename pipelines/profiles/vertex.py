@@ -5,7 +5,7 @@ from typing import Any
 
 from cappy.errors import ConfigError
 from pipelines.dressing import Dress
-from pipelines.profiles import TRAINING, dress_common, secrets_as_text
+from pipelines.profiles import dress_common, refuse_anywhere, secrets_as_text
 from pipelines.recipe import Recipe
 from pipelines.resources import VERTEX_TYPES
 
@@ -30,17 +30,15 @@ def dress(recipe: Recipe) -> Dress:
 def _refuse(recipe: Recipe, step: str) -> None:
     needs = recipe.needs(step)
     where = f"resources.{step}"
-    if needs.nodes > 1 and step not in TRAINING:
-        remedy = "give shards for more of them at a time"
-        raise ConfigError(f"{where}.nodes: {needs.nodes}: only training spreads over nodes; {remedy}")
-    if needs.nodes == 1 and needs.spot:
-        remedy = "leave it out, or train as a CustomJob (nodes: 2 or more)"
-        raise ConfigError(f"{where}.spot: Vertex AI has no spot machines for the steps of a pipeline; {remedy}")
-    if needs.nodes == 1 and needs.accelerator.startswith("tpu-"):
-        remedy = "train on GPUs, or as a CustomJob on a TPU's machine type (docs/guides/training.md)"
+    if needs.accelerator.startswith("tpu-"):
+        remedy = "train on GPUs, or submit the job yourself: cappy STEP --launcher customjob --strategy jax"
         raise ConfigError(
             f"{where}.accelerator: Vertex AI gives the steps of a pipeline no {needs.accelerator}; {remedy}"
         )
+    refuse_anywhere(recipe, step)
+    if needs.nodes == 1 and needs.spot:
+        remedy = "leave it out, or train as a CustomJob (nodes: 2 or more)"
+        raise ConfigError(f"{where}.spot: Vertex AI has no spot machines for the steps of a pipeline; {remedy}")
     if needs.nodes > 1 and not needs.machine_type:
         raise ConfigError(f"{where}.machine_type: a CustomJob needs one; give such as a3-highgpu-8g")
     if needs.nodes == 1 and needs.machine_type:

@@ -179,7 +179,7 @@ def test_vertexs_names_of_accelerators_are_those_of_its_sdk() -> None:
         ("vertex", {"secrets": [{"variable": "A", "name": "s"}]}, r"A is from Secret Manager .* projects/P/secrets"),
         ("vertex", {"nodes": 2}, r"resources.sampling.nodes: 2: only training spreads over nodes"),
         ("kubeflow", {"nodes": 2}, r"resources.sampling.nodes: 2: only training spreads over nodes"),
-        ("kubeflow", {"accelerator": "tpu-v6e"}, r"tpu-v6e is chosen by labels on Kubernetes; give node_selector"),
+        ("kubeflow", {"accelerator": "tpu-v6e"}, r"only training by JAX runs on a tpu-v6e; give it a GPU or none"),
         ("kubeflow", {"machine_type": "a3"}, r"machine_type: Kubernetes has no machine types; give cpu and memory"),
         ("kubeflow", {"secrets": [{"variable": "A", "name": "s"}]}, r"A is from a Secret of the namespace; give"),
     ],
@@ -187,6 +187,44 @@ def test_vertexs_names_of_accelerators_are_those_of_its_sdk() -> None:
 def test_what_a_platform_lacks_is_refused_before_submission(platform: Platform, needs: Any, line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         compiled("adapt", platform, resources={"sampling": needs})
+
+
+def test_a_tpu_is_for_training_by_jax_on_one_machine_and_has_an_image_of_its_own() -> None:
+    needs = {"accelerator": "tpu-v6e", "count": 4, "node_selector": {"cloud.google.com/gke-tpu-topology": "2x2"}}
+    by_jax = {"settings": {"finetuning": {"strategy": "jax"}}}
+    found, _ = executors(compiled("adapt", "kubeflow", resources={"finetuning": needs}, **by_jax))
+    assert found["exec-finetuning"]["image"] == "cappy-python-trainer-tpu:0.1.0"
+    asked = found["exec-finetuning"]["resources"]["accelerator"]
+    assert (asked["resourceType"], asked["resourceCount"]) == ("google.com/tpu", "4")
+    named = {"images": {"trainer": "mine:gpu", "trainer-tpu": "mine:tpu"}}
+    found, _ = executors(compiled("adapt", "kubeflow", resources={"finetuning": needs}, **by_jax, **named))
+    assert found["exec-finetuning"]["image"] == "mine:tpu"
+    for platform, changed, more, line in (
+        ("kubeflow", {}, {}, r"only training by JAX runs on a tpu-v6e; give settings.finetuning.strategy: jax"),
+        ("kubeflow", {"nodes": 2}, by_jax, r"finetuning.nodes: 2: training by JAX drives one machine"),
+        ("kubeflow", {"node_selector": {}}, by_jax, r"tpu-v6e is chosen by labels on Kubernetes; give node_selector"),
+        ("vertex", {"nodes": 2, "node_selector": {}}, by_jax, r"Vertex AI gives the steps of a pipeline no tpu-v6e"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            compiled("adapt", platform, resources={"finetuning": {**needs, **changed}}, **more)  # type: ignore[arg-type]
+
+
+def test_a_step_whose_job_trains_on_nodes_asks_for_little_itself() -> None:
+    needs = {"cpu": "64", "memory": "512Gi", "accelerator": "nvidia-l4", "count": 8, "nodes": 2}
+    found, _ = executors(compiled("adapt", "kubeflow", resources={"finetuning": needs}))
+    assert found["exec-finetuning"]["resources"]["resourceCpuLimit"] == "1"
+    assert found["exec-finetuning"]["resources"]["resourceMemoryLimit"] == "2Gi"
+    for name, value in NEEDS["kubeflow"]["preparation"].items():
+        if name in ("spot", "node_selector", "tolerations", "secrets"):
+            with pytest.raises(ConfigError, match=rf"finetuning.{name}: .*put it into the TrainingRuntime cappy-torch"):
+                compiled("adapt", "kubeflow", resources={"finetuning": {**needs, name: value}})
+
+
+@pytest.mark.parametrize("platform", ["kubeflow", "vertex"])
+def test_a_password_is_compiled_into_nothing(platform: Platform) -> None:
+    with pytest.raises(ConfigError, match=r"tracking_uri: holds a password") as caught:
+        compiled("adapt", platform, tracking_uri="https://me:secret@mlflow.example")
+    assert "secret@" not in str(caught.value)
 
 
 def test_what_writes_to_the_registry_is_never_answered_from_a_cache() -> None:

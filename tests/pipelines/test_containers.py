@@ -8,6 +8,7 @@ import pytest
 from local_server import handled_by
 
 from cappy.errors import ConfigError
+from pipelines import STEPS
 from pipelines.containers import check_images
 from pipelines.recipe import checked
 
@@ -53,7 +54,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_an_image_that_is_here_will_do_and_one_that_cannot_be_pulled_is_one_line(engine: None) -> None:
-    check_images(checked({"pipeline": "adapt", "images": {"worker": HERE, "trainer": HERE}}))
+    found = check_images(checked({"pipeline": "adapt", "images": {"worker": HERE, "trainer": HERE}}))
+    assert found == dict.fromkeys(STEPS["adapt"], "sha256:1")
     with pytest.raises(
         ConfigError, match=r"mine:2: is not here and cannot be pulled \(.*denied.*\); build it with make"
     ):

@@ -98,6 +98,18 @@ def test_a_wrong_parameter_and_a_wrong_setting_are_refused_without_a_registry() 
         ({"tracking_uri": ""}, r"tracking_uri: .*not reachable from a cluster; give"),
         ({"tracking_uri": "sqlite:///mine.db"}, r"tracking_uri: .*not reachable from a cluster"),
         ({"tracking_uri": "https://me:secret@mlflow.example"}, r"tracking_uri: holds a password"),
+        (
+            {"settings": {"registration": {"tracking_uri": "https://me:secret@mlflow.example"}}},
+            r"settings.registration.tracking_uri: holds a password",
+        ),
+        (
+            {"settings": {"registration": {"tracking_uri": "sqlite:///mine.db"}}},
+            r"settings.registration.tracking_uri: .*not reachable from a cluster",
+        ),
+        (
+            {"parameters": {"generator": "vllm:/mine/llm", "strategy": "greedy"}},
+            r"sampling: --generator: /mine/llm does not lie under /data",
+        ),
         ({"parameters": {"source": "mine.jsonl"}}, r"preparation: --source: mine.jsonl does not lie under /data"),
         (
             {"settings": {"preparation": {"templates": "mine"}}},
@@ -111,6 +123,15 @@ def test_what_no_step_of_a_cluster_could_reach_is_refused(changed: dict[str, Any
     with pytest.raises(ConfigError, match=line) as caught:
         submission_of(checked({"pipeline": "pretrain", **PLACES, **changed}), "kubeflow")
     assert "secret@" not in str(caught.value)
+
+
+def test_a_file_of_decodings_must_lie_where_the_steps_see_it(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("- greedy")
+    recipe = checked({"pipeline": "pretrain", **PLACES, "parameters": {"strategy": str(mine)}})
+    with pytest.raises(ConfigError, match=r"sampling: --strategy: .*mine.yaml does not lie under /data"):
+        check(recipe, "kubeflow")
+    check(recipe, "local")
 
 
 def test_what_the_submitter_cannot_see_changes_the_fingerprints_through_the_revision(tmp_path: Path) -> None:
@@ -175,22 +196,44 @@ def test_a_cluster_is_told_its_own_address_and_this_machine_asks_at_its_own(monk
 
 
 def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_has_no_accelerator() -> None:
-    needs = {"accelerator": "nvidia-h100-80gb", "count": 8, "nodes": 4, "hours": 48.0, "machine_type": "a3-highgpu-8g"}
-    places = {**PLACES, "vertex": {"project": "p", "bucket": "gs://mine", "service_account": "me@p"}}
+    needs: dict[str, Any] = {"accelerator": "nvidia-h100-80gb", "count": 8, "nodes": 4, "hours": 48.0, "retries": 7}
+    needs |= {"image": "mine:1", "machine_type": "a3-highgpu-8g"}
+    cloud = {"project": "p", "region": "europe-west4", "bucket": "gs://mine", "service_account": "me@p"}
+    cluster = {**PLACES["kubeflow"], "namespace": "team"}  # type: ignore[dict-item]
+    places = {**PLACES, "vertex": {**cloud, "network": "projects/1/global/networks/n"}, "kubeflow": cluster}
     vertex = checked({"pipeline": "adapt", "resources": {"finetuning": {**needs, "spot": True}}, **places})
     check(vertex, "vertex")
     told = settings_of(vertex, "vertex")["finetuning"]
-    assert (told["launcher"], told["nodes"], told["devices"], told["spot"]) == ("customjob", 4, 8, True)
-    assert (told["accelerator"], told["machine"], told["timeout_hours"]) == (
-        "NVIDIA_H100_80GB",
-        "a3-highgpu-8g",
-        pytest.approx(45.6),
-    )
+    job = {"nodes": 4, "devices": 8, "image": "mine:1", "retries": 7, "timeout_hours": pytest.approx(45.6)}
+    expected = {
+        "launcher": "customjob",
+        **job,
+        "accelerator": "NVIDIA_H100_80GB",
+        "project": "p",
+        "region": "europe-west4",
+        "bucket": "gs://mine",
+        "network": "projects/1/global/networks/n",
+        "machine": "a3-highgpu-8g",
+        "spot": True,
+        "service_account": "me@p",
+    }
+    assert {name: told[name] for name in expected} == expected
     del needs["machine_type"]
+    needs |= {"cpu": "64", "memory": "512Gi"}
     kubeflow = checked({"pipeline": "adapt", "resources": {"finetuning": needs}, **places})
     check(kubeflow, "kubeflow")
     told = settings_of(kubeflow, "kubeflow")["finetuning"]
-    assert (told["launcher"], told["volume"], told["runtime"]) == ("trainjob", "cappy-work:/data", "cappy-torch")
+    expected = {
+        "launcher": "trainjob",
+        **job,
+        "cpu": "64",
+        "memory": "512Gi",
+        "volume": "cappy-work:/data",
+        "accelerator": "nvidia.com/gpu",
+        "namespace": "team",
+        "runtime": "cappy-torch",
+    }
+    assert {name: told[name] for name in expected} == expected
     assert "launcher" not in settings_of(kubeflow, "local")["finetuning"]
     for recipe, platform in ((vertex, "vertex"), (kubeflow, "kubeflow")):
         spec = compiled(recipe, platform)

@@ -58,10 +58,29 @@ def test_a_generator_folder_that_changes_is_sampled_again(file: Path, tmp_path: 
     llm = tmp_path / "llm"
     llm.mkdir()
     (llm / "model.safetensors").write_bytes(b"one")
-    before = fingerprints(_placed(plan(file, generator=(str(llm),)), tmp_path))
-    (llm / "model.safetensors").write_bytes(b"two")
-    after = fingerprints(_placed(plan(file, generator=(str(llm),)), tmp_path))
+    for spec in (str(llm), f"vllm:{llm}"):
+        before = fingerprints(_placed(plan(file, generator=(spec,), strategy="greedy"), tmp_path))
+        with (llm / "model.safetensors").open("ab") as weights:
+            weights.write(b"two")
+        after = fingerprints(_placed(plan(file, generator=(spec,), strategy="greedy"), tmp_path))
+        assert changed(before, after) == list(pipelines.STEPS["adapt"])[1:]
+
+
+def test_a_file_of_decodings_that_changes_is_sampled_again(file: Path, tmp_path: Path) -> None:
+    decodings = tmp_path / "mine.yaml"
+    decodings.write_text("- topk40x4")
+    before = fingerprints(_placed(plan(file, strategy=str(decodings)), tmp_path))
+    decodings.write_text("- topk40x8")
+    after = fingerprints(_placed(plan(file, strategy=str(decodings)), tmp_path))
     assert changed(before, after) == list(pipelines.STEPS["adapt"])[1:]
+
+
+def test_another_image_changes_the_fingerprints_of_its_step_and_of_those_after_it(file: Path, tmp_path: Path) -> None:
+    one, other = (
+        prepare("adapt", plan(file), work=tmp_path, images={"evaluation": f"worker@sha256:{digit * 64}"}).fingerprints
+        for digit in "12"
+    )
+    assert changed(one, other) == ["evaluation", "registration", "promotion", "deployment"]
 
 
 @pytest.mark.parametrize("name", ["templates", "local", "against"])

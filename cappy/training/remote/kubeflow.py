@@ -16,7 +16,7 @@ from cappy.errors import CappyError, ConfigError, UnansweredError, shown
 from cappy.training.plan import TrainingSettings
 from cappy.training.remote import pods
 from cappy.training.remote.following import OVER, Phase, Status
-from cappy.training.remote.settings import mount_point
+from cappy.training.remote.settings import mount_point, per_node
 from cappy.training.trainjob import trainer
 
 try:
@@ -57,7 +57,7 @@ class TrainJobs:
             step,
             inner,
             image=plan.image or None,
-            resources={plan.accelerator: plan.devices} if plan.accelerator else None,
+            resources=per_node(plan),
             environment=environment,
         )
         self.client = client or connect(plan)

@@ -37,6 +37,12 @@ class LauncherSettings:
         LOCATION,
         Field(description="Of each of the --devices: gpu or a resource (trainjob), NVIDIA_L4 (customjob); none: CPU"),
     ] = ""
+    cpu: Annotated[
+        str, LOCATION, Field(description="Cores of each node, such as 8 (trainjob); none: the runtime's")
+    ] = ""
+    memory: Annotated[
+        str, LOCATION, Field(description="Memory of each node, such as 64Gi (trainjob); none: the runtime's")
+    ] = ""
     service_account: Annotated[str, LOCATION, Field(description="Service account that the job runs as")] = ""
     retries: Annotated[
         int, LOCATION, Field(ge=0, description="Times that a preempted or failed job is submitted again, if it got on")
@@ -79,6 +85,12 @@ def refuse_unlaunchable(plan: "TrainingSettings") -> None:
     _refuse_out_of_reach(plan, told)
 
 
+def per_node(plan: "TrainingSettings") -> dict[str, str | int]:
+    """What each node of a TrainJob asks for, in Kubernetes' words; empty where the runtime says it."""
+    asked: dict[str, str | int] = {plan.accelerator: plan.devices, "cpu": plan.cpu, "memory": plan.memory}
+    return {name: amount for name, amount in asked.items() if name and amount}
+
+
 def _refuse_for_trainjob(plan: "TrainingSettings", told: str) -> None:
     if plan.spot:
         raise ConfigError(f"{told}: --spot is for customjob; put the node selector of spot nodes into the runtime")
@@ -87,6 +99,8 @@ def _refuse_for_trainjob(plan: "TrainingSettings", told: str) -> None:
 
 
 def _refuse_for_customjob(plan: "TrainingSettings", told: str) -> None:
+    if plan.cpu or plan.memory:
+        raise ConfigError(f"{told}: --cpu and --memory are for trainjob; --machine has both, such as n1-standard-8")
     if not (plan.image and plan.project and plan.bucket.startswith("gs://")):
         raise ConfigError(f"{told}: needs --image, --project and --bucket gs://...; give them")
     if plan.volume and (plan.volume.count(":") != 2 or not mount_point(plan.volume).startswith("/mnt/nfs/")):

@@ -66,6 +66,8 @@ def test_the_trainjob_asks_for_the_nodes_their_devices_the_volume_and_an_end(
         nodes=3,
         devices=4,
         accelerator="gpu",
+        cpu="8",
+        memory="64Gi",
         image="trainer:1",
         volume=f"shared:{tmp_path}",
         scorer="builtin",
@@ -78,7 +80,7 @@ def test_the_trainjob_asks_for_the_nodes_their_devices_the_volume_and_an_end(
     assert spec["runtimeRef"] == {"name": "cappy-torch", "kind": "ClusterTrainingRuntime"}
     assert spec["activeDeadlineSeconds"] == 7200
     assert (spec["trainer"]["numNodes"], spec["trainer"]["image"]) == (3, "trainer:1")
-    assert spec["trainer"]["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": 4}
+    assert spec["trainer"]["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": 4, "cpu": "8", "memory": "64Gi"}
     told = {one["name"]: one["value"] for one in spec["trainer"]["env"]}
     assert (told["A"], told["CAPPY_TRAINING_STEP"]) == ("b", "finetuning")
     assert decode(told["CAPPY_TRAINING_SETTINGS"])["launcher"] == "here", "a job must not submit a job"

@@ -37,6 +37,7 @@ def test_where_a_step_trains_does_not_name_the_work(plan: Plan) -> None:
         ({**VERTEX, "image": ""}, "needs --image, --project and --bucket gs://"),
         ({**VERTEX, "bucket": "s3://b"}, "needs --image, --project and --bucket gs://"),
         ({**VERTEX, "volume": "10.0.0.2:/export:/mnt/work"}, "Vertex AI mounts under /mnt/nfs alone"),
+        ({**VERTEX, "cpu": "8"}, "--cpu and --memory are for trainjob; --machine has both"),
         ({**VERTEX, "devices": 4}, "4 devices and no accelerator; give --accelerator"),
         ({"launcher": "slurm"}, "--launcher: Input should be 'here', 'trainjob' or 'customjob', got 'slurm'"),
         ({"launcher": "trainjob", "retries": -1}, "--retries"),
