@@ -59,7 +59,12 @@ def test_kubeflow_is_sent_a_run_that_it_understands_and_its_page_is_printed(
     assert f"{kubeflow.address}/#/runs/details/run-1" in done.stdout
     assert "Run details" not in done.stdout
     assert "its YAML is not in MLflow" in done.stderr
-    (run,) = kubeflow.runs
+    assert "cappy-python-worker:0.1.0: is a tag; built anew, its steps come from the cache" in done.stderr
+    pinned = {"worker": f"worker@sha256:{'a' * 64}", "trainer": f"trainer@sha256:{'b' * 64}"}
+    again = here("pipeline", "submit", recipe(tmp_path, images=pinned), *on_kubeflow(kubeflow))
+    assert again.returncode == 0
+    assert "is a tag" not in again.stderr
+    run = kubeflow.runs[0]
     spec = run["pipeline_spec"]
     assert "kubernetes" in spec["platform_spec"]["platforms"]
     parameters = run["runtime_config"]["parameters"]
@@ -295,3 +300,25 @@ def test_a_vertex_that_is_not_there_is_one_line_within_seconds(here: Here, verte
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
         assert "gave no answer ('127.0.0.1: Connection refused'); look at the network" in done.stderr
     assert vertex.jobs == {}
+
+
+def test_a_run_on_this_machine_is_checked_as_a_submission_is(here: Here, tmp_path: Path) -> None:
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"instruction": "Add 1 and 1.", "responses": ["2"]}\n')
+    words = (
+        "pipeline",
+        "run",
+        "batch_score",
+        "--set",
+        f"preparation.source={asked}",
+        "--set",
+        "scoring.scorer=builtin",
+    )
+    for setting, line in (
+        ("scoring.target=mine", "scoring: --target is what the pipeline gives it"),
+        ("preparation.source=missing.jsonl", "preparation: --source: missing.jsonl: no such file or folder"),
+    ):
+        done = here(*words, "--set", setting)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert line in done.stderr
+    assert not Path(".cappy/runs").exists()
