@@ -22,6 +22,8 @@ from cappy.records.schema import SCHEMA_VERSION, to_table
 MANIFEST = "manifest.json"
 PART_ROWS = 512
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_FOLDERS = (errno.EMFILE, errno.ENOSYS, errno.ENOTSUP)
+"""What a disk says that renames files and no folders; EMFILE is that of Cloud Storage FUSE."""
 _NO_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT)
 
 
@@ -123,6 +125,26 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def rename_folder(source: Path, target: Path, *, last: str) -> None:
+    """Gives a folder its name at once; file by file, `last` the last, where the disk renames no folders.
+
+    Cloud Storage, mounted as a disk, is such a one. Whoever reads `target` takes it for whole once it has `last`; what
+    lies there without it is what a killed process left.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        source.rename(target)
+        return
+    except OSError as error:
+        if error.errno not in _NO_FOLDERS:
+            raise
+    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    for name in (*(name for name in files if name != Path(last)), Path(last)):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).replace(target / name)
+    shutil.rmtree(source, ignore_errors=True)
 
 
 def write_part(folder: Path, index: int, instances: Sequence[Instance]) -> File:

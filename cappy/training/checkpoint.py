@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cappy.errors import FolderError
-from cappy.records.folder import disk_errors, sha256_of
+from cappy.records.folder import disk_errors, rename_folder, sha256_of
 
 KEPT = 2
 """Generations kept: where the newest is damaged, the one before it stands."""
@@ -66,8 +66,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         (temporary / _SUMS).write_text(json.dumps(sums, indent=1))
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
-        shutil.rmtree(generation, ignore_errors=True)
-        temporary.rename(generation)
+        rename_folder(temporary, generation, last=_SUMS)
         _flush(folder)
         for older in _generations(folder)[:-KEPT]:
             shutil.rmtree(older, ignore_errors=True)
@@ -87,7 +86,7 @@ def load(folder: Path) -> tuple[Checkpoint | None, str]:
                 shutil.rmtree(damaged, ignore_errors=True)
             return checkpoint, _said(passed, checkpoint.state.update)
         passed.append(generation)
-    if passed:
+    if any((generation / _SUMS).exists() for generation in passed):
         raise FolderError(f"{folder}: every checkpoint is damaged; delete this folder to start from update 0")
     return None, ""
 

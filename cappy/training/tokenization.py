@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cappy.config import fingerprint
 from cappy.progress import Progress, silent
 from cappy.records import prompt_hash, read, read_manifest
-from cappy.records.folder import batched, disk_errors
+from cappy.records.folder import batched, disk_errors, rename_folder
 from cappy.records.instance import SOURCES, Source
 from cappy.scoring.encoding import PairEncoder
 from cappy.training.corpus import FACTS, FILES, Corpus, Facts, mapped
@@ -25,6 +25,8 @@ from cappy.training.feed import Group, split_rows, to_group
 from cappy.training.plan import Unit
 
 HAS_TRAIN = "has_train"
+PROMPTS = "prompts"
+"""The hash of each prompt; the last file to be there, by which a folder is known to be whole."""
 FORMAT = 2
 """Counted up where the arrays change."""
 CHUNK = 512
@@ -68,9 +70,9 @@ def open_corpora(
     key = fingerprint(FORMAT, read_manifest(source).hash, tokenizer_hash(tokenizer), metric, list(sources), unit)[:24]
     folder = cache / key
     with disk_errors(folder), _held(cache, key):
-        if not folder.is_dir():
+        if not (folder / PROMPTS).is_file():
             _build(source, folder, encoder, len(tokenizer), metric, sources, unit, progress)
-    prompts = mapped(folder / "prompts", "<u8")
+    prompts = mapped(folder / PROMPTS, "<u8")
     return Corpora(
         train=Corpus(folder / "train", encoder),
         validation=Corpus(folder / "validation", encoder),
@@ -162,7 +164,7 @@ def _build(
     with (
         CorpusWriter(temporary / "train", encoder, vocabulary) as train,
         CorpusWriter(temporary / "validation", encoder, vocabulary) as validation,
-        (temporary / "prompts").open("wb") as prompts,
+        (temporary / PROMPTS).open("wb") as prompts,
     ):
         for part in batched(read(source, splits=("train", "validation")), CHUNK):
             prompts.write(np.array([prompt_hash(i.instruction) for i in part], dtype="<u8").tobytes())
@@ -177,7 +179,7 @@ def _build(
             validation.add([(name, group) for name, group in checked if any(group.selectable)])
             done += len(part)
             progress(done, unit="instances tokenized")
-    temporary.rename(folder)
+    rename_folder(temporary, folder, last=PROMPTS)
 
 
 @contextlib.contextmanager

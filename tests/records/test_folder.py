@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -12,7 +13,16 @@ import pytest
 
 from cappy.errors import FolderError
 from cappy.records import Candidate, File, Instance, Manifest, read, read_batches, read_manifest, write
-from cappy.records.folder import describe_files, disk_errors, publish, verify, write_bytes, write_manifest, write_part
+from cappy.records.folder import (
+    describe_files,
+    disk_errors,
+    publish,
+    rename_folder,
+    verify,
+    write_bytes,
+    write_manifest,
+    write_part,
+)
 from cappy.records.schema import SCHEMA_VERSION
 
 
@@ -255,3 +265,51 @@ def test_what_is_hidden_or_lies_in_a_hidden_folder_is_not_described(tmp_path: Pa
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     assert [file.name for file in describe_files(tmp_path)] == ["deep/kept.bin", "kept.json"]
+
+
+@pytest.mark.parametrize("reached", range(4))
+def test_a_folder_that_is_moved_file_by_file_is_whole_once_its_last_file_is_there(
+    reached: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / ".tmp", tmp_path / "target"
+    for name in ("a", "b/c", "last", "z"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    move = Path.replace
+    moved: list[str] = []
+
+    def no_folders(path: Path, new: Path) -> Path:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def killed(path: Path, new: Path) -> Path:
+        if len(moved) == reached:
+            raise KeyboardInterrupt
+        moved.append(path.name)
+        return move(path, new)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", no_folders)
+        patched.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rename_folder(source, target, last="last")
+        assert not (target / "last").exists()
+        patched.setattr(Path, "replace", move)
+        shutil.rmtree(source)
+        source.mkdir()
+        (source / "last").write_text("again")
+        rename_folder(source, target, last="last")
+    assert [path.name for path in target.iterdir()] == ["last"]
+    assert not source.exists()
+
+
+def test_a_folder_that_may_not_be_renamed_is_left_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+
+    def refuse(path: Path, new: Path) -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError):
+        rename_folder(source, tmp_path / "target", last="a")
+    assert source.is_dir()

@@ -1,5 +1,6 @@
 """Nothing is lost: kills, damage, SIGTERM, a loss that is no number, too little memory, input that teaches nothing."""
 
+import errno
 import json
 import os
 import shutil
@@ -100,6 +101,33 @@ def test_a_run_does_not_start_over_when_every_checkpoint_is_damaged(plan: Plan) 
         (generation / "model.safetensors").write_bytes(b"")
     with pytest.raises(FolderError, match=r"every checkpoint is damaged; delete this folder to start from update 0"):
         run(plan())
+
+
+def test_where_no_folder_can_be_renamed_a_killed_run_goes_on_to_the_same_weights(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a bucket that is mounted as a disk."""
+    run(plan("a"))
+    rename = Path.rename
+
+    def files_alone(path: Path, target: Path) -> Path:
+        if path.is_dir():
+            raise OSError(errno.EMFILE, "Too many open files")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", files_alone)
+    stopped(plan("b"), after=6)
+    assert [path.name for path in sorted(checkpoints(plan("b")).iterdir())] == ["000000005", "000000006"]
+    (checkpoints(plan("b")) / "000000006/sums.json").unlink()  # A process killed between two files leaves this.
+    run(plan("b"))
+    assert equal(plan("a"), plan("b"))
+
+
+def test_a_first_checkpoint_that_was_not_finished_is_none(tmp_path: Path) -> None:
+    folder = tmp_path / "000000001"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    assert load(folder.parent) == (None, "")
 
 
 def test_checkpoints_are_written_every_so_many_updates(plan: Plan) -> None:
