@@ -75,10 +75,11 @@ class Surroundings:
     """What the loop asks and tells beside the platform: a test plays it without a clock.
 
     `checkpoint` is the update of the job's newest checkpoint (-1: none), `cancelled` why this step is to end ("": it is
-    not), `look` is called at every look at the job.
+    not), `written` whether what a job that has succeeded wrote is there, `look` is called at every look at the job.
     """
 
     checkpoint: Callable[[], int]
+    written: Callable[[], bool]
     cancelled: Callable[[], str]
     tell: Callable[[str], None]
     look: Callable[[], None] = lambda: None
@@ -90,8 +91,9 @@ class Surroundings:
 def follow(jobs: Jobs, name: str, terms: Terms, around: Surroundings) -> None:
     """Returns when the job has succeeded; TrainingError or ConfigError when it never will.
 
-    A job that runs already is followed, one that succeeded already is not submitted. One that failed is submitted
-    again while its checkpoint moves on, at most `terms.retries` times. When this step is to end, so does the job.
+    A job that runs already is followed, one that succeeded already is not submitted, unless what it wrote is gone. One
+    that failed is submitted again while its checkpoint moves on, at most `terms.retries` times. When this step is to
+    end, so does the job.
     """
     followed = _Followed(jobs, name, terms, around)
     try:
@@ -133,7 +135,10 @@ class _Followed:
     def begin(self) -> None:
         """Finds the job or submits it. A platform that does not answer here is not waited for."""
         found = self.jobs.status(self.name)
-        if found is not None and found.phase not in (Phase.FAILED, Phase.CANCELLED):
+        if found is not None and found.phase is Phase.SUCCEEDED and not self.around.written():
+            # Platforms remember a job for longer than its output may live.
+            self.around.tell(f"{self.name}: succeeded already, and what it wrote is not there any more")
+        elif found is not None and found.phase not in (Phase.FAILED, Phase.CANCELLED):
             self.around.tell(f"{self.name}: {found.phase.value} already; {self.jobs.address(self.name)}")
             return
         self._refuse_to_go_on()

@@ -48,7 +48,7 @@ def train_elsewhere(
             staged = _staged(plan.source, folder / "source")
             inner = dataclasses.replace(plan, launcher="here", source=staged, target=written)
             jobs = jobs_of(step, plan, inner, _environment(folder))
-            _followed(jobs, name, step, plan, folder, key, progress)
+            _followed(jobs, name, step, plan, written, key, progress)
         manifest = _verified(written, step, computed, parents, name)
         publish(written, plan.target, manifest)
         shutil.rmtree(folder / "source", ignore_errors=True)
@@ -67,9 +67,9 @@ def jobs_of(step: str, plan: TrainingSettings, inner: TrainingSettings, environm
 
 
 def _followed(
-    jobs: Jobs, name: str, step: str, plan: TrainingSettings, folder: Path, key: str, progress: Progress
+    jobs: Jobs, name: str, step: str, plan: TrainingSettings, written: Path, key: str, progress: Progress
 ) -> None:
-    told = folder / f"{step}.json"
+    told = written.parent / f"{step}.json"
     with contextlib.suppress(FileNotFoundError):
         told.unlink()
 
@@ -82,6 +82,7 @@ def _followed(
         around = Surroundings(
             checkpoint=lambda: checkpoint.newest_update(plan.work / step / key / ".checkpoints"),
             cancelled=cancelled,
+            written=(written / MANIFEST).is_file,
             tell=lambda text: _tell(step, text),
             look=look,
             said=lambda line: _said(step, line),
@@ -117,7 +118,10 @@ def _staged(source: Path, staged: Path) -> Path:
 
 
 def _verified(written: Path, step: str, computed: Mapping[str, Any], parents: Sequence[str], name: str) -> Manifest:
-    """The manifest of what the job wrote, every file checked against it, once it is of the work that was asked for."""
+    """The manifest of what the job wrote, every file checked against it, once it is of the work that was asked for.
+
+    A damaged output is deleted, so that the next run makes it again.
+    """
     if not (written / MANIFEST).is_file():
         remedy = "let --work be on a volume that both mount"
         raise TrainingError(f"{name}: succeeded, and {written} is not there; {remedy}")

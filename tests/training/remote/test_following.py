@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 
 from cappy.errors import ConfigError, TrainingError, UnansweredError
-from cappy.training.remote.following import PATIENCE_SECONDS, Phase, Status, Surroundings, Terms, follow, why_not_again
+from cappy.training.remote.following import (
+    PATIENCE_SECONDS,
+    Phase,
+    Status,
+    Surroundings,
+    Terms,
+    follow,
+    why_not_again,
+)
 
 NAME = "cappy-finetuning-0"
 PENDING, RUNNING = Status(Phase.PENDING), Status(Phase.RUNNING)
@@ -24,6 +32,7 @@ class Played:
         self.said: list[str] = []
         self.now = 0.0
         self.checkpoints: Iterable[int] = iter([])
+        self.written = True
         self.cancelled_at: Callable[[], str] = lambda: ""
 
     def status(self, name: str) -> Status | None:
@@ -54,6 +63,7 @@ class Played:
         around = Surroundings(
             checkpoint=lambda: next(checkpoints),
             cancelled=lambda: self.cancelled_at(),
+            written=lambda: self.written,
             tell=self.said.append,
             said=lambda line: line.partition("cappy finetuning: ")[2],
             clock=lambda: self.now,
@@ -90,6 +100,14 @@ def test_a_step_that_is_retried_finds_its_job_and_does_not_submit_a_second_one(f
     played.follow()
     assert played.did == []
     assert played.said[0] == f"{NAME}: {found.phase.value} already; there"
+
+
+def test_a_step_that_finds_a_job_that_succeeded_and_whose_output_is_gone_submits_it_again() -> None:
+    played = Played(SUCCEEDED, RUNNING, SUCCEEDED)
+    played.written = False
+    played.follow()
+    assert played.did == ["submit"]
+    assert played.said[0] == f"{NAME}: succeeded already, and what it wrote is not there any more"
 
 
 @pytest.mark.parametrize("found", [FAILED, CANCELLED])

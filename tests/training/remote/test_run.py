@@ -1,0 +1,115 @@
+"""What is read of a job's folder: the step's own work, whole, and made again where it is gone."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from cappy.errors import FolderError, TrainingError
+from cappy.records.folder import verify
+from cappy.training.finetuning import FinetuningConfig, run
+from cappy.training.remote import run as remote
+from cappy.training.remote.following import Phase, Status
+
+Plan = Callable[..., FinetuningConfig]
+
+
+class Platform:
+    """Runs a job to its end in this process as it is submitted, and remembers it for ever, as Vertex AI does."""
+
+    def __init__(self) -> None:
+        self.submitted = 0
+        self.does: Callable[[FinetuningConfig], object] = run
+
+    def jobs_of(
+        self, step: str, plan: FinetuningConfig, inner: FinetuningConfig, environment: Mapping[str, str]
+    ) -> "Platform":
+        self.inner = inner
+        return self
+
+    def status(self, name: str) -> Status | None:
+        return Status(Phase.SUCCEEDED) if self.submitted else None
+
+    def submit(self, name: str) -> None:
+        self.does(self.inner)
+        self.submitted += 1
+
+    def lines(self, name: str) -> Iterator[tuple[str, str]]:
+        return iter(())
+
+    def cancel(self, name: str) -> None:
+        raise AssertionError("nothing is to be cancelled")
+
+    def address(self, name: str) -> str:
+        return "there"
+
+
+@pytest.fixture
+def platform(monkeypatch: pytest.MonkeyPatch) -> Platform:
+    """The platform that every step of the test submits to."""
+    found = Platform()
+    monkeypatch.setattr(remote, "jobs_of", found.jobs_of)
+    return found
+
+
+@pytest.fixture
+def settings(plan: Plan) -> FinetuningConfig:
+    """A step that trains as a job."""
+    return plan(launcher="trainjob", epochs=1.0)
+
+
+def again(settings: FinetuningConfig, *told: Any) -> None:
+    """The step once more, for an output that is not there yet, as an orchestrator gives it."""
+    shutil.rmtree(settings.target, ignore_errors=True)
+    run(settings, *told)
+
+
+def test_the_output_of_a_job_that_is_damaged_is_told_and_not_published_and_made_again(
+    platform: Platform, settings: FinetuningConfig
+) -> None:
+    run(settings)
+    whole = verify(settings.target).hash
+    weights = platform.inner.target / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.unlink()  # It is the same file as what was published.
+    weights.write_bytes(data)
+    with pytest.raises(FolderError, match=r"model\.safetensors: is damaged"):
+        again(settings)
+    assert not settings.target.exists()
+    assert platform.submitted == 1
+    again(settings)
+    assert platform.submitted == 2
+    assert verify(settings.target).hash == whole
+
+
+def test_a_step_whose_work_was_deleted_trains_again_though_the_platform_remembers_a_job_that_succeeded(
+    platform: Platform, settings: FinetuningConfig
+) -> None:
+    run(settings)
+    shutil.rmtree(settings.work)
+    again(settings)
+    assert platform.submitted == 2
+    verify(settings.target)
+
+
+def test_what_a_job_wrote_is_published_without_another_job_though_the_platform_forgot_it(
+    platform: Platform, settings: FinetuningConfig
+) -> None:
+    run(settings)
+    again(settings)
+    assert platform.submitted == 1
+    platform.submitted = 0
+    again(settings)
+    assert platform.submitted == 0
+    verify(settings.target)
+
+
+def test_a_job_that_succeeds_under_the_eyes_of_the_step_and_leaves_nothing_is_not_submitted_again(
+    platform: Platform, settings: FinetuningConfig
+) -> None:
+    platform.does = lambda inner: None
+    with pytest.raises(TrainingError, match=r"succeeded, and .* is not there; let --work be on a volume that both"):
+        run(settings)
+    assert platform.submitted == 1
