@@ -1,13 +1,17 @@
-"""What is read of a job's folder: the step's own work, whole, and made again where it is gone."""
+"""What is read of a job's folder: the step's own work, whole, and made again where it is gone; what a job is told."""
 
+import contextlib
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cappy.errors import FolderError, TrainingError
-from cappy.records.folder import verify
+from cappy.errors import ConfigError, FolderError, TrainingError
+from cappy.progress import FileProgress
+from cappy.records.folder import read_manifest, verify, write_manifest
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.remote import run as remote
 from cappy.training.remote.following import Phase, Status
@@ -20,12 +24,13 @@ class Platform:
 
     def __init__(self) -> None:
         self.submitted = 0
+        self.environment: Mapping[str, str] = {}
         self.does: Callable[[FinetuningConfig], object] = run
 
     def jobs_of(
         self, step: str, plan: FinetuningConfig, inner: FinetuningConfig, environment: Mapping[str, str]
     ) -> "Platform":
-        self.inner = inner
+        self.inner, self.environment = inner, environment
         return self
 
     def status(self, name: str) -> Status | None:
@@ -113,3 +118,52 @@ def test_a_job_that_succeeds_under_the_eyes_of_the_step_and_leaves_nothing_is_no
     with pytest.raises(TrainingError, match=r"succeeded, and .* is not there; let --work be on a volume that both"):
         run(settings)
     assert platform.submitted == 1
+
+
+@pytest.mark.parametrize("other", [{"step": "pretraining"}, {"parents": ("0" * 64,)}, {"config": {"epochs": 2.0}}])
+def test_an_output_of_other_work_is_told_and_not_published(
+    other: dict[str, Any], platform: Platform, settings: FinetuningConfig
+) -> None:
+    def do(inner: FinetuningConfig) -> None:
+        run(inner)
+        write_manifest(inner.target, dataclasses.replace(read_manifest(inner.target), **other))
+
+    platform.does = do
+    with pytest.raises(TrainingError, match=r"holds other work than was asked for; delete it and run again"):
+        run(settings)
+    assert not settings.target.exists()
+
+
+def test_the_progress_of_an_earlier_job_is_not_told_as_this_ones(
+    platform: Platform, settings: FinetuningConfig
+) -> None:
+    run(settings)
+    shutil.rmtree(platform.inner.target)
+    FileProgress(platform.inner.target.parent / "finetuning.json")(999, 999, unit="updates")
+    told = []
+
+    def progress(done: int, total: int | None = None, **_: object) -> None:
+        told.append(done)
+
+    again(settings, progress)
+    assert platform.submitted == 2
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    ("address", "passed"),
+    [("https://mlflow.example", True), ("https://me:secret@mlflow.example", False), ("", False)],
+)
+def test_a_job_is_told_the_tracking_address_unless_it_holds_a_password(
+    address: str, passed: bool, platform: Platform, settings: FinetuningConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(inner: FinetuningConfig) -> None:
+        raise ConfigError("the quota is used up")
+
+    platform.does = refuse
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with contextlib.suppress(ConfigError):
+        run(settings)
+    assert platform.environment["CAPPY_CODE"]
+    assert Path(platform.environment["CAPPY_PROGRESS"]).is_relative_to(settings.work)
+    assert platform.environment.get("MLFLOW_TRACKING_URI") == (address if passed else None)
