@@ -7,6 +7,7 @@ import pytest
 
 from cappy.errors import ConfigError, TrainingError, UnansweredError
 from cappy.training.remote.following import (
+    CANCEL_SECONDS,
     PATIENCE_SECONDS,
     Phase,
     Status,
@@ -230,6 +231,34 @@ def test_a_log_that_may_not_be_read_is_told_once_and_ends_nothing() -> None:
     played = Secret(None, RUNNING, RUNNING, SUCCEEDED)
     played.follow()
     assert sum("its log cannot be read (no permission)" in line for line in played.said) == 1
+
+
+class Slow(Played):
+    """A platform whose job shows these states after it was cancelled, the last for ever."""
+
+    ends: Sequence[Look] = ()
+
+    def cancel(self, name: str) -> None:
+        super().cancel(name)
+        self.looks = list(self.ends)
+
+
+@pytest.mark.parametrize("end", [None, CANCELLED, FAILED])
+def test_a_cancelled_job_is_waited_for_until_it_has_ended_and_what_it_says_then_is_told(end: Look) -> None:
+    played = Slow(None, RUNNING, lines=[[], [], [], [("node-0", "wrote a checkpoint")]])
+    played.ends = [RUNNING] * 20 + [end]
+    played.cancelled_at = lambda: "SIGTERM" if played.now >= 7 else ""
+    ended(played)
+    assert played.looks == [end], "whoever goes on would meet it"
+    assert played.said[-1] == "node-0: wrote a checkpoint"
+
+
+def test_a_cancelled_job_that_does_not_end_is_waited_for_as_long_as_a_grace_period() -> None:
+    played = Slow(None, RUNNING)
+    played.ends = [RUNNING]
+    played.cancelled_at = lambda: "SIGTERM" if played.now >= 7 else ""
+    ended(played)
+    assert CANCEL_SECONDS <= played.now - 7 < 2 * CANCEL_SECONDS
 
 
 def test_a_job_that_cannot_be_cancelled_is_told_with_how_to_do_it_by_hand() -> None:
