@@ -47,8 +47,10 @@ class Cluster:
     refuse: dict[str, tuple[int, str]] = field(default_factory=dict)
     address: str = ""
 
-    def pod(self, job: str, index: int, phase: str, attempt: str = "a", **status: Any) -> dict[str, Any]:
-        """Adds a pod of a TrainJob's node."""
+    def pod(
+        self, job: str, index: int, phase: str, attempt: str = "a", at: str = MADE, **status: Any
+    ) -> dict[str, Any]:
+        """Adds a pod of a TrainJob's node, made at this time; another attempt is another pod."""
         labels = {
             "jobset.sigs.k8s.io/jobset-name": job,
             "jobset.sigs.k8s.io/replicatedjob-name": "node",
@@ -56,7 +58,7 @@ class Cluster:
         }
         name = f"{job}-node-0-{index}-{attempt}"
         made = {
-            "metadata": {"name": name, "labels": labels, "creationTimestamp": MADE},
+            "metadata": {"name": name, "labels": labels, "creationTimestamp": at},
             "spec": {"containers": [{"name": "node", "image": "torch:1"}]},
             "status": {"phase": phase, **status},
         }
@@ -84,7 +86,8 @@ class Cluster:
         if kind == "pods":
             job = query["labelSelector"][0].partition("=")[2].partition(",")[0]
             wanted = [one for one in self.pods if one["metadata"]["labels"]["jobset.sigs.k8s.io/jobset-name"] == job]
-            return 200, {"kind": "PodList", "items": wanted}
+            # By name, as a cluster's store keeps them: not by when they were made.
+            return 200, {"kind": "PodList", "items": sorted(wanted, key=lambda one: str(one["metadata"]["name"]))}
         return 404, {"message": f"{path} not found"}
 
     def trainjob(self, verb: str, name: str, body: dict[str, Any]) -> tuple[int, Any]:

@@ -157,6 +157,19 @@ def test_why_a_trainjob_failed_and_whether_its_machine_was_taken_is_read_from_it
     assert found.status(NAME) == Status(Phase.FAILED, words, preempted=preempted)
 
 
+def test_of_a_node_whose_pod_was_replaced_the_pod_that_was_made_last_counts(
+    cluster: Cluster, jobs: Callable[..., Any]
+) -> None:
+    found = jobs()
+    found.submit(NAME)
+    cluster.pod(NAME, 0, "Failed", attempt="z", at="2026-01-01T00:00:09Z", reason="Evicted")
+    cluster.pod(NAME, 0, "Failed", attempt="a", at="2026-01-01T00:01:00Z", containerStatuses=ended(1, "Error"))
+    cluster.logs = {f"{NAME}-node-0-0-{one}": [("2026-01-01T00:01:01Z", one)] for one in "az"}
+    assert list(found.lines(NAME)) == [("node-0", "a")]
+    cluster.end(NAME, "Failed")
+    assert found.status(NAME) == Status(Phase.FAILED, "node-0: Error, status 1")
+
+
 def test_every_line_of_every_node_is_told_once_and_a_line_that_is_json_as_it_is(
     cluster: Cluster, jobs: Callable[..., Any]
 ) -> None:
