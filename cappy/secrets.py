@@ -32,7 +32,15 @@ def fill_environment(address: str = ADDRESS) -> None:
 
 
 def _read(session: Any, address: str, name: str) -> str:
-    answer = session.get(f"{address}/v1/{name}:access", timeout=30)
+    from google.auth.exceptions import GoogleAuthError
+    from requests.exceptions import RequestException
+
+    try:
+        answer = session.get(f"{address}/v1/{name}:access", timeout=30)
+    except (RequestException, GoogleAuthError) as error:
+        reason = shown(" ".join(str(error).split()), 120)
+        remedy = "look at the step's network and service account, then run it again"
+        raise ConfigError(f"secret {shown(name)}: Secret Manager gave no answer ({reason}); {remedy}") from error
     if answer.status_code != 200:
         remedy = "grant the service account roles/secretmanager.secretAccessor on it, or mend its name in the recipe"
         raise ConfigError(f"secret {shown(name)}: Secret Manager answered {answer.status_code}; {remedy}")

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from google.auth.credentials import AnonymousCredentials
 from local_server import handled_by
 
+from cappy.config import encode
 from cappy.errors import ConfigError
+from cappy.registry import track_run, tracking
 from cappy.secrets import VARIABLE, fill_environment
 
 NAME = "projects/p/secrets/llm/versions/3"
@@ -63,3 +66,53 @@ def test_without_credentials_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(VARIABLE, json.dumps({"LLM_KEY": NAME}))
     with pytest.raises(ConfigError, match="no Google credentials here .*; run the step with a service account"):
         fill_environment()
+
+
+@pytest.mark.parametrize("broken", ["the service", "the credentials"])
+def test_a_store_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    class Refused(AnonymousCredentials):
+        def before_request(self, *_: object) -> None:
+            raise google.auth.exceptions.RefreshError("no token\nfrom the metadata server")
+
+    credentials = AnonymousCredentials() if broken == "the service" else Refused()
+    monkeypatch.setattr(google.auth, "default", lambda **_: (credentials, "p"))
+    monkeypatch.setenv(VARIABLE, json.dumps({"LLM_KEY": NAME}))
+    with pytest.raises(ConfigError, match=r"secret '.*llm.*': Secret Manager gave no answer \(.*\); look at") as caught:
+        fill_environment("http://127.0.0.1:9")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_exit_step_has_its_secrets_before_it_asks_mlflow(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers["Authorization"])
+            self.send_error(401)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    password = {"MLFLOW_TRACKING_USERNAME": NAME, "MLFLOW_TRACKING_PASSWORD": NAME}
+    for variable in password:
+        monkeypatch.setenv(variable, "")
+    monkeypatch.setenv(VARIABLE, json.dumps(password))
+    monkeypatch.setattr(tracking, "fill_environment", partial(fill_environment, store))
+    with handled_by(Handler) as mlflow, pytest.raises(SystemExit):
+        track_run({}, encode({"tracking_uri": mlflow}), run="run-1", state="SUCCEEDED")
+    # The first look is at whether it answers at all.
+    assert asked[1:] == [f"Basic {base64.b64encode(b'a key:a key').decode()}"]
+
+
+def test_an_exit_step_without_its_secret_ends_with_one_line(
+    store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(VARIABLE, json.dumps({"LLM_KEY": NAME.replace("llm", "other")}))
+    monkeypatch.setattr(tracking, "fill_environment", partial(fill_environment, store))
+    with pytest.raises(SystemExit):
+        track_run({}, "", run="run-1", state="SUCCEEDED")
+    told = capsys.readouterr().err
+    assert told.startswith("cappy tracking: secret 'projects/p/secrets/other/versions/3': Secret Manager answered 403")
+    assert told.count("\n") == 1

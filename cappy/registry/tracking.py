@@ -13,6 +13,7 @@ from cappy.errors import CappyError
 from cappy.records.folder import MANIFEST
 from cappy.registry.client import connected, experiment_id, metric_key
 from cappy.registry.models import RUN_TAG
+from cappy.secrets import fill_environment
 from cappy.steps import PACKAGE, PROGRESS_VARIABLE, StepRecord, read_record
 from cappy.training.curves import TRAINING_LOG, read_curves
 from cappy.training.plan import TRAINING_STEPS
@@ -25,9 +26,13 @@ BATCH = 1000
 
 
 def track_run(fingerprints: Mapping[str, str], settings: str, *, run: str, state: str) -> None:
-    """Tracks a pipeline run as an orchestrator's exit step; a CappyError becomes one line and status 1."""
+    """Tracks a pipeline run as an orchestrator's exit step; a CappyError becomes one line and status 1.
+
+    It passes by `steps.launch`, so it reads its secrets itself: MLflow's password may be among them.
+    """
     values = decode(settings)
     try:
+        fill_environment()
         track(
             fingerprints,
             run=run,
