@@ -12,13 +12,15 @@ import typer
 
 from cappy.cli.adapt import JsonFlag, SettingFlag
 from cappy.cli.pipeline import AddressFlag, RecipeArgument, ShardsFlag, load, outlined, recipe_of
-from cappy.errors import CappyError, ConfigError
+from cappy.errors import CappyError, ConfigError, shown
 
 if TYPE_CHECKING:
     from pipelines.clients import Client, RunState
     from pipelines.recipe import Recipe
 
 LOOK_SECONDS = 10.0
+RULES = {"bucket": "give gs://NAME, a name of small letters, digits, - _ and ., without a slash at its end"}
+"""What a flag must look like, where the recipe has a pattern for it."""
 
 OnFlag = Annotated[Literal["kubeflow", "vertex"], typer.Option(help="Where the run is to be.", show_default=False)]
 WhereFlag = Annotated[Literal["local", "docker", "kubeflow", "vertex"], typer.Option("--on", help="Where the run is.")]
@@ -180,11 +182,16 @@ def reached(on: Any, recipe: str, **given: str) -> "Client":
 
 def placed(recipe: "Recipe", **given: str) -> "Recipe":
     """The recipe with what flags say of the platforms in place of its own."""
+    import pydantic
+
     kubeflow: dict[str, Any] = {name: given[name] for name in ("endpoint", "namespace") if given[name]}
     vertex: dict[str, Any] = {name: given[name] for name in ("project", "region", "bucket") if given[name]}
-    if (name := given["bucket"]) and not name.startswith("gs://"):
-        raise ConfigError(f"--bucket: {name} is no bucket; give gs://NAME")
-    return replace(recipe, kubeflow=replace(recipe.kubeflow, **kubeflow), vertex=replace(recipe.vertex, **vertex))
+    try:
+        return replace(recipe, kubeflow=replace(recipe.kubeflow, **kubeflow), vertex=replace(recipe.vertex, **vertex))
+    except pydantic.ValidationError as error:
+        flag = str(error.errors()[0]["loc"][0])
+        rule = RULES.get(flag, "look at its help")
+        raise ConfigError(f"--{flag}: {shown(given[flag])} will not do; {rule}") from error
 
 
 def table(state: "RunState") -> str:

@@ -230,6 +230,13 @@ def on_vertex() -> tuple[str, ...]:
     return ("--on", "vertex", "--project", "my-project", "--bucket", "gs://bucket")
 
 
+@pytest.mark.parametrize("bucket", ["gs://My-Bucket", "gs://b/", "gs://bucket/folder/", "s3://bucket", "bucket"])
+def test_a_bucket_that_is_none_is_one_line_with_the_rule(here: Here, bucket: str) -> None:
+    done = here("pipeline", "status", "run-1", "--on", "vertex", "--project", "my-project", "--bucket", bucket)
+    rule = "give gs://NAME, a name of small letters, digits, - _ and ., without a slash at its end"
+    assert (done.returncode, done.stderr) == (1, f"cappy pipeline: --bucket: '{bucket}' will not do; {rule}\n")
+
+
 def placed(tmp_path: Path, server: Vertex) -> Path:
     return recipe(tmp_path, vertex={"endpoint": server.address, "service_account": "cappy@my-project.example"})
 
