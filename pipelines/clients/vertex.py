@@ -18,7 +18,7 @@ STATES: Mapping[str, State] = {
     "CANCELLING": "running",
     "PAUSED": "waiting",
     "SUCCEEDED": "done",
-    "SKIPPED": "skipped",
+    "SKIPPED": "cached",  # PipelineTaskDetail: skipped due to a cache hit.
     "NOT_TRIGGERED": "skipped",
     "FAILED": "failed",
     "CANCELLED": "cancelled",

@@ -289,6 +289,20 @@ def test_vertex_tells_steps_logs_and_failures(here: Here, vertex: Vertex, tmp_pa
     assert vertex.calls[-1].endswith(f"{run}:cancel")
 
 
+def test_vertex_tells_what_came_from_the_cache_and_what_was_not_called_for(
+    here: Here, vertex: Vertex, tmp_path: Path
+) -> None:
+    mine = placed(tmp_path, vertex)
+    run = here("pipeline", "submit", mine, *on_vertex()).stdout.split()[1]
+    (job,) = vertex.jobs.values()
+    states = {"preparation": "SKIPPED", "deployment": "NOT_TRIGGERED"}
+    details = [{"taskName": name, "state": state} for name, state in states.items()]
+    job |= {"state": "PIPELINE_STATE_SUCCEEDED", "jobDetail": {"taskDetails": details}}
+    done = here("pipeline", "status", run, *on_vertex(), "--recipe", mine)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1:3] == ["  preparation  cached", "  deployment   skipped"]
+
+
 def test_what_vertex_refuses_is_one_line_with_a_remedy(here: Here, vertex: Vertex, tmp_path: Path) -> None:
     vertex.refuse = (429, "Quota exceeded for custom_model_training_nvidia_l4_gpus")
     done = here("pipeline", "submit", placed(tmp_path, vertex), *on_vertex())
