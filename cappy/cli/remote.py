@@ -4,6 +4,8 @@ import json
 import secrets
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +17,7 @@ from cappy.cli.pipeline import AddressFlag, RecipeArgument, ShardsFlag, load, ou
 from cappy.errors import CappyError, ConfigError, shown
 
 if TYPE_CHECKING:
-    from pipelines.clients import Client, RunState
+    from pipelines.clients import Client, RunState, TaskState
     from pipelines.recipe import Recipe
 
 LOOK_SECONDS = 10.0
@@ -203,14 +205,23 @@ def table(state: "RunState") -> str:
 
 def _changes(state: "RunState", told: dict[str, str]) -> None:
     """Prints what is new since the last look."""
-    for task in state.tasks:
-        words = _told(task)
-        if told.get(task.step) != words:
-            told[task.step] = words
-            typer.echo(f"{task.step}: {words}")
+    for step in dict.fromkeys(task.step for task in state.tasks):
+        words = _together([task for task in state.tasks if task.step == step])
+        if told.get(step) != words:
+            told[step] = words
+            typer.echo(f"{step}: {words}")
 
 
-def _told(task: Any) -> str:
+def _together(tasks: "Sequence[TaskState]") -> str:
+    """A step in words: of shards, which a platform tells under one name in any order, how many are in which state."""
+    if len(tasks) == 1:
+        return _told(tasks[0])
+    counts = sorted(Counter(task.state for task in tasks).items())
+    errors = sorted({task.error for task in tasks if task.error})
+    return ", ".join(f"{count} {state}" for state, count in counts) + "".join(f": {error}" for error in errors)
+
+
+def _told(task: "TaskState") -> str:
     seconds = f", {task.seconds:.0f} s" if task.seconds else ""
     return f"{task.state}{seconds}{f': {task.error}' if task.error else ''}"
 

@@ -5,6 +5,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,7 @@ class KubeflowClient:
         details = found.run_details.task_details if found.run_details else None
         tasks = [task for task in (_task(each) for each in details or ()) if task]
         stuck = self._stuck(run) if STATES.get(found.state, "running") == "running" else {}
-        told = tuple(
-            TaskState(
-                step=task.step, state=task.state, seconds=task.seconds, error=task.error or stuck.get(task.step, "")
-            )
-            for task in tasks
-        )
+        told = tuple(_with_reason(task, stuck) for task in tasks)
         error = found.error.message if found.error else ""
         return RunState(
             run=run, state=STATES.get(found.state, "waiting"), url=self._url(run), tasks=told, error=error or ""
@@ -140,14 +136,17 @@ class KubeflowClient:
             ) from error
         return client.CoreV1Api()
 
-    def _stuck(self, run: str) -> dict[str, str]:
-        """Step -> why its pod waits without an end; nothing where the cluster's API is not at hand."""
+    def _stuck(self, run: str) -> dict[str, list[str]]:
+        """Step -> why pods of it wait without an end; nothing where the cluster's API is not at hand."""
+        reasons: dict[str, list[str]] = {}
         with contextlib.suppress(ConfigError, UnreachableError):
             core = self._core()
             with self._told():
                 pods = core.list_namespaced_pod(self._place.namespace, label_selector=f"{RUN_LABEL}={run}").items
-            return {_step_of(pod) or "": reason for pod in pods if (reason := _waits(pod))}
-        return {}
+            for pod in pods:
+                if reason := _waits(pod):
+                    reasons.setdefault(_step_of(pod) or "", []).append(reason)
+        return reasons
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -192,6 +191,16 @@ def _task(found: Any) -> TaskState | None:
     seconds = (end - start).total_seconds() if end and start and end > start else 0.0
     error = (found.error.message or "") if found.error else ""
     return TaskState(step=step_name(name), state=STATES.get(found.state, "waiting"), seconds=seconds, error=error)
+
+
+def _with_reason(task: TaskState, stuck: dict[str, list[str]]) -> TaskState:
+    """The task with why a pod of its step waits, if it goes on; taken from the list, for shards have one pod each.
+
+    Which shard a pod is the server does not tell: its tasks of a step have one name.
+    """
+    if task.error or task.state not in ("waiting", "running") or not stuck.get(task.step):
+        return task
+    return replace(task, error=stuck[task.step].pop(0))
 
 
 def _step_of(pod: Any) -> str | None:

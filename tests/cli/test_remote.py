@@ -107,6 +107,32 @@ def test_status_tells_each_step_and_fails_with_the_failed_ones_words(here: Here,
     assert second.stderr == "cappy pipeline: run-1: failed in sampling: out of credit\n"
 
 
+def test_shards_are_counted_by_state_and_told_when_that_changes_alone(here: Here, kubeflow: Kubeflow) -> None:
+    kubeflow.runs.append({})
+
+    def looked(*states: str, over: str = "RUNNING") -> dict[str, Any]:
+        tasks = [{"display_name": "scoring", "state": state} for state in states]
+        return {"state": over, "run_details": {"task_details": tasks}}
+
+    running = [looked("RUNNING", "SUCCEEDED", "RUNNING"), looked("SUCCEEDED", "RUNNING", "RUNNING")]
+    over = looked("SUCCEEDED", "SUCCEEDED", "SUCCEEDED", over="SUCCEEDED")
+    kubeflow.states = [*running, running[0], over]
+    done = here("pipeline", "status", "run-1", *on_kubeflow(kubeflow), "--follow")
+    assert done.stdout.splitlines() == ["scoring: 1 done, 2 running", "scoring: 3 done"]
+
+    kubeflow.pods = [pod("a", "scoring"), pod("b", "scoring-2", waiting="ImagePullBackOff")]
+    kubeflow.states = [running[0], over]
+    done = here("pipeline", "status", "run-1", *on_kubeflow(kubeflow), "--follow")
+    assert done.stdout.splitlines()[0] == "scoring: 1 done, 2 running: ImagePullBackOff: no such image"
+    kubeflow.states = [running[0]]
+    done = here("pipeline", "status", "run-1", *on_kubeflow(kubeflow))
+    assert [line.split()[1:] for line in done.stdout.splitlines()[1:4]] == [
+        ["running:", "ImagePullBackOff:", "no", "such", "image"],
+        ["done"],
+        ["running"],
+    ]
+
+
 def test_logs_come_from_the_pods_each_line_once(here: Here, kubeflow: Kubeflow) -> None:
     kubeflow.runs.append({})
     kubeflow.states = [{"state": "RUNNING"}, {"state": "SUCCEEDED"}]
