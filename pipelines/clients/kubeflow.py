@@ -111,7 +111,11 @@ class KubeflowClient:
 
         with self._told():
             try:
-                return str(core.read_namespaced_pod_log(pod, self._place.namespace, container="main"))
+                # Unread: the client would take a log that is one line of JSON for a value and write it otherwise.
+                answer = core.read_namespaced_pod_log(
+                    pod, self._place.namespace, container="main", _preload_content=False
+                )
+                return str(answer.data.decode(errors="replace"))
             except ApiException as error:
                 if error.status not in (400, 404):
                     raise

@@ -144,6 +144,13 @@ def test_logs_come_from_the_pods_each_line_once(here: Here, kubeflow: Kubeflow) 
     assert here("pipeline", "logs", "run-1", *on_kubeflow(kubeflow), "--step", "preparation").stdout.count("\n") == 2
 
 
+def test_a_log_that_is_json_is_told_as_it_was_written(here: Here, kubeflow: Kubeflow) -> None:
+    kubeflow.pods = [pod("a", "scoring")]
+    kubeflow.logs = {"a": '{"rows": 3, "done": true}\n'}
+    done = here("pipeline", "logs", "run-1", *on_kubeflow(kubeflow))
+    assert (done.returncode, done.stdout) == (0, 'scoring: {"rows": 3, "done": true}\n')
+
+
 def test_lines_of_several_pods_of_a_step_are_told_once_each_while_they_grow(
     here: Here, kubeflow: Kubeflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
