@@ -8,15 +8,16 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cappy.config import to_values
 from cappy.errors import CappyError, ConfigError, shown
-from cappy.steps import PARENT_VARIABLE, PROGRESS_VARIABLE, hold_parent_lock
+from cappy.steps import ORPHAN_SECONDS, PARENT_VARIABLE, PROGRESS_VARIABLE, hold_parent_lock
 from pipelines.board import Board
 from pipelines.clients.local import STATUS
 from pipelines.recipe import Platform, Recipe, checked
@@ -24,7 +25,6 @@ from pipelines.states import StepState, log_section, observe
 from pipelines.submission import Submission, prepare
 
 LOOK_SECONDS = 0.2
-STOP_SECONDS = 5.0
 TAIL_LINES = 15
 MANGLED = "python3"
 """kfp's local runner replaces this text inside every argument by the path of the interpreter."""
@@ -60,7 +60,7 @@ def run_pipeline(
 
     `root` gets the artifacts (`pipeline/`) and the logs (`runs/<run id>/`); a `recipe` says how many shards there are
     and, with `platform` docker, which images, whose ids `images` has by step. CappyError with the failed step's own
-    line if one fails; Ctrl-C ends every process of the run and raises KeyboardInterrupt.
+    line if one fails; Ctrl-C and SIGTERM end every process of the run and raise KeyboardInterrupt.
     """
     chosen = recipe or checked({"pipeline": name})
     pinned: dict[str, Any] = {"revision": chosen.revision, "images": images}
@@ -98,7 +98,7 @@ def execute(
 
     lock = hold_parent_lock(folder / "parent.lock")
     try:
-        with Board(f"cappy {submission.pipeline}", folder / "run.log", show=show) as board:
+        with _interrupted_by_sigterm(), Board(f"cappy {submission.pipeline}", folder / "run.log", show=show) as board:
             status = _supervised(request, submission.tracking_uri, lambda: board.update(look(alive=True)))
             states = look(alive=False, succeeded=status == 0)
             (folder / STATUS).write_text(json.dumps({"status": status}))
@@ -144,15 +144,39 @@ def _supervised(request: Path, tracking_uri: str, look: Callable[[], None]) -> i
 
 
 def _end_group(process: "subprocess.Popen[bytes]") -> None:
-    """Asks the child's whole group to end, and ends it if it does not; nothing to do after a normal end."""
+    """Asks the child's whole group to end, and ends what does not; nothing to do after a normal end.
+
+    The child itself ends at once, a step beneath it may write a checkpoint first.
+    """
     if process.poll() is not None:
         return
-    os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_SECONDS)
     with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        end = time.monotonic() + ORPHAN_SECONDS
+        while time.monotonic() < end:
+            process.poll()  # Else the group has a member for as long as nobody asked how it ended.
+            os.killpg(process.pid, 0)
+            time.sleep(LOOK_SECONDS / 4)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """For the block SIGTERM does what Ctrl-C does, so that the run's processes are ended and one line says so.
+
+    A shell starts what a script puts in the background with Ctrl-C's own signal ignored; a handler that somebody else
+    has set stays, and outside the main thread none can be.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _refuse_mangled(arguments: Mapping[str, Any]) -> None:

@@ -60,11 +60,12 @@ class LocalClient:
                 yield from ((name, f"{name}: {line}") for line in lines)
 
     def cancel(self, run: str) -> None:
-        """Interrupts the process that started the run, which ends its steps."""
+        """Asks the process that started the run to end, which ends its steps."""
         folder, request = self._request(run)
         if not _held(folder / "parent.lock"):
             raise ConfigError(f"{run}: is over; nothing to end")
-        os.kill(int(request["process"]), signal.SIGINT)
+        # Not SIGINT: a shell makes what a script starts in the background ignore it.
+        os.kill(int(request["process"]), signal.SIGTERM)
 
     def _request(self, run: str) -> tuple[Path, dict[str, Any]]:
         path = self._runs / run / "request.json"

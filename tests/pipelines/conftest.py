@@ -13,6 +13,8 @@ from pipelines.submission import Submission
 ROOMS = '''
     """Two steps that do as they are told: write a row, take their time, fail."""
     import os
+    import signal
+    import sys
     import time
     from pathlib import Path
     from typing import Annotated
@@ -43,8 +45,17 @@ ROOMS = '''
         work: Work = DEFAULT_WORK
 
 
+    def _end(*_):
+        """Takes its time to end well, as training does."""
+        time.sleep(1.0)
+        Path(os.environ["BEAT"]).with_suffix(".checkpoint").touch()
+        sys.exit(1)
+
+
     def run(config, progress):
         Path(os.environ["BEAT"]).with_suffix(f".{os.getpid()}").touch()
+        if config.fail == "asked to end":
+            signal.signal(signal.SIGTERM, _end)
         progress(0, 10)
         end = time.monotonic() + config.seconds
         while time.monotonic() < end:

@@ -136,8 +136,11 @@ def _processes(folder: Path) -> list[str]:
 class _other_process:  # noqa: N801 (read as a verb in a with statement)
     """The same run in a process of its own, ended at the end of the block."""
 
-    def __init__(self, folder: Path, submission: Submission) -> None:
+    def __init__(self, folder: Path, submission: Submission, *, background: bool = False) -> None:
+        # What a script starts with an ampersand ignores SIGINT.
+        ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" if background else ""
         program = (
+            f"{ignored}"
             "from pathlib import Path\n"
             "from pipelines.local import execute\n"
             "from pipelines.submission import Submission\n"
@@ -155,8 +158,9 @@ class _other_process:  # noqa: N801 (read as a verb in a with statement)
         self.process.wait()
 
 
+@pytest.mark.parametrize("background", [False, True])
 def test_another_terminal_sees_how_far_a_run_is_and_can_end_it(
-    made_up: MakeUp, start: Callable[..., Outcome], tmp_path: Path
+    made_up: MakeUp, start: Callable[..., Outcome], tmp_path: Path, background: bool
 ) -> None:
     client = LocalClient(tmp_path / "root" / "runs")
     over = start(made_up())
@@ -168,7 +172,8 @@ def test_another_terminal_sees_how_far_a_run_is_and_can_end_it(
     assert any("annotation" in line for _, line in client.logs(over.run_id, "annotation"))
     with pytest.raises(ConfigError, match="is over; nothing to end"):
         client.cancel(over.run_id)
-    with _other_process(tmp_path, made_up(one="7" * 8, first={"seconds": 60})) as other:
+    slow = made_up(one="7" * 8, first={"seconds": 60, "fail": "asked to end"})
+    with _other_process(tmp_path, slow, background=background) as other:
         deadline = time.monotonic() + 30
         while not (runs := {path.name for path in (tmp_path / "root" / "runs").iterdir()} - {over.run_id}):
             assert time.monotonic() < deadline
@@ -177,8 +182,13 @@ def test_another_terminal_sees_how_far_a_run_is_and_can_end_it(
         while not (tmp_path / "root" / "runs" / run / "request.json").is_file() or client.look(run).state != "running":
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        while not (tmp_path / "beat").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         client.cancel(run)
-        assert other.wait(30) != 0
+        assert other.wait(30) == -signal.SIGINT  # KeyboardInterrupt; the command line makes one line of it.
+    assert (tmp_path / "beat.checkpoint").exists()
+    assert _processes(tmp_path) == []
     assert client.look(run).state == "cancelled"
     with pytest.raises(ConfigError, match=f"nope: no run of that name .* the last one is {run}"):
         client.look("nope")
