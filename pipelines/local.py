@@ -188,17 +188,20 @@ def _refuse_mangled(arguments: Mapping[str, Any]) -> None:
 
 def _raise_failure(states: list[StepState], log: Path, *, show: bool) -> None:
     """Raises the failed step's own line; of a defect, which has none, the last lines of its log are shown first."""
-    failed = next((state for state in states if state.state == "failed"), None)
-    step = failed.step if failed else "tracking"
-    lines = log_section(log, step)
-    said = next((line for line in reversed(lines) if line.startswith(f"cappy {step}: ")), None)
-    if said is not None:
-        raise CappyError(said.removeprefix("cappy "))
+    failed = [state for state in states if state.state == "failed"] or [StepState(step="tracking", state="failed")]
+    name = failed[0].step.partition(" ")[0]  # Shards write under the name of their step, and into each other's lines.
+    prefix = f"cappy {name}: "
+    written = [line.strip() for line in log_section(log, "")]
+    said = [line.removeprefix(prefix) for line in written if line.startswith(prefix)]
+    told = next((state for state in failed if state.error in said), failed[0])
+    if said:
+        raise CappyError(f"{told.step}: {told.error if told.error in said else said[-1]}")
+    lines = log_section(log, name)
     if show:
         sys.stderr.write("\n".join(lines[-TAIL_LINES:]) + "\n")
     raised = next((line for line in reversed(lines) if _EXCEPTION.match(line)), "")
-    reason = (failed.error if failed else "") or raised or "its process was killed (out of memory?)"
-    raise CappyError(f"{step}: {reason}; the whole log is {log}")
+    reason = told.error or raised or "its process was killed (out of memory?)"
+    raise CappyError(f"{told.step}: {reason}; the whole log is {log}")
 
 
 def _outcome(run_id: str, folder: Path, states: list[StepState]) -> Outcome:

@@ -219,3 +219,20 @@ def test_shards_run_each_under_its_own_name_and_are_cached_each_for_itself(
     second = once()
     assert second.cached == set(first.outputs)
     assert second.outputs == first.outputs
+
+
+def test_a_failed_shard_says_its_own_line_and_which_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "Add 1 and 1.", "responses": ["2"]}) + "\n")
+    (tmp_path / "scorer").mkdir()
+    (tmp_path / "scorer" / "notes.txt").write_text("no scorer")
+    parameters = {"source": str(tmp_path / "rows.jsonl"), "scorer": str(tmp_path / "scorer")}
+    recipe = checked({"pipeline": "batch_score", "shards": 2, "parameters": parameters})
+    with pytest.raises(CappyError) as caught:
+        run_pipeline("batch_score", settings_of(recipe), work=tmp_path / "work", root=tmp_path / "root", recipe=recipe)
+    line = f"{tmp_path / 'scorer'}: neither manifest.json nor config.json, so it is no scorer; "
+    assert str(caught.value).startswith(f"scoring 0/2: {line}")
+    assert "whole log" not in str(caught.value)
+    assert "Executing task" not in capfd.readouterr().err
