@@ -24,7 +24,7 @@ def main(request: Path) -> int:
     # kfp draws eight random digits for a local run's id: two runs may share them, and whoever started it cannot know.
     placeholder_utils.make_random_id = lambda: wanted["run"]
     local.init(
-        _containers() if wanted.get("platform") == "docker" else local.SubprocessRunner(use_venv=False),
+        _containers(wanted["recipe"]) if wanted.get("platform") == "docker" else local.SubprocessRunner(use_venv=False),
         pipeline_root=wanted["pipeline_root"],
         workspace_root=str(request.parent / "workspace"),
         enable_caching=True,
@@ -53,28 +53,32 @@ def _pipeline(wanted: Mapping[str, Any]) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _containers() -> Any:
+def _containers(recipe: Mapping[str, Any]) -> Any:
     """A container for each step: as this user, in this folder, which is mounted where it lies.
 
     Files that steps name must lie under the current folder. The network is this machine's, so that MLflow's address
-    means the same inside.
+    means the same inside. Keys come from this process's environment, to every container of the run.
     """
+    from pipelines.containers import key_files, keys
+    from pipelines.recipe import checked
+
     here = str(Path.cwd())
+    secrets = keys(checked(recipe))
     # No CAPPY_PARENT: a lock on a file tells of no process beyond a container's own.
     told = {name: os.environ[name] for name in (PROGRESS_VARIABLE, "MLFLOW_TRACKING_URI") if name in os.environ}
     return local.DockerRunner(
         user=f"{os.getuid()}:{os.getgid()}",
         working_dir=here,
-        environment={**told, "HOME": "/tmp"},  # noqa: S108 (in the container)
+        environment={**secrets, **told, "HOME": "/tmp"},  # noqa: S108 (in the container)
         network_mode="host",
-        mounts=[_mount(here)],
+        mounts=[_mount(here), *(_mount(file, read_only=True) for file in key_files(secrets))],
     )
 
 
-def _mount(folder: str) -> Any:
+def _mount(path: str, *, read_only: bool = False) -> Any:
     from docker.types import Mount
 
-    return Mount(target=folder, source=folder, type="bind")
+    return Mount(target=path, source=path, type="bind", read_only=read_only)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,10 @@ def run_and_tell(name: str, choices: Mapping[str, Any], *, work: Path, tracking_
 def _run_and_tell(recipe: "Recipe", on: str, as_json: bool) -> None:
     planning = load("pipelines.planning")
     planning.check(recipe, on)
-    images = load("pipelines.containers").check_images(recipe) if on == "docker" else {}
+    images: dict[str, str] = {}
+    if on == "docker":
+        load("pipelines.containers").check_secrets(recipe)
+        images = load("pipelines.containers").check_images(recipe)
     outcome = load("pipelines.local").run_pipeline(
         recipe.pipeline,
         planning.settings_of(recipe),

@@ -8,7 +8,10 @@ from pipelines.recipe import Recipe
 
 
 def dress(recipe: Recipe) -> Dress:
-    """The tasks of a recipe for a container engine: each in its image; cores and memory are the machine's."""
+    """The tasks of a recipe for a container engine: each in its image; cores and memory are the machine's.
+
+    Keys are no part of a task, whose YAML is kept: `pipelines.containers` hands them to the engine.
+    """
 
     def dressed(step: str, task: Any) -> None:
         task.set_container_image(image(recipe, step))

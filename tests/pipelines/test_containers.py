@@ -1,15 +1,21 @@
-"""A container engine is asked before a run begins: that it is there, and that it has the images."""
+"""A container engine is asked before a run begins, that it has the images; the keys that containers get."""
 
 import json
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
 
 import pytest
 from local_server import handled_by
 
+from cappy.cli import main
+from cappy.config import to_values
 from cappy.errors import ConfigError
 from pipelines import STEPS
-from pipelines.containers import check_images
+from pipelines.compile import compiled
+from pipelines.containers import KEYS, check_images
+from pipelines.execution import _containers
 from pipelines.recipe import checked
 
 HERE = "registry.example/worker:1"
@@ -69,3 +75,48 @@ def test_no_engine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")
     with pytest.raises(ConfigError, match=r"docker: no engine answers .*; start Docker"):
         check_images(checked({"pipeline": "adapt"}))
+
+
+@pytest.fixture
+def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A folder to stand in, and this machine's keys: in variables, in a file beside the folder and in one inside."""
+    inside, outside = tmp_path / "here" / "hub.key", tmp_path / "openai.key"
+    inside.parent.mkdir()
+    for path in (inside, outside):
+        path.write_text("a key")
+    monkeypatch.chdir(inside.parent)
+    given = {"LLM_KEY": "k-1", "MLFLOW_TRACKING_PASSWORD": "k-2", "HF_TOKEN_FILE": "hub.key"}
+    given |= {"OPENAI_API_KEY_FILE": "../openai.key"}
+    for name in KEYS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**given, "AN_OTHER_KEY": "k-3"}.items():
+        monkeypatch.setenv(name, value)
+    return given
+
+
+def mine(*variables: str) -> Any:
+    secrets = [{"variable": variable, "name": "llm"} for variable in variables]
+    return checked({"pipeline": "adapt", "resources": {"sampling": {"secrets": secrets}}})
+
+
+def test_containers_get_the_keys_that_are_set_here_and_no_other_variable(given: dict[str, str], tmp_path: Path) -> None:
+    recipe = mine("LLM_KEY", "OPENAI_API_KEY")
+    told = _containers(to_values(recipe)).container_run_args
+    environment = {name: value for name, value in told["environment"].items() if name not in ("HOME", "CAPPY_PROGRESS")}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    assert environment == given
+    mounts = {mount["Target"]: mount["ReadOnly"] for mount in told["mounts"]}
+    assert mounts == {str(tmp_path / "here"): False, str(tmp_path / "openai.key"): True}
+    assert not [key for key in ("k-1", "k-2", "LLM_KEY") if key in compiled(recipe, "docker")]
+
+
+def test_a_secret_of_the_recipe_that_is_not_set_here_is_one_line(
+    given: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps(to_values(mine("LLM_KEY", "OPENAI_API_KEY", "SECOND_KEY"))))
+    with pytest.raises(SystemExit):
+        main(["pipeline", "run", str(file), "--on", "docker"])
+    remedy = "export SECOND_KEY, or SECOND_KEY_FILE with the path of a file that holds it"
+    line = f"resources.sampling.secrets: SECOND_KEY is not set here, where containers get it; {remedy}"
+    assert capsys.readouterr().err == f"cappy pipeline: {line}\n"
