@@ -11,6 +11,7 @@ import pytest
 import yaml
 from google.cloud.aiplatform.utils import resource_manager_utils
 from kubeflow_server import Kubeflow, kubeflow_server, pod
+from mlflow import MlflowClient
 from vertex_scenario import connect
 from vertex_server import Vertex, vertex_server
 
@@ -54,22 +55,45 @@ def on_kubeflow(server: Kubeflow) -> tuple[str, ...]:
 def test_kubeflow_is_sent_a_run_that_it_understands_and_its_page_is_printed(
     here: Here, kubeflow: Kubeflow, tmp_path: Path
 ) -> None:
-    done = here("pipeline", "submit", recipe(tmp_path), *on_kubeflow(kubeflow))
+    own = {"experiment": "scorers", "service_account": "cappy-steps"}
+    done = here("pipeline", "submit", recipe(tmp_path, kubeflow=own), *on_kubeflow(kubeflow))
     assert done.returncode == 0, done.stderr
     assert f"{kubeflow.address}/#/runs/details/run-1" in done.stdout
     assert "Run details" not in done.stdout
     assert "its YAML is not in MLflow" in done.stderr
     assert "cappy-python-worker:0.1.0: is a tag; built anew, its steps come from the cache" in done.stderr
     pinned = {"worker": f"worker@sha256:{'a' * 64}", "trainer": f"trainer@sha256:{'b' * 64}"}
-    again = here("pipeline", "submit", recipe(tmp_path, images=pinned), *on_kubeflow(kubeflow))
+    again = here("pipeline", "submit", recipe(tmp_path, images=pinned, kubeflow=own), *on_kubeflow(kubeflow))
     assert again.returncode == 0
     assert "is a tag" not in again.stderr
     run = kubeflow.runs[0]
+    assert [each["display_name"] for each in kubeflow.experiments] == ["scorers"]
+    assert (run["experiment_id"], run["service_account"]) == ("e-1", "cappy-steps")
     spec = run["pipeline_spec"]
     assert "kubernetes" in spec["platform_spec"]["platforms"]
     parameters = run["runtime_config"]["parameters"]
     assert parameters["source"] == "builtin"
     assert set(json.loads(parameters["fingerprints"])) >= {"preparation", "sampling 2/3", "gathering", "registration"}
+
+
+def test_the_yaml_that_was_sent_is_kept_with_the_mlflow_run(
+    here: Here, kubeflow: Kubeflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)  # As this machine reaches it.
+    done = here("pipeline", "submit", recipe(tmp_path), *on_kubeflow(kubeflow))
+    assert (done.returncode, done.stderr) == (0, "")
+    client = MlflowClient(tracking_uri=address)
+    experiment = client.get_experiment_by_name("cappy")
+    (run,) = client.search_runs([experiment.experiment_id])
+    tags = {name: run.data.tags[f"cappy.{name}"] for name in ("run", "platform", "page")}
+    assert tags == {
+        "run": "run-1",
+        "platform": "kubeflow",
+        "page": f"{kubeflow.address}/#/runs/details/run-1",
+    }
+    kept = Path(client.download_artifacts(run.info.run_id, "pipeline.yaml", str(tmp_path)))
+    assert "name: cappy-pretrain" in kept.read_text()
 
 
 def test_a_server_that_users_share_is_told_the_namespace(here: Here, kubeflow: Kubeflow, tmp_path: Path) -> None:
@@ -271,7 +295,8 @@ def test_a_bucket_that_is_none_is_one_line_with_the_rule(here: Here, bucket: str
 
 
 def placed(tmp_path: Path, server: Vertex) -> Path:
-    return recipe(tmp_path, vertex={"endpoint": server.address, "service_account": "cappy@my-project.example"})
+    own = {"service_account": "cappy@my-project.example", "network": "projects/1/global/networks/mine"}
+    return recipe(tmp_path, vertex={"endpoint": server.address, **own})
 
 
 def test_vertex_is_sent_a_job_that_its_sdk_understands(here: Here, vertex: Vertex, tmp_path: Path) -> None:
@@ -279,10 +304,22 @@ def test_vertex_is_sent_a_job_that_its_sdk_understands(here: Here, vertex: Verte
     assert done.returncode == 0, done.stderr
     (job,) = vertex.jobs.values()
     assert job["serviceAccount"] == "cappy@my-project.example"
+    assert job["network"] == "projects/1/global/networks/mine"
     assert job["runtimeConfig"]["gcsOutputDirectory"] == "gs://bucket/pipeline"
     assert job["runtimeConfig"]["parameterValues"]["preparation_settings"]
     run = done.stdout.split()[1]
     assert f"runs/{run}?project=my-project" in done.stdout
+
+
+def test_a_yaml_for_this_machine_names_its_runs_otherwise_and_is_not_sent_to_vertex(
+    here: Here, vertex: Vertex, tmp_path: Path
+) -> None:
+    mine, seen = placed(tmp_path, vertex), tmp_path / "seen.yaml"
+    assert here("pipeline", "compile", mine, "--on", "local", "--target", seen).returncode == 0
+    done = here("pipeline", "submit", mine, *on_vertex(), "--compiled", seen)
+    line = f"cappy pipeline: {seen}: was compiled for another platform; compile it with --on vertex\n"
+    assert (done.returncode, done.stderr) == (1, line)
+    assert vertex.jobs == {}
 
 
 def test_vertex_tells_steps_logs_and_failures(here: Here, vertex: Vertex, tmp_path: Path) -> None:

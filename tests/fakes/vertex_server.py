@@ -126,12 +126,13 @@ class Vertex:
         return {} if verb == "cancel" else self.jobs[resource]
 
     def logged(self, body: Any) -> dict[str, Any]:
-        """entries:list of Cloud Logging, a page of one at a time."""
+        """entries:list of Cloud Logging, a page of one at a time, in the order that is asked for (oldest first)."""
         if self.unreadable:
             raise Refusal(403, "Permission denied for all log views")
         number = int(body.get("pageToken", 0))
         more = {"nextPageToken": str(number + 1)} if number + 1 < len(self.entries) else {}
-        return {"entries": self.entries[number : number + 1], **more}
+        entries = self.entries if body.get("orderBy", "timestamp asc") == "timestamp asc" else self.entries[::-1]
+        return {"entries": entries[number : number + 1], **more}
 
     @staticmethod
     def find(among: list[dict[str, Any]], name: str) -> dict[str, Any]:
