@@ -20,6 +20,7 @@ from cappy.cli import remote
 Here = Callable[..., subprocess.CompletedProcess[str]]
 NOBODY = "http://127.0.0.1:9"
 """Where no MLflow answers."""
+PINNED = {"worker": f"worker@sha256:{'a' * 64}", "trainer": f"trainer@sha256:{'b' * 64}"}
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def vertex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vertex]:
 
 def recipe(tmp_path: Path, **more: Any) -> Path:
     path = tmp_path / "mine.yaml"
-    values = {"pipeline": "pretrain", "shards": 3, "tracking_uri": NOBODY, **more}
+    values = {"pipeline": "pretrain", "shards": 3, "tracking_uri": NOBODY, "images": PINNED, **more}
     path.write_text(yaml.safe_dump(values))
     return path
 
@@ -61,12 +62,7 @@ def test_kubeflow_is_sent_a_run_that_it_understands_and_its_page_is_printed(
     assert f"{kubeflow.address}/#/runs/details/run-1" in done.stdout
     assert "Run details" not in done.stdout
     assert "its YAML is not in MLflow" in done.stderr
-    assert "cappy-python-worker:0.1.0: is a tag; built anew, its steps come from the cache" in done.stderr
-    pinned = {"worker": f"worker@sha256:{'a' * 64}", "trainer": f"trainer@sha256:{'b' * 64}"}
-    again = here("pipeline", "submit", recipe(tmp_path, images=pinned, kubeflow=own), *on_kubeflow(kubeflow))
-    assert again.returncode == 0
-    assert "is a tag" not in again.stderr
-    run = kubeflow.runs[0]
+    (run,) = kubeflow.runs
     assert [each["display_name"] for each in kubeflow.experiments] == ["scorers"]
     assert (run["experiment_id"], run["service_account"]) == ("e-1", "cappy-steps")
     spec = run["pipeline_spec"]
@@ -94,6 +90,13 @@ def test_the_yaml_that_was_sent_is_kept_with_the_mlflow_run(
     }
     kept = Path(client.download_artifacts(run.info.run_id, "pipeline.yaml", str(tmp_path)))
     assert "name: cappy-pretrain" in kept.read_text()
+
+
+def test_images_that_no_digest_pins_are_named(here: Here, kubeflow: Kubeflow, tmp_path: Path) -> None:
+    told = "cappy-python-worker:0.1.0: is a tag; built anew, its steps come from the cache; give it by digest"
+    done = here("pipeline", "submit", recipe(tmp_path, images={}), *on_kubeflow(kubeflow))
+    assert (done.returncode, told in done.stderr) == (0, True)
+    assert "is a tag" not in here("pipeline", "submit", recipe(tmp_path), *on_kubeflow(kubeflow)).stderr
 
 
 def test_a_server_that_users_share_is_told_the_namespace(here: Here, kubeflow: Kubeflow, tmp_path: Path) -> None:
