@@ -59,6 +59,8 @@ def make(
         batch_tokens=BATCH_TOKENS,
         batch_instances=16,
         max_candidates=16,
+        relative=4.0,
+        listwise=0.0,
         patience=100,
         seed=seed,
         work=work,

@@ -68,8 +68,11 @@ class LoopSettings:
             ge=0,
             description="Weight of the relative loss (deviations from the mean of an instance's selectable responses)",
         ),
-    ] = 4.0
-    listwise: Annotated[float, Field(ge=0, description="Weight of the listwise softmax loss")] = 0.0
+    ] = 0.0
+    listwise: Annotated[
+        float,
+        Field(ge=0, description="Weight of the listwise loss (softmax over an instance's selectable responses)"),
+    ] = 1.0
     checks: Annotated[int, Field(ge=1, description="Times the validation instances are scored on the way")] = 10
     patience: Annotated[int, Field(ge=1, description="Checks without a better pick before training stops")] = 4
     keep: Annotated[

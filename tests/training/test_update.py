@@ -83,8 +83,8 @@ def test_gradients_are_those_of_the_mean_over_instances(scorer: Scorer, corpus: 
                 1,
                 compared=torch.ones_like(groups, dtype=torch.bool),
                 head=scorer.head,
-                relative=4.0,
-                listwise=0.0,
+                relative=0.0,
+                listwise=1.0,
             )
         )
     torch.cat(losses).mean().backward()
@@ -104,7 +104,7 @@ def test_the_shares_of_the_ranks_add_up_to_the_whole(scorer: Scorer, corpus: Cor
 
 def test_weights_by_source_reach_the_loss(scorer: Scorer, corpus: Corpus, plan: Plan) -> None:
     """All responses of the task are from an LLM: one weight for all changes nothing, without them nothing is left."""
-    settings = {"relative": 0.0}
+    settings = {"listwise": 0.0}
     plain = gradients(scorer, corpus, plan(**settings), 300)
     assert (gradients(scorer, corpus, plan(weights=("llm=3",), **settings), 300) - plain).abs().max() < 1e-6
     assert gradients(scorer, corpus, plan(weights=("llm=0", "mismatch=1"), **settings), 300).abs().max() == 0
@@ -148,8 +148,8 @@ def test_a_mismatch_takes_no_part_in_the_comparisons_of_an_update(
             1,
             compared=torch.tensor(compared),
             head=scorer.head,
-            relative=4.0,
-            listwise=0.0,
+            relative=0.0,
+            listwise=1.0,
         ).sum().backward()
         expected.append(torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None]))
     assert (found - expected[0]).abs().max() < 1e-5 * max(1.0, float(expected[0].abs().max()))
