@@ -4,9 +4,12 @@ import os
 from pathlib import Path
 
 from cappy.errors import ConfigError, shown
+from cappy.steps import ORPHAN_SECONDS
 from pipelines.profiles import image
 from pipelines.recipe import Recipe
 
+RUN_LABEL = "cappy.run"
+"""The label that names a container's run."""
 KEYS = (
     "OPENAI_API_KEY",
     "HF_TOKEN",
@@ -43,6 +46,18 @@ def check_secrets(recipe: Recipe) -> None:
             raise ConfigError(
                 f"resources.{step}.secrets: {variable} is not set here, where containers get it; {remedy}"
             )
+
+
+def end_containers(run: str) -> None:
+    """Stops what still runs of a run: its steps get SIGTERM and may write a checkpoint; the engine removes them."""
+    import docker
+
+    client = docker.from_env()
+    try:
+        for container in client.containers.list(filters={"label": f"{RUN_LABEL}={run}"}):
+            container.stop(timeout=int(ORPHAN_SECONDS))
+    finally:
+        client.close()
 
 
 def _wanted(recipe: Recipe) -> list[tuple[str, str]]:

@@ -24,7 +24,9 @@ def main(request: Path) -> int:
     # kfp draws eight random digits for a local run's id: two runs may share them, and whoever started it cannot know.
     placeholder_utils.make_random_id = lambda: wanted["run"]
     local.init(
-        _containers(wanted["recipe"]) if wanted.get("platform") == "docker" else local.SubprocessRunner(use_venv=False),
+        _containers(wanted["recipe"], wanted["run"])
+        if wanted.get("platform") == "docker"
+        else local.SubprocessRunner(use_venv=False),
         pipeline_root=wanted["pipeline_root"],
         workspace_root=str(request.parent / "workspace"),
         enable_caching=True,
@@ -53,13 +55,13 @@ def _pipeline(wanted: Mapping[str, Any]) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _containers(recipe: Mapping[str, Any]) -> Any:
+def _containers(recipe: Mapping[str, Any], run: str) -> Any:
     """A container for each step: as this user, in this folder, which is mounted where it lies.
 
     Files that steps name must lie under the current folder. The network is this machine's, so that MLflow's address
     means the same inside. Keys come from this process's environment, to every container of the run.
     """
-    from pipelines.containers import key_files, keys
+    from pipelines.containers import RUN_LABEL, key_files, keys
     from pipelines.recipe import checked
 
     here = str(Path.cwd())
@@ -70,6 +72,7 @@ def _containers(recipe: Mapping[str, Any]) -> Any:
         user=f"{os.getuid()}:{os.getgid()}",
         working_dir=here,
         environment={**secrets, **told, "HOME": "/tmp"},  # noqa: S108 (in the container)
+        labels={RUN_LABEL: run},
         network_mode="host",
         mounts=[_mount(here), *(_mount(file, read_only=True) for file in key_files(secrets))],
     )

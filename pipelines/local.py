@@ -20,6 +20,7 @@ from cappy.errors import CappyError, ConfigError, shown
 from cappy.steps import ORPHAN_SECONDS, PARENT_VARIABLE, PROGRESS_VARIABLE, hold_parent_lock
 from pipelines.board import Board
 from pipelines.clients.local import STATUS
+from pipelines.containers import end_containers
 from pipelines.recipe import Platform, Recipe, checked
 from pipelines.states import StepState, log_section, observe
 from pipelines.submission import Submission, prepare
@@ -104,6 +105,8 @@ def execute(
             (folder / STATUS).write_text(json.dumps({"status": status}))
             board.update(states)
     finally:
+        if values.get("platform") == "docker":
+            end_containers(run_id)  # The engine runs them, so that no signal to a group of processes reaches them.
         os.close(lock)
     if status:
         _raise_failure(states, folder / "run.log", show=show)

@@ -60,8 +60,8 @@ class Secret:
 class Resources:
     """What one step needs; of a training step that has several nodes, what each node needs.
 
-    `cpu` is in cores, `memory` in Mi or Gi. `hours` ends a step that takes longer; `retries` are further attempts of
-    the platform, which find the finished parts in the work folder.
+    `cpu` is in cores, `memory` in Mi or Gi. `hours` ends a step of Kubeflow or Vertex AI that takes longer;
+    `retries` are further attempts of the platform, which find the finished parts in the work folder.
     """
 
     cpu: Annotated[str, Field(pattern=r"^([0-9]+m?)?$")] = ""

@@ -51,6 +51,18 @@ def refuse_pickles(folder: Path) -> None:
             raise FolderError(f"{path}: is a format that can run code when loaded; {remedy}")
 
 
+def read_config(folder: Path) -> Any:
+    """The configuration as transformers reads it; FolderError where it is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = shown(str(error).strip().partition("\n")[0], 120)
+        remedy = "give a folder that transformers saved (config.json with its model_type)"
+        raise FolderError(f"{folder}: its config.json is no model's ({reason}); {remedy}") from error
+
+
 def refuse_foreign(folder: Path, config: Any) -> None:
     """FolderError where a configuration asks for remote code or has another number of labels than one."""
     if getattr(config, "auto_map", None):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from cappy.errors import ConfigError, FolderError
@@ -22,6 +22,7 @@ from cappy.scoring.folder import (
     Truncation,
     head_of,
     mark_head,
+    read_config,
     recorded,
     refuse_foreign,
     refuse_pickles,
@@ -93,7 +94,7 @@ class Scorer:
         folder = scorer_folder(spec)
         refuse_pickles(folder)
         disable_progress_bar()
-        config = AutoConfig.from_pretrained(folder)
+        config = read_config(folder)
         refuse_foreign(folder, config)
         if not any(folder.glob("*.safetensors")):
             raise FolderError(f"{folder}: holds no model.safetensors; save the model with safe_serialization=True")

@@ -317,16 +317,39 @@ def test_the_pipeline_adapt_runs_in_the_images(containers: Containers, folder: P
     assert (place / "mlflow.db").exists()
 
 
+CAPPY = str(Path(sys.executable).with_name("cappy"))
+
+
 def test_the_verb_runs_a_pipeline_in_the_images(containers: Containers, folder: Path) -> None:
     place = folder / "verb"
     place.mkdir()
     (place / "asked.jsonl").write_text(json.dumps({"instruction": "Add 1 and 1.", "responses": ["2", "fish"]}) + "\n")
     words = ("pipeline", "run", "batch_score", "--on", "docker", "--json", "--set", "preparation.source=asked.jsonl")
     environment = {**containers.environment, "PYTHONPATH": str(ROOT)}
-    command = [str(Path(sys.executable).parent / "cappy"), *words, "--set", "scoring.scorer=builtin"]
+    command = [CAPPY, *words, "--set", "scoring.scorer=builtin"]
     done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr + "".join(path.read_text() for path in place.glob(".cappy/runs/*/run.log"))
     told = json.loads(done.stdout)
     (instance,) = read(Path(told["scored"]))
     assert [candidate.response for candidate in instance.candidates] == ["2", "fish"]
     assert all(told["version"] in candidate.scores for candidate in instance.candidates)
+
+
+def test_a_run_in_the_images_that_is_asked_to_end_leaves_no_container(containers: Containers, folder: Path) -> None:
+    place = folder / "ended"
+    place.mkdir()
+    environment = {**containers.environment, "PYTHONPATH": str(ROOT)}
+    command = [CAPPY, "pipeline", "run", "adapt", "--on", "docker", "--set", "preparation.num_per_family=500"]
+
+    def running() -> str:
+        found = place.glob(".cappy/runs/*")
+        return "".join(
+            containers.docker("ps", "--quiet", "--filter", f"label=cappy.run={path.name}").stdout for path in found
+        )
+
+    with subprocess.Popen(command, env=environment, cwd=place, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: bool(running()), lambda: f"no container: {process.poll()}")
+        process.terminate()
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert running() == ""

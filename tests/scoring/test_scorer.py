@@ -195,6 +195,15 @@ def test_remote_code_is_never_asked_for(make_scorer: Callable[..., Path]) -> Non
         Scorer.load(str(folder))
 
 
+@pytest.mark.parametrize("text", ["{}", '{"model_type": "none such"}', "[", "[]", '{"model_type": 3}'])
+def test_a_configuration_that_is_no_models_is_one_line(text: str, make_scorer: Callable[..., Path]) -> None:
+    folder = make_scorer(seed=7)
+    (folder / "manifest.json").unlink()
+    (folder / "config.json").write_text(text)
+    with pytest.raises(FolderError, match=r"its config.json is no model's \(.*; give a folder that transformers saved"):
+        Scorer.load(str(folder))
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
