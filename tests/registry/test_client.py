@@ -21,7 +21,8 @@ with connected(sys.argv[1]):
 def killed_among_the_tables(folder: Path) -> None:
     """Kills a process that has made some of MLflow's tables and not all."""
     with subprocess.Popen([sys.executable, "-c", CONNECT, f"sqlite:///{folder / 'mlflow.db'}"]) as process:
-        while not any(path.stat().st_size > 100_000 for path in folder.iterdir()):
+        drafts = [folder / "mlflow.db", folder / ".mlflow.db.new"]
+        while not any(path.exists() and path.stat().st_size > 100_000 for path in drafts):
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.002)
         process.kill()
