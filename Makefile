@@ -23,9 +23,9 @@ demo: $(STAMP) ## Adapt a scorer to the built-in tasks, offline, and show what i
 	$(BIN)/cappy adapt --instances builtin --generator builtin --strategy sampling8 --set finetuning.epochs=2
 
 test: $(STAMP) ## Run all tests but those that need servers
-	$(BIN)/python -m pytest --ignore=tests/integration --ignore=tests/serving --numprocesses=$(JOBS) --dist=loadfile
-	@# Tests of load share the cores with nobody.
-	$(BIN)/python -m pytest tests/serving
+	$(BIN)/python -m pytest --ignore=tests/integration --ignore=tests/serving/test_load.py --numprocesses=$(JOBS) --dist=loadfile
+	@# The test of load shares the cores with nobody.
+	$(BIN)/python -m pytest tests/serving/test_load.py
 
 integration: $(STAMP) .venv-servers/.installed ## Run the tests against real servers and clients; each skips with a reason without its server
 	$(BIN)/python -m pytest tests/integration

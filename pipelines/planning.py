@@ -9,11 +9,11 @@ from typing import Any
 
 import pipelines
 from cappy.errors import ConfigError, shown
-from pipelines.fingerprints import ARTIFACTS, configs, named
+from pipelines.fingerprints import configs, named
 from pipelines.nodes import launchers
 from pipelines.profiles import image
 from pipelines.recipe import Platform, Recipe, refuse_password
-from pipelines.submission import Submission, prepare
+from pipelines.submission import Submission, prepare, refuse_placed
 
 LOCAL_WORK = ".cappy/work"
 ON_THIS_MACHINE = ("local", "docker")
@@ -64,7 +64,7 @@ def root_of(recipe: Recipe, platform: Platform) -> str:
 def check_settings(recipe: Recipe, platform: Platform = "local") -> dict[str, dict[str, Any]]:
     """The settings of each step, once every config takes them; ConfigError for one that is wrong or not a person's."""
     settings = settings_of(recipe, platform)
-    _refuse_placed(recipe)
+    refuse_placed(recipe.pipeline, recipe.settings)
     work = {"work": str(work_of(recipe, platform))}
     configs({step: {**settings.get(step, {}), **work} for step in recipe.steps})
     return settings
@@ -94,17 +94,6 @@ def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
         registry=registry_of(recipe, platform),
         images={step: image(recipe, step) for step in recipe.steps},
     )
-
-
-def _refuse_placed(recipe: Recipe) -> None:
-    """ConfigError for a setting that the pipeline fills: it would be passed over in silence."""
-    for step, values in recipe.settings.items():
-        for name in sorted({*ARTIFACTS[step], "work"} & set(values)):
-            # Evaluation's scorer is an artifact in the pipelines that train one, and named in the one that does not.
-            if (step, name, recipe.pipeline) != ("evaluation", "scorer", "evaluate"):
-                raise ConfigError(f"{step}: --{name} is what the pipeline gives it; leave it out of settings and --set")
-        if step in pipelines.SHARDED and values.get("shard"):
-            raise ConfigError(f"{step}: --shard is what the pipeline gives each; say how many: shards, or --shards")
 
 
 def _refuse_nowhere(recipe: Recipe, platform: Platform) -> None:

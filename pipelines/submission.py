@@ -10,7 +10,7 @@ import pipelines
 from cappy.config import encode
 from cappy.errors import ConfigError, shown
 from pipelines.champion import resolved
-from pipelines.fingerprints import fingerprints
+from pipelines.fingerprints import ARTIFACTS, fingerprints
 
 TYPED: Mapping[str, tuple[str, ...]] = {
     "preparation": ("source", "seed"),
@@ -62,10 +62,9 @@ def prepare(
     if not 1 <= shards <= pipelines.MAX_SHARDS:
         raise ConfigError(f"{pipeline}: {shards} shards; give 1 to {pipelines.MAX_SHARDS}")
     names = pipelines.steps_of(pipeline, shards)
-    if named := [step for step in steps if step in pipelines.SHARDED and steps[step].get("shard")]:
-        raise ConfigError(f"{named[0]}: --shard is what the pipeline gives each; say how many: shards, or --shards")
     if unknown := set(steps) - set(names):
         raise ConfigError(f"{pipeline}: has no step {', '.join(sorted(unknown))}")
+    refuse_placed(pipeline, steps)
     shared = {"work": str(work.absolute())}
     address = str(steps.get("registration", {}).get("tracking_uri", "")) or tracking_uri
     placed = {step: {**steps.get(step, {}), **shared} for step in names}
@@ -80,6 +79,17 @@ def prepare(
         tracking_uri=address,
         shards=shards,
     )
+
+
+def refuse_placed(pipeline: str, steps: Mapping[str, Mapping[str, Any]]) -> None:
+    """ConfigError for a setting that the pipeline fills: it would be passed over in silence."""
+    for step, values in steps.items():
+        for name in sorted({*ARTIFACTS[step], "work"} & set(values)):
+            # Evaluation's scorer is an artifact in the pipelines that train one, and named in the one that does not.
+            if (step, name, pipeline) != ("evaluation", "scorer", "evaluate"):
+                raise ConfigError(f"{step}: --{name} is what the pipeline gives it; leave it out of settings and --set")
+        if step in pipelines.SHARDED and values.get("shard"):
+            raise ConfigError(f"{step}: --shard is what the pipeline gives each; say how many: shards, or --shards")
 
 
 def by_shard(found: Mapping[str, str], shards: int) -> dict[str, str]:

@@ -212,6 +212,13 @@ def test_an_unknown_setting_is_refused_before_anything_runs(here: Cappy, tmp_pat
     )
 
 
+def test_a_setting_that_the_pipeline_fills_is_refused_before_anything_runs(here: Cappy, tmp_path: Path) -> None:
+    write(tmp_path / "records", instances())
+    done = here("adapt", "--instances", "records", "--set", "annotation.target=mine")
+    line = "annotation: --target is what the pipeline gives it; leave it out of settings and --set"
+    assert (done.returncode, done.stderr) == (1, f"cappy adapt: {line}\n")
+
+
 def test_compile_writes_the_yaml_to_a_file_or_prints_it(here: Cappy, tmp_path: Path) -> None:
     printed = here("pipeline", "compile", "adapt")
     assert "# Name: cappy-adapt" in printed.stdout
