@@ -12,7 +12,7 @@ from cappy.errors import ConfigError, shown
 from pipelines.fingerprints import configs, named
 from pipelines.nodes import launchers
 from pipelines.profiles import image
-from pipelines.recipe import Platform, Recipe, refuse_password
+from pipelines.recipe import Platform, Recipe, refuse_nowhere, refuse_password
 from pipelines.submission import Submission, prepare, refuse_placed
 
 LOCAL_WORK = ".cappy/work"
@@ -76,7 +76,7 @@ def check(recipe: Recipe, platform: Platform = "local") -> None:
     if platform not in ON_THIS_MACHINE:
         _refuse_unseen(recipe, settings, root_of(recipe, platform))
         _refuse_local_registry(recipe, settings)
-        _refuse_nowhere(recipe, platform)
+        refuse_nowhere(recipe.kubeflow if platform == "kubeflow" else recipe.vertex)
     else:
         _refuse_missing(settings)
 
@@ -94,16 +94,6 @@ def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
         registry=registry_of(recipe, platform),
         images={step: image(recipe, step) for step in recipe.steps},
     )
-
-
-def _refuse_nowhere(recipe: Recipe, platform: Platform) -> None:
-    """ConfigError where the recipe does not say where the platform is."""
-    if platform == "kubeflow" and not recipe.kubeflow.endpoint:
-        remedy = "give kubeflow.endpoint in the recipe, or --endpoint https://HOST/pipeline"
-        raise ConfigError(f"kubeflow: no endpoint; {remedy}")
-    if platform == "vertex" and not (recipe.vertex.project and recipe.vertex.bucket):
-        remedy = "give vertex.project and vertex.bucket (gs://...) in the recipe, or --project and --bucket"
-        raise ConfigError(f"vertex: no project or no bucket; {remedy}")
 
 
 def _refuse_missing(settings: Mapping[str, Mapping[str, Any]]) -> None:

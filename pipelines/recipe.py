@@ -54,6 +54,16 @@ class Vertex:
     endpoint: str = ""
 
 
+def refuse_nowhere(place: Kubeflow | Vertex) -> None:
+    """ConfigError where it is not said where the platform is."""
+    if isinstance(place, Kubeflow) and not place.endpoint:
+        remedy = "give kubeflow.endpoint in the recipe, or --endpoint https://HOST/pipeline"
+        raise ConfigError(f"kubeflow: no endpoint; {remedy}")
+    if isinstance(place, Vertex) and not (place.project and place.bucket):
+        remedy = "give vertex.project and vertex.bucket (gs://...) in the recipe, or --project and --bucket"
+        raise ConfigError(f"vertex: no project or no bucket; {remedy}")
+
+
 @settings
 class Recipe:
     """A run of a pipeline: what is computed (parameters, settings, shards) and where (resources, platforms).
@@ -105,7 +115,7 @@ def read_recipe(path: Path) -> Recipe:
             f"{path}: cannot be read as a recipe ({error}); give a YAML file such as recipes/adapt.yaml"
         ) from error
     try:
-        values = yaml.load(text, Loader=_Unrepeated)  # noqa: S506 (a SafeLoader)
+        values = _Unrepeated(text).get_single_data()
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is no YAML: {' '.join(str(error).split())}; mend it") from error
     if not isinstance(values, dict):

@@ -11,7 +11,7 @@ from typing import Any
 
 from cappy.errors import ConfigError, UnreachableError, shown
 from pipelines.clients import RunState, State, TaskState, step_name
-from pipelines.recipe import Kubeflow
+from pipelines.recipe import Kubeflow, refuse_nowhere
 
 STATES: Mapping[str, State] = {
     "PENDING": "waiting",
@@ -43,9 +43,7 @@ class KubeflowClient:
     """Kubeflow Pipelines at one address. Its server says what runs did; the cluster's API what pods write."""
 
     def __init__(self, place: Kubeflow) -> None:
-        if not place.endpoint:
-            remedy = "give kubeflow.endpoint in the recipe, or --endpoint https://HOST/pipeline"
-            raise ConfigError(f"kubeflow: no endpoint; {remedy}")
+        refuse_nowhere(place)
         if not place.endpoint.startswith(("http://", "https://")):
             raise ConfigError(f"kubeflow: {place.endpoint} is no address; it begins with https:// or http://")
         self._place = place

@@ -8,7 +8,7 @@ from typing import Any
 
 from cappy.errors import ConfigError
 from pipelines.clients import RunState, State, TaskState, step_name
-from pipelines.recipe import Vertex
+from pipelines.recipe import Vertex, refuse_nowhere
 
 STATES: Mapping[str, State] = {
     "PENDING": "waiting",
@@ -38,9 +38,7 @@ class VertexClient:
     """Vertex AI Pipelines of one project and region."""
 
     def __init__(self, place: Vertex) -> None:
-        if not place.project or not place.bucket:
-            remedy = "give vertex.project and vertex.bucket (gs://...) in the recipe, or --project and --bucket"
-            raise ConfigError(f"vertex: no project or no bucket; {remedy}")
+        refuse_nowhere(place)
         try:
             from google.cloud import aiplatform
 
