@@ -19,6 +19,7 @@ from cappy.annotation import run as annotation
 from cappy.builtin import LLM_FOLDER
 from cappy.builtin.scorer import new_encoder
 from cappy.builtin.tasks import instances as builtin_tasks
+from cappy.model_folder import open_model_folder
 from cappy.plan.shapes import GENERATORS, SCORERS, GeneratorShape
 from cappy.records import Instance, write
 from cappy.sampling.seq2seq import Seq2Seq
@@ -49,12 +50,12 @@ def measure_sampling(bench: Bench, names: Sequence[str], sample: Sequence[Instan
         with TemporaryDirectory(dir=bench.work) as folder:
             if name == "builtin":
                 texts = [one.instruction for one in builtin_tasks(POOL, num_per_family=20, seed=2) if not one.choices]
-                generator, decodings = Seq2Seq(name, LLM_FOLDER), strategy("topk40x5+topp0.95x5")
+                generator, decodings = Seq2Seq(name, open_model_folder(LLM_FOLDER)), strategy("topk40x5+topp0.95x5")
             else:
                 random_weights(shape, Path(folder))
                 count = max(4, min(64, round(4e9 / (shape.encoder_weights + shape.decoder_weights))))
                 count = 512 if bench.hardware != "cpu" else count
-                texts, generator = opened[:count], Seq2Seq(name, folder)
+                texts, generator = opened[:count], Seq2Seq(name, open_model_folder(folder))
                 decodings = (replace(strategy("topk40x5")[0], max_new_tokens=RESPONSE_TOKENS),)
             note_sampling(bench, name, shape, generator, texts, decodings)
 
@@ -104,7 +105,7 @@ def random_weights(shape: GeneratorShape, folder: Path) -> None:
         )  # fmt: skip
         model = BartForConditionalGeneration(config)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(LLM_FOLDER).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(LLM_FOLDER, trust_remote_code=False).save_pretrained(folder)
 
 
 def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instance]) -> None:

@@ -16,6 +16,7 @@ from builtin_steps import POOL, STRATEGY
 
 from cappy.builtin import LLM_FOLDER
 from cappy.builtin.tasks import instances as builtin_tasks
+from cappy.model_folder import open_model_folder
 from cappy.plan.calibration import Texts
 from cappy.preparation import PreparationConfig
 from cappy.preparation import run as preparation
@@ -160,7 +161,9 @@ def builtin_instances(per_family: int) -> list[Instance]:
     found = list(builtin_tasks(POOL, num_per_family=per_family, seed=1))
     opened = [one for one in found if not one.choices]
     decodings = strategy(STRATEGY)
-    drawn = Seq2Seq("builtin", LLM_FOLDER).sample([one.instruction for one in opened], decodings, seed=1)
+    drawn = Seq2Seq("builtin", open_model_folder(LLM_FOLDER)).sample(
+        [one.instruction for one in opened], decodings, seed=1
+    )
     own = {one.instance_id: tuple(some) for one, some in zip(opened, drawn, strict=True)}
     return [replace(one, candidates=own.get(one.instance_id, one.candidates)) for one in found]
 

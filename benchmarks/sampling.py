@@ -31,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from cappy.builtin import LLM_FOLDER
 from cappy.builtin.tasks import instances
+from cappy.model_folder import open_model_folder
 from cappy.sampling.seq2seq import MAX_INSTRUCTION_TOKENS, Seq2Seq
 from cappy.sampling.strategies import GREEDY, MAX_NEW_TOKENS, STRATEGIES, Decoding
 
@@ -82,7 +83,7 @@ def main() -> None:
 
 def compare(folder: Path, instructions: Sequence[str], tokens: int) -> dict[str, float]:
     """Seconds of both ways for the same instructions, warmed up by a few greedy responses."""
-    generator = Seq2Seq("ours", folder)
+    generator = Seq2Seq("ours", open_model_folder(folder))
     decodings = [replace(decoding, max_new_tokens=tokens) for decoding in STRATEGIES["paper17"]]
     greedy_alone = replace(GREEDY, max_new_tokens=tokens)
     greedy, expected = [
@@ -177,7 +178,7 @@ def random_weights(folder: Path) -> None:
     """Saves a model of FLAN-T5-small's shape with the built-in tokenizer."""
     torch.manual_seed(0)
     T5ForConditionalGeneration(T5Config(**FLAN_T5_SMALL)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(LLM_FOLDER).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(LLM_FOLDER, trust_remote_code=False).save_pretrained(folder)
 
 
 def read_instructions(folder: Path, count: int) -> list[str]:

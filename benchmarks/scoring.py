@@ -175,8 +175,8 @@ def row(best: Best, peer: Best, pairs: int, tokens: int) -> dict[str, float]:
 
 def in_turn(folder: Path, pairs: Pairs, device: str) -> Callable[[], list[float]]:
     """Plain transformers as one would write it first: batches of 32 in the order of the pairs."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     @torch.inference_mode()
     def run() -> list[float]:

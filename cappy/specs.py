@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 from cappy.errors import ConfigError, FolderError, shown
-from cappy.records.folder import verify
+from cappy.model_folder import ModelFolder, open_model_folder
+from cappy.records.folder import MANIFEST, read_manifest
 
 Kind = Literal["builtin", "path", "hub", "openai", "vllm", "models"]
 
 _REVISION = re.compile(r"[0-9a-f]{7,40}")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 SCORERS = "builtin, a folder, hub:org/name@revision or models:/name@alias"
 CHECKPOINT = "pytorch_model.bin"
 FORMS = f"{SCORERS} for a scorer; builtin, a folder, hub:, vllm:folder or openai:model@http://host/v1 for an LLM"
@@ -43,7 +45,7 @@ def parse_spec(text: str) -> Spec:
         return Spec(text=text, kind="builtin", name="builtin")
     if text.startswith("hub:"):
         name, _, revision = text.removeprefix("hub:").partition("@")
-        if "/" not in name or not _REVISION.fullmatch(revision):
+        if not _REPOSITORY.fullmatch(name) or ".." in name or not _REVISION.fullmatch(revision):
             raise ConfigError(f"{shown(text)}: a hub spec is hub:org/name@revision, the revision a commit hash")
         return Spec(text=text, kind="hub", name=name, revision=revision)
     if text.startswith("openai:"):
@@ -66,22 +68,26 @@ def parse_spec(text: str) -> Spec:
     return Spec(text=text, kind="path", name=text)
 
 
-def scorer_folder(text: str) -> Path:
-    """The local folder of a scorer, every file's sha256 checked; ConfigError or FolderError with the remedy.
+def open_scorer(text: str) -> ModelFolder:
+    """The checked local folder of a scorer; ConfigError or FolderError with the remedy.
 
-    Folders that other tools wrote have no manifest to check: they are taken as they are, safetensors only.
+    Folders that other tools wrote have no manifest to check: they are hashed as found.
     """
     spec = parse_spec(text)
     if spec.kind in ("openai", "vllm"):
         raise ConfigError(f"{shown(text)}: an endpoint samples, it does not score; a scorer is {SCORERS}")
     folder = _local(spec)
-    if (folder / "manifest.json").exists():
-        step = verify(folder).step
-        if not (folder / "config.json").exists():
+    if not (folder / "config.json").exists():
+        if (folder / MANIFEST).exists():
+            step = read_manifest(folder).step
             raise FolderError(f"{folder}: has no config.json: what {step} left, and no scorer; a scorer is {SCORERS}")
-    elif not (folder / "config.json").exists():
         raise FolderError(f"{folder}: neither manifest.json nor config.json, so it is no scorer; a scorer is {SCORERS}")
-    return folder
+    return open_model_folder(folder)
+
+
+def scorer_folder(text: str) -> Path:
+    """The path of `open_scorer`."""
+    return open_scorer(text).path
 
 
 def _local(spec: Spec) -> Path:
@@ -106,11 +112,16 @@ def hub_folder(spec: Spec, *, also: Sequence[str] = ()) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", *also]
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *also]
     try:
-        return Path(snapshot_download(spec.name, revision=spec.revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        folder = Path(snapshot_download(spec.name, revision=spec.revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"{spec.text}: cannot be had from the hub ({shown(reason, 100)}); check name, revision and network"
         ) from error
+    # The hub answers a name of seven or more hexadecimal digits with a branch of that name, which can move.
+    if not folder.name.startswith(spec.revision):
+        remedy = "give the whole commit hash"
+        raise ConfigError(f"{spec.text}: is not a commit but a name of {shown(folder.name, 50)}; {remedy}")
+    return folder

@@ -89,25 +89,24 @@ class ScorerEngine:
 
 def load(spec: str, name: str = "", precision: Precision = "auto") -> Model:
     """The scorer that a spec names, every file's sha256 checked; ConfigError or FolderError with the remedy."""
-    from cappy.records.folder import MANIFEST, read_manifest
     from cappy.scoring import Scorer
     from cappy.scoring.calibration import read_calibration
     from cappy.scoring.probe import read_probe
-    from cappy.specs import parse_spec, scorer_folder
+    from cappy.specs import open_scorer, parse_spec
 
-    folder = scorer_folder(spec)
-    scorer = Scorer.load(str(folder), precision=precision)
-    calibration = read_calibration(folder)
+    folder = open_scorer(spec)
+    scorer = Scorer.load(str(folder.path), precision=precision)
+    calibration = read_calibration(folder.path)
     parsed = parse_spec(spec)
     return Model(
         engine=ScorerEngine(scorer),
         name=name or parsed.name.rstrip("/").rpartition("/")[2] or "cappy",
         version=scorer.version,
-        sha256=read_manifest(folder).hash if (folder / MANIFEST).exists() else "",
+        sha256=folder.hash,
         spec=spec,
         precision=scorer.precision,
         calibrate=calibration.apply if calibration else None,
-        probes=[((instruction, response), score) for instruction, response, score in read_probe(folder)],
+        probes=[((instruction, response), score) for instruction, response, score in read_probe(folder.path)],
     )
 
 

@@ -84,7 +84,7 @@ def _write(
     model.to(torch.float16).save_pretrained(target)
     (target / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(target)
-    reloaded = T5ForConditionalGeneration.from_pretrained(target, dtype=torch.float32)
+    reloaded = T5ForConditionalGeneration.from_pretrained(target, dtype=torch.float32, trust_remote_code=False)
     quality = evaluate(reloaded, tokenizer, validation())
     for family, figures in quality.items():
         _log(f"{family:24} greedy {figures.greedy:.3f} sample {figures.sample:.3f} oracle {figures.oracle:.3f}")

@@ -74,7 +74,7 @@ def new_encoder(layers: int, hidden_size: int, max_length: int) -> tuple[Any, An
     Two token types tell instruction and response apart. Dropout is low because so small a model underfits. The caller
     seeds torch.
     """
-    tokenizer: Any = AutoTokenizer.from_pretrained(LLM_FOLDER)
+    tokenizer: Any = AutoTokenizer.from_pretrained(LLM_FOLDER, trust_remote_code=False)
     tokenizer.add_special_tokens({"cls_token": "<s>", "sep_token": "</s>"})
     specials = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 import cappy
 from cappy.cli import adapt, convert, doctor, gateway, pipeline, plan, remote, scoring, serve, templates, threshold
+from cappy.cli.jsonlines import reserve_stdin
 from cappy.errors import CappyError
 
 __all__ = ["main"]
@@ -107,4 +108,5 @@ app.add_typer(pipeline.app, name="pipeline")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line, this process's own if none is given; ends with SystemExit."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars would be drawn over ours
-    app(arguments, prog_name="cappy")
+    with reserve_stdin():
+        app(arguments, prog_name="cappy")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import IO, Any
 from cappy.errors import ConfigError, RecordError, shown
 
 STDIN = "-"
+_data: IO[bytes] | None = None
+"""Standard input, while `reserve_stdin` keeps it from everybody else."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,37 @@ class Line:
 
 
 @contextlib.contextmanager
+def reserve_stdin() -> Iterator[None]:
+    """Inside, `opened` alone reads standard input; whoever else reads it finds its end.
+
+    It is data of the user's. A library that asks a question there would take a line of it for the answer.
+    """
+    global _data
+    try:
+        number = sys.stdin.fileno()
+    except (AttributeError, OSError, ValueError):
+        # None at all, or an object without a file behind it, as in a test.
+        yield
+        return
+    usual = sys.stdin
+    with os.fdopen(os.dup(number), "rb") as kept, Path(os.devnull).open() as empty:
+        os.dup2(empty.fileno(), number)
+        _data, sys.stdin = kept, empty
+        try:
+            yield
+        finally:
+            _data, sys.stdin = None, usual
+            os.dup2(kept.fileno(), number)
+
+
+@contextlib.contextmanager
 def opened(source: str) -> Iterator[IO[bytes]]:
     """The bytes of a file, or of standard input for `-`; ConfigError if it cannot be read."""
     if source == STDIN:
-        if sys.stdin.isatty():
+        file = _data or sys.stdin.buffer
+        if file.isatty():
             sys.stderr.write("reading JSON Lines from the keyboard; end with Ctrl-D\n")
-        yield sys.stdin.buffer
+        yield file
         return
     try:
         file = Path(source).open("rb")  # noqa: SIM115 (a `with` here would take the reader's errors for its own)

@@ -8,11 +8,10 @@ from pydantic import Field
 from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, code_version, identity, settings
 from cappy.errors import FolderError
 from cappy.evaluation import read_values
+from cappy.model_folder import open_model_folder
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
-from cappy.records.folder import describe_files, verify, write_bytes
-
-PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".pickle", ".pkl", ".pt", ".pth"})
+from cappy.records.folder import describe_files, write_bytes
 
 TrackingUri = Annotated[
     str, LOCATION, Field(description="MLflow's address; empty for MLFLOW_TRACKING_URI, else .cappy/mlflow.db")
@@ -45,8 +44,8 @@ def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
     """Registers the scorer as challenger and writes version.json; a scorer that is a version already stays that one."""
     from cappy.records.work import claim, finish
 
-    refuse_pickles(config)
-    scorer = verify(config.scorer)
+    scorer = read_manifest(config.scorer)
+    open_model_folder(config.scorer)
     report = read_report(config, scorer)
     parents = (scorer.hash, read_manifest(config.report).hash)
     # Two registrations of one scorer at once would make two versions of it: the claim lets them take turns.
@@ -72,14 +71,6 @@ def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
         )
         progress(1, 1, unit="versions")
         return finish(folder, config.target, manifest)
-
-
-def refuse_pickles(config: RegistrationConfig) -> None:
-    """FolderError if a file of the scorer could run code when it is loaded."""
-    found = [path for path in sorted(config.scorer.rglob("*")) if path.suffix in PICKLES]
-    if found:
-        remedy = "convert it to safetensors and remove it"
-        raise FolderError(f"{found[0]}: is a pickle, which can run code when it is loaded; {remedy}")
 
 
 def read_report(config: RegistrationConfig, scorer: Manifest) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 import mlflow.artifacts
 
 from cappy.errors import FolderError, RegistryError, UnreachableError, shown
+from cappy.model_folder import verify_exactly
 from cappy.records import read_manifest
-from cappy.records.folder import sha256_of, verify
+from cappy.records.folder import sha256_of
 from cappy.registry.address import without_password
 from cappy.registry.client import MlflowException, connected
 from cappy.registry.models import CHAMPION, EVALUATED, MANIFEST_TAG, Version
@@ -67,7 +68,7 @@ def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
     kept = cache / version.content
     if kept.is_dir():
         try:
-            verify(kept)
+            verify_exactly(kept)
             check_evaluated(kept, version)
         except (FolderError, RegistryError):
             shutil.rmtree(kept)
@@ -97,7 +98,7 @@ def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
             ) from error
     scorer = folder / "scorer"
     try:
-        found = verify(scorer).hash
+        found = verify_exactly(scorer).hash
     except FolderError as error:
         reason = str(error).replace(str(scorer), f"{version.source}/{SCORER_PATH}")
         raise RegistryError(f"{version.uri}: {reason.partition(';')[0]}; register the scorer again") from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cappy.errors import ConfigError, shown
+from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.records import Candidate
 from cappy.sampling.paid import Terms
 from cappy.sampling.strategies import Decoding, share
@@ -102,22 +103,21 @@ def load_generator(text: str, terms: Terms | None = None) -> Generator:
         from cappy.sampling.vllm_generator import VLLM
 
         inner = parse_spec(spec.name)
-        folder = hub_folder(inner) if inner.kind == "hub" else Path(inner.name)
+        pinned = inner.kind == "hub"
+        folder = open_model_folder(hub_folder(inner) if pinned else Path(inner.name), pinned=pinned)
         return VLLM(text, folder, revision=inner.revision)
     if spec.kind == "builtin":
         from cappy.builtin import LLM_FOLDER, verify
 
         verify(LLM_FOLDER)
-        return _local(text, LLM_FOLDER)
+        return _local(text, open_model_folder(LLM_FOLDER, pinned=True))
     if spec.kind == "hub":
-        return _local(text, hub_folder(spec), revision=spec.revision)
-    return _local(text, Path(spec.name))
+        return _local(text, open_model_folder(hub_folder(spec), pinned=True), revision=spec.revision)
+    return _local(text, open_model_folder(Path(spec.name)))
 
 
-def _local(name: str, folder: Path, revision: str = "") -> Generator:
-    from cappy.sampling.model_folder import read_config
-
-    config = read_config(folder)
+def _local(name: str, folder: ModelFolder, revision: str = "") -> Generator:
+    config = folder.config()
     if config.is_encoder_decoder:
         from cappy.sampling.seq2seq import Seq2Seq
 
@@ -125,7 +125,7 @@ def _local(name: str, folder: Path, revision: str = "") -> Generator:
     kinds = config.architectures or []
     if kinds and not any(kind.endswith(_GENERATES) for kind in kinds):
         raise ConfigError(
-            f"{folder}: holds {', '.join(kinds)}, which generates nothing; a generator is an encoder-decoder or a "
+            f"{folder.path}: holds {', '.join(kinds)}, which generates nothing; a generator is an encoder-decoder or a "
             "causal LLM"
         )
     from cappy.sampling.causal import Causal

@@ -2,18 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
+from cappy.errors import FolderError
+from cappy.model_folder import ModelFolder
 from cappy.records import Candidate
 from cappy.sampling.decoding import Continuation, Response, continue_rows
 from cappy.sampling.drawing import uniforms
 from cappy.sampling.generators import unheard
-from cappy.sampling.model_folder import end_tokens, read_config, unloadable, weights_hash
+from cappy.sampling.prompts import end_tokens
 from cappy.sampling.strategies import Decoding
 
 MOST_LOGITS = 2**26
@@ -35,25 +36,22 @@ class LocalLLM(ABC):
     BATCH_TOKENS = 65_536
     AUTO_MODEL: Any
 
-    def __init__(self, name: str, folder: str | Path, revision: str = "") -> None:
-        path = Path(folder)
-        config = read_config(path)
+    def __init__(self, name: str, folder: ModelFolder, revision: str = "") -> None:
+        config = folder.config()
         self.name = name
-        self.revision = revision or weights_hash(path)
+        self.revision = revision or folder.hash[:12]
         self._cut = 0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         disable_progress_bar()
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            self.model: Any = self.AUTO_MODEL.from_pretrained(
-                path, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise unloadable(path, error) from error
+        self.tokenizer: Any = folder.tokenizer()
+        self.model: Any
+        self.model, missing = folder.model(self.AUTO_MODEL, config)
+        if missing:
+            raise FolderError(f"{folder.path}: its weights lack {missing[0]}; get the whole model")
         self.model.to(self.device).eval()
         # generate() fills whatever a call leaves open from the model's own configuration; an empty one leaks nothing.
         self.model.generation_config = GenerationConfig()
-        self.ends = torch.tensor(end_tokens(self.tokenizer, config, path), device=self.device)
+        self.ends = torch.tensor(end_tokens(self.tokenizer, config, folder.path), device=self.device)
         self.pad: int = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
 
     def check(self, decodings: Sequence[Decoding]) -> None:

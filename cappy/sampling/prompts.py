@@ -1,6 +1,7 @@
 """What a causal LLM is shown for an instruction, as tokens, and how much of a long one fits."""
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from cappy.errors import ConfigError, shown
@@ -46,3 +47,13 @@ def rendered(tokenizer: Any, instruction: str, ends: Collection[int]) -> list[in
 def response_tokens(tokenizer: Any, text: str, end: int) -> list[int]:
     """The tokens of a given response and the end token after it."""
     return [*tokenizer(text, add_special_tokens=False).input_ids, end]
+
+
+def end_tokens(tokenizer: Any, config: Any, folder: Path) -> list[int]:
+    """The tokens that end a response, the tokenizer's own first; ConfigError if neither names one."""
+    own = getattr(config, "eos_token_id", None)
+    known = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    ends = list(dict.fromkeys(end for end in known if end is not None and end < config.vocab_size))
+    if not ends:
+        raise ConfigError(f"{folder}: neither tokenizer nor config.json names an end token; set eos_token_id there")
+    return ends

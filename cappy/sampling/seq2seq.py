@@ -1,7 +1,6 @@
 """An encoder-decoder LLM of transformers that samples on this machine, likelihoods included."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from transformers import AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutput
 
 from cappy.errors import ConfigError
+from cappy.model_folder import ModelFolder
 from cappy.sampling.decoding import Continuation
 from cappy.sampling.local import LocalLLM, padded
 from cappy.sampling.strategies import Decoding
@@ -25,10 +25,10 @@ class Seq2Seq(LocalLLM):
 
     AUTO_MODEL = AutoModelForSeq2SeqLM
 
-    def __init__(self, name: str, folder: str | Path, revision: str = "") -> None:
+    def __init__(self, name: str, folder: ModelFolder, revision: str = "") -> None:
         super().__init__(name, folder, revision)
         if getattr(self.model.config, "decoder_start_token_id", None) is None:
-            raise ConfigError(f"{folder}: config.json names no decoder_start_token_id; responses start with it")
+            raise ConfigError(f"{folder.path}: config.json names no decoder_start_token_id; responses start with it")
 
     def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
         context = getattr(self.model.config, "max_position_embeddings", None) or MAX_INSTRUCTION_TOKENS

@@ -6,15 +6,14 @@ them. The interface is that of vLLM's public source, `vllm/sampling_params.py` a
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from cappy.errors import ConfigError, FolderError
+from cappy.model_folder import ModelFolder
 from cappy.records import Candidate
 from cappy.sampling.drawing import draw_seed
 from cappy.sampling.generators import refuse_beams, unheard
-from cappy.sampling.model_folder import end_tokens, read_config, weights_hash
-from cappy.sampling.prompts import prompt_tokens, response_tokens
+from cappy.sampling.prompts import end_tokens, prompt_tokens, response_tokens
 from cappy.sampling.strategies import Decoding
 
 
@@ -26,13 +25,12 @@ class VLLM:
     lose their end, and are counted.
     """
 
-    def __init__(self, name: str, folder: str | Path, revision: str = "") -> None:
-        path = Path(folder)
-        config = read_config(path)
+    def __init__(self, name: str, folder: ModelFolder, revision: str = "") -> None:
+        path, config = folder.path, folder.config()
         if config.is_encoder_decoder:
             raise ConfigError(f"{name}: is an encoder-decoder, which vLLM does not run; name it without vllm:")
         self.name = name
-        self.revision = revision or weights_hash(path)
+        self.revision = revision or folder.hash[:12]
         self._cut = 0
         try:
             vllm: Any = importlib.import_module("vllm")

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from cappy.errors import ConfigError, FolderError, shown
+from cappy.model_folder import check_size, open_model_folder
 from cappy.records.folder import Manifest, describe_files, disk_errors, sha256_of, write_manifest
-from cappy.scoring.folder import recorded, refuse_foreign
+from cappy.scoring.folder import recorded, refuse_labels
 from cappy.scoring.scorer import Scorer
 from cappy.specs import CHECKPOINT, hub_folder, parse_spec
 
@@ -71,19 +72,19 @@ def _check_hash(path: Path, expected: str) -> None:
 
 
 def _scorer(folder: Path) -> Scorer:
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        refuse_foreign(folder, config)
-        _check_architecture(folder, config)
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise FolderError(f"{folder}: configuration or tokenizer cannot be read ({shown(reason, 120)})") from error
+    opened = open_model_folder(folder, pinned=True, checkpoint=CHECKPOINT)
+    config = opened.config()
+    refuse_labels(folder, config)
+    _check_architecture(folder, config)
+    tensors = _tensors(folder / CHECKPOINT)
+    elements = [tensor.numel() for tensor in tensors.values()]
+    check_size(folder, AutoModelForSequenceClassification, config, elements)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    tokenizer = opened.tokenizer()
     if tokenizer.pad_token_id is None or len(tokenizer) > config.vocab_size:
         found = f"{len(tokenizer)} tokens, padding {tokenizer.pad_token!r}; the encoder has {config.vocab_size}"
         raise FolderError(f"{folder}: its tokenizer is not this encoder's ({found}); fetch the one it was trained with")
-    model.load_state_dict(_weights(folder / CHECKPOINT, model.state_dict()))
+    model.load_state_dict(_weights(folder / CHECKPOINT, tensors, model.state_dict()))
     return Scorer(model.eval(), tokenizer, **recorded(config))
 
 
@@ -94,9 +95,9 @@ def _check_architecture(folder: Path, config: Any) -> None:
             raise FolderError(f"{folder}: is a {name}, a scorer is a ...ForSequenceClassification; {remedy}")
 
 
-def _weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _weights(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The checkpoint's tensors in fp32, once names and shapes are those that the model expects."""
-    found = {name: tensor for name, tensor in _tensors(path).items() if not name.endswith(_COUNTED)}
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith(_COUNTED)}
     if missing := expected.keys() - found.keys():
         raise FolderError(f"{path}: lacks {_some(missing)}; made up weights score nothing, get the whole checkpoint")
     if unexpected := found.keys() - expected.keys():

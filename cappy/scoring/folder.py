@@ -14,7 +14,6 @@ Truncation = Literal["middle", "longest_first"]
 TRUNCATIONS: tuple[Truncation, ...] = get_args(Truncation)
 
 MAX_LENGTH = 512
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npy", "*.joblib", "*.msgpack")
 
 # The activation is recorded where sentence-transformers, vLLM and we look for it, so that one folder gives one number.
 _ACTIVATIONS: Mapping[Head, str] = {
@@ -43,30 +42,8 @@ def mark_head(config: Any, head: Head, max_length: int, truncation: Truncation =
     config.problem_type = "regression" if head == "mse" else "multi_label_classification"
 
 
-def refuse_pickles(folder: Path) -> None:
-    """FolderError where a file of the folder could run code when it is loaded."""
-    for pattern in PICKLES:
-        for path in sorted(folder.rglob(pattern)):
-            remedy = "convert it to safetensors once, then delete it"
-            raise FolderError(f"{path}: is a format that can run code when loaded; {remedy}")
-
-
-def read_config(folder: Path) -> Any:
-    """The configuration as transformers reads it; FolderError where it is none."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = shown(str(error).strip().partition("\n")[0], 120)
-        remedy = "give a folder that transformers saved (config.json with its model_type)"
-        raise FolderError(f"{folder}: its config.json is no model's ({reason}); {remedy}") from error
-
-
-def refuse_foreign(folder: Path, config: Any) -> None:
-    """FolderError where a configuration asks for remote code or has another number of labels than one."""
-    if getattr(config, "auto_map", None):
-        raise FolderError(f"{folder}: its config.json asks for remote code (auto_map); it is not run, remove the entry")
+def refuse_labels(folder: Path, config: Any) -> None:
+    """FolderError where a configuration has another number of labels than one."""
     if config.num_labels != 1:
         raise FolderError(f"{folder}: has {config.num_labels} labels; a scorer has one")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 from transformers.utils.logging import disable_progress_bar
 
 from cappy.errors import ConfigError, FolderError
-from cappy.records.folder import MANIFEST, Manifest, describe_files, read_manifest, write_manifest
+from cappy.records.folder import Manifest, describe_files, write_manifest
 from cappy.scoring import Precision
 from cappy.scoring.batching import by_length, collate
 from cappy.scoring.encoding import Encoded, Pair, PairEncoder
@@ -22,16 +22,14 @@ from cappy.scoring.folder import (
     Truncation,
     head_of,
     mark_head,
-    read_config,
     recorded,
-    refuse_foreign,
-    refuse_pickles,
+    refuse_labels,
 )
 from cappy.scoring.packed import packed_logits, packs
 from cappy.scoring.precision import Chosen, choose, lower_body, lower_matrices
-from cappy.specs import scorer_folder
+from cappy.specs import open_scorer
 
-__all__ = ["HEADS", "Head", "Scorer", "Selection", "by_length", "collate", "head_of", "mark_head", "refuse_pickles"]
+__all__ = ["HEADS", "Head", "Scorer", "Selection", "by_length", "collate", "head_of", "mark_head"]
 
 Through = Callable[[Callable[[Any], Tensor]], Tensor]
 """Lets a pass through the model happen; where weights are sharded, they are gathered for it."""
@@ -91,23 +89,17 @@ class Scorer:
         """
         chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = choose(precision, chosen_device)
-        folder = scorer_folder(spec)
-        refuse_pickles(folder)
+        folder = open_scorer(spec)
         disable_progress_bar()
-        config = read_config(folder)
-        refuse_foreign(folder, config)
-        if not any(folder.glob("*.safetensors")):
-            raise FolderError(f"{folder}: holds no model.safetensors; save the model with safe_serialization=True")
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-        if missing := sorted(found["missing_keys"]):
+        config = folder.config()
+        refuse_labels(folder.path, config)
+        model, missing = folder.model(AutoModelForSequenceClassification, config)
+        if missing:
             what = "is an encoder, not a scorer: its weights have no" if "classifier" in missing[0] else "lacks"
-            raise FolderError(f"{folder}: {what} {missing[0]}; make a scorer of it first (cappy pretraining --encoder)")
+            remedy = "make a scorer of it first (cappy pretraining --encoder)"
+            raise FolderError(f"{folder.path}: {what} {missing[0]}; {remedy}")
         model.to(chosen_device).eval()
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        version = read_manifest(folder).hash[:12] if (folder / MANIFEST).exists() else ""
-        return cls(model, tokenizer, **recorded(config), version=version, precision=chosen)
+        return cls(model, folder.tokenizer(), **recorded(config), version=folder.hash[:12], precision=chosen)
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
         """One score per (instruction, response), in their order; equal pairs are scored once."""

@@ -24,25 +24,19 @@ class FinetuningConfig(TrainingSettings):
 
 def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
     """Finetunes `scorer` on the train split of `source` into `target`; a killed run continues at its checkpoint."""
-    from cappy.records.folder import MANIFEST, describe_files, read_manifest
     from cappy.scoring import trained_on
-    from cappy.specs import scorer_folder
+    from cappy.specs import open_scorer
     from cappy.training.paper import resolved
     from cappy.training.train import train
 
     config = resolved(config)
-    folder = scorer_folder(config.scorer)
-    hashes = (
-        [read_manifest(folder).hash]
-        if (folder / MANIFEST).exists()
-        else [file.sha256 for file in describe_files(folder)]
-    )
+    folder = open_scorer(config.scorer)
     return train(
         "finetuning",
         config,
         lambda: _start(config),
-        parents=hashes,
-        seen=trained_on(folder),
+        parents=[folder.hash],
+        seen=trained_on(folder.path),
         progress=progress,
     )
 

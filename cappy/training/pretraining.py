@@ -11,6 +11,7 @@ from cappy.records import Manifest
 from cappy.training.plan import TrainingSettings
 
 if TYPE_CHECKING:
+    from cappy.model_folder import ModelFolder
     from cappy.scoring import Scorer
 
 
@@ -36,57 +37,52 @@ def run(config: PretrainingConfig, progress: Progress = silent) -> Manifest:
     """Pretrains a scorer on the train split of `source` into `target`; a killed run continues at its checkpoint."""
     import numpy as np
 
-    from cappy.records.folder import describe_files
     from cappy.training.paper import resolved
     from cappy.training.train import train
 
     config = resolved(config)
-    folder = _encoder_folder(config.encoder)
+    folder = _open_encoder(config.encoder)
     return train(
         "pretraining",
         config,
         lambda: _start(config, folder),
-        parents=[
-            file.sha256 for file in describe_files(folder) if file.name.endswith((".safetensors", "tokenizer.json"))
-        ],
+        parents=[folder.hash],
         seen=np.empty(0, dtype="<u8"),
         progress=progress,
     )
 
 
-def _encoder_folder(text: str) -> Path:
+def _open_encoder(text: str) -> "ModelFolder":
     """The folder of the encoder; for `builtin` the built-in LLM's, whose tokenizer the new encoder shares."""
     from cappy.errors import ConfigError, shown
+    from cappy.model_folder import open_model_folder
     from cappy.specs import hub_folder, parse_spec
 
     spec = parse_spec(text)
     if spec.kind == "builtin":
         from cappy.builtin import LLM_FOLDER
 
-        return LLM_FOLDER
+        return open_model_folder(LLM_FOLDER, pinned=True)
     if spec.kind == "hub":
-        return hub_folder(spec)
+        return open_model_folder(hub_folder(spec), pinned=True)
     if spec.kind != "path" or not (Path(spec.name) / "config.json").is_file():
         raise ConfigError(
             f"{shown(text)}: is no encoder; name builtin, a folder with config.json, or hub:org/name@revision"
         )
-    return Path(spec.name)
+    return open_model_folder(Path(spec.name))
 
 
-def _start(config: PretrainingConfig, folder: Path) -> "Scorer":
+def _start(config: PretrainingConfig, folder: "ModelFolder") -> "Scorer":
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
     from transformers.utils.logging import set_verbosity_error
 
     from cappy.scoring import Scorer
-    from cappy.scoring.scorer import refuse_pickles
     from cappy.training.guards import refuse_without_tokenizer
     from cappy.training.paper import TRUNCATION
 
-    refuse_pickles(folder)
-    refuse_without_tokenizer(folder)
+    refuse_without_tokenizer(folder.path)
     torch.manual_seed(config.seed)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     if config.encoder == "builtin":
         from cappy.builtin.scorer import new_encoder
 
@@ -94,9 +90,9 @@ def _start(config: PretrainingConfig, folder: Path) -> "Scorer":
     else:
         # It would report that the head's weights are new, which is the point of pretraining.
         set_verbosity_error()
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, dtype=torch.float32, use_safetensors=True
-        )
+        tokenizer, encoder = folder.tokenizer(), folder.config()
+        encoder.num_labels = 1
+        model, _ = folder.model(AutoModelForSequenceClassification, encoder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     truncation = TRUNCATION if config.preset == "paper" else "middle"
     return Scorer(model, tokenizer, head=config.head, max_length=config.max_length, truncation=truncation)

@@ -52,7 +52,7 @@ def test_a_pickle_among_the_files_is_refused(room: Any, name: str) -> None:
     scorer = room.scorer("a")
     (scorer / name).parent.mkdir(exist_ok=True)
     (scorer / name).write_bytes(b"\x80\x04.")
-    with pytest.raises(FolderError, match=f"{Path(name).name}: is a pickle"):
+    with pytest.raises(FolderError, match=Path(name).name):
         room.register(scorer, room.report("report", scorer))
 
 
@@ -110,12 +110,32 @@ def test_a_file_that_is_damaged_in_the_store_is_put_there_again(room: Any, regis
     verify(registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models"))
 
 
-def test_only_what_the_manifest_names_is_registered(room: Any) -> None:
+def test_a_scorer_with_a_file_that_its_manifest_does_not_list_is_not_registered(room: Any) -> None:
     scorer = room.scorer("a")
     (scorer / "notes.txt").write_text("private")
+    with pytest.raises(FolderError, match=r"notes.txt: is not in .*manifest.json"):
+        room.register(scorer, room.report("report", scorer))
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "deep/added_tokens.json"])
+def test_a_cached_version_with_a_file_more_is_downloaded_again(room: Any, name: str) -> None:
+    scorer = room.scorer("a")
     room.register(scorer, room.report("report", scorer))
-    folder = registry.download("models:/cappy@challenger", tracking_uri=room.uri, cache=room.folder / "models")
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
+    places = {"tracking_uri": room.uri, "cache": room.folder / "models"}
+    folder = registry.download("models:/cappy@challenger", **places)
+    whole = sorted(path.name for path in folder.iterdir())
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{}")
+    assert sorted(path.name for path in registry.download("models:/cappy@challenger", **places).iterdir()) == whole
+
+
+def test_a_file_that_was_laid_beside_a_version_in_the_store_is_refused(room: Any) -> None:
+    scorer = room.scorer("a")
+    room.register(scorer, room.report("report", scorer))
+    (stored,) = (path.parent for path in room.folder.rglob("artifacts/scorer/manifest.json"))
+    (stored / "special_tokens_map.json").write_text("{}")
+    with pytest.raises(RegistryError, match=r"special_tokens_map.json: is not in .*; register the scorer again"):
+        registry.download("models:/cappy@challenger", tracking_uri=room.uri, cache=room.folder / "models")
 
 
 def test_files_in_folders_of_the_scorer_are_registered_too(room: Any) -> None:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from cappy.errors import ConfigError
+from cappy.model_folder import open_model_folder
 from cappy.sampling.causal import Causal
 from cappy.sampling.generators import load_generator
 from cappy.sampling.strategies import BEAM4, GREEDY, STRATEGIES, Decoding, strategy
@@ -127,7 +128,7 @@ def test_greedy_and_beams_are_those_of_generate_on_each_instruction_alone(
 def test_nothing_of_the_models_generation_config_leaks_in(generator: Causal, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "bare")
     (tmp_path / "bare/generation_config.json").unlink()
-    bare = Causal("bare", tmp_path / "bare")
+    bare = Causal("bare", open_model_folder(tmp_path / "bare"))
     decodings = strategy("paper17+greedy")
     assert generator.respond(PROMPTS, decodings, seed=2) == bare.respond(PROMPTS, decodings, seed=2)
 
@@ -160,7 +161,7 @@ def test_a_chat_template_is_used_where_there_is_one_and_never_cut(folder: Path, 
     tokenizer = AutoTokenizer.from_pretrained(chat)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(chat)
-    generator = Causal("chat", chat)
+    generator = Causal("chat", open_model_folder(chat))
     long = "where is the dog " * 60
     short, cut = generator._prompts(["who", long], 64)
     assert short == tokenizer("<s>user: who\n<s>", add_special_tokens=False).input_ids
@@ -172,7 +173,7 @@ def test_a_chat_template_is_used_where_there_is_one_and_never_cut(folder: Path, 
 
 
 def test_an_instruction_that_is_too_long_loses_its_end_and_is_counted(folder: Path) -> None:
-    generator = Causal("tiny", folder)
+    generator = Causal("tiny", open_model_folder(folder))
     long = "where is the dog " * 60
     (drawn, _) = generator.sample([long, "who"], [GREEDY], seed=0)
     assert drawn[0].num_tokens

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from cappy.errors import ConfigError, FolderError
+from cappy.model_folder import open_model_folder
 from cappy.sampling.generators import load_generator
 from cappy.sampling.local import batches
 from cappy.sampling.seq2seq import Seq2Seq
@@ -25,7 +26,7 @@ SAMPLING = Decoding(name="sampling", num_samples=4, max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def generator(llm_folder: Path) -> Seq2Seq:
-    return Seq2Seq("tiny", llm_folder)
+    return Seq2Seq("tiny", open_model_folder(llm_folder))
 
 
 def test_equal_arguments_draw_equal_candidates(generator: Seq2Seq) -> None:
@@ -68,14 +69,14 @@ def careless(llm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def test_nothing_of_the_models_generation_config_leaks_in(careless: tuple[Path, Path]) -> None:
-    bare, own = (Seq2Seq("tiny", folder) for folder in careless)
+    bare, own = (Seq2Seq("tiny", open_model_folder(folder)) for folder in careless)
     decodings = [*STRATEGIES["paper17"], GREEDY]
     assert own.respond(PROMPTS, decodings, seed=1) == bare.respond(PROMPTS, decodings, seed=1)
 
 
 def test_a_beam_search_is_what_we_state_and_the_librarys_defaults(careless: tuple[Path, Path]) -> None:
     """What generate() works with, after it has filled what a call left open."""
-    model = Seq2Seq("tiny", careless[1])
+    model = Seq2Seq("tiny", open_model_folder(careless[1]))
     stated = {
         "do_sample": False, "num_beams": 4, "num_return_sequences": 1, "max_new_tokens": 64,
         "decoder_start_token_id": 0, "eos_token_id": [1], "pad_token_id": 0,
@@ -176,7 +177,7 @@ def test_no_end_token_comes_before_its_time_and_likelihoods_stay_the_models_own(
 
 
 def test_an_instruction_that_loses_its_end_is_counted_once(llm_folder: Path) -> None:
-    generator = Seq2Seq("tiny", llm_folder)
+    generator = Seq2Seq("tiny", open_model_folder(llm_folder))
     long = "where is the dog " * 300
     generator.sample([long, "who"], [GREEDY, SAMPLING], seed=0)
     assert generator.tally() == {"cut": 1}
@@ -233,7 +234,7 @@ def test_a_repository_is_loaded_at_its_commit_and_named_by_it(
 
 
 def test_what_is_no_generator_is_refused_with_a_remedy(tmp_path: Path, scorer_folder: Path) -> None:
-    with pytest.raises(FolderError, match="no config.json there"):
+    with pytest.raises(FolderError, match="no config.json"):
         load_generator(str(tmp_path))
     with pytest.raises(ConfigError, match="holds RobertaForSequenceClassification, which generates nothing"):
         load_generator(str(scorer_folder))
@@ -245,13 +246,13 @@ def test_a_folder_without_safetensors_or_with_damage_is_refused_in_one_line(llm_
     without, damaged, foreign = tmp_path / "without", tmp_path / "damaged", tmp_path / "foreign"
     for copy in (without, damaged, foreign):
         shutil.copytree(llm_folder, copy)
-    (without / "model.safetensors").rename(without / "pytorch_model.bin")
+    (without / "model.safetensors").unlink()
     (damaged / "tokenizer.json").write_text("{")
     config = json.loads((foreign / "config.json").read_text())
     code = {"AutoConfig": "evil.Config"}
     (foreign / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": code}))
     (foreign / "evil.py").write_text("raise SystemExit('code of a folder was run')")
-    for folder, said in ((without, r"holds no \*.safetensors"), (damaged, "cannot load"), (foreign, "cannot load")):
+    for folder, said in ((without, "no model.safetensors"), (damaged, "tokenizer"), (foreign, "auto_map|evil.py")):
         with pytest.raises(FolderError, match=said) as error:
             load_generator(str(folder))
         assert "\n" not in str(error.value)

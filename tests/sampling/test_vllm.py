@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cappy.errors import ConfigError
+from cappy.model_folder import open_model_folder
 from cappy.sampling import SamplingConfig
 from cappy.sampling.generators import load_generator
 from cappy.sampling.strategies import BEAM4, GREEDY, Decoding, strategy
@@ -83,7 +84,7 @@ def test_every_knob_is_stated_and_candidates_come_back_in_order(folder: Path) ->
 
 
 def test_a_seed_belongs_to_its_instruction_and_decoding(folder: Path) -> None:
-    generator = VLLM("tiny", folder)
+    generator = VLLM("tiny", open_model_folder(folder))
     decodings = strategy("sampling2+topk4")
     generator.sample(["who", "where", "a"], decodings, seed=4)
     seeds = [own.seed for _, own in LLM.asked]
@@ -95,7 +96,7 @@ def test_a_seed_belongs_to_its_instruction_and_decoding(folder: Path) -> None:
 
 
 def test_likelihoods_come_from_the_prompts_own_tokens(folder: Path) -> None:
-    found = VLLM("tiny", folder).likelihoods([("who", "no"), ("where is the dog", "")])
+    found = VLLM("tiny", open_model_folder(folder)).likelihoods([("who", "no"), ("where is the dog", "")])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     counts = [len(tokenizer("no", add_special_tokens=False).input_ids) + 1, 1]
     assert found == [(-0.25 * count, count) for count in counts]
@@ -104,7 +105,7 @@ def test_likelihoods_come_from_the_prompts_own_tokens(folder: Path) -> None:
 
 
 def test_a_long_instruction_is_cut_and_counted(folder: Path) -> None:
-    generator = VLLM("tiny", folder)
+    generator = VLLM("tiny", open_model_folder(folder))
     generator.sample(["where is the dog " * 60, "who"], [GREEDY], seed=0)
     assert generator.tally() == {"cut": 1}
     assert len(LLM.asked[0][0]) <= 128 - 64
@@ -123,7 +124,7 @@ def test_a_repository_is_named_by_its_commit(folder: Path, tmp_path: Path, monke
 
 def test_lengths_and_the_engines_own_likelihood_are_asked_for(folder: Path) -> None:
     decoding = Decoding(name="long", min_new_tokens=3, max_new_tokens=9)
-    VLLM("tiny", folder).sample(["who"], [decoding], seed=0)
+    VLLM("tiny", open_model_folder(folder)).sample(["who"], [decoding], seed=0)
     ((_, asked),) = LLM.asked
     assert (asked.min_tokens, asked.max_tokens) == (3, 9)
     # Before temperature and filters, as the candidates of other generators have it.
@@ -143,7 +144,7 @@ def test_beams_are_refused_before_anything_is_loaded(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"vLLM does no beams here \(b\)"):
         SamplingConfig(source=folder, target=folder, generator=both[::-1], strategy=str(folder / "s.json"))
     with pytest.raises(ConfigError, match="vLLM does no beams here"):
-        VLLM("tiny", folder).sample(["who"], [BEAM4], seed=0)
+        VLLM("tiny", open_model_folder(folder)).sample(["who"], [BEAM4], seed=0)
     assert LLM.asked == []
 
 
@@ -158,4 +159,4 @@ def test_what_vllm_cannot_be_given_is_refused_with_a_remedy(
     assert parse_spec("vllm:hub:a/b@0123456").name == "hub:a/b@0123456"
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match="vLLM is not installed"):
-        VLLM("tiny", folder)
+        VLLM("tiny", open_model_folder(folder))

@@ -191,7 +191,7 @@ def test_remote_code_is_never_asked_for(make_scorer: Callable[..., Path]) -> Non
     (folder / "manifest.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
-    with pytest.raises(FolderError, match="asks for remote code"):
+    with pytest.raises(FolderError, match=r"config.json: .*auto_map"):
         Scorer.load(str(folder))
 
 
@@ -200,7 +200,7 @@ def test_a_configuration_that_is_no_models_is_one_line(text: str, make_scorer: C
     folder = make_scorer(seed=7)
     (folder / "manifest.json").unlink()
     (folder / "config.json").write_text(text)
-    with pytest.raises(FolderError, match=r"its config.json is no model's \(.*; give a folder that transformers saved"):
+    with pytest.raises(FolderError, match=r"config.json.* is not .*; (give|get)"):
         Scorer.load(str(folder))
 
 

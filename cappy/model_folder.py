@@ -1,0 +1,345 @@
+"""A folder that holds a model: what may be loaded from it, and the only calls that load it.
+
+transformers runs Python that a folder names, takes any tokenizer file that lies beside the weights, and builds whatever
+sizes config.json states. So every loader of the project opens a folder here first:
+
+- a folder with a manifest holds exactly the files that the manifest lists, each with its sha256; one without is hashed
+  as it was found, and the hash is logged;
+- no file and no key of a JSON file may name code;
+- no file is larger than its kind needs, and config.json describes no more parameters than the weights hold.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cappy.errors import FolderError, shown
+from cappy.records.folder import MANIFEST, Manifest, describe_files, verify
+
+LOGGER = logging.getLogger(__name__)
+_LOGGED: set[tuple[Path, str]] = set()
+"""Folders whose hash was logged by this process."""
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npy", "*.joblib", "*.msgpack")
+ADAPTER = "adapter_config.json"
+CODE = ("*.py", "*.pyc", "*.pyd", "*.so", "*.dll", "*.dylib")
+BESIDE_MANIFEST = frozenset({MANIFEST, "calibration.json", "probe.json"})
+"""Files that may lie in a folder although its manifest does not list them: an evaluation writes them after it.
+
+Those of a registered version have a sha256 of their own in its tags.
+"""
+
+MAX_CONFIG_BYTES = 4 * 2**20
+"""Of a JSON file that is no table of tokens and of a template; the largest seen have some hundred kilobytes."""
+MAX_TABLE_BYTES = 128 * 2**20
+"""Of tokenizer.json, a vocabulary or merges; Gemma's have 33 MB."""
+MAX_HEADER_BYTES = 16 * 2**20
+"""Of a safetensors header: about 150,000 tensors."""
+MAX_COUNT = 100_000
+"""Of layers, heads, experts or labels in config.json: transformers makes lists as long while it reads the file."""
+SPARE_ELEMENTS = 2**26
+"""Elements that a model may have beyond twice those of its weights: a new head, tables of positions."""
+SPARE_MODULES = 10_000
+
+_TABLES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "*.model", "*.tiktoken")
+_INDEX = "*.safetensors.index.json"
+_COUNT_KEYS = re.compile(r"^_?num_|(layers?|heads?|experts?|labels|blocks?|stages?|depths?)$")
+_CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
+_FILE_KEYS = frozenset({"configuration_files", "fast_tokenizer_files", "transformers_weights"})
+"""Keys by which transformers reads other files than those with the usual names."""
+_KERNEL_KEYS = frozenset({"attn_implementation", "experts_implementation"})
+_SENTENCE_TRANSFORMERS = "sentence_transformers."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """A checked folder. `hash` (64 hexadecimal digits) changes with every file, `listed` says whether a manifest lists
+    them.
+    """
+
+    path: Path
+    hash: str
+    listed: bool
+
+    def config(self) -> Any:
+        """The configuration as transformers reads it; FolderError where it is not that of a model."""
+        from transformers import AutoConfig
+
+        if not (self.path / "config.json").is_file():
+            raise FolderError(f"{self.path}: has no config.json; give a folder that transformers saved")
+        remedy = "give a folder that transformers saved (config.json with its model_type)"
+        with _one_line(f"{self.path}: its config.json is not that of a model", remedy):
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer; FolderError where there is none that transformers can read."""
+        from transformers import AutoTokenizer
+
+        with _one_line(f"{self.path}: its tokenizer cannot be read", "save the tokenizer beside the weights again"):
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+
+    def model(self, auto_class: Any, config: Any) -> tuple[Any, list[str]]:
+        """The model in fp32 on the CPU, and the names of parameters that the weights lack, which are random.
+
+        `auto_class` is one of transformers' AutoModelFor... classes. FolderError where config.json describes a larger
+        model than the weights hold, or where transformers cannot load it.
+        """
+        import torch
+
+        check_size(self.path, auto_class, config, _elements(self.path))
+        remedy = "it must be a model with its weights as safetensors, without code of its own"
+        with _one_line(f"{self.path}: transformers cannot load it", remedy):
+            model, report = auto_class.from_pretrained(
+                self.path,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+        return model, sorted(report["missing_keys"])
+
+
+def open_model_folder(folder: Path, *, pinned: bool = False, checkpoint: str = "") -> ModelFolder:
+    """Checks a folder before anything is loaded from it; FolderError names the file that must not be there.
+
+    `pinned` says that the content is known by other means (a commit, a seal), so the hash is not logged; `checkpoint`
+    is the one pickle that may lie there, because it is converted and not loaded.
+    """
+    if not folder.is_dir():
+        raise FolderError(f"{folder}: no such folder; give a folder that transformers saved")
+    refuse_pickles(folder, allowed=checkpoint)
+    refuse_code(folder)
+    _refuse_large(folder)
+    if (folder / ADAPTER).exists():
+        remedy = "merge it into the weights (merge_and_unload)"
+        raise FolderError(f"{folder / ADAPTER}: is an adapter, which counts only where peft is installed; {remedy}")
+    if (folder / MANIFEST).exists():
+        return ModelFolder(path=folder, hash=verify_exactly(folder).hash, listed=True)
+    files = describe_files(folder)
+    found = hashlib.sha256("".join(f"{file.sha256}  {file.name}\n" for file in files).encode()).hexdigest()
+    if not pinned and (folder, found) not in _LOGGED:
+        _LOGGED.add((folder, found))
+        LOGGER.warning("%s: has no manifest; its %d files are loaded as found, sha256 %s", folder, len(files), found)
+    return ModelFolder(path=folder, hash=found, listed=False)
+
+
+def check_size(folder: Path, auto_class: Any, config: Any, elements: Sequence[int]) -> None:
+    """FolderError where a configuration describes a larger model than weights whose tensors have so many `elements`.
+
+    The model is built without memory for its tensors (on the device "meta"), and no further than that takes.
+    """
+    import torch
+
+    text, remedy = f"{folder}: its config.json is not that of a model", "give a folder that transformers saved"
+    with _one_line(text, remedy), _sized(folder, elements), torch.device("meta"):
+        auto_class.from_config(config, trust_remote_code=False)
+
+
+def verify_exactly(folder: Path) -> Manifest:
+    """The manifest of a folder that holds exactly the files that it lists, each with its sha256, else FolderError.
+
+    What is hidden at its top (.gitattributes, .cache) is left out of this, and `BESIDE_MANIFEST`. A record's folder may
+    hold other files, a model's may not: transformers would read them.
+    """
+    manifest = verify(folder)
+    listed = {file.name for file in manifest.files} | BESIDE_MANIFEST
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if (not path.is_dir() or path.is_symlink()) and name not in listed and not name.startswith("."):
+            remedy = "delete it, or delete the folder and get it again"
+            raise FolderError(f"{path}: is not in the folder's {MANIFEST}; {remedy}")
+    return manifest
+
+
+def refuse_pickles(folder: Path, *, allowed: str = "") -> None:
+    """FolderError where a file of the folder is of a format that can run code when it is loaded."""
+    for path in _matching(folder, PICKLES):
+        if path.name != allowed or path.parent != folder:
+            remedy = "convert it to safetensors once, then delete it"
+            raise FolderError(f"{path}: is of a format that can run code when loaded; {remedy}")
+
+
+def refuse_code(folder: Path) -> None:
+    """FolderError where a file is code, or where a JSON file names code to run or files elsewhere to read."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() and path.is_symlink():
+            raise FolderError(f"{path}: is a link to a folder elsewhere; copy its files here, or delete it")
+    for path in _matching(folder, CODE):
+        raise FolderError(f"{path}: is code, which is never run from a model's folder; delete it")
+    for path in _matching(folder, ("*.json",)):
+        if not _is_any(path, (*_TABLES, _INDEX)) and not (path.parent == folder and path.name in BESIDE_MANIFEST):
+            _refuse_named_code(path, _json(path, MAX_CONFIG_BYTES))
+    for path in _matching(folder, (_INDEX,)):
+        _refuse_outside(path, _json(path, MAX_HEADER_BYTES))
+
+
+def _refuse_named_code(path: Path, values: Any) -> None:
+    for key, value in _items(values):
+        if key in _CODE_KEYS or (key == "trust_remote_code" and value):
+            raise FolderError(f"{path}: asks for code of its own ({key}), which is never run; remove the entry")
+        if key in _FILE_KEYS:
+            raise FolderError(f"{path}: names other files to load ({key}); remove the entry")
+        if key.removeprefix("_") in _KERNEL_KEYS and "/" in str(value):
+            raise FolderError(f"{path}: {key} is {shown(value)}, code from a hub; remove the entry")
+        if path.name == "modules.json" and key == "type" and not str(value).startswith(_SENTENCE_TRANSFORMERS):
+            raise FolderError(f"{path}: names the class {shown(value)}, which is code of its own; remove the entry")
+        if key in ("tokenizer_class", "architectures"):
+            _refuse_unknown_class(path, key, value)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if path.name.startswith("config") and whole and value > MAX_COUNT and _COUNT_KEYS.search(key):
+            raise FolderError(f"{path}: {key} is {shown(value, 20)}, above {MAX_COUNT:,}; get the folder again")
+
+
+def _refuse_unknown_class(path: Path, key: str, value: Any) -> None:
+    """FolderError for the name of a class that transformers has not: it would load another one without a word."""
+    for name in value if isinstance(value, list) else [value] if value is not None else []:
+        spellings = (str(name), str(name).removesuffix("Fast"), f"{name}Fast")
+        if not isinstance(name, str) or not any(map(_is_known_class, spellings)):
+            remedy = "save it with a class that transformers has"
+            raise FolderError(f"{path}: {key} {shown(name)} is not a class of transformers; {remedy}")
+
+
+def _is_known_class(name: str) -> bool:
+    import transformers
+
+    try:
+        return hasattr(transformers, name)
+    except Exception:  # noqa: BLE001 (it is there; loading it will say which package it misses)
+        return True
+
+
+def _refuse_outside(path: Path, values: Any) -> None:
+    names = values.get("weight_map", {}) if isinstance(values, Mapping) else None
+    if not isinstance(names, Mapping):
+        raise FolderError(f"{path}: is not an index of weights; save the model again")
+    for name in set(map(str, names.values())):
+        if Path(name).name != name:
+            raise FolderError(f"{path}: names weights outside the folder ({shown(name)}); save the model again")
+
+
+def _refuse_large(folder: Path) -> None:
+    for path in _matching(folder, ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")):
+        most = MAX_TABLE_BYTES if _is_any(path, (*_TABLES, "*.txt")) else MAX_CONFIG_BYTES
+        most = MAX_HEADER_BYTES if _is_any(path, (_INDEX, *BESIDE_MANIFEST)) else most
+        if (size := path.stat().st_size) > most:
+            raise FolderError(f"{path}: has {size:,} bytes, above {most:,} for such a file; get the folder again")
+
+
+def _elements(folder: Path) -> list[int]:
+    """How many elements each tensor of the weights has, from the headers of the safetensors files."""
+    counts: list[int] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise FolderError(
+                    f"{path}: is not safetensors, or damaged (a header of {length:,} bytes); get it again"
+                )
+            header = file.read(length)
+        try:
+            tensors = [tensor for name, tensor in json.loads(header).items() if name != "__metadata__"]
+            found = [_product(tensor["shape"]) for tensor in tensors]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise FolderError(f"{path}: is damaged, or not safetensors (its header); get it again") from error
+        if sum(found) > 8 * size:
+            raise FolderError(f"{path}: its header describes more than the file holds; get it again")
+        counts += found
+    if not counts:
+        raise FolderError(f"{folder}: holds no model.safetensors; save the model with safe_serialization=True")
+    return counts
+
+
+def _product(shape: list[int]) -> int:
+    total = 1
+    for size in shape:
+        if not isinstance(size, int) or not 0 <= size < 2**48:
+            raise ValueError(f"a size of {shown(size)}")
+        total *= size
+    return total
+
+
+@contextmanager
+def _sized(folder: Path, elements: Sequence[int]) -> Iterator[None]:
+    """Inside, a model that is built may be little larger than the weights: FolderError as soon as it grows beyond.
+
+    Modules are counted too: each takes memory, even where its tensors take none.
+    """
+    from torch.nn.modules import module as torch_module
+
+    most = 2 * sum(elements) + SPARE_ELEMENTS
+    most_modules = 10 * len(elements) + SPARE_MODULES
+    size, modules = 0, 0
+
+    def count_module(*_: Any) -> None:
+        nonlocal modules
+        modules += 1
+        if modules > most_modules:
+            raise FolderError(f"{folder}: config.json describes more layers than the weights hold; get it again")
+
+    def count_tensor(_module: Any, _name: str, tensor: Any) -> None:
+        nonlocal size
+        size += 0 if tensor is None else tensor.numel()
+        if size > most:
+            held = f"the weights hold {sum(elements):,}"
+            raise FolderError(f"{folder}: config.json describes over {size:,} parameters, {held}; get it again")
+
+    with ExitStack() as hooks:
+        for handle in (
+            torch_module.register_module_module_registration_hook(count_module),
+            torch_module.register_module_parameter_registration_hook(count_tensor),
+            torch_module.register_module_buffer_registration_hook(count_tensor),
+        ):
+            hooks.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _one_line(text: str, remedy: str) -> Iterator[None]:
+    """Whatever transformers raises over a folder from elsewhere is that folder's fault: FolderError in one line."""
+    try:
+        yield
+    except FolderError:
+        raise
+    except Exception as error:
+        reason = (" ".join(str(error).split())) or type(error).__name__
+        raise FolderError(f"{text} ({shown(reason, 160)}); {remedy}") from error
+
+
+def _items(values: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of an object with its value, however deep; an item of a list has the key of the list."""
+    left: list[tuple[str, Any]] = [("", values)]
+    while left:
+        key, value = left.pop()
+        if key:
+            yield key, value
+        if isinstance(value, Mapping):
+            left += [(str(name), inner) for name, inner in value.items()]
+        elif isinstance(value, list):
+            left += [(key, inner) for inner in value]
+
+
+def _json(path: Path, most: int) -> Any:
+    if path.stat().st_size > most:
+        raise FolderError(f"{path}: has more than {most:,} bytes; get the folder again")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FolderError(f"{path}: is not JSON ({shown(str(error), 80)}); get the folder again") from error
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """The files whose names match, in any case of letters."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and _is_any(path, patterns))
+
+
+def _is_any(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(Path(path.name.lower()).match(pattern) for pattern in patterns)
