@@ -15,6 +15,7 @@ from serving.tracing import Traced, Tracing
 
 LOGGER = logging.getLogger("serving.access")
 GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+PATH_SHOWN = 500
 SAFE = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -87,7 +88,7 @@ class AccessLog:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "request_id": state["request_id"],
             "method": scope["method"],
-            "path": scope["path"],
+            "path": scope["path"][:PATH_SHOWN],
             "status": status,
             "seconds": round(seconds, 4),
             "pairs": state.get("pairs", 0),

@@ -9,6 +9,8 @@ from typing import Protocol
 
 import uvicorn
 
+from serving.connections import BACKLOG
+
 ENDING = "the service was told to end"
 
 
@@ -46,6 +48,12 @@ class NoticeServer(uvicorn.Server):
         """Serves until told to end."""
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens; asyncio takes few connections in a turn, and the system keeps many waiting."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
 
     def _close(self) -> None:
         self.should_exit = True

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import logging
 import signal
 import socket
 import ssl
@@ -10,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -21,16 +21,15 @@ from cappy.registry import Version
 from cappy.scoring import Precision
 from cappy.specs import parse_spec
 from serving.app import Options, create_app
+from serving.connections import ACCEPTS, Connections, connections_for_clients, raise_file_limit
 from serving.ending import NoticeServer
 from serving.following import Follower, follow_seconds, load_version
 from serving.models import Model, Models, load
-from serving.protocol import PunctualProtocol
+from serving.protocol import AT_ONCE, PunctualProtocol
+from serving.repeats import log_to_stderr
 from serving.tracing import tracing
 
 DEFAULT_SCORER = "models:/cappy@champion"
-KEEP_ALIVE_SECONDS = 620
-"""Longer than clients and balancers keep a connection (httpx 5 s, Google's balancers 600 s): were it closed on our
-side, a request that they just sent on it would fail."""
 Follow = Callable[[Models], Follower]
 """What changes the model while requests are answered."""
 
@@ -97,7 +96,8 @@ def serve(
 ) -> None:
     """`run` with whatever model `load` gives."""
     signal.signal(signal.SIGTERM, end)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    log_to_stderr()
+    raise_file_limit()
     failures: list[CappyError] = []
 
     def failed(error: CappyError) -> None:
@@ -141,17 +141,22 @@ def _check_tls(address: Address) -> None:
         raise ConfigError(f"{text} ({error.strerror or error}); {remedy}") from error
 
 
-def http_config(app: object, address: Address) -> uvicorn.Config:
-    """How both services speak HTTP: punctual clients, patient connections, a time to finish in."""
+def http_config(app: object, address: Address, *, upstream: bool = False) -> uvicorn.Config:
+    """How both services speak HTTP: punctual clients, patient connections, a time to finish in.
+
+    `upstream` says that the service opens connections itself, and needs files for them.
+    """
+    connections = Connections(connections_for_clients(upstream=upstream))
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http=PunctualProtocol,
+        http=partial(PunctualProtocol, connections=connections),  # type: ignore[arg-type]
+        backlog=ACCEPTS,
+        h11_max_incomplete_event_size=AT_ONCE,
         ws="none",
         log_config=None,
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=address.grace_seconds,
         ssl_certfile=address.certificate,
         ssl_keyfile=address.key,

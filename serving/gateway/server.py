@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from serving.connections import raise_file_limit
 from serving.ending import Door, NoticeServer
 from serving.gateway.answering import Gateway
 from serving.gateway.app import MAX_BODY_BYTES, create_app
@@ -16,6 +17,7 @@ from serving.gateway.llm import LLM
 from serving.gateway.policy import Policy
 from serving.gateway.scoring import Scoring, load
 from serving.gateway.upstream import Upstream
+from serving.repeats import log_to_stderr
 from serving.server import Address, bound, end, http_config, url
 
 
@@ -43,7 +45,8 @@ def run(settings: Settings, address: Address) -> None:
     loaded. SIGTERM ends the process with status 0.
     """
     signal.signal(signal.SIGTERM, end)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    log_to_stderr()
+    raise_file_limit()
     # It would tell every call of the LLM, with its address.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     with bound(address.host, address.port) as listener:
@@ -54,7 +57,7 @@ def run(settings: Settings, address: Address) -> None:
         app = create_app(
             _gateway(settings, scoring), feedback=feedback, max_body_bytes=settings.max_body_bytes, door=door
         )
-        server = NoticeServer(http_config(app, address), door, address.notice_seconds)
+        server = NoticeServer(http_config(app, address, upstream=True), door, address.notice_seconds)
         sys.stderr.write(started(settings, scoring, listener) + "\n")
         server.run(sockets=[listener])
 
