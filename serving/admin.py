@@ -7,10 +7,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from serving.bodies import received
+from serving.bodies import Bounds, received
 from serving.dialects.own import Problem, refuse
 from serving.following import Follower
-from serving.keys import Keys
+from serving.keys import Keys, unknown
 from serving.models import Model, Models
 from serving.refusals import Refusal
 from serving.webhook import about, signed
@@ -54,7 +54,7 @@ def add_admin(app: FastAPI, models: Models, follower: Follower | None, keys: Key
     @app.get("/model", tags=["model"], responses=_REFUSED, response_model=State)
     async def model(request: Request) -> Response | State:
         """Which model answers; needs a key where there are keys."""
-        return _state(models, follower) if keys.allow(request.headers) else _told(_unknown())
+        return _state(models, follower) if keys.allow(request.headers) else _told(unknown())
 
     if follower is not None and keys:
         _add_moves(app, models, follower, keys)
@@ -67,7 +67,7 @@ def _add_moves(app: FastAPI, models: Models, follower: Follower, keys: Keys) -> 
     async def refresh(request: Request) -> Response | Asked:
         """Looks at the alias now, at versions that were refused too."""
         if not keys.allow(request.headers):
-            return _told(_unknown())
+            return _told(unknown())
         follower.ask(again=True)
         return Asked(looks=True)
 
@@ -75,7 +75,7 @@ def _add_moves(app: FastAPI, models: Models, follower: Follower, keys: Keys) -> 
     async def rollback(request: Request) -> Response | State:
         """Changes the model for the one before, until the alias moves."""
         if not keys.allow(request.headers):
-            return _told(_unknown())
+            return _told(unknown())
         if follower.rollback() is None:
             return _told(Refusal(409, "no former model is loaded; move the alias: cappy promotion --rollback"))
         return _state(models, follower)
@@ -87,6 +87,7 @@ def _add_webhook(app: FastAPI, follower: Follower, secret: str) -> None:
         """An event of MLflow's, signed with the secret: looks at the alias now if it is about the alias."""
         try:
             body = await received(request, WEBHOOK_BYTES, "no event of MLflow is as large")
+            Bounds().check(body)
         except Refusal as refusal:
             return _told(refusal)
         if not signed(secret, request.headers, body, time.time()):
@@ -115,10 +116,6 @@ def _loaded(model: Model) -> Loaded:
         registered=model.registered.uri if model.registered else "",
         precision=model.precision,
     )
-
-
-def _unknown() -> Refusal:
-    return Refusal(401, "no API key that this service knows; send Authorization: Bearer KEY")
 
 
 def _told(refusal: Refusal) -> Response:

@@ -16,26 +16,29 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 import cappy
 from cappy.errors import CappyError
 from serving.access import AccessLog
 from serving.admin import add_admin
 from serving.batcher import Batcher
+from serving.browsers import ANY_HOST, BrowserGuard, Hosts, Refuse
 from serving.dialects import DIALECTS, Dialect
-from serving.dialects.own import refuse
+from serving.dialects.own import SCORE, refuse
 from serving.following import Follower
 from serving.keys import Keys
 from serving.metrics import Metrics
 from serving.models import PROBES, Models, Stored, probe
 from serving.page import About, add_page
 from serving.probes import add_probes
+from serving.refusals import Refusal
 from serving.served import add_served
-from serving.service import Limits, Service
+from serving.service import Limits, Service, refused
 from serving.tracing import Tracing
 
 LOGGER = logging.getLogger("serving")
-REFUSALS = (400, 401, 404, 408, 413, 429, 500, 503, 504)
+REFUSALS = (400, 401, 403, 404, 408, 413, 415, 421, 429, 500, 503, 504)
 QUEUED_BATCHES = 32
 """Batches that may wait where no limit is given: with 2,048 tokens each about 13 s of a RoBERTa-base on two cores."""
 
@@ -49,6 +52,9 @@ class Options:
     max_queued_tokens: int = 0
     keys: Keys = field(default_factory=Keys)
     origins: Sequence[str] = ()
+    """Whose pages may ask from a browser, beside the service's own."""
+    hosts: Hosts = ANY_HOST
+    """The names that the service answers to."""
     probes: Stored = PROBES
     """For a first model that brings no stored pairs of its own."""
     webhook_secret: str = ""
@@ -110,6 +116,11 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
+    service = Service(models=models, batcher=batcher, limits=options.limits, keys=options.keys)
+    paths = [(path, dialect) for dialect in DIALECTS for path in dialect.paths]
+    further = ((path, _named(name)) for path, name in options.routes.items())
+    paths += [one for one in further if one not in paths]
+    app.add_middleware(BrowserGuard, hosts=options.hosts, origins=options.origins, refuse=_refuse(paths))
     app.add_middleware(
         AccessLog,
         facts=lambda: models.current.facts(),
@@ -118,10 +129,6 @@ def create_app(
         tracing=tracing,
     )
     app.add_exception_handler(HTTPException, _not_here)
-    service = Service(models=models, batcher=batcher, limits=options.limits, keys=options.keys)
-    paths = [(path, dialect) for dialect in DIALECTS for path in dialect.paths]
-    further = ((path, _named(name)) for path, name in options.routes.items())
-    paths += [one for one in further if one not in paths]
     _add_routes(app, service, paths)
     add_probes(app, models, metrics, options.ready_path)
     add_page(app, lambda: _about(models))
@@ -138,6 +145,17 @@ async def _not_here(request: Request, error: Exception) -> Response:
     if allowed:
         text = f"{request.method} {path}: this path answers {allowed} alone; GET /openapi.json shows how"
     return JSONResponse(refuse(error.status_code, text), status_code=error.status_code, headers=error.headers)
+
+
+def _refuse(paths: Sequence[tuple[str, Dialect]]) -> Refuse:
+    """Refusals in the shape of a path's dialects, elsewhere in our own."""
+    known = [(compile_path(path)[0], dialect) for path, dialect in paths]
+
+    def refuse_in_shape(path: str, refusal: Refusal) -> Response:
+        dialects = [dialect for pattern, dialect in known if pattern.match(path)]
+        return refused(dialects or [SCORE], refusal)
+
+    return refuse_in_shape
 
 
 def _about(models: Models) -> About:

@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ class Environment:
     port: int = Address.port
     routes: Mapping[str, str] = field(default_factory=dict)
     ready_path: str = ""
+    allowed_hosts: Sequence[str] = ()
 
 
 def read(variables: Mapping[str, str]) -> Environment:
     """The settings that AIP_STORAGE_URI, AIP_HTTP_PORT, AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE hold; ConfigError.
 
-    Where AIP_HTTP_PORT is given, other machines are let in: the platform's probes come from there.
+    Where AIP_HTTP_PORT is given, other machines are let in, under any name: the platform's own proxy stands in front.
     """
     place, port = variables.get("AIP_STORAGE_URI", ""), variables.get("AIP_HTTP_PORT", "")
     if port and not (port.isascii() and port.isdigit() and int(port) <= 65535):
@@ -39,6 +40,7 @@ def read(variables: Mapping[str, str]) -> Environment:
         port=int(port) if port else Address.port,
         routes={predict: "vertex"} if predict else {},
         ready_path=health,
+        allowed_hosts=("*",) if port else (),
     )
 
 

@@ -2,11 +2,16 @@
 
 import hmac
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from cappy.errors import ConfigError
+from serving.browsers import Refuse
+from serving.refusals import Refusal
 
 VARIABLE = "CAPPY_API_KEYS"
 SHORTEST = 8
@@ -57,3 +62,24 @@ def read_keys(path: Path | None) -> Keys:
 
 def _digest(key: str) -> bytes:
     return sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+class KeyGuard:
+    """ASGI middleware: every path but the `open` ones needs a key, where there are keys."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, open_paths: Collection[str], refuse: Refuse) -> None:
+        self._app = app
+        self._keys = keys
+        self._open = frozenset(open_paths)
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self._open or self._keys.allow(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        await self._refuse(scope["path"], unknown())(scope, receive, send)
+
+
+def unknown() -> Refusal:
+    """What a client without a known key is answered."""
+    return Refusal(401, "no API key that this service knows; send Authorization: Bearer KEY")

@@ -29,6 +29,9 @@ RULES = {
 }
 """pydantic's kind of error -> what the field must be."""
 
+SHOWN = 60
+"""Characters that are repeated of a name which a client chose."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Broken:
@@ -63,5 +66,5 @@ def _field(location: Sequence[int | str], body: Any, kind: str) -> str:
             value = value.get(step)
         else:
             continue
-        kept.append(str(step))
+        kept.append(str(step)[:SHOWN])
     return ".".join(kept)

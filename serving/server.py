@@ -6,7 +6,7 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ from cappy.registry import Version
 from cappy.scoring import Precision
 from cappy.specs import parse_spec
 from serving.app import Options, create_app
+from serving.browsers import hosts_of
 from serving.connections import ACCEPTS, Connections, connections_for_clients, raise_file_limit
 from serving.ending import NoticeServer
 from serving.following import Follower, follow_seconds, load_version
@@ -39,7 +40,8 @@ class Address:
     """Where to listen, with TLS where a certificate is given; times in seconds.
 
     After SIGTERM the service is not ready but answers for `notice_seconds`, so that a balancer can look elsewhere; then
-    it takes no more connections and finishes what it has within `grace_seconds`.
+    it takes no more connections and finishes what it has within `grace_seconds`. `allowed_hosts` are names to answer to
+    beside those that the address gives, see `Hosts`.
     """
 
     host: str = "127.0.0.1"
@@ -48,6 +50,7 @@ class Address:
     key: Path | None = None
     notice_seconds: float = 1.0
     grace_seconds: int = 30
+    allowed_hosts: Sequence[str] = ()
 
 
 def run(
@@ -110,7 +113,8 @@ def serve(
         with _address_errors(address.host, address.port):
             listener.listen(2048)
         tokens = batch_tokens or getattr(models.current.engine, "batch_tokens", options.batch_tokens)
-        options = replace(options, batch_tokens=tokens)
+        hosts = hosts_of(listener, address.allowed_hosts, bool(options.keys))
+        options = replace(options, batch_tokens=tokens, hosts=hosts)
         follower = follow(models) if follow else None
         app = create_app(models, options, failed=failed, follower=follower, computing=computing, tracing=tracing())
         server = NoticeServer(http_config(app, address), models, address.notice_seconds)

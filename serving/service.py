@@ -4,7 +4,8 @@ import asyncio
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import Request, Response
@@ -12,9 +13,21 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
 from serving.batcher import Batcher
-from serving.bodies import GONE, SECONDS, received
+from serving.bodies import (
+    BODIES_AT_ONCE,
+    GONE,
+    MAX_CHARACTERS,
+    MAX_TEXT_BYTES,
+    SECONDS,
+    BodyBudget,
+    Bounds,
+    Share,
+    apart,
+    distinct,
+    received,
+)
 from serving.dialects import Dialect, Scored
-from serving.keys import Keys
+from serving.keys import Keys, unknown
 from serving.models import Model, Models
 from serving.refusals import Refusal
 from serving.rules import broken
@@ -31,12 +44,24 @@ class Limits:
 
     max_body_bytes: int = 8_000_000
     max_pairs: int = 1024
-    max_characters: int = 200_000
-    """Of one text: beyond it no scorer reads on, and tokenizing it would hold up the others."""
+    max_characters: int = MAX_CHARACTERS
+    """Of one text."""
+    max_text_bytes: int = MAX_TEXT_BYTES
+    """Of all texts of a request in UTF-8, equal ones counted once, as they are tokenized."""
     seconds: float = 60.0
     """From a request's arrival to its answer; a request may ask for less."""
     body_seconds: float = SECONDS
     """Within which a body must have arrived."""
+
+    @property
+    def bounds(self) -> Bounds:
+        """What a body may hold."""
+        return Bounds(
+            max_values=VALUES_PER_PAIR * (self.max_pairs + 2),
+            max_characters=self.max_characters,
+            max_text_bytes=self.max_text_bytes,
+            remedy="send fewer pairs per request",
+        )
 
 
 @dataclass(kw_only=True)
@@ -47,6 +72,10 @@ class Service:
     batcher: Batcher
     limits: Limits
     keys: Keys
+    budget: BodyBudget = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.budget = BodyBudget(BODIES_AT_ONCE * self.limits.max_body_bytes)
 
     async def answer(self, request: Request, dialects: Sequence[Dialect]) -> Response:
         """The answer to a request at a path of these dialects, a refusal in the dialect's own shape included.
@@ -57,10 +86,12 @@ class Service:
         try:
             async with asyncio.timeout(self._seconds(request)):
                 self._admit(request)
-                value = await self._read(request, dialects[0])
-                dialects = [chosen(dialects, value)]
-                request.state.dialect = dialects[0].name
-                return await self._answer(request, dialects[0], value)
+                with self.budget.share() as share:
+                    body = await self._receive(request, dialects[0], share)
+                    value = await apart(len(body), partial(self._parse, body, request.headers, dialects[0]))
+                    dialects = [chosen(dialects, value)]
+                    request.state.dialect = dialects[0].name
+                    return await self._answer(request, dialects[0], value, len(body))
         except Refusal as refusal:
             return refused(dialects, refusal)
         except TimeoutError:
@@ -70,17 +101,25 @@ class Service:
             LOGGER.exception("a request failed")
             return refused(dialects, Refusal(500, "the scorer failed; the log of the service says how"))
 
-    async def _answer(self, request: Request, dialect: Dialect, value: Any) -> Response:
-        self._refuse_many(value)
-        asked = parsed(dialect, value)
-        pairs = dialect.pairs(asked)
-        self._refuse_large(pairs)
+    async def _answer(self, request: Request, dialect: Dialect, value: Any, size: int) -> Response:
+        """The answer to a body of `size` bytes."""
+        asked, pairs = await apart(size, partial(self._understand, dialect, value))
         model = self._model(dialect.named(asked), *request.path_params.values())
         if dialect.whole(asked) and not await self.batcher.fit(model.engine, pairs):
             raise Refusal(dialect.invalid, "a pair is longer than the scorer reads; shorten it or let it be cut")
         request.state.pairs, request.state.facts = len(pairs), model.facts()
         scored = await self._scored(request, model, pairs)
-        return JSONResponse(dialect.answer(asked, scored).model_dump(exclude_none=dialect.bare))
+        return await apart(size, partial(written, dialect, asked, scored))
+
+    def _understand(self, dialect: Dialect, value: Any) -> tuple[BaseModel, Sequence[tuple[str, str]]]:
+        """The request and its pairs; Refusal where it has another shape or is too large."""
+        asked = parsed(dialect, value)
+        pairs = dialect.pairs(asked)
+        if len(pairs) > self.limits.max_pairs:
+            text = f"{len(pairs)} pairs are above {self.limits.max_pairs}; send them in several requests"
+            raise Refusal(413, text)
+        self.limits.bounds.check_texts(distinct(pairs))
+        return asked, pairs
 
     async def _scored(self, request: Request, model: Model, pairs: Sequence[tuple[str, str]]) -> Scored:
         """Scores them, unless the client hangs up before."""
@@ -119,7 +158,7 @@ class Service:
     def _admit(self, request: Request) -> None:
         """Before a body is read: whether the client may ask, the model can answer and the queue has room."""
         if not self.keys.allow(request.headers):
-            raise Refusal(401, "no API key that this service knows; send Authorization: Bearer KEY")
+            raise unknown()
         text = request.headers.get(DEADLINE)
         if text is not None and not _positive(text):
             raise Refusal(400, "X-Timeout-Seconds: must be a number of seconds above 0")
@@ -127,34 +166,18 @@ class Service:
             raise Refusal(503, f"not ready: {self.models.reason}", retry_after=1)
         self.batcher.admit(1)
 
-    async def _read(self, request: Request, dialect: Dialect) -> Any:
+    async def _receive(self, request: Request, dialect: Dialect, share: Share) -> bytes:
+        limits, remedy = self.limits, "send fewer pairs per request"
+        return await received(
+            request, limits.max_body_bytes, remedy, limits.body_seconds, types=dialect.types, share=share
+        )
+
+    def _parse(self, body: bytes, headers: Mapping[str, str], dialect: Dialect) -> Any:
         """The JSON of the body."""
-        limits = self.limits
-        body = await received(request, limits.max_body_bytes, "send fewer pairs per request", limits.body_seconds)
         try:
-            return dialect.read(body, request.headers)
+            return dialect.read(body, headers, self.limits.bounds)
         except ValueError as error:
             raise Refusal(400, f"the body is no JSON ({error}); send {dialect.shape}") from error
-
-    def _refuse_many(self, value: Any) -> None:
-        """Before a body is looked at closely, which takes microseconds per value and holds up the other requests."""
-        most, found, left = VALUES_PER_PAIR * (self.limits.max_pairs + 2), 0, [value]
-        while left:
-            one = left.pop()
-            inner = list(one.values()) if isinstance(one, dict) else one if isinstance(one, list) else []
-            found += len(inner)
-            if found > most:
-                raise Refusal(413, f"the body has more than {most} values; send fewer pairs per request")
-            left.extend(inner)
-
-    def _refuse_large(self, pairs: Sequence[tuple[str, str]]) -> None:
-        if len(pairs) > self.limits.max_pairs:
-            text = f"{len(pairs)} pairs are above {self.limits.max_pairs}; send them in several requests"
-            raise Refusal(413, text)
-        longest = max((len(text) for pair in pairs for text in pair), default=0)
-        if longest > self.limits.max_characters:
-            text = f"a text of {longest} characters is above {self.limits.max_characters}; send a shorter one"
-            raise Refusal(413, text)
 
     def _model(self, *names: str | None) -> Model:
         """The model that answers, current or former; Refusal 404 where another model or version is asked for."""
@@ -178,6 +201,11 @@ def parsed(dialect: Dialect, value: Any) -> BaseModel:
         return dialect.request.model_validate(value)
     except ValidationError as error:
         raise Refusal(dialect.invalid, f"{broken(error, value)}; send {dialect.shape}") from error
+
+
+def written(dialect: Dialect, asked: BaseModel, scored: Scored) -> Response:
+    """What came of a request, in its dialect."""
+    return JSONResponse(dialect.answer(asked, scored).model_dump(exclude_none=dialect.bare))
 
 
 def refused(dialects: Sequence[Dialect], refusal: Refusal) -> Response:

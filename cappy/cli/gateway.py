@@ -1,11 +1,12 @@
 """`cappy gateway`: starts the gateway, which only this verb imports."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cappy.cli.serve import EXTRA
+from cappy.cli.serve import EXTRA, AllowedHosts, AllowOrigin, ApiKeys, MaxCharacters, MaxText
 from cappy.errors import ConfigError
 
 
@@ -71,6 +72,14 @@ def gateway(
     max_body_mb: Annotated[
         float, typer.Option(min=0.001, help="Largest request body in megabytes; larger ones get status 413.")
     ] = 8.0,
+    max_values: Annotated[
+        int, typer.Option(min=100, help="Most JSON values in a request body; more get status 413.")
+    ] = 10_000,
+    max_characters: MaxCharacters = 200_000,
+    max_text_mb: MaxText = 2.0,
+    api_keys: ApiKeys = None,
+    allow_origin: AllowOrigin = None,
+    allowed_hosts: AllowedHosts = None,
     notice: Annotated[
         float, typer.Option(min=0, help="Seconds after SIGTERM in which it is not ready but still answers.")
     ] = 1.0,
@@ -83,10 +92,13 @@ def gateway(
     """
     try:
         from serving import Address
+        from serving.bodies import Bounds
+        from serving.browsers import VARIABLE, check_origins, read_hosts
         from serving.gateway import Settings, run
         from serving.gateway.ledger import Limits, Prices
         from serving.gateway.llm import key_of, llm
         from serving.gateway.policy import Policy
+        from serving.keys import read_keys
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn", "starlette", "prometheus_client"):
             raise
@@ -99,6 +111,8 @@ def gateway(
         )
     if (max_cost or max_total_cost) and not (price_prompt or price_completion):
         raise ConfigError("limits on money need prices; give --price-prompt and --price-completion")
+    check_origins(allow_origin or ())
+    hosts = read_hosts(allowed_hosts or (), os.environ.get(VARIABLE, ""))
     settings = Settings(
         llm=llm(upstream, key_variable=key_variable, prices=Prices(prompt=price_prompt, completion=price_completion)),
         scorer=scorer,
@@ -121,5 +135,13 @@ def gateway(
         second_candidates=escalate_candidates,
         feedback=feedback,
         max_body_bytes=round(max_body_mb * 1e6),
+        bounds=Bounds(
+            max_values=max_values,
+            max_characters=max_characters,
+            max_text_bytes=round(max_text_mb * 1e6),
+            remedy="send a shorter conversation",
+        ),
+        keys=read_keys(api_keys),
+        origins=allow_origin or (),
     )
-    run(settings, Address(host=host, port=port, notice_seconds=notice, grace_seconds=grace))
+    run(settings, Address(host=host, port=port, notice_seconds=notice, grace_seconds=grace, allowed_hosts=hosts))

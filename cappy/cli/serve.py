@@ -1,7 +1,6 @@
 """`cappy serve`: starts the HTTP service, which only this verb imports."""
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,30 @@ from cappy.errors import ConfigError
 from cappy.scoring import Precision
 
 EXTRA = "pip install -e '.[serve]'"
+
+MaxCharacters = Annotated[
+    int, typer.Option(min=1, help="Most characters of a text; a longer one, or a longer conversation, is refused.")
+]
+MaxText = Annotated[
+    float, typer.Option(min=0.001, help="Most megabytes (UTF-8) of all texts of a request; more get status 413.")
+]
+ApiKeys = Annotated[
+    Path | None,
+    typer.Option(help="File of API keys, one a line; # begins a comment.", show_default="CAPPY_API_KEYS, by commas"),
+]
+AllowOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Origin whose pages may ask from a browser (CORS), * for any; repeat for several.", show_default="none"
+    ),
+]
+AllowedHosts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Name that clients may ask for it by (Host header), * for any; repeat for several.",
+        show_default="CAPPY_ALLOWED_HOSTS, by commas, beside those of its address",
+    ),
+]
 
 
 def serve(
@@ -45,6 +68,8 @@ def serve(
         float, typer.Option(min=0.001, help="Largest request body in megabytes; larger ones get status 413.")
     ] = 8.0,
     max_pairs: Annotated[int, typer.Option(min=1, help="Most pairs in a request; more get status 413.")] = 1024,
+    max_characters: MaxCharacters = 200_000,
+    max_text_mb: MaxText = 2.0,
     max_queued_tokens: Annotated[
         int, typer.Option(min=0, help="Most tokens that wait before requests get status 429; 0: 32 batches.")
     ] = 0,
@@ -55,16 +80,9 @@ def serve(
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds that a request may take; a longer one gets status 504.")
     ] = 60.0,
-    api_keys: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of API keys, one a line; # begins a comment.", show_default="CAPPY_API_KEYS, by commas"
-        ),
-    ] = None,
-    allow_origin: Annotated[
-        list[str] | None,
-        typer.Option(help="Origin that browsers may call from (CORS); repeat for several.", show_default="none"),
-    ] = None,
+    api_keys: ApiKeys = None,
+    allow_origin: AllowOrigin = None,
+    allowed_hosts: AllowedHosts = None,
     tls_certificate: Annotated[
         Path | None, typer.Option(help="Certificate chain (PEM), to serve HTTPS.", show_default="none")
     ] = None,
@@ -88,15 +106,21 @@ def serve(
             raise
         raise ConfigError(f"{error.name} is not installed; install the serve extra: {EXTRA}") from error
     from serving import environment
+    from serving.browsers import VARIABLE, check_origins, read_hosts
     from serving.keys import read_keys
     from serving.service import Limits
     from serving.webhook import read_secret
 
     told = environment.read(os.environ)
-    for origin in allow_origin or ():
-        if origin != "*" and not re.fullmatch(r"https?://[^/\s*]+", origin):
-            raise ConfigError(f"--allow-origin {origin}: is no origin; give one such as https://app.example, or *")
-    limits = Limits(max_body_bytes=round(max_body_mb * 1e6), max_pairs=max_pairs, seconds=timeout)
+    check_origins(allow_origin or ())
+    hosts = read_hosts(allowed_hosts or (), os.environ.get(VARIABLE, "")) or told.allowed_hosts
+    limits = Limits(
+        max_body_bytes=round(max_body_mb * 1e6),
+        max_pairs=max_pairs,
+        max_characters=max_characters,
+        max_text_bytes=round(max_text_mb * 1e6),
+        seconds=timeout,
+    )
     options = serving.Options(
         limits=limits,
         max_queued_tokens=max_queued_tokens,
@@ -113,6 +137,7 @@ def serve(
         key=tls_key,
         notice_seconds=notice,
         grace_seconds=grace,
+        allowed_hosts=hosts,
     )
     with environment.local(scorer or told.scorer) as place:
         serving.run(

@@ -93,6 +93,8 @@ def _container(config: DeploymentConfig, version: Version) -> dict[str, Any]:
 def _environment(config: DeploymentConfig) -> list[dict[str, str]]:
     """Where the scorer comes from; user and password of an address are a secret's to bring."""
     told = [{"name": "MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "value": "false"}]
+    # Clients ask for the ingress's names, which are known to the cluster alone.
+    told += [{"name": "CAPPY_ALLOWED_HOSTS", "value": "*"}]
     told += [{"name": name, "value": SCRATCH} for name in ("HOME", "TMPDIR")]
     if config.storage:
         return [*told, {"name": "STORAGE_URI", "value": config.storage}]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic_core import from_json
 
 from cappy.scoring.encoding import Pair
+from serving.bodies import Bounds
 
 Words = Annotated[str, Field(min_length=1)]
 """A text that may not be empty."""
@@ -70,8 +70,10 @@ class Dialect:
     named: Callable[[Any], str | None] = lambda request: None
     whole: Callable[[Any], bool] = lambda request: False
     """Whether a request asks that a pair is refused rather than cut where it is longer than the scorer reads."""
-    read: Callable[[bytes, Mapping[str, str]], Any] = lambda body, headers: from_json(body)
-    """A body, given with its headers, as JSON; ValueError where it is none."""
+    types: frozenset[str] = frozenset()
+    """Content types that a body may have beside JSON's; "" is none at all."""
+    read: Callable[[bytes, Mapping[str, str], Bounds], Any] = lambda body, headers, bounds: bounds.parse(body)
+    """A body, given with its headers, as JSON; Refusal where it is out of bounds, ValueError where it is no JSON."""
 
 
 def ranked(scores: Sequence[float], top: int | None = None) -> list[tuple[int, float]]:

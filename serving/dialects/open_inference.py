@@ -4,12 +4,13 @@ Inputs may come as JSON or, by the extension for binary data, as bytes behind th
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
-from pydantic_core import from_json
 
 from cappy.scoring.encoding import Pair
+from serving.bodies import Bounds
 from serving.dialects.dialect import Body, Dialect, Flag, Scored
 from serving.dialects.vertex import PlatformProblem, refuse
 
@@ -123,35 +124,40 @@ def _flat(data: Sequence[JsonValue], depth: int = 8) -> Iterator[str]:
             raise ValueError("data must be texts")
 
 
-def read(body: bytes, headers: Mapping[str, str]) -> Any:
-    """The JSON of a body with its binary tensors as `data`; ValueError where the sizes do not hold."""
+def read(body: bytes, headers: Mapping[str, str], bounds: Bounds) -> Any:
+    """The JSON of a body with its binary tensors as `data`; ValueError where the sizes do not hold.
+
+    The elements of tensors count as values.
+    """
     announced = headers.get(HEADER)
     if announced is None:
-        return from_json(body)
-    if not announced.isascii() or not announced.isdigit() or int(announced) > len(body):
+        return bounds.parse(body)
+    if not announced.isascii() or not announced.isdigit() or len(announced) > 18 or int(announced) > len(body):
         raise ValueError(f"{HEADER} must be the number of bytes that are JSON")
-    head = int(announced)
-    value, rest = from_json(body[:head]), body[head:]
-    for tensor in value.get("inputs") or () if isinstance(value, dict) else ():
+    place = int(announced)
+    value, left = bounds.parse(body[:place]), bounds.max_values
+    inputs = value.get("inputs") if isinstance(value, dict) else None
+    for tensor in inputs if isinstance(inputs, list) else ():
         parameters = tensor.get("parameters") if isinstance(tensor, dict) else None
         size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
         if isinstance(size, int) and size >= 0:
-            tensor["data"], rest = _elements(rest[:size]), rest[size:]
-    if rest:
-        raise ValueError(f"{len(rest)} bytes more than the tensors' sizes")
+            end = min(place + size, len(body))
+            tensor["data"] = list(islice(_elements(body, place, end), left + 1))
+            place, left = end, left - len(tensor["data"])
+            bounds.check_count(bounds.max_values - left)
+    if place < len(body):
+        raise ValueError(f"{len(body) - place} bytes more than the tensors' sizes")
     return value
 
 
-def _elements(data: bytes) -> list[str]:
-    """The texts of a tensor of bytes, each with its length before it."""
-    found, place = [], 0
-    while place < len(data):
+def _elements(body: bytes, place: int, end: int) -> Iterator[str]:
+    """The texts of a tensor of bytes, which lies between two places of a body, each with its length before it."""
+    while place < end:
         begin = place + PREFIX
-        place = begin + int.from_bytes(data[place:begin], "little")
-        if place > len(data):
+        place = begin + int.from_bytes(body[place:begin], "little")
+        if place > end:
             raise ValueError("a tensor ends within an element")
-        found.append(data[begin:place].decode())
-    return found
+        yield body[begin:place].decode()
 
 
 def _pairs(request: InferRequest) -> list[Pair]:
@@ -178,5 +184,7 @@ OPEN_INFERENCE = Dialect(
     invalid=400,
     bare=True,
     named=lambda request: request.model_name,
+    # Triton's client names no type, KServe's this one where tensors are binary.
+    types=frozenset({"application/octet-stream", ""}),
     read=read,
 )

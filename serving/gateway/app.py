@@ -4,32 +4,45 @@ import asyncio
 import contextlib
 import json
 import uuid
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 import cappy
 from serving.access import AccessLog
-from serving.bodies import GONE, received
+from serving.bodies import BODIES_AT_ONCE, GONE, BodyBudget, Bounds, Share, apart, received
+from serving.browsers import ANY_HOST, BrowserGuard, Hosts
 from serving.ending import ENDING, Door
 from serving.gateway.answering import Gateway, Outcome
 from serving.gateway.completion import chunks, completion, headers
 from serving.gateway.errors import GatewayError
 from serving.gateway.feedback import FeedbackLog, read_feedback
 from serving.gateway.metrics import Metrics
-from serving.gateway.schemas import ChatRequest, read_request
+from serving.gateway.schemas import BOUNDS, ChatRequest, read_request, refused
 from serving.gateway.streaming import KEEP_ALIVE_SECONDS, events
+from serving.keys import KeyGuard, Keys
 from serving.page import About, add_page
 from serving.refusals import Refusal
 
 MAX_BODY_BYTES = 8_000_000
 CANDIDATES_HEADER = "x-cappy-candidates"
 _UNREACHED = (502, 503, 504)
-_CODES = {408: "timeout", 413: "body_too_large"}
+OPEN_PATHS = ("/", "/about", "/health", "/ready")
+"""What needs no key where there are keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """Who may ask: by key where there are `keys`, under which names, and from pages of which other `origins`."""
+
+    keys: Keys = field(default_factory=Keys)
+    hosts: Hosts = ANY_HOST
+    origins: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +53,15 @@ class _Front:
     feedback: FeedbackLog | None
     metrics: Metrics
     max_body_bytes: int
+    bounds: Bounds
+    budget: BodyBudget
+    keys: Keys
     keep_alive: float
     door: Door
+
+    def authorization(self, request: Request) -> str:
+        """What an LLM without a key of its own is sent: the client's, unless that is a key of this gateway."""
+        return "" if self.keys else request.headers.get("authorization", "")
 
 
 def create_app(
@@ -49,6 +69,8 @@ def create_app(
     *,
     feedback: FeedbackLog | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    bounds: Bounds = BOUNDS,
+    access: Access | None = None,
     keep_alive: float = KEEP_ALIVE_SECONDS,
     door: Door | None = None,
 ) -> FastAPI:
@@ -56,11 +78,15 @@ def create_app(
 
     While `door` is closing it answers, but is not ready.
     """
+    access = access or Access()
     front = _Front(
         gateway=gateway,
         feedback=feedback,
         metrics=Metrics(),
         max_body_bytes=max_body_bytes,
+        bounds=bounds,
+        budget=BodyBudget(BODIES_AT_ONCE * max_body_bytes),
+        keys=access.keys,
         keep_alive=keep_alive,
         door=door or Door(),
     )
@@ -82,6 +108,17 @@ def create_app(
         docs_url=None,  # the page would load its script from another site
         redoc_url=None,
     )
+    # The last that is added is the first that is asked.
+    app.add_middleware(KeyGuard, keys=access.keys, open_paths=OPEN_PATHS, refuse=_refuse)
+    if access.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(access.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    app.add_middleware(BrowserGuard, hosts=access.hosts, origins=access.origins, refuse=_refuse)
     app.add_middleware(AccessLog, closing=lambda: front.door.closing)
     app.add_exception_handler(GatewayError, _told)
     app.add_exception_handler(HTTPException, _not_found)
@@ -106,15 +143,20 @@ def _add_chat(app: FastAPI, front: _Front) -> None:
     @app.post("/v1/chat/completions", tags=["chat"], response_class=Response)
     async def chat(request: Request) -> Response:
         """The best of the candidates that the LLM gives, by the scorer."""
-        try:
-            data = await _body(request, front.max_body_bytes)
-            wanted = read_request(data, most_choices=front.gateway.policy.candidates)
-            details = _flag(request, CANDIDATES_HEADER)
-        except GatewayError as problem:
-            front.metrics.refused(problem.status)
-            raise
-        identity = f"chatcmpl-{uuid.uuid4().hex}"
-        work = asyncio.create_task(_answered(front, wanted, request.headers.get("authorization", ""), identity))
+        with front.budget.share() as share:
+            try:
+                data = await _body(request, front, share)
+                read = partial(read_request, data, most_choices=front.gateway.policy.candidates, bounds=front.bounds)
+                wanted = await apart(len(data), read)
+                details = _flag(request, CANDIDATES_HEADER)
+            except GatewayError as problem:
+                front.metrics.refused(problem.status)
+                raise
+            identity = f"chatcmpl-{uuid.uuid4().hex}"
+            work = asyncio.create_task(_answered(front, wanted, front.authorization(request), identity))
+            # The body is held until the work is over, which for a stream is after this function.
+            kept = share.handed_on()
+            work.add_done_callback(lambda _: kept.release())
         told = partial(chunks, identity=identity, details=details)
         if not await _ended(work, request, front.keep_alive if wanted.stream else None):
             return _stream(events(work, told, keep_alive=front.keep_alive), {})
@@ -128,7 +170,7 @@ def _add_models(app: FastAPI, front: _Front) -> None:
     @app.get("/v1/models", tags=["chat"], response_class=Response)
     async def models(request: Request) -> Response:
         """The LLM's models, as its server answers."""
-        found = await front.gateway.first.models(request.headers.get("authorization", ""))
+        found = await front.gateway.first.models(front.authorization(request))
         return Response(found, media_type="application/json")
 
 
@@ -136,7 +178,9 @@ def _add_feedback(app: FastAPI, front: _Front) -> None:
     @app.post("/v1/feedback", tags=["feedback"], response_class=Response)
     async def feedback(request: Request) -> Response:
         """Takes {"id", "score"} or {"id", "reference"}: what a user thought of an answer."""
-        found = read_feedback(await _body(request, front.max_body_bytes))
+        with front.budget.share() as share:
+            data = await _body(request, front, share)
+            found = await apart(len(data), partial(read_feedback, data))
         if front.feedback is None:
             raise GatewayError(
                 404, "feedback is not kept here; start the gateway with --feedback FOLDER", code="not_found"
@@ -214,12 +258,12 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _body(request: Request, most: int) -> bytes:
-    """The body; GatewayError 413 above `most` bytes, 408 where it is late."""
+async def _body(request: Request, front: _Front, share: Share) -> bytes:
+    """The body; GatewayError 413 above the most bytes, 408 where it is late, 415 where it is not sent as JSON."""
     try:
-        return await received(request, most, "send a shorter conversation")
+        return await received(request, front.max_body_bytes, "send a shorter conversation", share=share)
     except Refusal as refusal:
-        raise GatewayError(refusal.status, refusal.message, code=_CODES.get(refusal.status)) from None
+        raise refused(refusal) from None
 
 
 def _flag(request: Request, name: str) -> bool:
@@ -240,6 +284,13 @@ class _Json(JSONResponse):
 
     def render(self, content: object) -> bytes:
         return json.dumps(content).encode()
+
+
+def _refuse(path: str, refusal: Refusal) -> Response:
+    """A refusal of what stands before the routes."""
+    problem = refused(refusal)
+    asked = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
+    return _Json(problem.body(), status_code=problem.status, headers={**problem.headers, **asked})
 
 
 async def _told(request: Request, error: Exception) -> Response:

@@ -1,17 +1,27 @@
 """The request for a chat completion: what the gateway must understand of it; all else goes to the LLM as it is."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from serving.bodies import Bounds
 from serving.gateway.conversation import instruction_of
-from serving.gateway.errors import GatewayError
+from serving.gateway.errors import INVALID, GatewayError
+from serving.refusals import Refusal
 from serving.rules import broken
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_CODES = {
+    401: "invalid_api_key",
+    408: "timeout",
+    413: "body_too_large",
+    415: "unsupported_content_type",
+    503: "overloaded",
+}
 _NO_CALLS = "calls of tools cannot be scored; ask the LLM directly for them"
 REFUSED = {
     "tools": _NO_CALLS,
@@ -20,6 +30,10 @@ REFUSED = {
     "audio": "sound cannot be scored; ask the LLM directly for it",
 }
 """Parameters that cannot be honoured, and why."""
+MAX_VALUES = 10_000
+"""JSON values of a body: it is written anew for every call of the LLM, and one turn of a conversation has three."""
+BOUNDS = Bounds(max_values=MAX_VALUES, remedy="send a shorter conversation")
+_MAX_DIGITS = 100
 
 
 class _StreamOptions(BaseModel):
@@ -35,7 +49,7 @@ class _Checked(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     model: Annotated[str, Field(min_length=1)]
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
     n: Count | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
@@ -45,7 +59,7 @@ class _Checked(BaseModel):
     max_completion_tokens: Count | None = None
     seed: Annotated[int, Field(ge=-(2**62), le=2**62)] | None = None
     logprobs: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,27 +82,63 @@ class ChatRequest:
     most_tokens: int | None
 
 
-def read_object(data: bytes) -> dict[str, Any]:
-    """A JSON object whose numbers are finite and whose texts are whole; GatewayError 400 for anything else."""
+def read_object(data: bytes, bounds: Bounds = BOUNDS) -> dict[str, Any]:
+    """A JSON object whose numbers are finite and whose texts are whole.
+
+    GatewayError 400 for anything else, 413 for what is out of bounds, which is found before it is built where it can.
+    """
     try:
-        values = json.loads(data.decode("utf-8"))
+        bounds.check(data)
+        values = json.loads(data.decode("utf-8"), parse_int=_integer)
         if not isinstance(values, dict):
             raise GatewayError(400, "the body must be a JSON object")
-        json.dumps(values, allow_nan=False, ensure_ascii=False).encode("utf-8")
+        texts, floats = _leaves(values)
+        bounds.check_texts(texts)
+        if not all(map(math.isfinite, floats)):
+            raise ValueError
+        for text in texts:
+            text.encode("utf-8")
+    except Refusal as refusal:
+        raise refused(refusal) from None
     except UnicodeEncodeError:
         raise GatewayError(400, "a text of the body holds half a character (lone surrogate); send whole ones") from None
     except UnicodeDecodeError:
         raise GatewayError(400, "the body is not UTF-8") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         why = f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "its numbers"
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else why
         raise GatewayError(400, f"the body is no JSON ({why}); NaN and Infinity are none either") from None
     return values
 
 
-def read_request(data: bytes, *, most_choices: int) -> ChatRequest:
+def _integer(digits: str) -> int:
+    """A whole number; ValueError for a very long one, because writing it takes the square of its length."""
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError
+    return int(digits)
+
+
+def _leaves(values: Any) -> tuple[list[str], list[float]]:
+    """All texts and fractions of JSON, names of fields included."""
+    texts: list[str] = []
+    floats: list[float] = []
+    left = [values]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            texts.append(one)
+        elif isinstance(one, float):
+            floats.append(one)
+        elif isinstance(one, dict):
+            texts += one
+            left += one.values()
+        elif isinstance(one, list):
+            left += one
+    return texts, floats
+
+
+def read_request(data: bytes, *, most_choices: int, bounds: Bounds = BOUNDS) -> ChatRequest:
     """The request in a body; GatewayError 400, one sentence, where it is none or asks for what cannot be had."""
-    body = read_object(data)
+    body = read_object(data, bounds)
     for name, why in REFUSED.items():
         if body.get(name):
             raise GatewayError(400, f"{name}: {why}", param=name, code="unsupported_parameter")
@@ -104,7 +154,7 @@ def read_request(data: bytes, *, most_choices: int) -> ChatRequest:
     options = checked.stream_options or _StreamOptions()
     return ChatRequest(
         body=body,
-        instruction=instruction_of(checked.messages),
+        instruction=_short(instruction_of(checked.messages), bounds.max_characters),
         model=checked.model,
         count=checked.n or 1,
         stream=bool(checked.stream),
@@ -115,6 +165,20 @@ def read_request(data: bytes, *, most_choices: int) -> ChatRequest:
         logprobs=bool(checked.logprobs),
         most_tokens=checked.max_completion_tokens or checked.max_tokens,
     )
+
+
+def refused(refusal: Refusal) -> GatewayError:
+    """A refusal of the guard of bodies in OpenAI's shape."""
+    headers = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
+    kind = "server_error" if refusal.status >= 500 else INVALID
+    return GatewayError(refusal.status, refusal.message, kind=kind, code=_CODES.get(refusal.status), headers=headers)
+
+
+def _short(instruction: str, most: int) -> str:
+    if len(instruction) > most:
+        text = f"the conversation has {len(instruction)} characters, above {most}; send a shorter one"
+        raise GatewayError(400, text, param="messages", code="context_length_exceeded")
+    return instruction
 
 
 def invalid(error: ValidationError, body: Mapping[str, Any]) -> GatewayError:

@@ -4,19 +4,24 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from serving.bodies import Bounds
+from serving.browsers import hosts_of
 from serving.connections import raise_file_limit
 from serving.ending import Door, NoticeServer
 from serving.gateway.answering import Gateway
-from serving.gateway.app import MAX_BODY_BYTES, create_app
+from serving.gateway.app import MAX_BODY_BYTES, Access, create_app
 from serving.gateway.feedback import FeedbackLog
 from serving.gateway.ledger import Limits
 from serving.gateway.llm import LLM
 from serving.gateway.policy import Policy
+from serving.gateway.schemas import BOUNDS
 from serving.gateway.scoring import Scoring, load
 from serving.gateway.upstream import Upstream
+from serving.keys import Keys
 from serving.repeats import log_to_stderr
 from serving.server import Address, bound, end, http_config, url
 
@@ -36,6 +41,10 @@ class Settings:
     second_candidates: int = 1
     feedback: Path | None = None
     max_body_bytes: int = MAX_BODY_BYTES
+    bounds: Bounds = BOUNDS
+    keys: Keys = field(default_factory=Keys)
+    """Of this gateway's clients; they are never sent to an LLM."""
+    origins: Sequence[str] = ()
 
 
 def run(settings: Settings, address: Address) -> None:
@@ -54,8 +63,14 @@ def run(settings: Settings, address: Address) -> None:
         scoring = load(settings.scorer, settings.calibration, settings.scorer_key)
         listener.listen()
         door = Door()
+        hosts = hosts_of(listener, address.allowed_hosts, bool(settings.keys))
         app = create_app(
-            _gateway(settings, scoring), feedback=feedback, max_body_bytes=settings.max_body_bytes, door=door
+            _gateway(settings, scoring),
+            feedback=feedback,
+            max_body_bytes=settings.max_body_bytes,
+            bounds=settings.bounds,
+            access=Access(keys=settings.keys, hosts=hosts, origins=settings.origins),
+            door=door,
         )
         server = NoticeServer(http_config(app, address, upstream=True), door, address.notice_seconds)
         sys.stderr.write(started(settings, scoring, listener) + "\n")

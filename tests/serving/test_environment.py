@@ -48,6 +48,7 @@ def test_the_variables_say_where_the_model_lies_and_where_to_answer() -> None:
         port=9000,
         routes={f"{PLACE}:predict": "vertex"},
         ready_path=PLACE,
+        allowed_hosts=("*",),
     )
 
 

@@ -347,6 +347,9 @@ def test_the_moves_need_a_key_and_without_keys_there_are_none(start: Start) -> N
         assert open_client.get("/model").json()["follows"] == ALIAS
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 def event(action: str = "created", **data: str) -> bytes:
     named = {"name": "cappy", "alias": "champion", "version": "2"} | data
     return json.dumps({"entity": "model_version_alias", "action": action, "timestamp": "now", "data": named}).encode()
@@ -358,7 +361,7 @@ def signature(body: bytes, at: float | None = None, secret: str = SECRET, sent: 
     content = f"an-id.{stamp}.".encode() + (body if sent is None else sent)
     digest = hmac.new(secret.encode(), content, hashlib.sha256).digest()
     given = f"v1,{base64.b64encode(digest).decode()}"
-    return {"X-MLflow-Delivery-Id": "an-id", "X-MLflow-Timestamp": stamp, "X-MLflow-Signature": given}
+    return {**JSON, "X-MLflow-Delivery-Id": "an-id", "X-MLflow-Timestamp": stamp, "X-MLflow-Signature": given}
 
 
 @pytest.mark.parametrize("action", ["created", "deleted"])
@@ -387,7 +390,7 @@ def test_an_event_that_is_not_signed_with_the_secret_is_401(start: Start) -> Non
     body = event()
     good = signature(body)
     for headers in (
-        {},
+        JSON,
         signature(body, secret="another-secret"),
         signature(body, sent=event(version="3")),
         signature(body, at=time.time() - 400),

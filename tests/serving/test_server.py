@@ -143,7 +143,8 @@ def test_a_client_that_hangs_up_while_it_sends_is_no_defect_of_the_service(start
     until_ready(address)
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
-        connection.sendall(b'POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{"pairs"')
+        head = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b'Content-Length: 100\r\n\r\n{"pairs"')
         time.sleep(0.3)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
@@ -160,11 +161,11 @@ def test_a_client_that_sends_its_request_too_slowly_loses_its_connection_and_oth
     slow = [socket.create_connection((host, int(port)), timeout=10) for _ in range(50)]
     for number, connection in enumerate(slow):
         if number % 3 == 0:
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             while connection.recv(1) != b"}":
                 pass
         if number % 3 != 1:
-            connection.sendall(b"POST /score HTTP/1.1\r\nHost: a\r\nX-Slow: ")
+            connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
     assert httpx.post(f"{address}/score", json={"pairs": [["b", "xyz"]]}).json()["scores"] == [3.0]
     for connection in slow:
         assert connection.recv(1) == b""

@@ -246,7 +246,8 @@ def test_health_and_metrics_are_told() -> None:
         root = url.removesuffix("/v1")
         ask(url)
         assert ask(url, n=0).status_code == 400
-        assert httpx.post(f"{url}/chat/completions", content=b"{").status_code == 400
+        json_type = {"content-type": "application/json"}
+        assert httpx.post(f"{url}/chat/completions", content=b"{", headers=json_type).status_code == 400
         assert httpx.get(f"{root}/health").json() == {"status": "ok"}
         text = httpx.get(f"{root}/metrics").text
     for line in (

@@ -176,7 +176,8 @@ def test_a_client_that_goes_away_while_it_sends_is_no_defect(caplog: pytest.LogC
     with caplog.at_level(logging.INFO), listening(gateway("http://127.0.0.1:9/v1")) as url:
         address = urlsplit(url)
         with socket.create_connection((address.hostname, address.port)) as client:
-            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            client.sendall(head + b"Content-Length: 100\r\n\r\n{")
             time.sleep(0.1)
         deadline = time.monotonic() + 5
         while '"status": 499' not in caplog.text and time.monotonic() < deadline:

@@ -15,6 +15,7 @@ from serving.gateway.conversation import instruction_of
 from serving.gateway.errors import GatewayError
 from serving.gateway.schemas import read_request
 
+JSON_TYPE = {"content-type": "application/json"}
 USER = {"role": "user", "content": "hello"}
 GOOD = {"model": "m", "messages": [USER]}
 
@@ -85,7 +86,7 @@ def test_what_is_no_request_is_400_in_one_sentence_and_asks_nothing(
     url: str, model: Model, body: str | bytes, param: str | None
 ) -> None:
     before = len(model.asked)
-    answer = httpx.post(f"{url}/chat/completions", content=body, headers={"content-type": "application/json"})
+    answer = httpx.post(f"{url}/chat/completions", content=body, headers=JSON_TYPE)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
@@ -95,14 +96,14 @@ def test_what_is_no_request_is_400_in_one_sentence_and_asks_nothing(
 
 
 def test_half_a_character_is_told_as_such(url: str) -> None:
-    answer = httpx.post(f"{url}/chat/completions", content=text().replace('"hello"', '"\\ud800"'))
+    answer = httpx.post(f"{url}/chat/completions", content=text().replace('"hello"', '"\\ud800"'), headers=JSON_TYPE)
     assert "half a character (lone surrogate)" in answer.json()["error"]["message"]
 
 
 def test_a_body_of_10_mb_is_413_announced_or_not(url: str) -> None:
     body = text(messages=[{"role": "user", "content": "x" * 10_000_000}]).encode()
     for content in (body, iter([body[:50_000], body[50_000:200_000]])):
-        answer = httpx.post(f"{url}/chat/completions", content=content)
+        answer = httpx.post(f"{url}/chat/completions", content=content, headers=JSON_TYPE)
         assert answer.status_code == 413
         assert answer.json()["error"]["message"] == "the body is above 100000 bytes; send a shorter conversation"
 
