@@ -1,7 +1,8 @@
 """Templates over a dataset of one's own, and the mixtures by name, as datasets of `prompted`."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -15,10 +16,10 @@ from cappy.preparation.hub import HubDataset, commit_of, parse_hub, read_hub
 from cappy.preparation.mixtures import load_mixture
 from cappy.preparation.mixtures.facts import Subset, chosen, to_values
 from cappy.preparation.mixtures.plan import cap
-from cappy.preparation.prompted import Dataset, Prompt, Prompts, Table, Tally, distinct_choices
+from cappy.preparation.prompted import Dataset, Placed, Prompt, Prompts, Table, Tally, distinct_choices
 from cappy.preparation.rows import Rows, Values
 from cappy.preparation.shapes import from_bigbench
-from cappy.preparation.templates import Rendered, Template, fields, load_templates, render
+from cappy.preparation.templates import LimitError, Rendered, Result, Template, fields, load_templates, render_rows
 from cappy.records.folder import sha256_of
 
 Reader = Callable[[str], Rows]
@@ -142,13 +143,29 @@ def _under(templates: Sequence[Template], num_rows: int | None = None, *, seed: 
     needed = [fields(template) for template in templates]
     share = cap(num_rows, len(templates)) if num_rows else 0
 
-    def prompts(index: int, where: str, values: Values, tally: Tally) -> Iterator[Prompt]:
-        for number, template in enumerate(templates):
-            if num_rows and not _sees(index + number * num_rows // (share * len(templates)), num_rows, share):
-                continue
-            prompt = _prompt(template, needed[number], where, values, tally, seed)
-            if prompt is not None:
-                yield prompt
+    def shown_to(index: int) -> list[int]:
+        return [
+            number
+            for number in range(len(templates))
+            if not num_rows or _sees(index + number * num_rows // (share * len(templates)), num_rows, share)
+        ]
+
+    def prompts(rows: Iterable[Placed], tally: Tally) -> Iterator[tuple[Placed, list[Prompt]]]:
+        asked: deque[tuple[Placed, list[int]]] = deque()
+
+        def jobs() -> Iterator[tuple[Values, list[Template]]]:
+            for row in rows:
+                index, _, values = row
+                names = {name.replace("-", "_") for name in values} if tally.missing == "fail" else None
+                numbers = shown_to(index)
+                asked.append((row, numbers))
+                yield values, [templates[i] for i in numbers if names is None or needed[i] <= names]
+
+        for results in render_rows(jobs(), seed=seed):
+            row, numbers = asked.popleft()
+            found = iter(results)
+            made = (_prompt(templates[number], needed[number], row, found, tally) for number in numbers)
+            yield row, [prompt for prompt in made if prompt is not None]
 
     return prompts
 
@@ -159,21 +176,23 @@ def _sees(index: int, num_rows: int, share: int) -> bool:
 
 
 def _prompt(
-    template: Template, needed: frozenset[str], where: str, values: Values, tally: Tally, seed: int
+    template: Template, needed: frozenset[str], row: Placed, results: Iterator[Result], tally: Tally
 ) -> Prompt | None:
-    """The row under a template; None where it fails (which is tallied) or comes out blank."""
+    """The row under a template; None where it fails (which is tallied) or comes out blank.
+
+    The next of `results` is the template's, unless it was not rendered for want of a field.
+    """
     name = f"{template.dataset} {template.name}"
     tally.tried[name] += 1
+    _, where, values = row
     missing = _missing(template, needed, values)
-    try:
-        if missing and tally.missing == "fail":
-            raise RecordError(missing)
-        rendered = render(template, values, seed=seed)
-        if rendered is not None:
-            check_writable(f"{template.dataset}: template {shown(template.name)}", rendered)
-    except RecordError as error:
-        tally.fail(name, f"{where}: {error}")
+    rendered = RecordError(missing) if missing and tally.missing == "fail" else next(results)
+    if isinstance(rendered, Rendered):
+        rendered = _unwritable(f"{template.dataset}: template {shown(template.name)}", rendered) or rendered
+    if isinstance(rendered, RecordError):
+        tally.fail(name, f"{where}: {rendered}", limited=isinstance(rendered, LimitError))
         return None
+    tally.succeed(name)
     if missing:
         tally.hole(name, f"{where}: {missing}")
     if rendered is None:
@@ -191,16 +210,17 @@ def _prompt(
     )
 
 
-def check_writable(where: str, rendered: Rendered) -> None:
-    """RecordError for a text that no file of the record takes: with a NUL, or with half a character."""
+def _unwritable(where: str, rendered: Rendered) -> RecordError | None:
+    """What is wrong with a text that no file of the record takes: with a NUL, or with half a character."""
     for name, text in (("instruction", rendered.instruction), ("target", rendered.target)):
         if "\0" in text:
-            raise RecordError(f"{where}: {name} holds a NUL; delete it from the row")
+            return RecordError(f"{where}: {name} holds a NUL; delete it from the row")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             half = f"half a character ({shown(text[error.start])})"
-            raise RecordError(f"{where}: {name} holds {half}; delete it or write the whole one") from error
+            return RecordError(f"{where}: {name} holds {half}; delete it or write the whole one")
+    return None
 
 
 def _missing(template: Template, needed: frozenset[str], values: Values) -> str:
@@ -215,8 +235,14 @@ def _missing(template: Template, needed: frozenset[str], values: Values) -> str:
     )
 
 
-def _as_they_are(index: int, where: str, values: Values, tally: Tally) -> Iterator[Prompt]:
-    """The prompt that a row of tasksource/bigbench is; none where it is blank or has no answer."""
+def _as_they_are(rows: Iterable[Placed], tally: Tally) -> Iterator[tuple[Placed, list[Prompt]]]:
+    """The prompt that each row of tasksource/bigbench is; none where it is blank or has no answer."""
+    for row in rows:
+        _, where, values = row
+        yield row, list(_as_it_is(where, values, tally))
+
+
+def _as_it_is(where: str, values: Values, tally: Tally) -> Iterator[Prompt]:
     read = from_bigbench(where, values)
     references = tuple(text for text in read["references"] if text.strip())
     if isinstance(read["instruction"], str) and read["instruction"].strip() and references:

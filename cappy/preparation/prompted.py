@@ -10,8 +10,9 @@ import json
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,8 @@ from cappy.records.shard import Shard
 
 HOPELESS = 100
 """Rows after which a template that failed on all of them fails the run at once."""
+MAX_LIMITED = 3
+"""Rows in a row on which a template may run out of time or memory: each costs seconds."""
 _TOLD_EVERY = 4_096
 
 
@@ -53,6 +56,7 @@ class Tally:
     tried: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     errors: dict[str, str] = field(default_factory=dict)
+    limited: Counter[str] = field(default_factory=Counter)
     holes: dict[str, str] = field(default_factory=dict)
 
     def hole(self, name: str, error: str) -> None:
@@ -60,11 +64,23 @@ class Tally:
         self.counts["with_missing_fields"] += 1
         self.holes.setdefault(name, error)
 
-    def fail(self, name: str, error: str) -> None:
-        """One more failure of a template; RecordError where it has never done anything else."""
+    def succeed(self, name: str) -> None:
+        """A template did not fail on a row."""
+        self.limited.pop(name, None)
+
+    def fail(self, name: str, error: str, *, limited: bool = False) -> None:
+        """One more failure of a template; RecordError where it has never done anything else.
+
+        `limited` says that it ran out of time or memory: RecordError where it does that row after row, whatever share
+        of rows it may fail on.
+        """
         self.failed[name] += 1
         self.counts["failed"] += 1
         self.errors.setdefault(name, error)
+        self.limited[name] = self.limited[name] + 1 if limited else 0
+        if self.limited[name] == MAX_LIMITED:
+            rows = f"it ran out of time or memory on {MAX_LIMITED} rows in a row"
+            raise RecordError(f"{self.errors[name]}; {rows}: leave the template out with --template")
         if self.max_failed < 1 and self.failed[name] == self.tried[name] == HOPELESS:
             self.refuse(name)
 
@@ -93,8 +109,10 @@ class Table:
 
 Apart = Mapping[Split, "array[int]"]
 """Split -> sorted hashes of the prompts that no instance of it may have."""
-Prompts = Callable[[int, str, Values, Tally], Iterator[Prompt]]
-"""The prompts of the row of this index at this place."""
+Placed = tuple[int, str, Values]
+"""A row with its index and the place where it stands."""
+Prompts = Callable[[Iterable[Placed], Tally], Iterator[tuple[Placed, list[Prompt]]]]
+"""The prompts of each row, in order; it may read rows ahead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,24 +146,24 @@ def instances(datasets: Sequence[Dataset], places: Places, tally: Tally, progres
     held_out = _held_out(datasets, places, progress)
     for dataset in datasets:
         for table in dataset.tables:
-            for index, where, values in _rows(dataset, table, progress):
-                if places.shard.holds(index):
-                    yield from _of_row(dataset, table, index, where, values, places, held_out, tally)
+            rows = (row for row in _rows(dataset, table, progress) if places.shard.holds(row[0]))
+            for row, prompts in dataset.prompts(rows, tally):
+                yield from _of_row(dataset, table, row, prompts, places, held_out, tally)
 
 
 def _of_row(
     dataset: Dataset,
     table: Table,
-    index: int,
-    where: str,
-    values: Values,
+    row: Placed,
+    prompts: Iterable[Prompt],
     places: Places,
     held_out: Apart,
     tally: Tally,
 ) -> Iterator[Instance]:
+    index, _, values = row
     group = group_of(dataset.name, values)
     split = places.split(group, table)
-    for prompt in dataset.prompts(index, where, values, tally):
+    for prompt in prompts:
         if holds(held_out[split], prompt_hash(prompt.instruction)):
             tally.counts["dropped_shared_with_held_out"] += 1
             continue
@@ -180,20 +198,23 @@ def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -
     for dataset, table in tables if not all(table.held_out for _, table in tables) else ():
         if not (table.held_out or places.test or places.validation):
             continue
-        for index, where, values in _rows(dataset, table, progress):
-            split = places.split(group_of(dataset.name, values), table)
-            if split != "train":
-                prompts = dataset.prompts(index, where, values, untold)
-                hashes[split].extend(prompt_hash(prompt.instruction) for prompt in prompts)
+        split = partial(_split, dataset, table, places)
+        rows = (row for row in _rows(dataset, table, progress) if split(row) != "train")
+        for row, prompts in dataset.prompts(rows, untold):
+            hashes[split(row)].extend(prompt_hash(prompt.instruction) for prompt in prompts)
     test, both = (_sorted(found) for found in (hashes["test"], hashes["test"] + hashes["validation"]))
     return {"train": both, "validation": test, "test": array("Q")}
+
+
+def _split(dataset: Dataset, table: Table, places: Places, row: Placed) -> Split:
+    return places.split(group_of(dataset.name, row[2]), table)
 
 
 def _sorted(hashes: "array[int]") -> "array[int]":
     return array("Q", np.unique(np.array(hashes, dtype=np.uint64)).tobytes())
 
 
-def _rows(dataset: Dataset, table: Table, progress: Progress) -> Iterator[tuple[int, str, Values]]:
+def _rows(dataset: Dataset, table: Table, progress: Progress) -> Iterator[Placed]:
     for index, (where, values) in enumerate(table.rows()):
         if index % _TOLD_EVERY == 0:
             progress(index, None, unit=f"rows of {dataset.name}")

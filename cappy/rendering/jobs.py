@@ -1,0 +1,270 @@
+"""Jobs for the children: each is one row under some templates. Outcomes come in order, whatever a template does.
+
+Children are reused. Jobs are sent ahead while a child works. Where a child ends, the job that ended it is rendered
+again in a new one, a template at a time, until the template is known; the other jobs are rendered as if nothing had
+been.
+"""
+
+import atexit
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cappy.rendering.limits import MAX_ANSWER, MAX_MEMORY
+from cappy.rendering.process import EndedError, Process, close_all, forget_all
+
+MAX_SECONDS = 2.0
+"""CPU time of one template on one row, and of compiling one."""
+_MAX_REASON = 300
+_MAX_LOADED = 4096
+_MAX_IDLE = 2
+_AHEAD_JOBS = 32
+_AHEAD_CHARACTERS = 2**18
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A template of a kind (a module of this package), as its `load` takes it."""
+
+    kind: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Values as JSON (see `values.encode`), the templates that they are rendered with, each with an argument."""
+
+    values: str = "{}"
+    items: tuple[tuple[Source, Any], ...] = ()
+    load: tuple[Source, ...] = ()
+    seconds: float = MAX_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why there is no value. `limited`: it ran into a limit; `loading`: the template does not compile."""
+
+    reason: str
+    limited: bool = False
+    loading: bool = False
+
+
+Outcome = Any
+"""The value that a template gave, as JSON has it, or a Failure."""
+
+
+def run(kind: str, jobs: Iterable[Job]) -> Iterator[list[Outcome]]:
+    """The outcomes of each job, one for each of its items. An error of `jobs` itself is raised after the rest."""
+    pending: deque[Job] = deque()
+    with _leased(kind) as channel:
+        for job in _kept_back(jobs, pending):
+            if job is not None:
+                pending.append(job)
+                channel.submit(job)
+            while pending and (job is None or _far_ahead(pending)):
+                yield from _finish(channel, pending)
+
+
+def load(source: Source, seconds: float = MAX_SECONDS) -> Outcome:
+    """What the kind says of a template once it is compiled."""
+    with _leased(source.kind) as channel:
+        if source not in channel.said:
+            list(channel.render_alone(Job(load=(source,), seconds=seconds)))
+        return channel.said[source]
+
+
+def _kept_back(jobs: Iterable[Job], pending: deque[Job]) -> Iterator[Job | None]:
+    """The jobs, and None where nothing follows: at the end, and before an error of theirs."""
+    try:
+        yield from jobs
+    except Exception:
+        yield None
+        raise
+    yield None
+
+
+def _far_ahead(pending: deque[Job]) -> bool:
+    return len(pending) >= _AHEAD_JOBS or sum(len(job.values) for job in pending) >= _AHEAD_CHARACTERS
+
+
+def _finish(channel: "_Channel", pending: deque[Job]) -> Iterator[list[Outcome]]:
+    """The outcomes of the first pending job; of all, one at a time, where the child ended."""
+    try:
+        found = channel.receive(pending[0])
+    except EndedError as error:
+        first = channel.render_again(pending.popleft(), error)
+        yield first
+        while pending:
+            yield channel.render_alone(pending.popleft())
+    else:
+        pending.popleft()
+        yield found
+
+
+class _Channel:
+    """A child, and another one after it where it ends."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._process = _take(kind)
+        self._expected: deque[Source | Job] = deque()
+        self._refused: dict[Source, Failure] = {}
+
+    @property
+    def said(self) -> dict[Source, Outcome]:
+        """What is known of the templates."""
+        return self._process.said | self._refused
+
+    def submit(self, job: Job) -> None:
+        """Sends a job, and before it the templates that the child does not have."""
+        process = self._process
+        for source in (*job.load, *(source for source, _ in job.items)):
+            if source not in process.loaded and source not in self._refused:
+                process.loaded[source] = len(process.loaded)
+                self._send(source, ["load", process.loaded[source], job.seconds, *source.parts])
+        items = json.dumps([[process.loaded.get(source, -1), argument] for source, argument in job.items])
+        process.send(f'["run", {job.seconds}, {job.values}, {items}]'.encode("utf-8", "surrogatepass"))
+        self._expected.append(job)
+
+    def receive(self, job: Job) -> list[Outcome]:
+        """The outcomes of the job that was sent first; EndedError where the child ended."""
+        process = self._process
+        seconds = _WALL_SECONDS + _WALL_SHARE * job.seconds * max(1, len(job.items))
+        while True:
+            expected = self._expected[0]
+            answer = _parsed(process, process.receive(seconds))
+            if isinstance(expected, Source):
+                process.said[expected] = _outcome(answer, job.seconds, loading=True)
+                self._expected.popleft()
+                continue
+            if not isinstance(answer, list) or len(answer) != len(job.items):
+                process.close()
+                raise EndedError(_NONSENSE)
+            if len(answer) > 1 and {"limit": "size"} in answer:  # which of them is not known
+                process.close()
+                raise EndedError("size")
+            self._expected.popleft()
+            return [
+                self._failure(source) or _outcome(one, job.seconds)
+                for (source, _), one in zip(job.items, answer, strict=True)
+            ]
+
+    def render_alone(self, job: Job) -> list[Outcome]:
+        """The outcomes of a job while no other is under way."""
+        fresh = self._process.num_answers == 0
+        try:
+            self.submit(job)
+            return self.receive(job)
+        except EndedError as error:
+            return self.render_again(job, error, fresh=fresh)
+
+    def render_again(self, job: Job, error: EndedError, *, fresh: bool = False) -> list[Outcome]:
+        """The outcomes of the job that ended the child; `fresh` where the child had done nothing else."""
+        first = self._expected[0] if self._expected else None
+        self._restart()
+        certain = fresh or error.limit in _CERTAIN
+        if isinstance(first, Source) and certain:
+            self._refused[first] = _limited(error.limit, job.seconds, loading=True)
+        if len(job.items) > 1:
+            return [self.render_alone(replace(job, items=(item,)))[0] for item in job.items]
+        if certain:
+            return [_limited(error.limit, job.seconds, loading=isinstance(first, Source))]
+        # The child had done other work, and may have run out of what that had left. A new one has not.
+        return self.render_alone(job)
+
+    def release(self) -> None:
+        """Gives the child back for the next, unless it still works."""
+        if self._expected:
+            self._process.close()
+        else:
+            _give_back(self._process)
+
+    def _failure(self, source: Source) -> Failure | None:
+        said = self._refused.get(source) or self._process.said.get(source)
+        return said if isinstance(said, Failure) else None
+
+    def _send(self, source: Source, message: list[Any]) -> None:
+        self._process.send(json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        self._expected.append(source)
+
+    def _restart(self) -> None:
+        self._expected.clear()
+        self._process.close()
+        self._process = Process(self._kind)
+
+
+_WALL_SECONDS, _WALL_SHARE = 60.0, 10.0
+"""How long an answer may be waited for: a second of CPU time takes many on a busy machine."""
+_CERTAIN = ("time", "size")
+_NONSENSE = "answers what it was not asked"
+
+
+def _parsed(process: Process, line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError) as error:
+        process.close()
+        raise EndedError(_NONSENSE) from error
+
+
+def _outcome(answer: Any, seconds: float, *, loading: bool = False) -> Outcome:
+    if not isinstance(answer, dict):
+        return answer
+    if "limit" in answer:
+        return _limited(str(answer["limit"])[:_MAX_REASON], seconds, loading=loading)
+    return Failure(" ".join(str(answer.get("error")).split())[:_MAX_REASON], loading=loading)
+
+
+def _limited(limit: str, seconds: float, *, loading: bool = False) -> Failure:
+    reasons = {
+        "time": f"takes longer than {seconds:g} seconds",
+        "memory": f"needs more than {MAX_MEMORY // 2**20} MiB",
+        "size": f"makes more than {MAX_ANSWER // 2**20} MiB of text",
+    }
+    return Failure(reasons.get(limit, limit), limited=True, loading=loading)
+
+
+_idle: dict[str, list[Process]] = {}
+_lock = threading.Lock()
+
+
+@contextmanager
+def _leased(kind: str) -> Iterator[_Channel]:
+    channel = _Channel(kind)
+    try:
+        yield channel
+    finally:
+        channel.release()
+
+
+def _take(kind: str) -> Process:
+    with _lock:
+        idle = _idle.get(kind)
+        if idle:
+            return idle.pop()
+    return Process(kind)
+
+
+def _give_back(process: Process) -> None:
+    with _lock:
+        idle = _idle.setdefault(process.kind, [])
+        if process.is_ours and len(idle) < _MAX_IDLE and len(process.loaded) < _MAX_LOADED:
+            idle.append(process)
+            return
+    process.close()
+
+
+def _begin_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _idle.clear()
+    forget_all()
+
+
+os.register_at_fork(after_in_child=_begin_fork)
+atexit.register(close_all)
