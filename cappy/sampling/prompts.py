@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cappy.errors import ConfigError, shown
+from cappy.sampling.chat import chat_prompt
 
 
 def prompt_tokens(
@@ -33,8 +34,7 @@ def prompt_tokens(
 def rendered(tokenizer: Any, instruction: str, ends: Collection[int]) -> list[int]:
     """The tokens of the whole prompt."""
     if tokenizer.chat_template:
-        turns = [{"role": "user", "content": instruction}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = chat_prompt(tokenizer, instruction)
         ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return ids
     ids = tokenizer(instruction).input_ids
