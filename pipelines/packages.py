@@ -10,11 +10,13 @@ import yaml
 
 import pipelines
 from cappy.errors import ConfigError, shown
+from cappy.yaml_files import load_all_yaml
 from pipelines.compile import compiled
 from pipelines.recipe import Platform, Recipe
 
 JOB_ID = "{{$.pipeline_job_uuid}}"
 """What Vertex AI's YAML names a run by no more; see `compile`."""
+_MAX_CHARACTERS = 2**23
 
 
 def package_of(recipe: Recipe, platform: Platform, arguments: Mapping[str, Any], path: Path | None = None) -> str:
@@ -23,7 +25,7 @@ def package_of(recipe: Recipe, platform: Platform, arguments: Mapping[str, Any],
         return compiled(recipe, platform)
     try:
         text = path.read_text(encoding="utf-8")
-        documents = list(yaml.safe_load_all(text))
+        documents = load_all_yaml(text, max_characters=_MAX_CHARACTERS)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())}); compile it again") from error
     spec = documents[0] if documents and isinstance(documents[0], dict) else {}

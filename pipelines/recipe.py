@@ -11,6 +11,7 @@ from pydantic import Field
 import pipelines
 from cappy.config import settings
 from cappy.errors import ConfigError, near, shown
+from cappy.yaml_files import load_yaml
 from pipelines.resources import Accelerator, Resources
 
 Platform = Literal["local", "docker", "kubeflow", "vertex"]
@@ -115,7 +116,7 @@ def read_recipe(path: Path) -> Recipe:
             f"{path}: cannot be read as a recipe ({error}); give a YAML file such as recipes/adapt.yaml"
         ) from error
     try:
-        values = _Unrepeated(text).get_single_data()
+        values = load_yaml(text, _Unrepeated)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is no YAML: {' '.join(str(error).split())}; mend it") from error
     if not isinstance(values, dict):

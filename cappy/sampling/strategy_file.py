@@ -13,6 +13,7 @@ import yaml
 
 from cappy.errors import ConfigError, shown
 from cappy.sampling.strategies import Decoding, checked, parse_decoding
+from cappy.yaml_files import load_yaml
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "name": (str,),
@@ -37,7 +38,7 @@ def _read(path: Path) -> Any:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ConfigError(f"{path}: is larger than {_MOST_BYTES} bytes, so it is no file of decodings")
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); --strategy names a file of decodings") from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from cappy.errors import ConfigError, shown
+from cappy.yaml_files import FAST_LOADER, MAX_CHARACTERS, load_yaml
 
 FILE = "templates.yaml"
 _NEAR_NAMES = 5
@@ -48,7 +49,7 @@ def load_templates(folder: Path, dataset: str) -> tuple[Template, ...]:
     return tuple(found)
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] # the same loader, in C where it is
+class _Loader(FAST_LOADER):  # type: ignore[misc] # a class of PyYAML's
     """A safe loader that takes PromptSource's two tags for the mappings that they are."""
 
 
@@ -78,8 +79,9 @@ def _path(folder: Path, dataset: str) -> Path:
 
 def _mappings(path: Path) -> Mapping[str, Any]:
     try:
-        content = yaml.load(path.read_bytes(), _Loader)  # noqa: S506 # safe: see _Loader
-    except (yaml.YAMLError, RecursionError) as error:
+        with path.open("rb") as file:
+            content = load_yaml(file.read(MAX_CHARACTERS + 1), _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
