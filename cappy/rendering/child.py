@@ -43,14 +43,15 @@ def main(kind: str) -> None:
     module: Any = importlib.import_module(f"cappy.rendering.{kind}")
     source, target = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)
     sys.dont_write_bytecode = True
-    write_line(target, "ready")
-    for number in range(3):
-        os.dup2(nothing, number)
-    os.close(nothing)
     gc.collect()
     gc.freeze()
     apply_limits()
+    write_line(target, "ready")
+    os.dup2(nothing, 2)  # only now: why a child does not start is worth reading
+    os.close(nothing)
     try:
         serve(module, read_lines(source), lambda answer: write_line(target, answer))
     except MemoryError:

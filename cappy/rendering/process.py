@@ -65,8 +65,13 @@ class Process:
 
     @property
     def is_ours(self) -> bool:
-        """Whether this process started it: a fork of that one may not use it."""
+        """Whether it is open, and this process started it: a fork of that one may not use it."""
         return self._owner == os.getpid()
+
+    @property
+    def pid(self) -> int:
+        """The number of the child."""
+        return self._popen.pid
 
     def send(self, line: bytes) -> None:
         """Queues one line. Where the child is gone, `receive` says so."""
@@ -78,7 +83,7 @@ class Process:
     def receive(self, seconds: float) -> bytes:
         """The next line of the child, without its end; it may take so many seconds. EndedError where none comes."""
         if not self.is_ours:
-            raise EndedError("is another process's")
+            raise EndedError("is closed, or another process's")
         deadline = monotonic() + seconds
         start = 0
         while (end := self._received.find(b"\n", start)) < 0:
@@ -94,12 +99,13 @@ class Process:
 
     def close(self) -> None:
         """Ends the child, at once; in a fork of the parent it is left alone."""
-        _processes.discard(self)
-        if self.is_ours:
+        if self._owner == os.getpid():
             self._popen.kill()
             self._popen.wait()
-        else:
+        elif self._owner:
             self._popen.returncode = 0  # or it would be waited for, by one who is not its parent
+        self._owner = 0
+        _processes.discard(self)
         for pipe in self._pipes:
             pipe.close()
 

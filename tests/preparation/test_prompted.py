@@ -138,6 +138,22 @@ def test_a_template_that_never_works_is_refused_before_all_rows_are_read(
         prepare(path, templates=templates, dataset="quiz", missing="fail", max_failed=0.5)
 
 
+def test_a_template_that_runs_out_of_time_row_after_row_is_refused_whatever_share_may_fail(
+    prepare: Prepare, json_lines: Any, templates: Path
+) -> None:
+    file = templates / "quiz/templates.yaml"
+    endless = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    file.write_text(YAML.replace("Yes or no?", f"Yes or no?{{% if label %}}{endless}{{% endif %}}"))
+    known = {"templates": templates, "dataset": "quiz", "max_failed": 1.0, "test": 0, "validation": 0}
+    path = json_lines(*[row | {"label": int(n in (3, 5, 6))} for n, row in enumerate(quiz(20))])
+    assert prepare(path, **known)[0].facts["failed_templates"]["quiz ask"]["rows"] == 3
+    with pytest.raises(RecordError) as error:
+        prepare(json_lines(*[row | {"label": 1} for row in quiz(5_000)]), **known)
+    text = str(error.value)
+    assert "template 'ask' fails on the row (takes longer than 2 seconds)" in text
+    assert text.endswith("out of time or memory on 3 rows in a row: leave the template out with --template")
+
+
 def test_missing_fields_are_holes_that_are_counted_or_failures(
     prepare: Prepare, json_lines: Any, templates: Path
 ) -> None:
