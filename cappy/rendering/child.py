@@ -1,9 +1,9 @@
 """What runs in the child: templates are compiled once, then rendered for each job that comes.
 
-One line of JSON is one message. In: `["load", number, source...]` and `["run", seconds, values, [[number, argument],
-...]]`. Out, in the same order: what a load gives, and the list of what each template of a run gives. Instead of a
-value an answer may hold {"error": reason}, {"limit": "time"} or {"limit": "size"}. Where memory runs out, the process
-ends with `OUT_OF_MEMORY`.
+One line of JSON is one message. In: `["load", number, seconds, source...]` and `["run", seconds, values, [[number,
+argument], ...]]`. Out, in the same order: what a load gives, and the list of what each template of a run gives.
+Instead of a value an answer may hold {"error": reason} or {"limit": what}: time, size, or unloaded (it did not
+compile). Where memory runs out, the process ends with `OUT_OF_MEMORY`.
 """
 
 import gc
@@ -22,6 +22,8 @@ from cappy.rendering.limits import MAX_ANSWER, OUT_OF_MEMORY, TimeIsUpError, app
 from cappy.rendering.values import decode
 
 _CHUNK = 2**16
+_read = json.JSONDecoder(object_hook=decode).decode
+_written = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Kind(Protocol):
@@ -49,9 +51,9 @@ def main(kind: str) -> None:
     gc.collect()
     gc.freeze()
     apply_limits()
-    write_line(target, "ready")
     os.dup2(nothing, 2)  # only now: why a child does not start is worth reading
     os.close(nothing)
+    write_line(target, "ready")
     try:
         serve(module, read_lines(source), lambda answer: write_line(target, answer))
     except MemoryError:
@@ -62,7 +64,7 @@ def serve(kind: Kind, lines: Iterator[bytes], answer: Callable[[Any], None]) -> 
     """Answers each message in its order."""
     loaded: dict[int, Any] = {}
     for line in lines:
-        op, *parts = json.loads(line.decode("utf-8", "surrogatepass"), object_hook=decode)
+        op, *parts = _read(line.decode("utf-8", "surrogatepass"))
         if op == "load":
             answer(_load(kind, loaded, *parts))
         else:
@@ -79,10 +81,13 @@ def _load(kind: Kind, loaded: dict[int, Any], number: int, seconds: float, *sour
 
 def _run(kind: Kind, loaded: dict[int, Any], seconds: float, values: dict[str, Any], items: list[Any]) -> list[Any]:
     prepared = kind.prepare(values)
-    return [
-        _limited(seconds, kind.render, loaded[number], prepared, argument) if number in loaded else None
-        for number, argument in items
-    ]
+    answers = []
+    for number, argument in items:
+        if number in loaded:
+            answers.append(_limited(seconds, kind.render, loaded[number], prepared, argument))
+        else:
+            answers.append({"limit": "unloaded"})
+    return answers
 
 
 def _limited(seconds: float, call: Callable[..., Any], *args: Any) -> Any:
@@ -129,4 +134,4 @@ def write_line(target: int, answer: Any) -> None:
 
 
 def _line(answer: Any) -> bytes:
-    return json.dumps(answer, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+    return _written(answer).encode("utf-8", "surrogatepass") + b"\n"

@@ -27,12 +27,20 @@ _AHEAD_JOBS = 32
 _AHEAD_CHARACTERS = 2**18
 
 
-@dataclass(frozen=True, slots=True)
 class Source:
-    """A template of a kind (a module of this package), as its `load` takes it."""
+    """A template of a kind (a module of this package), as its `load` takes it. Equal ones are one; it hashes fast."""
 
-    kind: str
-    parts: tuple[str, ...]
+    __slots__ = ("_hash", "kind", "parts")
+
+    def __init__(self, kind: str, parts: tuple[str, ...]) -> None:
+        self.kind, self.parts = kind, parts
+        self._hash = hash((kind, parts))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Source) and (self.kind, self.parts) == (other.kind, other.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,8 @@ class Failure:
     limited: bool = False
     loading: bool = False
 
+
+_written = json.JSONEncoder(ensure_ascii=False).encode
 
 Outcome = Any
 """The value that a template gave, as JSON has it, or a Failure."""
@@ -122,14 +132,25 @@ class _Channel:
 
     def submit(self, job: Job) -> None:
         """Sends a job, and before it the templates that the child does not have."""
-        process = self._process
-        for source in (*job.load, *(source for source, _ in job.items)):
-            if source not in process.loaded and source not in self._refused:
-                process.loaded[source] = len(process.loaded)
-                self._send(source, ["load", process.loaded[source], job.seconds, *source.parts])
-        items = json.dumps([[process.loaded.get(source, -1), argument] for source, argument in job.items])
-        process.send(f'["run", {job.seconds}, {job.values}, {items}]'.encode("utf-8", "surrogatepass"))
+        for source in job.load:
+            self._number(source, job)
+        items = _written([[self._number(source, job), argument] for source, argument in job.items])
+        self._process.send(f'["run", {job.seconds}, {job.values}, {items}]'.encode("utf-8", "surrogatepass"))
         self._expected.append(job)
+
+    def _number(self, source: Source, job: Job) -> int:
+        """The number of a template in the child, which gets it now if it has it not; -1 of one that ends its child."""
+        loaded = self._process.loaded
+        number = loaded.get(source)
+        if number is not None:
+            return number
+        if source in self._refused:
+            return -1
+        number = loaded[source] = len(loaded)
+        message = _written(["load", number, job.seconds, *source.parts])
+        self._process.send(message.encode("utf-8", "surrogatepass"))
+        self._expected.append(source)
+        return number
 
     def receive(self, job: Job) -> list[Outcome]:
         """The outcomes of the job that was sent first; EndedError where the child ended."""
@@ -150,7 +171,7 @@ class _Channel:
                 raise EndedError("size")
             self._expected.popleft()
             return [
-                self._failure(source) or _outcome(one, job.seconds)
+                self._outcome(source, one, job) if isinstance(one, dict) else one
                 for (source, _), one in zip(job.items, answer, strict=True)
             ]
 
@@ -184,13 +205,10 @@ class _Channel:
         else:
             _give_back(self._process)
 
-    def _failure(self, source: Source) -> Failure | None:
-        said = self._refused.get(source) or self._process.said.get(source)
-        return said if isinstance(said, Failure) else None
-
-    def _send(self, source: Source, message: list[Any]) -> None:
-        self._process.send(json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-        self._expected.append(source)
+    def _outcome(self, source: Source, answer: dict[str, Any], job: Job) -> Outcome:
+        if answer.get("limit") == "unloaded":
+            return self._refused.get(source) or self._process.said[source]
+        return _outcome(answer, job.seconds)
 
     def _restart(self) -> None:
         self._expected.clear()

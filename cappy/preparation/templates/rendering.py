@@ -17,6 +17,7 @@ from cappy.rendering.values import encode
 
 _KIND = "promptsource"
 _RESTRICTED = "answer_choices"
+_written = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class LimitError(RecordError):
@@ -58,12 +59,18 @@ def render_rows(
     A RecordError stands in place of a result. ConfigError if a template does not compile.
     """
     asked: deque[tuple[Row, Sequence[Template], str]] = deque()
+    known: dict[int, tuple[Template, tuple[Source, str]]] = {}
+
+    def item(template: Template) -> tuple[Source, str]:
+        if id(template) not in known:  # hashing a template takes longer than the rest
+            known[id(template)] = template, (_source(template), f"{seed} {template.id}")
+        return known[id(template)][1]
 
     def sent() -> Iterator[Job]:
         for row, templates in rows:
             values, problem = _encoded(row)
             asked.append((row, templates, problem))
-            items = () if problem else tuple((_source(one), f"{seed} {one.id}") for one in templates)
+            items = () if problem else tuple(map(item, templates))
             yield Job(values=values, items=items, seconds=seconds)
 
     for outcomes in jobs.run(_KIND, sent()):
@@ -103,7 +110,7 @@ def _encoded(row: Row) -> tuple[str, str]:
     if any(name.replace("-", "_") == _RESTRICTED for name in row):
         return "{}", f"the row has a field {_RESTRICTED}, which is the template's; rename the column"
     try:
-        return json.dumps(encode(row), ensure_ascii=False), ""
+        return _written(encode(row)), ""
     except RecursionError:
         return "{}", "the row's values are nested too deep; mend the row"
 
