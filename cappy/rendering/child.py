@@ -22,15 +22,15 @@ from cappy.rendering.limits import MAX_ANSWER, OUT_OF_MEMORY, TimeIsUpError, app
 from cappy.rendering.values import decode
 
 _CHUNK = 2**16
-_read = json.JSONDecoder(object_hook=decode).decode
-_written = json.JSONEncoder(ensure_ascii=False).encode
+_from_json = json.JSONDecoder(object_hook=decode).decode
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Kind(Protocol):
     """A module of templates of one kind."""
 
     def load(self, *source: str) -> tuple[Any, Any]:
-        """A compiled template, and what is to be said of it."""
+        """A compiled template, and what is to be answer of it."""
 
     def render(self, compiled: Any, values: Any, argument: Any) -> Any:
         """What a template makes of the values of a job."""
@@ -64,7 +64,7 @@ def serve(kind: Kind, lines: Iterator[bytes], answer: Callable[[Any], None]) -> 
     """Answers each message in its order."""
     loaded: dict[int, Any] = {}
     for line in lines:
-        op, *parts = _read(line.decode("utf-8", "surrogatepass"))
+        op, *parts = _from_json(line.decode("utf-8", "surrogatepass"))
         if op == "load":
             answer(_load(kind, loaded, *parts))
         else:
@@ -73,10 +73,10 @@ def serve(kind: Kind, lines: Iterator[bytes], answer: Callable[[Any], None]) -> 
 
 def _load(kind: Kind, loaded: dict[int, Any], number: int, seconds: float, *source: str) -> Any:
     def compiled() -> Any:
-        loaded[number], said = kind.load(*source)
-        return said
+        loaded[number], answer = kind.load(*source)
+        return answer
 
-    return _limited(seconds, compiled)
+    return _call_within(seconds, compiled)
 
 
 def _run(kind: Kind, loaded: dict[int, Any], seconds: float, values: dict[str, Any], items: list[Any]) -> list[Any]:
@@ -84,13 +84,13 @@ def _run(kind: Kind, loaded: dict[int, Any], seconds: float, values: dict[str, A
     answers = []
     for number, argument in items:
         if number in loaded:
-            answers.append(_limited(seconds, kind.render, loaded[number], prepared, argument))
+            answers.append(_call_within(seconds, kind.render, loaded[number], prepared, argument))
         else:
             answers.append({"limit": "unloaded"})
     return answers
 
 
-def _limited(seconds: float, call: Callable[..., Any], *args: Any) -> Any:
+def _call_within(seconds: float, call: Callable[..., Any], *args: Any) -> Any:
     """What the call gives, or how it failed."""
     try:
         try:
@@ -134,4 +134,4 @@ def write_line(target: int, answer: Any) -> None:
 
 
 def _line(answer: Any) -> bytes:
-    return _written(answer).encode("utf-8", "surrogatepass") + b"\n"
+    return _to_json(answer).encode("utf-8", "surrogatepass") + b"\n"

@@ -62,7 +62,7 @@ class Failure:
     loading: bool = False
 
 
-_written = json.JSONEncoder(ensure_ascii=False).encode
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 Outcome = Any
 """The value that a template gave, as JSON has it, or a Failure."""
@@ -72,7 +72,7 @@ def run(kind: str, jobs: Iterable[Job]) -> Iterator[list[Outcome]]:
     """The outcomes of each job, one for each of its items. An error of `jobs` itself is raised after the rest."""
     pending: deque[Job] = deque()
     with _leased(kind) as channel:
-        for job in _kept_back(jobs, pending):
+        for job in _with_end(jobs, pending):
             if job is not None:
                 pending.append(job)
                 channel.submit(job)
@@ -83,12 +83,12 @@ def run(kind: str, jobs: Iterable[Job]) -> Iterator[list[Outcome]]:
 def load(source: Source, seconds: float = MAX_SECONDS) -> Outcome:
     """What the kind says of a template once it is compiled."""
     with _leased(source.kind) as channel:
-        if source not in channel.said:
+        if source not in channel.load_outcomes:
             list(channel.render_alone(Job(load=(source,), seconds=seconds)))
-        return channel.said[source]
+        return channel.load_outcomes[source]
 
 
-def _kept_back(jobs: Iterable[Job], pending: deque[Job]) -> Iterator[Job | None]:
+def _with_end(jobs: Iterable[Job], pending: deque[Job]) -> Iterator[Job | None]:
     """The jobs, and None where nothing follows: at the end, and before an error of theirs."""
     try:
         yield from jobs
@@ -105,7 +105,7 @@ def _far_ahead(pending: deque[Job]) -> bool:
 def _finish(channel: "_Channel", pending: deque[Job]) -> Iterator[list[Outcome]]:
     """The outcomes of the first pending job; of all, one at a time, where the child ended."""
     try:
-        found = channel.receive(pending[0])
+        outcomes = channel.receive(pending[0])
     except EndedError as error:
         first = channel.render_again(pending.popleft(), error)
         yield first
@@ -113,7 +113,7 @@ def _finish(channel: "_Channel", pending: deque[Job]) -> Iterator[list[Outcome]]
             yield channel.render_alone(pending.popleft())
     else:
         pending.popleft()
-        yield found
+        yield outcomes
 
 
 class _Channel:
@@ -126,28 +126,28 @@ class _Channel:
         self._refused: dict[Source, Failure] = {}
 
     @property
-    def said(self) -> dict[Source, Outcome]:
+    def load_outcomes(self) -> dict[Source, Outcome]:
         """What is known of the templates."""
-        return self._process.said | self._refused
+        return self._process.load_outcomes | self._refused
 
     def submit(self, job: Job) -> None:
         """Sends a job, and before it the templates that the child does not have."""
         for source in job.load:
             self._number(source, job)
-        items = _written([[self._number(source, job), argument] for source, argument in job.items])
+        items = _to_json([[self._number(source, job), argument] for source, argument in job.items])
         self._process.send(f'["run", {job.seconds}, {job.values}, {items}]'.encode("utf-8", "surrogatepass"))
         self._expected.append(job)
 
     def _number(self, source: Source, job: Job) -> int:
         """The number of a template in the child, which gets it now if it has it not; -1 of one that ends its child."""
-        loaded = self._process.loaded
-        number = loaded.get(source)
+        numbers = self._process.numbers
+        number = numbers.get(source)
         if number is not None:
             return number
         if source in self._refused:
             return -1
-        number = loaded[source] = len(loaded)
-        message = _written(["load", number, job.seconds, *source.parts])
+        number = numbers[source] = len(numbers)
+        message = _to_json(["load", number, job.seconds, *source.parts])
         self._process.send(message.encode("utf-8", "surrogatepass"))
         self._expected.append(source)
         return number
@@ -158,9 +158,9 @@ class _Channel:
         seconds = _WALL_SECONDS + _WALL_SHARE * job.seconds * max(1, len(job.items))
         while True:
             expected = self._expected[0]
-            answer = _parsed(process, process.receive(seconds))
+            answer = _parse(process, process.receive(seconds))
             if isinstance(expected, Source):
-                process.said[expected] = _outcome(answer, job.seconds, loading=True)
+                process.load_outcomes[expected] = _outcome(answer, job.seconds, loading=True)
                 self._expected.popleft()
                 continue
             if not isinstance(answer, list) or len(answer) != len(job.items):
@@ -190,11 +190,11 @@ class _Channel:
         self._restart()
         certain = fresh or error.limit in _CERTAIN
         if isinstance(first, Source) and certain:
-            self._refused[first] = _limited(error.limit, job.seconds, loading=True)
+            self._refused[first] = _limit_failure(error.limit, job.seconds, loading=True)
         if len(job.items) > 1:
             return [self.render_alone(replace(job, items=(item,)))[0] for item in job.items]
         if certain:
-            return [_limited(error.limit, job.seconds, loading=isinstance(first, Source))]
+            return [_limit_failure(error.limit, job.seconds, loading=isinstance(first, Source))]
         # The child had done other work, and may have run out of what that had left. A new one has not.
         return self.render_alone(job)
 
@@ -207,7 +207,7 @@ class _Channel:
 
     def _outcome(self, source: Source, answer: dict[str, Any], job: Job) -> Outcome:
         if answer.get("limit") == "unloaded":
-            return self._refused.get(source) or self._process.said[source]
+            return self._refused.get(source) or self._process.load_outcomes[source]
         return _outcome(answer, job.seconds)
 
     def _restart(self) -> None:
@@ -222,7 +222,7 @@ _CERTAIN = ("time", "size")
 _NONSENSE = "answers what it was not asked"
 
 
-def _parsed(process: Process, line: bytes) -> Any:
+def _parse(process: Process, line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError) as error:
@@ -234,11 +234,11 @@ def _outcome(answer: Any, seconds: float, *, loading: bool = False) -> Outcome:
     if not isinstance(answer, dict):
         return answer
     if "limit" in answer:
-        return _limited(str(answer["limit"])[:_MAX_REASON], seconds, loading=loading)
+        return _limit_failure(str(answer["limit"])[:_MAX_REASON], seconds, loading=loading)
     return Failure(" ".join(str(answer.get("error")).split())[:_MAX_REASON], loading=loading)
 
 
-def _limited(limit: str, seconds: float, *, loading: bool = False) -> Failure:
+def _limit_failure(limit: str, seconds: float, *, loading: bool = False) -> Failure:
     reasons = {
         "time": f"takes longer than {seconds:g} seconds",
         "memory": f"needs more than {MAX_MEMORY // 2**20} MiB",
@@ -271,7 +271,7 @@ def _take(kind: str) -> Process:
 def _give_back(process: Process) -> None:
     with _lock:
         idle = _idle.setdefault(process.kind, [])
-        if process.is_ours and len(idle) < _MAX_IDLE and len(process.loaded) < _MAX_LOADED:
+        if process.is_ours and len(idle) < _MAX_IDLE and len(process.numbers) < _MAX_LOADED:
             idle.append(process)
             return
     process.close()

@@ -37,6 +37,7 @@ def apply_limits() -> None:
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_NOFILE, _MAX_FILES)
+    _limit(resource.RLIMIT_NPROC, 0)
     size = _address_space()
     if size:  # macOS has no such file, and does not enforce this limit
         _limit(resource.RLIMIT_AS, size + MAX_MEMORY)

@@ -40,8 +40,8 @@ class Process:
     def __init__(self, kind: str) -> None:
         paths = [str(Path(cappy.__file__).parents[1]), *filter(None, sys.path)]
         self.kind = kind
-        self.loaded: dict[Any, int] = {}
-        self.said: dict[Any, Any] = {}
+        self.numbers: dict[Any, int] = {}
+        self.load_outcomes: dict[Any, Any] = {}
         self.num_answers = 0
         self._owner = os.getpid()
         self._unsent = bytearray()

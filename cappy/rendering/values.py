@@ -16,7 +16,7 @@ _MOMENTS = (datetime.datetime, datetime.date, datetime.time)
 _SETS = (set, frozenset)
 
 
-class Stand:
+class Placeholder:
     """Stands for an object that has no copy in the child (an image, an array): it prints as that object does.
 
     `base` is a plain value whose attributes it has, such as the datetime that a pandas timestamp is.
@@ -106,5 +106,5 @@ _MAKERS: Mapping[str, Callable[..., Any]] = {
     "timedelta": datetime.timedelta,
     "Decimal": decimal.Decimal,
     "UUID": uuid.UUID,
-    "object": Stand,
+    "object": Placeholder,
 }

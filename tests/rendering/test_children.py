@@ -52,6 +52,7 @@ def test_a_child_has_its_limits_and_no_file_but_its_pipes(child: Process) -> Non
     folder = Path(f"/proc/{child.pid}")
     limits = {line[:26].strip(): line[26:].split()[:2] for line in (folder / "limits").read_text().splitlines()[1:]}
     assert limits["Max file size"] == limits["Max core file size"] == ["0", "0"]
+    assert limits["Max processes"] == ["0", "0"]
     assert limits["Max open files"] == ["16", "16"]
     assert int(limits["Max address space"][1]) < 2**30
     files = sorted(str(file.readlink()).partition(":")[0] for file in (folder / "fd").iterdir())

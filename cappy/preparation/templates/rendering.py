@@ -17,7 +17,7 @@ from cappy.rendering.values import encode
 
 _KIND = "promptsource"
 _RESTRICTED = "answer_choices"
-_written = json.JSONEncoder(ensure_ascii=False).encode
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class LimitError(RecordError):
@@ -58,23 +58,23 @@ def render_rows(
 
     A RecordError stands in place of a result. ConfigError if a template does not compile.
     """
-    asked: deque[tuple[Row, Sequence[Template], str]] = deque()
-    known: dict[int, tuple[Template, tuple[Source, str]]] = {}
+    queue: deque[tuple[Row, Sequence[Template], str]] = deque()
+    items_by_id: dict[int, tuple[Template, tuple[Source, str]]] = {}
 
     def item(template: Template) -> tuple[Source, str]:
-        if id(template) not in known:  # hashing a template takes longer than the rest
-            known[id(template)] = template, (_source(template), f"{seed} {template.id}")
-        return known[id(template)][1]
+        if id(template) not in items_by_id:  # hashing a template takes longer than the rest
+            items_by_id[id(template)] = template, (_source(template), f"{seed} {template.id}")
+        return items_by_id[id(template)][1]
 
     def sent() -> Iterator[Job]:
         for row, templates in rows:
             values, problem = _encoded(row)
-            asked.append((row, templates, problem))
+            queue.append((row, templates, problem))
             items = () if problem else tuple(map(item, templates))
             yield Job(values=values, items=items, seconds=seconds)
 
     for outcomes in jobs.run(_KIND, sent()):
-        row, templates, problem = asked.popleft()
+        row, templates, problem = queue.popleft()
         if problem:
             yield [RecordError(f"{_where(template)}: {problem}") for template in templates]
         else:
@@ -110,7 +110,7 @@ def _encoded(row: Row) -> tuple[str, str]:
     if any(name.replace("-", "_") == _RESTRICTED for name in row):
         return "{}", f"the row has a field {_RESTRICTED}, which is the template's; rename the column"
     try:
-        return _written(encode(row)), ""
+        return _to_json(encode(row)), ""
     except RecursionError:
         return "{}", "the row's values are nested too deep; mend the row"
 
