@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from cappy.errors import RegistryError
+from pydantic import TypeAdapter, ValidationError
+
+from cappy.errors import RegistryError, shown
 from cappy.registry.client import MlflowException, connected
 from cappy.registry.models import CHALLENGER, CHAMPION, FORMER_TAG, Version
 from cappy.registry.versions import find, known
@@ -94,7 +96,16 @@ def history(name: str, *, tracking_uri: str) -> list[Move]:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 raise RegistryError(f"models:/{name}: {known(client, name)}") from error
             raise
-    return [Move(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(HISTORY_TAG)]
+    return [_read_move(name, key, tags[key]) for key in sorted(tags) if key.startswith(HISTORY_TAG)]
+
+
+def _read_move(name: str, key: str, text: str) -> Move:
+    """The move in a tag, which anyone with rights to the registry may have written."""
+    try:
+        return TypeAdapter(Move).validate_json(text, strict=True)
+    except ValidationError as error:
+        remedy = "delete the tag in MLflow"
+        raise RegistryError(f"models:/{name}: its tag {shown(key, 60)} is no move of an alias; {remedy}") from error
 
 
 def _move(

@@ -32,7 +32,8 @@ def register(config: RegistrationConfig, scorer: Manifest, report: Mapping[str, 
     """
     with connected(config.tracking_uri) as client:
         known = find_content(client, config.name, scorer.hash)
-        if known is None:
+        # Another tool can have copied the tag of the content; only our own say which run holds the files.
+        if known is None or not known.tags.get("cappy.mlflow_run"):
             known = _create(client, config, scorer, report, folder)
         elif not (_complete(client, known, config, scorer) and intact(known, tracking_uri=config.tracking_uri)):
             _upload(client, known.tags["cappy.mlflow_run"], config, scorer, report, folder)

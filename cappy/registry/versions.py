@@ -1,10 +1,12 @@
 """Registered versions: found by alias, number or content, downloaded and verified."""
 
 import contextlib
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import mlflow.artifacts
 
@@ -20,6 +22,8 @@ from cappy.specs import parse_spec
 NEWEST = "version_number DESC"
 SCORER_PATH = "artifacts/scorer"
 """Where the plain scorer folder lies inside a version."""
+_CONTENT = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{12}){0,2}")
+_PORTS = {"http": 80, "https": 443}
 
 
 def resolve(spec: str, *, tracking_uri: str) -> Version:
@@ -65,6 +69,10 @@ def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
     version = resolve(spec, tracking_uri=tracking_uri)
     if not version.manifest_hash:
         raise RegistryError(f"{version.uri}: was not registered by cappy (no tag {MANIFEST_TAG}); register it again")
+    # The name of a folder that may be deleted below: whoever may write a tag must not choose which one.
+    if not _CONTENT.fullmatch(version.content):
+        what = f"its tags name the content {shown(version.content, 60)}, not by sha256"
+        raise RegistryError(f"{version.uri}: was not registered by cappy ({what}); register it again")
     kept = cache / version.content
     if kept.is_dir():
         try:
@@ -86,6 +94,7 @@ def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
 def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
     """Downloads the scorer to `folder/scorer` and verifies it against the tag of the version."""
     with connected(tracking_uri) as client:
+        _refuse_elsewhere(version, client)
         try:
             mlflow.artifacts.download_artifacts(
                 artifact_uri=f"{version.source}/{SCORER_PATH}", dst_path=str(folder), tracking_uri=client.tracking_uri
@@ -106,6 +115,30 @@ def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
         numbers = f"manifest {found[:12]}, registered {version.manifest_hash[:12]}"
         raise RegistryError(f"{version.uri}: is not what was registered ({numbers}); register the scorer again")
     check_evaluated(scorer, version)
+
+
+def _refuse_elsewhere(version: Version, client: Any) -> None:
+    """RegistryError where the files of a version lie on another HTTP server than MLflow's: it would get our password.
+
+    MLflow sends what is in MLFLOW_TRACKING_TOKEN and the like to whatever host the source of a version names.
+    """
+    source, server = urlsplit(version.source), urlsplit(client.tracking_uri)
+    remedy = "register it again"
+    if source.scheme.lower() in ("runs", "models"):
+        raise RegistryError(f"{version.uri}: its source {shown(version.source, 80)} is no place of files; {remedy}")
+    if source.scheme.lower() not in ("http", "https", "mlflow-artifacts") or not source.netloc:
+        return
+    try:
+        scheme = server.scheme if source.scheme.lower() == "mlflow-artifacts" else source.scheme.lower()
+        theirs = (scheme, source.hostname, source.port or _PORTS.get(scheme))
+        ours = (server.scheme, server.hostname, server.port or _PORTS.get(server.scheme))
+    except ValueError:
+        theirs, ours = ("", "", None), ("", None, None)
+    if theirs != ours:
+        where = without_password(version.source)
+        raise RegistryError(
+            f"{version.uri}: its files lie on a server that is not MLflow's ({shown(where, 80)}); {remedy}"
+        )
 
 
 def intact(version: Version, *, tracking_uri: str) -> bool:

@@ -132,3 +132,67 @@ def _quick(uri: str, words: str) -> None:
     assert time.monotonic() - started < 8
     assert "\n" not in str(caught.value)
     assert uri in str(caught.value)
+
+
+@pytest.mark.parametrize("tag", ["cappy.manifest", "cappy.calibration"])
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_tag_never_chooses_which_folder_is_deleted(room: Any, registered: Any, tag: str, absolute: bool) -> None:
+    registered("a")
+    kept, cache = room.folder / "kept", room.folder / "models"
+    kept.mkdir()
+    (kept / "notes.txt").write_text("mine")
+    manifest = read_manifest(room.folder / "a").hash
+    (cache / f"{manifest}-").mkdir(parents=True)
+    named = str(kept) if absolute else "../kept" if tag == "cappy.manifest" else "/../../kept"
+    _tag(room, tag, named)
+    with pytest.raises(RegistryError, match=r"models:/cappy/1: "):
+        registry.download("models:/cappy/1", tracking_uri=room.uri, cache=cache)
+    assert (kept / "notes.txt").read_text() == "mine"
+
+
+def _tag(room: Any, name: str, value: str) -> None:
+    from cappy.registry.client import connected
+
+    with connected(room.uri) as client:
+        client.set_model_version_tag("cappy", "1", name, value)
+
+
+@pytest.mark.parametrize(
+    "form", ["http://{}/api/2.0/mlflow-artifacts/artifacts/0/model", "mlflow-artifacts://{}/0/model"]
+)
+def test_no_other_server_gets_the_password_of_mlflow(
+    room: Any, registered: Any, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from cappy.registry import versions
+
+    registered("a")
+    asked: list[str] = []
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers.get("Authorization", ""))
+            self.send_error(404)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = form.format(f"127.0.0.1:{server.server_address[1]}")
+        found = replace(versions.resolve("models:/cappy/1", tracking_uri=room.uri), source=source)
+        monkeypatch.setattr(versions, "resolve", lambda *_, **__: found)
+        with pytest.raises(RegistryError, match=r"models:/cappy/1: its files lie on a server that is not MLflow's"):
+            registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+        server.shutdown()
+    assert asked == []
+
+
+@pytest.mark.parametrize("text", ["[1,", "{}", '{"at": 1}', "[" * 100_000])
+def test_a_history_that_somebody_edited_is_one_line(room: Any, registered: Any, text: str) -> None:
+    from cappy.registry.client import connected
+
+    registered("a")
+    with connected(room.uri) as client:
+        client.set_registered_model_tag("cappy", "cappy.history.00000", text[:5000])
+    with pytest.raises(RegistryError, match=r"models:/cappy: its tag 'cappy.history.00000' is no move"):
+        registry.history("cappy", tracking_uri=room.uri)
