@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 from cappy.errors import ConfigError, FolderError, shown
+from cappy.hub_client import guard_client
 from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.records.folder import MANIFEST, read_manifest
 
 Kind = Literal["builtin", "path", "hub", "openai", "vllm", "models"]
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"[0-9a-f]{7,40}")
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 SCORERS = "builtin, a folder, hub:org/name@revision or models:/name@alias"
@@ -110,18 +112,37 @@ def _local(spec: Spec) -> Path:
 def hub_folder(spec: Spec, *, also: Sequence[str] = ()) -> Path:
     """Downloads a pinned repository, safetensors, tokenizer and `also` alone; ConfigError if it cannot be had."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *also]
+    guard_client()
     try:
-        folder = Path(snapshot_download(spec.name, revision=spec.revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        commit = _commit(spec)
+        folder = Path(snapshot_download(spec.name, revision=commit, allow_patterns=wanted))
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the client raises over an answer: it has a dozen kinds, of three libraries
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"{spec.text}: cannot be had from the hub ({shown(reason, 100)}); check name, revision and network"
         ) from error
     # The hub answers a name of seven or more hexadecimal digits with a branch of that name, which can move.
     if not folder.name.startswith(spec.revision):
-        remedy = "give the whole commit hash"
-        raise ConfigError(f"{spec.text}: is not a commit but a name of {shown(folder.name, 50)}; {remedy}")
+        raise _no_commit(spec, folder.name)
     return folder
+
+
+def _commit(spec: Spec) -> str:
+    """The whole hash of a shortened commit; as it stands where the hub is not asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import is_offline_mode
+
+    if _COMMIT.fullmatch(spec.revision) or is_offline_mode():
+        return spec.revision
+    found = str(HfApi().model_info(spec.name, revision=spec.revision).sha)
+    if not _COMMIT.fullmatch(found) or not found.startswith(spec.revision):
+        raise _no_commit(spec, found)
+    return found
+
+
+def _no_commit(spec: Spec, found: str) -> ConfigError:
+    return ConfigError(f"{spec.text}: is not a commit but a name of {shown(found, 50)}; give the whole commit hash")

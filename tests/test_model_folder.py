@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -343,6 +344,7 @@ def test_a_hub_spec_is_no_path(text: str) -> None:
 def test_a_branch_that_looks_like_a_commit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "0123456789" * 4
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "snapshots" / commit))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(sha=commit))
     assert hub_folder(parse_spec(f"hub:org/name@{commit[:7]}")).name == commit
     with pytest.raises(ConfigError, match="give the whole commit hash"):
         hub_folder(parse_spec("hub:org/name@deadbeef"))

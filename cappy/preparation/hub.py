@@ -4,14 +4,16 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cappy.errors import ConfigError, shown
+from cappy.hub_client import guard_client
 from cappy.preparation.mixtures.facts import CONVERTED
 from cappy.preparation.rows import Rows
 
 PREFIX = "hub:"
-_FORM = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?::(?P<configuration>[^@]+))?(?:@(?P<revision>\S+))?")
+_FORM = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?::(?P<configuration>[^@]+))?(?:@(?P<revision>\S+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -46,20 +48,33 @@ def commit_of(dataset: HubDataset) -> str:
         return dataset.revision
     from huggingface_hub import HfApi
 
+    guard_client()
     with _hub_errors(dataset):
-        return str(HfApi().dataset_info(dataset.repository, revision=dataset.revision).sha)
+        found = str(HfApi().dataset_info(dataset.repository, revision=dataset.revision).sha)
+        if not _COMMIT.fullmatch(found):
+            raise ValueError(f"it answers with {shown(found, 50)}, which is no commit")
+        return found
 
 
 def read_hub(dataset: HubDataset, commit: str, split: str) -> Rows:
     """The rows of one split as they come, in the hub's order; only what is read is fetched."""
     import datasets
 
+    # datasets would take a folder of this name for the repository, at whatever commit.
+    if Path(dataset.repository).exists():
+        remedy = "run elsewhere, or give the file in it as --source"
+        raise ConfigError(
+            f"{dataset.name}: a folder {dataset.repository} of this machine hides the repository; {remedy}"
+        )
+    guard_client()
     where = f"{dataset.name} {split}"
     # On the converted branch a configuration is a folder and has no name (tried with datasets 5.2).
     key = "data_dir" if dataset.revision == CONVERTED else "name"
     chosen: dict[str, Any] = {key: dataset.configuration} if dataset.configuration else {}
     with _hub_errors(dataset):
         rows = datasets.load_dataset(dataset.repository, revision=commit, split=split, streaming=True, **chosen)
+        # Pictures and sounds stay bytes: to decode one opens whatever path the row names.
+        rows = rows.decode(False)
         for number, row in enumerate(rows, start=1):
             yield f"{where}: row {number}", row
 

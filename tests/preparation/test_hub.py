@@ -160,3 +160,42 @@ def test_nothing_of_a_repository_is_executed(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith(
         "cappy preparation: hub:org/quiz@main: cannot be read from the hub ("
     )
+
+
+def test_a_folder_of_the_repositorys_name_does_not_stand_for_it(tmp_path: Path) -> None:
+    (tmp_path / "org" / "quiz").mkdir(parents=True)
+    (tmp_path / "org" / "quiz" / "train.jsonl").write_text('{"instruction": "other", "reference": "x"}\n')
+    files = {"train.jsonl": b'{"instruction": "q", "reference": "a"}\n'}
+    done = preparation({"org/quiz": {"main": files}}, tmp_path, "--source", "hub:org/quiz", "--target", "target")
+    assert done.returncode == 1
+    assert "a folder org/quiz of this machine hides the repository; run elsewhere" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["hub:../..", "hub:./a", "hub:a/..", "hub:.a/b"])
+def test_a_path_is_no_name_of_a_dataset(name: str) -> None:
+    with pytest.raises(ConfigError, match="no dataset of the hub"):
+        parse_hub(name)
+
+
+TRAIN = ("--test", "0", "--validation", "0")
+
+
+def test_no_picture_of_a_row_is_opened(
+    prepared: Callable[..., tuple[Manifest, list[Instance]]], tmp_path: Path
+) -> None:
+    import io
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    picture = pa.array([{"bytes": None, "path": "/nowhere/picture.png"}])
+    table = pa.table({"instruction": ["q"], "reference": ["a"], "picture": picture})
+    features = {name: {"dtype": "string", "_type": "Value"} for name in ("instruction", "reference")}
+    facts = {"info": {"features": {**features, "picture": {"_type": "Image"}}}}
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(facts)}), buffer)
+    _, found = prepared(
+        {"org/quiz": {"main": {"train.parquet": buffer.getvalue()}}}, "--source", "hub:org/quiz", *TRAIN
+    )
+    assert [instance.instruction for instance in found] == ["q"]
