@@ -20,6 +20,7 @@ from cappy.preparation.rows import Row, Rows
 from cappy.preparation.shapes import known
 from cappy.records import Instance, read, read_manifest
 from cappy.records.folder import MANIFEST, Manifest, sha256_of
+from cappy.records.shard import parse_shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +115,11 @@ def _check_shards(folders: Sequence[Path], manifests: Sequence[Manifest]) -> Non
     works = [
         (manifest.step, manifest.code, manifest.parents, {**manifest.config, "shard": ""}) for manifest in manifests
     ]
-    count = next(filter(None, shards)).partition("/")[2]
-    missing = {f"{index}/{count}" for index in range(int(count))} - set(shards)
+    try:
+        count = parse_shard(next(filter(None, shards))).count
+    except ConfigError as error:
+        raise FolderError(f"{folders[0].parent}: a manifest in it names no shard; {error}") from error
+    missing = {f"{index}/{count}" for index in range(count)} - set(shards)
     odd = next((index for index, work in enumerate(works) if work != works[0] or not shards[index]), None)
     if odd is not None:
         remedy = "move it elsewhere, or run that shard again"

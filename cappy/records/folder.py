@@ -20,6 +20,8 @@ from cappy.records.instance import Instance
 from cappy.records.schema import SCHEMA_VERSION, to_table
 
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 64 * 2**20
+"""Of a manifest: one of 100,000 parts has 13 MB."""
 PART_ROWS = 512
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_FOLDERS = (errno.EMFILE, errno.ENOSYS, errno.ENOTSUP)
@@ -79,14 +81,35 @@ class Manifest:
         for derived in ("rows", "candidates"):
             values.pop(derived, None)
         files = tuple(File(**file) for file in values.pop("files"))
-        for file in files:
-            _refuse_outside(file.name)
-        return Manifest(**{**values, "files": files, "parents": tuple(values.pop("parents"))})
+        manifest = Manifest(**{**values, "files": files, "parents": tuple(values.pop("parents"))})
+        _refuse_odd(manifest)
+        return manifest
+
+
+def _refuse_odd(manifest: Manifest) -> None:
+    """ValueError where a field is of another type than `to_json` writes, or its hash cannot be made."""
+    for file in manifest.files:
+        _refuse_outside(file.name)
+        if not isinstance(file.sha256, str) or not all(map(_is_count, (file.rows, file.candidates))):
+            raise ValueError(f"the file {file.name!r} has no sha256, or rows that are no number")
+    if len({file.name for file in manifest.files}) < len(manifest.files):
+        raise ValueError("it names a file twice")
+    objects = (manifest.config, manifest.generators, manifest.metrics, manifest.facts)
+    texts = (manifest.step, manifest.code, *manifest.parents)
+    if not all(isinstance(found, dict) for found in objects) or not all(isinstance(found, str) for found in texts):
+        raise ValueError("a field is of another type")
+    if not _is_count(manifest.schema_version):
+        raise ValueError(f"schema_version is {manifest.schema_version!r}")
+    manifest.to_json().encode()
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _refuse_outside(name: str) -> None:
     """ValueError where the name leads out of the folder: manifests come from registries that others write to."""
-    if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+    if name.startswith("/") or "\\" in name or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
         raise ValueError(f"the file name {name!r} leads out of the folder")
 
 
@@ -118,7 +141,9 @@ def write_bytes(path: Path, data: bytes) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("wb") as file:
+            # Made anew, never opened: in a folder that others write to, a link may wait under the name.
+            temporary.unlink(missing_ok=True)
+            with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -202,8 +227,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not path.is_file():
         raise FolderError(f"{folder}: has no {MANIFEST}, so it is unfinished; run the step that writes it again")
     try:
+        if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
+            raise ValueError(f"it has {size:,} bytes")
         manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FolderError(
             f"{path}: is not a manifest ({shown(str(error))}); run the step that wrote it again"
         ) from error
@@ -251,7 +278,11 @@ def verified(folder: Path, file: File) -> Path:
     """The path of a file of the folder, once its sha256 is that of the manifest."""
     path = folder / file.name
     remedy = f"delete {folder} and run the step that wrote it again"
-    if not path.is_file():
+    try:
+        missing = not path.is_file()
+    except OSError:  # a name too long for the disk
+        missing = True
+    if missing:
         raise FolderError(f"{path}: is missing, the manifest names it; {remedy}")
     if (found := sha256_of(path)) != file.sha256:
         raise FolderError(f"{path}: is damaged (sha256 {found[:12]}, manifest {file.sha256[:12]}); {remedy}")

@@ -1,6 +1,7 @@
 """Reading of finished folders: instances for people, record batches for hot loops, all rows or a range of them."""
 
 import bisect
+import contextlib
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,10 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cappy.errors import FolderError
+from cappy.errors import FolderError, shown
 from cappy.records.folder import MANIFEST, PART_ROWS, File, read_manifest, verified
 from cappy.records.instance import Instance, Split
-from cappy.records.schema import from_batch
+from cappy.records.schema import from_batch, odd_column
 
 
 def read(folder: str | Path, *, splits: Sequence[Split] | None = None, rows: range | None = None) -> Iterator[Instance]:
@@ -32,7 +33,7 @@ def read_batches(
     """Streams Arrow record batches, for loops that need a few columns of many rows; each part is verified first."""
     if rows is None:
         for file in _parts(Path(folder)):
-            with pq.ParquetFile(verified(Path(folder), file)) as parquet:
+            with _part(verified(Path(folder), file)) as parquet:
                 yield from parquet.iter_batches(batch_size=PART_ROWS, columns=columns)
         return
     files, ends = _rows_of_files(Path(folder), _stamp(Path(folder) / MANIFEST))
@@ -42,9 +43,23 @@ def read_batches(
         if start >= rows.stop:
             return
         path = _verified_once(Path(folder), file, _stamp(Path(folder) / file.name))
-        with pq.ParquetFile(path) as parquet:
+        with _part(path) as parquet:
             batches = parquet.iter_batches(batch_size=PART_ROWS, columns=columns)
             yield from _within(batches, max(rows.start - start, 0), min(rows.stop - start, file.rows))
+
+
+@contextlib.contextmanager
+def _part(path: Path) -> Iterator[pq.ParquetFile]:
+    """A part that holds columns of the record's types; FolderError for any other file."""
+    remedy = "run the step that wrote the folder again"
+    try:
+        with pq.ParquetFile(path) as parquet:
+            if odd := odd_column(parquet.schema_arrow):
+                raise FolderError(f"{path}: is no part of the record ({odd}); {remedy}")
+            yield parquet
+    except pa.ArrowException as error:
+        reason = shown(str(error).splitlines()[0], 120)
+        raise FolderError(f"{path}: cannot be read as Parquet ({reason}); {remedy}") from error
 
 
 def _parts(folder: Path) -> tuple[File, ...]:

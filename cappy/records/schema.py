@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cappy.errors import shown
 from cappy.records.instance import Candidate, Instance
 
 SCHEMA_VERSION = 1
@@ -57,6 +58,32 @@ def _defaults(kind: type[Any]) -> dict[str, Any]:
 
 _INSTANCE_DEFAULTS = _defaults(Instance)
 _CANDIDATE_DEFAULTS = _defaults(Candidate)
+
+
+def odd_column(schema: pa.Schema) -> str:
+    """What is wrong with the columns of a part, in words; empty where they are the record's, or some of them.
+
+    Those that a newer writer added are passed over, those that an older one did not know may be missing, except what
+    every instance and candidate has.
+    """
+    if schema.names != list(dict.fromkeys(schema.names)):
+        return "a column stands there twice"
+    candidates = schema.field("candidates").type if "candidates" in schema.names else None
+    if candidates is not None and not (pa.types.is_list(candidates) and pa.types.is_struct(candidates.value_type)):
+        return f"candidates is of type {shown(str(candidates), 60)}"
+    inner = candidates.value_type if candidates is not None else ()
+    for kind, found, known in (
+        (Instance, list(schema), {field.name: field.type for field in SCHEMA if field.name != "candidates"}),
+        (Candidate, [inner[index] for index in range(len(inner))], {field.name: field.type for field in _CANDIDATE}),
+    ):
+        types = {field.name: field.type for field in found}
+        needed = {field.name for field in fields(kind) if field.default is field.default_factory is MISSING}
+        if (kind is Instance or candidates is not None) and (missing := sorted(needed - types.keys())):
+            return f"has no column {missing[0]}"
+        for name in known.keys() & types.keys():
+            if not types[name].equals(known[name]) and not pa.types.is_null(types[name]):
+                return f"{name} is of type {shown(str(types[name]), 60)}, must be {known[name]}"
+    return ""
 
 
 def to_table(instances: Iterable[Instance]) -> pa.Table:
