@@ -24,6 +24,8 @@ HELD_OUT = 0.2
 MIN_HELD_OUT = 16
 MAX_EXAMPLES = 50_000
 """Examples of a split that are kept, as in tasksource/bigbench."""
+MAX_TASK_BYTES = 512 * 2**20
+"""Of a JSON task, which is read whole; the largest of the benchmark has about 200 MB."""
 TASK_FILE = "task.json"
 
 
@@ -40,6 +42,8 @@ def is_task(path: Path) -> bool:
     if path.suffix != ".json" or path.name == TASK_FILE:
         return path.name == TASK_FILE
     try:
+        if path.stat().st_size > MAX_TASK_BYTES:
+            return False
         return "examples" in json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, TypeError):
         return False
@@ -110,6 +114,10 @@ def _fields(where: str, task: Values, example: Mapping[str, Any], name: str, rng
     scores = example.get("target_scores")
     if scores is not None and not (isinstance(scores, dict) and scores):
         raise RecordError(f"{where}: target_scores must be choices with their scores, got {shown(scores)}; mend it")
+    if scores is not None and not all(_is_number(score) for score in scores.values()):
+        raise RecordError(f"{where}: target_scores must be numbers, got {shown(scores)}; mend it")
+    for field in ("task_prefix", "example_input_prefix", "choice_prefix", "example_output_prefix"):
+        _text(where, {field: "", **task}, field)
     choices = sorted(scores or ())
     shuffled = rng.sample(choices, len(choices)) if task.get("append_choices_to_input", True) else ()
     prompt = "".join(
@@ -140,14 +148,25 @@ def _text(where: str, example: Mapping[str, Any], name: str) -> str:
     value = example.get(name)
     if not isinstance(value, str):
         raise RecordError(f"{where}: {name} must be a text, got {shown(value)}; mend it")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise RecordError(f"{where}: {name} holds half a character; delete it or write the whole one")
     return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def _object(path: Path) -> Values:
     with readable(path):
-        text = path.read_text(encoding="utf-8", errors="strict")
+        size, data = path.stat().st_size, b""
+        if size <= MAX_TASK_BYTES:
+            data = path.read_bytes()
+    if size > MAX_TASK_BYTES:
+        remedy = "cut it into several tasks"
+        raise RecordError(f"{path}: has {size:,} bytes, a task may have {MAX_TASK_BYTES:,}; {remedy}")
     try:
-        values = json.loads(text)
+        values = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise RecordError(f"{path}: is not JSON ({reason}); choose a JSON task of BIG-bench") from error

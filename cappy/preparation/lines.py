@@ -56,6 +56,9 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 def _next_line(file: IO[bytes], path: Path, number: int) -> bytes:
     try:
         raw = file.readline(MAX_LINE_BYTES + 1)
+    except MemoryError as error:
+        remedy = "pack it with less memory (xz -6), or as gzip"
+        raise RecordError(f"{path}:{number}: the compressed file needs too much memory to unpack; {remedy}") from error
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         reason = str(error).rstrip(".")
         raise RecordError(
