@@ -21,6 +21,7 @@ from typing import Any
 
 from cappy.errors import FolderError, shown
 from cappy.records.folder import MANIFEST, Manifest, describe_files, verify
+from cappy.tokenizer_bounds import refuse_growth
 
 LOGGER = logging.getLogger(__name__)
 _LOGGED: set[tuple[Path, str]] = set()
@@ -53,6 +54,8 @@ _COUNT_KEYS = re.compile(r"^_?num_|(layers?|heads?|experts?|labels|blocks?|stage
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
 _FILE_KEYS = frozenset({"configuration_files", "fast_tokenizer_files", "transformers_weights"})
 """Keys by which transformers reads other files than those with the usual names."""
+_TABLE_KEYS = frozenset({"vocab", "merges"})
+"""Keys of tokenizer_config.json that are tables, and where they are texts the paths of any file."""
 _KERNEL_KEYS = frozenset({"attn_implementation", "experts_implementation"})
 _SENTENCE_TRANSFORMERS = "sentence_transformers."
 
@@ -82,7 +85,9 @@ class ModelFolder:
         from transformers import AutoTokenizer
 
         with _one_line(f"{self.path}: its tokenizer cannot be read", "save the tokenizer beside the weights again"):
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            refuse_growth(tokenizer)
+            return tokenizer
 
     def model(self, auto_class: Any, config: Any) -> tuple[Any, list[str]]:
         """The model in fp32 on the CPU, and the names of parameters that the weights lack, which are random.
@@ -172,6 +177,8 @@ def refuse_code(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_dir() and path.is_symlink():
             raise FolderError(f"{path}: is a link to a folder elsewhere; copy its files here, or delete it")
+        if not path.is_dir() and not path.is_file():
+            raise FolderError(f"{path}: is no file (a pipe, a socket or a broken link); delete it")
     for path in _matching(folder, CODE):
         raise FolderError(f"{path}: is code, which is never run from a model's folder; delete it")
     for path in _matching(folder, ("*.json",)):
@@ -185,7 +192,8 @@ def _refuse_named_code(path: Path, values: Any) -> None:
     for key, value in _items(values):
         if key in _CODE_KEYS or (key == "trust_remote_code" and value):
             raise FolderError(f"{path}: asks for code of its own ({key}), which is never run; remove the entry")
-        if key in _FILE_KEYS:
+        texts = path.name.startswith("tokenizer_config") and isinstance(value, str)
+        if key in _FILE_KEYS or (texts and key in _TABLE_KEYS):
             raise FolderError(f"{path}: names other files to load ({key}); remove the entry")
         if key.removeprefix("_") in _KERNEL_KEYS and "/" in str(value):
             raise FolderError(f"{path}: {key} is {shown(value)}, code from a hub; remove the entry")
@@ -221,8 +229,11 @@ def _refuse_outside(path: Path, values: Any) -> None:
     if not isinstance(names, Mapping):
         raise FolderError(f"{path}: is not an index of weights; save the model again")
     for name in set(map(str, names.values())):
-        if Path(name).name != name:
-            raise FolderError(f"{path}: names weights outside the folder ({shown(name)}); save the model again")
+        # A hidden file is not hashed.
+        if Path(name).name != name or name.startswith("."):
+            raise FolderError(
+                f"{path}: names weights outside the folder, or hidden ones ({shown(name)}); save the model again"
+            )
 
 
 def _refuse_large(folder: Path) -> None:
@@ -309,7 +320,10 @@ def _one_line(text: str, remedy: str) -> Iterator[None]:
         yield
     except FolderError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A panic of the tokenizers library, which is Rust, is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = (" ".join(str(error).split())) or type(error).__name__
         raise FolderError(f"{text} ({shown(reason, 160)}); {remedy}") from error
 

@@ -1,0 +1,88 @@
+"""What the tokenizer of a model's folder may do to a text: a file of a kilobyte can make gigabytes of a sentence.
+
+Checked on the loaded tokenizer, without its vocabulary, before any text goes through it.
+"""
+
+import base64
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cappy.errors import shown
+
+MAX_GROWTH = 64
+"""How many times longer all replacements of a normalizer together may make a text."""
+MAX_COMPONENTS = 64
+"""Of a normalizer, a pre-tokenizer, a post-processor or a decoder; the longest seen have a dozen."""
+MAX_TEXT = 256
+"""Characters of a text that a component puts into every text, or before every word."""
+MAX_WORD_CHARACTERS = 1_000
+"""Of a word that WordPiece cuts, which takes the square of its length."""
+
+_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
+_PIECES = ("single", "pair", "special_tokens", "ids", "tokens")
+
+
+def refuse_growth(tokenizer: Any) -> None:
+    """ValueError where a component multiplies texts or adds long ones; a tokenizer of Python alone has none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for name in _PARTS if backend is not None else ():
+        part = getattr(backend, name)
+        if part is not None:
+            _check_part(name, json.loads(part.__getstate__()))
+    model = getattr(backend, "model", None)
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        _check_text(name, getattr(model, name, None) or "")
+    if (getattr(model, "max_input_chars_per_word", None) or 0) > MAX_WORD_CHARACTERS:
+        raise ValueError(f"its max_input_chars_per_word is above {MAX_WORD_CHARACTERS:,}")
+
+
+def _check_part(name: str, state: Any) -> None:
+    growth = 1.0
+    for number, component in enumerate(_components(state), start=1):
+        if number > MAX_COMPONENTS:
+            raise ValueError(f"its {name} has more than {MAX_COMPONENTS} components")
+        for key, value in component.items():
+            if key in _PIECES and isinstance(value, list | dict) and len(value) > MAX_COMPONENTS:
+                raise ValueError(f"its {name} adds {len(value):,} tokens to a text")
+            if isinstance(value, str) and key not in ("precompiled_charsmap", "Regex", "type"):
+                _check_text(f"{name}.{key}", value)
+        if component.get("type") == "Replace":
+            growth *= _growth(component)
+        if growth > MAX_GROWTH:
+            raise ValueError(f"its {name} makes a text {growth:,.0f} times longer")
+        if component.get("precompiled_charsmap"):
+            _check_charsmap(name, component["precompiled_charsmap"])
+
+
+def _components(state: Any) -> Iterator[Mapping[str, Any]]:
+    """The components of a sequence, however deep, and the objects within each but its special tokens' ids."""
+    left = [state]
+    while left:
+        found = left.pop()
+        if isinstance(found, Mapping):
+            yield found
+            left += [item for name in _LISTS for item in found.get(name) or ()]
+            if isinstance(tokens := found.get("special_tokens"), Mapping):
+                left += list(tokens.values())[: MAX_COMPONENTS + 1]
+
+
+def _growth(component: Mapping[str, Any]) -> float:
+    """How many times longer a replacement can make a text: a regex may match between any two characters."""
+    content, pattern = component.get("content", ""), component.get("pattern", {})
+    text = pattern.get("String", "") if isinstance(pattern, Mapping) else ""
+    return max(1.0, len(content) / len(text) if text else 1.0 + len(content) if len(content) > 1 else 1.0)
+
+
+def _check_text(name: str, text: str) -> None:
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"its {name} has {len(text):,} characters ({shown(text, 20)})")
+
+
+def _check_charsmap(name: str, text: str) -> None:
+    """A trie, its size before it, and the texts that it leads to, each with a NUL at its end."""
+    data = base64.b64decode(text)
+    texts = data[4 + int.from_bytes(data[:4], "little") :]
+    if (longest := max(map(len, texts.split(b"\0")))) > MAX_TEXT:
+        raise ValueError(f"its {name} puts {longest:,} bytes in the place of a character")
