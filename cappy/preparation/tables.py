@@ -18,6 +18,7 @@ MAX_CELL_CHARACTERS = 10_000_000
 MAX_RECORD_CHARACTERS = 64 * 2**20
 MAX_ROW_BYTES = 64 * 2**20
 """Of a row of Parquet as values: a file of a thousand bytes can hold rows of gigabytes."""
+MAX_BATCH_BYTES = 256 * 2**20
 MAX_BATCH_VALUES = 2**22
 
 
@@ -40,34 +41,43 @@ def read_parquet(path: Path) -> Rows:
     number = 0
     try:
         with readable(path):
-            parquet = pq.ParquetFile(path, read_dictionary=_text_columns(path))
-        with parquet:
-            for batch in parquet.iter_batches(batch_size=_batch_rows(parquet.metadata)):
-                for part in _small(batch):
-                    for row in part.to_pylist():
-                        number += 1
-                        yield f"{path}: row {number}", row
+            parquet, dictionaries = pq.ParquetFile(path), _dictionaries(path)
+        with parquet, dictionaries:
+            for group in range(parquet.num_row_groups):
+                rows = _batch_rows(parquet, dictionaries, group)
+                for batch in parquet.iter_batches(batch_size=rows, row_groups=[group]):
+                    for part in _small(batch):
+                        for row in part.to_pylist():
+                            number += 1
+                            yield f"{path}: row {number}", row
     except (pa.ArrowException, ValueError, OverflowError, OSError) as error:  # Thrift's errors are OSError
         reason = shown((str(error).splitlines() or [type(error).__name__])[0])
         raise RecordError(f"{path}: row {number + 1}: cannot be read as Parquet ({reason}); write it again") from error
 
 
-def _text_columns(path: Path) -> list[str]:
-    """The columns of texts: read as a dictionary, a text that stands in all rows is held once."""
+def _dictionaries(path: Path) -> pq.ParquetFile:
+    """The file with texts as a dictionary, where one that stands in every row is held once; slower to read."""
     with pq.ParquetFile(path) as parquet:
-        columns = (parquet.schema.column(index) for index in range(len(parquet.schema)))
-        return [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        columns = [parquet.schema.column(index) for index in range(len(parquet.schema))]
+    texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+    return pq.ParquetFile(path, read_dictionary=texts)
 
 
-def _batch_rows(metadata: pq.FileMetaData) -> int:
-    """Rows that are decoded at once: fewer where lists are long."""
-    rows = BATCH_ROWS
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        values = max((group.column(column).num_values for column in range(group.num_columns)), default=0)
-        if values > MAX_BATCH_VALUES:
-            rows = min(rows, max(1, MAX_BATCH_VALUES * group.num_rows // values))
-    return rows
+def _batch_rows(parquet: pq.ParquetFile, dictionaries: pq.ParquetFile, group: int) -> int:
+    """Rows of a group that are decoded at once: fewer where lists are long, or texts of its dictionaries."""
+    found = parquet.metadata.row_group(group)
+    values = max((found.column(index).num_values for index in range(found.num_columns)), default=0)
+    rows = max(1, min(BATCH_ROWS, MAX_BATCH_VALUES * found.num_rows // max(values, 1)))
+    first = next(dictionaries.iter_batches(batch_size=1, row_groups=[group]), None)
+    longest = max(map(_longest, first.columns), default=0) if first is not None else 0
+    return max(1, min(rows, MAX_BATCH_BYTES // max(longest, 1)))
+
+
+def _longest(array: pa.Array) -> int:
+    """The bytes of the longest text of a dictionary."""
+    if pa.types.is_dictionary(array.type):
+        return pc.max(pc.binary_length(array.dictionary)).as_py() or 0
+    return max(map(_longest, _inner(array)), default=0)
 
 
 def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -84,18 +94,21 @@ def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 
 def _value_bytes(array: pa.Array) -> int:
-    """About what the values take once they are Python's, a text of a dictionary as often as it stands there."""
-    if pa.types.is_dictionary(array.type):
-        lengths = pc.take(pc.binary_length(array.dictionary), array.indices)
-        return (pc.sum(lengths).as_py() or 0) + 8 * len(array)
+    """About what the values take once they are Python's."""
+    inner = _inner(array)
+    return (sum(map(_value_bytes, inner)) if inner else int(array.nbytes)) + 8 * len(array)
+
+
+def _inner(array: pa.Array) -> list[pa.Array]:
+    """What a nested array holds; nothing for another."""
     if pa.types.is_struct(array.type):
-        return sum(map(_value_bytes, array.flatten())) + 8 * len(array)
+        return list(array.flatten())
     if pa.types.is_map(array.type):
         within = slice(array.offsets[0].as_py(), array.offsets[-1].as_py())
-        return _value_bytes(array.keys[within]) + _value_bytes(array.items[within]) + 8 * len(array)
+        return [array.keys[within], array.items[within]]
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
-        return _value_bytes(array.flatten()) + 8 * len(array)
-    return int(array.nbytes) + 8 * len(array)
+        return [array.flatten()]
+    return []
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
