@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from cappy.config import DEFAULT_WORK, Location, Work, build, code_version, identity, settings
-from cappy.errors import FolderError
+from cappy.errors import FolderError, shown
 from cappy.evaluation import read_values
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
@@ -84,7 +84,10 @@ def evidence(config: PromotionConfig, report: Mapping[str, Any]) -> dict[str, An
 
 def read_version(folder: Path) -> str:
     """The spec (models:/name/number) that a registration wrote; FolderError if the folder is none."""
-    return str(_read(folder, "version.json")["uri"])
+    uri = _read(folder, "version.json").get("uri")
+    if not isinstance(uri, str):
+        raise FolderError(f"{folder / 'version.json'}: names no version (uri); give the folder of a registration")
+    return uri
 
 
 def dry_run(version: Path, report: Path, **settings: Any) -> Decision:
@@ -142,5 +145,10 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
         raise FolderError(f"{path}: is missing; give the folder that the step before wrote")
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FolderError(f"{path}: is not JSON ({shown(str(error), 80)}); run the step before again") from error
+    if not isinstance(values, dict):
+        raise FolderError(f"{path}: must be an object, got {shown(values)}; run the step before again")
     return values

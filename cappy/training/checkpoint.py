@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,6 +20,7 @@ KEPT = 2
 """Generations kept: where the newest is damaged, the one before it stands."""
 
 Tensors = dict[str, Tensor]
+_DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
 _SUMS = "sums.json"
 
 
@@ -80,7 +83,7 @@ def load(folder: Path) -> tuple[Checkpoint | None, str]:
     """
     passed: list[Path] = []
     for generation in reversed(_generations(folder)):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with contextlib.suppress(*_DAMAGE):
             checkpoint = _read(generation)
             for damaged in passed:
                 shutil.rmtree(damaged, ignore_errors=True)
@@ -125,7 +128,7 @@ def _read(generation: Path) -> Checkpoint:
 
 
 def _generations(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"[0-9]+", path.name)) if folder.is_dir() else []
 
 
 def _flush(path: Path) -> None:

@@ -12,6 +12,8 @@ import race
 from cappy import registry
 from cappy.cli import main
 from cappy.errors import ConfigError, FolderError, RegistryError
+from cappy.records import Manifest
+from cappy.records.folder import describe_files, write_manifest
 from cappy.registry import aliases
 from cappy.registry.client import connected
 from cappy.registry.gate import decide, parse_guards
@@ -361,3 +363,16 @@ def test_a_lock_that_is_gone_when_the_move_is_done_is_no_error(room: Any, regist
     registered("a")
     with connected(room.uri) as client, aliases.alone(client, "cappy"):
         client.delete_registered_model(f"cappy{aliases.LOCK}")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"uri": 5}', "[" * 100_000])
+def test_a_registration_that_names_no_version_is_one_line(room: Any, text: str) -> None:
+    from cappy.errors import FolderError
+    from cappy.registry.promotion import read_version
+
+    folder = room.folder / "version"
+    folder.mkdir()
+    (folder / "version.json").write_text(text)
+    write_manifest(folder, Manifest(step="registration", files=describe_files(folder)))
+    with pytest.raises(FolderError, match=r"version.json: "):
+        read_version(folder)
