@@ -67,7 +67,7 @@ def _batch_rows(parquet: pq.ParquetFile, dictionaries: pq.ParquetFile, group: in
     """Rows of a group that are decoded at once: fewer where lists are long, or texts of its dictionaries."""
     found = parquet.metadata.row_group(group)
     values = max((found.column(index).num_values for index in range(found.num_columns)), default=0)
-    rows = max(1, min(BATCH_ROWS, MAX_BATCH_VALUES * found.num_rows // max(values, 1)))
+    rows: int = max(1, min(BATCH_ROWS, MAX_BATCH_VALUES * found.num_rows // max(values, 1)))
     first = next(dictionaries.iter_batches(batch_size=1, row_groups=[group]), None)
     longest = max(map(_longest, first.columns), default=0) if first is not None else 0
     return max(1, min(rows, MAX_BATCH_BYTES // max(longest, 1)))
@@ -76,7 +76,7 @@ def _batch_rows(parquet: pq.ParquetFile, dictionaries: pq.ParquetFile, group: in
 def _longest(array: pa.Array) -> int:
     """The bytes of the longest text of a dictionary."""
     if pa.types.is_dictionary(array.type):
-        return pc.max(pc.binary_length(array.dictionary)).as_py() or 0
+        return int(pc.max(pc.binary_length(array.dictionary)).as_py() or 0)
     return max(map(_longest, _inner(array)), default=0)
 
 
