@@ -1,6 +1,7 @@
 """Registered versions: found by alias, number or content, downloaded and verified."""
 
 import contextlib
+import os
 import re
 import shutil
 import tempfile
@@ -24,6 +25,8 @@ SCORER_PATH = "artifacts/scorer"
 """Where the plain scorer folder lies inside a version."""
 _CONTENT = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{12}){0,2}")
 _PORTS = {"http": 80, "https": 443}
+ARTIFACT_HOSTS = "CAPPY_ARTIFACT_HOSTS"
+"""Variable with the servers (host:port, commas between) that may hold artifacts and get MLflow's password for them."""
 
 
 def resolve(spec: str, *, tracking_uri: str) -> Version:
@@ -94,10 +97,10 @@ def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
 def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
     """Downloads the scorer to `folder/scorer` and verifies it against the tag of the version."""
     with connected(tracking_uri) as client:
-        _refuse_elsewhere(version, client)
+        location = _location(version, client)
         try:
             mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{version.source}/{SCORER_PATH}", dst_path=str(folder), tracking_uri=client.tracking_uri
+                artifact_uri=f"{location}/{SCORER_PATH}", dst_path=str(folder), tracking_uri=client.tracking_uri
             )
         except Exception as error:  # every store has errors of its own
             reason = without_password(" ".join(str(error).split()))
@@ -117,17 +120,23 @@ def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
     check_evaluated(scorer, version)
 
 
-def _refuse_elsewhere(version: Version, client: Any) -> None:
-    """RegistryError where the files of a version lie on another HTTP server than MLflow's: it would get our password.
+def _location(version: Version, client: Any) -> str:
+    """Where the files of a version lie; RegistryError where that is on another HTTP server than MLflow's.
 
-    MLflow sends what is in MLFLOW_TRACKING_TOKEN and the like to whatever host the source of a version names.
+    MLflow sends what is in MLFLOW_TRACKING_TOKEN and the like to whatever host the source of a version names. A copy of
+    a version (`copy_model_version`) lies where the original does.
     """
-    source, server = urlsplit(version.source), urlsplit(client.tracking_uri)
-    remedy = "register it again"
+    location = version.source
+    if urlsplit(location).scheme.lower() == "models":
+        location = client.get_model_version_download_uri(version.name, str(version.number))
+    source, server = urlsplit(location), urlsplit(client.tracking_uri)
     if source.scheme.lower() in ("runs", "models"):
-        raise RegistryError(f"{version.uri}: its source {shown(version.source, 80)} is no place of files; {remedy}")
+        text = f"its source {shown(location, 80)} is not a place of files"
+        raise RegistryError(f"{version.uri}: {text}; register it again")
     if source.scheme.lower() not in ("http", "https", "mlflow-artifacts") or not source.netloc:
-        return
+        return location
+    if source.netloc in os.environ.get(ARTIFACT_HOSTS, "").split(","):
+        return location
     try:
         scheme = server.scheme if source.scheme.lower() == "mlflow-artifacts" else source.scheme.lower()
         theirs = (scheme, source.hostname, source.port or _PORTS.get(scheme))
@@ -135,10 +144,9 @@ def _refuse_elsewhere(version: Version, client: Any) -> None:
     except ValueError:
         theirs, ours = ("", "", None), ("", None, None)
     if theirs != ours:
-        where = without_password(version.source)
-        raise RegistryError(
-            f"{version.uri}: its files lie on a server that is not MLflow's ({shown(where, 80)}); {remedy}"
-        )
+        text = f"its files lie on a server that is not MLflow's ({shown(without_password(location), 80)})"
+        raise RegistryError(f"{version.uri}: {text}; register it again, or name host:port in {ARTIFACT_HOSTS}")
+    return location
 
 
 def intact(version: Version, *, tracking_uri: str) -> bool:

@@ -183,8 +183,26 @@ def test_no_other_server_gets_the_password_of_mlflow(
         monkeypatch.setattr(versions, "resolve", lambda *_, **__: found)
         with pytest.raises(RegistryError, match=r"models:/cappy/1: its files lie on a server that is not MLflow's"):
             registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
+        assert asked == []
+        monkeypatch.setenv(versions.ARTIFACT_HOSTS, f"127.0.0.1:{server.server_address[1]}")
+        with pytest.raises(UnreachableError):
+            registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models")
         server.shutdown()
-    assert asked == []
+    # Behind a SQLite file MLflow itself refuses the second form.
+    assert set(asked) == ({"Bearer secret"} if form.startswith("http") else set())
+
+
+def test_a_copied_version_is_downloaded_from_where_the_original_lies(room: Any, registered: Any) -> None:
+    from cappy.registry.client import connected
+
+    registered("a")
+    with connected(room.uri) as client:
+        copy = client.copy_model_version("models:/cappy/1", "other")
+        original = client.get_model_version("cappy", "1")
+        for name, value in original.tags.items():
+            client.set_model_version_tag("other", copy.version, name, value)
+    places = {"tracking_uri": room.uri, "cache": room.folder / "models"}
+    assert registry.download("models:/other/1", **places) == registry.download("models:/cappy/1", **places)
 
 
 @pytest.mark.parametrize("text", ["[1,", "{}", '{"at": 1}', "[" * 100_000])
