@@ -1,12 +1,13 @@
 """How far a step is: told by the step, shown by whoever started it."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
+
+from cappy.files import replacing
 
 
 class Progress(Protocol):
@@ -91,9 +92,8 @@ class FileProgress:
             return
         self._updated = now
         state = State(done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now, note=note)
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(state)))
-        temporary.replace(self._path)
+        with replacing(self._path) as file:
+            file.write(json.dumps(asdict(state)).encode())
 
 
 class LineProgress:

@@ -16,6 +16,7 @@ from typing import Any
 
 from cappy.config import build, decode, to_values
 from cappy.errors import CappyError, ConfigError
+from cappy.files import open_lock
 from cappy.progress import FileProgress, Progress, silent
 from cappy.records import Manifest
 from cappy.records.folder import write_bytes
@@ -160,9 +161,9 @@ def read_record(work: Path, fingerprint: str) -> StepRecord | None:
 
 def hold_parent_lock(path: Path) -> int:
     """Locks `path` for the life of this process and returns the descriptor; children wait for the lock to fall."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor
+    with open_lock(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return os.dup(file.fileno())
 
 
 def die_with_parent() -> None:
@@ -177,7 +178,7 @@ def _wait_for_parent(path: str) -> None:
 
     SIGTERM ends most steps at once; training writes a checkpoint first, or cancels the job that it follows.
     """
-    with open(path, "a+") as file:  # noqa: PTH123 (a plain descriptor is all that is wanted)
+    with open_lock(Path(path)) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHAN_SECONDS)

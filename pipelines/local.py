@@ -17,6 +17,7 @@ from typing import Any
 
 from cappy.config import to_values
 from cappy.errors import CappyError, ConfigError, shown
+from cappy.files import make_private
 from cappy.steps import ORPHAN_SECONDS, PARENT_VARIABLE, PROGRESS_VARIABLE, hold_parent_lock
 from pipelines.board import Board
 from pipelines.clients.local import STATUS
@@ -78,7 +79,7 @@ def execute(
     _refuse_mangled({"the folder of the run": str(root), **submission.arguments})
     run_id = f"{submission.pipeline}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     folder = root / "runs" / run_id
-    folder.mkdir(parents=True)
+    make_private(folder)
     request = folder / "request.json"
     values = {
         **({"pipeline": target} if isinstance(target, str) else target),

@@ -47,10 +47,9 @@ def install_torch(python: str) -> str:
     if lock.exists():
         install(python, lock)
     elif not kept:
-        return (
-            f"pip finds torch {version}+{build} here, and {lock.relative_to(ROOT)} with its hash is missing; "
-            f"check that build and install it yourself ({python} -m pip install torch=={version}+{build}), then make again"
-        )
+        pin = f"torch=={version}+{build}"
+        remedy = f"check that build and install it yourself, then make again: {python} -m pip install {pin}"
+        return f"pip finds {pin} here, and {lock.relative_to(ROOT)} with its hash is missing; {remedy}"
     return ""
 
 
@@ -62,8 +61,7 @@ def torch_lock(build: str) -> Path:
 def torch_version() -> str:
     """The version that is locked, without a local part."""
     found = re.search(r"^torch==([\w.]+)", torch_lock("").read_text(), re.MULTILINE)
-    assert found is not None
-    return found[1]
+    return found[1] if found else ""
 
 
 def installed_torch(python: str) -> str:

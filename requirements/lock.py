@@ -4,7 +4,8 @@ Versions are those of .venv; hashes are those of every file of a release that th
 serves each platform and each Python. uv asks for them: UV_DEFAULT_INDEX names another index than its own.
 
 torch has locks of its own, since its build differs by machine. The lock of the index's build also names the CUDA
-libraries that it needs on Linux; a build with a local version, such as 2.13.0+cpu, has a lock that pip finds a file for.
+libraries that it needs on Linux; a build with a local version, such as 2.13.0+cpu, has the hash of the file that pip
+finds here.
 """
 
 import json

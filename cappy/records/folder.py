@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cappy.errors import FolderError, shown
+from cappy.files import refuse_links, replacing
 from cappy.records.instance import Instance
 from cappy.records.schema import SCHEMA_VERSION, to_table
 
@@ -135,21 +136,17 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a whole file or nothing: under a temporary name, flushed to the disk, renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Writes a whole file or nothing: under a temporary name, flushed to the disk, renamed.
+
+    A private file can be read by its owner alone, whatever the umask.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # Made anew, never opened: in a folder that others write to, a link may wait under the name.
-            temporary.unlink(missing_ok=True)
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path, private=private) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def rename_folder(source: Path, target: Path, *, last: str) -> None:
@@ -187,9 +184,9 @@ def write_part(folder: Path, index: int, instances: Sequence[Instance]) -> File:
     )
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: Manifest, *, private: bool = False) -> None:
     """Finishes the folder."""
-    write_bytes(folder / MANIFEST, manifest.to_json().encode())
+    write_bytes(folder / MANIFEST, manifest.to_json().encode(), private=private)
 
 
 def describe_files(folder: Path) -> tuple[File, ...]:
@@ -260,6 +257,7 @@ def publish(work: Path, target: Path, manifest: Manifest) -> None:
         for stale in target.glob("part-*.parquet"):
             stale.unlink()
         for file in manifest.files:
+            refuse_links(target, file.name)
             put(work / file.name, target / file.name)
     write_manifest(target, manifest)
 
@@ -271,7 +269,8 @@ def put(source: Path, path: Path) -> None:
     try:
         os.link(source, path)
     except OSError:
-        shutil.copyfile(source, path)
+        with source.open("rb") as whole, replacing(path) as file:
+            shutil.copyfileobj(whole, file)
 
 
 def verified(folder: Path, file: File) -> Path:

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from cappy.config import code_version, fingerprint
 from cappy.errors import FolderError
+from cappy.files import make_private, open_lock
 from cappy.records.folder import Manifest, disk_errors, publish
 
 WAIT_SECONDS = 10.0
@@ -36,10 +37,14 @@ def work_key(step: str, config: Mapping[str, Any], parents: Sequence[str] = ()) 
 
 @contextlib.contextmanager
 def held(folder: Path, patience: float = WAIT_SECONDS) -> Iterator[Path]:
-    """The folder, made where it is missing and held by this process alone; FolderError after `patience` seconds."""
+    """The folder, made where it is missing and held by this process alone; FolderError after `patience` seconds.
+
+    It has the texts of instructions and responses, so its owner alone may enter it. Files in it have the usual rights:
+    those that are published are the same files.
+    """
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+")
+        make_private(folder)
+        lock = open_lock(folder / ".lock")
     with lock:
         _lock(lock, folder, patience)
         lock.truncate(0)

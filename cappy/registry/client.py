@@ -23,6 +23,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from cappy.errors import UnreachableError, shown
+from cappy.files import open_lock
 from cappy.registry.address import artifact_root, check, database, no_database_yet, without_password
 
 __all__ = ["MlflowException", "connected", "experiment_id", "metric_key"]
@@ -85,6 +86,6 @@ def _alone(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
+    with open_lock(path.with_name(f".{path.name}.lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cappy.config import fingerprint
+from cappy.files import make_private, open_lock
 from cappy.progress import Progress, silent
 from cappy.records import prompt_hash, read, read_manifest
 from cappy.records.folder import batched, disk_errors, rename_folder
@@ -185,7 +186,7 @@ def _build(
 @contextlib.contextmanager
 def _held(cache: Path, key: str) -> Iterator[None]:
     """Holds a lock that falls with the process, however it ends."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f".{key}.lock").open("w") as lock:
+    make_private(cache)
+    with open_lock(cache / f".{key}.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

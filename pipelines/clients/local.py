@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cappy.errors import ConfigError
+from cappy.files import open_lock
 from pipelines.clients import RunState, State, TaskState
 from pipelines.states import log_section, observe
 
@@ -79,7 +80,7 @@ class LocalClient:
 
 def _held(path: Path) -> bool:
     """Whether the process that started the run lives: it holds the lock."""
-    with path.open("a+") as file:
+    with open_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

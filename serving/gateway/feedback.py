@@ -18,7 +18,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cappy.errors import CappyError
+from cappy.files import make_private
 from cappy.records import Candidate, Instance, prompt_hash
+from cappy.records.folder import disk_errors
 from cappy.records.instance import GIVEN
 from serving.gateway.answering import Outcome
 from serving.gateway.errors import GatewayError
@@ -61,6 +63,8 @@ class FeedbackLog:
     """Keeps answers and what is said of them under a folder; all writing is done in one thread."""
 
     def __init__(self, folder: Path) -> None:
+        with disk_errors(folder):
+            make_private(folder)
         self._answers = Shelf(folder / "answers")
         self._rated = Shelf(folder / "rated")
         self._referenced = Shelf(folder / "referenced")

@@ -3,6 +3,8 @@
 Rows of the open part are held in memory until it is full, and written with it at every `flush` under a new name; the
 manifest then names the new part, and the old one goes. A crash loses what was added since the last flush, and leaves
 at most a part that no manifest names, which the next start removes.
+
+Rows are what users wrote: folder and files are their owner's alone, whatever the umask.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ from typing import Any, cast
 import pyarrow.parquet as pq
 
 from cappy.errors import FolderError
+from cappy.files import make_private, open_lock
 from cappy.records import Candidate, File, Instance, Manifest, read_manifest
 from cappy.records.folder import MANIFEST, disk_errors, write_bytes, write_manifest
 from cappy.records.schema import to_table
@@ -49,8 +52,8 @@ class Shelf:
         self._part_rows = part_rows
         self._part_characters = part_characters
         with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / ".lock").open("a")
+            make_private(folder)
+            self._lock = open_lock(folder / ".lock")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -101,7 +104,7 @@ class Shelf:
             return
         self._written = self._write([*self._open.values()]) if self._open else None
         files = (*self._closed, *([self._written] if self._written else []))
-        write_manifest(self._folder, Manifest(step="gateway", files=files))
+        write_manifest(self._folder, Manifest(step="gateway", files=files), private=True)
         self._changed = False
         self._remove_strays()
 
@@ -118,7 +121,7 @@ class Shelf:
         pq.write_table(to_table(cast("Sequence[Instance]", rows)), buffer, compression="zstd")
         name = f"part-{self._number:05d}.parquet"
         self._number += 1
-        write_bytes(self._folder / name, buffer.getvalue())
+        write_bytes(self._folder / name, buffer.getvalue(), private=True)
         return File(
             name=name,
             sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),

@@ -37,7 +37,7 @@ class Cache:
         if self._folder is None:
             self._memory[key] = answer
         else:
-            write_bytes(_path(self._folder, key), json.dumps(asdict(answer), ensure_ascii=False).encode())
+            write_bytes(_path(self._folder, key), json.dumps(asdict(answer), ensure_ascii=False).encode(), private=True)
 
 
 def key_of(**determining: Any) -> str:

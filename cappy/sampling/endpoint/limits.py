@@ -164,7 +164,8 @@ class Budget:
         with disk_errors(self._file):
             if self._ledger is None:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
-                self._ledger = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+                self._ledger = os.open(self._file, flags, 0o600)
             os.write(self._ledger, f"{spent.requests} {spent.input_tokens} {spent.output_tokens}\n".encode())
 
 

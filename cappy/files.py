@@ -1,0 +1,78 @@
+"""Files that others must not get at: locks, files that appear whole, folders of their owner alone.
+
+A folder of work may lie on a volume that several people write to. So nothing here is opened through a symbolic link
+that someone else put there, and no name of a temporary file can be foreseen.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from cappy.errors import FolderError
+
+PRIVATE_FILE = 0o600
+PRIVATE_FOLDER = 0o700
+_PUBLIC_FILE = 0o666
+"""What the umask leaves of it."""
+_SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def open_lock(path: Path) -> IO[str]:
+    """Opens a lock file for reading and writing, and makes it, for its owner alone, where it is missing.
+
+    FolderError where the path is a symbolic link, no regular file, or one that has another name too: who takes the lock
+    writes to it. It may belong to another user, since a volume's locks are those of all who work there.
+    """
+    remedy = "delete it, and run the same command again"
+    try:
+        # Not to wait for the other end, where someone put a pipe there.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | _SAFELY, PRIVATE_FILE)
+    except OSError as error:
+        if path.is_symlink():
+            raise FolderError(f"{path}: is a symbolic link, and a lock file must not be one; {remedy}") from error
+        if error.errno in (errno.EISDIR, errno.ENXIO):
+            raise FolderError(f"{path}: is no regular file, and a lock must be one; {remedy}") from error
+        raise
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        kind = "has another name too (a hard link)" if stat.S_ISREG(found.st_mode) else "is no regular file"
+        raise FolderError(f"{path}: {kind}, and a lock file must not; {remedy}")
+    return os.fdopen(descriptor, "r+", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
+    """A new file under a hidden name, which takes the place of `path` when the block ends well.
+
+    A private one can be read by its owner alone, whatever the umask.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFELY
+    descriptor = os.open(temporary, flags, PRIVATE_FILE if private else _PUBLIC_FILE)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder for its owner alone, whatever the umask; one that is there keeps its rights."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
+
+
+def refuse_links(folder: Path, name: str) -> None:
+    """FolderError where a folder between `folder` and the file `name` in it is a symbolic link: it would lead out."""
+    path = folder
+    for part in Path(name).parts[:-1]:
+        path /= part
+        if path.is_symlink():
+            raise FolderError(f"{path}: is a symbolic link, which leads out of the folder; delete it, and run again")
