@@ -1,10 +1,9 @@
 """The report as Markdown: for a pull request, a model card, a chat."""
 
-from collections.abc import Sequence
-
 from cappy.evaluation.advice import advice
 from cappy.evaluation.report import Report
 from cappy.evaluation.verdict import verdict
+from cappy.pages.markdown import table, text
 from cappy.pages.words import metric_name, percent, signed
 
 
@@ -13,16 +12,16 @@ def render(report: Report) -> str:
     headline, *sentences = verdict(report)
     measured = f"{report.facts['instances']} {report.split} instances, with 95% intervals"
     parts = [
-        f"# {headline}",
-        f"**{advice(report)}**",
-        "\n".join(f"- {sentence}" for sentence in sentences),
-        f"Mean {metric_name(report.metric)} ×100 over {measured}.",
-        _table(report.table()),
+        f"# {text(headline)}",
+        f"**{text(advice(report))}**",
+        "\n".join(f"- {text(sentence)}" for sentence in sentences),
+        text(f"Mean {metric_name(report.metric)} ×100 over {measured}."),
+        table(report.table()),
         "## By task",
-        _table(_tasks(report)),
+        table(_tasks(report)),
     ]
     if report.probes:
-        parts += ["## Probes", "\n".join(f"- {probe.name}: {probe.meaning}" for probe in report.probes)]
+        parts += ["## Probes", "\n".join(f"- {text(f'{probe.name}: {probe.meaning}')}" for probe in report.probes)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -35,12 +34,3 @@ def _tasks(report: Report) -> list[tuple[str, ...]]:
         means = (percent(row.means[name]) for name in names)
         rows.append((row.task or "(no task)", str(row.instances), *means, signed(row.gain.difference)))
     return rows
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows as a table; what would break a cell is escaped."""
-    header, *body = [
-        [cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows
-    ]
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *body))

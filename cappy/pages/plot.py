@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator, Mapping
 
 import matplotlib as mpl
@@ -10,6 +11,9 @@ from matplotlib.figure import Figure
 
 INK, QUIET, GRID = "#1b1f24", "#5b6470", "#d9dde3"
 VARIABLES: Mapping[str, str] = {INK: "var(--ink)", QUIET: "var(--quiet)", GRID: "var(--line)"}
+
+_STYLE = re.compile(r"\s*<style\b[^>]*>[^<]*</style>")
+"""A rule of matplotlib's for all lines. `style.jinja` has it, for a page applies no style but its template's."""
 
 
 @contextlib.contextmanager
@@ -46,7 +50,7 @@ def to_svg(figure: Figure, *, salt: str, variables: Mapping[str, str]) -> str:
     text = buffer.getvalue()
     for colour, variable in {**VARIABLES, **variables}.items():
         text = text.replace(colour, variable)
-    return text[text.index("<svg") :]
+    return _STYLE.sub("", text[text.index("<svg") :])
 
 
 def to_svg_file(figure: Figure, *, salt: str) -> bytes:

@@ -1,9 +1,12 @@
 """The model card: what the scorer is, what it was trained on, what it is worth, how to load it."""
 
 import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cappy.pages.markdown import code, table, text
 from cappy.pages.words import metric_name
 from cappy.records import Manifest
 
@@ -15,7 +18,7 @@ license: {licence}
 tags: [cappy, reranking, best-of-n]
 ---
 
-# {name}
+# {title}
 
 A scorer: it reads an instruction and a candidate response and answers with one number, about 0 to 1, that says how
 correct the response is. It was made by the step `{step}` of Cappy.
@@ -35,9 +38,7 @@ below holds.
 
 {advice}
 
-| selector | {metric} x100 | 95% interval |
-|---|---|---|
-{rows}
+{selectors}
 
 Measured on {instances} instances of the split `{split}`, on which it was not trained unless a caution above says so.
 
@@ -60,51 +61,67 @@ Measured on {instances} instances of the split `{split}`, on which it was not tr
 ```python
 from cappy.scoring import Scorer
 
-scorer = Scorer.load("models:/{name}@champion")
+scorer = Scorer.load({quoted})
 scorer.score([("Translate to French: cat", "chat")])
 ```
 
-`cappy serve --scorer models:/{name}@champion` serves it over HTTP. The folder also loads with
+`cappy serve --scorer {address}` serves it over HTTP. The folder also loads with
 `AutoModelForSequenceClassification` and with the `CrossEncoder` of sentence-transformers. `calibration.json` beside the
 weights, where there is one, maps scores to the {metric} that is expected.
 """
+_LICENCE = re.compile(r"[A-Za-z0-9.+-]+")
 
 
 def model_card(name: str, scorer: Manifest, report: Mapping[str, Any], *, licence: str = "") -> str:
     """The text of MODEL_CARD.md; `licence` is that of the encoder, as an SPDX identifier, empty where nobody said."""
     facts = report.get("facts", {})
-    rows = [_row(selector, values) for selector, values in report.get("selectors", {}).items()]
+    metric = text(metric_name(str(report.get("metric", "label"))))
+    address = f"models:/{code(name)}@champion"
     return _CARD.format(
-        name=name,
-        licence=licence or "other",
-        licence_told=licence or "not stated; ask before you pass the scorer on (cappy registration --licence)",
-        step=scorer.step or "unknown",
-        verdict="\n".join(f"- {sentence}" for sentence in report.get("verdict", ())) or "Not evaluated.",
-        advice=report.get("next", ""),
-        metric=metric_name(report.get("metric", "label")),
-        rows="\n".join(rows),
+        title=text(name),
+        quoted=json.dumps(address, ensure_ascii=False),
+        address=shlex.quote(address),
+        licence=licence if _LICENCE.fullmatch(licence) else "other",
+        licence_told=text(licence or "not stated; ask before you pass the scorer on (cappy registration --licence)"),
+        step=code(scorer.step or "unknown"),
+        verdict="\n".join(f"- {text(str(sentence))}" for sentence in report.get("verdict", ())) or "Not evaluated.",
+        advice=text(str(report.get("next", ""))),
+        metric=metric,
+        selectors=_selectors(report),
         tasks=_tasks(report.get("tasks", ())),
         calibration=_calibration(report.get("calibration")),
-        instances=facts.get("instances", "unknown"),
-        split=report.get("split", "test"),
-        generators=", ".join(f"{key} ({value[:12]})" for key, value in scorer.generators.items()) or "none recorded",
-        seed="none recorded" if scorer.seed is None else scorer.seed,
+        instances=text(str(facts.get("instances", "unknown"))),
+        split=code(str(report.get("split", "test"))),
+        generators=text(", ".join(f"{key} ({value[:12]})" for key, value in scorer.generators.items()))
+        or "none recorded",
+        seed="none recorded" if scorer.seed is None else text(str(scorer.seed)),
         hash=scorer.hash,
-        parents=", ".join(f"`{parent[:12]}`" for parent in scorer.parents) or "nothing recorded",
-        code=scorer.code or "not recorded",
-        recipe=json.dumps(scorer.config, sort_keys=True).replace("`", "'"),
+        parents=", ".join(f"`{code(parent[:12])}`" for parent in scorer.parents) or "nothing recorded",
+        code=code(scorer.code or "not recorded"),
+        recipe=code(json.dumps(scorer.config, sort_keys=True).replace("<", "\\u003c")),
     )
+
+
+def _selectors(report: Mapping[str, Any]) -> str:
+    """The mean of every selector with its interval."""
+    rows = [_row(selector, values) for selector, values in report.get("selectors", {}).items()]
+    metric = metric_name(str(report.get("metric", "label")))
+    return table([("selector", f"{metric} x100", "95% interval"), *rows])
 
 
 def _tasks(tasks: Sequence[Mapping[str, Any]]) -> str:
     """Task by task: how many instances, random choice, the scorer."""
     rows = [
-        f"| {task['task'] or '(no task)'} | {task['instances']} | {100 * task['means'].get('random', 0):.1f} "
-        f"| {100 * task['means']['scorer']:.1f} |"
+        (
+            str(task["task"] or "(no task)"),
+            str(task["instances"]),
+            f"{100 * task['means'].get('random', 0):.1f}",
+            f"{100 * task['means']['scorer']:.1f}",
+        )
         for task in tasks
         if "scorer" in task["means"]
     ]
-    return "\n".join(["| task | instances | random choice | scorer |", "|---|---|---|---|", *rows]) if rows else ""
+    return table([("task", "instances", "random choice", "scorer"), *rows]) if rows else ""
 
 
 def _calibration(found: Mapping[str, Any] | None) -> str:
@@ -115,7 +132,7 @@ def _calibration(found: Mapping[str, Any] | None) -> str:
     return f"Calibration error x100 (distance of score and label, ten bins): {100 * raw['ece']:.1f} as it is{after}."
 
 
-def _row(selector: str, values: Mapping[str, Any]) -> str:
+def _row(selector: str, values: Mapping[str, Any]) -> tuple[str, str, str]:
     estimate = values["estimate"]
     interval = f"{100 * estimate['low']:.1f} to {100 * estimate['high']:.1f}"
-    return f"| {selector} | {100 * estimate['mean']:.1f} | {interval} |"
+    return selector, f"{100 * estimate['mean']:.1f}", interval

@@ -8,7 +8,7 @@ from cappy.annotation.report import plot, tables
 from cappy.annotation.report.findings import findings
 from cappy.annotation.report.record import DataReport, Labels, Pools
 from cappy.annotation.report.text import MOST_ROWS
-from cappy.pages.template import template
+from cappy.pages import template
 from cappy.pages.words import metric_name
 
 EXTRA = frozenset(
@@ -22,7 +22,9 @@ EXTRA = frozenset(
 
 def render(report: DataReport) -> str:
     """The page; every text of the data in it is escaped."""
-    return template("annotation/report", {}).render(
+    return template.render(
+        "annotation/report",
+        {},
         report=report,
         findings=findings(report),
         metric=metric_name(report.metric),
