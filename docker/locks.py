@@ -7,6 +7,7 @@ to those before it, as the images' layers do. The CPU build of torch is hashed f
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 REQUIREMENTS = ROOT / "docker" / "requirements"
 WHEELS = ROOT / "docker" / "wheels"
-LOCK = ROOT / "requirements.lock"
+LOCKED = (ROOT / "requirements.lock", ROOT / "requirements" / "torch-default.lock")
 
 SERVING = (
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy", "scipy", "pyarrow", "regex"),
@@ -75,12 +76,18 @@ def resolved(requirements: Iterable[str]) -> Pins:
     """What pip would install into an empty environment for these, by the index alone; nothing is installed."""
     with tempfile.TemporaryDirectory() as folder:
         constraints, report = Path(folder) / "constraints", Path(folder) / "report.json"
-        constraints.write_text(LOCK.read_text())
+        constraints.write_text("".join(f"{name}=={version}\n" for name, version in locked().items()))
         command = [sys.executable, "-m", "pip", "--isolated", "install", "--quiet", "--dry-run", "--ignore-installed"]
         command += ["--report", str(report), "--constraint", str(constraints), *sorted(set(requirements))]
         # Files on this machine's disk are no index: whoever builds elsewhere could not fetch what they hash to.
         subprocess.run(command, check=True, env={**clean(os.environ), "PIP_CONFIG_FILE": os.devnull})
         return pins(json.loads(report.read_text()))
+
+
+def locked() -> dict[str, str]:
+    """Name -> version of all that the locks of .venv name, CUDA's libraries included."""
+    lines = re.findall(r"^([\w.-]+)==([\w.+]+)", "\n".join(path.read_text() for path in LOCKED), re.MULTILINE)
+    return dict(lines)
 
 
 def clean(environment: Mapping[str, str]) -> dict[str, str]:

@@ -13,7 +13,6 @@ import pytest
 from components.component import TRAINER, WORKER
 
 DOCKER = Path(__file__).parents[2] / "docker"
-LOCK = DOCKER.parent / "requirements.lock"
 LAYERS = {
     "serving": ("serving",),
     "worker": ("serving", "worker"),
@@ -32,8 +31,7 @@ def pins(path: Path) -> Mapping[str, str]:
 
 
 def locked() -> Mapping[str, str]:
-    found = re.findall(r"^([\w.-]+)==(\S+)$", LOCK.read_text(), re.MULTILINE)
-    return {name.lower().replace("_", "-"): version for name, version in found}
+    return {name.lower().replace("_", "-"): version for name, version in locks.locked().items()}
 
 
 @pytest.mark.parametrize("path", sorted((DOCKER / "requirements").glob("*.lock")), ids=lambda path: path.stem)
