@@ -24,6 +24,7 @@ class Request(NamedTuple):
     group: str
     resource: str
     namespace: str
+    name: str = ""
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Cluster:
         kind = "/".join((resource, *name[1:]))
         watched = "watch" in parse_qs(parts.query)
         verb = VERBS.get(method) or ("watch" if watched else "get" if name else "list")
-        self.requests.append(Request(verb, group, kind, namespace))
+        self.requests.append(Request(verb, group, kind, namespace, name[0] if name else ""))
         return self._found(verb, kind, name[0] if name else "", namespace, body)
 
     def _found(self, verb: str, kind: str, name: str, namespace: str, body: Any) -> Any:
