@@ -13,7 +13,7 @@ _SPECIAL = re.compile(r"[\\`*_\[\]{}#]")
 _ENTITIES = {character: f"&#{ord(character)};" for character in "<>&|~$"}
 """Not every dialect lets a backslash stand before these."""
 
-_BLOCK = re.compile(r"^([-+=:])|^(\d{1,9})([.)])")
+_BLOCK = re.compile(r"^([-+:](?=[-\s]|$)|=)|^(\d{1,9})([.)])(?=\s|$)")
 """What would begin a list, an underline or a definition at the beginning of a line."""
 
 _LINK = re.compile(r"(?i)(?:javascript|vbscript|data|mailto|xmpp|tel):(?=\S)|:(?=//)|www\.|@(?=\w)")

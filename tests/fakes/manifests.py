@@ -55,6 +55,15 @@ def rendered(overlay: str) -> list[Object]:
     return list(yaml.safe_load_all(_text(DEPLOY / "overlays" / overlay)))
 
 
+def with_component(overlay: str, component: str, folder: Path) -> list[Object]:
+    """The objects of an overlay with the line that its guide names: `components: [../../components/NAME]`."""
+    deploy = folder / "deploy"
+    shutil.copytree(DEPLOY, deploy, dirs_exist_ok=True)
+    with (deploy / "overlays" / overlay / "kustomization.yaml").open("a") as file:
+        file.write(f"components: [../../components/{component}]\n")
+    return list(yaml.safe_load_all(_text(deploy / "overlays" / overlay)))
+
+
 def namespace() -> Object:
     """The Namespace, which is applied on its own."""
     return dict(yaml.safe_load(_text(DEPLOY / "base" / "namespace")))

@@ -155,7 +155,8 @@ def test_ordinary_names_stay_readable_in_the_source() -> None:
     assert text("The scorer is better than MBR: 42.1 against 40.0, +2.1 (95% interval 1.0 to 3.2).") == (
         "The scorer is better than MBR: 42.1 against 40.0, +2.1 (95% interval 1.0 to 3.2)."
     )
-    assert text("glue/mrpc") == "glue/mrpc"
+    for name in ("glue/mrpc", "50.0", "+2.1", "-3", "0.5*", "a: b", "models:/cappy"):
+        assert text(name).replace("\\*", "*") == name
     assert code("models:/cappy@champion") == "models:/cappy@champion"
 
 
