@@ -15,11 +15,16 @@ prints it on stderr and exits with 1. Every other exception is a defect of ours 
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from cappy.redaction import cut, redact
 
 
 class CappyError(Exception):
-    """Something that a person can mend; its text says how."""
+    """Something that a person can mend; its text says how, and holds no secret that this process knows."""
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class ConfigError(CappyError):
@@ -54,10 +59,12 @@ class UnreachableError(RegistryError):
     """MLflow or its store did not answer; it may do so later."""
 
 
-def shown(value: object, limit: int = 60) -> str:
-    """`value` as it may stand in one line of an error: quoted by repr, cut to `limit` characters."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+def shown(value: object, limit: int = 60, *, keys: Sequence[str] = ()) -> str:
+    """`value` as it may stand in one line of an error: without secrets, quoted by repr, cut to `limit` characters.
+
+    `keys` are secrets beside those that this process knows.
+    """
+    return cut(repr(redact(value, *keys) if isinstance(value, str) else value), limit, *keys)
 
 
 def near(word: str, known: Iterable[str], otherwise: str = "") -> str:
