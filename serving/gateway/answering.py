@@ -17,6 +17,8 @@ from serving.gateway.upstream import Ask, Draw, Round, Upstream, scored
 
 SAMPLING_SHARE = 0.9
 """Of the seconds of a request; what is left is for the scorer."""
+MAX_SCORED_CHARACTERS = 100_000
+"""Of a response: scorers read its first thousand tokens or so, and encoding more would hold up all other requests."""
 How = Literal["answered", "abstained", "escalated", "escalation-failed", "unscored"]
 
 
@@ -164,7 +166,9 @@ class _Run:
         left = self._started + self._gateway.limits.seconds - time.monotonic()
         try:
             async with asyncio.timeout(left):
-                scores = await self._gateway.scoring([(self._request.instruction, draw.text) for draw in scorable])
+                instruction = self._request.instruction
+                pairs = [(instruction, draw.text[:MAX_SCORED_CHARACTERS]) for draw in scorable]
+                scores = await self._gateway.scoring(pairs)
         except TimeoutError:
             self._limit = "seconds"
             if self._best() is not None:

@@ -1,14 +1,24 @@
 """What goes back where no answer can: OpenAI's error object under a status."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx2
 
-from cappy.sampling.endpoint.keys import without
+from cappy.redaction import one_line, redact
+from cappy.sampling.endpoint.bounded import RefusedAnswerError
+from cappy.sampling.endpoint.faults import read_refusal
 
 INVALID = "invalid_request_error"
-_KEPT = ("retry-after", "retry-after-ms", "x-should-retry")
+_NUMBER = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,6})?")
+_DATE = re.compile(r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT")
+_KEPT = {
+    "retry-after": re.compile(f"{_NUMBER.pattern}|{_DATE.pattern}"),
+    "retry-after-ms": _NUMBER,
+    "x-should-retry": re.compile("true|false"),
+}
+"""Headers that are passed on, and what they must be."""
 _SHOWN = 500
 
 
@@ -29,6 +39,7 @@ class GatewayError(Exception):
         headers: Mapping[str, str] | None = None,
         paid: bool = False,
     ) -> None:
+        message = redact(message)
         super().__init__(message)
         self.status = status
         self.error = {"message": message, "type": kind, "param": param, "code": code}
@@ -40,56 +51,62 @@ class GatewayError(Exception):
         return {"error": self.error}
 
 
-def refused(name: str, response: httpx2.Response, key: str) -> GatewayError:
-    """What an LLM's server refused, under its status and with its own words, the key taken out of them.
+def refused(name: str, response: httpx2.Response, keys: Sequence[str]) -> GatewayError:
+    """What an LLM's server refused, under its status and with its own words, the keys taken out of them.
 
-    `name` says whose refusal it is. A redirect is none that a client could follow: 502.
+    `name` says whose refusal it is. A redirect, and a status that is none of an error, is 502.
     """
     status = response.status_code
-    if status < 400:
+    if not 400 <= status <= 599:
         return GatewayError(502, f"{name} answered {status}; check its address", kind="upstream_error")
-    told = _told(response)
-    message = without(key, str(told.get("message") or f"status {status} without a word"))[:_SHOWN]
+    refusal = read_refusal(response.content, keys)
+    message = _shortened(refusal.message) or f"status {status} without a word"
     whose = " (it is that server which wants another key, not this gateway)" if status == 401 else ""
-    kind, param, code = (_text(told.get(field), key) for field in ("type", "param", "code"))
     return GatewayError(
         status,
         f"{name} answered {status}: {message}{whose}",
-        kind=kind or ("upstream_error" if status >= 500 else INVALID),
-        param=param,
-        code=code,
-        headers={field: response.headers[field] for field in _KEPT if field in response.headers},
+        kind=_shortened(refusal.kind) or ("upstream_error" if status >= 500 else INVALID),
+        param=_shortened(refusal.param) or None,
+        code=_shortened(refusal.code) or None,
+        headers=_kept(response.headers),
     )
 
 
-def unreachable(name: str, error: httpx2.HTTPError, seconds: float) -> GatewayError:
-    """What the network made of a request: 504 where time ran out, else 502."""
+def unreachable(name: str, error: httpx2.HTTPError, seconds: float, keys: Sequence[str]) -> GatewayError:
+    """What the network made of a request: 504 where time ran out, 503 where too many are under way, else 502."""
+    if isinstance(error, httpx2.PoolTimeout):
+        text = f"as many requests as may be are under way at {name}; try again"
+        return GatewayError(503, text, kind="overloaded", code="overloaded", headers={"retry-after": "1"})
+    if isinstance(error, httpx2.LocalProtocolError):
+        return GatewayError(400, "the Authorization header holds what no header may; send the key alone")
+    if isinstance(error, RefusedAnswerError):
+        return GatewayError(502, f"{name}: {error}", kind="upstream_error", code="upstream_bad_answer", paid=True)
     sent = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
     if isinstance(error, httpx2.TimeoutException):
-        text = f"{name} did not answer within {seconds:g} s" if sent else f"{name} could not be connected to in time"
-        return GatewayError(
-            504, f"{text}; try again, or raise --max-seconds", kind="timeout", code="timeout", paid=sent
-        )
-    why = str(error) or type(error).__name__
+        return late(name, seconds) if sent else _not_connected(name)
+    why = one_line(str(error), _SHOWN, *keys) or type(error).__name__
     text = f"{name} cannot be reached ({why})" if not sent else f"{name} broke off its answer ({why})"
     return GatewayError(
         502, f"{text}; check that it runs", kind="upstream_error", code="upstream_unreachable", paid=sent
     )
 
 
-def _told(response: httpx2.Response) -> Mapping[str, Any]:
-    """The error object in a body, in the shapes that servers use."""
-    try:
-        values = response.json()
-    except (ValueError, RecursionError):
-        return {"message": response.text[:_SHOWN]}
-    if not isinstance(values, dict):
-        return {"message": str(values)[:_SHOWN]}
-    inner = values.get("error", values)
-    if isinstance(inner, dict):
-        return {**inner, "message": inner.get("message") or inner.get("detail")}
-    return {"message": inner}
+def late(name: str, seconds: float) -> GatewayError:
+    """An answer that was not there in time, however little of it was."""
+    text = f"{name} did not answer within {seconds:g} s; try again, or raise --max-seconds"
+    return GatewayError(504, text, kind="timeout", code="timeout", paid=True)
 
 
-def _text(value: object, key: str) -> str | None:
-    return None if value is None else without(key, str(value))[:_SHOWN]
+def _not_connected(name: str) -> GatewayError:
+    text = f"{name} could not be connected to in time; try again, or raise --max-seconds"
+    return GatewayError(504, text, kind="timeout", code="timeout")
+
+
+def _kept(headers: Mapping[str, str]) -> dict[str, str]:
+    found = {name: headers.get(name, "") for name in _KEPT}
+    return {name: value for name, value in found.items() if _KEPT[name].fullmatch(value)}
+
+
+def _shortened(text: str) -> str:
+    """The beginning of a text that holds no secret any more."""
+    return text[:_SHOWN]

@@ -3,10 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import islice
+from typing import Any, Literal
 
 from cappy.errors import ConfigError
+from cappy.untrusted import is_count
 
+MAX_USAGE_FIELDS = 32
+"""Numbers of one usage that are kept; servers send about ten."""
+MAX_USAGE_DEPTH = 3
+MAX_USAGE_NAME = 64
+_NAMED = ("prompt_tokens", "completion_tokens", "total_tokens")
 Limit = Literal["seconds", "tokens", "money", "total-money"]
 EXPECTED_TOKENS = 256
 """Taken for the length of a response where the client sets no limit and none was seen."""
@@ -104,7 +111,7 @@ class Ledger:
     unmetered: int = 0
     charged: float = 0.0
     """Cost, and what calls that were not counted may have cost at the most."""
-    usages: list[dict[str, object]] = field(default_factory=list)
+    usages: list[dict[str, Any]] = field(default_factory=list)
 
     def purses(self) -> list[Purse]:
         """What is left under each limit that is set."""
@@ -144,6 +151,29 @@ class Ledger:
         self.charged += cost
         self.total.held -= most
         self.total.spent += cost
+
+
+def read_usage(told: object) -> dict[str, Any] | None:
+    """The whole numbers from 0 to 2**53 in a usage as a server sent it, at any place within `MAX_USAGE_DEPTH`.
+
+    None where it does not say how many tokens of prompt and of response there were.
+    """
+    if not isinstance(told, dict):
+        return None
+    usage = _counts(told, MAX_USAGE_DEPTH)
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return usage if is_count(prompt) and is_count(completion) else None
+
+
+def _counts(told: dict[str, Any], depth: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in [*_NAMED, *islice((name for name in told if name not in _NAMED), MAX_USAGE_FIELDS)]:
+        value = told.get(name)
+        if is_count(value):
+            found[name[:MAX_USAGE_NAME]] = value
+        elif isinstance(value, dict) and depth > 1:
+            found[name[:MAX_USAGE_NAME]] = _counts(value, depth - 1)
+    return found
 
 
 def _each(count: int, purses: Sequence[Purse], prices: Prices, prompt_tokens: int) -> tuple[float, Limit | None]:

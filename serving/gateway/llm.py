@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import httpx2
+
 from cappy.errors import ConfigError, shown
 from cappy.sampling.endpoint.keys import NO_KEY, api_key, refuse_secrets
 from serving.gateway.ledger import Prices
@@ -30,6 +32,10 @@ def llm(url: str, *, model: str = "", key_variable: str = "", passes_key: bool =
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"{shown(url)}: an LLM's address is http://host:port/v1")
     refuse_secrets(url)
+    try:
+        httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise ConfigError(f"{shown(url)}: is no address ({error}); an LLM's is http://host:port/v1") from error
     key = key_of(url, key_variable)
     return LLM(url=url.rstrip("/"), model=model, key=key, passes_key=passes_key, prices=prices)
 

@@ -1,16 +1,28 @@
 """Where scores come from: a scorer in this process, in a thread of its own, or a running `cappy serve`."""
 
 import asyncio
-import math
-from collections.abc import Awaitable, Callable, Sequence
+import re
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
 from cappy.errors import ConfigError
+from cappy.redaction import one_line, redact_address, remember_address
+from cappy.sampling.endpoint.bounded import (
+    MAX_BYTES,
+    Connection,
+    Deadlines,
+    async_settings,
+    max_connections,
+    settings,
+)
 from cappy.scoring.calibration import Calibration, read_calibration
+from cappy.untrusted import read_json
 from serving.gateway.errors import GatewayError
 
 Pair = tuple[str, str]
@@ -20,6 +32,11 @@ Score = Callable[[Sequence[Pair]], Awaitable[Sequence[float]]]
 PAIRS_PER_REQUEST = 1024
 PROBE: Pair = ("What is 1 + 1?", "2")
 SECONDS = 60.0
+MAX_SCORES_BYTES = 1_000_000
+"""Of an answer of a running `cappy serve`: about 20 bytes a score, and what it says beside them."""
+MAX_SHOWN = 200
+VERSION = re.compile(r"[!-~]{0,200}")
+"""What a version may be: it goes into headers."""
 
 
 async def _nothing() -> None:
@@ -41,11 +58,11 @@ class Scoring:
 
     async def __call__(self, pairs: Sequence[Pair]) -> list[float]:
         """Finite scores, one per pair; GatewayError 500 where the scorer gives others."""
-        scores = [float(score) for score in await self.score(pairs)]
-        if len(scores) != len(pairs) or not all(map(math.isfinite, scores)):
+        scores = list(await self.score(pairs))
+        if len(scores) != len(pairs) or not all(map(_is_finite, scores)):
             text = "the scorer answers what are no finite numbers, one per candidate; fetch or train it again"
             raise GatewayError(500, text, kind="scorer_error", code="scorer_bad_answer")
-        return scores
+        return [float(score) for score in scores]
 
 
 def load(spec: str, calibration: Path | None = None, key: str = "") -> Scoring:
@@ -83,32 +100,75 @@ def in_process(spec: str) -> Scoring:
 
 def over_http(url: str, key: str = "") -> Scoring:
     """The scorer of a running `cappy serve`; ConfigError where none answers; GatewayError 503 if none does later."""
-    address = f"{url.rstrip('/')}/score"
+    remember_address(url)
+    address, where = f"{url.rstrip('/')}/score", redact_address(url)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        answer = httpx2.post(address, json={"pairs": [PROBE]}, headers=headers, timeout=SECONDS)
-        if answer.status_code == 401:
+        status, body = _asked_once(address, headers)
+        if status == 401:
             raise ConfigError(
-                f"{url}: wants another API key; put it into a variable and name it: --scorer-key-variable"
+                f"{where}: wants another API key; put it into a variable and name it: --scorer-key-variable"
             )
-        current = [str(answer.raise_for_status().json()["version"])]
-    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{url}: no scorer answers there ({why}); start it: cappy serve --port ...") from None
-    client = httpx2.AsyncClient(timeout=SECONDS, headers=headers)
+        if status != 200:
+            raise ValueError(f"status {status}")
+        current = [_scores(body)[1]]
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
+        why = one_line(str(error), MAX_SHOWN, key) or type(error).__name__
+        raise ConfigError(f"{where}: no scorer answers there ({why}); start it: cappy serve --port ...") from None
+    limits = httpx2.Limits(max_connections=max_connections(), max_keepalive_connections=20)
+    client = httpx2.AsyncClient(timeout=SECONDS, limits=limits, **_with(async_settings(), headers))
+
+    async def ask(part: Sequence[Pair]) -> list[float]:
+        async with asyncio.timeout(SECONDS):
+            answer = await client.post(address, json={"pairs": part}, extensions={MAX_BYTES: MAX_SCORES_BYTES})
+        answer.raise_for_status()
+        scores, current[0] = _scores(answer.content)
+        return scores
 
     async def score(pairs: Sequence[Pair]) -> Sequence[float]:
         scores: list[float] = []
         try:
             for start in range(0, len(pairs), PAIRS_PER_REQUEST):
-                part = pairs[start : start + PAIRS_PER_REQUEST]
-                found = (await client.post(address, json={"pairs": part})).raise_for_status().json()
-                scores += found["scores"]
-                current[0] = str(found["version"])
-        except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
+                scores += await ask(pairs[start : start + PAIRS_PER_REQUEST])
+        except (httpx2.HTTPError, ValueError, TimeoutError) as error:
             status = f"status {error.response.status_code}" if isinstance(error, httpx2.HTTPStatusError) else ""
             text = f"the scorer does not answer ({status or type(error).__name__}); see that cappy serve runs"
             raise GatewayError(503, text, kind="scorer_error", code="scorer_unreachable") from None
         return scores
 
     return Scoring(score=score, version=lambda: current[0], close=client.aclose)
+
+
+def _asked_once(address: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
+    """Status and body of the answer to one pair."""
+    connection, deadlines = Connection(), Deadlines()
+    connection.max_bytes = MAX_SCORES_BYTES
+    try:
+        made = _with(settings(connection), headers)
+        with httpx2.Client(timeout=SECONDS, **made) as client, deadlines.within(SECONDS, connection):
+            answer = client.post(address, json={"pairs": [PROBE]})
+        if connection.late:
+            raise ValueError(f"no answer within {SECONDS:g} s")
+        return answer.status_code, answer.content
+    finally:
+        deadlines.close()
+
+
+def _with(made: dict[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of a client with these headers beside its own."""
+    return {**made, "headers": {**made["headers"], **headers}}
+
+
+def _scores(body: bytes) -> tuple[list[float], str]:
+    """The scores and the scorer's version in an answer; ValueError for anything but finite numbers and a version."""
+    values = read_json(body)
+    scores, version = (values.get(name) if isinstance(values, dict) else None for name in ("scores", "version"))
+    if not isinstance(scores, list) or not all(map(_is_finite, scores)):
+        raise ValueError("it does not answer finite numbers")
+    if not isinstance(version, str) or not VERSION.fullmatch(version):
+        raise ValueError("it does not answer a scorer's version")
+    return [float(score) for score in scores], version
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -1,19 +1,22 @@
 """An LLM behind an OpenAI-compatible server: draws candidates, passes the rest through."""
 
 import asyncio
+import base64
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 import httpx2
 
 from cappy.records.instance import SELECTABLE, Status
-from cappy.sampling.endpoint.answers import BadAnswerError, read_choice, read_choices
+from cappy.redaction import SHORTEST
+from cappy.sampling.endpoint.answers import BadAnswerError, model_name, read_choice, read_choices
+from cappy.sampling.endpoint.bounded import MAX_BYTES, MAX_LIST_BYTES, answer_bytes, async_settings, max_connections
 from cappy.sampling.endpoint.capabilities import LENGTH, NEW_LENGTH, Capabilities, refused_parameter
-from cappy.sampling.endpoint.keys import NO_KEY, without
 from cappy.sampling.paid import tokens_of
-from serving.gateway.errors import GatewayError, refused, unreachable
-from serving.gateway.ledger import Ledger
+from serving.gateway.errors import GatewayError, late, refused, unreachable
+from serving.gateway.ledger import Ledger, read_usage
 from serving.gateway.llm import LLM
 from serving.gateway.schemas import ChatRequest
 
@@ -83,15 +86,15 @@ class Ask:
 
 
 class Upstream:
-    """Asks one LLM's server, over connections that are kept open."""
+    """Asks one LLM's server, over connections that are kept open: `connections` at most, else `max_connections()`."""
 
-    def __init__(self, llm: LLM, *, name: str = "the LLM") -> None:
+    def __init__(self, llm: LLM, *, name: str = "the LLM", connections: int | None = None) -> None:
         self.llm = llm
         self._name = name
         self._capabilities: dict[str, Capabilities] = {}
-        self._client = httpx2.AsyncClient(
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64), follow_redirects=False
-        )
+        most = connections or max_connections()
+        limits = httpx2.Limits(max_connections=most, max_keepalive_connections=min(64, most))
+        self._client = httpx2.AsyncClient(limits=limits, **async_settings())
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -121,10 +124,10 @@ class Upstream:
     async def models(self, authorization: str) -> bytes:
         """The server's list of models, JSON as it answers; GatewayError where it does not."""
         key = self.llm.authorization(authorization)
-        response = await self._send("GET", "/models", None, key, seconds=CONNECT_SECONDS)
+        response = await self._send("GET", "/models", None, key, seconds=CONNECT_SECONDS, max_bytes=MAX_LIST_BYTES)
         if response.status_code != 200:
-            raise refused(self._name, response, _secret(key))
-        return response.content
+            raise refused(self._name, response, _secrets(key))
+        return _without(response.content, key)
 
     async def _call(self, ask: Ask, capabilities: Capabilities, *, count: int, number: int) -> list[Draw]:
         """The candidates of one request, at least one; none if the model refuses `n`; GatewayError if there is none."""
@@ -134,8 +137,8 @@ class Upstream:
             sent = _trimmed(wanted, capabilities, added)
             response = await self._metered(ask, sent, key, count)
             if response.status_code == 200:
-                return self._read(ask, response.text, sent, count)
-            problem = refused(self._name, response, _secret(key))
+                return self._read(ask, _without(response.content, key), sent, count)
+            problem = refused(self._name, response, _secrets(key))
             parameter = refused_parameter(sent, str(problem), problem.error["param"])
             if response.status_code not in (400, 422) or parameter not in added or not capabilities.takes(parameter):
                 raise problem
@@ -149,7 +152,9 @@ class Upstream:
         most = self._most(ask, count)
         ask.ledger.hold(most)
         try:
-            response = await self._send("POST", "/chat/completions", sent, key, seconds=ask.seconds)
+            response = await self._send(
+                "POST", "/chat/completions", sent, key, seconds=ask.seconds, max_bytes=_max_bytes(ask, sent, count)
+            )
         except GatewayError as problem:
             ask.ledger.fail(most, paid=problem.paid)
             raise
@@ -166,22 +171,21 @@ class Upstream:
         tokens = ask.most_tokens if ask.most_tokens is not None else ask.request.most_tokens or 0
         return self.llm.prices.cost(tokens_of(ask.request.instruction), count * tokens)
 
-    def _read(self, ask: Ask, text: str, sent: Mapping[str, Any], count: int) -> list[Draw]:
+    def _read(self, ask: Ask, body: bytes, sent: Mapping[str, Any], count: int) -> list[Draw]:
         """The candidates in a body, and their tokens in the ledger; GatewayError 502 if it holds none."""
         try:
-            values, choices = read_choices(text)
+            values, choices = read_choices(body)
             told = [(choice, read_choice(choice)) for choice in choices[:count]]
         except BadAnswerError as error:
             ask.ledger.fail(self._most(ask, count), paid=True)
-            key = self.llm.authorization(ask.authorization)
-            what = without(_secret(key), f"{self._name} answered what is no completion: {error}")
+            keys = _secrets(self.llm.authorization(ask.authorization))
+            what = f"{self._name} answered what is no completion: {error.text(keys)}"
             raise GatewayError(502, what, kind="upstream_error", code="upstream_bad_answer", paid=True) from None
-        usage = values.get("usage")
-        self._settle(ask, usage if isinstance(usage, dict) else None, [text for _, (text, _, _) in told], count)
-        model = values["model"] if isinstance(values.get("model"), str) else str(sent["model"])
+        self._settle(ask, values.get("usage"), [text for _, (text, _, _) in told], count)
+        model = model_name(values.get("model")) or str(sent["model"])
         return [
             Draw(
-                choice=choice,
+                choice=_passed_on(choice, text),
                 text=text,
                 status=status,
                 model=model,
@@ -193,26 +197,35 @@ class Upstream:
             for choice, (text, status, logprobs) in told
         ]
 
-    def _settle(self, ask: Ask, usage: dict[str, Any] | None, texts: list[str], count: int) -> None:
+    def _settle(self, ask: Ask, told: object, texts: list[str], count: int) -> None:
         """Counts what the server says was used; its cost by the rule of thumb where it does not say."""
-        prompt, completion = ((usage or {}).get(name) for name in ("prompt_tokens", "completion_tokens"))
-        if usage is not None and _is_count(prompt) and _is_count(completion):
+        usage = read_usage(told)
+        if usage is not None:
             ask.ledger.usages.append(usage)
+            prompt, completion = usage["prompt_tokens"], usage["completion_tokens"]
         else:
             prompt, completion = tokens_of(ask.request.instruction), sum(map(tokens_of, texts))
             ask.ledger.unmetered += 1
         ask.ledger.settle(self._most(ask, count), prompt, completion, self.llm.prices.cost(prompt, completion))
 
     async def _send(
-        self, method: str, path: str, body: Mapping[str, Any] | None, key: str, *, seconds: float
+        self, method: str, path: str, body: Mapping[str, Any] | None, key: str, *, seconds: float, max_bytes: int
     ) -> httpx2.Response:
-        timeout = httpx2.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))
+        connect = min(CONNECT_SECONDS, seconds)
+        timeout = httpx2.Timeout(seconds, connect=connect, pool=connect)
         # As bytes, because a client's header may hold what no text header can.
         headers = {b"authorization": key.encode("latin-1", "replace")} if key else {}
+        address, more = self.llm.url + path, {MAX_BYTES: max_bytes}
         try:
-            return await self._client.request(method, self.llm.url + path, json=body, headers=headers, timeout=timeout)
+            # The timeouts above begin anew with every byte that comes.
+            async with asyncio.timeout(seconds):
+                return await self._client.request(
+                    method, address, json=body, headers=headers, timeout=timeout, extensions=more
+                )
+        except TimeoutError:
+            raise late(self._name, seconds) from None
         except httpx2.HTTPError as error:
-            raise unreachable(self._name, error, seconds) from None
+            raise unreachable(self._name, error, seconds, _secrets(key)) from None
 
     def _known(self, model: str) -> Capabilities:
         if len(self._capabilities) >= MODELS_KNOWN and model not in self._capabilities:
@@ -226,13 +239,37 @@ def _trimmed(wanted: Mapping[str, Any], capabilities: Capabilities, added: froze
     return {**theirs, **capabilities.trimmed({name: wanted[name] for name in added if name in wanted})[0]}
 
 
-def _is_count(told: object) -> TypeGuard[int]:
-    return isinstance(told, int) and not isinstance(told, bool) and told >= 0
+def _max_bytes(ask: Ask, sent: Mapping[str, Any], count: int) -> int:
+    """How large the answer to a request may be."""
+    top = sent.get("top_logprobs")
+    likelihoods = 1 + (min(top, 20) if isinstance(top, int) and top > 0 else 0) if sent.get("logprobs") else 0
+    return answer_bytes(ask.most_tokens or ask.request.most_tokens, count, likelihoods=likelihoods)
 
 
-def _secret(authorization: str) -> str:
+def _passed_on(choice: Mapping[str, Any], text: str) -> Mapping[str, Any]:
+    """The choice as clients of chat completions can read it: with a message, even where the server sent a bare text."""
+    if isinstance(choice.get("message"), dict):
+        return choice
+    others = {name: value for name, value in choice.items() if name not in ("message", "text")}
+    return {**others, "message": {"role": "assistant", "content": text}}
+
+
+def _secrets(authorization: str) -> tuple[str, ...]:
     """What of the header must stand in no text."""
-    return authorization.split()[-1] if authorization.strip() else NO_KEY
+    scheme, _, key = authorization.strip().partition(" ")
+    found = [key.strip() or scheme]
+    if scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            found.append(base64.b64decode(key).decode("utf-8", "replace").partition(":")[2])
+    return tuple(found)
+
+
+def _without(body: bytes, authorization: str) -> bytes:
+    """The body without the key that was sent, which a server that repeats it would tell every client."""
+    for key in _secrets(authorization):
+        if len(key) >= SHORTEST:
+            body = body.replace(key.encode("latin-1", "replace"), b"***")
+    return body
 
 
 def scored(draw: Draw, score: float, value: float) -> Draw:

@@ -1,20 +1,39 @@
 """What an endpoint answers, read without trust: a body that is no completion is a fault, not an empty response."""
 
 import json
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from cappy.errors import shown
 from cappy.records import Candidate
 from cappy.records.instance import Status
 from cappy.sampling.paid import tokens_of
 from cappy.sampling.strategies import Decoding
+from cappy.untrusted import is_count, read_json, whole
+
+MAX_CHARACTERS = 1_000_000
+"""Of a response; a server that sends more was asked for less."""
+MAX_NAME_CHARACTERS = 200
+"""Of a model's name; a longer one is none."""
 
 
 class BadAnswerError(Exception):
-    """The body is no completion; the same request may get a better one."""
+    """The body is no completion; the same request may get a better one. `evidence` is what the server sent instead."""
+
+    def __init__(self, problem: str, evidence: object) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.evidence = evidence
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, keys: Sequence[str] = ()) -> str:
+        """What is wrong, and the beginning of the evidence without these keys and every secret that is known."""
+        return f"{self.problem}: {shown(self.evidence, keys=keys)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +78,7 @@ def failed(status: Status, count: int) -> list[Answer]:
 
 
 def read_answers(
-    body: str, instruction: str, *, count: int, seed: int | None, left_out: tuple[str, ...]
+    body: bytes, instruction: str, *, count: int, seed: int | None, left_out: tuple[str, ...]
 ) -> list[Answer]:
     """The answers in the body of a completion, at most `count`, at least one; BadAnswerError if it is none.
 
@@ -70,17 +89,18 @@ def read_answers(
     told = [read_choice(choice) for choice in choices[:count]]
     used = values.get("usage")
     usage: Mapping[str, Any] = used if isinstance(used, dict) else {}
-    input_tokens = _count(usage.get("prompt_tokens"), tokens_of(instruction))
-    output_tokens = _count(usage.get("completion_tokens"), sum(tokens_of(text) for text, _, _ in told))
-    model = values.get("model")
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    input_tokens = prompt if is_count(prompt) else tokens_of(instruction)
+    output_tokens = completion if is_count(completion) else sum(tokens_of(text) for text, _, _ in told)
+    model = model_name(values.get("model"))
     return [
         Answer(
             text=text,
             status=status,
-            model=_whole(model) if isinstance(model, str) else "",
+            model=model,
             seed=seed,
             logprob_sum=sum(logprobs) if logprobs else None,
-            num_tokens=len(logprobs) if logprobs else None,
+            num_tokens=len(logprobs) or None,
             requests=int(number == 0),
             input_tokens=input_tokens if number == 0 else 0,
             output_tokens=output_tokens // len(told) + int(number < output_tokens % len(told)),
@@ -90,24 +110,35 @@ def read_answers(
     ]
 
 
-def read_choices(body: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_choices(body: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The body of a completion and its choices in order, copies of one index left out; BadAnswerError if it is none."""
     values = _json(body)
     found = values.get("choices")
     if not isinstance(found, list) or not found or not all(isinstance(choice, dict) for choice in found):
-        raise BadAnswerError(f"the body has no choices: {shown(body)}")
+        raise BadAnswerError("the body has no choices", _decoded(body))
     by_index = {str(choice.get("index", number)): choice for number, choice in reversed(list(enumerate(found)))}
     return values, [by_index[index] for index in sorted(by_index)]
 
 
-def _json(body: str) -> dict[str, Any]:
+def model_name(told: object) -> str:
+    """The name of the model that answered, as the server says; empty for what is no name."""
+    return whole(told) if isinstance(told, str) and len(told) <= MAX_NAME_CHARACTERS else ""
+
+
+def _json(body: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(body)
-    except (ValueError, RecursionError):
-        raise BadAnswerError(f"the body is no JSON: {shown(body)}") from None
+        values = read_json(body)
+    except json.JSONDecodeError:
+        raise BadAnswerError("the body is no JSON", _decoded(body)) from None
+    except ValueError as error:
+        raise BadAnswerError(f"the body is no JSON ({error})", _decoded(body)) from None
     if not isinstance(values, dict):
-        raise BadAnswerError(f"the body is no JSON object: {shown(body)}")
+        raise BadAnswerError("the body is no JSON object", _decoded(body))
     return values
+
+
+def _decoded(body: bytes) -> str:
+    return body.decode("utf-8", "replace")
 
 
 def read_choice(choice: Mapping[str, Any]) -> tuple[str, Status, list[float]]:
@@ -118,14 +149,18 @@ def read_choice(choice: Mapping[str, Any]) -> tuple[str, Status, list[float]]:
     elif "text" in choice:
         text, refusal = choice["text"], None
     else:
-        raise BadAnswerError(f"a choice has neither message nor text: {shown(dict(choice))}")
+        raise BadAnswerError("a choice has neither message nor text", dict(choice))
     if isinstance(text, list):
         text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
     if not isinstance(text, str | None):
-        raise BadAnswerError(f"the content of a choice is no text: {shown(text)}")
-    stripped = _whole(text or "").strip()
+        raise BadAnswerError("the content of a choice is no text", text)
+    stripped = whole(text or "").strip()
+    if refusal and not stripped:
+        text = whole(str(refusal)).strip()
+    if len(text or "") > MAX_CHARACTERS:
+        raise BadAnswerError(f"a response has more than {MAX_CHARACTERS:,} characters", text)
     if refusal:
-        return stripped or _whole(str(refusal)).strip(), "refused", []
+        return stripped or text or "", "refused", []
     return stripped, _status(choice.get("finish_reason"), stripped), _logprobs(choice.get("logprobs"))
 
 
@@ -149,15 +184,10 @@ def _logprobs(told: object) -> list[float]:
     if not isinstance(values, list):
         return []
     # JSON of others may hold NaN, Infinity and whole numbers beyond any float.
-    numbers = [float(v) for v in values if isinstance(v, int | float) and abs(v) <= sys.float_info.max]
+    numbers = [float(v) for v in values if _is_number(v) and abs(v) <= sys.float_info.max]
     # A likelihood with a gap would be that of another response.
-    return numbers if len(numbers) == len(values) else []
+    return numbers if len(numbers) == len(values) and math.isfinite(sum(numbers)) else []
 
 
-def _whole(text: str) -> str:
-    """The text with U+FFFD for each half of a character: servers cut where they like, and no file could hold one."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _count(told: object, otherwise: int) -> int:
-    return told if isinstance(told, int) and told >= 0 else otherwise
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

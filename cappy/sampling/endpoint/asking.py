@@ -8,11 +8,13 @@ from typing import Any
 import openai
 
 from cappy.errors import GeneratorError
+from cappy.redaction import cut
 from cappy.sampling.endpoint.answers import Answer, BadAnswerError, failed, read_answers
+from cappy.sampling.endpoint.bounded import answer_bytes
 from cappy.sampling.endpoint.capabilities import Capabilities
-from cappy.sampling.endpoint.clients import Clients
+from cappy.sampling.endpoint.clients import Client, Clients, LateError
 from cappy.sampling.endpoint.faults import Fault, backoff, judge
-from cappy.sampling.endpoint.keys import without
+from cappy.sampling.endpoint.keys import NO_KEY
 from cappy.sampling.endpoint.limits import Budget, Pace, Spent, pause
 from cappy.sampling.paid import Terms, Usage, tokens_of
 from cappy.sampling.strategies import Decoding
@@ -130,15 +132,15 @@ class Asker:
                     count = self._count(numbers)
                     sent, left_out = self.capabilities.trimmed(wanted)
                     try:
-                        text = self._send(client, sent)
-                    except openai.OpenAIError as error:
+                        body = self._send(client, sent, question, count)
+                    except (openai.OpenAIError, LateError) as error:
                         fault = judge(error, sent)
                         if fault.kind == "end":
                             # While the client is still held, so that nobody asks in vain after this.
                             stop.set()
                         return [], fault
                 answers = read_answers(
-                    text, question.instruction, count=count, seed=sent.get("seed"), left_out=left_out
+                    body, question.instruction, count=count, seed=sent.get("seed"), left_out=left_out
                 )
                 for answer in answers:
                     spent.add(Spent(answer.requests, answer.input_tokens, answer.output_tokens))
@@ -153,14 +155,16 @@ class Asker:
     def _count(self, numbers: list[int]) -> int:
         return len(numbers) if self.capabilities.takes("n") else 1
 
-    def _send(self, client: openai.OpenAI, body: Mapping[str, Any]) -> str:
-        """The text of the response; what the body says is for the reader of answers to find out."""
-        # Straight to the path: the typed methods spend as long again on reshaping a body that is already right.
+    def _send(self, client: Client, sent: Mapping[str, Any], question: Question, count: int) -> bytes:
+        """The body of the response; what it says is for the reader of answers to find out."""
         path = "/chat/completions" if self._terms.api == "chat" else "/completions"
-        return client.post(path, body=dict(body), cast_to=str)
+        most = answer_bytes(question.decoding.max_new_tokens, count, likelihoods=1)
+        body = client.post(path, sent, max_bytes=most)
+        # A server that repeats what it was sent must not get the key into the records.
+        return body.replace(self._clients.key.encode(), b"***") if self._clients.key != NO_KEY else body
 
     def _last_words(self, fault: Fault, attempt: int) -> str:
-        reason = without(self._clients.key, fault.reason)
+        reason = cut(fault.reason, _SHOWN, self._clients.key)
         tried = f" after {attempt} attempts" if attempt > 1 else ""
         remedy = fault.remedy or "check the address and the network"
-        return f"{self.name}: {reason[:_SHOWN]}{tried}; {remedy}, then run the same command again: every answer is kept"
+        return f"{self.name}: {reason}{tried}; {remedy}, then run the same command again: every answer is kept"

@@ -2,15 +2,14 @@
 
 import os
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from cappy.errors import ConfigError, shown
+from cappy.redaction import has_secret, redact_address, remember
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 FILE_VARIABLE = "OPENAI_API_KEY_FILE"
 NO_KEY = "none"
 """Sent where no key is set: servers of one's own ask for none, and the client insists on one."""
-_SECRET_QUERIES = ("key", "token", "secret", "password")
 
 
 def api_key(variable: str = KEY_VARIABLE) -> str:
@@ -31,21 +30,14 @@ def api_key(variable: str = KEY_VARIABLE) -> str:
             raise ConfigError(f"{source}: {shown(path)} is empty; mount the key there")
     if not all(33 <= ord(character) <= 126 for character in key):
         raise ConfigError(f"{source}: holds white space or characters beyond ASCII inside the key; set the key alone")
+    remember(key)
     return key or NO_KEY
 
 
 def refuse_secrets(url: str) -> None:
     """ConfigError, without the secret, where an address carries one: specs stand in manifests and logs."""
-    parts = urlsplit(url)
-    named = [pair.partition("=")[0].lower() for pair in parts.query.split("&")]
-    if parts.username or parts.password or any(word in name for name in named for word in _SECRET_QUERIES):
+    if has_secret(url):
         raise ConfigError(
-            f"openai: the address of {parts.hostname} carries a name, a password or a key; "
+            f"openai: the address {redact_address(url)} carries a name, a password or a key; "
             f"take it out of the spec and set {KEY_VARIABLE}"
         )
-
-
-def without(key: str, text: str) -> str:
-    """A text as it may be shown: one line, without the key, which servers like to repeat."""
-    line = " ".join(text.split())
-    return line if key == NO_KEY else line.replace(key, "***")

@@ -16,6 +16,9 @@ from cappy.sampling.paid import Terms
 REFRESH_SECONDS = 2.0
 """How long another process's requests may stay unseen; looking costs a listing of a folder that may be far away."""
 
+LONGEST_CORRECTION = 600.0
+"""Seconds that one answer may hold up the next ones because it took more than it was expected to."""
+
 
 class StoppedError(Exception):
     """Another request ended the run; this one is not sent."""
@@ -38,9 +41,12 @@ class Pace:
             return start - now
 
     def correct(self, units: int) -> None:
-        """Makes up for units (positive: more, negative: fewer) that a turn took beside what it had asked for."""
+        """Makes up for units (positive: more, negative: fewer) that a turn took beside what it had asked for.
+
+        A server's word is taken for `LONGEST_CORRECTION` at most: it may say any number.
+        """
         with self._lock:
-            self._free += units * self._seconds
+            self._free += min(units * self._seconds, LONGEST_CORRECTION)
 
 
 def pause(seconds: float, stop: threading.Event) -> None:

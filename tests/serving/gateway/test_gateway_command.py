@@ -130,7 +130,7 @@ def test_the_command_answers_says_what_its_scores_are_and_sigterm_lets_a_request
     ("words", "line"),
     [
         (["--upstream", "localhost"], "'localhost': an LLM's address is http://host:port/v1"),
-        (["--upstream", "http://u:p@h/v1"], "openai: the address of h carries a name, a password or a key"),
+        (["--upstream", "http://u:p@h/v1"], "openai: the address http://…@h/v1 carries a name, a password or a key"),
         (["--upstream", "http://h/v1", "--key-variable", "NOT_SET"], "NOT_SET is not set; put the key of http://h/v1"),
         (["--upstream", "http://h/v1", "--escalate-to", "http://g/v1"], "a second LLM is asked below --floor"),
         (

@@ -1,0 +1,239 @@
+"""HTTP clients for servers of others: how much they may send, how long they may take, what is never done for them.
+
+A body is decoded step by step and the request ended as soon as it is too large, whatever the compression. No redirect
+is followed and no cookie kept: the key and the prompts go to the address that was given, and nowhere else.
+"""
+
+import contextlib
+import re
+import resource
+import socket
+import threading
+import time
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from http.cookiejar import CookieJar
+from typing import Any
+
+import httpx2
+
+MAX_ANSWER_BYTES = 32_000_000
+"""Of a body, decoded, whatever was asked for."""
+MAX_ERROR_BYTES = 1_000_000
+"""Of a body with a status that is not 200."""
+MAX_LIST_BYTES = 8_000_000
+"""Of a list of models."""
+LEAST_ANSWER_BYTES = 1_000_000
+TOKEN_BYTES = 100
+LIKELY_TOKEN_BYTES = 400
+"""What a token of a response takes in JSON at most, without and with its log-probability."""
+UNKNOWN_TOKENS = 32_768
+"""Taken for the length of a response where nobody limits it."""
+MAX_BYTES = "cappy.max_bytes"
+"""Extension of a request: how many bytes its answer may have, decoded."""
+TICK_SECONDS = 0.25
+_STEP = 65_536
+_GZIP_OR_ZLIB = 47
+
+
+class RefusedAnswerError(httpx2.DecodingError):
+    """An answer that is not read to its end: it is too large, or encoded as nobody asked for."""
+
+
+def answer_bytes(tokens: int | None, count: int, *, likelihoods: int = 0) -> int:
+    """How many bytes an answer may have: `count` responses of `tokens` tokens (None: nobody limits them).
+
+    `likelihoods` is the number of log-probabilities that come with each token.
+    """
+    each = TOKEN_BYTES + LIKELY_TOKEN_BYTES * likelihoods
+    return min(MAX_ANSWER_BYTES, LEAST_ANSWER_BYTES + count * (tokens or UNKNOWN_TOKENS) * each)
+
+
+class Connection:
+    """The newest connection of a synchronous client that asks one thing at a time, which can be ended by force.
+
+    The timeouts of HTTP clients begin anew with every byte, so a server that sends one a second is never late.
+    """
+
+    def __init__(self) -> None:
+        self._stream: Any = None
+        self.max_bytes = MAX_ANSWER_BYTES
+        self.due = float("inf")
+        self.late = False
+
+    def follow(self, request: httpx2.Request) -> None:
+        """A hook for requests: notes what they open."""
+        request.extensions["trace"] = self._trace
+
+    def _trace(self, event: str, details: Mapping[str, Any]) -> None:
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            self._stream = details["return_value"]
+
+    def end(self) -> None:
+        """Ends whatever the client reads or writes now, in any thread."""
+        self.late = True
+        found = self._stream.get_extra_info("socket") if self._stream is not None else None
+        if isinstance(found, socket.socket):
+            with contextlib.suppress(OSError):
+                # The plain one, for that of TLS would first say farewell.
+                socket.socket.shutdown(found, socket.SHUT_RDWR)
+
+
+class Deadlines:
+    """Ends connections whose request takes longer than its time in all; one thread for any number of them."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._connections: set[Connection] = set()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def within(self, seconds: float, connection: Connection) -> Iterator[None]:
+        """Ends the connection where the block takes longer; its `late` says so then."""
+        connection.late = False
+        connection.due = self._clock() + seconds
+        with self._lock:
+            self._connections.add(connection)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="deadlines", daemon=True)
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._connections.discard(connection)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(TICK_SECONDS):
+            now = self._clock()
+            with self._lock:
+                for connection in self._connections:
+                    if connection.due < now:
+                        connection.end()
+
+
+def settings(connection: Connection) -> dict[str, Any]:
+    """Settings of a synchronous client, which asks one thing at a time, over a connection that can be ended.
+
+    Its answers have at most `connection.max_bytes` bytes, decoded.
+    """
+
+    def bound(response: httpx2.Response) -> None:
+        body = _body(response, connection.max_bytes)
+        stream = response.stream
+        assert isinstance(stream, httpx2.SyncByteStream)  # noqa: S101 (the client is synchronous)
+        response.stream = _Stream(stream, body)
+
+    return {**_common(), "event_hooks": {"request": [connection.follow], "response": [bound]}}
+
+
+def async_settings() -> dict[str, Any]:
+    """Settings of an asynchronous client; a request says in its extension `MAX_BYTES` how large its answer may be."""
+
+    async def bound(response: httpx2.Response) -> None:
+        body = _body(response, int(response.request.extensions.get(MAX_BYTES, MAX_ANSWER_BYTES)))
+        stream = response.stream
+        assert isinstance(stream, httpx2.AsyncByteStream)  # noqa: S101 (the client is asynchronous)
+        response.stream = _AsyncStream(stream, body)
+
+    return {**_common(), "event_hooks": {"response": [bound]}}
+
+
+def max_connections() -> int:
+    """How many connections a client may hold: a third of the files that this process may open, 16 to 4096."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 4096 if soft == resource.RLIM_INFINITY else max(16, min(4096, soft // 3))
+
+
+def _common() -> dict[str, Any]:
+    return {
+        "follow_redirects": False,
+        "cookies": _NoCookies(),
+        "headers": {"Accept-Encoding": "gzip"},
+    }
+
+
+class _NoCookies(CookieJar):
+    """Keeps none: a session of one caller's key must not go along with another's."""
+
+    def extract_cookies(self, response: object, request: object) -> None:
+        """Nothing."""
+
+
+class _Body:
+    """Counts and decodes the chunks of one body."""
+
+    def __init__(self, encoding: str, most: int) -> None:
+        self._most = most
+        self._received = self._decoded = 0
+        self._inflate = None if encoding in ("", "identity") else zlib.decompressobj(_GZIP_OR_ZLIB)
+
+    def decode(self, chunk: bytes) -> Iterator[bytes]:
+        """The chunk, decoded in steps; RefusedAnswerError once the body is too large or cannot be decoded."""
+        # Compressed bytes count too: a stream may be endless and decode to nothing.
+        self._received += len(chunk)
+        self._refuse_more_than(self._received)
+        if self._inflate is None:
+            yield chunk
+            return
+        while chunk and not self._inflate.eof:
+            try:
+                part = self._inflate.decompress(chunk, _STEP)
+            except zlib.error as error:
+                raise RefusedAnswerError(f"its answer cannot be decoded: {error}") from error
+            chunk = self._inflate.unconsumed_tail
+            self._decoded += len(part)
+            self._refuse_more_than(self._decoded)
+            yield part
+
+    def _refuse_more_than(self, count: int) -> None:
+        if count > self._most:
+            raise RefusedAnswerError(f"its answer has more than {self._most:,} bytes")
+
+
+def _body(response: httpx2.Response, most: int) -> _Body:
+    """The reader of a response's body; RefusedAnswerError where its headers say that it will not be read."""
+    most = most if response.status_code == 200 else min(most, MAX_ERROR_BYTES)
+    encoding = response.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        raise RefusedAnswerError("its answer has an encoding that was not asked for")
+    announced = response.headers.get("content-length", "")
+    if re.fullmatch(r"[0-9]{1,15}", announced) and int(announced) > most:
+        raise RefusedAnswerError(f"its answer has more than {most:,} bytes")
+    response.headers.pop("content-encoding", None)
+    # A charset that the server names may be any codec of Python's, zlib's among them.
+    response.encoding = "utf-8"
+    return _Body(encoding, most)
+
+
+class _Stream(httpx2.SyncByteStream):
+    def __init__(self, stream: httpx2.SyncByteStream, body: _Body) -> None:
+        self._stream = stream
+        self._body = body
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self._stream:
+            yield from self._body.decode(chunk)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class _AsyncStream(httpx2.AsyncByteStream):
+    def __init__(self, stream: httpx2.AsyncByteStream, body: _Body) -> None:
+        self._stream = stream
+        self._body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._stream:
+            for part in self._body.decode(chunk):
+                yield part
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()

@@ -1,0 +1,59 @@
+"""JSON that others wrote, read within bounds: how many values it has, how deep it is, which numbers stand in it."""
+
+import json
+import math
+import re
+from itertools import accumulate
+from typing import Any, TypeGuard
+
+MAX_VALUES = 4_000_000
+"""Brackets, commas and colons of one text: 64 responses of 4,096 tokens with log-probabilities have 3.4 million."""
+MAX_DEPTH = 64
+MAX_COUNT = 2**53
+"""Above it a number of others is taken for none: no count is that large, and floats are exact up to it."""
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_STRUCTURE = b"{}[],:"
+_OTHERS = bytes(byte for byte in range(256) if byte not in _STRUCTURE)
+_SEPARATORS = b",:"
+_STEP = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
+
+
+def read_json(data: bytes, *, max_values: int = MAX_VALUES, max_depth: int = MAX_DEPTH) -> Any:
+    """The value of a JSON text; ValueError if it is none, has more values or is deeper than allowed.
+
+    What is counted are its brackets, commas and colons, before a single object is made. Invalid UTF-8 becomes U+FFFD;
+    NaN, Infinity and numbers beyond any float become None.
+    """
+    structure = _STRING.sub(b"", data).translate(None, _OTHERS)
+    if len(structure) > max_values:
+        raise ValueError(f"more than {max_values} values")
+    brackets = structure.translate(None, _SEPARATORS)
+    if max(accumulate(map(_STEP.__getitem__, brackets)), default=0) > max_depth:
+        raise ValueError(f"nested more than {max_depth} deep")
+    text = data.decode("utf-8", "replace")
+    try:
+        return json.loads(text, parse_constant=_nothing, parse_float=_finite)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        # Python makes no number of more than 4300 digits.
+        raise ValueError("a number with too many digits, or no room to read it") from error
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether the value is a whole number that may count something, 0 to 2**53."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
+
+
+def whole(text: str) -> str:
+    """The text with U+FFFD for each half of a character: servers cut where they like, and no file could hold one."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _nothing(name: str) -> None:
+    return None
+
+
+def _finite(digits: str) -> float | None:
+    value = float(digits)
+    return value if math.isfinite(value) else None

@@ -1,0 +1,186 @@
+"""Whatever an endpoint answers, sampling gets a candidate, a failed attempt or one line that ends the run."""
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from foreign_server import BODIES, RESPONSES, Foreign, answering, completion, mutated, response, usage
+from hypothesis import HealthCheck, given, settings
+
+from cappy.errors import GeneratorError
+from cappy.records import Candidate
+from cappy.sampling.endpoint import Endpoint
+from cappy.sampling.endpoint.bounded import Connection, Deadlines
+from cappy.sampling.endpoint.faults import read_refusal, retry_after
+from cappy.sampling.paid import Terms
+from cappy.sampling.strategies import Decoding
+from cappy.specs import parse_spec
+from cappy.untrusted import MAX_DEPTH, read_json
+
+TWO = Decoding(name="two", num_samples=2, do_sample=True, max_new_tokens=64)
+KEY = "sk-of-the-endpoint"
+
+
+@pytest.fixture(scope="module")
+def foreign() -> Foreign:
+    return Foreign()
+
+
+@pytest.fixture(scope="module")
+def url(foreign: Foreign) -> Iterator[str]:
+    with answering(foreign) as found:
+        yield found
+
+
+def sample(url: str, folder: Path | None = None, **terms: float) -> list[Candidate]:
+    """What the endpoint gives for one instruction; GeneratorError where it gives none."""
+    made = Terms(folder=folder, retries=1, first_wait=0.001, **{"timeout": 20.0, **terms})  # type: ignore[arg-type]
+    endpoint = Endpoint(parse_spec(f"openai:m@{url}"), made)
+    try:
+        (found,) = endpoint.sample(["say it"], [TWO], seed=1)
+        return found
+    finally:
+        endpoint.close()
+
+
+def ends_well(url: str) -> list[Candidate]:
+    """The candidates; none where the run ends with one line."""
+    try:
+        return sample(url)
+    except GeneratorError as error:
+        told = str(error)
+    assert "\n" not in told
+    assert len(told) < 500
+    return []
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_no_body_of_an_endpoint_is_a_traceback(foreign: Foreign, url: str, name: str) -> None:
+    foreign.parts = [response(BODIES[name]())]
+    for candidate in ends_well(url):
+        assert candidate.response.encode() is not None
+        assert len(candidate.revision or "") <= 200
+
+
+@pytest.mark.parametrize("name", sorted(set(RESPONSES) - {"Retry-After of NaN"}))
+def test_no_response_of_an_endpoint_is_a_traceback(foreign: Foreign, url: str, name: str) -> None:
+    foreign.parts = [RESPONSES[name]()]
+    found = ends_well(url)
+    assert not [candidate for candidate in found if candidate.status != "failed"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(body=mutated())
+def test_no_mutation_of_a_completion_is_a_traceback(foreign: Foreign, url: str, body: bytes) -> None:
+    foreign.parts = [response(body)]
+    ends_well(url)
+
+
+def test_tokens_beyond_any_count_stop_no_run(foreign: Foreign, url: str, tmp_path: Path) -> None:
+    for odd in (10**400, 2**60, True):
+        foreign.parts = [response(usage(completion_tokens=odd))]
+        assert len(sample(url, tmp_path / str(odd)[:9], tokens_per_minute=1_000_000)) == 2
+
+
+def test_a_server_that_says_it_used_a_lifetime_of_tokens_holds_the_next_up_for_minutes_at_most() -> None:
+    from cappy.sampling.endpoint.limits import LONGEST_CORRECTION, Pace
+
+    pace = Pace(1)
+    pace.correct(2**53)
+    assert pace.turn(1) <= LONGEST_CORRECTION + 60
+
+
+@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 X\r\n", b"HTTP/1.1 200 X\r\n\r\n"])
+def test_an_attempt_ends_in_time_though_a_byte_comes_now_and_then(start: bytes) -> None:
+    drip = Foreign(parts=[start, *[b"x"] * 600], pause=0.1)
+    with answering(drip) as server:
+        began = time.monotonic()
+        with pytest.raises(GeneratorError, match="no answer within 1 s after 2 attempts"):
+            sample(server, timeout=1.0)
+        assert time.monotonic() - began < 20
+
+
+def test_a_connection_that_is_in_time_is_left_alone() -> None:
+    one, other = socket.socketpair()
+    connection, deadlines = Connection(), Deadlines()
+
+    class Stream:
+        def get_extra_info(self, name: str) -> socket.socket:
+            return one
+
+    connection._stream = Stream()
+    with deadlines.within(30.0, connection):
+        time.sleep(0.6)
+        other.send(b"x")
+        assert one.recv(1) == b"x"
+    assert not connection.late
+    with deadlines.within(0.1, connection):
+        assert one.recv(1) == b""
+    assert connection.late
+    deadlines.close()
+    one.close()
+    other.close()
+
+
+def test_no_redirect_is_followed_and_no_cookie_kept(foreign: Foreign, url: str) -> None:
+    foreign.parts = [response(completion(), "Set-Cookie: a=b; Path=/")]
+    sample(url)
+    other = Foreign(parts=[response(completion())])
+    with answering(other) as elsewhere:
+        foreign.parts = [response(b"", f"Location: {elsewhere}/chat/completions", status=307)]
+        foreign.seen.clear()
+        with pytest.raises(GeneratorError, match="307 .*check the address in the spec"):
+            sample(url)
+    assert not other.seen
+    assert not [seen for seen in foreign.seen if "cookie" in seen]
+
+
+def test_the_key_is_taken_out_before_a_text_is_cut(foreign: Foreign, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for padding in range(20, 200, 9):
+        for status, body in ((400, b"<p>%s%s</p>"), (401, b'{"error": {"message": "%s%s"}}'), (200, b'{"a": "%s%s"}')):
+            foreign.parts = [response(body % (b"x" * padding, KEY.encode()), status=status)]
+            with pytest.raises(GeneratorError) as error:
+                sample(url)
+            assert not [end for end in range(5, len(KEY) + 1) if KEY[:end] in str(error.value)], error.value
+
+
+def test_a_key_that_an_answer_repeats_is_in_no_candidate(
+    foreign: Foreign, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    foreign.parts = [response(completion().replace(b"text 0", KEY.encode()))]
+    assert [candidate.response for candidate in sample(url)] == ["***", "text 1"]
+
+
+@pytest.mark.parametrize(
+    "date",
+    ["Mon, 01 Jan 99999999999999999999 00:00:00 GMT", "x" * 100_000, "Mon, 01 Jan 0001 00:00:00 +2359", "1e999", "-1"],
+)
+def test_a_date_of_no_calendar_asks_for_no_wait(date: str) -> None:
+    assert retry_after({"retry-after": date}) in (None, 0.0)
+
+
+def test_json_is_refused_before_it_is_built() -> None:
+    assert read_json(b'{"a": "[[[[,,,,\\\\\\"]]]", "b": [1.5, NaN, 1e999]}', max_values=9, max_depth=2) == {
+        "a": '[[[[,,,,\\"]]]',
+        "b": [1.5, None, None],
+    }
+    with pytest.raises(ValueError, match="more than 8 values"):
+        read_json(b"[" + b"1," * 9 + b"1]", max_values=8)
+    with pytest.raises(ValueError, match=f"nested more than {MAX_DEPTH} deep"):
+        read_json(b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="values"):
+        read_json(b"[" + b"{}," * 8_000_000 + b"{}]")
+    assert time.monotonic() - began < 10
+
+
+def test_a_refusal_is_read_in_every_shape_and_types_of_others_are_texts() -> None:
+    found = read_refusal(b'{"error": {"message": [1, "\\u001b[2Jx"], "type": {}, "param": 5, "code": null}}')
+    assert (found.message, found.kind, found.param, found.code) == ("[1, '\\x1b[2Jx']", "{}", "5", "")
+    assert read_refusal(b'{"detail": "no"}').message == "no"
+    assert read_refusal(b"<b>\x1b[31mno\n</b>").message == "<b> [31mno </b>"
+    assert read_refusal(b'"no"').message == "no"
