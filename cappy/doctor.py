@@ -172,9 +172,10 @@ def _verify_scorer() -> Path:
 
 def _tracking(uri: str) -> Finding:
     """Whether MLflow's database or server answers; a database that the first run will make is not made here."""
+    from cappy.redaction import redact_address
     from cappy.registry.address import check, no_database_yet, tracking_address
 
-    address = re.sub(r"//[^/@]*@", "//…@", tracking_address(uri))
+    address = redact_address(tracking_address(uri))
     if no_database_yet(uri):
         return Finding(name="mlflow", status="ok", found=f"{address} will be made by the first run")
     try:

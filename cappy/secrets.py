@@ -10,9 +10,12 @@ import os
 from typing import Any
 
 from cappy.errors import ConfigError, shown
+from cappy.redaction import one_line, remember
 
 VARIABLE = "CAPPY_SECRETS"
 ADDRESS = "https://secretmanager.googleapis.com"
+MAX_BYTES = 1_000_000
+"""Of an answer; a secret has 64 KiB at most."""
 
 
 def fill_environment(address: str = ADDRESS) -> None:
@@ -22,13 +25,16 @@ def fill_environment(address: str = ADDRESS) -> None:
         return
     try:
         wanted: dict[str, str] = json.loads(text)
+        if not isinstance(wanted, dict) or not all(isinstance(name, str) for name in wanted.values()):
+            raise ValueError(f"got {shown(wanted)}")
     except ValueError as error:
         raise ConfigError(
             f"{VARIABLE}: is no JSON object of variables and secrets; compile the pipeline again"
         ) from error
     session = _session()
     for variable, name in wanted.items():
-        os.environ[variable] = _read(session, address, name)
+        os.environ[variable] = value = _read(session, address, name)
+        remember(value)
 
 
 def _read(session: Any, address: str, name: str) -> str:
@@ -36,15 +42,23 @@ def _read(session: Any, address: str, name: str) -> str:
     from requests.exceptions import RequestException
 
     try:
-        answer = session.get(f"{address}/v1/{name}:access", timeout=30)
+        # The token of the service account goes to this address alone, and of the answer so much is read.
+        with session.get(f"{address}/v1/{name}:access", timeout=30, allow_redirects=False, stream=True) as answer:
+            status = answer.status_code
+            body = next(answer.iter_content(MAX_BYTES), b"")
     except (RequestException, GoogleAuthError) as error:
-        reason = shown(" ".join(str(error).split()), 120)
+        reason = one_line(str(error), 120)
         remedy = "look at the step's network and service account, then run it again"
         raise ConfigError(f"secret {shown(name)}: Secret Manager gave no answer ({reason}); {remedy}") from error
-    if answer.status_code != 200:
+    if status != 200:
         remedy = "grant the service account roles/secretmanager.secretAccessor on it, or mend its name in the recipe"
-        raise ConfigError(f"secret {shown(name)}: Secret Manager answered {answer.status_code}; {remedy}")
-    return base64.b64decode(answer.json()["payload"]["data"]).decode()
+        raise ConfigError(f"secret {shown(name)}: Secret Manager answered {status}; {remedy}")
+    try:
+        return base64.b64decode(json.loads(body)["payload"]["data"]).decode()
+    except (ValueError, KeyError, TypeError, RecursionError):
+        # Without the cause: it may hold the secret.
+        remedy = "look at the secret's newest version, then run the step again"
+        raise ConfigError(f"secret {shown(name)}: Secret Manager's answer holds no text; {remedy}") from None
 
 
 def _session() -> Any:

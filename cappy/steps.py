@@ -20,6 +20,7 @@ from cappy.files import open_lock
 from cappy.progress import FileProgress, Progress, silent
 from cappy.records import Manifest
 from cappy.records.folder import write_bytes
+from cappy.redaction import redact, redact_output
 from cappy.secrets import fill_environment
 
 STEPS: Mapping[str, str] = {
@@ -108,6 +109,7 @@ def launch(
     goes on writing.
     """
     ORCHESTRATOR.set(os.getppid())
+    redact_output()
     die_with_parent()
     _end_in_time(step)
     fingerprint = f"{fingerprint}-{part}" if part else fingerprint
@@ -131,7 +133,7 @@ def launch(
         sys.stderr.write(f"cappy {step}: {outcome['error']}\n")
         raise SystemExit(1) from error
     except BaseException as error:
-        outcome["error"] = f"{type(error).__name__}: {error}"
+        outcome["error"] = redact(f"{type(error).__name__}: {error}")
         raise
     finally:
         record = StepRecord(

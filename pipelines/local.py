@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cappy.config import to_values
 from cappy.errors import CappyError, ConfigError, shown
 from cappy.files import make_private
+from cappy.redaction import has_secret
 from cappy.steps import ORPHAN_SECONDS, PARENT_VARIABLE, PROGRESS_VARIABLE, hold_parent_lock
 from pipelines.board import Board
 from pipelines.clients.local import STATUS
@@ -67,6 +68,9 @@ def run_pipeline(
     chosen = recipe or checked({"pipeline": name})
     pinned: dict[str, Any] = {"revision": chosen.revision, "images": images}
     submission = prepare(name, steps, work=work, shards=chosen.shards, tracking_uri=tracking_uri, **pinned)
+    if has_secret(chosen.tracking_uri):
+        # The child has it in its environment; what follows is written down.
+        chosen = replace(chosen, tracking_uri="")
     built = {"recipe": to_values(chosen), "platform": platform}
     return execute(built, submission, work=work, root=root, show=show)
 

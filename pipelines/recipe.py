@@ -11,6 +11,7 @@ from pydantic import Field
 import pipelines
 from cappy.config import settings
 from cappy.errors import ConfigError, near, shown
+from cappy.redaction import has_secret
 from cappy.yaml_files import load_yaml
 from pipelines.resources import Accelerator, Resources
 
@@ -102,7 +103,7 @@ class Recipe:
 
 def refuse_password(where: str, address: str) -> None:
     """ConfigError for an address with a password in it: it would stand in what is compiled and in every run."""
-    if "@" in address.partition("//")[2].partition("/")[0]:
+    if has_secret(address):
         remedy = "give it as secrets: of the steps, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         raise ConfigError(f"{where}: holds a password, which every reader of the run would see; {remedy}")
 

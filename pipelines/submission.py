@@ -9,6 +9,7 @@ from typing import Any
 import pipelines
 from cappy.config import encode
 from cappy.errors import ConfigError, shown
+from cappy.redaction import has_secret
 from pipelines.champion import resolved
 from pipelines.fingerprints import ARTIFACTS, fingerprints
 
@@ -67,6 +68,7 @@ def prepare(
     refuse_placed(pipeline, steps)
     shared = {"work": str(work.absolute())}
     address = str(steps.get("registration", {}).get("tracking_uri", "")) or tracking_uri
+    steps = {step: _without_secret(step, values, address) for step, values in steps.items()}
     placed = {step: {**steps.get(step, {}), **shared} for step in names}
     pinned: dict[str, Any] = {"tracking_uri": registry or address, "revision": revision, "images": images}
     settings = resolved(placed, work=work, **pinned)
@@ -74,11 +76,25 @@ def prepare(
     told = by_shard(found, shards)
     return Submission(
         pipeline=pipeline,
-        arguments=arguments(settings, found, told, {**shared, "tracking_uri": address}),
+        arguments=arguments(settings, found, told, {**shared, "tracking_uri": "" if has_secret(address) else address}),
         fingerprints=told,
         tracking_uri=address,
         shards=shards,
     )
+
+
+def _without_secret(step: str, values: Mapping[str, Any], address: str) -> Mapping[str, Any]:
+    """The settings without an address of MLflow that holds a password: arguments stand in many places.
+
+    The run's own reaches the steps by MLFLOW_TRACKING_URI; ConfigError for another one, which nothing would bring.
+    """
+    own = str(values.get("tracking_uri", ""))
+    if not has_secret(own):
+        return values
+    if own != address:
+        remedy = "give one address for all steps: --tracking-uri, or MLFLOW_TRACKING_URI"
+        raise ConfigError(f"{step}: --tracking-uri: holds a password, and is not that of the run; {remedy}")
+    return {**values, "tracking_uri": ""}
 
 
 def refuse_placed(pipeline: str, steps: Mapping[str, Mapping[str, Any]]) -> None:

@@ -11,6 +11,7 @@ import cappy
 from cappy.cli import adapt, convert, doctor, gateway, pipeline, plan, remote, scoring, serve, templates, threshold
 from cappy.cli.jsonlines import reserve_stdin
 from cappy.errors import CappyError
+from cappy.redaction import redact_output
 
 __all__ = ["main"]
 
@@ -108,5 +109,6 @@ app.add_typer(pipeline.app, name="pipeline")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line, this process's own if none is given; ends with SystemExit."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars would be drawn over ours
+    redact_output()
     with reserve_stdin():
         app(arguments, prog_name="cappy")

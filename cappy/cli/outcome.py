@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cappy.evaluation import read_report
 from cappy.records import Manifest, read_manifest
+from cappy.redaction import has_secret
 
 if TYPE_CHECKING:
     from pipelines.local import Outcome
@@ -38,6 +39,9 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> dict[str, Any]:
             "alias": decided["serve"].rpartition("@")[2],
             "serve": _facts(outcome, "deployment").get("command") or decided["serve"],
         }
+    if has_secret(tracking_uri):
+        # The command that would be copied into a history and a log.
+        tracking_uri = ""
     if tracking_uri and "serve" in found:
         found["serve"] = f"MLFLOW_TRACKING_URI={shlex.quote(tracking_uri)} {found['serve']}"
     return found

@@ -7,7 +7,8 @@ import yaml
 
 from cappy.deployment import DeploymentConfig
 from cappy.errors import ConfigError
-from cappy.registry.address import tracking_address, without_password
+from cappy.redaction import redact_address
+from cappy.registry.address import tracking_address
 from cappy.registry.models import Version
 
 PORT = 8080
@@ -102,7 +103,10 @@ def _environment(config: DeploymentConfig) -> list[dict[str, str]]:
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https"):
         remedy = "give the address of an MLflow server, or copy the scorer to a bucket and name it with --storage"
-        raise ConfigError(f"deployment: --tracking-uri: no cluster reaches {without_password(address)}; {remedy}")
+        raise ConfigError(f"deployment: --tracking-uri: no cluster reaches {redact_address(address)}; {remedy}")
+    if "@" in parts.path or "@" in parts.query:
+        remedy = "write @, /, ? and # in a password percent-encoded, or give it by --secret"
+        raise ConfigError(f"deployment: --tracking-uri: where the host begins in it is not clear; {remedy}")
     host = parts.netloc.rpartition("@")[2]
     return [*told, {"name": "MLFLOW_TRACKING_URI", "value": urlunsplit((parts.scheme, host, parts.path, "", ""))}]
 

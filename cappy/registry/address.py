@@ -2,12 +2,12 @@
 
 import http.client
 import os
-import re
 import sqlite3
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from cappy.errors import UnreachableError
+from cappy.redaction import redact_address, remember_address
 
 DATABASE = Path(".cappy/mlflow.db")
 REACH_SECONDS = 4.0
@@ -16,8 +16,13 @@ _REMEDY = "start it, or give another address with --tracking-uri or MLFLOW_TRACK
 
 
 def tracking_address(uri: str = "") -> str:
-    """The MLflow address to use: the one given, else MLFLOW_TRACKING_URI, else the database in `.cappy`."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{DATABASE.absolute()}"
+    """The MLflow address to use: the one given, else MLFLOW_TRACKING_URI, else the database in `.cappy`.
+
+    What it holds of secrets stands in no message from now on.
+    """
+    address = (uri or os.environ.get("MLFLOW_TRACKING_URI", "")).strip() or f"{_SQLITE}{DATABASE.absolute()}"
+    remember_address(address)
+    return address
 
 
 def database(uri: str) -> Path | None:
@@ -36,11 +41,6 @@ def artifact_root(uri: str) -> str | None:
     """Where a new experiment's artifacts go: beside a SQLite file; None where the server decides."""
     path = database(uri)
     return None if path is None else (path.absolute().parent / "mlartifacts").as_uri()
-
-
-def without_password(address: str) -> str:
-    """The address as it may stand in a message."""
-    return re.sub(r"//[^/@]*@", "//…@", address)
 
 
 def check(uri: str) -> str:
@@ -66,7 +66,9 @@ def _check_database(address: str, path: Path) -> None:
             connection.close()
     except (OSError, sqlite3.Error) as error:
         remedy = "choose a file that may be written, with --tracking-uri or MLFLOW_TRACKING_URI"
-        raise UnreachableError(f"{address}: MLflow's database cannot be opened ({error}); {remedy}") from error
+        raise UnreachableError(
+            f"{redact_address(address)}: MLflow's database cannot be opened ({error}); {remedy}"
+        ) from error
 
 
 def _check_server(address: str) -> None:
@@ -81,5 +83,5 @@ def _check_server(address: str) -> None:
             connection.close()
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise UnreachableError(
-            f"{without_password(address)}: MLflow does not answer ({error or type(error).__name__}); {_REMEDY}"
+            f"{redact_address(address)}: MLflow does not answer ({error or type(error).__name__}); {_REMEDY}"
         ) from error

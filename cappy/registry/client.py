@@ -24,16 +24,19 @@ from mlflow.exceptions import MlflowException
 
 from cappy.errors import UnreachableError, shown
 from cappy.files import open_lock
-from cappy.registry.address import artifact_root, check, database, no_database_yet, without_password
+from cappy.redaction import redact_address
+from cappy.registry.address import artifact_root, check, database, no_database_yet
 
 __all__ = ["MlflowException", "connected", "experiment_id", "metric_key"]
 
+CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _REFUSED = re.compile(r"[^\w\-. :/]")
 
 
 @contextlib.contextmanager
 def connected(tracking_uri: str) -> Iterator[Any]:
     """An MlflowClient for a block whose MLflow errors become UnreachableError; fails within seconds if unreachable."""
+    _strip_credentials()
     address = check(tracking_uri)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -48,9 +51,9 @@ def connected(tracking_uri: str) -> Iterator[Any]:
             client.search_experiments(max_results=1)
         yield client
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
-        reason = without_password(" ".join(str(error).split()))
+        reason = " ".join(str(error).split())
         raise UnreachableError(
-            f"{without_password(address)}: MLflow refused ({shown(reason, 200)}); see its log, then run again"
+            f"{redact_address(address)}: MLflow refused ({shown(reason, 200)}); see its log, then run again"
         ) from error
 
 
@@ -66,6 +69,14 @@ def experiment_id(client: Any, name: str, tracking_uri: str) -> str:
 def metric_key(name: str) -> str:
     """A metric's name as MLflow takes it: a mixture such as 0.5*rougeL+0.5*bleu has characters that it refuses."""
     return _REFUSED.sub("_", name)
+
+
+def _strip_credentials() -> None:
+    """Takes away the newline that `echo` and mounted files put behind a secret: no header may hold it."""
+    for name in CREDENTIALS:
+        value = os.environ.get(name, "")
+        if value != value.strip():
+            os.environ[name] = value.strip()
 
 
 def _make_tables(path: Path) -> None:

@@ -13,9 +13,9 @@ import mlflow.artifacts
 
 from cappy.errors import FolderError, RegistryError, UnreachableError, shown
 from cappy.model_folder import verify_exactly
+from cappy.redaction import redact_address
 from cappy.records import read_manifest
 from cappy.records.folder import sha256_of
-from cappy.registry.address import without_password
 from cappy.registry.client import MlflowException, connected
 from cappy.registry.models import CHAMPION, EVALUATED, MANIFEST_TAG, Version
 from cappy.specs import parse_spec
@@ -103,7 +103,7 @@ def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
                 artifact_uri=f"{location}/{SCORER_PATH}", dst_path=str(folder), tracking_uri=client.tracking_uri
             )
         except Exception as error:  # every store has errors of its own
-            reason = without_password(" ".join(str(error).split()))
+            reason = " ".join(str(error).split())
             remedy = "check the artifact store, then run again"
             raise UnreachableError(
                 f"{version.uri}: its files cannot be had ({shown(reason, 200)}); {remedy}"
@@ -144,7 +144,7 @@ def _location(version: Version, client: Any) -> str:
     except ValueError:
         theirs, ours = ("", "", None), ("", None, None)
     if theirs != ours:
-        text = f"its files lie on a server that is not MLflow's ({shown(without_password(location), 80)})"
+        text = f"its files lie on a server that is not MLflow's ({shown(redact_address(location), 80)})"
         raise RegistryError(f"{version.uri}: {text}; register it again, or name host:port in {ARTIFACT_HOSTS}")
     return location
 

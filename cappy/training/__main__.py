@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from cappy.config import build, code_version, decode
 from cappy.errors import CappyError, ConfigError, shown
 from cappy.progress import FileProgress, LineProgress, Progress, silent
+from cappy.redaction import redact
 from cappy.steps import PROGRESS_VARIABLE, config_class, runner
 from cappy.training.launch import CODE_VARIABLE, REPORT_VARIABLE
 from cappy.training.plan import TRAINING_STEPS
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
     try:
         status = _ran(arguments)
     except BaseException:  # noqa: BLE001 (shown, as the interpreter would)
-        traceback.print_exc()
+        sys.stderr.write(redact(traceback.format_exc()))
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
@@ -97,7 +98,7 @@ def _reported(arguments: Sequence[str], report: Report) -> int:
         report({"error": [type(error).__name__, str(error)[:ATOMIC]]})
         return 1
     except Exception:  # noqa: BLE001 (told to the parent, which shows the first rank's that failed)
-        report({"defect": traceback.format_exc()[-ATOMIC:]})
+        report({"defect": redact(traceback.format_exc())[-ATOMIC:]})
         return 1
     return 0
 

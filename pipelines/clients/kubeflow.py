@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cappy.errors import ConfigError, UnreachableError, shown
+from cappy.redaction import redact, redact_address, remember_address
 from pipelines.clients import RunState, State, TaskState, step_name
 from pipelines.recipe import Kubeflow, refuse_nowhere
 
@@ -44,8 +45,10 @@ class KubeflowClient:
 
     def __init__(self, place: Kubeflow) -> None:
         refuse_nowhere(place)
+        remember_address(place.endpoint)
+        self._shown = redact_address(place.endpoint)
         if not place.endpoint.startswith(("http://", "https://")):
-            raise ConfigError(f"kubeflow: {place.endpoint} is no address; it begins with https:// or http://")
+            raise ConfigError(f"kubeflow: {self._shown} is no address; it begins with https:// or http://")
         self._place = place
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"kfp\..*")  # It warns of old servers.
         with self._told():
@@ -54,7 +57,7 @@ class KubeflowClient:
             shared = self._client.get_kfp_healthz().multi_user
         if not isinstance(shared, bool):
             remedy = "log in where a proxy asks for it, or check the address (it often ends in /pipeline)"
-            raise ConfigError(f"kubeflow: {place.endpoint}: what answers is no Kubeflow Pipelines; {remedy}")
+            raise ConfigError(f"kubeflow: {self._shown}: what answers is no Kubeflow Pipelines; {remedy}")
         self._namespace = place.namespace if shared else None
 
     def submit(self, package: Path, arguments: Mapping[str, Any], name: str) -> RunState:
@@ -76,15 +79,13 @@ class KubeflowClient:
         with self._told():
             found = self._client.get_run(run)
         if not found.run_id:
-            raise ConfigError(f"kubeflow: {self._place.endpoint}: told nothing of run {shown(run)}; check its id")
+            raise ConfigError(f"kubeflow: {self._shown}: told nothing of run {shown(run)}; check its id")
         details = found.run_details.task_details if found.run_details else None
         tasks = [task for task in (_task(each) for each in details or ()) if task]
         stuck = self._stuck(run) if STATES.get(found.state, "running") == "running" else {}
         told = tuple(_with_reason(task, stuck) for task in tasks)
-        error = found.error.message if found.error else ""
-        return RunState(
-            run=run, state=STATES.get(found.state, "waiting"), url=self._url(run), tasks=told, error=error or ""
-        )
+        error = redact(found.error.message or "") if found.error else ""
+        return RunState(run=run, state=STATES.get(found.state, "waiting"), url=self._url(run), tasks=told, error=error)
 
     def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
         """What the pods of a run wrote, pod by pod; the cluster's API must be reachable (kubectl's configuration)."""
@@ -96,7 +97,7 @@ class KubeflowClient:
             if name is None or step not in ("", name):
                 continue
             source = pod.metadata.name
-            yield from ((source, f"{name}: {line}") for line in self._written(core, source).splitlines())
+            yield from ((source, f"{name}: {redact(line)}") for line in self._written(core, source).splitlines())
 
     def cancel(self, run: str) -> None:
         """Asks the server to end the run."""
@@ -120,7 +121,7 @@ class KubeflowClient:
                 return ""
 
     def _url(self, run: str) -> str:
-        return f"{self._place.endpoint.rstrip('/')}/#/runs/details/{run}"
+        return f"{self._shown.rstrip('/')}/#/runs/details/{run}"
 
     def _core(self) -> Any:
         from kubernetes import client, config
@@ -157,7 +158,7 @@ class KubeflowClient:
         import urllib3
         from kubernetes.client import ApiException
 
-        where = f"kubeflow: {self._place.endpoint}"
+        where = f"kubeflow: {self._shown}"
         try:
             yield
         except (kfp_server_api.ApiException, ApiException) as error:
@@ -191,7 +192,7 @@ def _task(found: Any) -> TaskState | None:
         return None
     end, start = found.end_time, found.start_time
     seconds = (end - start).total_seconds() if end and start and end > start else 0.0
-    error = (found.error.message or "") if found.error else ""
+    error = redact(found.error.message or "") if found.error else ""
     return TaskState(step=step_name(name), state=STATES.get(found.state, "waiting"), seconds=seconds, error=error)
 
 

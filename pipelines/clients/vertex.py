@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cappy.errors import ConfigError
+from cappy.redaction import redact
 from pipelines.clients import RunState, State, TaskState, step_name
 from pipelines.recipe import Vertex, refuse_nowhere
 
@@ -79,7 +80,7 @@ class VertexClient:
             state=_state(resource.state.name),
             url=self._url(run),
             tasks=tasks,
-            error=resource.error.message if resource.error else "",
+            error=redact(resource.error.message) if resource.error else "",
         )
 
     def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
@@ -118,7 +119,7 @@ class VertexClient:
             for entry in values.get("entries", ()):
                 job = entry["resource"]["labels"].get("job_id", "")
                 text = entry.get("textPayload") or entry.get("jsonPayload", {}).get("message", "")
-                yield from ((job, f"{jobs.get(job, '')}: {line}") for line in text.splitlines())
+                yield from ((job, f"{jobs.get(job, '')}: {redact(line)}") for line in text.splitlines())
             if not values.get("nextPageToken"):
                 return
             body["pageToken"] = values["nextPageToken"]
@@ -159,7 +160,7 @@ def _task(found: Any) -> TaskState | None:
         step=step_name(found.task_name),
         state=_state(found.state.name),
         seconds=seconds,
-        error=found.error.message if found.error else "",
+        error=redact(found.error.message) if found.error else "",
     )
 
 

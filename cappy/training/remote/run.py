@@ -19,6 +19,7 @@ from cappy.progress import Progress, read_state
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, disk_errors, publish, verify
 from cappy.records.work import held, work_key
+from cappy.redaction import has_secret, redact
 from cappy.steps import PROGRESS_VARIABLE
 from cappy.training import checkpoint
 from cappy.training.ending import CONTINUES
@@ -92,7 +93,8 @@ def _followed(
 
 
 def _tell(step: str, text: str) -> None:
-    sys.stderr.write(f"{step}: {text}\n")
+    # Lines of the job's log are among them.
+    sys.stderr.write(f"{step}: {redact(text)}\n")
     sys.stderr.flush()
 
 
@@ -106,7 +108,7 @@ def _environment(folder: Path) -> dict[str, str]:
     """What a job's processes are told beside the settings; an address that holds a password is not."""
     told = {CODE_VARIABLE: code_version(), PROGRESS_VARIABLE: str(folder)}
     tracking = os.environ.get(TRACKING_VARIABLE, "")
-    return told | ({TRACKING_VARIABLE: tracking} if tracking and "@" not in tracking else {})
+    return told | ({TRACKING_VARIABLE: tracking} if tracking and not has_secret(tracking) else {})
 
 
 def _staged(source: Path, staged: Path) -> Path:
