@@ -256,7 +256,8 @@ def _of_address(address: str) -> set[str]:
         return set()
     authority, at, _ = rest.rpartition("@")
     user, colon, password = authority.partition(":")
-    found = {password} if at and colon else set()
+    # A parser that ends the host elsewhere names the parts in its error.
+    found = {password, *re.split("[@/?#:]", password)} if at and colon else set()
     if at and not colon and scheme in ("http", "https") and len(user) >= 3 * SHORTEST:
         found.add(user)  # A token in a user's place.
     found.update(value for _, name, value in _PARAMETER.findall(rest) if _QUERY_NAME.search(name))

@@ -6,17 +6,21 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler
+from types import SimpleNamespace
 from typing import Any
 
 import google.auth
 import pytest
+from foreign_server import Foreign, answering, response
 from google.auth.credentials import AnonymousCredentials
 from local_server import handled_by
 
+from cappy import redaction
 from cappy.config import encode
 from cappy.errors import ConfigError
 from cappy.registry import track_run, tracking
 from cappy.secrets import VARIABLE, fill_environment
+from pipelines.clients import kubeflow
 
 NAME = "projects/p/secrets/llm/versions/3"
 
@@ -116,3 +120,63 @@ def test_an_exit_step_without_its_secret_ends_with_one_line(
     told = capsys.readouterr().err
     assert told.startswith("cappy tracking: secret 'projects/p/secrets/other/versions/3': Secret Manager answered 403")
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"payload": {}}',
+        b'{"payload": {"data": 5}}',
+        b'{"payload": {"data": "/w=="}}',
+        b"[" * 90_000,
+    ],
+)
+def test_an_answer_without_a_secret_is_one_line(monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
+    monkeypatch.setattr(google.auth, "default", lambda **_: (AnonymousCredentials(), "p"))
+    monkeypatch.setenv(VARIABLE, json.dumps({"LLM_KEY": NAME}))
+    with answering(Foreign(parts=[response(body)])) as url, pytest.raises(ConfigError, match="holds no text") as caught:
+        fill_environment(url)
+    assert "\n" not in str(caught.value)
+
+
+def test_of_an_endless_answer_little_is_read_and_no_redirect_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(google.auth, "default", lambda **_: (AnonymousCredentials(), "p"))
+    for first in (b"HTTP/1.1 200 X\r\n\r\n" + b" " * 30_000_000, response(b"", "Location: /other", status=302)):
+        monkeypatch.setenv(VARIABLE, json.dumps({"LLM_KEY": NAME}))
+        foreign = Foreign(parts=[first])
+        with answering(foreign) as url, pytest.raises(ConfigError, match="Secret Manager"):
+            fill_environment(url)
+        assert len(foreign.seen) == 1
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": 1}', "5"])
+def test_a_list_of_secrets_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(VARIABLE, text)
+    with pytest.raises(ConfigError, match="is no JSON object of variables and secrets"):
+        fill_environment()
+
+
+def test_a_secret_that_was_read_stands_in_no_text_whatever_its_variable_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(redaction, "_remembered", set())
+    monkeypatch.setattr(google.auth, "default", lambda **_: (AnonymousCredentials(), "p"))
+    monkeypatch.setenv(VARIABLE, json.dumps({"SOMETHING": NAME}))
+    monkeypatch.setenv("SOMETHING", "")
+    body = json.dumps({"payload": {"data": base64.b64encode(b"of-the-store").decode()}}).encode()
+    with answering(Foreign(parts=[response(body)])) as url:
+        fill_environment(url)
+    monkeypatch.delenv("SOMETHING")
+    assert str(ConfigError("it is of-the-store")) == "it is ***"
+
+
+def test_what_platforms_say_is_shown_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "key-of-the-llm")
+    said = SimpleNamespace(message="the key key-of-the-llm is wrong")
+    task = SimpleNamespace(display_name="sampling", error=said, state="FAILED", start_time=None, end_time=None)
+    found = kubeflow._task(task)
+    assert found is not None
+    assert found.error == "the key *** is wrong"

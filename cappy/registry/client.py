@@ -22,7 +22,7 @@ import sqlalchemy.exc
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from cappy.errors import UnreachableError, shown
+from cappy.errors import RegistryError, UnreachableError, shown
 from cappy.files import open_lock
 from cappy.redaction import redact_address
 from cappy.registry.address import artifact_root, check, database, no_database_yet
@@ -47,7 +47,7 @@ def connected(tracking_uri: str) -> Iterator[Any]:
             warnings.simplefilter("ignore")
             if path is not None and no_database_yet(address):
                 _make_tables(path)
-            client = MlflowClient(tracking_uri=address, registry_uri=address)
+            client = _client(address)
             client.search_experiments(max_results=1)
         yield client
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
@@ -69,6 +69,14 @@ def experiment_id(client: Any, name: str, tracking_uri: str) -> str:
 def metric_key(name: str) -> str:
     """A metric's name as MLflow takes it: a mixture such as 0.5*rougeL+0.5*bleu has characters that it refuses."""
     return _REFUSED.sub("_", name)
+
+
+def _client(address: str) -> Any:
+    try:
+        return MlflowClient(tracking_uri=address, registry_uri=address)
+    except ModuleNotFoundError as missing:
+        where = redact_address(address)
+        raise RegistryError(f"{where}: MLflow needs {missing.name} for this address; pip install it") from missing
 
 
 def _strip_credentials() -> None:

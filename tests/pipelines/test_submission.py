@@ -34,6 +34,13 @@ def changed(one: dict[str, str], other: dict[str, str]) -> list[str]:
     return [step for step in one if one[step] != other[step]]
 
 
+def test_a_password_for_one_step_alone_is_refused_since_nothing_would_bring_it(file: Path, tmp_path: Path) -> None:
+    steps = plan(file, tracking_uri="https://anna:pass-of-one@host")
+    steps["promotion"] = {**steps["promotion"], "tracking_uri": "https://anna:pass-of-other@host"}
+    with pytest.raises(ConfigError, match="promotion: --tracking-uri: holds a password, and is not that of the run"):
+        prepare("adapt", steps, work=tmp_path / "work")
+
+
 def test_one_byte_of_the_input_changes_every_fingerprint(file: Path, tmp_path: Path) -> None:
     before = prepare("adapt", plan(file), work=tmp_path / "work").fingerprints
     assert prepare("adapt", plan(file), work=tmp_path / "work").fingerprints == before

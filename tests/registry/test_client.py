@@ -1,13 +1,18 @@
 """MLflow's database is there whole or not at all."""
 
+import base64
+import os
 import signal
 import subprocess
 import sys
 import time
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from local_server import handled_by
 
+from cappy.errors import RegistryError, UnreachableError
 from cappy.registry.client import connected
 
 CONNECT = """
@@ -45,3 +50,40 @@ def test_a_missing_and_an_empty_file_become_a_database(tmp_path: Path, start: st
         client.create_experiment("kept")
     with connected(f"sqlite:///{path}") as client:
         assert client.get_experiment_by_name("kept") is not None
+
+
+@pytest.mark.parametrize("bearer", [False, True])
+def test_the_newline_that_echo_puts_behind_a_secret_is_not_sent(monkeypatch: pytest.MonkeyPatch, bearer: bool) -> None:
+    asked: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers["Authorization"])
+            self.send_error(401, "no " + (self.headers["Authorization"] or ""))
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    for name in ("USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
+    given = {"TOKEN": "token-1\n"} if bearer else {"USERNAME": "anna\n", "PASSWORD": " password-1\r\n"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
+    with handled_by(Handler) as url, pytest.raises(UnreachableError) as error, connected(url):
+        pass
+    basic = base64.b64encode(b"anna:password-1").decode()
+    assert asked[-1] == ("Bearer token-1" if bearer else f"Basic {basic}")
+    assert "token-1" not in str(error.value)
+    assert basic not in str(error.value)
+    assert os.environ["MLFLOW_TRACKING_TOKEN"] in ("", "token-1")
+
+
+def test_a_database_whose_driver_is_missing_is_one_line_without_its_password() -> None:
+    with (
+        pytest.raises(RegistryError, match=r"//…@h/db: MLflow needs pg8000") as error,
+        connected("postgresql+pg8000://anna:se@cr/et-1@h/db"),
+    ):
+        pass
+    assert "et-1" not in str(error.value)
