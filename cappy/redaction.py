@@ -118,11 +118,13 @@ def redact_address(address: str) -> str:
 
 
 def has_secret(address: str) -> bool:
-    """Whether the address holds a user, a password or a token."""
-    rest = address.partition("://")[2]
+    """Whether the address holds a password or a token; a user's name alone is none but for HTTP, where it may be."""
+    scheme, _, rest = address.partition("://")
     if not rest or rest.startswith("/"):
         return False
-    return "@" in rest or any(_QUERY_NAME.search(name) for _, name, _ in _PARAMETER.findall(rest))
+    before, at, _ = rest.rpartition("@")
+    named = bool(at) and (":" in before or scheme in ("http", "https"))
+    return named or any(_QUERY_NAME.search(name) for _, name, _ in _PARAMETER.findall(rest))
 
 
 def redact_output() -> None:

@@ -125,6 +125,7 @@ def test_the_end_of_the_window_leaves_none_either(offset: int) -> None:
         ("https://h/?x=1&api_key=a@b", "https://…"),
         ("https://h/#access_token=abcdefg", "https://h/#access_token=***"),
         ("https://u:p@h/?sig=abcdefg", "https://…@h/?sig=***"),
+        ("https://token-as-user@h/x", "https://…@h/x"),
         ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
         (".cappy/mlflow", ".cappy/mlflow"),
     ],
@@ -132,6 +133,11 @@ def test_the_end_of_the_window_leaves_none_either(offset: int) -> None:
 def test_an_address_is_shown_without_its_secrets(address: str, shown_as: str) -> None:
     assert redact_address(address) == shown_as
     assert has_secret(address) == (shown_as != address)
+
+
+def test_a_users_name_of_a_database_is_no_secret_but_is_not_shown() -> None:
+    assert not has_secret("postgresql+psycopg2://anna@host/db")
+    assert redact_address("postgresql+psycopg2://anna@host/db") == "postgresql+psycopg2://…@host/db"
 
 
 @given(st.text(st.characters(codec="ascii", categories=["L", "N", "P", "S"]), min_size=8, max_size=20))

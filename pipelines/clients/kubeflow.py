@@ -36,6 +36,8 @@ REMEDIES = {
 }
 STUCK = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "CreateContainerConfigError", "Unschedulable")
 """Why a pod waits without an end: an image, a secret or a machine that is not there."""
+LOG_BYTES = 100_000_000
+"""Of a pod's log, from its beginning."""
 RUN_LABEL = "pipeline/runid"
 NODE_NAME = "workflows.argoproj.io/node-name"
 
@@ -112,7 +114,7 @@ class KubeflowClient:
             try:
                 # Unread: the client would take a log that is one line of JSON for a value and write it otherwise.
                 answer = core.read_namespaced_pod_log(
-                    pod, self._place.namespace, container="main", _preload_content=False
+                    pod, self._place.namespace, container="main", limit_bytes=LOG_BYTES, _preload_content=False
                 )
                 return str(answer.data.decode(errors="replace"))
             except ApiException as error:
