@@ -18,6 +18,7 @@ from typing import Any
 from cappy.config import to_values
 from cappy.errors import CappyError, ConfigError, shown
 from cappy.files import make_private
+from cappy.records.folder import write_bytes
 from cappy.redaction import has_secret
 from cappy.steps import ORPHAN_SECONDS, PARENT_VARIABLE, PROGRESS_VARIABLE, hold_parent_lock
 from pipelines.board import Board
@@ -95,7 +96,7 @@ def execute(
         "cache_root": str(work / "cache"),
         "fingerprints": submission.fingerprints,
     }
-    request.write_text(json.dumps(values, indent=1))
+    write_bytes(request, json.dumps(values, indent=1).encode())
 
     def look(alive: bool, succeeded: bool = False) -> list[StepState]:
         return observe(
