@@ -106,8 +106,8 @@ def watched(command: list[str], folder: Path, environment: Mapping[str, str]) ->
         thread.start()
         process.wait()
         thread.join()
-    told = ((folder / name).read_text() for name in ("stdout", "stderr"))
-    return Watched(subprocess.CompletedProcess(command, process.returncode, *told), words)
+    written = ((folder / name).read_text() for name in ("stdout", "stderr"))
+    return Watched(subprocess.CompletedProcess(command, process.returncode, *written), words)
 
 
 def _words_beneath(top: int) -> Iterator[bytes]:

@@ -153,22 +153,22 @@ class Ledger:
         self.total.spent += cost
 
 
-def read_usage(told: object) -> dict[str, Any] | None:
+def read_usage(sent: object) -> dict[str, Any] | None:
     """The whole numbers from 0 to 2**53 in a usage as a server sent it, at any place within `MAX_USAGE_DEPTH`.
 
     None where it does not say how many tokens of prompt and of response there were.
     """
-    if not isinstance(told, dict):
+    if not isinstance(sent, dict):
         return None
-    usage = _counts(told, MAX_USAGE_DEPTH)
+    usage = _counts(sent, MAX_USAGE_DEPTH)
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
     return usage if is_count(prompt) and is_count(completion) else None
 
 
-def _counts(told: dict[str, Any], depth: int) -> dict[str, Any]:
+def _counts(sent: dict[str, Any], depth: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name in [*_NAMED, *islice((name for name in told if name not in _NAMED), MAX_USAGE_FIELDS)]:
-        value = told.get(name)
+    for name in [*_NAMED, *islice((name for name in sent if name not in _NAMED), MAX_USAGE_FIELDS)]:
+        value = sent.get(name)
         if is_count(value):
             found[name[:MAX_USAGE_NAME]] = value
         elif isinstance(value, dict) and depth > 1:

@@ -197,9 +197,9 @@ class Upstream:
             for choice, (text, status, logprobs) in told
         ]
 
-    def _settle(self, ask: Ask, told: object, texts: list[str], count: int) -> None:
+    def _settle(self, ask: Ask, sent: object, texts: list[str], count: int) -> None:
         """Counts what the server says was used; its cost by the rule of thumb where it does not say."""
-        usage = read_usage(told)
+        usage = read_usage(sent)
         if usage is not None:
             ask.ledger.usages.append(usage)
             prompt, completion = usage["prompt_tokens"], usage["completion_tokens"]

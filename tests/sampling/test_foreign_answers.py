@@ -50,9 +50,9 @@ def ends_well(url: str) -> list[Candidate]:
     try:
         return sample(url)
     except GeneratorError as error:
-        told = str(error)
-    assert "\n" not in told
-    assert len(told) < 500
+        shown = str(error)
+    assert "\n" not in shown
+    assert len(shown) < 500
     return []
 
 

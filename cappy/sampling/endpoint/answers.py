@@ -120,9 +120,9 @@ def read_choices(body: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return values, [by_index[index] for index in sorted(by_index)]
 
 
-def model_name(told: object) -> str:
+def model_name(value: object) -> str:
     """The name of the model that answered, as the server says; empty for what is no name."""
-    return whole(told) if isinstance(told, str) and len(told) <= MAX_NAME_CHARACTERS else ""
+    return whole(value) if isinstance(value, str) and len(value) <= MAX_NAME_CHARACTERS else ""
 
 
 def _json(body: bytes) -> dict[str, Any]:

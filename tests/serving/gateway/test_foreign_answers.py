@@ -242,8 +242,8 @@ def test_a_refusal_is_shown_without_the_key_wherever_padding_puts_it(foreign: Fo
     for padding in range(440, 520):
         for body in (b"<p>%s%s</p>", b'{"error": {"message": "%s%s"}}', b'["%s%s"]', b'{"error": {"code": "%s%s"}}'):
             foreign.parts = [response(body % (b"x" * padding, key.encode()), status=400)]
-            told = ask(url).text
-            assert not [end for end in range(4, len(key) + 1) if key[:end] in told], told
+            shown = ask(url).text
+            assert not [end for end in range(4, len(key) + 1) if key[:end] in shown], shown
 
 
 @pytest.mark.parametrize(
