@@ -13,9 +13,9 @@ import mlflow.artifacts
 
 from cappy.errors import FolderError, RegistryError, UnreachableError, shown
 from cappy.model_folder import verify_exactly
-from cappy.redaction import redact_address
 from cappy.records import read_manifest
 from cappy.records.folder import sha256_of
+from cappy.redaction import redact_address
 from cappy.registry.client import MlflowException, connected
 from cappy.registry.models import CHAMPION, EVALUATED, MANIFEST_TAG, Version
 from cappy.specs import parse_spec
