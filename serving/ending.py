@@ -10,6 +10,7 @@ from typing import Protocol
 import uvicorn
 
 from serving.connections import BACKLOG
+from serving.protocol import with_tls
 
 ENDING = "the service was told to end"
 
@@ -51,6 +52,9 @@ class NoticeServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens; asyncio takes few connections in a turn, and the system keeps many waiting."""
+        if self.config.ssl is not None:
+            protocol, context = self.config.http_protocol_class, self.config.ssl
+            self.config.http_protocol_class, self.config.ssl = with_tls(protocol, context), None  # type: ignore[assignment, arg-type]
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)

@@ -5,12 +5,15 @@ that does not read its answer, and takes as many connections as come.
 """
 
 import asyncio
+import ssl
+from asyncio.sslproto import SSLProtocol
+from collections.abc import Callable
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serving.connections import Connections
+from serving.connections import Connection, Connections
 
 HEAD_SECONDS = 10.0
 """Within which a head must arrive, and the rest of a body whose request has been answered already."""
@@ -58,12 +61,15 @@ class PunctualProtocol(H11Protocol):
         super().__init__(*arguments, **settings)
         self.conn = _BoundedParser(h11.SERVER, self.config.h11_max_incomplete_event_size or AT_ONCE)
         self._counted = connections or Connections()
+        self._handshake: Connection | None = None
         self._overdue: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begins to wait for the first head, or says that there is no room."""
         super().connection_made(transport)
+        if self._handshake is not None:
+            self._counted.remove(self._handshake)
         if self._counted.admit(self):
             self._wait()
         else:
@@ -156,3 +162,45 @@ class PunctualProtocol(H11Protocol):
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
+
+    def behind(self, handshake: Connection) -> Connections:
+        """Takes the place of a TLS handshake once that is done; where both are counted."""
+        self._handshake = handshake
+        return self._counted
+
+
+class TlsHandshake(SSLProtocol):
+    """The TLS of one connection, counted and timed from its first byte on.
+
+    asyncio's own server gives each client a minute for its handshake, and tells nobody of it before.
+    """
+
+    def __init__(self, inner: PunctualProtocol, context: ssl.SSLContext) -> None:
+        loop = asyncio.get_running_loop()
+        seconds = int(HEAD_SECONDS)
+        # Nobody waits for the handshake, so there is no future to set.
+        super().__init__(loop, inner, context, None, server_side=True, ssl_handshake_timeout=seconds)  # type: ignore[arg-type]
+        self._counted = inner.behind(self)
+        self._raw: Any = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Begins the handshake if there is room."""
+        self._raw = transport
+        if self._counted.admit(self):
+            super().connection_made(transport)
+        else:
+            transport.abort()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Counts it no more."""
+        self._counted.remove(self)
+        super().connection_lost(exc)
+
+    def evict(self) -> None:
+        """Closes it at once."""
+        self._raw.abort()
+
+
+def with_tls(make: Callable[..., PunctualProtocol], context: ssl.SSLContext) -> Callable[..., TlsHandshake]:
+    """What makes the protocol of a connection over TLS, for a server that listens without."""
+    return lambda **settings: TlsHandshake(make(**settings), context)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from serving.bodies import Bounds
 from serving.browsers import hosts_of
-from serving.connections import raise_file_limit
+from serving.connections import connections_upstream, raise_file_limit
 from serving.ending import Door, NoticeServer
 from serving.gateway.answering import Gateway
 from serving.gateway.app import MAX_BODY_BYTES, Access, create_app
@@ -87,11 +87,12 @@ def started(settings: Settings, scoring: Scoring, listener: socket.socket) -> st
 
 def _gateway(settings: Settings, scoring: Scoring) -> Gateway:
     second = settings.second
+    connections = connections_upstream() // (1 if second is None else 2)
     return Gateway(
-        first=Upstream(settings.llm),
+        first=Upstream(settings.llm, connections=connections),
         scoring=scoring,
         policy=settings.policy,
         limits=settings.limits,
-        second=Upstream(second, name="the second LLM") if second is not None else None,
+        second=Upstream(second, name="the second LLM", connections=connections) if second is not None else None,
         second_candidates=settings.second_candidates,
     )

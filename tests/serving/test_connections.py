@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from serving.repeats import ACCESS, WRITTEN, RepeatFilter
 FILES = 300
 PROGRAM = """
 import resource, sys
+from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[3]), int(sys.argv[3])))
 sys.path.insert(0, sys.argv[1])
 from scoring_function import FakeEngine, model
@@ -36,7 +38,8 @@ if kind == "gateway":
     from cappy.cli import main
     main(["gateway", "--upstream", "http://127.0.0.1:9/v1", "--scorer", "builtin", "--port", "0"])
 engine = FakeEngine(score=lambda pair: float(len(pair[1])), delay=3.0 if kind == "few" else 0.0)
-server.serve(lambda: model(engine), server.Address(port=0), Options())
+pem = Path(sys.argv[4]) if len(sys.argv) > 4 else None
+server.serve(lambda: model(engine), server.Address(port=0, certificate=pem, key=pem), Options())
 """
 FAKES = str(Path(__file__).parents[1] / "fakes")
 Start = Callable[..., tuple[str, int, Path]]
@@ -265,3 +268,34 @@ def test_lines_that_are_all_different_do_not_fill_the_memory_of_the_filter(
     for number in range(5000):
         logger.error(f"line {number}")
     assert len(lines) <= 1000 + WRITTEN
+
+
+def test_clients_that_never_finish_their_handshake_keep_nobody_out(tmp_path: Path) -> None:
+    pem, log = tmp_path / "both.pem", tmp_path / "log"
+    words = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    made = ["-keyout", str(pem), "-out", str(tmp_path / "certificate.pem")]
+    subprocess.run(["openssl", "req", *words, *names, *made], check=True, capture_output=True)
+    pem.write_text(pem.read_text() + (tmp_path / "certificate.pem").read_text())
+    with log.open("wb") as file:
+        command = [sys.executable, "-c", PROGRAM, FAKES, "tls", str(FILES), str(pem)]
+        process = subprocess.Popen(command, stderr=file)
+    trusted = ssl.create_default_context(cafile=str(pem))
+    try:
+        deadline = time.monotonic() + 90
+        while not (found := re.search(r" at https://([\d.]+):(\d+)", log.read_text())):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        host, port = found[1], int(found[2])
+        with contextlib.ExitStack() as held:
+            for _ in range(FILES + 100):
+                held.enter_context(contextlib.closing(connect(host, port)))
+            for _ in range(5):
+                answer = httpx.get(f"https://{host}:{port}/health", verify=trusted, timeout=30)
+                assert answer.status_code == 200
+            process.terminate()
+            assert process.wait(60) == 0
+        assert log.stat().st_size < 1_000_000
+    finally:
+        process.kill()
+        process.wait()
