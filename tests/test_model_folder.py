@@ -355,3 +355,22 @@ def test_links_to_other_folders_are_refused(foreign: Path, tmp_path: Path) -> No
     (foreign / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(FolderError, match="additional_chat_templates: is a link"):
         Scorer.load(str(foreign))
+
+
+def test_a_tokenizer_with_tokens_that_the_model_has_not_is_refused(foreign: Path) -> None:
+    tokenizer = json.loads((foreign / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["cat"] = 10**6
+    (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(FolderError, match=r"its tokenizer has token 1000000, the model has none such"):
+        Scorer.load(str(foreign))
+
+
+def test_a_pattern_that_gives_up_on_a_text_is_one_line_and_the_scorer_goes_on(foreign: Path) -> None:
+    tokenizer = json.loads((foreign / "tokenizer.json").read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pattern, tokenizer["pre_tokenizer"]]}
+    (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
+    scorer = Scorer.load(str(foreign), precision="fp32")
+    with pytest.raises(FolderError, match="tokenizer gave up on a text"):
+        scorer.score([("a" * 5000 + "b", "a")])
+    assert len(scorer.score([("where is the cat", "mat")])) == 1

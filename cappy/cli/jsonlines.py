@@ -12,6 +12,7 @@ from typing import IO, Any
 from cappy.errors import ConfigError, RecordError, shown
 
 STDIN = "-"
+MAX_LINE_BYTES = 64 * 2**20
 _data: IO[bytes] | None = None
 """Standard input, while `reserve_stdin` keeps it from everybody else."""
 
@@ -93,9 +94,11 @@ def opened(source: str) -> Iterator[IO[bytes]]:
 def lines(file: IO[bytes], source: str) -> Iterator[Line]:
     """The objects of JSON Lines, blank lines left out; RecordError names the line that is none."""
     name = "stdin" if source == STDIN else source
-    for number, raw in enumerate(file, start=1):
+    for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+        where = f"{name}:{number}"
+        if len(raw) > MAX_LINE_BYTES:
+            raise RecordError(f"{where}: the line is longer than {MAX_LINE_BYTES:,} bytes; write one object per line")
         if raw.strip():
-            where = f"{name}:{number}"
             yield Line(where, _object(where, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw))
 
 

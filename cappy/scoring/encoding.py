@@ -6,9 +6,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from cappy.errors import FolderError, shown
 from cappy.scoring.folder import Truncation
 
 Pair = tuple[str, str]
+_REMEDY = "save the tokenizer that the scorer was trained with beside it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,17 @@ class PairEncoder:
         """The token ids of each text alone, nothing added."""
         if not texts:
             return []
-        if self._backend is not None:
-            return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            if self._backend is not None:
+                return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+            ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        except BaseException as error:
+            # The tokenizers library, which is Rust, panics where a pattern gives up on a text: no Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise FolderError(
+                f"the scorer's tokenizer gave up on a text ({shown(str(error), 80)}); {_REMEDY}"
+            ) from None
         return ids
 
     def _tokens(self, pairs: Sequence[Pair]) -> dict[str, list[int]]:
@@ -148,4 +158,7 @@ def _frame(tokenizer: Any) -> _Frame:
 
 
 def _find(ids: list[int], part: list[int], start: int) -> int:
-    return next(i for i in range(start, len(ids)) if ids[i : i + len(part)] == part)
+    for place in range(start, len(ids)):
+        if ids[place : place + len(part)] == part:
+            return place
+    raise FolderError(f"the scorer's tokenizer encodes a pair unlike its two texts; {_REMEDY}")

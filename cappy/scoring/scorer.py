@@ -99,7 +99,11 @@ class Scorer:
             remedy = "make a scorer of it first (cappy pretraining --encoder)"
             raise FolderError(f"{folder.path}: {what} {missing[0]}; {remedy}")
         model.to(chosen_device).eval()
-        return cls(model, folder.tokenizer(), **recorded(config), version=folder.hash[:12], precision=chosen)
+        tokenizer = folder.tokenizer()
+        if (highest := max(tokenizer.get_vocab().values(), default=0)) >= model.get_input_embeddings().num_embeddings:
+            remedy = "save the tokenizer that it was trained with beside it"
+            raise FolderError(f"{folder.path}: its tokenizer has token {highest}, the model has none such; {remedy}")
+        return cls(model, tokenizer, **recorded(config), version=folder.hash[:12], precision=chosen)
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
         """One score per (instruction, response), in their order; equal pairs are scored once."""

@@ -3,7 +3,6 @@
 import io
 import json
 import tracemalloc
-from collections.abc import Iterator
 
 import pytest
 
@@ -77,8 +76,11 @@ def test_what_is_written_is_one_line_of_json_that_reads_back_equal(capsysbinary:
 
 def test_memory_does_not_grow_with_the_number_of_lines() -> None:
     class Endless(io.RawIOBase):
-        def __iter__(self) -> Iterator[bytes]:  # type: ignore[override]
-            return iter(b'{"instruction": "%s"}\n' % (b"x" * 1000) for _ in range(20_000))
+        left = 20_000
+
+        def readline(self, size: int | None = -1, /) -> bytes:
+            self.left -= 1
+            return b'{"instruction": "%s"}\n' % (b"x" * 1000) if self.left else b""
 
     tracemalloc.start()
     for line in lines(Endless(), "big"):  # type: ignore[arg-type]
@@ -86,3 +88,14 @@ def test_memory_does_not_grow_with_the_number_of_lines() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2_000_000
+
+
+def test_a_line_without_an_end_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cappy.cli.jsonlines.MAX_LINE_BYTES", 1000)
+    whole = b'{"a": "%s"}\n' % (b"x" * 900)
+    endless = io.BytesIO(whole + b"x" * 10_000)
+    found = lines(endless, "in.jsonl")
+    assert len(next(found).text("a")) == 900
+    with pytest.raises(RecordError, match=r"in.jsonl:2: the line is longer than 1,000 bytes"):
+        next(found)
+    assert endless.tell() < 3000
