@@ -5,6 +5,7 @@ that does not read its answer, and takes as many connections as come.
 """
 
 import asyncio
+import math
 import ssl
 from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable
@@ -42,6 +43,9 @@ class _BoundedParser(h11.Connection):
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._small = 0
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in event.headers}:
+                # RFC 9112, section 6.3: a proxy in front may have read another end of the body.
+                raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
             if len(event.headers) > MAX_HEADERS:
                 raise h11.RemoteProtocolError("too many headers", error_status_hint=431)
         elif isinstance(event, h11.Data) and len(event.data) < SMALL:
@@ -177,7 +181,7 @@ class TlsHandshake(SSLProtocol):
 
     def __init__(self, inner: PunctualProtocol, context: ssl.SSLContext) -> None:
         loop = asyncio.get_running_loop()
-        seconds = int(HEAD_SECONDS)
+        seconds = math.ceil(HEAD_SECONDS)
         # Nobody waits for the handshake, so there is no future to set.
         super().__init__(loop, inner, context, None, server_side=True, ssl_handshake_timeout=seconds)  # type: ignore[arg-type]
         self._counted = inner.behind(self)

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cappy.errors import FolderError
+from cappy.model_folder import open_model_folder
 from cappy.sampling.causal import Causal
 from cappy.sampling.chat import chat_prompt
 from cappy.sampling.strategies import GREEDY
@@ -168,7 +169,7 @@ def test_an_llm_with_a_hostile_template_loads_and_is_refused_when_it_is_asked(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = HOSTILE["a text of gigabytes"]
     tokenizer.save_pretrained(folder)
-    generator = Causal("hostile", folder)
+    generator = Causal("hostile", open_model_folder(folder))
     with pytest.raises(FolderError, match=f"{folder}: its chat template cannot be used .needs more than 512 MiB"):
         generator.sample(["who"], [GREEDY], seed=0)
 

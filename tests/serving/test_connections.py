@@ -299,3 +299,17 @@ def test_clients_that_never_finish_their_handshake_keep_nobody_out(tmp_path: Pat
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_request_whose_body_has_two_ends_is_400_and_nothing_behind_it_is_answered(start: Start) -> None:
+    """A proxy in front may have read the other end, and would take the second request for a part of the first."""
+    host, port, _ = start("sound")
+    with connect(host, port) as connection:
+        head = "POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        ends = "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+        connection.sendall(f"{head}{ends}GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        answer = b""
+        while part := connection.recv(65_536):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.count(b"HTTP/1.1") == 1
