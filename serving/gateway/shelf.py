@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from cappy.errors import FolderError
 from cappy.files import make_private, open_lock
@@ -61,6 +63,7 @@ class Shelf:
             raise FolderError(f"{folder}: another gateway writes there; give each a folder of its own") from None
         self._closed: list[File] = list(read_manifest(folder).files) if (folder / MANIFEST).exists() else []
         self._number = 1 + max((_number(file.name) for file in self._closed), default=-1)
+        self._keys: dict[str, NDArray[np.uint64]] = {}
         self._open: dict[str, Answer] = {}
         self._characters = 0
         self._written: File | None = None
@@ -70,13 +73,16 @@ class Shelf:
     def put(self, row: Answer) -> None:
         """Adds a row, or puts it in the place of the one with its id."""
         if row.instance_id not in self._open and (index := self._part_of(row.instance_id)) is not None:
-            rows = {known.instance_id: known for known in _rows(self._folder / self._closed[index].name)}
+            name = self._closed[index].name
+            rows = {known.instance_id: known for known in _rows(self._folder / name)}
             self._closed[index] = self._write([*(rows | {row.instance_id: row}).values()])
+            self._keys.pop(name, None)
             self._changed = True
             self.flush()
             return
+        former = self._open.get(row.instance_id)
         self._open[row.instance_id] = row
-        self._characters += len(row.instruction) + sum(len(one.response) for one in row.candidates)
+        self._characters += _size(row) - (_size(former) if former else 0)
         self._changed = True
         if len(self._open) >= self._part_rows or self._characters >= self._part_characters:
             try:
@@ -131,11 +137,23 @@ class Shelf:
 
     def _part_of(self, instance_id: str) -> int | None:
         """The index of the closed part that holds this id, looked for from the newest on."""
+        key = _key(instance_id)
         for index in range(len(self._closed) - 1, -1, -1):
-            ids = pq.read_table(self._folder / self._closed[index].name, columns=["instance_id"])["instance_id"]
-            if instance_id in ids.to_pylist():
+            name = self._closed[index].name
+            if (self._keys_of(name) == key).any() and instance_id in self._ids(name):
                 return index
         return None
+
+    def _keys_of(self, name: str) -> NDArray[np.uint64]:
+        """Hashes of a closed part's ids, kept: every new answer is looked for in all parts."""
+        found = self._keys.get(name)
+        if found is None:
+            found = self._keys[name] = np.array([_key(one) for one in self._ids(name)], np.uint64)
+        return found
+
+    def _ids(self, name: str) -> list[str]:
+        ids: list[str] = pq.read_table(self._folder / name, columns=["instance_id"])["instance_id"].to_pylist()
+        return ids
 
     def _remove_strays(self) -> None:
         named = {file.name for file in (*self._closed, *([self._written] if self._written else []))}
@@ -143,6 +161,15 @@ class Shelf:
             if path.name not in named:
                 with contextlib.suppress(FileNotFoundError):
                     path.unlink()
+
+
+def _key(instance_id: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.blake2b(instance_id.encode(), digest_size=8).digest(), "big"))
+
+
+def _size(row: Answer) -> int:
+    """Characters of a row that a client chooses."""
+    return len(row.instruction) + sum(map(len, row.references)) + sum(len(one.response) for one in row.candidates)
 
 
 def _rows(path: Path) -> list[Answer]:

@@ -218,6 +218,44 @@ def test_a_row_that_changes_in_a_closed_part_leaves_the_others_as_they_are(tmp_p
     shelf.close()
 
 
+def test_an_answer_is_looked_for_without_reading_parts_that_do_not_hold_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf(tmp_path, part_rows=3)
+    for number in range(30):
+        shelf.put(row(number))
+    shelf.get("id-none")
+    read_table, names = pq.read_table, []
+
+    def counted(source: Path, **more: Any) -> Any:
+        names.append(source)
+        return read_table(source, **more)
+
+    monkeypatch.setattr(pq, "read_table", counted)
+    assert shelf.get("id-of-somebodys-own") is None
+    shelf.put(row(30))
+    assert names == []
+    assert shelf.get("id-0") is not None
+    assert len(set(names)) == 1
+    shelf.close()
+
+
+def test_what_users_wrote_fills_a_part_references_too(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, part_characters=1000)
+    for number in range(4):
+        shelf.put(dataclasses.replace(row(number), references=("r" * 600,)))
+    assert len(shelf._open) < 2
+    shelf.close()
+
+
+def test_a_row_that_is_put_again_counts_once(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, part_characters=1000)
+    for _ in range(4):
+        shelf.put(dataclasses.replace(row(0), references=("r" * 600,)))
+    assert len(shelf._open) == 1
+    shelf.close()
+
+
 def _die_while_writing(folder: Path, step: int) -> None:
     from cappy.records import folder as records
 
