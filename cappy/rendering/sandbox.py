@@ -71,6 +71,10 @@ class Sandbox(SandboxedEnvironment):
         if not __self.is_safe_callable(__obj):
             owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", type(__obj).__name__)
             raise SecurityError(f"calls {name!r} of a {type(owner).__name__}")
+        key = kwargs.get("key")
+        if callable(key) and isinstance(__obj, BuiltinMethodType) and not __self.is_safe_callable(key):
+            # list.sort would call it, str.format for one, which reads every attribute.
+            raise SecurityError(f"sorts by {getattr(key, '__name__', type(key).__name__)!r}")
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:

@@ -28,6 +28,7 @@ OUT_OF_REACH = {
     "a method's globals": ("{{ cycler.__init__.__globals__ }}", "reads '__init__' of a type"),
     "a generator's frame": ("{{ (items | map('string')).gi_frame }}", "reads 'gi_frame' of a generator"),
     "format": ("{{ '{0.__class__}'.format(text) }}", "calls 'format' of a str"),
+    "format by sorting": ("{{ [text].sort(key='{0.__class__.__name__}'.format) }}", "sorts by 'format'"),
     "format_map": ("{{ '{a.__class__}'.format_map({'a': text}) }}", "calls 'format_map' of a str"),
     "a function of the row": ("{{ call('/tmp/x', 'w') }}", "calls 'open'"),
     "another template": ("{% include 'x' %}", "no loader"),
