@@ -35,6 +35,9 @@ _FILES = ("_FILE", "_CREDENTIALS")
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 _QUERY_NAME = re.compile(r"key|token|secret|passw|pwd|sig|credential|auth", re.IGNORECASE)
 _PARAMETER = re.compile(r"([?&;#])([^=&;#?]*)=([^&;#]*)")
+_PERCENT = re.compile("%[0-9A-F]{2}")
+_JSON_ESCAPES = (("<>&", "x"), ("<>&'", "x"), ("<>&'+`\"", "X"))
+"""What is written as \\u00.. in JSON though it need not be: by Go, by Jinja, by .NET; and the case of the digits."""
 _ORDINARY = {"required", "enabled", "disabled", "default", "password", "secret"}
 """Words of our own texts. A secret that is one of them is none: everybody tries it first."""
 
@@ -140,7 +143,11 @@ def redact_output() -> None:
         if arguments.exc_type is not SystemExit:
             show(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
 
+    def show_unraisable(arguments: "sys.UnraisableHookArgs") -> None:
+        show(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
+
     sys.excepthook = show
+    sys.unraisablehook = show_unraisable
     threading.excepthook = show_of_thread
 
 
@@ -271,11 +278,24 @@ def _basic(user: str, password: str) -> str:
     return base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
+def _escaped(text: str, marks: str, digits: str) -> str:
+    """JSON with these marks, where they stand for themselves, as their codes in hexadecimal digits of this case."""
+    for mark in marks:
+        text = text.replace('\\"' if mark == '"' else mark, f"\\u{ord(mark):04{digits}}")
+    return text
+
+
 def _forms(value: str) -> Iterable[str]:
     """The value as it is, and as addresses, JSON, Python, HTML and headers write it."""
     data = value.encode("utf-8", "surrogatepass")
     encoded = {base64.b64encode(data).decode(), base64.urlsafe_b64encode(data).decode()}
     written = {quote(data, safe=""), quote(data), quote_plus(data), escape(value), repr(value)[1:-1], repr(data)[2:-1]}
-    written |= {json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+    written |= {_PERCENT.sub(lambda m: m[0].lower(), form) for form in written if "%" in form}
+    written.add(escape(value).replace("&quot;", "&#34;").replace("&#x27;", "&#39;"))
+    in_json = {json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+    in_json |= {form.replace("/", "\\/") for form in in_json}
+    in_json |= {_escaped(form, marks, digits) for form in in_json for marks, digits in _JSON_ESCAPES}
+    # An answer's text is often the JSON of another server.
+    written |= in_json | {json.dumps(form)[1:-1] for form in in_json}
     found = {value, *written, *encoded, *(one.rstrip("=") for one in encoded)}
     return (form for form in found if len(form) >= SHORTEST)

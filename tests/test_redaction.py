@@ -23,6 +23,15 @@ VARIABLES = (
     *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_CLIENT_SECRET", "AZURE_STORAGE_ACCESS_KEY", "HF_TOKEN"),
     *("HUGGING_FACE_HUB_TOKEN", "GOOGLE_API_KEY", "KUBE_TOKEN", "AZURE_STORAGE_CONNECTION_STRING"),
 )
+
+
+def _as_dotnet(text: str) -> str:
+    marks = (('\\"', "22"), ("&", "26"), ("'", "27"), ("+", "2B"), ("<", "3C"))
+    for mark, code in marks:
+        text = text.replace(mark, f"\\u00{code}")
+    return text
+
+
 CANARY = "ca/na?ry+#7f3é\"'&<"
 
 
@@ -41,6 +50,12 @@ def _forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
         quote,
         quote_plus,
         html.escape,
+        lambda text: html.escape(text).replace("&quot;", "&#34;").replace("&#x27;", "&#39;"),
+        lambda text: json.dumps(text).replace("/", "\\/"),
+        lambda text: json.dumps(json.dumps({"error": text})),
+        lambda text: json.dumps(text).replace("&", "\\u0026").replace("<", "\\u003c"),
+        lambda text: _as_dotnet(json.dumps(text)[1:-1]),
+        lambda text: quote(text, safe="").replace("%2F", "%2f").replace("%2B", "%2b").replace("%3F", "%3f").lower(),
         lambda text: quote(text, safe=""),
         lambda text: repr(text.encode()),
         lambda text: base64.b64encode(text.encode()).decode(),
@@ -157,7 +172,7 @@ def test_what_was_remembered_is_taken_out_of_errors_logs_and_tracebacks(caplog: 
     assert str(ConfigError("x: of-a-client is wrong")) == "x: *** is wrong"
     assert redact(base64.b64encode(b"me:of-a-client").decode()) == "***"
     former = logging.getLogRecordFactory()
-    hooks = (sys.excepthook, threading.excepthook)
+    hooks = (sys.excepthook, threading.excepthook, sys.unraisablehook)
     try:
         redaction.redact_output()
         try:
@@ -166,7 +181,7 @@ def test_what_was_remembered_is_taken_out_of_errors_logs_and_tracebacks(caplog: 
             logging.getLogger("x").exception("it was %s", "of-a-client")
     finally:
         logging.setLogRecordFactory(former)
-        sys.excepthook, threading.excepthook = hooks
+        sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
     assert "it was ***" in caplog.text
     assert "ValueError: ***" in caplog.text
     assert "of-a-client" not in caplog.text
@@ -180,13 +195,16 @@ def test_the_traceback_of_a_defect_of_the_command_holds_no_secret(tmp_path: Path
         "cli.app.registered_commands[-1].callback = fail\n"
         "cli.app = fail\n"
         "cli.redact_output()\n"
+        "class Failing:\n"
+        "    __del__ = fail\n"
+        "Failing()\n"
         "thread = threading.Thread(target=fail); thread.start(); thread.join()\n"
         "cli.main([])\n"
     )
     environment = {"SOME_KEY": "sk-canary-9", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[1])}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert found.returncode == 1
-    assert found.stderr.count("ValueError: *** ***") == 2
+    assert found.stderr.count("ValueError: *** ***") == 3
     assert "sk-canary" not in found.stderr
     assert "Traceback" in found.stderr
 
