@@ -13,6 +13,8 @@ from cappy.errors import ConfigError, RecordError, shown
 
 STDIN = "-"
 MAX_LINE_BYTES = 64 * 2**20
+_STDIN_PATHS = ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
+"""Other names of standard input, which would lead to the empty file in its place."""
 _data: IO[bytes] | None = None
 """Standard input, while `reserve_stdin` keeps it from everybody else."""
 
@@ -75,9 +77,11 @@ def reserve_stdin() -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened(source: str) -> Iterator[IO[bytes]]:
-    """The bytes of a file, or of standard input for `-`; ConfigError if it cannot be read."""
-    if source == STDIN:
-        file = _data or sys.stdin.buffer
+    """The bytes of a file, or of standard input for `-` and its names below /dev; ConfigError if it cannot be read."""
+    if source == STDIN or source in _STDIN_PATHS:
+        file = _data or getattr(sys.stdin, "buffer", None)
+        if file is None:
+            raise ConfigError(f"{source}: standard input is closed; give a JSON Lines file: --source FILE")
         if file.isatty():
             sys.stderr.write("reading JSON Lines from the keyboard; end with Ctrl-D\n")
         yield file

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import tracemalloc
 
 import pytest
@@ -99,3 +101,25 @@ def test_a_line_without_an_end_is_not_read_to_its_end(monkeypatch: pytest.Monkey
     with pytest.raises(RecordError, match=r"in.jsonl:2: the line is longer than 1,000 bytes"):
         next(found)
     assert endless.tell() < 3000
+
+
+READING = (
+    "import sys\nfrom cappy.cli.jsonlines import opened, reserve_stdin\nfrom cappy.errors import ConfigError\n"
+    "with reserve_stdin():\n"
+    "    try:\n        with opened(sys.argv[1]) as file:\n            sys.stdout.write(file.read().decode())\n"
+    "    except ConfigError as error:\n        sys.exit(str(error))\n"
+)
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdin", "/dev/fd/0"])
+def test_standard_input_is_read_under_each_of_its_names(name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", READING, name], input="{}\n", capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("{}\n", "", 0)
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_a_closed_standard_input_is_one_line(name: str) -> None:
+    words = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-c", READING, name]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.stderr == f"{name}: standard input is closed; give a JSON Lines file: --source FILE\n"
+    assert done.returncode == 1
