@@ -106,7 +106,11 @@ class BrowserGuard:
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        given = headers.getlist("host")
+        given, origins = headers.getlist("host"), headers.getlist("origin")
+        browser = bool(origins) or "sec-fetch-site" in headers
+        if not given and not browser and scope.get("http_version") == "1.0":
+            # A balancer's check, HAProxy's for one; browsers speak no HTTP/1.0 and always send a Host.
+            return
         found = _HOST.fullmatch(given[0]) if len(given) == 1 else None
         if found is None:
             raise Refusal(400, "a request must have one Host header with a name or an address, and a port or none")
@@ -115,7 +119,6 @@ class BrowserGuard:
             raise Refusal(
                 421, f"this service does not answer to the name {name}; its owner may allow it: --allowed-hosts"
             )
-        origins = headers.getlist("origin")
         if ANY in self._origins or (not origins and not _of_another_page(scope["method"], headers)):
             return
         if not (len(origins) == 1 and (origins[0] in self._origins or _is_own(origins[0], found, scope["scheme"]))):

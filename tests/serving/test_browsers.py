@@ -1,5 +1,6 @@
 """What a page of a stranger may not have a browser ask: the service, and the gateway with its owner's money."""
 
+import asyncio
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,10 +11,12 @@ from chat_server import Model, serving
 from fastapi.testclient import TestClient
 from gateway_server import gateway
 from scoring_function import FakeEngine
+from starlette.responses import Response
+from starlette.types import Message
 
 from cappy.errors import ConfigError
 from serving.app import Options
-from serving.browsers import Hosts, hosts_of, read_hosts
+from serving.browsers import BrowserGuard, Hosts, hosts_of, read_hosts
 from serving.dialects import DIALECTS
 from serving.gateway.app import Access, create_app
 
@@ -230,6 +233,34 @@ def test_the_address_that_is_listened_on_decides() -> None:
 def test_a_host_header_that_is_none_is_400(serve: Serve, host: str) -> None:
     answer = serve().get("/health", headers=[(b"host", host.encode("latin-1"))])
     assert (answer.status_code, "one Host header" in answer.text) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("version", "headers", "status"),
+    [
+        ("1.0", [], 200),
+        ("1.1", [], 400),
+        ("1.0", [(b"host", b"evil.example")], 421),
+        ("1.0", [(b"host", b"")], 400),
+        ("1.0", [(b"origin", b"http://evil.example")], 400),
+        ("1.0", [(b"sec-fetch-site", b"cross-site")], 400),
+    ],
+)
+def test_a_balancer_of_http_1_0_needs_no_host_and_a_browser_does(
+    version: str, headers: list[tuple[bytes, bytes]], status: int
+) -> None:
+    guard = BrowserGuard(Response("ok"), LOOPBACK, (), lambda path, refusal: Response(status_code=refusal.status))
+    statuses = []
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        statuses.append(message.get("status"))
+
+    scope = {"type": "http", "http_version": version, "method": "GET", "path": "/health", "headers": headers}
+    asyncio.run(guard({**scope, "scheme": "http"}, receive, send))
+    assert statuses[0] == status
 
 
 def test_two_host_headers_are_400(serve: Serve) -> None:
