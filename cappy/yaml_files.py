@@ -4,6 +4,7 @@ A few lines of YAML can stand for any amount of values, by aliases of lists of a
 PyYAML refuses a wrong one, with a `yaml.YAMLError` that has its place, so that callers need no second way out.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -28,14 +29,26 @@ _TEXT = (None, "!", "tag:yaml.org,2002:str")
 
 def load_yaml(text: str | bytes, loader: Any = FAST_LOADER, *, max_characters: int = MAX_CHARACTERS) -> Any:
     """The value of a text that is one document; `loader` is a safe one. yaml.YAMLError for a text out of bounds."""
-    _check(text, max_characters)
-    return yaml.load(text, loader)  # noqa: S506 # callers name safe loaders
+    with _as_yaml_errors():
+        _check(text, max_characters)
+        return yaml.load(text, loader)  # noqa: S506 # callers name safe loaders
 
 
 def load_all_yaml(text: str | bytes, *, max_characters: int = MAX_CHARACTERS) -> list[Any]:
     """The values of all documents of a text; yaml.YAMLError for a text out of bounds."""
-    _check(text, max_characters)
-    return list(yaml.load_all(text, FAST_LOADER))
+    with _as_yaml_errors():
+        _check(text, max_characters)
+        return list(yaml.load_all(text, FAST_LOADER))
+
+
+@contextlib.contextmanager
+def _as_yaml_errors() -> Iterator[None]:
+    """What PyYAML raises of values that are none (the month 99, a tag that does not fit) becomes a YAMLError."""
+    try:
+        yield
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        problem = str(error) if isinstance(error, ValueError) else "its tag does not fit"
+        raise yaml.MarkedYAMLError(problem=f"holds a value that is none ({problem})") from error
 
 
 def _check(text: str | bytes, max_characters: int) -> None:

@@ -77,6 +77,20 @@ def test_a_file_that_unfolds_is_refused_in_one_line_before_it_does(
 
 
 @pytest.mark.parametrize(
+    "value", ["2001-99-99", "!!timestamp x", "!!bool x", "!!int ''", "!!int x", "!!map [1]", "0x_"]
+)
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_a_value_that_is_none_is_one_line(reader: Callable[[Path], object], value: str, tmp_path: Path) -> None:
+    path = tmp_path / "templates.yaml"
+    path.write_text(f"pipeline: {value}\n")
+    with pytest.raises(ConfigError, match=rf"^{path}") as caught:
+        reader(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(yaml.YAMLError):
+        load_yaml(f"a: {value}")
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("a: &a [1, {b: c}]\nb: *a\n", {"a": [1, {"b": "c"}], "b": [1, {"b": "c"}]}),
