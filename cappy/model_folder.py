@@ -58,6 +58,9 @@ _TABLE_KEYS = frozenset({"vocab", "merges"})
 """Keys of tokenizer_config.json that are tables, and where they are texts the paths of any file."""
 _KERNEL_KEYS = frozenset({"attn_implementation", "experts_implementation"})
 _SENTENCE_TRANSFORMERS = "sentence_transformers."
+_NOT_THE_MODELS = "delete it if it is not a file of the model, else get the folder again"
+_REMOVED_TOKENIZERS = frozenset({"BloomTokenizer"})
+"""Classes that transformers 5 no longer has, and still loads as its general tokenizer (`tokenizer_class_from_name`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +142,19 @@ def open_model_folder(folder: Path, *, pinned: bool = False, checkpoint: str = "
 def check_size(folder: Path, auto_class: Any, config: Any, elements: Sequence[int]) -> None:
     """FolderError where a configuration describes a larger model than weights whose tensors have so many `elements`.
 
-    The model is built without memory for its tensors (on the device "meta"), and no further than that takes.
+    The model is built without memory for its tensors (on the device "meta"), and no further than that takes. Parameters
+    that it shares (embeddings and head, encoder and decoder) are made once each and tied at the end, so the limit
+    holds for the finished model; while it is built it is four times as large.
     """
     import torch
 
     text, remedy = f"{folder}: its config.json is not that of a model", "give a folder that transformers saved"
-    with _one_line(text, remedy), _sized(folder, elements), torch.device("meta"):
-        auto_class.from_config(config, trust_remote_code=False)
+    with _one_line(text, remedy):
+        with _sized(folder, elements), torch.device("meta"):
+            model = auto_class.from_config(config, trust_remote_code=False)
+        size = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+        if size > _most_elements(elements):
+            raise _too_large(folder, size, elements)
 
 
 def verify_exactly(folder: Path) -> Manifest:
@@ -168,7 +177,7 @@ def refuse_pickles(folder: Path, *, allowed: str = "") -> None:
     """FolderError where a file of the folder is of a format that can run code when it is loaded."""
     for path in _matching(folder, PICKLES):
         if path.name != allowed or path.parent != folder:
-            remedy = "convert it to safetensors once, then delete it"
+            remedy = "convert it to safetensors if it holds the weights, then delete it"
             raise FolderError(f"{path}: is of a format that can run code when loaded; {remedy}")
 
 
@@ -219,7 +228,7 @@ def _is_known_class(name: str) -> bool:
     import transformers
 
     try:
-        return hasattr(transformers, name)
+        return name in _REMOVED_TOKENIZERS or hasattr(transformers, name)
     except Exception:  # noqa: BLE001 (it is there; loading it will say which package it misses)
         return True
 
@@ -278,15 +287,24 @@ def _product(shape: list[int]) -> int:
     return total
 
 
+def _most_elements(elements: Sequence[int]) -> int:
+    return 2 * sum(elements) + SPARE_ELEMENTS
+
+
+def _too_large(folder: Path, size: int, elements: Sequence[int]) -> FolderError:
+    held = f"the weights hold {sum(elements):,}"
+    return FolderError(f"{folder}: config.json describes over {size:,} parameters, {held}; get it again")
+
+
 @contextmanager
 def _sized(folder: Path, elements: Sequence[int]) -> Iterator[None]:
-    """Inside, a model that is built may be little larger than the weights: FolderError as soon as it grows beyond.
+    """Inside, a model that is built may be a few times larger than the weights: FolderError as soon as it grows beyond.
 
     Modules are counted too: each takes memory, even where its tensors take none.
     """
     from torch.nn.modules import module as torch_module
 
-    most = 2 * sum(elements) + SPARE_ELEMENTS
+    most = 4 * _most_elements(elements)
     most_modules = 10 * len(elements) + SPARE_MODULES
     size, modules = 0, 0
 
@@ -300,8 +318,7 @@ def _sized(folder: Path, elements: Sequence[int]) -> Iterator[None]:
         nonlocal size
         size += 0 if tensor is None else tensor.numel()
         if size > most:
-            held = f"the weights hold {sum(elements):,}"
-            raise FolderError(f"{folder}: config.json describes over {size:,} parameters, {held}; get it again")
+            raise _too_large(folder, size, elements)
 
     with ExitStack() as hooks:
         for handle in (
@@ -343,11 +360,11 @@ def _items(values: Any) -> Iterator[tuple[str, Any]]:
 
 def _json(path: Path, most: int) -> Any:
     if path.stat().st_size > most:
-        raise FolderError(f"{path}: has more than {most:,} bytes; get the folder again")
+        raise FolderError(f"{path}: has more than {most:,} bytes; {_NOT_THE_MODELS}")
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise FolderError(f"{path}: is not JSON ({shown(str(error), 80)}); get the folder again") from error
+        raise FolderError(f"{path}: is not JSON ({shown(str(error), 80)}); {_NOT_THE_MODELS}") from error
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

@@ -14,10 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Gemma3TextConfig, M2M100Config
 
 import cappy
 from cappy.errors import CappyError, ConfigError, FolderError
-from cappy.model_folder import open_model_folder
+from cappy.model_folder import check_size, open_model_folder
 from cappy.records.folder import Manifest, describe_files, write_manifest
 from cappy.sampling import load_generator
 from cappy.scoring import Scorer
@@ -120,6 +121,8 @@ main(["score"])
         ("tokenizer_config.json", {"auto_map": ["evil.Slow", "evil.Fast"]}),
         ("tokenizer_config.json", {"tokenizer_class": "EvilTokenizer"}),
         ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}),
+        ("tokenizer_config.json", {"vocab": "../other/vocab.json"}),
+        ("tokenizer_config.json", {"merges": "../other/merges.txt"}),
         ("generation_config.json", {"custom_generate": "evil"}),
         ("processor_config.json", {"auto_map": {"AutoProcessor": "evil.Processor"}}),
         ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "evil.Processor"}}),
@@ -134,6 +137,22 @@ def test_a_json_file_that_names_code_is_refused_by_name(name: str, values: dict[
         with pytest.raises(FolderError, match=name) as error:
             load(str(foreign))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["BloomTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_tokenizer_classes_of_transformers_own_past_are_no_code(name: str, foreign: Path) -> None:
+    edit(foreign / "tokenizer_config.json", tokenizer_class=name)
+    assert len(Scorer.load(str(foreign)).version) == 12
+
+
+def test_what_is_no_file_of_a_folder_is_refused_by_name(foreign: Path) -> None:
+    os.mkfifo(foreign / "pipe.json")
+    with pytest.raises(FolderError, match=r"pipe.json: is no file"):
+        Scorer.load(str(foreign))
+    (foreign / "pipe.json").unlink()
+    (foreign / "gone.json").symlink_to(foreign / "nowhere")
+    with pytest.raises(FolderError, match=r"gone.json: is no file"):
+        Scorer.load(str(foreign))
 
 
 @pytest.mark.parametrize("name", ["modeling.py", "custom_generate/generate.py", "KERNEL.SO", "deep/a.pyc", "x.PKL"])
@@ -228,6 +247,30 @@ def test_sizes_that_the_weights_do_not_have_end_in_one_line_without_the_memory(f
         shutil.copytree(foreign, folders[-1])
         edit(folders[-1] / "config.json", **values)
     refused_within(*folders, megabytes=1500)
+
+
+@pytest.mark.parametrize(
+    ("config", "others"),
+    [
+        (M2M100Config(vocab_size=256_206, encoder_layers=1, decoder_layers=1), 40_000_000),
+        (Gemma3TextConfig(vocab_size=262_144, hidden_size=640, num_hidden_layers=1), 20_000_000),
+    ],
+    ids=["NLLB", "Gemma"],
+)
+def test_shared_embeddings_count_once(config: Any, others: int) -> None:
+    """They are made for encoder, decoder and head, and tied after that; the weights hold them once."""
+    table = config.vocab_size * config.hidden_size
+    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    check_size(Path("folder"), loader, config, [table, others])
+    with pytest.raises(FolderError, match="parameters, the weights hold"):
+        check_size(Path("folder"), loader, config, [table // 8, others])
+
+
+@pytest.mark.parametrize(("layers", "problem"), [(100_001, "above 100,000"), (90_000, "more layers than the weights")])
+def test_layers_are_counted_in_the_file_and_while_the_model_is_built(layers: int, problem: str, foreign: Path) -> None:
+    edit(foreign / "config.json", num_hidden_layers=layers)
+    with pytest.raises(FolderError, match=problem):
+        Scorer.load(str(foreign))
 
 
 def refused_within(*folders: Path, megabytes: int) -> list[str]:
