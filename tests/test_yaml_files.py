@@ -72,7 +72,7 @@ def test_a_file_that_unfolds_is_refused_in_one_line_before_it_does(
     with pytest.raises(ConfigError, match=rf"{path}.*(more than|longer than|larger than|before its value)") as caught:
         reader(path)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 100
     assert peak_bytes() - before < 100 * 2**20
 
 

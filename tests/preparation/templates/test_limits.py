@@ -77,7 +77,7 @@ def within() -> Iterator[None]:
     """The test ends in time, and this process's peak of memory grows by less than 100 MB."""
     start, before = time.monotonic(), peak_bytes()
     yield
-    assert time.monotonic() - start < 60  # seconds of CPU time are fewer: other processes run beside
+    assert time.monotonic() - start < 300  # seconds of CPU time are fewer: other processes run beside
     assert peak_bytes() - before < 100 * 2**20
 
 

@@ -104,7 +104,7 @@ def test_a_render_that_takes_too_long_is_stopped(template: Make, jinja: str, thr
     error = raised(lambda: render(template(f"x ||| y{jinja}"), ROW, seconds=0.2), thread=thread)
     assert isinstance(error, RecordError)
     assert "ours: template 'mine' fails on the row (takes longer than 0.2 seconds)" in str(error)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 100
 
 
 @pytest.mark.parametrize("jinja", BOMBS.values(), ids=BOMBS)
