@@ -1,4 +1,4 @@
-"""Files that others must not get at: locks, files that appear whole, folders of their owner alone.
+"""Files that other users cannot tamper with: locks, atomically replaced files, private folders.
 
 A folder of work may lie on a volume that several people write to. So nothing here is opened through a symbolic link
 that someone else put there, and no name of a temporary file can be foreseen.
@@ -18,7 +18,7 @@ from cappy.errors import FolderError
 PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
 _PUBLIC_FILE = 0o666
-"""What the umask leaves of it."""
+"""Less the umask."""
 _SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -30,7 +30,7 @@ def open_lock(path: Path) -> IO[str]:
     """
     remedy = "delete it, and run the same command again"
     try:
-        # Not to wait for the other end, where someone put a pipe there.
+        # O_NONBLOCK: opening a pipe would wait for its other end.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | _SAFELY, PRIVATE_FILE)
     except OSError as error:
         if path.is_symlink():
@@ -64,7 +64,7 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
 
 
 def make_private(folder: Path) -> None:
-    """Makes a folder for its owner alone, whatever the umask; one that is there keeps its rights."""
+    """Creates a folder with mode 0700, whatever the umask; an existing one keeps its mode."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
 

@@ -37,13 +37,13 @@ Those of a registered version have a sha256 of their own in its tags.
 """
 
 MAX_CONFIG_BYTES = 4 * 2**20
-"""Of a JSON file that is no table of tokens and of a template; the largest seen have some hundred kilobytes."""
+"""Of a template, and of a JSON file that is not a vocabulary; the largest seen have a few hundred kilobytes."""
 MAX_TABLE_BYTES = 128 * 2**20
 """Of tokenizer.json, a vocabulary or merges; Gemma's have 33 MB."""
 MAX_HEADER_BYTES = 16 * 2**20
 """Of a safetensors header: about 150,000 tensors."""
 MAX_COUNT = 100_000
-"""Of layers, heads, experts or labels in config.json: transformers makes lists as long while it reads the file."""
+"""Of layers, heads, experts or labels in config.json: transformers builds lists of that length when it reads it."""
 SPARE_ELEMENTS = 2**26
 """Elements that a model may have beyond twice those of its weights: a new head, tables of positions."""
 SPARE_MODULES = 10_000
@@ -55,7 +55,7 @@ _CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
 _FILE_KEYS = frozenset({"configuration_files", "fast_tokenizer_files", "transformers_weights"})
 """Keys by which transformers reads other files than those with the usual names."""
 _TABLE_KEYS = frozenset({"vocab", "merges"})
-"""Keys of tokenizer_config.json that are tables, and where they are texts the paths of any file."""
+"""Keys of tokenizer_config.json that hold tables; transformers reads a string there as the path of any file."""
 _KERNEL_KEYS = frozenset({"attn_implementation", "experts_implementation"})
 _SENTENCE_TRANSFORMERS = "sentence_transformers."
 _NOT_THE_MODELS = "delete it if it is not a file of the model, else get the folder again"
@@ -216,7 +216,7 @@ def _refuse_named_code(path: Path, values: Any) -> None:
 
 
 def _refuse_unknown_class(path: Path, key: str, value: Any) -> None:
-    """FolderError for the name of a class that transformers has not: it would load another one without a word."""
+    """FolderError for a class that transformers does not have: it would silently load another one."""
     for name in value if isinstance(value, list) else [value] if value is not None else []:
         spellings = (str(name), str(name).removesuffix("Fast"), f"{name}Fast")
         if not isinstance(name, str) or not any(map(_is_known_class, spellings)):
@@ -332,13 +332,13 @@ def _sized(folder: Path, elements: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def _one_line(text: str, remedy: str) -> Iterator[None]:
-    """Whatever transformers raises over a folder from elsewhere is that folder's fault: FolderError in one line."""
+    """Turns whatever transformers raises about a foreign folder into a FolderError of one line."""
     try:
         yield
     except FolderError:
         raise
     except BaseException as error:
-        # A panic of the tokenizers library, which is Rust, is no Exception.
+        # A panic of the tokenizers library (Rust) is a BaseException.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = (" ".join(str(error).split())) or type(error).__name__

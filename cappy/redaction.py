@@ -1,7 +1,7 @@
-"""Takes secrets out of texts by their value, and out of addresses by their place.
+"""Removes secrets from texts by their value, and from addresses by their position.
 
-Texts of others (a server's error, a library's exception) may repeat what was sent to them. Every text is redacted whole
-and cut afterwards: the beginning of a key is worth something too.
+A server's error or a library's exception may repeat what it was sent. Every text is redacted whole
+and cut afterwards, because part of a key is a secret too.
 """
 
 import base64
@@ -39,7 +39,7 @@ _PERCENT = re.compile("%[0-9A-F]{2}")
 _JSON_ESCAPES = (("<>&", "x"), ("<>&'", "x"), ("<>&'+`\"", "X"))
 """What is written as \\u00.. in JSON though it need not be: by Go, by Jinja, by .NET; and the case of the digits."""
 _ORDINARY = {"required", "enabled", "disabled", "default", "password", "secret"}
-"""Words of our own texts. A secret that is one of them is none: everybody tries it first."""
+"""Words of our own texts, never redacted: as a secret each would be among the first guesses."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Known:
 
 _USERINFO = re.compile(r"//[^/\s@]*@")
 _LOG_SECONDS = 1.0
-"""How long a change of the environment may stay unseen by the log, whose lines are many."""
+"""How long the log may miss a change of the environment, which is too slow to check for every line."""
 _remembered: set[str] = set()
 _cached: tuple[object, _Known] = (None, _Known((), 0))
 _looked = 0.0

@@ -1,4 +1,4 @@
-"""JSON that others wrote, read within bounds: how many values it has, how deep it is, which numbers stand in it."""
+"""Reads untrusted JSON within limits on its number of values, its depth and its numbers."""
 
 import json
 import math
@@ -10,7 +10,7 @@ MAX_VALUES = 4_000_000
 """Brackets, commas and colons of one text: 64 responses of 4,096 tokens with log-probabilities have 3.4 million."""
 MAX_DEPTH = 64
 MAX_COUNT = 2**53
-"""Above it a number of others is taken for none: no count is that large, and floats are exact up to it."""
+"""A larger number is not accepted as a count: no real count is, and floats are exact up to it."""
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _STRUCTURE = b"{}[],:"
 _OTHERS = bytes(byte for byte in range(256) if byte not in _STRUCTURE)

@@ -1,4 +1,4 @@
-"""YAML of others, read as plain values, in bounds: what a file unfolds to is counted before anything is built.
+"""Reads untrusted YAML as plain values within limits: what it expands to is counted before anything is built.
 
 A few lines of YAML can stand for any amount of values, by aliases of lists of aliases. Such a text is refused as
 PyYAML refuses a wrong one, with a `yaml.YAMLError` that has its place, so that callers need no second way out.

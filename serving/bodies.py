@@ -33,7 +33,7 @@ MAX_TEXT_BYTES = 2_000_000
 LARGE_BYTES = 32_768
 """From here a body is worked on in a thread: below it a change of threads costs more than the work."""
 BODIES_AT_ONCE = 16
-"""Bodies of the largest size that may be held in memory, of all requests that are not answered yet."""
+"""How many bodies of the largest size may be in memory, over all requests that are not answered yet."""
 Result = TypeVar("Result")
 _BLOCK = 1 << 20
 _STEPS = np.zeros(256, np.int8)
@@ -89,7 +89,7 @@ class Bounds:
 def measure(data: bytes, bounds: Bounds | None = None) -> tuple[int, int]:
     """(most values, depth) of JSON in bytes: commas and openings outside of texts; counting ends beyond `bounds`.
 
-    Of what is no JSON it is the same up to the first mistake, where parsing ends too.
+    For invalid JSON it is the same up to the first error, where parsing stops too.
     """
     if b"\\" in data:
         # Backslashes stand in texts alone. In pairs they escape each other; one that is left escapes what follows.

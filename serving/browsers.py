@@ -1,4 +1,4 @@
-"""What a page in somebody's browser may ask: only under a name that is this service's, and of no other origin.
+"""Protects a service from web pages: checks the Host header, and the origin of requests that a browser sends.
 
 A page can send requests to any address that its visitor's machine reaches. The Host header says under which name the
 browser found the service, so that a name which somebody points at 127.0.0.1 (DNS rebinding) is refused; Origin and
@@ -21,7 +21,7 @@ from serving.refusals import Refusal
 VARIABLE = "CAPPY_ALLOWED_HOSTS"
 ANY = "*"
 INSIDE = (".svc", ".cluster.local", ".local", ".internal")
-"""Ends of names that no public name server answers, so that no stranger can point one at this machine."""
+"""Suffixes of names that public DNS does not resolve, so an attacker cannot point one at this machine."""
 _NAME = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5}))?"
 _HOST = re.compile(_NAME)
 _ORIGIN = re.compile(f"(https?)://{_NAME}")
@@ -85,7 +85,7 @@ def check_origins(origins: Sequence[str]) -> None:
 class BrowserGuard:
     """ASGI middleware: refuses what comes under another name (421) or from a page of another origin (403).
 
-    421 (RFC 9110, 15.5.20) says what is the matter: the request came to a server that does not answer for that name.
+    421 (RFC 9110, 15.5.20): the request reached a server that does not answer for that name.
     """
 
     def __init__(self, app: ASGIApp, hosts: Hosts, origins: Sequence[str], refuse: Refuse) -> None:

@@ -9,9 +9,9 @@ KEEP_ALIVE_SECONDS = 620
 """Longer than clients and balancers keep a connection (httpx 5 s, Google's balancers 600 s): were it closed on our
 side, a request that they just sent on it would fail."""
 PRESSED_SECONDS = 5
-"""The same where more than half of the connections that may be are open."""
+"""The same where more than half of the allowed connections are open."""
 MAX_CONNECTIONS = 8192
-"""However many files may be opened: an idle connection takes about 20 KB."""
+"""Whatever the limit on files: an idle connection takes about 20 KB."""
 MAX_FILES = 65_536
 """The limit on files is not raised further: some programs loop over all numbers below it."""
 FEWEST = 8

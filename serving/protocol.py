@@ -1,4 +1,4 @@
-"""HTTP/1.1 for uvicorn, with an end to clients that are slow, many or wasteful on purpose.
+"""HTTP/1.1 for uvicorn with limits on clients that are slow, many or wasteful.
 
 uvicorn ends idle connections between requests, but waits for ever for a first head, for the rest of any, for a client
 that does not read its answer, and takes as many connections as come.
@@ -128,7 +128,7 @@ class PunctualProtocol(H11Protocol):
             self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP, unless another answer is on its way."""
+        """Answers invalid HTTP, unless another answer is being sent."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:
@@ -176,13 +176,13 @@ class PunctualProtocol(H11Protocol):
 class TlsHandshake(SSLProtocol):
     """The TLS of one connection, counted and timed from its first byte on.
 
-    asyncio's own server gives each client a minute for its handshake, and tells nobody of it before.
+    asyncio's own server allows a minute for each handshake, and calls no protocol until it is done.
     """
 
     def __init__(self, inner: PunctualProtocol, context: ssl.SSLContext) -> None:
         loop = asyncio.get_running_loop()
         seconds = math.ceil(HEAD_SECONDS)
-        # Nobody waits for the handshake, so there is no future to set.
+        # None: no future waits for the handshake.
         super().__init__(loop, inner, context, None, server_side=True, ssl_handshake_timeout=seconds)  # type: ignore[arg-type]
         self._counted = inner.behind(self)
         self._raw: Any = None

@@ -30,7 +30,7 @@ class Kind(Protocol):
     """A module of templates of one kind."""
 
     def load(self, *source: str) -> tuple[Any, Any]:
-        """A compiled template, and what is to be answer of it."""
+        """A compiled template, and what to answer once it is compiled."""
 
     def render(self, compiled: Any, values: Any, argument: Any) -> Any:
         """What a template makes of the values of a job."""

@@ -217,7 +217,7 @@ class _Channel:
 
 
 _WALL_SECONDS, _WALL_SHARE = 60.0, 10.0
-"""How long an answer may be waited for: a second of CPU time takes many on a busy machine."""
+"""How long to wait for an answer: on a busy machine a second of CPU time can take many seconds."""
 _CERTAIN = ("time", "size")
 _NONSENSE = "answers what it was not asked"
 

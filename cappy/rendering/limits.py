@@ -29,7 +29,7 @@ _state = {"running": False, "soft": 0}
 
 
 class TimeIsUpError(BaseException):
-    """No Exception: nothing on the way out may take it for an error of its own."""
+    """Not an Exception: no `except Exception` between here and the caller may catch it."""
 
 
 def apply_limits() -> None:

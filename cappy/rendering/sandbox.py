@@ -27,7 +27,7 @@ _NAMES: dict[type, str] = {
     dict: "clear copy get items keys pop popitem setdefault update values",
     tuple: "count index",
 }
-"""Methods that a template may call. Those of a row's other values are nobody's to call: an array's write files."""
+"""Methods that a template may call. No method of another value may be called: an array's can write files."""
 _METHODS = {owner: frozenset(names.split()) for owner, names in _NAMES.items()}
 _CALLABLE = (Macro, LoopContext, BlockReference, Cycler, Joiner, Undefined)
 
@@ -59,7 +59,7 @@ class Sandbox(SandboxedEnvironment):
         return isinstance(owner, _CALLABLE) or id(obj) in self._callables
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Nothing: these methods stay as they are, and may not be called."""
+        """None: `format` is not wrapped, because templates may not call it."""
         return None
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:

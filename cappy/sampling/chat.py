@@ -1,4 +1,4 @@
-"""An instruction under the chat template of an LLM's folder, which nobody vouches for: a child process renders it."""
+"""Renders an LLM's chat template, which is untrusted, in a child process."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ from cappy.rendering.jobs import Failure, Job, Source
 from cappy.rendering.values import encode
 
 MAX_CHARACTERS = 2**20
-"""What a prompt may have beside the instruction, which may stand in it `_MAX_REPEATED` times."""
+"""Of a prompt, beyond the instruction, which the template may repeat `_MAX_REPEATED` times."""
 _MAX_REPEATED = 4
 
 

@@ -54,7 +54,7 @@ class GatewayError(Exception):
 def refused(name: str, response: httpx2.Response, keys: Sequence[str]) -> GatewayError:
     """What an LLM's server refused, under its status and with its own words, the keys taken out of them.
 
-    `name` says whose refusal it is. A redirect, and a status that is none of an error, is 502.
+    `name` says whose refusal it is. A redirect, or any status that is not an error, is 502.
     """
     status = response.status_code
     if not 400 <= status <= 599:

@@ -1,4 +1,4 @@
-"""HTTP clients for servers of others: how much they may send, how long they may take, what is never done for them.
+"""HTTP clients for untrusted servers: limits on the size and duration of answers; no redirects, no cookies.
 
 A body is decoded step by step and the request ended as soon as it is too large, whatever the compression. No redirect
 is followed and no cookie kept: the key and the prompts go to the address that was given, and nowhere else.
@@ -28,7 +28,7 @@ TOKEN_BYTES = 100
 LIKELY_TOKEN_BYTES = 400
 """What a token of a response takes in JSON at most, without and with its log-probability."""
 UNKNOWN_TOKENS = 32_768
-"""Taken for the length of a response where nobody limits it."""
+"""Assumed length of a response where the request sets no limit."""
 MAX_BYTES = "cappy.max_bytes"
 """Extension of a request: how many bytes its answer may have, decoded."""
 TICK_SECONDS = 0.25
@@ -37,7 +37,7 @@ _GZIP_OR_ZLIB = 47
 
 
 class RefusedAnswerError(httpx2.DecodingError):
-    """An answer that is not read to its end: it is too large, or encoded as nobody asked for."""
+    """An answer that is not read to its end: too large, or in an encoding that was not requested."""
 
 
 def answer_bytes(tokens: int | None, count: int, *, likelihoods: int = 0) -> int:
@@ -160,7 +160,7 @@ def _common() -> dict[str, Any]:
 
 
 class _NoCookies(CookieJar):
-    """Keeps none: a session of one caller's key must not go along with another's."""
+    """Keeps no cookies: one caller's session must not be sent with another caller's key."""
 
     def extract_cookies(self, response: object, request: object) -> None:
         """Nothing."""

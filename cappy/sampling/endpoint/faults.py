@@ -104,7 +104,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
         return max(0.0, date.timestamp() - time.time())
     except (ValueError, TypeError, IndexError, OverflowError, OSError):
-        # A date of nobody's calendar.
+        # Not a date.
         return None
 
 
