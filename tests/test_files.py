@@ -167,6 +167,18 @@ def test_a_private_folder_that_is_there_keeps_the_rights_that_its_owner_gave_it(
     assert mode(tmp_path / "open") == 0o750
 
 
+def test_a_file_that_lies_under_the_temporary_name_is_neither_written_nor_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cappy.files.secrets.token_hex", lambda _: "known")
+    planted = tmp_path / ".file.known.tmp"
+    planted.write_text("planted")
+    with pytest.raises(FileExistsError), replacing(tmp_path / "file") as file:
+        file.write(b"secret")
+    assert planted.read_text() == "planted"
+    assert not (tmp_path / "file").exists()
+
+
 def test_the_temporary_name_of_a_file_cannot_be_foreseen(tmp_path: Path) -> None:
     names = set()
     for _ in range(8):
