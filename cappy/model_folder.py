@@ -218,7 +218,8 @@ def _refuse_named_code(path: Path, values: Any) -> None:
 def _refuse_unknown_class(path: Path, key: str, value: Any) -> None:
     """FolderError for a class that transformers does not have: it would silently load another one."""
     for name in value if isinstance(value, list) else [value] if value is not None else []:
-        spellings = (str(name), str(name).removesuffix("Fast"), f"{name}Fast")
+        bare = re.sub(r"^(TF|Flax)|Fast$", "", str(name))
+        spellings = (str(name), bare, f"{name}Fast")
         if not isinstance(name, str) or not any(map(_is_known_class, spellings)):
             remedy = "save it with a class that transformers has"
             raise FolderError(f"{path}: {key} {shown(name)} is not a class of transformers; {remedy}")

@@ -417,3 +417,9 @@ def test_a_pattern_that_gives_up_on_a_text_is_one_line_and_the_scorer_goes_on(fo
     with pytest.raises(FolderError, match="tokenizer gave up on a text"):
         scorer.score([("a" * 5000 + "b", "a")])
     assert len(scorer.score([("where is the cat", "mat")])) == 1
+
+
+def test_a_folder_that_tensorflow_or_flax_wrote_may_name_their_classes(foreign: Path) -> None:
+    for name in ("TFRobertaForSequenceClassification", "FlaxRobertaForSequenceClassification"):
+        edit(foreign / "config.json", architectures=[name])
+        Scorer.load(str(foreign))
