@@ -34,6 +34,47 @@ OUT_OF_REACH = {
     "another template": ("{% include 'x' %}", "no loader"),
 }
 
+FURTHER_OUT = {
+    "a class, escaped": "{{ text['\\x5f\\x5fclass\\x5f\\x5f'] }}",
+    "a class, put together": "{{ text['_' ~ '_class_' ~ '_'] }}",
+    "a class by a list's index": "{{ text[['__class__'][0]] }}",
+    "a class by select": "{{ [text] | selectattr('__class__') | list }}",
+    "a class by reject": "{{ [text] | rejectattr('__class__') | list }}",
+    "a class by sort": "{{ [text, text] | sort(attribute='__class__') }}",
+    "a class by groupby": "{{ [text] | groupby('__class__') }}",
+    "a class by unique": "{{ [text, text] | unique(attribute='__class__') | list }}",
+    "a class by max": "{{ [text, text] | max(attribute='__class__') }}",
+    "a class by join": "{{ [text] | join(attribute='__class__') }}",
+    "a class by printf": "{{ '%(a.__class__)s' % {'a': text} }}",
+    "a class of nothing": "{{ missing.__class__ }}",
+    "a class of the loop": "{% for i in items %}{{ loop.__class__ }}{% endfor %}",
+    "subclasses of dict": "{{ dict.__subclasses__() }}",
+    "subclasses of dict, called": "{{ dict.mro() }}",
+    "a joiner's globals": "{{ joiner.__init__.__globals__ }}",
+    "a namespace's dictionary": "{{ namespace(a=1).__dict__ }}",
+    "a namespace's attribute": "{% set ns = namespace(a=1) %}{% set ns.__class__ = 1 %}{{ ns.__class__ }}",
+    "a macro's function": "{% macro f() %}{% endmacro %}{{ f._func.__globals__ }}",
+    "a macro's globals": "{% macro f() %}{% endmacro %}{{ f.__globals__ }}",
+    "a caller's globals": "{% macro f() %}{{ caller.__globals__ }}{% endmacro %}{% call f() %}{% endcall %}",
+    "the template's own context": "{{ self._TemplateReference__context }}",
+    "a block's context": "{% block b %}{{ self.b.__self__ }}{% endblock %}",
+    "a method's owner": "{{ items.append.__self__ }}",
+    "a method's module": "{{ text.upper.__module__ }}",
+    "lipsum": "{{ lipsum.__globals__ }}",
+    "config": "{{ config.items() }}",
+    "the builtins": "{% set x = __builtins__ %}{{ x.open('/etc/passwd').read() }}",
+    "a file, imported": "{% import '/etc/passwd' as p %}{{ p }}",
+    "a file, extended": "{% extends '/etc/passwd' %}",
+    "a generator's code": "{{ (items | select).gi_code }}",
+    "a coroutine's frame": "{{ (items | map('string')).cr_frame }}",
+    "an exception's frame": "{{ (1 // 0).__traceback__ }}",
+    "format as a filter's argument": "{{ ['{0.__class__}'] | map('format', text) | list }}",
+    "encode": "{{ text.encode('unicode_escape').__class__ }}",
+    "a translation": "{{ text.translate({97: '__class__'}) }}",
+}
+"""Ways out of a sandbox that are known from reports on Jinja and on programs that use it."""
+LEAKS = re.compile(r"<class|<module|<function|<built-in|<bound|object at|__\w+__|root:|gi_|frame")
+
 ENDLESS = {
     "loops": FOREVER,
     "loops that print": FOREVER.replace("{% endfor %}", "{{ i }}{% endfor %}", 1),
@@ -170,3 +211,12 @@ def raised(act: Callable[[], object], *, thread: bool = False) -> CappyError | N
     else:
         run()
     return errors[0] if errors else None
+
+
+@pytest.mark.parametrize("jinja", FURTHER_OUT.values(), ids=FURTHER_OUT)
+def test_no_way_out_of_the_row_shows_anything(jinja: str, template: Make) -> None:
+    try:
+        rendered = render(template(f"{{{{ items }}}} {jinja} ||| x"), ROW)
+    except CappyError:
+        return
+    assert rendered is None or not LEAKS.search(rendered.instruction), rendered
