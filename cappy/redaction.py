@@ -23,6 +23,8 @@ from urllib.parse import quote, quote_plus, unquote
 
 SHORTEST = 6
 """Characters of a secret that is looked for: a shorter one would blank ordinary words."""
+FEWEST = 4
+"""Characters of the beginning of a secret that is taken out at the end of a text."""
 HIDDEN = "***"
 WINDOW = 65_536
 """Characters of a text that are looked at where only its beginning is shown."""
@@ -88,13 +90,28 @@ def _redacted(text: str, forms: tuple[str, ...], keys: Iterable[str] = ()) -> st
 
 
 def cut(text: str, limit: int, *keys: str) -> str:
-    """At most `limit` characters of the text, redacted before it is cut."""
+    """At most `limit` characters of the text, redacted before it is cut.
+
+    Where the text ends within a secret, as a body that was broken off does, the beginning of the secret goes too.
+    """
     found = redact(text[:WINDOW], *keys)
     if len(text) > WINDOW:
         # The window may end within a secret, which is then not known by its value.
         longest = max([_known().longest, *(len(form) for key in keys for form in _forms(key.strip()))])
         found = f"{found[: max(0, min(len(found) - longest, limit))]}…"
+    else:
+        found = _without_beginning(found, [*_known().forms, *(form for key in keys for form in _forms(key.strip()))])
     return found if len(found) <= limit else f"{found[: limit - 1]}…"
+
+
+def _without_beginning(text: str, forms: Iterable[str]) -> str:
+    """The text without the beginning of a secret (`FEWEST` characters or more) that it ends with."""
+    bare = text.rstrip("'\"")  # what repr puts behind it
+    for form in forms:
+        start = bare.rfind(form[:FEWEST], max(0, len(bare) - len(form) + 1))
+        if start >= 0 and len(form) >= SHORTEST and form.startswith(bare[start:]):
+            return f"{bare[:start]}{HIDDEN}{text[len(bare) :]}"
+    return text
 
 
 def one_line(text: str, limit: int, *keys: str) -> str:

@@ -214,3 +214,21 @@ def test_redacting_costs_little() -> None:
 
     assert timeit.timeit(lambda: redact("a line of a log"), number=100) / 100 < 0.05
     assert timeit.timeit(lambda: redact("x" * 65_536), number=10) / 10 < 2
+
+
+@pytest.mark.parametrize("length", range(4, 20))
+def test_a_text_that_breaks_off_within_a_secret_does_not_show_its_beginning(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the body of a server that hangs up in the middle of it does."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary-0123456789")
+    text = f"Incorrect API key provided: {'sk-canary-0123456789'[:length]}"
+    assert cut(text, 200) == "Incorrect API key provided: ***"
+    assert "sk-c" not in shown(text, 200)
+    assert "sk-c" not in one_line(text, 200)
+
+
+def test_a_text_that_ends_like_no_secret_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary-0123456789")
+    for text in ("sk-", "a task", "ask-canine", "sk-canary was here", ""):
+        assert cut(text, 200) == text
