@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import engine
 import images
+import locks
 import pytest
 from processes import free_port
 
@@ -211,8 +213,9 @@ def test_the_bill_of_materials_lists_what_is_installed(containers: Containers, n
 
 
 def test_pinned_versions_are_those_of_the_lock(containers: Containers) -> None:
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pins = {name.lower(): version for name, found, version in (line.partition("==") for line in lines) if found}
+    found = [re.findall(r"^([\w.-]+)==([^\s;\\]+)", path.read_text(), re.MULTILINE) for path in locks.LOCKED]
+    pins = {name.lower(): version for pairs in found for name, version in pairs}
+    assert {"torch", "transformers", "numpy"} <= pins.keys()
     program = "import json, importlib.metadata as m; print(json.dumps({d.name: d.version for d in m.distributions()}))"
     for name in NAMES:
         installed = json.loads(containers.python(name, program))
