@@ -28,10 +28,15 @@ _TEXT = (None, "!", "tag:yaml.org,2002:str")
 
 
 def load_yaml(text: str | bytes, loader: Any = FAST_LOADER, *, max_characters: int = MAX_CHARACTERS) -> Any:
-    """The value of a text that is one document; `loader` is a safe one. yaml.YAMLError for a text out of bounds."""
+    """The value of a text that is one document. yaml.YAMLError for a text out of bounds.
+
+    `loader` is one of PyYAML's safe loaders or a class of them; TypeError for any other, which could make objects.
+    """
+    if not issubclass(loader, (yaml.SafeLoader, FAST_LOADER)):
+        raise TypeError(f"{loader.__name__} is not a safe loader")
     with _as_yaml_errors():
         _check(text, max_characters)
-        return yaml.load(text, loader)  # noqa: S506 # callers name safe loaders
+        return yaml.load(text, loader)  # noqa: S506 # a safe loader, by the check above
 
 
 def load_all_yaml(text: str | bytes, *, max_characters: int = MAX_CHARACTERS) -> list[Any]:

@@ -116,3 +116,9 @@ def peak_bytes() -> int:
     """The most memory that this process ever had."""
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@pytest.mark.parametrize("loader", [yaml.Loader, yaml.FullLoader, yaml.UnsafeLoader])
+def test_no_loader_that_makes_objects_is_taken(loader: type) -> None:
+    with pytest.raises(TypeError, match="is not a safe loader"):
+        load_yaml("a: 1", loader)
