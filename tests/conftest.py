@@ -4,6 +4,8 @@ And a real OpenAI-compatible server that nobody here wrote: `transformers serve`
 """
 
 import os
+import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -93,6 +95,30 @@ def make_scorer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def scorer_folder(make_scorer: Callable[..., Path]) -> Path:
     """One scorer folder for tests that only read it."""
     return make_scorer()
+
+
+@pytest.fixture
+def foreign(make_scorer: Callable[..., Path], tmp_path: Path) -> Path:
+    """A scorer's folder without a manifest, as another tool would write it; the test may change it."""
+    folder = tmp_path / "foreign"
+    shutil.copytree(make_scorer(seed=5), folder)
+    (folder / "manifest.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def within() -> Iterator[None]:
+    """The test ends in time, and this process's peak of memory grows by less than 100 MB."""
+    start, before = time.monotonic(), _peak_bytes()
+    yield
+    assert time.monotonic() - start < 300  # seconds of CPU time are fewer: other processes run beside
+    assert _peak_bytes() - before < 100 * 2**20
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process ever had."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @pytest.fixture(scope="session")

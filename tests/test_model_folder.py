@@ -41,15 +41,6 @@ def edit(path: Path, **values: Any) -> None:
 
 
 @pytest.fixture
-def foreign(make_scorer: Callable[..., Path], tmp_path: Path) -> Path:
-    """A scorer's folder without a manifest, as another tool would write it."""
-    folder = tmp_path / "foreign"
-    shutil.copytree(make_scorer(seed=5), folder)
-    (folder / "manifest.json").unlink()
-    return folder
-
-
-@pytest.fixture
 def evil(foreign: Path, tmp_path: Path) -> Path:
     """A folder whose Python leaves a mark when it runs."""
     code = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"}

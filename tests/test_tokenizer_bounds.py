@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +9,6 @@ import pytest
 
 from cappy.errors import FolderError
 from cappy.model_folder import open_model_folder
-
-
-@pytest.fixture
-def foreign(make_scorer: Callable[..., Path], tmp_path: Path) -> Path:
-    """A scorer's folder without a manifest."""
-    folder = tmp_path / "foreign"
-    shutil.copytree(make_scorer(seed=5), folder)
-    (folder / "manifest.json").unlink()
-    return folder
 
 
 def edit(path: Path, **values: Any) -> None:

@@ -50,7 +50,7 @@ class KubeflowClient:
         remember_address(place.endpoint)
         self._shown = redact_address(place.endpoint)
         if not place.endpoint.startswith(("http://", "https://")):
-            raise ConfigError(f"kubeflow: {self._shown} is no address; it begins with https:// or http://")
+            raise ConfigError(f"kubeflow: {self._shown} is not an address; it begins with https:// or http://")
         self._place = place
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"kfp\..*")  # It warns of old servers.
         with self._told():

@@ -202,7 +202,7 @@ def test_what_answers_and_is_no_kubeflow_is_one_line(here: Here, kubeflow: Kubef
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
         assert "what answers is no Kubeflow Pipelines; log in" in done.stderr
     done = here("pipeline", "status", "run-1", "--on", "kubeflow", "--endpoint", "127.0.0.1:9")
-    assert "is no address; it begins with https:// or http://" in done.stderr
+    assert "is not an address; it begins with https:// or http://" in done.stderr
 
 
 def test_the_command_to_follow_with_is_whole(here: Here, kubeflow: Kubeflow, tmp_path: Path) -> None:

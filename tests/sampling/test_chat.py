@@ -1,10 +1,7 @@
 """Chat templates: the prompt is transformers' own, and a hostile one ends in one line that names the folder."""
 
-import resource
 import shutil
-import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,15 +140,6 @@ def test_a_prompt_has_the_time_zone_of_its_asker(tokenizer: Any, monkeypatch: py
         close_all()
 
 
-@pytest.fixture
-def within() -> Iterator[None]:
-    """The test ends in time, and this process's peak of memory grows by less than 100 MB."""
-    start, before = time.monotonic(), peak_bytes()
-    yield
-    assert time.monotonic() - start < 300  # seconds of CPU time are fewer: other processes run beside
-    assert peak_bytes() - before < 100 * 2**20
-
-
 @pytest.mark.usefixtures("within")
 @pytest.mark.parametrize("template", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_template_ends_in_one_line_that_names_the_folder(
@@ -177,9 +165,3 @@ def test_an_llm_with_a_hostile_template_loads_and_is_refused_when_it_is_asked(
     generator = Causal("hostile", open_model_folder(folder))
     with pytest.raises(FolderError, match=f"{folder}: its chat template cannot be used .needs more than 512 MiB"):
         generator.sample(["who"], [GREEDY], seed=0)
-
-
-def peak_bytes() -> int:
-    """The most memory that this process ever had."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

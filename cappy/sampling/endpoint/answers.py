@@ -21,7 +21,7 @@ MAX_NAME_CHARACTERS = 200
 
 
 class BadAnswerError(Exception):
-    """The body is no completion; the same request may get a better one. `evidence` is what the server sent instead."""
+    """The body is not a completion; the same request may get a better one. `evidence` is what the server sent."""
 
     def __init__(self, problem: str, evidence: object) -> None:
         super().__init__(problem)

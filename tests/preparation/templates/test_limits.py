@@ -5,9 +5,6 @@ Each of these ran for minutes, or took gigabytes, where templates were rendered 
 
 import contextlib
 import json
-import resource
-import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -69,15 +66,6 @@ UNCOMPILED: dict[str, str] = {
     "many words": "{{ a }}" * 300_000,
     "operators": "{{ " + "not " * 99999 + "a }}",
 }
-
-
-@pytest.fixture
-def within() -> Iterator[None]:
-    """The test ends in time, and this process's peak of memory grows by less than 100 MB."""
-    start, before = time.monotonic(), peak_bytes()
-    yield
-    assert time.monotonic() - start < 300  # seconds of CPU time are fewer: other processes run beside
-    assert peak_bytes() - before < 100 * 2**20
 
 
 @pytest.mark.usefixtures("within")
@@ -149,9 +137,3 @@ def test_a_row_of_many_and_of_large_values_is_rendered(template: Make) -> None:
     row = {"text": "t", **{f"field{number}": "é" * 99 for number in range(9999)}, "large": "x" * 9_999_999}
     assert json.dumps(row)
     assert render(template("{{text}} ||| {{large}}"), row) == Rendered(instruction="t", target="x" * 2045 + "...")
-
-
-def peak_bytes() -> int:
-    """The most memory that this process ever had."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
