@@ -4,6 +4,7 @@ Each gives every candidate a value, from what a user would have and never from r
 the first of equal ones. Random choice has no pick: its result is the mean label of the pool.
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,8 @@ from rapidfuzz.distance import LCSseq
 from cappy.annotation.rouge_columns import token_strings
 from cappy.evaluation.pools import Pool, Vector
 from cappy.records import Candidate
+
+_GREEDY = re.compile(r"\bgreedy\b", re.IGNORECASE)
 
 
 def pick(values: Vector) -> int:
@@ -61,6 +64,11 @@ def likelihood_mean(candidates: Sequence[Candidate]) -> Vector | None:
 def system_of(candidate: Candidate) -> str:
     """The generator and decoding that a candidate came from; empty where neither is known."""
     return f"{candidate.generator} {candidate.decoding}".strip()
+
+
+def is_greedy(candidate: Candidate) -> bool:
+    """Whether it was decoded greedily, by the name of its decoding (or of the system that a file names)."""
+    return bool(_GREEDY.search(system_of(candidate)))
 
 
 def system(candidates: Sequence[Candidate], name: str) -> Vector:

@@ -13,7 +13,6 @@ from cappy.evaluation import read_values, statistics
 from cappy.evaluation.pools import Vector
 
 PICKS = "picks.json"
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ def threshold(report: str | Path, *, precision: float, good: float) -> Threshold
         return None
     kept, own = reported[reported[:, 0] >= found, 1] >= good, held[held[:, 0] >= found, 1] >= good
     groups = [group for score, _, group in picks["reported"] if score >= found]
-    estimate = statistics.share(kept.astype(np.float64), groups, resamples=RESAMPLES, seed=0) if groups else None
+    estimate = statistics.share(kept.astype(np.float64), groups) if groups else None
     return Threshold(
         threshold=found,
         good=good,

@@ -51,7 +51,7 @@ def test_one_byte_of_the_input_changes_every_fingerprint(file: Path, tmp_path: P
 
 def test_a_setting_changes_the_fingerprints_of_its_step_and_of_those_after_it(file: Path, tmp_path: Path) -> None:
     before = fingerprints(_placed(plan(file), tmp_path))
-    more = plan(file, settings={"evaluation": {"resamples": 500}})
+    more = plan(file, settings={"evaluation": {"folds": 5}})
     after = fingerprints(_placed(more, tmp_path))
     assert changed(before, after) == ["evaluation", "registration", "promotion", "deployment"]
 
@@ -117,8 +117,8 @@ def test_an_edited_part_of_a_folder_of_records_is_refused(file: Path, tmp_path: 
 
 
 def test_a_wrong_setting_is_said_before_anything_runs(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"evaluation: --resamples: .*100.*, got 3"):
-        prepare("adapt", plan(file, settings={"evaluation": {"resamples": 3}}), work=tmp_path)
+    with pytest.raises(ConfigError, match=r"evaluation: --folds: .*20.*, got 50"):
+        prepare("adapt", plan(file, settings={"evaluation": {"folds": 50}}), work=tmp_path)
     with pytest.raises(ConfigError, match="adapt: has no step pretraining"):
         prepare("adapt", {**plan(file), "pretraining": {}}, work=tmp_path)
     with pytest.raises(ConfigError, match="no such pipeline; there are adapt, pretrain"):
