@@ -157,8 +157,8 @@ def train(name: str, arm: str, seed: int, annotated: Path, folder: Path) -> tupl
         "target": folder / "scorer",
         "seed": seed,
         "train_rows": rows,
-        "learning_rate": None if ARMS[arm].get("preset") else RATE,
         "work": folder / "work",
+        **({} if ARMS[arm].get("preset") else {"learning_rate": RATE}),
         **ARMS[arm],
     }
     if arm == "builtin, not adapted":

@@ -123,14 +123,14 @@ def test_a_wrong_setting_is_said_before_anything_runs(file: Path, tmp_path: Path
         prepare("adapt", {**plan(file), "pretraining": {}}, work=tmp_path)
     with pytest.raises(ConfigError, match="no such pipeline; there are adapt, pretrain"):
         prepare("adopt", plan(file), work=tmp_path)
-    with pytest.raises(ConfigError, match="--seed is one for the whole pipeline"):
-        prepare("adapt", plan(file, settings={"finetuning": {"seed": 5}}), work=tmp_path)
+    with pytest.raises(ConfigError, match="--metric is one for the whole pipeline"):
+        prepare("adapt", plan(file, settings={"evaluation": {"metric": "chrf"}}), work=tmp_path)
 
 
 def test_every_setting_reaches_its_step_as_a_parameter_or_encoded(file: Path, tmp_path: Path) -> None:
     choices = plan(file, name="notes", seed=7, tracking_uri="sqlite:///my.db", settings={"promotion": {"margin": 0.1}})
     found = prepare("adapt", choices, work=tmp_path / "work").arguments
-    assert (found["name"], found["seed"], found["margin"], found["source"]) == ("notes", 7, 0.1, str(file))
+    assert (found["name"], found["training_seed"], found["margin"], found["source"]) == ("notes", 7, 0.1, str(file))
     work = str(tmp_path / "work")
     assert decode(found["registration_settings"]) == {"tracking_uri": "sqlite:///my.db", "work": work}
     assert decode(found["tracking_settings"]) == {"tracking_uri": "sqlite:///my.db", "work": work}
