@@ -5,7 +5,7 @@ Reasoning is told from the answer by its markup alone:
 - a block between two tags, such as `<think>...</think>` or `[THINK]...[/THINK]`, wherever it stands;
 - text up to a closing tag that was never opened: chat templates such as DeepSeek's open the block in the prompt;
 - an opening tag that is never closed, at the start of a line: the model ran out of tokens, and there is no answer;
-- the channels of gpt-oss: all but the last `final` message is reasoning, also where a server dropped the special tokens.
+- the channels of gpt-oss: all but the last `final` message is reasoning, also where the special tokens were dropped.
 
 Tags in backticks or in a fenced code block are part of an answer about such tags, and stay.
 """

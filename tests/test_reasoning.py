@@ -33,8 +33,7 @@ HARMONY = "<|channel|>analysis<|message|>It could be Rome.<|end|><|start|>assist
         HARMONY,
         f"{HARMONY}<|return|>",
         "<|start|>assistant<|channel|>final<|message|>Paris<|end|>",
-        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json"
-        "<|message|>{}<|call|><|start|>assistant<|channel|>final<|message|>Paris<|return|>",
+        f"<|channel|>commentary to=functions.f <|constrain|>json<|message|>{{}}<|call|><|start|>assistant{HARMONY}",
         "analysisThe user asks for a capital.assistantfinalParis",
     ],
 )
@@ -85,6 +84,6 @@ def test_a_text_without_reasoning_is_left_as_it_is(text: str) -> None:
 
 def test_a_million_characters_of_tags_take_no_time() -> None:
     began = time.monotonic()
-    for text in ("<think>" * 140_000, "</think>" * 120_000, "```\n" * 250_000, "`<think>" * 120_000, "<think " * 140_000):
-        strip_reasoning(text)
+    for piece in ("<think>", "</think>", "```\n", "`<think>", "<think ", "<|channel|>a", "think<"):
+        strip_reasoning(piece * (1_000_000 // len(piece)))
     assert time.monotonic() - began < 20
