@@ -105,9 +105,10 @@ def remarks(manifest: Manifest) -> list[str]:
     unanswered: Mapping[str, Mapping[str, int]] = manifest.facts.get("unanswered", {})
     for generator, reasons in unanswered.items():
         count, words = max((count, words) for words, count in reasons.items())
-        found.append(f"{generator} did not answer {sum(reasons.values()):,} candidates; {count:,} times: {words}")
+        total = sum(reasons.values())
+        found.append(f"{generator} left {total:,} candidates without an answer; {count:,} of them: {words}")
     if metrics.get("failed"):
-        found.append(f"{metrics['failed']:,.0f} candidates failed; the same command asks for them again")
+        found.append(f"failed candidates: {metrics['failed']:,.0f}; the same command asks for them again")
     if reasoned := metrics.get("reasoning"):
         share = f"{reasoned:,.0f} of {metrics['sampled']:,.0f} responses"
         if manifest.config.get("strip_reasoning"):

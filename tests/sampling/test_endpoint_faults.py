@@ -79,7 +79,7 @@ def test_d1_a_response_that_its_server_gave_up_is_a_failed_attempt_and_asked_aga
     assert (len(script.bodies), tally["errors"]) == (3, 2)
     kept = [file.read_text() for file in tmp_path.glob("[0-9a-f][0-9a-f]/*.json")]
     assert len(kept) == 1
-    assert "It is Par\"" not in kept[0]
+    assert 'It is Par"' not in kept[0]
 
 
 def test_d1_of_several_choices_the_good_ones_are_kept_and_the_others_asked_for_again() -> None:
@@ -98,7 +98,10 @@ def test_d1_of_several_choices_the_good_ones_are_kept_and_the_others_asked_for_a
 
 def test_d1_a_word_for_a_whole_response_or_none_at_all_is_an_answer() -> None:
     for finish, status in (
-        *[(word, "ok") for word in ("stop", "STOP", "eos_token", "end_turn", "stop_sequence", None, "", {"type": "stop"})],
+        *[
+            (word, "ok")
+            for word in ("stop", "STOP", "eos_token", "end_turn", "stop_sequence", None, "", {"type": "stop"})
+        ],
         *[(word, "truncated") for word in ("length", "max_tokens", "MAX_TOKENS", "model_length")],
         *[(word, "filtered") for word in ("content_filter", "SAFETY", "guardrail_intervened", "content_filtered")],
         ("refusal", "refused"),
@@ -215,9 +218,7 @@ def test_d2_many_refusals_in_a_row_do_not_end_a_run_whose_endpoint_answers_a_pla
     assert [group[0].status for group in drawn] == [*["failed"] * 50, "ok"]
 
 
-def test_d2_the_key_does_not_stand_in_the_words_that_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_d2_the_key_does_not_stand_in_the_words_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary-0123456789")
 
     def reply(body: dict[str, Any]) -> Reply:
@@ -231,14 +232,30 @@ def test_d2_the_key_does_not_stand_in_the_words_that_are_kept(
 
 REFUSALS = {
     "openai": (400, refusing("Invalid prompt: your prompt was flagged.", code="invalid_prompt"), "filtered"),
-    "azure": (400, refusing("The response was filtered due to the prompt triggering Azure OpenAI's content management "
-                            "policy", code="content_filter"), "filtered"),  # fmt: skip
+    "azure": (
+        400,
+        refusing(
+            "The response was filtered due to the prompt triggering Azure OpenAI's content management policy",
+            code="content_filter",
+        ),
+        "filtered",
+    ),
     "openrouter": (403, refusing("Your input was flagged", metadata={"reasons": ["violence"]}), "filtered"),
     "anthropic": (400, refusing("Output blocked by content filtering policy"), "filtered"),
-    "alibaba": (400, refusing("Input data may contain inappropriate content.", code="data_inspection_failed"),
-                "filtered"),  # fmt: skip
-    "llama.cpp": (400, refusing("request (67 tokens) exceeds the available context size (64 tokens), try increasing it",
-                                type="exceed_context_size_error", code=400), "failed"),  # fmt: skip
+    "alibaba": (
+        400,
+        refusing("Input data may contain inappropriate content.", code="data_inspection_failed"),
+        "filtered",
+    ),
+    "llama.cpp": (
+        400,
+        refusing(
+            "request (67 tokens) exceeds the available context size (64 tokens), try increasing it",
+            type="exceed_context_size_error",
+            code=400,
+        ),
+        "failed",
+    ),
     "llama.cpp, older": (500, refusing("the request exceeds the available context size", code=500), "failed"),
     "a word of tomorrow": (400, refusing("I would rather not"), "failed"),
     "no JSON at all": (422, b"<html>no</html>", "failed"),
@@ -282,7 +299,9 @@ def test_d3_what_is_about_all_requests_ends_the_run_at_the_first(status: int, bo
 
 def test_d3_a_key_that_is_taken_back_under_way_ends_the_run() -> None:
     script = Script(lambda body: (200, saying("whole")) if len(script.bodies) <= 5 else (403, refusing("revoked")))
-    with pytest.raises(GeneratorError, match=f"{STREAK} requests in a row were refused: 403 revoked; set OPENAI_API_KEY"):
+    with pytest.raises(
+        GeneratorError, match=f"{STREAK} requests in a row were refused: 403 revoked; set OPENAI_API_KEY"
+    ):
         sample(script, [f"prompt {n}" for n in range(100)], concurrency=1)
 
 
@@ -300,7 +319,7 @@ def test_d4_of_two_knobs_that_do_not_go_together_the_neutral_one_goes(param: str
 
     decodings = [GREEDY, PLAIN, Decoding(name="nucleus", top_p=0.9), Decoding(name="cool", temperature=0.7)]
     script = Script(reply)
-    ((*drawn,),), tally = sample(script, ["one"], decodings, concurrency=1)
+    ((*drawn,),), _ = sample(script, ["one"], decodings, concurrency=1)
     assert {one.status for one in drawn} == {"ok"}
     taken = [knobs(body) for body in script.bodies if len(knobs(body)) == 1]
     # In the order in which the threads came.
@@ -308,13 +327,17 @@ def test_d4_of_two_knobs_that_do_not_go_together_the_neutral_one_goes(param: str
         map(str, [{"temperature": 0.0}, {"temperature": 1.0}, {"top_p": 0.9}, {"temperature": 0.7}])
     )
     assert len(script.bodies) == 5
-    with pytest.raises(GeneratorError, match=r"refuses temperature 0.7 with top_p 0.9, which decoding both needs \(400"):
+    with pytest.raises(
+        GeneratorError, match=r"refuses temperature 0.7 with top_p 0.9, which decoding both needs \(400"
+    ):
         sample(Script(reply), ["one"], [Decoding(name="both", temperature=0.7, top_p=0.9)])
 
 
 def test_d4_greedy_is_never_drawn_without_its_temperature(tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> Reply:
-        words = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported."
+        words = (
+            "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported."
+        )
         wrong = body.get("temperature", 1.0) != 1.0
         return (400, refusing(words, param="temperature")) if wrong else (200, saying("whole"))
 
@@ -331,7 +354,7 @@ def test_d4_a_knob_beyond_openais_goes_only_where_it_is_off(knob: str) -> None:
         return (400, refusing(f"{knob} is not supported")) if knob in body else (200, saying("whole"))
 
     on = Decoding(name="on", **{{"min_tokens": "min_new_tokens"}.get(knob, knob): {"min_p": 0.1}.get(knob, 4)})  # type: ignore[arg-type]
-    ((drawn,),), tally = sample(Script(reply), ["one"], extra=(knob,))
+    ((drawn,),), _ = sample(Script(reply), ["one"], extra=(knob,))
     assert drawn.status == "ok"
     with pytest.raises(GeneratorError, match=f"refuses {knob} .*, which decoding on needs"):
         sample(Script(reply), ["one"], [on], extra=(knob,))
@@ -428,9 +451,10 @@ def test_d7_in_a_pool_each_generator_has_its_own_default_and_length() -> None:
     assert all(one.generator is None for one in config_of("builtin").decodings)
     both = config_of("openai:a@http://h/v1", "openai:b@http://h/v1").decodings
     assert {(one.generator, one.max_new_tokens) for one in both} == {(None, 512)}
+    endpoint = Endpoint(parse_spec("openai:m@http://h/v1"))
     with pytest.raises(ConfigError, match="cannot do beam4; choose --strategy endpoint8"):
-        endpoint = Endpoint(parse_spec("openai:m@http://h/v1"))
         endpoint.check(config_of("openai:m@http://h/v1", strategy="paper17").decodings)
+    endpoint.close()
 
 
 def test_d8_an_endpoints_response_has_512_tokens_unless_something_states_another_number(tmp_path: Path) -> None:
