@@ -19,7 +19,7 @@ def plan(
     *,
     source: str = "builtin",
     generator: Sequence[str] = ("builtin",),
-    strategy: str = "paper17",
+    strategy: str = "",
     scorer: str = "builtin",
     metric: str = "rougeL",
     name: str = "cappy",
@@ -56,7 +56,7 @@ def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
     def adapt(
         source: str = "builtin",
         generator: list = ["builtin"],  # type: ignore[type-arg] # noqa: B006 (kfp reads the default, nobody changes it)
-        strategy: str = "paper17",
+        strategy: str = "",
         scorer: str = "builtin",
         champion: str = "",
         metric: str = "rougeL",

@@ -15,7 +15,7 @@ def plan(
     *,
     source: str = "builtin",
     generator: Sequence[str] = ("builtin",),
-    strategy: str = "paper17",
+    strategy: str = "",
     scorer: str = "models:/cappy@champion",
     metric: str = "rougeL",
     seed: int = 0,
@@ -44,7 +44,7 @@ def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
     def evaluate(
         source: str = "builtin",
         generator: list = ["builtin"],  # type: ignore[type-arg] # noqa: B006 (kfp reads the default, nobody changes it)
-        strategy: str = "paper17",
+        strategy: str = "",
         metric: str = "rougeL",
         split_seed: int = 0,
         sampling_seed: int = 0,

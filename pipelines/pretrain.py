@@ -17,7 +17,7 @@ def plan(
     *,
     source: str = "builtin",
     generator: Sequence[str] = ("builtin",),
-    strategy: str = "paper17",
+    strategy: str = "",
     metric: str = "rougeL",
     name: str = "cappy-pretrained",
     seed: int = 0,
@@ -55,7 +55,7 @@ def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
     def pretrain(
         source: str = "builtin",
         generator: list = ["builtin"],  # type: ignore[type-arg] # noqa: B006 (kfp reads the default, nobody changes it)
-        strategy: str = "paper17",
+        strategy: str = "",
         metric: str = "rougeL",
         name: str = "cappy-pretrained",
         split_seed: int = 0,

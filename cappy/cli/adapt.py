@@ -48,8 +48,12 @@ def adapt(
         ),
     ] = [],  # noqa: B006 (typer needs the default and copies it)
     strategy: Annotated[
-        str, typer.Option(help="Which responses to draw: paper17, sampling8, greedy, endpoint8.")
-    ] = "paper17",
+        str,
+        typer.Option(
+            help="Which responses to draw: paper17, sampling8, greedy, endpoint8.",
+            show_default="what each LLM can do: endpoint8 for openai: and vllm:, else paper17",
+        ),
+    ] = "",
     scorer: Annotated[
         str, typer.Option(help="Scorer to start from: builtin, a folder, hub:org/name@revision, models:/name@alias.")
     ] = BUILTIN,
