@@ -1,13 +1,11 @@
 """Metrics that look for the answer itself: the same text, the same number, the same words."""
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from decimal import Decimal
 
-_NUMBER = re.compile(r"((?<!\w)[-+−])?([0-9][0-9,]*(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)")
-_GROUPED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+from cappy.annotation.numbers import last_number, readings
+
 _ARTICLES = frozenset({"a", "an", "the"})
 
 
@@ -21,27 +19,14 @@ def exact_match(references: Sequence[str], response: str) -> float:
 
 
 def numeric_match(references: Sequence[str], response: str) -> float:
-    """1 if the last number of the response equals the last number of a reference, else 0.
+    """1 if the last number of the response equals the last number of a reference, else 0; see `last_number`.
 
-    The last, because worked solutions end with their answer (GSM8K's do). Signs and decimals count, commas between
-    groups of three digits do not: 5 and -5 differ, 1,000.0 and 1000 do not. A fraction is two numbers.
+    The last, because worked solutions end with their answer (GSM8K's do; Cobbe et al. 2021); in LaTeX the last box's
+    (MATH's; Hendrycks et al. 2021). Signs and decimals count, spelling does not: 5 and -5 differ; 1,000.0, 1 000 and
+    1000 do not. Where a comma of the response may be a decimal comma or a list's, either reading will do.
     """
-    found = last_number(response)
-    return float(found is not None and any(last_number(reference) == found for reference in references))
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number written in ASCII digits, or None."""
-    found = _NUMBER.findall(text)
-    if not found:
-        return None
-    sign, digits = found[-1]
-    digits = digits.rstrip(",")
-    if "," in digits and not _GROUPED.fullmatch(digits):
-        # A list of numbers without spaces.
-        sign, digits = "", digits.rpartition(",")[2]
-    number = Decimal(digits.replace(",", ""))
-    return -number if sign in ("-", "−") else number
+    found = readings(response)
+    return float(found[0] is not None and any(last_number(reference) in found for reference in references))
 
 
 def token_f1(references: Sequence[str], response: str) -> float:
