@@ -1,12 +1,15 @@
 """Metrics that look for the answer itself: the same text, the same number, the same words."""
 
+import re
+import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from cappy.annotation.numbers import last_number, readings
 
-_ARTICLES = frozenset({"a", "an", "the"})
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(references: Sequence[str], response: str) -> float:
@@ -32,7 +35,8 @@ def numeric_match(references: Sequence[str], response: str) -> float:
 def token_f1(references: Sequence[str], response: str) -> float:
     """F1 of the words in common, in whatever order; the best over the references (SQuAD; Rajpurkar et al. 2016, §6.1).
 
-    Words are lower-cased; punctuation and English articles are dropped. Two texts without words are equal.
+    Equal to the evaluation script of SQuAD 2.0 to the last bit: words are lower-cased; ASCII punctuation and the
+    articles a, an, the are dropped, so that $500 is 500 and C++ is C. Two texts without words are equal.
     """
     words = Counter(_words(response))
     return max((_f1(Counter(_words(reference)), words) for reference in references), default=0.0)
@@ -42,12 +46,14 @@ def _f1(target: Counter[str], words: Counter[str]) -> float:
     if not target or not words:
         return float(not target and not words)
     common = (target & words).total()
-    return 2 * common / (target.total() + words.total())
+    if not common:
+        return 0.0
+    precision, recall = common / words.total(), common / target.total()
+    return 2 * precision * recall / (precision + recall)
 
 
-def _words(text: str) -> Iterable[str]:
-    kept = "".join(character for character in text.lower() if not unicodedata.category(character).startswith("P"))
-    return (word for word in kept.split() if word not in _ARTICLES)
+def _words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
 
 
 def _composed(text: str) -> str:
