@@ -239,4 +239,4 @@ def summary(manifest: Manifest, target: Path, seconds: float) -> str:
         f"{name} {value:,.6g}" for name, value in shown.items() if name not in ("instances", "candidates")
     )
     line = f"{target}: {content}{numbers and f'; {numbers}'} (manifest {manifest.hash[:12]}, {seconds:.1f} s)"
-    return "\n".join([*told, line])
+    return "\n".join([*told, line, *(f"caution   {text}" for text in outcome.cautions(manifest))])

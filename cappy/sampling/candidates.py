@@ -1,12 +1,12 @@
 """Candidates from generators onto instances."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from cappy.errors import ConfigError, shown
 from cappy.records import Candidate, Instance
-from cappy.sampling.generators import Generator, seed_of, unheard
+from cappy.sampling.generators import Generator, OnDrawn, seed_of, unheard
 from cappy.sampling.strategies import Decoding, share
 
 
@@ -16,7 +16,7 @@ def sample(
     decodings: Sequence[Decoding],
     *,
     seed: int,
-    told: Callable[[int], None] = unheard,
+    told: OnDrawn = unheard,
 ) -> Iterator[Instance]:
     """The instances with every generator's candidates appended, in order; equal arguments give equal candidates.
 
