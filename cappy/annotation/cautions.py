@@ -10,7 +10,7 @@ _REASONING = re.compile(
 
 def _has_reasoning(text: str) -> bool:
     """Whether a response holds the reasoning before its answer; to be replaced by cappy.reasoning.has_reasoning."""
-    return _REASONING.search(text) is not None
+    return ("<" in text or "[" in text or "◁" in text) and _REASONING.search(text) is not None
 
 
 def cautions(metrics: Mapping[str, float]) -> list[str]:
@@ -27,7 +27,7 @@ def cautions(metrics: Mapping[str, float]) -> list[str]:
         found.append(f"{_share(unseen, instances)} instances have no reference that Rouge-L can see; {remedy}")
     if partly := metrics.get("partly_invisible_to_rougeL", 0):
         found.append(
-            f"{_share(partly, instances)} instances have a reference or response of which Rouge-L sees a part only, "
+            f"{_share(partly, instances)} instances have a reference or response of which Rouge-L sees only a part, "
             f"for it sees [a-z0-9] alone; {remedy}"
         )
     return found

@@ -12,6 +12,9 @@ Number = Decimal | Fraction
 MAX_DIGITS = 1_000
 """Digits of the longest number that is computed with; longer ones are only compared."""
 _LONGEST_CACHED = 4_096
+_TAIL = 80
+"""Characters of a long line that are read first."""
+_BETWEEN_WORDS = re.compile("[a-z] [a-z]")
 _LETTER = "A-Za-zÀ-ÖØ-öø-ɏͰ-Ͽ"
 _CURRENCIES = "USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|CAD|AUD|HKD|SGD|BRL|Rs|RS"
 _DIGITS = r"(?>[0-9]+(?:[.,'_][0-9]+)*)"
@@ -99,6 +102,13 @@ _kept = lru_cache(maxsize=8_192)(_readings)
 
 
 def _of_line(line: str) -> tuple[Number, ...]:
+    if len(line) > 2 * _TAIL and (cut := _BETWEEN_WORDS.search(line, len(line) - _TAIL)):
+        # Between two words no number is torn apart, and most lines have one near their end.
+        return _last_of(line[cut.end() - 1 :]) or _last_of(line)
+    return _last_of(line)
+
+
+def _last_of(line: str) -> tuple[Number, ...]:
     plain = _normalized(line)
     last = None
     for match in _TOKEN.finditer(plain):
