@@ -13,7 +13,8 @@ from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
-from cappy.sampling.accounts import accounts, cautions, taken
+from cappy.sampling.accounts import accounts, taken
+from cappy.sampling.cautions import cautions
 from cappy.sampling.generators import check_strategy
 from cappy.sampling.paid import Api, Terms
 from cappy.sampling.strategies import MOST_NEW_TOKENS, Decoding, checked, share, strategy
