@@ -14,6 +14,7 @@ from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
 from cappy.sampling.accounts import accounts, check_failures, failures, taken
+from cappy.sampling.cautions import cautions
 from cappy.sampling.generators import check_strategy
 from cappy.sampling.paid import Api, Terms
 from cappy.sampling.strategies import (
@@ -214,7 +215,7 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"]
     revisions = {generator.name: generator.revision for generator in generators}
     # The file of decodings may change while its path stays.
     stated = identity(config) | {"decodings": [asdict(decoding) for decoding in decodings]}
-    with claim(config.work, "sampling", stated, [parent.hash, *revisions.values()]) as folder:
+    with claim(config.work, "sampling", stated, [parent.hash, *revisions.values()]) as folder, telling:
         parts = process_folder(
             config.source,
             folder,
@@ -227,6 +228,8 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"]
         )
         check_failures(parts.counts, config.max_failed)
         metrics, facts = accounts(parts.counts, terms_of(config))
+        if said := cautions(metrics, stated, facts):
+            facts["cautions"] = said
         manifest = Manifest(
             step="sampling",
             files=parts.files,

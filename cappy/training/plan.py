@@ -124,9 +124,7 @@ class LoopSettings:
             raise ConfigError(f"--weights: gives {twice} twice; give it once")
         idle = next((source for source in told if self.sources and source not in self.sources), None)
         if idle:
-            raise ConfigError(
-                f"--weights: weighs {idle}, which --sources leaves out; leave one of them out"
-            )
+            raise ConfigError(f"--weights: weighs {idle}, which --sources leaves out; leave one of them out")
 
     @property
     def source_weights(self) -> dict[Source, float]:

@@ -186,6 +186,31 @@ def test_settings_of_any_step_are_read_as_json_or_text() -> None:
     }
 
 
+def test_adapt_ends_with_the_cautions_of_its_steps(make_outcome: Callable[..., Outcome], tmp_path: Path) -> None:
+    """D8, C10, C11: in the table's lines and in the JSON."""
+    outcome = make_outcome("hold")
+    counts: dict[str, dict[str, float]] = {
+        "sampling": {"sampled": 320, "truncated": 32},
+        "annotation": {"instances": 40, "responses": 320, "with_reasoning": 8, "partly_invisible_to_rougeL": 2},
+    }
+    folders = {}
+    for step, metrics in counts.items():
+        folders[step] = tmp_path / step
+        folders[step].mkdir()
+        config = {"decodings": [{"max_new_tokens": 64}]}
+        write_manifest(folders[step], Manifest(step=step, files=(), config=config, metrics=metrics))
+    assert "cautions" not in facts(outcome)
+    outcome = replace(outcome, outputs={**folders, **outcome.outputs})
+    found = facts(outcome)
+    cut, reasoning, partly = found["cautions"]
+    assert cut.startswith("32 of 320 responses (10.0 %) were cut at 64 new tokens; sample with --max-new-tokens 512 ")
+    assert reasoning.startswith("8 of 320 (2.5 %) responses hold reasoning")
+    assert partly.startswith("2 of 40 (5.0 %) instances have a reference or response of which Rouge-L sees only a part")
+    assert [line for line in told(outcome, found).splitlines() if line.startswith("caution")] == [
+        f"caution   {text}" for text in (cut, reasoning, partly)
+    ]
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

@@ -12,7 +12,7 @@ from scripted_server import Reply, Script, prompt_of, refusing, saying, scripted
 from cappy.errors import ConfigError, GeneratorError
 from cappy.records import Candidate, Instance, Manifest, read, write
 from cappy.sampling import SamplingConfig, run
-from cappy.sampling.accounts import remarks
+from cappy.sampling.cautions import cautions
 from cappy.sampling.endpoint import Endpoint
 from cappy.sampling.endpoint.addresses import base_address, join_path, key_headers
 from cappy.sampling.endpoint.cache import key_of
@@ -178,8 +178,11 @@ def test_d2_failures_below_the_limit_are_kept_with_their_words_and_asked_again_b
         assert manifest.metrics["failed"] == 1
         ((words, count),) = manifest.facts["unanswered"][spec].items()
         assert (count, "maximum context length is 2048" in words) == (1, True)
-        assert any("400 'max_tokens'" in line for line in remarks(manifest))
-        assert any("the same command asks for them again" in line for line in remarks(manifest))
+        assert any("400 'max_tokens'" in line for line in cautions(manifest.metrics, manifest.config, manifest.facts))
+        assert any(
+            "the same command asks for them again" in line
+            for line in cautions(manifest.metrics, manifest.config, manifest.facts)
+        )
         asked = len(script.bodies)
         refuse = False
         again = run(config)
@@ -508,7 +511,7 @@ def test_c10_reasoning_is_counted_and_told_and_stripped_on_demand(tmp_path: Path
     manifest, drawn = step(Script(reply), tmp_path, prompts)
     assert [one.response for one in drawn] == [THINKING, "<think>It could be", "Paris"]
     assert manifest.metrics["reasoning"] == 2
-    (line,) = remarks(manifest)
+    (line,) = cautions(manifest.metrics, manifest.config, manifest.facts)
     assert "2 of 3 responses hold reasoning" in line
     assert "--strip-reasoning removes it" in line
     stripped, drawn = step(Script(reply), tmp_path, prompts, target="two", strip_reasoning=True)
@@ -518,7 +521,9 @@ def test_c10_reasoning_is_counted_and_told_and_stripped_on_demand(tmp_path: Path
         ("Paris", "ok", -1.0, 1),
     ]
     assert stripped.config["strip_reasoning"] is True
-    assert "reasoning was removed from 2 of 3 responses" in remarks(stripped)[0]
+    assert (
+        "reasoning was removed from 2 of 3 responses" in cautions(stripped.metrics, stripped.config, stripped.facts)[0]
+    )
 
 
 def test_c10_reasoning_beside_the_content_is_not_part_of_the_response() -> None:
