@@ -511,7 +511,7 @@ def test_c10_reasoning_is_counted_and_told_and_stripped_on_demand(tmp_path: Path
     manifest, drawn = step(Script(reply), tmp_path, prompts)
     assert [one.response for one in drawn] == [THINKING, "<think>It could be", "Paris"]
     assert manifest.metrics["reasoning"] == 2
-    (line,) = cautions(manifest.metrics, manifest.config, manifest.facts)
+    _cut, line = cautions(manifest.metrics, manifest.config, manifest.facts)
     assert "2 of 3 responses hold reasoning" in line
     assert "--strip-reasoning removes it" in line
     stripped, drawn = step(Script(reply), tmp_path, prompts, target="two", strip_reasoning=True)
@@ -521,9 +521,8 @@ def test_c10_reasoning_is_counted_and_told_and_stripped_on_demand(tmp_path: Path
         ("Paris", "ok", -1.0, 1),
     ]
     assert stripped.config["strip_reasoning"] is True
-    assert (
-        "reasoning was removed from 2 of 3 responses" in cautions(stripped.metrics, stripped.config, stripped.facts)[0]
-    )
+    said = cautions(stripped.metrics, stripped.config, stripped.facts)
+    assert "reasoning was removed from 2 of 3 responses" in said[0]
 
 
 def test_c10_reasoning_beside_the_content_is_not_part_of_the_response() -> None:
