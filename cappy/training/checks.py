@@ -70,8 +70,8 @@ def _picks(scorer: Scorer, validation: Corpus, pools: Sequence[Drawn]) -> list[f
     encoded = [pair for drawn in pools for pair in validation.pairs(drawn.index, drawn.chosen)]
     scores = [0.0] * len(encoded)
     for batch in by_length(encoded, scorer.batch_tokens):
-        values = scorer.decode(scorer.logits([encoded[number] for number in batch]))
-        for number, value in zip(batch, values, strict=True):
+        logits = scorer.logits([encoded[number] for number in batch]).tolist()
+        for number, value in zip(batch, logits, strict=True):
             scores[number] = value
     found = iter(scores)
     picks = []

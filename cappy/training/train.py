@@ -1,5 +1,6 @@
 """From a folder of annotated instances to a scorer folder: what pretraining and finetuning share."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from cappy.training.sharded import name_accelerator
 from cappy.training.tokenization import Corpora, open_corpora
 from cappy.training.trial import trial
 
+LOGGER = logging.getLogger(__name__)
 Start = Callable[[], Scorer]
 
 
@@ -89,6 +91,9 @@ def _fit(
     config: TrainingSettings, start: Start, checkpoints: Path, progress: Progress, ranks: Ranks
 ) -> tuple[Scorer, Corpora, Outcome]:
     scorer, corpora = _begin(config, start, progress)
+    if ranks.first and (cut := _cut_pairs(corpora)):
+        pairs = corpora.train.facts.pairs + corpora.validation.facts.pairs
+        LOGGER.warning("%s of %s pairs are longer than %d tokens: cut", cut, pairs, scorer.encoder.max_length)
     outcome = fit(
         scorer,
         corpora.train,
@@ -129,7 +134,12 @@ def _metrics(outcome: Outcome, corpora: Corpora) -> dict[str, float]:
         "updates": outcome.updates,
         "best_update": outcome.best_update,
         "instances": corpora.instances,
+        "cut_pairs": _cut_pairs(corpora),
     }
     if len(corpora.validation):
         metrics["validation_pick"] = outcome.best_pick
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _cut_pairs(corpora: Corpora) -> int:
+    return corpora.train.cut_pairs + corpora.validation.cut_pairs

@@ -40,7 +40,8 @@ Read = tuple[str, Status, list[float]]
 class Draw:
     """One candidate: the choice as the server sent it, what the record keeps of it, and its score once it has one.
 
-    `score` is the scorer's, `value` what it is worth by the calibration (the score itself without one).
+    `score` is the scorer's, `value` what it is worth by the calibration (the score itself without one), `logit` the
+    score before its activation, which candidates are ranked by.
     """
 
     choice: Mapping[str, Any]
@@ -53,6 +54,7 @@ class Draw:
     num_tokens: int | None = None
     score: float | None = None
     value: float | None = None
+    logit: float | None = None
 
     @property
     def scorable(self) -> bool:
@@ -337,8 +339,3 @@ def _without(body: bytes, authorization: str) -> bytes:
         if len(key) >= SHORTEST:
             body = body.replace(key.encode("latin-1", "replace"), b"***")
     return body
-
-
-def scored(draw: Draw, score: float, value: float) -> Draw:
-    """The candidate with its score."""
-    return replace(draw, score=score, value=value)
