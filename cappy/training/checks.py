@@ -136,11 +136,11 @@ def _labels(scorer: Scorer, validation: Corpus, pools: Sequence[Drawn]) -> list[
     for drawn in pools:
         own = list(itertools.islice(found, len(drawn.chosen)))
         of_pool = validation.labels(drawn.index, drawn.chosen)
-        labels.append((of_pool[own.index(max(own))], _expected(own, of_pool)))
+        labels.append((of_pool[own.index(max(own))], expected_label(own, of_pool)))
     return labels
 
 
-def _expected(scores: Sequence[float], labels: Sequence[float]) -> float:
+def expected_label(scores: Sequence[float], labels: Sequence[float]) -> float:
     """The mean of the labels, each weighing as the softmax of its score."""
     highest = max(scores)
     weights = [math.exp((score - highest) / LISTWISE_TEMPERATURE) for score in scores]

@@ -177,7 +177,8 @@ def test_instances_without_responses_and_without_an_llm_are_wrong_usage(here: Ca
 
 def test_the_flags_have_the_defaults_of_the_plan_and_the_pipelines_their_names() -> None:
     flags, planned = inspect.signature(adapt).parameters, inspect.signature(plan).parameters
-    for name in ("strategy", "scorer", "metric", "name", "margin", "seed", "tracking_uri"):
+    seeds = ("seed", "split_seed", "sampling_seed", "training_seed")
+    for name in ("strategy", "scorer", "metric", "name", "margin", "tracking_uri", *seeds):
         assert flags[name].default == planned[name].default, name
     assert flags["instances"].default == planned["source"].default
     assert set(NAMES) == set(pipelines.PIPELINES)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from cappy.records import Candidate, Instance, read_manifest, write
 from cappy.training.checkpoint import State
-from cappy.training.checks import FEWEST, Check, _expected, explain, judge
+from cappy.training.checks import FEWEST, Check, expected_label, explain, judge
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.plan import falls, rate
 from cappy.training.train import instances_hash
@@ -84,9 +84,9 @@ def test_the_latest_weights_are_kept_where_nothing_decides() -> None:
 def test_the_criterion_moves_with_the_scores_where_a_pick_jumps() -> None:
     labels = [1.0, 0.0, 0.3]
     before, after = [0.50, 0.49, 0.1], [0.49, 0.50, 0.1]
-    assert abs(_expected(before, labels) - _expected(after, labels)) < 0.1
-    assert _expected([5.0, -5.0, 0.0], labels) == pytest.approx(1.0)
-    assert _expected([0.7, 0.7, 0.7], labels) == pytest.approx(sum(labels) / 3)
+    assert abs(expected_label(before, labels) - expected_label(after, labels)) < 0.1
+    assert expected_label([5.0, -5.0, 0.0], labels) == pytest.approx(1.0)
+    assert expected_label([0.7, 0.7, 0.7], labels) == pytest.approx(sum(labels) / 3)
 
 
 def test_a_run_that_validation_cannot_judge_goes_to_its_end(plan: Plan) -> None:
