@@ -16,6 +16,7 @@ import pipelines
 from cappy.cli.adapt import adapt, generators_for
 from cappy.cli.outcome import facts, step_told, told
 from cappy.cli.pipeline import NAMES, per_step
+from cappy.cli.steps import summary
 from cappy.errors import ConfigError
 from cappy.evaluation import evaluate
 from cappy.records import Candidate, Instance, Manifest, write
@@ -123,6 +124,8 @@ def test_why_training_kept_other_weights_than_the_last_is_shown_at_the_end(
     lines = [line for line in told(outcome, found).splitlines() if line.startswith("training")]
     assert lines == ([f"training  {because}"] if because else [])
     assert step_told(manifest, trained) == lines
+    assert summary(manifest, trained, 1.0).splitlines()[:-1] == lines
+    assert "updates 9" in summary(manifest, trained, 1.0)
 
 
 def test_the_facts_are_json_with_the_reports_numbers(make_outcome: Callable[..., Outcome]) -> None:
