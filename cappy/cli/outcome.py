@@ -9,6 +9,7 @@ from cappy.evaluation import read_report
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST
 from cappy.redaction import has_secret
+from cappy.training.plan import TRAINING_STEPS
 
 if TYPE_CHECKING:
     from pipelines.local import Outcome
@@ -31,7 +32,8 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> dict[str, Any]:
     if version:
         found["serve"] = f"cappy serve --scorer {version['uri']}"
     if "finetuning" in outcome.outputs:
-        found["training"] = dict(read_manifest(outcome.outputs["finetuning"]).metrics)
+        trained = read_manifest(outcome.outputs["finetuning"])
+        found["training"] = {**trained.metrics, **trained.facts}
     if "promotion" in outcome.outputs:
         decided = _facts(outcome, "promotion")
         found |= {
@@ -59,8 +61,8 @@ def told(outcome: "Outcome", found: Mapping[str, Any]) -> str:
     if "decision" in found:
         lines.append(_decided(found))
     lines += [f"caution   {text}" for text in found.get("cautions", ())]
-    if found.get("training", {}).get("best_update") == 0:
-        lines.append("training  no check was better than the scorer that training started from: that one was kept")
+    if found.get("training", {}).get("kept_because"):
+        lines.append(f"training  {found['training']['kept_because']}")
     if found["from_cache"]:
         lines.append(f"cache     {', '.join(found['from_cache'])} came from the cache")
     return "\n".join([*lines, *([f"serve it  {found['serve']}"] if "serve" in found else [])])
@@ -71,6 +73,8 @@ def step_told(manifest: Manifest, target: Path) -> list[str]:
     facts = manifest.facts
     if manifest.step == "evaluation":
         return [read_report(target).text(), f"report    {_near(target / 'report.html')}"]
+    if manifest.step in TRAINING_STEPS and facts.get("kept_because"):
+        return [f"training  {facts['kept_because']}"]
     if manifest.step == "registration":
         return [f"version   {facts['uri']}, alias {facts['alias'] or 'none'}"]
     if manifest.step == "promotion":

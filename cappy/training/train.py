@@ -2,14 +2,14 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cappy.config import code_version, identity
+from cappy.config import code_version, fingerprint, identity
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
@@ -17,6 +17,7 @@ from cappy.records.folder import describe_files
 from cappy.records.work import claim, finish
 from cappy.scoring import TRAINED_ON
 from cappy.scoring.scorer import Scorer
+from cappy.training.checks import decides
 from cappy.training.curves import write_log, write_speed
 from cappy.training.launch import spread, starts_ranks
 from cappy.training.loop import Outcome, fit
@@ -41,6 +42,8 @@ def train(
     progress: Progress,
 ) -> Manifest:
     """Trains what `start` gives on the train split, stops by the validation split, publishes the scorer folder.
+
+    The manifest's facts say what decided which weights are kept (`_facts`).
 
     `seen` are the prompt hashes that the starting scorer was trained on; the folder records them with this run's own.
     Starts the ranks that the plan asks for, unless this process is one of them; the first rank alone writes. Where the
@@ -75,6 +78,7 @@ def train(
                 generators=read_manifest(config.source).generators,
                 parents=hashes,
                 metrics=_metrics(outcome, corpora),
+                facts=_facts(config, outcome, corpora),
             )
             finish(folder, config.target, manifest)
             write_speed(config.work, manifest.hash, outcome.curve)
@@ -127,6 +131,27 @@ def _begin(config: TrainingSettings, start: Start, progress: Progress) -> tuple[
 def _write_facts(folder: Path, corpora: Corpora, seen: NDArray[np.uint64], outcome: Outcome) -> None:
     np.union1d(seen, corpora.prompts).astype("<u8").tofile(folder / TRAINED_ON)
     write_log(folder, outcome.log, outcome.curve, outcome.events)
+
+
+def _facts(config: TrainingSettings, outcome: Outcome, corpora: Corpora) -> dict[str, Any]:
+    """What decided which weights the scorer has.
+
+    `stopped_on` is the split whose instances chose the weights and could stop training, "" where none did;
+    `stopped_on_hash` stands for their ids (`instances_hash`), `stopped_on_instances` for their number. `kept` is the
+    scorer's `start`, an `earlier` check or the `last` weights, and `kept_because` a sentence for the former two.
+    """
+    validation = corpora.validation
+    kept = "last" if outcome.best_update == outcome.updates else "earlier" if outcome.best_update else "start"
+    facts: dict[str, Any] = {"kept": kept, "kept_because": outcome.reason, "stopped_on": ""}
+    if decides(config, validation):
+        ids = [validation.name(index) for index in range(len(validation))]
+        facts |= {"stopped_on": "validation", "stopped_on_hash": instances_hash(ids), "stopped_on_instances": len(ids)}
+    return facts
+
+
+def instances_hash(ids: Iterable[str]) -> str:
+    """One hash for a set of instances by their ids, in whatever order."""
+    return fingerprint(sorted(set(ids)))
 
 
 def _metrics(outcome: Outcome, corpora: Corpora) -> dict[str, float]:

@@ -16,6 +16,7 @@ import pipelines
 from cappy.cli.adapt import adapt, generators_for
 from cappy.cli.outcome import facts, step_told, told
 from cappy.cli.pipeline import NAMES, per_step
+from cappy.cli.steps import summary
 from cappy.errors import ConfigError
 from cappy.evaluation import evaluate
 from cappy.records import Candidate, Instance, Manifest, write
@@ -105,18 +106,24 @@ def test_a_hold_is_told_with_its_reasons_and_the_challengers_command(make_outcom
     assert text.endswith("serve it  cappy serve --scorer models:/mine@challenger")
 
 
-@pytest.mark.parametrize(("best_update", "kept"), [(0, True), (9, False)])
-def test_training_that_improved_nothing_is_told(
-    make_outcome: Callable[..., Outcome], tmp_path: Path, best_update: int, kept: bool
+@pytest.mark.parametrize("because", ["9 updates, kept the scorer that training started from: it was better", ""])
+def test_why_training_kept_other_weights_than_the_last_is_shown_at_the_end(
+    make_outcome: Callable[..., Outcome], tmp_path: Path, because: str
 ) -> None:
     outcome = make_outcome("hold")
     trained = tmp_path / "finetuning"
     trained.mkdir()
-    write_manifest(trained, Manifest(step="finetuning", files=(), metrics={"best_update": best_update, "updates": 9}))
+    made = {"kept": "start" if because else "last", "kept_because": because}
+    manifest = Manifest(step="finetuning", files=(), metrics={"updates": 9}, facts=made)
+    write_manifest(trained, manifest)
     outcome = replace(outcome, outputs={**outcome.outputs, "finetuning": trained})
     found = facts(outcome)
-    assert found["training"] == {"best_update": best_update, "updates": 9}
-    assert ("no check was better than the scorer that training started from" in told(outcome, found)) == kept
+    assert found["training"] == {"updates": 9, **made}
+    lines = [line for line in told(outcome, found).splitlines() if line.startswith("training")]
+    assert lines == ([f"training  {because}"] if because else [])
+    assert step_told(manifest, trained) == lines
+    assert summary(manifest, trained, 1.0).splitlines()[:-1] == lines
+    assert "updates 9" in summary(manifest, trained, 1.0)
 
 
 def test_the_facts_are_json_with_the_reports_numbers(make_outcome: Callable[..., Outcome]) -> None:
@@ -171,7 +178,8 @@ def test_instances_without_responses_and_without_an_llm_are_wrong_usage(here: Ca
 
 def test_the_flags_have_the_defaults_of_the_plan_and_the_pipelines_their_names() -> None:
     flags, planned = inspect.signature(adapt).parameters, inspect.signature(plan).parameters
-    for name in ("strategy", "scorer", "metric", "name", "margin", "seed", "tracking_uri"):
+    seeds = ("seed", "split_seed", "sampling_seed", "training_seed")
+    for name in ("strategy", "scorer", "metric", "name", "margin", "tracking_uri", *seeds):
         assert flags[name].default == planned[name].default, name
     assert flags["instances"].default == planned["source"].default
     assert set(NAMES) == set(pipelines.PIPELINES)
