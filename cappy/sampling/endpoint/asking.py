@@ -108,7 +108,7 @@ class Asker:
                 self.standing.answered()
                 return answers
             if fault.kind == "without":
-                self.capabilities.refuse(*fault.parameters, words=fault.reason)
+                self.capabilities.refuse(*fault.parameters, words=fault.reason, sent=fault.sent)
                 continue
             if fault.kind == "unanswered" or (fault.unless_answered and self.standing.has_answered):
                 return self._unanswered(question, numbers, fault, stop)
@@ -127,7 +127,7 @@ class Asker:
 
     def _unanswered(self, question: Question, numbers: list[int], fault: Fault, stop: threading.Event) -> list[Answer]:
         """Failed answers for a refused question; GeneratorError where a plain question is refused as well."""
-        if self.standing.refused():
+        if self.standing.refused() and not self._terms.all_may_fail:
             _, found = self._try(replace(question, instruction=PROBE), numbers[:1], stop)
             if found is None:
                 self.standing.answered()

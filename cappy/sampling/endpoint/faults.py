@@ -18,7 +18,7 @@ import random
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import openai
@@ -39,7 +39,14 @@ _TOO_LONG = (
 _FILTERED = (
     *("content_filter", "content filter", "content_policy", "content policy", "content management policy"),
     *("responsibleai", "invalid_prompt", "usage policy", "usage policies", "policy violation", "moderation", "flagged"),
-    *("safety system", "safety filter", "data_inspection", "prohibited content", "prohibited_content", "inappropriate"),
+    *(
+        "safety system",
+        "safety filter",
+        "data_inspection",
+        "prohibited content",
+        "prohibited_content",
+        "inappropriate content",
+    ),
 )
 _SPENT = ("insufficient_quota", "billing_hard_limit_reached")
 _KEY = ("api key not valid", "api_key_invalid", "invalid api key", "invalid_api_key", "incorrect api key")
@@ -52,8 +59,8 @@ _READ = 2000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """`kind` says what follows: `again` after `wait` seconds (None: by backoff), `without` the parameters, the
-    instruction `unanswered` with a status, or the `end` of the run with its remedy.
+    """`kind` says what follows: `again` after `wait` seconds (None: by backoff), `without` the parameters that were
+    refused in the body `sent`, the instruction `unanswered` with a status, or the `end` of the run with its remedy.
 
     With `unless_answered` the run ends only if the endpoint has answered nothing yet; else it is as `unanswered`.
     """
@@ -62,6 +69,7 @@ class Fault:
     reason: str
     wait: float | None = None
     parameters: tuple[str, ...] = ()
+    sent: Mapping[str, Any] = field(default_factory=dict)
     status: Status = "failed"
     remedy: str = ""
     unless_answered: bool = False
@@ -167,15 +175,15 @@ def _judge_status(
         return Fault(kind="end", reason=told, remedy="the account has nothing left; top it up")
     if status == 401 or (status == 400 and says(_KEY)):
         return Fault(kind="end", reason=told, remedy=_remedy(401))
-    if says(_FILTERED) and status not in _PASSING:
-        return Fault(kind="unanswered", reason=told, status="filtered")
-    if status == 413 or (says(_TOO_LONG) and status not in _PASSING):
+    passing = status in _PASSING or (status >= 500 and status != 501)
+    if status == 413 or (says(_TOO_LONG) and (status == 500 or not passing)):
         return Fault(kind="unanswered", reason=told, remedy="shorten the instructions or lower --max-new-tokens")
-    parameters = refused_parameters(sent, words, refusal.param) if status < 500 or status == 501 else ()
-    if parameters and status not in _PASSING:
-        return Fault(kind="without", reason=told, parameters=parameters)
-    if status in _PASSING or (status >= 500 and status != 501):
+    if passing:
         return _passing(told, retry_after(headers))
+    if says(_FILTERED) and refusal.param not in sent:
+        return Fault(kind="unanswered", reason=told, status="filtered")
+    if parameters := refused_parameters(sent, words, refusal.param):
+        return Fault(kind="without", reason=told, parameters=parameters, sent=sent)
     if status in _OF_ALL:
         return Fault(kind="end", reason=told, remedy=_remedy(status), unless_answered=True)
     return Fault(kind="unanswered", reason=told, remedy=_remedy(status))
