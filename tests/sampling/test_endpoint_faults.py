@@ -16,7 +16,7 @@ from cappy.sampling.accounts import remarks
 from cappy.sampling.endpoint import Endpoint
 from cappy.sampling.endpoint.addresses import base_address, join_path, key_headers
 from cappy.sampling.endpoint.cache import key_of
-from cappy.sampling.endpoint.standing import PROBE, STREAK
+from cappy.sampling.endpoint.faults import PROBE, STREAK
 from cappy.sampling.paid import Terms
 from cappy.sampling.strategies import GREEDY, Decoding
 from cappy.specs import parse_spec
@@ -180,7 +180,7 @@ def test_d2_failures_below_the_limit_are_kept_with_their_words_and_asked_again_b
         ((words, count),) = manifest.facts["unanswered"][spec].items()
         assert (count, "maximum context length is 2048" in words) == (1, True)
         assert any("400 'max_tokens'" in line for line in remarks(manifest))
-        assert any("the same command asks for them again" in line for line in remarks(manifest))
+        assert any("cappy sampling asks for them again" in line for line in remarks(manifest))
         asked = len(script.bodies)
         refuse = False
         again = run(config)

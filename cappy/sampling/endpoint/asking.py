@@ -14,10 +14,9 @@ from cappy.sampling.endpoint.answers import Answer, BadAnswerError, failed, read
 from cappy.sampling.endpoint.bounded import answer_bytes
 from cappy.sampling.endpoint.capabilities import Capabilities, NeededParameterError
 from cappy.sampling.endpoint.clients import Client, Clients, LateError
-from cappy.sampling.endpoint.faults import Fault, backoff, judge
+from cappy.sampling.endpoint.faults import PROBE, STREAK, Fault, Standing, backoff, judge
 from cappy.sampling.endpoint.keys import NO_KEY
 from cappy.sampling.endpoint.limits import Budget, Pace, Spent, pause
-from cappy.sampling.endpoint.standing import PROBE, STREAK, Standing
 from cappy.sampling.paid import Terms, Usage, tokens_of
 from cappy.sampling.strategies import Decoding
 

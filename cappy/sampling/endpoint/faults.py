@@ -7,7 +7,7 @@ decides, and what became of the other requests:
 - 403, 404, 405, 410, 415: about all, unless the endpoint has answered in this run: then about this one.
 - 400, 413, 422 and any other: about this one, whose candidates are `failed`. So is a request whose attempts are used
   up while others are answered.
-- After `standing.STREAK` refusals in a row a plain question is asked: if that is refused too, they are about all.
+- After `STREAK` refusals in a row a plain question is asked: if that is refused too, they are about all.
 - The share of failed candidates that `--max-failed` allows is the last bound (`cappy.sampling.accounts`).
 
 Words decide only between names for the same: `filtered` where they are of a content policy, else `failed`.
@@ -16,6 +16,7 @@ Words decide only between names for the same: `filtered` where they are of a con
 import email.utils
 import random
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,10 @@ _KEY = ("api key not valid", "api_key_invalid", "invalid api key", "invalid_api_
 _PASSING = (408, 409, 425, 429)
 _OF_ALL = (403, 404, 405, 410, 415)
 """About all requests where none was answered yet."""
+STREAK = 20
+"""Refusals in a row after which a plain question is asked."""
+PROBE = "Answer with one word: yes."
+"""The plain question: nothing in it can be refused for what it says or for its length."""
 _READ = 2000
 """Characters of what an error says that are looked at."""
 
@@ -83,6 +88,40 @@ class Refusal:
     kind: str = ""
     param: str = ""
     code: str = ""
+
+
+class Standing:
+    """Counts answers and refusals, by which a refusal is found to be about one request or about all.
+
+    Several threads may count at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._refused = 0
+        self._last_answer: float | None = None
+
+    def answered(self) -> None:
+        """A request was answered, now or in an earlier run."""
+        with self._lock:
+            self._refused = 0
+            self._last_answer = time.monotonic()
+
+    def refused(self) -> bool:
+        """A request was refused; True where it is time to ask a plain question."""
+        with self._lock:
+            self._refused += 1
+            return self._refused % STREAK == 0
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether any request was answered."""
+        return self._last_answer is not None
+
+    def answered_since(self, moment: float) -> bool:
+        """Whether a request was answered after this moment of `time.monotonic`."""
+        last = self._last_answer
+        return last is not None and last > moment
 
 
 def read_refusal(body: bytes, keys: Sequence[str] = ()) -> Refusal:
