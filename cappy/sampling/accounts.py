@@ -108,7 +108,7 @@ def remarks(manifest: Manifest) -> list[str]:
         total = sum(reasons.values())
         found.append(f"{generator} left {total:,} candidates without an answer; {count:,} of them: {words}")
     if metrics.get("failed"):
-        found.append(f"failed candidates: {metrics['failed']:,.0f}; cappy sampling asks for them again when it is run again")
+        found.append(f"failed candidates: {metrics['failed']:,.0f}; cappy sampling asks for them again in its next run")
     if reasoned := metrics.get("reasoning"):
         share = f"{reasoned:,.0f} of {metrics['sampled']:,.0f} responses"
         if manifest.config.get("strip_reasoning"):

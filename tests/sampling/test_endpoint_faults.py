@@ -120,8 +120,11 @@ def test_d1_an_instruction_whose_answer_always_breaks_off_fails_alone() -> None:
     drawn, tally = sample(Script(reply), ["broken", *(f"p{n}" for n in range(30))], concurrency=2, retries=1)
     assert [group[0].status for group in drawn] == ["failed", *["ok"] * 30]
     assert [name for name in tally if "finish_reason: 'error'" in name]
+    # Also where it is the last one, and nothing but a plain question is answered beside it.
+    ((alone,),), _ = sample(Script(reply), ["broken"], retries=1)
+    assert alone.status == "failed"
     with pytest.raises(GeneratorError, match="finish_reason: 'error' after 2 attempts"):
-        sample(Script(reply), ["broken"], retries=1)
+        sample(Script(lambda body: (200, saying("half", "error"))), ["one"], retries=1)
 
 
 def test_d1_an_error_under_status_200_is_judged_by_the_code_that_it_states() -> None:

@@ -6,7 +6,7 @@ decides, and what became of the other requests:
 - 401, 402, 3xx, an account without money: about all; the run ends.
 - 403, 404, 405, 410, 415: about all, unless the endpoint has answered in this run: then about this one.
 - 400, 413, 422 and any other: about this one, whose candidates are `failed`. So is a request whose attempts are used
-  up while others are answered.
+  up while others, or else a plain question, are answered.
 - After `STREAK` refusals in a row a plain question is asked: if that is refused too, they are about all.
 - The share of failed candidates that `--max-failed` allows is the last bound (`cappy.sampling.accounts`).
 
@@ -40,14 +40,7 @@ _TOO_LONG = (
 _FILTERED = (
     *("content_filter", "content filter", "content_policy", "content policy", "content management policy"),
     *("responsibleai", "invalid_prompt", "usage policy", "usage policies", "policy violation", "moderation", "flagged"),
-    *(
-        "safety system",
-        "safety filter",
-        "data_inspection",
-        "prohibited content",
-        "prohibited_content",
-        "inappropriate content",
-    ),
+    *("safety system", "safety filter", "data_inspection", "prohibited content", "prohibited_content"),
 )
 _SPENT = ("insufficient_quota", "billing_hard_limit_reached")
 _KEY = ("api key not valid", "api_key_invalid", "invalid api key", "invalid_api_key", "incorrect api key")
