@@ -83,7 +83,9 @@ class SamplingConfig:
     max_failed: Annotated[
         float,
         LOCATION,
-        Field(ge=0, le=1, description="Share of a generator's candidates that may fail; above it the run ends"),
+        Field(
+            ge=0, le=1, description="Share of a generator's candidates that may fail; above it the run ends; 1: never"
+        ),
     ] = 0.1
     concurrency: Annotated[int, LOCATION, Field(ge=1, le=1024, description="Requests to an endpoint at a time")] = 8
     requests_per_minute: Annotated[int, LOCATION, Field(ge=0, description="Most requests a minute; 0: no limit")] = 0
@@ -152,6 +154,7 @@ def terms_of(config: SamplingConfig, parent: str = "") -> Terms:
         api=config.api,
         extra=config.extra,
         logprobs=config.logprobs,
+        all_may_fail=config.max_failed >= 1,
         concurrency=config.concurrency,
         requests_per_minute=config.requests_per_minute,
         tokens_per_minute=config.tokens_per_minute,

@@ -37,7 +37,7 @@ def _unanswered(metrics: Mapping[str, float], facts: Mapping[str, Any]) -> Itera
         total = sum(reasons.values())
         yield f"{generator} left {total:,} candidates without an answer; {count:,} of them: {words}"
     if metrics.get("failed"):
-        yield f"failed candidates: {metrics['failed']:,.0f}; the same command asks for them again"
+        yield f"failed candidates: {metrics['failed']:,.0f}; cappy sampling asks for them again in its next run"
 
 
 def _reasoning(metrics: Mapping[str, float], config: Mapping[str, Any]) -> Iterator[str]:

@@ -126,6 +126,21 @@ def test_why_training_kept_other_weights_than_the_last_is_shown_at_the_end(
     assert "updates 9" in summary(manifest, trained, 1.0)
 
 
+def test_d2_and_c10_what_sampling_did_not_get_and_reasoning_are_told_by_adapt_too(
+    make_outcome: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    outcome = make_outcome("hold")
+    sampled = tmp_path / "sampling"
+    sampled.mkdir()
+    metrics = {"sampled": 40, "failed": 3, "reasoning": 30}
+    unanswered = {"openai:m@http://h/v1": {"400 too long": 1, "400 too odd": 2}}
+    write_manifest(sampled, Manifest(step="sampling", files=(), metrics=metrics, facts={"unanswered": unanswered}))
+    text = told(outcome, facts(replace(outcome, outputs={**outcome.outputs, "sampling": sampled})))
+    assert "openai:m@http://h/v1 left 3 candidates without an answer; 2 of them: 400 too odd\n" in text
+    assert "sampling  30 of 40 responses hold reasoning" in text
+    assert "hold reasoning" not in told(outcome, facts(outcome))
+
+
 def test_the_facts_are_json_with_the_reports_numbers(make_outcome: Callable[..., Outcome]) -> None:
     found = facts(make_outcome("hold"))
     assert json.loads(json.dumps(found)) == found
