@@ -20,13 +20,15 @@ from cappy.sampling.strategies import Decoding
 
 MOST_LOGITS = 2**26
 """Logits that one batch of likelihoods may hold, 4 bytes each."""
+CPU_WORK = 2**42
+"""Parameters times tokens of a batch on a CPU: it is done within a minute or so, and larger ones are no faster."""
 
 
 class LocalLLM(ABC):
     """An LLM of transformers in a folder: safetensors alone, no code of the folder's own, float32.
 
-    `BATCH_TOKENS` bounds a batch: rows times the longest prompt with its response. Instructions longer than the model's
-    context lose their end, and are counted.
+    `BATCH_TOKENS` bounds a batch: rows times the longest prompt with its response; on a CPU `CPU_WORK` does too.
+    Instructions longer than the model's context lose their end, and are counted.
 
     What is drawn depends on the seed, the instruction, the decoding's name and the number of the sample, and not on
     what else is asked for. Batches differ in the last bits of their logits, though: where two tokens are as good as
@@ -101,7 +103,7 @@ class LocalLLM(ABC):
         prompts = self._prompts(instructions, most)
         rows = sum(max(decoding.num_samples, decoding.num_beams) for decoding in decodings)
         found: list[list[list[Response]]] = [[] for _ in instructions]
-        for batch in batches([len(prompt) for prompt in prompts], room=most, budget=self.BATCH_TOKENS // rows):
+        for batch in batches([len(prompt) for prompt in prompts], room=most, budget=self._batch_tokens() // rows):
             drawn = self._respond([instructions[i] for i in batch], [prompts[i] for i in batch], decodings, seed, told)
             for place, responses in zip(batch, drawn, strict=True):
                 found[place] = responses
@@ -115,13 +117,18 @@ class LocalLLM(ABC):
         most = max(map(len, responses), default=0)
         prompts = dict(zip(instructions, self._prompts(instructions, most), strict=True))
         asked = [(prompts[instruction], response) for (instruction, _), response in zip(pairs, responses, strict=True)]
-        budget = min(self.BATCH_TOKENS, MOST_LOGITS // self.model.config.vocab_size)
+        budget = min(self._batch_tokens(), MOST_LOGITS // self.model.config.vocab_size)
         found = [(0.0, 0)] * len(pairs)
         for batch in batches([len(prompt) + len(response) for prompt, response in asked], room=0, budget=budget):
             sums = self._sums([asked[i][0] for i in batch], [asked[i][1] for i in batch])
             for place, total in zip(batch, sums.tolist(), strict=True):
                 found[place] = (total, len(asked[place][1]))
         return found
+
+    def _batch_tokens(self) -> int:
+        if self.device.type != "cpu":
+            return self.BATCH_TOKENS
+        return min(self.BATCH_TOKENS, CPU_WORK // max(1, self.model.num_parameters()))
 
     def generation_config(self, decoding: Decoding) -> GenerationConfig:
         """Every knob of a beam search, stated; the decoding loop of our own needs none."""

@@ -1,19 +1,20 @@
 """Progress within a part of sampling: candidates, rate and time left, also where nothing is complete yet (D8c)."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from cappy.cli.progress_line import PLAIN_SECONDS, ProgressLine
 from cappy.model_folder import open_model_folder
 from cappy.progress import State, describe, silent
 from cappy.records import Instance, write
-from cappy.sampling import SamplingConfig, run, telling
+from cappy.sampling import SamplingConfig, local, run, telling
 from cappy.sampling.causal import Causal
 from cappy.sampling.local import LocalLLM
 from cappy.sampling.seq2seq import Seq2Seq
@@ -161,3 +162,28 @@ def test_the_log_of_one_part_tells_candidates_rate_and_time_left(
     within = [line for line in lines if "8 of 8" not in line and "candidates (" in line]
     assert len(within) >= 10
     assert any(" left" in line and "/s)" in line for line in within)
+
+
+def test_a_batch_on_a_cpu_is_bounded_by_the_work_that_it_is(
+    generator: LocalLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D8c: 65,536 tokens of an LLM of half a billion parameters take a CPU minutes for each token that they get."""
+    monkeypatch.setattr(generator, "device", torch.device("cpu"))
+    assert generator._batch_tokens() == generator.BATCH_TOKENS, "a small LLM has whole batches"
+    prompts = ["where is the dog", "the cat", "one", "two"]
+    decodings = strategy("greedy+sampling2")
+    whole = generator.respond(prompts, decodings, seed=0)
+    calls: list[int] = []
+    encode = generator._encode
+
+    def counted(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(len(rows))
+        return encode(rows)
+
+    monkeypatch.setattr(generator, "_encode", counted)
+    monkeypatch.setattr(local, "CPU_WORK", 1)
+    alone = generator.respond(prompts, decodings, seed=0)
+    assert calls == [1, 1, 1, 1]
+    assert [[[one.tokens for one in own] for own in drawn] for drawn in alone] == [
+        [[one.tokens for one in own] for own in drawn] for drawn in whole
+    ]
