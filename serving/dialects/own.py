@@ -9,9 +9,16 @@ from cappy.scoring.encoding import Pair
 from serving.dialects.dialect import Body, Dialect, Refused, Scored, Texts
 
 Version = Annotated[str, Field(description="Version of the scorer: 12 hexadecimal digits of its manifest's hash")]
-Expected = Annotated[
+ExpectedAlone = Annotated[
     list[float] | None,
     Field(description="The label to expect of each, 0 to 1, by the scorer's calibration; null if it has none"),
+]
+ExpectedOfPick = Annotated[
+    list[float] | None,
+    Field(
+        description="The label to expect of each, 0 to 1, were it the best of so many distinct responses as there are, "
+        "which the pick is, by the scorer's calibration; null if it has none"
+    ),
 ]
 Scores = Annotated[list[float], Field(description="In the order given; higher is more correct, about 0 to 1")]
 
@@ -36,7 +43,7 @@ class ScoreResponse(Body):
     """One score per pair."""
 
     scores: Scores
-    expected: Expected
+    expected: ExpectedAlone
     version: Version
 
 
@@ -59,7 +66,7 @@ class SelectResponse(Body):
     index: Annotated[int, Field(description="Place of the pick among the responses, from 0")]
     response: str
     scores: Scores
-    expected: Expected
+    expected: ExpectedOfPick
     version: Version
 
 
@@ -111,6 +118,7 @@ SELECT = Dialect(
     response=SelectResponse,
     problem=Problem,
     pairs=_pool,
+    one_pool=True,
     answer=_pick,
     refuse=refuse,
     shape='{"instruction": "...", "responses": ["...", ...]}',
