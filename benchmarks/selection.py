@@ -11,7 +11,7 @@ says a number of training instances.
 
 Runs lie under `--work` and are not done again, so the benchmark goes on where it was stopped. An arm with no run there
 keeps the table that an earlier machine or day gave it. `benchmarks/results/selection.json` has means over all test
-instances of all seeds with 95 % intervals (bootstrap over instances, 2,000 resamples; an instance stands in the test
+instances of all seeds with 95 % intervals (over instances; an instance stands in the test
 split of several seeds), and the spread of the seeds' means.
 """
 
@@ -31,10 +31,11 @@ from selection_start import minilm, pretrained
 
 from cappy.annotation import AnnotationConfig
 from cappy.annotation import run as annotation
+from cappy.evaluation.findings import Difference, Estimate
 from cappy.evaluation.pools import collect, score_pools
 from cappy.evaluation.rules import rules
 from cappy.evaluation.selectors import pick
-from cappy.evaluation.statistics import compare, estimate, resampled_means
+from cappy.evaluation.statistics import compare, estimates
 from cappy.preparation import PreparationConfig
 from cappy.preparation import run as preparation
 from cappy.records import read, write
@@ -156,8 +157,8 @@ def train(name: str, arm: str, seed: int, annotated: Path, folder: Path) -> tupl
         "target": folder / "scorer",
         "seed": seed,
         "train_rows": rows,
-        "learning_rate": None if ARMS[arm].get("preset") else RATE,
         "work": folder / "work",
+        **({} if ARMS[arm].get("preset") else {"learning_rate": RATE}),
         **ARMS[arm],
     }
     if arm == "builtin, not adapted":
@@ -226,10 +227,8 @@ def table(runs: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, Any
         values["mse"] = [label for run in runs for label in base[run["seed"]]["picks"]["scorer"]]
         pairs.append(("scorer", "mse"))
     groups = [instance for run in runs for instance in run["instances"]]
-    stacked = np.array(list(values.values())).T * 100
-    means = dict(zip(values, stacked.mean(axis=0), strict=True))
-    resampled = resampled_means(stacked, groups, resamples=2000, seed=0).T
-    samples = dict(zip(values, resampled, strict=True))
+    stacked = np.array([values[name] for name in names]).T
+    selectors = dict(zip(names, estimates(stacked, groups), strict=True))
     by_seed = [float(np.mean(run["picks"]["scorer"]) - np.mean(run["picks"]["mbr"])) * 100 for run in runs]
     return {
         "seeds": [run["seed"] for run in runs],
@@ -240,13 +239,19 @@ def table(runs: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, Any
         "best_update": [run["training"].get("best_update") for run in runs],
         "correlation": [round(run["correlation"], 3) for run in runs],
         "correlation_of_mbr": [round(run["correlation_of_mbr"], 3) for run in runs],
-        "selectors": {name: asdict(estimate(means[name], samples[name])) for name in names},
+        "selectors": {name: times_100(found) for name, found in selectors.items()},
         "comparisons": {
-            f"{one}-{other}": asdict(compare(means[one], means[other], samples[one], samples[other]))
+            f"{one}-{other}": times_100(compare(np.array(values[one]), np.array(values[other]), groups))
             for one, other in pairs
         },
         "scorer-mbr by seed": by_seed,
     }
+
+
+def times_100(found: Estimate | Difference) -> dict[str, float]:
+    """The numbers of an estimate or a difference that a table shows, x 100."""
+    shown = asdict(found)
+    return {name: 100 * shown[name] for name in ("mean", "difference", "low", "high") if name in shown}
 
 
 def brief(run: Mapping[str, Any]) -> str:

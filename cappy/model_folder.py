@@ -30,7 +30,7 @@ _LOGGED: set[tuple[Path, str]] = set()
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npy", "*.joblib", "*.msgpack")
 ADAPTER = "adapter_config.json"
 CODE = ("*.py", "*.pyc", "*.pyd", "*.so", "*.dll", "*.dylib")
-BESIDE_MANIFEST = frozenset({MANIFEST, "calibration.json", "probe.json"})
+BESIDE_MANIFEST = frozenset({MANIFEST, "calibration.json", "probe.json", "out_of_fold.json"})
 """Files that may lie in a folder although its manifest does not list them: an evaluation writes them after it.
 
 Those of a registered version have a sha256 of their own in its tags.

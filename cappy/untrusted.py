@@ -30,7 +30,8 @@ def read_json(data: bytes, *, max_values: int = MAX_VALUES, max_depth: int = MAX
     brackets = structure.translate(None, _SEPARATORS)
     if max(accumulate(map(_STEP.__getitem__, brackets)), default=0) > max_depth:
         raise ValueError(f"nested more than {max_depth} deep")
-    text = data.decode("utf-8", "replace")
+    # JSON is UTF-8, whatever a header says; some servers put a mark before it all the same.
+    text = data.decode("utf-8", "replace").removeprefix("\ufeff")
     try:
         return json.loads(text, parse_constant=_nothing, parse_float=_finite)
     except json.JSONDecodeError:

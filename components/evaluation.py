@@ -16,7 +16,6 @@ def evaluation(
     scorer: Input[Model] = None,
     champion: str = "",
     metric: str = "rougeL",
-    seed: int = 0,
     settings: str = "",
     fingerprint: str = "",
     run: str = "",
@@ -28,7 +27,7 @@ def evaluation(
     from cappy.steps import launch
 
     trained = {"scorer": scorer.path} if scorer is not None else {}
-    values: dict[str, Any] = {"champion": champion, "metric": metric, "seed": seed, **trained}
+    values: dict[str, Any] = {"champion": champion, "metric": metric, **trained}
     folders = {"source": annotated.path, "target": report.path}
     done = launch("evaluation", settings, fingerprint=fingerprint, run=run, **values, **folders)
     report.metadata.update(manifest=done.hash)

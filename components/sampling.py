@@ -10,7 +10,7 @@ def sampling(
     instances: Input[Dataset],
     candidates: Output[Dataset],
     generator: list,  # type: ignore[type-arg] # kfp knows no list[str]: it is a JSON list
-    strategy: str = "paper17",
+    strategy: str = "",
     seed: int = 0,
     settings: str = "",
     fingerprint: str = "",

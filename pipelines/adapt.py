@@ -12,30 +12,36 @@ from components.promotion import promotion
 from components.registration import registration
 from components.tracking import tracking
 from pipelines.dressing import Dress, plain
-from pipelines.labelling import RUN, by_step, generators, labelled, shared
+from pipelines.labelling import RUN, by_step, generators, labelled, seed_of, shared
 
 
 def plan(
     *,
     source: str = "builtin",
     generator: Sequence[str] = ("builtin",),
-    strategy: str = "paper17",
+    strategy: str = "",
     scorer: str = "builtin",
     metric: str = "rougeL",
     name: str = "cappy",
     seed: int = 0,
+    split_seed: int | None = None,
+    sampling_seed: int | None = None,
+    training_seed: int | None = None,
     margin: float = 0.0,
     tracking_uri: str = "",
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The settings of each step for a person's choices; `settings` adds more of them, step by step."""
+    """The settings of each step for a person's choices; `settings` adds more of them, step by step.
+
+    `seed` stands where a seed of its own is None. Evaluation keeps its own: the bootstrap does not move with a run.
+    """
     registry = {"tracking_uri": tracking_uri}
     chosen: dict[str, dict[str, Any]] = {
-        "preparation": {"source": source, "seed": seed},
-        "sampling": {"generator": generators(generator), "strategy": strategy, "seed": seed},
+        "preparation": {"source": source, "seed": seed_of(split_seed, seed)},
+        "sampling": {"generator": generators(generator), "strategy": strategy, "seed": seed_of(sampling_seed, seed)},
         "annotation": {"metric": metric},
-        "finetuning": {"scorer": scorer, "metric": metric, "seed": seed},
-        "evaluation": {"metric": metric, "seed": seed},
+        "finetuning": {"scorer": scorer, "metric": metric, "seed": seed_of(training_seed, seed)},
+        "evaluation": {"metric": metric},
         "registration": {"name": name, **registry},
         "promotion": {"margin": margin, **registry},
         "deployment": registry,
@@ -50,13 +56,15 @@ def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
     def adapt(
         source: str = "builtin",
         generator: list = ["builtin"],  # type: ignore[type-arg] # noqa: B006 (kfp reads the default, nobody changes it)
-        strategy: str = "paper17",
+        strategy: str = "",
         scorer: str = "builtin",
         champion: str = "",
         metric: str = "rougeL",
         name: str = "cappy",
         margin: float = 0.0,
-        seed: int = 0,
+        split_seed: int = 0,
+        sampling_seed: int = 0,
+        training_seed: int = 0,
         preparation_settings: str = "",
         sampling_settings: str = "",
         annotation_settings: str = "",
@@ -91,12 +99,13 @@ def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
                 generator=generator,
                 strategy=strategy,
                 metric=metric,
-                seed=seed,
+                split_seed=split_seed,
+                sampling_seed=sampling_seed,
                 settings=settings,
                 fingerprints=prints,
             )
             trained = finetuning(
-                annotated=annotated, scorer=scorer, seed=seed, **shared("finetuning", settings, prints)
+                annotated=annotated, scorer=scorer, seed=training_seed, **shared("finetuning", settings, prints)
             )
             dress("finetuning", trained)
             evaluated = evaluation(
@@ -104,7 +113,6 @@ def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
                 scorer=trained.outputs["finetuned"],
                 champion=champion,
                 metric=metric,
-                seed=seed,
                 **shared("evaluation", settings, prints),
             )
             dress("evaluation", evaluated)

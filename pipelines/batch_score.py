@@ -11,22 +11,31 @@ from components.preparation import preparation
 from components.scoring import scoring
 from components.tracking import tracking
 from pipelines.dressing import Dress, plain
-from pipelines.labelling import AT_ONCE, RUN, by_step, shared
+from pipelines.labelling import AT_ONCE, RUN, by_step, seed_of, shared
 
 
 def plan(
     *,
     source: str = "",
     scorer: str = "models:/cappy@champion",
+    seed: int = 0,
+    split_seed: int | None = None,
     tracking_uri: str = "",
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The settings of each step for a person's choices; `settings` adds more of them, step by step.
 
-    Rows are taken as they are: nothing is held out, and no reference is needed.
+    Rows are taken as they are: nothing is held out, and no reference is needed. `split_seed`, or else `seed`, is
+    preparation's, which draws what templates leave to chance.
     """
     chosen: dict[str, dict[str, Any]] = {
-        "preparation": {"source": source, "unlabelled": True, "test": 0.0, "validation": 0.0},
+        "preparation": {
+            "source": source,
+            "seed": seed_of(split_seed, seed),
+            "unlabelled": True,
+            "test": 0.0,
+            "validation": 0.0,
+        },
         "scoring": {"scorer": scorer},
     }
     found = {step: {**values, **(settings or {}).get(step, {})} for step, values in chosen.items()}
@@ -43,7 +52,7 @@ def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
     def batch_score(
         source: str,
         scorer: str,
-        seed: int = 0,
+        split_seed: int = 0,
         preparation_settings: str = "",
         scoring_settings: str = "",
         gathering_settings: str = "",
@@ -59,7 +68,7 @@ def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
         last.set_caching_options(False)
         dress("tracking", last)
         with dsl.ExitHandler(last, name="batch-score"):
-            prepared = preparation(source=source, seed=seed, **shared("preparation", settings, prints))
+            prepared = preparation(source=source, seed=split_seed, **shared("preparation", settings, prints))
             dress("preparation", prepared)
 
             def one(**part: Any) -> Any:

@@ -8,26 +8,31 @@ from kfp import dsl
 from components.evaluation import evaluation
 from components.tracking import tracking
 from pipelines.dressing import Dress, plain
-from pipelines.labelling import RUN, by_step, generators, labelled, shared
+from pipelines.labelling import RUN, by_step, generators, labelled, seed_of, shared
 
 
 def plan(
     *,
     source: str = "builtin",
     generator: Sequence[str] = ("builtin",),
-    strategy: str = "paper17",
+    strategy: str = "",
     scorer: str = "models:/cappy@champion",
     metric: str = "rougeL",
     seed: int = 0,
+    split_seed: int | None = None,
+    sampling_seed: int | None = None,
     tracking_uri: str = "",
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The settings of each step for a person's choices; `settings` adds more of them, step by step."""
+    """The settings of each step for a person's choices; `settings` adds more of them, step by step.
+
+    `seed` stands where a seed of its own is None. Evaluation keeps its own: the bootstrap does not move with a run.
+    """
     chosen: dict[str, dict[str, Any]] = {
-        "preparation": {"source": source, "seed": seed},
-        "sampling": {"generator": generators(generator), "strategy": strategy, "seed": seed},
+        "preparation": {"source": source, "seed": seed_of(split_seed, seed)},
+        "sampling": {"generator": generators(generator), "strategy": strategy, "seed": seed_of(sampling_seed, seed)},
         "annotation": {"metric": metric},
-        "evaluation": {"scorer": scorer, "metric": metric, "seed": seed},
+        "evaluation": {"scorer": scorer, "metric": metric},
     }
     return {step: {**values, **(settings or {}).get(step, {})} for step, values in chosen.items()}
 
@@ -39,9 +44,10 @@ def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
     def evaluate(
         source: str = "builtin",
         generator: list = ["builtin"],  # type: ignore[type-arg] # noqa: B006 (kfp reads the default, nobody changes it)
-        strategy: str = "paper17",
+        strategy: str = "",
         metric: str = "rougeL",
-        seed: int = 0,
+        split_seed: int = 0,
+        sampling_seed: int = 0,
         preparation_settings: str = "",
         sampling_settings: str = "",
         annotation_settings: str = "",
@@ -68,13 +74,12 @@ def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
                 generator=generator,
                 strategy=strategy,
                 metric=metric,
-                seed=seed,
+                split_seed=split_seed,
+                sampling_seed=sampling_seed,
                 settings=settings,
                 fingerprints=prints,
             )
-            evaluated = evaluation(
-                annotated=annotated, metric=metric, seed=seed, **shared("evaluation", settings, prints)
-            )
+            evaluated = evaluation(annotated=annotated, metric=metric, **shared("evaluation", settings, prints))
             dress("evaluation", evaluated)
 
     return evaluate

@@ -25,12 +25,13 @@ def labelled(
     generator: Any,
     strategy: Any,
     metric: Any,
-    seed: Any,
+    split_seed: Any,
+    sampling_seed: Any,
     settings: dict[str, Any],
     fingerprints: dict[str, Any],
 ) -> Any:
     """The annotated instances as an artifact; `settings` and `fingerprints` hold the parameters of these steps."""
-    prepared = preparation(source=source, seed=seed, **shared("preparation", settings, fingerprints))
+    prepared = preparation(source=source, seed=split_seed, **shared("preparation", settings, fingerprints))
     dress("preparation", prepared)
 
     def one(**part: Any) -> Any:
@@ -38,7 +39,7 @@ def labelled(
             instances=prepared.outputs["instances"],
             generator=generator,
             strategy=strategy,
-            seed=seed,
+            seed=sampling_seed,
             **shared("sampling", settings, fingerprints),
             **part,
         )
@@ -68,6 +69,11 @@ def generators(given: Any) -> list[str]:
     if not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
         raise ConfigError(f"generator: is a list of LLMs, got {shown(given)}; give such as [builtin]")
     return list(given)
+
+
+def seed_of(own: int | None, seed: int) -> int:
+    """The seed of one kind of draw: its own where one is given, else the one for all."""
+    return seed if own is None else own
 
 
 def by_step(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

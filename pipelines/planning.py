@@ -29,12 +29,41 @@ def settings_of(recipe: Recipe, platform: Platform = "local") -> dict[str, dict[
     if unknown := set(recipe.parameters) - known:
         names = ", ".join(sorted(known))
         raise ConfigError(f"parameters: {recipe.pipeline} has no {shown(min(unknown))}; there are {names}")
-    settings: dict[str, dict[str, Any]] = plan(
-        **recipe.parameters, tracking_uri=recipe.tracking_uri, settings=recipe.settings
-    )
+    settings = planned(recipe.pipeline, recipe.parameters, recipe.settings, tracking_uri=recipe.tracking_uri)
     extra = {step: values for step, values in recipe.settings.items() if step not in settings}
     jobs = launchers(recipe, platform)
     return {step: {**jobs.get(step, {}), **values} for step, values in {**settings, **extra}.items()}
+
+
+def planned(
+    pipeline: str,
+    parameters: Mapping[str, Any],
+    settings: Mapping[str, Mapping[str, Any]],
+    *,
+    tracking_uri: str = "",
+) -> dict[str, dict[str, Any]]:
+    """What the pipeline's `plan` makes of parameters and settings; ConfigError for a parameter without an effect.
+
+    Such a parameter says other than its default, and whatever it sets is set by something more special: `scorer`
+    beside `finetuning.scorer`, or `seed` beside a seed for each kind of draw.
+    """
+    plan = importlib.import_module(pipelines.PIPELINES[pipeline]).plan
+    found: dict[str, dict[str, Any]] = plan(**parameters, tracking_uri=tracking_uri, settings=settings)
+
+    def attempt(chosen: Mapping[str, Any], more: Mapping[str, Mapping[str, Any]]) -> Any:
+        try:
+            return plan(**chosen, tracking_uri=tracking_uri, settings=more)
+        except ConfigError:  # Without a parameter that is needed.
+            return None
+
+    for name, value in parameters.items():
+        needed = {other: parameters[other] for other in ("source",) if other in parameters and other != name}
+        alone = attempt({**needed, name: value}, {}) != attempt(needed, {})
+        others = {other: given for other, given in parameters.items() if other != name}
+        if alone and attempt(others, settings) == found:
+            remedy = "settings or other parameters give all that it would; leave it out"
+            raise ConfigError(f"parameters: {name}: {shown(value)} has no effect; {remedy}")
+    return found
 
 
 def work_of(recipe: Recipe, platform: Platform) -> Path:

@@ -10,29 +10,39 @@ from components.pretraining import pretraining
 from components.registration import registration
 from components.tracking import tracking
 from pipelines.dressing import Dress, plain
-from pipelines.labelling import RUN, by_step, generators, labelled, shared
+from pipelines.labelling import RUN, by_step, generators, labelled, seed_of, shared
 
 
 def plan(
     *,
     source: str = "builtin",
     generator: Sequence[str] = ("builtin",),
-    strategy: str = "paper17",
+    strategy: str = "",
     metric: str = "rougeL",
     name: str = "cappy-pretrained",
     seed: int = 0,
+    split_seed: int | None = None,
+    sampling_seed: int | None = None,
+    training_seed: int | None = None,
     tracking_uri: str = "",
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The settings of each step for a person's choices; `settings` adds more of them, step by step."""
+    """The settings of each step for a person's choices; `settings` adds more of them, step by step.
+
+    `seed` stands where a seed of its own is None. Evaluation keeps its own: the bootstrap does not move with a run.
+    """
     # The built-in pretraining pool keeps its test prompts for adaptation: it is judged on validation.
     builtin = source == "builtin"
     chosen: dict[str, dict[str, Any]] = {
-        "preparation": {"source": source, "seed": seed, **({"pool": "pretraining"} if builtin else {})},
-        "sampling": {"generator": generators(generator), "strategy": strategy, "seed": seed},
+        "preparation": {
+            "source": source,
+            "seed": seed_of(split_seed, seed),
+            **({"pool": "pretraining"} if builtin else {}),
+        },
+        "sampling": {"generator": generators(generator), "strategy": strategy, "seed": seed_of(sampling_seed, seed)},
         "annotation": {"metric": metric},
-        "pretraining": {"metric": metric, "seed": seed},
-        "evaluation": {"metric": metric, "seed": seed, **({"split": "validation"} if builtin else {})},
+        "pretraining": {"metric": metric, "seed": seed_of(training_seed, seed)},
+        "evaluation": {"metric": metric, **({"split": "validation"} if builtin else {})},
         "registration": {"name": name, "tracking_uri": tracking_uri},
     }
     return {step: {**values, **(settings or {}).get(step, {})} for step, values in chosen.items()}
@@ -45,10 +55,12 @@ def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
     def pretrain(
         source: str = "builtin",
         generator: list = ["builtin"],  # type: ignore[type-arg] # noqa: B006 (kfp reads the default, nobody changes it)
-        strategy: str = "paper17",
+        strategy: str = "",
         metric: str = "rougeL",
         name: str = "cappy-pretrained",
-        seed: int = 0,
+        split_seed: int = 0,
+        sampling_seed: int = 0,
+        training_seed: int = 0,
         preparation_settings: str = "",
         sampling_settings: str = "",
         annotation_settings: str = "",
@@ -79,17 +91,17 @@ def build(shards: Sequence[str] = ("",), dress: Dress = plain) -> Any:
                 generator=generator,
                 strategy=strategy,
                 metric=metric,
-                seed=seed,
+                split_seed=split_seed,
+                sampling_seed=sampling_seed,
                 settings=settings,
                 fingerprints=prints,
             )
-            trained = pretraining(annotated=annotated, seed=seed, **shared("pretraining", settings, prints))
+            trained = pretraining(annotated=annotated, seed=training_seed, **shared("pretraining", settings, prints))
             dress("pretraining", trained)
             evaluated = evaluation(
                 annotated=annotated,
                 scorer=trained.outputs["pretrained"],
                 metric=metric,
-                seed=seed,
                 **shared("evaluation", settings, prints),
             )
             dress("evaluation", evaluated)

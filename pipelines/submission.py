@@ -13,20 +13,21 @@ from cappy.redaction import has_secret
 from pipelines.champion import resolved
 from pipelines.fingerprints import ARTIFACTS, fingerprints
 
-TYPED: Mapping[str, tuple[str, ...]] = {
-    "preparation": ("source", "seed"),
-    "sampling": ("generator", "strategy", "seed"),
-    "annotation": ("metric",),
-    "scoring": ("scorer",),
-    "gathering": (),
-    "pretraining": ("seed",),
-    "finetuning": ("scorer", "seed"),
-    "evaluation": ("champion", "metric", "seed"),
-    "registration": ("name",),
-    "promotion": ("margin",),
-    "deployment": (),
+TYPED: Mapping[str, Mapping[str, str]] = {
+    "preparation": {"source": "source", "seed": "split_seed"},
+    "sampling": {"generator": "generator", "strategy": "strategy", "seed": "sampling_seed"},
+    "annotation": {"metric": "metric"},
+    "scoring": {"scorer": "scorer"},
+    "gathering": {},
+    "pretraining": {"seed": "training_seed"},
+    "finetuning": {"scorer": "scorer", "seed": "training_seed"},
+    "evaluation": {"champion": "champion", "metric": "metric"},
+    "registration": {"name": "name"},
+    "promotion": {"margin": "margin"},
+    "deployment": {},
 }
-"""Step -> the settings that are parameters of its component; all others travel encoded."""
+"""Step -> the settings that are parameters of its component, each with the pipeline's parameter that brings it; all
+others travel encoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +132,9 @@ def arguments(
     """The parameters of the pipeline function; shards are told which they are by the pipeline itself."""
     values: dict[str, Any] = {}
     for step, chosen in settings.items():
-        for name in TYPED[step]:
-            if name in chosen and values.setdefault(name, chosen[name]) != chosen[name]:
-                both = f"{shown(values[name])} and {shown(chosen[name])}"
+        for name, parameter in TYPED[step].items():
+            if name in chosen and values.setdefault(parameter, chosen[name]) != chosen[name]:
+                both = f"{shown(values[parameter])} and {shown(chosen[name])}"
                 raise ConfigError(f"{step}: --{name} is one for the whole pipeline, got {both}")
         values[f"{step}_settings"] = encode({key: chosen[key] for key in chosen if key not in TYPED[step]})
         values[f"{step}_fingerprint"] = found[step]

@@ -23,7 +23,6 @@ SMALL = {
     "finetuning.epochs": 2,
     "finetuning.batch_instances": 2,
     "finetuning.checkpoint_seconds": 0,
-    "evaluation.resamples": 200,
 }
 COMMAND = [
     *(sys.executable, "-c", "from cappy.cli import main; main()", "adapt", "--json"),
@@ -157,7 +156,6 @@ def test_pretrain_ends_with_a_registered_scorer_that_adapt_can_start_from(tmp_pa
         "sampling.strategy": "sampling8",
         "pretraining.epochs": 0.5,
         "pretraining.layers": 1,
-        "evaluation.resamples": 200,
     }
     command = [*COMMAND[:3], "pipeline", "run", "pretrain", "--json"]
     words = [word for name, value in small.items() for word in ("--set", f"{name}={value}")]

@@ -48,8 +48,12 @@ def adapt(
         ),
     ] = [],  # noqa: B006 (typer needs the default and copies it)
     strategy: Annotated[
-        str, typer.Option(help="Which responses to draw: paper17, sampling8, greedy, endpoint8.")
-    ] = "paper17",
+        str,
+        typer.Option(
+            help="Which responses to draw: paper17, sampling8, greedy, endpoint8.",
+            show_default="what each LLM can do: endpoint8 for openai: and vllm:, else paper17",
+        ),
+    ] = "",
     scorer: Annotated[
         str, typer.Option(help="Scorer to start from: builtin, a folder, hub:org/name@revision, models:/name@alias.")
     ] = BUILTIN,
@@ -63,7 +67,22 @@ def adapt(
     margin: Annotated[
         float, typer.Option(min=0, max=1, help="What the gate's lower bound must be above, on the scale of 0 to 1.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of splits, samples, training and bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split, of sampling and of training, but for those below.")] = 0,
+    split_seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the split and of the draw of built-in tasks.", show_default="--seed"),
+    ] = None,
+    sampling_seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the samples; another one keeps the split.", show_default="--seed"),
+    ] = None,
+    training_seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of order, draws and dropout in training; another one keeps the split and the samples.",
+            show_default="--seed",
+        ),
+    ] = None,
     tracking_uri: TrackingFlag = "",
     setting: SettingFlag = [],  # noqa: B006 (as above)
     work: WorkFlag = Path(".cappy/work"),
@@ -88,10 +107,11 @@ def adapt(
         "name": name,
         "margin": margin,
         "seed": seed,
-        "tracking_uri": tracking_uri,
-        "settings": settings,
+        "split_seed": split_seed,
+        "sampling_seed": sampling_seed,
+        "training_seed": training_seed,
     }
-    run_and_tell("adapt", choices, work=work, tracking_uri=tracking_uri, as_json=as_json)
+    run_and_tell("adapt", choices, settings, work=work, tracking_uri=tracking_uri, as_json=as_json)
 
 
 def generators_for(instances: str, given: Sequence[str], preparation: Mapping[str, Any]) -> list[str]:

@@ -51,6 +51,13 @@ def gateway(
         str, typer.Option(help="Environment variable with the second LLM's key.", show_default="none")
     ] = "",
     escalate_candidates: Annotated[int, typer.Option(min=1, help="Most candidates of the second LLM.")] = 1,
+    strip_reasoning: Annotated[
+        bool,
+        typer.Option(
+            "--strip-reasoning",
+            help="Score and answer what follows the LLM's reasoning (<think>...</think> and other markup) alone.",
+        ),
+    ] = False,
     max_seconds: Annotated[float, typer.Option(min=0.1, help="Longest time for a request, in seconds.")] = 60.0,
     max_tokens: Annotated[
         int, typer.Option(min=0, help="Most completion tokens for a request, all candidates together; 0: no limit.")
@@ -133,6 +140,7 @@ def gateway(
         if escalate_to
         else None,
         second_candidates=escalate_candidates,
+        strip_reasoning=strip_reasoning,
         feedback=feedback,
         max_body_bytes=round(max_body_mb * 1e6),
         bounds=Bounds(

@@ -29,6 +29,8 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> dict[str, Any]:
     }
     if version:
         found["serve"] = f"cappy serve --scorer {version['uri']}"
+    if "sampling" in outcome.outputs and (noted := sampling_told(read_manifest(outcome.outputs["sampling"]))):
+        found["sampling"] = noted
     if "finetuning" in outcome.outputs:
         found["training"] = dict(read_manifest(outcome.outputs["finetuning"]).metrics)
     if "promotion" in outcome.outputs:
@@ -57,6 +59,7 @@ def told(outcome: "Outcome", found: Mapping[str, Any]) -> str:
         lines.append(_decided(found))
     if found.get("training", {}).get("best_update") == 0:
         lines.append("training  no check was better than the scorer that training started from: that one was kept")
+    lines += [f"sampling  {line}" for line in found.get("sampling", ())]
     if found["from_cache"]:
         lines.append(f"cache     {', '.join(found['from_cache'])} came from the cache")
     return "\n".join([*lines, *([f"serve it  {found['serve']}"] if "serve" in found else [])])
@@ -74,6 +77,15 @@ def step_told(manifest: Manifest, target: Path) -> list[str]:
     if manifest.step == "deployment":
         return [f"version   {facts['uri']}", f"next      {facts['command']}"]
     return []
+
+
+def sampling_told(manifest: Manifest) -> list[str]:
+    """What a person must know of the samples beside their numbers; nothing of another step."""
+    if manifest.step != "sampling":
+        return []
+    from cappy.sampling.accounts import remarks
+
+    return remarks(manifest)
 
 
 def _decided(facts: Mapping[str, Any]) -> str:

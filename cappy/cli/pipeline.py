@@ -144,9 +144,17 @@ def per_step(name: str, pairs: Sequence[str], steps: Sequence[str] = ()) -> dict
     return settings
 
 
-def run_and_tell(name: str, choices: Mapping[str, Any], *, work: Path, tracking_uri: str, as_json: bool) -> None:
+def run_and_tell(
+    name: str,
+    choices: Mapping[str, Any],
+    settings: Mapping[str, Mapping[str, Any]],
+    *,
+    work: Path,
+    tracking_uri: str,
+    as_json: bool,
+) -> None:
     """Plans and runs a pipeline, then prints what came of it."""
-    steps = load(f"pipelines.{name}").plan(**choices)
+    steps = load("pipelines.planning").planned(name, choices, settings, tracking_uri=tracking_uri)
     outcome = load("pipelines.local").run_pipeline(name, steps, work=work, show=True, tracking_uri=tracking_uri)
     _tell(outcome, tracking_uri, as_json)
 

@@ -15,7 +15,7 @@ def explain(values: Mapping[str, Any]) -> bool:
     for name in ("version", "report"):
         if values[name] is None:
             raise typer.BadParameter(f"give the folder to read: --{name} FOLDER")
-    settings = ("margin", "baseline", "guard", "tracking_uri")
+    settings = ("margin", "baseline", "guard", "count_attempts", "force", "tracking_uri")
     decision = dry_run(values["version"], values["report"], **{name: values[name] for name in settings})
     if values["as_json"]:
         typer.echo(json.dumps(asdict(decision)))

@@ -70,7 +70,7 @@ def make_command(
     """A command whose flags are the fields of `settings` and which calls `run` with them."""
     needed = {name: as_flag(name) for extra in extras for name in extra.instead_of}
 
-    def verb(*, as_json: bool, **values: Any) -> None:
+    def verb(*, context: typer.Context, as_json: bool, **values: Any) -> None:
         asked = {extra.name: values.pop(extra.name) for extra in extras}
         wanted = [extra for extra in extras if asked[extra.name] not in (False, None)]
         refuse_together(wanted)
@@ -85,7 +85,9 @@ def make_command(
             if values[name] is None:
                 raise typer.BadParameter(f"give the folder to {'write' if name == 'target' else 'read'}: {flag} FOLDER")
         started = time.monotonic()
-        config = build(settings, values)
+        # Without the flags that nobody gave: a preset takes their place, and nothing else.
+        given = {name: value for name, value in values.items() if _is_given(context, name)}
+        config = build(settings, given)
         with ProgressLine(f"cappy {step}") as progress:
             manifest = run(config, progress)
         typer.echo(manifest.to_json() if as_json else summary(manifest, config.target, time.monotonic() - started))
@@ -93,7 +95,8 @@ def make_command(
             extra.after(config, not as_json)
 
     as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, annotation=JSON_FLAG, default=False)
-    flags = [*parameters(settings), *map(_flag, extras), as_json]
+    asked_for = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    flags = [asked_for, *parameters(settings), *map(_flag, extras), as_json]
     flags = [_optional(flag, extras) if flag.name in needed else flag for flag in flags]
     signature = inspect.Signature(flags)
     verb.__signature__ = signature  # type: ignore[attr-defined]
@@ -101,6 +104,11 @@ def make_command(
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     single.command(step, help=text)(verb)
     return typer.main.get_command(single)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is None or source.name != "DEFAULT"
 
 
 def refuse_together(wanted: Sequence[Extra]) -> None:
@@ -234,9 +242,10 @@ def summary(manifest: Manifest, target: Path, seconds: float) -> str:
     else:
         content = f"{len(manifest.files)} files"
     told = outcome.step_told(manifest, target)
+    noted = outcome.sampling_told(manifest)
     shown = {} if told else manifest.metrics
     numbers = ", ".join(
         f"{name} {value:,.6g}" for name, value in shown.items() if name not in ("instances", "candidates")
     )
     line = f"{target}: {content}{numbers and f'; {numbers}'} (manifest {manifest.hash[:12]}, {seconds:.1f} s)"
-    return "\n".join([*told, line])
+    return "\n".join([*told, *noted, line])

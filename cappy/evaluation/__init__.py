@@ -37,8 +37,7 @@ class EvaluationConfig:
     champion: Annotated[str, Field(description="Spec of the present champion; empty if there is none")] = ""
     metric: Annotated[str, Field(min_length=1, description="Metric whose labels are reported")] = "rougeL"
     split: Annotated[Literal["validation", "test"], Field(description="Split that is reported")] = "test"
-    resamples: Annotated[int, Field(ge=100, le=100_000, description="Bootstrap resamples")] = 2000
-    seed: Annotated[int, Field(ge=0, description="Seed of the bootstrap, the MBR curve and the examples")] = 0
+    seed: Annotated[int, Field(ge=0, description="Seed of the MBR curve, the examples and the folds")] = 0
     probe: Annotated[bool, Field(description="Probe the scorer for known weaknesses (scores some pairs again)")] = True
     folds: Annotated[
         int,
@@ -49,8 +48,6 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.folds in (1, 2):
             raise ValueError("folds: takes 3 or more: one to test, one to hold out, the others to train on")
-        if self.folds and self.champion:
-            raise ValueError("folds: a cross-fitted report is about a recipe; leave --champion out")
 
 
 def evaluate(
@@ -61,7 +58,6 @@ def evaluate(
     metric: str = "rougeL",
     split: Split = "test",
     seed: int = 0,
-    resamples: int = 2000,
     probe: bool = True,
     progress: Progress = silent,
 ) -> Report:
@@ -79,7 +75,6 @@ def evaluate(
         metric=metric,
         split=split,
         seed=seed,
-        resamples=resamples,
         probe=probe,
         progress=progress,
     )

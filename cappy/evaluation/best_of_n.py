@@ -10,9 +10,7 @@ from cappy.evaluation.pools import Pool
 from cappy.evaluation.rules import Rules
 
 
-def curves(
-    pools: Sequence[Pool], found: Rules, likelihood: str, *, resamples: int, seed: int
-) -> dict[str, tuple[Estimate, ...]]:
+def curves(pools: Sequence[Pool], found: Rules, likelihood: str, *, seed: int) -> dict[str, tuple[Estimate, ...]]:
     """Selector -> its expected label by n; instances with fewer candidates keep the result of all they have."""
     each = {"random": [np.full(1, pool.labels.mean()) for pool in pools]}
     for name in ("scorer", "champion", likelihood, "oracle"):
@@ -27,7 +25,5 @@ def curves(
     estimates = {}
     for name, own in each.items():
         values = np.stack([curve.extended(row, size) for row in own])
-        samples = statistics.resampled_means(values, groups, resamples=resamples, seed=seed)
-        columns = zip(values.mean(axis=0), samples.T, strict=True)
-        estimates[name] = tuple(statistics.estimate(mean, column) for mean, column in columns)
+        estimates[name] = tuple(statistics.estimates(values, groups))
     return estimates

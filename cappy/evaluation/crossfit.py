@@ -16,6 +16,7 @@ from cappy.config import build
 from cappy.errors import ConfigError, FolderError
 from cappy.evaluation import EvaluationConfig
 from cappy.evaluation.leaks import TrainedOn, seen_in_training
+from cappy.evaluation.out_of_fold import read_out_of_fold
 from cappy.evaluation.parts import Part, part_of, pools_of
 from cappy.evaluation.pools import AnyScorer
 from cappy.evaluation.remembered import remembered
@@ -108,6 +109,36 @@ def leaks(found: Sequence[Part], work: Path, trained_on: TrainedOn) -> int:
     scorers = [trained_on(_scorer(work, number)) for number in range(1, len(found) + 1)]
     tested = ([pool.instance for pool in part.pools] for part in found)
     return sum(seen_in_training(own, hashes) for own, hashes in zip(tested, scorers, strict=True))
+
+
+def with_champion(found: Sequence[Part], champion: Path, metric: str) -> tuple[list[Part], dict[str, int]]:
+    """The parts with the champion's out-of-fold scores, and its leaks; without them, why the parts have none."""
+    stored = read_out_of_fold(champion)
+    if stored is None:
+        return _without_champion(found, "it has no out-of-fold picks; cross-fit it with --folds and register it again")
+    scores = stored.of([pool for part in found for pool in part.pools], metric)
+    if isinstance(scores, str):
+        return _without_champion(found, scores)
+    rest = iter(scores)
+    joined = [
+        replace(
+            part,
+            rules=replace(
+                part.rules,
+                values={**part.rules.values, "champion": [next(rest) for _ in part.pools]},
+                unavailable={name: why for name, why in part.rules.unavailable.items() if name != "champion"},
+            ),
+        )
+        for part in found
+    ]
+    return joined, {"champion": stored.leaks}
+
+
+def _without_champion(found: Sequence[Part], why: str) -> tuple[list[Part], dict[str, int]]:
+    return [
+        replace(part, rules=replace(part.rules, unavailable={**part.rules.unavailable, "champion": why}))
+        for part in found
+    ], {}
 
 
 def train_fold(step: str, settings: Mapping[str, Any], progress: Progress) -> None:

@@ -18,12 +18,20 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A paired difference of two means, its 95% interval, and the probability that it is above 0."""
+    """A paired difference of two means with its 95% interval, and what the interval at another level needs.
+
+    `p_value` is two-sided, against a true difference of 0. `standard_error`, the `skewness` of the mean and the degrees
+    of `freedom` are those of `cappy.evaluation.statistics`; the standard error is None of a single `groups`.
+    """
 
     difference: float
     low: float
     high: float
-    probability: float
+    p_value: float
+    standard_error: float | None
+    skewness: float
+    freedom: float
+    groups: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +85,7 @@ class TaskRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Average:
-    """Unweighted means over tasks and the subject's gain over random choice; intervals are of resampled tasks."""
+    """Unweighted means over tasks and the subject's gain over random choice; intervals are over tasks."""
 
     tasks: int
     means: Mapping[str, Estimate]

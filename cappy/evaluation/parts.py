@@ -82,18 +82,18 @@ def part_of(
     fitted = calibration.fit(held_out, held, metric) if held else None
     probes: list[Probe] = []
     if score is not None and probe:
-        table = tables.tasks(pools, means_of(pools, {"scorer": scores["scorer"]}, 1, seed), resamples=1, seed=seed)
+        table = tables.tasks(pools, means_of(pools, {"scorer": scores["scorer"]}))
         probes = robustness.probes(pools, scores["scorer"], score, table, seed)
     found = rules(pools, held_out, scores, held)
     return Part(pools=pools, held_out=held_out, held_scores=held, rules=found, calibration=fitted, probes=probes)
 
 
-def means_of(pools: Sequence[Pool], values: Mapping[str, Values], resamples: int, seed: int) -> tables.Means:
+def means_of(pools: Sequence[Pool], values: Mapping[str, Values]) -> tables.Means:
     """The selectors' labels by pool, in the order of a report."""
     labels = {"random": np.array([pool.labels.mean() for pool in pools])}
     labels |= {name: selectors.picked(pools, own) for name, own in values.items()}
     ordered = {name: labels[name] for name in report.SELECTORS if name in labels}
-    return tables.means(ordered, [pool.instance.group_id for pool in pools], resamples=resamples, seed=seed)
+    return tables.Means(labels=ordered, groups=[pool.instance.group_id for pool in pools])
 
 
 def _refuse_constant(name: str, values: Values) -> None:

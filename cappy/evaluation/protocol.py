@@ -9,6 +9,7 @@ from cappy.evaluation import (
     calibration,
     curve,
     examples,
+    overlap,
     published,
     report,
     selectors,
@@ -31,7 +32,6 @@ def evaluate(
     metric: str = "rougeL",
     split: Split = "test",
     seed: int = 0,
-    resamples: int = 2000,
     probe: bool = True,
     progress: Progress = silent,
 ) -> report.Report:
@@ -42,16 +42,16 @@ def evaluate(
     """
     pools, held_out, skipped = pools_of(instances, metric=metric, split=split)
     part = part_of(pools, held_out, score, champion, metric=metric, seed=seed, probe=probe, progress=progress)
-    return report_of([part], metric=metric, split=split, seed=seed, resamples=resamples, skipped=skipped)
+    return report_of([part], metric=metric, split=split, seed=seed, skipped=skipped)
 
 
 def report_of(
-    parts: Sequence[Part], *, metric: str, split: str, seed: int, resamples: int, skipped: int = 0, folds: int = 0
+    parts: Sequence[Part], *, metric: str, split: str, seed: int, skipped: int = 0, folds: int = 0
 ) -> report.Report:
     """The report on all pools of the parts together."""
     pools = [pool for part in parts for pool in part.pools]
     found = _joined([part.rules for part in parts])
-    means = means_of(pools, found.values, resamples, seed)
+    means = means_of(pools, found.values)
     likelihood = max(
         (name for name in ("likelihood_sum", "likelihood_mean") if name in means.labels),
         key=lambda name: means.labels[name].mean(),
@@ -59,23 +59,22 @@ def report_of(
     )
     compared = tables.pairs(means, likelihood)
     comparisons = {key: means.compare(*sides) for key, sides in compared.items()}
-    curves = best_of_n.curves(pools, found, likelihood, resamples=resamples, seed=seed)
-    tasks = tables.tasks(pools, means, resamples=resamples, seed=seed)
+    curves = best_of_n.curves(pools, found, likelihood, seed=seed)
+    tasks = tables.tasks(pools, means)
     return report.Report(
         metric=metric,
         split=split,
         seed=seed,
-        resamples=resamples,
         facts=_facts(parts, pools, skipped),
         selectors=tables.rows(means, found, pools),
         unavailable=found.unavailable,
         comparisons=comparisons,
-        adjusted=statistics.holm({key: statistics.p_value(value, resamples) for key, value in comparisons.items()}),
-        power={key: means.power(*sides) for key, sides in compared.items()},
+        adjusted=statistics.holm({key: value.p_value for key, value in comparisons.items()}),
+        power={key: statistics.power(value) for key, value in comparisons.items()},
         curve=curves,
         pays_until=curve.pays_until([point.mean for point in curves["scorer"]]) if "scorer" in curves else 0,
         tasks=tasks,
-        averages=tables.averages(tasks, resamples=resamples, seed=seed),
+        averages=tables.averages(tasks),
         published=published.beside(
             tasks,
             metric,
@@ -90,6 +89,7 @@ def report_of(
         cost=Cost(tokens=_tokens(pools)),
         better_likelihood=likelihood,
         folds=folds,
+        tested_groups=overlap.sketch(pool.instance for pool in pools),
     )
 
 

@@ -23,7 +23,7 @@ from cappy.evaluation.findings import (
 )
 from cappy.pages.words import metric_name, percent, signed
 
-SCHEMA = 2
+SCHEMA = 3
 """Goes up when a field changes its meaning or goes; a field that is added needs no other number."""
 
 SELECTORS: Mapping[str, str] = {
@@ -32,6 +32,7 @@ SELECTORS: Mapping[str, str] = {
     "shortest": "shortest",
     "longest": "longest",
     "best_system": "best single system",
+    "greedy": "greedy response",
     "likelihood_sum": "likelihood, sum",
     "likelihood_mean": "likelihood, mean per token",
     "mbr": "MBR",
@@ -53,13 +54,13 @@ class Report:
     has the comparisons' p-values after Holm's correction. `averages` are unweighted means over tasks. `leaks` counts
     reported prompts that a scorer was trained on. `pays_until` is the number of candidates beyond which one more adds
     less than `curve.WORTH`; 0 where no scorer was given. `folds` is above 0 where the report was cross-fitted: it is
-    then about the recipe, not about the scorer in `versions`.
+    then about the recipe, not about the scorer in `versions`. `tested_groups` is a sketch of the reported groups
+    (`cappy.evaluation.overlap`), by which the gate counts how often they were used.
     """
 
     metric: str
     split: str
     seed: int
-    resamples: int
     facts: Mapping[str, int]
     selectors: Mapping[str, Row]
     unavailable: Mapping[str, str]
@@ -81,6 +82,7 @@ class Report:
     leaks: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     folds: int = 0
+    tested_groups: str = ""
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def rules(reported: Sequence[Pool], held_out: Sequence[Pool], scores: Mapping[st
         **_likelihoods(reported),
         "mbr": _mbr(reported),
         "best_system": _system(reported, held_out),
+        "greedy": _greedy(reported, held_out),
     }.items():
         if isinstance(found, str):
             missing[name] = found
@@ -82,6 +83,17 @@ def _system(reported: Sequence[Pool], held_out: Sequence[Pool]) -> tuple[Values,
     name = tuning.choose_system(held_out)
     if name is None:
         return "no candidate names its generator"
+    return [selectors.system(pool.candidates, name) for pool in reported], name
+
+
+def _greedy(reported: Sequence[Pool], held_out: Sequence[Pool]) -> tuple[Values, str] | str:
+    """What a user has without any selection; of several generators' greedy responses the best one on held-out pools."""
+    everywhere = set.intersection(
+        *({selectors.system_of(one) for one in pool.candidates if selectors.is_greedy(one)} for pool in reported)
+    )
+    if not everywhere:
+        return "not every instance has a greedy response"
+    name = tuning.choose_system(held_out, among=everywhere) or min(everywhere)
     return [selectors.system(pool.candidates, name) for pool in reported], name
 
 

@@ -5,6 +5,7 @@ Of equal values a user gets the first, but which one stands first says nothing o
 label. Random choice has no pick: its result is the mean label of the pool.
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ from rapidfuzz.distance import LCSseq
 from cappy.annotation.rouge_columns import token_strings
 from cappy.evaluation.pools import Pool, Vector
 from cappy.records import Candidate
+
+_GREEDY = re.compile(r"\bgreedy\b", re.IGNORECASE)
 
 
 def pick(values: Vector) -> int:
@@ -67,6 +70,11 @@ def likelihood_mean(candidates: Sequence[Candidate]) -> Vector | None:
 def system_of(candidate: Candidate) -> str:
     """The generator and decoding that a candidate came from; empty where neither is known."""
     return f"{candidate.generator} {candidate.decoding}".strip()
+
+
+def is_greedy(candidate: Candidate) -> bool:
+    """Whether it was decoded greedily, by the name of its decoding (or of the system that a file names)."""
+    return bool(_GREEDY.search(system_of(candidate)))
 
 
 def system(candidates: Sequence[Candidate], name: str) -> Vector:

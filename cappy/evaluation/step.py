@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from cappy.config import code_version, fingerprint, identity
-from cappy.evaluation import EvaluationConfig, crossfit, markdown, page, plot
+from cappy.evaluation import EvaluationConfig, crossfit, markdown, out_of_fold, page, plot
 from cappy.evaluation.crossfit import Load
 from cappy.evaluation.leaks import TrainedOn, seen_in_training
+from cappy.evaluation.out_of_fold import OUT_OF_FOLD
 from cappy.evaluation.parts import Part, part_of, pools_of
 from cappy.evaluation.pools import Score
 from cappy.evaluation.protocol import report_of
@@ -43,6 +44,10 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: Load,
             recipe = crossfit.recipe(read_manifest(folders["challenger"]), config.scorer)
             parts, skipped = crossfit.parts(config, instances, recipe, folder, load=load, progress=progress)
             leaks = {"challenger": crossfit.leaks(parts, folder, trained_on)}
+            write_bytes(folder / OUT_OF_FOLD, _out_of_fold(parts, config, leaks["challenger"]).encode())
+            if config.champion:
+                parts, of_champion = crossfit.with_champion(parts, folders["champion"], config.metric)
+                leaks |= of_champion
         else:
             scores = {name: remembered(scorer.score, folder, name) for name, scorer in scorers.items()}
             parts, skipped = once(config, instances, scores, progress)
@@ -53,7 +58,6 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: Load,
             metric=config.metric,
             split="cross-fitted" if config.folds else config.split,
             seed=config.seed,
-            resamples=config.resamples,
             skipped=skipped,
             folds=config.folds,
         )
@@ -81,6 +85,12 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: Load,
             facts={"leaks": dict(report.leaks), "versions": dict(report.versions)},
         )
         return finish(folder, config.target, manifest)
+
+
+def _out_of_fold(parts: Sequence[Part], config: EvaluationConfig, leaks: int) -> str:
+    pools = [pool for part in parts for pool in part.pools]
+    scores = [values for part in parts for values in part.rules.values["scorer"]]
+    return out_of_fold.to_json(pools, scores, metric=config.metric, folds=config.folds, leaks=leaks)
 
 
 def once(

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from cappy.evaluation import selectors, statistics
-from cappy.evaluation.findings import Average, Difference, Power, Row, TaskRow
+from cappy.evaluation.findings import Average, Difference, Estimate, Row, TaskRow
 from cappy.evaluation.pools import Pool, Vector
 from cappy.evaluation.rules import Rules
 
 COMPARISONS = (
-    *(("scorer", other) for other in ("random", "first", "longest", "best_system", "likelihood", "mbr", "champion")),
+    *(
+        ("scorer", other)
+        for other in ("random", "first", "longest", "best_system", "greedy", "likelihood", "mbr", "champion")
+    ),
     ("hybrid_mbr", "mbr"),
     ("hybrid_mbr", "scorer"),
     ("hybrid_likelihood", "scorer"),
@@ -22,31 +25,19 @@ COMPARISONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """The label of every selector's pick by pool, and its mean in every resample, the same resamples for all."""
+    """The label of every selector's pick by pool, and the group of every pool."""
 
     labels: Mapping[str, Vector]
-    samples: Mapping[str, Vector]
-    groups: int
+    groups: Sequence[str]
 
     def compare(self, one: str, other: str) -> Difference:
         """The paired difference of two selectors."""
-        return statistics.compare(*self._sides(one, other))
+        return statistics.compare(self.labels[one], self.labels[other], self.groups)
 
-    def power(self, one: str, other: str) -> Power:
-        """What so many groups can show of it."""
-        mean, other_mean, samples, others = self._sides(one, other)
-        return statistics.power(mean - other_mean, samples, others, self.groups)
-
-    def _sides(self, one: str, other: str) -> tuple[float, float, Vector, Vector]:
-        means = float(self.labels[one].mean()), float(self.labels[other].mean())
-        return *means, self.samples[one], self.samples[other]
-
-
-def means(labels: Mapping[str, Vector], groups: Sequence[str], *, resamples: int, seed: int) -> Means:
-    """The means of all selectors, resampled by group."""
-    stacked = np.stack(list(labels.values()), axis=1)
-    samples = statistics.resampled_means(stacked, groups, resamples=resamples, seed=seed)
-    return Means(labels=labels, samples=dict(zip(labels, samples.T, strict=True)), groups=len(set(groups)))
+    def estimates(self) -> dict[str, Estimate]:
+        """Selector -> its mean label with its interval."""
+        stacked = np.stack(list(self.labels.values()), axis=1)
+        return dict(zip(self.labels, statistics.estimates(stacked, self.groups), strict=True))
 
 
 def rows(found: Means, rules: Rules, pools: Sequence[Pool]) -> dict[str, Row]:
@@ -58,12 +49,12 @@ def rows(found: Means, rules: Rules, pools: Sequence[Pool]) -> dict[str, Row]:
 
     return {
         name: Row(
-            estimate=statistics.estimate(labels.mean(), found.samples[name]),
+            estimate=estimate,
             gain=found.compare(name, "random"),
             ties=ties(name),
             detail=rules.details.get(name, ""),
         )
-        for name, labels in found.labels.items()
+        for name, estimate in found.estimates().items()
     }
 
 
@@ -77,14 +68,14 @@ def pairs(found: Means, likelihood: str) -> dict[str, tuple[str, str]]:
     }
 
 
-def tasks(pools: Sequence[Pool], found: Means, *, resamples: int, seed: int) -> tuple[TaskRow, ...]:
+def tasks(pools: Sequence[Pool], found: Means) -> tuple[TaskRow, ...]:
     """One row per task, in alphabetical order."""
     subject = subject_of(found.labels)
     table = []
     for task, where in grouped([pool.instance.task for pool in pools]).items():
         own = [pools[index] for index in where]
         labels = {name: values[where] for name, values in found.labels.items()}
-        part = means(labels, [pool.instance.group_id for pool in own], resamples=resamples, seed=seed)
+        part = Means(labels=labels, groups=[pool.instance.group_id for pool in own])
         is_choice = all(pool.is_choice for pool in own)
         templates = grouped([pool.instance.template for pool in own]) if is_choice else {}
         table.append(
@@ -101,21 +92,20 @@ def tasks(pools: Sequence[Pool], found: Means, *, resamples: int, seed: int) -> 
     return tuple(table)
 
 
-def averages(table: Sequence[TaskRow], *, resamples: int, seed: int) -> dict[str, Average]:
+def averages(table: Sequence[TaskRow]) -> dict[str, Average]:
     """Unweighted means over tasks; CrowS-Pairs can carry an average alone, so there is one without it.
 
-    Intervals are of resampled tasks: they say what other tasks of the kind would give.
+    Intervals are over tasks: they say what other tasks of the kind would give.
     """
     kept = [row for row in table if "crows" not in row.task.casefold()]
     sets = {"all tasks": table, "without CrowS-Pairs": kept if len(kept) < len(table) else ()}
-    return {title: _average(own, resamples, seed) for title, own in sets.items() if len(own) > 1}
+    return {title: _average(own) for title, own in sets.items() if len(own) > 1}
 
 
-def _average(table: Sequence[TaskRow], resamples: int, seed: int) -> Average:
+def _average(table: Sequence[TaskRow]) -> Average:
     labels = {name: np.array([row.means[name] for row in table]) for name in table[0].means}
-    found = means(labels, [row.task for row in table], resamples=resamples, seed=seed)
-    estimates = {name: statistics.estimate(values.mean(), found.samples[name]) for name, values in found.labels.items()}
-    return Average(tasks=len(table), means=estimates, gain=found.compare(subject_of(labels), "random"))
+    found = Means(labels=labels, groups=[row.task for row in table])
+    return Average(tasks=len(table), means=found.estimates(), gain=found.compare(subject_of(labels), "random"))
 
 
 def subject_of(labels: Mapping[str, Vector]) -> str:

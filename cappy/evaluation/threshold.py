@@ -24,7 +24,6 @@ from cappy.evaluation.pools import Pool, Vector
 from cappy.scoring.calibration import Calibration, read_calibration
 
 PICKS = "picks.json"
-RESAMPLES = 2000
 CONFIDENCE = 0.95
 FIRST_SHARE = 1 / 8
 """Of the picks, that the first test keeps at least: fewer have too wide a bound to pass it."""
@@ -100,7 +99,7 @@ def threshold(report: str | Path, *, precision: float, good: float, confidence: 
     if len(folds) > 1:
         kept = _kept_by_others(held, enough, precision, confidence)
     answered, groups = reported.labels[kept] >= good, reported.groups[kept].tolist()
-    estimate = statistics.share(answered.astype(np.float64), groups, resamples=RESAMPLES, seed=0) if groups else None
+    estimate = statistics.share(answered.astype(np.float64), groups) if groups else None
     fitted = read_calibration(report)
     return Threshold(
         threshold=found,

@@ -1,6 +1,6 @@
 """What is chosen on held-out instances, never on the reported ones: hybrid weights, the best single system."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -21,10 +21,15 @@ def choose_weight(scores: Sequence[Vector], others: Sequence[Vector], labels: Se
     return max(WEIGHTS, key=mean_label)
 
 
-def choose_system(pools: Sequence[Pool]) -> str | None:
-    """The generator and decoding whose first candidate has the best mean label; None where no candidate names one."""
+def choose_system(pools: Sequence[Pool], among: Collection[str] | None = None) -> str | None:
+    """The generator and decoding whose first candidate has the best mean label; None where no candidate names one.
+
+    `among` are the only ones to choose from, where given.
+    """
     names = dict.fromkeys(selectors.system_of(candidate) for pool in pools for candidate in pool.candidates)
     names.pop("", None)
+    if among is not None:
+        names = {name: None for name in names if name in among}
 
     def mean_label(name: str) -> float:
         return float(selectors.picked(pools, [selectors.system(pool.candidates, name) for pool in pools]).mean())

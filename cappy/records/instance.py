@@ -77,7 +77,7 @@ class Candidate:
 class Instance:
     """An instruction with its references, choices and candidates.
 
-    `group_id` names the source row behind the instance: splits and bootstraps go by group. `original_task` is false
+    `group_id` names the source row behind the instance: splits and intervals go by group. `original_task` is false
     for a template that turns its dataset's task around (as PromptSource marks them). There is at least one reference,
     unless there are candidates: they may have brought labels of their own, or are there to be scored.
     """

@@ -21,6 +21,8 @@ from cappy.records.reading import read
 
 Transform = Callable[[list[Instance]], Iterable[Instance]]
 Count = Callable[[Sequence[Instance]], Mapping[str, int]]
+Again = Callable[[Mapping[str, int]], bool]
+"""Whether a part with these counts, which an earlier start finished, is to be done again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,11 @@ def nothing(_: Sequence[Instance]) -> Mapping[str, int]:
     return {}
 
 
+def never(_: Mapping[str, int]) -> bool:
+    """What is finished stays finished."""
+    return False
+
+
 def process(
     instances: Iterable[Instance],
     folder: Path,
@@ -85,15 +92,16 @@ def process_folder(
     part_rows: int,
     progress: Progress,
     count: Count = nothing,
+    again: Again = never,
     workers: int = 1,
 ) -> Parts:
     """`process` over these rows of a finished folder, in `workers` processes; each reads the rows of its own parts.
 
-    The result does not depend on `workers`. With more than one, `transform` and `count` must be picklable.
+    The result does not depend on `workers`. With more than one, `transform`, `count` and `again` must be picklable.
     """
     starts = range(rows.start, rows.stop, part_rows)
     spans = [range(start, min(start + part_rows, rows.stop)) for start in starts]
-    one = partial(_do_rows, source, folder, transform, count)
+    one = partial(_do_rows, source, folder, transform, count, again)
     if min(workers, len(spans)) <= 1:
         return _collected(map(one, range(len(spans)), spans), len(rows), progress)
     context = multiprocessing.get_context("spawn")
@@ -119,14 +127,22 @@ def _collected(parts: Iterable[_Done], total: int | None, progress: Progress) ->
     return Parts(files=tuple(files), counts=dict(counts))
 
 
-def _do_rows(source: Path, folder: Path, transform: Transform, count: Count, index: int, rows: range) -> _Done:
-    return _do(folder, index, len(rows), lambda: list(read(source, rows=rows)), transform, count)
+def _do_rows(
+    source: Path, folder: Path, transform: Transform, count: Count, again: Again, index: int, rows: range
+) -> _Done:
+    return _do(folder, index, len(rows), lambda: list(read(source, rows=rows)), transform, count, again)
 
 
 def _do(
-    folder: Path, index: int, taken: int, instances: Callable[[], list[Instance]], transform: Transform, count: Count
+    folder: Path,
+    index: int,
+    taken: int,
+    instances: Callable[[], list[Instance]],
+    transform: Transform,
+    count: Count,
+    again: Again = never,
 ) -> _Done:
-    if (finished := _finished(folder, index)) is not None:
+    if (finished := _finished(folder, index)) is not None and not again(finished[1]):
         return _Done(*finished, taken=taken, resumed=True)
     done = list(transform(instances()))
     counts = dict(count(done))

@@ -82,20 +82,31 @@ def rollback(name: str, *, why: str, tracking_uri: str) -> Move:
                 f"models:/{name}: has no champion, so there is nothing to roll back ({known(client, name)})"
             )
         former = find(client, name, present.former) if present.former else None
-        if former is None:
+        if former is None or former.number == present.number:
             raise RegistryError(f"{present.uri}: had no champion before it, so there is nothing to roll back to")
         return _move(client, former, present, "rollback", why)
+
+
+def was_rolled_back(client: Any, version: Version) -> bool:
+    """Whether the last move that the version had a part in took the champion's alias from it by a rollback."""
+    own = [move for move in _moves(client, version.name) if version.number in (move.version, move.former)]
+    lost = [move for move in own if not (move.kind == "promotion" and move.former == version.number)]
+    return bool(lost) and lost[-1].kind == "rollback" and lost[-1].former == version.number
 
 
 def history(name: str, *, tracking_uri: str) -> list[Move]:
     """Every move of the champion's alias, the first one first; RegistryError where there is no such model."""
     with connected(tracking_uri) as client:
-        try:
-            tags = client.get_registered_model(name).tags
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                raise RegistryError(f"models:/{name}: {known(client, name)}") from error
-            raise
+        return _moves(client, name)
+
+
+def _moves(client: Any, name: str) -> list[Move]:
+    try:
+        tags = client.get_registered_model(name).tags
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise RegistryError(f"models:/{name}: {known(client, name)}") from error
+        raise
     return [_read_move(name, key, tags[key]) for key in sorted(tags) if key.startswith(HISTORY_TAG)]
 
 

@@ -1,8 +1,10 @@
-"""A registered version, as the rest of the house sees it."""
+"""A registered version, as the rest of the code sees it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from cappy.evaluation.out_of_fold import OUT_OF_FOLD
 from cappy.scoring.calibration import CALIBRATION
 from cappy.scoring.probe import PROBE
 
@@ -11,11 +13,20 @@ CHALLENGER = "challenger"
 MANIFEST_TAG = "cappy.manifest"
 FORMER_TAG = "cappy.former"
 RUN_TAG = "cappy.run"
-EVALUATED = {CALIBRATION: "cappy.calibration", PROBE: "cappy.probe"}
+TESTED_TAG = "cappy.tested_groups"
+"""Sketch of the groups that the version was tested on; see `cappy.evaluation.overlap`."""
+ATTEMPT_TAG = "cappy.attempt"
+EVIDENCE_TAG = "cappy.evidence"
+EVALUATED = {CALIBRATION: "cappy.calibration", PROBE: "cappy.probe", OUT_OF_FOLD: "cappy.out_of_fold"}
 """Files that an evaluation wrote and that travel with the scorer; its manifest, which is older, does not name them.
 
 Each has its sha256 in a tag of the version.
 """
+
+
+def evidence_of(report: Mapping[str, Any]) -> str:
+    """What a report is about: the scorer itself, or its recipe where it was cross-fitted."""
+    return "recipe" if report.get("folds") else "scorer"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from cappy.config import DEFAULT_WORK, Location, Work, build, code_version, identity, settings
-from cappy.errors import FolderError, shown
+from cappy.errors import FolderError, RecordError, shown
 from cappy.evaluation import read_values
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_bytes
 from cappy.registry.gate import Baseline, Decision, decide, parse_guards
-from cappy.registry.models import CHAMPION, Version
+from cappy.registry.models import CHAMPION, Version, evidence_of
 from cappy.registry.registration import TrackingUri
 
 
@@ -35,6 +35,12 @@ class PromotionConfig:
     guard: Annotated[
         tuple[str, ...], Field(description="TASK=MARGIN: a task that may not fall by more than its margin, 0 to 1")
     ] = ()
+    count_attempts: Annotated[
+        bool, Field(description="Ask for more of each further version that is tested on the same groups")
+    ] = True
+    force: Annotated[
+        bool, Field(description="Promote a version that was rolled back, if the rest of the gate is passed")
+    ] = False
     tracking_uri: TrackingUri = ""
     work: Work = DEFAULT_WORK
 
@@ -46,7 +52,7 @@ def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
     registered, report = read_version(config.version), read_values(config.report, checked=True)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
     with claim(config.work, "promotion", identity(config), parents) as folder:
-        decision, version = _decided(config, registered, report)
+        decision, version, attempt = _decided(config, registered, report)
         values = {
             "decision": decision.decision,
             "reasons": list(decision.reasons),
@@ -55,8 +61,8 @@ def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
             "uri": version.uri,
             "serve": f"cappy serve --scorer {version.served_as}",
         }
-        told = {**values, "evidence": evidence(config, report)}
-        write_bytes(folder / "decision.json", json.dumps(told, indent=1, ensure_ascii=False).encode())
+        record = {**values, "attempt": attempt, "evidence": evidence_of(report), "basis": basis(config, report)}
+        write_bytes(folder / "decision.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
         manifest = Manifest(
             step="promotion",
             files=describe_files(folder),
@@ -69,7 +75,7 @@ def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
         return finish(folder, config.target, manifest)
 
 
-def evidence(config: PromotionConfig, report: Mapping[str, Any]) -> dict[str, Any]:
+def basis(config: PromotionConfig, report: Mapping[str, Any]) -> dict[str, Any]:
     """What the decision rests on: the settings of the gate, the scorer's comparisons, leaks and versions."""
     comparisons = report.get("comparisons", {})
     return {
@@ -78,6 +84,7 @@ def evidence(config: PromotionConfig, report: Mapping[str, Any]) -> dict[str, An
         "guards": parse_guards(config.guard),
         "comparisons": {key: value for key, value in comparisons.items() if key.startswith("scorer-")},
         "leaks": report.get("leaks", {}),
+        "force": config.force,
         "versions": report.get("versions", {}),
     }
 
@@ -93,15 +100,15 @@ def read_version(folder: Path) -> str:
 def dry_run(version: Path, report: Path, **settings: Any) -> Decision:
     """What the gate would decide now; nothing is moved or written."""
     config = build(PromotionConfig, {**settings, "version": version, "report": report, "target": "nowhere"})
-    decision, _ = _decided(config, read_version(version), read_values(report, checked=True), carry_out=False)
+    decision, _, _ = _decided(config, read_version(version), read_values(report, checked=True), carry_out=False)
     return decision
 
 
 def _decided(
     config: PromotionConfig, registered: str, report: Mapping[str, Any], *, carry_out: bool = True
-) -> tuple[Decision, Version]:
-    """The decision, carried out, and the version as it is afterwards."""
-    from cappy.registry import aliases, versions
+) -> tuple[Decision, Version, int]:
+    """The decision, carried out, the version as it is afterwards, and which attempt it was; 0 where none is counted."""
+    from cappy.registry import aliases, attempts, versions
     from cappy.registry.client import connected
 
     guards = parse_guards(config.guard)
@@ -110,10 +117,30 @@ def _decided(
         # Of two promotions at once the second finds the first one's champion, with which its report does not compare.
         with aliases.alone(client, version.name) if carry_out else contextlib.nullcontext():
             champion = versions.find(client, version.name, CHAMPION)
-            decision = _with_champion(report, version, champion, config, guards)
-            if decision.decision == "promote" and carry_out:
-                aliases.promote(client, version, decision.reasons[0])
-        return decision, versions.find(client, version.name, str(version.number)) or version
+            attempt = attempts.number(client, version, _tested_groups(report)) if config.count_attempts else 0
+            decision = _with_champion(report, version, champion, config, guards, attempt)
+            if decision.decision == "promote" and not config.force:
+                decision = _kept_back(aliases.was_rolled_back(client, version), version) or decision
+            if carry_out:
+                attempts.record(client, version, _tested_groups(report), attempt)
+                if decision.decision == "promote":
+                    aliases.promote(client, version, decision.reasons[0])
+        return decision, versions.find(client, version.name, str(version.number)) or version, attempt
+
+
+def _tested_groups(report: Mapping[str, Any]) -> str:
+    found = report.get("tested_groups")
+    if not isinstance(found, str) or not found:
+        raise RecordError("report: does not say which groups it tested (tested_groups); evaluate again")
+    return found
+
+
+def _kept_back(was_rolled_back: bool, version: Version) -> Decision | None:
+    """The decision on a version that somebody took back, whatever its numbers; None where nobody did."""
+    if not was_rolled_back:
+        return None
+    reason = f"Version {version.number} was rolled back: promote it again with --force, or train another one."
+    return Decision(decision="hold", reasons=(reason,))
 
 
 def _with_champion(
@@ -122,6 +149,7 @@ def _with_champion(
     champion: Version | None,
     config: PromotionConfig,
     guards: Mapping[str, float],
+    attempt: int,
 ) -> Decision:
     if champion is not None and champion.number == version.number:
         return Decision(decision="promote", reasons=(f"Version {version.number} is already champion.",))
@@ -136,8 +164,14 @@ def _with_champion(
         moved = f"The champion is now version {champion.number} ({champion.manifest_hash[:12]}), but {compared}"
         remedy = f"evaluate with --champion models:/{champion.name}@champion, or run the pipeline again"
         return Decision(decision="hold", reasons=(f"{moved}: {remedy}.",))
-    has_champion = champion is not None
-    return decide(report, has_champion=has_champion, margin=config.margin, baseline=config.baseline, guards=guards)
+    return decide(
+        report,
+        has_champion=champion is not None,
+        margin=config.margin,
+        baseline=config.baseline,
+        guards=guards,
+        attempt=attempt,
+    )
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

@@ -15,7 +15,17 @@ from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, sha256_of
 from cappy.registry.card import model_card
 from cappy.registry.client import MlflowException, connected, experiment_id, metric_key
-from cappy.registry.models import CHALLENGER, CHAMPION, EVALUATED, MANIFEST_TAG, RUN_TAG, Version
+from cappy.registry.models import (
+    CHALLENGER,
+    CHAMPION,
+    EVALUATED,
+    EVIDENCE_TAG,
+    MANIFEST_TAG,
+    RUN_TAG,
+    TESTED_TAG,
+    Version,
+    evidence_of,
+)
 from cappy.registry.registration import RegistrationConfig
 from cappy.registry.tracking import step_run
 from cappy.registry.versions import SCORER_PATH, find, find_content, intact
@@ -35,9 +45,13 @@ def register(config: RegistrationConfig, scorer: Manifest, report: Mapping[str, 
         # Another tool can have copied the tag of the content; only our own say which run holds the files.
         if known is None or not known.tags.get("cappy.mlflow_run"):
             known = _create(client, config, scorer, report, folder)
-        elif not (_complete(client, known, config, scorer) and intact(known, tracking_uri=config.tracking_uri)):
+        elif not (
+            _is_same_report(known, config)
+            and _complete(client, known, config, scorer)
+            and intact(known, tracking_uri=config.tracking_uri)
+        ):
             _upload(client, known.tags["cappy.mlflow_run"], config, scorer, report, folder)
-            _retag(client, known, config)
+            _retag(client, known, config, report)
         if not {CHAMPION, CHALLENGER} & set(known.aliases):
             client.set_registered_model_alias(config.name, CHALLENGER, str(known.number))
         return find(client, config.name, str(known.number)) or known
@@ -63,6 +77,8 @@ def _create(
             RUN_TAG: config.pipeline_run,
             "cappy.mlflow_run": run_id,
             "cappy.code": scorer.code[:12],
+            TESTED_TAG: report.get("tested_groups", ""),
+            EVIDENCE_TAG: evidence_of(report),
             **_evaluated(config),
             **{f"cappy.{name}": f"{mean:.4f}" for name, mean in _means(report).items()},
         },
@@ -131,6 +147,12 @@ def _link(source: Path, target: Path, names: list[str]) -> None:
             shutil.copyfile(source / name, path)
 
 
+def _is_same_report(version: Version, config: RegistrationConfig) -> bool:
+    """Whether what travels with the version is what this report left for it: a new report replaces the old one's."""
+    now = _evaluated(config)
+    return all(version.tags.get(tag, "") == now.get(tag, "") for tag in EVALUATED.values())
+
+
 def _complete(client: Any, version: Version, config: RegistrationConfig, scorer: Manifest) -> bool:
     """Whether the artifact store still has every file, with its size.
 
@@ -155,8 +177,9 @@ def _stored(client: Any, run_id: str, path: str, sizes: Mapping[str, int]) -> st
         return sha256_of(Path(client.download_artifacts(run_id, path, folder)))
 
 
-def _retag(client: Any, version: Version, config: RegistrationConfig) -> None:
+def _retag(client: Any, version: Version, config: RegistrationConfig, report: Mapping[str, Any]) -> None:
     """The tags of a version whose files were put back: what travels is that of the report at hand, or gone."""
+    client.set_model_version_tag(version.name, str(version.number), EVIDENCE_TAG, evidence_of(report))
     now = _evaluated(config)
     for tag in EVALUATED.values():
         if tag in now:

@@ -76,8 +76,6 @@ def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
 def read_report(config: RegistrationConfig, scorer: Manifest) -> dict[str, Any]:
     """The report, if it is about this scorer; FolderError if it is about another."""
     report = read_values(config.report, checked=True)
-    if report.get("folds"):
-        raise FolderError(f"{config.report}: is cross-fitted, so it is about a recipe; evaluate {config.scorer} itself")
     told = report.get("versions", {}).get("challenger", "")
     if told and told != scorer.hash[: len(told)]:
         numbers = f"scorer {scorer.hash[:12]}, report on {told}"

@@ -23,7 +23,7 @@ from cappy.specs import parse_spec
 NEWEST = "version_number DESC"
 SCORER_PATH = "artifacts/scorer"
 """Where the plain scorer folder lies inside a version."""
-_CONTENT = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{12}){0,2}")
+_CONTENT = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{12}){0,3}")
 _PORTS = {"http": 80, "https": 443}
 ARTIFACT_HOSTS = "CAPPY_ARTIFACT_HOSTS"
 """Variable with the servers (host:port, commas between) that may hold artifacts and get MLflow's password for them."""
@@ -65,6 +65,18 @@ def find_content(client: Any, name: str, manifest_hash: str) -> Version | None:
     newest = client.search_model_versions(wanted, order_by=[NEWEST], max_results=1)
     # What a search returns has no aliases.
     return find(client, name, str(newest[0].version)) if newest else None
+
+
+def others(client: Any, version: Version) -> list[Version]:
+    """Every other version of the model, without aliases, the oldest first."""
+    found: list[Version] = []
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{version.name}'", max_results=200, page_token=token)
+        found += [_version(one) for one in page]
+        token = page.token
+        if not token:
+            return sorted((one for one in found if one.number != version.number), key=lambda one: one.number)
 
 
 def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:

@@ -1,9 +1,9 @@
 """Sampling: candidates for every instance, from one LLM or several."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -13,10 +13,19 @@ from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
-from cappy.sampling.accounts import accounts, taken
+from cappy.sampling.accounts import accounts, check_failures, failures, taken
 from cappy.sampling.generators import check_strategy
 from cappy.sampling.paid import Api, Terms
-from cappy.sampling.strategies import MOST_NEW_TOKENS, Decoding, checked, share, strategy
+from cappy.sampling.strategies import (
+    MOST_NEW_TOKENS,
+    Decoding,
+    checked,
+    default_length,
+    default_strategy,
+    share,
+    strategy,
+)
+from cappy.specs import parse_spec
 
 if TYPE_CHECKING:
     from cappy.sampling.generators import Generator
@@ -41,12 +50,23 @@ class SamplingConfig:
         str,
         Field(
             description="Which responses to draw: paper17, paper17-leaky, paper-pretrain, sampling8, endpoint8; "
-            "decodings as beam4+topk40x4; or a file of them"
+            "decodings as beam4+topk40x4; or a file of them; left out: endpoint8 for openai: and vllm:, else paper17"
         ),
-    ] = "paper17"
+    ] = ""
     max_new_tokens: Annotated[
-        int, Field(ge=0, le=MOST_NEW_TOKENS, description="Longest response in tokens; 0: what the strategy says")
+        int,
+        Field(
+            ge=0,
+            le=MOST_NEW_TOKENS,
+            description="Longest response in tokens; 0: what the strategy says, else 512 for openai: and 64 for others",
+        ),
     ] = 0
+    strip_reasoning: Annotated[
+        bool,
+        Field(
+            description="Keep of each response what follows its reasoning (<think>...</think> and other markup) alone"
+        ),
+    ] = False
     seed: Annotated[int, Field(description="Seed of the draw")] = 0
     part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 64
     shard: ShardOf = ""
@@ -56,6 +76,14 @@ class SamplingConfig:
         tuple[Literal["top_k", "min_p", "min_tokens"], ...],
         Field(description="Knobs beyond OpenAI's that the endpoint takes, as vLLM's does: top_k, min_p, min_tokens"),
     ] = ()
+    logprobs: Annotated[
+        bool, Field(description="Ask an endpoint for log-probabilities, which some of its models refuse")
+    ] = True
+    max_failed: Annotated[
+        float,
+        LOCATION,
+        Field(ge=0, le=1, description="Share of a generator's candidates that may fail; above it the run ends"),
+    ] = 0.1
     concurrency: Annotated[int, LOCATION, Field(ge=1, le=1024, description="Requests to an endpoint at a time")] = 8
     requests_per_minute: Annotated[int, LOCATION, Field(ge=0, description="Most requests a minute; 0: no limit")] = 0
     tokens_per_minute: Annotated[
@@ -80,8 +108,23 @@ class SamplingConfig:
 
     @property
     def decodings(self) -> tuple[Decoding, ...]:
-        """What the strategy draws, with the length that was asked for."""
-        decodings = strategy(self.strategy)
+        """What is drawn, with the lengths that were asked for; those of one generator alone name its position."""
+        kinds = [parse_spec(text).kind for text in self.generator] or ["path"]
+        each = [self._decodings_of(kind) for kind in kinds]
+        if all(one == each[0] for one in each):
+            return each[0]
+        positioned = [
+            replace(decoding, generator=position)
+            for position, one in enumerate(each)
+            for decoding in share(one, position)
+        ]
+        # A strategy that names more positions than there are generators is refused by `check_strategy`.
+        beyond = [one for one in each[0] if one.generator is not None and one.generator >= len(kinds)]
+        return checked([*positioned, *beyond], "sampling: --strategy")
+
+    def _decodings_of(self, kind: str) -> tuple[Decoding, ...]:
+        """What a generator of this kind would draw."""
+        decodings = strategy(self.strategy or default_strategy(kind), self.max_new_tokens or default_length(kind))
         if not self.max_new_tokens:
             return decodings
         longer = [replace(decoding, max_new_tokens=self.max_new_tokens) for decoding in decodings]
@@ -107,6 +150,7 @@ def terms_of(config: SamplingConfig, parent: str = "") -> Terms:
     return Terms(
         api=config.api,
         extra=config.extra,
+        logprobs=config.logprobs,
         concurrency=config.concurrency,
         requests_per_minute=config.requests_per_minute,
         tokens_per_minute=config.tokens_per_minute,
@@ -125,6 +169,9 @@ def terms_of(config: SamplingConfig, parent: str = "") -> Terms:
 def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
     """Samples for the instances of `source` into `target`; a killed run continues at the first unfinished part.
 
+    Parts with candidates that failed are sampled again by the next run, from answers that are kept where there are any.
+    GeneratorError where more than `max_failed` of a generator's candidates fail.
+
     Instances with choices need no samples. Without a generator the candidates that came with the instances stand.
     """
     refuse_same(config.source, config.target)
@@ -140,14 +187,29 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
 def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"], progress: Progress) -> Manifest:
     from cappy.records.parts import process_folder
     from cappy.records.work import claim, finish
-    from cappy.sampling.candidates import sample
+    from cappy.sampling.candidates import ReasoningReader, sample
     from cappy.sampling.telling import Telling
 
     decodings = config.decodings
     telling = Telling(progress, generators, decodings)
 
+    reasoning = ReasoningReader(strip=config.strip_reasoning)
+    wanted = {
+        generator.name: parent.rows * sum(one.num_samples for one in share(decodings, position))
+        for position, generator in enumerate(generators)
+    }
+    so_far: Counter[str] = Counter()
+
     def transform(part: list[Instance]) -> Iterator[Instance]:
-        return sample(part, generators, decodings, seed=config.seed, told=telling.drawn)
+        return sample(part, generators, decodings, seed=config.seed, told=telling.drawn, read=reasoning)
+
+    def count(part: Sequence[Instance]) -> dict[str, int]:
+        counts = taken(part, generators) | failures(part, generators)
+        if generators:
+            counts["reasoning"] = reasoning.counted()
+        so_far.update(counts)
+        check_failures(so_far, config.max_failed, wanted)
+        return counts
 
     revisions = {generator.name: generator.revision for generator in generators}
     # The file of decodings may change while its path stays.
@@ -160,8 +222,10 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"]
             rows=parse_shard(config.shard).rows(parent.rows),
             part_rows=config.part_rows,
             progress=telling,
-            count=partial(taken, generators=generators),
+            count=count,
+            again=lambda counts: counts.get("failed", 0) > 0,
         )
+        check_failures(parts.counts, config.max_failed)
         metrics, facts = accounts(parts.counts, terms_of(config))
         manifest = Manifest(
             step="sampling",

@@ -18,12 +18,14 @@ class Terms:
     """How an endpoint is asked and what it may take; 0 means no limit, prices are money per million tokens.
 
     `folder` keeps the answers (None keeps them in memory alone), `run` names whose budget is spent. `extra` names knobs
-    beyond OpenAI's that the server takes. An attempt may last `timeout` seconds; a request that fails is sent again
-    `retries` times, first after `first_wait` seconds, then after twice as long each time.
+    beyond OpenAI's that the server takes; `logprobs` asks for log-probabilities. An attempt may last `timeout` seconds;
+    a request that fails is sent again `retries` times, first after `first_wait` seconds, then after twice as long each
+    time.
     """
 
     api: Api = "chat"
     extra: tuple[str, ...] = ()
+    logprobs: bool = True
     concurrency: int = 8
     requests_per_minute: int = 0
     tokens_per_minute: int = 0

@@ -12,13 +12,16 @@ Each decoding states every knob, so that nothing of a model's own configuration 
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cappy.errors import ConfigError, shown
 
 MAX_NEW_TOKENS = 64
+ENDPOINT_NEW_TOKENS = 512
+"""Chat models answer in paragraphs: at 64 tokens nearly every response would be cut."""
 MOST_NEW_TOKENS = 32768
 FILES = (".yaml", ".yml", ".json")
 
@@ -119,12 +122,32 @@ _SAMPLING = re.compile(rf"sampling({_NUMBER})")
 _KNOBS = re.compile(rf"({_KNOB}(?:-{_KNOB})*)(?:x({_NUMBER}))?")
 
 
-def strategy(text: str) -> tuple[Decoding, ...]:
-    """The decodings that a strategy's name, expression or file means; ConfigError lists the names and the grammar."""
+def default_strategy(kind: str) -> str:
+    """The strategy of a generator of this kind (as in `cappy.specs`) where none is named: one that it can do."""
+    return "endpoint8" if kind in ("openai", "vllm") else "paper17"
+
+
+def default_length(kind: str) -> int:
+    """Longest response, in tokens, of a generator of this kind where nothing states one."""
+    return ENDPOINT_NEW_TOKENS if kind == "openai" else MAX_NEW_TOKENS
+
+
+def strategy(text: str, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, ...]:
+    """The decodings that a strategy's name, expression or file means; ConfigError lists the names and the grammar.
+
+    `length` is the longest response in tokens of those that state none.
+    """
     if text.endswith(FILES):
         from cappy.sampling.strategy_file import read_decodings
 
-        return read_decodings(Path(text))
+        return read_decodings(Path(text), length)
+    # What comes with the project states no length of 64, but for want of another.
+    return tuple(
+        replace(one, max_new_tokens=length) if one.max_new_tokens == MAX_NEW_TOKENS else one for one in _parsed(text)
+    )
+
+
+def _parsed(text: str) -> tuple[Decoding, ...]:
     if text in STRATEGIES:
         return STRATEGIES[text]
     decodings = tuple(one for word in text.split("+") for one in STRATEGIES.get(word) or (parse_decoding(word, text),))
@@ -169,8 +192,16 @@ def checked(decodings: Sequence[Decoding], where: str) -> tuple[Decoding, ...]:
         wrong = next((rule for rule, held in _rules(decoding).items() if not held), None)
         if wrong:
             raise ConfigError(f"{where}: decoding {shown(decoding.name)}: {wrong}")
-    names = [decoding.name for decoding in decodings]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    named = Counter((decoding.name, decoding.generator) for decoding in decodings)
+    drawn_by_all = {name for name, generator in named if generator is None}
+    twice = next(
+        (
+            name
+            for (name, generator), count in named.items()
+            if count > 1 or (generator is not None and name in drawn_by_all)
+        ),
+        None,
+    )
     if twice is not None:
         raise ConfigError(f"{where}: {shown(twice)} stands twice; draw its samples in one decoding")
     return tuple(decodings)

@@ -5,14 +5,14 @@
 - {name: warm, num_samples: 4, temperature: 1.3, min_p: 0.05, max_new_tokens: 128}
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cappy.errors import ConfigError, shown
-from cappy.sampling.strategies import Decoding, checked, parse_decoding
+from cappy.sampling.strategies import MAX_NEW_TOKENS, Decoding, checked, parse_decoding
 from cappy.yaml_files import load_yaml
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -26,12 +26,15 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _MOST_BYTES = 1_000_000
 
 
-def read_decodings(path: Path) -> tuple[Decoding, ...]:
-    """The decodings of a file; ConfigError names the file, the entry, the knob and the value."""
+def read_decodings(path: Path, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, ...]:
+    """The decodings of a file; ConfigError names the file, the entry, the knob and the value.
+
+    `length` is the longest response in tokens of entries that state none.
+    """
     entries = _read(path)
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{path}: must be a list of decodings, got {shown(entries)}; see --strategy for their names")
-    return checked([_decoding(path, number, entry) for number, entry in enumerate(entries, 1)], str(path))
+    return checked([_decoding(path, number, entry, length) for number, entry in enumerate(entries, 1)], str(path))
 
 
 def _read(path: Path) -> Any:
@@ -49,11 +52,11 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"{path}:{line} is neither YAML nor JSON ({shown(reason)}); mend it") from error
 
 
-def _decoding(path: Path, number: int, entry: Any) -> Decoding:
+def _decoding(path: Path, number: int, entry: Any, length: int) -> Decoding:
     where = f"{path}: decoding {number}"
     if isinstance(entry, str):
         try:
-            return parse_decoding(entry)
+            return replace(parse_decoding(entry), max_new_tokens=length)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
     if not isinstance(entry, dict) or "name" not in entry:
@@ -67,7 +70,7 @@ def _decoding(path: Path, number: int, entry: Any) -> Decoding:
             raise ConfigError(f"{where}: {knob} must be {_said(wanted)}, got {shown(value)}")
     if not entry["name"].strip():
         raise ConfigError(f"{where}: name is empty; candidates are told apart by it")
-    return Decoding(**entry)
+    return Decoding(**{"max_new_tokens": length, **entry})
 
 
 def _said(wanted: tuple[type, ...]) -> str:

@@ -26,10 +26,8 @@ def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
     """Finetunes `scorer` on the train split of `source` into `target`; a killed run continues at its checkpoint."""
     from cappy.scoring import trained_on
     from cappy.specs import open_scorer
-    from cappy.training.paper import resolved
     from cappy.training.train import train
 
-    config = resolved(config)
     folder = open_scorer(config.scorer)
     return train(
         "finetuning",

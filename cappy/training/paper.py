@@ -4,17 +4,17 @@ Rows of all instances in one order, 128 to an update, 102,400 in all however man
 regression; AdamW without weight decay, gradients not clipped; the learning rate as the published code moved it; the
 last weights kept, nothing looked at on the way. A pair beyond 512 tokens loses the end of its longer text
 (`TRUNCATION`); the scorer's folder records it, so that it is scored as it was trained. Still ours: the random draws.
-The settings of the published pretraining are not known in full: there the preset sets the same.
+The settings of the published pretraining are not known in full: there the preset sets the same, and
+`recipes/pretrain-360m.yaml` says what is known besides.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
-from cappy.scoring.folder import Truncation
-from cappy.training.plan import TrainingSettings
+if TYPE_CHECKING:
+    from cappy.scoring.folder import Truncation
 
-TRUNCATION: Truncation = "longest_first"
+TRUNCATION: "Truncation" = "longest_first"
 """The published code's `truncation=True` (cappy_bigbench.py, lines 73 to 79)."""
 PAPER: Mapping[str, Any] = {
     "unit": "row",
@@ -33,21 +33,15 @@ PAPER: Mapping[str, Any] = {
     "max_length": 512,
 }
 
-Settings = TypeVar("Settings", bound=TrainingSettings)
 
+def with_preset(given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The settings that were given, and the preset's for those of `known` that were not.
 
-def resolved(plan: Settings) -> Settings:
-    """The plan with the preset's settings put where its own stand at their defaults.
-
-    So a flag that is given its default's value does not win over the preset. Other `epochs` than the default stand in
-    the place of `train_rows`.
+    Whatever is given wins, also where it is a setting's default. `epochs` stand in the place of `train_rows`.
     """
-    if plan.preset != "paper":
-        return plan
-    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(plan)}
-    own: dict[str, Any] = {
-        name: value for name, value in PAPER.items() if name in defaults and getattr(plan, name) == defaults[name]
-    }
-    if plan.epochs != defaults["epochs"]:
+    if given.get("preset") != "paper":
+        return dict(given)
+    own = {name: value for name, value in PAPER.items() if name in known}
+    if "epochs" in given:
         own.pop("train_rows", None)
-    return dataclasses.replace(plan, **own)
+    return {**own, **given}

@@ -1,13 +1,16 @@
 """The settings of the loop, and the learning rate at every update."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import ArgsKwargs
 
 from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, settings
 from cappy.errors import ConfigError, shown
 from cappy.records.instance import SOURCES, Source
+from cappy.training.conflicts import refuse_idle
+from cappy.training.paper import with_preset
 from cappy.training.remote.settings import LauncherSettings, refuse_unlaunchable
 
 TRAINING_STEPS = ("pretraining", "finetuning")
@@ -27,7 +30,7 @@ class LoopSettings:
     metric: Annotated[str, Field(description="Label to learn")] = "rougeL"
     preset: Annotated[
         Literal["default", "paper"],
-        Field(description="paper: as the published finetuning, but for flags given another value than their default"),
+        Field(description="paper: as the published finetuning, but for what is given besides"),
     ] = "default"
     unit: Annotated[
         Unit,
@@ -119,6 +122,11 @@ class LoopSettings:
         twice = next((source for source in told if told.count(source) > 1), None)
         if twice:
             raise ConfigError(f"--weights: gives {twice} twice; give it once")
+        idle = next((source for source in told if self.sources and source not in self.sources), None)
+        if idle:
+            raise ConfigError(
+                f"--weights: weighs {idle}, which --sources leaves out; leave one of them out"
+            )
 
     @property
     def source_weights(self) -> dict[Source, float]:
@@ -131,9 +139,17 @@ class LoopSettings:
 class TrainingSettings(LauncherSettings, LoopSettings):
     """What pretraining and finetuning have in common."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, given: Any) -> Any:
+        """Before anything is checked it is still known which settings were given."""
+        fields: dict[str, Any] = cls.__dataclass_fields__
+        return ArgsKwargs((), with_preset(given.kwargs or {}, fields)) if isinstance(given, ArgsKwargs) else given
+
     def __post_init__(self) -> None:
         LoopSettings.__post_init__(self)
         refuse_unlaunchable(self)
+        refuse_idle(self)
 
 
 def rate(update: int, updates: int, peak: float, warmup: float, schedule: Schedule = "linear") -> float:

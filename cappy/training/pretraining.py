@@ -37,10 +37,8 @@ def run(config: PretrainingConfig, progress: Progress = silent) -> Manifest:
     """Pretrains a scorer on the train split of `source` into `target`; a killed run continues at its checkpoint."""
     import numpy as np
 
-    from cappy.training.paper import resolved
     from cappy.training.train import train
 
-    config = resolved(config)
     folder = _open_encoder(config.encoder)
     return train(
         "pretraining",

@@ -42,7 +42,7 @@ class Outcome:
 
     @property
     def best(self) -> Draw:
-        """The candidate with the highest score, the first of equal ones."""
+        """The candidate with the highest score, the first of equal ones; a cut one only where none is whole."""
         return self.draws[0]
 
 
@@ -90,7 +90,7 @@ class _Run:
         if not self._draws:
             raise self._nothing()
         how = await self._judged()
-        ranked = sorted(self._draws, key=lambda draw: (draw.score is None, -(draw.score or 0.0)))
+        ranked = sorted(self._draws, key=_rank)
         return Outcome(
             request=self._request,
             draws=ranked,
@@ -119,7 +119,7 @@ class _Run:
         """Draws from an LLM in rounds, until the policy or a limit stops it."""
         start, asked = len(self._draws), 0
         while True:
-            values = [draw.value for draw in self._draws[start:] if draw.value is not None]
+            values = _values(self._draws[start:])
             drawn = len(self._draws) - start
             decision = decide(
                 self._gateway.policy, values, asked=asked, drawn=drawn, wanted=min(self._request.count, most), most=most
@@ -202,7 +202,7 @@ class _Run:
         return allowance.limit is not None and any(draw.choice.get("finish_reason") == "length" for draw in found.draws)
 
     def _best(self) -> float | None:
-        return max((draw.value for draw in self._draws if draw.value is not None), default=None)
+        return max(_values(self._draws), default=None)
 
     def _nothing(self) -> GatewayError:
         """Why there is no candidate."""
@@ -220,6 +220,22 @@ class _Run:
             f"the limit on a request's {self._limit} leaves no room for one candidate; shorten the prompt or raise it"
         )
         return GatewayError(400, text, code="limit_too_low")
+
+
+def _rank(draw: Draw) -> tuple[bool, bool, float]:
+    """Sorts the best first: whole responses by their score, then those cut at their limit, then what has no score.
+
+    A scorer reads how good a text is as far as it goes, not whether the rest is missing; a client that gets half an
+    answer although a whole one was there is worse off than with one answer alone.
+    """
+    return draw.score is None, draw.status == "truncated", -(draw.score or 0.0)
+
+
+def _values(draws: Sequence[Draw]) -> list[float]:
+    """What the candidates that may be given are worth: those of whole responses where there are any."""
+    scored_draws = [(draw.status, draw.value) for draw in draws if draw.value is not None]
+    whole = [value for status, value in scored_draws if status != "truncated"]
+    return whole or [value for _, value in scored_draws]
 
 
 def _tokens(usage: dict[str, object], name: str) -> int:

@@ -7,8 +7,9 @@ from typing import Any
 import httpx2
 
 from cappy.redaction import one_line, redact
+from cappy.sampling.endpoint.answers import BadAnswerError
 from cappy.sampling.endpoint.bounded import RefusedAnswerError
-from cappy.sampling.endpoint.faults import read_refusal
+from cappy.sampling.endpoint.faults import read_refusal, stated_refusal, stated_status
 
 INVALID = "invalid_request_error"
 _NUMBER = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,6})?")
@@ -70,6 +71,18 @@ def refused(name: str, response: httpx2.Response, keys: Sequence[str]) -> Gatewa
         code=_shortened(refusal.code) or None,
         headers=_kept(response.headers),
     )
+
+
+def bad_answer(name: str, error: BadAnswerError, keys: Sequence[str]) -> GatewayError:
+    """An answer with status 200 that holds no candidate: the error that it states, else 502."""
+    status = stated_status(error)
+    if status:
+        refusal = stated_refusal(error, keys)
+        message = _shortened(refusal.message) or f"status {status} without a word"
+        kind = _shortened(refusal.kind) or ("upstream_error" if status >= 500 else INVALID)
+        return GatewayError(status, f"{name} answered {status}: {message}", kind=kind, paid=True)
+    what = f"{name} answered what is no completion: {error.text(keys)}"
+    return GatewayError(502, what, kind="upstream_error", code="upstream_bad_answer", paid=True)
 
 
 def unreachable(name: str, error: httpx2.HTTPError, seconds: float, keys: Sequence[str]) -> GatewayError:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import httpx2
 
 from cappy.errors import ConfigError, shown
+from cappy.sampling.endpoint.addresses import base_address
 from cappy.sampling.endpoint.keys import NO_KEY, api_key, refuse_secrets
 from serving.gateway.ledger import Prices
 
@@ -37,7 +38,7 @@ def llm(url: str, *, model: str = "", key_variable: str = "", passes_key: bool =
     except httpx2.InvalidURL as error:
         raise ConfigError(f"{shown(url)}: is no address ({error}); an LLM's is http://host:port/v1") from error
     key = key_of(url, key_variable)
-    return LLM(url=url.rstrip("/"), model=model, key=key, passes_key=passes_key, prices=prices)
+    return LLM(url=base_address(url), model=model, key=key, passes_key=passes_key, prices=prices)
 
 
 def key_of(url: str, variable: str) -> str:

@@ -39,6 +39,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     second: LLM | None = None
     second_candidates: int = 1
+    strip_reasoning: bool = False
     feedback: Path | None = None
     max_body_bytes: int = MAX_BODY_BYTES
     bounds: Bounds = BOUNDS
@@ -89,10 +90,12 @@ def _gateway(settings: Settings, scoring: Scoring) -> Gateway:
     second = settings.second
     connections = connections_upstream() // (1 if second is None else 2)
     return Gateway(
-        first=Upstream(settings.llm, connections=connections),
+        first=Upstream(settings.llm, connections=connections, strip_reasoning=settings.strip_reasoning),
         scoring=scoring,
         policy=settings.policy,
         limits=settings.limits,
-        second=Upstream(second, name="the second LLM", connections=connections) if second is not None else None,
+        second=None
+        if second is None
+        else Upstream(second, name="the second LLM", connections=connections, strip_reasoning=settings.strip_reasoning),
         second_candidates=settings.second_candidates,
     )

@@ -1,21 +1,28 @@
-"""An LLM behind an OpenAI-compatible server: draws candidates, passes the rest through."""
+"""An LLM behind an OpenAI-compatible server: draws candidates, passes the rest through.
+
+Calls are never streamed, whatever the client asked for, so a response is judged when it is whole: one that its server
+gave up (`finish_reason: error`, an `error` object) is no candidate.
+"""
 
 import asyncio
 import base64
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import httpx2
 
+from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records.instance import SELECTABLE, Status
 from cappy.redaction import SHORTEST
-from cappy.sampling.endpoint.answers import BadAnswerError, model_name, read_choice, read_choices
+from cappy.sampling.endpoint.addresses import base_address, join_path, key_headers
+from cappy.sampling.endpoint.answers import BadAnswerError, GivenUpError, model_name, read_choice, read_choices
 from cappy.sampling.endpoint.bounded import MAX_BYTES, MAX_LIST_BYTES, answer_bytes, async_settings, max_connections
 from cappy.sampling.endpoint.capabilities import LENGTH, NEW_LENGTH, Capabilities, refused_parameter
 from cappy.sampling.paid import tokens_of
-from serving.gateway.errors import GatewayError, late, refused, unreachable
+from serving.gateway.errors import GatewayError, bad_answer, late, refused, unreachable
 from serving.gateway.ledger import Ledger, read_usage
 from serving.gateway.llm import LLM
 from serving.gateway.schemas import ChatRequest
@@ -24,6 +31,9 @@ CONNECT_SECONDS = 10.0
 MODELS_KNOWN = 256
 """Of how many models the refusals are remembered; clients choose the names, and memory must not grow with them."""
 _OWN = ("stream", "stream_options", "n")
+LOGGER = logging.getLogger("serving.gateway")
+Read = tuple[str, Status, list[float]]
+"""Text, status and log-probabilities of a choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +104,18 @@ class Ask:
 
 
 class Upstream:
-    """Asks one LLM's server, over connections that are kept open: `connections` at most, else `max_connections()`."""
+    """Asks one LLM's server, over connections that are kept open: `connections` at most, else `max_connections()`.
 
-    def __init__(self, llm: LLM, *, name: str = "the LLM", connections: int | None = None) -> None:
+    With `strip_reasoning` a candidate is the answer that follows the LLM's reasoning, and is passed on as that.
+    """
+
+    def __init__(
+        self, llm: LLM, *, name: str = "the LLM", connections: int | None = None, strip_reasoning: bool = False
+    ) -> None:
         self.llm = llm
+        self._base = base_address(llm.url)
+        self._strip = strip_reasoning
+        self._warned = False
         self._name = name
         self._capabilities: dict[str, Capabilities] = {}
         most = connections or max_connections()
@@ -120,14 +138,14 @@ class Upstream:
                     group.create_task(self.draw(ask, found, count=1, number=number + index))
             return
         try:
-            draws = await self._call(ask, capabilities, count=count, number=number)
+            draws, answered = await self._call(ask, capabilities, count=count, number=number)
         except GatewayError as problem:
             found.problems.append(problem)
             return
         found.draws += draws
-        if len(draws) < count:
+        if answered < count:
             capabilities.refuse("n")
-            await self.draw(ask, found, count=count - len(draws), number=number + len(draws))
+            await self.draw(ask, found, count=count - answered, number=number + answered)
 
     async def models(self, authorization: str) -> bytes:
         """The server's list of models, JSON as it answers; GatewayError where it does not."""
@@ -137,8 +155,11 @@ class Upstream:
             raise refused(self._name, response, _secrets(key))
         return _without(response.content, key)
 
-    async def _call(self, ask: Ask, capabilities: Capabilities, *, count: int, number: int) -> list[Draw]:
-        """The candidates of one request, at least one; none if the model refuses `n`; GatewayError if there is none."""
+    async def _call(self, ask: Ask, capabilities: Capabilities, *, count: int, number: int) -> tuple[list[Draw], int]:
+        """The candidates of one request, at least one, and how many were answered, those given up included.
+
+        None if the model refuses `n`; GatewayError if there is no candidate.
+        """
         wanted, added = ask.body(self.llm.model or ask.request.model, count=count, number=number)
         key = self.llm.authorization(ask.authorization)
         while True:
@@ -153,7 +174,7 @@ class Upstream:
             capabilities.refuse(parameter)
             ask.ledger.withdraw()
             if parameter == "n":
-                return []
+                return [], 0
 
     async def _metered(self, ask: Ask, sent: Mapping[str, Any], key: str, count: int) -> httpx2.Response:
         """The response to one request; what it may cost is held meanwhile, and settled if it is none or a refusal."""
@@ -179,19 +200,22 @@ class Upstream:
         tokens = ask.most_tokens if ask.most_tokens is not None else ask.request.most_tokens or 0
         return self.llm.prices.cost(tokens_of(ask.request.instruction), count * tokens)
 
-    def _read(self, ask: Ask, body: bytes, sent: Mapping[str, Any], count: int) -> list[Draw]:
-        """The candidates in a body, and their tokens in the ledger; GatewayError 502 if it holds none."""
+    def _read(self, ask: Ask, body: bytes, sent: Mapping[str, Any], count: int) -> tuple[list[Draw], int]:
+        """The candidates in a body and how many choices it has; its tokens go to the ledger.
+
+        GatewayError, 502 or the status that an error object in the body states, if it holds no candidate.
+        """
         try:
             values, choices = read_choices(body)
-            told = [(choice, read_choice(choice)) for choice in choices[:count]]
+            choices = choices[:count]
+            found = _good_choices(choices)
         except BadAnswerError as error:
             ask.ledger.fail(self._most(ask, count), paid=True)
             keys = _secrets(self.llm.authorization(ask.authorization))
-            what = f"{self._name} answered what is no completion: {error.text(keys)}"
-            raise GatewayError(502, what, kind="upstream_error", code="upstream_bad_answer", paid=True) from None
-        self._settle(ask, values.get("usage"), [text for _, (text, _, _) in told], count)
+            raise bad_answer(self._name, error, keys) from None
+        self._settle(ask, values.get("usage"), [text for _, (text, _, _) in found], count)
         model = model_name(values.get("model")) or str(sent["model"])
-        return [
+        draws = [
             Draw(
                 choice=_passed_on(choice, text),
                 text=text,
@@ -202,8 +226,34 @@ class Upstream:
                 logprob_sum=sum(logprobs) if logprobs else None,
                 num_tokens=len(logprobs) or None,
             )
-            for choice, (text, status, logprobs) in told
+            for choice, (text, status, logprobs) in found
         ]
+        return [self._without_reasoning(draw) for draw in draws], len(choices)
+
+    def _without_reasoning(self, draw: Draw) -> Draw:
+        """The candidate without its reasoning where that is wanted; where it is not, the log warns of it once.
+
+        Where nothing would be left the choice stays as it is, and the candidate is `empty`.
+        """
+        if not has_reasoning(draw.text):
+            return draw
+        if not self._strip:
+            if not self._warned:
+                LOGGER.warning(
+                    "%s answers with reasoning in the text, which is scored too; --strip-reasoning removes it",
+                    self._name,
+                )
+            self._warned = True
+            return draw
+        text = strip_reasoning(draw.text)
+        if not text:
+            return replace(
+                draw, text="", status="empty" if draw.scorable else draw.status, logprob_sum=None, num_tokens=None
+            )
+        message = {**draw.choice["message"], "content": text}
+        # Log-probabilities are of all tokens, those of the reasoning too.
+        choice = {**draw.choice, "message": message, "logprobs": None}
+        return replace(draw, text=text, choice=choice, logprob_sum=None, num_tokens=None)
 
     def _settle(self, ask: Ask, sent: object, texts: list[str], count: int) -> None:
         """Counts what the server says was used; its cost by the rule of thumb where it does not say."""
@@ -222,8 +272,11 @@ class Upstream:
         connect = min(CONNECT_SECONDS, seconds)
         timeout = httpx2.Timeout(seconds, connect=connect, pool=connect)
         # As bytes, because a client's header may hold what no text header can.
-        headers = {b"authorization": key.encode("latin-1", "replace")} if key else {}
-        address, more = self.llm.url + path, {MAX_BYTES: max_bytes}
+        headers = {
+            name.lower().encode(): value.encode("latin-1", "replace")
+            for name, value in key_headers(self._base, key).items()
+        }
+        address, more = join_path(self._base, path), {MAX_BYTES: max_bytes}
         try:
             # The timeouts above begin anew with every byte that comes.
             async with asyncio.timeout(seconds):
@@ -252,6 +305,20 @@ def _max_bytes(ask: Ask, sent: Mapping[str, Any], count: int) -> int:
     top = sent.get("top_logprobs")
     likelihoods = 1 + (min(top, 20) if isinstance(top, int) and top > 0 else 0) if sent.get("logprobs") else 0
     return answer_bytes(ask.most_tokens or ask.request.most_tokens, count, likelihoods=likelihoods)
+
+
+def _good_choices(choices: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Read]]:
+    """The choices that hold a response, read; GivenUpError where the server gave all of them up."""
+    found: list[tuple[Mapping[str, Any], Read]] = []
+    fault: GivenUpError | None = None
+    for choice in choices:
+        try:
+            found.append((choice, read_choice(choice)))
+        except GivenUpError as error:
+            fault = error
+    if fault is not None and not found:
+        raise fault
+    return found
 
 
 def _passed_on(choice: Mapping[str, Any], text: str) -> Mapping[str, Any]:

@@ -302,7 +302,7 @@ def test_distinct_values_cost_eight_bytes_each() -> None:
 
 def test_random_and_oracle_are_those_of_the_evaluation() -> None:
     given = [replace(i, split="test") for i in drawn(60)]
-    evaluated = evaluate(given, score=None, metric="m", resamples=100).selectors
+    evaluated = evaluate(given, score=None, metric="m").selectors
     report = report_of(*given)
     assert report.total.random == pytest.approx(evaluated["random"].estimate.mean, abs=1e-9)
     assert report.total.oracle == pytest.approx(evaluated["oracle"].estimate.mean, abs=1e-9)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from differences import difference
 
 from cappy.deployment import TOLERANCES, DeploymentConfig, run
 from cappy.errors import FolderError
@@ -37,10 +38,11 @@ def registered(scorer_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def write_report(folder: Path, scorer: Path, probes: list[list[object]]) -> None:
     folder.mkdir()
-    found = {"difference": 0.2, "low": 0.1, "high": 0.3, "probability": 1.0}
     values = {
         "schema": SCHEMA,
-        "comparisons": {"scorer-random": found},
+        "comparisons": {"scorer-random": difference(0.1)},
+        "facts": {"groups": 100},
+        "tested_groups": "00000001",
         "versions": {"challenger": read_manifest(scorer).hash[:12]},
     }
     (folder / "report.json").write_text(json.dumps(values))

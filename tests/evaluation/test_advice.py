@@ -18,7 +18,7 @@ Score = Callable[[Sequence[tuple[str, str]]], list[float]]
 @pytest.fixture
 def report(instances: list[Instance], score: Score) -> Report:
     """A scorer that was compared with everything but a champion."""
-    return evaluate(instances, score=score, resamples=100, probe=False)
+    return evaluate(instances, score=score, probe=False)
 
 
 def found(report: Report, needed: int | None = 60, **bounds: tuple[float, float]) -> Report:
@@ -74,7 +74,7 @@ def test_an_open_gain_says_how_many_groups_would_show_it(report: Report) -> None
 
 
 def test_the_same_picks_as_the_champion_are_no_reason_to_promote(instances: list[Instance], score: Score) -> None:
-    both = evaluate(instances, score=score, champion=score, resamples=100, probe=False)
+    both = evaluate(instances, score=score, champion=score, probe=False)
     assert advice(both).startswith("Hold: the scorer does exactly as well as the champion")
 
 
@@ -102,13 +102,13 @@ def test_a_scorer_worse_than_chance_is_held(report: Report) -> None:
 def test_beside_a_champion_the_champion_decides(
     instances: list[Instance], score: Score, bounds: tuple[float, float], start: str
 ) -> None:
-    both = evaluate(instances, score=score, champion=score, resamples=100, probe=False)
+    both = evaluate(instances, score=score, champion=score, probe=False)
     assert advice(found(both, random=WON, mbr=LOST, champion=bounds)).startswith(start)
 
 
 def test_a_pool_without_room_is_promoted_and_asks_for_other_candidates(instances: list[Instance]) -> None:
     labels = {(i.instruction, c.response): c.labels["rougeL"] for i in instances for c in i.candidates}
-    report = evaluate(instances, score=lambda p: [labels[x] for x in p], resamples=100, probe=False)
+    report = evaluate(instances, score=lambda p: [labels[x] for x in p], probe=False)
     assert advice(report).startswith("Promote, and sample other candidates: the oracle is only 0.0 above")
 
 
@@ -140,5 +140,5 @@ def test_nothing_is_advised_to_be_promoted_that_the_gate_would_hold(
 
 
 def test_without_a_scorer_the_advice_is_to_train_one(instances: list[Instance]) -> None:
-    report = evaluate(instances, score=None, resamples=100)
+    report = evaluate(instances, score=None)
     assert "train a scorer" in advice(report).casefold()

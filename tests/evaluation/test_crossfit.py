@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 
 from cappy.config import build
-from cappy.errors import ConfigError
-from cappy.evaluation import EvaluationConfig, crossfit, read_report, run
+from cappy.errors import ConfigError, FolderError
+from cappy.evaluation import EvaluationConfig, crossfit, out_of_fold, read_report, run, selectors
+from cappy.evaluation.parts import Part
+from cappy.evaluation.pools import Pool, collect
+from cappy.evaluation.protocol import report_of
+from cappy.evaluation.rules import rules
 from cappy.progress import silent
 from cappy.records import Instance, Manifest, prompt_hash, read, write
 from cappy.records.folder import describe_files, write_manifest
@@ -116,13 +120,87 @@ def test_no_instance_is_tested_or_held_out_by_a_scorer_that_saw_it(
     assert crossfit.leaks(parts, tmp_path, lambda folder: of_first) == len(of_first) > 20
 
 
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [({"folds": 2}, "takes 3 or more"), ({"folds": 5, "champion": "builtin"}, "leave --champion out")],
-)
-def test_folds_that_make_no_sense_are_refused(tmp_path: Path, values: dict[str, object], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        build(EvaluationConfig, {"source": tmp_path, "scorer": tmp_path, "target": tmp_path, **values})
+@pytest.mark.parametrize("folds", [1, 2])
+def test_folds_that_make_no_sense_are_refused(tmp_path: Path, folds: int) -> None:
+    with pytest.raises(ConfigError, match="takes 3 or more"):
+        build(EvaluationConfig, {"source": tmp_path, "scorer": tmp_path, "target": tmp_path, "folds": folds})
+
+
+def scored(pools: Sequence[Pool], seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.random(len(pool.candidates)) for pool in pools]
+
+
+def part_for(pools: Sequence[Pool], seed: int) -> Part:
+    scores = scored(pools, seed)
+    found = rules(pools, [], {"scorer": scores}, [])
+    return Part(pools=pools, held_out=[], held_scores=[], rules=found, calibration=None)
+
+
+@pytest.fixture
+def champion(tmp_path: Path, grouped: list[Instance]) -> Path:
+    """The folder of a champion with out-of-fold scores of all instances."""
+    pools = collect(grouped, metric="rougeL", splits={one.split for one in grouped})
+    text = out_of_fold.to_json(pools, scored(pools, seed=7), metric="rougeL", folds=5, leaks=0)
+    (tmp_path / out_of_fold.OUT_OF_FOLD).write_text(text)
+    return tmp_path
+
+
+def test_two_recipes_are_compared_on_their_picks_of_the_same_instances(grouped: list[Instance], champion: Path) -> None:
+    pools = collect(grouped, metric="rougeL", splits={one.split for one in grouped})
+    shuffled = [pools[index] for index in np.random.default_rng(0).permutation(len(pools))]
+    parts = [part_for(shuffled[:20], 1), part_for(shuffled[20:], 2)]
+    joined, leaks = crossfit.with_champion(parts, champion, "rougeL")
+    assert leaks == {"champion": 0}
+    report = report_of(joined, metric="rougeL", split="cross-fitted", seed=0, folds=5)
+    expected = selectors.picked(pools, scored(pools, seed=7)).mean()
+    assert report.selectors["champion"].estimate.mean == pytest.approx(expected)
+    assert report.comparisons["scorer-champion"].groups == 30
+
+
+def fewer(grouped: list[Instance]) -> list[Instance]:
+    return grouped[:-1]
+
+
+def reworded(grouped: list[Instance]) -> list[Instance]:
+    return [replace(grouped[0], instruction="Another wording."), *grouped[1:]]
+
+
+def sampled_again(grouped: list[Instance]) -> list[Instance]:
+    first = replace(grouped[0], candidates=tuple(reversed(grouped[0].candidates)))
+    return [first, *grouped[1:]]
+
+
+@pytest.mark.parametrize("changed", [fewer, reworded, sampled_again])
+def test_picks_of_other_instances_compare_nothing_and_the_gate_holds(
+    grouped: list[Instance], champion: Path, changed: Callable[[list[Instance]], list[Instance]]
+) -> None:
+    instances = changed(grouped)
+    pools = collect(instances, metric="rougeL", splits={one.split for one in instances})
+    parts, leaks = crossfit.with_champion([part_for(pools, 1)], champion, "rougeL")
+    report = report_of(parts, metric="rougeL", split="cross-fitted", seed=0, folds=5)
+    assert leaks == {}
+    assert "scorer-champion" not in report.comparisons
+    assert (
+        f"of 60 instances, this report is on {len(pools)}, and 59 of them are the same"
+        in report.unavailable["champion"]
+    )
+    decision = decide(report.to_dict(), has_champion=True)
+    assert decision.decision == "hold"
+    assert "does not compare with the champion" in decision.reasons[0]
+
+
+def test_a_champion_without_out_of_fold_picks_says_what_to_do(grouped: list[Instance], tmp_path: Path) -> None:
+    pools = collect(grouped, metric="rougeL", splits={one.split for one in grouped})
+    (part,), _ = crossfit.with_champion([part_for(pools, 1)], tmp_path, "rougeL")
+    assert "cross-fit it with --folds and register it again" in part.rules.unavailable["champion"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"metric": "rougeL", "folds": 5, "leaks": 0, "scores": {"a": ["x"]}}'])
+def test_damaged_out_of_fold_scores_are_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / out_of_fold.OUT_OF_FOLD).write_text(text)
+    with pytest.raises(FolderError, match="evaluate again with --folds"):
+        out_of_fold.read_out_of_fold(tmp_path)
 
 
 def test_a_scorer_whose_recipe_is_not_known_is_refused(
@@ -134,7 +212,7 @@ def test_a_scorer_whose_recipe_is_not_known_is_refused(
         run(build(EvaluationConfig, {"scorer": scorer_folder, "folds": 3, **places}))
 
 
-def test_a_real_recipe_is_trained_for_each_fold_and_its_report_opens_no_gate(
+def test_a_real_recipe_is_trained_for_each_fold_and_leaves_its_picks(
     tmp_path: Path, scorer_folder: Path, grouped: list[Instance], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The settings stand in the scorer's own manifest; a second run trains nothing again but what was damaged."""
@@ -157,13 +235,15 @@ def test_a_real_recipe_is_trained_for_each_fold_and_its_report_opens_no_gate(
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         told.append(note)
 
-    config = build(EvaluationConfig, {"target": tmp_path / "report", "folds": 3, "resamples": 200, **places})
+    config = build(EvaluationConfig, {"target": tmp_path / "report", "folds": 3, **places})
     first = run(config, progress)
     report = read_report(tmp_path / "report")
     assert (report.folds, report.facts["instances"], report.split) == (3, 30, "cross-fitted")
     assert report.leaks == {"challenger": 0}
     assert {note.split(",")[0] for note in told} >= {"fold 1 of 3", "fold 2 of 3", "fold 3 of 3"}
-    assert decide(report.to_dict(), has_champion=False).decision == "hold"
+    left = out_of_fold.read_out_of_fold(tmp_path / "report")
+    assert left is not None
+    assert (left.folds, left.leaks, len(left.scores)) == (3, 0, 30)
     trained = Counter(updates)
     assert trained[0] == 3, "each fold is trained from its first update"
     assert set(trained.values()) == {3}

@@ -22,7 +22,7 @@ def test_the_baselines_of_the_e2e_pool_are_the_known_ones() -> None:
     best = tuning.choose_system(pools)
     assert best is not None
     picks = [pool.labels[selectors.pick(selectors.system(pool.candidates, best))] for pool in pools]
-    report = evaluate(instances, score=None, resamples=200)
+    report = evaluate(instances, score=None)
     found = {name: round(100 * report.selectors[name].estimate.mean, 1) for name in ("random", "mbr", "oracle")}
     assert len(instances) == 630
     assert found == {"random": 65.1, "mbr": 71.0, "oracle": 84.4}

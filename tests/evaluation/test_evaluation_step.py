@@ -54,7 +54,7 @@ def folders(tmp_path: Path, instances: list[Instance]) -> Path:
 
 def config(folders: Path, **values: object) -> EvaluationConfig:
     paths = {"source": folders / "instances", "scorer": folders / "scorer", "target": folders / "report"}
-    return build(EvaluationConfig, {**paths, "work": folders / "work", "resamples": 200, **values})
+    return build(EvaluationConfig, {**paths, "work": folders / "work", **values})
 
 
 def trained_on_first_three(instances: list[Instance], leaking: str) -> Callable[[Path], np.ndarray]:
@@ -143,8 +143,8 @@ def test_a_folder_without_a_report_says_what_to_give(folders: Path) -> None:
 
 
 def test_settings_out_of_range_are_refused_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"evaluation: --resamples.*got 5"):
-        config(tmp_path, resamples=5)
+    with pytest.raises(ConfigError, match=r"evaluation: --folds.*got 50"):
+        config(tmp_path, folds=50)
 
 
 def no_number(text: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from cappy.errors import CappyError, ConfigError, RecordError
 from cappy.evaluation import Report, evaluate, published
@@ -24,7 +25,7 @@ def test_every_selector_lies_between_the_worst_and_the_oracle(instances: list[In
     worst = np.mean([min(c.labels["rougeL"] for c in i.candidates) for i in instances if i.split == "test"])
     found = means(report)
     assert len(found) == 13
-    assert not report.unavailable
+    assert set(report.unavailable) == {"greedy"}
     assert all(worst <= mean <= found["oracle"] for mean in found.values())
     assert all(row.estimate.low <= row.estimate.mean <= row.estimate.high for row in report.selectors.values())
 
@@ -71,10 +72,47 @@ def test_training_instances_are_passed_over(
 
 def test_test_instances_choose_no_weight_and_no_system(instances: list[Instance], score: Score) -> None:
     report = evaluate([i for i in instances if i.split == "test"], score=score)
-    assert set(report.unavailable) == {"champion", "best_system", "hybrid_mbr", "hybrid_likelihood"}
+    assert set(report.unavailable) == {"champion", "best_system", "greedy", "hybrid_mbr", "hybrid_likelihood"}
     assert "held-out" in report.unavailable["hybrid_mbr"]
     reported = evaluate(instances, score=score, split="validation")
     assert "held-out" in reported.unavailable["best_system"]
+
+
+def decoded(instance: Instance, *decodings: str) -> Instance:
+    """The instance with these decodings of its first candidates."""
+    made = [
+        replace(one, generator="llm", decoding=name) for one, name in zip(instance.candidates, decodings, strict=False)
+    ]
+    return replace(instance, candidates=(*made, *instance.candidates[len(made) :]))
+
+
+def test_the_greedy_response_is_what_a_user_has_without_a_selector(instances: list[Instance], score: Score) -> None:
+    given = [decoded(one, "topp0.95", "greedy") for one in instances]
+    report = evaluate(given, score=score)
+    expected = np.mean([one.candidates[1].labels["rougeL"] for one in given if one.split == "test"])
+    assert means(report)["greedy"] == pytest.approx(expected)
+    assert report.selectors["greedy"].detail == "llm greedy"
+    found = report.comparisons["scorer-greedy"]
+    assert found.difference == pytest.approx(means(report)["scorer"] - expected)
+
+
+def test_of_several_greedy_responses_the_better_one_on_held_out_instances_is_compared(
+    instances: list[Instance], score: Score
+) -> None:
+    given = [decoded(one, "greedy", "GREEDY") for one in instances]
+    held = [one for one in given if one.split == "validation"]
+    by_system = [np.mean([one.candidates[index].labels["rougeL"] for one in held]) for index in (0, 1)]
+    expected = ("llm greedy", "llm GREEDY")[int(np.argmax(by_system))]
+    assert evaluate(given, score=score).selectors["greedy"].detail == expected
+
+
+def test_a_greedy_response_that_some_instance_lacks_is_not_compared(instances: list[Instance], score: Score) -> None:
+    given = [decoded(one, "greedy") for one in instances]
+    lacking = next(index for index, one in enumerate(given) if one.split == "test")
+    given[lacking] = instances[lacking]
+    report = evaluate(given, score=score)
+    assert report.unavailable["greedy"] == "not every instance has a greedy response"
+    assert "scorer-greedy" not in report.comparisons
 
 
 def test_a_missing_likelihood_makes_the_selector_unavailable_and_says_why(
@@ -215,7 +253,8 @@ def test_an_average_over_tasks_is_as_unsure_as_its_tasks_differ(make_instance: C
     average = report.averages["all tasks"].means["scorer"]
     by_task = [row.means["scorer"] for row in report.tasks]
     assert average.mean == pytest.approx(np.mean(by_task))
-    assert (average.low, average.high) == pytest.approx((min(by_task), max(by_task)), abs=0.05)
+    expected = ttest_1samp(by_task, 0).confidence_interval(0.95)
+    assert (average.low, average.high) == pytest.approx((max(0, expected.low), min(1, expected.high)), abs=0.01)
     assert average.high - average.low > 2 * (
         report.selectors["scorer"].estimate.high - report.selectors["scorer"].estimate.low
     )

@@ -13,7 +13,7 @@ Score = Callable[[Sequence[tuple[str, str]]], list[float]]
 
 
 def probed(instances: list[Instance], score: Score) -> dict[str, Probe]:
-    return {probe.name: probe for probe in evaluate(instances, score=score, resamples=100).probes}
+    return {probe.name: probe for probe in evaluate(instances, score=score).probes}
 
 
 def choice(made: Instance, instruction: str, right: str) -> Instance:

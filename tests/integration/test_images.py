@@ -41,7 +41,6 @@ PAIRS = [["Sort: pear fig", "fig pear"], ["Sort: pear fig", "pear fig"], ["Add: 
 SMALL = {
     "preparation": {"num_per_family": 4},
     "finetuning": {"epochs": 1, "batch_instances": 2},
-    "evaluation": {"resamples": 200},
 }
 ADAPT = """
 import json, os, sys

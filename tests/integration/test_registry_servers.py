@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from differences import difference
 from processes import free_port, running, wait_for
 
 from cappy import registry
@@ -23,7 +24,7 @@ from cappy.registry.registration import RegistrationConfig
 from cappy.registry.registration import run as register
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-FOUND = {"difference": 0.2, "low": 0.1, "high": 0.3, "probability": 1.0}
+FOUND = difference(0.19, 0.2)
 
 
 @pytest.fixture
@@ -64,7 +65,14 @@ def evaluated(folder: Path, scorer: Path, champion: Path | None = None) -> Path:
         others.append("champion")
     folder.mkdir()
     comparisons = {f"scorer-{other}": FOUND for other in others}
-    values = {"schema": SCHEMA, "comparisons": comparisons, "versions": versions, "leaks": {}}
+    values = {
+        "schema": SCHEMA,
+        "comparisons": comparisons,
+        "versions": versions,
+        "leaks": {},
+        "facts": {"groups": 100},
+        "tested_groups": "0" * 8,
+    }
     (folder / "report.json").write_text(json.dumps(values))
     write_manifest(folder, Manifest(step="evaluation", files=describe_files(folder)))
     return folder

@@ -171,7 +171,7 @@ def report_of(name: str, make_instance: Callable[..., Instance], score: Any) -> 
 
     instances = [renamed(make_instance(index)) for index in range(20)]
     held = [renamed(make_instance(index, split="validation")) for index in range(100, 120)]
-    report = evaluate([*instances, *held], score=score, resamples=50)
+    report = evaluate([*instances, *held], score=score)
     probe = Probe(name=name, value=0.5, meaning=name)
     return replace(report, metric=name, split=name, probes=(probe,), versions={"challenger": name})
 

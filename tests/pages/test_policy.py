@@ -45,7 +45,7 @@ def score(pairs: Any) -> list[float]:
 
 @cache
 def evaluated() -> Report:
-    return evaluate(INSTANCES, score=score, metric="m", resamples=50)
+    return evaluate(INSTANCES, score=score, metric="m")
 
 
 @cache

@@ -86,8 +86,8 @@ def test_a_file_that_is_no_recipe_is_one_line(text: str | None, line: str, tmp_p
 def test_a_wrong_parameter_and_a_wrong_setting_are_refused_without_a_registry() -> None:
     with pytest.raises(ConfigError, match=r"parameters: adapt has no 'sauce'; there are .*source"):
         check(checked({"pipeline": "adapt", "parameters": {"sauce": "builtin"}}))
-    with pytest.raises(ConfigError, match=r"evaluation: --resamples"):
-        check(checked({"pipeline": "adapt", "settings": {"evaluation": {"resamples": 3}}}))
+    with pytest.raises(ConfigError, match=r"evaluation: --folds"):
+        check(checked({"pipeline": "adapt", "settings": {"evaluation": {"folds": 50}}}))
     with pytest.raises(ConfigError, match=r"sampling: --shard is what the pipeline gives each"):
         submission_of(checked({"pipeline": "adapt", "settings": {"sampling": {"shard": "0/2"}}, "shards": 2}))
 

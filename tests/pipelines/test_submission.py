@@ -51,7 +51,7 @@ def test_one_byte_of_the_input_changes_every_fingerprint(file: Path, tmp_path: P
 
 def test_a_setting_changes_the_fingerprints_of_its_step_and_of_those_after_it(file: Path, tmp_path: Path) -> None:
     before = fingerprints(_placed(plan(file), tmp_path))
-    more = plan(file, settings={"evaluation": {"resamples": 500}})
+    more = plan(file, settings={"evaluation": {"folds": 5}})
     after = fingerprints(_placed(more, tmp_path))
     assert changed(before, after) == ["evaluation", "registration", "promotion", "deployment"]
 
@@ -117,20 +117,20 @@ def test_an_edited_part_of_a_folder_of_records_is_refused(file: Path, tmp_path: 
 
 
 def test_a_wrong_setting_is_said_before_anything_runs(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"evaluation: --resamples: .*100.*, got 3"):
-        prepare("adapt", plan(file, settings={"evaluation": {"resamples": 3}}), work=tmp_path)
+    with pytest.raises(ConfigError, match=r"evaluation: --folds: .*20.*, got 50"):
+        prepare("adapt", plan(file, settings={"evaluation": {"folds": 50}}), work=tmp_path)
     with pytest.raises(ConfigError, match="adapt: has no step pretraining"):
         prepare("adapt", {**plan(file), "pretraining": {}}, work=tmp_path)
     with pytest.raises(ConfigError, match="no such pipeline; there are adapt, pretrain"):
         prepare("adopt", plan(file), work=tmp_path)
-    with pytest.raises(ConfigError, match="--seed is one for the whole pipeline"):
-        prepare("adapt", plan(file, settings={"finetuning": {"seed": 5}}), work=tmp_path)
+    with pytest.raises(ConfigError, match="--metric is one for the whole pipeline"):
+        prepare("adapt", plan(file, settings={"evaluation": {"metric": "chrf"}}), work=tmp_path)
 
 
 def test_every_setting_reaches_its_step_as_a_parameter_or_encoded(file: Path, tmp_path: Path) -> None:
     choices = plan(file, name="notes", seed=7, tracking_uri="sqlite:///my.db", settings={"promotion": {"margin": 0.1}})
     found = prepare("adapt", choices, work=tmp_path / "work").arguments
-    assert (found["name"], found["seed"], found["margin"], found["source"]) == ("notes", 7, 0.1, str(file))
+    assert (found["name"], found["training_seed"], found["margin"], found["source"]) == ("notes", 7, 0.1, str(file))
     work = str(tmp_path / "work")
     assert decode(found["registration_settings"]) == {"tracking_uri": "sqlite:///my.db", "work": work}
     assert decode(found["tracking_settings"]) == {"tracking_uri": "sqlite:///my.db", "work": work}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from differences import difference
 
 from cappy.evaluation.report import SCHEMA
 from cappy.records import Manifest
@@ -44,17 +45,18 @@ class Room:
         return folder
 
     def report(self, name: str, scorer: Path, champion: Path | None = None, **changes: Any) -> Path:
-        """The folder of an evaluation that found the scorer better than everything by 10 to 30."""
+        """The folder of an evaluation that found the scorer better than everything by 19 to 21."""
         folder = self.folder / name
         folder.mkdir()
-        found = {"difference": 0.2, "low": 0.1, "high": 0.3, "probability": 1.0}
+        found = difference(0.19, 0.2)
         others = ("random", "likelihood", "mbr") if champion is None else ("random", "likelihood", "mbr", "champion")
         values: dict[str, Any] = {
             "schema": SCHEMA,
             "verdict": ["The scorer beats random choice."],
             "metric": "rougeL",
             "split": "test",
-            "facts": {"instances": 24},
+            "facts": {"instances": 240, "groups": 100},
+            "tested_groups": "0000000100000002",
             "selectors": {"scorer": {"estimate": {"mean": 0.5, "low": 0.4, "high": 0.6}}},
             "comparisons": {f"scorer-{other}": found for other in others},
             "leaks": {"challenger": 0},

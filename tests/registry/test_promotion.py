@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import race
+from differences import difference
 
 from cappy import registry
 from cappy.cli import main
-from cappy.errors import ConfigError, FolderError, RegistryError
+from cappy.errors import ConfigError, FolderError, RecordError, RegistryError
 from cappy.records import Manifest
 from cappy.records.folder import describe_files, write_manifest
 from cappy.registry import aliases
@@ -20,11 +21,8 @@ from cappy.registry.gate import decide, parse_guards
 
 
 def report(leaks: Mapping[str, int] | None = None, **lows: float) -> dict[str, Any]:
-    comparisons = {
-        f"scorer-{name}": {"difference": low + 0.05, "low": low, "high": low + 0.1, "probability": 0.9}
-        for name, low in lows.items()
-    }
-    return {"comparisons": comparisons, "leaks": leaks or {"challenger": 0}}
+    comparisons = {f"scorer-{name}": difference(low) for name, low in lows.items()}
+    return {"comparisons": comparisons, "leaks": leaks or {"challenger": 0}, "split": "test", "facts": {"groups": 100}}
 
 
 @pytest.mark.parametrize(
@@ -45,7 +43,16 @@ def report(leaks: Mapping[str, int] | None = None, **lows: float) -> dict[str, A
         (report(random=0.1, likelihood=0.1), True, 0.0, "hold"),
         (report({"challenger": 1}, random=0.1), False, 0.0, "hold"),
         (report({"challenger": 0, "champion": 2}, champion=0.1), True, 0.0, "hold"),
-        ({**report(random=0.1, likelihood=0.1), "folds": 5}, False, 0.0, "hold"),
+        ({**report(random=0.1, likelihood=0.1), "folds": 5, "split": "cross-fitted"}, False, 0.0, "promote"),
+        ({**report(random=0.1), "split": "validation"}, False, 0.0, "hold"),
+        (report(random=0.1, greedy=0.01), False, 0.0, "promote"),
+        (report(random=0.1, greedy=-0.01), False, 0.0, "hold"),
+        (report(random=0.1, best_system=-0.01), False, 0.0, "hold"),
+        (report(random=0.1, greedy=0.01, best_system=-0.01), False, 0.0, "promote"),
+        (report(champion=0.1, greedy=-0.01), True, 0.0, "promote"),
+        ({**report(random=0.1), "facts": {"groups": 29}}, False, 0.0, "hold"),
+        ({**report(random=0.1), "facts": {"groups": 30}}, False, 0.0, "promote"),
+        ({**report(random=0.1), "facts": {}}, False, 0.0, "hold"),
     ],
 )
 def test_the_gate_opens_only_for_what_is_proven(
@@ -61,8 +68,53 @@ def test_reasons_name_the_comparison_the_interval_and_the_leak() -> None:
     reasons = decide(report({"challenger": 3}, random=-0.02, mbr=0.01), has_champion=False).reasons
     assert reasons[0].startswith("The challenger was trained on 3 of the reported prompts")
     expected = "The scorer is not proven to beat random choice: difference +3.0 (95% interval -2.0 to +8.0, x100)."
-    assert reasons[1] == expected
+    assert reasons[1].startswith(expected)
     assert reasons[2].startswith("For information: against MBR")
+
+
+def test_a_gain_that_is_not_proven_says_how_many_groups_would_show_it() -> None:
+    """At 80 % power the groups grow with the square of (2.83 standard errors / gain)."""
+    reasons = decide(report(random=-0.02), has_champion=False).reasons
+    sentence = "A gain of 3.0 needs about 565 groups to be shown in four of five tries, the report has 100."
+    assert reasons[0].endswith(sentence)
+    assert "A gain" not in decide(report(random=-0.2), has_champion=False).reasons[0]
+    later = decide(report(random=-0.02), has_champion=False, attempt=2).reasons[0]
+    assert "needs about 1,093 groups" in later
+
+
+@pytest.mark.parametrize(("attempt", "expected"), [(1, "promote"), (2, "hold"), (20, "hold")])
+def test_a_later_attempt_on_the_same_groups_must_be_surer(attempt: int, expected: str) -> None:
+    """2.2 standard errors are enough the first time, 3.1 every time, and nothing is from the 21st on."""
+    weak, strong = report(random=0.005), report(random=0.02, champion=0.02)
+    assert decide(weak, has_champion=False, attempt=attempt).decision == expected
+    for found in strong["comparisons"].values():
+        found["standard_error"] = found["difference"] / 3.2
+    assert decide(strong, has_champion=True, attempt=attempt).decision == "promote"
+    assert decide(strong, has_champion=True, attempt=21).decision == "hold"
+    assert "new test split" in " ".join(decide(strong, has_champion=True, attempt=21).reasons)
+
+
+@pytest.mark.parametrize("error", [0.0, None])
+def test_differences_that_do_not_vary_prove_nothing(error: float | None) -> None:
+    found = report()
+    found["comparisons"]["scorer-random"] = difference(0.1, 0.1, standard_error=error)
+    decision = decide(found, has_champion=False)
+    assert (decision.decision, "no error to compare with" in decision.reasons[0]) == ("hold", True)
+
+
+@pytest.mark.parametrize(
+    "comparisons", [None, [], {"scorer-random": None}, {"scorer-random": {"low": 0.1}}, {"scorer-random": {"low": "x"}}]
+)
+def test_comparisons_of_another_form_are_one_line(comparisons: Any) -> None:
+    with pytest.raises(RecordError, match=r"^report: comparisons.*evaluate again$"):
+        decide({**report(), "comparisons": comparisons}, has_champion=False)
+
+
+def test_the_reason_that_a_cross_fitted_report_has_no_champion_is_the_gates_reason() -> None:
+    found = {**report(random=0.1), "folds": 5, "unavailable": {"champion": "its picks are of 52 other instances"}}
+    decision = decide(found, has_champion=True)
+    assert decision.decision == "hold"
+    assert decision.reasons == ("The report does not compare with the champion: its picks are of 52 other instances.",)
 
 
 def test_a_promoted_version_is_champion_and_challenger_no_more(room: Any, registered: Any) -> None:
@@ -215,13 +267,8 @@ def test_the_strict_gate_asks_for_mbr_too(lows: dict[str, float], expected: str)
 
 
 def guarded(low: float, champion: bool = True) -> dict[str, Any]:
-    difference = {"difference": low + 0.05, "low": low, "high": low + 0.1, "probability": 0.5}
-    other = {"difference": -0.9, "low": -1.0, "high": -0.8, "probability": 0.0}
-    row = {
-        "task": "rte",
-        "gain": other if champion else difference,
-        "against_champion": difference if champion else None,
-    }
+    found, other = difference(low), difference(-1.0, -0.9)
+    row = {"task": "rte", "gain": other if champion else found, "against_champion": found if champion else None}
     return {**report(random=0.1, likelihood=0.1, champion=0.1), "tasks": [row, {"task": "cb", "gain": other}]}
 
 
@@ -250,7 +297,7 @@ def test_a_guard_that_is_none_is_refused(text: str) -> None:
 def test_hold_leaves_its_evidence(room: Any, registered: Any) -> None:
     _, found = registered("a", leaks={"challenger": 1})
     room.promote(found, baseline="mbr", margin=0.05)
-    told = json.loads((room.folder / "decision-0" / "decision.json").read_text())["evidence"]
+    told = json.loads((room.folder / "decision-0" / "decision.json").read_text())["basis"]
     assert (told["baseline"], told["margin"], told["leaks"]) == ("mbr", 0.05, {"challenger": 1})
     assert set(told["comparisons"]) == {"scorer-random", "scorer-likelihood", "scorer-mbr"}
 
@@ -265,6 +312,94 @@ def test_a_dry_run_explains_and_moves_nothing(room: Any, registered: Any, capsys
     told = capsys.readouterr().out
     assert told.startswith("would promote; nothing was moved\n  The scorer beats random choice")
     assert registry.champion("cappy", tracking_uri=room.uri) is None
+
+
+def test_a_version_that_was_rolled_back_stays_so_until_somebody_forces_it(room: Any, registered: Any) -> None:
+    one, first = registered("a", 1.0)
+    room.promote(first)
+    _, second = registered("b", 2.0, champion=one)
+    room.promote(second)
+    registry.rollback("cappy", tracking_uri=room.uri)
+    again = room.promote(second)
+    assert (again["decision"], again["reasons"][0]) == (
+        "hold",
+        "Version 2 was rolled back: promote it again with --force, or train another one.",
+    )
+    assert room.promote(second, force=True)["decision"] == "promote"
+    assert room.promote(second)["reasons"] == ["Version 2 is already champion."]
+    registry.rollback("cappy", tracking_uri=room.uri)
+    assert room.promote(second)["decision"] == "hold"
+
+
+def test_force_opens_the_gate_for_nothing_but_a_rollback(room: Any, registered: Any) -> None:
+    _, found = registered("a", leaks={"challenger": 1})
+    assert room.promote(found, force=True)["decision"] == "hold"
+
+
+def test_a_version_that_a_rollback_brought_back_is_not_held(room: Any, registered: Any) -> None:
+    one, first = registered("a", 1.0)
+    room.promote(first)
+    _, second = registered("b", 2.0, champion=one)
+    room.promote(second)
+    registry.rollback("cappy", tracking_uri=room.uri)
+    _, third = registered("c", 3.0, champion=one)
+    assert room.promote(third)["decision"] == "promote"
+    with connected(room.uri) as client:
+        versions = {number: registry.resolve(f"models:/cappy/{number}", tracking_uri=room.uri) for number in (1, 2, 3)}
+        assert [aliases.was_rolled_back(client, versions[number]) for number in (1, 2, 3)] == [False, True, False]
+
+
+GROUPS = "".join(f"{number:08x}" for number in range(100))
+MORE = "".join(f"{number:08x}" for number in range(101))
+HALF = "".join(f"{number:08x}" for number in range(60, 160))
+OTHER = "".join(f"{number:08x}" for number in range(100, 200))
+
+
+@pytest.mark.parametrize(
+    ("tested", "attempts"),
+    [
+        ([GROUPS, GROUPS, GROUPS], [1, 2, 3]),
+        ([GROUPS, MORE, GROUPS], [1, 2, 3]),
+        ([GROUPS, OTHER, GROUPS], [1, 1, 2]),
+        ([GROUPS, GROUPS, OTHER], [1, 2, 1]),
+        ([GROUPS, GROUPS, HALF], [1, 2, 2]),
+    ],
+    ids=["the same groups", "a row more", "other groups between", "a new split", "two that had 40% of the groups"],
+)
+def test_attempts_are_counted_by_the_groups_that_versions_share(
+    room: Any, registered: Any, tested: list[str], attempts: list[int]
+) -> None:
+    made = []
+    for number, groups in enumerate(tested):
+        _, found = registered(f"s{number}", float(number), tested_groups=groups, leaks={"challenger": 1})
+        room.promote(found)
+        made.append(json.loads((room.folder / f"decision-{number}" / "decision.json").read_text())["attempt"])
+    assert made == attempts
+    assert registry.resolve("models:/cappy/3", tracking_uri=room.uri).tags["cappy.attempt"] == str(attempts[-1])
+
+
+def test_a_rerun_is_no_further_attempt(room: Any, registered: Any) -> None:
+    registered("a")
+    other, second = registered("b", 2.0)
+    for _ in range(3):
+        room.register(other, second)
+        room.promote(second)
+    told = [json.loads(path.read_text())["attempt"] for path in room.folder.glob("decision-*/decision.json")]
+    assert told == [2, 2, 2]
+
+
+def test_attempts_are_not_counted_where_a_person_says_so_and_the_version_says_it(room: Any, registered: Any) -> None:
+    registered("a", 1.0)
+    _, second = registered("b", 2.0)
+    room.promote(second, count_attempts=False)
+    assert registry.resolve("models:/cappy/2", tracking_uri=room.uri).tags["cappy.attempt"] == "not counted"
+
+
+def test_a_decision_says_whether_its_evidence_is_of_the_scorer_or_of_its_recipe(room: Any, registered: Any) -> None:
+    _, found = registered("a", folds=5, split="cross-fitted")
+    assert room.promote(found)["decision"] == "promote"
+    assert json.loads((room.folder / "decision-0" / "decision.json").read_text())["evidence"] == "recipe"
+    assert registry.resolve("models:/cappy@champion", tracking_uri=room.uri).tags["cappy.evidence"] == "recipe"
 
 
 def test_every_move_is_in_the_history_with_who_when_and_why(

@@ -10,6 +10,7 @@ from calibrations import straight
 
 from cappy import registry
 from cappy.errors import FolderError, RecordError, RegistryError
+from cappy.evaluation.out_of_fold import OUT_OF_FOLD, read_out_of_fold
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, verify, write_manifest
 from cappy.scoring.calibration import read_calibration
@@ -178,10 +179,26 @@ def test_a_version_that_lost_a_file_is_mended_by_registering_it_again_with_anoth
     assert found.apply([1.0], n=1) == [0.7]
 
 
-def test_a_cross_fitted_report_registers_nothing(room: Any) -> None:
+def test_the_out_of_fold_scores_of_a_cross_fitted_report_travel_with_the_version(room: Any) -> None:
     scorer = room.scorer("a")
-    with pytest.raises(FolderError, match="is cross-fitted"):
-        room.register(scorer, room.report("report", scorer, folds=5))
+    report = room.report("report", scorer, folds=5)
+    (report / OUT_OF_FOLD).write_text('{"metric": "rougeL", "folds": 5, "leaks": 0, "scores": {"ab": [0.5, 1.0]}}')
+    write_manifest(report, Manifest(step="evaluation", files=describe_files(report)))
+    room.register(scorer, report)
+    folder = registry.download("models:/cappy@challenger", tracking_uri=room.uri, cache=room.folder / "models")
+    found = read_out_of_fold(folder)
+    assert found is not None
+    assert found.scores == {"ab": [0.5, 1.0]}
+    assert registry.resolve("models:/cappy/1", tracking_uri=room.uri).tags["cappy.evidence"] == "recipe"
+
+
+def test_a_new_report_on_a_version_replaces_what_the_old_one_left(room: Any) -> None:
+    scorer = room.scorer("a")
+    room.register(scorer, calibrated(room.report("report", scorer), top=0.9))
+    room.register(scorer, calibrated(room.report("later", scorer), top=0.7))
+    found = read_calibration(registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models"))
+    assert found is not None
+    assert found.expected[-1] == 0.7
 
 
 def test_the_calibration_of_the_evaluation_travels_with_the_scorer(room: Any) -> None:

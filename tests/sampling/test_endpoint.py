@@ -137,7 +137,6 @@ def test_what_is_no_plain_answer_is_a_candidate_with_its_status(
         ("unauthorized", "401 .*set OPENAI_API_KEY, or OPENAI_API_KEY_FILE"),
         ("forbidden", "403 .*set OPENAI_API_KEY"),
         ("absent", "404 .*model 'm' does not exist.*check the model's name and the address"),
-        ("odd", "max_tokens is too large: 64; check what the endpoint takes"),
         ("broke", "exceeded your current quota; the account has nothing left"),
     ],
 )

@@ -97,8 +97,8 @@ def test_what_was_answered_before_an_end_is_kept(tmp_path: Path) -> None:
     model = Model(latency=0.02)
     with serving(model) as url:
         endpoint = endpoint_at(url, folder=tmp_path, concurrency=4)
-        with pytest.raises(GeneratorError, match="404"):
-            endpoint.sample([*PROMPTS[:30], "absent"], [GREEDY], seed=0)
+        with pytest.raises(GeneratorError, match="401"):
+            endpoint.sample([*PROMPTS[:30], "unauthorized"], [GREEDY], seed=0)
         answered = sum(model.answered.values())
         assert answered >= 26
         endpoint.sample(PROMPTS, [GREEDY], seed=0)
@@ -295,12 +295,13 @@ def test_the_manifest_counts_what_came_and_says_what_could_not_be_asked(tmp_path
     heads = ("long", "blank", "filtered", "refuse", "endless", "same", "plain")
     write(tmp_path / "in", [Instance(instance_id=h, instruction=f"{h} x", references=("y",)) for h in heads])
     with serving(Model(refused=("seed", "logprobs"))) as url:
-        manifest = run(config_at(tmp_path, url))
-        again = run(config_at(tmp_path, url, target=tmp_path / "two"))
-        other = run(config_at(tmp_path, url, target=tmp_path / "three", part_rows=2))
+        manifest = run(config_at(tmp_path, url, max_failed=0.2))
+        again = run(config_at(tmp_path, url, max_failed=0.2, target=tmp_path / "two"))
+        other = run(config_at(tmp_path, url, max_failed=0.2, target=tmp_path / "three", part_rows=2))
     counted = ("truncated", "empty", "filtered", "refused", "failed", "sampled", "duplicates", "distinct")
     assert [manifest.metrics[name] for name in counted] == [8, 8, 8, 8, 8, 56, 7 + 2 * 4, 1 + 2 * 4]
-    assert manifest.facts == {"not_asked": {f"openai:m@{url}": ["logprobs", "seed"]}}
+    assert manifest.facts["not_asked"] == {f"openai:m@{url}": ["logprobs", "seed"]}
+    assert sum(manifest.facts["unanswered"][f"openai:m@{url}"].values()) == 8
     assert again.hash == manifest.hash
     assert {**other.metrics, "errors": 0} == {**manifest.metrics, "errors": 0}
     assert other.facts == manifest.facts

@@ -31,7 +31,7 @@ def test_an_estimate_is_what_a_run_takes_at_most(tmp_path: Path) -> None:
     instances(tmp_path / "in")
     model = Model()
     with serving(model) as url:
-        config = config_at(tmp_path, url, price_input=1.0, price_output=2.0, concurrency=4)
+        config = config_at(tmp_path, url, price_input=1.0, price_output=2.0, concurrency=4, max_new_tokens=64)
         (found,) = estimate(config)
         assert model.asked == []
         run(config)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from cappy.config import build
+from cappy.cli.steps import make_command
+from cappy.config import build, to_values
 from cappy.errors import ConfigError
-from cappy.records import Instance, write
+from cappy.records import Instance, Manifest, write
 from cappy.scoring import Scorer
 from cappy.training.corpus import Corpus
 from cappy.training.feed import batch, updates_of
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.paper import resolved
 from cappy.training.plan import Unit, rate
 from cappy.training.pretraining import PretrainingConfig
 from cappy.training.pretraining import run as pretraining
@@ -55,18 +55,72 @@ def test_the_published_schedule_rises_from_0_to_0_62_of_the_peak_and_never_falls
 
 
 def test_the_preset_is_the_published_run_but_for_what_flags_say(plan: Plan) -> None:
-    found = resolved(untouched(plan(), preset="paper"))
+    found = untouched(plan(), preset="paper")
     assert (found.unit, found.batch_instances, found.train_rows) == ("row", 128, 102_400)
     assert (found.learning_rate, found.schedule, found.warmup) == (2e-5, "published", 0.1)
     assert (found.relative, found.listwise, found.weight_decay, found.clip) == (0.0, 0.0, 0.0, 0.0)
     assert found.keep == "last"
-    assert resolved(plan(preset="paper", train_rows=640, clip=0.5)).train_rows == 640
-    assert resolved(plan(preset="paper", clip=0.5)).clip == 0.5
-    assert resolved(found) == found
-    assert resolved(plan()) == plan()
-    assert resolved(untouched(plan(), preset="paper", epochs=2.0)).train_rows is None
-    pretraining = resolved(PretrainingConfig(source=plan().source, target=plan().target, preset="paper"))
-    assert pretraining.head == "mse"
+    assert untouched(plan(), preset="paper", train_rows=640, clip=0.5).train_rows == 640
+    assert untouched(plan(), preset="paper", clip=0.5).clip == 0.5
+    assert untouched(plan(), preset="paper", epochs=2.0).train_rows is None
+    pretraining = PretrainingConfig(source=plan().source, target=plan().target, preset="paper")
+    assert (pretraining.head, pretraining.max_length) == ("mse", 512)
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "clip", "batch_instances", "keep", "schedule", "warmup", "epochs"])
+def test_a_setting_that_is_given_wins_over_the_preset_also_at_its_default(plan: Plan, name: str) -> None:
+    default = FinetuningConfig.__dataclass_fields__[name].default
+    found = untouched(plan(), preset="paper", **{name: default})
+    assert getattr(found, name) == default
+    assert found.train_rows == (None if name == "epochs" else 102_400)
+    again = build(FinetuningConfig, to_values(found))
+    assert again == found, "a run that is started anew from its settings is the same"
+    assert replace(found, seed=3).train_rows == found.train_rows
+
+
+def test_a_flag_that_nobody_gave_leaves_the_preset_alone(plan: Plan, tmp_path: Path) -> None:
+    asked: list[FinetuningConfig] = []
+
+    def record(config: FinetuningConfig, progress: object) -> Manifest:
+        asked.append(config)
+        return Manifest(step="finetuning", files=())
+
+    command = make_command("finetuning", "Train.", FinetuningConfig, record)
+    words = ["--source", "a", "--target", "b", "--preset", "paper", "--weight-decay", "0.01"]
+    command(words, standalone_mode=False)
+    (found,) = asked
+    assert (found.weight_decay, found.clip, found.batch_instances, found.train_rows) == (0.01, 0.0, 128, 102_400)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"train_rows": 64, "epochs": 2.0}, "--epochs: has no effect with --train-rows"),
+        ({"keep": "last", "patience": 8}, "--patience: has no effect with --keep last"),
+        ({"schedule": "published", "patience": 8}, "--patience: has no effect with --schedule published"),
+        ({"preset": "paper", "patience": 8}, "--patience: has no effect with --keep last"),
+        ({"unit": "row", "max_candidates": 4}, "--max-candidates: has no effect with --unit row"),
+        ({"unit": "row", "relative": 1.0}, "--relative: has no effect with --unit row"),
+        ({"unit": "row", "listwise": 2.0}, "--listwise: has no effect with --unit row"),
+        ({"zero_stage": 2}, "--zero-stage: has no effect without --strategy deepspeed"),
+        ({"image": "mine"}, "--image: has no effect where training runs here; give --launcher"),
+        ({"spot": True}, "--spot: has no effect where training runs here"),
+        ({"sources": ("llm",), "weights": ("mismatch=0.2",)}, "--weights: weighs mismatch, which --sources leaves out"),
+    ],
+)
+def test_a_setting_without_an_effect_beside_the_others_is_refused(
+    plan: Plan, values: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}.*; .*leave"):
+        untouched(plan(), **values)
+
+
+@pytest.mark.parametrize("name", ["layers", "hidden_size"])
+def test_the_shape_of_an_encoder_that_is_there_cannot_be_chosen(plan: Plan, name: str) -> None:
+    given = {"source": plan().source, "target": plan().target, name: 64}
+    assert getattr(build(PretrainingConfig, given), name) == 64
+    with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')}: has no effect on an encoder that is there"):
+        build(PretrainingConfig, {**given, "encoder": "mine"})
 
 
 def test_rows_are_drawn_one_by_one_and_each_pass_holds_each_once(rows: Corpus, corpus: Corpus) -> None:
@@ -91,7 +145,7 @@ def test_a_run_takes_as_many_rows_as_asked_for_and_keeps_the_last_weights(
     assert Scorer.load(str(folder)).encoder.truncation == "middle"
     assert Scorer.load(str(settings.target)).encoder.truncation == "longest_first", "it is scored as it was trained"
     assert [point["rate"] for point in log["curve"]] == [rate(u, 10, 1e-2, 0.1, "published") for u in range(10)]
-    whole = plan(train_rows=480, batch_instances=8)
+    whole = untouched(plan(), train_rows=480, batch_instances=8)
     assert updates_of(corpus, whole) == 480 / (8 * 4), "the copy task has four candidates per instance"
 
 
@@ -109,7 +163,7 @@ def test_an_epoch_draws_as_many_responses_as_there_are(
     uneven = read_corpus(scorer_folder, folder, tmp_path / "cache", "instance")
     assert updates_of(uneven, plan(epochs=1.0, max_candidates=8, batch_instances=8)) == math.ceil(550 / (8 * 6.5))
     assert updates_of(uneven, plan(epochs=4.0, max_candidates=8, batch_instances=8)) == math.ceil(2200 / (8 * 6.5))
-    assert updates_of(uneven, plan(train_rows=52, max_candidates=8, batch_instances=8)) == 1
+    assert updates_of(uneven, untouched(plan(), train_rows=52, max_candidates=8, batch_instances=8)) == 1
 
 
 def test_pretraining_follows_the_preset_too(plan: Plan, tmp_path: Path, scorer_folder: Path) -> None:
@@ -134,7 +188,7 @@ def test_pretraining_follows_the_preset_too(plan: Plan, tmp_path: Path, scorer_f
             {"preset": "paper"},
             "--preset paper: trains a raw regression, this scorer's head is bce; start from a scorer",
         ),
-        ({"schedule": "published", "train_rows": 4}, "--schedule published: begins at rate 0, and this is one update"),
+        ({"schedule": "published", "epochs": 0.01}, "--schedule published: begins at rate 0, and this is one update"),
         ({"unit": "row", "weights": ("llm=0.5",)}, "--weights: weigh responses of one instance, a row has one; give"),
     ],
 )

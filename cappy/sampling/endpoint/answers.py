@@ -1,4 +1,11 @@
-"""What an endpoint answers, read without trust: a body that is no completion is a fault, not an empty response."""
+"""What an endpoint answers, read without trust: a body that is no completion is a fault, not an empty response.
+
+A server may begin with status 200 and fail afterwards. It then says so by `finish_reason`, or by an `error` object in
+the choice or in the body, and the text is what it had by then. Such a choice is a fault as well. `finish_reason` is
+read by what servers are known to write for a whole response, one at its limit, and one that was withheld; any other
+word is a fault, since half a response that passes for a whole one cannot be found later. A server that says nothing
+(null) without an error is believed.
+"""
 
 import json
 import math
@@ -20,13 +27,35 @@ MAX_NAME_CHARACTERS = 200
 """Of a model's name; a longer one is none."""
 
 
-class BadAnswerError(Exception):
-    """The body is not a completion; the same request may get a better one. `evidence` is what the server sent."""
+_WHOLE = (
+    *("stop", "eos", "eos_token", "end", "end_turn", "stop_sequence", "stop_token", "stop_word", "finish", "finished"),
+    *("complete", "completed", "done", "success", "tool_calls", "tool_call", "tool_use", "function_call"),
+)
+_AT_LIMIT = (
+    *("length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "token_limit"),
+    *("model_context_window_exceeded", "time_limit"),
+)
+_WITHHELD = (
+    *("safety", "recitation", "blocklist", "prohibited_content", "spii", "sensitive", "moderation", "flagged"),
+    *("guardrail", "guardrails", "guardrail_intervened", "error_toxic", "image_safety"),
+)
+_REASONING_PARTS = ("thinking", "reasoning", "redacted_thinking")
+"""Types of the parts of a content that are not the answer."""
 
-    def __init__(self, problem: str, evidence: object) -> None:
+
+class BadAnswerError(Exception):
+    """The body is not a completion; the same request may get a better one. `evidence` is what the server sent.
+
+    `stated` is the error object that stands in the body, None if there is none. `usage` are the tokens, in and out, of
+    choices that are of no use.
+    """
+
+    def __init__(self, problem: str, evidence: object, stated: object = None) -> None:
         super().__init__(problem)
         self.problem = problem
         self.evidence = evidence
+        self.stated = stated
+        self.usage: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         return self.text()
@@ -36,12 +65,17 @@ class BadAnswerError(Exception):
         return f"{self.problem}: {shown(self.evidence, keys=keys)}"
 
 
+class GivenUpError(BadAnswerError):
+    """A choice that the server began and did not end; what else the body holds may be good."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """One response, and its share of what its request took.
 
     `requests` is 1 for the first choice of a request and 0 for the others. `left_out` names the parameters that the
     model had refused when it was asked. `kept` is false for what says nothing of the model: it is asked for again.
+    `reason` is why there is no text, in the server's words.
     """
 
     text: str
@@ -55,6 +89,7 @@ class Answer:
     output_tokens: int = 0
     left_out: tuple[str, ...] = ()
     kept: bool = True
+    reason: str = ""
 
     def candidate(self, generator: str, model: str, decoding: Decoding) -> Candidate:
         """The candidate for the record."""
@@ -72,28 +107,33 @@ class Answer:
         )
 
 
-def failed(status: Status, count: int) -> list[Answer]:
+def failed(status: Status, count: int, reason: str) -> list[Answer]:
     """Answers for a request that the endpoint will not take for this instruction, however often it is sent."""
-    return [Answer(text="", status=status, kept=False)] * count
+    return [Answer(text="", status=status, kept=False, reason=reason)] * count
 
 
 def read_answers(
     body: bytes, instruction: str, *, count: int, seed: int | None, left_out: tuple[str, ...]
-) -> list[Answer]:
-    """The answers in the body of a completion, at most `count`, at least one; BadAnswerError if it is none.
+) -> tuple[list[Answer], int]:
+    """The answers in the body of a completion, at most `count`, at least one, and how many choices it had of those.
 
-    Choices that repeat an index are copies by a server that does not know `n`, and count once. Without a usage in the
-    body, tokens go by the rule of thumb. Tokens of the response are shared out evenly, for only their sum is told.
+    BadAnswerError if it is no completion, or if every choice in it failed; of several the others are answers. Choices
+    that repeat an index are copies by a server that does not know `n`, and count once. Without a usage in the body,
+    tokens go by the rule of thumb. Tokens of the response are shared out evenly, for only their sum is told.
     """
     values, choices = read_choices(body)
-    told = [read_choice(choice) for choice in choices[:count]]
+    choices = choices[:count]
+    told, fault = _good_choices(choices)
     used = values.get("usage")
     usage: Mapping[str, Any] = used if isinstance(used, dict) else {}
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
     input_tokens = prompt if is_count(prompt) else tokens_of(instruction)
     output_tokens = completion if is_count(completion) else sum(tokens_of(text) for text, _, _ in told)
+    if fault is not None and not told:
+        fault.usage = (input_tokens, output_tokens)
+        raise fault
     model = model_name(values.get("model"))
-    return [
+    answers = [
         Answer(
             text=text,
             status=status,
@@ -108,12 +148,31 @@ def read_answers(
         )
         for number, (text, status, logprobs) in enumerate(told)
     ]
+    return answers, len(choices)
+
+
+def _good_choices(
+    choices: Sequence[Mapping[str, Any]],
+) -> tuple[list[tuple[str, Status, list[float]]], BadAnswerError | None]:
+    """The choices that hold a response, and what is wrong with the first that the server gave up.
+
+    BadAnswerError for what is no choice at all.
+    """
+    told, fault = [], None
+    for choice in choices:
+        try:
+            told.append(read_choice(choice))
+        except GivenUpError as error:
+            fault = fault or error
+    return told, fault
 
 
 def read_choices(body: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The body of a completion and its choices in order, copies of one index left out; BadAnswerError if it is none."""
     values = _json(body)
     found = values.get("choices")
+    if stated := values.get("error"):
+        raise BadAnswerError("the body holds an error", stated, stated)
     if not isinstance(found, list) or not found or not all(isinstance(choice, dict) for choice in found):
         raise BadAnswerError("the body has no choices", _decoded(body))
     by_index = {str(choice.get("index", number)): choice for number, choice in reversed(list(enumerate(found)))}
@@ -142,7 +201,12 @@ def _decoded(body: bytes) -> str:
 
 
 def read_choice(choice: Mapping[str, Any]) -> tuple[str, Status, list[float]]:
-    """Text, status and the tokens' log-probabilities of a choice, of chat or of completions; BadAnswerError if none."""
+    """Text, status and the tokens' log-probabilities of a choice, of chat or of completions; BadAnswerError if none.
+
+    GivenUpError for one that the server began and did not end.
+    """
+    if stated := choice.get("error"):
+        raise GivenUpError("a choice holds an error", stated, stated)
     message = choice.get("message")
     if isinstance(message, dict):
         text, refusal = message.get("content"), message.get("refusal")
@@ -151,7 +215,8 @@ def read_choice(choice: Mapping[str, Any]) -> tuple[str, Status, list[float]]:
     else:
         raise BadAnswerError("a choice has neither message nor text", dict(choice))
     if isinstance(text, list):
-        text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
+        parts = [part for part in text if isinstance(part, dict) and part.get("type") not in _REASONING_PARTS]
+        text = "".join(str(part.get("text", "")) for part in parts)
     if not isinstance(text, str | None):
         raise BadAnswerError("the content of a choice is no text", text)
     stripped = whole(text or "").strip()
@@ -165,11 +230,21 @@ def read_choice(choice: Mapping[str, Any]) -> tuple[str, Status, list[float]]:
 
 
 def _status(finish: object, text: str) -> Status:
-    if finish == "content_filter":
+    """What a `finish_reason` says of a response; GivenUpError for a word that is not known to mean an answer."""
+    if isinstance(finish, dict):  # SGLang's own form
+        finish = finish.get("type") or finish
+    if finish and not isinstance(finish, str):
+        raise GivenUpError("the server gave a response up: finish_reason", finish)
+    word = str(finish or "").strip().lower()
+    if word in _AT_LIMIT:
+        return "truncated" if text else "empty"
+    if not word or word in _WHOLE:
+        return "ok" if text else "empty"
+    if word == "refusal":
+        return "refused"
+    if word in _WITHHELD or "filter" in word:
         return "filtered"
-    if not text:
-        return "empty"
-    return "truncated" if finish == "length" else "ok"
+    raise GivenUpError("the server gave a response up: finish_reason", finish)
 
 
 def _logprobs(told: object) -> list[float]:

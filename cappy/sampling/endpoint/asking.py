@@ -1,6 +1,7 @@
 """One question to an endpoint, sent until it is answered or the run must end."""
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,11 +12,12 @@ from cappy.errors import GeneratorError
 from cappy.redaction import cut
 from cappy.sampling.endpoint.answers import Answer, BadAnswerError, failed, read_answers
 from cappy.sampling.endpoint.bounded import answer_bytes
-from cappy.sampling.endpoint.capabilities import Capabilities
+from cappy.sampling.endpoint.capabilities import Capabilities, NeededParameterError
 from cappy.sampling.endpoint.clients import Client, Clients, LateError
 from cappy.sampling.endpoint.faults import Fault, backoff, judge
 from cappy.sampling.endpoint.keys import NO_KEY
 from cappy.sampling.endpoint.limits import Budget, Pace, Spent, pause
+from cappy.sampling.endpoint.standing import PROBE, STREAK, Standing
 from cappy.sampling.paid import Terms, Usage, tokens_of
 from cappy.sampling.strategies import Decoding
 
@@ -41,9 +43,11 @@ class Question:
             "seed": self.seed + number,
         }
         if terms.api == "chat":
-            body |= {"messages": [{"role": "user", "content": self.instruction}], "logprobs": True}
+            body |= {"messages": [{"role": "user", "content": self.instruction}]}
         else:
-            body |= {"prompt": self.instruction, "logprobs": 1}
+            body |= {"prompt": self.instruction}
+        if terms.logprobs:
+            body["logprobs"] = True if terms.api == "chat" else 1
         body |= {knob: value for knob, value in beyond(decoding).items() if knob in terms.extra}
         if not body.get("top_k", 1):
             body["top_k"] = -1
@@ -82,6 +86,7 @@ class Asker:
     def __init__(self, name: str, model: str, clients: Clients, terms: Terms) -> None:
         self.name = name
         self.capabilities = Capabilities()
+        self.standing = Standing()
         self.budget = Budget(name, terms)
         self.meter = Meter(terms)
         self._model = model
@@ -96,24 +101,40 @@ class Asker:
         GeneratorError, one line, where asking on is of no use or the budget is used up; `stop` is set then, and
         StoppedError raised in those who were still to ask.
         """
-        attempt = 0
+        attempt, began = 0, time.monotonic()
         while True:
             answers, fault = self._try(question, numbers, stop)
             if fault is None:
+                self.standing.answered()
                 return answers
             if fault.kind == "without":
-                self.capabilities.refuse(fault.parameter)
+                self.capabilities.refuse(*fault.parameters, words=fault.reason)
                 continue
-            if fault.kind == "unanswered":
-                return failed(fault.status, len(numbers))
+            if fault.kind == "unanswered" or (fault.unless_answered and self.standing.has_answered):
+                return self._unanswered(question, numbers, fault, stop)
             attempt += 1
             self.meter.add(errors=1)
-            if fault.kind == "end" or attempt > self._terms.retries:
-                stop.set()
-                raise GeneratorError(self._last_words(fault, attempt))
+            if fault.kind == "end":
+                raise self._end(fault, attempt, stop)
+            if attempt > self._terms.retries:
+                if not self.standing.answered_since(began):
+                    raise self._end(fault, attempt, stop)
+                # Others are answered meanwhile, so it is this instruction that is not.
+                return self._unanswered(question, numbers, fault, stop)
             wait = backoff(attempt, self._terms.first_wait)
             # Never earlier than told, and not all at once.
             pause(wait if fault.wait is None else fault.wait + min(wait, 1.0) / 4, stop)
+
+    def _unanswered(self, question: Question, numbers: list[int], fault: Fault, stop: threading.Event) -> list[Answer]:
+        """Failed answers for a refused question; GeneratorError where a plain question is refused as well."""
+        if self.standing.refused():
+            _, found = self._try(replace(question, instruction=PROBE), numbers[:1], stop)
+            if found is None:
+                self.standing.answered()
+            elif found.kind in ("unanswered", "end"):
+                in_a_row = replace(fault, reason=f"{STREAK} requests in a row were refused: {fault.reason}")
+                raise self._end(in_a_row, 1, stop)
+        return failed(fault.status, len(numbers), cut(fault.reason, _SHOWN, self._clients.key))
 
     def _try(self, question: Question, numbers: list[int], stop: threading.Event) -> tuple[list[Answer], Fault | None]:
         most = Spent(
@@ -124,44 +145,69 @@ class Asker:
         asked = most.input_tokens + most.output_tokens
         wanted = question.body(self._model, self._terms, count=len(numbers), number=numbers[0])
         sent: dict[str, Any] = {}
-        try:
-            with self.budget.hold(most, stop) as spent:
-                pause(max(self._requests.turn(1), self._tokens.turn(asked)), stop)
-                with self._clients.client(stop) as client:
-                    # What others learned in the meantime need not be refused again.
-                    count = self._count(numbers)
+        headers: Mapping[str, str] = {}
+        fault: Fault | None = None
+        answers: list[Answer] = []
+        with self.budget.hold(most, stop) as spent:
+            pause(max(self._requests.turn(1), self._tokens.turn(asked)), stop)
+            with self._clients.client(stop) as client:
+                # What others learned in the meantime need not be refused again.
+                count = self._count(numbers)
+                try:
                     sent, left_out = self.capabilities.trimmed(wanted)
-                    try:
-                        body = self._send(client, sent, question, count)
-                    except (openai.OpenAIError, LateError) as error:
-                        fault = judge(error, sent)
-                        if fault.kind == "end":
-                            # While the client is still held, so that nobody asks in vain after this.
-                            stop.set()
-                        return [], fault
-                answers = read_answers(
+                    body, headers = self._send(client, sent, question, count)
+                except (openai.OpenAIError, LateError) as error:
+                    fault = judge(error, sent)
+                except NeededParameterError as error:
+                    fault = self._needed(question, error)
+                if fault is not None:
+                    if fault.kind == "end" and not (fault.unless_answered and self.standing.has_answered):
+                        # While the client is still held, so that nobody asks in vain after this.
+                        stop.set()
+                    return [], fault
+            try:
+                answers, choices = read_answers(
                     body, question.instruction, count=count, seed=sent.get("seed"), left_out=left_out
                 )
                 for answer in answers:
                     spent.add(Spent(answer.requests, answer.input_tokens, answer.output_tokens))
-        except BadAnswerError as error:
-            return [], judge(error, sent)
-        if len(answers) < count:
+            except BadAnswerError as error:
+                fault = judge(error, sent, headers)
+                if error.usage is not None:
+                    # The server has worked for it, so it may be on the bill.
+                    spent.add(Spent(1, *error.usage))
+        if fault is None and choices < count:
             self.capabilities.refuse("n")
-        self._tokens.correct(spent.input_tokens + spent.output_tokens - asked)
-        self.meter.add(requests=1, input_tokens=spent.input_tokens, output_tokens=spent.output_tokens)
-        return answers, None
+        if spent.requests:
+            self._tokens.correct(spent.input_tokens + spent.output_tokens - asked)
+            self.meter.add(requests=1, input_tokens=spent.input_tokens, output_tokens=spent.output_tokens)
+        return answers, fault
+
+    def _needed(self, question: Question, error: NeededParameterError) -> Fault:
+        name = question.decoding.name
+        return Fault(
+            kind="end",
+            reason=f"the model refuses {error.values}, which decoding {name} needs ({error.words})",
+            remedy="choose a --strategy without, as sampling8",
+        )
 
     def _count(self, numbers: list[int]) -> int:
         return len(numbers) if self.capabilities.takes("n") else 1
 
-    def _send(self, client: Client, sent: Mapping[str, Any], question: Question, count: int) -> bytes:
-        """The body of the response; what it says is for the reader of answers to find out."""
+    def _send(
+        self, client: Client, sent: Mapping[str, Any], question: Question, count: int
+    ) -> tuple[bytes, Mapping[str, str]]:
+        """Body and headers of the response; what the body says is for the reader of answers to find out."""
         path = "/chat/completions" if self._terms.api == "chat" else "/completions"
         most = answer_bytes(question.decoding.max_new_tokens, count, likelihoods=1)
-        body = client.post(path, sent, max_bytes=most)
+        body, headers = client.post(path, sent, max_bytes=most)
         # A server that repeats what it was sent must not get the key into the records.
-        return body.replace(self._clients.key.encode(), b"***") if self._clients.key != NO_KEY else body
+        hidden = body.replace(self._clients.key.encode(), b"***") if self._clients.key != NO_KEY else body
+        return hidden, headers
+
+    def _end(self, fault: Fault, attempts: int, stop: threading.Event) -> GeneratorError:
+        stop.set()
+        return GeneratorError(self._last_words(fault, attempts))
 
     def _last_words(self, fault: Fault, attempt: int) -> str:
         reason = cut(fault.reason, _SHOWN, self._clients.key)

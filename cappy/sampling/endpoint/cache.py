@@ -13,6 +13,9 @@ from cappy.config import fingerprint
 from cappy.records.folder import write_bytes
 from cappy.sampling.endpoint.answers import Answer
 
+FORMAT = 2
+"""Of what is kept. Answers of 1 include responses that their server had given up (`finish_reason: error`)."""
+
 
 class Cache:
     """Answers by key; without a folder in memory alone."""
@@ -42,7 +45,7 @@ class Cache:
 
 def key_of(**determining: Any) -> str:
     """The key of what determines an answer: address, model, api, prompt, every knob, seed, number of the sample."""
-    return fingerprint("answer", determining)
+    return fingerprint("answer", FORMAT, determining)
 
 
 def _path(folder: Path, key: str) -> Path:

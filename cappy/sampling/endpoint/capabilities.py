@@ -1,6 +1,8 @@
 """What the model behind an endpoint takes, learned from what it refuses.
 
-A list of models would be out of date before it is read; a refusal costs nothing and is asked for once.
+A list of models would be out of date before it is read; a refusal costs nothing and is asked for once. What changes no
+distribution (`n`, `seed`, `logprobs`) is left out once it is refused. A parameter that does (`KNOBS`) is left out only
+where its value changes nothing, such as top_p 1: greedy decoding without its temperature 0 would be sampling.
 """
 
 import re
@@ -8,6 +10,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+KNOBS: Mapping[str, float] = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0, "min_tokens": 0}
+"""Parameters that change what is drawn, and the value of each that changes nothing."""
 OPTIONAL = (
     *("n", "temperature", "top_p", "seed", "logprobs", "max_tokens", "max_completion_tokens"),
     *("top_k", "min_p", "min_tokens"),
@@ -22,32 +26,69 @@ _UNKNOWN = re.compile(
 )
 
 
+class NeededParameterError(Exception):
+    """The model refuses parameters that a decoding cannot do without; `words` are the server's."""
+
+    def __init__(self, values: Mapping[str, float], words: str) -> None:
+        self.values = " with ".join(f"{name} {value:g}" for name, value in values.items())
+        self.words = words
+        super().__init__(self.values)
+
+
 class Capabilities:
     """Which parameters are still asked for; several threads may learn at once."""
 
     def __init__(self) -> None:
         self._off: set[str] = set()
+        self._refused_knobs: dict[frozenset[str], str] = {}
         self._lock = threading.Lock()
 
     def takes(self, parameter: str) -> bool:
         """Whether it has not been refused."""
-        return parameter not in self._off
+        return parameter not in self._off and frozenset([parameter]) not in self._refused_knobs
 
-    def refuse(self, parameter: str) -> None:
-        """Asks for it no more in this run."""
+    def refuse(self, *parameters: str, words: str = "") -> None:
+        """Asks for it no more in this run; several knobs are refused together, and each alone may still be taken."""
         with self._lock:
-            self._off.add(parameter)
+            if all(name in KNOBS for name in parameters):
+                self._refused_knobs = {**self._refused_knobs, frozenset(parameters): words}
+            else:
+                self._off.update(parameters)
 
     def trimmed(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The body without what is refused, and the names of what is left out.
 
         The limit on length goes by its newer name where the older is refused, and then nothing is left out.
+        NeededParameterError where what is refused decides what is drawn.
         """
         kept = dict(body)
         if LENGTH in kept and not self.takes(LENGTH):
             kept[NEW_LENGTH] = kept.pop(LENGTH)
-        left_out = tuple(sorted(LENGTH if name == NEW_LENGTH else name for name in kept if not self.takes(name)))
-        return {name: value for name, value in kept.items() if self.takes(name)}, left_out
+        dropped = {name for name in kept if name in self._off} | self._dropped_knobs(kept)
+        left_out = tuple(sorted(LENGTH if name == NEW_LENGTH else name for name in dropped))
+        return {name: value for name, value in kept.items() if name not in dropped}, left_out
+
+    def _dropped_knobs(self, body: Mapping[str, Any]) -> set[str]:
+        dropped: set[str] = set()
+        # Those that are refused alone first: a pair of which one is gone is no pair any more.
+        for together, words in sorted(self._refused_knobs.items(), key=lambda rule: (len(rule[0]), sorted(rule[0]))):
+            named = [name for name in KNOBS if name in together and name in body and name not in dropped]
+            if len(named) < len(together):
+                continue
+            needed = [name for name in named if body[name] != KNOBS[name]]
+            if len(needed) > (len(together) > 1):
+                raise NeededParameterError({name: body[name] for name in needed}, words)
+            stays = needed or named[:1] if len(together) > 1 else []
+            dropped.update(name for name in named if name not in stays)
+        return dropped
+
+
+def refused_parameters(sent: Mapping[str, Any], message: str, parameter: str | None) -> tuple[str, ...]:
+    """The parameters that a refusal is about: one, or all knobs that it names; none if it names none that was sent."""
+    found = refused_parameter(sent, message, parameter)
+    if found not in KNOBS:
+        return (found,) if found else ()
+    return tuple(name for name in KNOBS if name in sent and (name == found or _names(message, name)))
 
 
 def refused_parameter(sent: Mapping[str, Any], message: str, parameter: str | None) -> str | None:
@@ -67,4 +108,8 @@ def _names(message: str, name: str) -> bool:
     quoted = rf"['\"`]{name}['\"`]"
     # A lone letter is a parameter only in quotes or where something is said of its value.
     pattern = rf"{quoted}|\bn\s*(?:[=>!]|must|is|should|>)" if name == "n" else rf"\b{name}\b"
-    return re.search(pattern, message) is not None
+    # Some servers say topP or top-p.
+    other = name.replace("_", "-?") if name in KNOBS and "_" in name else None
+    return re.search(pattern, message) is not None or (
+        other is not None and re.search(rf"\b{other}\b", message, re.IGNORECASE) is not None
+    )

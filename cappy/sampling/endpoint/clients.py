@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 import openai
 
+from cappy.sampling.endpoint.addresses import join_path, key_headers
 from cappy.sampling.endpoint.bounded import Connection, Deadlines, settings
 from cappy.sampling.endpoint.keys import api_key
 from cappy.sampling.endpoint.limits import pause
@@ -26,18 +27,24 @@ class Client:
     """A client with one connection, and the seconds that an attempt may take in all."""
 
     inner: openai.OpenAI
+    base: str
     connection: Connection
     deadlines: Deadlines
     seconds: float
 
-    def post(self, path: str, body: Mapping[str, Any], *, max_bytes: int) -> bytes:
-        """The body of the answer, of at most that many bytes; openai.OpenAIError or LateError if there is none."""
+    def post(self, path: str, body: Mapping[str, Any], *, max_bytes: int) -> tuple[bytes, Mapping[str, str]]:
+        """Body (of at most that many bytes) and headers of the answer; openai.OpenAIError or LateError if none."""
         self.connection.max_bytes = max_bytes
         failed: openai.OpenAIError | None = None
         with self.deadlines.within(self.seconds, self.connection):
             try:
                 # Straight to the path: the typed methods spend as long again on reshaping a body that is right.
-                answer = self.inner.post(path, body=dict(body), cast_to=httpx2.Response)
+                answer = self.inner.post(
+                    join_path(self.base, path),
+                    body=dict(body),
+                    cast_to=httpx2.Response,
+                    options={"headers": _headers(self.base, self.inner.api_key)},
+                )
             except openai.OpenAIError as error:
                 failed = error
         if self.connection.late:
@@ -45,7 +52,7 @@ class Client:
             raise LateError(f"no answer within {self.seconds:g} s") from failed
         if failed is not None:
             raise failed
-        return answer.content
+        return answer.content, answer.headers
 
 
 class Clients:
@@ -99,6 +106,11 @@ class Clients:
                 verify=self._certificates, timeout=self._timeout, **settings(connection)
             ),
         )
-        client = Client(inner, connection, self._deadlines, self._seconds)
+        client = Client(inner, self._url, connection, self._deadlines, self._seconds)
         self._made.append(client)
         return client
+
+
+def _headers(base: str, key: str) -> dict[str, str | openai.Omit]:
+    """The client's own header is left out where the address wants the key in another."""
+    return {"Authorization": openai.Omit(), **key_headers(base, f"Bearer {key}")}

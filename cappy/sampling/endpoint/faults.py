@@ -1,7 +1,21 @@
-"""What went wrong with a request, and what follows: another attempt, another request, a failed instance, the end."""
+"""What went wrong with a request, and what follows: another attempt, another request, a failed instance, the end.
+
+A refusal is about one request or about all of them. Words that say which would never be listed in full, so the status
+decides, and what became of the other requests:
+
+- 401, 402, 3xx, an account without money: about all; the run ends.
+- 403, 404, 405, 410, 415: about all, unless the endpoint has answered in this run: then about this one.
+- 400, 413, 422 and any other: about this one, whose candidates are `failed`. So is a request whose attempts are used
+  up while others are answered.
+- After `standing.STREAK` refusals in a row a plain question is asked: if that is refused too, they are about all.
+- The share of failed candidates that `--max-failed` allows is the last bound (`cappy.sampling.accounts`).
+
+Words decide only between names for the same: `filtered` where they are of a content policy, else `failed`.
+"""
 
 import email.utils
 import random
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,38 +25,46 @@ import openai
 
 from cappy.records.instance import Status
 from cappy.redaction import one_line
-from cappy.sampling.endpoint.capabilities import refused_parameter
+from cappy.sampling.endpoint.answers import BadAnswerError
+from cappy.sampling.endpoint.capabilities import refused_parameters
 from cappy.sampling.endpoint.keys import FILE_VARIABLE, KEY_VARIABLE
 from cappy.untrusted import read_json
 
 LONGEST_WAIT = 30.0
 LONGEST_RETRY_AFTER = 600.0
 _TOO_LONG = (
-    "context_length_exceeded",
-    "context length",
-    "context window",
-    "maximum input length",
-    "prompt is too long",
+    *("context_length", "context length", "context window", "context size", "maximum context", "max_model_len"),
+    *("maximum input length", "prompt is too long", "input is too long", "too many tokens", "token limit"),
 )
-_FILTERED = ("content_filter", "content_policy_violation", "content management policy")
+_FILTERED = (
+    *("content_filter", "content filter", "content_policy", "content policy", "content management policy"),
+    *("responsibleai", "invalid_prompt", "usage policy", "usage policies", "policy violation", "moderation", "flagged"),
+    *("safety system", "safety filter", "data_inspection", "prohibited content", "prohibited_content", "inappropriate"),
+)
 _SPENT = ("insufficient_quota", "billing_hard_limit_reached")
+_KEY = ("api key not valid", "api_key_invalid", "invalid api key", "invalid_api_key", "incorrect api key")
 _PASSING = (408, 409, 425, 429)
+_OF_ALL = (403, 404, 405, 410, 415)
+"""About all requests where none was answered yet."""
 _READ = 2000
 """Characters of what an error says that are looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """`kind` says what follows: `again` after `wait` seconds (None: by backoff), `without` the parameter, the
+    """`kind` says what follows: `again` after `wait` seconds (None: by backoff), `without` the parameters, the
     instruction `unanswered` with a status, or the `end` of the run with its remedy.
+
+    With `unless_answered` the run ends only if the endpoint has answered nothing yet; else it is as `unanswered`.
     """
 
     kind: Literal["again", "without", "unanswered", "end"]
     reason: str
     wait: float | None = None
-    parameter: str = ""
+    parameters: tuple[str, ...] = ()
     status: Status = "failed"
     remedy: str = ""
+    unless_answered: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +86,11 @@ def read_refusal(body: bytes, keys: Sequence[str] = ()) -> Refusal:
         values = read_json(body)
     except (ValueError, RecursionError):
         return Refusal(message=one_line(body.decode("utf-8", "replace"), _READ, *keys))
-    inner = values.get("error", values) if isinstance(values, dict) else values
+    return _refusal(values.get("error", values) if isinstance(values, dict) else values, keys)
+
+
+def _refusal(inner: object, keys: Sequence[str] = ()) -> Refusal:
+    """What an error object says; anything else is its own message."""
     if not isinstance(inner, dict):
         return Refusal(message=one_line(str(inner), _READ, *keys))
     message = inner.get("message") or inner.get("detail") or inner.get("error") or (inner if inner else "")
@@ -76,15 +102,33 @@ def read_refusal(body: bytes, keys: Sequence[str] = ()) -> Refusal:
     return Refusal(message=line(message), kind=kind, param=param, code=code)
 
 
-def judge(error: Exception, sent: Mapping[str, Any]) -> Fault:
-    """What follows from what the client raised, or from an answer that was none."""
+def judge(error: Exception, sent: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Fault:
+    """What follows from what the client raised, or from an answer that was none, which came with these headers."""
     if isinstance(error, openai.APIStatusError):
-        return _judge_status(error, sent)
+        refusal = read_refusal(error.response.content)
+        words = refusal.message or error.response.reason_phrase or "without a word"
+        return _judge_status(error.status_code, refusal, words, sent, error.response.headers)
     if isinstance(error, openai.APIConnectionError):
         # The client's own text is "Connection error."; what it came from says why.
         reason = str(error.__cause__ or error) or type(error.__cause__ or error).__name__
         return Fault(kind="again", reason=one_line(f"no answer ({reason})", _READ))
-    return Fault(kind="again", reason=one_line(str(error), _READ))
+    if isinstance(error, BadAnswerError) and (status := stated_status(error)):
+        refusal = _refusal(error.stated)
+        return _judge_status(status, refusal, refusal.message or "without a word", sent, headers or {})
+    wait = retry_after(headers or {})
+    return _passing(one_line(str(error), _READ), wait)
+
+
+def stated_status(error: BadAnswerError) -> int:
+    """The status that the error object in a body with status 200 states as its code; 0 if it states none."""
+    refusal = _refusal(error.stated) if error.stated is not None else Refusal()
+    found = refusal.code if re.fullmatch("[45][0-9]{2}", refusal.code) else ""
+    return int(found) if found else 0
+
+
+def stated_refusal(error: BadAnswerError, keys: Sequence[str] = ()) -> Refusal:
+    """The error object in a body with status 200, as `read_refusal` reads one."""
+    return _refusal(error.stated, keys)
 
 
 def backoff(attempt: int, first: float) -> float:
@@ -108,29 +152,42 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-def _judge_status(error: openai.APIStatusError, sent: Mapping[str, Any]) -> Fault:
-    status, refusal = error.status_code, read_refusal(error.response.content)
-    message = refusal.message or error.response.reason_phrase or "without a word"
-    told = f"{status} {message}"
-    clue = f"{refusal.code} {refusal.kind} {message}".lower()
+def _judge_status(
+    status: int, refusal: Refusal, words: str, sent: Mapping[str, Any], headers: Mapping[str, str]
+) -> Fault:
+    told = f"{status} {words}"
+    clue = f"{refusal.code} {refusal.kind} {words}".lower()
+
+    def says(hints: Sequence[str]) -> bool:
+        return any(hint in clue for hint in hints)
+
     if status < 400 or status > 599:
         return Fault(kind="end", reason=told, remedy="check the address in the spec")
-    if status in (401, 403):
-        return Fault(kind="end", reason=told, remedy=f"set {KEY_VARIABLE}, or {FILE_VARIABLE} for a mounted file")
-    if status == 404:
-        return Fault(kind="end", reason=told, remedy="check the model's name and the address in the spec")
-    if status == 429 and any(word in clue for word in _SPENT):
+    if status == 402 or (status == 429 and says(_SPENT)):
         return Fault(kind="end", reason=told, remedy="the account has nothing left; top it up")
-    if status in _PASSING or status >= 500:
-        return _passing(told, retry_after(error.response.headers))
-    if any(word in clue for word in _FILTERED):
+    if status == 401 or (status == 400 and says(_KEY)):
+        return Fault(kind="end", reason=told, remedy=_remedy(401))
+    if says(_FILTERED) and status not in _PASSING:
         return Fault(kind="unanswered", reason=told, status="filtered")
-    if status == 413 or any(word in clue for word in _TOO_LONG):
-        return Fault(kind="unanswered", reason=told)
-    parameter = refused_parameter(sent, message, refusal.param)
-    if status in (400, 422) and parameter:
-        return Fault(kind="without", reason=told, parameter=parameter)
-    return Fault(kind="end", reason=told, remedy="check what the endpoint takes")
+    if status == 413 or (says(_TOO_LONG) and status not in _PASSING):
+        return Fault(kind="unanswered", reason=told, remedy="shorten the instructions or lower --max-new-tokens")
+    parameters = refused_parameters(sent, words, refusal.param) if status < 500 or status == 501 else ()
+    if parameters and status not in _PASSING:
+        return Fault(kind="without", reason=told, parameters=parameters)
+    if status in _PASSING or (status >= 500 and status != 501):
+        return _passing(told, retry_after(headers))
+    if status in _OF_ALL:
+        return Fault(kind="end", reason=told, remedy=_remedy(status), unless_answered=True)
+    return Fault(kind="unanswered", reason=told, remedy=_remedy(status))
+
+
+def _remedy(status: int) -> str:
+    """What a person can do about a refusal of all requests."""
+    if status in (401, 403):
+        return f"set {KEY_VARIABLE}, or {FILE_VARIABLE} for a mounted file"
+    if status in _OF_ALL:
+        return "check the model's name and the address in the spec"
+    return "check what the endpoint takes"
 
 
 def _passing(told: str, wait: float | None) -> Fault:

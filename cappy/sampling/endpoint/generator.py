@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from cappy.errors import ConfigError
 from cappy.records import Candidate
+from cappy.sampling.accounts import unanswered_counts
+from cappy.sampling.endpoint.addresses import base_address
 from cappy.sampling.endpoint.answers import Answer
 from cappy.sampling.endpoint.asking import Asker, Question, beyond
 from cappy.sampling.endpoint.cache import Cache, key_of
@@ -42,12 +44,13 @@ class Endpoint:
         self.name = spec.text
         self.revision = spec.name
         self._model = spec.name
-        self._url = spec.url.rstrip("/")
+        self._url = base_address(spec.url)
         self._terms = terms or Terms()
         self._clients = Clients(self._url, count=self._terms.concurrency, timeout=self._terms.timeout)
         self._asker = Asker(self.name, self._model, self._clients, self._terms)
         self._cache = Cache(self._terms.folder)
         self._tally = _no_tally()
+        self._reasons: Counter[str] = Counter()
         self._errors_told = 0
 
     @property
@@ -89,6 +92,8 @@ class Endpoint:
         wanted = dict.fromkeys(sample for of_one in samples.values() for sample in of_one)
         known = {sample: answer for sample in wanted if (answer := self._cache.get(self._key(*sample))) is not None}
         self._asker.meter.add(cached=len(known))
+        if known:
+            self._asker.standing.answered()
         told(len(known))
         known |= self._asked([sample for sample in wanted if sample not in known], told)
         told(sum(map(len, (samples[instruction] for instruction in instructions))) - len(known))
@@ -121,8 +126,9 @@ class Endpoint:
         """What the answers since the last call took, earlier ones used again included, and how many attempts failed."""
         errors = self.usage.errors
         told = {**self._tally, "errors": errors - self._errors_told}
+        told |= unanswered_counts(self.name, self._reasons)
         self._errors_told = errors
-        self._tally = _no_tally()
+        self._tally, self._reasons = _no_tally(), Counter()
         return told
 
     def _samples(self, instruction: str, decodings: Sequence[Decoding], seed: int) -> list[Sample]:
@@ -189,6 +195,8 @@ class Endpoint:
         self._tally["requests"] += answer.requests
         self._tally["input_tokens"] += answer.input_tokens
         self._tally["output_tokens"] += answer.output_tokens
+        if answer.reason:
+            self._reasons[answer.reason] += 1
         for parameter in answer.left_out:
             self._tally[f"not_asked/{self.name}/{parameter}"] += 1
 

@@ -27,6 +27,7 @@ from cappy.training.launch import CODE_VARIABLE, DEFECT, UNTOLD
 from cappy.training.plan import TrainingSettings
 from cappy.training.remote.cancelling import cancellation
 from cappy.training.remote.following import CANCEL_SECONDS, Jobs, Surroundings, Terms, follow
+from cappy.training.remote.settings import LauncherSettings
 
 POLL_SECONDS = 5.0
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -47,13 +48,18 @@ def train_elsewhere(
         written = folder / "target"
         if not (written / MANIFEST).is_file():
             staged = _staged(plan.source, folder / "source")
-            inner = dataclasses.replace(plan, launcher="here", source=staged, target=written)
+            inner = dataclasses.replace(plan, **_here(), source=staged, target=written)
             jobs = jobs_of(step, plan, inner, _environment(folder))
             _followed(jobs, name, step, plan, written, key, progress)
         manifest = _verified(written, step, computed, parents, name)
         publish(written, plan.target, manifest)
         shutil.rmtree(folder / "source", ignore_errors=True)
         return manifest
+
+
+def _here() -> dict[str, Any]:
+    """The settings of a training that runs in the process that has them."""
+    return {field.name: field.default for field in dataclasses.fields(LauncherSettings)}
 
 
 def jobs_of(step: str, plan: TrainingSettings, inner: TrainingSettings, environment: Mapping[str, str]) -> Jobs:

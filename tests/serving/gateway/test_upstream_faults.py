@@ -1,0 +1,149 @@
+"""Lines D1, D6, D9 and C10 of the field faults, in the gateway: what servers answer, and what a client gets of it."""
+
+import json
+import logging
+from typing import Any
+
+import httpx
+import pytest
+from gateway_server import PRICES, gateway, listening, scoring
+from scripted_server import Reply, Script, refusing, saying, scripted
+
+from serving.gateway.llm import LLM
+from serving.gateway.policy import Policy
+from serving.gateway.upstream import Upstream
+
+ROUND = Policy(candidates=4, round_size=4, min_gain=0)
+BY_LENGTH = scoring(lambda text: len(text) / 1000)
+"""A scorer that likes long texts, and so half of a long one better than a whole short one."""
+
+
+def ask(url: str, **more: Any) -> httpx.Response:
+    body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], **more}
+    headers = {"X-Cappy-Candidates": "1", "Authorization": "Bearer client-key"}
+    return httpx.post(f"{url}/chat/completions", json=body, headers=headers, timeout=30)
+
+
+def choices(*found: tuple[str, object]) -> dict[str, Any]:
+    """A completion with these texts and finish_reasons."""
+    made = [
+        {"index": n, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+        for n, (text, finish) in enumerate(found)
+    ]
+    return {**saying(""), "choices": made}
+
+
+def answer_of(reply: Reply, *, strip: bool = False, policy: Policy = ROUND, **more: Any) -> httpx.Response:
+    with scripted(Script(lambda body: reply)) as server:
+        first = Upstream(LLM(url=f"{server}/v1", prices=PRICES), strip_reasoning=strip)
+        with listening(gateway(server, first=first, scoring=BY_LENGTH, policy=policy)) as url:
+            return ask(url, **more)
+
+
+@pytest.mark.parametrize("finish", ["error", "abort", {"type": "abort"}, "a_word_of_tomorrow"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_d1_a_response_that_its_server_gave_up_is_no_candidate(finish: object, stream: bool) -> None:
+    found = (("half of a very long respo", finish), ("short", "stop"), ("tiny", "stop"), ("half", finish))
+    answer = answer_of((200, choices(*found)), stream=stream)
+    assert "half of" not in answer.text
+    assert "short" in answer.text
+    assert answer.headers["x-cappy-sampled"] == "2"
+    # It was answered, so it is neither asked for again nor taken for a server that does not know n.
+    assert answer.headers["x-cappy-calls"] == "1"
+
+
+def test_d1_where_every_response_was_given_up_the_client_gets_an_error() -> None:
+    answer = answer_of((200, choices(*[("half", "error")] * 4)))
+    assert answer.status_code == 502
+    assert "finish_reason: 'error'" in answer.json()["error"]["message"]
+    for code, status in ((429, 429), ("503", 503), ("odd", 502)):
+        answer = answer_of((200, refusing("slow down", code=code)))
+        assert (answer.status_code, "slow down" in answer.text) == (status, True)
+
+
+def test_d1_a_whole_response_goes_before_one_that_was_cut_and_a_cut_one_before_none() -> None:
+    answer = answer_of(
+        (200, choices(("a very long response that is cu", "length"), ("short", "stop"), ("", "stop"), ("", "stop")))
+    )
+    body = answer.json()
+    assert [one["status"] for one in body["cappy"]["candidates"][:3]] == ["ok", "truncated", "empty"]
+    assert body["choices"][0]["message"]["content"] == "short"
+    cut = answer_of(
+        (200, choices(("a long response that is cu", "length"), ("cut too", "length"))), policy=Policy(candidates=2)
+    )
+    assert cut.json()["choices"][0]["message"]["content"].startswith("a long")
+
+
+def test_d1_a_cut_response_does_not_stop_sampling_where_a_whole_one_is_not_good_enough() -> None:
+    policy = Policy(candidates=4, round_size=2, threshold=0.02, min_gain=0)
+    answer = answer_of((200, choices(("a very long response that is cu", "length"), ("short", "stop"))), policy=policy)
+    assert (answer.headers["x-cappy-stop"], answer.headers["x-cappy-sampled"]) == ("candidates", "4")
+
+
+@pytest.mark.parametrize(
+    "given", ["/openai/deployments/d?api-version=2024-06-01", "/openai/deployments/d/?api-version=2024-06-01"]
+)
+def test_d6_a_query_stays_behind_the_path_and_azures_key_goes_into_its_header(given: str) -> None:
+    script = Script(lambda body: (200, choices(("short", "stop")) if body else {"data": []}))
+    with scripted(script) as server:
+        for key, sent in (("gateway-key", "gateway-key"), ("", "client-key")):
+            first = Upstream(LLM(url=server + given, key=key, prices=PRICES))
+            with listening(gateway(server, first=first, scoring=BY_LENGTH, policy=Policy(candidates=1))) as url:
+                assert ask(url).status_code == 200
+                headers = {"Authorization": "Bearer client-key"}
+                assert httpx.get(f"{url}/models", headers=headers).status_code == 200
+            assert {one["api-key"] for one in script.headers} == {sent}
+            assert not [one for one in script.headers if "authorization" in one]
+            script.headers.clear()
+    base = "/openai/deployments/d"
+    assert set(script.paths) == {f"{base}{path}?api-version=2024-06-01" for path in ("/chat/completions", "/models")}
+
+
+@pytest.mark.parametrize("given", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
+def test_d6_an_address_is_taken_with_or_without_its_version(given: str) -> None:
+    script = Script(lambda body: (200, choices(("short", "stop"))))
+    with scripted(script) as server:
+        first = Upstream(LLM(url=server + given, prices=PRICES))
+        with listening(gateway(server, first=first, scoring=BY_LENGTH, policy=Policy(candidates=1))) as url:
+            assert ask(url).status_code == 200
+    assert script.paths == ["/v1/chat/completions"]
+    assert script.headers[0]["authorization"] == "Bearer client-key"
+
+
+@pytest.mark.parametrize("charset", ["iso-8859-1", "utf-16", "windows-1252"])
+def test_d9_json_is_utf_8_whatever_its_header_says(charset: str) -> None:
+    for sign in (b"", b"\xef\xbb\xbf"):
+        data = sign + json.dumps(choices(("café 日本", "stop")), ensure_ascii=False).encode()
+        answer = answer_of((200, data, {"Content-Type": f"application/json; charset={charset}"}))
+        assert answer.json()["choices"][0]["message"]["content"] == "café 日本"
+
+
+THINKING = "<think>It could be Rome, or Athens, or Paris, or any other place.</think>Paris"
+
+
+def test_c10_with_strip_reasoning_the_answer_alone_is_scored_and_given() -> None:
+    found = ((THINKING, "stop"), ("It is Paris.", "stop"), ("<think>It could be Rome, or", "length"))
+    answer = answer_of((200, choices(*found)), strip=True, n=3, policy=Policy(candidates=3))
+    assert [one["content"] for one in answer.json()["cappy"]["candidates"]][:2] == ["It is Paris.", "Paris"]
+    assert [one["message"]["content"] for one in answer.json()["choices"]][:2] == ["It is Paris.", "Paris"]
+    last = answer.json()["cappy"]["candidates"][2]
+    assert (last["status"], last["score"]) == ("empty", None)
+
+
+def test_c10_where_reasoning_never_ended_the_servers_own_answer_is_given() -> None:
+    answer = answer_of((200, choices(("<think>It could be Rome", "length"))), strip=True, policy=Policy(candidates=1))
+    assert answer.headers["x-cappy-outcome"] == "unscored"
+    assert answer.json()["choices"][0]["message"]["content"] == "<think>It could be Rome"
+
+
+def test_c10_without_it_reasoning_is_scored_passed_on_and_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    answer = answer_of((200, choices((THINKING, "stop"), (THINKING, "stop"))))
+    assert answer.json()["choices"][0]["message"]["content"] == THINKING
+    told = [record for record in caplog.records if "--strip-reasoning" in record.getMessage()]
+    assert [record.levelno for record in told] == [logging.WARNING]
+
+
+def test_c10_reasoning_beside_the_content_passes_through() -> None:
+    message = {"role": "assistant", "content": "Paris", "reasoning_content": "It could be Rome."}
+    answer = answer_of((200, saying("", message=message)), strip=True, policy=Policy(candidates=1))
+    assert answer.json()["choices"][0]["message"] == message
