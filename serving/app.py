@@ -164,7 +164,7 @@ def _about(models: Models) -> About:
         model=models.current.name,
         version=models.current.version,
         former=models.former.version if models.former else None,
-        calibrated=models.current.calibrate is not None,
+        calibrated=models.current.calibration is not None,
     )
 
 

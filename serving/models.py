@@ -1,12 +1,13 @@
 """The scorer that is served: loaded, verified, probed, and changed for another one at a stroke."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cappy.errors import FolderError
 from cappy.scoring import Precision
+from cappy.scoring.calibration import Calibration, read_calibration
 from cappy.scoring.encoding import Encoded, Pair
 from serving.batcher import Computed, Engine
 from serving.ending import ENDING
@@ -39,8 +40,8 @@ class Model:
     sha256: str = ""
     spec: str = ""
     precision: str = "fp32"
-    calibrate: Callable[[Sequence[float]], list[float]] | None = None
-    """Expected labels of scores, 0 to 1; None where the scorer has no calibration."""
+    calibration: Calibration | None = None
+    """What labels to expect of scores; None where the scorer has none."""
     probes: Stored = ()
     """What it answered when it was evaluated, where that came with it."""
     registered: "Version | None" = None
@@ -90,13 +91,11 @@ class ScorerEngine:
 def load(spec: str, name: str = "", precision: Precision = "auto") -> Model:
     """The scorer that a spec names, every file's sha256 checked; ConfigError or FolderError with the remedy."""
     from cappy.scoring import Scorer
-    from cappy.scoring.calibration import read_calibration
     from cappy.scoring.probe import read_probe
     from cappy.specs import open_scorer, parse_spec
 
     folder = open_scorer(spec)
     scorer = Scorer.load(str(folder.path), precision=precision)
-    calibration = read_calibration(folder.path)
     parsed = parse_spec(spec)
     return Model(
         engine=ScorerEngine(scorer),
@@ -105,7 +104,7 @@ def load(spec: str, name: str = "", precision: Precision = "auto") -> Model:
         sha256=folder.hash,
         spec=spec,
         precision=scorer.precision,
-        calibrate=calibration.apply if calibration else None,
+        calibration=read_calibration(folder.path),
         probes=[((instruction, response), score) for instruction, response, score in read_probe(folder.path)],
     )
 

@@ -110,7 +110,7 @@ class Service:
         if dialect.whole(asked) and not await self.batcher.fit(model.engine, pairs):
             raise Refusal(dialect.invalid, "a pair is longer than the scorer reads; shorten it or let it be cut")
         request.state.pairs, request.state.facts = len(pairs), model.facts()
-        scored = await self._scored(request, model, pairs)
+        scored = await self._scored(request, model, pairs, n=len(set(pairs)) if dialect.one_pool else 1)
         return await apart(size, partial(written, dialect, asked, scored))
 
     def _understand(self, dialect: Dialect, value: Any) -> tuple[BaseModel, Sequence[tuple[str, str]]]:
@@ -123,8 +123,8 @@ class Service:
         self.limits.bounds.check_texts(distinct(pairs))
         return asked, pairs
 
-    async def _scored(self, request: Request, model: Model, pairs: Sequence[tuple[str, str]]) -> Scored:
-        """Scores them, unless the client hangs up before."""
+    async def _scored(self, request: Request, model: Model, pairs: Sequence[tuple[str, str]], *, n: int) -> Scored:
+        """Scores them, unless the client hangs up before; what is expected of each is that of the best of `n`."""
         work = asyncio.ensure_future(self.batcher.score(model.engine, pairs))
         gone = asyncio.ensure_future(_hung_up(request))
         try:
@@ -142,7 +142,7 @@ class Service:
         return Scored(
             scores=scores,
             logits=[logit for _, logit in computed],
-            expected=model.calibrate(scores) if model.calibrate else None,
+            expected=model.calibration.apply(scores, n=n) if model.calibration else None,
             tokens=tokens,
             model=model.name,
             version=model.version,

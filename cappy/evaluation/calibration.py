@@ -1,31 +1,108 @@
-"""Calibration: how far scores are from the labels they foretell, a map that mends it, and what abstaining buys."""
+"""Calibration: how far the scores of picks are from their labels, a map that mends it, and what abstaining buys."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import isotonic_regression
 
+from cappy.evaluation import curve, selectors
 from cappy.evaluation.findings import Bin, Calibrated, Coverage, Reliability
-from cappy.evaluation.pools import Vector
-from cappy.scoring.calibration import Calibration
+from cappy.evaluation.pools import Pool, Vector
+from cappy.scoring.calibration import Calibration, PickMap
 
 NUM_BINS = 10
-MIN_FITTED = 50
-"""Held-out candidates below which no map is fitted: an isotonic one of fewer follows their noise."""
+MIN_GROUPS = 20
+"""Held-out groups below which no map is fitted, and the groups that a fitted n must have: two levels of ten picks."""
+LEVEL_GROUPS = 10
+"""Groups for each level of a map: an isotonic one of fewer follows their noise, most of all at its ends."""
+MAX_LEVELS = 20
 SHARES = tuple(round(0.1 * step, 1) for step in range(1, 11))
 
 
-def fit(scores: Vector, labels: Vector, metric: str) -> Calibration | None:
-    """The isotonic map of held-out scores to labels (Zadrozny and Elkan, 2002); None of too few candidates."""
-    if len(scores) < MIN_FITTED:
-        return None
-    points, where = np.unique(scores, return_inverse=True)
-    weights = np.bincount(where).astype(np.float64)
-    levels = isotonic_regression(np.bincount(where, weights=labels) / weights, weights=weights)
-    # The ends of every level say all of a stepwise map.
-    ends = sorted({*levels.blocks[:-1].tolist(), *(levels.blocks[1:] - 1).tolist()})
-    expected = np.clip(levels.x[ends], 0.0, 1.0)
-    return Calibration(tuple(points[ends].tolist()), tuple(expected.tolist()), metric=metric, fitted_on=len(scores))
+@dataclass(frozen=True)
+class Picks:
+    """The scorer's pick of every pool: its score, its label, and the number of distinct candidates, the n of its map.
+
+    Of equally scored candidates each is picked as often, so that the label is their mean.
+    """
+
+    scores: Vector
+    labels: Vector
+    sizes: tuple[int, ...]
+
+    def expected(self, fitted: Calibration) -> Vector:
+        """The expected label of every pick."""
+        pairs = zip(self.scores.tolist(), self.sizes, strict=True)
+        return np.array([fitted.apply([score], n=size)[0] for score, size in pairs])
+
+
+def picks(pools: Sequence[Pool], scores: Sequence[Vector]) -> Picks:
+    """The picks of these scores."""
+    return Picks(
+        scores=np.array([own.max() for own in scores], dtype=np.float64),
+        labels=selectors.picked(pools, scores),
+        sizes=tuple(len(set(pool.responses)) for pool in pools),
+    )
+
+
+def fit(pools: Sequence[Pool], scores: Sequence[Vector], metric: str) -> Calibration | None:
+    """The maps from the scores of held-out picks to their labels; None of fewer than `MIN_GROUPS` groups.
+
+    For every n of a grid the picks are those of all subsets of n candidates of each pool, in their exact proportions
+    (`curve.best_probabilities`), so that each pool weighs 1. A text that was sampled twice stands in its pool twice, as
+    it does in n samples. Each n has its own isotonic map (Zadrozny and Elkan, 2002), over levels of about equal weight.
+    """
+    ranked = [_ranked(own, pool.labels) for pool, own in zip(pools, scores, strict=True)]
+    groups = np.array([pool.instance.group_id for pool in pools])
+    maps = []
+    for n in _grid([len(own) for own, _ in ranked], groups):
+        where = [index for index, (own, _) in enumerate(ranked) if len(own) >= n]
+        weights = np.concatenate([curve.best_probabilities(len(ranked[index][0]))[n - 1] for index in where])
+        values, labels = (np.concatenate([ranked[index][side] for index in where]) for side in (0, 1))
+        levels = min(MAX_LEVELS, len(set(groups[where])) // LEVEL_GROUPS)
+        maps.append(_monotone(n, values, labels, weights, levels))
+    return Calibration(tuple(maps), metric=metric, fitted_on=len(set(groups))) if maps else None
+
+
+def _ranked(scores: Vector, labels: Vector) -> tuple[Vector, Vector]:
+    """Scores and labels, best first; equal scores have the mean of their labels."""
+    order = np.argsort(-scores, kind="stable")
+    return scores[order], curve.averaged_ties(scores[order], labels[order])
+
+
+def _grid(sizes: Sequence[int], groups: "np.ndarray[tuple[int], np.dtype[np.str_]]") -> Iterator[int]:
+    """1, 2, 4 and so on, and the largest n of which `MIN_GROUPS` groups have a pool; nothing of fewer groups."""
+    largest: dict[str, int] = {}
+    for size, group in zip(sizes, groups.tolist(), strict=True):
+        largest[group] = max(size, largest.get(group, 0))
+    if len(largest) < MIN_GROUPS:
+        return
+    last, n = sorted(largest.values())[-MIN_GROUPS], 1
+    while n < last:
+        yield n
+        n *= 2
+    yield last
+
+
+def _monotone(n: int, scores: Vector, labels: Vector, weights: Vector, levels: int) -> PickMap:
+    """The monotone map of at most `levels` levels of about equal weight: each from its lowest to its highest score.
+
+    So the mean of what is expected of the picks is the mean of their labels.
+    """
+    drawn = weights > 0
+    points, where = np.unique(scores[drawn], return_inverse=True)
+    weight = np.bincount(where, weights=weights[drawn])
+    total = np.bincount(where, weights=weights[drawn] * labels[drawn])
+    # Equal scores are of one level; a pick in the middle of its own weight says which.
+    middle = (np.cumsum(weight) - weight / 2) / weight.sum()
+    level = np.minimum((middle * levels).astype(int), levels - 1)
+    level = np.unique(level, return_inverse=True)[1]
+    mass, label = (np.bincount(level, weights=own) for own in (weight, total))
+    expected = np.clip(isotonic_regression(label / mass, weights=mass).x, 0.0, 1.0)[level]
+    change = np.diff(expected) != 0
+    ends = np.flatnonzero(np.append(True, change) | np.append(change, True))
+    return PickMap(n, tuple(points[ends].tolist()), tuple(expected[ends].tolist()))
 
 
 def reliability(scores: Vector, labels: Vector) -> Reliability:
@@ -44,10 +121,18 @@ def reliability(scores: Vector, labels: Vector) -> Reliability:
     return Reliability(ece=float(error), brier=float(np.mean((scores - labels) ** 2)), bins=bins)
 
 
-def calibrated(raw: Vector, mapped: Vector | None, labels: Vector, fitted_on: int) -> Calibrated:
-    """The reliability of scores as they are and, where a map was fitted, after it."""
-    after = None if mapped is None else reliability(mapped, labels)
-    return Calibrated(raw=reliability(raw, labels), calibrated=after, fitted_on=fitted_on if after else 0)
+def calibrated(found: Sequence[tuple[Picks, Calibration | None]]) -> Calibrated:
+    """The reliability of picks by their scores and, where every part has a map, by what its own map expects."""
+    raw, labels = (np.concatenate([getattr(own, name) for own, _ in found]) for name in ("scores", "labels"))
+    maps = [fitted for _, fitted in found if fitted is not None]
+    if len(maps) < len(found):
+        return Calibrated(raw=reliability(raw, labels))
+    mapped = np.concatenate([own.expected(fitted) for own, fitted in found if fitted is not None])
+    return Calibrated(
+        raw=reliability(raw, labels),
+        calibrated=reliability(mapped, labels),
+        fitted_on=sum(fitted.fitted_on for fitted in maps),
+    )
 
 
 def coverage(confidences: Sequence[float], labels: Vector) -> Coverage:

@@ -19,11 +19,22 @@ WORTH = 0.001
 def ranked_curve(values: Vector, labels: Vector) -> Vector:
     """Expected label of the pick among n random candidates, for n from 1 to all; exact.
 
-    For a selector whose value of a candidate does not depend on the other candidates. Of equal values the first wins.
+    For a selector whose value of a candidate does not depend on the other candidates. Of equal values each is picked as
+    often.
     """
     order = np.argsort(-values, kind="stable")
-    expected: Vector = best_probabilities(len(values)) @ labels[order]
+    expected: Vector = best_probabilities(len(values)) @ averaged_ties(values[order], labels[order])
     return expected
+
+
+def averaged_ties(ranked: Vector, labels: Vector) -> Vector:
+    """The labels in the order of `ranked` values, those of equal values replaced by their mean.
+
+    Which of equal values are drawn is by chance alone, so a pick among them is worth their mean, whatever n is.
+    """
+    tied = np.concatenate([[0], np.cumsum(np.diff(ranked) != 0)])
+    means: Vector = (np.bincount(tied, weights=labels) / np.bincount(tied))[tied]
+    return means
 
 
 @lru_cache(maxsize=256)
@@ -44,7 +55,9 @@ def best_probabilities(size: int) -> npt.NDArray[np.float64]:
 def mbr_curve(responses: tuple[str, ...], labels: Vector, rng: np.random.Generator, draws: int = MBR_DRAWS) -> Vector:
     """Expected label of MBR's pick among n random candidates, for n from 1 to all, averaged over `draws` orders.
 
-    MBR's values depend on which candidates are there, so each n is simulated: the first n of a random order.
+    MBR's values depend on which candidates are there, so each n is simulated: the first n of a random order. Of equal
+    sums each candidate is picked as often. Of two candidates each is as near to the other, so that up to 2 the label is
+    exactly that of a random one.
     """
     size = len(responses)
     similarity = mutual_rouge_l(responses)
@@ -53,10 +66,12 @@ def mbr_curve(responses: tuple[str, ...], labels: Vector, rng: np.random.Generat
     total = np.zeros(size)
     for _ in range(draws):
         order = rng.permutation(size)
-        sums = np.cumsum(similarity[np.ix_(order, order)], axis=1)
-        # The penalty is far below any difference of two sums: of equal ones the first of the pool wins.
-        total += labels[order[np.argmax(sums - 1e-11 * order[:, None] + absent, axis=0)]]
+        sums = np.cumsum(similarity[np.ix_(order, order)], axis=1) + absent
+        # Sums that are equal but for their last bits count as equal.
+        tied = sums >= sums.max(axis=0) - 1e-9
+        total += labels[order] @ tied / tied.sum(axis=0)
     mean: Vector = total / draws
+    mean[:2] = labels.mean()
     return mean
 
 

@@ -56,7 +56,8 @@ class Power:
 class Row:
     """One selector: its mean label, its gain over random choice, what was chosen for it on held-out instances.
 
-    `ties` counts the instances where order alone decided between candidates with different labels.
+    `ties` counts the instances where candidates with different labels share the highest value; the mean of their labels
+    counts.
     """
 
     estimate: Estimate
@@ -125,7 +126,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Bin:
-    """Pairs with neighbouring scores: their mean score, their mean label, how many they are."""
+    """Picks with neighbouring scores: their mean score, their mean label, how many they are."""
 
     score: float
     label: float
@@ -134,7 +135,7 @@ class Bin:
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """How far scores are from the labels that they foretell, over all candidates.
+    """How far the scores of picks are from the labels that they foretell, over the pick of every pool.
 
     `ece` is the expected calibration error: the mean distance of the bins' mean score and mean label, weighted by their
     size (Naeini, Cooper and Hauskrecht, 2015), here with bins of equal size. `brier` is the mean squared difference of
@@ -148,7 +149,7 @@ class Reliability:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """The scores as they are, and after the calibration that was fitted on `fitted_on` held-out candidates."""
+    """The picks' scores as they are, and after the calibration that was fitted on `fitted_on` held-out groups."""
 
     raw: Reliability
     calibrated: Reliability | None = None

@@ -79,7 +79,7 @@ def part_of(
         scores["champion"] = score_pools(pools, champion, told)
     for name, values in scores.items():
         _refuse_constant(name, values)
-    fitted = calibration.fit(flat(held), flat([pool.labels for pool in held_out]), metric) if held else None
+    fitted = calibration.fit(held_out, held, metric) if held else None
     probes: list[Probe] = []
     if score is not None and probe:
         table = tables.tasks(pools, means_of(pools, {"scorer": scores["scorer"]}))

@@ -17,7 +17,7 @@ from cappy.evaluation import (
     tables,
 )
 from cappy.evaluation.findings import Calibrated, Cost, Coverage
-from cappy.evaluation.parts import Part, flat, means_of, part_of, pools_of
+from cappy.evaluation.parts import Part, means_of, part_of, pools_of
 from cappy.evaluation.pools import Pool, Score
 from cappy.evaluation.rules import Rules
 from cappy.progress import Progress, silent
@@ -110,23 +110,12 @@ def _joined(found: Sequence[Rules]) -> Rules:
 
 
 def _calibrated(parts: Sequence[Part]) -> Calibrated | None:
-    """Calibration over all reported candidates, each by the map that was fitted beside its own scorer."""
+    """Calibration of all reported picks, each by the map that was fitted beside its own scorer."""
     if any("scorer" not in part.rules.values for part in parts):
         return None
-    raw = flat([value for part in parts for value in part.rules.values["scorer"]])
-    labels = flat([pool.labels for part in parts for pool in part.pools])
-    maps = [part.calibration for part in parts]
-    mapped = None
-    if all(own is not None for own in maps):
-        mapped = np.array(
-            [
-                value
-                for part, own in zip(parts, maps, strict=True)
-                if own is not None
-                for value in own.apply(flat(part.rules.values["scorer"]).tolist())
-            ]
-        )
-    return calibration.calibrated(raw, mapped, labels, sum(own.fitted_on for own in maps if own is not None))
+    return calibration.calibrated(
+        [(calibration.picks(part.pools, part.rules.values["scorer"]), part.calibration) for part in parts]
+    )
 
 
 def _coverage(pools: Sequence[Pool], found: Rules) -> Coverage | None:

@@ -1,7 +1,8 @@
 """Selectors: rules that pick one candidate of an instance.
 
-Each gives every candidate a value, from what a user would have and never from references; the highest value is picked,
-the first of equal ones. Random choice has no pick: its result is the mean label of the pool.
+Each gives every candidate a value, from what a user would have and never from references; the highest value is picked.
+Of equal values a user gets the first, but which one stands first says nothing of the selector: its result is their mean
+label. Random choice has no pick: its result is the mean label of the pool.
 """
 
 import re
@@ -25,12 +26,17 @@ def pick(values: Vector) -> int:
 
 
 def picked(pools: Sequence[Pool], values: Sequence[Vector]) -> Vector:
-    """The label of the pick in every pool, shape (pools,)."""
-    return np.array([pool.labels[pick(own)] for pool, own in zip(pools, values, strict=True)])
+    """The label to expect of the pick in every pool, shape (pools,): of equal values the mean of their labels."""
+    return np.array([pick_label(own, pool.labels) for pool, own in zip(pools, values, strict=True)])
+
+
+def pick_label(values: Vector, labels: Vector) -> float:
+    """The mean label of the candidates with the highest value: what a pick among them at random is worth."""
+    return float(labels[values == values.max()].mean())
 
 
 def is_tied(values: Vector, labels: Vector) -> bool:
-    """Whether a candidate with another label than the pick's shares its value, so that order alone decided."""
+    """Whether candidates with different labels share the highest value, so that order alone decides between them."""
     top = labels[values == values.max()]
     return bool((top != top[0]).any())
 

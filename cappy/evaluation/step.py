@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,11 @@ from cappy.evaluation.crossfit import Load
 from cappy.evaluation.leaks import TrainedOn, seen_in_training
 from cappy.evaluation.out_of_fold import OUT_OF_FOLD
 from cappy.evaluation.parts import Part, part_of, pools_of
-from cappy.evaluation.pools import Pool, Score, Vector
+from cappy.evaluation.pools import Score
 from cappy.evaluation.protocol import report_of
 from cappy.evaluation.remembered import remembered, seconds_per_pair
 from cappy.evaluation.report import Report
-from cappy.evaluation.selectors import picked
-from cappy.evaluation.threshold import PICKS
+from cappy.evaluation.threshold import PICKS, pick_rows
 from cappy.progress import Progress
 from cappy.records import Instance, Manifest, read, read_manifest
 from cappy.records.folder import MANIFEST, describe_files, write_bytes
@@ -112,19 +112,17 @@ def once(
 
 
 def write_picks(folder: Path, parts: Sequence[Part], config: EvaluationConfig) -> None:
-    """Writes picks.json: score, label and group of the scorer's pick of every instance, held-out and reported."""
-    values = {
-        "metric": config.metric,
-        "held_out": [pick for part in parts for pick in _picked(part.held_out, part.held_scores)],
-        "reported": [pick for part in parts for pick in _picked(part.pools, part.rules.values["scorer"])],
-    }
+    """Writes picks.json, the scorer's pick of every instance: held-out and reported, or out of fold (`pick_rows`)."""
+    scored = [(part, part.rules.values["scorer"]) for part in parts]
+    if config.folds:
+        rows = {"out_of_fold": [pick_rows(part.pools, own, fold) for fold, (part, own) in enumerate(scored, start=1)]}
+    else:
+        rows = {
+            "held_out": [pick_rows(part.held_out, part.held_scores) for part in parts],
+            "reported": [pick_rows(part.pools, own) for part, own in scored],
+        }
+    values = {"metric": config.metric} | {name: list(chain(*found)) for name, found in rows.items()}
     write_bytes(folder / PICKS, json.dumps(values).encode())
-
-
-def _picked(pools: Sequence[Pool], scores: Sequence[Vector]) -> list[tuple[float, float, str]]:
-    tops = [float(own.max()) for own in scores]
-    groups = [pool.instance.group_id for pool in pools]
-    return list(zip(tops, picked(pools, scores).tolist(), groups, strict=True))
 
 
 def content(folder: Path) -> str:

@@ -16,7 +16,7 @@ def choose_weight(scores: Sequence[Vector], others: Sequence[Vector], labels: Se
 
     def mean_label(weight: float) -> float:
         rows = zip(scores, others, labels, strict=True)
-        return float(np.mean([label[selectors.pick(selectors.hybrid(s, o, weight))] for s, o, label in rows]))
+        return float(np.mean([selectors.pick_label(selectors.hybrid(s, o, weight), label) for s, o, label in rows]))
 
     return max(WEIGHTS, key=mean_label)
 

@@ -1,62 +1,112 @@
-"""Calibration: a map from scores to what they are worth, kept beside a scorer as calibration.json.
+"""Calibration: what the best of n candidates is worth, given its score; kept beside a scorer as calibration.json.
 
-It never changes a pick: it is monotone, and where it is flat the scores decide.
+The best of many is judged otherwise than one alone: a score that a lone candidate earns by being right, the best of
+eight may have by luck. So the expected label depends on the score and on n, the number of distinct candidates that were
+scored. It never changes a pick: for every n it rises with the score, and where it is flat the scores decide.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cappy.errors import FolderError
 
 CALIBRATION = "calibration.json"
+KIND = "picks"
+
+
+@dataclass(frozen=True)
+class PickMap:
+    """The expected label of the best of `n`: piecewise linear through (`scores[i]`, `expected[i]`), level outside."""
+
+    n: int
+    scores: tuple[float, ...]
+    expected: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A monotone, piecewise linear map through the points (`scores[i]`, `expected[i]`), level outside of them.
+    """A monotone map for each of some n, in rising order and beginning at 1; between two of them it is interpolated.
 
-    `metric` names the label that is expected, `fitted_on` how many held-out candidates it was fitted on.
+    `metric` names the label that is expected, `fitted_on` the number of held-out groups that it was fitted on.
     """
 
-    scores: tuple[float, ...]
-    expected: tuple[float, ...]
+    maps: tuple[PickMap, ...]
     metric: str
     fitted_on: int
 
-    def apply(self, scores: Sequence[float]) -> list[float]:
-        """The expected label, 0 to 1, of candidates with these scores."""
-        values: list[float] = np.interp(scores, self.scores, self.expected).tolist()
-        return values
+    def apply(self, scores: Sequence[float], *, n: int) -> list[float]:
+        """The label, 0 to 1, to expect of a candidate with each of these scores, were it the best of `n`.
+
+        A pair that is scored alone is the best of 1. Interpolation is linear in log(n); beyond the largest n that was
+        fitted its map holds. ValueError where n is below 1.
+        """
+        if n < 1:
+            raise ValueError(f"n: is {n}; the best of 1 or more candidates has an expected label")
+        sizes = np.log([one.n for one in self.maps])
+        place = float(np.interp(np.log(n), sizes, np.arange(len(self.maps))))
+        below = int(place)
+        share = place - below
+        values = _interpolate(self.maps[below], scores)
+        if share:
+            values = (1 - share) * values + share * _interpolate(self.maps[below + 1], scores)
+        found: list[float] = values.tolist()
+        return found
 
     def to_json(self) -> str:
         """The text of calibration.json."""
         values = {
-            "kind": "isotonic",
+            "kind": KIND,
             "metric": self.metric,
             "fitted_on": self.fitted_on,
-            "scores": self.scores,
-            "expected": self.expected,
+            "maps": [{"n": one.n, "scores": one.scores, "expected": one.expected} for one in self.maps],
         }
         return json.dumps(values, indent=1) + "\n"
 
 
 def read_calibration(folder: str | Path) -> Calibration | None:
-    """The calibration in a scorer's or a report's folder, None if there is none; FolderError if it is damaged."""
+    """The calibration in a scorer's or a report's folder, None if there is none.
+
+    FolderError where it is damaged, or of the older kind that was fitted on all candidates and so overrates picks.
+    """
     path = Path(folder) / CALIBRATION
     if not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        scores, expected = (tuple(float(value) for value in values[name]) for name in ("scores", "expected"))
-        found = Calibration(scores, expected, metric=str(values["metric"]), fitted_on=int(values["fitted_on"]))
-        if values["kind"] != "isotonic" or not scores or len(scores) != len(expected):
-            raise ValueError("it has not as many scores as labels")
-        if any(np.diff(row).min(initial=0) < 0 for row in (scores, expected)):
-            raise ValueError("its points do not rise")
+        if values["kind"] == "isotonic":
+            raise ValueError("an older version fitted it on all candidates, so it overrates the best of several")
+        if values["kind"] != KIND:
+            raise ValueError(f"it is of another kind than {KIND!r}")
+        maps = tuple(_read_map(one) for one in values["maps"])
+        found = Calibration(maps, metric=str(values["metric"]), fitted_on=int(values["fitted_on"]))
+        sizes = [one.n for one in maps]
+        if sizes[:1] != [1] or any(after <= before for before, after in pairwise(sizes)):
+            raise ValueError("its n do not begin at 1 and rise")
     except (ValueError, TypeError, KeyError) as error:
         raise FolderError(f"{path}: is no calibration ({error}); evaluate again, or delete it") from error
     return found
+
+
+def _read_map(values: dict[str, Any]) -> PickMap:
+    """ValueError, TypeError or KeyError where it is no monotone map to 0 to 1."""
+    scores, expected = (tuple(float(value) for value in values[name]) for name in ("scores", "expected"))
+    if not scores or len(scores) != len(expected):
+        raise ValueError("it has not as many scores as labels")
+    if not np.isfinite([*scores, *expected]).all() or min(expected) < 0 or max(expected) > 1:
+        raise ValueError("its points are no finite scores and labels of 0 to 1")
+    if any(np.diff(row).min(initial=0) < 0 for row in (scores, expected)):
+        raise ValueError("its points do not rise")
+    n = values["n"]
+    if not isinstance(n, int) or isinstance(n, bool):
+        raise ValueError("its n are no whole numbers")
+    return PickMap(n, scores, expected)
+
+
+def _interpolate(one: PickMap, scores: Sequence[float]) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    return np.interp(scores, one.scores, one.expected)

@@ -35,7 +35,7 @@ class Scored:
     scores: Sequence[float]
     logits: Sequence[float]
     expected: Sequence[float] | None
-    """Calibrated: the label to expect, 0 to 1; None where the scorer has no calibration."""
+    """The label to expect of each, 0 to 1, were it the best of its pool; None where the scorer has no calibration."""
     tokens: int
     model: str
     version: str
@@ -65,6 +65,8 @@ class Dialect:
     marks: frozenset[str] = frozenset()
     invalid: int = 422
     """Status of a body that is JSON of another shape."""
+    one_pool: bool = False
+    """Whether the pairs of a request are the candidates of one pool, of which the best is asked for."""
     bare: bool = False
     """Whether answers leave out fields without a value, rather than give null."""
     named: Callable[[Any], str | None] = lambda request: None

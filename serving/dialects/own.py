@@ -9,13 +9,20 @@ from cappy.scoring.encoding import Pair
 from serving.dialects.dialect import Body, Dialect, Refused, Scored, Texts, ranked
 
 Version = Annotated[str, Field(description="Version of the scorer: 12 hexadecimal digits of its manifest's hash")]
-Expected = Annotated[
+ExpectedAlone = Annotated[
     list[float] | None,
     Field(description="The label to expect of each, 0 to 1, by the scorer's calibration; null if it has none"),
 ]
 Logits = Annotated[
     list[float],
     Field(description="The scores before the activation: their order is that of quality, without ties of rounding"),
+]
+ExpectedOfPick = Annotated[
+    list[float] | None,
+    Field(
+        description="The label to expect of each, 0 to 1, were it the best of so many distinct responses as there are, "
+        "which the pick is, by the scorer's calibration; null if it has none"
+    ),
 ]
 Scores = Annotated[list[float], Field(description="In the order given; higher is more correct, about 0 to 1")]
 
@@ -41,7 +48,7 @@ class ScoreResponse(Body):
 
     scores: Scores
     logits: Logits
-    expected: Expected
+    expected: ExpectedAlone
     version: Version
 
 
@@ -64,7 +71,7 @@ class SelectResponse(Body):
     index: Annotated[int, Field(description="Place of the pick among the responses, from 0")]
     response: str
     scores: Scores
-    expected: Expected
+    expected: ExpectedOfPick
     version: Version
 
 
@@ -116,6 +123,7 @@ SELECT = Dialect(
     response=SelectResponse,
     problem=Problem,
     pairs=_pool,
+    one_pool=True,
     answer=_pick,
     refuse=refuse,
     shape='{"instruction": "...", "responses": ["...", ...]}',

@@ -13,7 +13,7 @@ from serving.gateway.ledger import EXPECTED_TOKENS, Allowance, Ledger, Limit, Li
 from serving.gateway.policy import Policy, Stop, decide
 from serving.gateway.schemas import ChatRequest
 from serving.gateway.scoring import Scoring
-from serving.gateway.upstream import Ask, Draw, Round, Upstream
+from serving.gateway.upstream import Ask, Draw, Round, Upstream, valued
 
 SAMPLING_SHARE = 0.9
 """Of the seconds of a request; what is left is for the scorer."""
@@ -156,7 +156,7 @@ class _Run:
         self._problems += found.problems
         if self._cut(found, allowance):
             self._limit = self._limit or allowance.limit
-        self._draws += await self._scored(found.draws)
+        self._draws = valued([*self._draws, *await self._scored(found.draws)], self._gateway.scoring.worth)
 
     async def _scored(self, draws: Sequence[Draw]) -> list[Draw]:
         """The candidates with their scores; without, where the time ends first and earlier ones have theirs."""
@@ -177,10 +177,9 @@ class _Run:
             raise GatewayError(504, f"{text}; raise --max-seconds", kind="timeout", code="timeout") from None
         except CappyError as error:
             raise GatewayError(503, f"the scorer failed: {error}", kind="scorer_error", code="scorer_failed") from error
-        worth = self._gateway.scoring.worth([score for score, _ in ratings])
         known = {
-            id(draw): replace(draw, score=score, value=value, logit=logit)
-            for draw, (score, logit), value in zip(scorable, ratings, worth, strict=True)
+            id(draw): replace(draw, score=score, logit=logit)
+            for draw, (score, logit) in zip(scorable, ratings, strict=True)
         }
         return [known.get(id(draw), draw) for draw in draws]
 

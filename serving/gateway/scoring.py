@@ -54,9 +54,12 @@ class Scoring:
     calibration: Calibration | None = None
     close: Callable[[], Awaitable[None]] = _nothing
 
-    def worth(self, scores: Sequence[float]) -> list[float]:
-        """What these scores are worth: the expected label, 0 to 1, or without a calibration the scores themselves."""
-        return self.calibration.apply(scores) if self.calibration else list(scores)
+    def worth(self, scores: Sequence[float], *, n: int) -> list[float]:
+        """What these scores are worth, each as the best of `n` distinct candidates.
+
+        It is the expected label, 0 to 1, or without a calibration the score itself.
+        """
+        return self.calibration.apply(scores, n=n) if self.calibration else list(scores)
 
     async def __call__(self, pairs: Sequence[Pair]) -> list[float]:
         """Finite scores, one per pair; GatewayError 500 where the scorer gives others."""

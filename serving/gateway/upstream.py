@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import httpx2
 
@@ -40,8 +40,8 @@ Read = tuple[str, Status, list[float]]
 class Draw:
     """One candidate: the choice as the server sent it, what the record keeps of it, and its score once it has one.
 
-    `score` is the scorer's, `value` what it is worth by the calibration (the score itself without one), `logit` the
-    score before its activation, which candidates are ranked by.
+    `score` is the scorer's, `logit` the score before its activation, which candidates are ranked by, `value` what the
+    score is worth by the calibration as the best of all that were scored so far (the score itself without one).
     """
 
     choice: Mapping[str, Any]
@@ -60,6 +60,13 @@ class Draw:
     def scorable(self) -> bool:
         """Whether a selector may pick it: it is a text, and neither refused nor filtered."""
         return self.status in SELECTABLE
+
+
+class Worth(Protocol):
+    """`Scoring.worth`."""
+
+    def __call__(self, scores: Sequence[float], *, n: int) -> list[float]:
+        """What scores are worth, each as the best of `n`."""
 
 
 @dataclass
@@ -339,3 +346,14 @@ def _without(body: bytes, authorization: str) -> bytes:
         if len(key) >= SHORTEST:
             body = body.replace(key.encode("latin-1", "replace"), b"***")
     return body
+
+
+def valued(draws: Sequence[Draw], worth: Worth) -> list[Draw]:
+    """The candidates with what their scores are worth among all of them; a text that was drawn twice counts once."""
+    scores = {index: draw.score for index, draw in enumerate(draws) if draw.score is not None}
+    if not scores:
+        return list(draws)
+    values = dict(
+        zip(scores, worth(list(scores.values()), n=len({draws[index].text for index in scores})), strict=True)
+    )
+    return [replace(draw, value=values.get(index)) for index, draw in enumerate(draws)]

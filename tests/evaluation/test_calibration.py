@@ -1,18 +1,18 @@
 """Calibration says how far scores are from labels, mends it on held-out instances, and abstains where it should."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from calibrations import straight
 
 from cappy.errors import FolderError
 from cappy.evaluation import calibration
-from cappy.evaluation.report import SCHEMA
-from cappy.evaluation.threshold import lowest, sentence, threshold
-from cappy.records import Manifest
-from cappy.records.folder import describe_files, write_manifest
+from cappy.evaluation.pools import Pool
+from cappy.records import Candidate, Instance
 from cappy.scoring.calibration import Calibration, read_calibration
 
 RNG = np.random.default_rng(0)
@@ -40,60 +40,210 @@ def test_the_order_of_rows_changes_nothing_where_scores_are_equal() -> None:
     assert calibration.reliability(level, labels).ece == calibration.reliability(level, shuffled).ece == 0.0
 
 
-def test_a_map_fitted_on_one_half_mends_the_other() -> None:
-    labels = (RNG.random(len(SCORES)) < SCORES**3).astype(float)
-    found = calibration.fit(SCORES[:2000], labels[:2000], "rougeL")
+def pools_of(labels: Sequence[np.ndarray], texts: Sequence[Sequence[str]] | None = None) -> list[Pool]:
+    """Pools with these labels; every candidate has a text of its own unless `texts` says another."""
+    return [
+        Pool(
+            instance=Instance(instance_id=str(index), instruction="i", references=("r",), group_id=str(index)),
+            candidates=tuple(
+                Candidate(response=texts[index][place] if texts else f"{place}", labels={"rougeL": float(label)})
+                for place, label in enumerate(own)
+            ),
+            labels=np.asarray(own, dtype=np.float64),
+        )
+        for index, own in enumerate(labels)
+    ]
+
+
+def uneven(number: int, size: int, seed: int) -> tuple[list[Pool], list[np.ndarray]]:
+    """Pools whose scorer errs by pool as much as by candidate, so that the best score of many overrates its label."""
+    rng = np.random.default_rng(seed)
+    worth = rng.random((number, 1)) * 0.6
+    labels = np.clip(worth + rng.normal(0, 0.1, (number, size)), 0, 1)
+    scores = labels + rng.normal(0, 0.25, (number, size))
+    return pools_of(list(labels)), list(scores)
+
+
+def drawn(pools: Sequence[Pool], scores: Sequence[np.ndarray], n: int, seed: int) -> calibration.Picks:
+    """The picks among `n` random candidates of each pool."""
+    rng = np.random.default_rng(seed)
+    found, values = [], []
+    for pool, own in zip(pools, scores, strict=True):
+        of = rng.choice(len(own), n, replace=False)
+        candidates = tuple(pool.candidates[index] for index in of)
+        found.append(Pool(instance=pool.instance, candidates=candidates, labels=pool.labels[of]))
+        values.append(own[of])
+    return calibration.picks(found, values)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
+def test_what_is_expected_of_the_best_of_n_is_on_the_mean_what_it_is_worth(n: int) -> None:
+    """A map of all candidates overrates picks: the best of eight has its score by luck as much as by being right."""
+    held, tested = uneven(600, 8, seed=1), uneven(600, 8, seed=2)
+    fitted = calibration.fit(*held, "rougeL")
+    assert fitted is not None
+    picks = drawn(*tested, n, seed=3)
+    assert picks.sizes == (n,) * 600
+    assert picks.expected(fitted).mean() == pytest.approx(picks.labels.mean(), abs=0.02)
+    assert calibration.reliability(picks.expected(fitted), picks.labels).ece < 0.04
+    alone = np.array(fitted.apply(picks.scores.tolist(), n=1))
+    assert n < 8 or alone.mean() > picks.labels.mean() + 0.05
+
+
+def test_on_the_picks_that_a_map_was_fitted_on_the_mean_is_exact() -> None:
+    pools, scores = uneven(100, 6, seed=4)
+    fitted = calibration.fit(pools, scores, "rougeL")
+    assert fitted is not None
+    assert [one.n for one in fitted.maps] == [1, 2, 4, 6]
+    assert fitted.fitted_on == 100
+    picks = calibration.picks(pools, scores)
+    assert picks.expected(fitted).mean() == pytest.approx(picks.labels.mean())
+    single = np.concatenate([fitted.apply(own.tolist(), n=1) for own in scores])
+    assert single.mean() == pytest.approx(np.mean([pool.labels.mean() for pool in pools]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_for_every_n_the_map_rises_with_the_score_between_0_and_1(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 9, 60)
+    pools = pools_of([rng.random(size) for size in sizes])
+    scores = [rng.choice([rng.normal(0, 3, size), rng.integers(3, size=size).astype(float)]) for size in sizes]
+    fitted = calibration.fit(pools, scores, "rougeL")
+    assert fitted is not None
+    places = np.linspace(-9, 9, 300).tolist()
+    for n in range(1, 20):
+        values = fitted.apply(places, n=n)
+        assert values == sorted(values)
+        assert 0 <= min(values) <= max(values) <= 1
+
+
+def test_between_two_n_that_were_fitted_the_map_lies_between_theirs_and_beyond_the_last_it_is_the_last() -> None:
+    fitted = straight({1: 1.0, 4: 0.5})
+    assert fitted.apply([1.0], n=1) == [1.0]
+    assert fitted.apply([1.0], n=2) == [pytest.approx(0.75)]
+    assert 0.5 < fitted.apply([1.0], n=3)[0] < 0.75
+    assert fitted.apply([1.0], n=4) == fitted.apply([1.0], n=400) == [0.5]
+    with pytest.raises(ValueError, match="n: is 0"):
+        fitted.apply([1.0], n=0)
+
+
+def test_a_pool_weighs_as_much_as_another_however_many_candidates_it_has() -> None:
+    labels = [np.zeros(16)] * 20 + [np.ones(2)] * 20
+    fitted = calibration.fit(pools_of(labels), [np.linspace(0, 1, len(own)) for own in labels], "rougeL")
+    assert fitted is not None
+    assert np.mean([fitted.apply([score], n=1)[0] for own in labels for score in (own[0], own[-1])]) < 1
+    scores = [np.full(len(own), 0.5) for own in labels]
+    level = calibration.fit(pools_of(labels), scores, "rougeL")
+    assert level is not None
+    assert level.apply([0.5], n=1) == [0.5]
+
+
+def test_a_text_that_stands_twice_is_one_candidate_of_a_pick() -> None:
+    picks = calibration.picks(pools_of([np.array([0.5, 0.5, 0.1])], [["a", "a", "b"]]), [np.array([0.9, 0.9, 0.2])])
+    assert (picks.sizes, picks.labels.tolist(), picks.scores.tolist()) == ((2,), [0.5], [0.9])
+
+
+def test_a_pick_of_equal_scores_has_their_mean_label() -> None:
+    pools, scores = pools_of([np.array([1.0, 0.0])] * 30), [np.array([0.5, 0.5])] * 30
+    assert calibration.picks(pools, scores).labels.tolist() == [0.5] * 30
+    fitted = calibration.fit(pools, scores, "rougeL")
+    assert fitted is not None
+    assert fitted.apply([0.5], n=2) == [0.5]
+
+
+def test_a_lucky_few_at_the_top_do_not_promise_a_label_of_1() -> None:
+    rng = np.random.default_rng(0)
+    labels = (rng.random(200) < 0.5).astype(float)
+    labels[-3:] = 1.0
+    pools, scores = pools_of([np.array([label]) for label in labels]), [np.array([index / 200]) for index in range(200)]
+    fitted = calibration.fit(pools, scores, "rougeL")
+    assert fitted is not None
+    assert fitted.apply([1.0], n=1)[0] < 0.9
+
+
+@pytest.mark.parametrize("copies", [1, 5])
+def test_of_fewer_groups_than_20_nothing_is_fitted_however_many_picks_they_have(copies: int) -> None:
+    def fit(groups: int) -> Calibration | None:
+        pools, scores = uneven(groups * copies, 4, seed=5)
+        own = [
+            Pool(replace(pool.instance, group_id=str(index // copies)), pool.candidates, pool.labels)
+            for index, pool in enumerate(pools)
+        ]
+        return calibration.fit(own, scores, "rougeL")
+
+    assert fit(calibration.MIN_GROUPS - 1) is None
+    found = fit(calibration.MIN_GROUPS)
     assert found is not None
-    mapped = np.array(found.apply(SCORES[2000:].tolist()))
-    before, after = (calibration.reliability(values, labels[2000:]) for values in (SCORES[2000:], mapped))
-    assert before.ece > 0.2
-    assert after.ece < 0.05
-    assert after.brier < before.brier
+    assert all(len(set(one.expected)) <= 2 for one in found.maps), "two levels of ten groups"
 
 
-def test_the_map_is_the_best_monotone_one() -> None:
-    """Against the definition: the mean of every level equals the labels' mean there, and levels rise."""
-    scores = np.repeat(np.arange(20.0), 5)
-    labels = np.clip(scores / 20 + RNG.normal(0, 0.2, len(scores)), 0, 1)
-    found = calibration.fit(scores, labels, "rougeL")
-    assert found is not None
-    fitted = np.array(found.apply(scores.tolist()))
-    one_level = np.full(len(labels), labels.mean())
-    straight = np.clip(np.polyval(np.polyfit(scores, labels, 1), scores), 0, 1)
-    assert np.mean((fitted - labels) ** 2) < min(np.mean((other - labels) ** 2) for other in (one_level, straight))
-    for level in np.unique(fitted):
-        assert labels[fitted == level].mean() == pytest.approx(level)
-    assert (np.diff(fitted[np.argsort(scores, kind="stable")]) >= 0).all()
+def test_an_n_that_few_groups_reach_has_no_map_of_its_own() -> None:
+    labels = [RNG.random(3) for _ in range(30)] + [RNG.random(50) for _ in range(calibration.MIN_GROUPS - 1)]
+    fitted = calibration.fit(pools_of(labels), [RNG.random(len(own)) for own in labels], "rougeL")
+    assert fitted is not None
+    assert [one.n for one in fitted.maps] == [1, 2, 3]
 
 
-def test_the_map_keeps_the_order_and_stays_between_0_and_1() -> None:
-    found = calibration.fit(SCORES * 3 - 1, np.clip(SCORES + RNG.normal(0, 0.3, len(SCORES)), 0, 1), "rougeL")
-    assert found is not None
-    values = found.apply(np.linspace(-5, 5, 200).tolist())
-    assert values == sorted(values)
-    assert 0 <= min(values) <= max(values) <= 1
-
-
-def test_too_few_held_out_candidates_fit_nothing() -> None:
-    few = calibration.MIN_FITTED - 1
-    assert calibration.fit(SCORES[:few], SCORES[:few], "rougeL") is None
+def test_the_report_calibrates_each_parts_picks_by_its_own_map() -> None:
+    parts = [uneven(50, 4, seed=seed) for seed in (6, 7)]
+    picks = [calibration.picks(*part) for part in parts]
+    maps = [straight({1: 0.2}), straight({1: 0.8})]
+    found = calibration.calibrated(list(zip(picks, maps, strict=True)))
+    both = np.concatenate([own.expected(fitted) for own, fitted in zip(picks, maps, strict=True)])
+    labels = np.concatenate([own.labels for own in picks])
+    assert found.calibrated == calibration.reliability(both, labels)
+    assert found.fitted_on == 160
+    lacking = calibration.calibrated([(picks[0], maps[0]), (picks[1], None)])
+    assert (lacking.calibrated, lacking.fitted_on) == (None, 0)
+    assert lacking.raw == found.raw
 
 
 def test_a_map_goes_to_a_folder_and_back(tmp_path: Path) -> None:
-    found = calibration.fit(SCORES, SCORES, "rougeL")
+    found = calibration.fit(*uneven(50, 4, seed=8), "rougeL")
     assert found is not None
     assert read_calibration(tmp_path) is None
     (tmp_path / "calibration.json").write_text(found.to_json())
     assert read_calibration(tmp_path) == found
 
 
+POINTS = {"n": 1, "scores": [0, 1], "expected": [0, 1]}
+
+
 @pytest.mark.parametrize(
-    "damage", [{"scores": []}, {"expected": [0.9, 0.1]}, {"kind": "magic"}, {"metric": None, "fitted_on": "x"}]
+    "damage",
+    [
+        {"kind": "magic"},
+        {"metric": None, "fitted_on": "x"},
+        {"maps": []},
+        {"maps": [POINTS, POINTS]},
+        {"maps": "no"},
+        *(
+            {"maps": [{**POINTS, **own}]}
+            for own in (
+                {"n": 2},
+                {"n": 1.5},
+                {"n": True},
+                {"scores": []},
+                {"scores": [0]},
+                {"expected": [0.9, 0.1]},
+                {"expected": [0.9, 1.1]},
+                {"scores": [1, 0]},
+                {"scores": [0, float("nan")]},
+            )
+        ),
+    ],
 )
 def test_a_damaged_map_is_refused(tmp_path: Path, damage: dict[str, object]) -> None:
-    values = json.loads(Calibration((0.0, 1.0), (0.0, 1.0), "rougeL", 99).to_json())
+    values = json.loads(straight({1: 1.0, 8: 0.5}).to_json())
     (tmp_path / "calibration.json").write_text(json.dumps({**values, **damage}))
     with pytest.raises(FolderError, match=r"calibration\.json: is no calibration"):
+        read_calibration(tmp_path)
+
+
+def test_a_map_of_all_candidates_by_an_older_version_is_refused_as_it_overrates_picks(tmp_path: Path) -> None:
+    older = {"kind": "isotonic", "metric": "rougeL", "fitted_on": 99, "scores": [0, 1], "expected": [0, 1]}
+    (tmp_path / "calibration.json").write_text(json.dumps(older))
+    with pytest.raises(FolderError, match="fitted it on all candidates.*evaluate again, or delete it"):
         read_calibration(tmp_path)
 
 
@@ -102,75 +252,3 @@ def test_answering_the_surest_half_is_better_than_answering_all() -> None:
     assert found.quality[-1] == pytest.approx(found.random) == pytest.approx(SCORES.mean())
     assert list(found.quality) == sorted(found.quality, reverse=True)
     assert found.quality[4] == pytest.approx(np.sort(SCORES)[2000:].mean())
-
-
-def test_the_threshold_is_the_lowest_that_keeps_the_precision() -> None:
-    scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5])
-    good = np.array([True, True, False, True, False])
-    assert lowest(scores, good, 1.0) == 0.8
-    assert lowest(scores, good, 0.75) == 0.6
-    assert lowest(scores, good, 0.5) == 0.5
-    assert lowest(scores, np.zeros(5, dtype=bool), 0.1) is None
-
-
-def test_picks_of_equal_score_are_kept_together() -> None:
-    assert lowest(np.array([0.9, 0.5, 0.5]), np.array([True, True, False]), 1.0) == 0.9
-
-
-@pytest.fixture
-def report(tmp_path: Path) -> Path:
-    """100 held-out picks, good from 0.5 on, and 9 reported ones, one bad above it; each is of a group of its own."""
-    held = [(index / 100, float(index >= 50), str(index)) for index in range(100)]
-    reported = [(0.1 + index / 10, float(index >= 4 and index != 6), str(index)) for index in range(9)]
-    (tmp_path / "report.json").write_text(json.dumps({"schema": SCHEMA}))
-    (tmp_path / "picks.json").write_text(json.dumps({"metric": "rougeL", "held_out": held, "reported": reported}))
-    write_manifest(tmp_path, Manifest(step="evaluation", files=describe_files(tmp_path)))
-    return tmp_path
-
-
-def test_the_threshold_is_chosen_held_out_and_tried_on_what_is_reported(report: Path) -> None:
-    found = threshold(report, precision=1.0, good=0.5)
-    assert found is not None
-    assert found.threshold == 0.5
-    assert found.held_out_precision == 1.0
-    assert found.coverage == pytest.approx(5 / 9)
-    assert found.precision == pytest.approx(4 / 5)
-    expected = binomtest(4, 5).proportion_ci(method="exact")
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
-    assert "over 5 groups, so what you ask for is not proven" in sentence(found, precision=1.0, good=0.5)
-
-
-def test_picks_of_one_group_prove_as_much_as_one_of_them(report: Path) -> None:
-    def proven(copies: int) -> tuple[float | None, float | None]:
-        values = json.loads((report / "picks.json").read_text())
-        picks = [pick for pick in values["reported"] for _ in range(copies)]
-        (report / "picks.json").write_text(json.dumps({**values, "reported": picks}))
-        found = threshold(report, precision=1.0, good=0.5)
-        assert found is not None
-        assert (found.groups, found.precision) == (5, pytest.approx(4 / 5))
-        return found.low, found.high
-
-    assert proven(1) == pytest.approx(proven(4), abs=0.02)
-
-
-def test_picks_without_groups_are_refused(report: Path) -> None:
-    (report / "picks.json").write_text(json.dumps({"held_out": [[0.5, 1.0]], "reported": [[0.5, 1.0]]}))
-    with pytest.raises(FolderError, match="which group.*evaluate again"):
-        threshold(report, precision=0.9, good=0.5)
-
-
-def test_a_precision_that_no_score_has_is_said(report: Path) -> None:
-    assert threshold(report, precision=1.0, good=1.1) is None
-    assert "No score keeps" in sentence(None, precision=1.0, good=1.1)
-
-
-def test_a_cross_fitted_report_has_no_threshold(report: Path) -> None:
-    (report / "report.json").write_text(json.dumps({"schema": SCHEMA, "folds": 5}))
-    with pytest.raises(FolderError, match="is cross-fitted"):
-        threshold(report, precision=0.9, good=0.5)
-
-
-def test_a_report_without_held_out_picks_is_refused(report: Path) -> None:
-    (report / "picks.json").write_text(json.dumps({"held_out": [], "reported": [[0.5, 1.0]]}))
-    with pytest.raises(FolderError, match="no held-out picks.*validation split"):
-        threshold(report, precision=0.9, good=0.5)

@@ -1,12 +1,15 @@
 """Best-of-n equals what all subsets give."""
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from cappy.evaluation.curve import best_probabilities, extended, mbr_curve, pays_until, ranked_curve
-from cappy.evaluation.selectors import mbr, pick
+from cappy.evaluation.pools import collect
+from cappy.evaluation.selectors import mbr, pick, pick_label, picked
+from cappy.records import Instance
 
 RNG = np.random.default_rng(0)
 
@@ -15,7 +18,7 @@ RNG = np.random.default_rng(0)
 def test_the_curve_equals_the_mean_over_all_subsets_ties_included(size: int) -> None:
     values, labels = RNG.integers(3, size=size).astype(float), RNG.random(size)
     brute = [
-        np.mean([labels[s[pick(values[list(s)])]] for s in itertools.combinations(range(size), n)])
+        np.mean([pick_label(values[list(s)], labels[list(s)]) for s in itertools.combinations(range(size), n)])
         for n in range(1, size + 1)
     ]
     assert ranked_curve(values, labels) == pytest.approx(brute, abs=1e-12)
@@ -43,9 +46,44 @@ def test_the_mbr_curve_comes_near_the_mean_over_all_subsets_and_ends_at_its_pick
     curve = mbr_curve(TEXTS, labels, np.random.default_rng(0), draws=4000)
     for n in range(1, len(TEXTS) + 1):
         subsets = itertools.combinations(range(len(TEXTS)), n)
-        brute = np.mean([labels[s[pick(mbr([TEXTS[i] for i in s]))]] for s in subsets])
+        brute = np.mean([pick_label(mbr([TEXTS[i] for i in s]), labels[list(s)]) for s in subsets])
         assert curve[n - 1] == pytest.approx(brute, abs=0.02)
     assert curve[-1] == pytest.approx(labels[pick(mbr(TEXTS))])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_of_two_candidates_mbr_is_worth_exactly_a_random_one(size: int) -> None:
+    """Two texts are as near to each other as to one another: the first of a pool must not win by standing first."""
+    texts = [f"a b {' c' * index}" for index in range(size)]
+    labels = np.linspace(1.0, 0.0, size) if size > 1 else np.array([1.0])
+    curve = mbr_curve(tuple(texts), labels, np.random.default_rng(0), draws=2)
+    assert curve[: min(2, size)].tolist() == [labels.mean()] * min(2, size)
+
+
+def test_the_order_of_a_pool_says_nothing_of_a_selector_that_ties() -> None:
+    """Of candidates with equal values the result is their mean label, in the curve as in the table's row."""
+    texts = ("x y z", "x y w", "x y z", "q r s", "q r t")
+    labels, turned = np.array([0.9, 0.1, 0.9, 0.4, 0.2]), slice(None, None, -1)
+    for values in (np.zeros(5), np.array([1.0, 1.0, 0.0, 0.0, 1.0]), mbr(texts)):
+        forth, back = ranked_curve(values, labels), ranked_curve(values[turned], labels[turned])
+        assert forth == pytest.approx(back)
+        assert forth[-1] == pytest.approx(pick_label(values, labels))
+    assert ranked_curve(np.zeros(5), labels) == pytest.approx(np.full(5, labels.mean()))
+    curves = [
+        mbr_curve(texts[turn], labels[turn], np.random.default_rng(0), draws=4000) for turn in (slice(None), turned)
+    ]
+    assert curves[0] == pytest.approx(curves[1], abs=0.02)
+
+
+def test_the_curve_ends_at_what_the_tables_row_says(make_instance: Callable[..., Instance]) -> None:
+    pools = [pool for index in range(20) for pool in collect([make_instance(index)], metric="rougeL", splits={"test"})]
+    rng = np.random.default_rng(0)
+    values = [rng.integers(2, size=len(pool.labels)).astype(float) for pool in pools]
+    ends = [ranked_curve(own, pool.labels)[-1] for own, pool in zip(values, pools, strict=True)]
+    assert picked(pools, values) == pytest.approx(ends)
+    consensus = [mbr(pool.responses) for pool in pools]
+    ends = [mbr_curve(pool.responses, pool.labels, rng)[-1] for pool in pools]
+    assert picked(pools, consensus) == pytest.approx(ends)
 
 
 def test_a_smaller_pool_keeps_its_last_result() -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from calibrations import straight
 
 from cappy import registry
 from cappy.errors import FolderError, RecordError, RegistryError
 from cappy.evaluation.out_of_fold import OUT_OF_FOLD, read_out_of_fold
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, verify, write_manifest
-from cappy.scoring.calibration import Calibration, read_calibration
+from cappy.scoring.calibration import read_calibration
 from cappy.scoring.probe import read_probe
 
 
@@ -152,7 +153,7 @@ def test_files_in_folders_of_the_scorer_are_registered_too(room: Any) -> None:
 
 
 def calibrated(report: Path, top: float = 0.9) -> Path:
-    (report / "calibration.json").write_text(Calibration((0.0, 1.0), (0.1, top), "rougeL", 80).to_json())
+    (report / "calibration.json").write_text(straight({1: top}, low=0.1).to_json())
     write_manifest(report, Manifest(step="evaluation", files=describe_files(report)))
     return report
 
@@ -175,7 +176,7 @@ def test_a_version_that_lost_a_file_is_mended_by_registering_it_again_with_anoth
     room.register(scorer, calibrated(room.report("later", scorer), top=0.7))
     found = read_calibration(registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models"))
     assert found is not None
-    assert found.expected[-1] == 0.7
+    assert found.apply([1.0], n=1) == [0.7]
 
 
 def test_the_out_of_fold_scores_of_a_cross_fitted_report_travel_with_the_version(room: Any) -> None:
@@ -208,7 +209,7 @@ def test_the_calibration_of_the_evaluation_travels_with_the_scorer(room: Any) ->
         folder = registry.download("models:/cappy/1", tracking_uri=room.uri, cache=cache)
         found = read_calibration(folder)
         assert found is not None
-        assert found.apply([0.5]) == [0.5]
+        assert found.apply([0.5], n=1) == [0.5]
 
 
 def test_one_scorer_with_two_calibrations_is_kept_twice_and_fetched_once_each(room: Any) -> None:
@@ -224,7 +225,7 @@ def test_one_scorer_with_two_calibrations_is_kept_twice_and_fetched_once_each(ro
     again = {name: registry.download(f"models:/{name}/1", tracking_uri=room.uri, cache=cache) for name in names}
     assert again == first
     found = [read_calibration(folder) for folder in again.values()]
-    assert [one and one.expected[-1] for one in found] == [0.7, 0.9, None]
+    assert [one and one.apply([1.0], n=1) for one in found] == [[0.7], [0.9], None]
 
 
 def probed(report: Path, score: float = 0.5) -> Path:

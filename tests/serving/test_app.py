@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from calibrations import straight
 from fastapi.testclient import TestClient
 from scoring_function import FakeEngine, model, until_ready
 
@@ -30,10 +31,25 @@ def test_scores_come_in_the_order_of_the_pairs_and_each_pair_keeps_its_members(s
 
 
 def test_a_calibrated_scorer_says_what_to_expect(serve: Serve) -> None:
-    client = serve(calibrate=lambda scores: [score / 10 for score in scores])
+    client = serve(calibration=straight({1: 1.0, 4: 0.5}, score=10.0))
     answer = client.post("/score", json={"pairs": [["a", ""], ["abc", ""]]}).json()
     assert answer["scores"] == [1.0, 3.0]
-    assert answer["expected"] == [0.1, 0.3]
+    assert answer["expected"] == pytest.approx([0.1, 0.3]), "pairs are scored one by one, however many are sent"
+
+
+def test_what_is_expected_of_a_pick_depends_on_how_many_distinct_responses_it_is_the_best_of(serve: Serve) -> None:
+    client = serve(FakeEngine(score=lambda pair: float(pair[1])), calibration=straight({1: 1.0, 4: 0.5}, score=10.0))
+
+    def of(*responses: str) -> tuple[int, list[float]]:
+        answer = client.post("/select", json={"instruction": "i", "responses": responses}).json()
+        return answer["index"], answer["expected"]
+
+    assert of("8")[1] == pytest.approx([0.8])
+    assert of("8", "8", "8")[1] == pytest.approx([0.8] * 3), "the same text again is no other candidate"
+    index, expected = of("1", "2", "8", "3")
+    assert (index, expected) == (2, pytest.approx([0.05, 0.1, 0.4, 0.15]))
+    assert of("1", "2", "8", "3", "4", "5")[1][2] == pytest.approx(0.4), "beyond the largest n its map holds"
+    assert of("2", "8")[1] == pytest.approx([0.15, 0.6]), "between two n it is interpolated"
 
 
 def test_select_gives_the_first_of_the_best(serve: Serve) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from calibrations import straight
 from chromium import launched, needs_chromium
 from scoring_function import FakeEngine, model
 
@@ -32,7 +33,7 @@ def address(request: pytest.FixtureRequest) -> Iterator[str]:
     """A service whose score is a tenth of a response's length; it is calibrated, and has one version before."""
     options = getattr(request, "param", Options())
     engine = FakeEngine(score=lambda pair: min(len(pair[1]), 12) / 10)
-    now = model(engine, calibrate=lambda scores: [score / 2 for score in scores])
+    now = model(engine, calibration=straight({1: 1.2, 2: 0.6}, score=1.2))
     before = model(FakeEngine(score=lambda pair: 0.25), version="older")
     server = uvicorn.Server(
         uvicorn.Config(create_app(Models(now, before), options), port=0, log_level="error", lifespan="on")

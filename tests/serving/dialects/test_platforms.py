@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from calibrations import straight
 from fastapi.testclient import TestClient
 from scoring_function import lengths, model, until_ready
 
@@ -25,9 +26,9 @@ COLUMNS = {"instruction": [pair[0] for pair in PAIRS], "response": [pair[1] for 
 def test_vertex_and_kserve_predict_instances_in_order(serve: Serve, path: str, instances: list[Any]) -> None:
     answer = serve().post(path, json={"instances": instances})
     assert answer.json() == {"predictions": [{"score": score} for score in SCORES]}
-    calibrated = serve(calibrate=lambda scores: [score / 10 for score in scores])
+    calibrated = serve(calibration=straight({1: 1.0, 3: 0.5}, score=10.0))
     predictions = calibrated.post(path, json={"instances": instances, "parameters": {}}).json()["predictions"]
-    assert predictions[1] == {"score": 3.0, "expected": 0.3}
+    assert predictions[1] == {"score": 3.0, "expected": pytest.approx(0.3)}
 
 
 def test_parameters_that_scoring_does_not_know_are_refused(serve: Serve) -> None:

@@ -6,18 +6,18 @@ from http.server import BaseHTTPRequestHandler
 import httpx
 import openai
 import pytest
+from calibrations import straight
 from chat_server import Model, serving
 from gateway_server import PRICES, by_number, gateway, listening, scoring
 from local_server import handled_by
 
-from cappy.scoring.calibration import Calibration
 from serving.gateway.ledger import Limits
 from serving.gateway.llm import LLM
 from serving.gateway.policy import Policy
 from serving.gateway.scoring import Scoring
 from serving.gateway.upstream import Upstream
 
-HALVES = Calibration((0.0, 1.0), (0.0, 0.5), metric="rougeL", fitted_on=10)
+HALVES = straight({1: 0.5})
 
 
 def ask(url: str, text: str = "hello", *, details: bool = True, **more: object) -> httpx.Response:
@@ -93,7 +93,7 @@ def test_sampling_stops_at_a_score_that_is_good_enough() -> None:
 
 
 def test_the_threshold_is_on_the_calibrated_score_and_the_pick_on_the_scorers() -> None:
-    level = Calibration((0.0, 1.0), (0.3, 0.3), metric="rougeL", fitted_on=10)
+    level = straight({1: 0.3}, low=0.3)
     for calibration, sampled in ((HALVES, "6"), (level, "4")):
         policy = Policy(candidates=8, round_size=2, threshold=0.2 if calibration is HALVES else 0.4, min_gain=0.001)
         behind = scoring(calibration=calibration)
@@ -101,7 +101,7 @@ def test_the_threshold_is_on_the_calibrated_score_and_the_pick_on_the_scorers() 
             body = ask(url, seed=0).json()
         assert body["choices"][0]["message"]["content"] == f" HELLO {int(sampled) - 2}/1 "
         best = body["cappy"]["candidates"][0]
-        assert best["calibrated_score"] == pytest.approx(calibration.apply([best["score"]])[0])
+        assert best["calibrated_score"] == pytest.approx(calibration.apply([best["score"]], n=int(sampled))[0])
         assert (body["cappy"]["calibrated"], str(body["cappy"]["sampled"])) == (True, sampled)
 
 

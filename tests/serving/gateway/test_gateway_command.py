@@ -18,13 +18,13 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
+from calibrations import straight
 from chat_server import Model, serving
 from local_server import handled_by
 from scoring_function import FakeEngine, model
 
 import serving as service
 from cappy.errors import ConfigError
-from cappy.scoring.calibration import Calibration
 from serving.gateway.errors import GatewayError
 from serving.gateway.scoring import load
 from serving.keys import Keys
@@ -97,8 +97,7 @@ def test_the_command_answers_says_what_its_scores_are_and_sigterm_lets_a_request
     start: Start, tmp_path: Path
 ) -> None:
     model = Model(latency=1.0)
-    calibrated = Calibration((0.0, 1.0), (0.0, 0.9), metric="rougeL", fitted_on=9)
-    (tmp_path / "calibration.json").write_text(calibrated.to_json())
+    (tmp_path / "calibration.json").write_text(straight({1: 0.9}).to_json())
     with serving(model) as upstream:
         words = ("--upstream", upstream, "--key-variable", "MY_KEY", "--feedback", tmp_path / "log")
         process, url, line = start(*words, "--calibration", tmp_path, MY_KEY=CANARY)
