@@ -17,20 +17,22 @@ _TAIL = 80
 _BETWEEN_WORDS = re.compile("[a-z] [a-z]")
 _LETTER = "A-Za-zÀ-ÖØ-öø-ɏͰ-Ͽ"
 _CURRENCIES = "USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|CAD|AUD|HKD|SGD|BRL|Rs|RS"
+_CURRENCY = "$£€¥₹₩₽₺฿₫₪₴₦"
 _DIGITS = r"(?>[0-9]+(?:[.,'_][0-9]+)*)"
 _SCALES = {
     "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "lakh": 10**5,
     "crore": 10**7, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8,
 }  # fmt: skip
+_SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
 
 _TOKEN = re.compile(
     rf"""
     # A word with digits in it (CO2, H2O, cm3, v1.2) is no number; 3x5 and USD500 are not such words.
     (?<![{_LETTER}]) (?! (?<=[0-9])x[0-9] | (?:{_CURRENCIES})[0-9] ) [{_LETTER}]+[0-9][{_LETTER}0-9]*(?:[.,][0-9]+)*
     # An exponent of what is no number: m^2, (a+b)^2, s**2; but **2** is bold.
-    | \^\s?[({{]?[-+]?[0-9][0-9.,/]*[)}}]? | (?<=[\w)])\*\*\(?[-+]?[0-9]++(?!\*\*)\)?
+    | \^\s?(?:\{{[^{{}}]{{0,40}}\}}|[\s({{]{{0,4}}[-+]?[0-9][0-9.,/]*[)}}]?) | (?<=[\w)])\*\*\(?[-+]?[0-9]++(?!\*\*)\)?
     | (?P<date>[0-9]++(?:/[0-9]++){{2,}}+)
-    | (?:(?<![\w%)\]}}°€£¥₹'])(?<![0-9]\$)(?P<sign>[-+]))?[$€£¥₹]?
+    | (?:(?<![\w%)\]}}°'£€¥₹₩₽₺฿₫₪₴₦])(?<![0-9]\$)(?P<sign>[-+]))?(?P<currency>[{_CURRENCY}])?
       (?P<digits>{_DIGITS}|(?<![\w.])\.[0-9]+)
       (?:
         [eE](?P<exponent>[-+]?[0-9]{{1,4}}+)(?![0-9{_LETTER}])
@@ -39,7 +41,7 @@ _TOKEN = re.compile(
         | \s?/\s?(?P<denominator>{_DIGITS})
         | [ ](?P<numerator>[0-9]++)/(?P<below>[0-9]++)(?!/)
       )?
-      (?:[\s({{-]{{0,2}}(?P<scale>{"|".join(_SCALES)})s?(?![{_LETTER}]))?
+      (?:[\s({{-]{{0,2}}(?P<scale>{"|".join(_SCALES)})s?(?![{_LETTER}])|(?(currency)(?P<suffix>[kKmMbB]|[mb]n)(?![{_LETTER}]|[0-9])|(?!)))?
     """,
     re.VERBOSE,
 )
@@ -49,6 +51,7 @@ _GROUPED = re.compile(
 )
 _DECIMAL_COMMA = re.compile(
     r"[1-9][0-9]{0,2}(?:\.[0-9]{3}){2,}(?:,[0-9]+)?|[1-9][0-9]{0,2}(?:[.'][0-9]{3})+,[0-9]+|0,[0-9]+|[0-9]+,[0-9]{1,2}"
+    r"|[0-9]{1,3},[0-9]{4,}"
 )
 _PLAIN = re.compile(r"[0-9]*\.?[0-9]+")
 _SPACED = re.compile(r"(?<![0-9])(?<![0-9][.,'/_])[1-9][0-9]{0,2}(?:(?: [0-9]{3})++|(?:\u00a0[0-9]{3})++)(?![0-9])")
@@ -72,9 +75,10 @@ def last_number(text: str) -> Number | None:
 
     - Thousands are grouped by commas (1,000; Indian 1,00,000), by spaces of any width (1 000), by apostrophes, by
       underscores and, where nothing else can be meant, by points (1.000.000; 1.000,50). A lone 1.000 is 1.
-    - A comma before one or two digits, or after 0, is a decimal comma (3,5; 0,125), except within brackets: (3,5) is a
-      pair. In 1,2,3 and 1, 2, 3 each is a number of its own, as are the parts of a date, a time, a range and a version.
-    - 3/4, \\frac{3}{4}, ¾ and 1 3/4 are one number; so are 1.5e6, 1.5 × 10^6, 10^6 and 2 million.
+    - A lone comma that groups nothing (not before three digits, or after 0) is a decimal comma (3,5; 0,125), except
+      within brackets: (3,5) is a pair. In 1,2,3 and 1, 2, 3 each is a number of its own, as are the parts of a date, a
+      time, a range and a version.
+    - 3/4, \\frac{3}{4}, ¾ and 1 3/4 are one number; so are 1.5e6, 1.5 × 10^6, 10^6, 2 million and $2M.
     - A minus sign counts where nothing but white space, an opening bracket or an operator stands before it.
     - Digits within a word (CO2, H2O, cm3), subscripts and the exponents of words (m^2, m²) are no numbers.
     - What stands beside a number (%, $, kg, th) is not read.
@@ -144,23 +148,24 @@ def _decimal(digits: str, *, pair: bool = False) -> tuple[str, Decimal | None]:
 
 
 def _computed(digits: str, match: re.Match[str]) -> Number:
-    negative = "-" if match["sign"] == "-" else ""
-    plain = Decimal(negative + digits)
-    factor = _factor(match)
-    if factor is not None and len(digits) <= MAX_DIGITS:
-        plain_part = Fraction(plain)
-        if match["power"]:
-            plain_part = Fraction(digits) ** int(match["power"]) * (-1 if negative else 1) if plain else plain_part
-        if match["numerator"]:
-            part = Fraction(int(match["numerator"]), int(match["below"]))
-            plain_part += -part if negative else part
-        return plain_part * factor
-    return plain
+    """The number with what belongs to it; the bare one where that is too long to compute with, or divides by 0."""
+    negative = match["sign"] == "-"
+    plain = Decimal(f"-{digits}" if negative else digits)
+    factor, power = _factor(match), int(match["power"] or 1)
+    if factor is None or len(digits) * abs(power) > MAX_DIGITS or (power < 0 and not plain):
+        return plain
+    value = Fraction(digits) ** power
+    if match["numerator"]:
+        part = Fraction(int(match["numerator"]), int(match["below"]))
+        value = value + part if digits.isdigit() and part < 1 else part
+    return (-value if negative else value) * factor
 
 
 def _factor(match: re.Match[str]) -> Fraction | None:
     """What the number is multiplied by for what stands beside it; None if nothing does, or nothing can be computed."""
     factor = Fraction(_SCALES[match["scale"]] if match["scale"] else 1)
+    if match["suffix"]:
+        factor = Fraction(_SUFFIXES[match["suffix"][0].lower()])
     ten = match["exponent"] or match["ten"]
     if ten:
         return factor * Fraction(10) ** int(ten)
@@ -168,12 +173,9 @@ def _factor(match: re.Match[str]) -> Fraction | None:
         below, _ = _decimal(match["denominator"])
         return factor / Fraction(below) if len(below) <= MAX_DIGITS and Fraction(below) else None
     if match["numerator"]:
-        return factor if _proper(match["numerator"], match["below"]) else None
-    return factor if match["power"] or match["scale"] else None
-
-
-def _proper(numerator: str, denominator: str) -> bool:
-    return max(len(numerator), len(denominator)) <= 4 and 0 < int(numerator) < int(denominator)
+        short = max(len(match["numerator"]), len(match["below"])) <= MAX_DIGITS
+        return factor if short and int(match["below"]) else None
+    return factor if match["power"] or match["scale"] or match["suffix"] else None
 
 
 _OTHERS = dict(zip("’ʼ٬，．٫＋％＄￥⁄∕／＝（）［］", "''',..+%$¥///=()[]", strict=True))

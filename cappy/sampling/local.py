@@ -128,7 +128,8 @@ class LocalLLM(ABC):
     def _batch_tokens(self) -> int:
         if self.device.type != "cpu":
             return self.BATCH_TOKENS
-        return int(min(self.BATCH_TOKENS, CPU_WORK // max(1, self.model.num_parameters())))
+        parameters: int = self.model.num_parameters()
+        return min(self.BATCH_TOKENS, CPU_WORK // max(1, parameters))
 
     def generation_config(self, decoding: Decoding) -> GenerationConfig:
         """Every knob of a beam search, stated; the decoding loop of our own needs none."""

@@ -116,6 +116,10 @@ def test_the_cases_from_the_field(reference: str, response: str, expected: float
         ("1.5e6", "1500000"), ("1.5 × 10^6", "1500000"), ("1.5 \\times 10^{6}", "1500000"), ("1.5·10⁶", "1500000"),
         ("1.5\\cdot10^{-1}", "0.15"), ("10^6", "1000000"), ("2^{10}", "1024"), ("10**6", "1000000"), ("-2^2", "-4"),
         ("5 x^{10}", "5"), ("x^2 = 9", "9"), ("5 m**2", "5"), ("90^\\circ", "90"), ("5^{\\text{th}}", "5"),
+        ("3,14159", "3.14159"), ("$5k", "5000"), ("-€2.5M", "-2500000"), ("$3bn", "3000000000"), ("5k", "5"),
+        ("$5 m", "5"),
+        ("5 m^{\\text{2}}", "5"), ("5 x^{2n+1}", "5"), ("9.8\\frac{m}{s^2}", "9.8"), ("\\SI{5}{m^2}", "5"),
+        ("5 m/s²", "5"),
         ("2 million", "2000000"), ("$2.5 million dollars", "2500000"), ("2 millionaires", "2"), ("1 lakh", "100000"),
         # Words with digits.
         ("COVID-19", "19"), ("22nd", "22"), ("5 kg of NaCl2", "5"), ("v1.2", None), ("H2O", None), ("3x5", "5"),
@@ -124,7 +128,8 @@ def test_the_cases_from_the_field(reference: str, response: str, expected: float
         # A box before whatever stands after it, and none that holds no number.
         ("\\boxed{\\frac{3}{4}} by step 2", "0.75"), ("\\boxed{x} 7", "7"), ("\\boxed{1} \\boxed{{2}", "2"),
         # GSM8K's calculator notes and markers.
-        ("9 * 2 = $<<9*2=18>>18", "18"), ("#### 72", "72"), ("A: 18", "18"), (".5", "0.5"), ("$.50", "0.5"),
+        ("9 * 2 = $<<9*2=18>>18", "18"), ("#### 72", "72"), ("2010 8/4", "2"), ("1.5 1/2", "0.5"),
+        ("5 1/0", "5"), ("0^-1", "0"), ("A: 18", "18"), (".5", "0.5"), ("$.50", "0.5"),
     ],
 )  # fmt: skip
 def test_the_last_number_of_a_text(text: str, number: str | None) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from chat_server import Model, serving
 from transformers import AutoTokenizer
 
 from cappy.cli.outcome import cautions
@@ -113,6 +114,30 @@ def test_sampling_counts_cut_responses_and_ends_with_the_remedy(tmp_path: Path, 
     )
     assert manifest.facts["cautions"] == [line]
     assert summary(manifest, tmp_path / "out", 1.0).splitlines()[-1] == f"caution   {line}"
+
+
+def test_cut_answers_of_an_endpoint_are_said_as_those_of_a_local_llm(tmp_path: Path) -> None:
+    """D8."""
+    write(
+        tmp_path / "in",
+        [
+            Instance(instance_id=str(n), instruction=f"{'long' if n < 2 else 'say'} {n}", references=("x",))
+            for n in range(4)
+        ],
+    )
+    with serving(Model()) as url:
+        manifest = run(
+            SamplingConfig(
+                source=tmp_path / "in",
+                target=tmp_path / "out",
+                generator=(f"openai:m@{url}",),
+                strategy="sampling2",
+                max_new_tokens=700,
+                work=tmp_path / "work",
+            )
+        )
+    (line,) = manifest.facts["cautions"]
+    assert line.startswith("4 of 8 responses (50.0 %) were cut at 700 new tokens; sample with --max-new-tokens 1400 ")
 
 
 @pytest.mark.parametrize(("cut", "said"), [(0, False), (5, False), (6, True), (100, True)])
