@@ -66,8 +66,8 @@ scorer.score([("Translate to French: cat", "chat")])
 ```
 
 `cappy serve --scorer {address}` serves it over HTTP. The folder also loads with
-`AutoModelForSequenceClassification` and with the `CrossEncoder` of sentence-transformers, with the same numbers for
-pairs that fit. `calibration.json` beside the weights, where there is one, maps scores to the {metric} that is expected.
+`AutoModelForSequenceClassification` and with the `CrossEncoder` of sentence-transformers; pairs that fit have the same
+numbers there. `calibration.json` beside the weights, where there is one, maps scores to the {metric} that is expected.
 """
 _LICENCE = re.compile(r"[A-Za-z0-9.+-]+")
 

@@ -24,10 +24,11 @@ def by_length(encoded: Sequence[Encoded], budget: int) -> Iterator[list[int]]:
 def padding_token(config: Any) -> int | None:
     """What pads pairs of different lengths: the model's own padding, by which it finds its last token or positions.
 
-    None where it has none, or one that is no token: its pairs are computed one at a time.
+    None where it has none, or one that is no token, or where its head reads the last place, padding or not (XLNet): its
+    pairs are computed one at a time.
     """
     text = config.get_text_config()
-    pad = getattr(text, "pad_token_id", None)
+    pad = None if getattr(text, "summary_type", "") == "last" else getattr(text, "pad_token_id", None)
     return pad if isinstance(pad, int) and 0 <= pad < text.vocab_size else None
 
 

@@ -66,8 +66,11 @@ def mark_head(config: Any, head: Head, max_length: int, truncation: Truncation =
     config.problem_type = "regression" if head == "mse" else "multi_label_classification"
 
 
-def write_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:
-    """Writes a tokenizer so that whoever loads it gives the model what we give it: inputs, length, no chat template."""
+def write_tokenizer(tokenizer: Any, folder: Path, max_length: int, *, types: bool) -> None:
+    """Writes a tokenizer so that whoever loads it gives the model what we give it: inputs, length, no chat template.
+
+    `types` says whether the model is given token types.
+    """
     tokenizer.save_pretrained(folder)
     for path in folder.glob("chat_template*"):
         path.unlink()
@@ -79,7 +82,7 @@ def write_tokenizer(tokenizer: Any, folder: Path, max_length: int) -> None:
     values |= {
         "tokenizer_class": _GENERAL_TOKENIZERS.get(name, values.get("tokenizer_class")),
         "model_max_length": max_length,
-        INPUTS: list(tokenizer.model_input_names),
+        INPUTS: [name for name in tokenizer.model_input_names if types or name != TYPES],
     }
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -254,7 +254,7 @@ class Scorer:
         mark_head(model.config, self.head, self.encoder.max_length, self.encoder.truncation)
         disable_progress_bar()
         model.save_pretrained(folder)
-        write_tokenizer(self.tokenizer, folder, self.encoder.max_length)
+        write_tokenizer(self.tokenizer, folder, self.encoder.max_length, types=self._has_types)
 
     def _read_again(self) -> Any:
         """The model of the folder that this scorer was loaded from, in fp32 on the CPU."""

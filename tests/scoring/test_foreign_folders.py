@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from other_loaders import PAIRS, by_cross_encoder
+from other_loaders import PAIRS, by_cross_encoder, by_transformers
 from sentence_transformers import CrossEncoder
 from transformers import (
     AutoModelForSequenceClassification,
@@ -17,6 +17,8 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     PreTrainedTokenizerFast,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 from cappy.builtin import SCORER_FOLDER
@@ -246,6 +248,37 @@ def test_a3_a_reranker_without_padding_scores_as_transformers_does_one_pair_at_a
     if pad is not None and tokenizer_pad:
         load(folder).save(tmp_path / "copy")
         assert load(tmp_path / "copy").score(PAIRS) == pytest.approx(scores, abs=1e-4)
+
+
+def test_a3_a_model_that_reads_the_last_place_is_given_no_padding(tmp_path: Path) -> None:
+    """XLNet: its own tokenizer pads on the left, and token types come with a number of their own for its last token."""
+    folder = tmp_path / "xlnet"
+    tokenizer = AutoTokenizer.from_pretrained(SCORER_FOLDER, padding_side="left")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = XLNetConfig(
+        vocab_size=len(tokenizer), d_model=32, n_layer=2, n_head=2, d_inner=64, num_labels=1, pad_token_id=0,
+        initializer_range=0.3,
+    )  # fmt: skip
+    XLNetForSequenceClassification(config).save_pretrained(folder)
+    edit(folder / "config.json", sentence_transformers={"activation_fn": IDENTITY})
+    assert load(folder).score(PAIRS) == pytest.approx(by_transformers(folder), abs=1e-4)
+    assert load(folder).score(PAIRS) == pytest.approx(by_cross_encoder(folder), abs=1e-4)
+
+
+def test_a1_a_tokenizers_types_are_written_only_for_a_model_that_has_them(
+    make_scorer: Callable[..., Path], tmp_path: Path
+) -> None:
+    """RoBERTa fails on a second type, which nobody else would leave out."""
+    scorer = load(make_scorer(seed=32))
+    tokenizer = AutoTokenizer.from_pretrained(make_scorer(seed=32))
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    again = Scorer(scorer.model, tokenizer, head="bce", max_length=48)
+    again.save(tmp_path / "copy")
+    values = json.loads((tmp_path / "copy/tokenizer_config.json").read_text())
+    assert values["model_input_names"] == ["input_ids", "attention_mask"]
+    assert load(tmp_path / "copy").score(PAIRS) == pytest.approx(again.score(PAIRS), abs=1e-6)
+    assert by_cross_encoder(tmp_path / "copy") == pytest.approx(again.score(PAIRS), abs=1e-4)
 
 
 def test_a4_a_scorer_of_2048_positions_reads_responses_of_1500_words_to_their_end(tmp_path: Path) -> None:
