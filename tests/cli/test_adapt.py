@@ -17,10 +17,12 @@ from cappy.cli.adapt import adapt, generators_for
 from cappy.cli.outcome import facts, step_told, told
 from cappy.cli.pipeline import NAMES, per_step
 from cappy.cli.steps import summary
+from cappy.config import build
 from cappy.errors import ConfigError
 from cappy.evaluation import evaluate
 from cappy.records import Candidate, Instance, Manifest, write
 from cappy.records.folder import describe_files, write_manifest
+from cappy.sampling import SamplingConfig
 from pipelines.adapt import plan
 from pipelines.local import Outcome
 
@@ -124,6 +126,16 @@ def test_why_training_kept_other_weights_than_the_last_is_shown_at_the_end(
     assert step_told(manifest, trained) == lines
     assert summary(manifest, trained, 1.0).splitlines()[:-1] == lines
     assert "updates 9" in summary(manifest, trained, 1.0)
+
+
+def test_d7_adapt_with_an_endpoint_and_no_strategy_draws_what_an_endpoint_can() -> None:
+    def drawn(*generator: str) -> set[tuple[str, int]]:
+        wanted = plan(source="tasks.jsonl", generator=generator)["sampling"]
+        decodings = build(SamplingConfig, {**wanted, "source": "in", "target": "out"}).decodings
+        return {(one.name, one.max_new_tokens) for one in decodings}
+
+    assert drawn("openai:m@http://h/v1") == {("temperature0", 512), ("sampling", 512), ("topp0.95", 512)}
+    assert ("beam4", 64) in drawn("builtin")
 
 
 def test_d2_and_c10_what_sampling_did_not_get_and_reasoning_are_told_by_adapt_too(
