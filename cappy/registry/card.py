@@ -129,7 +129,7 @@ def _calibration(found: Mapping[str, Any] | None) -> str:
         return "Calibration was not measured."
     raw, mapped = found["raw"], found.get("calibrated")
     after = f", {100 * mapped['ece']:.1f} with `calibration.json`" if mapped else "; no calibration was fitted"
-    return f"Calibration error x100 (distance of score and label, ten bins): {100 * raw['ece']:.1f} as it is{after}."
+    return f"Calibration error of picks x100 (score to label, ten bins): {100 * raw['ece']:.1f} as it is{after}."
 
 
 def _row(selector: str, values: Mapping[str, Any]) -> tuple[str, str, str]:
