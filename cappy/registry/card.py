@@ -67,7 +67,8 @@ scorer.score([("Translate to French: cat", "chat")])
 
 `cappy serve --scorer {address}` serves it over HTTP. The folder also loads with
 `AutoModelForSequenceClassification` and with the `CrossEncoder` of sentence-transformers. `calibration.json` beside the
-weights, where there is one, maps scores to the {metric} that is expected.
+weights, where there is one, maps the score of a pick, and the number of candidates that it is the best of, to the
+{metric} that is expected.
 """
 _LICENCE = re.compile(r"[A-Za-z0-9.+-]+")
 
