@@ -6,15 +6,36 @@ from cappy.pages.words import percent, signed
 
 NARROW = 0.01
 """Room between the best selector and the oracle, below which a better scorer cannot gain a point."""
-UNTRAINED = {"scorer-random": "random choice", "scorer-likelihood": "the better likelihood selector"}
-"""What a first version must beat to be promoted; see `cappy.registry.gate`."""
+FLAT = 0.01
+"""Difference of an instance's highest and lowest score, on the scale of 0 to 1, below which a scorer hardly judges."""
+MIN_GROUPS = 30
+"""Fewer decide nothing; the same as `cappy.registry.gate.MIN_GROUPS`, which this package may not import."""
+UNTRAINED = {
+    "scorer-random": "random choice",
+    "scorer-likelihood": "the better likelihood selector",
+    "scorer-greedy": "the greedy response",
+    "scorer-best_system": "the best single system",
+}
+"""What a first version must beat to be promoted, where it is compared with it; see `cappy.registry.gate`."""
 
 
 def advice(report: Report) -> str:
-    """One sentence. What is decided by evidence comes first: leaks, then proof, then what would bring proof."""
+    """One sentence. What is decided by evidence comes first: leaks, then proof, then what would bring proof.
+
+    It begins with "Promote" only where the gate's rule, without options of its own, would let the scorer pass.
+    """
     text = _advice(report)
-    if report.folds and text.startswith("Promote"):
-        return "Keep the recipe: evaluate the scorer that it made on the scorer's own test split, to promote that one."
+    if not text.startswith("Promote"):
+        return text
+    if report.split == "validation":
+        return (
+            "Hold: the validation split decided when training stopped, so it proves nothing; evaluate on --split test."
+        )
+    if report.facts["groups"] < MIN_GROUPS:
+        return (
+            f"Hold: {report.facts['groups']} groups of instances decide nothing, it takes {MIN_GROUPS}; prepare more "
+            "test instances, or evaluate with --folds 5, which tests on all of them."
+        )
     return text
 
 
@@ -24,14 +45,31 @@ def _advice(report: Report) -> str:
         return f"Hold: the {who} saw reported prompts in training; prepare splits that share none, then train again."
     if "scorer" not in report.selectors:
         return _without_scorer(report)
-    if _worse(report, "scorer-random"):
-        return "Hold: the scorer does worse than random choice; look at the worst instances and at the labels first."
     if "champion" in report.selectors:
         return _against_champion(report)
+    if why := _no_champion(report):
+        return f"Hold: the report does not compare with the champion: {why}."
+    if _worse(report, "scorer-greedy") and not _mbr_leads(report):
+        return _greedy(report)
     for key, other in UNTRAINED.items():
+        if key == "scorer-best_system" and "scorer-greedy" in report.comparisons:
+            continue
         if key in report.comparisons and not _better(report, key):
             return _below(report, key, other)
     return _against_mbr(report)
+
+
+def _no_champion(report: Report) -> str:
+    """Why a champion that was given is not in the report; empty where none was given."""
+    why = report.unavailable.get("champion", "")
+    return "" if why == "none was given" else why
+
+
+def _greedy(report: Report) -> str:
+    """One call without any selection does better than the scorer."""
+    lost = report.comparisons["scorer-greedy"]
+    text = f"Use one greedy response: the scorer's pick of several is below it, by {_told(lost)}"
+    return f"{text}; {_more_of_a_scorer(report)} before you sample more than one."
 
 
 def _without_scorer(report: Report) -> str:
@@ -43,7 +81,7 @@ def _without_scorer(report: Report) -> str:
 
 def _against_champion(report: Report) -> str:
     difference = report.comparisons["scorer-champion"]
-    if difference.low > 0:
+    if _better(report, "scorer-champion"):
         return f"Promote: the scorer beats the champion by {_told(difference)}."
     if difference.high < 0:
         return f"Hold: the scorer does worse than the champion, by {_told(difference)}."
@@ -52,9 +90,48 @@ def _against_champion(report: Report) -> str:
 
 def _below(report: Report, key: str, other: str) -> str:
     """What the gate asks a first version to beat, and this one does not."""
+    if _mbr_leads(report) and not _better(report, "scorer-mbr"):
+        gain = _told(report.comparisons["mbr-random"])
+        lacking = f"the scorer {'does worse than' if _worse(report, key) else 'is not shown to beat'} {other}"
+        return (
+            f"Use MBR: it beats random choice by {gain} without training, and {lacking}; {_more_of_a_scorer(report)}."
+        )
+    if _flat(report):
+        otherwise = ", or use MBR" if "mbr" in report.selectors else ""
+        return f"Hold: the scorer is not shown to beat {other}; {_more_of_a_scorer(report)}{otherwise}."
+    if key == "scorer-random" and _worse(report, key):
+        return "Hold: the scorer does worse than random choice; look at the worst instances and at the labels first."
     if _worse(report, key):
-        return f"Hold: the scorer is below {other} by {_told(report.comparisons[key])}; train on more instances."
+        lost = _told(report.comparisons[key])
+        return f"Hold: the scorer is below {other} by {lost}; {_more_of_a_scorer(report)}."
     return _unproven(report, key, other)
+
+
+def _mbr_leads(report: Report) -> bool:
+    """Whether MBR is shown to beat random choice, and nothing else that needs no training has a better result."""
+    others = {"greedy", report.better_likelihood} & {*report.selectors}
+    if not _better(report, "mbr-random"):
+        return False
+    best = max((report.selectors[name].estimate.mean for name in others), default=0.0)
+    return report.selectors["mbr"].estimate.mean >= best
+
+
+def _more_of_a_scorer(report: Report) -> str:
+    """What would make the scorer better."""
+    if not _flat(report):
+        return "train on more instances"
+    spread_of = report.calibration.spread if report.calibration is not None else None
+    return (
+        "the scorer hardly tells an instance's responses apart (their scores differ by "
+        f"{100 * (spread_of or 0.0):.2g} of 100 in the median), which more data of this kind seldom mends: train from "
+        "a larger encoder"
+    )
+
+
+def _flat(report: Report) -> bool:
+    """Whether the scorer gives all responses of an instance about the same score."""
+    found = report.calibration
+    return found is not None and found.spread is not None and found.spread < FLAT
 
 
 def _against_mbr(report: Report) -> str:
@@ -64,7 +141,7 @@ def _against_mbr(report: Report) -> str:
         detail = report.selectors["hybrid_mbr"].detail
         return f"Promote, and pick by scorer + MBR ({detail}): together they beat MBR by {_told(hybrid)}."
     if against is not None and against.high < 0:
-        return f"Use MBR: the scorer is below it by {_told(against)}; train on more instances before you promote."
+        return f"Use MBR: the scorer is below it by {_told(against)}; {_more_of_a_scorer(report)} before you promote."
     if against is not None and against.low <= 0:
         return f"Promote if MBR is no choice for you; {_lower(_unproven(report, 'scorer-mbr', 'MBR'))}"
     if all(task.kind == "choice" for task in report.tasks):
@@ -79,15 +156,17 @@ def _against_mbr(report: Report) -> str:
 
 
 def _unproven(report: Report, key: str, other: str) -> str:
-    """What would bring proof."""
+    """What would bring proof; more data alone only where so many groups can be had, and the scorer tells them apart."""
     difference, power = report.comparisons[key], report.power[key]
     if difference.low == difference.high == 0:
         return f"Hold: the scorer does exactly as well as {other}, no better; train on more instances or another loss."
+    if _flat(report):
+        return f"Hold: the scorer is not shown to beat {other}, {_told(difference)}; {_more_of_a_scorer(report)}."
     needed = power.groups_needed
     if difference.difference > 0 and needed is not None and power.within_reach:
         return (
             f"More data: {signed(difference.difference)} against {other} is not proven on {power.groups} groups, "
-            f"about {max(needed, power.groups + 1):,} would show it."
+            f"about {max(needed, power.groups + 1, MIN_GROUPS):,} would show it."
         )
     return (
         f"Hold: the scorer is not shown to beat {other}, {_told(difference)}, and {power.groups} groups show no "
@@ -110,7 +189,9 @@ def _room(report: Report) -> float:
 
 
 def _better(report: Report, key: str) -> bool:
-    return key in report.comparisons and report.comparisons[key].low > 0
+    """Whether the first is shown to be better; a difference that does not vary shows nothing."""
+    found = report.comparisons.get(key)
+    return found is not None and found.low > 0 and bool(found.standard_error)
 
 
 def _worse(report: Report, key: str) -> bool:

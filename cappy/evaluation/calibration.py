@@ -24,12 +24,14 @@ SHARES = tuple(round(0.1 * step, 1) for step in range(1, 11))
 class Picks:
     """The scorer's pick of every pool: its score, its label, and the number of distinct candidates, the n of its map.
 
-    Of equally scored candidates each is picked as often, so that the label is their mean.
+    Of equally scored candidates each is picked as often, so that the label is their mean. `spreads` are the differences
+    of the highest and the lowest score.
     """
 
     scores: Vector
     labels: Vector
     sizes: tuple[int, ...]
+    spreads: Vector
 
     def expected(self, fitted: Calibration) -> Vector:
         """The expected label of every pick."""
@@ -43,6 +45,7 @@ def picks(pools: Sequence[Pool], scores: Sequence[Vector]) -> Picks:
         scores=np.array([own.max() for own in scores], dtype=np.float64),
         labels=selectors.picked(pools, scores),
         sizes=tuple(len(set(pool.responses)) for pool in pools),
+        spreads=np.array([np.ptp(own) for own in scores], dtype=np.float64),
     )
 
 
@@ -124,14 +127,18 @@ def reliability(scores: Vector, labels: Vector) -> Reliability:
 def calibrated(found: Sequence[tuple[Picks, Calibration | None]]) -> Calibrated:
     """The reliability of picks by their scores and, where every part has a map, by what its own map expects."""
     raw, labels = (np.concatenate([getattr(own, name) for own, _ in found]) for name in ("scores", "labels"))
+    # Of a pool with one distinct candidate there is nothing to tell apart.
+    spreads = np.concatenate([own.spreads[np.array(own.sizes) > 1] for own, _ in found])
+    spread = float(np.median(spreads)) if len(spreads) else None
     maps = [fitted for _, fitted in found if fitted is not None]
     if len(maps) < len(found):
-        return Calibrated(raw=reliability(raw, labels))
+        return Calibrated(raw=reliability(raw, labels), spread=spread)
     mapped = np.concatenate([own.expected(fitted) for own, fitted in found if fitted is not None])
     return Calibrated(
         raw=reliability(raw, labels),
         calibrated=reliability(mapped, labels),
         fitted_on=sum(fitted.fitted_on for fitted in maps),
+        spread=spread,
     )
 
 

@@ -149,11 +149,15 @@ class Reliability:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """The picks' scores as they are, and after the calibration that was fitted on `fitted_on` held-out groups."""
+    """The picks' scores as they are, and after the calibration that was fitted on `fitted_on` held-out groups.
+
+    `spread` is the difference of an instance's highest and lowest score, in the median; None where nobody measured it.
+    """
 
     raw: Reliability
     calibrated: Reliability | None = None
     fitted_on: int = 0
+    spread: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

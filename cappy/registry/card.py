@@ -67,7 +67,8 @@ scorer.score([("Translate to French: cat", "chat")])
 
 `cappy serve --scorer {address}` serves it over HTTP. The folder also loads with
 `AutoModelForSequenceClassification` and with the `CrossEncoder` of sentence-transformers; pairs that fit have the same
-numbers there. `calibration.json` beside the weights, where there is one, maps scores to the {metric} that is expected.
+numbers there. `calibration.json` beside the weights, where there is one, maps the score of a pick, and the number of
+candidates that it is the best of, to the {metric} that is expected.
 """
 _LICENCE = re.compile(r"[A-Za-z0-9.+-]+")
 
@@ -129,7 +130,7 @@ def _calibration(found: Mapping[str, Any] | None) -> str:
         return "Calibration was not measured."
     raw, mapped = found["raw"], found.get("calibrated")
     after = f", {100 * mapped['ece']:.1f} with `calibration.json`" if mapped else "; no calibration was fitted"
-    return f"Calibration error x100 (distance of score and label, ten bins): {100 * raw['ece']:.1f} as it is{after}."
+    return f"Calibration error of picks x100 (score to label, ten bins): {100 * raw['ece']:.1f} as it is{after}."
 
 
 def _row(selector: str, values: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -1,15 +1,17 @@
 """The advice follows from the numbers, and gives them as its reason."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 
 from cappy.evaluation import Difference, Estimate, Report, evaluate
-from cappy.evaluation.advice import advice
+from cappy.evaluation.advice import MIN_GROUPS, advice
 from cappy.evaluation.findings import Power
 from cappy.evaluation.verdict import verdict
 from cappy.records import Instance
+from cappy.registry import gate
 from cappy.registry.gate import decide
 
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
@@ -21,15 +23,35 @@ def report(instances: list[Instance], score: Score) -> Report:
     return evaluate(instances, score=score, probe=False)
 
 
-def found(report: Report, needed: int | None = 60, **bounds: tuple[float, float]) -> Report:
-    """The report with these intervals of the scorer's differences, and of the hybrid's to MBR."""
-    keys = {("hybrid_mbr-mbr" if name == "hybrid" else f"scorer-{name}"): ends for name, ends in bounds.items()}
+def found(report: Report, needed: int | None = 60, spread: float | None = 0.5, **bounds: tuple[float, float]) -> Report:
+    """The report with these intervals of the scorer's differences, of the hybrid's to MBR and of MBR's to random.
+
+    `spread` is how far the scores of an instance's responses are apart.
+    """
+    named = {"hybrid": "hybrid_mbr-mbr", "mbr_random": "mbr-random"}
     made = {
-        key: Difference(difference=sum(ends) / 2, low=ends[0], high=ends[1], probability=0.5)
-        for key, ends in keys.items()
+        named.get(name, f"scorer-{name}"): Difference(
+            difference=sum(ends) / 2,
+            low=ends[0],
+            high=ends[1],
+            p_value=0.5,
+            standard_error=(ends[1] - ends[0]) / 4,
+            skewness=0.0,
+            freedom=39.0,
+            groups=40,
+        )
+        for name, ends in bounds.items()
     }
     power = {key: Power(groups=40, smallest=0.03, groups_needed=needed) for key in made}
-    return replace(report, comparisons=made, power=power)
+    assert report.calibration is not None
+    return replace(report, comparisons=made, power=power, calibration=replace(report.calibration, spread=spread))
+
+
+def with_means(report: Report, **means: float) -> Report:
+    """The report with selectors of these mean labels, greedy's among them."""
+    row = report.selectors["random"]
+    rows = {name: replace(row, estimate=Estimate(mean=mean, low=0.0, high=1.0)) for name, mean in means.items()}
+    return replace(report, selectors={**report.selectors, **rows})
 
 
 Bounds = tuple[float, float]
@@ -47,9 +69,10 @@ def test_a_curve_that_still_rises_asks_for_more_samples(report: Report) -> None:
     assert advice(found(rising, random=WON, mbr=WON)) == "Promote, and sample more: candidate 6 still adds 1.0."
 
 
-def test_a_cross_fitted_report_promotes_no_scorer(report: Report) -> None:
+def test_a_cross_fitted_report_promotes_as_the_gate_does(report: Report) -> None:
     recipe = replace(found(report, random=WON, mbr=WON), folds=5)
-    assert advice(recipe).startswith("Keep the recipe: evaluate the scorer")
+    assert advice(recipe).startswith("Promote")
+    assert decide(recipe.to_dict(), has_champion=False).decision == "promote"
 
 
 def test_a_leak_comes_before_everything(report: Report) -> None:
@@ -126,17 +149,95 @@ def test_a_scorer_below_the_likelihood_is_held_whatever_else_it_beats(report: Re
     )
 
 
-@pytest.mark.parametrize("random", [WON, OPEN, LOST])
-@pytest.mark.parametrize("likelihood", [WON, OPEN, LOST, None])
-@pytest.mark.parametrize("mbr", [WON, OPEN, LOST, None])
-@pytest.mark.parametrize("hybrid", [WON, OPEN, None])
-def test_nothing_is_advised_to_be_promoted_that_the_gate_would_hold(
-    report: Report, random: Bounds, likelihood: Bounds | None, mbr: Bounds | None, hybrid: Bounds | None
+def test_nothing_is_advised_to_be_promoted_that_the_gate_would_hold(report: Report) -> None:
+    """Every outcome of every comparison, on groups that are too few, on the validation split, or without variance."""
+    names = ("random", "likelihood", "mbr", "hybrid", "greedy", "best_system")
+    one_of: tuple[Bounds | None, ...] = (WON, OPEN, LOST, None)
+    promoted = 0
+    for ends in itertools.product(one_of[:3], one_of, one_of, (WON, OPEN, None), one_of, (WON, OPEN, None)):
+        given = {name: own for name, own in zip(names, ends, strict=True) if own is not None}
+        made = found(report, **given)
+        same = {key: replace(one, standard_error=0.0) for key, one in made.comparisons.items()}
+        for case in (
+            made,
+            replace(made, facts={**made.facts, "groups": 29}),
+            replace(made, split="validation"),
+            replace(made, comparisons=same),
+        ):
+            if advice(case).startswith("Promote"):
+                promoted += 1
+                assert decide({**vars(case), "tasks": ()}, has_champion=False).decision == "promote", given
+    assert promoted > 20
+
+
+def test_the_fewest_groups_are_those_of_the_gate() -> None:
+    assert MIN_GROUPS == gate.MIN_GROUPS
+
+
+def test_with_fewer_groups_than_decide_anything_more_test_instances_are_asked_for(report: Report) -> None:
+    few = found(replace(report, facts={**report.facts, "groups": 12}), random=WON, mbr=WON)
+    assert advice(few).startswith(
+        "Hold: 12 groups of instances decide nothing, it takes 30; prepare more test instances"
+    )
+
+
+def test_a_champion_that_could_not_be_compared_with_is_no_reason_to_promote(report: Report) -> None:
+    lacking = replace(found(report, random=WON, mbr=WON), unavailable={"champion": "its picks are of other instances"})
+    assert advice(lacking).startswith("Hold: the report does not compare with the champion: its picks are of other")
+
+
+@pytest.mark.parametrize("random", [OPEN, LOST])
+def test_a_scorer_that_hardly_tells_responses_apart_needs_another_encoder_and_not_more_data(
+    report: Report, random: Bounds
 ) -> None:
-    bounds = {"random": random, "likelihood": likelihood, "mbr": mbr, "hybrid": hybrid}
-    made = found(report, **{name: ends for name, ends in bounds.items() if ends is not None})
-    if advice(made).startswith("Promote"):
-        assert decide(made.to_dict(), has_champion=False).decision == "promote"
+    """GSM8K from the built-in start: the scores of four solutions differ by 0.001, and no such data mends it."""
+    text = advice(found(report, spread=0.001, random=random))
+    assert "hardly tells an instance's responses apart (their scores differ by 0.1 of 100 in the median)" in text
+    assert "train from a larger encoder, or use MBR" in text
+    assert "More data" not in text
+    assert "more instances" not in text
+
+
+def test_close_scores_that_pick_well_are_no_fault(report: Report) -> None:
+    assert advice(found(report, spread=0.001, random=WON, mbr=WON)).startswith("Promote")
+
+
+@pytest.mark.parametrize("random", [OPEN, LOST])
+def test_where_mbr_is_proven_and_the_scorer_is_not_mbr_is_advised(report: Report, random: Bounds) -> None:
+    proven = with_means(found(report, random=random, mbr=OPEN, mbr_random=WON), mbr=0.9)
+    assert advice(proven).startswith(
+        "Use MBR: it beats random choice by +4.0 (95% interval 2.0 to 6.0) without training"
+    )
+    assert "and the scorer" in advice(proven)
+    unproven = with_means(found(report, random=random, mbr=OPEN, mbr_random=OPEN), mbr=0.9)
+    assert not advice(unproven).startswith("Use MBR")
+
+
+def test_where_one_greedy_call_is_better_than_the_scorers_pick_it_is_advised(report: Report) -> None:
+    made = with_means(found(report, random=WON, greedy=LOST, mbr=OPEN, mbr_random=WON), greedy=0.8, mbr=0.7)
+    assert advice(made).startswith("Use one greedy response: the scorer's pick of several is below it, by −4.0")
+    ahead = with_means(found(report, random=WON, greedy=LOST, mbr=OPEN, mbr_random=WON), greedy=0.7, mbr=0.8)
+    assert advice(ahead).startswith("Use MBR")
+
+
+def test_a_greedy_response_that_may_be_as_good_is_no_reason_to_promote(report: Report) -> None:
+    made = with_means(found(report, random=WON, greedy=OPEN, mbr=WON), greedy=0.7)
+    assert advice(made).startswith("More data: +1.0 against the greedy response is not proven")
+
+
+def test_how_far_an_instances_scores_are_apart_is_in_the_report(instances: list[Instance]) -> None:
+    def level(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        return [0.5 + 1e-6 * len(response) for _, response in pairs]
+
+    flat, wide = (
+        evaluate(instances, score=score, probe=False)
+        for score in (level, lambda pairs: [len(response) / 100 for _, response in pairs])
+    )
+    assert flat.calibration is not None
+    assert wide.calibration is not None
+    assert flat.calibration.spread is not None
+    assert wide.calibration.spread == pytest.approx(1e4 * flat.calibration.spread)
+    assert flat.calibration.spread < 1e-4
 
 
 def test_without_a_scorer_the_advice_is_to_train_one(instances: list[Instance]) -> None:

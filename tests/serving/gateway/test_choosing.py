@@ -15,7 +15,7 @@ from serving.gateway.ledger import Limits
 from serving.gateway.llm import LLM
 from serving.gateway.policy import Policy
 from serving.gateway.scoring import Scoring
-from serving.gateway.upstream import Upstream
+from serving.gateway.upstream import Draw, Upstream, valued
 
 HALVES = straight({1: 0.5})
 
@@ -308,3 +308,29 @@ def test_models_pass_through_and_readiness_says_whether_the_server_answers() -> 
         unready = httpx.get(f"{url.removesuffix('/v1')}/ready")
     assert unready.status_code == 503
     assert "cannot be reached" in unready.json()["reason"]
+
+
+def test_what_the_best_is_worth_depends_on_how_many_distinct_candidates_were_scored() -> None:
+    """A floor in units of the label is kept by the best of many too, which has its score by luck more than one alone."""
+    calibration = straight({1: 1.0, 2: 0.5, 4: 0.25})
+    found = {}
+    for candidates in (1, 2, 4):
+        policy = Policy(candidates=candidates, round_size=1, min_gain=0, floor=0.15)
+        with (
+            serving(Model()) as upstream,
+            listening(gateway(upstream, policy=policy, scoring=scoring(lambda _: 0.5, calibration))) as url,
+        ):
+            cappy = ask(url, seed=0).json()["cappy"]
+        found[candidates] = (cappy["outcome"], cappy["score"])
+        assert [one["calibrated_score"] for one in cappy["candidates"]] == [cappy["score"]] * candidates
+    assert found == {
+        1: ("answered", pytest.approx(0.5)),
+        2: ("answered", pytest.approx(0.25)),
+        4: ("abstained", pytest.approx(0.125)),
+    }
+
+
+def test_a_text_that_the_llm_repeats_is_one_candidate() -> None:
+    draws = [Draw(choice={}, text=text, status="ok", model="m", generator="g", score=0.5) for text in ("a", "a", "a")]
+    worth = scoring(calibration=straight({1: 1.0, 4: 0.25})).worth
+    assert [draw.value for draw in valued(draws, worth)] == [0.5] * 3
