@@ -10,7 +10,7 @@ import numpy as np
 from cappy.config import code_version, fingerprint, identity
 from cappy.evaluation import EvaluationConfig, crossfit, markdown, page, plot
 from cappy.evaluation.crossfit import Load
-from cappy.evaluation.leaks import TrainedOn, seen_in_training
+from cappy.evaluation.leaks import TrainedOn, describe_check, seen_in_training
 from cappy.evaluation.parts import Part, part_of, pools_of
 from cappy.evaluation.pools import Pool, Score, Vector
 from cappy.evaluation.protocol import report_of
@@ -78,7 +78,13 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: Load,
             generators=parent.generators,
             parents=parents,
             metrics=metrics(report),
-            facts={"leaks": dict(report.leaks), "versions": dict(report.versions)},
+            facts={
+                "leaks": dict(report.leaks),
+                "leak_check": {}
+                if config.folds
+                else describe_check(tested, {n: trained_on(p) for n, p in folders.items()}),
+                "versions": dict(report.versions),
+            },
         )
         return finish(folder, config.target, manifest)
 

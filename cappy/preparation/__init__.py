@@ -108,7 +108,7 @@ class PreparationConfig:
     against: Annotated[
         tuple[Path, ...],
         LOCATION,
-        Field(description="Folder of an evaluation set: no instance to train on may have a prompt of it"),
+        Field(description="Folder of an evaluation set: no instance to train on may have a prompt, group or row of it"),
     ] = ()
     leaked: Annotated[
         Literal["refuse", "drop"], Field(description="What to do with training instances that stand in --against")
@@ -162,7 +162,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
     twice and never held in memory, for each row only the hashes of its id, group and prompt are. Where a row makes
     many prompts (templates, mixtures), see `prompted`.
     """
-    from cappy.preparation.leakage import evaluation_prompts, kept_apart
+    from cappy.preparation.leakage import evaluated, kept_apart
     from cappy.preparation.prompted import Tally
     from cappy.preparation.sources import group_rows, open_source
     from cappy.records import read_manifest
@@ -180,7 +180,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
     ) as folder:
         parts = process(
             kept_apart(
-                instances, evaluation_prompts(config.against), config.against, tally, drop=config.leaked == "drop"
+                instances, evaluated(config.against), config.against, tally, drop=config.leaked == "drop"
             ),
             folder,
             lambda part: part,
