@@ -179,9 +179,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
         config.work, "preparation", {**values, "format": source.format, "apart": apart}, source.parents
     ) as folder:
         parts = process(
-            kept_apart(
-                instances, evaluated(config.against), config.against, tally, drop=config.leaked == "drop"
-            ),
+            kept_apart(instances, evaluated(config.against), config.against, tally, drop=config.leaked == "drop"),
             folder,
             lambda part: part,
             part_rows=config.part_rows,
