@@ -24,8 +24,8 @@ def seen_in_training(instances: Sequence[Instance], trained_on: Known) -> int:
 def by_kind(instances: Sequence[Instance], trained_on: Known) -> dict[str, int]:
     """How many have a prompt that was trained on, a group whose id is made of a trained row, or a trained row's text.
 
-    An instance may count under several. A row's text is found by `cappy.records.overlap`: rows of fewer than about 15
-    words of their own are not, nor are rows that were not drawn where there were more than 65,536.
+    An instance may count under several. A row's text is found by `cappy.records.overlap`: rows of fewer than about ten
+    words of their own are not, nor are rows that were not drawn where there were more than 32,768.
     """
     return {kind: int(found.sum()) for kind, found in _found(instances, trained_on).items()}
 

@@ -24,14 +24,14 @@ WORDS = 3
 """Words of a shingle; of text without spaces between words (Chinese, Japanese, Thai) each character is one."""
 KEPT = 16
 """Shingles that are kept of a row."""
-MAX_ROWS = 65_536
-"""Rows that are kept, drawn by the hash of their prompt: 9 MB, of however many."""
-MAX_SHINGLES = 128
-"""Shingles of a prompt that are looked at to tell its own text from its template's."""
+MAX_ROWS = 32_768
+"""Rows that are kept, drawn by the hash of their prompt: 5 MB, of however many."""
+MAX_SHINGLES = 512
+"""Shingles of a prompt, from its beginning, of which those of its row are kept."""
 MOST_PROMPTS = 10
 """A shingle in more groups than this is a template's."""
-MIN_SHARED = 10
-MIN_SHARE = 0.75
+MIN_SHARED = 8
+MIN_SHARE = 0.9
 """How many, and which share, of a row's shingles a prompt must hold."""
 MIN_IN_GROUP = 2
 """How many of them where the two have the same task and group."""
@@ -77,6 +77,10 @@ def is_content(group_id: str) -> bool:
 
 def shingles(text: str) -> Hashes:
     """The sorted, distinct shingles of a text; equal for texts that differ in case, marks and white space alone."""
+    return np.unique(_in_order(text))
+
+
+def _in_order(text: str) -> Hashes:
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     if len(words) < WORDS:
         return np.empty(0, dtype=np.uint64)
@@ -85,7 +89,7 @@ def shingles(text: str) -> Hashes:
     for index in range(WORDS):
         mixed = (mixed ^ hashes[index : len(words) - WORDS + 1 + index]) * _FACTORS[index]
         mixed ^= mixed >> np.uint64(29)
-    return np.unique(mixed)
+    return mixed
 
 
 @functools.lru_cache(maxsize=2**18)
@@ -122,7 +126,7 @@ class _Draw:
         prompt = prompt_hash(prompted.instruction)
         if prompt >= self.highest:
             return
-        self.held.append((prompt, group_hash(prompted), shingles(prompted.instruction)[:MAX_SHINGLES]))
+        self.held.append((prompt, group_hash(prompted), _in_order(prompted.instruction)[:MAX_SHINGLES]))
         if len(self.held) >= MAX_ROWS + MAX_ROWS // 4:
             self.cut()
 
@@ -147,7 +151,7 @@ def sketch_rows(prompts: Iterable[Prompted]) -> Rows:
     rare = _rare(flat, np.repeat(groups, lengths))
     rows = []
     for group, found in zip(groups, np.split(rare, np.cumsum(lengths)[:-1]), strict=True):
-        kept = found[found > 0][:KEPT]
+        kept = np.unique(_inside(found))[:KEPT]
         if len(kept) >= MIN_SHARED:
             rows.append(np.concatenate(([group], kept, np.zeros(KEPT - len(kept), dtype=np.uint64))))
     table = np.unique(np.array(rows, dtype=np.uint64), axis=0) if rows else Rows.none().table
@@ -161,6 +165,26 @@ def _rare(flat: Hashes, groups: Hashes) -> Hashes:
     pairs = np.unique(codes.astype(np.uint64) << np.uint64(32) | group_codes.astype(np.uint64))
     counts = np.bincount((pairs >> np.uint64(32)).astype(np.int64), minlength=len(distinct))
     return np.where(counts[codes] <= most_prompts(int(group_codes.max(initial=0)) + 1), flat, 0).astype(np.uint64)
+
+
+def _inside(found: Hashes) -> Hashes:
+    """The shingles of a prompt that are not zero, without those that are half the template's.
+
+    Those stand beside two zeros in a row, or one at an end: under another template they would be others.
+    """
+    if not len(found):
+        return found
+    zero = found == 0
+    template = np.zeros_like(zero)
+    template[1:] |= zero[1:] & zero[:-1]
+    template[:-1] |= zero[1:] & zero[:-1]
+    template[[0, -1]] = zero[[0, -1]]
+    beside = zero.copy()
+    for step in range(1, WORDS):
+        beside[step:] |= template[:-step]
+        beside[:-step] |= template[step:]
+    own: Hashes = found[~beside]
+    return own
 
 
 def most_prompts(groups: int) -> int:
@@ -234,7 +258,7 @@ class TrainingData:
         """How much is known, and what can be seen by it."""
         if self.rows is None:
             return {"prompts": len(self.prompts), "sees": "equal prompts alone: the scorer keeps no groups and rows"}
-        sees = "equal prompts, rows under another template, and near-duplicates of rows with 15 words of their own"
+        sees = "equal prompts, rows under another template, and near-duplicates of rows of ten words of their own"
         return {
             "prompts": len(self.prompts),
             "groups": len(self.groups),

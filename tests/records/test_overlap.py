@@ -36,8 +36,9 @@ def none(number: int) -> str:
     return f"other {number}"
 
 
-def test_a_row_is_found_under_another_template_and_with_other_marks() -> None:
-    rows = texts(60)
+@pytest.mark.parametrize("length", [12, 20, 80])
+def test_a_row_is_found_under_another_template_and_with_other_marks(length: int) -> None:
+    rows = texts(60, length)
     trained = prompts(FIRST, rows)
     assert all(found(trained, prompts(SECOND, rows, none)))
     assert all(found(trained, prompts(SECOND, [row.upper().replace(" ", ",  ") for row in rows], none)))
@@ -48,6 +49,12 @@ def test_a_row_is_found_under_another_template_and_with_other_marks() -> None:
 def test_other_rows_under_the_same_template_are_not_found() -> None:
     trained, others = texts(300), texts(300, seed=1)
     assert not any(found(prompts(FIRST, trained), prompts(FIRST, others, none)))
+
+
+def test_a_row_with_many_other_words_is_another_row() -> None:
+    rows = texts(60, 30)
+    edited = [" ".join(["other" if n % 10 == 4 else word for n, word in enumerate(row.split())]) for row in rows]
+    assert not any(found(prompts(FIRST, rows), prompts(FIRST, edited, none)))
 
 
 @pytest.mark.parametrize("length", [1, 3, 6])
