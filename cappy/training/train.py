@@ -17,6 +17,7 @@ from cappy.records.folder import describe_files
 from cappy.records.work import claim, finish
 from cappy.scoring import TRAINED_ON
 from cappy.scoring.scorer import Scorer
+from cappy.scoring.training_data import write_training_data
 from cappy.training.checks import decides
 from cappy.training.curves import write_log, write_speed
 from cappy.training.launch import spread, starts_ranks
@@ -39,13 +40,15 @@ def train(
     *,
     parents: Sequence[str],
     seen: NDArray[np.uint64],
+    start_folder: Path | None = None,
     progress: Progress,
 ) -> Manifest:
     """Trains what `start` gives on the train split, stops by the validation split, publishes the scorer folder.
 
     The manifest's facts say what decided which weights are kept (`_facts`).
 
-    `seen` are the prompt hashes that the starting scorer was trained on; the folder records them with this run's own.
+    `seen` are the prompt hashes that the starting scorer in `start_folder` was trained on; the folder records them with
+    this run's own, and groups and rows likewise (`cappy.scoring.training_data`).
     Starts the ranks that the plan asks for, unless this process is one of them; the first rank alone writes. Where the
     plan names a platform, a job of it does all that.
     """
@@ -69,6 +72,7 @@ def train(
             scorer, corpora, outcome = _fit(config, start, folder / ".checkpoints", progress, ranks)
             scorer.write(folder)
             _write_facts(folder, corpora, seen, outcome)
+            write_training_data(folder, config.source, start_folder)
             manifest = Manifest(
                 step=step,
                 files=describe_files(folder),

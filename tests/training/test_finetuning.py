@@ -12,6 +12,7 @@ from cappy.errors import ConfigError
 from cappy.records import Instance, prompt_hash, read_manifest, write
 from cappy.records.folder import verify
 from cappy.scoring import Scorer, trained_on
+from cappy.scoring.training_data import training_data
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.plan import default_rate, rate
 
@@ -65,6 +66,9 @@ def test_the_folder_is_finished_names_its_parents_and_its_prompts(plan: Plan, in
     }
     assert by_split["train"] <= hashes
     assert not by_split["test"] & hashes
+    rows = training_data(plan().target).rows
+    assert rows is not None
+    assert rows.seen == sum(i.split != "test" for i in instances)
     assert Scorer.load(str(plan().target)).version == manifest.hash[:12]
 
 
