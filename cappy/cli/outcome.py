@@ -29,8 +29,8 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> dict[str, Any]:
     }
     if version:
         found["serve"] = f"cappy serve --scorer {version['uri']}"
-    if "sampling" in outcome.outputs and (noted := sampling_told(read_manifest(outcome.outputs["sampling"]))):
-        found["sampling"] = noted
+    if "sampling" in outcome.outputs and (notes := sampling_notes(read_manifest(outcome.outputs["sampling"]))):
+        found["sampling"] = notes
     if "finetuning" in outcome.outputs:
         found["training"] = dict(read_manifest(outcome.outputs["finetuning"]).metrics)
     if "promotion" in outcome.outputs:
@@ -79,7 +79,7 @@ def step_told(manifest: Manifest, target: Path) -> list[str]:
     return []
 
 
-def sampling_told(manifest: Manifest) -> list[str]:
+def sampling_notes(manifest: Manifest) -> list[str]:
     """What a person must know of the samples beside their numbers; nothing of another step."""
     if manifest.step != "sampling":
         return []

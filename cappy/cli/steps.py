@@ -234,10 +234,10 @@ def summary(manifest: Manifest, target: Path, seconds: float) -> str:
     else:
         content = f"{len(manifest.files)} files"
     told = outcome.step_told(manifest, target)
-    noted = outcome.sampling_told(manifest)
+    notes = outcome.sampling_notes(manifest)
     shown = {} if told else manifest.metrics
     numbers = ", ".join(
         f"{name} {value:,.6g}" for name, value in shown.items() if name not in ("instances", "candidates")
     )
     line = f"{target}: {content}{numbers and f'; {numbers}'} (manifest {manifest.hash[:12]}, {seconds:.1f} s)"
-    return "\n".join([*told, *noted, line])
+    return "\n".join([*told, *notes, line])

@@ -133,7 +133,7 @@ def test_d7_adapt_with_an_endpoint_and_no_strategy_draws_what_an_endpoint_can() 
     assert ("beam4", 64) in drawn("builtin")
 
 
-def test_d2_and_c10_what_sampling_did_not_get_and_reasoning_are_told_by_adapt_too(
+def test_d2_and_c10_what_sampling_did_not_get_and_reasoning_are_reported_by_adapt_too(
     make_outcome: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     outcome = make_outcome("hold")

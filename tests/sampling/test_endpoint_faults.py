@@ -153,8 +153,8 @@ def test_d1_tokens_of_a_response_that_was_given_up_count_towards_the_budget(tmp_
 def test_d2_a_run_whose_requests_all_fail_ends_with_the_servers_words_and_the_next_asks_again(tmp_path: Path) -> None:
     prompts = [f"prompt {n}" for n in range(6)]
     script = Script(lambda body: (400, refusing(TOO_LARGE, param="max_tokens", code="BadRequestError")))
-    told = r"6 of 6 candidates failed, more than --max-failed 0.1 allows: 400 .*is too large: 4096.*raise --max-failed"
-    with pytest.raises(GeneratorError, match=told) as error:
+    words = r"6 of 6 candidates failed, more than --max-failed 0.1 allows: 400 .*is too large: 4096.*raise --max-failed"
+    with pytest.raises(GeneratorError, match=words) as error:
         step(script, tmp_path, prompts)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -291,7 +291,7 @@ def test_d3_what_is_about_one_instruction_leaves_the_others(name: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "told"),
+    ("status", "body", "words"),
     [
         (401, refusing("no"), "401 no; set OPENAI_API_KEY"),
         (402, refusing("no"), "402 no; the account has nothing left"),
@@ -302,9 +302,9 @@ def test_d3_what_is_about_one_instruction_leaves_the_others(name: str, tmp_path:
         (307, b"", "307 .*check the address in the spec"),
     ],
 )
-def test_d3_what_is_about_all_requests_ends_the_run_at_the_first(status: int, body: Any, told: str) -> None:
+def test_d3_what_is_about_all_requests_ends_the_run_at_the_first(status: int, body: Any, words: str) -> None:
     script = Script(lambda asked: (status, body))
-    with pytest.raises(GeneratorError, match=told):
+    with pytest.raises(GeneratorError, match=words):
         sample(script, [f"prompt {n}" for n in range(50)], concurrency=1)
     assert len(script.bodies) == 1
 
@@ -371,8 +371,8 @@ def test_d4_greedy_is_never_drawn_without_its_temperature(tmp_path: Path) -> Non
         wrong = body.get("temperature", 1.0) != 1.0
         return (400, refusing(words, param="temperature")) if wrong else (200, saying("whole"))
 
-    told = r"refuses temperature 0, which decoding greedy needs \(400 Unsupported value.*; choose a --strategy without"
-    with pytest.raises(GeneratorError, match=told):
+    words = r"refuses temperature 0, which decoding greedy needs \(400 Unsupported value.*; choose a --strategy without"
+    with pytest.raises(GeneratorError, match=words):
         sample(Script(reply), ["one", "two"], [GREEDY])
     _, tally = sample(Script(reply), ["one", "two"], [PLAIN])
     assert not [name for name in tally if name.startswith("not_asked")]
@@ -528,7 +528,7 @@ def test_d9_json_is_utf_8_whatever_its_header_says(charset: str) -> None:
 THINKING = "<think>It could be Rome.</think>Paris"
 
 
-def test_c10_reasoning_is_counted_and_told_and_stripped_on_demand(tmp_path: Path) -> None:
+def test_c10_reasoning_is_counted_and_reported_and_stripped_on_demand(tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         text = {"one": THINKING, "two": "<think>It could be", "three": "Paris"}[prompt_of(body)]
         logprobs = {"content": [{"token": "x", "logprob": -1.0}]}

@@ -195,30 +195,30 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 def _judge_status(
     status: int, refusal: Refusal, words: str, sent: Mapping[str, Any], headers: Mapping[str, str]
 ) -> Fault:
-    told = f"{status} {words}"
+    reason = f"{status} {words}"
     clue = f"{refusal.code} {refusal.kind} {words}".lower()
 
     def says(hints: Sequence[str]) -> bool:
         return any(hint in clue for hint in hints)
 
     if status < 400 or status > 599:
-        return Fault(kind="end", reason=told, remedy="check the address in the spec")
+        return Fault(kind="end", reason=reason, remedy="check the address in the spec")
     if status == 402 or (status == 429 and says(_SPENT)):
-        return Fault(kind="end", reason=told, remedy="the account has nothing left; top it up")
+        return Fault(kind="end", reason=reason, remedy="the account has nothing left; top it up")
     if status == 401 or (status == 400 and says(_KEY)):
-        return Fault(kind="end", reason=told, remedy=_remedy(401))
+        return Fault(kind="end", reason=reason, remedy=_remedy(401))
     passing = status in _PASSING or (status >= 500 and status != 501)
     if status == 413 or (says(_TOO_LONG) and (status == 500 or not passing)):
-        return Fault(kind="unanswered", reason=told, remedy="shorten the instructions or lower --max-new-tokens")
+        return Fault(kind="unanswered", reason=reason, remedy="shorten the instructions or lower --max-new-tokens")
     if passing:
-        return _passing(told, retry_after(headers))
+        return _passing(reason, retry_after(headers))
     if says(_FILTERED) and refusal.param not in sent:
-        return Fault(kind="unanswered", reason=told, status="filtered")
+        return Fault(kind="unanswered", reason=reason, status="filtered")
     if parameters := refused_parameters(sent, words, refusal.param):
-        return Fault(kind="without", reason=told, parameters=parameters, sent=sent)
+        return Fault(kind="without", reason=reason, parameters=parameters, sent=sent)
     if status in _OF_ALL:
-        return Fault(kind="end", reason=told, remedy=_remedy(status), unless_answered=True)
-    return Fault(kind="unanswered", reason=told, remedy=_remedy(status))
+        return Fault(kind="end", reason=reason, remedy=_remedy(status), unless_answered=True)
+    return Fault(kind="unanswered", reason=reason, remedy=_remedy(status))
 
 
 def _remedy(status: int) -> str:
