@@ -46,6 +46,7 @@ def step(
     script: Script, folder: Path, prompts: Sequence[str], target: str = "out", **values: Any
 ) -> tuple[Manifest, list[Candidate]]:
     """The step's manifest and candidates over these prompts."""
+    folder.mkdir(exist_ok=True)
     if not (folder / "in").exists():
         write(folder / "in", [Instance(instance_id=p, instruction=p, references=("x",)) for p in prompts])
     with scripted(script) as url:
@@ -220,6 +221,25 @@ def test_d2_many_refusals_in_a_row_do_not_end_a_run_whose_endpoint_answers_a_pla
 
     drawn, _ = sample(Script(reply), [*(f"prompt {n}" for n in range(50)), "last"], concurrency=1)
     assert [group[0].status for group in drawn] == [*["failed"] * 50, "ok"]
+
+
+def test_d2_of_a_few_instances_one_may_fail_but_not_two_and_none_with_max_failed_0(tmp_path: Path) -> None:
+    refused = {"prompt 1"}
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return (400, refusing("too long")) if prompt_of(body) in refused else (200, saying("whole"))
+
+    prompts = [f"prompt {n}" for n in range(4)]
+    manifest, _ = step(Script(reply), tmp_path, prompts, strategy="sampling4")
+    assert manifest.metrics["failed"] == 4
+    with pytest.raises(GeneratorError, match="4 of 16 candidates failed, more than --max-failed 0 allows"):
+        step(Script(reply), tmp_path, prompts, strategy="sampling4", max_failed=0.0, target="two")
+    refused.add("prompt 2")
+    with pytest.raises(GeneratorError, match="8 of 16 candidates failed, more than --max-failed 0.1 allows"):
+        step(Script(reply), tmp_path, prompts, strategy="sampling4", target="three")
+    refused |= set(prompts)
+    with pytest.raises(GeneratorError, match="1 of 1 candidates failed"):
+        step(Script(reply), tmp_path / "alone", prompts[:1])
 
 
 def test_d2_with_max_failed_1_a_run_of_refusals_alone_ends_well(tmp_path: Path) -> None:
