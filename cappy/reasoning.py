@@ -1,6 +1,6 @@
 """Finds and removes the reasoning that models write before their answer.
 
-Reasoning is told from the answer by its markup alone:
+Reasoning is recognised by its markup alone:
 
 - a block between two tags, such as `<think>...</think>` or `[THINK]...[/THINK]`, wherever it stands;
 - text up to a closing tag that was never opened: chat templates such as DeepSeek's open the block in the prompt;

@@ -1,4 +1,4 @@
-"""C10: the answer of a model that reasons is told from its reasoning by markup alone."""
+"""C10: the answer of a model that reasons is separated from its reasoning by markup alone."""
 
 import time
 

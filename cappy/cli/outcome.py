@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,8 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> dict[str, Any]:
             "alias": decided["serve"].rpartition("@")[2],
             "serve": _facts(outcome, "deployment").get("command") or decided["serve"],
         }
-    if said := [text for folder in outcome.outputs.values() for text in cautions(_manifest(folder))]:
-        found["cautions"] = list(dict.fromkeys(said))
+    if said := _cautions_of_run(outcome.outputs):
+        found["cautions"] = said
     if has_secret(tracking_uri):
         # The command that would be copied into a history and a log.
         tracking_uri = ""
@@ -97,6 +98,16 @@ def cautions(manifest: Manifest | None) -> list[str]:
 
         return of_annotation(manifest.metrics)
     return []
+
+
+def _cautions_of_run(outputs: Mapping[str, Path]) -> list[str]:
+    """Each caution once: what sampling says of reasoning, annotation says of the same responses."""
+    manifests = {step: _manifest(folder) for step, folder in outputs.items()}
+    sampled, annotated = manifests.get("sampling"), manifests.get("annotation")
+    if annotated and sampled and sampled.metrics.get("reasoning"):
+        kept = {name: value for name, value in annotated.metrics.items() if name != "with_reasoning"}
+        manifests["annotation"] = replace(annotated, metrics=kept)
+    return list(dict.fromkeys(text for manifest in manifests.values() for text in cautions(manifest)))
 
 
 def _manifest(folder: Path) -> Manifest | None:

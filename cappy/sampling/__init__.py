@@ -84,7 +84,10 @@ class SamplingConfig:
         float,
         LOCATION,
         Field(
-            ge=0, le=1, description="Share of a generator's candidates that may fail; above it the run ends; 1: never"
+            ge=0,
+            le=1,
+            description="Share of a generator's candidates that may fail, those of one instance always unless it is 0; "
+            "above it the run ends; 1: never",
         ),
     ] = 0.1
     concurrency: Annotated[int, LOCATION, Field(ge=1, le=1024, description="Requests to an endpoint at a time")] = 8
@@ -198,8 +201,8 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"]
     telling = Telling(progress, generators, decodings)
 
     reasoning = ReasoningReader(strip=config.strip_reasoning)
-    wanted = {
-        generator.name: parent.rows * sum(one.num_samples for one in share(decodings, position))
+    each = {
+        generator.name: sum(one.num_samples for one in share(decodings, position))
         for position, generator in enumerate(generators)
     }
     so_far: Counter[str] = Counter()
@@ -212,7 +215,7 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"]
         if generators:
             counts["reasoning"] = reasoning.counted()
         so_far.update(counts)
-        check_failures(so_far, config.max_failed, wanted)
+        check_failures(so_far, config.max_failed, each, parent.rows)
         return counts
 
     revisions = {generator.name: generator.revision for generator in generators}
@@ -229,7 +232,7 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"]
             count=count,
             again=lambda counts: counts.get("failed", 0) > 0,
         )
-        check_failures(parts.counts, config.max_failed)
+        check_failures(parts.counts, config.max_failed, each)
         metrics, facts = accounts(parts.counts, terms_of(config))
         if said := cautions(metrics, stated, facts):
             facts["cautions"] = said

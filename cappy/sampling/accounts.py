@@ -80,16 +80,20 @@ def unanswered_counts(generator: str, reasons: Mapping[str, int]) -> dict[str, i
     return {_key(_UNANSWERED, generator, words): count for words, count in _grouped(reasons).items()}
 
 
-def check_failures(counts: Mapping[str, int], max_failed: float, wanted: Mapping[str, int] | None = None) -> None:
+def check_failures(
+    counts: Mapping[str, int], max_failed: float, each: Mapping[str, int], instances: int | None = None
+) -> None:
     """GeneratorError where more than this share of a generator's candidates failed, in its server's own words.
 
-    `wanted` are the candidates of the whole run by generator: with it a run that is under way ends as soon as its
-    share cannot be kept. Without it the counts are those of the whole run.
+    Those of one instance alone may fail whatever the share, unless it is 0: in a run of five that is no reason to end.
+    `each` are the candidates of an instance by generator. With `instances`, those of the whole run, one that is under
+    way ends as soon as its share cannot be kept; without it the counts are those of the whole run.
     """
     drawn = {generator: count for generator, _, count in _of_kind(counts, _DRAWN)}
     for generator, _, failed in _of_kind(counts, _FAILED):
-        total = drawn[generator] if wanted is None else wanted[generator]
-        if failed <= max_failed * total:
+        total = drawn[generator] if instances is None else each[generator] * instances
+        allowed = max(max_failed * total, each[generator] if max_failed else 0)
+        if failed <= allowed and (failed < total or not failed or max_failed >= 1):
             continue
         reasons = Counter({words: count for name, words, count in _of_kind(counts, _UNANSWERED) if name == generator})
         why = f": {next(iter(_grouped(reasons)))}" if reasons else ""

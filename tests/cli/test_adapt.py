@@ -138,7 +138,7 @@ def test_d7_adapt_with_an_endpoint_and_no_strategy_draws_what_an_endpoint_can() 
     assert ("beam4", 64) in drawn("builtin")
 
 
-def test_d2_and_c10_what_sampling_did_not_get_and_reasoning_are_told_by_adapt_too(
+def test_d2_and_c10_what_sampling_did_not_get_and_reasoning_are_reported_by_adapt_too(
     make_outcome: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     outcome = make_outcome("hold")
@@ -149,7 +149,7 @@ def test_d2_and_c10_what_sampling_did_not_get_and_reasoning_are_told_by_adapt_to
     write_manifest(sampled, Manifest(step="sampling", files=(), metrics=metrics, facts={"unanswered": unanswered}))
     text = told(outcome, facts(replace(outcome, outputs={**outcome.outputs, "sampling": sampled})))
     assert "openai:m@http://h/v1 left 3 candidates without an answer; 2 of them: 400 too odd\n" in text
-    assert "sampling  30 of 40 responses hold reasoning" in text
+    assert "caution   30 of 40 responses hold reasoning" in text
     assert "hold reasoning" not in told(outcome, facts(outcome))
 
 

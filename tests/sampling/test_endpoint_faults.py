@@ -46,6 +46,7 @@ def step(
     script: Script, folder: Path, prompts: Sequence[str], target: str = "out", **values: Any
 ) -> tuple[Manifest, list[Candidate]]:
     """The step's manifest and candidates over these prompts."""
+    folder.mkdir(exist_ok=True)
     if not (folder / "in").exists():
         write(folder / "in", [Instance(instance_id=p, instruction=p, references=("x",)) for p in prompts])
     with scripted(script) as url:
@@ -153,8 +154,8 @@ def test_d1_tokens_of_a_response_that_was_given_up_count_towards_the_budget(tmp_
 def test_d2_a_run_whose_requests_all_fail_ends_with_the_servers_words_and_the_next_asks_again(tmp_path: Path) -> None:
     prompts = [f"prompt {n}" for n in range(6)]
     script = Script(lambda body: (400, refusing(TOO_LARGE, param="max_tokens", code="BadRequestError")))
-    told = r"6 of 6 candidates failed, more than --max-failed 0.1 allows: 400 .*is too large: 4096.*raise --max-failed"
-    with pytest.raises(GeneratorError, match=told) as error:
+    words = r"6 of 6 candidates failed, more than --max-failed 0.1 allows: 400 .*is too large: 4096.*raise --max-failed"
+    with pytest.raises(GeneratorError, match=words) as error:
         step(script, tmp_path, prompts)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -197,7 +198,7 @@ def test_d2_failures_below_the_limit_are_kept_with_their_words_and_asked_again_b
 def test_d2_a_run_ends_as_soon_as_its_share_of_failures_cannot_be_kept(tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         number = int(prompt_of(body).split()[1])
-        return (400, refusing("no such thing")) if number % 2 else (200, saying("whole"))
+        return (400, refusing(TOO_LARGE)) if number % 2 else (200, saying("whole"))
 
     script = Script(reply)
     with pytest.raises(GeneratorError, match="11 of 100 candidates failed, more than --max-failed 0.1"):
@@ -208,8 +209,8 @@ def test_d2_a_run_ends_as_soon_as_its_share_of_failures_cannot_be_kept(tmp_path:
 
 
 def test_d2_many_refusals_in_a_row_and_of_a_plain_question_end_the_run_early(tmp_path: Path) -> None:
-    script = Script(lambda body: (400, refusing("max_tokens is too large: 4096")))
-    with pytest.raises(GeneratorError, match=f"{STREAK} requests in a row were refused: 400 max_tokens is too large"):
+    script = Script(lambda body: (400, refusing(TOO_LARGE)))
+    with pytest.raises(GeneratorError, match=f"{STREAK} requests in a row were refused: 400 'max_tokens'"):
         sample(script, [f"prompt {n}" for n in range(500)], concurrency=4)
     assert STREAK < len(script.bodies) < 3 * STREAK
     assert PROBE in map(prompt_of, script.bodies)
@@ -221,6 +222,25 @@ def test_d2_many_refusals_in_a_row_do_not_end_a_run_whose_endpoint_answers_a_pla
 
     drawn, _ = sample(Script(reply), [*(f"prompt {n}" for n in range(50)), "last"], concurrency=1)
     assert [group[0].status for group in drawn] == [*["failed"] * 50, "ok"]
+
+
+def test_d2_of_a_few_instances_one_may_fail_but_not_two_and_none_with_max_failed_0(tmp_path: Path) -> None:
+    refused = {"prompt 1"}
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return (400, refusing("too long")) if prompt_of(body) in refused else (200, saying("whole"))
+
+    prompts = [f"prompt {n}" for n in range(4)]
+    manifest, _ = step(Script(reply), tmp_path, prompts, strategy="sampling4")
+    assert manifest.metrics["failed"] == 4
+    with pytest.raises(GeneratorError, match="4 of 16 candidates failed, more than --max-failed 0 allows"):
+        step(Script(reply), tmp_path, prompts, strategy="sampling4", max_failed=0.0, target="two")
+    refused.add("prompt 2")
+    with pytest.raises(GeneratorError, match="8 of 16 candidates failed, more than --max-failed 0.1 allows"):
+        step(Script(reply), tmp_path, prompts, strategy="sampling4", target="three")
+    refused |= set(prompts)
+    with pytest.raises(GeneratorError, match="1 of 1 candidates failed"):
+        step(Script(reply), tmp_path / "alone", prompts[:1])
 
 
 def test_d2_with_max_failed_1_a_run_of_refusals_alone_ends_well(tmp_path: Path) -> None:
@@ -292,7 +312,7 @@ def test_d3_what_is_about_one_instruction_leaves_the_others(name: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "told"),
+    ("status", "body", "words"),
     [
         (401, refusing("no"), "401 no; set OPENAI_API_KEY"),
         (402, refusing("no"), "402 no; the account has nothing left"),
@@ -303,11 +323,20 @@ def test_d3_what_is_about_one_instruction_leaves_the_others(name: str, tmp_path:
         (307, b"", "307 .*check the address in the spec"),
     ],
 )
-def test_d3_what_is_about_all_requests_ends_the_run_at_the_first(status: int, body: Any, told: str) -> None:
+def test_d3_what_is_about_all_requests_ends_the_run_at_the_first(status: int, body: Any, words: str) -> None:
     script = Script(lambda asked: (status, body))
-    with pytest.raises(GeneratorError, match=told):
+    with pytest.raises(GeneratorError, match=words):
         sample(script, [f"prompt {n}" for n in range(50)], concurrency=1)
     assert len(script.bodies) == 1
+
+
+def test_d3_a_first_refusal_in_unknown_words_ends_the_run_where_a_plain_question_is_refused_too() -> None:
+    script = Script(lambda body: (400, refusing("this server is pinned to another model")))
+    with pytest.raises(
+        GeneratorError, match="400 this server is pinned to another model; check what the endpoint takes"
+    ):
+        sample(script, [f"prompt {n}" for n in range(50)], concurrency=1)
+    assert [prompt_of(body) for body in script.bodies] == ["prompt 0", PROBE]
 
 
 def test_d3_an_outage_of_the_filter_is_tried_again() -> None:
@@ -372,8 +401,8 @@ def test_d4_greedy_is_never_drawn_without_its_temperature(tmp_path: Path) -> Non
         wrong = body.get("temperature", 1.0) != 1.0
         return (400, refusing(words, param="temperature")) if wrong else (200, saying("whole"))
 
-    told = r"refuses temperature 0, which decoding greedy needs \(400 Unsupported value.*; choose a --strategy without"
-    with pytest.raises(GeneratorError, match=told):
+    words = r"refuses temperature 0, which decoding greedy needs \(400 Unsupported value.*; choose a --strategy without"
+    with pytest.raises(GeneratorError, match=words):
         sample(Script(reply), ["one", "two"], [GREEDY])
     _, tally = sample(Script(reply), ["one", "two"], [PLAIN])
     assert not [name for name in tally if name.startswith("not_asked")]
@@ -522,14 +551,14 @@ def test_d9_json_is_utf_8_whatever_its_header_says(charset: str) -> None:
         ((candidate,),), _ = sample(Script(lambda body, data=data, head=head: (200, data, head)), ["one"])  # type: ignore[misc]
         assert candidate.response == "café 日本"
     refused = json.dumps(refusing("zu groß"), ensure_ascii=False).encode()
-    _, tally = sample(Script(lambda body: (400, refused, head)), ["one"])
-    assert [name for name in tally if "zu groß" in name]
+    with pytest.raises(GeneratorError, match="400 zu groß"):
+        sample(Script(lambda body: (400, refused, head)), ["one"])
 
 
 THINKING = "<think>It could be Rome.</think>Paris"
 
 
-def test_c10_reasoning_is_counted_and_told_and_stripped_on_demand(tmp_path: Path) -> None:
+def test_c10_reasoning_is_counted_and_reported_and_stripped_on_demand(tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         text = {"one": THINKING, "two": "<think>It could be", "three": "Paris"}[prompt_of(body)]
         logprobs = {"content": [{"token": "x", "logprob": -1.0}]}

@@ -134,17 +134,17 @@ def read_answers(
 
     BadAnswerError if it is no completion, or if every choice in it failed; of several the others are answers. Choices
     that repeat an index are copies by a server that does not know `n`, and count once. Without a usage in the body,
-    tokens go by the rule of thumb. Tokens of the response are shared out evenly, for only their sum is told.
+    tokens go by the rule of thumb. Tokens of the response are shared out evenly, for only their sum is known.
     """
     values, choices = read_choices(body)
     choices = choices[:count]
-    told, fault = _good_choices(choices)
+    good, fault = _good_choices(choices)
     used = values.get("usage")
     usage: Mapping[str, Any] = used if isinstance(used, dict) else {}
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
     input_tokens = prompt if is_count(prompt) else tokens_of(instruction)
-    output_tokens = completion if is_count(completion) else sum(tokens_of(text) for text, _, _ in told)
-    if fault is not None and not told:
+    output_tokens = completion if is_count(completion) else sum(tokens_of(text) for text, _, _ in good)
+    if fault is not None and not good:
         fault.usage = (input_tokens, output_tokens)
         raise fault
     model = model_name(values.get("model"))
@@ -158,10 +158,10 @@ def read_answers(
             num_tokens=len(logprobs) or None,
             requests=int(number == 0),
             input_tokens=input_tokens if number == 0 else 0,
-            output_tokens=output_tokens // len(told) + int(number < output_tokens % len(told)),
+            output_tokens=output_tokens // len(good) + int(number < output_tokens % len(good)),
             left_out=left_out,
         )
-        for number, (text, status, logprobs) in enumerate(told)
+        for number, (text, status, logprobs) in enumerate(good)
     ]
     return answers, len(choices)
 
@@ -173,13 +173,13 @@ def _good_choices(
 
     BadAnswerError for what is no choice at all.
     """
-    told, fault = [], None
+    good, fault = [], None
     for choice in choices:
         try:
-            told.append(read_choice(choice))
+            good.append(read_choice(choice))
         except GivenUpError as error:
             fault = fault or error
-    return told, fault
+    return good, fault
 
 
 def read_choices(body: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -14,7 +14,7 @@ from cappy.sampling.endpoint.answers import Answer, BadAnswerError, failed, read
 from cappy.sampling.endpoint.bounded import answer_bytes
 from cappy.sampling.endpoint.capabilities import Capabilities, NeededParameterError
 from cappy.sampling.endpoint.clients import Client, Clients, LateError
-from cappy.sampling.endpoint.faults import PROBE, STREAK, Fault, Standing, backoff, judge
+from cappy.sampling.endpoint.faults import PROBE, Fault, Standing, backoff, judge
 from cappy.sampling.endpoint.keys import NO_KEY
 from cappy.sampling.endpoint.limits import Budget, Pace, Spent, pause
 from cappy.sampling.paid import Terms, Usage, tokens_of
@@ -126,11 +126,12 @@ class Asker:
 
     def _unanswered(self, question: Question, numbers: list[int], fault: Fault, stop: threading.Event) -> list[Answer]:
         """Failed answers for a refused question; GeneratorError where a plain question is refused as well."""
-        if self.standing.refused() and not self._terms.all_may_fail:
+        in_a_row = self.standing.refused(of_one=fault.of_one)
+        if in_a_row and not self._terms.all_may_fail:
             found = self._ask_plainly(question, stop)
             if found is not None and found.kind in ("unanswered", "end"):
-                in_a_row = replace(fault, reason=f"{STREAK} requests in a row were refused: {fault.reason}")
-                raise self._end(in_a_row, 1, stop)
+                many = f"{in_a_row} requests in a row were refused: " if in_a_row > 1 else ""
+                raise self._end(replace(fault, reason=f"{many}{fault.reason}"), 1, stop)
         return failed(fault.status, len(numbers), cut(fault.reason, _SHOWN, self._clients.key))
 
     def _ask_plainly(self, question: Question, stop: threading.Event) -> Fault | None:

@@ -7,7 +7,8 @@ decides, and what became of the other requests:
 - 403, 404, 405, 410, 415: about all, unless the endpoint has answered in this run: then about this one.
 - 400, 413, 422 and any other: about this one, whose candidates are `failed`. So is a request whose attempts are used
   up while others, or else a plain question, are answered.
-- After `STREAK` refusals in a row a plain question is asked: if that is refused too, they are about all.
+- A plain question is asked after the first refusal of a run, if its words do not say that it is about the instruction,
+  and after `STREAK` refusals in a row: if that is refused too, they are about all.
 - The share of failed candidates that `--max-failed` allows is the last bound (`cappy.sampling.accounts`).
 
 Words decide only between names for the same: `filtered` where they are of a content policy, else `failed`.
@@ -60,7 +61,8 @@ class Fault:
     """`kind` says what follows: `again` after `wait` seconds (None: by backoff), `without` the parameters that were
     refused in the body `sent`, the instruction `unanswered` with a status, or the `end` of the run with its remedy.
 
-    With `unless_answered` the run ends only if the endpoint has answered nothing yet; else it is as `unanswered`.
+    With `of_one` the words say that it is about this instruction alone. With `unless_answered` the run ends only if the
+    endpoint has answered nothing yet; else it is as `unanswered`.
     """
 
     kind: Literal["again", "without", "unanswered", "end"]
@@ -71,6 +73,7 @@ class Fault:
     status: Status = "failed"
     remedy: str = ""
     unless_answered: bool = False
+    of_one: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +103,15 @@ class Standing:
             self._refused = 0
             self._last_answer = time.monotonic()
 
-    def refused(self) -> bool:
-        """A request was refused; True where it is time to ask a plain question."""
+    def refused(self, *, of_one: bool) -> int:
+        """A request was refused, in words that are of one instruction or not.
+
+        How many were in a row where it is time to ask a plain question, else 0.
+        """
         with self._lock:
             self._refused += 1
-            return self._refused % STREAK == 0
+            first = self._refused == 1 and self._last_answer is None and not of_one
+            return self._refused if first or self._refused % STREAK == 0 else 0
 
     @property
     def has_answered(self) -> bool:
@@ -195,30 +202,31 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 def _judge_status(
     status: int, refusal: Refusal, words: str, sent: Mapping[str, Any], headers: Mapping[str, str]
 ) -> Fault:
-    told = f"{status} {words}"
+    reason = f"{status} {words}"
     clue = f"{refusal.code} {refusal.kind} {words}".lower()
 
     def says(hints: Sequence[str]) -> bool:
         return any(hint in clue for hint in hints)
 
     if status < 400 or status > 599:
-        return Fault(kind="end", reason=told, remedy="check the address in the spec")
+        return Fault(kind="end", reason=reason, remedy="check the address in the spec")
     if status == 402 or (status == 429 and says(_SPENT)):
-        return Fault(kind="end", reason=told, remedy="the account has nothing left; top it up")
+        return Fault(kind="end", reason=reason, remedy="the account has nothing left; top it up")
     if status == 401 or (status == 400 and says(_KEY)):
-        return Fault(kind="end", reason=told, remedy=_remedy(401))
+        return Fault(kind="end", reason=reason, remedy=_remedy(401))
     passing = status in _PASSING or (status >= 500 and status != 501)
     if status == 413 or (says(_TOO_LONG) and (status == 500 or not passing)):
-        return Fault(kind="unanswered", reason=told, remedy="shorten the instructions or lower --max-new-tokens")
+        remedy = "shorten the instructions or lower --max-new-tokens"
+        return Fault(kind="unanswered", reason=reason, remedy=remedy, of_one=True)
     if passing:
-        return _passing(told, retry_after(headers))
+        return _passing(reason, retry_after(headers))
     if says(_FILTERED) and refusal.param not in sent:
-        return Fault(kind="unanswered", reason=told, status="filtered")
+        return Fault(kind="unanswered", reason=reason, status="filtered", of_one=True)
     if parameters := refused_parameters(sent, words, refusal.param):
-        return Fault(kind="without", reason=told, parameters=parameters, sent=sent)
+        return Fault(kind="without", reason=reason, parameters=parameters, sent=sent)
     if status in _OF_ALL:
-        return Fault(kind="end", reason=told, remedy=_remedy(status), unless_answered=True)
-    return Fault(kind="unanswered", reason=told, remedy=_remedy(status))
+        return Fault(kind="end", reason=reason, remedy=_remedy(status), unless_answered=True)
+    return Fault(kind="unanswered", reason=reason, remedy=_remedy(status))
 
 
 def _remedy(status: int) -> str:

@@ -158,8 +158,8 @@ def test_c10_where_reasoning_never_ended_the_servers_own_answer_is_given() -> No
 def test_c10_without_it_reasoning_is_scored_passed_on_and_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     answer = answer_of((200, choices((THINKING, "stop"), (THINKING, "stop"))))
     assert answer.json()["choices"][0]["message"]["content"] == THINKING
-    told = [record for record in caplog.records if "--strip-reasoning" in record.getMessage()]
-    assert [record.levelno for record in told] == [logging.WARNING]
+    warnings = [record for record in caplog.records if "--strip-reasoning" in record.getMessage()]
+    assert [record.levelno for record in warnings] == [logging.WARNING]
 
 
 def test_c10_reasoning_beside_the_content_passes_through() -> None:
