@@ -294,7 +294,7 @@ def test_models_pass_through_and_readiness_says_whether_the_server_answers() -> 
 
 
 def test_what_the_best_is_worth_depends_on_how_many_distinct_candidates_were_scored() -> None:
-    """A floor in units of the label is kept by the best of many too, which has its score by luck more than one alone."""
+    """A floor in units of the label is kept by the best of many too, which has its score by luck more than one."""
     calibration = straight({1: 1.0, 2: 0.5, 4: 0.25})
     found = {}
     for candidates in (1, 2, 4):
