@@ -133,7 +133,7 @@ def rendered(subset: str, source: Path, folder: Path, rows: int) -> list[Instanc
     preparation(
         PreparationConfig(
             source=str(source), target=target, templates=TEMPLATES, dataset=dataset, work=folder / "work",
-            max_failed=1.0, test=0.0, validation=0.0, max_characters=100_000,
+            max_failed=1.0, test=0.0, validation=0.0,
         )
     )  # fmt: skip
     return list(read(target))

@@ -10,7 +10,7 @@ from typing import Any
 from cappy.progress import describe, duration
 from pipelines.states import StepState
 
-PLAIN_SECONDS = 15.0
+PLAIN_SECONDS = 10.0
 MARKS = {"waiting": " ", "running": "▸", "cached": "✓", "done": "✓", "failed": "✗", "skipped": "-"}
 WORDS = {"cached": "from the cache", "skipped": "not called for"}
 

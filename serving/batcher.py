@@ -21,11 +21,13 @@ Computed = Sequence[tuple[float, float]]
 
 
 class Answer(NamedTuple):
-    """(score, logit) of each pair in order, the tokens they have, and the seconds that the first computed waited."""
+    """(score, logit) of each pair in order, the tokens they have, the seconds that the first computed waited, and how
+    many distinct pairs were cut."""
 
     computed: Computed
     tokens: int
     wait_seconds: float
+    cut: int = 0
 
 
 class Engine(Protocol):
@@ -70,12 +72,12 @@ class Batcher:
     """Scores pairs of concurrent requests; `queued_tokens` is what waits or is computed now.
 
     A request is refused with 429 where it would put more than `max_queued_tokens` into the queue, unless the queue is
-    empty. `told(tokens, pairs, seconds)` is called after each batch.
+    empty. `told(tokens, pairs, seconds, cut)` is called after each batch, `cut` being how many of its pairs were cut.
     """
 
     batch_tokens: int
     max_queued_tokens: int
-    told: Callable[[int, int, float], None] = lambda tokens, pairs, seconds: None
+    told: Callable[[int, int, float, int], None] = lambda tokens, pairs, seconds, cut: None
     computing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "computing"))
     """One thread, the one that loaded the scorer: once two threads have run a model, torch's OpenMP waits passively in
     both, and a single pair takes 38 ms instead of 22 (RoBERTa-base's shape, 2 cores, Intel Xeon, 2026-11-26)."""
@@ -109,7 +111,8 @@ class Batcher:
             self.queued_tokens -= job.tokens
             job.waiting.clear()
         found = dict(zip(distinct, job.found, strict=True))
-        return Answer([found[pair] for pair in pairs], tokens, job.begun - queued)
+        cut = sum(not pair.whole for pair in encoded)
+        return Answer([found[pair] for pair in pairs], tokens, job.begun - queued, cut)
 
     async def fit(self, engine: Engine, pairs: Sequence[Pair]) -> bool:
         """Whether no pair is longer than the engine reads."""
@@ -135,7 +138,8 @@ class Batcher:
                 _fail(batch, error)
             finally:
                 self.queued_tokens -= tokens
-            self._measure(tokens, len(batch), loop.time() - started)
+            cut = sum(not pair.whole for pair in pairs)
+            self._measure(tokens, len(batch), loop.time() - started, cut)
 
     def admit(self, tokens: int) -> None:
         """Refusal 429 where the queue has no room for so many tokens; an empty one takes a request of any size."""
@@ -156,10 +160,10 @@ class Batcher:
         self._encoding.shutdown(wait=False, cancel_futures=True)
         self.computing.shutdown(wait=False, cancel_futures=True)
 
-    def _measure(self, tokens: int, pairs: int, seconds: float) -> None:
+    def _measure(self, tokens: int, pairs: int, seconds: float, cut: int) -> None:
         now = tokens / max(seconds, 1e-6)
         self.rate = now if not self.rate else 0.9 * self.rate + 0.1 * now
-        self.told(tokens, pairs, seconds)
+        self.told(tokens, pairs, seconds, cut)
 
 
 def fill(jobs: "deque[_Job]", budget: int) -> Batch:

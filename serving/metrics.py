@@ -26,6 +26,7 @@ class Metrics:
             "cappy_request_seconds", "From a request's head to its answer", ["dialect"], buckets=SECONDS, registry=own
         )
         self._pairs = Counter("cappy_pairs", "Pairs scored", registry=own)
+        self._cut = Counter("cappy_pairs_cut", "Pairs that were longer than the scorer reads", registry=own)
         self._scores = Histogram("cappy_score", "Scores", buckets=SCORES, registry=own)
         self._tokens = Histogram("cappy_batch_tokens", "Tokens of a batch", buckets=TOKENS, registry=own)
         self._batches = Histogram("cappy_batch_seconds", "Time of a batch", buckets=SECONDS, registry=own)
@@ -37,8 +38,9 @@ class Metrics:
         )
         Gauge("cappy_ready", "Whether new clients may come", registry=own).set_function(lambda: not models.unready)
 
-    def batch(self, tokens: int, pairs: int, seconds: float) -> None:
-        """Counts a batch."""
+    def batch(self, tokens: int, pairs: int, seconds: float, cut: int = 0) -> None:
+        """Counts a batch and the pairs of it that were cut."""
+        self._cut.inc(cut)
         self._tokens.observe(tokens)
         self._batches.observe(seconds)
         self._pairs.inc(pairs)

@@ -34,6 +34,8 @@ from serving.rules import broken
 
 LOGGER = logging.getLogger("serving")
 DEADLINE = "x-timeout-seconds"
+CUT = "X-Cappy-Pairs-Cut"
+"""Header of an answer for which pairs were cut: how many distinct ones."""
 VALUES_PER_PAIR = 32
 """How many JSON values a body may have for each pair that a request may: tables have further columns."""
 
@@ -129,12 +131,14 @@ class Service:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 raise Refusal(GONE, "the client hung up")
-            computed, tokens, request.state.wait_seconds = work.result()
+            computed, tokens, request.state.wait_seconds, cut = work.result()
         finally:
             work.cancel()
             gone.cancel()
         scores = [score for score, _ in computed]
         request.state.scores, request.state.tokens = scores, tokens
+        if cut:
+            request.state.facts = {**model.facts(), CUT: str(cut)}
         return Scored(
             scores=scores,
             logits=[logit for _, logit in computed],

@@ -60,6 +60,7 @@ def rouge_l(references: Sequence[str], response: str, *, use_stemmer: bool = Tru
 
 def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
     """Annotates `source` into `target`; a killed run continues where it was."""
+    from cappy.annotation.cautions import cautions
     from cappy.annotation.labels import count
     from cappy.records.parts import process_folder
     from cappy.records.work import claim, finish
@@ -79,6 +80,8 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
             count=partial(count, name=config.metric, mismatches=planted),
             workers=config.workers,
         )
+        metrics = {"instances": parts.rows, "candidates": parts.candidates, **parts.counts}
+        said = cautions(metrics)
         manifest = Manifest(
             step="annotation",
             files=parts.files,
@@ -87,8 +90,8 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
             seed=config.seed,
             generators=parent.generators,
             parents=(parent.hash,),
-            metrics={"instances": parts.rows, "candidates": parts.candidates, **parts.counts},
-            facts={"metric_versions": versions(config.metric)},
+            metrics=metrics,
+            facts={"metric_versions": versions(config.metric), **({"cautions": said} if said else {})},
         )
         return finish(folder, config.target, manifest)
 

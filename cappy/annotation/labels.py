@@ -6,8 +6,9 @@ from typing import Literal
 
 from cappy.annotation import mismatches
 from cappy.annotation.metrics import Metric, Pool, parse
-from cappy.annotation.rouge import visible
+from cappy.annotation.rouge import partly_visible, visible
 from cappy.errors import RecordError, shown
+from cappy.reasoning import has_reasoning
 from cappy.records import Candidate, Instance
 from cappy.records.instance import GIVEN
 
@@ -54,12 +55,28 @@ def _refuse_unlabelled(instances: Sequence[Instance]) -> None:
 
 
 def count(instances: Sequence[Instance], *, name: str, mismatches: int) -> Mapping[str, int]:
-    """What a reader of the labels should know: references that Rouge-L cannot see, mismatches that were not found."""
-    unseen = sum(not any(map(visible, instance.references)) for instance in instances) if "rougeL" in parse(name) else 0
+    """What a reader of the labels should know.
+
+    `responses` are those of LLMs, `with_reasoning` those of them that hold more than an answer. `invisible_to_rougeL`
+    are the instances none of whose references Rouge-L sees, `partly_invisible_to_rougeL` those with a reference or
+    response of which it sees a part only, `mismatches_missing` mismatches that were not found.
+    """
+    by_rouge = "rougeL" in parse(name)
+    unseen = partly = 0
+    for instance in instances if by_rouge else ():
+        unseen += not any(map(visible, instance.references))
+        texts = (candidate.response for candidate in instance.candidates if candidate.source == "llm")
+        partly += any(map(partly_visible, instance.references)) or any(map(partly_visible, texts))
+    responses = [one.response for instance in instances for one in instance.candidates if one.source == "llm"]
     open_ended = (instance.candidates for instance in instances if not instance.choices)
     planted = (sum(candidate.source == "mismatch" for candidate in candidates) for candidates in open_ended)
-    missing = sum(max(0, mismatches - number) for number in planted)
-    counts = {"invisible_to_rougeL": unseen, "mismatches_missing": missing}
+    counts = {
+        "responses": len(responses),
+        "with_reasoning": sum(map(has_reasoning, responses)),
+        "invisible_to_rougeL": unseen,
+        "partly_invisible_to_rougeL": partly,
+        "mismatches_missing": sum(max(0, mismatches - number) for number in planted),
+    }
     return {what: number for what, number in counts.items() if number}
 
 

@@ -12,6 +12,7 @@ from nltk.stem.porter import PorterStemmer
 from rapidfuzz.distance import LCSseq
 
 _WORDS = re.compile(r"[a-z0-9]+")
+_UNSEEN = re.compile(r"[^\W_a-z0-9]|[\u0300-\u036f]")
 _STEMMER = PorterStemmer()
 _LONGEST_CACHED = 4_096
 """Characters of the longest text whose tokens are kept: the cache stays small whatever the texts."""
@@ -38,6 +39,14 @@ def tokenize(text: str, use_stemmer: bool = True) -> tuple[str, ...]:
 def visible(text: str) -> bool:
     """Whether Rouge-L sees anything of a text."""
     return _WORDS.search(text.lower()) is not None
+
+
+def partly_visible(text: str) -> bool:
+    """Whether Rouge-L sees something of a text, but not all of its letters and digits: 2008年, naïve, 5 m²."""
+    if text.isascii():
+        return False
+    lowered = text.lower()
+    return _WORDS.search(lowered) is not None and _UNSEEN.search(lowered) is not None
 
 
 def f_measure(target: Sequence[Hashable], prediction: Sequence[Hashable]) -> float:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from cappy.evaluation import read_report
 from cappy.records import Manifest, read_manifest
+from cappy.records.folder import MANIFEST
 from cappy.redaction import has_secret
+from cappy.training.plan import TRAINING_STEPS
 
 if TYPE_CHECKING:
     from pipelines.local import Outcome
@@ -29,10 +31,9 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> dict[str, Any]:
     }
     if version:
         found["serve"] = f"cappy serve --scorer {version['uri']}"
-    if "sampling" in outcome.outputs and (noted := sampling_told(read_manifest(outcome.outputs["sampling"]))):
-        found["sampling"] = noted
     if "finetuning" in outcome.outputs:
-        found["training"] = dict(read_manifest(outcome.outputs["finetuning"]).metrics)
+        trained = read_manifest(outcome.outputs["finetuning"])
+        found["training"] = {**trained.metrics, **trained.facts}
     if "promotion" in outcome.outputs:
         decided = _facts(outcome, "promotion")
         found |= {
@@ -41,6 +42,8 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> dict[str, Any]:
             "alias": decided["serve"].rpartition("@")[2],
             "serve": _facts(outcome, "deployment").get("command") or decided["serve"],
         }
+    if said := [text for folder in outcome.outputs.values() for text in cautions(_manifest(folder))]:
+        found["cautions"] = list(dict.fromkeys(said))
     if has_secret(tracking_uri):
         # The command that would be copied into a history and a log.
         tracking_uri = ""
@@ -57,9 +60,9 @@ def told(outcome: "Outcome", found: Mapping[str, Any]) -> str:
         lines.append(f"version   {found['version']}, alias {found['alias']}")
     if "decision" in found:
         lines.append(_decided(found))
-    if found.get("training", {}).get("best_update") == 0:
-        lines.append("training  no check was better than the scorer that training started from: that one was kept")
-    lines += [f"sampling  {line}" for line in found.get("sampling", ())]
+    lines += [f"caution   {text}" for text in found.get("cautions", ())]
+    if found.get("training", {}).get("kept_because"):
+        lines.append(f"training  {found['training']['kept_because']}")
     if found["from_cache"]:
         lines.append(f"cache     {', '.join(found['from_cache'])} came from the cache")
     return "\n".join([*lines, *([f"serve it  {found['serve']}"] if "serve" in found else [])])
@@ -70,6 +73,8 @@ def step_told(manifest: Manifest, target: Path) -> list[str]:
     facts = manifest.facts
     if manifest.step == "evaluation":
         return [read_report(target).text(), f"report    {_near(target / 'report.html')}"]
+    if manifest.step in TRAINING_STEPS and facts.get("kept_because"):
+        return [f"training  {facts['kept_because']}"]
     if manifest.step == "registration":
         return [f"version   {facts['uri']}, alias {facts['alias'] or 'none'}"]
     if manifest.step == "promotion":
@@ -79,13 +84,24 @@ def step_told(manifest: Manifest, target: Path) -> list[str]:
     return []
 
 
-def sampling_told(manifest: Manifest) -> list[str]:
-    """What a person must know of the samples beside their numbers; nothing of another step."""
-    if manifest.step != "sampling":
+def cautions(manifest: Manifest | None) -> list[str]:
+    """What a person should know about the data that a step wrote: sentences that end with what to do."""
+    if manifest is None:
         return []
-    from cappy.sampling.accounts import remarks
+    if manifest.step == "sampling":
+        from cappy.sampling.cautions import cautions as of_sampling
 
-    return remarks(manifest)
+        return of_sampling(manifest.metrics, manifest.config, manifest.facts)
+    if manifest.step == "annotation":
+        from cappy.annotation.cautions import cautions as of_annotation
+
+        return of_annotation(manifest.metrics)
+    return []
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    """The manifest of a step's output; None for an output that is no folder of this project."""
+    return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
 def _decided(facts: Mapping[str, Any]) -> str:

@@ -44,9 +44,11 @@ def score(
     if (instruction is None) != (response is None):
         raise typer.BadParameter("--instruction and --response go together")
     if instruction is not None and response is not None:
-        typer.echo(_load(scorer, precision).score([(instruction, response)])[0])
+        loaded = _load(scorer, precision)
+        typer.echo(loaded.score([(instruction, response)])[0])
+        _say_cuts("score", loaded)
         return
-    _stream(scorer, precision, source, _scored)
+    _stream("score", scorer, precision, source, _scored)
 
 
 def select(
@@ -69,29 +71,35 @@ def select(
     if (instruction is None) != (not response):
         raise typer.BadParameter("--instruction and --response (once per response) go together")
     if instruction is not None:
-        typer.echo(response[best(_load(scorer, precision).score([(instruction, text) for text in response]))])
+        loaded = _load(scorer, precision)
+        typer.echo(loaded.select(instruction, response).response)
+        _say_cuts("select", loaded)
         return
-    _stream(scorer, precision, source, _selected)
-
-
-def best(scores: Sequence[float]) -> int:
-    """The index of the highest score, the first of equals."""
-    return max(range(len(scores)), key=scores.__getitem__)
+    _stream("select", scorer, precision, source, _selected)
 
 
 def _load(spec: str, precision: Precision) -> "Scorer":
     from cappy.scoring import Scorer
 
-    return Scorer.load(spec, precision=precision)
+    scorer = Scorer.load(spec, precision=precision)
+    scorer.cuts.logs = False
+    return scorer
 
 
-def _stream(spec: str, precision: Precision, source: str, answer: Any) -> None:
+def _stream(verb: str, spec: str, precision: Precision, source: str, answer: Any) -> None:
     with opened(source) as file:
         scorer = _load(spec, precision)
         for chunk in _chunks(lines(file, source)):
             for value in answer(scorer, chunk):
                 write_line(value)
             sys.stdout.buffer.flush()
+    _say_cuts(verb, scorer)
+
+
+def _say_cuts(verb: str, scorer: "Scorer") -> None:
+    """How many pairs were too long, on standard error."""
+    if text := scorer.cuts.text():
+        typer.echo(f"cappy {verb}: {text}", err=True)
 
 
 def _scored(scorer: "Scorer", chunk: Sequence[Line]) -> Iterator[dict[str, Any]]:
@@ -102,11 +110,8 @@ def _scored(scorer: "Scorer", chunk: Sequence[Line]) -> Iterator[dict[str, Any]]
 
 def _selected(scorer: "Scorer", chunk: Sequence[Line]) -> Iterator[dict[str, Any]]:
     groups = [(line.text("instruction"), line.texts("responses")) for line in chunk]
-    flat = iter(scorer.score([(instruction, text) for instruction, texts in groups for text in texts]))
-    for line, (_, texts) in zip(chunk, groups, strict=True):
-        scores = list(itertools.islice(flat, len(texts)))
-        index = best(scores)
-        yield {**line.value, "selected": index, "response": texts[index], "scores": scores}
+    for line, pick in zip(chunk, scorer.select_stream(groups), strict=True):
+        yield {**line.value, "selected": pick.index, "response": pick.response, "scores": list(pick.scores)}
 
 
 def _chunks(values: Iterable[Line]) -> Iterator[list[Line]]:

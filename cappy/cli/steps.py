@@ -19,6 +19,7 @@ from cappy.errors import ConfigError
 from cappy.progress import Progress
 from cappy.records import Manifest
 from cappy.steps import config_class, runner
+from cappy.training.plan import TRAINING_STEPS
 
 JSON_FLAG = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead of a line.")]
 
@@ -242,10 +243,9 @@ def summary(manifest: Manifest, target: Path, seconds: float) -> str:
     else:
         content = f"{len(manifest.files)} files"
     told = outcome.step_told(manifest, target)
-    noted = outcome.sampling_told(manifest)
-    shown = {} if told else manifest.metrics
+    shown = manifest.metrics if not told or manifest.step in TRAINING_STEPS else {}
     numbers = ", ".join(
         f"{name} {value:,.6g}" for name, value in shown.items() if name not in ("instances", "candidates")
     )
     line = f"{target}: {content}{numbers and f'; {numbers}'} (manifest {manifest.hash[:12]}, {seconds:.1f} s)"
-    return "\n".join([*told, *noted, line])
+    return "\n".join([*told, line, *(f"caution   {text}" for text in outcome.cautions(manifest))])

@@ -102,6 +102,7 @@ def read_values(folder: str | Path, *, checked: bool = False) -> dict[str, Any]:
 def run(config: EvaluationConfig, progress: Progress = silent) -> Manifest:
     """Evaluates `scorer` (and `champion`) on `source` and writes the report; a killed run keeps the scores it had."""
     from cappy.evaluation.step import evaluate_folder
-    from cappy.scoring import Scorer, trained_on
+    from cappy.scoring import Scorer
+    from cappy.scoring.training_data import training_data
 
-    return evaluate_folder(config, progress, load=Scorer.load, trained_on=trained_on)
+    return evaluate_folder(config, progress, load=Scorer.load, trained_on=training_data)

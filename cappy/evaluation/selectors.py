@@ -17,7 +17,8 @@ from cappy.annotation.rouge_columns import token_strings
 from cappy.evaluation.pools import Pool, Vector
 from cappy.records import Candidate
 
-_GREEDY = re.compile(r"\bgreedy\b", re.IGNORECASE)
+_GREEDY = re.compile(r"\b(greedy|temperature0)(?![\w.])", re.IGNORECASE)
+"""An endpoint draws the most probable token at temperature 0.0, in a decoding of that name."""
 
 
 def pick(values: Vector) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from cappy.config import code_version, fingerprint, identity
 from cappy.evaluation import EvaluationConfig, crossfit, markdown, out_of_fold, page, plot
 from cappy.evaluation.crossfit import Load
-from cappy.evaluation.leaks import TrainedOn, seen_in_training
+from cappy.evaluation.leaks import TrainedOn, describe_check, seen_in_training
 from cappy.evaluation.out_of_fold import OUT_OF_FOLD
 from cappy.evaluation.parts import Part, part_of, pools_of
 from cappy.evaluation.pools import Score
@@ -82,7 +82,13 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: Load,
             generators=parent.generators,
             parents=parents,
             metrics=metrics(report),
-            facts={"leaks": dict(report.leaks), "versions": dict(report.versions)},
+            facts={
+                "leaks": dict(report.leaks),
+                "leak_check": {}
+                if config.folds
+                else describe_check(tested, {n: trained_on(p) for n, p in folders.items()}),
+                "versions": dict(report.versions),
+            },
         )
         return finish(folder, config.target, manifest)
 

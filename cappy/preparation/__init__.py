@@ -34,8 +34,9 @@ class PreparationConfig:
         LOCATION,
         Field(
             min_length=1,
-            description="builtin, a JSON Lines (.gz and .xz too), CSV or Parquet file, a BIG-bench task or a folder of "
-            "them, a folder of records or of its shards, or hub:org/name:configuration@revision",
+            description="builtin, a JSON Lines, JSON, CSV, TSV, Parquet or Arrow file (text also packed), a folder of "
+            "such files or of save_to_disk, a BIG-bench task or a folder of them, a folder of records or of its "
+            "shards, or hub:org/name:configuration@revision",
         ),
     ] = BUILTIN
     target: Annotated[Location, Field(description="Folder to write")]
@@ -59,6 +60,16 @@ class PreparationConfig:
         tuple[str, ...],
         Field(description="Column of a file that a field is read from: FIELD=COLUMN, such as instruction=question"),
     ] = ()
+    ignore_columns: Annotated[
+        tuple[str, ...],
+        Field(description="Column that nothing is read from, on purpose: one that matters is refused otherwise"),
+    ] = ()
+    group_responses: Annotated[
+        Literal["auto", "always", "never"],
+        Field(
+            description="Rows of one prompt become one instance: auto where every row has one response, always, never"
+        ),
+    ] = "auto"
     exclude: Annotated[
         tuple[str, ...],
         Field(description="Pattern of systems whose candidates are left out of a file, such as 'primary/*'"),
@@ -97,7 +108,7 @@ class PreparationConfig:
     against: Annotated[
         tuple[Path, ...],
         LOCATION,
-        Field(description="Folder of an evaluation set: no instance to train on may have a prompt of it"),
+        Field(description="Folder of an evaluation set: no instance to train on may have a prompt, group or row of it"),
     ] = ()
     leaked: Annotated[
         Literal["refuse", "drop"], Field(description="What to do with training instances that stand in --against")
@@ -116,6 +127,11 @@ class PreparationConfig:
         for name, needs in _NEEDS.items():
             if getattr(self, name) and not needs(self):
                 raise ConfigError(f"preparation: --{name} {_WITHOUT[name]}")
+        if both := sorted(set(self.ignore_columns) & set(parse(self.columns).values())):
+            what = f"--columns reads {both[0]}, --ignore-columns leaves it out"
+            raise ConfigError(f"preparation: {what}; give one of them")
+        if self.leaked == "drop" and not self.against:
+            raise ConfigError("preparation: --leaked says what to do with instances of --against; give that too")
 
 
 _HELD_OUT_TOO = ("dropped_shared_with_held_out", "dropped_leaked")
@@ -146,15 +162,15 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
     twice and never held in memory, for each row only the hashes of its id, group and prompt are. Where a row makes
     many prompts (templates, mixtures), see `prompted`.
     """
-    from cappy.preparation.leakage import evaluation_prompts, kept_apart
+    from cappy.preparation.leakage import evaluated, kept_apart
     from cappy.preparation.prompted import Tally
-    from cappy.preparation.sources import open_source
+    from cappy.preparation.sources import group_rows, open_source
     from cappy.records import read_manifest
     from cappy.records.parts import process
     from cappy.records.work import claim, finish
 
     refuse_same(config.source, config.target)
-    source = open_source(config)
+    source = group_rows(open_source(config), config)
     tally = Tally(max_failed=config.max_failed, missing=config.missing)
     instances, total, metrics = _placed(source, config, tally, progress)
     apart = [read_manifest(folder).hash for folder in config.against]
@@ -163,9 +179,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
         config.work, "preparation", {**values, "format": source.format, "apart": apart}, source.parents
     ) as folder:
         parts = process(
-            kept_apart(
-                instances, evaluation_prompts(config.against), config.against, tally, drop=config.leaked == "drop"
-            ),
+            kept_apart(instances, evaluated(config.against), config.against, tally, drop=config.leaked == "drop"),
             folder,
             lambda part: part,
             part_rows=config.part_rows,
@@ -214,6 +228,8 @@ def _placed(
         )
         return prompted.instances(source.datasets, places, tally, progress), None, {}
     plan = survey(source, config, progress)
+    source.unused.check(config.ignore_columns)
+    source.unused.warn()
     rows = shard.rows(plan.num_rows)
     return islice(place(source.rows(), plan), rows.start, rows.stop), len(rows), dict(plan.metrics)
 
@@ -224,5 +240,10 @@ def _count(part: Sequence[Instance]) -> Mapping[str, int]:
 
 def _facts(source: "Source", tally: "Tally") -> dict[str, Any]:
     failed = {name: {"rows": count, "first": tally.errors[name]} for name, count in sorted(tally.failed.items())}
-    facts = {"made_of": dict(source.commits), "failed_templates": failed, "missing_fields": dict(tally.holes)}
+    facts = {
+        "made_of": dict(source.commits),
+        "failed_templates": failed,
+        "missing_fields": dict(tally.holes),
+        **source.unused.facts(),
+    }
     return {name: fact for name, fact in facts.items() if fact}

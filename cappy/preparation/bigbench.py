@@ -1,5 +1,7 @@
 """BIG-bench tasks: the JSON of the benchmark, or its rows as `tasksource/bigbench` has them on the hub.
 
+BIG-Bench-Hard's files are tasks of the same shape without a name: theirs is the file's.
+
 A prompt is the benchmark's zero-shot one: task prefix, input prefix, input, choices where the task appends them, output
 prefix (BIG-bench, docs/doc.md, fields of a JSON task). A fifth of each task, at least 16 examples, is held out: the
 benchmark calls it validation, and Cappy reports on it (§4.2), so here it is the test split. Which examples those are
@@ -15,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cappy.errors import RecordError, shown
-from cappy.preparation.lines import readable
+from cappy.errors import FolderError, RecordError, shown
+from cappy.preparation.packing import readable
 from cappy.preparation.rows import Rows, Values
+from cappy.preparation.unused import Unused
 from cappy.records import prompt_hash
 
 HELD_OUT = 0.2
@@ -27,6 +30,7 @@ MAX_EXAMPLES = 50_000
 MAX_TASK_BYTES = 512 * 2**20
 """Of a JSON task, which is read whole; the largest of the benchmark has about 200 MB."""
 TASK_FILE = "task.json"
+_EXAMPLE = {"input", "target", "target_scores", "comment"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,22 +48,49 @@ def is_task(path: Path) -> bool:
     try:
         if path.stat().st_size > MAX_TASK_BYTES:
             return False
-        return "examples" in json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(found, dict) and "examples" in found
     except (OSError, ValueError, RecursionError, TypeError):
         return False
 
 
-def read_tasks(paths: Sequence[Path], root: Path, *, seed: int, validation: float) -> Rows:
+def find_tasks(folder: Path) -> list[Path]:
+    """The tasks in a folder: every task.json under it, or else its JSON files where they are tasks; none otherwise.
+
+    FolderError where some of its JSON files are tasks and others are not.
+    """
+    if tasks := sorted(folder.rglob(TASK_FILE)):
+        return tasks
+    files = sorted(folder.glob("*.json"))
+    tasks = [file for file in files if is_task(file)]
+    if tasks and len(tasks) < len(files):
+        odd = next(file for file in files if file not in tasks)
+        raise FolderError(f"{odd}: is no BIG-bench task, others in its folder are; move it elsewhere")
+    return tasks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """What is held out of a task: `test` of all its examples (see `split_rows`), `validation` of the rest."""
+
+    test: float = HELD_OUT
+    validation: float
+
+
+def read_tasks(
+    paths: Sequence[Path], root: Path, *, seed: int, shares: Shares, task: str = "", unused: Unused | None = None
+) -> Rows:
     """The rows of all tasks with their splits; tasks in one folder under `root` are subtasks and share the minimum.
 
-    A prompt that an earlier task had is left out, so that no two splits share one.
+    A prompt that an earlier task had is left out, so that no two splits share one. `task` takes the place of the names.
     """
     siblings = Counter(_top(path, root) for path in paths)
     seen: set[int] = set()
     for path in paths:
         minimum = -(-MIN_HELD_OUT // siblings[_top(path, root)])
-        task = unique_rows(read_task(path, seed), seen)
-        yield from split_rows(task, seed=seed, validation=validation, minimum=minimum)
+        found = unique_rows(read_task(path, seed, unused), seen)
+        for where, values in split_rows(found, seed=seed, shares=shares, minimum=minimum):
+            yield where, {**values, "task": task} if task else values
 
 
 def unique_rows(task: Task, seen: set[int]) -> Task:
@@ -77,13 +108,13 @@ def _top(path: Path, root: Path) -> str:
     return parts[0] if len(parts) > 2 else str(path)
 
 
-def read_task(path: Path, seed: int) -> Task:
+def read_task(path: Path, seed: int, unused: Unused | None = None) -> Task:
     """The task in a JSON file of the benchmark; RecordError names the example and field that is wrong.
 
     The order of appended choices is drawn by the seed, as the benchmark draws it by its own.
     """
     values = _object(path)
-    name = str(values.get("name") or path.parent.name)
+    name = str(values.get("name") or (path.parent.name if path.name == TASK_FILE else path.stem))
     examples = values.get("examples")
     if not isinstance(examples, list) or not examples:
         raise RecordError(f"{path}: has no examples, got {shown(examples)}; choose a JSON task of BIG-bench")
@@ -92,17 +123,20 @@ def read_task(path: Path, seed: int) -> Task:
         where = f"{path}: examples[{index}]"
         if not isinstance(example, dict):
             raise RecordError(f"{where} must be an object, got {shown(example)}; mend it")
+        if unused is not None:
+            for field in example.keys() - _EXAMPLE:
+                unused.note("columns", where, field)
         rows.append((where, _fields(where, values, example, name, random.Random(f"{seed} {name} {index}"))))
     return Task(name=name, rows=rows)
 
 
-def split_rows(task: Task, *, seed: int, validation: float, minimum: int = MIN_HELD_OUT) -> Rows:
-    """The task's rows with their splits: test is a fifth, at least `minimum`, `validation` a share of the rest."""
+def split_rows(task: Task, *, seed: int, shares: Shares, minimum: int = MIN_HELD_OUT) -> Rows:
+    """The task's rows with their splits: test is a share, at least `minimum` unless it is 0, validation of the rest."""
     rows = task.rows
     order = random.Random(f"{seed} {task.name}").sample(range(len(rows)), len(rows))
-    num_test = min(max(minimum, int(HELD_OUT * len(rows))), max(0, len(rows) - 1))
+    num_test = min(max(minimum, int(shares.test * len(rows))), max(0, len(rows) - 1)) if shares.test else 0
     test, rest = order[:num_test][:MAX_EXAMPLES], order[num_test:][:MAX_EXAMPLES]
-    num_validation = max(0, min(int(validation * len(rest)) or bool(validation), len(rest) - 1))
+    num_validation = max(0, min(int(shares.validation * len(rest)) or bool(shares.validation), len(rest) - 1))
     named = {"test": test, "validation": rest[:num_validation], "train": rest[num_validation:]}
     place = {index: split for split, indexes in named.items() for index in indexes}
     for index in sorted(place):

@@ -1,28 +1,161 @@
-"""JSON Lines of a user's own, one object per line."""
+"""JSON of a user's own: one object per line, objects over several lines, or an array of objects."""
 
+import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 from cappy.errors import RecordError, shown
-from cappy.preparation.lines import lines
+from cappy.preparation.lines import MAX_LINE_BYTES, lines, pieces
 from cappy.preparation.rows import Rows, Values
+
+_DECODER = json.JSONDecoder()
+_HOLDERS = ("data", "rows", "train", "validation", "test", "examples", "instances", "items", "records", "samples")
+_PEEKED = 4_096
+_BLANK = " \t\r\n"
+_REMEDY = 'write one object per line: {"instruction": "...", "reference": "..."}'
 
 
 def read_json_lines(path: Path) -> Rows:
-    """The objects of a file, blank lines left out; RecordError names the line that holds none."""
+    """The objects of a file, blank lines left out; RecordError names the line that holds none.
+
+    An array of objects, or objects that go over several lines, are read one by one too.
+    """
+    for index, (where, values) in enumerate(_stream(path) if is_stream(path) else _by_line(path)):
+        if index == 0:
+            _refuse_whole(where, values, path)
+        yield where, values
+
+
+def _by_line(path: Path) -> Rows:
     for number, text in lines(path):
         if text.strip():
             where = f"{path}:{number}"
             yield where, _object(where, text)
 
 
+def _refuse_whole(where: str, values: Values, path: Path) -> None:
+    """RecordError where the first object is no row, but holds the rows or the columns of a whole table."""
+    if "instruction" in values and isinstance(values["instruction"], str):
+        return
+    held = next((name for name in _HOLDERS if _is_rows(values.get(name))), None)
+    if held is not None:
+        command = f"jq -c '.[\"{held}\"][]' {path.name} > rows.jsonl"
+        raise RecordError(f"{where}: is one object that holds rows under {shown(held)}; write them apart: {command}")
+    if values and all(isinstance(value, dict) and "0" in value for value in values.values()):
+        remedy = "write it by rows: DataFrame.to_json(FILE, orient='records', lines=True)"
+        raise RecordError(f"{where}: is a table by columns, as pandas writes it; {remedy}")
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value[:2])
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a file begins with an array of objects, or with an object that its first line does not end."""
+    begin = ""
+    with contextlib.suppress(RecordError):  # whoever reads on names the line
+        for piece in pieces(path, errors="replace", size=_PEEKED):
+            begin = (begin + piece).lstrip(_BLANK)
+            if len(begin) > 1:
+                break
+    if begin[:1] == "[":
+        return begin[1:].lstrip(_BLANK)[:1] in ("{", "]")
+    first, newline, _ = begin.partition("\n")
+    if begin[:1] != "{" or not newline or first.rstrip()[-1:] not in "{[,:":
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
+class _Text:
+    """The text of a file from a place on, read further as it is needed."""
+
+    def __init__(self, path: Path) -> None:
+        self._pieces = pieces(path)
+        self._text, self._at, self._path, self._line = "", 0, path, 1
+
+    @property
+    def where(self) -> str:
+        return f"{self._path}:{self._line}"
+
+    def next(self, blank: str = _BLANK) -> str:
+        """The first character that is not blank; empty at the end of the file."""
+        while True:
+            end = self._at
+            while end < len(self._text) and self._text[end] in blank:
+                end += 1
+            self.drop(end - self._at)
+            if end < len(self._text):
+                return self._text[end]
+            if not self._extend():
+                return ""
+
+    def drop(self, count: int) -> None:
+        """Goes on by so many characters."""
+        self._line += self._text.count("\n", self._at, self._at + count)
+        self._at += count
+
+    def value(self) -> Any:
+        """The JSON value that begins here; RecordError where there is none, or one of more than a line may have."""
+        while True:
+            try:
+                found, end = _DECODER.raw_decode(self._text, self._at)
+            except (ValueError, RecursionError) as error:
+                held = len(self._text) - self._at
+                if isinstance(error, RecursionError) or held > MAX_LINE_BYTES or not self._extend(held):
+                    reason = str(error).splitlines()[0]
+                    got = shown(self._text[self._at : self._at + 60])
+                    raise RecordError(f"{self.where}: is not JSON ({reason}), got {got}; {_REMEDY}") from error
+            else:
+                self.drop(end - self._at)
+                return found
+
+    def rest(self) -> str:
+        """The beginning of what is left, for an error."""
+        return shown(self._text[self._at : self._at + 60])
+
+    def _extend(self, size: int = 1) -> bool:
+        """Reads at least so many characters more, so that an object that is tried again costs no square of its size."""
+        parts, found = [self._text[self._at :]], 0
+        while found < size and (piece := next(self._pieces, "")):
+            parts.append(piece)
+            found += len(piece)
+        self._text, self._at = "".join(parts), 0
+        return found > 0
+
+
+def _stream(path: Path) -> Rows:
+    text = _Text(path)
+    array = text.next() == "["
+    if array:
+        text.drop(1)
+    blank = _BLANK + "," if array else _BLANK
+    while (first := text.next(blank)) and not (array and first == "]"):
+        where = text.where
+        yield where, _checked(where, text.value())
+    if not array:
+        return
+    if not first:
+        raise RecordError(f"{text.where}: the array has no end; the file is cut off, fetch or write it again")
+    text.drop(1)
+    if text.next():
+        raise RecordError(f"{text.where}: stands after the end of the array, got {text.rest()}; delete it")
+
+
 def _object(where: str, text: str) -> Values:
-    remedy = 'write one object per line: {"instruction": "...", "reference": "..."}'
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        raise RecordError(f"{where}: is not JSON ({reason}), got {shown(text.strip())}; {remedy}") from error
+        raise RecordError(f"{where}: is not JSON ({reason}), got {shown(text.strip())}; {_REMEDY}") from error
+    return _checked(where, value)
+
+
+def _checked(where: str, value: object) -> Values:
     if not isinstance(value, dict):
-        raise RecordError(f"{where}: must be a JSON object, got {shown(value)}; {remedy}")
+        raise RecordError(f"{where}: must be a JSON object, got {shown(value)}; {_REMEDY}")
     return value

@@ -62,6 +62,10 @@ def mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
             "give the folder of PromptSource templates with --templates; cappy templates --target FOLDER fetches it"
         )
         raise ConfigError(f"preparation: mixture {mixed.name} is rendered from templates; {remedy}")
+    if config.templates is not None and not mixed.template_version:
+        raise ConfigError(
+            f"preparation: --templates is not for mixture {mixed.name}, whose rows are prompts; leave it out"
+        )
     datasets, parents = [], {f"mixture {mixed.name}": fingerprint(to_values(replace(mixed, subsets=subsets)))}
     for subset in subsets:
         reader, found = _reader(subset, config)

@@ -8,6 +8,10 @@ _P3 = {"inputs_pretokenized", "targets_pretokenized"}
 _BIGBENCH = {"inputs", "targets", "multiple_choice_targets"}
 
 
+_SPENT = frozenset(("inputs", "targets", "idx", "weight", "multiple_choice_scores", "answer_choices", "is_correct"))
+"""Columns of these datasets that say again, or count, what the others say."""
+
+
 def known(rows: Rows) -> Rows:
     """The rows with the fields of the record, where their columns are known; others as they are.
 
@@ -19,11 +23,16 @@ def known(rows: Rows) -> Rows:
             yield where, values
         elif values.keys() >= _P3:
             if values.get("is_correct", True):
-                yield where, _from_p3(where, values)
+                yield where, {**_others(values, _P3), **_from_p3(where, values)}
         elif values.keys() >= _BIGBENCH:
-            yield where, from_bigbench(where, values)
+            yield where, {**_others(values, _BIGBENCH), **from_bigbench(where, values)}
         else:
             yield where, values
+
+
+def _others(values: Values, read: set[str]) -> Values:
+    """The columns that the shape does not know."""
+    return {name: value for name, value in values.items() if name not in read and name not in _SPENT}
 
 
 def from_bigbench(where: str, values: Values) -> Values:

@@ -7,17 +7,23 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from cappy.errors import ConfigError, FolderError, shown
+from cappy.errors import ConfigError, FolderError, RecordError, shown
 from cappy.preparation import BUILTIN, PreparationConfig
-from cappy.preparation.bigbench import TASK_FILE, is_task, read_tasks
-from cappy.preparation.columns import mapped, parse
+from cappy.preparation.applicable import Kind, check_settings
+from cappy.preparation.bigbench import Shares, find_tasks, is_task, read_tasks
+from cappy.preparation.cells import listed
+from cappy.preparation.columns import Columns, mapped, parse
 from cappy.preparation.fields import choice_candidates, row
-from cappy.preparation.files import plain, reader_of
+from cappy.preparation.files import Reader, reader_of
+from cappy.preparation.grouping import gathered, survey_groups
 from cappy.preparation.hub import PREFIX, commit_of, parse_hub, read_hub
-from cappy.preparation.lines import readable
+from cappy.preparation.packing import plain, readable
 from cappy.preparation.prompted import Dataset
 from cappy.preparation.rows import Row, Rows
 from cappy.preparation.shapes import known
+from cappy.preparation.table_folders import find_shards
+from cappy.preparation.tables import read_csv
+from cappy.preparation.unused import Unused
 from cappy.records import Instance, read, read_manifest
 from cappy.records.folder import MANIFEST, Manifest, sha256_of
 from cappy.records.shard import parse_shard
@@ -27,8 +33,9 @@ from cappy.records.shard import parse_shard
 class Source:
     """Rows that can be read again and again, and what of them belongs in the manifest.
 
-    `parents` holds the sha256 of the file, the commit of the hub, or the manifest hash of the folder; `task` what
-    instances are called that name no task. `datasets` stands in place of `rows` where a row makes many prompts.
+    `parents` holds the sha256 of each file, the commit of the hub, or the manifest hashes of the folders; `task` what
+    instances are called that name no task; `unused` fills as rows are read. `datasets` stands in place of `rows` where
+    a row makes many prompts.
     """
 
     name: str
@@ -38,25 +45,48 @@ class Source:
     task: str = ""
     parents: tuple[str, ...] = ()
     generators: Mapping[str, str] = field(default_factory=dict)
+    unused: Unused = field(default_factory=lambda: Unused(name=""))
     commits: Mapping[str, str] = field(default_factory=dict)
     check_unchanged: Callable[[], None] = lambda: None
 
 
 def open_source(config: PreparationConfig) -> Source:
-    """The source of a config; ConfigError or FolderError if there is none."""
+    """The source of a config; ConfigError or FolderError if there is none, or for a setting that it does not heed."""
+    kind, find = _find(config)
+    check_settings(config, kind)
+    return find()
+
+
+def _find(config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]:
+    """What kind of source it is, and what opens it."""
     if config.mixture or config.templates:
-        return _datasets(config)
+        return ("mixture" if config.mixture else "templates"), lambda: _datasets(config)
     if config.source == BUILTIN:
-        return _builtin(config)
+        return "builtin", lambda: _builtin(config)
     if config.source.startswith(PREFIX):
-        return _hub(config)
+        return "hub", lambda: _hub(config)
     path = Path(config.source)
     if path.is_dir():
-        return _folder(path, config)
+        return _find_in_folder(path, config)
     if not path.is_file():
         kinds = f"{BUILTIN}, a JSON Lines, CSV or Parquet file, a BIG-bench task, a folder of records or hub:org/name"
         raise ConfigError(f"{path}: no such file or folder; --source is {kinds}")
-    return _bigbench([path], path, config) if is_task(path) else _file(path, config)
+    if is_task(path):
+        return "bigbench", lambda: _bigbench([path], path, config)
+    return "file", lambda: _tables([path], path, reader_of(path), config)
+
+
+def _find_in_folder(path: Path, config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]:
+    shards = [path] if (path / MANIFEST).is_file() else sorted(found.parent for found in path.glob(f"*/{MANIFEST}"))
+    if shards:
+        return "records", lambda: _records(shards, path, config)
+    if tasks := find_tasks(path):
+        return "bigbench", lambda: _bigbench(tasks, path, config)
+    found = find_shards(path, config.split)
+    if found is not None:
+        return "tables", lambda: _tables(found.files, path, found.reader, config, found.others)
+    remedy = "name a file in it, or run the step that writes it again"
+    raise FolderError(f"{path}: is a folder without {MANIFEST}, of its own or in folders of it; {remedy}")
 
 
 def _datasets(config: PreparationConfig) -> Source:
@@ -85,26 +115,32 @@ def _builtin(config: PreparationConfig) -> Source:
     return Source(name=BUILTIN, format=BUILTIN, rows=rows, task=config.task or "")
 
 
-def _folder(path: Path, config: PreparationConfig) -> Source:
-    if config.columns:
-        raise ConfigError(f"{path}: is a folder, whose fields have their names; leave --columns out")
-    shards = [path] if (path / MANIFEST).is_file() else sorted(found.parent for found in path.glob(f"*/{MANIFEST}"))
-    if not shards:
-        tasks = sorted(path.rglob(TASK_FILE))
-        if tasks:
-            return _bigbench(tasks, path, config)
-        remedy = "name a file in it, or run the step that writes it again"
-        raise FolderError(f"{path}: is a folder without {MANIFEST}, of its own or in folders of it; {remedy}")
+def _records(shards: Sequence[Path], path: Path, config: PreparationConfig) -> Source:
     manifests = [_of_records(shard) for shard in shards]
     _check_shards(shards, manifests)
+    unused = Unused(name=str(path))
+
+    def rows() -> Iterator[Row]:
+        for shard in shards:
+            for found in read(shard):
+                yield _with_responses(_given(str(shard), found, config.task), config)
+
     return Source(
         name=str(path),
         format="records",
-        rows=lambda: (_given(str(shard), found, config.task) for shard in shards for found in read(shard)),
+        rows=lambda: without(rows(), config.exclude, unused),
         task=config.task or "",
+        unused=unused,
         parents=tuple(manifest.hash for manifest in manifests),
         generators=dict(chain.from_iterable(manifest.generators.items() for manifest in manifests)),
     )
+
+
+def _with_responses(found: Row, config: PreparationConfig) -> Row:
+    if config.unlabelled and not found.instance.candidates:
+        remedy = "sample responses first, or leave --unlabelled out"
+        raise RecordError(f"{found.where}: has no responses; {remedy}")
+    return found
 
 
 def _check_shards(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
@@ -137,70 +173,105 @@ def _of_records(path: Path) -> Manifest:
 
 
 def _bigbench(tasks: Sequence[Path], path: Path, config: PreparationConfig) -> Source:
+    unused = Unused(name=str(path))
+
     def rows() -> Rows:
-        return read_tasks(tasks, path, seed=config.seed, validation=config.validation)
+        shares = Shares(test=config.test, validation=config.validation)
+        return read_tasks(tasks, path, seed=config.seed, shares=shares, task=config.task or "", unused=unused)
 
     return Source(
         name=str(path),
         format="bigbench",
         rows=lambda: (row(*found, task="", max_characters=config.max_characters) for found in rows()),
+        task=config.task or "",
+        unused=unused,
         parents=tuple(map(sha256_of, tasks)),
     )
 
 
 def _hub(config: PreparationConfig) -> Source:
     dataset = parse_hub(config.source)
-    commit, columns = commit_of(dataset), parse(config.columns)
+    commit = commit_of(dataset)
     task = config.task or dataset.configuration or dataset.repository.partition("/")[2]
-
-    def rows() -> Rows:
-        found = read_hub(dataset, commit, config.split)
-        return mapped(found, columns) if columns else known(found)
-
+    unused = Unused(name=config.source)
     return Source(
         name=config.source,
         format="hub",
-        rows=lambda: (row(*found, task=task, max_characters=config.max_characters) for found in rows()),
+        rows=lambda: _instances(read_hub(dataset, commit, config.split), task, config, unused),
         task=task,
+        unused=unused,
         parents=(commit,),
         commits={dataset.name: commit},
     )
 
 
-def _file(path: Path, config: PreparationConfig) -> Source:
-    read_rows = reader_of(path)
-    task, columns = config.task or plain(path).stem, parse(config.columns)
-    read_row = partial(row, task=task, max_characters=config.max_characters, unlabelled=config.unlabelled)
+def _tables(
+    files: Sequence[Path], path: Path, reader: Reader, config: PreparationConfig, others: Sequence[str] = ()
+) -> Source:
+    """The rows of a file, or of a folder's shards of one table."""
+    task = config.task or (plain(path).stem if path.is_file() else path.resolve().name)
+    unused = Unused(name=str(path))
+    if others:
+        unused.say("splits", f"split {config.split} is read, {', '.join(others)} not; --split names another")
     with readable(path):
-        sha256 = sha256_of(path)
+        hashes = [sha256_of(file) for file in files]
 
-    def read_found() -> Rows:
-        return mapped(read_rows(path), columns) if columns else known(read_rows(path))
+    def rows() -> Iterator[Row]:
+        found = chain.from_iterable(map(reader, files))
+        return _instances(found, task, config, unused, cells=reader is read_csv)
 
     def check_unchanged() -> None:
-        if sha256_of(path) != sha256:
-            raise FolderError(f"{path}: changed while it was read; run the same command again")
+        changed = next((file for file, known in zip(files, hashes, strict=True) if sha256_of(file) != known), None)
+        if changed is not None:
+            raise FolderError(f"{changed}: changed while it was read; run the same command again")
 
     return Source(
         name=str(path),
-        format=read_rows.__name__.removeprefix("read_"),
-        rows=lambda: (_without(read_row(*found), config.exclude) for found in read_found()),
+        format=reader.__name__.removeprefix("read_"),
+        rows=rows,
         task=task,
-        parents=(sha256,),
+        unused=unused,
+        parents=tuple(hashes),
         check_unchanged=check_unchanged,
     )
 
 
-def _without(found: Row, patterns: Sequence[str]) -> Row:
-    """The row without the candidates of the systems that match a pattern."""
+def _instances(
+    rows: Rows, task: str, config: PreparationConfig, unused: Unused, *, cells: bool = False
+) -> Iterator[Row]:
+    """The instances in rows of columns, whatever holds them; `cells` says that it knows no lists."""
+    columns = Columns(named=parse(config.columns), ignored=frozenset(config.ignore_columns))
+    read_row = partial(row, task=task, max_characters=config.max_characters, unlabelled=config.unlabelled)
+
+    def read_rows() -> Iterator[Row]:
+        found = mapped(rows if columns.named else known(rows), columns, unused)
+        for where, values in listed(found, cells=cells):
+            unused.candidates(where, values)
+            yield read_row(where, values)
+
+    return without(read_rows(), config.exclude, unused)
+
+
+def without(rows: Iterator[Row], patterns: Sequence[str], unused: Unused) -> Iterator[Row]:
+    """The rows without the candidates of the systems that match a pattern."""
     if not patterns:
-        return found
-    kept = tuple(
-        candidate
-        for candidate in found.instance.candidates
-        if not any(fnmatchcase(candidate.generator, pattern) for pattern in patterns)
-    )
-    return replace(found, instance=replace(found.instance, candidates=kept))
+        yield from rows
+        return
+    hit: dict[str, str | None] = {}
+    for found in rows:
+        for candidate in found.instance.candidates:
+            name = candidate.generator
+            if name not in hit:
+                hit[name] = next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+        kept = tuple(one for one in found.instance.candidates if hit[one.generator] is None)
+        if found.instance.candidates and not kept and not found.instance.references:
+            remedy = "mend --exclude, or delete the row"
+            raise RecordError(f"{found.where}: no candidate is left without the excluded systems; {remedy}")
+        yield replace(found, instance=replace(found.instance, candidates=kept))
+    idle = sorted(set(patterns) - set(hit.values()))
+    if idle:
+        systems = shown(", ".join(sorted(filter(None, hit))) or "none", 120)
+        unused.say("exclude", f"--exclude {idle[0]} matches no system; systems found: {systems}")
 
 
 def _given(name: str, instance: Instance, task: str | None) -> Row:
@@ -211,3 +282,15 @@ def _given(name: str, instance: Instance, task: str | None) -> Row:
 
 def _with_choices(instance: Instance) -> Instance:
     return instance if instance.candidates else replace(instance, candidates=choice_candidates(instance.choices))
+
+
+def group_rows(source: Source, config: PreparationConfig) -> Source:
+    """The source with rows of one prompt gathered, where `group_responses` says so and there are any."""
+    if source.format in (BUILTIN, "records", "bigbench") or source.datasets:
+        return source
+    grouping = survey_groups(source.rows, config.group_responses)
+    if not grouping.needed:
+        return source
+    what = f"{grouping.rows:,} rows of {grouping.instances:,} prompts are gathered into an instance for each prompt"
+    source.unused.say("grouped", f"{what}; --group-responses never keeps them apart")
+    return replace(source, rows=lambda: gathered(source.rows, grouping))

@@ -28,6 +28,9 @@ Codes = npt.NDArray[np.uint8]
 """Splits as indexes into SPLITS."""
 
 TRAIN, VALIDATION, TEST = (SPLITS.index(split) for split in ("train", "validation", "test"))
+STANDING = ("builtin", "records", "bigbench")
+"""Formats whose splits are not those of a user's rows."""
+_DEFAULT_SHARES = (PreparationConfig.test, PreparationConfig.validation)
 _TOLD_EVERY = 512
 _PLACES = 2**64
 
@@ -48,16 +51,24 @@ class Plan:
 
 def survey(source: Source, config: PreparationConfig, progress: Progress) -> Plan:
     """Reads the whole source once, holding a few numbers for each row; RecordError for the first row that is wrong."""
-    ids, groups, prompts, codes, first = _hashes(source, config.seed, progress)
+    ids, groups, prompts, codes, first, named = _hashes(source, config, progress)
     if first.has_id and (clash := _repeated(ids)):
         earlier, later = _rows_at(source, clash)
         twice = f"id {shown(later.instance.instance_id)} stands at {earlier.where} already"
         raise RecordError(f"{later.where}: {twice}; give every row its own id")
     if first.has_split:
+        if (
+            source.format not in STANDING
+            and not config.unlabelled
+            and (config.test, config.validation) != _DEFAULT_SHARES
+        ):
+            source.unused.say("shares", "the rows give their splits; --test and --validation draw none")
         _check_shared(source, codes, prompts, lambda row: f"instruction {shown(row.instance.instruction)}")
         _check_shared(source, codes, groups, lambda row: f"group_id {shown(row.instance.group_id)}")
     else:
         codes = draw(representatives(groups, prompts), config, source.name)
+    if config.task and not named:
+        source.unused.say("task", f"every row names its task; --task {config.task} names none")
     metrics = {"duplicates_of_instruction": float(len(prompts) - len(np.unique(prompts)))}
     return Plan(splits=codes, ordinals=_ordinals(groups), metrics=metrics)
 
@@ -119,15 +130,22 @@ def representatives(groups: Hashes, prompts: Hashes) -> Hashes:
     return np.where(members[index] == groups, roots[index], groups)
 
 
-def _hashes(source: Source, seed: int, progress: Progress) -> tuple[Hashes, Hashes, Hashes, Codes, Row]:
-    """Hashes of each row's id, group and prompt, its split, and the first row; RecordError if there is none."""
+def _hashes(
+    source: Source, config: PreparationConfig, progress: Progress
+) -> tuple[Hashes, Hashes, Hashes, Codes, Row, bool]:
+    """Hashes of each row's id, group and prompt, its split, the first row, and whether any is called as --task says.
+
+    RecordError if there is no row.
+    """
     ids, groups, prompts, codes = array("Q"), array("Q"), array("Q"), array("B")
     first: Row | None = None
+    named = False
     for count, row in enumerate(source.rows()):
         first = first or row
         _check_alike(row, first)
+        named = named or row.instance.task == config.task
         ids.append(hash64(row.instance.instance_id))
-        groups.append(hash64(f"{seed} {row.instance.group_id}"))
+        groups.append(hash64(f"{config.seed} {row.instance.group_id}"))
         prompts.append(prompt_hash(row.instance.instruction))
         codes.append(SPLITS.index(row.instance.split))
         if count % _TOLD_EVERY == 0:
@@ -135,7 +153,7 @@ def _hashes(source: Source, seed: int, progress: Progress) -> tuple[Hashes, Hash
     if first is None:
         raise RecordError(f"{source.name}: holds no instances; give at least one row with instruction and reference")
     hashes = (np.frombuffer(values, dtype=np.uint64) for values in (ids, groups, prompts))
-    return *hashes, np.frombuffer(codes, dtype=np.uint8), first  # type: ignore[return-value]
+    return *hashes, np.frombuffer(codes, dtype=np.uint8), first, named  # type: ignore[return-value]
 
 
 def _check_alike(row: Row, first: Row) -> None:

@@ -1,6 +1,7 @@
-"""CSV and Parquet files: the same fields as JSON Lines, one column each."""
+"""CSV, Parquet and Arrow files: the same fields as JSON Lines, one column each."""
 
 import csv
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cappy.errors import RecordError, shown
-from cappy.preparation.lines import lines, readable
+from cappy.preparation.lines import lines
+from cappy.preparation.packing import plain, readable
 from cappy.preparation.rows import Rows
 
+SEPARATORS = (",", ";", "\t", "|")
+TABBED = (".tsv", ".tab")
+_ROWS_TO_FIT = 6
 BATCH_ROWS = 256
 MAX_CELL_CHARACTERS = 10_000_000
 MAX_RECORD_CHARACTERS = 64 * 2**20
@@ -23,9 +28,12 @@ MAX_BATCH_VALUES = 2**22
 
 
 def read_csv(path: Path) -> Rows:
-    """The rows of a CSV file with a header, blank cells as None; each stands at the line where it begins."""
+    """The rows of a CSV file with a header, blank cells as None; each stands at the line where it begins.
+
+    Cells are parted by tabs in a .tsv file, and else by what `separator` finds.
+    """
     header: list[str] | None = None
-    for number, cells in _records(path):
+    for number, cells in _records(path, separator(path)):
         where = f"{path}:{number}"
         if header is None:
             header = _header(where, cells)
@@ -46,7 +54,7 @@ def read_parquet(path: Path) -> Rows:
             for group in range(parquet.num_row_groups):
                 rows = _batch_rows(parquet, dictionaries, group)
                 for batch in parquet.iter_batches(batch_size=rows, row_groups=[group]):
-                    for part in _small(batch):
+                    for part in small(batch):
                         for row in part.to_pylist():
                             number += 1
                             yield f"{path}: row {number}", row
@@ -80,7 +88,7 @@ def _longest(array: pa.Array) -> int:
     return max(map(_longest, _inner(array)), default=0)
 
 
-def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+def small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     """The batch in parts that are no larger than a row may be; RecordError's ValueError for a larger row."""
     size = sum(map(_value_bytes, batch.columns))
     if size <= MAX_ROW_BYTES:
@@ -89,8 +97,8 @@ def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         raise ValueError(f"a row of {size:,} bytes, a row may have {MAX_ROW_BYTES:,}")
     else:
         half = len(batch) // 2
-        yield from _small(batch.slice(0, half))
-        yield from _small(batch.slice(half))
+        yield from small(batch.slice(0, half))
+        yield from small(batch.slice(half))
 
 
 def _value_bytes(array: pa.Array) -> int:
@@ -111,7 +119,34 @@ def _inner(array: pa.Array) -> list[pa.Array]:
     return []
 
 
-def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
+def separator(path: Path) -> str:
+    """What parts the cells: the comma, unless another one fits the first rows and the comma does not.
+
+    One fits where it parts the header into several cells, and each of the first rows into as many.
+    """
+    if plain(path).suffix.lower() in TABBED:
+        return "\t"
+    found: dict[str, int] = {}
+    for mark in SEPARATORS:
+        try:
+            counts = [len(cells) for _, cells in itertools.islice(_records(path, mark), _ROWS_TO_FIT)]
+        except RecordError:
+            continue
+        if counts and counts[0] > 1 and len(set(counts)) == 1:
+            found[mark] = counts[0]
+    if not found:  # Not even the rows of one separator are alike: the reader says which is not.
+        found = {mark: len(_header_cells(path, mark)) for mark in SEPARATORS}
+    return "," if found.get(",", 0) > 1 else max(found, key=lambda mark: found[mark])
+
+
+def _header_cells(path: Path, mark: str) -> list[str]:
+    try:
+        return next((cells for _, cells in _records(path, mark)), [])
+    except RecordError:
+        return []
+
+
+def _records(path: Path, mark: str = ",") -> Iterator[tuple[int, list[str]]]:
     """The first line and the cells of each record, blank lines left out."""
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     start, held = 1, 0
@@ -125,7 +160,7 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
                 raise RecordError(f"{path}:{start}: a row of more than {limit} (line {number}); mend its quotes")
             yield text
 
-    reader = csv.reader(texts(), strict=True)
+    reader = csv.reader(texts(), strict=True, delimiter=mark)
     try:
         for cells in reader:
             held = 0

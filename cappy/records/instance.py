@@ -18,8 +18,7 @@ GIVEN = "given"
 SOURCES: tuple[Source, ...] = get_args(Source)
 STATUSES: tuple[Status, ...] = get_args(Status)
 SELECTABLE: tuple[Status, ...] = ("ok", "truncated")
-"""Statuses of what a user would have: a response that ran into the limit on its length is one, and a local LLM's, which
-nobody marks, is selected from too."""
+"""Statuses of what a user would have: a response that ran into the limit on its length is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

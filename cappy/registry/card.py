@@ -66,9 +66,9 @@ scorer.score([("Translate to French: cat", "chat")])
 ```
 
 `cappy serve --scorer {address}` serves it over HTTP. The folder also loads with
-`AutoModelForSequenceClassification` and with the `CrossEncoder` of sentence-transformers. `calibration.json` beside the
-weights, where there is one, maps the score of a pick, and the number of candidates that it is the best of, to the
-{metric} that is expected.
+`AutoModelForSequenceClassification` and with the `CrossEncoder` of sentence-transformers; pairs that fit have the same
+numbers there. `calibration.json` beside the weights, where there is one, maps the score of a pick, and the number of
+candidates that it is the best of, to the {metric} that is expected.
 """
 _LICENCE = re.compile(r"[A-Za-z0-9.+-]+")
 

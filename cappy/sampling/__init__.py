@@ -14,6 +14,7 @@ from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
 from cappy.sampling.accounts import accounts, check_failures, failures, taken
+from cappy.sampling.cautions import cautions
 from cappy.sampling.generators import check_strategy
 from cappy.sampling.paid import Api, Terms
 from cappy.sampling.strategies import (
@@ -82,7 +83,9 @@ class SamplingConfig:
     max_failed: Annotated[
         float,
         LOCATION,
-        Field(ge=0, le=1, description="Share of a generator's candidates that may fail; above it the run ends"),
+        Field(
+            ge=0, le=1, description="Share of a generator's candidates that may fail; above it the run ends; 1: never"
+        ),
     ] = 0.1
     concurrency: Annotated[int, LOCATION, Field(ge=1, le=1024, description="Requests to an endpoint at a time")] = 8
     requests_per_minute: Annotated[int, LOCATION, Field(ge=0, description="Most requests a minute; 0: no limit")] = 0
@@ -151,6 +154,7 @@ def terms_of(config: SamplingConfig, parent: str = "") -> Terms:
         api=config.api,
         extra=config.extra,
         logprobs=config.logprobs,
+        all_may_fail=config.max_failed >= 1,
         concurrency=config.concurrency,
         requests_per_minute=config.requests_per_minute,
         tokens_per_minute=config.tokens_per_minute,
@@ -214,7 +218,7 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"]
     revisions = {generator.name: generator.revision for generator in generators}
     # The file of decodings may change while its path stays.
     stated = identity(config) | {"decodings": [asdict(decoding) for decoding in decodings]}
-    with claim(config.work, "sampling", stated, [parent.hash, *revisions.values()]) as folder:
+    with claim(config.work, "sampling", stated, [parent.hash, *revisions.values()]) as folder, telling:
         parts = process_folder(
             config.source,
             folder,
@@ -227,6 +231,8 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"]
         )
         check_failures(parts.counts, config.max_failed)
         metrics, facts = accounts(parts.counts, terms_of(config))
+        if said := cautions(metrics, stated, facts):
+            facts["cautions"] = said
         manifest = Manifest(
             step="sampling",
             files=parts.files,

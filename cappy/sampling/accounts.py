@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cappy.errors import GeneratorError
-from cappy.records import Instance, Manifest
+from cappy.records import Instance
 from cappy.records.instance import STATUSES
 from cappy.sampling.generators import Generator
 from cappy.sampling.paid import Terms
@@ -97,28 +97,6 @@ def check_failures(counts: Mapping[str, int], max_failed: float, wanted: Mapping
             f"{generator}: {failed:,} of {total:,} candidates failed, more than --max-failed {max_failed:g} allows"
             f"{why}; mend that or raise --max-failed, then run the same command again: every answer is kept"
         )
-
-
-def remarks(manifest: Manifest) -> list[str]:
-    """Sentences for a person about what sampling did not get, and what stands in the responses beside an answer."""
-    metrics, found = manifest.metrics, []
-    unanswered: Mapping[str, Mapping[str, int]] = manifest.facts.get("unanswered", {})
-    for generator, reasons in unanswered.items():
-        count, words = max((count, words) for words, count in reasons.items())
-        total = sum(reasons.values())
-        found.append(f"{generator} left {total:,} candidates without an answer; {count:,} of them: {words}")
-    if metrics.get("failed"):
-        found.append(f"failed candidates: {metrics['failed']:,.0f}; the same command asks for them again")
-    if reasoned := metrics.get("reasoning"):
-        share = f"{reasoned:,.0f} of {metrics['sampled']:,.0f} responses"
-        if manifest.config.get("strip_reasoning"):
-            found.append(f"reasoning was removed from {share}; where nothing was left raise --max-new-tokens")
-        else:
-            found.append(
-                f"{share} hold reasoning (<think>...), which is labelled as part of the answer; "
-                "--strip-reasoning removes it"
-            )
-    return found
 
 
 def _grouped(reasons: Mapping[str, int]) -> dict[str, int]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from cappy.errors import ConfigError, shown
 from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records import Candidate, Instance
-from cappy.sampling.generators import Generator, seed_of, unheard
+from cappy.sampling.generators import Generator, OnDrawn, seed_of, unheard
 from cappy.sampling.strategies import Decoding, share
 
 
@@ -17,7 +17,7 @@ def sample(
     decodings: Sequence[Decoding],
     *,
     seed: int,
-    told: Callable[[int], None] = unheard,
+    told: OnDrawn = unheard,
     read: Callable[[Candidate], Candidate] = lambda candidate: candidate,
 ) -> Iterator[Instance]:
     """The instances with every generator's candidates appended, in order; equal arguments give equal candidates.

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cappy.sampling.decoding import Continuation
-from cappy.sampling.local import LocalLLM, padded
+from cappy.sampling.generators import OnDrawn
+from cappy.sampling.local import LocalLLM, each_step, padded
 from cappy.sampling.prompts import prompt_tokens, response_tokens
 from cappy.sampling.strategies import Decoding
 
@@ -44,10 +45,20 @@ class Causal(LocalLLM):
         return rows, rows.start(encoded, copies)
 
     def _beams(
-        self, prompts: Sequence[Sequence[int]], encoded: torch.Tensor, mask: torch.Tensor, decoding: Decoding
+        self,
+        prompts: Sequence[Sequence[int]],
+        encoded: torch.Tensor,
+        mask: torch.Tensor,
+        decoding: Decoding,
+        told: OnDrawn,
     ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
         config = self.generation_config(decoding)
-        sequences = self.model.generate(encoded, attention_mask=mask, generation_config=config)[:, encoded.shape[1] :]
+        sequences = self.model.generate(
+            encoded,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=each_step(decoding, len(prompts) * decoding.num_samples, told),
+        )[:, encoded.shape[1] :]
         tokens = self._ended(sequences)
         return tokens, self._sums([prompt for prompt in prompts for _ in range(decoding.num_samples)], tokens)
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from cappy.sampling.drawing import next_tokens
+from cappy.sampling.generators import OnDrawn, unheard
 from cappy.sampling.strategies import Decoding
 
 DROPPED_AT = 0.85
@@ -37,16 +38,20 @@ def continue_rows(
     rows: Sequence[Decoding],
     numbers: Sequence[torch.Tensor],
     ends: torch.Tensor,
+    told: OnDrawn = unheard,
 ) -> list[Response]:
     """The responses of all rows; likelihoods are the model's own, before temperature and filters.
 
     `logits` (rows, vocabulary) float32 of the first token; `numbers` (tokens, TRIES + 1) of each row; `ends` the end
-    tokens.
+    tokens. `told` hears after each token how many more responses are complete.
     """
     state = _Rows(rows, numbers, logits.device)
-    for step in range(max(decoding.max_new_tokens for decoding in rows)):
+    limit, left = max(decoding.max_new_tokens for decoding in rows), len(rows)
+    for step in range(limit):
         chosen = state.choose(logits, step, ends)
         going = state.record(logits, chosen, step, ends)
+        told(left - len(going), begun=len(going) * (step + 1) / limit)
+        left = len(going)
         if not len(going):
             break
         if len(going) < DROPPED_AT * len(chosen):

@@ -1,13 +1,14 @@
 """What a generator is, and how a spec becomes one."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from cappy.errors import ConfigError, shown
 from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.records import Candidate
+from cappy.records.instance import Status
 from cappy.sampling.paid import Terms
 from cappy.sampling.strategies import Decoding, share
 from cappy.specs import hub_folder, parse_spec
@@ -15,7 +16,14 @@ from cappy.specs import hub_folder, parse_spec
 _GENERATES = ("ForCausalLM", "LMHeadModel")
 
 
-def unheard(candidates: int) -> None:
+class OnDrawn(Protocol):
+    """Called by a generator as candidates come."""
+
+    def __call__(self, candidates: int, /, *, begun: float = 0.0) -> None:
+        """So many more are complete; those under way are `begun` candidates' worth of work, for an estimate."""
+
+
+def unheard(candidates: int, /, *, begun: float = 0.0) -> None:
     """Nobody counts the candidates."""
 
 
@@ -37,7 +45,7 @@ class Generator(Protocol):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        told: Callable[[int], None] = unheard,
+        told: OnDrawn = unheard,
     ) -> list[list[Candidate]]:
         """The candidates of all decodings, in their order, per instruction; `told` hears of them as they come.
 
@@ -53,6 +61,13 @@ class Generator(Protocol):
 
     def close(self) -> None:
         """Lets go of what it holds open; it is not used after that."""
+
+
+def status_of(text: str, *, ended: bool) -> Status:
+    """The status of a local LLM's response: `ended` says whether the LLM ended it, or the limit of tokens did."""
+    if not text:
+        return "empty"
+    return "ok" if ended else "truncated"
 
 
 def check_strategy(specs: Sequence[str], decodings: Sequence[Decoding]) -> None:

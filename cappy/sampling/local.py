@@ -1,11 +1,12 @@
 """What the LLMs that run on this machine share: loading, batches by length, and candidates in the original order."""
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.utils.logging import disable_progress_bar
 
 from cappy.errors import FolderError
@@ -13,19 +14,21 @@ from cappy.model_folder import ModelFolder
 from cappy.records import Candidate
 from cappy.sampling.decoding import Continuation, Response, continue_rows
 from cappy.sampling.drawing import uniforms
-from cappy.sampling.generators import unheard
+from cappy.sampling.generators import OnDrawn, status_of, unheard
 from cappy.sampling.prompts import end_tokens
 from cappy.sampling.strategies import Decoding
 
 MOST_LOGITS = 2**26
 """Logits that one batch of likelihoods may hold, 4 bytes each."""
+CPU_WORK = 2**42
+"""Parameters times tokens of a batch on a CPU: it is done within a minute or so, and larger ones are no faster."""
 
 
 class LocalLLM(ABC):
     """An LLM of transformers in a folder: safetensors alone, no code of the folder's own, float32.
 
-    `BATCH_TOKENS` bounds a batch: rows times the longest prompt with its response. Instructions longer than the model's
-    context lose their end, and are counted.
+    `BATCH_TOKENS` bounds a batch: rows times the longest prompt with its response; on a CPU `CPU_WORK` does too.
+    Instructions longer than the model's context lose their end, and are counted.
 
     What is drawn depends on the seed, the instruction, the decoding's name and the number of the sample, and not on
     what else is asked for. Batches differ in the last bits of their logits, though: where two tokens are as good as
@@ -52,6 +55,7 @@ class LocalLLM(ABC):
         # generate() fills whatever a call leaves open from the model's own configuration; an empty one leaks nothing.
         self.model.generation_config = GenerationConfig()
         self.ends = torch.tensor(end_tokens(self.tokenizer, config, folder.path), device=self.device)
+        self._end_set = frozenset(self.ends.tolist())
         self.pad: int = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
 
     def check(self, decodings: Sequence[Decoding]) -> None:
@@ -73,7 +77,7 @@ class LocalLLM(ABC):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        told: Callable[[int], None] = unheard,
+        told: OnDrawn = unheard,
     ) -> list[list[Candidate]]:
         """The candidates of all decodings, in their order, per instruction, with likelihoods."""
         return [
@@ -92,19 +96,17 @@ class LocalLLM(ABC):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        told: Callable[[int], None] = unheard,
+        told: OnDrawn = unheard,
     ) -> list[list[list[Response]]]:
         """Responses as tokens: of each instruction, for each decoding, its samples."""
         most = max(decoding.max_new_tokens for decoding in decodings)
         prompts = self._prompts(instructions, most)
         rows = sum(max(decoding.num_samples, decoding.num_beams) for decoding in decodings)
-        each = sum(decoding.num_samples for decoding in decodings)
         found: list[list[list[Response]]] = [[] for _ in instructions]
-        for batch in batches([len(prompt) for prompt in prompts], room=most, budget=self.BATCH_TOKENS // rows):
-            drawn = self._respond([instructions[i] for i in batch], [prompts[i] for i in batch], decodings, seed)
+        for batch in batches([len(prompt) for prompt in prompts], room=most, budget=self._batch_tokens() // rows):
+            drawn = self._respond([instructions[i] for i in batch], [prompts[i] for i in batch], decodings, seed, told)
             for place, responses in zip(batch, drawn, strict=True):
                 found[place] = responses
-            told(each * len(batch))
         return found
 
     @torch.inference_mode()
@@ -115,13 +117,19 @@ class LocalLLM(ABC):
         most = max(map(len, responses), default=0)
         prompts = dict(zip(instructions, self._prompts(instructions, most), strict=True))
         asked = [(prompts[instruction], response) for (instruction, _), response in zip(pairs, responses, strict=True)]
-        budget = min(self.BATCH_TOKENS, MOST_LOGITS // self.model.config.vocab_size)
+        budget = min(self._batch_tokens(), MOST_LOGITS // self.model.config.vocab_size)
         found = [(0.0, 0)] * len(pairs)
         for batch in batches([len(prompt) + len(response) for prompt, response in asked], room=0, budget=budget):
             sums = self._sums([asked[i][0] for i in batch], [asked[i][1] for i in batch])
             for place, total in zip(batch, sums.tolist(), strict=True):
                 found[place] = (total, len(asked[place][1]))
         return found
+
+    def _batch_tokens(self) -> int:
+        if self.device.type != "cpu":
+            return self.BATCH_TOKENS
+        parameters: int = self.model.num_parameters()
+        return min(self.BATCH_TOKENS, CPU_WORK // max(1, parameters))
 
     def generation_config(self, decoding: Decoding) -> GenerationConfig:
         """Every knob of a beam search, stated; the decoding loop of our own needs none."""
@@ -154,7 +162,12 @@ class LocalLLM(ABC):
 
     @abstractmethod
     def _beams(
-        self, prompts: Sequence[Sequence[int]], encoded: torch.Tensor, mask: torch.Tensor, decoding: Decoding
+        self,
+        prompts: Sequence[Sequence[int]],
+        encoded: torch.Tensor,
+        mask: torch.Tensor,
+        decoding: Decoding,
+        told: OnDrawn,
     ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
         """Tokens of each prompt's samples by beam search, one prompt after the other, and their sums (rows,)."""
 
@@ -168,13 +181,15 @@ class LocalLLM(ABC):
         prompts: Sequence[Sequence[int]],
         decodings: Sequence[Decoding],
         seed: int,
+        told: OnDrawn,
     ) -> list[list[list[Response]]]:
         """`respond` for one batch."""
         encoded, mask = self._encode(prompts)
         found: list[list[list[Response]]] = [[[] for _ in decodings] for _ in prompts]
         for place, decoding in enumerate(decodings):
             if decoding.num_beams > 1:
-                tokens, sums = self._beams(prompts, encoded, mask, decoding)
+                tokens, sums = self._beams(prompts, encoded, mask, decoding, told)
+                told(len(tokens))
                 for number, (own, total) in enumerate(zip(tokens, sums.tolist(), strict=True)):
                     found[number // decoding.num_samples][place].append(Response(own, total))
         drawn = [(place, decoding) for place, decoding in enumerate(decodings) if decoding.num_beams == 1]
@@ -183,17 +198,19 @@ class LocalLLM(ABC):
             rows = [decoding for _, decoding in drawn for _ in range(decoding.num_samples)]
             numbers = [own for text in instructions for _, decoding in drawn for own in uniforms(seed, text, decoding)]
             model, logits = self._begin(encoded, mask, len(rows))
-            given = continue_rows(model, logits, rows * len(prompts), numbers, self.ends)
+            given = continue_rows(model, logits, rows * len(prompts), numbers, self.ends, told)
             for number, response in enumerate(given):
                 found[number // len(rows)][places[number % len(rows)]].append(response)
         return found
 
     def _ended(self, sequences: torch.Tensor) -> list[tuple[int, ...]]:
         """Tokens of each row (rows, length) up to and with its first end token."""
-        ends = set(self.ends.tolist())
         rows: list[list[int]] = sequences.tolist()
-        stops = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
+        stops = [next((i + 1 for i, token in enumerate(row) if token in self._end_set), len(row)) for row in rows]
         return [tuple(row[:stop]) for row, stop in zip(rows, stops, strict=True)]
+
+    def _is_end(self, tokens: Sequence[int]) -> bool:
+        return bool(tokens) and tokens[-1] in self._end_set
 
     def _candidate(self, response: Response, decoding: Decoding, seed: int) -> Candidate:
         text = self.tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
@@ -203,11 +220,22 @@ class LocalLLM(ABC):
             revision=self.revision,
             decoding=decoding.name,
             seed=seed,
-            status="ok" if text else "empty",
+            status=status_of(text, ended=self._is_end(response.tokens)),
             logprob_sum=response.logprob_sum,
             logprob_mean=response.logprob_sum / max(len(response.tokens), 1),
             num_tokens=len(response.tokens),
         )
+
+
+def each_step(decoding: Decoding, rows: int, told: OnDrawn) -> StoppingCriteriaList:
+    """For `generate`: stops nothing, and says after each token how much of `rows` responses is done."""
+    steps = itertools.count(1)
+
+    def step(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        told(0, begun=rows * min(next(steps) / decoding.max_new_tokens, 1.0))
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    return StoppingCriteriaList([step])
 
 
 def batches(lengths: Sequence[int], *, room: int, budget: int) -> Iterator[list[int]]:

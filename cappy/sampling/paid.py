@@ -20,12 +20,13 @@ class Terms:
     `folder` keeps the answers (None keeps them in memory alone), `run` names whose budget is spent. `extra` names knobs
     beyond OpenAI's that the server takes; `logprobs` asks for log-probabilities. An attempt may last `timeout` seconds;
     a request that fails is sent again `retries` times, first after `first_wait` seconds, then after twice as long each
-    time.
+    time. With `all_may_fail` refusals of every request end no run.
     """
 
     api: Api = "chat"
     extra: tuple[str, ...] = ()
     logprobs: bool = True
+    all_may_fail: bool = False
     concurrency: int = 8
     requests_per_minute: int = 0
     tokens_per_minute: int = 0

@@ -1,5 +1,6 @@
 """What a causal LLM is shown for an instruction, as tokens, and how much of a long one fits."""
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,26 @@ def response_tokens(tokenizer: Any, text: str, end: int) -> list[int]:
 
 
 def end_tokens(tokenizer: Any, config: Any, folder: Path) -> list[int]:
-    """The tokens that end a response, the tokenizer's own first; ConfigError if neither names one."""
-    own = getattr(config, "eos_token_id", None)
-    known = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    """The tokens that end a response, the tokenizer's own first; ConfigError if none is named.
+
+    Beside it those of config.json and, where the tokenizer has them as added tokens, of generation_config.json: some
+    chat LLMs name the end of their turn there alone. A word of the vocabulary is a setting of the folder, not an end.
+    """
+    turns = [end for end in _listed(_generation_ends(folder)) if end in tokenizer.added_tokens_decoder]
+    known = [tokenizer.eos_token_id, *_listed(getattr(config, "eos_token_id", None)), *turns]
     ends = list(dict.fromkeys(end for end in known if end is not None and end < config.vocab_size))
     if not ends:
         raise ConfigError(f"{folder}: neither tokenizer nor config.json names an end token; set eos_token_id there")
     return ends
+
+
+def _generation_ends(folder: Path) -> Any:
+    """`eos_token_id` of the folder's generation_config.json, checked when the folder was opened; None without one."""
+    path = folder / "generation_config.json"
+    values = json.loads(path.read_bytes()) if path.is_file() else None
+    return values.get("eos_token_id") if isinstance(values, dict) else None
+
+
+def _listed(ends: Any) -> list[int]:
+    listed = ends if isinstance(ends, list) else [ends]
+    return [end for end in listed if isinstance(end, int) and not isinstance(end, bool) and end >= 0]

@@ -10,7 +10,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from cappy.errors import ConfigError
 from cappy.model_folder import ModelFolder
 from cappy.sampling.decoding import Continuation
-from cappy.sampling.local import LocalLLM, padded
+from cappy.sampling.generators import OnDrawn
+from cappy.sampling.local import LocalLLM, each_step, padded
 from cappy.sampling.strategies import Decoding
 
 MAX_INSTRUCTION_TOKENS = 512
@@ -56,13 +57,19 @@ class Seq2Seq(LocalLLM):
         return rows, rows.start(copies)
 
     def _beams(
-        self, prompts: Sequence[Sequence[int]], encoded: torch.Tensor, mask: torch.Tensor, decoding: Decoding
+        self,
+        prompts: Sequence[Sequence[int]],
+        encoded: torch.Tensor,
+        mask: torch.Tensor,
+        decoding: Decoding,
+        told: OnDrawn,
     ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
         sequences = self.model.generate(
             # A copy, because generate() expands the states in place for several beams.
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.clone()),
             attention_mask=mask,
             generation_config=self.generation_config(decoding),
+            stopping_criteria=each_step(decoding, len(prompts) * decoding.num_samples, told),
         )[:, 1:]
         tokens = self._ended(sequences)
         each = decoding.num_samples

@@ -5,14 +5,14 @@ them. The interface is that of vLLM's public source, `vllm/sampling_params.py` a
 """
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cappy.errors import ConfigError, FolderError
 from cappy.model_folder import ModelFolder
 from cappy.records import Candidate
 from cappy.sampling.drawing import draw_seed
-from cappy.sampling.generators import refuse_beams, unheard
+from cappy.sampling.generators import OnDrawn, refuse_beams, status_of, unheard
 from cappy.sampling.prompts import end_tokens, prompt_tokens, response_tokens
 from cappy.sampling.strategies import Decoding
 
@@ -72,7 +72,7 @@ class VLLM:
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        told: Callable[[int], None] = unheard,
+        told: OnDrawn = unheard,
     ) -> list[list[Candidate]]:
         """The candidates of all decodings, in their order, per instruction, with likelihoods; one call for all."""
         self.check(decodings)
@@ -143,7 +143,7 @@ class VLLM:
             revision=self.revision,
             decoding=decoding.name,
             seed=seed,
-            status="ok" if text else "empty",
+            status=status_of(text, ended=getattr(output, "finish_reason", None) != "length"),
             logprob_sum=output.cumulative_logprob,
             logprob_mean=output.cumulative_logprob / max(count, 1),
             num_tokens=count,

@@ -1,6 +1,7 @@
 """Batches: pairs of similar length within a budget of tokens, and the padded inputs that transformers reads."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ def by_length(encoded: Sequence[Encoded], budget: int) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
+
+
+def padding_token(config: Any) -> int | None:
+    """What pads pairs of different lengths: the model's own padding, by which it finds its last token or positions.
+
+    None where it has none, or one that is no token, or where its head reads the last place, padding or not (XLNet): its
+    pairs are computed one at a time.
+    """
+    text = config.get_text_config()
+    pad = None if getattr(text, "summary_type", "") == "last" else getattr(text, "pad_token_id", None)
+    return pad if isinstance(pad, int) and 0 <= pad < text.vocab_size else None
 
 
 def collate(batch: Sequence[Encoded], *, pad: int, types: bool, device: torch.device) -> dict[str, Tensor]:

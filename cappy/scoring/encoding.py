@@ -15,11 +15,12 @@ _REMEDY = "save the tokenizer that the scorer was trained with beside it"
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One pair as the model reads it; `cut` where the response lost its end."""
+    """One pair as the model reads it: `cut` where the response lost its end, not `whole` where any text lost tokens."""
 
     ids: tuple[int, ...]
     types: tuple[int, ...]
     cut: bool = False
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,8 @@ class _Frame:
     between: tuple[int, ...]
     after: tuple[int, ...]
     types: tuple[int, int]
-    between_types: tuple[int, ...]
+    around_types: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    typed: bool
 
     @property
     def length(self) -> int:
@@ -43,6 +45,7 @@ class PairEncoder:
     Where they do not, the instruction keeps both its ends (the task often stands first, the question last) and the
     response stays whole; a response that alone is too long loses its end. With `longest_first` it is `truncation=True`
     of transformers instead, what the published scorer was trained with: the longer text loses its end, then both do.
+    Token types are those that the tokenizer gives unasked; where it gives none, as `typed` says, they are zeros.
     """
 
     def __init__(self, tokenizer: Any, max_length: int, truncation: Truncation = "middle") -> None:
@@ -51,6 +54,7 @@ class PairEncoder:
         self._backend = _backend(tokenizer)
         self.max_length = max_length
         self.truncation = truncation
+        self.typed = self._frame.typed
 
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
         """The encoded pairs, in order; every distinct text is tokenized once."""
@@ -91,7 +95,7 @@ class PairEncoder:
     def join(self, instruction: list[int], response: list[int]) -> Encoded:
         """The pair of two texts given as `tokens`."""
         frame, room = self._frame, self.max_length - self._frame.length
-        asked = len(response)
+        asked, whole = len(response), len(instruction) + len(response) <= room
         if self.truncation == "longest_first":
             lengths = _longest_first(len(instruction), len(response), room)
             instruction, response = instruction[: lengths[0]], response[: lengths[1]]
@@ -99,14 +103,12 @@ class PairEncoder:
             response = response[:room]
             instruction = _middle_cut(instruction, room - len(response))
         first, second = frame.types
+        before, between, after = frame.around_types
         return Encoded(
             ids=(*frame.before, *instruction, *frame.between, *response, *frame.after),
-            types=(
-                *(first,) * (len(frame.before) + len(instruction)),
-                *frame.between_types,
-                *(second,) * (len(response) + len(frame.after)),
-            ),
+            types=(*before, *(first,) * len(instruction), *between, *(second,) * len(response), *after),
             cut=len(response) < asked,
+            whole=whole,
         )
 
 
@@ -117,6 +119,8 @@ def _backend(tokenizer: Any) -> Tokenizer | None:
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
+    # Not part of the text that a tokenizer is copied by: whether special tokens in a text are read as plain characters.
+    backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
     return backend
 
 
@@ -143,17 +147,20 @@ def _longest_first(instruction: int, response: int, room: int) -> tuple[int, int
 def _frame(tokenizer: Any) -> _Frame:
     """Read off the tokenizer's own encoding of a pair of two known texts."""
     first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
-    probe = tokenizer("a", "b", return_token_type_ids=True)
-    ids, types = list(probe["input_ids"]), list(probe["token_type_ids"])
+    probe = tokenizer("a", "b")
+    ids = list(probe["input_ids"])
+    types = list(probe.get("token_type_ids") or [0] * len(ids))
     start = _find(ids, first, 0)
     middle = start + len(first)
     end = _find(ids, second, middle)
+    after = end + len(second)
     return _Frame(
         before=tuple(ids[:start]),
         between=tuple(ids[middle:end]),
-        after=tuple(ids[end + len(second) :]),
+        after=tuple(ids[after:]),
         types=(types[start], types[end]),
-        between_types=tuple(types[middle:end]),
+        around_types=(tuple(types[:start]), tuple(types[middle:end]), tuple(types[after:])),
+        typed="token_type_ids" in probe,
     )
 
 

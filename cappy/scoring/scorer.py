@@ -1,5 +1,6 @@
 """The scorer: a folder that transformers loads, and the object that scores."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,24 +13,27 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils.logging import disable_progress_bar
 
 from cappy.errors import ConfigError, FolderError
+from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.records.folder import Manifest, describe_files, write_manifest
 from cappy.scoring import Precision
-from cappy.scoring.batching import by_length, collate
+from cappy.scoring.batching import by_length, collate, padding_token
+from cappy.scoring.cross_encoder import FILES, Head
+from cappy.scoring.cuts import Cuts
 from cappy.scoring.encoding import Encoded, Pair, PairEncoder
 from cappy.scoring.folder import (
     HEADS,
-    Head,
     Truncation,
-    head_of,
     mark_head,
+    mend_token_types,
     recorded,
     refuse_labels,
+    write_tokenizer,
 )
 from cappy.scoring.packed import packed_logits, packs
 from cappy.scoring.precision import Chosen, choose, lower_body, lower_matrices
 from cappy.specs import open_scorer
 
-__all__ = ["HEADS", "Head", "Scorer", "Selection", "by_length", "collate", "head_of", "mark_head"]
+__all__ = ["HEADS", "Head", "Scorer", "Selection", "by_length", "collate", "mark_head"]
 
 Through = Callable[[Callable[[Any], Tensor]], Tensor]
 """Lets a pass through the model happen; where weights are sharded, they are gathered for it."""
@@ -39,11 +43,12 @@ CHUNK_PAIRS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The pick among responses: its index, its text, and the scores of all in their order."""
+    """The pick among responses: its index, its text, and the scores and logits of all in their order."""
 
     index: int
     response: str
     scores: tuple[float, ...]
+    logits: tuple[float, ...]
 
 
 class Scorer:
@@ -52,7 +57,8 @@ class Scorer:
     The head `bce` gives 0 to 1 (a sigmoid over soft labels); `mse` is the published raw regression, never clipped,
     because clipping makes ties: it may leave 0 to 1 a little. Head and activation run in fp32, whatever the body runs
     in. A score does not depend on the other pairs of the call, nor on the thread (1e-4 in fp32, 5e-3 in bf16). A pair's
-    response is never truncated as long as it fits alone, unless the scorer's truncation is `longest_first`.
+    response is never truncated as long as it fits alone, unless the scorer's truncation is `longest_first`. Responses
+    are ranked by their logits: far from 0 a sigmoid gives equal scores to logits that differ.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Scorer:
         truncation: Truncation = "middle",
         version: str = "",
         precision: Chosen = "fp32",
+        source: ModelFolder | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -72,6 +79,10 @@ class Scorer:
         self.version = version
         self.precision = precision
         self.encoder = PairEncoder(tokenizer, max_length, truncation)
+        self.cuts = Cuts(max_length)
+        """How many pairs were too long, of those that `score` and its relatives were given."""
+        self._source = source
+        self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
         self.device = next(model.parameters()).device
         self.through: Through | None = None
         self.autocast = False
@@ -98,24 +109,35 @@ class Scorer:
             what = "is an encoder, not a scorer: its weights have no" if "classifier" in missing[0] else "lacks"
             remedy = "make a scorer of it first (cappy pretraining --encoder)"
             raise FolderError(f"{folder.path}: {what} {missing[0]}; {remedy}")
-        model.to(chosen_device).eval()
         tokenizer = folder.tokenizer()
         if (highest := max(tokenizer.get_vocab().values(), default=0)) >= model.get_input_embeddings().num_embeddings:
             remedy = "save the tokenizer that it was trained with beside it"
             raise FolderError(f"{folder.path}: its tokenizer has token {highest}, the model has none such; {remedy}")
-        return cls(model, tokenizer, **recorded(config), version=folder.hash[:12], precision=chosen)
+        mend_token_types(folder, config, tokenizer)
+        facts = recorded(folder, config, tokenizer, model)
+        model.to(chosen_device).eval()
+        return cls(model, tokenizer, **facts, version=folder.hash[:12], precision=chosen, source=folder)
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
         """One score per (instruction, response), in their order; equal pairs are scored once."""
+        return self.scores_of(self.logits_of(pairs))
+
+    def logits_of(self, pairs: Sequence[Pair]) -> list[float]:
+        """What `score` gives before the activation: the order of these is that of quality, without ties of rounding."""
         if not pairs:
             return []
         distinct = list(dict.fromkeys(pairs))
         encoded = self.encoder.encode(distinct)
+        self.cuts.count(encoded)
         batches = list(by_length(encoded, self.batch_tokens))
         logits = torch.cat([self.forward([encoded[index] for index in batch]) for batch in batches])
         order = [index for batch in batches for index in batch]
-        found = {distinct[index]: value for index, value in zip(order, self.decode(logits), strict=True)}
+        found = {distinct[index]: value for index, value in zip(order, logits.float().tolist(), strict=True)}
         return [found[pair] for pair in pairs]
+
+    def scores_of(self, logits: Sequence[float]) -> list[float]:
+        """The scores that belong to logits, in order."""
+        return self.decode(torch.tensor(logits, dtype=torch.float64))
 
     def score_stream(self, pairs: Iterable[Pair]) -> Iterator[float]:
         """Scores of a stream of any length, in order, with constant memory.
@@ -127,9 +149,10 @@ class Scorer:
             yield from self.score(chunk)
 
     def rank(self, instruction: str, responses: Sequence[str]) -> list[tuple[int, float]]:
-        """(index, score) of the responses, best first; of equal scores the earlier response stands first."""
-        scores = self.score([(instruction, response) for response in responses])
-        return sorted(enumerate(scores), key=lambda ranked: -ranked[1])
+        """(index, score) of the responses, best first; of equally good ones the earlier response stands first."""
+        logits = self.logits_of([(instruction, response) for response in responses])
+        scores = self.scores_of(logits)
+        return [(index, scores[index]) for index in sorted(range(len(logits)), key=lambda index: -logits[index])]
 
     def select(self, instruction: str, responses: Sequence[str]) -> Selection:
         """The best response; the first of equally good ones. ConfigError if there is none to choose from."""
@@ -150,11 +173,11 @@ class Scorer:
         yield from self._selected(chunk)
 
     def _selected(self, pools: Sequence[tuple[str, Sequence[str]]]) -> Iterator[Selection]:
-        scores = iter(self.score([(instruction, response) for instruction, pool in pools for response in pool]))
+        logits = iter(self.logits_of([(instruction, response) for instruction, pool in pools for response in pool]))
         for _, responses in pools:
-            own = tuple(islice(scores, len(responses)))
+            own = tuple(islice(logits, len(responses)))
             index = own.index(max(own))
-            yield Selection(index=index, response=responses[index], scores=own)
+            yield Selection(index=index, response=responses[index], scores=tuple(self.scores_of(own)), logits=own)
 
     @torch.inference_mode()
     def forward(self, batch: Sequence[Encoded]) -> Tensor:
@@ -175,8 +198,15 @@ class Scorer:
     def _logits(self, batch: Sequence[Encoded]) -> Tensor:
         if not self.pads:
             return self._passed(lambda model: packed_logits(model, batch, self.device))
-        inputs = collate(batch, pad=self.tokenizer.pad_token_id, types=self._has_types, device=self.device)
-        return self._passed(lambda model: model(**inputs).logits.float().squeeze(-1))
+        pad = padding_token(self.model.config)
+        if pad is None and not self._packs:
+            return self._passed(lambda model: torch.cat([self._padded(model, [pair], 0) for pair in batch]))
+        return self._passed(lambda model: self._padded(model, batch, pad or 0))
+
+    def _padded(self, model: Any, batch: Sequence[Encoded], pad: int) -> Tensor:
+        inputs = collate(batch, pad=pad, types=self._has_types, device=self.device)
+        logits: Tensor = model(**inputs).logits.float().squeeze(-1)
+        return logits
 
     def _passed(self, compute: Callable[[Any], Tensor]) -> Tensor:
         def run(model: Any) -> Tensor:
@@ -190,8 +220,8 @@ class Scorer:
         return logits.sigmoid() if self.head == "bce" else logits
 
     def decode(self, logits: Tensor) -> list[float]:
-        """Scores as floats, in order."""
-        values: list[float] = self.activate(logits.float()).tolist()
+        """Scores as floats, in order; a sigmoid in fp64, which tells logits up to 36 apart, where fp32 ends at 17."""
+        values: list[float] = self.activate(logits.cpu().double()).tolist()
         return values
 
     @property
@@ -206,22 +236,36 @@ class Scorer:
 
     @property
     def _has_types(self) -> bool:
-        return (getattr(self.model.config, "type_vocab_size", 0) or 0) > 1
+        size = getattr(self.model.config, "type_vocab_size", None)
+        return self.encoder.typed and self._takes_types and (size is None or size > 1)
 
     def write(self, folder: Path) -> None:
-        """Writes weights (safetensors), configuration and tokenizer, without a manifest.
+        """Writes weights in fp32 (safetensors), configuration and tokenizer, without a manifest.
 
-        ConfigError of a scorer loaded in bf16, whose weights have lost digits.
+        Of a scorer loaded in bf16 the weights are read again from its folder, since those in memory have lost digits;
+        ConfigError or FolderError where it has none or another content now.
         """
-        if self.precision != "fp32":
-            raise ConfigError(
-                f"{folder}: a scorer loaded in {self.precision} is not saved; load it with precision fp32"
-            )
+        for name in FILES:
+            if (folder / name).exists():
+                remedy = "choose a new folder"
+                raise FolderError(f"{folder / name}: would change the scores of what is saved beside it; {remedy}")
+        model = self.model if self.precision == "fp32" else self._read_again()
         folder.mkdir(parents=True, exist_ok=True)
-        mark_head(self.model.config, self.head, self.encoder.max_length, self.encoder.truncation)
+        mark_head(model.config, self.head, self.encoder.max_length, self.encoder.truncation)
         disable_progress_bar()
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+        write_tokenizer(self.tokenizer, folder, self.encoder.max_length, types=self._has_types)
+
+    def _read_again(self) -> Any:
+        """The model of the folder that this scorer was loaded from, in fp32 on the CPU."""
+        if self._source is None:
+            raise ConfigError(
+                f"a scorer in {self.precision} that no folder was loaded for is not saved; make it with precision fp32"
+            )
+        folder = open_model_folder(self._source.path, pinned=True)
+        if folder.hash != self._source.hash:
+            raise FolderError(f"{folder.path}: has changed since it was loaded; load it again, then save it")
+        return folder.model(AutoModelForSequenceClassification, folder.config())[0]
 
     def save(self, folder: str | Path) -> Manifest:
         """Writes a finished scorer folder."""

@@ -1,6 +1,7 @@
 """The scoring step: every candidate of a dataset gets its score, kept in the record under the scorer's version."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ScoringConfig", "run"]
 
+LOGGER = logging.getLogger(__name__)
 UNVERSIONED = "unversioned"
 """What scores of a folder without a manifest stand under."""
 
@@ -60,11 +62,17 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
     refuse_same(config.source, config.target)
     parent = read_manifest(config.source)
     scorer = Scorer.load(str(scorer_folder(config.scorer)), precision=config.precision)
+    scorer.cuts.logs = False
     # `auto` is told as what it came to: on another machine it may be other numbers.
     stated = identity(config) | {"precision": scorer.precision, "version": scorer.version}
 
     def transform(part: list[Instance]) -> Iterator[Instance]:
         return _scored(part, scorer)
+
+    def count(_: Sequence[Instance]) -> Mapping[str, int]:
+        # Kept with each part, so that a run that continues knows the cuts of the parts before.
+        cut, scorer.cuts.cut = scorer.cuts.cut, 0
+        return {"cut_pairs": cut}
 
     with claim(config.work, "scoring", stated, [parent.hash, scorer.version]) as folder:
         parts = process_folder(
@@ -74,7 +82,11 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
             rows=parse_shard(config.shard).rows(parent.rows),
             part_rows=config.part_rows,
             progress=progress,
+            count=count,
         )
+        cut = parts.counts.get("cut_pairs", 0)
+        if cut:
+            LOGGER.warning("%d pairs are longer than the scorer's %d tokens: cut", cut, scorer.encoder.max_length)
         manifest = Manifest(
             step="scoring",
             files=parts.files,
@@ -82,7 +94,7 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
             code=code_version(),
             generators=parent.generators,
             parents=(parent.hash,),
-            metrics={"instances": parts.rows, "candidates": parts.candidates},
+            metrics={"instances": parts.rows, "candidates": parts.candidates, "cut_pairs": cut},
             facts={"version": scorer.version, "scorer": config.scorer},
         )
         return finish(folder, config.target, manifest)

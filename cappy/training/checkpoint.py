@@ -28,13 +28,16 @@ _SUMS = "sums.json"
 class State:
     """How far the loop is; `log` holds one entry per check of the validation instances, `curve` points between.
 
-    The place in the feed and the state of every random draw follow from the seed and `update`. `budget` is the token
-    budget in force, smaller than the setting once memory has run out; `events` tells of that.
+    The place in the feed and the state of every random draw follow from the seed and `update`. `best_update` and
+    `best_pick` are of the check whose weights are kept, `best_values` the expected labels of the best check, by
+    validation instance. `budget` is the token budget in force, smaller than the setting once memory has run out;
+    `events` tells of that.
     """
 
     update: int = 0
     best_pick: float = -1.0
     best_update: int = 0
+    best_values: list[float] = field(default_factory=list)
     checks_since_best: int = 0
     stopped: bool = False
     running_loss: float = 0.0

@@ -13,6 +13,8 @@ from cappy.records.instance import SOURCES, Source
 from cappy.scoring.encoding import Encoded, PairEncoder
 
 FACTS = "facts.json"
+COUNTED = 2**16
+"""Instances whose lengths are in memory at a time while the cut pairs are counted."""
 FILES: Mapping[str, str] = {
     "tokens": "<u4",  # of each instance: the instruction's, then each response's
     "text_ends": "<u8",  # where each text ends in `tokens`
@@ -103,6 +105,21 @@ class Corpus:
         """A bound on the tokens of any pair."""
         whole = self._encoder.added + self.facts.longest_instruction + self.facts.longest_response
         return min(self._encoder.max_length, whole)
+
+    @property
+    def cut_pairs(self) -> int:
+        """How many pairs have more tokens than the scorer reads."""
+        return sum(self._cut(start, min(start + COUNTED, len(self))) for start in range(0, len(self), COUNTED))
+
+    def _cut(self, start: int, stop: int) -> int:
+        """The same of the instances from `start` to before `stop`."""
+        ends = self._pair_ends[start:stop].astype(np.int64)
+        sizes = np.diff(ends, prepend=_start(self._pair_ends, start))
+        first, last = _start(self._pair_ends, start) + start, int(ends[-1]) + stop
+        lengths = np.diff(self._text_ends[first:last].astype(np.int64), prepend=_start(self._text_ends, first))
+        instructions = np.cumsum(sizes + 1) - (sizes + 1)
+        pairs = np.delete(lengths, instructions) + np.repeat(lengths[instructions], sizes)
+        return int((pairs + self._encoder.added > self._encoder.max_length).sum())
 
     def _text(self, number: int) -> list[int]:
         ids: list[int] = self._tokens[_start(self._text_ends, number) : int(self._text_ends[number])].tolist()

@@ -36,7 +36,8 @@ def read_curves(folder: Path, work: Path, manifest_hash: str) -> list[dict[str, 
         return []
     log: dict[str, Any] = json.loads((folder / TRAINING_LOG).read_text())
     speed = _speed_path(work, manifest_hash)
-    picks = [{"update": check["update"], "pick": check["pick"]} for check in log["checks"] if "pick" in check]
+    shown = ("update", "pick", "expected")
+    picks = [{name: check[name] for name in shown if name in check} for check in log["checks"] if "pick" in check]
     return [*log["curve"], *picks, *(json.loads(speed.read_text()) if speed.is_file() else ())]
 
 

@@ -35,6 +35,7 @@ def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
         lambda: _start(config),
         parents=[folder.hash],
         seen=trained_on(folder.path),
+        start_folder=folder.path,
         progress=progress,
     )
 

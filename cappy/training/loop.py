@@ -1,4 +1,4 @@
-"""The loop: whole instances in, a scorer out, the best by what its picks are worth on held-out instances."""
+"""The loop: whole instances in, a scorer out, the one that validation instances do not speak against."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,13 +14,13 @@ from cappy.scoring.precision import has_bf16, keep_heads_exact
 from cappy.scoring.scorer import Scorer
 from cappy.training import checkpoint
 from cappy.training.checkpoint import Checkpoint, State
-from cappy.training.checks import judge, mean_pick
+from cappy.training.checks import check_scorer, decides, explain, judge
 from cappy.training.corpus import Corpus
 from cappy.training.ending import CONTINUES, Clock, Ending
 from cappy.training.feed import Drawn, batch, micro_batches, padded, updates_of
 from cappy.training.guards import refuse_unfit
 from cappy.training.meter import Meter, flops_of_pair, layer_weights, peak_of, told
-from cappy.training.plan import TrainingSettings, default_rate, rate
+from cappy.training.plan import TrainingSettings, default_rate, falls, rate
 from cappy.training.ranks import ALONE, Ranks
 from cappy.training.strategies import start
 from cappy.training.update import UnwellError, update
@@ -33,7 +33,8 @@ POINTS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What training came to: `best_pick` is the mean label of the picks on the validation instances, 0 to 1.
+    """What training came to: `best_pick` is the mean label of the picks on the validation instances, 0 to 1, of the
+    weights that were kept, those of `best_update`; `reason` says why others than the last were, or is empty.
 
     `log` has an entry per check, `curve` one per `POINTS`th of the run; `events` tells what went otherwise than
     planned, such as a smaller token budget.
@@ -42,6 +43,7 @@ class Outcome:
     updates: int
     best_update: int
     best_pick: float
+    reason: str
     log: tuple[dict[str, float], ...]
     curve: tuple[dict[str, float], ...] = ()
     events: tuple[str, ...] = ()
@@ -74,7 +76,8 @@ def fit(
             run.update()
             run.save_if_due(ending)
             progress(state.update, run.updates, unit="updates", resumed=resumed_at, note=run.told)
-    progress(state.update, state.update, unit="updates", resumed=resumed_at, note=run.told)
+    reason = explain(state, run.updates, len(validation))
+    progress(state.update, state.update, unit="updates", resumed=resumed_at, note=reason or run.told)
     if ranks.first:
         scorer.model, scorer.through = run.strategy.finished(run.best).eval(), None
         scorer.autocast = False
@@ -82,9 +85,10 @@ def fit(
         updates=state.update,
         best_update=state.best_update,
         best_pick=state.best_pick,
+        reason=reason,
         log=tuple(state.log),
         curve=tuple(state.curve),
-        events=tuple(state.events),
+        events=(*state.events, *([reason] if reason else [])),
     )
 
 
@@ -145,23 +149,24 @@ class Run:
         return due and not (state.log and state.log[-1]["update"] == state.update)
 
     def check(self, ending: Ending) -> None:
-        """Scores the validation instances and keeps the weights that pick best."""
-        pick = None
+        """Scores the validation instances and keeps the weights unless they are clearly below the best."""
+        check, plan, state = None, self.plan, self.state
         if len(self.validation):
-            pick = mean_pick(
+            check = check_scorer(
                 self.scorer,
                 self.validation,
-                self.plan,
+                plan,
                 ranks=self.ranks,
                 lockstep=self.strategy.lockstep,
                 asked=ending.asked,
             )
-            if pick is None:
+            if check is None:
                 self._end()
-        if judge(pick, self.state, last=self.plan.keep == "last"):
+        falling = falls(state.update, self.updates, plan.warmup, plan.schedule)
+        if judge(check, state, deciding=decides(plan, self.validation), falling=falling):
             weights = self.strategy.weights()
             self.best = weights if self.ranks.first else {}
-        self.state.stopped = self.state.checks_since_best >= self.plan.patience
+        state.stopped = state.checks_since_best >= plan.patience
 
     def update(self) -> None:
         """One step of the optimizer on the next instances; TrainingError where there is nothing to go on with."""

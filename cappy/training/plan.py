@@ -77,9 +77,13 @@ class LoopSettings:
         Field(ge=0, description="Weight of the listwise loss (softmax over an instance's selectable responses)"),
     ] = 1.0
     checks: Annotated[int, Field(ge=1, description="Times the validation instances are scored on the way")] = 10
-    patience: Annotated[int, Field(ge=1, description="Checks without a better pick before training stops")] = 4
+    patience: Annotated[
+        int,
+        Field(ge=1, description="Checks in a row, once the rate falls, clearly below the best before training stops"),
+    ] = 4
     keep: Annotated[
-        Literal["best", "last"], Field(description="Weights kept: of the best check (stops early), or the last ones")
+        Literal["best", "last"],
+        Field(description="Weights kept: of the latest check not clearly below the best (stops early), or the last"),
     ] = "best"
     checkpoint_seconds: Annotated[
         float, LOCATION, Field(ge=0, description="Seconds between checkpoints to resume from")
@@ -124,9 +128,7 @@ class LoopSettings:
             raise ConfigError(f"--weights: gives {twice} twice; give it once")
         idle = next((source for source in told if self.sources and source not in self.sources), None)
         if idle:
-            raise ConfigError(
-                f"--weights: weighs {idle}, which --sources leaves out; leave one of them out"
-            )
+            raise ConfigError(f"--weights: weighs {idle}, which --sources leaves out; leave one of them out")
 
     @property
     def source_weights(self) -> dict[Source, float]:
@@ -161,10 +163,19 @@ def rate(update: int, updates: int, peak: float, warmup: float, schedule: Schedu
     """
     if schedule == "published":
         return peak * min(1.0, update / max(1.0, warmup * updates * PUBLISHED_MICRO))
-    rising = max(1, round(updates * warmup))
+    rising = _rising(updates, warmup)
     if update < rising:
         return peak * (update + 1) / rising
     return peak * (updates - update) / max(1, updates - rising)
+
+
+def falls(update: int, updates: int, warmup: float, schedule: Schedule) -> bool:
+    """Whether the learning rate falls after this many updates; the published one never does."""
+    return schedule == "linear" and update >= _rising(updates, warmup)
+
+
+def _rising(updates: int, warmup: float) -> int:
+    return max(1, round(updates * warmup))
 
 
 def default_rate(hidden_size: int) -> float:

@@ -76,6 +76,8 @@ def _start(config: PretrainingConfig, folder: "ModelFolder") -> "Scorer":
     from transformers.utils.logging import set_verbosity_error
 
     from cappy.scoring import Scorer
+    from cappy.scoring.cross_encoder import warn_once
+    from cappy.scoring.folder import positions_of, use_token_types
     from cappy.training.guards import refuse_without_tokenizer
     from cappy.training.paper import TRUNCATION
 
@@ -91,6 +93,10 @@ def _start(config: PretrainingConfig, folder: "ModelFolder") -> "Scorer":
         tokenizer, encoder = folder.tokenizer(), folder.config()
         encoder.num_labels = 1
         model, _ = folder.model(AutoModelForSequenceClassification, encoder)
+        use_token_types(tokenizer, encoder)
+    length = min(config.max_length, positions_of(model) or config.max_length)
+    if length < config.max_length:
+        warn_once(folder.path, f"has {length} positions, so pairs have {length} tokens, not {config.max_length}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     truncation = TRUNCATION if config.preset == "paper" else "middle"
-    return Scorer(model, tokenizer, head=config.head, max_length=config.max_length, truncation=truncation)
+    return Scorer(model, tokenizer, head=config.head, max_length=length, truncation=truncation)

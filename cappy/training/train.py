@@ -1,14 +1,15 @@
 """From a folder of annotated instances to a scorer folder: what pretraining and finetuning share."""
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cappy.config import code_version, identity
+from cappy.config import code_version, fingerprint, identity
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
@@ -16,6 +17,8 @@ from cappy.records.folder import describe_files
 from cappy.records.work import claim, finish
 from cappy.scoring import TRAINED_ON
 from cappy.scoring.scorer import Scorer
+from cappy.scoring.training_data import write_training_data
+from cappy.training.checks import decides
 from cappy.training.curves import write_log, write_speed
 from cappy.training.launch import spread, starts_ranks
 from cappy.training.loop import Outcome, fit
@@ -26,6 +29,7 @@ from cappy.training.sharded import name_accelerator
 from cappy.training.tokenization import Corpora, open_corpora
 from cappy.training.trial import trial
 
+LOGGER = logging.getLogger(__name__)
 Start = Callable[[], Scorer]
 
 
@@ -36,11 +40,15 @@ def train(
     *,
     parents: Sequence[str],
     seen: NDArray[np.uint64],
+    start_folder: Path | None = None,
     progress: Progress,
 ) -> Manifest:
     """Trains what `start` gives on the train split, stops by the validation split, publishes the scorer folder.
 
-    `seen` are the prompt hashes that the starting scorer was trained on; the folder records them with this run's own.
+    The manifest's facts say what decided which weights are kept (`_facts`).
+
+    `seen` are the prompt hashes that the starting scorer in `start_folder` was trained on; the folder records them with
+    this run's own, and groups and rows likewise (`cappy.scoring.training_data`).
     Starts the ranks that the plan asks for, unless this process is one of them; the first rank alone writes. Where the
     plan names a platform, a job of it does all that.
     """
@@ -64,6 +72,7 @@ def train(
             scorer, corpora, outcome = _fit(config, start, folder / ".checkpoints", progress, ranks)
             scorer.write(folder)
             _write_facts(folder, corpora, seen, outcome)
+            write_training_data(folder, config.source, start_folder)
             manifest = Manifest(
                 step=step,
                 files=describe_files(folder),
@@ -73,6 +82,7 @@ def train(
                 generators=read_manifest(config.source).generators,
                 parents=hashes,
                 metrics=_metrics(outcome, corpora),
+                facts=_facts(config, outcome, corpora),
             )
             finish(folder, config.target, manifest)
             write_speed(config.work, manifest.hash, outcome.curve)
@@ -89,6 +99,9 @@ def _fit(
     config: TrainingSettings, start: Start, checkpoints: Path, progress: Progress, ranks: Ranks
 ) -> tuple[Scorer, Corpora, Outcome]:
     scorer, corpora = _begin(config, start, progress)
+    if ranks.first and (cut := _cut_pairs(corpora)):
+        pairs = corpora.train.facts.pairs + corpora.validation.facts.pairs
+        LOGGER.warning("%s of %s pairs are longer than %d tokens: cut", cut, pairs, scorer.encoder.max_length)
     outcome = fit(
         scorer,
         corpora.train,
@@ -124,12 +137,38 @@ def _write_facts(folder: Path, corpora: Corpora, seen: NDArray[np.uint64], outco
     write_log(folder, outcome.log, outcome.curve, outcome.events)
 
 
+def _facts(config: TrainingSettings, outcome: Outcome, corpora: Corpora) -> dict[str, Any]:
+    """What decided which weights the scorer has.
+
+    `stopped_on` is the split whose instances chose the weights and could stop training, "" where none did;
+    `stopped_on_hash` stands for their ids (`instances_hash`), `stopped_on_instances` for their number. `kept` is the
+    scorer's `start`, an `earlier` check or the `last` weights, and `kept_because` a sentence for the former two.
+    """
+    validation = corpora.validation
+    kept = "last" if outcome.best_update == outcome.updates else "earlier" if outcome.best_update else "start"
+    facts: dict[str, Any] = {"kept": kept, "kept_because": outcome.reason, "stopped_on": ""}
+    if decides(config, validation):
+        ids = [validation.name(index) for index in range(len(validation))]
+        facts |= {"stopped_on": "validation", "stopped_on_hash": instances_hash(ids), "stopped_on_instances": len(ids)}
+    return facts
+
+
+def instances_hash(ids: Iterable[str]) -> str:
+    """One hash for a set of instances by their ids, in whatever order."""
+    return fingerprint(sorted(set(ids)))
+
+
 def _metrics(outcome: Outcome, corpora: Corpora) -> dict[str, float]:
     metrics: dict[str, float] = {
         "updates": outcome.updates,
         "best_update": outcome.best_update,
         "instances": corpora.instances,
+        "cut_pairs": _cut_pairs(corpora),
     }
     if len(corpora.validation):
         metrics["validation_pick"] = outcome.best_pick
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _cut_pairs(corpora: Corpora) -> int:
+    return corpora.train.cut_pairs + corpora.validation.cut_pairs

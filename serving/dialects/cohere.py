@@ -86,7 +86,8 @@ def _pairs(request: CohereRequest) -> list[Pair]:
 
 def _answer(request: CohereRequest, scored: Scored) -> CohereResponse:
     results = [
-        CohereResult(index=index, relevance_score=score) for index, score in ranked(scored.scores, request.top_n)
+        CohereResult(index=index, relevance_score=score)
+        for index, score in ranked(scored, scored.scores, request.top_n)
     ]
     return CohereResponse(id=scored.request_id, results=results, meta=meta("2", scored.tokens))
 

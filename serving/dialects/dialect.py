@@ -78,6 +78,7 @@ class Dialect:
     """A body, given with its headers, as JSON; Refusal where it is out of bounds, ValueError where it is no JSON."""
 
 
-def ranked(scores: Sequence[float], top: int | None = None) -> list[tuple[int, float]]:
-    """(index, score), best first, the first of equal ones first; the best `top` alone."""
-    return sorted(enumerate(scores), key=lambda one: -one[1])[:top]
+def ranked(scored: Scored, values: Sequence[float], top: int | None = None) -> list[tuple[int, float]]:
+    """(index, value) of the pairs, best first by their logits, the first of equal ones first; the best `top` alone."""
+    order = sorted(range(len(values)), key=lambda index: -scored.logits[index])
+    return [(index, values[index]) for index in order[:top]]

@@ -6,12 +6,16 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Refused, Scored, Texts
+from serving.dialects.dialect import Body, Dialect, Refused, Scored, Texts, ranked
 
 Version = Annotated[str, Field(description="Version of the scorer: 12 hexadecimal digits of its manifest's hash")]
 ExpectedAlone = Annotated[
     list[float] | None,
     Field(description="The label to expect of each, 0 to 1, by the scorer's calibration; null if it has none"),
+]
+Logits = Annotated[
+    list[float],
+    Field(description="The scores before the activation: their order is that of quality, without ties of rounding"),
 ]
 ExpectedOfPick = Annotated[
     list[float] | None,
@@ -43,6 +47,7 @@ class ScoreResponse(Body):
     """One score per pair."""
 
     scores: Scores
+    logits: Logits
     expected: ExpectedAlone
     version: Version
 
@@ -83,14 +88,14 @@ def refuse(status: int, message: str) -> Mapping[str, Any]:
 
 def _scores(request: ScoreRequest, scored: Scored) -> ScoreResponse:
     expected = None if scored.expected is None else list(scored.expected)
-    return ScoreResponse(scores=list(scored.scores), expected=expected, version=scored.version)
+    scores, logits = list(scored.scores), list(scored.logits)
+    return ScoreResponse(scores=scores, logits=logits, expected=expected, version=scored.version)
 
 
 def _pick(request: SelectRequest, scored: Scored) -> SelectResponse:
-    scores = list(scored.scores)
-    index = scores.index(max(scores))
+    (index, _), *_ = ranked(scored, scored.scores, 1)
     expected = None if scored.expected is None else list(scored.expected)
-    response = request.responses[index]
+    response, scores = request.responses[index], list(scored.scores)
     return SelectResponse(index=index, response=response, scores=scores, expected=expected, version=scored.version)
 
 

@@ -93,7 +93,7 @@ def _answer(request: RerankRequest, scored: Scored) -> RerankResponse:
             relevance_score=value,
             document=_passage(request.documents[index]) if shown else None,
         )
-        for index, value in ranked(values, request.top_n or None)
+        for index, value in ranked(scored, values, request.top_n or None)
     ]
     return RerankResponse(
         id=scored.request_id,

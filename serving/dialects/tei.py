@@ -93,7 +93,7 @@ def _ranks(request: TeiRerankRequest, scored: Scored) -> TeiRerankResponse:
     return TeiRerankResponse(
         [
             TeiRank(index=index, score=value, text=request.texts[index] if request.return_text else None)
-            for index, value in ranked(_values(request, scored))
+            for index, value in ranked(scored, _values(request, scored))
         ]
     )
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cappy.errors import CappyError
@@ -13,7 +13,7 @@ from serving.gateway.ledger import EXPECTED_TOKENS, Allowance, Ledger, Limit, Li
 from serving.gateway.policy import Policy, Stop, decide
 from serving.gateway.schemas import ChatRequest
 from serving.gateway.scoring import Scoring
-from serving.gateway.upstream import Ask, Draw, Round, Upstream, scored, valued
+from serving.gateway.upstream import Ask, Draw, Round, Upstream, valued
 
 SAMPLING_SHARE = 0.9
 """Of the seconds of a request; what is left is for the scorer."""
@@ -168,7 +168,7 @@ class _Run:
             async with asyncio.timeout(left):
                 instruction = self._request.instruction
                 pairs = [(instruction, draw.text[:MAX_SCORED_CHARACTERS]) for draw in scorable]
-                scores = await self._gateway.scoring(pairs)
+                ratings = await self._gateway.scoring.rate(pairs)
         except TimeoutError:
             self._limit = "seconds"
             if self._best() is not None:
@@ -177,8 +177,11 @@ class _Run:
             raise GatewayError(504, f"{text}; raise --max-seconds", kind="timeout", code="timeout") from None
         except CappyError as error:
             raise GatewayError(503, f"the scorer failed: {error}", kind="scorer_error", code="scorer_failed") from error
-        known = dict(zip(map(id, scorable), scores, strict=True))
-        return [scored(draw, known[id(draw)]) if id(draw) in known else draw for draw in draws]
+        known = {
+            id(draw): replace(draw, score=score, logit=logit)
+            for draw, (score, logit) in zip(scorable, ratings, strict=True)
+        }
+        return [known.get(id(draw), draw) for draw in draws]
 
     def _allowance(self, llm: Upstream, wanted: int, *, first: bool) -> Allowance:
         """How many of the wanted candidates the limits leave room for."""
@@ -223,12 +226,12 @@ class _Run:
 
 
 def _rank(draw: Draw) -> tuple[bool, bool, float]:
-    """Sorts the best first: whole responses by their score, then those cut at their limit, then what has no score.
+    """Sorts the best first: whole responses by their logit, then those cut at their limit, then what has no score.
 
     A scorer reads how good a text is as far as it goes, not whether the rest is missing; a client that gets half an
     answer although a whole one was there is worse off than with one answer alone.
     """
-    return draw.score is None, draw.status == "truncated", -(draw.score or 0.0)
+    return draw.logit is None, draw.status == "truncated", -(draw.logit or 0.0)
 
 
 def _values(draws: Sequence[Draw]) -> list[float]:

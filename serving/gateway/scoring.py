@@ -26,8 +26,10 @@ from cappy.untrusted import read_json
 from serving.gateway.errors import GatewayError
 
 Pair = tuple[str, str]
-Score = Callable[[Sequence[Pair]], Awaitable[Sequence[float]]]
-"""Scores of (instruction, response) pairs, in their order."""
+Rating = tuple[float, float]
+"""(score, logit): a sigmoid gives equal scores to large logits that differ, so candidates are ranked by these."""
+Score = Callable[[Sequence[Pair]], Awaitable[Sequence[float | Rating]]]
+"""Scores of (instruction, response) pairs, in their order, each with its logit if there is one."""
 
 PAIRS_PER_REQUEST = 1024
 PROBE: Pair = ("What is 1 + 1?", "2")
@@ -61,11 +63,16 @@ class Scoring:
 
     async def __call__(self, pairs: Sequence[Pair]) -> list[float]:
         """Finite scores, one per pair; GatewayError 500 where the scorer gives others."""
-        scores = list(await self.score(pairs))
-        if len(scores) != len(pairs) or not all(map(_is_finite, scores)):
+        return [score for score, _ in await self.rate(pairs)]
+
+    async def rate(self, pairs: Sequence[Pair]) -> list[Rating]:
+        """The same with their logits; a score without one is its own."""
+        found = await self.score(pairs)
+        ratings = [value if isinstance(value, tuple) else (value, value) for value in found]
+        if len(ratings) != len(pairs) or not all(_is_finite(value) for rating in ratings for value in rating):
             text = "the scorer answers what are no finite numbers, one per candidate; fetch or train it again"
             raise GatewayError(500, text, kind="scorer_error", code="scorer_bad_answer")
-        return [float(score) for score in scores]
+        return [(float(score), float(logit)) for score, logit in ratings]
 
 
 def load(spec: str, calibration: Path | None = None, key: str = "") -> Scoring:
@@ -91,8 +98,12 @@ def in_process(spec: str) -> Scoring:
     probe(Model(engine=ScorerEngine(scorer), name=spec, version=scorer.version, precision=scorer.precision))
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
 
-    async def score(pairs: Sequence[Pair]) -> Sequence[float]:
-        return await asyncio.get_running_loop().run_in_executor(worker, scorer.score, pairs)
+    def rate(pairs: Sequence[Pair]) -> list[Rating]:
+        logits = scorer.logits_of(pairs)
+        return list(zip(scorer.scores_of(logits), logits, strict=True))
+
+    async def score(pairs: Sequence[Pair]) -> Sequence[Rating]:
+        return await asyncio.get_running_loop().run_in_executor(worker, rate, pairs)
 
     async def close() -> None:
         worker.shutdown(wait=False, cancel_futures=True)
@@ -121,15 +132,15 @@ def over_http(url: str, key: str = "") -> Scoring:
     limits = httpx2.Limits(max_connections=max_connections(), max_keepalive_connections=20)
     client = httpx2.AsyncClient(timeout=SECONDS, limits=limits, **_with(async_settings(), headers))
 
-    async def ask(part: Sequence[Pair]) -> list[float]:
+    async def ask(part: Sequence[Pair]) -> list[Rating]:
         async with asyncio.timeout(SECONDS):
             answer = await client.post(address, json={"pairs": part}, extensions={MAX_BYTES: MAX_SCORES_BYTES})
         answer.raise_for_status()
         scores, current[0] = _scores(answer.content)
         return scores
 
-    async def score(pairs: Sequence[Pair]) -> Sequence[float]:
-        scores: list[float] = []
+    async def score(pairs: Sequence[Pair]) -> Sequence[Rating]:
+        scores: list[Rating] = []
         try:
             for start in range(0, len(pairs), PAIRS_PER_REQUEST):
                 scores += await ask(pairs[start : start + PAIRS_PER_REQUEST])
@@ -162,15 +173,26 @@ def _with(made: dict[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
     return {**made, "headers": {**made["headers"], **headers}}
 
 
-def _scores(body: bytes) -> tuple[list[float], str]:
-    """The scores and the scorer's version in an answer; ValueError for anything but finite numbers and a version."""
+def _scores(body: bytes) -> tuple[list[Rating], str]:
+    """The scores with their logits and the scorer's version in an answer; ValueError for anything else.
+
+    An earlier release's service gives no logits; its scores stand for them.
+    """
     values = read_json(body)
-    scores, version = (values.get(name) if isinstance(values, dict) else None for name in ("scores", "version"))
-    if not isinstance(scores, list) or not all(map(_is_finite, scores)):
-        raise ValueError("it does not answer finite numbers")
+    values = values if isinstance(values, dict) else {}
+    scores, version = _numbers(values.get("scores")), values.get("version")
+    logits = _numbers(values["logits"]) if "logits" in values else scores
+    if len(scores) != len(logits):
+        raise ValueError("it does not answer a logit for each score")
     if not isinstance(version, str) or not VERSION.fullmatch(version):
         raise ValueError("it does not answer a scorer's version")
-    return [float(score) for score in scores], version
+    return list(zip(scores, logits, strict=True)), version
+
+
+def _numbers(values: object) -> list[float]:
+    if not isinstance(values, list) or not all(map(_is_finite, values)):
+        raise ValueError("it does not answer finite numbers")
+    return [float(value) for value in values]
 
 
 def _is_finite(value: object) -> bool:

@@ -40,8 +40,8 @@ Read = tuple[str, Status, list[float]]
 class Draw:
     """One candidate: the choice as the server sent it, what the record keeps of it, and its score once it has one.
 
-    `score` is the scorer's, `value` what it is worth by the calibration as the best of all that were scored so far (the
-    score itself without one).
+    `score` is the scorer's, `logit` the score before its activation, which candidates are ranked by, `value` what the
+    score is worth by the calibration as the best of all that were scored so far (the score itself without one).
     """
 
     choice: Mapping[str, Any]
@@ -54,6 +54,7 @@ class Draw:
     num_tokens: int | None = None
     score: float | None = None
     value: float | None = None
+    logit: float | None = None
 
     @property
     def scorable(self) -> bool:
@@ -345,11 +346,6 @@ def _without(body: bytes, authorization: str) -> bytes:
         if len(key) >= SHORTEST:
             body = body.replace(key.encode("latin-1", "replace"), b"***")
     return body
-
-
-def scored(draw: Draw, score: float) -> Draw:
-    """The candidate with its score."""
-    return replace(draw, score=score)
 
 
 def valued(draws: Sequence[Draw], worth: Worth) -> list[Draw]:

@@ -10,7 +10,9 @@ from cappy.annotation import AnnotationConfig, rouge_l, run
 from cappy.annotation.labels import Labelling, annotate
 from cappy.annotation.metrics import load
 from cappy.annotation.mismatches import NEARLY_RIGHT
+from cappy.annotation.rouge import partly_visible
 from cappy.annotation.rows import Row, regression_rows
+from cappy.cli.steps import summary
 from cappy.config import build
 from cappy.errors import ConfigError, RecordError
 from cappy.records import Candidate, Instance, Manifest, read, read_manifest, write
@@ -189,6 +191,91 @@ def test_what_rouge_l_cannot_see_and_mismatches_not_found_are_counted(tmp_path: 
     # Counted once, also where the parts are there already.
     run(AnnotationConfig(source=tmp_path / "in", target=tmp_path / "again", work=tmp_path / "work", part_rows=2))
     assert read_manifest(tmp_path / "again").metrics == metrics
+
+
+@pytest.mark.parametrize(
+    ("text", "partly"),
+    [
+        ("2008年北京奥运会", True), ("iPhone 15 発売", True), ("naïve", True), ("5 m²", True), ("e\u0301te", True),
+        ("COVID-19 пандемия", True), ("हिन्दी 5", True), ("３ cats", True), ("İstanbul", True),
+        ("the cat", False), ("", False), ("привет", False), ("日本", False), ("“the” cat – 5 €, ok…", False),
+        ("5 → 6 😀", False),
+        ("\u212aelvin", False),
+    ],
+)  # fmt: skip
+def test_what_rouge_l_sees_only_a_part_of_is_counted_and_said(tmp_path: Path, text: str, partly: bool) -> None:
+    """C11: whether it stands in a reference or in a response; the label stays rouge_score's."""
+    assert partly_visible(text) == partly
+    others = [generation(str(n), f"cat {n}", f"cats {n}") for n in range(3)]
+    for name, own in (("reference", generation("x", text or "cat", "dog")), ("response", generation("x", "dog", text))):
+        write(tmp_path / name, [*others, own])
+        config = AnnotationConfig(source=tmp_path / name, target=tmp_path / f"{name}-out", work=tmp_path / "work")
+        manifest = run(config)
+        assert manifest.metrics.get("partly_invisible_to_rougeL", 0) == partly
+        line = (
+            "1 of 4 (25.0 %) instances have a reference or response of which Rouge-L sees only a part, for it sees "
+            "[a-z0-9] alone; annotate with --metric rougeL_unicode or chrf"
+        )
+        assert (line in manifest.facts.get("cautions", ())) == partly
+        assert (f"caution   {line}" in summary(manifest, config.target, 1.0)) == partly
+
+
+def test_other_metrics_do_not_count_what_rouge_l_sees(tmp_path: Path) -> None:
+    write(tmp_path / "in", [generation("x", "2008年北京奥运会", "2008年上海世博会")])
+    found = {}
+    for metric in ("rougeL", "chrf", "rougeL_unicode", "0.5*rougeL+0.5*chrf"):
+        config = AnnotationConfig(
+            source=tmp_path / "in", target=tmp_path / metric, work=tmp_path / "work", metric=metric, mismatches=0
+        )
+        found[metric] = (run(config).metrics.get("partly_invisible_to_rougeL"), next(read(config.target)).candidates[1])
+    assert [count for count, _ in found.values()] == [1, None, None, 1]
+    labels = [candidate.labels[metric] for metric, (_, candidate) in found.items()]
+    assert labels[0] == 1.0, "rouge_score's own value"
+    assert max(labels[1:3]) < 0.7
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "<think>It could be Rome.</think>Paris", "<think>\nIt could be Rome", "It could be Rome.</think>\nParis",
+        "<thinking>Rome?</thinking>Paris", "<reasoning>Rome?</reasoning> Paris", "[THINK]Rome?[/THINK]Paris",
+        "<|channel|>analysis<|message|>Rome?<|end|><|start|>assistant<|channel|>final<|message|>Paris",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("metric", ["rougeL", "exact_match", "given"])
+def test_reasoning_in_responses_is_counted_and_said_once(tmp_path: Path, response: str, metric: str) -> None:
+    """C10: whatever the metric; only in LLMs' responses."""
+    given = [
+        replace(
+            generation(str(n), "Paris <think>", *(response if n == k == 0 else f"Rome {n} {k}" for k in range(4))),
+            candidates=tuple(
+                Candidate(response=response if n == k == 0 else f"Rome {n} {k}", labels={"given": 0.5})
+                for k in range(4)
+            ),
+        )
+        for n in range(5)
+    ]
+    write(tmp_path / "in", given)
+    config = AnnotationConfig(
+        source=tmp_path / "in", target=tmp_path / "out", work=tmp_path / "work", part_rows=2, metric=metric
+    )
+    manifest = run(config)
+    assert (manifest.metrics["with_reasoning"], manifest.metrics["responses"]) == (1, 20)
+    line = (
+        "1 of 20 (5.0 %) responses hold reasoning such as <think>...</think>, which the metric compares too; sample "
+        "with --strip-reasoning"
+    )
+    assert list(manifest.facts["cautions"]) == [line]
+    assert summary(manifest, config.target, 1.0).count(line) == 1
+
+
+def test_what_only_looks_like_reasoning_is_none(tmp_path: Path) -> None:
+    write(
+        tmp_path / "in", [generation("x", "Paris", "I think Paris", "think > Paris", "x < thinking", "analysis: Paris")]
+    )
+    manifest = run(AnnotationConfig(source=tmp_path / "in", target=tmp_path / "out", work=tmp_path / "work"))
+    assert "with_reasoning" not in manifest.metrics
+    assert "cautions" not in manifest.facts
 
 
 @pytest.mark.parametrize("shard", ["4/4", "1", "-1/2", "1/0", "0/5000", "a/b"])

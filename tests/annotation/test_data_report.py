@@ -29,6 +29,7 @@ from cappy.annotation.report.page import render
 from cappy.annotation.report.pools import measured
 from cappy.annotation.report.record import QUANTILES, Pools
 from cappy.annotation.report.text import MOST_ROWS, WIDTH
+from cappy.annotation.rouge import partly_visible
 from cappy.errors import ConfigError, FolderError, RecordError
 from cappy.evaluation import evaluate
 from cappy.records import Candidate, Instance, prompt_hash, read, read_batches, write
@@ -36,7 +37,7 @@ from cappy.records.instance import SOURCES, SPLITS, STATUSES
 from cappy.records.schema import SCHEMA, from_batch, to_table
 
 LABELS = (0.0, 1.0, 0.05, 0.5, 1 / 3, 0.95, 1e-12, 1 - 2**-53)
-TEXTS = ("", " \n", "yes", "no", "The cat\u00a0sat.", "猫 が\u3000いる", "a" * 3000, "two  words")
+TEXTS = ("", " \n", "yes", "no", "5 猫", "The cat\u00a0sat.", "猫 が\u3000いる", "a" * 3000, "two  words")
 
 
 def candidate(response: str = "yes", label: float = 0.5, **values: Any) -> Candidate:
@@ -163,6 +164,11 @@ def check(report: DataReport, given: Sequence[Instance], metric: str) -> None:
         assert repetition.in_several_splits == sum(len(where) > 1 for where in splits.values())
     seen = [any(re.search("[a-z0-9]", reference.lower()) for reference in i.references) for i in given]
     assert report.invisible_to_rouge_l == seen.count(False)
+    partly = [
+        any(map(partly_visible, (*i.references, *(c.response for c in i.candidates if c.source == "llm"))))
+        for i in given
+    ]
+    assert report.partly_invisible_to_rouge_l == partly.count(True)
 
 
 def check_lengths(report: DataReport, given: Sequence[Instance], responses: Sequence[str]) -> None:
@@ -348,10 +354,13 @@ def test_references_that_rouge_l_cannot_see_are_those_that_annotation_counts(tmp
     texts = ("привет", "hello", "мир 5", "日本", "K", "İ", "ſ", "Éé")
     given = [instance(text, candidate(text), references=(text, "…")) for text in texts]
     write(tmp_path / "source", given)
-    run(AnnotationConfig(source=tmp_path / "source", target=tmp_path / "done", work=tmp_path / "work"))
+    manifest = run(AnnotationConfig(source=tmp_path / "source", target=tmp_path / "done", work=tmp_path / "work"))
     report = write_report(tmp_path / "done", tmp_path / "report")
     assert report.metric == "rougeL"
     assert report.invisible_to_rouge_l == 4
+    assert report.partly_invisible_to_rouge_l == 2
+    assert "2 of 8 instances (25.0%) have a reference or response of which Rouge-L sees only a part" in to_text(report)
+    assert (manifest.metrics["invisible_to_rougeL"], manifest.metrics["partly_invisible_to_rougeL"]) == (4, 2)
     assert "4 of 8 instances (50.0%) have no reference that Rouge-L can see" in to_text(report)
     assert "Rouge-L can see" not in to_text(replace(report, metric="rougeL_unicode"))
 

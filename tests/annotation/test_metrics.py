@@ -1,5 +1,7 @@
 """Metrics by name: what each sees, that all stay within 0 and 1, and how they mix."""
 
+import re
+import string
 from functools import partial
 from pathlib import Path
 
@@ -90,10 +92,48 @@ def test_what_rouge_l_calls_equal_is_not_equal_to_the_stricter_metrics() -> None
         ("cat", "dog", 0.0),
         ("the", "!", 1.0),
         ("cat", "", 0.0),
+        pytest.param("$500", "500", 1.0, id="C8"),
+        pytest.param("C++", "C", 1.0, id="C9"),
+        ("50%", "50", 1.0),
+        ("1,000", "1000", 1.0),
+        ("«Paris»", "Paris", 0.0),
+        ("¿Paris", "Paris", 0.0),
+        ("5 €", "5", 2 / 3),
+        ("x=y", "xy", 1.0),
     ],
 )
 def test_token_f1_counts_words_in_any_order(reference: str, response: str, expected: float) -> None:
     assert token_f1([reference], response) == pytest.approx(expected)
+
+
+def squad_f1(reference: str, response: str) -> float:
+    """F1 by the rules of SQuAD's evaluation script, said once more and as plainly as can be."""
+
+    def tokens(text: str) -> list[str]:
+        kept = "".join(character for character in text.lower() if character not in set(string.punctuation))
+        return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+
+    gold, predicted = tokens(reference), tokens(response)
+    same = sum(min(gold.count(word), predicted.count(word)) for word in set(gold))
+    if not gold or not predicted:
+        return float(gold == predicted)
+    if same == 0:
+        return 0.0
+    precision, recall = 1.0 * same / len(predicted), 1.0 * same / len(gold)
+    return (2 * precision * recall) / (precision + recall)
+
+
+squad_texts = st.lists(
+    st.sampled_from(
+        ["the", "A", "an", "cat", "C++", "$500", "500", "a–b", "l'an", "«x»", "x", "été", "日本", "!", "\u0345"]
+    )
+).map(" ".join)
+
+
+@given(squad_texts | texts, squad_texts | texts)
+def test_token_f1_is_that_of_squads_script_to_the_last_bit(reference: str, response: str) -> None:
+    """C8, C9."""
+    assert token_f1([reference], response) == squad_f1(reference, response)
 
 
 @given(plain, plain)

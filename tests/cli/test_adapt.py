@@ -16,10 +16,13 @@ import pipelines
 from cappy.cli.adapt import adapt, generators_for
 from cappy.cli.outcome import facts, step_told, told
 from cappy.cli.pipeline import NAMES, per_step
+from cappy.cli.steps import summary
+from cappy.config import build
 from cappy.errors import ConfigError
 from cappy.evaluation import evaluate
 from cappy.records import Candidate, Instance, Manifest, write
 from cappy.records.folder import describe_files, write_manifest
+from cappy.sampling import SamplingConfig
 from pipelines.adapt import plan
 from pipelines.local import Outcome
 
@@ -105,18 +108,49 @@ def test_a_hold_is_told_with_its_reasons_and_the_challengers_command(make_outcom
     assert text.endswith("serve it  cappy serve --scorer models:/mine@challenger")
 
 
-@pytest.mark.parametrize(("best_update", "kept"), [(0, True), (9, False)])
-def test_training_that_improved_nothing_is_told(
-    make_outcome: Callable[..., Outcome], tmp_path: Path, best_update: int, kept: bool
+@pytest.mark.parametrize("because", ["9 updates, kept the scorer that training started from: it was better", ""])
+def test_why_training_kept_other_weights_than_the_last_is_shown_at_the_end(
+    make_outcome: Callable[..., Outcome], tmp_path: Path, because: str
 ) -> None:
     outcome = make_outcome("hold")
     trained = tmp_path / "finetuning"
     trained.mkdir()
-    write_manifest(trained, Manifest(step="finetuning", files=(), metrics={"best_update": best_update, "updates": 9}))
+    made = {"kept": "start" if because else "last", "kept_because": because}
+    manifest = Manifest(step="finetuning", files=(), metrics={"updates": 9}, facts=made)
+    write_manifest(trained, manifest)
     outcome = replace(outcome, outputs={**outcome.outputs, "finetuning": trained})
     found = facts(outcome)
-    assert found["training"] == {"best_update": best_update, "updates": 9}
-    assert ("no check was better than the scorer that training started from" in told(outcome, found)) == kept
+    assert found["training"] == {"updates": 9, **made}
+    lines = [line for line in told(outcome, found).splitlines() if line.startswith("training")]
+    assert lines == ([f"training  {because}"] if because else [])
+    assert step_told(manifest, trained) == lines
+    assert summary(manifest, trained, 1.0).splitlines()[:-1] == lines
+    assert "updates 9" in summary(manifest, trained, 1.0)
+
+
+def test_d7_adapt_with_an_endpoint_and_no_strategy_draws_what_an_endpoint_can() -> None:
+    def drawn(*generator: str) -> set[tuple[str, int]]:
+        wanted = plan(source="tasks.jsonl", generator=generator)["sampling"]
+        decodings = build(SamplingConfig, {**wanted, "source": "in", "target": "out"}).decodings
+        return {(one.name, one.max_new_tokens) for one in decodings}
+
+    assert drawn("openai:m@http://h/v1") == {("temperature0", 512), ("sampling", 512), ("topp0.95", 512)}
+    assert ("beam4", 64) in drawn("builtin")
+
+
+def test_d2_and_c10_what_sampling_did_not_get_and_reasoning_are_told_by_adapt_too(
+    make_outcome: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    outcome = make_outcome("hold")
+    sampled = tmp_path / "sampling"
+    sampled.mkdir()
+    metrics = {"sampled": 40, "failed": 3, "reasoning": 30}
+    unanswered = {"openai:m@http://h/v1": {"400 too long": 1, "400 too odd": 2}}
+    write_manifest(sampled, Manifest(step="sampling", files=(), metrics=metrics, facts={"unanswered": unanswered}))
+    text = told(outcome, facts(replace(outcome, outputs={**outcome.outputs, "sampling": sampled})))
+    assert "openai:m@http://h/v1 left 3 candidates without an answer; 2 of them: 400 too odd\n" in text
+    assert "sampling  30 of 40 responses hold reasoning" in text
+    assert "hold reasoning" not in told(outcome, facts(outcome))
 
 
 def test_the_facts_are_json_with_the_reports_numbers(make_outcome: Callable[..., Outcome]) -> None:
@@ -171,7 +205,8 @@ def test_instances_without_responses_and_without_an_llm_are_wrong_usage(here: Ca
 
 def test_the_flags_have_the_defaults_of_the_plan_and_the_pipelines_their_names() -> None:
     flags, planned = inspect.signature(adapt).parameters, inspect.signature(plan).parameters
-    for name in ("strategy", "scorer", "metric", "name", "margin", "seed", "tracking_uri"):
+    seeds = ("seed", "split_seed", "sampling_seed", "training_seed")
+    for name in ("strategy", "scorer", "metric", "name", "margin", "tracking_uri", *seeds):
         assert flags[name].default == planned[name].default, name
     assert flags["instances"].default == planned["source"].default
     assert set(NAMES) == set(pipelines.PIPELINES)
@@ -184,6 +219,31 @@ def test_settings_of_any_step_are_read_as_json_or_text() -> None:
         "preparation": {"task": "a=b"},
         "sampling": {"generator": ["x"]},
     }
+
+
+def test_adapt_ends_with_the_cautions_of_its_steps(make_outcome: Callable[..., Outcome], tmp_path: Path) -> None:
+    """D8, C10, C11: in the table's lines and in the JSON."""
+    outcome = make_outcome("hold")
+    counts: dict[str, dict[str, float]] = {
+        "sampling": {"sampled": 320, "truncated": 32},
+        "annotation": {"instances": 40, "responses": 320, "with_reasoning": 8, "partly_invisible_to_rougeL": 2},
+    }
+    folders = {}
+    for step, metrics in counts.items():
+        folders[step] = tmp_path / step
+        folders[step].mkdir()
+        config = {"decodings": [{"max_new_tokens": 64}]}
+        write_manifest(folders[step], Manifest(step=step, files=(), config=config, metrics=metrics))
+    assert "cautions" not in facts(outcome)
+    outcome = replace(outcome, outputs={**folders, **outcome.outputs})
+    found = facts(outcome)
+    cut, reasoning, partly = found["cautions"]
+    assert cut.startswith("32 of 320 responses (10.0 %) were cut at 64 new tokens; sample with --max-new-tokens 512 ")
+    assert reasoning.startswith("8 of 320 (2.5 %) responses hold reasoning")
+    assert partly.startswith("2 of 40 (5.0 %) instances have a reference or response of which Rouge-L sees only a part")
+    assert [line for line in told(outcome, found).splitlines() if line.startswith("caution")] == [
+        f"caution   {text}" for text in (cut, reasoning, partly)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_the_flag_prints_and_neither_asks_nor_writes(tmp_path: Path, cappy: Capp
         (values,) = json.loads(cappy(*flags, "endpoint8", "--json").stdout)
         beams = cappy(*flags, "beam4")
     assert "requests   480 at most, 180 if the endpoint takes n" in told
-    assert "cost       0.06\n" in told
+    assert "cost       0.49\n" in told  # 480 responses of at most 512 tokens
     assert values["requests"] == 480
     assert beams.returncode == 1
     assert "an endpoint cannot do beam4" in beams.stderr

@@ -32,7 +32,46 @@ def test_score_keeps_order_and_fields_across_chunks_and_gives_the_scorers_number
     assert answers == given
     assert scores == pytest.approx(Scorer.load(str(scorer_folder)).score(PAIRS), abs=1e-4)
     assert len(set(scores)) > 10
-    assert done.stderr == ""
+    assert done.stderr == (
+        "cappy score: 287 of 300 pairs are longer than the scorer's 48 tokens: cut, 286 responses lost their end\n"
+    ), "A4: once, with its count"
+
+
+def test_a4_nothing_is_said_where_nothing_is_cut(here: Cappy, tmp_path: Path) -> None:
+    for verb, field in (("score", "response"), ("select", "responses")):
+        line: dict[str, object] = {"instruction": "Say yes.", field: "yes" if verb == "score" else ["yes", "no"]}
+        (tmp_path / "line.jsonl").write_text(jsonl([line]))
+        done = here(verb, "--scorer", "builtin", "--source", tmp_path / "line.jsonl")
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a5_select_ranks_by_logits_where_the_sigmoid_is_1_for_several(here: Cappy, saturated: Path) -> None:
+    flags = [word for text in saturated_responses(saturated) for word in ("--response", text)]
+    best = saturated_responses(saturated)[-1]
+    assert here("select", "--scorer", saturated, "--instruction", "Say.", *flags).stdout.splitlines()[-1] == best
+    rows = saturated.parent / "rows.jsonl"
+    rows.write_text(jsonl([{"instruction": "Say.", "responses": saturated_responses(saturated)}]))
+    answer = json.loads(here("select", "--scorer", saturated, "--source", rows).stdout)
+    assert (answer["selected"], answer["response"]) == (2, best)
+    assert answer["scores"] == [1.0, 1.0, 1.0]
+
+
+@pytest.fixture
+def saturated(make_scorer: Callable[..., Path], tmp_path: Path) -> Path:
+    """A scorer whose logits lie far above 36, where a sigmoid in fp64 is 1 for all."""
+    scorer = Scorer.load(str(make_scorer(seed=41)), device="cpu", precision="fp32")
+    scorer.model.classifier.out_proj.bias.data += 60
+    scorer.save(tmp_path / "saturated")
+    return tmp_path / "saturated"
+
+
+TEXTS = ["yes", "no no", "perhaps it is"]
+
+
+def saturated_responses(folder: Path) -> list[str]:
+    """Three responses, the worst first."""
+    logits = Scorer.load(str(folder)).logits_of([("Say.", text) for text in TEXTS])
+    return [TEXTS[index] for index in sorted(range(len(TEXTS)), key=logits.__getitem__)]
 
 
 def test_select_adds_the_index_the_text_and_all_scores(here: Cappy, scorer_folder: Path, tmp_path: Path) -> None:

@@ -243,4 +243,11 @@ def test_our_own_pretraining_differs_from_the_published_one_in_its_training_alon
     assert published["preparation"] == ours["preparation"]
     assert published["sampling"] == ours["sampling"]
     own = computed(read_recipe(RECIPES / "pretrain-360m-listwise.yaml"))["pretraining"]
-    assert (own.preset, own.head, own.listwise, own.unit, own.keep) == ("default", "bce", 1.0, "instance", "best")
+    assert (own.preset, own.head, own.listwise, own.unit) == ("default", "bce", 1.0, "instance")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("pretrain-*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_that_reports_on_validation_does_not_stop_by_it(path: Path) -> None:
+    found = computed(read_recipe(path))
+    assert found["evaluation"].split == "validation"
+    assert found["pretraining"].keep == "last"

@@ -155,7 +155,7 @@ def test_a_bad_row_is_named_by_line_field_and_value(refuse: Refuse, row: Any, me
         (b"instruction\treference", "in.jsonl:1: is not JSON (Expecting value: line 1 column 1 (char 0)), got 'inst"),
         (b"[" * 100_000, "in.jsonl:1: is not JSON (maximum recursion depth exceeded"),
         (b'\n{"instruction": "\xe9"}', "in.jsonl:2: is not UTF-8 (byte 18 of the line); save it as UTF-8"),
-        ("{}".encode("utf-16"), "in.jsonl:1: is not UTF-8 (byte 1 of the line); save it as UTF-8"),
+        ("{}".encode("utf-16-le"), "in.jsonl: is UTF-16LE without the mark at its beginning; save it as UTF-8: iconv"),
         (
             b"",
             "in.jsonl: holds no instances; give at least one row with instruction and reference",
@@ -226,7 +226,9 @@ def test_a_bad_csv_file_is_named_by_the_line_where_the_row_begins(refuse: Refuse
 
 def test_a_csv_file_that_is_not_utf_8_is_named_by_line(refuse: Refuse) -> None:
     Path("in.csv").write_bytes(b"instruction,reference\nna\xefve,b\n")
-    assert refuse("in.csv") == "in.csv:2: is not UTF-8 (byte 3 of the line); save it as UTF-8"
+    assert refuse("in.csv") == (
+        "in.csv:2: is not UTF-8 (byte 3 of the line); save it as UTF-8: iconv -f WINDOWS-1252 -t UTF-8 in.csv > NEW"
+    )
 
 
 def test_a_bad_parquet_file_is_named_by_row(refuse: Refuse) -> None:

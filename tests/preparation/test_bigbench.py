@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cappy.errors import RecordError
-from cappy.preparation.bigbench import MAX_EXAMPLES, Task, split_rows
+from cappy.errors import FolderError, RecordError
+from cappy.preparation.bigbench import MAX_EXAMPLES, Shares, Task, split_rows
 from cappy.records import Instance, Manifest
 
 Prepare = Callable[..., tuple[Manifest, list[Instance]]]
@@ -91,9 +91,9 @@ def test_a_prompt_stands_once_whatever_its_case_and_task(prepare: Prepare, tmp_p
 @given(st.integers(1, 60), st.floats(0, 0.5), st.integers(0, 3))
 def test_every_row_has_one_split_and_the_draw_hangs_on_the_seed(count: int, validation: float, seed: int) -> None:
     rows = [(f"w{n}", {"instruction": f"i{n}"}) for n in range(count)]
-    found = list(split_rows(Task(name="t", rows=rows), seed=seed, validation=validation))
+    found = list(split_rows(Task(name="t", rows=rows), seed=seed, shares=Shares(validation=validation)))
     assert [where for where, _ in found] == [where for where, _ in rows]
-    assert found == list(split_rows(Task(name="t", rows=rows), seed=seed, validation=validation))
+    assert found == list(split_rows(Task(name="t", rows=rows), seed=seed, shares=Shares(validation=validation)))
     splits = Counter(values["split"] for _, values in found)
     assert splits["train"] >= 1
     assert splits["test"] == min(max(16, count // 5), count - 1)
@@ -101,7 +101,9 @@ def test_every_row_has_one_split_and_the_draw_hangs_on_the_seed(count: int, vali
 
 def test_a_split_keeps_at_most_fifty_thousand() -> None:
     rows = [(str(n), {"instruction": str(n)}) for n in range(70_000)]
-    splits = Counter(values["split"] for _, values in split_rows(Task(name="t", rows=rows), seed=0, validation=0))
+    splits = Counter(
+        values["split"] for _, values in split_rows(Task(name="t", rows=rows), seed=0, shares=Shares(validation=0))
+    )
     assert splits == {"train": MAX_EXAMPLES, "test": 14_000}
 
 
@@ -161,3 +163,53 @@ def test_json_lines_under_the_name_json_stay_json_lines(prepare: Prepare, json_l
         {"instruction": "Add.", "reference": "1"}, {"instruction": "Sum.", "reference": "1"}, name="d.json"
     )
     assert len(prepare(path, test=0, validation=0)[1]) == 2
+
+
+def hard(path: Path, count: int, **more: Any) -> Path:
+    """A file as BIG-Bench-Hard has it: no name, no prefixes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    examples = [{"input": f"{path.stem} {number}?", "target": "(A)"} for number in range(count)]
+    path.write_text(json.dumps({"canary": "c", "examples": examples, **more}))
+    return path
+
+
+def test_b3_a_task_without_a_name_is_called_after_its_file_or_by_the_flag(prepare: Prepare, tmp_path: Path) -> None:
+    path = hard(tmp_path / "bbh/navigate.json", 40)
+    assert {one.task for one in prepare(path)[1]} == {"navigate"}
+    assert {one.task for one in prepare(path, task="steps")[1]} == {"steps"}
+    named = task(tmp_path / "tense/task.json", sums(40))
+    assert {one.task for one in prepare(named)[1]} == {"tense"}
+    assert {one.task for one in prepare(named, task="other")[1]} == {"other"}
+    unnamed = hard(tmp_path / "inner/task.json", 40)
+    assert {one.task for one in prepare(unnamed)[1]} == {"inner"}
+
+
+def test_b3_a_folder_of_json_tasks_is_read_task_by_task(prepare: Prepare, tmp_path: Path) -> None:
+    for name in ("navigate", "snarks", "word_sorting"):
+        hard(tmp_path / f"bbh/{name}.json", 50)
+    _, found = prepare(tmp_path / "bbh", validation=0)
+    splits = Counter((one.task, one.split) for one in found)
+    assert splits == {
+        (name, split): count
+        for name in ("navigate", "snarks", "word_sorting")
+        for split, count in (("test", 16), ("train", 34))
+    }
+    (tmp_path / "bbh/rows.json").write_text('{"instruction": "a", "reference": "b"}\n')
+    with pytest.raises(FolderError, match=r"rows.json: is no BIG-bench task, others in its folder are"):
+        prepare(tmp_path / "bbh")
+
+
+def test_b8_the_shares_that_are_held_out_of_a_task_are_those_of_the_flags(prepare: Prepare, tmp_path: Path) -> None:
+    path = hard(tmp_path / "navigate.json", 100)
+    for test, validation, splits in (
+        (0.5, 0.1, {"test": 50, "validation": 5, "train": 45}),
+        (0.0, 0.0, {"train": 100}),
+        (0.2, 0.0, {"test": 20, "train": 80}),
+    ):
+        assert Counter(one.split for one in prepare(path, test=test, validation=validation)[1]) == splits
+
+
+def test_b3_other_fields_of_an_example_are_named(prepare: Prepare, tmp_path: Path) -> None:
+    examples = [{"input": f"{n}?", "target": "x", "level": 3} for n in range(20)]
+    manifest, _ = prepare(hard(tmp_path / "navigate.json", 0, examples=examples))
+    assert manifest.facts["unused"] == {"columns": ["level"]}

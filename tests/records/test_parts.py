@@ -74,6 +74,27 @@ def test_shards_hold_every_row_once_and_are_of_one_size(total: int, count: int) 
     ]
 
 
+def test_a_finished_part_is_done_again_where_its_counts_say_so(tmp_path: Path) -> None:
+    write(tmp_path / "in", some(6))
+    done: list[str] = []
+
+    def noted(part: list[Instance]) -> list[Instance]:
+        done.extend(instance.instance_id for instance in part)
+        return part
+
+    def again(counts: Mapping[str, int]) -> bool:
+        return counts["even"] == 2
+
+    for _ in range(2):
+        parts = process_folder(
+            tmp_path / "in", tmp_path / "work", noted, rows=range(6), part_rows=3, progress=silent, count=even,
+            again=again,
+        )  # fmt: skip
+        assert parts.counts == {"even": 3}
+    # Rows 0 to 2 hold two even ones.
+    assert done == ["0", "1", "2", "3", "4", "5", "0", "1", "2"]
+
+
 def test_workers_write_what_one_process_writes(tmp_path: Path) -> None:
     write(tmp_path / "f", some(20), part_rows=6)
     told: list[int] = []

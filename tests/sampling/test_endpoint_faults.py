@@ -12,11 +12,11 @@ from scripted_server import Reply, Script, prompt_of, refusing, saying, scripted
 from cappy.errors import ConfigError, GeneratorError
 from cappy.records import Candidate, Instance, Manifest, read, write
 from cappy.sampling import SamplingConfig, run
-from cappy.sampling.accounts import remarks
+from cappy.sampling.cautions import cautions
 from cappy.sampling.endpoint import Endpoint
 from cappy.sampling.endpoint.addresses import base_address, join_path, key_headers
 from cappy.sampling.endpoint.cache import key_of
-from cappy.sampling.endpoint.standing import PROBE, STREAK
+from cappy.sampling.endpoint.faults import PROBE, STREAK
 from cappy.sampling.paid import Terms
 from cappy.sampling.strategies import GREEDY, Decoding
 from cappy.specs import parse_spec
@@ -104,6 +104,7 @@ def test_d1_a_word_for_a_whole_response_or_none_at_all_is_an_answer() -> None:
         ],
         *[(word, "truncated") for word in ("length", "max_tokens", "MAX_TOKENS", "model_length")],
         *[(word, "filtered") for word in ("content_filter", "SAFETY", "guardrail_intervened", "content_filtered")],
+        *[(word, "ok") for word in ("endoftext", "stop-sequence", "null", "None")],
         ("refusal", "refused"),
     ):
         ((candidate,),), _ = sample(Script(lambda body, finish=finish: (200, saying("text", finish))), ["hello"])  # type: ignore[misc]
@@ -119,8 +120,11 @@ def test_d1_an_instruction_whose_answer_always_breaks_off_fails_alone() -> None:
     drawn, tally = sample(Script(reply), ["broken", *(f"p{n}" for n in range(30))], concurrency=2, retries=1)
     assert [group[0].status for group in drawn] == ["failed", *["ok"] * 30]
     assert [name for name in tally if "finish_reason: 'error'" in name]
+    # Also where it is the last one, and nothing but a plain question is answered beside it.
+    ((alone,),), _ = sample(Script(reply), ["broken"], retries=1)
+    assert alone.status == "failed"
     with pytest.raises(GeneratorError, match="finish_reason: 'error' after 2 attempts"):
-        sample(Script(reply), ["broken"], retries=1)
+        sample(Script(lambda body: (200, saying("half", "error"))), ["one"], retries=1)
 
 
 def test_d1_an_error_under_status_200_is_judged_by_the_code_that_it_states() -> None:
@@ -178,8 +182,9 @@ def test_d2_failures_below_the_limit_are_kept_with_their_words_and_asked_again_b
         assert manifest.metrics["failed"] == 1
         ((words, count),) = manifest.facts["unanswered"][spec].items()
         assert (count, "maximum context length is 2048" in words) == (1, True)
-        assert any("400 'max_tokens'" in line for line in remarks(manifest))
-        assert any("the same command asks for them again" in line for line in remarks(manifest))
+        said = cautions(manifest.metrics, manifest.config, manifest.facts)
+        assert any("400 'max_tokens'" in line for line in said)
+        assert any("cappy sampling asks for them again" in line for line in said)
         asked = len(script.bodies)
         refuse = False
         again = run(config)
@@ -216,6 +221,14 @@ def test_d2_many_refusals_in_a_row_do_not_end_a_run_whose_endpoint_answers_a_pla
 
     drawn, _ = sample(Script(reply), [*(f"prompt {n}" for n in range(50)), "last"], concurrency=1)
     assert [group[0].status for group in drawn] == [*["failed"] * 50, "ok"]
+
+
+def test_d2_with_max_failed_1_a_run_of_refusals_alone_ends_well(tmp_path: Path) -> None:
+    script = Script(lambda body: (400, refusing(TOO_LARGE)))
+    manifest, drawn = step(script, tmp_path, [f"prompt {n}" for n in range(30)], max_failed=1.0)
+    assert manifest.metrics["failed"] == 30
+    assert {one.status for one in drawn} == {"failed"}
+    assert PROBE not in map(prompt_of, script.bodies)
 
 
 def test_d2_the_key_does_not_stand_in_the_words_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +310,12 @@ def test_d3_what_is_about_all_requests_ends_the_run_at_the_first(status: int, bo
     assert len(script.bodies) == 1
 
 
+def test_d3_an_outage_of_the_filter_is_tried_again() -> None:
+    answers = iter([(503, refusing("the moderation service is away")), (200, saying("whole"))])
+    ((candidate,),), _ = sample(Script(lambda body: next(answers)), ["one"])
+    assert candidate.status == "ok"
+
+
 def test_d3_a_key_that_is_taken_back_under_way_ends_the_run() -> None:
     script = Script(lambda body: (200, saying("whole")) if len(script.bodies) <= 5 else (403, refusing("revoked")))
     with pytest.raises(
@@ -333,6 +352,18 @@ def test_d4_of_two_knobs_that_do_not_go_together_the_neutral_one_goes(param: str
         sample(Script(reply), ["one"], [Decoding(name="both", temperature=0.7, top_p=0.9)])
 
 
+def test_d4_a_server_that_names_only_one_of_two_knobs_is_asked_once_more_without_the_neutral_one() -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        refused = len(knobs(body)) == 2
+        return (400, refusing("top_p cannot be set here", param="top_p")) if refused else (200, saying("whole"))
+
+    script = Script(reply)
+    ((*drawn,),), _ = sample(script, ["one"], [Decoding(name="nucleus", top_p=0.9), GREEDY], concurrency=1)
+    assert {one.status for one in drawn} == {"ok"}
+    taken = [knobs(body) for body in script.bodies if len(knobs(body)) == 1]
+    assert sorted(map(str, taken)) == sorted(map(str, [{"top_p": 0.9}, {"temperature": 0.0}]))
+
+
 def test_d4_greedy_is_never_drawn_without_its_temperature(tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         words = (
@@ -362,7 +393,7 @@ def test_d4_a_knob_beyond_openais_goes_only_where_it_is_off(knob: str) -> None:
 
 @pytest.mark.parametrize("status", [400, 403, 404, 422, 501])
 def test_d5_a_model_that_gives_no_logprobs_is_asked_without_them(status: int) -> None:
-    words = "You are not allowed to request logprobs from this model"
+    words = "You are not allowed to request logprobs from this model" if status != 422 else "no log probabilities here"
     script = Script(lambda body: (status, refusing(words)) if body.get("logprobs") else (200, saying("whole")))
     drawn, tally = sample(script, ["one", "two"], concurrency=1)
     assert [group[0].status for group in drawn] == ["ok", "ok"]
@@ -508,7 +539,7 @@ def test_c10_reasoning_is_counted_and_told_and_stripped_on_demand(tmp_path: Path
     manifest, drawn = step(Script(reply), tmp_path, prompts)
     assert [one.response for one in drawn] == [THINKING, "<think>It could be", "Paris"]
     assert manifest.metrics["reasoning"] == 2
-    (line,) = remarks(manifest)
+    _cut, line = cautions(manifest.metrics, manifest.config, manifest.facts)
     assert "2 of 3 responses hold reasoning" in line
     assert "--strip-reasoning removes it" in line
     stripped, drawn = step(Script(reply), tmp_path, prompts, target="two", strip_reasoning=True)
@@ -518,7 +549,8 @@ def test_c10_reasoning_is_counted_and_told_and_stripped_on_demand(tmp_path: Path
         ("Paris", "ok", -1.0, 1),
     ]
     assert stripped.config["strip_reasoning"] is True
-    assert "reasoning was removed from 2 of 3 responses" in remarks(stripped)[0]
+    said = cautions(stripped.metrics, stripped.config, stripped.facts)
+    assert "reasoning was removed from 2 of 3 responses" in said[0]
 
 
 def test_c10_reasoning_beside_the_content_is_not_part_of_the_response() -> None:

@@ -57,17 +57,6 @@ def test_scores_equal_cross_encoder_for_both_heads(make_scorer: Callable[..., Pa
         )
 
 
-def test_a_foreign_folder_scores_as_it_says(make_scorer: Callable[..., Path], tmp_path: Path) -> None:
-    """The published scorer states neither head nor manifest: raw regression."""
-    folder = make_scorer(head="mse", seed=4)
-    (folder / "manifest.json").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    for key in ("cappy", "sentence_transformers", "problem_type"):
-        config.pop(key)
-    (folder / "config.json").write_text(json.dumps(config))
-    assert Scorer.load(str(folder), precision="fp32").score(PAIRS) == pytest.approx(plain(folder, PAIRS), abs=1e-4)
-
-
 def test_scores_do_not_depend_on_order_batch_or_company(scorer: Scorer) -> None:
     together = dict(zip(PAIRS, scorer.score(PAIRS), strict=True))
     shuffled = random.Random(0).sample(PAIRS, len(PAIRS))

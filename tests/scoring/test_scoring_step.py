@@ -112,3 +112,19 @@ def test_what_was_prepared_to_be_scored_is_not_labelled(instances: Path, tmp_pat
 def test_a_target_that_is_the_source_is_refused(instances: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is the source itself"):
         run(ScoringConfig(source=instances, target=instances, work=tmp_path / "work"))
+
+
+def test_a4_pairs_that_were_cut_are_counted_in_the_manifest_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(f'{{"instruction": "Say {n}.", "responses": ["{"yes " * 400}", "no"]}}\n' for n in range(4))
+    )
+    choices = {"unlabelled": True, "test": 0.0, "validation": 0.0, "work": tmp_path / "work"}
+    prepare(PreparationConfig(source=str(file), target=tmp_path / "instances", **choices))
+    run(ScoringConfig(source=tmp_path / "instances", target=tmp_path / "scored", part_rows=2, work=tmp_path / "work"))
+    assert read_manifest(tmp_path / "scored").metrics["cut_pairs"] == 4
+    assert [one.message for one in caplog.records if "longer than" in one.message] == [
+        "4 pairs are longer than the scorer's 256 tokens: cut"
+    ]

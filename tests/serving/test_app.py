@@ -26,7 +26,8 @@ def test_scores_come_in_the_order_of_the_pairs_and_each_pair_keeps_its_members(s
     pairs = [["a", "xyz"], ["abc", ""], ["", "x"], ["a", "xyz"]]
     answer = serve().post("/score", json={"pairs": pairs})
     assert answer.status_code == 200
-    assert answer.json() == {"scores": [1.003, 3.0, 0.001, 1.003], "expected": None, "version": "abc"}
+    expected = {"scores": [1.003, 3.0, 0.001, 1.003], "logits": [10.03, 30.0, 0.01, 10.03]}
+    assert answer.json() == {**expected, "expected": None, "version": "abc"}
 
 
 def test_a_calibrated_scorer_says_what_to_expect(serve: Serve) -> None:

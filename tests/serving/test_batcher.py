@@ -94,7 +94,7 @@ def test_concurrent_requests_get_their_own_scores_in_their_order() -> None:
     async def work(batcher: Batcher) -> None:
         pools = [[(str(number) * number, "r" * size) for size in (3, 1, 2, 3)] for number in range(1, 9)]
         answers = await asyncio.gather(*(batcher.score(engine, pool) for pool in pools))
-        for pool, (computed, _, _) in zip(pools, answers, strict=True):
+        for pool, (computed, *_) in zip(pools, answers, strict=True):
             assert [score for score, _ in computed] == [lengths(pair) for pair in pool]
             assert [logit for _, logit in computed] == [10 * lengths(pair) for pair in pool]
         assert batcher.queued_tokens == 0

@@ -12,6 +12,7 @@ from cappy.errors import ConfigError
 from cappy.records import Instance, prompt_hash, read_manifest, write
 from cappy.records.folder import verify
 from cappy.scoring import Scorer, trained_on
+from cappy.scoring.training_data import training_data
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.plan import default_rate, rate
 
@@ -45,11 +46,13 @@ def test_a_killed_run_continues_and_ends_with_the_same_weights(plan: Plan) -> No
     assert resumed.hash == unbroken.hash
 
 
-def test_training_learns_and_keeps_the_best_check(plan: Plan) -> None:
+def test_training_learns_and_keeps_a_check_that_is_not_clearly_below_the_best(plan: Plan) -> None:
     manifest = run(plan(epochs=30.0, checks=10, patience=10, checkpoint_updates=None))
     log = json.loads((plan().target / "training.json").read_text())
     assert log["curve"][-1]["loss"] < log["curve"][1]["loss"]
-    assert manifest.metrics["validation_pick"] == pytest.approx(max(entry["pick"] for entry in log["checks"]), abs=1e-6)
+    kept = next(entry for entry in log["checks"] if entry["update"] == manifest.metrics["best_update"])
+    assert manifest.metrics["validation_pick"] == pytest.approx(kept["pick"], abs=1e-6)
+    assert kept["behind"] <= max(kept["error"], 0.001)
     assert manifest.metrics["validation_pick"] > 0.25, "chance is 1 in 4"
 
 
@@ -63,6 +66,9 @@ def test_the_folder_is_finished_names_its_parents_and_its_prompts(plan: Plan, in
     }
     assert by_split["train"] <= hashes
     assert not by_split["test"] & hashes
+    rows = training_data(plan().target).rows
+    assert rows is not None
+    assert rows.seen == sum(i.split != "test" for i in instances)
     assert Scorer.load(str(plan().target)).version == manifest.hash[:12]
 
 
@@ -75,7 +81,7 @@ def test_nothing_to_learn_from_is_said(plan: Plan, tmp_path: Path, instances: li
 def test_how_ranks_are_spread_and_checkpointed_does_not_name_the_work(plan: Plan) -> None:
     from cappy.config import identity
 
-    spread = plan(strategy="ddp", devices=4, nodes=2, zero_stage=3, checkpoint_updates=7, checkpoint_seconds=1.0)
+    spread = plan(strategy="deepspeed", devices=4, nodes=2, zero_stage=3, checkpoint_updates=7, checkpoint_seconds=1.0)
     assert identity(spread) == identity(plan())
 
 

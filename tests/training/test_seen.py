@@ -182,3 +182,46 @@ def test_peaks_are_found_by_whole_words() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
             assert peak_of(torch.device("cuda"), 2, bf16=True) == 2 * peak
+
+
+@pytest.mark.parametrize("counted", [1, 7, 2**16])
+def test_a4_cut_pairs_are_counted_and_said_once(
+    counted: int,
+    tmp_path: Path,
+    make_scorer: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from cappy.records import Candidate
+
+    monkeypatch.setattr("cappy.training.corpus.COUNTED", counted)
+    instances = [
+        Instance(
+            instance_id=str(number),
+            instruction="cat " * (60 if number % 3 == 0 else 2) + str(number),
+            references=("r",),
+            split="validation" if number % 4 == 3 else "train",
+            candidates=tuple(
+                Candidate(response=text, labels={"rougeL": float(text == "cat")})
+                for text in ("cat", "dog", "bird " * (40 if number % 5 == 0 else 1))
+            ),
+        )
+        for number in range(20)
+    ]
+    write(tmp_path / "annotated", instances)
+    folder = make_scorer(seed=51)
+    scorer = Scorer.load(str(folder), precision="fp32")
+    pairs = [(one.instruction, candidate.response) for one in instances for candidate in one.candidates]
+    expected = sum(not whole for whole in scorer.encoder.fit(pairs))
+    assert 0 < expected < len(pairs)
+    config = FinetuningConfig(
+        source=tmp_path / "annotated",
+        target=tmp_path / "scorer",
+        work=tmp_path / "work",
+        scorer=str(folder),
+        epochs=0.1,
+    )
+    assert run(config).metrics["cut_pairs"] == expected
+    assert [one.message for one in caplog.records if "longer than" in one.message] == [
+        f"{expected} of {len(pairs)} pairs are longer than 48 tokens: cut"
+    ]

@@ -83,10 +83,13 @@ def _cautions(report: DataReport) -> Iterator[str]:
     if groups.in_several_splits:
         shared = _of(groups.in_several_splits, groups.distinct, "group", "stands", "stand")
         yield f"Caution: {shared} in more than one split: splits must go by group."
+    remedy = "annotate with rougeL_unicode or chrf"
     if report.invisible_to_rouge_l and report.by_rouge_l:
         unseen = _of(report.invisible_to_rouge_l, total.instances, "instance", "has", "have")
-        remedy = "annotate with rougeL_unicode or chrf"
         yield f"Caution: {unseen} no reference that Rouge-L can see, which is [a-z0-9] alone; {remedy}."
+    if report.partly_invisible_to_rouge_l and report.by_rouge_l:
+        partly = _of(report.partly_invisible_to_rouge_l, total.instances, "instance", "has", "have")
+        yield f"Caution: {partly} a reference or response of which Rouge-L sees only a part; {remedy}."
 
 
 def _of(some: int, of: int, noun: str, singular: str, plural: str) -> str:

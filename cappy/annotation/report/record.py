@@ -117,7 +117,8 @@ class DataReport:
     labels; `statuses` counts LLM responses. `characters` and `words` (runs between white space) map "instruction",
     "reference" and "response" (of an LLM, or a choice) to lengths. `empty` counts responses without a word.
     `instructions` are equal where `prompt_hash` is. `invisible_to_rouge_l` counts the instances none of whose
-    references has a character of [a-z0-9]: Rouge-L gives them 0 throughout.
+    references has a character of [a-z0-9]: Rouge-L gives them 0 throughout; `partly_invisible_to_rouge_l` counts those
+    with a reference or LLM response of whose letters and digits it sees only some.
     """
 
     metric: str
@@ -135,6 +136,7 @@ class DataReport:
     groups: Repetition
     instructions: Repetition
     invisible_to_rouge_l: int
+    partly_invisible_to_rouge_l: int
 
     @property
     def tied_throughout(self) -> bool:

@@ -13,7 +13,7 @@ from cappy.annotation.report.lengths import LengthTotals, num_characters, num_wo
 from cappy.annotation.report.pools import NUM_COLUMNS, measured, pools
 from cappy.annotation.report.record import DataReport, Generator, Labels, Pools
 from cappy.annotation.report.totals import NO_LABELS, LabelTotals, Totals
-from cappy.annotation.rouge import visible
+from cappy.annotation.rouge import partly_visible, visible
 from cappy.records import prompt_hash
 from cappy.records.folder import PART_ROWS
 from cappy.records.instance import SOURCES
@@ -41,7 +41,7 @@ class _Summary:
         self._characters = {name: LengthTotals() for name in TEXTS}
         self._words = {name: LengthTotals() for name in TEXTS}
         self._instructions, self._groups = RepetitionTotals(), RepetitionTotals()
-        self._empty = self._invisible = 0
+        self._empty = self._invisible = self._partly_invisible = 0
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Takes a batch of a bounded number of rows in."""
@@ -54,8 +54,7 @@ class _Summary:
         self._add_texts("reference", codes(batch["references"].flatten()))
         self._instructions.add(_hashes(instructions, prompt_hash), splits)
         self._groups.add(_hashes(_groups(batch), text_hash), splits)
-        rows = batch["references"].to_pylist()
-        self._invisible += sum(not any(map(visible, references or ())) for references in rows)
+        self._add_visibility(batch["references"].to_pylist(), found)
 
     def report(self) -> DataReport:
         """The report of the rows so far."""
@@ -76,6 +75,7 @@ class _Summary:
             groups=self._groups.repetition(),
             instructions=self._instructions.repetition(),
             invisible_to_rouge_l=self._invisible,
+            partly_invisible_to_rouge_l=self._partly_invisible,
         )
 
     def _add_pools(self, found: Candidates, splits: Codes, tasks: Codes) -> None:
@@ -94,6 +94,14 @@ class _Summary:
         self._words["response"].add(words, times)
         self._characters["response"].add(num_characters(found.response.values), times)
         self._statuses.update(dict(zip(found.status.names(), _times(found.status, llm).tolist(), strict=True)))
+
+    def _add_visibility(self, references: list[list[str] | None], found: Candidates) -> None:
+        self._invisible += sum(not any(map(visible, texts or ())) for texts in references)
+        partly = np.fromiter((any(map(partly_visible, texts or ())) for texts in references), dtype=np.bool_)
+        texts = found.response.names()
+        responses = np.fromiter(map(partly_visible, texts), dtype=np.bool_, count=len(texts))
+        partly[found.owner[responses[found.response.index] & found.source.among("llm")]] = True
+        self._partly_invisible += int(partly.sum())
 
     def _add_texts(self, name: str, texts: Codes) -> None:
         times = _times(texts)

@@ -9,6 +9,7 @@ word is a fault, since half a response that passes for a whole one cannot be fou
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,22 @@ MAX_NAME_CHARACTERS = 200
 
 _WHOLE = (
     *("stop", "eos", "eos_token", "end", "end_turn", "stop_sequence", "stop_token", "stop_word", "finish", "finished"),
-    *("complete", "completed", "done", "success", "tool_calls", "tool_call", "tool_use", "function_call"),
+    *(
+        "endoftext",
+        "end_of_text",
+        "end_id",
+        "stop_words",
+        "complete",
+        "completed",
+        "done",
+        "success",
+        "tool_calls",
+        "tool_call",
+        "tool_use",
+        "function_call",
+    ),
 )
+_UNSAID = ("", "null", "none")
 _AT_LIMIT = (
     *("length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "token_limit"),
     *("model_context_window_exceeded", "time_limit"),
@@ -171,12 +186,18 @@ def read_choices(body: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The body of a completion and its choices in order, copies of one index left out; BadAnswerError if it is none."""
     values = _json(body)
     found = values.get("choices")
-    if stated := values.get("error"):
+    if stated := _stated_error(values):
         raise BadAnswerError("the body holds an error", stated, stated)
     if not isinstance(found, list) or not found or not all(isinstance(choice, dict) for choice in found):
         raise BadAnswerError("the body has no choices", _decoded(body))
     by_index = {str(choice.get("index", number)): choice for number, choice in reversed(list(enumerate(found)))}
     return values, [by_index[index] for index in sorted(by_index)]
+
+
+def _stated_error(values: Mapping[str, Any]) -> object:
+    """The error object in a body or a choice; None if there is none, or one that says nothing."""
+    stated = values.get("error")
+    return None if not stated or (isinstance(stated, dict) and not any(stated.values())) else stated
 
 
 def model_name(value: object) -> str:
@@ -205,7 +226,7 @@ def read_choice(choice: Mapping[str, Any]) -> tuple[str, Status, list[float]]:
 
     GivenUpError for one that the server began and did not end.
     """
-    if stated := choice.get("error"):
+    if stated := _stated_error(choice):
         raise GivenUpError("a choice holds an error", stated, stated)
     message = choice.get("message")
     if isinstance(message, dict):
@@ -235,10 +256,10 @@ def _status(finish: object, text: str) -> Status:
         finish = finish.get("type") or finish
     if finish and not isinstance(finish, str):
         raise GivenUpError("the server gave a response up: finish_reason", finish)
-    word = str(finish or "").strip().lower()
+    word = re.sub("[ -]", "_", str(finish or "").strip().lower())
     if word in _AT_LIMIT:
         return "truncated" if text else "empty"
-    if not word or word in _WHOLE:
+    if word in _UNSAID or word in _WHOLE:
         return "ok" if text else "empty"
     if word == "refusal":
         return "refused"

@@ -14,10 +14,9 @@ from cappy.sampling.endpoint.answers import Answer, BadAnswerError, failed, read
 from cappy.sampling.endpoint.bounded import answer_bytes
 from cappy.sampling.endpoint.capabilities import Capabilities, NeededParameterError
 from cappy.sampling.endpoint.clients import Client, Clients, LateError
-from cappy.sampling.endpoint.faults import Fault, backoff, judge
+from cappy.sampling.endpoint.faults import PROBE, STREAK, Fault, Standing, backoff, judge
 from cappy.sampling.endpoint.keys import NO_KEY
 from cappy.sampling.endpoint.limits import Budget, Pace, Spent, pause
-from cappy.sampling.endpoint.standing import PROBE, STREAK, Standing
 from cappy.sampling.paid import Terms, Usage, tokens_of
 from cappy.sampling.strategies import Decoding
 
@@ -108,7 +107,7 @@ class Asker:
                 self.standing.answered()
                 return answers
             if fault.kind == "without":
-                self.capabilities.refuse(*fault.parameters, words=fault.reason)
+                self.capabilities.refuse(*fault.parameters, words=fault.reason, sent=fault.sent)
                 continue
             if fault.kind == "unanswered" or (fault.unless_answered and self.standing.has_answered):
                 return self._unanswered(question, numbers, fault, stop)
@@ -117,24 +116,29 @@ class Asker:
             if fault.kind == "end":
                 raise self._end(fault, attempt, stop)
             if attempt > self._terms.retries:
-                if not self.standing.answered_since(began):
-                    raise self._end(fault, attempt, stop)
-                # Others are answered meanwhile, so it is this instruction that is not.
-                return self._unanswered(question, numbers, fault, stop)
+                # Where others are answered meanwhile it is this instruction that is not.
+                if self.standing.answered_since(began) or self._ask_plainly(question, stop) is None:
+                    return self._unanswered(question, numbers, fault, stop)
+                raise self._end(fault, attempt, stop)
             wait = backoff(attempt, self._terms.first_wait)
             # Never earlier than told, and not all at once.
             pause(wait if fault.wait is None else fault.wait + min(wait, 1.0) / 4, stop)
 
     def _unanswered(self, question: Question, numbers: list[int], fault: Fault, stop: threading.Event) -> list[Answer]:
         """Failed answers for a refused question; GeneratorError where a plain question is refused as well."""
-        if self.standing.refused():
-            _, found = self._try(replace(question, instruction=PROBE), numbers[:1], stop)
-            if found is None:
-                self.standing.answered()
-            elif found.kind in ("unanswered", "end"):
+        if self.standing.refused() and not self._terms.all_may_fail:
+            found = self._ask_plainly(question, stop)
+            if found is not None and found.kind in ("unanswered", "end"):
                 in_a_row = replace(fault, reason=f"{STREAK} requests in a row were refused: {fault.reason}")
                 raise self._end(in_a_row, 1, stop)
         return failed(fault.status, len(numbers), cut(fault.reason, _SHOWN, self._clients.key))
+
+    def _ask_plainly(self, question: Question, stop: threading.Event) -> Fault | None:
+        """What is wrong with a plain question under the same decoding; None where it is answered."""
+        _, fault = self._try(replace(question, instruction=PROBE), [0], stop)
+        if fault is None:
+            self.standing.answered()
+        return fault
 
     def _try(self, question: Question, numbers: list[int], stop: threading.Event) -> tuple[list[Answer], Fault | None]:
         most = Spent(

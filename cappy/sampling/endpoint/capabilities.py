@@ -2,7 +2,9 @@
 
 A list of models would be out of date before it is read; a refusal costs nothing and is asked for once. What changes no
 distribution (`n`, `seed`, `logprobs`) is left out once it is refused. A parameter that does (`KNOBS`) is left out only
-where its value changes nothing, such as top_p 1: greedy decoding without its temperature 0 would be sampling.
+where its value changes nothing, such as top_p 1: greedy decoding without its temperature 0 would be sampling. Of knobs
+that are refused together the neutral ones go; one that is refused by name and needed is asked for once more without the
+others, since some servers name only one of two that they do not take together.
 """
 
 import re
@@ -26,6 +28,13 @@ _UNKNOWN = re.compile(
 )
 
 
+_OTHER_NAMES = {
+    "logprobs": r"\blog[ _-]?prob",
+    **{name: rf"\b{name.replace('_', '-?')}\b" for name in KNOBS if "_" in name},
+}
+"""How else servers name a parameter: topP, top-p, log probabilities."""
+
+
 class NeededParameterError(Exception):
     """The model refuses parameters that a decoding cannot do without; `words` are the server's."""
 
@@ -41,16 +50,24 @@ class Capabilities:
     def __init__(self) -> None:
         self._off: set[str] = set()
         self._refused_knobs: dict[frozenset[str], str] = {}
+        self._refused_alone: set[str] = set()
         self._lock = threading.Lock()
 
     def takes(self, parameter: str) -> bool:
         """Whether it has not been refused."""
         return parameter not in self._off and frozenset([parameter]) not in self._refused_knobs
 
-    def refuse(self, *parameters: str, words: str = "") -> None:
-        """Asks for it no more in this run; several knobs are refused together, and each alone may still be taken."""
+    def refuse(self, *parameters: str, words: str = "", sent: Mapping[str, Any] | None = None) -> None:
+        """Asks for it no more in this run; several knobs are refused together, and each alone may still be taken.
+
+        `sent` is the body that was refused.
+        """
         with self._lock:
             if all(name in KNOBS for name in parameters):
+                if len(parameters) == 1 and not [
+                    name for name in KNOBS if name in (sent or {}) and name not in parameters
+                ]:
+                    self._refused_alone.update(parameters)
                 self._refused_knobs = {**self._refused_knobs, frozenset(parameters): words}
             else:
                 self._off.update(parameters)
@@ -76,6 +93,10 @@ class Capabilities:
             if len(named) < len(together):
                 continue
             needed = [name for name in named if body[name] != KNOBS[name]]
+            others = {name for name in KNOBS if name in body and name not in together and body[name] == KNOBS[name]}
+            if needed and len(together) == 1 and others and not self._refused_alone.issuperset(together):
+                dropped.update(others)
+                continue
             if len(needed) > (len(together) > 1):
                 raise NeededParameterError({name: body[name] for name in needed}, words)
             stays = needed or named[:1] if len(together) > 1 else []
@@ -108,8 +129,5 @@ def _names(message: str, name: str) -> bool:
     quoted = rf"['\"`]{name}['\"`]"
     # A lone letter is a parameter only in quotes or where something is said of its value.
     pattern = rf"{quoted}|\bn\s*(?:[=>!]|must|is|should|>)" if name == "n" else rf"\b{name}\b"
-    # Some servers say topP or top-p.
-    other = name.replace("_", "-?") if name in KNOBS and "_" in name else None
-    return re.search(pattern, message) is not None or (
-        other is not None and re.search(rf"\b{other}\b", message, re.IGNORECASE) is not None
-    )
+    other = _OTHER_NAMES.get(name)
+    return bool(re.search(pattern, message) or (other and re.search(other, message, re.IGNORECASE)))

@@ -6,8 +6,8 @@ decides, and what became of the other requests:
 - 401, 402, 3xx, an account without money: about all; the run ends.
 - 403, 404, 405, 410, 415: about all, unless the endpoint has answered in this run: then about this one.
 - 400, 413, 422 and any other: about this one, whose candidates are `failed`. So is a request whose attempts are used
-  up while others are answered.
-- After `standing.STREAK` refusals in a row a plain question is asked: if that is refused too, they are about all.
+  up while others, or else a plain question, are answered.
+- After `STREAK` refusals in a row a plain question is asked: if that is refused too, they are about all.
 - The share of failed candidates that `--max-failed` allows is the last bound (`cappy.sampling.accounts`).
 
 Words decide only between names for the same: `filtered` where they are of a content policy, else `failed`.
@@ -16,9 +16,10 @@ Words decide only between names for the same: `filtered` where they are of a con
 import email.utils
 import random
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import openai
@@ -39,21 +40,25 @@ _TOO_LONG = (
 _FILTERED = (
     *("content_filter", "content filter", "content_policy", "content policy", "content management policy"),
     *("responsibleai", "invalid_prompt", "usage policy", "usage policies", "policy violation", "moderation", "flagged"),
-    *("safety system", "safety filter", "data_inspection", "prohibited content", "prohibited_content", "inappropriate"),
+    *("safety system", "safety filter", "data_inspection", "prohibited content", "prohibited_content"),
 )
 _SPENT = ("insufficient_quota", "billing_hard_limit_reached")
 _KEY = ("api key not valid", "api_key_invalid", "invalid api key", "invalid_api_key", "incorrect api key")
 _PASSING = (408, 409, 425, 429)
 _OF_ALL = (403, 404, 405, 410, 415)
 """About all requests where none was answered yet."""
+STREAK = 20
+"""Refusals in a row after which a plain question is asked."""
+PROBE = "Answer with one word: yes."
+"""The plain question: nothing in it can be refused for what it says or for its length."""
 _READ = 2000
 """Characters of what an error says that are looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """`kind` says what follows: `again` after `wait` seconds (None: by backoff), `without` the parameters, the
-    instruction `unanswered` with a status, or the `end` of the run with its remedy.
+    """`kind` says what follows: `again` after `wait` seconds (None: by backoff), `without` the parameters that were
+    refused in the body `sent`, the instruction `unanswered` with a status, or the `end` of the run with its remedy.
 
     With `unless_answered` the run ends only if the endpoint has answered nothing yet; else it is as `unanswered`.
     """
@@ -62,6 +67,7 @@ class Fault:
     reason: str
     wait: float | None = None
     parameters: tuple[str, ...] = ()
+    sent: Mapping[str, Any] = field(default_factory=dict)
     status: Status = "failed"
     remedy: str = ""
     unless_answered: bool = False
@@ -75,6 +81,40 @@ class Refusal:
     kind: str = ""
     param: str = ""
     code: str = ""
+
+
+class Standing:
+    """Counts answers and refusals, by which a refusal is found to be about one request or about all.
+
+    Several threads may count at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._refused = 0
+        self._last_answer: float | None = None
+
+    def answered(self) -> None:
+        """A request was answered, now or in an earlier run."""
+        with self._lock:
+            self._refused = 0
+            self._last_answer = time.monotonic()
+
+    def refused(self) -> bool:
+        """A request was refused; True where it is time to ask a plain question."""
+        with self._lock:
+            self._refused += 1
+            return self._refused % STREAK == 0
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether any request was answered."""
+        return self._last_answer is not None
+
+    def answered_since(self, moment: float) -> bool:
+        """Whether a request was answered after this moment of `time.monotonic`."""
+        last = self._last_answer
+        return last is not None and last > moment
 
 
 def read_refusal(body: bytes, keys: Sequence[str] = ()) -> Refusal:
@@ -167,15 +207,15 @@ def _judge_status(
         return Fault(kind="end", reason=told, remedy="the account has nothing left; top it up")
     if status == 401 or (status == 400 and says(_KEY)):
         return Fault(kind="end", reason=told, remedy=_remedy(401))
-    if says(_FILTERED) and status not in _PASSING:
-        return Fault(kind="unanswered", reason=told, status="filtered")
-    if status == 413 or (says(_TOO_LONG) and status not in _PASSING):
+    passing = status in _PASSING or (status >= 500 and status != 501)
+    if status == 413 or (says(_TOO_LONG) and (status == 500 or not passing)):
         return Fault(kind="unanswered", reason=told, remedy="shorten the instructions or lower --max-new-tokens")
-    parameters = refused_parameters(sent, words, refusal.param) if status < 500 or status == 501 else ()
-    if parameters and status not in _PASSING:
-        return Fault(kind="without", reason=told, parameters=parameters)
-    if status in _PASSING or (status >= 500 and status != 501):
+    if passing:
         return _passing(told, retry_after(headers))
+    if says(_FILTERED) and refusal.param not in sent:
+        return Fault(kind="unanswered", reason=told, status="filtered")
+    if parameters := refused_parameters(sent, words, refusal.param):
+        return Fault(kind="without", reason=told, parameters=parameters, sent=sent)
     if status in _OF_ALL:
         return Fault(kind="end", reason=told, remedy=_remedy(status), unless_answered=True)
     return Fault(kind="unanswered", reason=told, remedy=_remedy(status))

@@ -1,5 +1,6 @@
 """The gateway in front of a small server that counts: which answer comes back, and what is said of it."""
 
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler
 
 import httpx
@@ -13,6 +14,7 @@ from local_server import handled_by
 from serving.gateway.ledger import Limits
 from serving.gateway.llm import LLM
 from serving.gateway.policy import Policy
+from serving.gateway.scoring import Scoring
 from serving.gateway.upstream import Draw, Upstream, valued
 
 HALVES = straight({1: 0.5})
@@ -46,6 +48,21 @@ def test_the_best_of_all_candidates_comes_back_as_the_server_sent_it() -> None:
     ]
     assert [(asked.get("n"), asked["seed"]) for asked in model.asked] == [(4, 3), (None, 7)]
     assert (body["model"], body["object"]) == ("m-2026", "chat.completion")
+
+
+def test_a5_the_best_has_the_highest_logit_where_the_scores_are_1_for_all() -> None:
+    async def score(pairs: Sequence[tuple[str, str]]) -> list[tuple[float, float]]:
+        return [(1.0, 60 + by_number(response)) for _, response in pairs]
+
+    saturated = Scoring(score=score, version=lambda: "0123456789ab")
+    with (
+        serving(Model()) as upstream,
+        listening(gateway(upstream, scoring=saturated, policy=Policy(candidates=5, min_gain=0))) as url,
+    ):
+        body = ask(url, seed=3).json()
+    assert body["choices"][0]["message"]["content"].strip() == "HELLO 7/0"
+    assert [one["score"] for one in body["cappy"]["candidates"]] == [1.0] * 5
+    assert [one["content"] for one in body["cappy"]["candidates"]][1:3] == ["HELLO 3/3", "HELLO 3/2"]
 
 
 def test_usage_and_cost_are_those_of_every_call() -> None:
@@ -294,7 +311,7 @@ def test_models_pass_through_and_readiness_says_whether_the_server_answers() -> 
 
 
 def test_what_the_best_is_worth_depends_on_how_many_distinct_candidates_were_scored() -> None:
-    """A floor in units of the label is kept by the best of many too, which has its score by luck more than one."""
+    """A floor in units of the label is kept by the best of many too, whose score is luck more than that of one."""
     calibration = straight({1: 1.0, 2: 0.5, 4: 0.25})
     found = {}
     for candidates in (1, 2, 4):

@@ -186,6 +186,13 @@ def test_scores_of_a_running_service_are_asked_over_http(scorer: str) -> None:
         loop.run(found.close())
 
 
+def test_a5_logits_of_a_running_service_come_with_its_scores(scorer: str) -> None:
+    with asyncio.Runner() as loop:
+        found = load(scorer)
+        assert loop.run(found.rate([("a", "xy"), ("a", "x")])) == [(2.0, 20.0), (1.0, 10.0)]
+        loop.run(found.close())
+
+
 def test_a_service_that_wants_a_key_is_given_the_one_that_the_flag_names() -> None:
     with scoring_service(CANARY) as address, asyncio.Runner() as loop:
         found = load(address, key=CANARY)

@@ -9,8 +9,10 @@ import pytest
 from gateway_server import PRICES, gateway, listening, scoring
 from scripted_server import Reply, Script, refusing, saying, scripted
 
-from serving.gateway.llm import LLM
+from serving.gateway.llm import LLM, llm
 from serving.gateway.policy import Policy
+from serving.gateway.server import Settings
+from serving.gateway.server import _gateway as of_settings
 from serving.gateway.upstream import Upstream
 
 ROUND = Policy(candidates=4, round_size=4, min_gain=0)
@@ -110,6 +112,11 @@ def test_d6_an_address_is_taken_with_or_without_its_version(given: str) -> None:
     assert script.headers[0]["authorization"] == "Bearer client-key"
 
 
+def test_d6_the_address_of_a_flag_keeps_its_query() -> None:
+    for given in ("http://h/v1?api-version=1", "http://h/v1/?api-version=1", "http://h?api-version=1"):
+        assert llm(given, prices=PRICES).url == "http://h/v1?api-version=1"
+
+
 @pytest.mark.parametrize("charset", ["iso-8859-1", "utf-16", "windows-1252"])
 def test_d9_json_is_utf_8_whatever_its_header_says(charset: str) -> None:
     for sign in (b"", b"\xef\xbb\xbf"):
@@ -128,6 +135,18 @@ def test_c10_with_strip_reasoning_the_answer_alone_is_scored_and_given() -> None
     assert [one["message"]["content"] for one in answer.json()["choices"]][:2] == ["It is Paris.", "Paris"]
     last = answer.json()["cappy"]["candidates"][2]
     assert (last["status"], last["score"]) == ("empty", None)
+
+
+def test_c10_the_setting_of_the_gateway_is_that_of_both_llms() -> None:
+    script = Script(lambda body: (200, choices((THINKING, "stop"))))
+    with scripted(script) as server:
+        both = [LLM(url=f"{server}/v1", model=name, prices=PRICES) for name in ("first", "second")]
+        policy = Policy(candidates=1, floor=0.9)
+        made = Settings(llm=both[0], scorer="", second=both[1], policy=policy, strip_reasoning=True)
+        with listening(of_settings(made, BY_LENGTH)) as url:
+            answer = ask(url)
+    assert answer.headers["x-cappy-outcome"] == "escalated"
+    assert [one["content"] for one in answer.json()["cappy"]["candidates"]] == ["Paris", "Paris"]
 
 
 def test_c10_where_reasoning_never_ended_the_servers_own_answer_is_given() -> None:

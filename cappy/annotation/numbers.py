@@ -1,0 +1,253 @@
+"""The number that a text ends with, however it is written: LaTeX, digit grouping, powers, fractions, other digits."""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from decimal import Decimal
+from fractions import Fraction
+from functools import lru_cache
+
+Number = Decimal | Fraction
+
+MAX_DIGITS = 1_000
+"""Digits of the longest number that is computed with; longer ones are only compared."""
+_LONGEST_CACHED = 4_096
+_TAIL = 80
+"""Characters of a long line that are read first."""
+_BETWEEN_WORDS = re.compile("[a-z] [a-z]")
+_LETTER = "A-Za-zÀ-ÖØ-öø-ɏͰ-Ͽ"
+_CURRENCIES = "USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|CAD|AUD|HKD|SGD|BRL|Rs|RS"
+_CURRENCY = "$£€¥₹₩₽₺฿₫₪₴₦"
+_DIGITS = r"(?>[0-9]+(?:[.,'_][0-9]+)*)"
+_SCALES = {
+    "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "lakh": 10**5,
+    "crore": 10**7, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8,
+}  # fmt: skip
+_SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
+
+_TOKEN = re.compile(
+    rf"""
+    # A word with digits in it (CO2, H2O, cm3, v1.2) is no number; 3x5 and USD500 are not such words.
+    (?<![{_LETTER}]) (?! (?<=[0-9])x[0-9] | (?:{_CURRENCIES})[0-9] ) [{_LETTER}]+[0-9][{_LETTER}0-9]*(?:[.,][0-9]+)*
+    # An exponent of what is no number: m^2, (a+b)^2, s**2; but **2** is bold.
+    | \^\s?(?:\{{[^{{}}]{{0,40}}\}}|[\s({{]{{0,4}}[-+]?[0-9][0-9.,/]*[)}}]?) | (?<=[\w)])\*\*\(?[-+]?[0-9]++(?!\*\*)\)?
+    | (?P<date>[0-9]++(?:/[0-9]++){{2,}}+)
+    | (?:(?<![\w%)\]}}°'£€¥₹₩₽₺฿₫₪₴₦])(?<![0-9]\$)(?P<sign>[-+]))?(?P<currency>[{_CURRENCY}])?
+      (?P<digits>{_DIGITS}|(?<![\w.])\.[0-9]+)
+      (?:
+        [eE](?P<exponent>[-+]?[0-9]{{1,4}}+)(?![0-9{_LETTER}])
+        | \s?[x×*·⋅]\s?10\s?(?:\^|\*\*)\s?[({{]?(?P<ten>[-+]?[0-9]{{1,4}}+)[)}}]?(?![0-9])
+        | \s?(?:\^\s?|\*\*(?![0-9]+\*\*))[({{]?(?P<power>[-+]?[0-9]{{1,3}}+)[)}}]?(?![0-9])
+        | \s?/\s?(?P<denominator>{_DIGITS})
+        | [ ](?P<numerator>[0-9]++)/(?P<below>[0-9]++)(?!/)
+      )?
+      (?:[\s({{-]{{0,2}}(?P<scale>{"|".join(_SCALES)})s?(?![{_LETTER}])|(?(currency)(?P<suffix>[kKmMbB]|[mb]n)(?![{_LETTER}]|[0-9])|(?!)))?
+    """,
+    re.VERBOSE,
+)
+_GROUPED = re.compile(
+    r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?|[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}(?:\.[0-9]+)?"
+    r"|[1-9][0-9]{0,2}(?:['_][0-9]{3})+(?:\.[0-9]+)?"
+)
+_DECIMAL_COMMA = re.compile(
+    r"[1-9][0-9]{0,2}(?:\.[0-9]{3}){2,}(?:,[0-9]+)?|[1-9][0-9]{0,2}(?:[.'][0-9]{3})+,[0-9]+|0,[0-9]+|[0-9]+,[0-9]{1,2}"
+    r"|[0-9]{1,3},[0-9]{4,}"
+)
+_PLAIN = re.compile(r"[0-9]*\.?[0-9]+")
+_SPACED = re.compile(r"(?<![0-9])(?<![0-9][.,'/_])[1-9][0-9]{0,2}(?:(?: [0-9]{3})++|(?:\u00a0[0-9]{3})++)(?![0-9])")
+_AFTER_EQUALS = re.compile(r"=\s*-\s+(?=[0-9])")
+_SUBSCRIPT = re.compile(r"(?<=[A-Za-z)\]}])_(?:\{[^{}]{0,40}\}|[0-9]+)")
+_SUPERSCRIPT = re.compile("[⁺⁻]?[⁰¹²³⁴-⁹]+")
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_HTML = re.compile(r"<sup>\s*([-+]?[0-9]+)\s*</sup>|<sub>[^<]{0,20}</sub>")
+_LATEX_SEPARATOR = re.compile(r"\{\s*(\\[,;:! ]|[,.'])\s*\}|\\text\{([,.])\}")
+_LATEX_FRACTION = re.compile(
+    r"([0-9])?\\(?:[dtcs]?frac|nicefrac)\s*(?:\{\s*(-?[0-9][0-9,.]*)\s*\}|([0-9]))"
+    r"\s*(?:\{\s*([0-9][0-9,.]*)\s*\}|([0-9]))"
+)
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+
+
+def last_number(text: str) -> Number | None:
+    """The last number of a text, or None; where the text has LaTeX's `\\boxed{}`, the last number in the last box.
+
+    Which spelling is which number:
+
+    - Thousands are grouped by commas (1,000; Indian 1,00,000), by spaces of any width (1 000), by apostrophes, by
+      underscores and, where nothing else can be meant, by points (1.000.000; 1.000,50). A lone 1.000 is 1.
+    - A lone comma that groups nothing (not before three digits, or after 0) is a decimal comma (3,5; 0,125), except
+      within brackets: (3,5) is a pair. In 1,2,3 and 1, 2, 3 each is a number of its own, as are the parts of a date, a
+      time, a range and a version.
+    - 3/4, \\frac{3}{4}, ¾ and 1 3/4 are one number; so are 1.5e6, 1.5 × 10^6, 10^6, 2 million and $2M.
+    - A minus sign counts where nothing but white space, an opening bracket or an operator stands before it.
+    - Digits within a word (CO2, H2O, cm3), subscripts and the exponents of words (m^2, m²) are no numbers.
+    - What stands beside a number (%, $, kg, th) is not read.
+    - Digits of every script count; number words and Roman numerals do not.
+    """
+    return readings(text)[0]
+
+
+def readings(text: str) -> tuple[Number | None, ...]:
+    """What the last number may be, `last_number` first: 1,2 is 1.2, and may have been meant as 1 and 2."""
+    return _kept(text) if len(text) <= _LONGEST_CACHED else _readings(text)
+
+
+def _readings(text: str) -> tuple[Number | None, ...]:
+    boxed = _boxed(text)
+    for part in (boxed, text):
+        # A number stands within one line, and the lines before the last one with a number need not be read.
+        for line in reversed(part.splitlines()):
+            if found := _of_line(line):
+                return found
+    return (None,)
+
+
+_kept = lru_cache(maxsize=8_192)(_readings)
+
+
+def _of_line(line: str) -> tuple[Number, ...]:
+    if len(line) > 2 * _TAIL and (cut := _BETWEEN_WORDS.search(line, len(line) - _TAIL)):
+        # Between two words no number is torn apart, and most lines have one near their end.
+        return _last_of(line[cut.end() - 1 :]) or _last_of(line)
+    return _last_of(line)
+
+
+def _last_of(line: str) -> tuple[Number, ...]:
+    plain = _normalized(line)
+    last = None
+    for match in _TOKEN.finditer(plain):
+        if match["digits"] or match["date"]:
+            last = match
+    return tuple(_values(last)) if last is not None else ()
+
+
+def _values(match: re.Match[str]) -> Iterator[Number]:
+    if match["date"]:
+        yield Decimal(match["date"].rpartition("/")[2])
+        return
+    start, end = match.span("digits")
+    pair = match.string[start - 1 : start] in ("(", "[") and match.string[end : end + 1] in (")", "]")
+    plain, rest = _decimal(match["digits"], pair=pair)
+    yield _computed(plain, match)
+    if rest is not None:
+        yield rest
+
+
+def _decimal(digits: str, *, pair: bool = False) -> tuple[str, Decimal | None]:
+    """Digits with a decimal point alone; the last of two numbers, where a decimal comma may have been a list's."""
+    if _PLAIN.fullmatch(digits):
+        return digits, None
+    if _GROUPED.fullmatch(digits):
+        return re.sub("[,'_]", "", digits), None
+    *_, last = re.split("[,'_]", digits)
+    whole, _, decimals = digits.partition(",")
+    if _DECIMAL_COMMA.fullmatch(digits) and not (pair and whole.isdigit()):
+        plain = whole.replace(".", "").replace("'", "")
+        return f"{plain}.{decimals or 0}", Decimal(last) if whole.isdigit() and whole != "0" else None
+    return last if last.count(".") < 2 else last.rpartition(".")[2], None
+
+
+def _computed(digits: str, match: re.Match[str]) -> Number:
+    """The number with what belongs to it; the bare one where that is too long to compute with, or divides by 0."""
+    negative = match["sign"] == "-"
+    plain = Decimal(f"-{digits}" if negative else digits)
+    factor, power = _factor(match), int(match["power"] or 1)
+    if factor is None or len(digits) * abs(power) > MAX_DIGITS or (power < 0 and not plain):
+        return plain
+    value = Fraction(digits) ** power
+    if match["numerator"]:
+        part = Fraction(int(match["numerator"]), int(match["below"]))
+        value = value + part if digits.isdigit() and part < 1 else part
+    return (-value if negative else value) * factor
+
+
+def _factor(match: re.Match[str]) -> Fraction | None:
+    """What the number is multiplied by for what stands beside it; None if nothing does, or nothing can be computed."""
+    factor = Fraction(_SCALES[match["scale"]] if match["scale"] else 1)
+    if match["suffix"]:
+        factor = Fraction(_SUFFIXES[match["suffix"][0].lower()])
+    ten = match["exponent"] or match["ten"]
+    if ten:
+        return factor * Fraction(10) ** int(ten)
+    if match["denominator"]:
+        below, _ = _decimal(match["denominator"])
+        return factor / Fraction(below) if len(below) <= MAX_DIGITS and Fraction(below) else None
+    if match["numerator"]:
+        short = max(len(match["numerator"]), len(match["below"])) <= MAX_DIGITS
+        return factor if short and int(match["below"]) else None
+    return factor if match["power"] or match["scale"] or match["suffix"] else None
+
+
+_OTHERS = dict(zip("’ʼ٬，．٫＋％＄￥⁄∕／＝（）［］", "''',..+%$¥///=()[]", strict=True))
+
+
+class _Characters(dict[int, str]):
+    """What a character beyond ASCII stands for in a number; itself if it has no part in one."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        self[code] = character if code < 128 else self._plain(character)
+        return self[code]
+
+    def _plain(self, character: str) -> str:
+        if character in "−–－﹣‐‑‒":
+            return "-"
+        if character in "\u2007\u2009\u200a\u202f\u2006\u2005":
+            return "\u00a0"
+        if unicodedata.category(character) in ("Cf", "Mn"):
+            return ""
+        if (digit := unicodedata.decimal(character, None)) is not None:
+            return str(digit)
+        if unicodedata.category(character) == "No" and "⁄" in (known := unicodedata.normalize("NFKC", character)):
+            return "\u2064" + known.replace("⁄", "/")
+        return _OTHERS.get(character, character)
+
+
+_CHARACTERS = _Characters()
+
+
+def _normalized(line: str) -> str:
+    """The line with one spelling for what has several: signs, spaces, digits, powers, fractions, groups."""
+    if not line.isascii():
+        line = re.sub("[₀-₉]+", " ", line)
+        line = _SUPERSCRIPT.sub(lambda found: f"^({found[0].translate(_SUPERSCRIPTS)})", line)
+        line = line.translate(_CHARACTERS)
+        # A vulgar fraction is marked: after a digit it is the fraction of a mixed number.
+        line = re.sub("([0-9]?)\u2064", lambda found: f"{found[1]} " if found[1] else "", line)
+    if "<su" in line:
+        line = _HTML.sub(lambda found: f"^({found[1]})" if found[1] else " ", line)
+    if "_" in line:
+        line = _SUBSCRIPT.sub(" ", line)
+    if "\\" in line or "{" in line:
+        line = _without_latex(line)
+    line = _AFTER_EQUALS.sub("= -", line)
+    return _SPACED.sub(lambda found: re.sub("[ \u00a0]", "'", found[0]), line)
+
+
+def _without_latex(line: str) -> str:
+    line = line.replace("\\\\", " ; ").replace("\\!", "")
+    line = _LATEX_SEPARATOR.sub(lambda found: found[1] or found[2], line)
+    line = re.sub(r"\\(?:[,;: ]|thinspace(?![A-Za-z]))", "\u00a0", line)
+    line = _LATEX_FRACTION.sub(_fraction, line)
+    line = re.sub(r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?", "°", line)
+    line = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "×", line)
+    line = re.sub(r"\\[A-Za-z]+\*?", " ", line)
+    return re.sub(r"\\([$%#&_()\[\]])", r"\1", line.replace("\\{", "(").replace("\\}", ")"))
+
+
+def _fraction(found: re.Match[str]) -> str:
+    before, above, below = found[1], found[2] or found[3], found[4] or found[5]
+    return f"{before + ' ' if before else ''}{above}/{below}"
+
+
+def _boxed(text: str) -> str:
+    """What stands in the last box of a LaTeX text, or nothing."""
+    boxes = list(_BOXED.finditer(text)) if "\\" in text else []
+    if not boxes:
+        return ""
+    depth, start = 1, boxes[-1].end()
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if not depth:
+            return text[start:end]
+    return text[start:]

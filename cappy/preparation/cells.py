@@ -1,0 +1,165 @@
+"""Lists that stand as text in a cell, as pandas, NumPy and `datasets` write them to CSV: read back as lists."""
+
+import ast
+import io
+import json
+import re
+import tokenize
+from collections.abc import Iterator
+from typing import Any
+
+from cappy.errors import RecordError, shown
+from cappy.preparation.rows import Rows
+
+TEXT_FIELDS = ("reference", "references", "choices", "response", "responses")
+NUMBER_FIELDS = ("label", "labels")
+PLURAL = ("references", "choices", "responses", "labels", "candidates")
+"""Fields that hold lists: a text that looks like one and is none is refused there; in the others it may be meant."""
+
+_QUOTED = re.compile(r"""(?:array\()?[\[(]\s*(?:np\.str_\()?[rbuRBU]?['"]""")
+_LISTED = re.compile(r"""(?:array\()?[\[(]\s*(?:[rbuRBU]?['"]|[-+.\d]|(?:True|False|None|nan|np\.\w+)\b|\{|[\])])""")
+_ENDED = re.compile(r"[\])](?:, dtype=\w+\))?$")
+_NOTHING = ("nan", "NaN", "<NA>")
+_NAMES = {"True": True, "False": False, "None": None, "nan": None, "true": True, "false": False, "null": None}
+_ITEM, _COMMA = "item", "comma"
+_SCALAR = re.compile(
+    r"""np\.\w+\(((?:[^()'"]|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")*)\)|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+)
+"""NumPy's scalars, such as np.float64(0.5), and texts, in which nothing is taken for one."""
+MAX_CHARACTERS = 1_000_000
+"""Of a text that is read as a list."""
+
+
+def listed(rows: Rows, *, cells: bool) -> Rows:
+    """The rows with the lists that stand in them as text; `cells` says that the file knows no lists (CSV).
+
+    RecordError where a field of several texts holds what looks like a list and cannot be read as one.
+    """
+    fields = {*TEXT_FIELDS, *NUMBER_FIELDS, "candidates"}
+    for where, values in rows:
+        found = {
+            name: _read(where, name, values[name], cells=cells)
+            for name in values.keys() & fields
+            if isinstance(values[name], str)
+        }
+        yield where, {**values, **found} if found else values
+
+
+def _read(where: str, name: str, text: str, *, cells: bool) -> Any:
+    bare = text.strip()
+    if cells and name in PLURAL and bare in _NOTHING:
+        return None
+    meant = _LISTED if cells else _QUOTED
+    if not meant.match(bare) or (name not in PLURAL and (bare[0] == "(" or not _ENDED.search(bare))):
+        return text
+    try:
+        found = read_list(bare)
+    except ValueError as error:
+        if name in PLURAL or _QUOTED.match(bare):
+            remedy = 'write it as JSON (["one", "two"]), or write the file as JSON Lines or Parquet'
+            raise RecordError(
+                f"{where}: {name} looks like a list and is none ({error}), got {shown(text)}; {remedy}"
+            ) from error
+        return text
+    if name in TEXT_FIELDS and not all(isinstance(item, str) for item in found):
+        return _unquoted(where, name, text)
+    return found
+
+
+def _unquoted(where: str, name: str, text: str) -> str:
+    """A list of numbers where texts are wanted: in a field of one text it is that text."""
+    if name not in PLURAL:
+        return text
+    remedy = f'quote its items (["1", "2"]), or read the cell as one text: --columns {name.removesuffix("s")}={name}'
+    raise RecordError(f"{where}: {name} holds a list of what are no texts, got {shown(text)}; {remedy}")
+
+
+def read_list(text: str) -> list[Any]:
+    """The items of a list as JSON, Python or NumPy write one; ValueError for anything else.
+
+    NumPy parts items by blanks, which Python would take for one long text: `['a' 'b']`.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"longer than {MAX_CHARACTERS:,} characters")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return _nested(text) if "{" in text and not _QUOTED.match(text) else _flat(text)
+    if not isinstance(found, list):
+        raise ValueError("it is no list")
+    return found
+
+
+def _nested(text: str) -> list[Any]:
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
+        raise ValueError("it cannot be read as Python") from error
+    if not isinstance(found, list | tuple):
+        raise ValueError("it is no list")
+    return list(found)
+
+
+def _flat(text: str) -> list[Any]:
+    bare = re.sub(r"^array\((.*?)(?:,\s*dtype=[\w<>'.]+)?\)$", r"\1", text, flags=re.DOTALL)
+    if bare[:1] not in "[(" or bare[-1:] not in "])":
+        raise ValueError("it has no end")
+    items: list[Any] = []
+    kinds: list[str] = []
+    for kind, value in _tokens(bare[1:-1]):
+        kinds.append(kind)
+        if kind == _ITEM:
+            items.append(value)
+    _check_order(kinds)
+    return items
+
+
+def _check_order(kinds: list[str]) -> None:
+    """ValueError unless commas stand between all items, or between none."""
+    commas = kinds.count(_COMMA)
+    if not commas:
+        return
+    expected = [_ITEM if index % 2 == 0 else _COMMA for index in range(len(kinds))]
+    if kinds != expected:
+        raise ValueError("some items have no comma between them")
+
+
+def _tokens(text: str) -> Iterator[tuple[str, Any]]:
+    """Items and commas, in order."""
+    sign = ""
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(f"({_SCALAR.sub(_bare, text)})").readline):
+            kind, word = token.type, token.string
+            if kind in (tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER, tokenize.COMMENT) and "#" not in word:
+                continue
+            if kind == tokenize.OP and token.start[0] == 1 and token.start[1] == 0:
+                continue
+            if kind == tokenize.OP and word in "+-" and not sign:
+                sign = word
+            elif kind == tokenize.OP and word == ",":
+                yield _COMMA, None
+            elif kind == tokenize.STRING and word[:1] not in "fF" and not sign:
+                yield _ITEM, _literal(word)
+            elif kind == tokenize.NUMBER:
+                yield _ITEM, _literal(sign + word)
+                sign = ""
+            elif kind == tokenize.NAME and word in _NAMES and not sign:
+                yield _ITEM, _NAMES[word]
+            elif kind == tokenize.OP and word == ")" and token.line[token.end[1] :].strip() == "":
+                continue
+            else:
+                raise ValueError(f"it holds {shown(word, 20)}")
+    except (tokenize.TokenError, IndentationError, SyntaxError) as error:
+        raise ValueError("its quotes or brackets do not close") from error
+
+
+def _bare(found: re.Match[str]) -> str:
+    return found[0] if found[1] is None else found[1]
+
+
+def _literal(word: str) -> Any:
+    try:
+        found = ast.literal_eval(word)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"{shown(word, 20)} cannot be read") from error
+    return found.decode(errors="replace") if isinstance(found, bytes) else found

@@ -1,0 +1,115 @@
+"""What a source holds and nothing is read from: named once, and refused where leaving it out would change the task."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cappy.errors import ConfigError, RecordError, shown
+from cappy.preparation.rows import Values
+
+LOGGER = logging.getLogger("cappy.preparation")
+
+_APPENDED = "--columns input={name} appends it to the instruction"
+_BY_HAND = "write what the LLM is to see of it into the instruction"
+MATTERS: Mapping[str, str] = {
+    "input": _APPENDED,
+    "context": _APPENDED,
+    "passage": _APPENDED,
+    "rejected": "--columns response={name} makes it a response",
+    "chosen": "--columns reference={name} makes it the reference",
+    **dict.fromkeys(("system", "system_prompt", "history", "messages", "conversation", "conversations"), _BY_HAND),
+}
+"""Columns without which a row is another task, with what reads them."""
+CANDIDATE_FIELDS = frozenset(
+    (
+        "response",
+        "text",
+        "label",
+        "generator",
+        "system",
+        "decoding",
+        "seed",
+        "logprob_sum",
+        "logprob_mean",
+        "num_tokens",
+    )
+)
+_TEXTS = ("instruction", "reference", "references", "response", "responses")
+_MOST_NAMED = 1_000
+
+
+@dataclass(slots=True, kw_only=True)
+class Unused:
+    """Columns, fields of candidates and settings that nothing came of, each with the place where it was seen first."""
+
+    name: str
+    found: dict[str, dict[str, str]] = field(default_factory=dict)
+    ignored: set[str] = field(default_factory=set)
+    said: dict[str, str] = field(default_factory=dict)
+
+    def columns(self, where: str, values: Values, read: Values, names: Iterable[str]) -> None:
+        """Notes columns of a row that are not `read`; RecordError for one that matters and whose text was not read."""
+        for name in names:
+            value = values[name]
+            if value in (None, "", [], {}) or (isinstance(value, str) and not value.strip()):
+                continue
+            if name in MATTERS and not (isinstance(value, str) and _stands_in(value.strip(), read)):
+                remedy = f"{MATTERS[name].replace('{name}', name)}, --ignore-columns {name} leaves it out"
+                raise RecordError(f"{where}: column {shown(name)} is not read, and matters; {remedy}")
+            self.note("columns", where, name)
+
+    def candidates(self, where: str, values: Values) -> None:
+        """Notes fields of a row's candidates that no record keeps."""
+        items: Any = values.get("candidates")
+        for item in items if isinstance(items, list) else ():
+            if isinstance(item, dict) and not item.keys() <= CANDIDATE_FIELDS:
+                for name in item.keys() - CANDIDATE_FIELDS:
+                    self.note("candidate_fields", where, name)
+
+    def seen(self, ignored: Iterable[str]) -> None:
+        """Notes that columns of --ignore-columns are there."""
+        self.ignored.update(ignored)
+
+    def say(self, name: str, text: str) -> None:
+        """Notes a sentence that the run has to say, once."""
+        self.said.setdefault(name, text)
+
+    def check(self, ignored: Iterable[str]) -> None:
+        """ConfigError for a column of --ignore-columns that no row has."""
+        for name in sorted(set(ignored) - self.ignored):
+            raise ConfigError(f"{self.name}: --ignore-columns {name}: no row has that column; leave it out")
+
+    def warn(self) -> None:
+        """Logs what was noted, a line for each kind."""
+        if columns := self.found.get("columns"):
+            remedy = "--columns FIELD=COLUMN reads one, --ignore-columns NAME says that it is not meant"
+            LOGGER.warning("%s: columns that are not read: %s; %s", self.name, _names(columns), remedy)
+        if fields := self.found.get("candidate_fields"):
+            LOGGER.warning("%s: fields of candidates that are not read: %s", self.name, _names(fields))
+        for text in self.said.values():
+            LOGGER.warning("%s: %s", self.name, text)
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest: the names under each kind, and what was said."""
+        named = {kind: sorted(names) for kind, names in self.found.items()}
+        return {**({"unused": named} if named else {}), **({"notes": dict(self.said)} if self.said else {})}
+
+    def note(self, kind: str, where: str, name: object) -> None:
+        """Notes one name of a kind: columns, or candidate_fields."""
+        names = self.found.setdefault(kind, {})
+        if len(names) < _MOST_NAMED:
+            names.setdefault(str(name), where)
+
+
+def _stands_in(text: str, read: Values) -> bool:
+    """Whether a text is part of what is read anyway."""
+    for name in _TEXTS:
+        found = read.get(name)
+        if any(isinstance(one, str) and text in one for one in (found if isinstance(found, list) else [found])):
+            return True
+    return False
+
+
+def _names(found: Mapping[str, str]) -> str:
+    return shown(", ".join(sorted(found)), 400)

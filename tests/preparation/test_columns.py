@@ -1,0 +1,215 @@
+"""Every column of a file is read, or named once, or refused: nothing is left out in silence (B1, B5)."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cappy.config import build
+from cappy.errors import ConfigError, RecordError
+from cappy.preparation import PreparationConfig
+from cappy.records import Instance, Manifest
+
+Prepare = Callable[..., tuple[Manifest, list[Instance]]]
+JsonLines = Callable[..., Path]
+WHOLE = {"test": 0, "validation": 0}
+ALPACA = [
+    {"instruction": "Translate the word into French.", "input": text, "output": output}
+    for text, output in (("cat", "chat"), ("dog", "chien"), ("", "rien"))
+]
+
+
+def test_b1_the_input_of_an_alpaca_row_stands_below_its_instruction(prepare: Prepare, json_lines: JsonLines) -> None:
+    _, found = prepare(json_lines(*ALPACA), columns=("reference=output",), **WHOLE)
+    assert [(one.instruction, one.references) for one in found] == [
+        ("Translate the word into French.\n\ncat", ("chat",)),
+        ("Translate the word into French.\n\ndog", ("chien",)),
+        ("Translate the word into French.", ("rien",)),
+    ]
+    _, found = prepare(json_lines({"instruction": "Double it.", "input": "4", "reference": "8"}), **WHOLE)
+    assert found[0].instruction == "Double it.\n\n4"
+
+
+@pytest.mark.parametrize(
+    ("instruction", "text"),
+    [("Sort: b a c\nOutput:", "b a c"), ("Q: word\nA:", "word"), ("Neutral: Ein Satz.\nNeu: ", "Ein Satz.")],
+)
+def test_b1_an_input_that_the_instruction_holds_is_not_repeated(
+    prepare: Prepare, json_lines: JsonLines, instruction: str, text: str
+) -> None:
+    row = {"instruction": instruction, "input": text, "reference": "x"}
+    assert prepare(json_lines(row), **WHOLE)[1][0].instruction == instruction
+    given = prepare(json_lines(row), columns=("input=input",), **WHOLE)[1][0].instruction
+    assert given == f"{instruction}\n\n{text}"
+
+
+def test_b1_one_word_inside_a_sentence_is_no_input_that_stands_there(prepare: Prepare, json_lines: JsonLines) -> None:
+    row = {"instruction": "Translate the word into French.", "input": "word", "reference": "mot"}
+    assert prepare(json_lines(row), **WHOLE)[1][0].instruction.endswith("French.\n\nword")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "remedy"),
+    [
+        (
+            {"prompt": "Double it.", "input": "4", "reference": "8"},
+            ("instruction=prompt",),
+            "column 'input' is not read, and matters; --columns input=input appends it to the instruction, ",
+        ),
+        (
+            {"instruction": "Who?", "context": "Ann sat.", "reference": "Ann"},
+            (),
+            "column 'context' is not read, and matters; --columns input=context appends it to the instruction, ",
+        ),
+        (
+            {"prompt": "Hi", "chosen": "Hello", "rejected": "Go"},
+            ("instruction=prompt", "reference=chosen"),
+            "column 'rejected' is not read, and matters; --columns response=rejected makes it a response, ",
+        ),
+        (
+            {"prompt": "Hi", "chosen": "Hello", "rejected": "Go"},
+            ("instruction=prompt", "response=rejected"),
+            "column 'chosen' is not read, and matters; --columns reference=chosen makes it the reference",
+        ),
+        (
+            {"instruction": "Hi", "system": "Answer in French.", "reference": "Salut"},
+            (),
+            "column 'system' is not read, and matters; write what the LLM is to see of it into the instruction, ",
+        ),
+        (
+            {"instruction": "And now?", "history": [["a", "b"]], "reference": "c"},
+            (),
+            "column 'history' is not read, and matters",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+            (),
+            "column 'conversations' is not read, and matters",
+        ),
+    ],
+)
+def test_b1_a_column_that_matters_and_is_not_read_is_refused_with_its_flag(
+    prepare: Prepare, json_lines: JsonLines, row: dict[str, Any], columns: tuple[str, ...], remedy: str
+) -> None:
+    path = json_lines(row)
+    with pytest.raises(RecordError) as error:
+        prepare(path, columns=columns, **WHOLE)
+    assert str(error.value).startswith(f"{path}:1: {remedy}")
+
+
+def test_b1_the_flags_of_the_refusal_do_what_they_say(prepare: Prepare, json_lines: JsonLines) -> None:
+    path = json_lines({"instruction": "Who sat?", "context": "Ann sat.", "reference": "Ann"})
+    assert prepare(path, columns=("input=context",), **WHOLE)[1][0].instruction == "Who sat?\n\nAnn sat."
+    assert prepare(path, ignore_columns=("context",), **WHOLE)[1][0].instruction == "Who sat?"
+    path = json_lines({"prompt": "Hi", "chosen": "Hello", "rejected": "Go"})
+    columns = ("instruction=prompt", "reference=chosen", "response=rejected")
+    (found,) = prepare(path, columns=columns, **WHOLE)[1]
+    assert (found.references, [one.response for one in found.candidates]) == (("Hello",), ["Go"])
+
+
+def test_b1_a_column_that_matters_is_not_missed_where_it_is_empty_or_read_already(
+    prepare: Prepare, json_lines: JsonLines
+) -> None:
+    rows = [
+        {"instruction": "Ann sat. Who?", "context": "Ann sat.", "system": "", "history": [], "reference": "Ann"},
+        {"instruction": "Bob sat. Who?", "context": None, "system": " ", "history": None, "reference": "Bob"},
+    ]
+    assert len(prepare(json_lines(*rows), **WHOLE)[1]) == 2
+
+
+def test_b1_other_columns_and_fields_of_candidates_are_named_once(
+    prepare: Prepare, json_lines: JsonLines, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"reference": "x", "topic": "t", "url": "u", "empty": None, "candidates": [{"text": "x", "human": 5}]}
+    path = json_lines(*({"instruction": f"say {number}", **row} for number in range(30)))
+    with caplog.at_level(logging.WARNING):
+        manifest, _ = prepare(path)
+    remedy = "--columns FIELD=COLUMN reads one, --ignore-columns NAME says that it is not meant"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: columns that are not read: 'topic, url'; {remedy}",
+        f"{path}: fields of candidates that are not read: 'human'",
+    ]
+    assert manifest.facts["unused"] == {"columns": ["topic", "url"], "candidate_fields": ["human"]}
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        manifest, _ = prepare(path, ignore_columns=("topic", "url"))
+    assert len(caplog.records) == 1
+    assert manifest.facts["unused"] == {"candidate_fields": ["human"]}
+
+
+def test_b1_a_column_to_ignore_must_be_there_and_not_be_read(prepare: Prepare, json_lines: JsonLines) -> None:
+    path = json_lines({"instruction": "a", "reference": "b"})
+    with pytest.raises(ConfigError, match="--ignore-columns contxt: no row has that column; leave it out"):
+        prepare(path, ignore_columns=("contxt",), **WHOLE)
+    with pytest.raises(ConfigError, match="--columns reads b, --ignore-columns leaves it out; give one of them"):
+        build(
+            PreparationConfig,
+            {"source": "x", "target": "t", "columns": ["instruction=b"], "ignore_columns": ["b"]},
+        )
+
+
+def test_b5_a_label_of_another_meaning_is_not_read_where_columns_are_mapped(
+    prepare: Prepare, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "sst.csv"
+    path.write_text("text,label,label_text\nfine film,1,positive\ndull film,0,negative\n")
+    with caplog.at_level(logging.WARNING):
+        _, found = prepare(path, columns=("instruction=text", "reference=label_text"), **WHOLE)
+    assert [(one.instruction, one.references, one.candidates) for one in found] == [
+        ("fine film", ("positive",), ()),
+        ("dull film", ("negative",), ()),
+    ]
+    assert "columns that are not read: 'label'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"choices": {"text": ["a", "b"], "label": ["A", "B"]}},
+        {"label": 3},
+        {"labels": ["x", "y"]},
+        {"split": "dev"},
+        {"task": {"id": 4}},
+        {"template": 3.5},
+        {"original_task": "no"},
+        {"id": [1]},
+        {"references": 7},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_b5_a_column_of_a_fields_name_may_mean_something_else(
+    prepare: Prepare, json_lines: JsonLines, own: dict[str, Any]
+) -> None:
+    path = json_lines({"q": "one", "a": "1", **own}, {"q": "two", "a": "2", **own})
+    _, found = prepare(path, columns=("instruction=q", "reference=a"), **WHOLE)
+    assert [(one.instruction, one.references, one.candidates) for one in found] == [
+        ("one", ("1",), ()),
+        ("two", ("2",), ()),
+    ]
+
+
+def test_b5_a_column_is_read_as_one_field_alone(prepare: Prepare, json_lines: JsonLines) -> None:
+    # Dolly: the answer stands under `response`, which is no sampled response once it is the reference.
+    path = json_lines({"instruction": "Who?", "response": "Ann", "label": 9})
+    (found,) = prepare(path, columns=("reference=response",), **WHOLE)[1]
+    assert (found.references, found.candidates) == (("Ann",), ())
+
+
+def test_b5_responses_and_what_names_a_row_are_read_where_only_prompt_and_answer_are_mapped(
+    prepare: Prepare, json_lines: JsonLines
+) -> None:
+    row = {"q": "Who?", "a": "Ann", "responses": ["Ann", "Bob"], "labels": [1, 0], "group_id": "g", "split": "test"}
+    (found,) = prepare(json_lines(row), columns=("instruction=q", "reference=a"))[1]
+    assert [(one.response, one.labels["given"]) for one in found.candidates] == [("Ann", 1.0), ("Bob", 0.0)]
+    assert (found.group_id, found.split) == ("g", "test")
+
+
+def test_b5_a_score_is_the_label_where_it_is_mapped(prepare: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "rated.jsonl"
+    rows = [{"prompt": f"p{n}", "response": "r", "score": 0.5, "label": "spam"} for n in range(2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, found = prepare(path, columns=("instruction=prompt", "label=score"), **WHOLE)
+    assert [dict(one.candidates[0].labels) for one in found] == [{"given": 0.5}] * 2

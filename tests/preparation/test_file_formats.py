@@ -1,0 +1,226 @@
+"""Files as people have them: arrays, other separators, other encodings, packed ones (B6)."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import pickle
+import resource
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+
+from cappy.errors import RecordError
+from cappy.preparation import lines
+from cappy.preparation.files import reader_of
+from cappy.records import Instance, Manifest
+
+Prepare = Callable[..., tuple[Manifest, list[Instance]]]
+ROWS = [{"instruction": f"Say é {number}.", "reference": f"{number}, über"} for number in range(12)]
+JSON_LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def zipped(data: bytes, name: str = "rows.jsonl", **more: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, data)
+        for other, content in more.items():
+            archive.writestr(other, content)
+    return buffer.getvalue()
+
+
+def table(mark: str) -> str:
+    cells = [("instruction", "reference"), *((row["instruction"], f'"{row["reference"]}"') for row in ROWS)]
+    return "".join(f"{one}{mark}{other}\n" for one, other in cells)
+
+
+def arrow_stream() -> bytes:
+    buffer = io.BytesIO()
+    data = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_stream(buffer, data.schema) as writer:
+        writer.write_table(data, max_chunksize=5)
+    return buffer.getvalue()
+
+
+def feather(compression: str) -> bytes:
+    buffer = io.BytesIO()
+    pa.feather.write_feather(pa.Table.from_pylist(ROWS), buffer, compression=compression)
+    return buffer.getvalue()
+
+
+def parquet() -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(ROWS), buffer)
+    return buffer.getvalue()
+
+
+UTF8 = JSON_LINES.encode()
+FILES = {
+    "array.json": json.dumps(ROWS, ensure_ascii=False).encode(),
+    "array.jsonl": b"\xef\xbb\xbf \n" + json.dumps(ROWS, indent=2).encode(),
+    "pretty.json": "\n".join(json.dumps(row, indent=2) for row in ROWS).encode(),
+    "rows.tsv": table("\t").encode(),
+    "rows.tab": table("\t").encode(),
+    "tabs.csv": table("\t").encode(),
+    "semicolons.csv": table(";").encode(),
+    "bars.csv": table("|").encode(),
+    "rows.CSV": table(",").encode(),
+    "rows.jsonl.bz2": bz2.compress(UTF8),
+    "rows.jsonl.zip": zipped(UTF8),
+    "rows.zip": zipped(UTF8, **{"__MACOSX/._rows.jsonl": b"x"}),
+    "rows.csv.zip": zipped(table(";").encode(), "rows.csv"),
+    "rows.jsonl.zst": pa.compress(UTF8, codec="zstd", asbytes=True),
+    "rows.csv.gz": gzip.compress(table(",").encode("utf-16")),
+    "rows.json.xz": lzma.compress(json.dumps(ROWS).encode()),
+    "utf-16.jsonl": JSON_LINES.encode("utf-16"),
+    "utf-16-be.csv": b"\xfe\xff" + table(";").encode("utf-16-be"),
+    "utf-32.jsonl": JSON_LINES.encode("utf-32"),
+    "array.utf16.json": json.dumps(ROWS, ensure_ascii=False).encode("utf-16"),
+    "bom.tsv": b"\xef\xbb\xbf" + table("\t").encode(),
+    "rows.arrow": arrow_stream(),
+    "rows.feather": feather("uncompressed"),
+    "rows.parquet": parquet(),
+    "no-suffix": parquet(),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_b6_the_same_rows_are_read_from_every_format(prepare: Prepare, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(FILES[name])
+    _, found = prepare(tmp_path / name)
+    assert [(one.instruction, one.references) for one in found] == [
+        (row["instruction"], (row["reference"],)) for row in ROWS
+    ]
+
+
+def test_b6_a_header_with_a_comma_and_other_marks_is_parted_by_commas(prepare: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("instruction,reference;s,reference\na;b,x,1|2\nc;d,y,3|4\n")
+    (tmp_path / "in.csv").write_text("instruction,reference\na;b;c,1|2\nc;d,3|4\n")
+    found = prepare(tmp_path / "in.csv", test=0, validation=0)[1]
+    assert [(one.instruction, one.references) for one in found] == [("a;b;c", ("1|2",)), ("c;d", ("3|4",))]
+
+
+def test_b6_a_semicolon_file_with_commas_in_its_texts_is_parted_by_semicolons(prepare: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("instruction;reference\nHello, you, there;x\nGood;y, z\n")
+    found = prepare(tmp_path / "in.csv", test=0, validation=0)[1]
+    assert [(one.instruction, one.references) for one in found] == [("Hello, you, there", ("x",)), ("Good", ("y, z",))]
+
+
+def tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        info = tarfile.TarInfo("rows.jsonl")
+        info.size = len(UTF8)
+        archive.addfile(info, io.BytesIO(UTF8))
+    return buffer.getvalue()
+
+
+REFUSED = {
+    "two.zip": (zipped(UTF8, **{"b.jsonl": UTF8}), "is a zip archive of 2 files", "unzip two.zip -d FOLDER"),
+    "book.xlsx": (zipped(b"", "[Content_Types].xml"), "is an Excel workbook", "libreoffice --headless --convert"),
+    "book.xls": (b"\xd0\xcf\x11\xe0" + b"x" * 600, "is an Excel workbook", "libreoffice --headless --convert"),
+    "rows.db": (b"SQLite format 3\0" + b"x" * 600, "is a SQLite database", "sqlite3 -header -csv rows.db"),
+    "rows.tar": (tar(), "is a tar archive", "tar -xf rows.tar"),
+    "rows.tar.gz": (gzip.compress(tar()), "is a tar archive", "tar -xf rows.tar.gz"),
+    "rows.7z": (b"7z\xbc\xaf\x27\x1c" + b"x" * 60, "is a 7z archive", "7z x rows.7z"),
+    "rows.pkl": (pickle.dumps(ROWS), "is a pickle, which is never loaded", "JSON Lines or Parquet"),
+    "rows.orc": (b"ORC" + b"x" * 60, "is an ORC file", "pandas.read_orc('rows.orc').to_parquet('rows.parquet')"),
+    "rows.feather": (feather("zstd"), "is compressed Arrow (Feather)", "f.read_table('rows.feather')"),
+    "rows.parquet.gz": (gzip.compress(parquet()), "is a packed Parquet file", "unpack it first"),
+    "bare.jsonl": (JSON_LINES.encode("utf-16-le"), "is UTF-16LE without the mark", "iconv -f UTF-16LE -t UTF-8"),
+    "latin.jsonl": (JSON_LINES.encode("latin-1"), "is not UTF-8 (byte", "iconv -f WINDOWS-1252 -t UTF-8 latin.jsonl"),
+    "cut.json": (json.dumps(ROWS).encode()[:-1], "the array has no end", "fetch or write it again"),
+    "half.json": (json.dumps(ROWS).encode()[:-30], "is not JSON (", "write one object per line"),
+    "after.json": (json.dumps(ROWS).encode() + b" x", "stands after the end of the array", "delete it"),
+    "numbers.json": (b'[{"instruction": "a", "reference": "b"}, 3]', "must be a JSON object, got 3", "one object per"),
+    "held.json": (json.dumps({"version": 1, "data": ROWS}).encode(), "under 'data'", "jq -c '.[\"data\"][]'"),
+    "frame.json": (
+        json.dumps({name: {str(n): row[name] for n, row in enumerate(ROWS)} for name in ROWS[0]}).encode(),
+        "is a table by columns, as pandas writes it",
+        "orient='records', lines=True",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_b6_what_is_not_read_is_named_with_what_turns_it(prepare: Prepare, tmp_path: Path, name: str) -> None:
+    data, what, command = REFUSED[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(RecordError) as error:
+        prepare(tmp_path / name)
+    assert what in str(error.value)
+    assert command in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_b6_an_element_of_an_array_is_named_by_its_line(prepare: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text(json.dumps([*ROWS[:2], {"prompt": "x"}], indent=1))
+    with pytest.raises(RecordError, match=r"in\.json:10: has no field instruction"):
+        prepare(tmp_path / "in.json")
+
+
+@pytest.mark.parametrize("pack", [bz2.compress, zipped, lambda data: pa.compress(data, codec="zstd", asbytes=True)])
+def test_b6_a_damaged_archive_is_one_line(prepare: Prepare, tmp_path: Path, pack: Any) -> None:
+    packed = pack("".join(f'{{"instruction": "{hash(str(n))}", "reference": "r"}}\n' for n in range(20_000)).encode())
+    (tmp_path / "in.jsonl").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(RecordError, match=r"in\.jsonl.*(truncated or damaged|cannot be unpacked)"):
+        prepare(tmp_path / "in.jsonl")
+
+
+BOMB = """
+import resource, sys
+from pathlib import Path
+from cappy.errors import RecordError
+from cappy.preparation.files import reader_of
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+path = Path(sys.argv[1])
+try:
+    list(reader_of(path)(path))
+except RecordError as error:
+    print("refused", error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [bz2.compress, zipped, lambda data: pa.compress(data, codec="zstd", asbytes=True)],
+    ids=["bz2", "zip", "zst"],
+)
+@pytest.mark.parametrize("begin", [b'{"instruction": "', b'[{"instruction": "'])
+def test_b6_an_archive_that_unpacks_to_gigabytes_is_refused_within_memory(
+    tmp_path: Path, pack: Callable[[bytes], bytes], begin: bytes
+) -> None:
+    (tmp_path / "in.jsonl").write_bytes(pack(begin + b"a" * 400_000_000))
+    done = subprocess.run(
+        [sys.executable, "-c", BOMB, str(tmp_path / "in.jsonl")], capture_output=True, text=True, check=True
+    )
+    refused, megabytes = done.stdout.splitlines()
+    assert refused.startswith("refused")
+    assert int(megabytes) < 350
+
+
+def test_b6_a_large_array_is_read_row_by_row(tmp_path: Path) -> None:
+    count = 0
+    with (tmp_path / "in.json").open("w") as file:
+        file.write("[")
+        for number in range(20_000):
+            file.write(("," if number else "") + json.dumps({"instruction": f"{number} {'word ' * 100}"}))
+        file.write("]")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in reader_of(tmp_path / "in.json")(tmp_path / "in.json"):
+        count += 1
+    assert count == 20_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000
+    assert lines.PIECE < 2**20

@@ -1,0 +1,22 @@
+"""A1: a scorer that comes from the registry has the number that it had before it went there."""
+
+from typing import Any
+
+import pytest
+from other_loaders import PAIRS, by_cross_encoder, by_transformers
+
+from cappy.registry import download
+from cappy.scoring import Scorer
+
+
+def test_a1_a_downloaded_scorer_has_one_number_everywhere(room: Any) -> None:
+    folder = room.folder / "scorer"
+    scorer = Scorer.load("builtin", device="cpu", precision="fp32")
+    scorer.save(folder)
+    room.register(folder, room.report("report", folder))
+    room.promote(room.folder / "report")
+    kept = download("models:/cappy@champion", tracking_uri=room.uri, cache=room.folder / "cache")
+    expected = scorer.score(PAIRS)
+    assert Scorer.load(str(kept), device="cpu", precision="fp32").score(PAIRS) == pytest.approx(expected, abs=1e-6)
+    assert by_transformers(kept) == pytest.approx(expected, abs=1e-4)
+    assert by_cross_encoder(kept) == pytest.approx(expected, abs=1e-4)

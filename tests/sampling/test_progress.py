@@ -1,0 +1,189 @@
+"""Progress within a part of sampling: candidates, rate and time left, also where nothing is complete yet (D8c)."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from cappy.cli.progress_line import PLAIN_SECONDS, ProgressLine
+from cappy.model_folder import open_model_folder
+from cappy.progress import State, describe, silent
+from cappy.records import Instance, write
+from cappy.sampling import SamplingConfig, local, run, telling
+from cappy.sampling.causal import Causal
+from cappy.sampling.local import LocalLLM
+from cappy.sampling.seq2seq import Seq2Seq
+from cappy.sampling.strategies import GREEDY, strategy
+from cappy.sampling.telling import HEARTBEAT_SECONDS, Telling
+
+
+class Records:
+    """A progress that keeps what it hears, as a person would read it after ten seconds."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.dones: list[int] = []
+
+    def __call__(
+        self, done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = ""
+    ) -> None:
+        self.dones.append(done)
+        state = State(done=done, total=total, unit=unit, resumed=resumed, started=0.0, updated=10.0, note=note)
+        self.lines.append(describe(state))
+
+
+class Named:
+    """As much of a generator as the progress needs."""
+
+    name = "named"
+
+
+def made(progress: Records, samples: int = 4) -> Telling:
+    return Telling(progress, [Named()], [replace(GREEDY, num_samples=samples)])  # type: ignore[list-item]
+
+
+@pytest.fixture(scope="module", params=["causal", "seq2seq"])
+def generator(request: pytest.FixtureRequest, causal_folder: Path, llm_folder: Path) -> LocalLLM:
+    if request.param == "causal":
+        return Causal("tiny", open_model_folder(causal_folder))
+    return Seq2Seq("tiny", open_model_folder(llm_folder))
+
+
+def test_a_local_llm_says_after_each_token_how_far_its_candidates_are(generator: LocalLLM) -> None:
+    """D8c: one batch, and no candidate may be complete for long."""
+    heard: list[tuple[int, float]] = []
+
+    def on_drawn(candidates: int, /, *, begun: float = 0.0) -> None:
+        heard.append((candidates, begun))
+
+    decodings = [replace(one, max_new_tokens=30) for one in strategy("greedy+beam2+sampling4")]
+    generator.sample(["where is the dog", "the cat"], decodings, seed=0, told=on_drawn)
+    assert sum(candidates for candidates, _ in heard) == 12
+    assert len(heard) >= 40
+    work, complete = [], 0
+    for candidates, begun in heard:
+        complete += candidates
+        work.append(complete + begun)
+    assert all(after >= before - 1e-9 for before, after in pairwise(work))
+    assert work[-1] == 12.0
+
+
+def test_the_time_left_is_known_before_an_instance_is_complete() -> None:
+    progress = Records()
+    told = made(progress)
+    told(0, 440, unit="instances")
+    told.drawn(1, begun=0.5)
+    assert progress.lines[-1].startswith("0 of 440 instances, 1 candidates (")
+    assert progress.lines[-1].endswith(" left")
+    told.drawn(0, begun=39.0)
+    # Ten instances' worth of work: the line says it as for whole ones, and the time left once.
+    assert progress.lines[-1].startswith("10 of 440 instances, 1 instances/s, 7 min 10 s left, 1 candidates (")
+    assert progress.lines[-1].count("left") == 1
+    told(64, 440)
+    assert progress.lines[-1].startswith("64 of 440 instances")
+    assert progress.dones == sorted(progress.dones)
+
+
+def test_work_under_way_never_counts_beyond_the_total() -> None:
+    progress = Records()
+    told = made(progress)
+    told(0, 3)
+    told.drawn(12, begun=9.0)
+    assert progress.dones == [0, 3]
+
+
+@contextmanager
+def fast_heartbeat(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(telling, "HEARTBEAT_SECONDS", 0.01)
+        yield
+
+
+def test_a_silent_generator_does_not_silence_the_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D8c: beams, likelihoods of choices, vLLM and endpoints may all be silent for long."""
+    progress, enough = Records(), threading.Event()
+
+    def counted(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
+        progress(done, total, unit=unit, resumed=resumed, note=note)
+        if len(progress.lines) >= 10:
+            enough.set()
+
+    with fast_heartbeat(monkeypatch), Telling(counted, [], []) as told:
+        told(1, 5)
+        assert enough.wait(30)
+    said = len(progress.lines)
+    assert not [thread for thread in threading.enumerate() if thread is told._heart]
+    assert len(progress.lines) == said
+
+
+def test_the_heart_stops_where_a_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fast_heartbeat(monkeypatch), pytest.raises(ValueError, match="broken"), Telling(silent, [], []) as told:
+        raise ValueError("broken")
+    assert not told._heart.is_alive()
+
+
+def test_progress_that_cannot_be_written_ends_the_heart_and_not_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
+        raise OSError("no space left")
+
+    with fast_heartbeat(monkeypatch), Telling(full, [], []) as told:
+        told._heart.join(30)
+        assert not told._heart.is_alive()
+
+
+def test_a_log_hears_at_least_every_fifteen_seconds() -> None:
+    """D8c: a line is due after PLAIN_SECONDS, and the next heartbeat writes it."""
+    from pipelines import board
+
+    assert max(PLAIN_SECONDS, board.PLAIN_SECONDS) + HEARTBEAT_SECONDS <= 15
+
+
+def test_the_log_of_one_part_tells_candidates_rate_and_time_left(
+    tmp_path: Path, causal_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """D8c: as it is in the field, one part and one batch, to a stderr that is no terminal."""
+    write(tmp_path / "in", [Instance(instance_id=str(n), instruction=f"say {n}", references=("x",)) for n in range(8)])
+    config = SamplingConfig(
+        source=tmp_path / "in",
+        target=tmp_path / "out",
+        generator=(str(causal_folder),),
+        strategy="greedy+sampling3",
+        max_new_tokens=40,
+        work=tmp_path / "work",
+    )
+    with ProgressLine("cappy sampling", plain_seconds=0.0) as progress:
+        run(config, progress)
+    lines = capsys.readouterr().err.splitlines()
+    within = [line for line in lines if "8 of 8" not in line and "candidates (" in line]
+    assert len(within) >= 10
+    assert any(" left" in line and "/s)" in line for line in within)
+
+
+def test_a_batch_on_a_cpu_is_bounded_by_the_work_that_it_is(
+    generator: LocalLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D8c: 65,536 tokens of an LLM of half a billion parameters take a CPU minutes for each token that they get."""
+    monkeypatch.setattr(generator, "device", torch.device("cpu"))
+    assert generator._batch_tokens() == generator.BATCH_TOKENS, "a small LLM has whole batches"
+    prompts = ["where is the dog", "the cat", "one", "two"]
+    decodings = strategy("greedy+sampling2")
+    whole = generator.respond(prompts, decodings, seed=0)
+    calls: list[int] = []
+    encode = generator._encode
+
+    def counted(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(len(rows))
+        return encode(rows)
+
+    monkeypatch.setattr(generator, "_encode", counted)
+    monkeypatch.setattr(local, "CPU_WORK", 1)
+    alone = generator.respond(prompts, decodings, seed=0)
+    assert calls == [1, 1, 1, 1]
+    assert [[[one.tokens for one in own] for own in drawn] for drawn in alone] == [
+        [[one.tokens for one in own] for own in drawn] for drawn in whole
+    ]

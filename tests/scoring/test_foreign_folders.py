@@ -1,0 +1,332 @@
+"""Folders that others wrote: CrossEncoder's number, or one line that says what is not applied (A2, A3, A4)."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from other_loaders import PAIRS, by_cross_encoder, by_transformers
+from sentence_transformers import CrossEncoder
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
+
+from cappy.builtin import SCORER_FOLDER
+from cappy.errors import FolderError
+from cappy.scoring import Scorer
+from cappy.scoring.cross_encoder import ACTIVATIONS
+
+IDENTITY, SIGMOID = ACTIVATIONS["mse"], ACTIVATIONS["bce"]
+NO_FILE = "absent"
+
+
+def load(folder: Path) -> Scorer:
+    return Scorer.load(str(folder), device="cpu", precision="fp32")
+
+
+def edit(path: Path, **values: Any) -> None:
+    """Sets keys of a JSON file; None takes a key away."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    kept = {key: value for key, value in {**old, **values}.items() if value is not None}
+    path.write_text(json.dumps(kept))
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """The built-in weights as if others had written them: no manifest, no word of ours, no activation."""
+    folder = tmp_path / "bare"
+    shutil.copytree(SCORER_FOLDER, folder)
+    for name in ("manifest.json", "trained_on.u64", "training.json"):
+        (folder / name).unlink()
+    old = dict.fromkeys(("cappy", "sentence_transformers", "sbert_ce_default_activation_function", "problem_type"))
+    edit(folder / "config.json", **old)
+    return folder
+
+
+@pytest.fixture
+def modular(bare: Path, tmp_path: Path) -> Callable[..., Path]:
+    """modular(Identity()) -> the same weights as CrossEncoder 6 writes them."""
+
+    def make(activation: torch.nn.Module, **options: Any) -> Path:
+        peer = CrossEncoder(str(bare), device="cpu", activation_fn=activation, **options)
+        peer.save_pretrained(str(tmp_path / "modular"))
+        return tmp_path / "modular"
+
+    return make
+
+
+def sigmoid(logits: list[float]) -> list[float]:
+    return [1 / (1 + math.exp(-logit)) for logit in logits]
+
+
+@pytest.mark.parametrize("activation", [torch.nn.Identity(), torch.nn.Sigmoid()])
+def test_a2_a_folder_of_cross_encoder_6_has_its_number(activation: torch.nn.Module, modular: Any) -> None:
+    folder = modular(activation)
+    assert "activation_fn" in json.loads((folder / "config_sentence_transformers.json").read_text())
+    found = load(folder)
+    assert found.score(PAIRS) == pytest.approx(by_cross_encoder(folder), abs=1e-4)
+    assert (min(found.score(PAIRS)) < 0) == (found.head == "mse") == isinstance(activation, torch.nn.Identity)
+
+
+@pytest.mark.parametrize("head", ["mse", "bce"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda path: {"sbert_ce_default_activation_function": path},
+        lambda path: {"sentence_transformers": {"activation_fn": path, "version": "4.1.0"}},
+        lambda path: {"sentence_transformers": {"activation_fn": path.replace("modules.linear.", "")}},
+        lambda path: {"sentence_transformers": {"version": "5.0.0"}, "sbert_ce_default_activation_function": path},
+        # The newer place counts where both state something.
+        lambda path: {"sentence_transformers": {"activation_fn": path}, "sbert_ce_default_activation_function": "x"},
+    ],
+)
+def test_a2_an_activation_in_config_json_counts_as_every_version_wrote_it(head: str, config: Any, bare: Path) -> None:
+    edit(bare / "config.json", **config({"mse": IDENTITY, "bce": SIGMOID}[head]))
+    found = load(bare)
+    assert found.head == head
+    assert found.score(PAIRS) == pytest.approx(by_cross_encoder(bare), abs=1e-4)
+
+
+def test_a2_a_folder_that_states_no_activation_is_a_sigmoid_and_said_to_be_one_once(
+    bare: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        assert load(bare).score(PAIRS) == pytest.approx(by_cross_encoder(bare), abs=1e-4)
+    assert sum("states no activation; scores are the sigmoid" in record.message for record in caplog.records) == 1
+
+
+def test_a2_our_own_word_counts_where_no_activation_is_stated(bare: Path) -> None:
+    edit(bare / "config.json", cappy={"head": "mse", "max_length": 64})
+    assert load(bare).head == "mse"
+
+
+def test_a2_an_activation_that_was_changed_by_others_counts_before_our_own_word(tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    CrossEncoder(str(SCORER_FOLDER), device="cpu", activation_fn=torch.nn.Identity()).save_pretrained(str(folder))
+    assert load(folder).score(PAIRS) == pytest.approx(by_cross_encoder(folder), abs=1e-4)
+    assert load(folder).head == "mse"
+
+
+@pytest.mark.parametrize("path", ["torch.nn.modules.activation.Tanh", "torch.nn.modules.activation.LogSigmoid", 3, []])
+@pytest.mark.parametrize("place", ["st", "old", "v6"])
+def test_a2_an_unknown_activation_is_refused_by_name(path: Any, place: str, bare: Path, modular: Any) -> None:
+    if place == "v6":
+        bare = modular(torch.nn.Identity())
+        edit(bare / "config_sentence_transformers.json", activation_fn=path)
+    elif place == "st":
+        edit(bare / "config.json", sentence_transformers={"activation_fn": path})
+    else:
+        edit(bare / "config.json", sbert_ce_default_activation_function=path)
+    with pytest.raises(FolderError, match=r"json: .* is .*, which is not applied here; it must be torch\.nn"):
+        load(bare)
+
+
+def test_a2_a_length_that_cross_encoder_was_saved_with_is_its_length_here(modular: Any) -> None:
+    folder = modular(torch.nn.Identity(), max_length=24)
+    assert load(folder).encoder.max_length == CrossEncoder(str(folder), device="cpu").max_seq_length == 24
+    edit(folder / "sentence_bert_config.json", max_seq_length=20)
+    assert load(folder).encoder.max_length == CrossEncoder(str(folder), device="cpu").max_seq_length == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"query": "Is it right? "}, "default_prompt_name": "query"},
+            "default_prompt_name .query. is not applied here; set it to null",
+        ),
+        ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case lowers the case .* save the scorer"),
+        ("sentence_bert_config.json", {"processing_kwargs": {"text": {"max_length": 9}}}, "processing_kwargs changes"),
+        ("sentence_bert_config.json", {"tokenizer_args": {"model_max_length": 9}}, "tokenizer_args changes how"),
+        ("sentence_bert_config.json", {"a_new_key": 1}, "a_new_key. is unknown here; remove it if it does not change"),
+        ("sentence_bert_config.json", {"max_seq_length": "long"}, "max_seq_length must be a number of tokens"),
+        ("sentence_bert_config.json", {"transformer_task": "text-generation"}, "a scorer's is sequence-classification"),
+    ],
+)
+def test_a2_what_cross_encoder_would_apply_and_we_do_not_is_refused(
+    name: str, values: Any, message: str, modular: Any
+) -> None:
+    folder = modular(torch.nn.Identity())
+    edit(folder / name, **values)
+    with pytest.raises(FolderError, match=message):
+        load(folder)
+
+
+def test_a2_an_empty_default_prompt_changes_nothing(modular: Any) -> None:
+    folder = modular(torch.nn.Identity())
+    edit(folder / "config_sentence_transformers.json", prompts={"query": "", "other": "x"}, default_prompt_name="query")
+    assert load(folder).score(PAIRS) == pytest.approx(by_cross_encoder(folder), abs=1e-4)
+
+
+@pytest.mark.parametrize("second", ["sentence_transformers.cross_encoder.modules.logit_score.LogitScore", None])
+def test_a2_a_cross_encoder_of_other_modules_is_refused_in_one_line(second: str | None, modular: Any) -> None:
+    folder = modular(torch.nn.Identity())
+    modules = json.loads((folder / "modules.json").read_text())
+    modules = (
+        [*modules, {"idx": 1, "name": "1", "path": "1_", "type": second}] if second else [{**modules[0], "path": "0"}]
+    )
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(
+        FolderError, match=r"modules.json: names the modules .Transformer.*; a scorer is one Transformer"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"text"', "null"])
+@pytest.mark.parametrize("name", ["config_sentence_transformers.json", "sentence_bert_config.json", "modules.json"])
+def test_a2_files_of_another_shape_are_one_line(name: str, text: str, modular: Any) -> None:
+    folder = modular(torch.nn.Identity())
+    (folder / name).write_text(text)
+    with pytest.raises(FolderError, match=f"{name}: "):
+        load(folder)
+
+
+def test_a2_a_chat_template_that_would_write_pairs_is_refused_and_another_is_said_once(
+    bare: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit(bare / "config.json", sentence_transformers={"activation_fn": IDENTITY})
+    expected = load(bare).score(PAIRS)
+    (bare / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    for _ in range(2):
+        assert load(bare).score(PAIRS) == expected
+    assert sum("has a chat template; pairs are encoded without" in one.message for one in caplog.records) == 1
+    (bare / "chat_template.jinja").write_text("{% if m.role in ('query', 'document') %}{{ m.content }}{% endif %}")
+    with pytest.raises(FolderError, match=r"chat template for pairs .*; delete it \(chat_template.jinja"):
+        load(bare)
+
+
+def test_token_types_are_given_as_the_tokenizer_gives_them_unasked(bare: Path) -> None:
+    """A1's brother: a folder from others whose tokenizer does not name token types is scored by all without them."""
+    edit(bare / "config.json", sentence_transformers={"activation_fn": IDENTITY})
+    named = load(bare).score(PAIRS)
+    edit(bare / "tokenizer_config.json", model_input_names=None)
+    assert load(bare).score(PAIRS) == pytest.approx(by_cross_encoder(bare), abs=1e-4)
+    assert load(bare).score(PAIRS) != pytest.approx(named, abs=1e-2)
+
+
+def reranker(folder: Path, *, pad: int | None, tokenizer_pad: str | None = None, positions: int = 2048) -> Path:
+    """A random GPT-2 with a head: a reranker that finds its last token by the padding's number."""
+    known = AutoTokenizer.from_pretrained(SCORER_FOLDER)
+    PreTrainedTokenizerFast(
+        tokenizer_object=known.backend_tokenizer, pad_token=tokenizer_pad, eos_token="</s>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(known), n_positions=positions, n_embd=32, n_layer=2, n_head=2, num_labels=1, pad_token_id=pad,
+        bos_token_id=None, eos_token_id=1, initializer_range=0.3,
+    )  # fmt: skip
+    GPT2ForSequenceClassification(config).save_pretrained(folder)
+    edit(folder / "config.json", sentence_transformers={"activation_fn": IDENTITY})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("pad", "tokenizer_pad"), [(None, None), (None, "<pad>"), (0, None), (0, "<pad>"), (5, "<pad>")]
+)
+def test_a3_a_reranker_without_padding_scores_as_transformers_does_one_pair_at_a_time(
+    pad: int | None, tokenizer_pad: str | None, tmp_path: Path
+) -> None:
+    folder = reranker(tmp_path / "reranker", pad=pad, tokenizer_pad=tokenizer_pad)
+    scores = load(folder).score(PAIRS)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        plain = [model(**tokenizer(*pair, return_tensors="pt")).logits.item() for pair in PAIRS]
+    assert scores == pytest.approx(plain, abs=1e-4)
+    assert max(scores) - min(scores) > 0.1
+    if pad is not None and tokenizer_pad:
+        load(folder).save(tmp_path / "copy")
+        assert load(tmp_path / "copy").score(PAIRS) == pytest.approx(scores, abs=1e-4)
+
+
+def test_a3_a_model_that_reads_the_last_place_is_given_no_padding(tmp_path: Path) -> None:
+    """XLNet: its own tokenizer pads on the left, and token types come with a number of their own for its last token."""
+    folder = tmp_path / "xlnet"
+    tokenizer = AutoTokenizer.from_pretrained(SCORER_FOLDER, padding_side="left")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = XLNetConfig(
+        vocab_size=len(tokenizer), d_model=32, n_layer=2, n_head=2, d_inner=64, num_labels=1, pad_token_id=0,
+        initializer_range=0.3,
+    )  # fmt: skip
+    XLNetForSequenceClassification(config).save_pretrained(folder)
+    edit(folder / "config.json", sentence_transformers={"activation_fn": IDENTITY})
+    assert load(folder).score(PAIRS) == pytest.approx(by_transformers(folder), abs=1e-4)
+    assert load(folder).score(PAIRS) == pytest.approx(by_cross_encoder(folder), abs=1e-4)
+
+
+def test_a1_a_tokenizers_types_are_written_only_for_a_model_that_has_them(
+    make_scorer: Callable[..., Path], tmp_path: Path
+) -> None:
+    """RoBERTa fails on a second type, which nobody else would leave out."""
+    scorer = load(make_scorer(seed=32))
+    tokenizer = AutoTokenizer.from_pretrained(make_scorer(seed=32))
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    again = Scorer(scorer.model, tokenizer, head="bce", max_length=48)
+    again.save(tmp_path / "copy")
+    values = json.loads((tmp_path / "copy/tokenizer_config.json").read_text())
+    assert values["model_input_names"] == ["input_ids", "attention_mask"]
+    assert load(tmp_path / "copy").score(PAIRS) == pytest.approx(again.score(PAIRS), abs=1e-6)
+    assert by_cross_encoder(tmp_path / "copy") == pytest.approx(again.score(PAIRS), abs=1e-4)
+
+
+def test_a4_a_scorer_of_2048_positions_reads_responses_of_1500_words_to_their_end(tmp_path: Path) -> None:
+    folder = reranker(tmp_path / "long", pad=0)
+    scorer = load(folder)
+    assert scorer.encoder.max_length == 2048
+    one, other = (f"{'a ' * 1500}{end}" for end in ("red", "blue"))
+    scores = scorer.score([("Which?", one), ("Which?", other)])
+    assert abs(scores[0] - scores[1]) > 1e-3
+    assert scorer.cuts.cut == 0
+
+
+@pytest.mark.parametrize(
+    ("length", "positions", "expected"),
+    [(128, 256, 128), (10**30, 256, 256), (4096, 256, 256), (10**30, 4096, 4096), (1e30, 16, 16)],
+)
+def test_a4_the_limit_is_the_tokenizers_or_the_positions_as_cross_encoder_has_it(
+    length: int, positions: int, expected: int, tmp_path: Path
+) -> None:
+    folder = reranker(tmp_path / "limit", pad=0, tokenizer_pad="<pad>", positions=positions)
+    edit(folder / "tokenizer_config.json", model_max_length=length)
+    assert load(folder).encoder.max_length == expected
+    assert CrossEncoder(str(folder), device="cpu").max_seq_length == expected
+
+
+def test_a4_a_roberta_counts_positions_from_behind_its_padding(make_scorer: Callable[..., Path]) -> None:
+    """Padding 0 of 50 positions leaves 49. Where the tokenizer states no length, CrossEncoder cuts at 50 and fails."""
+    folder = make_scorer(max_length=48, seed=31)
+    (folder / "manifest.json").unlink()
+    edit(folder / "config.json", cappy=None)
+    edit(folder / "tokenizer_config.json", model_max_length=10**30)
+    scorer = load(folder)
+    assert scorer.encoder.max_length == 49
+    assert 0 <= scorer.score([("cat " * 60, "dog " * 60)])[0] <= 1
+
+
+@pytest.mark.parametrize("length", [3, 0, -1])
+def test_a4_a_length_in_which_no_pair_has_room_is_refused(length: int, bare: Path) -> None:
+    edit(bare / "tokenizer_config.json", model_max_length=length)
+    with pytest.raises(FolderError, match="model_max_length must be at least 8 tokens, got"):
+        load(bare)
+
+
+def test_a4_a_cut_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    scorer = Scorer.load("builtin", device="cpu", precision="fp32")
+    pairs = [("cat", "dog"), ("cat " * 400, "dog"), ("cat", "dog " * 400), ("cat", "dog " * 400)]
+    for _ in range(2):
+        scorer.score(pairs)
+    assert (scorer.cuts.pairs, scorer.cuts.cut, scorer.cuts.responses) == (6, 4, 2)
+    assert scorer.cuts.text() == "4 of 6 pairs are longer than the scorer's 256 tokens: cut, 2 responses lost their end"
+    assert sum("longer than the scorer's 256 tokens" in record.message for record in caplog.records) == 1
