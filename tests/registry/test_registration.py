@@ -198,7 +198,7 @@ def test_a_new_report_on_a_version_replaces_what_the_old_one_left(room: Any) -> 
     room.register(scorer, calibrated(room.report("later", scorer), top=0.7))
     found = read_calibration(registry.download("models:/cappy/1", tracking_uri=room.uri, cache=room.folder / "models"))
     assert found is not None
-    assert found.expected[-1] == 0.7
+    assert found.apply([1.0], n=1) == [0.7]
 
 
 def test_the_calibration_of_the_evaluation_travels_with_the_scorer(room: Any) -> None:
