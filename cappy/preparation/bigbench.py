@@ -30,6 +30,7 @@ MAX_EXAMPLES = 50_000
 MAX_TASK_BYTES = 512 * 2**20
 """Of a JSON task, which is read whole; the largest of the benchmark has about 200 MB."""
 TASK_FILE = "task.json"
+_HEAD_BYTES = 4_096
 _EXAMPLE = {"input", "target", "target_scores", "comment"}
 
 
@@ -46,7 +47,9 @@ def is_task(path: Path) -> bool:
     if path.suffix != ".json" or path.name == TASK_FILE:
         return path.name == TASK_FILE
     try:
-        if path.stat().st_size > MAX_TASK_BYTES:
+        with path.open("rb") as file:
+            begin = file.read(_HEAD_BYTES).lstrip()
+        if path.stat().st_size > MAX_TASK_BYTES or (begin and not begin.startswith(b"{")):
             return False
         found = json.loads(path.read_text(encoding="utf-8"))
         return isinstance(found, dict) and "examples" in found

@@ -42,7 +42,16 @@ def listed(rows: Rows, *, cells: bool) -> Rows:
             for name in values.keys() & fields
             if isinstance(values[name], str)
         }
+        for name in ("reference", "references"):
+            if isinstance(values.get(name), dict) and "text" in values[name]:
+                found[name] = _answers(values[name]["text"])
         yield where, {**values, **found} if found else values
+
+
+def _answers(texts: Any) -> Any:
+    """The answers of SQuAD, which stand as a table of texts and places, each once."""
+    whole = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    return list(dict.fromkeys(texts)) if whole else texts
 
 
 def _read(where: str, name: str, text: str, *, cells: bool) -> Any:

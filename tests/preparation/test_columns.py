@@ -213,3 +213,11 @@ def test_b5_a_score_is_the_label_where_it_is_mapped(prepare: Prepare, tmp_path: 
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, found = prepare(path, columns=("instruction=prompt", "label=score"), **WHOLE)
     assert [dict(one.candidates[0].labels) for one in found] == [{"given": 0.5}] * 2
+
+
+def test_b1_rows_of_squad_are_read_whole(prepare: Prepare, json_lines: JsonLines) -> None:
+    answers = {"text": ["Ann", "Ann", "Ann Lee"], "answer_start": [0, 0, 0]}
+    path = json_lines({"question": "Who sat?", "context": "Ann Lee sat.", "answers": answers})
+    columns = ("instruction=question", "input=context", "references=answers")
+    (found,) = prepare(path, columns=columns, **WHOLE)[1]
+    assert (found.instruction, found.references) == ("Who sat?\n\nAnn Lee sat.", ("Ann", "Ann Lee"))
