@@ -83,6 +83,14 @@ def adapt(
             show_default="--seed",
         ),
     ] = None,
+    folds: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=20,
+            help="Few instances: train this many times, so that every instance is tested; 0 for a test split.",
+        ),
+    ] = 0,
     tracking_uri: TrackingFlag = "",
     setting: SettingFlag = [],  # noqa: B006 (as above)
     work: WorkFlag = Path(".cappy/work"),
@@ -98,6 +106,8 @@ def adapt(
     settings = per_step("adapt", setting)
     if columns:
         settings["preparation"] = {**settings.get("preparation", {}), "columns": columns}
+    if folds:
+        settings["evaluation"] = {**settings.get("evaluation", {}), "folds": folds}
     choices = {
         "source": instances,
         "generator": generators_for(instances, generator, settings.get("preparation", {})),

@@ -10,6 +10,7 @@ import numpy as np
 
 from cappy.config import code_version, fingerprint, identity
 from cappy.evaluation import EvaluationConfig, crossfit, markdown, out_of_fold, page, plot
+from cappy.evaluation.calibration import fit
 from cappy.evaluation.crossfit import Load
 from cappy.evaluation.leaks import TrainedOn, describe_check, seen_in_training
 from cappy.evaluation.out_of_fold import OUT_OF_FOLD
@@ -23,7 +24,7 @@ from cappy.progress import Progress
 from cappy.records import Instance, Manifest, read, read_manifest
 from cappy.records.folder import MANIFEST, describe_files, write_bytes
 from cappy.records.work import claim, finish
-from cappy.scoring.calibration import CALIBRATION
+from cappy.scoring.calibration import CALIBRATION, Calibration
 from cappy.scoring.probe import PROBE, Triple
 from cappy.specs import scorer_folder
 
@@ -69,8 +70,8 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: Load,
         )
         write_report(folder, report)
         write_picks(folder, parts, config)
-        if not config.folds and parts[0].calibration is not None:
-            write_bytes(folder / CALIBRATION, parts[0].calibration.to_json().encode())
+        if (fitted := _calibration(parts, config)) is not None:
+            write_bytes(folder / CALIBRATION, fitted.to_json().encode())
         tested = [pool.instance for part in parts for pool in part.pools]
         write_probe(folder, probe(tested, remembered(scorers["challenger"].score, folder, "probe"), seed=config.seed))
         manifest = Manifest(
@@ -91,6 +92,14 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: Load,
             },
         )
         return finish(folder, config.target, manifest)
+
+
+def _calibration(parts: Sequence[Part], config: EvaluationConfig) -> Calibration | None:
+    """The map that travels with the scorer: of held-out picks, or of the out-of-fold picks of its recipe."""
+    if not config.folds:
+        return parts[0].calibration
+    pools = [pool for part in parts for pool in part.pools]
+    return fit(pools, [values for part in parts for values in part.rules.values["scorer"]], config.metric)
 
 
 def _out_of_fold(parts: Sequence[Part], config: EvaluationConfig, leaks: int) -> str:

@@ -310,3 +310,12 @@ def test_compile_writes_the_yaml_to_a_file_or_prints_it(here: Cappy, tmp_path: P
 )
 def test_a_step_says_what_came_of_it(step: str, found: dict[str, Any], lines: list[str]) -> None:
     assert step_told(Manifest(step=step, files=(), facts=found), Path("target")) == lines
+
+
+def test_folds_reach_the_evaluation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[Mapping[str, Any]] = []
+    monkeypatch.setattr("cappy.cli.pipeline.run_and_tell", lambda *words, **more: given.append(words[2]))
+    adapt(folds=5, setting=["evaluation.probe=false"])
+    assert given[0]["evaluation"] == {"probe": False, "folds": 5}
+    adapt()
+    assert "evaluation" not in given[1]

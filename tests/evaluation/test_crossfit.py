@@ -22,6 +22,7 @@ from cappy.records import Instance, Manifest, prompt_hash, read, write
 from cappy.records.folder import describe_files, write_manifest
 from cappy.registry.gate import decide
 from cappy.scoring import Scorer
+from cappy.scoring.calibration import read_calibration
 from cappy.training.loop import Run
 
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
@@ -244,6 +245,8 @@ def test_a_real_recipe_is_trained_for_each_fold_and_leaves_its_picks(
     left = out_of_fold.read_out_of_fold(tmp_path / "report")
     assert left is not None
     assert (left.folds, left.leaks, len(left.scores)) == (3, 0, 30)
+    calibration = read_calibration(tmp_path / "report")
+    assert calibration is None, "15 groups are too few for a map"
     trained = Counter(updates)
     assert trained[0] == 3, "each fold is trained from its first update"
     assert set(trained.values()) == {3}
