@@ -42,7 +42,7 @@ def advice(report: Report) -> str:
 def _advice(report: Report) -> str:
     if leaked := [name for name, count in report.leaks.items() if count]:
         who = " and the ".join(leaked)
-        return f"Hold: the {who} saw reported prompts in training; prepare splits that share none, then train again."
+        return f"Hold: the {who} saw reported instances in training; prepare splits that share none, then train again."
     if "scorer" not in report.selectors:
         return _without_scorer(report)
     if "champion" in report.selectors:

@@ -52,10 +52,11 @@ class Report:
     `comparisons` maps "one-other" to their paired difference; "scorer-likelihood" compares with the likelihood selector
     named in `better_likelihood`, the better one on the reported split itself, which favours the baseline. `adjusted`
     has the comparisons' p-values after Holm's correction. `averages` are unweighted means over tasks. `leaks` counts
-    reported prompts that a scorer was trained on. `pays_until` is the number of candidates beyond which one more adds
-    less than `curve.WORTH`; 0 where no scorer was given. `folds` is above 0 where the report was cross-fitted: it is
-    then about the recipe, not about the scorer in `versions`. `tested_groups` is a sketch of the reported groups
-    (`cappy.evaluation.overlap`), by which the gate counts how often they were used.
+    reported instances that a scorer was trained on or stopped by, or other templates of whose rows it was. `pays_until`
+    is the number of candidates beyond which one more adds less than `curve.WORTH`; 0 where no scorer was given. `folds`
+    is above 0 where the report was cross-fitted: it is then about the recipe, not about the scorer in `versions`.
+    `tested_groups` is a sketch of the reported groups (`cappy.evaluation.overlap`), by which the gate counts how often
+    they were used.
     """
 
     metric: str

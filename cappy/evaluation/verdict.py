@@ -96,8 +96,8 @@ def _cautions(report: Report) -> Iterator[str]:
     for name, count in report.leaks.items():
         if count:
             yield (
-                f"Caution: the {name} was trained on {count} of the {instances} {report.split} prompts, "
-                "so its result is too good."
+                f"Caution: the {name} was trained on {count} of the {instances} {report.split} instances "
+                "or their rows, so its result is too good."
             )
     yield from _among_all(report)
     if instances < 100:

@@ -48,9 +48,9 @@ def decide(
     groups, of the 99.74% interval for the next 19. A guarded task may fall by less than its margin: the lower bound of
     its difference to the champion (to random choice without one) must be above minus that margin.
 
-    Held whatever the numbers: a scorer trained on a reported prompt, a report on the validation split, on fewer than 30
-    groups, or of differences that do not vary. ConfigError where a guarded task is not in the report, RecordError where
-    the report's values are not of the form that evaluation writes.
+    Held whatever the numbers: a scorer trained on a reported instance or its row, a report on the validation split, on
+    fewer than 30 groups, or of differences that do not vary. ConfigError where a guarded task is not in the report,
+    RecordError where the report's values are not of the form that evaluation writes.
     """
     comparisons = _comparisons(report)
     tail = FIRST_TAIL if attempt <= 1 else LATER_TAIL
@@ -100,10 +100,8 @@ def _comparisons(report: Mapping[str, Any]) -> dict[str, Difference]:
 def _valid(report: Mapping[str, Any], attempt: int) -> Iterator[Check]:
     for name, count in report.get("leaks", {}).items():
         if count:
-            yield (
-                False,
-                f"The {name} was trained on {count} of the reported prompts: prepare splits that share none.",
-            )
+            what = f"was trained on {count} of the reported instances or their rows"
+            yield False, f"The {name} {what}: prepare splits that share none."
     if report.get("split") == "validation":
         yield (
             False,

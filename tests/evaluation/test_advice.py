@@ -77,7 +77,7 @@ def test_a_cross_fitted_report_promotes_as_the_gate_does(report: Report) -> None
 
 def test_a_leak_comes_before_everything(report: Report) -> None:
     leaking = replace(found(report, random=WON, mbr=WON), leaks={"challenger": 2})
-    assert advice(leaking).startswith("Hold: the challenger saw reported prompts")
+    assert advice(leaking).startswith("Hold: the challenger saw reported instances")
 
 
 def test_a_scorer_below_mbr_gives_way_to_it(report: Report) -> None:

@@ -90,7 +90,8 @@ def test_comparisons_that_do_not_survive_holms_correction_are_named_as_a_person_
 def test_a_leak_is_said_in_words(report: Report) -> None:
     leaking = replace(report, leaks={"challenger": 3, "champion": 0})
     cautions = [sentence for sentence in verdict(leaking) if "trained on" in sentence]
-    assert cautions == ["Caution: the challenger was trained on 3 of the 40 test prompts, so its result is too good."]
+    what = "was trained on 3 of the 40 test instances or their rows"
+    assert cautions == [f"Caution: the challenger {what}, so its result is too good."]
 
 
 def test_the_verdict_without_a_scorer_is_about_mbr(instances: list[Instance]) -> None:

@@ -66,7 +66,7 @@ def test_the_gate_opens_only_for_what_is_proven(
 
 def test_reasons_name_the_comparison_the_interval_and_the_leak() -> None:
     reasons = decide(report({"challenger": 3}, random=-0.02, mbr=0.01), has_champion=False).reasons
-    assert reasons[0].startswith("The challenger was trained on 3 of the reported prompts")
+    assert reasons[0].startswith("The challenger was trained on 3 of the reported instances")
     expected = "The scorer is not proven to beat random choice: difference +3.0 (95% interval -2.0 to +8.0, x100)."
     assert reasons[1].startswith(expected)
     assert reasons[2].startswith("For information: against MBR")
