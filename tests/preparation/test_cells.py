@@ -25,7 +25,11 @@ def frame(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", [list, tuple, lambda texts: np.array(texts, dtype=object), np.array], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [list, tuple, lambda texts: np.array(texts, dtype=object), np.array],
+    ids=["list", "tuple", "objects", "texts"],
+)
 def test_b2_lists_that_pandas_wrote_are_lists_again(prepare: Prepare, tmp_path: Path, kind: Any) -> None:
     responses = ["Paris", "I do not know", 'It is "Paris", isn\'t it?']
     row = {
