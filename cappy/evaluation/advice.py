@@ -2,14 +2,13 @@
 
 from cappy.evaluation.findings import Difference
 from cappy.evaluation.report import Report, spread
+from cappy.evaluation.statistics import MIN_GROUPS
 from cappy.pages.words import percent, signed
 
 NARROW = 0.01
 """Room between the best selector and the oracle, below which a better scorer cannot gain a point."""
 FLAT = 0.01
 """Difference of an instance's highest and lowest score, on the scale of 0 to 1, below which a scorer hardly judges."""
-MIN_GROUPS = 30
-"""Fewer decide nothing; the same as `cappy.registry.gate.MIN_GROUPS`, which this package may not import."""
 UNTRAINED = {
     "scorer-random": "random choice",
     "scorer-likelihood": "the better likelihood selector",

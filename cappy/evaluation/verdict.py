@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from cappy.evaluation.findings import Difference
 from cappy.evaluation.report import SELECTORS, Report, sides, spread
+from cappy.evaluation.statistics import MIN_GROUPS
 from cappy.pages.words import percent, signed
 
 BASELINES = {
@@ -100,8 +101,8 @@ def _cautions(report: Report) -> Iterator[str]:
                 "or their rows, so its result is too good."
             )
     yield from _among_all(report)
-    if instances < 100:
-        yield f"Caution: only {instances} instances; intervals of so few are themselves unsure."
+    if (groups := int(report.facts["groups"])) < MIN_GROUPS:
+        yield f"Caution: only {groups} groups; intervals of so few are unsure, and the gate decides nothing on them."
 
 
 def _among_all(report: Report) -> Iterator[str]:

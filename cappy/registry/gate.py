@@ -8,14 +8,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from cappy.errors import ConfigError, RecordError, shown
 from cappy.evaluation import Difference
-from cappy.evaluation.statistics import LEVEL, lower_bound, power
+from cappy.evaluation.statistics import LEVEL, MIN_GROUPS, lower_bound, power
 
 Baseline = Literal["likelihood", "mbr"]
 BASELINES: Mapping[Baseline, str] = {"likelihood": "the better likelihood selector", "mbr": "MBR"}
 ALONE: Mapping[str, str] = {"greedy": "the greedy response", "best_system": "the best single system"}
 """What a user has without any selection: the first of these that the report compares with is asked for."""
-MIN_GROUPS = 30
-"""With fewer, no interval that was tried keeps its promise where differences are skewed: benchmarks/intervals.py."""
 FIRST_TAIL = (1 - LEVEL) / 2
 LATER_TAIL = 0.0013
 """One-sided error of each later attempt on the same test groups: 2.5 % + 19 x 0.13 % stay below 5 % together."""
