@@ -20,7 +20,6 @@ from cappy.records.overlap import (
     Hashes,
     Prompted,
     RowIndex,
-    Rows,
     distinct,
     frequent_of,
     group_hash,
@@ -28,13 +27,14 @@ from cappy.records.overlap import (
     shingles,
     without,
 )
+from cappy.records.overlap import Rows as Table
 
 MOST_DROPPED = 0.2
 """Share of the rows of train and validation; above it near-duplicates are kept together in place of left out."""
 SHARE = 0.55
 """Of a held-out row's shingles, in a prompt to train on that is its near-duplicate; see `HeldOut`."""
 SAMPLED_ROWS = 256
-"""Rows to train on that `HeldOut` is given of each table."""
+"""Rows to train on that `HeldOut` is given of each table of a mixture."""
 
 
 def left_out_of_training(count: int, of: int) -> str:
@@ -43,25 +43,38 @@ def left_out_of_training(count: int, of: int) -> str:
     return f"{what}; give rows that belong together one group_id to keep them"
 
 
-def near_held_out(rows: Iterable[tuple[Prompted, str]]) -> set[int]:
-    """The hashes of prompts of train and validation that the leak check would find in a split held out further.
+class Rows:
+    """Rows with their splits, as they come; what of them is left out is known when all have been seen.
 
-    Rows come with their splits. What is left out changes what is a template's among the rest, so the check is asked
-    again until it finds nothing. Like the check it knows 32,768 rows to train on, drawn by the hash of their prompt,
-    and as many of each held-out split: what is beyond that is not looked at.
+    Like the check it knows 32,768 rows to train on, drawn by the hash of their prompt, and as many of each held-out
+    split: what is beyond that is not looked at.
     """
-    fitted, held = (
-        Draw(most=MAX_ROWS + MAX_ROWS // 4),
-        {split: Draw(most=MAX_ROWS, whole=True) for split in ("validation", "test")},
-    )
-    for prompted, split in rows:
-        if split in held:
-            held[split].add(prompted)
-        if split != "test":
-            fitted.add(prompted)
-    for draw in (fitted, *held.values()):
-        draw.cut()
-    return _dropped(fitted.held, held["validation"].held, held["test"].held)
+
+    def __init__(self) -> None:
+        self._fitted = {split: Draw(most=MAX_ROWS + MAX_ROWS // 4) for split in ("train", "validation")}
+        self._held = {split: Draw(most=MAX_ROWS, whole=True) for split in ("validation", "test")}
+
+    def add(self, prompted: Prompted, split: str) -> None:
+        """Takes a row of a split."""
+        for draws in (self._fitted, self._held):
+            if split in draws:
+                draws[split].add(prompted)
+
+    def left_out(self) -> set[int]:
+        """The hashes of prompts of train and validation that the leak check would find in a split held out further.
+
+        What is left out changes what is a template's among the rest, so the check is asked again until it finds
+        nothing. Rows whose very prompt is held out further are taken as gone already.
+        """
+        for draw in (*self._fitted.values(), *self._held.values()):
+            draw.cut()
+        test = self._held["test"].held
+        in_test = {row.prompt for row in test}
+        validation = [row for row in self._held["validation"].held if row.prompt not in in_test]
+        held = in_test | {row.prompt for row in validation}
+        fitted = [row for row in self._fitted["train"].held if row.prompt not in held]
+        fitted += [row for row in self._fitted["validation"].held if row.prompt not in in_test]
+        return _dropped(sorted(fitted, key=lambda row: row.prompt), validation, test)
 
 
 def _dropped(fitted: list[Drawn], validation: list[Drawn], test: list[Drawn]) -> set[int]:
@@ -71,7 +84,7 @@ def _dropped(fitted: list[Drawn], validation: list[Drawn], test: list[Drawn]) ->
         fixed = {row.prompt for row in validation}
         held = [*test, *_own(validation)]
         numbers, table = own_shingles(fitted[:MAX_ROWS], distinct(np.concatenate([row.shingles for row in held])))
-        index = RowIndex(Rows(table))
+        index = RowIndex(Table(table))
         prompts = np.array([fitted[number].prompt for number in numbers], dtype=np.uint64)
         found: set[int] = set()
         for number, row in enumerate(held):
@@ -100,7 +113,7 @@ def tied_prompts(prompts: Hashes, rows: Callable[[], Iterable[Prompted]]) -> Has
         draw.add(prompted)
     draw.cut()
     numbers, table = own_shingles(draw.held)
-    index = RowIndex(Rows(table))
+    index = RowIndex(Table(table))
     drawn = np.array([draw.held[number].prompt for number in numbers], dtype=np.uint64)
     frequent = frequent_of((row.group, distinct(row.shingles)) for row in draw.held)
     parents: dict[int, int] = {}
@@ -136,7 +149,7 @@ class HeldOut:
         held = [row for split in splits for row in self._cut(split)]
         others = [row for split in self._draws if split not in splits for row in self._cut(split)]
         numbers, table = own_shingles([*held, *others])
-        return RowIndex(Rows(table[: sum(number < len(held) for number in numbers)]))
+        return RowIndex(Table(table[: sum(number < len(held) for number in numbers)]))
 
     def _cut(self, split: str) -> list[Drawn]:
         self._draws[split].cut()

@@ -1,9 +1,10 @@
 """Datasets of many prompts per row: templates over a table, or a benchmark's own prompts, streamed to instances.
 
 The rows of a dataset are read once, and once more before that where some are held out: the prompts of held-out rows are
-collected first, so that no training instance shares one, or is nearly one (see `neighbours.HeldOut`). Splits go by the
-hash of the row itself, so one row under ten templates is one group, and so is a row that stands twice. Nothing but the
-hashes of held-out prompts, and shingles of a bounded number, is held in memory.
+collected first, so that no training instance shares one, or is nearly one (of one dataset up to 32,768 rows to train on
+are looked at with them, so that it is known what a scorer would be found to have seen; see `neighbours`). Splits go by
+the hash of the row itself, so one row under ten templates is one group, and so is a row that stands twice. Nothing but
+the hashes of held-out prompts, and shingles of a bounded number, is held in memory.
 """
 
 import hashlib
@@ -21,11 +22,12 @@ import numpy as np
 from cappy.errors import RecordError
 from cappy.preparation.fields import choice_candidates
 from cappy.preparation.neighbours import SAMPLED_ROWS, SHARE, HeldOut
+from cappy.preparation.neighbours import Rows as Seen
 from cappy.preparation.rows import Rows, Values, hash64
 from cappy.progress import Progress
 from cappy.records import Instance, Split, prompt_hash
+from cappy.records.overlap import MAX_ROWS, RowIndex, group_hash, shingles
 from cappy.records.overlap import Prompt as Text
-from cappy.records.overlap import RowIndex, group_hash, shingles
 from cappy.records.shard import Shard
 
 HOPELESS = 100
@@ -113,18 +115,22 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Apart:
-    """What no instance of a split may have: sorted hashes of prompts and of groups, and the text of rows."""
+    """What no instance of a split may have: sorted hashes of prompts and of groups, and the text of rows.
+
+    `near_prompts` are those of near-duplicates, where all rows were looked at; else `rows` finds them.
+    """
 
     prompts: "array[int]" = field(default_factory=partial(array, "Q"))
     groups: "array[int]" = field(default_factory=partial(array, "Q"))
+    near_prompts: "array[int]" = field(default_factory=partial(array, "Q"))
     rows: RowIndex | None = None
 
     def near(self, instance: Instance) -> bool:
         """Whether an instance is of a group that is held out, or a near-duplicate of a row that is."""
-        if self.rows is None:
-            return False
         group = group_hash(instance)
-        return holds(self.groups, group) or len(self.rows.found(shingles(instance.instruction), group, share=SHARE)) > 0
+        if holds(self.groups, group) or holds(self.near_prompts, prompt_hash(instance.instruction)):
+            return True
+        return self.rows is not None and len(self.rows.found(shingles(instance.instruction), group, share=SHARE)) > 0
 
 
 Placed = tuple[int, str, Values]
@@ -214,38 +220,50 @@ def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -
 
     All datasets and all shards count. There is nothing to keep apart where all is test.
     """
-    found, rows = {"validation": Apart(), "test": Apart()}, HeldOut()
+    found, rows, held_out = {"validation": Apart(), "test": Apart()}, Seen(), HeldOut()
     untold = Tally(max_failed=1.0)
     tables = [(dataset, table) for dataset in datasets for table in dataset.tables]
     if all(table.held_out for _, table in tables) or not (
         places.test or places.validation or any(table.held_out for _, table in tables)
     ):
         return {"train": Apart(), "validation": Apart(), "test": Apart()}
+    one_dataset = len(tables) == 1
+    limit, seen = MAX_ROWS if one_dataset else SAMPLED_ROWS, 0
     for dataset, table in tables:
-        for (_, _, values), prompts in dataset.prompts(_looked_at(dataset, table, places, progress), untold):
+        for (_, _, values), prompts in dataset.prompts(_looked_at(dataset, table, places, progress, limit), untold):
             group = group_of(dataset.name, values)
             split = places.split(group, table)
+            seen += split == "train"
             for prompt in prompts:
                 text = Text(prompt.instruction, dataset.name, group)
-                rows.add(text, split)
+                held_out.add(text, split)
+                if one_dataset:
+                    rows.add(text, split)
                 if split != "train":
                     found[split].prompts.append(prompt_hash(prompt.instruction))
                     found[split].groups.append(group_hash(text))
     test, validation = found["test"], found["validation"]
+    exact = one_dataset and seen < limit
+    near = _sorted(array("Q", rows.left_out())) if exact else array("Q")
     return {
         "train": Apart(
             prompts=_sorted(test.prompts + validation.prompts),
             groups=_sorted(test.groups + validation.groups),
-            rows=rows.index("test", "validation"),
+            near_prompts=near,
+            rows=None if exact else held_out.index("test", "validation"),
         ),
-        "validation": Apart(prompts=_sorted(test.prompts), groups=_sorted(test.groups), rows=rows.index("test")),
+        "validation": Apart(
+            prompts=_sorted(test.prompts),
+            groups=_sorted(test.groups),
+            near_prompts=near,
+            rows=None if exact else held_out.index("test"),
+        ),
         "test": Apart(),
     }
 
 
-def _looked_at(dataset: Dataset, table: Table, places: Places, progress: Progress) -> Iterator[Placed]:
-    """The rows of a table that are held out, and the first ones that are not."""
-    left = SAMPLED_ROWS
+def _looked_at(dataset: Dataset, table: Table, places: Places, progress: Progress, left: int) -> Iterator[Placed]:
+    """The rows of a table that are held out, and the first that are not, so many of them at most."""
     for row in _rows(dataset, table, progress):
         if places.split(group_of(dataset.name, row[2]), table) != "train":
             yield row

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from cappy.errors import ConfigError, RecordError, shown
 from cappy.preparation import PreparationConfig
-from cappy.preparation.neighbours import MOST_DROPPED, left_out_of_training, near_held_out, tied_prompts
+from cappy.preparation.neighbours import MOST_DROPPED, Rows, left_out_of_training, tied_prompts
 from cappy.preparation.rows import Row, hash64
 from cappy.preparation.sources import Source
 from cappy.progress import Progress
@@ -108,8 +108,10 @@ def _near(source: Source, codes: Codes, prompts: Hashes) -> Chosen:
     """Which rows of train and validation are near-duplicates of rows that are held out further."""
     if len(np.unique(codes)) < 2:
         return np.zeros(len(codes), dtype=np.bool_)
-    rows = zip(source.rows(), codes.tolist(), strict=False)
-    found = near_held_out((row.instance, SPLITS[code]) for row, code in rows)
+    rows = Rows()
+    for row, code in zip(source.rows(), codes.tolist(), strict=False):
+        rows.add(row.instance, SPLITS[code])
+    found = rows.left_out()
     chosen: Chosen = np.isin(prompts, np.fromiter(found, dtype=np.uint64, count=len(found))) & (codes != TEST)
     return chosen
 

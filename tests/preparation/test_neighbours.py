@@ -12,6 +12,7 @@ import pytest
 
 from cappy.errors import RecordError
 from cappy.evaluation.leaks import seen_in_training
+from cappy.preparation import prompted
 from cappy.records import Instance, Manifest, prompt_hash, read
 from cappy.scoring import TRAINED_ON
 from cappy.scoring.training_data import training_data, write_training_data
@@ -166,6 +167,42 @@ def test_a_row_under_templates_is_left_out_under_each_of_them(
     assert leaks(tmp_path / "target", tmp_path / "scorer") == 0
     shards = [one for n in range(3) for one in prepare(path, shard=f"{n}/3", **known)[1]]
     assert {one.instance_id for one in shards} == {one.instance_id for one in found}
+
+
+def cut_and_changed(seed: int) -> list[str]:
+    """Rows of which many are nearly another, or a part of it."""
+    rng = random.Random(seed)
+    given = texts(150, seed)
+    for _ in range(60):
+        words = rng.choice(given).split()
+        for _ in range(rng.randint(0, 3)):
+            words[rng.randrange(len(words))] = rng.choice(WORDS)
+        given.append(" ".join(words[: rng.randint(15, 40)]))
+    return rng.sample(given, len(given))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("under_templates", [False, True])
+def test_no_row_of_the_report_is_a_part_of_a_trained_one_or_nearly_so(
+    prepare: Prepare, json_lines: JsonLines, templates: Path, tmp_path: Path, seed: int, under_templates: bool
+) -> None:
+    given = cut_and_changed(seed)
+    if under_templates:
+        path = json_lines(*({"text": text, "label": "x"} for text in given))
+        prepare(path, seed=seed, target=tmp_path / "target", templates=templates, dataset="topics")
+    else:
+        prepare(json_lines(*rows(given)), seed=seed, target=tmp_path / "target")
+    assert leaks(tmp_path / "target", tmp_path / "scorer") == 0
+
+
+def test_rows_beyond_those_that_are_looked_at_are_held_against_the_held_out_ones(
+    prepare: Prepare, json_lines: JsonLines, templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompted, "MAX_ROWS", 50)
+    path = json_lines(*({"text": text, "label": "x"} for text in some_pairs()))
+    manifest, found = prepare(path, target=tmp_path / "target", templates=templates, dataset="topics")
+    assert 0 < manifest.metrics["dropped_near_held_out"] == 1_000 - len(found) < 100
+    assert leaks(tmp_path / "target", tmp_path / "scorer") == 0
 
 
 @pytest.mark.parametrize("count", [3, 5, 12, 40])
