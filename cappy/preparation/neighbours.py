@@ -83,6 +83,8 @@ def _dropped(fitted: list[Drawn], validation: list[Drawn], test: list[Drawn]) ->
     while True:
         fixed = {row.prompt for row in validation}
         held = [*test, *_own(validation)]
+        if not held:
+            return dropped
         numbers, table = own_shingles(fitted[:MAX_ROWS], distinct(np.concatenate([row.shingles for row in held])))
         index = RowIndex(Table(table))
         prompts = np.array([fitted[number].prompt for number in numbers], dtype=np.uint64)
