@@ -134,7 +134,7 @@ class PreparationConfig:
             raise ConfigError("preparation: --leaked says what to do with instances of --against; give that too")
 
 
-_HELD_OUT_TOO = ("dropped_shared_with_held_out", "dropped_leaked")
+_HELD_OUT_TOO = ("dropped_shared_with_held_out", "dropped_near_held_out", "dropped_leaked")
 _WITHOUT = {
     "columns": "names columns of a file; leave it out without a --source",
     "families": "chooses among the built-in tasks; leave it out with a --source",
@@ -191,9 +191,10 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
         tally.check()
         if not parts.rows:
             raise RecordError(f"{source.name}: nothing is left to write; give more rows, or fewer shards")
+        _say_left_out(source, tally, parts.counts)
         dropped = sum(count for name, count in tally.counts.items() if name in _HELD_OUT_TOO)
         if dropped and not config.shard and not parts.counts.get("train"):
-            what = f"nothing is left to train on: {dropped:,} instances have a prompt that is held out too"
+            what = f"nothing is left to train on: {dropped:,} instances have a prompt that is held out too, or nearly"
             raise RecordError(f"{source.name}: {what}; check --dataset, --against and the data")
         counts = {**dict.fromkeys(("train", "validation", "test"), 0), **parts.counts}
         manifest = Manifest(
@@ -231,7 +232,20 @@ def _placed(
     source.unused.check(config.ignore_columns)
     source.unused.warn()
     rows = shard.rows(plan.num_rows)
-    return islice(place(source.rows(), plan), rows.start, rows.stop), len(rows), dict(plan.metrics)
+    dropped = int(plan.left_out[rows.start : rows.stop].sum())
+    if dropped:
+        tally.counts["dropped_near_held_out"] = dropped
+    placed = (one for one in islice(place(source.rows(), plan), rows.start, rows.stop) if one is not None)
+    return placed, len(rows) - dropped, dict(plan.metrics)
+
+
+def _say_left_out(source: "Source", tally: "Tally", counts: Mapping[str, int]) -> None:
+    """Says of a source whose rows make prompts what was left out as it was written."""
+    if source.datasets and (count := tally.counts["dropped_near_held_out"]):
+        total = count + sum(number for split, number in counts.items() if split != "test")
+        what = f"left out of training: {count:,} of {total:,} prompts, near-duplicates of held-out ones"
+        source.unused.say("near_held_out", what)
+        source.unused.warn()
 
 
 def _count(part: Sequence[Instance]) -> Mapping[str, int]:

@@ -1,8 +1,10 @@
 """Datasets of many prompts per row: templates over a table, or a benchmark's own prompts, streamed to instances.
 
 The rows of a dataset are read once, and once more before that where some are held out: the prompts of held-out rows are
-collected first, so that no training instance shares one. Splits go by the hash of the row itself, so one row under ten
-templates is one group, and so is a row that stands twice. Nothing but the held-out prompts is held in memory.
+collected first, so that no training instance shares one, or is nearly one (of one dataset up to 32,768 rows to train on
+are looked at with them, so that it is known what a scorer would be found to have seen; see `neighbours`). Splits go by
+the hash of the row itself, so one row under ten templates is one group, and so is a row that stands twice. Nothing but
+the hashes of held-out prompts, and shingles of a bounded number, is held in memory.
 """
 
 import hashlib
@@ -19,9 +21,13 @@ import numpy as np
 
 from cappy.errors import RecordError
 from cappy.preparation.fields import choice_candidates
+from cappy.preparation.neighbours import SAMPLED_ROWS, SHARE, HeldOut
+from cappy.preparation.neighbours import Rows as Seen
 from cappy.preparation.rows import Rows, Values, hash64
 from cappy.progress import Progress
 from cappy.records import Instance, Split, prompt_hash
+from cappy.records.overlap import MAX_ROWS, RowIndex, group_hash, shingles
+from cappy.records.overlap import Prompt as Text
 from cappy.records.shard import Shard
 
 HOPELESS = 100
@@ -107,8 +113,26 @@ class Table:
     held_out: bool = False
 
 
-Apart = Mapping[Split, "array[int]"]
-"""Split -> sorted hashes of the prompts that no instance of it may have."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Apart:
+    """What no instance of a split may have: sorted hashes of prompts and of groups, and the text of rows.
+
+    `near_prompts` are those of near-duplicates, where all rows were looked at; else `rows` finds them.
+    """
+
+    prompts: "array[int]" = field(default_factory=partial(array, "Q"))
+    groups: "array[int]" = field(default_factory=partial(array, "Q"))
+    near_prompts: "array[int]" = field(default_factory=partial(array, "Q"))
+    rows: RowIndex | None = None
+
+    def near(self, instance: Instance) -> bool:
+        """Whether an instance is of a group that is held out, or a near-duplicate of a row that is."""
+        group = group_hash(instance)
+        if holds(self.groups, group) or holds(self.near_prompts, prompt_hash(instance.instruction)):
+            return True
+        return self.rows is not None and len(self.rows.found(shingles(instance.instruction), group, share=SHARE)) > 0
+
+
 Placed = tuple[int, str, Values]
 """A row with its index and the place where it stands."""
 Prompts = Callable[[Iterable[Placed], Tally], Iterator[tuple[Placed, list[Prompt]]]]
@@ -157,17 +181,17 @@ def _of_row(
     row: Placed,
     prompts: Iterable[Prompt],
     places: Places,
-    held_out: Apart,
+    held_out: Mapping[Split, Apart],
     tally: Tally,
 ) -> Iterator[Instance]:
     index, _, values = row
     group = group_of(dataset.name, values)
     split = places.split(group, table)
     for prompt in prompts:
-        if holds(held_out[split], prompt_hash(prompt.instruction)):
+        if holds(held_out[split].prompts, prompt_hash(prompt.instruction)):
             tally.counts["dropped_shared_with_held_out"] += 1
             continue
-        yield Instance(
+        instance = Instance(
             instance_id=":".join(filter(None, (dataset.name, table.split, str(index), prompt.template))),
             group_id=group,
             task=dataset.name,
@@ -179,6 +203,10 @@ def _of_row(
             choices=prompt.choices,
             candidates=choice_candidates(prompt.choices),
         )
+        if held_out[split].near(instance):
+            tally.counts["dropped_near_held_out"] += 1
+            continue
+        yield instance
 
 
 def group_of(name: str, values: Values) -> str:
@@ -187,27 +215,61 @@ def group_of(name: str, values: Values) -> str:
     return f"{name}:{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=8).hexdigest()}"
 
 
-def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -> Apart:
-    """For train and validation the prompts that it may not have: those of all rows that are held out further.
+def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -> Mapping[Split, Apart]:
+    """For train and validation what it may not have: prompts, groups and near-duplicates of rows held out further.
 
     All datasets and all shards count. There is nothing to keep apart where all is test.
     """
-    hashes = {"validation": array("Q"), "test": array("Q")}
+    found, rows, held_out = {"validation": Apart(), "test": Apart()}, Seen(), HeldOut()
     untold = Tally(max_failed=1.0)
     tables = [(dataset, table) for dataset in datasets for table in dataset.tables]
-    for dataset, table in tables if not all(table.held_out for _, table in tables) else ():
-        if not (table.held_out or places.test or places.validation):
-            continue
-        split = partial(_split, dataset, table, places)
-        rows = (row for row in _rows(dataset, table, progress) if split(row) != "train")
-        for row, prompts in dataset.prompts(rows, untold):
-            hashes[split(row)].extend(prompt_hash(prompt.instruction) for prompt in prompts)
-    test, both = (_sorted(found) for found in (hashes["test"], hashes["test"] + hashes["validation"]))
-    return {"train": both, "validation": test, "test": array("Q")}
+    if all(table.held_out for _, table in tables) or not (
+        places.test or places.validation or any(table.held_out for _, table in tables)
+    ):
+        return {"train": Apart(), "validation": Apart(), "test": Apart()}
+    one_dataset = len(tables) == 1
+    limit, seen = MAX_ROWS if one_dataset else SAMPLED_ROWS, 0
+    for dataset, table in tables:
+        for (_, _, values), prompts in dataset.prompts(_looked_at(dataset, table, places, progress, limit), untold):
+            group = group_of(dataset.name, values)
+            split = places.split(group, table)
+            seen += split == "train"
+            for prompt in prompts:
+                text = Text(prompt.instruction, dataset.name, group)
+                held_out.add(text, split)
+                if one_dataset:
+                    rows.add(text, split)
+                if split != "train":
+                    found[split].prompts.append(prompt_hash(prompt.instruction))
+                    found[split].groups.append(group_hash(text))
+    test, validation = found["test"], found["validation"]
+    exact = one_dataset and seen < limit
+    near = _sorted(array("Q", rows.left_out())) if exact else array("Q")
+    return {
+        "train": Apart(
+            prompts=_sorted(test.prompts + validation.prompts),
+            groups=_sorted(test.groups + validation.groups),
+            near_prompts=near,
+            rows=None if exact else held_out.index("test", "validation"),
+        ),
+        "validation": Apart(
+            prompts=_sorted(test.prompts),
+            groups=_sorted(test.groups),
+            near_prompts=near,
+            rows=None if exact else held_out.index("test"),
+        ),
+        "test": Apart(),
+    }
 
 
-def _split(dataset: Dataset, table: Table, places: Places, row: Placed) -> Split:
-    return places.split(group_of(dataset.name, row[2]), table)
+def _looked_at(dataset: Dataset, table: Table, places: Places, progress: Progress, left: int) -> Iterator[Placed]:
+    """The rows of a table that are held out, and the first that are not, so many of them at most."""
+    for row in _rows(dataset, table, progress):
+        if places.split(group_of(dataset.name, row[2]), table) != "train":
+            yield row
+        elif left:
+            left -= 1
+            yield row
 
 
 def _sorted(hashes: "array[int]") -> "array[int]":

@@ -3,7 +3,8 @@
 A group's place between 0 and 1 is a seeded hash of its id, so that adding rows moves no group: below `test` it is
 test, below `test + validation` validation, and from there on train. Groups that share a prompt (see `prompt_hash`)
 have one place. Where a split that was asked for would stay empty, it gets the group nearest to it, so that as few
-groups as there are splits are enough.
+groups as there are splits are enough. Where we draw the splits, near-duplicates of held-out rows are not trained on;
+see `neighbours`.
 """
 
 import itertools
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from cappy.errors import ConfigError, RecordError, shown
 from cappy.preparation import PreparationConfig
+from cappy.preparation.neighbours import MOST_DROPPED, Rows, left_out_of_training, tied_prompts
 from cappy.preparation.rows import Row, hash64
 from cappy.preparation.sources import Source
 from cappy.progress import Progress
@@ -26,6 +28,8 @@ from cappy.records.instance import SPLITS
 Hashes = npt.NDArray[np.uint64]
 Codes = npt.NDArray[np.uint8]
 """Splits as indexes into SPLITS."""
+Chosen = npt.NDArray[np.bool_]
+"""For each row whether something is true of it."""
 
 TRAIN, VALIDATION, TEST = (SPLITS.index(split) for split in ("train", "validation", "test"))
 STANDING = ("builtin", "records", "bigbench")
@@ -37,9 +41,10 @@ _PLACES = 2**64
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the first reading of a source decided: the split of each row, and its ordinal inside its group."""
+    """What was decided before rows are written: the split of each, its ordinal in its group, whether it is left out."""
 
     splits: Codes
+    left_out: Chosen
     ordinals: npt.NDArray[np.uint32]
     metrics: Mapping[str, float]
 
@@ -50,7 +55,10 @@ class Plan:
 
 
 def survey(source: Source, config: PreparationConfig, progress: Progress) -> Plan:
-    """Reads the whole source once, holding a few numbers for each row; RecordError for the first row that is wrong."""
+    """Reads the whole source, holding a few numbers for each row; RecordError for the first row that is wrong.
+
+    It is read once, and once more for near-duplicates where we draw splits (twice more again where they are many).
+    """
     ids, groups, prompts, codes, first, named = _hashes(source, config, progress)
     if first.has_id and (clash := _repeated(ids)):
         earlier, later = _rows_at(source, clash)
@@ -65,20 +73,68 @@ def survey(source: Source, config: PreparationConfig, progress: Progress) -> Pla
             source.unused.say("shares", "the rows give their splits; --test and --validation draw none")
         _check_shared(source, codes, prompts, lambda row: f"instruction {shown(row.instance.instruction)}")
         _check_shared(source, codes, groups, lambda row: f"group_id {shown(row.instance.group_id)}")
+        left_out = np.zeros(len(codes), dtype=np.bool_)
+        if source.format == "bigbench":
+            left_out = _near(source, codes, prompts)
     else:
-        codes = draw(representatives(groups, prompts), config, source.name)
+        codes, left_out = _drawn_apart(source, config, groups, prompts)
+    _say_left_out(source, codes, left_out)
     if config.task and not named:
         source.unused.say("task", f"every row names its task; --task {config.task} names none")
     metrics = {"duplicates_of_instruction": float(len(prompts) - len(np.unique(prompts)))}
-    return Plan(splits=codes, ordinals=_ordinals(groups), metrics=metrics)
+    return Plan(splits=codes, left_out=left_out, ordinals=_ordinals(groups), metrics=metrics)
 
 
-def place(rows: Iterator[Row], plan: Plan) -> Iterator[Instance]:
-    """The instances of the rows, with the ids and splits that were left to us.
+def _drawn_apart(source: Source, config: PreparationConfig, groups: Hashes, prompts: Hashes) -> tuple[Codes, Chosen]:
+    """The drawn split of each row, and whether it is left out; near-duplicates are one group where they are many."""
+    codes = draw(representatives(groups, prompts), config, source.name)
+    left_out = _near(source, codes, prompts)
+    fitted = np.count_nonzero(codes != TEST)
+    if left_out.sum() <= MOST_DROPPED * fitted and not _emptied(codes, left_out):
+        return codes, left_out
+    places = representatives(groups, tied_prompts(prompts, lambda: (row.instance for row in source.rows())))
+    if len(np.unique(places)) < _wanted(config):
+        return codes, left_out
+    again = draw(places, config, source.name)
+    left_out_again = _near(source, again, prompts)
+    if left_out_again.sum() >= left_out.sum() or _emptied(again, left_out_again):
+        return codes, left_out
+    what = f"{left_out.sum():,} of {fitted:,} rows to train on were near-duplicates of held-out rows"
+    source.unused.say("near_duplicates", f"{what}; near-duplicates are taken as one group, and splits drawn by that")
+    return again, left_out_again
+
+
+def _near(source: Source, codes: Codes, prompts: Hashes) -> Chosen:
+    """Which rows of train and validation are near-duplicates of rows that are held out further."""
+    if len(np.unique(codes)) < 2:
+        return np.zeros(len(codes), dtype=np.bool_)
+    rows = Rows()
+    for row, code in zip(source.rows(), codes.tolist(), strict=False):
+        rows.add(row.instance, SPLITS[code])
+    found = rows.left_out()
+    chosen: Chosen = np.isin(prompts, np.fromiter(found, dtype=np.uint64, count=len(found))) & (codes != TEST)
+    return chosen
+
+
+def _emptied(codes: Codes, left_out: Chosen) -> bool:
+    """Whether a split has rows, and none that is not left out."""
+    return len(np.unique(codes[~left_out])) < len(np.unique(codes))
+
+
+def _say_left_out(source: Source, codes: Codes, left_out: Chosen) -> None:
+    if left_out.any():
+        source.unused.say("near_held_out", left_out_of_training(int(left_out.sum()), int((codes != TEST).sum())))
+
+
+def place(rows: Iterator[Row], plan: Plan) -> Iterator[Instance | None]:
+    """The instances of the rows, with the ids and splits that were left to us; None for one that is left out.
 
     Rows beyond the plan stand in a file that grew since; the source notices that itself.
     """
-    for row, code, ordinal in zip(rows, plan.splits, plan.ordinals, strict=False):
+    for row, code, left_out, ordinal in zip(rows, plan.splits, plan.left_out, plan.ordinals, strict=False):
+        if left_out:
+            yield None
+            continue
         instance = row.instance
         if not row.has_id:
             instance = replace(instance, instance_id=f"{instance.group_id}-{ordinal}")
@@ -88,7 +144,7 @@ def place(rows: Iterator[Row], plan: Plan) -> Iterator[Instance]:
 def draw(places: Hashes, config: PreparationConfig, name: str = "source") -> Codes:
     """A split for each place by the config's fractions, none of them empty; ConfigError if there are too few groups."""
     groups = np.unique(places)
-    wanted = 1 + (config.test > 0) + (config.validation > 0)
+    wanted = _wanted(config)
     if len(groups) < wanted:
         remedy = f"give at least {wanted} different instructions, or set --test 0 and --validation 0"
         raise ConfigError(f"{name}: {len(groups)} group(s) cannot fill {wanted} splits; {remedy}")
@@ -100,6 +156,11 @@ def draw(places: Hashes, config: PreparationConfig, name: str = "source") -> Cod
         num_held_out = min(max(_within(groups, config.test + config.validation), num_test + 1), len(groups) - 1)
     ranks = np.searchsorted(groups, places)
     return np.select([ranks < num_test, ranks < num_held_out], [TEST, VALIDATION], TRAIN).astype(np.uint8)
+
+
+def _wanted(config: PreparationConfig) -> int:
+    """How many splits are asked for."""
+    return 1 + (config.test > 0) + (config.validation > 0)
 
 
 def representatives(groups: Hashes, prompts: Hashes) -> Hashes:

@@ -77,7 +77,15 @@ def is_content(group_id: str) -> bool:
 
 def shingles(text: str) -> Hashes:
     """The sorted, distinct shingles of a text; equal for texts that differ in case, marks and white space alone."""
-    return np.unique(_in_order(text))
+    return distinct(_in_order(text))
+
+
+def distinct(values: Hashes) -> Hashes:
+    """The values sorted, each once; by sorting, which is several times faster here than the hashing of `np.unique`."""
+    ordered = np.sort(values)
+    new = np.ones(len(ordered), dtype=np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    return ordered[new]
 
 
 def _in_order(text: str) -> Hashes:
@@ -113,57 +121,108 @@ class Rows:
         return Rows(np.empty((0, 1 + KEPT), dtype=np.uint64))
 
 
-@dataclass(slots=True)
-class _Draw:
-    """Rows as they come, those with the smallest hashes of prompts; a fourth more than `MAX_ROWS` are held at most."""
+class Drawn(NamedTuple):
+    """A row as it is held: hashes of its prompt and of its group, and its shingles."""
 
-    held: list[tuple[int, int, Hashes]] = field(default_factory=list)
+    prompt: int
+    group: int
+    shingles: Hashes
+
+
+@dataclass(slots=True)
+class Draw:
+    """Rows as they come, the `most` with the smallest hashes of prompts; a fourth more are held at most.
+
+    Of each the first `MAX_SHINGLES` shingles are kept in order, or all of them, sorted and distinct, where it is
+    `whole`; fewer rows are held where they have more than `most` times `MAX_SHINGLES` shingles in all.
+    """
+
+    most: int
+    whole: bool = False
+    held: list[Drawn] = field(default_factory=list)
     seen: int = 0
     highest: int = 2**64
+    size: int = 0
 
     def add(self, prompted: Prompted) -> None:
+        """Takes a row, unless those that are held have smaller hashes."""
         self.seen += 1
         prompt = prompt_hash(prompted.instruction)
         if prompt >= self.highest:
             return
-        self.held.append((prompt, group_hash(prompted), _in_order(prompted.instruction)[:MAX_SHINGLES]))
-        if len(self.held) >= MAX_ROWS + MAX_ROWS // 4:
+        found = shingles(prompted.instruction) if self.whole else _in_order(prompted.instruction)[:MAX_SHINGLES]
+        self.held.append(Drawn(prompt, group_hash(prompted), found))
+        self.size += len(found)
+        if len(self.held) >= self.most + self.most // 4 or self.size > self.most * MAX_SHINGLES * 5 // 4:
             self.cut()
 
     def cut(self) -> None:
-        self.held.sort(key=lambda row: row[0])
-        if len(self.held) > MAX_ROWS:
-            self.highest = self.held[MAX_ROWS][0]
-            del self.held[MAX_ROWS:]
+        """Lets go of what is beyond the bounds; the rows stand in the order of their prompts' hashes."""
+        self.held.sort(key=lambda row: row.prompt)
+        ends = np.cumsum([len(row.shingles) for row in self.held], dtype=np.int64)
+        count = min(self.most, int(np.searchsorted(ends, self.most * MAX_SHINGLES, side="right")))
+        if len(self.held) > count:
+            self.highest = self.held[count].prompt
+            del self.held[count:]
+        self.size = int(ends[count - 1]) if self.held else 0
 
 
 def sketch_rows(prompts: Iterable[Prompted]) -> Rows:
     """What is kept of the rows of these prompts: the work is bounded where there are millions."""
-    draw = _Draw()
+    draw = Draw(most=MAX_ROWS)
     for prompted in prompts:
         draw.add(prompted)
     draw.cut()
-    if not draw.held:
-        return Rows.none()
-    groups = np.array([group for _, group, _ in draw.held], dtype=np.uint64)
-    lengths = np.array([len(found) for _, _, found in draw.held])
-    flat = np.concatenate([found for _, _, found in draw.held])
+    _, table = own_shingles(draw.held)
+    return Rows(np.unique(table, axis=0) if len(table) else table, draw.seen)
+
+
+def own_shingles(drawn: Sequence[Drawn], only: Hashes | None = None) -> tuple[list[int], Hashes]:
+    """What is kept of these rows as in `Rows`, a line for each that has enough; and which of `drawn` each line is.
+
+    A row with fewer than `MIN_SHARED` shingles among those of `only` is passed over.
+    """
+    if not drawn:
+        return [], Rows.none().table
+    groups = np.array([row.group for row in drawn], dtype=np.uint64)
+    lengths = np.array([len(row.shingles) for row in drawn])
+    flat = np.concatenate([row.shingles for row in drawn])
+    ends = np.append(0, np.cumsum(lengths))
+    wanted = lengths >= MIN_SHARED
+    if only is not None:
+        hits = np.append(0, np.cumsum(_among(flat, only)))
+        wanted = hits[ends[1:]] - hits[ends[:-1]] >= MIN_SHARED
+    if not wanted.any():
+        return [], Rows.none().table
     rare = _rare(flat, np.repeat(groups, lengths))
-    rows = []
-    for group, found in zip(groups, np.split(rare, np.cumsum(lengths)[:-1]), strict=True):
-        kept = np.unique(_inside(found))[:KEPT]
+    numbers, rows = [], []
+    for number in np.flatnonzero(wanted).tolist():
+        kept = distinct(_inside(rare[ends[number] : ends[number + 1]]))[:KEPT]
         if len(kept) >= MIN_SHARED:
-            rows.append(np.concatenate(([group], kept, np.zeros(KEPT - len(kept), dtype=np.uint64))))
-    table = np.unique(np.array(rows, dtype=np.uint64), axis=0) if rows else Rows.none().table
-    return Rows(table, draw.seen)
+            numbers.append(number)
+            rows.append(np.concatenate((groups[number : number + 1], kept, np.zeros(KEPT - len(kept), np.uint64))))
+    return numbers, np.array(rows, dtype=np.uint64) if rows else Rows.none().table
+
+
+def _among(values: Hashes, ordered: Hashes) -> npt.NDArray[np.bool_]:
+    """Which values are among sorted ones; quicker than `np.isin`, which sorts both anew."""
+    if not len(ordered):
+        return np.zeros(len(values), dtype=np.bool_)
+    found: npt.NDArray[np.bool_] = ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
+    return found
+
+
+def without(values: Hashes, ordered: Hashes) -> Hashes:
+    """The values that are not among sorted ones."""
+    return values[~_among(values, ordered)]
 
 
 def _rare(flat: Hashes, groups: Hashes) -> Hashes:
     """The shingles with zeros in place of those that too many groups share."""
-    distinct, codes = np.unique(flat, return_inverse=True)
+    known, codes = np.unique(flat, return_inverse=True)
     _, group_codes = np.unique(groups, return_inverse=True)
-    pairs = np.unique(codes.astype(np.uint64) << np.uint64(32) | group_codes.astype(np.uint64))
-    counts = np.bincount((pairs >> np.uint64(32)).astype(np.int64), minlength=len(distinct))
+    pairs = distinct(codes.astype(np.uint64) << np.uint64(32) | group_codes.astype(np.uint64))
+    counts = np.bincount((pairs >> np.uint64(32)).astype(np.int64), minlength=len(known))
     return np.where(counts[codes] <= most_prompts(int(group_codes.max(initial=0)) + 1), flat, 0).astype(np.uint64)
 
 
@@ -214,30 +273,42 @@ class RowIndex:
 
     def holds(self, prompted: Prompted, frequent: Hashes | None = None) -> bool:
         """Whether a prompt holds a row, or a part of one of its own group; `frequent` shingles count for nothing."""
-        found = shingles(prompted.instruction)
-        if frequent is not None and len(frequent):
-            found = np.setdiff1d(found, frequent, assume_unique=True)
-        starts = np.searchsorted(self._values, found, side="left")
-        ends = np.searchsorted(self._values, found, side="right")
+        return len(self.found(shingles(prompted.instruction), group_hash(prompted), frequent)) > 0
+
+    def found(
+        self, prompt: Hashes, group: int, frequent: Hashes | None = None, share: float = MIN_SHARE
+    ) -> npt.NDArray[np.intp]:
+        """The numbers of the rows that a prompt of these shingles and this group's hash holds; see `holds`."""
+        if frequent is not None:
+            prompt = without(prompt, frequent)
+        starts = np.searchsorted(self._values, prompt, side="left")
+        ends = np.searchsorted(self._values, prompt, side="right")
         hit = ends > starts
         if not hit.any():
-            return False
+            return np.empty(0, dtype=np.intp)
         spans = [self._numbers[start:end] for start, end in zip(starts[hit], ends[hit], strict=True)]
         rows, shared = np.unique(np.concatenate(spans), return_counts=True)
-        near = (shared >= MIN_SHARED) & (shared >= MIN_SHARE * self._lengths[rows])
-        same = (shared >= MIN_IN_GROUP) & (self._groups[rows] == np.uint64(group_hash(prompted)))
-        return bool((near | same).any())
+        near = (shared >= MIN_SHARED) & (shared >= share * self._lengths[rows])
+        same = (shared >= MIN_IN_GROUP) & (self._groups[rows] == np.uint64(group))
+        numbers: npt.NDArray[np.intp] = rows[near | same]
+        return numbers
 
 
 def frequent_shingles(prompts: Sequence[Prompted]) -> Hashes:
     """The sorted shingles that too many groups of these prompts share: their templates' text."""
+    return frequent_of((group_hash(prompted), shingles(prompted.instruction)) for prompted in prompts)
+
+
+def frequent_of(prompts: Iterable[tuple[int, Hashes]]) -> Hashes:
+    """`frequent_shingles` of prompts that are given as their groups' hashes and their distinct shingles."""
     own: dict[int, list[Hashes]] = {}
-    for prompted in prompts:
-        own.setdefault(group_hash(prompted), []).append(shingles(prompted.instruction))
+    for group, found in prompts:
+        own.setdefault(group, []).append(found)
     if not own:
         return np.empty(0, dtype=np.uint64)
     found, counts = np.unique(
-        np.concatenate([np.unique(np.concatenate(one)) for one in own.values()]), return_counts=True
+        np.concatenate([one[0] if len(one) == 1 else distinct(np.concatenate(one)) for one in own.values()]),
+        return_counts=True,
     )
     return found[counts > max(2, most_prompts(len(own)))]
 
