@@ -56,6 +56,7 @@ def gateway(
         typer.Option(
             "--strip-reasoning",
             help="Score and answer what follows the LLM's reasoning (<think>...</think> and other markup) alone.",
+            show_default="off",
         ),
     ] = False,
     max_seconds: Annotated[float, typer.Option(min=0.1, help="Longest time for a request, in seconds.")] = 60.0,
