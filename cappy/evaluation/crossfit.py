@@ -20,8 +20,9 @@ from cappy.evaluation.out_of_fold import read_out_of_fold
 from cappy.evaluation.parts import Part, part_of, pools_of
 from cappy.evaluation.pools import AnyScorer
 from cappy.evaluation.remembered import remembered
+from cappy.preparation import neighbours
 from cappy.progress import Progress
-from cappy.records import Instance, Manifest, Split, read, write
+from cappy.records import Instance, Manifest, Split, prompt_hash, read, write
 from cappy.records.folder import MANIFEST, verify
 from cappy.training.plan import TRAINING_STEPS
 
@@ -48,12 +49,24 @@ def folds(instances: Sequence[Instance], count: int, seed: int) -> Iterator[list
     """The instances `count` times, each time with other splits: every one is tested once and held out once.
 
     A fold's test instances are the next fold's validation ones, the others train it. Groups stay together, and every
-    task is spread over all folds as evenly as its groups allow. ConfigError where there are fewer groups than folds.
+    task is spread over all folds as evenly as its groups allow. Near-duplicates of a fold's test instances, which the
+    leak check would find, are left out of what it trains on, and so are those of its validation ones. ConfigError where
+    there are fewer groups than folds.
     """
     place = _places(instances, count, seed)
     for number in range(count):
         splits: dict[int, Split] = {number: "test", (number + 1) % count: "validation"}
-        yield [replace(one, split=splits.get(place[one.group_id], "train")) for one in instances]
+        yield _without_near_held_out(
+            [replace(one, split=splits.get(place[one.group_id], "train")) for one in instances]
+        )
+
+
+def _without_near_held_out(instances: Sequence[Instance]) -> list[Instance]:
+    rows = neighbours.Rows()
+    for one in instances:
+        rows.add(one, one.split)
+    left_out = rows.left_out()
+    return [one for one in instances if one.split == "test" or prompt_hash(one.instruction) not in left_out]
 
 
 def prepare(instances: Sequence[Instance], count: int, seed: int, work: Path) -> Iterator[Fold]:

@@ -13,6 +13,7 @@ import pytest
 from cappy.config import build
 from cappy.errors import ConfigError, FolderError
 from cappy.evaluation import EvaluationConfig, crossfit, out_of_fold, read_report, run, selectors
+from cappy.evaluation.leaks import seen_in_training
 from cappy.evaluation.parts import Part
 from cappy.evaluation.pools import Pool, collect
 from cappy.evaluation.protocol import report_of
@@ -21,8 +22,9 @@ from cappy.progress import silent
 from cappy.records import Instance, Manifest, prompt_hash, read, write
 from cappy.records.folder import describe_files, write_manifest
 from cappy.registry.gate import decide
-from cappy.scoring import Scorer
+from cappy.scoring import TRAINED_ON, Scorer
 from cappy.scoring.calibration import read_calibration
+from cappy.scoring.training_data import training_data, write_training_data
 from cappy.training.loop import Run
 
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
@@ -54,6 +56,40 @@ def test_groups_stay_together_and_tasks_are_spread(grouped: list[Instance]) -> N
         assert all(len(own) == 1 for own in splits.values())
         tested = Counter(one.task for one in fold if one.split == "test")
         assert tested == {"one": 8, "two": 4}
+
+
+def test_near_duplicates_of_what_a_fold_tests_do_not_train_it(
+    make_instance: Callable[..., Instance], tmp_path: Path
+) -> None:
+    """Forty passages with two questions each, every question in a group of its own."""
+    rng = np.random.default_rng(0)
+    words = [f"word{number}" for number in range(400)]
+    passages = [" ".join(rng.choice(words, 60)) for _ in range(40)]
+    instances = [
+        replace(
+            make_instance(40 * question + number),
+            instruction=f"{passage}\n{' '.join(rng.choice(words, 3))}?",
+            group_id=f"row {question} {number}",
+        )
+        for question in range(2)
+        for number, passage in enumerate(passages)
+    ]
+    for number, fold in enumerate(crossfit.folds(instances, 5, seed=0)):
+        tested = [one for one in fold if one.split == "test"]
+        kept = {one.instance_id for one in tested}
+        everything = [*tested, *(replace(one, split="train") for one in instances if one.instance_id not in kept)]
+        assert leaked(tmp_path / f"all-{number}", everything, tested) > 5
+        assert leaked(tmp_path / f"fold-{number}", fold, tested) == 0
+        assert len(tested) == 16
+
+
+def leaked(folder: Path, instances: Sequence[Instance], tested: Sequence[Instance]) -> int:
+    """How many of those tested a scorer has seen that was trained on what is not test among the instances."""
+    write(folder / "instances", instances)
+    prompts = {prompt_hash(one.instruction) for one in instances if one.split != "test"}
+    np.array(sorted(prompts), dtype="<u8").tofile(folder / TRAINED_ON)
+    write_training_data(folder, folder / "instances")
+    return seen_in_training(tested, training_data(folder))
 
 
 def test_the_seed_decides_the_folds(grouped: list[Instance]) -> None:
