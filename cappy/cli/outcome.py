@@ -117,6 +117,8 @@ def _manifest(folder: Path) -> Manifest | None:
 
 def _decided(facts: Mapping[str, Any]) -> str:
     word = "promoted to champion" if facts["decision"] == "promote" else "held: it stays challenger"
+    if any(reason.endswith("is already champion.") for reason in facts["reasons"]):
+        word = "nothing to move"
     return "\n".join([f"decision  {word}", *(f"          {reason}" for reason in facts["reasons"])])
 
 

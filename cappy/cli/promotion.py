@@ -32,11 +32,13 @@ def roll_back(values: Mapping[str, Any]) -> bool:
     _without_folders(values, "--rollback")
     model = f"models:/{values['name']}"
     move = rollback(values["name"], why=values["reason"], tracking_uri=values["tracking_uri"])
-    champion, was = f"{model}/{move.version}", f"{model}/{move.former}"
+    champion, was = f"{model}/{move.version}" if move.version else "", f"{model}/{move.former}"
     if values["as_json"]:
         typer.echo(json.dumps({"champion": champion, "was": was}))
-    else:
+    elif champion:
         typer.echo(f"{model}@champion is {champion} again, it was {was}")
+    else:
+        typer.echo(f"{model} has no champion now: there was none before {was}, which keeps its number")
     return True
 
 
@@ -52,7 +54,9 @@ def show_history(values: Mapping[str, Any]) -> bool:
         typer.echo(f"models:/{values['name']}@champion has never been moved")
     else:
         rows = [("when", "what", "version", "before", "who", "why")]
-        rows += [(m.at, m.kind, str(m.version), str(m.former or "none"), m.by, m.why or "not said") for m in moves]
+        rows += [
+            (m.at, m.kind, str(m.version or "none"), str(m.former or "none"), m.by, m.why or "not said") for m in moves
+        ]
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         for row in rows:
             cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False))

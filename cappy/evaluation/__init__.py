@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from cappy.config import DEFAULT_WORK, Location, Work, settings
 from cappy.errors import FolderError
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from cappy.evaluation.pools import Score
 
 __all__ = ["Difference", "Estimate", "EvaluationConfig", "Report", "evaluate", "read_report", "read_values", "run"]
+
+
+def _enough_folds(folds: int) -> int:
+    if folds in (1, 2):
+        raise ValueError("takes 3 or more: one to test, one to hold out, the others to train on; 0 for none")
+    return folds
 
 
 @settings
@@ -42,12 +48,9 @@ class EvaluationConfig:
     folds: Annotated[
         int,
         Field(ge=0, le=20, description="Train the scorer's recipe this many times and test every instance; 0 for none"),
+        AfterValidator(_enough_folds),
     ] = 0
     work: Work = DEFAULT_WORK
-
-    def __post_init__(self) -> None:
-        if self.folds in (1, 2):
-            raise ValueError("folds: takes 3 or more: one to test, one to hold out, the others to train on")
 
 
 def evaluate(
@@ -90,8 +93,10 @@ def read_values(folder: str | Path, *, checked: bool = False) -> dict[str, Any]:
 
     `checked` compares every file of the folder with its manifest first: a gate must not open for an edited report.
     """
-    (verify if checked else read_manifest)(folder)
     path = Path(folder) / "report.json"
+    if not path.is_file() and (inner := path.parent / "report" / path.name).is_file():
+        raise FolderError(f"{folder}: is not an evaluation; give the folder {inner.parent} in it")
+    (verify if checked else read_manifest)(folder)
     if not path.is_file():
         raise FolderError(f"{path}: is missing, so {folder} is no evaluation; give the folder that evaluation wrote")
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

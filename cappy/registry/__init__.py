@@ -40,7 +40,7 @@ def download(spec: str, *, tracking_uri: str = "", cache: Path = MODELS) -> Path
 
 
 def rollback(name: str, *, why: str = "", tracking_uri: str = "") -> "Move":
-    """Gives the champion's alias back to its predecessor and returns that move; RegistryError without one."""
+    """Gives the champion's alias back to its predecessor, or to none; RegistryError without a champion."""
     from cappy.registry import aliases
 
     return aliases.rollback(name, why=why, tracking_uri=tracking_uri)

@@ -28,7 +28,7 @@ WAIT_SECONDS = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """One move of the champion's alias: to `version`, from `former` (0 where there was none)."""
+    """One move of the champion's alias: to `version`, from `former` (0 for none, on either side)."""
 
     at: str
     kind: Literal["promotion", "rollback"]
@@ -64,14 +64,15 @@ def promote(client: Any, version: Version, why: str) -> None:
     if former is None or former.number != version.number:
         if former is not None:
             client.set_model_version_tag(version.name, str(version.number), FORMER_TAG, str(former.number))
-        _move(client, version, former, "promotion", why)
+        _move(client, version.name, version, former, "promotion", why)
     challenger = find(client, version.name, CHALLENGER)
     if challenger is not None and challenger.number == version.number:
         client.delete_registered_model_alias(version.name, CHALLENGER)
 
 
 def rollback(name: str, *, why: str, tracking_uri: str) -> Move:
-    """Gives the champion's alias back to its predecessor; RegistryError without champion or predecessor.
+    """Gives the champion's alias back to its predecessor, or takes it away where there was none; RegistryError without
+    a champion.
 
     The move says which version had the alias when the lock was taken: one read before may have lost it meanwhile.
     """
@@ -82,9 +83,9 @@ def rollback(name: str, *, why: str, tracking_uri: str) -> Move:
                 f"models:/{name}: has no champion, so there is nothing to roll back ({known(client, name)})"
             )
         former = find(client, name, present.former) if present.former else None
-        if former is None or former.number == present.number:
-            raise RegistryError(f"{present.uri}: had no champion before it, so there is nothing to roll back to")
-        return _move(client, former, present, "rollback", why)
+        if former is not None and former.number == present.number:
+            former = None
+        return _move(client, name, former, present, "rollback", why)
 
 
 def was_rolled_back(client: Any, version: Version) -> bool:
@@ -120,21 +121,29 @@ def _read_move(name: str, key: str, text: str) -> Move:
 
 
 def _move(
-    client: Any, version: Version, former: Version | None, kind: Literal["promotion", "rollback"], why: str
+    client: Any,
+    name: str,
+    version: Version | None,
+    former: Version | None,
+    kind: Literal["promotion", "rollback"],
+    why: str,
 ) -> Move:
-    """Keeps the move, then sets the alias; whoever calls holds the lock."""
+    """Keeps the move, then sets the alias, or deletes it for no version; whoever calls holds the lock."""
     move = Move(
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         kind=kind,
-        version=version.number,
+        version=version.number if version else 0,
         former=former.number if former else 0,
         by=_who(),
         why=why,
     )
-    kept = sum(key.startswith(HISTORY_TAG) for key in client.get_registered_model(version.name).tags)
+    kept = sum(key.startswith(HISTORY_TAG) for key in client.get_registered_model(name).tags)
     # First the history: a process that dies between the two leaves an entry without a move, which the next try repeats.
-    client.set_registered_model_tag(version.name, f"{HISTORY_TAG}{kept:05d}", json.dumps(asdict(move)))
-    client.set_registered_model_alias(version.name, CHAMPION, str(version.number))
+    client.set_registered_model_tag(name, f"{HISTORY_TAG}{kept:05d}", json.dumps(asdict(move)))
+    if version is None:
+        client.delete_registered_model_alias(name, CHAMPION)
+    else:
+        client.set_registered_model_alias(name, CHAMPION, str(version.number))
     return move
 
 

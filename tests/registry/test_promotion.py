@@ -191,10 +191,12 @@ def test_a_report_without_the_champion_holds_the_version(room: Any, registered: 
 def test_rollback_gives_the_alias_back_and_refuses_where_nothing_was_before(
     room: Any, registered: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one, first = registered("a", 1.0)
-    room.promote(first)
-    with pytest.raises(RegistryError, match="nothing to roll back to"):
+    with pytest.raises(RegistryError, match="no such model"):
         registry.rollback("cappy", tracking_uri=room.uri)
+    one, first = registered("a", 1.0)
+    with pytest.raises(RegistryError, match="has no champion, so there is nothing to roll back"):
+        registry.rollback("cappy", tracking_uri=room.uri)
+    room.promote(first)
     _, second = registered("b", 2.0, champion=one)
     room.promote(second)
     with pytest.raises(SystemExit) as ended:
@@ -204,6 +206,26 @@ def test_rollback_gives_the_alias_back_and_refuses_where_nothing_was_before(
     present = registry.champion("cappy", tracking_uri=room.uri)
     assert present is not None
     assert present.number == 1
+
+
+def test_a_first_champion_can_be_taken_back_and_does_not_return_by_itself(
+    room: Any, registered: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, first = registered("a", 1.0)
+    room.promote(first)
+    with pytest.raises(SystemExit) as ended:
+        main(["promotion", "--rollback", "--tracking-uri", room.uri])
+    assert ended.value.code == 0
+    expected = "models:/cappy has no champion now: there was none before models:/cappy/1, which keeps its number\n"
+    assert capsys.readouterr().out == expected
+    assert registry.champion("cappy", tracking_uri=room.uri) is None
+    assert room.promote(first)["decision"] == "hold"
+    assert [(move.kind, move.version, move.former) for move in registry.history("cappy", tracking_uri=room.uri)] == [
+        ("promotion", 1, 0),
+        ("rollback", 0, 1),
+    ]
+    _, second = registered("b", 2.0)
+    assert room.promote(second)["decision"] == "promote"
 
 
 def test_a_rollback_tells_the_champion_that_it_took_the_alias_from(
