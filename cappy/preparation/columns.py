@@ -5,13 +5,12 @@ Without `--columns` every field is read under its own name. With it, prompt, ans
 responses and choices with answers; a column that another field is read from is read once.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cappy.errors import ConfigError, RecordError, shown
 from cappy.preparation.rows import Rows, Values
-from cappy.preparation.unused import Unused
+from cappy.preparation.unused import Unused, holds
 from cappy.records.instance import SPLITS
 
 FIELDS = (
@@ -124,18 +123,9 @@ def with_input(where: str, values: Values, *, given: bool) -> Values:
         return rest
     if not isinstance(text, str):
         raise RecordError(f"{where}: input must be a text, got {shown(text)}; put it in quotes")
-    if not text.strip() or (not given and _holds(instruction, text.strip())):
+    if not text.strip() or (not given and holds(instruction, text.strip())):
         return rest
     return {**rest, "instruction": f"{instruction}\n\n{text}"}
-
-
-def _holds(instruction: str, text: str) -> bool:
-    """Whether the instruction holds an input already: several words of it, or one that ends a line after a colon."""
-    if text not in instruction:
-        return False
-    if len(text.split()) > 1 or len(text) > 20:
-        return re.search(rf"(?<!\w){re.escape(text)}(?!\w)", instruction) is not None
-    return re.search(rf"(?:^|[:\n]\s*[\"'`]?){re.escape(text)}[\"'`]?\s*(?:\n|$)", instruction) is not None
 
 
 def _can_name(name: str, value: object) -> bool:

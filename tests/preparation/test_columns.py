@@ -120,6 +120,74 @@ def test_b1_a_column_that_matters_is_not_missed_where_it_is_empty_or_read_alread
     assert len(prepare(json_lines(*rows), **WHOLE)[1]) == 2
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        {"reference": "catfr"},
+        {"references": ["a cat", "cat"]},
+        {"reference": "x", "responses": ["cat", "a cat sat"]},
+        {"instruction": "Translate the cat into French.", "reference": "x"},
+    ],
+)
+def test_b1_a_text_of_references_and_responses_or_one_within_a_sentence_makes_no_column_redundant(
+    prepare: Prepare, json_lines: JsonLines, read: dict[str, Any]
+) -> None:
+    row = {"instruction": "Translate the word into French.", "passage": "cat", **read}
+    with pytest.raises(RecordError, match="column 'passage' is not read, and matters; --columns input=passage"):
+        prepare(json_lines(row), **WHOLE)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Input", "INPUT", "inputs", "Inputs", "contexts", "Context", "passage", "document", "Documents", "article"),
+        *("paragraph", "Paragraphs", "PASSAGES"),
+    ],
+)
+def test_b1_a_column_matters_whatever_the_case_and_number_of_its_name(
+    prepare: Prepare, json_lines: JsonLines, name: str
+) -> None:
+    path = json_lines({"instruction": "Translate.", name: "cat", "reference": "chat"})
+    with pytest.raises(RecordError) as error:
+        prepare(path, **WHOLE)
+    remedy = f"--columns input={name} appends it to the instruction, --ignore-columns {name} leaves it out"
+    assert str(error.value) == f"{path}:1: column '{name}' is not read, and matters; {remedy}"
+    assert prepare(path, columns=(f"input={name}",), **WHOLE)[1][0].instruction == "Translate.\n\ncat"
+
+
+@pytest.mark.parametrize("name", ["System", "system-prompt", "System Prompt", "Messages", "REJECTED", "contexts"])
+def test_b1_the_other_columns_that_matter_do_so_in_any_spelling(
+    prepare: Prepare, json_lines: JsonLines, name: str
+) -> None:
+    row = {"instruction": "Say.", name: ["one", "two"], "reference": "x"}
+    with pytest.raises(RecordError, match=f"column '{name}' is not read, and matters; ") as error:
+        prepare(json_lines(row), **WHOLE)
+    assert "--columns input=" not in str(error.value), "an input is one text"
+
+
+def test_b1_a_preference_that_is_read_under_another_name_is_only_named(
+    prepare: Prepare, json_lines: JsonLines, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"instruction": "Hi", "chosen": "Hello", "rejected": "Go", "reference": "Hello", "responses": ["Go"]}
+    with caplog.at_level(logging.WARNING):
+        prepare(json_lines(row), **WHOLE)
+    assert "columns that are not read: 'chosen, rejected'" in caplog.text
+    for other in ({"rejected": "G"}, {"inputs": [5, 7]}, {"context": 5}):
+        with pytest.raises(RecordError, match=f"column '{next(iter(other))}' is not read, and matters"):
+            prepare(json_lines({**row, **other}), **WHOLE)
+
+
+@pytest.mark.parametrize("name", ["text", "question", "query"])
+def test_b1_a_column_that_may_be_the_prompt_by_another_name_is_named_once(
+    prepare: Prepare, json_lines: JsonLines, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    rows = [{"instruction": f"Say {number}.", name: "abc", "reference": "x"} for number in range(5)]
+    with caplog.at_level(logging.WARNING):
+        prepare(json_lines(*rows), **WHOLE)
+    assert [record.getMessage() for record in caplog.records if f"not read: '{name}'" in record.getMessage()]
+    assert len(caplog.records) == 1
+
+
 def test_b1_other_columns_and_fields_of_candidates_are_named_once(
     prepare: Prepare, json_lines: JsonLines, caplog: pytest.LogCaptureFixture
 ) -> None:
