@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from cappy.errors import RecordError, shown
 from cappy.preparation.lines import lines
 from cappy.preparation.packing import plain, readable
-from cappy.preparation.rows import Rows
+from cappy.preparation.rows import Rows, column_names
 
 SEPARATORS = (",", ";", "\t", "|")
 TABBED = (".tsv", ".tab")
@@ -175,5 +175,5 @@ def _header(where: str, cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
-        raise RecordError(f"{where}: the header names {shown(twice)} twice; rename one of the columns")
+        raise RecordError(f"{where}: the header names {column_names([twice])} twice; rename one of the columns")
     return names

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cappy.errors import ConfigError, RecordError, shown
-from cappy.preparation.rows import Values
+from cappy.preparation.rows import Values, column_names
 
 LOGGER = logging.getLogger("cappy.preparation")
 
@@ -83,13 +83,18 @@ class Unused:
         for name in sorted(set(ignored) - self.ignored):
             raise ConfigError(f"{self.name}: --ignore-columns {name}: no row has that column; leave it out")
 
+    def names(self, kind: str) -> str:
+        """The names of a kind that were noted, for a message; empty where there are none."""
+        found = self.found.get(kind)
+        return column_names(sorted(found), 400) if found else ""
+
     def warn(self) -> None:
         """Logs what was noted, a line for each kind."""
-        if columns := self.found.get("columns"):
+        if columns := self.names("columns"):
             remedy = "--columns FIELD=COLUMN reads one, --ignore-columns NAME says that it is not meant"
-            LOGGER.warning("%s: columns that are not read: %s; %s", self.name, _names(columns), remedy)
-        if fields := self.found.get("candidate_fields"):
-            LOGGER.warning("%s: fields of candidates that are not read: %s", self.name, _names(fields))
+            LOGGER.warning("%s: columns that are not read: %s; %s", self.name, columns, remedy)
+        if fields := self.names("candidate_fields"):
+            LOGGER.warning("%s: fields of candidates that are not read: %s", self.name, fields)
         for text in self.said.values():
             LOGGER.warning("%s: %s", self.name, text)
 
@@ -129,7 +134,3 @@ def _is_redundant(key: str, value: Any, read: Values) -> bool:
         return all(any(text in one if isinstance(one, list) else text == one for one in found) for text in texts)
     instruction = read.get("instruction")
     return isinstance(instruction, str) and all(holds(instruction, text.strip()) for text in texts)
-
-
-def _names(found: Mapping[str, str]) -> str:
-    return shown(", ".join(sorted(found)), 400)
