@@ -26,6 +26,7 @@ _SCALAR = re.compile(
     r"""np\.\w+\(((?:[^()'"]|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")*)\)|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 )
 """NumPy's scalars, such as np.float64(0.5), and texts, in which nothing is taken for one."""
+_SQUAD = re.compile(r"""\{\s*['"](?:text|answer_start)['"]\s*:""")
 MAX_CHARACTERS = 1_000_000
 """Of a text that is read as a list."""
 
@@ -44,18 +45,59 @@ def listed(rows: Rows, *, cells: bool) -> Rows:
         }
         for name in ("reference", "references"):
             if isinstance(values.get(name), dict) and "text" in values[name]:
-                found[name] = _answers(values[name]["text"])
+                found[name] = _distinct(values[name]["text"])
         yield where, {**values, **found} if found else values
 
 
-def _answers(texts: Any) -> Any:
+def _distinct(texts: Any) -> Any:
     """The answers of SQuAD, which stand as a table of texts and places, each once."""
     whole = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
     return list(dict.fromkeys(texts)) if whole else texts
 
 
+def _squad(where: str, name: str, text: str) -> Any:
+    """The answers of SQuAD in the text of such a table; the text itself where it has no places of answers."""
+    if "answer_start" not in text:
+        return text
+    try:
+        return _distinct(_entry(text, "text"))
+    except ValueError as error:
+        remedy = "write the file as JSON Lines or Parquet"
+        what = f"{name} looks like the answers of SQuAD and is none ({error}), got {shown(text)}"
+        raise RecordError(f"{where}: {what}; {remedy}") from error
+
+
+def _entry(text: str, key: str) -> Any:
+    """A text or a list under a key of an object as JSON, Python or NumPy write one; ValueError for anything else."""
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"longer than {MAX_CHARACTERS:,} characters")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        segment = _segment(text, key)
+        return _literal(segment) if segment[:1] in "'\"" else read_list(segment)
+    if key not in found:
+        raise ValueError(f"it has no {shown(key)}")
+    return found[key]
+
+
+def _segment(text: str, key: str) -> str:
+    """What Python's source has under a key; numbers of NumPy beside it need not be read."""
+    try:
+        body = ast.parse(text, mode="eval").body
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError("it cannot be read as Python") from error
+    pairs = zip(body.keys, body.values, strict=True) if isinstance(body, ast.Dict) else ()
+    for name, value in pairs:
+        if isinstance(name, ast.Constant) and name.value == key:
+            return ast.get_source_segment(text, value) or ""
+    raise ValueError(f"it has no {shown(key)}")
+
+
 def _read(where: str, name: str, text: str, *, cells: bool) -> Any:
     bare = text.strip()
+    if name in ("reference", "references") and _SQUAD.match(bare):
+        return _squad(where, name, bare)
     if cells and name in PLURAL and bare in _NOTHING:
         return None
     meant = _LISTED if cells else _QUOTED

@@ -5,13 +5,15 @@ Without `--columns` every field is read under its own name. With it, prompt, ans
 responses and choices with answers; a column that another field is read from is read once.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cappy.errors import ConfigError, RecordError, shown
-from cappy.preparation.rows import Rows, Values
-from cappy.preparation.unused import Unused
+from cappy.preparation.cells import read_list
+from cappy.preparation.fields import is_label
+from cappy.preparation.rows import Rows, Values, column_names
+from cappy.preparation.unused import Unused, holds
 from cappy.records.instance import SPLITS
 
 FIELDS = (
@@ -61,8 +63,8 @@ class Columns:
             own |= {*_ANSWERS, "choices"}
         if not given & _RESPONSES:
             own |= _RESPONSES
-            rated = {"response", "responses"} - set(self.named.values()) - self.ignored
-            if not given & _LABELS and any(first.get(name) is not None for name in rated):
+            taken = {*self.named.values(), *self.ignored}
+            if not given & _LABELS and _rated(first, {"response", "responses"} - taken, _LABELS - taken):
                 own |= _LABELS
         own |= {name for name in _NAMING if name not in given and _can_name(name, first.get(name))}
         if "instance_id" in given:
@@ -101,9 +103,9 @@ def mapped(rows: Rows, columns: Columns, unused: Unused) -> Rows:
         unused.seen(columns.ignored & values.keys())
         for field, column in columns.named.items():
             if column not in values:
-                found = shown(", ".join(map(str, values)) or "none", limit=120)
                 remedy = f"mend --columns {field}={column}"
-                raise RecordError(f"{where}: has no column {shown(column)}, columns found: {found}; {remedy}")
+                what = f"has no column {shown(column)}, columns found: {column_names(values)}"
+                raise RecordError(f"{where}: {what}; {remedy}")
         # Columns of other names stay: an error shows them as found.
         kept = {name: value for name, value in values.items() if name in own or name not in _OWN}
         read = {**kept, **{field: values[column] for field, column in columns.named.items()}}
@@ -124,18 +126,25 @@ def with_input(where: str, values: Values, *, given: bool) -> Values:
         return rest
     if not isinstance(text, str):
         raise RecordError(f"{where}: input must be a text, got {shown(text)}; put it in quotes")
-    if not text.strip() or (not given and _holds(instruction, text.strip())):
+    if not text.strip() or (not given and holds(instruction, text.strip())):
         return rest
     return {**rest, "instruction": f"{instruction}\n\n{text}"}
 
 
-def _holds(instruction: str, text: str) -> bool:
-    """Whether the instruction holds an input already: several words of it, or one that ends a line after a colon."""
-    if text not in instruction:
-        return False
-    if len(text.split()) > 1 or len(text) > 20:
-        return re.search(rf"(?<!\w){re.escape(text)}(?!\w)", instruction) is not None
-    return re.search(rf"(?:^|[:\n]\s*[\"'`]?){re.escape(text)}[\"'`]?\s*(?:\n|$)", instruction) is not None
+def _rated(first: Values, responses: set[str], labels: set[str]) -> bool:
+    """Whether the labels of a row, where it has any, are as many as its responses, each of them from 0 to 1."""
+    texts = [text for name in responses for text in _items(first.get(name))]
+    found = [label for name in labels for label in _items(first.get(name))]
+    return bool(texts) and (not found or (len(found) == len(texts) and all(map(is_label, found))))
+
+
+def _items(value: object) -> list[Any]:
+    if isinstance(value, str):
+        try:
+            return read_list(value.strip())
+        except ValueError:
+            return [value]
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _can_name(name: str, value: object) -> bool:

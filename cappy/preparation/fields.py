@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cappy.errors import RecordError, shown
-from cappy.preparation.rows import Row, Values
+from cappy.preparation.rows import Row, Values, column_names
 from cappy.records import Candidate, Instance, prompt_hash
 from cappy.records.instance import GIVEN, SPLITS
 
@@ -78,7 +78,7 @@ class Fields:
 
     def found(self) -> str:
         """The names of the fields that are there, for an error."""
-        return shown(", ".join(map(str, self.values)) or "none", limit=120)
+        return column_names(self.values)
 
     def _texts(self, name: str) -> Iterator[str]:
         value = self.values[name]
@@ -229,6 +229,12 @@ def _imported(response: str, *, label: float | None = None, **known: Any) -> Can
     status = "ok" if response.strip() else "empty"
     labels = {} if label is None else {GIVEN: label}
     return Candidate(response=response, revision=IMPORTED, status=status, labels=labels, **known)  # type: ignore[arg-type]
+
+
+def is_label(value: object) -> bool:
+    """Whether a value is a label: a number from 0 to 1, true or false, or the text of one."""
+    number = _number(value)
+    return number is not None and 0 <= number <= 1
 
 
 def _label(where: str, value: object) -> float:

@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from cappy.errors import RecordError, shown
 from cappy.preparation.lines import MAX_LINE_BYTES, lines, pieces
+from cappy.preparation.packing import SUFFIXES as PACKED
+from cappy.preparation.packing import is_packed, plain
 from cappy.preparation.rows import Rows, Values
 
 _DECODER = json.JSONDecoder()
@@ -14,6 +17,9 @@ _HOLDERS = ("data", "rows", "train", "validation", "test", "examples", "instance
 _PEEKED = 4_096
 _BLANK = " \t\r\n"
 _REMEDY = 'write one object per line: {"instruction": "...", "reference": "..."}'
+_SUFFIXES = (".jsonl", ".json", ".ndjson")
+_FORMATS = "JSON Lines (.jsonl), a JSON array (.json), CSV (.csv), TSV (.tsv), Parquet (.parquet) or Arrow (.arrow)"
+_CUT = "the file is cut off, fetch or write it again"
 
 
 def read_json_lines(path: Path) -> Rows:
@@ -28,10 +34,23 @@ def read_json_lines(path: Path) -> Rows:
 
 
 def _by_line(path: Path) -> Rows:
+    remedy = _remedy(path)
     for number, text in lines(path):
         if text.strip():
             where = f"{path}:{number}"
-            yield where, _object(where, text)
+            yield where, _object(where, text, remedy)
+            remedy = _REMEDY
+
+
+def _remedy(path: Path) -> str:
+    """What mends a file whose first row is no JSON object: where its name promises no JSON, another file."""
+    if path.suffix in PACKED and not is_packed(path):
+        return f"its name says that it is packed ({path.suffix}), and it is not; fetch it again, or give {_FORMATS}"
+    suffix = plain(path).suffix
+    if suffix.lower() in _SUFFIXES:
+        return _REMEDY
+    kind = f"a {suffix} file" if suffix else "a file whose name has no suffix"
+    return f"{kind} is read as JSON Lines; give {_FORMATS}"
 
 
 def _refuse_whole(where: str, values: Values, path: Path) -> None:
@@ -60,7 +79,7 @@ def is_stream(path: Path) -> bool:
             if len(begin) > 1:
                 break
     if begin[:1] == "[":
-        return begin[1:].lstrip(_BLANK)[:1] in ("{", "]")
+        return begin[1:].lstrip(_BLANK)[:1] in ("", "{", "]")
     first, newline, _ = begin.partition("\n")
     if begin[:1] != "{" or not newline or first.rstrip()[-1:] not in "{[,:":
         return False
@@ -69,6 +88,16 @@ def is_stream(path: Path) -> bool:
     except (ValueError, RecursionError):
         return True
     return False
+
+
+def _is_cut(error: Exception) -> bool:
+    """Whether a JSON value is wrong at the end of the text alone, so that more of it may follow."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    left = error.doc[error.pos :].strip()
+    within_text = error.msg.startswith("Unterminated string") or (error.msg.startswith("Invalid \\u") and len(left) < 6)
+    within_word = any(word.startswith(left) for word in ("true", "false", "null", "-"))
+    return not left or within_text or within_word or re.fullmatch(r"[.eE][-+]?", left) is not None
 
 
 class _Text:
@@ -99,14 +128,21 @@ class _Text:
         self._line += self._text.count("\n", self._at, self._at + count)
         self._at += count
 
-    def value(self) -> Any:
-        """The JSON value that begins here; RecordError where there is none, or one of more than a line may have."""
+    def value(self, whole: str) -> Any:
+        """The JSON value that begins here; RecordError where there is none, or one of more than a line may have.
+
+        `whole` is what the value is part of, for an error: the array or the file.
+        """
         while True:
             try:
                 found, end = _DECODER.raw_decode(self._text, self._at)
             except (ValueError, RecursionError) as error:
                 held = len(self._text) - self._at
                 if isinstance(error, RecursionError) or held > MAX_LINE_BYTES or not self._extend(held):
+                    if held <= MAX_LINE_BYTES and _is_cut(error):
+                        raise RecordError(
+                            f"{self.where}: the {whole} ends early, within the object that begins there; {_CUT}"
+                        ) from error
                     reason = str(error).splitlines()[0]
                     got = shown(self._text[self._at : self._at + 60])
                     raise RecordError(f"{self.where}: is not JSON ({reason}), got {got}; {_REMEDY}") from error
@@ -136,26 +172,26 @@ def _stream(path: Path) -> Rows:
     blank = _BLANK + "," if array else _BLANK
     while (first := text.next(blank)) and not (array and first == "]"):
         where = text.where
-        yield where, _checked(where, text.value())
+        yield where, _checked(where, text.value("array" if array else "file"))
     if not array:
         return
     if not first:
-        raise RecordError(f"{text.where}: the array has no end; the file is cut off, fetch or write it again")
+        raise RecordError(f"{text.where}: the array has no end; {_CUT}")
     text.drop(1)
     if text.next():
         raise RecordError(f"{text.where}: stands after the end of the array, got {text.rest()}; delete it")
 
 
-def _object(where: str, text: str) -> Values:
+def _object(where: str, text: str, remedy: str) -> Values:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        raise RecordError(f"{where}: is not JSON ({reason}), got {shown(text.strip())}; {_REMEDY}") from error
-    return _checked(where, value)
+        raise RecordError(f"{where}: is not JSON ({reason}), got {shown(text.strip())}; {remedy}") from error
+    return _checked(where, value, remedy)
 
 
-def _checked(where: str, value: object) -> Values:
+def _checked(where: str, value: object, remedy: str = _REMEDY) -> Values:
     if not isinstance(value, dict):
-        raise RecordError(f"{where}: must be a JSON object, got {shown(value)}; {_REMEDY}")
+        raise RecordError(f"{where}: must be a JSON object, got {shown(value)}; {remedy}")
     return value

@@ -54,6 +54,11 @@ def plain(path: Path) -> Path:
     return path.with_suffix("") if path.suffix in SUFFIXES else path
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a file begins as one that is unpacked does."""
+    return head(path).startswith((_GZIP, _XZ, _BZIP2, _ZSTANDARD, _ZIP))
+
+
 def head(path: Path) -> bytes:
     """The first bytes of a file as they lie on the disk."""
     with readable(path), path.open("rb") as file:

@@ -87,7 +87,7 @@ def survey(source: Source, config: PreparationConfig, progress: Progress) -> Pla
 
 def _drawn_apart(source: Source, config: PreparationConfig, groups: Hashes, prompts: Hashes) -> tuple[Codes, Chosen]:
     """The drawn split of each row, and whether it is left out; near-duplicates are one group where they are many."""
-    codes = draw(representatives(groups, prompts), config, source.name)
+    codes = draw(representatives(groups, prompts), config, source.name, unused=source.unused.names("columns"))
     left_out = _near(source, codes, prompts)
     fitted = np.count_nonzero(codes != TEST)
     if left_out.sum() <= MOST_DROPPED * fitted and not _emptied(codes, left_out):
@@ -141,12 +141,17 @@ def place(rows: Iterator[Row], plan: Plan) -> Iterator[Instance | None]:
         yield instance if row.has_split else replace(instance, split=SPLITS[code])
 
 
-def draw(places: Hashes, config: PreparationConfig, name: str = "source") -> Codes:
-    """A split for each place by the config's fractions, none of them empty; ConfigError if there are too few groups."""
+def draw(places: Hashes, config: PreparationConfig, name: str = "source", *, unused: str = "") -> Codes:
+    """A split for each place by the config's fractions, none of them empty.
+
+    ConfigError if there are too few groups; it names the `unused` columns, since rows may differ by one of them.
+    """
     groups = np.unique(places)
     wanted = _wanted(config)
     if len(groups) < wanted:
         remedy = f"give at least {wanted} different instructions, or set --test 0 and --validation 0"
+        if unused:
+            remedy = f"columns that are not read: {unused}; --columns FIELD=COLUMN reads one, or {remedy}"
         raise ConfigError(f"{name}: {len(groups)} group(s) cannot fill {wanted} splits; {remedy}")
     num_test = _within(groups, config.test)
     if config.test:

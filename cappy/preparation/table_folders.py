@@ -19,6 +19,10 @@ DEFAULT = "train"
 MAX_STATE_BYTES = 64 * 2**20
 _LINES = (".jsonl", ".ndjson", ".json")
 _SUFFIXES = (*READERS, *_LINES)
+SPLIT_NAMES = frozenset(
+    ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+)
+"""Words by which the names of files and folders tell splits, as `datasets` has them."""
 _SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-\w+)?\.")
 
 
@@ -70,12 +74,14 @@ def _of_split(folder: Path, files: list[Path], split: str) -> tuple[list[Path], 
     """The files of the split that their names tell, all of them where they tell none, and the other splits."""
     named: dict[str, list[Path]] = defaultdict(list)
     for file in files:
-        found = _SHARD.match(file.name)
-        named[found["split"] if found else ""].append(file)
-    for name, own in named.items():
-        if name:
-            _check_whole(folder, own)
-    if "" in named or (len(named) == 1 and split == DEFAULT):
+        named[_split_of(file, folder)].append(file)
+    _check_whole(folder, files)
+    loose = named.get("")
+    if loose and named.keys() - {"", DEFAULT}:
+        splits = ", ".join(sorted(filter(None, named)))
+        what = f"holds files of splits ({splits}) and {loose[0].relative_to(folder)}, whose name tells none"
+        raise FolderError(f"{folder}: {what}; name one of them as --source, or rename that file")
+    if loose or (len(named) == 1 and split == DEFAULT):
         _refuse_split(folder, split)
         return files, []
     if split not in named:
@@ -83,11 +89,28 @@ def _of_split(folder: Path, files: list[Path], split: str) -> tuple[list[Path], 
     return named[split], sorted(named.keys() - {split})
 
 
+def _split_of(file: Path, folder: Path) -> str:
+    """The split that the name of a file tells, or else that of the nearest folder; empty where none tells one."""
+    shard = _SHARD.match(file.name)
+    if shard and _words(shard["split"]):
+        return shard["split"]
+    parts = (file.name, *reversed(file.relative_to(folder).parts[:-1]))
+    word = next((words[0] for words in map(_words, parts) if len(words) == 1), "")
+    return word or (shard["split"] if shard else "")
+
+
+def _words(name: str) -> list[str]:
+    """The names of splits among the words of a name."""
+    return sorted(SPLIT_NAMES.intersection(re.split(r"[^a-z0-9]+", name.lower())))
+
+
 def _check_whole(folder: Path, files: Sequence[Path]) -> None:
-    by_folder: dict[Path, list[Any]] = defaultdict(list)
+    """FolderError where a number is missing among the shards of one name in one folder."""
+    shards: dict[tuple[Path, str], list[re.Match[str]]] = defaultdict(list)
     for file in files:
-        by_folder[file.parent].append(_SHARD.match(file.name))
-    for own in by_folder.values():
+        if found := _SHARD.match(file.name):
+            shards[file.parent, found["split"]].append(found)
+    for own in shards.values():
         count = int(own[0]["count"])
         missing = set(range(count)) - {int(found["number"]) for found in own}
         if missing:

@@ -2,8 +2,9 @@
 
 import csv
 import itertools
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,10 +14,11 @@ import pyarrow.parquet as pq
 from cappy.errors import RecordError, shown
 from cappy.preparation.lines import lines
 from cappy.preparation.packing import plain, readable
-from cappy.preparation.rows import Rows
+from cappy.preparation.rows import Rows, column_names
 
 SEPARATORS = (",", ";", "\t", "|")
 TABBED = (".tsv", ".tab")
+_RETURN = re.compile(r"(?<=\r)(?![\r]*\n|\Z)")
 _ROWS_TO_FIT = 6
 BATCH_ROWS = 256
 MAX_CELL_CHARACTERS = 10_000_000
@@ -153,7 +155,7 @@ def _records(path: Path, mark: str = ",") -> Iterator[tuple[int, list[str]]]:
 
     def texts() -> Iterator[str]:
         nonlocal held
-        for number, text in lines(path):
+        for number, text in enumerate((part for _, line in lines(path) for part in _ended_by_returns(line)), start=1):
             held += len(text)
             if held > MAX_RECORD_CHARACTERS:
                 limit = f"{MAX_RECORD_CHARACTERS:,} characters"
@@ -171,9 +173,14 @@ def _records(path: Path, mark: str = ",") -> Iterator[tuple[int, list[str]]]:
         raise RecordError(f"{path}:{start}: is not CSV ({error}); mend its quotes") from error
 
 
+def _ended_by_returns(line: str) -> Sequence[str]:
+    """A line in parts at the carriage returns that end lines in it, as old programs for the Mac write them."""
+    return _RETURN.split(line) if "\r" in line[:-2] else (line,)
+
+
 def _header(where: str, cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
-        raise RecordError(f"{where}: the header names {shown(twice)} twice; rename one of the columns")
+        raise RecordError(f"{where}: the header names {column_names([twice])} twice; rename one of the columns")
     return names

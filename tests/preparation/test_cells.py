@@ -1,6 +1,7 @@
 """Lists in the cells of a CSV file, as pandas, NumPy and datasets write them (B2)."""
 
 import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,56 @@ def test_b2_what_looks_like_a_list_and_is_none_is_refused(prepare: Prepare, tmp_
         prepare(tmp_path / "in.csv", **WHOLE)
     assert "in.csv:2: responses looks like a list and is none (" in str(error.value)
     assert str(error.value).endswith('write it as JSON (["one", "two"]), or write the file as JSON Lines or Parquet')
+
+
+def _arrays(texts: list[str]) -> dict[str, Any]:
+    return {"text": np.array(texts, dtype=object), "answer_start": np.array([1, 2, 3], dtype=np.int32)}
+
+
+@pytest.mark.parametrize("name", ["references", "reference", "answers"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda texts: str({"text": texts, "answer_start": [1, 2, 3]}),
+        lambda texts: str({"answer_start": [1, 2, 3], "text": texts}),
+        lambda texts: json.dumps({"text": texts, "answer_start": [1, 2, 3]}),
+        lambda texts: str(_arrays(texts)),
+    ],
+    ids=["python", "places-first", "json", "numpy"],
+)
+def test_b2_the_answers_of_squad_in_a_cell_are_read_as_those_of_json(
+    prepare: Prepare, tmp_path: Path, name: str, write: Callable[[list[str]], str]
+) -> None:
+    texts = ["it's", 'a "b", array([c])', "it's"]
+    path = frame(tmp_path / "in.csv", [{"instruction": "Who?", name: write(texts)}])
+    columns = ("references=answers",) if name == "answers" else ()
+    assert prepare(path, columns=columns, **WHOLE)[1][0].references == tuple(texts[:2])
+
+
+def test_b2_one_answer_of_squad_may_be_a_text_and_an_object_without_places_stays_a_text(
+    prepare: Prepare, tmp_path: Path
+) -> None:
+    cells = {"{'text': 'Ann', 'answer_start': 4}": "Ann", '{"text": "Ann"}': '{"text": "Ann"}', "{'a': 1}": "{'a': 1}"}
+    path = frame(tmp_path / "in.csv", [{"instruction": f"Who {cell}?", "references": cell} for cell in cells])
+    assert [one.references for one in prepare(path, **WHOLE)[1]] == [(text,) for text in cells.values()]
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "{'text': ['a', 'b'], 'answer_start': [1, 2",
+        "{'text': ['a' 'b', 'c'], 'answer_start': [1, 2]}",
+        "{'text': ['a', ..., 'b'], 'answer_start': [1, 2]}",
+        "{'answer_start': [1, 2]}",
+        '{"answer_start": [1, 2]}',
+    ],
+)
+def test_b2_answers_of_squad_that_cannot_be_read_are_refused(prepare: Prepare, tmp_path: Path, cell: str) -> None:
+    path = frame(tmp_path / "in.csv", [{"instruction": "Who?", "references": cell}])
+    with pytest.raises(RecordError) as error:
+        prepare(path, **WHOLE)
+    assert "in.csv:2: references looks like the answers of SQuAD and is none (" in str(error.value)
+    assert str(error.value).endswith("; write the file as JSON Lines or Parquet")
 
 
 def test_b2_a_list_of_numbers_is_a_text_where_one_text_stands_and_refused_where_several_do(

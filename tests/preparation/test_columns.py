@@ -120,6 +120,104 @@ def test_b1_a_column_that_matters_is_not_missed_where_it_is_empty_or_read_alread
     assert len(prepare(json_lines(*rows), **WHOLE)[1]) == 2
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        {"reference": "catfr"},
+        {"references": ["a cat", "cat"]},
+        {"reference": "x", "responses": ["cat", "a cat sat"]},
+        {"instruction": "Translate the cat into French.", "reference": "x"},
+    ],
+)
+def test_b1_a_text_of_references_and_responses_or_one_within_a_sentence_makes_no_column_redundant(
+    prepare: Prepare, json_lines: JsonLines, read: dict[str, Any]
+) -> None:
+    row = {"instruction": "Translate the word into French.", "passage": "cat", **read}
+    with pytest.raises(RecordError, match="column 'passage' is not read, and matters; --columns input=passage"):
+        prepare(json_lines(row), **WHOLE)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Input", "INPUT", "inputs", "Inputs", "contexts", "Context", "passage", "document", "Documents", "article"),
+        *("paragraph", "Paragraphs", "PASSAGES"),
+    ],
+)
+def test_b1_a_column_matters_whatever_the_case_and_number_of_its_name(
+    prepare: Prepare, json_lines: JsonLines, name: str
+) -> None:
+    path = json_lines({"instruction": "Translate.", name: "cat", "reference": "chat"})
+    with pytest.raises(RecordError) as error:
+        prepare(path, **WHOLE)
+    remedy = f"--columns input={name} appends it to the instruction, --ignore-columns {name} leaves it out"
+    assert str(error.value) == f"{path}:1: column '{name}' is not read, and matters; {remedy}"
+    assert prepare(path, columns=(f"input={name}",), **WHOLE)[1][0].instruction == "Translate.\n\ncat"
+
+
+@pytest.mark.parametrize("name", ["System", "system-prompt", "System Prompt", "Messages", "REJECTED", "contexts"])
+def test_b1_the_other_columns_that_matter_do_so_in_any_spelling(
+    prepare: Prepare, json_lines: JsonLines, name: str
+) -> None:
+    row = {"instruction": "Say.", name: ["one", "two"], "reference": "x"}
+    with pytest.raises(RecordError, match=f"column '{name}' is not read, and matters; ") as error:
+        prepare(json_lines(row), **WHOLE)
+    assert "--columns input=" not in str(error.value), "an input is one text"
+
+
+def test_b1_a_preference_that_is_read_under_another_name_is_only_named(
+    prepare: Prepare, json_lines: JsonLines, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"instruction": "Hi", "chosen": "Hello", "rejected": "Go", "reference": "Hello", "responses": ["Go"]}
+    with caplog.at_level(logging.WARNING):
+        prepare(json_lines(row), **WHOLE)
+    assert "columns that are not read: 'chosen, rejected'" in caplog.text
+    for other in ({"rejected": "G"}, {"inputs": [5, 7]}, {"context": 5}):
+        with pytest.raises(RecordError, match=f"column '{next(iter(other))}' is not read, and matters"):
+            prepare(json_lines({**row, **other}), **WHOLE)
+
+
+@pytest.mark.parametrize("name", ["text", "question", "query"])
+def test_b1_a_column_that_may_be_the_prompt_by_another_name_is_named_once(
+    prepare: Prepare, json_lines: JsonLines, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    rows = [{"instruction": f"Say {number}.", name: "abc", "reference": "x"} for number in range(5)]
+    with caplog.at_level(logging.WARNING):
+        prepare(json_lines(*rows), **WHOLE)
+    assert [record.getMessage() for record in caplog.records if f"not read: '{name}'" in record.getMessage()]
+    assert len(caplog.records) == 1
+
+
+def test_b1_the_columns_that_are_not_read_are_named_where_instructions_are_too_few(
+    prepare: Prepare, json_lines: JsonLines
+) -> None:
+    path = json_lines(*({"instruction": "Sort.", "text": f"b {n} a", "reference": "x"} for n in range(9)))
+    with pytest.raises(ConfigError) as error:
+        prepare(path)
+    assert str(error.value) == (
+        f"{path}: 1 group(s) cannot fill 3 splits; columns that are not read: 'text'; --columns FIELD=COLUMN reads "
+        "one, or give at least 3 different instructions, or set --test 0 and --validation 0"
+    )
+
+
+def test_b1_the_index_column_of_pandas_is_shown_as_one_without_a_name(
+    prepare: Prepare, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text(",instruction,reference\n" + "".join(f"{n},Say {n}.,{n}\n" for n in range(5)))
+    with caplog.at_level(logging.WARNING):
+        prepare(path, **WHOLE)
+    assert "columns that are not read: '(no name)'; " in caplog.text
+    with pytest.raises(RecordError, match=r"has no column 'q', columns found: '\(no name\), instruction, reference'"):
+        prepare(path, columns=("instruction=q",), **WHOLE)
+    path.write_text(",prompt,reference\n0,Say.,x\n")
+    with pytest.raises(RecordError, match=r"fields found: '\(no name\), prompt, reference'"):
+        prepare(path, **WHOLE)
+    path.write_text(",,instruction,reference\n0,0,Say.,x\n")
+    with pytest.raises(RecordError, match=r"the header names '\(no name\)' twice"):
+        prepare(path, **WHOLE)
+
+
 def test_b1_other_columns_and_fields_of_candidates_are_named_once(
     prepare: Prepare, json_lines: JsonLines, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -205,6 +303,36 @@ def test_b5_responses_and_what_names_a_row_are_read_where_only_prompt_and_answer
     (found,) = prepare(json_lines(row), columns=("instruction=q", "reference=a"))[1]
     assert [(one.response, one.labels["given"]) for one in found.candidates] == [("Ann", 1.0), ("Bob", 0.0)]
     assert (found.group_id, found.split) == ("g", "test")
+
+
+@pytest.mark.parametrize("mapped", [("reference=a",), ("instruction=q", "reference=a")])
+@pytest.mark.parametrize("labels", [["x", "y"], [3, 4], ["spam"], "spam", 7, [1], {"a": 1}])
+def test_b5_labels_that_are_none_of_the_responses_are_not_read_where_columns_are_mapped(
+    prepare: Prepare,
+    json_lines: JsonLines,
+    caplog: pytest.LogCaptureFixture,
+    mapped: tuple[str, ...],
+    labels: Any,
+) -> None:
+    prompt = "q" if "instruction=q" in mapped else "instruction"
+    row = {"a": "Ann", "responses": ["Ann", "Bob"], "labels": labels}
+    with caplog.at_level(logging.WARNING):
+        _, found = prepare(json_lines(*({prompt: f"Who {n}?", **row} for n in range(3))), columns=mapped, **WHOLE)
+    assert [[(one.response, dict(one.labels)) for one in each.candidates] for each in found] == [
+        [("Ann", {}), ("Bob", {})]
+    ] * 3
+    assert len(caplog.records) == 1
+    assert "columns that are not read: 'labels'; " in caplog.text
+
+
+def test_b5_labels_in_the_cells_of_a_table_go_with_its_responses(prepare: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text("q,a,responses,labels\nWho?,Ann,\"['Ann', 'Bob']\",\"[1, 0]\"\n")
+    (found,) = prepare(path, columns=("instruction=q", "reference=a"), **WHOLE)[1]
+    assert [one.labels["given"] for one in found.candidates] == [1.0, 0.0]
+    path.write_text("q,a,response,label\nWho?,Ann,Ann,1\nWho?,Ann,Bob,0\n")
+    (found,) = prepare(path, columns=("instruction=q", "reference=a"), **WHOLE)[1]
+    assert [one.labels["given"] for one in found.candidates] == [1.0, 0.0]
 
 
 def test_b5_a_score_is_the_label_where_it_is_mapped(prepare: Prepare, tmp_path: Path) -> None:

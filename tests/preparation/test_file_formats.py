@@ -82,6 +82,11 @@ FILES = {
     "rows.jsonl.zst": pa.compress(UTF8, codec="zstd", asbytes=True),
     "rows.csv.gz": gzip.compress(table(",").encode("utf-16")),
     "rows.json.xz": lzma.compress(json.dumps(ROWS).encode()),
+    "returns.csv": table(",").replace("\n", "\r").encode(),
+    "returns.tsv": table("\t").replace("\n", "\r").encode("utf-16"),
+    "both-ends.csv": table(",").replace("\n", "\r\n").encode(),
+    "twice-ended.csv": table(",").replace("\n", "\r\r\n").encode(),
+    "mixed-ends.csv": table(",").replace("\n", "\r", 5).encode(),
     "utf-16.jsonl": JSON_LINES.encode("utf-16"),
     "utf-16-be.csv": b"\xfe\xff" + table(";").encode("utf-16-be"),
     "utf-32.jsonl": JSON_LINES.encode("utf-32"),
@@ -101,6 +106,35 @@ def test_b6_the_same_rows_are_read_from_every_format(prepare: Prepare, tmp_path:
     assert [(one.instruction, one.references) for one in found] == [
         (row["instruction"], (row["reference"],)) for row in ROWS
     ]
+
+
+def test_b6_a_return_within_quotes_is_text_and_lines_that_returns_end_are_counted(
+    prepare: Prepare, tmp_path: Path
+) -> None:
+    (tmp_path / "in.csv").write_bytes(b'instruction,reference\r"a\rb",1\r"c\r\nd",2\r')
+    found = prepare(tmp_path / "in.csv", test=0, validation=0)[1]
+    assert [(one.instruction, one.references) for one in found] == [("a\rb", ("1",)), ("c\r\nd", ("2",))]
+    (tmp_path / "in.csv").write_bytes(b"instruction,reference\ra,1\r,2\r")
+    with pytest.raises(RecordError, match=r"in\.csv:3: instruction is empty"):
+        prepare(tmp_path / "in.csv", test=0, validation=0)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_b6_an_array_that_is_cut_anywhere_is_said_to_end_early(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "in.json"
+    whole = json.dumps([{"instruction": "Say \\ \u00e9.", "x": [True, None, -1.5e-30]}] * 2, indent=indent)
+    for end in range(1, len(whole)):
+        path.write_text(whole[:end])
+        with pytest.raises(RecordError, match="the array (ends early, within|has no end; the file is cut off)"):
+            list(reader_of(path)(path))
+
+
+@pytest.mark.parametrize("wrong", ['"a" "b": 1', '"a": "\\x", "b": "c"', '"a": "\\u00", "b": "c"', '"a": nul, "b": 1'])
+def test_b6_what_is_wrong_within_an_array_is_not_its_end(tmp_path: Path, wrong: str) -> None:
+    path = tmp_path / "in.json"
+    path.write_text(f'[{{"instruction": "a"}}, {{{wrong}}}, {{"instruction": "b"}}]')
+    with pytest.raises(RecordError, match=r"in\.json:1: is not JSON \("):
+        list(reader_of(path)(path))
 
 
 def test_b6_a_header_with_a_comma_and_other_marks_is_parted_by_commas(prepare: Prepare, tmp_path: Path) -> None:
@@ -140,7 +174,17 @@ REFUSED = {
     "bare.jsonl": (JSON_LINES.encode("utf-16-le"), "is UTF-16LE without the mark", "iconv -f UTF-16LE -t UTF-8"),
     "latin.jsonl": (JSON_LINES.encode("latin-1"), "is not UTF-8 (byte", "iconv -f WINDOWS-1252 -t UTF-8 latin.jsonl"),
     "cut.json": (json.dumps(ROWS).encode()[:-1], "the array has no end", "fetch or write it again"),
-    "half.json": (json.dumps(ROWS).encode()[:-30], "is not JSON (", "write one object per line"),
+    "half.json": (json.dumps(ROWS).encode()[:-30], ".json:1: the array ends early, within the", "fetch or write it"),
+    "open.json": (b"[", "the array has no end", "fetch or write it again"),
+    "wrong.json": (b'[{"instruction": "a" "reference": "b"}]', "is not JSON (Expecting ',' del", "one object per line"),
+    "notes.txt": (b"Say one.\nSay two.\n", "is not JSON (Expecting value", "a .txt file is read as JSON Lines; give "),
+    "rows.yaml": (b"- instruction: a\n  reference: b\n", "a .yaml file is read as JSON Lines", "CSV (.csv), TSV"),
+    "rows.YML": (b"instruction: a\n", "a .YML file is read as JSON Lines", "Parquet (.parquet) or Arrow (.arrow)"),
+    "number.txt": (b"5\n", "must be a JSON object, got 5; a .txt file is read as JSON Lines", "a JSON array (.json)"),
+    "late.txt": (UTF8 + b"x\n", "late.txt:13: is not JSON (Expecting value", "write one object per line"),
+    "rows": (b"Say one.\n", "a file whose name has no suffix is read as JSON Lines", "JSON Lines (.jsonl)"),
+    "fake.zip": (b"no archive\n", "its name says that it is packed (.zip), and it is not", "fetch it again, or give"),
+    "fake.jsonl.gz": (b"no archive\n", "its name says that it is packed (.gz), and it is not", "fetch it again, or"),
     "after.json": (json.dumps(ROWS).encode() + b" x", "stands after the end of the array", "delete it"),
     "numbers.json": (b'[{"instruction": "a", "reference": "b"}, 3]', "must be a JSON object, got 3", "one object per"),
     "held.json": (json.dumps({"version": 1, "data": ROWS}).encode(), "under 'data'", "jq -c '.[\"data\"][]'"),

@@ -72,6 +72,68 @@ def test_b7_of_several_splits_the_one_that_is_named_is_read(
         prepare(folder, split="dev")
 
 
+WRITERS: dict[str, Callable[[Path, list[dict[str, str]]], object]] = {
+    "jsonl": lambda path, rows: path.write_text("".join(json.dumps(row) + "\n" for row in rows)),
+    "json": lambda path, rows: path.write_text(json.dumps(rows)),
+    "csv": lambda path, rows: path.write_text(
+        "instruction,reference\n" + "".join(f"{row['instruction']},{row['reference']}\n" for row in rows)
+    ),
+    "parquet": lambda path, rows: pq.write_table(pa.Table.from_pylist(rows), path),
+}
+NAMES = [
+    ("train.{}", "test.{}", "test"),
+    ("train.{}", "validation.{}", "validation"),
+    ("TRAIN.{}", "dev.{}", "dev"),
+    ("quiz_train.{}", "quiz_test.{}", "test"),
+    ("quiz-train-v2.{}", "quiz-val-v2.{}", "val"),
+    ("train/0.{}", "test/0.{}", "test"),
+    ("train/data-00000-of-00001.{}", "test/data-00000-of-00001.{}", "test"),
+    ("train-00000-of-00001.{}", "test-00000-of-00001.{}", "test"),
+]
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize(("train", "other", "split"), NAMES)
+def test_b7_splits_that_files_or_folders_name_are_told_apart_in_every_format(
+    prepare: Prepare,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    suffix: str,
+    train: str,
+    other: str,
+    split: str,
+) -> None:
+    for name, rows in ((train, ROWS), (other, OTHERS)):
+        path = tmp_path / "quiz" / name.format(suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        WRITERS[suffix](path, rows)
+    with caplog.at_level(logging.WARNING):
+        assert said(prepare(tmp_path / "quiz")[1]) == [row["instruction"] for row in ROWS]
+    assert [record.getMessage() for record in caplog.records if "--split" in record.getMessage()] == [
+        f"{tmp_path / 'quiz'}: split train is read, {split} not; --split names another"
+    ]
+    assert said(prepare(tmp_path / "quiz", split=split)[1]) == [row["instruction"] for row in OTHERS]
+
+
+def test_b7_a_file_whose_name_tells_no_split_does_not_pool_the_others(prepare: Prepare, tmp_path: Path) -> None:
+    folder = tmp_path / "quiz"
+    folder.mkdir()
+    for name in ("train.csv", "test.csv", "more.csv"):
+        WRITERS["csv"](folder / name, ROWS)
+    with pytest.raises(FolderError) as error:
+        prepare(folder)
+    assert str(error.value) == (
+        f"{folder}: holds files of splits (test, train) and more.csv, whose name tells none; "
+        "name one of them as --source, or rename that file"
+    )
+    (folder / "test.csv").unlink()
+    WRITERS["csv"](folder / "more.csv", OTHERS)
+    assert len(prepare(folder)[1]) == 24, "one split alone is the whole"
+    (folder / "more.csv").unlink()
+    (folder / "train.csv").rename(folder / "test.csv")
+    assert len(prepare(folder)[1]) == 12
+
+
 def test_b7_half_a_folder_is_refused(prepare: Prepare, tmp_path: Path) -> None:
     folder = shards(tmp_path / "quiz", ROWS, ["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"])
     with pytest.raises(FolderError, match="shard 1 of 3 is missing; fetch or write it again"):
