@@ -555,6 +555,36 @@ def test_d9_json_is_utf_8_whatever_its_header_says(charset: str) -> None:
         sample(Script(lambda body: (400, refused, head)), ["one"])
 
 
+LATIN = json.dumps(saying("café"), ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("charset", "codec"),
+    [
+        *(("iso-8859-1", "latin-1"), ("latin1", "latin-1"), ('"windows-1252"', "cp1252"), ("ISO-8859-15", "iso8859-15")),
+        *(("utf-16", "utf-16"), ("utf-16le", "utf-16-le")),
+    ],
+)
+def test_d9_a_body_that_is_not_utf_8_is_read_in_the_charset_that_its_server_names(charset: str, codec: str) -> None:
+    head = {"Content-Type": f"application/json; Charset={charset}"}
+    ((candidate,),), tally = sample(Script(lambda body: (200, LATIN.encode(codec), head)), ["one"])
+    assert (candidate.response, candidate.status, tally["errors"]) == ("café", "ok", 0)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["json", "json; charset=utf-8", "json; charset=us-ascii", *(f"json; charset={c}" for c in ("x", "zlib", "idna"))],
+)
+def test_d9_a_body_that_cannot_be_read_is_a_failed_attempt_and_no_other_text(kind: str) -> None:
+    head = {"Content-Type": f"application/{kind}"}
+    answers = iter([LATIN.encode("latin-1"), LATIN.encode()])
+    ((candidate,),), tally = sample(Script(lambda body: (200, next(answers), head)), ["one"])
+    assert (candidate.response, tally["errors"]) == ("café", 1)
+    with pytest.raises(GeneratorError, match="the answer is not UTF-8 .*name the charset") as caught:
+        sample(Script(lambda body: (200, LATIN.encode("latin-1"), head)), ["one"])
+    assert "\n" not in str(caught.value)
+
+
 THINKING = "<think>It could be Rome.</think>Paris"
 
 

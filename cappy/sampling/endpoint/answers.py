@@ -208,6 +208,9 @@ def model_name(value: object) -> str:
 def _json(body: bytes) -> dict[str, Any]:
     try:
         values = read_json(body)
+    except UnicodeDecodeError:
+        remedy = "the server must send UTF-8, or name the charset that it sends"
+        raise BadAnswerError(f"the answer is not UTF-8 ({remedy})", _decoded(body)) from None
     except json.JSONDecodeError:
         raise BadAnswerError("the body is no JSON", _decoded(body)) from None
     except ValueError as error:
