@@ -561,7 +561,8 @@ LATIN = json.dumps(saying("café"), ensure_ascii=False)
 @pytest.mark.parametrize(
     ("charset", "codec"),
     [
-        *(("iso-8859-1", "latin-1"), ("latin1", "latin-1"), ('"windows-1252"', "cp1252"), ("ISO-8859-15", "iso8859-15")),
+        *(("iso-8859-1", "latin-1"), ("latin1", "latin-1")),
+        *(('"windows-1252"', "cp1252"), ("ISO-8859-15", "iso8859-15")),
         *(("utf-16", "utf-16"), ("utf-16le", "utf-16-le")),
     ],
 )

@@ -146,9 +146,9 @@ def test_d9_a_list_of_models_is_passed_on_in_utf_8_or_not_at_all() -> None:
     data = json.dumps({"data": [{"id": "café"}]}, ensure_ascii=False).encode("latin-1")
     for kind, status in (("json; charset=latin1", 200), ("json", 502)):
         reply = (200, data, {"Content-Type": f"application/{kind}"})
-        with scripted(Script(lambda body, reply=reply: reply)) as server:  # type: ignore[misc]
-            with listening(gateway(server, scoring=BY_LENGTH)) as url:
-                found = httpx.get(f"{url}/models", timeout=30)
+        script = Script(lambda body, reply=reply: reply)  # type: ignore[misc]
+        with scripted(script) as server, listening(gateway(server, scoring=BY_LENGTH)) as url:
+            found = httpx.get(f"{url}/models", timeout=30)
         assert found.status_code == status
         assert ("café" in found.text, "not UTF-8" in found.text) == (status == 200, status == 502)
 
