@@ -116,14 +116,14 @@ def test_sampling_counts_cut_responses_and_ends_with_the_remedy(tmp_path: Path, 
     assert manifest.facts["cautions"] == [line]
     assert summary(manifest, tmp_path / "out", 1.0).splitlines()[-1] == f"caution   {line}"
     # What it advises fits into the LLM's 256 positions; more does not, and the error names the flag.
-    longer = {"target": tmp_path / "longer", "work": tmp_path / "longer.work"}
-    (again,) = run(config.model_copy(update={**longer, "max_new_tokens": 128})).facts["cautions"]
+    longer = replace(config, target=tmp_path / "longer", work=tmp_path / "longer.work", max_new_tokens=128)
+    (again,) = run(longer).facts["cautions"]
     assert again.endswith("at 128 new tokens, and the LLM's context holds 256 tokens, the instruction's among them; "
                           "take another LLM")  # fmt: skip
     with pytest.raises(
         ConfigError, match=r"leaves 0 tokens .*lower --max-new-tokens \(or max_new_tokens in the file of"
     ):
-        run(config.model_copy(update={**longer, "target": tmp_path / "most", "max_new_tokens": 256}))
+        run(replace(config, target=tmp_path / "most", work=tmp_path / "most.work", max_new_tokens=256))
 
 
 def test_cut_answers_of_an_endpoint_are_said_as_those_of_a_local_llm(tmp_path: Path) -> None:
