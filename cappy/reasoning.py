@@ -5,20 +5,23 @@ Reasoning is recognised by its markup alone:
 - a block between two tags, such as `<think>...</think>` or `[THINK]...[/THINK]`, wherever it stands;
 - text up to a closing tag that was never opened: chat templates such as DeepSeek's open the block in the prompt;
 - an opening tag that is never closed, at the start of a line: the model ran out of tokens, and there is no answer;
-- the channels of gpt-oss: all but the last `final` message is reasoning, also where the special tokens were dropped.
+- the channels of gpt-oss: all but the last `final` message is reasoning, also where the special tokens were dropped and
+  `analysis`, `assistantanalysis` and `assistantfinal` are left, glued to the text around them.
 
 Tags in backticks or in a fenced code block are part of an answer about such tags, and stay.
 """
 
 import re
 
-_NAMES = r"(?:\w+:|ant)?(?:think|thinking|thoughts?|reasoning)"
+_NAMES = r"(?:\w+:|ant)?(?:think|thinking|thoughts?|reasoning|reflection)"
 _PAIRS = (
     (rf"<{_NAMES}(?:\s[^<>]*)?>", rf"</{_NAMES}\s*>"),
     (r"\[THINK(?:ING)?\]", r"\[/THINK(?:ING)?\]"),
     (r"◁think▷", r"◁/think▷"),
     (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
+    (r"<unused94>", r"<unused95>"),  # MedGemma
+    (r"<\|channel>\s*thought\b", r"<channel\|>"),  # Gemma 4
 )
 _OPEN = "|".join(start for start, _ in _PAIRS)
 _CLOSE = "|".join(end for _, end in _PAIRS)
@@ -32,9 +35,13 @@ _CHANNEL = re.compile(
 )
 _CHANNEL_END = re.compile(r"<\|(?:end|return|call|start)\|>")
 _BARE_ANALYSIS = re.compile(r"\A\s*analysis(?=[A-Z])")
-_BARE_FINAL = re.compile(r"assistant\s?final(?![a-z])")
-"""What is left of gpt-oss's channels where a server dropped the special tokens."""
-_HINTS = ("think", "thought", "reasoning", "<|channel|>", "analysis")
+_BARE_MIDDLE = re.compile(r"(?<![`'\"“‘_-])assistantanalysis(?=[A-Z\"\n])")
+_BARE_FINAL = re.compile(r"(?<![`'\"“‘_-])assistantfinal(?![a-z`'_])")
+_SPACED_FINAL = re.compile(r"assistant\sfinal(?![a-z])")
+_GLUED_FINAL = re.compile(r"(?<=[.!?)\]}])assistantfinal(?=[A-Z0-9*#\\$])")
+"""What is left of gpt-oss's channels where a server dropped the special tokens; the last alone shows that it did."""
+_WHOLE_CODE = re.compile(_CODE, _FLAGS)
+_HINTS = ("think", "thought", "reasoning", "reflection", "<unused95>", "channel", "analysis", "assistantfinal")
 
 
 def strip_reasoning(text: str) -> str:
@@ -43,10 +50,8 @@ def strip_reasoning(text: str) -> str:
         return text.strip()
     if "<|channel|>" in text:
         return _final_message(text)
-    if _BARE_ANALYSIS.match(text):
-        final = _BARE_FINAL.search(text)
-        return text[final.end() :].strip() if final else ""
-    return _without_blocks(text)
+    answer = _bare_final(text)
+    return _without_blocks(text) if answer is None else answer
 
 
 def has_reasoning(text: str) -> bool:
@@ -69,6 +74,24 @@ def _final_message(text: str) -> str:
     if last[1].lower() != "final":
         return ""
     return _CHANNEL_END.split(text[last.end() :], maxsplit=1)[0].strip()
+
+
+def _bare_final(text: str) -> str | None:
+    """The last final message where the special tokens of gpt-oss's format were dropped; None where no trace shows it.
+
+    Empty if there is none.
+    """
+    begins = _BARE_ANALYSIS.match(text)
+    if not begins and "assistantanalysis" not in text and "assistantfinal" not in text:
+        return None
+    prose = _WHOLE_CODE.sub(lambda code: " " * len(code[0]), text)
+    if not (begins or _BARE_MIDDLE.search(prose) or _GLUED_FINAL.search(prose)):
+        return None
+    finals = list(_BARE_FINAL.finditer(prose)) or list(_SPACED_FINAL.finditer(prose))[:1]
+    if not finals:
+        return ""
+    after = _BARE_MIDDLE.search(prose, finals[-1].end())
+    return text[finals[-1].end() : after.start() if after else None].strip()
 
 
 def _without_blocks(text: str) -> str:

@@ -35,6 +35,18 @@ HARMONY = "<|channel|>analysis<|message|>It could be Rome.<|end|><|start|>assist
         "<|start|>assistant<|channel|>final<|message|>Paris<|end|>",
         f"<|channel|>commentary to=functions.f <|constrain|>json<|message|>{{}}<|call|><|start|>assistant{HARMONY}",
         "analysisThe user asks for a capital.assistantfinalParis",
+        "<reflection>Was it Rome?</reflection>Paris",
+        "<thinking>Rome.<reflection>No, not Rome.</reflection>It is in France.</thinking>\nParis",
+        "<unused94>thought\nThe user asks for a capital.<unused95>Paris",
+        "The user asks for a capital.<unused95>Paris",
+        "<|channel>thought\nThe user asks for a capital.<channel|>Paris",
+        "analysisA capital.assistantcommentary to=f {}assistantanalysisOf France.assistantfinalParis",
+        "I shall look.assistantanalysisThe user asks for a capital.assistantfinalParis",
+        "I shall look\nassistantanalysisThe user asks for a capital.\nassistantfinal\nParis",
+        "The user asks for a capital.assistantfinalParis",
+        "analysisThe user asks.assistant finalParis",
+        "analysisThe user asks.assistantfinalParisassistantanalysisThe user said nothing more",
+        "assistantanalysisThe user asks.assistantfinalRome?assistantanalysisNo.assistantfinalParis",
     ],
 )
 def test_reasoning_is_removed_and_the_answer_stays(text: str) -> None:
@@ -53,6 +65,10 @@ def test_reasoning_is_removed_and_the_answer_stays(text: str) -> None:
         ("[THINK]It could be", ""),
         ("analysisThe user asks for", ""),
         ("<think>It could be Rome.</think>", ""),
+        ("<unused94>thought\nIt could be", ""),
+        ("<|channel>thought\nIt could be", ""),
+        ("<reflection>It could be", ""),
+        ("I shall look.assistantanalysisThe user asks for", ""),
         ("Answer: <think>Rome?</think>Paris", "Answer: Paris"),
     ],
 )
@@ -75,6 +91,15 @@ def test_reasoning_that_never_ended_leaves_no_answer_of_it(text: str, answer: st
         "An analysisThe typo stays",
         "<thinker>no tag of ours</thinker>",
         "a <|channel|> without a message",
+        "a reflection on <reflections>",
+        "Light of <unused93> and a channel of thought",
+        "The words `assistantanalysis` and `assistantfinal` are left of the tokens.",
+        'The words "assistantanalysis" and "assistantfinal" are left.',
+        "Some servers write\n```\nanalysisHm.assistantfinalParis\n```\ninstead.",
+        "An assistantanalysis is no word, and assistantfinal none either.",
+        "The assistant final exam follows the assistant analysis.",
+        "set my_assistantfinal = 3; assistantfinal = 4",
+        "obj.assistantfinal = 4 and obj.assistantanalysis()",
     ],
 )
 def test_a_text_without_reasoning_is_left_as_it_is(text: str) -> None:
@@ -84,6 +109,18 @@ def test_a_text_without_reasoning_is_left_as_it_is(text: str) -> None:
 
 def test_a_million_characters_of_tags_take_no_time() -> None:
     began = time.monotonic()
-    for piece in ("<think>", "</think>", "```\n", "`<think>", "<think ", "<|channel|>a", "think<"):
+    for piece in (
+        "<think>",
+        "</think>",
+        "```\n",
+        "`<think>",
+        "<think ",
+        "<|channel|>a",
+        "think<",
+        ".assistantfinalA",
+        "assistantanalysisA",
+        "<unused94>",
+        "`assistantfinal",
+    ):
         strip_reasoning(piece * (1_000_000 // len(piece)))
     assert time.monotonic() - began < 20

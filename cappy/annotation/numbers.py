@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
+from math import isqrt
 
 Number = Decimal | Fraction
 
@@ -24,6 +25,9 @@ _SCALES = {
     "crore": 10**7, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8,
 }  # fmt: skip
 _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
+_SIGN = r"(?:(?<![\w%)\]}°'£€¥₹₩₽₺฿₫₪₴₦])(?<![0-9]\$)(?P<NAME>[-+]))?"
+_FORMATS = "video|resolution|display|screen|monitor|tv|television|uhd|ultra|hdr|camera|footage|film|movie|image"
+"""What 4K is said of where it is no 4,000."""
 
 _TOKEN = re.compile(
     rf"""
@@ -32,7 +36,10 @@ _TOKEN = re.compile(
     # An exponent of what is no number: m^2, (a+b)^2, s**2; but **2** is bold.
     | \^\s?(?:\{{[^{{}}]{{0,40}}\}}|[\s({{]{{0,4}}[-+]?[0-9][0-9.,/]*[)}}]?) | (?<=[\w)])\*\*\(?[-+]?[0-9]++(?!\*\*)\)?
     | (?P<date>[0-9]++(?:/[0-9]++){{2,}}+)
-    | (?:(?<![\w%)\]}}°'£€¥₹₩₽₺฿₫₪₴₦])(?<![0-9]\$)(?P<sign>[-+]))?(?P<currency>[{_CURRENCY}])?
+    # A root, with what it is multiplied by or divides; one of something else than a number has nothing under it.
+    | {_SIGN.replace("NAME", "rootsign")}(?:(?P<times>{_DIGITS})\s?(?P<by>[*·⋅×/]?)\s?)?√\s?
+      (?P<under>{_DIGITS}|\({_DIGITS}/[0-9]++\))?(?:\s?/\s?(?P<over>[0-9]++))?
+    | {_SIGN.replace("NAME", "sign")}(?P<currency>[{_CURRENCY}])?
       (?P<digits>{_DIGITS}|(?<![\w.])\.[0-9]+)
       (?:
         [eE](?P<exponent>[-+]?[0-9]{{1,4}}+)(?![0-9{_LETTER}])
@@ -41,7 +48,8 @@ _TOKEN = re.compile(
         | \s?/\s?(?P<denominator>{_DIGITS})
         | [ ](?P<numerator>[0-9]++)/(?P<below>[0-9]++)(?!/)
       )?
-      (?:[\s({{-]{{0,2}}(?P<scale>{"|".join(_SCALES)})s?(?![{_LETTER}])|(?(currency)(?P<suffix>[kKmMbB]|[mb]n)(?![{_LETTER}]|[0-9])|(?!)))?
+      (?:[\s({{-]{{0,2}}(?P<scale>{"|".join(_SCALES)})s?(?![{_LETTER}])
+        |(?P<suffix>[kK](?![ -](?i:{_FORMATS})s?\b)|(?(currency)[mMbB]n?|(?!)))(?![{_LETTER}]|[0-9]))?
     """,
     re.VERBOSE,
 )
@@ -57,6 +65,18 @@ _PLAIN = re.compile(r"[0-9]*\.?[0-9]+")
 _SPACED = re.compile(r"(?<![0-9])(?<![0-9][.,'/_])[1-9][0-9]{0,2}(?:(?: [0-9]{3})++|(?:\u00a0[0-9]{3})++)(?![0-9])")
 _AFTER_EQUALS = re.compile(r"=\s*-\s+(?=[0-9])")
 _SUBSCRIPT = re.compile(r"(?<=[A-Za-z)\]}])_(?:\{[^{}]{0,40}\}|[0-9]+)")
+_TIE = re.compile("(?<=[0-9])~(?=[0-9])")
+_LATEX_ROOT = re.compile(
+    r"\\sqrt(?![A-Za-z])\s*(?:\[([^\[\]]{0,20})\])?\s*(?:\{((?:[^{}]|\{[^{}]{0,40}\}){0,200})\}|([0-9]))"
+)
+_ROOT = re.compile(r"(?:√|(?<![A-Za-z])sqrt\s?(?=[({]))\s?[({]([^(){}]{0,80})[)}]")
+_OTHER_ROOT = re.compile(r"[∛∜]\s?(?:\([^()]{0,80}\)|[0-9.,]+)?")
+_UNDER = re.compile(r"\s*([0-9][0-9.,]*(?:/[0-9]+)?)\s*")
+_ROOT_FRACTION = re.compile(
+    r"\\(?:[dtcs]?frac|nicefrac)\s*\{\s*([-0-9.,]*\s?√[0-9./]*)\s*\}\s*\{\s*([0-9]+)\s*\}"
+    r"|\\(?:[dtcs]?frac|nicefrac)\s*\{\s*(-?[0-9][0-9.,]*)\s*\}\s*\{\s*(√[0-9./]*)\s*\}"
+)
+_KELVIN = re.compile("temperature|kelvin|°", re.IGNORECASE)
 _SUPERSCRIPT = re.compile("[⁺⁻]?[⁰¹²³⁴-⁹]+")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _HTML = re.compile(r"<sup>\s*([-+]?[0-9]+)\s*</sup>|<sub>[^<]{0,20}</sub>")
@@ -73,12 +93,16 @@ def last_number(text: str) -> Number | None:
 
     Which spelling is which number:
 
-    - Thousands are grouped by commas (1,000; Indian 1,00,000), by spaces of any width (1 000), by apostrophes, by
-      underscores and, where nothing else can be meant, by points (1.000.000; 1.000,50). A lone 1.000 is 1.
+    - Thousands are grouped by commas (1,000; Indian 1,00,000), by spaces of any width and ties (1 000; 1~000), by
+      apostrophes, by underscores and, where nothing else can be meant, by points (1.000.000;
+      1.000,50). A lone 1.000 is 1.
     - A lone comma that groups nothing (not before three digits, or after 0) is a decimal comma (3,5; 0,125), except
       within brackets: (3,5) is a pair. In 1,2,3 and 1, 2, 3 each is a number of its own, as are the parts of a date, a
       time, a range and a version.
     - 3/4, \\frac{3}{4}, ¾ and 1 3/4 are one number; so are 1.5e6, 1.5 × 10^6, 10^6, 2 million and $2M.
+    - 70k and 70K are 70,000 where the letter stands beside the digits: 5 k and 5 km are 5. So are 4K video, a 401k, and
+      300K in a line that speaks of temperatures.
+    - A root is the number that it is: \\sqrt{16} is 4, and √2, 3√2 and \\frac{\\sqrt{2}}{2} are not 2; √x is none.
     - A minus sign counts where nothing but white space, an opening bracket or an operator stands before it.
     - Digits within a word (CO2, H2O, cm3), subscripts and the exponents of words (m^2, m²) are no numbers.
     - What stands beside a number (%, $, kg, th) is not read.
@@ -105,23 +129,27 @@ def _readings(text: str) -> tuple[Number | None, ...]:
 _kept = lru_cache(maxsize=8_192)(_readings)
 
 
-def _of_line(line: str) -> tuple[Number, ...]:
+def _of_line(line: str) -> tuple[Number | None, ...]:
     if len(line) > 2 * _TAIL and (cut := _BETWEEN_WORDS.search(line, len(line) - _TAIL)):
         # Between two words no number is torn apart, and most lines have one near their end.
         return _last_of(line[cut.end() - 1 :]) or _last_of(line)
     return _last_of(line)
 
 
-def _last_of(line: str) -> tuple[Number, ...]:
+def _last_of(line: str) -> tuple[Number | None, ...]:
     plain = _normalized(line)
     last = None
     for match in _TOKEN.finditer(plain):
-        if match["digits"] or match["date"]:
+        if match["digits"] or match["date"] or "√" in match[0]:
             last = match
     return tuple(_values(last)) if last is not None else ()
 
 
-def _values(match: re.Match[str]) -> Iterator[Number]:
+def _values(match: re.Match[str]) -> Iterator[Number | None]:
+    """The readings of a token; None for the root of what is no number."""
+    if "√" in match[0]:
+        yield _root(match)
+        return
     if match["date"]:
         yield Decimal(match["date"].rpartition("/")[2])
         return
@@ -147,6 +175,28 @@ def _decimal(digits: str, *, pair: bool = False) -> tuple[str, Decimal | None]:
     return last if last.count(".") < 2 else last.rpartition(".")[2], None
 
 
+def _root(match: re.Match[str]) -> Number | None:
+    """A root with its factors, exact where it is a fraction, else rounded; equal ones are rounded alike."""
+    if not match["under"] or len(match[0]) > MAX_DIGITS:
+        return None
+    under, _, below = match["under"].strip("()").partition("/")
+    if below and not int(below):
+        return None
+    square = Fraction(_decimal(under)[0]) / int(below or 1)
+    times = Fraction(_decimal(match["times"])[0]) if match["times"] else Fraction(1)
+    over = int(match["over"] or 1)
+    if not over or (match["by"] == "/" and not square):
+        return None
+    square = (times / over) ** 2 * (1 / square if match["by"] == "/" else square)
+    product = square.numerator * square.denominator
+    root = isqrt(product)
+    if root * root == product:
+        value: Number = Fraction(root, square.denominator)
+    else:
+        value = (Decimal(square.numerator) / Decimal(square.denominator)).sqrt()
+    return -value if match["rootsign"] == "-" else value
+
+
 def _computed(digits: str, match: re.Match[str]) -> Number:
     """The number with what belongs to it; the bare one where that is too long to compute with, or divides by 0."""
     negative = match["sign"] == "-"
@@ -164,7 +214,7 @@ def _computed(digits: str, match: re.Match[str]) -> Number:
 def _factor(match: re.Match[str]) -> Fraction | None:
     """What the number is multiplied by for what stands beside it; None if nothing does, or nothing can be computed."""
     factor = Fraction(_SCALES[match["scale"]] if match["scale"] else 1)
-    if match["suffix"]:
+    if _is_scale(match):
         factor = Fraction(_SUFFIXES[match["suffix"][0].lower()])
     ten = match["exponent"] or match["ten"]
     if ten:
@@ -176,6 +226,13 @@ def _factor(match: re.Match[str]) -> Fraction | None:
         short = max(len(match["numerator"]), len(match["below"])) <= MAX_DIGITS
         return factor if short and int(match["below"]) else None
     return factor if match["power"] or match["scale"] or match["suffix"] else None
+
+
+def _is_scale(match: re.Match[str]) -> bool:
+    """Whether a letter beside the digits multiplies them: not in a 401k, and not the kelvins of a temperature."""
+    if not match["suffix"] or (match["digits"] == "401" and not match["currency"]):
+        return False
+    return match["suffix"] != "K" or bool(match["currency"]) or not _KELVIN.search(match.string)
 
 
 _OTHERS = dict(zip("’ʼ٬，．٫＋％＄￥⁄∕／＝（）［］", "''',..+%$¥///=()[]", strict=True))
@@ -210,6 +267,7 @@ def _normalized(line: str) -> str:
     """The line with one spelling for what has several: signs, spaces, digits, powers, fractions, groups."""
     if not line.isascii():
         line = re.sub("[₀-₉]+", " ", line)
+        line = _OTHER_ROOT.sub("√ ", line)
         line = _SUPERSCRIPT.sub(lambda found: f"^({found[0].translate(_SUPERSCRIPTS)})", line)
         line = line.translate(_CHARACTERS)
         # A vulgar fraction is marked: after a digit it is the fraction of a mixed number.
@@ -220,6 +278,10 @@ def _normalized(line: str) -> str:
         line = _SUBSCRIPT.sub(" ", line)
     if "\\" in line or "{" in line:
         line = _without_latex(line)
+    if "√" in line or "sqrt" in line:
+        line = _ROOT.sub(lambda found: _under_root(found[1]), line)
+    if "~" in line:
+        line = _TIE.sub(" ", line)
     line = _AFTER_EQUALS.sub("= -", line)
     return _SPACED.sub(lambda found: re.sub("[ \u00a0]", "'", found[0]), line)
 
@@ -229,10 +291,26 @@ def _without_latex(line: str) -> str:
     line = _LATEX_SEPARATOR.sub(lambda found: found[1] or found[2], line)
     line = re.sub(r"\\(?:[,;: ]|thinspace(?![A-Za-z]))", "\u00a0", line)
     line = _LATEX_FRACTION.sub(_fraction, line)
+    if "sqrt" in line:
+        line = _LATEX_ROOT.sub(_latex_root, line)
+        line = _ROOT_FRACTION.sub(lambda found: f" {found[1] or found[3]}/{found[2] or found[4]} ", line)
     line = re.sub(r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?", "°", line)
     line = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "×", line)
     line = re.sub(r"\\[A-Za-z]+\*?", " ", line)
     return re.sub(r"\\([$%#&_()\[\]])", r"\1", line.replace("\\{", "(").replace("\\}", ")"))
+
+
+def _latex_root(found: re.Match[str]) -> str:
+    index, inner = (found[1] or "2").strip(), found[2] or found[3] or ""
+    return _under_root(inner) if index == "2" else "√ "
+
+
+def _under_root(inner: str) -> str:
+    """A root in one spelling; with nothing under it where that is no number."""
+    number = _UNDER.fullmatch(inner)
+    if not number:
+        return "√ "
+    return f"√({number[1]})" if "/" in number[1] else f"√{number[1]}"
 
 
 def _fraction(found: re.Match[str]) -> str:

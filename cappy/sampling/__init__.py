@@ -234,6 +234,8 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"]
         )
         check_failures(parts.counts, config.max_failed, each)
         metrics, facts = accounts(parts.counts, terms_of(config))
+        if contexts := [found for one in generators if (found := getattr(one, "context", None))]:
+            facts["context"] = min(contexts)
         if said := cautions(metrics, stated, facts):
             facts["cautions"] = said
         manifest = Manifest(

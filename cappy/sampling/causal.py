@@ -23,9 +23,15 @@ class Causal(LocalLLM):
 
     AUTO_MODEL = AutoModelForCausalLM
 
+    @property
+    def context(self) -> int | None:
+        """Tokens of a prompt and its response together; None where their number has no bound."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        return positions if isinstance(positions, int) and positions > 0 else None
+
     def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        return [self._prompt(text, context - room if context else None) for text in instructions]
+        longest = self.context - room if self.context else None
+        return [self._prompt(text, longest) for text in instructions]
 
     def _prompt(self, instruction: str, longest: int | None) -> list[int]:
         ids, cut = prompt_tokens(self.tokenizer, instruction, ends=self.ends.tolist(), longest=longest)

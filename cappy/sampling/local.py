@@ -62,6 +62,11 @@ class LocalLLM(ABC):
         """No decoding is refused, since every knob is one of transformers' own."""
         del decodings
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that a prompt and its response share; None where they share none, or have no bound."""
+        return None
+
     def tally(self) -> Mapping[str, int]:
         """`cut`: the instructions since the last call that lost their end."""
         cut, self._cut = self._cut, 0

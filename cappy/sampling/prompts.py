@@ -27,7 +27,8 @@ def prompt_tokens(
     if not own or len(prompt) > longest:
         raise ConfigError(
             f"sampling: the LLM's context leaves {max(longest, 0)} tokens for the instruction "
-            f"{shown(instruction, 40)}, too few; lower max_new_tokens in a file of decodings, or take another LLM"
+            f"{shown(instruction, 40)}, too few; lower --max-new-tokens (or max_new_tokens in the file of decodings), "
+            "or take another LLM"
         )
     return prompt, True
 

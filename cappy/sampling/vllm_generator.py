@@ -37,7 +37,7 @@ class VLLM:
         except ImportError as error:
             raise ConfigError(f"{name}: vLLM is not installed; pip install vllm where there is a GPU") from error
         self._parameters_class: Any = vllm.SamplingParams
-        self._context: int | None = getattr(config, "max_position_embeddings", None)
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
         try:
             # generation_config "vllm" keeps the folder's own sampling settings out.
             self._llm: Any = vllm.LLM(
@@ -106,7 +106,7 @@ class VLLM:
         return found
 
     def _prompt(self, instruction: str, room: int) -> list[int]:
-        longest = self._context - room if self._context else None
+        longest = self.context - room if self.context else None
         ids, cut = prompt_tokens(self._tokenizer, instruction, ends=self._ends, longest=longest)
         self._cut += cut
         return ids

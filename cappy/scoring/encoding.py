@@ -1,12 +1,12 @@
 """Pairs as token ids: where a pair is too long, the instruction is cut in its middle and the response not at all."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from cappy.errors import FolderError, shown
+from cappy.errors import ConfigError, FolderError, shown
 from cappy.scoring.folder import Truncation
 
 Pair = tuple[str, str]
@@ -39,12 +39,37 @@ class _Frame:
         return len(self.before) + len(self.between) + len(self.after)
 
 
+def as_pairs(pairs: Iterable[Sequence[str]]) -> list[Pair]:
+    """Pairs as tuples, whatever sequence of two texts each is; ConfigError for one that is none.
+
+    A text is no pair, though Python unpacks one of two characters.
+    """
+    found = [pair if type(pair) is tuple else _as_pair(pair) for pair in pairs]
+    for pair in found:
+        if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], str):
+            raise _no_pair(pair)
+    return found  # type: ignore[return-value]
+
+
+def _as_pair(pair: object) -> tuple[str, ...]:
+    if isinstance(pair, str | bytes | Mapping):
+        raise _no_pair(pair)
+    try:
+        return tuple(pair)  # type: ignore[arg-type]
+    except TypeError:
+        raise _no_pair(pair) from None
+
+
+def _no_pair(pair: object) -> ConfigError:
+    return ConfigError(f"score: a pair is [instruction, response], two texts, got {shown(repr(pair), 80)}")
+
+
 class PairEncoder:
     """Encodes pairs as `tokenizer(instruction, response)` does, byte for byte, where they fit into `max_length`.
 
     Where they do not, the instruction keeps both its ends (the task often stands first, the question last) and the
     response stays whole; a response that alone is too long loses its end. With `longest_first` it is `truncation=True`
-    of transformers instead, what the published scorer was trained with: the longer text loses its end, then both do.
+    of transformers instead, as CrossEncoder and the published run cut: the longer text loses its end, then both do.
     Token types are those that the tokenizer gives unasked; where it gives none, as `typed` says, they are zeros.
     """
 
@@ -54,6 +79,7 @@ class PairEncoder:
         self._backend = _backend(tokenizer)
         self.max_length = max_length
         self.truncation = truncation
+        self._from_left = getattr(tokenizer, "truncation_side", "right") == "left"
         self.typed = self._frame.typed
 
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
@@ -98,7 +124,7 @@ class PairEncoder:
         asked, whole = len(response), len(instruction) + len(response) <= room
         if self.truncation == "longest_first":
             lengths = _longest_first(len(instruction), len(response), room)
-            instruction, response = instruction[: lengths[0]], response[: lengths[1]]
+            instruction, response = self._kept(instruction, lengths[0]), self._kept(response, lengths[1])
         else:
             response = response[:room]
             instruction = _middle_cut(instruction, room - len(response))
@@ -110,6 +136,10 @@ class PairEncoder:
             cut=len(response) < asked,
             whole=whole,
         )
+
+    def _kept(self, tokens: list[int], count: int) -> list[int]:
+        """So many tokens of a text, which loses its end, or its beginning where the tokenizer's folder says so."""
+        return tokens[len(tokens) - count :] if self._from_left else tokens[:count]
 
 
 def _backend(tokenizer: Any) -> Tokenizer | None:

@@ -116,8 +116,12 @@ def refuse_labels(folder: Path, config: Any) -> None:
 
 
 def truncation_of(config: Any) -> Truncation:
-    """The recorded truncation, else `middle`; FolderError where it is none that is known."""
-    recorded = _own(config).get("truncation", "middle")
+    """The recorded truncation, else `middle`; in a folder of others that of CrossEncoder, `longest_first`.
+
+    FolderError where the recorded one is none that is known.
+    """
+    own = _own(config)
+    recorded = own.get("truncation", "middle" if own else "longest_first")
     for truncation in TRUNCATIONS:
         if truncation == recorded:
             return truncation

@@ -19,7 +19,7 @@ from cappy.scoring import Precision
 from cappy.scoring.batching import by_length, collate, padding_token
 from cappy.scoring.cross_encoder import FILES, Head
 from cappy.scoring.cuts import Cuts
-from cappy.scoring.encoding import Encoded, Pair, PairEncoder
+from cappy.scoring.encoding import Encoded, PairEncoder, as_pairs
 from cappy.scoring.folder import (
     HEADS,
     Truncation,
@@ -118,12 +118,16 @@ class Scorer:
         model.to(chosen_device).eval()
         return cls(model, tokenizer, **facts, version=folder.hash[:12], precision=chosen, source=folder)
 
-    def score(self, pairs: Sequence[Pair]) -> list[float]:
-        """One score per (instruction, response), in their order; equal pairs are scored once."""
+    def score(self, pairs: Sequence[Sequence[str]]) -> list[float]:
+        """One score per pair, in their order; equal pairs are scored once.
+
+        A pair is a tuple or a list of two texts, instruction and response; ConfigError for anything else.
+        """
         return self.scores_of(self.logits_of(pairs))
 
-    def logits_of(self, pairs: Sequence[Pair]) -> list[float]:
+    def logits_of(self, pairs: Sequence[Sequence[str]]) -> list[float]:
         """What `score` gives before the activation: the order of these is that of quality, without ties of rounding."""
+        pairs = as_pairs(pairs)
         if not pairs:
             return []
         distinct = list(dict.fromkeys(pairs))
@@ -139,7 +143,7 @@ class Scorer:
         """The scores that belong to logits, in order."""
         return self.decode(torch.tensor(logits, dtype=torch.float64))
 
-    def score_stream(self, pairs: Iterable[Pair]) -> Iterator[float]:
+    def score_stream(self, pairs: Iterable[Sequence[str]]) -> Iterator[float]:
         """Scores of a stream of any length, in order, with constant memory.
 
         Pairs are taken 4,096 at a time, and among these equal ones are scored once.

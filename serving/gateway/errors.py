@@ -85,6 +85,12 @@ def bad_answer(name: str, error: BadAnswerError, keys: Sequence[str]) -> Gateway
     return GatewayError(502, what, kind="upstream_error", code="upstream_bad_answer", paid=True)
 
 
+def not_utf8(name: str) -> GatewayError:
+    """A list of models whose text cannot be read."""
+    what = f"{name} answered what is not UTF-8; it must send UTF-8, or name the charset that it sends"
+    return GatewayError(502, what, kind="upstream_error", code="upstream_bad_answer")
+
+
 def unreachable(name: str, error: httpx2.HTTPError, seconds: float, keys: Sequence[str]) -> GatewayError:
     """What the network made of a request: 504 where time ran out, 503 where too many are under way, else 502."""
     if isinstance(error, httpx2.PoolTimeout):

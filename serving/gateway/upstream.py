@@ -22,7 +22,8 @@ from cappy.sampling.endpoint.answers import BadAnswerError, GivenUpError, model_
 from cappy.sampling.endpoint.bounded import MAX_BYTES, MAX_LIST_BYTES, answer_bytes, async_settings, max_connections
 from cappy.sampling.endpoint.capabilities import LENGTH, NEW_LENGTH, Capabilities, refused_parameter
 from cappy.sampling.paid import tokens_of
-from serving.gateway.errors import GatewayError, bad_answer, late, refused, unreachable
+from cappy.untrusted import is_utf8, to_utf8
+from serving.gateway.errors import GatewayError, bad_answer, late, not_utf8, refused, unreachable
 from serving.gateway.ledger import Ledger, read_usage
 from serving.gateway.llm import LLM
 from serving.gateway.schemas import ChatRequest
@@ -154,7 +155,10 @@ class Upstream:
         response = await self._send("GET", "/models", None, key, seconds=CONNECT_SECONDS, max_bytes=MAX_LIST_BYTES)
         if response.status_code != 200:
             raise refused(self._name, response, _secrets(key))
-        return _without(response.content, key)
+        body = _without(_in_utf8(response), key)
+        if not is_utf8(body):
+            raise not_utf8(self._name)
+        return body
 
     async def _call(self, ask: Ask, capabilities: Capabilities, *, count: int, number: int) -> tuple[list[Draw], int]:
         """The candidates of one request, at least one, and how many were answered, those given up included.
@@ -167,7 +171,7 @@ class Upstream:
             sent = _trimmed(wanted, capabilities, added)
             response = await self._metered(ask, sent, key, count)
             if response.status_code == 200:
-                return self._read(ask, _without(response.content, key), sent, count)
+                return self._read(ask, _without(_in_utf8(response), key), sent, count)
             problem = refused(self._name, response, _secrets(key))
             parameter = refused_parameter(sent, str(problem), problem.error["param"])
             if response.status_code not in (400, 422) or parameter not in added or not capabilities.takes(parameter):
@@ -338,6 +342,11 @@ def _secrets(authorization: str) -> tuple[str, ...]:
         with contextlib.suppress(ValueError):
             found.append(base64.b64decode(key).decode("utf-8", "replace").partition(":")[2])
     return tuple(found)
+
+
+def _in_utf8(response: httpx2.Response) -> bytes:
+    """The body in UTF-8 where that can be had; as it came where not."""
+    return to_utf8(response.content, response.headers.get("content-type", ""))
 
 
 def _without(body: bytes, authorization: str) -> bytes:

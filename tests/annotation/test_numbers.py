@@ -116,7 +116,7 @@ def test_the_cases_from_the_field(reference: str, response: str, expected: float
         ("1.5e6", "1500000"), ("1.5 × 10^6", "1500000"), ("1.5 \\times 10^{6}", "1500000"), ("1.5·10⁶", "1500000"),
         ("1.5\\cdot10^{-1}", "0.15"), ("10^6", "1000000"), ("2^{10}", "1024"), ("10**6", "1000000"), ("-2^2", "-4"),
         ("5 x^{10}", "5"), ("x^2 = 9", "9"), ("5 m**2", "5"), ("90^\\circ", "90"), ("5^{\\text{th}}", "5"),
-        ("3,14159", "3.14159"), ("$5k", "5000"), ("-€2.5M", "-2500000"), ("$3bn", "3000000000"), ("5k", "5"),
+        ("3,14159", "3.14159"), ("$5k", "5000"), ("-€2.5M", "-2500000"), ("$3bn", "3000000000"), ("5k", "5000"),
         ("$5 m", "5"),
         ("5 m^{\\text{2}}", "5"), ("5 x^{2n+1}", "5"), ("9.8\\frac{m}{s^2}", "9.8"), ("\\SI{5}{m^2}", "5"),
         ("5 m/s²", "5"),
@@ -148,6 +148,59 @@ def test_a_mixed_number_is_one_number(text: str) -> None:
     assert last_number(text) == Fraction(7, 4)
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("70k", "70000"), ("70K", "70000"), ("1.5k", "1500"), ("It costs 70k.", "70000"), ("70k people", "70000"),
+        ("about 70K–100K", "100000"), ("-5k", "-5000"), ("**12k**", "12000"), ("$70k", "70000"), ("70k$", "70000"),
+        ("5 km", "5"), ("5 k", "5"), ("5 K", "5"), ("70kg", "70"),
+        ("4k videos", "4"), ("4K video", "4"), ("8K TV", "8"),
+        ("his 401k", "401"), ("the temperature is 300K", "300"), ("300K (kelvin)", "300"), ("2M", "2"), ("5m", "5"),
+        ("$2M", "2000000"), ("70k2", "70"), ("\\boxed{70k}", "70000"), ("1,5k", "1500"),
+    ],
+)  # fmt: skip
+def test_a_k_beside_the_digits_is_a_thousand(text: str, number: str) -> None:
+    """C's brother: as 2 million and $2M are read."""
+    assert last_number(text) == Decimal(number)
+    assert numeric_match([text], text) == numeric_match([number], text) == 1.0
+
+
+@pytest.mark.parametrize("text", ["9~500", "$9~500$", "\\boxed{9~500}", "9~500~kg", "9~500.0", "costs~9~500"])
+def test_a_tie_between_digits_groups_them_as_a_space_does(text: str) -> None:
+    assert last_number(text) == 9500
+    assert numeric_match(["500"], text) == numeric_match([text], "500") == 0.0
+    assert last_number("9~50") == 50
+
+
+ROOTS = {
+    "√2": ("\\sqrt{2}", "\\sqrt2", "\\sqrt 2", "√2", "√(2)", "√ 2", "sqrt(2)", "$\\boxed{\\sqrt{2}}$", "\\sqrt[2]{2}"),
+    "√18": ("3\\sqrt{2}", "3√2", "3 * sqrt(2)", "3 \\times \\sqrt{2}", "3\\cdot\\sqrt{2}", "\\sqrt{18}"),
+    "√2/2": ("\\frac{\\sqrt{2}}{2}", "\\dfrac{1}{\\sqrt{2}}", "√(1/2)", "\\sqrt{\\frac{1}{2}}", "1/√2"),
+    "-√3": ("-\\sqrt{3}", "x = -√3", "$-\\sqrt{3}$"),
+}
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_a_root_is_not_the_number_under_it(root: str) -> None:
+    for text in (root, *ROOTS[root]):
+        assert numeric_match([root], text) == 1.0, text
+        for wrong in ("2", "3", "18", "1", "1/2", *(other for other in ROOTS if other != root)):
+            assert (numeric_match([wrong], text), numeric_match([text], wrong)) == (0.0, 0.0), (wrong, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("\\sqrt{16}", "4"), ("√16", "4"), ("2√9", "6"), ("√16 = 4", "4"), ("√0.25", "0.5"),
+        ("√2 is about 1.41", "1.41"),
+        ("x = 2, so \\boxed{\\sqrt{x}}", None), ("\\sqrt[3]{5}", None), ("∛5", None), ("\\sqrt{x^{2}+1}", None),
+        ("√(x + 2)", None), ("√x", None), ("√", None), ("√2/0", None), ("\\sqrt[3]{8} = 2", "2"),
+    ],
+)  # fmt: skip
+def test_a_root_of_a_square_is_a_number_and_one_of_no_number_is_none(text: str, number: str | None) -> None:
+    assert last_number(text) == (None if number is None else Decimal(number))
+
+
 def test_a_comma_of_the_response_may_be_a_decimal_comma_or_a_lists() -> None:
     assert [numeric_match([reference], "1,2") for reference in ("1.2", "1,2", "2", "12")] == [1.0, 1.0, 1.0, 0.0]
     assert numeric_match(["3,5"], "5") == 0.0
@@ -163,14 +216,38 @@ def test_division_by_zero_and_numbers_beyond_all_bounds_are_no_error() -> None:
     assert last_number("1e99999999") is not None
 
 
-@given(st.text(max_size=80) | st.text(alphabet="0123456789.,'/ ^{}()-+\\_*$exm²½", max_size=60))
+@given(st.text(max_size=80) | st.text(alphabet="0123456789.,'/ ^{}()-+\\_*$exm²½√k~", max_size=60))
 def test_no_text_is_an_error(text: str) -> None:
     assert numeric_match([text], text) == float(last_number(text) is not None)
 
 
 @pytest.mark.parametrize(
     "piece",
-    ["a", "1", "1 ", "1,", "1,000", "111 ", "1/", "1^", "{", "\\boxed{", "\\frac{1}", "_{", "-", "*", "½", "a1."],
+    [
+        "a",
+        "1",
+        "1 ",
+        "1,",
+        "1,000",
+        "111 ",
+        "1/",
+        "1^",
+        "{",
+        "\\boxed{",
+        "\\frac{1}",
+        "_{",
+        "-",
+        "*",
+        "½",
+        "a1.",
+        "√",
+        "2√",
+        "√(",
+        "1~",
+        "1k",
+        "\\sqrt{",
+        "\\frac{√2}",
+    ],
 )
 def test_a_hostile_text_takes_linear_time(piece: str) -> None:
     text = piece * (100_000 // len(piece))

@@ -128,6 +128,30 @@ def test_d1_an_instruction_whose_answer_always_breaks_off_fails_alone() -> None:
         sample(Script(lambda body: (200, saying("half", "error"))), ["one"], retries=1)
 
 
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        ((200, saying("half", "error")), "finish_reason: 'error' after 2 attempts; the server's log says why, then"),
+        ((200, saying("half", None, error={"message": "out of memory"})), "out of memory.* the server's log says why"),
+        ((200, refusing("upstream broke", code=503)), "503 upstream broke after 2 attempts; the server's log says why"),
+        ((500, refusing("CUDA error")), "500 CUDA error after 2 attempts; the server's log says why"),
+        ((429, refusing("slow down")), "429 slow down after 2 attempts; ask less at a time: --concurrency"),
+        ((200, b"<html>"), "no JSON.* after 2 attempts; check that the address is that of an OpenAI-compatible API"),
+        ((200, b'{"a": "\xe9"}'), "not UTF-8.* after 2 attempts; the server must send UTF-8, or name the charset"),
+    ],
+)
+def test_d1_the_remedy_is_of_what_the_server_said_and_not_of_the_network(reply: Reply, words: str) -> None:
+    with pytest.raises(GeneratorError, match=words) as caught:
+        sample(Script(lambda body: reply), ["one"], retries=1)
+    assert "network" not in str(caught.value)
+
+
+def test_d1_one_candidate_is_one() -> None:
+    lines = {n: cautions({}, {}, {"unanswered": {"m": {"400 odd": n}}}) for n in (1, 2)}
+    assert lines[1] == ["m left 1 candidate without an answer: 400 odd"]
+    assert lines[2] == ["m left 2 candidates without an answer; 2 of them: 400 odd"]
+
+
 def test_d1_an_error_under_status_200_is_judged_by_the_code_that_it_states() -> None:
     answers = iter([refusing("slow down", code=429), saying("whole")])
     ((candidate,),), _ = sample(Script(lambda body: (200, next(answers), {"Retry-After": "0"})), ["hello"])
@@ -553,6 +577,37 @@ def test_d9_json_is_utf_8_whatever_its_header_says(charset: str) -> None:
     refused = json.dumps(refusing("zu groß"), ensure_ascii=False).encode()
     with pytest.raises(GeneratorError, match="400 zu groß"):
         sample(Script(lambda body: (400, refused, head)), ["one"])
+
+
+LATIN = json.dumps(saying("café"), ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("charset", "codec"),
+    [
+        *(("iso-8859-1", "latin-1"), ("latin1", "latin-1")),
+        *(('"windows-1252"', "cp1252"), ("ISO-8859-15", "iso8859-15")),
+        *(("utf-16", "utf-16"), ("utf-16le", "utf-16-le")),
+    ],
+)
+def test_d9_a_body_that_is_not_utf_8_is_read_in_the_charset_that_its_server_names(charset: str, codec: str) -> None:
+    head = {"Content-Type": f"application/json; Charset={charset}"}
+    ((candidate,),), tally = sample(Script(lambda body: (200, LATIN.encode(codec), head)), ["one"])
+    assert (candidate.response, candidate.status, tally["errors"]) == ("café", "ok", 0)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["json", "json; charset=utf-8", "json; charset=us-ascii", *(f"json; charset={c}" for c in ("x", "zlib", "idna"))],
+)
+def test_d9_a_body_that_cannot_be_read_is_a_failed_attempt_and_no_other_text(kind: str) -> None:
+    head = {"Content-Type": f"application/{kind}"}
+    answers = iter([LATIN.encode("latin-1"), LATIN.encode()])
+    ((candidate,),), tally = sample(Script(lambda body: (200, next(answers), head)), ["one"])
+    assert (candidate.response, tally["errors"]) == ("café", 1)
+    with pytest.raises(GeneratorError, match="the answer is not UTF-8.*name the charset") as caught:
+        sample(Script(lambda body: (200, LATIN.encode("latin-1"), head)), ["one"])
+    assert "\n" not in str(caught.value)
 
 
 THINKING = "<think>It could be Rome.</think>Paris"

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from cappy.cli.outcome import cautions
 from cappy.cli.steps import summary
+from cappy.errors import ConfigError
 from cappy.model_folder import open_model_folder
 from cappy.records import Candidate, Instance, Manifest, read, write
 from cappy.sampling import SamplingConfig, run
@@ -109,11 +110,20 @@ def test_sampling_counts_cut_responses_and_ends_with_the_remedy(tmp_path: Path, 
     cut = sum(one.status == "truncated" for instance in read(tmp_path / "out") for one in instance.candidates)
     assert manifest.metrics["truncated"] == cut > 20
     line = (
-        f"{cut} of 32 responses ({100 * cut / 32:.1f} %) were cut at 3 new tokens; sample with --max-new-tokens 512 "
-        "(cappy adapt: --set sampling.max_new_tokens=512)"
+        f"{cut} of 32 responses ({100 * cut / 32:.1f} %) were cut at 3 new tokens; sample with --max-new-tokens 128 "
+        "(cappy adapt: --set sampling.max_new_tokens=128)"
     )
     assert manifest.facts["cautions"] == [line]
     assert summary(manifest, tmp_path / "out", 1.0).splitlines()[-1] == f"caution   {line}"
+    # What it advises fits into the LLM's 256 positions; more does not, and the error names the flag.
+    longer = replace(config, target=tmp_path / "longer", work=tmp_path / "longer.work", max_new_tokens=128)
+    (again,) = run(longer).facts["cautions"]
+    assert again.endswith("at 128 new tokens, and the LLM's context holds 256 tokens, the instruction's among them; "
+                          "take another LLM")  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"leaves 0 tokens .*lower --max-new-tokens \(or max_new_tokens in the file of"
+    ):
+        run(replace(config, target=tmp_path / "most", work=tmp_path / "most.work", max_new_tokens=256))
 
 
 def test_cut_answers_of_an_endpoint_are_said_as_those_of_a_local_llm(tmp_path: Path) -> None:

@@ -330,3 +330,33 @@ def test_a4_a_cut_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> 
     assert (scorer.cuts.pairs, scorer.cuts.cut, scorer.cuts.responses) == (6, 4, 2)
     assert scorer.cuts.text() == "4 of 6 pairs are longer than the scorer's 256 tokens: cut, 2 responses lost their end"
     assert sum("longer than the scorer's 256 tokens" in record.message for record in caplog.records) == 1
+
+
+LONG = [
+    ("one " + "cat " * 40 + "two", "blue bird"),
+    ("one", "red " * 50 + "cat"),
+    ("cat " * 30 + "dog", "red " * 31 + "dog"),
+    ("the dog " * 9, "the red cat " * 7),
+    ("short", "pair"),
+]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("length", [12, 23])
+def test_a4_a_pair_that_is_too_long_has_cross_encoders_number_too(
+    length: int, side: str, modular: Any, tmp_path: Path
+) -> None:
+    folder = modular(torch.nn.Identity(), max_length=length)
+    edit(folder / "tokenizer_config.json", truncation_side=side)
+    expected = CrossEncoder(str(folder), device="cpu").predict(LONG).tolist()
+    found = load(folder)
+    assert found.score(LONG) == pytest.approx(expected, abs=1e-4)
+    assert found.cuts.cut == 4
+    found.save(tmp_path / "saved")
+    assert load(tmp_path / "saved").score(LONG) == pytest.approx(expected, abs=1e-4)
+    assert by_cross_encoder(tmp_path / "saved", LONG) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a4_a_folder_of_ours_keeps_its_cut(bare: Path) -> None:
+    edit(bare / "config.json", cappy={"head": "mse", "max_length": 16})
+    assert load(bare).encoder.truncation == "middle"

@@ -5,7 +5,9 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -214,3 +216,23 @@ def test_a_folder_of_records_is_no_scorer_and_said_to_be_none(tmp_path: Path) ->
     write(tmp_path / "annotated", [Instance(instance_id="1", instruction="i", references=("r",))])
     with pytest.raises(FolderError, match=r"annotated: has no config.json: what .* left, and no scorer; a scorer is"):
         Scorer.load(str(tmp_path / "annotated"))
+
+
+def test_a_pair_may_be_any_sequence_of_two_texts(scorer_folder: Path) -> None:
+    """Lists are CrossEncoder's usual form, rows of an array pandas' and datasets'."""
+    scorer = Scorer.load(str(scorer_folder), precision="fp32")
+    pairs = [("one", "red cat"), ("two", "blue bird"), ("one", "red cat")]
+    expected = scorer.score(pairs)
+    for given in ([list(pair) for pair in pairs], tuple(pairs), np.array(pairs), [pairs[0], list(pairs[1]), pairs[2]]):
+        assert scorer.score(given) == expected
+        assert list(scorer.score_stream(iter(given))) == expected
+        assert scorer.scores_of(scorer.logits_of(given)) == expected
+    assert scorer.score([]) == []
+
+
+@pytest.mark.parametrize(
+    "pairs", [["ab"], ["one", "two"], [("a",)], [["a", "b", "c"]], [("a", 1)], [{"a": 1, "b": 2}], [7]]
+)
+def test_what_is_no_pair_is_one_line(pairs: Any, scorer_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^score: a pair is \[instruction, response\], two texts, got "):
+        Scorer.load(str(scorer_folder), precision="fp32").score(pairs)

@@ -28,6 +28,8 @@ MAX_NAME_CHARACTERS = 200
 """Of a model's name; a longer one is none."""
 
 
+LOG = "the server's log says why"
+"""What helps where a server answers and then fails."""
 _WHOLE = (
     *("stop", "eos", "eos_token", "end", "end_turn", "stop_sequence", "stop_token", "stop_word", "finish", "finished"),
     *(
@@ -65,6 +67,8 @@ class BadAnswerError(Exception):
     choices that are of no use.
     """
 
+    remedy = "check that the address is that of an OpenAI-compatible API"
+
     def __init__(self, problem: str, evidence: object, stated: object = None) -> None:
         super().__init__(problem)
         self.problem = problem
@@ -80,8 +84,16 @@ class BadAnswerError(Exception):
         return f"{self.problem}: {shown(self.evidence, keys=keys)}"
 
 
+class NotUtf8Error(BadAnswerError):
+    """A body that is neither UTF-8 nor in the charset that its header names."""
+
+    remedy = "the server must send UTF-8, or name the charset that it sends"
+
+
 class GivenUpError(BadAnswerError):
     """A choice that the server began and did not end; what else the body holds may be good."""
+
+    remedy = LOG
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +220,8 @@ def model_name(value: object) -> str:
 def _json(body: bytes) -> dict[str, Any]:
     try:
         values = read_json(body)
+    except UnicodeDecodeError:
+        raise NotUtf8Error("the answer is not UTF-8", _decoded(body)) from None
     except json.JSONDecodeError:
         raise BadAnswerError("the body is no JSON", _decoded(body)) from None
     except ValueError as error:

@@ -19,6 +19,7 @@ from cappy.sampling.endpoint.keys import NO_KEY
 from cappy.sampling.endpoint.limits import Budget, Pace, Spent, pause
 from cappy.sampling.paid import Terms, Usage, tokens_of
 from cappy.sampling.strategies import Decoding
+from cappy.untrusted import to_utf8
 
 _SHOWN = 200
 
@@ -206,6 +207,7 @@ class Asker:
         path = "/chat/completions" if self._terms.api == "chat" else "/completions"
         most = answer_bytes(question.decoding.max_new_tokens, count, likelihoods=1)
         body, headers = client.post(path, sent, max_bytes=most)
+        body = to_utf8(body, headers.get("content-type", ""))
         # A server that repeats what it was sent must not get the key into the records.
         hidden = body.replace(self._clients.key.encode(), b"***") if self._clients.key != NO_KEY else body
         return hidden, headers

@@ -20,14 +20,14 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import openai
 
 from cappy.records.instance import Status
 from cappy.redaction import one_line
-from cappy.sampling.endpoint.answers import BadAnswerError
+from cappy.sampling.endpoint.answers import LOG, BadAnswerError
 from cappy.sampling.endpoint.capabilities import refused_parameters
 from cappy.sampling.endpoint.keys import FILE_VARIABLE, KEY_VARIABLE
 from cappy.untrusted import read_json
@@ -130,7 +130,8 @@ def read_refusal(body: bytes, keys: Sequence[str] = ()) -> Refusal:
     `keys` are secrets beside those that this process knows.
     """
     try:
-        values = read_json(body)
+        # Words for a person: half a character less of them is no loss.
+        values = read_json(body.decode("utf-8", "replace").encode())
     except (ValueError, RecursionError):
         return Refusal(message=one_line(body.decode("utf-8", "replace"), _READ, *keys))
     return _refusal(values.get("error", values) if isinstance(values, dict) else values, keys)
@@ -163,7 +164,10 @@ def judge(error: Exception, sent: Mapping[str, Any], headers: Mapping[str, str] 
         refusal = _refusal(error.stated)
         return _judge_status(status, refusal, refusal.message or "without a word", sent, headers or {})
     wait = retry_after(headers or {})
-    return _passing(one_line(str(error), _READ), wait)
+    fault = _passing(one_line(str(error), _READ), wait)
+    if not isinstance(error, BadAnswerError) or fault.remedy:
+        return fault
+    return replace(fault, remedy=LOG if error.stated is not None else error.remedy)
 
 
 def stated_status(error: BadAnswerError) -> int:
@@ -219,7 +223,8 @@ def _judge_status(
         remedy = "shorten the instructions or lower --max-new-tokens"
         return Fault(kind="unanswered", reason=reason, remedy=remedy, of_one=True)
     if passing:
-        return _passing(reason, retry_after(headers))
+        busy = "ask less at a time: --concurrency, --requests-per-minute" if status == 429 else LOG
+        return _passing(reason, retry_after(headers), busy)
     if says(_FILTERED) and refusal.param not in sent:
         return Fault(kind="unanswered", reason=reason, status="filtered", of_one=True)
     if parameters := refused_parameters(sent, words, refusal.param):
@@ -238,7 +243,7 @@ def _remedy(status: int) -> str:
     return "check what the endpoint takes"
 
 
-def _passing(told: str, wait: float | None) -> Fault:
+def _passing(told: str, wait: float | None, remedy: str = "") -> Fault:
     if wait is not None and wait > LONGEST_RETRY_AFTER:
         return Fault(kind="end", reason=told, remedy=f"it asks to wait {wait:,.0f} s; come back then")
-    return Fault(kind="again", reason=told, wait=wait)
+    return Fault(kind="again", reason=told, wait=wait, remedy=remedy)

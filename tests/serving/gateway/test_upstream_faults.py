@@ -125,6 +125,34 @@ def test_d9_json_is_utf_8_whatever_its_header_says(charset: str) -> None:
         assert answer.json()["choices"][0]["message"]["content"] == "café 日本"
 
 
+@pytest.mark.parametrize(
+    ("charset", "codec"), [("iso-8859-1", "latin-1"), ("windows-1252", "cp1252"), ("utf-16", "utf-16")]
+)
+def test_d9_a_body_that_is_not_utf_8_is_read_in_the_charset_that_its_server_names(charset: str, codec: str) -> None:
+    data = json.dumps(choices(("café", "stop")), ensure_ascii=False).encode(codec)
+    answer = answer_of((200, data, {"Content-Type": f"application/json; charset={charset}"}))
+    assert answer.json()["choices"][0]["message"]["content"] == "café"
+
+
+@pytest.mark.parametrize("kind", ["json", "json; charset=utf-8", "json; charset=us-ascii", "json; charset=nonsense"])
+def test_d9_a_body_that_cannot_be_read_is_an_error_and_no_other_text(kind: str) -> None:
+    data = json.dumps(choices(("café", "stop")), ensure_ascii=False).encode("latin-1")
+    answer = answer_of((200, data, {"Content-Type": f"application/{kind}"}))
+    assert answer.status_code == 502
+    assert "the answer is not UTF-8" in answer.json()["error"]["message"]
+
+
+def test_d9_a_list_of_models_is_passed_on_in_utf_8_or_not_at_all() -> None:
+    data = json.dumps({"data": [{"id": "café"}]}, ensure_ascii=False).encode("latin-1")
+    for kind, status in (("json; charset=latin1", 200), ("json", 502)):
+        reply = (200, data, {"Content-Type": f"application/{kind}"})
+        script = Script(lambda body, reply=reply: reply)  # type: ignore[misc]
+        with scripted(script) as server, listening(gateway(server, scoring=BY_LENGTH)) as url:
+            found = httpx.get(f"{url}/models", timeout=30)
+        assert found.status_code == status
+        assert ("café" in found.text, "not UTF-8" in found.text) == (status == 200, status == 502)
+
+
 THINKING = "<think>It could be Rome, or Athens, or Paris, or any other place.</think>Paris"
 
 
