@@ -1,8 +1,7 @@
 """The advice: what to do next, in one sentence with its reason."""
 
-from cappy.evaluation.findings import Difference
+from cappy.evaluation.findings import MIN_GROUPS, Difference
 from cappy.evaluation.report import Report, spread
-from cappy.evaluation.statistics import MIN_GROUPS
 from cappy.pages.words import percent, signed
 
 NARROW = 0.01

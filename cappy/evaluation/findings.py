@@ -3,6 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+LEVEL = 0.95
+"""Of every interval."""
+MIN_GROUPS = 30
+"""With fewer, no interval that was tried keeps its promise where differences are skewed: benchmarks/intervals.py."""
 WITHIN_REACH = 20
 """Times the groups at hand that a person may go and find."""
 

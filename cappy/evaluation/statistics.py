@@ -20,14 +20,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv, stdtr, stdtrit
 
-from cappy.evaluation.findings import Difference, Estimate, Power
+from cappy.evaluation.findings import LEVEL, Difference, Estimate, Power
 
 Matrix = npt.NDArray[np.float64]
 
-LEVEL = 0.95
 POWER = 0.8
-MIN_GROUPS = 30
-"""With fewer, no interval that was tried keeps its promise where differences are skewed: benchmarks/intervals.py."""
 _UNCHANGED = 1e-12
 """A standard error below this, or a skewness, is none: what is left of adding floats in another order."""
 

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 
-from cappy.evaluation.findings import Difference
+from cappy.evaluation.findings import MIN_GROUPS, Difference
 from cappy.evaluation.report import SELECTORS, Report, sides, spread
-from cappy.evaluation.statistics import MIN_GROUPS
 from cappy.pages.words import percent, signed
 
 BASELINES = {

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cappy.errors import ConfigError, RecordError, shown
 from cappy.evaluation import Difference
-from cappy.evaluation.statistics import LEVEL, MIN_GROUPS, lower_bound, power
+from cappy.evaluation.findings import LEVEL, MIN_GROUPS
 
 Baseline = Literal["likelihood", "mbr"]
 BASELINES: Mapping[Baseline, str] = {"likelihood": "the better likelihood selector", "mbr": "MBR"}
@@ -146,6 +146,8 @@ def _beats(comparisons: Mapping[str, Difference], other: str, words: str, margin
     if not found.standard_error:
         why = "no difference varies" if found.standard_error == 0 else "it is on a single group"
         return False, f"The scorer is not proven to beat {words}: {why}, so there is no error to compare with."
+    from cappy.evaluation.statistics import lower_bound
+
     passed = (found.low if tail == FIRST_TAIL else lower_bound(found, 1 - 2 * tail)) > margin
     verb = "beats" if passed else "is not proven to beat"
     bar = f" by more than {100 * margin:.1f}" if margin else ""
@@ -156,6 +158,8 @@ def _beats(comparisons: Mapping[str, Difference], other: str, words: str, margin
 
 def _groups_needed(found: Difference, margin: float, tail: float) -> str:
     """How many groups a gain of this size needs, in one sentence; empty where there is no gain."""
+    from cappy.evaluation.statistics import power
+
     gain = found.difference - margin
     if gain <= 0:
         return ""
