@@ -31,7 +31,7 @@ _FORMATS = "video|resolution|display|screen|monitor|tv|television|uhd|ultra|hdr|
 
 _TOKEN = re.compile(
     rf"""
-    # A word with digits in it (CO2, H2O, cm3, v1.2) is no number; 3x5 and USD500 are not such words.
+    # Digits inside a word (CO2, H2O, cm3, v1.2) are not a number; those of 3x5 and USD500 are.
     (?<![{_LETTER}]) (?! (?<=[0-9])x[0-9] | (?:{_CURRENCIES})[0-9] ) [{_LETTER}]+[0-9][{_LETTER}0-9]*(?:[.,][0-9]+)*
     # An exponent of what is no number: m^2, (a+b)^2, s**2; but **2** is bold.
     | \^\s?(?:\{{[^{{}}]{{0,40}}\}}|[\s({{]{{0,4}}[-+]?[0-9][0-9.,/]*[)}}]?) | (?<=[\w)])\*\*\(?[-+]?[0-9]++(?!\*\*)\)?

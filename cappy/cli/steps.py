@@ -242,10 +242,10 @@ def summary(manifest: Manifest, target: Path, seconds: float) -> str:
         content = f"{manifest.rows:,} instances with {manifest.candidates:,} candidates"
     else:
         content = f"{len(manifest.files)} files"
-    told = outcome.step_told(manifest, target)
-    shown = manifest.metrics if not told or manifest.step in TRAINING_STEPS else {}
+    lines = outcome.step_told(manifest, target)
+    shown = manifest.metrics if not lines or manifest.step in TRAINING_STEPS else {}
     numbers = ", ".join(
         f"{name} {value:,.6g}" for name, value in shown.items() if name not in ("instances", "candidates")
     )
     line = f"{target}: {content}{numbers and f'; {numbers}'} (manifest {manifest.hash[:12]}, {seconds:.1f} s)"
-    return "\n".join([*told, line, *(f"caution   {text}" for text in outcome.cautions(manifest))])
+    return "\n".join([*lines, line, *(f"caution   {text}" for text in outcome.cautions(manifest))])

@@ -139,7 +139,7 @@ class Bin:
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """How far the scores of picks are from the labels that they foretell, over the pick of every pool.
+    """How far the scores of picks are from their labels, over the pick of every pool.
 
     `ece` is the expected calibration error: the mean distance of the bins' mean score and mean label, weighted by their
     size (Naeini, Cooper and Hauskrecht, 2015), here with bins of equal size. `brier` is the mean squared difference of

@@ -1,4 +1,4 @@
-"""The plots: best of n, and what scores foretell."""
+"""The plots: best of n, and calibration."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

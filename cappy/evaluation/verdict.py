@@ -101,7 +101,7 @@ def _cautions(report: Report) -> Iterator[str]:
             )
     yield from _among_all(report)
     if (groups := int(report.facts["groups"])) < MIN_GROUPS:
-        yield f"Caution: only {groups} groups; intervals of so few are unsure, and the gate decides nothing on them."
+        yield f"Caution: only {groups} groups, too few to rely on; the gate holds on fewer than {MIN_GROUPS}."
 
 
 def _among_all(report: Report) -> Iterator[str]:

@@ -221,7 +221,7 @@ def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -
     All datasets and all shards count. There is nothing to keep apart where all is test.
     """
     found, rows, held_out = {"validation": Apart(), "test": Apart()}, Seen(), HeldOut()
-    untold = Tally(max_failed=1.0)
+    unreported = Tally(max_failed=1.0)
     tables = [(dataset, table) for dataset in datasets for table in dataset.tables]
     if all(table.held_out for _, table in tables) or not (
         places.test or places.validation or any(table.held_out for _, table in tables)
@@ -230,7 +230,7 @@ def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -
     one_dataset = len(tables) == 1
     limit, seen = MAX_ROWS if one_dataset else SAMPLED_ROWS, 0
     for dataset, table in tables:
-        for (_, _, values), prompts in dataset.prompts(_looked_at(dataset, table, places, progress, limit), untold):
+        for (_, _, values), prompts in dataset.prompts(_looked_at(dataset, table, places, progress, limit), unreported):
             group = group_of(dataset.name, values)
             split = places.split(group, table)
             seen += split == "train"
