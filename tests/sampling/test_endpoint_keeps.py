@@ -80,7 +80,7 @@ def test_an_endpoint_that_asks_to_wait_for_long_ends_the_run() -> None:
     weather = Weather(plan=["429-later"], later=700)
     with serving(Model()) as upstream, proxying(upstream, weather) as url:
         endpoint = endpoint_at(url)
-        with pytest.raises(GeneratorError, match="it asks to wait 700 s; come back then"):
+        with pytest.raises(GeneratorError, match="700 s"):
             endpoint.sample(["one"], [GREEDY], seed=0)
         endpoint.close()
     assert len(weather.arrivals) == 1
@@ -226,7 +226,7 @@ def test_a_budget_stops_cleanly_and_a_raised_one_goes_on(
     prices = {"price_input": 1.0, "price_output": 1.0, "part_rows": 5}
     (name, limit), *_ = budget.items()
     with serving(model) as url:
-        remedy = f"raise --{name.replace('_', '-')} and run the same command again: every answer is kept"
+        remedy = f"--{name.replace('_', '-')}.*same command again"
         for _ in range(3):
             with pytest.raises(GeneratorError, match=remedy):
                 run(config_at(tmp_path, url, **prices, **budget))
@@ -310,13 +310,13 @@ def test_the_manifest_counts_what_came_and_says_what_could_not_be_asked(tmp_path
 def test_a_strategy_that_an_endpoint_cannot_do_is_refused_before_anything_is_paid(tmp_path: Path) -> None:
     instances(tmp_path / "in", 3)
     model = Model()
-    with serving(model) as url, pytest.raises(ConfigError, match="cannot do beam4"):
+    with serving(model) as url, pytest.raises(ConfigError, match="beam4"):
         run(config_at(tmp_path, url, strategy="paper17"))
     assert model.asked == []
 
 
 def test_a_budget_of_money_needs_prices(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--budget-money: 2 cannot be kept without prices; give --price-input"):
+    with pytest.raises(ConfigError, match="--budget-money: 2 .*--price-input"):
         config_at(tmp_path, "http://h/v1", budget_money=2.0)
 
 

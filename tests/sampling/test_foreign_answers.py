@@ -97,7 +97,7 @@ def test_an_attempt_ends_in_time_though_a_byte_comes_now_and_then(start: bytes) 
     drip = Foreign(parts=[start, *[b"x"] * 600], pause=0.1)
     with answering(drip) as server:
         began = time.monotonic()
-        with pytest.raises(GeneratorError, match="no answer within 1 s after 2 attempts"):
+        with pytest.raises(GeneratorError, match="within 1 s.* 2 attempts"):
             sample(server, timeout=1.0)
         assert time.monotonic() - began < 20
 
@@ -131,7 +131,7 @@ def test_no_redirect_is_followed_and_no_cookie_kept(foreign: Foreign, url: str) 
     with answering(other) as elsewhere:
         foreign.parts = [response(b"", f"Location: {elsewhere}/chat/completions", status=307)]
         foreign.seen.clear()
-        with pytest.raises(GeneratorError, match="307 .*check the address in the spec"):
+        with pytest.raises(GeneratorError, match="307 .*address"):
             sample(url)
     assert not other.seen
     assert not [seen for seen in foreign.seen if "cookie" in seen]
@@ -174,9 +174,9 @@ def test_json_is_refused_before_it_is_built() -> None:
         "a": '[[[[,,,,\\"]]]',
         "b": [1.5, None, None],
     }
-    with pytest.raises(ValueError, match="more than 8 values"):
+    with pytest.raises(ValueError, match="8 values"):
         read_json(b"[" + b"1," * 9 + b"1]", max_values=8)
-    with pytest.raises(ValueError, match=f"nested more than {MAX_DEPTH} deep"):
+    with pytest.raises(ValueError, match=f"nested.* {MAX_DEPTH} "):
         read_json(b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1))
     began = time.monotonic()
     with pytest.raises(ValueError, match="values"):
