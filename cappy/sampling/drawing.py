@@ -15,12 +15,15 @@ TRIES = 8
 """How often a token outside the top-p nucleus is drawn again before the vocabulary is sorted after all."""
 
 
-def uniforms(seed: int, instruction: str, decoding: Decoding) -> torch.Tensor:
-    """Numbers in [0, 1) for every sample and step: (samples, tokens, TRIES + 1), float64; none where none are drawn."""
+def uniforms(seed: int, instruction: str, decoding: Decoding, first: int = 0) -> torch.Tensor:
+    """Numbers in [0, 1) for every sample and step: (samples, tokens, TRIES + 1), float64; zeros where none are drawn.
+
+    The samples are those from number `first` on.
+    """
     if not decoding.do_sample:
         return torch.zeros(decoding.num_samples, decoding.max_new_tokens, TRIES + 1, dtype=torch.float64)
     rows = []
-    for number in range(decoding.num_samples):
+    for number in range(first, first + decoding.num_samples):
         words = np.frombuffer(_key(seed, instruction, decoding, number), dtype=np.uint64)
         rows.append(np.random.Generator(np.random.Philox(key=words)).random((decoding.max_new_tokens, TRIES + 1)))
     return torch.from_numpy(np.stack(rows))

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cappy.errors import ConfigError, shown
 from cappy.model_folder import ModelFolder, open_model_folder
@@ -11,7 +11,10 @@ from cappy.records import Candidate
 from cappy.records.instance import Status
 from cappy.sampling.paid import Terms
 from cappy.sampling.strategies import Decoding, share
-from cappy.specs import hub_folder, parse_spec
+from cappy.specs import Spec, hub_folder, parse_spec
+
+if TYPE_CHECKING:
+    from cappy.sampling.local import LocalGenerator
 
 _GENERATES = ("ForCausalLM", "LMHeadModel")
 
@@ -103,13 +106,23 @@ def seed_of(seed: int, generator: str) -> int:
     return int.from_bytes(digest, "little") & 0x7FFF_FFFF
 
 
-def load_generator(text: str, terms: Terms | None = None) -> Generator:
-    """The generator that a spec names; ConfigError says which specs sample. `terms` are an endpoint's."""
+def load_generator(text: str, terms: Terms | None = None, *, work: Path | None = None) -> Generator:
+    """The generator that a spec names; ConfigError says which specs sample.
+
+    `terms` are an endpoint's, with the folder of its answers; `work` keeps what all others draw.
+    """
     spec = parse_spec(text)
     if spec.kind == "openai":
         from cappy.sampling.endpoint import Endpoint
 
         return Endpoint(spec, terms)
+    generator = _load_local(text, spec)
+    if work is not None:
+        generator.keep_in(work)
+    return generator
+
+
+def _load_local(text: str, spec: Spec) -> "LocalGenerator":
     if spec.kind == "models":
         raise ConfigError(
             f"{shown(text)}: the registry holds scorers; a generator is builtin, a folder, hub:, vllm: or openai:"
@@ -125,13 +138,13 @@ def load_generator(text: str, terms: Terms | None = None) -> Generator:
         from cappy.builtin import LLM_FOLDER, verify
 
         verify(LLM_FOLDER)
-        return _local(text, open_model_folder(LLM_FOLDER, pinned=True))
+        return _transformers(text, open_model_folder(LLM_FOLDER, pinned=True))
     if spec.kind == "hub":
-        return _local(text, open_model_folder(hub_folder(spec), pinned=True), revision=spec.revision)
-    return _local(text, open_model_folder(Path(spec.name)))
+        return _transformers(text, open_model_folder(hub_folder(spec), pinned=True), revision=spec.revision)
+    return _transformers(text, open_model_folder(Path(spec.name)))
 
 
-def _local(name: str, folder: ModelFolder, revision: str = "") -> Generator:
+def _transformers(name: str, folder: ModelFolder, revision: str = "") -> "LocalGenerator":
     config = folder.config()
     if config.is_encoder_decoder:
         from cappy.sampling.seq2seq import Seq2Seq

@@ -1,8 +1,10 @@
-"""What the LLMs that run on this machine share: loading, batches by length, and candidates in the original order."""
+"""What the LLMs that run on this machine share: draws that are kept, loading, batches by length."""
 
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from cappy.sampling.decoding import Continuation, Response, continue_rows
 from cappy.sampling.drawing import uniforms
 from cappy.sampling.generators import OnDrawn, status_of, unheard
 from cappy.sampling.prompts import end_tokens
+from cappy.sampling.store import CandidateStore, Origin, question_key
 from cappy.sampling.strategies import Decoding
 
 MOST_LOGITS = 2**26
@@ -24,16 +27,157 @@ CPU_WORK = 2**42
 """Parameters times tokens of a batch on a CPU: it is done within a minute or so, and larger ones are no faster."""
 
 
-class LocalLLM(ABC):
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What is to be drawn of a decoding: `decoding.num_samples` samples from number `first` on.
+
+    `position` is the place of the whole decoding among those that were asked for.
+    """
+
+    decoding: Decoding
+    first: int = 0
+    position: int = 0
+
+
+class LocalGenerator(ABC):
+    """A generator that draws here and, once `keep_in` was called, draws nothing that it has drawn before.
+
+    A kept draw is used as it is. What would be drawn anew may differ from it where the batch decides: logits of
+    another batch differ in their last bits, and where two tokens are as good as equal, or a draw falls on the border
+    of two, that turns the choice. Batches follow from what is drawn together: the rows of a part and their decodings.
+    """
+
+    VERSION = 1
+    """Of the code that draws: raised when the same question gets other candidates, so that none of before is used."""
+    name: str
+    revision: str
+
+    def __init__(self, name: str, revision: str) -> None:
+        self.name = name
+        self.revision = revision
+        self._cut = 0
+        self._store: CandidateStore | None = None
+
+    def keep_in(self, work: Path) -> None:
+        """Keeps what is drawn under this work folder, and uses what was kept there."""
+        self._store = CandidateStore(work, Origin(generator=self.name, revision=self.revision, version=self.VERSION))
+
+    def tally(self) -> Mapping[str, int]:
+        """`cut`: the instructions since the last call that lost their end."""
+        cut, self._cut = self._cut, 0
+        return {"cut": cut}
+
+    def close(self) -> None:
+        """Closes what is kept."""
+        if self._store is not None:
+            self._store.close()
+
+    def check(self, decodings: Sequence[Decoding]) -> None:
+        """No decoding is refused."""
+        del decodings
+
+    def sample(
+        self,
+        instructions: Sequence[str],
+        decodings: Sequence[Decoding],
+        *,
+        seed: int,
+        told: OnDrawn = unheard,
+    ) -> list[list[Candidate]]:
+        """The candidates of all decodings, in their order, per instruction, with likelihoods.
+
+        Of equal instructions one is drawn for.
+        """
+        self.check(decodings)
+        prompts = self._prompts(instructions, max((one.max_new_tokens for one in decodings), default=0))
+        keys = [
+            [self._key(question_key(instruction=text, prompt=prompt, seed=seed), decoding) for decoding in decodings]
+            for text, prompt in zip(instructions, prompts, strict=True)
+        ]
+        known = self._store.get(list(dict.fromkeys(itertools.chain(*keys)))) if self._store else {}
+        missing = _missing(keys, decodings, known)
+        drawn_now = sum(len(places) * sum(one.decoding.num_samples for one in own) for own, places in missing.items())
+        if others := len(instructions) * sum(decoding.num_samples for decoding in decodings) - drawn_now:
+            told(others)
+        for wanted, places in missing.items():
+            texts, rows = [instructions[place] for place in places], [prompts[place] for place in places]
+            for batch in self._draw(texts, rows, wanted, seed=seed, told=told):
+                sets = {
+                    (key := keys[places[number]][one.position]): (*known.get(key, ()), *candidates)
+                    for number, drawn in batch.items()
+                    for one, candidates in zip(wanted, drawn, strict=True)
+                }
+                if self._store is not None:
+                    self._store.put(sets)
+                known |= sets
+        return [
+            [
+                candidate
+                for key, decoding in zip(own, decodings, strict=True)
+                for candidate in known[key][: decoding.num_samples]
+            ]
+            for own in keys
+        ]
+
+    @abstractmethod
+    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
+        """Tokens of each instruction as the LLM sees it, cut so that `room` more have their place; counts those."""
+
+    @abstractmethod
+    def _draw(
+        self,
+        instructions: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        wanted: Sequence[Samples],
+        *,
+        seed: int,
+        told: OnDrawn,
+    ) -> Iterator[dict[int, list[list[Candidate]]]]:
+        """As they come, places of prompts with their candidates of all that is wanted."""
+
+    @staticmethod
+    def _grows(decoding: Decoding) -> bool:
+        """Whether more samples of it begin with the same ones, so that the others can be drawn alone."""
+        del decoding
+        return False
+
+    def _key(self, question: str, decoding: Decoding) -> str:
+        knobs = asdict(decoding)
+        # Which of several generators draws it changes nothing.
+        del knobs["generator"]
+        if self._grows(decoding):
+            del knobs["num_samples"]
+        return question_key(question=question, decoding=knobs)
+
+
+def _missing(
+    keys: Sequence[Sequence[str]], decodings: Sequence[Decoding], known: Mapping[str, Sequence[Candidate]]
+) -> dict[tuple[Samples, ...], list[int]]:
+    """Which places lack which samples; each key is asked for once."""
+    missing: dict[tuple[Samples, ...], list[int]] = {}
+    asked: set[str] = set()
+    for place, own in enumerate(keys):
+        wanted = []
+        for position, (key, decoding) in enumerate(zip(own, decodings, strict=True)):
+            first = len(known.get(key, ()))
+            if first < decoding.num_samples and key not in asked:
+                asked.add(key)
+                rest = replace(decoding, num_samples=decoding.num_samples - first)
+                wanted.append(Samples(rest, first, position))
+        if wanted:
+            missing.setdefault(tuple(wanted), []).append(place)
+    return missing
+
+
+class LocalLLM(LocalGenerator):
     """An LLM of transformers in a folder: safetensors alone, no code of the folder's own, float32.
 
     `BATCH_TOKENS` bounds a batch: rows times the longest prompt with its response; on a CPU `CPU_WORK` does too.
     Instructions longer than the model's context lose their end, and are counted.
 
     What is drawn depends on the seed, the instruction, the decoding's name and the number of the sample, and not on
-    what else is asked for. Batches differ in the last bits of their logits, though: where two tokens are as good as
-    equal, or a draw falls on the border of two, another company in the batch can turn the choice. Two instances with
-    the same instruction draw the same candidates.
+    what else is asked for, up to the last bits of its batch. Two instances with the same instruction have the same
+    candidates.
     """
 
     BATCH_TOKENS = 65_536
@@ -41,9 +185,7 @@ class LocalLLM(ABC):
 
     def __init__(self, name: str, folder: ModelFolder, revision: str = "") -> None:
         config = folder.config()
-        self.name = name
-        self.revision = revision or folder.hash[:12]
-        self._cut = 0
+        super().__init__(name, revision or folder.hash[:12])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         disable_progress_bar()
         self.tokenizer: Any = folder.tokenizer()
@@ -58,43 +200,16 @@ class LocalLLM(ABC):
         self._end_set = frozenset(self.ends.tolist())
         self.pad: int = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
 
-    def check(self, decodings: Sequence[Decoding]) -> None:
-        """No decoding is refused, since every knob is one of transformers' own."""
-        del decodings
-
     @property
     def context(self) -> int | None:
         """Tokens that a prompt and its response share; None where they share none, or have no bound."""
         return None
 
-    def tally(self) -> Mapping[str, int]:
-        """`cut`: the instructions since the last call that lost their end."""
-        cut, self._cut = self._cut, 0
-        return {"cut": cut}
-
     def close(self) -> None:
         """Lets the weights go."""
+        super().close()
         self.model = None
 
-    def sample(
-        self,
-        instructions: Sequence[str],
-        decodings: Sequence[Decoding],
-        *,
-        seed: int,
-        told: OnDrawn = unheard,
-    ) -> list[list[Candidate]]:
-        """The candidates of all decodings, in their order, per instruction, with likelihoods."""
-        return [
-            [
-                self._candidate(response, decoding, seed)
-                for decoding, responses in zip(decodings, drawn, strict=True)
-                for response in responses
-            ]
-            for drawn in self.respond(instructions, decodings, seed=seed, told=told)
-        ]
-
-    @torch.inference_mode()
     def respond(
         self,
         instructions: Sequence[str],
@@ -103,14 +218,12 @@ class LocalLLM(ABC):
         seed: int,
         told: OnDrawn = unheard,
     ) -> list[list[list[Response]]]:
-        """Responses as tokens: of each instruction, for each decoding, its samples."""
-        most = max(decoding.max_new_tokens for decoding in decodings)
-        prompts = self._prompts(instructions, most)
-        rows = sum(max(decoding.num_samples, decoding.num_beams) for decoding in decodings)
+        """Responses as tokens, all drawn now: of each instruction, for each decoding, its samples."""
+        prompts = self._prompts(instructions, max(decoding.max_new_tokens for decoding in decodings))
+        wanted = [Samples(decoding) for decoding in decodings]
         found: list[list[list[Response]]] = [[] for _ in instructions]
-        for batch in batches([len(prompt) for prompt in prompts], room=most, budget=self._batch_tokens() // rows):
-            drawn = self._respond([instructions[i] for i in batch], [prompts[i] for i in batch], decodings, seed, told)
-            for place, responses in zip(batch, drawn, strict=True):
+        for batch in self._respond(instructions, prompts, wanted, seed, told):
+            for place, responses in batch.items():
                 found[place] = responses
         return found
 
@@ -150,10 +263,6 @@ class LocalLLM(ABC):
         )
 
     @abstractmethod
-    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
-        """Tokens of each instruction, cut so that `room` more have their place; counts those."""
-
-    @abstractmethod
     def _response(self, text: str) -> list[int]:
         """Tokens of a given response, end token included."""
 
@@ -180,28 +289,73 @@ class LocalLLM(ABC):
     def _sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
         """Sum of the log-probabilities of each response's tokens after its prompt: (rows,)."""
 
+    @staticmethod
+    def _grows(decoding: Decoding) -> bool:
+        """Samples have random numbers of their own; the beams of a search are found together."""
+        return decoding.do_sample
+
+    def _draw(
+        self,
+        instructions: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        wanted: Sequence[Samples],
+        *,
+        seed: int,
+        told: OnDrawn,
+    ) -> Iterator[dict[int, list[list[Candidate]]]]:
+        for batch in self._respond(instructions, prompts, wanted, seed, told):
+            yield {
+                place: [
+                    [self._candidate(response, one.decoding, seed) for response in responses]
+                    for one, responses in zip(wanted, drawn, strict=True)
+                ]
+                for place, drawn in batch.items()
+            }
+
     def _respond(
         self,
         instructions: Sequence[str],
         prompts: Sequence[Sequence[int]],
-        decodings: Sequence[Decoding],
+        wanted: Sequence[Samples],
+        seed: int,
+        told: OnDrawn,
+    ) -> Iterator[dict[int, list[list[Response]]]]:
+        """For each batch the responses of its places."""
+        room = max(one.decoding.max_new_tokens for one in wanted)
+        rows = sum(max(one.decoding.num_samples, one.decoding.num_beams) for one in wanted)
+        for places in batches([len(prompt) for prompt in prompts], room=room, budget=self._batch_tokens() // rows):
+            texts, own = [instructions[place] for place in places], [prompts[place] for place in places]
+            drawn = self._respond_together(texts, own, wanted, seed, told)
+            yield dict(zip(places, drawn, strict=True))
+
+    @torch.inference_mode()
+    def _respond_together(
+        self,
+        instructions: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        wanted: Sequence[Samples],
         seed: int,
         told: OnDrawn,
     ) -> list[list[list[Response]]]:
-        """`respond` for one batch."""
+        """The responses of one batch."""
         encoded, mask = self._encode(prompts)
-        found: list[list[list[Response]]] = [[[] for _ in decodings] for _ in prompts]
-        for place, decoding in enumerate(decodings):
-            if decoding.num_beams > 1:
-                tokens, sums = self._beams(prompts, encoded, mask, decoding, told)
+        found: list[list[list[Response]]] = [[[] for _ in wanted] for _ in prompts]
+        for place, one in enumerate(wanted):
+            if one.decoding.num_beams > 1:
+                tokens, sums = self._beams(prompts, encoded, mask, one.decoding, told)
                 told(len(tokens))
                 for number, (own, total) in enumerate(zip(tokens, sums.tolist(), strict=True)):
-                    found[number // decoding.num_samples][place].append(Response(own, total))
-        drawn = [(place, decoding) for place, decoding in enumerate(decodings) if decoding.num_beams == 1]
+                    found[number // one.decoding.num_samples][place].append(Response(own, total))
+        drawn = [(place, one) for place, one in enumerate(wanted) if one.decoding.num_beams == 1]
         if drawn:
-            places = [place for place, decoding in drawn for _ in range(decoding.num_samples)]
-            rows = [decoding for _, decoding in drawn for _ in range(decoding.num_samples)]
-            numbers = [own for text in instructions for _, decoding in drawn for own in uniforms(seed, text, decoding)]
+            places = [place for place, one in drawn for _ in range(one.decoding.num_samples)]
+            rows = [one.decoding for _, one in drawn for _ in range(one.decoding.num_samples)]
+            numbers = [
+                own
+                for text in instructions
+                for _, one in drawn
+                for own in uniforms(seed, text, one.decoding, one.first)
+            ]
             model, logits = self._begin(encoded, mask, len(rows))
             given = continue_rows(model, logits, rows * len(prompts), numbers, self.ends, told)
             for number, response in enumerate(given):

@@ -13,10 +13,9 @@ from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
-from cappy.sampling import load_generator
 from cappy.sampling.accounts import accounts, check_failures, failures, taken
 from cappy.sampling.cautions import cautions
-from cappy.sampling.generators import check_strategy
+from cappy.sampling.generators import check_strategy, load_generator
 from cappy.sampling.paid import Api, Terms
 from cappy.sampling.strategies import (
     MOST_NEW_TOKENS,
@@ -175,7 +174,9 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
     parent = read_manifest(config.source)
     terms = terms_of(config, parent.hash)
     with ExitStack() as opened:
-        generators = [opened.enter_context(closing(load_generator(spec, terms))) for spec in config.generator]
+        generators = [
+            opened.enter_context(closing(load_generator(spec, terms, work=config.work))) for spec in config.generator
+        ]
         for position, generator in enumerate(generators):
             generator.check(share(config.decodings, position))
         return _run(config, parent, generators, progress)
