@@ -1,22 +1,85 @@
-"""What a generator is, and how a spec becomes one."""
+"""What a generator is, how an endpoint among them is asked, and which decodings fit; imports no client, no model."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from cappy.errors import ConfigError, shown
-from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.records import Candidate
 from cappy.records.instance import Status
-from cappy.sampling.paid import Terms
 from cappy.sampling.strategies import Decoding, share
-from cappy.specs import Spec, hub_folder, parse_spec
+from cappy.specs import parse_spec
 
-if TYPE_CHECKING:
-    from cappy.sampling.local import LocalGenerator
+Api = Literal["chat", "completions"]
+CHARACTERS_PER_TOKEN = 4
+"""Rule of thumb for English under current tokenizers; other scripts take more tokens."""
 
-_GENERATES = ("ForCausalLM", "LMHeadModel")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointConfig:
+    """How an endpoint is asked and what it may take; 0 means no limit, prices are money per million tokens.
+
+    `folder` keeps the answers (None keeps them in memory alone), `run` names whose budget is spent. `extra` names knobs
+    beyond OpenAI's that the server takes; `logprobs` asks for log-probabilities. An attempt may last `timeout` seconds;
+    a request that fails is sent again `retries` times, first after `first_wait` seconds, then after twice as long each
+    time. With `all_may_fail` refusals of every request end no run.
+    """
+
+    api: Api = "chat"
+    extra: tuple[str, ...] = ()
+    logprobs: bool = True
+    all_may_fail: bool = False
+    concurrency: int = 8
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    budget_requests: int = 0
+    budget_tokens: int = 0
+    budget_money: float = 0.0
+    price_input: float = 0.0
+    price_output: float = 0.0
+    timeout: float = 120.0
+    retries: int = 8
+    first_wait: float = 0.5
+    folder: Path | None = None
+    run: str = ""
+
+    def cost(self, input_tokens: int, output_tokens: int) -> float:
+        """What that many tokens cost."""
+        return (input_tokens * self.price_input + output_tokens * self.price_output) / 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a generator did since it was loaded.
+
+    `requests`, the tokens and `cost` count what was paid for; `cached` candidates came from earlier answers. `errors`
+    are attempts that failed, each followed by another or by the end of the run.
+    """
+
+    candidates: int = 0
+    cached: int = 0
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    errors: int = 0
+    cost: float = 0.0
+
+
+@runtime_checkable
+class Paid(Protocol):
+    """A generator whose answers cost money or time elsewhere."""
+
+    @property
+    def usage(self) -> Usage:
+        """What was used so far."""
+
+
+def tokens_of(text: str) -> int:
+    """About how many tokens a text has, by the rule of thumb."""
+    return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
 
 
 class OnDrawn(Protocol):
@@ -26,7 +89,7 @@ class OnDrawn(Protocol):
         """So many more are complete; those under way are `begun` candidates' worth of work, for an estimate."""
 
 
-def unheard(candidates: int, /, *, begun: float = 0.0) -> None:
+def ignore_drawn(candidates: int, /, *, begun: float = 0.0) -> None:
     """Nobody counts the candidates."""
 
 
@@ -48,9 +111,9 @@ class Generator(Protocol):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        told: OnDrawn = unheard,
+        on_drawn: OnDrawn = ignore_drawn,
     ) -> list[list[Candidate]]:
-        """The candidates of all decodings, in their order, per instruction; `told` hears of them as they come.
+        """The candidates of all decodings, in their order, per instruction; `on_drawn` hears of them as they come.
 
         What is drawn for an instruction depends on the seed, the instruction and the decoding, not on the instructions
         beside it.
@@ -104,58 +167,3 @@ def seed_of(seed: int, generator: str) -> int:
     """The seed of one generator of a run, below 2^31."""
     digest = hashlib.blake2b(repr((seed, generator)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") & 0x7FFF_FFFF
-
-
-def load_generator(text: str, terms: Terms | None = None, *, work: Path | None = None) -> Generator:
-    """The generator that a spec names; ConfigError says which specs sample.
-
-    `terms` are an endpoint's, with the folder of its answers; `work` keeps what all others draw.
-    """
-    spec = parse_spec(text)
-    if spec.kind == "openai":
-        from cappy.sampling.endpoint import Endpoint
-
-        return Endpoint(spec, terms)
-    generator = _load_local(text, spec)
-    if work is not None:
-        generator.keep_in(work)
-    return generator
-
-
-def _load_local(text: str, spec: Spec) -> "LocalGenerator":
-    if spec.kind == "models":
-        raise ConfigError(
-            f"{shown(text)}: the registry holds scorers; a generator is builtin, a folder, hub:, vllm: or openai:"
-        )
-    if spec.kind == "vllm":
-        from cappy.sampling.vllm_generator import VLLM
-
-        inner = parse_spec(spec.name)
-        pinned = inner.kind == "hub"
-        folder = open_model_folder(hub_folder(inner) if pinned else Path(inner.name), pinned=pinned)
-        return VLLM(text, folder, revision=inner.revision)
-    if spec.kind == "builtin":
-        from cappy.builtin import LLM_FOLDER, verify
-
-        verify(LLM_FOLDER)
-        return _transformers(text, open_model_folder(LLM_FOLDER, pinned=True))
-    if spec.kind == "hub":
-        return _transformers(text, open_model_folder(hub_folder(spec), pinned=True), revision=spec.revision)
-    return _transformers(text, open_model_folder(Path(spec.name)))
-
-
-def _transformers(name: str, folder: ModelFolder, revision: str = "") -> "LocalGenerator":
-    config = folder.config()
-    if config.is_encoder_decoder:
-        from cappy.sampling.seq2seq import Seq2Seq
-
-        return Seq2Seq(name, folder, revision)
-    kinds = config.architectures or []
-    if kinds and not any(kind.endswith(_GENERATES) for kind in kinds):
-        raise ConfigError(
-            f"{folder.path}: holds {', '.join(kinds)}, which generates nothing; a generator is an encoder-decoder or a "
-            "causal LLM"
-        )
-    from cappy.sampling.causal import Causal
-
-    return Causal(name, folder, revision)

@@ -14,9 +14,8 @@ from transformers.utils.logging import disable_progress_bar
 from cappy.errors import FolderError
 from cappy.model_folder import ModelFolder
 from cappy.records import Candidate
-from cappy.sampling.decoding import Continuation, Response, continue_rows
-from cappy.sampling.drawing import uniforms
-from cappy.sampling.generators import OnDrawn, status_of, unheard
+from cappy.sampling.drawing import Continuation, Response, continue_rows, uniforms
+from cappy.sampling.generators import OnDrawn, ignore_drawn, status_of
 from cappy.sampling.prompts import end_tokens
 from cappy.sampling.store import CandidateStore, Origin, question_key
 from cappy.sampling.strategies import Decoding
@@ -82,7 +81,7 @@ class LocalGenerator(ABC):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        told: OnDrawn = unheard,
+        on_drawn: OnDrawn = ignore_drawn,
     ) -> list[list[Candidate]]:
         """The candidates of all decodings, in their order, per instruction, with likelihoods.
 
@@ -98,10 +97,10 @@ class LocalGenerator(ABC):
         missing = _missing(keys, decodings, known)
         drawn_now = sum(len(places) * sum(one.decoding.num_samples for one in own) for own, places in missing.items())
         if others := len(instructions) * sum(decoding.num_samples for decoding in decodings) - drawn_now:
-            told(others)
+            on_drawn(others)
         for wanted, places in missing.items():
             texts, rows = [instructions[place] for place in places], [prompts[place] for place in places]
-            for batch in self._draw(texts, rows, wanted, seed=seed, told=told):
+            for batch in self._draw(texts, rows, wanted, seed=seed, on_drawn=on_drawn):
                 sets = {
                     (key := keys[places[number]][one.position]): (*known.get(key, ()), *candidates)
                     for number, drawn in batch.items()
@@ -131,7 +130,7 @@ class LocalGenerator(ABC):
         wanted: Sequence[Samples],
         *,
         seed: int,
-        told: OnDrawn,
+        on_drawn: OnDrawn,
     ) -> Iterator[dict[int, list[list[Candidate]]]]:
         """As they come, places of prompts with their candidates of all that is wanted."""
 
@@ -216,13 +215,13 @@ class LocalLLM(LocalGenerator):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        told: OnDrawn = unheard,
+        on_drawn: OnDrawn = ignore_drawn,
     ) -> list[list[list[Response]]]:
         """Responses as tokens, all drawn now: of each instruction, for each decoding, its samples."""
         prompts = self._prompts(instructions, max(decoding.max_new_tokens for decoding in decodings))
         wanted = [Samples(decoding) for decoding in decodings]
         found: list[list[list[Response]]] = [[] for _ in instructions]
-        for batch in self._respond(instructions, prompts, wanted, seed, told):
+        for batch in self._respond(instructions, prompts, wanted, seed, on_drawn):
             for place, responses in batch.items():
                 found[place] = responses
         return found
@@ -281,7 +280,7 @@ class LocalLLM(LocalGenerator):
         encoded: torch.Tensor,
         mask: torch.Tensor,
         decoding: Decoding,
-        told: OnDrawn,
+        on_drawn: OnDrawn,
     ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
         """Tokens of each prompt's samples by beam search, one prompt after the other, and their sums (rows,)."""
 
@@ -301,9 +300,9 @@ class LocalLLM(LocalGenerator):
         wanted: Sequence[Samples],
         *,
         seed: int,
-        told: OnDrawn,
+        on_drawn: OnDrawn,
     ) -> Iterator[dict[int, list[list[Candidate]]]]:
-        for batch in self._respond(instructions, prompts, wanted, seed, told):
+        for batch in self._respond(instructions, prompts, wanted, seed, on_drawn):
             yield {
                 place: [
                     [self._candidate(response, one.decoding, seed) for response in responses]
@@ -318,14 +317,14 @@ class LocalLLM(LocalGenerator):
         prompts: Sequence[Sequence[int]],
         wanted: Sequence[Samples],
         seed: int,
-        told: OnDrawn,
+        on_drawn: OnDrawn,
     ) -> Iterator[dict[int, list[list[Response]]]]:
         """For each batch the responses of its places."""
         room = max(one.decoding.max_new_tokens for one in wanted)
         rows = sum(max(one.decoding.num_samples, one.decoding.num_beams) for one in wanted)
         for places in batches([len(prompt) for prompt in prompts], room=room, budget=self._batch_tokens() // rows):
             texts, own = [instructions[place] for place in places], [prompts[place] for place in places]
-            drawn = self._respond_together(texts, own, wanted, seed, told)
+            drawn = self._respond_together(texts, own, wanted, seed, on_drawn)
             yield dict(zip(places, drawn, strict=True))
 
     @torch.inference_mode()
@@ -335,15 +334,15 @@ class LocalLLM(LocalGenerator):
         prompts: Sequence[Sequence[int]],
         wanted: Sequence[Samples],
         seed: int,
-        told: OnDrawn,
+        on_drawn: OnDrawn,
     ) -> list[list[list[Response]]]:
         """The responses of one batch."""
         encoded, mask = self._encode(prompts)
         found: list[list[list[Response]]] = [[[] for _ in wanted] for _ in prompts]
         for place, one in enumerate(wanted):
             if one.decoding.num_beams > 1:
-                tokens, sums = self._beams(prompts, encoded, mask, one.decoding, told)
-                told(len(tokens))
+                tokens, sums = self._beams(prompts, encoded, mask, one.decoding, on_drawn)
+                on_drawn(len(tokens))
                 for number, (own, total) in enumerate(zip(tokens, sums.tolist(), strict=True)):
                     found[number // one.decoding.num_samples][place].append(Response(own, total))
         drawn = [(place, one) for place, one in enumerate(wanted) if one.decoding.num_beams == 1]
@@ -357,7 +356,7 @@ class LocalLLM(LocalGenerator):
                 for own in uniforms(seed, text, one.decoding, one.first)
             ]
             model, logits = self._begin(encoded, mask, len(rows))
-            given = continue_rows(model, logits, rows * len(prompts), numbers, self.ends, told)
+            given = continue_rows(model, logits, rows * len(prompts), numbers, self.ends, on_drawn)
             for number, response in enumerate(given):
                 found[number // len(rows)][places[number % len(rows)]].append(response)
         return found
@@ -386,12 +385,12 @@ class LocalLLM(LocalGenerator):
         )
 
 
-def each_step(decoding: Decoding, rows: int, told: OnDrawn) -> StoppingCriteriaList:
+def each_step(decoding: Decoding, rows: int, on_drawn: OnDrawn) -> StoppingCriteriaList:
     """For `generate`: stops nothing, and says after each token how much of `rows` responses is done."""
     steps = itertools.count(1)
 
     def step(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        told(0, begun=rows * min(next(steps) / decoding.max_new_tokens, 1.0))
+        on_drawn(0, begun=rows * min(next(steps) / decoding.max_new_tokens, 1.0))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     return StoppingCriteriaList([step])

@@ -163,13 +163,16 @@ class CandidateStore:
 
     def _sets(self, path: Path, places: Sequence[tuple[int, int, str]]) -> Iterator[tuple[str, tuple[Candidate, ...]]]:
         """The sets at these places of a file that are under the wanted key; damaged ones are passed over."""
-        origin = {"generator": self._origin.generator, "revision": self._origin.revision}
+        origin = self._origin
         with path.open("rb") as file:
             for start, size, key in places:
                 file.seek(start)
                 try:
                     values = json.loads(file.read(size))
-                    drawn = tuple(Candidate(**origin, **one) for one in values["candidates"])
+                    drawn = tuple(
+                        Candidate(generator=origin.generator, revision=origin.revision, **one)
+                        for one in values["candidates"]
+                    )
                     same = values["key"] == key
                 except (ValueError, TypeError, KeyError, RecordError):
                     continue

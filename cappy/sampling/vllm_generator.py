@@ -72,8 +72,8 @@ class VLLM(LocalGenerator):
         outputs = self._generate([([*prompt, *response], parameters) for prompt, response in rows])
         found = []
         for (prompt, response), output in zip(rows, outputs, strict=True):
-            told = output.prompt_logprobs[len(prompt) :]
-            total = sum(place[token].logprob for token, place in zip(response, told, strict=True))
+            logprobs = output.prompt_logprobs[len(prompt) :]
+            total = sum(place[token].logprob for token, place in zip(response, logprobs, strict=True))
             found.append((float(total), len(response)))
         return found
 
@@ -93,7 +93,7 @@ class VLLM(LocalGenerator):
         wanted: Sequence[Samples],
         *,
         seed: int,
-        told: OnDrawn,
+        on_drawn: OnDrawn,
     ) -> Iterator[dict[int, list[list[Candidate]]]]:
         """All in one call, for the engine makes batches by itself."""
         decodings = [one.decoding for one in wanted]
@@ -103,7 +103,7 @@ class VLLM(LocalGenerator):
             for decoding in decodings
         ]
         outputs = iter(self._generate(asked))
-        told(len(prompts) * sum(decoding.num_samples for decoding in decodings))
+        on_drawn(len(prompts) * sum(decoding.num_samples for decoding in decodings))
         yield {
             place: [[self._candidate(one, decoding, seed) for one in next(outputs).outputs] for decoding in decodings]
             for place in range(len(prompts))

@@ -22,8 +22,8 @@ from transformers import (
 
 from cappy.errors import ConfigError
 from cappy.model_folder import open_model_folder
-from cappy.sampling.causal import Causal
-from cappy.sampling.generators import load_generator
+from cappy.sampling import load_generator
+from cappy.sampling.architectures import Causal
 from cappy.sampling.strategies import BEAM4, GREEDY, STRATEGIES, Decoding, strategy
 
 PROMPTS = ["the cat sat on the mat", "where is the dog", "one two three", "a", "no " * 25]

@@ -9,7 +9,7 @@ from wording import raises_naming
 
 from cappy.errors import ConfigError, GeneratorError
 from cappy.sampling.endpoint import Endpoint
-from cappy.sampling.paid import Terms
+from cappy.sampling.generators import EndpointConfig
 from cappy.sampling.strategies import BEAM4, GREEDY, Decoding
 from cappy.specs import parse_spec
 
@@ -36,7 +36,9 @@ def make(url: str) -> Iterator[Make]:
     made: list[Endpoint] = []
 
     def endpoint(**terms: object) -> Endpoint:
-        made.append(Endpoint(parse_spec(f"openai:m@{url}"), Terms(**{"first_wait": 0.01, "retries": 3, **terms})))  # type: ignore[arg-type]
+        made.append(
+            Endpoint(parse_spec(f"openai:m@{url}"), EndpointConfig(**{"first_wait": 0.01, "retries": 3, **terms}))
+        )  # type: ignore[arg-type]
         return made[-1]
 
     yield endpoint
@@ -151,7 +153,9 @@ def test_what_does_not_pass_ends_the_run_at_once_in_one_line(
 
 
 def test_an_unknown_host_is_tried_again_and_then_one_line() -> None:
-    endpoint = Endpoint(parse_spec("openai:m@http://no-such-host.invalid/v1"), Terms(retries=2, first_wait=0.01))
+    endpoint = Endpoint(
+        parse_spec("openai:m@http://no-such-host.invalid/v1"), EndpointConfig(retries=2, first_wait=0.01)
+    )
     with pytest.raises(GeneratorError, match=r"\(.+\).* 3 attempts.*address") as error:
         endpoint.sample(["one"], [GREEDY], seed=0)
     assert "\n" not in str(error.value)

@@ -12,12 +12,12 @@ from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError, GeneratorError
 from cappy.records import Candidate, Instance, Manifest, read, write
-from cappy.sampling.cautions import cautions
+from cappy.sampling.accounts import cautions
 from cappy.sampling.endpoint import Endpoint
-from cappy.sampling.endpoint.addresses import base_address, join_path, key_headers
-from cappy.sampling.endpoint.cache import key_of
+from cappy.sampling.endpoint.answers import key_of
+from cappy.sampling.endpoint.client import base_address, join_path, key_headers
 from cappy.sampling.endpoint.faults import PROBE, STREAK
-from cappy.sampling.paid import Terms
+from cappy.sampling.generators import EndpointConfig
 from cappy.sampling.step import SamplingConfig, run
 from cappy.sampling.strategies import GREEDY, Decoding
 from cappy.specs import parse_spec
@@ -35,7 +35,7 @@ def sample(
 ) -> tuple[list[list[Candidate]], dict[str, int]]:
     """The candidates of an endpoint with this script, and its tally."""
     with scripted(script) as url:
-        made = Terms(**{"first_wait": 0.001, "retries": 2, **terms})
+        made = EndpointConfig(**{"first_wait": 0.001, "retries": 2, **terms})
         endpoint = Endpoint(parse_spec(f"openai:m@{url}/v1"), made)
         try:
             return endpoint.sample(prompts, decodings, seed=0), dict(endpoint.tally())
@@ -487,7 +487,7 @@ def test_d5_logprobs_are_not_asked_for_with_no_logprobs(tmp_path: Path, api: str
 def test_d6_the_path_goes_before_the_query(given: str, chat: str) -> None:
     script = Script(lambda body: (200, saying("whole")))
     with scripted(script) as url:
-        endpoint = Endpoint(parse_spec(f"openai:m@{url}{given}"), Terms(retries=0))
+        endpoint = Endpoint(parse_spec(f"openai:m@{url}{given}"), EndpointConfig(retries=0))
         endpoint.sample(["one"], [PLAIN], seed=0)
         endpoint.close()
     assert script.paths == [chat]
@@ -504,7 +504,7 @@ def test_d6_azures_key_goes_into_its_own_header(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("OPENAI_API_KEY", key)
         script = Script(lambda body: (200, saying("whole")))
         with scripted(script) as url:
-            endpoint = Endpoint(parse_spec(f"openai:m@{url}{given}"), Terms(retries=0))
+            endpoint = Endpoint(parse_spec(f"openai:m@{url}{given}"), EndpointConfig(retries=0))
             endpoint.sample(["one"], [PLAIN], seed=0)
             endpoint.close()
         found = {name: value for name, value in script.headers[0].items() if name in ("api-key", "authorization")}

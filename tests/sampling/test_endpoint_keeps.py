@@ -20,8 +20,8 @@ from cappy.progress import FileProgress
 from cappy.records import Instance, read, read_manifest, write
 from cappy.sampling.endpoint import Endpoint
 from cappy.sampling.endpoint.faults import retry_after
-from cappy.sampling.paid import Terms
-from cappy.sampling.step import SamplingConfig, run, terms_of
+from cappy.sampling.generators import EndpointConfig
+from cappy.sampling.step import SamplingConfig, endpoint_config, run
 from cappy.sampling.strategies import GREEDY, Decoding
 from cappy.specs import parse_spec
 
@@ -30,7 +30,7 @@ PROMPTS = [f"prompt {i}" for i in range(60)]
 
 
 def endpoint_at(url: str, **terms: object) -> Endpoint:
-    return Endpoint(parse_spec(f"openai:m@{url}"), Terms(**{"first_wait": 0.01, **terms}))  # type: ignore[arg-type]
+    return Endpoint(parse_spec(f"openai:m@{url}"), EndpointConfig(**{"first_wait": 0.01, **terms}))  # type: ignore[arg-type]
 
 
 def instances(folder: Path, count: int, head: str = "say") -> Path:
@@ -180,7 +180,7 @@ def test_an_answer_serves_its_own_question_alone(tmp_path: Path) -> None:
         for requests in (1, 0):
             for model, instruction, decoding, seed, terms in asked:
                 extra = ("top_k", "min_p", "min_tokens")
-                kept = Terms(folder=tmp_path, extra=extra, **terms)  # type: ignore[arg-type]
+                kept = EndpointConfig(folder=tmp_path, extra=extra, **terms)  # type: ignore[arg-type]
                 endpoint = Endpoint(parse_spec(f"openai:{model}"), kept)
                 endpoint.sample([instruction], [decoding], seed=seed)
                 endpoint.close()
@@ -354,10 +354,12 @@ def test_the_key_stands_nowhere(
 
 
 def test_shards_and_part_sizes_share_a_budget_and_other_seeds_do_not(tmp_path: Path) -> None:
-    one = terms_of(config_at(tmp_path, "http://h/v1"), "p").run
-    assert terms_of(config_at(tmp_path, "http://h/v1", shard="0/4", part_rows=3, budget_requests=5), "p").run == one
-    assert terms_of(config_at(tmp_path, "http://h/v1", seed=1), "p").run != one
-    assert terms_of(config_at(tmp_path, "http://h/v1"), "q").run != one
+    one = endpoint_config(config_at(tmp_path, "http://h/v1"), "p").run
+    assert (
+        endpoint_config(config_at(tmp_path, "http://h/v1", shard="0/4", part_rows=3, budget_requests=5), "p").run == one
+    )
+    assert endpoint_config(config_at(tmp_path, "http://h/v1", seed=1), "p").run != one
+    assert endpoint_config(config_at(tmp_path, "http://h/v1"), "q").run != one
 
 
 def test_ctrl_c_keeps_what_was_under_way(tmp_path: Path) -> None:

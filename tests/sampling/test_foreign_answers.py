@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from cappy.errors import GeneratorError
 from cappy.records import Candidate
 from cappy.sampling.endpoint import Endpoint
-from cappy.sampling.endpoint.bounded import Connection, Deadlines
+from cappy.sampling.endpoint.client import Connection, Deadlines
 from cappy.sampling.endpoint.faults import read_refusal, retry_after
-from cappy.sampling.paid import Terms
+from cappy.sampling.generators import EndpointConfig
 from cappy.sampling.strategies import Decoding
 from cappy.specs import parse_spec
 from cappy.untrusted import MAX_DEPTH, read_json
@@ -36,7 +36,7 @@ def url(foreign: Foreign) -> Iterator[str]:
 
 def sample(url: str, folder: Path | None = None, **terms: float) -> list[Candidate]:
     """What the endpoint gives for one instruction; GeneratorError where it gives none."""
-    made = Terms(folder=folder, retries=1, first_wait=0.001, **{"timeout": 20.0, **terms})  # type: ignore[arg-type]
+    made = EndpointConfig(folder=folder, retries=1, first_wait=0.001, **{"timeout": 20.0, **terms})  # type: ignore[arg-type]
     endpoint = Endpoint(parse_spec(f"openai:m@{url}"), made)
     try:
         (found,) = endpoint.sample(["say it"], [TWO], seed=1)
@@ -142,7 +142,7 @@ def test_the_key_is_taken_out_before_a_text_is_cut(foreign: Foreign, url: str, m
     for padding in range(20, 200, 9):
         for status, body in ((400, b"<p>%s%s</p>"), (401, b'{"error": {"message": "%s%s"}}'), (200, b'{"a": "%s%s"}')):
             foreign.parts = [response(body % (b"x" * padding, KEY.encode()), status=status)]
-            endpoint = Endpoint(parse_spec(f"openai:m@{url}"), Terms(retries=1, first_wait=0.001))
+            endpoint = Endpoint(parse_spec(f"openai:m@{url}"), EndpointConfig(retries=1, first_wait=0.001))
             try:
                 endpoint.sample(["say it"], [TWO], seed=1)
                 told = " ".join(endpoint.tally())

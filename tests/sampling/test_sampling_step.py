@@ -10,7 +10,7 @@ from cappy.errors import ConfigError
 from cappy.records import Candidate, Instance, read, write
 from cappy.sampling.accounts import taken
 from cappy.sampling.candidates import sample
-from cappy.sampling.generators import unheard
+from cappy.sampling.generators import ignore_drawn
 from cappy.sampling.step import SamplingConfig, run
 from cappy.sampling.strategies import GREEDY, STRATEGIES, Decoding
 
@@ -33,10 +33,10 @@ class Echo:
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        told: Callable[[int], None] = unheard,
+        on_drawn: Callable[[int], None] = ignore_drawn,
     ) -> list[list[Candidate]]:
         self.asked += instructions
-        told(len(instructions) * sum(decoding.num_samples for decoding in decodings))
+        on_drawn(len(instructions) * sum(decoding.num_samples for decoding in decodings))
         return [
             [
                 Candidate(response=f"{text} {decoding.name} {seed} {n}", generator=self.name)

@@ -15,9 +15,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from cappy.errors import ConfigError, FolderError
 from cappy.model_folder import open_model_folder
-from cappy.sampling.generators import load_generator
+from cappy.sampling import load_generator
+from cappy.sampling.architectures import Seq2Seq
 from cappy.sampling.local import batches
-from cappy.sampling.seq2seq import Seq2Seq
 from cappy.sampling.strategies import BEAM4, GREEDY, STRATEGIES, Decoding
 
 PROMPTS = ["the cat sat on the mat", "where is the dog", "one two three"]

@@ -19,9 +19,9 @@ from cappy.errors import FolderError
 from cappy.model_folder import open_model_folder
 from cappy.records import Candidate, Instance, read, write
 from cappy.sampling import step
+from cappy.sampling.architectures import Seq2Seq
 from cappy.sampling.generators import OnDrawn
 from cappy.sampling.local import LocalGenerator, LocalLLM, Samples
-from cappy.sampling.seq2seq import Seq2Seq
 from cappy.sampling.step import SamplingConfig, run
 from cappy.sampling.store import CandidateStore, Entry, Origin, entries, question_key, remove
 from cappy.sampling.strategies import GREEDY, Decoding, strategy
@@ -52,7 +52,7 @@ class Counting(LocalGenerator):
         wanted: Sequence[Samples],
         *,
         seed: int,
-        told: OnDrawn,
+        on_drawn: OnDrawn,
     ) -> Iterator[dict[int, list[list[Candidate]]]]:
         for start in range(0, len(prompts), 4):
             if self._dies_after and len(self.drawn) >= self._dies_after:
@@ -60,7 +60,7 @@ class Counting(LocalGenerator):
             batch: dict[int, list[list[Candidate]]] = {}
             for place in range(start, min(start + 4, len(prompts))):
                 batch[place] = [self._samples(instructions[place], one, seed) for one in wanted]
-            told(sum(len(drawn) for own in batch.values() for drawn in own))
+            on_drawn(sum(len(drawn) for own in batch.values() for drawn in own))
             yield batch
 
     def _samples(self, instruction: str, wanted: Samples, seed: int) -> list[Candidate]:
@@ -208,7 +208,7 @@ def test_equal_instructions_are_drawn_for_once_and_all_are_counted(tmp_path: Pat
     def count(drawn: int, /, *, begun: float = 0.0) -> None:
         counts.append(drawn)
 
-    one, two, other = generator.sample(["a", "a", "b"], [replace(GREEDY, name="g")], seed=0, told=count)
+    one, two, other = generator.sample(["a", "a", "b"], [replace(GREEDY, name="g")], seed=0, on_drawn=count)
     assert one == two != other
     assert len(generator.drawn) == 2
     assert sum(counts) == 3
