@@ -8,8 +8,7 @@ from cappy.specs import Spec, hub_folder, parse_spec
 
 if TYPE_CHECKING:
     from cappy.model_folder import ModelFolder
-    from cappy.sampling.generators import EndpointConfig, Generator
-    from cappy.sampling.local import LocalGenerator
+    from cappy.sampling.generators import EndpointConfig, Generator, LocalGenerator
 
 __all__ = ["load_generator"]
 

@@ -1,10 +1,8 @@
-"""What the LLMs that run on this machine share: draws that are kept, loading, batches by length."""
+"""What the LLMs of transformers that run on this machine share: loading, batches by length, candidates."""
 
 import itertools
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,157 +13,14 @@ from cappy.errors import FolderError
 from cappy.model_folder import ModelFolder
 from cappy.records import Candidate
 from cappy.sampling.drawing import Continuation, Response, continue_rows, uniforms
-from cappy.sampling.generators import OnDrawn, ignore_drawn, status_of
+from cappy.sampling.generators import LocalGenerator, OnDrawn, Samples, ignore_drawn, status_of
 from cappy.sampling.prompts import end_tokens
-from cappy.sampling.store import CandidateStore, Origin, question_key
 from cappy.sampling.strategies import Decoding
 
 MOST_LOGITS = 2**26
 """Logits that one batch of likelihoods may hold, 4 bytes each."""
 CPU_WORK = 2**42
 """Parameters times tokens of a batch on a CPU: it is done within a minute or so, and larger ones are no faster."""
-
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """What is to be drawn of a decoding: `decoding.num_samples` samples from number `first` on.
-
-    `position` is the place of the whole decoding among those that were asked for.
-    """
-
-    decoding: Decoding
-    first: int = 0
-    position: int = 0
-
-
-class LocalGenerator(ABC):
-    """A generator that draws here and, once `keep_in` was called, draws nothing that it has drawn before.
-
-    A kept draw is used as it is. What would be drawn anew may differ from it where the batch decides: logits of
-    another batch differ in their last bits, and where two tokens are as good as equal, or a draw falls on the border
-    of two, that turns the choice. Batches follow from what is drawn together: the rows of a part and their decodings.
-    """
-
-    VERSION = 1
-    """Of the code that draws: raised when the same question gets other candidates, so that none of before is used."""
-    name: str
-    revision: str
-
-    def __init__(self, name: str, revision: str) -> None:
-        self.name = name
-        self.revision = revision
-        self._cut = 0
-        self._store: CandidateStore | None = None
-
-    def keep_in(self, work: Path) -> None:
-        """Keeps what is drawn under this work folder, and uses what was kept there."""
-        self._store = CandidateStore(work, Origin(generator=self.name, revision=self.revision, version=self.VERSION))
-
-    def tally(self) -> Mapping[str, int]:
-        """`cut`: the instructions since the last call that lost their end."""
-        cut, self._cut = self._cut, 0
-        return {"cut": cut}
-
-    def close(self) -> None:
-        """Closes what is kept."""
-        if self._store is not None:
-            self._store.close()
-
-    def check(self, decodings: Sequence[Decoding]) -> None:
-        """No decoding is refused."""
-        del decodings
-
-    def sample(
-        self,
-        instructions: Sequence[str],
-        decodings: Sequence[Decoding],
-        *,
-        seed: int,
-        on_drawn: OnDrawn = ignore_drawn,
-    ) -> list[list[Candidate]]:
-        """The candidates of all decodings, in their order, per instruction, with likelihoods.
-
-        Of equal instructions one is drawn for.
-        """
-        self.check(decodings)
-        prompts = self._prompts(instructions, max((one.max_new_tokens for one in decodings), default=0))
-        keys = [
-            [self._key(question_key(instruction=text, prompt=prompt, seed=seed), decoding) for decoding in decodings]
-            for text, prompt in zip(instructions, prompts, strict=True)
-        ]
-        known = self._store.get(list(dict.fromkeys(itertools.chain(*keys)))) if self._store else {}
-        missing = _missing(keys, decodings, known)
-        drawn_now = sum(len(places) * sum(one.decoding.num_samples for one in own) for own, places in missing.items())
-        if others := len(instructions) * sum(decoding.num_samples for decoding in decodings) - drawn_now:
-            on_drawn(others)
-        for wanted, places in missing.items():
-            texts, rows = [instructions[place] for place in places], [prompts[place] for place in places]
-            for batch in self._draw(texts, rows, wanted, seed=seed, on_drawn=on_drawn):
-                sets = {
-                    (key := keys[places[number]][one.position]): (*known.get(key, ()), *candidates)
-                    for number, drawn in batch.items()
-                    for one, candidates in zip(wanted, drawn, strict=True)
-                }
-                if self._store is not None:
-                    self._store.put(sets)
-                known |= sets
-        return [
-            [
-                candidate
-                for key, decoding in zip(own, decodings, strict=True)
-                for candidate in known[key][: decoding.num_samples]
-            ]
-            for own in keys
-        ]
-
-    @abstractmethod
-    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
-        """Tokens of each instruction as the LLM sees it, cut so that `room` more have their place; counts those."""
-
-    @abstractmethod
-    def _draw(
-        self,
-        instructions: Sequence[str],
-        prompts: Sequence[Sequence[int]],
-        wanted: Sequence[Samples],
-        *,
-        seed: int,
-        on_drawn: OnDrawn,
-    ) -> Iterator[dict[int, list[list[Candidate]]]]:
-        """As they come, places of prompts with their candidates of all that is wanted."""
-
-    @staticmethod
-    def _grows(decoding: Decoding) -> bool:
-        """Whether more samples of it begin with the same ones, so that the others can be drawn alone."""
-        del decoding
-        return False
-
-    def _key(self, question: str, decoding: Decoding) -> str:
-        knobs = asdict(decoding)
-        # Which of several generators draws it changes nothing.
-        del knobs["generator"]
-        if self._grows(decoding):
-            del knobs["num_samples"]
-        return question_key(question=question, decoding=knobs)
-
-
-def _missing(
-    keys: Sequence[Sequence[str]], decodings: Sequence[Decoding], known: Mapping[str, Sequence[Candidate]]
-) -> dict[tuple[Samples, ...], list[int]]:
-    """Which places lack which samples; each key is asked for once."""
-    missing: dict[tuple[Samples, ...], list[int]] = {}
-    asked: set[str] = set()
-    for place, own in enumerate(keys):
-        wanted = []
-        for position, (key, decoding) in enumerate(zip(own, decodings, strict=True)):
-            first = len(known.get(key, ()))
-            if first < decoding.num_samples and key not in asked:
-                asked.add(key)
-                rest = replace(decoding, num_samples=decoding.num_samples - first)
-                wanted.append(Samples(rest, first, position))
-        if wanted:
-            missing.setdefault(tuple(wanted), []).append(place)
-    return missing
 
 
 class LocalLLM(LocalGenerator):

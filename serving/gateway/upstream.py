@@ -20,8 +20,6 @@ from cappy.redaction import SHORTEST
 from cappy.sampling.endpoint.answers import BadAnswerError, GivenUpError, model_name, read_choice, read_choices
 from cappy.sampling.endpoint.client import (
     MAX_BYTES,
-    MAX_LIST_BYTES,
-    answer_bytes,
     async_settings,
     base_address,
     join_path,
@@ -29,6 +27,7 @@ from cappy.sampling.endpoint.client import (
     max_connections,
 )
 from cappy.sampling.endpoint.faults import LENGTH, NEW_LENGTH, Capabilities, refused_parameter
+from cappy.sampling.endpoint.limits import MAX_LIST_BYTES, answer_bytes
 from cappy.sampling.generators import tokens_of
 from cappy.untrusted import is_utf8, to_utf8
 from serving.gateway.errors import GatewayError, bad_answer, late, not_utf8, refused, unreachable

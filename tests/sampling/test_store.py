@@ -20,8 +20,8 @@ from cappy.model_folder import open_model_folder
 from cappy.records import Candidate, Instance, read, write
 from cappy.sampling import step
 from cappy.sampling.architectures import Seq2Seq
-from cappy.sampling.generators import OnDrawn
-from cappy.sampling.local import LocalGenerator, LocalLLM, Samples
+from cappy.sampling.generators import LocalGenerator, OnDrawn, Samples
+from cappy.sampling.local import LocalLLM
 from cappy.sampling.step import SamplingConfig, run
 from cappy.sampling.store import CandidateStore, Entry, Origin, entries, question_key, remove
 from cappy.sampling.strategies import GREEDY, Decoding, strategy

@@ -26,17 +26,9 @@ from cappy.sampling.endpoint.answers import (
     key_of,
     read_answers,
 )
-from cappy.sampling.endpoint.client import (
-    NO_KEY,
-    Client,
-    Clients,
-    LateError,
-    answer_bytes,
-    base_address,
-    refuse_secrets,
-)
+from cappy.sampling.endpoint.client import NO_KEY, Client, Clients, LateError, base_address, refuse_secrets
 from cappy.sampling.endpoint.faults import PROBE, Capabilities, Fault, NeededParameterError, Standing, backoff, judge
-from cappy.sampling.endpoint.limits import Budget, Meter, Pace, Spent, StoppedError, pause
+from cappy.sampling.endpoint.limits import Budget, Meter, Pace, Spent, StoppedError, answer_bytes, pause
 from cappy.sampling.generators import EndpointConfig, Usage, ignore_drawn, tokens_of
 from cappy.sampling.strategies import Decoding
 from cappy.specs import Spec

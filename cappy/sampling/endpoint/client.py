@@ -1,4 +1,4 @@
-"""HTTP towards endpoints that are not trusted: addresses, the key, clients, and limits on the size and time of answers.
+"""HTTP towards endpoints that are not trusted: addresses, the key, clients; answers bounded in size and time.
 
 A body is decoded step by step and the request ended as soon as it is too large, whatever the compression. No redirect
 is followed and no cookie kept: the key and the prompts go to the address that was given, and nowhere else.
@@ -26,7 +26,7 @@ import openai
 
 from cappy.errors import ConfigError, shown
 from cappy.redaction import has_secret, redact_address, remember
-from cappy.sampling.endpoint.limits import pause
+from cappy.sampling.endpoint.limits import MAX_ANSWER_BYTES, MAX_ERROR_BYTES, pause
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 FILE_VARIABLE = "OPENAI_API_KEY_FILE"
@@ -71,7 +71,9 @@ _BEGINNING_OF_JWT = "eyJ"
 
 
 def base_address(url: str) -> str:
-    """The address that paths are joined to: no slash or operation at the end of its path, `/v1` where it has none."""
+    """The address that paths are joined to: no slash or operation at the end of its path, `/v1` where it has none.
+    Paths go before the query, which every request keeps: https://host/d?v=1 -> https://host/d/chat/completions?v=1.
+    """
     parts = urlsplit(url.strip())
     path = parts.path.rstrip("/")
     operation = next((one for one in _OPERATIONS if path.endswith(one)), "")
@@ -97,18 +99,6 @@ def key_headers(base: str, authorization: str) -> dict[str, str]:
     return {"Authorization": authorization} if authorization else {}
 
 
-MAX_ANSWER_BYTES = 32_000_000
-"""Of a body, decoded, whatever was asked for."""
-MAX_ERROR_BYTES = 1_000_000
-"""Of a body with a status that is not 200."""
-MAX_LIST_BYTES = 8_000_000
-"""Of a list of models."""
-LEAST_ANSWER_BYTES = 1_000_000
-TOKEN_BYTES = 100
-LIKELY_TOKEN_BYTES = 400
-"""What a token of a response takes in JSON at most, without and with its log-probability."""
-UNKNOWN_TOKENS = 32_768
-"""Assumed length of a response where the request sets no limit."""
 MAX_BYTES = "cappy.max_bytes"
 """Extension of a request: how many bytes its answer may have, decoded."""
 TICK_SECONDS = 0.25
@@ -118,15 +108,6 @@ _GZIP_OR_ZLIB = 47
 
 class RefusedAnswerError(httpx2.DecodingError):
     """An answer that is not read to its end: too large, or in an encoding that was not requested."""
-
-
-def answer_bytes(tokens: int | None, count: int, *, likelihoods: int = 0) -> int:
-    """How many bytes an answer may have: `count` responses of `tokens` tokens (None: nobody limits them).
-
-    `likelihoods` is the number of log-probabilities that come with each token.
-    """
-    each = TOKEN_BYTES + LIKELY_TOKEN_BYTES * likelihoods
-    return min(MAX_ANSWER_BYTES, LEAST_ANSWER_BYTES + count * (tokens or UNKNOWN_TOKENS) * each)
 
 
 class Connection:

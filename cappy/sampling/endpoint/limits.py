@@ -1,4 +1,4 @@
-"""How fast an endpoint may be asked, how much it may take in all, and what was used."""
+"""How fast an endpoint may be asked, how large an answer may be, how much a run may take, and what was used."""
 
 import contextlib
 import os
@@ -16,8 +16,29 @@ from cappy.sampling.generators import EndpointConfig, Usage
 REFRESH_SECONDS = 2.0
 """How long another process's requests may stay unseen; looking costs a listing of a folder that may be far away."""
 
+MAX_ANSWER_BYTES = 32_000_000
+"""Of a body, decoded, whatever was asked for."""
+MAX_ERROR_BYTES = 1_000_000
+"""Of a body with a status that is not 200."""
+MAX_LIST_BYTES = 8_000_000
+"""Of a list of models."""
+LEAST_ANSWER_BYTES = 1_000_000
+TOKEN_BYTES = 100
+LIKELY_TOKEN_BYTES = 400
+"""What a token of a response takes in JSON at most, without and with its log-probability."""
+UNKNOWN_TOKENS = 32_768
+"""Assumed length of a response where the request sets no limit."""
 LONGEST_CORRECTION = 600.0
 """Seconds that one answer may hold up the next ones because it took more than it was expected to."""
+
+
+def answer_bytes(tokens: int | None, count: int, *, likelihoods: int = 0) -> int:
+    """How many bytes an answer may have: `count` responses of `tokens` tokens (None: nobody limits them).
+
+    `likelihoods` is the number of log-probabilities that come with each token.
+    """
+    each = TOKEN_BYTES + LIKELY_TOKEN_BYTES * likelihoods
+    return min(MAX_ANSWER_BYTES, LEAST_ANSWER_BYTES + count * (tokens or UNKNOWN_TOKENS) * each)
 
 
 class StoppedError(Exception):
