@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from wording import raises_naming
 
 from cappy.annotation import rouge_l
 from cappy.annotation.matches import exact_match, numeric_match, token_f1
@@ -167,17 +168,17 @@ def test_a_mixture_is_the_weighted_sum() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "names"),
     [
-        ("rouge", r"'rouge' is no metric; choose of rougeL, "),
-        ("", r"'' is no metric"),
-        ("0.5*rougeL", r"the weights of '0.5\*rougeL' sum to 0.5"),
-        ("0.5*rougeL+0.7*bleu", "sum to 1.2"),
-        ("0.5*rougeL+0.5*rougeL", "rougeL stands in .* twice"),
+        ("rouge", ("'rouge'", "rougeL, ")),
+        ("", ("''", "rougeL, ")),
+        ("0.5*rougeL", ("'0.5*rougeL'", "sum to 0.5")),
+        ("0.5*rougeL+0.7*bleu", ("sum to 1.2",)),
+        ("0.5*rougeL+0.5*rougeL", ("rougeL ", "twice")),
     ],
 )
-def test_a_wrong_metric_is_refused_with_the_names_there_are(text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_a_wrong_metric_is_refused_with_the_names_there_are(text: str, names: tuple[str, ...]) -> None:
+    with raises_naming(ConfigError, "--metric", *names):
         build(AnnotationConfig, {"source": "a", "target": "b", "metric": text})
 
 
