@@ -23,8 +23,8 @@ from cappy.records.instance import GIVEN
 Floats = npt.NDArray[np.float64]
 
 METRICS: Mapping[str, str] = {
-    "rougeL": "cappy.annotation.rouge_columns:rouge_l_pools",
-    "rougeL_unicode": "cappy.annotation.unicode_rouge:rouge_l",
+    "rougeL": "cappy.annotation.rouge:rouge_l_pools",
+    "rougeL_unicode": "cappy.annotation.rouge:rouge_l_unicode",
     "exact_match": "cappy.annotation.matches:exact_match",
     "numeric_match": "cappy.annotation.matches:numeric_match",
     "token_f1": "cappy.annotation.matches:token_f1",

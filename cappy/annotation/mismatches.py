@@ -6,7 +6,7 @@ Both recipes draw among the instances given, which in the step are those of one 
 import random
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from cappy.annotation.rouge_columns import rouge_l_pools
+from cappy.annotation.rouge import rouge_l_pools
 from cappy.records import Instance
 
 NEARLY_RIGHT = 0.5
