@@ -8,11 +8,9 @@ import pytest
 from wording import assert_names, raises_naming
 
 from cappy.annotation import rouge_l
-from cappy.annotation.labels import Labelling, annotate
+from cappy.annotation.labels import NEARLY_RIGHT, Labelling, Row, annotate, regression_rows
 from cappy.annotation.metrics import load
-from cappy.annotation.mismatches import NEARLY_RIGHT
 from cappy.annotation.rouge import partly_visible
-from cappy.annotation.rows import Row, regression_rows
 from cappy.annotation.step import AnnotationConfig, run
 from cappy.cli.steps import summary
 from cappy.config import build

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from wording import raises_naming
 
 from cappy.annotation import rouge_l
-from cappy.annotation.matches import exact_match, numeric_match, token_f1
-from cappy.annotation.metrics import METRICS, Pool, load, parse
+from cappy.annotation.metrics import METRICS, Pool, exact_match, load, numeric_match, parse, token_f1
 from cappy.annotation.rouge import rouge_l_unicode
 from cappy.annotation.step import AnnotationConfig, run
 from cappy.config import build
