@@ -22,13 +22,11 @@ from rich.cells import cell_len
 from wording import assert_names, raises_naming
 
 from cappy.annotation.report import DataReport, summarize, to_text, write_page, write_report
-from cappy.annotation.report.columns import COLUMNS, Candidates, Codes, Ints, codes
-from cappy.annotation.report.hashes import Distinct
-from cappy.annotation.report.lengths import LengthTotals, num_characters, num_words
+from cappy.annotation.report.candidates import COLUMNS, Candidates, Codes, Ints, codes, measured
 from cappy.annotation.report.page import render
-from cappy.annotation.report.pools import measured
 from cappy.annotation.report.record import QUANTILES, Pools
-from cappy.annotation.report.text import MOST_ROWS, WIDTH
+from cappy.annotation.report.summary import Distinct, LengthTotals, num_characters, num_words
+from cappy.annotation.report.text import MOST_ROWS, WIDTH, to_values
 from cappy.annotation.rouge import partly_visible
 from cappy.annotation.step import AnnotationConfig, run
 from cappy.errors import ConfigError, FolderError, RecordError
@@ -434,7 +432,7 @@ def test_the_text_stays_within_its_columns_and_folds_what_is_long() -> None:
     assert f"and {len(names) - MOST_ROWS} more tasks" in text
     assert len(re.findall(r"^task \d", text, re.MULTILINE)) == MOST_ROWS - 2
     assert "\x1b" not in text
-    assert len(report.to_dict()["tasks"]) == render(report).count("<td>task ") + 2
+    assert len(to_values(report)["tasks"]) == render(report).count("<td>task ") + 2
 
 
 def test_texts_of_the_data_cannot_become_markup() -> None:
