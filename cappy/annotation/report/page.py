@@ -15,8 +15,7 @@ from cappy.annotation.report.record import NUM_BINS, DataReport, Labels, Lengths
 from cappy.annotation.report.summary import summarize
 from cappy.annotation.report.text import DEFINITIONS, MOST_ROWS, findings, selectable_sources, tables, to_values
 from cappy.errors import ConfigError, RecordError
-from cappy.pages import template
-from cappy.pages.plot import INK, QUIET, drawing, plain_axes, to_svg
+from cappy.pages.page import INK, QUIET, drawing, plain_axes, render_template, to_svg
 from cappy.pages.words import metric_name
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_batches, read_manifest
@@ -63,7 +62,7 @@ def write_page(report: DataReport, folder: Path) -> None:
 
 def render(report: DataReport) -> str:
     """The page; every text of the data in it is escaped."""
-    return template.render(
+    return render_template(
         "annotation/report",
         {},
         report=report,
