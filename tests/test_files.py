@@ -77,7 +77,7 @@ def test_no_lock_is_opened_through_a_symbolic_link(name: str, tmp_path: Path) ->
     folder = tmp_path / "shared"
     folder.mkdir()
     (folder / file).symlink_to(victim)
-    with pytest.raises(FolderError, match=rf"^\S*{file}: is a symbolic link, and a lock file must not be one; delete"):
+    with pytest.raises(FolderError, match=rf"^\S*{file}: .*symbolic link.*lock.*; delete"):
         hold(folder)
     assert victim.read_text() == "what matters"
 
@@ -90,14 +90,14 @@ def test_the_lock_of_a_piece_of_work_does_not_overwrite_what_a_link_names(tmp_pa
     for link in (os.symlink, os.link):
         (folder / ".lock").unlink()
         link(victim, folder / ".lock")
-        with pytest.raises(FolderError, match="a lock file must not"), claim(tmp_path / "work", "annotation", {}):
+        with pytest.raises(FolderError, match="lock: .*link"), claim(tmp_path / "work", "annotation", {}):
             pytest.fail("it is no lock")
     assert victim.read_text() == "what matters"
 
 
 def test_a_link_that_leads_nowhere_makes_no_file_there(tmp_path: Path) -> None:
     (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(FolderError, match="is a symbolic link"):
+    with pytest.raises(FolderError, match="lock: .*symbolic link"):
         open_lock(tmp_path / "lock")
     assert not (tmp_path / "elsewhere").exists()
 
@@ -229,6 +229,6 @@ def test_publishing_follows_no_link_to_a_folder_out_of_the_target(tmp_path: Path
     outside.mkdir()
     (target / "scorer").symlink_to(outside)
     file = File(name="scorer/config.json", sha256=sha256_of(work / "scorer" / "config.json"))
-    with pytest.raises(FolderError, match="scorer: is a symbolic link, which leads out of the folder"):
+    with pytest.raises(FolderError, match="scorer: .*symbolic link"):
         publish(work, target, Manifest(step="step", files=(file,)))
     assert list(outside.iterdir()) == []
