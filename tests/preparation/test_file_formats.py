@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+from wording import raises_naming
 
 from cappy.errors import RecordError
 from cappy.preparation import lines
@@ -167,7 +168,7 @@ REFUSED = {
     "rows.tar": (tar(), "is a tar archive", "tar -xf rows.tar"),
     "rows.tar.gz": (gzip.compress(tar()), "is a tar archive", "tar -xf rows.tar.gz"),
     "rows.7z": (b"7z\xbc\xaf\x27\x1c" + b"x" * 60, "is a 7z archive", "7z x rows.7z"),
-    "rows.pkl": (pickle.dumps(ROWS), "is a pickle, which is never loaded", "JSON Lines or Parquet"),
+    "rows.pkl": (pickle.dumps(ROWS), "pickle", "JSON Lines or Parquet"),
     "rows.orc": (b"ORC" + b"x" * 60, "is an ORC file", "pandas.read_orc('rows.orc').to_parquet('rows.parquet')"),
     "rows.feather": (feather("zstd"), "is compressed Arrow (Feather)", "f.read_table('rows.feather')"),
     "rows.parquet.gz": (gzip.compress(parquet()), "is a packed Parquet file", "unpack it first"),
@@ -180,17 +181,17 @@ REFUSED = {
     "notes.txt": (b"Say one.\nSay two.\n", "is not JSON (Expecting value", "a .txt file is read as JSON Lines; give "),
     "rows.yaml": (b"- instruction: a\n  reference: b\n", "a .yaml file is read as JSON Lines", "CSV (.csv), TSV"),
     "rows.YML": (b"instruction: a\n", "a .YML file is read as JSON Lines", "Parquet (.parquet) or Arrow (.arrow)"),
-    "number.txt": (b"5\n", "must be a JSON object, got 5; a .txt file is read as JSON Lines", "a JSON array (.json)"),
+    "number.txt": (b"5\n", "a .txt file is read as JSON Lines", "a JSON array (.json)"),
     "late.txt": (UTF8 + b"x\n", "late.txt:13: is not JSON (Expecting value", "write one object per line"),
     "rows": (b"Say one.\n", "a file whose name has no suffix is read as JSON Lines", "JSON Lines (.jsonl)"),
-    "fake.zip": (b"no archive\n", "its name says that it is packed (.zip), and it is not", "fetch it again, or give"),
-    "fake.jsonl.gz": (b"no archive\n", "its name says that it is packed (.gz), and it is not", "fetch it again, or"),
-    "after.json": (json.dumps(ROWS).encode() + b" x", "stands after the end of the array", "delete it"),
+    "fake.zip": (b"no archive\n", "packed (.zip), and it is not", "fetch it again"),
+    "fake.jsonl.gz": (b"no archive\n", "packed (.gz), and it is not", "fetch it again"),
+    "after.json": (json.dumps(ROWS).encode() + b" x", "after the end of the array", "delete it"),
     "numbers.json": (b'[{"instruction": "a", "reference": "b"}, 3]', "must be a JSON object, got 3", "one object per"),
     "held.json": (json.dumps({"version": 1, "data": ROWS}).encode(), "under 'data'", "jq -c '.[\"data\"][]'"),
     "frame.json": (
         json.dumps({name: {str(n): row[name] for n, row in enumerate(ROWS)} for name in ROWS[0]}).encode(),
-        "is a table by columns, as pandas writes it",
+        "table by columns",
         "orient='records', lines=True",
     ),
 }  # fmt: skip
@@ -200,10 +201,8 @@ REFUSED = {
 def test_b6_what_is_not_read_is_named_with_what_turns_it(prepare: Prepare, tmp_path: Path, name: str) -> None:
     data, what, command = REFUSED[name]
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(RecordError) as error:
+    with raises_naming(RecordError, what, command) as error:
         prepare(tmp_path / name)
-    assert what in str(error.value)
-    assert command in str(error.value)
     assert "\n" not in str(error.value)
 
 

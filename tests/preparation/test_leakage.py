@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wording import raises_naming
 
 from cappy.errors import RecordError
 from cappy.records import Instance, Manifest, write
@@ -43,7 +44,7 @@ def test_a_row_of_an_evaluation_set_is_found_under_another_template(
     prepare: Prepare, json_lines: JsonLines, held_out: Path
 ) -> None:
     path = json_lines(*rows(SECOND, [*texts(40)[:10], *texts(40, seed=1)]))
-    with pytest.raises(RecordError, match="of train has the text of a row that stands in .*; leave such instances out"):
+    with raises_naming(RecordError, "of train", "the text of a row", str(held_out), "--leaked drop"):
         prepare(path, against=(held_out,), test=0, validation=0)
     manifest, found = prepare(path, against=(held_out,), leaked="drop", test=0, validation=0)
     assert (len(found), manifest.metrics["dropped_leaked"]) == (40, 10)
@@ -61,7 +62,7 @@ def test_a_short_row_is_found_by_a_group_that_is_made_of_its_content(
     short = Instance(instance_id="a", instruction="Is it so?", references=("x",), task="quiz", group_id=group)
     write(tmp_path / "heldout", [short])
     row = {"instruction": "True?", "reference": "x", "task": "quiz", "group_id": group}
-    with pytest.raises(RecordError, match="is of a group that stands in"):
+    with raises_naming(RecordError, "of train", "a group", str(tmp_path / "heldout"), "--leaked drop"):
         prepare(json_lines(row), against=(tmp_path / "heldout",), test=0, validation=0)
     number = {**row, "group_id": "1"}
     write(tmp_path / "numbered", [Instance(**{**_fields(short), "group_id": "1"})])
