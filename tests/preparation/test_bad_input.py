@@ -14,7 +14,7 @@ import pytest
 from wording import assert_names
 
 from cappy.errors import CappyError, ConfigError, FolderError, RecordError
-from cappy.preparation import PreparationConfig, run
+from cappy.preparation.step import PreparationConfig, run
 from cappy.records import Instance, write
 
 GOOD = {"instruction": "Add.", "reference": "1"}

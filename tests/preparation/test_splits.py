@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from wording import raises_naming
 
 from cappy.errors import ConfigError
-from cappy.preparation import PreparationConfig
 from cappy.preparation.rows import Row
 from cappy.preparation.sources import Source
 from cappy.preparation.splits import draw, hash64, place, representatives, survey
+from cappy.preparation.step import PreparationConfig
 from cappy.progress import silent
 from cappy.records import Instance, prompt_hash
 
