@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cappy.rendering.limits import MAX_ANSWER, MAX_MEMORY
-from cappy.rendering.process import EndedError, Process, close_all, forget_all
+from cappy.rendering import MAX_ANSWER, MAX_MEMORY
+from cappy.rendering.process import EndedError, Process, close_all
 
 MAX_SECONDS = 2.0
 """CPU time of one template on one row, and of compiling one."""
@@ -281,7 +281,7 @@ def _begin_fork() -> None:
     global _lock
     _lock = threading.Lock()
     _idle.clear()
-    forget_all()
+    close_all()
 
 
 os.register_at_fork(after_in_child=_begin_fork)

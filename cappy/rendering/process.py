@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Any
 
 import cappy
-from cappy.rendering.limits import MAX_ANSWER, OUT_OF_MEMORY
+from cappy.rendering import MAX_ANSWER, OUT_OF_MEMORY
 
 _START = "import sys; kind, *sys.path[:0] = sys.argv[1:]; from cappy.rendering.child import main; main(kind)"
 _START_SECONDS = 120.0
@@ -157,13 +157,7 @@ class Process:
         return EndedError(f"ends its process with {signal.Signals(-code).name if code < 0 else code}")
 
 
-def forget_all() -> None:
-    """In a fork: closes its copies of the pipes of its parent's children."""
-    for process in list(_processes):
-        process.close()
-
-
 def close_all() -> None:
-    """Ends all children."""
+    """Ends all children; in a fork closes its copies of the pipes of its parent's children."""
     for process in list(_processes):
         process.close()
