@@ -9,7 +9,7 @@ from typing import Any
 
 from cappy.errors import ConfigError
 from cappy.preparation.mixtures.facts import NAMES, Mixture, Subset, TemplateFacts, data_text, to_values
-from cappy.preparation.templates.loading import load_templates
+from cappy.preparation.templates import load_templates
 
 TEMPLATE_VERSION = "promptsource 0.1.0"
 """The version that T0 pins."""
