@@ -9,7 +9,7 @@ from typing import Any
 
 from cappy.errors import ConfigError, shown
 from cappy.hub_client import guard_client
-from cappy.preparation.mixtures.facts import CONVERTED
+from cappy.preparation.mixtures import CONVERTED
 from cappy.preparation.rows import Rows
 
 PREFIX = "hub:"

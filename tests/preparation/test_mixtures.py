@@ -5,21 +5,18 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError
-from cappy.preparation.mixtures import NAMES, Mixture, Subset, TemplateFacts, cap, load_mixture, plan, text, to_json
-from cappy.preparation.mixtures.facts import CONVERTED, from_json
-from cappy.preparation.mixtures.generation import count_choices, make_mixture, write_mixtures
+from cappy.preparation.mixtures import CONVERTED, NAMES, Mixture, Subset, TemplateFacts, from_json, load_mixture
+from cappy.preparation.mixtures.__main__ import count_choices, make_mixture, write_mixtures
+from cappy.preparation.mixtures.plan import cap, plan, text, to_json
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
 TEMPLATES, PUBLISHED = SHARED / "templates/templates", SHARED / "published"
@@ -293,21 +290,6 @@ def test_the_json_has_the_sums_of_its_own_rows(name: str) -> None:
     assert sum(row["examples"] or 0 for row in rows) == values["totals"]["examples"]
     assert sum(row["pairs"] or 0 for row in rows) == values["totals"]["pairs"]
     assert all(subset["verified"] is False for subset in values["subsets"])
-
-
-def test_arguments_choose_one_configuration_of_several(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    for configuration in ("first", "second"):
-        (tmp_path / "converted" / configuration / "train").mkdir(parents=True)
-        table = pa.table({"configuration": [configuration] * 3})
-        pq.write_table(table, tmp_path / "converted" / configuration / "train" / "0000.parquet")
-    converted = replace(subset(rows={"train": 3}), revision=CONVERTED)
-    assert converted.arguments() == {"path": "org/a", "revision": CONVERTED, "data_dir": "first"}
-    arguments = {**converted.arguments(), "path": str(tmp_path / "converted")}
-    loaded = datasets.load_dataset(**arguments, split="train", cache_dir=str(tmp_path / "cache"))
-    assert loaded["configuration"][:] == ["first"] * 3
-    assert subset(rows={}).arguments() == {"path": "org/a", "revision": "main", "name": "first"}
-    assert replace(subset(rows={}), configuration=None).arguments() == {"path": "org/a", "revision": "main"}
 
 
 @needs_shared

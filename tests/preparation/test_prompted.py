@@ -17,7 +17,7 @@ from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
 from cappy.errors import ConfigError, FolderError, RecordError
 from cappy.preparation.mixed import _sees
-from cappy.preparation.mixtures import cap
+from cappy.preparation.mixtures.plan import cap
 from cappy.preparation.step import PreparationConfig, run
 from cappy.records import Instance, Manifest, prompt_hash, read, write
 from cappy.sampling.step import SamplingConfig
