@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from cappy.errors import FolderError, RecordError, shown
-from cappy.preparation.packing import readable
 from cappy.preparation.rows import Rows, Values
+from cappy.preparation.text_files import readable
 from cappy.preparation.unused import Unused
 from cappy.records import prompt_hash
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cappy.errors import RecordError, shown
-from cappy.preparation.lines import MAX_LINE_BYTES, lines, pieces
-from cappy.preparation.packing import SUFFIXES as PACKED
-from cappy.preparation.packing import is_packed, plain
 from cappy.preparation.rows import Rows, Values
+from cappy.preparation.text_files import MAX_LINE_BYTES, is_packed, lines, pieces, plain
+from cappy.preparation.text_files import SUFFIXES as PACKED
 
 _DECODER = json.JSONDecoder()
 _HOLDERS = ("data", "rows", "train", "validation", "test", "examples", "instances", "items", "records", "samples")

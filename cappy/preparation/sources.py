@@ -13,16 +13,15 @@ from cappy.preparation.bigbench import Shares, find_tasks, is_task, read_tasks
 from cappy.preparation.cells import listed
 from cappy.preparation.columns import Columns, mapped, parse
 from cappy.preparation.fields import choice_candidates, row
-from cappy.preparation.files import Reader, reader_of
+from cappy.preparation.files import Reader, find_shards, reader_of
 from cappy.preparation.grouping import gathered, survey_groups
 from cappy.preparation.hub import PREFIX, commit_of, parse_hub, read_hub
-from cappy.preparation.packing import plain, readable
 from cappy.preparation.prompted import Dataset
 from cappy.preparation.rows import Row, Rows
 from cappy.preparation.shapes import known
 from cappy.preparation.step import BUILTIN, PreparationConfig
-from cappy.preparation.table_folders import find_shards
 from cappy.preparation.tables import read_csv
+from cappy.preparation.text_files import plain, readable
 from cappy.preparation.unused import Unused
 from cappy.records import Instance, read, read_manifest
 from cappy.records.folder import MANIFEST, Manifest, sha256_of

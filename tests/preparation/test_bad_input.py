@@ -151,7 +151,7 @@ def test_a_damaged_archive_is_refused(refuse: Refuse, pack: Callable[[bytes], by
 def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
     refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cappy.preparation.lines.MAX_LINE_BYTES", 1_000)
+    monkeypatch.setattr("cappy.preparation.text_files.MAX_LINE_BYTES", 1_000)
     Path("in.jsonl").write_bytes(b"\n" + b" " * 1_001)
     assert_names(refuse("in.jsonl"), "in.jsonl:2: ", "longer than 1,000 bytes", "one row per line")
 

@@ -22,8 +22,8 @@ import pytest
 from wording import raises_naming
 
 from cappy.errors import RecordError
-from cappy.preparation import lines
 from cappy.preparation.files import reader_of
+from cappy.preparation.text_files import PIECE
 from cappy.records import Instance, Manifest
 
 Prepare = Callable[..., tuple[Manifest, list[Instance]]]
@@ -266,4 +266,4 @@ def test_b6_a_large_array_is_read_row_by_row(tmp_path: Path) -> None:
         count += 1
     assert count == 20_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000
-    assert lines.PIECE < 2**20
+    assert PIECE < 2**20

@@ -12,8 +12,8 @@ from wording import raises_naming
 
 from cappy.errors import RecordError
 from cappy.preparation.bigbench import is_task, read_task
-from cappy.preparation.lines import lines
 from cappy.preparation.tables import read_csv, read_parquet
+from cappy.preparation.text_files import lines
 
 
 def test_a_text_that_stands_in_every_row_is_held_once(tmp_path: Path) -> None:
