@@ -9,20 +9,17 @@ from pathlib import Path
 
 from cappy.errors import ConfigError, FolderError, RecordError, shown
 from cappy.preparation.applicable import Kind, check_settings
-from cappy.preparation.bigbench import Shares, find_tasks, is_task, read_tasks
+from cappy.preparation.bigbench import Shares, find_tasks, is_task, known, read_tasks
 from cappy.preparation.cells import listed
-from cappy.preparation.columns import Columns, mapped, parse
-from cappy.preparation.fields import choice_candidates, row
+from cappy.preparation.columns import Columns, Unused, mapped, parse_columns
 from cappy.preparation.files import Reader, find_shards, reader_of
 from cappy.preparation.grouping import gathered, survey_groups
 from cappy.preparation.hub import PREFIX, commit_of, parse_hub, read_hub
 from cappy.preparation.prompted import Dataset
-from cappy.preparation.rows import Row, Rows
-from cappy.preparation.shapes import known
+from cappy.preparation.rows import Row, Rows, choice_candidates, parse_row
 from cappy.preparation.step import BUILTIN, PreparationConfig
 from cappy.preparation.tables import read_csv
 from cappy.preparation.text_files import plain, readable
-from cappy.preparation.unused import Unused
 from cappy.records import Instance, read, read_manifest
 from cappy.records.folder import MANIFEST, Manifest, sha256_of
 from cappy.records.shard import parse_shard
@@ -181,7 +178,7 @@ def _bigbench(tasks: Sequence[Path], path: Path, config: PreparationConfig) -> S
     return Source(
         name=str(path),
         format="bigbench",
-        rows=lambda: (row(*found, task="", max_characters=config.max_characters) for found in rows()),
+        rows=lambda: (parse_row(*found, task="", max_characters=config.max_characters) for found in rows()),
         task=config.task or "",
         unused=unused,
         parents=tuple(map(sha256_of, tasks)),
@@ -239,8 +236,8 @@ def _instances(
     rows: Rows, task: str, config: PreparationConfig, unused: Unused, *, cells: bool = False
 ) -> Iterator[Row]:
     """The instances in rows of columns, whatever holds them; `cells` says that it knows no lists."""
-    columns = Columns(named=parse(config.columns), ignored=frozenset(config.ignore_columns))
-    read_row = partial(row, task=task, max_characters=config.max_characters, unlabelled=config.unlabelled)
+    columns = Columns(named=parse_columns(config.columns), ignored=frozenset(config.ignore_columns))
+    read_row = partial(parse_row, task=task, max_characters=config.max_characters, unlabelled=config.unlabelled)
 
     def read_rows() -> Iterator[Row]:
         found = mapped(rows if columns.named else known(rows), columns, unused)

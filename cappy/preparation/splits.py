@@ -4,7 +4,7 @@ A group's place between 0 and 1 is a seeded hash of its id, so that adding rows 
 test, below `test + validation` validation, and from there on train. Groups that share a prompt (see `prompt_hash`)
 have one place. Where a split that was asked for would stay empty, it gets the group nearest to it, so that as few
 groups as there are splits are enough. Where we draw the splits, near-duplicates of held-out rows are not trained on;
-see `neighbours`.
+see `leakage`.
 """
 
 import itertools
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cappy.errors import ConfigError, RecordError, shown
-from cappy.preparation.neighbours import MOST_DROPPED, Rows, left_out_of_training, tied_prompts
+from cappy.preparation.leakage import MOST_DROPPED, SplitRows, left_out_of_training, tied_prompts
 from cappy.preparation.rows import Row, hash64
 from cappy.preparation.sources import Source
 from cappy.preparation.step import PreparationConfig
@@ -108,7 +108,7 @@ def _near(source: Source, codes: Codes, prompts: Hashes) -> Chosen:
     """Which rows of train and validation are near-duplicates of rows that are held out further."""
     if len(np.unique(codes)) < 2:
         return np.zeros(len(codes), dtype=np.bool_)
-    rows = Rows()
+    rows = SplitRows()
     for row, code in zip(source.rows(), codes.tolist(), strict=False):
         rows.add(row.instance, SPLITS[code])
     found = rows.left_out()

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, code_version, identity, settings
 from cappy.errors import ConfigError, RecordError
-from cappy.preparation.columns import parse
+from cappy.preparation.columns import parse_columns
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
@@ -120,14 +120,14 @@ class PreparationConfig:
 
     def __post_init__(self) -> None:
         parse_shard(self.shard)
-        parse(self.columns)
+        parse_columns(self.columns)
         if self.test + self.validation >= 1:
             share = f"--test {self.test} and --validation {self.validation}"
             raise ConfigError(f"preparation: {share} leave nothing to train on; their sum must be below 1")
         for name, needs in _NEEDS.items():
             if getattr(self, name) and not needs(self):
                 raise ConfigError(f"preparation: --{name} {_WITHOUT[name]}")
-        if both := sorted(set(self.ignore_columns) & set(parse(self.columns).values())):
+        if both := sorted(set(self.ignore_columns) & set(parse_columns(self.columns).values())):
             what = f"--columns reads {both[0]}, --ignore-columns leaves it out"
             raise ConfigError(f"preparation: {what}; give one of them")
         if self.leaked == "drop" and not self.against:
@@ -162,7 +162,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
     twice and never held in memory, for each row only the hashes of its id, group and prompt are. Where a row makes
     many prompts (templates, mixtures), see `prompted`.
     """
-    from cappy.preparation.leakage import evaluated, kept_apart
+    from cappy.preparation.leakage import keep_apart
     from cappy.preparation.prompted import Tally
     from cappy.preparation.sources import group_rows, open_source
     from cappy.records import read_manifest
@@ -179,7 +179,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
         config.work, "preparation", {**values, "format": source.format, "apart": apart}, source.parents
     ) as folder:
         parts = process(
-            kept_apart(instances, evaluated(config.against), config.against, tally, drop=config.leaked == "drop"),
+            keep_apart(instances, config.against, tally.counts, drop=config.leaked == "drop"),
             folder,
             lambda part: part,
             part_rows=config.part_rows,

@@ -1,7 +1,7 @@
 """Text files by lines or by pieces, unpacked and decoded as they are read; every error names file:line.
 
-Packed are gzip, xz, bzip2, Zstandard, or a zip archive of one file. Nothing is unpacked ahead of what is asked for, so a
-small file that would fill a disk costs a buffer.
+Unpacked are gzip, xz, bzip2, Zstandard, and a zip archive of one file, never ahead of what is asked for: a small file
+that would fill a disk costs a buffer.
 """
 
 import bz2

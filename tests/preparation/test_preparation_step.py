@@ -19,7 +19,7 @@ from wording import raises_naming
 
 from cappy.config import build
 from cappy.errors import ConfigError, FolderError, RecordError
-from cappy.preparation import neighbours
+from cappy.preparation import leakage
 from cappy.preparation.step import PreparationConfig, run
 from cappy.records import Candidate, Instance, Manifest, prompt_hash, read, write
 
@@ -281,7 +281,7 @@ def test_every_candidate_of_a_real_pool_is_imported(prepare: Prepare) -> None:
 
 def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Beyond the rows that are drawn to find near-duplicates; up to those it does.
-    monkeypatch.setattr(neighbours, "MAX_ROWS", 16)
+    monkeypatch.setattr(leakage, "MAX_ROWS", 16)
 
     def peak(num_rows: int) -> int:
         path = tmp_path / f"{num_rows}.jsonl"
