@@ -1,28 +1,35 @@
-"""What `--source` names: the built-in tasks, a file, a folder, a dataset of the hub; or what `--mixture` does."""
+"""What `--source` or `--mixture` names, as rows of instances; excluded systems left out, rows of one prompt gathered."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
+
+from cappy.builtin.tasks import instances as builtin_instances
 from cappy.errors import ConfigError, FolderError, RecordError, shown
-from cappy.preparation.applicable import Kind, check_settings
 from cappy.preparation.bigbench import Shares, find_tasks, is_task, known, read_tasks
 from cappy.preparation.cells import listed
 from cappy.preparation.columns import Columns, Unused, mapped, parse_columns
+from cappy.preparation.config import BUILTIN, Kind, PreparationConfig, check_settings
 from cappy.preparation.files import Reader, find_shards, reader_of
-from cappy.preparation.grouping import gathered, survey_groups
 from cappy.preparation.hub import PREFIX, commit_of, parse_hub, read_hub
+from cappy.preparation.mixed import mixture, templated
 from cappy.preparation.prompted import Dataset
-from cappy.preparation.rows import Row, Rows, choice_candidates, parse_row
-from cappy.preparation.step import BUILTIN, PreparationConfig
+from cappy.preparation.rows import Row, Rows, choice_candidates, hash64, parse_row
 from cappy.preparation.tables import read_csv
 from cappy.preparation.text_files import plain, readable
 from cappy.records import Instance, read, read_manifest
 from cappy.records.folder import MANIFEST, Manifest, sha256_of
 from cappy.records.shard import parse_shard
+
+MAX_HELD_CHARACTERS = 512 * 2**20
+"""Of responses whose prompt comes again further down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +93,6 @@ def _find_in_folder(path: Path, config: PreparationConfig) -> tuple[Kind, Callab
 
 
 def _datasets(config: PreparationConfig) -> Source:
-    from cappy.preparation.mixed import mixture, templated
-
     datasets, made_of = mixture(config) if config.mixture else templated(config)
     return Source(
         name=config.mixture or config.source,
@@ -99,10 +104,8 @@ def _datasets(config: PreparationConfig) -> Source:
 
 
 def _builtin(config: PreparationConfig) -> Source:
-    from cappy.builtin.tasks import instances
-
     def rows() -> Iterator[Row]:
-        drawn = instances(
+        drawn = builtin_instances(
             config.pool, num_per_family=config.num_per_family, seed=config.seed, families=config.families or None
         )
         for instance in drawn:
@@ -284,9 +287,83 @@ def group_rows(source: Source, config: PreparationConfig) -> Source:
     """The source with rows of one prompt gathered, where `group_responses` says so and there are any."""
     if source.format in (BUILTIN, "records", "bigbench") or source.datasets:
         return source
-    grouping = survey_groups(source.rows, config.group_responses)
+    grouping = _survey_groups(source.rows, config.group_responses)
     if not grouping.needed:
         return source
     what = f"{grouping.rows:,} rows of {grouping.instances:,} prompts are gathered into an instance for each prompt"
     source.unused.say("grouped", f"{what}; --group-responses never keeps them apart")
-    return replace(source, rows=lambda: gathered(source.rows, grouping))
+    return replace(source, rows=lambda: _gathered(source.rows, grouping))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Grouping:
+    """How often each prompt comes, where it comes more than once; and what all that makes."""
+
+    rows: int
+    instances: int
+    counts: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def needed(self) -> bool:
+        """Whether any rows belong together."""
+        return self.rows > self.instances
+
+
+def _survey_groups(rows: Callable[[], Iterator[Row]], wanted: Literal["auto", "always", "never"]) -> _Grouping:
+    """Reads a source once for the rows that belong together, 8 bytes of each; none where `wanted` is never.
+
+    With auto, nothing is gathered unless every row has exactly one response: reading ends at the first that has not.
+    """
+    keys: list[int] = []
+    for found in rows() if wanted != "never" else ():
+        if wanted == "auto" and len(found.instance.candidates) != 1:
+            keys = []
+            break
+        keys.append(_prompt_key(found))
+    hashes, numbers = np.unique(np.array(keys, dtype=np.uint64), return_counts=True)
+    many = numbers > 1
+    counts = Counter(dict(zip(hashes[many].tolist(), numbers[many].tolist(), strict=True)))
+    return _Grouping(rows=len(keys), instances=len(hashes), counts=counts)
+
+
+def _gathered(rows: Callable[[], Iterator[Row]], grouping: _Grouping) -> Iterator[Row]:
+    """The rows, those of one prompt as one: its candidates in the order of the file, at the place of the last row.
+
+    RecordError where so much is held at once that memory would run out.
+    """
+    left, held, characters = Counter(grouping.counts), dict[int, Row](), 0
+    for found in rows():
+        key = _prompt_key(found)
+        if key not in left:
+            yield found
+            continue
+        left[key] -= 1
+        if key in held:
+            earlier = held.pop(key)
+            characters -= _num_characters(earlier)
+            found = _joined_rows(earlier, found)
+        if left[key]:
+            held[key] = found
+            characters += _num_characters(found)
+            if characters > MAX_HELD_CHARACTERS:
+                remedy = "sort the file by prompt, or set --group-responses never"
+                raise RecordError(f"{found.where}: rows of one prompt stand too far apart to be gathered; {remedy}")
+        else:
+            yield found
+
+
+def _joined_rows(first: Row, second: Row) -> Row:
+    candidates = first.instance.candidates + second.instance.candidates
+    return replace(first, instance=replace(first.instance, candidates=candidates))
+
+
+def _num_characters(row: Row) -> int:
+    return sum(len(candidate.response) for candidate in row.instance.candidates) + len(row.instance.instruction)
+
+
+def _prompt_key(row: Row) -> int:
+    """Equal for rows that are one instance but for their responses: their ids and groups may be row numbers."""
+    one = row.instance
+    rated = all(candidate.labels for candidate in one.candidates)
+    parts = (one.instruction, one.references, one.choices, one.task, one.template, one.split, row.has_split, rated)
+    return hash64(repr(parts))

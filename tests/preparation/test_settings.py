@@ -16,7 +16,7 @@ from wording import assert_names, raises_naming
 from cappy.config import build
 from cappy.errors import CappyError, ConfigError, RecordError
 from cappy.preparation import sources
-from cappy.preparation.applicable import ALWAYS, HEEDED, NAMES
+from cappy.preparation.config import ALWAYS, HEEDED, NAMES
 from cappy.preparation.step import PreparationConfig, run
 from cappy.records import Candidate, Instance, Manifest, read, write
 
