@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, settings
+from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work, settings
 from cappy.errors import ConfigError
 from cappy.preparation.columns import parse_columns
 from cappy.records.shard import ShardOf, parse_shard
@@ -40,10 +40,13 @@ class PreparationConfig:
     task: Annotated[
         str | None, Field(min_length=1, description="Task of instances that name none; a file's own name if left out")
     ] = None
-    num_per_family: Annotated[int, Field(ge=1, description="Instances of each built-in family")] = 80
-    families: Annotated[tuple[str, ...], Field(description="Built-in families to draw from; all if left out")] = ()
+    num_per_family: Annotated[int, ADVANCED, Field(ge=1, description="Instances of each built-in family")] = 80
+    families: Annotated[
+        tuple[str, ...], ADVANCED, Field(description="Built-in families to draw from; all if left out")
+    ] = ()
     pool: Annotated[
         Literal["adaptation", "pretraining"],
+        ADVANCED,
         Field(description="Built-in pool: adaptation has a test split, pretraining leaves the held-out families out"),
     ] = "adaptation"
     columns: Annotated[
@@ -62,6 +65,7 @@ class PreparationConfig:
     ] = "auto"
     exclude: Annotated[
         tuple[str, ...],
+        ADVANCED,
         Field(description="Pattern of systems whose candidates are left out of a file, such as 'primary/*'"),
     ] = ()
     unlabelled: Annotated[
@@ -81,19 +85,25 @@ class PreparationConfig:
         tuple[str, ...], Field(description="Pattern of template names to render, or of those to leave out: '!yes*'")
     ] = ()
     max_failed: Annotated[
-        float, Field(ge=0, le=1, description="Largest share of its rows that a template may fail on")
+        float, ADVANCED, Field(ge=0, le=1, description="Largest share of its rows that a template may fail on")
     ] = 0.0
     missing: Annotated[
         Literal["blank", "fail"],
+        ADVANCED,
         Field(description="A field that a template reads and a row lacks is nothing, as in PromptSource, or a failure"),
     ] = "blank"
     mixture: Annotated[
         Literal["t0", "heldout", "bigbench45"] | None,
         Field(description="Datasets of the paper by name, read from the hub; takes the place of --source"),
     ] = None
-    subsets: Annotated[tuple[str, ...], Field(description="Pattern of the mixture's datasets; all if left out")] = ()
+    subsets: Annotated[
+        tuple[str, ...], ADVANCED, Field(description="Pattern of the mixture's datasets; all if left out")
+    ] = ()
     local: Annotated[
-        Path | None, LOCATION, Field(description="Folder of the mixture's datasets that are at hand, NAME.SPLIT.jsonl")
+        Path | None,
+        ADVANCED,
+        LOCATION,
+        Field(description="Folder of the mixture's datasets that are at hand, NAME.SPLIT.jsonl"),
     ] = None
     against: Annotated[
         tuple[Path, ...],
@@ -103,8 +113,12 @@ class PreparationConfig:
     leaked: Annotated[
         Literal["refuse", "drop"], Field(description="What to do with training instances that stand in --against")
     ] = "refuse"
-    max_characters: Annotated[int, Field(ge=1, description="Longest text accepted from a file, in characters")] = 20_000
-    part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 512
+    max_characters: Annotated[
+        int, ADVANCED, Field(ge=1, description="Longest text accepted from a file, in characters")
+    ] = 20_000
+    part_rows: Annotated[
+        int, ADVANCED, Field(ge=1, description="Instances per part; a killed run continues at a part")
+    ] = 512
     shard: ShardOf = ""
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""

@@ -1,4 +1,4 @@
-"""What `--source` or `--mixture` names, as rows of instances; excluded systems left out, rows of one prompt gathered."""
+"""What `--source` or `--mixture` names, as rows of instances; systems left out, rows of one prompt gathered."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
