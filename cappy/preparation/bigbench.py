@@ -12,10 +12,9 @@ ones are taken.
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cappy.errors import FolderError, RecordError, shown
 from cappy.preparation.columns import Unused
@@ -151,7 +150,7 @@ def split_rows(task: Task, *, seed: int, shares: Shares, minimum: int = _MIN_HEL
         yield where, {**values, "split": place[index]}
 
 
-def _fields(where: str, task: Values, example: Mapping[str, Any], name: str, rng: random.Random) -> dict[str, Any]:
+def _fields(where: str, task: Values, example: Values, name: str, rng: random.Random) -> Values:
     scores = example.get("target_scores")
     if scores is not None and not (isinstance(scores, dict) and scores):
         raise RecordError(f"{where}: target_scores must be choices with their scores, got {shown(scores)}; mend it")
@@ -173,7 +172,7 @@ def _fields(where: str, task: Values, example: Mapping[str, Any], name: str, rng
     return {"instruction": prompt, "references": _targets(where, example), "choices": choices, "task": name}
 
 
-def _targets(where: str, example: Mapping[str, Any]) -> list[str]:
+def _targets(where: str, example: Values) -> list[str]:
     """The accepted answers: `target`, or the choices of the highest score."""
     if "target" in example:
         target = example["target"]
@@ -185,7 +184,7 @@ def _targets(where: str, example: Mapping[str, Any]) -> list[str]:
     return [choice for choice, score in scores.items() if score == best]
 
 
-def _text(where: str, example: Mapping[str, Any], name: str) -> str:
+def _text(where: str, example: Values, name: str) -> str:
     value = example.get(name)
     if not isinstance(value, str):
         raise RecordError(f"{where}: {name} must be a text, got {shown(value)}; mend it")
@@ -265,7 +264,7 @@ def distinct_choices(choices: Sequence[str], references: Sequence[str]) -> tuple
 
 def _texts(where: str, values: Values, name: str) -> tuple[str, ...]:
     """The text or texts in a field; RecordError for anything else."""
-    value: Any = values.get(name)
+    value = values.get(name)
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
         raise RecordError(f"{where}: {name} must be a text or a list of texts; choose another dataset")

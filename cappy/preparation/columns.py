@@ -10,7 +10,6 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from cappy.errors import ConfigError, RecordError, shown
 from cappy.preparation.cells import read_list
@@ -144,7 +143,7 @@ class Unused:
 
     def candidates(self, where: str, values: Values) -> None:
         """Notes fields of a row's candidates that no record keeps."""
-        items: Any = values.get("candidates")
+        items = values.get("candidates")
         for item in items if isinstance(items, list) else ():
             if isinstance(item, dict) and not item.keys() <= _CANDIDATE_FIELDS:
                 for name in item.keys() - _CANDIDATE_FIELDS:
@@ -178,7 +177,7 @@ class Unused:
         for text in self.said.values():
             _LOGGER.warning("%s: %s", self.name, text)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """For the manifest: the names under each kind, and what was said."""
         named = {kind: sorted(names) for kind, names in self.found.items()}
         return {**({"unused": named} if named else {}), **({"notes": dict(self.said)} if self.said else {})}
@@ -238,7 +237,7 @@ def _rated(first: Values, responses: set[str], labels: set[str]) -> bool:
     return bool(texts) and (not found or (len(found) == len(texts) and all(map(is_label, found))))
 
 
-def _items(value: object) -> list[Any]:
+def _items(value: object) -> list[object]:
     if isinstance(value, str):
         try:
             return read_list(value.strip())
@@ -271,10 +270,11 @@ def _key(name: object) -> str:
     return re.sub(r"[\W_]+", "", str(name)).lower()
 
 
-def _is_redundant(key: str, value: Any, read: Values) -> bool:
+def _is_redundant(key: str, value: object, read: Values) -> bool:
     """Whether a column says nothing that the prompt (of preference data: the same response) does not say too."""
-    texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in texts):
+    items = value if isinstance(value, list) else [value]
+    texts = [item for item in items if isinstance(item, str)]
+    if len(texts) < len(items):
         return False
     if key in _PREFERENCES:
         found = [read.get(name) for name in _PREFERENCES[key]]

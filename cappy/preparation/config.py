@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -219,8 +219,7 @@ def _check_splits(config: PreparationConfig, kind: Kind) -> None:
 
 
 def _is_given(config: PreparationConfig, name: str) -> bool:
-    value: Any = getattr(config, name)
-    return bool(value != PreparationConfig.__dataclass_fields__[name].default)
+    return bool(getattr(config, name) != PreparationConfig.__dataclass_fields__[name].default)
 
 
 def _flag(name: str) -> str:

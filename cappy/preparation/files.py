@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cappy.errors import ConfigError, FolderError, RecordError, shown
 from cappy.preparation.jsonlines import read_json_lines
@@ -62,7 +61,7 @@ def read_file(path: Path) -> Rows:
         yield where, {name: _number(value) for name, value in values.items()} if read is read_csv else values
 
 
-def _number(cell: Any) -> Any:
+def _number(cell: object) -> object:
     return int(cell) if isinstance(cell, str) and _WHOLE.fullmatch(cell) else cell
 
 
@@ -181,7 +180,7 @@ def _plain_name(folder: Path, name: object) -> str:
     return name
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _object(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise FolderError(f"{path}: is missing; write the folder again with save_to_disk")
     with readable(path):

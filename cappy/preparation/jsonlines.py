@@ -4,7 +4,6 @@ import contextlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from cappy.errors import RecordError, shown
 from cappy.preparation.rows import Rows, Values
@@ -127,7 +126,7 @@ class _Text:
         self._line += self._text.count("\n", self._at, self._at + count)
         self._at += count
 
-    def value(self, whole: str) -> Any:
+    def value(self, whole: str) -> object:
         """The JSON value that begins here; RecordError where there is none, or one of more than a line may have.
 
         `whole` is what the value is part of, for an error: the array or the file.

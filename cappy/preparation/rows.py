@@ -151,7 +151,7 @@ class _Fields:
         else:
             raise RecordError(f"{self.where}: {name} must be a text or a list of texts, got {shown(value)}")
 
-    def _checked(self, name: str, value: Any) -> str:
+    def _checked(self, name: str, value: object) -> str:
         if not isinstance(value, str):
             raise RecordError(f"{self.where}: {name} must be a text, got {shown(value)}; put it in quotes")
         if len(value) > self.max_characters:

@@ -11,7 +11,6 @@ import itertools
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -260,7 +259,7 @@ def _rows_at(source: Source, indexes: tuple[int, int]) -> tuple[Row, Row]:
 def _ordinals(groups: Hashes) -> npt.NDArray[np.uint32]:
     """The ordinal of each row among the rows of its group, from 0."""
     order = np.argsort(groups, kind="stable")
-    by_group: npt.NDArray[Any] = groups[order]
+    by_group = groups[order]
     new = np.append(True, by_group[1:] != by_group[:-1])
     starts = np.maximum.accumulate(np.where(new, np.arange(len(groups)), 0))
     ordinals = np.empty(len(groups), dtype=np.uint32)

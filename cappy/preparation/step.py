@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
 
 from cappy.config import code_version, identity
 from cappy.errors import RecordError
@@ -113,7 +112,7 @@ def _count(part: Sequence[Instance]) -> Mapping[str, int]:
     return Counter(str(instance.split) for instance in part)
 
 
-def _facts(source: Source, tally: Tally) -> dict[str, Any]:
+def _facts(source: Source, tally: Tally) -> dict[str, object]:
     failed = {name: {"rows": count, "first": tally.errors[name]} for name, count in sorted(tally.failed.items())}
     facts = {
         "made_of": dict(source.commits),

@@ -112,7 +112,7 @@ def _kind(name: str) -> _Kind:
     return promptsource
 
 
-def _serve(kind: _Kind, lines: Iterator[bytes], answer: Callable[[Any], None]) -> None:
+def _serve(kind: _Kind, lines: Iterator[bytes], answer: Callable[[object], None]) -> None:
     """Answers each message in its order."""
     loaded: dict[int, Any] = {}
     for line in lines:
@@ -123,17 +123,17 @@ def _serve(kind: _Kind, lines: Iterator[bytes], answer: Callable[[Any], None]) -
             answer(_run(kind, loaded, *parts))
 
 
-def _load(kind: _Kind, loaded: dict[int, Any], number: int, seconds: float, *source: str) -> Any:
-    def compiled() -> Any:
+def _load(kind: _Kind, loaded: dict[int, Any], number: int, seconds: float, *source: str) -> object:
+    def compiled() -> object:
         loaded[number], answer = kind.load(*source)
         return answer
 
     return _call_within(seconds, compiled)
 
 
-def _run(kind: _Kind, loaded: dict[int, Any], seconds: float, values: dict[str, Any], items: list[Any]) -> list[Any]:
+def _run(kind: _Kind, loaded: dict[int, Any], seconds: float, values: dict[str, Any], items: list[Any]) -> list[object]:
     prepared = kind.prepare(values)
-    answers = []
+    answers: list[object] = []
     for number, argument in items:
         if number in loaded:
             answers.append(_call_within(seconds, kind.render, loaded[number], prepared, argument))
@@ -142,7 +142,7 @@ def _run(kind: _Kind, loaded: dict[int, Any], seconds: float, values: dict[str, 
     return answers
 
 
-def _call_within(seconds: float, call: Callable[..., Any], *args: Any) -> Any:
+def _call_within(seconds: float, call: Callable[..., Any], *args: object) -> object:
     """What the call gives, or how it failed."""
     try:
         try:
@@ -175,7 +175,7 @@ def _read_lines(source: int) -> Iterator[bytes]:
         parts.append(rest)
 
 
-def _write_line(target: int, answer: Any) -> None:
+def _write_line(target: int, answer: object) -> None:
     """Writes one answer, or that it is too large."""
     line = _line(answer)
     if len(line) > MAX_ANSWER:
@@ -185,7 +185,7 @@ def _write_line(target: int, answer: Any) -> None:
         rest = rest[os.write(target, rest) :]
 
 
-def _line(answer: Any) -> bytes:
+def _line(answer: object) -> bytes:
     return _to_json(answer).encode("utf-8", "surrogatepass") + b"\n"
 
 

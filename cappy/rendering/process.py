@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Hashable
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import cappy
 from cappy.rendering import MAX_ANSWER, OUT_OF_MEMORY
@@ -40,8 +40,8 @@ class Process:
     def __init__(self, kind: str) -> None:
         paths = [str(Path(cappy.__file__).parents[1]), *filter(None, sys.path)]
         self.kind = kind
-        self.numbers: dict[Any, int] = {}
-        self.load_outcomes: dict[Any, Any] = {}
+        self.numbers: dict[Hashable, int] = {}
+        self.load_outcomes: dict[Hashable, object] = {}
         self.num_answers = 0
         self._owner = os.getpid()
         self._unsent = bytearray()
@@ -53,7 +53,7 @@ class Process:
             env={name: os.environ[name] for name in ("TZ",) if name in os.environ},
         )
         _processes.add(self)
-        self._pipes: list[Any] = [self._popen.stdin, self._popen.stdout]
+        self._pipes = [pipe for pipe in (self._popen.stdin, self._popen.stdout) if pipe is not None]
         self._input, self._output = [pipe.fileno() for pipe in self._pipes]
         os.set_blocking(self._input, False)
         os.set_blocking(self._output, False)

@@ -50,25 +50,25 @@ def _seed_draws(seed: Callable[[], str]) -> None:
     _draws.seed, _draws.random = seed, None
 
 
-def _draw(values: Sequence[Any]) -> Any:
+def _draw(values: Sequence[object]) -> object:
     if _draws.random is None:
         _draws.random = random.Random(_draws.seed())
     return _draws.random.choice(values)
 
 
 @pass_context  # or Jinja would draw from a constant list once, when it compiles
-def _choice(context: Context, choices: Sequence[Any]) -> Any:
+def _choice(context: Context, choices: Sequence[object]) -> object:
     return _draw(choices)
 
 
 @pass_context
-def _random(context: Context, values: Sequence[Any]) -> Any:
+def _random(context: Context, values: Sequence[object]) -> object:
     if not len(values):
         return context.environment.undefined("No random item, sequence was empty.")
     return _draw(values)
 
 
-def _most_frequent(items: Any) -> list[Any] | None:
+def _most_frequent(items: Any) -> list[object] | None:
     """The items that occur most often, in order of their first occurrence; None of none."""
     if not items:
         return None
@@ -118,18 +118,18 @@ class _Sandbox(SandboxedEnvironment):
         self.filters = dict(_FILTERS)
         self._callables = frozenset(map(id, self.globals.values()))
 
-    def is_safe_callable(self, obj: Any) -> bool:
+    def is_safe_callable(self, obj: object) -> bool:
         """Whether it is one of ours, of Jinja's, or a method of a plain value that may be called."""
         owner = getattr(obj, "__self__", obj)
         if isinstance(obj, BuiltinMethodType):
             return type(owner) in _METHODS and obj.__name__ in _METHODS[type(owner)]
         return isinstance(owner, _CALLABLE) or id(obj) in self._callables
 
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+    def wrap_str_format(self, value: object) -> Callable[..., str] | None:
         """None: `format` is not wrapped, because templates may not call it."""
         return None
 
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
+    def unsafe_undefined(self, obj: object, attribute: str) -> Undefined:
         """Raises SecurityError at once: an undefined value would be printed as nothing."""
         raise SecurityError(f"reads {attribute!r} of a {type(obj).__name__}")
 
@@ -175,10 +175,10 @@ class Code(NamedTuple):
 class Values(NamedTuple):
     """A row as templates see it: what cannot be changed, and the lists and mappings, of which each gets a copy."""
 
-    plain: dict[str, Any]
-    containers: dict[str, Any]
+    plain: dict[str, object]
+    containers: dict[str, object]
 
-    def copy(self) -> dict[str, Any]:
+    def copy(self) -> dict[str, object]:
         """The row for one template, in its own order."""
         if not self.containers:
             return self.plain.copy()
@@ -196,7 +196,7 @@ def load(*source: str) -> tuple[Code, list[str]]:
     return Code(text, choices, not of_choices), sorted((_names(jinja) | of_choices) - {_RESTRICTED})
 
 
-def prepare(row: Mapping[str, Any]) -> Values:
+def prepare(row: Mapping[str, object]) -> Values:
     """The row with underscores for hyphens in names, and top texts, no inner ones, protected."""
     named = {name.replace("-", "_"): value for name, value in row.items()}
     plain = {
@@ -206,7 +206,7 @@ def prepare(row: Mapping[str, Any]) -> Values:
     return Values(plain, {name: value for name, value in named.items() if isinstance(value, list | dict | tuple)})
 
 
-def render(code: Code, values: Values, seed: str | None) -> list[Any] | None:
+def render(code: Code, values: Values, seed: str | None) -> Sequence[object] | None:
     """Instruction, target and choices, or None where T0 drops the row; without a seed the choices, if they are fixed.
 
     `seed` and the row seed what the template draws.
@@ -231,7 +231,7 @@ def _compiled(source: str) -> jinja2.Template:
     return template
 
 
-def _choices(template: jinja2.Template, values: Mapping[str, Any]) -> list[str]:
+def _choices(template: jinja2.Template, values: Mapping[str, object]) -> list[str]:
     return [_restored(choice.strip()) for choice in template.render(values).split(_SEPARATOR)]
 
 
@@ -239,7 +239,7 @@ def _restored(text: str) -> str:
     return text.replace(_PROTECTOR, _SEPARATOR)
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> object:
     if isinstance(value, dict):
         return {name: _copied(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -253,5 +253,5 @@ def _names(source: str) -> set[str]:
     return meta.find_undeclared_variables(_ENVIRONMENT.parse(source)) if source else set()
 
 
-def _name(item: tuple[str, Any]) -> str:
+def _name(item: tuple[str, object]) -> str:
     return item[0]

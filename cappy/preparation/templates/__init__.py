@@ -188,7 +188,7 @@ def _result(template: Template, row: Row, outcome: Any) -> Result:
     return error(f"{_where(template)} fails on the row ({outcome.reason}); {remedy}")
 
 
-def _checked_texts(template: Template, found: Any) -> list[str]:
+def _checked_texts(template: Template, found: object) -> list[str]:
     """The texts of an answer; what comes from a child is not trusted."""
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
         raise TypeError(f"{_where(template)}: the child answers {shown(found)}")
@@ -246,7 +246,7 @@ def _mappings(path: Path) -> Mapping[str, Any]:
     return templates
 
 
-def _template(path: Path, dataset: str, key: Any, values: Any) -> Template:
+def _template(path: Path, dataset: str, key: object, values: object) -> Template:
     where = f"{path}: template {shown(key)}"
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: must be a mapping, got {shown(values)}; fetch the file again")
