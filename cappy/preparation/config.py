@@ -171,7 +171,7 @@ NAMES: Mapping[Kind, str] = {
     "mixture": "a mixture",
 }
 ALWAYS = frozenset(
-    ("source", "target", "seed", "validation", "against", "leaked", "part_rows", "shard", "work", "test")
+    ("source", "target", "seed", "test", "validation", "against", "leaked", "part_rows", "shard", "work", "fresh")
 )
 """Settings that every kind heeds, or whose rule is `_check_splits`."""
 ROWS: tuple[Kind, ...] = ("file", "tables", "hub")
