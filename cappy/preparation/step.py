@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 
-from cappy.config import code_version, identity
+from cappy.config import identity
 from cappy.errors import RecordError
 from cappy.preparation import prompted
 from cappy.preparation.config import PreparationConfig
@@ -18,6 +18,7 @@ from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.parts import process
 from cappy.records.shard import parse_shard, refuse_same
 from cappy.records.work import claim, finish
+from cappy.steps import step_version
 
 __all__ = ["PreparationConfig", "run"]
 
@@ -38,9 +39,8 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
     instances, total, metrics = _place_instances(source, config, tally, progress)
     apart = [read_manifest(folder).hash for folder in config.against]
     values = {**identity(config), "task": source.task}
-    with claim(
-        config.work, "preparation", {**values, "format": source.format, "apart": apart}, source.parents
-    ) as folder:
+    settings = {**values, "format": source.format, "apart": apart}
+    with claim(config.work, "preparation", settings, source.parents, fresh=config.fresh) as folder:
         parts = process(
             keep_apart(instances, config.against, tally.counts, drop=config.leaked == "drop"),
             folder,
@@ -64,7 +64,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
             step="preparation",
             files=parts.files,
             config=values,
-            code=code_version(),
+            step_version=step_version("preparation"),
             seed=config.seed,
             generators=source.generators,
             parents=source.parents,
