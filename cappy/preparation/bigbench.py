@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cappy.errors import FolderError, RecordError, shown
 from cappy.preparation.columns import Unused
-from cappy.preparation.rows import Rows, Values
+from cappy.preparation.rows import Rows, Values, odd_character
 from cappy.preparation.text_files import readable
 from cappy.records import prompt_hash
 
@@ -188,8 +188,8 @@ def _text(where: str, example: Values, name: str) -> str:
     value = example.get(name)
     if not isinstance(value, str):
         raise RecordError(f"{where}: {name} must be a text, got {shown(value)}; mend it")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise RecordError(f"{where}: {name} holds half a character; delete it or write the whole one")
+    if odd := odd_character(value):
+        raise RecordError(f"{where}: {name} holds {odd}")
     return value
 
 
@@ -215,7 +215,7 @@ def _object(path: Path) -> Values:
     return values
 
 
-def known(rows: Rows) -> Rows:
+def map_known_columns(rows: Rows) -> Rows:
     """The rows with the fields of the record, where their columns are known; others as they are.
 
     P3's rows of a rank-classification evaluation stand once for each choice: those of the wrong ones are left out,

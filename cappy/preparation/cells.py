@@ -30,7 +30,7 @@ MAX_CHARACTERS = 1_000_000
 """Of a text that is read as a list."""
 
 
-def listed(rows: Rows, *, cells: bool) -> Rows:
+def parse_lists(rows: Rows, *, cells: bool) -> Rows:
     """The rows with the lists that stand in them as text; `cells` says that the file knows no lists (CSV).
 
     RecordError where a field of several texts holds what looks like a list and cannot be read as one.

@@ -189,7 +189,7 @@ class Unused:
             names.setdefault(str(name), where)
 
 
-def mapped(rows: Rows, columns: Columns, unused: Unused) -> Rows:
+def map_columns(rows: Rows, columns: Columns, unused: Unused) -> Rows:
     """The rows with every field read from its column, and nothing else; what is not read is noted in `unused`.
 
     RecordError where a row lacks a column that is named, or has one that is not read and matters.

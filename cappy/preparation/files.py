@@ -39,7 +39,7 @@ _SUFFIXES = (*_READERS, *_LINES)
 _SPLIT_NAMES = frozenset(
     ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 )
-"""Words by which the names of files and folders tell splits, as `datasets` has them."""
+"""Words for splits in the names of files and folders, as `datasets` has them."""
 _SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-\w+)?\.")
 _METADATA = ("dataset_info.json", "dataset_infos.json", _STATE, _DICT, "task.json", "manifest.json")
 
@@ -101,7 +101,7 @@ def _is_data(path: Path, folder: Path) -> bool:
 
 
 def _of_split(folder: Path, files: list[Path], split: str) -> tuple[list[Path], list[str]]:
-    """The files of the split that their names tell, all of them where they tell none, and the other splits."""
+    """The files of the split by their names, all of them where no name says one, and the other splits."""
     named: dict[str, list[Path]] = defaultdict(list)
     for file in files:
         named[_split_of(file, folder)].append(file)
@@ -109,7 +109,7 @@ def _of_split(folder: Path, files: list[Path], split: str) -> tuple[list[Path], 
     loose = named.get("")
     if loose and named.keys() - {"", _DEFAULT_SPLIT}:
         splits = ", ".join(sorted(filter(None, named)))
-        what = f"holds files of splits ({splits}) and {loose[0].relative_to(folder)}, whose name tells none"
+        what = f"holds files of splits ({splits}) and {loose[0].relative_to(folder)}, whose name says none"
         raise FolderError(f"{folder}: {what}; name one of them as --source, or rename that file")
     if loose or (len(named) == 1 and split == _DEFAULT_SPLIT):
         _refuse_split(folder, split)
@@ -120,7 +120,7 @@ def _of_split(folder: Path, files: list[Path], split: str) -> tuple[list[Path], 
 
 
 def _split_of(file: Path, folder: Path) -> str:
-    """The split that the name of a file tells, or else that of the nearest folder; empty where none tells one."""
+    """The split in the name of a file, or else in that of the nearest folder; empty where none says one."""
     shard = _SHARD.match(file.name)
     if shard and _words(shard["split"]):
         return shard["split"]
@@ -171,7 +171,7 @@ def _saved_files(folder: Path) -> list[Path]:
 
 def _refuse_split(folder: Path, split: str) -> None:
     if split != _DEFAULT_SPLIT:
-        raise ConfigError(f"{folder}: tells no splits apart, so there is no {shown(split)}; leave --split out")
+        raise ConfigError(f"{folder}: has no splits, so there is no {shown(split)}; leave --split out")
 
 
 def _plain_name(folder: Path, name: object) -> str:

@@ -133,16 +133,19 @@ def tied_prompts(prompts: Hashes, rows: Callable[[], Iterable[Prompted]]) -> Has
     frequent = frequent_of((row.group, distinct(row.shingles)) for row in draw.held)
     parents: dict[int, int] = {}
 
-    def root(prompt: int) -> int:
-        while (parent := parents.get(prompt, prompt)) != prompt:
-            parents[prompt] = prompt = parents.get(parent, parent)
-        return prompt
-
     for prompt, prompted in zip(prompts.tolist(), rows(), strict=False):
         for other in drawn[index.found(shingles(prompted.instruction), group_hash(prompted), frequent)].tolist():
-            low, high = sorted((root(prompt), root(other)))
+            low, high = sorted((root_of(prompt, parents), root_of(other, parents)))
             parents[high] = low
-    return np.fromiter(map(root, prompts.tolist()), dtype=np.uint64, count=len(prompts))
+    roots = (root_of(prompt, parents) for prompt in prompts.tolist())
+    return np.fromiter(roots, dtype=np.uint64, count=len(prompts))
+
+
+def root_of(member: int, parents: dict[int, int]) -> int:
+    """The member that stands for all that are tied to this one; the paths to it are shortened."""
+    while (parent := parents.get(member, member)) != member:
+        parents[member] = member = parents.get(parent, parent)
+    return member
 
 
 class HeldOut:

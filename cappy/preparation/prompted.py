@@ -28,7 +28,7 @@ HOPELESS = 100
 """Rows after which a template that failed on all of them fails the run at once."""
 MAX_LIMITED = 3
 """Rows in a row on which a template may run out of time or memory: each costs seconds."""
-_TOLD_EVERY = 4_096
+_PROGRESS_EVERY = 4_096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +124,7 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """How groups are dealt to splits, and which rows are this shard's."""
+    """Which split each group belongs to, and which rows are this shard's."""
 
     seed: int
     test: float
@@ -248,6 +248,6 @@ def _looked_at(dataset: Dataset, table: Table, places: Places, progress: Progres
 
 def _rows(dataset: Dataset, table: Table, progress: Progress) -> Iterator[Placed]:
     for index, (where, values) in enumerate(table.rows()):
-        if index % _TOLD_EVERY == 0:
+        if index % _PROGRESS_EVERY == 0:
             progress(index, None, unit=f"rows of {dataset.name}")
         yield index, where, values

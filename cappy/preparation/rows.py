@@ -33,6 +33,18 @@ def hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
+def odd_character(text: str) -> str:
+    """What of a text no file of the record takes, and what to do with it; empty where there is nothing."""
+    if "\0" in text:
+        return f"a NUL (character {text.index(chr(0)) + 1}); delete it"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"half a character ({shown(text[error.start])}, character {error.start + 1})"
+        return f"{half}; delete it or write the whole one"
+    return ""
+
+
 def column_names(names: Iterable[object], limit: int = 120) -> str:
     """Names of columns for a message of so many characters; pandas writes its index without a name."""
     return shown(", ".join(str(name) or "(no name)" for name in names) or "none", limit)
@@ -158,14 +170,8 @@ class _Fields:
             remedy = "shorten it, or raise --max-characters (of preparation)"
             limit = f"the limit is {self.max_characters:,}"
             raise RecordError(f"{self.where}: {name} has {len(value):,} characters, {limit}; {remedy}")
-        if "\0" in value:
-            position = value.index("\0") + 1
-            raise RecordError(f"{self.where}: {name} holds a NUL (character {position}); delete it")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            half = f"half a character ({shown(value[error.start])}, character {error.start + 1})"
-            raise RecordError(f"{self.where}: {name} holds {half}; delete it or write the whole one") from error
+        if odd := odd_character(value):
+            raise RecordError(f"{self.where}: {name} holds {odd}")
         return value
 
 

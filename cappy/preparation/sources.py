@@ -13,13 +13,13 @@ import numpy as np
 
 from cappy.builtin.tasks import instances as builtin_instances
 from cappy.errors import ConfigError, FolderError, RecordError, shown
-from cappy.preparation.bigbench import Shares, find_tasks, is_task, known, read_tasks
-from cappy.preparation.cells import listed
-from cappy.preparation.columns import Columns, Unused, mapped, parse_columns
+from cappy.preparation.bigbench import Shares, find_tasks, is_task, map_known_columns, read_tasks
+from cappy.preparation.cells import parse_lists
+from cappy.preparation.columns import Columns, Unused, map_columns, parse_columns
 from cappy.preparation.config import BUILTIN, Kind, PreparationConfig, check_settings
 from cappy.preparation.files import Reader, find_shards, reader_of
 from cappy.preparation.hub import PREFIX, commit_of, parse_hub, read_hub
-from cappy.preparation.mixed import mixture, templated
+from cappy.preparation.mixed import open_mixture, open_templated
 from cappy.preparation.prompted import Dataset
 from cappy.preparation.rows import Row, Rows, choice_candidates, hash64, parse_row
 from cappy.preparation.tables import read_csv
@@ -93,7 +93,7 @@ def _find_in_folder(path: Path, config: PreparationConfig) -> tuple[Kind, Callab
 
 
 def _datasets(config: PreparationConfig) -> Source:
-    datasets, made_of = mixture(config) if config.mixture else templated(config)
+    datasets, made_of = open_mixture(config) if config.mixture else open_templated(config)
     return Source(
         name=config.mixture or config.source,
         format="mixture" if config.mixture else "templates",
@@ -109,7 +109,7 @@ def _builtin(config: PreparationConfig) -> Source:
             config.pool, num_per_family=config.num_per_family, seed=config.seed, families=config.families or None
         )
         for instance in drawn:
-            yield _given(BUILTIN, _with_choices(instance), config.task)
+            yield _as_row(BUILTIN, _with_choices(instance), config.task)
 
     return Source(name=BUILTIN, format=BUILTIN, rows=rows, task=config.task or "")
 
@@ -122,12 +122,12 @@ def _records(shards: Sequence[Path], path: Path, config: PreparationConfig) -> S
     def rows() -> Iterator[Row]:
         for shard in shards:
             for found in read(shard):
-                yield _with_responses(_given(str(shard), found, config.task), config)
+                yield _with_responses(_as_row(str(shard), found, config.task), config)
 
     return Source(
         name=str(path),
         format="records",
-        rows=lambda: without(rows(), config.exclude, unused),
+        rows=lambda: _exclude(rows(), config.exclude, unused),
         task=config.task or "",
         unused=unused,
         parents=tuple(manifest.hash for manifest in manifests),
@@ -241,15 +241,15 @@ def _instances(
     read_row = partial(parse_row, task=task, max_characters=config.max_characters, unlabelled=config.unlabelled)
 
     def read_rows() -> Iterator[Row]:
-        found = mapped(rows if columns.named else known(rows), columns, unused)
-        for where, values in listed(found, cells=cells):
+        named = map_columns(rows if columns.named else map_known_columns(rows), columns, unused)
+        for where, values in parse_lists(named, cells=cells):
             unused.candidates(where, values)
             yield read_row(where, values)
 
-    return without(read_rows(), config.exclude, unused)
+    return _exclude(read_rows(), config.exclude, unused)
 
 
-def without(rows: Iterator[Row], patterns: Sequence[str], unused: Unused) -> Iterator[Row]:
+def _exclude(rows: Iterator[Row], patterns: Sequence[str], unused: Unused) -> Iterator[Row]:
     """The rows without the candidates of the systems that match a pattern."""
     if not patterns:
         yield from rows
@@ -271,7 +271,7 @@ def without(rows: Iterator[Row], patterns: Sequence[str], unused: Unused) -> Ite
         unused.say("exclude", f"--exclude {idle[0]} matches no system; systems found: {systems}")
 
 
-def _given(name: str, instance: Instance, task: str | None) -> Row:
+def _as_row(name: str, instance: Instance, task: str | None) -> Row:
     """A row of a source of ours, whose ids and splits stand."""
     named = instance if instance.task or not task else replace(instance, task=task)
     return Row(f"{name}: instance {shown(instance.instance_id)}", named)
@@ -290,7 +290,7 @@ def group_rows(source: Source, config: PreparationConfig) -> Source:
         return source
     what = f"{grouping.rows:,} rows of {grouping.instances:,} prompts are gathered into an instance for each prompt"
     source.unused.say("grouped", f"{what}; --group-responses never keeps them apart")
-    return replace(source, rows=lambda: _gathered(source.rows, grouping))
+    return replace(source, rows=lambda: _gather(source.rows, grouping))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +324,7 @@ def _survey_groups(rows: Callable[[], Iterator[Row]], wanted: Literal["auto", "a
     return _Grouping(rows=len(keys), instances=len(hashes), counts=counts)
 
 
-def _gathered(rows: Callable[[], Iterator[Row]], grouping: _Grouping) -> Iterator[Row]:
+def _gather(rows: Callable[[], Iterator[Row]], grouping: _Grouping) -> Iterator[Row]:
     """The rows, those of one prompt as one: its candidates in the order of the file, at the place of the last row.
 
     RecordError where so much is held at once that memory would run out.
@@ -339,7 +339,7 @@ def _gathered(rows: Callable[[], Iterator[Row]], grouping: _Grouping) -> Iterato
         if key in held:
             earlier = held.pop(key)
             characters -= _num_characters(earlier)
-            found = _joined_rows(earlier, found)
+            found = _join_rows(earlier, found)
         if left[key]:
             held[key] = found
             characters += _num_characters(found)
@@ -350,7 +350,7 @@ def _gathered(rows: Callable[[], Iterator[Row]], grouping: _Grouping) -> Iterato
             yield found
 
 
-def _joined_rows(first: Row, second: Row) -> Row:
+def _join_rows(first: Row, second: Row) -> Row:
     candidates = first.instance.candidates + second.instance.candidates
     return replace(first, instance=replace(first.instance, candidates=candidates))
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from cappy.errors import ConfigError, RecordError, shown
 from cappy.preparation.config import PreparationConfig
-from cappy.preparation.leakage import MOST_DROPPED, SplitRows, left_out_of_training, tied_prompts
+from cappy.preparation.leakage import MOST_DROPPED, SplitRows, left_out_of_training, root_of, tied_prompts
 from cappy.preparation.rows import Row, hash64
 from cappy.preparation.sources import Source
 from cappy.progress import Progress
@@ -34,7 +34,7 @@ TRAIN, VALIDATION, TEST = (SPLITS.index(split) for split in ("train", "validatio
 STANDING = ("builtin", "records", "bigbench")
 """Formats whose splits are not those of a user's rows."""
 _DEFAULT_SHARES = (PreparationConfig.test, PreparationConfig.validation)
-_TOLD_EVERY = 512
+_PROGRESS_EVERY = 512
 _PLACES = 2**64
 
 
@@ -175,22 +175,17 @@ def representatives(groups: Hashes, prompts: Hashes) -> Hashes:
     """
     parents: dict[int, int] = {}
 
-    def root(group: int) -> int:
-        while (parent := parents.get(group, group)) != group:
-            parents[group] = group = parents.get(parent, parent)
-        return group
-
     order = np.argsort(prompts, kind="stable")
     by_prompt, groups_by_prompt = prompts[order], groups[order]
     tied = (by_prompt[1:] == by_prompt[:-1]) & (groups_by_prompt[1:] != groups_by_prompt[:-1])
     left, right = groups_by_prompt[:-1][tied].tolist(), groups_by_prompt[1:][tied].tolist()
     for pair in zip(left, right, strict=True):
-        low, high = sorted(map(root, pair), key=lambda group: (group & 0xFFFF_FFFF, group))
+        low, high = sorted((root_of(group, parents) for group in pair), key=lambda group: (group & 0xFFFF_FFFF, group))
         parents[high] = low
     if not parents:
         return groups
     members = np.array(sorted({*parents, *parents.values()}), dtype=np.uint64)
-    roots = np.array([root(int(member)) for member in members], dtype=np.uint64)
+    roots = np.array([root_of(int(member), parents) for member in members], dtype=np.uint64)
     index = np.minimum(np.searchsorted(members, groups), len(members) - 1)
     return np.where(members[index] == groups, roots[index], groups)
 
@@ -213,7 +208,7 @@ def _hashes(
         groups.append(hash64(f"{config.seed} {row.instance.group_id}"))
         prompts.append(prompt_hash(row.instance.instruction))
         codes.append(SPLITS.index(row.instance.split))
-        if count % _TOLD_EVERY == 0:
+        if count % _PROGRESS_EVERY == 0:
             progress(count, None, unit="instances checked")
     if first is None:
         raise RecordError(f"{source.name}: holds no instances; give at least one row with instruction and reference")
