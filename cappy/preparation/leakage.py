@@ -103,7 +103,7 @@ def _dropped(fitted: list[Drawn], validation: list[Drawn], test: list[Drawn]) ->
         prompts = np.array([fitted[number].prompt for number in numbers], dtype=np.uint64)
         found: set[int] = set()
         for number, row in enumerate(held):
-            near = {int(prompt) for prompt in prompts[index.found(row.shingles, row.group)]}
+            near = {int(prompt) for prompt in prompts[index.match(row.shingles, row.group)]}
             found |= near if number < len(test) else near - fixed
         if not found:
             return dropped
@@ -134,7 +134,7 @@ def tied_prompts(prompts: Hashes, rows: Callable[[], Iterable[Prompted]]) -> Has
     parents: dict[int, int] = {}
 
     for prompt, prompted in zip(prompts.tolist(), rows(), strict=False):
-        for other in drawn[index.found(shingles(prompted.instruction), group_hash(prompted), frequent)].tolist():
+        for other in drawn[index.match(shingles(prompted.instruction), group_hash(prompted), frequent)].tolist():
             low, high = sorted((root_of(prompt, parents), root_of(other, parents)))
             parents[high] = low
     roots = (root_of(prompt, parents) for prompt in prompts.tolist())
@@ -195,7 +195,7 @@ class Exclusions:
         group = group_hash(instance)
         if _has(self.groups, group) or _has(self.near_prompts, prompt_hash(instance.instruction)):
             return True
-        return self.rows is not None and len(self.rows.found(shingles(instance.instruction), group, share=_SHARE)) > 0
+        return self.rows is not None and len(self.rows.match(shingles(instance.instruction), group, share=_SHARE)) > 0
 
 
 def sort_hashes(hashes: "array[int]") -> "array[int]":
@@ -221,7 +221,7 @@ def keep_apart(
         return
     held, rows = _read_evaluation_sets(folders)
     for instance in instances:
-        what = "" if instance.split == "test" else _found(instance, held, rows)
+        what = "" if instance.split == "test" else _describe_leak(instance, held, rows)
         if what:
             if not drop:
                 where = ", ".join(map(str, folders))
@@ -249,7 +249,7 @@ def _read_evaluation_sets(folders: Sequence[Path]) -> tuple[Exclusions, RowIndex
     return Exclusions(prompts=sort_hashes(prompts), groups=sort_hashes(groups)), rows
 
 
-def _found(instance: Instance, held: Exclusions, rows: RowIndex) -> str:
+def _describe_leak(instance: Instance, held: Exclusions, rows: RowIndex) -> str:
     """What of an instance stands in an evaluation set, in words; empty if nothing does."""
     if held.has_prompt(instance.instruction):
         return "has a prompt"

@@ -60,7 +60,7 @@ def parse_row(where: str, values: Values, *, task: str, max_characters: int, unl
     candidates = (*_responses(fields), *_candidates(fields))
     if unlabelled and not candidates:
         remedy = "give the responses to be scored as responses, or leave --unlabelled out"
-        raise RecordError(f"{where}: has no responses, fields found: {fields.found()}; {remedy}")
+        raise RecordError(f"{where}: has no responses, fields found: {fields.names()}; {remedy}")
     rated = bool(candidates) and all(GIVEN in one.labels for one in candidates)
     references = _references(fields, needed=not rated and not unlabelled)
     choices = _choices(fields, references)
@@ -150,7 +150,7 @@ class _Fields:
             raise RecordError(f"{self.where}: {name} must be true or false, got {shown(value)}")
         return default if value is None else value
 
-    def found(self) -> str:
+    def names(self) -> str:
         """The names of the fields that are there, for an error."""
         return column_names(self.values)
 
@@ -178,7 +178,7 @@ class _Fields:
 def _instruction(fields: _Fields) -> str:
     if "instruction" not in fields.values:
         remedy = "give the prompt under that name, or say which column it is: --columns instruction=COLUMN"
-        raise RecordError(f"{fields.where}: has no field instruction, fields found: {fields.found()}; {remedy}")
+        raise RecordError(f"{fields.where}: has no field instruction, fields found: {fields.names()}; {remedy}")
     instruction = fields.text("instruction") if fields.has("instruction") else None
     if instruction is None or not instruction.strip():
         raise RecordError(f"{fields.where}: instruction is empty, got {shown(instruction)}; give it a text")
@@ -192,7 +192,7 @@ def _references(fields: _Fields, *, needed: bool) -> tuple[str, ...]:
     given = [name for name in ("reference", "references") if name in fields.values]
     remedy = "give at least one accepted answer as reference or references, or --columns reference=COLUMN"
     if not given:
-        raise RecordError(f"{fields.where}: has no reference, fields found: {fields.found()}; {remedy}")
+        raise RecordError(f"{fields.where}: has no reference, fields found: {fields.names()}; {remedy}")
     references = tuple(text for text in fields.texts(*given) if text.strip())
     if not references:
         got = shown(fields.values[given[0]])
@@ -242,7 +242,7 @@ def _candidates(fields: _Fields) -> Iterator[Candidate]:
         inner = _Fields(where, item, fields.max_characters)
         name = next((name for name in ("response", "text") if inner.has(name)), None)
         if name is None:
-            raise RecordError(f"{where}: has no text, fields found: {inner.found()}; give the response as text")
+            raise RecordError(f"{where}: has no text, fields found: {inner.names()}; give the response as text")
         yield _imported(
             inner.text(name),
             label=inner.label("label"),

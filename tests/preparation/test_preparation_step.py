@@ -333,6 +333,22 @@ def test_a_killed_run_resumes_without_doing_finished_parts_again(
     assert [instance.references for instance in read(tmp_path / "t")] == [(str(n + 1),) for n in range(10)]
 
 
+def test_fresh_does_finished_parts_again_once(json_lines: JsonLines, ten_rows: list[Any], tmp_path: Path) -> None:
+    path = json_lines(*ten_rows)
+
+    def resumed(fresh: str) -> int:
+        seen = [0]
+
+        def count(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
+            seen.append(resumed)
+
+        target = tmp_path / f"target{len(list(tmp_path.glob('target*')))}"
+        run(PreparationConfig(source=str(path), target=target, work=tmp_path / "w", part_rows=2, fresh=fresh), count)
+        return max(seen)
+
+    assert [resumed(fresh) for fresh in ("", "", "one", "one", "two", "")] == [0, 10, 0, 10, 0, 10]
+
+
 def test_importing_the_config_loads_nothing_heavy() -> None:
     program = (
         "import sys\n"
