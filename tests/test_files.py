@@ -1,5 +1,6 @@
 """Locks, files that appear whole, and folders of their owner alone."""
 
+import errno
 import fcntl
 import os
 import stat
@@ -7,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
 
 from cappy.errors import FolderError
-from cappy.files import make_private, open_lock, replacing
+from cappy.files import hold_lock, lock_holder, make_private, open_lock, replacing
 from cappy.records import Manifest
 from cappy.records.folder import File, publish, put, sha256_of, write_bytes
 from cappy.records.work import claim
@@ -107,6 +109,8 @@ def test_what_is_no_file_is_refused_at_once_as_a_lock(make: Callable[[Path], Non
     make(tmp_path / "lock")
     with pytest.raises(FolderError, match="no regular file"):
         open_lock(tmp_path / "lock")
+    with pytest.raises(FolderError, match="no regular file"), hold_lock(tmp_path / "lock"):
+        pytest.fail("it is no lock")
 
 
 def test_a_lock_is_its_owners_alone_and_no_child_inherits_it(umask: int, tmp_path: Path) -> None:
@@ -119,6 +123,42 @@ def test_a_lock_is_its_owners_alone_and_no_child_inherits_it(umask: int, tmp_pat
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def test_a_lock_that_is_held_is_its_owners_alone_and_names_the_process(umask: int, tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with hold_lock(path):
+        assert mode(path) == 0o600
+        assert lock_holder(path) == str(os.getpid())
+        held = [number for number in range(256) if _is_open(number, path)]
+        assert len(held) == 1
+        assert not os.get_inheritable(held[0])
+        with pytest.raises(Timeout), hold_lock(path, patience=0):
+            pytest.fail("it is held")
+        with open_lock(path) as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with hold_lock(path, patience=0):
+        pass
+
+
+def _is_open(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
+def test_a_disk_without_the_kernels_locks_is_no_place_for_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock by a file's being there would stay when its process is killed."""
+
+    def missing(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with pytest.raises(OSError, match="not implemented"), hold_lock(tmp_path / "lock"):
+        pytest.fail("it is no lock")
+
+
 def test_every_lock_of_the_project_is_opened_in_one_place() -> None:
     """flock, on a file that something else opened, is how the next one would come in."""
     root = Path(__file__).parents[1]
@@ -126,6 +166,7 @@ def test_every_lock_of_the_project_is_opened_in_one_place() -> None:
         for path in (root / package).rglob("*.py"):
             text = path.read_text()
             assert "flock(" not in text or "open_lock(" in text, path
+            assert "FileLock(" not in text or path.name == "files.py", path
             assert "lockf(" not in text, path
 
 

@@ -16,7 +16,8 @@ from cappy.plan.costs import CHECKED, CHECKS, HARDWARE, MOST_SHARDS, Work, cost
 from cappy.plan.shapes import GENERATORS, SCORERS
 from cappy.plan.table import Plan, span, stored
 from cappy.plan.volumes import mixture_volumes
-from cappy.preparation.mixtures import load_mixture, plan
+from cappy.preparation.mixtures import load_mixture
+from cappy.preparation.mixtures.plan import plan
 
 PAPER = {"bart0": 5, "t0-3b": 5}
 TERMS = Terms(scorer="roberta-large", mfu=0.4, sampling_mfu=0.1)
