@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from wording import assert_names, raises_naming
 
 from cappy.errors import FolderError
 from cappy.training.checkpoint import Checkpoint, State, load, newest_update, save
@@ -35,12 +36,12 @@ def test_a_damaged_generation_gives_way_to_the_one_before(tmp_path: Path, name: 
     found, said = load(tmp_path)
     assert found is not None
     assert found.state.update == 1
-    assert said == "the checkpoint of update 2 is damaged, continued from update 1"
+    assert_names(said, "update 2 is damaged", "from update 1")
 
 
 def test_tensors_that_are_none_are_a_damaged_checkpoint(tmp_path: Path) -> None:
     replace(saved(tmp_path, 1), "model.safetensors", b"\xff" * 100)
-    with pytest.raises(FolderError, match="every checkpoint is damaged"):
+    with raises_naming(FolderError, str(tmp_path), "damaged", "delete this folder"):
         load(tmp_path)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
+from wording import raises_naming
 
 from cappy.errors import RecordError
 from cappy.records import Candidate, Instance, write
@@ -178,7 +179,7 @@ def test_a_sampled_response_outranks_a_mismatch_of_the_same_text_and_labels_must
     )
     instance = Instance(instance_id="1", instruction="i", references=("r",), candidates=both)
     assert to_group(instance, "rougeL").labels == (0.5,)
-    with pytest.raises(RecordError, match="instance '1': a candidate has no label 'bleu'; run cappy annotation"):
+    with raises_naming(RecordError, "instance '1'", "'bleu'", "run cappy annotation"):
         to_group(instance, "bleu")
 
 
