@@ -26,11 +26,11 @@ from cappy.sampling.seq2seq import Seq2Seq
 from cappy.sampling.strategies import Decoding, strategy
 from cappy.scoring import Scorer
 from cappy.training import checkpoint
+from cappy.training.corpus import open_corpora
+from cappy.training.distributed import ALONE
 from cappy.training.feed import batch
 from cappy.training.loop import Run
 from cappy.training.pretraining import PretrainingConfig
-from cappy.training.ranks import ALONE
-from cappy.training.tokenization import open_corpora
 
 RESPONSE_TOKENS = 24
 UPDATES = {"mini": 20, "builtin": 20, "roberta-base": 4}

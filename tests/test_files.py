@@ -17,7 +17,7 @@ from cappy.registry.client import connected
 from cappy.sampling.endpoint.answers import Answer as EndpointAnswer
 from cappy.sampling.endpoint.cache import Cache
 from cappy.steps import hold_parent_lock
-from cappy.training.tokenization import _held
+from cappy.training.corpus import _locked
 from pipelines.clients.local import _held as run_is_held
 from serving.gateway.shelf import Answer, Shelf
 
@@ -39,7 +39,7 @@ def hold_work(folder: Path) -> None:
 
 
 def hold_tokens(folder: Path) -> None:
-    with _held(folder, "key"):
+    with _locked(folder, "key"):
         pass
 
 

@@ -24,7 +24,7 @@ from cappy.preparation import neighbours
 from cappy.progress import Progress
 from cappy.records import Instance, Manifest, Split, prompt_hash, read, write
 from cappy.records.folder import MANIFEST, verify
-from cappy.training.plan import TRAINING_STEPS
+from cappy.training.settings import TRAINING_STEPS
 
 Load = Callable[[str], AnyScorer]
 """Makes a scorer of a folder."""

@@ -15,8 +15,8 @@ from cappy.registry.client import connected, experiment_id, metric_key
 from cappy.registry.models import RUN_TAG
 from cappy.secrets import fill_environment
 from cappy.steps import PACKAGE, PROGRESS_VARIABLE, StepRecord, read_record
-from cappy.training.curves import TRAINING_LOG, read_curves
-from cappy.training.plan import TRAINING_STEPS
+from cappy.training.meter import TRAINING_LOG, read_curves
+from cappy.training.settings import TRAINING_STEPS
 
 STEP_TAG = "cappy.step"
 PIPELINE = "pipeline"

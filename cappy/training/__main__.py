@@ -23,7 +23,7 @@ from cappy.progress import FileProgress, LineProgress, Progress, silent
 from cappy.redaction import redact
 from cappy.steps import PROGRESS_VARIABLE, config_class, runner
 from cappy.training.launch import CODE_VARIABLE, REPORT_VARIABLE
-from cappy.training.plan import TRAINING_STEPS
+from cappy.training.settings import TRAINING_STEPS
 
 ATOMIC = 1000
 """Characters of a message: even as escaped JSON within 4,096 bytes or so, which a pipe takes whole from each rank."""
@@ -58,9 +58,9 @@ def _alone(arguments: Sequence[str]) -> int:
     try:
         metrics = json.loads(_run(arguments, _told_outside(arguments)))["metrics"]
         if "trial_updates" in metrics and os.environ.get("RANK", "0") == "0":
-            from cappy.training.trial import text
+            from cappy.training.meter import describe_trial
 
-            sys.stdout.write(f"{text(metrics)}\n")
+            sys.stdout.write(f"{describe_trial(metrics)}\n")
     except CappyError as error:
         sys.stderr.write(f"cappy {' '.join(arguments[:1])}: {error}\n")
         return 1

@@ -19,10 +19,10 @@ from cappy.scoring.batching import by_length
 from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus
+from cappy.training.distributed import Ranks
 from cappy.training.feed import Drawn, pool
 from cappy.training.losses import LISTWISE_TEMPERATURE
-from cappy.training.plan import TrainingSettings
-from cappy.training.ranks import Ranks
+from cappy.training.settings import TrainingSettings
 
 CANDIDATES = 16
 """Responses of a validation instance that a pick is made from, at most: more cost more, and leave less to chance."""

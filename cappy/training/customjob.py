@@ -9,7 +9,7 @@ from typing import Any
 
 from cappy.config import encode, to_values
 from cappy.errors import ConfigError
-from cappy.training.plan import TrainingSettings
+from cappy.training.settings import TrainingSettings
 
 
 def worker_pools(

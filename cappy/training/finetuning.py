@@ -7,7 +7,7 @@ from pydantic import Field
 from cappy.config import settings
 from cappy.progress import Progress, silent
 from cappy.records import Manifest
-from cappy.training.plan import TrainingSettings
+from cappy.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from cappy.scoring import Scorer
@@ -43,7 +43,7 @@ def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
 def _start(config: FinetuningConfig) -> "Scorer":
     from cappy.errors import ConfigError
     from cappy.scoring import Scorer
-    from cappy.training.paper import TRUNCATION
+    from cappy.training.settings import TRUNCATION
 
     scorer = Scorer.load(config.scorer, precision="fp32")
     if config.preset == "paper" and scorer.head != "mse":

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from cappy.errors import ConfigError, FolderError
 from cappy.training.corpus import Corpus
+from cappy.training.distributed import Ranks
 from cappy.training.feed import updates_of
-from cappy.training.plan import TrainingSettings
-from cappy.training.ranks import Ranks
+from cappy.training.settings import TrainingSettings
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "tokenizer_config.json")
 

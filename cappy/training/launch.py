@@ -1,4 +1,4 @@
-"""Starts the ranks of this machine as children, tells what they tell, and ends them all when one ends badly."""
+"""Which of several machines this one is, and its ranks: children that report to us and end together."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,14 +19,15 @@ import torch
 
 from cappy import errors
 from cappy.config import encode, to_values
-from cappy.errors import ConfigError, TrainingError
+from cappy.errors import ConfigError, TrainingError, shown
 from cappy.progress import Progress
 from cappy.records import Manifest
-from cappy.training.ending import CONTINUES
-from cappy.training.place import Place, place
-from cappy.training.plan import TrainingSettings
-from cappy.training.ranks import started
+from cappy.training.checkpoint import CONTINUES
+from cappy.training.distributed import started
+from cappy.training.settings import TrainingSettings
 
+POOLS = ("workerpool0", "workerpool1")
+"""Vertex AI's pools that train: the first machine, and the others. Pools 2 and 3 are for other servers."""
 REPORT_VARIABLE = "CAPPY_RANK_PIPES"
 """Environment of a rank that we started: descriptor to report to, and descriptor that ends with its parent."""
 CODE_VARIABLE = "CAPPY_CODE"
@@ -37,6 +38,33 @@ GRACE_SECONDS = 10.0
 """How long the other ranks may go on when one has ended badly: time to end by themselves, not to hang."""
 
 
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Machine `node` of `nodes`; all meet at `address` and `port` (0: any free one, where there is one machine)."""
+
+    node: int = 0
+    nodes: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+
+
+def topology(plan: TrainingSettings, environment: Mapping[str, str] | None = None) -> Topology:
+    """This machine's place: from Vertex AI's CLUSTER_SPEC, or from NODE_RANK with MASTER_ADDR and MASTER_PORT.
+
+    ConfigError where more machines are asked for than told of.
+    """
+    told = os.environ if environment is None else environment
+    found = Topology()
+    if spec := told.get("CLUSTER_SPEC"):
+        found = _in_cluster(spec)
+    elif {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= told.keys() and plan.nodes > 1:
+        found = Topology(int(told["NODE_RANK"]), plan.nodes, told["MASTER_ADDR"], int(told["MASTER_PORT"]))
+    if plan.nodes not in (1, found.nodes):
+        remedy = "start it with torchrun, a TrainJob or a CustomJob, or set NODE_RANK, MASTER_ADDR and MASTER_PORT"
+        raise ConfigError(f"--nodes {plan.nodes}: the environment tells of {found.nodes}; {remedy}")
+    return found
+
+
 def starts_ranks(plan: TrainingSettings) -> bool:
     """Whether this process, being no rank itself, has to start some: several, or the one that DeepSpeed wants."""
     if plan.strategy == "jax":
@@ -44,7 +72,7 @@ def starts_ranks(plan: TrainingSettings) -> bool:
         return False
     if started():
         return False
-    count = plan.devices * place(plan).nodes
+    count = plan.devices * topology(plan).nodes
     if plan.strategy == "single" and count > 1:
         raise ConfigError(f"--strategy single: is for one rank, and {count} were asked for; give ddp or deepspeed")
     return count > 1 or plan.strategy == "deepspeed"
@@ -52,7 +80,7 @@ def starts_ranks(plan: TrainingSettings) -> bool:
 
 def _refuse_several(plan: TrainingSettings) -> None:
     """ConfigError where several machines or processes are to train with JAX."""
-    nodes = plan.nodes if plan.nodes > 1 else place(plan).nodes
+    nodes = plan.nodes if plan.nodes > 1 else topology(plan).nodes
     if nodes > 1:
         raise ConfigError(f"--strategy jax: is for one machine, and {nodes} were asked for; give ddp or deepspeed")
     if started() and int(os.environ["WORLD_SIZE"]) > 1:
@@ -71,7 +99,7 @@ def spread(step: str, plan: TrainingSettings, progress: Progress) -> Manifest:
     reading, report = os.pipe()
     life, living = os.pipe()
     command = [sys.executable, "-m", "cappy.training", step, encode(to_values(plan))]
-    here = place(plan)
+    here = topology(plan)
     here = replace(here, port=here.port or _free_port())
     ranks = [
         subprocess.Popen(  # noqa: S603 (our own interpreter and module)
@@ -138,7 +166,7 @@ def _messages(reading: int, alive: Callable[[], bool]) -> Iterator[Mapping[str, 
             yield {}
 
 
-def _environment(here: Place, devices: int, local: int, pipes: str) -> dict[str, str]:
+def _environment(here: Topology, devices: int, local: int, pipes: str) -> dict[str, str]:
     root = str(Path(__file__).parents[2])
     threads = max(1, (os.cpu_count() or 1) // devices)
     return {
@@ -190,3 +218,16 @@ def _passed_on(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _in_cluster(spec: str) -> Topology:
+    try:
+        values: dict[str, Any] = json.loads(spec)
+        pools, task = values["cluster"], values["task"]
+        machines = [(pool, index) for pool in POOLS for index in range(len(pools.get(pool, ())))]
+        if len(machines) == 1:
+            return Topology()
+        address, _, port = pools[POOLS[0]][0].rpartition(":")
+        return Topology(machines.index((task["type"], int(task["index"]))), len(machines), address, int(port))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(f"CLUSTER_SPEC: {shown(spec)} is not what Vertex AI writes; unset it or mend it") from error

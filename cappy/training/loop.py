@@ -1,5 +1,11 @@
-"""The loop: whole instances in, a scorer out, the one that validation instances do not speak against."""
+"""The loop: whole instances in, a scorer out, the one that validation instances do not speak against.
 
+And a trial of it: a few real updates, and from them the time and memory of the whole.
+"""
+
+import resource
+import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,27 +14,29 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from cappy.errors import TrainingError
+from cappy.errors import ConfigError, TrainingError
 from cappy.progress import Progress
 from cappy.scoring.precision import has_bf16, keep_heads_exact
 from cappy.scoring.scorer import Scorer
 from cappy.training import checkpoint
-from cappy.training.checkpoint import Checkpoint, State
-from cappy.training.checks import check_scorer, decides, explain, judge
+from cappy.training.checkpoint import CONTINUES, Checkpoint, CheckpointClock, Shutdown, State
+from cappy.training.checks import CANDIDATES, check_scorer, decides, explain, judge
 from cappy.training.corpus import Corpus
-from cappy.training.ending import CONTINUES, Clock, Ending
+from cappy.training.distributed import ALONE, Ranks, Replicas, Strategy
 from cappy.training.feed import Drawn, batch, micro_batches, padded, updates_of
-from cappy.training.guards import refuse_unfit
-from cappy.training.meter import Meter, flops_of_pair, layer_weights, peak_of, told
-from cappy.training.plan import TrainingSettings, default_rate, falls, rate
-from cappy.training.ranks import ALONE, Ranks
-from cappy.training.strategies import start
-from cappy.training.update import UnwellError, update
+from cappy.training.meter import Meter, describe, flops_of_pair, layer_weights, peak_of
+from cappy.training.settings import TrainingSettings
+from cappy.training.update import DivergedError, default_rate, falls, rate, update
 
 NAMED = 16
 """Instances that an error names."""
 POINTS = 200
 """Points of a run's curve."""
+TRIAL_UPDATES = 20
+WARM = 2
+"""First updates of a trial, which also load and allocate: they are not timed."""
+FORWARD = 1 / 3
+"""Cost of scoring a pair, as a share of training on it: the backward pass is twice the forward one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +75,17 @@ def fit(
     refuse_unfit(train, plan, ranks)
     run = Run(scorer, train, validation, plan, checkpoints, ranks)
     state, resumed_at = run.state, run.state.update
-    with Ending() as ending:
+    with Shutdown() as shutdown:
         while True:
             if run.check_due:
-                run.check(ending)
+                run.check(shutdown)
             if state.stopped or state.update >= run.updates:
                 break
             run.update()
-            run.save_if_due(ending)
-            progress(state.update, run.updates, unit="updates", resumed=resumed_at, note=run.told)
+            run.save_if_due(shutdown)
+            progress(state.update, run.updates, unit="updates", resumed=resumed_at, note=run.summary)
     reason = explain(state, run.updates, len(validation))
-    progress(state.update, state.update, unit="updates", resumed=resumed_at, note=reason or run.told)
+    progress(state.update, state.update, unit="updates", resumed=resumed_at, note=reason or run.summary)
     if ranks.first:
         scorer.model, scorer.through = run.strategy.finished(run.best).eval(), None
         scorer.autocast = False
@@ -114,27 +122,27 @@ class Run:
         if scorer.autocast:
             keep_heads_exact(scorer.model)
         self.meter = Meter(peak_of(scorer.device, ranks.count, bf16=scorer.autocast))
-        self.strategy = start(scorer, plan, ranks)
-        self.clock = Clock(plan.checkpoint_seconds, plan.checkpoint_updates)
+        self.strategy = start_strategy(scorer, plan, ranks)
+        self.clock = CheckpointClock(plan.checkpoint_seconds, plan.checkpoint_updates)
         self.state, self.best, self.note = State(budget=plan.batch_tokens), dict[str, Tensor](), ""
         self._resume()
 
     def _resume(self) -> None:
         """Puts the first rank's checkpoint, or its weights as they are, in place on all ranks."""
         found, note = checkpoint.load(self.checkpoints) if self.ranks.first else (None, "")
-        state, self.note = self.ranks.told((found and asdict(found.state), note))
+        state, self.note = self.ranks.broadcast_object((found and asdict(found.state), note))
         if state is not None:
-            weights = self.ranks.given(found.weights if found else {})
-            self.strategy.restore(weights, self.ranks.given(found.moments if found else {}))
+            weights = self.ranks.broadcast_tensors(found.weights if found else {})
+            self.strategy.restore(weights, self.ranks.broadcast_tensors(found.moments if found else {}))
             self.state, self.best = State(**state), found.best if found else {}
         elif self.ranks.count > 1:
-            self.strategy.restore(self.ranks.given(self.strategy.weights()), {})
+            self.strategy.restore(self.ranks.broadcast_tensors(self.strategy.weights()), {})
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """What a person wants to know beside how far it is."""
         now = self.state.update - 1
-        figures = told(self.state.running_loss, self.rate(now), self.meter.figures()) if now >= 0 else ""
+        figures = describe(self.state.running_loss, self.rate(now), self.meter.figures()) if now >= 0 else ""
         return ", ".join(filter(None, (figures, self.note)))
 
     def rate(self, update: int) -> float:
@@ -148,7 +156,7 @@ class Run:
         due = state.update % self.every == 0 or state.update == self.updates
         return due and not (state.log and state.log[-1]["update"] == state.update)
 
-    def check(self, ending: Ending) -> None:
+    def check(self, shutdown: Shutdown) -> None:
         """Scores the validation instances and keeps the weights unless they are clearly below the best."""
         check, plan, state = None, self.plan, self.state
         if len(self.validation):
@@ -158,7 +166,7 @@ class Run:
                 plan,
                 ranks=self.ranks,
                 lockstep=self.strategy.lockstep,
-                asked=ending.asked,
+                asked=shutdown.requested,
             )
             if check is None:
                 self._end()
@@ -176,10 +184,10 @@ class Run:
         try:
             with self.meter.timed():
                 loss = update(self.scorer, self.strategy, self.train, drawn, plan, state, rate=now, ranks=self.ranks)
-        except UnwellError as error:
+        except DivergedError as error:
             names = ", ".join(self.train.name(one.index) for one in drawn[:NAMED])
             names += f" and {len(drawn) - NAMED} more" if len(drawn) > NAMED else ""
-            good = f"last good checkpoint: {self.ranks.told(checkpoint.newest(self.checkpoints))}"
+            good = f"last good checkpoint: {self.ranks.broadcast_object(checkpoint.newest(self.checkpoints))}"
             remedy = "give a smaller --learning-rate, or look at these instances"
             raise TrainingError(f"update {state.update + 1}: {error}, instances {names}; {good}; {remedy}") from None
         state.running_loss = loss if state.update == 0 else 0.95 * state.running_loss + 0.05 * loss
@@ -201,9 +209,9 @@ class Run:
             point = {"update": state.update, "loss": round(state.running_loss, 6), "rate": rate}
             state.curve.append({**point, **self.meter.figures()})
 
-    def save_if_due(self, ending: Ending) -> None:
+    def save_if_due(self, shutdown: Shutdown) -> None:
         """A checkpoint where it is time for one; the last one and a TrainingError where the machine wants us to end."""
-        wishes = self.ranks.first and self.clock.due(self.state.update), ending.asked()
+        wishes = self.ranks.first and self.clock.due(self.state.update), shutdown.requested()
         due, ended = self.ranks.summed([float(wish) for wish in wishes])
         if ended:
             self._end()
@@ -218,11 +226,99 @@ class Run:
 
     def _end(self) -> NoReturn:
         self._save()
-        self.ranks.told(None)  # A rank that ends takes the others with it: not before the first has written.
+        self.ranks.broadcast_object(
+            None
+        )  # A rank that ends takes the others with it: not before the first has written.
         done = f"stopped by SIGTERM after update {self.state.update} of {self.updates}"
         raise TrainingError(f"{done}; the checkpoint is written, {CONTINUES}")
+
+
+def trial(
+    scorer: Scorer, train: Corpus, validation: Corpus, plan: TrainingSettings, ranks: Ranks, progress: Progress
+) -> dict[str, float]:
+    """Trains `TRIAL_UPDATES` updates and forgets them; seconds and bytes, this rank's alone.
+
+    `projected_seconds` are of the whole run on these ranks: every epoch, and the checks, a pair of which is taken to
+    cost a third of a pair trained on. Early stopping would make it shorter.
+    """
+    refuse_unfit(train, plan, ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(scorer, train, validation, plan, Path(folder), ranks)
+        count = min(TRIAL_UPDATES, run.updates)
+        ends = [time.perf_counter()]
+        for done in range(1, count + 1):
+            if done == WARM + 1:
+                run.meter.forget()
+            run.update()
+            ends.append(time.perf_counter())
+            progress(done, count, unit="updates of the trial", note=run.summary)
+    warm = min(WARM, count - 1)
+    per_update = (ends[-1] - ends[warm]) / (count - warm)
+    figures = run.meter.figures()
+    checked = sum(min(CANDIDATES, len(validation.selectable(index))) for index in range(len(validation)))
+    checks = len({*range(0, run.updates, run.every), run.updates})
+    checking = FORWARD * checked / max(figures["pairs_per_second"], 1e-9) * checks
+    return {
+        "batch_tokens": float(run.state.budget),
+        "trial_updates": float(count),
+        "seconds_per_update": per_update,
+        **figures,
+        "peak_bytes": float(_peak_bytes(scorer.device)),
+        "updates": float(run.updates),
+        "projected_seconds": per_update * run.updates + checking,
+    }
+
+
+def start_strategy(scorer: Scorer, plan: TrainingSettings, ranks: Ranks) -> Strategy:
+    """The strategy that the settings name, around the scorer's model.
+
+    ConfigError where what it needs cannot be imported.
+    """
+    if plan.strategy == "deepspeed":
+        from cappy.training.deepspeed import Sharded
+
+        sharded = Sharded(scorer.model, plan, ranks)
+        scorer.through = sharded.engine  # It gathers sharded weights for a pass.
+        return sharded
+    if plan.strategy != "jax":
+        return Replicas(scorer.model, plan, ranks)
+    if plan.precision == "bf16":
+        raise ConfigError("--precision bf16: the strategy jax computes in fp32; leave the precision at auto or fp32")
+    try:
+        from cappy.training.tpu.strategy import OnDevices
+    except ImportError as error:
+        remedy = "pip install 'cappy-scorer[tpu]', or --strategy single"
+        raise ConfigError(f"--strategy jax: cannot be imported ({error}); {remedy}") from error
+    return OnDevices(scorer, plan)
+
+
+def refuse_unfit(train: Corpus, plan: TrainingSettings, ranks: Ranks) -> None:
+    """ConfigError where these instances cannot be learned from as the plan says."""
+    if not len(train):
+        raise ConfigError("training: no training instance has two different responses; sample more candidates")
+    facts = train.facts
+    if facts.lowest == facts.highest:
+        remedy = "nothing can be learned; choose another --metric or sample more candidates"
+        raise ConfigError(f"training: every label {plan.metric!r} is {facts.lowest:g}; {remedy}")
+    if plan.schedule == "published" and updates_of(train, plan) < 2:
+        raise ConfigError("--schedule published: begins at rate 0, and this is one update; give more --train-rows")
+    if len(train) < ranks.count:
+        raise ConfigError(f"training: {len(train)} instances for {ranks.count} ranks; give fewer --devices or --nodes")
+    if plan.batch_instances < ranks.count:
+        remedy = f"give --batch-instances {ranks.count} or more, or fewer --devices"
+        raise ConfigError(f"--batch-instances {plan.batch_instances}: is less than the {ranks.count} ranks; {remedy}")
+    if plan.batch_tokens < train.longest_pair:
+        remedy = f"give --batch-tokens {train.longest_pair} or more"
+        raise ConfigError(f"--batch-tokens {plan.batch_tokens}: a pair may have {train.longest_pair} tokens; {remedy}")
 
 
 def _in_bf16(plan: TrainingSettings, device: torch.device) -> bool:
     """Whether matrix products run in bf16: where asked, and by `auto` on a GPU that has instructions for it."""
     return plan.precision == "bf16" or (plan.precision == "auto" and device.type == "cuda" and has_bf16(device))
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Most memory so far: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

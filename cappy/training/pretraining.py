@@ -8,7 +8,7 @@ from pydantic import Field
 from cappy.config import settings
 from cappy.progress import Progress, silent
 from cappy.records import Manifest
-from cappy.training.plan import TrainingSettings
+from cappy.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from cappy.model_folder import ModelFolder
@@ -79,7 +79,7 @@ def _start(config: PretrainingConfig, folder: "ModelFolder") -> "Scorer":
     from cappy.scoring.cross_encoder import warn_once
     from cappy.scoring.folder import positions_of, use_token_types
     from cappy.training.guards import refuse_without_tokenizer
-    from cappy.training.paper import TRUNCATION
+    from cappy.training.settings import TRUNCATION
 
     refuse_without_tokenizer(folder.path)
     torch.manual_seed(config.seed)

@@ -19,15 +19,14 @@ from cappy.scoring import TRAINED_ON
 from cappy.scoring.scorer import Scorer
 from cappy.scoring.training_data import write_training_data
 from cappy.training.checks import decides
-from cappy.training.curves import write_log, write_speed
+from cappy.training.corpus import Corpora, open_corpora
+from cappy.training.deepspeed import name_accelerator
+from cappy.training.distributed import Ranks, joined
 from cappy.training.launch import spread, starts_ranks
-from cappy.training.loop import Outcome, fit
-from cappy.training.plan import TrainingSettings
-from cappy.training.ranks import Ranks, joined
+from cappy.training.loop import Outcome, fit, trial
+from cappy.training.meter import write_log, write_speed
 from cappy.training.remote.run import train_elsewhere
-from cappy.training.sharded import name_accelerator
-from cappy.training.tokenization import Corpora, open_corpora
-from cappy.training.trial import trial
+from cappy.training.settings import TrainingSettings
 
 LOGGER = logging.getLogger(__name__)
 Start = Callable[[], Scorer]
@@ -61,12 +60,12 @@ def train(
     with joined() as ranks:
         if config.dry_run:
             scorer, corpora = _begin(config, start, progress)
-            told = progress if ranks.first else silent
-            metrics = trial(scorer, corpora.train, corpora.validation, config, ranks, told)
+            reported = progress if ranks.first else silent
+            metrics = trial(scorer, corpora.train, corpora.validation, config, ranks, reported)
             return Manifest(step=step, files=(), config=identity(config), code=code_version(), metrics=metrics)
         if not ranks.first:
             _fit(config, start, Path(), silent, ranks)
-            return Manifest.from_json(ranks.told(None))
+            return Manifest.from_json(ranks.broadcast_object(None))
         computed = _computed(config)
         with claim(config.work, step, computed, hashes) as folder:
             scorer, corpora, outcome = _fit(config, start, folder / ".checkpoints", progress, ranks)
@@ -86,7 +85,7 @@ def train(
             )
             finish(folder, config.target, manifest)
             write_speed(config.work, manifest.hash, outcome.curve)
-            ranks.told(manifest.to_json())
+            ranks.broadcast_object(manifest.to_json())
             return manifest
 
 

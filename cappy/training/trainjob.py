@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cappy.config import encode, to_values
-from cappy.training.plan import TrainingSettings
+from cappy.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from kubeflow.trainer import CustomTrainer

@@ -13,8 +13,8 @@ import pytest
 
 from cappy.preparation.mixtures import load_mixture
 from cappy.preparation.mixtures.facts import chosen
-from cappy.training.paper import TRUNCATION
-from cappy.training.plan import rate
+from cappy.training.settings import TRUNCATION
+from cappy.training.update import rate
 from pipelines.fingerprints import configs
 from pipelines.planning import settings_of
 from pipelines.recipe import Recipe, read_recipe

@@ -15,8 +15,8 @@ from cappy.records import Candidate, Instance, read_manifest, write
 from cappy.training.checkpoint import State
 from cappy.training.checks import FEWEST, Check, expected_label, explain, judge
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.plan import falls, rate
 from cappy.training.train import instances_hash
+from cappy.training.update import falls, rate
 
 Plan = Callable[..., FinetuningConfig]
 NUMBER = 22

@@ -13,10 +13,8 @@ from cappy.errors import RecordError
 from cappy.records import Candidate, Instance, write
 from cappy.records.instance import SOURCES
 from cappy.scoring.encoding import PairEncoder
-from cappy.training.corpus import Corpus
-from cappy.training.feed import Drawn, Group, batch, dealt, micro_batches, padded, pool, to_group
-from cappy.training.order import permuted
-from cappy.training.tokenization import CorpusWriter, open_corpora
+from cappy.training.corpus import Corpus, CorpusWriter, Group, open_corpora, to_group
+from cappy.training.feed import Drawn, batch, micro_batches, padded, passes_of, permuted, pool
 
 LENGTH = 48
 
@@ -109,9 +107,9 @@ def test_passes_keep_instances_whole_within_the_budget_and_give_every_rank_work(
     assert len(micro_batches(drawn[:3], 10_000, parts=5)) == 3
 
 
-def test_passes_are_dealt_once_each_and_evenly() -> None:
+def test_passes_are_shared_out_once_each_and_evenly() -> None:
     costs = [9, 1, 5, 5, 2, 2]
-    hands = [dealt(costs, rank, 3) for rank in range(3)]
+    hands = [passes_of(costs, rank, 3) for rank in range(3)]
     assert sorted(number for hand in hands for number in hand) == list(range(6))
     assert [sum(costs[number] for number in hand) for hand in hands] == [9, 8, 7]
 

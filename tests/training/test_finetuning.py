@@ -15,7 +15,7 @@ from cappy.records.folder import verify
 from cappy.scoring import Scorer, trained_on
 from cappy.scoring.training_data import training_data
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.plan import default_rate, rate
+from cappy.training.update import default_rate, rate
 
 Plan = Callable[..., FinetuningConfig]
 

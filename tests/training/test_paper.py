@@ -15,13 +15,13 @@ from cappy.config import build, to_values
 from cappy.errors import ConfigError
 from cappy.records import Instance, Manifest, write
 from cappy.scoring import Scorer
-from cappy.training.corpus import Corpus
+from cappy.training.corpus import Corpus, open_corpora
 from cappy.training.feed import batch, updates_of
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.plan import Unit, rate
 from cappy.training.pretraining import PretrainingConfig
 from cappy.training.pretraining import run as pretraining
-from cappy.training.tokenization import open_corpora
+from cappy.training.settings import Unit
+from cappy.training.update import rate
 
 Plan = Callable[..., FinetuningConfig]
 

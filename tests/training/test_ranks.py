@@ -27,7 +27,7 @@ from cappy.records.folder import verify
 from cappy.scoring import Scorer
 from cappy.training.customjob import worker_pools
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.place import Place, place
+from cappy.training.launch import Topology, topology
 
 Plan = Callable[..., FinetuningConfig]
 CURVE = {"checks": 1000, "patience": 1000, "epochs": 1.5}
@@ -268,17 +268,17 @@ CLUSTER = {
 
 
 def test_the_place_of_a_machine_is_read_from_what_the_platform_tells(plan: Plan) -> None:
-    assert place(plan(), {}) == Place()
-    assert place(plan(nodes=3), {"CLUSTER_SPEC": json.dumps(CLUSTER)}) == Place(2, 3, "first", 2222)
-    assert place(plan(), {"CLUSTER_SPEC": json.dumps(CLUSTER)}).nodes == 3
+    assert topology(plan(), {}) == Topology()
+    assert topology(plan(nodes=3), {"CLUSTER_SPEC": json.dumps(CLUSTER)}) == Topology(2, 3, "first", 2222)
+    assert topology(plan(), {"CLUSTER_SPEC": json.dumps(CLUSTER)}).nodes == 3
     alone = {"cluster": {"workerpool0": ["first:2222"]}, "task": {"type": "workerpool0", "index": 0}}
-    assert place(plan(), {"CLUSTER_SPEC": json.dumps(alone)}) == Place()
+    assert topology(plan(), {"CLUSTER_SPEC": json.dumps(alone)}) == Topology()
     told = {"NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
-    assert place(plan(nodes=2), told) == Place(1, 2, "first", 29500)
+    assert topology(plan(nodes=2), told) == Topology(1, 2, "first", 29500)
     with raises_naming(ConfigError, "CLUSTER_SPEC", "'{'", "Vertex AI"):
-        place(plan(), {"CLUSTER_SPEC": "{"})
+        topology(plan(), {"CLUSTER_SPEC": "{"})
     with raises_naming(ConfigError, "--nodes 4:", "of 3;"):
-        place(plan(nodes=4), {"CLUSTER_SPEC": json.dumps(CLUSTER)})
+        topology(plan(nodes=4), {"CLUSTER_SPEC": json.dumps(CLUSTER)})
 
 
 def test_a_vertex_job_that_cannot_work_is_refused_in_one_line(plan: Plan) -> None:
@@ -353,5 +353,5 @@ def test_ranks_that_torchrun_started_train_together(plan: Plan) -> None:
 def test_ranks_tell_each_other_nothing_by_pickle() -> None:
     """Torch's collectives for objects pickle what they send; ours send JSON and tensors."""
     sources = (Path(__file__).parents[2] / "cappy").rglob("*.py")
-    named = re.compile(r"\b(broadcast|all_gather|gather|scatter|send|recv)_object")
+    named = re.compile(r"\b(all_gather_object|gather_object|(broadcast|scatter|send|recv)_object_list)\b")
     assert not [path for path in sources if named.search(path.read_text(encoding="utf-8"))]

@@ -16,10 +16,9 @@ from cappy.config import to_values
 from cappy.records import Instance, write
 from cappy.scoring.precision import keep_heads_exact
 from cappy.scoring.scorer import Scorer
-from cappy.training.curves import read_curves
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.meter import Meter, flops_of_pair, layer_weights, peak_of, told
-from cappy.training.plan import rate
+from cappy.training.meter import Meter, describe, flops_of_pair, layer_weights, peak_of, read_curves
+from cappy.training.update import rate
 
 Plan = Callable[..., FinetuningConfig]
 
@@ -39,7 +38,7 @@ def test_figures_are_means_over_recent_updates(monkeypatch: pytest.MonkeyPatch) 
         "padding_share": 0.375,
         "mfu": 0.2,
     }
-    line = told(0.25, 1e-4, meter.figures())
+    line = describe(0.25, 1e-4, meter.figures())
     assert_names(line, "loss 0.2500", "rate 0.0001", "10 pairs/s", "50 tokens/s", "38% padding", "MFU 20%")
     assert peak_of(torch.device("cpu"), 2, bf16=True) is None
 

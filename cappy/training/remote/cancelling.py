@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from cappy.steps import ORCHESTRATOR
-from cappy.training.ending import Ending
+from cappy.training.checkpoint import Shutdown
 
 
 @contextlib.contextmanager
@@ -16,10 +16,10 @@ def cancellation() -> Iterator[Callable[[], str]]:
     another parent. A command that a person started outlives their shell.
     """
     parent = ORCHESTRATOR.get()
-    with Ending() as ending:
+    with Shutdown() as shutdown:
 
         def asked() -> str:
-            if ending.asked():
+            if shutdown.requested():
                 return "this step got SIGTERM"
             if parent is not None and os.getppid() != parent:
                 return "the process that started this step is gone"

@@ -13,10 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from cappy.errors import CappyError, ConfigError, UnansweredError, shown
-from cappy.training.plan import TrainingSettings
 from cappy.training.remote import pods
 from cappy.training.remote.following import OVER, Phase, Status
-from cappy.training.remote.settings import mount_point, per_node
+from cappy.training.settings import TrainingSettings, mount_point, per_node
 from cappy.training.trainjob import trainer
 
 try:

@@ -22,12 +22,11 @@ from cappy.records.work import held, work_key
 from cappy.redaction import has_secret, redact
 from cappy.steps import PROGRESS_VARIABLE
 from cappy.training import checkpoint
-from cappy.training.ending import CONTINUES
+from cappy.training.checkpoint import CONTINUES
 from cappy.training.launch import CODE_VARIABLE, DEFECT, UNTOLD
-from cappy.training.plan import TrainingSettings
 from cappy.training.remote.cancelling import cancellation
 from cappy.training.remote.following import CANCEL_SECONDS, Jobs, Surroundings, Terms, follow
-from cappy.training.remote.settings import LauncherSettings
+from cappy.training.settings import LauncherSettings, TrainingSettings
 
 POLL_SECONDS = 5.0
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"

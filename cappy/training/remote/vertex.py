@@ -10,8 +10,8 @@ from typing import Any
 
 from cappy.errors import ConfigError, UnansweredError, shown
 from cappy.training.customjob import worker_pools
-from cappy.training.plan import TrainingSettings
 from cappy.training.remote.following import OVER, Phase, Status
+from cappy.training.settings import TrainingSettings
 
 try:
     from google.api_core.exceptions import GoogleAPIError, RetryError, ServerError, TooManyRequests

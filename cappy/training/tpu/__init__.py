@@ -13,7 +13,7 @@ from cappy.errors import ConfigError
 
 if TYPE_CHECKING:
     from cappy.scoring.scorer import Scorer
-    from cappy.training.plan import TrainingSettings
+    from cappy.training.settings import TrainingSettings
     from cappy.training.update import Strategy
 
 

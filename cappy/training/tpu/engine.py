@@ -15,7 +15,7 @@ import optax  # type: ignore[import-untyped]
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from cappy.training.plan import TrainingSettings
+from cappy.training.settings import TrainingSettings
 from cappy.training.tpu.encoder import Architecture, Params, forward
 from cappy.training.tpu.weights import Arrays, decayed, stack, unstack
 

@@ -17,8 +17,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from cappy.errors import ConfigError
 from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import Tensors
-from cappy.training.plan import TrainingSettings
-from cappy.training.replicas import MOMENTS
+from cappy.training.distributed import MOMENTS
+from cappy.training.settings import TrainingSettings
 from cappy.training.tpu.encoder import Architecture, architecture
 from cappy.training.tpu.engine import Engine, Pullback, Tokens
 from cappy.training.tpu.shapes import Shapes

@@ -16,13 +16,11 @@ from wording import raises_naming
 from cappy.errors import ConfigError
 from cappy.scoring import Scorer
 from cappy.training.checkpoint import State
-from cappy.training.corpus import Corpus
-from cappy.training.feed import Drawn, Group, batch, comparable, micro_batches
+from cappy.training.corpus import Corpus, CorpusWriter, Group
+from cappy.training.distributed import ALONE, Replicas
+from cappy.training.feed import Drawn, batch, comparable, micro_batches
 from cappy.training.finetuning import FinetuningConfig
-from cappy.training.losses import instance_losses
-from cappy.training.ranks import ALONE
-from cappy.training.replicas import Replicas
-from cappy.training.tokenization import CorpusWriter
+from cappy.training.losses import Pairs, instance_losses
 from cappy.training.tpu.encoder import architecture
 from cappy.training.tpu.strategy import OnDevices, Passes, devices
 from cappy.training.update import _of_memory, update
@@ -134,16 +132,14 @@ def _by_hand(scorer: Scorer, corpus: Corpus, drawn: Drawn, settings: FinetuningC
     compared = comparable(drawn.chosen, corpus.selectable(drawn.index))
     assert not all(compared), "or nothing would be left out"
     scorer.model.eval()
-    return instance_losses(
-        scorer.logits(corpus.pairs(drawn.index, drawn.chosen)),
-        labels,
-        torch.zeros(len(labels), dtype=torch.long),
-        1,
+    pairs = Pairs(
+        logits=scorer.logits(corpus.pairs(drawn.index, drawn.chosen)),
+        labels=labels,
+        groups=torch.zeros(len(labels), dtype=torch.long),
+        count=1,
         compared=torch.tensor(compared),
-        head=scorer.head,
-        relative=settings.relative,
-        listwise=settings.listwise,
-    )[0]
+    )
+    return instance_losses(pairs, scorer.head, settings)[0]
 
 
 def test_steps_are_torchs_adamw_and_its_state_can_be_taken_over(

@@ -23,9 +23,9 @@ from cappy.records.folder import verify
 from cappy.scoring import Scorer
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.finetuning import run as finetuning
-from cappy.training.plan import TrainingSettings
 from cappy.training.pretraining import PretrainingConfig
 from cappy.training.pretraining import run as pretraining
+from cappy.training.settings import TrainingSettings
 
 Plan = Callable[..., FinetuningConfig]
 CURVE = {"checks": 1000, "patience": 1000, "epochs": 1.4, "batch_instances": 8, "learning_rate": 1e-3}

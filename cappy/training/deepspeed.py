@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from cappy.errors import ConfigError
 from cappy.training.checkpoint import Tensors, copied
-from cappy.training.plan import TrainingSettings
-from cappy.training.ranks import Ranks
-from cappy.training.replicas import MOMENTS, adamw, moments_of, restore_moments
+from cappy.training.distributed import MOMENTS, Ranks, adamw, moments_of, restore_moments
+from cappy.training.settings import TrainingSettings
 
 WEIGHTS_SHARDED = 3
 
