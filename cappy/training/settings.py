@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic_core import ArgsKwargs
 
-from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, settings
+from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, settings
 from cappy.errors import ConfigError, shown
 from cappy.records.instance import SOURCES, Source
 from cappy.specs import parse_spec
@@ -18,7 +18,6 @@ from cappy.training.losses import COMPARISONS, LossSettings
 if TYPE_CHECKING:
     from cappy.scoring.folder import Truncation
 
-TRAINING_STEPS = ("pretraining", "finetuning")
 Schedule = Literal["linear", "published"]
 Unit = Literal["instance", "row"]
 Launcher = Literal["here", "trainjob", "customjob"]
@@ -111,6 +110,7 @@ class LoopSettings:
     ] = 60.0
     seed: Annotated[int, Field(description="Seed of order, draws and dropout")] = 0
     work: Work = DEFAULT_WORK
+    fresh: Fresh = ""
     checkpoint_updates: Annotated[
         int | None, LOCATION, Field(ge=1, description="Updates between checkpoints, beside those by time")
     ] = None

@@ -21,7 +21,6 @@ from wording import raises_naming
 import cappy
 from cappy.errors import ConfigError
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.tpu.shapes import Shapes
 
 Plan = Callable[..., FinetuningConfig]
 HERE = Path(__file__).parent / "tpu"
@@ -86,36 +85,6 @@ def test_several_machines_and_processes_are_refused_in_one_line(plan: Plan, monk
         monkeypatch.setenv(name, value)
     with raises_naming(ConfigError, "--strategy jax:", "one process", "without torchrun"):
         run(plan(strategy="jax"))
-
-
-def shapes(**values: int) -> Shapes:
-    return Shapes(**{"longest": 200, "tokens": 512, "devices": 1, **values})
-
-
-def test_lengths_double_up_to_the_scorers_own() -> None:
-    assert shapes().lengths == (32, 64, 128, 200)
-    assert shapes(longest=512).lengths == (32, 64, 128, 256, 512)
-    assert shapes(longest=32).lengths == (32,)
-    assert shapes(longest=20).lengths == (20,)
-    assert [shapes().length_of(tokens) for tokens in (1, 32, 33, 200)] == [32, 32, 64, 200]
-
-
-@pytest.mark.parametrize("devices", [1, 3, 8])
-@pytest.mark.parametrize("tokens", [64, 512, 8192])
-def test_pieces_hold_every_pair_once_in_few_shapes_within_the_budget(devices: int, tokens: int) -> None:
-    given = shapes(tokens=tokens, devices=devices)
-    for length in given.lengths:
-        seen = set()
-        for pairs in (1, 2, 3, 7, 16, 100, 333):
-            covered: list[int] = []
-            for own, count in given.pieces(pairs, length):
-                covered += range(own.start, own.stop)
-                assert own.stop - own.start <= count
-                assert count % devices == 0
-                assert count == devices or (count - devices) * length < tokens
-                seen.add(count)
-            assert covered == list(range(pairs))
-        assert len(seen) <= 3
 
 
 def _imported(path: Path) -> set[str]:

@@ -9,14 +9,13 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from cappy.config import encode, to_values
 from cappy.errors import CappyError, ConfigError, UnansweredError, shown
-from cappy.training.remote import pods
 from cappy.training.remote.following import OVER, Phase, Status
-from cappy.training.settings import TrainingSettings, mount_point, per_node
-from cappy.training.trainjob import trainer
+from cappy.training.settings import TrainingSettings, mount_point
 
 try:
     from kubeflow import trainer as sdk
@@ -29,6 +28,8 @@ except ModuleNotFoundError as missing:
     raise ConfigError(f"--launcher trainjob: needs {missing.name}; pip install 'cappy-scorer[train]'") from missing
 
 PHASES = {"Created": Phase.PENDING, "Running": Phase.RUNNING, "Complete": Phase.SUCCEEDED, "Failed": Phase.FAILED}
+STEP_VARIABLE = "CAPPY_TRAINING_STEP"
+SETTINGS_VARIABLE = "CAPPY_TRAINING_SETTINGS"
 NODE = "node"
 """The SDK's name of a runtime's replicated job and container that train."""
 GONE_SECONDS = 300.0
@@ -37,7 +38,52 @@ FIRST_LINES = 1000
 """Lines of a log that ran before this step followed it."""
 MARGIN_SECONDS = 5
 """Lines asked for twice and told once: between two looks no line may fall."""
+INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+ROLE_LABEL = "jobset.sigs.k8s.io/replicatedjob-name"
+_NEVER = ("ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError")
+"""Reasons of a waiting container that time does not mend: no such image, or a secret that is not there."""
+_TAKEN = ("Evicted", "Preempting", "Preempted", "NodeShutdown", "NodeLost", "Shutdown", "Terminated", "NodeAffinity")
+"""Reasons of a pod that its node ended."""
+_LONGEST = 160
+"""Characters of a pod's words."""
 RIGHTS = "create, get, delete on trainjobs; get on trainingruntimes, clustertrainingruntimes, pods/log; list on pods"
+
+
+def rank() -> None:
+    """`python -m cappy.training STEP SETTINGS` in this process; only this source text arrives at a node.
+
+    The SDK calls it in every rank. What to do travels in the environment, because the SDK's backends hand over
+    arguments differently (one by keyword, one as a dictionary).
+    """
+    import os
+    import runpy
+    import sys
+
+    sys.argv[1:] = [os.environ["CAPPY_TRAINING_STEP"], os.environ["CAPPY_TRAINING_SETTINGS"]]
+    runpy.run_module("cappy.training", run_name="__main__")
+
+
+def trainer(
+    step: str,
+    plan: TrainingSettings,
+    *,
+    image: str | None = None,
+    resources: Mapping[str, str | int] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> sdk.CustomTrainer:
+    """The CustomTrainer of a step on `plan.nodes` machines with `resources` each, such as {"gpu": 4}.
+
+    `plan.source`, `plan.target` and `plan.work` must lie on a volume that every node mounts; torchrun starts one rank
+    per GPU. The image needs cappy, nothing is installed when the job starts.
+    """
+    work = {STEP_VARIABLE: step, SETTINGS_VARIABLE: encode(to_values(plan))}
+    return sdk.CustomTrainer(
+        func=rank,
+        image=image,
+        num_nodes=plan.nodes,
+        resources_per_node=dict(resources) if resources else None,
+        env={**(environment or {}), **work},
+    )
 
 
 class TrainJobs:
@@ -56,7 +102,7 @@ class TrainJobs:
             step,
             inner,
             image=plan.image or None,
-            resources=per_node(plan),
+            resources=_per_node(plan),
             environment=environment,
         )
         self.client = client or connect(plan)
@@ -68,7 +114,7 @@ class TrainJobs:
 
     def status(self, name: str) -> Status | None:
         """How it is, with what its pods say."""
-        with _told(self.plan):
+        with _translate_errors(self.plan):
             # First, so that a right to look at pods that is missing is told before anything is submitted.
             found = self._pods(name)
             try:
@@ -77,24 +123,24 @@ class TrainJobs:
                 if str(error).startswith("Failed to get TrainJob") and _code(error) == 404:
                     return None
                 raise
-            return pods.read(PHASES[job.status], found)
+            return _read(PHASES[job.status], found)
 
     def submit(self, name: str) -> None:
         """Creates the TrainJob, once one of this name that is over is gone with its pods."""
-        with _told(self.plan):
+        with _translate_errors(self.plan):
             self._clear(name)
             self.client.train(runtime=self.plan.runtime, trainer=self.trainer, options=_options(name, self.plan))
 
     def lines(self, name: str) -> Iterator[tuple[str, str]]:
         """New lines of the pods' logs, node by node."""
-        with _told(self.plan):
+        with _translate_errors(self.plan):
             for pod in self._pods(name):
-                if pods.started(pod):
-                    yield from ((pods.node_of(pod), line) for line in self._new_lines(pod.metadata.name))
+                if _started(pod):
+                    yield from ((_node_of(pod), line) for line in self._new_lines(pod.metadata.name))
 
     def cancel(self, name: str) -> None:
         """Deletes it, and with it its pods, which get SIGTERM."""
-        with _told(self.plan):
+        with _translate_errors(self.plan):
             try:
                 self.client.delete_job(name)
             except RuntimeError as error:
@@ -109,7 +155,7 @@ class TrainJobs:
         if self.core is None:
             return []
         label = f"jobset.sigs.k8s.io/jobset-name={name}"
-        return pods.newest(self.core.list_namespaced_pod(self.namespace, label_selector=label).items)
+        return _newest(self.core.list_namespaced_pod(self.namespace, label_selector=label).items)
 
     def _clear(self, name: str) -> None:
         found = self.status(name)
@@ -155,8 +201,14 @@ def connect(plan: TrainingSettings) -> Any:
     # It warns of a config map that people without a right to the system's namespace cannot read.
     logging.getLogger("kubeflow").setLevel(logging.ERROR)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
-    with _told(plan):
+    with _translate_errors(plan):
         return sdk.TrainerClient(KubernetesBackendConfig(namespace=plan.namespace or None))
+
+
+def _per_node(plan: TrainingSettings) -> dict[str, str | int]:
+    """What each node asks for, in Kubernetes' words; empty where the runtime says it."""
+    asked: dict[str, str | int] = {plan.accelerator: plan.devices, "cpu": plan.cpu, "memory": plan.memory}
+    return {name: amount for name, amount in asked.items() if name and amount}
 
 
 def _options(name: str, plan: TrainingSettings) -> list[Any]:
@@ -190,8 +242,80 @@ def _stamped(line: str) -> tuple[tuple[str, str], str]:
     return ((found[1], (found[2] or "").ljust(9, "0")), text) if found else (("9", ""), line)
 
 
+def _node_of(pod: Any) -> str:
+    """Its node's name as the Trainer SDK gives it, node-0 and on; the pod's own name for other pods."""
+    labels = pod.metadata.labels or {}
+    role, index = labels.get(ROLE_LABEL, ""), labels.get(INDEX_LABEL, "")
+    return f"{role}-{index}" if role and index else str(pod.metadata.name)
+
+
+def _newest(pods: Iterable[Any]) -> list[Any]:
+    """Of each node the pod that was made last, in the order of the nodes."""
+    found = {_node_of(pod): pod for pod in sorted(pods, key=lambda pod: str(pod.metadata.creation_timestamp))}
+    return [found[name] for name in sorted(found, key=lambda name: (len(name), name))]
+
+
+def _read(phase: Phase, pods: Sequence[Any]) -> Status:
+    """The status of a job in this phase, with what its pods say of it."""
+    if phase is Phase.FAILED:
+        taken = [reason for pod in pods if (reason := _taken(pod))]
+        ended = [reason for pod in pods if (reason := _ended(pod))]
+        return Status(phase, "; ".join([*taken, *ended][:2]), preempted=bool(taken))
+    if phase not in (Phase.PENDING, Phase.RUNNING):
+        return Status(phase)
+    never = [reason for pod in pods if (reason := _never(pod))]
+    if never:
+        return Status(phase, never[0], hopeless=True)
+    waits = [reason for pod in pods if (reason := _unscheduled(pod))] if phase is Phase.PENDING else []
+    return Status(phase, waits[0] if waits else "")
+
+
+def _started(pod: Any) -> bool:
+    """Whether its container has run, so that there is a log."""
+    return bool(pod.status and pod.status.phase in ("Running", "Succeeded", "Failed"))
+
+
+def _containers(pod: Any) -> list[Any]:
+    status = pod.status
+    return [*(status.init_container_statuses or []), *(status.container_statuses or [])] if status else []
+
+
+def _never(pod: Any) -> str:
+    for one in _containers(pod):
+        waiting = one.state and one.state.waiting
+        if waiting and waiting.reason in _NEVER:
+            words = _line(waiting.message or "no message", _LONGEST)
+            return f"{_node_of(pod)} cannot start, {waiting.reason} of image {one.image} ({words})"
+    return ""
+
+
+def _unscheduled(pod: Any) -> str:
+    for condition in (pod.status and pod.status.conditions) or []:
+        if condition.type == "PodScheduled" and condition.status == "False":
+            words = _line(condition.message or condition.reason or "", _LONGEST)
+            return f"{_node_of(pod)} has no machine yet ({words})"
+    return ""
+
+
+def _taken(pod: Any) -> str:
+    """Kubernetes marks a pod that it takes down for others with the condition DisruptionTarget."""
+    reasons = [pod.status.reason] if pod.status and pod.status.reason in _TAKEN else []
+    for condition in (pod.status and pod.status.conditions) or []:
+        if condition.type == "DisruptionTarget" and condition.status == "True":
+            reasons.append(condition.reason or condition.type)
+    return f"{_node_of(pod)}: {reasons[-1]}" if reasons else ""
+
+
+def _ended(pod: Any) -> str:
+    for one in _containers(pod):
+        ended = one.state and one.state.terminated
+        if ended and ended.exit_code:
+            return f"{_node_of(pod)}: {ended.reason or 'Error'}, status {ended.exit_code}"
+    return ""
+
+
 @contextlib.contextmanager
-def _told(plan: TrainingSettings) -> Iterator[None]:
+def _translate_errors(plan: TrainingSettings) -> Iterator[None]:
     """What the cluster refuses, and a cluster that does not answer, as one line."""
     try:
         yield
@@ -246,5 +370,5 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         found = found.__cause__
 
 
-def _line(error: object) -> str:
-    return shown(" ".join(str(error).split()), 200)
+def _line(words: object, longest: int = 200) -> str:
+    return shown(" ".join(str(words).split()), longest)

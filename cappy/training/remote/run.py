@@ -20,13 +20,12 @@ from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, disk_errors, publish, verify
 from cappy.records.work import held, work_key
 from cappy.redaction import has_secret, redact
-from cappy.steps import PROGRESS_VARIABLE
 from cappy.training import checkpoint
 from cappy.training.checkpoint import CONTINUES
 from cappy.training.launch import CODE_VARIABLE, DEFECT, UNTOLD
-from cappy.training.remote.cancelling import cancellation
-from cappy.training.remote.following import CANCEL_SECONDS, Jobs, Surroundings, Terms, follow
+from cappy.training.remote.following import CANCEL_SECONDS, Hooks, Jobs, Limits, cancellation, follow
 from cappy.training.settings import LauncherSettings, TrainingSettings
+from cappy.worker import PROGRESS_VARIABLE
 
 POLL_SECONDS = 5.0
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -85,7 +84,7 @@ def _followed(
                 progress(state.done, state.total, unit=state.unit, resumed=state.resumed, note=state.note)
 
     with cancellation() as cancelled:
-        around = Surroundings(
+        hooks = Hooks(
             checkpoint=lambda: checkpoint.newest_update(plan.work / step / key / ".checkpoints"),
             cancelled=cancelled,
             written=(written / MANIFEST).is_file,
@@ -93,8 +92,8 @@ def _followed(
             look=look,
             said=lambda line: _said(step, line),
         )
-        terms = Terms(retries=plan.retries, timeout=plan.timeout_hours * 3600, poll=POLL_SECONDS)
-        follow(jobs, name, terms, around)
+        limits = Limits(retries=plan.retries, timeout=plan.timeout_hours * 3600, poll=POLL_SECONDS)
+        follow(jobs, name, limits, hooks)
 
 
 def _tell(step: str, text: str) -> None:

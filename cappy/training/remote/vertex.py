@@ -1,5 +1,8 @@
 """A training step as a Vertex AI CustomJob, by the SDK (google-cloud-aiplatform 1.165 and later, or 2.x).
 
+Vertex AI starts the same command on every machine and tells each of the others in CLUSTER_SPEC, which `topology` reads;
+the command then starts a rank per accelerator. The first machine is a pool of its own, the others are the second.
+
 Logs are read from Cloud Logging over its REST API, whose client is not installed; without the right to, the step goes
 on, and tells where a person reads them. How far the job is comes through the file on the volume.
 """
@@ -8,8 +11,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from cappy.config import encode, to_values
 from cappy.errors import ConfigError, UnansweredError, shown
-from cappy.training.customjob import worker_pools
 from cappy.training.remote.following import OVER, Phase, Status
 from cappy.training.settings import TrainingSettings
 
@@ -22,7 +25,7 @@ try:
     from google.cloud.aiplatform_v1.types import JobState, Scheduling
     from requests.exceptions import RequestException
 
-    from cappy.vertex import hush, told
+    from cappy.vertex import hush, translate_errors
 except ModuleNotFoundError as missing:
     raise ConfigError(f"--launcher customjob: needs {missing.name}; pip install 'cappy-scorer[gcp]'") from missing
 
@@ -45,6 +48,49 @@ NEVER = ("image", "pull")
 """Words that tell of an image that cannot be had, where both stand in a job's error."""
 
 
+def worker_pools(
+    step: str,
+    plan: TrainingSettings,
+    *,
+    image: str,
+    machine_type: str,
+    accelerator_type: str = "",
+    environment: Mapping[str, str] | None = None,
+    volume: str = "",
+) -> list[dict[str, Any]]:
+    """The worker pools of a step on `plan.nodes` machines with `plan.devices` accelerators of this type each.
+
+    `plan.source`, `plan.target` and `plan.work` must lie on a file system that every machine mounts and that locks and
+    renames, such as NFS: `volume` is SERVER:/export:/mnt/nfs/name of one to mount. The image needs cappy and no entry
+    point of its own. A TPU is part of the machine's type.
+    ConfigError where a path is relative, or several ranks of a machine have no accelerator to be on.
+    """
+    if plan.strategy == "jax" and plan.nodes > 1:
+        raise ConfigError(f"{step}: --strategy jax drives one machine, and {plan.nodes} were asked for; give --nodes 1")
+    for name in ("source", "target", "work"):
+        if not getattr(plan, name).is_absolute():
+            remedy = "give a folder on a file system that all machines mount, such as NFS"
+            raise ConfigError(f"{step}: --{name} {getattr(plan, name)}: is no absolute path; {remedy}")
+    if plan.devices > 1 and not accelerator_type and plan.strategy != "jax":
+        remedy = "name the accelerator_type, or give --devices 1"
+        raise ConfigError(f"{step}: {plan.devices} devices per machine, and no accelerator is named; {remedy}")
+    machine: dict[str, Any] = {"machine_type": machine_type}
+    if accelerator_type:
+        machine |= {"accelerator_type": accelerator_type, "accelerator_count": plan.devices}
+    container = {
+        "image_uri": image,
+        "command": ["python", "-m", "cappy.training"],
+        "args": [step, encode(to_values(plan))],
+        "env": [{"name": name, "value": value} for name, value in (environment or {}).items()],
+    }
+    pool: dict[str, Any] = {"machine_spec": machine, "container_spec": container}
+    if volume:
+        server, export, folder = volume.split(":")
+        pool["nfs_mounts"] = [{"server": server, "path": export, "mount_point": folder.removeprefix("/mnt/nfs/")}]
+    others = [{**pool, "replica_count": plan.nodes - 1}] if plan.nodes > 1 else []
+    return [{**pool, "replica_count": 1}, *others]
+
+
 class CustomJobs:
     """CustomJobs of one step: `plan` says where, `inner` what each machine does."""
 
@@ -64,21 +110,21 @@ class CustomJobs:
         self.resource = ""
         self.logging = LOGGING
         self._since = "1970-01-01T00:00:00Z"
-        self._told: set[str] = set()
+        self._seen: set[str] = set()
         self._readable = True
         hush()
-        with self._asked():
+        with self._translated():
             aiplatform.init(project=plan.project, location=plan.region, staging_bucket=plan.bucket)
 
     def status(self, name: str) -> Status | None:
         """The state of the job of this name that was made last."""
-        with self._asked(TooManyRequests):
+        with self._translated(TooManyRequests):
             job = self._newest(name)
             return None if job is None else read(job.state, job.error)
 
     def submit(self, name: str) -> None:
         """Creates the job; those of this name that are over stay in the list, as Vertex AI keeps them."""
-        with self._asked():
+        with self._translated():
             job = aiplatform.CustomJob(display_name=name, worker_pool_specs=self.pools)
             job.submit(
                 service_account=self.plan.service_account or None,
@@ -98,9 +144,9 @@ class CustomJobs:
         wanted = f'resource.type="ml_job" AND resource.labels.job_id="{number}" AND timestamp>="{self._since}"'
         body = {"resourceNames": [f"projects/{self.plan.project}"], "filter": wanted, "pageSize": PAGE}
         for entry in self._entries({**body, "orderBy": "timestamp asc"}):
-            if entry["insertId"] in self._told:
+            if entry["insertId"] in self._seen:
                 continue
-            self._told.add(entry["insertId"])
+            self._seen.add(entry["insertId"])
             self._since = max(self._since, entry["timestamp"])
             node = entry["resource"]["labels"].get("task_name", "job")
             text = entry.get("textPayload") or entry.get("jsonPayload", {}).get("message", "")
@@ -128,7 +174,7 @@ class CustomJobs:
 
     def cancel(self, name: str) -> None:
         """Asks Vertex AI to end it; its containers get SIGTERM."""
-        with self._asked(TooManyRequests):
+        with self._translated(TooManyRequests):
             job = self._newest(name)
             if job is not None and PHASES.get(job.state) not in OVER:
                 job.cancel()
@@ -148,13 +194,13 @@ class CustomJobs:
         return job
 
     @contextlib.contextmanager
-    def _asked(self, *transient: type[GoogleAPIError]) -> Iterator[None]:
+    def _translated(self, *transient: type[GoogleAPIError]) -> Iterator[None]:
         """A refusal as one line; UnansweredError where it may be answered later.
 
         Too many requests are a quota that is used up when a job is created, and a matter of seconds when one is read.
         """
         place = f"Vertex AI, project {self.plan.project}, {self.plan.region}"
-        with told(self.step, self.plan.project, self.plan.region):
+        with translate_errors(self.step, self.plan.project, self.plan.region):
             try:
                 yield
             except (ServerError, RetryError, RequestException, *transient) as error:

@@ -10,10 +10,10 @@ from cappy.errors import ConfigError, TrainingError, UnansweredError
 from cappy.training.remote.following import (
     CANCEL_SECONDS,
     PATIENCE_SECONDS,
+    Hooks,
+    Limits,
     Phase,
     Status,
-    Surroundings,
-    Terms,
     follow,
     why_not_again,
 )
@@ -60,9 +60,9 @@ class Played:
     def pause(self, seconds: float) -> None:
         self.now += seconds
 
-    def follow(self, **terms: Any) -> None:
+    def follow(self, **limits: Any) -> None:
         checkpoints = iter(self.checkpoints)
-        around = Surroundings(
+        hooks = Hooks(
             checkpoint=lambda: next(checkpoints),
             cancelled=lambda: self.cancelled_at(),
             written=lambda: self.written,
@@ -71,12 +71,12 @@ class Played:
             clock=lambda: self.now,
             pause=self.pause,
         )
-        follow(self, NAME, Terms(**{"retries": 5, "timeout": 36_000.0, "poll": 5.0, **terms}), around)
+        follow(self, NAME, Limits(**{"retries": 5, "timeout": 36_000.0, "poll": 5.0, **limits}), hooks)
 
 
-def ended(played: Played, kind: type[Exception] = TrainingError, **terms: Any) -> str:
+def ended(played: Played, kind: type[Exception] = TrainingError, **limits: Any) -> str:
     with pytest.raises(kind) as caught:
-        played.follow(**terms)
+        played.follow(**limits)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -93,6 +93,15 @@ def test_the_trainjob_asks_for_the_nodes_their_devices_the_volume_and_an_end(
     assert pod["containers"][0]["volumeMounts"] == [{"name": "work", "mountPath": str(tmp_path)}]
 
 
+def test_the_trainer_asks_for_the_nodes_of_the_plan(plan: Plan) -> None:
+    from cappy.training.remote.kubeflow import trainer
+
+    job = trainer("finetuning", plan(nodes=3), image="trainer:1", resources={"gpu": 4}, environment={"A": "b"})
+    assert (job.num_nodes, job.image, job.resources_per_node) == (3, "trainer:1", {"gpu": 4})
+    assert job.env["A"] == "b"
+    assert not job.packages_to_install
+
+
 def test_a_trainjob_without_a_volume_leaves_the_runtimes_pods_as_they_are(
     cluster: Cluster, jobs: Callable[..., Any]
 ) -> None:

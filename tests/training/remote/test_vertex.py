@@ -28,6 +28,7 @@ from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.remote import run as remote
 from cappy.training.remote import vertex
 from cappy.training.remote.following import Phase, Status
+from cappy.training.remote.vertex import worker_pools
 
 # The SDK warns of its own protobuf and of REST being in preview.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
@@ -102,6 +103,35 @@ def test_the_job_asks_for_machines_their_accelerators_the_volume_spot_and_an_end
 def test_a_job_on_machines_that_stay_says_nothing_of_spot(server: Vertex, jobs: Callable[..., Any]) -> None:
     jobs().submit(NAME)
     assert "strategy" not in server.custom_jobs[0]["jobSpec"]["scheduling"]
+
+
+def test_a_vertex_job_that_cannot_work_is_refused_in_one_line(plan: Plan) -> None:
+    machine = {"image": "image", "machine_type": "ct5lp-hightpu-4t"}
+    (tpu,) = worker_pools("finetuning", plan(strategy="jax", devices=4), **machine)
+    assert "accelerator_type" not in tpu["machine_spec"]
+    with raises_naming(ConfigError, "finetuning:", "--strategy jax", "2 were asked for", "--nodes 1"):
+        worker_pools("finetuning", plan(strategy="jax", nodes=2), **machine)
+    with raises_naming(ConfigError, "finetuning:", "--work gs:/bucket/work:", "absolute path", "NFS"):
+        worker_pools("finetuning", plan(work=Path("gs://bucket/work")), **machine)
+
+
+def test_a_vertex_job_asks_for_the_machines_and_accelerators_of_the_plan(plan: Plan) -> None:
+    first, others = worker_pools(
+        "finetuning",
+        plan(nodes=3, devices=4),
+        image="image@sha256:0",
+        machine_type="a2-highgpu-4g",
+        accelerator_type="NVIDIA_TESLA_A100",
+        environment={"CAPPY_ZONE": "a"},
+    )
+    assert (first["replica_count"], others["replica_count"]) == (1, 2)
+    assert first["machine_spec"] == others["machine_spec"]
+    assert first["machine_spec"]["accelerator_count"] == 4
+    assert first["container_spec"]["env"] == [{"name": "CAPPY_ZONE", "value": "a"}]
+    (alone,) = worker_pools("finetuning", plan(), image="image", machine_type="n1-standard-8")
+    assert alone["machine_spec"] == {"machine_type": "n1-standard-8"}
+    with raises_naming(ConfigError, "finetuning:", "2 devices", "accelerator_type", "--devices 1"):
+        worker_pools("finetuning", plan(devices=2), image="image", machine_type="n1-standard-8")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from cappy.training.feed import Drawn, batch, comparable, micro_batches
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.losses import Pairs, instance_losses
 from cappy.training.tpu.encoder import architecture
-from cappy.training.tpu.strategy import OnDevices, Passes, devices
+from cappy.training.tpu.strategy import OnDevices, Passes, Shapes, devices
 from cappy.training.update import _of_memory, update
 
 Load = Callable[..., Scorer]
@@ -289,3 +289,33 @@ def test_more_devices_than_there_are_are_refused() -> None:
     assert len(jax.devices()) == 8
     with raises_naming(ConfigError, "--devices 9:", "cpu", "--devices 8"):
         devices(9)
+
+
+def shapes(**values: int) -> Shapes:
+    return Shapes(**{"longest": 200, "tokens": 512, "devices": 1, **values})
+
+
+def test_lengths_double_up_to_the_scorers_own() -> None:
+    assert shapes().lengths == (32, 64, 128, 200)
+    assert shapes(longest=512).lengths == (32, 64, 128, 256, 512)
+    assert shapes(longest=32).lengths == (32,)
+    assert shapes(longest=20).lengths == (20,)
+    assert [shapes().length_of(tokens) for tokens in (1, 32, 33, 200)] == [32, 32, 64, 200]
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+@pytest.mark.parametrize("tokens", [64, 512, 8192])
+def test_pieces_hold_every_pair_once_in_few_shapes_within_the_budget(devices: int, tokens: int) -> None:
+    given = shapes(tokens=tokens, devices=devices)
+    for length in given.lengths:
+        seen = set()
+        for pairs in (1, 2, 3, 7, 16, 100, 333):
+            covered: list[int] = []
+            for own, count in given.pieces(pairs, length):
+                covered += range(own.start, own.stop)
+                assert own.stop - own.start <= count
+                assert count % devices == 0
+                assert count == devices or (count - devices) * length < tokens
+                seen.add(count)
+            assert covered == list(range(pairs))
+        assert len(seen) <= 3
