@@ -57,7 +57,7 @@ def _ran(arguments: Sequence[str]) -> int:
 
 def _alone(arguments: Sequence[str]) -> int:
     try:
-        metrics = json.loads(_run(arguments, _told_outside(arguments)))["metrics"]
+        metrics = json.loads(_run(arguments, _job_progress(arguments)))["metrics"]
         if "trial_updates" in metrics and os.environ.get("RANK", "0") == "0":
             from cappy.training.meter import describe_trial
 
@@ -68,7 +68,7 @@ def _alone(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _told_outside(arguments: Sequence[str]) -> Progress:
+def _job_progress(arguments: Sequence[str]) -> Progress:
     """For a job: a file on the volume that the step which submitted it reads, and a line in the log now and then."""
     folder = os.environ.get(PROGRESS_VARIABLE)
     if not folder or not arguments:
@@ -98,7 +98,7 @@ def _reported(arguments: Sequence[str], report: Report) -> int:
     except CappyError as error:
         report({"error": [type(error).__name__, str(error)[:ATOMIC]]})
         return 1
-    except Exception:  # noqa: BLE001 (told to the parent, which shows the first rank's that failed)
+    except Exception:  # noqa: BLE001 (reported to the parent, which shows the first rank's that failed)
         report({"defect": redact(traceback.format_exc())[-ATOMIC:]})
         return 1
     return 0

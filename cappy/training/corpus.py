@@ -265,23 +265,23 @@ class CorpusWriter:
         groups = [group for _, group in part]
         texts = [text for group in groups for text in (group.instruction, *group.responses)]
         distinct = list(dict.fromkeys(texts))
-        found = dict(zip(distinct, self._encoder.tokens(distinct), strict=True))
+        ids = dict(zip(distinct, self._encoder.tokens(distinct), strict=True))
         names = [name.encode() for name, _ in part]
         labels = [label for group in groups for label in group.labels]
-        self._write("tokens", list(itertools.chain.from_iterable(found[text] for text in texts)))
+        self._write("tokens", list(itertools.chain.from_iterable(ids[text] for text in texts)))
         self._write("labels", labels)
         self._write("selectable", [flag for group in groups for flag in group.selectable])
         self._write("sources", [SOURCES.index(source) for group in groups for source in group.sources])
         self._write("names", list(b"".join(names)))
-        self._write_ends("text_ends", [len(found[text]) for text in texts])
+        self._write_ends("text_ends", [len(ids[text]) for text in texts])
         self._write_ends("pair_ends", [len(group.responses) for group in groups])
         self._write_ends("name_ends", [len(name) for name in names])
         old = self._facts
         self._facts = Facts(
             instances=old.instances + len(part),
             pairs=old.pairs + len(labels),
-            longest_instruction=max(old.longest_instruction, *(len(found[g.instruction]) for g in groups)),
-            longest_response=max(old.longest_response, *(len(found[text]) for g in groups for text in g.responses)),
+            longest_instruction=max(old.longest_instruction, *(len(ids[g.instruction]) for g in groups)),
+            longest_response=max(old.longest_response, *(len(ids[text]) for g in groups for text in g.responses)),
             lowest=min(old.lowest, *labels),
             highest=max(old.highest, *labels),
             token_type=old.token_type,

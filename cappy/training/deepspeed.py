@@ -36,13 +36,16 @@ class Sharded:
 
     lockstep = True
 
-    def __init__(self, model: nn.Module, plan: TrainingSettings, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, config: TrainingSettings, ranks: Ranks) -> None:
         deepspeed = _deepspeed()
         self._api = deepspeed.utils
         self._gathered = deepspeed.zero.GatheredParameters
-        self._model, self._stage, self._ranks = model, plan.zero_stage, ranks
+        self._model, self._stage, self._ranks = model, config.zero_stage, ranks
         self.engine, *_ = deepspeed.initialize(
-            model=_Passes(model), optimizer=adamw(model, plan), config=_config(plan), dist_init_required=False
+            model=_Passes(model),
+            optimizer=adamw(model, config),
+            config=_engine_config(config),
+            dist_init_required=False,
         )
 
     def forget(self) -> None:
@@ -78,13 +81,13 @@ class Sharded:
         if not states or "step" not in states[0]:
             return {}
         self._link_moments()
-        found: Tensors = {}
+        moments: Tensors = {}
         for name, parameter in self._model.named_parameters():
-            found[f"{name}.step"] = torch.as_tensor(states[0]["step"], dtype=torch.float32).cpu().clone()
+            moments[f"{name}.step"] = torch.as_tensor(states[0]["step"], dtype=torch.float32).cpu().clone()
             for key in MOMENTS:
                 value = self._api.safe_get_full_optimizer_state(parameter, key)
-                found[f"{name}.{key}"] = value.detach().cpu().reshape(self._shape(parameter)).clone()
-        return found
+                moments[f"{name}.{key}"] = value.detach().cpu().reshape(self._shape(parameter)).clone()
+        return moments
 
     def restore(self, weights: Tensors, moments: Tensors) -> None:
         """Puts a checkpoint's tensors in place, each rank its share."""
@@ -147,12 +150,12 @@ class Sharded:
         return shape
 
 
-def _config(plan: TrainingSettings) -> dict[str, Any]:
+def _engine_config(config: TrainingSettings) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": plan.clip,
-        "zero_optimization": {"stage": plan.zero_stage},
+        "gradient_clipping": config.clip,
+        "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,

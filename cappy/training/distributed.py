@@ -140,9 +140,9 @@ class Replicas:
     lockstep = False
     """Whether every rank must do as many passes as every other."""
 
-    def __init__(self, model: nn.Module, plan: TrainingSettings, ranks: Ranks) -> None:
-        self._model, self._clip, self._ranks = model, plan.clip, ranks
-        self._optimizer = adamw(model, plan)
+    def __init__(self, model: nn.Module, config: TrainingSettings, ranks: Ranks) -> None:
+        self._model, self._clip, self._ranks = model, config.clip, ranks
+        self._optimizer = adamw(model, config)
 
     def forget(self) -> None:
         """Drops the gradients."""
@@ -194,12 +194,12 @@ class Replicas:
         self._ranks.sum_gradients(gradients)
 
 
-def adamw(model: nn.Module, plan: TrainingSettings) -> torch.optim.AdamW:
+def adamw(model: nn.Module, config: TrainingSettings) -> torch.optim.AdamW:
     """AdamW that spares biases and norms its weight decay; the rate is set at every step."""
     parameters = list(model.parameters())
     decayed = [parameter for parameter in parameters if parameter.ndim >= 2]
     plain = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0)
 
 

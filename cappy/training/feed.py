@@ -49,11 +49,11 @@ def batch(corpus: Corpus, update: int, size: int, max_candidates: int, *, seed: 
     return drawn
 
 
-def updates_of(corpus: Corpus, plan: TrainingSettings) -> int:
-    """Updates that draw `plan.train_rows` responses, or `plan.epochs` times as many as there are."""
-    drawn = corpus.drawable(plan.max_candidates) / len(corpus)
-    rows = plan.train_rows or corpus.facts.pairs * plan.epochs
-    return max(1, math.ceil(rows / (plan.batch_instances * drawn) - 1e-9))
+def updates_of(corpus: Corpus, config: TrainingSettings) -> int:
+    """Updates that draw `config.train_rows` responses, or `config.epochs` times as many as there are."""
+    drawn = corpus.drawable(config.max_candidates) / len(corpus)
+    rows = config.train_rows or corpus.facts.pairs * config.epochs
+    return max(1, math.ceil(rows / (config.batch_instances * drawn) - 1e-9))
 
 
 def pool(corpus: Corpus, index: int, count: int, *, seed: int) -> Drawn:
@@ -87,7 +87,7 @@ def comparable(chosen: Sequence[int], selectable: Sequence[int]) -> list[bool]:
     """Which of the responses drawn are compared with each other: those that a selector may pick.
 
     All of them where fewer than two may be picked, as in the published data, which knows references and wrong choices.
-    A mismatch is told apart at a glance and has the lowest label: it would be most of what a comparison teaches.
+    A mismatch is recognised at a glance and has the lowest label: it would be most of what a comparison teaches.
     """
     may = set(selectable)
     flags = [number in may for number in chosen]
@@ -118,10 +118,10 @@ def permuted(positions: NDArray[np.uint64], size: int, key: str) -> NDArray[np.u
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     keys = np.frombuffer(hashlib.shake_128(key.encode()).digest(8 * _ROUNDS), dtype="<u8")
-    found = _network(positions, half, keys)
-    while (outside := found >= size).any():
-        found[outside] = _network(found[outside], half, keys)
-    return found
+    values = _network(positions, half, keys)
+    while (outside := values >= size).any():
+        values[outside] = _network(values[outside], half, keys)
+    return values
 
 
 def _drawn(corpus: Corpus, index: int, numbers: Sequence[int], count: int, rng: random.Random) -> Drawn:

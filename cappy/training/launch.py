@@ -33,7 +33,7 @@ REPORT_VARIABLE = "CAPPY_RANK_PIPES"
 CODE_VARIABLE = "CAPPY_CODE"
 """Environment of a job: the code version of the step that submitted it, which the job must have too."""
 DEFECT = "a rank failed with a defect, see above"
-UNTOLD = "the ranks ended untold"
+NO_REPORT = "the ranks ended without a report"
 GRACE_SECONDS = 10.0
 """How long the other ranks may go on when one has ended badly: time to end by themselves, not to hang."""
 
@@ -48,39 +48,41 @@ class Topology:
     port: int = 0
 
 
-def topology(plan: TrainingSettings, environment: Mapping[str, str] | None = None) -> Topology:
+def topology(config: TrainingSettings, environment: Mapping[str, str] | None = None) -> Topology:
     """This machine's place: from Vertex AI's CLUSTER_SPEC, or from NODE_RANK with MASTER_ADDR and MASTER_PORT.
 
-    ConfigError where more machines are asked for than told of.
+    ConfigError where more machines are asked for than the environment names.
     """
-    told = os.environ if environment is None else environment
-    found = Topology()
-    if spec := told.get("CLUSTER_SPEC"):
-        found = _in_cluster(spec)
-    elif {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= told.keys() and plan.nodes > 1:
-        found = Topology(int(told["NODE_RANK"]), plan.nodes, told["MASTER_ADDR"], int(told["MASTER_PORT"]))
-    if plan.nodes not in (1, found.nodes):
+    variables = os.environ if environment is None else environment
+    here = Topology()
+    if spec := variables.get("CLUSTER_SPEC"):
+        here = _in_cluster(spec)
+    elif {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= variables.keys() and config.nodes > 1:
+        here = Topology(
+            int(variables["NODE_RANK"]), config.nodes, variables["MASTER_ADDR"], int(variables["MASTER_PORT"])
+        )
+    if config.nodes not in (1, here.nodes):
         remedy = "start it with torchrun, a TrainJob or a CustomJob, or set NODE_RANK, MASTER_ADDR and MASTER_PORT"
-        raise ConfigError(f"--nodes {plan.nodes}: the environment tells of {found.nodes}; {remedy}")
-    return found
+        raise ConfigError(f"--nodes {config.nodes}: the environment tells of {here.nodes}; {remedy}")
+    return here
 
 
-def starts_ranks(plan: TrainingSettings) -> bool:
+def starts_ranks(config: TrainingSettings) -> bool:
     """Whether this process, being no rank itself, has to start some: several, or the one that DeepSpeed wants."""
-    if plan.strategy == "jax":
-        _refuse_several(plan)
+    if config.strategy == "jax":
+        _refuse_several(config)
         return False
     if started():
         return False
-    count = plan.devices * topology(plan).nodes
-    if plan.strategy == "single" and count > 1:
+    count = config.devices * topology(config).nodes
+    if config.strategy == "single" and count > 1:
         raise ConfigError(f"--strategy single: is for one rank, and {count} were asked for; give ddp or deepspeed")
-    return count > 1 or plan.strategy == "deepspeed"
+    return count > 1 or config.strategy == "deepspeed"
 
 
-def _refuse_several(plan: TrainingSettings) -> None:
+def _refuse_several(config: TrainingSettings) -> None:
     """ConfigError where several machines or processes are to train with JAX."""
-    nodes = plan.nodes if plan.nodes > 1 else topology(plan).nodes
+    nodes = config.nodes if config.nodes > 1 else topology(config).nodes
     if nodes > 1:
         raise ConfigError(f"--strategy jax: is for one machine, and {nodes} were asked for; give ddp or deepspeed")
     if started() and int(os.environ["WORLD_SIZE"]) > 1:
@@ -88,28 +90,28 @@ def _refuse_several(plan: TrainingSettings) -> None:
         raise ConfigError(f"--strategy jax: one process drives all devices, this is one of several; {remedy}")
 
 
-def spread(step: str, plan: TrainingSettings, progress: Progress) -> Manifest:
-    """Runs the step in `plan.devices` processes on this machine and returns the manifest that they agree on.
+def spread(step: str, config: TrainingSettings, progress: Progress) -> Manifest:
+    """Runs the step in `config.devices` processes on this machine and returns the manifest that they agree on.
 
     The error of the rank that failed, or TrainingError. SIGTERM and Ctrl-C are passed on as SIGTERM, which makes the
     ranks write a checkpoint; if this process is killed the ranks are too.
     """
-    if torch.cuda.is_available() and torch.cuda.device_count() < plan.devices:
-        raise ConfigError(f"--devices {plan.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    if torch.cuda.is_available() and torch.cuda.device_count() < config.devices:
+        raise ConfigError(f"--devices {config.devices}: this machine has {torch.cuda.device_count()} GPUs")
     reading, report = os.pipe()
     life, living = os.pipe()
-    command = [sys.executable, "-m", "cappy.training", step, encode(to_values(plan))]
-    here = topology(plan)
+    command = [sys.executable, "-m", "cappy.training", step, encode(to_values(config))]
+    here = topology(config)
     here = replace(here, port=here.port or _free_port())
     ranks = [
         subprocess.Popen(  # noqa: S603 (our own interpreter and module)
             command,
-            env=_environment(here, plan.devices, local, f"{report},{life}"),
+            env=_environment(here, config.devices, local, f"{report},{life}"),
             pass_fds=(report, life),
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
         )
-        for local in range(plan.devices)
+        for local in range(config.devices)
     ]
     os.close(report)
     os.close(life)
@@ -126,30 +128,30 @@ def spread(step: str, plan: TrainingSettings, progress: Progress) -> Manifest:
 
 def _followed(ranks: Sequence["subprocess.Popen[bytes]"], reading: int, progress: Progress) -> Manifest:
     """Reads reports until all ranks have ended; the first that ends badly decides what is said."""
-    told: dict[str, Any] = {}
+    reports: dict[str, Any] = {}
     deadline = float("inf")
     for message in _messages(reading, lambda: any(rank.poll() is None for rank in ranks)):
         if "progress" in message:
             done, total, unit, resumed, note = message["progress"]
             progress(done, total, unit=unit, resumed=resumed, note=note)
         for kind in message:
-            told.setdefault(kind, message[kind])
+            reports.setdefault(kind, message[kind])
         if any(rank.poll() for rank in ranks):
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:
             break
     failed = [(number, rank.poll()) for number, rank in enumerate(ranks) if rank.poll()]
-    if not failed and "manifest" in told:
-        return Manifest.from_json(told["manifest"])
-    if "error" in told:
-        kind, text = told["error"]
+    if not failed and "manifest" in reports:
+        return Manifest.from_json(reports["manifest"])
+    if "error" in reports:
+        kind, text = reports["error"]
         raise getattr(errors, kind)(text)
     killed = [(number, status) for number, status in failed if status is not None and status < 0]
     if killed:
         number, status = killed[0]
         raise TrainingError(f"rank {number} was ended by signal {-status}; {CONTINUES} at the last checkpoint")
-    sys.stderr.write(told.get("defect", ""))
-    raise TrainingError(DEFECT if "defect" in told else UNTOLD)
+    sys.stderr.write(reports.get("defect", ""))
+    raise TrainingError(DEFECT if "defect" in reports else NO_REPORT)
 
 
 def _messages(reading: int, alive: Callable[[], bool]) -> Iterator[Mapping[str, Any]]:

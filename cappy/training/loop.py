@@ -61,7 +61,7 @@ def fit(
     scorer: Scorer,
     train: Corpus,
     validation: Corpus,
-    plan: TrainingSettings,
+    config: TrainingSettings,
     *,
     checkpoints: Path,
     progress: Progress,
@@ -72,8 +72,8 @@ def fit(
     Order, draws and dropout depend on the seed and the update's number alone, so a resumed run equals an unbroken one.
     Of several ranks the first alone reads and writes checkpoints, and it alone has the best weights in the end.
     """
-    refuse_unfit(train, plan, ranks)
-    run = Run(scorer, train, validation, plan, checkpoints, ranks)
+    refuse_unfit(train, config, ranks)
+    run = Run(scorer, train, validation, config, checkpoints, ranks)
     state, resumed_at = run.state, run.state.update
     with Shutdown() as shutdown:
         while True:
@@ -108,33 +108,33 @@ class Run:
         scorer: Scorer,
         train: Corpus,
         validation: Corpus,
-        plan: TrainingSettings,
+        config: TrainingSettings,
         checkpoints: Path,
         ranks: Ranks,
     ) -> None:
         self.scorer, self.train, self.validation = scorer, train, validation
-        self.plan, self.checkpoints, self.ranks = plan, checkpoints, ranks
-        self.updates = updates_of(train, plan)
-        self.every = max(1, self.updates // plan.checks)
-        self.peak = plan.learning_rate or default_rate(scorer.model.config.hidden_size)
+        self.config, self.checkpoints, self.ranks = config, checkpoints, ranks
+        self.updates = updates_of(train, config)
+        self.every = max(1, self.updates // config.checks)
+        self.peak = config.learning_rate or default_rate(scorer.model.config.hidden_size)
         self.layer_weights = layer_weights(scorer.model)
-        scorer.autocast = _in_bf16(plan, scorer.device)
+        scorer.autocast = _in_bf16(config, scorer.device)
         if scorer.autocast:
             keep_heads_exact(scorer.model)
         self.meter = Meter(peak_of(scorer.device, ranks.count, bf16=scorer.autocast))
-        self.strategy = start_strategy(scorer, plan, ranks)
-        self.clock = CheckpointClock(plan.checkpoint_seconds, plan.checkpoint_updates)
-        self.state, self.best, self.note = State(budget=plan.batch_tokens), dict[str, Tensor](), ""
+        self.strategy = start_strategy(scorer, config, ranks)
+        self.clock = CheckpointClock(config.checkpoint_seconds, config.checkpoint_updates)
+        self.state, self.best, self.note = State(budget=config.batch_tokens), dict[str, Tensor](), ""
         self._resume()
 
     def _resume(self) -> None:
         """Puts the first rank's checkpoint, or its weights as they are, in place on all ranks."""
-        found, note = checkpoint.load(self.checkpoints) if self.ranks.first else (None, "")
-        state, self.note = self.ranks.broadcast_object((found and asdict(found.state), note))
+        saved, note = checkpoint.load(self.checkpoints) if self.ranks.first else (None, "")
+        state, self.note = self.ranks.broadcast_object((saved and asdict(saved.state), note))
         if state is not None:
-            weights = self.ranks.broadcast_tensors(found.weights if found else {})
-            self.strategy.restore(weights, self.ranks.broadcast_tensors(found.moments if found else {}))
-            self.state, self.best = State(**state), found.best if found else {}
+            weights = self.ranks.broadcast_tensors(saved.weights if saved else {})
+            self.strategy.restore(weights, self.ranks.broadcast_tensors(saved.moments if saved else {}))
+            self.state, self.best = State(**state), saved.best if saved else {}
         elif self.ranks.count > 1:
             self.strategy.restore(self.ranks.broadcast_tensors(self.strategy.weights()), {})
 
@@ -147,7 +147,7 @@ class Run:
 
     def rate(self, update: int) -> float:
         """Learning rate of an update (0-based)."""
-        return rate(update, self.updates, self.peak, self.plan.warmup, self.plan.schedule)
+        return rate(update, self.updates, self.peak, self.config.warmup, self.config.schedule)
 
     @property
     def check_due(self) -> bool:
@@ -158,32 +158,32 @@ class Run:
 
     def check(self, shutdown: Shutdown) -> None:
         """Scores the validation instances and keeps the weights unless they are clearly below the best."""
-        check, plan, state = None, self.plan, self.state
+        check, config, state = None, self.config, self.state
         if len(self.validation):
             check = check_scorer(
                 self.scorer,
                 self.validation,
-                plan,
+                config,
                 ranks=self.ranks,
                 lockstep=self.strategy.lockstep,
                 asked=shutdown.requested,
             )
             if check is None:
                 self._end()
-        falling = falls(state.update, self.updates, plan.warmup, plan.schedule)
-        if judge(check, state, deciding=decides(plan, self.validation), falling=falling):
+        falling = falls(state.update, self.updates, config.warmup, config.schedule)
+        if judge(check, state, deciding=decides(config, self.validation), falling=falling):
             weights = self.strategy.weights()
             self.best = weights if self.ranks.first else {}
-        state.stopped = state.checks_since_best >= plan.patience
+        state.stopped = state.checks_since_best >= config.patience
 
     def update(self) -> None:
         """One step of the optimizer on the next instances; TrainingError where there is nothing to go on with."""
-        plan, state = self.plan, self.state
-        drawn = batch(self.train, state.update, plan.batch_instances, plan.max_candidates, seed=plan.seed)
+        config, state = self.config, self.state
+        drawn = batch(self.train, state.update, config.batch_instances, config.max_candidates, seed=config.seed)
         now = self.rate(state.update)
         try:
             with self.meter.timed():
-                loss = update(self.scorer, self.strategy, self.train, drawn, plan, state, rate=now, ranks=self.ranks)
+                loss = update(self.scorer, self.strategy, self.train, drawn, config, state, rate=now, ranks=self.ranks)
         except DivergedError as error:
             names = ", ".join(self.train.name(one.index) for one in drawn[:NAMED])
             names += f" and {len(drawn) - NAMED} more" if len(drawn) > NAMED else ""
@@ -197,13 +197,13 @@ class Run:
     def _measure(self, drawn: Sequence[Drawn], rate: float) -> None:
         """Notes what the update cost, and a point of the curve now and then."""
         lengths = [length for one in drawn for length in self.train.tokens(one.index, one.chosen)]
-        config, state = self.scorer.model.config, self.state
+        encoder, state = self.scorer.model.config, self.state
         passes = micro_batches(drawn, state.budget, self.ranks.count)
         self.meter.add(
             pairs=len(lengths),
             tokens=sum(lengths),
             padded=sum(map(padded, passes)) if self.scorer.pads else sum(lengths),
-            flops=sum(flops_of_pair(config, self.layer_weights, n) for n in lengths) if self.layer_weights else 0.0,
+            flops=sum(flops_of_pair(encoder, self.layer_weights, n) for n in lengths) if self.layer_weights else 0.0,
         )
         if state.update % max(1, self.updates // POINTS) == 0 or state.update == self.updates:
             point = {"update": state.update, "loss": round(state.running_loss, 6), "rate": rate}
@@ -221,8 +221,8 @@ class Run:
     def _save(self) -> None:
         weights, moments = self.strategy.weights(), self.strategy.moments()
         if self.ranks.first:
-            found = Checkpoint(state=self.state, weights=weights, moments=moments, best=self.best)
-            checkpoint.save(self.checkpoints, found)
+            whole = Checkpoint(state=self.state, weights=weights, moments=moments, best=self.best)
+            checkpoint.save(self.checkpoints, whole)
 
     def _end(self) -> NoReturn:
         self._save()
@@ -234,16 +234,16 @@ class Run:
 
 
 def trial(
-    scorer: Scorer, train: Corpus, validation: Corpus, plan: TrainingSettings, ranks: Ranks, progress: Progress
+    scorer: Scorer, train: Corpus, validation: Corpus, config: TrainingSettings, ranks: Ranks, progress: Progress
 ) -> dict[str, float]:
     """Trains `TRIAL_UPDATES` updates and forgets them; seconds and bytes, this rank's alone.
 
     `projected_seconds` are of the whole run on these ranks: every epoch, and the checks, a pair of which is taken to
     cost a third of a pair trained on. Early stopping would make it shorter.
     """
-    refuse_unfit(train, plan, ranks)
+    refuse_unfit(train, config, ranks)
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(scorer, train, validation, plan, Path(folder), ranks)
+        run = Run(scorer, train, validation, config, Path(folder), ranks)
         count = min(TRIAL_UPDATES, run.updates)
         ends = [time.perf_counter()]
         for done in range(1, count + 1):
@@ -269,52 +269,54 @@ def trial(
     }
 
 
-def start_strategy(scorer: Scorer, plan: TrainingSettings, ranks: Ranks) -> Strategy:
+def start_strategy(scorer: Scorer, config: TrainingSettings, ranks: Ranks) -> Strategy:
     """The strategy that the settings name, around the scorer's model.
 
     ConfigError where what it needs cannot be imported.
     """
-    if plan.strategy == "deepspeed":
+    if config.strategy == "deepspeed":
         from cappy.training.deepspeed import Sharded
 
-        sharded = Sharded(scorer.model, plan, ranks)
+        sharded = Sharded(scorer.model, config, ranks)
         scorer.through = sharded.engine  # It gathers sharded weights for a pass.
         return sharded
-    if plan.strategy != "jax":
-        return Replicas(scorer.model, plan, ranks)
-    if plan.precision == "bf16":
+    if config.strategy != "jax":
+        return Replicas(scorer.model, config, ranks)
+    if config.precision == "bf16":
         raise ConfigError("--precision bf16: the strategy jax computes in fp32; leave the precision at auto or fp32")
     try:
         from cappy.training.tpu.strategy import OnDevices
     except ImportError as error:
         remedy = "pip install 'cappy-scorer[tpu]', or --strategy single"
         raise ConfigError(f"--strategy jax: cannot be imported ({error}); {remedy}") from error
-    return OnDevices(scorer, plan)
+    return OnDevices(scorer, config)
 
 
-def refuse_unfit(train: Corpus, plan: TrainingSettings, ranks: Ranks) -> None:
-    """ConfigError where these instances cannot be learned from as the plan says."""
+def refuse_unfit(train: Corpus, config: TrainingSettings, ranks: Ranks) -> None:
+    """ConfigError where these instances cannot be learned from as the settings say."""
     if not len(train):
         raise ConfigError("training: no training instance has two different responses; sample more candidates")
     facts = train.facts
     if facts.lowest == facts.highest:
         remedy = "nothing can be learned; choose another --metric or sample more candidates"
-        raise ConfigError(f"training: every label {plan.metric!r} is {facts.lowest:g}; {remedy}")
-    if plan.schedule == "published" and updates_of(train, plan) < 2:
+        raise ConfigError(f"training: every label {config.metric!r} is {facts.lowest:g}; {remedy}")
+    if config.schedule == "published" and updates_of(train, config) < 2:
         raise ConfigError("--schedule published: begins at rate 0, and this is one update; give more --train-rows")
     if len(train) < ranks.count:
         raise ConfigError(f"training: {len(train)} instances for {ranks.count} ranks; give fewer --devices or --nodes")
-    if plan.batch_instances < ranks.count:
+    if config.batch_instances < ranks.count:
         remedy = f"give --batch-instances {ranks.count} or more, or fewer --devices"
-        raise ConfigError(f"--batch-instances {plan.batch_instances}: is less than the {ranks.count} ranks; {remedy}")
-    if plan.batch_tokens < train.longest_pair:
+        raise ConfigError(f"--batch-instances {config.batch_instances}: is less than the {ranks.count} ranks; {remedy}")
+    if config.batch_tokens < train.longest_pair:
         remedy = f"give --batch-tokens {train.longest_pair} or more"
-        raise ConfigError(f"--batch-tokens {plan.batch_tokens}: a pair may have {train.longest_pair} tokens; {remedy}")
+        raise ConfigError(
+            f"--batch-tokens {config.batch_tokens}: a pair may have {train.longest_pair} tokens; {remedy}"
+        )
 
 
-def _in_bf16(plan: TrainingSettings, device: torch.device) -> bool:
+def _in_bf16(config: TrainingSettings, device: torch.device) -> bool:
     """Whether matrix products run in bf16: where asked, and by `auto` on a GPU that has instructions for it."""
-    return plan.precision == "bf16" or (plan.precision == "auto" and device.type == "cuda" and has_bf16(device))
+    return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda" and has_bf16(device))
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -48,8 +48,8 @@ def train(
 
     `seen` are the prompt hashes that the starting scorer in `start_folder` was trained on; the folder records them with
     this run's own, and groups and rows likewise (`cappy.scoring.training_data`).
-    Starts the ranks that the plan asks for, unless this process is one of them; the first rank alone writes. Where the
-    plan names a platform, a job of it does all that.
+    Starts the ranks that the settings ask for, unless this process is one of them; the first rank alone writes. Where
+    the settings name a platform, a job of it does all that.
     """
     if config.launcher != "here":
         return train_elsewhere(step, config, _computed(config), (read_manifest(config.source).hash, *parents), progress)

@@ -65,7 +65,7 @@ def update(
     strategy: Strategy,
     corpus: Corpus,
     batch: Sequence[Drawn],
-    plan: TrainingSettings,
+    config: TrainingSettings,
     state: State,
     *,
     rate: float,
@@ -79,7 +79,7 @@ def update(
     scorer.model.train()
     while True:
         try:
-            loss = _gradients(scorer, strategy, corpus, batch, plan, state, ranks)
+            loss = _gradients(scorer, strategy, corpus, batch, config, state, ranks)
             break
         except MemoryShortError:
             _halve(state, batch)
@@ -96,7 +96,7 @@ def _gradients(
     strategy: Strategy,
     corpus: Corpus,
     batch: Sequence[Drawn],
-    plan: TrainingSettings,
+    config: TrainingSettings,
     state: State,
     ranks: Ranks,
 ) -> float:
@@ -117,8 +117,8 @@ def _gradients(
     total, short = 0.0, 0.0
     try:
         for done, (number, weight) in enumerate(zip(mine, weights, strict=True), start=1):
-            torch.manual_seed(_seed(plan.seed, state.update, number))
-            loss = _pass(scorer, corpus, micros[number], plan) * (weight / len(batch))
+            torch.manual_seed(_seed(config.seed, state.update, number))
+            loss = _pass(scorer, corpus, micros[number], config) * (weight / len(batch))
             strategy.backward(loss, last=done == len(mine))
             total += loss.item()
     except (RuntimeError, MemoryError) as error:
@@ -135,7 +135,7 @@ def _gradients(
     return total
 
 
-def _pass(scorer: Scorer, corpus: Corpus, micro: Sequence[Drawn], plan: TrainingSettings) -> Tensor:
+def _pass(scorer: Scorer, corpus: Corpus, micro: Sequence[Drawn], config: TrainingSettings) -> Tensor:
     """The sum of the instances' losses."""
     logits = scorer.logits([pair for drawn in micro for pair in corpus.pairs(drawn.index, drawn.chosen)])
     labels = [label for drawn in micro for label in corpus.labels(drawn.index, drawn.chosen)]
@@ -147,14 +147,14 @@ def _pass(scorer: Scorer, corpus: Corpus, micro: Sequence[Drawn], plan: Training
         groups=torch.tensor(numbers, device=logits.device),
         count=len(micro),
         compared=torch.tensor(compared, device=logits.device),
-        weights=_weights(corpus, micro, plan, logits.device) if plan.weights else None,
+        weights=_weights(corpus, micro, config, logits.device) if config.weights else None,
     )
-    return instance_losses(pairs, scorer.head, plan).sum()
+    return instance_losses(pairs, scorer.head, config).sum()
 
 
-def _weights(corpus: Corpus, micro: Sequence[Drawn], plan: TrainingSettings, device: torch.device) -> Tensor:
+def _weights(corpus: Corpus, micro: Sequence[Drawn], config: TrainingSettings, device: torch.device) -> Tensor:
     """The weight of every pair by its source, (pairs,)."""
-    by_source = plan.source_weights
+    by_source = config.source_weights
     sources = (source for drawn in micro for source in corpus.sources(drawn.index, drawn.chosen))
     return torch.tensor([by_source[source] for source in sources], device=device)
 

@@ -257,7 +257,7 @@ class _Follower:
             for node, line in self.jobs.lines(self.name):
                 self.hooks.tell(f"{node}: {line}")
                 self.error = self.hooks.said(line) or self.error
-        except UnansweredError:  # What was not told now is told at the next look.
+        except UnansweredError:  # The next look asks for these lines again.
             return
         except ConfigError as error:  # A right that is missing for the log alone must not end a training.
             if not self.unread:

@@ -37,7 +37,7 @@ GONE_SECONDS = 300.0
 FIRST_LINES = 1000
 """Lines of a log that ran before this step followed it."""
 MARGIN_SECONDS = 5
-"""Lines asked for twice and told once: between two looks no line may fall."""
+"""Seconds of a log that are asked for twice, their lines passed on once: between two looks no line may fall."""
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 ROLE_LABEL = "jobset.sigs.k8s.io/replicatedjob-name"
 _NEVER = ("ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError")
@@ -65,47 +65,47 @@ def rank() -> None:
 
 def trainer(
     step: str,
-    plan: TrainingSettings,
+    config: TrainingSettings,
     *,
     image: str | None = None,
     resources: Mapping[str, str | int] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> sdk.CustomTrainer:
-    """The CustomTrainer of a step on `plan.nodes` machines with `resources` each, such as {"gpu": 4}.
+    """The CustomTrainer of a step on `config.nodes` machines with `resources` each, such as {"gpu": 4}.
 
-    `plan.source`, `plan.target` and `plan.work` must lie on a volume that every node mounts; torchrun starts one rank
-    per GPU. The image needs cappy, nothing is installed when the job starts.
+    Its source, target and work must lie on a volume that every node mounts; torchrun starts one rank per GPU. The image
+    needs cappy, nothing is installed when the job starts.
     """
-    work = {STEP_VARIABLE: step, SETTINGS_VARIABLE: encode(to_values(plan))}
+    work = {STEP_VARIABLE: step, SETTINGS_VARIABLE: encode(to_values(config))}
     return sdk.CustomTrainer(
         func=rank,
         image=image,
-        num_nodes=plan.nodes,
+        num_nodes=config.nodes,
         resources_per_node=dict(resources) if resources else None,
         env={**(environment or {}), **work},
     )
 
 
 class TrainJobs:
-    """TrainJobs of one step: `plan` says where, `inner` what each rank does."""
+    """TrainJobs of one step: `config` says where, `inner` what each rank does."""
 
     def __init__(
         self,
         step: str,
-        plan: TrainingSettings,
+        config: TrainingSettings,
         inner: TrainingSettings,
         environment: Mapping[str, str],
         client: Any = None,
     ) -> None:
-        self.plan = plan
+        self.config = config
         self.trainer = trainer(
             step,
             inner,
-            image=plan.image or None,
-            resources=_per_node(plan),
+            image=config.image or None,
+            resources=_per_node(config),
             environment=environment,
         )
-        self.client = client or connect(plan)
+        self.client = client or connect(config)
         backend = getattr(self.client, "backend", None)
         self.core: Any = getattr(backend, "core_api", None)
         self.namespace: str = getattr(backend, "namespace", "")
@@ -114,33 +114,33 @@ class TrainJobs:
 
     def status(self, name: str) -> Status | None:
         """How it is, with what its pods say."""
-        with _translate_errors(self.plan):
-            # First, so that a right to look at pods that is missing is told before anything is submitted.
-            found = self._pods(name)
+        with _translate_errors(self.config):
+            # First, so that a right to look at pods that is missing is named before anything is submitted.
+            pods = self._pods(name)
             try:
                 job = self.client.get_job(name)
             except RuntimeError as error:
                 if str(error).startswith("Failed to get TrainJob") and _code(error) == 404:
                     return None
                 raise
-            return _read(PHASES[job.status], found)
+            return _read(PHASES[job.status], pods)
 
     def submit(self, name: str) -> None:
         """Creates the TrainJob, once one of this name that is over is gone with its pods."""
-        with _translate_errors(self.plan):
+        with _translate_errors(self.config):
             self._clear(name)
-            self.client.train(runtime=self.plan.runtime, trainer=self.trainer, options=_options(name, self.plan))
+            self.client.train(runtime=self.config.runtime, trainer=self.trainer, options=_options(name, self.config))
 
     def lines(self, name: str) -> Iterator[tuple[str, str]]:
         """New lines of the pods' logs, node by node."""
-        with _translate_errors(self.plan):
+        with _translate_errors(self.config):
             for pod in self._pods(name):
                 if _started(pod):
                     yield from ((_node_of(pod), line) for line in self._new_lines(pod.metadata.name))
 
     def cancel(self, name: str) -> None:
         """Deletes it, and with it its pods, which get SIGTERM."""
-        with _translate_errors(self.plan):
+        with _translate_errors(self.config):
             try:
                 self.client.delete_job(name)
             except RuntimeError as error:
@@ -158,11 +158,11 @@ class TrainJobs:
         return _newest(self.core.list_namespaced_pod(self.namespace, label_selector=label).items)
 
     def _clear(self, name: str) -> None:
-        found = self.status(name)
-        if found is None:
+        status = self.status(name)
+        if status is None:
             return
-        if found.phase not in OVER:
-            raise UnansweredError(f"TrainJob {name}: {found.phase.value} already; run the same command again")
+        if status.phase not in OVER:
+            raise UnansweredError(f"TrainJob {name}: {status.phase.value} already; run the same command again")
         self.client.delete_job(name)
         end = time.monotonic() + GONE_SECONDS
         while self.status(name) is not None or self._pods(name):
@@ -196,38 +196,38 @@ class TrainJobs:
         return [line for _, line in fresh]
 
 
-def connect(plan: TrainingSettings) -> Any:
+def connect(config: TrainingSettings) -> Any:
     """The SDK's client of the current cluster; ConfigError where there is none."""
     # It warns of a config map that people without a right to the system's namespace cannot read.
     logging.getLogger("kubeflow").setLevel(logging.ERROR)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
-    with _translate_errors(plan):
-        return sdk.TrainerClient(KubernetesBackendConfig(namespace=plan.namespace or None))
+    with _translate_errors(config):
+        return sdk.TrainerClient(KubernetesBackendConfig(namespace=config.namespace or None))
 
 
-def _per_node(plan: TrainingSettings) -> dict[str, str | int]:
+def _per_node(config: TrainingSettings) -> dict[str, str | int]:
     """What each node asks for, in Kubernetes' words; empty where the runtime says it."""
-    asked: dict[str, str | int] = {plan.accelerator: plan.devices, "cpu": plan.cpu, "memory": plan.memory}
+    asked: dict[str, str | int] = {config.accelerator: config.devices, "cpu": config.cpu, "memory": config.memory}
     return {name: amount for name, amount in asked.items() if name and amount}
 
 
-def _options(name: str, plan: TrainingSettings) -> list[Any]:
-    found: list[Any] = [given.Name(name), given.ActiveDeadlineSeconds(int(plan.timeout_hours * 3600))]
-    patch = _patch(plan)
-    return [*found, patch] if patch else found
+def _options(name: str, config: TrainingSettings) -> list[Any]:
+    deadline = given.ActiveDeadlineSeconds(int(config.timeout_hours * 3600))
+    patch = _patch(config)
+    return [given.Name(name), deadline, *([patch] if patch else ())]
 
 
-def _patch(plan: TrainingSettings) -> Any:
+def _patch(config: TrainingSettings) -> Any:
     """What of the runtime's pods is this job's own: the volume and the service account."""
-    claim, folder = plan.volume.partition(":")[0], mount_point(plan.volume)
+    claim, folder = config.volume.partition(":")[0], mount_point(config.volume)
     pod = given.PodSpecPatch(
-        service_account_name=plan.service_account or None,
+        service_account_name=config.service_account or None,
         volumes=[{"name": "work", "persistentVolumeClaim": {"claimName": claim}}] if claim else None,
         containers=[given.ContainerPatch(name=NODE, volume_mounts=[{"name": "work", "mountPath": folder}])]
         if claim
         else None,
     )
-    if not (claim or plan.service_account):
+    if not (claim or config.service_account):
         return None
     template = given.JobTemplatePatch(spec=given.JobSpecPatch(template=given.PodTemplatePatch(spec=pod)))
     nodes = given.ReplicatedJobPatch(name=NODE, template=template)
@@ -238,8 +238,8 @@ def _patch(plan: TrainingSettings) -> Any:
 def _stamped(line: str) -> tuple[tuple[str, str], str]:
     """((second, fraction), text) of a line with its time: fractions may leave out zeros at their end."""
     time_of, _, text = line.partition(" ")
-    found = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?", time_of)
-    return ((found[1], (found[2] or "").ljust(9, "0")), text) if found else (("9", ""), line)
+    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?", time_of)
+    return ((match[1], (match[2] or "").ljust(9, "0")), text) if match else (("9", ""), line)
 
 
 def _node_of(pod: Any) -> str:
@@ -251,8 +251,8 @@ def _node_of(pod: Any) -> str:
 
 def _newest(pods: Iterable[Any]) -> list[Any]:
     """Of each node the pod that was made last, in the order of the nodes."""
-    found = {_node_of(pod): pod for pod in sorted(pods, key=lambda pod: str(pod.metadata.creation_timestamp))}
-    return [found[name] for name in sorted(found, key=lambda name: (len(name), name))]
+    match = {_node_of(pod): pod for pod in sorted(pods, key=lambda pod: str(pod.metadata.creation_timestamp))}
+    return [match[name] for name in sorted(match, key=lambda name: (len(name), name))]
 
 
 def _read(phase: Phase, pods: Sequence[Any]) -> Status:
@@ -315,7 +315,7 @@ def _ended(pod: Any) -> str:
 
 
 @contextlib.contextmanager
-def _translate_errors(plan: TrainingSettings) -> Iterator[None]:
+def _translate_errors(config: TrainingSettings) -> Iterator[None]:
     """What the cluster refuses, and a cluster that does not answer, as one line."""
     try:
         yield
@@ -325,11 +325,11 @@ def _translate_errors(plan: TrainingSettings) -> Iterator[None]:
         remedy = "run it where kubectl reaches one, or set KUBECONFIG"
         raise ConfigError(f"--launcher trainjob: no cluster is configured ({_line(error)}); {remedy}") from error
     except (RuntimeError, ValueError, ApiException, HTTPError, OSError) as error:
-        raise _refusal(error, plan) from error
+        raise _refusal(error, config) from error
 
 
-def _refusal(error: BaseException, plan: TrainingSettings) -> CappyError:
-    place = f"Kubernetes, namespace {plan.namespace or 'of the current context'}"
+def _refusal(error: BaseException, config: TrainingSettings) -> CappyError:
+    place = f"Kubernetes, namespace {config.namespace or 'of the current context'}"
     refusals = [one for one in _chain(error) if isinstance(one, ApiException)]
     if not refusals:
         if any(isinstance(one, (HTTPError, OSError)) for one in _chain(error)):  # TimeoutError is an OSError.
@@ -339,7 +339,7 @@ def _refusal(error: BaseException, plan: TrainingSettings) -> CappyError:
     code, words = refusals[0].status, _message(refusals[0])
     if code == 404 and "untime" in str(error):
         remedy = "name one that `kubectl get trainingruntimes,clustertrainingruntimes` lists with --runtime"
-        return ConfigError(f"{place}: has no training runtime {plan.runtime!r}, or no Kubeflow Trainer; {remedy}")
+        return ConfigError(f"{place}: has no training runtime {config.runtime!r}, or no Kubeflow Trainer; {remedy}")
     if code == 401:
         return ConfigError(f"{place}: does not know these credentials ({words}); log in again")
     if code == 403 and "quota" in words:
@@ -364,10 +364,10 @@ def _code(error: BaseException) -> int | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__
 
 
 def _line(words: object, longest: int = 200) -> str:

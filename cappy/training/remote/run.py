@@ -22,7 +22,7 @@ from cappy.records.work import held, work_key
 from cappy.redaction import has_secret, redact
 from cappy.training import checkpoint
 from cappy.training.checkpoint import CONTINUES
-from cappy.training.launch import CODE_VARIABLE, DEFECT, UNTOLD
+from cappy.training.launch import CODE_VARIABLE, DEFECT, NO_REPORT
 from cappy.training.remote.following import CANCEL_SECONDS, Hooks, Jobs, Limits, cancellation, follow
 from cappy.training.settings import LauncherSettings, TrainingSettings
 from cappy.worker import PROGRESS_VARIABLE
@@ -32,9 +32,9 @@ TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 def train_elsewhere(
-    step: str, plan: TrainingSettings, computed: Mapping[str, Any], parents: Sequence[str], progress: Progress
+    step: str, config: TrainingSettings, computed: Mapping[str, Any], parents: Sequence[str], progress: Progress
 ) -> Manifest:
-    """Trains as a job of `plan.launcher`'s platform and publishes the scorer that it wrote; its manifest.
+    """Trains as a job of `config.launcher`'s platform and publishes the scorer that it wrote; its manifest.
 
     `computed` and `parents` are what the work is named by, as it would be here: so the job continues at a checkpoint
     that was written here, and its name is the same when this step is retried.
@@ -42,15 +42,15 @@ def train_elsewhere(
     key = work_key(step, computed, parents)
     name = f"cappy-{step}-{key}"
     # One that is being cancelled holds the work until its job has ended.
-    with held(plan.work / "jobs" / name, patience=2 * CANCEL_SECONDS) as folder:
+    with held(config.work / "jobs" / name, patience=2 * CANCEL_SECONDS) as folder:
         written = folder / "target"
         if not (written / MANIFEST).is_file():
-            staged = _staged(plan.source, folder / "source")
-            inner = dataclasses.replace(plan, **_here(), source=staged, target=written)
-            jobs = jobs_of(step, plan, inner, _environment(folder))
-            _followed(jobs, name, step, plan, written, key, progress)
+            staged = _staged(config.source, folder / "source")
+            inner = dataclasses.replace(config, **_here(), source=staged, target=written)
+            jobs = jobs_of(step, config, inner, _environment(folder))
+            _followed(jobs, name, step, config, written, key, progress)
         manifest = _verified(written, step, computed, parents, name)
-        publish(written, plan.target, manifest)
+        publish(written, config.target, manifest)
         shutil.rmtree(folder / "source", ignore_errors=True)
         return manifest
 
@@ -60,39 +60,39 @@ def _here() -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(LauncherSettings)}
 
 
-def jobs_of(step: str, plan: TrainingSettings, inner: TrainingSettings, environment: Mapping[str, str]) -> Jobs:
-    """The jobs of the platform that `plan` names, which run `inner`."""
-    if plan.launcher == "trainjob":
+def jobs_of(step: str, config: TrainingSettings, inner: TrainingSettings, environment: Mapping[str, str]) -> Jobs:
+    """The jobs of the platform that `config` names, which run `inner`."""
+    if config.launcher == "trainjob":
         from cappy.training.remote.kubeflow import TrainJobs
 
-        return TrainJobs(step, plan, inner, environment)
+        return TrainJobs(step, config, inner, environment)
     from cappy.training.remote.vertex import CustomJobs
 
-    return CustomJobs(step, plan, inner, environment)
+    return CustomJobs(step, config, inner, environment)
 
 
 def _followed(
-    jobs: Jobs, name: str, step: str, plan: TrainingSettings, written: Path, key: str, progress: Progress
+    jobs: Jobs, name: str, step: str, config: TrainingSettings, written: Path, key: str, progress: Progress
 ) -> None:
-    told = written.parent / f"{step}.json"
+    state_file = written.parent / f"{step}.json"
     with contextlib.suppress(FileNotFoundError):
-        told.unlink()
+        state_file.unlink()
 
     def look() -> None:
         with contextlib.suppress(OSError, ValueError, TypeError):  # A file that is just being replaced.
-            if state := read_state(told):
+            if state := read_state(state_file):
                 progress(state.done, state.total, unit=state.unit, resumed=state.resumed, note=state.note)
 
     with cancellation() as cancelled:
         hooks = Hooks(
-            checkpoint=lambda: checkpoint.newest_update(plan.work / step / key / ".checkpoints"),
+            checkpoint=lambda: checkpoint.newest_update(config.work / step / key / ".checkpoints"),
             cancelled=cancelled,
             written=(written / MANIFEST).is_file,
             tell=lambda text: _tell(step, text),
             look=look,
-            said=lambda line: _said(step, line),
+            said=lambda line: _mendable(step, line),
         )
-        limits = Limits(retries=plan.retries, timeout=plan.timeout_hours * 3600, poll=POLL_SECONDS)
+        limits = Limits(retries=config.retries, timeout=config.timeout_hours * 3600, poll=POLL_SECONDS)
         follow(jobs, name, limits, hooks)
 
 
@@ -102,17 +102,17 @@ def _tell(step: str, text: str) -> None:
     sys.stderr.flush()
 
 
-def _said(step: str, line: str) -> str:
+def _mendable(step: str, line: str) -> str:
     """What a rank said a person has to mend; nothing of one that continues, or that another's end took with it."""
     words = line.partition(f"cappy {step}: ")[2]
-    return "" if CONTINUES in words or words in (DEFECT, UNTOLD) else words
+    return "" if CONTINUES in words or words in (DEFECT, NO_REPORT) else words
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """What a job's processes are told beside the settings; an address that holds a password is not."""
-    told = {CODE_VARIABLE: code_version(), PROGRESS_VARIABLE: str(folder)}
+    """The environment of a job's processes; an address that holds a password is left out."""
+    variables = {CODE_VARIABLE: code_version(), PROGRESS_VARIABLE: str(folder)}
     tracking = os.environ.get(TRACKING_VARIABLE, "")
-    return told | ({TRACKING_VARIABLE: tracking} if tracking and not has_secret(tracking) else {})
+    return variables | ({TRACKING_VARIABLE: tracking} if tracking and not has_secret(tracking) else {})
 
 
 def _staged(source: Path, staged: Path) -> Path:

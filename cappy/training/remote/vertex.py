@@ -50,7 +50,7 @@ NEVER = ("image", "pull")
 
 def worker_pools(
     step: str,
-    plan: TrainingSettings,
+    config: TrainingSettings,
     *,
     image: str,
     machine_type: str,
@@ -58,54 +58,56 @@ def worker_pools(
     environment: Mapping[str, str] | None = None,
     volume: str = "",
 ) -> list[dict[str, Any]]:
-    """The worker pools of a step on `plan.nodes` machines with `plan.devices` accelerators of this type each.
+    """The worker pools of a step on `config.nodes` machines with `config.devices` accelerators of this type each.
 
-    `plan.source`, `plan.target` and `plan.work` must lie on a file system that every machine mounts and that locks and
-    renames, such as NFS: `volume` is SERVER:/export:/mnt/nfs/name of one to mount. The image needs cappy and no entry
-    point of its own. A TPU is part of the machine's type.
+    Source, target and work must lie on a file system that every machine mounts and that locks and renames, such as NFS:
+    `volume` is SERVER:/export:/mnt/nfs/name of one to mount. The image needs cappy and no entry point of its own. A TPU
+    is part of the machine's type.
     ConfigError where a path is relative, or several ranks of a machine have no accelerator to be on.
     """
-    if plan.strategy == "jax" and plan.nodes > 1:
-        raise ConfigError(f"{step}: --strategy jax drives one machine, and {plan.nodes} were asked for; give --nodes 1")
+    if config.strategy == "jax" and config.nodes > 1:
+        raise ConfigError(
+            f"{step}: --strategy jax drives one machine, and {config.nodes} were asked for; give --nodes 1"
+        )
     for name in ("source", "target", "work"):
-        if not getattr(plan, name).is_absolute():
+        if not getattr(config, name).is_absolute():
             remedy = "give a folder on a file system that all machines mount, such as NFS"
-            raise ConfigError(f"{step}: --{name} {getattr(plan, name)}: is no absolute path; {remedy}")
-    if plan.devices > 1 and not accelerator_type and plan.strategy != "jax":
+            raise ConfigError(f"{step}: --{name} {getattr(config, name)}: is no absolute path; {remedy}")
+    if config.devices > 1 and not accelerator_type and config.strategy != "jax":
         remedy = "name the accelerator_type, or give --devices 1"
-        raise ConfigError(f"{step}: {plan.devices} devices per machine, and no accelerator is named; {remedy}")
+        raise ConfigError(f"{step}: {config.devices} devices per machine, and no accelerator is named; {remedy}")
     machine: dict[str, Any] = {"machine_type": machine_type}
     if accelerator_type:
-        machine |= {"accelerator_type": accelerator_type, "accelerator_count": plan.devices}
+        machine |= {"accelerator_type": accelerator_type, "accelerator_count": config.devices}
     container = {
         "image_uri": image,
         "command": ["python", "-m", "cappy.training"],
-        "args": [step, encode(to_values(plan))],
+        "args": [step, encode(to_values(config))],
         "env": [{"name": name, "value": value} for name, value in (environment or {}).items()],
     }
     pool: dict[str, Any] = {"machine_spec": machine, "container_spec": container}
     if volume:
         server, export, folder = volume.split(":")
         pool["nfs_mounts"] = [{"server": server, "path": export, "mount_point": folder.removeprefix("/mnt/nfs/")}]
-    others = [{**pool, "replica_count": plan.nodes - 1}] if plan.nodes > 1 else []
+    others = [{**pool, "replica_count": config.nodes - 1}] if config.nodes > 1 else []
     return [{**pool, "replica_count": 1}, *others]
 
 
 class CustomJobs:
-    """CustomJobs of one step: `plan` says where, `inner` what each machine does."""
+    """CustomJobs of one step: `config` says where, `inner` what each machine does."""
 
     def __init__(
-        self, step: str, plan: TrainingSettings, inner: TrainingSettings, environment: Mapping[str, str]
+        self, step: str, config: TrainingSettings, inner: TrainingSettings, environment: Mapping[str, str]
     ) -> None:
-        self.step, self.plan = step, plan
+        self.step, self.config = step, config
         self.pools = worker_pools(
             step,
             inner,
-            image=plan.image,
-            machine_type=plan.machine,
-            accelerator_type=plan.accelerator,
+            image=config.image,
+            machine_type=config.machine,
+            accelerator_type=config.accelerator,
             environment=environment,
-            volume=plan.volume,
+            volume=config.volume,
         )
         self.resource = ""
         self.logging = LOGGING
@@ -114,7 +116,7 @@ class CustomJobs:
         self._readable = True
         hush()
         with self._translated():
-            aiplatform.init(project=plan.project, location=plan.region, staging_bucket=plan.bucket)
+            aiplatform.init(project=config.project, location=config.region, staging_bucket=config.bucket)
 
     def status(self, name: str) -> Status | None:
         """The state of the job of this name that was made last."""
@@ -127,12 +129,12 @@ class CustomJobs:
         with self._translated():
             job = aiplatform.CustomJob(display_name=name, worker_pool_specs=self.pools)
             job.submit(
-                service_account=self.plan.service_account or None,
-                network=self.plan.network or None,
-                timeout=int(self.plan.timeout_hours * 3600),
+                service_account=self.config.service_account or None,
+                network=self.config.network or None,
+                timeout=int(self.config.timeout_hours * 3600),
                 # Ranks that lost one of them only wait: all have to begin at the checkpoint.
-                restart_job_on_worker_restart=self.plan.nodes > 1,
-                scheduling_strategy=Scheduling.Strategy.SPOT if self.plan.spot else None,
+                restart_job_on_worker_restart=self.config.nodes > 1,
+                scheduling_strategy=Scheduling.Strategy.SPOT if self.config.spot else None,
             )
             self.resource = job.resource_name
 
@@ -142,7 +144,7 @@ class CustomJobs:
         if not (number and self._readable):
             return
         wanted = f'resource.type="ml_job" AND resource.labels.job_id="{number}" AND timestamp>="{self._since}"'
-        body = {"resourceNames": [f"projects/{self.plan.project}"], "filter": wanted, "pageSize": PAGE}
+        body = {"resourceNames": [f"projects/{self.config.project}"], "filter": wanted, "pageSize": PAGE}
         for entry in self._entries({**body, "orderBy": "timestamp asc"}):
             if entry["insertId"] in self._seen:
                 continue
@@ -181,15 +183,15 @@ class CustomJobs:
 
     def address(self, name: str) -> str:
         """Its page, which links to its log, and the command that streams the log."""
-        number, region, project = self.resource.rpartition("/")[2], self.plan.region, self.plan.project
+        number, region, project = self.resource.rpartition("/")[2], self.config.region, self.config.project
         if not number:
             return f"gcloud ai custom-jobs list --region={region} --project={project} --filter=displayName={name}"
         page = console_utils.custom_job_console_uri(self.resource)
         return f"{page} or gcloud ai custom-jobs stream-logs {number} --region={region} --project={project}"
 
     def _newest(self, name: str) -> Any:
-        found = aiplatform.CustomJob.list(filter=f'display_name="{name}"')
-        job = max(found, key=lambda one: one.create_time, default=None)
+        jobs = aiplatform.CustomJob.list(filter=f'display_name="{name}"')
+        job = max(jobs, key=lambda one: one.create_time, default=None)
         self.resource = self.resource if job is None else job.resource_name
         return job
 
@@ -199,8 +201,8 @@ class CustomJobs:
 
         Too many requests are a quota that is used up when a job is created, and a matter of seconds when one is read.
         """
-        place = f"Vertex AI, project {self.plan.project}, {self.plan.region}"
-        with translate_errors(self.step, self.plan.project, self.plan.region):
+        place = f"Vertex AI, project {self.config.project}, {self.config.region}"
+        with translate_errors(self.step, self.config.project, self.config.region):
             try:
                 yield
             except (ServerError, RetryError, RequestException, *transient) as error:

@@ -34,7 +34,7 @@ _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
 }
 EXACT = lax.Precision.HIGHEST
-"""A TPU multiplies fp32 in passes of bf16, unless it is told to be exact."""
+"""A TPU multiplies fp32 in passes of bf16, unless it is asked to be exact."""
 _LAYER = re.compile(r"^(\w+\.encoder\.layer\.)(\d+)\.(.+)$")
 # Numbers that tell the dropouts of one pass apart; layer n has 3 n + 3 and the two after it.
 _EMBEDDINGS, _HEAD, _HEAD_OUT, _FIRST_LAYER = range(4)
@@ -122,8 +122,8 @@ def stack(tensors: Mapping[str, NDArray[Any]]) -> Arrays:
     stacked: Arrays = {}
     layers: dict[str, dict[int, NDArray[Any]]] = {}
     for name, tensor in tensors.items():
-        if found := _LAYER.match(name):
-            layers.setdefault(f"{found[1]}*.{found[3]}", {})[int(found[2])] = tensor
+        if match := _LAYER.match(name):
+            layers.setdefault(f"{match[1]}*.{match[3]}", {})[int(match[2])] = tensor
         else:
             stacked[name] = tensor
     return stacked | {name: np.stack([of[number] for number in sorted(of)]) for name, of in layers.items()}

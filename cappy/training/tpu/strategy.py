@@ -66,11 +66,11 @@ class OnDevices:
 
     lockstep = False
 
-    def __init__(self, scorer: Scorer, plan: TrainingSettings) -> None:
+    def __init__(self, scorer: Scorer, config: TrainingSettings) -> None:
         self._model: Any = scorer.model
         arch = _architecture(scorer)
-        self.engine = Engine(from_torch(self._model.state_dict()), arch, plan, devices(plan.devices))
-        shapes = Shapes(longest=scorer.encoder.max_length, tokens=plan.batch_tokens, devices=plan.devices)
+        self.engine = Engine(from_torch(self._model.state_dict()), arch, config, devices(config.devices))
+        shapes = Shapes(longest=scorer.encoder.max_length, tokens=config.batch_tokens, devices=config.devices)
         scorer.model = Passes(self.engine, shapes, self._model.config)
 
     def forget(self) -> None:
@@ -92,10 +92,10 @@ class OnDevices:
     def moments(self) -> Tensors:
         """A copy of the optimizer's state, by parameter and moment."""
         steps, *moments = self.engine.moments()
-        found = {f"{name}.{STEPS}": torch.tensor(float(steps)) for name in moments[0]}
+        named = {f"{name}.{STEPS}": torch.tensor(float(steps)) for name in moments[0]}
         for key, arrays in zip(MOMENTS, moments, strict=True):
-            found |= {f"{name}.{key}": tensor for name, tensor in to_torch(arrays).items()}
-        return found
+            named |= {f"{name}.{key}": tensor for name, tensor in to_torch(arrays).items()}
+        return named
 
     def restore(self, weights: Tensors, moments: Tensors) -> None:
         """Puts a checkpoint's tensors in place."""
@@ -137,10 +137,10 @@ class Passes(nn.Module):
         """Logits (pairs,) with dropout, and of each piece which pairs, padded rows, and the way back."""
         logits, ways = [], []
         for own, count in self._cut(rows):
-            found, pullback = self._engine.passed(self._padded(rows, own, count), seed=seed, first=own.start)
-            logits.append(found)
+            part, pullback = self._engine.passed(self._padded(rows, own, count), seed=seed, first=own.start)
+            logits.append(part)
             ways.append((own, count, pullback))
-        values = [np.asarray(found)[: own.stop - own.start] for found, (own, _, _) in zip(logits, ways, strict=True)]
+        values = [np.asarray(part)[: own.stop - own.start] for part, (own, _, _) in zip(logits, ways, strict=True)]
         return torch.from_numpy(np.concatenate(values)), ways
 
     def pull(self, ways: list[tuple[slice, int, Pullback]], gradient: NDArray[np.float32]) -> None:
@@ -220,16 +220,16 @@ class Shapes:
 class Engine:
     """Parameters, gradients and optimizer on the devices, and the programs that move them."""
 
-    def __init__(self, tensors: Arrays, arch: Architecture, plan: TrainingSettings, devices: Sequence[jax.Device]):
+    def __init__(self, tensors: Arrays, arch: Architecture, config: TrainingSettings, devices: Sequence[jax.Device]):
         mesh = Mesh(np.array(devices), (_AXIS,), axis_types=(AxisType.Auto,))
         whole = NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
         self._whole = whole
         self._shared = NamedSharding(mesh, PartitionSpec(_AXIS))  # type: ignore[no-untyped-call]
-        self._arch, self._clip = arch, plan.clip
+        self._arch, self._clip = arch, config.clip
         stacked = stack(tensors)
         self._optimizer = optax.chain(
             optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-            optax.add_decayed_weights(plan.weight_decay, mask=decayed(stacked, arch)),
+            optax.add_decayed_weights(config.weight_decay, mask=decayed(stacked, arch)),
         )
         self.params: Params = jax.device_put(stacked, whole)
         self._state: Any = jax.device_put(self._optimizer.init(self.params), whole)
@@ -243,16 +243,16 @@ class Engine:
 
     def logits(self, tokens: Tokens) -> Array:
         """Logits (rows,) without dropout."""
-        found: Array = self._logits(self.params, self.placed(tokens))
-        return found
+        logits: Array = self._logits(self.params, self.placed(tokens))
+        return logits
 
     def passed(self, tokens: Tokens, *, seed: int, first: int) -> tuple[Array, Pullback]:
         """Logits (rows,) with dropout, and the way back; `seed` (32 bits) and a row's number decide its dropout.
 
         The numbers count from `first`.
         """
-        found: tuple[Array, Pullback] = self._pass(self.params, self.placed(tokens), np.uint32(seed), np.uint32(first))
-        return found
+        passed: tuple[Array, Pullback] = self._pass(self.params, self.placed(tokens), np.uint32(seed), np.uint32(first))
+        return passed
 
     def pull(self, pullback: Pullback, gradient: Any) -> None:
         """Adds the parameters' gradients, given that of a pass's logits, (rows,); returns before they are computed."""
@@ -260,8 +260,8 @@ class Engine:
 
     def placed(self, tokens: Tokens) -> Tokens:
         """The tokens on the devices, an equal part of the rows on each."""
-        found: Tokens = jax.device_put(tokens, self._shared)
-        return found
+        placed: Tokens = jax.device_put(tokens, self._shared)
+        return placed
 
     def forget(self) -> None:
         """Drops the gradients."""
@@ -313,8 +313,8 @@ class Engine:
 
 
 def _added(sums: Params, pullback: Pullback, gradient: Array) -> Params:
-    (found,) = pullback(gradient)
-    added: Params = jax.tree.map(jnp.add, sums, found)
+    (gradients,) = pullback(gradient)
+    added: Params = jax.tree.map(jnp.add, sums, gradients)
     return added
 
 
@@ -326,11 +326,11 @@ def devices(count: int) -> list[jax.Device]:
     if count > 1:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)  # type: ignore[no-untyped-call]
-    found = jax.devices()
-    if len(found) < count:
-        told = f"JAX finds {len(found)} on the {found[0].platform}"
-        raise ConfigError(f"--devices {count}: {told}; give --devices {len(found)} or less")
-    return found[:count]
+    present = jax.devices()
+    if len(present) < count:
+        has = f"JAX finds {len(present)} on the {present[0].platform}"
+        raise ConfigError(f"--devices {count}: {has}; give --devices {len(present)} or less")
+    return present[:count]
 
 
 def _architecture(scorer: Scorer) -> Architecture:
