@@ -13,9 +13,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from cappy.config import build, code_version, decode
 from cappy.errors import CappyError, ConfigError, shown
@@ -23,12 +23,12 @@ from cappy.progress import FileProgress, LineProgress, Progress, silent
 from cappy.redaction import redact
 from cappy.steps import TRAINING_STEPS
 from cappy.training import finetuning, pretraining
-from cappy.training.launch import CODE_VARIABLE, REPORT_VARIABLE
+from cappy.training.launch import CODE_VARIABLE, REPORT_VARIABLE, Report
 from cappy.worker import PROGRESS_VARIABLE
 
 ATOMIC = 1000
 """Characters of a message: even as escaped JSON within 4,096 bytes or so, which a pipe takes whole from each rank."""
-Report = Callable[[Mapping[str, Any]], None]
+Send = Callable[[Report], None]
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
@@ -85,18 +85,18 @@ def _job_progress(arguments: Sequence[str]) -> Progress:
     return progress
 
 
-def _reported(arguments: Sequence[str], report: Report) -> int:
+def _reported(arguments: Sequence[str], report: Send) -> int:
     """Runs the step and tells the process that started us how far it is and what came of it."""
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
-        report({"progress": [done, total, unit, resumed, note]})
+        report({"progress": (done, total, unit, resumed, note)})
 
     try:
         manifest = _run(arguments, progress)
         if os.environ["LOCAL_RANK"] == "0":
             report({"manifest": manifest})
     except CappyError as error:
-        report({"error": [type(error).__name__, str(error)[:ATOMIC]]})
+        report({"error": (type(error).__name__, str(error)[:ATOMIC])})
         return 1
     except Exception:  # noqa: BLE001 (reported to the parent, which shows the first rank's that failed)
         report({"defect": redact(traceback.format_exc())[-ATOMIC:]})
@@ -117,7 +117,7 @@ def _run(arguments: Sequence[str], progress: Progress) -> str:
     return finetuning.run(build(finetuning.FinetuningConfig, values), progress).to_json()
 
 
-def _write(report: int, message: Mapping[str, Any]) -> None:
+def _write(report: int, message: Report) -> None:
     data = json.dumps(message).encode() + b"\n"
     while data:
         data = data[os.write(report, data) :]

@@ -11,11 +11,10 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -132,7 +131,7 @@ class Shutdown:
 
     def __init__(self) -> None:
         self._requested = False
-        self._before: Any = None
+        self._before: Callable[[int, FrameType | None], object] | int | None = None
         self._listens = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> "Shutdown":

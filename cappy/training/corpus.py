@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,6 +26,9 @@ from cappy.records.folder import batched, disk_errors, rename_folder
 from cappy.records.instance import SOURCES, Source
 from cappy.scoring.encoding import Encoded, PairEncoder
 from cappy.training.settings import Unit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FORMAT = 2
 """Counted up where the arrays change."""
@@ -201,7 +204,7 @@ class Corpora:
 def open_corpora(
     source: Path,
     cache: Path,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     encoder: PairEncoder,
     *,
     metric: str,
@@ -231,7 +234,7 @@ def open_corpora(
     )
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     """sha256 over what decides what a tokenizer makes of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)

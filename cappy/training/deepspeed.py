@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,11 @@ from cappy.training.checkpoint import Tensors, copied
 from cappy.training.distributed import MOMENTS, Ranks, adamw, moments_of, restore_moments
 from cappy.training.settings import TrainingSettings
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 WEIGHTS_SHARDED = 3
+"""The stage of ZeRO that shards the weights too."""
 
 
 class _Passes(nn.Module):
@@ -36,7 +40,7 @@ class Sharded:
 
     lockstep = True
 
-    def __init__(self, model: nn.Module, config: TrainingSettings, ranks: Ranks) -> None:
+    def __init__(self, model: "PreTrainedModel", config: TrainingSettings, ranks: Ranks) -> None:
         deepspeed = _deepspeed()
         self._api = deepspeed.utils
         self._gathered = deepspeed.zero.GatheredParameters
@@ -106,9 +110,9 @@ class Sharded:
 
     def finished(self, best: Tensors) -> nn.Module:
         """A plain model with the best weights, outside DeepSpeed."""
-        model: Any = type(self._model)(self._model.config)
+        model: nn.Module = type(self._model)(self._model.config)
         model.load_state_dict(best)
-        return model.to(self.engine.device)  # type: ignore[no-any-return]
+        return model.to(self.engine.device)
 
     def _prepare_moments(self, step: Tensor) -> None:
         """Makes the optimizer's state, which otherwise begins with the first step."""
@@ -150,7 +154,7 @@ class Sharded:
         return shape
 
 
-def _engine_config(config: TrainingSettings) -> dict[str, Any]:
+def _engine_config(config: TrainingSettings) -> dict[str, object]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

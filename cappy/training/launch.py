@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TextIO, TypedDict
 
 import torch
 
@@ -36,6 +36,15 @@ DEFECT = "a rank failed with a defect, see above"
 NO_REPORT = "the ranks ended without a report"
 GRACE_SECONDS = 10.0
 """How long the other ranks may go on when one has ended badly: time to end by themselves, not to hang."""
+
+
+class Report(TypedDict, total=False):
+    """What a rank reports: how far it is, the manifest of what it wrote, a CappyError (kind, text), or a traceback."""
+
+    progress: tuple[int, int | None, str, int, str]
+    manifest: str
+    error: tuple[str, str]
+    defect: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +137,13 @@ def spread(step: str, config: TrainingSettings, progress: Progress) -> Manifest:
 
 def _followed(ranks: Sequence["subprocess.Popen[bytes]"], reading: int, progress: Progress) -> Manifest:
     """Reads reports until all ranks have ended; the first that ends badly decides what is said."""
-    reports: dict[str, Any] = {}
+    reports = Report()
     deadline = float("inf")
     for message in _messages(reading, lambda: any(rank.poll() is None for rank in ranks)):
         if "progress" in message:
             done, total, unit, resumed, note = message["progress"]
             progress(done, total, unit=unit, resumed=resumed, note=note)
-        for kind in message:
-            reports.setdefault(kind, message[kind])
+        reports = message | reports  # The first of each kind counts.
         if any(rank.poll() for rank in ranks):
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:
@@ -154,7 +162,7 @@ def _followed(ranks: Sequence["subprocess.Popen[bytes]"], reading: int, progress
     raise TrainingError(DEFECT if "defect" in reports else NO_REPORT)
 
 
-def _messages(reading: int, alive: Callable[[], bool]) -> Iterator[Mapping[str, Any]]:
+def _messages(reading: int, alive: Callable[[], bool]) -> Iterator[Report]:
     """What the ranks report, and an empty message now and then, until they are gone."""
     rest = b""
     with selectors.DefaultSelector() as selector:
@@ -165,7 +173,7 @@ def _messages(reading: int, alive: Callable[[], bool]) -> Iterator[Mapping[str, 
             yield from map(json.loads, lines)
             if data == b"" or (data is None and not alive()):
                 return
-            yield {}
+            yield Report()
 
 
 def _environment(here: Topology, devices: int, local: int, pipes: str) -> dict[str, str]:
@@ -192,7 +200,7 @@ def _free_port() -> int:
         return port
 
 
-def _has_descriptor(stream: Any) -> bool:
+def _has_descriptor(stream: TextIO) -> bool:
     """Whether a child can write to it; a test's or a notebook's stream may have none."""
     with contextlib.suppress(OSError, AttributeError, ValueError):
         return int(stream.fileno()) >= 0
@@ -224,7 +232,7 @@ def _passed_on(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
 
 def _in_cluster(spec: str) -> Topology:
     try:
-        values: dict[str, Any] = json.loads(spec)
+        values = json.loads(spec)
         pools, task = values["cluster"], values["task"]
         machines = [(pool, index) for pool in POOLS for index in range(len(pools.get(pool, ())))]
         if len(machines) == 1:

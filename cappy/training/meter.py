@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cappy.progress import duration
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
 PEAKS: Mapping[str, float] = {
     "B200": 2.25e15,
@@ -101,7 +102,7 @@ def peak_of(device: "torch.device", ranks: int, *, bf16: bool) -> float | None:
     return next((ranks * peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
-def flops_of_pair(config: Any, weights: int, tokens: int) -> float:
+def flops_of_pair(config: "PretrainedConfig", weights: int, tokens: int) -> float:
     """FLOPs of a pair, forward and backward: 6 per weight of the layers and token, and attention's two products.
 
     Kaplan et al. 2020 (2.1) count so for the weights; attention is 12 x layers x width x tokens², as PaLM (appendix B)
@@ -111,7 +112,7 @@ def flops_of_pair(config: Any, weights: int, tokens: int) -> float:
     return flops
 
 
-def layer_weights(model: Any) -> int:
+def layer_weights(model: "PreTrainedModel") -> int:
     """Weights of the matrices in the encoder's layers: neither embeddings nor the head; 0 of an unknown build.
 
     ALBERT passes one layer many times: it counts as unknown.
@@ -172,7 +173,7 @@ def read_curves(folder: Path, work: Path, manifest_hash: str) -> list[dict[str, 
     """Every point of a run's curves, speed among them where `work` still has it; none of a folder without a log."""
     if not (folder / TRAINING_LOG).is_file():
         return []
-    log: dict[str, Any] = json.loads((folder / TRAINING_LOG).read_text())
+    log = json.loads((folder / TRAINING_LOG).read_text())
     speed = _speed_path(work, manifest_hash)
     shown = ("update", "pick", "expected")
     picks = [{name: check[name] for name in shown if name in check} for check in log["checks"] if "pick" in check]

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import ArgsKwargs
@@ -27,7 +27,7 @@ TRUNCATION: "Truncation" = "longest_first"
 
 The scorer's folder records it, so that it is scored as it was trained.
 """
-PAPER: Mapping[str, Any] = {
+PAPER: Mapping[str, object] = {
     "unit": "row",
     "batch_instances": 128,
     "train_rows": 102_400,
@@ -199,10 +199,12 @@ class TrainingSettings(LauncherSettings, LossSettings, LoopSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_preset(cls, given: Any) -> Any:
+    def _fill_preset(cls, given: object) -> object:
         """Before anything is checked it is still known which settings were given."""
-        fields: dict[str, Any] = cls.__dataclass_fields__
-        return ArgsKwargs((), _with_preset(given.kwargs or {}, fields)) if isinstance(given, ArgsKwargs) else given
+        if not isinstance(given, ArgsKwargs):
+            return given
+        known = [field.name for field in dataclasses.fields(cls)]
+        return ArgsKwargs((), _with_preset(given.kwargs or {}, known))
 
     def __post_init__(self) -> None:
         _refuse_bad_weights(self)
@@ -215,7 +217,7 @@ def mount_point(volume: str) -> str:
     return volume.rpartition(":")[2]
 
 
-def _with_preset(given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+def _with_preset(given: Mapping[str, object], known: Collection[str]) -> dict[str, object]:
     """The settings that were given, and the preset's for those of `known` that were not.
 
     Whatever is given wins, also where it is a setting's default. `epochs` stand in the place of `train_rows`.

@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +88,7 @@ def train(
             return manifest
 
 
-def _computed(config: TrainingSettings) -> dict[str, Any]:
+def _computed(config: TrainingSettings) -> dict[str, object]:
     """The settings that change what is computed: `jax` is one, whose floats are not rounded as torch's are."""
     return identity(config) | ({"strategy": "jax"} if config.strategy == "jax" else {})
 
@@ -136,7 +135,7 @@ def _write_facts(folder: Path, corpora: Corpora, seen: NDArray[np.uint64], outco
     write_log(folder, outcome.log, outcome.curve, outcome.events)
 
 
-def _facts(config: TrainingSettings, outcome: Outcome, corpora: Corpora) -> dict[str, Any]:
+def _facts(config: TrainingSettings, outcome: Outcome, corpora: Corpora) -> dict[str, object]:
     """What decided which weights the scorer has.
 
     `stopped_on` is the split whose instances chose the weights and could stop training, "" where none did;
@@ -145,7 +144,7 @@ def _facts(config: TrainingSettings, outcome: Outcome, corpora: Corpora) -> dict
     """
     validation = corpora.validation
     kept = "last" if outcome.best_update == outcome.updates else "earlier" if outcome.best_update else "start"
-    facts: dict[str, Any] = {"kept": kept, "kept_because": outcome.reason, "stopped_on": ""}
+    facts: dict[str, object] = {"kept": kept, "kept_because": outcome.reason, "stopped_on": ""}
     if decides(config, validation):
         ids = [validation.name(index) for index in range(len(validation))]
         facts |= {"stopped_on": "validation", "stopped_on_hash": instances_hash(ids), "stopped_on_instances": len(ids)}

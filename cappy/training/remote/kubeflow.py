@@ -10,7 +10,6 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from cappy.config import encode, to_values
 from cappy.errors import CappyError, ConfigError, UnansweredError, shown
@@ -21,7 +20,7 @@ try:
     from kubeflow import trainer as sdk
     from kubeflow.common.types import KubernetesBackendConfig
     from kubeflow.trainer import options as given
-    from kubernetes.client import ApiException
+    from kubernetes.client import ApiException, CoreV1Api, V1ContainerStatus, V1Pod
     from kubernetes.config import ConfigException
     from urllib3.exceptions import HTTPError
 except ModuleNotFoundError as missing:
@@ -95,7 +94,7 @@ class TrainJobs:
         config: TrainingSettings,
         inner: TrainingSettings,
         environment: Mapping[str, str],
-        client: Any = None,
+        client: sdk.TrainerClient | None = None,
     ) -> None:
         self.config = config
         self.trainer = trainer(
@@ -107,7 +106,7 @@ class TrainJobs:
         )
         self.client = client or connect(config)
         backend = getattr(self.client, "backend", None)
-        self.core: Any = getattr(backend, "core_api", None)
+        self.core: CoreV1Api = getattr(backend, "core_api", None)  # None of a backend that has no pods.
         self.namespace: str = getattr(backend, "namespace", "")
         self._last: dict[str, tuple[str, str]] = {}
         self._looked: dict[str, float] = {}
@@ -151,7 +150,7 @@ class TrainJobs:
         """The command that shows it."""
         return f"kubectl -n {self.namespace} describe trainjob {name}"
 
-    def _pods(self, name: str) -> list[Any]:
+    def _pods(self, name: str) -> list[V1Pod]:
         if self.core is None:
             return []
         label = f"jobset.sigs.k8s.io/jobset-name={name}"
@@ -196,7 +195,7 @@ class TrainJobs:
         return [line for _, line in fresh]
 
 
-def connect(config: TrainingSettings) -> Any:
+def connect(config: TrainingSettings) -> sdk.TrainerClient:
     """The SDK's client of the current cluster; ConfigError where there is none."""
     # It warns of a config map that people without a right to the system's namespace cannot read.
     logging.getLogger("kubeflow").setLevel(logging.ERROR)
@@ -211,13 +210,13 @@ def _per_node(config: TrainingSettings) -> dict[str, str | int]:
     return {name: amount for name, amount in asked.items() if name and amount}
 
 
-def _options(name: str, config: TrainingSettings) -> list[Any]:
+def _options(name: str, config: TrainingSettings) -> list[object]:
     deadline = given.ActiveDeadlineSeconds(int(config.timeout_hours * 3600))
     patch = _patch(config)
     return [given.Name(name), deadline, *([patch] if patch else ())]
 
 
-def _patch(config: TrainingSettings) -> Any:
+def _patch(config: TrainingSettings) -> given.RuntimePatch | None:
     """What of the runtime's pods is this job's own: the volume and the service account."""
     claim, folder = config.volume.partition(":")[0], mount_point(config.volume)
     pod = given.PodSpecPatch(
@@ -242,20 +241,20 @@ def _stamped(line: str) -> tuple[tuple[str, str], str]:
     return ((match[1], (match[2] or "").ljust(9, "0")), text) if match else (("9", ""), line)
 
 
-def _node_of(pod: Any) -> str:
+def _node_of(pod: V1Pod) -> str:
     """Its node's name as the Trainer SDK gives it, node-0 and on; the pod's own name for other pods."""
     labels = pod.metadata.labels or {}
     role, index = labels.get(ROLE_LABEL, ""), labels.get(INDEX_LABEL, "")
     return f"{role}-{index}" if role and index else str(pod.metadata.name)
 
 
-def _newest(pods: Iterable[Any]) -> list[Any]:
+def _newest(pods: Iterable[V1Pod]) -> list[V1Pod]:
     """Of each node the pod that was made last, in the order of the nodes."""
     match = {_node_of(pod): pod for pod in sorted(pods, key=lambda pod: str(pod.metadata.creation_timestamp))}
     return [match[name] for name in sorted(match, key=lambda name: (len(name), name))]
 
 
-def _read(phase: Phase, pods: Sequence[Any]) -> Status:
+def _read(phase: Phase, pods: Sequence[V1Pod]) -> Status:
     """The status of a job in this phase, with what its pods say of it."""
     if phase is Phase.FAILED:
         taken = [reason for pod in pods if (reason := _taken(pod))]
@@ -270,17 +269,17 @@ def _read(phase: Phase, pods: Sequence[Any]) -> Status:
     return Status(phase, waits[0] if waits else "")
 
 
-def _started(pod: Any) -> bool:
+def _started(pod: V1Pod) -> bool:
     """Whether its container has run, so that there is a log."""
     return bool(pod.status and pod.status.phase in ("Running", "Succeeded", "Failed"))
 
 
-def _containers(pod: Any) -> list[Any]:
+def _containers(pod: V1Pod) -> list[V1ContainerStatus]:
     status = pod.status
     return [*(status.init_container_statuses or []), *(status.container_statuses or [])] if status else []
 
 
-def _never(pod: Any) -> str:
+def _never(pod: V1Pod) -> str:
     for one in _containers(pod):
         waiting = one.state and one.state.waiting
         if waiting and waiting.reason in _NEVER:
@@ -289,7 +288,7 @@ def _never(pod: Any) -> str:
     return ""
 
 
-def _unscheduled(pod: Any) -> str:
+def _unscheduled(pod: V1Pod) -> str:
     for condition in (pod.status and pod.status.conditions) or []:
         if condition.type == "PodScheduled" and condition.status == "False":
             words = _line(condition.message or condition.reason or "", _LONGEST)
@@ -297,7 +296,7 @@ def _unscheduled(pod: Any) -> str:
     return ""
 
 
-def _taken(pod: Any) -> str:
+def _taken(pod: V1Pod) -> str:
     """Kubernetes marks a pod that it takes down for others with the condition DisruptionTarget."""
     reasons = [pod.status.reason] if pod.status and pod.status.reason in _TAKEN else []
     for condition in (pod.status and pod.status.conditions) or []:
@@ -306,7 +305,7 @@ def _taken(pod: Any) -> str:
     return f"{_node_of(pod)}: {reasons[-1]}" if reasons else ""
 
 
-def _ended(pod: Any) -> str:
+def _ended(pod: V1Pod) -> str:
     for one in _containers(pod):
         ended = one.state and one.state.terminated
         if ended and ended.exit_code:
@@ -351,7 +350,7 @@ def _refusal(error: BaseException, config: TrainingSettings) -> CappyError:
     return ConfigError(f"{place}: refused (status {code}, {words}); mend that, then run the same command again")
 
 
-def _message(error: Any) -> str:
+def _message(error: ApiException) -> str:
     """The API server's words, which lie in a JSON body."""
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         return _line(json.loads(error.body)["message"])

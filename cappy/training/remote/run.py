@@ -32,7 +32,7 @@ TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 def train_elsewhere(
-    step: str, config: TrainingSettings, computed: Mapping[str, Any], parents: Sequence[str], progress: Progress
+    step: str, config: TrainingSettings, computed: Mapping[str, object], parents: Sequence[str], progress: Progress
 ) -> Manifest:
     """Trains as a job of `config.launcher`'s platform and publishes the scorer that it wrote; its manifest.
 
@@ -123,7 +123,7 @@ def _staged(source: Path, staged: Path) -> Path:
     return staged
 
 
-def _verified(written: Path, step: str, computed: Mapping[str, Any], parents: Sequence[str], name: str) -> Manifest:
+def _verified(written: Path, step: str, computed: Mapping[str, object], parents: Sequence[str], name: str) -> Manifest:
     """The manifest of what the job wrote, every file checked against it, once it is of the work that was asked for.
 
     A damaged output is deleted, so that the next run makes it again.

@@ -23,6 +23,7 @@ try:
     from google.cloud import aiplatform
     from google.cloud.aiplatform.utils import console_utils
     from google.cloud.aiplatform_v1.types import JobState, Scheduling
+    from google.rpc.status_pb2 import Status as JobError  # type: ignore[import-untyped]
     from requests.exceptions import RequestException
 
     from cappy.vertex import hush, translate_errors
@@ -57,7 +58,7 @@ def worker_pools(
     accelerator_type: str = "",
     environment: Mapping[str, str] | None = None,
     volume: str = "",
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """The worker pools of a step on `config.nodes` machines with `config.devices` accelerators of this type each.
 
     Source, target and work must lie on a file system that every machine mounts and that locks and renames, such as NFS:
@@ -76,7 +77,7 @@ def worker_pools(
     if config.devices > 1 and not accelerator_type and config.strategy != "jax":
         remedy = "name the accelerator_type, or give --devices 1"
         raise ConfigError(f"{step}: {config.devices} devices per machine, and no accelerator is named; {remedy}")
-    machine: dict[str, Any] = {"machine_type": machine_type}
+    machine: dict[str, object] = {"machine_type": machine_type}
     if accelerator_type:
         machine |= {"accelerator_type": accelerator_type, "accelerator_count": config.devices}
     container = {
@@ -85,7 +86,7 @@ def worker_pools(
         "args": [step, encode(to_values(config))],
         "env": [{"name": name, "value": value} for name, value in (environment or {}).items()],
     }
-    pool: dict[str, Any] = {"machine_spec": machine, "container_spec": container}
+    pool: dict[str, object] = {"machine_spec": machine, "container_spec": container}
     if volume:
         server, export, folder = volume.split(":")
         pool["nfs_mounts"] = [{"server": server, "path": export, "mount_point": folder.removeprefix("/mnt/nfs/")}]
@@ -154,10 +155,10 @@ class CustomJobs:
             text = entry.get("textPayload") or entry.get("jsonPayload", {}).get("message", "")
             yield from ((node, line) for line in text.splitlines())
 
-    def _entries(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _entries(self, body: dict[str, object]) -> Iterator[dict[str, Any]]:
         while True:
             try:
-                session: Any = AuthorizedSession(aiplatform.initializer.global_config.credentials)  # type: ignore[no-untyped-call]
+                session = AuthorizedSession(aiplatform.initializer.global_config.credentials)  # type: ignore[no-untyped-call]
                 answer = session.post(f"{self.logging}/v2/entries:list", json=body, timeout=60)
             except (RequestException, GoogleAuthError) as error:
                 raise UnansweredError(f"Cloud Logging: gives no answer ({shown(str(error), 200)})") from error
@@ -217,8 +218,8 @@ def _line(text: str) -> dict[str, Any]:
     return {"insertId": text, "timestamp": "", "resource": {"labels": {}}, "textPayload": text}
 
 
-def read(state: Any, error: Any) -> Status:
-    """The status of a job in this state, with the error that Vertex AI wrote (google.rpc.Status, or none)."""
+def read(state: JobState, error: JobError | None) -> Status:
+    """The status of a job in this state, with the error that Vertex AI wrote."""
     phase = PHASES.get(state, Phase.PENDING)
     code, words = (error.code, " ".join(error.message.split())) if error else (0, "")
     if phase is not Phase.FAILED:

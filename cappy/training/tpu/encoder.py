@@ -22,7 +22,7 @@ from torch import Tensor
 from cappy.errors import ConfigError, shown
 
 Params = dict[str, Array]
-Arrays = dict[str, NDArray[Any]]
+Arrays = dict[str, NDArray[np.float32]]
 
 ARCHITECTURES: Mapping[str, Literal["bert", "roberta"]] = {
     "BertForSequenceClassification": "bert",
@@ -117,10 +117,10 @@ def forward(
     return _head(params, arch, hidden[:, 0], keys)
 
 
-def stack(tensors: Mapping[str, NDArray[Any]]) -> Arrays:
+def stack(tensors: Arrays) -> Arrays:
     """The tensors with every layer's `x.encoder.layer.N.y` stacked as `x.encoder.layer.*.y`, (layers, ...)."""
     stacked: Arrays = {}
-    layers: dict[str, dict[int, NDArray[Any]]] = {}
+    layers: dict[str, dict[int, NDArray[np.float32]]] = {}
     for name, tensor in tensors.items():
         if match := _LAYER.match(name):
             layers.setdefault(f"{match[1]}*.{match[3]}", {})[int(match[2])] = tensor
@@ -129,7 +129,7 @@ def stack(tensors: Mapping[str, NDArray[Any]]) -> Arrays:
     return stacked | {name: np.stack([of[number] for number in sorted(of)]) for name, of in layers.items()}
 
 
-def unstack(params: Mapping[str, Any]) -> Arrays:
+def unstack(params: Params) -> Arrays:
     """The inverse of `stack`: one array per name of the scorer folder, copied to the host, each in its own memory."""
     tensors: Arrays = {}
     for name, array in params.items():
@@ -146,12 +146,12 @@ def from_torch(tensors: Mapping[str, Tensor]) -> Arrays:
     return {name: np.array(tensor.detach().float().cpu().numpy()) for name, tensor in tensors.items()}
 
 
-def to_torch(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+def to_torch(arrays: Arrays) -> dict[str, Tensor]:
     """Arrays as torch's tensors, which take over their memory."""
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def decayed(params: Mapping[str, Any], arch: Architecture) -> dict[str, bool]:
+def decayed(params: Arrays, arch: Architecture) -> dict[str, bool]:
     """Which arrays decay: those of two or more dimensions in the scorer folder, so no bias and no norm."""
     return {name: array.ndim - name.startswith(arch.stacked) >= 2 for name, array in params.items()}
 

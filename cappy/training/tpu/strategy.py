@@ -23,6 +23,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from cappy.errors import ConfigError
@@ -67,7 +68,7 @@ class OnDevices:
     lockstep = False
 
     def __init__(self, scorer: Scorer, config: TrainingSettings) -> None:
-        self._model: Any = scorer.model
+        self._model = scorer.model
         arch = _architecture(scorer)
         self.engine = Engine(from_torch(self._model.state_dict()), arch, config, devices(config.devices))
         shapes = Shapes(longest=scorer.encoder.max_length, tokens=config.batch_tokens, devices=config.devices)
@@ -113,14 +114,16 @@ class OnDevices:
 class Passes(nn.Module):
     """Called as the model is: pads to the engine's shapes, runs there, and lets torch's `backward` find its way."""
 
-    def __init__(self, engine: "Engine", shapes: "Shapes", config: Any) -> None:
+    def __init__(self, engine: "Engine", shapes: "Shapes", config: PretrainedConfig) -> None:
         super().__init__()
         self.config = config
         self._engine, self._shapes = engine, shapes
         self._way_back = nn.Parameter(torch.zeros(()))
         self.eval()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> SequenceClassifierOutput:
         """Logits (pairs, 1), on the CPU."""
         lengths = attention_mask.sum(dim=1)
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -232,7 +235,7 @@ class Engine:
             optax.add_decayed_weights(config.weight_decay, mask=decayed(stacked, arch)),
         )
         self.params: Params = jax.device_put(stacked, whole)
-        self._state: Any = jax.device_put(self._optimizer.init(self.params), whole)
+        self._state: optax.OptState = jax.device_put(self._optimizer.init(self.params), whole)
         self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=whole)
         self.sums: Params = self._zeros(self.params)
         self._logits = jax.jit(self._passed, out_shardings=whole)
@@ -254,7 +257,7 @@ class Engine:
         passed: tuple[Array, Pullback] = self._pass(self.params, self.placed(tokens), np.uint32(seed), np.uint32(first))
         return passed
 
-    def pull(self, pullback: Pullback, gradient: Any) -> None:
+    def pull(self, pullback: Pullback, gradient: NDArray[np.float32]) -> None:
         """Adds the parameters' gradients, given that of a pass's logits, (rows,); returns before they are computed."""
         self.sums = self._pull(self.sums, pullback, jax.device_put(gradient, self._shared))
 
@@ -301,12 +304,14 @@ class Engine:
     def _passed(self, params: Params, tokens: Tokens, keys: Array | None = None) -> Array:
         return forward(params, self._arch, tokens.ids, tokens.types, tokens.lengths, keys=keys)
 
-    def _pulled_later(self, params: Params, tokens: Tokens, seed: Array, first: Array) -> tuple[Array, Any]:
+    def _pulled_later(self, params: Params, tokens: Tokens, seed: Array, first: Array) -> tuple[Array, Pullback]:
         numbers = first + jnp.arange(len(tokens.lengths), dtype=jnp.uint32)
         keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
         return jax.vjp(lambda params: self._passed(params, tokens, keys), params)
 
-    def _moved(self, params: Params, state: Any, sums: Params, share: Array, rate: Array) -> tuple[Params, Any]:
+    def _moved(
+        self, params: Params, state: optax.OptState, sums: Params, share: Array, rate: Array
+    ) -> tuple[Params, optax.OptState]:
         clipped = jax.tree.map(lambda gradient: gradient * share, sums)
         moves, state = self._optimizer.update(clipped, state, params)
         return jax.tree.map(lambda param, move: param - rate * move, params, moves), state
