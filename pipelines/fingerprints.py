@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cappy.config import build, code_version, fingerprint, identity
+from cappy.config import build, fingerprint, identity
+from cappy.keys import work_key
 from cappy.records.folder import MANIFEST, describe_files, sha256_of, verify
 from cappy.steps import STEP_SPECS
 from cappy.worker import config_class
@@ -22,7 +23,9 @@ def fingerprints(
     revision: str = "",
     images: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Step -> hash of the code, the settings, the image and the outside content of this step and all before it.
+    """Step -> digest of the key of its work (`cappy.keys`).
+
+    It holds the versions, the settings, the images and the outside content of this step and all before it.
 
     `revision` stands for content outside that this machine cannot see, `images` are those of steps that run in one.
     ConfigError if a setting is wrong: it costs milliseconds here and a training run later.
@@ -33,7 +36,7 @@ def fingerprints(
         values = settings[step]
         outside = _outside(step, values, tracking_uri)
         image = (images or {}).get(step, "")
-        before = found[step] = fingerprint(step, code_version(), identity(config), image, outside, before)
+        before = found[step] = work_key(step, identity(config), [image, outside, before]).digest
     return found
 
 

@@ -107,7 +107,13 @@ def parts(
     found, skipped = [], 0
     for fold in prepare(instances, config.folds, config.seed, work):
         if not _is_whole(fold.scorer):
-            own = {**settings, "source": fold.annotated, "target": fold.scorer, "work": config.work}
+            own = {
+                **settings,
+                "source": fold.annotated,
+                "target": fold.scorer,
+                "work": config.work,
+                "fresh": config.fresh,
+            }
             (train or train_fold)(step, own, _of_fold(progress, fold.number, config.folds))
         pools, held_out, empty = pools_of(read(fold.annotated), metric=config.metric, split="test")
         score = remembered(load(str(fold.scorer)).score, work, f"fold-{fold.number}")

@@ -30,8 +30,8 @@ POOLS = ("workerpool0", "workerpool1")
 """Vertex AI's pools that train: the first machine, and the others. Pools 2 and 3 are for other servers."""
 REPORT_VARIABLE = "CAPPY_RANK_PIPES"
 """Environment of a rank that we started: descriptor to report to, and descriptor that ends with its parent."""
-CODE_VARIABLE = "CAPPY_CODE"
-"""Environment of a job: the code version of the step that submitted it, which the job must have too."""
+VERSION_VARIABLE = "CAPPY_STEP_VERSION"
+"""Environment of a job: the version of the step that submitted it, which the job must have too."""
 DEFECT = "a rank failed with a defect, see above"
 NO_REPORT = "the ranks ended without a report"
 GRACE_SECONDS = 10.0

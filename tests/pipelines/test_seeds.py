@@ -10,7 +10,7 @@ import pytest
 import pipelines
 from cappy.config import build, identity
 from cappy.errors import ConfigError
-from cappy.records.work import work_key
+from cappy.keys import work_key
 from cappy.steps import STEP_SPECS
 from cappy.worker import config_class
 from pipelines.planning import planned, settings_of
@@ -69,7 +69,7 @@ def keys(name: str, **parameters: Any) -> dict[str, str]:
         config = build(
             config_class(step), {**values, **{artifact: Path("x") for artifact in STEP_SPECS[step].artifacts}}
         )
-        found[step] = work_key(step, identity(config))
+        found[step] = work_key(step, identity(config)).name
     return found
 
 

@@ -13,16 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cappy.config import code_version
 from cappy.errors import FolderError, TrainingError
+from cappy.keys import work_key
 from cappy.progress import Progress, read_state
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, disk_errors, publish, verify
-from cappy.records.work import held, work_key
+from cappy.records.work import begin, held
 from cappy.redaction import has_secret, redact
+from cappy.steps import step_version
 from cappy.training import checkpoint
 from cappy.training.checkpoint import CONTINUES
-from cappy.training.launch import CODE_VARIABLE, DEFECT, NO_REPORT
+from cappy.training.launch import DEFECT, NO_REPORT, VERSION_VARIABLE
 from cappy.training.remote.following import CANCEL_SECONDS, Hooks, Jobs, Limits, cancellation, follow
 from cappy.training.settings import LauncherSettings, TrainingSettings
 from cappy.worker import PROGRESS_VARIABLE
@@ -39,16 +40,17 @@ def train_elsewhere(
     `computed` and `parents` are what the work is named by, as it would be here: so the job continues at a checkpoint
     that was written here, and its name is the same when this step is retried.
     """
-    key = work_key(step, computed, parents)
-    name = f"cappy-{step}-{key}"
+    key = work_key(step, computed, parents, fresh=config.fresh)
+    name = f"cappy-{step}-{key.name}"
     # One that is being cancelled holds the work until its job has ended.
     with held(config.work / "jobs" / name, patience=2 * CANCEL_SECONDS) as folder:
+        begin(folder, key)
         written = folder / "target"
         if not (written / MANIFEST).is_file():
             staged = _staged(config.source, folder / "source")
             inner = dataclasses.replace(config, **_here(), source=staged, target=written)
-            jobs = jobs_of(step, config, inner, _environment(folder))
-            _followed(jobs, name, step, config, written, key, progress)
+            jobs = jobs_of(step, config, inner, _environment(folder, step))
+            _followed(jobs, name, step, config, written, key.name, progress)
         manifest = _verified(written, step, computed, parents, name)
         publish(written, config.target, manifest)
         shutil.rmtree(folder / "source", ignore_errors=True)
@@ -108,9 +110,9 @@ def _mendable(step: str, line: str) -> str:
     return "" if CONTINUES in words or words in (DEFECT, NO_REPORT) else words
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def _environment(folder: Path, step: str) -> dict[str, str]:
     """The environment of a job's processes; an address that holds a password is left out."""
-    variables = {CODE_VARIABLE: code_version(), PROGRESS_VARIABLE: str(folder)}
+    variables = {VERSION_VARIABLE: str(step_version(step)), PROGRESS_VARIABLE: str(folder)}
     tracking = os.environ.get(TRACKING_VARIABLE, "")
     return variables | ({TRACKING_VARIABLE: tracking} if tracking and not has_secret(tracking) else {})
 
