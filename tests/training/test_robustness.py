@@ -1,6 +1,7 @@
 """Nothing is lost: kills, damage, SIGTERM, a loss that is no number, too little memory, input that teaches nothing."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from cappy.errors import CappyError, FolderError, TrainingError
 from cappy.progress import silent
 from cappy.records import Candidate, Instance, write
 from cappy.scoring import Scorer
-from cappy.training.checkpoint import load
+from cappy.training.checkpoint import Checkpoint, State, load, newest_update, save
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.pretraining import PretrainingConfig
 from cappy.training.pretraining import run as pretraining
@@ -128,6 +129,46 @@ def test_a_first_checkpoint_that_was_not_finished_is_none(tmp_path: Path) -> Non
     folder.mkdir(parents=True)
     (folder / "state.json").write_text("{}")
     assert load(folder.parent) == (None, "")
+
+
+DAMAGE = {"sums.json": ["[]", "[" * 100_000, "5", '{"a": 1}'], "state.json": ["[" * 100_000, "[]", '{"no": 1}']}
+
+
+def saved(folder: Path, update: int) -> Path:
+    tensors = {"weight": torch.ones(2)}
+    save(folder, Checkpoint(state=State(update=update), weights=tensors, moments=tensors, best=tensors))
+    return folder / f"{update:09d}"
+
+
+def overwrite(generation: Path, name: str, data: bytes) -> None:
+    """Another file, with its sum where it has one."""
+    (generation / name).write_bytes(data)
+    if name != "sums.json":
+        sums = json.loads((generation / "sums.json").read_text())
+        sums[name] = hashlib.sha256(data).hexdigest()
+        (generation / "sums.json").write_text(json.dumps(sums))
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in DAMAGE.items() for text in texts])
+def test_a_damaged_generation_gives_way_to_the_one_before(tmp_path: Path, name: str, text: str) -> None:
+    saved(tmp_path, 1)
+    overwrite(saved(tmp_path, 2), name, text.encode())
+    found, said = load(tmp_path)
+    assert found is not None
+    assert found.state.update == 1
+    assert_names(said, "update 2 is damaged", "from update 1")
+
+
+def test_tensors_that_are_none_are_a_damaged_checkpoint(tmp_path: Path) -> None:
+    overwrite(saved(tmp_path, 1), "model.safetensors", b"\xff" * 100)
+    with raises_naming(FolderError, str(tmp_path), "damaged", "delete this folder"):
+        load(tmp_path)
+
+
+def test_a_folder_named_by_other_digits_is_no_generation(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    (tmp_path / "²").mkdir()
+    assert newest_update(tmp_path) == 1
 
 
 def test_checkpoints_are_written_every_so_many_updates(plan: Plan) -> None:
