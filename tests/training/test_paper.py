@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from wording import raises_naming
 
-from cappy.cli.steps import make_command
+from cappy.cli.steps import make_step_command
 from cappy.config import build, to_values
 from cappy.errors import ConfigError
 from cappy.records import Instance, Manifest, write
@@ -85,7 +85,7 @@ def test_a_flag_that_nobody_gave_leaves_the_preset_alone(plan: Plan, tmp_path: P
         asked.append(config)
         return Manifest(step="finetuning", files=())
 
-    command = make_command("finetuning", "Train.", FinetuningConfig, record)
+    command = make_step_command("finetuning", "Train.", FinetuningConfig, record)
     words = ["--source", "a", "--target", "b", "--preset", "paper", "--weight-decay", "0.01"]
     command(words, standalone_mode=False)
     (found,) = asked
