@@ -22,7 +22,7 @@ from cappy.preparation.mixtures import load_mixture, plan
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import Candidate, Instance, read
-from cappy.sampling.seq2seq import MAX_INSTRUCTION_TOKENS, Seq2Seq
+from cappy.sampling.architectures import MAX_INSTRUCTION_TOKENS, Seq2Seq
 from cappy.sampling.strategies import MAX_NEW_TOKENS, strategy
 from cappy.scoring.encoding import PairEncoder
 

@@ -60,7 +60,7 @@ def observe(
         if state == "waiting" and alive and all(other in ("done", "cached") for other in before):
             state = "running"
         if state == "waiting" and succeeded:
-            state = "cached" if STEP_SPECS[step].cached else "skipped"
+            state = "cached" if STEP_SPECS[step.partition(" ")[0]].cached else "skipped"
         if state == "running" and not alive:
             state = "failed"
         states[step] = _describe(step, state, records[step], told[step])

@@ -15,7 +15,7 @@ from cappy.records.folder import File, publish, put, sha256_of, write_bytes
 from cappy.records.work import claim
 from cappy.registry.client import connected
 from cappy.sampling.endpoint.answers import Answer as EndpointAnswer
-from cappy.sampling.endpoint.cache import Cache
+from cappy.sampling.endpoint.answers import Cache
 from cappy.training.corpus import _locked
 from cappy.worker import hold_parent_lock
 from pipelines.clients.local import _held as run_is_held

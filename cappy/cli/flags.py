@@ -21,6 +21,10 @@ SettingFlag = Annotated[
         show_default="none",
     ),
 ]
+TrackingFlag = Annotated[
+    str,
+    typer.Option(help="MLflow's address.", show_default="MLFLOW_TRACKING_URI, else the database .cappy/mlflow.db"),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
 FreshFlag = Annotated[
     bool, typer.Option("--fresh", help="Do every step again, whatever earlier runs of the same settings left.")

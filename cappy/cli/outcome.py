@@ -90,7 +90,7 @@ def cautions(manifest: Manifest | None) -> list[str]:
     if manifest is None:
         return []
     if manifest.step == "sampling":
-        from cappy.sampling.cautions import cautions as of_sampling
+        from cappy.sampling.accounts import cautions as of_sampling
 
         return of_sampling(manifest.metrics, manifest.config, manifest.facts)
     if manifest.step == "annotation":

@@ -148,14 +148,15 @@ def _plan(values: Mapping[str, Any]) -> bool:
 
 def _estimate(values: Mapping[str, Any]) -> bool:
     from cappy.sampling.estimate import describe, estimate
-    from cappy.sampling.step import SamplingConfig, terms_of
+    from cappy.sampling.step import SamplingConfig, endpoint_config
 
     # Nothing is written, so any place does.
     config = build(SamplingConfig, {**_settings(values), "target": values["target"] or "nowhere"})
     found = estimate(config)
     if not found:
         raise ConfigError("sampling: --estimate needs an LLM to ask; name it with --generator")
-    typer.echo(json.dumps([asdict(one) for one in found]) if values["as_json"] else describe(found, terms_of(config)))
+    text = json.dumps([asdict(one) for one in found]) if values["as_json"] else describe(found, endpoint_config(config))
+    typer.echo(text)
     return True
 
 

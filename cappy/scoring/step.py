@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
+from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
@@ -41,7 +41,9 @@ class ScoringConfig:
     precision: Annotated[
         Precision, Field(description="What the encoder runs in; auto is bf16 where the device has instructions for it")
     ] = "auto"
-    part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 512
+    part_rows: Annotated[
+        int, ADVANCED, Field(ge=1, description="Instances per part; a killed run continues at a part")
+    ] = 512
     shard: ShardOf = ""
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""

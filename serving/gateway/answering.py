@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cappy.errors import CappyError
-from cappy.sampling.paid import tokens_of
+from cappy.sampling.generators import tokens_of
 from serving.gateway.errors import GatewayError
 from serving.gateway.ledger import EXPECTED_TOKENS, Allowance, Ledger, Limit, Limits, Total, allow
 from serving.gateway.policy import Policy, Stop, decide

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 import httpx2
 
 from cappy.errors import ConfigError, shown
-from cappy.sampling.endpoint.addresses import base_address
-from cappy.sampling.endpoint.keys import NO_KEY, api_key, refuse_secrets
+from cappy.sampling.endpoint.client import NO_KEY, api_key, base_address, refuse_secrets
 from serving.gateway.ledger import Prices
 
 

@@ -13,7 +13,7 @@ import httpx2
 
 from cappy.errors import ConfigError
 from cappy.redaction import one_line, redact_address, remember_address
-from cappy.sampling.endpoint.bounded import (
+from cappy.sampling.endpoint.client import (
     MAX_BYTES,
     Connection,
     Deadlines,

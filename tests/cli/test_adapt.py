@@ -1,6 +1,5 @@
 """`cappy adapt` and `cappy pipeline`: what is asked of the pipelines, and what is told of their outcome."""
 
-import inspect
 import json
 import random
 import re
@@ -14,8 +13,7 @@ import pytest
 import typer
 from wording import assert_names, raises_naming
 
-import pipelines
-from cappy.cli.adapt import adapt, generators_for
+from cappy.cli.adapt import AdaptConfig, adapt, generators_for
 from cappy.cli.outcome import facts, step_told, told
 from cappy.cli.pipeline import NAMES, per_step
 from cappy.cli.steps import summary
@@ -25,7 +23,7 @@ from cappy.evaluation import evaluate
 from cappy.records import Candidate, Instance, Manifest, write
 from cappy.records.folder import describe_files, write_manifest
 from cappy.sampling.step import SamplingConfig
-from pipelines.adapt import plan
+from pipelines.definitions import PIPELINES
 from pipelines.local import Outcome
 
 Cappy = Callable[..., subprocess.CompletedProcess[str]]
@@ -132,7 +130,7 @@ def test_why_training_kept_other_weights_than_the_last_is_shown_at_the_end(
 
 def test_d7_adapt_with_an_endpoint_and_no_strategy_draws_what_an_endpoint_can() -> None:
     def drawn(*generator: str) -> set[tuple[str, int]]:
-        wanted = plan(source="tasks.jsonl", generator=generator)["sampling"]
+        wanted = PIPELINES["adapt"].settings({"source": "tasks.jsonl", "generator": generator})["sampling"]
         decodings = build(SamplingConfig, {**wanted, "source": "in", "target": "out"}).decodings
         return {(one.name, one.max_new_tokens) for one in decodings}
 
@@ -207,12 +205,11 @@ def test_instances_without_responses_and_without_an_llm_are_wrong_usage(here: Ca
 
 
 def test_the_flags_have_the_defaults_of_the_plan_and_the_pipelines_their_names() -> None:
-    flags, planned = inspect.signature(adapt).parameters, inspect.signature(plan).parameters
-    seeds = ("seed", "split_seed", "sampling_seed", "training_seed")
-    for name in ("strategy", "scorer", "metric", "name", "margin", "tracking_uri", *seeds):
-        assert flags[name].default == planned[name].default, name
-    assert flags["instances"].default == planned["source"].default
-    assert set(NAMES) == set(pipelines.PIPELINES)
+    config, choices = AdaptConfig(), PIPELINES["adapt"].choices
+    for name in set(choices) - {"source", "generator"}:
+        assert getattr(config, name) == choices[name], name
+    assert config.instances == choices["source"]
+    assert set(NAMES) == set(PIPELINES)
 
 
 def test_settings_of_any_step_are_read_as_json_or_text() -> None:
@@ -314,7 +311,7 @@ def test_a_step_says_what_came_of_it(step: str, found: dict[str, Any], lines: li
 
 def test_folds_reach_the_evaluation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[Mapping[str, Any]] = []
-    monkeypatch.setattr("cappy.cli.pipeline.run_and_tell", lambda *words, **more: given.append(words[2]))
+    monkeypatch.setattr("cappy.cli.pipeline.run_and_print", lambda recipe, *rest: given.append(recipe.settings))
     adapt(folds=5, setting=["evaluation.probe=false"])
     assert given[0]["evaluation"] == {"probe": False, "folds": 5}
     adapt()

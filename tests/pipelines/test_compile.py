@@ -12,10 +12,9 @@ import yaml
 from wording import raises_naming
 
 from cappy.errors import ConfigError
-from pipelines import PIPELINES, STEPS
-from pipelines.compile import compiled as compiled_recipe
-from pipelines.recipe import Platform, checked
-from pipelines.resources import VERTEX_TYPES
+from pipelines.builder import compile_pipeline as compiled_recipe
+from pipelines.definitions import PIPELINES
+from pipelines.recipe import VERTEX_TYPES, Platform, checked
 
 BLOCKED = ["torch", "transformers", "mlflow", "deepspeed", "google.cloud.aiplatform", "pyarrow"]
 PLATFORMS = ("local", "docker", "kubeflow", "vertex")
@@ -50,7 +49,8 @@ def compiled(name: str, platform: Platform = "local", **more: Any) -> str:
 def test_every_pipeline_compiles_with_everything_heavy_blocked(platform: str) -> None:
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))\n"
-        f"from pipelines.compile import compiled\nfrom pipelines.recipe import checked\nimport time\n"
+        "from pipelines.builder import compile_pipeline as compiled\n"
+        "from pipelines.recipe import checked\nimport time\n"
         f"recipes = [checked({{'pipeline': name, 'shards': 4}}) for name in {list(PIPELINES)!r}]\n"
         f"texts = [compiled(recipe, {platform!r}) for recipe in recipes]\n"
         f"print(min(map(len, texts)), time.process_time())"
@@ -64,7 +64,7 @@ def test_every_pipeline_compiles_with_everything_heavy_blocked(platform: str) ->
 
 def test_components_need_kfp_alone() -> None:
     blocked = [*BLOCKED, "cappy", "pydantic"]
-    names = ", ".join(sorted({step for steps in STEPS.values() for step in steps} | {"gathering", "tracking"}))
+    names = ", ".join(sorted({step for each in PIPELINES.values() for step in each.steps} | {"gathering", "tracking"}))
     program = f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\nfrom components import {names}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -88,7 +88,7 @@ def test_the_yaml_is_the_one_that_was_looked_at(name: str, platform: Platform) -
 def test_the_yaml_has_every_step_and_the_exit_step_in_one_document(name: str) -> None:
     (document,) = yaml.safe_load_all(compiled(name))
     components = {key.removeprefix("comp-") for key in document["components"]}
-    assert {*STEPS[name], "tracking"} <= components
+    assert {*PIPELINES[name].steps, "tracking"} <= components
     assert "gathering" not in components
     assert document["sdkVersion"] == "kfp-2.17.0"
 
@@ -146,7 +146,7 @@ def test_every_attempt_but_the_exit_steps_is_repeated_and_every_step_has_a_limit
     for platform in ("kubeflow", "vertex"):
         document = next(yaml.safe_load_all(compiled("adapt", platform)))
         found = tasks(document)
-        steps = [name for name in found if name in STEPS["adapt"]]
+        steps = [name for name in found if name in PIPELINES["adapt"].steps]
         assert {found[name]["retryPolicy"]["maxRetryCount"] for name in steps} == {2}
         assert "retryPolicy" not in found["tracking"]
         for container in (each["container"] for each in document["deploymentSpec"]["executors"].values()):
@@ -235,7 +235,7 @@ def test_what_writes_to_the_registry_is_never_answered_from_a_cache() -> None:
                 "enableCache", False
             )
     never = {"registration", "promotion", "deployment", "tracking"}
-    assert {step for step in (*STEPS["adapt"], "tracking") if not cached[step]} == never
+    assert {step for step in (*PIPELINES["adapt"].steps, "tracking") if not cached[step]} == never
 
 
 def test_on_vertex_a_run_is_named_by_what_the_submitter_knows() -> None:

@@ -13,9 +13,9 @@ from wording import assert_names, raises_naming
 from cappy.cli import main
 from cappy.config import to_values
 from cappy.errors import ConfigError
-from pipelines import STEPS
-from pipelines.compile import compiled
+from pipelines.builder import compile_pipeline as compiled
 from pipelines.containers import KEYS, check_images
+from pipelines.definitions import PIPELINES
 from pipelines.execution import _containers
 from pipelines.recipe import checked
 
@@ -62,7 +62,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_an_image_that_is_here_will_do_and_one_that_cannot_be_pulled_is_one_line(engine: None) -> None:
     found = check_images(checked({"pipeline": "adapt", "images": {"worker": HERE, "trainer": HERE}}))
-    assert found == dict.fromkeys(STEPS["adapt"], "sha256:1")
+    assert found == dict.fromkeys(PIPELINES["adapt"].steps, "sha256:1")
     with raises_naming(ConfigError, "mine:2: ", "denied", "make"):
         check_images(checked({"pipeline": "adapt", "images": {"worker": HERE, "trainer": "mine:2"}}))
     exit_step = {"resources": {"tracking": {"image": "mine:3"}}}

@@ -16,8 +16,7 @@ from cappy.errors import CappyError, ConfigError
 from cappy.records import read, read_manifest
 from cappy.worker import read_record
 from pipelines.clients.local import LocalClient
-from pipelines.local import Outcome, execute, run_pipeline
-from pipelines.planning import settings_of
+from pipelines.local import Outcome, execute, run_recipe
 from pipelines.recipe import checked
 from pipelines.submission import Submission
 
@@ -202,13 +201,12 @@ def test_shards_run_each_under_its_own_name_and_are_cached_each_for_itself(
     file = tmp_path / "rows.jsonl"
     rows = [{"instruction": f"Add {index} and 1.", "responses": ["2", "3"]} for index in range(6)]
     file.write_text("\n".join(map(json.dumps, rows)))
-    recipe = checked({"pipeline": "batch_score", "shards": 3, "parameters": {"source": str(file), "scorer": "builtin"}})
+    parameters = {"source": str(file), "scorer": "builtin"}
+    work = str(tmp_path / "work")
+    recipe = checked({"pipeline": "batch_score", "shards": 3, "parameters": parameters, "work": work})
 
     def once() -> Outcome:
-        settings = settings_of(recipe)
-        return run_pipeline(
-            "batch_score", settings, work=tmp_path / "work", root=tmp_path / "root", show=False, recipe=recipe
-        )
+        return run_recipe(recipe, root=tmp_path / "root", show=False)
 
     first = once()
     shards = {f"scoring {index}/3" for index in range(3)}
@@ -230,9 +228,10 @@ def test_a_failed_shard_says_its_own_line_and_which_it_is(
     (tmp_path / "scorer").mkdir()
     (tmp_path / "scorer" / "notes.txt").write_text("no scorer")
     parameters = {"source": str(tmp_path / "rows.jsonl"), "scorer": str(tmp_path / "scorer")}
-    recipe = checked({"pipeline": "batch_score", "shards": 2, "parameters": parameters})
+    work = str(tmp_path / "work")
+    recipe = checked({"pipeline": "batch_score", "shards": 2, "parameters": parameters, "work": work})
     with pytest.raises(CappyError) as caught:
-        run_pipeline("batch_score", settings_of(recipe), work=tmp_path / "work", root=tmp_path / "root", recipe=recipe)
+        run_recipe(recipe, root=tmp_path / "root")
     assert str(caught.value).startswith(f"scoring 0/2: {tmp_path / 'scorer'}: ")
     assert_names(str(caught.value), "manifest.json", "config.json", "scorer")
     assert "whole log" not in str(caught.value)

@@ -8,9 +8,10 @@ from wording import assert_names, raises_naming
 
 from cappy.config import decode
 from cappy.errors import ConfigError, UnreachableError
-from pipelines.compile import built, compiled
-from pipelines.outline import graph, lines, text, to_json
+from pipelines.builder import build as built
+from pipelines.builder import compile_pipeline as compiled
 from pipelines.planning import check, registry_of, settings_of, submission_of, work_of
+from pipelines.preview import graph, lines, text, to_json
 from pipelines.recipe import checked, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -1,10 +1,12 @@
-"""HTTP clients for untrusted servers: limits on the size and duration of answers; no redirects, no cookies.
+"""HTTP towards endpoints that are not trusted: addresses, the key, clients; answers bounded in size and time.
 
 A body is decoded step by step and the request ended as soon as it is too large, whatever the compression. No redirect
 is followed and no cookie kept: the key and the prompts go to the address that was given, and nowhere else.
 """
 
 import contextlib
+import os
+import queue
 import re
 import resource
 import socket
@@ -12,23 +14,91 @@ import threading
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from http.cookiejar import CookieJar
+from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import httpx2
+import openai
 
-MAX_ANSWER_BYTES = 32_000_000
-"""Of a body, decoded, whatever was asked for."""
-MAX_ERROR_BYTES = 1_000_000
-"""Of a body with a status that is not 200."""
-MAX_LIST_BYTES = 8_000_000
-"""Of a list of models."""
-LEAST_ANSWER_BYTES = 1_000_000
-TOKEN_BYTES = 100
-LIKELY_TOKEN_BYTES = 400
-"""What a token of a response takes in JSON at most, without and with its log-probability."""
-UNKNOWN_TOKENS = 32_768
-"""Assumed length of a response where the request sets no limit."""
+from cappy.errors import ConfigError, shown
+from cappy.redaction import has_secret, redact_address, remember
+from cappy.sampling.endpoint.limits import MAX_ANSWER_BYTES, MAX_ERROR_BYTES, pause
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+FILE_VARIABLE = "OPENAI_API_KEY_FILE"
+NO_KEY = "none"
+"""Sent where no key is set: servers of one's own ask for none, and the client insists on one."""
+
+
+def api_key(variable: str = KEY_VARIABLE) -> str:
+    """The key in a variable of the environment or else in the file that `<variable>_FILE` names; `NO_KEY` if neither.
+
+    ConfigError, without the key, if the file cannot be read or the key could stand in no header.
+    """
+    source, key = variable, os.environ.get(variable, "").strip()
+    path = os.environ.get(f"{variable}_FILE", "")
+    if not key and path:
+        source = f"{variable}_FILE"
+        try:
+            key = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "it is no text"
+            raise ConfigError(f"{source}: {shown(path)} cannot be read ({why}); mount the key there") from None
+        if not key:
+            raise ConfigError(f"{source}: {shown(path)} is empty; mount the key there")
+    if not all(33 <= ord(character) <= 126 for character in key):
+        raise ConfigError(f"{source}: holds white space or characters beyond ASCII inside the key; set the key alone")
+    remember(key)
+    return key or NO_KEY
+
+
+def refuse_secrets(url: str) -> None:
+    """ConfigError, without the secret, where an address carries one: specs stand in manifests and logs."""
+    if has_secret(url):
+        raise ConfigError(
+            f"openai: the address {redact_address(url)} carries a name, a password or a key; "
+            f"take it out of the spec and set {KEY_VARIABLE}"
+        )
+
+
+_OPERATIONS = ("/chat/completions", "/completions", "/models")
+_BEGINNING_OF_JWT = "eyJ"
+"""A token of Microsoft Entra is a JWT, which goes where OpenAI's keys go."""
+
+
+def base_address(url: str) -> str:
+    """The address that paths are joined to: no slash or operation at the end of its path, `/v1` where it has none.
+    Paths go before the query, which every request keeps: https://host/d?v=1 -> https://host/d/chat/completions?v=1.
+    """
+    parts = urlsplit(url.strip())
+    path = parts.path.rstrip("/")
+    operation = next((one for one in _OPERATIONS if path.endswith(one)), "")
+    path = path.removesuffix(operation).rstrip("/") or "/v1"
+    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+
+def join_path(base: str, path: str) -> str:
+    """The address of an operation such as `/models`; a query of `base` stays behind it."""
+    parts = urlsplit(base)
+    return urlunsplit((parts.scheme, parts.netloc, parts.path + path, parts.query, ""))
+
+
+def key_headers(base: str, authorization: str) -> dict[str, str]:
+    """The header that carries an Authorization's credential to this address; none for an empty one.
+
+    Azure's API, which addresses with an `api-version` belong to, reads a key from `api-key`.
+    """
+    scheme, _, key = authorization.strip().partition(" ")
+    versioned = any(name.lower() == "api-version" for name, _ in parse_qsl(urlsplit(base).query, True))
+    if versioned and scheme.lower() == "bearer" and not key.strip().startswith(_BEGINNING_OF_JWT):
+        return {"api-key": key.strip()}
+    return {"Authorization": authorization} if authorization else {}
+
+
 MAX_BYTES = "cappy.max_bytes"
 """Extension of a request: how many bytes its answer may have, decoded."""
 TICK_SECONDS = 0.25
@@ -38,15 +108,6 @@ _GZIP_OR_ZLIB = 47
 
 class RefusedAnswerError(httpx2.DecodingError):
     """An answer that is not read to its end: too large, or in an encoding that was not requested."""
-
-
-def answer_bytes(tokens: int | None, count: int, *, likelihoods: int = 0) -> int:
-    """How many bytes an answer may have: `count` responses of `tokens` tokens (None: nobody limits them).
-
-    `likelihoods` is the number of log-probabilities that come with each token.
-    """
-    each = TOKEN_BYTES + LIKELY_TOKEN_BYTES * likelihoods
-    return min(MAX_ANSWER_BYTES, LEAST_ANSWER_BYTES + count * (tokens or UNKNOWN_TOKENS) * each)
 
 
 class Connection:
@@ -237,3 +298,104 @@ class _AsyncStream(httpx2.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._stream.aclose()
+
+
+CONNECT_SECONDS = 10.0
+
+
+class LateError(Exception):
+    """The server has not answered in time, however little it has sent meanwhile."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client with one connection, and the seconds that an attempt may take in all."""
+
+    inner: openai.OpenAI
+    base: str
+    connection: Connection
+    deadlines: Deadlines
+    seconds: float
+
+    def post(self, path: str, body: Mapping[str, Any], *, max_bytes: int) -> tuple[bytes, Mapping[str, str]]:
+        """Body (of at most that many bytes) and headers of the answer; openai.OpenAIError or LateError if none."""
+        self.connection.max_bytes = max_bytes
+        failed: openai.OpenAIError | None = None
+        with self.deadlines.within(self.seconds, self.connection):
+            try:
+                # Straight to the path: the typed methods spend as long again on reshaping a body that is right.
+                answer = self.inner.post(
+                    join_path(self.base, path),
+                    body=dict(body),
+                    cast_to=httpx2.Response,
+                    options={"headers": _headers(self.base, self.inner.api_key)},
+                )
+            except openai.OpenAIError as error:
+                failed = error
+        if self.connection.late:
+            # Whatever came of it: a body without a length ends where the connection was ended.
+            raise LateError(f"no answer within {self.seconds:g} s") from failed
+        if failed is not None:
+            raise failed
+        return answer.content, answer.headers
+
+
+class Clients:
+    """Lends a client to one thread at a time, at most `count` in all; they are made as they are needed.
+
+    A client with many connections looks through all of them, under one lock, at every request: at 64 at a time that
+    costs as much as the request itself.
+    """
+
+    def __init__(self, url: str, *, count: int, timeout: float) -> None:
+        self.key = api_key()
+        self._url = url
+        self._seconds = timeout
+        self._timeout = openai.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout))
+        # Reading the certificates takes longer than anything else about a client.
+        self._certificates = httpx2.create_ssl_context()
+        self._free = threading.BoundedSemaphore(count)
+        self._idle: queue.LifoQueue[Client] = queue.LifoQueue()
+        self._made: list[Client] = []
+        self._deadlines = Deadlines()
+
+    @contextmanager
+    def client(self, stop: threading.Event) -> Iterator[Client]:
+        """A client for one request, once one is free; StoppedError if the run has ended by then."""
+        with self._free:
+            pause(0, stop)
+            try:
+                client = self._idle.get_nowait()
+            except queue.Empty:
+                client = self._new()
+            try:
+                yield client
+            finally:
+                self._idle.put(client)
+
+    def close(self) -> None:
+        """Closes all connections."""
+        self._deadlines.close()
+        for client in self._made:
+            client.inner.close()
+
+    def _new(self) -> Client:
+        connection = Connection()
+        inner = openai.OpenAI(
+            base_url=self._url,
+            api_key=self.key,
+            # Attempts are counted, paced and paid for here, so the client makes one at a time.
+            max_retries=0,
+            timeout=self._timeout,
+            http_client=openai.DefaultHttpxClient(
+                verify=self._certificates, timeout=self._timeout, **settings(connection)
+            ),
+        )
+        client = Client(inner, self._url, connection, self._deadlines, self._seconds)
+        self._made.append(client)
+        return client
+
+
+def _headers(base: str, key: str) -> dict[str, str | openai.Omit]:
+    """The client's own header is left out where the address wants the key in another."""
+    return {"Authorization": openai.Omit(), **key_headers(base, f"Bearer {key}")}
