@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import cappy
-from cappy.cli import convert, doctor, gateway, pipeline, plan, remote, scoring, serve, templates, threshold
+from cappy.cli import convert, doctor, gateway, pipeline, plan, remote, scoring, serve, templates, threshold, work
 from cappy.cli.jsonlines import reserve_stdin
 from cappy.errors import CappyError
 from cappy.redaction import redact_output
@@ -93,6 +93,8 @@ app.command("plan", short_help="Say what a pretraining will take.")(plan.plan)
 app.command("convert", short_help="Turn a published PyTorch checkpoint into a scorer.")(convert.convert)
 app.command("templates", short_help="Fetch PromptSource's templates, checked.")(templates.templates)
 app.command("doctor", short_help="Say what this machine has and lacks.")(doctor.doctor)
+app.command("explain", short_help="List a step's work, and why it was done again.")(work.explain)
+app.command("clean", short_help="List or remove what no run finds again.")(work.clean)
 remote.add_to(pipeline.app)
 app.add_typer(pipeline.app, name="pipeline")
 

@@ -20,7 +20,7 @@ from cappy.worker import config_class
 Cappy = Callable[..., subprocess.CompletedProcess[str]]
 Rows = Callable[[str], dict[str, str]]
 
-OTHER = "adapt score select serve gateway plan convert templates threshold doctor pipeline"
+OTHER = "explain clean adapt score select serve gateway plan convert templates threshold doctor pipeline"
 VERBS = {*STEP_SPECS, *OTHER.split()}
 OWN = {
     "preparation": "--plan",
