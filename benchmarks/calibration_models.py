@@ -125,7 +125,7 @@ def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instan
         corpora = open_corpora(
             config.source, source / "tokens", scorer.tokenizer, scorer.encoder, metric="rougeL", sources=()
         )
-        run = Run(scorer, corpora.train, corpora.validation, config, source / "checkpoints", ALONE)
+        run = Run(scorer, corpora, config, source / "checkpoints", ALONE)
         run.update()
         updates = UPDATES.get(name, 2) * (1 + 3 * many)
         drawn = [

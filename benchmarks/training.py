@@ -135,7 +135,7 @@ def ours(start: Path, source: Path, work: Path, device: str) -> float:
     )
     started = time.perf_counter()
     corpora: Corpora = open_corpora(source, tokens, scorer.tokenizer, scorer.encoder, metric="rougeL", sources=())
-    run = Run(scorer, corpora.train, corpora.validation, plan, work / "no-checkpoints", ALONE)
+    run = Run(scorer, corpora, plan, work / "no-checkpoints", ALONE)
     while run.state.update < run.updates:
         run.update()
     _settle(device)

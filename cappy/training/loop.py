@@ -21,8 +21,8 @@ from cappy.scoring.scorer import Scorer
 from cappy.training import checkpoint
 from cappy.training.checkpoint import CONTINUES, Checkpoint, CheckpointClock, Shutdown, State
 from cappy.training.checks import CANDIDATES, check_scorer, decides, explain, judge
-from cappy.training.corpus import Corpus
-from cappy.training.distributed import ALONE, Ranks, Replicas, Strategy
+from cappy.training.corpus import Corpora, Corpus
+from cappy.training.distributed import Ranks, Replicas, Strategy
 from cappy.training.feed import Drawn, batch, micro_batches, padded, updates_of
 from cappy.training.meter import Meter, describe, flops_of_pair, layer_weights, peak_of
 from cappy.training.settings import TrainingSettings
@@ -58,22 +58,15 @@ class Outcome:
 
 
 def fit(
-    scorer: Scorer,
-    train: Corpus,
-    validation: Corpus,
-    config: TrainingSettings,
-    *,
-    checkpoints: Path,
-    progress: Progress,
-    ranks: Ranks = ALONE,
+    scorer: Scorer, corpora: Corpora, config: TrainingSettings, checkpoints: Path, ranks: Ranks, progress: Progress
 ) -> Outcome:
     """Trains the scorer in place, from the last checkpoint if there is one, and leaves the best weights in it.
 
     Order, draws and dropout depend on the seed and the update's number alone, so a resumed run equals an unbroken one.
     Of several ranks the first alone reads and writes checkpoints, and it alone has the best weights in the end.
     """
-    refuse_unfit(train, config, ranks)
-    run = Run(scorer, train, validation, config, checkpoints, ranks)
+    refuse_unfit(corpora.train, config, ranks)
+    run = Run(scorer, corpora, config, checkpoints, ranks)
     state, resumed_at = run.state, run.state.update
     with Shutdown() as shutdown:
         while True:
@@ -84,7 +77,7 @@ def fit(
             run.update()
             run.save_if_due(shutdown)
             progress(state.update, run.updates, unit="updates", resumed=resumed_at, note=run.summary)
-    reason = explain(state, run.updates, len(validation))
+    reason = explain(state, run.updates, len(run.validation))
     progress(state.update, state.update, unit="updates", resumed=resumed_at, note=reason or run.summary)
     if ranks.first:
         scorer.model, scorer.through = run.strategy.finished(run.best).eval(), None
@@ -104,17 +97,11 @@ class Run:
     """One training run: what it works on, how far it is, and the best weights so far (the first rank's alone)."""
 
     def __init__(
-        self,
-        scorer: Scorer,
-        train: Corpus,
-        validation: Corpus,
-        config: TrainingSettings,
-        checkpoints: Path,
-        ranks: Ranks,
+        self, scorer: Scorer, corpora: Corpora, config: TrainingSettings, checkpoints: Path, ranks: Ranks
     ) -> None:
-        self.scorer, self.train, self.validation = scorer, train, validation
+        self.scorer, self.train, self.validation = scorer, corpora.train, corpora.validation
         self.config, self.checkpoints, self.ranks = config, checkpoints, ranks
-        self.updates = updates_of(train, config)
+        self.updates = updates_of(self.train, config)
         self.every = max(1, self.updates // config.checks)
         self.peak = config.learning_rate or default_rate(scorer.model.config.hidden_size)
         self.layer_weights = layer_weights(scorer.model)
@@ -234,16 +221,16 @@ class Run:
 
 
 def trial(
-    scorer: Scorer, train: Corpus, validation: Corpus, config: TrainingSettings, ranks: Ranks, progress: Progress
+    scorer: Scorer, corpora: Corpora, config: TrainingSettings, ranks: Ranks, progress: Progress
 ) -> dict[str, float]:
     """Trains `TRIAL_UPDATES` updates and forgets them; seconds and bytes, this rank's alone.
 
     `projected_seconds` are of the whole run on these ranks: every epoch, and the checks, a pair of which is taken to
     cost a third of a pair trained on. Early stopping would make it shorter.
     """
-    refuse_unfit(train, config, ranks)
+    refuse_unfit(corpora.train, config, ranks)
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(scorer, train, validation, config, Path(folder), ranks)
+        run = Run(scorer, corpora, config, Path(folder), ranks)
         count = min(TRIAL_UPDATES, run.updates)
         ends = [time.perf_counter()]
         for done in range(1, count + 1):
@@ -255,7 +242,7 @@ def trial(
     warm = min(WARM, count - 1)
     per_update = (ends[-1] - ends[warm]) / (count - warm)
     figures = run.meter.figures()
-    checked = sum(min(CANDIDATES, len(validation.selectable(index))) for index in range(len(validation)))
+    checked = sum(min(CANDIDATES, len(run.validation.selectable(index))) for index in range(len(run.validation)))
     checks = len({*range(0, run.updates, run.every), run.updates})
     checking = FORWARD * checked / max(figures["pairs_per_second"], 1e-9) * checks
     return {

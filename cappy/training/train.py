@@ -61,7 +61,7 @@ def train(
         if config.dry_run:
             scorer, corpora = _begin(config, start, progress)
             reported = progress if ranks.first else silent
-            metrics = trial(scorer, corpora.train, corpora.validation, config, ranks, reported)
+            metrics = trial(scorer, corpora, config, ranks, reported)
             version = step_version(step)
             return Manifest(step=step, files=(), config=identity(config), step_version=version, metrics=metrics)
         if not ranks.first:
@@ -102,16 +102,7 @@ def _fit(
     if ranks.first and (cut := _cut_pairs(corpora)):
         pairs = corpora.train.facts.pairs + corpora.validation.facts.pairs
         LOGGER.warning("%s of %s pairs are longer than %d tokens: cut", cut, pairs, scorer.encoder.max_length)
-    outcome = fit(
-        scorer,
-        corpora.train,
-        corpora.validation,
-        config,
-        checkpoints=checkpoints,
-        progress=progress,
-        ranks=ranks,
-    )
-    return scorer, corpora, outcome
+    return scorer, corpora, fit(scorer, corpora, config, checkpoints, ranks, progress)
 
 
 def _begin(config: TrainingSettings, start: Start, progress: Progress) -> tuple[Scorer, Corpora]:
