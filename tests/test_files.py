@@ -18,7 +18,7 @@ from cappy.records.work import claim
 from cappy.registry.client import connected
 from cappy.sampling.endpoint.answers import Answer as EndpointAnswer
 from cappy.sampling.endpoint.answers import Cache
-from cappy.training.tokenization import _held
+from cappy.training.corpus import _locked
 from cappy.worker import hold_parent_lock
 from pipelines.clients.local import _held as run_is_held
 from serving.gateway.shelf import Answer, Shelf
@@ -41,7 +41,7 @@ def hold_work(folder: Path) -> None:
 
 
 def hold_tokens(folder: Path) -> None:
-    with _held(folder, "key"):
+    with _locked(folder, "key"):
         pass
 
 
