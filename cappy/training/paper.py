@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cappy.scoring.folder import Truncation
+    from cappy.scoring.config import Truncation
 
 TRUNCATION: "Truncation" = "longest_first"
 """The published code's `truncation=True` (cappy_bigbench.py, lines 73 to 79)."""
