@@ -15,7 +15,7 @@ from typing import Literal, Protocol, runtime_checkable
 from cappy.errors import ConfigError, shown
 from cappy.records import Candidate
 from cappy.records.instance import Status
-from cappy.sampling.store import CandidateStore, Origin, question_key
+from cappy.sampling.store import DRAWING_VERSION, CandidateStore, Origin, question_key
 from cappy.sampling.strategies import Decoding, share
 from cappy.specs import parse_spec
 
@@ -155,8 +155,6 @@ class LocalGenerator(ABC):
     of two, that turns the choice. Batches follow from what is drawn together: the rows of a part and their decodings.
     """
 
-    VERSION = 1
-    """Of the code that draws: raised when the same question gets other candidates, so that none of before is used."""
     name: str
     revision: str
 
@@ -168,7 +166,7 @@ class LocalGenerator(ABC):
 
     def keep_in(self, work: Path) -> None:
         """Keeps what is drawn under this work folder, and uses what was kept there."""
-        self._store = CandidateStore(work, Origin(generator=self.name, revision=self.revision, version=self.VERSION))
+        self._store = CandidateStore(work, Origin(generator=self.name, revision=self.revision, version=DRAWING_VERSION))
 
     def tally(self) -> Mapping[str, int]:
         """`cut`: the instructions since the last call that lost their end."""

@@ -32,6 +32,8 @@ from cappy.files import PRIVATE_FILE, make_private, open_lock
 from cappy.records import Candidate
 from cappy.records.folder import disk_errors, write_bytes
 
+DRAWING_VERSION = 1
+"""Of the code that draws: raised when the same question gets other candidates, so that none of before is used."""
 CANDIDATES = "candidates"
 ANSWERS = "answers"
 _ORIGIN = "origin.json"
@@ -207,6 +209,13 @@ def entries(work: Path) -> list[Entry]:
             Entry(kind="answers", path=work / ANSWERS, sets=len(answers), size_bytes=size, last_used=last),
         )
     return sorted(found, key=lambda entry: entry.last_used)
+
+
+def unreachable(entry: Entry) -> str:
+    """Why no run of this version uses an entry; empty where one can."""
+    if entry.kind == "answers" or entry.version == DRAWING_VERSION:
+        return ""
+    return f"drawn by version {entry.version}, drawing has {DRAWING_VERSION}"
 
 
 def remove(entry: Entry) -> None:

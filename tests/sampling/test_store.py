@@ -182,7 +182,7 @@ def test_what_changes_a_draw_draws_anew(other: Callable[[], dict[str, object]], 
 
 def test_a_new_version_of_the_drawing_code_draws_anew(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
     sample()
-    monkeypatch.setattr(Counting, "VERSION", 2)
+    monkeypatch.setattr("cappy.sampling.generators.DRAWING_VERSION", 2)
     assert len(sample(part_rows=3).drawn) == 60
 
 
