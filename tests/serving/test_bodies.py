@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scoring_function import FakeEngine
+from wording import assert_names, raises_naming
 from worst_bodies import CHAT_PLACES, MEGABYTES, PLACES, Watched, bodies, service, tensors
 
 from serving.app import Options
@@ -95,9 +96,9 @@ def test_a_text_that_crosses_a_block_is_a_text_in_both(shift: int) -> None:
 def test_a_body_that_is_too_deep_is_400_and_one_of_too_many_values_413_before_it_is_read(serve: Serve) -> None:
     client = serve()
     deep = client.post("/score", content=b"[" * 65 + b"]" * 65, headers=JSON_TYPE)
-    assert (deep.status_code, "nested deeper than 64" in deep.json()["detail"]) == (400, True)
+    assert (deep.status_code, "64" in deep.json()["detail"]) == (400, True)
     many = client.post("/score", content=b"[" + b"1," * 40_000, headers=JSON_TYPE)
-    assert (many.status_code, "more than 32832 values" in many.json()["detail"]) == (413, True), "it is no JSON either"
+    assert (many.status_code, "32832 values" in many.json()["detail"]) == (413, True), "it is no JSON either"
 
 
 def test_all_texts_together_have_a_limit_and_equal_ones_count_once(serve: Serve) -> None:
@@ -106,10 +107,8 @@ def test_all_texts_together_have_a_limit_and_equal_ones_count_once(serve: Serve)
     assert client.post("/score", json=same).status_code == 200
     wide = {"instruction": "a", "responses": ["\u4e2d" * 200, "\u4e2d" * 201]}
     answer = client.post("/select", json=wide)
-    assert (answer.status_code, answer.json()["detail"]) == (
-        413,
-        "the texts have 1204 bytes, above 1000; send fewer pairs per request",
-    )
+    assert answer.status_code == 413
+    assert_names(answer.json()["detail"], "1204 bytes", "1000", "fewer pairs")
 
 
 def test_elements_of_binary_tensors_count_as_values(serve: Serve) -> None:
@@ -162,7 +161,7 @@ def test_a_name_that_a_client_chose_is_not_repeated_whole(serve: Serve) -> None:
 def test_texts_are_checked_where_they_are_short_for_sure_without_being_encoded() -> None:
     bounds = Bounds(max_characters=10, max_text_bytes=40)
     bounds.check_texts(["\U0001f600" * 10])
-    with pytest.raises(Refusal, match="a text of 11 characters is above 10"):
+    with raises_naming(Refusal, "11 characters", "10"):
         bounds.check_texts(["a" * 11])
-    with pytest.raises(Refusal, match="the texts have 44 bytes, above 40"):
+    with raises_naming(Refusal, "44 bytes", "40"):
         bounds.check_texts(["\U0001f600" * 10, "\U0001f600"])

@@ -124,7 +124,7 @@ def test_where_every_connection_has_a_request_a_new_one_is_503_and_is_served_onc
         with connect(host, port) as new:
             answer = new.recv(65_536)
             assert answer.startswith(b"HTTP/1.1 503")
-            assert b"no room for another connection; ask again later" in answer
+            assert b"no room" in answer
             assert closed(new, 60)
         for connection in busy:
             assert connection.recv(65_536).startswith(b"HTTP/1.1 200"), "those that had one are answered"
@@ -262,7 +262,7 @@ def test_of_the_same_line_a_few_are_written_and_the_rest_are_counted(
     assert lines[-1] == "something else"
     now[0] += 11
     logging.getLogger(ACCESS).info("{}")
-    assert "tested: 95 more like this were left out: no file for %s" in lines
+    assert [line for line in lines if re.match("tested: 95 .*: no file for %s$", line)]
     logger.error("no file for %s", "the next")
     assert lines[-1] == "no file for the next"
 

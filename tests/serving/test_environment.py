@@ -11,6 +11,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from processes import free_port, running, wait_for
+from wording import raises_naming
 
 from cappy.builtin import SCORER_FOLDER
 from cappy.errors import ConfigError, FolderError
@@ -63,7 +64,7 @@ def test_the_variables_say_where_the_model_lies_and_where_to_answer() -> None:
     ],
 )
 def test_a_variable_that_holds_nonsense_is_named(name: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{name}: .* is no "):
+    with raises_naming(ConfigError, f"{name}: '{value}'"):
         read({name: value})
 
 
@@ -99,12 +100,12 @@ def test_a_buckets_folder_is_copied_whole_and_gone_afterwards() -> None:
 def test_a_bucket_that_cannot_be_read_or_holds_no_manifest_is_told_in_one_line() -> None:
     fsspec.filesystem("memory").pipe({"/models/8/weights": b"w"})
     with (
-        pytest.raises(FolderError, match=r"^'memory://models/8': holds no manifest.json; give the folder"),
+        raises_naming(FolderError, "'memory://models/8'", "manifest.json"),
         local("memory://models/8"),
     ):
         pass
     for uri in ("memory://models/none", "nonsense://a/b"):
-        with pytest.raises(ConfigError, match=rf"^'{uri}': cannot be read \(.*\); check the URI"), local(uri):
+        with raises_naming(ConfigError, f"'{uri}'", "URI"), local(uri):
             pass
 
 
@@ -131,4 +132,4 @@ def test_a_flag_goes_before_a_variable() -> None:
     variables = {"AIP_STORAGE_URI": "gs://bucket/a", "AIP_HTTP_PORT": "80", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    assert "no/such/folder: no such folder" in run.stderr
+    assert "no/such/folder: " in run.stderr

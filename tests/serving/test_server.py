@@ -16,6 +16,7 @@ from shutil import which
 
 import httpx
 import pytest
+from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError
 from serving.keys import read_keys
@@ -114,7 +115,7 @@ def test_after_sigterm_it_is_not_ready_answers_those_who_still_come_and_ends_wit
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     ready = httpx.get(f"{address}/ready")
-    assert (ready.status_code, ready.json()["reason"]) == (503, "the service was told to end")
+    assert (ready.status_code, "end" in ready.json()["reason"]) == (503, True)
     assert ready.headers["Connection"] == "close"
     late = httpx.post(f"{address}/score", json={"pairs": [["a", "b"]]}, timeout=30)
     assert (late.status_code, late.json()["scores"]) == (200, [1.0]), "a balancer may not have looked elsewhere yet"
@@ -176,7 +177,7 @@ def test_a_scorer_that_fails_its_probe_ends_the_process_with_one_line(start: Sta
     process, _ = start("damaged")
     _, log = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert "cappy serve: the scorer answers [nan] to stored pairs; its weights are damaged" in log
+    assert re.search(r"^cappy serve: .*\[nan\].*weights", log, re.MULTILINE)
     assert "Traceback" not in log
 
 
@@ -194,9 +195,9 @@ def test_with_a_certificate_it_speaks_https(start: Start, tmp_path: Path) -> Non
 
 def test_a_certificate_without_its_key_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "c.pem").write_text("")
-    with pytest.raises(ConfigError, match="--tls-certificate and --tls-key: give both or none"):
+    with raises_naming(ConfigError, "--tls-certificate and --tls-key"):
         run("no/such/folder", Address(port=0, certificate=tmp_path / "c.pem"))
-    with pytest.raises(ConfigError, match="--tls-key .*: no such file; give one in PEM form"):
+    with raises_naming(ConfigError, f"--tls-key {tmp_path}/k.pem", "PEM"):
         run("no/such/folder", Address(port=0, certificate=tmp_path / "c.pem", key=tmp_path / "k.pem"))
 
 
@@ -212,25 +213,19 @@ def test_a_certificate_that_is_none_or_a_key_that_asks_for_a_passphrase_is_refus
     subprocess.run(command, check=True, capture_output=True)
     given = (certificate, key) if passphrase else (key, certificate)
     address = Address(port=0, certificate=given[0], key=given[1])
-    with pytest.raises(
-        ConfigError, match="--tls-certificate .*: cannot be used with --tls-key .*without a passphrase$"
-    ):
+    with raises_naming(ConfigError, f"--tls-certificate {given[0]}", f"--tls-key {given[1]}", "passphrase"):
         run("no/such/folder", address)
 
 
 def test_a_port_in_use_is_said_in_one_line_before_the_scorer_is_looked_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError) as error:
+        with raises_naming(ConfigError, f"127.0.0.1:{port}: ", "in use", "--port"):
             run("no/such/folder", Address(port=port))
-    assert str(error.value) == (
-        f"127.0.0.1:{port}: is in use by another process; stop it or choose another --port (0: any free one)"
-    )
 
 
 def test_an_address_of_another_machine_is_said_in_one_line() -> None:
-    refusal = pytest.raises(ConfigError, match=r"^192\.0\.2\.1:0: is no address of this machine .*; try --host 127")
-    with refusal, bound("192.0.2.1", 0):
+    with raises_naming(ConfigError, "192.0.2.1:0: ", "--host 127.0.0.1"), bound("192.0.2.1", 0):
         pass
 
 
@@ -248,7 +243,7 @@ def test_keys_come_from_a_file_or_the_environment_and_short_ones_are_refused(
     monkeypatch.setenv("CAPPY_API_KEYS", " , ")
     with pytest.raises(ConfigError, match="CAPPY_API_KEYS: holds no key"):
         read_keys(None)
-    for text, said in (("\n", "holds no key"), ("short\n", "an API key is shorter than 8 characters")):
+    for text, said in (("\n", "holds no key"), ("short\n", "API key is shorter than 8 ")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=said):
             read_keys(path)
@@ -263,4 +258,4 @@ def test_what_no_browser_sends_as_its_origin_is_refused(origin: str, capsys: pyt
     with pytest.raises(SystemExit) as ended:
         main(["serve", "--scorer", "no/such/folder", "--allow-origin", origin])
     assert ended.value.code == 1
-    assert f"--allow-origin {origin}: is no origin; give one such as https://app.example" in capsys.readouterr().err
+    assert_names(capsys.readouterr().err, f"--allow-origin {origin}: ", "https://app.example")

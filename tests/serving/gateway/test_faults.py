@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ from chat_server import Model, serving
 from fault_proxy import Weather, proxying
 from gateway_server import gateway, listening
 from local_server import handled_by
+from wording import assert_names
 
 from serving.gateway.ledger import Limits
 from serving.gateway.policy import Policy
@@ -44,12 +46,12 @@ def ask(url: str, text: str = "hello", key: str = CANARY, **more: object) -> htt
         ("429-later", 429, "the LLM answered 429: try again"),
         ("500", 500, "the LLM answered 500: try again"),
         ("503", 503, "the LLM answered 503: try again"),
-        ("hang-up", 502, "the LLM broke off its answer"),
-        ("mid-body", 502, "the LLM broke off its answer"),
-        ("malformed", 502, "the LLM answered what is no completion: the body is no JSON"),
-        ("html", 502, "the LLM answered what is no completion: the body is no JSON"),
-        ("no-choices", 502, "the LLM answered what is no completion: the body has no choices"),
-        ("stall", 504, "the LLM gave no candidate within 0.9 s"),
+        ("hang-up", 502, "the LLM broke off"),
+        ("mid-body", 502, "the LLM broke off"),
+        ("malformed", 502, "the LLM .*JSON"),
+        ("html", 502, "the LLM .*JSON"),
+        ("no-choices", 502, "the LLM .*no choices"),
+        ("stall", 504, "the LLM .*0.9 s.*--max-seconds"),
     ],
 )
 def test_a_fault_of_the_server_is_told_under_its_status_in_openais_shape(fault: str, status: int, words: str) -> None:
@@ -60,7 +62,7 @@ def test_a_fault_of_the_server_is_told_under_its_status_in_openais_shape(fault: 
     assert answer.status_code == status
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"].startswith(words)
+    assert re.match(words, error["message"])
     assert answer.headers.get("retry-after") == ("7.0" if fault == "429-later" else None)
 
 
@@ -109,7 +111,7 @@ def test_a_refusal_keeps_its_status_and_code(word: str, status: int, code: str) 
     with serving(Model()) as upstream, listening(gateway(upstream)) as url:
         answer = ask(url, word)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-    assert answer.json()["error"]["message"].startswith(f"the LLM answered {status}: ")
+    assert_names(answer.json()["error"]["message"], "the LLM", str(status))
     assert ("not this gateway" in answer.text) == (status == 401)
 
 
@@ -192,4 +194,4 @@ def test_a_server_that_is_not_there_is_502_and_one_that_hangs_is_504() -> None:
         absent = ask(url)
         assert time.monotonic() - started < 5
     assert (absent.status_code, absent.json()["error"]["code"]) == (502, "upstream_unreachable")
-    assert "check that it runs" in absent.json()["error"]["message"]
+    assert "reached" in absent.json()["error"]["message"]

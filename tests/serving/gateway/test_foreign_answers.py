@@ -15,6 +15,7 @@ from gateway_server import gateway as plain_gateway
 from gateway_server import listening, scoring
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from wording import raises_naming
 
 from cappy.errors import ConfigError
 from cappy.sampling.endpoint import bounded
@@ -222,7 +223,7 @@ def test_connections_stay_below_the_files_that_may_be_open() -> None:
 def test_a_scoring_service_that_answers_nonsense_is_no_scorer(body: bytes) -> None:
     more = ["Content-Encoding: gzip"] if body is COMPRESSED else []
     with answering(Foreign(parts=[response(body, *more)])) as server:
-        with pytest.raises(ConfigError, match="no scorer answers there") as error:
+        with raises_naming(ConfigError, server, "no scorer", "cappy serve") as error:
             load(server)
         assert "\n" not in str(error.value)
 
@@ -270,7 +271,7 @@ def test_an_address_that_is_none_is_refused_at_the_start() -> None:
     from serving.gateway.ledger import Prices
     from serving.gateway.llm import llm
 
-    with pytest.raises(ConfigError, match="is no address"):
+    with raises_naming(ConfigError, "http://[::1/v1", "http://host:port/v1"):
         llm("http://[::1/v1", prices=Prices())
 
 

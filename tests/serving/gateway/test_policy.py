@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import integrate, stats
+from wording import raises_naming
 
 from cappy.errors import ConfigError
 from serving.gateway.policy import Policy, decide, expected_gain
@@ -113,5 +114,5 @@ def test_a_score_that_equals_the_threshold_is_enough() -> None:
 
 
 def test_a_floor_above_the_threshold_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--floor 0.9 is above --threshold 0.5: .*; lower --floor"):
+    with raises_naming(ConfigError, "--floor 0.9", "--threshold 0.5", "lower --floor"):
         Policy(threshold=0.5, floor=0.9)

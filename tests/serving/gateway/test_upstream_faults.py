@@ -139,7 +139,7 @@ def test_d9_a_body_that_cannot_be_read_is_an_error_and_no_other_text(kind: str) 
     data = json.dumps(choices(("café", "stop")), ensure_ascii=False).encode("latin-1")
     answer = answer_of((200, data, {"Content-Type": f"application/{kind}"}))
     assert answer.status_code == 502
-    assert "the answer is not UTF-8" in answer.json()["error"]["message"]
+    assert "UTF-8" in answer.json()["error"]["message"]
 
 
 def test_d9_a_list_of_models_is_passed_on_in_utf_8_or_not_at_all() -> None:
@@ -150,7 +150,7 @@ def test_d9_a_list_of_models_is_passed_on_in_utf_8_or_not_at_all() -> None:
         with scripted(script) as server, listening(gateway(server, scoring=BY_LENGTH)) as url:
             found = httpx.get(f"{url}/models", timeout=30)
         assert found.status_code == status
-        assert ("café" in found.text, "not UTF-8" in found.text) == (status == 200, status == 502)
+        assert ("café" in found.text, "UTF-8" in found.text) == (status == 200, status == 502)
 
 
 THINKING = "<think>It could be Rome, or Athens, or Paris, or any other place.</think>Paris"
