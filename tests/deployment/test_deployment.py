@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from differences import difference
 
-from cappy.deployment import TOLERANCES, DeploymentConfig, run
+from cappy.deployment.step import TOLERANCES, DeploymentConfig, run
 from cappy.errors import FolderError
 from cappy.evaluation.report import SCHEMA
 from cappy.records import Manifest, read_manifest

@@ -8,8 +8,8 @@ import yaml
 from vertex_scenario import IMAGE, version
 
 from cappy.config import build
-from cappy.deployment import DeploymentConfig
 from cappy.deployment.kserve import inference_service, text
+from cappy.deployment.step import DeploymentConfig
 from cappy.errors import ConfigError
 
 
