@@ -20,22 +20,19 @@ from starlette.routing import compile_path
 
 import cappy
 from cappy.errors import CappyError
-from serving.access import AccessLog
+from serving.access import AccessLog, Tracing
 from serving.admin import add_admin
 from serving.batcher import Batcher
-from serving.browsers import ANY_HOST, BrowserGuard, Hosts, Refuse
-from serving.dialects import DIALECTS, Dialect
+from serving.config import Limits
+from serving.dialects import DIALECTS, Dialect, Served
 from serving.dialects.own import SCORE, refuse
 from serving.following import Follower
-from serving.keys import Keys
-from serving.metrics import Metrics
+from serving.guards import ANY_HOST, BrowserGuard, Hosts, Keys, Refuse
 from serving.models import PROBES, Models, Stored, probe
 from serving.page import About, add_page
-from serving.probes import add_probes
+from serving.probes import Metrics, add_probes
 from serving.refusals import Refusal
-from serving.served import add_served
-from serving.service import Limits, Service, refused
-from serving.tracing import Tracing
+from serving.service import Service, refused
 
 LOGGER = logging.getLogger("serving")
 REFUSALS = (400, 401, 403, 404, 408, 413, 415, 421, 429, 500, 503, 504)
@@ -77,7 +74,7 @@ def create_app(
     """An application that answers with `models.current`.
 
     It is probed after start-up: /ready answers 503 until it has answered its probes, and for good if it fails them, in
-    which case `failed` is told. From then on `follower` changes the model, beside the requests. `computing` is the
+    which case `failed` is called. From then on `follower` changes the model, beside the requests. `computing` is the
     thread that loaded it, see `Batcher`; `tracing` makes spans of requests, and is closed at the end.
     """
     options = options or Options()
@@ -87,9 +84,9 @@ def create_app(
         computing=computing or ThreadPoolExecutor(1, "computing"),
     )
     metrics = Metrics(batcher, models)
-    batcher.told = metrics.batch
+    batcher.on_batch = metrics.batch
     if follower is not None:
-        follower.told = metrics.move
+        follower.on_change = metrics.move
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -124,16 +121,20 @@ def create_app(
     app.add_middleware(
         AccessLog,
         facts=lambda: models.current.facts(),
-        told=metrics.request,
+        observe=metrics.request,
         closing=lambda: models.closing,
-        tracing=tracing,
     )
     app.add_exception_handler(HTTPException, _not_here)
     _add_routes(app, service, paths)
     add_probes(app, models, metrics, options.ready_path)
     add_page(app, lambda: _about(models))
-    add_served(app, models, options.limits, options.batch_tokens)
+    served = Served(models=models, limits=options.limits, batch_tokens=options.batch_tokens)
+    for dialect in DIALECTS:
+        if dialect.add_routes is not None:
+            dialect.add_routes(app, served)
     add_admin(app, models, follower, options.keys, options.webhook_secret)
+    if tracing is not None:
+        tracing.instrument(app)
     return app
 
 

@@ -72,12 +72,12 @@ class Batcher:
     """Scores pairs of concurrent requests; `queued_tokens` is what waits or is computed now.
 
     A request is refused with 429 where it would put more than `max_queued_tokens` into the queue, unless the queue is
-    empty. `told(tokens, pairs, seconds, cut)` is called after each batch, `cut` being how many of its pairs were cut.
+    empty. `on_batch(tokens, pairs, seconds, cut)` is called after each batch; `cut` says how many pairs were cut.
     """
 
     batch_tokens: int
     max_queued_tokens: int
-    told: Callable[[int, int, float, int], None] = lambda tokens, pairs, seconds, cut: None
+    on_batch: Callable[[int, int, float, int], None] = lambda tokens, pairs, seconds, cut: None
     computing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "computing"))
     """One thread, the one that loaded the scorer: once two threads have run a model, torch's OpenMP waits passively in
     both, and a single pair takes 38 ms instead of 22 (RoBERTa-base's shape, 2 cores, Intel Xeon, 2026-11-26)."""
@@ -163,7 +163,7 @@ class Batcher:
     def _measure(self, tokens: int, pairs: int, seconds: float, cut: int) -> None:
         now = tokens / max(seconds, 1e-6)
         self.rate = now if not self.rate else 0.9 * self.rate + 0.1 * now
-        self.told(tokens, pairs, seconds, cut)
+        self.on_batch(tokens, pairs, seconds, cut)
 
 
 def fill(jobs: "deque[_Job]", budget: int) -> Batch:

@@ -10,7 +10,7 @@ from cappy.scoring import Precision
 from cappy.scoring.calibration import Calibration, read_calibration
 from cappy.scoring.encoding import Encoded, Pair
 from serving.batcher import Computed, Engine
-from serving.ending import ENDING
+from serving.refusals import SHUTTING_DOWN
 
 if TYPE_CHECKING:
     from cappy.registry.models import Version
@@ -145,7 +145,7 @@ class Models:
 
         A service that was told to end still answers, so this is more than `reason`.
         """
-        return self.reason or (ENDING if self.closing else "")
+        return self.reason or (SHUTTING_DOWN if self.closing else "")
 
     def named(self, *names: str | None) -> Model | None:
         """The model of which each of these is name, version or spec, the current one first; an empty one is any."""

@@ -4,10 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 from cappy.scoring.encoding import Pair
 from serving.bodies import Bounds
+from serving.config import Limits
+from serving.models import Models
 
 Words = Annotated[str, Field(min_length=1)]
 """A text that may not be empty."""
@@ -44,6 +47,15 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Served:
+    """What the GET routes of a dialect tell its clients of."""
+
+    models: Models
+    limits: Limits
+    batch_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dialect:
     """One kind of client.
 
@@ -76,6 +88,8 @@ class Dialect:
     """Content types that a body may have beside JSON's; "" is none at all."""
     read: Callable[[bytes, Mapping[str, str], Bounds], Any] = lambda body, headers, bounds: bounds.parse(body)
     """A body, given with its headers, as JSON; Refusal where it is out of bounds, ValueError where it is no JSON."""
+    add_routes: Callable[[FastAPI, Served], None] | None = None
+    """Adds what else its clients ask for, such as what is served: GET routes that need no key."""
 
 
 def ranked(scored: Scored, values: Sequence[float], top: int | None = None) -> list[tuple[int, float]]:

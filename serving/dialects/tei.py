@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+from fastapi import FastAPI
 from pydantic import ConfigDict, Field, RootModel
 
+import cappy
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Flag, Refused, Scored, Texts, Words, ranked
+from serving.dialects.dialect import Body, Dialect, Flag, Refused, Scored, Served, Texts, Words, ranked
 
 LABEL = "LABEL_0"
 """What transformers calls the only output of a model whose outputs were given no names."""
@@ -107,6 +109,23 @@ def _predictions(request: TeiPredictRequest, scored: Scored) -> TeiPredictRespon
     return TeiPredictResponse(predictions[0] if isinstance(request.inputs, tuple) else predictions)
 
 
+def _add_routes(app: FastAPI, served: Served) -> None:
+    @app.get("/info", tags=["served"])
+    async def info() -> Mapping[str, Any]:
+        """What Text Embeddings Inference tells of a model, as far as it holds here."""
+        model = served.models.current
+        return {
+            "model_id": model.name,
+            "model_sha": model.sha256,
+            "model_dtype": model.precision,
+            "model_type": {"reranker": {"id2label": {"0": LABEL}, "label2id": {LABEL: 0}}},
+            "max_batch_tokens": served.batch_tokens,
+            "max_client_batch_size": served.limits.max_pairs,
+            "auto_truncate": True,
+            "version": cappy.__version__,
+        }
+
+
 RERANK = Dialect(
     name="tei_rerank",
     paths=("/rerank",),
@@ -120,6 +139,7 @@ RERANK = Dialect(
     marks=frozenset({"texts"}),
     bare=True,
     whole=lambda request: request.truncate is False,
+    add_routes=_add_routes,
 )
 PREDICT = Dialect(
     name="tei_predict",

@@ -1,14 +1,19 @@
-"""What goes back for an outcome: OpenAI's chat completion, whole or in chunks, and what the gateway adds to it."""
+"""What goes back for an outcome: OpenAI's chat completion, whole or as events, and what the gateway adds to it."""
 
+import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from serving.gateway.answering import Outcome
+from serving.gateway.errors import GatewayError
 
 REFUSAL = "I do not have an answer to this that is good enough to give."
+KEEP_ALIVE_SECONDS = 5.0
+"""A proxy or a client that hears nothing gives up; OpenAI's clients skip comments."""
+_COMMENT = ": sampling\n\n"
 _PIECE = re.compile(r"\s*\S{1,40}\s?|\s+")
 
 
@@ -22,13 +27,13 @@ def completion(outcome: Outcome, identity: str, *, details: bool) -> dict[str, A
         "object": "chat.completion",
         "created": int(time.time()),
         "model": outcome.best.model,
-        "choices": choices(outcome),
-        "usage": usage(outcome),
+        "choices": _choices(outcome),
+        "usage": _usage(outcome),
     }
-    return {**body, "cappy": {**facts(outcome), "candidates": candidates(outcome)}} if details else body
+    return {**body, "cappy": {**facts(outcome), "candidates": _candidates(outcome)}} if details else body
 
 
-def choices(outcome: Outcome) -> list[dict[str, Any]]:
+def _choices(outcome: Outcome) -> list[dict[str, Any]]:
     """The choices, best first, as the LLM's server sent them; the stated refusal where the gateway abstains."""
     if outcome.how == "abstained":
         message = {"role": "assistant", "content": REFUSAL, "refusal": REFUSAL}
@@ -36,7 +41,7 @@ def choices(outcome: Outcome) -> list[dict[str, Any]]:
     return [{**draw.choice, "index": index} for index, draw in enumerate(outcome.draws[: outcome.request.count])]
 
 
-def usage(outcome: Outcome) -> dict[str, Any]:
+def _usage(outcome: Outcome) -> dict[str, Any]:
     """Tokens of all candidates, as their servers counted them for every call, details included."""
     total: dict[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     for one in outcome.ledger.usages:
@@ -68,15 +73,15 @@ def facts(outcome: Outcome) -> dict[str, Any]:
 
 def headers(outcome: Outcome) -> dict[str, str]:
     """The facts as headers, `X-Cappy-Outcome` to `X-Cappy-Seconds`; those without a value are left out."""
-    told = {name: json.dumps(fact) if not isinstance(fact, str) else fact for name, fact in facts(outcome).items()}
+    texts = {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts(outcome).items()}
     return {
         f"X-Cappy-{name.replace('_', '-').title()}": value.encode("ascii", "replace").decode()
-        for name, value in told.items()
+        for name, value in texts.items()
         if value not in ("null", "")
     }
 
 
-def candidates(outcome: Outcome) -> list[dict[str, Any]]:
+def _candidates(outcome: Outcome) -> list[dict[str, Any]]:
     """Every candidate with its scores, best first; `score` is null where it was no text that could be scored."""
     return [
         {
@@ -100,15 +105,15 @@ def chunks(outcome: Outcome, identity: str, *, details: bool) -> Iterator[dict[s
     head = {"id": identity, "object": "chat.completion.chunk", "created": int(time.time()), "model": outcome.best.model}
     if outcome.request.include_usage:
         head = {**head, "usage": None}
-    for choice in choices(outcome):
+    for choice in _choices(outcome):
         yield from ({**head, "choices": [part]} for part in _parts(choice))
         end = {**head, "choices": [_part(choice, {}, finish=choice.get("finish_reason"))]}
         if choice["index"] == 0:
-            own = {"candidates": candidates(outcome)} if details else {}
+            own = {"candidates": _candidates(outcome)} if details else {}
             end["cappy"] = {**facts(outcome), **own}
         yield end
     if outcome.request.include_usage:
-        yield {**head, "choices": [], "usage": usage(outcome)}
+        yield {**head, "choices": [], "usage": _usage(outcome)}
 
 
 def _parts(choice: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -150,3 +155,29 @@ def _added(total: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, int | float) and not isinstance(value, bool) and isinstance(known, int | float | None):
             found[name] = (known or 0) + value
     return found
+
+
+async def events(
+    work: "asyncio.Task[Outcome]", write: Callable[[Outcome], Iterator[Mapping[str, Any]]], *, keep_alive: float
+) -> AsyncIterator[str]:
+    """The chunks of the outcome as events, `[DONE]` last; a comment at once and each `keep_alive` seconds until then.
+
+    A GatewayError becomes an event with OpenAI's error object, which its clients raise. The work is cancelled when the
+    client goes.
+    """
+    try:
+        while not work.done():
+            yield _COMMENT
+            await asyncio.wait({work}, timeout=keep_alive)
+        for chunk in write(work.result()):
+            yield _event(chunk)
+        yield "data: [DONE]\n\n"
+    except GatewayError as problem:
+        yield _event(problem.body())
+    finally:
+        work.cancel()
+
+
+def _event(values: Mapping[str, Any]) -> str:
+    """One event."""
+    return f"data: {json.dumps(values)}\n\n"

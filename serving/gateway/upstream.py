@@ -10,10 +10,11 @@ import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import httpx2
 
+from cappy.errors import ConfigError, shown
 from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records.instance import SELECTABLE, Status
 from cappy.redaction import SHORTEST
@@ -21,12 +22,12 @@ from cappy.sampling.endpoint.addresses import base_address, join_path, key_heade
 from cappy.sampling.endpoint.answers import BadAnswerError, GivenUpError, model_name, read_choice, read_choices
 from cappy.sampling.endpoint.bounded import MAX_BYTES, MAX_LIST_BYTES, answer_bytes, async_settings, max_connections
 from cappy.sampling.endpoint.capabilities import LENGTH, NEW_LENGTH, Capabilities, refused_parameter
+from cappy.sampling.endpoint.keys import NO_KEY, api_key, refuse_secrets
 from cappy.sampling.paid import tokens_of
 from cappy.untrusted import is_utf8, to_utf8
 from serving.gateway.errors import GatewayError, bad_answer, late, not_utf8, refused, unreachable
-from serving.gateway.ledger import Ledger, read_usage
-from serving.gateway.llm import LLM
-from serving.gateway.schemas import ChatRequest
+from serving.gateway.policy import Ledger, Prices, read_usage
+from serving.gateway.requests import ChatRequest
 
 CONNECT_SECONDS = 10.0
 MODELS_KNOWN = 256
@@ -35,6 +36,45 @@ _OWN = ("stream", "stream_options", "n")
 LOGGER = logging.getLogger("serving.gateway")
 Read = tuple[str, Status, list[float]]
 """Text, status and log-probabilities of a choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLM:
+    """Where an LLM is asked: `model` takes the place of the client's where it is set.
+
+    `key` is sent where it is set; else what the client sent as its Authorization, if `passes_key`.
+    """
+
+    url: str
+    model: str = ""
+    key: str = field(default="", repr=False)
+    passes_key: bool = True
+    prices: Prices = field(default_factory=Prices)
+
+    def authorization(self, of_client: str) -> str:
+        """The header to send, empty for none."""
+        return f"Bearer {self.key}" if self.key else of_client if self.passes_key else ""
+
+
+def llm(url: str, *, model: str = "", key_variable: str = "", passes_key: bool = True, prices: Prices) -> LLM:
+    """The LLM at an address, its key from the environment; ConfigError where either is none."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"{shown(url)}: an LLM's address is http://host:port/v1")
+    refuse_secrets(url)
+    try:
+        httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise ConfigError(f"{shown(url)}: is no address ({error}); an LLM's is http://host:port/v1") from error
+    key = key_of(url, key_variable)
+    return LLM(url=base_address(url), model=model, key=key, passes_key=passes_key, prices=prices)
+
+
+def key_of(url: str, variable: str) -> str:
+    """The key of a server in a variable of the environment, empty without a variable; ConfigError if it is not set."""
+    key = api_key(variable) if variable else ""
+    if key == NO_KEY:
+        raise ConfigError(f"{variable} is not set; put the key of {url} there, or leave the flag out")
+    return key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +101,6 @@ class Draw:
     def scorable(self) -> bool:
         """Whether a selector may pick it: it is a text, and neither refused nor filtered."""
         return self.status in SELECTABLE
-
-
-class Worth(Protocol):
-    """`Scoring.worth`."""
-
-    def __call__(self, scores: Sequence[float], *, n: int) -> list[float]:
-        """What scores are worth, each as the best of `n`."""
 
 
 @dataclass
@@ -355,14 +388,3 @@ def _without(body: bytes, authorization: str) -> bytes:
         if len(key) >= SHORTEST:
             body = body.replace(key.encode("latin-1", "replace"), b"***")
     return body
-
-
-def valued(draws: Sequence[Draw], worth: Worth) -> list[Draw]:
-    """The candidates with what their scores are worth among all of them; a text that was drawn twice counts once."""
-    scores = {index: draw.score for index, draw in enumerate(draws) if draw.score is not None}
-    if not scores:
-        return list(draws)
-    values = dict(
-        zip(scores, worth(list(scores.values()), n=len({draws[index].text for index in scores})), strict=True)
-    )
-    return [replace(draw, value=values.get(index)) for index, draw in enumerate(draws)]

@@ -15,9 +15,9 @@ from wording import assert_names
 
 from cappy.scoring.encoding import Pair
 from serving.app import Options, create_app
-from serving.keys import Keys
+from serving.config import Limits
+from serving.guards import Keys
 from serving.models import Models
-from serving.service import Limits
 
 Serve = Callable[..., TestClient]
 SHAPE = 'send {"pairs": [["instruction", "response"], ...]}'
@@ -153,7 +153,7 @@ def test_what_is_too_large_is_413(serve: Serve) -> None:
 
 
 def test_a_body_above_the_limit_is_413_announced_or_not(serve: Serve) -> None:
-    client = serve(options=Options(limits=Limits(max_body_bytes=2000)))
+    client = serve(options=Options(limits=Limits(max_body_mb=0.002)))
     body = json.dumps({"pairs": [["a", "b" * 2000]]}).encode()
     for content in (body, iter([body[:1000], body[1000:]])):
         answer = client.post("/score", content=content, headers={"content-type": "application/json"})
@@ -163,7 +163,7 @@ def test_a_body_above_the_limit_is_413_announced_or_not(serve: Serve) -> None:
 
 def test_a_request_that_takes_too_long_is_504_and_leaves_the_queue(serve: Serve) -> None:
     engine = FakeEngine(delay=0.3)
-    client = serve(engine, Options(batch_tokens=3, limits=Limits(seconds=60)))
+    client = serve(engine, Options(batch_tokens=3, limits=Limits(timeout=60)))
     body = {"pairs": [["a", str(number)] for number in range(9)]}
     answer = client.post("/score", json=body, headers={"X-Timeout-Seconds": "0.4"})
     assert answer.status_code == 504

@@ -15,8 +15,8 @@ from worst_bodies import CHAT_PLACES, MEGABYTES, PLACES, Watched, bodies, servic
 
 from serving.app import Options
 from serving.bodies import _BLOCK, BodyBudget, Bounds, measure
+from serving.config import Limits
 from serving.refusals import Refusal
-from serving.service import Limits
 
 Serve = Callable[..., TestClient]
 JSON_TYPE = {"content-type": "application/json"}
@@ -102,7 +102,7 @@ def test_a_body_that_is_too_deep_is_400_and_one_of_too_many_values_413_before_it
 
 
 def test_all_texts_together_have_a_limit_and_equal_ones_count_once(serve: Serve) -> None:
-    client = serve(options=Options(limits=Limits(max_text_bytes=1000)))
+    client = serve(options=Options(limits=Limits(max_text_mb=0.001)))
     same = {"pairs": [["a" * 400, "b"]] * 20}
     assert client.post("/score", json=same).status_code == 200
     wide = {"instruction": "a", "responses": ["\u4e2d" * 200, "\u4e2d" * 201]}
@@ -137,11 +137,11 @@ def test_bodies_that_are_held_at_once_have_a_limit_and_leave_it_when_they_are_an
 
 
 def test_more_bodies_than_there_is_room_for_are_503_and_the_others_are_answered(serve: Serve) -> None:
-    client = serve(FakeEngine(delay=0.5), Options(limits=Limits(max_body_bytes=100)))
+    client = serve(FakeEngine(delay=0.5), Options(limits=Limits(max_body_mb=0.001)))
     answers: list[int] = []
 
     def ask(number: int) -> None:
-        answers.append(client.post("/score", json={"pairs": [[str(number), "x" * 60]]}).status_code)
+        answers.append(client.post("/score", json={"pairs": [[str(number), "x" * 600]]}).status_code)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(40)]
     for thread in threads:

@@ -17,9 +17,10 @@ from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError
 from serving.app import Options
-from serving.browsers import BrowserGuard, Hosts, hosts_of, read_hosts
+from serving.config import ServeConfig, hosts_of_environment
 from serving.dialects import DIALECTS
 from serving.gateway.app import Access, create_app
+from serving.guards import BrowserGuard, Hosts, hosts_of
 
 Serve = Callable[..., TestClient]
 PAIR = '{"pairs": [["a", "b"]]}'
@@ -269,10 +270,10 @@ def test_two_host_headers_are_400(serve: Serve) -> None:
 
 
 def test_names_come_from_the_flag_or_the_environment_and_what_is_no_name_is_one_line() -> None:
-    assert read_hosts([], "a.example, *.b.example") == ["a.example", "*.b.example"]
-    assert read_hosts(["c.example"], "a.example") == ["c.example"]
+    assert hosts_of_environment({"CAPPY_ALLOWED_HOSTS": "a.example, *.b.example"}) == ("a.example", "*.b.example")
+    assert ServeConfig(allowed_hosts=("c.example, d.example",)).hosts == ["c.example", "d.example"]
     for name in ("https://a.example", "a.example:80", "a*.example", "a b"):
         with raises_naming(ConfigError, f"--allowed-hosts '{name}'", "*.example"):
-            read_hosts([name], "")
+            ServeConfig(allowed_hosts=(name,))
     with pytest.raises(ConfigError, match="^CAPPY_ALLOWED_HOSTS"):
-        read_hosts([], "a/b")
+        hosts_of_environment({"CAPPY_ALLOWED_HOSTS": "a/b"})

@@ -17,7 +17,8 @@ from cappy.builtin import SCORER_FOLDER
 from cappy.errors import ConfigError, FolderError
 from cappy.scoring import Scorer
 from serving.app import Options
-from serving.environment import Environment, local, read
+from serving.config import Environment, ServeConfig, read_environment
+from serving.server import local
 
 Serve = Callable[..., TestClient]
 ROOT = Path(__file__).parents[2]
@@ -26,16 +27,14 @@ PAIRS = [["Sort: pear fig", "fig pear"], ["Sort: pear fig", "pear fig"]]
 
 
 def test_without_the_variables_the_usual_is_served() -> None:
-    assert read({}) == Environment() == read({"AIP_HTTP_PORT": "", "AIP_PREDICT_ROUTE": ""})
-    assert (Environment().scorer, Environment().host, Environment().port) == (
-        "models:/cappy@champion",
-        "127.0.0.1",
-        8080,
-    )
+    empty = {"AIP_HTTP_PORT": "", "AIP_PREDICT_ROUTE": "", "AIP_STORAGE_URI": "", "CAPPY_ALLOWED_HOSTS": ""}
+    assert read_environment({}) == Environment() == read_environment(empty)
+    config = ServeConfig()
+    assert (config.scorer, config.host, config.port) == ("models:/cappy@champion", "127.0.0.1", 8080)
 
 
 def test_the_variables_say_where_the_model_lies_and_where_to_answer() -> None:
-    told = read(
+    found = read_environment(
         {
             "AIP_STORAGE_URI": "gs://bucket/models/7/",
             "AIP_HTTP_PORT": "9000",
@@ -43,14 +42,13 @@ def test_the_variables_say_where_the_model_lies_and_where_to_answer() -> None:
             "AIP_HEALTH_ROUTE": PLACE,
         }
     )
-    assert told == Environment(
-        scorer="gs://bucket/models/7",
-        host="0.0.0.0",
-        port=9000,
+    assert found == Environment(
+        settings={"scorer": "gs://bucket/models/7", "host": "0.0.0.0", "port": 9000, "allowed_hosts": ("*",)},
         routes={f"{PLACE}:predict": "vertex"},
         ready_path=PLACE,
-        allowed_hosts=("*",),
     )
+    named = read_environment({"AIP_HTTP_PORT": "9000", "CAPPY_ALLOWED_HOSTS": "a.example"})
+    assert named.settings["allowed_hosts"] == ("a.example",)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +63,7 @@ def test_the_variables_say_where_the_model_lies_and_where_to_answer() -> None:
 )
 def test_a_variable_that_holds_nonsense_is_named(name: str, value: str) -> None:
     with raises_naming(ConfigError, f"{name}: '{value}'"):
-        read({name: value})
+        read_environment({name: value})
 
 
 @pytest.mark.parametrize("route", [f"{PLACE}:predict", "/predict", "/score", "/rerank"])

@@ -20,11 +20,12 @@ from wording import raises_naming
 
 from cappy.errors import ConfigError, RegistryError, UnreachableError
 from cappy.registry import Version
+from serving.admin import read_secret
 from serving.app import Options, create_app
-from serving.following import Follower, follow_seconds
-from serving.keys import Keys
+from serving.config import ServeConfig
+from serving.following import Follower
+from serving.guards import Keys
 from serving.models import Model, Models
-from serving.webhook import read_secret
 
 ALIAS = "models:/cappy@champion"
 KEY = {"Authorization": "Bearer some-key"}
@@ -420,13 +421,14 @@ def test_the_signature_is_the_one_that_mlflow_computes() -> None:
 
 @pytest.mark.parametrize("spec", ["builtin", "some/folder", "models:/cappy/3", "hub:org/name@0123456"])
 def test_what_is_no_alias_is_not_followed(spec: str) -> None:
-    assert follow_seconds(spec, None) == follow_seconds(spec, 0) == 0
-    with raises_naming(ConfigError, "--follow 5", spec, "models:/name@"):
-        follow_seconds(spec, 5)
+    assert [ServeConfig(scorer=spec, follow_seconds=asked).follow_interval for asked in (None, 0)] == [0, 0]
+    with raises_naming(ConfigError, "--follow-seconds 5", spec, "models:/name@"):
+        ServeConfig(scorer=spec, follow_seconds=5)
 
 
 def test_an_alias_is_followed_every_30_seconds_unless_told_otherwise() -> None:
-    assert [follow_seconds(ALIAS, asked) for asked in (None, 0, 2.5)] == [30, 0, 2.5]
+    intervals = [ServeConfig(scorer=ALIAS, follow_seconds=asked).follow_interval for asked in (None, 0, 2.5)]
+    assert intervals == [30, 0, 2.5]
 
 
 def test_a_short_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

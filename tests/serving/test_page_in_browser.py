@@ -16,9 +16,9 @@ from chromium import launched, needs_chromium
 from scoring_function import FakeEngine, model
 
 from serving.app import Options, create_app
-from serving.keys import Keys
+from serving.config import Limits
+from serving.guards import Keys
 from serving.models import Models
-from serving.service import Limits
 
 pytestmark = needs_chromium
 

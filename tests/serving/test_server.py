@@ -19,8 +19,10 @@ import pytest
 from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError
-from serving.keys import read_keys
-from serving.server import Address, bound, run
+from serving.config import ServeConfig
+from serving.guards import read_keys
+from serving.listener import bound
+from serving.server import run
 
 PROGRAM = """
 import sys
@@ -28,10 +30,10 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from scoring_function import FakeEngine, model
 from cappy.errors import CappyError
-from serving import server
-from serving.app import Options
+from serving import connections, server
+from serving.config import ServeConfig
 
-server.PunctualProtocol.__init__.__globals__["HEAD_SECONDS"] = 0.5
+connections.HEAD_SECONDS = 0.5
 kind, *tls = sys.argv[2:]
 
 def score(pair):
@@ -42,9 +44,13 @@ certificate, key = map(Path, tls) if tls else (None, None)
 try:
     server.serve(
         lambda: model(engine, version="0123456789ab"),
-        server.Address(port=0, certificate=certificate, key=key, notice_seconds=2.0 if kind == "slow" else 0.1),
-        Options(batch_tokens=3 if kind == "slow" else 2048),
-        batch_tokens=3 if kind == "slow" else 0,
+        ServeConfig(
+            port=0,
+            tls_certificate=certificate,
+            tls_key=key,
+            notice=2.0 if kind == "slow" else 0.1,
+            batch_tokens=3 if kind == "slow" else 0,
+        ),
     )
 except CappyError as error:
     sys.exit(f"cappy serve: {error}")
@@ -196,9 +202,9 @@ def test_with_a_certificate_it_speaks_https(start: Start, tmp_path: Path) -> Non
 def test_a_certificate_without_its_key_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "c.pem").write_text("")
     with raises_naming(ConfigError, "--tls-certificate and --tls-key"):
-        run("no/such/folder", Address(port=0, certificate=tmp_path / "c.pem"))
+        run(ServeConfig(scorer="no/such/folder", port=0, tls_certificate=tmp_path / "c.pem"))
     with raises_naming(ConfigError, f"--tls-key {tmp_path}/k.pem", "PEM"):
-        run("no/such/folder", Address(port=0, certificate=tmp_path / "c.pem", key=tmp_path / "k.pem"))
+        run(ServeConfig(scorer="no/such/folder", tls_certificate=tmp_path / "c.pem", tls_key=tmp_path / "k.pem"))
 
 
 @pytest.mark.parametrize("passphrase", [False, True])
@@ -212,16 +218,16 @@ def test_a_certificate_that_is_none_or_a_key_that_asks_for_a_passphrase_is_refus
     command = ["openssl", "req", *words, *protection, "-keyout", str(key), "-out", str(certificate)]
     subprocess.run(command, check=True, capture_output=True)
     given = (certificate, key) if passphrase else (key, certificate)
-    address = Address(port=0, certificate=given[0], key=given[1])
+    config = ServeConfig(scorer="no/such/folder", port=0, tls_certificate=given[0], tls_key=given[1])
     with raises_naming(ConfigError, f"--tls-certificate {given[0]}", f"--tls-key {given[1]}", "passphrase"):
-        run("no/such/folder", address)
+        run(config)
 
 
 def test_a_port_in_use_is_said_in_one_line_before_the_scorer_is_looked_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with raises_naming(ConfigError, f"127.0.0.1:{port}: ", "in use", "--port"):
-            run("no/such/folder", Address(port=port))
+            run(ServeConfig(scorer="no/such/folder", port=port))
 
 
 def test_an_address_of_another_machine_is_said_in_one_line() -> None:

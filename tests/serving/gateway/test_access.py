@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from gateway_server import gateway
 
 from serving.gateway.app import Access, create_app
-from serving.keys import Keys
+from serving.guards import Keys
 
 OURS, LLMS = "our-own-canary-key", "sk-llm-canary"
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}

@@ -20,8 +20,7 @@ from gateway_server import gateway, listening
 from local_server import handled_by
 from wording import assert_names
 
-from serving.gateway.ledger import Limits
-from serving.gateway.policy import Policy
+from serving.gateway.config import Policy, SpendingLimits
 
 CANARY = "sk-canary-4f1d9a"
 ONE_BY_ONE = {"refused": ("n",)}
@@ -56,7 +55,7 @@ def ask(url: str, text: str = "hello", key: str = CANARY, **more: object) -> htt
 )
 def test_a_fault_of_the_server_is_told_under_its_status_in_openais_shape(fault: str, status: int, words: str) -> None:
     weather = Weather(faults=[fault], rate=1.0, stall=2.0, later=7.0)
-    limits = Limits(seconds=1.0 if fault == "stall" else 30.0)
+    limits = SpendingLimits(max_seconds=1.0 if fault == "stall" else 30.0)
     with behind(weather, Model(), limits=limits) as url:
         answer = ask(url)
     assert answer.status_code == status
@@ -117,7 +116,7 @@ def test_a_refusal_keeps_its_status_and_code(word: str, status: int, code: str) 
 
 def test_a_parameter_that_the_client_asked_for_and_the_model_refuses_is_not_dropped() -> None:
     model = Model(refused=("temperature", "max_tokens"))
-    with serving(model) as upstream, listening(gateway(upstream, limits=Limits(tokens=100))) as url:
+    with serving(model) as upstream, listening(gateway(upstream, limits=SpendingLimits(max_tokens=100))) as url:
         own = ask(url)
         before = len(model.asked)
         refused = ask(url, temperature=0.5)

@@ -28,7 +28,7 @@ import serving as service
 from cappy.errors import ConfigError
 from serving.gateway.errors import GatewayError
 from serving.gateway.scoring import load
-from serving.keys import Keys
+from serving.guards import Keys
 from serving.models import Models
 
 CANARY = "sk-canary-4f1d9a"
@@ -141,7 +141,7 @@ def test_the_command_answers_says_what_its_scores_are_and_sigterm_lets_a_request
             ["--upstream", "http://h/v1", "--scorer", "builtin", "--scorer-key-variable", "X"],
             ["--scorer-key-variable", "--scorer http://host:port"],
         ),
-        (["--upstream", "http://h/v1", "--max-cost", "1"], ["money", "--price-prompt", "--price-completion"]),
+        (["--upstream", "http://h/v1", "--max-cost", "1"], ["money", "--price-input", "--price-output"]),
         (["--upstream", "http://h/v1", "--floor", "0.9", "--threshold", "0.5"], ["--floor 0.9", "--threshold 0.5"]),
         (["--upstream", "http://h/v1", "--scorer", "http://127.0.0.1:9"], ["http://127.0.0.1:9: ", "cappy serve"]),
         (["--upstream", "http://h/v1", "--scorer", "builtin", "--calibration", "."], [".: ", "calibration.json"]),

@@ -11,7 +11,8 @@ from scipy import integrate, stats
 from wording import raises_naming
 
 from cappy.errors import ConfigError
-from serving.gateway.policy import Policy, decide, expected_gain
+from serving.gateway.config import Policy
+from serving.gateway.policy import decide, expected_gain
 
 # Scores on a grid, so that rounding is far below what is compared.
 SCORE = st.integers(0, 1000).map(lambda number: number / 1000)

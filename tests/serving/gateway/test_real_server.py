@@ -8,7 +8,7 @@ import openai
 import pytest
 from gateway_server import gateway, listening, scoring
 
-from serving.gateway.policy import Policy
+from serving.gateway.config import Policy
 
 MESSAGES = [{"role": "user", "content": "the cat sat"}]
 SAMPLED = {"max_tokens": 8, "temperature": 1.0, "seed": 1}

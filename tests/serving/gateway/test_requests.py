@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wording import assert_names
 
-from serving.gateway.conversation import instruction_of
+from serving.gateway.config import ChatLimits
 from serving.gateway.errors import GatewayError
-from serving.gateway.schemas import read_request
+from serving.gateway.requests import instruction_of, read_request
 
 JSON_TYPE = {"content-type": "application/json"}
 USER = {"role": "user", "content": "hello"}
@@ -28,7 +28,7 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def url(model: Model) -> Iterator[str]:
-    with serving(model) as upstream, listening(gateway(upstream), max_body_bytes=100_000) as url:
+    with serving(model) as upstream, listening(gateway(upstream), limits=ChatLimits(max_body_mb=0.1)) as url:
         yield url
 
 

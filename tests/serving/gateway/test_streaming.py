@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.gateway.completion import pieces
-from serving.gateway.policy import Policy
+from serving.gateway.config import Policy
 
 MESSAGES = [{"role": "user", "content": "hello  there\nyou"}]
 
