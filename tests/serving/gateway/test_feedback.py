@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wording import raises_naming
 
-from cappy import annotation, preparation
+from cappy.annotation import step as annotation
 from cappy.errors import FolderError, RecordError
+from cappy.preparation import step as preparation
 from cappy.records import Candidate, Instance, read, read_manifest
 from cappy.records.folder import verify
 from serving.gateway.appendable_dataset import Answer, AppendableDataset
