@@ -22,9 +22,9 @@ from cappy.errors import ConfigError
 from cappy.specs import parse_spec
 from serving.bodies import Bounds, received
 from serving.dialects.own import Problem, refuse
+from serving.engine import Model, Models
 from serving.following import Follower
 from serving.guards import SHORTEST_SECRET, Keys, unknown_key
-from serving.models import Model, Models
 from serving.refusals import Refusal
 
 WEBHOOK_VARIABLE = "CAPPY_WEBHOOK_SECRET"

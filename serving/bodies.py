@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from fastapi import Request
@@ -67,7 +67,7 @@ class Bounds:
         if values > self.max_values:
             raise Refusal(413, f"the body has more than {self.max_values} values; {self.remedy}")
 
-    def parse(self, data: bytes) -> Any:
+    def parse(self, data: bytes) -> object:
         """The JSON; Refusal where it is out of bounds, ValueError where it is none."""
         self.check(data)
         return from_json(data)

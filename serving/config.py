@@ -196,7 +196,7 @@ class ServeConfig(Limits, AccessConfig, ListenerConfig, ServedScorer):
 class Environment:
     """What a container's environment says: settings, as far as no flag is given, and further paths to answer at."""
 
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     routes: Mapping[str, str] = field(default_factory=dict)
     """Path -> name of the dialect."""
     ready_path: str = ""

@@ -170,7 +170,7 @@ class PunctualProtocol(H11Protocol):
         self._overdue: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # sockets have no other
         """Begins to wait for the first head, or says that there is no room."""
         super().connection_made(transport)
         if self._handshake is not None:
@@ -286,9 +286,9 @@ class TlsHandshake(SSLProtocol):
         # None: no future waits for the handshake.
         super().__init__(loop, inner, context, None, server_side=True, ssl_handshake_timeout=seconds)  # type: ignore[arg-type]
         self._counted = inner.behind(self)
-        self._raw: Any = None
+        self._raw: asyncio.Transport | None = None
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # sockets have no other
         """Begins the handshake if there is room."""
         self._raw = transport
         if self._counted.admit(self):
@@ -303,7 +303,8 @@ class TlsHandshake(SSLProtocol):
 
     def evict(self) -> None:
         """Closes it at once."""
-        self._raw.abort()
+        if self._raw is not None:
+            self._raw.abort()
 
 
 def with_tls(make: Callable[..., PunctualProtocol], context: ssl.SSLContext) -> Callable[..., TlsHandshake]:

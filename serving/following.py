@@ -17,7 +17,7 @@ from cappy.errors import CappyError, UnreachableError, shown
 from cappy.registry.models import Version
 from cappy.scoring import Precision
 from serving.config import FOLLOW_SECONDS
-from serving.models import PROBES, Model, Models, load, probe
+from serving.engine import PROBES, Model, Models, load, probe
 
 LOGGER = logging.getLogger("serving")
 TRIES = 3

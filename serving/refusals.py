@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -58,18 +57,18 @@ class Broken:
         return f"{self.field or 'body'}: {self.rule}" + (f" (and {self.more} more)" if self.more else "")
 
 
-def broken(error: ValidationError, body: Any) -> Broken:
-    """What is told of `body`, none of whose texts are repeated."""
+def broken(error: ValidationError, body: object) -> Broken:
+    """What is wrong with `body`, none of whose texts are repeated."""
     errors = error.errors(include_url=False, include_input=False)
     # Where a field may have several forms, a sentence of ours says more than that it has not the first form.
-    told = next((one for one in errors if one["type"] == "value_error"), errors[0])
-    form = RULES.get(told["type"])
-    rule = form.format(**told.get("ctx", {})) if form else told["msg"].removeprefix("Value error, ")
+    first = next((one for one in errors if one["type"] == "value_error"), errors[0])
+    form = RULES.get(first["type"])
+    rule = form.format(**first.get("ctx", {})) if form else first["msg"].removeprefix("Value error, ")
     fields = {_field(one["loc"], body, one["type"]) for one in errors}
-    return Broken(field=_field(told["loc"], body, told["type"]), rule=rule, more=len(fields) - 1)
+    return Broken(field=_field(first["loc"], body, first["type"]), rule=rule, more=len(fields) - 1)
 
 
-def _field(location: Sequence[int | str], body: Any, kind: str) -> str:
+def _field(location: Sequence[int | str], body: object, kind: str) -> str:
     """A location without the names of the forms that a field may have, which pydantic puts between its steps."""
     kept, value = [], body
     for place, step in enumerate(location):

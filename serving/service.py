@@ -12,7 +12,6 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
-from serving.batcher import Batcher
 from serving.bodies import (
     BODIES_AT_ONCE,
     GONE,
@@ -25,8 +24,8 @@ from serving.bodies import (
 )
 from serving.config import Limits
 from serving.dialects import Dialect, Scored
+from serving.engine import Batcher, Model, Models
 from serving.guards import Keys, unknown_key
-from serving.models import Model, Models
 from serving.refusals import Refusal, broken
 
 LOGGER = logging.getLogger("serving")
@@ -83,7 +82,7 @@ class Service:
             LOGGER.exception("a request failed")
             return refused(dialects, Refusal(500, "the scorer failed; the log of the service says how"))
 
-    async def _answer(self, request: Request, dialect: Dialect, value: Any, size: int) -> Response:
+    async def _answer(self, request: Request, dialect: Dialect, value: object, size: int) -> Response:
         """The answer to a body of `size` bytes."""
         asked, pairs = await apart(size, partial(self._understand, dialect, value))
         model = self._model(dialect.named(asked), *request.path_params.values())
@@ -93,7 +92,7 @@ class Service:
         scored = await self._scored(request, model, pairs, n=len(set(pairs)) if dialect.one_pool else 1)
         return await apart(size, partial(written, dialect, asked, scored))
 
-    def _understand(self, dialect: Dialect, value: Any) -> tuple[BaseModel, Sequence[tuple[str, str]]]:
+    def _understand(self, dialect: Dialect, value: object) -> tuple[BaseModel, Sequence[tuple[str, str]]]:
         """The request and its pairs; Refusal where it has another shape or is too large."""
         asked = parsed(dialect, value)
         pairs = dialect.pairs(asked)
@@ -153,7 +152,7 @@ class Service:
     async def _receive(self, request: Request, dialect: Dialect, share: Share) -> bytes:
         return await received(request, self.limits.max_body_bytes, REMEDY, types=dialect.types, share=share)
 
-    def _parse(self, body: bytes, headers: Mapping[str, str], dialect: Dialect) -> Any:
+    def _parse(self, body: bytes, headers: Mapping[str, str], dialect: Dialect) -> object:
         """The JSON of the body."""
         try:
             return dialect.read(body, headers, self.bounds)
@@ -170,13 +169,13 @@ class Service:
         return model
 
 
-def chosen(dialects: Sequence[Dialect], value: Any) -> Dialect:
+def chosen(dialects: Sequence[Dialect], value: object) -> Dialect:
     """The first dialect of a path one of whose marks a body has; the path's first where it has none's."""
     names = value.keys() if isinstance(value, Mapping) else frozenset()
     return next((dialect for dialect in dialects if dialect.marks & names), dialects[0])
 
 
-def parsed(dialect: Dialect, value: Any) -> BaseModel:
+def parsed(dialect: Dialect, value: object) -> BaseModel:
     """The request; Refusal that names the field and the rule, and does not repeat what was sent."""
     try:
         return dialect.request.model_validate(value)

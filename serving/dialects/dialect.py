@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cappy.scoring.encoding import Pair
 from serving.bodies import Bounds
 from serving.config import Limits
-from serving.models import Models
+from serving.engine import Models
 
 Words = Annotated[str, Field(min_length=1)]
 """A text that may not be empty."""
@@ -71,7 +71,7 @@ class Dialect:
     problem: type[BaseModel]
     pairs: Callable[[Any], Sequence[Pair]]
     answer: Callable[[Any, Scored], BaseModel]
-    refuse: Callable[[int, str], Mapping[str, Any]]
+    refuse: Callable[[int, str], Mapping[str, object]]
     shape: str
     """The shortest right body, for whoever sent another."""
     marks: frozenset[str] = frozenset()
@@ -86,7 +86,7 @@ class Dialect:
     """Whether a request asks that a pair is refused rather than cut where it is longer than the scorer reads."""
     types: frozenset[str] = frozenset()
     """Content types that a body may have beside JSON's; "" is none at all."""
-    read: Callable[[bytes, Mapping[str, str], Bounds], Any] = lambda body, headers, bounds: bounds.parse(body)
+    read: Callable[[bytes, Mapping[str, str], Bounds], object] = lambda body, headers, bounds: bounds.parse(body)
     """A body, given with its headers, as JSON; Refusal where it is out of bounds, ValueError where it is no JSON."""
     add_routes: Callable[[FastAPI, Served], None] | None = None
     """Adds what else its clients ask for, such as what is served: GET routes that need no key."""

@@ -1,7 +1,7 @@
 """MLflow's scoring server: POST /invocations, tables of instructions and responses in any of its four forms."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from fastapi import FastAPI, Response
 from fastapi.responses import PlainTextResponse
@@ -117,7 +117,7 @@ def _pairs(request: InvocationsRequest) -> list[Pair]:
     return [(row.instruction, row.response) for row in table]
 
 
-def _refuse(status: int, message: str) -> Mapping[str, Any]:
+def _refuse(status: int, message: str) -> Mapping[str, object]:
     return {"error_code": KINDS.get(status, "BAD_REQUEST"), "message": message}
 
 

@@ -5,7 +5,7 @@ Inputs may come as JSON or, by the extension for binary data, as bytes behind th
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
@@ -127,7 +127,7 @@ def _flat(data: Sequence[JsonValue], depth: int = 8) -> Iterator[str]:
             raise ValueError("data must be texts")
 
 
-def _read(body: bytes, headers: Mapping[str, str], bounds: Bounds) -> Any:
+def _read(body: bytes, headers: Mapping[str, str], bounds: Bounds) -> object:
     """The JSON of a body with its binary tensors as `data`; ValueError where the sizes do not hold.
 
     The elements of tensors count as values.
@@ -177,7 +177,7 @@ def _add_routes(app: FastAPI, served: Served) -> None:
     models = served.models
 
     @app.get("/v2", tags=["served"])
-    async def server_metadata() -> Mapping[str, Any]:
+    async def server_metadata() -> Mapping[str, object]:
         """The service itself."""
         return {"name": "cappy", "version": cappy.__version__, "extensions": ["binary_tensor_data"]}
 

@@ -1,7 +1,7 @@
 """Text Embeddings Inference: POST /rerank for responses to one instruction, POST /predict for pairs."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import FastAPI
 from pydantic import ConfigDict, Field, RootModel
@@ -79,7 +79,7 @@ class TeiProblem(Refused):
     error_type: Kind
 
 
-def _refuse(status: int, message: str) -> Mapping[str, Any]:
+def _refuse(status: int, message: str) -> Mapping[str, object]:
     return {"error": message, "error_type": KINDS.get(status, "validation")}
 
 
@@ -111,7 +111,7 @@ def _predictions(request: TeiPredictRequest, scored: Scored) -> TeiPredictRespon
 
 def _add_routes(app: FastAPI, served: Served) -> None:
     @app.get("/info", tags=["served"])
-    async def info() -> Mapping[str, Any]:
+    async def info() -> Mapping[str, object]:
         """What Text Embeddings Inference tells of a model, as far as it holds here."""
         model = served.models.current
         return {

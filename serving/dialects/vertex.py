@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, JsonValue
 
 from cappy.scoring.encoding import Pair
 from serving.dialects.dialect import Body, Dialect, Refused, Scored, Served, Words
-from serving.models import Models
+from serving.engine import Models
 
 EXAMPLE: dict[str, JsonValue] = {"instances": [{"instruction": "What is 1 + 1?", "response": "2"}]}
 
@@ -58,7 +58,7 @@ UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": PlatformProblem}}
 UNREADY: dict[int | str, dict[str, Any]] = {503: {"description": "Scores cannot be had"}}
 
 
-def refuse(status: int, message: str) -> Mapping[str, Any]:
+def refuse(status: int, message: str) -> Mapping[str, object]:
     """A refusal as model platforms have it."""
     return {"error": message}
 
@@ -113,7 +113,7 @@ def model_state(models: Models, model: str, version: str = "") -> Response:
 
 def _add_routes(app: FastAPI, served: Served) -> None:
     @app.get("/v1/models", tags=["served"])
-    async def list_models() -> Mapping[str, Any]:
+    async def list_models() -> Mapping[str, object]:
         """The model that is served, for KServe's clients and for vLLM's."""
         name = served.models.current.name
         return {"models": [name], "object": "list", "data": [{"id": name, "object": "model", "owned_by": "cappy"}]}

@@ -17,12 +17,12 @@ _COMMENT = ": sampling\n\n"
 _PIECE = re.compile(r"\s*\S{1,40}\s?|\s+")
 
 
-def completion(outcome: Outcome, identity: str, *, details: bool) -> dict[str, Any]:
+def completion(outcome: Outcome, identity: str, *, details: bool) -> dict[str, object]:
     """The body of a chat completion: the best choices first, the usage of all candidates.
 
     `details` adds `cappy`: how the answer came about, and every candidate with its scores.
     """
-    body: dict[str, Any] = {
+    body: dict[str, object] = {
         "id": identity,
         "object": "chat.completion",
         "created": int(time.time()),
@@ -33,7 +33,7 @@ def completion(outcome: Outcome, identity: str, *, details: bool) -> dict[str, A
     return {**body, "cappy": {**facts(outcome), "candidates": _candidates(outcome)}} if details else body
 
 
-def _choices(outcome: Outcome) -> list[dict[str, Any]]:
+def _choices(outcome: Outcome) -> list[dict[str, object]]:
     """The choices, best first, as the LLM's server sent them; the stated refusal where the gateway abstains."""
     if outcome.how == "abstained":
         message = {"role": "assistant", "content": REFUSAL, "refusal": REFUSAL}
@@ -41,7 +41,7 @@ def _choices(outcome: Outcome) -> list[dict[str, Any]]:
     return [{**draw.choice, "index": index} for index, draw in enumerate(outcome.draws[: outcome.request.count])]
 
 
-def _usage(outcome: Outcome) -> dict[str, Any]:
+def _usage(outcome: Outcome) -> dict[str, object]:
     """Tokens of all candidates, as their servers counted them for every call, details included."""
     total: dict[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     for one in outcome.ledger.usages:
@@ -49,7 +49,7 @@ def _usage(outcome: Outcome) -> dict[str, Any]:
     return {**total, "total_tokens": total["prompt_tokens"] + total["completion_tokens"]}
 
 
-def facts(outcome: Outcome) -> dict[str, Any]:
+def facts(outcome: Outcome) -> dict[str, object]:
     """How the answer came about, as JSON values; `limit` is null where none was reached.
 
     `unmetered_calls` took tokens that nobody told: `usage` lacks them, the limits on money count them at their most.
@@ -81,7 +81,7 @@ def headers(outcome: Outcome) -> dict[str, str]:
     }
 
 
-def _candidates(outcome: Outcome) -> list[dict[str, Any]]:
+def _candidates(outcome: Outcome) -> list[dict[str, object]]:
     """Every candidate with its scores, best first; `score` is null where it was no text that could be scored."""
     return [
         {
@@ -97,7 +97,7 @@ def _candidates(outcome: Outcome) -> list[dict[str, Any]]:
     ]
 
 
-def chunks(outcome: Outcome, identity: str, *, details: bool) -> Iterator[dict[str, Any]]:
+def chunks(outcome: Outcome, identity: str, *, details: bool) -> Iterator[dict[str, object]]:
     """The chunks of a stream: for each choice its role, its text in pieces and its finish_reason; last the usage.
 
     The chunk that ends the first choice holds `cappy`, the facts, since a stream's headers may have gone before them.
@@ -116,7 +116,7 @@ def chunks(outcome: Outcome, identity: str, *, details: bool) -> Iterator[dict[s
         yield {**head, "choices": [], "usage": _usage(outcome)}
 
 
-def _parts(choice: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _parts(choice: Mapping[str, Any]) -> Iterator[dict[str, object]]:
     """What of a choice goes before its end: the role, the text in pieces, and whatever else its message holds."""
     message = choice.get("message") or {}
     content = message.get("content")
@@ -136,7 +136,7 @@ def pieces(content: object) -> Sequence[str]:
     return _PIECE.findall(content) if isinstance(content, str) else ()
 
 
-def _part(choice: Mapping[str, Any], delta: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+def _part(choice: Mapping[str, object], delta: Mapping[str, object], **more: Any) -> dict[str, object]:
     return {
         "index": choice["index"],
         "delta": dict(delta),
@@ -145,7 +145,7 @@ def _part(choice: Mapping[str, Any], delta: Mapping[str, Any], **more: Any) -> d
     }
 
 
-def _added(total: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+def _added(total: Mapping[str, object], more: Mapping[str, object]) -> dict[str, Any]:
     """Numbers added up by name, at any depth; what is no number is left out."""
     found = dict(total)
     for name, value in more.items():
@@ -158,7 +158,7 @@ def _added(total: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def events(
-    work: "asyncio.Task[Outcome]", write: Callable[[Outcome], Iterator[Mapping[str, Any]]], *, keep_alive: float
+    work: "asyncio.Task[Outcome]", write: Callable[[Outcome], Iterator[Mapping[str, object]]], *, keep_alive: float
 ) -> AsyncIterator[str]:
     """The chunks of the outcome as events, `[DONE]` last; a comment at once and each `keep_alive` seconds until then.
 
@@ -178,6 +178,6 @@ async def events(
         work.cancel()
 
 
-def _event(values: Mapping[str, Any]) -> str:
+def _event(values: Mapping[str, object]) -> str:
     """One event."""
     return f"data: {json.dumps(values)}\n\n"

@@ -9,11 +9,11 @@ learns from a rated answer only where two of its choices are.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -162,7 +162,7 @@ def _candidate(draw: Draw, outcome: Outcome) -> Candidate:
     )
 
 
-def _decoding(body: Any) -> str:
+def _decoding(body: Mapping[str, object]) -> str:
     """The knobs that the client turned, by name."""
     knobs = ("temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens")
     return ",".join(f"{knob}={body[knob]}" for knob in knobs if body.get(knob) is not None)

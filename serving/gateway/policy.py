@@ -160,7 +160,7 @@ class Ledger:
     unmetered: int = 0
     charged: float = 0.0
     """Cost, and what calls that were not counted may have cost at the most."""
-    usages: list[dict[str, Any]] = field(default_factory=list)
+    usages: list[dict[str, object]] = field(default_factory=list)
 
     def budgets(self) -> list[RemainingBudget]:
         """What is left under each limit that is set."""
@@ -214,7 +214,7 @@ def read_usage(sent: object) -> dict[str, Any] | None:
     return usage if is_count(prompt) and is_count(completion) else None
 
 
-def _counts(sent: dict[str, Any], depth: int) -> dict[str, Any]:
+def _counts(sent: dict[str, object], depth: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in [*_NAMED, *islice((name for name in sent if name not in _NAMED), MAX_USAGE_FIELDS)]:
         value = sent.get(name)

@@ -72,7 +72,7 @@ class ChatRequest:
     `count` is the number of choices wanted, `most_tokens` the client's own limit on a response.
     """
 
-    body: Mapping[str, Any]
+    body: Mapping[str, object]
     instruction: str
     model: str
     count: int
@@ -120,11 +120,11 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _leaves(values: Any) -> tuple[list[str], list[float]]:
+def _leaves(values: object) -> tuple[list[str], list[float]]:
     """All texts and fractions of JSON, names of fields included."""
     texts: list[str] = []
     floats: list[float] = []
-    left = [values]
+    left: list[object] = [values]
     while left:
         one = left.pop()
         if isinstance(one, str):
@@ -184,13 +184,13 @@ def _short(instruction: str, most: int) -> str:
     return instruction
 
 
-def invalid(error: ValidationError, body: Mapping[str, Any]) -> GatewayError:
+def invalid(error: ValidationError, body: Mapping[str, object]) -> GatewayError:
     """Names the first field and its rule, and does not repeat what was sent."""
     found = broken(error, body)
     return GatewayError(400, str(found), param=found.field or None)
 
 
-def instruction_of(messages: Sequence[Mapping[str, Any]]) -> str:
+def instruction_of(messages: Sequence[Mapping[str, object]]) -> str:
     """The text that candidates are scored against; GatewayError 400 where a turn is none that can be scored.
 
     One user's turn alone is its content as it is, which is what scorers are trained on. Else every turn becomes
@@ -206,7 +206,7 @@ def instruction_of(messages: Sequence[Mapping[str, Any]]) -> str:
     return text
 
 
-def _role(message: Mapping[str, Any], index: int) -> str:
+def _role(message: Mapping[str, object], index: int) -> str:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         known = ", ".join(_ROLES)
@@ -215,7 +215,7 @@ def _role(message: Mapping[str, Any], index: int) -> str:
     return _ROLES[role]
 
 
-def _content(message: Mapping[str, Any], index: int) -> str:
+def _content(message: Mapping[str, object], index: int) -> str:
     """The text of a turn; the texts of several parts, a line each."""
     where = f"messages[{index}].content"
     content = message.get("content")

@@ -214,7 +214,7 @@ class Upstream:
             if parameter == "n":
                 return [], 0
 
-    async def _metered(self, ask: Ask, sent: Mapping[str, Any], key: str, count: int) -> httpx2.Response:
+    async def _metered(self, ask: Ask, sent: Mapping[str, object], key: str, count: int) -> httpx2.Response:
         """The response to one request; what it may cost is held meanwhile, and settled if it is none or a refusal."""
         most = self._most(ask, count)
         ask.ledger.hold(most)
@@ -305,7 +305,7 @@ class Upstream:
         ask.ledger.settle(self._most(ask, count), prompt, completion, self.llm.prices.cost(prompt, completion))
 
     async def _send(
-        self, method: str, path: str, body: Mapping[str, Any] | None, key: str, *, seconds: float, max_bytes: int
+        self, method: str, path: str, body: Mapping[str, object] | None, key: str, *, seconds: float, max_bytes: int
     ) -> httpx2.Response:
         connect = min(CONNECT_SECONDS, seconds)
         timeout = httpx2.Timeout(seconds, connect=connect, pool=connect)
@@ -332,22 +332,22 @@ class Upstream:
         return self._capabilities.setdefault(model, Capabilities())
 
 
-def _trimmed(wanted: Mapping[str, Any], capabilities: Capabilities, added: frozenset[str]) -> dict[str, Any]:
+def _trimmed(wanted: Mapping[str, object], capabilities: Capabilities, added: frozenset[str]) -> dict[str, Any]:
     """The body without what the model refused and the client has not asked for."""
     theirs = {name: value for name, value in wanted.items() if name not in added}
     return {**theirs, **capabilities.trimmed({name: wanted[name] for name in added if name in wanted})[0]}
 
 
-def _max_bytes(ask: Ask, sent: Mapping[str, Any], count: int) -> int:
+def _max_bytes(ask: Ask, sent: Mapping[str, object], count: int) -> int:
     """How large the answer to a request may be."""
     top = sent.get("top_logprobs")
     likelihoods = 1 + (min(top, 20) if isinstance(top, int) and top > 0 else 0) if sent.get("logprobs") else 0
     return answer_bytes(ask.most_tokens or ask.request.most_tokens, count, likelihoods=likelihoods)
 
 
-def _good_choices(choices: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Read]]:
+def _good_choices(choices: Sequence[Mapping[str, object]]) -> list[tuple[Mapping[str, object], Read]]:
     """The choices that hold a response, read; GivenUpError where the server gave all of them up."""
-    found: list[tuple[Mapping[str, Any], Read]] = []
+    found: list[tuple[Mapping[str, object], Read]] = []
     fault: GivenUpError | None = None
     for choice in choices:
         try:
@@ -359,7 +359,7 @@ def _good_choices(choices: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[st
     return found
 
 
-def _passed_on(choice: Mapping[str, Any], text: str) -> Mapping[str, Any]:
+def _passed_on(choice: Mapping[str, object], text: str) -> Mapping[str, object]:
     """The choice as clients of chat completions can read it: with a message, even where the server sent a bare text."""
     if isinstance(choice.get("message"), dict):
         return choice

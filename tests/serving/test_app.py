@@ -16,8 +16,8 @@ from wording import assert_names
 from cappy.scoring.encoding import Pair
 from serving.app import Options, create_app
 from serving.config import Limits
+from serving.engine import Models
 from serving.guards import Keys
-from serving.models import Models
 
 Serve = Callable[..., TestClient]
 SHAPE = 'send {"pairs": [["instruction", "response"], ...]}'

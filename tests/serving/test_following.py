@@ -23,9 +23,9 @@ from cappy.registry import Version
 from serving.admin import read_secret
 from serving.app import Options, create_app
 from serving.config import ServeConfig
+from serving.engine import Model, Models
 from serving.following import Follower
 from serving.guards import Keys
-from serving.models import Model, Models
 
 ALIAS = "models:/cappy@champion"
 KEY = {"Authorization": "Bearer some-key"}

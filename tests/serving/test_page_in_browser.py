@@ -17,8 +17,8 @@ from scoring_function import FakeEngine, model
 
 from serving.app import Options, create_app
 from serving.config import Limits
+from serving.engine import Models
 from serving.guards import Keys
-from serving.models import Models
 
 pytestmark = needs_chromium
 

@@ -20,8 +20,8 @@ from wording import assert_names
 
 from serving.access import Tracing, start_tracing
 from serving.app import create_app
+from serving.engine import Models
 from serving.gateway.app import create_app as create_gateway_app
-from serving.models import Models
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 

@@ -13,7 +13,7 @@ from scoring_function import lengths, model, until_ready
 from wording import assert_names
 
 from serving.app import create_app
-from serving.models import Models
+from serving.engine import Models
 
 Serve = Callable[..., TestClient]
 PAIRS = [("ab", "x"), ("abc", ""), ("ab", "x")]

@@ -26,10 +26,10 @@ from wording import assert_names, raises_naming
 
 import serving as service
 from cappy.errors import ConfigError
+from serving.engine import Models
 from serving.gateway.errors import GatewayError
 from serving.gateway.scoring import load
 from serving.guards import Keys
-from serving.models import Models
 
 CANARY = "sk-canary-4f1d9a"
 PROGRAM = "from cappy.cli import main; main()"
