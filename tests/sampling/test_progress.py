@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cappy.progress_display import PLAIN_SECONDS, ProgressLine
 from cappy.model_folder import open_model_folder
 from cappy.progress import State, describe, silent
+from cappy.progress_display import PLAIN_SECONDS, ProgressLine
 from cappy.records import Instance, write
 from cappy.sampling import local, telling
 from cappy.sampling.causal import Causal
