@@ -22,7 +22,7 @@ from cappy.builtin.tasks import instances as builtin_tasks
 from cappy.model_folder import open_model_folder
 from cappy.plan.shapes import GENERATORS, SCORERS, GeneratorShape
 from cappy.records import Instance, write
-from cappy.sampling.seq2seq import Seq2Seq
+from cappy.sampling.architectures import Seq2Seq
 from cappy.sampling.strategies import Decoding, strategy
 from cappy.scoring import Scorer
 from cappy.training import checkpoint

@@ -23,7 +23,7 @@ from pathlib import Path
 from machine import machine
 
 from cappy.sampling.endpoint import Endpoint
-from cappy.sampling.paid import Terms
+from cappy.sampling.generators import EndpointConfig
 from cappy.sampling.strategies import Decoding
 from cappy.specs import parse_spec
 
@@ -72,7 +72,7 @@ def main() -> None:
 def measured(url: str, arguments: argparse.Namespace) -> tuple[float, float]:
     """Seconds of one run and of the same run again, which asks nothing."""
     shutil.rmtree(arguments.work, ignore_errors=True)
-    terms = Terms(concurrency=arguments.concurrency, folder=arguments.work)
+    terms = EndpointConfig(concurrency=arguments.concurrency, folder=arguments.work)
     seconds = []
     for _ in range(2):
         endpoint = Endpoint(parse_spec(f"openai:m@{url}"), terms)

@@ -32,7 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 from cappy.builtin import LLM_FOLDER
 from cappy.builtin.tasks import instances
 from cappy.model_folder import open_model_folder
-from cappy.sampling.seq2seq import MAX_INSTRUCTION_TOKENS, Seq2Seq
+from cappy.sampling.architectures import MAX_INSTRUCTION_TOKENS, Seq2Seq
 from cappy.sampling.strategies import GREEDY, MAX_NEW_TOKENS, STRATEGIES, Decoding
 
 ROOT = Path(__file__).resolve().parents[1]

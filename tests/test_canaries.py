@@ -27,7 +27,7 @@ from cappy.config import build
 from cappy.deployment.kserve import inference_service, text
 from cappy.deployment.step import DeploymentConfig
 from cappy.registry.models import Version
-from pipelines.compile import compiled
+from pipelines.builder import compile_pipeline as compiled
 from pipelines.recipe import checked
 
 pytestmark = [pytest.mark.timeout(600)]

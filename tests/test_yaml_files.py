@@ -13,9 +13,9 @@ import yaml
 
 from cappy.errors import ConfigError
 from cappy.preparation.templates import load_templates
-from cappy.sampling.strategy_file import read_decodings
+from cappy.sampling.strategies import read_decodings
 from cappy.yaml_files import load_all_yaml, load_yaml
-from pipelines.packages import package_of
+from pipelines.builder import package_of
 from pipelines.recipe import checked, read_recipe
 
 PRIME = 2**61 - 1

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import cappy
-from cappy.cli import adapt, convert, doctor, pipeline, plan, remote, scoring, templates, threshold
+from cappy.cli import convert, doctor, pipeline, plan, remote, scoring, templates, threshold, work
 from cappy.cli.jsonlines import reserve_stdin
 from cappy.errors import CappyError
 from cappy.redaction import redact_output
@@ -33,6 +33,10 @@ class Verbs(TyperGroup):
             from cappy.cli.serve import service_command
 
             return args[0], service_command(args[0]), args[1:]
+        if args and args[0] == "adapt":
+            from cappy.cli.adapt import adapt_command
+
+            return args[0], adapt_command(), args[1:]
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -81,7 +85,7 @@ def _listed() -> None:
     """Stands in the list of verbs; `Verbs.resolve_command` makes the command that runs."""
 
 
-app.command("adapt", short_help="Make a scorer for your task: all steps in a row.")(adapt.adapt)
+app.command("adapt", help="Make a scorer for your task: all steps in a row.")(_listed)
 for _spec in STEP_SPECS.values():
     # A step's flags come from its config class when the verb is asked for.
     app.command(_spec.name, help=_spec.help)(_listed)
@@ -94,6 +98,8 @@ app.command("plan", short_help="Say what a pretraining will take.")(plan.plan)
 app.command("convert", short_help="Turn a published PyTorch checkpoint into a scorer.")(convert.convert)
 app.command("templates", short_help="Fetch PromptSource's templates, checked.")(templates.templates)
 app.command("doctor", short_help="Say what this machine has and lacks.")(doctor.doctor)
+app.command("explain", short_help="List a step's work, and why it was done again.")(work.explain)
+app.command("clean", short_help="List or remove what no run finds again.")(work.clean)
 remote.add_to(pipeline.app)
 app.add_typer(pipeline.app, name="pipeline")
 

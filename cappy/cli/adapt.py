@@ -1,127 +1,132 @@
 """`cappy adapt`: the pipeline that most people want, on this machine."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import Field
 
+from cappy.cli.flags import FreshFlag, JsonFlag, SettingFlag, make_command, parameters
+from cappy.config import ADVANCED, DEFAULT_WORK, Work, build, settings
 from cappy.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipelines.recipe import Recipe
 
 BUILTIN = "builtin"
 FORMS = "builtin, a JSON Lines, CSV or Parquet file, or a folder of records"
 
-SettingFlag = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="STEP.SETTING=VALUE",
-        help="Any other setting of a step, such as finetuning.epochs=2; `cappy STEP --help` lists them (repeatable).",
-        show_default="none",
-    ),
-]
-WorkFlag = Annotated[Path, typer.Option(help="Folder that keeps unfinished and finished work, to resume from.")]
-TrackingFlag = Annotated[
-    str,
-    typer.Option(help="MLflow's address.", show_default="MLFLOW_TRACKING_URI, else the database .cappy/mlflow.db"),
-]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
 
+@settings
+class AdaptConfig:
+    """What a person says of an adaptation; every other setting of a step goes by `--set`."""
 
-def adapt(
-    instances: Annotated[str, typer.Option(help=f"Your task: {FORMS}.")] = BUILTIN,
+    instances: Annotated[str, Field(description=f"Your task: {FORMS}")] = BUILTIN
     columns: Annotated[
-        list[str],
-        typer.Option(
-            metavar="<str>",
-            help="Column of your file that holds a field: FIELD=COLUMN, such as instruction=question (repeatable).",
-            show_default="none",
-        ),
-    ] = [],  # noqa: B006 (typer needs the default and copies it)
+        tuple[str, ...],
+        Field(description="Column of your file that holds a field: FIELD=COLUMN, such as instruction=question"),
+    ] = ()
     generator: Annotated[
-        list[str],
-        typer.Option(
-            metavar="<str>",
-            help="LLM to sample from: builtin, a folder, hub:org/name@revision, openai:model@http://host/v1 "
-            "(repeatable).",
-            show_default="builtin for the built-in tasks, else the responses in the file",
+        tuple[str, ...],
+        Field(
+            description="LLM to sample from: builtin, a folder, hub:org/name@revision, openai:model@http://host/v1; "
+            "left out: builtin for the built-in tasks, else the responses in the file"
         ),
-    ] = [],  # noqa: B006 (typer needs the default and copies it)
+    ] = ()
     strategy: Annotated[
         str,
-        typer.Option(
-            help="Which responses to draw: paper17, sampling8, greedy, endpoint8.",
-            show_default="what each LLM can do: endpoint8 for openai: and vllm:, else paper17",
+        Field(
+            description="Which responses to draw: paper17, sampling8, greedy, endpoint8; left out: what each LLM can "
+            "do, endpoint8 for openai: and vllm:, else paper17"
         ),
-    ] = "",
+    ] = ""
     scorer: Annotated[
-        str, typer.Option(help="Scorer to start from: builtin, a folder, hub:org/name@revision, models:/name@alias.")
-    ] = BUILTIN,
+        str, Field(description="Scorer to start from: builtin, a folder, hub:org/name@revision, models:/name@alias")
+    ] = BUILTIN
     metric: Annotated[
         str,
-        typer.Option(
-            help="What makes a response correct: rougeL, exact_match, ...; `cappy annotation --help` lists all."
-        ),
-    ] = "rougeL",
-    name: Annotated[str, typer.Option(help="Name of the registered model.")] = "cappy",
+        Field(description="What makes a response correct: rougeL, ...; `cappy annotation --help` lists all"),
+    ] = "rougeL"
+    name: Annotated[str, Field(description="Name of the registered model")] = "cappy"
     margin: Annotated[
-        float, typer.Option(min=0, max=1, help="What the gate's lower bound must be above, on the scale of 0 to 1.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the split, of sampling and of training, but for those below.")] = 0,
+        float, Field(ge=0, le=1, description="What the gate's lower bound must be above, on the scale of 0 to 1")
+    ] = 0.0
+    seed: Annotated[int, Field(description="Seed of the split, of sampling and of training, but for those below")] = 0
     split_seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of the split and of the draw of built-in tasks.", show_default="--seed"),
-    ] = None,
+        int | None, ADVANCED, Field(description="Seed of the split and of the draw of built-in tasks; left out: --seed")
+    ] = None
     sampling_seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of the samples; another one keeps the split.", show_default="--seed"),
-    ] = None,
+        int | None, ADVANCED, Field(description="Seed of the samples; another one keeps the split; left out: --seed")
+    ] = None
     training_seed: Annotated[
         int | None,
-        typer.Option(
-            help="Seed of order, draws and dropout in training; another one keeps the split and the samples.",
-            show_default="--seed",
+        ADVANCED,
+        Field(
+            description="Seed of order, draws and dropout in training; another one keeps the split and the samples; "
+            "left out: --seed"
         ),
-    ] = None,
+    ] = None
     folds: Annotated[
         int,
-        typer.Option(
-            min=0,
-            max=20,
-            help="Few instances: train this many times, so that every instance is tested; 0 for a test split.",
+        Field(
+            ge=0,
+            le=20,
+            description="Few instances: train this many times, so that every instance is tested; 0 for a test split",
         ),
-    ] = 0,
-    tracking_uri: TrackingFlag = "",
-    setting: SettingFlag = [],  # noqa: B006 (as above)
-    work: WorkFlag = Path(".cappy/work"),
-    as_json: JsonFlag = False,
-) -> None:
+    ] = 0
+    tracking_uri: Annotated[
+        str, Field(description="MLflow's address; left out: MLFLOW_TRACKING_URI, else the database .cappy/mlflow.db")
+    ] = ""
+    work: Work = DEFAULT_WORK
+
+
+def adapt_command() -> Any:
+    """The command `cappy adapt`."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    more = [
+        inspect.Parameter("setting", keyword, annotation=SettingFlag, default=[]),
+        inspect.Parameter("fresh", keyword, annotation=FreshFlag, default=False),
+        inspect.Parameter("as_json", keyword, annotation=JsonFlag, default=False),
+    ]
+    return make_command("adapt", inspect.getdoc(adapt) or "", adapt, [*parameters(AdaptConfig), *more])
+
+
+def adapt(*, setting: Sequence[str] = (), fresh: bool = False, as_json: bool = False, **values: Any) -> None:
     """Make a scorer for your task: prepare, sample, annotate, finetune, evaluate, register, promote, deploy.
 
     Runs the Kubeflow pipeline on this machine and ends with the report's table, the gate's decision and the command
     that serves the scorer. Interrupted or run again, it continues where it was.
     """
-    from cappy.cli.pipeline import per_step, run_and_tell
+    from cappy.cli.pipeline import run_and_print, with_fresh
 
-    settings = per_step("adapt", setting)
-    if columns:
-        settings["preparation"] = {**settings.get("preparation", {}), "columns": columns}
-    if folds:
-        settings["evaluation"] = {**settings.get("evaluation", {}), "folds": folds}
-    choices = {
-        "source": instances,
-        "generator": generators_for(instances, generator, settings.get("preparation", {})),
-        "strategy": strategy,
-        "scorer": scorer,
-        "metric": metric,
-        "name": name,
-        "margin": margin,
-        "seed": seed,
-        "split_seed": split_seed,
-        "sampling_seed": sampling_seed,
-        "training_seed": training_seed,
-    }
-    run_and_tell("adapt", choices, settings, work=work, tracking_uri=tracking_uri, as_json=as_json)
+    recipe = adapt_recipe(build(AdaptConfig, values), setting)
+    run_and_print(with_fresh(recipe) if fresh else recipe, "local", as_json)
+
+
+def adapt_recipe(config: AdaptConfig, pairs: Sequence[str] = ()) -> "Recipe":
+    """The recipe of an adaptation; `pairs` are STEP.SETTING=VALUE words."""
+    from cappy.cli.pipeline import load, per_step
+
+    by_step = per_step("adapt", pairs)
+    if config.columns:
+        by_step["preparation"] = {**by_step.get("preparation", {}), "columns": list(config.columns)}
+    if config.folds:
+        by_step["evaluation"] = {**by_step.get("evaluation", {}), "folds": config.folds}
+    choices = ("strategy", "scorer", "metric", "name", "margin", "seed", "split_seed", "sampling_seed", "training_seed")
+    generators = generators_for(config.instances, config.generator, by_step.get("preparation", {}))
+    decided = {"source": config.instances, "generator": generators}
+    recipe: Recipe = load("pipelines.recipe").checked(
+        {
+            "pipeline": "adapt",
+            "parameters": decided | {name: getattr(config, name) for name in choices},
+            "settings": by_step,
+            "tracking_uri": config.tracking_uri,
+            "work": str(config.work),
+        }
+    )
+    return recipe
 
 
 def generators_for(instances: str, given: Sequence[str], preparation: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cappy.cli.adapt import TrackingFlag
+from cappy.cli.flags import TrackingFlag
 
 MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "failure": "[red]failure[/]"}
 

@@ -90,11 +90,11 @@ def cautions(manifest: Manifest | None) -> list[str]:
     if manifest is None:
         return []
     if manifest.step == "sampling":
-        from cappy.sampling.cautions import cautions as of_sampling
+        from cappy.sampling.accounts import cautions as of_sampling
 
         return of_sampling(manifest.metrics, manifest.config, manifest.facts)
     if manifest.step == "annotation":
-        from cappy.annotation.cautions import cautions as of_annotation
+        from cappy.annotation.step import cautions as of_annotation
 
         return of_annotation(manifest.metrics)
     return []

@@ -20,7 +20,7 @@ from cappy.evaluation.parts import Part, part_of, pools_of
 from cappy.evaluation.pools import AnyScorer
 from cappy.evaluation.remembered import remembered
 from cappy.evaluation.step import EvaluationConfig
-from cappy.preparation import neighbours
+from cappy.preparation.leakage import SplitRows
 from cappy.progress import Progress
 from cappy.records import Instance, Manifest, Split, prompt_hash, read, write
 from cappy.records.folder import MANIFEST, verify
@@ -62,7 +62,7 @@ def folds(instances: Sequence[Instance], count: int, seed: int) -> Iterator[list
 
 
 def _without_near_held_out(instances: Sequence[Instance]) -> list[Instance]:
-    rows = neighbours.Rows()
+    rows = SplitRows()
     for one in instances:
         rows.add(one, one.split)
     left_out = rows.left_out()
@@ -107,7 +107,13 @@ def parts(
     found, skipped = [], 0
     for fold in prepare(instances, config.folds, config.seed, work):
         if not _is_whole(fold.scorer):
-            own = {**settings, "source": fold.annotated, "target": fold.scorer, "work": config.work}
+            own = {
+                **settings,
+                "source": fold.annotated,
+                "target": fold.scorer,
+                "work": config.work,
+                "fresh": config.fresh,
+            }
             (train or train_fold)(step, own, _of_fold(progress, fold.number, config.folds))
         pools, held_out, empty = pools_of(read(fold.annotated), metric=config.metric, split="test")
         score = remembered(load(str(fold.scorer)).score, work, f"fold-{fold.number}")

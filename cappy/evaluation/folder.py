@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cappy.config import code_version, fingerprint, identity
+from cappy.config import fingerprint, identity
 from cappy.evaluation import crossfit, markdown, out_of_fold, page, plot
 from cappy.evaluation.calibration import fit
 from cappy.evaluation.crossfit import Load
@@ -28,6 +28,7 @@ from cappy.records.work import claim, finish
 from cappy.scoring.calibration import CALIBRATION, Calibration
 from cappy.scoring.probe import PROBE, Triple
 from cappy.specs import scorer_folder
+from cappy.steps import step_version
 
 if TYPE_CHECKING:
     from cappy.evaluation.step import EvaluationConfig
@@ -42,7 +43,7 @@ def evaluate_folder(config: "EvaluationConfig", progress: Progress, *, load: Loa
     if config.champion:
         folders["champion"] = scorer_folder(config.champion)
     parents = (parent.hash, *(content(folder) for folder in folders.values()))
-    with claim(config.work, "evaluation", identity(config), parents) as folder:
+    with claim(config.work, "evaluation", identity(config), parents, fresh=config.fresh) as folder:
         instances = list(read(config.source, splits=None if config.folds else sorted({config.split, "validation"})))
         scorers = {name: load(str(path)) for name, path in folders.items()}
         if config.folds:
@@ -82,7 +83,7 @@ def evaluate_folder(config: "EvaluationConfig", progress: Progress, *, load: Loa
             step="evaluation",
             files=describe_files(folder),
             config=identity(config),
-            code=code_version(),
+            step_version=step_version("evaluation"),
             seed=config.seed,
             generators=parent.generators,
             parents=parents,

@@ -1,19 +1,73 @@
 """Sampling: candidates for every instance, from one LLM or several."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cappy.errors import ConfigError, shown
+from cappy.specs import Spec, hub_folder, parse_spec
+
 if TYPE_CHECKING:
-    from cappy.sampling.generators import Generator
-    from cappy.sampling.paid import Terms
+    from cappy.model_folder import ModelFolder
+    from cappy.sampling.generators import EndpointConfig, Generator, LocalGenerator
 
 __all__ = ["load_generator"]
 
+_GENERATES = ("ForCausalLM", "LMHeadModel")
 
-def load_generator(spec: str, terms: "Terms | None" = None) -> "Generator":
-    """The generator that a spec names: `sample(instructions, decoding, seed=...)` draws candidates from it.
 
-    `terms` hold for an endpoint; without them it keeps no answers.
+def load_generator(text: str, config: "EndpointConfig | None" = None, *, work: Path | None = None) -> "Generator":
+    """The generator that a spec names: `sample(instructions, decodings, seed=...)` draws candidates from it.
+
+    `config` is an endpoint's, with the folder that keeps its answers; `work` is the folder that keeps what any other
+    generator draws. ConfigError says which specs sample.
     """
-    from cappy.sampling import generators
+    spec = parse_spec(text)
+    if spec.kind == "openai":
+        from cappy.sampling.endpoint import Endpoint
 
-    return generators.load_generator(spec, terms)
+        return Endpoint(spec, config)
+    generator = _load_local(text, spec)
+    if work is not None:
+        generator.keep_in(work)
+    return generator
+
+
+def _load_local(text: str, spec: Spec) -> "LocalGenerator":
+    from cappy.model_folder import open_model_folder
+
+    if spec.kind == "models":
+        raise ConfigError(
+            f"{shown(text)}: the registry holds scorers; a generator is builtin, a folder, hub:, vllm: or openai:"
+        )
+    if spec.kind == "vllm":
+        from cappy.sampling.vllm_generator import VLLM
+
+        inner = parse_spec(spec.name)
+        pinned = inner.kind == "hub"
+        folder = open_model_folder(hub_folder(inner) if pinned else Path(inner.name), pinned=pinned)
+        return VLLM(text, folder, revision=inner.revision)
+    if spec.kind == "builtin":
+        from cappy.builtin import LLM_FOLDER, verify
+
+        verify(LLM_FOLDER)
+        return _transformers(text, open_model_folder(LLM_FOLDER, pinned=True))
+    if spec.kind == "hub":
+        return _transformers(text, open_model_folder(hub_folder(spec), pinned=True), revision=spec.revision)
+    return _transformers(text, open_model_folder(Path(spec.name)))
+
+
+def _transformers(name: str, folder: "ModelFolder", revision: str = "") -> "LocalGenerator":
+    config = folder.config()
+    if config.is_encoder_decoder:
+        from cappy.sampling.architectures import Seq2Seq
+
+        return Seq2Seq(name, folder, revision)
+    kinds = config.architectures or []
+    if kinds and not any(kind.endswith(_GENERATES) for kind in kinds):
+        raise ConfigError(
+            f"{folder.path}: holds {', '.join(kinds)}, which generates nothing; a generator is an encoder-decoder or a "
+            "causal LLM"
+        )
+    from cappy.sampling.architectures import Causal
+
+    return Causal(name, folder, revision)

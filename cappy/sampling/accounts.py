@@ -1,15 +1,106 @@
-"""What sampling took, part by part and in all, as the manifest tells it."""
+"""What sampling takes: progress while a part is under way, counts part by part, and what a person should know."""
 
 import re
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import Any
 
 from cappy.errors import GeneratorError
+from cappy.progress import Progress, duration
 from cappy.records import Instance
 from cappy.records.instance import STATUSES
-from cappy.sampling.generators import Generator
-from cappy.sampling.paid import Terms
+from cappy.sampling.generators import EndpointConfig, Generator, Paid
+from cappy.sampling.strategies import MAX_NEW_TOKENS_LIMIT, Decoding, share
+
+HEARTBEAT_SECONDS = 4.0
+"""The progress is said again at least that often, whatever a generator is busy with."""
+
+
+class SamplingProgress:
+    """The progress of the step's parts, with the candidates of the part under way counted in.
+
+    Rates and amounts are of this start alone; what earlier starts paid for stands in the manifest at the end. Within a
+    `with` block a thread says the progress again where a generator is silent for long.
+    """
+
+    def __init__(self, progress: Progress, generators: Sequence[Generator], decodings: Sequence[Decoding]) -> None:
+        self._progress = progress
+        self._paid = [generator for generator in generators if isinstance(generator, Paid)]
+        own = [share(decodings, position) for position in range(len(generators))]
+        self._each = sum(decoding.num_samples for of_one in own for decoding in of_one)
+        self._started = time.monotonic()
+        self._candidates = self._within = 0
+        self._begun = 0.0
+        self._done = self._resumed = 0
+        self._total: int | None = None
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> "SamplingProgress":
+        self._heart.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._heart.join()
+
+    def __call__(
+        self, done: int, total: int | None = None, *, unit: str = "instances", resumed: int = 0, note: str = ""
+    ) -> None:
+        """A part is done, as `Progress` says it."""
+        with self._lock:
+            self._done, self._total, self._resumed = done, total, resumed
+            self._within, self._begun = 0, 0.0
+            self._tell()
+
+    def drawn(self, candidates: int, /, *, begun: float = 0.0) -> None:
+        """So many more candidates have come; those under way are `begun` candidates' worth of work."""
+        with self._lock:
+            self._candidates += candidates
+            self._within += candidates
+            self._begun = begun
+            self._tell()
+
+    def _beat(self) -> None:
+        while not self._over.wait(HEARTBEAT_SECONDS):
+            with self._lock:
+                try:
+                    self._tell()
+                except OSError:  # The step itself meets it with its next candidates.
+                    return
+
+    def _tell(self) -> None:
+        within = int(self._work()) if self._each else 0
+        done = self._done + within if self._total is None else min(self._done + within, self._total)
+        self._progress(done, self._total, unit="instances", resumed=self._resumed, note=self._note(done))
+
+    def _work(self) -> float:
+        """Instances' worth of work done of the part under way."""
+        return (self._within + self._begun) / self._each
+
+    def _note(self, done: int) -> str:
+        if not self._candidates and not self._begun:
+            return ""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        parts = [f"{self._candidates:,} candidates ({self._candidates / seconds:,.3g}/s)"]
+        if done == self._resumed and self._total and self._each and self._work():
+            # Not one instance yet, so that nobody else can tell how long the rest takes.
+            left = seconds / self._work() * (self._total - self._resumed) - seconds
+            parts.append(f"{duration(max(left, 0.0))} left")
+        if self._paid:
+            used = [generator.usage for generator in self._paid]
+            tokens = f"{sum(u.input_tokens for u in used):,} tokens in, {sum(u.output_tokens for u in used):,} out"
+            parts += [tokens, f"{sum(u.errors for u in used):,} errors"]
+            if cost := sum(u.cost for u in used):
+                parts.append(f"cost {cost:,.4g}")
+        return ", ".join(parts)
+
 
 _NOT_ASKED = "not_asked/"
 _UNANSWERED, _DRAWN, _FAILED = "unanswered", "drawn", "failed"
@@ -51,7 +142,7 @@ def failures(part: Sequence[Instance], generators: Sequence[Generator]) -> dict[
     return dict(counts)
 
 
-def accounts(counts: Mapping[str, int], terms: Terms) -> tuple[dict[str, float], dict[str, Any]]:
+def accounts(counts: Mapping[str, int], config: EndpointConfig) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics and facts of a manifest: the counts and what they cost; what each generator could not be asked for.
 
     `facts["not_asked"]` maps a generator to the parameters that it refused, and that some candidates came without;
@@ -60,8 +151,8 @@ def accounts(counts: Mapping[str, int], terms: Terms) -> tuple[dict[str, float],
     metrics: dict[str, float] = {
         name: count for name, count in counts.items() if not name.startswith(_NOT_ASKED) and "\n" not in name
     }
-    if "input_tokens" in counts and (terms.price_input or terms.price_output):
-        metrics["cost"] = terms.cost(counts["input_tokens"], counts.get("output_tokens", 0))
+    if "input_tokens" in counts and (config.price_input or config.price_output):
+        metrics["cost"] = config.cost(counts["input_tokens"], counts.get("output_tokens", 0))
     not_asked: dict[str, list[str]] = {}
     for name in sorted(name for name in counts if name.startswith(_NOT_ASKED)):
         generator, _, parameter = name.removeprefix(_NOT_ASKED).rpartition("/")
@@ -123,3 +214,63 @@ def _of_kind(counts: Mapping[str, int], kind: str) -> Iterator[tuple[str, str, i
         if name.startswith(f"{kind}\n"):
             _, generator, words = name.split("\n", 2)
             yield generator, words, count
+
+
+MANY_CUT = 0.05
+"""Share of responses cut at their limit of tokens above which a person reads of it."""
+_ENOUGH_TOKENS = 512
+
+
+def cautions(metrics: Mapping[str, float], config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """What a person should know about the responses of a sampled folder: sentences that end with what to do.
+
+    The arguments are those of its manifest.
+    """
+    return [
+        *_cut(metrics, config.get("decodings", ()), facts.get("context")),
+        *_unanswered(metrics, facts),
+        *_reasoning(metrics, config),
+    ]
+
+
+def _cut(metrics: Mapping[str, float], decodings: Sequence[Mapping[str, Any]], context: int | None) -> Iterator[str]:
+    sampled, cut = metrics.get("sampled", 0), metrics.get("truncated", 0)
+    if not sampled or cut / sampled <= MANY_CUT:
+        return
+    limit = max((int(decoding["max_new_tokens"]) for decoding in decodings), default=0)
+    longer = min(max(_ENOUGH_TOKENS, 2 * limit), MAX_NEW_TOKENS_LIMIT)
+    # The instruction needs its place too.
+    longer = min(longer, context // 2) if context else longer
+    said = f"{cut:,.0f} of {sampled:,.0f} responses ({100 * cut / sampled:.1f} %) were cut at {limit} new tokens"
+    if longer <= limit:
+        yield f"{said}, {_why_no_more(context)}"
+        return
+    yield (f"{said}; sample with --max-new-tokens {longer} (cappy adapt: --set sampling.max_new_tokens={longer})")
+
+
+def _why_no_more(context: int | None) -> str:
+    if context:
+        return f"and the LLM's context holds {context} tokens, the instruction's among them; take another LLM"
+    return "which is the most; ask for shorter responses"
+
+
+def _unanswered(metrics: Mapping[str, float], facts: Mapping[str, Any]) -> Iterator[str]:
+    unanswered: Mapping[str, Mapping[str, int]] = facts.get("unanswered", {})
+    for generator, reasons in unanswered.items():
+        count, words = max((count, words) for words, count in reasons.items())
+        total = sum(reasons.values())
+        each = f": {words}" if total == 1 else f"; {count:,} of them: {words}"
+        yield f"{generator} left {total:,} {'candidate' if total == 1 else 'candidates'} without an answer{each}"
+    if metrics.get("failed"):
+        yield f"failed candidates: {metrics['failed']:,.0f}; cappy sampling asks for them again in its next run"
+
+
+def _reasoning(metrics: Mapping[str, float], config: Mapping[str, Any]) -> Iterator[str]:
+    if not metrics.get("reasoning"):
+        return
+    share = f"{metrics['reasoning']:,.0f} of {metrics['sampled']:,.0f} responses"
+    if config.get("strip_reasoning"):
+        yield f"reasoning was removed from {share}; where nothing was left raise --max-new-tokens"
+    else:
+        what = "hold reasoning (<think>...), which is labelled as part of the answer"
+        yield f"{share} {what}; --strip-reasoning removes it"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from cappy.errors import ConfigError, shown
 from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records import Candidate, Instance
-from cappy.sampling.generators import Generator, OnDrawn, seed_of, unheard
+from cappy.sampling.generators import Generator, OnDrawn, ignore_drawn, seed_of
 from cappy.sampling.strategies import Decoding, share
 
 
@@ -17,7 +17,7 @@ def sample(
     decodings: Sequence[Decoding],
     *,
     seed: int,
-    told: OnDrawn = unheard,
+    on_drawn: OnDrawn = ignore_drawn,
     read: Callable[[Candidate], Candidate] = lambda candidate: candidate,
 ) -> Iterator[Instance]:
     """The instances with every generator's candidates appended, in order; equal arguments give equal candidates.
@@ -37,7 +37,7 @@ def sample(
         own = share(decodings, position)
         if not prompts or not own:
             continue
-        drawn = generator.sample(prompts, own, seed=seed_of(seed, generator.name), told=told)
+        drawn = generator.sample(prompts, own, seed=seed_of(seed, generator.name), on_drawn=on_drawn)
         for instance, candidates in zip(open_ended, drawn, strict=True):
             added[instance.instance_id] += map(read, candidates)
     closed = _with_likelihoods([instance for instance in part if instance.choices], generators)
@@ -76,18 +76,18 @@ class ReasoningReader:
 
 def _with_likelihoods(instances: Sequence[Instance], generators: Sequence[Generator]) -> Iterator[Instance]:
     pairs = [(instance.instruction, candidate.response) for instance in instances for candidate in instance.candidates]
-    known = (generator.likelihoods(pairs) for generator in generators) if pairs else iter(())
-    found = next((likelihoods for likelihoods in known if likelihoods is not None), None)
+    by_generator = (generator.likelihoods(pairs) for generator in generators) if pairs else iter(())
+    found = next((likelihoods for likelihoods in by_generator if likelihoods is not None), None)
     if found is None:
         yield from instances
         return
     likelihoods = iter(found)
     for instance in instances:
-        told = zip(instance.candidates, itertools.islice(likelihoods, len(instance.candidates)), strict=True)
+        known = zip(instance.candidates, itertools.islice(likelihoods, len(instance.candidates)), strict=True)
         yield replace(
             instance,
             candidates=tuple(
                 replace(candidate, logprob_sum=total, logprob_mean=total / max(count, 1), num_tokens=count)
-                for candidate, (total, count) in told
+                for candidate, (total, count) in known
             ),
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cappy.records import Instance, read, read_manifest
 from cappy.records.shard import parse_shard
-from cappy.sampling.paid import CHARACTERS_PER_TOKEN, Terms, tokens_of
+from cappy.sampling.generators import CHARACTERS_PER_TOKEN, EndpointConfig, tokens_of
 from cappy.sampling.strategies import Decoding, share
 from cappy.specs import parse_spec
 
@@ -46,19 +46,19 @@ class Estimate:
 def asked(
     generator: str,
     samples: list[tuple[str, Decoding]],
-    terms: Terms,
+    config: EndpointConfig,
     *,
     instances: int,
     candidates: int,
 ) -> Estimate:
-    """The estimate for these samples, those that nobody answered yet, of an endpoint under these terms."""
+    """The estimate for these samples, those that nobody answered yet, of an endpoint with this config."""
     tokens = {text: tokens_of(text) for text in {text for text, _ in samples}}
     questions = set(samples)
     input_tokens = sum(tokens[text] for text, _ in samples)
     fewest_input_tokens = sum(tokens[text] for text, _ in questions)
     output_tokens = sum(decoding.max_new_tokens for _, decoding in samples)
-    guess = (len(samples) * SECONDS_PER_REQUEST + output_tokens / TOKENS_PER_SECOND) / terms.concurrency / 60
-    rates = ((len(samples), terms.requests_per_minute), (input_tokens + output_tokens, terms.tokens_per_minute))
+    guess = (len(samples) * SECONDS_PER_REQUEST + output_tokens / TOKENS_PER_SECOND) / config.concurrency / 60
+    rates = ((len(samples), config.requests_per_minute), (input_tokens + output_tokens, config.tokens_per_minute))
     return Estimate(
         generator=generator,
         paid=True,
@@ -71,8 +71,8 @@ def asked(
         fewest_input_tokens=fewest_input_tokens,
         output_tokens=output_tokens,
         minutes=max([guess, *(amount / limit for amount, limit in rates if limit)]),
-        cost=terms.cost(input_tokens, output_tokens),
-        fewest_cost=terms.cost(fewest_input_tokens, output_tokens),
+        cost=config.cost(input_tokens, output_tokens),
+        fewest_cost=config.cost(fewest_input_tokens, output_tokens),
     )
 
 
@@ -83,24 +83,24 @@ def estimate(config: "SamplingConfig") -> list[Estimate]:
     """
     from cappy.sampling.endpoint import Endpoint
     from cappy.sampling.generators import seed_of
-    from cappy.sampling.step import terms_of
+    from cappy.sampling.step import endpoint_config
 
     manifest = read_manifest(config.source)
     rows = parse_shard(config.shard).rows(manifest.rows)
     instructions = list(_instructions(read(config.source, rows=rows)))
     decodings = config.decodings
-    terms = terms_of(config, manifest.hash)
+    asking = endpoint_config(config, manifest.hash)
     found = []
     for position, text in enumerate(config.generator):
         own = share(decodings, position)
         candidates = len(instructions) * sum(decoding.num_samples for decoding in own)
         spec = parse_spec(text)
         if spec.kind == "openai":
-            endpoint = Endpoint(spec, terms)
+            endpoint = Endpoint(spec, asking)
             endpoint.check(own)
             samples = endpoint.unanswered(instructions, own, seed=seed_of(config.seed, text))
             endpoint.close()
-            found.append(asked(text, samples, terms, instances=len(instructions), candidates=candidates))
+            found.append(asked(text, samples, asking, instances=len(instructions), candidates=candidates))
         else:
             found.append(Estimate(generator=text, paid=False, instances=len(instructions), candidates=candidates))
     return found
@@ -111,12 +111,12 @@ def _instructions(instances: Iterator[Instance]) -> Iterator[str]:
     return (instance.instruction for instance in instances if not instance.choices)
 
 
-def describe(estimates: list[Estimate], terms: Terms) -> str:
+def describe(estimates: list[Estimate], config: EndpointConfig) -> str:
     """For a person: each generator with what it takes, a line each."""
-    return "\n".join(line for one in estimates for line in _lines(one, terms))
+    return "\n".join(line for one in estimates for line in _lines(one, config))
 
 
-def _lines(one: Estimate, terms: Terms) -> Iterator[str]:
+def _lines(one: Estimate, config: EndpointConfig) -> Iterator[str]:
     yield f"{one.generator}: {one.candidates:,} candidates for {one.instances:,} instances"
     if not one.paid:
         yield "  runs here: no requests, no cost"
@@ -128,13 +128,13 @@ def _lines(one: Estimate, terms: Terms) -> Iterator[str]:
         f"  tokens     in {_at_most(f'{one.input_tokens:,}', f'{one.fewest_input_tokens:,}')}, out at most "
         f"{one.output_tokens:,} ({CHARACTERS_PER_TOKEN} characters a token)"
     )
-    limits = {"--requests-per-minute": terms.requests_per_minute, "--tokens-per-minute": terms.tokens_per_minute}
+    limits = {"--requests-per-minute": config.requests_per_minute, "--tokens-per-minute": config.tokens_per_minute}
     stated = " and ".join(f"{name} {limit:,}" for name, limit in limits.items() if limit)
     yield (
         f"  minutes    about {math.ceil(one.minutes):,} at most, by {SECONDS_PER_REQUEST:g} s a request and "
-        f"{TOKENS_PER_SECOND} tokens/s (a guess), {terms.concurrency} at a time{stated and f', and {stated}'}"
+        f"{TOKENS_PER_SECOND} tokens/s (a guess), {config.concurrency} at a time{stated and f', and {stated}'}"
     )
-    if terms.price_input or terms.price_output:
+    if config.price_input or config.price_output:
         yield f"  cost       {_at_most(f'{one.cost:,.2f}', f'{one.fewest_cost:,.2f}')}"
     else:
         yield "  cost       give --price-input and --price-output, per million tokens, to see it"

@@ -1,19 +1,91 @@
-"""What a generator is, and how a spec becomes one."""
+"""What a generator is, how an endpoint among them is asked, and what those that draw here have in common.
+
+Nothing here opens a connection or loads a model.
+"""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from cappy.errors import ConfigError, shown
-from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.records import Candidate
 from cappy.records.instance import Status
-from cappy.sampling.paid import Terms
+from cappy.sampling.store import DRAWING_VERSION, CandidateStore, Origin, question_key
 from cappy.sampling.strategies import Decoding, share
-from cappy.specs import hub_folder, parse_spec
+from cappy.specs import parse_spec
 
-_GENERATES = ("ForCausalLM", "LMHeadModel")
+Api = Literal["chat", "completions"]
+CHARACTERS_PER_TOKEN = 4
+"""Rule of thumb for English under current tokenizers; other scripts take more tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointConfig:
+    """How an endpoint is asked and what it may take; 0 means no limit, prices are money per million tokens.
+
+    `folder` keeps the answers (None keeps them in memory alone), `run` names whose budget is spent. `extra` names knobs
+    beyond OpenAI's that the server takes; `logprobs` asks for log-probabilities. An attempt may last `timeout` seconds;
+    a request that fails is sent again `retries` times, first after `first_wait` seconds, then after twice as long each
+    time. With `all_may_fail` refusals of every request end no run.
+    """
+
+    api: Api = "chat"
+    extra: tuple[str, ...] = ()
+    logprobs: bool = True
+    all_may_fail: bool = False
+    concurrency: int = 8
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    budget_requests: int = 0
+    budget_tokens: int = 0
+    budget_money: float = 0.0
+    price_input: float = 0.0
+    price_output: float = 0.0
+    timeout: float = 120.0
+    retries: int = 8
+    first_wait: float = 0.5
+    folder: Path | None = None
+    run: str = ""
+
+    def cost(self, input_tokens: int, output_tokens: int) -> float:
+        """What that many tokens cost."""
+        return (input_tokens * self.price_input + output_tokens * self.price_output) / 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a generator did since it was loaded.
+
+    `requests`, the tokens and `cost` count what was paid for; `cached` candidates came from earlier answers. `errors`
+    are attempts that failed, each followed by another or by the end of the run.
+    """
+
+    candidates: int = 0
+    cached: int = 0
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    errors: int = 0
+    cost: float = 0.0
+
+
+@runtime_checkable
+class Paid(Protocol):
+    """A generator whose answers cost money or time elsewhere."""
+
+    @property
+    def usage(self) -> Usage:
+        """What was used so far."""
+
+
+def tokens_of(text: str) -> int:
+    """About how many tokens a text has, by the rule of thumb."""
+    return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
 
 
 class OnDrawn(Protocol):
@@ -23,7 +95,7 @@ class OnDrawn(Protocol):
         """So many more are complete; those under way are `begun` candidates' worth of work, for an estimate."""
 
 
-def unheard(candidates: int, /, *, begun: float = 0.0) -> None:
+def ignore_drawn(candidates: int, /, *, begun: float = 0.0) -> None:
     """Nobody counts the candidates."""
 
 
@@ -45,9 +117,9 @@ class Generator(Protocol):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        told: OnDrawn = unheard,
+        on_drawn: OnDrawn = ignore_drawn,
     ) -> list[list[Candidate]]:
-        """The candidates of all decodings, in their order, per instruction; `told` hears of them as they come.
+        """The candidates of all decodings, in their order, per instruction; `on_drawn` hears of them as they come.
 
         What is drawn for an instruction depends on the seed, the instruction and the decoding, not on the instructions
         beside it.
@@ -61,6 +133,150 @@ class Generator(Protocol):
 
     def close(self) -> None:
         """Lets go of what it holds open; it is not used after that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What is to be drawn of a decoding: `decoding.num_samples` samples from number `first` on.
+
+    `position` is the place of the whole decoding among those that were asked for.
+    """
+
+    decoding: Decoding
+    first: int = 0
+    position: int = 0
+
+
+class LocalGenerator(ABC):
+    """A generator that draws here and, once `keep_in` was called, draws nothing that it has drawn before.
+
+    A kept draw is used as it is. What would be drawn anew may differ from it where the batch decides: logits of
+    another batch differ in their last bits, and where two tokens are as good as equal, or a draw falls on the border
+    of two, that turns the choice. Batches follow from what is drawn together: the rows of a part and their decodings.
+    """
+
+    name: str
+    revision: str
+
+    def __init__(self, name: str, revision: str) -> None:
+        self.name = name
+        self.revision = revision
+        self._cut = 0
+        self._store: CandidateStore | None = None
+
+    def keep_in(self, work: Path) -> None:
+        """Keeps what is drawn under this work folder, and uses what was kept there."""
+        self._store = CandidateStore(work, Origin(generator=self.name, revision=self.revision, version=DRAWING_VERSION))
+
+    def tally(self) -> Mapping[str, int]:
+        """`cut`: the instructions since the last call that lost their end."""
+        cut, self._cut = self._cut, 0
+        return {"cut": cut}
+
+    def close(self) -> None:
+        """Closes what is kept."""
+        if self._store is not None:
+            self._store.close()
+
+    def check(self, decodings: Sequence[Decoding]) -> None:
+        """No decoding is refused."""
+        del decodings
+
+    def sample(
+        self,
+        instructions: Sequence[str],
+        decodings: Sequence[Decoding],
+        *,
+        seed: int,
+        on_drawn: OnDrawn = ignore_drawn,
+    ) -> list[list[Candidate]]:
+        """The candidates of all decodings, in their order, per instruction, with likelihoods.
+
+        Of equal instructions one is drawn for.
+        """
+        self.check(decodings)
+        prompts = self._prompts(instructions, max((one.max_new_tokens for one in decodings), default=0))
+        keys = [
+            [self._key(question_key(instruction=text, prompt=prompt, seed=seed), decoding) for decoding in decodings]
+            for text, prompt in zip(instructions, prompts, strict=True)
+        ]
+        known = self._store.get(list(dict.fromkeys(itertools.chain(*keys)))) if self._store else {}
+        missing = _missing(keys, decodings, known)
+        drawn_now = sum(len(places) * sum(one.decoding.num_samples for one in own) for own, places in missing.items())
+        if others := len(instructions) * sum(decoding.num_samples for decoding in decodings) - drawn_now:
+            on_drawn(others)
+        for wanted, places in missing.items():
+            texts, rows = [instructions[place] for place in places], [prompts[place] for place in places]
+            for batch in self._draw(texts, rows, wanted, seed=seed, on_drawn=on_drawn):
+                sets = {
+                    (key := keys[places[number]][one.position]): (*known.get(key, ()), *candidates)
+                    for number, drawn in batch.items()
+                    for one, candidates in zip(wanted, drawn, strict=True)
+                }
+                if self._store is not None:
+                    self._store.put(sets)
+                known |= sets
+        return [
+            [
+                candidate
+                for key, decoding in zip(own, decodings, strict=True)
+                for candidate in known[key][: decoding.num_samples]
+            ]
+            for own in keys
+        ]
+
+    @abstractmethod
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]] | None:
+        """As a `Generator`'s."""
+
+    @abstractmethod
+    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
+        """Tokens of each instruction as the LLM sees it, cut so that `room` more have their place; counts those."""
+
+    @abstractmethod
+    def _draw(
+        self,
+        instructions: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        wanted: Sequence[Samples],
+        *,
+        seed: int,
+        on_drawn: OnDrawn,
+    ) -> Iterator[dict[int, list[list[Candidate]]]]:
+        """As they come, places of prompts with their candidates of all that is wanted."""
+
+    @staticmethod
+    def _grows(decoding: Decoding) -> bool:
+        """Whether more samples of it begin with the same ones, so that the others can be drawn alone."""
+        del decoding
+        return False
+
+    def _key(self, question: str, decoding: Decoding) -> str:
+        knobs = asdict(decoding)
+        # Which of several generators draws it changes nothing.
+        del knobs["generator"]
+        if self._grows(decoding):
+            del knobs["num_samples"]
+        return question_key(question=question, decoding=knobs)
+
+
+def _missing(
+    keys: Sequence[Sequence[str]], decodings: Sequence[Decoding], known: Mapping[str, Sequence[Candidate]]
+) -> dict[tuple[Samples, ...], list[int]]:
+    """Which places lack which samples; each key is asked for once."""
+    missing: dict[tuple[Samples, ...], list[int]] = {}
+    asked: set[str] = set()
+    for place, own in enumerate(keys):
+        wanted = []
+        for position, (key, decoding) in enumerate(zip(own, decodings, strict=True)):
+            first = len(known.get(key, ()))
+            if first < decoding.num_samples and key not in asked:
+                asked.add(key)
+                rest = replace(decoding, num_samples=decoding.num_samples - first)
+                wanted.append(Samples(rest, first, position))
+        if wanted:
+            missing.setdefault(tuple(wanted), []).append(place)
+    return missing
 
 
 def status_of(text: str, *, ended: bool) -> Status:
@@ -101,48 +317,3 @@ def seed_of(seed: int, generator: str) -> int:
     """The seed of one generator of a run, below 2^31."""
     digest = hashlib.blake2b(repr((seed, generator)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") & 0x7FFF_FFFF
-
-
-def load_generator(text: str, terms: Terms | None = None) -> Generator:
-    """The generator that a spec names; ConfigError says which specs sample. `terms` are an endpoint's."""
-    spec = parse_spec(text)
-    if spec.kind == "openai":
-        from cappy.sampling.endpoint import Endpoint
-
-        return Endpoint(spec, terms)
-    if spec.kind == "models":
-        raise ConfigError(
-            f"{shown(text)}: the registry holds scorers; a generator is builtin, a folder, hub:, vllm: or openai:"
-        )
-    if spec.kind == "vllm":
-        from cappy.sampling.vllm_generator import VLLM
-
-        inner = parse_spec(spec.name)
-        pinned = inner.kind == "hub"
-        folder = open_model_folder(hub_folder(inner) if pinned else Path(inner.name), pinned=pinned)
-        return VLLM(text, folder, revision=inner.revision)
-    if spec.kind == "builtin":
-        from cappy.builtin import LLM_FOLDER, verify
-
-        verify(LLM_FOLDER)
-        return _local(text, open_model_folder(LLM_FOLDER, pinned=True))
-    if spec.kind == "hub":
-        return _local(text, open_model_folder(hub_folder(spec), pinned=True), revision=spec.revision)
-    return _local(text, open_model_folder(Path(spec.name)))
-
-
-def _local(name: str, folder: ModelFolder, revision: str = "") -> Generator:
-    config = folder.config()
-    if config.is_encoder_decoder:
-        from cappy.sampling.seq2seq import Seq2Seq
-
-        return Seq2Seq(name, folder, revision)
-    kinds = config.architectures or []
-    if kinds and not any(kind.endswith(_GENERATES) for kind in kinds):
-        raise ConfigError(
-            f"{folder.path}: holds {', '.join(kinds)}, which generates nothing; a generator is an encoder-decoder or a "
-            "causal LLM"
-        )
-    from cappy.sampling.causal import Causal
-
-    return Causal(name, folder, revision)

@@ -1,8 +1,8 @@
-"""What the LLMs that run on this machine share: loading, batches by length, and candidates in the original order."""
+"""What the LLMs of transformers that run on this machine share: loading, batches by length, candidates."""
 
 import itertools
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ from transformers.utils.logging import disable_progress_bar
 from cappy.errors import FolderError
 from cappy.model_folder import ModelFolder
 from cappy.records import Candidate
-from cappy.sampling.decoding import Continuation, Response, continue_rows
-from cappy.sampling.drawing import uniforms
-from cappy.sampling.generators import OnDrawn, status_of, unheard
+from cappy.sampling.drawing import Continuation, Response, continue_rows, uniforms
+from cappy.sampling.generators import LocalGenerator, OnDrawn, Samples, ignore_drawn, status_of
 from cappy.sampling.prompts import end_tokens
 from cappy.sampling.strategies import Decoding
 
@@ -24,16 +23,15 @@ CPU_WORK = 2**42
 """Parameters times tokens of a batch on a CPU: it is done within a minute or so, and larger ones are no faster."""
 
 
-class LocalLLM(ABC):
+class LocalLLM(LocalGenerator):
     """An LLM of transformers in a folder: safetensors alone, no code of the folder's own, float32.
 
     `BATCH_TOKENS` bounds a batch: rows times the longest prompt with its response; on a CPU `CPU_WORK` does too.
     Instructions longer than the model's context lose their end, and are counted.
 
     What is drawn depends on the seed, the instruction, the decoding's name and the number of the sample, and not on
-    what else is asked for. Batches differ in the last bits of their logits, though: where two tokens are as good as
-    equal, or a draw falls on the border of two, another company in the batch can turn the choice. Two instances with
-    the same instruction draw the same candidates.
+    what else is asked for, up to the last bits of its batch. Two instances with the same instruction have the same
+    candidates.
     """
 
     BATCH_TOKENS = 65_536
@@ -41,9 +39,7 @@ class LocalLLM(ABC):
 
     def __init__(self, name: str, folder: ModelFolder, revision: str = "") -> None:
         config = folder.config()
-        self.name = name
-        self.revision = revision or folder.hash[:12]
-        self._cut = 0
+        super().__init__(name, revision or folder.hash[:12])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         disable_progress_bar()
         self.tokenizer: Any = folder.tokenizer()
@@ -58,59 +54,30 @@ class LocalLLM(ABC):
         self._end_set = frozenset(self.ends.tolist())
         self.pad: int = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
 
-    def check(self, decodings: Sequence[Decoding]) -> None:
-        """No decoding is refused, since every knob is one of transformers' own."""
-        del decodings
-
     @property
     def context(self) -> int | None:
         """Tokens that a prompt and its response share; None where they share none, or have no bound."""
         return None
 
-    def tally(self) -> Mapping[str, int]:
-        """`cut`: the instructions since the last call that lost their end."""
-        cut, self._cut = self._cut, 0
-        return {"cut": cut}
-
     def close(self) -> None:
         """Lets the weights go."""
+        super().close()
         self.model = None
 
-    def sample(
-        self,
-        instructions: Sequence[str],
-        decodings: Sequence[Decoding],
-        *,
-        seed: int,
-        told: OnDrawn = unheard,
-    ) -> list[list[Candidate]]:
-        """The candidates of all decodings, in their order, per instruction, with likelihoods."""
-        return [
-            [
-                self._candidate(response, decoding, seed)
-                for decoding, responses in zip(decodings, drawn, strict=True)
-                for response in responses
-            ]
-            for drawn in self.respond(instructions, decodings, seed=seed, told=told)
-        ]
-
-    @torch.inference_mode()
     def respond(
         self,
         instructions: Sequence[str],
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        told: OnDrawn = unheard,
+        on_drawn: OnDrawn = ignore_drawn,
     ) -> list[list[list[Response]]]:
-        """Responses as tokens: of each instruction, for each decoding, its samples."""
-        most = max(decoding.max_new_tokens for decoding in decodings)
-        prompts = self._prompts(instructions, most)
-        rows = sum(max(decoding.num_samples, decoding.num_beams) for decoding in decodings)
+        """Responses as tokens, all drawn now: of each instruction, for each decoding, its samples."""
+        prompts = self._prompts(instructions, max(decoding.max_new_tokens for decoding in decodings))
+        wanted = [Samples(decoding) for decoding in decodings]
         found: list[list[list[Response]]] = [[] for _ in instructions]
-        for batch in batches([len(prompt) for prompt in prompts], room=most, budget=self._batch_tokens() // rows):
-            drawn = self._respond([instructions[i] for i in batch], [prompts[i] for i in batch], decodings, seed, told)
-            for place, responses in zip(batch, drawn, strict=True):
+        for batch in self._respond(instructions, prompts, wanted, seed, on_drawn):
+            for place, responses in batch.items():
                 found[place] = responses
         return found
 
@@ -150,10 +117,6 @@ class LocalLLM(ABC):
         )
 
     @abstractmethod
-    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
-        """Tokens of each instruction, cut so that `room` more have their place; counts those."""
-
-    @abstractmethod
     def _response(self, text: str) -> list[int]:
         """Tokens of a given response, end token included."""
 
@@ -172,7 +135,7 @@ class LocalLLM(ABC):
         encoded: torch.Tensor,
         mask: torch.Tensor,
         decoding: Decoding,
-        told: OnDrawn,
+        on_drawn: OnDrawn,
     ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
         """Tokens of each prompt's samples by beam search, one prompt after the other, and their sums (rows,)."""
 
@@ -180,30 +143,75 @@ class LocalLLM(ABC):
     def _sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
         """Sum of the log-probabilities of each response's tokens after its prompt: (rows,)."""
 
+    @staticmethod
+    def _grows(decoding: Decoding) -> bool:
+        """Samples have random numbers of their own; the beams of a search are found together."""
+        return decoding.do_sample
+
+    def _draw(
+        self,
+        instructions: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        wanted: Sequence[Samples],
+        *,
+        seed: int,
+        on_drawn: OnDrawn,
+    ) -> Iterator[dict[int, list[list[Candidate]]]]:
+        for batch in self._respond(instructions, prompts, wanted, seed, on_drawn):
+            yield {
+                place: [
+                    [self._candidate(response, one.decoding, seed) for response in responses]
+                    for one, responses in zip(wanted, drawn, strict=True)
+                ]
+                for place, drawn in batch.items()
+            }
+
     def _respond(
         self,
         instructions: Sequence[str],
         prompts: Sequence[Sequence[int]],
-        decodings: Sequence[Decoding],
+        wanted: Sequence[Samples],
         seed: int,
-        told: OnDrawn,
+        on_drawn: OnDrawn,
+    ) -> Iterator[dict[int, list[list[Response]]]]:
+        """For each batch the responses of its places."""
+        room = max(one.decoding.max_new_tokens for one in wanted)
+        rows = sum(max(one.decoding.num_samples, one.decoding.num_beams) for one in wanted)
+        for places in batches([len(prompt) for prompt in prompts], room=room, budget=self._batch_tokens() // rows):
+            texts, own = [instructions[place] for place in places], [prompts[place] for place in places]
+            drawn = self._respond_together(texts, own, wanted, seed, on_drawn)
+            yield dict(zip(places, drawn, strict=True))
+
+    @torch.inference_mode()
+    def _respond_together(
+        self,
+        instructions: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        wanted: Sequence[Samples],
+        seed: int,
+        on_drawn: OnDrawn,
     ) -> list[list[list[Response]]]:
-        """`respond` for one batch."""
+        """The responses of one batch."""
         encoded, mask = self._encode(prompts)
-        found: list[list[list[Response]]] = [[[] for _ in decodings] for _ in prompts]
-        for place, decoding in enumerate(decodings):
-            if decoding.num_beams > 1:
-                tokens, sums = self._beams(prompts, encoded, mask, decoding, told)
-                told(len(tokens))
+        found: list[list[list[Response]]] = [[[] for _ in wanted] for _ in prompts]
+        for place, one in enumerate(wanted):
+            if one.decoding.num_beams > 1:
+                tokens, sums = self._beams(prompts, encoded, mask, one.decoding, on_drawn)
+                on_drawn(len(tokens))
                 for number, (own, total) in enumerate(zip(tokens, sums.tolist(), strict=True)):
-                    found[number // decoding.num_samples][place].append(Response(own, total))
-        drawn = [(place, decoding) for place, decoding in enumerate(decodings) if decoding.num_beams == 1]
+                    found[number // one.decoding.num_samples][place].append(Response(own, total))
+        drawn = [(place, one) for place, one in enumerate(wanted) if one.decoding.num_beams == 1]
         if drawn:
-            places = [place for place, decoding in drawn for _ in range(decoding.num_samples)]
-            rows = [decoding for _, decoding in drawn for _ in range(decoding.num_samples)]
-            numbers = [own for text in instructions for _, decoding in drawn for own in uniforms(seed, text, decoding)]
+            places = [place for place, one in drawn for _ in range(one.decoding.num_samples)]
+            rows = [one.decoding for _, one in drawn for _ in range(one.decoding.num_samples)]
+            numbers = [
+                own
+                for text in instructions
+                for _, one in drawn
+                for own in uniforms(seed, text, one.decoding, one.first)
+            ]
             model, logits = self._begin(encoded, mask, len(rows))
-            given = continue_rows(model, logits, rows * len(prompts), numbers, self.ends, told)
+            given = continue_rows(model, logits, rows * len(prompts), numbers, self.ends, on_drawn)
             for number, response in enumerate(given):
                 found[number // len(rows)][places[number % len(rows)]].append(response)
         return found
@@ -232,12 +240,12 @@ class LocalLLM(ABC):
         )
 
 
-def each_step(decoding: Decoding, rows: int, told: OnDrawn) -> StoppingCriteriaList:
+def each_step(decoding: Decoding, rows: int, on_drawn: OnDrawn) -> StoppingCriteriaList:
     """For `generate`: stops nothing, and says after each token how much of `rows` responses is done."""
     steps = itertools.count(1)
 
     def step(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        told(0, begun=rows * min(next(steps) / decoding.max_new_tokens, 1.0))
+        on_drawn(0, begun=rows * min(next(steps) / decoding.max_new_tokens, 1.0))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     return StoppingCriteriaList([step])

@@ -4,22 +4,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, code_version, fingerprint, identity, settings
+from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work, fingerprint, identity, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
 from cappy.sampling import load_generator
-from cappy.sampling.accounts import accounts, check_failures, failures, taken
-from cappy.sampling.cautions import cautions
-from cappy.sampling.generators import check_strategy
-from cappy.sampling.paid import Api, Terms
+from cappy.sampling.accounts import SamplingProgress, accounts, cautions, check_failures, failures, taken
+from cappy.sampling.candidates import ReasoningReader, sample
+from cappy.sampling.generators import Api, EndpointConfig, Generator, check_strategy
 from cappy.sampling.strategies import (
-    MOST_NEW_TOKENS,
+    MAX_NEW_TOKENS_LIMIT,
     Decoding,
     checked,
     default_length,
@@ -28,9 +27,7 @@ from cappy.sampling.strategies import (
     strategy,
 )
 from cappy.specs import parse_spec
-
-if TYPE_CHECKING:
-    from cappy.sampling.generators import Generator
+from cappy.steps import step_version
 
 
 @settings
@@ -57,7 +54,7 @@ class SamplingConfig:
         int,
         Field(
             ge=0,
-            le=MOST_NEW_TOKENS,
+            le=MAX_NEW_TOKENS_LIMIT,
             description="Longest response in tokens; 0: what the strategy says, else 512 for openai: and 64 for others",
         ),
     ] = 0
@@ -68,21 +65,27 @@ class SamplingConfig:
         ),
     ] = False
     seed: Annotated[int, Field(description="Seed of the draw")] = 0
-    part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 64
+    part_rows: Annotated[
+        int, ADVANCED, Field(ge=1, description="Instances per part; a killed run continues at a part")
+    ] = 64
     shard: ShardOf = ""
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""
-    api: Annotated[Api, Field(description="How an endpoint is asked: chat, or completions for a base model")] = "chat"
+    api: Annotated[
+        Api, ADVANCED, Field(description="How an endpoint is asked: chat, or completions for a base model")
+    ] = "chat"
     extra: Annotated[
         tuple[Literal["top_k", "min_p", "min_tokens"], ...],
+        ADVANCED,
         Field(description="Knobs beyond OpenAI's that the endpoint takes, as vLLM's does: top_k, min_p, min_tokens"),
     ] = ()
     logprobs: Annotated[
-        bool, Field(description="Ask an endpoint for log-probabilities, which some of its models refuse")
+        bool, ADVANCED, Field(description="Ask an endpoint for log-probabilities, which some of its models refuse")
     ] = True
     max_failed: Annotated[
         float,
         LOCATION,
+        ADVANCED,
         Field(
             ge=0,
             le=1,
@@ -91,17 +94,25 @@ class SamplingConfig:
         ),
     ] = 0.1
     concurrency: Annotated[int, LOCATION, Field(ge=1, le=1024, description="Requests to an endpoint at a time")] = 8
-    requests_per_minute: Annotated[int, LOCATION, Field(ge=0, description="Most requests a minute; 0: no limit")] = 0
-    tokens_per_minute: Annotated[
-        int, LOCATION, Field(ge=0, description="Most tokens a minute, in and out; 0: no limit")
+    requests_per_minute: Annotated[
+        int, LOCATION, ADVANCED, Field(ge=0, description="Most requests a minute; 0: no limit")
     ] = 0
-    budget_requests: Annotated[int, LOCATION, Field(ge=0, description="Most requests of this run; 0: no limit")] = 0
-    budget_tokens: Annotated[int, LOCATION, Field(ge=0, description="Most tokens, in and out; 0: no limit")] = 0
+    tokens_per_minute: Annotated[
+        int, LOCATION, ADVANCED, Field(ge=0, description="Most tokens a minute, in and out; 0: no limit")
+    ] = 0
+    budget_requests: Annotated[
+        int, LOCATION, ADVANCED, Field(ge=0, description="Most requests of this run; 0: no limit")
+    ] = 0
+    budget_tokens: Annotated[
+        int, LOCATION, ADVANCED, Field(ge=0, description="Most tokens, in and out; 0: no limit")
+    ] = 0
     budget_money: Annotated[float, LOCATION, Field(ge=0, description="Most that answers may cost; 0: no limit")] = 0.0
     price_input: Annotated[float, LOCATION, Field(ge=0, description="Price of a million tokens of instructions")] = 0.0
     price_output: Annotated[float, LOCATION, Field(ge=0, description="Price of a million tokens of responses")] = 0.0
-    timeout: Annotated[float, LOCATION, Field(gt=0, description="Seconds that a request may take")] = 120.0
-    retries: Annotated[int, LOCATION, Field(ge=0, le=100, description="Further attempts at a failed request")] = 8
+    timeout: Annotated[float, LOCATION, ADVANCED, Field(gt=0, description="Seconds that a request may take")] = 120.0
+    retries: Annotated[
+        int, LOCATION, ADVANCED, Field(ge=0, le=100, description="Further attempts at a failed request")
+    ] = 8
 
     def __post_init__(self) -> None:
         check_strategy(self.generator, self.decodings)
@@ -137,13 +148,13 @@ class SamplingConfig:
         return checked(longer, "sampling: --max-new-tokens")
 
 
-def terms_of(config: SamplingConfig, parent: str = "") -> Terms:
-    """The terms of the config's endpoints; the budget is that of one run over the folder whose hash is `parent`.
+def endpoint_config(config: SamplingConfig, parent: str = "") -> EndpointConfig:
+    """How this config's endpoints are asked; the budget is that of one run over the folder whose hash is `parent`.
 
     Shards share the budget, and neither they nor the size of parts make another run of it.
     """
     computed = {name: value for name, value in identity(config).items() if name not in ("shard", "part_rows")}
-    return Terms(
+    return EndpointConfig(
         api=config.api,
         extra=config.extra,
         logprobs=config.logprobs,
@@ -173,22 +184,22 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
     """
     refuse_same(config.source, config.target)
     parent = read_manifest(config.source)
-    terms = terms_of(config, parent.hash)
+    asking = endpoint_config(config, parent.hash)
     with ExitStack() as opened:
-        generators = [opened.enter_context(closing(load_generator(spec, terms))) for spec in config.generator]
+        generators = [
+            opened.enter_context(closing(load_generator(spec, asking, work=config.work))) for spec in config.generator
+        ]
         for position, generator in enumerate(generators):
             generator.check(share(config.decodings, position))
         return _run(config, parent, generators, progress)
 
 
-def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"], progress: Progress) -> Manifest:
+def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], progress: Progress) -> Manifest:
     from cappy.records.parts import process_folder
     from cappy.records.work import claim, finish
-    from cappy.sampling.candidates import ReasoningReader, sample
-    from cappy.sampling.telling import Telling
 
     decodings = config.decodings
-    telling = Telling(progress, generators, decodings)
+    sampling_progress = SamplingProgress(progress, generators, decodings)
 
     reasoning = ReasoningReader(strip=config.strip_reasoning)
     each = {
@@ -198,7 +209,7 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"]
     so_far: Counter[str] = Counter()
 
     def transform(part: list[Instance]) -> Iterator[Instance]:
-        return sample(part, generators, decodings, seed=config.seed, told=telling.drawn, read=reasoning)
+        return sample(part, generators, decodings, seed=config.seed, on_drawn=sampling_progress.drawn, read=reasoning)
 
     def count(part: Sequence[Instance]) -> dict[str, int]:
         counts = taken(part, generators) | failures(part, generators)
@@ -211,19 +222,20 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"]
     revisions = {generator.name: generator.revision for generator in generators}
     # The file of decodings may change while its path stays.
     stated = identity(config) | {"decodings": [asdict(decoding) for decoding in decodings]}
-    with claim(config.work, "sampling", stated, [parent.hash, *revisions.values()]) as folder, telling:
+    inputs = [parent.hash, *revisions.values()]
+    with claim(config.work, "sampling", stated, inputs, fresh=config.fresh) as folder, sampling_progress:
         parts = process_folder(
             config.source,
             folder,
             transform,
             rows=parse_shard(config.shard).rows(parent.rows),
             part_rows=config.part_rows,
-            progress=telling,
+            progress=sampling_progress,
             count=count,
             again=lambda counts: counts.get("failed", 0) > 0,
         )
         check_failures(parts.counts, config.max_failed, each)
-        metrics, facts = accounts(parts.counts, terms_of(config))
+        metrics, facts = accounts(parts.counts, endpoint_config(config))
         if contexts := [found for one in generators if (found := getattr(one, "context", None))]:
             facts["context"] = min(contexts)
         if said := cautions(metrics, stated, facts):
@@ -232,7 +244,7 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"]
             step="sampling",
             files=parts.files,
             config=stated,
-            code=code_version(),
+            step_version=step_version("sampling"),
             seed=config.seed,
             generators=revisions,
             parents=(parent.hash,),

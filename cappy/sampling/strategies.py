@@ -8,21 +8,31 @@ samplingN               N samples at temperature 1, nothing cut away
 temperatureT, topkK,    one sample with that knob; `xN` at the end draws N, `-` joins knobs: `temperature0.7-topp0.9x4`
 toppP, minpP
 
+A file of decodings is a list in YAML or JSON, each a word of the grammar or the knobs by name:
+
+- greedy
+- topk40x4
+- {name: warm, num_samples: 4, temperature: 1.3, min_p: 0.05, max_new_tokens: 128}
+
 Each decoding states every knob, so that nothing of a model's own configuration leaks in.
 """
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from cappy.errors import ConfigError, shown
+from cappy.yaml_files import load_yaml
 
 MAX_NEW_TOKENS = 64
 ENDPOINT_NEW_TOKENS = 512
 """Chat models answer in paragraphs: at 64 tokens nearly every response would be cut."""
-MOST_NEW_TOKENS = 32768
+MAX_NEW_TOKENS_LIMIT = 32768
 FILES = (".yaml", ".yml", ".json")
 
 
@@ -138,8 +148,6 @@ def strategy(text: str, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, ...]:
     `length` is the longest response in tokens of those that state none.
     """
     if text.endswith(FILES):
-        from cappy.sampling.strategy_file import read_decodings
-
         return read_decodings(Path(text), length)
     # What comes with the project states no length of 64, but for want of another.
     return tuple(
@@ -223,9 +231,71 @@ def _rules(decoding: Decoding) -> dict[str, bool]:
         "top_k must be 0 (off) or more": decoding.top_k >= 0,
         "top_p must be above 0 and at most 1 (off)": 0 < decoding.top_p <= 1,
         "min_p must be 0 (off) or more, and below 1": 0 <= decoding.min_p < 1,
-        f"max_new_tokens must be 1 to {MOST_NEW_TOKENS}": 1 <= decoding.max_new_tokens <= MOST_NEW_TOKENS,
+        f"max_new_tokens must be 1 to {MAX_NEW_TOKENS_LIMIT}": 1 <= decoding.max_new_tokens <= MAX_NEW_TOKENS_LIMIT,
         "min_new_tokens must be 0 or more, and below max_new_tokens": (
             0 <= decoding.min_new_tokens < decoding.max_new_tokens
         ),
         "generator must be a position from 0": decoding.generator is None or decoding.generator >= 0,
     }
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "do_sample": (bool,),
+    "temperature": (float, int),
+    "top_p": (float, int),
+    "min_p": (float, int),
+}
+"""Types of the knobs that are no whole numbers."""
+_MOST_BYTES = 1_000_000
+
+
+def read_decodings(path: Path, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, ...]:
+    """The decodings of a file; ConfigError names the file, the entry, the knob and the value.
+
+    `length` is the longest response in tokens of entries that state none.
+    """
+    entries = _read(path)
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f"{path}: must be a list of decodings, got {shown(entries)}; see --strategy for their names")
+    return checked([_decoding(path, number, entry, length) for number, entry in enumerate(entries, 1)], str(path))
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ConfigError(f"{path}: is larger than {_MOST_BYTES} bytes, so it is no file of decodings")
+        return load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); --strategy names a file of decodings") from error
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # A value that is not what its tag says raises whatever its reader trips over.
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        reason = getattr(error, "problem", None) or type(error).__name__
+        raise ConfigError(f"{path}:{line} is neither YAML nor JSON ({shown(reason)}); mend it") from error
+
+
+def _decoding(path: Path, number: int, entry: Any, length: int) -> Decoding:
+    where = f"{path}: decoding {number}"
+    if isinstance(entry, str):
+        try:
+            return replace(parse_decoding(entry), max_new_tokens=length)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+    if not isinstance(entry, dict) or "name" not in entry:
+        raise ConfigError(f"{where}: must be a word as topk40x4 or knobs with a name, got {shown(entry)}")
+    known = [field.name for field in fields(Decoding)]
+    for knob, value in entry.items():
+        if knob not in known:
+            raise ConfigError(f"{where}: {shown(knob)} is no knob; they are {', '.join(known)}")
+        wanted = _TYPES.get(knob, (int,))
+        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+            raise ConfigError(f"{where}: {knob} must be {_said(wanted)}, got {shown(value)}")
+    if not entry["name"].strip():
+        raise ConfigError(f"{where}: name is empty; it tells candidates apart")
+    return Decoding(**{"max_new_tokens": length, **entry})
+
+
+def _said(wanted: tuple[type, ...]) -> str:
+    return {str: "a text", bool: "true or false", float: "a number", int: "a whole number"}[wanted[0]]

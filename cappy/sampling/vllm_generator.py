@@ -5,19 +5,19 @@ them. The interface is that of vLLM's public source, `vllm/sampling_params.py` a
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cappy.errors import ConfigError, FolderError
 from cappy.model_folder import ModelFolder
 from cappy.records import Candidate
 from cappy.sampling.drawing import draw_seed
-from cappy.sampling.generators import OnDrawn, refuse_beams, status_of, unheard
+from cappy.sampling.generators import LocalGenerator, OnDrawn, Samples, refuse_beams, status_of
 from cappy.sampling.prompts import end_tokens, prompt_tokens, response_tokens
 from cappy.sampling.strategies import Decoding
 
 
-class VLLM:
+class VLLM(LocalGenerator):
     """Samples from a folder that vLLM loads; safetensors alone, no code of the folder's own, no beams.
 
     Each instruction has a seed of its own, so that what is drawn does not depend on the part; vLLM itself promises the
@@ -29,9 +29,7 @@ class VLLM:
         path, config = folder.path, folder.config()
         if config.is_encoder_decoder:
             raise ConfigError(f"{name}: is an encoder-decoder, which vLLM does not run; name it without vllm:")
-        self.name = name
-        self.revision = revision or folder.hash[:12]
-        self._cut = 0
+        super().__init__(name, revision or folder.hash[:12])
         try:
             vllm: Any = importlib.import_module("vllm")
         except ImportError as error:
@@ -57,59 +55,58 @@ class VLLM:
         """ConfigError for beams."""
         refuse_beams(self.name, decodings)
 
-    def tally(self) -> Mapping[str, int]:
-        """`cut`: the instructions since the last call that lost their end."""
-        cut, self._cut = self._cut, 0
-        return {"cut": cut}
-
     def close(self) -> None:
         """Lets the engine go."""
+        super().close()
         self._llm = None
-
-    def sample(
-        self,
-        instructions: Sequence[str],
-        decodings: Sequence[Decoding],
-        *,
-        seed: int,
-        told: OnDrawn = unheard,
-    ) -> list[list[Candidate]]:
-        """The candidates of all decodings, in their order, per instruction, with likelihoods; one call for all."""
-        self.check(decodings)
-        room = max((decoding.max_new_tokens for decoding in decodings), default=0)
-        prompts = [self._prompt(instruction, room) for instruction in instructions]
-        asked = [
-            (prompt, self._parameters(decoding, draw_seed(seed, text, decoding)))
-            for text, prompt in zip(instructions, prompts, strict=True)
-            for decoding in decodings
-        ]
-        outputs = iter(self._generate(asked))
-        told(len(prompts) * sum(decoding.num_samples for decoding in decodings))
-        return [
-            [self._candidate(one, decoding, seed) for decoding in decodings for one in next(outputs).outputs]
-            for _ in instructions
-        ]
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
         """(sum of log-probabilities, number of tokens) of each given response, end token included."""
         responses = [response_tokens(self._tokenizer, response, self._ends[0]) for _, response in pairs]
         room = max(map(len, responses), default=0) + 1
-        prompts = {instruction: self._prompt(instruction, room) for instruction in dict.fromkeys(i for i, _ in pairs)}
+        texts = list(dict.fromkeys(instruction for instruction, _ in pairs))
+        prompts = dict(zip(texts, self._prompts(texts, room), strict=True))
         parameters = self._parameters_class(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         rows = [(prompts[text], response) for (text, _), response in zip(pairs, responses, strict=True)]
         outputs = self._generate([([*prompt, *response], parameters) for prompt, response in rows])
         found = []
         for (prompt, response), output in zip(rows, outputs, strict=True):
-            told = output.prompt_logprobs[len(prompt) :]
-            total = sum(place[token].logprob for token, place in zip(response, told, strict=True))
+            logprobs = output.prompt_logprobs[len(prompt) :]
+            total = sum(place[token].logprob for token, place in zip(response, logprobs, strict=True))
             found.append((float(total), len(response)))
         return found
 
-    def _prompt(self, instruction: str, room: int) -> list[int]:
+    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
         longest = self.context - room if self.context else None
-        ids, cut = prompt_tokens(self._tokenizer, instruction, ends=self._ends, longest=longest)
-        self._cut += cut
-        return ids
+        prompts = []
+        for instruction in instructions:
+            ids, cut = prompt_tokens(self._tokenizer, instruction, ends=self._ends, longest=longest)
+            self._cut += cut
+            prompts.append(ids)
+        return prompts
+
+    def _draw(
+        self,
+        instructions: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        wanted: Sequence[Samples],
+        *,
+        seed: int,
+        on_drawn: OnDrawn,
+    ) -> Iterator[dict[int, list[list[Candidate]]]]:
+        """All in one call, for the engine makes batches by itself."""
+        decodings = [one.decoding for one in wanted]
+        asked = [
+            (list(prompt), self._parameters(decoding, draw_seed(seed, text, decoding)))
+            for text, prompt in zip(instructions, prompts, strict=True)
+            for decoding in decodings
+        ]
+        outputs = iter(self._generate(asked))
+        on_drawn(len(prompts) * sum(decoding.num_samples for decoding in decodings))
+        yield {
+            place: [[self._candidate(one, decoding, seed) for one in next(outputs).outputs] for decoding in decodings]
+            for place in range(len(prompts))
+        }
 
     def _generate(self, asked: Sequence[tuple[list[int], Any]]) -> list[Any]:
         prompts = [{"prompt_token_ids": ids} for ids, _ in asked]

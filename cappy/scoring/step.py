@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, code_version, identity, settings
+from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
 from cappy.scoring import Precision
+from cappy.steps import step_version
 
 if TYPE_CHECKING:
     from cappy.scoring.scorer import Scorer
@@ -40,7 +41,9 @@ class ScoringConfig:
     precision: Annotated[
         Precision, Field(description="What the encoder runs in; auto is bf16 where the device has instructions for it")
     ] = "auto"
-    part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 512
+    part_rows: Annotated[
+        int, ADVANCED, Field(ge=1, description="Instances per part; a killed run continues at a part")
+    ] = 512
     shard: ShardOf = ""
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""
@@ -75,7 +78,7 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
         cut, scorer.cuts.cut = scorer.cuts.cut, 0
         return {"cut_pairs": cut}
 
-    with claim(config.work, "scoring", stated, [parent.hash, scorer.version]) as folder:
+    with claim(config.work, "scoring", stated, [parent.hash, scorer.version], fresh=config.fresh) as folder:
         parts = process_folder(
             config.source,
             folder,
@@ -92,7 +95,7 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
             step="scoring",
             files=parts.files,
             config=stated,
-            code=code_version(),
+            step_version=step_version("scoring"),
             generators=parent.generators,
             parents=(parent.hash,),
             metrics={"instances": parts.rows, "candidates": parts.candidates, "cut_pairs": cut},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cappy.annotation.rows import regression_rows
+from cappy.annotation.labels import regression_rows
 from cappy.records import Instance
 from cappy.records.instance import Source
 from cappy.training.order import permuted

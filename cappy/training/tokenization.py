@@ -1,7 +1,6 @@
 """From a folder of annotated instances to token ids on disk, once per folder and tokenizer."""
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cappy.config import fingerprint
-from cappy.files import make_private, open_lock
+from cappy.files import hold_lock, make_private
 from cappy.progress import Progress, silent
 from cappy.records import prompt_hash, read, read_manifest
 from cappy.records.folder import batched, disk_errors, rename_folder
@@ -187,6 +186,5 @@ def _build(
 def _held(cache: Path, key: str) -> Iterator[None]:
     """Holds a lock that falls with the process, however it ends."""
     make_private(cache)
-    with open_lock(cache / f".{key}.lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_lock(cache / f".{key}.lock"):
         yield

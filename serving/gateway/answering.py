@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cappy.errors import CappyError
-from cappy.sampling.paid import tokens_of
+from cappy.sampling.generators import tokens_of
 from serving.gateway.config import Policy, SpendingLimits
 from serving.gateway.errors import GatewayError
 from serving.gateway.policy import EXPECTED_TOKENS, Allowance, Ledger, Limit, Stop, Total, allow, decide

@@ -7,7 +7,7 @@ import httpx2
 
 from cappy.redaction import one_line, redact
 from cappy.sampling.endpoint.answers import BadAnswerError
-from cappy.sampling.endpoint.bounded import RefusedAnswerError
+from cappy.sampling.endpoint.client import RefusedAnswerError
 from cappy.sampling.endpoint.faults import read_refusal, stated_refusal, stated_status
 
 INVALID = "invalid_request_error"

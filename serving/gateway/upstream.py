@@ -18,12 +18,21 @@ from cappy.errors import ConfigError, shown
 from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records.instance import SELECTABLE, Status
 from cappy.redaction import SHORTEST
-from cappy.sampling.endpoint.addresses import base_address, join_path, key_headers
 from cappy.sampling.endpoint.answers import BadAnswerError, GivenUpError, model_name, read_choice, read_choices
-from cappy.sampling.endpoint.bounded import MAX_BYTES, MAX_LIST_BYTES, answer_bytes, async_settings, max_connections
-from cappy.sampling.endpoint.capabilities import LENGTH, NEW_LENGTH, Capabilities, refused_parameter
-from cappy.sampling.endpoint.keys import NO_KEY, api_key, refuse_secrets
-from cappy.sampling.paid import tokens_of
+from cappy.sampling.endpoint.client import (
+    MAX_BYTES,
+    NO_KEY,
+    api_key,
+    async_settings,
+    base_address,
+    join_path,
+    key_headers,
+    max_connections,
+    refuse_secrets,
+)
+from cappy.sampling.endpoint.faults import LENGTH, NEW_LENGTH, Capabilities, refused_parameter
+from cappy.sampling.endpoint.limits import MAX_LIST_BYTES, answer_bytes
+from cappy.sampling.generators import tokens_of
 from cappy.untrusted import is_utf8, to_utf8
 from serving.gateway.errors import GatewayError, bad_answer, late, not_utf8, refused, unreachable
 from serving.gateway.policy import Ledger, Prices, read_usage

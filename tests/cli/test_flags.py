@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field
 
 from cappy.cli.flags import flag_type
-from cappy.cli.steps import make_command, summary
+from cappy.cli.steps import make_step_command, summary
 from cappy.config import Location, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress
@@ -45,7 +45,7 @@ class Brewed:
 
 
 def run(brewed: Brewed, *words: str) -> int:
-    command = make_command("brewing", "Brew coffee.", BrewingConfig, brewed)
+    command = make_step_command("brewing", "Brew coffee.", BrewingConfig, brewed)
     with pytest.raises(SystemExit) as ended:
         command(list(words), prog_name="cappy brewing")
     return int(ended.value.code or 0)
@@ -97,7 +97,7 @@ def test_wrong_usage_is_status_2_and_nothing_runs(words: str, message: str, caps
 
 def test_what_typer_cannot_check_the_class_refuses_before_anything_runs() -> None:
     brewed = Brewed()
-    command = make_command("brewing", "Brew coffee.", BrewingConfig, brewed)
+    command = make_step_command("brewing", "Brew coffee.", BrewingConfig, brewed)
     with pytest.raises(ConfigError, match=r"^brewing: --bar: .* greater than 0, got -1\.0$"):
         command(["--source", "a", "--target", "b", "--bar", "-1"])
     assert brewed.configs == []

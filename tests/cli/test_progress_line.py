@@ -2,8 +2,8 @@
 
 import pytest
 
-from cappy.cli.progress_line import ProgressLine
 from cappy.progress import State, describe, duration
+from cappy.progress_display import ProgressLine
 
 
 def state(done: int, total: int | None, *, resumed: int = 0, seconds: float = 10.0) -> State:

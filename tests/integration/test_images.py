@@ -27,7 +27,7 @@ from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import read
 from cappy.scoring import Scorer
-from pipelines import STEPS
+from pipelines.definitions import PIPELINES
 
 BUILD_SECONDS, RUN_SECONDS = 1800, 300
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(BUILD_SECONDS + RUN_SECONDS)]
@@ -45,7 +45,9 @@ SMALL = {
 ADAPT = """
 import json, os, sys
 from kfp import local
-from pipelines import adapt
+from pipelines.builder import build
+from pipelines.definitions import PIPELINES
+from pipelines.recipe import checked
 from pipelines.submission import prepare
 from pathlib import Path
 
@@ -53,7 +55,7 @@ os.umask(0)
 folder, settings = sys.argv[1], json.loads(sys.argv[2])
 os.mkdir(f"{folder}/pipeline")  # else the engine makes it, as root
 tracking = f"sqlite:///{folder}/mlflow.db"
-steps = adapt.plan(strategy="sampling8", tracking_uri=tracking, settings=settings)
+steps = PIPELINES["adapt"].settings({"strategy": "sampling8"}, settings, tracking)
 submission = prepare("adapt", steps, work=Path(folder, "work"))
 mounts = {"mounts": [{"Type": "bind", "Source": folder, "Target": folder}], "tmpfs": {"/tmp": ""}}
 local.init(
@@ -312,7 +314,7 @@ def test_the_pipeline_adapt_runs_in_the_images(containers: Containers, folder: P
     steps = {found["step"]: found["status"] for found in records}
     # So few instances show too little for the gate to promote; where it does, deployment runs as well.
     assert steps.pop("deployment", "done") == "done"
-    assert steps == dict.fromkeys(set(STEPS["adapt"]) - {"deployment"}, "done")
+    assert steps == dict.fromkeys(set(PIPELINES["adapt"].steps) - {"deployment"}, "done")
     assert {path.stat().st_uid for path in (place / "work/records").glob("*.json")} == {USER}
     sampled = next(found["target"] for found in records if found["step"] == "sampling")
     assert any(instance.candidates for instance in read(Path(sampled)))

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-import pipelines
-import pipelines.adapt
 from cappy.worker import StepRecord, record_path
+from pipelines.definitions import PIPELINES
 from pipelines.submission import Submission, prepare
 
 
@@ -36,7 +35,7 @@ class Registry:
                 client.set_registered_model_alias("cappy", "champion", made.version)
 
     def submitted(self, **choices: Any) -> Submission:
-        steps = pipelines.adapt.plan(**{"generator": (), "tracking_uri": self.uri, **choices})
+        steps = PIPELINES["adapt"].settings({"generator": (), **choices}, tracking_uri=self.uri)
         return prepare("adapt", steps, work=self.folder / "work")
 
     def finetuned(self, submission: Submission, manifest_hash: str) -> None:
@@ -74,7 +73,7 @@ def test_the_champion_is_passed_by_number_and_a_moved_alias_changes_evaluation_a
     registry.add("bbbb", champion=True)
     two = registry.submitted()
     assert two.arguments["champion"] == "models:/cappy/2"
-    steps = pipelines.STEPS["adapt"]
+    steps = PIPELINES["adapt"].steps
     moved = [step for step in steps if one.fingerprints[step] != two.fingerprints[step]]
     assert moved == ["evaluation", "registration", "promotion", "deployment"]
 

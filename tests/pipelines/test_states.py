@@ -7,8 +7,7 @@ from pathlib import Path
 
 from cappy.progress import State
 from cappy.worker import StepRecord, record_path
-from pipelines.board import told
-from pipelines.states import StepState, log_section, observe
+from pipelines.states import StepState, describe_progress, log_section, observe
 
 STEPS = {"preparation": "f1", "annotation": "f2", "registration": "f3", "deployment": "f4"}
 
@@ -75,7 +74,7 @@ def test_a_skipped_step_has_no_folder_although_an_older_run_left_one(tmp_path: P
 
 def test_a_running_step_tells_done_of_total_rate_and_time_left() -> None:
     state = State(done=400, total=1000, unit="rows", resumed=100, started=0.0, updated=10.0)
-    line = told(StepState(step="sampling", state="running", progress=state))
+    line = describe_progress(StepState(step="sampling", state="running", progress=state))
     assert line == "400 of 1,000 rows (100 resumed), 30 rows/s, 20 s left"
 
 

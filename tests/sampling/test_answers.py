@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from cappy.sampling.endpoint.answers import Answer, BadAnswerError, read_answers
-from cappy.sampling.endpoint.cache import Cache
-from cappy.sampling.paid import tokens_of
+from cappy.sampling.endpoint.answers import Answer, BadAnswerError, Cache, read_answers
+from cappy.sampling.generators import tokens_of
 
 HALF = "\ud83d"
 """The first half of a character of UTF-16: JSON can say it, UTF-8 cannot."""

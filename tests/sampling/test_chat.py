@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from cappy.errors import FolderError
 from cappy.model_folder import open_model_folder
 from cappy.rendering.jobs import Job
-from cappy.sampling.causal import Causal
-from cappy.sampling.chat import chat_prompt
+from cappy.sampling.architectures import Causal
+from cappy.sampling.prompts import chat_prompt
 from cappy.sampling.strategies import GREEDY
 
 CHATML = """\
@@ -145,9 +145,9 @@ def test_a_prompt_has_the_time_zone_of_its_asker(tokenizer: Any, monkeypatch: py
 def test_a_hostile_template_ends_in_one_line_that_names_the_folder(
     tokenizer: Any, template: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cappy.sampling.chat.Job", partial(Job, seconds=0.5))
+    monkeypatch.setattr("cappy.sampling.prompts.Job", partial(Job, seconds=0.5))
     tokenizer.chat_template = template
-    with pytest.raises(FolderError, match="its chat template cannot be used .*; mend the template") as caught:
+    with pytest.raises(FolderError, match="chat template") as caught:
         chat_prompt(tokenizer, "who")
     assert str(caught.value).startswith(f"{tokenizer.name_or_path}: ")
     assert "\n" not in str(caught.value)
@@ -163,5 +163,5 @@ def test_an_llm_with_a_hostile_template_loads_and_is_refused_when_it_is_asked(
     tokenizer.chat_template = HOSTILE["a text of gigabytes"]
     tokenizer.save_pretrained(folder)
     generator = Causal("hostile", open_model_folder(folder))
-    with pytest.raises(FolderError, match=f"{folder}: its chat template cannot be used .needs more than 512 MiB"):
+    with pytest.raises(FolderError, match=f"{folder}: .*chat template.*512 MiB"):
         generator.sample(["who"], [GREEDY], seed=0)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 from chat_server import Model, serving
+from wording import raises_naming
 
 from cappy.errors import ConfigError, GeneratorError
 from cappy.sampling.endpoint import Endpoint
-from cappy.sampling.paid import Terms
+from cappy.sampling.generators import EndpointConfig
 from cappy.sampling.strategies import BEAM4, GREEDY, Decoding
 from cappy.specs import parse_spec
 
@@ -35,7 +36,9 @@ def make(url: str) -> Iterator[Make]:
     made: list[Endpoint] = []
 
     def endpoint(**terms: object) -> Endpoint:
-        made.append(Endpoint(parse_spec(f"openai:m@{url}"), Terms(**{"first_wait": 0.01, "retries": 3, **terms})))  # type: ignore[arg-type]
+        made.append(
+            Endpoint(parse_spec(f"openai:m@{url}"), EndpointConfig(**{"first_wait": 0.01, "retries": 3, **terms}))
+        )  # type: ignore[arg-type]
         return made[-1]
 
     yield endpoint
@@ -132,24 +135,28 @@ def test_what_is_no_plain_answer_is_a_candidate_with_its_status(
 
 
 @pytest.mark.parametrize(
-    ("head", "told"),
+    ("head", "named"),
     [
-        ("unauthorized", "401 .*set OPENAI_API_KEY, or OPENAI_API_KEY_FILE"),
-        ("forbidden", "403 .*set OPENAI_API_KEY"),
-        ("absent", "404 .*model 'm' does not exist.*check the model's name and the address"),
-        ("broke", "exceeded your current quota; the account has nothing left"),
+        ("unauthorized", ("401", "OPENAI_API_KEY", "OPENAI_API_KEY_FILE")),
+        ("forbidden", ("403", "OPENAI_API_KEY")),
+        ("absent", ("404", "model 'm' does not exist", "name", "address")),
+        ("broke", ("exceeded your current quota", "account")),
     ],
 )
-def test_what_does_not_pass_ends_the_run_at_once_in_one_line(make: Make, model: Model, head: str, told: str) -> None:
-    with pytest.raises(GeneratorError, match=told) as error:
+def test_what_does_not_pass_ends_the_run_at_once_in_one_line(
+    make: Make, model: Model, head: str, named: tuple[str, ...]
+) -> None:
+    with raises_naming(GeneratorError, *named) as error:
         make(concurrency=1).sample([f"{head} {i}" for i in range(50)], [GREEDY], seed=0)
     assert "\n" not in str(error.value)
     assert len(model.asked) == 1
 
 
 def test_an_unknown_host_is_tried_again_and_then_one_line() -> None:
-    endpoint = Endpoint(parse_spec("openai:m@http://no-such-host.invalid/v1"), Terms(retries=2, first_wait=0.01))
-    with pytest.raises(GeneratorError, match=r"no answer \(.+\) after 3 attempts; check the address") as error:
+    endpoint = Endpoint(
+        parse_spec("openai:m@http://no-such-host.invalid/v1"), EndpointConfig(retries=2, first_wait=0.01)
+    )
+    with pytest.raises(GeneratorError, match=r"\(.+\).* 3 attempts.*address") as error:
         endpoint.sample(["one"], [GREEDY], seed=0)
     assert "\n" not in str(error.value)
     assert endpoint.usage.errors == 3
@@ -157,9 +164,9 @@ def test_an_unknown_host_is_tried_again_and_then_one_line() -> None:
 
 
 def test_a_decoding_that_no_endpoint_can_do_is_refused_before_the_first_request(make: Make, model: Model) -> None:
-    with pytest.raises(ConfigError, match="an endpoint cannot do beam4; choose --strategy endpoint8"):
+    with pytest.raises(ConfigError, match="beam4.*--strategy endpoint8"):
         make().sample(["one"], [GREEDY, BEAM4], seed=0)
-    with pytest.raises(ConfigError, match="no top_k for topk40; say --extra top_k"):
+    with pytest.raises(ConfigError, match="topk40.*--extra top_k"):
         make().sample(["one"], [GREEDY, TOP_K], seed=0)
     assert model.asked == []
 
@@ -181,16 +188,16 @@ def test_the_key_comes_from_the_environment_or_a_file(
     assert model.keys == {"from-file", "from-environment"}
     monkeypatch.delenv("OPENAI_API_KEY")
     monkeypatch.setenv("OPENAI_API_KEY_FILE", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match="OPENAI_API_KEY_FILE: .* cannot be read .*; mount the key there"):
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY_FILE: .*read"):
         make()
 
 
 def test_a_secret_in_the_address_and_a_broken_key_are_refused_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     for address in ("https://me:canary@host/v1", "https://host/v1?api_key=canary"):
-        with pytest.raises(ConfigError, match="set OPENAI_API_KEY") as error:
+        with pytest.raises(ConfigError, match="OPENAI_API_KEY") as error:
             Endpoint(parse_spec(f"openai:m@{address}"))
         assert "canary" not in str(error.value)
     monkeypatch.setenv("OPENAI_API_KEY", "canary\nkey")
-    with pytest.raises(ConfigError, match="OPENAI_API_KEY: holds white space") as error:
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY: .*white space") as error:
         Endpoint(parse_spec("openai:m@https://host/v1"))
     assert "canary" not in str(error.value)

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 from scripted_server import Reply, Script, prompt_of, refusing, saying, scripted
+from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError, GeneratorError
 from cappy.records import Candidate, Instance, Manifest, read, write
-from cappy.sampling.cautions import cautions
+from cappy.sampling.accounts import cautions
 from cappy.sampling.endpoint import Endpoint
-from cappy.sampling.endpoint.addresses import base_address, join_path, key_headers
-from cappy.sampling.endpoint.cache import key_of
+from cappy.sampling.endpoint.answers import key_of
+from cappy.sampling.endpoint.client import base_address, join_path, key_headers
 from cappy.sampling.endpoint.faults import PROBE, STREAK
-from cappy.sampling.paid import Terms
+from cappy.sampling.generators import EndpointConfig
 from cappy.sampling.step import SamplingConfig, run
 from cappy.sampling.strategies import GREEDY, Decoding
 from cappy.specs import parse_spec
@@ -34,7 +35,7 @@ def sample(
 ) -> tuple[list[list[Candidate]], dict[str, int]]:
     """The candidates of an endpoint with this script, and its tally."""
     with scripted(script) as url:
-        made = Terms(**{"first_wait": 0.001, "retries": 2, **terms})
+        made = EndpointConfig(**{"first_wait": 0.001, "retries": 2, **terms})
         endpoint = Endpoint(parse_spec(f"openai:m@{url}/v1"), made)
         try:
             return endpoint.sample(prompts, decodings, seed=0), dict(endpoint.tally())
@@ -124,41 +125,42 @@ def test_d1_an_instruction_whose_answer_always_breaks_off_fails_alone() -> None:
     # Also where it is the last one, and nothing but a plain question is answered beside it.
     ((alone,),), _ = sample(Script(reply), ["broken"], retries=1)
     assert alone.status == "failed"
-    with pytest.raises(GeneratorError, match="finish_reason: 'error' after 2 attempts"):
+    with pytest.raises(GeneratorError, match="finish_reason.*'error'.* 2 attempts"):
         sample(Script(lambda body: (200, saying("half", "error"))), ["one"], retries=1)
 
 
 @pytest.mark.parametrize(
     ("reply", "words"),
     [
-        ((200, saying("half", "error")), "finish_reason: 'error' after 2 attempts; the server's log says why, then"),
-        ((200, saying("half", None, error={"message": "out of memory"})), "out of memory.* the server's log says why"),
-        ((200, refusing("upstream broke", code=503)), "503 upstream broke after 2 attempts; the server's log says why"),
-        ((500, refusing("CUDA error")), "500 CUDA error after 2 attempts; the server's log says why"),
-        ((429, refusing("slow down")), "429 slow down after 2 attempts; ask less at a time: --concurrency"),
-        ((200, b"<html>"), "no JSON.* after 2 attempts; check that the address is that of an OpenAI-compatible API"),
-        ((200, b'{"a": "\xe9"}'), "not UTF-8.* after 2 attempts; the server must send UTF-8, or name the charset"),
+        ((200, saying("half", "error")), ("finish_reason", "'error'", "server's log")),
+        ((200, saying("half", None, error={"message": "out of memory"})), ("out of memory", "server's log")),
+        ((200, refusing("upstream broke", code=503)), ("503 upstream broke", "server's log")),
+        ((500, refusing("CUDA error")), ("500 CUDA error", "server's log")),
+        ((429, refusing("slow down")), ("429 slow down", "--concurrency")),
+        ((200, b"<html>"), ("JSON", "address", "OpenAI-compatible")),
+        ((200, b'{"a": "\xe9"}'), ("UTF-8", "charset")),
     ],
 )
-def test_d1_the_remedy_is_of_what_the_server_said_and_not_of_the_network(reply: Reply, words: str) -> None:
-    with pytest.raises(GeneratorError, match=words) as caught:
+def test_d1_the_remedy_is_of_what_the_server_said_and_not_of_the_network(reply: Reply, words: tuple[str, ...]) -> None:
+    with raises_naming(GeneratorError, "2 attempts", *words) as caught:
         sample(Script(lambda body: reply), ["one"], retries=1)
     assert "network" not in str(caught.value)
 
 
 def test_d1_one_candidate_is_one() -> None:
     lines = {n: cautions({}, {}, {"unanswered": {"m": {"400 odd": n}}}) for n in (1, 2)}
-    assert lines[1] == ["m left 1 candidate without an answer: 400 odd"]
-    assert lines[2] == ["m left 2 candidates without an answer; 2 of them: 400 odd"]
+    ((one,), (two,)) = lines.values()
+    assert_names(one, "m", "1 candidate ", "400 odd")
+    assert_names(two, "m", "2 candidates ", "400 odd")
 
 
 def test_d1_an_error_under_status_200_is_judged_by_the_code_that_it_states() -> None:
     answers = iter([refusing("slow down", code=429), saying("whole")])
     ((candidate,),), _ = sample(Script(lambda body: (200, next(answers), {"Retry-After": "0"})), ["hello"])
     assert candidate.response == "whole"
-    with pytest.raises(GeneratorError, match="402 no credits left; the account has nothing left"):
+    with pytest.raises(GeneratorError, match="402 no credits left.*account"):
         sample(Script(lambda body: (200, refusing("no credits left", code=402))), ["hello"])
-    with pytest.raises(GeneratorError, match="it asks to wait 900 s"):
+    with pytest.raises(GeneratorError, match="900 s"):
         sample(Script(lambda body: (200, refusing("slow down", code="429"), {"Retry-After": "900"})), ["hello"])
 
 
@@ -170,7 +172,7 @@ def test_d1_answers_that_an_older_version_kept_are_not_used() -> None:
 
 def test_d1_tokens_of_a_response_that_was_given_up_count_towards_the_budget(tmp_path: Path) -> None:
     script = Script(lambda body: (200, saying("half", "error")))
-    with pytest.raises(GeneratorError, match="budget of 3 requests is used up"):
+    with pytest.raises(GeneratorError, match="3 requests.*--budget-requests"):
         sample(script, ["one"], folder=tmp_path, budget_requests=3, retries=9)
     assert len(script.bodies) == 3
 
@@ -178,8 +180,7 @@ def test_d1_tokens_of_a_response_that_was_given_up_count_towards_the_budget(tmp_
 def test_d2_a_run_whose_requests_all_fail_ends_with_the_servers_words_and_the_next_asks_again(tmp_path: Path) -> None:
     prompts = [f"prompt {n}" for n in range(6)]
     script = Script(lambda body: (400, refusing(TOO_LARGE, param="max_tokens", code="BadRequestError")))
-    words = r"6 of 6 candidates failed, more than --max-failed 0.1 allows: 400 .*is too large: 4096.*raise --max-failed"
-    with pytest.raises(GeneratorError, match=words) as error:
+    with raises_naming(GeneratorError, "6 of 6", "--max-failed 0.1", "400", "is too large: 4096") as error:
         step(script, tmp_path, prompts)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -209,7 +210,7 @@ def test_d2_failures_below_the_limit_are_kept_with_their_words_and_asked_again_b
         assert (count, "maximum context length is 2048" in words) == (1, True)
         said = cautions(manifest.metrics, manifest.config, manifest.facts)
         assert any("400 'max_tokens'" in line for line in said)
-        assert any("cappy sampling asks for them again" in line for line in said)
+        assert any("cappy sampling" in line for line in said)
         asked = len(script.bodies)
         refuse = False
         again = run(config)
@@ -225,7 +226,7 @@ def test_d2_a_run_ends_as_soon_as_its_share_of_failures_cannot_be_kept(tmp_path:
         return (400, refusing(TOO_LARGE)) if number % 2 else (200, saying("whole"))
 
     script = Script(reply)
-    with pytest.raises(GeneratorError, match="11 of 100 candidates failed, more than --max-failed 0.1"):
+    with pytest.raises(GeneratorError, match="11 of 100 .*--max-failed 0.1"):
         step(script, tmp_path, [f"prompt {n}" for n in range(100)], part_rows=2)
     assert len(script.bodies) == 22
     manifest, _ = step(Script(reply), tmp_path, [], max_failed=0.5, target="two")
@@ -234,7 +235,7 @@ def test_d2_a_run_ends_as_soon_as_its_share_of_failures_cannot_be_kept(tmp_path:
 
 def test_d2_many_refusals_in_a_row_and_of_a_plain_question_end_the_run_early(tmp_path: Path) -> None:
     script = Script(lambda body: (400, refusing(TOO_LARGE)))
-    with pytest.raises(GeneratorError, match=f"{STREAK} requests in a row were refused: 400 'max_tokens'"):
+    with pytest.raises(GeneratorError, match=f"{STREAK} requests.*400 'max_tokens'"):
         sample(script, [f"prompt {n}" for n in range(500)], concurrency=4)
     assert STREAK < len(script.bodies) < 3 * STREAK
     assert PROBE in map(prompt_of, script.bodies)
@@ -257,13 +258,13 @@ def test_d2_of_a_few_instances_one_may_fail_but_not_two_and_none_with_max_failed
     prompts = [f"prompt {n}" for n in range(4)]
     manifest, _ = step(Script(reply), tmp_path, prompts, strategy="sampling4")
     assert manifest.metrics["failed"] == 4
-    with pytest.raises(GeneratorError, match="4 of 16 candidates failed, more than --max-failed 0 allows"):
+    with pytest.raises(GeneratorError, match="4 of 16 .*--max-failed 0 "):
         step(Script(reply), tmp_path, prompts, strategy="sampling4", max_failed=0.0, target="two")
     refused.add("prompt 2")
-    with pytest.raises(GeneratorError, match="8 of 16 candidates failed, more than --max-failed 0.1 allows"):
+    with pytest.raises(GeneratorError, match="8 of 16 .*--max-failed 0.1 "):
         step(Script(reply), tmp_path, prompts, strategy="sampling4", target="three")
     refused |= set(prompts)
-    with pytest.raises(GeneratorError, match="1 of 1 candidates failed"):
+    with pytest.raises(GeneratorError, match="1 of 1 "):
         step(Script(reply), tmp_path / "alone", prompts[:1])
 
 
@@ -338,27 +339,27 @@ def test_d3_what_is_about_one_instruction_leaves_the_others(name: str, tmp_path:
 @pytest.mark.parametrize(
     ("status", "body", "words"),
     [
-        (401, refusing("no"), "401 no; set OPENAI_API_KEY"),
-        (402, refusing("no"), "402 no; the account has nothing left"),
-        (403, refusing("no"), "403 no; set OPENAI_API_KEY"),
-        (404, refusing("model not found"), "404 model not found; check the model's name and the address"),
-        (405, refusing("no"), "405 no; check the model's name and the address"),
-        (400, refusing("API key not valid. Please pass a valid API key."), "400 .*; set OPENAI_API_KEY"),
-        (307, b"", "307 .*check the address in the spec"),
+        (401, refusing("no"), ("401 no", "OPENAI_API_KEY")),
+        (402, refusing("no"), ("402 no", "account")),
+        (403, refusing("no"), ("403 no", "OPENAI_API_KEY")),
+        (404, refusing("model not found"), ("404 model not found", "model's name", "address")),
+        (405, refusing("no"), ("405 no", "model's name", "address")),
+        (400, refusing("API key not valid. Please pass a valid API key."), ("400", "OPENAI_API_KEY")),
+        (307, b"", ("307", "address")),
     ],
 )
-def test_d3_what_is_about_all_requests_ends_the_run_at_the_first(status: int, body: Any, words: str) -> None:
+def test_d3_what_is_about_all_requests_ends_the_run_at_the_first(
+    status: int, body: Any, words: tuple[str, ...]
+) -> None:
     script = Script(lambda asked: (status, body))
-    with pytest.raises(GeneratorError, match=words):
+    with raises_naming(GeneratorError, *words):
         sample(script, [f"prompt {n}" for n in range(50)], concurrency=1)
     assert len(script.bodies) == 1
 
 
 def test_d3_a_first_refusal_in_unknown_words_ends_the_run_where_a_plain_question_is_refused_too() -> None:
     script = Script(lambda body: (400, refusing("this server is pinned to another model")))
-    with pytest.raises(
-        GeneratorError, match="400 this server is pinned to another model; check what the endpoint takes"
-    ):
+    with pytest.raises(GeneratorError, match="400 this server is pinned to another model;"):
         sample(script, [f"prompt {n}" for n in range(50)], concurrency=1)
     assert [prompt_of(body) for body in script.bodies] == ["prompt 0", PROBE]
 
@@ -371,9 +372,7 @@ def test_d3_an_outage_of_the_filter_is_tried_again() -> None:
 
 def test_d3_a_key_that_is_taken_back_under_way_ends_the_run() -> None:
     script = Script(lambda body: (200, saying("whole")) if len(script.bodies) <= 5 else (403, refusing("revoked")))
-    with pytest.raises(
-        GeneratorError, match=f"{STREAK} requests in a row were refused: 403 revoked; set OPENAI_API_KEY"
-    ):
+    with pytest.raises(GeneratorError, match=f"{STREAK} requests.*403 revoked.*OPENAI_API_KEY"):
         sample(script, [f"prompt {n}" for n in range(100)], concurrency=1)
 
 
@@ -399,9 +398,7 @@ def test_d4_of_two_knobs_that_do_not_go_together_the_neutral_one_goes(param: str
         map(str, [{"temperature": 0.0}, {"temperature": 1.0}, {"top_p": 0.9}, {"temperature": 0.7}])
     )
     assert len(script.bodies) == 5
-    with pytest.raises(
-        GeneratorError, match=r"refuses temperature 0.7 with top_p 0.9, which decoding both needs \(400"
-    ):
+    with raises_naming(GeneratorError, "temperature 0.7", "top_p 0.9", "decoding both", "400"):
         sample(Script(reply), ["one"], [Decoding(name="both", temperature=0.7, top_p=0.9)])
 
 
@@ -425,8 +422,7 @@ def test_d4_greedy_is_never_drawn_without_its_temperature(tmp_path: Path) -> Non
         wrong = body.get("temperature", 1.0) != 1.0
         return (400, refusing(words, param="temperature")) if wrong else (200, saying("whole"))
 
-    words = r"refuses temperature 0, which decoding greedy needs \(400 Unsupported value.*; choose a --strategy without"
-    with pytest.raises(GeneratorError, match=words):
+    with raises_naming(GeneratorError, "temperature 0", "decoding greedy", "400 Unsupported value", "--strategy"):
         sample(Script(reply), ["one", "two"], [GREEDY])
     _, tally = sample(Script(reply), ["one", "two"], [PLAIN])
     assert not [name for name in tally if name.startswith("not_asked")]
@@ -440,7 +436,7 @@ def test_d4_a_knob_beyond_openais_goes_only_where_it_is_off(knob: str) -> None:
     on = Decoding(name="on", **{{"min_tokens": "min_new_tokens"}.get(knob, knob): {"min_p": 0.1}.get(knob, 4)})  # type: ignore[arg-type]
     ((drawn,),), _ = sample(Script(reply), ["one"], extra=(knob,))
     assert drawn.status == "ok"
-    with pytest.raises(GeneratorError, match=f"refuses {knob} .*, which decoding on needs"):
+    with pytest.raises(GeneratorError, match=f"{knob}.* decoding on "):
         sample(Script(reply), ["one"], [on], extra=(knob,))
 
 
@@ -491,7 +487,7 @@ def test_d5_logprobs_are_not_asked_for_with_no_logprobs(tmp_path: Path, api: str
 def test_d6_the_path_goes_before_the_query(given: str, chat: str) -> None:
     script = Script(lambda body: (200, saying("whole")))
     with scripted(script) as url:
-        endpoint = Endpoint(parse_spec(f"openai:m@{url}{given}"), Terms(retries=0))
+        endpoint = Endpoint(parse_spec(f"openai:m@{url}{given}"), EndpointConfig(retries=0))
         endpoint.sample(["one"], [PLAIN], seed=0)
         endpoint.close()
     assert script.paths == [chat]
@@ -508,7 +504,7 @@ def test_d6_azures_key_goes_into_its_own_header(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("OPENAI_API_KEY", key)
         script = Script(lambda body: (200, saying("whole")))
         with scripted(script) as url:
-            endpoint = Endpoint(parse_spec(f"openai:m@{url}{given}"), Terms(retries=0))
+            endpoint = Endpoint(parse_spec(f"openai:m@{url}{given}"), EndpointConfig(retries=0))
             endpoint.sample(["one"], [PLAIN], seed=0)
             endpoint.close()
         found = {name: value for name, value in script.headers[0].items() if name in ("api-key", "authorization")}
@@ -536,7 +532,7 @@ def test_d7_in_a_pool_each_generator_has_its_own_default_and_length() -> None:
     both = config_of("openai:a@http://h/v1", "openai:b@http://h/v1").decodings
     assert {(one.generator, one.max_new_tokens) for one in both} == {(None, 512)}
     endpoint = Endpoint(parse_spec("openai:m@http://h/v1"))
-    with pytest.raises(ConfigError, match="cannot do beam4; choose --strategy endpoint8"):
+    with pytest.raises(ConfigError, match="beam4.*--strategy endpoint8"):
         endpoint.check(config_of("openai:m@http://h/v1", strategy="paper17").decodings)
     endpoint.close()
 
@@ -605,7 +601,7 @@ def test_d9_a_body_that_cannot_be_read_is_a_failed_attempt_and_no_other_text(kin
     answers = iter([LATIN.encode("latin-1"), LATIN.encode()])
     ((candidate,),), tally = sample(Script(lambda body: (200, next(answers), head)), ["one"])
     assert (candidate.response, tally["errors"]) == ("café", 1)
-    with pytest.raises(GeneratorError, match="the answer is not UTF-8.*name the charset") as caught:
+    with pytest.raises(GeneratorError, match="UTF-8.*charset") as caught:
         sample(Script(lambda body: (200, LATIN.encode("latin-1"), head)), ["one"])
     assert "\n" not in str(caught.value)
 
@@ -624,8 +620,7 @@ def test_c10_reasoning_is_counted_and_reported_and_stripped_on_demand(tmp_path: 
     assert [one.response for one in drawn] == [THINKING, "<think>It could be", "Paris"]
     assert manifest.metrics["reasoning"] == 2
     _cut, line = cautions(manifest.metrics, manifest.config, manifest.facts)
-    assert "2 of 3 responses hold reasoning" in line
-    assert "--strip-reasoning removes it" in line
+    assert_names(line, "2 of 3", "reasoning", "--strip-reasoning")
     stripped, drawn = step(Script(reply), tmp_path, prompts, target="two", strip_reasoning=True)
     assert [(one.response, one.status, one.logprob_sum, one.num_tokens) for one in drawn] == [
         ("Paris", "ok", None, None),
@@ -634,7 +629,7 @@ def test_c10_reasoning_is_counted_and_reported_and_stripped_on_demand(tmp_path: 
     ]
     assert stripped.config["strip_reasoning"] is True
     said = cautions(stripped.metrics, stripped.config, stripped.facts)
-    assert "reasoning was removed from 2 of 3 responses" in said[0]
+    assert_names(said[0], "2 of 3", "reasoning", "removed")
 
 
 def test_c10_reasoning_beside_the_content_is_not_part_of_the_response() -> None:

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from cappy.errors import GeneratorError
 from cappy.records import Candidate
 from cappy.sampling.endpoint import Endpoint
-from cappy.sampling.endpoint.bounded import Connection, Deadlines
+from cappy.sampling.endpoint.client import Connection, Deadlines
 from cappy.sampling.endpoint.faults import read_refusal, retry_after
-from cappy.sampling.paid import Terms
+from cappy.sampling.generators import EndpointConfig
 from cappy.sampling.strategies import Decoding
 from cappy.specs import parse_spec
 from cappy.untrusted import MAX_DEPTH, read_json
@@ -36,7 +36,7 @@ def url(foreign: Foreign) -> Iterator[str]:
 
 def sample(url: str, folder: Path | None = None, **terms: float) -> list[Candidate]:
     """What the endpoint gives for one instruction; GeneratorError where it gives none."""
-    made = Terms(folder=folder, retries=1, first_wait=0.001, **{"timeout": 20.0, **terms})  # type: ignore[arg-type]
+    made = EndpointConfig(folder=folder, retries=1, first_wait=0.001, **{"timeout": 20.0, **terms})  # type: ignore[arg-type]
     endpoint = Endpoint(parse_spec(f"openai:m@{url}"), made)
     try:
         (found,) = endpoint.sample(["say it"], [TWO], seed=1)
@@ -97,7 +97,7 @@ def test_an_attempt_ends_in_time_though_a_byte_comes_now_and_then(start: bytes) 
     drip = Foreign(parts=[start, *[b"x"] * 600], pause=0.1)
     with answering(drip) as server:
         began = time.monotonic()
-        with pytest.raises(GeneratorError, match="no answer within 1 s after 2 attempts"):
+        with pytest.raises(GeneratorError, match="within 1 s.* 2 attempts"):
             sample(server, timeout=1.0)
         assert time.monotonic() - began < 20
 
@@ -131,7 +131,7 @@ def test_no_redirect_is_followed_and_no_cookie_kept(foreign: Foreign, url: str) 
     with answering(other) as elsewhere:
         foreign.parts = [response(b"", f"Location: {elsewhere}/chat/completions", status=307)]
         foreign.seen.clear()
-        with pytest.raises(GeneratorError, match="307 .*check the address in the spec"):
+        with pytest.raises(GeneratorError, match="307 .*address"):
             sample(url)
     assert not other.seen
     assert not [seen for seen in foreign.seen if "cookie" in seen]
@@ -142,7 +142,7 @@ def test_the_key_is_taken_out_before_a_text_is_cut(foreign: Foreign, url: str, m
     for padding in range(20, 200, 9):
         for status, body in ((400, b"<p>%s%s</p>"), (401, b'{"error": {"message": "%s%s"}}'), (200, b'{"a": "%s%s"}')):
             foreign.parts = [response(body % (b"x" * padding, KEY.encode()), status=status)]
-            endpoint = Endpoint(parse_spec(f"openai:m@{url}"), Terms(retries=1, first_wait=0.001))
+            endpoint = Endpoint(parse_spec(f"openai:m@{url}"), EndpointConfig(retries=1, first_wait=0.001))
             try:
                 endpoint.sample(["say it"], [TWO], seed=1)
                 told = " ".join(endpoint.tally())
@@ -174,9 +174,9 @@ def test_json_is_refused_before_it_is_built() -> None:
         "a": '[[[[,,,,\\"]]]',
         "b": [1.5, None, None],
     }
-    with pytest.raises(ValueError, match="more than 8 values"):
+    with pytest.raises(ValueError, match="8 values"):
         read_json(b"[" + b"1," * 9 + b"1]", max_values=8)
-    with pytest.raises(ValueError, match=f"nested more than {MAX_DEPTH} deep"):
+    with pytest.raises(ValueError, match=f"nested.* {MAX_DEPTH} "):
         read_json(b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1))
     began = time.monotonic()
     with pytest.raises(ValueError, match="values"):

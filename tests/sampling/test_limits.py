@@ -9,7 +9,7 @@ import pytest
 
 from cappy.errors import GeneratorError
 from cappy.sampling.endpoint.limits import REFRESH_SECONDS, Budget, Spent, StoppedError
-from cappy.sampling.paid import Terms
+from cappy.sampling.generators import EndpointConfig
 
 ONE = Spent(requests=1, input_tokens=2, output_tokens=3)
 
@@ -21,29 +21,29 @@ def spend(budget: Budget, times: int = 1) -> None:
 
 
 def test_what_another_process_spends_is_seen_while_this_one_runs(tmp_path: Path) -> None:
-    terms = Terms(folder=tmp_path, run="r", budget_requests=5)
+    terms = EndpointConfig(folder=tmp_path, run="r", budget_requests=5)
     mine, other = Budget("mine", terms), Budget("other", terms)
     spend(mine)
     spend(other, 4)
     time.sleep(REFRESH_SECONDS + 0.1)
-    with pytest.raises(GeneratorError, match=r"the budget of 5 requests is used up \(0 left"):
+    with pytest.raises(GeneratorError, match=r"5 requests.*\(0 left.*--budget-requests"):
         spend(mine)
     mine.close()
     other.close()
 
 
 def test_an_earlier_start_counts_and_another_run_does_not(tmp_path: Path) -> None:
-    first = Budget("m", Terms(folder=tmp_path, run="r"))
+    first = Budget("m", EndpointConfig(folder=tmp_path, run="r"))
     spend(first, 3)
     first.close()
-    spend(Budget("m", Terms(folder=tmp_path, run="other", budget_tokens=5)))
-    with pytest.raises(GeneratorError, match="the budget of 19 tokens is used up"):
-        spend(Budget("m", Terms(folder=tmp_path, run="r", budget_tokens=19)))
-    spend(Budget("m", Terms(folder=tmp_path, run="r", budget_tokens=20)))
+    spend(Budget("m", EndpointConfig(folder=tmp_path, run="other", budget_tokens=5)))
+    with pytest.raises(GeneratorError, match="19 tokens.*--budget-tokens"):
+        spend(Budget("m", EndpointConfig(folder=tmp_path, run="r", budget_tokens=19)))
+    spend(Budget("m", EndpointConfig(folder=tmp_path, run="r", budget_tokens=20)))
 
 
 def test_whoever_finds_the_budget_used_up_ends_the_run() -> None:
-    budget, stop = Budget("m", Terms(budget_requests=1)), threading.Event()
+    budget, stop = Budget("m", EndpointConfig(budget_requests=1)), threading.Event()
     spend(budget)
     with pytest.raises(GeneratorError, match="--budget-requests"), budget.hold(ONE, stop):
         pass
@@ -51,7 +51,7 @@ def test_whoever_finds_the_budget_used_up_ends_the_run() -> None:
 
 
 def test_what_is_under_way_is_held_back_and_given_back_if_it_was_not_answered() -> None:
-    budget, stop = Budget("m", Terms(budget_requests=1)), threading.Event()
+    budget, stop = Budget("m", EndpointConfig(budget_requests=1)), threading.Event()
     passed = threading.Event()
 
     def other() -> None:

@@ -10,17 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from cappy.cli.progress_line import PLAIN_SECONDS, ProgressLine
 from cappy.model_folder import open_model_folder
 from cappy.progress import State, describe, silent
+from cappy.progress_display import PLAIN_SECONDS, ProgressLine
 from cappy.records import Instance, write
-from cappy.sampling import local, telling
-from cappy.sampling.causal import Causal
+from cappy.sampling import accounts, local
+from cappy.sampling.accounts import HEARTBEAT_SECONDS, SamplingProgress
+from cappy.sampling.architectures import Causal, Seq2Seq
 from cappy.sampling.local import LocalLLM
-from cappy.sampling.seq2seq import Seq2Seq
 from cappy.sampling.step import SamplingConfig, run
 from cappy.sampling.strategies import GREEDY, strategy
-from cappy.sampling.telling import HEARTBEAT_SECONDS, Telling
 
 
 class Records:
@@ -44,8 +43,8 @@ class Named:
     name = "named"
 
 
-def made(progress: Records, samples: int = 4) -> Telling:
-    return Telling(progress, [Named()], [replace(GREEDY, num_samples=samples)])  # type: ignore[list-item]
+def made(progress: Records, samples: int = 4) -> SamplingProgress:
+    return SamplingProgress(progress, [Named()], [replace(GREEDY, num_samples=samples)])  # type: ignore[list-item]
 
 
 @pytest.fixture(scope="module", params=["causal", "seq2seq"])
@@ -63,7 +62,7 @@ def test_a_local_llm_says_after_each_token_how_far_its_candidates_are(generator:
         heard.append((candidates, begun))
 
     decodings = [replace(one, max_new_tokens=30) for one in strategy("greedy+beam2+sampling4")]
-    generator.sample(["where is the dog", "the cat"], decodings, seed=0, told=on_drawn)
+    generator.sample(["where is the dog", "the cat"], decodings, seed=0, on_drawn=on_drawn)
     assert sum(candidates for candidates, _ in heard) == 12
     assert len(heard) >= 40
     work, complete = [], 0
@@ -101,7 +100,7 @@ def test_work_under_way_never_counts_beyond_the_total() -> None:
 @contextmanager
 def fast_heartbeat(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(telling, "HEARTBEAT_SECONDS", 0.01)
+        patch.setattr(accounts, "HEARTBEAT_SECONDS", 0.01)
         yield
 
 
@@ -114,7 +113,7 @@ def test_a_silent_generator_does_not_silence_the_progress(monkeypatch: pytest.Mo
         if len(progress.lines) >= 10:
             enough.set()
 
-    with fast_heartbeat(monkeypatch), Telling(counted, [], []) as told:
+    with fast_heartbeat(monkeypatch), SamplingProgress(counted, [], []) as told:
         told(1, 5)
         assert enough.wait(30)
     said = len(progress.lines)
@@ -123,7 +122,11 @@ def test_a_silent_generator_does_not_silence_the_progress(monkeypatch: pytest.Mo
 
 
 def test_the_heart_stops_where_a_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    with fast_heartbeat(monkeypatch), pytest.raises(ValueError, match="broken"), Telling(silent, [], []) as told:
+    with (
+        fast_heartbeat(monkeypatch),
+        pytest.raises(ValueError, match="broken"),
+        SamplingProgress(silent, [], []) as told,
+    ):
         raise ValueError("broken")
     assert not told._heart.is_alive()
 
@@ -132,16 +135,15 @@ def test_progress_that_cannot_be_written_ends_the_heart_and_not_the_step(monkeyp
     def full(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         raise OSError("no space left")
 
-    with fast_heartbeat(monkeypatch), Telling(full, [], []) as told:
+    with fast_heartbeat(monkeypatch), SamplingProgress(full, [], []) as told:
         told._heart.join(30)
         assert not told._heart.is_alive()
 
 
 def test_a_log_hears_at_least_every_fifteen_seconds() -> None:
     """D8c: a line is due after PLAIN_SECONDS, and the next heartbeat writes it."""
-    from pipelines import board
 
-    assert max(PLAIN_SECONDS, board.PLAIN_SECONDS) + HEARTBEAT_SECONDS <= 15
+    assert PLAIN_SECONDS + HEARTBEAT_SECONDS <= 15
 
 
 def test_the_log_of_one_part_tells_candidates_rate_and_time_left(

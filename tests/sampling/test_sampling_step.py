@@ -10,7 +10,7 @@ from cappy.errors import ConfigError
 from cappy.records import Candidate, Instance, read, write
 from cappy.sampling.accounts import taken
 from cappy.sampling.candidates import sample
-from cappy.sampling.generators import unheard
+from cappy.sampling.generators import ignore_drawn
 from cappy.sampling.step import SamplingConfig, run
 from cappy.sampling.strategies import GREEDY, STRATEGIES, Decoding
 
@@ -33,10 +33,10 @@ class Echo:
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        told: Callable[[int], None] = unheard,
+        on_drawn: Callable[[int], None] = ignore_drawn,
     ) -> list[list[Candidate]]:
         self.asked += instructions
-        told(len(instructions) * sum(decoding.num_samples for decoding in decodings))
+        on_drawn(len(instructions) * sum(decoding.num_samples for decoding in decodings))
         return [
             [
                 Candidate(response=f"{text} {decoding.name} {seed} {n}", generator=self.name)
@@ -132,7 +132,7 @@ def test_a_generator_is_only_asked_for_what_is_its_own(tmp_path: Path, llm_folde
 
 
 def test_nothing_to_sample_from_is_said_with_the_remedy() -> None:
-    with pytest.raises(ConfigError, match="instance '1' has no candidate; name an LLM with --generator"):
+    with pytest.raises(ConfigError, match="instance '1'.*--generator"):
         list(sample([instance(1)], [], [GREEDY], seed=0))
 
 
@@ -172,7 +172,7 @@ def test_a_decoding_for_one_generator_is_drawn_by_that_one() -> None:
 
 
 def test_a_strategy_for_two_generators_is_refused_with_one(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--strategy is for 2 generators, got 1"):
+    with pytest.raises(ConfigError, match="--strategy.* 2 generators.* 1.*--generator"):
         SamplingConfig(source=tmp_path, target=tmp_path, generator=("builtin",), strategy="paper-pretrain")
 
 
@@ -215,7 +215,7 @@ def test_an_edited_file_of_decodings_is_other_work(tmp_path: Path, llm_folder: P
 
 
 def test_an_unknown_strategy_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'paper18' is unknown; choose one of greedy"):
+    with pytest.raises(ConfigError, match="'paper18'.*greedy"):
         SamplingConfig(source=tmp_path, target=tmp_path, strategy="paper18")
 
 
@@ -230,7 +230,7 @@ def test_the_length_of_responses_is_a_setting(tmp_path: Path, llm_folder: Path) 
     assert max(c.num_tokens or 0 for one in read(tmp_path / "short") for c in one.candidates) == 3
     run(config(target=tmp_path / "long"))
     assert max(c.num_tokens or 0 for one in read(tmp_path / "long") for c in one.candidates) > 3
-    with pytest.raises(ConfigError, match="--max-new-tokens: decoding 'beam4-leaky': min_new_tokens must be"):
+    with pytest.raises(ConfigError, match="--max-new-tokens.*'beam4-leaky'.*min_new_tokens"):
         config(target=tmp_path / "none", strategy="paper17-leaky", max_new_tokens=2)
 
 
@@ -238,7 +238,7 @@ def test_generators_that_would_draw_nothing_or_the_same_again_are_refused(tmp_pa
     def config(*generator: str) -> SamplingConfig:
         return SamplingConfig(source=tmp_path, target=tmp_path, generator=generator, strategy="paper-pretrain")
 
-    with pytest.raises(ConfigError, match="--generator 'builtin' stands twice, and would draw the same again"):
+    with pytest.raises(ConfigError, match="--generator 'builtin'.*twice"):
         config("builtin", "builtin")
-    with pytest.raises(ConfigError, match="leaves --generator 'c' without a decoding; it is for 2 generators"):
+    with pytest.raises(ConfigError, match="--generator 'c'.* 2 generators"):
         config("a", "b", "c")

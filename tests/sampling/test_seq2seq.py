@@ -15,9 +15,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from cappy.errors import ConfigError, FolderError
 from cappy.model_folder import open_model_folder
-from cappy.sampling.generators import load_generator
+from cappy.sampling import load_generator
+from cappy.sampling.architectures import Seq2Seq
 from cappy.sampling.local import batches
-from cappy.sampling.seq2seq import Seq2Seq
 from cappy.sampling.strategies import BEAM4, GREEDY, STRATEGIES, Decoding
 
 PROMPTS = ["the cat sat on the mat", "where is the dog", "one two three"]
@@ -229,16 +229,16 @@ def test_a_repository_is_loaded_at_its_commit_and_named_by_it(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (drawn,) = load_generator(f"hub:org/name@{pinned}").sample(PROMPTS[:1], [SAMPLING], seed=0)
     assert {(one.generator, one.revision) for one in drawn} == {(f"hub:org/name@{pinned}", pinned)}
-    with pytest.raises(ConfigError, match="cannot be had from the hub .*check name, revision and network"):
+    with pytest.raises(ConfigError, match="hub.*revision"):
         load_generator(f"hub:org/name@{'c' * 40}")
 
 
 def test_what_is_no_generator_is_refused_with_a_remedy(tmp_path: Path, scorer_folder: Path) -> None:
-    with pytest.raises(FolderError, match="no config.json"):
+    with pytest.raises(FolderError, match="config.json"):
         load_generator(str(tmp_path))
-    with pytest.raises(ConfigError, match="holds RobertaForSequenceClassification, which generates nothing"):
+    with pytest.raises(ConfigError, match="RobertaForSequenceClassification"):
         load_generator(str(scorer_folder))
-    with pytest.raises(ConfigError, match="the registry holds scorers"):
+    with pytest.raises(ConfigError, match="models:/cappy@champion.*openai:"):
         load_generator("models:/cappy@champion")
 
 
@@ -252,7 +252,7 @@ def test_a_folder_without_safetensors_or_with_damage_is_refused_in_one_line(llm_
     code = {"AutoConfig": "evil.Config"}
     (foreign / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": code}))
     (foreign / "evil.py").write_text("raise SystemExit('code of a folder was run')")
-    for folder, said in ((without, "no model.safetensors"), (damaged, "tokenizer"), (foreign, "auto_map|evil.py")):
+    for folder, said in ((without, "model.safetensors"), (damaged, "tokenizer"), (foreign, "auto_map|evil.py")):
         with pytest.raises(FolderError, match=said) as error:
             load_generator(str(folder))
         assert "\n" not in str(error.value)

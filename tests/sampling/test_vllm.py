@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from cappy.errors import ConfigError
 from cappy.model_folder import open_model_folder
-from cappy.sampling.generators import load_generator
+from cappy.sampling import load_generator
 from cappy.sampling.step import SamplingConfig
 from cappy.sampling.strategies import BEAM4, GREEDY, Decoding, strategy
 from cappy.sampling.vllm_generator import VLLM
@@ -132,7 +132,7 @@ def test_lengths_and_the_engines_own_likelihood_are_asked_for(folder: Path) -> N
 
 
 def test_beams_are_refused_before_anything_is_loaded(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"vLLM does no beams here \(beam4\); choose a --strategy without"):
+    with pytest.raises(ConfigError, match=r"vLLM.*beam4.*--strategy"):
         SamplingConfig(source=folder, target=folder, generator=(f"vllm:{folder}",), strategy="paper17")
     assert LLM.made == []
     (folder / "s.json").write_text(
@@ -141,9 +141,9 @@ def test_beams_are_refused_before_anything_is_loaded(folder: Path) -> None:
     # Beams that are another generator's to draw are no reason.
     both = ("builtin", f"vllm:{folder}")
     SamplingConfig(source=folder, target=folder, generator=both, strategy=str(folder / "s.json"))
-    with pytest.raises(ConfigError, match=r"vLLM does no beams here \(b\)"):
+    with pytest.raises(ConfigError, match=r"vLLM.*\(b\)"):
         SamplingConfig(source=folder, target=folder, generator=both[::-1], strategy=str(folder / "s.json"))
-    with pytest.raises(ConfigError, match="vLLM does no beams here"):
+    with pytest.raises(ConfigError, match="vLLM.*beam4"):
         VLLM("tiny", open_model_folder(folder)).sample(["who"], [BEAM4], seed=0)
     assert LLM.asked == []
 
@@ -151,12 +151,12 @@ def test_beams_are_refused_before_anything_is_loaded(folder: Path) -> None:
 def test_what_vllm_cannot_be_given_is_refused_with_a_remedy(
     llm_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="is an encoder-decoder, which vLLM does not run; name it without vllm:"):
+    with pytest.raises(ConfigError, match="encoder-decoder.*vllm:"):
         load_generator(f"vllm:{llm_folder}")
     for text in ("vllm:", "vllm:builtin", "vllm:vllm:x", "vllm:openai:m@http://h/v1"):
-        with pytest.raises(ConfigError, match="a vLLM spec is vllm:folder or vllm:hub:org/name@revision"):
+        with pytest.raises(ConfigError, match="vllm:folder.*vllm:hub:org/name@revision"):
             parse_spec(text)
     assert parse_spec("vllm:hub:a/b@0123456").name == "hub:a/b@0123456"
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ConfigError, match="vLLM is not installed"):
+    with pytest.raises(ConfigError, match="pip install vllm"):
         VLLM("tiny", open_model_folder(folder))

@@ -87,16 +87,16 @@ def test_weights_in_half_precision_are_written_in_fp32(published: Path, tmp_path
 
 def test_a_file_with_another_hash_is_not_read_and_the_found_hash_is_told(published: Path, tmp_path: Path) -> None:
     (published / "pytorch_model.bin").write_bytes(b"never parsed")
-    with pytest.raises(FolderError, match=f"has sha256 {hash_of(published)}, --sha256 says {'0' * 64}"):
+    with pytest.raises(FolderError, match=f"{hash_of(published)}.*--sha256.*{'0' * 64}"):
         convert(str(published), tmp_path / "scorer", sha256="0" * 64)
-    with pytest.raises(ConfigError, match="--sha256: must be 64 hexadecimal digits, got 'main'"):
+    with pytest.raises(ConfigError, match="--sha256: .*64.*'main'"):
         convert(str(published), tmp_path / "scorer", sha256="main")
 
 
 def test_a_target_that_holds_something_is_kept(published: Path, tmp_path: Path) -> None:
     (tmp_path / "scorer").mkdir()
     (tmp_path / "scorer/mine").write_text("kept")
-    with pytest.raises(FolderError, match="exists already; choose another --target"):
+    with pytest.raises(FolderError, match="exists.*--target"):
         convert(str(published), tmp_path / "scorer", sha256=hash_of(published))
     assert (tmp_path / "scorer/mine").read_text() == "kept"
 
@@ -104,18 +104,18 @@ def test_a_target_that_holds_something_is_kept(published: Path, tmp_path: Path) 
 def test_a_key_missing_too_many_or_of_another_shape_is_refused(published: Path) -> None:
     original = (published / "pytorch_model.bin").read_bytes()
     rewrite(published, lambda state: {name: value for name, value in state.items() if "classifier" not in name})
-    refused(published, r"lacks classifier\.dense\.bias, .* and 1 more keys; made up weights score nothing")
+    refused(published, r"lacks classifier\.dense\.bias, .* 1 more")
     (published / "pytorch_model.bin").write_bytes(original)
     rewrite(published, lambda state: {**state, "lm_head.bias": torch.zeros(3)})
-    refused(published, r"has lm_head\.bias, which its config\.json knows nothing of")
+    refused(published, r"has lm_head\.bias.*config\.json")
     (published / "pytorch_model.bin").write_bytes(original)
     rewrite(published, lambda state: {**state, "classifier.out_proj.bias": torch.zeros(3)})
-    refused(published, r"classifier\.out_proj\.bias has shape \(3,\), by its config\.json \(1,\)")
+    refused(published, r"classifier\.out_proj\.bias .*\(3,\).*config\.json.*\(1,\)")
 
 
 def test_an_encoder_without_a_scoring_head_is_refused(published: Path) -> None:
     edit(published, architectures=["RobertaForMaskedLM"])
-    refused(published, "is a RobertaForMaskedLM, .* its scoring head would be made anew")
+    refused(published, "RobertaForMaskedLM.*cappy pretraining")
 
 
 def test_another_architecture_or_number_of_labels_is_refused(published: Path) -> None:
@@ -124,32 +124,32 @@ def test_another_architecture_or_number_of_labels_is_refused(published: Path) ->
     refused(published, r"lacks bert\.embeddings")
     (published / "config.json").write_text(config)
     edit(published, id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1})
-    refused(published, "has 2 labels; a scorer has one")
+    refused(published, "2 labels")
     edit(published, model_type="unheard", id2label=None, label2id=None)
-    refused(published, r"its config.json is not that of a model")
+    refused(published, r"config.json")
 
 
 def test_without_tokenizer_or_with_a_foreign_one_it_is_refused(published: Path) -> None:
     tokenizer = (published / "tokenizer.json").read_bytes()
     (published / "tokenizer.json").unlink()
-    refused(published, "holds no tokenizer")
+    refused(published, "no tokenizer")
     (published / "vocab.json").write_text("{}")
-    refused(published, "holds no tokenizer")
+    refused(published, "no tokenizer")
     (published / "tokenizer.json").write_text("{")
-    refused(published, r"tokenizer cannot be read")
+    refused(published, r"tokenizer")
     (published / "tokenizer.json").write_bytes(tokenizer)
     rewrite(
         published,
         lambda s: {**s, "roberta.embeddings.word_embeddings.weight": torch.zeros(200, 32)},
     )
     edit(published, vocab_size=200)
-    refused(published, "its tokenizer is not this encoder's")
+    refused(published, "tokenizer.* 200")
 
 
 @pytest.mark.parametrize("content", [b"", b"text, no checkpoint", b"PK\x03\x04 torn"])
 def test_a_file_that_is_no_checkpoint_is_refused(published: Path, content: bytes) -> None:
     (published / "pytorch_model.bin").write_bytes(content)
-    refused(published, "is no checkpoint of tensors alone")
+    refused(published, "pytorch_model.bin: .*tensors alone")
 
 
 class Evil:
@@ -164,15 +164,15 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rewrite(published, lambda state: {**state, "evil": Evil()})
-    refused(published, "is no checkpoint of tensors alone")
+    refused(published, "pytorch_model.bin: .*tensors alone")
     assert not (tmp_path / "ran").exists()
 
 
 def test_what_is_no_state_dict_is_refused(published: Path) -> None:
     rewrite(published, lambda state: {"state_dict": state, "epoch": 3})
-    refused(published, "is no state dict")
+    refused(published, "state dict")
     rewrite(published, lambda state: list(state.values()))
-    refused(published, "is no state dict")
+    refused(published, "state dict")
 
 
 def test_a_source_without_a_checkpoint_says_what_it_lacks(
@@ -180,11 +180,11 @@ def test_a_source_without_a_checkpoint_says_what_it_lacks(
 ) -> None:
     ours = make_scorer(seed=9)
     for source, message in (
-        (str(ours), "holds no pytorch_model.bin; its safetensors need no conversion"),
+        (str(ours), "pytorch_model.bin.*safetensors"),
         (str(tmp_path / "absent"), "no such folder"),
-        ("models:/cappy@champion", "--source is a folder with a pytorch_model.bin, or hub:"),
+        ("models:/cappy@champion", "--source.*pytorch_model.bin.*hub:"),
     ):
         with pytest.raises((ConfigError, FolderError), match=message):
             convert(source, tmp_path / "scorer", sha256="0" * 64)
     (published / "config.json").unlink()
-    refused(published, "holds no config.json")
+    refused(published, "no config.json")

@@ -20,6 +20,7 @@ from transformers import (
     XLNetConfig,
     XLNetForSequenceClassification,
 )
+from wording import assert_names
 
 from cappy.builtin import SCORER_FOLDER
 from cappy.errors import FolderError
@@ -102,7 +103,7 @@ def test_a2_a_folder_that_states_no_activation_is_a_sigmoid_and_said_to_be_one_o
 ) -> None:
     for _ in range(3):
         assert load(bare).score(PAIRS) == pytest.approx(by_cross_encoder(bare), abs=1e-4)
-    assert sum("states no activation; scores are the sigmoid" in record.message for record in caplog.records) == 1
+    assert sum("sigmoid" in record.message for record in caplog.records) == 1
 
 
 def test_a2_our_own_word_counts_where_no_activation_is_stated(bare: Path) -> None:
@@ -127,7 +128,7 @@ def test_a2_an_unknown_activation_is_refused_by_name(path: Any, place: str, bare
         edit(bare / "config.json", sentence_transformers={"activation_fn": path})
     else:
         edit(bare / "config.json", sbert_ce_default_activation_function=path)
-    with pytest.raises(FolderError, match=r"json: .* is .*, which is not applied here; it must be torch\.nn"):
+    with pytest.raises(FolderError, match=r"json: .*activation.*torch\.nn.*Identity.*Sigmoid"):
         load(bare)
 
 
@@ -144,14 +145,18 @@ def test_a2_a_length_that_cross_encoder_was_saved_with_is_its_length_here(modula
         (
             "config_sentence_transformers.json",
             {"prompts": {"query": "Is it right? "}, "default_prompt_name": "query"},
-            "default_prompt_name .query. is not applied here; set it to null",
+            "default_prompt_name .query.*null",
         ),
-        ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case lowers the case .* save the scorer"),
-        ("sentence_bert_config.json", {"processing_kwargs": {"text": {"max_length": 9}}}, "processing_kwargs changes"),
-        ("sentence_bert_config.json", {"tokenizer_args": {"model_max_length": 9}}, "tokenizer_args changes how"),
-        ("sentence_bert_config.json", {"a_new_key": 1}, "a_new_key. is unknown here; remove it if it does not change"),
-        ("sentence_bert_config.json", {"max_seq_length": "long"}, "max_seq_length must be a number of tokens"),
-        ("sentence_bert_config.json", {"transformer_task": "text-generation"}, "a scorer's is sequence-classification"),
+        ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case "),
+        ("sentence_bert_config.json", {"processing_kwargs": {"text": {"max_length": 9}}}, "processing_kwargs "),
+        ("sentence_bert_config.json", {"tokenizer_args": {"model_max_length": 9}}, "tokenizer_args "),
+        ("sentence_bert_config.json", {"a_new_key": 1}, "a_new_key. .*remove"),
+        ("sentence_bert_config.json", {"max_seq_length": "long"}, "max_seq_length .*long"),
+        (
+            "sentence_bert_config.json",
+            {"transformer_task": "text-generation"},
+            "text-generation.*sequence-classification",
+        ),
     ],
 )
 def test_a2_what_cross_encoder_would_apply_and_we_do_not_is_refused(
@@ -177,9 +182,7 @@ def test_a2_a_cross_encoder_of_other_modules_is_refused_in_one_line(second: str 
         [*modules, {"idx": 1, "name": "1", "path": "1_", "type": second}] if second else [{**modules[0], "path": "0"}]
     )
     (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(
-        FolderError, match=r"modules.json: names the modules .Transformer.*; a scorer is one Transformer"
-    ):
+    with pytest.raises(FolderError, match=r"modules.json: .*.Transformer.*one Transformer"):
         load(folder)
 
 
@@ -200,9 +203,9 @@ def test_a2_a_chat_template_that_would_write_pairs_is_refused_and_another_is_sai
     (bare / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     for _ in range(2):
         assert load(bare).score(PAIRS) == expected
-    assert sum("has a chat template; pairs are encoded without" in one.message for one in caplog.records) == 1
+    assert sum("chat template" in one.message for one in caplog.records) == 1
     (bare / "chat_template.jinja").write_text("{% if m.role in ('query', 'document') %}{{ m.content }}{% endif %}")
-    with pytest.raises(FolderError, match=r"chat template for pairs .*; delete it \(chat_template.jinja"):
+    with pytest.raises(FolderError, match=r"chat template.*query, document.*chat_template.jinja"):
         load(bare)
 
 
@@ -318,7 +321,7 @@ def test_a4_a_roberta_counts_positions_from_behind_its_padding(make_scorer: Call
 @pytest.mark.parametrize("length", [3, 0, -1])
 def test_a4_a_length_in_which_no_pair_has_room_is_refused(length: int, bare: Path) -> None:
     edit(bare / "tokenizer_config.json", model_max_length=length)
-    with pytest.raises(FolderError, match="model_max_length must be at least 8 tokens, got"):
+    with pytest.raises(FolderError, match=f"model_max_length .* 8 tokens.*{length}"):
         load(bare)
 
 
@@ -328,8 +331,8 @@ def test_a4_a_cut_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> 
     for _ in range(2):
         scorer.score(pairs)
     assert (scorer.cuts.pairs, scorer.cuts.cut, scorer.cuts.responses) == (6, 4, 2)
-    assert scorer.cuts.text() == "4 of 6 pairs are longer than the scorer's 256 tokens: cut, 2 responses lost their end"
-    assert sum("longer than the scorer's 256 tokens" in record.message for record in caplog.records) == 1
+    assert_names(scorer.cuts.text(), "4 of 6 pairs", "256 tokens", "2 responses")
+    assert sum("256 tokens" in record.message for record in caplog.records) == 1
 
 
 LONG = [

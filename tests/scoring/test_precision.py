@@ -224,11 +224,11 @@ def test_auto_is_bf16_only_where_the_processor_has_it(scorer_folder: Path, monke
         assert choose("fp32", CPU) == "fp32"
         assert choose("bf16", CPU) == "bf16"
     assert not has_bf16(torch.device("meta"))
-    with pytest.raises(ConfigError, match="precision: must be one of auto, fp32, bf16, got 'fp16'"):
+    with pytest.raises(ConfigError, match="precision: .*auto, fp32, bf16.*'fp16'"):
         Scorer.load(str(scorer_folder), precision="fp16")  # type: ignore[arg-type]
 
 
 def test_a_scorer_in_bf16_is_not_trained(scorer_folder: Path) -> None:
     scorer = Scorer.load(str(scorer_folder), device="cpu", precision="bf16")
-    with pytest.raises(ConfigError, match="load it with precision fp32 to train it"):
+    with pytest.raises(ConfigError, match="bf16.*precision fp32"):
         scorer.logits(scorer.encoder.encode(pairs(2)))

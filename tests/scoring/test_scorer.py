@@ -110,7 +110,7 @@ def test_rank_and_select_agree_and_the_first_of_equals_wins(scorer: Scorer) -> N
     assert ranked[0] == (selection.index, max(selection.scores))
     assert [score for _, score in ranked] == sorted(selection.scores, reverse=True)
     assert scorer.select("where is the cat", ["dog", "dog"]).index == 0
-    with pytest.raises(ConfigError, match="no response to choose from"):
+    with pytest.raises(ConfigError, match="select: "):
         scorer.select("where is the cat", [])
 
 
@@ -164,7 +164,7 @@ def test_a_pickle_in_the_folder_is_refused(make_scorer: Callable[..., Path], nam
     folder = make_scorer(seed=5)
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"x")
-    with pytest.raises(FolderError, match="can run code when loaded; convert it to safetensors"):
+    with pytest.raises(FolderError, match=f"{Path(name).name}.*safetensors"):
         Scorer.load(str(folder))
 
 
@@ -173,7 +173,7 @@ def test_a_damaged_weight_is_refused(make_scorer: Callable[..., Path]) -> None:
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(data)
-    with pytest.raises(FolderError, match="model.safetensors: is damaged"):
+    with pytest.raises(FolderError, match="model.safetensors: .*damaged"):
         Scorer.load(str(folder))
 
 
@@ -198,13 +198,13 @@ def test_a_configuration_that_is_no_models_is_one_line(text: str, make_scorer: C
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nowhere", "nowhere: no such folder; a scorer is builtin"),
-        ("hub:org/name", "a hub spec is hub:org/name@revision"),
-        ("hub:org/name@main", "the revision a commit hash"),
-        ("openai:m@http://x/v1", "an endpoint samples, it does not score"),
-        ("openai:m", "an endpoint is openai:model@http"),
-        ("models:/cappy", "a registered version is models:/name@alias"),
-        ("", "a spec is empty"),
+        ("nowhere", "nowhere: .*builtin"),
+        ("hub:org/name", "hub:org/name@revision"),
+        ("hub:org/name@main", "revision.*commit hash"),
+        ("openai:m@http://x/v1", "endpoint samples"),
+        ("openai:m", "openai:model@http"),
+        ("models:/cappy", "models:/name@alias"),
+        ("", "empty"),
     ],
 )
 def test_a_wrong_spec_is_one_line_with_the_right_form(spec: str, message: str) -> None:
@@ -214,7 +214,7 @@ def test_a_wrong_spec_is_one_line_with_the_right_form(spec: str, message: str) -
 
 def test_a_folder_of_records_is_no_scorer_and_said_to_be_none(tmp_path: Path) -> None:
     write(tmp_path / "annotated", [Instance(instance_id="1", instruction="i", references=("r",))])
-    with pytest.raises(FolderError, match=r"annotated: has no config.json: what .* left, and no scorer; a scorer is"):
+    with pytest.raises(FolderError, match=r"annotated: .*config.json.*a scorer is"):
         Scorer.load(str(tmp_path / "annotated"))
 
 
@@ -234,5 +234,5 @@ def test_a_pair_may_be_any_sequence_of_two_texts(scorer_folder: Path) -> None:
     "pairs", [["ab"], ["one", "two"], [("a",)], [["a", "b", "c"]], [("a", 1)], [{"a": 1, "b": 2}], [7]]
 )
 def test_what_is_no_pair_is_one_line(pairs: Any, scorer_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^score: a pair is \[instruction, response\], two texts, got "):
+    with pytest.raises(ConfigError, match=r"^score: .*\[instruction, response\]"):
         Scorer.load(str(scorer_folder), precision="fp32").score(pairs)

@@ -1,6 +1,7 @@
-"""What an endpoint answers, read without trust: a body that is no completion is a fault, not an empty response.
+"""What an endpoint is asked and what it answers: requests, answers read without trust, and the answers that are kept.
 
-A server may begin with status 200 and fail afterwards. It then says so by `finish_reason`, or by an `error` object in
+A body that is no completion is a fault, not an empty response. A server may begin with status 200 and fail afterwards.
+It then says so by `finish_reason`, or by an `error` object in
 the choice or in the body, and the text is what it had by then. Such a choice is a fault as well. `finish_reason` is
 read by what servers are known to write for a whole response, one at its limit, and one that was withheld; any other
 word is a fault, since half a response that passes for a whole one cannot be found later. A server that says nothing
@@ -12,15 +13,54 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
+from cappy.config import fingerprint
 from cappy.errors import shown
 from cappy.records import Candidate
+from cappy.records.folder import write_bytes
 from cappy.records.instance import Status
-from cappy.sampling.paid import tokens_of
+from cappy.sampling.generators import EndpointConfig, tokens_of
 from cappy.sampling.strategies import Decoding
 from cappy.untrusted import is_count, read_json, whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """An instruction under a decoding; sample `number` of it has the seed `seed + number`."""
+
+    instruction: str
+    decoding: Decoding
+    seed: int
+
+    def body(self, model: str, config: EndpointConfig, *, count: int, number: int) -> dict[str, Any]:
+        """The request for `count` samples from `number` on; every knob is stated, so that no server's default is."""
+        decoding = self.decoding
+        body: dict[str, Any] = {
+            "model": model,
+            "temperature": decoding.temperature if decoding.do_sample else 0.0,
+            "top_p": decoding.top_p,
+            "max_tokens": decoding.max_new_tokens,
+            "seed": self.seed + number,
+        }
+        if config.api == "chat":
+            body |= {"messages": [{"role": "user", "content": self.instruction}]}
+        else:
+            body |= {"prompt": self.instruction}
+        if config.logprobs:
+            body["logprobs"] = True if config.api == "chat" else 1
+        body |= {knob: value for knob, value in beyond(decoding).items() if knob in config.extra}
+        if not body.get("top_k", 1):
+            body["top_k"] = -1
+        return {**body, "n": count} if count > 1 else body
+
+
+def beyond(decoding: Decoding) -> dict[str, float]:
+    """The knobs that OpenAI's API lacks, by the names that vLLM's server has for them; 0 where they are off."""
+    return {"top_k": decoding.top_k, "min_p": decoding.min_p, "min_tokens": decoding.min_new_tokens}
+
 
 MAX_CHARACTERS = 1_000_000
 """Of a response; a server that sends more was asked for less."""
@@ -282,14 +322,14 @@ def _status(finish: object, text: str) -> Status:
     raise GivenUpError("the server gave a response up: finish_reason", finish)
 
 
-def _logprobs(told: object) -> list[float]:
-    if not isinstance(told, dict):
+def _logprobs(stated: object) -> list[float]:
+    if not isinstance(stated, dict):
         return []
-    tokens = told.get("content")
+    tokens = stated.get("content")
     values: object = (
         [token.get("logprob") if isinstance(token, dict) else None for token in tokens]
         if isinstance(tokens, list)
-        else told.get("token_logprobs")
+        else stated.get("token_logprobs")
     )
     if not isinstance(values, list):
         return []
@@ -301,3 +341,42 @@ def _logprobs(told: object) -> list[float]:
 
 def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+FORMAT = 2
+"""Of what is kept. Answers of 1 include responses that their server had given up (`finish_reason: error`)."""
+
+
+class Cache:
+    """Answers by key; without a folder in memory alone."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._memory: dict[str, Answer] = {}
+
+    def get(self, key: str) -> Answer | None:
+        """The answer under this key; None if there is none or its file is damaged."""
+        if self._folder is None:
+            return self._memory.get(key)
+        try:
+            values = json.loads(_path(self._folder, key).read_bytes())
+            answer = Answer(**{**values, "left_out": tuple(values["left_out"])})
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
+        return answer
+
+    def put(self, key: str, answer: Answer) -> None:
+        """Keeps an answer for good; FolderError if the disk will not have it."""
+        if self._folder is None:
+            self._memory[key] = answer
+        else:
+            write_bytes(_path(self._folder, key), json.dumps(asdict(answer), ensure_ascii=False).encode(), private=True)
+
+
+def key_of(**determining: Any) -> str:
+    """The key of what determines an answer: address, model, api, prompt, every knob, seed, number of the sample."""
+    return fingerprint("answer", FORMAT, determining)
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / key[:2] / f"{key[2:]}.json"

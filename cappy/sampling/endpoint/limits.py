@@ -1,4 +1,4 @@
-"""How fast an endpoint may be asked, and how much it may take in all."""
+"""How fast an endpoint may be asked, how large an answer may be, how much a run may take, and what was used."""
 
 import contextlib
 import os
@@ -6,18 +6,39 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cappy.errors import GeneratorError
 from cappy.records.folder import disk_errors
-from cappy.sampling.paid import Terms
+from cappy.sampling.generators import EndpointConfig, Usage
 
 REFRESH_SECONDS = 2.0
 """How long another process's requests may stay unseen; looking costs a listing of a folder that may be far away."""
 
+MAX_ANSWER_BYTES = 32_000_000
+"""Of a body, decoded, whatever was asked for."""
+MAX_ERROR_BYTES = 1_000_000
+"""Of a body with a status that is not 200."""
+MAX_LIST_BYTES = 8_000_000
+"""Of a list of models."""
+LEAST_ANSWER_BYTES = 1_000_000
+TOKEN_BYTES = 100
+LIKELY_TOKEN_BYTES = 400
+"""What a token of a response takes in JSON at most, without and with its log-probability."""
+UNKNOWN_TOKENS = 32_768
+"""Assumed length of a response where the request sets no limit."""
 LONGEST_CORRECTION = 600.0
 """Seconds that one answer may hold up the next ones because it took more than it was expected to."""
+
+
+def answer_bytes(tokens: int | None, count: int, *, likelihoods: int = 0) -> int:
+    """How many bytes an answer may have: `count` responses of `tokens` tokens (None: nobody limits them).
+
+    `likelihoods` is the number of log-probabilities that come with each token.
+    """
+    each = TOKEN_BYTES + LIKELY_TOKEN_BYTES * likelihoods
+    return min(MAX_ANSWER_BYTES, LEAST_ANSWER_BYTES + count * (tokens or UNKNOWN_TOKENS) * each)
 
 
 class StoppedError(Exception):
@@ -78,16 +99,16 @@ class Budget:
     written to a ledger, a file per process under the run's name.
     """
 
-    def __init__(self, name: str, terms: Terms) -> None:
+    def __init__(self, name: str, config: EndpointConfig) -> None:
         self._name = name
-        self._terms = terms
+        self._config = config
         self._held = Spent()
         self._own = Spent()
         self._others = Spent()
         self._read: dict[Path, int] = {}
         self._refreshed = 0.0
         self._change = threading.Condition()
-        self._folder = terms.folder / "spent" / (terms.run or "unnamed") if terms.folder else None
+        self._folder = config.folder / "spent" / (config.run or "unnamed") if config.folder else None
         self._file = self._folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.txt" if self._folder else None
         self._ledger: int | None = None
         self.refresh()
@@ -143,11 +164,11 @@ class Budget:
         spent.add(self._others)
         for part in (spent, self._held, most):
             after.add(part)
-        terms = self._terms
+        config = self._config
         kinds = (
-            ("requests", terms.budget_requests, spent.requests, after.requests),
-            ("tokens", terms.budget_tokens, _tokens(spent), _tokens(after)),
-            ("money", terms.budget_money, _money(spent, terms), _money(after, terms)),
+            ("requests", config.budget_requests, spent.requests, after.requests),
+            ("tokens", config.budget_tokens, _tokens(spent), _tokens(after)),
+            ("money", config.budget_money, _money(spent, config), _money(after, config)),
         )
         for kind, budget, used, would_be in kinds:
             if budget and would_be > budget * (1 + 1e-9):
@@ -179,5 +200,26 @@ def _tokens(spent: Spent) -> int:
     return spent.input_tokens + spent.output_tokens
 
 
-def _money(spent: Spent, terms: Terms) -> float:
-    return terms.cost(spent.input_tokens, spent.output_tokens)
+def _money(spent: Spent, config: EndpointConfig) -> float:
+    return config.cost(spent.input_tokens, spent.output_tokens)
+
+
+class Meter:
+    """Counts what is used; several threads may count at once."""
+
+    def __init__(self, config: EndpointConfig) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._usage = Usage()
+
+    def add(self, **more: int) -> None:
+        """Adds to these fields of the usage."""
+        with self._lock:
+            now = {name: getattr(self._usage, name) + value for name, value in more.items()}
+            self._usage = replace(self._usage, **now)
+
+    @property
+    def usage(self) -> Usage:
+        """What was counted so far, with its cost."""
+        usage = self._usage
+        return replace(usage, cost=self._config.cost(usage.input_tokens, usage.output_tokens))

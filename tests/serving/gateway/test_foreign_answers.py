@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from wording import raises_naming
 
 from cappy.errors import ConfigError
-from cappy.sampling.endpoint import bounded
+from cappy.sampling.endpoint import client as http_client
 from serving.gateway import upstream
 from serving.gateway.answering import MAX_SCORED_CHARACTERS, Gateway
 from serving.gateway.config import Policy, SpendingLimits
@@ -204,7 +204,7 @@ def test_where_all_connections_are_busy_a_request_is_refused_with_503(monkeypatc
 
 def test_connections_stay_below_the_files_that_may_be_open() -> None:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert 16 <= bounded.max_connections() <= max(16, soft // 3)
+    assert 16 <= http_client.max_connections() <= max(16, soft // 3)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,246 @@
+"""The candidates of an Arrow batch side by side, as arrays, and what a selector finds in each instance of it.
+
+There is no loop over candidates. `measured` gives one row of whole numbers per instance, ready to be added up.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cappy.annotation.report.record import Pools
+from cappy.errors import RecordError, shown
+from cappy.records.instance import SELECTABLE
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
+_OF_CANDIDATES = ("response", "source", "generator", "decoding", "status", "labels")
+COLUMNS = (
+    *("instance_id", "group_id", "task", "split", "instruction", "references"),
+    *(f"candidates.list.element.{name}" for name in _OF_CANDIDATES),
+)
+"""What of a folder the report reads, as `read_batches` wants it."""
+_MOST_NAMES = 8
+SCALE = 2**40
+"""Fractions are added as whole multiples of 1 / SCALE, so that sums do not depend on how rows came in batches."""
+_COUNTS = ("instances", "candidates", "selectable", "distinct", "pools", "comparable")
+_OVER_POOLS = ("random", "oracle", "no_signal", "best_shared", "effective")
+NUM_COLUMNS = len(_COUNTS) + len(_OVER_POOLS) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A column of texts: the distinct ones, and which of them each entry is. A null is the default."""
+
+    values: pa.StringArray
+    index: Ints
+
+    def names(self) -> list[str]:
+        """The distinct texts."""
+        found: list[str] = self.values.to_pylist()
+        return found
+
+    def among(self, *texts: str) -> Flags:
+        """Which entries are one of these texts."""
+        flags: Flags = np.asarray(pc.is_in(self.values, pa.array(texts, self.values.type)))[self.index]
+        return flags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """The candidates of a batch of `rows` instances, in order; `owner` is the row of each, ascending."""
+
+    rows: int
+    owner: Ints
+    labels: Floats
+    response: Codes
+    source: Codes
+    generator: Codes
+    decoding: Codes
+    status: Codes
+
+    @property
+    def selectable(self) -> Flags:
+        """As `Candidate.selectable`."""
+        flags: Flags = self.proposed & self.status.among(*SELECTABLE)
+        return flags
+
+    @property
+    def proposed(self) -> Flags:
+        """Whether it is an LLM's response or a choice, whatever its status."""
+        return self.source.among("llm", "choice")
+
+
+def codes(column: pa.Array, default: str = "") -> Codes:
+    """The distinct texts of a column and where they stand."""
+    encoded = column.fill_null(default).dictionary_encode()
+    return Codes(encoded.dictionary, np.asarray(encoded.indices, dtype=np.int64))
+
+
+def candidates(batch: pa.RecordBatch, metric: str) -> Candidates:
+    """The candidates with their labels; RecordError for the first that has none of this metric, or none of 0 to 1."""
+    column = batch["candidates"]
+    sizes = np.asarray(pc.list_value_length(column).fill_null(0), dtype=np.int64)
+    entries = column.flatten()
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    labels, labelled = _labels(entries.field("labels"), metric)
+    if not labelled.all():
+        at = int(np.argmin(labelled))
+        raise RecordError(f"{_place(batch, owner, at)} has no label {shown(metric)}; {_remedy(entries, at, metric)}")
+    wrong = ~((labels >= 0) & (labels <= 1))
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        remedy = "labels are 0 to 1: run cappy annotation again"
+        raise RecordError(f"{_place(batch, owner, at)}: label {shown(metric)} is {labels[at]}; {remedy}")
+    return Candidates(
+        rows=len(sizes),
+        owner=owner,
+        labels=labels,
+        response=codes(entries.field("response")),
+        source=codes(entries.field("source"), "llm"),
+        generator=codes(entries.field("generator")),
+        decoding=codes(entries.field("decoding")),
+        status=codes(entries.field("status"), "ok"),
+    )
+
+
+def metrics_of(labels: pa.MapArray) -> list[str]:
+    """The metrics that a column of labels names, sorted."""
+    first, last = (int(labels.offsets[end].as_py()) for end in (0, len(labels)))
+    return sorted(pc.unique(labels.keys.slice(first, last - first)).to_pylist())
+
+
+def _labels(maps: pa.MapArray, metric: str) -> tuple[Floats, Flags]:
+    """The label of each candidate, and whether it has one that is not null."""
+    offsets = np.asarray(maps.offsets, dtype=np.int64)
+    keys = maps.keys.slice(offsets[0], offsets[-1] - offsets[0])
+    values = maps.items.slice(offsets[0], offsets[-1] - offsets[0])
+    at = np.flatnonzero(np.asarray(pc.and_(pc.equal(keys, metric), values.is_valid())))
+    holder = np.searchsorted(offsets, at + offsets[0], side="right") - 1
+    labels, labelled = np.zeros(len(maps)), np.zeros(len(maps), dtype=np.bool_)
+    labels[holder] = np.asarray(values.take(pa.array(at)))
+    labelled[holder] = True
+    return labels, labelled
+
+
+def _place(batch: pa.RecordBatch, owner: Ints, at: int) -> str:
+    row = int(owner[at])
+    return f"instance {shown(batch['instance_id'][row].as_py())}: candidate {at - int(np.searchsorted(owner, row))}"
+
+
+def _remedy(entries: pa.StructArray, at: int, metric: str) -> str:
+    """What to do about a missing label: to name a metric that this candidate has, or to annotate."""
+    labels = entries.field("labels")
+    own, every = ([name for name in metrics_of(part) if name != metric] for part in (labels.slice(at, 1), labels))
+    if own:
+        return f"it has {listed(own)}: name one of them, or run cappy annotation with that metric"
+    if metric in metrics_of(labels):
+        return "others have it: run cappy annotation again"
+    others = f"others have {listed(every)}" if every else "no candidate has one"
+    return f"{others}: run cappy annotation"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for an error's line, at most eight of them."""
+    every = list(names)
+    more = f" and {len(every) - _MOST_NAMES} more" if len(every) > _MOST_NAMES else ""
+    return ", ".join(shown(name) for name in every[:_MOST_NAMES]) + more
+
+
+def fixed(values: Floats) -> Ints:
+    """Values as whole multiples of 1 / SCALE; each is rounded by itself, by 5e-13 at most."""
+    return np.rint(values * SCALE).astype(np.int64)
+
+
+def measured(candidates: Candidates) -> Ints:
+    """One row per instance: the fields of `Pools`, _COUNTS, then _OVER_POOLS, then ties, fractions as `fixed`."""
+    chosen = candidates.selectable
+    owner, labels, rows = candidates.owner[chosen], candidates.labels[chosen], candidates.rows
+    first, times = _distinct(owner, candidates.response.index[chosen], len(candidates.response.values))
+    size, distinct = _count(owner, rows), _count(owner[first], rows)
+    some, comparable = size > 0, distinct >= 2
+    mean = np.bincount(owner, weights=labels, minlength=rows) / np.maximum(size, 1)
+    highest, lowest = _per_row(np.maximum, labels, size), _per_row(np.minimum, labels, size)
+    tied = _tied_pairs(owner[first], labels[first], rows) / np.maximum(distinct * (distinct - 1) // 2, 1)
+    return np.column_stack(
+        [
+            np.ones(rows, dtype=np.int64),
+            _count(candidates.owner, rows),
+            size,
+            distinct,
+            some,
+            comparable,
+            fixed(mean),
+            fixed(highest),
+            fixed((some & (highest == lowest)).astype(np.float64)),
+            fixed(_best_shared(owner[first], labels[first], distinct).astype(np.float64)),
+            fixed(_effective(owner[first], times, size)),
+            fixed(np.where(comparable, tied, 0.0)),
+        ]
+    )
+
+
+def pools(sums: list[int]) -> Pools:
+    """The sums of many rows of `measured` as counts and means."""
+    counts = dict(zip(_COUNTS, sums, strict=False))
+    totals = zip(_OVER_POOLS, sums[len(_COUNTS) :], strict=False)
+    means = {name: ratio(total, counts["pools"]) for name, total in totals}
+    values: dict[str, Any] = {**counts, **means, "ties": ratio(sums[-1], counts["comparable"])}
+    return Pools(**values)
+
+
+def ratio(total: int, count: int) -> float | None:
+    """The mean of `count` fractions that were added as `fixed`; None of none."""
+    return total / (SCALE * count) if count else None
+
+
+def _distinct(owner: Ints, text: Ints, num_texts: int) -> tuple[Ints, Ints]:
+    """Where each text stands first in its instance, ascending, and how often it stands there."""
+    _, first, times = np.unique(owner * num_texts + text, return_index=True, return_counts=True)
+    order = np.argsort(first)
+    return first[order], times[order]
+
+
+def _count(owner: Ints, rows: int) -> Ints:
+    return np.bincount(owner, minlength=rows)
+
+
+def _per_row(extreme: np.ufunc, values: Floats, size: Ints) -> Floats:
+    """The extreme of each instance's values; 0 where it has none."""
+    result = np.zeros(len(size))
+    some = size > 0
+    if some.any():
+        result[some] = extreme.reduceat(values, (np.cumsum(size) - size)[some])
+    return result
+
+
+def _best_shared(owner: Ints, labels: Floats, distinct: Ints) -> Flags:
+    best = _per_row(np.maximum, labels, distinct)
+    flags: Flags = _count(owner[labels == best[owner]], len(distinct)) >= 2
+    return flags
+
+
+def _tied_pairs(owner: Ints, labels: Floats, rows: int) -> Floats:
+    """Pairs of an instance's distinct responses with equal labels."""
+    order = np.lexsort((labels, owner))
+    owner, labels = owner[order], labels[order]
+    begins = np.flatnonzero(np.append(True, (owner[1:] != owner[:-1]) | (labels[1:] != labels[:-1]))[: len(owner)])
+    run = np.diff(np.append(begins, len(owner)))
+    pairs: Floats = np.bincount(owner[begins], weights=run * (run - 1) / 2, minlength=rows).astype(np.float64)
+    return pairs
+
+
+def _effective(owner: Ints, times: Ints, size: Ints) -> Floats:
+    """exp of the entropy of an instance's responses: n / exp(mean of log c), c being how often each one stands.
+
+    The sum goes in the order of the instance, so that its last bit does not depend on the batch.
+    """
+    known = np.bincount(owner, weights=times * np.log(times), minlength=len(size))
+    effective: Floats = size / np.exp(known / np.maximum(size, 1))
+    return effective

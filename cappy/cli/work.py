@@ -1,0 +1,112 @@
+"""`cappy explain` and `cappy clean`: what lies in the work folder, why work was done again, what may go."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cappy.cli.flags import JsonFlag
+from cappy.config import DEFAULT_WORK
+from cappy.errors import ConfigError, near
+from cappy.steps import STEP_SPECS
+
+DAY_SECONDS = 86_400.0
+WorkFlag = Annotated[Path, typer.Option(help="Folder that keeps unfinished and finished work.")]
+
+
+def explain(
+    step: Annotated[str, typer.Argument(help="Step whose work is listed.", show_default=False)],
+    work: WorkFlag = DEFAULT_WORK,
+    as_json: JsonFlag = False,
+) -> None:
+    """List a step's pieces of work, newest first, and how each differs from the one before it.
+
+    A run continues or reuses work of the same version, settings and inputs; anything else is new work.
+    """
+    from cappy.records.cleanup import pieces
+
+    if step not in STEP_SPECS:
+        raise ConfigError(f"{step}: no such step{near(step, STEP_SPECS)}")
+    found = [piece for piece in pieces(work, step) if piece.key is not None]
+    rows = []
+    for number, piece in enumerate(found):
+        before = found[number + 1].key if number + 1 < len(found) else None
+        differs = piece.key.differences(before) if piece.key and before else []
+        rows.append({**_row(piece), "settings": dict(piece.key.settings) if piece.key else {}, "differs": differs})
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+    elif not rows:
+        typer.echo(f"{work / step}: no work of this step yet")
+    else:
+        for number, row in enumerate(rows):
+            difference = ", ".join(row["differs"]) or ("the first one" if number == len(rows) - 1 else "nothing")
+            typer.echo(f"{row['path']}  {_age(row['last_used'])}, {_size(row['size_bytes'])}\n  differs  {difference}")
+        typer.echo(f"\nsettings of the newest\n{json.dumps(rows[0]['settings'], indent=1, ensure_ascii=False)}")
+
+
+def clean(
+    work: WorkFlag = DEFAULT_WORK,
+    older_than: Annotated[
+        float | None,
+        typer.Option(min=0, help="List all that was not used for so many days, too.", show_default="none of it"),
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove what is listed.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """List what no run finds again in the work folder: work of earlier versions and without a key.
+
+    Published outputs, registered versions and the record of what was spent are not touched.
+    """
+    from cappy.records import cleanup
+    from cappy.sampling import store
+
+    limit = None if older_than is None else time.time() - older_than * DAY_SECONDS
+    rows: list[dict[str, Any]] = []
+    for piece in cleanup.pieces(work):
+        reason = piece.unreachable or _unused(piece.last_used, limit)
+        if reason:
+            rows.append({**_row(piece), "reason": reason})
+            if remove:
+                cleanup.remove(piece)
+    for entry in store.entries(work):
+        reason = store.unreachable(entry) or _unused(entry.last_used, limit)
+        if reason:
+            rows.append({**_row(entry), "step": entry.kind, "reason": reason})
+            if remove:
+                store.remove(entry)
+    typer.echo(json.dumps(rows, indent=1) if as_json else _text(work, rows, removed=remove))
+
+
+def _unused(last_used: float, limit: float | None) -> str:
+    return f"last used {_age(last_used)}" if limit is not None and last_used <= limit else ""
+
+
+def _row(piece: Any) -> dict[str, Any]:
+    return {
+        "path": str(piece.path),
+        "step": getattr(piece, "step", ""),
+        "size_bytes": piece.size_bytes,
+        "last_used": piece.last_used,
+    }
+
+
+def _text(work: Path, rows: Sequence[Mapping[str, Any]], *, removed: bool) -> str:
+    if not rows:
+        return f"{work}: nothing to remove"
+    lines = [f"{row['path']}  {_size(row['size_bytes'])}: {row['reason']}" for row in rows]
+    total = f"{len(rows)} in all, {_size(sum(row['size_bytes'] for row in rows))}"
+    return "\n".join([*lines, f"{total}{': removed' if removed else '; --remove removes them'}"])
+
+
+def _age(last_used: float) -> str:
+    from cappy.progress import duration
+
+    days = (time.time() - last_used) / DAY_SECONDS
+    return f"{days:,.0f} days ago" if days >= 2 else f"{duration(max(0.0, days * DAY_SECONDS))} ago"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

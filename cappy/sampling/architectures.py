@@ -1,0 +1,252 @@
+"""The two builds of LLM that transformers samples from here: causal LLMs and encoder-decoders."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.modeling_outputs import BaseModelOutput
+
+from cappy.errors import ConfigError
+from cappy.model_folder import ModelFolder
+from cappy.sampling.drawing import Continuation
+from cappy.sampling.generators import OnDrawn
+from cappy.sampling.local import LocalLLM, each_step, padded
+from cappy.sampling.prompts import prompt_tokens, response_tokens
+from cappy.sampling.strategies import Decoding
+
+
+class Causal(LocalLLM):
+    """Samples from a folder that `AutoModelForCausalLM` loads.
+
+    The prompt (see `prompt_tokens`) is encoded once, and its keys and values serve all samples of all decodings; beams
+    go through transformers' own search, which encodes it again for every beam.
+    """
+
+    AUTO_MODEL = AutoModelForCausalLM
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of a prompt and its response together; None where their number has no bound."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        return positions if isinstance(positions, int) and positions > 0 else None
+
+    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
+        longest = self.context - room if self.context else None
+        return [self._prompt(text, longest) for text in instructions]
+
+    def _prompt(self, instruction: str, longest: int | None) -> list[int]:
+        ids, cut = prompt_tokens(self.tokenizer, instruction, ends=self.ends.tolist(), longest=longest)
+        self._cut += cut
+        return ids
+
+    def _response(self, text: str) -> list[int]:
+        return response_tokens(self.tokenizer, text, int(self.ends[0]))
+
+    def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask, padded on the left."""
+        ids, mask = padded(prompts, self.pad, left=True)
+        return ids.to(self.device), mask.to(self.device)
+
+    def _begin(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
+        rows = _Prefix(self.model, mask)
+        return rows, rows.start(encoded, copies)
+
+    def _beams(
+        self,
+        prompts: Sequence[Sequence[int]],
+        encoded: torch.Tensor,
+        mask: torch.Tensor,
+        decoding: Decoding,
+        on_drawn: OnDrawn,
+    ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
+        config = self.generation_config(decoding)
+        sequences = self.model.generate(
+            encoded,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=each_step(decoding, len(prompts) * decoding.num_samples, on_drawn),
+        )[:, encoded.shape[1] :]
+        tokens = self._ended(sequences)
+        return tokens, self._sums([prompt for prompt in prompts for _ in range(decoding.num_samples)], tokens)
+
+    def _sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
+        both = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        # Padding on the right: nothing before it sees it, and positions are as in a pass of the row alone.
+        ids, mask = (tensor.to(self.device) for tensor in padded(both, self.pad))
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        chosen = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
+        counted = mask[:, 1:].bool()
+        for row, prompt in enumerate(prompts):
+            counted[row, : len(prompt) - 1] = False
+        sums: torch.Tensor = (chosen.double() * counted).sum(1)
+        return sums
+
+
+class _Prefix:
+    """Rows that go on after their prompts, whose keys and values are computed once and then copied for each row."""
+
+    def __init__(self, model: Any, mask: torch.Tensor) -> None:
+        self._model = model
+        self._mask = mask
+        self._cache: Any = None
+        takes = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in takes
+        self._last_alone = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+    def start(self, ids: torch.Tensor, copies: int) -> torch.Tensor:
+        """Logits after the prompts (prompts, longest), each `copies` times: (prompts * copies, vocabulary)."""
+        positions = (self._mask.cumsum(-1) - 1).clamp_(min=0)
+        logits = self._forward(ids, positions)
+        if copies > 1:
+            self._cache.batch_repeat_interleave(copies)
+            self._mask = self._mask.repeat_interleave(copies, 0)
+        return logits.float().repeat_interleave(copies, 0)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        positions = self._mask.sum(-1, keepdim=True)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
+        return self._forward(tokens[:, None], positions)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+        self._mask = self._mask[rows]
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        output = self._model(
+            input_ids=ids,
+            attention_mask=self._mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            **({"position_ids": positions} if self._takes_positions else {}),
+            **self._last_alone,
+        )
+        self._cache = output.past_key_values
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+
+MAX_INSTRUCTION_TOKENS = 512
+
+
+class Seq2Seq(LocalLLM):
+    """Samples from a folder that `AutoModelForSeq2SeqLM` loads.
+
+    An instruction's encoder runs once for all decodings; greedy and samples go through one loop, where each step takes
+    one token of all their rows; beams go through transformers' own search.
+    """
+
+    AUTO_MODEL = AutoModelForSeq2SeqLM
+
+    def __init__(self, name: str, folder: ModelFolder, revision: str = "") -> None:
+        super().__init__(name, folder, revision)
+        if getattr(self.model.config, "decoder_start_token_id", None) is None:
+            raise ConfigError(f"{folder.path}: config.json names no decoder_start_token_id; responses start with it")
+
+    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
+        context = getattr(self.model.config, "max_position_embeddings", None) or MAX_INSTRUCTION_TOKENS
+        longest = min(MAX_INSTRUCTION_TOKENS, context)
+        if not instructions:
+            return []
+        whole: list[list[int]] = self.tokenizer(list(instructions)).input_ids
+        prompts = whole
+        if any(len(prompt) > longest for prompt in whole):
+            prompts = self.tokenizer(list(instructions), truncation=True, max_length=longest).input_ids
+        self._cut += sum(len(prompt) > longest for prompt in whole)
+        return prompts
+
+    def _response(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text_target=text).input_ids
+        return ids
+
+    def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """States (rows, longest, hidden) and mask (rows, longest)."""
+        ids, mask = (tensor.to(self.device) for tensor in padded(prompts, self.pad))
+        return self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+
+    def _begin(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
+        rows = _Decoder(self.model, encoded, mask)
+        return rows, rows.start(copies)
+
+    def _beams(
+        self,
+        prompts: Sequence[Sequence[int]],
+        encoded: torch.Tensor,
+        mask: torch.Tensor,
+        decoding: Decoding,
+        on_drawn: OnDrawn,
+    ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
+        sequences = self.model.generate(
+            # A copy, because generate() expands the states in place for several beams.
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.clone()),
+            attention_mask=mask,
+            generation_config=self.generation_config(decoding),
+            stopping_criteria=each_step(decoding, len(prompts) * decoding.num_samples, on_drawn),
+        )[:, 1:]
+        tokens = self._ended(sequences)
+        each = decoding.num_samples
+        return tokens, self._target_sums(encoded.repeat_interleave(each, 0), mask.repeat_interleave(each, 0), tokens)
+
+    def _sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
+        different = list(dict.fromkeys(map(tuple, prompts)))
+        states, mask = self._encode(different)
+        place = {prompt: number for number, prompt in enumerate(different)}
+        rows = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=self.device)
+        return self._target_sums(states[rows], mask[rows], responses)
+
+    def _target_sums(
+        self, states: torch.Tensor, mask: torch.Tensor, responses: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """Sum of the log-probabilities of each response's tokens: (rows, source, hidden), (rows, source) -> (rows,)."""
+        targets, counted = (tensor.to(self.device) for tensor in padded(responses, self.pad))
+        start = targets.new_full((len(targets), 1), self.model.config.decoder_start_token_id)
+        logits = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=mask,
+            decoder_input_ids=torch.cat([start, targets[:, :-1]], 1),
+            use_cache=False,
+        ).logits.float()
+        chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+        sums: torch.Tensor = (chosen.double() * counted).sum(1)
+        return sums
+
+
+class _Decoder:
+    """The decoder over rows of the same batch; keys and values of the source are computed once per instruction."""
+
+    def __init__(self, model: Any, states: torch.Tensor, mask: torch.Tensor) -> None:
+        self._model = model
+        self._states = states
+        self._mask = mask
+        self._cache: Any = None
+
+    def start(self, copies: int) -> torch.Tensor:
+        """Logits of the first token, each instruction's `copies` times: (instructions * copies, vocabulary)."""
+        begin = self._model.config.decoder_start_token_id
+        logits = self._forward(torch.full((len(self._mask),), begin, device=self._mask.device))
+        if copies > 1:
+            self._cache.batch_repeat_interleave(copies)
+            self._mask = self._mask.repeat_interleave(copies, 0)
+        return logits.float().repeat_interleave(copies, 0)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._forward(tokens)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+        self._mask = self._mask[rows]
+
+    def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        # Once the cache holds the source's keys and values, the states only lend their shape.
+        states = self._states if self._cache is None else self._states[:1].expand(len(tokens), -1, -1)
+        output = self._model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=self._mask,
+            decoder_input_ids=tokens[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._cache = output.past_key_values
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits

@@ -1,0 +1,145 @@
+"""What a run would be, before it is one: its graph, what each step asks for, what it would cost at most."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cappy.steps import STEP_SPECS
+from pipelines.customize import image
+from pipelines.planning import work_of
+from pipelines.recipe import Platform, Recipe
+
+CONDITION = "(if promoted)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One step of the preview.
+
+    `hours` and `cost` are what one attempt takes at most, of all its shards and nodes together.
+    """
+
+    step: str
+    image: str
+    cpu: str
+    memory: str
+    accelerators: str
+    machines: int
+    spot: bool
+    retries: int
+    hours: float
+    cost: float | None
+
+
+def lines(recipe: Recipe) -> list[Line]:
+    """A line for each step; its cost is None where the recipe has no price for what it runs on."""
+    found = []
+    for step in recipe.steps:
+        needs = recipe.needs(step)
+        many = recipe.shards if STEP_SPECS[step].sharded else 1
+        machines = many * needs.nodes
+        units = machines * (needs.count if needs.accelerator != "none" else 1)
+        price = recipe.prices.get(needs.accelerator)
+        found.append(
+            Line(
+                step=step,
+                image=image(recipe, step),
+                cpu=needs.cpu,
+                memory=needs.memory,
+                accelerators="" if needs.accelerator == "none" else f"{needs.count} x {needs.accelerator}",
+                machines=machines,
+                spot=needs.spot,
+                retries=needs.retries,
+                hours=machines * needs.hours,
+                cost=None if price is None else units * needs.hours * price,
+            )
+        )
+    return found
+
+
+def graph(recipe: Recipe) -> str:
+    """The graph in one line."""
+    steps = list(recipe.steps)
+    if recipe.shards > 1:
+        sharded = [step for step in steps if STEP_SPECS[step].sharded]
+        first = steps.index(sharded[0])
+        steps[first : first + len(sharded)] = [f"{recipe.shards} x [{' -> '.join(sharded)}]"]
+    return " -> ".join(f"{step} {CONDITION}" if step == "deployment" else step for step in steps)
+
+
+def to_json(recipe: Recipe, platform: Platform) -> dict[str, Any]:
+    """The preview as JSON values; `cost` is None where some step has no price."""
+    found = lines(recipe)
+    return {
+        "pipeline": recipe.pipeline,
+        "platform": platform,
+        "graph": graph(recipe),
+        "work": str(work_of(recipe, platform)),
+        "steps": [asdict(line) for line in found],
+        "most_cost": None if unpriced(found) else most_cost(found),
+        "most_cost_with_retries": None if unpriced(found) else most_cost(found, retried=True),
+    }
+
+
+def most_cost(found: list[Line], *, retried: bool = False) -> float:
+    """What the priced steps cost at most: in one attempt each, or with every retry used up."""
+    return sum((line.cost or 0.0) * (1 + line.retries if retried else 1) for line in found)
+
+
+def unpriced(found: list[Line]) -> list[str]:
+    """The steps whose machines the recipe has no price for."""
+    return [line.step for line in found if line.cost is None]
+
+
+def text(recipe: Recipe, platform: Platform) -> str:
+    """The preview for a terminal."""
+    found = lines(recipe)
+    header = (
+        "step",
+        "machines",
+        "cpu",
+        "memory",
+        "accelerators",
+        "spot",
+        "retries",
+        "hours at most",
+        "cost at most",
+        "image",
+    )
+    rows = [
+        (
+            line.step,
+            str(line.machines),
+            line.cpu or "-",
+            line.memory or "-",
+            line.accelerators or "-",
+            "yes" if line.spot else "-",
+            str(line.retries),
+            f"{line.hours:,.0f}",
+            "no price" if line.cost is None else f"{line.cost:,.2f}",
+            line.image,
+        )
+        for line in found
+    ]
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
+    lacking = unpriced(found)
+    cost = "not known"
+    if len(lacking) < len(found):
+        once, all_retries = most_cost(found), most_cost(found, retried=True)
+        cost = f"at most {once:,.2f} where no step is tried again, {all_retries:,.2f} with every retry used"
+    if lacking:
+        cost += f"; no price for {', '.join(lacking)} (prices: in the recipe)"
+    return "\n".join(
+        [
+            f"pipeline  {recipe.pipeline} on {platform}",
+            f"graph     {graph(recipe)}",
+            f"work      {work_of(recipe, platform)}",
+            "",
+            *table,
+            "",
+            f"cost      {cost}",
+        ]
+    )
