@@ -29,19 +29,7 @@ OWN = {
     "promotion": "--dry-run --rollback --history --name --reason",
 }
 """The flags of a step's verb that are no settings."""
-HEAVY = (
-    "torch",
-    "transformers",
-    "mlflow",
-    "kfp",
-    "numpy",
-    "pyarrow",
-    "fastapi",
-    "serving.app",
-    "serving.engine",
-    "pipelines",
-    "components",
-)
+HEAVY = "torch transformers mlflow kfp numpy pyarrow fastapi serving.app serving.engine pipelines components".split()
 
 
 def listed(text: str) -> dict[str, str]:
