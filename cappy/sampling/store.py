@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class Origin:
     version: int
 
 
-def question_key(**asked: Any) -> str:
+def question_key(**asked: object) -> str:
     """The key of everything that a draw depends on, its origin and the numbers of the samples aside."""
     return fingerprint("draw", _FORMAT, asked)[:32]
 
