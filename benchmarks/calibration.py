@@ -52,7 +52,7 @@ from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import Instance, write
 from cappy.scoring.encoding import PairEncoder
-from cappy.training.tokenization import open_corpora
+from cappy.training.corpus import open_corpora
 
 PARTS = ("texts", "records", "sampling", "training", "scoring", "starts")
 ONE_OF = 5_000

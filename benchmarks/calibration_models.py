@@ -27,11 +27,11 @@ from cappy.sampling.strategies import Decoding, strategy
 from cappy.scoring import Scorer
 from cappy.scoring.config import ScorerConfig
 from cappy.training import checkpoint
+from cappy.training.corpus import open_corpora
+from cappy.training.distributed import ALONE
 from cappy.training.feed import batch
 from cappy.training.loop import Run
 from cappy.training.pretraining import PretrainingConfig
-from cappy.training.ranks import ALONE
-from cappy.training.tokenization import open_corpora
 
 RESPONSE_TOKENS = 24
 UPDATES = {"mini": 20, "builtin": 20, "roberta-base": 4}
@@ -126,7 +126,7 @@ def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instan
         corpora = open_corpora(
             config.source, source / "tokens", scorer.tokenizer, scorer.encoder, metric="rougeL", sources=()
         )
-        run = Run(scorer, corpora.train, corpora.validation, config, source / "checkpoints", ALONE)
+        run = Run(scorer, corpora, config, source / "checkpoints", ALONE)
         run.update()
         updates = UPDATES.get(name, 2) * (1 + 3 * many)
         drawn = [

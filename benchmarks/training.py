@@ -29,11 +29,11 @@ from torch.nn.functional import mse_loss
 
 from cappy.records import Candidate, Instance, write
 from cappy.scoring import Scorer
+from cappy.training.corpus import Corpora, open_corpora
+from cappy.training.distributed import ALONE
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.loop import Run
 from cappy.training.meter import flops_of_pair, layer_weights, peak_of
-from cappy.training.ranks import ALONE
-from cappy.training.tokenization import Corpora, open_corpora
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 8
@@ -135,7 +135,7 @@ def ours(start: Path, source: Path, work: Path, device: str) -> float:
     )
     started = time.perf_counter()
     corpora: Corpora = open_corpora(source, tokens, scorer.tokenizer, scorer.encoder, metric="rougeL", sources=())
-    run = Run(scorer, corpora.train, corpora.validation, plan, work / "no-checkpoints", ALONE)
+    run = Run(scorer, corpora, plan, work / "no-checkpoints", ALONE)
     while run.state.update < run.updates:
         run.update()
     _settle(device)

@@ -37,7 +37,7 @@ def reach(region: str, endpoint: str = "") -> None:
 
 
 @contextlib.contextmanager
-def told(step: str, project: str, region: str, remedies: Mapping[int, str] | None = None) -> Iterator[None]:
+def translate_errors(step: str, project: str, region: str, remedies: Mapping[int, str] | None = None) -> Iterator[None]:
     """What the service or the credentials refuse, and a service that does not answer, as one line.
 
     `remedies` says what to do about a status, where more can be said than to mend it.

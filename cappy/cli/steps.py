@@ -227,9 +227,9 @@ EXTRAS: Mapping[str, tuple[Extra, ...]] = {
 def summary(manifest: Manifest, target: Path, seconds: float) -> str:
     """What was written, where, and how long it took, in one line; of a dry run what it measured."""
     if "trial_updates" in manifest.metrics:
-        from cappy.training.trial import text
+        from cappy.training.meter import describe_trial
 
-        return text(manifest.metrics)
+        return describe_trial(manifest.metrics)
     if manifest.rows:
         content = f"{manifest.rows:,} instances with {manifest.candidates:,} candidates"
     else:

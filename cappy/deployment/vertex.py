@@ -14,7 +14,7 @@ from cappy.registry.models import Version
 try:
     from google.cloud import aiplatform
 
-    from cappy.vertex import hush, told
+    from cappy.vertex import hush, translate_errors
 except ModuleNotFoundError as missing:
     raise ConfigError(
         f"deployment: --platform vertex needs {missing.name}; pip install 'cappy-scorer[gcp]'"
@@ -30,7 +30,7 @@ def deploy(config: DeploymentConfig, version: Version, scorer: Path) -> dict[str
     service's own words where it refuses, or where it does not answer.
     """
     hush()
-    with told("deployment", config.project, config.region):
+    with translate_errors("deployment", config.project, config.region):
         aiplatform.init(project=config.project, location=config.region, staging_bucket=config.bucket)
         model = _uploaded(config, version, scorer)
         endpoint = _endpoint(config)

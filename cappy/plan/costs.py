@@ -8,7 +8,7 @@ from cappy.errors import ConfigError, shown
 from cappy.plan.calibration import Calibration, Step
 from cappy.plan.shapes import GENERATORS, SCORERS, ScorerShape, shape_of
 from cappy.plan.volumes import Volumes
-from cappy.training.peaks import PEAKS
+from cappy.training.meter import PEAKS
 
 CPU = "cpu"
 """The hardware that the calibration measured; a device of it is one core."""

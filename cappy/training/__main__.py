@@ -13,9 +13,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from cappy.config import build, decode
 from cappy.errors import CappyError, ConfigError, shown
@@ -23,12 +23,12 @@ from cappy.progress import FileProgress, LineProgress, Progress, silent
 from cappy.redaction import redact
 from cappy.steps import TRAINING_STEPS, step_version
 from cappy.training import finetuning, pretraining
-from cappy.training.launch import REPORT_VARIABLE, VERSION_VARIABLE
+from cappy.training.launch import REPORT_VARIABLE, VERSION_VARIABLE, Report
 from cappy.worker import PROGRESS_VARIABLE
 
 ATOMIC = 1000
 """Characters of a message: even as escaped JSON within 4,096 bytes or so, which a pipe takes whole from each rank."""
-Report = Callable[[Mapping[str, Any]], None]
+Send = Callable[[Report], None]
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
@@ -57,18 +57,18 @@ def _ran(arguments: Sequence[str]) -> int:
 
 def _alone(arguments: Sequence[str]) -> int:
     try:
-        metrics = json.loads(_run(arguments, _told_outside(arguments)))["metrics"]
+        metrics = json.loads(_run(arguments, _job_progress(arguments)))["metrics"]
         if "trial_updates" in metrics and os.environ.get("RANK", "0") == "0":
-            from cappy.training.trial import text
+            from cappy.training.meter import describe_trial
 
-            sys.stdout.write(f"{text(metrics)}\n")
+            sys.stdout.write(f"{describe_trial(metrics)}\n")
     except CappyError as error:
         sys.stderr.write(f"cappy {' '.join(arguments[:1])}: {error}\n")
         return 1
     return 0
 
 
-def _told_outside(arguments: Sequence[str]) -> Progress:
+def _job_progress(arguments: Sequence[str]) -> Progress:
     """For a job: a file on the volume that the step which submitted it reads, and a line in the log now and then."""
     folder = os.environ.get(PROGRESS_VARIABLE)
     if not folder or not arguments:
@@ -85,20 +85,20 @@ def _told_outside(arguments: Sequence[str]) -> Progress:
     return progress
 
 
-def _reported(arguments: Sequence[str], report: Report) -> int:
+def _reported(arguments: Sequence[str], report: Send) -> int:
     """Runs the step and tells the process that started us how far it is and what came of it."""
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
-        report({"progress": [done, total, unit, resumed, note]})
+        report({"progress": (done, total, unit, resumed, note)})
 
     try:
         manifest = _run(arguments, progress)
         if os.environ["LOCAL_RANK"] == "0":
             report({"manifest": manifest})
     except CappyError as error:
-        report({"error": [type(error).__name__, str(error)[:ATOMIC]]})
+        report({"error": (type(error).__name__, str(error)[:ATOMIC])})
         return 1
-    except Exception:  # noqa: BLE001 (told to the parent, which shows the first rank's that failed)
+    except Exception:  # noqa: BLE001 (reported to the parent, which shows the first rank's that failed)
         report({"defect": redact(traceback.format_exc())[-ATOMIC:]})
         return 1
     return 0
@@ -118,7 +118,7 @@ def _run(arguments: Sequence[str], progress: Progress) -> str:
     return finetuning.run(build(finetuning.FinetuningConfig, values), progress).to_json()
 
 
-def _write(report: int, message: Mapping[str, Any]) -> None:
+def _write(report: int, message: Report) -> None:
     data = json.dumps(message).encode() + b"\n"
     while data:
         data = data[os.write(report, data) :]

@@ -1,13 +1,20 @@
-"""Where a killed training run continues: tensors as safetensors, the rest as JSON, two generations of each."""
+"""Where a stopped training run continues: its checkpoints, when one is due, and the wish to end that makes one due.
+
+Tensors are kept as safetensors, the rest as JSON, two generations of each.
+"""
 
 import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType, TracebackType
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -16,6 +23,8 @@ from torch import Tensor
 from cappy.errors import FolderError
 from cappy.records.folder import disk_errors, rename_folder, sha256_of
 
+CONTINUES = "run the same command again to continue"
+"""What the error of a run says that lost nothing and has nothing to mend."""
 KEPT = 2
 """Generations kept: where the newest is damaged, the one before it stands."""
 
@@ -90,7 +99,7 @@ def load(folder: Path) -> tuple[Checkpoint | None, str]:
             checkpoint = _read(generation)
             for damaged in passed:
                 shutil.rmtree(damaged, ignore_errors=True)
-            return checkpoint, _said(passed, checkpoint.state.update)
+            return checkpoint, _explain(passed, checkpoint.state.update)
         passed.append(generation)
     if any((generation / _SUMS).exists() for generation in passed):
         raise FolderError(f"{folder}: every checkpoint is damaged; delete this folder to start from update 0")
@@ -99,17 +108,68 @@ def load(folder: Path) -> tuple[Checkpoint | None, str]:
 
 def newest(folder: Path) -> str:
     """The newest generation's path as an error names it."""
-    found = _generations(folder)
-    return str(found[-1]) if found else "none yet"
+    generations = _generations(folder)
+    return str(generations[-1]) if generations else "none yet"
 
 
 def newest_update(folder: Path) -> int:
     """The update of the newest generation, damaged or not; -1 where there is none."""
-    found = _generations(folder)
-    return int(found[-1].name) if found else -1
+    generations = _generations(folder)
+    return int(generations[-1].name) if generations else -1
 
 
-def _said(passed: list[Path], update: int) -> str:
+def copied(tensors: Mapping[str, Tensor]) -> Tensors:
+    """The tensors as they are now, on the CPU, each in memory of its own."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+class Shutdown:
+    """Knows, while its block runs, whether SIGTERM asked this process to end; outside, SIGTERM ends it at once.
+
+    Only a process's main thread can listen; elsewhere nothing is ever requested.
+    """
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._before: Callable[[int, FrameType | None], object] | int | None = None
+        self._listens = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> "Shutdown":
+        if self._listens:
+            self._before = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def requested(self) -> bool:
+        """Whether SIGTERM came."""
+        return self._requested
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
+
+
+class CheckpointClock:
+    """Says when a checkpoint is due: so many seconds, or so many updates, after the last one."""
+
+    def __init__(self, seconds: float, updates: int | None) -> None:
+        self._seconds, self._updates = seconds, updates
+        self._last = time.monotonic()
+
+    def due(self, update: int) -> bool:
+        """Whether one is due after this update (1-based); asking for one begins the seconds anew."""
+        by_update = self._updates is not None and update % self._updates == 0
+        due = by_update or time.monotonic() - self._last >= self._seconds
+        if due:
+            self._last = time.monotonic()
+        return due
+
+
+def _explain(passed: list[Path], update: int) -> str:
     if not passed:
         return ""
     names = " and ".join(str(int(path.name)) for path in passed)
@@ -140,8 +200,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def copied(tensors: Mapping[str, Tensor]) -> Tensors:
-    """The tensors as they are now, on the CPU, each in memory of its own."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

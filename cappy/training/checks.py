@@ -19,10 +19,10 @@ from cappy.scoring.batching import by_length
 from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus
+from cappy.training.distributed import Ranks
 from cappy.training.feed import Drawn, pool
 from cappy.training.losses import LISTWISE_TEMPERATURE
-from cappy.training.plan import TrainingSettings
-from cappy.training.ranks import Ranks
+from cappy.training.settings import TrainingSettings
 
 CANDIDATES = 16
 """Responses of a validation instance that a pick is made from, at most: more cost more, and leave less to chance."""
@@ -45,7 +45,7 @@ class Check:
 def check_scorer(
     scorer: Scorer,
     validation: Corpus,
-    plan: TrainingSettings,
+    config: TrainingSettings,
     *,
     ranks: Ranks,
     lockstep: bool = False,
@@ -58,23 +58,23 @@ def check_scorer(
     scorer.model.eval()
     count = len(validation)
     numbers = range(count) if lockstep else range(ranks.rank, count, ranks.count)
-    found = [0.0] * (2 * count)
+    values = [0.0] * (2 * count)
     stopped = False
     for start in range(0, len(numbers), CHUNK):
         stopped = not lockstep and asked()
         if stopped:
             break
         own = numbers[start : start + CHUNK]
-        pools = [pool(validation, index, CANDIDATES, seed=plan.seed) for index in own]
-        for index, values in zip(own, _labels(scorer, validation, pools), strict=True):
-            found[index], found[count + index] = values
-    *found, stops = (ranks.summed if not lockstep else list)([*found, float(stopped)])
-    return None if stops else Check(tuple(found[:count]), tuple(found[count:]))
+        pools = [pool(validation, index, CANDIDATES, seed=config.seed) for index in own]
+        for index, labels in zip(own, _labels(scorer, validation, pools), strict=True):
+            values[index], values[count + index] = labels
+    *values, stops = (ranks.summed if not lockstep else list)([*values, float(stopped)])
+    return None if stops else Check(tuple(values[:count]), tuple(values[count:]))
 
 
-def decides(plan: TrainingSettings, validation: Corpus) -> bool:
+def decides(config: TrainingSettings, validation: Corpus) -> bool:
     """Whether the validation instances decide which weights are kept and when training stops."""
-    return plan.keep == "best" and len(validation) >= FEWEST
+    return config.keep == "best" and len(validation) >= FEWEST
 
 
 def judge(check: Check | None, state: State, *, deciding: bool, falling: bool) -> bool:
@@ -131,10 +131,10 @@ def _labels(scorer: Scorer, validation: Corpus, pools: Sequence[Drawn]) -> list[
         logits = scorer.logits([encoded[number] for number in batch]).tolist()
         for number, value in zip(batch, logits, strict=True):
             scores[number] = value
-    found = iter(scores)
+    remaining = iter(scores)
     labels = []
     for drawn in pools:
-        own = list(itertools.islice(found, len(drawn.chosen)))
+        own = list(itertools.islice(remaining, len(drawn.chosen)))
         of_pool = validation.labels(drawn.index, drawn.chosen)
         labels.append((of_pool[own.index(max(own))], expected_label(own, of_pool)))
     return labels

@@ -1,32 +1,20 @@
-"""What the loop eats: whole instances, in an order and with draws that the seed and the update's number decide."""
+"""What the loop is fed: whole instances, in an order and with draws that the seed and the update's number decide."""
 
+import hashlib
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cappy.annotation.labels import regression_rows
-from cappy.records import Instance
-from cappy.records.instance import Source
-from cappy.training.order import permuted
-from cappy.training.plan import TrainingSettings
+from cappy.training.corpus import Corpus
+from cappy.training.settings import TrainingSettings
 
-if TYPE_CHECKING:
-    from cappy.training.corpus import Corpus
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """One instance as training sees it: responses, labels, which a selector may pick, and where they came from."""
-
-    instruction: str
-    responses: tuple[str, ...]
-    labels: tuple[float, ...]
-    selectable: tuple[bool, ...]
-    sources: tuple[Source, ...]
+_ROUNDS = 8
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+_HALF = np.uint64(32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,29 +32,7 @@ class Drawn:
         return self.width * len(self.chosen)
 
 
-def to_group(instance: Instance, metric: str, sources: Sequence[Source] = ()) -> Group:
-    """The instance's rows of the regression set, of these sources if any are named.
-
-    RecordError where a candidate has no label of this metric.
-    """
-    rows = [row for row in regression_rows(instance, metric) if not sources or row.source in sources]
-    selectable = {candidate.response for candidate in instance.selectable}
-    return Group(
-        instruction=instance.instruction,
-        responses=tuple(row.response for row in rows),
-        labels=tuple(row.label for row in rows),
-        selectable=tuple(row.response in selectable for row in rows),
-        sources=tuple(row.source for row in rows),
-    )
-
-
-def split_rows(group: Group) -> list[Group]:
-    """One group per response, for training in rows."""
-    columns = zip(group.responses, group.labels, group.selectable, group.sources, strict=True)
-    return [Group(group.instruction, (text,), (label,), (may,), (source,)) for text, label, may, source in columns]
-
-
-def batch(corpus: "Corpus", update: int, size: int, max_candidates: int, *, seed: int) -> list[Drawn]:
+def batch(corpus: Corpus, update: int, size: int, max_candidates: int, *, seed: int) -> list[Drawn]:
     """The `size` instances of an update (0-based), `max_candidates` drawn of each.
 
     Every pass holds every instance once, in an order of its own, and begins where the one before ended, be it in the
@@ -83,14 +49,14 @@ def batch(corpus: "Corpus", update: int, size: int, max_candidates: int, *, seed
     return drawn
 
 
-def updates_of(corpus: "Corpus", plan: TrainingSettings) -> int:
-    """Updates that draw `plan.train_rows` responses, or `plan.epochs` times as many as there are."""
-    drawn = corpus.drawable(plan.max_candidates) / len(corpus)
-    rows = plan.train_rows or corpus.facts.pairs * plan.epochs
-    return max(1, math.ceil(rows / (plan.batch_instances * drawn) - 1e-9))
+def updates_of(corpus: Corpus, config: TrainingSettings) -> int:
+    """Updates that draw `config.train_rows` responses, or `config.epochs` times as many as there are."""
+    drawn = corpus.drawable(config.max_candidates) / len(corpus)
+    rows = config.train_rows or corpus.facts.pairs * config.epochs
+    return max(1, math.ceil(rows / (config.batch_instances * drawn) - 1e-9))
 
 
-def pool(corpus: "Corpus", index: int, count: int, *, seed: int) -> Drawn:
+def pool(corpus: Corpus, index: int, count: int, *, seed: int) -> Drawn:
     """What a selector would see of a validation instance, at most `count` responses: the same draw at every check."""
     return _drawn(corpus, index, corpus.selectable(index), count, random.Random(f"{seed} check {index}"))
 
@@ -121,7 +87,7 @@ def comparable(chosen: Sequence[int], selectable: Sequence[int]) -> list[bool]:
     """Which of the responses drawn are compared with each other: those that a selector may pick.
 
     All of them where fewer than two may be picked, as in the published data, which knows references and wrong choices.
-    A mismatch is told apart at a glance and has the lowest label: it would be most of what a comparison teaches.
+    A mismatch is recognised at a glance and has the lowest label: it would be most of what a comparison teaches.
     """
     may = set(selectable)
     flags = [number in may for number in chosen]
@@ -133,7 +99,7 @@ def padded(micro: Sequence[Drawn]) -> int:
     return sum(len(drawn.chosen) for drawn in micro) * max(drawn.width for drawn in micro)
 
 
-def dealt(costs: Sequence[int], rank: int, count: int) -> list[int]:
+def passes_of(costs: Sequence[int], rank: int, count: int) -> list[int]:
     """Numbers of the passes that are this rank's: each, the costliest first, goes to the rank with the least so far."""
     loads, mine = [0] * count, []
     for number in sorted(range(len(costs)), key=lambda one: -costs[one]):
@@ -144,6 +110,35 @@ def dealt(costs: Sequence[int], rank: int, count: int) -> list[int]:
     return mine
 
 
-def _drawn(corpus: "Corpus", index: int, numbers: Sequence[int], count: int, rng: random.Random) -> Drawn:
+def permuted(positions: NDArray[np.uint64], size: int, key: str) -> NDArray[np.uint64]:
+    """What stands at these positions of a random order of `range(size)`; the key alone decides the order.
+
+    A Feistel network over the next power of four, walked again while it leads out of the range (at most four times as
+    large, so a walk takes four steps in the mean). Memory holds the positions asked for, however large `size` is.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    keys = np.frombuffer(hashlib.shake_128(key.encode()).digest(8 * _ROUNDS), dtype="<u8")
+    values = _network(positions, half, keys)
+    while (outside := values >= size).any():
+        values[outside] = _network(values[outside], half, keys)
+    return values
+
+
+def _drawn(corpus: Corpus, index: int, numbers: Sequence[int], count: int, rng: random.Random) -> Drawn:
     chosen = tuple(numbers) if len(numbers) <= count else tuple(sorted(rng.sample(numbers, count)))
     return Drawn(index, chosen, corpus.longest(index, chosen))
+
+
+def _network(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = values >> bits, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mixed(right + key) & mask)
+    return (left << bits) | right
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Bits of each value spread over all 64 (multiplication wraps around, which is wanted)."""
+    values = (values ^ (values >> _HALF)) * _ODD
+    values = (values ^ (values >> _HALF)) * _ODD
+    return values ^ (values >> _HALF)

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from cappy.config import settings
+from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Manifest
-from cappy.training.plan import TrainingSettings
+from cappy.specs import open_scorer
+from cappy.training.settings import TRUNCATION, TrainingSettings
 
 if TYPE_CHECKING:
     from cappy.scoring import Scorer
@@ -25,7 +27,6 @@ class FinetuningConfig(TrainingSettings):
 def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
     """Finetunes `scorer` on the train split of `source` into `target`; a killed run continues at its checkpoint."""
     from cappy.scoring import trained_on
-    from cappy.specs import open_scorer
     from cappy.training.train import train
 
     folder = open_scorer(config.scorer)
@@ -41,9 +42,7 @@ def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
 
 
 def _start(config: FinetuningConfig) -> "Scorer":
-    from cappy.errors import ConfigError
     from cappy.scoring import Scorer
-    from cappy.training.paper import TRUNCATION
 
     scorer = Scorer.load(config.scorer, precision="fp32")
     if config.preset == "paper" and scorer.head != "mse":

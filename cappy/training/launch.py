@@ -1,4 +1,4 @@
-"""Starts the ranks of this machine as children, tells what they tell, and ends them all when one ends badly."""
+"""Which of several machines this one is, and its ranks: children that report to us and end together."""
 
 import contextlib
 import json
@@ -10,49 +10,88 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TextIO, TypedDict
 
 import torch
 
 from cappy import errors
 from cappy.config import encode, to_values
-from cappy.errors import ConfigError, TrainingError
+from cappy.errors import ConfigError, TrainingError, shown
 from cappy.progress import Progress
 from cappy.records import Manifest
-from cappy.training.ending import CONTINUES
-from cappy.training.place import Place, place
-from cappy.training.plan import TrainingSettings
-from cappy.training.ranks import started
+from cappy.training.checkpoint import CONTINUES
+from cappy.training.distributed import started
+from cappy.training.settings import TrainingSettings
 
+POOLS = ("workerpool0", "workerpool1")
+"""Vertex AI's pools that train: the first machine, and the others. Pools 2 and 3 are for other servers."""
 REPORT_VARIABLE = "CAPPY_RANK_PIPES"
 """Environment of a rank that we started: descriptor to report to, and descriptor that ends with its parent."""
 VERSION_VARIABLE = "CAPPY_STEP_VERSION"
-"""Environment of a job: the code version of the step that submitted it, which the job must have too."""
+"""Environment of a job: the version of the step that submitted it, which the job must have too."""
 DEFECT = "a rank failed with a defect, see above"
-UNTOLD = "the ranks ended untold"
+NO_REPORT = "the ranks ended without a report"
 GRACE_SECONDS = 10.0
 """How long the other ranks may go on when one has ended badly: time to end by themselves, not to hang."""
 
 
-def starts_ranks(plan: TrainingSettings) -> bool:
+class Report(TypedDict, total=False):
+    """What a rank reports: how far it is, the manifest of what it wrote, a CappyError (kind, text), or a traceback."""
+
+    progress: tuple[int, int | None, str, int, str]
+    manifest: str
+    error: tuple[str, str]
+    defect: str
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Machine `node` of `nodes`; all meet at `address` and `port` (0: any free one, where there is one machine)."""
+
+    node: int = 0
+    nodes: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+
+
+def topology(config: TrainingSettings, environment: Mapping[str, str] | None = None) -> Topology:
+    """This machine's place: from Vertex AI's CLUSTER_SPEC, or from NODE_RANK with MASTER_ADDR and MASTER_PORT.
+
+    ConfigError where more machines are asked for than the environment names.
+    """
+    variables = os.environ if environment is None else environment
+    here = Topology()
+    if spec := variables.get("CLUSTER_SPEC"):
+        here = _in_cluster(spec)
+    elif {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= variables.keys() and config.nodes > 1:
+        here = Topology(
+            int(variables["NODE_RANK"]), config.nodes, variables["MASTER_ADDR"], int(variables["MASTER_PORT"])
+        )
+    if config.nodes not in (1, here.nodes):
+        remedy = "start it with torchrun, a TrainJob or a CustomJob, or set NODE_RANK, MASTER_ADDR and MASTER_PORT"
+        raise ConfigError(f"--nodes {config.nodes}: the environment tells of {here.nodes}; {remedy}")
+    return here
+
+
+def starts_ranks(config: TrainingSettings) -> bool:
     """Whether this process, being no rank itself, has to start some: several, or the one that DeepSpeed wants."""
-    if plan.strategy == "jax":
-        _refuse_several(plan)
+    if config.strategy == "jax":
+        _refuse_several(config)
         return False
     if started():
         return False
-    count = plan.devices * place(plan).nodes
-    if plan.strategy == "single" and count > 1:
+    count = config.devices * topology(config).nodes
+    if config.strategy == "single" and count > 1:
         raise ConfigError(f"--strategy single: is for one rank, and {count} were asked for; give ddp or deepspeed")
-    return count > 1 or plan.strategy == "deepspeed"
+    return count > 1 or config.strategy == "deepspeed"
 
 
-def _refuse_several(plan: TrainingSettings) -> None:
+def _refuse_several(config: TrainingSettings) -> None:
     """ConfigError where several machines or processes are to train with JAX."""
-    nodes = plan.nodes if plan.nodes > 1 else place(plan).nodes
+    nodes = config.nodes if config.nodes > 1 else topology(config).nodes
     if nodes > 1:
         raise ConfigError(f"--strategy jax: is for one machine, and {nodes} were asked for; give ddp or deepspeed")
     if started() and int(os.environ["WORLD_SIZE"]) > 1:
@@ -60,28 +99,28 @@ def _refuse_several(plan: TrainingSettings) -> None:
         raise ConfigError(f"--strategy jax: one process drives all devices, this is one of several; {remedy}")
 
 
-def spread(step: str, plan: TrainingSettings, progress: Progress) -> Manifest:
-    """Runs the step in `plan.devices` processes on this machine and returns the manifest that they agree on.
+def spread(step: str, config: TrainingSettings, progress: Progress) -> Manifest:
+    """Runs the step in `config.devices` processes on this machine and returns the manifest that they agree on.
 
     The error of the rank that failed, or TrainingError. SIGTERM and Ctrl-C are passed on as SIGTERM, which makes the
     ranks write a checkpoint; if this process is killed the ranks are too.
     """
-    if torch.cuda.is_available() and torch.cuda.device_count() < plan.devices:
-        raise ConfigError(f"--devices {plan.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    if torch.cuda.is_available() and torch.cuda.device_count() < config.devices:
+        raise ConfigError(f"--devices {config.devices}: this machine has {torch.cuda.device_count()} GPUs")
     reading, report = os.pipe()
     life, living = os.pipe()
-    command = [sys.executable, "-m", "cappy.training", step, encode(to_values(plan))]
-    here = place(plan)
+    command = [sys.executable, "-m", "cappy.training", step, encode(to_values(config))]
+    here = topology(config)
     here = replace(here, port=here.port or _free_port())
     ranks = [
         subprocess.Popen(  # noqa: S603 (our own interpreter and module)
             command,
-            env=_environment(here, plan.devices, local, f"{report},{life}"),
+            env=_environment(here, config.devices, local, f"{report},{life}"),
             pass_fds=(report, life),
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
         )
-        for local in range(plan.devices)
+        for local in range(config.devices)
     ]
     os.close(report)
     os.close(life)
@@ -98,33 +137,32 @@ def spread(step: str, plan: TrainingSettings, progress: Progress) -> Manifest:
 
 def _followed(ranks: Sequence["subprocess.Popen[bytes]"], reading: int, progress: Progress) -> Manifest:
     """Reads reports until all ranks have ended; the first that ends badly decides what is said."""
-    told: dict[str, Any] = {}
+    reports = Report()
     deadline = float("inf")
     for message in _messages(reading, lambda: any(rank.poll() is None for rank in ranks)):
         if "progress" in message:
             done, total, unit, resumed, note = message["progress"]
             progress(done, total, unit=unit, resumed=resumed, note=note)
-        for kind in message:
-            told.setdefault(kind, message[kind])
+        reports = message | reports  # The first of each kind counts.
         if any(rank.poll() for rank in ranks):
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:
             break
     failed = [(number, rank.poll()) for number, rank in enumerate(ranks) if rank.poll()]
-    if not failed and "manifest" in told:
-        return Manifest.from_json(told["manifest"])
-    if "error" in told:
-        kind, text = told["error"]
+    if not failed and "manifest" in reports:
+        return Manifest.from_json(reports["manifest"])
+    if "error" in reports:
+        kind, text = reports["error"]
         raise getattr(errors, kind)(text)
     killed = [(number, status) for number, status in failed if status is not None and status < 0]
     if killed:
         number, status = killed[0]
         raise TrainingError(f"rank {number} was ended by signal {-status}; {CONTINUES} at the last checkpoint")
-    sys.stderr.write(told.get("defect", ""))
-    raise TrainingError(DEFECT if "defect" in told else UNTOLD)
+    sys.stderr.write(reports.get("defect", ""))
+    raise TrainingError(DEFECT if "defect" in reports else NO_REPORT)
 
 
-def _messages(reading: int, alive: Callable[[], bool]) -> Iterator[Mapping[str, Any]]:
+def _messages(reading: int, alive: Callable[[], bool]) -> Iterator[Report]:
     """What the ranks report, and an empty message now and then, until they are gone."""
     rest = b""
     with selectors.DefaultSelector() as selector:
@@ -135,10 +173,10 @@ def _messages(reading: int, alive: Callable[[], bool]) -> Iterator[Mapping[str, 
             yield from map(json.loads, lines)
             if data == b"" or (data is None and not alive()):
                 return
-            yield {}
+            yield Report()
 
 
-def _environment(here: Place, devices: int, local: int, pipes: str) -> dict[str, str]:
+def _environment(here: Topology, devices: int, local: int, pipes: str) -> dict[str, str]:
     root = str(Path(__file__).parents[2])
     threads = max(1, (os.cpu_count() or 1) // devices)
     return {
@@ -162,7 +200,7 @@ def _free_port() -> int:
         return port
 
 
-def _has_descriptor(stream: Any) -> bool:
+def _has_descriptor(stream: TextIO) -> bool:
     """Whether a child can write to it; a test's or a notebook's stream may have none."""
     with contextlib.suppress(OSError, AttributeError, ValueError):
         return int(stream.fileno()) >= 0
@@ -190,3 +228,16 @@ def _passed_on(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _in_cluster(spec: str) -> Topology:
+    try:
+        values = json.loads(spec)
+        pools, task = values["cluster"], values["task"]
+        machines = [(pool, index) for pool in POOLS for index in range(len(pools.get(pool, ())))]
+        if len(machines) == 1:
+            return Topology()
+        address, _, port = pools[POOLS[0]][0].rpartition(":")
+        return Topology(machines.index((task["type"], int(task["index"]))), len(machines), address, int(port))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(f"CLUSTER_SPEC: {shown(spec)} is not what Vertex AI writes; unset it or mend it") from error

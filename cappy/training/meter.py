@@ -1,23 +1,45 @@
-"""What training costs while it runs: pairs and tokens per second, padding, the share of the device's peak."""
+"""What training costs while it runs, the line that says so, and the curves that a run leaves. Importing it is light."""
 
+import json
 import re
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from cappy.progress import duration
 
-from cappy.training.peaks import PEAKS
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
+PEAKS: Mapping[str, float] = {
+    "B200": 2.25e15,
+    "H200": 9.89e14,
+    "H100 PCIe": 7.56e14,
+    "H100 NVL": 8.35e14,
+    "H100": 9.89e14,
+    "A100": 3.12e14,
+    "L40S": 3.62e14,
+    "L40": 1.81e14,
+    "A10G": 7.0e13,
+    "L4": 1.21e14,
+}
+"""Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that fits counts."""
 RECENT = 20
 """Updates that the figures of now are means over."""
+TRAINING_LOG = "training.json"
+_LEARNED = ("update", "loss", "rate")
+"""What a point tells that a second run would tell again; the rest is speed."""
+
+Point = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
+class _Cost:
     """Of an update: pairs, their tokens, the tokens that were multiplied (padding included), FLOPs, seconds."""
 
     pairs: int
@@ -35,7 +57,7 @@ class Meter:
 
     def __init__(self, peak: float | None = None) -> None:
         self._peak = peak
-        self._recent: deque[Cost] = deque(maxlen=RECENT)
+        self._recent: deque[_Cost] = deque(maxlen=RECENT)
         self._seconds = 0.0
 
     @contextmanager
@@ -47,7 +69,7 @@ class Meter:
 
     def add(self, *, pairs: int, tokens: int, padded: int, flops: float) -> None:
         """Notes what the update just timed has done."""
-        self._recent.append(Cost(pairs=pairs, tokens=tokens, padded=padded, flops=flops, seconds=self._seconds))
+        self._recent.append(_Cost(pairs=pairs, tokens=tokens, padded=padded, flops=flops, seconds=self._seconds))
 
     def forget(self) -> None:
         """Drops the updates so far."""
@@ -59,26 +81,28 @@ class Meter:
         if seconds <= 0:
             return {}
         tokens = sum(cost.tokens for cost in self._recent)
-        found = {
+        figures = {
             "pairs_per_second": sum(cost.pairs for cost in self._recent) / seconds,
             "tokens_per_second": tokens / seconds,
             "padding_share": 1 - tokens / max(1, sum(cost.padded for cost in self._recent)),
         }
         flops = sum(cost.flops for cost in self._recent)
         if self._peak and flops:
-            found["mfu"] = flops / seconds / self._peak
-        return {name: float(f"{value:.4g}") for name, value in found.items()}
+            figures["mfu"] = flops / seconds / self._peak
+        return {name: float(f"{value:.4g}") for name, value in figures.items()}
 
 
-def peak_of(device: torch.device, ranks: int, *, bf16: bool) -> float | None:
+def peak_of(device: "torch.device", ranks: int, *, bf16: bool) -> float | None:
     """FLOP/s that `ranks` such devices reach at best in bf16; None of a CPU, an unknown GPU and another precision."""
     if device.type != "cuda" or not bf16:
         return None
+    import torch
+
     name = torch.cuda.get_device_name(device)
     return next((ranks * peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
-def flops_of_pair(config: Any, weights: int, tokens: int) -> float:
+def flops_of_pair(config: "PretrainedConfig", weights: int, tokens: int) -> float:
     """FLOPs of a pair, forward and backward: 6 per weight of the layers and token, and attention's two products.
 
     Kaplan et al. 2020 (2.1) count so for the weights; attention is 12 x layers x width x tokens², as PaLM (appendix B)
@@ -88,7 +112,7 @@ def flops_of_pair(config: Any, weights: int, tokens: int) -> float:
     return flops
 
 
-def layer_weights(model: Any) -> int:
+def layer_weights(model: "PreTrainedModel") -> int:
     """Weights of the matrices in the encoder's layers: neither embeddings nor the head; 0 of an unknown build.
 
     ALBERT passes one layer many times: it counts as unknown.
@@ -102,7 +126,7 @@ def layer_weights(model: Any) -> int:
     return count
 
 
-def told(loss: float, rate: float, figures: Mapping[str, float]) -> str:
+def describe(loss: float, rate: float, figures: Mapping[str, float]) -> str:
     """The figures of now as one line shows them."""
     parts = [f"loss {loss:.4f}", f"rate {rate:.2g}"]
     if figures:
@@ -112,3 +136,49 @@ def told(loss: float, rate: float, figures: Mapping[str, float]) -> str:
     if "mfu" in figures:
         parts.append(f"MFU {figures['mfu']:.0%}")
     return ", ".join(parts)
+
+
+def describe_trial(metrics: Mapping[str, float]) -> str:
+    """A trial's figures as a person reads them."""
+    mfu = f", MFU {metrics['mfu']:.0%}" if "mfu" in metrics else ""
+    whole = duration(metrics["projected_seconds"])
+    return (
+        f"{metrics['trial_updates']:.0f} updates of {metrics['updates']:,.0f}: "
+        f"{metrics['seconds_per_update']:.3g} s each, {metrics['pairs_per_second']:,.3g} pairs/s, "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['padding_share']:.0%} padding{mfu}, "
+        f"peak memory {metrics['peak_bytes'] / 2**20:,.0f} MiB at {metrics['batch_tokens']:,.0f} tokens per pass; "
+        f"the whole run takes about {whole} with its checks, unless it stops early. No scorer was written."
+    )
+
+
+def write_log(folder: Path, checks: Sequence[Point], curve: Sequence[Point], events: Sequence[str]) -> None:
+    """Writes checks (loss and pick), curve (loss and rate) and events into the scorer's folder.
+
+    Speed stays out of it: the same run twice is the same scorer.
+    """
+    learned = [{name: point[name] for name in _LEARNED} for point in curve]
+    log = {"checks": list(checks), "curve": learned, "events": list(events)}
+    (folder / TRAINING_LOG).write_text(json.dumps(log, indent=1) + "\n")
+
+
+def write_speed(work: Path, manifest_hash: str, curve: Sequence[Point]) -> None:
+    """Writes what the updates cost under `work`, by the hash of the scorer's manifest."""
+    points = [{name: value for name, value in point.items() if name not in _LEARNED[1:]} for point in curve]
+    path = _speed_path(work, manifest_hash)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(points) + "\n")
+
+
+def read_curves(folder: Path, work: Path, manifest_hash: str) -> list[dict[str, float]]:
+    """Every point of a run's curves, speed among them where `work` still has it; none of a folder without a log."""
+    if not (folder / TRAINING_LOG).is_file():
+        return []
+    log = json.loads((folder / TRAINING_LOG).read_text())
+    speed = _speed_path(work, manifest_hash)
+    shown = ("update", "pick", "expected")
+    picks = [{name: check[name] for name in shown if name in check} for check in log["checks"] if "pick" in check]
+    return [*log["curve"], *picks, *(json.loads(speed.read_text()) if speed.is_file() else ())]
+
+
+def _speed_path(work: Path, manifest_hash: str) -> Path:
+    return work / "speed" / f"{manifest_hash}.json"

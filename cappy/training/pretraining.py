@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from cappy.config import settings
+from cappy.errors import ConfigError, FolderError, shown
+from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.progress import Progress, silent
 from cappy.records import Manifest
-from cappy.training.plan import TrainingSettings
+from cappy.specs import hub_folder, parse_spec
+from cappy.training.settings import TRUNCATION, TrainingSettings
 
 if TYPE_CHECKING:
-    from cappy.model_folder import ModelFolder
     from cappy.scoring import Scorer
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
 @settings
@@ -50,12 +54,8 @@ def run(config: PretrainingConfig, progress: Progress = silent) -> Manifest:
     )
 
 
-def _open_encoder(text: str) -> "ModelFolder":
+def _open_encoder(text: str) -> ModelFolder:
     """The folder of the encoder; for `builtin` the built-in LLM's, whose tokenizer the new encoder shares."""
-    from cappy.errors import ConfigError, shown
-    from cappy.model_folder import open_model_folder
-    from cappy.specs import hub_folder, parse_spec
-
     spec = parse_spec(text)
     if spec.kind == "builtin":
         from cappy.builtin import LLM_FOLDER
@@ -70,7 +70,7 @@ def _open_encoder(text: str) -> "ModelFolder":
     return open_model_folder(Path(spec.name))
 
 
-def _start(config: PretrainingConfig, folder: "ModelFolder") -> "Scorer":
+def _start(config: PretrainingConfig, folder: ModelFolder) -> "Scorer":
     import torch
     from transformers import AutoModelForSequenceClassification
     from transformers.utils.logging import set_verbosity_error
@@ -78,10 +78,8 @@ def _start(config: PretrainingConfig, folder: "ModelFolder") -> "Scorer":
     from cappy.scoring import Scorer
     from cappy.scoring.config import ScorerConfig
     from cappy.scoring.folder import positions_of, use_token_types, warn_once
-    from cappy.training.guards import refuse_without_tokenizer
-    from cappy.training.paper import TRUNCATION
 
-    refuse_without_tokenizer(folder.path)
+    _refuse_without_tokenizer(folder.path)
     torch.manual_seed(config.seed)
     if config.encoder == "builtin":
         from cappy.builtin.scorer import new_encoder
@@ -100,3 +98,10 @@ def _start(config: PretrainingConfig, folder: "ModelFolder") -> "Scorer":
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     truncation = TRUNCATION if config.preset == "paper" else "middle"
     return Scorer(model, tokenizer, ScorerConfig(head=config.head, max_length=length, truncation=truncation))
+
+
+def _refuse_without_tokenizer(folder: Path) -> None:
+    """FolderError where an encoder's folder has no tokenizer: transformers would make an empty one."""
+    if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
+        remedy = "save the tokenizer beside the weights (tokenizer.save_pretrained)"
+        raise FolderError(f"{folder}: holds no tokenizer ({TOKENIZER_FILES[0]} or a vocabulary); {remedy}")

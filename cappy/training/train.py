@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +19,14 @@ from cappy.scoring.scorer import Scorer
 from cappy.scoring.training_data import write_training_data
 from cappy.steps import step_version
 from cappy.training.checks import decides
-from cappy.training.curves import write_log, write_speed
+from cappy.training.corpus import Corpora, open_corpora
+from cappy.training.deepspeed import name_accelerator
+from cappy.training.distributed import Ranks, joined
 from cappy.training.launch import spread, starts_ranks
-from cappy.training.loop import Outcome, fit
-from cappy.training.plan import TrainingSettings
-from cappy.training.ranks import Ranks, joined
+from cappy.training.loop import Outcome, fit, trial
+from cappy.training.meter import write_log, write_speed
 from cappy.training.remote.run import train_elsewhere
-from cappy.training.sharded import name_accelerator
-from cappy.training.tokenization import Corpora, open_corpora
-from cappy.training.trial import trial
+from cappy.training.settings import TrainingSettings
 
 LOGGER = logging.getLogger(__name__)
 Start = Callable[[], Scorer]
@@ -50,8 +48,8 @@ def train(
 
     `seen` are the prompt hashes that the starting scorer in `start_folder` was trained on; the folder records them with
     this run's own, and groups and rows likewise (`cappy.scoring.training_data`).
-    Starts the ranks that the plan asks for, unless this process is one of them; the first rank alone writes. Where the
-    plan names a platform, a job of it does all that.
+    Starts the ranks that the settings ask for, unless this process is one of them; the first rank alone writes. Where
+    the settings name a platform, a job of it does all that.
     """
     if config.launcher != "here":
         return train_elsewhere(step, config, _computed(config), (read_manifest(config.source).hash, *parents), progress)
@@ -62,13 +60,13 @@ def train(
     with joined() as ranks:
         if config.dry_run:
             scorer, corpora = _begin(config, start, progress)
-            told = progress if ranks.first else silent
-            metrics = trial(scorer, corpora.train, corpora.validation, config, ranks, told)
+            reported = progress if ranks.first else silent
+            metrics = trial(scorer, corpora, config, ranks, reported)
             version = step_version(step)
             return Manifest(step=step, files=(), config=identity(config), step_version=version, metrics=metrics)
         if not ranks.first:
             _fit(config, start, Path(), silent, ranks)
-            return Manifest.from_json(ranks.told(None))
+            return Manifest.from_json(ranks.broadcast_object(None))
         computed = _computed(config)
         with claim(config.work, step, computed, hashes, fresh=config.fresh) as folder:
             scorer, corpora, outcome = _fit(config, start, folder / ".checkpoints", progress, ranks)
@@ -88,11 +86,11 @@ def train(
             )
             finish(folder, config.target, manifest)
             write_speed(config.work, manifest.hash, outcome.curve)
-            ranks.told(manifest.to_json())
+            ranks.broadcast_object(manifest.to_json())
             return manifest
 
 
-def _computed(config: TrainingSettings) -> dict[str, Any]:
+def _computed(config: TrainingSettings) -> dict[str, object]:
     """The settings that change what is computed: `jax` is one, whose floats are not rounded as torch's are."""
     return identity(config) | ({"strategy": "jax"} if config.strategy == "jax" else {})
 
@@ -104,16 +102,7 @@ def _fit(
     if ranks.first and (cut := _cut_pairs(corpora)):
         pairs = corpora.train.facts.pairs + corpora.validation.facts.pairs
         LOGGER.warning("%s of %s pairs are longer than %d tokens: cut", cut, pairs, scorer.encoder.max_length)
-    outcome = fit(
-        scorer,
-        corpora.train,
-        corpora.validation,
-        config,
-        checkpoints=checkpoints,
-        progress=progress,
-        ranks=ranks,
-    )
-    return scorer, corpora, outcome
+    return scorer, corpora, fit(scorer, corpora, config, checkpoints, ranks, progress)
 
 
 def _begin(config: TrainingSettings, start: Start, progress: Progress) -> tuple[Scorer, Corpora]:
@@ -139,7 +128,7 @@ def _write_facts(folder: Path, corpora: Corpora, seen: NDArray[np.uint64], outco
     write_log(folder, outcome.log, outcome.curve, outcome.events)
 
 
-def _facts(config: TrainingSettings, outcome: Outcome, corpora: Corpora) -> dict[str, Any]:
+def _facts(config: TrainingSettings, outcome: Outcome, corpora: Corpora) -> dict[str, object]:
     """What decided which weights the scorer has.
 
     `stopped_on` is the split whose instances chose the weights and could stop training, "" where none did;
@@ -148,7 +137,7 @@ def _facts(config: TrainingSettings, outcome: Outcome, corpora: Corpora) -> dict
     """
     validation = corpora.validation
     kept = "last" if outcome.best_update == outcome.updates else "earlier" if outcome.best_update else "start"
-    facts: dict[str, Any] = {"kept": kept, "kept_because": outcome.reason, "stopped_on": ""}
+    facts: dict[str, object] = {"kept": kept, "kept_because": outcome.reason, "stopped_on": ""}
     if decides(config, validation):
         ids = [validation.name(index) for index in range(len(validation))]
         facts |= {"stopped_on": "validation", "stopped_on_hash": instances_hash(ids), "stopped_on_instances": len(ids)}

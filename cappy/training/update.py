@@ -1,42 +1,29 @@
-"""One update: the gradients of a batch of whole instances, in as many passes as memory needs."""
+"""One update: its learning rate, and the gradients of a batch of whole instances in as many passes as memory needs."""
 
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cappy.errors import TrainingError
 from cappy.scoring.scorer import Scorer
-from cappy.training.checkpoint import State, Tensors
+from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus
-from cappy.training.feed import Drawn, comparable, dealt, micro_batches, padded
-from cappy.training.losses import instance_losses
-from cappy.training.plan import TrainingSettings
-from cappy.training.ranks import Ranks
+from cappy.training.distributed import Ranks, Strategy
+from cappy.training.feed import Drawn, comparable, micro_batches, padded, passes_of
+from cappy.training.losses import Pairs, instance_losses
+from cappy.training.settings import Schedule, TrainingSettings
 
+PUBLISHED_MICRO = 16
+"""Micro-batches of an update in the published finetuning."""
 EXPLODED = 100.0
 """A loss so many times its running mean, and above `LARGE`, is an explosion: labels lie in 0 to 1."""
 LARGE = 10.0
 
 
-class Strategy(Protocol):
-    """How ranks share an update: `replicas.Replicas` says what each of these does."""
-
-    lockstep: bool
-
-    def forget(self) -> None: ...
-    def backward(self, loss: Tensor, *, last: bool) -> None: ...
-    def step(self, rate: float) -> float: ...
-    def weights(self) -> Tensors: ...
-    def moments(self) -> Tensors: ...
-    def restore(self, weights: Tensors, moments: Tensors) -> None: ...
-    def finished(self, best: Tensors) -> nn.Module: ...
-
-
-class UnwellError(Exception):
+class DivergedError(Exception):
     """The loss or the gradient is nothing to go on with; the text says which."""
 
 
@@ -44,12 +31,41 @@ class MemoryShortError(Exception):
     """A pass did not fit the memory of some rank."""
 
 
+def rate(update: int, updates: int, peak: float, warmup: float, schedule: Schedule = "linear") -> float:
+    """Learning rate of an update (0-based): a linear rise over the warm-up share, then a linear fall to zero.
+
+    Counted in updates of the optimizer. The published code planned its schedule in micro-batches, `PUBLISHED_MICRO` per
+    update, and moved along it once per update: with its warm-up of a tenth the rate rises from 0 to 0.62 of the peak
+    and never falls.
+    """
+    if schedule == "published":
+        return peak * min(1.0, update / max(1.0, warmup * updates * PUBLISHED_MICRO))
+    rising = _rising(updates, warmup)
+    if update < rising:
+        return peak * (update + 1) / rising
+    return peak * (updates - update) / max(1, updates - rising)
+
+
+def falls(update: int, updates: int, warmup: float, schedule: Schedule) -> bool:
+    """Whether the learning rate falls after this many updates; the published one never does."""
+    return schedule == "linear" and update >= _rising(updates, warmup)
+
+
+def _rising(updates: int, warmup: float) -> int:
+    return max(1, round(updates * warmup))
+
+
+def default_rate(hidden_size: int) -> float:
+    """Peak learning rate for an encoder of this width: 2e-5 at RoBERTa-large's 1024, growing as it gets narrower."""
+    return 2e-5 * (1024 / hidden_size) ** 2
+
+
 def update(
     scorer: Scorer,
     strategy: Strategy,
     corpus: Corpus,
     batch: Sequence[Drawn],
-    plan: TrainingSettings,
+    config: TrainingSettings,
     state: State,
     *,
     rate: float,
@@ -57,21 +73,21 @@ def update(
 ) -> float:
     """One step of the optimizer; the mean loss over the instances of the whole batch.
 
-    Halves `state.budget` and does the passes again where memory runs out. UnwellError where the loss or the gradient
+    Halves `state.budget` and does the passes again where memory runs out. DivergedError where the loss or the gradient
     is no number or the loss explodes: what is in memory is then not worth keeping.
     """
     scorer.model.train()
     while True:
         try:
-            loss = _gradients(scorer, strategy, corpus, batch, plan, state, ranks)
+            loss = _gradients(scorer, strategy, corpus, batch, config, state, ranks)
             break
         except MemoryShortError:
             _halve(state, batch)
     if not loss < (max(LARGE, EXPLODED * state.running_loss) if state.update else math.inf):
-        raise UnwellError(f"the loss is {loss:.4g}")
+        raise DivergedError(f"the loss is {loss:.4g}")
     norm = strategy.step(rate)
     if not norm < math.inf:
-        raise UnwellError(f"the gradient's norm is {norm:.4g}")
+        raise DivergedError(f"the gradient's norm is {norm:.4g}")
     return loss
 
 
@@ -80,20 +96,20 @@ def _gradients(
     strategy: Strategy,
     corpus: Corpus,
     batch: Sequence[Drawn],
-    plan: TrainingSettings,
+    config: TrainingSettings,
     state: State,
     ranks: Ranks,
 ) -> float:
     """Leaves this rank's share of the gradients; the loss of the whole batch, or MemoryShortError on all ranks.
 
-    Passes are cut from the whole batch and seeded by their number, then dealt: as long as there are as many as ranks,
-    any number of ranks computes the same ones, dropout included.
+    Passes are cut from the whole batch and seeded by their number, then shared out: as long as there are as many as
+    ranks, any number of ranks computes the same ones, dropout included.
     """
     micros = micro_batches(batch, state.budget, ranks.count)
-    mine = dealt([padded(micro) for micro in micros], ranks.rank, ranks.count)
+    mine = passes_of([padded(micro) for micro in micros], ranks.rank, ranks.count)
     weights = [1.0] * len(mine)
     if strategy.lockstep:
-        most = max(len(dealt([padded(m) for m in micros], rank, ranks.count)) for rank in range(ranks.count))
+        most = max(len(passes_of([padded(m) for m in micros], rank, ranks.count)) for rank in range(ranks.count))
         # A rank with fewer passes does one again without weight: its gradient is zero, but the others do not wait.
         weights += [0.0] * (most - len(mine))
         mine += [mine[0] if mine else 0] * (most - len(mine))
@@ -101,8 +117,8 @@ def _gradients(
     total, short = 0.0, 0.0
     try:
         for done, (number, weight) in enumerate(zip(mine, weights, strict=True), start=1):
-            torch.manual_seed(_seed(plan.seed, state.update, number))
-            loss = _pass(scorer, corpus, micros[number], plan) * (weight / len(batch))
+            torch.manual_seed(_seed(config.seed, state.update, number))
+            loss = _pass(scorer, corpus, micros[number], config) * (weight / len(batch))
             strategy.backward(loss, last=done == len(mine))
             total += loss.item()
     except (RuntimeError, MemoryError) as error:
@@ -119,29 +135,26 @@ def _gradients(
     return total
 
 
-def _pass(scorer: Scorer, corpus: Corpus, micro: Sequence[Drawn], plan: TrainingSettings) -> Tensor:
+def _pass(scorer: Scorer, corpus: Corpus, micro: Sequence[Drawn], config: TrainingSettings) -> Tensor:
     """The sum of the instances' losses."""
     logits = scorer.logits([pair for drawn in micro for pair in corpus.pairs(drawn.index, drawn.chosen)])
     labels = [label for drawn in micro for label in corpus.labels(drawn.index, drawn.chosen)]
     numbers = [number for number, drawn in enumerate(micro) for _ in drawn.chosen]
     compared = [flag for drawn in micro for flag in comparable(drawn.chosen, corpus.selectable(drawn.index))]
-    losses = instance_losses(
-        logits,
-        torch.tensor(labels, device=logits.device),
-        torch.tensor(numbers, device=logits.device),
-        len(micro),
+    pairs = Pairs(
+        logits=logits,
+        labels=torch.tensor(labels, device=logits.device),
+        groups=torch.tensor(numbers, device=logits.device),
+        count=len(micro),
         compared=torch.tensor(compared, device=logits.device),
-        weights=_weights(corpus, micro, plan, logits.device) if plan.weights else None,
-        head=scorer.head,
-        relative=plan.relative,
-        listwise=plan.listwise,
+        weights=_weights(corpus, micro, config, logits.device) if config.weights else None,
     )
-    return losses.sum()
+    return instance_losses(pairs, scorer.head, config).sum()
 
 
-def _weights(corpus: Corpus, micro: Sequence[Drawn], plan: TrainingSettings, device: torch.device) -> Tensor:
+def _weights(corpus: Corpus, micro: Sequence[Drawn], config: TrainingSettings, device: torch.device) -> Tensor:
     """The weight of every pair by its source, (pairs,)."""
-    by_source = plan.source_weights
+    by_source = config.source_weights
     sources = (source for drawn in micro for source in corpus.sources(drawn.index, drawn.chosen))
     return torch.tensor([by_source[source] for source in sources], device=device)
 

@@ -140,9 +140,9 @@ class VertexClient:
 
     def _told(self) -> contextlib.AbstractContextManager[None]:
         """What the service or the credentials refuse, and a service that does not answer, as one line."""
-        from cappy.vertex import told
+        from cappy.vertex import translate_errors
 
-        return told("pipeline", self._place.project, self._place.region, REMEDIES)
+        return translate_errors("pipeline", self._place.project, self._place.region, REMEDIES)
 
 
 def _elsewhere(place: Vertex) -> dict[str, Any]:

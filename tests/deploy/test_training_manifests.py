@@ -9,13 +9,12 @@ from manifests import Object, containers, only, pods, rendered, variables
 
 from cappy.config import build
 from cappy.training.finetuning import FinetuningConfig
-from cappy.training.trainjob import trainer
 
 pytest.importorskip(
     "kubeflow.trainer", reason="the Kubeflow Trainer SDK is not installed: pip install 'cappy-scorer[train]'"
 )
 
-from cappy.training.remote.kubeflow import TrainJobs
+from cappy.training.remote.kubeflow import TrainJobs, trainer
 
 
 def runtime(overlay: str) -> Object:

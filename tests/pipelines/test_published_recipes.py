@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from cappy.preparation.mixtures import chosen, load_mixture
-from cappy.training.paper import TRUNCATION
-from cappy.training.plan import rate
+from cappy.training.settings import TRUNCATION
+from cappy.training.update import rate
 from pipelines.fingerprints import configs
 from pipelines.planning import settings_of
 from pipelines.recipe import Recipe, read_recipe

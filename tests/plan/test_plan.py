@@ -113,7 +113,7 @@ def test_a_generators_matrices_are_all_counted_once() -> None:
 
 def test_what_training_does_by_default_is_what_the_plan_counts() -> None:
     from cappy.training.checks import CANDIDATES
-    from cappy.training.plan import TrainingSettings
+    from cappy.training.settings import TrainingSettings
 
     assert CHECKED == CANDIDATES
     assert TrainingSettings(source=Path("a"), target=Path("b")).checks + 1 == CHECKS

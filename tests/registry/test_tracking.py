@@ -11,7 +11,7 @@ import pytest
 from cappy.config import encode
 from cappy.records import Instance, write
 from cappy.registry import track_run
-from cappy.training.curves import write_log, write_speed
+from cappy.training.meter import write_log, write_speed
 from cappy.worker import StepRecord, record_path
 
 

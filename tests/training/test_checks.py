@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from wording import assert_names
 
 from cappy.records import Candidate, Instance, read_manifest, write
 from cappy.training.checkpoint import State
 from cappy.training.checks import FEWEST, Check, expected_label, explain, judge
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.plan import falls, rate
 from cappy.training.train import instances_hash
+from cappy.training.update import falls, rate
 
 Plan = Callable[..., FinetuningConfig]
 NUMBER = 22
@@ -138,7 +139,7 @@ def test_a_run_that_keeps_its_start_says_why_and_is_resumed_to_the_bit(
     assert facts["kept"] == "start"
     assert manifest.metrics["best_update"] == 0
     reason = str(facts["kept_because"])
-    assert "kept the scorer that training started from: on 20 validation instances every later check is below" in reason
+    assert_names(reason, "the scorer that training started from", "20 validation instances")
     assert "\n" not in reason
     assert reason in json.loads((made.target / "training.json").read_text())["events"]
     assert seen[-1] == reason
@@ -182,5 +183,5 @@ def test_an_earlier_check_is_named_with_what_came_nearest() -> None:
     checks = [constant(0.2), constant(0.8), constant(0.5)]
     state, _ = judged(checks, falling=[True] * 3)
     said = explain(state, updates=9, count=NUMBER)
-    assert said.startswith("stopped after update 2 of 9, kept the weights of update 1: on 22 validation instances")
-    assert "(nearest: update 2, 0.300 below, error 0.000)" in said
+    assert_names(said, "update 2 of 9", "the weights of update 1", "22 validation instances")
+    assert_names(said.partition("nearest")[2], "update 2", "0.300", "0.000")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from wording import raises_naming
 
 from cappy.errors import ConfigError
 from cappy.records import Instance, prompt_hash, read_manifest, write
@@ -14,7 +15,7 @@ from cappy.records.folder import verify
 from cappy.scoring import Scorer, trained_on
 from cappy.scoring.training_data import training_data
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.plan import default_rate, rate
+from cappy.training.update import default_rate, rate
 
 Plan = Callable[..., FinetuningConfig]
 
@@ -74,7 +75,7 @@ def test_the_folder_is_finished_names_its_parents_and_its_prompts(plan: Plan, in
 
 def test_nothing_to_learn_from_is_said(plan: Plan, tmp_path: Path, instances: list[Instance]) -> None:
     write(tmp_path / "in", [i for i in instances if i.split == "test"])
-    with pytest.raises(ConfigError, match="has no instance of split train"):
+    with raises_naming(ConfigError, str(tmp_path / "in"), "split train"):
         run(plan(source=tmp_path / "in"))
 
 

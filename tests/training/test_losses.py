@@ -1,19 +1,17 @@
 """The losses against plain arithmetic, instance by instance."""
 
-import functools
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from cappy.training.feed import comparable
-from cappy.training.losses import LISTWISE_TEMPERATURE, group_mean, instance_losses
+from cappy.training.losses import COMPARISONS, LISTWISE_TEMPERATURE, LossSettings, Pairs, group_mean, instance_losses
 
 LOGITS = torch.tensor([0.3, -1.0, 2.0, 0.1, 0.0])
 LABELS = torch.tensor([0.5, 0.0, 1.0, 0.25, 0.75])
 GROUPS = torch.tensor([0, 0, 1, 1, 1])
-
-
 ALL = torch.ones(5, dtype=torch.bool)
 
 
@@ -22,12 +20,20 @@ def losses(
     relative: float = 0.0,
     listwise: float = 0.0,
     logits: torch.Tensor = LOGITS,
-    compared: torch.Tensor = ALL,
+    compared: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> list[float]:
-    values: list[float] = instance_losses(
-        logits, LABELS, GROUPS, 2, compared=compared, head=head, relative=relative, listwise=listwise
-    ).tolist()
+    pairs = Pairs(logits=logits, labels=LABELS, groups=GROUPS, count=2, compared=compared, weights=weights)
+    values: list[float] = instance_losses(pairs, head, LossSettings(relative=relative, listwise=listwise)).tolist()
     return values
+
+
+def alone(chosen: list[int], head: str, relative: float = 0.0, listwise: float = 0.0) -> float:
+    """The loss of these pairs as an instance of their own."""
+    pairs = Pairs(
+        logits=LOGITS[chosen], labels=LABELS[chosen], groups=torch.zeros(len(chosen), dtype=torch.long), count=1
+    )
+    return instance_losses(pairs, head, LossSettings(relative=relative, listwise=listwise)).item()
 
 
 def test_pointwise_losses_are_means_over_the_instance() -> None:
@@ -66,11 +72,7 @@ def test_comparisons_are_among_the_pairs_compared_and_the_pointwise_loss_is_over
 
     assert comparison(left_out, compared) == pytest.approx(comparison(LOGITS, compared), abs=1e-4)
     assert comparison(left_out, ALL) != pytest.approx(comparison(LOGITS, ALL), abs=1e-2)
-    alone = functools.partial(
-        instance_losses, LOGITS[[2, 4]], LABELS[[2, 4]], torch.tensor([0, 0]), 1, compared=ALL[:2], head="mse"
-    )
-    none = {"relative": 0.0, "listwise": 0.0}
-    only = (alone(**{**none, **weights}) - alone(**none)).item()
+    only = alone([2, 4], "mse", **weights) - alone([2, 4], "mse")
     assert comparison(LOGITS, compared) == pytest.approx(only, abs=1e-5)
 
 
@@ -88,20 +90,20 @@ def test_group_mean_gives_each_group_its_own() -> None:
 def test_weights_make_the_pointwise_loss_a_weighted_mean_and_leave_comparisons_alone(head: str) -> None:
     weights = torch.tensor([1.0, 0.25, 1.0, 0.0, 1.0])
 
-    def found(relative: float, weights: torch.Tensor | None) -> torch.Tensor:
-        return instance_losses(
-            LOGITS, LABELS, GROUPS, 2, compared=ALL, weights=weights, head=head, relative=relative, listwise=0.0
-        )
+    def weighed(relative: float, weights: torch.Tensor | None) -> torch.Tensor:
+        return torch.tensor(losses(head, relative, weights=weights))
 
-    each = [
-        instance_losses(
-            LOGITS[[i]], LABELS[[i]], torch.tensor([0]), 1, compared=ALL[:1], head=head, relative=0.0, listwise=0.0
-        ).item()
-        for i in range(5)
-    ]
+    each = [alone([i], head) for i in range(5)]
     expected = [(each[0] + 0.25 * each[1]) / 1.25, (each[2] + each[4]) / 2]
-    assert found(0.0, weights).tolist() == pytest.approx(expected, abs=1e-6)
-    assert found(0.0, torch.full((5,), 3.0)).tolist() == pytest.approx(found(0.0, None).tolist(), abs=1e-6)
-    with_comparison = found(2.0, weights) - found(0.0, weights)
-    assert with_comparison.tolist() == pytest.approx((found(2.0, None) - found(0.0, None)).tolist(), abs=1e-6)
-    assert found(0.0, torch.zeros(5)).tolist() == [0.0, 0.0]
+    assert weighed(0.0, weights).tolist() == pytest.approx(expected, abs=1e-6)
+    assert weighed(0.0, torch.full((5,), 3.0)).tolist() == pytest.approx(weighed(0.0, None).tolist(), abs=1e-6)
+    with_comparison = weighed(2.0, weights) - weighed(0.0, weights)
+    assert with_comparison.tolist() == pytest.approx((weighed(2.0, None) - weighed(0.0, None)).tolist(), abs=1e-6)
+    assert weighed(0.0, torch.zeros(5)).tolist() == [0.0, 0.0]
+
+
+def test_every_comparison_is_a_setting_that_refuses_what_is_below_zero() -> None:
+    assert {field.name for field in dataclasses.fields(LossSettings)} == set(COMPARISONS)
+    for name in COMPARISONS:
+        with pytest.raises(ValueError, match=name):
+            LossSettings(**{name: -0.1})

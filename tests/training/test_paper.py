@@ -3,25 +3,25 @@
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from wording import raises_naming
 
-from cappy.cli.steps import make_command
+from cappy.cli.steps import make_step_command
 from cappy.config import build, to_values
 from cappy.errors import ConfigError
 from cappy.records import Instance, Manifest, write
 from cappy.scoring import Scorer
-from cappy.training.corpus import Corpus
+from cappy.training.corpus import Corpus, open_corpora
 from cappy.training.feed import batch, updates_of
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.plan import Unit, rate
 from cappy.training.pretraining import PretrainingConfig
 from cappy.training.pretraining import run as pretraining
-from cappy.training.tokenization import open_corpora
+from cappy.training.settings import Unit
+from cappy.training.update import rate
 
 Plan = Callable[..., FinetuningConfig]
 
@@ -85,7 +85,7 @@ def test_a_flag_that_nobody_gave_leaves_the_preset_alone(plan: Plan, tmp_path: P
         asked.append(config)
         return Manifest(step="finetuning", files=())
 
-    command = make_command("finetuning", "Train.", FinetuningConfig, record)
+    command = make_step_command("finetuning", "Train.", FinetuningConfig, record)
     words = ["--source", "a", "--target", "b", "--preset", "paper", "--weight-decay", "0.01"]
     command(words, standalone_mode=False)
     (found,) = asked
@@ -93,33 +93,34 @@ def test_a_flag_that_nobody_gave_leaves_the_preset_alone(plan: Plan, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "names"),
     [
-        ({"train_rows": 64, "epochs": 2.0}, "--epochs: has no effect with --train-rows"),
-        ({"keep": "last", "patience": 8}, "--patience: has no effect with --keep last"),
-        ({"schedule": "published", "patience": 8}, "--patience: has no effect with --schedule published"),
-        ({"preset": "paper", "patience": 8}, "--patience: has no effect with --keep last"),
-        ({"unit": "row", "max_candidates": 4}, "--max-candidates: has no effect with --unit row"),
-        ({"unit": "row", "relative": 1.0}, "--relative: has no effect with --unit row"),
-        ({"unit": "row", "listwise": 2.0}, "--listwise: has no effect with --unit row"),
-        ({"zero_stage": 2}, "--zero-stage: has no effect without --strategy deepspeed"),
-        ({"image": "mine"}, "--image: has no effect where training runs here; give --launcher"),
-        ({"spot": True}, "--spot: has no effect where training runs here"),
-        ({"sources": ("llm",), "weights": ("mismatch=0.2",)}, "--weights: weighs mismatch, which --sources leaves out"),
+        ({"train_rows": 64, "epochs": 2.0}, ("--epochs:", "--train-rows")),
+        ({"keep": "last", "patience": 8}, ("--patience:", "--keep last")),
+        ({"schedule": "published", "patience": 8}, ("--patience:", "--schedule published")),
+        ({"preset": "paper", "patience": 8}, ("--patience:", "--keep last")),
+        ({"unit": "row", "max_candidates": 4}, ("--max-candidates:", "--unit row")),
+        ({"unit": "row", "relative": 1.0}, ("--relative:", "--unit row")),
+        ({"unit": "row", "listwise": 2.0}, ("--listwise:", "--unit row")),
+        ({"zero_stage": 2}, ("--zero-stage:", "--strategy deepspeed")),
+        ({"image": "mine"}, ("--image:", "--launcher trainjob or customjob")),
+        ({"spot": True}, ("--spot:", "--launcher trainjob or customjob")),
+        ({"sources": ("llm",), "weights": ("mismatch=0.2",)}, ("--weights:", "mismatch", "--sources")),
     ],
 )
 def test_a_setting_without_an_effect_beside_the_others_is_refused(
-    plan: Plan, values: dict[str, object], said: str
+    plan: Plan, values: dict[str, object], names: tuple[str, ...]
 ) -> None:
-    with pytest.raises(ConfigError, match=f"^{re.escape(said)}.*; .*leave"):
+    with raises_naming(ConfigError, *names, "leave") as caught:
         untouched(plan(), **values)
+    assert str(caught.value).startswith(names[0])
 
 
 @pytest.mark.parametrize("name", ["layers", "hidden_size"])
 def test_the_shape_of_an_encoder_that_is_there_cannot_be_chosen(plan: Plan, name: str) -> None:
     given = {"source": plan().source, "target": plan().target, name: 64}
     assert getattr(build(PretrainingConfig, given), name) == 64
-    with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')}: has no effect on an encoder that is there"):
+    with raises_naming(ConfigError, f"--{name.replace('_', '-')}:", "--encoder builtin"):
         build(PretrainingConfig, {**given, "encoder": "mine"})
 
 
@@ -182,18 +183,16 @@ def test_pretraining_follows_the_preset_too(plan: Plan, tmp_path: Path, scorer_f
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "names"),
     [
-        (
-            {"preset": "paper"},
-            "--preset paper: trains a raw regression, this scorer's head is bce; start from a scorer",
-        ),
-        ({"schedule": "published", "epochs": 0.01}, "--schedule published: begins at rate 0, and this is one update"),
-        ({"unit": "row", "weights": ("llm=0.5",)}, "--weights: weigh responses of one instance, a row has one; give"),
+        ({"preset": "paper"}, ("--preset paper:", "head is bce", "--head mse")),
+        ({"schedule": "published", "epochs": 0.01}, ("--schedule published:", "rate 0", "--train-rows")),
+        ({"unit": "row", "weights": ("llm=0.5",)}, ("--weights:", "--unit instance")),
     ],
 )
 def test_what_would_train_nothing_or_otherwise_than_told_is_one_line(
-    values: dict[str, object], said: str, plan: Plan, make_scorer: Callable[..., Path]
+    values: dict[str, object], names: tuple[str, ...], plan: Plan, make_scorer: Callable[..., Path]
 ) -> None:
-    with pytest.raises(ConfigError, match=f"^{re.escape(said)}"):
+    with raises_naming(ConfigError, *names) as caught:
         run(plan(scorer=str(make_scorer(head="bce")), **values))
+    assert "\n" not in str(caught.value)

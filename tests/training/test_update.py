@@ -1,4 +1,4 @@
-"""An update's gradients are those of its instances, however these are cut into passes and dealt."""
+"""An update's gradients are those of its instances, however these are cut into passes and shared out."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,19 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from wording import raises_naming
 
 from cappy.errors import ConfigError
 from cappy.records import Candidate, Instance, write
 from cappy.scoring import Scorer
 from cappy.training.checkpoint import State
-from cappy.training.corpus import Corpus
-from cappy.training.feed import batch, dealt, micro_batches, padded
+from cappy.training.corpus import Corpus, open_corpora
+from cappy.training.distributed import ALONE, Ranks, Replicas
+from cappy.training.feed import Drawn, batch, micro_batches, padded, passes_of
 from cappy.training.finetuning import FinetuningConfig
-from cappy.training.guards import refuse_unfit
-from cappy.training.losses import instance_losses
-from cappy.training.ranks import ALONE, Ranks
-from cappy.training.replicas import Replicas
-from cappy.training.tokenization import open_corpora
+from cappy.training.loop import refuse_unfit
+from cappy.training.losses import LossSettings, Pairs, instance_losses
 from cappy.training.update import update
 
 Plan = Callable[..., FinetuningConfig]
@@ -66,27 +65,23 @@ def test_gradients_do_not_depend_on_how_the_batch_is_cut(
     assert (gradients(scorer, corpus, settings, budget) - whole).abs().max() < 1e-6 * max(1.0, whole.abs().max())
 
 
+def loss_of(scorer: Scorer, corpus: Corpus, drawn: Drawn, compared: list[bool] | None = None) -> torch.Tensor:
+    """The loss of one instance by itself, (1,)."""
+    pairs = Pairs(
+        logits=scorer.logits(corpus.pairs(drawn.index, drawn.chosen)),
+        labels=torch.tensor(corpus.labels(drawn.index, drawn.chosen)),
+        groups=torch.zeros(len(drawn.chosen), dtype=torch.long),
+        count=1,
+        compared=None if compared is None else torch.tensor(compared),
+    )
+    return instance_losses(pairs, scorer.head, LossSettings(listwise=1.0))
+
+
 def test_gradients_are_those_of_the_mean_over_instances(scorer: Scorer, corpus: Corpus, plan: Plan) -> None:
     settings = plan()
     found = gradients(scorer, corpus, settings, 300)
     scorer.model.zero_grad()
-    losses = []
-    for drawn in batch(corpus, 2, 13, 16, seed=0):
-        labels = torch.tensor(corpus.labels(drawn.index, drawn.chosen))
-        logits = scorer.logits(corpus.pairs(drawn.index, drawn.chosen))
-        groups = torch.zeros(len(labels), dtype=torch.long)
-        losses.append(
-            instance_losses(
-                logits,
-                labels,
-                groups,
-                1,
-                compared=torch.ones_like(groups, dtype=torch.bool),
-                head=scorer.head,
-                relative=0.0,
-                listwise=1.0,
-            )
-        )
+    losses = [loss_of(scorer, corpus, drawn) for drawn in batch(corpus, 2, 13, 16, seed=0)]
     torch.cat(losses).mean().backward()
     expected = torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None])
     assert (found - expected).abs().max() < 1e-6 * max(1.0, expected.abs().max())
@@ -98,7 +93,7 @@ def test_the_shares_of_the_ranks_add_up_to_the_whole(scorer: Scorer, corpus: Cor
     assert len(whole) >= 3, "so that any number of ranks up to three computes the same passes"
     for count in (1, 2, 3):
         assert micro_batches(drawn, 300, count) == whole
-        shares = [dealt([padded(micro) for micro in whole], rank, count) for rank in range(count)]
+        shares = [passes_of([padded(micro) for micro in whole], rank, count) for rank in range(count)]
         assert sorted(number for share in shares for number in share) == list(range(len(whole)))
 
 
@@ -112,18 +107,17 @@ def test_weights_by_source_reach_the_loss(scorer: Scorer, corpus: Corpus, plan: 
 
 @pytest.mark.parametrize("text", ["llm", "human=1", "llm=-1", "llm=much"])
 def test_a_weight_that_is_none_is_refused_in_one_line(text: str, plan: Plan) -> None:
-    with pytest.raises(ConfigError, match=rf"--weights: '{text}' is no weight of a source; write one of reference"):
+    with raises_naming(ConfigError, f"--weights: '{text}'", "mismatch=0.2"):
         plan(weights=(text,))
 
 
 def test_a_source_that_is_weighed_twice_is_refused_instead_of_the_last_weight_winning(plan: Plan) -> None:
-    with pytest.raises(ConfigError, match="--weights: gives mismatch twice; give it once"):
+    with raises_naming(ConfigError, "--weights:", "mismatch", "twice"):
         plan(weights=("mismatch=0.2", "llm=1", "mismatch=0.5"))
 
 
 def test_fewer_instances_than_ranks_are_refused_in_one_line(corpus: Corpus, plan: Plan) -> None:
-    message = f"training: {len(corpus)} instances for 100 ranks; give fewer --devices or --nodes"
-    with pytest.raises(ConfigError, match=f"^{message}$"):
+    with raises_naming(ConfigError, f"{len(corpus)} instances", "100 ranks", "--devices", "--nodes"):
         refuse_unfit(corpus, plan(batch_instances=100), Ranks(count=100))
     refuse_unfit(corpus, plan(batch_instances=100), Ranks(count=len(corpus)))
 
@@ -141,16 +135,7 @@ def test_a_mismatch_takes_no_part_in_the_comparisons_of_an_update(
     expected = []
     for compared in ([True, True, True, False], [True] * 4):
         scorer.model.zero_grad()
-        instance_losses(
-            scorer.logits(mixed.pairs(drawn.index, drawn.chosen)),
-            torch.tensor(mixed.labels(drawn.index, drawn.chosen)),
-            torch.zeros(4, dtype=torch.long),
-            1,
-            compared=torch.tensor(compared),
-            head=scorer.head,
-            relative=0.0,
-            listwise=1.0,
-        ).sum().backward()
+        loss_of(scorer, mixed, drawn, compared).sum().backward()
         expected.append(torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None]))
     assert (found - expected[0]).abs().max() < 1e-5 * max(1.0, float(expected[0].abs().max()))
     assert (found - expected[1]).abs().max() > 1e-3 * float(expected[1].abs().max())

@@ -1,12 +1,16 @@
-"""The loop over a job, whatever platform runs it: submitted once, looked at, told of, submitted again, cancelled."""
+"""The loop over a job on any platform: submitted once, looked at, submitted again, cancelled with its step."""
 
+import contextlib
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
 from cappy.errors import CappyError, ConfigError, TrainingError, UnansweredError
+from cappy.training.checkpoint import Shutdown
+from cappy.worker import ORCHESTRATOR
 
 PATIENCE_SECONDS = 600.0
 """How long a platform may give no answer while a job runs: an API server that is being replaced is back by then."""
@@ -62,7 +66,7 @@ class Jobs(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
+class Limits:
     """`retries` submissions after the first, `timeout` and `poll` in seconds."""
 
     retries: int
@@ -71,7 +75,7 @@ class Terms:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
+class Hooks:
     """What the loop asks and tells beside the platform: a test plays it without a clock.
 
     `checkpoint` is the update of the job's newest checkpoint (-1: none), `cancelled` why this step is to end ("": it is
@@ -88,20 +92,20 @@ class Surroundings:
     pause: Callable[[float], None] = time.sleep
 
 
-def follow(jobs: Jobs, name: str, terms: Terms, around: Surroundings) -> None:
+def follow(jobs: Jobs, name: str, limits: Limits, hooks: Hooks) -> None:
     """Returns when the job has succeeded; TrainingError or ConfigError when it never will.
 
     A job that runs already is followed, one that succeeded already is not submitted, unless what it wrote is gone. One
-    that failed is submitted again while its checkpoint moves on, at most `terms.retries` times. When this step is to
+    that failed is submitted again while its checkpoint moves on, at most `limits.retries` times. When this step is to
     end, so does the job.
     """
-    followed = _Followed(jobs, name, terms, around)
+    follower = _Follower(jobs, name, limits, hooks)
     try:
-        followed.begin()
-        while not followed.succeeded():
-            followed.wait()
+        follower.begin()
+        while not follower.succeeded():
+            follower.wait()
     except KeyboardInterrupt:
-        followed.cancel("Ctrl-C")
+        follower.cancel("Ctrl-C")
         raise
 
 
@@ -119,45 +123,65 @@ def why_not_again(status: Status, *, at: int, before: int | None, used: int, ret
     return ""
 
 
-class _Followed:
+@contextlib.contextmanager
+def cancellation() -> Iterator[Callable[[], str]]:
+    """A function that says why this step is to end, "" while it is not: SIGTERM came, or the orchestrator's shell went.
+
+    An orchestrator starts a component under `sh -ec`, and its SIGTERM may end the shell alone: the component then has
+    another parent. A command that a person started outlives their shell.
+    """
+    parent = ORCHESTRATOR.get()
+    with Shutdown() as shutdown:
+
+        def reason() -> str:
+            if shutdown.requested():
+                return "this step got SIGTERM"
+            if parent is not None and os.getppid() != parent:
+                return "the process that started this step is gone"
+            return ""
+
+        yield reason
+
+
+class _Follower:
     """What is remembered of a job between two looks at it."""
 
-    def __init__(self, jobs: Jobs, name: str, terms: Terms, around: Surroundings) -> None:
-        self.jobs, self.name, self.terms, self.around = jobs, name, terms, around
-        self.deadline = around.clock() + terms.timeout
-        self.answered = around.clock()
+    def __init__(self, jobs: Jobs, name: str, limits: Limits, hooks: Hooks) -> None:
+        self.jobs, self.name, self.limits, self.hooks = jobs, name, limits, hooks
+        self.deadline = hooks.clock() + limits.timeout
+        self.answered = hooks.clock()
         self.failed_at: int | None = None
         self.submitted_again = 0
-        self.told = ""
+        self.last_note = ""
         self.error = ""
         self.unread = False
 
     def begin(self) -> None:
         """Finds the job or submits it. A platform that does not answer here is not waited for."""
-        found = self.jobs.status(self.name)
-        if found is not None and found.phase is Phase.SUCCEEDED and not self.around.written():
+        status = self.jobs.status(self.name)
+        if status is not None and status.phase is Phase.SUCCEEDED and not self.hooks.written():
             # Platforms remember a job for longer than its output may live.
-            self.around.tell(f"{self.name}: succeeded already, and what it wrote is not there any more")
-        elif found is not None and found.phase not in (Phase.FAILED, Phase.CANCELLED):
-            self.around.tell(f"{self.name}: {found.phase.value} already; {self.jobs.address(self.name)}")
+            self.hooks.tell(f"{self.name}: succeeded already, and what it wrote is not there any more")
+        elif status is not None and status.phase not in (Phase.FAILED, Phase.CANCELLED):
+            self.hooks.tell(f"{self.name}: {status.phase.value} already; {self.jobs.address(self.name)}")
             return
         self._refuse_to_go_on()
         self.jobs.submit(self.name)
-        self.around.tell(f"{self.name}: submitted; {self.jobs.address(self.name)}")
+        self.hooks.tell(f"{self.name}: submitted; {self.jobs.address(self.name)}")
 
     def succeeded(self) -> bool:
         """Looks at the job once."""
         try:
             status = self.jobs.status(self.name)
-            self.answered = self.around.clock()
+            self.answered = self.hooks.clock()
         except UnansweredError as error:
             self._refuse_to_go_on()
-            if self.around.clock() - self.answered > PATIENCE_SECONDS:
+            if self.hooks.clock() - self.answered > PATIENCE_SECONDS:
                 raise
             self._tell_once(f"no answer: {error}")
             return False
         self._tell_lines()
-        self.around.look()
+        self.hooks.look()
         if status is None or status.phase is Phase.CANCELLED:
             remedy = "run the same command again to continue at its checkpoint"
             raise TrainingError(f"{self.name}: was cancelled or deleted by someone else; {remedy}")
@@ -177,33 +201,33 @@ class _Followed:
 
     def wait(self) -> None:
         """Until the next look, or until this step is to end."""
-        end = self.around.clock() + self.terms.poll
-        while self.around.clock() < end and not self.around.cancelled():
-            self.around.pause(TICK_SECONDS)
+        end = self.hooks.clock() + self.limits.poll
+        while self.hooks.clock() < end and not self.hooks.cancelled():
+            self.hooks.pause(TICK_SECONDS)
 
     def cancel(self, why: str) -> None:
         """Ends the job and says so."""
-        self.around.tell(f"{self.name}: {why}, it is being cancelled")
+        self.hooks.tell(f"{self.name}: {why}, it is being cancelled")
         self._cancel()
 
     def _refuse_to_go_on(self) -> None:
-        if why := self.around.cancelled():
+        if why := self.hooks.cancelled():
             self.cancel(why)
             remedy = "run the same command again to continue at its checkpoint"
             raise TrainingError(f"{self.name}: was cancelled ({why}); {remedy}")
-        if self.around.clock() > self.deadline:
+        if self.hooks.clock() > self.deadline:
             self.cancel("its time is up")
             remedy = "give more --timeout-hours to continue at its checkpoint"
-            hours = self.terms.timeout / 3600
+            hours = self.limits.timeout / 3600
             raise TrainingError(f"{self.name}: was not done in {hours:g} hours and is cancelled; {remedy}")
 
     def _cancel(self) -> None:
         """Ends the job and waits until it has ended, so that whoever goes on does not meet it."""
         try:
             self.jobs.cancel(self.name)
-            end = self.around.clock() + CANCEL_SECONDS
-            while self._going() and self.around.clock() < end:
-                self.around.pause(TICK_SECONDS)
+            end = self.hooks.clock() + CANCEL_SECONDS
+            while self._going() and self.hooks.clock() < end:
+                self.hooks.pause(TICK_SECONDS)
         except CappyError as error:
             address = self.jobs.address(self.name)
             raise TrainingError(f"{self.name}: could not be cancelled ({error}); do it by hand: {address}") from error
@@ -214,33 +238,33 @@ class _Followed:
         return status is not None and status.phase not in OVER
 
     def _submit_again(self, status: Status) -> None:
-        at = self.around.checkpoint()
+        at = self.hooks.checkpoint()
         words = "was preempted" if status.preempted else "failed"
         reason = f" ({status.reason})" if status.reason else ""
         if self.error and not status.preempted:
             raise TrainingError(f"{self.name}: {self.error}")
-        rules = {"before": self.failed_at, "used": self.submitted_again, "retries": self.terms.retries}
+        rules = {"before": self.failed_at, "used": self.submitted_again, "retries": self.limits.retries}
         if why := why_not_again(status, at=at, **rules):  # type: ignore[arg-type]
             remedy = f"look at its log ({self.jobs.address(self.name)}), then run the same command again"
             raise TrainingError(f"{self.name}: {words}{reason} {why}; {remedy}")
         self.failed_at, self.submitted_again, self.error = at, self.submitted_again + 1, ""
         place = f"the checkpoint of update {at}" if at >= 0 else "the start"
-        self.around.tell(f"{self.name}: {words}{reason}, submitted again to continue at {place}")
+        self.hooks.tell(f"{self.name}: {words}{reason}, submitted again to continue at {place}")
         self.jobs.submit(self.name)
 
     def _tell_lines(self) -> None:
         try:
             for node, line in self.jobs.lines(self.name):
-                self.around.tell(f"{node}: {line}")
-                self.error = self.around.said(line) or self.error
-        except UnansweredError:  # What was not told now is told at the next look.
+                self.hooks.tell(f"{node}: {line}")
+                self.error = self.hooks.said(line) or self.error
+        except UnansweredError:  # The next look asks for these lines again.
             return
         except ConfigError as error:  # A right that is missing for the log alone must not end a training.
             if not self.unread:
-                self.around.tell(f"{self.name}: its log cannot be read ({error})")
+                self.hooks.tell(f"{self.name}: its log cannot be read ({error})")
             self.unread = True
 
     def _tell_once(self, text: str) -> None:
-        if text != self.told:
-            self.told = text
-            self.around.tell(f"{self.name}: {text}")
+        if text != self.last_note:
+            self.last_note = text
+            self.hooks.tell(f"{self.name}: {text}")

@@ -9,27 +9,26 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from cappy.config import encode, to_values
 from cappy.errors import CappyError, ConfigError, UnansweredError, shown
-from cappy.training.plan import TrainingSettings
-from cappy.training.remote import pods
 from cappy.training.remote.following import OVER, Phase, Status
-from cappy.training.remote.settings import mount_point, per_node
-from cappy.training.trainjob import trainer
+from cappy.training.settings import TrainingSettings, mount_point
 
 try:
     from kubeflow import trainer as sdk
     from kubeflow.common.types import KubernetesBackendConfig
     from kubeflow.trainer import options as given
-    from kubernetes.client import ApiException
+    from kubernetes.client import ApiException, CoreV1Api, V1ContainerStatus, V1Pod
     from kubernetes.config import ConfigException
     from urllib3.exceptions import HTTPError
 except ModuleNotFoundError as missing:
     raise ConfigError(f"--launcher trainjob: needs {missing.name}; pip install 'cappy-scorer[train]'") from missing
 
 PHASES = {"Created": Phase.PENDING, "Running": Phase.RUNNING, "Complete": Phase.SUCCEEDED, "Failed": Phase.FAILED}
+STEP_VARIABLE = "CAPPY_TRAINING_STEP"
+SETTINGS_VARIABLE = "CAPPY_TRAINING_SETTINGS"
 NODE = "node"
 """The SDK's name of a runtime's replicated job and container that train."""
 GONE_SECONDS = 300.0
@@ -37,65 +36,110 @@ GONE_SECONDS = 300.0
 FIRST_LINES = 1000
 """Lines of a log that ran before this step followed it."""
 MARGIN_SECONDS = 5
-"""Lines asked for twice and told once: between two looks no line may fall."""
+"""Seconds of a log that are asked for twice, their lines passed on once: between two looks no line may fall."""
+INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+ROLE_LABEL = "jobset.sigs.k8s.io/replicatedjob-name"
+_NEVER = ("ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError")
+"""Reasons of a waiting container that time does not mend: no such image, or a secret that is not there."""
+_TAKEN = ("Evicted", "Preempting", "Preempted", "NodeShutdown", "NodeLost", "Shutdown", "Terminated", "NodeAffinity")
+"""Reasons of a pod that its node ended."""
+_LONGEST = 160
+"""Characters of a pod's words."""
 RIGHTS = "create, get, delete on trainjobs; get on trainingruntimes, clustertrainingruntimes, pods/log; list on pods"
 
 
+def rank() -> None:
+    """`python -m cappy.training STEP SETTINGS` in this process; only this source text arrives at a node.
+
+    The SDK calls it in every rank. What to do travels in the environment, because the SDK's backends hand over
+    arguments differently (one by keyword, one as a dictionary).
+    """
+    import os
+    import runpy
+    import sys
+
+    sys.argv[1:] = [os.environ["CAPPY_TRAINING_STEP"], os.environ["CAPPY_TRAINING_SETTINGS"]]
+    runpy.run_module("cappy.training", run_name="__main__")
+
+
+def trainer(
+    step: str,
+    config: TrainingSettings,
+    *,
+    image: str | None = None,
+    resources: Mapping[str, str | int] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> sdk.CustomTrainer:
+    """The CustomTrainer of a step on `config.nodes` machines with `resources` each, such as {"gpu": 4}.
+
+    Its source, target and work must lie on a volume that every node mounts; torchrun starts one rank per GPU. The image
+    needs cappy, nothing is installed when the job starts.
+    """
+    work = {STEP_VARIABLE: step, SETTINGS_VARIABLE: encode(to_values(config))}
+    return sdk.CustomTrainer(
+        func=rank,
+        image=image,
+        num_nodes=config.nodes,
+        resources_per_node=dict(resources) if resources else None,
+        env={**(environment or {}), **work},
+    )
+
+
 class TrainJobs:
-    """TrainJobs of one step: `plan` says where, `inner` what each rank does."""
+    """TrainJobs of one step: `config` says where, `inner` what each rank does."""
 
     def __init__(
         self,
         step: str,
-        plan: TrainingSettings,
+        config: TrainingSettings,
         inner: TrainingSettings,
         environment: Mapping[str, str],
-        client: Any = None,
+        client: sdk.TrainerClient | None = None,
     ) -> None:
-        self.plan = plan
+        self.config = config
         self.trainer = trainer(
             step,
             inner,
-            image=plan.image or None,
-            resources=per_node(plan),
+            image=config.image or None,
+            resources=_per_node(config),
             environment=environment,
         )
-        self.client = client or connect(plan)
+        self.client = client or connect(config)
         backend = getattr(self.client, "backend", None)
-        self.core: Any = getattr(backend, "core_api", None)
+        self.core: CoreV1Api = getattr(backend, "core_api", None)  # None of a backend that has no pods.
         self.namespace: str = getattr(backend, "namespace", "")
         self._last: dict[str, tuple[str, str]] = {}
         self._looked: dict[str, float] = {}
 
     def status(self, name: str) -> Status | None:
         """How it is, with what its pods say."""
-        with _told(self.plan):
-            # First, so that a right to look at pods that is missing is told before anything is submitted.
-            found = self._pods(name)
+        with _translate_errors(self.config):
+            # First, so that a right to look at pods that is missing is named before anything is submitted.
+            pods = self._pods(name)
             try:
                 job = self.client.get_job(name)
             except RuntimeError as error:
                 if str(error).startswith("Failed to get TrainJob") and _code(error) == 404:
                     return None
                 raise
-            return pods.read(PHASES[job.status], found)
+            return _read(PHASES[job.status], pods)
 
     def submit(self, name: str) -> None:
         """Creates the TrainJob, once one of this name that is over is gone with its pods."""
-        with _told(self.plan):
+        with _translate_errors(self.config):
             self._clear(name)
-            self.client.train(runtime=self.plan.runtime, trainer=self.trainer, options=_options(name, self.plan))
+            self.client.train(runtime=self.config.runtime, trainer=self.trainer, options=_options(name, self.config))
 
     def lines(self, name: str) -> Iterator[tuple[str, str]]:
         """New lines of the pods' logs, node by node."""
-        with _told(self.plan):
+        with _translate_errors(self.config):
             for pod in self._pods(name):
-                if pods.started(pod):
-                    yield from ((pods.node_of(pod), line) for line in self._new_lines(pod.metadata.name))
+                if _started(pod):
+                    yield from ((_node_of(pod), line) for line in self._new_lines(pod.metadata.name))
 
     def cancel(self, name: str) -> None:
         """Deletes it, and with it its pods, which get SIGTERM."""
-        with _told(self.plan):
+        with _translate_errors(self.config):
             try:
                 self.client.delete_job(name)
             except RuntimeError as error:
@@ -106,18 +150,18 @@ class TrainJobs:
         """The command that shows it."""
         return f"kubectl -n {self.namespace} describe trainjob {name}"
 
-    def _pods(self, name: str) -> list[Any]:
+    def _pods(self, name: str) -> list[V1Pod]:
         if self.core is None:
             return []
         label = f"jobset.sigs.k8s.io/jobset-name={name}"
-        return pods.newest(self.core.list_namespaced_pod(self.namespace, label_selector=label).items)
+        return _newest(self.core.list_namespaced_pod(self.namespace, label_selector=label).items)
 
     def _clear(self, name: str) -> None:
-        found = self.status(name)
-        if found is None:
+        status = self.status(name)
+        if status is None:
             return
-        if found.phase not in OVER:
-            raise UnansweredError(f"TrainJob {name}: {found.phase.value} already; run the same command again")
+        if status.phase not in OVER:
+            raise UnansweredError(f"TrainJob {name}: {status.phase.value} already; run the same command again")
         self.client.delete_job(name)
         end = time.monotonic() + GONE_SECONDS
         while self.status(name) is not None or self._pods(name):
@@ -151,32 +195,38 @@ class TrainJobs:
         return [line for _, line in fresh]
 
 
-def connect(plan: TrainingSettings) -> Any:
+def connect(config: TrainingSettings) -> sdk.TrainerClient:
     """The SDK's client of the current cluster; ConfigError where there is none."""
     # It warns of a config map that people without a right to the system's namespace cannot read.
     logging.getLogger("kubeflow").setLevel(logging.ERROR)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
-    with _told(plan):
-        return sdk.TrainerClient(KubernetesBackendConfig(namespace=plan.namespace or None))
+    with _translate_errors(config):
+        return sdk.TrainerClient(KubernetesBackendConfig(namespace=config.namespace or None))
 
 
-def _options(name: str, plan: TrainingSettings) -> list[Any]:
-    found: list[Any] = [given.Name(name), given.ActiveDeadlineSeconds(int(plan.timeout_hours * 3600))]
-    patch = _patch(plan)
-    return [*found, patch] if patch else found
+def _per_node(config: TrainingSettings) -> dict[str, str | int]:
+    """What each node asks for, in Kubernetes' words; empty where the runtime says it."""
+    asked: dict[str, str | int] = {config.accelerator: config.devices, "cpu": config.cpu, "memory": config.memory}
+    return {name: amount for name, amount in asked.items() if name and amount}
 
 
-def _patch(plan: TrainingSettings) -> Any:
+def _options(name: str, config: TrainingSettings) -> list[object]:
+    deadline = given.ActiveDeadlineSeconds(int(config.timeout_hours * 3600))
+    patch = _patch(config)
+    return [given.Name(name), deadline, *([patch] if patch else ())]
+
+
+def _patch(config: TrainingSettings) -> given.RuntimePatch | None:
     """What of the runtime's pods is this job's own: the volume and the service account."""
-    claim, folder = plan.volume.partition(":")[0], mount_point(plan.volume)
+    claim, folder = config.volume.partition(":")[0], mount_point(config.volume)
     pod = given.PodSpecPatch(
-        service_account_name=plan.service_account or None,
+        service_account_name=config.service_account or None,
         volumes=[{"name": "work", "persistentVolumeClaim": {"claimName": claim}}] if claim else None,
         containers=[given.ContainerPatch(name=NODE, volume_mounts=[{"name": "work", "mountPath": folder}])]
         if claim
         else None,
     )
-    if not (claim or plan.service_account):
+    if not (claim or config.service_account):
         return None
     template = given.JobTemplatePatch(spec=given.JobSpecPatch(template=given.PodTemplatePatch(spec=pod)))
     nodes = given.ReplicatedJobPatch(name=NODE, template=template)
@@ -187,12 +237,84 @@ def _patch(plan: TrainingSettings) -> Any:
 def _stamped(line: str) -> tuple[tuple[str, str], str]:
     """((second, fraction), text) of a line with its time: fractions may leave out zeros at their end."""
     time_of, _, text = line.partition(" ")
-    found = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?", time_of)
-    return ((found[1], (found[2] or "").ljust(9, "0")), text) if found else (("9", ""), line)
+    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?", time_of)
+    return ((match[1], (match[2] or "").ljust(9, "0")), text) if match else (("9", ""), line)
+
+
+def _node_of(pod: V1Pod) -> str:
+    """Its node's name as the Trainer SDK gives it, node-0 and on; the pod's own name for other pods."""
+    labels = pod.metadata.labels or {}
+    role, index = labels.get(ROLE_LABEL, ""), labels.get(INDEX_LABEL, "")
+    return f"{role}-{index}" if role and index else str(pod.metadata.name)
+
+
+def _newest(pods: Iterable[V1Pod]) -> list[V1Pod]:
+    """Of each node the pod that was made last, in the order of the nodes."""
+    match = {_node_of(pod): pod for pod in sorted(pods, key=lambda pod: str(pod.metadata.creation_timestamp))}
+    return [match[name] for name in sorted(match, key=lambda name: (len(name), name))]
+
+
+def _read(phase: Phase, pods: Sequence[V1Pod]) -> Status:
+    """The status of a job in this phase, with what its pods say of it."""
+    if phase is Phase.FAILED:
+        taken = [reason for pod in pods if (reason := _taken(pod))]
+        ended = [reason for pod in pods if (reason := _ended(pod))]
+        return Status(phase, "; ".join([*taken, *ended][:2]), preempted=bool(taken))
+    if phase not in (Phase.PENDING, Phase.RUNNING):
+        return Status(phase)
+    never = [reason for pod in pods if (reason := _never(pod))]
+    if never:
+        return Status(phase, never[0], hopeless=True)
+    waits = [reason for pod in pods if (reason := _unscheduled(pod))] if phase is Phase.PENDING else []
+    return Status(phase, waits[0] if waits else "")
+
+
+def _started(pod: V1Pod) -> bool:
+    """Whether its container has run, so that there is a log."""
+    return bool(pod.status and pod.status.phase in ("Running", "Succeeded", "Failed"))
+
+
+def _containers(pod: V1Pod) -> list[V1ContainerStatus]:
+    status = pod.status
+    return [*(status.init_container_statuses or []), *(status.container_statuses or [])] if status else []
+
+
+def _never(pod: V1Pod) -> str:
+    for one in _containers(pod):
+        waiting = one.state and one.state.waiting
+        if waiting and waiting.reason in _NEVER:
+            words = _line(waiting.message or "no message", _LONGEST)
+            return f"{_node_of(pod)} cannot start, {waiting.reason} of image {one.image} ({words})"
+    return ""
+
+
+def _unscheduled(pod: V1Pod) -> str:
+    for condition in (pod.status and pod.status.conditions) or []:
+        if condition.type == "PodScheduled" and condition.status == "False":
+            words = _line(condition.message or condition.reason or "", _LONGEST)
+            return f"{_node_of(pod)} has no machine yet ({words})"
+    return ""
+
+
+def _taken(pod: V1Pod) -> str:
+    """Kubernetes marks a pod that it takes down for others with the condition DisruptionTarget."""
+    reasons = [pod.status.reason] if pod.status and pod.status.reason in _TAKEN else []
+    for condition in (pod.status and pod.status.conditions) or []:
+        if condition.type == "DisruptionTarget" and condition.status == "True":
+            reasons.append(condition.reason or condition.type)
+    return f"{_node_of(pod)}: {reasons[-1]}" if reasons else ""
+
+
+def _ended(pod: V1Pod) -> str:
+    for one in _containers(pod):
+        ended = one.state and one.state.terminated
+        if ended and ended.exit_code:
+            return f"{_node_of(pod)}: {ended.reason or 'Error'}, status {ended.exit_code}"
+    return ""
 
 
 @contextlib.contextmanager
-def _told(plan: TrainingSettings) -> Iterator[None]:
+def _translate_errors(config: TrainingSettings) -> Iterator[None]:
     """What the cluster refuses, and a cluster that does not answer, as one line."""
     try:
         yield
@@ -202,11 +324,11 @@ def _told(plan: TrainingSettings) -> Iterator[None]:
         remedy = "run it where kubectl reaches one, or set KUBECONFIG"
         raise ConfigError(f"--launcher trainjob: no cluster is configured ({_line(error)}); {remedy}") from error
     except (RuntimeError, ValueError, ApiException, HTTPError, OSError) as error:
-        raise _refusal(error, plan) from error
+        raise _refusal(error, config) from error
 
 
-def _refusal(error: BaseException, plan: TrainingSettings) -> CappyError:
-    place = f"Kubernetes, namespace {plan.namespace or 'of the current context'}"
+def _refusal(error: BaseException, config: TrainingSettings) -> CappyError:
+    place = f"Kubernetes, namespace {config.namespace or 'of the current context'}"
     refusals = [one for one in _chain(error) if isinstance(one, ApiException)]
     if not refusals:
         if any(isinstance(one, (HTTPError, OSError)) for one in _chain(error)):  # TimeoutError is an OSError.
@@ -216,7 +338,7 @@ def _refusal(error: BaseException, plan: TrainingSettings) -> CappyError:
     code, words = refusals[0].status, _message(refusals[0])
     if code == 404 and "untime" in str(error):
         remedy = "name one that `kubectl get trainingruntimes,clustertrainingruntimes` lists with --runtime"
-        return ConfigError(f"{place}: has no training runtime {plan.runtime!r}, or no Kubeflow Trainer; {remedy}")
+        return ConfigError(f"{place}: has no training runtime {config.runtime!r}, or no Kubeflow Trainer; {remedy}")
     if code == 401:
         return ConfigError(f"{place}: does not know these credentials ({words}); log in again")
     if code == 403 and "quota" in words:
@@ -228,7 +350,7 @@ def _refusal(error: BaseException, plan: TrainingSettings) -> CappyError:
     return ConfigError(f"{place}: refused (status {code}, {words}); mend that, then run the same command again")
 
 
-def _message(error: Any) -> str:
+def _message(error: ApiException) -> str:
     """The API server's words, which lie in a JSON body."""
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         return _line(json.loads(error.body)["message"])
@@ -241,11 +363,11 @@ def _code(error: BaseException) -> int | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__
 
 
-def _line(error: object) -> str:
-    return shown(" ".join(str(error).split()), 200)
+def _line(words: object, longest: int = 200) -> str:
+    return shown(" ".join(str(words).split()), longest)

@@ -22,12 +22,10 @@ from cappy.records.work import begin, held
 from cappy.redaction import has_secret, redact
 from cappy.steps import step_version
 from cappy.training import checkpoint
-from cappy.training.ending import CONTINUES
-from cappy.training.launch import DEFECT, UNTOLD, VERSION_VARIABLE
-from cappy.training.plan import TrainingSettings
-from cappy.training.remote.cancelling import cancellation
-from cappy.training.remote.following import CANCEL_SECONDS, Jobs, Surroundings, Terms, follow
-from cappy.training.remote.settings import LauncherSettings
+from cappy.training.checkpoint import CONTINUES
+from cappy.training.launch import DEFECT, NO_REPORT, VERSION_VARIABLE
+from cappy.training.remote.following import CANCEL_SECONDS, Hooks, Jobs, Limits, cancellation, follow
+from cappy.training.settings import LauncherSettings, TrainingSettings
 from cappy.worker import PROGRESS_VARIABLE
 
 POLL_SECONDS = 5.0
@@ -35,26 +33,26 @@ TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 def train_elsewhere(
-    step: str, plan: TrainingSettings, computed: Mapping[str, Any], parents: Sequence[str], progress: Progress
+    step: str, config: TrainingSettings, computed: Mapping[str, object], parents: Sequence[str], progress: Progress
 ) -> Manifest:
-    """Trains as a job of `plan.launcher`'s platform and publishes the scorer that it wrote; its manifest.
+    """Trains as a job of `config.launcher`'s platform and publishes the scorer that it wrote; its manifest.
 
     `computed` and `parents` are what the work is named by, as it would be here: so the job continues at a checkpoint
     that was written here, and its name is the same when this step is retried.
     """
-    key = work_key(step, computed, parents, fresh=plan.fresh)
+    key = work_key(step, computed, parents, fresh=config.fresh)
     name = f"cappy-{step}-{key.name}"
     # One that is being cancelled holds the work until its job has ended.
-    with held(plan.work / "jobs" / name, patience=2 * CANCEL_SECONDS) as folder:
+    with held(config.work / "jobs" / name, patience=2 * CANCEL_SECONDS) as folder:
         begin(folder, key)
         written = folder / "target"
         if not (written / MANIFEST).is_file():
-            staged = _staged(plan.source, folder / "source")
-            inner = dataclasses.replace(plan, **_here(), source=staged, target=written)
-            jobs = jobs_of(step, plan, inner, _environment(folder, step))
-            _followed(jobs, name, step, plan, written, key.name, progress)
+            staged = _staged(config.source, folder / "source")
+            inner = dataclasses.replace(config, **_here(), source=staged, target=written)
+            jobs = jobs_of(step, config, inner, _environment(folder, step))
+            _followed(jobs, name, step, config, written, key.name, progress)
         manifest = _verified(written, step, computed, parents, name)
-        publish(written, plan.target, manifest)
+        publish(written, config.target, manifest)
         shutil.rmtree(folder / "source", ignore_errors=True)
         return manifest
 
@@ -64,40 +62,40 @@ def _here() -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(LauncherSettings)}
 
 
-def jobs_of(step: str, plan: TrainingSettings, inner: TrainingSettings, environment: Mapping[str, str]) -> Jobs:
-    """The jobs of the platform that `plan` names, which run `inner`."""
-    if plan.launcher == "trainjob":
+def jobs_of(step: str, config: TrainingSettings, inner: TrainingSettings, environment: Mapping[str, str]) -> Jobs:
+    """The jobs of the platform that `config` names, which run `inner`."""
+    if config.launcher == "trainjob":
         from cappy.training.remote.kubeflow import TrainJobs
 
-        return TrainJobs(step, plan, inner, environment)
+        return TrainJobs(step, config, inner, environment)
     from cappy.training.remote.vertex import CustomJobs
 
-    return CustomJobs(step, plan, inner, environment)
+    return CustomJobs(step, config, inner, environment)
 
 
 def _followed(
-    jobs: Jobs, name: str, step: str, plan: TrainingSettings, written: Path, key: str, progress: Progress
+    jobs: Jobs, name: str, step: str, config: TrainingSettings, written: Path, key: str, progress: Progress
 ) -> None:
-    told = written.parent / f"{step}.json"
+    state_file = written.parent / f"{step}.json"
     with contextlib.suppress(FileNotFoundError):
-        told.unlink()
+        state_file.unlink()
 
     def look() -> None:
         with contextlib.suppress(OSError, ValueError, TypeError):  # A file that is just being replaced.
-            if state := read_state(told):
+            if state := read_state(state_file):
                 progress(state.done, state.total, unit=state.unit, resumed=state.resumed, note=state.note)
 
     with cancellation() as cancelled:
-        around = Surroundings(
-            checkpoint=lambda: checkpoint.newest_update(plan.work / step / key / ".checkpoints"),
+        hooks = Hooks(
+            checkpoint=lambda: checkpoint.newest_update(config.work / step / key / ".checkpoints"),
             cancelled=cancelled,
             written=(written / MANIFEST).is_file,
             tell=lambda text: _tell(step, text),
             look=look,
-            said=lambda line: _said(step, line),
+            said=lambda line: _mendable(step, line),
         )
-        terms = Terms(retries=plan.retries, timeout=plan.timeout_hours * 3600, poll=POLL_SECONDS)
-        follow(jobs, name, terms, around)
+        limits = Limits(retries=config.retries, timeout=config.timeout_hours * 3600, poll=POLL_SECONDS)
+        follow(jobs, name, limits, hooks)
 
 
 def _tell(step: str, text: str) -> None:
@@ -106,17 +104,17 @@ def _tell(step: str, text: str) -> None:
     sys.stderr.flush()
 
 
-def _said(step: str, line: str) -> str:
+def _mendable(step: str, line: str) -> str:
     """What a rank said a person has to mend; nothing of one that continues, or that another's end took with it."""
     words = line.partition(f"cappy {step}: ")[2]
-    return "" if CONTINUES in words or words in (DEFECT, UNTOLD) else words
+    return "" if CONTINUES in words or words in (DEFECT, NO_REPORT) else words
 
 
 def _environment(folder: Path, step: str) -> dict[str, str]:
-    """What a job's processes are told beside the settings; an address that holds a password is not."""
-    told = {VERSION_VARIABLE: str(step_version(step)), PROGRESS_VARIABLE: str(folder)}
+    """The environment of a job's processes; an address that holds a password is left out."""
+    variables = {VERSION_VARIABLE: str(step_version(step)), PROGRESS_VARIABLE: str(folder)}
     tracking = os.environ.get(TRACKING_VARIABLE, "")
-    return told | ({TRACKING_VARIABLE: tracking} if tracking and not has_secret(tracking) else {})
+    return variables | ({TRACKING_VARIABLE: tracking} if tracking and not has_secret(tracking) else {})
 
 
 def _staged(source: Path, staged: Path) -> Path:
@@ -127,7 +125,7 @@ def _staged(source: Path, staged: Path) -> Path:
     return staged
 
 
-def _verified(written: Path, step: str, computed: Mapping[str, Any], parents: Sequence[str], name: str) -> Manifest:
+def _verified(written: Path, step: str, computed: Mapping[str, object], parents: Sequence[str], name: str) -> Manifest:
     """The manifest of what the job wrote, every file checked against it, once it is of the work that was asked for.
 
     A damaged output is deleted, so that the next run makes it again.

@@ -1,20 +1,28 @@
 """The encoder as a pure function over a dict of arrays: BERT and RoBERTa with a classification head of one label.
 
+The arrays come from a torch model and go back into one.
+
 Arrays keep the names of the scorer folder, except that the layers' arrays are stacked: `bert.encoder.layer.*.x` has
 the shape (layers, ...) of every `bert.encoder.layer.N.x`. XLA then compiles one layer, not all of them.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import torch
 from jax import Array, lax
+from numpy.typing import NDArray
+from torch import Tensor
 
 from cappy.errors import ConfigError, shown
 
 Params = dict[str, Array]
+Arrays = dict[str, NDArray[np.float32]]
 
 ARCHITECTURES: Mapping[str, Literal["bert", "roberta"]] = {
     "BertForSequenceClassification": "bert",
@@ -26,7 +34,8 @@ _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
 }
 EXACT = lax.Precision.HIGHEST
-"""A TPU multiplies fp32 in passes of bf16, unless it is told to be exact."""
+"""A TPU multiplies fp32 in passes of bf16, unless it is asked to be exact."""
+_LAYER = re.compile(r"^(\w+\.encoder\.layer\.)(\d+)\.(.+)$")
 # Numbers that tell the dropouts of one pass apart; layer n has 3 n + 3 and the two after it.
 _EMBEDDINGS, _HEAD, _HEAD_OUT, _FIRST_LAYER = range(4)
 
@@ -106,6 +115,45 @@ def forward(
 
     hidden, _ = lax.scan(layer, hidden, (stacked, jnp.arange(arch.layers)))
     return _head(params, arch, hidden[:, 0], keys)
+
+
+def stack(tensors: Arrays) -> Arrays:
+    """The tensors with every layer's `x.encoder.layer.N.y` stacked as `x.encoder.layer.*.y`, (layers, ...)."""
+    stacked: Arrays = {}
+    layers: dict[str, dict[int, NDArray[np.float32]]] = {}
+    for name, tensor in tensors.items():
+        if match := _LAYER.match(name):
+            layers.setdefault(f"{match[1]}*.{match[3]}", {})[int(match[2])] = tensor
+        else:
+            stacked[name] = tensor
+    return stacked | {name: np.stack([of[number] for number in sorted(of)]) for name, of in layers.items()}
+
+
+def unstack(params: Params) -> Arrays:
+    """The inverse of `stack`: one array per name of the scorer folder, copied to the host, each in its own memory."""
+    tensors: Arrays = {}
+    for name, array in params.items():
+        values = np.array(array)
+        if ".*." in name:
+            tensors |= {name.replace("*", str(number), 1): value.copy() for number, value in enumerate(values)}
+        else:
+            tensors[name] = values
+    return tensors
+
+
+def from_torch(tensors: Mapping[str, Tensor]) -> Arrays:
+    """Torch's tensors as fp32 arrays, copied: JAX may otherwise share memory with the model."""
+    return {name: np.array(tensor.detach().float().cpu().numpy()) for name, tensor in tensors.items()}
+
+
+def to_torch(arrays: Arrays) -> dict[str, Tensor]:
+    """Arrays as torch's tensors, which take over their memory."""
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def decayed(params: Arrays, arch: Architecture) -> dict[str, bool]:
+    """Which arrays decay: those of two or more dimensions in the scorer folder, so no bias and no norm."""
+    return {name: array.ndim - name.startswith(arch.stacked) >= 2 for name, array in params.items()}
 
 
 def _embed(params: Params, arch: Architecture, ids: Array, types: Array) -> Array:

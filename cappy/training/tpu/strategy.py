@@ -2,29 +2,64 @@
 
 What stands in the scorer for its model hands tokens to the devices and takes logits back. The losses are torch's, on
 the host; their gradient goes back the same way. So feed, losses, checks and checkpoints are those of the one loop.
+
+A pass's rows lie on the devices in equal parts. Every device holds all parameters and the whole optimizer; a gradient
+is summed over all of them, so no result depends on the devices' number, but for the order in which floats are added.
+XLA compiles one program per shape, so every pass is cut and padded to one of a few.
 """
 
 import contextlib
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax  # type: ignore[import-untyped]
 import torch
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from cappy.errors import ConfigError
 from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import Tensors
-from cappy.training.plan import TrainingSettings
-from cappy.training.replicas import MOMENTS
-from cappy.training.tpu.encoder import Architecture, architecture
-from cappy.training.tpu.engine import Engine, Pullback, Tokens
-from cappy.training.tpu.shapes import Shapes
-from cappy.training.tpu.weights import from_torch, to_torch
+from cappy.training.distributed import MOMENTS
+from cappy.training.settings import TrainingSettings
+from cappy.training.tpu.encoder import (
+    Architecture,
+    Arrays,
+    Params,
+    architecture,
+    decayed,
+    forward,
+    from_torch,
+    stack,
+    to_torch,
+    unstack,
+)
 
 STEPS = "step"
+SHORTEST = 32
+"""Tokens of the shortest shape; lengths double from there up to the scorer's own."""
+PARTS = (1, 2, 4)
+"""The row counts of a length: full, half and a quarter."""
+_AXIS = "rows"
+Pullback = Callable[[Array], tuple[Params]]
+"""From the gradient of logits to that of the parameters; it holds what the pass computed, on the devices."""
+
+
+class Tokens(NamedTuple):
+    """Right-padded pairs: ids and types (rows, length), and how many tokens of each row count (rows,), at least 1."""
+
+    ids: Any
+    types: Any
+    lengths: Any
 
 
 class OnDevices:
@@ -32,11 +67,11 @@ class OnDevices:
 
     lockstep = False
 
-    def __init__(self, scorer: Scorer, plan: TrainingSettings) -> None:
-        self._model: Any = scorer.model
+    def __init__(self, scorer: Scorer, config: TrainingSettings) -> None:
+        self._model = scorer.model
         arch = _architecture(scorer)
-        self.engine = Engine(from_torch(self._model.state_dict()), arch, plan, devices(plan.devices))
-        shapes = Shapes(longest=scorer.encoder.max_length, tokens=plan.batch_tokens, devices=plan.devices)
+        self.engine = Engine(from_torch(self._model.state_dict()), arch, config, devices(config.devices))
+        shapes = Shapes(longest=scorer.encoder.max_length, tokens=config.batch_tokens, devices=config.devices)
         scorer.model = Passes(self.engine, shapes, self._model.config)
 
     def forget(self) -> None:
@@ -58,10 +93,10 @@ class OnDevices:
     def moments(self) -> Tensors:
         """A copy of the optimizer's state, by parameter and moment."""
         steps, *moments = self.engine.moments()
-        found = {f"{name}.{STEPS}": torch.tensor(float(steps)) for name in moments[0]}
+        named = {f"{name}.{STEPS}": torch.tensor(float(steps)) for name in moments[0]}
         for key, arrays in zip(MOMENTS, moments, strict=True):
-            found |= {f"{name}.{key}": tensor for name, tensor in to_torch(arrays).items()}
-        return found
+            named |= {f"{name}.{key}": tensor for name, tensor in to_torch(arrays).items()}
+        return named
 
     def restore(self, weights: Tensors, moments: Tensors) -> None:
         """Puts a checkpoint's tensors in place."""
@@ -79,14 +114,16 @@ class OnDevices:
 class Passes(nn.Module):
     """Called as the model is: pads to the engine's shapes, runs there, and lets torch's `backward` find its way."""
 
-    def __init__(self, engine: Engine, shapes: Shapes, config: Any) -> None:
+    def __init__(self, engine: "Engine", shapes: "Shapes", config: PretrainedConfig) -> None:
         super().__init__()
         self.config = config
         self._engine, self._shapes = engine, shapes
         self._way_back = nn.Parameter(torch.zeros(()))
         self.eval()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> SequenceClassifierOutput:
         """Logits (pairs, 1), on the CPU."""
         lengths = attention_mask.sum(dim=1)
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -103,10 +140,10 @@ class Passes(nn.Module):
         """Logits (pairs,) with dropout, and of each piece which pairs, padded rows, and the way back."""
         logits, ways = [], []
         for own, count in self._cut(rows):
-            found, pullback = self._engine.passed(self._padded(rows, own, count), seed=seed, first=own.start)
-            logits.append(found)
+            part, pullback = self._engine.passed(self._padded(rows, own, count), seed=seed, first=own.start)
+            logits.append(part)
             ways.append((own, count, pullback))
-        values = [np.asarray(found)[: own.stop - own.start] for found, (own, _, _) in zip(logits, ways, strict=True)]
+        values = [np.asarray(part)[: own.stop - own.start] for part, (own, _, _) in zip(logits, ways, strict=True)]
         return torch.from_numpy(np.concatenate(values)), ways
 
     def pull(self, ways: list[tuple[slice, int, Pullback]], gradient: NDArray[np.float32]) -> None:
@@ -150,6 +187,142 @@ class _Trained(torch.autograd.Function):
         return None, None, None, None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shapes:
+    """The shapes of a run: of pairs up to `longest` tokens, at most `tokens` padded ones, all devices together."""
+
+    longest: int
+    tokens: int
+    devices: int
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Ascending; the last is the longest pair that the scorer reads."""
+        doubled = [SHORTEST]
+        while doubled[-1] * 2 < self.longest:
+            doubled.append(doubled[-1] * 2)
+        return (*(length for length in doubled if length < self.longest), self.longest)
+
+    def length_of(self, tokens: int) -> int:
+        """The length that pairs of so many tokens are padded to."""
+        return next(length for length in self.lengths if length >= tokens)
+
+    def rows(self, length: int) -> tuple[int, ...]:
+        """Row counts for this length, the full one first; each is a multiple of the devices, at least one row each."""
+        full = max(1, self.tokens // length)
+        return tuple(-(-full // (part * self.devices)) * self.devices for part in PARTS)
+
+    def pieces(self, pairs: int, length: int) -> Iterator[tuple[slice, int]]:
+        """So many pairs as pieces of the row counts: which pairs, and the rows that they are padded to."""
+        counts = self.rows(length)
+        for start in range(0, pairs, counts[0]):
+            own = min(counts[0], pairs - start)
+            yield slice(start, start + own), min(count for count in counts if count >= own)
+
+
+class Engine:
+    """Parameters, gradients and optimizer on the devices, and the programs that move them."""
+
+    def __init__(self, tensors: Arrays, arch: Architecture, config: TrainingSettings, devices: Sequence[jax.Device]):
+        mesh = Mesh(np.array(devices), (_AXIS,), axis_types=(AxisType.Auto,))
+        whole = NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
+        self._whole = whole
+        self._shared = NamedSharding(mesh, PartitionSpec(_AXIS))  # type: ignore[no-untyped-call]
+        self._arch, self._clip = arch, config.clip
+        stacked = stack(tensors)
+        self._optimizer = optax.chain(
+            optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+            optax.add_decayed_weights(config.weight_decay, mask=decayed(stacked, arch)),
+        )
+        self.params: Params = jax.device_put(stacked, whole)
+        self._state: optax.OptState = jax.device_put(self._optimizer.init(self.params), whole)
+        self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=whole)
+        self.sums: Params = self._zeros(self.params)
+        self._logits = jax.jit(self._passed, out_shardings=whole)
+        self._pass = jax.jit(self._pulled_later)
+        self._pull = jax.jit(_added, donate_argnums=0, out_shardings=whole)
+        self._norm = jax.jit(optax.tree.norm, out_shardings=whole)
+        self._apply = jax.jit(self._moved, donate_argnums=(0, 1), out_shardings=whole)
+
+    def logits(self, tokens: Tokens) -> Array:
+        """Logits (rows,) without dropout."""
+        logits: Array = self._logits(self.params, self.placed(tokens))
+        return logits
+
+    def passed(self, tokens: Tokens, *, seed: int, first: int) -> tuple[Array, Pullback]:
+        """Logits (rows,) with dropout, and the way back; `seed` (32 bits) and a row's number decide its dropout.
+
+        The numbers count from `first`.
+        """
+        passed: tuple[Array, Pullback] = self._pass(self.params, self.placed(tokens), np.uint32(seed), np.uint32(first))
+        return passed
+
+    def pull(self, pullback: Pullback, gradient: NDArray[np.float32]) -> None:
+        """Adds the parameters' gradients, given that of a pass's logits, (rows,); returns before they are computed."""
+        self.sums = self._pull(self.sums, pullback, jax.device_put(gradient, self._shared))
+
+    def placed(self, tokens: Tokens) -> Tokens:
+        """The tokens on the devices, an equal part of the rows on each."""
+        placed: Tokens = jax.device_put(tokens, self._shared)
+        return placed
+
+    def forget(self) -> None:
+        """Drops the gradients."""
+        self.sums = self._zeros(self.params)
+
+    def step(self, rate: float) -> float:
+        """One step of AdamW; the gradient's norm before clipping. No step where that is no number."""
+        norm = float(self._norm(self.sums))
+        if norm < float("inf"):
+            share = np.float32(min(1.0, (self._clip or math.inf) / (norm + 1e-6)))
+            self.params, self._state = self._apply(self.params, self._state, self.sums, share, np.float32(rate))
+        return norm
+
+    def weights(self) -> Arrays:
+        """The parameters under the scorer folder's names, on the host."""
+        return unstack(self.params)
+
+    def gradients(self) -> Arrays:
+        """The gradients that wait for a step, as `weights`."""
+        return unstack(self.sums)
+
+    def moments(self) -> tuple[int, Arrays, Arrays]:
+        """AdamW's state: its steps, and the two moments, as `weights`."""
+        adam = self._state[0]
+        return int(adam.count), unstack(adam.mu), unstack(adam.nu)
+
+    def restore(self, weights: Arrays, moments: tuple[int, Arrays, Arrays] | None) -> None:
+        """Takes parameters and AdamW's state from the host; without moments AdamW begins anew."""
+        self.params = jax.device_put(stack(weights), self._whole)
+        state = self._optimizer.init(self.params)
+        if moments is not None:
+            count, first, second = moments
+            adam = state[0]._replace(count=np.int32(count), mu=stack(first), nu=stack(second))
+            state = (adam, *state[1:])
+        self._state = jax.device_put(state, self._whole)
+
+    def _passed(self, params: Params, tokens: Tokens, keys: Array | None = None) -> Array:
+        return forward(params, self._arch, tokens.ids, tokens.types, tokens.lengths, keys=keys)
+
+    def _pulled_later(self, params: Params, tokens: Tokens, seed: Array, first: Array) -> tuple[Array, Pullback]:
+        numbers = first + jnp.arange(len(tokens.lengths), dtype=jnp.uint32)
+        keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
+        return jax.vjp(lambda params: self._passed(params, tokens, keys), params)
+
+    def _moved(
+        self, params: Params, state: optax.OptState, sums: Params, share: Array, rate: Array
+    ) -> tuple[Params, optax.OptState]:
+        clipped = jax.tree.map(lambda gradient: gradient * share, sums)
+        moves, state = self._optimizer.update(clipped, state, params)
+        return jax.tree.map(lambda param, move: param - rate * move, params, moves), state
+
+
+def _added(sums: Params, pullback: Pullback, gradient: Array) -> Params:
+    (gradients,) = pullback(gradient)
+    added: Params = jax.tree.map(jnp.add, sums, gradients)
+    return added
+
+
 def devices(count: int) -> list[jax.Device]:
     """The first `count` of JAX's devices; ConfigError where there are fewer. A CPU is split into as many.
 
@@ -158,11 +331,11 @@ def devices(count: int) -> list[jax.Device]:
     if count > 1:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)  # type: ignore[no-untyped-call]
-    found = jax.devices()
-    if len(found) < count:
-        told = f"JAX finds {len(found)} on the {found[0].platform}"
-        raise ConfigError(f"--devices {count}: {told}; give --devices {len(found)} or less")
-    return found[:count]
+    present = jax.devices()
+    if len(present) < count:
+        has = f"JAX finds {len(present)} on the {present[0].platform}"
+        raise ConfigError(f"--devices {count}: {has}; give --devices {len(present)} or less")
+    return present[:count]
 
 
 def _architecture(scorer: Scorer) -> Architecture:

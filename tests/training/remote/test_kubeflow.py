@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from trainjob_server import Cluster, trainjob_server
+from wording import assert_names
 
 from cappy.config import decode
 from cappy.errors import CappyError, ConfigError, UnansweredError
@@ -92,6 +93,15 @@ def test_the_trainjob_asks_for_the_nodes_their_devices_the_volume_and_an_end(
     assert pod["containers"][0]["volumeMounts"] == [{"name": "work", "mountPath": str(tmp_path)}]
 
 
+def test_the_trainer_asks_for_the_nodes_of_the_plan(plan: Plan) -> None:
+    from cappy.training.remote.kubeflow import trainer
+
+    job = trainer("finetuning", plan(nodes=3), image="trainer:1", resources={"gpu": 4}, environment={"A": "b"})
+    assert (job.num_nodes, job.image, job.resources_per_node) == (3, "trainer:1", {"gpu": 4})
+    assert job.env["A"] == "b"
+    assert not job.packages_to_install
+
+
 def test_a_trainjob_without_a_volume_leaves_the_runtimes_pods_as_they_are(
     cluster: Cluster, jobs: Callable[..., Any]
 ) -> None:
@@ -105,7 +115,9 @@ def test_a_trainjob_waits_runs_and_succeeds(cluster: Cluster, jobs: Callable[...
     assert found.status(NAME) == Status(Phase.PENDING)
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no gpu\nfree"}
     cluster.pod(NAME, 0, "Pending", conditions=[condition])
-    assert found.status(NAME) == Status(Phase.PENDING, "node-0 has no machine yet ('no gpu free')")
+    waits = found.status(NAME)
+    assert (waits.phase, waits.hopeless) == (Phase.PENDING, False)
+    assert_names(waits.reason, "node-0", "'no gpu free'")
     cluster.pod(NAME, 0, "Running")
     assert found.status(NAME) == Status(Phase.RUNNING)
     cluster.end(NAME, "Complete")
@@ -130,7 +142,7 @@ def test_an_image_that_cannot_be_pulled_is_hopeless_and_told(cluster: Cluster, j
     cluster.pod(NAME, 0, "Pending", containerStatuses=waiting("ImagePullBackOff", "not\nfound"))
     status = found.status(NAME)
     assert status.hopeless
-    assert status.reason == "node-0 cannot start, ImagePullBackOff of image absent:1 ('not found')"
+    assert_names(status.reason, "node-0", "ImagePullBackOff", "absent:1", "'not found'")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +217,7 @@ def test_a_running_trainjob_is_not_submitted_over(cluster: Cluster, jobs: Callab
     found = jobs()
     found.submit(NAME)
     cluster.pod(NAME, 0, "Running")
-    assert "runs already" in refused(lambda: found.submit(NAME), UnansweredError)
+    assert_names(refused(lambda: found.submit(NAME), UnansweredError), NAME, "runs", "run the same command again")
 
 
 def test_cancelling_deletes_it_and_is_done_where_there_is_none(cluster: Cluster, jobs: Callable[..., Any]) -> None:
@@ -218,25 +230,21 @@ def test_cancelling_deletes_it_and_is_done_where_there_is_none(cluster: Cluster,
 
 
 @pytest.mark.parametrize(
-    ("answer", "kind", "words"),
+    ("answer", "kind", "names"),
     [
-        ((401, "Unauthorized"), ConfigError, "does not know these credentials ('Unauthorized'); log in again"),
-        ((403, "trainjobs is forbidden"), ConfigError, "no permission ('trainjobs is forbidden'); the service account"),
-        (
-            (403, "exceeded quota: gpus"),
-            ConfigError,
-            "the quota is used up ('exceeded quota: gpus'); wait for other jobs",
-        ),
-        ((422, "spec is\ninvalid"), ConfigError, "refused (status 422, 'spec is invalid'); mend that"),
-        ((503, "etcd is away"), UnansweredError, "cannot answer now (status 503, 'etcd is away')"),
+        ((401, "Unauthorized"), ConfigError, ("'Unauthorized'", "credentials", "log in again")),
+        ((403, "trainjobs is forbidden"), ConfigError, ("'trainjobs is forbidden'", "the service account needs")),
+        ((403, "exceeded quota: gpus"), ConfigError, ("'exceeded quota: gpus'", "the quota", "wait for other jobs")),
+        ((422, "spec is\ninvalid"), ConfigError, ("422", "'spec is invalid'", "run the same command again")),
+        ((503, "etcd is away"), UnansweredError, ("503", "'etcd is away'", "again later")),
     ],
 )
 def test_what_the_cluster_refuses_is_one_line(
-    answer: tuple[int, str], kind: type[CappyError], words: str, cluster: Cluster, jobs: Callable[..., Any]
+    answer: tuple[int, str], kind: type[CappyError], names: tuple[str, ...], cluster: Cluster, jobs: Callable[..., Any]
 ) -> None:
     found = jobs()
     cluster.refuse["POST trainjobs"] = answer
-    assert words in refused(lambda: found.submit(NAME), kind)
+    assert_names(refused(lambda: found.submit(NAME), kind), *names)
 
 
 def test_a_missing_right_to_look_at_pods_is_told_before_anything_is_submitted(
@@ -244,16 +252,14 @@ def test_a_missing_right_to_look_at_pods_is_told_before_anything_is_submitted(
 ) -> None:
     found = jobs()
     cluster.refuse["GET pods"] = (403, "pods is forbidden")
-    assert "no permission ('pods is forbidden'); the service account needs create" in refused(
-        lambda: found.status(NAME)
+    assert_names(
+        refused(lambda: found.status(NAME)), "'pods is forbidden'", "the service account needs", "list on pods"
     )
 
 
 def test_a_runtime_that_the_cluster_lacks_is_told_by_name(jobs: Callable[..., Any]) -> None:
     found = jobs(runtime="absent")
-    assert "has no training runtime 'absent', or no Kubeflow Trainer; name one that" in refused(
-        lambda: found.submit(NAME)
-    )
+    assert_names(refused(lambda: found.submit(NAME)), "'absent'", "kubectl get trainingruntimes", "--runtime")
 
 
 def test_a_cluster_that_cannot_be_reached_is_one_line(
@@ -265,8 +271,6 @@ def test_a_cluster_that_cannot_be_reached_is_one_line(
 
     found = jobs()
     found.core.api_client.configuration.host = "http://127.0.0.1:1"
-    assert "gives no answer" in refused(lambda: found.status(NAME), UnansweredError)
+    assert_names(refused(lambda: found.status(NAME), UnansweredError), "namespace ml", "kubectl")
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
-    text = refused(lambda: connect(plan(launcher="trainjob")))
-    assert "no cluster is configured" in text
-    assert text.endswith("; run it where kubectl reaches one, or set KUBECONFIG")
+    assert_names(refused(lambda: connect(plan(launcher="trainjob"))), "--launcher trainjob", "set KUBECONFIG")

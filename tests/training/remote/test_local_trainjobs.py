@@ -7,6 +7,7 @@ other, that a deleted TrainJob's pods get SIGTERM.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from wording import assert_names
 
 from cappy.config import encode, to_values
 from cappy.records.folder import verify
@@ -29,6 +31,27 @@ pytestmark = pytest.mark.timeout(900)  # Processes start one after another, on a
 Plan = Callable[..., FinetuningConfig]
 ROOT = Path(__file__).parents[3]
 PROGRAM = ROOT / "tests/fakes/local_trainjobs.py"
+NODE = """
+import os, sys, sysconfig
+from kubeflow import trainer as sdk
+from cappy.config import build, decode
+from cappy.training.finetuning import FinetuningConfig
+from cappy.training.remote.kubeflow import trainer
+
+settings, port, node = sys.argv[1:]
+image = sdk.RuntimeTrainer(trainer_type=sdk.TrainerType.CUSTOM_TRAINER, framework="python", image="local")
+runtime = sdk.Runtime(name="torch-distributed", kind=sdk.RuntimeKind.TRAINING_RUNTIME, trainer=image)
+environment = {
+    "PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join((os.getcwd(), sysconfig.get_paths()["purelib"])),
+    "OMP_NUM_THREADS": "1", "NODE_RANK": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+}
+client = sdk.TrainerClient(sdk.LocalProcessBackendConfig())
+plan = build(FinetuningConfig, decode(settings))
+name = client.train(runtime=runtime, trainer=trainer("finetuning", plan, environment=environment))
+done = client.wait_for_job_status(name, status={"Complete", "Failed"}, timeout=200, polling_interval=1)
+sys.exit(0 if done.status == "Complete" else "".join(client.get_job_logs(name)))
+"""
+"""One node's job in a process of its own: jobs of one process change its working directory under each other."""
 TWO = {"strategy": "ddp", "epochs": 1.0}
 
 
@@ -129,7 +152,7 @@ def test_a_job_whose_ranks_are_killed_is_submitted_again_and_ends_with_the_weigh
     for rank in step.processes("-m cappy.training finetuning"):
         rank.send_signal(signal.SIGKILL)
     assert step.shell.wait(250) == 0, step.said[-3000:]
-    (again,) = [line for line in step.said.splitlines() if "submitted again to continue at the checkpoint" in line]
+    (again,) = [line for line in step.said.splitlines() if "submitted again" in line]
     update = int(again.rpartition(" ")[2])
     assert update >= 4
     assert f"({update} resumed)" in step.said, "updates before the checkpoint are not done again"
@@ -146,11 +169,32 @@ def test_a_step_that_is_cancelled_takes_its_job_with_it(
     assert len(step.processes("-m cappy.training finetuning")) == 2
     os.kill(step.shell.pid if whom == "shell" else follower.pid, signal.SIGTERM)
     step.wait_until(lambda: not step.processes(""), 60)
-    why = "the process that started this step is gone" if whom == "shell" else "this step got SIGTERM"
+    why = "the process that started this step" if whom == "shell" else "SIGTERM"
     name = f"cappy-finetuning-{next((step.plan.work / 'finetuning').iterdir()).name}"
-    ending = (
-        f"cappy finetuning: {name}: was cancelled ({why}); run the same command again to continue at its checkpoint"
-    )
-    assert step.said.splitlines()[-1] == ending
-    assert "stopped by SIGTERM after update" in step.said, "the ranks were asked, and wrote a checkpoint"
+    assert step.said.splitlines()[-1].startswith(f"cappy finetuning: {name}: ")
+    assert_names(step.said.splitlines()[-1], "cancelled", why, "run the same command again")
+    assert "SIGTERM after update" in step.said, "the ranks were asked, and wrote a checkpoint"
     assert not step.plan.target.exists()
+
+
+def test_two_nodes_started_by_the_trainer_sdk_publish_one_scorer(plan: Plan) -> None:
+    """The local backend starts one process a job, whatever `num_nodes` says: so each node is a job of its own here.
+
+    Its torch runtime wants torch installed anew into a fresh environment; ours is lent to a plain Python's instead.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = plan(nodes=2, strategy="ddp", epochs=1.0)
+    command = [sys.executable, "-c", NODE, encode(to_values(settings)), str(port)]
+    nodes = [
+        subprocess.Popen([*command, str(node)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for node in range(2)
+    ]
+    for node in nodes:
+        text, _ = node.communicate(timeout=240)
+        assert node.returncode == 0, text[-3000:]
+    manifest = verify(settings.target)
+    assert manifest.metrics["updates"] == 8
+    log = json.loads((settings.target / "training.json").read_text())
+    assert log["checks"][-1]["update"] == log["curve"][-1]["update"] == 8

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wording import raises_naming
 
 from cappy.errors import ConfigError, FolderError, TrainingError
 from cappy.progress import FileProgress
@@ -80,7 +81,7 @@ def test_the_output_of_a_job_that_is_damaged_is_told_and_not_published_and_made_
     data[-1] ^= 1
     weights.unlink()  # It is the same file as what was published.
     weights.write_bytes(data)
-    with pytest.raises(FolderError, match=r"model\.safetensors: is damaged"):
+    with raises_naming(FolderError, "model.safetensors", "damaged"):
         again(settings)
     assert not settings.target.exists()
     assert platform.submitted == 1
@@ -115,7 +116,7 @@ def test_a_job_that_succeeds_under_the_eyes_of_the_step_and_leaves_nothing_is_no
     platform: Platform, settings: FinetuningConfig
 ) -> None:
     platform.does = lambda inner: None
-    with pytest.raises(TrainingError, match=r"succeeded, and .* is not there; let --work be on a volume that both"):
+    with raises_naming(TrainingError, "succeeded", "target", "let --work be on a volume"):
         run(settings)
     assert platform.submitted == 1
 
@@ -129,7 +130,7 @@ def test_an_output_of_other_work_is_told_and_not_published(
         write_manifest(inner.target, dataclasses.replace(read_manifest(inner.target), **other))
 
     platform.does = do
-    with pytest.raises(TrainingError, match=r"holds other work than was asked for; delete it and run again"):
+    with raises_naming(TrainingError, "target", "other work", "delete it"):
         run(settings)
     assert not settings.target.exists()
 

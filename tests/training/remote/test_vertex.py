@@ -20,6 +20,7 @@ from wording import assert_names
 pytest.importorskip("google.cloud.aiplatform", reason="no Vertex AI SDK here: pip install 'cappy-scorer[gcp]'")
 from vertex_scenario import connect
 from vertex_server import Vertex, vertex_server
+from wording import raises_naming
 
 from cappy.config import to_values
 from cappy.errors import ConfigError, TrainingError, UnansweredError
@@ -28,6 +29,7 @@ from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.remote import run as remote
 from cappy.training.remote import vertex
 from cappy.training.remote.following import Phase, Status
+from cappy.training.remote.vertex import worker_pools
 
 # The SDK warns of its own protobuf and of REST being in preview.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
@@ -102,6 +104,35 @@ def test_the_job_asks_for_machines_their_accelerators_the_volume_spot_and_an_end
 def test_a_job_on_machines_that_stay_says_nothing_of_spot(server: Vertex, jobs: Callable[..., Any]) -> None:
     jobs().submit(NAME)
     assert "strategy" not in server.custom_jobs[0]["jobSpec"]["scheduling"]
+
+
+def test_a_vertex_job_that_cannot_work_is_refused_in_one_line(plan: Plan) -> None:
+    machine = {"image": "image", "machine_type": "ct5lp-hightpu-4t"}
+    (tpu,) = worker_pools("finetuning", plan(strategy="jax", devices=4), **machine)
+    assert "accelerator_type" not in tpu["machine_spec"]
+    with raises_naming(ConfigError, "finetuning:", "--strategy jax", "2 were asked for", "--nodes 1"):
+        worker_pools("finetuning", plan(strategy="jax", nodes=2), **machine)
+    with raises_naming(ConfigError, "finetuning:", "--work gs:/bucket/work:", "absolute path", "NFS"):
+        worker_pools("finetuning", plan(work=Path("gs://bucket/work")), **machine)
+
+
+def test_a_vertex_job_asks_for_the_machines_and_accelerators_of_the_plan(plan: Plan) -> None:
+    first, others = worker_pools(
+        "finetuning",
+        plan(nodes=3, devices=4),
+        image="image@sha256:0",
+        machine_type="a2-highgpu-4g",
+        accelerator_type="NVIDIA_TESLA_A100",
+        environment={"CAPPY_ZONE": "a"},
+    )
+    assert (first["replica_count"], others["replica_count"]) == (1, 2)
+    assert first["machine_spec"] == others["machine_spec"]
+    assert first["machine_spec"]["accelerator_count"] == 4
+    assert first["container_spec"]["env"] == [{"name": "CAPPY_ZONE", "value": "a"}]
+    (alone,) = worker_pools("finetuning", plan(), image="image", machine_type="n1-standard-8")
+    assert alone["machine_spec"] == {"machine_type": "n1-standard-8"}
+    with raises_naming(ConfigError, "finetuning:", "2 devices", "accelerator_type", "--devices 1"):
+        worker_pools("finetuning", plan(devices=2), image="image", machine_type="n1-standard-8")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +211,7 @@ def test_a_log_that_may_not_be_read_is_told_once_and_ends_nothing(server: Vertex
     found.submit(NAME)
     server.unreadable = True
     ((_, line),) = list(found.lines(NAME))
-    assert line.startswith("its log may not be read (403); grant the step roles/logging.viewer")
+    assert_names(line, "403", "roles/logging.viewer", "console.cloud.google.com")
     assert list(found.lines(NAME)) == []
 
 
@@ -273,10 +304,7 @@ def test_a_preempted_job_goes_on_at_its_checkpoint_and_what_it_wrote_is_publishe
     assert verify(plan("there").target).hash == manifest.hash == here.hash
     assert [one["state"] for one in server.custom_jobs] == ["JOB_STATE_FAILED", "JOB_STATE_SUCCEEDED"]
     assert told.updates[-1][1] >= 3, "it went on where it was"
-    assert (
-        "was preempted ('The VM was preempted.'), submitted again to continue at the checkpoint"
-        in capsys.readouterr().err
-    )
+    assert_names(capsys.readouterr().err, "'The VM was preempted.'", "submitted again")
 
 
 def test_a_step_that_is_cancelled_cancels_its_job_and_keeps_the_checkpoint(
@@ -286,7 +314,7 @@ def test_a_step_that_is_cancelled_cancels_its_job_and_keeps_the_checkpoint(
     monkeypatch.setattr(vertex, "LOGGING", server.address)
     told = Told(at=2, do=lambda: os.kill(os.getpid(), 15))
     settings = plan(**CLOUD, epochs=500.0, patience=100)
-    with machines(server), pytest.raises(TrainingError, match=r"was cancelled \(this step got SIGTERM\)"):
+    with machines(server), raises_naming(TrainingError, "cancelled", "SIGTERM"):
         run(settings, told)
     assert [one["state"] for one in server.custom_jobs] == ["JOB_STATE_CANCELLED"]
     assert list(settings.work.glob("finetuning/*/.checkpoints/0*"))
@@ -311,7 +339,7 @@ def test_a_job_that_succeeded_and_left_nothing_where_the_step_looks_is_told_and_
     thread.start()
     try:
         for count in (1, 2):
-            with pytest.raises(TrainingError, match=r"succeeded, and .* is not there; let --work be on a volume that"):
+            with raises_naming(TrainingError, "succeeded", "target", "let --work be on a volume"):
                 run(settings)
             assert len(server.custom_jobs) == count, "Vertex AI keeps the job that ended in its list"
     finally:

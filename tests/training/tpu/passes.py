@@ -11,19 +11,18 @@ import pytest
 import torch
 from jax import monitoring
 from numpy.typing import NDArray
+from wording import raises_naming
 
 from cappy.errors import ConfigError
 from cappy.scoring import Scorer
 from cappy.training.checkpoint import State
-from cappy.training.corpus import Corpus
-from cappy.training.feed import Drawn, Group, batch, comparable, micro_batches
+from cappy.training.corpus import Corpus, CorpusWriter, Group
+from cappy.training.distributed import ALONE, Replicas
+from cappy.training.feed import Drawn, batch, comparable, micro_batches
 from cappy.training.finetuning import FinetuningConfig
-from cappy.training.losses import instance_losses
-from cappy.training.ranks import ALONE
-from cappy.training.replicas import Replicas
-from cappy.training.tokenization import CorpusWriter
+from cappy.training.losses import Pairs, instance_losses
 from cappy.training.tpu.encoder import architecture
-from cappy.training.tpu.strategy import OnDevices, Passes, devices
+from cappy.training.tpu.strategy import OnDevices, Passes, Shapes, devices
 from cappy.training.update import _of_memory, update
 
 Load = Callable[..., Scorer]
@@ -133,16 +132,14 @@ def _by_hand(scorer: Scorer, corpus: Corpus, drawn: Drawn, settings: FinetuningC
     compared = comparable(drawn.chosen, corpus.selectable(drawn.index))
     assert not all(compared), "or nothing would be left out"
     scorer.model.eval()
-    return instance_losses(
-        scorer.logits(corpus.pairs(drawn.index, drawn.chosen)),
-        labels,
-        torch.zeros(len(labels), dtype=torch.long),
-        1,
+    pairs = Pairs(
+        logits=scorer.logits(corpus.pairs(drawn.index, drawn.chosen)),
+        labels=labels,
+        groups=torch.zeros(len(labels), dtype=torch.long),
+        count=1,
         compared=torch.tensor(compared),
-        head=scorer.head,
-        relative=settings.relative,
-        listwise=settings.listwise,
-    )[0]
+    )
+    return instance_losses(pairs, scorer.head, settings)[0]
 
 
 def test_steps_are_torchs_adamw_and_its_state_can_be_taken_over(
@@ -264,19 +261,19 @@ def test_jax_says_that_memory_ran_out_as_the_loop_understands_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changed", "message"),
+    ("name", "changed", "named"),
     [
-        ("DebertaV2ForSequenceClassification", {}, "^--strategy jax: trains BertForSequenceClassification and Roberta"),
-        ("BertForSequenceClassification", {"hidden_act": "silu"}, "config.json: hidden_act: .* got 'silu'"),
-        ("BertForSequenceClassification", {"num_labels": 3}, "config.json: num_labels: .* got 3"),
-        ("BertForSequenceClassification", {"is_decoder": True}, "config.json: is_decoder: .* got True"),
+        ("DebertaV2ForSequenceClassification", {}, ("RobertaForSequenceClassification", "'DebertaV2")),
+        ("BertForSequenceClassification", {"hidden_act": "silu"}, ("config.json: hidden_act:", "'silu'")),
+        ("BertForSequenceClassification", {"num_labels": 3}, ("config.json: num_labels:", "got 3")),
+        ("BertForSequenceClassification", {"is_decoder": True}, ("config.json: is_decoder:", "got True")),
     ],
 )
 def test_encoders_without_a_build_are_refused_in_one_line(
-    bert_folder: Path, name: str, changed: dict[str, Any], message: str
+    bert_folder: Path, name: str, changed: dict[str, Any], named: tuple[str, ...]
 ) -> None:
     config = Scorer.load(str(bert_folder), device="cpu").model.config
-    with pytest.raises(ConfigError, match=message) as refused:
+    with raises_naming(ConfigError, "--strategy jax", *named, "--strategy single") as refused:
         architecture(name, {**config.to_dict(), "num_labels": 1, **changed})
     assert "\n" not in str(refused.value)
 
@@ -284,11 +281,41 @@ def test_encoders_without_a_build_are_refused_in_one_line(
 def test_a_length_beyond_the_positions_is_refused(bert: Load, plan: Plan) -> None:
     scorer = bert()
     scorer.encoder.max_length = 66
-    with pytest.raises(ConfigError, match="pairs of 66 tokens in 6[45] positions; pretrain with --max-length"):
+    with raises_naming(ConfigError, "--strategy jax:", "66 tokens", "--max-length 6"):
         OnDevices(scorer, plan())
 
 
 def test_more_devices_than_there_are_are_refused() -> None:
     assert len(jax.devices()) == 8
-    with pytest.raises(ConfigError, match=r"^--devices 9: JAX finds 8 on the cpu; give --devices 8 or less"):
+    with raises_naming(ConfigError, "--devices 9:", "cpu", "--devices 8"):
         devices(9)
+
+
+def shapes(**values: int) -> Shapes:
+    return Shapes(**{"longest": 200, "tokens": 512, "devices": 1, **values})
+
+
+def test_lengths_double_up_to_the_scorers_own() -> None:
+    assert shapes().lengths == (32, 64, 128, 200)
+    assert shapes(longest=512).lengths == (32, 64, 128, 256, 512)
+    assert shapes(longest=32).lengths == (32,)
+    assert shapes(longest=20).lengths == (20,)
+    assert [shapes().length_of(tokens) for tokens in (1, 32, 33, 200)] == [32, 32, 64, 200]
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+@pytest.mark.parametrize("tokens", [64, 512, 8192])
+def test_pieces_hold_every_pair_once_in_few_shapes_within_the_budget(devices: int, tokens: int) -> None:
+    given = shapes(tokens=tokens, devices=devices)
+    for length in given.lengths:
+        seen = set()
+        for pairs in (1, 2, 3, 7, 16, 100, 333):
+            covered: list[int] = []
+            for own, count in given.pieces(pairs, length):
+                covered += range(own.start, own.stop)
+                assert own.stop - own.start <= count
+                assert count % devices == 0
+                assert count == devices or (count - devices) * length < tokens
+                seen.add(count)
+            assert covered == list(range(pairs))
+        assert len(seen) <= 3

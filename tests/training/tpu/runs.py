@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from wording import raises_naming
 
 from cappy.config import build, encode, to_values
 from cappy.errors import TrainingError
@@ -22,9 +23,9 @@ from cappy.records.folder import verify
 from cappy.scoring import Scorer
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.finetuning import run as finetuning
-from cappy.training.plan import TrainingSettings
 from cappy.training.pretraining import PretrainingConfig
 from cappy.training.pretraining import run as pretraining
+from cappy.training.settings import TrainingSettings
 
 Plan = Callable[..., FinetuningConfig]
 CURVE = {"checks": 1000, "patience": 1000, "epochs": 1.4, "batch_instances": 8, "learning_rate": 1e-3}
@@ -140,16 +141,12 @@ def test_a_loss_that_is_no_number_is_told_in_torchs_words(plan: Plan, scorer_fol
     save_file(tensors, path, metadata={"format": "pt"})
     said = []
     for strategy in ("single", "jax"):
-        with pytest.raises(
-            TrainingError, match=r"^update 1: the loss is nan, instances .*; last good checkpoint:"
-        ) as e:
+        with raises_naming(TrainingError, "update 1:", "loss", "nan", "instances", "checkpoint") as e:
             finetuning(plan("nan", strategy=strategy, scorer=str(tmp_path / "spoilt"), **CURVE))
         said.append(str(e.value))
     assert said[0] == said[1]
 
 
 def test_a_loss_that_explodes_stops_the_run(plan: Plan) -> None:
-    with pytest.raises(
-        TrainingError, match=r"^update \d+: the (loss|gradient's norm) is .*; give a smaller --learning"
-    ):
+    with raises_naming(TrainingError, "update ", "--learning-rate"):
         finetuning(plan("large", strategy="jax", **{**CURVE, "learning_rate": 1e9}))

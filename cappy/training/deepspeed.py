@@ -3,18 +3,21 @@
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from cappy.errors import ConfigError
 from cappy.training.checkpoint import Tensors, copied
-from cappy.training.plan import TrainingSettings
-from cappy.training.ranks import Ranks
-from cappy.training.replicas import MOMENTS, adamw, moments_of, restore_moments
+from cappy.training.distributed import MOMENTS, Ranks, adamw, moments_of, restore_moments
+from cappy.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHTS_SHARDED = 3
+"""The stage of ZeRO that shards the weights too."""
 
 
 class _Passes(nn.Module):
@@ -37,13 +40,16 @@ class Sharded:
 
     lockstep = True
 
-    def __init__(self, model: nn.Module, plan: TrainingSettings, ranks: Ranks) -> None:
+    def __init__(self, model: "PreTrainedModel", config: TrainingSettings, ranks: Ranks) -> None:
         deepspeed = _deepspeed()
         self._api = deepspeed.utils
         self._gathered = deepspeed.zero.GatheredParameters
-        self._model, self._stage, self._ranks = model, plan.zero_stage, ranks
+        self._model, self._stage, self._ranks = model, config.zero_stage, ranks
         self.engine, *_ = deepspeed.initialize(
-            model=_Passes(model), optimizer=adamw(model, plan), config=_config(plan), dist_init_required=False
+            model=_Passes(model),
+            optimizer=adamw(model, config),
+            config=_engine_config(config),
+            dist_init_required=False,
         )
 
     def forget(self) -> None:
@@ -79,13 +85,13 @@ class Sharded:
         if not states or "step" not in states[0]:
             return {}
         self._link_moments()
-        found: Tensors = {}
+        moments: Tensors = {}
         for name, parameter in self._model.named_parameters():
-            found[f"{name}.step"] = torch.as_tensor(states[0]["step"], dtype=torch.float32).cpu().clone()
+            moments[f"{name}.step"] = torch.as_tensor(states[0]["step"], dtype=torch.float32).cpu().clone()
             for key in MOMENTS:
                 value = self._api.safe_get_full_optimizer_state(parameter, key)
-                found[f"{name}.{key}"] = value.detach().cpu().reshape(self._shape(parameter)).clone()
-        return found
+                moments[f"{name}.{key}"] = value.detach().cpu().reshape(self._shape(parameter)).clone()
+        return moments
 
     def restore(self, weights: Tensors, moments: Tensors) -> None:
         """Puts a checkpoint's tensors in place, each rank its share."""
@@ -104,9 +110,9 @@ class Sharded:
 
     def finished(self, best: Tensors) -> nn.Module:
         """A plain model with the best weights, outside DeepSpeed."""
-        model: Any = type(self._model)(self._model.config)
+        model: nn.Module = type(self._model)(self._model.config)
         model.load_state_dict(best)
-        return model.to(self.engine.device)  # type: ignore[no-any-return]
+        return model.to(self.engine.device)
 
     def _prepare_moments(self, step: Tensor) -> None:
         """Makes the optimizer's state, which otherwise begins with the first step."""
@@ -148,12 +154,12 @@ class Sharded:
         return shape
 
 
-def _config(plan: TrainingSettings) -> dict[str, Any]:
+def _engine_config(config: TrainingSettings) -> dict[str, object]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": plan.clip,
-        "zero_optimization": {"stage": plan.zero_stage},
+        "gradient_clipping": config.clip,
+        "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
