@@ -151,7 +151,7 @@ def _estimate(values: Mapping[str, Any]) -> bool:
     from cappy.sampling.step import SamplingConfig, endpoint_config
 
     # Nothing is written, so any place does.
-    config = build(SamplingConfig, {**_settings(values), "target": values["target"] or "nowhere"})
+    config = build(SamplingConfig, {**_settings(values), "target": values["target"] or "nowhere", "fresh": ""})
     found = estimate(config)
     if not found:
         raise ConfigError("sampling: --estimate needs an LLM to ask; name it with --generator")

@@ -142,7 +142,7 @@ def failures(part: Sequence[Instance], generators: Sequence[Generator]) -> dict[
     return dict(counts)
 
 
-def accounts(counts: Mapping[str, int], config: EndpointConfig) -> tuple[dict[str, float], dict[str, Any]]:
+def accounts(counts: Mapping[str, int], config: EndpointConfig) -> tuple[dict[str, float], dict[str, object]]:
     """Metrics and facts of a manifest: the counts and what they cost; what each generator could not be asked for.
 
     `facts["not_asked"]` maps a generator to the parameters that it refused, and that some candidates came without;
@@ -160,7 +160,7 @@ def accounts(counts: Mapping[str, int], config: EndpointConfig) -> tuple[dict[st
     unanswered: dict[str, Counter[str]] = {}
     for generator, words, count in _of_kind(counts, _UNANSWERED):
         unanswered.setdefault(generator, Counter())[words] += count
-    facts: dict[str, Any] = {"not_asked": not_asked} if not_asked else {}
+    facts: dict[str, object] = {"not_asked": not_asked} if not_asked else {}
     if unanswered:
         facts["unanswered"] = {generator: _grouped(reasons) for generator, reasons in sorted(unanswered.items())}
     return metrics, facts

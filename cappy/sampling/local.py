@@ -244,7 +244,7 @@ def each_step(decoding: Decoding, rows: int, on_drawn: OnDrawn) -> StoppingCrite
     """For `generate`: stops nothing, and says after each token how much of `rows` responses is done."""
     steps = itertools.count(1)
 
-    def step(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def step(ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
         on_drawn(0, begun=rows * min(next(steps) / decoding.max_new_tokens, 1.0))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 

@@ -3,16 +3,19 @@
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cappy.errors import ConfigError, FolderError, shown
 from cappy.rendering import jobs
 from cappy.rendering.jobs import Failure, Job, Source
 from cappy.rendering.values import encode
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
 
 def prompt_tokens(
-    tokenizer: Any, instruction: str, *, ends: Collection[int], longest: int | None = None
+    tokenizer: "PreTrainedTokenizerBase", instruction: str, *, ends: Collection[int], longest: int | None = None
 ) -> tuple[list[int], bool]:
     """The prompt's tokens, at most `longest`, and whether the instruction lost its end for that.
 
@@ -35,7 +38,7 @@ def prompt_tokens(
     return prompt, True
 
 
-def rendered(tokenizer: Any, instruction: str, ends: Collection[int]) -> list[int]:
+def rendered(tokenizer: "PreTrainedTokenizerBase", instruction: str, ends: Collection[int]) -> list[int]:
     """The tokens of the whole prompt."""
     if tokenizer.chat_template:
         text = chat_prompt(tokenizer, instruction)
@@ -48,12 +51,12 @@ def rendered(tokenizer: Any, instruction: str, ends: Collection[int]) -> list[in
     return ids or [next(iter(ends)) if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
 
 
-def response_tokens(tokenizer: Any, text: str, end: int) -> list[int]:
+def response_tokens(tokenizer: "PreTrainedTokenizerBase", text: str, end: int) -> list[int]:
     """The tokens of a given response and the end token after it."""
     return [*tokenizer(text, add_special_tokens=False).input_ids, end]
 
 
-def end_tokens(tokenizer: Any, config: Any, folder: Path) -> list[int]:
+def end_tokens(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig", folder: Path) -> list[int]:
     """The tokens that end a response, the tokenizer's own first; ConfigError if none is named.
 
     Beside it those of config.json and, where the tokenizer has them as added tokens, of generation_config.json: some
@@ -67,14 +70,14 @@ def end_tokens(tokenizer: Any, config: Any, folder: Path) -> list[int]:
     return ends
 
 
-def _generation_ends(folder: Path) -> Any:
+def _generation_ends(folder: Path) -> object:
     """`eos_token_id` of the folder's generation_config.json, checked when the folder was opened; None without one."""
     path = folder / "generation_config.json"
     values = json.loads(path.read_bytes()) if path.is_file() else None
     return values.get("eos_token_id") if isinstance(values, dict) else None
 
 
-def _listed(ends: Any) -> list[int]:
+def _listed(ends: object) -> list[int]:
     listed = ends if isinstance(ends, list) else [ends]
     return [end for end in listed if isinstance(end, int) and not isinstance(end, bool) and end >= 0]
 
@@ -84,7 +87,7 @@ MAX_CHARACTERS = 2**20
 _MAX_REPEATED = 4
 
 
-def chat_prompt(tokenizer: Any, instruction: str) -> str:
+def chat_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str) -> str:
     """What `tokenizer.apply_chat_template` makes of the instruction as the user's turn, up to where the LLM begins.
 
     FolderError names the tokenizer's folder where the template fails, takes too long or too much memory.
@@ -106,6 +109,6 @@ def chat_prompt(tokenizer: Any, instruction: str) -> str:
     return outcome
 
 
-def _unusable(tokenizer: Any, reason: str) -> FolderError:
+def _unusable(tokenizer: "PreTrainedTokenizerBase", reason: str) -> FolderError:
     remedy = "mend the template in the folder, or take another LLM"
     return FolderError(f"{tokenizer.name_or_path}: its chat template cannot be used ({reason}); {remedy}")

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class Origin:
     version: int
 
 
-def question_key(**asked: Any) -> str:
+def question_key(**asked: object) -> str:
     """The key of everything that a draw depends on, its origin and the numbers of the samples aside."""
     return fingerprint("draw", _FORMAT, asked)[:32]
 
@@ -93,13 +93,13 @@ class CandidateStore:
         for key, begin, end in zip(keys, first.tolist(), last.tolist(), strict=True):
             for place in self._places[begin:end]:
                 wanted.setdefault(int(place["file"]), []).append((int(place["start"]), int(place["size"]), key))
-        found: dict[str, tuple[Candidate, ...]] = {}
+        best: dict[str, tuple[Candidate, ...]] = {}
         paths = list(self._paths)
         for number in sorted(wanted, key=lambda number: paths[number].name):
             for key, drawn in self._sets(paths[number], sorted(wanted[number])):
-                if len(drawn) > len(found.get(key, ())):
-                    found[key] = drawn
-        return found
+                if len(drawn) > len(best.get(key, ())):
+                    best[key] = drawn
+        return best
 
     def put(self, sets: Mapping[str, Sequence[Candidate]]) -> None:
         """Keeps candidates, all samples of each key from number 0 on; those that failed are not for keeping."""
@@ -112,7 +112,7 @@ class CandidateStore:
             file = self._file = self._file or self._new_file()
             try:
                 _write_all(file, b"".join((head, b"\n", *lines)))
-            except OSError:
+            except BaseException:
                 # What was written of the block must stay the end of its file.
                 self._end_file()
                 raise
@@ -150,8 +150,10 @@ class CandidateStore:
         places: list[tuple[int, int, int]] = []
         with disk_errors(self._folder):
             for path in sorted(self._folder.glob("*.jsonl")):
-                number = self._paths.setdefault(path, len(self._paths))
-                for key, start, size, end in _blocks(path, self._read.get(path, 0)):
+                number, read = self._paths.setdefault(path, len(self._paths)), self._read.get(path, 0)
+                if path.stat().st_size == read:
+                    continue
+                for key, start, size, end in _blocks(path, read):
                     keys.append(_number(key))
                     places.append((number, size, start))
                     self._read[path] = end
@@ -201,14 +203,14 @@ class Entry:
 
 def entries(work: Path) -> list[Entry]:
     """What was drawn and answered for this work folder, one entry for each origin, the least recently used first."""
-    found = [_entry(path.parent) for path in (work / CANDIDATES).glob(f"*/{_ORIGIN}")]
+    listed = [_entry(path.parent) for path in (work / CANDIDATES).glob(f"*/{_ORIGIN}")]
     answers = [path.stat() for path in (work / ANSWERS).glob("[0-9a-f][0-9a-f]/*.json")]
     if answers:
         size, last = sum(one.st_size for one in answers), max(one.st_mtime for one in answers)
-        found.append(
+        listed.append(
             Entry(kind="answers", path=work / ANSWERS, sets=len(answers), size_bytes=size, last_used=last),
         )
-    return sorted(found, key=lambda entry: entry.last_used)
+    return sorted(listed, key=lambda entry: entry.last_used)
 
 
 def unreachable(entry: Entry) -> str:

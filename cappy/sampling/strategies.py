@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -261,7 +260,7 @@ def read_decodings(path: Path, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, 
     return checked([_decoding(path, number, entry, length) for number, entry in enumerate(entries, 1)], str(path))
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> object:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ConfigError(f"{path}: is larger than {_MOST_BYTES} bytes, so it is no file of decodings")
@@ -276,7 +275,7 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"{path}:{line} is neither YAML nor JSON ({shown(reason)}); mend it") from error
 
 
-def _decoding(path: Path, number: int, entry: Any, length: int) -> Decoding:
+def _decoding(path: Path, number: int, entry: object, length: int) -> Decoding:
     where = f"{path}: decoding {number}"
     if isinstance(entry, str):
         try:

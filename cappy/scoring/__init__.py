@@ -1,7 +1,7 @@
 """Scoring: from (instruction, response) pairs to numbers; `Scorer.score` is the only door to a score."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cappy.scoring.config import Precision
 
@@ -24,7 +24,7 @@ def trained_on(folder: str | Path) -> "NDArray[np.uint64]":
     return np.fromfile(path, dtype="<u8") if path.is_file() else np.empty(0, dtype="<u8")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Loads torch with the first use of `Scorer`, not with the import of this package."""
     if name == "Scorer":
         from cappy.scoring.scorer import Scorer

@@ -9,13 +9,16 @@ lengths). And the last layer works for the first token of each pair, which is al
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from cappy.scoring.encoding import Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def by_length(encoded: Sequence[Encoded], budget: int) -> Iterator[list[int]]:
@@ -30,7 +33,7 @@ def by_length(encoded: Sequence[Encoded], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def padding_token(config: Any) -> int | None:
+def padding_token(config: "PreTrainedConfig") -> int | None:
     """What pads pairs of different lengths: the model's own padding, by which it finds its last token or positions.
 
     None where it has none, or one that is no token, or where its head reads the last place, padding or not (XLNet): its
@@ -74,13 +77,13 @@ class _Layout:
     """(pairs + 1,) int32: 0 and the row after each pair."""
 
 
-def packs(model: Any) -> bool:
+def packs(model: "PreTrainedModel") -> bool:
     """Whether this module knows the model's build."""
     config = model.config
     return config.model_type in FAMILIES and not config.is_decoder and hasattr(model, "classifier")
 
 
-def packed_logits(model: Any, batch: Sequence[Encoded], device: torch.device) -> Tensor:
+def packed_logits(model: "PreTrainedModel", batch: Sequence[Encoded], device: torch.device) -> Tensor:
     """Logits (pairs,) in fp32; linear maps run in the precision of their weights, dropout where the model trains."""
     order = sorted(range(len(batch)), key=lambda number: -len(batch[number].ids))
     batch = [batch[number] for number in order]
@@ -101,7 +104,7 @@ def _layout(batch: Sequence[Encoded], device: torch.device) -> _Layout:
     return _Layout(lengths=lengths, starts=ends[:-1].long(), stretches=stretches, ends=ends)
 
 
-def _embedded(body: Any, config: Any, batch: Sequence[Encoded], layout: _Layout) -> Tensor:
+def _embedded(body: Any, config: "PreTrainedConfig", batch: Sequence[Encoded], layout: _Layout) -> Tensor:
     """(tokens, hidden): what the encoder's first layer reads."""
     device = layout.starts.device
     ids = torch.tensor([token for pair in batch for token in pair.ids], device=device)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cappy.errors import FolderError
 
@@ -109,7 +110,7 @@ def _read_map(values: dict[str, Any]) -> PickMap:
     return PickMap(n, scores, expected)
 
 
-def _interpolate(one: PickMap, scores: Sequence[float]) -> "np.ndarray[Any, np.dtype[np.float64]]":
+def _interpolate(one: PickMap, scores: Sequence[float]) -> NDArray[np.float64]:
     return np.interp(scores, one.scores, one.expected)
 
 

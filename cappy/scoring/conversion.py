@@ -4,11 +4,10 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from cappy.errors import ConfigError, FolderError, shown
@@ -88,7 +87,7 @@ def _scorer(folder: Path) -> Scorer:
     return Scorer(model.eval(), tokenizer, recorded(opened, config, tokenizer, model, unstated="mse"))
 
 
-def _check_architecture(folder: Path, config: Any) -> None:
+def _check_architecture(folder: Path, config: PreTrainedConfig) -> None:
     for name in config.architectures or ():
         if not name.endswith("ForSequenceClassification"):
             remedy = "its scoring head would be made anew, so train a scorer from it instead: cappy pretraining"

@@ -4,12 +4,15 @@ import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
 from cappy.errors import ConfigError, FolderError, shown
 from cappy.scoring.config import Truncation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Pair = tuple[str, str]
 _REMEDY = "save the tokenizer that the scorer was trained with beside it"
@@ -75,7 +78,9 @@ class PairEncoder:
     Token types are those that the tokenizer gives unasked; where it gives none, as `typed` says, they are zeros.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, truncation: Truncation = "middle") -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", max_length: int, truncation: Truncation = "middle"
+    ) -> None:
         self._tokenizer = tokenizer
         self._frame = _frame(tokenizer)
         self._backend = _backend(tokenizer)
@@ -144,7 +149,7 @@ class PairEncoder:
         return tokens[len(tokens) - count :] if self._from_left else tokens[:count]
 
 
-def _backend(tokenizer: Any) -> Tokenizer | None:
+def _backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer | None:
     """A copy of what is under a fast tokenizer: one that cuts nothing, and whose options no other thread can set."""
     if not getattr(tokenizer, "is_fast", False):
         return None
@@ -176,7 +181,7 @@ def _longest_first(instruction: int, response: int, room: int) -> tuple[int, int
     return (longer, shorter) if instruction > response else (shorter, longer)
 
 
-def _frame(tokenizer: Any) -> _Frame:
+def _frame(tokenizer: "PreTrainedTokenizerBase") -> _Frame:
     """Read off the tokenizer's own encoding of a pair of two known texts."""
     first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
     probe = tokenizer("a", "b")

@@ -10,13 +10,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from cappy.errors import FolderError, shown
 from cappy.model_folder import ModelFolder
 from cappy.scoring.config import HEADS, TRUNCATIONS, Head, ScorerConfig, Truncation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LOGGER = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ class Stated:
     renders: bool = True
 
 
-def read_stated(folder: Path, config: Any) -> Stated:
+def read_stated(folder: Path, config: "PreTrainedConfig") -> Stated:
     """What the folder with this configuration states; FolderError for modules, prompts and activations unknown here."""
     settings = _object(folder / SETTINGS)
     if not (folder / MODULES).is_file() or settings.get("model_type", "SentenceTransformer") != "CrossEncoder":
@@ -102,7 +105,7 @@ def warn_once(folder: Path, text: str) -> None:
         LOGGER.warning("%s: %s", folder, text)
 
 
-def _head_of_config(folder: Path, config: Any) -> Head | None:
+def _head_of_config(folder: Path, config: "PreTrainedConfig") -> Head | None:
     where, stated = folder / "config.json", getattr(config, "sentence_transformers", None)
     if stated is not None and not isinstance(stated, Mapping):
         raise FolderError(f"{where}: sentence_transformers must be an object, got {shown(json.dumps(stated))}")
@@ -184,7 +187,14 @@ _PASSING = ("is_local", "local_files_only")
 """What transformers writes of the call that loaded a tokenizer."""
 
 
-def recorded(folder: ModelFolder, config: Any, tokenizer: Any, model: Any, *, unstated: Head = "bce") -> ScorerConfig:
+def recorded(
+    folder: ModelFolder,
+    config: "PreTrainedConfig",
+    tokenizer: "PreTrainedTokenizerBase",
+    model: "PreTrainedModel",
+    *,
+    unstated: Head = "bce",
+) -> ScorerConfig:
     """Head, length and truncation of a folder, as every other loader reads them; FolderError for what we do not apply.
 
     A folder that states no activation has the head `unstated`; the CrossEncoder's default is `bce`.
@@ -200,7 +210,7 @@ def recorded(folder: ModelFolder, config: Any, tokenizer: Any, model: Any, *, un
     )
 
 
-def mark_head(config: Any, own: ScorerConfig) -> None:
+def mark_head(config: "PreTrainedConfig", own: ScorerConfig) -> None:
     """Records head, activation, length and, unless it is the usual one, truncation in a configuration."""
     config.cappy = {"head": own.head, "max_length": own.max_length}
     if own.truncation != "middle":
@@ -212,7 +222,7 @@ def mark_head(config: Any, own: ScorerConfig) -> None:
     config.problem_type = "regression" if own.head == "mse" else "multi_label_classification"
 
 
-def write_tokenizer(tokenizer: Any, folder: Path, max_length: int, *, types: bool) -> None:
+def write_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path, max_length: int, *, types: bool) -> None:
     """Writes a tokenizer so that whoever loads it gives the model what we give it: inputs, length, no chat template.
 
     `types` says whether the model is given token types.
@@ -233,7 +243,7 @@ def write_tokenizer(tokenizer: Any, folder: Path, max_length: int, *, types: boo
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def mend_token_types(folder: ModelFolder, config: Any, tokenizer: Any) -> None:
+def mend_token_types(folder: ModelFolder, config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Lets a tokenizer that an earlier release wrote say that it makes token types, which its scorer was trained with.
 
     That release gave token types to every model that has them, and left out of the file that the tokenizer makes them.
@@ -245,7 +255,7 @@ def mend_token_types(folder: ModelFolder, config: Any, tokenizer: Any) -> None:
         warn_once(folder.path, f"its tokenizer's file does not name token types, which are used here; {remedy}")
 
 
-def use_token_types(tokenizer: Any, config: Any) -> bool:
+def use_token_types(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig") -> bool:
     """Makes a tokenizer give the token types that its model has to whoever calls it; whether it did not before."""
     if (getattr(config, "type_vocab_size", 0) or 0) < 2 or TYPES in tokenizer.model_input_names:
         return False
@@ -255,13 +265,13 @@ def use_token_types(tokenizer: Any, config: Any) -> bool:
     return True
 
 
-def refuse_labels(folder: Path, config: Any) -> None:
+def refuse_labels(folder: Path, config: "PreTrainedConfig") -> None:
     """FolderError where a configuration has another number of labels than one."""
     if config.num_labels != 1:
         raise FolderError(f"{folder}: has {config.num_labels} labels; a scorer has one")
 
 
-def truncation_of(config: Any) -> Truncation:
+def truncation_of(config: "PreTrainedConfig") -> Truncation:
     """The recorded truncation, else `middle`; in a folder of others that of CrossEncoder, `longest_first`.
 
     FolderError where the recorded one is none that is known.
@@ -275,7 +285,13 @@ def truncation_of(config: Any) -> Truncation:
     raise FolderError(f"config.json: cappy.truncation must be {known}, got {shown(json.dumps(recorded))}")
 
 
-def max_length_of(folder: ModelFolder, config: Any, tokenizer: Any, model: Any, stated: Stated) -> int:
+def max_length_of(
+    folder: ModelFolder,
+    config: "PreTrainedConfig",
+    tokenizer: "PreTrainedTokenizerBase",
+    model: "PreTrainedModel",
+    stated: Stated,
+) -> int:
     """Tokens of a pair: what we recorded, else what the CrossEncoder reads; never more than the model has positions."""
     recorded = _own(config).get("max_length")
     if recorded is not None:
@@ -293,7 +309,7 @@ def max_length_of(folder: ModelFolder, config: Any, tokenizer: Any, model: Any, 
     return min(limits, default=USUAL_LENGTH)
 
 
-def positions_of(model: Any) -> int | None:
+def positions_of(model: "PreTrainedModel") -> int | None:
     """How many tokens a model has positions for, None where their number has no bound.
 
     RoBERTa and its relatives count positions from behind the padding's number, so they have fewer than their table.
@@ -314,7 +330,7 @@ def _check_length(length: Any, where: str) -> None:
         raise FolderError(f"{where} must be at least {SHORTEST} tokens, got {shown(json.dumps(length))}")
 
 
-def _own(config: Any) -> Mapping[str, Any]:
+def _own(config: "PreTrainedConfig") -> Mapping[str, Any]:
     """What this project recorded in a configuration."""
     own = getattr(config, "cappy", None) or {}
     if not isinstance(own, Mapping):

@@ -7,13 +7,16 @@ name, so `has_prepacking` tries them, and scoring does without where they are mi
 
 from collections.abc import Sequence
 from functools import cache, partial
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from cappy.errors import ConfigError, shown
 from cappy.scoring.config import ChosenPrecision, Precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROWS = 8192
 """Tokens of a pass that the order is best for; any number may come."""
@@ -93,7 +96,7 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
-def lower_matrices(model: Any) -> None:
+def lower_matrices(model: "PreTrainedModel") -> None:
     """Weights of an encoder's linear maps in bf16; norms and embeddings stay fp32, and so does what is added up."""
     encoder = model.base_model.encoder
     if next(model.parameters()).device.type == "cpu" and has_prepacking():
@@ -104,14 +107,14 @@ def lower_matrices(model: Any) -> None:
             module.to(torch.bfloat16)
 
 
-def lower_body(model: Any) -> None:
+def lower_body(model: "PreTrainedModel") -> None:
     """The whole body in bf16, for encoders of which nothing more is known; what follows it reads and runs in fp32."""
     model.base_model.to(torch.bfloat16)
     for head in _heads(model):
         head.float().register_forward_pre_hook(_widen)
 
 
-def keep_heads_exact(model: Any) -> None:
+def keep_heads_exact(model: "PreTrainedModel") -> None:
     """Lets what follows the body run in fp32 even where a pass runs under autocast."""
     for head in _heads(model):
         entered: list[Any] = []
@@ -119,7 +122,7 @@ def keep_heads_exact(model: Any) -> None:
         head.register_forward_hook(partial(_leave_exact, entered), always_call=True)
 
 
-def _heads(model: Any) -> list[nn.Module]:
+def _heads(model: "PreTrainedModel") -> list[nn.Module]:
     """What follows the body, its own pooler included."""
     body = model.base_model
     after = [child for child in model.children() if child is not body]

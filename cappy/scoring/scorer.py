@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from cappy.errors import ConfigError, FolderError
@@ -29,7 +28,7 @@ from cappy.scoring.folder import (
 from cappy.scoring.precision import choose, lower_body, lower_matrices
 from cappy.specs import open_scorer
 
-Through = Callable[[Callable[[Any], Tensor]], Tensor]
+Through = Callable[[Callable[[PreTrainedModel], Tensor]], Tensor]
 """Lets a pass through the model happen; where weights are sharded, they are gathered for it."""
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 CHUNK_PAIRS = 4096
@@ -57,8 +56,8 @@ class Scorer:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         config: ScorerConfig,
         *,
         version: str = "",
@@ -199,13 +198,13 @@ class Scorer:
             return self._passed(lambda model: torch.cat([self._padded(model, [pair], 0) for pair in batch]))
         return self._passed(lambda model: self._padded(model, batch, pad or 0))
 
-    def _padded(self, model: Any, batch: Sequence[Encoded], pad: int) -> Tensor:
+    def _padded(self, model: PreTrainedModel, batch: Sequence[Encoded], pad: int) -> Tensor:
         inputs = collate(batch, pad=pad, types=self._has_types, device=self.device)
         logits: Tensor = model(**inputs).logits.float().squeeze(-1)
         return logits
 
-    def _passed(self, compute: Callable[[Any], Tensor]) -> Tensor:
-        def run(model: Any) -> Tensor:
+    def _passed(self, compute: Callable[[PreTrainedModel], Tensor]) -> Tensor:
+        def run(model: PreTrainedModel) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 return compute(model)
 
@@ -254,7 +253,7 @@ class Scorer:
         model.save_pretrained(folder)
         write_tokenizer(self.tokenizer, folder, self.encoder.max_length, types=self._has_types)
 
-    def _read_again(self) -> Any:
+    def _read_again(self) -> PreTrainedModel:
         """The model of the folder that this scorer was loaded from, in fp32 on the CPU."""
         if self._source is None:
             raise ConfigError(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import IO
 
 import pytest
 from chat_server import Model, serving
@@ -327,6 +328,30 @@ def test_many_sets_in_many_files_are_found(tmp_path: Path, monkeypatch: pytest.M
             assert len(found) == first + 20
         assert all(found[key(number)] == tuple(drawn(number)) for number in range(300))
     assert len(list(tmp_path.rglob("*.jsonl"))) > 3
+
+
+def test_after_a_write_that_was_broken_off_what_is_kept_next_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(file: IO[bytes], block: bytes) -> None:
+        file.write(block[: len(block) // 2])
+        raise KeyboardInterrupt
+
+    with CandidateStore(tmp_path, ORIGIN) as store:
+        store.put({key(1): drawn(1)})
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("cappy.sampling.store._write_all", broken)
+            store.put({key(2): drawn(2)})
+        store.put({key(3): drawn(3)})
+        assert store.get([key(1), key(2), key(3)]) == {key(1): tuple(drawn(1)), key(3): tuple(drawn(3))}
+
+
+def test_keys_that_share_a_place_in_the_index_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cappy.sampling.store._number", lambda key: 7)
+    with CandidateStore(tmp_path, ORIGIN) as store:
+        store.put({key(number): drawn(number) for number in range(5)})
+        store.put({key(6): drawn(6)})
+        assert store.get([key(number) for number in range(8)]) == {key(n): tuple(drawn(n)) for n in (*range(5), 6)}
 
 
 def test_what_is_kept_is_for_its_owner_alone(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from cappy.errors import ConfigError, FolderError
 from cappy.records import Instance, write
 from cappy.scoring import Scorer
 from cappy.scoring.batching import by_length
-from cappy.scoring.encoding import Encoded
+from cappy.scoring.config import ChosenPrecision, ScorerConfig
+from cappy.scoring.encoding import Encoded, PairEncoder
 
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three".split()
 
@@ -236,3 +237,103 @@ def test_a_pair_may_be_any_sequence_of_two_texts(scorer_folder: Path) -> None:
 def test_what_is_no_pair_is_one_line(pairs: Any, scorer_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"^score: .*\[instruction, response\]"):
         Scorer.load(str(scorer_folder), precision="fp32").score(pairs)
+
+
+RESPONSES = ["cat", "red bird", "the dog sat on the mat", "two"]
+
+
+@pytest.fixture
+def given(scorer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scorer]:
+    """given([27.3, 30.2]) -> a scorer that answers these logits to `RESPONSES`, by the length of a pair."""
+
+    def make(logits: Sequence[float], precision: ChosenPrecision = "fp32") -> Scorer:
+        scorer = Scorer.load(str(scorer_folder), device="cpu", precision=precision)
+        lengths = [len(pair.ids) for pair in scorer.encoder.encode([("x", text) for text in RESPONSES[: len(logits)]])]
+        assert len(set(lengths)) == len(lengths)
+        known = dict(zip(lengths, logits, strict=True))
+
+        def forward(batch: Sequence[Encoded]) -> torch.Tensor:
+            return torch.tensor([known[len(pair.ids)] for pair in batch])
+
+        monkeypatch.setattr(scorer, "forward", forward)
+        return scorer
+
+    return make
+
+
+@pytest.mark.parametrize("logits", [[27.3, 30.2], [60.0, 59.0, 61.0], [-200.0, -150.0, -900.0], [1.0, 2.0, 0.5, 1.5]])
+def test_a5_rank_select_and_streams_pick_the_highest_logit(logits: list[float], given: Callable[..., Scorer]) -> None:
+    scorer, responses = given(logits), RESPONSES[: len(logits)]
+    order = sorted(range(len(logits)), key=lambda index: -logits[index])
+    assert [index for index, _ in scorer.rank("x", responses)] == order
+    selection = scorer.select("x", responses)
+    assert (selection.index, selection.response) == (order[0], responses[order[0]])
+    assert selection.logits == pytest.approx(logits)
+    for pick in itertools.islice(scorer.select_stream([("x", responses)] * 3), 3):
+        assert pick.index == order[0]
+    assert scorer.logits_of([("x", text) for text in responses]) == pytest.approx(logits)
+
+
+def test_a5_scores_themselves_tell_logits_apart_that_fp32_takes_for_1(given: Callable[..., Scorer]) -> None:
+    """What takes scores alone, as evaluation does, sees no ties below a logit of 36."""
+    assert torch.tensor([27.3, 30.2]).sigmoid().tolist() == [1.0, 1.0]
+    one, other = given([27.3, 30.2]).score([("x", text) for text in RESPONSES[:2]])
+    assert one < other <= 1.0
+
+
+def test_a5_equal_logits_keep_the_first(given: Callable[..., Scorer]) -> None:
+    assert given([30.0, 30.0]).select("x", RESPONSES[:2]).index == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a5_real_weights_far_above_0_rank_as_they_do_near_it(precision: ChosenPrecision, scorer_folder: Path) -> None:
+    near, far = (Scorer.load(str(scorer_folder), device="cpu", precision=precision) for _ in range(2))
+    far.model.classifier.out_proj.bias.data += 50
+    assert [index for index, _ in far.rank("x", RESPONSES)] == [index for index, _ in near.rank("x", RESPONSES)]
+    assert len({score for _, score in far.rank("x", RESPONSES)}) == 1, "their scores are all 1"
+
+
+def test_longest_first_is_what_transformers_does(scorer_folder: Path) -> None:
+    """On every side of the halves: short, long and equally long texts, odd and even room."""
+    tokenizer = AutoTokenizer.from_pretrained(scorer_folder)
+    for instruction, response, max_length in itertools.product(range(1, 10), range(1, 10), range(8, 14)):
+        pair = ("red " * instruction, "red " * response)
+        (encoded,) = PairEncoder(tokenizer, max_length, "longest_first").encode([pair])
+        expected = tokenizer(*pair, truncation=True, max_length=max_length)["input_ids"]
+        assert list(encoded.ids) == expected, (instruction, response, max_length)
+        kept = expected[expected.index(tokenizer.sep_token_id) + 2 : -1]
+        assert encoded.cut == (kept != tokenizer(pair[1], add_special_tokens=False)["input_ids"])
+
+
+def test_a_folder_keeps_its_truncation_and_scores_long_pairs_as_cross_encoder_then(
+    make_scorer: Callable[..., Path], tmp_path: Path
+) -> None:
+    from sentence_transformers import CrossEncoder
+
+    usual = Scorer.load(str(make_scorer(head="mse", max_length=16)), precision="fp32")
+    published = Scorer(
+        usual.model, usual.tokenizer, ScorerConfig(head="mse", max_length=16, truncation="longest_first")
+    )
+    published.save(tmp_path / "published")
+    pairs = [("one " + "cat " * 30 + "two", "blue bird"), ("one", "red " * 30), ("cat " * 20, "red " * 20)]
+    peer = CrossEncoder(str(tmp_path / "published"), device="cpu", max_length=16)
+    again = Scorer.load(str(tmp_path / "published"), precision="fp32")
+    assert again.encoder.truncation == "longest_first"
+    assert again.score(pairs) == pytest.approx(peer.predict(pairs).tolist(), abs=1e-4)
+    assert usual.score(pairs)[0] != pytest.approx(again.score(pairs)[0], abs=1e-6), "the middle is gone in both"
+
+
+def test_the_usual_truncation_is_not_written_down(make_scorer: Callable[..., Path], tmp_path: Path) -> None:
+    Scorer.load(str(make_scorer()), precision="fp32").save(tmp_path / "again")
+    recorded = json.loads((tmp_path / "again" / "config.json").read_text())["cappy"]
+    assert set(recorded) == {"head", "max_length"}
+
+
+def test_an_unknown_truncation_is_one_line(make_scorer: Callable[..., Path]) -> None:
+    folder = make_scorer()
+    config = json.loads((folder / "config.json").read_text())
+    config["cappy"]["truncation"] = "left"
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "manifest.json").unlink(missing_ok=True)
+    with pytest.raises(FolderError, match=r"^config.json: cappy.truncation .*middle.*longest_first.*left"):
+        Scorer.load(str(folder))

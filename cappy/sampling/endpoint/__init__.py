@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import openai
 
@@ -107,7 +106,7 @@ class Asker:
         )
         asked = most.input_tokens + most.output_tokens
         wanted = question.body(self._model, self._config, count=len(numbers), number=numbers[0])
-        sent: dict[str, Any] = {}
+        sent: dict[str, object] = {}
         headers: Mapping[str, str] = {}
         fault: Fault | None = None
         answers: list[Answer] = []
@@ -128,10 +127,9 @@ class Asker:
                         # While the client is still held, so that nobody asks in vain after this.
                         stop.set()
                     return [], fault
+            seed = question.seed + numbers[0] if "seed" in sent else None
             try:
-                answers, choices = read_answers(
-                    body, question.instruction, count=count, seed=sent.get("seed"), left_out=left_out
-                )
+                answers, choices = read_answers(body, question.instruction, count=count, seed=seed, left_out=left_out)
                 for answer in answers:
                     spent.add(Spent(answer.requests, answer.input_tokens, answer.output_tokens))
             except BadAnswerError as error:
@@ -158,7 +156,7 @@ class Asker:
         return len(numbers) if self.capabilities.takes("n") else 1
 
     def _send(
-        self, client: Client, sent: Mapping[str, Any], question: Question, count: int
+        self, client: Client, sent: Mapping[str, object], question: Question, count: int
     ) -> tuple[bytes, Mapping[str, str]]:
         """Body and headers of the response; what the body says is for the reader of answers to find out."""
         path = "/chat/completions" if self._config.api == "chat" else "/completions"

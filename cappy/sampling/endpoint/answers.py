@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from cappy.config import fingerprint
 from cappy.errors import shown
@@ -35,10 +35,10 @@ class Question:
     decoding: Decoding
     seed: int
 
-    def body(self, model: str, config: EndpointConfig, *, count: int, number: int) -> dict[str, Any]:
+    def body(self, model: str, config: EndpointConfig, *, count: int, number: int) -> dict[str, object]:
         """The request for `count` samples from `number` on; every knob is stated, so that no server's default is."""
         decoding = self.decoding
-        body: dict[str, Any] = {
+        body: dict[str, object] = {
             "model": model,
             "temperature": decoding.temperature if decoding.do_sample else 0.0,
             "top_p": decoding.top_p,
@@ -192,7 +192,7 @@ def read_answers(
     choices = choices[:count]
     good, fault = _good_choices(choices)
     used = values.get("usage")
-    usage: Mapping[str, Any] = used if isinstance(used, dict) else {}
+    usage: Mapping[str, object] = used if isinstance(used, dict) else {}
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
     input_tokens = prompt if is_count(prompt) else tokens_of(instruction)
     output_tokens = completion if is_count(completion) else sum(tokens_of(text) for text, _, _ in good)
@@ -219,7 +219,7 @@ def read_answers(
 
 
 def _good_choices(
-    choices: Sequence[Mapping[str, Any]],
+    choices: Sequence[Mapping[str, object]],
 ) -> tuple[list[tuple[str, Status, list[float]]], BadAnswerError | None]:
     """The choices that hold a response, and what is wrong with the first that the server gave up.
 
@@ -234,7 +234,7 @@ def _good_choices(
     return good, fault
 
 
-def read_choices(body: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_choices(body: bytes) -> tuple[dict[str, object], list[dict[str, object]]]:
     """The body of a completion and its choices in order, copies of one index left out; BadAnswerError if it is none."""
     values = _json(body)
     found = values.get("choices")
@@ -246,7 +246,7 @@ def read_choices(body: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return values, [by_index[index] for index in sorted(by_index)]
 
 
-def _stated_error(values: Mapping[str, Any]) -> object:
+def _stated_error(values: Mapping[str, object]) -> object:
     """The error object in a body or a choice; None if there is none, or one that says nothing."""
     stated = values.get("error")
     return None if not stated or (isinstance(stated, dict) and not any(stated.values())) else stated
@@ -257,7 +257,7 @@ def model_name(value: object) -> str:
     return whole(value) if isinstance(value, str) and len(value) <= MAX_NAME_CHARACTERS else ""
 
 
-def _json(body: bytes) -> dict[str, Any]:
+def _json(body: bytes) -> dict[str, object]:
     try:
         values = read_json(body)
     except UnicodeDecodeError:
@@ -275,7 +275,7 @@ def _decoded(body: bytes) -> str:
     return body.decode("utf-8", "replace")
 
 
-def read_choice(choice: Mapping[str, Any]) -> tuple[str, Status, list[float]]:
+def read_choice(choice: Mapping[str, object]) -> tuple[str, Status, list[float]]:
     """Text, status and the tokens' log-probabilities of a choice, of chat or of completions; BadAnswerError if none.
 
     GivenUpError for one that the server began and did not end.
@@ -373,7 +373,7 @@ class Cache:
             write_bytes(_path(self._folder, key), json.dumps(asdict(answer), ensure_ascii=False).encode(), private=True)
 
 
-def key_of(**determining: Any) -> str:
+def key_of(**determining: object) -> str:
     """The key of what determines an answer: address, model, api, prompt, every knob, seed, number of the sample."""
     return fingerprint("answer", FORMAT, determining)
 

@@ -126,7 +126,7 @@ class Connection:
         """A hook for requests: notes what they open."""
         request.extensions["trace"] = self._trace
 
-    def _trace(self, event: str, details: Mapping[str, Any]) -> None:
+    def _trace(self, event: str, details: Mapping[str, object]) -> None:
         if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
             self._stream = details["return_value"]
 
@@ -317,7 +317,7 @@ class Client:
     deadlines: Deadlines
     seconds: float
 
-    def post(self, path: str, body: Mapping[str, Any], *, max_bytes: int) -> tuple[bytes, Mapping[str, str]]:
+    def post(self, path: str, body: Mapping[str, object], *, max_bytes: int) -> tuple[bytes, Mapping[str, str]]:
         """Body (of at most that many bytes) and headers of the answer; openai.OpenAIError or LateError if none."""
         self.connection.max_bytes = max_bytes
         failed: openai.OpenAIError | None = None

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import openai
 
@@ -57,7 +57,7 @@ _OTHER_NAMES = {
 class NeededParameterError(Exception):
     """The model refuses parameters that a decoding cannot do without; `words` are the server's."""
 
-    def __init__(self, values: Mapping[str, float], words: str) -> None:
+    def __init__(self, values: Mapping[str, object], words: str) -> None:
         self.values = " with ".join(f"{name} {value:g}" for name, value in values.items())
         self.words = words
         super().__init__(self.values)
@@ -83,7 +83,7 @@ class Capabilities:
         """Whether it has not been refused."""
         return parameter not in self._off and frozenset([parameter]) not in self._refused_knobs
 
-    def refuse(self, *parameters: str, words: str = "", sent: Mapping[str, Any] | None = None) -> None:
+    def refuse(self, *parameters: str, words: str = "", sent: Mapping[str, object] | None = None) -> None:
         """Asks for it no more in this run; several knobs are refused together, and each alone may still be taken.
 
         `sent` is the body that was refused.
@@ -98,7 +98,7 @@ class Capabilities:
             else:
                 self._off.update(parameters)
 
-    def trimmed(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    def trimmed(self, body: Mapping[str, object]) -> tuple[dict[str, object], tuple[str, ...]]:
         """The body without what is refused, and the names of what is left out.
 
         The limit on length goes by its newer name where the older is refused, and then nothing is left out.
@@ -111,7 +111,7 @@ class Capabilities:
         left_out = tuple(sorted(LENGTH if name == NEW_LENGTH else name for name in dropped))
         return {name: value for name, value in kept.items() if name not in dropped}, left_out
 
-    def _dropped_knobs(self, body: Mapping[str, Any]) -> set[str]:
+    def _dropped_knobs(self, body: Mapping[str, object]) -> set[str]:
         dropped: set[str] = set()
         # Those that are refused alone first: a pair of which one is gone is no pair any more.
         for together, words in sorted(self._refused_knobs.items(), key=lambda rule: (len(rule[0]), sorted(rule[0]))):
@@ -130,7 +130,7 @@ class Capabilities:
         return dropped
 
 
-def refused_parameters(sent: Mapping[str, Any], message: str, parameter: str | None) -> tuple[str, ...]:
+def refused_parameters(sent: Mapping[str, object], message: str, parameter: str | None) -> tuple[str, ...]:
     """The parameters that a refusal is about: one, or all knobs that it names; none if it names none that was sent."""
     found = refused_parameter(sent, message, parameter)
     if found not in KNOBS:
@@ -138,7 +138,7 @@ def refused_parameters(sent: Mapping[str, Any], message: str, parameter: str | N
     return tuple(name for name in KNOBS if name in sent and (name == found or _names(message, name)))
 
 
-def refused_parameter(sent: Mapping[str, Any], message: str, parameter: str | None) -> str | None:
+def refused_parameter(sent: Mapping[str, object], message: str, parameter: str | None) -> str | None:
     """The parameter that a refusal names, by its field or else in its text; None if it names none that was sent.
 
     A limit on length that is merely too high is no refusal of the parameter: without it responses would cost more.
@@ -196,7 +196,7 @@ class Fault:
     reason: str
     wait: float | None = None
     parameters: tuple[str, ...] = ()
-    sent: Mapping[str, Any] = field(default_factory=dict)
+    sent: Mapping[str, object] = field(default_factory=dict)
     status: Status = "failed"
     remedy: str = ""
     unless_answered: bool = False
@@ -277,7 +277,7 @@ def _refusal(inner: object, keys: Sequence[str] = ()) -> Refusal:
     return Refusal(message=line(message), kind=kind, param=param, code=code)
 
 
-def judge(error: Exception, sent: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Fault:
+def judge(error: Exception, sent: Mapping[str, object], headers: Mapping[str, str] | None = None) -> Fault:
     """What follows from what the client raised, or from an answer that was none, which came with these headers."""
     if isinstance(error, openai.APIStatusError):
         refusal = read_refusal(error.response.content)
@@ -331,7 +331,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _judge_status(
-    status: int, refusal: Refusal, words: str, sent: Mapping[str, Any], headers: Mapping[str, str]
+    status: int, refusal: Refusal, words: str, sent: Mapping[str, object], headers: Mapping[str, str]
 ) -> Fault:
     reason = f"{status} {words}"
     clue = f"{refusal.code} {refusal.kind} {words}".lower()
