@@ -30,7 +30,7 @@ from rapidfuzz.distance import LCSseq
 from rouge_score.rouge_scorer import RougeScorer
 
 from cappy.annotation import rouge
-from cappy.annotation.rouge_columns import COLUMNS, rouge_l_batch, rouge_l_pools
+from cappy.annotation.rouge import COLUMNS, rouge_l_batch, rouge_l_pools
 from cappy.records import Candidate, Instance, read_batches, write
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,8 @@ from cappy.builtin import LLM_FOLDER
 from cappy.builtin.tasks import instances as builtin_tasks
 from cappy.model_folder import open_model_folder
 from cappy.plan.calibration import Texts
-from cappy.preparation.mixtures import load_mixture, plan
+from cappy.preparation.mixtures import load_mixture
+from cappy.preparation.mixtures.plan import plan
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import Candidate, Instance, read

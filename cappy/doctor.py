@@ -157,8 +157,7 @@ def _builtin() -> Iterator[Finding]:
 
 
 def _verify_llm() -> Path:
-    from cappy.builtin import LLM_FOLDER
-    from cappy.builtin.verification import verify
+    from cappy.builtin import LLM_FOLDER, verify
 
     verify(LLM_FOLDER)
     return LLM_FOLDER

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from filelock import FileLock, Timeout
+
 from cappy.errors import FolderError
 
 PRIVATE_FILE = 0o600
@@ -20,6 +22,42 @@ PRIVATE_FOLDER = 0o700
 _PUBLIC_FILE = 0o666
 """Less the umask."""
 _SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW
+_REMEDY = "delete it, and run the same command again"
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, patience: float = -1) -> Iterator[None]:
+    """Holds a lock file until the block or the process ends, however that ends; the file says which process holds it.
+
+    Waits `patience` seconds, or as long as it takes if negative; filelock.Timeout where another one holds it then. The
+    file is made for its owner alone where it is missing; FolderError as for `open_lock`. A disk without locks of the
+    kernel's is an OSError: a lock by a file's being there would not fall with its process.
+    """
+    lock = FileLock(
+        path,
+        timeout=patience,
+        mode=PRIVATE_FILE,
+        thread_local=False,
+        fallback_to_soft=False,
+        on_acquired=lambda descriptor: _sign(descriptor, path),
+    )
+    try:
+        lock.acquire()
+    except Timeout:
+        raise
+    except OSError as error:
+        _refuse_odd(path, error)
+        raise
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def lock_holder(path: Path) -> str:
+    """The number of the process that holds a lock file; "unknown" where it says none."""
+    with open_lock(path) as file:
+        return file.read(20).strip() or "unknown"
 
 
 def open_lock(path: Path) -> IO[str]:
@@ -28,22 +66,40 @@ def open_lock(path: Path) -> IO[str]:
     FolderError where the path is a symbolic link, no regular file, or one that has another name too: who takes the lock
     writes to it. It may belong to another user, since a volume's locks are those of all who work there.
     """
-    remedy = "delete it, and run the same command again"
     try:
         # O_NONBLOCK: opening a pipe would wait for its other end.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | _SAFELY, PRIVATE_FILE)
     except OSError as error:
-        if path.is_symlink():
-            raise FolderError(f"{path}: is a symbolic link, and a lock file must not be one; {remedy}") from error
-        if error.errno in (errno.EISDIR, errno.ENXIO):
-            raise FolderError(f"{path}: is no regular file, and a lock must be one; {remedy}") from error
+        _refuse_odd(path, error)
         raise
+    try:
+        _check(descriptor, path)
+    except FolderError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "r+", encoding="utf-8")
+
+
+def _sign(descriptor: int, path: Path) -> None:
+    """Writes the process's number into a lock file that it has just taken."""
+    _check(descriptor, path)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+
+
+def _refuse_odd(path: Path, error: OSError) -> None:
+    """FolderError where a lock file could not be opened because it is none."""
+    if path.is_symlink():
+        raise FolderError(f"{path}: is a symbolic link, and a lock file must not be one; {_REMEDY}") from error
+    if error.errno in (errno.EISDIR, errno.ENXIO):
+        raise FolderError(f"{path}: is no regular file, and a lock must be one; {_REMEDY}") from error
+
+
+def _check(descriptor: int, path: Path) -> None:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        os.close(descriptor)
         kind = "has another name too (a hard link)" if stat.S_ISREG(found.st_mode) else "is no regular file"
-        raise FolderError(f"{path}: {kind}, and a lock file must not; {remedy}")
-    return os.fdopen(descriptor, "r+", encoding="utf-8")
+        raise FolderError(f"{path}: {kind}, and a lock file must not; {_REMEDY}")
 
 
 @contextlib.contextmanager

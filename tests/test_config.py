@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
+from wording import raises_naming
 
 from cappy.config import (
     DEFAULT_WORK,
@@ -45,30 +46,32 @@ PLACES = {"source": "s", "target": "t"}
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "flag", "rule"),
     [
-        ({"rate": 0}, "trial: --rate: Input should be greater than 0, got 0"),
-        ({"rate": "x" * 99}, "trial: --rate: Input should be a valid number, unable to parse string as a number, got "),
-        ({"kind": "hinge"}, "trial: --kind: Input should be 'mse' or 'bce', got 'hinge'"),
-        ({"names": ["a", 1]}, "trial: --names.1: Input should be a valid string, got 1"),
-        ({"num_steps": 3}, "trial: --num-steps: no such setting; `cappy trial --help` lists them"),
-        ({"rates": 3}, "trial: --rates: no such setting; did you mean rate?"),
-        ({"target": None}, "trial: --target: Input is not a valid path for <class 'pathlib.Path'>, got None"),
-        ({"names": ["bad"]}, "trial: --names: may not hold 'bad'"),
+        ({"rate": 0}, "--rate", ("greater than 0", "got 0")),
+        ({"rate": "x" * 99}, "--rate", ("number", "got 'xxx")),
+        ({"kind": "hinge"}, "--kind", ("'mse' or 'bce'", "got 'hinge'")),
+        ({"names": ["a", 1]}, "--names.1", ("string", "got 1")),
+        ({"num_steps": 3}, "--num-steps", ("no such setting", "`cappy trial --help`")),
+        ({"rates": 3}, "--rates", ("no such setting", "did you mean rate?")),
+        ({"target": None}, "--target", ("path", "got None")),
+        ({"names": ["bad"]}, "--names", ("'bad'",)),
     ],
 )
-def test_a_wrong_value_is_named_with_its_flag_and_rule(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as error:
+def test_a_wrong_value_is_named_with_its_flag_and_rule(
+    values: dict[str, Any], flag: str, rule: tuple[str, ...]
+) -> None:
+    with raises_naming(ConfigError, *rule) as error:
         build(TrialConfig, {**PLACES, **values})
-    assert str(error.value).startswith(message)
+    assert str(error.value).startswith(f"trial: {flag}: ")
     assert len(str(error.value)) < 200
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_value_is_named_without_a_value() -> None:
-    with pytest.raises(ConfigError) as error:
+    with raises_naming(ConfigError, "trial: --target: ", "required") as error:
         build(TrialConfig, {"source": "s"})
-    assert str(error.value) == "trial: --target: Field required"
+    assert "got" not in str(error.value)
 
 
 def test_settings_are_frozen_and_by_name_only() -> None:
@@ -111,14 +114,12 @@ def test_no_text_means_no_settings() -> None:
 
 @pytest.mark.parametrize("text", ["{}", "é", "abc", "AAAA", encode({"a": 1})[:-3]])
 def test_what_encode_did_not_write_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with raises_naming(ConfigError, "settings: ", shown(text), "cappy.config.encode"):
         decode(text)
-    remedy = "write them with cappy.config.encode"
-    assert str(error.value) == f"settings: not an encoded JSON ({shown(text)}); {remedy}"
 
 
 def test_encoded_settings_must_be_an_object() -> None:
-    with pytest.raises(ConfigError, match=r"^settings: must hold an object, got \[1\]$"):
+    with pytest.raises(ConfigError, match=r"^settings: .*object, got \[1\]$"):
         decode("WzFd")
 
 

@@ -1,5 +1,6 @@
 """Locks, files that appear whole, and folders of their owner alone."""
 
+import errno
 import fcntl
 import os
 import stat
@@ -7,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
 
 from cappy.errors import FolderError
-from cappy.files import make_private, open_lock, replacing
+from cappy.files import hold_lock, lock_holder, make_private, open_lock, replacing
 from cappy.records import Manifest
 from cappy.records.folder import File, publish, put, sha256_of, write_bytes
 from cappy.records.work import claim
@@ -77,7 +79,7 @@ def test_no_lock_is_opened_through_a_symbolic_link(name: str, tmp_path: Path) ->
     folder = tmp_path / "shared"
     folder.mkdir()
     (folder / file).symlink_to(victim)
-    with pytest.raises(FolderError, match=rf"^\S*{file}: is a symbolic link, and a lock file must not be one; delete"):
+    with pytest.raises(FolderError, match=rf"^\S*{file}: .*symbolic link.*lock.*; delete"):
         hold(folder)
     assert victim.read_text() == "what matters"
 
@@ -90,14 +92,14 @@ def test_the_lock_of_a_piece_of_work_does_not_overwrite_what_a_link_names(tmp_pa
     for link in (os.symlink, os.link):
         (folder / ".lock").unlink()
         link(victim, folder / ".lock")
-        with pytest.raises(FolderError, match="a lock file must not"), claim(tmp_path / "work", "annotation", {}):
+        with pytest.raises(FolderError, match="lock: .*link"), claim(tmp_path / "work", "annotation", {}):
             pytest.fail("it is no lock")
     assert victim.read_text() == "what matters"
 
 
 def test_a_link_that_leads_nowhere_makes_no_file_there(tmp_path: Path) -> None:
     (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(FolderError, match="is a symbolic link"):
+    with pytest.raises(FolderError, match="lock: .*symbolic link"):
         open_lock(tmp_path / "lock")
     assert not (tmp_path / "elsewhere").exists()
 
@@ -107,6 +109,8 @@ def test_what_is_no_file_is_refused_at_once_as_a_lock(make: Callable[[Path], Non
     make(tmp_path / "lock")
     with pytest.raises(FolderError, match="no regular file"):
         open_lock(tmp_path / "lock")
+    with pytest.raises(FolderError, match="no regular file"), hold_lock(tmp_path / "lock"):
+        pytest.fail("it is no lock")
 
 
 def test_a_lock_is_its_owners_alone_and_no_child_inherits_it(umask: int, tmp_path: Path) -> None:
@@ -119,6 +123,42 @@ def test_a_lock_is_its_owners_alone_and_no_child_inherits_it(umask: int, tmp_pat
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def test_a_lock_that_is_held_is_its_owners_alone_and_names_the_process(umask: int, tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with hold_lock(path):
+        assert mode(path) == 0o600
+        assert lock_holder(path) == str(os.getpid())
+        held = [number for number in range(256) if _is_open(number, path)]
+        assert len(held) == 1
+        assert not os.get_inheritable(held[0])
+        with pytest.raises(Timeout), hold_lock(path, patience=0):
+            pytest.fail("it is held")
+        with open_lock(path) as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with hold_lock(path, patience=0):
+        pass
+
+
+def _is_open(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
+def test_a_disk_without_the_kernels_locks_is_no_place_for_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock by a file's being there would stay when its process is killed."""
+
+    def missing(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with pytest.raises(OSError, match="not implemented"), hold_lock(tmp_path / "lock"):
+        pytest.fail("it is no lock")
+
+
 def test_every_lock_of_the_project_is_opened_in_one_place() -> None:
     """flock, on a file that something else opened, is how the next one would come in."""
     root = Path(__file__).parents[1]
@@ -126,6 +166,7 @@ def test_every_lock_of_the_project_is_opened_in_one_place() -> None:
         for path in (root / package).rglob("*.py"):
             text = path.read_text()
             assert "flock(" not in text or "open_lock(" in text, path
+            assert "FileLock(" not in text or path.name == "files.py", path
             assert "lockf(" not in text, path
 
 
@@ -229,6 +270,6 @@ def test_publishing_follows_no_link_to_a_folder_out_of_the_target(tmp_path: Path
     outside.mkdir()
     (target / "scorer").symlink_to(outside)
     file = File(name="scorer/config.json", sha256=sha256_of(work / "scorer" / "config.json"))
-    with pytest.raises(FolderError, match="scorer: is a symbolic link, which leads out of the folder"):
+    with pytest.raises(FolderError, match="scorer: .*symbolic link"):
         publish(work, target, Manifest(step="step", files=(file,)))
     assert list(outside.iterdir()) == []

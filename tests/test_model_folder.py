@@ -180,7 +180,7 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text('{"sep_token": "<unk>"}')
     for load in (Scorer.load, load_generator):
-        with pytest.raises(FolderError, match=rf"{Path(name).name}: is not in the folder's manifest.json; delete"):
+        with pytest.raises(FolderError, match=rf"{Path(name).name}: .* manifest.json; delete"):
             load(str(folder))
 
 
@@ -349,7 +349,7 @@ def test_deeply_nested_json_ends_in_one_line(foreign: Path) -> None:
 
 def test_an_index_that_names_weights_elsewhere_is_refused(foreign: Path) -> None:
     edit(foreign / "model.safetensors.index.json", weight_map={"a": "../other/model.safetensors"})
-    with pytest.raises(FolderError, match="names weights outside the folder"):
+    with pytest.raises(FolderError, match="outside the folder"):
         Scorer.load(str(foreign))
 
 
@@ -358,7 +358,7 @@ def test_a_generator_whose_weights_lack_a_parameter_is_refused(causal_folder: Pa
     folder = tmp_path / "llm"
     shutil.copytree(causal_folder, folder)
     edit(folder / "config.json", num_hidden_layers=2)
-    with pytest.raises(FolderError, match=r"its weights lack model\.layers\.1\."):
+    with pytest.raises(FolderError, match=r"lack model\.layers\.1\."):
         load_generator(str(folder))
 
 
@@ -371,7 +371,7 @@ def test_a_manifest_from_elsewhere_may_state_sizes_no_more_than_others(foreign: 
 
 @pytest.mark.parametrize("text", ["hub:../../etc@0123456", "hub:a/..@0123456", "hub:/a/b@0123456", "hub:a/b/c@0123456"])
 def test_a_hub_spec_is_no_path(text: str) -> None:
-    with pytest.raises(ConfigError, match="a hub spec is hub:org/name@revision"):
+    with pytest.raises(ConfigError, match="hub:org/name@revision"):
         parse_spec(text)
 
 
@@ -380,14 +380,14 @@ def test_a_branch_that_looks_like_a_commit_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path / "snapshots" / commit))
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(sha=commit))
     assert hub_folder(parse_spec(f"hub:org/name@{commit[:7]}")).name == commit
-    with pytest.raises(ConfigError, match="give the whole commit hash"):
+    with pytest.raises(ConfigError, match="deadbeef.*whole commit"):
         hub_folder(parse_spec("hub:org/name@deadbeef"))
 
 
 def test_links_to_other_folders_are_refused(foreign: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (foreign / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(FolderError, match="additional_chat_templates: is a link"):
+    with pytest.raises(FolderError, match="additional_chat_templates: .*link"):
         Scorer.load(str(foreign))
 
 
@@ -395,7 +395,7 @@ def test_a_tokenizer_with_tokens_that_the_model_has_not_is_refused(foreign: Path
     tokenizer = json.loads((foreign / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["cat"] = 10**6
     (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(FolderError, match=r"its tokenizer has token 1000000, the model has none such"):
+    with pytest.raises(FolderError, match=r"tokenizer .*token 1000000"):
         Scorer.load(str(foreign))
 
 
@@ -405,7 +405,7 @@ def test_a_pattern_that_gives_up_on_a_text_is_one_line_and_the_scorer_goes_on(fo
     tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pattern, tokenizer["pre_tokenizer"]]}
     (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
     scorer = Scorer.load(str(foreign), precision="fp32")
-    with pytest.raises(FolderError, match="tokenizer gave up on a text"):
+    with pytest.raises(FolderError, match="tokenizer gave up"):
         scorer.score([("a" * 5000 + "b", "a")])
     assert len(scorer.score([("where is the cat", "mat")])) == 1
 

@@ -67,7 +67,7 @@ BOMBS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("parts", "words"), BOMBS.values(), ids=BOMBS)
 def test_a_tokenizer_that_multiplies_texts_is_refused(parts: dict[str, Any], words: str, foreign: Path) -> None:
     edit(foreign / "tokenizer.json", **parts)
-    with pytest.raises(FolderError, match=f"its tokenizer cannot be read .*{words}"):
+    with pytest.raises(FolderError, match=f"tokenizer .*{words}"):
         open_model_folder(foreign).tokenizer()
 
 
@@ -91,14 +91,14 @@ def test_a_panic_of_the_tokenizers_library_is_one_line(foreign: Path) -> None:
 def test_a_table_of_a_tokenizer_is_no_path(key: str, foreign: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.json").write_text('{"SECRET": 0}')
     edit(foreign / "tokenizer_config.json", **{key: str(tmp_path / "secret.json")})
-    with pytest.raises(FolderError, match=f"tokenizer_config.json: names other files to load .{key}."):
+    with pytest.raises(FolderError, match=f"tokenizer_config.json: .*other files .*{key}"):
         open_model_folder(foreign)
 
 
 def test_an_index_names_no_hidden_weights_which_nobody_hashed(foreign: Path) -> None:
     (foreign / "model.safetensors").rename(foreign / ".weights.safetensors")
     edit(foreign / "model.safetensors.index.json", weight_map={"classifier.weight": ".weights.safetensors"})
-    with pytest.raises(FolderError, match="names weights outside the folder, or hidden ones"):
+    with pytest.raises(FolderError, match="outside the folder, or hidden"):
         open_model_folder(foreign)
 
 

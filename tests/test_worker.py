@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from wording import assert_names
 
 from cappy.config import encode
 from cappy.progress import FileProgress, LineProgress, State, read_state
@@ -72,7 +73,7 @@ def test_an_error_that_a_person_can_mend_is_one_line_and_status_1(
     assert ended.value.code == 1
     written = capsys.readouterr()
     assert written.out == ""
-    assert written.err.startswith(f"cappy preparation: {tmp_path / 'none'}: no such file or folder; ")
+    assert written.err.startswith(f"cappy preparation: {tmp_path / 'none'}: ")
     assert written.err.count("\n") == 1
     record = read_record(tmp_path / "w", "f")
     assert record is not None
@@ -267,4 +268,5 @@ def test_a_step_that_takes_too_long_is_asked_to_end_and_says_why(tmp_path: Path)
     environment = {**os.environ, TIMEOUT_VARIABLE: "0.2"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGTERM
-    assert done.stderr == "cappy sampling: took longer than 0.2 seconds; give it more hours in the recipe\n"
+    assert done.stderr.count("\n") == 1
+    assert_names(done.stderr, "cappy sampling: ", "0.2 seconds", "more hours")

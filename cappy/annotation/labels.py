@@ -1,18 +1,27 @@
-"""Labels for candidates: what each source means, and the candidates that training needs beside the sampled ones."""
+"""Labels for candidates: what each source means, and the candidates that training needs beside the sampled ones.
 
-from collections.abc import Iterator, Mapping, Sequence
+References are right and mismatches wrong on purpose: the references of other instances, drawn among the instances
+given, which in the step are those of one part. `regression_rows` are what training reads of a labelled instance.
+"""
+
+import random
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from cappy.annotation import mismatches
 from cappy.annotation.metrics import Metric, Pool, parse
-from cappy.annotation.rouge import partly_visible, visible
+from cappy.annotation.rouge import partly_visible, rouge_l_pools, visible
 from cappy.errors import RecordError, shown
 from cappy.reasoning import has_reasoning
 from cappy.records import Candidate, Instance
-from cappy.records.instance import GIVEN
+from cappy.records.instance import GIVEN, Source
 
 Recipe = Literal["default", "paper"]
+
+NEARLY_RIGHT = 0.5
+"""Rouge-L against the instance's own references from which a mismatch is no wrong response."""
+_SPARE_DRAWS = 4
+"""Draws beyond those asked for, in case that some are nearly right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,28 +39,20 @@ def annotate(instances: Sequence[Instance], labelling: Labelling) -> Iterator[In
     """Instances with `labels[name]` on every candidate, references and mismatches added to their candidates.
 
     A reference is 1, a mismatch 0, a choice 1 if it is a reference and else 0, an LLM's response its metric (Cappy,
-    §3.1). Where one text stands twice, training takes the first (see `rows`): the reference, then what was sampled,
-    then the mismatch; under the `paper` recipe the mismatch before what was sampled.
+    §3.1). Where one text stands twice, training takes the first (see `regression_rows`): the reference, then what was
+    sampled, then the mismatch; under the `paper` recipe the mismatch before what was sampled.
     """
     _refuse_unlabelled(instances)
     kept = [[one for one in instance.candidates if one.source in ("llm", "choice")] for instance in instances]
     sampled = [[one for one in candidates if one.source == "llm"] for candidates in kept]
     metric = iter(labelling.metric([Pool(*pool) for pool in zip(instances, sampled, strict=True)]).tolist())
-    wrong = _mismatches(instances, kept, labelling)
+    wrong = _draw_mismatches(instances, kept, labelling)
     for instance, candidates, texts in zip(instances, kept, wrong, strict=True):
-        planted = [Candidate(response=text, source="mismatch") for text in texts]
+        mismatches = [Candidate(response=text, source="mismatch") for text in texts]
         references = _references(instance, candidates, repeated=labelling.recipe == "paper")
-        middle = [*planted, *candidates] if labelling.recipe == "paper" else [*candidates, *planted]
+        middle = [*mismatches, *candidates] if labelling.recipe == "paper" else [*candidates, *mismatches]
         labelled = (one.labelled(labelling.name, _label(one, instance, metric)) for one in (*references, *middle))
         yield replace(instance, candidates=tuple(labelled))
-
-
-def _refuse_unlabelled(instances: Sequence[Instance]) -> None:
-    """RecordError where nothing says what is correct: prepared to be scored, not to learn from."""
-    for instance in instances:
-        if not instance.references and not any(GIVEN in candidate.labels for candidate in instance.candidates):
-            remedy = "prepare it with references and without --unlabelled"
-            raise RecordError(f"instance {shown(instance.instance_id)}: has no reference to compare with; {remedy}")
 
 
 def count(instances: Sequence[Instance], *, name: str, mismatches: int) -> Mapping[str, int]:
@@ -69,15 +70,64 @@ def count(instances: Sequence[Instance], *, name: str, mismatches: int) -> Mappi
         partly += any(map(partly_visible, instance.references)) or any(map(partly_visible, texts))
     responses = [one.response for instance in instances for one in instance.candidates if one.source == "llm"]
     open_ended = (instance.candidates for instance in instances if not instance.choices)
-    planted = (sum(candidate.source == "mismatch" for candidate in candidates) for candidates in open_ended)
+    drawn = (sum(candidate.source == "mismatch" for candidate in candidates) for candidates in open_ended)
     counts = {
         "responses": len(responses),
         "with_reasoning": sum(map(has_reasoning, responses)),
         "invisible_to_rougeL": unseen,
         "partly_invisible_to_rougeL": partly,
-        "mismatches_missing": sum(max(0, mismatches - number) for number in planted),
+        "mismatches_missing": sum(max(0, mismatches - number) for number in drawn),
     }
     return {what: number for what, number in counts.items() if number}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """An (instruction, response, label) of the regression set, with where the response came from.
+
+    `source` (reference, choice, mismatch, llm), `generator` and `decoding` make every ablation of the paper a filter.
+    """
+
+    instance_id: str
+    instruction: str
+    response: str
+    label: float
+    source: Source
+    generator: str = ""
+    decoding: str = ""
+
+
+def regression_rows(instance: Instance, metric: str) -> Iterator[Row]:
+    """The instance's rows, duplicates dropped by response: the first one stands, so the order of candidates decides.
+
+    References are all kept: those that stand twice were written so by the `paper` recipe. RecordError where a
+    candidate has no label of this metric.
+    """
+    seen: set[str] = set()
+    for candidate in instance.candidates:
+        if metric not in candidate.labels:
+            remedy = "run cappy annotation on this folder first"
+            raise RecordError(f"instance {shown(instance.instance_id)}: a candidate has no label {metric!r}; {remedy}")
+        if candidate.response in seen and candidate.source != "reference":
+            continue
+        seen.add(candidate.response)
+        yield Row(
+            instance_id=instance.instance_id,
+            instruction=instance.instruction,
+            response=candidate.response,
+            label=candidate.labels[metric],
+            source=candidate.source,
+            generator=candidate.generator,
+            decoding=candidate.decoding,
+        )
+
+
+def _refuse_unlabelled(instances: Sequence[Instance]) -> None:
+    """RecordError where nothing says what is correct: prepared to be scored, not to learn from."""
+    for instance in instances:
+        if not instance.references and not any(GIVEN in candidate.labels for candidate in instance.candidates):
+            remedy = "prepare it with references and without --unlabelled"
+            raise RecordError(f"instance {shown(instance.instance_id)}: has no reference to compare with; {remedy}")
 
 
 def _label(candidate: Candidate, instance: Instance, metric: Iterator[float]) -> float:
@@ -100,13 +150,55 @@ def _references(instance: Instance, kept: Sequence[Candidate], *, repeated: bool
     return [Candidate(response=text, source="reference") for text in (texts if repeated else dict.fromkeys(texts))]
 
 
-def _mismatches(
+def _draw_mismatches(
     instances: Sequence[Instance], kept: Sequence[Sequence[Candidate]], labelling: Labelling
 ) -> list[list[str]]:
     if labelling.recipe == "paper":
-        return mismatches.published(instances, seed=labelling.seed)
+        return _published_mismatches(instances, seed=labelling.seed)
     own = [
         {*instance.references, *(candidate.response for candidate in candidates)}
         for instance, candidates in zip(instances, kept, strict=True)
     ]
-    return mismatches.unlike(instances, own, count=labelling.mismatches, seed=labelling.seed)
+    return _unlike_mismatches(instances, own, count=labelling.mismatches, seed=labelling.seed)
+
+
+def _unlike_mismatches(
+    instances: Sequence[Instance], own: Sequence[set[str]], *, count: int, seed: int
+) -> list[list[str]]:
+    """For each instance up to `count` different references of others of its task and template.
+
+    None is among its `own` texts, and none reaches `NEARLY_RIGHT`. An instance with choices gets none: its wrong
+    choices are there already.
+    """
+    pools = _reference_pools(instances, lambda instance: (instance.task, instance.template))
+    drawn: list[list[str]] = []
+    for instance, texts in zip(instances, own, strict=True):
+        pool = pools[instance.task, instance.template]
+        wanted = 0 if instance.choices else min(len(pool), count and count + _SPARE_DRAWS)
+        picks = random.Random(f"{seed} {instance.instance_id}").sample(pool, wanted)
+        drawn.append([text for text in picks if text not in texts])
+    values = iter(rouge_l_pools([instance.references for instance in instances], drawn).tolist())
+    return [[text for text in texts if next(values) < NEARLY_RIGHT][:count] for texts in drawn]
+
+
+def _published_mismatches(instances: Sequence[Instance], *, seed: int) -> list[list[str]]:
+    """As the published code draws: for each reference one of all references of the task, right or wrong.
+
+    One that is already a text of the instance is dropped and not drawn again (cappy_bigbench.py:31-37).
+    """
+    pools = _reference_pools(instances, lambda instance: instance.task)
+    drawn = []
+    for instance in instances:
+        rng = random.Random(f"{seed} {instance.instance_id}")
+        pool = pools[instance.task]
+        picks = [] if instance.choices else [rng.choice(pool) for _ in instance.references]
+        drawn.append([text for text in dict.fromkeys(picks) if text not in instance.references])
+    return drawn
+
+
+def _reference_pools(instances: Iterable[Instance], key: Callable[[Instance], Hashable]) -> dict[Hashable, list[str]]:
+    """The different references of the instances of each key, in order."""
+    pools: dict[Hashable, dict[str, None]] = {}
+    for instance in instances:
+        pools.setdefault(key(instance), {}).update(dict.fromkeys(filter(str.strip, instance.references)))
+    return {name: list(texts) for name, texts in pools.items()}

@@ -5,41 +5,37 @@
 to 1.
 """
 
-import importlib
 import math
 import re
+import string
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from cappy.annotation.numbers import last_number, readings
 from cappy.errors import ConfigError, RecordError, shown
 from cappy.records import Candidate, Instance
 from cappy.records.instance import GIVEN
 
-Floats = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    from sacrebleu.metrics import BLEU, CHRF
 
-METRICS: Mapping[str, str] = {
-    "rougeL": "cappy.annotation.rouge_columns:rouge_l_pools",
-    "rougeL_unicode": "cappy.annotation.unicode_rouge:rouge_l",
-    "exact_match": "cappy.annotation.matches:exact_match",
-    "numeric_match": "cappy.annotation.matches:numeric_match",
-    "token_f1": "cappy.annotation.matches:token_f1",
-    "chrf": "cappy.annotation.ngrams:chrf",
-    "bleu": "cappy.annotation.ngrams:bleu",
-    GIVEN: "",
-}
-"""Name -> module:function, imported when the metric is used; `given` computes nothing."""
-POOLED = frozenset({"rougeL"})
-"""Metrics whose function takes the references and responses of many instances at once; the others take one response."""
-LIBRARIES: Mapping[str, str] = {"rougeL": "nltk", "chrf": "sacrebleu", "bleu": "sacrebleu"}
-"""Name -> the library whose release decides its values (of Rouge-L, the stemmer's)."""
+Floats = npt.NDArray[np.float64]
 
 _TERM = re.compile(r"(?:([0-9]*\.?[0-9]+)\*)?(\w+)")
 _SUM_TOLERANCE = 1e-6
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_LIBRARIES: Mapping[str, str] = {"rougeL": "nltk", "chrf": "sacrebleu", "bleu": "sacrebleu"}
+"""Name -> the library whose release decides its values (of Rouge-L, the stemmer's)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +71,7 @@ def parse(text: str) -> dict[str, float]:
 
 def load(text: str) -> Metric:
     """The function of a metric or mixture; of `given`, RecordError where a candidate came without a label."""
-    terms = [(_metric(name), weight) for name, weight in parse(text).items()]
+    terms = [(METRICS[name], weight) for name, weight in parse(text).items()]
     if len(terms) == 1:
         return terms[0][0]
 
@@ -89,10 +85,10 @@ def load(text: str) -> Metric:
 
 def versions(text: str) -> dict[str, str]:
     """Release of every library that decides the values of a metric or mixture."""
-    return {LIBRARIES[name]: version(LIBRARIES[name]) for name in parse(text) if name in LIBRARIES}
+    return {_LIBRARIES[name]: version(_LIBRARIES[name]) for name in parse(text) if name in _LIBRARIES}
 
 
-def given(pools: Sequence[Pool]) -> Floats:
+def _given(pools: Sequence[Pool]) -> Floats:
     """The labels that the candidates brought."""
     return np.array(
         [_brought(pool.instance, candidate) for pool in pools for candidate in pool.candidates], dtype=float
@@ -107,20 +103,93 @@ def _brought(instance: Instance, candidate: Candidate) -> float:
     return candidate.labels[GIVEN]
 
 
-def _metric(name: str) -> Metric:
-    if name == GIVEN:
-        return given
-    module, _, attribute = METRICS[name].partition(":")
-    function = getattr(importlib.import_module(module), attribute)
-    return _of_pools(function) if name in POOLED else _one_by_one(function)
+def exact_match(references: Sequence[str], response: str) -> float:
+    """1 if the response is one of the references, Unicode's composed forms and runs of white space apart; else 0.
+
+    Case and punctuation count.
+    """
+    wanted = _composed(response)
+    return float(any(_composed(reference) == wanted for reference in references))
 
 
-def _of_pools(function: Callable[[Sequence[Sequence[str]], Sequence[Sequence[str]]], Floats]) -> Metric:
-    def metric(pools: Sequence[Pool]) -> Floats:
-        responses = [[candidate.response for candidate in pool.candidates] for pool in pools]
-        return function([pool.instance.references for pool in pools], responses)
+def numeric_match(references: Sequence[str], response: str) -> float:
+    """1 if the last number of the response equals the last number of a reference, else 0; see `last_number`.
 
-    return metric
+    The last, because worked solutions end with their answer (GSM8K's do; Cobbe et al. 2021); in LaTeX the last box's
+    (MATH's; Hendrycks et al. 2021). Signs and decimals count, spelling does not: 5 and -5 differ; 1,000.0, 1 000 and
+    1000 do not. Where a comma of the response may be a decimal comma or a list's, either reading will do.
+    """
+    found = readings(response)
+    return float(found[0] is not None and any(last_number(reference) in found for reference in references))
+
+
+def token_f1(references: Sequence[str], response: str) -> float:
+    """F1 of the words in common, in whatever order; the best over the references (SQuAD; Rajpurkar et al. 2016, §6.1).
+
+    Equal to the evaluation script of SQuAD 2.0 to the last bit: words are lower-cased; ASCII punctuation and the
+    articles a, an, the are dropped, so that $500 is 500 and C++ is C. Two texts without words are equal.
+    """
+    words = Counter(_words(response))
+    return max((_f1(Counter(_words(reference)), words) for reference in references), default=0.0)
+
+
+def _f1(target: Counter[str], words: Counter[str]) -> float:
+    if not target or not words:
+        return float(not target and not words)
+    common = (target & words).total()
+    if not common:
+        return 0.0
+    precision, recall = common / words.total(), common / target.total()
+    return 2 * precision * recall / (precision + recall)
+
+
+def _words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
+
+
+def _composed(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def chrf(references: Sequence[str], response: str) -> float:
+    """chrF2 of a response, 0 to 1, the best over the references: character n-grams up to 6 (Popović 2015)."""
+    return max((_chrf().sentence_score(response, [reference]).score / 100 for reference in references), default=0.0)
+
+
+def bleu(references: Sequence[str], response: str) -> float:
+    """Sentence BLEU, 0 to 1, over all references at once (Papineni et al. 2002).
+
+    Tokens are 13a, n-grams up to 4 or to the response's length, zero counts smoothed by halving: a sentence is short,
+    and one missing 4-gram would make it 0.
+    """
+    return min(1.0, _bleu().sentence_score(response, list(references)).score / 100) if references else 0.0
+
+
+@cache
+def _chrf() -> "CHRF":
+    from sacrebleu.metrics import CHRF
+
+    return CHRF()
+
+
+@cache
+def _bleu() -> "BLEU":
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(effective_order=True)
+
+
+def _rouge_l(pools: Sequence[Pool]) -> Floats:
+    from cappy.annotation.rouge import rouge_l_pools
+
+    responses = [[candidate.response for candidate in pool.candidates] for pool in pools]
+    return rouge_l_pools([pool.instance.references for pool in pools], responses)
+
+
+def _rouge_l_unicode(references: Sequence[str], response: str) -> float:
+    from cappy.annotation.rouge import rouge_l_unicode
+
+    return rouge_l_unicode(references, response)
 
 
 def _one_by_one(function: Callable[[Sequence[str], str], float]) -> Metric:
@@ -132,3 +201,16 @@ def _one_by_one(function: Callable[[Sequence[str], str], float]) -> Metric:
         return np.fromiter(chain.from_iterable(map(of_pool, pools)), dtype=np.float64)
 
     return metric
+
+
+METRICS: Mapping[str, Metric] = {
+    "rougeL": _rouge_l,
+    "rougeL_unicode": _one_by_one(_rouge_l_unicode),
+    "exact_match": _one_by_one(exact_match),
+    "numeric_match": _one_by_one(numeric_match),
+    "token_f1": _one_by_one(token_f1),
+    "chrf": _one_by_one(chrf),
+    "bleu": _one_by_one(bleu),
+    GIVEN: _given,
+}
+"""The function of each; what it needs beside numpy is imported when it is used."""

@@ -1,13 +1,13 @@
 """The annotation step: labels for the candidates of a folder of instances."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from cappy.annotation.metrics import METRICS, load, parse, versions
-from cappy.config import DEFAULT_WORK, Fresh, Location, Work, Workers, identity, settings
+from cappy.config import ADVANCED, DEFAULT_WORK, Fresh, Location, Work, Workers, identity, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
@@ -27,15 +27,18 @@ class AnnotationConfig:
     ] = "rougeL"
     recipe: Annotated[
         Literal["default", "paper"],
+        ADVANCED,
         Field(description="paper repeats the published regression set with its quirks; see docs/annotation.md"),
     ] = "default"
     mismatches: Annotated[
         int,
+        ADVANCED,
         Field(ge=0, description="Wrong responses per instance: references of others, label 0; paper: 1 per reference"),
     ] = 1
-    seed: Annotated[int, Field(description="Seed of the draw of mismatches")] = 0
+    seed: Annotated[int, ADVANCED, Field(description="Seed of the draw of mismatches")] = 0
     part_rows: Annotated[
         int,
+        ADVANCED,
         Field(ge=1, description="Instances per part: a killed run continues at one, mismatches are drawn within one"),
     ] = 512
     shard: ShardOf = ""
@@ -53,15 +56,13 @@ class AnnotationConfig:
 
 def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
     """Annotates `source` into `target`; a killed run continues where it was."""
-    from cappy.annotation.cautions import cautions
     from cappy.annotation.labels import count
     from cappy.records.parts import process_folder
     from cappy.records.work import claim, finish
 
     refuse_same(config.source, config.target)
     parent = read_manifest(config.source)
-    load(config.metric)
-    planted = config.mismatches if config.recipe == "default" else 0
+    mismatches = config.mismatches if config.recipe == "default" else 0
     with claim(config.work, "annotation", identity(config), [parent.hash], fresh=config.fresh) as folder:
         parts = process_folder(
             config.source,
@@ -70,7 +71,7 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
             rows=parse_shard(config.shard).rows(parent.rows),
             part_rows=config.part_rows,
             progress=progress,
-            count=partial(count, name=config.metric, mismatches=planted),
+            count=partial(count, name=config.metric, mismatches=mismatches),
             workers=config.workers,
         )
         metrics = {"instances": parts.rows, "candidates": parts.candidates, **parts.counts}
@@ -101,3 +102,28 @@ def _annotated(part: list[Instance], *, config: AnnotationConfig) -> Iterator[In
         seed=config.seed,
     )
     return annotate(part, labelling)
+
+
+def cautions(metrics: Mapping[str, float]) -> list[str]:
+    """What a person should know about the labels, by the counts in the manifest: sentences that end with what to do."""
+    found = []
+    if reasoning := metrics.get("with_reasoning", 0):
+        found.append(
+            f"{_share(reasoning, metrics['responses'])} responses hold reasoning such as <think>...</think>, which "
+            "the metric compares too; sample with --strip-reasoning"
+        )
+    instances = metrics.get("instances", 0)
+    remedy = "annotate with --metric rougeL_unicode or chrf"
+    if unseen := metrics.get("invisible_to_rougeL", 0):
+        found.append(f"{_share(unseen, instances)} instances have no reference that Rouge-L can see; {remedy}")
+    if partly := metrics.get("partly_invisible_to_rougeL", 0):
+        found.append(
+            f"{_share(partly, instances)} instances have a reference or response of which Rouge-L sees only a part, "
+            f"for it sees [a-z0-9] alone; {remedy}"
+        )
+    return found
+
+
+def _share(some: float, of: float) -> str:
+    """Such as "3 of 40 (7.5 %)"."""
+    return f"{some:,.0f} of {of:,.0f} ({100 * some / max(of, 1):.1f} %)"

@@ -3,12 +3,19 @@
     python -m cappy.builtin llm --target cappy/builtin/weights/llm
     python -m cappy.builtin scorer --target cappy/builtin/weights/scorer
 
-The scorer samples from the LLM that lies in its folder, so the LLM comes first.
+The scorer is pretrained on samples of the LLM that lies in its folder, so the LLM comes first. Work on the scorer is
+resumed where it was.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
+
+_MAX_LENGTH = 256
+_LEARNING_RATE = 1e-3
+_BATCH_TOKENS = 1024
+"""A forward pass of so many keeps the activations in cache: 160 pairs/s on one core, 125 with 2,048 (one trial)."""
 
 
 def main() -> None:
@@ -34,28 +41,52 @@ def main() -> None:
 
 
 def _make_llm(arguments: argparse.Namespace) -> None:
-    from cappy.builtin.llm import make
+    from cappy.builtin.llm import Job, make
 
     make(
-        arguments.target,
-        steps=arguments.steps,
-        processes=arguments.processes,
-        seed=arguments.seed,
-        num_per_family=arguments.num_per_family,
+        Job(
+            target=arguments.target,
+            steps=arguments.steps,
+            processes=arguments.processes,
+            seed=arguments.seed,
+            num_per_family=arguments.num_per_family,
+        )
     )
 
 
 def _make_scorer(arguments: argparse.Namespace) -> None:
-    from cappy.builtin.scorer import make
+    """Samples from the built-in LLM on the pretraining pool, annotates, and pretrains; each step resumes."""
+    from cappy.annotation.step import AnnotationConfig
+    from cappy.annotation.step import run as annotation
+    from cappy.preparation.step import PreparationConfig
+    from cappy.preparation.step import run as preparation
+    from cappy.sampling.step import SamplingConfig
+    from cappy.sampling.step import run as sampling
+    from cappy.training.pretraining import PretrainingConfig
+    from cappy.training.pretraining import run as pretraining
 
-    manifest = make(
-        arguments.target,
-        work=arguments.work,
-        num_per_family=arguments.num_per_family,
+    prepared, sampled, annotated = (arguments.work / name for name in ("prepared", "sampled", "annotated"))
+    common: dict[str, Any] = {"seed": arguments.seed, "work": arguments.work}
+    number = arguments.num_per_family
+    preparation(PreparationConfig(target=prepared, pool="pretraining", num_per_family=number, **common), _progress)
+    drawn = SamplingConfig(source=prepared, target=sampled, generator=("builtin",), strategy="sampling8", **common)
+    sampling(drawn, _progress)
+    annotation(AnnotationConfig(source=sampled, target=annotated, **common), _progress)
+    config = PretrainingConfig(
+        source=annotated,
+        target=arguments.target,
+        max_length=_MAX_LENGTH,
         epochs=arguments.epochs,
-        seed=arguments.seed,
-        progress=_progress,
+        learning_rate=_LEARNING_RATE,
+        batch_tokens=_BATCH_TOKENS,
+        batch_instances=16,
+        max_candidates=16,
+        relative=4.0,
+        listwise=0.0,
+        patience=100,
+        **common,
     )
+    manifest = pretraining(config, _progress)
     sys.stderr.write(f"{dict(manifest.metrics)}\n")
 
 

@@ -1,12 +1,12 @@
 """The built-in tasks: procedural families, drawn into pools and splits that share no instruction."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from random import Random
 from typing import Literal, TypeVar, get_args
 
-from cappy.builtin.families import choosing, dates, edits, lists, passages, quantities, records, sentences
-from cappy.builtin.family import Content, Family, content_hash
+from cappy.builtin.families import Content, Family, notation, questions, rewriting
 from cappy.errors import ConfigError, shown
 from cappy.records.instance import Instance, Split, prompt_hash
 
@@ -15,17 +15,7 @@ Pool = Literal["llm", "pretraining", "adaptation"]
 
 POOLS: tuple[Pool, ...] = get_args(Pool)
 FAMILIES: Mapping[str, Family] = {
-    family.name: family
-    for family in chain(
-        lists.FAMILIES,
-        edits.FAMILIES,
-        sentences.FAMILIES,
-        quantities.FAMILIES,
-        dates.FAMILIES,
-        records.FAMILIES,
-        passages.FAMILIES,
-        choosing.FAMILIES,
-    )
+    family.name: family for family in (*rewriting.FAMILIES, *notation.FAMILIES, *questions.FAMILIES)
 }
 
 _POOL_SHARES: Mapping[Pool, float] = {"llm": 0.5, "pretraining": 0.25, "adaptation": 0.25}
@@ -56,12 +46,12 @@ def instances(
     return chain.from_iterable(zip(*streams, strict=True))
 
 
-def pool_of(number: int) -> Pool:
+def _pool_of(number: int) -> Pool:
     """The pool of a content with this hash: half of all contents are the LLM's, a quarter each the scorer's pools."""
     return _share(_POOL_SHARES, (number & 0xFFFFFFFF) / 2**32)
 
 
-def split_of(pool: Pool, number: int) -> Split:
+def _split_of(pool: Pool, number: int) -> Split:
     """The split of a content with this hash inside its pool, by other bits than the pool's."""
     return _share(_SPLIT_SHARES[pool], (number >> 32) / 2**32)
 
@@ -95,10 +85,10 @@ def _stream(family: Family, pool: Pool, num: int, seed: int) -> Iterator[Instanc
     produced = misses = 0
     while produced < num:
         content = family.draw(rng)
-        number = content_hash(family, content)
+        number = _content_hash(family, content)
         instance = _instance(family, content, pool, number)
         prompt = prompt_hash(instance.instruction)
-        if pool_of(number) != pool or prompt in seen:
+        if _pool_of(number) != pool or prompt in seen:
             misses += 1
             if misses > _PATIENCE:
                 raise ConfigError(
@@ -112,6 +102,17 @@ def _stream(family: Family, pool: Pool, num: int, seed: int) -> Iterator[Instanc
         yield instance
 
 
+def _content_hash(family: Family, content: Content) -> int:
+    """64 bits that depend on the family and the slots, not on the template nor on case or white space.
+
+    Instructions that `prompt_hash` takes for equal have equal slots up to case and white space, so that whatever is
+    decided by this hash keeps them together.
+    """
+    values = (f"{name}={' '.join(content.slots[name].casefold().split())}" for name in sorted(content.slots))
+    text = "\n".join((family.name, *values))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
 def _instance(family: Family, content: Content, pool: Pool, number: int) -> Instance:
     index = number % 65_521 % len(family.templates)
     group = f"{family.name}/{number:016x}"
@@ -120,7 +121,7 @@ def _instance(family: Family, content: Content, pool: Pool, number: int) -> Inst
         group_id=group,
         task=family.name,
         template=f"{family.name}_{index}",
-        split=split_of(pool, number),
+        split=_split_of(pool, number),
         instruction=family.templates[index].format(**content.slots),
         references=content.references,
         choices=content.choices,

@@ -94,7 +94,7 @@ def cautions(manifest: Manifest | None) -> list[str]:
 
         return of_sampling(manifest.metrics, manifest.config, manifest.facts)
     if manifest.step == "annotation":
-        from cappy.annotation.cautions import cautions as of_annotation
+        from cappy.annotation.step import cautions as of_annotation
 
         return of_annotation(manifest.metrics)
     return []

@@ -136,8 +136,8 @@ def _optional(flag: inspect.Parameter, extras: Sequence[Extra]) -> inspect.Param
 
 
 def _plan(values: Mapping[str, Any]) -> bool:
-    from cappy.preparation.mixtures import load_mixture, text, to_json
-    from cappy.preparation.mixtures.facts import chosen
+    from cappy.preparation.mixtures import chosen, load_mixture
+    from cappy.preparation.mixtures.plan import text, to_json
 
     if not values["mixture"]:
         raise ConfigError("preparation: --plan shows a mixture; give --mixture t0, heldout or bigbench45")

@@ -20,7 +20,7 @@ from cappy.evaluation.parts import Part, part_of, pools_of
 from cappy.evaluation.pools import AnyScorer
 from cappy.evaluation.remembered import remembered
 from cappy.evaluation.step import EvaluationConfig
-from cappy.preparation import neighbours
+from cappy.preparation.leakage import SplitRows
 from cappy.progress import Progress
 from cappy.records import Instance, Manifest, Split, prompt_hash, read, write
 from cappy.records.folder import MANIFEST, verify
@@ -62,7 +62,7 @@ def folds(instances: Sequence[Instance], count: int, seed: int) -> Iterator[list
 
 
 def _without_near_held_out(instances: Sequence[Instance]) -> list[Instance]:
-    rows = neighbours.Rows()
+    rows = SplitRows()
     for one in instances:
         rows.add(one, one.split)
     left_out = rows.left_out()

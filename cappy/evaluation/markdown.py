@@ -3,8 +3,7 @@
 from cappy.evaluation.advice import advice
 from cappy.evaluation.report import Report
 from cappy.evaluation.verdict import verdict
-from cappy.pages.markdown import table, text
-from cappy.pages.words import metric_name, percent, signed
+from cappy.pages.words import metric_name, percent, signed, table, text
 
 
 def render(report: Report) -> str:

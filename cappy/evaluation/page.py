@@ -11,7 +11,7 @@ from cappy.evaluation.findings import Published, TaskRow
 from cappy.evaluation.report import SELECTORS, Report, sides, spread
 from cappy.evaluation.tuning import WEIGHTS
 from cappy.evaluation.verdict import outcome, verdict
-from cappy.pages import template
+from cappy.pages.page import render_template
 from cappy.pages.words import metric_name, percent, signed
 
 _TASK_COLUMNS = ("random", "likelihood", "mbr", "champion", "scorer", "hybrid_mbr", "oracle")
@@ -20,7 +20,7 @@ _TASK_COLUMNS = ("random", "likelihood", "mbr", "champion", "scorer", "hybrid_mb
 def render(report: Report) -> str:
     """The page; every text of the data in it is escaped."""
     filters = {"percent": percent, "signed": signed, "spread": spread}
-    return template.render(
+    return render_template(
         "evaluation",
         filters,
         report=report,

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from cappy.evaluation.findings import Calibrated, Coverage
 from cappy.evaluation.report import SELECTORS, Report
-from cappy.pages.plot import INK, QUIET, drawing, plain_axes, to_png, to_svg, to_svg_file
+from cappy.pages.page import INK, QUIET, drawing, plain_axes, to_png, to_svg, to_svg_file
 from cappy.pages.words import metric_name
 
 COLOURS: Mapping[str, str] = {

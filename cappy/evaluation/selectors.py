@@ -13,7 +13,7 @@ import numpy.typing as npt
 from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
-from cappy.annotation.rouge_columns import token_strings
+from cappy.annotation.rouge import token_strings
 from cappy.evaluation.pools import Pool, Vector
 from cappy.records import Candidate
 

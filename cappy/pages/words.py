@@ -1,4 +1,13 @@
-"""Numbers and names as a person reads them."""
+"""Numbers and names as a person reads them, and as Markdown that shows them and does nothing else.
+
+A task, a model or a response may be called anything: `<img onerror=...>`, `[x](javascript:...)`, a picture that tells a
+server who reads. What shows a report or a card (GitHub, MLflow, an editor) is not known here, and not all of them clean
+what they render. So nothing that `text`, `code` and `table` return is an element, a link, a picture or a new block, in
+CommonMark, GitHub's dialect or Python-Markdown.
+"""
+
+import re
+from collections.abc import Sequence
 
 _METRIC_NAMES = {
     "rougeL": "Rouge-L",
@@ -10,6 +19,17 @@ _METRIC_NAMES = {
     "bleu": "BLEU",
     "given": "given label",
 }
+_SPECIAL = re.compile(r"[\\`*_\[\]{}#]")
+_ENTITIES = {character: f"&#{ord(character)};" for character in "<>&|~$"}
+"""Not every dialect lets a backslash stand before these."""
+
+_BLOCK = re.compile(r"^([-+:](?=[-\s]|$)|=)|^(\d{1,9})([.)])(?=\s|$)")
+"""What would begin a list, an underline or a definition at the beginning of a line."""
+
+_LINK = re.compile(r"(?i)(?:javascript|vbscript|data|mailto|xmpp|tel):(?=\S)|:(?=//)|www\.|@(?=\w)")
+"""What renderers make a link of, or what a link with a program in it begins with."""
+_JOINER = "\u2060"
+"""Shows nothing and takes no room; no renderer reads an address across it."""
 
 
 def metric_name(metric: str) -> str:
@@ -25,3 +45,32 @@ def percent(value: float) -> str:
 def signed(value: float) -> str:
     """A difference x 100 with its sign."""
     return f"{100 * value:+z.1f}".replace("-", "−")
+
+
+def text(value: str) -> str:
+    """A text for the middle of a line: a sentence, a cell of a table, a heading's words."""
+    line = "".join(_ENTITIES.get(one, one) for one in _SPECIAL.sub(r"\\\g<0>", _one_line(value)))
+    line = _BLOCK.sub(lambda found: f"&#{ord(found[1])};" if found[1] else f"{found[2]}\\{found[3]}", line)
+    return _LINK.sub(lambda found: f"{found[0]}{_JOINER}", line)
+
+
+def code(value: str) -> str:
+    """A text for within backticks or a fenced block; a backtick becomes an apostrophe, since none may stand there."""
+    return _one_line(value).replace("`", "'")
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows as a table, the header first: the first column to the left, the others to the right."""
+    header, *body = [[text(cell) for cell in row] for row in rows]
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *body))
+
+
+def _one_line(value: str) -> str:
+    """The text without line breaks, and without what turns the order of letters or hides them."""
+    return "".join(" " if one.isspace() else one if _is_seen(one) else "\ufffd" for one in value).strip()
+
+
+def _is_seen(character: str) -> bool:
+    """Whether it shows, or joins letters and emoji as some languages need it."""
+    return character.isprintable() or character in "\u200c\u200d"

@@ -7,7 +7,7 @@ from typing import Any
 
 from cappy.plan.costs import CPU, HARDWARE, MOST_SHARDS, Cost, Terms, Work, cost
 from cappy.plan.volumes import Volumes
-from cappy.preparation.mixtures.table import PUBLISHED_MILLIONS
+from cappy.preparation.mixtures.plan import PUBLISHED_MILLIONS
 
 WIDTH = 110
 """Columns that no sentence exceeds."""

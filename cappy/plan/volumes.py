@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from cappy.errors import ConfigError, shown
 from cappy.plan.calibration import Calibration, Texts
-from cappy.preparation.mixtures import Mixture, PlanRow, load_mixture, plan
-from cappy.preparation.mixtures.plan import REFERENCE_AND_MISMATCH
+from cappy.preparation.mixtures import Mixture, load_mixture
+from cappy.preparation.mixtures.plan import REFERENCE_AND_MISMATCH, PlanRow, plan
 
 EVALUATED_ON: Mapping[str, str] = {"t0": "heldout"}
 """Mixture that a scorer is pretrained on -> the one that it is evaluated on."""

@@ -1,4 +1,4 @@
-"""BIG-bench tasks: the JSON of the benchmark, or its rows as `tasksource/bigbench` has them on the hub.
+"""Datasets that come as prompts: BIG-bench, as its JSON tasks or as `tasksource/bigbench` has it on the hub, and P3.
 
 BIG-Bench-Hard's files are tasks of the same shape without a name: theirs is the file's.
 
@@ -12,26 +12,29 @@ ones are taken.
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cappy.errors import FolderError, RecordError, shown
-from cappy.preparation.packing import readable
-from cappy.preparation.rows import Rows, Values
-from cappy.preparation.unused import Unused
+from cappy.preparation.columns import Unused
+from cappy.preparation.rows import Rows, Values, odd_character
+from cappy.preparation.text_files import readable
 from cappy.records import prompt_hash
 
-HELD_OUT = 0.2
-MIN_HELD_OUT = 16
+_HELD_OUT = 0.2
+_MIN_HELD_OUT = 16
 MAX_EXAMPLES = 50_000
 """Examples of a split that are kept, as in tasksource/bigbench."""
-MAX_TASK_BYTES = 512 * 2**20
+_MAX_TASK_BYTES = 512 * 2**20
 """Of a JSON task, which is read whole; the largest of the benchmark has about 200 MB."""
-TASK_FILE = "task.json"
+_TASK_FILE = "task.json"
 _HEAD_BYTES = 4_096
 _EXAMPLE = {"input", "target", "target_scores", "comment"}
+_P3 = {"inputs_pretokenized", "targets_pretokenized"}
+_BIGBENCH = {"inputs", "targets", "multiple_choice_targets"}
+_SPENT = frozenset(("inputs", "targets", "idx", "weight", "multiple_choice_scores", "answer_choices", "is_correct"))
+"""Columns of these datasets that say again, or count, what the others say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +47,12 @@ class Task:
 
 def is_task(path: Path) -> bool:
     """Whether a file is a JSON task: an object with examples, and not JSON Lines."""
-    if path.suffix != ".json" or path.name == TASK_FILE:
-        return path.name == TASK_FILE
+    if path.suffix != ".json" or path.name == _TASK_FILE:
+        return path.name == _TASK_FILE
     try:
         with path.open("rb") as file:
             begin = file.read(_HEAD_BYTES).lstrip()
-        if path.stat().st_size > MAX_TASK_BYTES or (begin and not begin.startswith(b"{")):
+        if path.stat().st_size > _MAX_TASK_BYTES or (begin and not begin.startswith(b"{")):
             return False
         found = json.loads(path.read_text(encoding="utf-8"))
         return isinstance(found, dict) and "examples" in found
@@ -62,7 +65,7 @@ def find_tasks(folder: Path) -> list[Path]:
 
     FolderError where some of its JSON files are tasks and others are not.
     """
-    if tasks := sorted(folder.rglob(TASK_FILE)):
+    if tasks := sorted(folder.rglob(_TASK_FILE)):
         return tasks
     files = sorted(folder.glob("*.json"))
     tasks = [file for file in files if is_task(file)]
@@ -76,7 +79,7 @@ def find_tasks(folder: Path) -> list[Path]:
 class Shares:
     """What is held out of a task: `test` of all its examples (see `split_rows`), `validation` of the rest."""
 
-    test: float = HELD_OUT
+    test: float = _HELD_OUT
     validation: float
 
 
@@ -90,13 +93,13 @@ def read_tasks(
     siblings = Counter(_top(path, root) for path in paths)
     seen: set[int] = set()
     for path in paths:
-        minimum = -(-MIN_HELD_OUT // siblings[_top(path, root)])
-        found = unique_rows(read_task(path, seed, unused), seen)
+        minimum = -(-_MIN_HELD_OUT // siblings[_top(path, root)])
+        found = _unique_rows(read_task(path, seed, unused), seen)
         for where, values in split_rows(found, seed=seed, shares=shares, minimum=minimum):
             yield where, {**values, "task": task} if task else values
 
 
-def unique_rows(task: Task, seen: set[int]) -> Task:
+def _unique_rows(task: Task, seen: set[int]) -> Task:
     """The task with each prompt once, without those that are `seen`; its own are added to them."""
     rows = []
     for where, values in task.rows:
@@ -117,7 +120,7 @@ def read_task(path: Path, seed: int, unused: Unused | None = None) -> Task:
     The order of appended choices is drawn by the seed, as the benchmark draws it by its own.
     """
     values = _object(path)
-    name = str(values.get("name") or (path.parent.name if path.name == TASK_FILE else path.stem))
+    name = str(values.get("name") or (path.parent.name if path.name == _TASK_FILE else path.stem))
     examples = values.get("examples")
     if not isinstance(examples, list) or not examples:
         raise RecordError(f"{path}: has no examples, got {shown(examples)}; choose a JSON task of BIG-bench")
@@ -133,7 +136,7 @@ def read_task(path: Path, seed: int, unused: Unused | None = None) -> Task:
     return Task(name=name, rows=rows)
 
 
-def split_rows(task: Task, *, seed: int, shares: Shares, minimum: int = MIN_HELD_OUT) -> Rows:
+def split_rows(task: Task, *, seed: int, shares: Shares, minimum: int = _MIN_HELD_OUT) -> Rows:
     """The task's rows with their splits: test is a share, at least `minimum` unless it is 0, validation of the rest."""
     rows = task.rows
     order = random.Random(f"{seed} {task.name}").sample(range(len(rows)), len(rows))
@@ -147,7 +150,7 @@ def split_rows(task: Task, *, seed: int, shares: Shares, minimum: int = MIN_HELD
         yield where, {**values, "split": place[index]}
 
 
-def _fields(where: str, task: Values, example: Mapping[str, Any], name: str, rng: random.Random) -> dict[str, Any]:
+def _fields(where: str, task: Values, example: Values, name: str, rng: random.Random) -> Values:
     scores = example.get("target_scores")
     if scores is not None and not (isinstance(scores, dict) and scores):
         raise RecordError(f"{where}: target_scores must be choices with their scores, got {shown(scores)}; mend it")
@@ -169,7 +172,7 @@ def _fields(where: str, task: Values, example: Mapping[str, Any], name: str, rng
     return {"instruction": prompt, "references": _targets(where, example), "choices": choices, "task": name}
 
 
-def _targets(where: str, example: Mapping[str, Any]) -> list[str]:
+def _targets(where: str, example: Values) -> list[str]:
     """The accepted answers: `target`, or the choices of the highest score."""
     if "target" in example:
         target = example["target"]
@@ -181,12 +184,12 @@ def _targets(where: str, example: Mapping[str, Any]) -> list[str]:
     return [choice for choice, score in scores.items() if score == best]
 
 
-def _text(where: str, example: Mapping[str, Any], name: str) -> str:
+def _text(where: str, example: Values, name: str) -> str:
     value = example.get(name)
     if not isinstance(value, str):
         raise RecordError(f"{where}: {name} must be a text, got {shown(value)}; mend it")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise RecordError(f"{where}: {name} holds half a character; delete it or write the whole one")
+    if odd := odd_character(value):
+        raise RecordError(f"{where}: {name} holds {odd}")
     return value
 
 
@@ -197,11 +200,11 @@ def _is_number(value: object) -> bool:
 def _object(path: Path) -> Values:
     with readable(path):
         size, data = path.stat().st_size, b""
-        if size <= MAX_TASK_BYTES:
+        if size <= _MAX_TASK_BYTES:
             data = path.read_bytes()
-    if size > MAX_TASK_BYTES:
+    if size > _MAX_TASK_BYTES:
         remedy = "cut it into several tasks"
-        raise RecordError(f"{path}: has {size:,} bytes, a task may have {MAX_TASK_BYTES:,}; {remedy}")
+        raise RecordError(f"{path}: has {size:,} bytes, a task may have {_MAX_TASK_BYTES:,}; {remedy}")
     try:
         values = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
@@ -210,3 +213,59 @@ def _object(path: Path) -> Values:
     if not isinstance(values, dict):
         raise RecordError(f"{path}: must be a JSON object, got {shown(values)}; choose a JSON task of BIG-bench")
     return values
+
+
+def map_known_columns(rows: Rows) -> Rows:
+    """The rows with the fields of the record, where their columns are known; others as they are.
+
+    P3's rows of a rank-classification evaluation stand once for each choice: those of the wrong ones are left out,
+    because every row lists all choices.
+    """
+    for where, values in rows:
+        if "instruction" in values:
+            yield where, values
+        elif values.keys() >= _P3:
+            if values.get("is_correct", True):
+                yield where, {**_other_columns(values, _P3), **_from_p3(where, values)}
+        elif values.keys() >= _BIGBENCH:
+            yield where, {**_other_columns(values, _BIGBENCH), **from_bigbench(where, values)}
+        else:
+            yield where, values
+
+
+def _other_columns(values: Values, read: set[str]) -> Values:
+    """The columns that the shape does not know."""
+    return {name: value for name, value in values.items() if name not in read and name not in _SPENT}
+
+
+def from_bigbench(where: str, values: Values) -> Values:
+    """The fields of a row of tasksource/bigbench."""
+    references = _texts(where, values, "targets")
+    choices = distinct_choices(_texts(where, values, "multiple_choice_targets"), references)
+    return {"instruction": values["inputs"], "references": list(references), "choices": list(choices)}
+
+
+def _from_p3(where: str, values: Values) -> Values:
+    """The fields of a row of P3, whose texts have blanks around them."""
+    for name in _P3:
+        if not isinstance(values[name], str):
+            raise RecordError(f"{where}: {name} must be a text, got {shown(values[name])}; choose another dataset")
+    target = values["targets_pretokenized"].strip()
+    listed = _texts(where, values, "answer_choices") if values.get("answer_choices") else ()
+    choices = distinct_choices([choice.strip() for choice in listed], [target])
+    return {"instruction": values["inputs_pretokenized"].strip(), "reference": target, "choices": list(choices)}
+
+
+def distinct_choices(choices: Sequence[str], references: Sequence[str]) -> tuple[str, ...]:
+    """The choices, repeated ones once; none where they are no choice or the answer is not among them."""
+    different = tuple(dict.fromkeys(filter(str.strip, choices)))
+    return different if len(different) > 1 and set(references) & set(different) else ()
+
+
+def _texts(where: str, values: Values, name: str) -> tuple[str, ...]:
+    """The text or texts in a field; RecordError for anything else."""
+    value = values.get(name)
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise RecordError(f"{where}: {name} must be a text or a list of texts; choose another dataset")
+    return tuple(found)

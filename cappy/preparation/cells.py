@@ -6,7 +6,6 @@ import json
 import re
 import tokenize
 from collections.abc import Iterator
-from typing import Any
 
 from cappy.errors import RecordError, shown
 from cappy.preparation.rows import Rows
@@ -31,7 +30,7 @@ MAX_CHARACTERS = 1_000_000
 """Of a text that is read as a list."""
 
 
-def listed(rows: Rows, *, cells: bool) -> Rows:
+def parse_lists(rows: Rows, *, cells: bool) -> Rows:
     """The rows with the lists that stand in them as text; `cells` says that the file knows no lists (CSV).
 
     RecordError where a field of several texts holds what looks like a list and cannot be read as one.
@@ -49,13 +48,14 @@ def listed(rows: Rows, *, cells: bool) -> Rows:
         yield where, {**values, **found} if found else values
 
 
-def _distinct(texts: Any) -> Any:
+def _distinct(texts: object) -> object:
     """The answers of SQuAD, which stand as a table of texts and places, each once."""
-    whole = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-    return list(dict.fromkeys(texts)) if whole else texts
+    if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+        return list(dict.fromkeys(texts))
+    return texts
 
 
-def _squad(where: str, name: str, text: str) -> Any:
+def _squad(where: str, name: str, text: str) -> object:
     """The answers of SQuAD in the text of such a table; the text itself where it has no places of answers."""
     if "answer_start" not in text:
         return text
@@ -67,7 +67,7 @@ def _squad(where: str, name: str, text: str) -> Any:
         raise RecordError(f"{where}: {what}; {remedy}") from error
 
 
-def _entry(text: str, key: str) -> Any:
+def _entry(text: str, key: str) -> object:
     """A text or a list under a key of an object as JSON, Python or NumPy write one; ValueError for anything else."""
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"longer than {MAX_CHARACTERS:,} characters")
@@ -94,7 +94,7 @@ def _segment(text: str, key: str) -> str:
     raise ValueError(f"it has no {shown(key)}")
 
 
-def _read(where: str, name: str, text: str, *, cells: bool) -> Any:
+def _read(where: str, name: str, text: str, *, cells: bool) -> object:
     bare = text.strip()
     if name in ("reference", "references") and _SQUAD.match(bare):
         return _squad(where, name, bare)
@@ -125,7 +125,7 @@ def _unquoted(where: str, name: str, text: str) -> str:
     raise RecordError(f"{where}: {name} holds a list of what are no texts, got {shown(text)}; {remedy}")
 
 
-def read_list(text: str) -> list[Any]:
+def read_list(text: str) -> list[object]:
     """The items of a list as JSON, Python or NumPy write one; ValueError for anything else.
 
     NumPy parts items by blanks, which Python would take for one long text: `['a' 'b']`.
@@ -141,7 +141,7 @@ def read_list(text: str) -> list[Any]:
     return found
 
 
-def _nested(text: str) -> list[Any]:
+def _nested(text: str) -> list[object]:
     try:
         found = ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
@@ -151,11 +151,11 @@ def _nested(text: str) -> list[Any]:
     return list(found)
 
 
-def _flat(text: str) -> list[Any]:
+def _flat(text: str) -> list[object]:
     bare = re.sub(r"^array\((.*?)(?:,\s*dtype=[\w<>'.]+)?\)$", r"\1", text, flags=re.DOTALL)
     if bare[:1] not in "[(" or bare[-1:] not in "])":
         raise ValueError("it has no end")
-    items: list[Any] = []
+    items: list[object] = []
     kinds: list[str] = []
     for kind, value in _tokens(bare[1:-1]):
         kinds.append(kind)
@@ -175,7 +175,7 @@ def _check_order(kinds: list[str]) -> None:
         raise ValueError("some items have no comma between them")
 
 
-def _tokens(text: str) -> Iterator[tuple[str, Any]]:
+def _tokens(text: str) -> Iterator[tuple[str, object]]:
     """Items and commas, in order."""
     sign = ""
     try:
@@ -208,7 +208,7 @@ def _bare(found: re.Match[str]) -> str:
     return found[0] if found[1] is None else found[1]
 
 
-def _literal(word: str) -> Any:
+def _literal(word: str) -> object:
     try:
         found = ast.literal_eval(word)
     except (ValueError, SyntaxError) as error:

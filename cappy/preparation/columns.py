@@ -1,22 +1,24 @@
-"""Files whose columns have names of their own: which field of the record is read from which column.
+"""Which field of the record is read from which column of a file, and what of a source nothing is read from.
 
 Without `--columns` every field is read under its own name. With it, prompt, answers, responses and what names a row
 (id, group, task, split) are still read under their own names where no column is named for them; labels go with
-responses and choices with answers; a column that another field is read from is read once.
+responses and choices with answers; a column that another field is read from is read once. A column that is not read is
+named once, and refused where leaving it out would change the task.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from cappy.errors import ConfigError, RecordError, shown
 from cappy.preparation.cells import read_list
-from cappy.preparation.fields import is_label
-from cappy.preparation.rows import Rows, Values, column_names
-from cappy.preparation.unused import Unused, holds
+from cappy.preparation.rows import Rows, Values, column_names, is_label
 from cappy.records.instance import SPLITS
 
-FIELDS = (
+_LOGGER = logging.getLogger("cappy.preparation")
+
+_FIELDS = (
     "instruction",
     "reference",
     "references",
@@ -40,7 +42,34 @@ _ANSWERS = {"reference", "references"}
 _RESPONSES = {"response", "responses", "candidates"}
 _LABELS = {"label", "labels"}
 _NAMING = {"instance_id", "id", "group_id", "task", "template", "original_task", "split"}
-_OWN = {*FIELDS, "id"}
+_OWN = {*_FIELDS, "id"}
+_APPENDED = "--columns input={name} appends it to the instruction"
+_BY_HAND = "write what the LLM is to see of it into the instruction"
+_PROMPT_PARTS = ("input", "context", "passage", "document", "article", "paragraph")
+_PREFERENCES = {"chosen": ("reference", "references"), "rejected": ("response", "responses")}
+"""Columns of preference data, with the fields in which their texts may stand already."""
+_MATTERS: Mapping[str, str] = {
+    **dict.fromkeys((*_PROMPT_PARTS, *(f"{name}s" for name in _PROMPT_PARTS)), _APPENDED),
+    "rejected": "--columns response={name} makes it a response",
+    "chosen": "--columns reference={name} makes it the reference",
+    **dict.fromkeys(("system", "systemprompt", "history", "messages", "conversation", "conversations"), _BY_HAND),
+}
+"""Columns without which a row is another task, with what reads them; names are compared by `_key`."""
+_CANDIDATE_FIELDS = frozenset(
+    (
+        "response",
+        "text",
+        "label",
+        "generator",
+        "system",
+        "decoding",
+        "seed",
+        "logprob_sum",
+        "logprob_mean",
+        "num_tokens",
+    )
+)
+_MOST_NAMED = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,25 +101,95 @@ class Columns:
         return frozenset(own - given - set(self.named.values()) - self.ignored)
 
 
-def parse(pairs: Sequence[str]) -> dict[str, str]:
+def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
     """Field -> column, from FIELD=COLUMN words; ConfigError for another form, an unknown or repeated field."""
     columns: dict[str, str] = {}
     for pair in pairs:
-        field, equals, column = pair.partition("=")
+        name, equals, column = pair.partition("=")
         if not equals or not column:
             raise ConfigError(
                 f"preparation: --columns: {shown(pair)} is not FIELD=COLUMN, such as instruction=question"
             )
-        if field not in FIELDS:
-            raise ConfigError(f"preparation: --columns: no field {shown(field)}; choose of {', '.join(FIELDS)}")
-        if field in columns:
-            both = f"{shown(columns[field])} and {shown(column)}"
-            raise ConfigError(f"preparation: --columns: {field} is read from one column, got {both}")
-        columns[field] = column
+        if name not in _FIELDS:
+            raise ConfigError(f"preparation: --columns: no field {shown(name)}; choose of {', '.join(_FIELDS)}")
+        if name in columns:
+            both = f"{shown(columns[name])} and {shown(column)}"
+            raise ConfigError(f"preparation: --columns: {name} is read from one column, got {both}")
+        columns[name] = column
     return columns
 
 
-def mapped(rows: Rows, columns: Columns, unused: Unused) -> Rows:
+@dataclass(slots=True, kw_only=True)
+class Unused:
+    """Columns, fields of candidates and settings that nothing came of, each with the place where it was seen first."""
+
+    name: str
+    found: dict[str, dict[str, str]] = field(default_factory=dict)
+    ignored: set[str] = field(default_factory=set)
+    said: dict[str, str] = field(default_factory=dict)
+
+    def columns(self, where: str, values: Values, read: Values, names: Iterable[str]) -> None:
+        """Notes columns of a row that are not `read`; RecordError for one that matters and whose text was not read."""
+        for name in names:
+            value = values[name]
+            if value in (None, "", [], {}) or (isinstance(value, str) and not value.strip()):
+                continue
+            key = _key(name)
+            if key in _MATTERS and not _is_redundant(key, value, read):
+                known = _BY_HAND if _MATTERS[key] == _APPENDED and not isinstance(value, str) else _MATTERS[key]
+                remedy = f"{known.replace('{name}', name)}, --ignore-columns {name} leaves it out"
+                raise RecordError(f"{where}: column {shown(name)} is not read, and matters; {remedy}")
+            self.note("columns", where, name)
+
+    def candidates(self, where: str, values: Values) -> None:
+        """Notes fields of a row's candidates that no record keeps."""
+        items = values.get("candidates")
+        for item in items if isinstance(items, list) else ():
+            if isinstance(item, dict) and not item.keys() <= _CANDIDATE_FIELDS:
+                for name in item.keys() - _CANDIDATE_FIELDS:
+                    self.note("candidate_fields", where, name)
+
+    def seen(self, ignored: Iterable[str]) -> None:
+        """Notes that columns of --ignore-columns are there."""
+        self.ignored.update(ignored)
+
+    def say(self, name: str, text: str) -> None:
+        """Notes a sentence that the run has to say, once."""
+        self.said.setdefault(name, text)
+
+    def check(self, ignored: Iterable[str]) -> None:
+        """ConfigError for a column of --ignore-columns that no row has."""
+        for name in sorted(set(ignored) - self.ignored):
+            raise ConfigError(f"{self.name}: --ignore-columns {name}: no row has that column; leave it out")
+
+    def names(self, kind: str) -> str:
+        """The names of a kind that were noted, for a message; empty where there are none."""
+        found = self.found.get(kind)
+        return column_names(sorted(found), 400) if found else ""
+
+    def warn(self) -> None:
+        """Logs what was noted, a line for each kind."""
+        if columns := self.names("columns"):
+            remedy = "--columns FIELD=COLUMN reads one, --ignore-columns NAME says that it is not meant"
+            _LOGGER.warning("%s: columns that are not read: %s; %s", self.name, columns, remedy)
+        if fields := self.names("candidate_fields"):
+            _LOGGER.warning("%s: fields of candidates that are not read: %s", self.name, fields)
+        for text in self.said.values():
+            _LOGGER.warning("%s: %s", self.name, text)
+
+    def facts(self) -> dict[str, object]:
+        """For the manifest: the names under each kind, and what was said."""
+        named = {kind: sorted(names) for kind, names in self.found.items()}
+        return {**({"unused": named} if named else {}), **({"notes": dict(self.said)} if self.said else {})}
+
+    def note(self, kind: str, where: str, name: object) -> None:
+        """Notes one name of a kind: columns, or candidate_fields."""
+        names = self.found.setdefault(kind, {})
+        if len(names) < _MOST_NAMED:
+            names.setdefault(str(name), where)
+
+
+def map_columns(rows: Rows, columns: Columns, unused: Unused) -> Rows:
     """The rows with every field read from its column, and nothing else; what is not read is noted in `unused`.
 
     RecordError where a row lacks a column that is named, or has one that is not read and matters.
@@ -101,19 +200,19 @@ def mapped(rows: Rows, columns: Columns, unused: Unused) -> Rows:
         if own is None:
             own = columns.own(values)
         unused.seen(columns.ignored & values.keys())
-        for field, column in columns.named.items():
+        for name, column in columns.named.items():
             if column not in values:
-                remedy = f"mend --columns {field}={column}"
+                remedy = f"mend --columns {name}={column}"
                 what = f"has no column {shown(column)}, columns found: {column_names(values)}"
                 raise RecordError(f"{where}: {what}; {remedy}")
         # Columns of other names stay: an error shows them as found.
         kept = {name: value for name, value in values.items() if name in own or name not in _OWN}
-        read = {**kept, **{field: values[column] for field, column in columns.named.items()}}
+        read = {**kept, **{name: values[column] for name, column in columns.named.items()}}
         unused.columns(where, values, read, values.keys() - own - named - columns.ignored)
-        yield where, with_input(where, read, given="input" in columns.named)
+        yield where, _with_input(where, read, given="input" in columns.named)
 
 
-def with_input(where: str, values: Values, *, given: bool) -> Values:
+def _with_input(where: str, values: Values, *, given: bool) -> Values:
     """The fields with `input` below the instruction, after a blank line, which is the order of Alpaca's own prompt.
 
     An input that the instruction holds already is not repeated, unless a column was `given` for it.
@@ -126,7 +225,7 @@ def with_input(where: str, values: Values, *, given: bool) -> Values:
         return rest
     if not isinstance(text, str):
         raise RecordError(f"{where}: input must be a text, got {shown(text)}; put it in quotes")
-    if not text.strip() or (not given and holds(instruction, text.strip())):
+    if not text.strip() or (not given and _stands_in(instruction, text.strip())):
         return rest
     return {**rest, "instruction": f"{instruction}\n\n{text}"}
 
@@ -138,7 +237,7 @@ def _rated(first: Values, responses: set[str], labels: set[str]) -> bool:
     return bool(texts) and (not found or (len(found) == len(texts) and all(map(is_label, found))))
 
 
-def _items(value: object) -> list[Any]:
+def _items(value: object) -> list[object]:
     if isinstance(value, str):
         try:
             return read_list(value.strip())
@@ -155,3 +254,30 @@ def _can_name(name: str, value: object) -> bool:
     if name == "original_task":
         return isinstance(value, bool)
     return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _stands_in(instruction: str, text: str) -> bool:
+    """Whether the instruction holds an input already: several words of it, or one that ends a line after a colon."""
+    if text not in instruction:
+        return False
+    if len(text.split()) > 1 or len(text) > 20:
+        return re.search(rf"(?<!\w){re.escape(text)}(?!\w)", instruction) is not None
+    return re.search(rf"(?:^|[:\n]\s*[\"'`]?){re.escape(text)}[\"'`]?\s*(?:\n|$)", instruction) is not None
+
+
+def _key(name: object) -> str:
+    """A column's name as it is compared: without case, blanks, hyphens and underscores."""
+    return re.sub(r"[\W_]+", "", str(name)).lower()
+
+
+def _is_redundant(key: str, value: object, read: Values) -> bool:
+    """Whether a column says nothing that the prompt (of preference data: the same response) does not say too."""
+    items = value if isinstance(value, list) else [value]
+    texts = [item for item in items if isinstance(item, str)]
+    if len(texts) < len(items):
+        return False
+    if key in _PREFERENCES:
+        found = [read.get(name) for name in _PREFERENCES[key]]
+        return all(any(text in one if isinstance(one, list) else text == one for one in found) for text in texts)
+    instruction = read.get("instruction")
+    return isinstance(instruction, str) and all(_stands_in(instruction, text.strip()) for text in texts)

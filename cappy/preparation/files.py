@@ -1,21 +1,25 @@
-"""A file as rows, whatever its format: by what it begins with, and by the suffix of its name."""
+"""A file or a folder of data files as rows, whatever the format: by what a file begins with, and by its name.
 
+A folder holds shards of one table (Parquet, CSV, JSON Lines), or what `datasets` wrote with save_to_disk.
+"""
+
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cappy.errors import RecordError
-from cappy.preparation import arrow
-from cappy.preparation.arrow import read_arrow
+from cappy.errors import ConfigError, FolderError, RecordError, shown
 from cappy.preparation.jsonlines import read_json_lines
-from cappy.preparation.packing import SUFFIXES, head, plain
 from cappy.preparation.rows import Rows
-from cappy.preparation.tables import TABBED, read_csv, read_parquet
+from cappy.preparation.tables import ARROW_FILE, ARROW_STREAM, TABBED, read_arrow, read_csv, read_parquet
+from cappy.preparation.text_files import SUFFIXES as PACKED
+from cappy.preparation.text_files import head, plain, readable
 
 Reader = Callable[[Path], Rows]
 
-READERS: Mapping[str, Reader] = {
+_READERS: Mapping[str, Reader] = {
     ".csv": read_csv,
     **dict.fromkeys(TABBED, read_csv),
     ".parquet": read_parquet,
@@ -23,18 +27,30 @@ READERS: Mapping[str, Reader] = {
     ".feather": read_arrow,
 }
 """Reader by the suffix of the name; every other file is JSON Lines."""
-BINARY: Mapping[Reader, str] = {read_parquet: "Parquet", read_arrow: "Arrow"}
-_MAGIC: Mapping[bytes, Reader] = {b"PAR1": read_parquet, arrow.FILE: read_arrow, arrow.STREAM: read_arrow}
+_BINARY: Mapping[Reader, str] = {read_parquet: "Parquet", read_arrow: "Arrow"}
+_MAGIC: Mapping[bytes, Reader] = {b"PAR1": read_parquet, ARROW_FILE: read_arrow, ARROW_STREAM: read_arrow}
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
+
+_STATE, _DICT = "state.json", "dataset_dict.json"
+_DEFAULT_SPLIT = "train"
+_MAX_STATE_BYTES = 64 * 2**20
+_LINES = (".jsonl", ".ndjson", ".json")
+_SUFFIXES = (*_READERS, *_LINES)
+_SPLIT_NAMES = frozenset(
+    ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+)
+"""Words for splits in the names of files and folders, as `datasets` has them."""
+_SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-\w+)?\.")
+_METADATA = ("dataset_info.json", "dataset_infos.json", _STATE, _DICT, "task.json", "manifest.json")
 
 
 def reader_of(path: Path) -> Reader:
     """What reads the file; RecordError for a packed table that is not read by lines."""
     begin = head(path)
     found = next((reader for magic, reader in _MAGIC.items() if begin.startswith(magic)), None)
-    found = found or READERS.get(plain(path).suffix.lower(), read_json_lines)
-    if found in BINARY and path.suffix in SUFFIXES:
-        raise RecordError(f"{path}: is a packed {BINARY[found]} file, which is packed within; unpack it first")
+    found = found or _READERS.get(plain(path).suffix.lower(), read_json_lines)
+    if found in _BINARY and path.suffix in PACKED:
+        raise RecordError(f"{path}: is a packed {_BINARY[found]} file, which is packed within; unpack it first")
     return found
 
 
@@ -45,5 +61,138 @@ def read_file(path: Path) -> Rows:
         yield where, {name: _number(value) for name, value in values.items()} if read is read_csv else values
 
 
-def _number(cell: Any) -> Any:
+def _number(cell: object) -> object:
     return int(cell) if isinstance(cell, str) and _WHOLE.fullmatch(cell) else cell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """The files of a table in order, what reads them, and the splits that lie there and are not read."""
+
+    files: Sequence[Path]
+    reader: Reader
+    others: Sequence[str] = ()
+
+
+def find_shards(folder: Path, split: str) -> Shards | None:
+    """The table in a folder, or None where it holds no data files; FolderError where it holds several or half of one.
+
+    Where the files or the folder name splits, `split` is read.
+    """
+    if (folder / _DICT).is_file():
+        return _of_dict(folder, split)
+    if (folder / _STATE).is_file():
+        _refuse_split(folder, split)
+        return Shards(files=_saved_files(folder), reader=read_arrow)
+    files = sorted(found for found in folder.rglob("*") if _is_data(found, folder))
+    if not files:
+        return None
+    kinds = {reader_of(file) for file in files}
+    if len(kinds) > 1:
+        names = ", ".join(sorted({plain(file).suffix for file in files}))
+        raise FolderError(f"{folder}: holds files of several formats ({names}); name one of them as --source")
+    files, others = _of_split(folder, files, split)
+    return Shards(files=files, reader=kinds.pop(), others=others)
+
+
+def _is_data(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+    return not hidden and path.is_file() and plain(path).suffix.lower() in _SUFFIXES and path.name not in _METADATA
+
+
+def _of_split(folder: Path, files: list[Path], split: str) -> tuple[list[Path], list[str]]:
+    """The files of the split by their names, all of them where no name says one, and the other splits."""
+    named: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        named[_split_of(file, folder)].append(file)
+    _check_whole(folder, files)
+    loose = named.get("")
+    if loose and named.keys() - {"", _DEFAULT_SPLIT}:
+        splits = ", ".join(sorted(filter(None, named)))
+        what = f"holds files of splits ({splits}) and {loose[0].relative_to(folder)}, whose name says none"
+        raise FolderError(f"{folder}: {what}; name one of them as --source, or rename that file")
+    if loose or (len(named) == 1 and split == _DEFAULT_SPLIT):
+        _refuse_split(folder, split)
+        return files, []
+    if split not in named:
+        raise _no_split(folder, split, sorted(named))
+    return named[split], sorted(named.keys() - {split})
+
+
+def _split_of(file: Path, folder: Path) -> str:
+    """The split in the name of a file, or else in that of the nearest folder; empty where none says one."""
+    shard = _SHARD.match(file.name)
+    if shard and _words(shard["split"]):
+        return shard["split"]
+    parts = (file.name, *reversed(file.relative_to(folder).parts[:-1]))
+    word = next((words[0] for words in map(_words, parts) if len(words) == 1), "")
+    return word or (shard["split"] if shard else "")
+
+
+def _words(name: str) -> list[str]:
+    """The names of splits among the words of a name."""
+    return sorted(_SPLIT_NAMES.intersection(re.split(r"[^a-z0-9]+", name.lower())))
+
+
+def _check_whole(folder: Path, files: Sequence[Path]) -> None:
+    """FolderError where a number is missing among the shards of one name in one folder."""
+    shards: dict[tuple[Path, str], list[re.Match[str]]] = defaultdict(list)
+    for file in files:
+        if found := _SHARD.match(file.name):
+            shards[file.parent, found["split"]].append(found)
+    for own in shards.values():
+        count = int(own[0]["count"])
+        missing = set(range(count)) - {int(found["number"]) for found in own}
+        if missing:
+            raise FolderError(f"{folder}: shard {min(missing)} of {count} is missing; fetch or write it again")
+
+
+def _of_dict(folder: Path, split: str) -> Shards:
+    names = _object(folder / _DICT).get("splits")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FolderError(f"{folder / _DICT}: names no splits; write the folder again with save_to_disk")
+    if split not in names:
+        raise _no_split(folder, split, names)
+    others = [name for name in names if name != split]
+    return Shards(files=_saved_files(folder / _plain_name(folder, split)), reader=read_arrow, others=others)
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    listed = _object(folder / _STATE).get("_data_files")
+    names = [item.get("filename") for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
+    if not names:
+        raise FolderError(f"{folder / _STATE}: names no files; write the folder again with save_to_disk")
+    files = [folder / _plain_name(folder, name) for name in names]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise FolderError(f"{missing}: is missing; fetch it, or write the folder again with save_to_disk")
+    return files
+
+
+def _refuse_split(folder: Path, split: str) -> None:
+    if split != _DEFAULT_SPLIT:
+        raise ConfigError(f"{folder}: has no splits, so there is no {shown(split)}; leave --split out")
+
+
+def _plain_name(folder: Path, name: object) -> str:
+    if not isinstance(name, str) or not name or Path(name).name != name:
+        raise FolderError(f"{folder}: names a file outside of it, {shown(name)}; write it again with save_to_disk")
+    return name
+
+
+def _object(path: Path) -> dict[str, object]:
+    if not path.is_file():
+        raise FolderError(f"{path}: is missing; write the folder again with save_to_disk")
+    with readable(path):
+        data = path.read_bytes() if path.stat().st_size <= _MAX_STATE_BYTES else b""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise FolderError(f"{path}: is no JSON object; write the folder again with save_to_disk")
+    return found
+
+
+def _no_split(folder: Path, split: str, names: Sequence[str]) -> ConfigError:
+    return ConfigError(f"{folder}: has no split {shown(split)}; choose one of {', '.join(names)} with --split")

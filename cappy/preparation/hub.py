@@ -5,11 +5,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cappy.errors import ConfigError, shown
 from cappy.hub_client import guard_client
-from cappy.preparation.mixtures.facts import CONVERTED
+from cappy.preparation.mixtures import CONVERTED
 from cappy.preparation.rows import Rows
 
 PREFIX = "hub:"
@@ -70,7 +69,7 @@ def read_hub(dataset: HubDataset, commit: str, split: str) -> Rows:
     where = f"{dataset.name} {split}"
     # On the converted branch a configuration is a folder and has no name (tried with datasets 5.2).
     key = "data_dir" if dataset.revision == CONVERTED else "name"
-    chosen: dict[str, Any] = {key: dataset.configuration} if dataset.configuration else {}
+    chosen = {key: dataset.configuration} if dataset.configuration else {}
     with _hub_errors(dataset):
         rows = datasets.load_dataset(dataset.repository, revision=commit, split=split, streaming=True, **chosen)
         # Pictures and sounds stay bytes: to decode one opens whatever path the row names.

@@ -4,13 +4,11 @@ import contextlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from cappy.errors import RecordError, shown
-from cappy.preparation.lines import MAX_LINE_BYTES, lines, pieces
-from cappy.preparation.packing import SUFFIXES as PACKED
-from cappy.preparation.packing import is_packed, plain
 from cappy.preparation.rows import Rows, Values
+from cappy.preparation.text_files import MAX_LINE_BYTES, is_packed, lines, pieces, plain
+from cappy.preparation.text_files import SUFFIXES as PACKED
 
 _DECODER = json.JSONDecoder()
 _HOLDERS = ("data", "rows", "train", "validation", "test", "examples", "instances", "items", "records", "samples")
@@ -128,7 +126,7 @@ class _Text:
         self._line += self._text.count("\n", self._at, self._at + count)
         self._at += count
 
-    def value(self, whole: str) -> Any:
+    def value(self, whole: str) -> object:
         """The JSON value that begins here; RecordError where there is none, or one of more than a line may have.
 
         `whole` is what the value is part of, for an error: the array or the file.

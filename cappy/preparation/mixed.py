@@ -10,15 +10,14 @@ from pathlib import Path
 
 from cappy.config import fingerprint
 from cappy.errors import ConfigError, RecordError, shown
+from cappy.preparation.bigbench import distinct_choices, from_bigbench
+from cappy.preparation.config import PreparationConfig
 from cappy.preparation.files import read_file
 from cappy.preparation.hub import HubDataset, commit_of, parse_hub, read_hub
-from cappy.preparation.mixtures import load_mixture
-from cappy.preparation.mixtures.facts import Subset, chosen, to_values
+from cappy.preparation.mixtures import Subset, chosen, load_mixture, to_values
 from cappy.preparation.mixtures.plan import cap
-from cappy.preparation.prompted import Dataset, Placed, Prompt, Prompts, Table, Tally, distinct_choices
-from cappy.preparation.rows import Rows, Values
-from cappy.preparation.shapes import from_bigbench
-from cappy.preparation.step import PreparationConfig
+from cappy.preparation.prompted import Dataset, Placed, Prompt, Prompts, Table, Tally
+from cappy.preparation.rows import Rows, Values, odd_character
 from cappy.preparation.templates import LimitError, Rendered, Result, Template, fields, load_templates, render_rows
 from cappy.records.folder import sha256_of
 
@@ -26,7 +25,7 @@ Reader = Callable[[str], Rows]
 """The rows of a split."""
 
 
-def templated(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
+def open_templated(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
     """The dataset of `source` under its templates, and the hash or commit of everything that it is made of."""
     hub = parse_hub(config.source) if config.source.startswith("hub:") else None
     name = config.dataset or (
@@ -51,7 +50,7 @@ def templated(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]
     }
 
 
-def mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
+def open_mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
     """The datasets of a mixture: each from a file under `local` where there is one, and else from the hub."""
     mixed = load_mixture(config.mixture or "")
     subsets = chosen(mixed, config.subsets).subsets
@@ -217,13 +216,8 @@ def _prompt(
 def _unwritable(where: str, rendered: Rendered) -> RecordError | None:
     """What is wrong with a text that no file of the record takes: with a NUL, or with half a character."""
     for name, text in (("instruction", rendered.instruction), ("target", rendered.target)):
-        if "\0" in text:
-            return RecordError(f"{where}: {name} holds a NUL; delete it from the row")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = f"half a character ({shown(text[error.start])})"
-            return RecordError(f"{where}: {name} holds {half}; delete it or write the whole one")
+        if odd := odd_character(text):
+            return RecordError(f"{where}: {name} holds {odd}")
     return None
 
 

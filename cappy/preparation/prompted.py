@@ -2,7 +2,7 @@
 
 The rows of a dataset are read once, and once more before that where some are held out: the prompts of held-out rows are
 collected first, so that no training instance shares one, or is nearly one (of one dataset up to 32,768 rows to train on
-are looked at with them, so that it is known what a scorer would be found to have seen; see `neighbours`). Splits go by
+are looked at with them, so that it is known what a scorer would be found to have seen; see `leakage`). Splits go by
 the hash of the row itself, so one row under ten templates is one group, and so is a row that stands twice. Nothing but
 the hashes of held-out prompts, and shingles of a bounded number, is held in memory.
 """
@@ -10,23 +10,17 @@ the hashes of held-out prompts, and shingles of a bounded number, is held in mem
 import hashlib
 import json
 from array import array
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 from cappy.errors import RecordError
-from cappy.preparation.fields import choice_candidates
-from cappy.preparation.neighbours import SAMPLED_ROWS, SHARE, HeldOut
-from cappy.preparation.neighbours import Rows as Seen
-from cappy.preparation.rows import Rows, Values, hash64
+from cappy.preparation.leakage import SAMPLED_ROWS, Exclusions, HeldOut, SplitRows, sort_hashes
+from cappy.preparation.rows import Rows, Values, choice_candidates, hash64
 from cappy.progress import Progress
 from cappy.records import Instance, Split, prompt_hash
-from cappy.records.overlap import MAX_ROWS, RowIndex, group_hash, shingles
+from cappy.records.overlap import MAX_ROWS, group_hash
 from cappy.records.overlap import Prompt as Text
 from cappy.records.shard import Shard
 
@@ -34,7 +28,7 @@ HOPELESS = 100
 """Rows after which a template that failed on all of them fails the run at once."""
 MAX_LIMITED = 3
 """Rows in a row on which a template may run out of time or memory: each costs seconds."""
-_TOLD_EVERY = 4_096
+_PROGRESS_EVERY = 4_096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,26 +107,6 @@ class Table:
     held_out: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Apart:
-    """What no instance of a split may have: sorted hashes of prompts and of groups, and the text of rows.
-
-    `near_prompts` are those of near-duplicates, where all rows were looked at; else `rows` finds them.
-    """
-
-    prompts: "array[int]" = field(default_factory=partial(array, "Q"))
-    groups: "array[int]" = field(default_factory=partial(array, "Q"))
-    near_prompts: "array[int]" = field(default_factory=partial(array, "Q"))
-    rows: RowIndex | None = None
-
-    def near(self, instance: Instance) -> bool:
-        """Whether an instance is of a group that is held out, or a near-duplicate of a row that is."""
-        group = group_hash(instance)
-        if holds(self.groups, group) or holds(self.near_prompts, prompt_hash(instance.instruction)):
-            return True
-        return self.rows is not None and len(self.rows.found(shingles(instance.instruction), group, share=SHARE)) > 0
-
-
 Placed = tuple[int, str, Values]
 """A row with its index and the place where it stands."""
 Prompts = Callable[[Iterable[Placed], Tally], Iterator[tuple[Placed, list[Prompt]]]]
@@ -150,7 +124,7 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """How groups are dealt to splits, and which rows are this shard's."""
+    """Which split each group belongs to, and which rows are this shard's."""
 
     seed: int
     test: float
@@ -181,14 +155,14 @@ def _of_row(
     row: Placed,
     prompts: Iterable[Prompt],
     places: Places,
-    held_out: Mapping[Split, Apart],
+    held_out: Mapping[Split, Exclusions],
     tally: Tally,
 ) -> Iterator[Instance]:
     index, _, values = row
     group = group_of(dataset.name, values)
     split = places.split(group, table)
     for prompt in prompts:
-        if holds(held_out[split].prompts, prompt_hash(prompt.instruction)):
+        if held_out[split].has_prompt(prompt.instruction):
             tally.counts["dropped_shared_with_held_out"] += 1
             continue
         instance = Instance(
@@ -203,7 +177,7 @@ def _of_row(
             choices=prompt.choices,
             candidates=choice_candidates(prompt.choices),
         )
-        if held_out[split].near(instance):
+        if held_out[split].has_near_duplicate(instance):
             tally.counts["dropped_near_held_out"] += 1
             continue
         yield instance
@@ -215,18 +189,18 @@ def group_of(name: str, values: Values) -> str:
     return f"{name}:{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=8).hexdigest()}"
 
 
-def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -> Mapping[Split, Apart]:
+def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -> Mapping[Split, Exclusions]:
     """For train and validation what it may not have: prompts, groups and near-duplicates of rows held out further.
 
     All datasets and all shards count. There is nothing to keep apart where all is test.
     """
-    found, rows, held_out = {"validation": Apart(), "test": Apart()}, Seen(), HeldOut()
+    found, rows, held_out = {"validation": Exclusions(), "test": Exclusions()}, SplitRows(), HeldOut()
     unreported = Tally(max_failed=1.0)
     tables = [(dataset, table) for dataset in datasets for table in dataset.tables]
     if all(table.held_out for _, table in tables) or not (
         places.test or places.validation or any(table.held_out for _, table in tables)
     ):
-        return {"train": Apart(), "validation": Apart(), "test": Apart()}
+        return {"train": Exclusions(), "validation": Exclusions(), "test": Exclusions()}
     one_dataset = len(tables) == 1
     limit, seen = MAX_ROWS if one_dataset else SAMPLED_ROWS, 0
     for dataset, table in tables:
@@ -244,21 +218,21 @@ def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -
                     found[split].groups.append(group_hash(text))
     test, validation = found["test"], found["validation"]
     exact = one_dataset and seen < limit
-    near = _sorted(array("Q", rows.left_out())) if exact else array("Q")
+    near = sort_hashes(array("Q", rows.left_out())) if exact else array("Q")
     return {
-        "train": Apart(
-            prompts=_sorted(test.prompts + validation.prompts),
-            groups=_sorted(test.groups + validation.groups),
+        "train": Exclusions(
+            prompts=sort_hashes(test.prompts + validation.prompts),
+            groups=sort_hashes(test.groups + validation.groups),
             near_prompts=near,
             rows=None if exact else held_out.index("test", "validation"),
         ),
-        "validation": Apart(
-            prompts=_sorted(test.prompts),
-            groups=_sorted(test.groups),
+        "validation": Exclusions(
+            prompts=sort_hashes(test.prompts),
+            groups=sort_hashes(test.groups),
             near_prompts=near,
             rows=None if exact else held_out.index("test"),
         ),
-        "test": Apart(),
+        "test": Exclusions(),
     }
 
 
@@ -272,33 +246,8 @@ def _looked_at(dataset: Dataset, table: Table, places: Places, progress: Progres
             yield row
 
 
-def _sorted(hashes: "array[int]") -> "array[int]":
-    return array("Q", np.unique(np.array(hashes, dtype=np.uint64)).tobytes())
-
-
 def _rows(dataset: Dataset, table: Table, progress: Progress) -> Iterator[Placed]:
     for index, (where, values) in enumerate(table.rows()):
-        if index % _TOLD_EVERY == 0:
+        if index % _PROGRESS_EVERY == 0:
             progress(index, None, unit=f"rows of {dataset.name}")
         yield index, where, values
-
-
-def holds(hashes: "array[int]", value: int) -> bool:
-    """Whether sorted hashes hold a value."""
-    index = bisect_left(hashes, value)
-    return index < len(hashes) and hashes[index] == value
-
-
-def distinct_choices(choices: Sequence[str], references: Sequence[str]) -> tuple[str, ...]:
-    """The choices, repeated ones once; none where they are no choice or the answer is not among them."""
-    different = tuple(dict.fromkeys(filter(str.strip, choices)))
-    return different if len(different) > 1 and set(references) & set(different) else ()
-
-
-def texts(where: str, values: Values, name: str) -> tuple[str, ...]:
-    """The text or texts in a field; RecordError for anything else."""
-    value: Any = values.get(name)
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise RecordError(f"{where}: {name} must be a text or a list of texts; choose another dataset")
-    return tuple(found)

@@ -1,32 +1,35 @@
-"""What `--source` names: the built-in tasks, a file, a folder, a dataset of the hub; or what `--mixture` does."""
+"""What `--source` or `--mixture` names, as rows of instances; systems left out, rows of one prompt gathered."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
+
+from cappy.builtin.tasks import instances as builtin_instances
 from cappy.errors import ConfigError, FolderError, RecordError, shown
-from cappy.preparation.applicable import Kind, check_settings
-from cappy.preparation.bigbench import Shares, find_tasks, is_task, read_tasks
-from cappy.preparation.cells import listed
-from cappy.preparation.columns import Columns, mapped, parse
-from cappy.preparation.fields import choice_candidates, row
-from cappy.preparation.files import Reader, reader_of
-from cappy.preparation.grouping import gathered, survey_groups
+from cappy.preparation.bigbench import Shares, find_tasks, is_task, map_known_columns, read_tasks
+from cappy.preparation.cells import parse_lists
+from cappy.preparation.columns import Columns, Unused, map_columns, parse_columns
+from cappy.preparation.config import BUILTIN, Kind, PreparationConfig, check_settings
+from cappy.preparation.files import Reader, find_shards, reader_of
 from cappy.preparation.hub import PREFIX, commit_of, parse_hub, read_hub
-from cappy.preparation.packing import plain, readable
+from cappy.preparation.mixed import open_mixture, open_templated
 from cappy.preparation.prompted import Dataset
-from cappy.preparation.rows import Row, Rows
-from cappy.preparation.shapes import known
-from cappy.preparation.step import BUILTIN, PreparationConfig
-from cappy.preparation.table_folders import find_shards
+from cappy.preparation.rows import Row, Rows, choice_candidates, hash64, parse_row
 from cappy.preparation.tables import read_csv
-from cappy.preparation.unused import Unused
+from cappy.preparation.text_files import plain, readable
 from cappy.records import Instance, read, read_manifest
 from cappy.records.folder import MANIFEST, Manifest, sha256_of
 from cappy.records.shard import parse_shard
+
+MAX_HELD_CHARACTERS = 512 * 2**20
+"""Of responses whose prompt comes again further down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +93,7 @@ def _find_in_folder(path: Path, config: PreparationConfig) -> tuple[Kind, Callab
 
 
 def _datasets(config: PreparationConfig) -> Source:
-    from cappy.preparation.mixed import mixture, templated
-
-    datasets, made_of = mixture(config) if config.mixture else templated(config)
+    datasets, made_of = open_mixture(config) if config.mixture else open_templated(config)
     return Source(
         name=config.mixture or config.source,
         format="mixture" if config.mixture else "templates",
@@ -103,14 +104,12 @@ def _datasets(config: PreparationConfig) -> Source:
 
 
 def _builtin(config: PreparationConfig) -> Source:
-    from cappy.builtin.tasks import instances
-
     def rows() -> Iterator[Row]:
-        drawn = instances(
+        drawn = builtin_instances(
             config.pool, num_per_family=config.num_per_family, seed=config.seed, families=config.families or None
         )
         for instance in drawn:
-            yield _given(BUILTIN, _with_choices(instance), config.task)
+            yield _as_row(BUILTIN, _with_choices(instance), config.task)
 
     return Source(name=BUILTIN, format=BUILTIN, rows=rows, task=config.task or "")
 
@@ -123,12 +122,12 @@ def _records(shards: Sequence[Path], path: Path, config: PreparationConfig) -> S
     def rows() -> Iterator[Row]:
         for shard in shards:
             for found in read(shard):
-                yield _with_responses(_given(str(shard), found, config.task), config)
+                yield _with_responses(_as_row(str(shard), found, config.task), config)
 
     return Source(
         name=str(path),
         format="records",
-        rows=lambda: without(rows(), config.exclude, unused),
+        rows=lambda: _exclude(rows(), config.exclude, unused),
         task=config.task or "",
         unused=unused,
         parents=tuple(manifest.hash for manifest in manifests),
@@ -180,7 +179,7 @@ def _bigbench(tasks: Sequence[Path], path: Path, config: PreparationConfig) -> S
     return Source(
         name=str(path),
         format="bigbench",
-        rows=lambda: (row(*found, task="", max_characters=config.max_characters) for found in rows()),
+        rows=lambda: (parse_row(*found, task="", max_characters=config.max_characters) for found in rows()),
         task=config.task or "",
         unused=unused,
         parents=tuple(map(sha256_of, tasks)),
@@ -238,19 +237,19 @@ def _instances(
     rows: Rows, task: str, config: PreparationConfig, unused: Unused, *, cells: bool = False
 ) -> Iterator[Row]:
     """The instances in rows of columns, whatever holds them; `cells` says that it knows no lists."""
-    columns = Columns(named=parse(config.columns), ignored=frozenset(config.ignore_columns))
-    read_row = partial(row, task=task, max_characters=config.max_characters, unlabelled=config.unlabelled)
+    columns = Columns(named=parse_columns(config.columns), ignored=frozenset(config.ignore_columns))
+    read_row = partial(parse_row, task=task, max_characters=config.max_characters, unlabelled=config.unlabelled)
 
     def read_rows() -> Iterator[Row]:
-        found = mapped(rows if columns.named else known(rows), columns, unused)
-        for where, values in listed(found, cells=cells):
+        named = map_columns(rows if columns.named else map_known_columns(rows), columns, unused)
+        for where, values in parse_lists(named, cells=cells):
             unused.candidates(where, values)
             yield read_row(where, values)
 
-    return without(read_rows(), config.exclude, unused)
+    return _exclude(read_rows(), config.exclude, unused)
 
 
-def without(rows: Iterator[Row], patterns: Sequence[str], unused: Unused) -> Iterator[Row]:
+def _exclude(rows: Iterator[Row], patterns: Sequence[str], unused: Unused) -> Iterator[Row]:
     """The rows without the candidates of the systems that match a pattern."""
     if not patterns:
         yield from rows
@@ -272,7 +271,7 @@ def without(rows: Iterator[Row], patterns: Sequence[str], unused: Unused) -> Ite
         unused.say("exclude", f"--exclude {idle[0]} matches no system; systems found: {systems}")
 
 
-def _given(name: str, instance: Instance, task: str | None) -> Row:
+def _as_row(name: str, instance: Instance, task: str | None) -> Row:
     """A row of a source of ours, whose ids and splits stand."""
     named = instance if instance.task or not task else replace(instance, task=task)
     return Row(f"{name}: instance {shown(instance.instance_id)}", named)
@@ -286,9 +285,83 @@ def group_rows(source: Source, config: PreparationConfig) -> Source:
     """The source with rows of one prompt gathered, where `group_responses` says so and there are any."""
     if source.format in (BUILTIN, "records", "bigbench") or source.datasets:
         return source
-    grouping = survey_groups(source.rows, config.group_responses)
+    grouping = _survey_groups(source.rows, config.group_responses)
     if not grouping.needed:
         return source
     what = f"{grouping.rows:,} rows of {grouping.instances:,} prompts are gathered into an instance for each prompt"
     source.unused.say("grouped", f"{what}; --group-responses never keeps them apart")
-    return replace(source, rows=lambda: gathered(source.rows, grouping))
+    return replace(source, rows=lambda: _gather(source.rows, grouping))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Grouping:
+    """How often each prompt comes, where it comes more than once; and what all that makes."""
+
+    rows: int
+    instances: int
+    counts: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def needed(self) -> bool:
+        """Whether any rows belong together."""
+        return self.rows > self.instances
+
+
+def _survey_groups(rows: Callable[[], Iterator[Row]], wanted: Literal["auto", "always", "never"]) -> _Grouping:
+    """Reads a source once for the rows that belong together, 8 bytes of each; none where `wanted` is never.
+
+    With auto, nothing is gathered unless every row has exactly one response: reading ends at the first that has not.
+    """
+    keys: list[int] = []
+    for found in rows() if wanted != "never" else ():
+        if wanted == "auto" and len(found.instance.candidates) != 1:
+            keys = []
+            break
+        keys.append(_prompt_key(found))
+    hashes, numbers = np.unique(np.array(keys, dtype=np.uint64), return_counts=True)
+    many = numbers > 1
+    counts = Counter(dict(zip(hashes[many].tolist(), numbers[many].tolist(), strict=True)))
+    return _Grouping(rows=len(keys), instances=len(hashes), counts=counts)
+
+
+def _gather(rows: Callable[[], Iterator[Row]], grouping: _Grouping) -> Iterator[Row]:
+    """The rows, those of one prompt as one: its candidates in the order of the file, at the place of the last row.
+
+    RecordError where so much is held at once that memory would run out.
+    """
+    left, held, characters = Counter(grouping.counts), dict[int, Row](), 0
+    for found in rows():
+        key = _prompt_key(found)
+        if key not in left:
+            yield found
+            continue
+        left[key] -= 1
+        if key in held:
+            earlier = held.pop(key)
+            characters -= _num_characters(earlier)
+            found = _join_rows(earlier, found)
+        if left[key]:
+            held[key] = found
+            characters += _num_characters(found)
+            if characters > MAX_HELD_CHARACTERS:
+                remedy = "sort the file by prompt, or set --group-responses never"
+                raise RecordError(f"{found.where}: rows of one prompt stand too far apart to be gathered; {remedy}")
+        else:
+            yield found
+
+
+def _join_rows(first: Row, second: Row) -> Row:
+    candidates = first.instance.candidates + second.instance.candidates
+    return replace(first, instance=replace(first.instance, candidates=candidates))
+
+
+def _num_characters(row: Row) -> int:
+    return sum(len(candidate.response) for candidate in row.instance.candidates) + len(row.instance.instruction)
+
+
+def _prompt_key(row: Row) -> int:
+    """Equal for rows that are one instance but for their responses: their ids and groups may be row numbers."""
+    one = row.instance
+    rated = all(candidate.labels for candidate in one.candidates)
+    parts = (one.instruction, one.references, one.choices, one.task, one.template, one.split, row.has_split, rated)
+    return hash64(repr(parts))

@@ -4,23 +4,22 @@ A group's place between 0 and 1 is a seeded hash of its id, so that adding rows 
 test, below `test + validation` validation, and from there on train. Groups that share a prompt (see `prompt_hash`)
 have one place. Where a split that was asked for would stay empty, it gets the group nearest to it, so that as few
 groups as there are splits are enough. Where we draw the splits, near-duplicates of held-out rows are not trained on;
-see `neighbours`.
+see `leakage`.
 """
 
 import itertools
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cappy.errors import ConfigError, RecordError, shown
-from cappy.preparation.neighbours import MOST_DROPPED, Rows, left_out_of_training, tied_prompts
+from cappy.preparation.config import PreparationConfig
+from cappy.preparation.leakage import MOST_DROPPED, SplitRows, left_out_of_training, root_of, tied_prompts
 from cappy.preparation.rows import Row, hash64
 from cappy.preparation.sources import Source
-from cappy.preparation.step import PreparationConfig
 from cappy.progress import Progress
 from cappy.records import Instance, prompt_hash
 from cappy.records.instance import SPLITS
@@ -35,7 +34,7 @@ TRAIN, VALIDATION, TEST = (SPLITS.index(split) for split in ("train", "validatio
 STANDING = ("builtin", "records", "bigbench")
 """Formats whose splits are not those of a user's rows."""
 _DEFAULT_SHARES = (PreparationConfig.test, PreparationConfig.validation)
-_TOLD_EVERY = 512
+_PROGRESS_EVERY = 512
 _PLACES = 2**64
 
 
@@ -108,7 +107,7 @@ def _near(source: Source, codes: Codes, prompts: Hashes) -> Chosen:
     """Which rows of train and validation are near-duplicates of rows that are held out further."""
     if len(np.unique(codes)) < 2:
         return np.zeros(len(codes), dtype=np.bool_)
-    rows = Rows()
+    rows = SplitRows()
     for row, code in zip(source.rows(), codes.tolist(), strict=False):
         rows.add(row.instance, SPLITS[code])
     found = rows.left_out()
@@ -176,22 +175,17 @@ def representatives(groups: Hashes, prompts: Hashes) -> Hashes:
     """
     parents: dict[int, int] = {}
 
-    def root(group: int) -> int:
-        while (parent := parents.get(group, group)) != group:
-            parents[group] = group = parents.get(parent, parent)
-        return group
-
     order = np.argsort(prompts, kind="stable")
     by_prompt, groups_by_prompt = prompts[order], groups[order]
     tied = (by_prompt[1:] == by_prompt[:-1]) & (groups_by_prompt[1:] != groups_by_prompt[:-1])
     left, right = groups_by_prompt[:-1][tied].tolist(), groups_by_prompt[1:][tied].tolist()
     for pair in zip(left, right, strict=True):
-        low, high = sorted(map(root, pair), key=lambda group: (group & 0xFFFF_FFFF, group))
+        low, high = sorted((root_of(group, parents) for group in pair), key=lambda group: (group & 0xFFFF_FFFF, group))
         parents[high] = low
     if not parents:
         return groups
     members = np.array(sorted({*parents, *parents.values()}), dtype=np.uint64)
-    roots = np.array([root(int(member)) for member in members], dtype=np.uint64)
+    roots = np.array([root_of(int(member), parents) for member in members], dtype=np.uint64)
     index = np.minimum(np.searchsorted(members, groups), len(members) - 1)
     return np.where(members[index] == groups, roots[index], groups)
 
@@ -214,7 +208,7 @@ def _hashes(
         groups.append(hash64(f"{config.seed} {row.instance.group_id}"))
         prompts.append(prompt_hash(row.instance.instruction))
         codes.append(SPLITS.index(row.instance.split))
-        if count % _TOLD_EVERY == 0:
+        if count % _PROGRESS_EVERY == 0:
             progress(count, None, unit="instances checked")
     if first is None:
         raise RecordError(f"{source.name}: holds no instances; give at least one row with instruction and reference")
@@ -260,7 +254,7 @@ def _rows_at(source: Source, indexes: tuple[int, int]) -> tuple[Row, Row]:
 def _ordinals(groups: Hashes) -> npt.NDArray[np.uint32]:
     """The ordinal of each row among the rows of its group, from 0."""
     order = np.argsort(groups, kind="stable")
-    by_group: npt.NDArray[Any] = groups[order]
+    by_group = groups[order]
     new = np.append(True, by_group[1:] != by_group[:-1])
     starts = np.maximum.accumulate(np.where(new, np.arange(len(groups)), 0))
     ordinals = np.empty(len(groups), dtype=np.uint32)

@@ -4,156 +4,25 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
-
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
-from cappy.errors import ConfigError, RecordError
-from cappy.preparation.columns import parse
+from cappy.config import identity
+from cappy.errors import RecordError
+from cappy.preparation import prompted
+from cappy.preparation.config import PreparationConfig
+from cappy.preparation.leakage import keep_apart
+from cappy.preparation.prompted import Tally
+from cappy.preparation.sources import Source, group_rows, open_source
+from cappy.preparation.splits import place, survey
 from cappy.progress import Progress, silent
-from cappy.records import Instance, Manifest
-from cappy.records.shard import ShardOf, parse_shard, refuse_same
+from cappy.records import Instance, Manifest, read_manifest
+from cappy.records.parts import process
+from cappy.records.shard import parse_shard, refuse_same
+from cappy.records.work import claim, finish
 from cappy.steps import step_version
 
-if TYPE_CHECKING:
-    from cappy.preparation.prompted import Tally
-    from cappy.preparation.sources import Source
-
-
-BUILTIN = "builtin"
-
-
-@settings
-class PreparationConfig:
-    """Instances from the built-in tasks, files, BIG-bench tasks, templates over datasets, the hub, or a mixture."""
-
-    source: Annotated[
-        str,
-        LOCATION,
-        Field(
-            min_length=1,
-            description="builtin, a JSON Lines, JSON, CSV, TSV, Parquet or Arrow file (text also packed), a folder of "
-            "such files or of save_to_disk, a BIG-bench task or a folder of them, a folder of records or of its "
-            "shards, or hub:org/name:configuration@revision",
-        ),
-    ] = BUILTIN
-    target: Annotated[Location, Field(description="Folder to write")]
-    seed: Annotated[int, Field(description="Seed of the split, and of the draw of built-in tasks")] = 0
-    test: Annotated[
-        float, Field(ge=0, lt=1, description="Fraction of a file's groups for the report; kept from all training")
-    ] = 0.2
-    validation: Annotated[
-        float, Field(ge=0, lt=1, description="Fraction of a file's groups that stops training early and calibrates")
-    ] = 0.1
-    task: Annotated[
-        str | None, Field(min_length=1, description="Task of instances that name none; a file's own name if left out")
-    ] = None
-    num_per_family: Annotated[int, Field(ge=1, description="Instances of each built-in family")] = 80
-    families: Annotated[tuple[str, ...], Field(description="Built-in families to draw from; all if left out")] = ()
-    pool: Annotated[
-        Literal["adaptation", "pretraining"],
-        Field(description="Built-in pool: adaptation has a test split, pretraining leaves the held-out families out"),
-    ] = "adaptation"
-    columns: Annotated[
-        tuple[str, ...],
-        Field(description="Column of a file that a field is read from: FIELD=COLUMN, such as instruction=question"),
-    ] = ()
-    ignore_columns: Annotated[
-        tuple[str, ...],
-        Field(description="Column that nothing is read from, on purpose: one that matters is refused otherwise"),
-    ] = ()
-    group_responses: Annotated[
-        Literal["auto", "always", "never"],
-        Field(
-            description="Rows of one prompt become one instance: auto where every row has one response, always, never"
-        ),
-    ] = "auto"
-    exclude: Annotated[
-        tuple[str, ...],
-        Field(description="Pattern of systems whose candidates are left out of a file, such as 'primary/*'"),
-    ] = ()
-    unlabelled: Annotated[
-        bool, Field(description="A file's rows need responses and no reference: to be scored, not to learn from")
-    ] = False
-    split: Annotated[str, Field(min_length=1, description="Split of a dataset of the hub to read")] = "train"
-    templates: Annotated[
-        Path | None,
-        LOCATION,
-        Field(description="Folder of PromptSource templates to render the rows of a dataset with"),
-    ] = None
-    dataset: Annotated[
-        str | None,
-        Field(min_length=1, description="Whose templates: a folder under --templates, such as super_glue/rte"),
-    ] = None
-    template: Annotated[
-        tuple[str, ...], Field(description="Pattern of template names to render, or of those to leave out: '!yes*'")
-    ] = ()
-    max_failed: Annotated[
-        float, Field(ge=0, le=1, description="Largest share of its rows that a template may fail on")
-    ] = 0.0
-    missing: Annotated[
-        Literal["blank", "fail"],
-        Field(description="A field that a template reads and a row lacks is nothing, as in PromptSource, or a failure"),
-    ] = "blank"
-    mixture: Annotated[
-        Literal["t0", "heldout", "bigbench45"] | None,
-        Field(description="Datasets of the paper by name, read from the hub; takes the place of --source"),
-    ] = None
-    subsets: Annotated[tuple[str, ...], Field(description="Pattern of the mixture's datasets; all if left out")] = ()
-    local: Annotated[
-        Path | None, LOCATION, Field(description="Folder of the mixture's datasets that are at hand, NAME.SPLIT.jsonl")
-    ] = None
-    against: Annotated[
-        tuple[Path, ...],
-        LOCATION,
-        Field(description="Folder of an evaluation set: no instance to train on may have a prompt, group or row of it"),
-    ] = ()
-    leaked: Annotated[
-        Literal["refuse", "drop"], Field(description="What to do with training instances that stand in --against")
-    ] = "refuse"
-    max_characters: Annotated[int, Field(ge=1, description="Longest text accepted from a file, in characters")] = 20_000
-    part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 512
-    shard: ShardOf = ""
-    work: Work = DEFAULT_WORK
-    fresh: Fresh = ""
-
-    def __post_init__(self) -> None:
-        parse_shard(self.shard)
-        parse(self.columns)
-        if self.test + self.validation >= 1:
-            share = f"--test {self.test} and --validation {self.validation}"
-            raise ConfigError(f"preparation: {share} leave nothing to train on; their sum must be below 1")
-        for name, needs in _NEEDS.items():
-            if getattr(self, name) and not needs(self):
-                raise ConfigError(f"preparation: --{name} {_WITHOUT[name]}")
-        if both := sorted(set(self.ignore_columns) & set(parse(self.columns).values())):
-            what = f"--columns reads {both[0]}, --ignore-columns leaves it out"
-            raise ConfigError(f"preparation: {what}; give one of them")
-        if self.leaked == "drop" and not self.against:
-            raise ConfigError("preparation: --leaked says what to do with instances of --against; give that too")
-
+__all__ = ["PreparationConfig", "run"]
 
 _HELD_OUT_TOO = ("dropped_shared_with_held_out", "dropped_near_held_out", "dropped_leaked")
-_WITHOUT = {
-    "columns": "names columns of a file; leave it out without a --source",
-    "families": "chooses among the built-in tasks; leave it out with a --source",
-    "dataset": "says whose templates are meant; give --templates FOLDER, or leave it out",
-    "template": "chooses among templates; give --templates FOLDER, or leave it out",
-    "subsets": "chooses among the datasets of a mixture; give --mixture, or leave it out",
-    "local": "holds datasets of a mixture; give --mixture, or leave it out",
-    "mixture": "takes the place of --source; leave one of them out",
-}
-_NEEDS: Mapping[str, Any] = {
-    "columns": lambda config: config.source != BUILTIN,
-    "families": lambda config: config.source == BUILTIN,
-    "dataset": lambda config: config.templates,
-    "template": lambda config: config.templates,
-    "subsets": lambda config: config.mixture,
-    "local": lambda config: config.mixture,
-    "mixture": lambda config: config.source == BUILTIN,
-}
 
 
 def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
@@ -163,24 +32,17 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
     twice and never held in memory, for each row only the hashes of its id, group and prompt are. Where a row makes
     many prompts (templates, mixtures), see `prompted`.
     """
-    from cappy.preparation.leakage import evaluated, kept_apart
-    from cappy.preparation.prompted import Tally
-    from cappy.preparation.sources import group_rows, open_source
-    from cappy.records import read_manifest
-    from cappy.records.parts import process
-    from cappy.records.work import claim, finish
 
     refuse_same(config.source, config.target)
     source = group_rows(open_source(config), config)
     tally = Tally(max_failed=config.max_failed, missing=config.missing)
-    instances, total, metrics = _placed(source, config, tally, progress)
+    instances, total, metrics = _place_instances(source, config, tally, progress)
     apart = [read_manifest(folder).hash for folder in config.against]
     values = {**identity(config), "task": source.task}
-    with claim(
-        config.work, "preparation", {**values, "format": source.format, "apart": apart}, source.parents
-    ) as folder:
+    settings = {**values, "format": source.format, "apart": apart}
+    with claim(config.work, "preparation", settings, source.parents, fresh=config.fresh) as folder:
         parts = process(
-            kept_apart(instances, evaluated(config.against), config.against, tally, drop=config.leaked == "drop"),
+            keep_apart(instances, config.against, tally.counts, drop=config.leaked == "drop"),
             folder,
             lambda part: part,
             part_rows=config.part_rows,
@@ -216,13 +78,10 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
         return finish(folder, config.target, manifest)
 
 
-def _placed(
-    source: "Source", config: PreparationConfig, tally: "Tally", progress: Progress
+def _place_instances(
+    source: Source, config: PreparationConfig, tally: Tally, progress: Progress
 ) -> tuple[Iterator[Instance], int | None, dict[str, float]]:
     """This shard's instances with their splits, how many there are where that is known, and what was counted."""
-    from cappy.preparation import prompted
-    from cappy.preparation.splits import place, survey
-
     shard = parse_shard(config.shard)
     if source.datasets:
         places = prompted.Places(
@@ -240,7 +99,7 @@ def _placed(
     return placed, len(rows) - dropped, dict(plan.metrics)
 
 
-def _say_left_out(source: "Source", tally: "Tally", counts: Mapping[str, int]) -> None:
+def _say_left_out(source: Source, tally: Tally, counts: Mapping[str, int]) -> None:
     """Says of a source whose rows make prompts what was left out as it was written."""
     if source.datasets and (count := tally.counts["dropped_near_held_out"]):
         total = count + sum(number for split, number in counts.items() if split != "test")
@@ -253,7 +112,7 @@ def _count(part: Sequence[Instance]) -> Mapping[str, int]:
     return Counter(str(instance.split) for instance in part)
 
 
-def _facts(source: "Source", tally: "Tally") -> dict[str, Any]:
+def _facts(source: Source, tally: Tally) -> dict[str, object]:
     failed = {name: {"rows": count, "first": tally.errors[name]} for name, count in sorted(tally.failed.items())}
     facts = {
         "made_of": dict(source.commits),

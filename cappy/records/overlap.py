@@ -273,9 +273,9 @@ class RowIndex:
 
     def holds(self, prompted: Prompted, frequent: Hashes | None = None) -> bool:
         """Whether a prompt holds a row, or a part of one of its own group; `frequent` shingles count for nothing."""
-        return len(self.found(shingles(prompted.instruction), group_hash(prompted), frequent)) > 0
+        return len(self.match(shingles(prompted.instruction), group_hash(prompted), frequent)) > 0
 
-    def found(
+    def match(
         self, prompt: Hashes, group: int, frequent: Hashes | None = None, share: float = MIN_SHARE
     ) -> npt.NDArray[np.intp]:
         """The numbers of the rows that a prompt of these shingles and this group's hash holds; see `holds`."""

@@ -5,17 +5,16 @@ is computed (`cappy.keys`) and not by who asked for it.
 """
 
 import contextlib
-import fcntl
 import logging
-import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import Timeout
 
 from cappy.errors import FolderError
-from cappy.files import make_private, open_lock
+from cappy.files import hold_lock, lock_holder, make_private
 from cappy.keys import KEY, Key, work_key
 from cappy.records.folder import Manifest, disk_errors, publish, write_bytes
 
@@ -68,20 +67,24 @@ def keys_of(step_folder: Path) -> list[Key]:
 
 
 @contextlib.contextmanager
-def held(folder: Path, patience: float = WAIT_SECONDS) -> Iterator[Path]:
-    """The folder, made where it is missing and held by this process alone; FolderError after `patience` seconds.
+def held(folder: Path, patience: float | None = None) -> Iterator[Path]:
+    """The folder, made where it is missing and held by this process alone.
+
+    FolderError where another one holds it for `patience` seconds, `WAIT_SECONDS` if left out.
 
     It has the texts of instructions and responses, so its owner alone may enter it. Files in it have the usual rights:
     those that are published are the same files.
     """
-    with disk_errors(folder):
-        make_private(folder)
-        lock = open_lock(folder / LOCK)
-    with lock:
-        _lock(lock, folder, patience)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    path = folder / LOCK
+    with contextlib.ExitStack() as stack:
+        with disk_errors(folder):
+            make_private(folder)
+            try:
+                stack.enter_context(hold_lock(path, WAIT_SECONDS if patience is None else patience))
+            except Timeout:
+                holder = f"process {lock_holder(path)} holds the lock on this work"
+                remedy = "wait for it, or stop it and run the same command again"
+                raise FolderError(f"{folder}: {holder}; {remedy}") from None
         yield folder
 
 
@@ -108,19 +111,3 @@ def finish(folder: Path, target: Path, manifest: Manifest) -> Manifest:
     """Publishes the work under `target` and returns its manifest."""
     publish(folder, target, manifest)
     return manifest
-
-
-def _lock(lock: IO[str], folder: Path, patience: float) -> None:
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                lock.seek(0)
-                holder = lock.read().strip() or "unknown"
-                remedy = "wait for it, or stop it and run the same command again"
-                raise FolderError(f"{folder}: process {holder} holds the lock on this work; {remedy}") from None
-            time.sleep(0.1)
-        else:
-            return

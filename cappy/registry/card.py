@@ -6,8 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cappy.pages.markdown import code, table, text
-from cappy.pages.words import metric_name
+from cappy.pages.words import code, metric_name, table, text
 from cappy.records import Manifest
 
 _CARD = """\

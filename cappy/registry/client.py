@@ -1,7 +1,6 @@
 """The door to MLflow: a client that is known to reach it, and its errors as one line."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
@@ -23,7 +22,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from cappy.errors import RegistryError, UnreachableError, shown
-from cappy.files import open_lock
+from cappy.files import hold_lock
 from cappy.redaction import redact_address
 from cappy.registry.address import artifact_root, check, database, no_database_yet
 
@@ -105,6 +104,5 @@ def _alone(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    with open_lock(path.with_name(f".{path.name}.lock")) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_lock(path.with_name(f".{path.name}.lock")):
         yield

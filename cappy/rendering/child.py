@@ -1,48 +1,64 @@
-"""What runs in the child: templates are compiled once, then rendered for each job that comes.
+"""What runs in the child: templates are compiled once, then rendered for each job that comes, within limits.
 
 One line of JSON is one message. In: `["load", number, seconds, source...]` and `["run", seconds, values, [[number,
 argument], ...]]`. Out, in the same order: what a load gives, and the list of what each template of a run gives.
 Instead of a value an answer may hold {"error": reason} or {"limit": what}: time, size, or unloaded (it did not
 compile). Where memory runs out, the process ends with `OUT_OF_MEMORY`.
+
+CPU time is limited in two steps. After its seconds a timer raises `_TimeIsUpError` in the child's own Python, and the
+child goes on with the next template. A single call into C (a sort, a power) is not interrupted by that: the kernel ends
+the process a little later. Memory is limited by the kernel too, in address space above what the child holds when it
+starts.
 """
 
 import gc
-import importlib
 import json
+import math
 import os
+import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import jinja2.debug  # needed when a template fails, and no file may be opened then  # noqa: F401
 
 from cappy.errors import shown
-from cappy.rendering.limits import MAX_ANSWER, OUT_OF_MEMORY, TimeIsUpError, apply_limits, start_time, stop_time
+from cappy.rendering import MAX_ANSWER, MAX_MEMORY, OUT_OF_MEMORY
 from cappy.rendering.values import decode
 
 _CHUNK = 2**16
 _from_json = json.JSONDecoder(object_hook=decode).decode
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
+_GRACE = 1
+"""Seconds of CPU time between the timer and the kernel's limit, at least."""
+_AGAIN = 0.05
+"""The timer fires again after so many seconds, in case something swallowed the exception."""
+_MAX_FILES = 16
+
+_state = {"running": False, "soft": 0}
 
 
-class Kind(Protocol):
-    """A module of templates of one kind."""
+class _Kind(Protocol):
+    """Templates of one kind: a module, or an object."""
 
     def load(self, *source: str) -> tuple[Any, Any]:
         """A compiled template, and what to answer once it is compiled."""
 
-    def render(self, compiled: Any, values: Any, argument: Any) -> Any:
+    def render(self, compiled: Any, values: Any, argument: Any, /) -> Any:
         """What a template makes of the values of a job."""
 
-    def prepare(self, values: dict[str, Any]) -> Any:
+    def prepare(self, values: dict[str, Any], /) -> Any:
         """The values of a job, as all its templates take them."""
 
 
 def main(kind: str) -> None:
     """Answers what comes on standard input until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    module: Any = importlib.import_module(f"cappy.rendering.{kind}")
+    templates = _kind(kind)
     source, target = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
@@ -50,17 +66,53 @@ def main(kind: str) -> None:
     sys.dont_write_bytecode = True
     gc.collect()
     gc.freeze()
-    apply_limits()
+    _apply_limits()
     os.dup2(nothing, 2)  # only now: why a child does not start is worth reading
     os.close(nothing)
-    write_line(target, "ready")
+    _write_line(target, "ready")
     try:
-        serve(module, read_lines(source), lambda answer: write_line(target, answer))
+        _serve(templates, _read_lines(source), lambda answer: _write_line(target, answer))
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
 
 
-def serve(kind: Kind, lines: Iterator[bytes], answer: Callable[[Any], None]) -> None:
+class _ChatTemplates:
+    """An LLM's chat templates: transformers renders them, the installed version, as `apply_chat_template` has it do.
+
+    Importing that takes half a second, once, and no torch.
+    """
+
+    def __init__(self) -> None:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        self._render = render_jinja_template
+
+    def load(self, *source: str) -> tuple[str, None]:
+        """The template as it is: transformers compiles it when it is first rendered, and keeps it."""
+        return source[0], None
+
+    def prepare(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The messages and the special tokens by name."""
+        return values
+
+    def render(self, compiled: str, values: dict[str, Any], argument: Any) -> str:
+        """The prompt, up to where the model begins to speak."""
+        rendered, _indices = self._render(
+            conversations=[values["messages"]], chat_template=compiled, add_generation_prompt=True, **values["tokens"]
+        )
+        return str(rendered[0])
+
+
+def _kind(name: str) -> _Kind:
+    """The templates of a kind. What they need is imported here, since no file may be opened later."""
+    if name == "chat":
+        return _ChatTemplates()
+    from cappy.rendering import promptsource
+
+    return promptsource
+
+
+def _serve(kind: _Kind, lines: Iterator[bytes], answer: Callable[[object], None]) -> None:
     """Answers each message in its order."""
     loaded: dict[int, Any] = {}
     for line in lines:
@@ -71,17 +123,17 @@ def serve(kind: Kind, lines: Iterator[bytes], answer: Callable[[Any], None]) -> 
             answer(_run(kind, loaded, *parts))
 
 
-def _load(kind: Kind, loaded: dict[int, Any], number: int, seconds: float, *source: str) -> Any:
-    def compiled() -> Any:
+def _load(kind: _Kind, loaded: dict[int, Any], number: int, seconds: float, *source: str) -> object:
+    def compiled() -> object:
         loaded[number], answer = kind.load(*source)
         return answer
 
     return _call_within(seconds, compiled)
 
 
-def _run(kind: Kind, loaded: dict[int, Any], seconds: float, values: dict[str, Any], items: list[Any]) -> list[Any]:
+def _run(kind: _Kind, loaded: dict[int, Any], seconds: float, values: dict[str, Any], items: list[Any]) -> list[object]:
     prepared = kind.prepare(values)
-    answers = []
+    answers: list[object] = []
     for number, argument in items:
         if number in loaded:
             answers.append(_call_within(seconds, kind.render, loaded[number], prepared, argument))
@@ -90,20 +142,20 @@ def _run(kind: Kind, loaded: dict[int, Any], seconds: float, values: dict[str, A
     return answers
 
 
-def _call_within(seconds: float, call: Callable[..., Any], *args: Any) -> Any:
+def _call_within(seconds: float, call: Callable[..., Any], *args: object) -> object:
     """What the call gives, or how it failed."""
     try:
         try:
-            start_time(seconds)
+            _start_time(seconds)
             return call(*args)
         except Exception as error:  # foreign code: whatever it raises is its own failure
             if isinstance(error, MemoryError):
                 raise
             return {"error": _reason(error)}
         finally:
-            stop_time()
-    except TimeIsUpError:
-        stop_time()  # again: the time may have been up just before it was stopped
+            _stop_time()
+    except _TimeIsUpError:
+        _stop_time()  # again: the time may have been up just before it was stopped
         return {"limit": "time"}
 
 
@@ -111,7 +163,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {shown(' '.join(str(error).split()), limit=120)}"
 
 
-def read_lines(source: int) -> Iterator[bytes]:
+def _read_lines(source: int) -> Iterator[bytes]:
     """The lines that come, until the other end is closed."""
     parts: list[bytes] = []
     while chunk := os.read(source, _CHUNK):
@@ -123,7 +175,7 @@ def read_lines(source: int) -> Iterator[bytes]:
         parts.append(rest)
 
 
-def write_line(target: int, answer: Any) -> None:
+def _write_line(target: int, answer: object) -> None:
     """Writes one answer, or that it is too large."""
     line = _line(answer)
     if len(line) > MAX_ANSWER:
@@ -133,5 +185,55 @@ def write_line(target: int, answer: Any) -> None:
         rest = rest[os.write(target, rest) :]
 
 
-def _line(answer: Any) -> bytes:
+def _line(answer: object) -> bytes:
     return _to_json(answer).encode("utf-8", "surrogatepass") + b"\n"
+
+
+class _TimeIsUpError(BaseException):
+    """Not an Exception: no `except Exception` between here and the caller may catch it."""
+
+
+def _apply_limits() -> None:
+    """Sets the limits of this process for good; CPU time is limited by `_start_time`."""
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_NOFILE, _MAX_FILES)
+    _limit(resource.RLIMIT_NPROC, 0)
+    size = _address_space()
+    if size:  # macOS has no such file, and does not enforce this limit
+        _limit(resource.RLIMIT_AS, size + MAX_MEMORY)
+    signal.signal(signal.SIGPROF, _time_is_up)
+
+
+def _limit(kind: int, most: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (most, most))
+
+
+def _address_space() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def _start_time(seconds: float) -> None:
+    """From now on until `_stop_time` the code may take so many seconds of CPU time, or _TimeIsUpError is raised."""
+    signal.setitimer(signal.ITIMER_PROF, seconds, _AGAIN)
+    soft = math.ceil(time.process_time() + seconds) + _GRACE
+    if soft != _state["soft"]:
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+        _state["soft"] = soft
+    _state["running"] = True
+
+
+def _stop_time() -> None:
+    """Nothing is raised any more. The kernel's limit stays."""
+    _state["running"] = False
+
+
+def _time_is_up(number: int, frame: FrameType | None) -> None:
+    if _state["running"]:
+        raise _TimeIsUpError

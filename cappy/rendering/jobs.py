@@ -10,13 +10,12 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
-from cappy.rendering.limits import MAX_ANSWER, MAX_MEMORY
-from cappy.rendering.process import EndedError, Process, close_all, forget_all
+from cappy.rendering import MAX_ANSWER, MAX_MEMORY
+from cappy.rendering.process import EndedError, Process, close_all
 
 MAX_SECONDS = 2.0
 """CPU time of one template on one row, and of compiling one."""
@@ -48,7 +47,7 @@ class Job:
     """Values as JSON (see `values.encode`), the templates that they are rendered with, each with an argument."""
 
     values: str = "{}"
-    items: tuple[tuple[Source, Any], ...] = ()
+    items: tuple[tuple[Source, object], ...] = ()
     load: tuple[Source, ...] = ()
     seconds: float = MAX_SECONDS
 
@@ -64,7 +63,7 @@ class Failure:
 
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
 
-Outcome = Any
+Outcome = object
 """The value that a template gave, as JSON has it, or a Failure."""
 
 
@@ -126,7 +125,7 @@ class _Channel:
         self._refused: dict[Source, Failure] = {}
 
     @property
-    def load_outcomes(self) -> dict[Source, Outcome]:
+    def load_outcomes(self) -> Mapping[Hashable, Outcome]:
         """What is known of the templates."""
         return self._process.load_outcomes | self._refused
 
@@ -205,7 +204,7 @@ class _Channel:
         else:
             _give_back(self._process)
 
-    def _outcome(self, source: Source, answer: dict[str, Any], job: Job) -> Outcome:
+    def _outcome(self, source: Source, answer: dict[str, object], job: Job) -> Outcome:
         if answer.get("limit") == "unloaded":
             return self._refused.get(source) or self._process.load_outcomes[source]
         return _outcome(answer, job.seconds)
@@ -222,7 +221,7 @@ _CERTAIN = ("time", "size")
 _NONSENSE = "answers what it was not asked"
 
 
-def _parse(process: Process, line: bytes) -> Any:
+def _parse(process: Process, line: bytes) -> object:
     try:
         return json.loads(line.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError) as error:
@@ -230,7 +229,7 @@ def _parse(process: Process, line: bytes) -> Any:
         raise EndedError(_NONSENSE) from error
 
 
-def _outcome(answer: Any, seconds: float, *, loading: bool = False) -> Outcome:
+def _outcome(answer: object, seconds: float, *, loading: bool = False) -> Outcome:
     if not isinstance(answer, dict):
         return answer
     if "limit" in answer:
@@ -281,7 +280,7 @@ def _begin_fork() -> None:
     global _lock
     _lock = threading.Lock()
     _idle.clear()
-    forget_all()
+    close_all()
 
 
 os.register_at_fork(after_in_child=_begin_fork)

@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Hashable
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import cappy
-from cappy.rendering.limits import MAX_ANSWER, OUT_OF_MEMORY
+from cappy.rendering import MAX_ANSWER, OUT_OF_MEMORY
 
 _START = "import sys; kind, *sys.path[:0] = sys.argv[1:]; from cappy.rendering.child import main; main(kind)"
 _START_SECONDS = 120.0
@@ -40,8 +40,8 @@ class Process:
     def __init__(self, kind: str) -> None:
         paths = [str(Path(cappy.__file__).parents[1]), *filter(None, sys.path)]
         self.kind = kind
-        self.numbers: dict[Any, int] = {}
-        self.load_outcomes: dict[Any, Any] = {}
+        self.numbers: dict[Hashable, int] = {}
+        self.load_outcomes: dict[Hashable, object] = {}
         self.num_answers = 0
         self._owner = os.getpid()
         self._unsent = bytearray()
@@ -53,7 +53,7 @@ class Process:
             env={name: os.environ[name] for name in ("TZ",) if name in os.environ},
         )
         _processes.add(self)
-        self._pipes: list[Any] = [self._popen.stdin, self._popen.stdout]
+        self._pipes = [pipe for pipe in (self._popen.stdin, self._popen.stdout) if pipe is not None]
         self._input, self._output = [pipe.fileno() for pipe in self._pipes]
         os.set_blocking(self._input, False)
         os.set_blocking(self._output, False)
@@ -157,13 +157,7 @@ class Process:
         return EndedError(f"ends its process with {signal.Signals(-code).name if code < 0 else code}")
 
 
-def forget_all() -> None:
-    """In a fork: closes its copies of the pipes of its parent's children."""
-    for process in list(_processes):
-        process.close()
-
-
 def close_all() -> None:
-    """Ends all children."""
+    """Ends all children; in a fork closes its copies of the pipes of its parent's children."""
     for process in list(_processes):
         process.close()

@@ -22,7 +22,7 @@ class Placeholder:
     `base` is a plain value whose attributes it has, such as the datetime that a pandas timestamp is.
     """
 
-    def __init__(self, name: str, text: str, representation: str, base: Any) -> None:
+    def __init__(self, name: str, text: str, representation: str, base: object) -> None:
         self.__name__ = name
         self._text, self._representation, self._base = text, representation, base
 
@@ -38,7 +38,7 @@ class Placeholder:
         return getattr(self._base, name)
 
 
-def encode(value: Any) -> Any:
+def encode(value: Any) -> object:
     """The value as `json.dumps` takes it; RecursionError where it is nested too deep."""
     kind = type(value)
     if kind in _PLAIN:
@@ -54,7 +54,7 @@ def encode(value: Any) -> Any:
     return {"": _tagged(value)}
 
 
-def _tagged(value: Any) -> list[Any]:
+def _tagged(value: Any) -> list[object]:
     kind = type(value)
     if kind is tuple:
         return ["tuple", *map(encode, value)]
@@ -71,7 +71,7 @@ def _tagged(value: Any) -> list[Any]:
     return ["object", getattr(value, "__name__", kind.__name__), str(value), repr(value), encode(_base(value))]
 
 
-def _base(value: Any) -> Any:
+def _base(value: object) -> object:
     """A plain value with the attributes that a template may ask for, where there is one."""
     if isinstance(value, datetime.datetime):
         moment = value.replace(tzinfo=None)
@@ -89,7 +89,7 @@ def decode(found: dict[str, Any]) -> Any:
     return _MAKERS[tag](*parts)
 
 
-def _of_items(items: list[list[Any]]) -> dict[Any, Any]:
+def _of_items(items: list[list[Any]]) -> dict[object, object]:
     return {name: inner for name, inner in items}  # noqa: C416 # dict() would take texts of two characters for pairs
 
 

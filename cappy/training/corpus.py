@@ -4,7 +4,6 @@ Memory does not grow with rows, neither while a corpus is written nor while it i
 """
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -17,9 +16,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cappy.annotation.rows import regression_rows
+from cappy.annotation.labels import regression_rows
 from cappy.config import fingerprint
-from cappy.files import make_private, open_lock
+from cappy.files import hold_lock, make_private
 from cappy.progress import Progress, silent
 from cappy.records import Instance, prompt_hash, read, read_manifest
 from cappy.records.folder import batched, disk_errors, rename_folder
@@ -338,8 +337,7 @@ def _build(
 def _locked(cache: Path, key: str) -> Iterator[None]:
     """Holds a lock that falls with the process, however it ends."""
     make_private(cache)
-    with open_lock(cache / f".{key}.lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_lock(cache / f".{key}.lock"):
         yield
 
 

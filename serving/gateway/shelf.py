@@ -9,7 +9,6 @@ Rows are what users wrote: folder and files are their owner's alone, whatever th
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
@@ -18,10 +17,11 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
+from filelock import Timeout
 from numpy.typing import NDArray
 
 from cappy.errors import FolderError
-from cappy.files import make_private, open_lock
+from cappy.files import hold_lock, make_private
 from cappy.records import Candidate, File, Instance, Manifest, read_manifest
 from cappy.records.folder import MANIFEST, disk_errors, write_bytes, write_manifest
 from cappy.records.schema import to_table
@@ -55,12 +55,11 @@ class Shelf:
         self._part_characters = part_characters
         with disk_errors(folder):
             make_private(folder)
-            self._lock = open_lock(folder / ".lock")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise FolderError(f"{folder}: another gateway writes there; give each a folder of its own") from None
+            self._lock = contextlib.ExitStack()
+            try:
+                self._lock.enter_context(hold_lock(folder / ".lock", patience=0))
+            except Timeout:
+                raise FolderError(f"{folder}: another gateway writes there; give each a folder of its own") from None
         self._closed: list[File] = list(read_manifest(folder).files) if (folder / MANIFEST).exists() else []
         self._number = 1 + max((_number(file.name) for file in self._closed), default=-1)
         self._keys: dict[str, NDArray[np.uint64]] = {}

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wording import assert_names, raises_naming
 
 from cappy.annotation import rouge_l
-from cappy.annotation.labels import Labelling, annotate
+from cappy.annotation.labels import NEARLY_RIGHT, Labelling, Row, annotate, regression_rows
 from cappy.annotation.metrics import load
-from cappy.annotation.mismatches import NEARLY_RIGHT
 from cappy.annotation.rouge import partly_visible
-from cappy.annotation.rows import Row, regression_rows
 from cappy.annotation.step import AnnotationConfig, run
 from cappy.cli.steps import summary
 from cappy.config import build
@@ -66,7 +65,7 @@ def test_annotating_twice_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_an_unknown_metric_is_named_with_the_ones_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"annotation: --metric: 'meteor' is no metric; choose of rougeL, "):
+    with pytest.raises(ConfigError, match=r"annotation: --metric: 'meteor' .*rougeL, "):
         build(AnnotationConfig, {"source": tmp_path, "target": tmp_path, "metric": "meteor"})
 
 
@@ -158,10 +157,8 @@ def test_given_labels_need_no_reference_and_none_may_miss(tmp_path: Path) -> Non
         ("llm", {"given": 0.25}),
         ("llm", {"given": 1.0}),
     ]
-    with pytest.raises(RecordError) as error:
+    with raises_naming(RecordError, "instance 'i': ", "response 'r1'", "label", "--metric"):
         list(annotate([rated(0.5, None)], Labelling(name="given", metric=load("given"))))
-    remedy = "give every response a label from 0 to 1, or choose another --metric"
-    assert str(error.value) == f"instance 'i': response 'r1' came without a label; {remedy}"
 
 
 def test_shards_and_workers_change_nothing_of_what_is_written(tmp_path: Path) -> None:
@@ -213,12 +210,11 @@ def test_what_rouge_l_sees_only_a_part_of_is_counted_and_said(tmp_path: Path, te
         config = AnnotationConfig(source=tmp_path / name, target=tmp_path / f"{name}-out", work=tmp_path / "work")
         manifest = run(config)
         assert manifest.metrics.get("partly_invisible_to_rougeL", 0) == partly
-        line = (
-            "1 of 4 (25.0 %) instances have a reference or response of which Rouge-L sees only a part, for it sees "
-            "[a-z0-9] alone; annotate with --metric rougeL_unicode or chrf"
-        )
-        assert (line in manifest.facts.get("cautions", ())) == partly
-        assert (f"caution   {line}" in summary(manifest, config.target, 1.0)) == partly
+        cautions = [str(line) for line in manifest.facts.get("cautions", ()) if "[a-z0-9]" in str(line)]
+        assert len(cautions) == partly
+        for line in cautions:
+            assert_names(line, "1 of 4 (25.0 %)", "Rouge-L", "--metric rougeL_unicode or chrf")
+            assert f"caution   {line}" in summary(manifest, config.target, 1.0)
 
 
 def test_other_metrics_do_not_count_what_rouge_l_sees(tmp_path: Path) -> None:
@@ -262,11 +258,8 @@ def test_reasoning_in_responses_is_counted_and_said_once(tmp_path: Path, respons
     )
     manifest = run(config)
     assert (manifest.metrics["with_reasoning"], manifest.metrics["responses"]) == (1, 20)
-    line = (
-        "1 of 20 (5.0 %) responses hold reasoning such as <think>...</think>, which the metric compares too; sample "
-        "with --strip-reasoning"
-    )
-    assert list(manifest.facts["cautions"]) == [line]
+    (line,) = manifest.facts["cautions"]
+    assert_names(line, "1 of 20 (5.0 %)", "reasoning", "--strip-reasoning")
     assert summary(manifest, config.target, 1.0).count(line) == 1
 
 
@@ -281,5 +274,5 @@ def test_what_only_looks_like_reasoning_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shard", ["4/4", "1", "-1/2", "1/0", "0/5000", "a/b"])
 def test_what_is_no_shard_is_refused(tmp_path: Path, shard: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^--shard: '{shard}' is no shard i/N; give 0/4 to 3/4 for four"):
+    with pytest.raises(ConfigError, match=rf"^--shard: '{shard}' .*0/4 to 3/4"):
         build(AnnotationConfig, {"source": tmp_path, "target": tmp_path, "shard": shard})

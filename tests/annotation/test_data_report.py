@@ -19,15 +19,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from wording import assert_names, raises_naming
 
 from cappy.annotation.report import DataReport, summarize, to_text, write_page, write_report
-from cappy.annotation.report.columns import COLUMNS, Candidates, Codes, Ints, codes
-from cappy.annotation.report.hashes import Distinct
-from cappy.annotation.report.lengths import LengthTotals, num_characters, num_words
+from cappy.annotation.report.candidates import COLUMNS, Candidates, Codes, Ints, codes, measured
 from cappy.annotation.report.page import render
-from cappy.annotation.report.pools import measured
 from cappy.annotation.report.record import QUANTILES, Pools
-from cappy.annotation.report.text import MOST_ROWS, WIDTH
+from cappy.annotation.report.summary import Distinct, LengthTotals, num_characters, num_words
+from cappy.annotation.report.text import MOST_ROWS, WIDTH, to_values
 from cappy.annotation.rouge import partly_visible
 from cappy.annotation.step import AnnotationConfig, run
 from cappy.errors import ConfigError, FolderError, RecordError
@@ -269,7 +268,7 @@ def test_what_is_null_counts_as_its_default() -> None:
 def test_a_null_is_no_label(labels: list[tuple[str, float | None]] | None) -> None:
     rows = to_table([instance("one", candidate(), candidate(), candidate())]).to_pylist()
     rows[0]["candidates"][1]["labels"] = labels
-    with pytest.raises(RecordError, match="candidate 1 has no label 'm'; others have it: run cappy annotation again"):
+    with raises_naming(RecordError, "candidate 1 ", "'m'", "others have it", "cappy annotation"):
         summarize(pa.Table.from_pylist(rows, schema=SCHEMA).to_batches(), "m")
 
 
@@ -347,7 +346,7 @@ def test_a_prompt_in_two_splits_is_a_caution() -> None:
     ]
     report = report_of(*given)
     assert (report.instructions.repeated, report.instructions.in_several_splits) == (1, 1)
-    assert "Caution: 1 of 1 instruction (100.0%) stands in more than one split" in " ".join(to_text(report).split())
+    assert re.search(r"Caution: 1 of 1 instruction \(100\.0%\).* split", " ".join(to_text(report).split()))
 
 
 def test_references_that_rouge_l_cannot_see_are_those_that_annotation_counts(tmp_path: Path) -> None:
@@ -359,10 +358,10 @@ def test_references_that_rouge_l_cannot_see_are_those_that_annotation_counts(tmp
     assert report.metric == "rougeL"
     assert report.invisible_to_rouge_l == 4
     assert report.partly_invisible_to_rouge_l == 2
-    assert "2 of 8 instances (25.0%) have a reference or response of which Rouge-L sees only a part" in to_text(report)
+    assert re.search(r"2 of 8 instances \(25\.0%\).*Rouge-L.* part", to_text(report))
     assert (manifest.metrics["invisible_to_rougeL"], manifest.metrics["partly_invisible_to_rougeL"]) == (4, 2)
-    assert "4 of 8 instances (50.0%) have no reference that Rouge-L can see" in to_text(report)
-    assert "Rouge-L can see" not in to_text(replace(report, metric="rougeL_unicode"))
+    assert re.search(r"4 of 8 instances \(50\.0%\).*Rouge-L", to_text(report))
+    assert "Rouge-L" not in to_text(replace(report, metric="rougeL_unicode"))
 
 
 @given(
@@ -409,16 +408,15 @@ def test_whatever_is_missing_is_no_number(given: list[Instance], tmp_path: Path)
 def test_responses_that_cannot_be_picked_are_a_caution() -> None:
     given = [candidate("", 0.0, status="empty"), candidate("no", 0.0, status="refused"), candidate("a"), candidate("b")]
     cautions = [line for line in to_text(report_of(instance("one", *given))).splitlines() if "Caution" in line]
-    assert cautions == [
-        "- Caution: 1 of 4 responses (25.0%) is blank.",
-        "- Caution: 1 of 4 LLM responses (25.0%) has the status refused, so that no selector may pick it.",
-    ]
+    blank, refused = cautions
+    assert_names(blank, "1 of 4 responses (25.0%)", "blank")
+    assert_names(refused, "1 of 4 LLM responses (25.0%)", "refused")
 
 
 def test_equal_labels_throughout_are_the_headline() -> None:
-    assert to_text(report_of(*ROBUST["labels 0"])).startswith("Selection cannot matter here")
+    assert to_text(report_of(*ROBUST["labels 0"])).startswith("Selection cannot matter")
     told = " ".join(to_text(report_of(*ROBUST["one among many empty"])).split())
-    assert "worth 60.0 m ×100, the best of its instance 70.0: selection can gain up to 10.0." in told
+    assert_names(told.split(" - ")[0], "60.0 m ×100", "70.0", "up to 10.0.")
 
 
 def test_the_text_stays_within_its_columns_and_folds_what_is_long() -> None:
@@ -434,7 +432,7 @@ def test_the_text_stays_within_its_columns_and_folds_what_is_long() -> None:
     assert f"and {len(names) - MOST_ROWS} more tasks" in text
     assert len(re.findall(r"^task \d", text, re.MULTILINE)) == MOST_ROWS - 2
     assert "\x1b" not in text
-    assert len(report.to_dict()["tasks"]) == render(report).count("<td>task ") + 2
+    assert len(to_values(report)["tasks"]) == render(report).count("<td>task ") + 2
 
 
 def test_texts_of_the_data_cannot_become_markup() -> None:
@@ -460,23 +458,21 @@ def test_the_page_needs_nothing_from_elsewhere_and_equal_reports_make_equal_page
 def test_a_missing_label_is_an_error_that_names_the_metrics_there_are() -> None:
     odd = Candidate(response="b", labels={"chrf": 0.1, "bleu": 0.2})
     given = [instance("one", candidate()), instance("two", candidate(), odd)]
-    with pytest.raises(
-        RecordError, match=r"^instance 'two': candidate 1 has no label 'm'; it has 'bleu', 'chrf': name"
-    ):
+    with raises_naming(RecordError, "instance 'two': candidate 1 ", "'m'", "it has 'bleu', 'chrf'"):
         report_of(*given)
     some = [instance("one", candidate(), Candidate(response="b"))]
-    with pytest.raises(RecordError, match="candidate 1 has no label 'm'; others have it: run cappy annotation again"):
+    with raises_naming(RecordError, "candidate 1 ", "'m'", "others have it", "cappy annotation"):
         report_of(*some)
     other = [instance("one", Candidate(response="b"), odd)]
-    with pytest.raises(RecordError, match="candidate 0 has no label 'm'; others have 'bleu', 'chrf': run cappy annot"):
+    with raises_naming(RecordError, "candidate 0 ", "'m'", "others have 'bleu', 'chrf'", "cappy annotation"):
         report_of(*other)
-    with pytest.raises(RecordError, match="candidate 0 has no label 'm'; no candidate has one: run cappy annotation"):
+    with raises_naming(RecordError, "candidate 0 ", "'m'", "no candidate has one", "cappy annotation"):
         report_of(instance("one", Candidate(response="b")))
 
 
 @pytest.mark.parametrize("label", [math.nan, -0.1, 1.5, math.inf])
 def test_a_label_that_is_none_is_an_error(label: float) -> None:
-    with pytest.raises(RecordError, match=rf"instance 'one': candidate 1: label 'm' is {label}; labels are 0 to 1"):
+    with pytest.raises(RecordError, match=rf"instance 'one': candidate 1: label 'm' is {label}; .*0 to 1"):
         report_of(instance("one", candidate(), candidate(label=label)))
 
 
@@ -484,18 +480,18 @@ def test_an_error_is_found_wherever_the_batch_begins() -> None:
     given = [instance(f"i{index}", candidate(), candidate()) for index in range(9)]
     given[7] = instance("i7", candidate(), Candidate(response="b", labels={"other": 1.0}))
     (batch,) = batches(given)
-    with pytest.raises(RecordError, match="instance 'i7': candidate 1 has no label 'm'; it has 'other'"):
+    with pytest.raises(RecordError, match="instance 'i7': candidate 1 .*'m'.*'other'"):
         summarize([batch.slice(5, 4)], "m")
 
 
 def test_the_metric_is_the_folders_own_or_must_be_named(tmp_path: Path) -> None:
     write(tmp_path / "plain", drawn(20))
-    with pytest.raises(ConfigError, match=r"plain: its manifest names no metric .*; name one of 'm'$"):
+    with pytest.raises(ConfigError, match=r"plain: .*manifest.* 'm'$"):
         write_report(tmp_path / "plain", tmp_path / "report")
     write(tmp_path / "bare", [instance("one", Candidate(response="a"))])
-    with pytest.raises(ConfigError, match=r"bare: its manifest names no metric .*; it has no labels: run cappy annot"):
+    with raises_naming(ConfigError, "bare: ", "no labels", "cappy annotation"):
         write_report(tmp_path / "bare", tmp_path / "report")
-    with pytest.raises(RecordError, match=r"plain: instance 'i\d+': candidate 0 has no label 'bleu'; it has 'm'"):
+    with pytest.raises(RecordError, match=r"plain: instance 'i\d+': candidate 0 .*'bleu'; it has 'm'"):
         write_report(tmp_path / "plain", tmp_path / "report", "bleu")
     with pytest.raises(FolderError, match="holds folders of records"):
         write_report(tmp_path, tmp_path / "report")

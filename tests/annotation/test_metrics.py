@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from wording import raises_naming
 
 from cappy.annotation import rouge_l
-from cappy.annotation.matches import exact_match, numeric_match, token_f1
-from cappy.annotation.metrics import METRICS, Pool, load, parse
+from cappy.annotation.metrics import METRICS, Pool, exact_match, load, numeric_match, parse, token_f1
+from cappy.annotation.rouge import rouge_l_unicode
 from cappy.annotation.step import AnnotationConfig, run
-from cappy.annotation.unicode_rouge import rouge_l as unicode_rouge_l
 from cappy.config import build
 from cappy.errors import ConfigError
 from cappy.records import Candidate, Instance, read, write
@@ -139,7 +139,7 @@ def test_token_f1_is_that_of_squads_script_to_the_last_bit(reference: str, respo
 
 @given(plain, plain)
 def test_rouge_l_of_all_scripts_is_the_published_one_without_stemmer_on_ascii(one: str, other: str) -> None:
-    assert unicode_rouge_l([one], other) == rouge_l([one], other, use_stemmer=False)
+    assert rouge_l_unicode([one], other) == rouge_l([one], other, use_stemmer=False)
 
 
 @pytest.mark.parametrize(
@@ -153,10 +153,10 @@ def test_rouge_l_of_all_scripts_is_the_published_one_without_stemmer_on_ascii(on
     ],
 )
 def test_rouge_l_of_all_scripts_sees_what_the_published_one_does_not(reference: str, near: str, far: str) -> None:
-    assert unicode_rouge_l([reference], reference) == 1.0
-    assert 0.0 < unicode_rouge_l([reference], near) <= 1.0
-    assert unicode_rouge_l([reference], far) == 0.0
-    assert rouge_l([reference], near) < unicode_rouge_l([reference], near)
+    assert rouge_l_unicode([reference], reference) == 1.0
+    assert 0.0 < rouge_l_unicode([reference], near) <= 1.0
+    assert rouge_l_unicode([reference], far) == 0.0
+    assert rouge_l([reference], near) < rouge_l_unicode([reference], near)
 
 
 def test_a_mixture_is_the_weighted_sum() -> None:
@@ -167,17 +167,17 @@ def test_a_mixture_is_the_weighted_sum() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "names"),
     [
-        ("rouge", r"'rouge' is no metric; choose of rougeL, "),
-        ("", r"'' is no metric"),
-        ("0.5*rougeL", r"the weights of '0.5\*rougeL' sum to 0.5"),
-        ("0.5*rougeL+0.7*bleu", "sum to 1.2"),
-        ("0.5*rougeL+0.5*rougeL", "rougeL stands in .* twice"),
+        ("rouge", ("'rouge'", "rougeL, ")),
+        ("", ("''", "rougeL, ")),
+        ("0.5*rougeL", ("'0.5*rougeL'", "sum to 0.5")),
+        ("0.5*rougeL+0.7*bleu", ("sum to 1.2",)),
+        ("0.5*rougeL+0.5*rougeL", ("rougeL ", "twice")),
     ],
 )
-def test_a_wrong_metric_is_refused_with_the_names_there_are(text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_a_wrong_metric_is_refused_with_the_names_there_are(text: str, names: tuple[str, ...]) -> None:
+    with raises_naming(ConfigError, "--metric", *names):
         build(AnnotationConfig, {"source": "a", "target": "b", "metric": text})
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cappy.annotation.matches import numeric_match
+from cappy.annotation.metrics import numeric_match
 from cappy.annotation.numbers import last_number
 
 GSM8K = Path(__file__).parents[2].parent / "shared/data/candidates/gsm8k_openai.jsonl.gz"

@@ -14,8 +14,8 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenize import tokenize
 
-from cappy.annotation import rouge, rouge_columns, rouge_l
-from cappy.annotation.rouge_columns import COLUMNS, rouge_l_batch, rouge_l_columns, rouge_l_pools, token_strings
+from cappy.annotation import rouge, rouge_l
+from cappy.annotation.rouge import COLUMNS, rouge_l_batch, rouge_l_columns, rouge_l_pools, token_strings
 from cappy.records import Candidate, Instance, read_batches, write
 
 POOLS = Path(__file__).parents[2].parent / "shared/data/candidates"
@@ -52,8 +52,8 @@ def test_columns_equal_rouge_score_to_the_last_bit(
 ) -> None:
     expected = [reference(references, response, stem) for references, responses in pools for response in responses]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rouge_columns, "CHUNK_CHARACTERS", chunk[0])
-        patch.setattr(rouge_columns, "CHUNK_PAIRS", chunk[1])
+        patch.setattr(rouge, "CHUNK_CHARACTERS", chunk[0])
+        patch.setattr(rouge, "CHUNK_PAIRS", chunk[1])
         found = rouge_l_pools([first for first, _ in pools], [second for _, second in pools], use_stemmer=stem)
     assert found.tolist() == expected
 
@@ -109,7 +109,7 @@ def test_the_column_door_gives_what_the_step_writes(tmp_path: Path) -> None:
 @given(st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=4, max_size=12))
 def test_stems_are_those_of_the_library(word: str) -> None:
     for suffix in ("", "s", "ed", "ing", "y", "ational", "alli", "ement", "logi", "fulli", "ell", "7", "k", "o", "x"):
-        assert rouge.stem(word + suffix) == PorterStemmer().stem(word + suffix)
+        assert rouge._stem(word + suffix) == PorterStemmer().stem(word + suffix)
 
 
 def test_long_texts_equal_rouge_score_piece_by_piece() -> None:
@@ -124,7 +124,7 @@ def test_long_texts_equal_rouge_score_piece_by_piece() -> None:
 
 
 def test_more_different_tokens_than_there_are_characters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rouge_columns, "_CHARACTERS", 3)
+    monkeypatch.setattr(rouge, "_CHARACTERS", 3)
     assert rouge_l_pools([["a b c d e"]], [["a c e f", "x"]]).tolist() == [rouge_l(["a b c d e"], "a c e f"), 0.0]
 
 

@@ -7,6 +7,7 @@ from datetime import date, datetime
 from itertools import combinations
 
 import pytest
+from wording import raises_naming
 
 from cappy.builtin.tasks import FAMILIES, POOLS, Pool, instances
 from cappy.builtin.vocabulary import CATEGORIES, VERBS
@@ -47,7 +48,7 @@ def test_instances_are_distinct_and_every_family_gives_its_number() -> None:
     rows = drawn(number=50)
     assert len({prompt_hash(row.instruction) for row in rows}) == len(rows) == 50 * len(FAMILIES)
     assert len({row.instance_id for row in rows}) == len(rows)
-    with pytest.raises(ConfigError, match=r"topic has no more than about \d+ instances|ask for fewer"):
+    with pytest.raises(ConfigError, match=r"number_words.*fewer"):
         drawn(number=1_000_000, families=("number_words",))
 
 
@@ -71,8 +72,8 @@ def test_held_out_families_are_kept_from_pretraining() -> None:
     held_out = {name for name, family in FAMILIES.items() if family.held_out}
     assert not held_out & {row.task for row in drawn("pretraining", 2)}
     assert held_out <= {row.task for row in drawn("llm", 2)}
-    with pytest.raises(ConfigError, match="is held out of pretraining"):
-        drawn("pretraining", 2, families=tuple(held_out))
+    with raises_naming(ConfigError, next(n for n in FAMILIES if n in held_out), "held out"):
+        drawn("pretraining", 2, families=tuple(n for n in FAMILIES if n in held_out))
 
 
 def test_a_choice_is_right_and_no_choice_is_there_twice() -> None:

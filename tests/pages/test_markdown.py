@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from cappy.evaluation import Report, evaluate, markdown
 from cappy.evaluation.findings import Probe
-from cappy.pages.markdown import code, table, text
+from cappy.pages.words import code, table, text
 from cappy.records import Candidate, Instance, Manifest
 from cappy.registry.card import model_card
 

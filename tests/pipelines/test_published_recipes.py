@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from cappy.preparation.mixtures import load_mixture
-from cappy.preparation.mixtures.facts import chosen
+from cappy.preparation.mixtures import chosen, load_mixture
 from cappy.training.settings import TRUNCATION
 from cappy.training.update import rate
 from pipelines.fingerprints import configs

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wording import assert_names
 
 from cappy.builtin import LLM_FOLDER, SCORER_FOLDER
 from cappy.errors import ConfigError
@@ -15,7 +16,8 @@ from cappy.plan.costs import CHECKED, CHECKS, HARDWARE, MOST_SHARDS, Work, cost
 from cappy.plan.shapes import GENERATORS, SCORERS
 from cappy.plan.table import Plan, span, stored
 from cappy.plan.volumes import mixture_volumes
-from cappy.preparation.mixtures import load_mixture, plan
+from cappy.preparation.mixtures import load_mixture
+from cappy.preparation.mixtures.plan import plan
 
 PAPER = {"bart0": 5, "t0-3b": 5}
 TERMS = Terms(scorer="roberta-large", mfu=0.4, sampling_mfu=0.1)
@@ -157,8 +159,8 @@ def test_what_nobody_measured_says_so_beside_the_number_in_text_and_json(measure
     made = planned(measured)
     rows = [line for line in text(made).splitlines() if "not measured: assumes" in line]
     assert [line.split("  ")[0] for line in rows] == ["sampling bart0", "sampling t0-3b", "pretraining", "evaluation"]
-    assert "assumes 0.4 of the data-sheet peak (--mfu)" in rows[2]
-    assert "assumes 0.1 of the data-sheet peak (--sampling-mfu)" in rows[0]
+    assert_names(rows[2], "assumes 0.4 ", "(--mfu)")
+    assert_names(rows[0], "assumes 0.1 ", "(--sampling-mfu)")
     assert "NOT MEASURED on h100" in text(made)
     assert "989 TFLOP/s" in text(made)
     steps = {step["name"]: step for step in json.loads(json.dumps(to_values(made)))["steps"]}
@@ -174,7 +176,7 @@ def test_a_measured_speed_takes_the_place_of_the_assumption(measured: Calibratio
     made = planned(known)
     work = next(one for one in made.works if one.name == "pretraining")
     assert (work.rate, work.measured) == (5e14, True)
-    with pytest.raises(ConfigError, match=r"evaluation of roberta-large was never measured on h100; give --mfu"):
+    with pytest.raises(ConfigError, match=r"evaluation of roberta-large .* h100; give --mfu"):
         planned(known, mfu=None)
 
 
@@ -182,7 +184,7 @@ def test_all_of_a_cpu_is_measured_and_nothing_is_assumed(measured: Calibration) 
     made = make_plan("t0", ["builtin:10"], "cpu", [1, 64], measured, Terms(scorer="roberta-large"))
     assert all(work.measured for work in made.works)
     assert "NOT MEASURED" not in text(made)
-    with pytest.raises(ConfigError, match=r"flan-t5-xxl, in FLOP/s, was not measured on cpu \(measured on cpu: .*b"):
+    with pytest.raises(ConfigError, match=r"flan-t5-xxl, in FLOP/s, .*\(measured on cpu: .*b"):
         make_plan("t0", ["flan-t5-xxl"], "cpu", [1], measured, TERMS)
 
 

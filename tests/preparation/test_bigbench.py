@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from wording import raises_naming
 
 from cappy.errors import FolderError, RecordError
 from cappy.preparation.bigbench import MAX_EXAMPLES, Shares, Task, split_rows
@@ -137,25 +138,24 @@ def test_rows_of_p3_are_known_by_their_columns(prepare: Prepare, json_lines: Any
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "parts"),
     [
-        ('{"examples": []}', "has no examples, got []; choose a JSON task of BIG-bench"),
-        ('{"examples": [1]}', "examples[0] must be an object, got 1; mend it"),
-        ('{"examples": [{"target": "x"}]}', "examples[0]: input must be a text, got None; mend it"),
-        ('{"examples": [{"input": "x"}]}', "examples[0]: has no target and no target_scores; give one of them"),
+        ('{"examples": []}', ("no examples", "got []", "JSON task of BIG-bench")),
+        ('{"examples": [1]}', ("examples[0] must be an object", "got 1")),
+        ('{"examples": [{"target": "x"}]}', ("examples[0]: input must be a text", "got None")),
+        ('{"examples": [{"input": "x"}]}', ("examples[0]: ", "no target ", "no target_scores")),
         (
             '{"examples": [{"input": "x", "target_scores": [1]}]}',
-            "examples[0]: target_scores must be choices with their scores, got [1]; mend it",
+            ("examples[0]: target_scores", "got [1]"),
         ),
-        ('{"examples": [{"input": "x", "target": 5}]}', "examples[0]: target must be a text, got 5; mend it"),
+        ('{"examples": [{"input": "x", "target": 5}]}', ("examples[0]: target must be a text", "got 5")),
     ],
 )
-def test_a_wrong_task_is_refused_with_the_example(prepare: Prepare, tmp_path: Path, text: str, message: str) -> None:
+def test_a_wrong_task_is_refused_with_the_example(prepare: Prepare, tmp_path: Path, text: str, parts: Any) -> None:
     path = tmp_path / "task.json"
     path.write_text(text)
-    with pytest.raises(RecordError) as error:
+    with raises_naming(RecordError, f"{path}: ", *parts):
         prepare(path)
-    assert str(error.value) in (f"{path}: {message}", f"{path}: {message}")
 
 
 def test_json_lines_under_the_name_json_stay_json_lines(prepare: Prepare, json_lines: Any) -> None:
@@ -195,7 +195,7 @@ def test_b3_a_folder_of_json_tasks_is_read_task_by_task(prepare: Prepare, tmp_pa
         for split, count in (("test", 16), ("train", 34))
     }
     (tmp_path / "bbh/rows.json").write_text('{"instruction": "a", "reference": "b"}\n')
-    with pytest.raises(FolderError, match=r"rows.json: is no BIG-bench task, others in its folder are"):
+    with raises_naming(FolderError, "rows.json: is no BIG-bench task"):
         prepare(tmp_path / "bbh")
 
 

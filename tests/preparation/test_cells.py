@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from wording import raises_naming
 
 from cappy.errors import RecordError
 from cappy.preparation.cells import read_list
@@ -77,10 +78,8 @@ def test_b2_a_cell_of_responses_holds_these(prepare: Prepare, tmp_path: Path, ce
 def test_b2_what_looks_like_a_list_and_is_none_is_refused(prepare: Prepare, tmp_path: Path, cell: str) -> None:
     quoted = cell.replace('"', '""')
     (tmp_path / "in.csv").write_text(f'instruction,reference,responses\nSay.,a,"{quoted}"\n')
-    with pytest.raises(RecordError) as error:
+    with raises_naming(RecordError, "in.csv:2: responses looks like a list", "as JSON (", "JSON Lines or Parquet"):
         prepare(tmp_path / "in.csv", **WHOLE)
-    assert "in.csv:2: responses looks like a list and is none (" in str(error.value)
-    assert str(error.value).endswith('write it as JSON (["one", "two"]), or write the file as JSON Lines or Parquet')
 
 
 def _arrays(texts: list[str]) -> dict[str, Any]:
@@ -127,10 +126,8 @@ def test_b2_one_answer_of_squad_may_be_a_text_and_an_object_without_places_stays
 )
 def test_b2_answers_of_squad_that_cannot_be_read_are_refused(prepare: Prepare, tmp_path: Path, cell: str) -> None:
     path = frame(tmp_path / "in.csv", [{"instruction": "Who?", "references": cell}])
-    with pytest.raises(RecordError) as error:
+    with raises_naming(RecordError, "in.csv:2: references", "answers of SQuAD", "JSON Lines or Parquet"):
         prepare(path, **WHOLE)
-    assert "in.csv:2: references looks like the answers of SQuAD and is none (" in str(error.value)
-    assert str(error.value).endswith("; write the file as JSON Lines or Parquet")
 
 
 def test_b2_a_list_of_numbers_is_a_text_where_one_text_stands_and_refused_where_several_do(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wording import assert_names, raises_naming
 
 from cappy.config import build
 from cappy.errors import ConfigError, RecordError
@@ -52,52 +53,51 @@ def test_b1_one_word_inside_a_sentence_is_no_input_that_stands_there(prepare: Pr
 
 
 @pytest.mark.parametrize(
-    ("row", "columns", "remedy"),
+    ("row", "columns", "parts"),
     [
         (
             {"prompt": "Double it.", "input": "4", "reference": "8"},
             ("instruction=prompt",),
-            "column 'input' is not read, and matters; --columns input=input appends it to the instruction, ",
+            ("column 'input' is not read", "--columns input=input"),
         ),
         (
             {"instruction": "Who?", "context": "Ann sat.", "reference": "Ann"},
             (),
-            "column 'context' is not read, and matters; --columns input=context appends it to the instruction, ",
+            ("column 'context' is not read", "--columns input=context"),
         ),
         (
             {"prompt": "Hi", "chosen": "Hello", "rejected": "Go"},
             ("instruction=prompt", "reference=chosen"),
-            "column 'rejected' is not read, and matters; --columns response=rejected makes it a response, ",
+            ("column 'rejected' is not read", "--columns response=rejected"),
         ),
         (
             {"prompt": "Hi", "chosen": "Hello", "rejected": "Go"},
             ("instruction=prompt", "response=rejected"),
-            "column 'chosen' is not read, and matters; --columns reference=chosen makes it the reference",
+            ("column 'chosen' is not read", "--columns reference=chosen"),
         ),
         (
             {"instruction": "Hi", "system": "Answer in French.", "reference": "Salut"},
             (),
-            "column 'system' is not read, and matters; write what the LLM is to see of it into the instruction, ",
+            ("column 'system' is not read", "into the instruction", "--ignore-columns system"),
         ),
         (
             {"instruction": "And now?", "history": [["a", "b"]], "reference": "c"},
             (),
-            "column 'history' is not read, and matters",
+            ("column 'history' is not read", "into the instruction", "--ignore-columns history"),
         ),
         (
             {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
             (),
-            "column 'conversations' is not read, and matters",
+            ("column 'conversations' is not read", "into the instruction", "--ignore-columns conversations"),
         ),
     ],
 )
 def test_b1_a_column_that_matters_and_is_not_read_is_refused_with_its_flag(
-    prepare: Prepare, json_lines: JsonLines, row: dict[str, Any], columns: tuple[str, ...], remedy: str
+    prepare: Prepare, json_lines: JsonLines, row: dict[str, Any], columns: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
     path = json_lines(row)
-    with pytest.raises(RecordError) as error:
+    with raises_naming(RecordError, f"{path}:1: ", *parts):
         prepare(path, columns=columns, **WHOLE)
-    assert str(error.value).startswith(f"{path}:1: {remedy}")
 
 
 def test_b1_the_flags_of_the_refusal_do_what_they_say(prepare: Prepare, json_lines: JsonLines) -> None:
@@ -133,7 +133,7 @@ def test_b1_a_text_of_references_and_responses_or_one_within_a_sentence_makes_no
     prepare: Prepare, json_lines: JsonLines, read: dict[str, Any]
 ) -> None:
     row = {"instruction": "Translate the word into French.", "passage": "cat", **read}
-    with pytest.raises(RecordError, match="column 'passage' is not read, and matters; --columns input=passage"):
+    with raises_naming(RecordError, "column 'passage' is not read", "--columns input=passage"):
         prepare(json_lines(row), **WHOLE)
 
 
@@ -148,10 +148,9 @@ def test_b1_a_column_matters_whatever_the_case_and_number_of_its_name(
     prepare: Prepare, json_lines: JsonLines, name: str
 ) -> None:
     path = json_lines({"instruction": "Translate.", name: "cat", "reference": "chat"})
-    with pytest.raises(RecordError) as error:
+    remedies = (f"--columns input={name}", f"--ignore-columns {name}")
+    with raises_naming(RecordError, f"{path}:1: ", f"column '{name}' is not read", *remedies):
         prepare(path, **WHOLE)
-    remedy = f"--columns input={name} appends it to the instruction, --ignore-columns {name} leaves it out"
-    assert str(error.value) == f"{path}:1: column '{name}' is not read, and matters; {remedy}"
     assert prepare(path, columns=(f"input={name}",), **WHOLE)[1][0].instruction == "Translate.\n\ncat"
 
 
@@ -160,7 +159,7 @@ def test_b1_the_other_columns_that_matter_do_so_in_any_spelling(
     prepare: Prepare, json_lines: JsonLines, name: str
 ) -> None:
     row = {"instruction": "Say.", name: ["one", "two"], "reference": "x"}
-    with pytest.raises(RecordError, match=f"column '{name}' is not read, and matters; ") as error:
+    with raises_naming(RecordError, f"column '{name}' is not read", f"--ignore-columns {name}") as error:
         prepare(json_lines(row), **WHOLE)
     assert "--columns input=" not in str(error.value), "an input is one text"
 
@@ -173,7 +172,7 @@ def test_b1_a_preference_that_is_read_under_another_name_is_only_named(
         prepare(json_lines(row), **WHOLE)
     assert "columns that are not read: 'chosen, rejected'" in caplog.text
     for other in ({"rejected": "G"}, {"inputs": [5, 7]}, {"context": 5}):
-        with pytest.raises(RecordError, match=f"column '{next(iter(other))}' is not read, and matters"):
+        with raises_naming(RecordError, f"column '{next(iter(other))}' is not read"):
             prepare(json_lines({**row, **other}), **WHOLE)
 
 
@@ -192,12 +191,9 @@ def test_b1_the_columns_that_are_not_read_are_named_where_instructions_are_too_f
     prepare: Prepare, json_lines: JsonLines
 ) -> None:
     path = json_lines(*({"instruction": "Sort.", "text": f"b {n} a", "reference": "x"} for n in range(9)))
-    with pytest.raises(ConfigError) as error:
+    remedies = ("--columns FIELD=COLUMN", "at least 3", "--test 0", "--validation 0")
+    with raises_naming(ConfigError, f"{path}: ", "1 group(s)", "not read: 'text'", *remedies):
         prepare(path)
-    assert str(error.value) == (
-        f"{path}: 1 group(s) cannot fill 3 splits; columns that are not read: 'text'; --columns FIELD=COLUMN reads "
-        "one, or give at least 3 different instructions, or set --test 0 and --validation 0"
-    )
 
 
 def test_b1_the_index_column_of_pandas_is_shown_as_one_without_a_name(
@@ -208,7 +204,7 @@ def test_b1_the_index_column_of_pandas_is_shown_as_one_without_a_name(
     with caplog.at_level(logging.WARNING):
         prepare(path, **WHOLE)
     assert "columns that are not read: '(no name)'; " in caplog.text
-    with pytest.raises(RecordError, match=r"has no column 'q', columns found: '\(no name\), instruction, reference'"):
+    with raises_naming(RecordError, "no column 'q'", "'(no name), instruction, reference'"):
         prepare(path, columns=("instruction=q",), **WHOLE)
     path.write_text(",prompt,reference\n0,Say.,x\n")
     with pytest.raises(RecordError, match=r"fields found: '\(no name\), prompt, reference'"):
@@ -225,24 +221,22 @@ def test_b1_other_columns_and_fields_of_candidates_are_named_once(
     path = json_lines(*({"instruction": f"say {number}", **row} for number in range(30)))
     with caplog.at_level(logging.WARNING):
         manifest, _ = prepare(path)
-    remedy = "--columns FIELD=COLUMN reads one, --ignore-columns NAME says that it is not meant"
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{path}: columns that are not read: 'topic, url'; {remedy}",
-        f"{path}: fields of candidates that are not read: 'human'",
-    ]
+    columns, fields = (record.getMessage() for record in caplog.records)
+    assert_names(columns, str(path), "columns", "not read: 'topic, url'", "--columns", "--ignore-columns")
+    assert_names(fields, str(path), "candidates", "not read: 'human'")
     assert manifest.facts["unused"] == {"columns": ["topic", "url"], "candidate_fields": ["human"]}
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         manifest, _ = prepare(path, ignore_columns=("topic", "url"))
-    assert len(caplog.records) == 1
+    assert len([record for record in caplog.records if record.name == "cappy.preparation"]) == 1
     assert manifest.facts["unused"] == {"candidate_fields": ["human"]}
 
 
 def test_b1_a_column_to_ignore_must_be_there_and_not_be_read(prepare: Prepare, json_lines: JsonLines) -> None:
     path = json_lines({"instruction": "a", "reference": "b"})
-    with pytest.raises(ConfigError, match="--ignore-columns contxt: no row has that column; leave it out"):
+    with raises_naming(ConfigError, "--ignore-columns contxt", "no row"):
         prepare(path, ignore_columns=("contxt",), **WHOLE)
-    with pytest.raises(ConfigError, match="--columns reads b, --ignore-columns leaves it out; give one of them"):
+    with raises_naming(ConfigError, "--columns", "--ignore-columns", " b,"):
         build(
             PreparationConfig,
             {"source": "x", "target": "t", "columns": ["instruction=b"], "ignore_columns": ["b"]},

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wording import assert_names, raises_naming
 
 from cappy.errors import RecordError
-from cappy.preparation import grouping
+from cappy.preparation import sources
 from cappy.records import Instance, Manifest
 
 Prepare = Callable[..., tuple[Manifest, list[Instance]]]
@@ -42,10 +43,7 @@ def test_b4_rows_of_one_prompt_are_one_instance_and_it_is_said_once(
     } == expected
     assert len(found) == len({one.instance_id for one in found}) == 20
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line == (
-        f"{path}: 60 rows of 20 prompts are gathered into an instance for each prompt; "
-        "--group-responses never keeps them apart"
-    )
+    assert_names(line, str(path), "60 rows of 20 prompts", "--group-responses never")
     assert manifest.facts["notes"] == {"grouped": line.removeprefix(f"{path}: ")}
     assert manifest.metrics["candidates"] == 60
 
@@ -91,7 +89,7 @@ def test_b4_shards_hold_together_what_one_run_holds(prepare: Prepare, json_lines
 def test_b4_rows_that_stand_too_far_apart_are_refused(
     prepare: Prepare, json_lines: JsonLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grouping, "MAX_HELD_CHARACTERS", 100)
+    monkeypatch.setattr(sources, "MAX_HELD_CHARACTERS", 100)
     assert len(prepare(json_lines(*rated(by_model=False)), columns=COLUMNS)[1]) == 20
-    with pytest.raises(RecordError, match="stand too far apart to be gathered; sort the file by prompt"):
+    with raises_naming(RecordError, "far.jsonl", "too far apart", "sort the file by prompt"):
         prepare(json_lines(*rated(by_model=True), name="far.jsonl"), columns=COLUMNS)

@@ -5,20 +5,18 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError
-from cappy.preparation.mixtures import NAMES, Mixture, Subset, TemplateFacts, cap, load_mixture, plan, text, to_json
-from cappy.preparation.mixtures.facts import CONVERTED, from_json
-from cappy.preparation.mixtures.generation import count_choices, make_mixture, write_mixtures
+from cappy.preparation.mixtures import CONVERTED, NAMES, Mixture, Subset, TemplateFacts, from_json, load_mixture
+from cappy.preparation.mixtures.__main__ import count_choices, make_mixture, write_mixtures
+from cappy.preparation.mixtures.plan import cap, plan, text, to_json
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
 TEMPLATES, PUBLISHED = SHARED / "templates/templates", SHARED / "published"
@@ -190,9 +188,8 @@ def test_the_data_files_are_small() -> None:
 
 
 def test_an_unknown_mixture_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(ConfigError) as error:
+    with raises_naming(ConfigError, "'p3'", "t0, heldout, bigbench45"):
         load_mixture("p3")
-    assert str(error.value) == "mixture: no mixture 'p3'; choose of t0, heldout, bigbench45"
 
 
 def test_a_file_that_lacks_a_field_or_has_another_type_is_not_a_mixture() -> None:
@@ -250,7 +247,7 @@ def test_choices_are_counted_where_they_are_written_out(answer_choices: str | No
 
 
 def test_choices_that_differ_by_row_need_a_number() -> None:
-    with pytest.raises(ConfigError, match=r"counts by row; add choices_per_row and its source to sources\.json"):
+    with raises_naming(ConfigError, "{{choices", "choices_per_row", "sources.json"):
         count_choices('{{choices | join("|||")}}', per_row=None)
 
 
@@ -269,9 +266,7 @@ def test_the_text_has_a_line_for_each_dataset_the_sums_and_what_to_know() -> Non
     assert {subset.name for subset in load_mixture("t0").subsets} <= names
     assert "total 313 164 149 17,277,798 151,781,384".split() in [line.split() for line in lines]
     flowing = " ".join(lines)
-    assert "Templates are counted as promptsource 0.1.0 has them." in flowing
-    assert "151.8 million pairs by our reconstruction; Cappy's authors say 160 million" in flowing
-    assert "38 of 38 addresses at the hub" in flowing
+    assert_names(flowing, "promptsource 0.1.0", "151.8 million pairs", "160 million", "38 of 38 addresses")
 
 
 def test_the_text_by_template_has_a_line_for_each_template() -> None:
@@ -297,24 +292,9 @@ def test_the_json_has_the_sums_of_its_own_rows(name: str) -> None:
     assert all(subset["verified"] is False for subset in values["subsets"])
 
 
-def test_arguments_choose_one_configuration_of_several(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    for configuration in ("first", "second"):
-        (tmp_path / "converted" / configuration / "train").mkdir(parents=True)
-        table = pa.table({"configuration": [configuration] * 3})
-        pq.write_table(table, tmp_path / "converted" / configuration / "train" / "0000.parquet")
-    converted = replace(subset(rows={"train": 3}), revision=CONVERTED)
-    assert converted.arguments() == {"path": "org/a", "revision": CONVERTED, "data_dir": "first"}
-    arguments = {**converted.arguments(), "path": str(tmp_path / "converted")}
-    loaded = datasets.load_dataset(**arguments, split="train", cache_dir=str(tmp_path / "cache"))
-    assert loaded["configuration"][:] == ["first"] * 3
-    assert subset(rows={}).arguments() == {"path": "org/a", "revision": "main", "name": "first"}
-    assert replace(subset(rows={}), configuration=None).arguments() == {"path": "org/a", "revision": "main"}
-
-
 @needs_shared
 def test_a_missing_folder_is_named_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"templates\.yaml: is missing; --templates names PromptSource's folder"):
+    with raises_naming(ConfigError, "templates.yaml", "is missing", "--templates"):
         make_mixture("t0", tmp_path, PUBLISHED)
 
 
@@ -323,5 +303,6 @@ def test_the_script_ends_with_one_line_where_a_folder_is_missing(tmp_path: Path)
     command += ["--templates", str(tmp_path), "--published", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == f"{tmp_path}/t0_datasets.csv: is missing; --published names the folder that holds it\n"
+    assert_names(done.stderr, f"{tmp_path}/t0_datasets.csv", "is missing", "--published")
+    assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())

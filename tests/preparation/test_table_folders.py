@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError, FolderError
 from cappy.records import Instance, Manifest
@@ -66,9 +67,9 @@ def test_b7_of_several_splits_the_one_that_is_named_is_read(
     shards(folder / "data", OTHERS, ["test-00000-of-00001.parquet"])
     with caplog.at_level(logging.WARNING):
         assert said(prepare(folder)[1]) == [row["instruction"] for row in ROWS]
-    assert "split train is read, test not; --split names another" in caplog.text
+    assert_names(caplog.text, "split train is read, test not", "--split")
     assert said(prepare(folder, split="test")[1]) == [row["instruction"] for row in OTHERS]
-    with pytest.raises(ConfigError, match="has no split 'dev'; choose one of test, train with --split"):
+    with raises_naming(ConfigError, str(folder), "no split 'dev'", "test, train", "--split"):
         prepare(folder, split="dev")
 
 
@@ -109,9 +110,8 @@ def test_b7_splits_that_files_or_folders_name_are_told_apart_in_every_format(
         WRITERS[suffix](path, rows)
     with caplog.at_level(logging.WARNING):
         assert said(prepare(tmp_path / "quiz")[1]) == [row["instruction"] for row in ROWS]
-    assert [record.getMessage() for record in caplog.records if "--split" in record.getMessage()] == [
-        f"{tmp_path / 'quiz'}: split train is read, {split} not; --split names another"
-    ]
+    (line,) = (record.getMessage() for record in caplog.records if "--split" in record.getMessage())
+    assert_names(line, f"{tmp_path / 'quiz'}: ", f"split train is read, {split} not")
     assert said(prepare(tmp_path / "quiz", split=split)[1]) == [row["instruction"] for row in OTHERS]
 
 
@@ -120,12 +120,8 @@ def test_b7_a_file_whose_name_tells_no_split_does_not_pool_the_others(prepare: P
     folder.mkdir()
     for name in ("train.csv", "test.csv", "more.csv"):
         WRITERS["csv"](folder / name, ROWS)
-    with pytest.raises(FolderError) as error:
+    with raises_naming(FolderError, f"{folder}: ", "(test, train)", "more.csv", "--source"):
         prepare(folder)
-    assert str(error.value) == (
-        f"{folder}: holds files of splits (test, train) and more.csv, whose name tells none; "
-        "name one of them as --source, or rename that file"
-    )
     (folder / "test.csv").unlink()
     WRITERS["csv"](folder / "more.csv", OTHERS)
     assert len(prepare(folder)[1]) == 24, "one split alone is the whole"
@@ -136,12 +132,12 @@ def test_b7_a_file_whose_name_tells_no_split_does_not_pool_the_others(prepare: P
 
 def test_b7_half_a_folder_is_refused(prepare: Prepare, tmp_path: Path) -> None:
     folder = shards(tmp_path / "quiz", ROWS, ["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"])
-    with pytest.raises(FolderError, match="shard 1 of 3 is missing; fetch or write it again"):
+    with raises_naming(FolderError, str(folder), "shard 1 of 3 is missing"):
         prepare(folder)
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "a.csv").write_text("instruction,reference\na,b\n")
     (tmp_path / "mixed" / "b.jsonl").write_text('{"instruction": "a", "reference": "b"}\n')
-    with pytest.raises(FolderError, match=r"files of several formats \(.csv, .jsonl\); name one of them"):
+    with raises_naming(FolderError, str(tmp_path / "mixed"), "(.csv, .jsonl)", "name one"):
         prepare(tmp_path / "mixed")
 
 
@@ -156,10 +152,10 @@ def test_b7_a_dataset_that_was_saved_to_disk_is_read(prepare: Prepare, tmp_path:
     assert len(prepare(tmp_path / "few")[1]) == 5
     one = tmp_path / "whole" / "data-00000-of-00003.arrow"
     assert said(prepare(one, test=0, validation=0)[1]) == [row["instruction"] for row in ROWS[:4]]
-    with pytest.raises(ConfigError, match="tells no splits apart, so there is no 'test'; leave --split out"):
+    with raises_naming(ConfigError, str(tmp_path / "whole"), "no 'test'", "leave --split out"):
         prepare(tmp_path / "whole", split="test")
     one.unlink()
-    with pytest.raises(FolderError, match=r"data-00000-of-00003.arrow: is missing; fetch it"):
+    with raises_naming(FolderError, "data-00000-of-00003.arrow: is missing"):
         prepare(tmp_path / "whole")
 
 
@@ -172,9 +168,9 @@ def test_b7_a_dictionary_of_splits_that_was_saved_to_disk_is_read_by_split(
     with caplog.at_level(logging.WARNING):
         manifest, found = prepare(tmp_path / "both")
     assert said(found) == [row["instruction"] for row in ROWS]
-    assert manifest.facts["notes"]["splits"] == "split train is read, test not; --split names another"
+    assert_names(manifest.facts["notes"]["splits"], "split train is read, test not", "--split")
     assert said(prepare(tmp_path / "both", split="test")[1]) == [row["instruction"] for row in OTHERS]
-    with pytest.raises(ConfigError, match="has no split 'dev'; choose one of train, test with --split"):
+    with raises_naming(ConfigError, str(tmp_path / "both"), "no split 'dev'", "train, test", "--split"):
         prepare(tmp_path / "both", split="dev")
 
 

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from wording import raises_naming
 
 from cappy.errors import RecordError
 from cappy.records.instance import SOURCES, SPLITS, STATUSES, Candidate, Instance, prompt_hash
@@ -88,25 +89,24 @@ def test_a_candidate_written_before_a_field_was_added_reads_with_its_default() -
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "parts"),
     [
-        ({"instruction": " \n"}, "instance 'a': instruction is empty; give it a text"),
-        ({"references": ("", " ")}, "instance 'a': no reference; give at least one accepted answer"),
-        ({"references": ()}, "instance 'a': no reference; give at least one accepted answer"),
-        ({"split": "dev"}, "instance 'a': split must be one of train, validation, test, got 'dev'"),
+        ({"instruction": " \n"}, ("instruction is empty",)),
+        ({"references": ("", " ")}, ("no reference", "at least one")),
+        ({"references": ()}, ("no reference", "at least one")),
+        ({"split": "dev"}, ("split", "train, validation, test", "got 'dev'")),
     ],
 )
-def test_an_instance_that_could_not_be_judged_cannot_be_made(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(RecordError) as error:
+def test_an_instance_that_could_not_be_judged_cannot_be_made(values: dict[str, Any], parts: Any) -> None:
+    with raises_naming(RecordError, "instance 'a': ", *parts):
         Instance(**{"instance_id": "a", "instruction": "i", "references": ("r",), **values})
-    assert str(error.value) == message
 
 
 def test_a_candidate_of_an_unknown_source_or_status_cannot_be_made() -> None:
-    with pytest.raises(RecordError, match=r"^source must be one of reference, choice, mismatch, llm, got 'gold'$"):
+    with raises_naming(RecordError, "source", "reference, choice, mismatch, llm", "got 'gold'"):
         Candidate(response="x", source="gold")  # type: ignore[arg-type]
     statuses = "ok, empty, refused, failed, truncated, filtered"
-    with pytest.raises(RecordError, match=rf"^status must be one of {statuses}, got 'late'$"):
+    with raises_naming(RecordError, "status", statuses, "got 'late'"):
         Candidate(response="x", status="late")  # type: ignore[arg-type]
 
 

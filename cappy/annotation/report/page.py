@@ -1,35 +1,76 @@
-"""The data report as one self-contained HTML page."""
+"""The data report as one self-contained HTML page with its plots, and the files that it is written to."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
-from cappy.annotation.report import plot, tables
-from cappy.annotation.report.findings import findings
-from cappy.annotation.report.record import DataReport, Labels, Pools
-from cappy.annotation.report.text import MOST_ROWS
-from cappy.pages import template
+from cappy.annotation.report.candidates import COLUMNS, listed, metrics_of
+from cappy.annotation.report.record import NUM_BINS, DataReport, Labels, Lengths, Pools
+from cappy.annotation.report.summary import summarize
+from cappy.annotation.report.text import DEFINITIONS, MOST_ROWS, findings, selectable_sources, tables, to_values
+from cappy.errors import ConfigError, RecordError
+from cappy.pages.page import INK, QUIET, drawing, plain_axes, render_template, to_svg
 from cappy.pages.words import metric_name
+from cappy.progress import Progress, silent
+from cappy.records import Manifest, read_batches, read_manifest
+from cappy.records.folder import write_bytes
 
-EXTRA = frozenset(
+_EXTRA = frozenset(
     {
         *("candidates", "selectable", "room", "no\nsignal", "ties", "tied\nbest", "effective"),
         *("exactly\n0", "blank", "texts", "25%", "75%", "99%"),
     }
 )
 """Columns that a narrow screen leaves out."""
+_COLOURS: Mapping[str, str] = {"llm": "#1d5fd0", "choice": "#c2500a"}
+_VARIABLES: Mapping[str, str] = {colour: f"var(--{source})" for source, colour in _COLOURS.items()}
+_NAMES = {"llm": "LLM responses", "choice": "choices"}
+_APART = 0.05
+"""Distance of the bars for exact 0 and exact 1 from the bins."""
+
+
+def write_report(folder: Path, target: Path, metric: str | None = None, progress: Progress = silent) -> DataReport:
+    """The data report of a finished folder, written to `target` as report.html and report.json.
+
+    The folder is read once, in bounded memory. The metric is the one that it was annotated with, if none is named.
+    FolderError where the folder is unfinished or damaged, ConfigError where no metric is known, RecordError as
+    `summarize`.
+    """
+    manifest = read_manifest(folder)
+    name = metric or _metric(folder, manifest)
+    batches = _counted(read_batches(folder, columns=COLUMNS), progress, manifest.rows)
+    try:
+        report = summarize(batches, name)
+    except RecordError as error:
+        raise RecordError(f"{folder}: {error}") from error
+    write_page(report, target)
+    return report
+
+
+def write_page(report: DataReport, folder: Path) -> None:
+    """Writes `report.html`, one self-contained file, and `report.json`, all numbers."""
+    values = json.dumps(to_values(report), indent=1, ensure_ascii=False, allow_nan=False)
+    write_bytes(folder / "report.json", f"{values}\n".encode())
+    write_bytes(folder / "report.html", render(report).encode())
 
 
 def render(report: DataReport) -> str:
     """The page; every text of the data in it is escaped."""
-    return template.render(
+    return render_template(
         "annotation/report",
         {},
         report=report,
         findings=findings(report),
         metric=metric_name(report.metric),
-        tables=tables,
-        extra=EXTRA,
+        tables=tables(report),
+        definitions=DEFINITIONS,
+        extra=_EXTRA,
         most_rows=MOST_ROWS,
         split_bars=_bars([*report.splits.values(), report.total]),
         task_bars=_bars(list(report.tasks.values())),
@@ -43,12 +84,12 @@ def _plots(report: DataReport) -> dict[str, tuple[Markup, Markup]]:
     """Name -> the plot for wide screens and the one for narrow ones; what has nothing to show is left out."""
     drawn = {}
     # Made by matplotlib from numbers and fixed names alone.
-    if any(report.sources[source].count for source in tables.selectable_sources(report)):
+    if any(report.sources[source].count for source in selectable_sources(report)):
         sizes = ((10.2, 3.6), (3.7, 3.0))
-        drawn["labels"] = [Markup(plot.labels_svg(report, width=w, height=h)) for w, h in sizes]  # noqa: S704
+        drawn["labels"] = [Markup(_labels_svg(report, width=w, height=h)) for w, h in sizes]  # noqa: S704
     if any(lengths.texts for lengths in report.words.values()):
         sizes = ((10.2, 2.2), (3.7, 2.2))
-        drawn["lengths"] = [Markup(plot.lengths_svg(report, width=w, height=h)) for w, h in sizes]  # noqa: S704
+        drawn["lengths"] = [Markup(_lengths_svg(report, width=w, height=h)) for w, h in sizes]  # noqa: S704
     return {name: (wide, narrow) for name, (wide, narrow) in drawn.items()}
 
 
@@ -64,3 +105,84 @@ def _spark(labels: Labels) -> list[float]:
     """Heights of a histogram's bars in percent of the highest."""
     most = max(labels.cells) or 1
     return [100 * cell / most for cell in labels.cells]
+
+
+def _labels_svg(report: DataReport, *, width: float, height: float) -> str:
+    """Share of the LLM responses and choices by label, exact 0 and exact 1 apart, as an SVG element."""
+    edges = np.arange(NUM_BINS + 1) / NUM_BINS
+    lefts = np.array([-_APART - 1 / NUM_BINS, *edges[:-1], 1 + _APART])
+    sources = selectable_sources(report)
+    every = sum(report.sources[source].count for source in sources)
+    with drawing(width, height) as figure:
+        axes = plain_axes(figure, "label", "% of responses and choices")
+        below = np.zeros(len(lefts))
+        for source in sources:
+            shares = 100 * np.array(report.sources[source].cells) / every
+            axes.bar(
+                lefts, shares, 0.92 / NUM_BINS, bottom=below, align="edge", color=_COLOURS[source], label=_NAMES[source]
+            )
+            below += shares
+        axes.grid(visible=False, axis="x")
+        outer = (lefts[0] + 0.5 / NUM_BINS, lefts[-1] + 0.5 / NUM_BINS)
+        axes.set_xticks([outer[0], 0.2, 0.4, 0.6, 0.8, outer[1]])
+        axes.set_xticklabels(["exactly\n0", "0.2", "0.4", "0.6", "0.8", "exactly\n1"])
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=INK, handlelength=1)
+        return to_svg(figure, salt=f"cappy labels {width}", variables=_VARIABLES)
+
+
+def _lengths_svg(report: DataReport, *, width: float, height: float) -> str:
+    """The spread of the texts' words on a logarithmic scale, as an SVG element."""
+    held = {name: lengths for name, lengths in report.words.items() if lengths.texts}
+    with drawing(width, height) as figure:
+        axes = plain_axes(figure, "words (logarithmic; line 5% to 95%, box 25% to 75%, dot median)", "")
+        if width < 5:
+            axes.set_xlabel("words (logarithmic)", color=QUIET)
+        for row, lengths in enumerate(held.values()):
+            _box(axes, -row, lengths)
+        axes.set_yticks([-row for row in range(len(held))], list(held))
+        axes.set_ylim(0.6 - len(held), 0.6)
+        axes.grid(visible=False, axis="y")
+        ends = [[lengths.quantiles[key] for lengths in held.values()] for key in ("5", "95")]
+        _logarithmic(axes, min(ends[0]), max(ends[1]), 6 if width < 5 else 12)
+        return to_svg(figure, salt=f"cappy lengths {width}", variables=_VARIABLES)
+
+
+def _box(axes: Axes, y: float, lengths: Lengths) -> None:
+    low, quarter, median, three_quarters, high = (lengths.quantiles[key] for key in ("5", "25", "50", "75", "95"))
+    axes.plot([low, high], [y, y], color=QUIET, linewidth=1.4, solid_capstyle="butt")
+    axes.plot([quarter, three_quarters], [y, y], color=_COLOURS["llm"], linewidth=9, solid_capstyle="butt", alpha=0.45)
+    axes.plot([median], [y], color=_COLOURS["llm"], marker="o", markersize=6)
+
+
+def _logarithmic(axes: Axes, shortest: int, longest: int, most: int) -> None:
+    """At most `most` ticks, so that none overlap; where there are blank texts the scale begins at 0, linear up to 1."""
+    low, high = 0.7 * shortest if shortest else -0.15, 1.4 * max(longest, 1)
+    for steps in (range(1, 10), (1, 2, 5), (1, 3), (1,)):
+        every = [0, *(step * 10**power for power in range(len(str(longest)) + 1) for step in steps)]
+        ticks = [tick for tick in every if low <= tick <= high]
+        if len(ticks) <= most:
+            break
+    axes.set_xscale("symlog", linthresh=1, linscale=0.3)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(ticks, [f"{tick // 1000:,}k" if tick >= 1000 else str(tick) for tick in ticks])
+    axes.set_xlim(low, high)
+
+
+def _metric(folder: Path, manifest: Manifest) -> str:
+    """The metric that the folder was annotated with."""
+    named = manifest.config.get("metric") if manifest.step == "annotation" else None
+    if isinstance(named, str):
+        return named
+    batch = next(read_batches(folder, columns=["candidates.list.element.labels"]), None)
+    names = metrics_of(batch["candidates"].flatten().field("labels")) if batch is not None else []
+    remedy = f"name one of {listed(names)}" if names else "it has no labels: run cappy annotation first"
+    raise ConfigError(f"{folder}: its manifest names no metric (step {manifest.step or 'unknown'}); {remedy}")
+
+
+def _counted(batches: Iterable[pa.RecordBatch], progress: Progress, total: int) -> Iterator[pa.RecordBatch]:
+    done = 0
+    progress(done, total, unit="instances")
+    for batch in batches:
+        yield batch
+        done += batch.num_rows
+        progress(done, total, unit="instances")

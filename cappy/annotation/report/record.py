@@ -1,10 +1,7 @@
-"""The data report: what a folder of annotated instances holds, as a record that goes to JSON."""
+"""The data report: what a folder of annotated instances holds, as a record."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from pydantic import TypeAdapter
 
 NUM_BINS = 20
 QUANTILES = (5, 25, 50, 75, 95, 99)
@@ -147,10 +144,3 @@ class DataReport:
     def by_rouge_l(self) -> bool:
         """Whether the metric is Rouge-L, alone or in a mixture."""
         return any(term.split("*")[-1].strip() == "rougeL" for term in self.metric.split("+"))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, with the findings in words beside the numbers."""
-        from cappy.annotation.report.findings import findings
-
-        values: dict[str, Any] = TypeAdapter(DataReport).dump_python(self, mode="json")
-        return {"findings": list(findings(self)), **values}

@@ -1,20 +1,41 @@
-"""The data report for a terminal: at most 100 columns, without colours, the same when piped."""
+"""The data report in words and tables: the findings, and the text for a terminal.
+
+The text has at most 100 columns and no colours, the same when piped. The page shows the same findings and tables.
+"""
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
+from pydantic import TypeAdapter
 from rich.cells import cell_len, set_cell_size
 
-from cappy.annotation.report import tables
-from cappy.annotation.report.findings import findings
-from cappy.annotation.report.record import DataReport
-from cappy.annotation.report.tables import Row
+from cappy.annotation.report.record import NUM_BINS, QUANTILES, DataReport, Labels, Lengths, Pools
+from cappy.pages.words import metric_name, percent
+from cappy.records.instance import SELECTABLE
+
+Row = tuple[str, ...]
+Rows = list[Row]
 
 WIDTH = 100
 MOST_ROWS = 40
 """Rows of tasks and of generators; the rest is counted in a line."""
 _NARROWEST_NAME = 8
 _BAR = 30
+_NOTHING = "–"
+"""A number that there is not."""
+DEFINITIONS: Mapping[str, str] = {
+    "selectable": "an LLM's response or a choice, with status ok or truncated: what a selector may pick",
+    "random, oracle, room": "mean label ×100 of a random and of the best selectable response, and their difference",
+    "no signal": "instances whose selectable responses all have equal labels: whichever is picked, nothing changes",
+    "ties": "pairs of different selectable responses of an instance with equal labels, mean over instances",
+    "tied best": "instances whose best label several different selectable responses have",
+    "effective": "as many equally frequent responses would vary as much (exp of the entropy), mean over instances",
+    "blank": "responses without a word, whatever their status",
+    "length": "characters of Unicode, and words between white space; a response is an LLM's or a choice",
+}
+"""What the columns mean. Shares and means are over the instances that have a selectable response."""
 
 
 def to_text(report: DataReport) -> str:
@@ -23,7 +44,261 @@ def to_text(report: DataReport) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def table(rows: Sequence[Row]) -> str:
+def to_values(report: DataReport) -> dict[str, Any]:
+    """JSON values, with the findings in words beside the numbers."""
+    values: dict[str, Any] = TypeAdapter(DataReport).dump_python(report, mode="json")
+    return {"findings": list(findings(report)), **values}
+
+
+def findings(report: DataReport) -> tuple[str, ...]:
+    """Sentences, the headline first; what a person should mend begins with "Caution"."""
+    return (_headline(report), *_size(report), *_signal(report), *_variety(report), *_cautions(report))
+
+
+def _headline(report: DataReport) -> str:
+    total = report.total
+    if not total.instances:
+        return "There are no instances."
+    if total.random is None or total.oracle is None:
+        return "There is nothing to select from: no instance has an LLM's response or a choice."
+    if report.tied_throughout:
+        return "Selection cannot matter here: all responses of an instance have the same label."
+    return (
+        f"A random response is worth {_label(total.random)} {metric_name(report.metric)} ×100, the best of its "
+        f"instance {_label(total.oracle)}: selection can gain up to {_label(total.oracle - total.random)}."
+    )
+
+
+def _size(report: DataReport) -> Iterator[str]:
+    total, groups = report.total, report.groups
+    if total.instances:
+        yield (
+            f"{_some(total.instances, 'instance')} of {_some(groups.distinct, 'group')} in "
+            f"{_some(len(report.splits), 'split')} and {_some(len(report.tasks), 'task')}, with "
+            f"{_some(total.candidates, 'candidate')}, {_count(total.selectable)} of them selectable."
+        )
+
+
+def _signal(report: DataReport) -> Iterator[str]:
+    total = report.total
+    if not total.pools:
+        return
+    pools = "instances" if total.pools == total.instances else "instances with a selectable response"
+    if total.no_signal:
+        silent = _share(total.no_signal)
+        yield f"{silent} of the {pools} carry no signal: all their selectable responses have equal labels."
+    else:
+        yield f"All {pools} carry a signal: their selectable responses have different labels."
+    if total.comparable:
+        yield (
+            f"Two different responses of an instance have equal labels in {_share(total.ties)} of the pairs; in "
+            f"{_share(total.best_shared)} of the instances several different responses share the best label."
+        )
+
+
+def _variety(report: DataReport) -> Iterator[str]:
+    total = report.total
+    if total.pools:
+        yield (
+            f"An instance has {_number(total.selectable / total.pools)} selectable responses, "
+            f"{_number(total.distinct / total.pools)} of them different; they vary as much as "
+            f"{_number(total.effective)} equally frequent ones would."
+        )
+
+
+def _cautions(report: DataReport) -> Iterator[str]:
+    total, instructions, groups = report.total, report.instructions, report.groups
+    if total.pools and total.pools < total.instances:
+        empty_handed = _out_of(total.instances - total.pools, total.instances, "instance", "has", "have")
+        yield f"Caution: {empty_handed} no selectable response."
+    if report.empty:
+        yield f"Caution: {_out_of(report.empty, report.responses, 'response', 'is', 'are')} blank."
+    for status, some in report.statuses.items():
+        # What has the status empty is blank, and that has been said.
+        if status not in ("ok", "empty"):
+            responses = _out_of(some, sum(report.statuses.values()), "LLM response", "has", "have")
+            verdict = "which a selector may pick" if status in SELECTABLE else "so that no selector may pick it"
+            yield f"Caution: {responses} the status {status}, {verdict}."
+    if instructions.in_several_splits:
+        shared = _out_of(instructions.in_several_splits, instructions.distinct, "instruction", "stands", "stand")
+        yield f"Caution: {shared} in more than one split: what is trained on one is tested on the other."
+    if groups.in_several_splits:
+        shared = _out_of(groups.in_several_splits, groups.distinct, "group", "stands", "stand")
+        yield f"Caution: {shared} in more than one split: splits must go by group."
+    remedy = "annotate with rougeL_unicode or chrf"
+    if report.invisible_to_rouge_l and report.by_rouge_l:
+        unseen = _out_of(report.invisible_to_rouge_l, total.instances, "instance", "has", "have")
+        yield f"Caution: {unseen} no reference that Rouge-L can see, which is [a-z0-9] alone; {remedy}."
+    if report.partly_invisible_to_rouge_l and report.by_rouge_l:
+        partly = _out_of(report.partly_invisible_to_rouge_l, total.instances, "instance", "has", "have")
+        yield f"Caution: {partly} a reference or response of which Rouge-L sees only a part; {remedy}."
+
+
+def _out_of(some: int, of: int, noun: str, singular: str, plural: str) -> str:
+    """Such as "1 of 20 responses (5.0%) is"."""
+    return f"{_count(some)} of {_some(of, noun)} ({_part(some, of)}) {singular if some == 1 else plural}"
+
+
+def _some(some: int, noun: str) -> str:
+    return f"{_count(some)} {noun if some == 1 else f'{noun}s'}"
+
+
+def tables(report: DataReport) -> dict[str, Rows]:
+    """Rows of texts by the name of the table, the header first."""
+    return {
+        "splits": _splits(report),
+        "tasks": _tasks(report),
+        "sources": _sources(report),
+        "generators": _generators(report),
+        "lengths": _lengths(report),
+        "repetition": _repetition(report),
+    }
+
+
+def _splits(report: DataReport) -> Rows:
+    """Each split and all of them: sizes, what selection can gain."""
+    header = ("split", "instances", "candidates", "selectable", "random", "oracle", "room", "no\nsignal", "effective")
+
+    def row(name: str, pools: Pools) -> Row:
+        room = None if pools.oracle is None or pools.random is None else pools.oracle - pools.random
+        return (
+            name,
+            *map(_count, (pools.instances, pools.candidates, pools.selectable)),
+            *map(_label, (pools.random, pools.oracle, room)),
+            _share(pools.no_signal),
+            _number(pools.effective),
+        )
+
+    return [header, *(row(name, pools) for name, pools in report.splits.items()), row("all", report.total)]
+
+
+def _tasks(report: DataReport) -> Rows:
+    """Each task: its size, its labels, its ties."""
+    header = ("task", "instances", "candidates", "random", "oracle", "no\nsignal", "ties", "tied\nbest", "effective")
+
+    def row(name: str, pools: Pools) -> Row:
+        return (
+            name or "(no task)",
+            *map(_count, (pools.instances, pools.candidates)),
+            *map(_label, (pools.random, pools.oracle)),
+            *map(_share, (pools.no_signal, pools.ties, pools.best_shared)),
+            _number(pools.effective),
+        )
+
+    return [header, *(row(name, pools) for name, pools in report.tasks.items())]
+
+
+def _sources(report: DataReport) -> Rows:
+    """Where candidates come from, and their labels."""
+    return [
+        ("source", "candidates", "mean", "exactly\n0", "exactly\n1"),
+        *((name, *_label_cells(labels)) for name, labels in report.sources.items()),
+    ]
+
+
+def _generators(report: DataReport) -> Rows:
+    """Each LLM with each of its ways of decoding, and the labels of its responses."""
+    return [
+        ("generator and decoding", "responses", "mean", "exactly\n0", "exactly\n1", "blank"),
+        *((g.name, *_label_cells(g.labels), _part(g.empty, g.labels.count)) for g in report.generators),
+    ]
+
+
+def _lengths(report: DataReport) -> Rows:
+    """How long instructions, references and responses are."""
+
+    def row(name: str, lengths: Lengths) -> Row:
+        return (
+            name,
+            _count(lengths.texts),
+            *(_count(lengths.quantiles.get(key)) for key in (*map(str, QUANTILES), "max")),
+        )
+
+    return [
+        ("length", "texts", "5%", "25%", "median", "75%", "95%", "99%", "longest"),
+        *(row(f"{name}, words", held) for name, held in report.words.items()),
+        *(row(f"{name}, characters", held) for name, held in report.characters.items()),
+    ]
+
+
+def _repetition(report: DataReport) -> Rows:
+    """What stands there more than once."""
+    total, instructions = report.total, report.instructions
+
+    def row(name: str, some: int, of: int) -> Row:
+        return (name, _count(some), _part(some, of))
+
+    return [
+        ("repetition", "count", "share"),
+        row("responses that repeat one of their instance", total.selectable - total.distinct, total.selectable),
+        row("instructions that repeat another one", instructions.repeated, instructions.values),
+        row("instructions in more than one split", instructions.in_several_splits, instructions.distinct),
+    ]
+
+
+def _histogram(report: DataReport, bar: Callable[[float], str]) -> Rows:
+    """Labels by source, and bars over what a selector chooses among; `bar` draws a fraction of the longest.
+
+    Where no label lies between 0 and 1, all bins are one row.
+    """
+    names, columns = _cell_names(), [labels.cells for labels in report.sources.values()]
+    if not any(report.labels.bins):
+        names, columns = [names[0], "between", names[-1]], [(cells[0], 0, cells[-1]) for cells in columns]
+    chosen = selectable_sources(report)
+    sums = [sum(c[at] for c, s in zip(columns, report.sources, strict=True) if s in chosen) for at in range(len(names))]
+    most = max(sums) or 1
+    return [
+        ("label", *report.sources, " and ".join(chosen) or "nothing selectable"),
+        *((name, *(_count(cells[at]) for cells in columns), bar(sums[at] / most)) for at, name in enumerate(names)),
+    ]
+
+
+def selectable_sources(report: DataReport) -> list[str]:
+    """The sources, of those that there are, whose candidates a selector may pick."""
+    return [source for source in report.sources if source in ("choice", "llm")]
+
+
+def _cell_names() -> list[str]:
+    """What each of `Labels.cells` counts."""
+    edges = [f"{index / NUM_BINS:.2f}" for index in range(NUM_BINS + 1)]
+    return ["exactly 0", *(f"{low} to {high}" for low, high in pairwise(edges)), "exactly 1"]
+
+
+def _label_cells(labels: Labels) -> Row:
+    zero, one = (_part(some, labels.count) for some in (labels.zero, labels.one))
+    return (_count(labels.count), _label(labels.mean), zero, one)
+
+
+def _label(value: float | None) -> str:
+    """A label of 0 to 1, x 100."""
+    return _NOTHING if value is None else percent(value)
+
+
+def _share(value: float | None) -> str:
+    """A share of 0 to 1 in percent, its sign beside it; what is not quite none or all does not read as such."""
+    if value is None:
+        return _NOTHING
+    if 0 < value < 0.0005:
+        return "<0.1%"
+    return ">99.9%" if 0.9995 < value < 1 else f"{100 * value:.1f}%"
+
+
+def _part(some: int, of: int) -> str:
+    """`share` of two counts."""
+    return _share(some / of if of else None)
+
+
+def _number(value: float | None) -> str:
+    """A mean that is no share, such as responses per instance."""
+    return _NOTHING if value is None else f"{value:,.1f}"
+
+
+def _count(value: int | None) -> str:
+    """A count, by thousands."""
+    return _NOTHING if value is None else f"{value:,}"
+
+
+def _table(rows: Sequence[Row]) -> str:
     """Rows under one another, the header first: names to the left, numbers to the right, within `WIDTH` cells.
 
     Lines of a header's cell stand under one another.
@@ -34,7 +309,7 @@ def table(rows: Sequence[Row]) -> str:
     every = [*stacked, *rows[1:]]
     widths = [max(cell_len(row[column]) for row in every) for column in range(1, len(header))]
     room = max(WIDTH - sum(widths) - 2 * len(widths), _NARROWEST_NAME)
-    names = [cut(row[0], room) for row in every]
+    names = [_cut(row[0], room) for row in every]
     first = max(map(cell_len, names))
     lines = (
         [name + " " * (first - cell_len(name)), *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths, strict=True))]
@@ -43,9 +318,9 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def cut(name: str, room: int) -> str:
+def _cut(name: str, room: int) -> str:
     """A name in one line, its middle left out where it is wider than `room` cells."""
-    line = plain(name)
+    line = _plain(name)
     if cell_len(line) <= room:
         return line
     tail = (room - 1) // 2
@@ -55,42 +330,42 @@ def cut(name: str, room: int) -> str:
     return f"{set_cell_size(line, room - 1 - cell_len(end)).rstrip()}…{end}"
 
 
-def plain(text: str) -> str:
+def _plain(text: str) -> str:
     """A text with nothing in it that a terminal would obey."""
     return "".join(" " if c.isspace() else c if c.isprintable() else "�" for c in text)
 
 
 def _words(report: DataReport) -> Iterable[str]:
-    headline, *rest = map(plain, findings(report))
+    headline, *rest = map(_plain, findings(report))
     yield from textwrap.wrap(headline, WIDTH)
     for sentence in rest:
         yield from textwrap.wrap(sentence, WIDTH, initial_indent="- ", subsequent_indent="  ")
 
 
 def _tables(report: DataReport) -> Iterable[str]:
-    yield table(tables.splits(report))
-    header, *rows = tables.histogram(report, bar)
-    yield table([(*header[:-1], header[-1].ljust(_BAR)), *rows])
-    yield table(tables.sources(report))
+    yield _table(_splits(report))
+    header, *rows = _histogram(report, _bar)
+    yield _table([(*header[:-1], header[-1].ljust(_BAR)), *rows])
+    yield _table(_sources(report))
     if report.generators:
-        yield _folded(tables.generators(report), "generators")
+        yield _folded(_generators(report), "generators")
     if report.tasks:
-        yield _folded(tables.tasks(report), "tasks")
-    yield table(tables.lengths(report))
-    yield table(tables.repetition(report))
+        yield _folded(_tasks(report), "tasks")
+    yield _table(_lengths(report))
+    yield _table(_repetition(report))
     yield "\n".join(_definitions())
 
 
 def _definitions() -> Iterable[str]:
-    for name, meaning in tables.DEFINITIONS.items():
+    for name, meaning in DEFINITIONS.items():
         yield from textwrap.wrap(f"{name}: {meaning}", WIDTH, subsequent_indent="  ")
 
 
 def _folded(rows: Sequence[Row], noun: str) -> str:
     more = len(rows) - 1 - MOST_ROWS
-    return table(rows) if more <= 0 else f"{table(rows[: MOST_ROWS + 1])}\nand {more:,} more {noun}"
+    return _table(rows) if more <= 0 else f"{_table(rows[: MOST_ROWS + 1])}\nand {more:,} more {noun}"
 
 
-def bar(fraction: float) -> str:
+def _bar(fraction: float) -> str:
     """A bar of a fraction of the width; what is not nothing shows."""
     return ("#" * max(round(fraction * _BAR), fraction > 0)).ljust(_BAR)

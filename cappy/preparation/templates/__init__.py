@@ -1,20 +1,28 @@
 """PromptSource templates: read from their YAML files, rendered as PromptSource v0.1.0 and T0 render them, in bounds.
 
-`load_templates` reads those of a dataset, `render` turns a row and a template into an instruction, a target and
-choices, `render_rows` many rows under many templates, `fetch` downloads the files.
+`load_templates` reads those of a dataset, as plain values and never as Python objects; `render` turns a row and a
+template into an instruction, a target and choices, in a child process; `render_rows` many rows under many templates;
+`fetch` downloads the files. What a template may take is in `cappy.rendering`, what it makes of a row in
+`cappy.rendering.promptsource`.
 """
 
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from cappy.errors import ConfigError, RecordError, shown
 from cappy.preparation.templates.fetching import fetch
-from cappy.preparation.templates.loading import Template, load_templates
-from cappy.preparation.templates.rendering import (
-    LimitError,
-    Rendered,
-    Result,
-    fields,
-    fixed_choices,
-    render,
-    render_rows,
-)
+from cappy.rendering import jobs
+from cappy.rendering.jobs import MAX_SECONDS, Failure, Job, Source
+from cappy.rendering.values import encode
+from cappy.yaml_files import FAST_LOADER, MAX_CHARACTERS, load_yaml
 
 __all__ = [
     "LimitError",
@@ -28,3 +36,241 @@ __all__ = [
     "render",
     "render_rows",
 ]
+
+_FILE = "templates.yaml"
+_NEAR_NAMES = 5
+_KIND = "promptsource"
+_RESTRICTED = "answer_choices"
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """One template of a dataset; `dataset` names the subset too: "super_glue/rte".
+
+    `jinja` gives the instruction and the target, divided by `|||`; `answer_choices` gives the choices of a
+    classification template, divided likewise, and is empty for an open-ended one. `original_task` is false for a
+    template that turns its dataset's task around.
+    """
+
+    name: str
+    id: str
+    dataset: str
+    jinja: str
+    answer_choices: str = ""
+    original_task: bool = False
+    choices_in_prompt: bool = False
+    metrics: tuple[str, ...] = ()
+
+
+def load_templates(folder: Path, dataset: str) -> tuple[Template, ...]:
+    """The templates of a dataset, such as "imdb" or "super_glue/rte", sorted by name.
+
+    `folder` holds <dataset>[/<subset>]/templates.yaml. ConfigError if it has no such file, or another in its place.
+    """
+    path = _path(folder, dataset)
+    found = [_template(path, dataset, key, values) for key, values in _mappings(path).items()]
+    found.sort(key=lambda template: template.name)
+    for former, template in pairwise(found):
+        if former.name == template.name:
+            raise ConfigError(f"{path}: two templates are called {shown(template.name)}; rename one of them")
+    return tuple(found)
+
+
+class LimitError(RecordError):
+    """A template took too long on a row, or too much memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """A row under a template. `choices` is empty for an open-ended template; the target need not be among them."""
+
+    instruction: str
+    target: str
+    choices: tuple[str, ...] = ()
+
+
+Result = Rendered | RecordError | None
+"""A row under a template; None where T0 drops the row, because its instruction or target is blank."""
+Row = Mapping[str, Any]
+
+
+def render(template: Template, row: Row, *, seed: int = 0, seconds: float = MAX_SECONDS) -> Rendered | None:
+    """What the template makes of the row; None where T0 drops the row, because its instruction or target is blank.
+
+    A template that draws at random draws the same for the same row and seed. RecordError if it fails on the row, takes
+    longer than `seconds` of CPU time, or does what a template may not; ConfigError if it does not compile. The row is
+    left as it is, whatever the template does to it.
+    """
+    ((result,),) = render_rows([(row, [template])], seed=seed, seconds=seconds)
+    if isinstance(result, RecordError):
+        raise result
+    return result
+
+
+def render_rows(
+    rows: Iterable[tuple[Row, Sequence[Template]]], *, seed: int = 0, seconds: float = MAX_SECONDS
+) -> Iterator[list[Result]]:
+    """What each template makes of its row, as `render` has it, row by row; rows are read ahead.
+
+    A RecordError stands in place of a result. ConfigError if a template does not compile.
+    """
+    queue: deque[tuple[Row, Sequence[Template], str]] = deque()
+    items_by_id: dict[int, tuple[Template, tuple[Source, str]]] = {}
+
+    def item(template: Template) -> tuple[Source, str]:
+        if id(template) not in items_by_id:  # hashing a template takes longer than the rest
+            items_by_id[id(template)] = template, (_as_source(template), f"{seed} {template.id}")
+        return items_by_id[id(template)][1]
+
+    def sent() -> Iterator[Job]:
+        for row, templates in rows:
+            values, problem = _encoded(row)
+            queue.append((row, templates, problem))
+            items = () if problem else tuple(map(item, templates))
+            yield Job(values=values, items=items, seconds=seconds)
+
+    for outcomes in jobs.run(_KIND, sent()):
+        row, templates, problem = queue.popleft()
+        if problem:
+            yield [RecordError(f"{_where(template)}: {problem}") for template in templates]
+        else:
+            yield [_result(template, row, outcome) for template, outcome in zip(templates, outcomes, strict=True)]
+
+
+def fixed_choices(template: Template) -> tuple[str, ...] | None:
+    """The choices that are the same for every row; None if they depend on it, or there are none."""
+    fields(template)
+    ((outcome,),) = jobs.run(_KIND, [Job(items=((_as_source(template), None),))])
+    if isinstance(outcome, Failure):
+        raise _config_error(template, outcome)
+    return None if outcome is None else tuple(_checked_texts(template, outcome))
+
+
+def fields(template: Template) -> frozenset[str]:
+    """The fields of a row that the template reads; ConfigError if it does not compile.
+
+    PromptSource takes a field that a row lacks for an empty text, silently: a caller that wants to know must ask.
+    """
+    outcome = jobs.load(_as_source(template))
+    if isinstance(outcome, Failure):
+        raise _config_error(template, outcome)
+    return frozenset(_checked_texts(template, outcome))
+
+
+def _as_source(template: Template) -> Source:
+    return Source(_KIND, (template.jinja, template.answer_choices))
+
+
+def _encoded(row: Row) -> tuple[str, str]:
+    """The row as a job has it, and what is wrong with it."""
+    if any(name.replace("-", "_") == _RESTRICTED for name in row):
+        return "{}", f"the row has a field {_RESTRICTED}, which is the template's; rename the column"
+    try:
+        return _to_json(encode(row)), ""
+    except RecursionError:
+        return "{}", "the row's values are nested too deep; mend the row"
+
+
+def _result(template: Template, row: Row, outcome: Any) -> Result:
+    if outcome is None:
+        return None
+    if not isinstance(outcome, Failure):
+        if not isinstance(outcome, list) or len(outcome) != 3:
+            raise TypeError(f"{_where(template)}: the child answers {shown(outcome)}")
+        instruction, target = _checked_texts(template, outcome[:2])
+        return Rendered(instruction=instruction, target=target, choices=tuple(_checked_texts(template, outcome[2])))
+    if outcome.loading:
+        raise _config_error(template, outcome)
+    names = shown(", ".join(map(str, row)) or "none", limit=120)
+    remedy = f"fields of the row: {names}; mend the row or leave the template out"
+    error = LimitError if outcome.limited else RecordError
+    return error(f"{_where(template)} fails on the row ({outcome.reason}); {remedy}")
+
+
+def _checked_texts(template: Template, found: object) -> list[str]:
+    """The texts of an answer; what comes from a child is not trusted."""
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise TypeError(f"{_where(template)}: the child answers {shown(found)}")
+    return found
+
+
+def _config_error(template: Template, failure: Failure) -> ConfigError:
+    return ConfigError(f"{_where(template)} does not compile ({failure.reason}); mend or leave it out")
+
+
+def _where(template: Template) -> str:
+    return f"{template.dataset}: template {shown(template.name)}"
+
+
+class _Loader(FAST_LOADER):  # type: ignore[misc] # a class of PyYAML's
+    """A safe loader that takes PromptSource's two tags for the mappings that they are."""
+
+
+def _mapping(loader: Any, node: yaml.Node) -> dict[Any, Any]:
+    mapping: dict[Any, Any] = loader.construct_mapping(node, deep=True)
+    return mapping
+
+
+_Loader.add_constructor("!Template", _mapping)
+_Loader.add_constructor("!TemplateMetadata", _mapping)
+
+
+def _path(folder: Path, dataset: str) -> Path:
+    parts = PurePosixPath(dataset).parts
+    if not parts or dataset.startswith("/") or ".." in parts:
+        raise ConfigError(f"{shown(dataset)} is not the name of a dataset, such as imdb or super_glue/rte")
+    path = folder.joinpath(*parts, _FILE)
+    if not path.is_file():
+        names = sorted(file.parent.relative_to(folder).as_posix() for file in folder.rglob(_FILE))
+        if not names:
+            raise ConfigError(f"{folder}: holds no {_FILE}; name the folder of PromptSource's templates, or fetch them")
+        near = [name for name in names if dataset in name.split("/")] or get_close_matches(dataset, names, _NEAR_NAMES)
+        remedy = f"choose of {', '.join(near)}" if near else f"choose one of the {len(names)} folders there"
+        raise ConfigError(f"{folder}: has no templates for {shown(dataset)}; {remedy}")
+    return path
+
+
+def _mappings(path: Path) -> Mapping[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = load_yaml(file.read(MAX_CHARACTERS + 1), _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise ConfigError(f"{where}: is no file of templates ({shown(reason, limit=120)}); fetch it again") from error
+    templates = content.get("templates") if isinstance(content, Mapping) else None
+    if not isinstance(templates, Mapping) or not templates:
+        raise ConfigError(f"{path}: has no mapping 'templates' with a template in it; fetch it again")
+    return templates
+
+
+def _template(path: Path, dataset: str, key: object, values: object) -> Template:
+    where = f"{path}: template {shown(key)}"
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: must be a mapping, got {shown(values)}; fetch the file again")
+    metadata = values.get("metadata") or {}
+    if not isinstance(metadata, Mapping):
+        raise ConfigError(f"{where}: metadata must be a mapping, got {shown(metadata)}; fetch the file again")
+    metrics = metadata.get("metrics") or ()
+    if not isinstance(metrics, list | tuple):
+        raise ConfigError(f"{where}: metrics must be a list, got {shown(metrics)}; fetch the file again")
+    return Template(
+        name=_text(where, values, "name"),
+        id=str(key),
+        dataset=dataset,
+        jinja=_text(where, values, "jinja"),
+        answer_choices=_text(where, values, "answer_choices") if values.get("answer_choices") is not None else "",
+        # T0 asks whether it is true, so null counts as false.
+        original_task=metadata.get("original_task") is True,
+        choices_in_prompt=metadata.get("choices_in_prompt") is True,
+        metrics=tuple(map(str, metrics)),
+    )
+
+
+def _text(where: str, values: Mapping[str, Any], name: str) -> str:
+    value = values.get(name)
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: {name} must be a text, got {shown(value)}; put it in quotes")
+    return value

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from wording import raises_naming
 
 from cappy.errors import CappyError, ConfigError
 from cappy.preparation.templates import LimitError, Rendered, Template, fields, fixed_choices, render, render_rows
@@ -129,7 +130,7 @@ def test_a_row_that_is_nested_too_deep_is_an_error_of_its_own(template: Make) ->
     deep: Any = "x"
     for _ in range(100_000):
         deep = [deep]
-    with pytest.raises(CappyError, match="ours: template 'mine': the row's values are nested too deep"):
+    with raises_naming(CappyError, "ours: template 'mine'", "nested too deep"):
         render(template("{{text}} ||| y"), {"text": "t", "deep": deep})
 
 

@@ -1,16 +1,18 @@
-"""Files that are packed: gzip, xz, bzip2, Zstandard, or a zip archive of one file, unpacked as they are read.
+"""Text files by lines or by pieces, unpacked and decoded as they are read; every error names file:line.
 
-Nothing is unpacked ahead of what is asked for, so a small file that would fill a disk costs a buffer.
+Unpacked are gzip, xz, bzip2, Zstandard, and a zip archive of one file, never ahead of what is asked for: a small file
+that would fill a disk costs a buffer.
 """
 
 import bz2
+import codecs
 import contextlib
 import gzip
 import io
 import lzma
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -18,10 +20,21 @@ import pyarrow as pa
 
 from cappy.errors import ConfigError, RecordError, shown
 
+MAX_LINE_BYTES = 64 * 2**20
+PIECE = 2**16
+_BOM = b"\xef\xbb\xbf"
+_WIDE = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Encodings by the bytes that a file of them begins with; UTF-32's begin with UTF-16's, so they stand first."""
+
 SUFFIXES = (".gz", ".xz", ".bz2", ".zst", ".zip")
 _GZIP, _XZ, _BZIP2, _ZSTANDARD, _ZIP = b"\x1f\x8b", b"\xfd7zXZ\x00", b"BZh", b"\x28\xb5\x2f\xfd", b"PK\x03\x04"
 _HEAD_BYTES = 512
-DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, OSError)
+_DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, OSError)
 """What the unpackers raise on damaged bytes."""
 
 _BY_PANDAS = """python -c "import pandas; pandas.{read}('{name}').to_parquet('rows.parquet')\""""
@@ -65,8 +78,111 @@ def head(path: Path) -> bytes:
         return file.read(_HEAD_BYTES)
 
 
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbers and texts of a file's lines, ends of line kept.
+
+    UTF-8, and UTF-16 and UTF-32 where the file begins with their mark. RecordError for a line that is none of them or
+    longer than `MAX_LINE_BYTES`, and for a damaged archive.
+    """
+    encoding = _encoding_of(path)
+    if encoding != "utf-8-sig":
+        yield from _wide_lines(path, encoding)
+        return
+    with _unpacked(path) as file:
+        number = 1
+        while raw := _next_line(file, path, number):
+            yield number, _decoded(raw.removeprefix(_BOM) if number == 1 else raw, path, number)
+            number += 1
+
+
+def pieces(path: Path, errors: str = "strict", size: int = PIECE) -> Iterator[str]:
+    """The text of a file in pieces of `size` characters, whatever its lines; RecordError as for `lines`."""
+    encoding, number = _encoding_of(path), 1
+    with _unpacked(path) as file, io.TextIOWrapper(file, encoding=encoding, errors=errors, newline="\n") as text:
+        while piece := _read(lambda: text.read(size), path, number, encoding):
+            yield piece
+            number += piece.count("\n")
+
+
+def _encoding_of(path: Path) -> str:
+    """The encoding by the first bytes, once unpacked; RecordError for UTF-16 that lacks its mark."""
+    with _unpacked(path) as file:
+        try:
+            first = file.read(4)
+        except (MemoryError, *_DAMAGED):
+            return "utf-8-sig"  # whoever reads on names the line
+    marked = next((name for mark, name in _WIDE.items() if first.startswith(mark)), None)
+    if marked is None and len(first) == 4 and any(first) and b"\0\0" in (first[::2], first[1::2]):
+        name = "UTF-16LE" if first[1] == 0 else "UTF-16BE"
+        remedy = f"save it as UTF-8: iconv -f {name} -t UTF-8 {path.name} > NEW"
+        raise RecordError(f"{path}: is {name} without the mark at its beginning; {remedy}")
+    return marked or "utf-8-sig"
+
+
+def _wide_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
+    with _unpacked(path) as file, io.TextIOWrapper(file, encoding=encoding, newline="\n") as text:
+        number = 1
+        while line := _read(lambda: text.readline(MAX_LINE_BYTES + 1), path, number, encoding):
+            if len(line) > MAX_LINE_BYTES:
+                raise _too_long(path, number)
+            yield number, line
+            number += 1
+
+
+def _read(read: Callable[[], str], path: Path, number: int, encoding: str) -> str:
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        name = encoding.removesuffix("-sig").upper()
+        raise RecordError(f"{path}:{number}: is not {name} from there on; {_as_utf8(path)}") from error
+    except MemoryError as error:
+        raise _too_much_memory(path, number) from error
+    except _DAMAGED as error:
+        raise _damaged(path, number, error) from error
+
+
+def _next_line(file: IO[bytes], path: Path, number: int) -> bytes:
+    try:
+        raw = file.readline(MAX_LINE_BYTES + 1)
+    except MemoryError as error:
+        raise _too_much_memory(path, number) from error
+    except _DAMAGED as error:
+        raise _damaged(path, number, error) from error
+    if len(raw) > MAX_LINE_BYTES:
+        raise _too_long(path, number)
+    return raw
+
+
+def _decoded(raw: bytes, path: Path, number: int) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        where = f"{path}:{number}: is not UTF-8 (byte {error.start + 1} of the line)"
+        raise RecordError(f"{where}; {_as_utf8(path)}") from error
+
+
+def _as_utf8(path: Path) -> str:
+    return f"save it as UTF-8: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > NEW"
+
+
+def _too_much_memory(path: Path, number: int) -> RecordError:
+    remedy = "pack it with less memory (xz -6), or as gzip"
+    return RecordError(f"{path}:{number}: the compressed file needs too much memory to unpack; {remedy}")
+
+
+def _damaged(path: Path, number: int, error: BaseException) -> RecordError:
+    reason = str(error).rstrip(".")
+    return RecordError(
+        f"{path}:{number}: the compressed file is truncated or damaged ({reason}); fetch or pack it again"
+    )
+
+
+def _too_long(path: Path, number: int) -> RecordError:
+    return RecordError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES:,} bytes; write one row per line")
+
+
 @contextlib.contextmanager
-def unpacked(path: Path) -> Iterator[IO[bytes]]:
+def _unpacked(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked where its first bytes say that it is packed.
 
     RecordError for an archive of several files, and for a format that holds no text.
@@ -86,7 +202,7 @@ def _peek(file: IO[bytes]) -> bytes:
     """The first bytes of what is packed; none where it is damaged, which whoever reads on finds."""
     try:
         return file.peek(_HEAD_BYTES)[:_HEAD_BYTES]  # type: ignore[attr-defined,no-any-return] # all unpackers have it
-    except (MemoryError, *DAMAGED):
+    except (MemoryError, *_DAMAGED):
         return b""
 
 

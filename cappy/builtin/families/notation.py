@@ -1,19 +1,87 @@
-"""Families that tell a record in prose: a restaurant, a person."""
+"""Families that ask for the same content in another notation: numbers in words, dates, records in prose."""
 
+from collections.abc import Callable
+from datetime import date, timedelta
 from random import Random
 
-from cappy.builtin.family import Content, Family
+from cappy.builtin.families import Content, Family
 from cappy.builtin.vocabulary import (
     CATEGORIES,
     CITIES,
     COLOURS,
     NAMES,
+    NUMBER_WORDS,
     SURNAMES,
     THINGS,
     plural,
     with_article,
     words,
 )
+
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+def in_words(number: int) -> str:
+    """A whole number from 0 to 999,999 in English words."""
+    if number < 20:
+        return NUMBER_WORDS[number]
+    if number < 100:
+        tens, unit = divmod(number, 10)
+        return _TENS[tens - 2] + (f"-{NUMBER_WORDS[unit]}" if unit else "")
+    name, size = ("hundred", 100) if number < 1000 else ("thousand", 1000)
+    many, rest = divmod(number, size)
+    return f"{in_words(many)} {name}" + (f" {in_words(rest)}" if rest else "")
+
+
+def draw_number_words(rng: Random) -> Content:
+    """A number of three to five digits, to be written in words."""
+    number = rng.randint(*rng.choice(((100, 999), (1_000, 9_999), (1_000, 9_999), (10_000, 99_999))))
+    return Content(slots={"number": str(number)}, references=(in_words(number),))
+
+
+_MONTHS = words("January February March April May June July August September October November December")
+
+
+def british(day: date) -> str:
+    """3 May 2021"""
+    return f"{day.day} {_MONTHS[day.month - 1]} {day.year}"
+
+
+def american(day: date) -> str:
+    """May 3, 2021"""
+    return f"{_MONTHS[day.month - 1]} {day.day}, {day.year}"
+
+
+def numeric(day: date) -> str:
+    """2021-05-03"""
+    return day.isoformat()
+
+
+def slashed(day: date) -> str:
+    """05/03/2021, the month first"""
+    return f"{day.month:02}/{day.day:02}/{day.year}"
+
+
+_NOTATIONS: dict[str, Callable[[date], str]] = {
+    "day month year": british,
+    "month day, year": american,
+    "YYYY-MM-DD": numeric,
+    "MM/DD/YYYY": slashed,
+}
+
+
+def draw_date_formats(rng: Random) -> Content:
+    """A date in one of four notations, to be written in another."""
+    day = _draw_date(rng)
+    given, wanted = rng.sample(tuple(_NOTATIONS), 2)
+    return Content(
+        slots={"date": _NOTATIONS[given](day), "given": given, "wanted": wanted}, references=(_NOTATIONS[wanted](day),)
+    )
+
+
+def _draw_date(rng: Random) -> date:
+    return date(2000, 1, 1) + timedelta(days=rng.randrange(365 * 30))
+
 
 _CUISINES = words("""
     African American Arabian Brazilian Chinese Cuban Egyptian English Ethiopian French German Greek Hungarian Indian
@@ -64,6 +132,28 @@ def draw_person_description(rng: Random) -> Content:
 
 
 FAMILIES = (
+    Family(
+        name="number_words",
+        kind="generation",
+        draw=draw_number_words,
+        templates=(
+            "Write {number} in words.",
+            "How do you spell out the number {number}?",
+            "Number: {number}\nIn words:",
+            "Say {number} aloud.",
+        ),
+    ),
+    Family(
+        name="date_formats",
+        kind="generation",
+        draw=draw_date_formats,
+        templates=(
+            "Write the date {date} as {wanted}; it is given as {given}.",
+            "Date ({given}): {date}\nDate ({wanted}):",
+            "{date} is a date in the form {given}. What is it in the form {wanted}?",
+            "Change the notation of {date} from {given} to {wanted}.",
+        ),
+    ),
     Family(
         name="restaurant_description",
         kind="generation",
