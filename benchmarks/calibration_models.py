@@ -25,6 +25,7 @@ from cappy.records import Instance, write
 from cappy.sampling.architectures import Seq2Seq
 from cappy.sampling.strategies import Decoding, strategy
 from cappy.scoring import Scorer
+from cappy.scoring.config import ScorerConfig
 from cappy.training import checkpoint
 from cappy.training.corpus import open_corpora
 from cappy.training.distributed import ALONE
@@ -180,5 +181,5 @@ def scorer_and_texts(
     torch.manual_seed(0)
     model, tokenizer = new_encoder(shape.layers, shape.hidden, LENGTH)
     folder = bench.work / f"scorers/{name}"
-    Scorer(model, tokenizer, head="bce", max_length=LENGTH).save(folder)
+    Scorer(model, tokenizer, ScorerConfig(head="bce", max_length=LENGTH)).save(folder)
     return Scorer.load(str(folder), precision=precision), builtin_instances(24)

@@ -9,6 +9,7 @@ import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaTokenizer
 
 from cappy.scoring import Scorer
+from cappy.scoring.config import ScorerConfig
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 SHAPES = {"base": (768, 12, 12), "large": (1024, 24, 16)}
@@ -40,7 +41,7 @@ def scorer_folder(size: str, work: Path) -> Path:
             num_labels=1,
         )
         model = RobertaForSequenceClassification(config).eval()
-        Scorer(model, tokenizer, head="bce", max_length=LENGTH).save(folder)
+        Scorer(model, tokenizer, ScorerConfig(head="bce", max_length=LENGTH)).save(folder)
     return folder
 
 

@@ -1,19 +1,29 @@
-"""Around every request: its id, the headers of every answer, and the access log, without a word of what was asked."""
+"""Around every request: its id, the headers of every answer, the access log and its span, without a word of any text.
+
+Spans are made by OpenTelemetry's instrumentation of FastAPI and sent by OTLP over HTTP. Nothing of OpenTelemetry is
+imported, and nothing is measured, where no environment variable says who takes them.
+"""
 
 import json
 import logging
+import os
 import re
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
+from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.tracing import Traced, Tracing
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+    from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-LOGGER = logging.getLogger("serving.access")
+LOGGER = logging.getLogger("serving")
+ACCESS_LOGGER = logging.getLogger("serving.access")
 GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 PATH_SHOWN = 500
 SAFE = {
@@ -23,37 +33,42 @@ SAFE = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 """Headers of an answer that says nothing else; the page brings a policy of its own."""
+COLLECTOR_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+"""Where a collector listens; the other variables of OpenTelemetry's specification are read by its library."""
+CLOSING_SECONDS = 3.0
+"""How long spans that wait may hold up the end of the process."""
+SENT = frozenset({"http.request.method", "http.response.status_code", "http.route"})
+"""Attributes of the instrumentation that are sent, beside our own; others hold what a client wrote: paths, queries."""
+OWN = "cappy."
+TRACED = ("request_id", "dialect", "pairs", "tokens", "batch_wait_seconds", "outcome", "sampled", "calls", "cost")
+"""What our attributes say of a request, where its handler has put it into the request's state."""
 
 
-def _no_facts() -> Mapping[str, str]:
-    return {}
+class Span(Protocol):
+    """A span of OpenTelemetry, as far as it is used here."""
 
-
-def _untold(dialect: str, status: int, seconds: float, scores: Sequence[float]) -> None:
-    pass
+    def set_attributes(self, attributes: Mapping[str, str | int | float]) -> None:
+        """Adds to what it says."""
 
 
 class AccessLog:
     """ASGI middleware: one JSON line per request with its id, method, path, status, seconds and number of pairs.
 
-    `facts` gives headers for answers that bring none of their own; `told` is called with dialect, status, seconds and
-    scores of requests of a dialect, of which `tracing` makes spans; while `closing` is true, clients are told to come
-    back on another connection.
+    `facts` gives headers for answers that bring none of their own; `observe` is called with dialect, status, seconds
+    and scores of requests of a dialect; while `closing` is true, clients are told to come back on another connection.
     """
 
     def __init__(
         self,
         app: ASGIApp,
-        facts: Callable[[], Mapping[str, str]] = _no_facts,
-        told: Callable[[str, int, float, Sequence[float]], None] = _untold,
+        facts: Callable[[], Mapping[str, str]] = dict,
+        observe: Callable[[str, int, float, Sequence[float]], None] | None = None,
         closing: Callable[[], bool] = lambda: False,
-        tracing: Tracing | None = None,
     ) -> None:
         self._app = app
         self._facts = facts
-        self._told = told
+        self._observe = observe
         self._closing = closing
-        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,19 +84,38 @@ class AccessLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 self._mark(MutableHeaders(scope=message), state)
+                self._trace(state)
             await send(message)
 
         try:
             await self._app(scope, receive, watched)
+        except Exception:
+            # Whoever answers for it stands outside, so no answer has passed here.
+            self._trace(state)
+            raise
         finally:
             self._log(scope, state, status, time.monotonic() - started)
 
     def _mark(self, headers: MutableHeaders, state: Mapping[str, Any]) -> None:
-        facts = {"X-Request-Id": state["request_id"], **SAFE, **(state.get("facts") or self._facts())}
-        for name, value in facts.items():
+        for name, value in {"X-Request-Id": state["request_id"], **SAFE, **self._facts_of(state)}.items():
             headers.setdefault(name, value)
         if self._closing():
             headers["Connection"] = "close"
+
+    def _facts_of(self, state: Mapping[str, Any]) -> Mapping[str, str]:
+        return state.get("facts") or self._facts()
+
+    def _trace(self, state: Mapping[str, Any]) -> None:
+        """Says what is known of the request in its span, if it has one and is a request of a client's API.
+
+        A span ends with the last part of the answer, so it must be said before.
+        """
+        span: Span | None = state.get("span")
+        if span is None or not {"dialect", "outcome"} & state.keys():
+            return
+        version = self._facts_of(state).get("X-Cappy-Version")
+        known = {**{name: state[name] for name in TRACED if name in state}, **({"version": version} if version else {})}
+        span.set_attributes({f"{OWN}{name}": value for name, value in known.items()})
 
     def _log(self, scope: Scope, state: Mapping[str, Any], status: int, seconds: float) -> None:
         line = {
@@ -95,24 +129,92 @@ class AccessLog:
         }
         if "dialect" in state:
             line["dialect"] = state["dialect"]
-            self._told(state["dialect"], status, seconds, state.get("scores", ()))
-            if self._tracing is not None:
-                self._trace(self._tracing, scope, state, status, seconds)
-        LOGGER.info(json.dumps(line))
+            if self._observe is not None:
+                self._observe(state["dialect"], status, seconds, state.get("scores", ()))
+        ACCESS_LOGGER.info(json.dumps(line))
 
-    def _trace(self, tracing: Tracing, scope: Scope, state: Mapping[str, Any], status: int, seconds: float) -> None:
-        ended = time.time_ns()
-        facts = state.get("facts") or self._facts()
-        traced = Traced(
-            method=scope["method"],
-            dialect=state["dialect"],
-            status=status,
-            began=ended - int(seconds * 1e9),
-            ended=ended,
-            pairs=state.get("pairs", 0),
-            tokens=state.get("tokens", 0),
-            wait_seconds=state.get("wait_seconds", 0.0),
-            version=facts.get("X-Cappy-Version", ""),
-            request_id=state["request_id"],
+
+class Tracing:
+    """Makes spans of an application's requests and sends them in batches, from a thread of their own."""
+
+    def __init__(self) -> None:
+        """ModuleNotFoundError without the extra."""
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        # The stable names of the conventions; the default of the library is still the names before.
+        os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
+        named = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": "cappy"}
+        # A provider of our own: the global one belongs to whoever runs us in his process, MLflow among them.
+        self._provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
+        self._provider.add_span_processor(BatchSpanProcessor(_without_texts(OTLPSpanExporter())))
+        self._instrument = FastAPIInstrumentor.instrument_app
+
+    def instrument(self, app: FastAPI) -> None:
+        """Gives every request a span, a child of the one that W3C's `traceparent` names."""
+
+        def keep(span: Span, scope: MutableMapping[str, Any]) -> None:
+            scope.setdefault("state", {})["span"] = span
+
+        self._instrument(
+            app,
+            server_request_hook=keep,
+            tracer_provider=self._provider,
+            exclude_spans=["receive", "send"],
         )
-        tracing.tell(traced, Headers(scope=scope))
+
+    def close(self) -> None:
+        """Sends what waits; blocks, but not for long where the collector is away."""
+        closing = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
+        closing.start()
+        closing.join(CLOSING_SECONDS)
+
+
+def start_tracing(variables: Mapping[str, str] = os.environ) -> Tracing | None:
+    """What sends spans; None where nobody is named to take them, and, with a line in the log, without the extra."""
+    disabled = variables.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    if disabled or not any(variables.get(name) for name in COLLECTOR_VARIABLES):
+        return None
+    try:
+        return Tracing()
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("opentelemetry"):
+            raise
+        text = "requests are not traced: %s is not installed; install the otel extra: pip install -e '.[otel]'"
+        LOGGER.warning(text, error.name)
+        return None
+
+
+def _without_texts(exporter: "SpanExporter") -> "SpanExporter":
+    """An exporter of the spans that our code has said something of, without what a client or an exception wrote."""
+    from opentelemetry.sdk.trace import ReadableSpan
+    from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+    from opentelemetry.trace import Status
+
+    def cleaned(span: ReadableSpan) -> ReadableSpan:
+        kept = {name: value for name, value in (span.attributes or {}).items() if name in SENT or name.startswith(OWN)}
+        return ReadableSpan(
+            name=span.name,
+            context=span.context,
+            parent=span.parent,
+            resource=span.resource,
+            attributes=kept,
+            kind=span.kind,
+            instrumentation_scope=span.instrumentation_scope,
+            status=Status(span.status.status_code),
+            start_time=span.start_time,
+            end_time=span.end_time,
+        )
+
+    class Cleaned(SpanExporter):  # type: ignore[misc] # the library has no types
+        def export(self, spans: "Sequence[ReadableSpan]") -> "SpanExportResult":
+            ours = [cleaned(span) for span in spans if any(name.startswith(OWN) for name in span.attributes or ())]
+            return exporter.export(ours) if ours else SpanExportResult.SUCCESS
+
+        def shutdown(self) -> None:
+            exporter.shutdown()
+
+    return Cleaned()

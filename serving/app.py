@@ -1,4 +1,4 @@
-"""The HTTP application around a model; it knows no environment."""
+"""The HTTP application around a model: its routes, what platforms ask of it, and numbers for Prometheus."""
 
 import asyncio
 import contextlib
@@ -9,38 +9,38 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel, Field
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
 import cappy
 from cappy.errors import CappyError
-from serving.access import AccessLog
+from serving.access import AccessLog, Tracing
 from serving.admin import add_admin
-from serving.batcher import Batcher
-from serving.browsers import ANY_HOST, BrowserGuard, Hosts, Refuse
-from serving.dialects import DIALECTS, Dialect
+from serving.config import Limits
+from serving.dialects import DIALECTS, Dialect, Served
 from serving.dialects.own import SCORE, refuse
+from serving.engine import PROBES, Batcher, Models, Stored, probe
 from serving.following import Follower
-from serving.keys import Keys
-from serving.metrics import Metrics
-from serving.models import PROBES, Models, Stored, probe
+from serving.guards import ANY_HOST, BrowserGuard, Hosts, Keys, Refuse
 from serving.page import About, add_page
-from serving.probes import add_probes
 from serving.refusals import Refusal
-from serving.served import add_served
-from serving.service import Limits, Service, refused
-from serving.tracing import Tracing
+from serving.service import Service, refused
 
 LOGGER = logging.getLogger("serving")
 REFUSALS = (400, 401, 403, 404, 408, 413, 415, 421, 429, 500, 503, 504)
 QUEUED_BATCHES = 32
 """Batches that may wait where no limit is given: with 2,048 tokens each about 13 s of a RoBERTa-base on two cores."""
+SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+TOKENS_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+SCORES_BUCKETS = tuple(tenth / 10 for tenth in range(11))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def create_app(
     """An application that answers with `models.current`.
 
     It is probed after start-up: /ready answers 503 until it has answered its probes, and for good if it fails them, in
-    which case `failed` is told. From then on `follower` changes the model, beside the requests. `computing` is the
+    which case `failed` is called. From then on `follower` changes the model, beside the requests. `computing` is the
     thread that loaded it, see `Batcher`; `tracing` makes spans of requests, and is closed at the end.
     """
     options = options or Options()
@@ -86,10 +86,10 @@ def create_app(
         options.max_queued_tokens or QUEUED_BATCHES * options.batch_tokens,
         computing=computing or ThreadPoolExecutor(1, "computing"),
     )
-    metrics = Metrics(batcher, models)
-    batcher.told = metrics.batch
+    metrics = _Metrics(batcher, models)
+    batcher.on_batch = metrics.batch
     if follower is not None:
-        follower.told = metrics.move
+        follower.on_change = metrics.move
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -124,16 +124,20 @@ def create_app(
     app.add_middleware(
         AccessLog,
         facts=lambda: models.current.facts(),
-        told=metrics.request,
+        observe=metrics.request,
         closing=lambda: models.closing,
-        tracing=tracing,
     )
     app.add_exception_handler(HTTPException, _not_here)
     _add_routes(app, service, paths)
-    add_probes(app, models, metrics, options.ready_path)
+    _add_probes(app, models, metrics, options.ready_path)
     add_page(app, lambda: _about(models))
-    add_served(app, models, options.limits, options.batch_tokens)
+    served = Served(models=models, limits=options.limits, batch_tokens=options.batch_tokens)
+    for dialect in DIALECTS:
+        if dialect.add_routes is not None:
+            dialect.add_routes(app, served)
     add_admin(app, models, follower, options.keys, options.webhook_secret)
+    if tracing is not None:
+        tracing.instrument(app)
     return app
 
 
@@ -211,7 +215,7 @@ def _add_route(app: FastAPI, service: Service, path: str, dialects: Sequence[Dia
     )
 
 
-def _either(schemas: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def _either(schemas: Sequence[Mapping[str, object]]) -> Mapping[str, object]:
     return schemas[0] if len(schemas) == 1 else {"anyOf": list(schemas)}
 
 
@@ -247,3 +251,94 @@ async def _probed(models: Models, batcher: Batcher, options: Options, failed: Ca
         models.reason = str(error)
         LOGGER.error("not ready: %s", error)
         failed(error)
+
+
+class _Metrics:
+    """Queue, batches, latency, scores and version of one application, for Prometheus; without a word of any text."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, batcher: Batcher, models: Models) -> None:
+        self._registry = own = CollectorRegistry()
+        self._models = models
+        self._requests = Counter("cappy_requests", "Requests", ["dialect", "status"], registry=own)
+        self._seconds = Histogram(
+            "cappy_request_seconds",
+            "From a request's head to its answer",
+            ["dialect"],
+            buckets=SECONDS_BUCKETS,
+            registry=own,
+        )
+        self._pairs = Counter("cappy_pairs", "Pairs scored", registry=own)
+        self._cut = Counter("cappy_pairs_cut", "Pairs that were longer than the scorer reads", registry=own)
+        self._scores = Histogram("cappy_score", "Scores", buckets=SCORES_BUCKETS, registry=own)
+        self._tokens = Histogram("cappy_batch_tokens", "Tokens of a batch", buckets=TOKENS_BUCKETS, registry=own)
+        self._batches = Histogram("cappy_batch_seconds", "Time of a batch", buckets=SECONDS_BUCKETS, registry=own)
+        self._swaps = Counter("cappy_swap", "Changes of the model", registry=own)
+        self._refused = Counter("cappy_swap_refused", "Versions that may not serve", registry=own)
+        self._model = Gauge("cappy_model_info", "The model that answers", ["model", "version", "sha256"], registry=own)
+        Gauge("cappy_queue_tokens", "Tokens that wait or are computed", registry=own).set_function(
+            lambda: batcher.queued_tokens
+        )
+        Gauge("cappy_ready", "Whether new clients may come", registry=own).set_function(lambda: not models.unready)
+
+    def batch(self, tokens: int, pairs: int, seconds: float, cut: int = 0) -> None:
+        """Counts a batch and the pairs of it that were cut."""
+        self._cut.inc(cut)
+        self._tokens.observe(tokens)
+        self._batches.observe(seconds)
+        self._pairs.inc(pairs)
+
+    def request(self, dialect: str, status: int, seconds: float, scores: Sequence[float]) -> None:
+        """Counts a request of a dialect."""
+        self._requests.labels(dialect, str(status)).inc()
+        self._seconds.labels(dialect).observe(seconds)
+        for score in scores:
+            self._scores.observe(score)
+
+    def move(self, what: Literal["swap", "refusal"]) -> None:
+        """Counts a change of the model, or a version that was refused."""
+        (self._swaps if what == "swap" else self._refused).inc()
+
+    def text(self) -> bytes:
+        """What Prometheus reads."""
+        model = self._models.current
+        self._model.clear()
+        self._model.labels(model.name, model.version, model.sha256).set(1)
+        return generate_latest(self._registry)
+
+
+class Health(BaseModel):
+    """That the process lives."""
+
+    status: Annotated[Literal["ok"], Field(description="Always ok")] = "ok"
+
+
+class Readiness(BaseModel):
+    """Whether scores can be had."""
+
+    ready: Annotated[bool, Field(description="Whether the scorer has answered its probe and the service stays up")]
+    version: Annotated[str, Field(description="Version of the scorer")]
+    reason: Annotated[str, Field(description="Why not, if not")] = ""
+
+
+def _add_probes(app: FastAPI, models: Models, metrics: _Metrics, ready_path: str = "") -> None:
+    """GET /health, /startup, /ready, what else is to answer as /ready does, and /metrics; they need no key."""
+
+    @app.get("/health", tags=["probes"])
+    async def health() -> Health:
+        """Whether the process lives; answers while scores are computed."""
+        return Health()
+
+    async def ready(response: Response) -> Readiness:
+        """Whether scores can be had: false before the scorer has answered its probe, and after SIGTERM."""
+        response.status_code = 503 if models.unready else 200
+        return Readiness(ready=not models.unready, version=models.current.version, reason=models.unready)
+
+    for path in {"/ready", "/startup", ready_path} - {"", "/health"}:
+        app.get(path, responses={503: {"model": Readiness}}, tags=["probes"], name=path.strip("/"))(ready)
+
+    @app.get("/metrics", tags=["probes"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def read_metrics() -> Response:
+        """Numbers for Prometheus."""
+        return Response(metrics.text(), media_type=metrics.content_type)

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from fastapi import Request
@@ -18,6 +18,7 @@ from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
+from serving.config import BodyLimits
 from serving.refusals import Refusal
 
 GONE = 499
@@ -26,10 +27,6 @@ SECONDS = 20.0
 """Within which a body must have arrived."""
 MAX_DEPTH = 64
 MAX_VALUES = 32_768
-MAX_CHARACTERS = 200_000
-"""Of one text: beyond it no scorer reads on, and tokenizing it would hold up the others."""
-MAX_TEXT_BYTES = 2_000_000
-"""Of all texts: a tokenizer reads 2 to 3 MB in a second and takes 60 bytes of memory for each (2 cores, AMD EPYC)."""
 LARGE_BYTES = 32_768
 """From here a body is worked on in a thread: below it a change of threads costs more than the work."""
 BODIES_AT_ONCE = 16
@@ -48,8 +45,10 @@ class Bounds:
 
     max_values: int = MAX_VALUES
     max_depth: int = MAX_DEPTH
-    max_characters: int = MAX_CHARACTERS
-    max_text_bytes: int = MAX_TEXT_BYTES
+    max_characters: int = BodyLimits.max_characters
+    """Of one text: beyond it no scorer reads on, and tokenizing it would hold up the others."""
+    max_text_bytes: int = round(BodyLimits.max_text_mb * 1e6)
+    """A tokenizer reads 2 to 3 MB in a second and takes 60 bytes of memory for each (2 cores, AMD EPYC)."""
     remedy: str = "send less in a request"
 
     def check(self, data: bytes) -> None:
@@ -68,7 +67,7 @@ class Bounds:
         if values > self.max_values:
             raise Refusal(413, f"the body has more than {self.max_values} values; {self.remedy}")
 
-    def parse(self, data: bytes) -> Any:
+    def parse(self, data: bytes) -> object:
         """The JSON; Refusal where it is out of bounds, ValueError where it is none."""
         self.check(data)
         return from_json(data)

@@ -13,37 +13,35 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
-from cappy.errors import CappyError, ConfigError, UnreachableError, shown
+from cappy.errors import CappyError, UnreachableError, shown
 from cappy.registry.models import Version
 from cappy.scoring import Precision
-from cappy.specs import parse_spec
-from serving.models import PROBES, Model, Models, load, probe
+from serving.config import FOLLOW_SECONDS
+from serving.engine import PROBES, Model, Models, load, probe
 
 LOGGER = logging.getLogger("serving")
-SECONDS = 30.0
-"""Between two looks at an alias, where nothing else is asked for."""
 TRIES = 3
 """How often a version is fetched whose files cannot be reached, before it is refused."""
 CLOSING_SECONDS = 5.0
 """How long a version that is being loaded may hold up the end of the process."""
 Found = TypeVar("Found")
-Told = Literal["swap", "refusal"]
+Change = Literal["swap", "refusal"]
 
 
 @dataclass(kw_only=True)
 class Follower:
     """Keeps `models` at what an alias names; `find` reads the alias, `load` makes a model of a version.
 
-    `told` is called after each swap and each refusal. While the registry cannot be read, the model that answers goes
-    on, and `trouble` says why.
+    `on_change` is called after each swap and each refusal. While the registry cannot be read, the model that answers
+    goes on, and `trouble` says why.
     """
 
     models: Models
     alias: str
     find: Callable[[], Version]
     load: Callable[[Version], Model]
-    seconds: float = SECONDS
-    told: Callable[[Told], None] = lambda what: None
+    seconds: float = FOLLOW_SECONDS
+    on_change: Callable[[Change], None] = lambda change: None
     trouble: str = ""
     _left: str = ""
     """Content that a rollback by hand took out of service: not taken again until the alias has named another."""
@@ -147,14 +145,14 @@ class Follower:
     def _swapped(self, why: str) -> None:
         former = self.models.former
         LOGGER.info("version %s answers instead of %s: %s", self._version, former and former.version, why)
-        self.told("swap")
+        self.on_change("swap")
 
     def _refuse(self, version: Version, why: str) -> None:
         self._tries.pop(version.uri, None)
         self._bad[version.uri] = version.content
         self.models.refused[version.uri] = why
         LOGGER.error("%s is refused, version %s goes on: %s", version.uri, self._version, why)
-        self.told("refusal")
+        self.on_change("refusal")
 
     @property
     def _version(self) -> str:
@@ -205,15 +203,6 @@ def prepared(version: Version, load: Callable[[Version], Model]) -> Model:
 def load_version(version: Version, spec: str, name: str = "", precision: Precision = "auto") -> Model:
     """The model of the version that `spec` named: by its number, which no alias can move in between."""
     return replace(load(version.uri, name, precision), spec=spec, registered=version)
-
-
-def follow_seconds(spec: str, asked: float | None) -> float:
-    """Seconds between two looks, 30 for an alias, 0 for not at all; ConfigError if there is no alias to look at."""
-    parsed = parse_spec(spec)
-    alias = parsed.kind == "models" and not parsed.revision.isdigit()
-    if asked and not alias:
-        raise ConfigError(f"--follow {asked:g}: {shown(spec)} is no alias, so it never moves; give models:/name@alias")
-    return asked if asked is not None else SECONDS if alias else 0.0
 
 
 def reason(error: Exception) -> str:

@@ -1,124 +1,96 @@
 """Loads a scorer and serves it until SIGTERM."""
 
 import contextlib
-import errno
-import signal
-import socket
-import ssl
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from types import FrameType
-
-import uvicorn
+from typing import Protocol
 
 from cappy import registry
-from cappy.errors import CappyError, ConfigError
+from cappy.errors import CappyError, ConfigError, FolderError, shown
+from cappy.records.folder import MANIFEST
 from cappy.registry import Version
-from cappy.scoring import Precision
 from cappy.specs import parse_spec
+from serving.access import start_tracing
+from serving.admin import read_secret
 from serving.app import Options, create_app
-from serving.browsers import hosts_of
-from serving.connections import ACCEPTS, Connections, connections_for_clients, raise_file_limit
-from serving.ending import NoticeServer
-from serving.following import Follower, follow_seconds, load_version
-from serving.models import Model, Models, load
-from serving.protocol import AT_ONCE, PunctualProtocol
-from serving.repeats import log_to_stderr
-from serving.tracing import tracing
+from serving.config import Environment, ServeConfig
+from serving.engine import Model, Models, load
+from serving.following import Follower, load_version
+from serving.guards import hosts_of, read_keys
+from serving.listener import NoticeServer, address_errors, bound, check_tls, http_config, prepare_process, url
 
-DEFAULT_SCORER = "models:/cappy@champion"
 Follow = Callable[[Models], Follower]
 """What changes the model while requests are answered."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Address:
-    """Where to listen, with TLS where a certificate is given; times in seconds.
-
-    After SIGTERM the service is not ready but answers for `notice_seconds`, so that a balancer can look elsewhere; then
-    it takes no more connections and finishes what it has within `grace_seconds`. `allowed_hosts` are names to answer to
-    beside those that the address gives, see `Hosts`.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8080
-    certificate: Path | None = None
-    key: Path | None = None
-    notice_seconds: float = 1.0
-    grace_seconds: int = 30
-    allowed_hosts: Sequence[str] = ()
-
-
-def run(
-    scorer: str = DEFAULT_SCORER,
-    address: Address | None = None,
-    options: Options | None = None,
-    *,
-    name: str = "",
-    precision: Precision = "auto",
-    batch_tokens: int = 0,
-    follow: float | None = None,
-) -> None:
+def run(config: ServeConfig, environment: Environment | None = None) -> None:
     """Takes the address, loads the scorer, listens; returns when it was told to stop and has answered what it had.
 
     ConfigError if the address cannot be had, which is found out before the scorer is loaded. SIGTERM ends the process
-    with status 0. `batch_tokens` 0 is what suits the device. An alias is followed: `follow` seconds lie between two
-    looks at it, 30 where none are given, 0 for none.
+    with status 0.
     """
-    parse_spec(scorer)
-    seconds = follow_seconds(scorer, follow)
-    address, options = address or Address(), options or Options()
-    _check_tls(address)
-    if not seconds:
-        serve(lambda: load(scorer, name, precision), address, options, batch_tokens=batch_tokens)
-        return
+    check_tls(config.tls_certificate, config.tls_key)
+    with local(config.scorer) as scorer:
+        parse_spec(scorer)
+        seconds = config.follow_interval
+        if not seconds:
+            serve(lambda: load(scorer, config.model_name, config.precision), config, environment)
+            return
 
-    def find() -> Version:
-        return registry.resolve(scorer)
+        def find() -> Version:
+            return registry.resolve(scorer)
 
-    def load_found(version: Version) -> Model:
-        return load_version(version, scorer, name, precision)
+        def load_found(version: Version) -> Model:
+            return load_version(version, scorer, config.model_name, config.precision)
 
-    def followed(models: Models) -> Follower:
-        return Follower(models=models, alias=scorer, find=find, load=load_found, seconds=seconds)
+        def followed(models: Models) -> Follower:
+            return Follower(models=models, alias=scorer, find=find, load=load_found, seconds=seconds)
 
-    serve(lambda: load_found(find()), address, options, batch_tokens=batch_tokens, follow=followed)
+        serve(lambda: load_found(find()), config, environment, follow=followed)
 
 
 def serve(
     load: Callable[[], Model],
-    address: Address,
-    options: Options,
+    config: ServeConfig,
+    environment: Environment | None = None,
     *,
-    batch_tokens: int = 0,
     follow: Follow | None = None,
 ) -> None:
     """`run` with whatever model `load` gives."""
-    signal.signal(signal.SIGTERM, end)
-    log_to_stderr()
-    raise_file_limit()
+    keys, secret, environment = read_keys(config.api_keys), read_secret(), environment or Environment()
+    prepare_process()
     failures: list[CappyError] = []
 
     def failed(error: CappyError) -> None:
         failures.append(error)
         server.should_exit = True
 
-    with bound(address.host, address.port) as listener:
+    with bound(config.host, config.port) as listener:
         computing = ThreadPoolExecutor(1, "computing")
         models = Models(computing.submit(load).result())
-        with _address_errors(address.host, address.port):
+        with address_errors(config.host, config.port):
             listener.listen(2048)
-        tokens = batch_tokens or getattr(models.current.engine, "batch_tokens", options.batch_tokens)
-        hosts = hosts_of(listener, address.allowed_hosts, bool(options.keys))
-        options = replace(options, batch_tokens=tokens, hosts=hosts)
+        options = Options(
+            limits=config,
+            batch_tokens=config.batch_tokens or getattr(models.current.engine, "batch_tokens", Options.batch_tokens),
+            max_queued_tokens=config.max_queued_tokens,
+            keys=keys,
+            origins=config.allow_origin,
+            hosts=hosts_of(listener, config.hosts, bool(keys)),
+            webhook_secret=secret,
+            routes=environment.routes,
+            ready_path=environment.ready_path,
+        )
         follower = follow(models) if follow else None
-        app = create_app(models, options, failed=failed, follower=follower, computing=computing, tracing=tracing())
-        server = NoticeServer(http_config(app, address), models, address.notice_seconds)
-        scheme = "https" if address.certificate else "http"
+        app = create_app(
+            models, options, failed=failed, follower=follower, computing=computing, tracing=start_tracing()
+        )
+        http = http_config(app, config, certificate=config.tls_certificate, key=config.tls_key)
+        server = NoticeServer(http, models, config.notice)
+        scheme = "https" if config.tls_certificate else "http"
         sys.stderr.write(
             f"cappy serve: scorer {models.current.version} at {url(listener, scheme)} "
             "(a page at /, POST /score, GET /ready; /openapi.json has every path)\n"
@@ -128,78 +100,65 @@ def serve(
         raise failures[0]
 
 
-def _check_tls(address: Address) -> None:
-    if (address.certificate is None) != (address.key is None):
-        raise ConfigError("--tls-certificate and --tls-key: give both or none")
-    for given, flag in ((address.certificate, "--tls-certificate"), (address.key, "--tls-key")):
-        if given is not None and not given.is_file():
-            raise ConfigError(f"{flag} {given}: no such file; give one in PEM form")
-    if address.certificate is None or address.key is None:
-        return
-    try:
-        # An empty passphrase, or OpenSSL would ask for one at the terminal.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(address.certificate, address.key, password=lambda: "")
-    except OSError as error:  # SSLError is one
-        text = f"--tls-certificate {address.certificate}: cannot be used with --tls-key {address.key}"
-        remedy = "give a certificate and the private key that belongs to it, both in PEM form, without a passphrase"
-        raise ConfigError(f"{text} ({error.strerror or error}); {remedy}") from error
+@contextlib.contextmanager
+def local(scorer: str) -> Iterator[str]:
+    """The spec itself, or the folder that a bucket's (`gs://bucket/folder`) was copied to, kept until the block ends.
 
-
-def http_config(app: object, address: Address, *, upstream: bool = False) -> uvicorn.Config:
-    """How both services speak HTTP: punctual clients, patient connections, a time to finish in.
-
-    `upstream` says that the service opens connections itself, and needs files for them.
+    Of a bucket a manifest is asked for, since without one nobody would see that a file is missing; loading checks every
+    file against it. ConfigError where the bucket cannot be read, FolderError without a manifest.
     """
-    connections = Connections(connections_for_clients(upstream=upstream))
-    return uvicorn.Config(
-        app,  # type: ignore[arg-type]
-        http=partial(PunctualProtocol, connections=connections),  # type: ignore[arg-type]
-        backlog=ACCEPTS,
-        h11_max_incomplete_event_size=AT_ONCE,
-        ws="none",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=address.grace_seconds,
-        ssl_certfile=address.certificate,
-        ssl_keyfile=address.key,
-    )
+    if "://" not in scorer:
+        yield scorer
+        return
+    with tempfile.TemporaryDirectory(prefix="cappy-") as target:
+        folder = Path(target) / (scorer.rstrip("/").rpartition("/")[2] or "scorer")
+        folder.mkdir()
+        try:
+            _copy(scorer, folder)
+        except Exception as error:
+            reason = shown(" ".join(str(error).split()), 200)
+            remedy = "check the URI, the credentials and the network"
+            raise ConfigError(f"{shown(scorer)}: cannot be read ({reason}); {remedy}") from error
+        if not (folder / MANIFEST).exists():
+            raise FolderError(f"{shown(scorer)}: holds no {MANIFEST}; give the folder of a scorer, whole")
+        yield str(folder)
 
 
-@contextlib.contextmanager
-def bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that holds the address and does not listen yet; ConfigError if it cannot be had."""
-    with _address_errors(host, port):
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with _address_errors(host, port):
-            listener.bind(address)
-        yield listener
+def _copy(uri: str, folder: Path) -> None:
+    """By fsspec, or by the library of Google Cloud Storage where fsspec's part for it is not installed."""
+    import fsspec
 
-
-@contextlib.contextmanager
-def _address_errors(host: str, port: int) -> Iterator[None]:
-    """What keeps a socket from its address becomes one line with its remedy."""
     try:
-        yield
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            text = f"{host}:{port}: is in use by another process; stop it or choose another --port (0: any free one)"
-        elif error.errno == errno.EACCES:
-            text = f"{host}:{port}: may not be used without root's rights; choose a --port above 1023"
-        else:
-            text = f"{host}:{port}: is no address of this machine ({error.strerror}); try --host 127.0.0.1"
-        raise ConfigError(text) from error
+        files, root = fsspec.core.url_to_fs(uri)
+    except ImportError:
+        if not uri.startswith("gs://"):
+            raise
+        _copy_blobs(uri, folder)
+        return
+    files.get(root.rstrip("/") + "/", str(folder) + "/", recursive=True)
 
 
-def url(listener: socket.socket, scheme: str = "http") -> str:
-    """The address that a socket listens on."""
-    host, port = listener.getsockname()[:2]
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+class _Blob(Protocol):
+    """An object of Google Cloud Storage, whose library has no types."""
+
+    name: str
+
+    def download_to_filename(self, filename: str) -> None:
+        """Writes it to a file."""
 
 
-def end(signum: int, frame: FrameType | None) -> None:
-    """Ends with status 0; uvicorn raises the signal again after its own graceful stop, so this is the last word."""
-    raise SystemExit(0)
+def _copy_blobs(uri: str, folder: Path) -> None:
+    from google.cloud import storage  # type: ignore[attr-defined] # untyped
+
+    bucket, _, prefix = uri.removeprefix("gs://").partition("/")
+    prefix = f"{prefix.rstrip('/')}/" if prefix else ""
+    blobs: Iterable[_Blob] = storage.Client().list_blobs(bucket, prefix=prefix)
+    for blob in blobs:
+        name = blob.name.removeprefix(prefix)
+        if not name or name.endswith("/"):
+            continue
+        if ".." in name.split("/") or name.startswith("/"):
+            raise ValueError(f"the object {blob.name} leads out of the folder")
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        blob.download_to_filename(str(target))

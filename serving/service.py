@@ -12,13 +12,9 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
-from serving.batcher import Batcher
 from serving.bodies import (
     BODIES_AT_ONCE,
     GONE,
-    MAX_CHARACTERS,
-    MAX_TEXT_BYTES,
-    SECONDS,
     BodyBudget,
     Bounds,
     Share,
@@ -26,44 +22,19 @@ from serving.bodies import (
     distinct,
     received,
 )
+from serving.config import Limits
 from serving.dialects import Dialect, Scored
-from serving.keys import Keys, unknown
-from serving.models import Model, Models
-from serving.refusals import Refusal
-from serving.rules import broken
+from serving.engine import Batcher, Model, Models
+from serving.guards import Keys, unknown_key
+from serving.refusals import Refusal, broken
 
 LOGGER = logging.getLogger("serving")
 DEADLINE = "x-timeout-seconds"
 CUT = "X-Cappy-Pairs-Cut"
 """Header of an answer for which pairs were cut: how many distinct ones."""
+REMEDY = "send fewer pairs per request"
 VALUES_PER_PAIR = 32
 """How many JSON values a body may have for each pair that a request may: tables have further columns."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a request may be; sizes in bytes, characters and pairs, times in seconds."""
-
-    max_body_bytes: int = 8_000_000
-    max_pairs: int = 1024
-    max_characters: int = MAX_CHARACTERS
-    """Of one text."""
-    max_text_bytes: int = MAX_TEXT_BYTES
-    """Of all texts of a request in UTF-8, equal ones counted once, as they are tokenized."""
-    seconds: float = 60.0
-    """From a request's arrival to its answer; a request may ask for less."""
-    body_seconds: float = SECONDS
-    """Within which a body must have arrived."""
-
-    @property
-    def bounds(self) -> Bounds:
-        """What a body may hold."""
-        return Bounds(
-            max_values=VALUES_PER_PAIR * (self.max_pairs + 2),
-            max_characters=self.max_characters,
-            max_text_bytes=self.max_text_bytes,
-            remedy="send fewer pairs per request",
-        )
 
 
 @dataclass(kw_only=True)
@@ -75,9 +46,17 @@ class Service:
     limits: Limits
     keys: Keys
     budget: BodyBudget = field(init=False)
+    bounds: Bounds = field(init=False)
 
     def __post_init__(self) -> None:
-        self.budget = BodyBudget(BODIES_AT_ONCE * self.limits.max_body_bytes)
+        limits = self.limits
+        self.budget = BodyBudget(BODIES_AT_ONCE * limits.max_body_bytes)
+        self.bounds = Bounds(
+            max_values=VALUES_PER_PAIR * (limits.max_pairs + 2),
+            max_characters=limits.max_characters,
+            max_text_bytes=limits.max_text_bytes,
+            remedy=REMEDY,
+        )
 
     async def answer(self, request: Request, dialects: Sequence[Dialect]) -> Response:
         """The answer to a request at a path of these dialects, a refusal in the dialect's own shape included.
@@ -103,7 +82,7 @@ class Service:
             LOGGER.exception("a request failed")
             return refused(dialects, Refusal(500, "the scorer failed; the log of the service says how"))
 
-    async def _answer(self, request: Request, dialect: Dialect, value: Any, size: int) -> Response:
+    async def _answer(self, request: Request, dialect: Dialect, value: object, size: int) -> Response:
         """The answer to a body of `size` bytes."""
         asked, pairs = await apart(size, partial(self._understand, dialect, value))
         model = self._model(dialect.named(asked), *request.path_params.values())
@@ -113,14 +92,14 @@ class Service:
         scored = await self._scored(request, model, pairs, n=len(set(pairs)) if dialect.one_pool else 1)
         return await apart(size, partial(written, dialect, asked, scored))
 
-    def _understand(self, dialect: Dialect, value: Any) -> tuple[BaseModel, Sequence[tuple[str, str]]]:
+    def _understand(self, dialect: Dialect, value: object) -> tuple[BaseModel, Sequence[tuple[str, str]]]:
         """The request and its pairs; Refusal where it has another shape or is too large."""
         asked = parsed(dialect, value)
         pairs = dialect.pairs(asked)
         if len(pairs) > self.limits.max_pairs:
             text = f"{len(pairs)} pairs are above {self.limits.max_pairs}; send them in several requests"
             raise Refusal(413, text)
-        self.limits.bounds.check_texts(distinct(pairs))
+        self.bounds.check_texts(distinct(pairs))
         return asked, pairs
 
     async def _scored(self, request: Request, model: Model, pairs: Sequence[tuple[str, str]], *, n: int) -> Scored:
@@ -131,7 +110,7 @@ class Service:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 raise Refusal(GONE, "the client hung up")
-            computed, tokens, request.state.wait_seconds, cut = work.result()
+            computed, tokens, request.state.batch_wait_seconds, cut = work.result()
         finally:
             work.cancel()
             gone.cancel()
@@ -154,15 +133,15 @@ class Service:
         """The time that a request has; what is no number of seconds is told later, by `_admit`."""
         text = request.headers.get(DEADLINE, "")
         try:
-            asked = float(text) if text else self.limits.seconds
+            asked = float(text) if text else self.limits.timeout
         except ValueError:
             asked = math.nan
-        return min(asked, self.limits.seconds) if 0 < asked < math.inf else self.limits.seconds
+        return min(asked, self.limits.timeout) if 0 < asked < math.inf else self.limits.timeout
 
     def _admit(self, request: Request) -> None:
         """Before a body is read: whether the client may ask, the model can answer and the queue has room."""
         if not self.keys.allow(request.headers):
-            raise unknown()
+            raise unknown_key()
         text = request.headers.get(DEADLINE)
         if text is not None and not _positive(text):
             raise Refusal(400, "X-Timeout-Seconds: must be a number of seconds above 0")
@@ -171,15 +150,12 @@ class Service:
         self.batcher.admit(1)
 
     async def _receive(self, request: Request, dialect: Dialect, share: Share) -> bytes:
-        limits, remedy = self.limits, "send fewer pairs per request"
-        return await received(
-            request, limits.max_body_bytes, remedy, limits.body_seconds, types=dialect.types, share=share
-        )
+        return await received(request, self.limits.max_body_bytes, REMEDY, types=dialect.types, share=share)
 
-    def _parse(self, body: bytes, headers: Mapping[str, str], dialect: Dialect) -> Any:
+    def _parse(self, body: bytes, headers: Mapping[str, str], dialect: Dialect) -> object:
         """The JSON of the body."""
         try:
-            return dialect.read(body, headers, self.limits.bounds)
+            return dialect.read(body, headers, self.bounds)
         except ValueError as error:
             raise Refusal(400, f"the body is no JSON ({error}); send {dialect.shape}") from error
 
@@ -193,13 +169,13 @@ class Service:
         return model
 
 
-def chosen(dialects: Sequence[Dialect], value: Any) -> Dialect:
+def chosen(dialects: Sequence[Dialect], value: object) -> Dialect:
     """The first dialect of a path one of whose marks a body has; the path's first where it has none's."""
     names = value.keys() if isinstance(value, Mapping) else frozenset()
     return next((dialect for dialect in dialects if dialect.marks & names), dialects[0])
 
 
-def parsed(dialect: Dialect, value: Any) -> BaseModel:
+def parsed(dialect: Dialect, value: object) -> BaseModel:
     """The request; Refusal that names the field and the rule, and does not repeat what was sent."""
     try:
         return dialect.request.model_validate(value)

@@ -66,6 +66,7 @@ def make_scorer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         from transformers import RobertaConfig, RobertaForSequenceClassification
 
         from cappy.scoring import Scorer
+        from cappy.scoring.config import ScorerConfig
 
         folder = tmp_path_factory.mktemp("scorer")
         tokenizer = _tokenizer(tmp_path_factory.mktemp("tokenizer"), pair=True)
@@ -85,7 +86,7 @@ def make_scorer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
             initializer_range=0.5,
         )
         model = RobertaForSequenceClassification(config).eval()
-        Scorer(model, tokenizer, head=head, max_length=max_length).save(folder)  # type: ignore[arg-type]
+        Scorer(model, tokenizer, ScorerConfig(head=head, max_length=max_length)).save(folder)  # type: ignore[arg-type]
         return folder
 
     return make

@@ -21,7 +21,7 @@ from cappy.sampling.endpoint.answers import Cache
 from cappy.training.corpus import _locked
 from cappy.worker import hold_parent_lock
 from pipelines.clients.local import _held as run_is_held
-from serving.gateway.shelf import Answer, Shelf
+from serving.gateway.appendable_dataset import Answer, AppendableDataset
 
 
 def mode(path: Path) -> int:
@@ -59,7 +59,7 @@ def look_at_run(folder: Path) -> None:
 
 
 def hold_feedback(folder: Path) -> None:
-    Shelf(folder).close()
+    AppendableDataset(folder).close()
 
 
 LOCKS: dict[str, tuple[str, Callable[[Path], None]]] = {
@@ -172,7 +172,7 @@ def test_every_lock_of_the_project_is_opened_in_one_place() -> None:
 
 def test_the_feedback_log_is_its_owners_alone_before_and_after_it_is_written_anew(umask: int, tmp_path: Path) -> None:
     folder = tmp_path / "log" / "answers"
-    shelf = Shelf(folder)
+    shelf = AppendableDataset(folder)
     for number in range(2):
         shelf.put(Answer(instance_id=f"{number}", instruction="a secret", candidates=(), group_id="g", split="train"))
         shelf.flush()

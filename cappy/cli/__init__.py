@@ -1,4 +1,4 @@
-"""The `cappy` command: the front desk, which imports what a verb needs inside that verb."""
+"""The `cappy` command: what a verb needs is imported inside that verb."""
 
 import os
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import cappy
-from cappy.cli import convert, doctor, gateway, pipeline, plan, remote, scoring, serve, templates, threshold, work
+from cappy.cli import doctor, pipeline, plan, remote, scoring, tools, work
 from cappy.cli.jsonlines import reserve_stdin
 from cappy.errors import CappyError
 from cappy.redaction import redact_output
@@ -16,6 +16,7 @@ from cappy.steps import STEP_SPECS
 
 __all__ = ["main"]
 
+SERVICES = {"serve": "Serve a scorer over HTTP.", "gateway": "Answer with the best of an LLM's samples."}
 RESUMABLE = {*STEP_SPECS, "adapt", "pipeline"}
 
 
@@ -32,6 +33,10 @@ class Verbs(TyperGroup):
             from cappy.cli.adapt import adapt_command
 
             return args[0], adapt_command(), args[1:]
+        if args and args[0] in SERVICES:
+            from cappy.cli.serve import service_command
+
+            return args[0], service_command(args[0]), args[1:]
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -86,12 +91,12 @@ for _spec in STEP_SPECS.values():
     app.command(_spec.name, help=_spec.help)(_listed)
 app.command("score", short_help="Score responses, JSON Lines in and out.")(scoring.score)
 app.command("select", short_help="Pick the best of several responses.")(scoring.select)
-app.command("serve", short_help="Serve a scorer over HTTP.")(serve.serve)
-app.command("gateway", short_help="Answer with the best of an LLM's samples.")(gateway.gateway)
-app.command("threshold", short_help="Find the score that keeps picks good enough.")(threshold.threshold)
+for _verb, _help in SERVICES.items():
+    app.command(_verb, short_help=_help)(_listed)
+app.command("threshold", short_help="Find the score that keeps picks good enough.")(tools.threshold)
 app.command("plan", short_help="Say what a pretraining will take.")(plan.plan)
-app.command("convert", short_help="Turn a published PyTorch checkpoint into a scorer.")(convert.convert)
-app.command("templates", short_help="Fetch PromptSource's templates, checked.")(templates.templates)
+app.command("convert", short_help="Turn a published PyTorch checkpoint into a scorer.")(tools.convert)
+app.command("templates", short_help="Fetch PromptSource's templates, checked.")(tools.templates)
 app.command("doctor", short_help="Say what this machine has and lacks.")(doctor.doctor)
 app.command("explain", short_help="List a step's work, and why it was done again.")(work.explain)
 app.command("clean", short_help="List or remove what no run finds again.")(work.clean)

@@ -1,151 +1,102 @@
-"""`cappy serve`: starts the HTTP service, which only this verb imports."""
+"""`cappy serve` and `cappy gateway`: flags from the config class in `serving`, which only these verbs import."""
 
+import inspect
 import os
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
+from cappy.cli.flags import parameters
+from cappy.config import build
 from cappy.errors import ConfigError
-from cappy.scoring import Precision
 
-EXTRA = "pip install -e '.[serve]'"
+SERVE_HELP = """Serve a scorer over HTTP: POST /score {"pairs": [[instruction, response], ...]}, GET /health,
+GET /ready.
 
-MaxCharacters = Annotated[
-    int, typer.Option(min=1, help="Most characters of a text; a longer one, or a longer conversation, is refused.")
-]
-MaxText = Annotated[
-    float, typer.Option(min=0.001, help="Most megabytes (UTF-8) of all texts of a request; more get status 413.")
-]
-ApiKeys = Annotated[
-    Path | None,
-    typer.Option(help="File of API keys, one a line; # begins a comment.", show_default="CAPPY_API_KEYS, by commas"),
-]
-AllowOrigin = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Origin whose pages may ask from a browser (CORS), * for any; repeat for several.", show_default="none"
-    ),
-]
-AllowedHosts = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Name that clients may ask for it by (Host header), * for any; repeat for several.",
-        show_default="CAPPY_ALLOWED_HOSTS, by commas, beside those of its address",
-    ),
-]
+Loads and verifies the scorer, then listens until SIGTERM (status 0) or Ctrl-C (status 130). In a container of Vertex
+AI, AIP_STORAGE_URI, AIP_HTTP_PORT, AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE say what no flag does.
+"""
+GATEWAY_HELP = """Put best-of-n in front of an LLM: change one base URL, and POST /v1/chat/completions answers with
+the best.
+
+Samples several candidates from the LLM, scores them and gives the best. Listens until SIGTERM (status 0) or Ctrl-C
+(status 130). docs/guides/gateway.md says what it does with each parameter.
+"""
+RENAMED = {
+    "--follow": "--follow-seconds",
+    "--price-prompt": "--price-input",
+    "--price-completion": "--price-output",
+    "--escalate-price-prompt": "--escalate-price-input",
+    "--escalate-price-completion": "--escalate-price-output",
+}
+"""Flag of an earlier release -> its name now."""
+PACKAGES = ("fastapi", "uvicorn", "starlette", "prometheus_client")
 
 
-def serve(
-    scorer: Annotated[
-        str | None,
-        typer.Option(
-            help="Scorer: models:/name@alias, models:/name/version, builtin, a folder, hub:org/name@revision or "
-            "a bucket's folder (gs://).",
-            show_default="AIP_STORAGE_URI, else models:/cappy@champion",
-        ),
-    ] = None,
-    host: Annotated[
-        str | None,
-        typer.Option(
-            help="Address to listen on; 0.0.0.0 lets other machines in.",
-            show_default="127.0.0.1, or 0.0.0.0 with AIP_HTTP_PORT",
-        ),
-    ] = None,
-    port: Annotated[
-        int | None,
-        typer.Option(min=0, max=65535, help="TCP port; 0 takes any free one.", show_default="AIP_HTTP_PORT, else 8080"),
-    ] = None,
-    follow: Annotated[
-        float | None,
-        typer.Option(min=0, help="Seconds between looks at the alias; 0: none.", show_default="30 for an alias"),
-    ] = None,
-    model_name: Annotated[str, typer.Option(help="Name that clients ask for.", show_default="the scorer's own")] = "",
-    precision: Annotated[
-        Precision, typer.Option(help="What the body runs in; auto: bf16 where the device has instructions for it.")
-    ] = "auto",
-    max_body_mb: Annotated[
-        float, typer.Option(min=0.001, help="Largest request body in megabytes; larger ones get status 413.")
-    ] = 8.0,
-    max_pairs: Annotated[int, typer.Option(min=1, help="Most pairs in a request; more get status 413.")] = 1024,
-    max_characters: MaxCharacters = 200_000,
-    max_text_mb: MaxText = 2.0,
-    max_queued_tokens: Annotated[
-        int, typer.Option(min=0, help="Most tokens that wait before requests get status 429; 0: 32 batches.")
-    ] = 0,
-    batch_tokens: Annotated[
-        int,
-        typer.Option(min=0, help="Tokens of a batch: fewer answer sooner, more do more; 0: what suits the device."),
-    ] = 0,
-    timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds that a request may take; a longer one gets status 504.")
-    ] = 60.0,
-    api_keys: ApiKeys = None,
-    allow_origin: AllowOrigin = None,
-    allowed_hosts: AllowedHosts = None,
-    tls_certificate: Annotated[
-        Path | None, typer.Option(help="Certificate chain (PEM), to serve HTTPS.", show_default="none")
-    ] = None,
-    tls_key: Annotated[
-        Path | None, typer.Option(help="Private key of the certificate (PEM).", show_default="none")
-    ] = None,
-    notice: Annotated[
-        float, typer.Option(min=0, help="Seconds after SIGTERM in which it is not ready but still answers.")
-    ] = 1.0,
-    grace: Annotated[int, typer.Option(min=1, help="Seconds after that in which what was accepted is finished.")] = 30,
-) -> None:
-    """Serve a scorer over HTTP: POST /score {"pairs": [[instruction, response], ...]}, GET /health, GET /ready.
+class _Command(TyperCommand):
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Refuses the names that flags had before, in one line, with status 2."""
+        for word in args:
+            now = RENAMED.get(word.partition("=")[0])
+            if now in {name for parameter in self.params for name in parameter.opts}:
+                typer.echo(f"{ctx.command_path}: {word.partition('=')[0]} is now {now}", err=True)
+                raise typer.Exit(2)
+        return super().parse_args(ctx, args)
 
-    Loads and verifies the scorer, then listens until SIGTERM (status 0) or Ctrl-C (status 130). In a container of
-    Vertex AI, AIP_STORAGE_URI, AIP_HTTP_PORT, AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE say what no flag does.
-    """
-    try:
-        import serving
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn", "starlette", "prometheus_client"):
-            raise
-        raise ConfigError(f"{error.name} is not installed; install the serve extra: {EXTRA}") from error
-    from serving import environment
-    from serving.browsers import VARIABLE, check_origins, read_hosts
-    from serving.keys import read_keys
-    from serving.service import Limits
-    from serving.webhook import read_secret
 
-    told = environment.read(os.environ)
-    check_origins(allow_origin or ())
-    hosts = read_hosts(allowed_hosts or (), os.environ.get(VARIABLE, "")) or told.allowed_hosts
-    limits = Limits(
-        max_body_bytes=round(max_body_mb * 1e6),
-        max_pairs=max_pairs,
-        max_characters=max_characters,
-        max_text_bytes=round(max_text_mb * 1e6),
-        seconds=timeout,
-    )
-    options = serving.Options(
-        limits=limits,
-        max_queued_tokens=max_queued_tokens,
-        keys=read_keys(api_keys),
-        origins=allow_origin or (),
-        routes=told.routes,
-        ready_path=told.ready_path,
-        webhook_secret=read_secret(),
-    )
-    address = serving.Address(
-        host=told.host if host is None else host,
-        port=told.port if port is None else port,
-        certificate=tls_certificate,
-        key=tls_key,
-        notice_seconds=notice,
-        grace_seconds=grace,
-        allowed_hosts=hosts,
-    )
-    with environment.local(scorer or told.scorer) as place:
-        serving.run(
-            place,
-            address,
-            options,
-            name=model_name,
-            precision=precision,
-            batch_tokens=batch_tokens,
-            follow=follow,
-        )
+def service_command(verb: str) -> Any:
+    """The command `cappy serve` or `cappy gateway`: one flag per field of its config class."""
+    return _serve_command() if verb == "serve" else _gateway_command()
+
+
+def _serve_command() -> Any:
+    from serving.config import ServeConfig, read_environment
+
+    def serve(given: Mapping[str, Any]) -> None:
+        environment = read_environment(os.environ)
+        config = build(ServeConfig, {**environment.settings, **given})
+        try:
+            from serving.server import run
+        except ModuleNotFoundError as error:
+            raise _missing(error) from error
+        run(config, environment)
+
+    return _command("serve", SERVE_HELP, ServeConfig, serve)
+
+
+def _gateway_command() -> Any:
+    from serving.config import hosts_of_environment
+    from serving.gateway.config import GatewayConfig
+
+    def gateway(given: Mapping[str, Any]) -> None:
+        config = build(GatewayConfig, {"allowed_hosts": hosts_of_environment(os.environ), **given})
+        try:
+            from serving.gateway.server import run
+        except ModuleNotFoundError as error:
+            raise _missing(error) from error
+        run(config)
+
+    return _command("gateway", GATEWAY_HELP, GatewayConfig, gateway)
+
+
+def _missing(error: ModuleNotFoundError) -> Exception:
+    """The error with its remedy where a package of the extra is missing, else the error itself."""
+    if error.name not in PACKAGES:
+        return error
+    return ConfigError(f"{error.name} is not installed; install the serve extra: pip install -e '.[serve]'")
+
+
+def _command(name: str, text: str, config_class: type[Any], run: Callable[[Mapping[str, Any]], None]) -> Any:
+    def verb(*, context: typer.Context, **values: Any) -> None:
+        sources = {flag: context.get_parameter_source(flag) for flag in values}
+        run({flag: value for flag, value in values.items() if (source := sources[flag]) and source.name != "DEFAULT"})
+
+    asked = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    signature = inspect.Signature([asked, *parameters(config_class)])
+    verb.__signature__ = signature  # type: ignore[attr-defined]
+    verb.__annotations__ = {flag: parameter.annotation for flag, parameter in signature.parameters.items()}
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    single.command(name, help=text, cls=_Command)(verb)
+    return typer.main.get_command(single)

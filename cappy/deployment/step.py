@@ -20,7 +20,7 @@ from cappy.records.folder import describe_files, write_bytes
 from cappy.registry.models import Version
 from cappy.registry.promotion import read_version
 from cappy.registry.registration import TrackingUri
-from cappy.scoring.probe import PROBE, Triple, read_probe
+from cappy.scoring.calibration import PROBE, Triple, read_probe
 from cappy.steps import step_version
 
 Platform = Literal["local", "kserve", "vertex"]

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cappy.evaluation.out_of_fold import OUT_OF_FOLD
-from cappy.scoring.calibration import CALIBRATION
-from cappy.scoring.probe import PROBE
+from cappy.scoring.calibration import CALIBRATION, PROBE
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"

@@ -1,7 +1,9 @@
 """Scoring: from (instruction, response) pairs to numbers; `Scorer.score` is the only door to a score."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from cappy.scoring.config import Precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -10,9 +12,6 @@ if TYPE_CHECKING:
     from cappy.scoring.scorer import Scorer
 
 __all__ = ["Precision", "Scorer", "trained_on"]
-
-Precision = Literal["auto", "fp32", "bf16"]
-"""What the body of a scorer runs in: `auto` is bf16 where the device has instructions for it, else fp32."""
 
 TRAINED_ON = "trained_on.u64"
 

@@ -1,8 +1,9 @@
-"""Calibration: what the best of n candidates is worth, given its score; kept beside a scorer as calibration.json.
+"""What is kept beside a scorer: its calibration, and what it answered to stored pairs when it was evaluated.
 
-The best of many is judged otherwise than one alone: a score that a lone candidate earns by being right, the best of
-eight may have by luck. So the expected label depends on the score and on n, the number of distinct candidates that were
-scored. It never changes a pick: for every n it rises with the score, and where it is flat the scores decide.
+Calibration (calibration.json) says what the best of n candidates is worth, given its score. The best of many is judged
+otherwise than one alone: a score that a lone candidate earns by being right, the best of eight may have by luck. So the
+expected label depends on the score and on n, the number of distinct candidates that were scored. It never changes a
+pick: for every n it rises with the score, and where it is flat the scores decide. The stored pairs are probe.json.
 """
 
 import json
@@ -110,3 +111,23 @@ def _read_map(values: dict[str, Any]) -> PickMap:
 
 def _interpolate(one: PickMap, scores: Sequence[float]) -> "np.ndarray[Any, np.dtype[np.float64]]":
     return np.interp(scores, one.scores, one.expected)
+
+
+PROBE = "probe.json"
+Triple = tuple[str, str, float]
+"""(instruction, response, score)."""
+
+
+def read_probe(folder: str | Path) -> list[Triple]:
+    """The triples in a scorer's or a report's folder, none if there is no file; FolderError if it is damaged."""
+    path = Path(folder) / PROBE
+    if not path.is_file():
+        return []
+    try:
+        triples = json.loads(path.read_text(encoding="utf-8"))
+        found = [(instruction, response, float(score)) for instruction, response, score in triples]
+        if not all(isinstance(text, str) for triple in found for text in triple[:2]):
+            raise ValueError("a text is none")
+    except (ValueError, TypeError) as error:
+        raise FolderError(f"{path}: holds no stored pairs ({error}); evaluate again, or delete it") from error
+    return found

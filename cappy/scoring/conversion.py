@@ -85,7 +85,7 @@ def _scorer(folder: Path) -> Scorer:
         found = f"{len(tokenizer)} tokens, padding {tokenizer.pad_token!r}; the encoder has {config.vocab_size}"
         raise FolderError(f"{folder}: its tokenizer is not this encoder's ({found}); fetch the one it was trained with")
     model.load_state_dict(_weights(folder / CHECKPOINT, tensors, model.state_dict()))
-    return Scorer(model.eval(), tokenizer, **recorded(opened, config, tokenizer, model, unstated="mse"))
+    return Scorer(model.eval(), tokenizer, recorded(opened, config, tokenizer, model, unstated="mse"))
 
 
 def _check_architecture(folder: Path, config: Any) -> None:

@@ -1,5 +1,7 @@
 """Pairs as token ids: where a pair is too long, the instruction is cut in its middle and the response not at all."""
 
+import logging
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cappy.errors import ConfigError, FolderError, shown
-from cappy.scoring.folder import Truncation
+from cappy.scoring.config import Truncation
 
 Pair = tuple[str, str]
 _REMEDY = "save the tokenizer that the scorer was trained with beside it"
@@ -199,3 +201,37 @@ def _find(ids: list[int], part: list[int], start: int) -> int:
         if ids[place : place + len(part)] == part:
             return place
     raise FolderError(f"the scorer's tokenizer encodes a pair unlike its two texts; {_REMEDY}")
+
+
+LOGGER = logging.getLogger(__name__)
+
+
+class Cuts:
+    """Counts of one scorer: `pairs` it was given, `cut` of these that lost tokens, `responses` that lost their end.
+
+    Equal pairs of a call count once. The first cut is logged, unless `logs` is false because the caller says the count.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.pairs = self.cut = self.responses = 0
+        self.logs = True
+        self._lock = threading.Lock()
+
+    def count(self, encoded: Sequence[Encoded]) -> None:
+        """Adds pairs as they were encoded."""
+        cut = sum(not pair.whole for pair in encoded)
+        with self._lock:
+            first = cut > 0 and self.cut == 0
+            self.pairs += len(encoded)
+            self.cut += cut
+            self.responses += sum(pair.cut for pair in encoded)
+        if first and self.logs:
+            LOGGER.warning("a pair is longer than the scorer's %d tokens and is cut; further ones too", self.max_length)
+
+    def text(self) -> str:
+        """The counts in a sentence; empty where nothing was cut."""
+        if not self.cut:
+            return ""
+        ends = f", {self.responses:,} responses lost their end" if self.responses else ""
+        return f"{self.cut:,} of {self.pairs:,} pairs are longer than the scorer's {self.max_length} tokens: cut{ends}"

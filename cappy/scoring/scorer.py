@@ -15,25 +15,19 @@ from transformers.utils.logging import disable_progress_bar
 from cappy.errors import ConfigError, FolderError
 from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.records.folder import Manifest, describe_files, write_manifest
-from cappy.scoring import Precision
-from cappy.scoring.batching import by_length, collate, padding_token
-from cappy.scoring.cross_encoder import FILES, Head
-from cappy.scoring.cuts import Cuts
-from cappy.scoring.encoding import Encoded, PairEncoder, as_pairs
+from cappy.scoring.batching import by_length, collate, packed_logits, packs, padding_token
+from cappy.scoring.config import ChosenPrecision, Precision, ScorerConfig
+from cappy.scoring.encoding import Cuts, Encoded, PairEncoder, as_pairs
 from cappy.scoring.folder import (
-    HEADS,
-    Truncation,
+    FILES,
     mark_head,
     mend_token_types,
     recorded,
     refuse_labels,
     write_tokenizer,
 )
-from cappy.scoring.packed import packed_logits, packs
-from cappy.scoring.precision import Chosen, choose, lower_body, lower_matrices
+from cappy.scoring.precision import choose, lower_body, lower_matrices
 from cappy.specs import open_scorer
-
-__all__ = ["HEADS", "Head", "Scorer", "Selection", "by_length", "collate", "mark_head"]
 
 Through = Callable[[Callable[[Any], Tensor]], Tensor]
 """Lets a pass through the model happen; where weights are sharded, they are gathered for it."""
@@ -65,21 +59,19 @@ class Scorer:
         self,
         model: Any,
         tokenizer: Any,
+        config: ScorerConfig,
         *,
-        head: Head,
-        max_length: int,
-        truncation: Truncation = "middle",
         version: str = "",
-        precision: Chosen = "fp32",
+        precision: ChosenPrecision = "fp32",
         source: ModelFolder | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.head = head
+        self.head = config.head
         self.version = version
         self.precision = precision
-        self.encoder = PairEncoder(tokenizer, max_length, truncation)
-        self.cuts = Cuts(max_length)
+        self.encoder = PairEncoder(tokenizer, config.max_length, config.truncation)
+        self.cuts = Cuts(config.max_length)
         """How many pairs were too long, of those that `score` and its relatives were given."""
         self._source = source
         self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
@@ -114,9 +106,9 @@ class Scorer:
             remedy = "save the tokenizer that it was trained with beside it"
             raise FolderError(f"{folder.path}: its tokenizer has token {highest}, the model has none such; {remedy}")
         mend_token_types(folder, config, tokenizer)
-        facts = recorded(folder, config, tokenizer, model)
+        own = recorded(folder, config, tokenizer, model)
         model.to(chosen_device).eval()
-        return cls(model, tokenizer, **facts, version=folder.hash[:12], precision=chosen, source=folder)
+        return cls(model, tokenizer, own, version=folder.hash[:12], precision=chosen, source=folder)
 
     def score(self, pairs: Sequence[Sequence[str]]) -> list[float]:
         """One score per pair, in their order; equal pairs are scored once.
@@ -255,7 +247,9 @@ class Scorer:
                 raise FolderError(f"{folder / name}: would change the scores of what is saved beside it; {remedy}")
         model = self.model if self.precision == "fp32" else self._read_again()
         folder.mkdir(parents=True, exist_ok=True)
-        mark_head(model.config, self.head, self.encoder.max_length, self.encoder.truncation)
+        encoder = self.encoder
+        own = ScorerConfig(head=self.head, max_length=encoder.max_length, truncation=encoder.truncation)
+        mark_head(model.config, own)
         disable_progress_bar()
         model.save_pretrained(folder)
         write_tokenizer(self.tokenizer, folder, self.encoder.max_length, types=self._has_types)

@@ -11,7 +11,7 @@ from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
-from cappy.scoring import Precision
+from cappy.scoring.config import Precision
 from cappy.steps import step_version
 
 if TYPE_CHECKING:

@@ -76,8 +76,8 @@ def _start(config: PretrainingConfig, folder: ModelFolder) -> "Scorer":
     from transformers.utils.logging import set_verbosity_error
 
     from cappy.scoring import Scorer
-    from cappy.scoring.cross_encoder import warn_once
-    from cappy.scoring.folder import positions_of, use_token_types
+    from cappy.scoring.config import ScorerConfig
+    from cappy.scoring.folder import positions_of, use_token_types, warn_once
 
     _refuse_without_tokenizer(folder.path)
     torch.manual_seed(config.seed)
@@ -97,7 +97,7 @@ def _start(config: PretrainingConfig, folder: ModelFolder) -> "Scorer":
         warn_once(folder.path, f"has {length} positions, so pairs have {length} tokens, not {config.max_length}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     truncation = TRUNCATION if config.preset == "paper" else "middle"
-    return Scorer(model, tokenizer, head=config.head, max_length=length, truncation=truncation)
+    return Scorer(model, tokenizer, ScorerConfig(head=config.head, max_length=length, truncation=truncation))
 
 
 def _refuse_without_tokenizer(folder: Path) -> None:

@@ -16,7 +16,7 @@ from cappy.specs import parse_spec
 from cappy.training.losses import COMPARISONS, LossSettings
 
 if TYPE_CHECKING:
-    from cappy.scoring.folder import Truncation
+    from cappy.scoring.config import Truncation
 
 Schedule = Literal["linear", "published"]
 Unit = Literal["instance", "row"]

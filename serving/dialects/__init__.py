@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from serving.dialects import cohere, kserve, mlflow, open_inference, openrlhf, own, rerank, tei, vertex, vllm
-from serving.dialects.dialect import Dialect, Scored, ranked
+from serving.dialects import cohere, mlflow, open_inference, openrlhf, own, rerank, tei, vertex, vllm
+from serving.dialects.dialect import Dialect, Scored, Served
 
-__all__ = ["DIALECTS", "Dialect", "Scored", "ranked"]
+__all__ = ["DIALECTS", "Dialect", "Scored", "Served"]
 
 DIALECTS: Sequence[Dialect] = (
     own.SCORE,
@@ -16,7 +16,7 @@ DIALECTS: Sequence[Dialect] = (
     tei.PREDICT,
     vllm.VLLM,
     vertex.VERTEX,
-    kserve.KSERVE,
+    vertex.KSERVE,
     open_inference.OPEN_INFERENCE,
     mlflow.MLFLOW,
     openrlhf.OPENRLHF,

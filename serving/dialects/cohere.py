@@ -1,7 +1,7 @@
 """Cohere's rerank, version 2: POST /v2/rerank."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import ConfigDict, Field, JsonValue
 
@@ -69,7 +69,7 @@ class CohereProblem(Refused):
     message: str
 
 
-def refuse(status: int, message: str) -> Mapping[str, Any]:
+def refuse(status: int, message: str) -> Mapping[str, object]:
     """Cohere's shape of a refusal."""
     return {"message": message}
 

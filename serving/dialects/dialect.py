@@ -4,10 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 from cappy.scoring.encoding import Pair
 from serving.bodies import Bounds
+from serving.config import Limits
+from serving.engine import Models
 
 Words = Annotated[str, Field(min_length=1)]
 """A text that may not be empty."""
@@ -44,6 +47,15 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Served:
+    """What the GET routes of a dialect tell its clients of."""
+
+    models: Models
+    limits: Limits
+    batch_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dialect:
     """One kind of client.
 
@@ -59,7 +71,7 @@ class Dialect:
     problem: type[BaseModel]
     pairs: Callable[[Any], Sequence[Pair]]
     answer: Callable[[Any, Scored], BaseModel]
-    refuse: Callable[[int, str], Mapping[str, Any]]
+    refuse: Callable[[int, str], Mapping[str, object]]
     shape: str
     """The shortest right body, for whoever sent another."""
     marks: frozenset[str] = frozenset()
@@ -74,8 +86,10 @@ class Dialect:
     """Whether a request asks that a pair is refused rather than cut where it is longer than the scorer reads."""
     types: frozenset[str] = frozenset()
     """Content types that a body may have beside JSON's; "" is none at all."""
-    read: Callable[[bytes, Mapping[str, str], Bounds], Any] = lambda body, headers, bounds: bounds.parse(body)
+    read: Callable[[bytes, Mapping[str, str], Bounds], object] = lambda body, headers, bounds: bounds.parse(body)
     """A body, given with its headers, as JSON; Refusal where it is out of bounds, ValueError where it is no JSON."""
+    add_routes: Callable[[FastAPI, Served], None] | None = None
+    """Adds what else its clients ask for, such as what is served: GET routes that need no key."""
 
 
 def ranked(scored: Scored, values: Sequence[float], top: int | None = None) -> list[tuple[int, float]]:

@@ -1,13 +1,16 @@
 """MLflow's scoring server: POST /invocations, tables of instructions and responses in any of its four forms."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
+from fastapi import FastAPI, Response
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+import cappy
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Refused, Words
-from serving.dialects.vertex import NoParameters
+from serving.dialects.dialect import Body, Dialect, Refused, Served, Words
+from serving.dialects.vertex import UNREADY, NoParameters
 
 COLUMNS = ("instruction", "response")
 FORMS = ("dataframe_split", "dataframe_records", "instances", "inputs")
@@ -106,7 +109,7 @@ class MlflowProblem(Refused):
 
 
 def _pairs(request: InvocationsRequest) -> list[Pair]:
-    table = next(found for form in FORMS if (found := getattr(request, form)) is not None)
+    table = next(table for form in FORMS if (table := getattr(request, form)) is not None)
     if isinstance(table, Split):
         return table.pairs()
     if isinstance(table, Columns):
@@ -114,8 +117,20 @@ def _pairs(request: InvocationsRequest) -> list[Pair]:
     return [(row.instruction, row.response) for row in table]
 
 
-def _refuse(status: int, message: str) -> Mapping[str, Any]:
+def _refuse(status: int, message: str) -> Mapping[str, object]:
     return {"error_code": KINDS.get(status, "BAD_REQUEST"), "message": message}
+
+
+def _add_routes(app: FastAPI, served: Served) -> None:
+    @app.get("/ping", tags=["served"], response_class=PlainTextResponse, responses=UNREADY)
+    async def ping() -> Response:
+        """Whether scores can be had."""
+        return PlainTextResponse("\n", status_code=503 if served.models.unready else 200)
+
+    @app.get("/version", tags=["served"], response_class=PlainTextResponse)
+    async def version() -> Response:
+        """The version of this service."""
+        return PlainTextResponse(cappy.__version__)
 
 
 MLFLOW = Dialect(
@@ -129,4 +144,5 @@ MLFLOW = Dialect(
     refuse=_refuse,
     shape='{"dataframe_split": {"columns": ["instruction", "response"], "data": [["...", "..."], ...]}}',
     invalid=400,
+    add_routes=_add_routes,
 )

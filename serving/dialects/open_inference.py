@@ -5,14 +5,17 @@ Inputs may come as JSON or, by the extension for binary data, as bytes behind th
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+import cappy
 from cappy.scoring.encoding import Pair
 from serving.bodies import Bounds
-from serving.dialects.dialect import Body, Dialect, Flag, Scored
-from serving.dialects.vertex import PlatformProblem, refuse
+from serving.dialects.dialect import Body, Dialect, Flag, Scored, Served
+from serving.dialects.vertex import UNKNOWN, UNREADY, PlatformProblem, model_state, refuse, unknown_model
 
 HEADER = "inference-header-content-length"
 """How many bytes of a body are JSON; the rest is tensors."""
@@ -124,7 +127,7 @@ def _flat(data: Sequence[JsonValue], depth: int = 8) -> Iterator[str]:
             raise ValueError("data must be texts")
 
 
-def read(body: bytes, headers: Mapping[str, str], bounds: Bounds) -> Any:
+def _read(body: bytes, headers: Mapping[str, str], bounds: Bounds) -> object:
     """The JSON of a body with its binary tensors as `data`; ValueError where the sizes do not hold.
 
     The elements of tensors count as values.
@@ -170,6 +173,45 @@ def _answer(request: InferRequest, scored: Scored) -> InferResponse:
     return InferResponse(model_name=scored.model, model_version=scored.version, id=request.id, outputs=[tensor])
 
 
+def _add_routes(app: FastAPI, served: Served) -> None:
+    models = served.models
+
+    @app.get("/v2", tags=["served"])
+    async def server_metadata() -> Mapping[str, object]:
+        """The service itself."""
+        return {"name": "cappy", "version": cappy.__version__, "extensions": ["binary_tensor_data"]}
+
+    @app.get("/v2/health/live", tags=["served"])
+    async def server_live() -> Mapping[str, bool]:
+        """Whether the process lives."""
+        return {"live": True}
+
+    @app.get("/v2/health/ready", tags=["served"], responses=UNREADY)
+    async def server_ready() -> Response:
+        """Whether scores can be had."""
+        return JSONResponse({"ready": not models.unready}, status_code=503 if models.unready else 200)
+
+    async def model_metadata(model: str, version: str = "") -> Response:
+        """Names and types of the tensors."""
+        return unknown_model(models, model, version) or JSONResponse(
+            {
+                "name": model,
+                "versions": [models.current.version],
+                "platform": "cappy",
+                "inputs": [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in INPUTS],
+                "outputs": [{"name": OUTPUT, "datatype": DATATYPE, "shape": [-1]}],
+            }
+        )
+
+    async def model_ready(model: str, version: str = "") -> Response:
+        """Whether a model can score."""
+        return model_state(models, model, version)
+
+    for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        app.get(path, tags=["served"], responses=UNKNOWN)(model_metadata)
+        app.get(f"{path}/ready", tags=["served"], responses={**UNKNOWN, **UNREADY})(model_ready)
+
+
 OPEN_INFERENCE = Dialect(
     name="open_inference",
     paths=("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer"),
@@ -186,5 +228,6 @@ OPEN_INFERENCE = Dialect(
     named=lambda request: request.model_name,
     # Triton's client names no type, KServe's this one where tensors are binary.
     types=frozenset({"application/octet-stream", ""}),
-    read=read,
+    read=_read,
+    add_routes=_add_routes,
 )

@@ -1,7 +1,7 @@
 """Our own dialect: POST /score for pairs, POST /select for the best of some responses."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
@@ -81,7 +81,7 @@ class Problem(Refused):
     detail: Annotated[str, Field(description="What was wrong and what to do, in one line")]
 
 
-def refuse(status: int, message: str) -> Mapping[str, Any]:
+def refuse(status: int, message: str) -> Mapping[str, object]:
     """Our own shape of a refusal."""
     return {"detail": message}
 

@@ -4,7 +4,7 @@ Their requests cannot be told apart, so an answer has the fields of all three, a
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -104,7 +104,7 @@ def _answer(request: RerankRequest, scored: Scored) -> RerankResponse:
     )
 
 
-def _refuse(status: int, message: str) -> Mapping[str, Any]:
+def _refuse(status: int, message: str) -> Mapping[str, object]:
     return {"message": message, "detail": message}
 
 

@@ -1,12 +1,14 @@
 """Text Embeddings Inference: POST /rerank for responses to one instruction, POST /predict for pairs."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+from fastapi import FastAPI
 from pydantic import ConfigDict, Field, RootModel
 
+import cappy
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Flag, Refused, Scored, Texts, Words, ranked
+from serving.dialects.dialect import Body, Dialect, Flag, Refused, Scored, Served, Texts, Words, ranked
 
 LABEL = "LABEL_0"
 """What transformers calls the only output of a model whose outputs were given no names."""
@@ -77,7 +79,7 @@ class TeiProblem(Refused):
     error_type: Kind
 
 
-def _refuse(status: int, message: str) -> Mapping[str, Any]:
+def _refuse(status: int, message: str) -> Mapping[str, object]:
     return {"error": message, "error_type": KINDS.get(status, "validation")}
 
 
@@ -107,6 +109,23 @@ def _predictions(request: TeiPredictRequest, scored: Scored) -> TeiPredictRespon
     return TeiPredictResponse(predictions[0] if isinstance(request.inputs, tuple) else predictions)
 
 
+def _add_routes(app: FastAPI, served: Served) -> None:
+    @app.get("/info", tags=["served"])
+    async def info() -> Mapping[str, object]:
+        """What Text Embeddings Inference tells of a model, as far as it holds here."""
+        model = served.models.current
+        return {
+            "model_id": model.name,
+            "model_sha": model.sha256,
+            "model_dtype": model.precision,
+            "model_type": {"reranker": {"id2label": {"0": LABEL}, "label2id": {LABEL: 0}}},
+            "max_batch_tokens": served.batch_tokens,
+            "max_client_batch_size": served.limits.max_pairs,
+            "auto_truncate": True,
+            "version": cappy.__version__,
+        }
+
+
 RERANK = Dialect(
     name="tei_rerank",
     paths=("/rerank",),
@@ -120,6 +139,7 @@ RERANK = Dialect(
     marks=frozenset({"texts"}),
     bare=True,
     whole=lambda request: request.truncate is False,
+    add_routes=_add_routes,
 )
 PREDICT = Dialect(
     name="tei_predict",

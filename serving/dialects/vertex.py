@@ -1,12 +1,16 @@
-"""Vertex AI's prediction requests, which KServe's version 1 speaks too: instances in, predictions out."""
+"""Vertex AI's prediction requests and KServe's version 1, of the same shapes: instances in, predictions out."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field, JsonValue
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Refused, Scored, Words
+from serving.dialects.dialect import Body, Dialect, Refused, Scored, Served, Words
+from serving.engine import Models
 
 EXAMPLE: dict[str, JsonValue] = {"instances": [{"instruction": "What is 1 + 1?", "response": "2"}]}
 
@@ -50,21 +54,23 @@ class PlatformProblem(Refused):
     error: str
 
 
-def refuse(status: int, message: str) -> Mapping[str, Any]:
+UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": PlatformProblem}}
+UNREADY: dict[int | str, dict[str, Any]] = {503: {"description": "Scores cannot be had"}}
+
+
+def refuse(status: int, message: str) -> Mapping[str, object]:
     """A refusal as model platforms have it."""
     return {"error": message}
 
 
-def pairs(request: InstancesRequest) -> list[Pair]:
-    """The pairs of all instances."""
+def _pairs(request: InstancesRequest) -> list[Pair]:
     return [
         (instance.instruction, instance.response) if isinstance(instance, Instance) else instance
         for instance in request.instances
     ]
 
 
-def answer(request: InstancesRequest, scored: Scored) -> PredictionsResponse:
-    """A prediction for each instance."""
+def _answer(request: InstancesRequest, scored: Scored) -> PredictionsResponse:
     expected: Sequence[float | None] = scored.expected or [None] * len(scored.scores)
     return PredictionsResponse(
         predictions=[
@@ -79,11 +85,43 @@ VERTEX = Dialect(
     request=InstancesRequest,
     response=PredictionsResponse,
     problem=PlatformProblem,
-    pairs=pairs,
-    answer=answer,
+    pairs=_pairs,
+    answer=_answer,
     refuse=refuse,
     shape='{"instances": [{"instruction": "...", "response": "..."}, ...]}',
     marks=frozenset({"instances"}),
     invalid=400,
     bare=True,
 )
+
+
+def unknown_model(models: Models, model: str, version: str = "") -> Response | None:
+    """The refusal of a model or a version that is not served; None where it is."""
+    current = models.current
+    names = (current.name, current.version, current.spec)
+    if model in names and version in ("", *names):
+        return None
+    return JSONResponse({"error": f"no model of that name is served; ask for {current.name}"}, status_code=404)
+
+
+def model_state(models: Models, model: str, version: str = "") -> Response:
+    """Whether a model can score, as platforms ask it."""
+    content = {"name": model, "ready": not models.unready}
+    status = 503 if models.unready else 200
+    return unknown_model(models, model, version) or JSONResponse(content, status_code=status)
+
+
+def _add_routes(app: FastAPI, served: Served) -> None:
+    @app.get("/v1/models", tags=["served"])
+    async def list_models() -> Mapping[str, object]:
+        """The model that is served, for KServe's clients and for vLLM's."""
+        name = served.models.current.name
+        return {"models": [name], "object": "list", "data": [{"id": name, "object": "model", "owned_by": "cappy"}]}
+
+    @app.get("/v1/models/{model}", tags=["served"], responses={**UNKNOWN, **UNREADY})
+    async def model_status(model: str) -> Response:
+        """Whether a model can score."""
+        return model_state(served.models, model)
+
+
+KSERVE = replace(VERTEX, name="kserve", paths=("/v1/models/{model}:predict",), add_routes=_add_routes)

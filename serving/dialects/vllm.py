@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
@@ -98,7 +98,7 @@ class VllmProblem(Refused):
     error: VllmError
 
 
-def _refuse(status: int, message: str) -> Mapping[str, Any]:
+def _refuse(status: int, message: str) -> Mapping[str, object]:
     return {"error": {"message": message, "type": KINDS.get(status, "BadRequestError"), "param": None, "code": status}}
 
 

@@ -8,12 +8,12 @@ from typing import Literal
 
 from cappy.errors import CappyError
 from cappy.sampling.generators import tokens_of
+from serving.gateway.config import Policy, SpendingLimits
 from serving.gateway.errors import GatewayError
-from serving.gateway.ledger import EXPECTED_TOKENS, Allowance, Ledger, Limit, Limits, Total, allow
-from serving.gateway.policy import Policy, Stop, decide
-from serving.gateway.schemas import ChatRequest
+from serving.gateway.policy import EXPECTED_TOKENS, Allowance, Ledger, Limit, Stop, Total, allow, decide
+from serving.gateway.requests import ChatRequest
 from serving.gateway.scoring import Scoring
-from serving.gateway.upstream import Ask, Draw, Round, Upstream, valued
+from serving.gateway.upstream import Ask, Draw, Round, Upstream
 
 SAMPLING_SHARE = 0.9
 """Of the seconds of a request; what is left is for the scorer."""
@@ -53,7 +53,7 @@ class Gateway:
     first: Upstream
     scoring: Scoring
     policy: Policy = field(default_factory=Policy)
-    limits: Limits = field(default_factory=Limits)
+    limits: SpendingLimits = field(default_factory=SpendingLimits)
     second: Upstream | None = None
     second_candidates: int = 1
     total: Total = field(default_factory=Total)
@@ -139,14 +139,14 @@ class _Run:
 
     async def _round(self, llm: Upstream, allowance: Allowance, *, number: int) -> None:
         """One round: its candidates scored, its problems kept, and the limit that it met."""
-        until = self._started + SAMPLING_SHARE * self._gateway.limits.seconds
+        until = self._started + SAMPLING_SHARE * self._gateway.limits.max_seconds
         found = Round()
         ask = Ask(
             request=self._request,
             authorization=self._authorization,
             ledger=self._ledger,
             most_tokens=allowance.most_tokens,
-            seconds=self._gateway.limits.seconds,
+            seconds=self._gateway.limits.max_seconds,
         )
         try:
             async with asyncio.timeout(until - time.monotonic()):
@@ -156,14 +156,14 @@ class _Run:
         self._problems += found.problems
         if self._cut(found, allowance):
             self._limit = self._limit or allowance.limit
-        self._draws = valued([*self._draws, *await self._scored(found.draws)], self._gateway.scoring.worth)
+        self._draws = valued([*self._draws, *await self._scored(found.draws)], self._gateway.scoring)
 
     async def _scored(self, draws: Sequence[Draw]) -> list[Draw]:
         """The candidates with their scores; without, where the time ends first and earlier ones have theirs."""
         scorable = [draw for draw in draws if draw.scorable]
         if not scorable:
             return list(draws)
-        left = self._started + self._gateway.limits.seconds - time.monotonic()
+        left = self._started + self._gateway.limits.max_seconds - time.monotonic()
         try:
             async with asyncio.timeout(left):
                 instruction = self._request.instruction
@@ -173,7 +173,7 @@ class _Run:
             self._limit = "seconds"
             if self._best() is not None:
                 return list(draws)
-            text = f"candidates are there, but the scorer did not answer within {self._gateway.limits.seconds:g} s"
+            text = f"candidates are there, but the scorer did not answer within {self._gateway.limits.max_seconds:g} s"
             raise GatewayError(504, f"{text}; raise --max-seconds", kind="timeout", code="timeout") from None
         except CappyError as error:
             raise GatewayError(503, f"the scorer failed: {error}", kind="scorer_error", code="scorer_failed") from error
@@ -190,7 +190,7 @@ class _Run:
         longest = max((draw.num_tokens or tokens_of(draw.text) for draw in self._draws), default=EXPECTED_TOKENS)
         allowance = allow(
             wanted,
-            ledger.purses(),
+            ledger.budgets(),
             llm.llm.prices,
             prompt_tokens=counted or tokens_of(self._request.instruction),
             need=asked or longest,
@@ -213,16 +213,34 @@ class _Run:
             return self._problems[0]
         limits = self._gateway.limits
         if self._limit == "seconds":
-            text = f"the LLM gave no candidate within {SAMPLING_SHARE * limits.seconds:g} s; raise --max-seconds"
+            text = f"the LLM gave no candidate within {SAMPLING_SHARE * limits.max_seconds:g} s; raise --max-seconds"
             return GatewayError(504, text, kind="timeout", code="timeout")
         if self._limit == "total-money":
-            text = f"the gateway's budget of {limits.total_money:g} is used up; raise --max-total-cost and start again"
+            text = (
+                f"the gateway's budget of {limits.max_total_cost:g} is used up; raise --max-total-cost and start again"
+            )
             refusal = {"x-should-retry": "false"}
-            return GatewayError(429, text, kind="insufficient_quota", code="insufficient_quota", headers=refusal)
+            return GatewayError(
+                429,
+                f"the gateway's budget of {limits.max_total_cost:g} is used up; raise --max-total-cost and start again",
+                kind="insufficient_quota",
+                code="insufficient_quota",
+                headers=refusal,
+            )
         text = (
             f"the limit on a request's {self._limit} leaves no room for one candidate; shorten the prompt or raise it"
         )
         return GatewayError(400, text, code="limit_too_low")
+
+
+def valued(draws: Sequence[Draw], scoring: Scoring) -> list[Draw]:
+    """The candidates with what their scores are worth among all of them; a text that was drawn twice counts once."""
+    scores = {index: draw.score for index, draw in enumerate(draws) if draw.score is not None}
+    if not scores:
+        return list(draws)
+    worth = scoring.worth(list(scores.values()), n=len({draws[index].text for index in scores}))
+    values = dict(zip(scores, worth, strict=True))
+    return [replace(draw, value=values.get(index)) for index, draw in enumerate(draws)]
 
 
 def _rank(draw: Draw) -> tuple[bool, bool, float]:

@@ -11,25 +11,24 @@ from functools import partial
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 
 import cappy
-from serving.access import AccessLog
+from serving.access import AccessLog, Tracing
 from serving.bodies import BODIES_AT_ONCE, GONE, BodyBudget, Bounds, Share, apart, received
-from serving.browsers import ANY_HOST, BrowserGuard, Hosts
-from serving.ending import ENDING, Door
 from serving.gateway.answering import Gateway, Outcome
-from serving.gateway.completion import chunks, completion, headers
+from serving.gateway.completion import KEEP_ALIVE_SECONDS, chunks, completion, events, facts, headers
+from serving.gateway.config import ChatLimits
 from serving.gateway.errors import GatewayError
 from serving.gateway.feedback import FeedbackLog, read_feedback
-from serving.gateway.metrics import Metrics
-from serving.gateway.schemas import BOUNDS, ChatRequest, read_request, refused
-from serving.gateway.streaming import KEEP_ALIVE_SECONDS, events
-from serving.keys import KeyGuard, Keys
+from serving.gateway.requests import REMEDY, ChatRequest, read_request, refused
+from serving.guards import ANY_HOST, BrowserGuard, Hosts, KeyGuard, Keys
+from serving.listener import Shutdown
 from serving.page import About, add_page
-from serving.refusals import Refusal
+from serving.refusals import SHUTTING_DOWN, Refusal
 
-MAX_BODY_BYTES = 8_000_000
+METRIC_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
 CANDIDATES_HEADER = "x-cappy-candidates"
 _UNREACHED = (502, 503, 504)
 OPEN_PATHS = ("/", "/about", "/health", "/ready")
@@ -45,6 +44,46 @@ class Access:
     origins: Sequence[str] = ()
 
 
+class Metrics:
+    """Prometheus metrics, one registry per application; nothing of a request's text and no model's name in a label."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = self._counter("requests", "Requests for completions, by how they ended", "outcome")
+        self._stops = self._counter("stops", "Answered requests by what stopped sampling", "reason")
+        self._samples = self._counter("samples", "Candidates sampled")
+        self._calls = self._counter("calls", "Calls of LLMs", "result")
+        self._tokens = self._counter("tokens", "Tokens as the LLMs' servers counted them", "kind")
+        self._cost = self._counter("cost", "Money, by the prices given")
+        self._seconds = Histogram(
+            "cappy_gateway_seconds", "Seconds of answered requests", buckets=METRIC_SECONDS, registry=self._registry
+        )
+
+    def answered(self, outcome: Outcome) -> None:
+        """Counts an answer."""
+        ledger = outcome.ledger
+        self._requests.labels(outcome.how).inc()
+        self._stops.labels(outcome.limit or outcome.stop).inc()
+        self._samples.inc(len(outcome.draws))
+        self._calls.labels("answered").inc(ledger.calls - ledger.failed)
+        self._calls.labels("failed").inc(ledger.failed)
+        self._tokens.labels("prompt").inc(ledger.prompt_tokens)
+        self._tokens.labels("completion").inc(ledger.completion_tokens)
+        self._cost.inc(ledger.cost)
+        self._seconds.observe(outcome.seconds)
+
+    def refused(self, status: int) -> None:
+        """Counts a request without an answer, one that could not be read included, by its status."""
+        self._requests.labels(str(status)).inc()
+
+    def text(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"cappy_gateway_{name}", text, labels, registry=self._registry)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Front:
     """What the routes share."""
@@ -57,7 +96,7 @@ class _Front:
     budget: BodyBudget
     keys: Keys
     keep_alive: float
-    door: Door
+    shutdown: Shutdown
 
     def authorization(self, request: Request) -> str:
         """What an LLM without a key of its own is sent: the client's, unless that is a key of this gateway."""
@@ -68,27 +107,32 @@ def create_app(
     gateway: Gateway,
     *,
     feedback: FeedbackLog | None = None,
-    max_body_bytes: int = MAX_BODY_BYTES,
-    bounds: Bounds = BOUNDS,
+    limits: ChatLimits | None = None,
     access: Access | None = None,
     keep_alive: float = KEEP_ALIVE_SECONDS,
-    door: Door | None = None,
+    shutdown: Shutdown | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """An application that answers with the gateway's best candidate and keeps what it answered in the feedback log.
 
-    While `door` is closing it answers, but is not ready.
+    While `shutdown` is closing it answers, but is not ready. `tracing` makes spans of requests until the end.
     """
-    access = access or Access()
+    access, limits = access or Access(), limits or ChatLimits()
     front = _Front(
         gateway=gateway,
         feedback=feedback,
         metrics=Metrics(),
-        max_body_bytes=max_body_bytes,
-        bounds=bounds,
-        budget=BodyBudget(BODIES_AT_ONCE * max_body_bytes),
+        max_body_bytes=limits.max_body_bytes,
+        bounds=Bounds(
+            max_values=limits.max_values,
+            max_characters=limits.max_characters,
+            max_text_bytes=limits.max_text_bytes,
+            remedy=REMEDY,
+        ),
+        budget=BodyBudget(BODIES_AT_ONCE * limits.max_body_bytes),
         keys=access.keys,
         keep_alive=keep_alive,
-        door=door or Door(),
+        shutdown=shutdown or Shutdown(),
     )
 
     @contextlib.asynccontextmanager
@@ -99,6 +143,8 @@ def create_app(
             writing.cancel()
             await asyncio.to_thread(feedback.close)
         await gateway.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="Cappy gateway",
@@ -119,8 +165,8 @@ def create_app(
             expose_headers=["*"],
         )
     app.add_middleware(BrowserGuard, hosts=access.hosts, origins=access.origins, refuse=_refuse)
-    app.add_middleware(AccessLog, closing=lambda: front.door.closing)
-    app.add_exception_handler(GatewayError, _told)
+    app.add_middleware(AccessLog, closing=lambda: front.shutdown.closing)
+    app.add_exception_handler(GatewayError, _gateway_error)
     app.add_exception_handler(HTTPException, _not_found)
     app.add_exception_handler(Exception, _defect)
     _add_chat(app, front)
@@ -128,6 +174,8 @@ def create_app(
     _add_feedback(app, front)
     _add_probes(app, front)
     add_page(app, lambda: _about(gateway))
+    if tracing is not None:
+        tracing.instrument(app)
     return app
 
 
@@ -143,6 +191,7 @@ def _add_chat(app: FastAPI, front: _Front) -> None:
     @app.post("/v1/chat/completions", tags=["chat"], response_class=Response)
     async def chat(request: Request) -> Response:
         """The best of the candidates that the LLM gives, by the scorer."""
+        request.state.outcome = "error"
         with front.budget.share() as share:
             try:
                 data = await _body(request, front, share)
@@ -157,12 +206,14 @@ def _add_chat(app: FastAPI, front: _Front) -> None:
             # The body is held until the work is over, which for a stream is after this function.
             kept = share.handed_on()
             work.add_done_callback(lambda _: kept.release())
-        told = partial(chunks, identity=identity, details=details)
+        write = partial(chunks, identity=identity, details=details)
         if not await _ended(work, request, front.keep_alive if wanted.stream else None):
-            return _stream(events(work, told, keep_alive=front.keep_alive), {})
+            return _stream(events(work, write, keep_alive=front.keep_alive), {})
         outcome = work.result()
+        for name in ("outcome", "sampled", "calls", "cost"):
+            setattr(request.state, name, facts(outcome)[name])
         if wanted.stream:
-            return _stream(events(work, told, keep_alive=front.keep_alive), headers(outcome))
+            return _stream(events(work, write, keep_alive=front.keep_alive), headers(outcome))
         return _Json(completion(outcome, identity, details=details), headers=headers(outcome))
 
 
@@ -198,7 +249,7 @@ def _add_probes(app: FastAPI, front: _Front) -> None:
     @app.get("/ready", tags=["probes"], response_class=Response)
     async def ready() -> Response:
         """Whether the LLM's server answers: one that wants a key, or has no list of models, does. No, after SIGTERM."""
-        reason = ENDING if front.door.closing else await _unreached(front.gateway)
+        reason = SHUTTING_DOWN if front.shutdown.closing else await _unreached(front.gateway)
         return _Json({"ready": not reason, "reason": reason}, status_code=503 if reason else 200)
 
     @app.get("/metrics", tags=["probes"], response_class=Response)
@@ -261,7 +312,7 @@ async def _gone(request: Request) -> None:
 async def _body(request: Request, front: _Front, share: Share) -> bytes:
     """The body; GatewayError 413 above the most bytes, 408 where it is late, 415 where it is not sent as JSON."""
     try:
-        return await received(request, front.max_body_bytes, "send a shorter conversation", share=share)
+        return await received(request, front.max_body_bytes, REMEDY, share=share)
     except Refusal as refusal:
         raise refused(refusal) from None
 
@@ -293,7 +344,7 @@ def _refuse(path: str, refusal: Refusal) -> Response:
     return _Json(problem.body(), status_code=problem.status, headers={**problem.headers, **asked})
 
 
-async def _told(request: Request, error: Exception) -> Response:
+async def _gateway_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)  # noqa: S101 (what the handler is registered for)
     return _Json(error.body(), status_code=error.status, headers=error.headers)
 

@@ -1,34 +1,39 @@
-"""What goes back for an outcome: OpenAI's chat completion, whole or in chunks, and what the gateway adds to it."""
+"""What goes back for an outcome: OpenAI's chat completion, whole or as events, and what the gateway adds to it."""
 
+import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from serving.gateway.answering import Outcome
+from serving.gateway.errors import GatewayError
 
 REFUSAL = "I do not have an answer to this that is good enough to give."
+KEEP_ALIVE_SECONDS = 5.0
+"""A proxy or a client that hears nothing gives up; OpenAI's clients skip comments."""
+_COMMENT = ": sampling\n\n"
 _PIECE = re.compile(r"\s*\S{1,40}\s?|\s+")
 
 
-def completion(outcome: Outcome, identity: str, *, details: bool) -> dict[str, Any]:
+def completion(outcome: Outcome, identity: str, *, details: bool) -> dict[str, object]:
     """The body of a chat completion: the best choices first, the usage of all candidates.
 
     `details` adds `cappy`: how the answer came about, and every candidate with its scores.
     """
-    body: dict[str, Any] = {
+    body: dict[str, object] = {
         "id": identity,
         "object": "chat.completion",
         "created": int(time.time()),
         "model": outcome.best.model,
-        "choices": choices(outcome),
-        "usage": usage(outcome),
+        "choices": _choices(outcome),
+        "usage": _usage(outcome),
     }
-    return {**body, "cappy": {**facts(outcome), "candidates": candidates(outcome)}} if details else body
+    return {**body, "cappy": {**facts(outcome), "candidates": _candidates(outcome)}} if details else body
 
 
-def choices(outcome: Outcome) -> list[dict[str, Any]]:
+def _choices(outcome: Outcome) -> list[dict[str, object]]:
     """The choices, best first, as the LLM's server sent them; the stated refusal where the gateway abstains."""
     if outcome.how == "abstained":
         message = {"role": "assistant", "content": REFUSAL, "refusal": REFUSAL}
@@ -36,7 +41,7 @@ def choices(outcome: Outcome) -> list[dict[str, Any]]:
     return [{**draw.choice, "index": index} for index, draw in enumerate(outcome.draws[: outcome.request.count])]
 
 
-def usage(outcome: Outcome) -> dict[str, Any]:
+def _usage(outcome: Outcome) -> dict[str, object]:
     """Tokens of all candidates, as their servers counted them for every call, details included."""
     total: dict[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     for one in outcome.ledger.usages:
@@ -44,7 +49,7 @@ def usage(outcome: Outcome) -> dict[str, Any]:
     return {**total, "total_tokens": total["prompt_tokens"] + total["completion_tokens"]}
 
 
-def facts(outcome: Outcome) -> dict[str, Any]:
+def facts(outcome: Outcome) -> dict[str, object]:
     """How the answer came about, as JSON values; `limit` is null where none was reached.
 
     `unmetered_calls` took tokens that nobody told: `usage` lacks them, the limits on money count them at their most.
@@ -68,15 +73,15 @@ def facts(outcome: Outcome) -> dict[str, Any]:
 
 def headers(outcome: Outcome) -> dict[str, str]:
     """The facts as headers, `X-Cappy-Outcome` to `X-Cappy-Seconds`; those without a value are left out."""
-    told = {name: json.dumps(fact) if not isinstance(fact, str) else fact for name, fact in facts(outcome).items()}
+    texts = {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts(outcome).items()}
     return {
         f"X-Cappy-{name.replace('_', '-').title()}": value.encode("ascii", "replace").decode()
-        for name, value in told.items()
+        for name, value in texts.items()
         if value not in ("null", "")
     }
 
 
-def candidates(outcome: Outcome) -> list[dict[str, Any]]:
+def _candidates(outcome: Outcome) -> list[dict[str, object]]:
     """Every candidate with its scores, best first; `score` is null where it was no text that could be scored."""
     return [
         {
@@ -92,7 +97,7 @@ def candidates(outcome: Outcome) -> list[dict[str, Any]]:
     ]
 
 
-def chunks(outcome: Outcome, identity: str, *, details: bool) -> Iterator[dict[str, Any]]:
+def chunks(outcome: Outcome, identity: str, *, details: bool) -> Iterator[dict[str, object]]:
     """The chunks of a stream: for each choice its role, its text in pieces and its finish_reason; last the usage.
 
     The chunk that ends the first choice holds `cappy`, the facts, since a stream's headers may have gone before them.
@@ -100,18 +105,18 @@ def chunks(outcome: Outcome, identity: str, *, details: bool) -> Iterator[dict[s
     head = {"id": identity, "object": "chat.completion.chunk", "created": int(time.time()), "model": outcome.best.model}
     if outcome.request.include_usage:
         head = {**head, "usage": None}
-    for choice in choices(outcome):
+    for choice in _choices(outcome):
         yield from ({**head, "choices": [part]} for part in _parts(choice))
         end = {**head, "choices": [_part(choice, {}, finish=choice.get("finish_reason"))]}
         if choice["index"] == 0:
-            own = {"candidates": candidates(outcome)} if details else {}
+            own = {"candidates": _candidates(outcome)} if details else {}
             end["cappy"] = {**facts(outcome), **own}
         yield end
     if outcome.request.include_usage:
-        yield {**head, "choices": [], "usage": usage(outcome)}
+        yield {**head, "choices": [], "usage": _usage(outcome)}
 
 
-def _parts(choice: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _parts(choice: Mapping[str, Any]) -> Iterator[dict[str, object]]:
     """What of a choice goes before its end: the role, the text in pieces, and whatever else its message holds."""
     message = choice.get("message") or {}
     content = message.get("content")
@@ -131,7 +136,7 @@ def pieces(content: object) -> Sequence[str]:
     return _PIECE.findall(content) if isinstance(content, str) else ()
 
 
-def _part(choice: Mapping[str, Any], delta: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+def _part(choice: Mapping[str, object], delta: Mapping[str, object], **more: Any) -> dict[str, object]:
     return {
         "index": choice["index"],
         "delta": dict(delta),
@@ -140,7 +145,7 @@ def _part(choice: Mapping[str, Any], delta: Mapping[str, Any], **more: Any) -> d
     }
 
 
-def _added(total: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+def _added(total: Mapping[str, object], more: Mapping[str, object]) -> dict[str, Any]:
     """Numbers added up by name, at any depth; what is no number is left out."""
     found = dict(total)
     for name, value in more.items():
@@ -150,3 +155,29 @@ def _added(total: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, int | float) and not isinstance(value, bool) and isinstance(known, int | float | None):
             found[name] = (known or 0) + value
     return found
+
+
+async def events(
+    work: "asyncio.Task[Outcome]", write: Callable[[Outcome], Iterator[Mapping[str, object]]], *, keep_alive: float
+) -> AsyncIterator[str]:
+    """The chunks of the outcome as events, `[DONE]` last; a comment at once and each `keep_alive` seconds until then.
+
+    A GatewayError becomes an event with OpenAI's error object, which its clients raise. The work is cancelled when the
+    client goes.
+    """
+    try:
+        while not work.done():
+            yield _COMMENT
+            await asyncio.wait({work}, timeout=keep_alive)
+        for chunk in write(work.result()):
+            yield _event(chunk)
+        yield "data: [DONE]\n\n"
+    except GatewayError as problem:
+        yield _event(problem.body())
+    finally:
+        work.cancel()
+
+
+def _event(values: Mapping[str, object]) -> str:
+    """One event."""
+    return f"data: {json.dumps(values)}\n\n"

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import httpx2
 
@@ -47,7 +46,7 @@ class GatewayError(Exception):
         self.headers = dict(headers or {})
         self.paid = paid
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> dict[str, object]:
         """The body of the response."""
         return {"error": self.error}
 

@@ -9,11 +9,11 @@ learns from a rated answer only where two of its choices are.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,9 +23,9 @@ from cappy.records import Candidate, Instance, prompt_hash
 from cappy.records.folder import disk_errors
 from cappy.records.instance import GIVEN
 from serving.gateway.answering import Outcome
+from serving.gateway.appendable_dataset import Answer, AppendableDataset
 from serving.gateway.errors import GatewayError
-from serving.gateway.schemas import invalid, read_object
-from serving.gateway.shelf import Answer, Shelf
+from serving.gateway.requests import invalid, read_object
 from serving.gateway.upstream import Draw
 
 FLUSH_SECONDS = 5.0
@@ -65,9 +65,9 @@ class FeedbackLog:
     def __init__(self, folder: Path) -> None:
         with disk_errors(folder):
             make_private(folder)
-        self._answers = Shelf(folder / "answers")
-        self._rated = Shelf(folder / "rated")
-        self._referenced = Shelf(folder / "referenced")
+        self._answers = AppendableDataset(folder / "answers")
+        self._rated = AppendableDataset(folder / "rated")
+        self._referenced = AppendableDataset(folder / "referenced")
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feedback")
 
     async def keep(self, outcome: Outcome, identity: str) -> None:
@@ -91,19 +91,19 @@ class FeedbackLog:
     def close(self) -> None:
         """Writes the rest and lets the folders go."""
         self._writer.shutdown(wait=True)
-        for shelf in self._shelves:
+        for dataset in self._datasets:
             try:
-                shelf.close()
+                dataset.close()
             except CappyError as error:
                 LOGGER.error("feedback: %s", error)
 
     @property
-    def _shelves(self) -> tuple[Shelf, ...]:
+    def _datasets(self) -> tuple[AppendableDataset, ...]:
         return self._answers, self._rated, self._referenced
 
     def _flush(self) -> None:
-        for shelf in self._shelves:
-            shelf.flush()
+        for dataset in self._datasets:
+            dataset.flush()
 
     def _add(self, feedback: Feedback) -> None:
         answer = self._answers.get(feedback.id)
@@ -162,7 +162,7 @@ def _candidate(draw: Draw, outcome: Outcome) -> Candidate:
     )
 
 
-def _decoding(body: Any) -> str:
+def _decoding(body: Mapping[str, object]) -> str:
     """The knobs that the client turned, by name."""
     knobs = ("temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens")
     return ",".join(f"{knob}={body[knob]}" for knob in knobs if body.get(knob) is not None)

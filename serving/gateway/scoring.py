@@ -92,7 +92,7 @@ def in_process(spec: str) -> Scoring:
     """The scorer that a spec names; one call at a time, in a thread of its own."""
     from cappy.scoring import Scorer
     from cappy.specs import scorer_folder
-    from serving.models import Model, ScorerEngine, probe
+    from serving.engine import Model, ScorerEngine, probe
 
     scorer = Scorer.load(spec)
     probe(Model(engine=ScorerEngine(scorer), name=spec, version=scorer.version, precision=scorer.precision))

@@ -1,101 +1,88 @@
 """Loads a scorer and serves the gateway until SIGTERM."""
 
 import logging
-import signal
 import socket
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from serving.bodies import Bounds
-from serving.browsers import hosts_of
-from serving.connections import connections_upstream, raise_file_limit
-from serving.ending import Door, NoticeServer
+from serving.access import start_tracing
+from serving.connections import connections_upstream
 from serving.gateway.answering import Gateway
-from serving.gateway.app import MAX_BODY_BYTES, Access, create_app
+from serving.gateway.app import Access, create_app
+from serving.gateway.config import GatewayConfig
 from serving.gateway.feedback import FeedbackLog
-from serving.gateway.ledger import Limits
-from serving.gateway.llm import LLM
-from serving.gateway.policy import Policy
-from serving.gateway.schemas import BOUNDS
+from serving.gateway.policy import Prices
 from serving.gateway.scoring import Scoring, load
-from serving.gateway.upstream import Upstream
-from serving.keys import Keys
-from serving.repeats import log_to_stderr
-from serving.server import Address, bound, end, http_config, url
+from serving.gateway.upstream import LLM, Upstream, key_of, llm
+from serving.guards import hosts_of, read_keys
+from serving.listener import NoticeServer, Shutdown, bound, http_config, prepare_process, url
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a gateway is made of; `feedback` is the folder of the feedback log, None for none."""
-
-    llm: LLM
-    scorer: str
-    scorer_key: str = field(default="", repr=False)
-    """API key of the `cappy serve` at the address that `scorer` is."""
-    calibration: Path | None = None
-    policy: Policy = field(default_factory=Policy)
-    limits: Limits = field(default_factory=Limits)
-    second: LLM | None = None
-    second_candidates: int = 1
-    strip_reasoning: bool = False
-    feedback: Path | None = None
-    max_body_bytes: int = MAX_BODY_BYTES
-    bounds: Bounds = BOUNDS
-    keys: Keys = field(default_factory=Keys)
-    """Of this gateway's clients; they are never sent to an LLM."""
-    origins: Sequence[str] = ()
-
-
-def run(settings: Settings, address: Address) -> None:
+def run(config: GatewayConfig) -> None:
     """Takes the address, loads the scorer, listens; returns when it was told to stop and has answered what it had.
 
     CappyError if the address or the feedback log's folder cannot be had, which is found out before the scorer is
     loaded. SIGTERM ends the process with status 0.
     """
-    signal.signal(signal.SIGTERM, end)
-    log_to_stderr()
-    raise_file_limit()
+    first, second = llms(config)
+    scorer_key, keys = key_of(config.scorer, config.scorer_key_variable), read_keys(config.api_keys)
+    prepare_process()
     # It would tell every call of the LLM, with its address.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
-    with bound(address.host, address.port) as listener:
-        feedback = FeedbackLog(settings.feedback) if settings.feedback is not None else None
-        scoring = load(settings.scorer, settings.calibration, settings.scorer_key)
+    with bound(config.host, config.port) as listener:
+        feedback = FeedbackLog(config.feedback) if config.feedback is not None else None
+        scoring = load(config.scorer, config.calibration, scorer_key)
         listener.listen()
-        door = Door()
-        hosts = hosts_of(listener, address.allowed_hosts, bool(settings.keys))
+        shutdown = Shutdown()
         app = create_app(
-            _gateway(settings, scoring),
+            assemble(config, first, second, scoring),
             feedback=feedback,
-            max_body_bytes=settings.max_body_bytes,
-            bounds=settings.bounds,
-            access=Access(keys=settings.keys, hosts=hosts, origins=settings.origins),
-            door=door,
+            limits=config,
+            access=Access(keys=keys, hosts=hosts_of(listener, config.hosts, bool(keys)), origins=config.allow_origin),
+            shutdown=shutdown,
+            tracing=start_tracing(),
         )
-        server = NoticeServer(http_config(app, address, upstream=True), door, address.notice_seconds)
-        sys.stderr.write(started(settings, scoring, listener) + "\n")
+        server = NoticeServer(http_config(app, config, upstream=True), shutdown, config.notice)
+        sys.stderr.write(started(config, first, scoring, listener) + "\n")
         server.run(sockets=[listener])
 
 
-def started(settings: Settings, scoring: Scoring, listener: socket.socket) -> str:
-    """The line that says what is served where, and what the scores mean."""
-    found = scoring.calibration
-    scores = f"calibrated to {found.metric}" if found else "raw scores: no calibration.json beside it"
-    what = f"best of {settings.policy.candidates} from {settings.llm.url}"
-    return f"cappy gateway: {what} by scorer {scoring.version() or settings.scorer} ({scores}) at {url(listener)}/v1"
-
-
-def _gateway(settings: Settings, scoring: Scoring) -> Gateway:
-    second = settings.second
-    connections = connections_upstream() // (1 if second is None else 2)
-    return Gateway(
-        first=Upstream(settings.llm, connections=connections, strip_reasoning=settings.strip_reasoning),
-        scoring=scoring,
-        policy=settings.policy,
-        limits=settings.limits,
-        second=None
-        if second is None
-        else Upstream(second, name="the second LLM", connections=connections, strip_reasoning=settings.strip_reasoning),
-        second_candidates=settings.second_candidates,
+def llms(config: GatewayConfig) -> tuple[LLM, LLM | None]:
+    """The LLM and the second one, their keys from the environment; ConfigError where an address or a key is none."""
+    prices = Prices(input=config.price_input, output=config.price_output)
+    first = llm(config.upstream, key_variable=config.key_variable, prices=prices)
+    if not config.escalate_to:
+        return first, None
+    second = llm(
+        config.escalate_to,
+        model=config.escalate_model,
+        key_variable=config.escalate_key_variable,
+        # Whose server it is nobody knows, so a client's key is not sent there.
+        passes_key=False,
+        prices=Prices(input=config.escalate_price_input, output=config.escalate_price_output),
     )
+    return first, second
+
+
+def assemble(config: GatewayConfig, first: LLM, second: LLM | None, scoring: Scoring) -> Gateway:
+    """The gateway of these settings: its LLMs share the connections that the process may open."""
+    connections = connections_upstream() // (1 if second is None else 2)
+
+    def upstream(llm: LLM, name: str) -> Upstream:
+        return Upstream(llm, name=name, connections=connections, strip_reasoning=config.strip_reasoning)
+
+    return Gateway(
+        first=upstream(first, "the LLM"),
+        scoring=scoring,
+        policy=config,
+        limits=config,
+        second=None if second is None else upstream(second, "the second LLM"),
+        second_candidates=config.escalate_candidates,
+    )
+
+
+def started(config: GatewayConfig, first: LLM, scoring: Scoring, listener: socket.socket) -> str:
+    """The line that says what is served where, and what the scores mean."""
+    calibration = scoring.calibration
+    scores = f"calibrated to {calibration.metric}" if calibration else "raw scores: no calibration.json beside it"
+    what = f"best of {config.candidates} from {first.url}"
+    return f"cappy gateway: {what} by scorer {scoring.version() or config.scorer} ({scores}) at {url(listener)}/v1"

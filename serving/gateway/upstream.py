@@ -10,30 +10,33 @@ import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import httpx2
 
+from cappy.errors import ConfigError, shown
 from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records.instance import SELECTABLE, Status
 from cappy.redaction import SHORTEST
 from cappy.sampling.endpoint.answers import BadAnswerError, GivenUpError, model_name, read_choice, read_choices
 from cappy.sampling.endpoint.client import (
     MAX_BYTES,
+    NO_KEY,
+    api_key,
     async_settings,
     base_address,
     join_path,
     key_headers,
     max_connections,
+    refuse_secrets,
 )
 from cappy.sampling.endpoint.faults import LENGTH, NEW_LENGTH, Capabilities, refused_parameter
 from cappy.sampling.endpoint.limits import MAX_LIST_BYTES, answer_bytes
 from cappy.sampling.generators import tokens_of
 from cappy.untrusted import is_utf8, to_utf8
 from serving.gateway.errors import GatewayError, bad_answer, late, not_utf8, refused, unreachable
-from serving.gateway.ledger import Ledger, read_usage
-from serving.gateway.llm import LLM
-from serving.gateway.schemas import ChatRequest
+from serving.gateway.policy import Ledger, Prices, read_usage
+from serving.gateway.requests import ChatRequest
 
 CONNECT_SECONDS = 10.0
 MODELS_KNOWN = 256
@@ -42,6 +45,45 @@ _OWN = ("stream", "stream_options", "n")
 LOGGER = logging.getLogger("serving.gateway")
 Read = tuple[str, Status, list[float]]
 """Text, status and log-probabilities of a choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLM:
+    """Where an LLM is asked: `model` takes the place of the client's where it is set.
+
+    `key` is sent where it is set; else what the client sent as its Authorization, if `passes_key`.
+    """
+
+    url: str
+    model: str = ""
+    key: str = field(default="", repr=False)
+    passes_key: bool = True
+    prices: Prices = field(default_factory=Prices)
+
+    def authorization(self, of_client: str) -> str:
+        """The header to send, empty for none."""
+        return f"Bearer {self.key}" if self.key else of_client if self.passes_key else ""
+
+
+def llm(url: str, *, model: str = "", key_variable: str = "", passes_key: bool = True, prices: Prices) -> LLM:
+    """The LLM at an address, its key from the environment; ConfigError where either is none."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"{shown(url)}: an LLM's address is http://host:port/v1")
+    refuse_secrets(url)
+    try:
+        httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise ConfigError(f"{shown(url)}: is no address ({error}); an LLM's is http://host:port/v1") from error
+    key = key_of(url, key_variable)
+    return LLM(url=base_address(url), model=model, key=key, passes_key=passes_key, prices=prices)
+
+
+def key_of(url: str, variable: str) -> str:
+    """The key of a server in a variable of the environment, empty without a variable; ConfigError if it is not set."""
+    key = api_key(variable) if variable else ""
+    if key == NO_KEY:
+        raise ConfigError(f"{variable} is not set; put the key of {url} there, or leave the flag out")
+    return key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +110,6 @@ class Draw:
     def scorable(self) -> bool:
         """Whether a selector may pick it: it is a text, and neither refused nor filtered."""
         return self.status in SELECTABLE
-
-
-class Worth(Protocol):
-    """`Scoring.worth`."""
-
-    def __call__(self, scores: Sequence[float], *, n: int) -> list[float]:
-        """What scores are worth, each as the best of `n`."""
 
 
 @dataclass
@@ -188,7 +223,7 @@ class Upstream:
             if parameter == "n":
                 return [], 0
 
-    async def _metered(self, ask: Ask, sent: Mapping[str, Any], key: str, count: int) -> httpx2.Response:
+    async def _metered(self, ask: Ask, sent: Mapping[str, object], key: str, count: int) -> httpx2.Response:
         """The response to one request; what it may cost is held meanwhile, and settled if it is none or a refusal."""
         most = self._most(ask, count)
         ask.ledger.hold(most)
@@ -279,7 +314,7 @@ class Upstream:
         ask.ledger.settle(self._most(ask, count), prompt, completion, self.llm.prices.cost(prompt, completion))
 
     async def _send(
-        self, method: str, path: str, body: Mapping[str, Any] | None, key: str, *, seconds: float, max_bytes: int
+        self, method: str, path: str, body: Mapping[str, object] | None, key: str, *, seconds: float, max_bytes: int
     ) -> httpx2.Response:
         connect = min(CONNECT_SECONDS, seconds)
         timeout = httpx2.Timeout(seconds, connect=connect, pool=connect)
@@ -306,22 +341,22 @@ class Upstream:
         return self._capabilities.setdefault(model, Capabilities())
 
 
-def _trimmed(wanted: Mapping[str, Any], capabilities: Capabilities, added: frozenset[str]) -> dict[str, Any]:
+def _trimmed(wanted: Mapping[str, object], capabilities: Capabilities, added: frozenset[str]) -> dict[str, Any]:
     """The body without what the model refused and the client has not asked for."""
     theirs = {name: value for name, value in wanted.items() if name not in added}
     return {**theirs, **capabilities.trimmed({name: wanted[name] for name in added if name in wanted})[0]}
 
 
-def _max_bytes(ask: Ask, sent: Mapping[str, Any], count: int) -> int:
+def _max_bytes(ask: Ask, sent: Mapping[str, object], count: int) -> int:
     """How large the answer to a request may be."""
     top = sent.get("top_logprobs")
     likelihoods = 1 + (min(top, 20) if isinstance(top, int) and top > 0 else 0) if sent.get("logprobs") else 0
     return answer_bytes(ask.most_tokens or ask.request.most_tokens, count, likelihoods=likelihoods)
 
 
-def _good_choices(choices: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Read]]:
+def _good_choices(choices: Sequence[Mapping[str, object]]) -> list[tuple[Mapping[str, object], Read]]:
     """The choices that hold a response, read; GivenUpError where the server gave all of them up."""
-    found: list[tuple[Mapping[str, Any], Read]] = []
+    found: list[tuple[Mapping[str, object], Read]] = []
     fault: GivenUpError | None = None
     for choice in choices:
         try:
@@ -333,7 +368,7 @@ def _good_choices(choices: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[st
     return found
 
 
-def _passed_on(choice: Mapping[str, Any], text: str) -> Mapping[str, Any]:
+def _passed_on(choice: Mapping[str, object], text: str) -> Mapping[str, object]:
     """The choice as clients of chat completions can read it: with a message, even where the server sent a bare text."""
     if isinstance(choice.get("message"), dict):
         return choice
@@ -362,14 +397,3 @@ def _without(body: bytes, authorization: str) -> bytes:
         if len(key) >= SHORTEST:
             body = body.replace(key.encode("latin-1", "replace"), b"***")
     return body
-
-
-def valued(draws: Sequence[Draw], worth: Worth) -> list[Draw]:
-    """The candidates with what their scores are worth among all of them; a text that was drawn twice counts once."""
-    scores = {index: draw.score for index, draw in enumerate(draws) if draw.score is not None}
-    if not scores:
-        return list(draws)
-    values = dict(
-        zip(scores, worth(list(scores.values()), n=len({draws[index].text for index in scores})), strict=True)
-    )
-    return [replace(draw, value=values.get(index)) for index, draw in enumerate(draws)]

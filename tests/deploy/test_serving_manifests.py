@@ -13,7 +13,7 @@ from cappy.config import build
 from cappy.deployment.kserve import inference_service
 from cappy.deployment.step import DeploymentConfig
 from serving.app import create_app
-from serving.models import Models
+from serving.engine import Models
 
 PLATFORM_GRACE_SECONDS = 30
 """From SIGTERM to SIGKILL where a pod's spec does not say."""

@@ -12,12 +12,11 @@ import uvicorn
 from cappy.scoring.calibration import Calibration
 from serving.gateway.answering import Gateway
 from serving.gateway.app import create_app
-from serving.gateway.ledger import Prices
-from serving.gateway.llm import LLM
+from serving.gateway.policy import Prices
 from serving.gateway.scoring import Scoring
-from serving.gateway.upstream import Upstream
+from serving.gateway.upstream import LLM, Upstream
 
-PRICES = Prices(prompt=100.0, completion=1000.0)
+PRICES = Prices(input=100.0, output=1000.0)
 """A call of the fake server with one choice (10 and 5 tokens) costs 0.006."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi.testclient import TestClient
 
 from cappy.scoring.encoding import Encoded, Pair
-from serving.models import Model
+from serving.engine import Model
 
 Score = Callable[[Pair], float]
 

@@ -8,7 +8,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 from scoring_function import FakeEngine, model  # noqa: E402 (found by the line above)
 
 from serving import server  # noqa: E402
-from serving.app import Options  # noqa: E402
+from serving.config import ServeConfig  # noqa: E402
 
 if __name__ == "__main__":
-    server.serve(lambda: model(FakeEngine()), server.Address(port=int(sys.argv[1])), Options())
+    server.serve(lambda: model(FakeEngine()), ServeConfig(port=int(sys.argv[1])))

@@ -23,13 +23,13 @@ sys.path.insert(0, sys.argv[1])
 from scoring_function import FakeEngine, model
 from cappy.scoring.encoding import Encoded
 from serving import server
-from serving.app import Options
+from serving.config import ServeConfig
 
 class Engine(FakeEngine):
     def encode(self, pairs):
         return [Encoded(ids=(1, -1, 1), types=()) for _ in pairs]
 
-server.serve(lambda: model(Engine(remembers=False)), server.Address(port=int(sys.argv[2])), Options())
+server.serve(lambda: model(Engine(remembers=False)), ServeConfig(port=int(sys.argv[2])))
 """
 """A service whose scorer costs nothing, whatever it reads."""
 MEGABYTES = 8_000_000

@@ -13,8 +13,7 @@ from cappy.errors import FolderError, RecordError, RegistryError
 from cappy.evaluation.out_of_fold import OUT_OF_FOLD, read_out_of_fold
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, verify, write_manifest
-from cappy.scoring.calibration import read_calibration
-from cappy.scoring.probe import read_probe
+from cappy.scoring.calibration import read_calibration, read_probe
 
 
 def test_the_same_scorer_twice_is_one_version_with_the_alias_challenger(room: Any) -> None:

@@ -25,7 +25,8 @@ from wording import assert_names
 from cappy.builtin import SCORER_FOLDER
 from cappy.errors import FolderError
 from cappy.scoring import Scorer
-from cappy.scoring.cross_encoder import ACTIVATIONS
+from cappy.scoring.config import ScorerConfig
+from cappy.scoring.folder import ACTIVATIONS
 
 IDENTITY, SIGMOID = ACTIVATIONS["mse"], ACTIVATIONS["bce"]
 NO_FILE = "absent"
@@ -276,7 +277,7 @@ def test_a1_a_tokenizers_types_are_written_only_for_a_model_that_has_them(
     scorer = load(make_scorer(seed=32))
     tokenizer = AutoTokenizer.from_pretrained(make_scorer(seed=32))
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    again = Scorer(scorer.model, tokenizer, head="bce", max_length=48)
+    again = Scorer(scorer.model, tokenizer, ScorerConfig(head="bce", max_length=48))
     again.save(tmp_path / "copy")
     values = json.loads((tmp_path / "copy/tokenizer_config.json").read_text())
     assert values["model_input_names"] == ["input_ids", "attention_mask"]

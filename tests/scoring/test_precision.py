@@ -20,9 +20,9 @@ from transformers import (
 from cappy.errors import ConfigError
 from cappy.scoring import Scorer
 from cappy.scoring.batching import collate
+from cappy.scoring.config import ChosenPrecision, ScorerConfig
 from cappy.scoring.encoding import Encoded
-from cappy.scoring.precision import Chosen, choose, has_bf16
-from cappy.scoring.prepacked import has_prepacking
+from cappy.scoring.precision import choose, has_bf16, has_prepacking
 
 CPU = torch.device("cpu")
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three".split()
@@ -33,7 +33,7 @@ def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return [tuple(" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(2)) for _ in range(count)]  # type: ignore[misc]
 
 
-def bert(*, precision: Chosen = "fp32", **settings: Any) -> Scorer:
+def bert(*, precision: ChosenPrecision = "fp32", **settings: Any) -> Scorer:
     """A random BERT, which has token types and a pooler, unlike the RoBERTa of the other tests."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -47,7 +47,7 @@ def bert(*, precision: Chosen = "fp32", **settings: Any) -> Scorer:
         **settings,
     )
     model = BertForSequenceClassification(config).eval()
-    return Scorer(model, word_tokenizer(), head="mse", max_length=64, precision=precision)
+    return Scorer(model, word_tokenizer(), ScorerConfig(head="mse", max_length=64), precision=precision)
 
 
 def distilled(**options: Any) -> Scorer:
@@ -57,7 +57,7 @@ def distilled(**options: Any) -> Scorer:
         vocab_size=21, dim=32, n_layers=2, n_heads=4, hidden_dim=64, num_labels=1, pad_token_id=2, initializer_range=0.3
     )
     model = DistilBertForSequenceClassification(config).eval()
-    return Scorer(model, word_tokenizer(), head="bce", max_length=64, **options)
+    return Scorer(model, word_tokenizer(), ScorerConfig(head="bce", max_length=64), **options)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

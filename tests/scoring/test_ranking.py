@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cappy.scoring import Scorer
+from cappy.scoring.config import ChosenPrecision
 from cappy.scoring.encoding import Encoded
-from cappy.scoring.precision import Chosen
 
 RESPONSES = ["cat", "red bird", "the dog sat on the mat", "two"]
 
@@ -18,7 +18,7 @@ RESPONSES = ["cat", "red bird", "the dog sat on the mat", "two"]
 def given(scorer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scorer]:
     """given([27.3, 30.2]) -> a scorer that answers these logits to `RESPONSES`, by the length of a pair."""
 
-    def make(logits: Sequence[float], precision: Chosen = "fp32") -> Scorer:
+    def make(logits: Sequence[float], precision: ChosenPrecision = "fp32") -> Scorer:
         scorer = Scorer.load(str(scorer_folder), device="cpu", precision=precision)
         lengths = [len(pair.ids) for pair in scorer.encoder.encode([("x", text) for text in RESPONSES[: len(logits)]])]
         assert len(set(lengths)) == len(lengths)
@@ -58,7 +58,7 @@ def test_a5_equal_logits_keep_the_first(given: Callable[..., Scorer]) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a5_real_weights_far_above_0_rank_as_they_do_near_it(precision: Chosen, scorer_folder: Path) -> None:
+def test_a5_real_weights_far_above_0_rank_as_they_do_near_it(precision: ChosenPrecision, scorer_folder: Path) -> None:
     near, far = (Scorer.load(str(scorer_folder), device="cpu", precision=precision) for _ in range(2))
     far.model.classifier.out_proj.bias.data += 50
     assert [index for index, _ in far.rank("x", RESPONSES)] == [index for index, _ in near.rank("x", RESPONSES)]

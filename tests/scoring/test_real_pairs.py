@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from cappy.scoring import Scorer
+from cappy.scoring.config import ScorerConfig
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
 LENGTH = 512
@@ -45,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = RobertaForSequenceClassification(config).eval()
     target = tmp_path_factory.mktemp("real") / "scorer"
-    Scorer(model, tokenizer, head="bce", max_length=LENGTH).save(target)
+    Scorer(model, tokenizer, ScorerConfig(head="bce", max_length=LENGTH)).save(target)
     return target
 
 

@@ -16,6 +16,7 @@ from cappy.errors import ConfigError, FolderError
 from cappy.records import Candidate, Instance, write
 from cappy.records.folder import describe_files, read_manifest, write_manifest
 from cappy.scoring import Scorer
+from cappy.scoring.config import ScorerConfig
 from cappy.training import finetuning, pretraining
 
 WORDS = "cat dog bird mat tree blue red one two three".split()
@@ -193,7 +194,7 @@ def test_a6_a_folder_that_changed_since_it_was_loaded_in_bf16_is_not_saved(
 
 def test_a6_a_scorer_made_in_bf16_without_a_folder_is_not_saved(tmp_path: Path) -> None:
     exact = Scorer.load("builtin", device="cpu", precision="fp32")
-    low = Scorer(exact.model, exact.tokenizer, head="bce", max_length=64, precision="bf16")
+    low = Scorer(exact.model, exact.tokenizer, ScorerConfig(head="bce", max_length=64), precision="bf16")
     with pytest.raises(ConfigError, match="bf16.*precision fp32"):
         low.save(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()

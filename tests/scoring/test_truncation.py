@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from cappy.errors import FolderError
 from cappy.scoring import Scorer
+from cappy.scoring.config import ScorerConfig
 from cappy.scoring.encoding import PairEncoder
 
 
@@ -31,7 +32,9 @@ def test_a_folder_keeps_its_truncation_and_scores_long_pairs_as_cross_encoder_th
     from sentence_transformers import CrossEncoder
 
     usual = Scorer.load(str(make_scorer(head="mse", max_length=16)), precision="fp32")
-    published = Scorer(usual.model, usual.tokenizer, head="mse", max_length=16, truncation="longest_first")
+    published = Scorer(
+        usual.model, usual.tokenizer, ScorerConfig(head="mse", max_length=16, truncation="longest_first")
+    )
     published.save(tmp_path / "published")
     pairs = [("one " + "cat " * 30 + "two", "blue bird"), ("one", "red " * 30), ("cat " * 20, "red " * 20)]
     peer = CrossEncoder(str(tmp_path / "published"), device="cpu", max_length=16)

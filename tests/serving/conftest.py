@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from scoring_function import FakeEngine, model, until_ready
 
 from serving.app import Options, create_app
-from serving.models import Models
+from serving.engine import Models
 
 
 @pytest.fixture

@@ -13,12 +13,14 @@ from gateway_server import gateway
 from scoring_function import FakeEngine
 from starlette.responses import Response
 from starlette.types import Message
+from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError
 from serving.app import Options
-from serving.browsers import BrowserGuard, Hosts, hosts_of, read_hosts
+from serving.config import ServeConfig, hosts_of_environment
 from serving.dialects import DIALECTS
 from serving.gateway.app import Access, create_app
+from serving.guards import BrowserGuard, Hosts, hosts_of
 
 Serve = Callable[..., TestClient]
 PAIR = '{"pairs": [["a", "b"]]}'
@@ -65,7 +67,7 @@ def test_a_body_that_a_page_may_send_without_asking_is_415_in_every_dialects_sha
         path = dialect.paths[0].format(model="cappy")
         answer = client.post(path, content=PAIR, headers={} if kind is None else {"content-type": kind})
         assert answer.status_code == 415, dialect.name
-        assert sentence(answer.json()).endswith("send it with the header Content-Type: application/json")
+        assert "Content-Type: application/json" in sentence(answer.json())
         assert set(dialect.refuse(415, "")) <= set(answer.json())
     assert len(engine.batches) == probes
 
@@ -121,7 +123,7 @@ def test_pages_of_other_origins_are_403_before_anything_is_done(
     asks += [chat.get(path, headers=headers) for path in ("/", "/health", "/ready", "/metrics", "/v1/models")]
     for answer in asks:
         assert answer.status_code == 403, answer.request.url
-        assert "may not ask this service; its owner may let it: --allow-origin" in sentence(answer.json())
+        assert "--allow-origin" in sentence(answer.json())
         assert "access-control-allow-origin" not in answer.headers
     assert (len(engine.batches), model.asked) == (probes, [])
 
@@ -180,7 +182,7 @@ def test_on_this_machine_alone_a_name_that_somebody_points_here_is_421_for_every
         for path in ("/", "/health", "/ready", "/about", "/v1/models", "/nowhere"):
             answer = client.get(path, headers={"host": f"{name}:8080"})
             assert answer.status_code == 421, path
-            assert f"does not answer to the name '{name}'" in sentence(answer.json())
+            assert_names(sentence(answer.json()), f"'{name}'", "--allowed-hosts")
         path = "/score" if client is clients[0] else "/v1/chat/completions"
         headers = {"host": name, **JSON_TYPE}
         assert client.post(path, content=PAIR, headers=headers).status_code == 421
@@ -232,7 +234,7 @@ def test_the_address_that_is_listened_on_decides() -> None:
 @pytest.mark.parametrize("host", ["", "a b", "user@testserver", "testserver:80:80", "testserver:x", "[::1", "a/b", "é"])
 def test_a_host_header_that_is_none_is_400(serve: Serve, host: str) -> None:
     answer = serve().get("/health", headers=[(b"host", host.encode("latin-1"))])
-    assert (answer.status_code, "one Host header" in answer.text) == (400, True)
+    assert (answer.status_code, "Host header" in answer.text) == (400, True)
 
 
 @pytest.mark.parametrize(
@@ -268,10 +270,10 @@ def test_two_host_headers_are_400(serve: Serve) -> None:
 
 
 def test_names_come_from_the_flag_or_the_environment_and_what_is_no_name_is_one_line() -> None:
-    assert read_hosts([], "a.example, *.b.example") == ["a.example", "*.b.example"]
-    assert read_hosts(["c.example"], "a.example") == ["c.example"]
+    assert hosts_of_environment({"CAPPY_ALLOWED_HOSTS": "a.example, *.b.example"}) == ("a.example", "*.b.example")
+    assert ServeConfig(allowed_hosts=("c.example, d.example",)).hosts == ["c.example", "d.example"]
     for name in ("https://a.example", "a.example:80", "a*.example", "a b"):
-        with pytest.raises(ConfigError, match="^--allowed-hosts .*: is no name of a host; give a name without a port"):
-            read_hosts([name], "")
+        with raises_naming(ConfigError, f"--allowed-hosts '{name}'", "*.example"):
+            ServeConfig(allowed_hosts=(name,))
     with pytest.raises(ConfigError, match="^CAPPY_ALLOWED_HOSTS"):
-        read_hosts([], "a/b")
+        hosts_of_environment({"CAPPY_ALLOWED_HOSTS": "a/b"})

@@ -15,9 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serving.connections import KEEP_ALIVE_SECONDS, PRESSED_SECONDS, Connections
-from serving.protocol import MAX_SMALL_PARTS
-from serving.repeats import ACCESS, WRITTEN, RepeatFilter
+from serving.connections import KEEP_ALIVE_SECONDS, MAX_SMALL_PARTS, PRESSED_SECONDS, Connections
+from serving.listener import ACCESS, REPEATS_WRITTEN, RepeatFilter
 
 FILES = 300
 PROGRAM = """
@@ -26,11 +25,11 @@ from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[3]), int(sys.argv[3])))
 sys.path.insert(0, sys.argv[1])
 from scoring_function import FakeEngine, model
-from serving import connections, protocol, server
-from serving.app import Options
+from serving import connections, server
+from serving.config import ServeConfig
 
 kind = sys.argv[2]
-protocol.READ_SECONDS = 1.0
+connections.READ_SECONDS = 1.0
 connections.PRESSED_SECONDS = 1
 if kind == "few":
     connections.FEWEST, connections.MAX_CONNECTIONS = 4, 4
@@ -39,7 +38,7 @@ if kind == "gateway":
     main(["gateway", "--upstream", "http://127.0.0.1:9/v1", "--scorer", "builtin", "--port", "0"])
 engine = FakeEngine(score=lambda pair: float(len(pair[1])), delay=6.0 if kind == "few" else 0.0)
 pem = Path(sys.argv[4]) if len(sys.argv) > 4 else None
-server.serve(lambda: model(engine), server.Address(port=0, certificate=pem, key=pem), Options())
+server.serve(lambda: model(engine), ServeConfig(port=0, tls_certificate=pem, tls_key=pem))
 """
 FAKES = str(Path(__file__).parents[1] / "fakes")
 Start = Callable[..., tuple[str, int, Path]]
@@ -124,7 +123,7 @@ def test_where_every_connection_has_a_request_a_new_one_is_503_and_is_served_onc
         with connect(host, port) as new:
             answer = new.recv(65_536)
             assert answer.startswith(b"HTTP/1.1 503")
-            assert b"no room for another connection; ask again later" in answer
+            assert b"no room" in answer
             assert closed(new, 60)
         for connection in busy:
             assert connection.recv(65_536).startswith(b"HTTP/1.1 200"), "those that had one are answered"
@@ -252,17 +251,17 @@ def test_of_the_same_line_a_few_are_written_and_the_rest_are_counted(
 ) -> None:
     logger, lines = log
     now = [1000.0]
-    monkeypatch.setattr("serving.repeats.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("serving.listener.time.monotonic", lambda: now[0])
     for number in range(100):
         logger.error("no file for %s", number)
         logging.getLogger(ACCESS).info("{}")
     assert lines.count("{}") == 100, "the access log is whole"
-    assert [line for line in lines if line != "{}"] == [f"no file for {number}" for number in range(WRITTEN)]
+    assert [line for line in lines if line != "{}"] == [f"no file for {number}" for number in range(REPEATS_WRITTEN)]
     logger.error("something else")
     assert lines[-1] == "something else"
     now[0] += 11
     logging.getLogger(ACCESS).info("{}")
-    assert "tested: 95 more like this were left out: no file for %s" in lines
+    assert [line for line in lines if re.match("tested: 95 .*: no file for %s$", line)]
     logger.error("no file for %s", "the next")
     assert lines[-1] == "no file for the next"
 
@@ -273,7 +272,7 @@ def test_lines_that_are_all_different_do_not_fill_the_memory_of_the_filter(
     logger, lines = log
     for number in range(5000):
         logger.error(f"line {number}")
-    assert len(lines) <= 1000 + WRITTEN
+    assert len(lines) <= 1000 + REPEATS_WRITTEN
 
 
 def test_clients_that_never_finish_their_handshake_keep_nobody_out(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_running_service_follows_the_alias_of_a_real_registry(
             client.set_registered_model_alias("cappy", "champion", str(number))
 
     promote(1)
-    command = [sys.executable, "-m", "serving", "--port", "0", "--follow", "0.2", "--notice", "0"]
+    command = [sys.executable, "-m", "serving", "--port", "0", "--follow-seconds", "0.2", "--notice", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None

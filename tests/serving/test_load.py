@@ -20,7 +20,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from scoring_function import FakeEngine, model
 from serving import server
-from serving.app import Options
+from serving.config import ServeConfig
 from serving.following import Follower
 
 def version(name, shift):
@@ -34,9 +34,7 @@ class Restless(Follower):
 
 server.serve(
     lambda: version("even", 0.0),
-    server.Address(port=0, notice_seconds=3.0),
-    Options(max_queued_tokens=4000),
-    batch_tokens=400,
+    ServeConfig(port=0, notice=3.0, max_queued_tokens=4000, batch_tokens=400),
     follow=lambda models: Restless(models=models, alias="models:/cappy@champion", find=None, load=None),
 )
 """

@@ -16,10 +16,13 @@ from shutil import which
 
 import httpx
 import pytest
+from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError
-from serving.keys import read_keys
-from serving.server import Address, bound, run
+from serving.config import ServeConfig
+from serving.guards import read_keys
+from serving.listener import bound
+from serving.server import run
 
 PROGRAM = """
 import sys
@@ -27,10 +30,10 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from scoring_function import FakeEngine, model
 from cappy.errors import CappyError
-from serving import server
-from serving.app import Options
+from serving import connections, server
+from serving.config import ServeConfig
 
-server.PunctualProtocol.__init__.__globals__["HEAD_SECONDS"] = 0.5
+connections.HEAD_SECONDS = 0.5
 kind, *tls = sys.argv[2:]
 
 def score(pair):
@@ -41,9 +44,13 @@ certificate, key = map(Path, tls) if tls else (None, None)
 try:
     server.serve(
         lambda: model(engine, version="0123456789ab"),
-        server.Address(port=0, certificate=certificate, key=key, notice_seconds=2.0 if kind == "slow" else 0.1),
-        Options(batch_tokens=3 if kind == "slow" else 2048),
-        batch_tokens=3 if kind == "slow" else 0,
+        ServeConfig(
+            port=0,
+            tls_certificate=certificate,
+            tls_key=key,
+            notice=2.0 if kind == "slow" else 0.1,
+            batch_tokens=3 if kind == "slow" else 0,
+        ),
     )
 except CappyError as error:
     sys.exit(f"cappy serve: {error}")
@@ -114,7 +121,7 @@ def test_after_sigterm_it_is_not_ready_answers_those_who_still_come_and_ends_wit
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     ready = httpx.get(f"{address}/ready")
-    assert (ready.status_code, ready.json()["reason"]) == (503, "the service was told to end")
+    assert (ready.status_code, "end" in ready.json()["reason"]) == (503, True)
     assert ready.headers["Connection"] == "close"
     late = httpx.post(f"{address}/score", json={"pairs": [["a", "b"]]}, timeout=30)
     assert (late.status_code, late.json()["scores"]) == (200, [1.0]), "a balancer may not have looked elsewhere yet"
@@ -176,7 +183,7 @@ def test_a_scorer_that_fails_its_probe_ends_the_process_with_one_line(start: Sta
     process, _ = start("damaged")
     _, log = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert "cappy serve: the scorer answers [nan] to stored pairs; its weights are damaged" in log
+    assert re.search(r"^cappy serve: .*\[nan\].*weights", log, re.MULTILINE)
     assert "Traceback" not in log
 
 
@@ -194,10 +201,10 @@ def test_with_a_certificate_it_speaks_https(start: Start, tmp_path: Path) -> Non
 
 def test_a_certificate_without_its_key_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "c.pem").write_text("")
-    with pytest.raises(ConfigError, match="--tls-certificate and --tls-key: give both or none"):
-        run("no/such/folder", Address(port=0, certificate=tmp_path / "c.pem"))
-    with pytest.raises(ConfigError, match="--tls-key .*: no such file; give one in PEM form"):
-        run("no/such/folder", Address(port=0, certificate=tmp_path / "c.pem", key=tmp_path / "k.pem"))
+    with raises_naming(ConfigError, "--tls-certificate and --tls-key"):
+        run(ServeConfig(scorer="no/such/folder", port=0, tls_certificate=tmp_path / "c.pem"))
+    with raises_naming(ConfigError, f"--tls-key {tmp_path}/k.pem", "PEM"):
+        run(ServeConfig(scorer="no/such/folder", tls_certificate=tmp_path / "c.pem", tls_key=tmp_path / "k.pem"))
 
 
 @pytest.mark.parametrize("passphrase", [False, True])
@@ -211,26 +218,20 @@ def test_a_certificate_that_is_none_or_a_key_that_asks_for_a_passphrase_is_refus
     command = ["openssl", "req", *words, *protection, "-keyout", str(key), "-out", str(certificate)]
     subprocess.run(command, check=True, capture_output=True)
     given = (certificate, key) if passphrase else (key, certificate)
-    address = Address(port=0, certificate=given[0], key=given[1])
-    with pytest.raises(
-        ConfigError, match="--tls-certificate .*: cannot be used with --tls-key .*without a passphrase$"
-    ):
-        run("no/such/folder", address)
+    config = ServeConfig(scorer="no/such/folder", port=0, tls_certificate=given[0], tls_key=given[1])
+    with raises_naming(ConfigError, f"--tls-certificate {given[0]}", f"--tls-key {given[1]}", "passphrase"):
+        run(config)
 
 
 def test_a_port_in_use_is_said_in_one_line_before_the_scorer_is_looked_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError) as error:
-            run("no/such/folder", Address(port=port))
-    assert str(error.value) == (
-        f"127.0.0.1:{port}: is in use by another process; stop it or choose another --port (0: any free one)"
-    )
+        with raises_naming(ConfigError, f"127.0.0.1:{port}: ", "in use", "--port"):
+            run(ServeConfig(scorer="no/such/folder", port=port))
 
 
 def test_an_address_of_another_machine_is_said_in_one_line() -> None:
-    refusal = pytest.raises(ConfigError, match=r"^192\.0\.2\.1:0: is no address of this machine .*; try --host 127")
-    with refusal, bound("192.0.2.1", 0):
+    with raises_naming(ConfigError, "192.0.2.1:0: ", "--host 127.0.0.1"), bound("192.0.2.1", 0):
         pass
 
 
@@ -248,7 +249,7 @@ def test_keys_come_from_a_file_or_the_environment_and_short_ones_are_refused(
     monkeypatch.setenv("CAPPY_API_KEYS", " , ")
     with pytest.raises(ConfigError, match="CAPPY_API_KEYS: holds no key"):
         read_keys(None)
-    for text, said in (("\n", "holds no key"), ("short\n", "an API key is shorter than 8 characters")):
+    for text, said in (("\n", "holds no key"), ("short\n", "API key is shorter than 8 ")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=said):
             read_keys(path)
@@ -263,4 +264,4 @@ def test_what_no_browser_sends_as_its_origin_is_refused(origin: str, capsys: pyt
     with pytest.raises(SystemExit) as ended:
         main(["serve", "--scorer", "no/such/folder", "--allow-origin", origin])
     assert ended.value.code == 1
-    assert f"--allow-origin {origin}: is no origin; give one such as https://app.example" in capsys.readouterr().err
+    assert_names(capsys.readouterr().err, f"--allow-origin {origin}: ", "https://app.example")

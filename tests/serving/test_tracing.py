@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_server import Model, serving
 from fastapi.testclient import TestClient
+from gateway_server import gateway, scoring
 from local_server import handled_by
 from scoring_function import FakeEngine, model, until_ready
+from wording import assert_names
 
+from serving.access import Tracing, start_tracing
 from serving.app import create_app
-from serving.models import Models
-from serving.tracing import Tracing, tracing
+from serving.engine import Models
+from serving.gateway.app import create_app as create_gateway_app
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -73,7 +77,7 @@ def test_each_request_of_a_dialect_is_a_span_that_continues_its_clients_trace(re
             raise RuntimeError
         return 0.5
 
-    found = tracing()
+    found = start_tracing()
     assert found is not None
     started = time.time_ns()
     with TestClient(create_app(Models(model(FakeEngine(score=score, delay=0.05))), tracing=found)) as client:
@@ -81,10 +85,13 @@ def test_each_request_of_a_dialect_is_a_span_that_continues_its_clients_trace(re
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-Id": "mine-1"}
         client.post("/score", json={"pairs": [["secret", "b"], ["secret", "bc"]]}, headers=headers)
         client.post("/v2/rerank", json={"query": "secret"})
-        client.post("/score", json={"pairs": [["bad", "b"]]})
+        client.post("/score?secret=secret", json={"pairs": [["bad", "b"]]}, headers={"User-Agent": "secret"})
+        client.post("/v1/models/secret:predict", json={"instances": [["secret", "b"]]})
     assert {(path, own["service.name"]) for path, own, _ in received} == {("/v1/traces", "cappy")}
     spans = [span for _, _, span in received]
-    assert [span.name for span in spans] == ["POST score", "POST cohere", "POST score"], "probes and pages have none"
+    names = [span.name for span in spans]
+    routes = ["/score", "/v2/rerank", "/score", "/v1/models/{model}:predict"]
+    assert names == [f"POST {route}" for route in routes], "probes and pages have none"
     first = spans[0]
     assert (first.trace_id.hex(), first.parent_span_id.hex()) == (TRACE, PARENT)
     assert spans[1].trace_id.hex() != TRACE
@@ -95,13 +102,44 @@ def test_each_request_of_a_dialect_is_a_span_that_continues_its_clients_trace(re
     assert told == {
         "http.request.method": "POST",
         "http.response.status_code": 200,
+        "http.route": "/score",
         "cappy.dialect": "score",
         "cappy.pairs": 2,
         "cappy.tokens": 17,
         "cappy.version": "abc",
         "cappy.request_id": "mine-1",
     }
-    assert [attributes(span)["http.response.status_code"] for span in spans] == [200, 400, 500]
+    assert [attributes(span)["http.response.status_code"] for span in spans] == [200, 400, 500, 404]
+    assert [span.status.code for span in spans] == [0, 0, 2, 0]
+    assert b"secret" not in b"".join(span.SerializeToString() for span in spans)
+
+
+@needs_exporter
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_chat_of_the_gateway_is_a_span_whatever_becomes_of_it(received: list[Any], stream: bool) -> None:
+    def score(response: str) -> float:
+        if broken:
+            raise RuntimeError(f"no score for {response} secret")
+        return 0.5
+
+    broken, found = False, start_tracing()
+    body = {"model": "m", "messages": [{"role": "user", "content": "secret"}], "stream": stream}
+    with serving(Model()) as upstream:
+        made = create_gateway_app(gateway(upstream, scoring=scoring(score)), tracing=found)
+        with TestClient(made, raise_server_exceptions=False) as client:
+            headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-Id": "mine-1"}
+            client.post("/v1/chat/completions", json=body, headers=headers)
+            client.get("/health")
+            client.post("/v1/chat/completions", json={})
+            broken = True
+            client.post("/v1/chat/completions", json={**body, "stream": False})
+    spans = [span for _, _, span in received]
+    assert [span.name for span in spans] == ["POST /v1/chat/completions"] * 3
+    assert (spans[0].trace_id.hex(), spans[0].parent_span_id.hex()) == (TRACE, PARENT)
+    known = [attributes(span) for span in spans]
+    assert [one["cappy.outcome"] for one in known] == ["answered", "error", "error"]
+    assert (known[0]["cappy.request_id"], known[0]["cappy.sampled"], known[0]["cappy.calls"]) == ("mine-1", 4, 1)
+    assert [one["http.response.status_code"] for one in known] == [200, 400, 500]
     assert [span.status.code for span in spans] == [0, 0, 2]
     assert b"secret" not in b"".join(span.SerializeToString() for span in spans)
 
@@ -123,23 +161,23 @@ def test_a_collector_that_is_away_keeps_no_answer_waiting(monkeypatch: pytest.Mo
     ],
 )
 def test_where_nobody_takes_spans_there_are_none(variables: dict[str, str]) -> None:
-    assert tracing(variables) is None
+    assert start_tracing(variables) is None
 
 
 def test_without_the_extra_a_line_says_how_to_install_it_and_the_service_goes_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    assert tracing({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}) is None
+    assert start_tracing({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}) is None
     (line,) = [record.getMessage() for record in caplog.records if record.name == "serving"]
-    assert line.startswith("requests are not traced: opentelemetry.exporter")
-    assert line.endswith("is not installed; install the otel extra: pip install -e '.[otel]'")
+    assert_names(line, "opentelemetry.exporter", "pip install -e '.[otel]'")
 
 
 def test_unless_it_is_asked_for_nothing_of_opentelemetry_is_loaded() -> None:
     program = (
-        "import json, sys, serving.server; from serving.tracing import tracing; assert tracing({}) is None;"
-        "print(json.dumps([name for name in sys.modules if name.startswith('opentelemetry.exporter')]))"
+        "import json, sys, serving.server; from serving.access import start_tracing; assert start_tracing({}) is None;"
+        "found = [name for name in sys.modules if name.startswith('opentelemetry')];"
+        "print(json.dumps([name for name in found if 'exporter' in name or 'instrumentation' in name]))"
     )
     root = str(Path(__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)

@@ -66,11 +66,11 @@ class NeededParameterError(Exception):
 class Capabilities:
     """What the model behind an endpoint takes, learned from what it refuses; several threads may learn at once.
 
-    A list of models would be out of date before it is read; a refusal costs nothing and is asked for once. What changes
-    no distribution (`n`, `seed`, `logprobs`) is left out once it is refused. A parameter that does (`KNOBS`) is left out
-    only where its value changes nothing, such as top_p 1: greedy decoding without its temperature 0 would be sampling.
-    Of knobs that are refused together the neutral ones go; one that is refused by name and needed is asked for once
-    more without the others, since some servers name only one of two that they do not take together.
+    A list of models would be out of date before it is read; a refusal costs nothing and is asked for once. What
+    changes no distribution (`n`, `seed`, `logprobs`) is left out once it is refused. A parameter that does (`KNOBS`) is
+    left out only where its value changes nothing, such as top_p 1: greedy decoding without its temperature 0 would be
+    sampling. Of knobs that are refused together the neutral ones go; one that is refused by name and needed is asked
+    for once more without the others, since some servers name only one of two that they do not take together.
     """
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from scoring_function import model, until_ready
 
 from serving.app import create_app
 from serving.dialects import DIALECTS
-from serving.models import Models
+from serving.engine import Models
 
 Serve = Callable[..., TestClient]
 Body = dict[str, Any]

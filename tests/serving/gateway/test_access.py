@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from gateway_server import gateway
 
 from serving.gateway.app import Access, create_app
-from serving.keys import Keys
+from serving.guards import Keys
 
 OURS, LLMS = "our-own-canary-key", "sk-llm-canary"
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
@@ -72,4 +72,4 @@ def test_the_keys_come_from_the_variable_for_the_gateway_too(
     monkeypatch.setenv("CAPPY_API_KEYS", "short")
     with pytest.raises(SystemExit):
         main(["gateway", "--upstream", "http://127.0.0.1:9/v1", "--scorer", "builtin", "--port", "0"])
-    assert "an API key is shorter than 8 characters" in capsys.readouterr().err
+    assert "API key is shorter than 8 " in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import socket
 import threading
 import time
@@ -17,9 +18,9 @@ from chat_server import Model, serving
 from fault_proxy import Weather, proxying
 from gateway_server import gateway, listening
 from local_server import handled_by
+from wording import assert_names
 
-from serving.gateway.ledger import Limits
-from serving.gateway.policy import Policy
+from serving.gateway.config import Policy, SpendingLimits
 
 CANARY = "sk-canary-4f1d9a"
 ONE_BY_ONE = {"refused": ("n",)}
@@ -44,23 +45,23 @@ def ask(url: str, text: str = "hello", key: str = CANARY, **more: object) -> htt
         ("429-later", 429, "the LLM answered 429: try again"),
         ("500", 500, "the LLM answered 500: try again"),
         ("503", 503, "the LLM answered 503: try again"),
-        ("hang-up", 502, "the LLM broke off its answer"),
-        ("mid-body", 502, "the LLM broke off its answer"),
-        ("malformed", 502, "the LLM answered what is no completion: the body is no JSON"),
-        ("html", 502, "the LLM answered what is no completion: the body is no JSON"),
-        ("no-choices", 502, "the LLM answered what is no completion: the body has no choices"),
-        ("stall", 504, "the LLM gave no candidate within 0.9 s"),
+        ("hang-up", 502, "the LLM broke off"),
+        ("mid-body", 502, "the LLM broke off"),
+        ("malformed", 502, "the LLM .*JSON"),
+        ("html", 502, "the LLM .*JSON"),
+        ("no-choices", 502, "the LLM .*no choices"),
+        ("stall", 504, "the LLM .*0.9 s.*--max-seconds"),
     ],
 )
 def test_a_fault_of_the_server_is_told_under_its_status_in_openais_shape(fault: str, status: int, words: str) -> None:
     weather = Weather(faults=[fault], rate=1.0, stall=2.0, later=7.0)
-    limits = Limits(seconds=1.0 if fault == "stall" else 30.0)
+    limits = SpendingLimits(max_seconds=1.0 if fault == "stall" else 30.0)
     with behind(weather, Model(), limits=limits) as url:
         answer = ask(url)
     assert answer.status_code == status
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"].startswith(words)
+    assert re.match(words, error["message"])
     assert answer.headers.get("retry-after") == ("7.0" if fault == "429-later" else None)
 
 
@@ -109,13 +110,13 @@ def test_a_refusal_keeps_its_status_and_code(word: str, status: int, code: str) 
     with serving(Model()) as upstream, listening(gateway(upstream)) as url:
         answer = ask(url, word)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-    assert answer.json()["error"]["message"].startswith(f"the LLM answered {status}: ")
+    assert_names(answer.json()["error"]["message"], "the LLM", str(status))
     assert ("not this gateway" in answer.text) == (status == 401)
 
 
 def test_a_parameter_that_the_client_asked_for_and_the_model_refuses_is_not_dropped() -> None:
     model = Model(refused=("temperature", "max_tokens"))
-    with serving(model) as upstream, listening(gateway(upstream, limits=Limits(tokens=100))) as url:
+    with serving(model) as upstream, listening(gateway(upstream, limits=SpendingLimits(max_tokens=100))) as url:
         own = ask(url)
         before = len(model.asked)
         refused = ask(url, temperature=0.5)
@@ -192,4 +193,4 @@ def test_a_server_that_is_not_there_is_502_and_one_that_hangs_is_504() -> None:
         absent = ask(url)
         assert time.monotonic() - started < 5
     assert (absent.status_code, absent.json()["error"]["code"]) == (502, "upstream_unreachable")
-    assert "check that it runs" in absent.json()["error"]["message"]
+    assert "reached" in absent.json()["error"]["message"]

@@ -15,14 +15,16 @@ from chat_server import Model, serving
 from gateway_server import gateway, listening
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wording import raises_naming
 
-from cappy import annotation, preparation
+from cappy.annotation import step as annotation
 from cappy.errors import FolderError, RecordError
+from cappy.preparation import step as preparation
 from cappy.records import Candidate, Instance, read, read_manifest
 from cappy.records.folder import verify
+from serving.gateway.appendable_dataset import Answer, AppendableDataset
+from serving.gateway.config import Policy
 from serving.gateway.feedback import FeedbackLog
-from serving.gateway.policy import Policy
-from serving.gateway.shelf import Answer, Shelf
 
 
 @contextlib.contextmanager
@@ -65,7 +67,7 @@ def test_what_is_not_rated_can_be_scored_and_not_learnt_from(tmp_path: Path) -> 
     config = annotation.AnnotationConfig(
         source=tmp_path / "answers", target=tmp_path / "labels", work=tmp_path / "work"
     )
-    with pytest.raises(RecordError, match="has no reference to compare with"):
+    with pytest.raises(RecordError, match="reference"):
         annotation.run(config)
     assert not (tmp_path / "rated/manifest.json").exists()
 
@@ -156,10 +158,10 @@ def test_an_answer_is_given_where_the_disk_refuses_to_keep_it(
     def full(*_: object) -> None:
         raise FolderError("no room left on the disk")
 
-    monkeypatch.setattr(Shelf, "put", full)
+    monkeypatch.setattr(AppendableDataset, "put", full)
     with kept(tmp_path) as url:
         assert "choices" in ask(url, "hello")
-    assert "an answer was not kept" in caplog.text
+    assert "feedback: no room left on the disk" in caplog.text
 
 
 def row(number: int, text: str = "x") -> Answer:
@@ -188,7 +190,7 @@ def test_a_shelf_holds_the_last_row_of_each_id_whatever_happens_between(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, str, str]]
 ) -> None:
     folder = tmp_path_factory.mktemp("shelf")
-    shelf, expected = Shelf(folder, part_rows=3), {}
+    shelf, expected = AppendableDataset(folder, part_rows=3), {}
     for number, text, step in steps:
         if step == "put":
             shelf.put(row(number, text))
@@ -198,7 +200,7 @@ def test_a_shelf_holds_the_last_row_of_each_id_whatever_happens_between(
             assert rows_on_disk(folder) == expected
         else:
             shelf.close()
-            shelf = Shelf(folder, part_rows=3)
+            shelf = AppendableDataset(folder, part_rows=3)
         assert len(shelf._open) < 3
         for identity, text in expected.items():
             found = shelf.get(identity)
@@ -210,7 +212,7 @@ def test_a_shelf_holds_the_last_row_of_each_id_whatever_happens_between(
 
 
 def test_a_row_that_changes_in_a_closed_part_leaves_the_others_as_they_are(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, part_rows=3)
+    shelf = AppendableDataset(tmp_path, part_rows=3)
     for number in range(4):
         shelf.put(row(number))
     shelf.put(row(1, "new"))
@@ -221,7 +223,7 @@ def test_a_row_that_changes_in_a_closed_part_leaves_the_others_as_they_are(tmp_p
 def test_an_answer_is_looked_for_without_reading_parts_that_do_not_hold_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shelf = Shelf(tmp_path, part_rows=3)
+    shelf = AppendableDataset(tmp_path, part_rows=3)
     for number in range(30):
         shelf.put(row(number))
     shelf.get("id-none")
@@ -241,7 +243,7 @@ def test_an_answer_is_looked_for_without_reading_parts_that_do_not_hold_it(
 
 
 def test_what_users_wrote_fills_a_part_references_too(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, part_characters=1000)
+    shelf = AppendableDataset(tmp_path, part_characters=1000)
     for number in range(4):
         shelf.put(dataclasses.replace(row(number), references=("r" * 600,)))
     assert len(shelf._open) < 2
@@ -249,7 +251,7 @@ def test_what_users_wrote_fills_a_part_references_too(tmp_path: Path) -> None:
 
 
 def test_a_row_that_is_put_again_counts_once(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, part_characters=1000)
+    shelf = AppendableDataset(tmp_path, part_characters=1000)
     for _ in range(4):
         shelf.put(dataclasses.replace(row(0), references=("r" * 600,)))
     assert len(shelf._open) == 1
@@ -259,7 +261,7 @@ def test_a_row_that_is_put_again_counts_once(tmp_path: Path) -> None:
 def _die_while_writing(folder: Path, step: int) -> None:
     from cappy.records import folder as records
 
-    shelf = Shelf(folder, part_rows=3)
+    shelf = AppendableDataset(folder, part_rows=3)
     replaced = 0
     replace = Path.replace
 
@@ -284,7 +286,7 @@ def test_a_crash_at_any_moment_leaves_a_whole_folder(tmp_path: Path, step: int) 
     assert process.exitcode == 9
     before = rows_on_disk(tmp_path)
     assert len(before) == step // 2
-    shelf = Shelf(tmp_path, part_rows=3)
+    shelf = AppendableDataset(tmp_path, part_rows=3)
     shelf.put(row(100))
     shelf.close()
     assert rows_on_disk(tmp_path) == before | {"id-100": "x"}
@@ -293,11 +295,11 @@ def test_a_crash_at_any_moment_leaves_a_whole_folder(tmp_path: Path, step: int) 
 
 
 def test_one_folder_is_of_one_gateway(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
-    with pytest.raises(FolderError, match="another gateway writes there; give each a folder of its own"):
-        Shelf(tmp_path)
+    shelf = AppendableDataset(tmp_path)
+    with raises_naming(FolderError, str(tmp_path), "another gateway"):
+        AppendableDataset(tmp_path)
     shelf.close()
-    Shelf(tmp_path).close()
+    AppendableDataset(tmp_path).close()
 
 
 def test_an_answer_has_the_columns_of_an_instance() -> None:

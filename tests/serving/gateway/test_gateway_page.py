@@ -5,9 +5,8 @@ from chat_server import Model, serving
 from chromium import launched, needs_chromium
 from gateway_server import gateway, listening
 
-from serving.gateway.llm import LLM
-from serving.gateway.policy import Policy
-from serving.gateway.upstream import Upstream
+from serving.gateway.config import Policy
+from serving.gateway.upstream import LLM, Upstream
 
 
 @needs_chromium

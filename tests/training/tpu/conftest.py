@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from cappy.builtin import SCORER_FOLDER
 from cappy.scoring import Scorer
+from cappy.scoring.config import ScorerConfig
 
 Load = Callable[..., Scorer]
 
@@ -32,7 +33,9 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_labels=1,
         initializer_range=0.3,
     )
-    Scorer(BertForSequenceClassification(config).eval(), tokenizer, head="bce", max_length=64).save(folder)
+    Scorer(BertForSequenceClassification(config).eval(), tokenizer, ScorerConfig(head="bce", max_length=64)).save(
+        folder
+    )
     return folder
 
 

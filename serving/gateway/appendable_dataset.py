@@ -46,7 +46,7 @@ class Answer:
     choices: tuple[str, ...] = ()
 
 
-class Shelf:
+class AppendableDataset:
     """Rows by id under a manifest; of one process alone. FolderError where another process holds the folder."""
 
     def __init__(self, folder: Path, *, part_rows: int = PART_ROWS, part_characters: int = PART_CHARACTERS) -> None:

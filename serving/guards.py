@@ -1,31 +1,35 @@
-"""Protects a service from web pages: checks the Host header, and the origin of requests that a browser sends.
+"""Who may ask a service: clients with a known API key, under an allowed name, and pages of an allowed origin.
 
 A page can send requests to any address that its visitor's machine reaches. The Host header says under which name the
 browser found the service, so that a name which somebody points at 127.0.0.1 (DNS rebinding) is refused; Origin and
 Sec-Fetch-Site say which page asked.
 """
 
+import hmac
 import ipaddress
+import os
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cappy.errors import ConfigError, shown
+from serving.config import ANY
 from serving.refusals import Refusal
 
-VARIABLE = "CAPPY_ALLOWED_HOSTS"
-ANY = "*"
+KEYS_VARIABLE = "CAPPY_API_KEYS"
+SHORTEST_SECRET = 8
 INSIDE = (".svc", ".cluster.local", ".local", ".internal")
 """Suffixes of names that public DNS does not resolve, so an attacker cannot point one at this machine."""
 _NAME = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5}))?"
 _HOST = re.compile(_NAME)
 _ORIGIN = re.compile(f"(https?)://{_NAME}")
-_ALLOWED = re.compile(r"(\*\.)?[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]")
 _PORTS = {"http": "80", "https": "443"}
 Refuse = Callable[[str, Refusal], Response]
 """(path, refusal) -> the answer, in the shape of that path's clients."""
@@ -62,24 +66,6 @@ def hosts_of(listener: socket.socket, allowed: Sequence[str], keys: bool) -> Hos
     """The names to answer to on a socket that is bound."""
     address = _address(str(listener.getsockname()[0]))
     return Hosts(allowed=allowed, loopback=address is not None and _is_loopback(address), keys=keys)
-
-
-def read_hosts(given: Sequence[str], variable: str) -> list[str]:
-    """Names from a flag, or from CAPPY_ALLOWED_HOSTS with commas between; ConfigError where one is no name."""
-    names = [name.strip() for one in given or variable.split(",") for name in one.split(",") if name.strip()]
-    for name in names:
-        if name != ANY and not _ALLOWED.fullmatch(name):
-            source = "--allowed-hosts" if given else VARIABLE
-            remedy = "give a name without a port such as scores.example or *.example, or * for any"
-            raise ConfigError(f"{source} {shown(name)}: is no name of a host; {remedy}")
-    return names
-
-
-def check_origins(origins: Sequence[str]) -> None:
-    """ConfigError where one is not what a browser sends as an origin."""
-    for origin in origins:
-        if origin != ANY and not re.fullmatch(r"https?://[^/\s*]+", origin):
-            raise ConfigError(f"--allow-origin {origin}: is no origin; give one such as https://app.example, or *")
 
 
 class BrowserGuard:
@@ -162,3 +148,73 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 def _is_loopback(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
+
+
+class Keys:
+    """The keys that are known; without any, everybody may ask. Only their digests are kept."""
+
+    def __init__(self, keys: Sequence[str] = ()) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def allow(self, headers: Mapping[str, str]) -> bool:
+        """Whether `Authorization: Bearer KEY` has a known key; a wrong one takes as long as a right one."""
+        if not self._digests:
+            return True
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = _digest(key.strip() if scheme.lower() == "bearer" else "")
+        return bool(sum(hmac.compare_digest(given, known) for known in self._digests))
+
+
+def read_keys(path: Path | None) -> Keys:
+    """Keys from a file, one a line, or from CAPPY_API_KEYS, separated by commas; ConfigError for a short one.
+
+    Lines that begin with # are comments. A file, or a variable that is not empty, that holds no key is refused: who
+    gave it did not want an open service.
+    """
+    if path is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-keys {path}: cannot be read; give a text file with one key a line") from error
+        found = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    else:
+        text = os.environ.get(KEYS_VARIABLE, "")
+        found = text.split(",")
+    keys = [key.strip() for key in found if key.strip()]
+    if path is not None and not keys:
+        raise ConfigError(f"--api-keys {path}: holds no key; write one a line")
+    if text and not keys:
+        raise ConfigError(f"{KEYS_VARIABLE}: holds no key; put keys there, with commas between, or unset it")
+    if any(len(key) < SHORTEST_SECRET for key in keys):
+        raise ConfigError(
+            f"an API key is shorter than {SHORTEST_SECRET} characters; make one with: openssl rand -hex 24"
+        )
+    return Keys(keys)
+
+
+def _digest(key: str) -> bytes:
+    return sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+class KeyGuard:
+    """ASGI middleware: every path but the `open` ones needs a key, where there are keys."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, open_paths: Collection[str], refuse: Refuse) -> None:
+        self._app = app
+        self._keys = keys
+        self._open = frozenset(open_paths)
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self._open or self._keys.allow(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        await self._refuse(scope["path"], unknown_key())(scope, receive, send)
+
+
+def unknown_key() -> Refusal:
+    """What a client without a known key is answered."""
+    return Refusal(401, "no API key that this service knows; send Authorization: Bearer KEY")

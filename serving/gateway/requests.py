@@ -1,18 +1,20 @@
-"""The request for a chat completion: what the gateway must understand of it; all else goes to the LLM as it is."""
+"""The request for a chat completion: what the gateway must understand of it; all else goes to the LLM as it is.
+
+And the instruction that is scored: a conversation as one text.
+"""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.bodies import Bounds
-from serving.gateway.conversation import instruction_of
+from serving.gateway.config import ChatLimits
 from serving.gateway.errors import INVALID, GatewayError
-from serving.refusals import Refusal
-from serving.rules import broken
+from serving.refusals import Refusal, broken
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _CODES = {
@@ -30,9 +32,10 @@ REFUSED = {
     "audio": "sound cannot be scored; ask the LLM directly for it",
 }
 """Parameters that cannot be honoured, and why."""
-MAX_VALUES = 10_000
-"""JSON values of a body: it is written anew for every call of the LLM, and one turn of a conversation has three."""
-BOUNDS = Bounds(max_values=MAX_VALUES, remedy="send a shorter conversation")
+REMEDY = "send a shorter conversation"
+BOUNDS = Bounds(max_values=ChatLimits.max_values, remedy=REMEDY)
+"""A body is written anew for every call of the LLM."""
+_ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 _MAX_DIGITS = 100
 
 
@@ -69,7 +72,7 @@ class ChatRequest:
     `count` is the number of choices wanted, `most_tokens` the client's own limit on a response.
     """
 
-    body: Mapping[str, Any]
+    body: Mapping[str, object]
     instruction: str
     model: str
     count: int
@@ -117,11 +120,11 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _leaves(values: Any) -> tuple[list[str], list[float]]:
+def _leaves(values: object) -> tuple[list[str], list[float]]:
     """All texts and fractions of JSON, names of fields included."""
     texts: list[str] = []
     floats: list[float] = []
-    left = [values]
+    left: list[object] = [values]
     while left:
         one = left.pop()
         if isinstance(one, str):
@@ -168,7 +171,7 @@ def read_request(data: bytes, *, most_choices: int, bounds: Bounds = BOUNDS) -> 
 
 
 def refused(refusal: Refusal) -> GatewayError:
-    """A refusal of the guard of bodies in OpenAI's shape."""
+    """A refusal in OpenAI's shape."""
     headers = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
     kind = "server_error" if refusal.status >= 500 else INVALID
     return GatewayError(refusal.status, refusal.message, kind=kind, code=_CODES.get(refusal.status), headers=headers)
@@ -181,7 +184,52 @@ def _short(instruction: str, most: int) -> str:
     return instruction
 
 
-def invalid(error: ValidationError, body: Mapping[str, Any]) -> GatewayError:
+def invalid(error: ValidationError, body: Mapping[str, object]) -> GatewayError:
     """Names the first field and its rule, and does not repeat what was sent."""
     found = broken(error, body)
     return GatewayError(400, str(found), param=found.field or None)
+
+
+def instruction_of(messages: Sequence[Mapping[str, object]]) -> str:
+    """The text that candidates are scored against; GatewayError 400 where a turn is none that can be scored.
+
+    One user's turn alone is its content as it is, which is what scorers are trained on. Else every turn becomes
+    `Role: content`, one blank line between turns, in their order; `developer` is System, OpenAI's newer word for it.
+    """
+    turns = [(_role(message, index), _content(message, index)) for index, message in enumerate(messages)]
+    if len(turns) == 1 and turns[0][0] == "User":
+        text = turns[0][1]
+    else:
+        text = "\n\n".join(f"{role}: {content}" for role, content in turns)
+    if not any(content.strip() for _, content in turns):
+        raise GatewayError(400, "messages hold no text; give at least one turn a content", param="messages")
+    return text
+
+
+def _role(message: Mapping[str, object], index: int) -> str:
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        known = ", ".join(_ROLES)
+        text = f"messages[{index}].role must be one of {known}: turns of tools cannot be scored; ask the LLM directly"
+        raise GatewayError(400, text, param=f"messages[{index}].role")
+    return _ROLES[role]
+
+
+def _content(message: Mapping[str, object], index: int) -> str:
+    """The text of a turn; the texts of several parts, a line each."""
+    where = f"messages[{index}].content"
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise GatewayError(400, f"{where} must be a text or a list of text parts", param=where)
+    return "\n".join(_part(part, f"{where}[{number}]") for number, part in enumerate(content))
+
+
+def _part(part: object, where: str) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        text = f"{where} is no text part; images, sound and files cannot be scored: ask the LLM directly for them"
+        raise GatewayError(400, text, param=where)
+    if not isinstance(part.get("text"), str):
+        raise GatewayError(400, f"{where}.text must be a text", param=f"{where}.text")
+    return str(part["text"])

@@ -1,0 +1,246 @@
+"""Settings of `cappy serve`, and those that it shares with `cappy gateway`: every field is a flag.
+
+Nothing of the service is imported here, so that wrong usage is found before anything is loaded.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from cappy.config import ADVANCED, settings
+from cappy.errors import ConfigError, shown
+from cappy.scoring import Precision
+
+ANY = "*"
+DEFAULT_SCORER = "models:/cappy@champion"
+FOLLOW_SECONDS = 30.0
+"""Between two looks at an alias, where nothing else is asked for."""
+HOSTS_VARIABLE = "CAPPY_ALLOWED_HOSTS"
+_HOST = re.compile(r"(\*\.)?[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]")
+_ORIGIN = re.compile(r"https?://[^/\s*]+")
+
+Port = Annotated[int, Field(ge=0, le=65535, description="TCP port; 0 takes any free one")]
+
+
+@settings
+class ListenerConfig:
+    """Where a service listens and how it ends; times in seconds.
+
+    After SIGTERM it is not ready but answers for `notice` seconds, so that a balancer can look elsewhere; then it takes
+    no more connections and finishes what it has within `grace` seconds.
+    """
+
+    host: Annotated[str, Field(description="Address to listen on; 0.0.0.0 lets other machines in")] = "127.0.0.1"
+    port: Port = 8080
+    notice: Annotated[
+        float, ADVANCED, Field(ge=0, description="Seconds after SIGTERM in which it is not ready but still answers")
+    ] = 1.0
+    grace: Annotated[
+        int, ADVANCED, Field(ge=1, description="Seconds after that in which what was accepted is finished")
+    ] = 30
+
+
+@settings
+class AccessConfig:
+    """Who may ask: by key, from which pages and under which names."""
+
+    api_keys: Annotated[
+        Path | None,
+        Field(description="File of API keys, one a line; # begins a comment. Without it CAPPY_API_KEYS, by commas"),
+    ] = None
+    allow_origin: Annotated[
+        tuple[str, ...],
+        ADVANCED,
+        Field(description="Origin whose pages may ask from a browser (CORS), * for any"),
+    ] = ()
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        ADVANCED,
+        Field(
+            description="Name that clients may ask for it by (Host header), beside those of its address, * for any. "
+            "Without it CAPPY_ALLOWED_HOSTS, by commas"
+        ),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        for origin in self.allow_origin:
+            if origin != ANY and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(f"--allow-origin {origin}: is no origin; give one such as https://app.example, or *")
+        _check_hosts("--allowed-hosts", self.hosts)
+
+    @property
+    def hosts(self) -> Sequence[str]:
+        """The allowed names; a flag may hold several, with commas between."""
+        return _split(self.allowed_hosts)
+
+
+@settings
+class BodyLimits:
+    """What the body of a request may be, of both services; sizes in megabytes (1e6 bytes) and characters."""
+
+    max_body_mb: Annotated[
+        float, ADVANCED, Field(ge=0.001, description="Largest request body in megabytes; larger ones get status 413")
+    ] = 8.0
+    max_characters: Annotated[
+        int,
+        ADVANCED,
+        Field(ge=1, description="Most characters of a text; a longer one, or a longer conversation, is refused"),
+    ] = 200_000
+    max_text_mb: Annotated[
+        float,
+        ADVANCED,
+        Field(ge=0.001, description="Most megabytes (UTF-8) of all texts of a request; more get status 413"),
+    ] = 2.0
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The largest body."""
+        return round(self.max_body_mb * 1e6)
+
+    @property
+    def max_text_bytes(self) -> int:
+        """Of all texts of a request in UTF-8, equal ones counted once, as they are tokenized."""
+        return round(self.max_text_mb * 1e6)
+
+
+@settings
+class Limits(BodyLimits):
+    """What a request for scores may be; `timeout` counts from its arrival to its answer, and it may ask for less."""
+
+    max_pairs: Annotated[int, ADVANCED, Field(ge=1, description="Most pairs in a request; more get status 413")] = 1024
+    timeout: Annotated[
+        float,
+        ADVANCED,
+        Field(ge=0.1, description="Seconds that a request may take; a longer one gets status 504"),
+    ] = 60.0
+
+
+@settings
+class ServedScorer:
+    """What is served, and how it computes."""
+
+    scorer: Annotated[
+        str,
+        Field(
+            description="Scorer: models:/name@alias, models:/name/version, builtin, a folder, hub:org/name@revision "
+            "or a bucket's folder (gs://); AIP_STORAGE_URI goes before the default"
+        ),
+    ] = DEFAULT_SCORER
+    model_name: Annotated[str, Field(description="Name that clients ask for; the scorer's own if none")] = ""
+    precision: Annotated[
+        Precision,
+        ADVANCED,
+        Field(description="What the encoder runs in; auto is bf16 where the device has instructions for it"),
+    ] = "auto"
+    follow_seconds: Annotated[
+        float | None,
+        ADVANCED,
+        Field(ge=0, description="Seconds between looks at the alias, 30 if none is given; 0 looks once, at the start"),
+    ] = None
+    batch_tokens: Annotated[
+        int,
+        ADVANCED,
+        Field(ge=0, description="Tokens of a batch: fewer answer sooner, more do more; 0: what suits the device"),
+    ] = 0
+    max_queued_tokens: Annotated[
+        int,
+        ADVANCED,
+        Field(ge=0, description="Most tokens that wait before requests get status 429; 0: 32 batches"),
+    ] = 0
+
+    def __post_init__(self) -> None:
+        if self.follow_seconds and not self._is_alias():
+            raise ConfigError(
+                f"--follow-seconds {self.follow_seconds:g}: {shown(self.scorer)} is no alias, so it never moves; "
+                "give models:/name@alias"
+            )
+
+    @property
+    def follow_interval(self) -> float:
+        """Seconds between two looks at the alias, 0 for none."""
+        if self.follow_seconds is not None:
+            return self.follow_seconds
+        return FOLLOW_SECONDS if self._is_alias() else 0.0
+
+    def _is_alias(self) -> bool:
+        if "://" in self.scorer:
+            return False
+        from cappy.specs import parse_spec  # loads pyarrow, which `--help` need not wait for
+
+        spec = parse_spec(self.scorer)
+        return spec.kind == "models" and not spec.revision.isdigit()
+
+
+@settings
+class ServeConfig(Limits, AccessConfig, ListenerConfig, ServedScorer):
+    """How a scorer is served."""
+
+    tls_certificate: Annotated[Path | None, Field(description="Certificate chain (PEM), to serve HTTPS")] = None
+    tls_key: Annotated[Path | None, Field(description="Private key of the certificate (PEM)")] = None
+
+    def __post_init__(self) -> None:
+        ServedScorer.__post_init__(self)
+        AccessConfig.__post_init__(self)
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ConfigError("--tls-certificate and --tls-key: give both or none")
+        for given, flag in ((self.tls_certificate, "--tls-certificate"), (self.tls_key, "--tls-key")):
+            if given is not None and not given.is_file():
+                raise ConfigError(f"{flag} {given}: no such file; give one in PEM form")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What a container's environment says: settings, as far as no flag is given, and further paths to answer at."""
+
+    settings: Mapping[str, object] = field(default_factory=dict)
+    routes: Mapping[str, str] = field(default_factory=dict)
+    """Path -> name of the dialect."""
+    ready_path: str = ""
+    """Answers as /ready does."""
+
+
+def read_environment(variables: Mapping[str, str]) -> Environment:
+    """What AIP_STORAGE_URI, AIP_HTTP_PORT, AIP_PREDICT_ROUTE, AIP_HEALTH_ROUTE and CAPPY_ALLOWED_HOSTS say.
+
+    The first four are Vertex AI's. Where AIP_HTTP_PORT is given, other machines are let in, under any name: the
+    platform's own proxy stands in front. ConfigError names a variable that holds nonsense.
+    """
+    scorer, port = variables.get("AIP_STORAGE_URI", "").rstrip("/"), variables.get("AIP_HTTP_PORT", "")
+    if port and not (port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise ConfigError(f"AIP_HTTP_PORT: {shown(port)} is no port; give 0 to 65535 or none")
+    found: dict[str, Any] = {"scorer": scorer} if scorer else {}
+    if port:
+        found |= {"host": "0.0.0.0", "port": int(port), "allowed_hosts": (ANY,)}  # noqa: S104 (a container's only way to be reached)
+    if hosts := hosts_of_environment(variables):
+        found["allowed_hosts"] = hosts
+    predict, health = _route(variables, "AIP_PREDICT_ROUTE"), _route(variables, "AIP_HEALTH_ROUTE")
+    return Environment(settings=found, routes={predict: "vertex"} if predict else {}, ready_path=health)
+
+
+def hosts_of_environment(variables: Mapping[str, str]) -> tuple[str, ...]:
+    """The names in CAPPY_ALLOWED_HOSTS, with commas between; ConfigError where one is no name."""
+    hosts = _split([variables.get(HOSTS_VARIABLE, "")])
+    _check_hosts(HOSTS_VARIABLE, hosts)
+    return tuple(hosts)
+
+
+def _route(variables: Mapping[str, str], name: str) -> str:
+    route = variables.get(name, "")
+    if route and (not route.startswith("/") or set(route) & set("{}?# ")):
+        raise ConfigError(f"{name}: {shown(route)} is no path; give one such as /predict")
+    return route
+
+
+def _split(values: Iterable[str]) -> list[str]:
+    return [name.strip() for value in values for name in value.split(",") if name.strip()]
+
+
+def _check_hosts(source: str, names: Iterable[str]) -> None:
+    for name in names:
+        if name != ANY and not _HOST.fullmatch(name):
+            remedy = "give a name without a port such as scores.example or *.example, or * for any"
+            raise ConfigError(f"{source} {shown(name)}: is no name of a host; {remedy}")
