@@ -25,8 +25,8 @@ from cappy.progress import Progress
 from cappy.records import Instance, Manifest, read, read_manifest
 from cappy.records.folder import MANIFEST, describe_files, write_bytes
 from cappy.records.work import claim, finish
+from cappy.scorers import scorer_folder
 from cappy.scoring.calibration import CALIBRATION, PROBE, Calibration, Triple
-from cappy.specs import scorer_folder
 from cappy.steps import step_version
 
 if TYPE_CHECKING:

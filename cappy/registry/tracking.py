@@ -13,10 +13,10 @@ from cappy.errors import CappyError
 from cappy.records.folder import MANIFEST
 from cappy.registry.client import connected, experiment_id, metric_key
 from cappy.registry.models import RUN_TAG
+from cappy.runs import PACKAGE, PROGRESS_VARIABLE, StepRecord, read_record
 from cappy.secrets import fill_environment
 from cappy.steps import TRAINING_STEPS
 from cappy.training.meter import TRAINING_LOG, read_curves
-from cappy.worker import PACKAGE, PROGRESS_VARIABLE, StepRecord, read_record
 
 STEP_TAG = "cappy.step"
 PIPELINE = "pipeline"

@@ -11,8 +11,8 @@ import pytest
 from cappy.config import encode
 from cappy.records import Instance, write
 from cappy.registry import track_run
+from cappy.runs import StepRecord, record_path
 from cappy.training.meter import write_log, write_speed
-from cappy.worker import StepRecord, record_path
 
 
 def record(room: Any, step: str, fingerprint: str, run: str, status: str = "done", error: str = "") -> None:

@@ -13,7 +13,7 @@ import pytest
 from cappy import registry
 from cappy.errors import RegistryError, UnreachableError
 from cappy.records import read_manifest
-from cappy.specs import scorer_folder
+from cappy.scorers import scorer_folder
 
 
 def stored(room: Any, number: int = 1) -> Path:
