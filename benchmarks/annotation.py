@@ -42,7 +42,7 @@ STEP = """
 import sys
 from pathlib import Path
 from typing import TypeVar
-from cappy.annotation import AnnotationConfig, run
+from cappy.annotation.step import AnnotationConfig, run
 if __name__ == "__main__":
     source, target, workers = sys.argv[1:]
     folder = Path(target)

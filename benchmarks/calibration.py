@@ -42,14 +42,14 @@ from calibration_texts import (
 )
 from scoring_data import roberta_tokenizer
 
-from cappy.annotation import AnnotationConfig
-from cappy.annotation import run as annotation
+from cappy.annotation.step import AnnotationConfig
+from cappy.annotation.step import run as annotation
 from cappy.builtin.scorer import new_encoder
 from cappy.plan.calibration import DEFAULT, Calibration, read_calibration
 from cappy.plan.costs import HARDWARE, Terms, cost, works
 from cappy.plan.shapes import GENERATORS, SCORERS
-from cappy.preparation import PreparationConfig
-from cappy.preparation import run as preparation
+from cappy.preparation.step import PreparationConfig
+from cappy.preparation.step import run as preparation
 from cappy.records import Instance, write
 from cappy.scoring.encoding import PairEncoder
 from cappy.training.tokenization import open_corpora

@@ -14,8 +14,8 @@ from calibration_texts import builtin_instances
 from scoring_data import scorer_folder
 from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from cappy.annotation import AnnotationConfig
-from cappy.annotation import run as annotation
+from cappy.annotation.step import AnnotationConfig
+from cappy.annotation.step import run as annotation
 from cappy.builtin import LLM_FOLDER
 from cappy.builtin.scorer import new_encoder
 from cappy.builtin.tasks import instances as builtin_tasks

@@ -18,9 +18,9 @@ from cappy.builtin import LLM_FOLDER
 from cappy.builtin.tasks import instances as builtin_tasks
 from cappy.model_folder import open_model_folder
 from cappy.plan.calibration import Texts
-from cappy.preparation import PreparationConfig
-from cappy.preparation import run as preparation
 from cappy.preparation.mixtures import load_mixture, plan
+from cappy.preparation.step import PreparationConfig
+from cappy.preparation.step import run as preparation
 from cappy.records import Candidate, Instance, read
 from cappy.sampling.seq2seq import MAX_INSTRUCTION_TOKENS, Seq2Seq
 from cappy.sampling.strategies import MAX_NEW_TOKENS, strategy

@@ -23,13 +23,13 @@ import numpy as np
 from machine import machine
 from scipy.optimize import isotonic_regression
 
-from cappy.annotation import AnnotationConfig
-from cappy.annotation import run as annotation
+from cappy.annotation.step import AnnotationConfig
+from cappy.annotation.step import run as annotation
 from cappy.evaluation import selectors, threshold
 from cappy.evaluation.calibration import fit, picks, reliability
 from cappy.evaluation.pools import Pool, Vector, collect, score_pools
-from cappy.preparation import PreparationConfig
-from cappy.preparation import run as preparation
+from cappy.preparation.step import PreparationConfig
+from cappy.preparation.step import run as preparation
 from cappy.records import read
 from cappy.scoring import Scorer
 

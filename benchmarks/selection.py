@@ -29,15 +29,15 @@ import torch
 from machine import machine
 from selection_start import minilm, pretrained
 
-from cappy.annotation import AnnotationConfig
-from cappy.annotation import run as annotation
+from cappy.annotation.step import AnnotationConfig
+from cappy.annotation.step import run as annotation
 from cappy.evaluation.findings import Difference, Estimate
 from cappy.evaluation.pools import collect, score_pools
 from cappy.evaluation.rules import rules
 from cappy.evaluation.selectors import pick
 from cappy.evaluation.statistics import compare, estimates
-from cappy.preparation import PreparationConfig
-from cappy.preparation import run as preparation
+from cappy.preparation.step import PreparationConfig
+from cappy.preparation.step import run as preparation
 from cappy.records import read, write
 from cappy.scoring import Scorer
 from cappy.training.finetuning import FinetuningConfig

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from cappy.annotation import AnnotationConfig
-from cappy.annotation import run as annotation
-from cappy.preparation import PreparationConfig
-from cappy.preparation import run as preparation
+from cappy.annotation.step import AnnotationConfig
+from cappy.annotation.step import run as annotation
+from cappy.preparation.step import PreparationConfig
+from cappy.preparation.step import run as preparation
 from cappy.progress import Progress
 from cappy.training.pretraining import PretrainingConfig
 from cappy.training.pretraining import run as pretraining

@@ -24,6 +24,9 @@ LOCATION = "location"
 Location = Annotated[Path, LOCATION]
 """A path that says where something lies and not what is computed: it stays out of manifests and work keys."""
 
+ADVANCED = "advanced"
+"""Marks a setting that few people need: `--help-all` shows its flag, `--help` does not."""
+
 DEFAULT_WORK = Path(".cappy/work")
 Work = Annotated[Path, LOCATION, Field(description="Folder that keeps unfinished and finished work, to resume from")]
 Workers = Annotated[
@@ -31,6 +34,12 @@ Workers = Annotated[
     LOCATION,
     Field(ge=1, le=256, description="Processes that share the work; the result is the same for any number"),
 ]
+
+FRESH = "fresh"
+Fresh = Annotated[
+    str, LOCATION, FRESH, Field(description="Do the work again, whatever an earlier run of the same settings left")
+]
+"""On the command line a flag without a value. The value names the run that asked: its retries continue its own work."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, Field))

@@ -1,209 +1,143 @@
-"""The steps by name, and how an orchestrator's worker starts one."""
+"""The steps: one `StepSpec` each. Everything that needs to know something about a step reads it here.
 
-import fcntl
-import importlib
-import json
-import os
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+To add a step: its spec here, its module (a config class and `run`), its component in `components/`.
+"""
 
-from cappy.config import build, decode, to_values
-from cappy.errors import CappyError, ConfigError
-from cappy.files import open_lock
-from cappy.progress import FileProgress, Progress, silent
-from cappy.records import Manifest
-from cappy.records.folder import write_bytes
-from cappy.redaction import redact, redact_output
-from cappy.secrets import fill_environment
-
-STEPS: Mapping[str, str] = {
-    "preparation": "cappy.preparation",
-    "sampling": "cappy.sampling",
-    "annotation": "cappy.annotation",
-    "scoring": "cappy.scoring.step",
-    "gathering": "cappy.records.gathering",
-    "pretraining": "cappy.training.pretraining",
-    "finetuning": "cappy.training.finetuning",
-    "evaluation": "cappy.evaluation",
-    "registration": "cappy.registry.registration",
-    "promotion": "cappy.registry.promotion",
-    "deployment": "cappy.deployment",
-}
-"""Step -> the module that has its `XConfig` and its `run(config, progress) -> Manifest`."""
-
-PROGRESS_VARIABLE = "CAPPY_PROGRESS"
-"""Environment: folder where a local run's steps write how far they are."""
-PACKAGE = "pipeline.yaml"
-"""The compiled pipeline of a local run, in the same folder."""
-PARENT_VARIABLE = "CAPPY_PARENT"
-"""Environment: file that a local run's parent holds locked for as long as it lives."""
-TIMEOUT_VARIABLE = "CAPPY_TIMEOUT"
-"""Environment: seconds that a step may take; Vertex AI has no such limit for the steps of a pipeline."""
-GRACE_SECONDS = 60.0
-"""How long a step that took too long may write its checkpoint."""
-ORCHESTRATOR: ContextVar[int | None] = ContextVar("orchestrator", default=None)
-"""The process that started this one to do a step, as it was when the step began; None where a person did."""
-ORPHAN_SECONDS = 8.0
-"""What a step whose parent went may take to write a checkpoint or to cancel a job; less than the next run waits."""
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepRecord:
-    """What one execution of a step did; tracking turns it into an MLflow run.
+class StepSpec:
+    """What the command line, the components, the pipelines and the work folder know about one step.
 
-    `fingerprint` names what was asked for, with `-i/N` where a shard of it was, and `run` the pipeline run that
-    executed it: a later run whose step came from the cache finds the record under the same fingerprint with an older
-    run's id.
+    `module` has the config class, named after the step (`SamplingConfig`), and `run(config, progress) -> Manifest`.
+    `version` is part of the key of every piece of work (`cappy.keys`): raise it when the step's results change, and
+    finished work of the version before is not taken for this one's. tests/test_step_versions.py fails where results
+    change under the same version.
+
+    Of the settings, `artifacts` are filled with folders by a pipeline; `parameters` are parameters of the component,
+    each with the name that it has in a pipeline, and all others travel encoded; `outside` name something whose content
+    may change while the text stays: a file, a folder, built-in weights, a registered version.
     """
 
-    step: str
-    fingerprint: str
-    run: str
-    status: str
-    started: float
-    seconds: float
-    config: Mapping[str, Any]
-    target: str
-    manifest_hash: str = ""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    error: str = ""
+    name: str
+    module: str
+    help: str
+    version: int
+    artifacts: tuple[str, ...]
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    outside: tuple[str, ...] = ()
+    sharded: bool = False
+    cached: bool = True
+    trains: bool = False
 
 
-def config_class(step: str) -> type[Any]:
-    """The config class of a step."""
-    found: type[Any] = getattr(importlib.import_module(STEPS[step]), f"{step.capitalize()}Config")
-    return found
+STEP_SPECS: Mapping[str, StepSpec] = {
+    spec.name: spec
+    for spec in (
+        StepSpec(
+            name="preparation",
+            module="cappy.preparation.step",
+            help="Turn sources into instances.",
+            version=1,
+            artifacts=("target",),
+            parameters={"source": "source", "seed": "split_seed"},
+            outside=("source", "templates", "local", "against"),
+        ),
+        StepSpec(
+            name="sampling",
+            module="cappy.sampling.step",
+            help="Let LLMs propose candidates for every instance.",
+            version=1,
+            artifacts=("source", "target"),
+            parameters={"generator": "generator", "strategy": "strategy", "seed": "sampling_seed"},
+            outside=("generator",),
+            sharded=True,
+        ),
+        StepSpec(
+            name="annotation",
+            module="cappy.annotation.step",
+            help="Label every candidate with its correctness, 0 to 1.",
+            version=1,
+            artifacts=("source", "target"),
+            parameters={"metric": "metric"},
+            sharded=True,
+        ),
+        StepSpec(
+            name="scoring",
+            module="cappy.scoring.step",
+            help="Score the candidates of a dataset.",
+            version=1,
+            artifacts=("source", "target"),
+            parameters={"scorer": "scorer"},
+            outside=("scorer",),
+            sharded=True,
+        ),
+        StepSpec(
+            name="gathering",
+            module="cappy.records.gathering",
+            help="Join the folders that shards of a step wrote.",
+            version=1,
+            artifacts=("source", "target"),
+        ),
+        StepSpec(
+            name="pretraining",
+            module="cappy.training.pretraining",
+            help="Train a scorer on labelled candidates of many tasks.",
+            version=1,
+            artifacts=("source", "target"),
+            parameters={"seed": "training_seed"},
+            outside=("encoder",),
+            trains=True,
+        ),
+        StepSpec(
+            name="finetuning",
+            module="cappy.training.finetuning",
+            help="Train a scorer further on one task.",
+            version=1,
+            artifacts=("source", "target"),
+            parameters={"scorer": "scorer", "seed": "training_seed"},
+            outside=("scorer",),
+            trains=True,
+        ),
+        StepSpec(
+            name="evaluation",
+            module="cappy.evaluation.step",
+            help="Compare the scorer with other selectors; write the report.",
+            version=1,
+            artifacts=("source", "scorer", "target"),
+            parameters={"champion": "champion", "metric": "metric"},
+            outside=("champion", "scorer"),
+        ),
+        StepSpec(
+            name="registration",
+            module="cappy.registry.registration",
+            help="Register the scorer in MLflow as the challenger.",
+            version=1,
+            artifacts=("scorer", "report", "target"),
+            parameters={"name": "name"},
+            cached=False,
+        ),
+        StepSpec(
+            name="promotion",
+            module="cappy.registry.promotion",
+            help="Let the gate decide whether the challenger is the champion.",
+            version=1,
+            artifacts=("version", "report", "target"),
+            parameters={"margin": "margin"},
+            cached=False,
+        ),
+        StepSpec(
+            name="deployment",
+            module="cappy.deployment.step",
+            help="Check that the registered version answers; say how to serve.",
+            version=1,
+            artifacts=("version", "report", "target"),
+            cached=False,
+        ),
+    )
+}
+"""Every step by name, in the order of a run."""
 
-
-def runner(step: str) -> Callable[[Any, Progress], Manifest]:
-    """The `run` function of a step."""
-    found: Callable[[Any, Progress], Manifest] = importlib.import_module(STEPS[step]).run
-    return found
-
-
-def record_path(work: Path, fingerprint: str) -> Path:
-    """Where the record of the step with this fingerprint lies."""
-    return work / "records" / f"{fingerprint.replace('/', '-of-')}.json"
-
-
-def progress_path(folder: Path, step: str, fingerprint: str) -> Path:
-    """Where a step of a local run tells how far it is: shards of a step tell it each for itself."""
-    shard = fingerprint.partition("-")[2].replace("/", "-of-")
-    return folder / f"{step}{shard and '-'}{shard}.json"
-
-
-def launch(
-    step: str, settings: str = "", *, fingerprint: str = "", part: str = "", run: str = "", **values: Any
-) -> Manifest:
-    """Runs a step as an orchestrator's worker does: settings decoded, progress to a file, a record of what was done.
-
-    `part` is the shard i/N that this execution does; each leaves a record of its own. A CappyError ends the process
-    with status 1 and its one line on stderr. The process dies with the local run that started it, so that no orphan
-    goes on writing.
-    """
-    ORCHESTRATOR.set(os.getppid())
-    redact_output()
-    die_with_parent()
-    _end_in_time(step)
-    fingerprint = f"{fingerprint}-{part}" if part else fingerprint
-    try:
-        fill_environment()
-        config = build(config_class(step), {**decode(settings), **values})
-        if getattr(config, "dry_run", False):
-            raise ConfigError(f"{step}: --dry-run leaves nothing for the next step; run it as cappy {step} --dry-run")
-    except CappyError as error:
-        sys.stderr.write(f"cappy {step}: {error}\n")
-        raise SystemExit(1) from error
-    started = time.time()
-    outcome: dict[str, Any] = {"status": "failed"}
-    told = to_values(config)
-    try:
-        manifest = runner(step)(config, _progress(step, fingerprint))
-        told |= manifest.config  # What a preset stood for.
-        outcome = {"status": "done", "manifest_hash": manifest.hash, "metrics": dict(manifest.metrics)}
-    except CappyError as error:
-        outcome["error"] = str(error).removeprefix(f"{step}: ")
-        sys.stderr.write(f"cappy {step}: {outcome['error']}\n")
-        raise SystemExit(1) from error
-    except BaseException as error:
-        outcome["error"] = redact(f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        record = StepRecord(
-            step=step,
-            fingerprint=fingerprint,
-            run=run,
-            started=started,
-            seconds=time.time() - started,
-            config=told,
-            target=str(config.target),
-            **outcome,
-        )
-        text = json.dumps(asdict(record), indent=1).encode()
-        try:
-            write_bytes(record_path(config.work, fingerprint or f"{step}-{os.getpid()}"), text)
-        except CappyError as error:
-            sys.stderr.write(f"cappy {step}: {error}\n")
-            raise SystemExit(1) from error
-    return manifest
-
-
-def read_record(work: Path, fingerprint: str) -> StepRecord | None:
-    """The record of the last execution under this fingerprint, or None if there was none."""
-    path = record_path(work, fingerprint)
-    return StepRecord(**json.loads(path.read_text())) if path.is_file() else None
-
-
-def hold_parent_lock(path: Path) -> int:
-    """Locks `path` for the life of this process and returns the descriptor; children wait for the lock to fall."""
-    with open_lock(path) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        return os.dup(file.fileno())
-
-
-def die_with_parent() -> None:
-    """Ends this process when the local run that started it ends, however that went; nothing elsewhere."""
-    path = os.environ.get(PARENT_VARIABLE)
-    if path:
-        threading.Thread(target=_wait_for_parent, args=(path,), daemon=True).start()
-
-
-def _wait_for_parent(path: str) -> None:
-    """Blocks until the parent's lock falls, which the kernel does however the parent ended; then ends this process.
-
-    SIGTERM ends most steps at once; training writes a checkpoint first, or cancels the job that it follows.
-    """
-    with open_lock(Path(path)) as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(ORPHAN_SECONDS)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _end_in_time(step: str) -> None:
-    """Asks this process to end when the step's time is over, as an orchestrator would, and ends it if it does not."""
-    seconds = float(os.environ.get(TIMEOUT_VARIABLE) or 0)
-    if not seconds:
-        return
-
-    def end() -> None:
-        sys.stderr.write(f"cappy {step}: took longer than {seconds:g} seconds; give it more hours in the recipe\n")
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE_SECONDS)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-
-
-def _progress(step: str, fingerprint: str) -> Progress:
-    folder = os.environ.get(PROGRESS_VARIABLE)
-    return FileProgress(progress_path(Path(folder), step, fingerprint)) if folder else silent
+TRAINING_STEPS = tuple(name for name, spec in STEP_SPECS.items() if spec.trains)

@@ -16,7 +16,7 @@ def annotation(
     run: str = "",
 ) -> None:
     """Label every candidate with its similarity to the references, from 0 to 1."""
-    from cappy.steps import launch
+    from cappy.worker import launch
 
     folders = {"source": candidates.path, "target": annotated.path}
     done = launch("annotation", settings, fingerprint=fingerprint, part=part, run=run, metric=metric, **folders)

@@ -15,7 +15,7 @@ def deployment(
     run: str = "",
 ) -> None:
     """Check the registered version against stored scores, and write the command that serves it."""
-    from cappy.steps import launch
+    from cappy.worker import launch
 
     folders = {"version": version.path, "report": report.path, "target": endpoint.path}
     done = launch("deployment", settings, fingerprint=fingerprint, run=run, **folders)

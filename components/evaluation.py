@@ -24,7 +24,7 @@ def evaluation(
     import shutil
     from pathlib import Path
 
-    from cappy.steps import launch
+    from cappy.worker import launch
 
     trained = {"scorer": scorer.path} if scorer is not None else {}
     values: dict[str, Any] = {"champion": champion, "metric": metric, **trained}

@@ -16,7 +16,7 @@ def finetuning(
     run: str = "",
 ) -> None:
     """Train a scorer further on the labelled candidates of one task."""
-    from cappy.steps import launch
+    from cappy.worker import launch
 
     folders = {"source": annotated.path, "target": finetuned.path}
     done = launch("finetuning", settings, fingerprint=fingerprint, run=run, scorer=scorer, seed=seed, **folders)

@@ -16,7 +16,7 @@ def gathering(
     run: str = "",
 ) -> None:
     """Join the folders that the shards of a step wrote, in their order."""
-    from cappy.steps import launch
+    from cappy.worker import launch
 
     folders = {"source": [part.path for part in parts], "target": gathered.path}
     done = launch("gathering", settings, fingerprint=fingerprint, run=run, **folders)

@@ -15,7 +15,7 @@ def preparation(
     run: str = "",
 ) -> None:
     """Turn a source of tasks into instances, split by group for life."""
-    from cappy.steps import launch
+    from cappy.worker import launch
 
     done = launch(
         "preparation", settings, fingerprint=fingerprint, run=run, source=source, seed=seed, target=instances.path

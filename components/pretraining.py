@@ -15,7 +15,7 @@ def pretraining(
     run: str = "",
 ) -> None:
     """Train a scorer on labelled candidates of many tasks."""
-    from cappy.steps import launch
+    from cappy.worker import launch
 
     folders = {"source": annotated.path, "target": pretrained.path}
     done = launch("pretraining", settings, fingerprint=fingerprint, run=run, seed=seed, **folders)

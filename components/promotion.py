@@ -16,7 +16,7 @@ def promotion(
     run: str = "",
 ) -> str:
     """Move the champion's alias if the challenger is proven better; returns promote or hold."""
-    from cappy.steps import launch
+    from cappy.worker import launch
 
     folders = {"version": version.path, "report": report.path, "target": decision.path}
     done = launch("promotion", settings, fingerprint=fingerprint, run=run, margin=margin, **folders)

@@ -16,7 +16,7 @@ def registration(
     run: str = "",
 ) -> None:
     """Register the scorer in MLflow with its model card; a scorer that is registered already stays one version."""
-    from cappy.steps import launch
+    from cappy.worker import launch
 
     folders = {"scorer": scorer.path, "report": report.path, "target": version.path}
     done = launch("registration", settings, fingerprint=fingerprint, run=run, name=name, pipeline_run=run, **folders)

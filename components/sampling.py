@@ -18,7 +18,7 @@ def sampling(
     run: str = "",
 ) -> None:
     """Let one LLM or several propose responses to every instruction, or to those of a part of them, i/N."""
-    from cappy.steps import launch
+    from cappy.worker import launch
 
     changed = {"generator": generator, "strategy": strategy, "shard": part, "seed": seed}
     folders = {"source": instances.path, "target": candidates.path}

@@ -16,7 +16,7 @@ def scoring(
     run: str = "",
 ) -> None:
     """Score the candidates of a dataset, or of a part of it, i/N."""
-    from cappy.steps import launch
+    from cappy.worker import launch
 
     changed = {"scorer": scorer, "shard": part}
     folders = {"source": instances.path, "target": scored.path}

@@ -3,6 +3,8 @@
 Importing this package alone is light: kfp loads with the pipeline that needs it.
 """
 
+from cappy.steps import STEP_SPECS
+
 PIPELINES = {
     "adapt": "pipelines.adapt",
     "pretrain": "pipelines.pretrain",
@@ -27,8 +29,6 @@ STEPS = {
     "batch_score": ("preparation", "scoring"),
 }
 """Pipeline -> its steps, in order; where shards are asked for, `gathering` stands after the last sharded one."""
-SHARDED = ("sampling", "annotation", "scoring")
-"""The steps that are done in shards."""
 MAX_SHARDS = 64
 """Vertex AI collects about a hundred artifacts at most, and Kubeflow slows down with large graphs."""
 
@@ -38,7 +38,7 @@ def steps_of(pipeline: str, shards: int = 1) -> tuple[str, ...]:
     steps = STEPS[pipeline]
     if shards == 1:
         return steps
-    last = max(index for index, step in enumerate(steps) if step in SHARDED)
+    last = max(index for index, step in enumerate(steps) if STEP_SPECS[step].sharded)
     return (*steps[: last + 1], "gathering", *steps[last + 1 :])
 
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cappy.steps import read_record
-from pipelines.fingerprints import SPECS, fingerprints
+from cappy.steps import STEP_SPECS
+from cappy.worker import read_record
+from pipelines.fingerprints import fingerprints
 
 CHAMPION = "champion"
 
@@ -28,7 +29,7 @@ def _numbered(step: str, values: Mapping[str, Any], tracking_uri: str) -> dict[s
 
     return {
         name: resolve(values[name], tracking_uri=tracking_uri).uri
-        for name in SPECS.get(step, ())
+        for name in STEP_SPECS[step].outside
         if isinstance(values.get(name), str) and values[name].startswith("models:/")
     }
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from cappy.errors import ConfigError, shown
-from cappy.steps import ORPHAN_SECONDS
+from cappy.worker import ORPHAN_SECONDS
 from pipelines.profiles import image
 from pipelines.recipe import Recipe
 

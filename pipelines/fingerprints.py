@@ -11,31 +11,8 @@ from typing import Any
 
 from cappy.config import build, code_version, fingerprint, identity
 from cappy.records.folder import MANIFEST, describe_files, sha256_of, verify
-from cappy.steps import config_class
-
-ARTIFACTS: Mapping[str, tuple[str, ...]] = {
-    "preparation": ("target",),
-    "sampling": ("source", "target"),
-    "annotation": ("source", "target"),
-    "scoring": ("source", "target"),
-    "gathering": ("source", "target"),
-    "pretraining": ("source", "target"),
-    "finetuning": ("source", "target"),
-    "evaluation": ("source", "scorer", "target"),
-    "registration": ("scorer", "report", "target"),
-    "promotion": ("version", "report", "target"),
-    "deployment": ("version", "report", "target"),
-}
-"""Step -> the settings that a pipeline fills with folders."""
-SPECS: Mapping[str, tuple[str, ...]] = {
-    "preparation": ("source", "templates", "local", "against"),
-    "sampling": ("generator",),
-    "scoring": ("scorer",),
-    "pretraining": ("encoder",),
-    "finetuning": ("scorer",),
-    "evaluation": ("champion", "scorer"),
-}
-"""Step -> the settings that name something outside: a file, a folder, built-in weights, a registered version."""
+from cappy.steps import STEP_SPECS
+from cappy.worker import config_class
 
 
 def fingerprints(
@@ -64,7 +41,7 @@ def configs(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The config of each step, its folders not yet known; ConfigError if a setting is wrong."""
     found: dict[str, Any] = {}
     for step, values in settings.items():
-        folders: dict[str, Any] = {name: Path("artifact") for name in ARTIFACTS[step]}
+        folders: dict[str, Any] = {name: Path("artifact") for name in STEP_SPECS[step].artifacts}
         if step == "gathering":
             folders["source"] = (Path("artifact"),)
         found[step] = build(config_class(step), {**values, **folders})
@@ -91,7 +68,7 @@ def named(step: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Setting and path or spec of everything outside that the settings of a step name."""
     from cappy.sampling.strategies import FILES
 
-    for name in SPECS.get(step, ()):
+    for name in STEP_SPECS[step].outside if step in STEP_SPECS else ():
         given = values.get(name) or ()
         for text in (given,) if isinstance(given, str | Path) else given:
             yield name, str(text).removeprefix("vllm:")  # Who runs a folder changes nothing of what it holds.

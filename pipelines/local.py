@@ -20,7 +20,7 @@ from cappy.errors import CappyError, ConfigError, shown
 from cappy.files import make_private
 from cappy.records.folder import write_bytes
 from cappy.redaction import has_secret
-from cappy.steps import ORPHAN_SECONDS, PARENT_VARIABLE, PROGRESS_VARIABLE, hold_parent_lock
+from cappy.worker import ORPHAN_SECONDS, PARENT_VARIABLE, PROGRESS_VARIABLE, hold_parent_lock
 from pipelines.board import Board
 from pipelines.clients.local import STATUS
 from pipelines.containers import end_containers

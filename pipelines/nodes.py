@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from pipelines.profiles import TRAINING, image
+from cappy.steps import TRAINING_STEPS
+from pipelines.profiles import image
 from pipelines.recipe import Platform, Recipe
 from pipelines.resources import VERTEX_TYPES, kubernetes_resource
 
@@ -12,7 +13,7 @@ def launchers(recipe: Recipe, platform: Platform) -> dict[str, dict[str, Any]]:
 
     `retries` of the recipe are the job's and those of the step that follows it; so are `hours`, but for a little.
     """
-    spread = [step for step in recipe.steps if step in TRAINING and recipe.needs(step).nodes > 1]
+    spread = [step for step in recipe.steps if step in TRAINING_STEPS and recipe.needs(step).nodes > 1]
     if platform == "kubeflow":
         return {step: _trainjob(recipe, step) for step in spread}
     if platform == "vertex":

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pipelines
+from cappy.steps import STEP_SPECS
 from pipelines.planning import work_of
 from pipelines.profiles import image
 from pipelines.recipe import Platform, Recipe
@@ -35,7 +35,7 @@ def lines(recipe: Recipe) -> list[Line]:
     found = []
     for step in recipe.steps:
         needs = recipe.needs(step)
-        many = recipe.shards if step in pipelines.SHARDED else 1
+        many = recipe.shards if STEP_SPECS[step].sharded else 1
         machines = many * needs.nodes
         units = machines * (needs.count if needs.accelerator != "none" else 1)
         price = recipe.prices.get(needs.accelerator)
@@ -60,7 +60,7 @@ def graph(recipe: Recipe) -> str:
     """The graph in one line."""
     steps = list(recipe.steps)
     if recipe.shards > 1:
-        sharded = [step for step in steps if step in pipelines.SHARDED]
+        sharded = [step for step in steps if STEP_SPECS[step].sharded]
         first = steps.index(sharded[0])
         steps[first : first + len(sharded)] = [f"{recipe.shards} x [{' -> '.join(sharded)}]"]
     return " -> ".join(f"{step} {CONDITION}" if step == "deployment" else step for step in steps)

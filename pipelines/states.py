@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from cappy.progress import State, read_state
-from cappy.steps import StepRecord, progress_path, read_record
+from cappy.steps import STEP_SPECS
+from cappy.worker import StepRecord, progress_path, read_record
 
 Name = Literal["waiting", "running", "cached", "done", "failed", "skipped"]
-NEVER_CACHED = ("registration", "promotion", "deployment")
 
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _START = re.compile(r"Executing task '([a-z-]+)'")
@@ -55,7 +55,7 @@ def observe(
         if state == "waiting" and alive and all(other in ("done", "cached") for other in before):
             state = "running"
         if state == "waiting" and succeeded:
-            state = "skipped" if step in NEVER_CACHED else "cached"
+            state = "cached" if STEP_SPECS[step].cached else "skipped"
         if state == "running" and not alive:
             state = "failed"
         states[step] = _describe(step, state, records[step], told[step])

@@ -10,24 +10,9 @@ import pipelines
 from cappy.config import encode
 from cappy.errors import ConfigError, shown
 from cappy.redaction import has_secret
+from cappy.steps import STEP_SPECS
 from pipelines.champion import resolved
-from pipelines.fingerprints import ARTIFACTS, fingerprints
-
-TYPED: Mapping[str, Mapping[str, str]] = {
-    "preparation": {"source": "source", "seed": "split_seed"},
-    "sampling": {"generator": "generator", "strategy": "strategy", "seed": "sampling_seed"},
-    "annotation": {"metric": "metric"},
-    "scoring": {"scorer": "scorer"},
-    "gathering": {},
-    "pretraining": {"seed": "training_seed"},
-    "finetuning": {"scorer": "scorer", "seed": "training_seed"},
-    "evaluation": {"champion": "champion", "metric": "metric"},
-    "registration": {"name": "name"},
-    "promotion": {"margin": "margin"},
-    "deployment": {},
-}
-"""Step -> the settings that are parameters of its component, each with the pipeline's parameter that brings it; all
-others travel encoded."""
+from pipelines.fingerprints import fingerprints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +86,11 @@ def _without_secret(step: str, values: Mapping[str, Any], address: str) -> Mappi
 def refuse_placed(pipeline: str, steps: Mapping[str, Mapping[str, Any]]) -> None:
     """ConfigError for a setting that the pipeline fills: it would be passed over in silence."""
     for step, values in steps.items():
-        for name in sorted({*ARTIFACTS[step], "work"} & set(values)):
+        for name in sorted({*STEP_SPECS[step].artifacts, "work"} & set(values)):
             # Evaluation's scorer is an artifact in the pipelines that train one, and named in the one that does not.
             if (step, name, pipeline) != ("evaluation", "scorer", "evaluate"):
                 raise ConfigError(f"{step}: --{name} is what the pipeline gives it; leave it out of settings and --set")
-        if step in pipelines.SHARDED and values.get("shard"):
+        if STEP_SPECS[step].sharded and values.get("shard"):
             raise ConfigError(f"{step}: --shard is what the pipeline gives each; say how many: shards, or --shards")
 
 
@@ -116,7 +101,7 @@ def by_shard(found: Mapping[str, str], shards: int) -> dict[str, str]:
     """
     if shards == 1:
         return dict(found)
-    sharded = [step for step in found if step in pipelines.SHARDED]
+    sharded = [step for step in found if STEP_SPECS[step].sharded]
     spread = {f"{step} {shard}": f"{found[step]}-{shard}" for shard in pipelines.shards_of(shards) for step in sharded}
     before = list(found)[: list(found).index(sharded[0])]
     after = [step for step in found if step not in (*before, *sharded)]
@@ -132,11 +117,13 @@ def arguments(
     """The parameters of the pipeline function; shards are told which they are by the pipeline itself."""
     values: dict[str, Any] = {}
     for step, chosen in settings.items():
-        for name, parameter in TYPED[step].items():
+        for name, parameter in STEP_SPECS[step].parameters.items():
             if name in chosen and values.setdefault(parameter, chosen[name]) != chosen[name]:
                 both = f"{shown(values[parameter])} and {shown(chosen[name])}"
                 raise ConfigError(f"{step}: --{name} is one for the whole pipeline, got {both}")
-        values[f"{step}_settings"] = encode({key: chosen[key] for key in chosen if key not in TYPED[step]})
+        values[f"{step}_settings"] = encode(
+            {key: chosen[key] for key in chosen if key not in STEP_SPECS[step].parameters}
+        )
         values[f"{step}_fingerprint"] = found[step]
     given = {name: value for name, value in tracking.items() if value}
     return {**values, "tracking_settings": encode(given), "fingerprints": json.dumps(told)}

@@ -24,8 +24,8 @@ from chat_server import Model, serving
 from foreign_server import Foreign, answering, response
 
 from cappy.config import build
-from cappy.deployment import DeploymentConfig
 from cappy.deployment.kserve import inference_service, text
+from cappy.deployment.step import DeploymentConfig
 from cappy.registry.models import Version
 from pipelines.compile import compiled
 from pipelines.recipe import checked

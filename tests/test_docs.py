@@ -15,7 +15,7 @@ import yaml
 from chromium import launched, needs_chromium
 from documents import PAGES, ROOT, RUNS, Block, blocks
 
-from cappy.sampling import SamplingConfig
+from cappy.sampling.step import SamplingConfig
 from pipelines.recipe import checked
 
 README_RUNS_IT = "the README runs it"

@@ -16,8 +16,8 @@ from cappy.records.work import claim
 from cappy.registry.client import connected
 from cappy.sampling.endpoint.answers import Answer as EndpointAnswer
 from cappy.sampling.endpoint.cache import Cache
-from cappy.steps import hold_parent_lock
 from cappy.training.tokenization import _held
+from cappy.worker import hold_parent_lock
 from pipelines.clients.local import _held as run_is_held
 from serving.gateway.shelf import Answer, Shelf
 

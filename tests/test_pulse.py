@@ -13,7 +13,7 @@ import pytest
 
 from cappy.progress import read_state
 from cappy.records import read
-from cappy.steps import STEPS
+from cappy.steps import STEP_SPECS
 
 pytestmark = [pytest.mark.pulse, pytest.mark.timeout(600)]
 
@@ -113,7 +113,7 @@ def _check_tracking(folder: Path, *runs: str) -> None:
             )
             nested = client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
             steps = {found.info.run_name.split()[0]: found for found in nested}
-            assert set(steps) <= set(STEPS)
+            assert set(steps) <= set(STEP_SPECS)
             assert set(steps) >= {"preparation", "sampling", "annotation", "finetuning", "evaluation", "registration"}
             cached = {name for name, found in steps.items() if found.data.tags.get("cappy.cached") == "true"}
             assert "sampling" in cached, "the second killed run had finished it"

@@ -1,54 +1,8 @@
 """Annotation: every candidate gets its label, Rouge-L against the references."""
 
-from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Annotated, Literal
+from collections.abc import Sequence
 
-from pydantic import Field
-
-from cappy.annotation.metrics import METRICS, load, parse, versions
-from cappy.config import DEFAULT_WORK, Location, Work, Workers, code_version, identity, settings
-from cappy.errors import ConfigError
-from cappy.progress import Progress, silent
-from cappy.records import Instance, Manifest, read_manifest
-from cappy.records.shard import ShardOf, parse_shard, refuse_same
-
-__all__ = ["AnnotationConfig", "rouge_l", "run"]
-
-
-@settings
-class AnnotationConfig:
-    """Labels for the candidates of a folder of instances."""
-
-    source: Annotated[Location, Field(description="Folder of instances with candidates")]
-    target: Annotated[Location, Field(description="Folder to write")]
-    metric: Annotated[
-        str,
-        Field(description=f"Metric that labels an LLM's response, 0 to 1: {', '.join(METRICS)}; or 0.5*ONE+0.5*OTHER"),
-    ] = "rougeL"
-    recipe: Annotated[
-        Literal["default", "paper"],
-        Field(description="paper repeats the published regression set with its quirks; see docs/annotation.md"),
-    ] = "default"
-    mismatches: Annotated[
-        int,
-        Field(ge=0, description="Wrong responses per instance: references of others, label 0; paper: 1 per reference"),
-    ] = 1
-    seed: Annotated[int, Field(description="Seed of the draw of mismatches")] = 0
-    part_rows: Annotated[
-        int,
-        Field(ge=1, description="Instances per part: a killed run continues at one, mismatches are drawn within one"),
-    ] = 512
-    shard: ShardOf = ""
-    workers: Workers = 1
-    work: Work = DEFAULT_WORK
-
-    def __post_init__(self) -> None:
-        parse(self.metric)
-        parse_shard(self.shard)
-        if self.recipe == "paper" and self.mismatches != 1:
-            remedy = "leave --mismatches out, or choose --recipe default"
-            raise ConfigError(f"annotation: --recipe paper draws one mismatch for each reference; {remedy}")
+__all__ = ["rouge_l"]
 
 
 def rouge_l(references: Sequence[str], response: str, *, use_stemmer: bool = True) -> float:
@@ -56,55 +10,3 @@ def rouge_l(references: Sequence[str], response: str, *, use_stemmer: bool = Tru
     from cappy.annotation import rouge
 
     return rouge.rouge_l(references, response, use_stemmer=use_stemmer)
-
-
-def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
-    """Annotates `source` into `target`; a killed run continues where it was."""
-    from cappy.annotation.cautions import cautions
-    from cappy.annotation.labels import count
-    from cappy.records.parts import process_folder
-    from cappy.records.work import claim, finish
-
-    refuse_same(config.source, config.target)
-    parent = read_manifest(config.source)
-    load(config.metric)
-    planted = config.mismatches if config.recipe == "default" else 0
-    with claim(config.work, "annotation", identity(config), [parent.hash]) as folder:
-        parts = process_folder(
-            config.source,
-            folder,
-            partial(_annotated, config=config),
-            rows=parse_shard(config.shard).rows(parent.rows),
-            part_rows=config.part_rows,
-            progress=progress,
-            count=partial(count, name=config.metric, mismatches=planted),
-            workers=config.workers,
-        )
-        metrics = {"instances": parts.rows, "candidates": parts.candidates, **parts.counts}
-        said = cautions(metrics)
-        manifest = Manifest(
-            step="annotation",
-            files=parts.files,
-            config=identity(config),
-            code=code_version(),
-            seed=config.seed,
-            generators=parent.generators,
-            parents=(parent.hash,),
-            metrics=metrics,
-            facts={"metric_versions": versions(config.metric), **({"cautions": said} if said else {})},
-        )
-        return finish(folder, config.target, manifest)
-
-
-def _annotated(part: list[Instance], *, config: AnnotationConfig) -> Iterator[Instance]:
-    """One part's work, in whichever process."""
-    from cappy.annotation.labels import Labelling, annotate
-
-    labelling = Labelling(
-        name=config.metric,
-        metric=load(config.metric),
-        recipe=config.recipe,
-        mismatches=config.mismatches,
-        seed=config.seed,
-    )
-    return annotate(part, labelling)

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from cappy.annotation import AnnotationConfig
-from cappy.annotation import run as annotation
+from cappy.annotation.step import AnnotationConfig
+from cappy.annotation.step import run as annotation
 from cappy.builtin import LLM_FOLDER
-from cappy.preparation import PreparationConfig
-from cappy.preparation import run as preparation
+from cappy.preparation.step import PreparationConfig
+from cappy.preparation.step import run as preparation
 from cappy.progress import Progress, silent
 from cappy.records import Manifest
-from cappy.sampling import SamplingConfig
-from cappy.sampling import run as sampling
+from cappy.sampling.step import SamplingConfig
+from cappy.sampling.step import run as sampling
 from cappy.training.pretraining import PretrainingConfig
 from cappy.training.pretraining import run as pretraining
 

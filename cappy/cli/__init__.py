@@ -12,25 +12,11 @@ from cappy.cli import adapt, convert, doctor, gateway, pipeline, plan, remote, s
 from cappy.cli.jsonlines import reserve_stdin
 from cappy.errors import CappyError
 from cappy.redaction import redact_output
+from cappy.steps import STEP_SPECS
 
 __all__ = ["main"]
 
-STEP_HELP = {
-    "preparation": "Turn sources into instances.",
-    "sampling": "Let LLMs propose candidates for every instance.",
-    "annotation": "Label every candidate with its correctness, 0 to 1.",
-    "scoring": "Score the candidates of a dataset.",
-    "gathering": "Join the folders that shards of a step wrote.",
-    "pretraining": "Train a scorer on labelled candidates of many tasks.",
-    "finetuning": "Train a scorer further on one task.",
-    "evaluation": "Compare the scorer with other selectors; write the report.",
-    "registration": "Register the scorer in MLflow as the challenger.",
-    "promotion": "Let the gate decide whether the challenger is the champion.",
-    "deployment": "Check that the registered version answers; say how to serve.",
-}
-"""What `cappy --help` says of the steps; their flags come from the config class when the verb is asked for."""
-
-RESUMABLE = {*STEP_HELP, "adapt", "pipeline"}
+RESUMABLE = {*STEP_SPECS, "adapt", "pipeline"}
 
 
 class Verbs(TyperGroup):
@@ -38,10 +24,10 @@ class Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """The command of the verb; a step's is made here, because its config class costs half a second to import."""
-        if args and args[0] in STEP_HELP:
+        if args and args[0] in STEP_SPECS:
             from cappy.cli.steps import step_command
 
-            return args[0], step_command(args[0], STEP_HELP[args[0]]), args[1:]
+            return args[0], step_command(args[0]), args[1:]
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -91,8 +77,9 @@ def _listed() -> None:
 
 
 app.command("adapt", short_help="Make a scorer for your task: all steps in a row.")(adapt.adapt)
-for _step, _help in STEP_HELP.items():
-    app.command(_step, help=_help)(_listed)
+for _spec in STEP_SPECS.values():
+    # A step's flags come from its config class when the verb is asked for.
+    app.command(_spec.name, help=_spec.help)(_listed)
 app.command("score", short_help="Score responses, JSON Lines in and out.")(scoring.score)
 app.command("select", short_help="Pick the best of several responses.")(scoring.select)
 app.command("serve", short_help="Serve a scorer over HTTP.")(serve.serve)

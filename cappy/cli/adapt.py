@@ -137,8 +137,8 @@ def generators_for(instances: str, given: Sequence[str], preparation: Mapping[st
     if not Path(instances).exists():
         raise ConfigError(f"{instances}: no such file or folder; --instances is {FORMS}")
     from cappy.config import build
-    from cappy.preparation import PreparationConfig
     from cappy.preparation.sources import open_source
+    from cappy.preparation.step import PreparationConfig
 
     config = build(PreparationConfig, {**preparation, "source": instances, "target": "unused"})
     first = next(open_source(config).rows(), None)

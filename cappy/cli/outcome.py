@@ -10,7 +10,7 @@ from cappy.evaluation import read_report
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST
 from cappy.redaction import has_secret
-from cappy.training.plan import TRAINING_STEPS
+from cappy.steps import TRAINING_STEPS
 
 if TYPE_CHECKING:
     from pipelines.local import Outcome

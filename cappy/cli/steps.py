@@ -18,8 +18,8 @@ from cappy.config import build
 from cappy.errors import ConfigError
 from cappy.progress import Progress
 from cappy.records import Manifest
-from cappy.steps import config_class, runner
-from cappy.training.plan import TRAINING_STEPS
+from cappy.steps import STEP_SPECS, TRAINING_STEPS
+from cappy.worker import config_class, runner
 
 JSON_FLAG = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead of a line.")]
 
@@ -56,9 +56,9 @@ def as_flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def step_command(step: str, text: str) -> Any:
+def step_command(step: str) -> Any:
     """The command of a step."""
-    return make_command(step, text, config_class(step), runner(step), EXTRAS.get(step, ()))
+    return make_command(step, STEP_SPECS[step].help, config_class(step), runner(step), EXTRAS.get(step, ()))
 
 
 def make_command(
@@ -156,8 +156,8 @@ def _plan(values: Mapping[str, Any]) -> bool:
 
 
 def _estimate(values: Mapping[str, Any]) -> bool:
-    from cappy.sampling import SamplingConfig, terms_of
     from cappy.sampling.estimate import describe, estimate
+    from cappy.sampling.step import SamplingConfig, terms_of
 
     # Nothing is written, so any place does.
     config = build(SamplingConfig, {**_settings(values), "target": values["target"] or "nowhere"})

@@ -1,56 +1,21 @@
-"""Evaluation: does the scorer pick better responses than what needs no scorer, and by how much?
-
-`cappy evaluation --source annotated --scorer folder --target report` writes report.json, report.html, report.md,
-table.txt, the plots curve.png, curve.svg, calibration.png and calibration.svg, the map calibration.json that turns
-scores into expected labels, picks.json, which `cappy threshold` reads, and probe.json, a few scored pairs that a
-deployment checks itself against.
-"""
+"""Evaluation: does the scorer pick better responses than what needs no scorer, and by how much?"""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import AfterValidator, Field
-
-from cappy.config import DEFAULT_WORK, Location, Work, settings
 from cappy.errors import FolderError
 from cappy.evaluation.findings import Difference, Estimate
 from cappy.evaluation.report import Report, check_schema
 from cappy.progress import Progress, silent
-from cappy.records import Instance, Manifest, Split, read_manifest
+from cappy.records import Instance, Split, read_manifest
 from cappy.records.folder import verify
 
 if TYPE_CHECKING:
     from cappy.evaluation.pools import Score
 
-__all__ = ["Difference", "Estimate", "EvaluationConfig", "Report", "evaluate", "read_report", "read_values", "run"]
-
-
-def _enough_folds(folds: int) -> int:
-    if folds in (1, 2):
-        raise ValueError("takes 3 or more: one to test, one to hold out, the others to train on; 0 for none")
-    return folds
-
-
-@settings
-class EvaluationConfig:
-    """What a scorer, and the present champion beside it, are worth on held-out instances."""
-
-    source: Annotated[Location, Field(description="Folder of annotated instances")]
-    scorer: Annotated[Location, Field(description="Folder of the scorer to evaluate")]
-    target: Annotated[Location, Field(description="Folder to write the report to")]
-    champion: Annotated[str, Field(description="Spec of the present champion; empty if there is none")] = ""
-    metric: Annotated[str, Field(min_length=1, description="Metric whose labels are reported")] = "rougeL"
-    split: Annotated[Literal["validation", "test"], Field(description="Split that is reported")] = "test"
-    seed: Annotated[int, Field(ge=0, description="Seed of the MBR curve, the examples and the folds")] = 0
-    probe: Annotated[bool, Field(description="Probe the scorer for known weaknesses (scores some pairs again)")] = True
-    folds: Annotated[
-        int,
-        Field(ge=0, le=20, description="Train the scorer's recipe this many times and test every instance; 0 for none"),
-        AfterValidator(_enough_folds),
-    ] = 0
-    work: Work = DEFAULT_WORK
+__all__ = ["Difference", "Estimate", "Report", "evaluate", "read_report", "read_values"]
 
 
 def evaluate(
@@ -102,12 +67,3 @@ def read_values(folder: str | Path, *, checked: bool = False) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     check_schema(values)
     return values
-
-
-def run(config: EvaluationConfig, progress: Progress = silent) -> Manifest:
-    """Evaluates `scorer` (and `champion`) on `source` and writes the report; a killed run keeps the scores it had."""
-    from cappy.evaluation.step import evaluate_folder
-    from cappy.scoring import Scorer
-    from cappy.scoring.training_data import training_data
-
-    return evaluate_folder(config, progress, load=Scorer.load, trained_on=training_data)

@@ -14,17 +14,17 @@ import numpy as np
 
 from cappy.config import build
 from cappy.errors import ConfigError, FolderError
-from cappy.evaluation import EvaluationConfig
 from cappy.evaluation.leaks import TrainedOn, seen_in_training
 from cappy.evaluation.out_of_fold import read_out_of_fold
 from cappy.evaluation.parts import Part, part_of, pools_of
 from cappy.evaluation.pools import AnyScorer
 from cappy.evaluation.remembered import remembered
+from cappy.evaluation.step import EvaluationConfig
 from cappy.preparation import neighbours
 from cappy.progress import Progress
 from cappy.records import Instance, Manifest, Split, prompt_hash, read, write
 from cappy.records.folder import MANIFEST, verify
-from cappy.training.plan import TRAINING_STEPS
+from cappy.steps import TRAINING_STEPS
 
 Load = Callable[[str], AnyScorer]
 """Makes a scorer of a folder."""
@@ -156,9 +156,12 @@ def _without_champion(found: Sequence[Part], why: str) -> tuple[list[Part], dict
 
 def train_fold(step: str, settings: Mapping[str, Any], progress: Progress) -> None:
     """Trains by the step itself; a killed run goes on at its checkpoint."""
-    from cappy.steps import config_class, runner
+    from cappy.training import finetuning, pretraining
 
-    runner(step)(build(config_class(step), settings), progress)
+    if step == "pretraining":
+        pretraining.run(build(pretraining.PretrainingConfig, settings), progress)
+    else:
+        finetuning.run(build(finetuning.FinetuningConfig, settings), progress)
 
 
 def _of_fold(progress: Progress, number: int, count: int) -> Progress:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from cappy.errors import ConfigError
-from cappy.preparation import PreparationConfig
+from cappy.preparation.step import PreparationConfig
 
 Kind = Literal["builtin", "file", "tables", "hub", "records", "bigbench", "templates", "mixture"]
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from cappy.config import fingerprint
 from cappy.errors import ConfigError, RecordError, shown
-from cappy.preparation import PreparationConfig
 from cappy.preparation.files import read_file
 from cappy.preparation.hub import HubDataset, commit_of, parse_hub, read_hub
 from cappy.preparation.mixtures import load_mixture
@@ -19,6 +18,7 @@ from cappy.preparation.mixtures.plan import cap
 from cappy.preparation.prompted import Dataset, Placed, Prompt, Prompts, Table, Tally, distinct_choices
 from cappy.preparation.rows import Rows, Values
 from cappy.preparation.shapes import from_bigbench
+from cappy.preparation.step import PreparationConfig
 from cappy.preparation.templates import LimitError, Rendered, Result, Template, fields, load_templates, render_rows
 from cappy.records.folder import sha256_of
 

@@ -8,7 +8,6 @@ from itertools import chain
 from pathlib import Path
 
 from cappy.errors import ConfigError, FolderError, RecordError, shown
-from cappy.preparation import BUILTIN, PreparationConfig
 from cappy.preparation.applicable import Kind, check_settings
 from cappy.preparation.bigbench import Shares, find_tasks, is_task, read_tasks
 from cappy.preparation.cells import listed
@@ -21,6 +20,7 @@ from cappy.preparation.packing import plain, readable
 from cappy.preparation.prompted import Dataset
 from cappy.preparation.rows import Row, Rows
 from cappy.preparation.shapes import known
+from cappy.preparation.step import BUILTIN, PreparationConfig
 from cappy.preparation.table_folders import find_shards
 from cappy.preparation.tables import read_csv
 from cappy.preparation.unused import Unused

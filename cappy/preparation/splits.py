@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cappy.errors import ConfigError, RecordError, shown
-from cappy.preparation import PreparationConfig
 from cappy.preparation.neighbours import MOST_DROPPED, Rows, left_out_of_training, tied_prompts
 from cappy.preparation.rows import Row, hash64
 from cappy.preparation.sources import Source
+from cappy.preparation.step import PreparationConfig
 from cappy.progress import Progress
 from cappy.records import Instance, prompt_hash
 from cappy.records.instance import SPLITS

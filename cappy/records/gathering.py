@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, code_version, settings
+from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, code_version, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records.folder import File, Manifest, put, read_manifest, verified
@@ -26,6 +26,7 @@ class GatheringConfig:
     ]
     target: Annotated[Location, Field(description="Folder to write")]
     work: Work = DEFAULT_WORK
+    fresh: Fresh = ""
 
 
 def run(config: GatheringConfig, progress: Progress = silent) -> Manifest:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, Location, Work, build, code_version, identity, settings
+from cappy.config import DEFAULT_WORK, Fresh, Location, Work, build, code_version, identity, settings
 from cappy.errors import FolderError, RecordError, shown
 from cappy.evaluation import read_values
 from cappy.progress import Progress, silent
@@ -43,6 +43,7 @@ class PromotionConfig:
     ] = False
     tracking_uri: TrackingUri = ""
     work: Work = DEFAULT_WORK
+    fresh: Fresh = ""
 
 
 def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:

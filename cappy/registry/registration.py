@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, code_version, identity, settings
+from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, code_version, identity, settings
 from cappy.errors import FolderError
 from cappy.evaluation import read_values
 from cappy.model_folder import open_model_folder
@@ -38,6 +38,7 @@ class RegistrationConfig:
     tracking_uri: TrackingUri = ""
     pipeline_run: Annotated[str, LOCATION, Field(description="Id of the pipeline run that this belongs to")] = ""
     work: Work = DEFAULT_WORK
+    fresh: Fresh = ""
 
 
 def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:

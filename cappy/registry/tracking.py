@@ -14,9 +14,9 @@ from cappy.records.folder import MANIFEST
 from cappy.registry.client import connected, experiment_id, metric_key
 from cappy.registry.models import RUN_TAG
 from cappy.secrets import fill_environment
-from cappy.steps import PACKAGE, PROGRESS_VARIABLE, StepRecord, read_record
+from cappy.steps import TRAINING_STEPS
 from cappy.training.curves import TRAINING_LOG, read_curves
-from cappy.training.plan import TRAINING_STEPS
+from cappy.worker import PACKAGE, PROGRESS_VARIABLE, StepRecord, read_record
 
 STEP_TAG = "cappy.step"
 PIPELINE = "pipeline"

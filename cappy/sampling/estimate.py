@@ -12,7 +12,7 @@ from cappy.sampling.strategies import Decoding, share
 from cappy.specs import parse_spec
 
 if TYPE_CHECKING:
-    from cappy.sampling import SamplingConfig
+    from cappy.sampling.step import SamplingConfig
 
 SECONDS_PER_REQUEST = 0.5
 TOKENS_PER_SECOND = 50
@@ -81,9 +81,9 @@ def estimate(config: "SamplingConfig") -> list[Estimate]:
 
     ConfigError for a decoding that an endpoint cannot do, as the run itself would say it.
     """
-    from cappy.sampling import terms_of
     from cappy.sampling.endpoint import Endpoint
     from cappy.sampling.generators import seed_of
+    from cappy.sampling.step import terms_of
 
     manifest = read_manifest(config.source)
     rows = parse_shard(config.shard).rows(manifest.rows)

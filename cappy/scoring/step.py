@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, code_version, identity, settings
+from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, code_version, identity, settings
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
@@ -43,6 +43,7 @@ class ScoringConfig:
     part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 512
     shard: ShardOf = ""
     work: Work = DEFAULT_WORK
+    fresh: Fresh = ""
 
     def __post_init__(self) -> None:
         parse_shard(self.shard)

@@ -21,9 +21,10 @@ from cappy.config import build, code_version, decode
 from cappy.errors import CappyError, ConfigError, shown
 from cappy.progress import FileProgress, LineProgress, Progress, silent
 from cappy.redaction import redact
-from cappy.steps import PROGRESS_VARIABLE, config_class, runner
+from cappy.steps import TRAINING_STEPS
+from cappy.training import finetuning, pretraining
 from cappy.training.launch import CODE_VARIABLE, REPORT_VARIABLE
-from cappy.training.plan import TRAINING_STEPS
+from cappy.worker import PROGRESS_VARIABLE
 
 ATOMIC = 1000
 """Characters of a message: even as escaped JSON within 4,096 bytes or so, which a pipe takes whole from each rank."""
@@ -111,7 +112,9 @@ def _run(arguments: Sequence[str], progress: Progress) -> str:
         remedy = "build both images from one commit"
         raise ConfigError(f"the job's image holds other code than the step that submitted it; {remedy}")
     values = json.loads(text) if text.startswith("{") else decode(text)
-    return runner(step)(build(config_class(step), values), progress).to_json()
+    if step == "pretraining":
+        return pretraining.run(build(pretraining.PretrainingConfig, values), progress).to_json()
+    return finetuning.run(build(finetuning.FinetuningConfig, values), progress).to_json()
 
 
 def _write(report: int, message: Mapping[str, Any]) -> None:

@@ -6,14 +6,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic_core import ArgsKwargs
 
-from cappy.config import DEFAULT_WORK, LOCATION, Location, Work, settings
+from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, settings
 from cappy.errors import ConfigError, shown
 from cappy.records.instance import SOURCES, Source
 from cappy.training.conflicts import refuse_idle
 from cappy.training.paper import with_preset
 from cappy.training.remote.settings import LauncherSettings, refuse_unlaunchable
 
-TRAINING_STEPS = ("pretraining", "finetuning")
 SOURCE_WEIGHT = re.compile(rf"({'|'.join(SOURCES)})=(\d+(?:\.\d+)?)")
 Schedule = Literal["linear", "published"]
 Unit = Literal["instance", "row"]
@@ -90,6 +89,7 @@ class LoopSettings:
     ] = 60.0
     seed: Annotated[int, Field(description="Seed of order, draws and dropout")] = 0
     work: Work = DEFAULT_WORK
+    fresh: Fresh = ""
     checkpoint_updates: Annotated[
         int | None, LOCATION, Field(ge=1, description="Updates between checkpoints, beside those by time")
     ] = None

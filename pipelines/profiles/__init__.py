@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from cappy.errors import ConfigError
+from cappy.steps import TRAINING_STEPS
 from components.component import TRAINER, TRAINER_TPU, WORKER
 from pipelines.dressing import Dress
 from pipelines.recipe import Platform, Recipe, refuse_password
@@ -11,7 +12,6 @@ from pipelines.resources import Resources
 
 BACKOFF = {"backoff_duration": "30s", "backoff_factor": 2.0, "backoff_max_duration": "600s"}
 """Between attempts: a node that went away needs minutes to be replaced."""
-TRAINING = ("pretraining", "finetuning")
 FOLLOWER = ("1", "2Gi")
 """Cores and memory of a step that submits a job and follows it."""
 
@@ -54,13 +54,13 @@ def dress_common(recipe: Recipe, step: str, task: Any, environment: dict[str, st
 def refuse_anywhere(recipe: Recipe, step: str) -> None:
     """ConfigError for what no cluster can do: nodes of a step that does not train, a TPU without JAX."""
     needs, where = recipe.needs(step), f"resources.{step}"
-    if needs.nodes > 1 and step not in TRAINING:
+    if needs.nodes > 1 and step not in TRAINING_STEPS:
         remedy = "give shards for more of them at a time"
         raise ConfigError(f"{where}.nodes: {needs.nodes}: only training spreads over nodes; {remedy}")
     if not needs.accelerator.startswith("tpu-"):
         return
-    if step not in TRAINING or recipe.settings.get(step, {}).get("strategy") != "jax":
-        remedy = f"give settings.{step}.strategy: jax" if step in TRAINING else "give it a GPU or none"
+    if step not in TRAINING_STEPS or recipe.settings.get(step, {}).get("strategy") != "jax":
+        remedy = f"give settings.{step}.strategy: jax" if step in TRAINING_STEPS else "give it a GPU or none"
         raise ConfigError(f"{where}.accelerator: only training by JAX runs on a {needs.accelerator}; {remedy}")
     if needs.nodes > 1:
         raise ConfigError(f"{where}.nodes: {needs.nodes}: training by JAX drives one machine; give nodes: 1")
@@ -71,9 +71,9 @@ def image(recipe: Recipe, step: str) -> str:
     needs = recipe.needs(step)
     if needs.image:
         return needs.image
-    if step in TRAINING and needs.accelerator.startswith("tpu-"):
+    if step in TRAINING_STEPS and needs.accelerator.startswith("tpu-"):
         return recipe.images.get("trainer-tpu") or TRAINER_TPU
-    if step in TRAINING:
+    if step in TRAINING_STEPS:
         return recipe.images.get("trainer") or TRAINER
     return recipe.images.get("worker") or WORKER
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from cappy.annotation import AnnotationConfig, rouge_l, run
+from cappy.annotation import rouge_l
 from cappy.annotation.labels import Labelling, annotate
 from cappy.annotation.metrics import load
 from cappy.annotation.mismatches import NEARLY_RIGHT
 from cappy.annotation.rouge import partly_visible
 from cappy.annotation.rows import Row, regression_rows
+from cappy.annotation.step import AnnotationConfig, run
 from cappy.cli.steps import summary
 from cappy.config import build
 from cappy.errors import ConfigError, RecordError

@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from cappy.annotation import AnnotationConfig, run
 from cappy.annotation.report import DataReport, summarize, to_text, write_page, write_report
 from cappy.annotation.report.columns import COLUMNS, Candidates, Codes, Ints, codes
 from cappy.annotation.report.hashes import Distinct
@@ -30,6 +29,7 @@ from cappy.annotation.report.pools import measured
 from cappy.annotation.report.record import QUANTILES, Pools
 from cappy.annotation.report.text import MOST_ROWS, WIDTH
 from cappy.annotation.rouge import partly_visible
+from cappy.annotation.step import AnnotationConfig, run
 from cappy.errors import ConfigError, FolderError, RecordError
 from cappy.evaluation import evaluate
 from cappy.records import Candidate, Instance, prompt_hash, read, read_batches, write

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cappy.annotation import AnnotationConfig, rouge_l, run
+from cappy.annotation import rouge_l
 from cappy.annotation.matches import exact_match, numeric_match, token_f1
 from cappy.annotation.metrics import METRICS, Pool, load, parse
+from cappy.annotation.step import AnnotationConfig, run
 from cappy.annotation.unicode_rouge import rouge_l as unicode_rouge_l
 from cappy.config import build
 from cappy.errors import ConfigError

@@ -22,7 +22,7 @@ from cappy.errors import ConfigError
 from cappy.evaluation import evaluate
 from cappy.records import Candidate, Instance, Manifest, write
 from cappy.records.folder import describe_files, write_manifest
-from cappy.sampling import SamplingConfig
+from cappy.sampling.step import SamplingConfig
 from pipelines.adapt import plan
 from pipelines.local import Outcome
 

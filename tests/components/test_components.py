@@ -9,9 +9,8 @@ import pytest
 
 import cappy
 import components
-from cappy.steps import STEPS, config_class
-from pipelines.fingerprints import ARTIFACTS
-from pipelines.submission import TYPED
+from cappy.steps import STEP_SPECS
+from cappy.worker import config_class
 
 FOLDER = Path(components.__file__).parent
 SHARED = {"settings", "fingerprint", "part", "run"}
@@ -51,10 +50,10 @@ def artifacts(step: str) -> set[str]:
 
 def test_there_is_one_component_per_step_and_the_exit_step() -> None:
     modules = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "component"}
-    assert modules == {*STEPS, "tracking"}
+    assert modules == {*STEP_SPECS, "tracking"}
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", STEP_SPECS)
 def test_a_component_is_one_call_that_names_its_step(step: str) -> None:
     (call,) = calls(step, "launch")
     assert isinstance(call.args[0], ast.Constant)
@@ -64,11 +63,11 @@ def test_a_component_is_one_call_that_names_its_step(step: str) -> None:
     assert (function(step).end_lineno or 0) - function(step).lineno < 32
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", STEP_SPECS)
 def test_a_components_parameters_are_settings_of_its_config_with_the_same_defaults(step: str) -> None:
     fields = config_class(step).__pydantic_fields__
     typed = {name: each for name, each in signature(step).parameters.items() if name not in artifacts(step) | SHARED}
-    assert set(typed) == set(TYPED[step])
+    assert set(typed) == set(STEP_SPECS[step].parameters)
     assert len(typed) <= 6
     for name, each in typed.items():
         assert name in fields, f"{step} has no setting {name}"
@@ -76,7 +75,7 @@ def test_a_components_parameters_are_settings_of_its_config_with_the_same_defaul
             assert each.default == fields[name].default, f"{step}: {name}"
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", STEP_SPECS)
 def test_a_component_passes_every_setting_that_a_pipeline_fills(step: str) -> None:
     passed = {keyword.arg for call in calls(step, "launch") for keyword in call.keywords if keyword.arg}
     keys = {
@@ -86,9 +85,9 @@ def test_a_component_passes_every_setting_that_a_pipeline_fills(step: str) -> No
         for key in node.keys
         if isinstance(key, ast.Constant)
     }
-    assert {*ARTIFACTS[step], *TYPED[step]} <= {*passed, *keys}
+    assert {*STEP_SPECS[step].artifacts, *STEP_SPECS[step].parameters} <= {*passed, *keys}
     assert {"fingerprint", "run"} <= passed
-    assert set(ARTIFACTS[step]) <= set(config_class(step).__pydantic_fields__)
+    assert set(STEP_SPECS[step].artifacts) <= set(config_class(step).__pydantic_fields__)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)

@@ -10,8 +10,8 @@ from vertex_scenario import version
 
 from cappy.cli import app as commands
 from cappy.config import build
-from cappy.deployment import DeploymentConfig
 from cappy.deployment.kserve import inference_service
+from cappy.deployment.step import DeploymentConfig
 from serving.app import create_app
 from serving.models import Models
 

@@ -9,7 +9,7 @@ import pytest
 from differences import difference
 from wording import raises_naming
 
-from cappy.deployment import TOLERANCES, DeploymentConfig, run
+from cappy.deployment.step import TOLERANCES, DeploymentConfig, run
 from cappy.errors import FolderError
 from cappy.evaluation.report import SCHEMA
 from cappy.records import Manifest, read_manifest

@@ -9,8 +9,8 @@ from vertex_scenario import IMAGE, version
 from wording import raises_naming
 
 from cappy.config import build
-from cappy.deployment import DeploymentConfig
 from cappy.deployment.kserve import inference_service, text
+from cappy.deployment.step import DeploymentConfig
 from cappy.errors import ConfigError
 
 

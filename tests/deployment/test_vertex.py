@@ -13,7 +13,8 @@ from vertex_server import vertex_server
 from wording import raises_naming
 
 from cappy.config import build
-from cappy.deployment import DeploymentConfig, vertex
+from cappy.deployment import vertex
+from cappy.deployment.step import DeploymentConfig
 from cappy.errors import ConfigError
 
 # The SDK warns of its own protobuf and of REST being in preview.

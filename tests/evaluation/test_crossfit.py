@@ -13,12 +13,13 @@ from wording import assert_names, raises_naming
 
 from cappy.config import build
 from cappy.errors import ConfigError, FolderError
-from cappy.evaluation import EvaluationConfig, crossfit, out_of_fold, read_report, run, selectors
+from cappy.evaluation import crossfit, out_of_fold, read_report, selectors
 from cappy.evaluation.leaks import seen_in_training
 from cappy.evaluation.parts import Part
 from cappy.evaluation.pools import Pool, collect
 from cappy.evaluation.protocol import report_of
 from cappy.evaluation.rules import rules
+from cappy.evaluation.step import EvaluationConfig, run
 from cappy.progress import silent
 from cappy.records import Instance, Manifest, prompt_hash, read, write
 from cappy.records.folder import describe_files, write_manifest

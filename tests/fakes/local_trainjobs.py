@@ -123,8 +123,8 @@ def processes(node: str) -> list[psutil.Process]:
 
 
 if __name__ == "__main__":
-    from cappy.steps import launch
     from cappy.training.remote import kubeflow, run
+    from cappy.worker import launch
 
     step, settings, source, target = sys.argv[1:]
     kubeflow.connect = lambda plan: LocalTrainJobs()

@@ -17,7 +17,7 @@ IMAGE = f"registry.example/cappy-serving@sha256:{'a' * 64}"
 def settings(**changed: Any) -> Any:
     """A deployment's settings for Vertex AI."""
     from cappy.config import build
-    from cappy.deployment import DeploymentConfig
+    from cappy.deployment.step import DeploymentConfig
 
     places = {"version": "version", "report": "report", "target": "target", "platform": "vertex", "image": IMAGE}
     cloud = {"project": "my-project", "bucket": "gs://bucket", "machine": "g2-standard-8", "accelerator": "NVIDIA_L4"}

@@ -14,8 +14,8 @@ from manifests import only, rendered
 from vertex_scenario import IMAGE, version
 
 from cappy.config import build
-from cappy.deployment import DeploymentConfig
 from cappy.deployment.kserve import inference_service
+from cappy.deployment.step import DeploymentConfig
 
 ROOT = Path(__file__).parents[2]
 SERVERS = ROOT / ".venv-servers"

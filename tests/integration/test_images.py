@@ -20,11 +20,11 @@ import pytest
 from processes import free_port
 
 import cappy
-from cappy.annotation import AnnotationConfig
-from cappy.annotation import run as annotation
+from cappy.annotation.step import AnnotationConfig
+from cappy.annotation.step import run as annotation
 from cappy.builtin import SCORER_FOLDER
-from cappy.preparation import PreparationConfig
-from cappy.preparation import run as preparation
+from cappy.preparation.step import PreparationConfig
+from cappy.preparation.step import run as preparation
 from cappy.records import read
 from cappy.scoring import Scorer
 from pipelines import STEPS

@@ -88,20 +88,24 @@ PIPELINE = '''
 
     @component()
     def preparation(instances: Output[Dataset], settings: str = "", fingerprint: str = "", run: str = ""):
-        from cappy import steps
+        from dataclasses import replace
 
-        steps.STEPS["preparation"] = "made_rooms"
-        steps.launch("preparation", settings, fingerprint=fingerprint, run=run, target=instances.path)
+        from cappy import worker
+
+        worker.STEP_SPECS["preparation"] = replace(worker.STEP_SPECS["preparation"], module="made_rooms")
+        worker.launch("preparation", settings, fingerprint=fingerprint, run=run, target=instances.path)
 
 
     @component()
     def annotation(candidates: Input[Dataset], annotated: Output[Dataset], settings: str = "", fingerprint: str = "",
                    run: str = ""):
-        from cappy import steps
+        from dataclasses import replace
 
-        steps.STEPS["annotation"] = "made_rooms"
+        from cappy import worker
+
+        worker.STEP_SPECS["annotation"] = replace(worker.STEP_SPECS["annotation"], module="made_rooms")
         folders = {"source": candidates.path, "target": annotated.path}
-        steps.launch("annotation", settings, fingerprint=fingerprint, run=run, **folders)
+        worker.launch("annotation", settings, fingerprint=fingerprint, run=run, **folders)
 
 
     @component()

@@ -11,7 +11,7 @@ import pytest
 
 import pipelines
 import pipelines.adapt
-from cappy.steps import StepRecord, record_path
+from cappy.worker import StepRecord, record_path
 from pipelines.submission import Submission, prepare
 
 

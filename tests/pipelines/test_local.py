@@ -13,7 +13,7 @@ import pytest
 
 from cappy.errors import CappyError, ConfigError
 from cappy.records import read, read_manifest
-from cappy.steps import read_record
+from cappy.worker import read_record
 from pipelines.clients.local import LocalClient
 from pipelines.local import Outcome, execute, run_pipeline
 from pipelines.planning import settings_of

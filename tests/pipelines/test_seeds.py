@@ -11,11 +11,11 @@ import pipelines
 from cappy.config import build, identity
 from cappy.errors import ConfigError
 from cappy.records.work import work_key
-from cappy.steps import config_class
-from pipelines.fingerprints import ARTIFACTS
+from cappy.steps import STEP_SPECS
+from cappy.worker import config_class
 from pipelines.planning import planned, settings_of
 from pipelines.recipe import checked
-from pipelines.submission import TYPED, Submission, prepare
+from pipelines.submission import Submission, prepare
 
 FIRST = {
     "split_seed": "preparation",
@@ -58,7 +58,7 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def reached(submission: Submission, step: str) -> dict[str, Any]:
     """All that an orchestrator gives to a step, which is what its cache looks at."""
-    names = [*TYPED[step].values(), f"{step}_settings", f"{step}_fingerprint"]
+    names = [*STEP_SPECS[step].parameters.values(), f"{step}_settings", f"{step}_fingerprint"]
     return {name: submission.arguments.get(name) for name in names}
 
 
@@ -66,7 +66,9 @@ def keys(name: str, **parameters: Any) -> dict[str, str]:
     """The name of the work of each step, its inputs aside."""
     found = {}
     for step, values in planned(name, {**NEEDED[name], **parameters}, {}).items():
-        config = build(config_class(step), {**values, **{artifact: Path("x") for artifact in ARTIFACTS[step]}})
+        config = build(
+            config_class(step), {**values, **{artifact: Path("x") for artifact in STEP_SPECS[step].artifacts}}
+        )
         found[step] = work_key(step, identity(config))
     return found
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cappy.progress import State
-from cappy.steps import StepRecord, record_path
+from cappy.worker import StepRecord, record_path
 from pipelines.board import told
 from pipelines.states import StepState, log_section, observe
 

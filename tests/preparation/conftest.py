@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cappy.preparation import PreparationConfig, run
+from cappy.preparation.step import PreparationConfig, run
 from cappy.records import Instance, Manifest, read
 
 Prepare = Callable[..., tuple[Manifest, list[Instance]]]

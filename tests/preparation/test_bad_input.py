@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cappy.errors import CappyError, ConfigError, FolderError, RecordError
-from cappy.preparation import PreparationConfig, run
+from cappy.preparation.step import PreparationConfig, run
 from cappy.records import Instance, write
 
 GOOD = {"instruction": "Add.", "reference": "1"}

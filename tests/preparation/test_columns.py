@@ -10,7 +10,7 @@ import pytest
 
 from cappy.config import build
 from cappy.errors import ConfigError, RecordError
-from cappy.preparation import PreparationConfig
+from cappy.preparation.step import PreparationConfig
 from cappy.records import Instance, Manifest
 
 Prepare = Callable[..., tuple[Manifest, list[Instance]]]

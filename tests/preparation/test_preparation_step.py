@@ -18,7 +18,8 @@ import pytest
 
 from cappy.config import build
 from cappy.errors import ConfigError, FolderError, RecordError
-from cappy.preparation import PreparationConfig, neighbours, run
+from cappy.preparation import neighbours
+from cappy.preparation.step import PreparationConfig, run
 from cappy.records import Candidate, Instance, Manifest, prompt_hash, read, write
 
 E2E = Path(__file__).parents[2].parent / "shared/data/candidates/e2e_nlg.jsonl.gz"
@@ -308,7 +309,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path, monkeypatc
 KILLED = """
 import json, os, signal, sys
 from cappy.config import build
-from cappy.preparation import PreparationConfig, run
+from cappy.preparation.step import PreparationConfig, run
 from cappy.records import work
 
 work.code_version = lambda: "the same"

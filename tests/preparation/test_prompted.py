@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cappy.annotation import AnnotationConfig
-from cappy.annotation import run as annotation
+from cappy.annotation.step import AnnotationConfig
+from cappy.annotation.step import run as annotation
 from cappy.errors import ConfigError, FolderError, RecordError
-from cappy.preparation import PreparationConfig, run
 from cappy.preparation.mixed import _sees
 from cappy.preparation.mixtures import cap
+from cappy.preparation.step import PreparationConfig, run
 from cappy.records import Instance, Manifest, prompt_hash, read, write
-from cappy.sampling import SamplingConfig
-from cappy.sampling import run as sampling
+from cappy.sampling.step import SamplingConfig
+from cappy.sampling.step import run as sampling
 
 Prepare = Callable[..., tuple[Manifest, list[Instance]]]
 SHARED = Path(__file__).parents[2].parent / "shared/data"

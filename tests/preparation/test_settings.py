@@ -14,8 +14,9 @@ import pytest
 
 from cappy.config import build
 from cappy.errors import CappyError, ConfigError, RecordError
-from cappy.preparation import PreparationConfig, run, sources
+from cappy.preparation import sources
 from cappy.preparation.applicable import ALWAYS, HEEDED, NAMES
+from cappy.preparation.step import PreparationConfig, run
 from cappy.records import Candidate, Instance, Manifest, read, write
 
 Prepare = Callable[..., tuple[Manifest, list[Instance]]]

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cappy.errors import ConfigError
-from cappy.preparation import PreparationConfig
 from cappy.preparation.rows import Row
 from cappy.preparation.sources import Source
 from cappy.preparation.splits import draw, hash64, place, representatives, survey
+from cappy.preparation.step import PreparationConfig
 from cappy.progress import silent
 from cappy.records import Instance, prompt_hash
 

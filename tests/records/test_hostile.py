@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cappy.errors import FolderError
-from cappy.preparation import PreparationConfig
 from cappy.preparation.sources import open_source
+from cappy.preparation.step import PreparationConfig
 from cappy.records import Instance, Manifest, read, read_manifest, write
 from cappy.records.folder import MAX_MANIFEST_BYTES, describe_files, verify, write_bytes, write_manifest
 

@@ -12,8 +12,8 @@ from wording import assert_names
 from cappy.config import encode
 from cappy.records import Instance, write
 from cappy.registry import track_run
-from cappy.steps import StepRecord, record_path
 from cappy.training.curves import write_log, write_speed
+from cappy.worker import StepRecord, record_path
 
 
 def record(room: Any, step: str, fingerprint: str, run: str, status: str = "done", error: str = "") -> None:

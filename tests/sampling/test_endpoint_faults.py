@@ -11,13 +11,13 @@ from scripted_server import Reply, Script, prompt_of, refusing, saying, scripted
 
 from cappy.errors import ConfigError, GeneratorError
 from cappy.records import Candidate, Instance, Manifest, read, write
-from cappy.sampling import SamplingConfig, run
 from cappy.sampling.cautions import cautions
 from cappy.sampling.endpoint import Endpoint
 from cappy.sampling.endpoint.addresses import base_address, join_path, key_headers
 from cappy.sampling.endpoint.cache import key_of
 from cappy.sampling.endpoint.faults import PROBE, STREAK
 from cappy.sampling.paid import Terms
+from cappy.sampling.step import SamplingConfig, run
 from cappy.sampling.strategies import GREEDY, Decoding
 from cappy.specs import parse_spec
 

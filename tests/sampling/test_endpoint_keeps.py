@@ -18,10 +18,10 @@ from cappy.config import to_values
 from cappy.errors import ConfigError, GeneratorError
 from cappy.progress import FileProgress
 from cappy.records import Instance, read, read_manifest, write
-from cappy.sampling import SamplingConfig, run, terms_of
 from cappy.sampling.endpoint import Endpoint
 from cappy.sampling.endpoint.faults import retry_after
 from cappy.sampling.paid import Terms
+from cappy.sampling.step import SamplingConfig, run, terms_of
 from cappy.sampling.strategies import GREEDY, Decoding
 from cappy.specs import parse_spec
 
@@ -110,7 +110,7 @@ def test_what_was_answered_before_an_end_is_kept(tmp_path: Path) -> None:
 STEP = """
 import sys
 from pathlib import Path
-from cappy.sampling import SamplingConfig, run
+from cappy.sampling.step import SamplingConfig, run
 folder, url = Path(sys.argv[1]), sys.argv[2]
 run(SamplingConfig(source=folder / "in", target=folder / "out", work=folder / "work", strategy="endpoint8",
                    generator=(f"openai:m@{url}",), part_rows=16, concurrency=4))

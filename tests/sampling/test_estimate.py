@@ -9,9 +9,9 @@ from chat_server import Model, serving
 from cappy.errors import ConfigError
 from cappy.progress import FileProgress, read_state
 from cappy.records import Instance, write
-from cappy.sampling import SamplingConfig, run, terms_of
 from cappy.sampling.estimate import SECONDS_PER_REQUEST, TOKENS_PER_SECOND, describe, estimate
 from cappy.sampling.paid import tokens_of
+from cappy.sampling.step import SamplingConfig, run, terms_of
 
 PROMPTS = [f"prompt {i}" for i in range(60)]
 

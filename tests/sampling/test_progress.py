@@ -14,10 +14,11 @@ from cappy.cli.progress_line import PLAIN_SECONDS, ProgressLine
 from cappy.model_folder import open_model_folder
 from cappy.progress import State, describe, silent
 from cappy.records import Instance, write
-from cappy.sampling import SamplingConfig, local, run, telling
+from cappy.sampling import local, telling
 from cappy.sampling.causal import Causal
 from cappy.sampling.local import LocalLLM
 from cappy.sampling.seq2seq import Seq2Seq
+from cappy.sampling.step import SamplingConfig, run
 from cappy.sampling.strategies import GREEDY, strategy
 from cappy.sampling.telling import HEARTBEAT_SECONDS, Telling
 

@@ -16,13 +16,13 @@ from cappy.cli.steps import summary
 from cappy.errors import ConfigError
 from cappy.model_folder import open_model_folder
 from cappy.records import Candidate, Instance, Manifest, read, write
-from cappy.sampling import SamplingConfig, run
 from cappy.sampling.causal import Causal
 from cappy.sampling.decoding import Response
 from cappy.sampling.generators import status_of
 from cappy.sampling.local import LocalLLM
 from cappy.sampling.prompts import end_tokens
 from cappy.sampling.seq2seq import Seq2Seq
+from cappy.sampling.step import SamplingConfig, run
 from cappy.sampling.strategies import GREEDY, strategy
 from cappy.sampling.vllm_generator import VLLM
 

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from cappy.errors import ConfigError
 from cappy.model_folder import open_model_folder
-from cappy.sampling import SamplingConfig
 from cappy.sampling.generators import load_generator
+from cappy.sampling.step import SamplingConfig
 from cappy.sampling.strategies import BEAM4, GREEDY, Decoding, strategy
 from cappy.sampling.vllm_generator import VLLM
 from cappy.specs import parse_spec

@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cappy.errors import ConfigError, RecordError
-from cappy.preparation import PreparationConfig
-from cappy.preparation import run as prepare
+from cappy.preparation.step import PreparationConfig
+from cappy.preparation.step import run as prepare
 from cappy.records import read, read_manifest
 from cappy.records.folder import describe_files, write_manifest
 from cappy.scoring import Scorer
@@ -102,8 +102,8 @@ def test_rows_without_responses_or_references_are_refused_where_they_are_needed(
 
 
 def test_what_was_prepared_to_be_scored_is_not_labelled(instances: Path, tmp_path: Path) -> None:
-    from cappy.annotation import AnnotationConfig
-    from cappy.annotation import run as annotate
+    from cappy.annotation.step import AnnotationConfig
+    from cappy.annotation.step import run as annotate
 
     with pytest.raises(RecordError, match="has no reference to compare with; prepare it with references"):
         annotate(AnnotationConfig(source=instances, target=tmp_path / "c", work=tmp_path / "work"))

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cappy.config import build
-from cappy.evaluation import EvaluationConfig, crossfit
+from cappy.evaluation import crossfit
+from cappy.evaluation.step import EvaluationConfig
 from cappy.progress import silent
 from cappy.records import Instance, read_manifest
 

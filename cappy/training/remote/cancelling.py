@@ -4,8 +4,8 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 
-from cappy.steps import ORCHESTRATOR
 from cappy.training.ending import Ending
+from cappy.worker import ORCHESTRATOR
 
 
 @contextlib.contextmanager

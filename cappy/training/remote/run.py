@@ -20,7 +20,6 @@ from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, disk_errors, publish, verify
 from cappy.records.work import held, work_key
 from cappy.redaction import has_secret, redact
-from cappy.steps import PROGRESS_VARIABLE
 from cappy.training import checkpoint
 from cappy.training.ending import CONTINUES
 from cappy.training.launch import CODE_VARIABLE, DEFECT, UNTOLD
@@ -28,6 +27,7 @@ from cappy.training.plan import TrainingSettings
 from cappy.training.remote.cancelling import cancellation
 from cappy.training.remote.following import CANCEL_SECONDS, Jobs, Surroundings, Terms, follow
 from cappy.training.remote.settings import LauncherSettings
+from cappy.worker import PROGRESS_VARIABLE
 
 POLL_SECONDS = 5.0
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"

@@ -14,10 +14,10 @@ import pytest
 from cappy.config import encode
 from cappy.progress import FileProgress, LineProgress, State, read_state
 from cappy.records import read_manifest
-from cappy.steps import (
+from cappy.steps import STEP_SPECS
+from cappy.worker import (
     PARENT_VARIABLE,
     PROGRESS_VARIABLE,
-    STEPS,
     TIMEOUT_VARIABLE,
     config_class,
     hold_parent_lock,
@@ -38,7 +38,7 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", STEP_SPECS)
 def test_every_step_has_a_config_of_its_name_and_a_run(step: str) -> None:
     assert config_class(step).__name__ == f"{step.capitalize()}Config"
     assert callable(runner(step))
@@ -86,7 +86,7 @@ def test_a_defect_keeps_its_traceback_and_leaves_a_record(
     def broken(config: object, progress: object) -> None:
         raise ZeroDivisionError("by us")
 
-    monkeypatch.setattr("cappy.preparation.run", broken)
+    monkeypatch.setattr("cappy.preparation.step.run", broken)
     with pytest.raises(ZeroDivisionError):
         launch("preparation", fingerprint="f", source=str(source), target=str(tmp_path / "t"), work=str(tmp_path / "w"))
     record = read_record(tmp_path / "w", "f")
@@ -112,7 +112,7 @@ def test_a_launched_step_tells_its_progress_to_a_file(
 PARENT = """
 import os, subprocess, sys
 from pathlib import Path
-from cappy.steps import hold_parent_lock
+from cappy.worker import hold_parent_lock
 hold_parent_lock(Path(sys.argv[1]))
 child = subprocess.Popen([sys.executable, "-c", sys.argv[2], sys.argv[1]])
 print(child.pid, flush=True)
@@ -120,14 +120,14 @@ child.wait()
 """
 CHILD = """
 import os, sys, time
-from cappy import steps
-os.environ[steps.PARENT_VARIABLE] = sys.argv[1]
+from cappy import worker
+os.environ[worker.PARENT_VARIABLE] = sys.argv[1]
 def endless(config, progress):
     from pathlib import Path
     Path(sys.argv[1] + ".started").touch()
     time.sleep(60)
-steps.runner = lambda step: endless
-steps.launch("preparation", target=sys.argv[1] + ".t", work=sys.argv[1] + ".w")
+worker.runner = lambda step: endless
+worker.launch("preparation", target=sys.argv[1] + ".t", work=sys.argv[1] + ".w")
 """
 
 
@@ -263,7 +263,7 @@ def test_shards_of_a_step_leave_a_record_and_progress_each(
 
 
 def test_a_step_that_takes_too_long_is_asked_to_end_and_says_why(tmp_path: Path) -> None:
-    program = "import sys, time\nfrom cappy.steps import _end_in_time\n_end_in_time('sampling')\ntime.sleep(30)"
+    program = "import sys, time\nfrom cappy.worker import _end_in_time\n_end_in_time('sampling')\ntime.sleep(30)"
     environment = {**os.environ, TIMEOUT_VARIABLE: "0.2"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGTERM

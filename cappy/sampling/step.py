@@ -1,0 +1,242 @@
+"""The sampling step: candidates for a folder of instances, from one LLM or several."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, code_version, fingerprint, identity, settings
+from cappy.errors import ConfigError
+from cappy.progress import Progress, silent
+from cappy.records import Instance, Manifest, read_manifest
+from cappy.records.shard import ShardOf, parse_shard, refuse_same
+from cappy.sampling import load_generator
+from cappy.sampling.accounts import accounts, check_failures, failures, taken
+from cappy.sampling.cautions import cautions
+from cappy.sampling.generators import check_strategy
+from cappy.sampling.paid import Api, Terms
+from cappy.sampling.strategies import (
+    MOST_NEW_TOKENS,
+    Decoding,
+    checked,
+    default_length,
+    default_strategy,
+    share,
+    strategy,
+)
+from cappy.specs import parse_spec
+
+if TYPE_CHECKING:
+    from cappy.sampling.generators import Generator
+
+
+@settings
+class SamplingConfig:
+    """Candidates for a folder of instances."""
+
+    source: Annotated[Location, Field(description="Folder of instances")]
+    target: Annotated[Location, Field(description="Folder to write")]
+    generator: Annotated[
+        tuple[str, ...],
+        Field(
+            description="LLM to sample from: builtin, a folder, hub:org/name@revision, vllm:folder, "
+            "openai:model@http://host/v1"
+        ),
+    ] = ()
+    strategy: Annotated[
+        str,
+        Field(
+            description="Which responses to draw: paper17, paper17-leaky, paper-pretrain, sampling8, endpoint8; "
+            "decodings as beam4+topk40x4; or a file of them; left out: endpoint8 for openai: and vllm:, else paper17"
+        ),
+    ] = ""
+    max_new_tokens: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MOST_NEW_TOKENS,
+            description="Longest response in tokens; 0: what the strategy says, else 512 for openai: and 64 for others",
+        ),
+    ] = 0
+    strip_reasoning: Annotated[
+        bool,
+        Field(
+            description="Keep of each response what follows its reasoning (<think>...</think> and other markup) alone"
+        ),
+    ] = False
+    seed: Annotated[int, Field(description="Seed of the draw")] = 0
+    part_rows: Annotated[int, Field(ge=1, description="Instances per part; a killed run continues at a part")] = 64
+    shard: ShardOf = ""
+    work: Work = DEFAULT_WORK
+    fresh: Fresh = ""
+    api: Annotated[Api, Field(description="How an endpoint is asked: chat, or completions for a base model")] = "chat"
+    extra: Annotated[
+        tuple[Literal["top_k", "min_p", "min_tokens"], ...],
+        Field(description="Knobs beyond OpenAI's that the endpoint takes, as vLLM's does: top_k, min_p, min_tokens"),
+    ] = ()
+    logprobs: Annotated[
+        bool, Field(description="Ask an endpoint for log-probabilities, which some of its models refuse")
+    ] = True
+    max_failed: Annotated[
+        float,
+        LOCATION,
+        Field(
+            ge=0,
+            le=1,
+            description="Share of a generator's candidates that may fail, those of one instance always unless it is 0; "
+            "above it the run ends; 1: never",
+        ),
+    ] = 0.1
+    concurrency: Annotated[int, LOCATION, Field(ge=1, le=1024, description="Requests to an endpoint at a time")] = 8
+    requests_per_minute: Annotated[int, LOCATION, Field(ge=0, description="Most requests a minute; 0: no limit")] = 0
+    tokens_per_minute: Annotated[
+        int, LOCATION, Field(ge=0, description="Most tokens a minute, in and out; 0: no limit")
+    ] = 0
+    budget_requests: Annotated[int, LOCATION, Field(ge=0, description="Most requests of this run; 0: no limit")] = 0
+    budget_tokens: Annotated[int, LOCATION, Field(ge=0, description="Most tokens, in and out; 0: no limit")] = 0
+    budget_money: Annotated[float, LOCATION, Field(ge=0, description="Most that answers may cost; 0: no limit")] = 0.0
+    price_input: Annotated[float, LOCATION, Field(ge=0, description="Price of a million tokens of instructions")] = 0.0
+    price_output: Annotated[float, LOCATION, Field(ge=0, description="Price of a million tokens of responses")] = 0.0
+    timeout: Annotated[float, LOCATION, Field(gt=0, description="Seconds that a request may take")] = 120.0
+    retries: Annotated[int, LOCATION, Field(ge=0, le=100, description="Further attempts at a failed request")] = 8
+
+    def __post_init__(self) -> None:
+        check_strategy(self.generator, self.decodings)
+        parse_shard(self.shard)
+        if self.budget_money and not (self.price_input or self.price_output):
+            remedy = "give --price-input and --price-output, per million tokens"
+            raise ConfigError(
+                f"sampling: --budget-money: {self.budget_money:g} cannot be kept without prices; {remedy}"
+            )
+
+    @property
+    def decodings(self) -> tuple[Decoding, ...]:
+        """What is drawn, with the lengths that were asked for; those of one generator alone name its position."""
+        kinds = [parse_spec(text).kind for text in self.generator] or ["path"]
+        each = [self._decodings_of(kind) for kind in kinds]
+        if all(one == each[0] for one in each):
+            return each[0]
+        positioned = [
+            replace(decoding, generator=position)
+            for position, one in enumerate(each)
+            for decoding in share(one, position)
+        ]
+        # A strategy that names more positions than there are generators is refused by `check_strategy`.
+        beyond = [one for one in each[0] if one.generator is not None and one.generator >= len(kinds)]
+        return checked([*positioned, *beyond], "sampling: --strategy")
+
+    def _decodings_of(self, kind: str) -> tuple[Decoding, ...]:
+        """What a generator of this kind would draw."""
+        decodings = strategy(self.strategy or default_strategy(kind), self.max_new_tokens or default_length(kind))
+        if not self.max_new_tokens:
+            return decodings
+        longer = [replace(decoding, max_new_tokens=self.max_new_tokens) for decoding in decodings]
+        return checked(longer, "sampling: --max-new-tokens")
+
+
+def terms_of(config: SamplingConfig, parent: str = "") -> Terms:
+    """The terms of the config's endpoints; the budget is that of one run over the folder whose hash is `parent`.
+
+    Shards share the budget, and neither they nor the size of parts make another run of it.
+    """
+    computed = {name: value for name, value in identity(config).items() if name not in ("shard", "part_rows")}
+    return Terms(
+        api=config.api,
+        extra=config.extra,
+        logprobs=config.logprobs,
+        all_may_fail=config.max_failed >= 1,
+        concurrency=config.concurrency,
+        requests_per_minute=config.requests_per_minute,
+        tokens_per_minute=config.tokens_per_minute,
+        budget_requests=config.budget_requests,
+        budget_tokens=config.budget_tokens,
+        budget_money=config.budget_money,
+        price_input=config.price_input,
+        price_output=config.price_output,
+        timeout=config.timeout,
+        retries=config.retries,
+        folder=config.work / "answers",
+        run=fingerprint("budget", computed, parent)[:24],
+    )
+
+
+def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
+    """Samples for the instances of `source` into `target`; a killed run continues at the first unfinished part.
+
+    Parts with candidates that failed are sampled again by the next run, from answers that are kept where there are any.
+    GeneratorError where more than `max_failed` of a generator's candidates fail.
+
+    Instances with choices need no samples. Without a generator the candidates that came with the instances stand.
+    """
+    refuse_same(config.source, config.target)
+    parent = read_manifest(config.source)
+    terms = terms_of(config, parent.hash)
+    with ExitStack() as opened:
+        generators = [opened.enter_context(closing(load_generator(spec, terms))) for spec in config.generator]
+        for position, generator in enumerate(generators):
+            generator.check(share(config.decodings, position))
+        return _run(config, parent, generators, progress)
+
+
+def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"], progress: Progress) -> Manifest:
+    from cappy.records.parts import process_folder
+    from cappy.records.work import claim, finish
+    from cappy.sampling.candidates import ReasoningReader, sample
+    from cappy.sampling.telling import Telling
+
+    decodings = config.decodings
+    telling = Telling(progress, generators, decodings)
+
+    reasoning = ReasoningReader(strip=config.strip_reasoning)
+    each = {
+        generator.name: sum(one.num_samples for one in share(decodings, position))
+        for position, generator in enumerate(generators)
+    }
+    so_far: Counter[str] = Counter()
+
+    def transform(part: list[Instance]) -> Iterator[Instance]:
+        return sample(part, generators, decodings, seed=config.seed, told=telling.drawn, read=reasoning)
+
+    def count(part: Sequence[Instance]) -> dict[str, int]:
+        counts = taken(part, generators) | failures(part, generators)
+        if generators:
+            counts["reasoning"] = reasoning.counted()
+        so_far.update(counts)
+        check_failures(so_far, config.max_failed, each, parent.rows)
+        return counts
+
+    revisions = {generator.name: generator.revision for generator in generators}
+    # The file of decodings may change while its path stays.
+    stated = identity(config) | {"decodings": [asdict(decoding) for decoding in decodings]}
+    with claim(config.work, "sampling", stated, [parent.hash, *revisions.values()]) as folder, telling:
+        parts = process_folder(
+            config.source,
+            folder,
+            transform,
+            rows=parse_shard(config.shard).rows(parent.rows),
+            part_rows=config.part_rows,
+            progress=telling,
+            count=count,
+            again=lambda counts: counts.get("failed", 0) > 0,
+        )
+        check_failures(parts.counts, config.max_failed, each)
+        metrics, facts = accounts(parts.counts, terms_of(config))
+        if contexts := [found for one in generators if (found := getattr(one, "context", None))]:
+            facts["context"] = min(contexts)
+        if said := cautions(metrics, stated, facts):
+            facts["cautions"] = said
+        manifest = Manifest(
+            step="sampling",
+            files=parts.files,
+            config=stated,
+            code=code_version(),
+            seed=config.seed,
+            generators=revisions,
+            parents=(parent.hash,),
+            metrics={"instances": parts.rows, "candidates": parts.candidates, **metrics},
+            facts=facts,
+        )
+        return finish(folder, config.target, manifest)
