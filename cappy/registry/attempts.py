@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cappy.evaluation import overlap
+from cappy.evaluation.leaks import merged, shared
 from cappy.registry.models import ATTEMPT_TAG, TESTED_TAG, Version
 from cappy.registry.versions import others
 
@@ -16,9 +16,9 @@ def number(client: Any, version: Version, tested_groups: str) -> int:
     A version counts by the share of the groups that it was tested on, so that a row that is added resets nothing; the
     sum is rounded. Versions with the same scorer are one.
     """
-    own = overlap.shared(tested_groups, version.tags.get(TESTED_TAG, ""))
+    own = shared(tested_groups, version.tags.get(TESTED_TAG, ""))
     used = sum(
-        overlap.shared(tested_groups, other.tags.get(TESTED_TAG, ""))
+        shared(tested_groups, other.tags.get(TESTED_TAG, ""))
         for other in others(client, version)
         if other.manifest_hash != version.manifest_hash and (other.number < version.number or own < _SAME_TEST)
     )
@@ -27,7 +27,7 @@ def number(client: Any, version: Version, tested_groups: str) -> int:
 
 def record(client: Any, version: Version, tested_groups: str, attempt: int) -> None:
     """Tags the version with the groups and the attempt, or that attempts were not counted (0)."""
-    groups = overlap.merged(version.tags.get(TESTED_TAG, ""), tested_groups)
+    groups = merged(version.tags.get(TESTED_TAG, ""), tested_groups)
     tags = {TESTED_TAG: groups, ATTEMPT_TAG: str(attempt) if attempt else "not counted"}
     for key, value in tags.items():
         client.set_model_version_tag(version.name, str(version.number), key, value)

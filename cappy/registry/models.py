@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cappy.evaluation.out_of_fold import OUT_OF_FOLD
+from cappy.evaluation.findings import OUT_OF_FOLD
 from cappy.scoring.calibration import CALIBRATION
 from cappy.scoring.probe import PROBE
 
@@ -14,7 +14,7 @@ MANIFEST_TAG = "cappy.manifest"
 FORMER_TAG = "cappy.former"
 RUN_TAG = "cappy.run"
 TESTED_TAG = "cappy.tested_groups"
-"""Sketch of the groups that the version was tested on; see `cappy.evaluation.overlap`."""
+"""Sketch of the groups that the version was tested on; see `cappy.evaluation.leaks`."""
 ATTEMPT_TAG = "cappy.attempt"
 EVIDENCE_TAG = "cappy.evidence"
 EVALUATED = {CALIBRATION: "cappy.calibration", PROBE: "cappy.probe", OUT_OF_FOLD: "cappy.out_of_fold"}

@@ -11,7 +11,7 @@ from wording import raises_naming
 
 from cappy.deployment.step import TOLERANCES, DeploymentConfig, run
 from cappy.errors import FolderError
-from cappy.evaluation.report import SCHEMA
+from cappy.evaluation.findings import SCHEMA
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_manifest
 from cappy.registry.promotion import PromotionConfig

@@ -8,9 +8,8 @@ import pytest
 from wording import assert_names
 
 from cappy.evaluation import Difference, Estimate, Report, evaluate
-from cappy.evaluation.advice import MIN_GROUPS, advice
-from cappy.evaluation.findings import Power
-from cappy.evaluation.verdict import verdict
+from cappy.evaluation.findings import MIN_GROUPS, Power
+from cappy.evaluation.verdict import advice, verdict
 from cappy.records import Instance
 from cappy.registry import gate
 from cappy.registry.gate import decide

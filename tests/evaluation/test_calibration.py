@@ -12,9 +12,9 @@ from wording import raises_naming
 
 from cappy.errors import FolderError
 from cappy.evaluation import calibration
-from cappy.evaluation.pools import Pool
 from cappy.records import Candidate, Instance
 from cappy.scoring.calibration import Calibration, read_calibration
+from cappy.selection.pools import Pool
 
 RNG = np.random.default_rng(0)
 SCORES = RNG.random(4000)

@@ -11,7 +11,7 @@ from wording import assert_names
 
 from cappy.errors import RecordError
 from cappy.evaluation import Difference, Report, evaluate, page
-from cappy.evaluation.report import SCHEMA
+from cappy.evaluation.findings import SCHEMA
 from cappy.evaluation.statistics import holm
 from cappy.evaluation.verdict import verdict
 from cappy.records import Instance

@@ -14,8 +14,7 @@ from wording import raises_naming
 from cappy.config import ConfigError, build
 from cappy.errors import FolderError
 from cappy.evaluation import read_report
-from cappy.evaluation.folder import evaluate_folder
-from cappy.evaluation.step import EvaluationConfig
+from cappy.evaluation.step import EvaluationConfig, evaluate_folder
 from cappy.evaluation.threshold import threshold
 from cappy.progress import silent
 from cappy.records import Candidate, Instance, Manifest, prompt_hash, write

@@ -10,9 +10,10 @@ from scipy.stats import ttest_1samp
 from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError, RecordError
-from cappy.evaluation import Report, evaluate, published
-from cappy.evaluation.pools import CHUNK_PAIRS
+from cappy.evaluation import Report, evaluate
+from cappy.evaluation.tables import PUBLISHED
 from cappy.records import Candidate, Instance
+from cappy.selection.pools import CHUNK_PAIRS
 
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
 
@@ -292,7 +293,7 @@ def test_published_tasks_have_their_numbers_beside_ours(instances: list[Instance
 
 
 def test_the_published_tables_are_whole_and_have_the_known_averages() -> None:
-    tables = json.loads(published.DATA.read_text())
+    tables = json.loads(PUBLISHED.read_text())
     large = [row["Cappy-large"] for row in tables["promptsource11"]["tasks"].values()]
     assert len(large) == 11
     assert sum(large) / 11 == pytest.approx(56.6, abs=0.1)

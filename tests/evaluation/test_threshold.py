@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 from wording import assert_names, raises_naming
 
 from cappy.errors import FolderError
-from cappy.evaluation.report import SCHEMA
+from cappy.evaluation.findings import SCHEMA
 from cappy.evaluation.threshold import groups_needed, lower_bound, lowest, sentence, threshold
 from cappy.records import Manifest
 from cappy.records.folder import describe_files, write_manifest

@@ -11,7 +11,8 @@ from wording import assert_names, raises_naming
 
 from cappy import registry
 from cappy.errors import FolderError, RecordError, RegistryError
-from cappy.evaluation.out_of_fold import OUT_OF_FOLD, read_out_of_fold
+from cappy.evaluation.crossfit import read_out_of_fold
+from cappy.evaluation.findings import OUT_OF_FOLD
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, verify, write_manifest
 from cappy.scoring.calibration import read_calibration
