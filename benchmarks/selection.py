@@ -127,7 +127,7 @@ def measure(name: str, arm: str, seed: int, work: Path) -> dict[str, Any]:
         "training": training,
         "details": dict(found.details),
         "instances": [pool.instance.instance_id for pool in test],
-        "picks": {"random": [float(pool.labels.mean()) for pool in test], **picks},
+        "picks": {**picks, "random": [float(pool.labels.mean()) for pool in test]},
         "correlation": correlation([pool.labels for pool in test], scores),
         "correlation_of_mbr": correlation([pool.labels for pool in test], found.values["mbr"]),
     }
