@@ -6,7 +6,6 @@ shows the descriptions, the pipelines send the values as one encoded JSON.
 
 import base64
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -101,22 +100,6 @@ def decode(text: str) -> dict[str, Any]:
 def fingerprint(*values: Any) -> str:
     """sha256 over JSON values, in hexadecimal."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-@functools.cache
-def code_version() -> str:
-    """sha256 over the library's Python files: finished work of another version is not taken for this one's.
-
-    The front desk is left out: a changed help text changes no result.
-    """
-    root = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        if path.is_relative_to(root / "cli"):
-            continue
-        digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _step_of(config_class: type) -> str:

@@ -140,4 +140,10 @@ STEP_SPECS: Mapping[str, StepSpec] = {
 }
 """Every step by name, in the order of a run."""
 
+
+def step_version(step: str) -> int:
+    """The present version of a step."""
+    return STEP_SPECS[step].version
+
+
 TRAINING_STEPS = tuple(name for name, spec in STEP_SPECS.items() if spec.trains)

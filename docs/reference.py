@@ -14,6 +14,8 @@ from typing import Any
 
 import typer
 
+from cappy.cli.flags import show_all_flags
+
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "reference"
 PUBLIC = (
@@ -67,6 +69,7 @@ def _context(command: Any, name: str, parent: Any) -> Any:
 
 
 def _verb(command: Any, context: Any) -> Iterator[str]:
+    show_all_flags(command)
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     yield f"## {context.command_path}\n\n`{usage}`\n\n{_paragraphs(command.help)}\n"
     for name, part in getattr(command, "commands", {}).items():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cappy.errors import ConfigError, shown
 from cappy.worker import ORPHAN_SECONDS
-from pipelines.profiles import image
+from pipelines.customize import image
 from pipelines.recipe import Recipe
 
 RUN_LABEL = "cappy.run"

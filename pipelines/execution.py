@@ -45,12 +45,12 @@ def main(request: Path) -> int:
 
 
 def _pipeline(wanted: Mapping[str, Any]) -> Any:
-    """The pipeline of a recipe, dressed for where it runs, or one that stands in a module under its name."""
+    """The pipeline of a recipe, customized for where it runs, or one that stands in a module under its name."""
     if "recipe" in wanted:
-        from pipelines.compile import built
+        from pipelines.builder import build
         from pipelines.recipe import checked
 
-        return built(checked(wanted["recipe"]), wanted["platform"])
+        return build(checked(wanted["recipe"]), wanted["platform"])
     module, _, name = wanted["pipeline"].partition(":")
     return getattr(importlib.import_module(module), name)
 

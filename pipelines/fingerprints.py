@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cappy.config import build, code_version, fingerprint, identity
+from cappy.config import build, fingerprint, identity
+from cappy.keys import work_key
 from cappy.records.folder import MANIFEST, describe_files, sha256_of, verify
 from cappy.steps import STEP_SPECS
-from cappy.worker import config_class
+from cappy.worker import config_class, read_record
 
 
 def fingerprints(
@@ -22,7 +23,9 @@ def fingerprints(
     revision: str = "",
     images: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Step -> hash of the code, the settings, the image and the outside content of this step and all before it.
+    """Step -> digest of the key of its work (`cappy.keys`).
+
+    It holds the versions, the settings, the images and the outside content of this step and all before it.
 
     `revision` stands for content outside that this machine cannot see, `images` are those of steps that run in one.
     ConfigError if a setting is wrong: it costs milliseconds here and a training run later.
@@ -33,7 +36,7 @@ def fingerprints(
         values = settings[step]
         outside = _outside(step, values, tracking_uri)
         image = (images or {}).get(step, "")
-        before = found[step] = fingerprint(step, code_version(), identity(config), image, outside, before)
+        before = found[step] = work_key(step, identity(config), [image, outside, before]).digest
     return found
 
 
@@ -101,3 +104,48 @@ def _weights() -> str:
 
     folder = Path(builtin.__file__).parent / "weights"
     return fingerprint([[file.name, file.sha256] for file in describe_files(folder)])
+
+
+def resolved(
+    settings: Mapping[str, Mapping[str, Any]], *, work: Path, tracking_uri: str = "", **pinned: Any
+) -> dict[str, dict[str, Any]]:
+    """The settings with every `models:/name@alias` as `models:/name/number`, and the champion to compare with.
+
+    `pinned` is what else goes into the fingerprints.
+    """
+    found = {step: {**values, **_numbered(step, values, tracking_uri)} for step, values in settings.items()}
+    if "promotion" in found and not found["evaluation"].get("champion"):
+        found["evaluation"]["champion"] = _champion(found, work, tracking_uri, pinned)
+    return found
+
+
+def _numbered(step: str, values: Mapping[str, Any], tracking_uri: str) -> dict[str, Any]:
+    from cappy.registry import resolve
+
+    return {
+        name: resolve(values[name], tracking_uri=tracking_uri).uri
+        for name in STEP_SPECS[step].outside
+        if isinstance(values.get(name), str) and values[name].startswith("models:/")
+    }
+
+
+def _champion(
+    settings: Mapping[str, Mapping[str, Any]], work: Path, tracking_uri: str, pinned: Mapping[str, Any]
+) -> str:
+    """The version that evaluation compares with; empty if there is none.
+
+    A champion that this very finetuning made is not compared with itself but with its predecessor, as it was when it
+    was promoted: so a second identical run is answered wholly from the cache.
+    """
+    from cappy.registry import champion
+
+    name = settings["registration"].get("name", "cappy")
+    present = champion(name, tracking_uri=tracking_uri)
+    if present is None:
+        return ""
+    until = list(settings)[: list(settings).index("finetuning") + 1]
+    found = fingerprints({step: settings[step] for step in until}, tracking_uri=tracking_uri, **pinned)
+    record = read_record(work, found["finetuning"])
+    if record is not None and record.manifest_hash == present.manifest_hash:
+        return f"models:/{name}/{present.former}" if present.former else ""
+    return present.uri

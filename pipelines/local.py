@@ -21,11 +21,11 @@ from cappy.files import make_private
 from cappy.records.folder import write_bytes
 from cappy.redaction import has_secret
 from cappy.worker import ORPHAN_SECONDS, PARENT_VARIABLE, PROGRESS_VARIABLE, hold_parent_lock
-from pipelines.board import Board
 from pipelines.clients.local import STATUS
 from pipelines.containers import end_containers
-from pipelines.recipe import Platform, Recipe, checked
-from pipelines.states import StepState, log_section, observe
+from pipelines.planning import settings_of, work_of
+from pipelines.recipe import Platform, Recipe
+from pipelines.states import StepState, StepTable, log_section, observe
 from pipelines.submission import Submission, prepare
 
 LOOK_SECONDS = 0.2
@@ -48,32 +48,34 @@ class Outcome:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-def run_pipeline(
-    name: str,
-    steps: Mapping[str, Mapping[str, Any]],
-    *,
-    work: Path = Path(".cappy/work"),
-    root: Path = Path(".cappy"),
-    show: bool = True,
-    tracking_uri: str = "",
-    recipe: Recipe | None = None,
+def run_recipe(
+    recipe: Recipe,
     platform: Platform = "local",
+    *,
+    root: Path = Path(".cappy"),
     images: Mapping[str, str] | None = None,
+    show: bool = True,
 ) -> Outcome:
-    """Runs pipeline `name` (adapt, pretrain or batch_score) with these settings per step and waits for it.
+    """Runs a recipe's pipeline on this machine and waits for it.
 
-    `root` gets the artifacts (`pipeline/`) and the logs (`runs/<run id>/`); a `recipe` says how many shards there are
-    and, with `platform` docker, which images, whose ids `images` has by step. CappyError with the failed step's own
-    line if one fails; Ctrl-C and SIGTERM end every process of the run and raise KeyboardInterrupt.
+    `root` gets the artifacts (`pipeline/`) and the logs (`runs/<run id>/`); `images` are the ids of the images by step,
+    where the platform is docker. CappyError with the failed step's own line if one fails; Ctrl-C and SIGTERM end every
+    process of the run and raise KeyboardInterrupt.
     """
-    chosen = recipe or checked({"pipeline": name})
-    pinned: dict[str, Any] = {"revision": chosen.revision, "images": images}
-    submission = prepare(name, steps, work=work, shards=chosen.shards, tracking_uri=tracking_uri, **pinned)
-    if has_secret(chosen.tracking_uri):
+    work = work_of(recipe, platform)
+    submission = prepare(
+        recipe.pipeline,
+        settings_of(recipe),
+        work=work,
+        shards=recipe.shards,
+        tracking_uri=recipe.tracking_uri,
+        revision=recipe.revision,
+        images=images,
+    )
+    if has_secret(recipe.tracking_uri):
         # The child has it in its environment; what follows is written down.
-        chosen = replace(chosen, tracking_uri="")
-    built = {"recipe": to_values(chosen), "platform": platform}
-    return execute(built, submission, work=work, root=root, show=show)
+        recipe = replace(recipe, tracking_uri="")
+    return execute({"recipe": to_values(recipe), "platform": platform}, submission, work=work, root=root, show=show)
 
 
 def execute(
@@ -105,11 +107,12 @@ def execute(
 
     lock = hold_parent_lock(folder / "parent.lock")
     try:
-        with _interrupted_by_sigterm(), Board(f"cappy {submission.pipeline}", folder / "run.log", show=show) as board:
-            status = _supervised(request, submission.tracking_uri, lambda: board.update(look(alive=True)))
+        title, log = f"cappy {submission.pipeline}", folder / "run.log"
+        with _interrupted_by_sigterm(), StepTable(title, log, show=show) as table:
+            status = _supervised(request, submission.tracking_uri, lambda: table.update(look(alive=True)))
             states = look(alive=False, succeeded=status == 0)
             (folder / STATUS).write_text(json.dumps({"status": status}))
-            board.update(states)
+            table.update(states)
     finally:
         if values.get("platform") == "docker":
             end_containers(run_id)  # The engine runs them, so that no signal to a group of processes reaches them.

@@ -1,18 +1,16 @@
 """From a recipe to a submission: the settings of each step, where the work lies, what may be sent there."""
 
-import importlib
-import inspect
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pipelines
 from cappy.errors import ConfigError, shown
+from cappy.steps import TRAINING_STEPS
+from pipelines.customize import image
+from pipelines.definitions import PIPELINES
 from pipelines.fingerprints import configs, named
-from pipelines.nodes import launchers
-from pipelines.profiles import image
-from pipelines.recipe import Platform, Recipe, refuse_nowhere, refuse_password
+from pipelines.recipe import VERTEX_TYPES, Platform, Recipe, kubernetes_resource, refuse_nowhere, refuse_password
 from pipelines.submission import Submission, prepare, refuse_placed
 
 LOCAL_WORK = ".cappy/work"
@@ -20,18 +18,13 @@ ON_THIS_MACHINE = ("local", "docker")
 
 
 def settings_of(recipe: Recipe, platform: Platform = "local") -> dict[str, dict[str, Any]]:
-    """The settings of each step; ConfigError for a parameter that the pipeline's `plan` does not take.
+    """The settings of each step; ConfigError for a parameter that the pipeline has not.
 
     A training step that spreads over nodes is told where; what its settings say themselves stands above that.
     """
-    plan = importlib.import_module(pipelines.PIPELINES[recipe.pipeline]).plan
-    known = set(inspect.signature(plan).parameters) - {"settings", "tracking_uri"}
-    if unknown := set(recipe.parameters) - known:
-        names = ", ".join(sorted(known))
-        raise ConfigError(f"parameters: {recipe.pipeline} has no {shown(min(unknown))}; there are {names}")
     settings = planned(recipe.pipeline, recipe.parameters, recipe.settings, tracking_uri=recipe.tracking_uri)
     extra = {step: values for step, values in recipe.settings.items() if step not in settings}
-    jobs = launchers(recipe, platform)
+    jobs = _launchers(recipe, platform)
     return {step: {**jobs.get(step, {}), **values} for step, values in {**settings, **extra}.items()}
 
 
@@ -42,17 +35,17 @@ def planned(
     *,
     tracking_uri: str = "",
 ) -> dict[str, dict[str, Any]]:
-    """What the pipeline's `plan` makes of parameters and settings; ConfigError for a parameter without an effect.
+    """What the pipeline makes of parameters and settings; ConfigError for a parameter without an effect.
 
     Such a parameter says other than its default, and whatever it sets is set by something more special: `scorer`
     beside `finetuning.scorer`, or `seed` beside a seed for each kind of draw.
     """
-    plan = importlib.import_module(pipelines.PIPELINES[pipeline]).plan
-    found: dict[str, dict[str, Any]] = plan(**parameters, tracking_uri=tracking_uri, settings=settings)
+    plan = PIPELINES[pipeline].settings
+    found = plan(parameters, settings, tracking_uri)
 
     def attempt(chosen: Mapping[str, Any], more: Mapping[str, Mapping[str, Any]]) -> Any:
         try:
-            return plan(**chosen, tracking_uri=tracking_uri, settings=more)
+            return plan(chosen, more, tracking_uri)
         except ConfigError:  # Without a parameter that is needed.
             return None
 
@@ -166,3 +159,59 @@ def _refuse_local_registry(recipe: Recipe, settings: Mapping[str, Mapping[str, A
         if not str(address).startswith(("http://", "https://")):
             remedy = "give tracking_uri: http(s)://HOST of an MLflow server in the recipe"
             raise ConfigError(f"{where}: {shown(address)} is not reachable from a cluster; {remedy}")
+
+
+def _launchers(recipe: Recipe, platform: Platform) -> dict[str, dict[str, Any]]:
+    """Step -> settings of those training steps that spread over nodes; none where a step trains in its own pod.
+
+    `retries` of the recipe are the job's and those of the step that follows it; so are `hours`, but for a little.
+    """
+    spread = [step for step in recipe.steps if step in TRAINING_STEPS and recipe.needs(step).nodes > 1]
+    if platform == "kubeflow":
+        return {step: _trainjob(recipe, step) for step in spread}
+    if platform == "vertex":
+        return {step: _customjob(recipe, step) for step in spread}
+    return {}
+
+
+def _job_settings(recipe: Recipe, step: str) -> dict[str, Any]:
+    needs = recipe.needs(step)
+    return {
+        "nodes": needs.nodes,
+        "devices": needs.count if needs.accelerator != "none" else 1,
+        "image": image(recipe, step),
+        "retries": needs.retries,
+        # The job ends by itself before the step that follows it does, which then says why.
+        "timeout_hours": 0.95 * needs.hours,
+    }
+
+
+def _trainjob(recipe: Recipe, step: str) -> dict[str, Any]:
+    needs, place = recipe.needs(step), recipe.kubeflow
+    accelerator = "" if needs.accelerator == "none" else kubernetes_resource(needs.accelerator)
+    return {
+        "launcher": "trainjob",
+        **_job_settings(recipe, step),
+        "cpu": needs.cpu,
+        "memory": needs.memory,
+        "volume": f"{place.volume}:{place.mount}",
+        "accelerator": accelerator,
+        "namespace": place.namespace,
+        "runtime": place.runtime,
+    }
+
+
+def _customjob(recipe: Recipe, step: str) -> dict[str, Any]:
+    needs, place = recipe.needs(step), recipe.vertex
+    return {
+        "launcher": "customjob",
+        **_job_settings(recipe, step),
+        "accelerator": VERTEX_TYPES.get(needs.accelerator, ""),
+        "project": place.project,
+        "region": place.region,
+        "bucket": place.bucket,
+        "network": place.network,
+        "machine": needs.machine_type,
+        "spot": needs.spot,
+        "service_account": place.service_account,
+    }

@@ -1,15 +1,20 @@
-"""How far each step of a local run is, read from the files that the steps write."""
+"""How far each step of a local run is, read from the files that the steps write, and shown as a table."""
 
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
-from cappy.progress import State, read_state
+from cappy.progress import State, describe, duration, read_state
+from cappy.progress_display import PLAIN_SECONDS, ProgressTable, Row, write_line
 from cappy.steps import STEP_SPECS
 from cappy.worker import StepRecord, progress_path, read_record
 
+WORDS = {"cached": "from the cache", "skipped": "skipped: not promoted"}
+"""What a person reads for a state, where it is not the state itself."""
 Name = Literal["waiting", "running", "cached", "done", "failed", "skipped"]
 
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
@@ -97,3 +102,64 @@ def _describe(step: str, state: Name, record: StepRecord | None, told: State | N
     error = record.error if state == "failed" else ""
     seconds = 0.0 if state == "cached" else record.seconds
     return StepState(step=step, state=state, progress=told, seconds=seconds, target=target, error=error)
+
+
+class StepTable:
+    """Shows the states of a run on stderr while its block lasts: a table on a terminal, else a line for each change."""
+
+    def __init__(self, title: str, log: Path, *, show: bool) -> None:
+        self._title, self._log, self._show = title, log, show
+        self._table = ProgressTable()
+        self._written: dict[str, str] = {}
+        self._last = time.monotonic()
+        self._since: dict[str, float] = {}
+
+    def __enter__(self) -> "StepTable":
+        if self._show:
+            write_line(f"{self._title}: log {self._log}")
+            self._table.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._table.__exit__(kind, error, traceback)
+
+    def update(self, states: Sequence[StepState]) -> None:
+        """Shows the present states."""
+        for state in states:
+            if state.state == "running":
+                self._since.setdefault(state.step, time.monotonic())
+        if self._table.live:
+            self._table.update([self._row(state) for state in states])
+        elif self._show:
+            self._write_changes(states)
+
+    def _row(self, state: StepState) -> Row:
+        cells = (WORDS.get(state.state, state.state), describe_progress(state), self._seconds(state))
+        return Row(name=state.step, state=state.state, cells=cells)
+
+    def _write_changes(self, states: Sequence[StepState]) -> None:
+        now = time.monotonic()
+        for state in states:
+            changed = state.state not in ("waiting", "running") and self._written.get(state.step) != state.state
+            due = state.state == "running" and state.progress is not None and now - self._last >= PLAIN_SECONDS
+            if changed or due:
+                self._written[state.step], self._last = state.state, now
+                write_line(f"{self._title}: {state.step}: {', '.join(filter(None, self._row(state).cells))}")
+
+    def _seconds(self, state: StepState) -> str:
+        """Seconds of a step; of a running one they are counted here, because it writes nothing between two rows."""
+        if state.state == "running":
+            return duration(time.monotonic() - self._since[state.step])
+        return duration(state.seconds) if state.state in ("done", "failed") and state.seconds else ""
+
+
+def describe_progress(state: StepState) -> str:
+    """How far a running step is: done of total, rate, time left; of a finished one how much it did."""
+    progress = state.progress
+    if progress is None or state.state not in ("running", "done"):
+        return ""
+    if state.state == "done":
+        return f"{progress.done:,} {progress.unit}" if progress.done > 1 else ""
+    return describe(progress)

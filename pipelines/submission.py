@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pipelines
 from cappy.config import encode
 from cappy.errors import ConfigError, shown
 from cappy.redaction import has_secret
 from cappy.steps import STEP_SPECS
-from pipelines.champion import resolved
-from pipelines.fingerprints import fingerprints
+from pipelines.definitions import MAX_SHARDS, PIPELINES, shards_of
+from pipelines.fingerprints import fingerprints, resolved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +43,11 @@ def prepare(
     from here, where the steps' own `tracking_uri` leads there from inside a cluster alone; `images` are those of steps
     that run in one, by what pins them.
     """
-    if pipeline not in pipelines.PIPELINES:
-        raise ConfigError(f"{shown(pipeline)}: no such pipeline; there are {', '.join(pipelines.PIPELINES)}")
-    if not 1 <= shards <= pipelines.MAX_SHARDS:
-        raise ConfigError(f"{pipeline}: {shards} shards; give 1 to {pipelines.MAX_SHARDS}")
-    names = pipelines.steps_of(pipeline, shards)
+    if pipeline not in PIPELINES:
+        raise ConfigError(f"{shown(pipeline)}: no such pipeline; there are {', '.join(PIPELINES)}")
+    if not 1 <= shards <= MAX_SHARDS:
+        raise ConfigError(f"{pipeline}: {shards} shards; give 1 to {MAX_SHARDS}")
+    names = PIPELINES[pipeline].steps_in(shards)
     if unknown := set(steps) - set(names):
         raise ConfigError(f"{pipeline}: has no step {', '.join(sorted(unknown))}")
     refuse_placed(pipeline, steps)
@@ -102,7 +101,7 @@ def by_shard(found: Mapping[str, str], shards: int) -> dict[str, str]:
     if shards == 1:
         return dict(found)
     sharded = [step for step in found if STEP_SPECS[step].sharded]
-    spread = {f"{step} {shard}": f"{found[step]}-{shard}" for shard in pipelines.shards_of(shards) for step in sharded}
+    spread = {f"{step} {shard}": f"{found[step]}-{shard}" for shard in shards_of(shards) for step in sharded}
     before = list(found)[: list(found).index(sharded[0])]
     after = [step for step in found if step not in (*before, *sharded)]
     return {**{step: found[step] for step in before}, **spread, **{step: found[step] for step in after}}

@@ -15,7 +15,6 @@ from cappy.config import (
     Location,
     Work,
     build,
-    code_version,
     decode,
     encode,
     fingerprint,
@@ -126,11 +125,6 @@ def test_encoded_settings_must_be_an_object() -> None:
 def test_fingerprints_do_not_depend_on_the_order_of_names() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 2, "b": 1})
     assert fingerprint("a", "b") != fingerprint("ab")
-
-
-def test_the_code_version_is_one_hash_that_does_not_change_while_running() -> None:
-    assert re.fullmatch(r"[0-9a-f]{64}", code_version())
-    assert code_version() == code_version()
 
 
 @pytest.mark.parametrize("value", ["x" * 500, "a\nb", "\ud800", ["\n"] * 90, Path("\n")])

@@ -34,7 +34,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def hold_work(folder: Path) -> None:
-    with claim(folder, "step", {}):
+    with claim(folder, "annotation", {}):
         pass
 
 
@@ -83,14 +83,14 @@ def test_no_lock_is_opened_through_a_symbolic_link(name: str, tmp_path: Path) ->
 
 
 def test_the_lock_of_a_piece_of_work_does_not_overwrite_what_a_link_names(tmp_path: Path) -> None:
-    with claim(tmp_path / "work", "step", {}) as folder:
+    with claim(tmp_path / "work", "annotation", {}) as folder:
         pass
     victim = tmp_path / "victim"
     victim.write_text("what matters")
     for link in (os.symlink, os.link):
         (folder / ".lock").unlink()
         link(victim, folder / ".lock")
-        with pytest.raises(FolderError, match="a lock file must not"), claim(tmp_path / "work", "step", {}):
+        with pytest.raises(FolderError, match="a lock file must not"), claim(tmp_path / "work", "annotation", {}):
             pytest.fail("it is no lock")
     assert victim.read_text() == "what matters"
 
@@ -151,7 +151,7 @@ def test_answers_of_an_endpoint_are_kept_for_their_owner_alone(umask: int, tmp_p
 def test_nobody_else_enters_a_folder_of_work_and_what_is_published_has_the_usual_rights(
     umask: int, tmp_path: Path
 ) -> None:
-    with claim(tmp_path / "work", "step", {}) as folder:
+    with claim(tmp_path / "work", "annotation", {}) as folder:
         assert mode(folder) == 0o700
         write_bytes(folder / "part-00000.parquet", b"rows")
         file = File(name="part-00000.parquet", sha256=sha256_of(folder / "part-00000.parquet"))

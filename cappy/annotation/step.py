@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cappy.annotation.metrics import METRICS, load, parse, versions
-from cappy.config import DEFAULT_WORK, Fresh, Location, Work, Workers, code_version, identity, settings
+from cappy.config import DEFAULT_WORK, Fresh, Location, Work, Workers, identity, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
+from cappy.steps import step_version
 
 
 @settings
@@ -61,7 +62,7 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
     parent = read_manifest(config.source)
     load(config.metric)
     planted = config.mismatches if config.recipe == "default" else 0
-    with claim(config.work, "annotation", identity(config), [parent.hash]) as folder:
+    with claim(config.work, "annotation", identity(config), [parent.hash], fresh=config.fresh) as folder:
         parts = process_folder(
             config.source,
             folder,
@@ -78,7 +79,7 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
             step="annotation",
             files=parts.files,
             config=identity(config),
-            code=code_version(),
+            step_version=step_version("annotation"),
             seed=config.seed,
             generators=parent.generators,
             parents=(parent.hash,),

@@ -6,26 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
+from cappy.cli.flags import FreshFlag, JsonFlag, SettingFlag
 from cappy.errors import ConfigError
 
 BUILTIN = "builtin"
 FORMS = "builtin, a JSON Lines, CSV or Parquet file, or a folder of records"
 
-SettingFlag = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="STEP.SETTING=VALUE",
-        help="Any other setting of a step, such as finetuning.epochs=2; `cappy STEP --help` lists them (repeatable).",
-        show_default="none",
-    ),
-]
 WorkFlag = Annotated[Path, typer.Option(help="Folder that keeps unfinished and finished work, to resume from.")]
 TrackingFlag = Annotated[
     str,
     typer.Option(help="MLflow's address.", show_default="MLFLOW_TRACKING_URI, else the database .cappy/mlflow.db"),
 ]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
 
 
 def adapt(
@@ -94,6 +85,7 @@ def adapt(
     tracking_uri: TrackingFlag = "",
     setting: SettingFlag = [],  # noqa: B006 (as above)
     work: WorkFlag = Path(".cappy/work"),
+    fresh: FreshFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Make a scorer for your task: prepare, sample, annotate, finetune, evaluate, register, promote, deploy.
@@ -101,27 +93,35 @@ def adapt(
     Runs the Kubeflow pipeline on this machine and ends with the report's table, the gate's decision and the command
     that serves the scorer. Interrupted or run again, it continues where it was.
     """
-    from cappy.cli.pipeline import per_step, run_and_tell
+    from cappy.cli.pipeline import load, per_step, run_and_print, with_fresh
 
     settings = per_step("adapt", setting)
     if columns:
         settings["preparation"] = {**settings.get("preparation", {}), "columns": columns}
     if folds:
         settings["evaluation"] = {**settings.get("evaluation", {}), "folds": folds}
-    choices = {
-        "source": instances,
-        "generator": generators_for(instances, generator, settings.get("preparation", {})),
-        "strategy": strategy,
-        "scorer": scorer,
-        "metric": metric,
-        "name": name,
-        "margin": margin,
-        "seed": seed,
-        "split_seed": split_seed,
-        "sampling_seed": sampling_seed,
-        "training_seed": training_seed,
-    }
-    run_and_tell("adapt", choices, settings, work=work, tracking_uri=tracking_uri, as_json=as_json)
+    recipe = load("pipelines.recipe").checked(
+        {
+            "pipeline": "adapt",
+            "parameters": {
+                "source": instances,
+                "generator": generators_for(instances, generator, settings.get("preparation", {})),
+                "strategy": strategy,
+                "scorer": scorer,
+                "metric": metric,
+                "name": name,
+                "margin": margin,
+                "seed": seed,
+                "split_seed": split_seed,
+                "sampling_seed": sampling_seed,
+                "training_seed": training_seed,
+            },
+            "settings": settings,
+            "tracking_uri": tracking_uri,
+            "work": str(work),
+        }
+    )
+    run_and_print(with_fresh(recipe) if fresh else recipe, "local", as_json)
 
 
 def generators_for(instances: str, given: Sequence[str], preparation: Mapping[str, Any]) -> list[str]:

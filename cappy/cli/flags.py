@@ -1,6 +1,8 @@
-"""Command line flags derived from a step's config class: name, type, range, default and description."""
+"""Command line flags derived from a config class: name, type, range, default and description; and the shared flags."""
 
 import inspect
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import GenericAlias, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -8,13 +10,79 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from cappy.config import ADVANCED, FRESH
+
+SettingFlag = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="STEP.SETTING=VALUE",
+        help="Any other setting of a step, such as finetuning.epochs=2; `cappy STEP --help` lists them (repeatable).",
+        show_default="none",
+    ),
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
+FreshFlag = Annotated[
+    bool, typer.Option("--fresh", help="Do every step again, whatever earlier runs of the same settings left.")
+]
+HELP_ALL = "help_all"
 SCALARS = (bool, int, float, str, Path)
 
 
 def parameters(config_class: type[Any]) -> list[inspect.Parameter]:
-    """One keyword parameter per field of the config class, annotated so that typer makes the flag."""
+    """One keyword parameter per field of the config class, annotated so that typer makes the flag.
+
+    The flags of ADVANCED fields are hidden, and `--help-all` is added where there are any.
+    """
     fields: dict[str, FieldInfo] = config_class.__pydantic_fields__
-    return [_parameter(name, field) for name, field in fields.items()]
+    flags = [_parameter(name, field) for name, field in fields.items()]
+    advanced = sum(ADVANCED in field.metadata for field in fields.values())
+    return [*flags, _help_all(advanced)] if advanced else flags
+
+
+def make_command(name: str, text: str, function: Callable[..., None], flags: Sequence[inspect.Parameter]) -> Any:
+    """A command that calls `function` with the values of these flags by name; `text` is its help."""
+
+    def verb(**values: Any) -> None:
+        values.pop(HELP_ALL, None)
+        function(**values)
+
+    signature = inspect.Signature(list(flags))
+    verb.__signature__ = signature  # type: ignore[attr-defined]
+    verb.__annotations__ = {flag.name: flag.annotation for flag in flags}
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    single.command(name, help=text)(verb)
+    return typer.main.get_command(single)
+
+
+def given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the flags that a person gave: a preset takes the place of the others, and of nothing else."""
+    sources = {name: context.get_parameter_source(name) for name in values}
+    return {name: value for name, value in values.items() if not (s := sources[name]) or s.name != "DEFAULT"}
+
+
+def new_run_name() -> str:
+    """What `--fresh` names the run by: unlike every other run's name."""
+    return uuid.uuid4().hex
+
+
+def show_all_flags(command: Any) -> None:
+    """Lets the help of a command show its advanced flags too."""
+    for parameter in command.params:
+        parameter.hidden = parameter.name == HELP_ALL
+
+
+def _help_all(advanced: int) -> inspect.Parameter:
+    def show(context: typer.Context, wanted: bool) -> None:
+        if wanted:
+            show_all_flags(context.command)
+            typer.echo(context.get_help())
+            raise typer.Exit
+
+    text = f"Show {advanced} further flags too, and exit."
+    option = typer.Option("--help-all", help=text, is_eager=True, callback=show, show_default=False)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(HELP_ALL, kind, annotation=Annotated[bool, option], default=False)
 
 
 def flag_type(annotation: Any) -> Any:
@@ -38,6 +106,10 @@ def flag_type(annotation: Any) -> Any:
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    if FRESH in field.metadata:
+        option = typer.Option(f"--{name}", help=field.description)
+        annotation = Annotated[bool, option]
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=False)
     kind = flag_type(field.annotation)
     default = field.get_default(call_default_factory=True)
     required = field.is_required()
@@ -48,6 +120,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         metavar=f"<{get_args(kind)[0].__name__}>" if get_origin(kind) is list else None,
         min=lowest,
         max=highest,
+        hidden=ADVANCED in field.metadata,
     )
     return inspect.Parameter(
         name,

@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cappy.cli.adapt import JsonFlag, SettingFlag
+from cappy.cli.flags import FreshFlag, JsonFlag, SettingFlag, new_run_name
 from cappy.errors import ConfigError, shown
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def run(
         Literal["local", "docker"], typer.Option(help="In processes, or in the images' containers.")
     ] = "local",
     setting: SettingFlag = [],  # noqa: B006 (typer needs the default and copies it)
+    fresh: FreshFlag = False,
     shards: ShardsFlag = None,
     tracking_uri: AddressFlag = "",
     work: PlaceFlag = None,
@@ -59,11 +60,11 @@ def run(
     as_json: JsonFlag = False,
 ) -> None:
     """Run a pipeline on this machine, on Kubeflow's local runner."""
-    chosen = recipe_of(recipe, setting, shards=shards, tracking_uri=tracking_uri, work=work)
+    chosen = recipe_of(recipe, setting, shards=shards, tracking_uri=tracking_uri, work=work, fresh=fresh)
     if dry_run:
-        outlined(chosen, on, as_json)
+        print_preview(chosen, on, as_json)
         return
-    _run_and_tell(chosen, on, as_json)
+    run_and_print(chosen, on, as_json)
 
 
 @app.command("compile")
@@ -84,7 +85,7 @@ def compile_pipeline(
         load("pipelines.planning").check_settings(chosen, on)
     if target is not None and Path(recipe).is_file() and target.resolve() == Path(recipe).resolve():
         raise ConfigError(f"--target: {target} is the recipe itself; choose another file")
-    text = load("pipelines.compile").compiled(chosen, on)
+    text = load("pipelines.builder").compile_pipeline(chosen, on)
     if target is None:
         typer.echo(text, nl=False)
         return
@@ -102,6 +103,7 @@ def recipe_of(
     shards: int | None = None,
     tracking_uri: str = "",
     work: Path | None = None,
+    fresh: bool = False,
 ) -> "Recipe":
     """The recipe of a file, or of a pipeline's name alone, with what flags say in place of it."""
     recipes = load("pipelines.recipe")
@@ -114,24 +116,32 @@ def recipe_of(
         names = ", ".join(NAMES)
         raise typer.BadParameter(f"{shown(text)} is no recipe and no pipeline: {names}", param_hint="RECIPE")
     if shards is not None:
-        limit = load("pipelines").MAX_SHARDS
+        limit = load("pipelines.definitions").MAX_SHARDS
         if shards > limit:
             raise ConfigError(f"--shards: {shards} are too many for a graph; give at most {limit}")
         chosen = replace(chosen, shards=shards)
     settings = {step: dict(values) for step, values in chosen.settings.items()}
     for step, values in per_step(chosen.pipeline, pairs, chosen.steps).items():
         settings.setdefault(step, {}).update(values)
-    return replace(
+    chosen = replace(
         chosen,
         settings=settings,
         tracking_uri=tracking_uri or chosen.tracking_uri,
         work=str(work) if work else chosen.work,
     )
+    return with_fresh(chosen) if fresh else chosen
+
+
+def with_fresh(recipe: "Recipe") -> "Recipe":
+    """The recipe of a run that does every step again, and continues its own work where a step is retried."""
+    name = new_run_name()
+    settings = {step: {**recipe.settings.get(step, {}), "fresh": name} for step in recipe.steps}
+    return replace(recipe, settings=settings)
 
 
 def per_step(name: str, pairs: Sequence[str], steps: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """STEP.SETTING=VALUE words as settings by step; a value is JSON where it reads as such, else text."""
-    steps = steps or importlib.import_module("pipelines").STEPS[name]
+    steps = steps or load("pipelines.definitions").PIPELINES[name].steps
     settings: dict[str, dict[str, Any]] = {}
     for pair in pairs:
         path, equals, text = pair.partition("=")
@@ -144,45 +154,21 @@ def per_step(name: str, pairs: Sequence[str], steps: Sequence[str] = ()) -> dict
     return settings
 
 
-def run_and_tell(
-    name: str,
-    choices: Mapping[str, Any],
-    settings: Mapping[str, Mapping[str, Any]],
-    *,
-    work: Path,
-    tracking_uri: str,
-    as_json: bool,
-) -> None:
-    """Plans and runs a pipeline, then prints what came of it."""
-    steps = load("pipelines.planning").planned(name, choices, settings, tracking_uri=tracking_uri)
-    outcome = load("pipelines.local").run_pipeline(name, steps, work=work, show=True, tracking_uri=tracking_uri)
-    _tell(outcome, tracking_uri, as_json)
-
-
-def _run_and_tell(recipe: "Recipe", on: str, as_json: bool) -> None:
-    planning = load("pipelines.planning")
-    planning.check(recipe, on)
+def run_and_print(recipe: "Recipe", on: Literal["local", "docker"], as_json: bool) -> None:
+    """Checks a recipe, runs it on this machine, then prints what came of it."""
+    load("pipelines.planning").check(recipe, on)
     images: dict[str, str] = {}
     if on == "docker":
         load("pipelines.containers").check_secrets(recipe)
         images = load("pipelines.containers").check_images(recipe)
-    outcome = load("pipelines.local").run_pipeline(
-        recipe.pipeline,
-        planning.settings_of(recipe),
-        work=planning.work_of(recipe, on),
-        tracking_uri=recipe.tracking_uri,
-        recipe=recipe,
-        platform=on,
-        images=images,
-        show=True,
-    )
+    outcome = load("pipelines.local").run_recipe(recipe, on, images=images)
     if recipe.pipeline == "batch_score":
-        _tell_scored(outcome, as_json)
-        return
-    _tell(outcome, recipe.tracking_uri, as_json)
+        _print_scored(outcome, as_json)
+    else:
+        _print_outcome(outcome, recipe.tracking_uri, as_json)
 
 
-def _tell_scored(outcome: Any, as_json: bool) -> None:
+def _print_scored(outcome: Any, as_json: bool) -> None:
     """Prints where the scored records lie."""
     from cappy.records import read_manifest
 
@@ -197,19 +183,19 @@ def _tell_scored(outcome: Any, as_json: bool) -> None:
     typer.echo(f"scored    {folder}\n          {content}")
 
 
-def _tell(outcome: Any, tracking_uri: str, as_json: bool) -> None:
+def _print_outcome(outcome: Any, tracking_uri: str, as_json: bool) -> None:
     from cappy.cli.outcome import facts, told
 
     found = facts(outcome, tracking_uri)
     typer.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else told(outcome, found))
 
 
-def outlined(recipe: "Recipe", on: Any, as_json: bool) -> None:
+def print_preview(recipe: "Recipe", on: Any, as_json: bool) -> None:
     """Prints what the run would be, once everything that can be checked before it is."""
-    load("pipelines.compile").built(recipe, on)
-    outline = load("pipelines.outline")
+    load("pipelines.builder").build(recipe, on)
+    preview = load("pipelines.preview")
     load("pipelines.planning").check(recipe, on)
-    typer.echo(json.dumps(outline.to_json(recipe, on), indent=1) if as_json else outline.text(recipe, on))
+    typer.echo(json.dumps(preview.to_json(recipe, on), indent=1) if as_json else preview.text(recipe, on))
 
 
 def load(name: str) -> ModuleType:

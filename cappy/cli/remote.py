@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cappy.cli.adapt import JsonFlag, SettingFlag
-from cappy.cli.pipeline import AddressFlag, RecipeArgument, ShardsFlag, load, outlined, recipe_of
+from cappy.cli.flags import FreshFlag, JsonFlag, SettingFlag
+from cappy.cli.pipeline import AddressFlag, RecipeArgument, ShardsFlag, load, print_preview, recipe_of
 from cappy.errors import CappyError, ConfigError, shown
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def submit(
     recipe: RecipeArgument,
     on: OnFlag,
     setting: SettingFlag = [],  # noqa: B006 (typer needs the default and copies it)
+    fresh: FreshFlag = False,
     shards: ShardsFlag = None,
     tracking_uri: AddressFlag = "",
     endpoint: EndpointFlag = "",
@@ -66,15 +67,15 @@ def submit(
     as_json: JsonFlag = False,
 ) -> None:
     """Send a pipeline to Kubeflow or Vertex AI; prints the run's id and the page to watch it on."""
-    chosen = recipe_of(recipe, setting, shards=shards, tracking_uri=tracking_uri)
+    chosen = recipe_of(recipe, setting, shards=shards, tracking_uri=tracking_uri, fresh=fresh)
     chosen = placed(chosen, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
     if dry_run:
         if compiled is not None:
-            load("pipelines.packages").package_of(chosen, on, {}, compiled)
-        outlined(chosen, on, as_json)
+            load("pipelines.builder").package_of(chosen, on, {}, compiled)
+        print_preview(chosen, on, as_json)
         return
     submission = load("pipelines.planning").submission_of(chosen, on)
-    text = load("pipelines.packages").package_of(chosen, on, submission.arguments, compiled)
+    text = load("pipelines.builder").package_of(chosen, on, submission.arguments, compiled)
     client = _client(chosen, on)
     name = f"cappy-{chosen.pipeline.replace('_', '-')}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +90,7 @@ def submit(
     words = [f"--recipe {recipe}"] if Path(recipe).is_file() else []
     words += [f"--{flag} {value}" for flag, value in given.items() if value]
     follow = " ".join(["cappy pipeline status", state.run, f"--on {on}", *words, "--follow"])
-    for image in load("pipelines.profiles").moving(chosen):
+    for image in load("pipelines.customize").moving(chosen):
         remedy = "give it by digest (name@sha256:...) under images:, or change revision: with it"
         typer.echo(f"cappy pipeline: {image}: is a tag; built anew, its steps come from the cache; {remedy}", err=True)
     typer.echo(f"run     {state.run}\npage    {state.url}\nfollow  {follow}")

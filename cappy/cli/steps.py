@@ -12,11 +12,11 @@ from typing import Annotated, Any, get_args
 import typer
 
 from cappy.cli import outcome, promotion
-from cappy.cli.flags import parameters
-from cappy.cli.progress_line import ProgressLine
+from cappy.cli.flags import given, make_command, new_run_name, parameters
 from cappy.config import build
 from cappy.errors import ConfigError
 from cappy.progress import Progress
+from cappy.progress_display import ProgressLine
 from cappy.records import Manifest
 from cappy.steps import STEP_SPECS, TRAINING_STEPS
 from cappy.worker import config_class, runner
@@ -58,10 +58,10 @@ def as_flag(name: str) -> str:
 
 def step_command(step: str) -> Any:
     """The command of a step."""
-    return make_command(step, STEP_SPECS[step].help, config_class(step), runner(step), EXTRAS.get(step, ()))
+    return make_step_command(step, STEP_SPECS[step].help, config_class(step), runner(step), EXTRAS.get(step, ()))
 
 
-def make_command(
+def make_step_command(
     step: str,
     text: str,
     settings: type[Any],
@@ -86,9 +86,10 @@ def make_command(
             if values[name] is None:
                 raise typer.BadParameter(f"give the folder to {'write' if name == 'target' else 'read'}: {flag} FOLDER")
         started = time.monotonic()
-        # Without the flags that nobody gave: a preset takes their place, and nothing else.
-        given = {name: value for name, value in values.items() if _is_given(context, name)}
-        config = build(settings, given)
+        chosen = given(context, values)
+        if chosen.get("fresh"):
+            chosen["fresh"] = new_run_name()
+        config = build(settings, chosen)
         with ProgressLine(f"cappy {step}") as progress:
             manifest = run(config, progress)
         typer.echo(manifest.to_json() if as_json else summary(manifest, config.target, time.monotonic() - started))
@@ -99,17 +100,7 @@ def make_command(
     asked_for = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     flags = [asked_for, *parameters(settings), *map(_flag, extras), as_json]
     flags = [_optional(flag, extras) if flag.name in needed else flag for flag in flags]
-    signature = inspect.Signature(flags)
-    verb.__signature__ = signature  # type: ignore[attr-defined]
-    verb.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    single.command(step, help=text)(verb)
-    return typer.main.get_command(single)
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is None or source.name != "DEFAULT"
+    return make_command(step, text, verb, flags)
 
 
 def refuse_together(wanted: Sequence[Extra]) -> None:
@@ -117,9 +108,9 @@ def refuse_together(wanted: Sequence[Extra]) -> None:
     instead = [extra.flag for extra in wanted if extra.instead_of]
     if len(instead) > 1:
         raise typer.BadParameter(f"{instead[0]} and {instead[1]} do not go together; give one of them")
-    given = {extra.name for extra in wanted}
+    names = {extra.name for extra in wanted}
     for extra in wanted:
-        if extra.part_of and given.isdisjoint(extra.part_of):
+        if extra.part_of and names.isdisjoint(extra.part_of):
             others = " or ".join(map(as_flag, extra.part_of))
             raise typer.BadParameter(f"{extra.flag} is for {others}; leave it out")
 

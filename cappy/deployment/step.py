@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, code_version, identity, settings
+from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
 from cappy.errors import FolderError
 from cappy.evaluation import read_values
 from cappy.progress import Progress, silent
@@ -21,6 +21,7 @@ from cappy.registry.models import Version
 from cappy.registry.promotion import read_version
 from cappy.registry.registration import TrackingUri
 from cappy.scoring.probe import PROBE, Triple, read_probe
+from cappy.steps import step_version
 
 Platform = Literal["local", "kserve", "vertex"]
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-3}
@@ -93,7 +94,7 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
     uri = read_version(config.version)
     probes = read_probes(config.report)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
-    with claim(config.work, "deployment", identity(config), parents) as folder:
+    with claim(config.work, "deployment", identity(config), parents, fresh=config.fresh) as folder:
         version = registry.resolve(uri, tracking_uri=config.tracking_uri)
         refuse_other(config.report, version)
         local = registry.download(uri, tracking_uri=config.tracking_uri, cache=config.models)
@@ -113,7 +114,7 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
             step="deployment",
             files=describe_files(folder),
             config=identity(config),
-            code=code_version(),
+            step_version=step_version("deployment"),
             parents=parents,
             metrics={"verified_pairs": float(len(probes)), "max_difference": worst},
             facts=values,

@@ -41,13 +41,14 @@ Train = Callable[[str, Mapping[str, Any], Progress], None]
 
 @dataclass(frozen=True, kw_only=True)
 class CrossFitting:
-    """How many folds, by which seed, and what is evaluated in each; `work` is where the trainings work."""
+    """How many folds, by which seed, and what is evaluated in each; where the trainings work, and for which run anew."""
 
     folds: int
     seed: int
     metric: str
     probe: bool
     work: Path
+    fresh: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +148,8 @@ def evaluate_folds(
     evaluated, skipped = [], 0
     for fold in prepare(instances, count, seed, folder):
         if not _is_whole(fold.scorer):
-            own = {**settings, "source": fold.annotated, "target": fold.scorer, "work": cross_fitting.work}
+            places = {"source": fold.annotated, "target": fold.scorer, "work": cross_fitting.work}
+            own = {**settings, **places, "fresh": cross_fitting.fresh}
             (train or train_fold)(step, own, _of_fold(progress, fold.number, count))
         pools, held_out, empty = pools_of(read(fold.annotated), metric=metric, split="test")
         score = cached_scores(load(str(fold.scorer)).score, folder, f"fold-{fold.number}")

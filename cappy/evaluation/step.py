@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from cappy.config import DEFAULT_WORK, Fresh, Location, Work, code_version, fingerprint, identity, settings
+from cappy.config import DEFAULT_WORK, Fresh, Location, Work, fingerprint, identity, settings
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read, read_manifest
 from cappy.records.folder import MANIFEST, describe_files, write_bytes
 from cappy.records.work import claim, finish
 from cappy.scoring.calibration import CALIBRATION
 from cappy.scoring.probe import PROBE, Triple
+from cappy.steps import step_version
 
 if TYPE_CHECKING:
     from cappy.evaluation.crossfit import Load
@@ -78,7 +79,7 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load
     if config.champion:
         folders["champion"] = scorer_folder(config.champion)
     parents = (parent.hash, *(_content(folder) for folder in folders.values()))
-    with claim(config.work, "evaluation", identity(config), parents) as folder:
+    with claim(config.work, "evaluation", identity(config), parents, fresh=config.fresh) as folder:
         scorers = {name: load(str(path)) for name, path in folders.items()}
         if config.folds:
             evaluated, skipped, leaks = _cross_fitted(config, folders, folder, progress, load, trained_on)
@@ -109,7 +110,7 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load
             step="evaluation",
             files=describe_files(folder),
             config=identity(config),
-            code=code_version(),
+            step_version=step_version("evaluation"),
             seed=config.seed,
             generators=parent.generators,
             parents=parents,
@@ -158,7 +159,12 @@ def _cross_fitted(
     from cappy.evaluation.findings import OUT_OF_FOLD
 
     cross_fitting = crossfit.CrossFitting(
-        folds=config.folds, seed=config.seed, metric=config.metric, probe=config.probe, work=config.work
+        folds=config.folds,
+        seed=config.seed,
+        metric=config.metric,
+        probe=config.probe,
+        work=config.work,
+        fresh=config.fresh,
     )
     recipe = crossfit.recipe(read_manifest(folders["challenger"]), config.scorer)
     instances = list(read(config.source))

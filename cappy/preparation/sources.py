@@ -148,9 +148,7 @@ def _check_shards(folders: Sequence[Path], manifests: Sequence[Manifest]) -> Non
     shards = [str(manifest.config.get("shard", "")) for manifest in manifests]
     if len(folders) == 1 or not any(shards):
         return
-    works = [
-        (manifest.step, manifest.code, manifest.parents, {**manifest.config, "shard": ""}) for manifest in manifests
-    ]
+    works = [(one.step, one.step_version, one.parents, {**one.config, "shard": ""}) for one in manifests]
     try:
         count = parse_shard(next(filter(None, shards))).count
     except ConfigError as error:

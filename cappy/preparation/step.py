@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, code_version, identity, settings
+from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
 from cappy.errors import ConfigError, RecordError
 from cappy.preparation.columns import parse
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
+from cappy.steps import step_version
 
 if TYPE_CHECKING:
     from cappy.preparation.prompted import Tally
@@ -201,7 +202,7 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
             step="preparation",
             files=parts.files,
             config=values,
-            code=code_version(),
+            step_version=step_version("preparation"),
             seed=config.seed,
             generators=source.generators,
             parents=source.parents,

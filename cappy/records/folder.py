@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from cappy.errors import FolderError, shown
 from cappy.files import refuse_links, replacing
+from cappy.keys import KEY
 from cappy.records.instance import Instance
 from cappy.records.schema import SCHEMA_VERSION, to_table
 
@@ -42,7 +43,11 @@ class File:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder holds and how it came about; equal work writes an equal manifest, so no clock and no path."""
+    """What a folder holds and how it came about; equal work writes an equal manifest, so no clock and no path.
+
+    `step_version` is the version of the step that wrote it. Manifests of before there was one have a hash of the code
+    in `code` instead.
+    """
 
     step: str
     files: tuple[File, ...]
@@ -54,6 +59,7 @@ class Manifest:
     metrics: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    step_version: int = 0
 
     @property
     def rows(self) -> int:
@@ -73,6 +79,9 @@ class Manifest:
     def to_json(self) -> str:
         """The text of `manifest.json`: the fields, with rows and candidates in all."""
         values = {**asdict(self), "rows": self.rows, "candidates": self.candidates}
+        if not self.step_version:
+            # As it was written before there were versions: the hash of a registered scorer stays what it was.
+            del values["step_version"]
         return json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     @staticmethod
@@ -99,6 +108,8 @@ def _refuse_odd(manifest: Manifest) -> None:
     texts = (manifest.step, manifest.code, *manifest.parents)
     if not all(isinstance(found, dict) for found in objects) or not all(isinstance(found, str) for found in texts):
         raise ValueError("a field is of another type")
+    if not _is_count(manifest.step_version):
+        raise ValueError(f"step_version is {manifest.step_version!r}")
     if not _is_count(manifest.schema_version):
         raise ValueError(f"schema_version is {manifest.schema_version!r}")
     manifest.to_json().encode()
@@ -190,13 +201,13 @@ def write_manifest(folder: Path, manifest: Manifest, *, private: bool = False) -
 
 
 def describe_files(folder: Path) -> tuple[File, ...]:
-    """Every file of a folder with its sha256, but the manifest and what is hidden or lies in a hidden folder."""
+    """Every file of a folder with its sha256, but the manifest, the key of its work and what is hidden."""
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     shown_names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     return tuple(
         File(name=name.as_posix(), sha256=sha256_of(folder / name))
         for name in shown_names
-        if name.as_posix() != MANIFEST
+        if name.as_posix() not in (MANIFEST, KEY)
     )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, code_version, settings
+from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records.folder import File, Manifest, put, read_manifest, verified
@@ -43,7 +43,7 @@ def run(config: GatheringConfig, progress: Progress = silent) -> Manifest:
     if len({source.step for source in sources}) > 1:
         found = ", ".join(sorted({source.step for source in sources}))
         raise ConfigError(f"gathering: the sources come from different steps ({found}); give the shards of one")
-    with claim(config.work, "gathering", {}, [source.hash for source in sources]) as folder:
+    with claim(config.work, "gathering", {}, [source.hash for source in sources], fresh=config.fresh) as folder:
         files: list[File] = []
         total = sum(len(source.files) for source in sources)
         for place, source in zip(config.source, sources, strict=True):
@@ -54,7 +54,7 @@ def run(config: GatheringConfig, progress: Progress = silent) -> Manifest:
             step=sources[0].step,
             files=tuple(files),
             config=_common([source.config for source in sources]),
-            code=code_version(),
+            step_version=sources[0].step_version,
             seed=sources[0].seed,
             generators={name: each for source in sources for name, each in source.generators.items()},
             parents=tuple(source.hash for source in sources),

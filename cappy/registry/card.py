@@ -52,7 +52,7 @@ Measured on {instances} instances of the split `{split}`, on which it was not tr
 - seed: {seed}
 - manifest: `{hash}`
 - made from: {parents}
-- code: `{code}` (sha256 over the library)
+- made by: {made_by}
 - recipe: `{recipe}`
 - licence of the encoder that it started from: {licence_told}
 
@@ -98,7 +98,7 @@ def model_card(name: str, scorer: Manifest, report: Mapping[str, Any], *, licenc
         seed="none recorded" if scorer.seed is None else text(str(scorer.seed)),
         hash=scorer.hash,
         parents=", ".join(f"`{code(parent[:12])}`" for parent in scorer.parents) or "nothing recorded",
-        code=code(scorer.code or "not recorded"),
+        made_by=text(f"{scorer.step} version {scorer.step_version}") if scorer.step_version else "not recorded",
         recipe=code(json.dumps(scorer.config, sort_keys=True).replace("<", "\\u003c")),
     )
 

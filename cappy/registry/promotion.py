@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, Fresh, Location, Work, build, code_version, identity, settings
+from cappy.config import DEFAULT_WORK, Fresh, Location, Work, build, identity, settings
 from cappy.errors import FolderError, RecordError, shown
 from cappy.evaluation import read_values
 from cappy.progress import Progress, silent
@@ -17,6 +17,7 @@ from cappy.records.folder import describe_files, write_bytes
 from cappy.registry.gate import Baseline, Decision, decide, parse_guards
 from cappy.registry.models import CHAMPION, Version, evidence_of
 from cappy.registry.registration import TrackingUri
+from cappy.steps import step_version
 
 
 @settings
@@ -52,7 +53,7 @@ def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
 
     registered, report = read_version(config.version), read_values(config.report, checked=True)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
-    with claim(config.work, "promotion", identity(config), parents) as folder:
+    with claim(config.work, "promotion", identity(config), parents, fresh=config.fresh) as folder:
         decision, version, attempt = _decided(config, registered, report)
         values = {
             "decision": decision.decision,
@@ -68,7 +69,7 @@ def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
             step="promotion",
             files=describe_files(folder),
             config=identity(config),
-            code=code_version(),
+            step_version=step_version("promotion"),
             parents=parents,
             facts=values,
         )

@@ -76,7 +76,7 @@ def _create(
             MANIFEST_TAG: scorer.hash,
             RUN_TAG: config.pipeline_run,
             "cappy.mlflow_run": run_id,
-            "cappy.code": scorer.code[:12],
+            "cappy.step": f"{scorer.step} {scorer.step_version}",
             TESTED_TAG: report.get("tested_groups", ""),
             EVIDENCE_TAG: evidence_of(report),
             **_evaluated(config),

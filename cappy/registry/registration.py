@@ -5,13 +5,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, code_version, identity, settings
+from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
 from cappy.errors import FolderError
 from cappy.evaluation import read_values
 from cappy.model_folder import open_model_folder
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_bytes
+from cappy.steps import step_version
 
 TrackingUri = Annotated[
     str, LOCATION, Field(description="MLflow's address; empty for MLFLOW_TRACKING_URI, else .cappy/mlflow.db")
@@ -50,7 +51,7 @@ def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
     report = read_report(config, scorer)
     parents = (scorer.hash, read_manifest(config.report).hash)
     # Two registrations of one scorer at once would make two versions of it: the claim lets them take turns.
-    with claim(config.work, "registration", identity(config), [scorer.hash]) as folder:
+    with claim(config.work, "registration", identity(config), [scorer.hash], fresh=config.fresh) as folder:
         from cappy.registry.recording import register
 
         version = register(config, scorer, report, folder)
@@ -66,7 +67,7 @@ def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
             step="registration",
             files=describe_files(folder),
             config=identity(config),
-            code=code_version(),
+            step_version=step_version("registration"),
             parents=parents,
             facts=values,
         )

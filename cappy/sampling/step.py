@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, code_version, fingerprint, identity, settings
+from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, fingerprint, identity, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
@@ -28,6 +28,7 @@ from cappy.sampling.strategies import (
     strategy,
 )
 from cappy.specs import parse_spec
+from cappy.steps import step_version
 
 if TYPE_CHECKING:
     from cappy.sampling.generators import Generator
@@ -211,7 +212,8 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"]
     revisions = {generator.name: generator.revision for generator in generators}
     # The file of decodings may change while its path stays.
     stated = identity(config) | {"decodings": [asdict(decoding) for decoding in decodings]}
-    with claim(config.work, "sampling", stated, [parent.hash, *revisions.values()]) as folder, telling:
+    inputs = [parent.hash, *revisions.values()]
+    with claim(config.work, "sampling", stated, inputs, fresh=config.fresh) as folder, telling:
         parts = process_folder(
             config.source,
             folder,
@@ -232,7 +234,7 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list["Generator"]
             step="sampling",
             files=parts.files,
             config=stated,
-            code=code_version(),
+            step_version=step_version("sampling"),
             seed=config.seed,
             generators=revisions,
             parents=(parent.hash,),

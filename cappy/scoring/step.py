@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, code_version, identity, settings
+from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.shard import ShardOf, parse_shard, refuse_same
 from cappy.scoring import Precision
+from cappy.steps import step_version
 
 if TYPE_CHECKING:
     from cappy.scoring.scorer import Scorer
@@ -75,7 +76,7 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
         cut, scorer.cuts.cut = scorer.cuts.cut, 0
         return {"cut_pairs": cut}
 
-    with claim(config.work, "scoring", stated, [parent.hash, scorer.version]) as folder:
+    with claim(config.work, "scoring", stated, [parent.hash, scorer.version], fresh=config.fresh) as folder:
         parts = process_folder(
             config.source,
             folder,
@@ -92,7 +93,7 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
             step="scoring",
             files=parts.files,
             config=stated,
-            code=code_version(),
+            step_version=step_version("scoring"),
             generators=parent.generators,
             parents=(parent.hash,),
             metrics={"instances": parts.rows, "candidates": parts.candidates, "cut_pairs": cut},

@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cappy.config import build, code_version, decode
+from cappy.config import build, decode
 from cappy.errors import CappyError, ConfigError, shown
 from cappy.progress import FileProgress, LineProgress, Progress, silent
 from cappy.redaction import redact
-from cappy.steps import TRAINING_STEPS
+from cappy.steps import TRAINING_STEPS, step_version
 from cappy.training import finetuning, pretraining
-from cappy.training.launch import CODE_VARIABLE, REPORT_VARIABLE
+from cappy.training.launch import REPORT_VARIABLE, VERSION_VARIABLE
 from cappy.worker import PROGRESS_VARIABLE
 
 ATOMIC = 1000
@@ -108,9 +108,10 @@ def _run(arguments: Sequence[str], progress: Progress) -> str:
     if len(arguments) != 2 or arguments[0] not in TRAINING_STEPS:
         raise ConfigError(f"give a step ({', '.join(TRAINING_STEPS)}) and its settings, got {shown(list(arguments))}")
     step, text = arguments
-    if os.environ.get(CODE_VARIABLE, code_version()) != code_version():
+    own = str(step_version(step))
+    if (asked := os.environ.get(VERSION_VARIABLE, own)) != own:
         remedy = "build both images from one commit"
-        raise ConfigError(f"the job's image holds other code than the step that submitted it; {remedy}")
+        raise ConfigError(f"the job's image has {step} in version {own}, the step that submitted it {asked}; {remedy}")
     values = json.loads(text) if text.startswith("{") else decode(text)
     if step == "pretraining":
         return pretraining.run(build(pretraining.PretrainingConfig, values), progress).to_json()

@@ -29,7 +29,7 @@ from cappy.training.ranks import started
 
 REPORT_VARIABLE = "CAPPY_RANK_PIPES"
 """Environment of a rank that we started: descriptor to report to, and descriptor that ends with its parent."""
-CODE_VARIABLE = "CAPPY_CODE"
+VERSION_VARIABLE = "CAPPY_STEP_VERSION"
 """Environment of a job: the code version of the step that submitted it, which the job must have too."""
 DEFECT = "a rank failed with a defect, see above"
 UNTOLD = "the ranks ended untold"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cappy.config import code_version, fingerprint, identity
+from cappy.config import fingerprint, identity
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
@@ -18,6 +18,7 @@ from cappy.records.work import claim, finish
 from cappy.scoring import TRAINED_ON
 from cappy.scoring.scorer import Scorer
 from cappy.scoring.training_data import write_training_data
+from cappy.steps import step_version
 from cappy.training.checks import decides
 from cappy.training.curves import write_log, write_speed
 from cappy.training.launch import spread, starts_ranks
@@ -63,12 +64,13 @@ def train(
             scorer, corpora = _begin(config, start, progress)
             told = progress if ranks.first else silent
             metrics = trial(scorer, corpora.train, corpora.validation, config, ranks, told)
-            return Manifest(step=step, files=(), config=identity(config), code=code_version(), metrics=metrics)
+            version = step_version(step)
+            return Manifest(step=step, files=(), config=identity(config), step_version=version, metrics=metrics)
         if not ranks.first:
             _fit(config, start, Path(), silent, ranks)
             return Manifest.from_json(ranks.told(None))
         computed = _computed(config)
-        with claim(config.work, step, computed, hashes) as folder:
+        with claim(config.work, step, computed, hashes, fresh=config.fresh) as folder:
             scorer, corpora, outcome = _fit(config, start, folder / ".checkpoints", progress, ranks)
             scorer.write(folder)
             _write_facts(folder, corpora, seen, outcome)
@@ -77,7 +79,7 @@ def train(
                 step=step,
                 files=describe_files(folder),
                 config=computed,
-                code=code_version(),
+                step_version=step_version(step),
                 seed=config.seed,
                 generators=read_manifest(config.source).generators,
                 parents=hashes,

@@ -3,6 +3,7 @@
 import inspect
 import json
 import random
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from wording import assert_names, raises_naming
 
 import pipelines
 from cappy.cli.adapt import adapt, generators_for
@@ -96,15 +98,15 @@ def test_a_promotion_is_told_with_the_table_the_reasons_and_the_champions_comman
     for row in ("random choice", "longest", "MBR", "scorer", "oracle", "95% interval"):
         assert row in text
     assert f"report    {tmp_path}/evaluation/report.html\nversion   models:/mine/3, alias champion\n" in text
-    assert "decision  promoted to champion\n          Because of this.\n          And of that.\n" in text
-    assert "cache     evaluation came from the cache\n" in text
+    assert re.search(r"^decision  .*champion\n +Because of this\.\n +And of that\.$", text, re.MULTILINE)
+    assert re.search(r"^cache +evaluation ", text, re.MULTILINE)
     assert text.endswith("serve it  cappy serve --scorer models:/mine@champion --port 8080")
 
 
 def test_a_hold_is_told_with_its_reasons_and_the_challengers_command(make_outcome: Callable[..., Outcome]) -> None:
     outcome = make_outcome("hold")
     text = told(outcome, facts(outcome))
-    assert "alias challenger\ndecision  held: it stays challenger\n          Because of this.\n" in text
+    assert re.search(r"alias challenger\ndecision  held.*\n +Because of this\.\n", text)
     assert text.endswith("serve it  cappy serve --scorer models:/mine@challenger")
 
 
@@ -148,9 +150,10 @@ def test_d2_and_c10_what_sampling_did_not_get_and_reasoning_are_reported_by_adap
     unanswered = {"openai:m@http://h/v1": {"400 too long": 1, "400 too odd": 2}}
     write_manifest(sampled, Manifest(step="sampling", files=(), metrics=metrics, facts={"unanswered": unanswered}))
     text = told(outcome, facts(replace(outcome, outputs={**outcome.outputs, "sampling": sampled})))
-    assert "openai:m@http://h/v1 left 3 candidates without an answer; 2 of them: 400 too odd\n" in text
-    assert "caution   30 of 40 responses hold reasoning" in text
-    assert "hold reasoning" not in told(outcome, facts(outcome))
+    (unanswered_line,) = (line for line in text.splitlines() if "openai:m@http://h/v1" in line)
+    assert_names(unanswered_line, "3 candidates", "2 of them", "400 too odd")
+    assert_names(text, "caution   30 of 40 responses ", "reasoning")
+    assert "reasoning" not in told(outcome, facts(outcome))
 
 
 def test_the_facts_are_json_with_the_reports_numbers(make_outcome: Callable[..., Outcome]) -> None:
@@ -186,13 +189,13 @@ def test_what_is_sampled_from_follows_from_the_instances(tmp_path: Path) -> None
     assert generators_for(str(full), [], {}) == generators_for(str(closed), [], {}) == []
     assert generators_for(str(tmp_path / "records"), [], {}) == []
     assert generators_for(str(bare), ["builtin", "openai:m@http://h/v1"], {}) == ["builtin", "openai:m@http://h/v1"]
-    with pytest.raises(typer.BadParameter, match=r"bare\.jsonl:1 has no responses; name an LLM"):
+    with pytest.raises(typer.BadParameter, match=r"bare\.jsonl:1.*responses"):
         generators_for(str(bare), [], {})
     named = tmp_path / "named.jsonl"
     named.write_text(json.dumps({"question": "a", "answer": "b", "responses": ["c"]}))
     columns = ["instruction=question", "reference=answer"]
     assert generators_for(str(named), [], {"columns": columns}) == []
-    with pytest.raises(ConfigError, match="absent: no such file or folder; --instances is builtin, a JSON Lines"):
+    with raises_naming(ConfigError, "absent", "--instances"):
         generators_for(str(tmp_path / "absent"), [], {})
 
 
@@ -200,7 +203,7 @@ def test_instances_without_responses_and_without_an_llm_are_wrong_usage(here: Ca
     (tmp_path / "bare.jsonl").write_text('{"instruction": "a", "reference": "b"}\n')
     done = here("adapt", "--instances", "bare.jsonl")
     assert done.returncode == 2
-    assert "--generator: bare.jsonl:1 has no responses" in done.stderr
+    assert_names(done.stderr, "--generator", "bare.jsonl:1", "responses")
 
 
 def test_the_flags_have_the_defaults_of_the_plan_and_the_pipelines_their_names() -> None:
@@ -238,53 +241,50 @@ def test_adapt_ends_with_the_cautions_of_its_steps(make_outcome: Callable[..., O
     outcome = replace(outcome, outputs={**folders, **outcome.outputs})
     found = facts(outcome)
     cut, reasoning, partly = found["cautions"]
-    assert cut.startswith("32 of 320 responses (10.0 %) were cut at 64 new tokens; sample with --max-new-tokens 512 ")
-    assert reasoning.startswith("8 of 320 (2.5 %) responses hold reasoning")
-    assert partly.startswith("2 of 40 (5.0 %) instances have a reference or response of which Rouge-L sees only a part")
+    assert_names(cut, "32 of 320 responses", "10.0 %", "64 new tokens", "--max-new-tokens 512")
+    assert_names(reasoning, "8 of 320 (2.5 %)", "reasoning")
+    assert_names(partly, "2 of 40 (5.0 %)", "Rouge-L", "part")
     assert [line for line in told(outcome, found).splitlines() if line.startswith("caution")] == [
         f"caution   {text}" for text in (cut, reasoning, partly)
     ]
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("word", "names"),
     [
-        ("epochs=2", "'epochs=2' is not STEP.SETTING=VALUE"),
-        ("finetuning.epochs", "'finetuning.epochs' is not STEP.SETTING=VALUE"),
-        ("finetuning.=1", "'finetuning.=1' is not STEP.SETTING=VALUE"),
-        ("pretraining.epochs=2", "adapt has no step 'pretraining': preparation, sampling,"),
+        ("epochs=2", ("'epochs=2'", "STEP.SETTING=VALUE")),
+        ("finetuning.epochs", ("'finetuning.epochs'", "STEP.SETTING=VALUE")),
+        ("finetuning.=1", ("'finetuning.=1'", "STEP.SETTING=VALUE")),
+        ("pretraining.epochs=2", ("adapt", "'pretraining'", "preparation, sampling,")),
     ],
 )
-def test_a_setting_that_names_no_step_is_wrong_usage(word: str, message: str) -> None:
-    with pytest.raises(typer.BadParameter) as error:
+def test_a_setting_that_names_no_step_is_wrong_usage(word: str, names: tuple[str, ...]) -> None:
+    with raises_naming(typer.BadParameter, *names):
         per_step("adapt", [word])
-    assert str(error.value).startswith(message)
 
 
 def test_an_unknown_setting_is_refused_before_anything_runs(here: Cappy, tmp_path: Path) -> None:
     write(tmp_path / "records", instances())
     done = here("adapt", "--instances", "records", "--set", "annotation.colour=red")
-    assert (done.returncode, done.stderr) == (
-        1,
-        "cappy adapt: annotation: --colour: no such setting; `cappy annotation --help` lists them\n",
-    )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert_names(done.stderr, "cappy adapt: annotation: --colour", "`cappy annotation --help`")
 
 
 def test_a_setting_that_the_pipeline_fills_is_refused_before_anything_runs(here: Cappy, tmp_path: Path) -> None:
     write(tmp_path / "records", instances())
     done = here("adapt", "--instances", "records", "--set", "annotation.target=mine")
-    line = "annotation: --target is what the pipeline gives it; leave it out of settings and --set"
-    assert (done.returncode, done.stderr) == (1, f"cappy adapt: {line}\n")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert_names(done.stderr, "cappy adapt: annotation: --target", "leave it out")
 
 
 def test_compile_writes_the_yaml_to_a_file_or_prints_it(here: Cappy, tmp_path: Path) -> None:
     printed = here("pipeline", "compile", "adapt")
     assert "# Name: cappy-adapt" in printed.stdout
     written = here("pipeline", "compile", "adapt", "--target", "adapt.yaml")
-    assert written.stdout == "adapt.yaml: pipeline adapt for local\n"
+    assert_names(written.stdout, "adapt.yaml", "local")
     assert (tmp_path / "adapt.yaml").read_text() == printed.stdout
     missing = here("pipeline", "compile", "adapt", "--target", "absent/adapt.yaml")
-    assert missing.stderr.startswith("cappy pipeline: absent/adapt.yaml: cannot be written (No such file")
+    assert_names(missing.stderr, "cappy pipeline: absent/adapt.yaml: ", "No such file")
     assert here("pipeline", "compile", "adopt").returncode == 2
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from wording import assert_names
 
 import cappy.cli
 from cappy.cli import Verbs
@@ -98,7 +99,8 @@ def test_an_unknown_verb_and_no_verb_are_wrong_usage(here: Cappy) -> None:
 def test_what_a_person_can_mend_is_one_line_and_status_1(cappy: Cappy) -> None:
     done = cappy("annotation", "--source", "absent", "--target", "out")
     assert done.returncode == 1
-    assert done.stderr == "cappy annotation: absent: no such folder; check the path\n"
+    assert done.stderr.startswith("cappy annotation: absent: ")
+    assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 
 
@@ -173,7 +175,7 @@ def test_a_plan_is_printed_without_a_target_and_loads_nothing(here: Cappy) -> No
     assert [subset["name"] for subset in part["subsets"]] == ["glue/mrpc", "glue/qqp"]
     assert "17,277,798" not in here("preparation", "--mixture", "t0", "--subsets", "wiki_hop/*", "--plan").stdout
     alone = here("preparation", "--plan")
-    assert alone.stderr == "cappy preparation: --plan shows a mixture; give --mixture t0, heldout or bigbench45\n"
+    assert_names(alone.stderr, "cappy preparation: --plan", "--mixture t0, heldout or bigbench45")
     without = here("preparation", "--mixture", "t0")
     assert without.returncode == 2
     assert "--target FOLDER" in without.stderr
@@ -185,7 +187,7 @@ def test_a_report_lies_beside_the_labels_and_its_tables_are_printed(here: Cappy,
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert here("preparation", "--source", source, "--target", "instances").returncode == 0
     told = here("annotation", "--source", "instances", "--target", "labels", "--report")
-    assert "selection can gain" in told.stdout
+    assert_names(told.stdout, "selectable", "oracle", "33.3")
     assert told.stdout.rstrip().endswith("labels/report/report.html")
     again = here("annotation", "--source", "instances", "--target", "labels", "--report", "--json")
     assert json.loads(again.stdout)["step"] == "annotation"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from chat_server import Model, serving
+from wording import assert_names
 
 from cappy.records import Instance, write
 
@@ -22,11 +23,12 @@ def test_the_flag_prints_and_neither_asks_nor_writes(tmp_path: Path, cappy: Capp
         told = cappy(*flags, "endpoint8", "--price-output", "2").stdout
         (values,) = json.loads(cappy(*flags, "endpoint8", "--json").stdout)
         beams = cappy(*flags, "beam4")
-    assert "requests   480 at most, 180 if the endpoint takes n" in told
-    assert "cost       0.49\n" in told  # 480 responses of at most 512 tokens
+    lines = {line.split()[0]: line for line in told.splitlines() if line.strip()}
+    assert_names(lines["requests"], "480", "180")
+    assert lines["cost"].split() == ["cost", "0.49"]  # 480 responses of at most 512 tokens
     assert values["requests"] == 480
     assert beams.returncode == 1
-    assert "an endpoint cannot do beam4" in beams.stderr
+    assert_names(beams.stderr, "beam4", "endpoint")
     assert model.asked == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
@@ -35,4 +37,4 @@ def test_without_an_llm_there_is_nothing_to_estimate(tmp_path: Path, cappy: Capp
     write(tmp_path / "in", INSTANCES)
     alone = cappy("sampling", "--source", str(tmp_path / "in"), "--estimate")
     assert alone.returncode == 1
-    assert "--estimate needs an LLM to ask; name it with --generator" in alone.stderr
+    assert_names(alone.stderr, "--estimate", "--generator")

@@ -7,6 +7,7 @@ import sys
 import tracemalloc
 
 import pytest
+from wording import assert_names, raises_naming
 
 from cappy.cli.jsonlines import lines, write_line
 from cappy.errors import RecordError
@@ -18,52 +19,49 @@ def test_blank_lines_are_left_out_and_lines_keep_their_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "message"),
+    ("raw", "names"),
     [
-        (b'{"a"', "in.jsonl:1: is not JSON ("),
-        (b"[1]", "in.jsonl:1: must be an object in braces, got [1]"),
-        (b'{"a": "\xff"}', "in.jsonl:1: is not UTF-8 (byte 8); convert the file to UTF-8"),
-        (b'{"a": NaN}', "in.jsonl:1: is not JSON (NaN is no JSON number)"),
-        (b"[" * 100_000, "in.jsonl:1: is not JSON ("),
+        (b'{"a"', ("not JSON",)),
+        (b"[1]", ("object", "got [1]")),
+        (b'{"a": "\xff"}', ("not UTF-8", "byte 8")),
+        (b'{"a": NaN}', ("not JSON", "NaN")),
+        (b"[" * 100_000, ("not JSON",)),
     ],
 )
-def test_a_line_that_is_no_object_is_named_in_one_line(raw: bytes, message: str) -> None:
-    with pytest.raises(RecordError) as error:
+def test_a_line_that_is_no_object_is_named_in_one_line(raw: bytes, names: tuple[str, ...]) -> None:
+    with raises_naming(RecordError, "in.jsonl:1: ", *names) as error:
         list(lines(io.BytesIO(raw), "in.jsonl"))
-    assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("raw", "message"),
+    ("raw", "names"),
     [
-        (b'{"b": ""}', "stdin:1: has no field 'a'; add it (fields here: 'b')"),
-        (b'{"a": 5}', "stdin:1: a must be a text in quotes, got 5"),
-        (b'{"a": null}', "stdin:1: a must be a text in quotes, got None"),
-        (b'{"a": "\\ud800"}', "stdin:1: a holds half a character (lone surrogate), mend "),
+        (b'{"b": ""}', ("field 'a'", "fields here: 'b'")),
+        (b'{"a": 5}', ("a must be", "got 5")),
+        (b'{"a": null}', ("a must be", "got None")),
+        (b'{"a": "\\ud800"}', ("a holds", "lone surrogate")),
     ],
 )
-def test_a_field_that_is_no_text_is_named_in_one_line(raw: bytes, message: str) -> None:
+def test_a_field_that_is_no_text_is_named_in_one_line(raw: bytes, names: tuple[str, ...]) -> None:
     (line,) = lines(io.BytesIO(raw), "-")
-    with pytest.raises(RecordError) as error:
+    with raises_naming(RecordError, "stdin:1: ", *names) as error:
         line.text("a")
-    assert str(error.value).startswith(message)
     str(error.value).encode()
 
 
 @pytest.mark.parametrize(
-    ("raw", "message"),
+    ("raw", "names"),
     [
-        (b'{"a": []}', "stdin:1: a must be a list of at least one text, got []"),
-        (b'{"a": "b"}', "stdin:1: a must be a list of at least one text, got 'b'"),
-        (b'{"a": ["b", 2]}', "stdin:1: a[1] must be a text in quotes, got 2"),
+        (b'{"a": []}', ("a must be a list", "got []")),
+        (b'{"a": "b"}', ("a must be a list", "got 'b'")),
+        (b'{"a": ["b", 2]}', ("a[1] must be", "got 2")),
     ],
 )
-def test_a_field_that_is_no_list_of_texts_is_named_in_one_line(raw: bytes, message: str) -> None:
+def test_a_field_that_is_no_list_of_texts_is_named_in_one_line(raw: bytes, names: tuple[str, ...]) -> None:
     (line,) = lines(io.BytesIO(raw), "-")
-    with pytest.raises(RecordError) as error:
+    with raises_naming(RecordError, "stdin:1: ", *names):
         line.texts("a")
-    assert str(error.value) == message
 
 
 def test_what_is_written_is_one_line_of_json_that_reads_back_equal(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
@@ -98,7 +96,7 @@ def test_a_line_without_an_end_is_not_read_to_its_end(monkeypatch: pytest.Monkey
     endless = io.BytesIO(whole + b"x" * 10_000)
     found = lines(endless, "in.jsonl")
     assert len(next(found).text("a")) == 900
-    with pytest.raises(RecordError, match=r"in.jsonl:2: the line is longer than 1,000 bytes"):
+    with pytest.raises(RecordError, match=r"in\.jsonl:2: .* 1,000 bytes"):
         next(found)
     assert endless.tell() < 3000
 
@@ -121,5 +119,5 @@ def test_standard_input_is_read_under_each_of_its_names(name: str) -> None:
 def test_a_closed_standard_input_is_one_line(name: str) -> None:
     words = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-c", READING, name]
     done = subprocess.run(words, capture_output=True, text=True)
-    assert done.stderr == f"{name}: standard input is closed; give a JSON Lines file: --source FILE\n"
-    assert done.returncode == 1
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert_names(done.stderr, f"{name}: standard input is closed", "--source FILE")

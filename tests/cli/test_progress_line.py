@@ -2,7 +2,7 @@
 
 import pytest
 
-from cappy.cli.progress_line import ProgressLine
+from cappy.progress_display import ProgressLine
 from cappy.progress import State, describe, duration
 
 

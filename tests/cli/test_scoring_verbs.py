@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from wording import assert_names
 
 from cappy.scoring import Scorer
 
@@ -32,9 +33,8 @@ def test_score_keeps_order_and_fields_across_chunks_and_gives_the_scorers_number
     assert answers == given
     assert scores == pytest.approx(Scorer.load(str(scorer_folder)).score(PAIRS), abs=1e-4)
     assert len(set(scores)) > 10
-    assert done.stderr == (
-        "cappy score: 287 of 300 pairs are longer than the scorer's 48 tokens: cut, 286 responses lost their end\n"
-    ), "A4: once, with its count"
+    assert done.stderr.count("\n") == 1, "A4: once, with its count"
+    assert_names(done.stderr, "cappy score: 287 of 300 pairs", "48 tokens", "286 responses")
 
 
 def test_a4_nothing_is_said_where_nothing_is_cut(here: Cappy, tmp_path: Path) -> None:
@@ -110,14 +110,15 @@ def test_a_bad_line_is_one_line_on_stderr_and_status_1(here: Cappy, scorer_folde
     source.write_text('{"instruction": "a", "response": "b"}\n{"instruction": "a"}\n')
     done = here("score", "--scorer", scorer_folder, "--source", "pairs.jsonl")
     assert done.returncode == 1
-    assert done.stderr == "cappy score: pairs.jsonl:2: has no field 'response'; add it (fields here: 'instruction')\n"
+    assert done.stderr.count("\n") == 1
+    assert_names(done.stderr, "cappy score: pairs.jsonl:2: ", "field 'response'", "fields here: 'instruction'")
 
 
 def test_a_missing_file_and_a_missing_scorer_are_one_line_each(here: Cappy, tmp_path: Path) -> None:
     absent = here("score", "--source", tmp_path / "absent.jsonl")
-    assert absent.stderr.startswith(f"cappy score: {tmp_path}/absent.jsonl: No such file or directory; --source is a")
+    assert_names(absent.stderr, f"cappy score: {tmp_path}/absent.jsonl: No such file", "--source")
     folder = here("score", "--scorer", "absent")
-    assert folder.stderr.startswith("cappy score: absent: no such folder; a scorer is builtin, a folder, hub:")
+    assert_names(folder.stderr, "cappy score: absent: ", "a scorer is builtin, a folder, hub:")
     for done in (absent, folder):
         assert (done.returncode, done.stderr.count("\n"), done.stdout) == (1, 1, "")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from local_server import handled_by
+from wording import assert_names, raises_naming
 
 from cappy.cli import main
 from cappy.config import to_values
@@ -62,18 +63,16 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_an_image_that_is_here_will_do_and_one_that_cannot_be_pulled_is_one_line(engine: None) -> None:
     found = check_images(checked({"pipeline": "adapt", "images": {"worker": HERE, "trainer": HERE}}))
     assert found == dict.fromkeys(STEPS["adapt"], "sha256:1")
-    with pytest.raises(
-        ConfigError, match=r"mine:2: is not here and cannot be pulled \(.*denied.*\); build it with make"
-    ):
+    with raises_naming(ConfigError, "mine:2: ", "denied", "make"):
         check_images(checked({"pipeline": "adapt", "images": {"worker": HERE, "trainer": "mine:2"}}))
     exit_step = {"resources": {"tracking": {"image": "mine:3"}}}
-    with pytest.raises(ConfigError, match=r"mine:3: is not here"):
+    with pytest.raises(ConfigError, match="mine:3: "):
         check_images(checked({"pipeline": "adapt", "images": {"worker": HERE, "trainer": HERE}, **exit_step}))
 
 
 def test_no_engine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")
-    with pytest.raises(ConfigError, match=r"docker: no engine answers .*; start Docker"):
+    with raises_naming(ConfigError, "docker: ", "start Docker"):
         check_images(checked({"pipeline": "adapt"}))
 
 
@@ -117,6 +116,8 @@ def test_a_secret_of_the_recipe_that_is_not_set_here_is_one_line(
     file.write_text(json.dumps(to_values(mine("LLM_KEY", "OPENAI_API_KEY", "SECOND_KEY"))))
     with pytest.raises(SystemExit):
         main(["pipeline", "run", str(file), "--on", "docker"])
-    remedy = "export SECOND_KEY, or SECOND_KEY_FILE with the path of a file that holds it"
-    line = f"resources.sampling.secrets: SECOND_KEY is not set here, where containers get it; {remedy}"
-    assert capsys.readouterr().err == f"cappy pipeline: {line}\n"
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert_names(
+        line, "cappy pipeline: resources.sampling.secrets: SECOND_KEY ", "export SECOND_KEY", "SECOND_KEY_FILE"
+    )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from wording import assert_names, raises_naming
 
 from cappy.errors import CappyError, ConfigError
 from cappy.records import read, read_manifest
@@ -55,7 +56,7 @@ def test_a_second_run_comes_from_the_cache_and_another_fingerprint_runs_again(
     assert second.cached == {"preparation", "annotation"}
     assert second.outputs == first.outputs
     assert (tmp_path / "beat.state").read_text() == f"SUCCEEDED {second.run_id}"
-    assert "annotation: from the cache" in capfd.readouterr().err
+    assert_names(capfd.readouterr().err, "annotation: ", "cache")
 
     assert start(made_up(two="3" * 8)).cached == {"preparation"}
 
@@ -70,7 +71,7 @@ def test_a_failing_step_says_its_own_line(made_up: MakeUp, start: Callable[..., 
 def test_a_defect_shows_the_end_of_the_steps_own_log(
     made_up: MakeUp, start: Callable[..., Outcome], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(CappyError, match=r"preparation: ZeroDivisionError: a defect of ours; the whole log is .*log"):
+    with raises_naming(CappyError, "preparation: ZeroDivisionError: a defect of ours", "run.log"):
         start(made_up(first={"fail": "defect"}), show=True)
     told = capfd.readouterr().err
     assert "Traceback" in told or 'raise ZeroDivisionError("a defect of ours")' in told
@@ -78,7 +79,7 @@ def test_a_defect_shows_the_end_of_the_steps_own_log(
 
 
 def test_a_killed_step_is_said_to_be_killed(made_up: MakeUp, start: Callable[..., Outcome]) -> None:
-    with pytest.raises(CappyError, match="annotation: its process was killed"):
+    with raises_naming(CappyError, "annotation: ", "killed"):
         start(made_up(second={"fail": "killed"}))
 
 
@@ -88,7 +89,7 @@ def test_a_folder_that_kfp_would_mangle_is_refused(made_up: MakeUp, tmp_path: Pa
 
 
 def test_an_argument_that_kfp_would_mangle_is_refused(made_up: MakeUp, start: Callable[..., Outcome]) -> None:
-    with pytest.raises(ConfigError, match=r"^one: holds the text 'python3'"):
+    with pytest.raises(ConfigError, match=r"^one: .*'python3'"):
         start(made_up(one="python3"))
 
 
@@ -170,7 +171,7 @@ def test_another_terminal_sees_how_far_a_run_is_and_can_end_it(
         [("preparation", "done"), ("annotation", "done")],
     )
     assert any("annotation" in line for _, line in client.logs(over.run_id, "annotation"))
-    with pytest.raises(ConfigError, match="is over; nothing to end"):
+    with raises_naming(ConfigError, over.run_id, "over"):
         client.cancel(over.run_id)
     slow = made_up(one="7" * 8, first={"seconds": 60, "fail": "asked to end"})
     with _other_process(tmp_path, slow, background=background) as other:
@@ -190,7 +191,7 @@ def test_another_terminal_sees_how_far_a_run_is_and_can_end_it(
     assert (tmp_path / "beat.checkpoint").exists()
     assert _processes(tmp_path) == []
     assert client.look(run).state == "cancelled"
-    with pytest.raises(ConfigError, match=f"nope: no run of that name .* the last one is {run}"):
+    with raises_naming(ConfigError, "nope: ", f"last one is {run}"):
         client.look("nope")
 
 
@@ -232,7 +233,7 @@ def test_a_failed_shard_says_its_own_line_and_which_it_is(
     recipe = checked({"pipeline": "batch_score", "shards": 2, "parameters": parameters})
     with pytest.raises(CappyError) as caught:
         run_pipeline("batch_score", settings_of(recipe), work=tmp_path / "work", root=tmp_path / "root", recipe=recipe)
-    line = f"{tmp_path / 'scorer'}: neither manifest.json nor config.json, so it is no scorer; "
-    assert str(caught.value).startswith(f"scoring 0/2: {line}")
+    assert str(caught.value).startswith(f"scoring 0/2: {tmp_path / 'scorer'}: ")
+    assert_names(str(caught.value), "manifest.json", "config.json", "scorer")
     assert "whole log" not in str(caught.value)
     assert "Executing task" not in capfd.readouterr().err

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wording import assert_names, raises_naming
 
 from cappy.config import decode
 from cappy.errors import ConfigError, UnreachableError
@@ -23,7 +24,7 @@ def test_every_recipe_of_the_repository_is_one_that_kubeflow_would_get(path: Pat
     if path.stem not in ("adapt", "batch-score"):  # These are for a person to fill.
         check(recipe, "kubeflow")
         told = path.read_text()
-        assert "no published number was reproduced" in " ".join(told.replace("#", " ").split())
+        assert_names(" ".join(told.replace("#", " ").split()), "published number", "reproduced")
 
 
 def test_the_recipes_of_the_paper_are_those_of_the_paper() -> None:
@@ -38,89 +39,86 @@ def test_the_recipes_of_the_paper_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "line"),
+    ("values", "names"),
     [
-        ({"pipelin": "adapt"}, r"pipelin.*: no such key; did you mean pipeline\?"),
-        ({"pipeline": "adopt"}, r"pipeline: .*adapt.*got"),
-        ({"pipeline": "adapt", "shards": 65}, r"shards: .*64.*got 65"),
-        ({"pipeline": "adapt", "resources": {"sampling": {"gpus": 1}}}, r"resources.sampling.gpus: no such key"),
-        ({"pipeline": "adapt", "resources": {"sampling": {"memroy": "1Gi"}}}, r"did you mean memory\?"),
-        ({"pipeline": "adapt", "resources": {"sampling": {"memory": "1GB"}}}, r"resources.sampling.memory: .*got"),
-        ({"pipeline": "adapt", "resources": {"pretraining": {}}}, r"resources.pretraining: adapt has no such step"),
-        ({"pipeline": "adapt", "settings": {"tuning": {}}}, r"settings.tuning: adapt has no such step; did you mean"),
-        ({"pipeline": "adapt", "vertex": {"bucket": "mine"}}, r"vertex.bucket: .*got"),
-        ({"pipeline": "adapt", "shards": True}, r"shards: must be a whole number, got True"),
-        ({"pipeline": "adapt", "resources": {"sampling": {"hours": True}}}, r"sampling.hours: .*number, got True"),
-        ({"pipeline": "adapt", "resources": {"sampling": {"count": 2}}}, r"sampling: count: 2 of no accelerator; say"),
-        ({"pipeline": "adapt", "prices": {"gold": 1.0}}, r"prices.gold: .*'nvidia-l4'.*, got 'gold'"),
-        ({"pipeline": "adapt", "prices": {"none": float("inf")}}, r"prices.none: .*finite number, got inf"),
-        ({"pipeline": "adapt", "settings": ["sampling"]}, r"settings: must hold keys with values.*, got"),
+        ({"pipelin": "adapt"}, ("pipelin: ", "did you mean pipeline?")),
+        ({"pipeline": "adopt"}, ("pipeline: ", "adapt", "got 'adopt'")),
+        ({"pipeline": "adapt", "shards": 65}, ("shards: ", "64", "got 65")),
+        ({"pipeline": "adapt", "resources": {"sampling": {"gpus": 1}}}, ("resources.sampling.gpus: ", "key")),
+        ({"pipeline": "adapt", "resources": {"sampling": {"memroy": "1Gi"}}}, ("memroy", "did you mean memory?")),
+        ({"pipeline": "adapt", "resources": {"sampling": {"memory": "1GB"}}}, ("sampling.memory: ", "got '1GB'")),
+        ({"pipeline": "adapt", "resources": {"pretraining": {}}}, ("resources.pretraining: adapt ", "step")),
+        ({"pipeline": "adapt", "settings": {"tuning": {}}}, ("settings.tuning: adapt ", "did you mean finetuning")),
+        ({"pipeline": "adapt", "vertex": {"bucket": "mine"}}, ("vertex.bucket: ", "got 'mine'")),
+        ({"pipeline": "adapt", "shards": True}, ("shards: ", "whole number", "got True")),
+        ({"pipeline": "adapt", "resources": {"sampling": {"hours": True}}}, ("sampling.hours: ", "number, got True")),
+        ({"pipeline": "adapt", "resources": {"sampling": {"count": 2}}}, ("sampling: count: 2 ", "accelerator")),
+        ({"pipeline": "adapt", "prices": {"gold": 1.0}}, ("prices.gold: ", "'nvidia-l4'", "got 'gold'")),
+        ({"pipeline": "adapt", "prices": {"none": float("inf")}}, ("prices.none: ", "finite", "got inf")),
+        ({"pipeline": "adapt", "settings": ["sampling"]}, ("settings: ", "keys", "got ['sampling']")),
     ],
 )
-def test_a_wrong_key_or_value_is_one_line(values: dict[str, Any], line: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=line) as caught:
+def test_a_wrong_key_or_value_is_one_line(values: dict[str, Any], names: tuple[str, ...], tmp_path: Path) -> None:
+    with raises_naming(ConfigError, *names) as caught:
         checked(values, where="mine.yaml")
     assert str(caught.value).startswith("mine.yaml: ")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
+    ("text", "names"),
     [
-        ("a: [", "is no YAML"),
-        ("pipeline: adapt\nshards: 2\nshards: 3", "shards is given twice .*line 3"),
-        ("pipeline: adapt\n? [a]\n: 2", "is no YAML: .*unhashable"),
-        ("- a", "holds no keys"),
-        ("", "holds no keys"),
-        (None, "cannot be read"),
+        ("a: [", ("no YAML",)),
+        ("pipeline: adapt\nshards: 2\nshards: 3", ("shards", "twice", "line 3")),
+        ("pipeline: adapt\n? [a]\n: 2", ("no YAML", "unhashable")),
+        ("- a", ("no keys",)),
+        ("", ("no keys",)),
+        (None, ("cannot be read",)),
     ],
 )
-def test_a_file_that_is_no_recipe_is_one_line(text: str | None, line: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_recipe_is_one_line(text: str | None, names: tuple[str, ...], tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ConfigError, match=line):
+    with raises_naming(ConfigError, "mine.yaml", *names):
         read_recipe(path)
 
 
 def test_a_wrong_parameter_and_a_wrong_setting_are_refused_without_a_registry() -> None:
-    with pytest.raises(ConfigError, match=r"parameters: adapt has no 'sauce'; there are .*source"):
+    with raises_naming(ConfigError, "parameters: adapt ", "'sauce'", "source"):
         check(checked({"pipeline": "adapt", "parameters": {"sauce": "builtin"}}))
     with pytest.raises(ConfigError, match=r"evaluation: --folds"):
         check(checked({"pipeline": "adapt", "settings": {"evaluation": {"folds": 50}}}))
-    with pytest.raises(ConfigError, match=r"sampling: --shard is what the pipeline gives each"):
+    with pytest.raises(ConfigError, match=r"sampling: --shard "):
         submission_of(checked({"pipeline": "adapt", "settings": {"sampling": {"shard": "0/2"}}, "shards": 2}))
 
 
 @pytest.mark.parametrize(
-    ("changed", "line"),
+    ("changed", "names"),
     [
-        ({"tracking_uri": ""}, r"tracking_uri: .*not reachable from a cluster; give"),
-        ({"tracking_uri": "sqlite:///mine.db"}, r"tracking_uri: .*not reachable from a cluster"),
-        ({"tracking_uri": "https://me:secret@mlflow.example"}, r"tracking_uri: holds a password"),
+        ({"tracking_uri": ""}, ("tracking_uri: ", "cluster")),
+        ({"tracking_uri": "sqlite:///mine.db"}, ("tracking_uri: ", "mine.db", "cluster")),
+        ({"tracking_uri": "https://me:secret@mlflow.example"}, ("tracking_uri: ", "password")),
         (
             {"settings": {"registration": {"tracking_uri": "https://me:secret@mlflow.example"}}},
-            r"settings.registration.tracking_uri: holds a password",
+            ("settings.registration.tracking_uri: ", "password"),
         ),
         (
             {"settings": {"registration": {"tracking_uri": "sqlite:///mine.db"}}},
-            r"settings.registration.tracking_uri: .*not reachable from a cluster",
+            ("settings.registration.tracking_uri: ", "cluster"),
         ),
         (
             {"parameters": {"generator": "vllm:/mine/llm", "strategy": "greedy"}},
-            r"sampling: --generator: /mine/llm does not lie under /data",
+            ("sampling: --generator: /mine/llm ", "under /data"),
         ),
-        ({"parameters": {"source": "mine.jsonl"}}, r"preparation: --source: mine.jsonl does not lie under /data"),
-        (
-            {"settings": {"preparation": {"templates": "mine"}}},
-            r"preparation: --templates: mine does not lie under /data",
-        ),
-        ({"parameters": {"source": "/data/mine.jsonl"}}, r"cannot be seen from here.* give revision:"),
-        ({"work": "/elsewhere"}, r"work: /elsewhere is not under /data"),
+        ({"parameters": {"source": "mine.jsonl"}}, ("preparation: --source: mine.jsonl ", "under /data")),
+        ({"settings": {"preparation": {"templates": "mine"}}}, ("preparation: --templates: mine ", "under /data")),
+        ({"parameters": {"source": "/data/mine.jsonl"}}, ("/data/mine.jsonl", "revision:")),
+        ({"work": "/elsewhere"}, ("work: /elsewhere ", "under /data")),
     ],
 )
-def test_what_no_step_of_a_cluster_could_reach_is_refused(changed: dict[str, Any], line: str) -> None:
-    with pytest.raises(ConfigError, match=line) as caught:
+def test_what_no_step_of_a_cluster_could_reach_is_refused(changed: dict[str, Any], names: tuple[str, ...]) -> None:
+    with raises_naming(ConfigError, *names) as caught:
         submission_of(checked({"pipeline": "pretrain", **PLACES, **changed}), "kubeflow")
     assert "secret@" not in str(caught.value)
 
@@ -129,7 +127,7 @@ def test_a_file_of_decodings_must_lie_where_the_steps_see_it(tmp_path: Path) -> 
     mine = tmp_path / "mine.yaml"
     mine.write_text("- greedy")
     recipe = checked({"pipeline": "pretrain", **PLACES, "parameters": {"strategy": str(mine)}})
-    with pytest.raises(ConfigError, match=r"sampling: --strategy: .*mine.yaml does not lie under /data"):
+    with pytest.raises(ConfigError, match=r"sampling: --strategy: .*mine\.yaml .*under /data"):
         check(recipe, "kubeflow")
     check(recipe, "local")
 
@@ -176,10 +174,10 @@ def test_the_outline_adds_up() -> None:
     found = to_json(recipe, "kubeflow")
     assert found["most_cost"] == pytest.approx(48 + 4 + 240 + 4 * 1.0)
     assert found["most_cost_with_retries"] == pytest.approx(found["most_cost"] + 48)
-    assert "at most 296.00 where no step is tried again, 344.00 with every retry used" in text(recipe, "kubeflow")
+    assert_names(text(recipe, "kubeflow"), "at most 296.00", "344.00 with every retry")
     unpriced = checked({"pipeline": "pretrain"})
     assert to_json(unpriced, "local")["most_cost"] is None
-    assert "no price for preparation" in text(unpriced, "local")
+    assert_names(text(unpriced, "local"), "no price", "preparation")
 
 
 def test_a_cluster_is_told_its_own_address_and_this_machine_asks_at_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,28 +249,30 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
 
 
 @pytest.mark.parametrize(
-    ("values", "line"),
+    ("values", "names"),
     [
-        ({"parameters": {"generator": 3}}, r"generator: is a list of LLMs, got 3"),
-        ({"parameters": {"source": "missing.jsonl"}}, r"preparation: --source: missing.jsonl: no such file or folder"),
-        ({"settings": {"preparation": {"against": ["missing"]}}}, r"preparation: --against: missing: no such file"),
+        ({"parameters": {"generator": 3}}, ("generator: ", "list", "got 3")),
+        ({"parameters": {"source": "missing.jsonl"}}, ("preparation: --source: missing.jsonl: ",)),
+        ({"settings": {"preparation": {"against": ["missing"]}}}, ("preparation: --against: missing: ",)),
         (
             {"settings": {"preparation": {"mixture": "t0", "local": "missing"}}},
-            r"preparation: --local: missing: no such file or folder",
+            ("preparation: --local: missing: ",),
         ),
-        ({"settings": {"sampling": {"target": "x"}}}, r"sampling: --target is what the pipeline gives it"),
-        ({"settings": {"evaluation": {"scorer": "builtin"}}}, r"evaluation: --scorer is what the pipeline gives it"),
-        ({"settings": {"annotation": {"work": "x"}}}, r"annotation: --work is what the pipeline gives it"),
+        ({"settings": {"sampling": {"target": "x"}}}, ("sampling: --target ", "leave it out")),
+        ({"settings": {"evaluation": {"scorer": "builtin"}}}, ("evaluation: --scorer ", "leave it out")),
+        ({"settings": {"annotation": {"work": "x"}}}, ("annotation: --work ", "leave it out")),
     ],
 )
-def test_what_the_pipeline_gives_and_what_is_not_there_are_refused(values: dict[str, Any], line: str) -> None:
-    with pytest.raises(ConfigError, match=line):
+def test_what_the_pipeline_gives_and_what_is_not_there_are_refused(
+    values: dict[str, Any], names: tuple[str, ...]
+) -> None:
+    with raises_naming(ConfigError, *names):
         check(checked({"pipeline": "adapt", **values}))
 
 
 def test_a_dataset_to_score_must_be_named() -> None:
     for values in ({}, {"parameters": {"source": ""}}):
-        with pytest.raises(ConfigError, match=r"batch_score: no source: .*--set preparation.source=FILE"):
+        with raises_naming(ConfigError, "batch_score: ", "source", "--set preparation.source=FILE"):
             settings_of(checked({"pipeline": "batch_score", **values}))
     named = checked({"pipeline": "batch_score", "settings": {"preparation": {"source": "mine.jsonl"}}})
     assert settings_of(named)["preparation"]["source"] == "mine.jsonl"
@@ -284,7 +284,7 @@ def test_one_generator_may_be_named_without_a_list() -> None:
 
 
 def test_a_recipe_that_does_not_say_where_the_platform_is_is_no_submission() -> None:
-    with pytest.raises(ConfigError, match="kubeflow: no endpoint"):
+    with pytest.raises(ConfigError, match="kubeflow: .*endpoint"):
         check(checked({"pipeline": "pretrain", "tracking_uri": "https://mlflow.example"}), "kubeflow")
-    with pytest.raises(ConfigError, match="vertex: no project or no bucket"):
+    with raises_naming(ConfigError, "vertex: ", "project", "bucket"):
         check(checked({"pipeline": "pretrain", "tracking_uri": "https://mlflow.example"}), "vertex")

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wording import raises_naming
 
 import pipelines
 from cappy.config import build, identity
 from cappy.errors import ConfigError
-from cappy.records.work import work_key
+from cappy.keys import work_key
 from cappy.steps import STEP_SPECS
 from cappy.worker import config_class
 from pipelines.planning import planned, settings_of
@@ -69,7 +70,7 @@ def keys(name: str, **parameters: Any) -> dict[str, str]:
         config = build(
             config_class(step), {**values, **{artifact: Path("x") for artifact in STEP_SPECS[step].artifacts}}
         )
-        found[step] = work_key(step, identity(config))
+        found[step] = work_key(step, identity(config)).name
     return found
 
 
@@ -117,7 +118,7 @@ def test_a_recipe_names_each_seed() -> None:
     parameters = {"seed": 1, "training_seed": 2}
     settings = settings_of(checked({"pipeline": "adapt", "parameters": parameters}))
     assert [settings[step]["seed"] for step in ("preparation", "sampling", "finetuning")] == [1, 1, 2]
-    with pytest.raises(ConfigError, match=r"parameters: evaluate has no 'training_seed'; there are .*sampling_seed"):
+    with raises_naming(ConfigError, "parameters: evaluate ", "'training_seed'", "sampling_seed"):
         settings_of(checked({"pipeline": "evaluate", "parameters": {"training_seed": 1}}))
 
 
@@ -146,7 +147,7 @@ def test_the_parameters_of_a_compiled_pipeline_are_those_that_the_guide_names(na
 def test_a_parameter_that_settings_leave_without_effect_is_refused(
     name: str, parameters: dict[str, Any], settings: dict[str, Any], idle: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"^parameters: {idle}.* has no effect; .*leave it out"):
+    with pytest.raises(ConfigError, match=f"^parameters: {idle}.* no effect"):
         planned(name, parameters, settings)
 
 

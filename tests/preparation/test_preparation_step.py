@@ -310,9 +310,6 @@ KILLED = """
 import json, os, signal, sys
 from cappy.config import build
 from cappy.preparation.step import PreparationConfig, run
-from cappy.records import work
-
-work.code_version = lambda: "the same"
 
 def progress(done, total=None, *, unit="rows", resumed=0):
     if unit == "instances":
@@ -327,7 +324,6 @@ run(build(PreparationConfig, json.loads(sys.argv[1])), progress)
 def test_a_killed_run_resumes_without_doing_finished_parts_again(
     json_lines: JsonLines, ten_rows: list[Any], tmp_path: Path
 ) -> None:
-    # The code version is held, because an edit between the two runs would rightly make them other work.
     places = {"target": str(tmp_path / "t"), "work": str(tmp_path / "w")}
     values = json.dumps({"source": str(json_lines(*ten_rows)), **places, "part_rows": 2})
     command = [sys.executable, "-c", KILLED, values]

@@ -8,25 +8,28 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from wording import assert_names
 
-from cappy.config import code_version
 from cappy.errors import FolderError
+from cappy.keys import KEY
 from cappy.progress import silent
 from cappy.records import File, Instance, Manifest, read
 from cappy.records import work as work_module
+from cappy.records.folder import describe_files
 from cappy.records.parts import process
-from cappy.records.work import claim, finish
+from cappy.records.work import claim, finish, read_key
+from cappy.steps import STEP_SPECS
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from cappy.records import work
-work.code_version = lambda: sys.argv[2]
-with work.claim(Path(sys.argv[1]), "step", {"a": 1}):
+with work.claim(Path(sys.argv[1]), "annotation", {"a": 1}):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -53,7 +56,7 @@ class Counting:
 
 
 def do(work: Path, transform: Counting, **known: Any) -> tuple[File, ...]:
-    with claim(work, "step", {"a": 1}) as folder:
+    with claim(work, "annotation", {"a": 1}) as folder:
         progress = known.get("progress", silent)
         return process(instances(), folder, transform, part_rows=3, progress=progress, total=10).files
 
@@ -73,7 +76,7 @@ def test_a_second_start_does_the_unfinished_parts_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["part", "no part", "no note"])
 def test_a_damaged_part_is_done_again_and_no_other(tmp_path: Path, damage: str) -> None:
     files = do(tmp_path, Counting())
-    (folder,) = (tmp_path / "step").iterdir()
+    (folder,) = (tmp_path / "annotation").iterdir()
     part, note = folder / files[1].name, folder / ".part-00001.json"
     if damage == "part":
         part.write_bytes(part.read_bytes()[:-1])
@@ -98,23 +101,23 @@ def test_progress_tells_what_an_earlier_start_had_finished(tmp_path: Path) -> No
 
 def test_other_steps_settings_and_parents_are_other_work(tmp_path: Path) -> None:
     asked: list[tuple[str, dict[str, Any], list[str]]] = [
-        ("step", {"a": 1}, []),
-        ("step", {"a": 2}, []),
-        ("step", {"a": 1}, ["p"]),
-        ("step", {"a": 1}, ["p", "q"]),
-        ("other", {"a": 1}, []),
+        ("annotation", {"a": 1}, []),
+        ("annotation", {"a": 2}, []),
+        ("annotation", {"a": 1}, ["p"]),
+        ("annotation", {"a": 1}, ["p", "q"]),
+        ("scoring", {"a": 1}, []),
     ]
     folders = []
     for step, config, parents in asked:
         with claim(tmp_path, step, config, parents) as folder:
             folders.append(folder)
     assert len(set(folders)) == len(asked)
-    with claim(tmp_path, "step", {"a": 1}) as again:
+    with claim(tmp_path, "annotation", {"a": 1}) as again:
         assert again == folders[0]
 
 
 def test_finished_work_is_published_whole_with_the_manifest(tmp_path: Path) -> None:
-    with claim(tmp_path / "w", "step", {}) as folder:
+    with claim(tmp_path / "w", "annotation", {}) as folder:
         files = process(instances(), folder, Counting(), part_rows=4, progress=silent).files
         manifest = finish(folder, tmp_path / "t", Manifest(step="step", files=files))
     assert list(read(tmp_path / "t")) == list(instances())
@@ -125,8 +128,8 @@ def test_finished_work_is_published_whole_with_the_manifest(tmp_path: Path) -> N
 
 @contextmanager
 def holder(work: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the work, under this code version: an edit meanwhile would make it other work."""
-    other = subprocess.Popen([sys.executable, "-c", HOLD, work, code_version()], stdout=subprocess.PIPE, text=True)
+    """Another process that holds the work."""
+    other = subprocess.Popen([sys.executable, "-c", HOLD, work], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     with other:
         try:
@@ -140,13 +143,13 @@ def test_a_second_process_waits_and_then_names_the_first(tmp_path: Path, monkeyp
     monkeypatch.setattr(work_module, "WAIT_SECONDS", 0.5)
     with holder(tmp_path) as other:
         started = time.monotonic()
-        with pytest.raises(FolderError) as error, claim(tmp_path, "step", {"a": 1}):
+        with pytest.raises(FolderError) as error, claim(tmp_path, "annotation", {"a": 1}):
             pytest.fail("two processes hold the same work")
         assert time.monotonic() - started >= 0.5
-        (folder,) = (tmp_path / "step").iterdir()
+        (folder,) = (tmp_path / "annotation").iterdir()
         remedy = "wait for it, or stop it and run the same command again"
-        assert str(error.value) == f"{folder}: process {other.pid} is doing this very work; {remedy}"
-        with claim(tmp_path, "step", {"a": 2}):
+        assert_names(str(error.value), str(folder), str(other.pid), remedy)
+        with claim(tmp_path, "annotation", {"a": 2}):
             pass
 
 
@@ -154,17 +157,17 @@ def test_the_lock_falls_with_its_holder_however_it_ends(tmp_path: Path, monkeypa
     monkeypatch.setattr(work_module, "WAIT_SECONDS", 5.0)
     with holder(tmp_path) as other:
         os.kill(other.pid, signal.SIGKILL)
-        with claim(tmp_path, "step", {"a": 1}) as folder:
+        with claim(tmp_path, "annotation", {"a": 1}) as folder:
             assert (folder / ".lock").read_text() == str(os.getpid())
-    with pytest.raises(RuntimeError), claim(tmp_path, "step", {"a": 1}):
+    with pytest.raises(RuntimeError), claim(tmp_path, "annotation", {"a": 1}):
         raise RuntimeError
-    with claim(tmp_path, "step", {"a": 1}):
+    with claim(tmp_path, "annotation", {"a": 1}):
         pass
 
 
 def test_a_note_that_does_not_fit_its_part_does_the_part_again(tmp_path: Path) -> None:
     files = do(tmp_path, Counting())
-    (folder,) = (tmp_path / "step").iterdir()
+    (folder,) = (tmp_path / "annotation").iterdir()
     note = folder / ".part-00000.json"
     note.write_text(json.dumps({"name": files[0].name, "sha256": "0" * 64}))
     again = Counting()
@@ -174,6 +177,91 @@ def test_a_note_that_does_not_fit_its_part_does_the_part_again(tmp_path: Path) -
 
 def test_a_note_that_is_damaged_does_its_part_again(tmp_path: Path) -> None:
     files = do(tmp_path, Counting())
-    (folder,) = (tmp_path / "step").iterdir()
+    (folder,) = (tmp_path / "annotation").iterdir()
     (folder / ".part-00000.json").write_text("{")
     assert do(tmp_path, Counting()) == files
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    lines = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    return lines
+
+
+def test_the_log_says_what_differs_from_the_nearest_other_work_of_the_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start(settings: dict[str, Any], inputs: list[str]) -> list[str]:
+        with claim(tmp_path, "sampling", settings, inputs):
+            return logged(caplog)
+
+    settings: dict[str, Any] = {"temperature": 0.9, "part_rows": 64, "shard": ""}
+    assert start(settings, ["i"]) == []
+    assert start(settings, ["i"]) == []
+    assert start({**settings, "part_rows": 32, "temperature": 0.5}, ["other"]) != []
+    (line,) = start({**settings, "temperature": 1.0}, ["i"])
+    assert "temperature 0.9 -> 1.0" in line
+    assert "part-rows" not in line
+    (line,) = start({**settings, "temperature": 1.0}, ["j"])
+    assert "inputs" in line
+    assert start({**settings, "shard": "0/2"}, ["i"]) == []  # A share of the same work is not worth a line.
+
+
+def test_the_key_is_readable_beside_the_work_and_is_not_published(tmp_path: Path) -> None:
+    with claim(tmp_path / "w", "annotation", {"metric": "rougeL"}, ["parent"]) as folder:
+        (folder / "own.txt").write_text("x")
+        assert [file.name for file in describe_files(folder)] == ["own.txt"]
+        key = read_key(folder)
+    assert key is not None
+    assert (key.step, key.settings, key.inputs) == ("annotation", {"metric": "rougeL"}, ["parent"])
+    assert key.version == STEP_SPECS["annotation"].version
+    assert key.name == folder.name
+
+
+def test_another_version_of_the_step_is_other_work_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = STEP_SPECS["annotation"]
+    with claim(tmp_path, "annotation", {"a": 1}) as first:
+        pass
+    monkeypatch.setitem(STEP_SPECS, "annotation", replace(spec, version=spec.version + 1))  # type: ignore[arg-type]
+    with claim(tmp_path, "annotation", {"a": 1}) as second:
+        pass
+    assert first != second
+    assert f"version {spec.version} -> {spec.version + 1}" in logged(caplog)[0]
+
+
+def test_fresh_work_starts_anew_and_a_further_attempt_of_the_same_run_continues(tmp_path: Path) -> None:
+    def left(fresh: str) -> list[str]:
+        with claim(tmp_path, "annotation", {"a": 1}, fresh=fresh) as folder:
+            before = sorted(path.name for path in folder.iterdir() if path.name not in (KEY, ".lock"))
+            (folder / f"of {fresh or 'an earlier run'}").mkdir(exist_ok=True)
+            return before
+
+    assert left("") == []
+    assert left("") == ["of an earlier run"]
+    assert left("one") == []
+    assert left("one") == ["of one"]
+    assert left("") == ["of an earlier run", "of one"][1:]
+    assert left("two") == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"step": "annotation"}', '{"step": 1, "more": 2}'])
+def test_a_key_that_cannot_be_read_is_written_anew(tmp_path: Path, text: str) -> None:
+    with claim(tmp_path, "annotation", {"a": 1}) as folder:
+        pass
+    (folder / KEY).write_text(text)
+    with claim(tmp_path, "annotation", {"a": 1}):
+        key = read_key(folder)
+    assert key is not None
+    assert key.settings == {"a": 1}
+
+
+def test_work_of_before_there_were_keys_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old = tmp_path / "annotation" / ("0" * 24)
+    old.mkdir(parents=True)
+    (old / ".part-00000.json").write_text("{}")
+    with claim(tmp_path, "annotation", {"a": 1}) as folder:
+        assert folder != old
+    assert logged(caplog) == []
+    assert [path.name for path in old.iterdir()] == [".part-00000.json"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cappy.cli.progress_line import PLAIN_SECONDS, ProgressLine
+from cappy.progress_display import PLAIN_SECONDS, ProgressLine
 from cappy.model_folder import open_model_folder
 from cappy.progress import State, describe, silent
 from cappy.records import Instance, write

@@ -65,7 +65,7 @@ def test_two_ranks_compute_what_one_process_does_dropout_included(plan: Plan) ->
     assert len(curve(plan("one"))) == 12
     one, two = (verify(plan(name).target) for name in ("one", "two"))
     assert [file.name for file in one.files] == [file.name for file in two.files]
-    assert (one.config, one.parents, one.code) == (two.config, two.parents, two.code)
+    assert (one.config, one.parents, one.step_version) == (two.config, two.parents, two.step_version)
     pairs = [("1 cat dog mat red", word) for word in ("red", "dog")]
     scores = [Scorer.load(str(plan(name).target), precision="fp32").score(pairs) for name in ("one", "two")]
     assert scores[1] == pytest.approx(scores[0], abs=1e-3)

@@ -13,16 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cappy.config import code_version
 from cappy.errors import FolderError, TrainingError
+from cappy.keys import work_key
 from cappy.progress import Progress, read_state
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, disk_errors, publish, verify
-from cappy.records.work import held, work_key
+from cappy.records.work import begin, held
 from cappy.redaction import has_secret, redact
+from cappy.steps import step_version
 from cappy.training import checkpoint
 from cappy.training.ending import CONTINUES
-from cappy.training.launch import CODE_VARIABLE, DEFECT, UNTOLD
+from cappy.training.launch import DEFECT, UNTOLD, VERSION_VARIABLE
 from cappy.training.plan import TrainingSettings
 from cappy.training.remote.cancelling import cancellation
 from cappy.training.remote.following import CANCEL_SECONDS, Jobs, Surroundings, Terms, follow
@@ -41,16 +42,17 @@ def train_elsewhere(
     `computed` and `parents` are what the work is named by, as it would be here: so the job continues at a checkpoint
     that was written here, and its name is the same when this step is retried.
     """
-    key = work_key(step, computed, parents)
-    name = f"cappy-{step}-{key}"
+    key = work_key(step, computed, parents, fresh=plan.fresh)
+    name = f"cappy-{step}-{key.name}"
     # One that is being cancelled holds the work until its job has ended.
     with held(plan.work / "jobs" / name, patience=2 * CANCEL_SECONDS) as folder:
+        begin(folder, key)
         written = folder / "target"
         if not (written / MANIFEST).is_file():
             staged = _staged(plan.source, folder / "source")
             inner = dataclasses.replace(plan, **_here(), source=staged, target=written)
-            jobs = jobs_of(step, plan, inner, _environment(folder))
-            _followed(jobs, name, step, plan, written, key, progress)
+            jobs = jobs_of(step, plan, inner, _environment(folder, step))
+            _followed(jobs, name, step, plan, written, key.name, progress)
         manifest = _verified(written, step, computed, parents, name)
         publish(written, plan.target, manifest)
         shutil.rmtree(folder / "source", ignore_errors=True)
@@ -110,9 +112,9 @@ def _said(step: str, line: str) -> str:
     return "" if CONTINUES in words or words in (DEFECT, UNTOLD) else words
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def _environment(folder: Path, step: str) -> dict[str, str]:
     """What a job's processes are told beside the settings; an address that holds a password is not."""
-    told = {CODE_VARIABLE: code_version(), PROGRESS_VARIABLE: str(folder)}
+    told = {VERSION_VARIABLE: str(step_version(step)), PROGRESS_VARIABLE: str(folder)}
     tracking = os.environ.get(TRACKING_VARIABLE, "")
     return told | ({TRACKING_VARIABLE: tracking} if tracking and not has_secret(tracking) else {})
 

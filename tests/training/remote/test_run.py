@@ -164,6 +164,6 @@ def test_a_job_is_told_the_tracking_address_unless_it_holds_a_password(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     with contextlib.suppress(ConfigError):
         run(settings)
-    assert platform.environment["CAPPY_CODE"]
+    assert platform.environment["CAPPY_STEP_VERSION"]
     assert Path(platform.environment["CAPPY_PROGRESS"]).is_relative_to(settings.work)
     assert platform.environment.get("MLFLOW_TRACKING_URI") == (address if passed else None)

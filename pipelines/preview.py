@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cappy.steps import STEP_SPECS
+from pipelines.customize import image
 from pipelines.planning import work_of
-from pipelines.profiles import image
 from pipelines.recipe import Platform, Recipe
 
 CONDITION = "(if promoted)"
@@ -13,7 +13,7 @@ CONDITION = "(if promoted)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One step of the outline.
+    """One step of the preview.
 
     `hours` and `cost` are what one attempt takes at most, of all its shards and nodes together.
     """
@@ -67,7 +67,7 @@ def graph(recipe: Recipe) -> str:
 
 
 def to_json(recipe: Recipe, platform: Platform) -> dict[str, Any]:
-    """The outline as JSON values; `cost` is None where some step has no price."""
+    """The preview as JSON values; `cost` is None where some step has no price."""
     found = lines(recipe)
     return {
         "pipeline": recipe.pipeline,
@@ -91,7 +91,7 @@ def unpriced(found: list[Line]) -> list[str]:
 
 
 def text(recipe: Recipe, platform: Platform) -> str:
-    """The outline for a terminal."""
+    """The preview for a terminal."""
     found = lines(recipe)
     header = (
         "step",
