@@ -7,7 +7,7 @@ InferenceService for `kubectl apply`. `vertex` uploads the version and gives it 
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -124,13 +124,13 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
 
 def refuse_other(report: Path, version: Version) -> None:
     """FolderError where a report is about another scorer than this version."""
-    told = read_values(report).get("versions", {}).get("challenger", "")
-    if told and not version.manifest_hash.startswith(told):
-        numbers = f"report on {told}, version of {version.manifest_hash[:12]}"
+    about = read_values(report).get("versions", {}).get("challenger", "")
+    if about and not version.manifest_hash.startswith(about):
+        numbers = f"report on {about}, version of {version.manifest_hash[:12]}"
         raise FolderError(f"{report}: is about another scorer than {version.uri} ({numbers}); give that version's own")
 
 
-def deployed(config: DeploymentConfig, version: Version, scorer: Path, folder: Path) -> dict[str, Any]:
+def deployed(config: DeploymentConfig, version: Version, scorer: Path, folder: Path) -> dict[str, object]:
     """Does what the platform asks for; what endpoint.json says of it, `command` always being the next thing to type."""
     if config.platform == "kserve":
         from cappy.deployment import kserve

@@ -41,7 +41,7 @@ Train = Callable[[str, Mapping[str, Any], Progress], None]
 
 @dataclass(frozen=True, kw_only=True)
 class CrossFitting:
-    """How many folds, by which seed, and what is evaluated in each; where the trainings work, and for which run anew."""
+    """How many folds by which seed, what is evaluated in each, and where the trainings work (anew for `fresh`)."""
 
     folds: int
     seed: int

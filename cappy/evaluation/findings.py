@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from cappy.pages.words import percent
 
+ReportValues = Mapping[str, Any]
+"""The values of a report.json, or of a part of it, as they stand there: of this version or of another one."""
 SCHEMA = 3
 """Goes up when a field changes its meaning or goes; a field that is added needs no other number."""
 OUT_OF_FOLD = "out_of_fold.json"

@@ -1,13 +1,12 @@
 """The report: the findings as JSON values and back, as a terminal's table, and as Markdown."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from cappy.errors import RecordError, shown
-from cappy.evaluation.findings import SCHEMA, Findings, spread
+from cappy.evaluation.findings import SCHEMA, Findings, ReportValues, spread
 from cappy.evaluation.verdict import advice, verdict
 from cappy.pages import markdown
 from cappy.pages.words import metric_name, percent, signed
@@ -24,7 +23,7 @@ class Report(Findings):
         return {"verdict": list(verdict(self)), "next": advice(self), **values}
 
     @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> "Report":
+    def from_dict(values: ReportValues) -> "Report":
         """The report that `to_dict` wrote; RecordError if it is not one, or has another schema."""
         check_schema(values)
         given = {key: value for key, value in values.items() if key not in ("verdict", "next")}
@@ -86,7 +85,7 @@ class Report(Findings):
         return rows
 
 
-def check_schema(values: Mapping[str, Any]) -> None:
+def check_schema(values: ReportValues) -> None:
     """RecordError where the values of a report.json are of another schema than this version writes."""
     found = values.get("schema", 1)
     if not isinstance(found, int) or found > SCHEMA:

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from cappy.errors import ConfigError, RecordError, shown
 from cappy.evaluation import Difference
-from cappy.evaluation.findings import LEVEL, MIN_GROUPS
+from cappy.evaluation.findings import LEVEL, MIN_GROUPS, ReportValues
 from cappy.evaluation.verdict import asked_of_a_first_version
 from cappy.selection.selectors import SELECTORS
 
@@ -29,7 +29,7 @@ class Decision:
 
 
 def decide(
-    report: Mapping[str, Any],
+    report: ReportValues,
     *,
     has_champion: bool,
     margin: float = 0.0,
@@ -84,7 +84,7 @@ def interval(found: Difference) -> str:
     return f"{difference} (95% interval {low} to {high}, x100)"
 
 
-def _comparisons(report: Mapping[str, Any]) -> dict[str, Difference]:
+def _comparisons(report: ReportValues) -> dict[str, Difference]:
     given = report.get("comparisons")
     try:
         return TypeAdapter(dict[str, Difference]).validate_python(given)
@@ -94,7 +94,7 @@ def _comparisons(report: Mapping[str, Any]) -> dict[str, Difference]:
         raise RecordError(f"report: {place}: {first['msg']}, got {shown(first['input'])}; evaluate again") from error
 
 
-def _valid(report: Mapping[str, Any], attempt: int) -> Iterator[Check]:
+def _valid(report: ReportValues, attempt: int) -> Iterator[Check]:
     for name, count in report.get("leaks", {}).items():
         if count:
             what = f"was trained on {count} of the reported instances or their rows"
@@ -171,7 +171,7 @@ def _groups_needed(found: Difference, margin: float, tail: float) -> str:
     return f" A gain of {100 * gain:.1f}{above} needs about {needed:,} groups {tries}, the report has {found.groups:,}."
 
 
-def _guarded(report: Mapping[str, Any], guards: Mapping[str, float], has_champion: bool) -> Iterator[Check]:
+def _guarded(report: ReportValues, guards: Mapping[str, float], has_champion: bool) -> Iterator[Check]:
     tasks = {task["task"]: task for task in report.get("tasks", ())}
     for name, margin in guards.items():
         if name not in tasks:

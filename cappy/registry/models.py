@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from cappy.evaluation.findings import OUT_OF_FOLD
+from cappy.evaluation.findings import OUT_OF_FOLD, ReportValues
 from cappy.scoring.calibration import CALIBRATION
 from cappy.scoring.probe import PROBE
 
@@ -24,7 +23,7 @@ Each has its sha256 in a tag of the version.
 """
 
 
-def evidence_of(report: Mapping[str, Any]) -> str:
+def evidence_of(report: ReportValues) -> str:
     """What a report is about: the scorer itself, or its recipe where it was cross-fitted."""
     return "recipe" if report.get("folds") else "scorer"
 
