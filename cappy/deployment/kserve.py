@@ -4,7 +4,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
-from cappy.deployment.step import DeploymentConfig
+from cappy.deployment.settings import DeploymentConfig
 from cappy.errors import ConfigError
 from cappy.redaction import redact_address
 from cappy.registry.address import tracking_address

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from cappy.deployment.step import DeploymentConfig
+from cappy.deployment.settings import DeploymentConfig
 from cappy.errors import ConfigError
 from cappy.registry.models import Version
 

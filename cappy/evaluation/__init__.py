@@ -31,21 +31,16 @@ def evaluate(
 ) -> Report:
     """Every selector on the instances of `split`, with intervals; `score` is `Scorer.score` or alike, None for none.
 
-    The validation split chooses weights and the best single system. Instances of both splits are held in
-    memory, others are passed over. RecordError where there is nothing to report on, or a candidate has no label.
+    The validation split chooses weights and the best single system. Instances of both splits are held in memory,
+    others are passed over. RecordError where there is nothing to report on, or a candidate has no label.
     """
-    from cappy.evaluation import protocol
+    from cappy.evaluation.protocol import evaluate_split, pools_of, report_of
 
-    return protocol.evaluate(
-        instances,
-        score=score,
-        champion=champion,
-        metric=metric,
-        split=split,
-        seed=seed,
-        probe=probe,
-        progress=progress,
+    pools, held_out, skipped = pools_of(instances, metric=metric, split=split)
+    evaluated = evaluate_split(
+        pools, held_out, score, champion, metric=metric, seed=seed, probe=probe, progress=progress
     )
+    return report_of([evaluated], metric=metric, split=split, seed=seed, skipped=skipped)
 
 
 def read_report(folder: str | Path) -> Report:

@@ -50,29 +50,6 @@ class EvaluatedSplit:
     probes: Sequence[Probe] = ()
 
 
-def evaluate(
-    instances: Iterable[Instance],
-    *,
-    score: Score | None,
-    champion: Score | None = None,
-    metric: str = "rougeL",
-    split: Split = "test",
-    seed: int = 0,
-    probe: bool = True,
-    progress: Progress = silent,
-) -> Report:
-    """Every selector on the instances of `split`; the validation split chooses weights and the best system.
-
-    The instances of both splits are held in memory, those of other splits are not. RecordError where there is nothing
-    to report on, or a candidate has no label.
-    """
-    pools, held_out, skipped = pools_of(instances, metric=metric, split=split)
-    evaluated = evaluate_split(
-        pools, held_out, score, champion, metric=metric, seed=seed, probe=probe, progress=progress
-    )
-    return report_of([evaluated], metric=metric, split=split, seed=seed, skipped=skipped)
-
-
 def pools_of(instances: Iterable[Instance], *, metric: str, split: Split) -> tuple[list[Pool], list[Pool], int]:
     """The reported pools, the held-out ones, and how many instances of `split` have no candidate to select."""
     collected = collect(instances, metric=metric, splits={split, "validation"})

@@ -15,6 +15,7 @@ from cappy.evaluation.findings import ReportValues
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_bytes
+from cappy.records.work import claim, finish
 from cappy.registry.gate import Baseline, Decision, decide, parse_guards
 from cappy.registry.models import CHAMPION, Version, evidence_of
 from cappy.registry.registration import TrackingUri
@@ -50,8 +51,6 @@ class PromotionConfig:
 
 def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
     """Decides, moves the aliases if the decision is to promote, and writes decision.json; hold is a result."""
-    from cappy.records.work import claim, finish
-
     registered, report = read_version(config.version), read_values(config.report, checked=True)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
     with claim(config.work, "promotion", identity(config), parents, fresh=config.fresh) as folder:

@@ -13,6 +13,7 @@ from cappy.model_folder import open_model_folder
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_bytes
+from cappy.records.work import claim, finish
 from cappy.steps import step_version
 
 TrackingUri = Annotated[
@@ -45,8 +46,6 @@ class RegistrationConfig:
 
 def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
     """Registers the scorer as challenger and writes version.json; a scorer that is a version already stays that one."""
-    from cappy.records.work import claim, finish
-
     scorer = read_manifest(config.scorer)
     open_model_folder(config.scorer)
     report = read_report(config, scorer)

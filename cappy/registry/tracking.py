@@ -1,4 +1,4 @@
-"""What a pipeline run did, in MLflow: one parent run, one nested run per step, made once however often it is tracked."""
+"""What a pipeline run did, in MLflow: one parent run, one nested run per step, made only once."""
 
 import os
 import sys
