@@ -1,12 +1,6 @@
-"""What reported instances were used for before: a scorer's training, or the tests of other versions.
+"""Which reported instances a scorer was trained on: found by prompt, by group and by the text of a row."""
 
-Leaks are found by prompt, by group and by the text of a row. Of the groups that a version was tested on a sketch is
-kept that fits into a tag: the smallest hashes of the set (bottom-k; Cohen and Kaplan, 2007). Up to `SKETCH_SIZE` groups
-are all there, and of more the share that two sets have in common is estimated with a standard error of about 2 %.
-"""
-
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +14,6 @@ Known = TrainingData | npt.NDArray[np.uint64]
 """What is known of a scorer's training: all that its folder keeps, or the sorted hashes of its prompts alone."""
 TrainedOn = Callable[[Path], Known]
 """What the scorer in a folder was trained on."""
-SKETCH_SIZE = 512
-_DIGITS = 8
-_IDENTITY = 8
-"""Characters from which on a group's id is taken to name the row: a shorter one may be its number in some file."""
 
 
 def seen_in_training(instances: Sequence[Instance], trained_on: Known) -> int:
@@ -51,27 +41,6 @@ def describe_check(instances: Sequence[Instance], known: Mapping[str, Known]) ->
     }
 
 
-def sketch(instances: Iterable[Instance]) -> str:
-    """The sketch of the groups of these instances: hashes of 8 hexadecimal digits each, in ascending order."""
-    return _joined({_hash(instance) for instance in instances})
-
-
-def merged(one: str, other: str) -> str:
-    """The sketch of the groups of both."""
-    return _joined(set(_split(one)) | set(_split(other)))
-
-
-def shared(current: str, earlier: str) -> float:
-    """The share, 0 to 1, of the groups of `current` that `earlier` has too."""
-    own, others = _split(current), _split(earlier)
-    if not own or not others:
-        return 0.0
-    # Of a set that was cut nothing is known beyond its highest hash.
-    known = min((hashes[-1] for hashes in (own, others) if len(hashes) == SKETCH_SIZE), default="g")
-    compared = [one for one in own if one <= known]
-    return len(set(compared) & set(others)) / len(compared) if compared else 0.0
-
-
 def _found(instances: Sequence[Instance], trained_on: Known) -> dict[str, npt.NDArray[np.bool_]]:
     known = trained_on if isinstance(trained_on, TrainingData) else None
     prompts = np.array([prompt_hash(instance.instruction) for instance in instances], dtype=np.uint64)
@@ -82,17 +51,3 @@ def _found(instances: Sequence[Instance], trained_on: Known) -> dict[str, npt.ND
         found["groups"] = np.isin(groups, known.groups) & (groups > 0)
         found["rows"] = np.array([index.holds(instance, frequent) for instance in instances], dtype=bool)
     return found
-
-
-def _hash(instance: Instance) -> str:
-    named = len(instance.group_id) >= _IDENTITY
-    identity = instance.group_id if named else f"{prompt_hash(instance.instruction):016x}"
-    return hashlib.sha256(identity.encode()).hexdigest()[:_DIGITS]
-
-
-def _joined(hashes: set[str]) -> str:
-    return "".join(sorted(hashes)[:SKETCH_SIZE])
-
-
-def _split(text: str) -> list[str]:
-    return [text[start : start + _DIGITS] for start in range(0, len(text), _DIGITS)]

@@ -13,11 +13,11 @@ import numpy as np
 from cappy.errors import ConfigError, RecordError
 from cappy.evaluation import calibration, robustness, statistics, tables
 from cappy.evaluation.findings import Calibrated, Cost, Coverage, Probe
-from cappy.evaluation.leaks import sketch
 from cappy.evaluation.report import Report
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Split
 from cappy.records.folder import write_bytes
+from cappy.records.sketch import sketch
 from cappy.scoring.calibration import Calibration
 from cappy.selection.best_of_n import MBR_DRAWS, pays_until
 from cappy.selection.mbr import Vector
