@@ -12,7 +12,7 @@ from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
-from cappy.records.shard import ShardOf, parse_shard, refuse_same
+from cappy.records.work import ShardOf, parse_shard, refuse_same
 from cappy.sampling import load_generator
 from cappy.sampling.accounts import SamplingProgress, accounts, cautions, check_failures, failures, taken
 from cappy.sampling.candidates import ReasoningReader, sample
