@@ -24,7 +24,7 @@ TRIES = 3
 """How often a version is fetched whose files cannot be reached, before it is refused."""
 CLOSING_SECONDS = 5.0
 """How long a version that is being loaded may hold up the end of the process."""
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 Change = Literal["swap", "refusal"]
 
 
@@ -158,22 +158,22 @@ class Follower:
     def _version(self) -> str:
         return self.models.current.version
 
-    async def _beside(self, work: Callable[[], Found]) -> Found:
+    async def _beside(self, work: Callable[[], Result]) -> Result:
         """What `work` returns, computed in a thread that does not keep the process from ending."""
         loop = asyncio.get_running_loop()
-        found: asyncio.Future[Found] = loop.create_future()
+        result: asyncio.Future[Result] = loop.create_future()
         self._busy = loop.create_future()
-        threading.Thread(target=_run, args=(work, loop, found, self._busy), name="following", daemon=True).start()
-        return await found
+        threading.Thread(target=_run, args=(work, loop, result, self._busy), name="following", daemon=True).start()
+        return await result
 
 
 def _run(
-    work: Callable[[], Found],
+    work: Callable[[], Result],
     loop: asyncio.AbstractEventLoop,
-    found: "asyncio.Future[Found]",
+    result: "asyncio.Future[Result]",
     busy: "asyncio.Future[None]",
 ) -> None:
-    outcome: Found | None = None
+    outcome: Result | None = None
     failed: Exception | None = None
     try:
         outcome = work()
@@ -182,12 +182,12 @@ def _run(
 
     def deliver() -> None:
         busy.set_result(None)
-        if found.done():
+        if result.done():
             return
         if failed is not None:
-            found.set_exception(failed)
+            result.set_exception(failed)
         else:
-            found.set_result(outcome)  # type: ignore[arg-type]
+            result.set_result(outcome)  # type: ignore[arg-type]
 
     with contextlib.suppress(RuntimeError):  # the loop has ended
         loop.call_soon_threadsafe(deliver)

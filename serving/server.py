@@ -43,13 +43,13 @@ def run(config: ServeConfig, environment: Environment | None = None) -> None:
         def find() -> Version:
             return registry.resolve(scorer)
 
-        def load_found(version: Version) -> Model:
+        def load_current(version: Version) -> Model:
             return load_version(version, scorer, config.model_name, config.precision)
 
         def followed(models: Models) -> Follower:
-            return Follower(models=models, alias=scorer, find=find, load=load_found, seconds=seconds)
+            return Follower(models=models, alias=scorer, find=find, load=load_current, seconds=seconds)
 
-        serve(lambda: load_found(find()), config, environment, follow=followed)
+        serve(lambda: load_current(find()), config, environment, follow=followed)
 
 
 def serve(

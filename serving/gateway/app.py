@@ -221,8 +221,8 @@ def _add_models(app: FastAPI, front: _Front) -> None:
     @app.get("/v1/models", tags=["chat"], response_class=Response)
     async def models(request: Request) -> Response:
         """The LLM's models, as its server answers."""
-        found = await front.gateway.first.models(front.authorization(request))
-        return Response(found, media_type="application/json")
+        listed = await front.gateway.first.models(front.authorization(request))
+        return Response(listed, media_type="application/json")
 
 
 def _add_feedback(app: FastAPI, front: _Front) -> None:
@@ -231,13 +231,13 @@ def _add_feedback(app: FastAPI, front: _Front) -> None:
         """Takes {"id", "score"} or {"id", "reference"}: what a user thought of an answer."""
         with front.budget.share() as share:
             data = await _body(request, front, share)
-            found = await apart(len(data), partial(read_feedback, data))
+            given = await apart(len(data), partial(read_feedback, data))
         if front.feedback is None:
             raise GatewayError(
                 404, "feedback is not kept here; start the gateway with --feedback FOLDER", code="not_found"
             )
-        await front.feedback.add(found)
-        return _Json({"id": found.id, "kept": True})
+        await front.feedback.add(given)
+        return _Json({"id": given.id, "kept": True})
 
 
 def _add_probes(app: FastAPI, front: _Front) -> None:

@@ -145,10 +145,10 @@ class AppendableDataset:
 
     def _keys_of(self, name: str) -> NDArray[np.uint64]:
         """Hashes of a closed part's ids, kept: every new answer is looked for in all parts."""
-        found = self._keys.get(name)
-        if found is None:
-            found = self._keys[name] = np.array([_key(one) for one in self._ids(name)], np.uint64)
-        return found
+        keys = self._keys.get(name)
+        if keys is None:
+            keys = self._keys[name] = np.array([_key(one) for one in self._ids(name)], np.uint64)
+        return keys
 
     def _ids(self, name: str) -> list[str]:
         ids: list[str] = pq.read_table(self._folder / name, columns=["instance_id"])["instance_id"].to_pylist()

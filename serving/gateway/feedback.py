@@ -49,14 +49,14 @@ def read_feedback(data: bytes) -> Feedback:
     """The feedback in a body; GatewayError 400 where it is none."""
     body = read_object(data)
     try:
-        found = Feedback.model_validate(body)
+        feedback = Feedback.model_validate(body)
     except ValidationError as error:
         raise invalid(error, body) from None
-    if (found.score is None) == (found.reference is None):
+    if (feedback.score is None) == (feedback.reference is None):
         raise GatewayError(400, 'give a score or a reference: {"id": "chatcmpl-...", "score": 0.8}', param="score")
-    if found.reference is not None and not found.reference.strip():
+    if feedback.reference is not None and not feedback.reference.strip():
         raise GatewayError(400, "reference is blank; give the text that would have been right", param="reference")
-    return found
+    return feedback
 
 
 class FeedbackLog:

@@ -186,8 +186,8 @@ def _short(instruction: str, most: int) -> str:
 
 def invalid(error: ValidationError, body: Mapping[str, object]) -> GatewayError:
     """Names the first field and its rule, and does not repeat what was sent."""
-    found = broken(error, body)
-    return GatewayError(400, str(found), param=found.field or None)
+    first = broken(error, body)
+    return GatewayError(400, str(first), param=first.field or None)
 
 
 def instruction_of(messages: Sequence[Mapping[str, object]]) -> str:
