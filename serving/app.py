@@ -23,15 +23,14 @@ from starlette.routing import compile_path
 import cappy
 from cappy.errors import CappyError
 from serving.access import AccessLog, Tracing
-from serving.admin import add_admin
+from serving.bodies import Refusal
 from serving.config import Limits
 from serving.dialects import DIALECTS, Dialect, Served
 from serving.dialects.own import SCORE, refuse
 from serving.engine import PROBES, Batcher, Models, Stored, probe
-from serving.following import Follower
+from serving.following import Follower, add_admin
 from serving.guards import ANY_HOST, BrowserGuard, Hosts, Keys, Refuse
 from serving.page import About, add_page
-from serving.refusals import Refusal
 from serving.service import Service, refused
 
 LOGGER = logging.getLogger("serving")

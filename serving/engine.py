@@ -19,12 +19,14 @@ from cappy.errors import FolderError
 from cappy.scoring import Precision
 from cappy.scoring.calibration import Calibration, read_calibration
 from cappy.scoring.encoding import Encoded, Pair
-from serving.refusals import SHUTTING_DOWN, Refusal
+from serving.bodies import Refusal
 
 if TYPE_CHECKING:
     from cappy.registry.models import Version
     from cappy.scoring import Scorer
 
+SHUTTING_DOWN = "the service was told to end"
+"""Why a service is not ready that still answers."""
 Computed = Sequence[tuple[float, float]]
 """(score, logit) of each pair of a batch."""
 Stored = Sequence[tuple[Pair, float | None]]

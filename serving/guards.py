@@ -20,8 +20,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cappy.errors import ConfigError, shown
+from serving.bodies import Refusal
 from serving.config import ANY
-from serving.refusals import Refusal
 
 KEYS_VARIABLE = "CAPPY_API_KEYS"
 SHORTEST_SECRET = 8

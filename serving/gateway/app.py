@@ -16,7 +16,8 @@ from starlette.exceptions import HTTPException
 
 import cappy
 from serving.access import AccessLog, Tracing
-from serving.bodies import BODIES_AT_ONCE, GONE, BodyBudget, Bounds, Share, apart, received
+from serving.bodies import BODIES_AT_ONCE, GONE, BodyBudget, Bounds, Refusal, Share, apart, received
+from serving.engine import SHUTTING_DOWN
 from serving.gateway.answering import Gateway, Outcome
 from serving.gateway.completion import KEEP_ALIVE_SECONDS, chunks, completion, events, facts, headers
 from serving.gateway.config import ChatLimits
@@ -26,7 +27,6 @@ from serving.gateway.requests import REMEDY, ChatRequest, read_request, refused
 from serving.guards import ANY_HOST, BrowserGuard, Hosts, KeyGuard, Keys
 from serving.listener import Shutdown
 from serving.page import About, add_page
-from serving.refusals import SHUTTING_DOWN, Refusal
 
 METRIC_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
 CANDIDATES_HEADER = "x-cappy-candidates"

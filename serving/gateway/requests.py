@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from serving.bodies import Bounds
+from serving.bodies import Bounds, Refusal, broken
 from serving.gateway.config import ChatLimits
 from serving.gateway.errors import INVALID, GatewayError
-from serving.refusals import Refusal, broken
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _CODES = {
