@@ -23,15 +23,14 @@ from starlette.routing import compile_path
 import cappy
 from cappy.errors import CappyError
 from serving.access import AccessLog, Tracing
-from serving.admin import add_admin
+from serving.bodies import Refusal
 from serving.config import Limits
 from serving.dialects import DIALECTS, Dialect, Served
 from serving.dialects.own import SCORE, refuse
 from serving.engine import PROBES, Batcher, Models, Stored, probe
-from serving.following import Follower
+from serving.following import Follower, add_admin
 from serving.guards import ANY_HOST, BrowserGuard, Hosts, Keys, Refuse
 from serving.page import About, add_page
-from serving.refusals import Refusal
 from serving.service import Service, refused
 
 LOGGER = logging.getLogger("serving")
@@ -174,15 +173,15 @@ def _about(models: Models) -> About:
 
 def _add_routes(app: FastAPI, service: Service, paths: Sequence[tuple[str, Dialect]]) -> None:
     """One POST route per path, whatever dialects share it, and all their shapes in the OpenAPI document."""
-    for path, found in groupby(sorted(paths, key=lambda one: one[0]), key=lambda one: one[0]):
-        _add_route(app, service, path, [dialect for _, dialect in found])
+    for path, shared in groupby(sorted(paths, key=lambda one: one[0]), key=lambda one: one[0]):
+        _add_route(app, service, path, [dialect for _, dialect in shared])
     shapes = [(shape, "validation") for _, dialect in paths for shape in (dialect.request,)]
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = plain()
-        _, found = models_json_schema(shapes, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-        document["components"]["schemas"].update(found["$defs"])
+        _, definitions = models_json_schema(shapes, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+        document["components"]["schemas"].update(definitions["$defs"])
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -220,10 +219,10 @@ def _either(schemas: Sequence[Mapping[str, object]]) -> Mapping[str, object]:
 
 
 def _union(shapes: Sequence[Any]) -> Any:
-    found = shapes[0]
+    union = shapes[0]
     for shape in shapes[1:]:
-        found = found | shape
-    return found
+        union = union | shape
+    return union
 
 
 def _named(name: str) -> Dialect:

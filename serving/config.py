@@ -212,13 +212,13 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
     scorer, port = variables.get("AIP_STORAGE_URI", "").rstrip("/"), variables.get("AIP_HTTP_PORT", "")
     if port and not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise ConfigError(f"AIP_HTTP_PORT: {shown(port)} is no port; give 0 to 65535 or none")
-    found: dict[str, Any] = {"scorer": scorer} if scorer else {}
+    values: dict[str, Any] = {"scorer": scorer} if scorer else {}
     if port:
-        found |= {"host": "0.0.0.0", "port": int(port), "allowed_hosts": (ANY,)}  # noqa: S104 (a container's only way to be reached)
+        values |= {"host": "0.0.0.0", "port": int(port), "allowed_hosts": (ANY,)}  # noqa: S104 (a container's only way to be reached)
     if hosts := hosts_of_environment(variables):
-        found["allowed_hosts"] = hosts
+        values["allowed_hosts"] = hosts
     predict, health = _route(variables, "AIP_PREDICT_ROUTE"), _route(variables, "AIP_HEALTH_ROUTE")
-    return Environment(settings=found, routes={predict: "vertex"} if predict else {}, ready_path=health)
+    return Environment(settings=values, routes={predict: "vertex"} if predict else {}, ready_path=health)
 
 
 def hosts_of_environment(variables: Mapping[str, str]) -> tuple[str, ...]:

@@ -19,12 +19,14 @@ from cappy.errors import FolderError
 from cappy.scoring import Precision
 from cappy.scoring.calibration import Calibration, read_calibration
 from cappy.scoring.encoding import Encoded, Pair
-from serving.refusals import SHUTTING_DOWN, Refusal
+from serving.bodies import Refusal
 
 if TYPE_CHECKING:
     from cappy.registry.models import Version
     from cappy.scoring import Scorer
 
+SHUTTING_DOWN = "the service was told to end"
+"""Why a service is not ready that still answers."""
 Computed = Sequence[tuple[float, float]]
 """(score, logit) of each pair of a batch."""
 Stored = Sequence[tuple[Pair, float | None]]
@@ -210,7 +212,7 @@ class _Job:
 
     engine: Engine
     waiting: list[tuple[int, Encoded]]
-    found: list[tuple[float, float]]
+    results: list[tuple[float, float]]
     left: int
     done: "asyncio.Future[None]"
     begun: float = 0.0
@@ -267,9 +269,9 @@ class Batcher:
         finally:
             self.queued_tokens -= job.tokens
             job.waiting.clear()
-        found = dict(zip(distinct, job.found, strict=True))
+        by_pair = dict(zip(distinct, job.results, strict=True))
         cut = sum(not pair.whole for pair in encoded)
-        return Answer([found[pair] for pair in pairs], tokens, job.begun - queued, cut)
+        return Answer([by_pair[pair] for pair in pairs], tokens, job.begun - queued, cut)
 
     async def fit(self, engine: Engine, pairs: Sequence[Pair]) -> bool:
         """Whether no pair is longer than the engine reads."""
@@ -358,7 +360,7 @@ def _longest_fit(engine: Engine, budget: int, used: int, longest: int, count: in
 
 def _deliver(batch: Batch, computed: Computed) -> None:
     for (job, index, _), value in zip(batch, computed, strict=True):
-        job.found[index] = value
+        job.results[index] = value
         job.left -= 1
         if not job.left and not job.done.done():
             job.done.set_result(None)

@@ -1,30 +1,49 @@
-"""Follows an alias of the registry: the version that it comes to name takes the place of the one that answers.
+"""A new version without a restart: follows an alias of the registry, and the routes around that.
 
 A new version is downloaded, verified, loaded and probed in a thread beside the model that answers, and put in its place
 between two requests. One that cannot be had, loaded or that answers otherwise than it was evaluated never serves.
+
+GET /model says which model answers; with a key there is another look at the alias and the way back. A webhook of
+MLflow, a signed request, says that an alias moved: the service looks at its own alias, and nothing that a request names
+is ever fetched. The signature is that of MLflow 3: HMAC-SHA256 over the delivery's id, its time and its body, in base64
+behind "v1,".
 """
 
 import asyncio
+import base64
 import contextlib
+import hashlib
+import hmac
 import logging
+import os
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from cappy.errors import CappyError, UnreachableError, shown
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from pydantic_core import from_json
+
+from cappy.errors import CappyError, ConfigError, UnreachableError, shown
 from cappy.registry.models import Version
 from cappy.scoring import Precision
+from cappy.specs import parse_spec
+from serving.bodies import Bounds, Refusal, received
 from serving.config import FOLLOW_SECONDS
+from serving.dialects.own import Problem, refuse
 from serving.engine import PROBES, Model, Models, load, probe
+from serving.guards import SHORTEST_SECRET, Keys, unknown_key
 
 LOGGER = logging.getLogger("serving")
 TRIES = 3
 """How often a version is fetched whose files cannot be reached, before it is refused."""
 CLOSING_SECONDS = 5.0
 """How long a version that is being loaded may hold up the end of the process."""
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 Change = Literal["swap", "refusal"]
 
 
@@ -158,22 +177,22 @@ class Follower:
     def _version(self) -> str:
         return self.models.current.version
 
-    async def _beside(self, work: Callable[[], Found]) -> Found:
+    async def _beside(self, work: Callable[[], Result]) -> Result:
         """What `work` returns, computed in a thread that does not keep the process from ending."""
         loop = asyncio.get_running_loop()
-        found: asyncio.Future[Found] = loop.create_future()
+        result: asyncio.Future[Result] = loop.create_future()
         self._busy = loop.create_future()
-        threading.Thread(target=_run, args=(work, loop, found, self._busy), name="following", daemon=True).start()
-        return await found
+        threading.Thread(target=_run, args=(work, loop, result, self._busy), name="following", daemon=True).start()
+        return await result
 
 
 def _run(
-    work: Callable[[], Found],
+    work: Callable[[], Result],
     loop: asyncio.AbstractEventLoop,
-    found: "asyncio.Future[Found]",
+    result: "asyncio.Future[Result]",
     busy: "asyncio.Future[None]",
 ) -> None:
-    outcome: Found | None = None
+    outcome: Result | None = None
     failed: Exception | None = None
     try:
         outcome = work()
@@ -182,12 +201,12 @@ def _run(
 
     def deliver() -> None:
         busy.set_result(None)
-        if found.done():
+        if result.done():
             return
         if failed is not None:
-            found.set_exception(failed)
+            result.set_exception(failed)
         else:
-            found.set_result(outcome)  # type: ignore[arg-type]
+            result.set_result(outcome)  # type: ignore[arg-type]
 
     with contextlib.suppress(RuntimeError):  # the loop has ended
         loop.call_soon_threadsafe(deliver)
@@ -209,3 +228,148 @@ def reason(error: Exception) -> str:
     """What went wrong, in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, CappyError) else shown(f"{type(error).__name__}: {text}", 200)
+
+
+WEBHOOK_VARIABLE = "CAPPY_WEBHOOK_SECRET"
+ID, TIMESTAMP, SIGNATURE = "x-mlflow-delivery-id", "x-mlflow-timestamp", "x-mlflow-signature"
+ENTITY = "model_version_alias"
+FRESH_SECONDS = 300
+"""How far a delivery's time may be from ours; older ones are somebody's replay."""
+WEBHOOK_BYTES = 65_536
+_REFUSED: dict[int | str, dict[str, object]] = {401: {"model": Problem}}
+
+
+class Loaded(BaseModel):
+    """A model that is loaded."""
+
+    name: str
+    version: Annotated[str, Field(description="12 hexadecimal digits of its manifest's hash")]
+    sha256: Annotated[str, Field(description="Hash of its manifest, and through it of every file")]
+    registered: Annotated[str, Field(description="models:/name/number in the registry, empty if it came elsewhere")]
+    precision: str
+
+
+class State(BaseModel):
+    """What answers, what could answer at once, and what may not."""
+
+    current: Loaded
+    former: Annotated[Loaded | None, Field(description="Stays loaded, for a rollback")] = None
+    follows: Annotated[str, Field(description="The alias that is followed, empty if none is")] = ""
+    trouble: Annotated[str, Field(description="Why the alias could not be read at the last look")] = ""
+    refused: Annotated[dict[str, str], Field(description="Version of the registry -> why it does not serve")]
+
+
+class Asked(BaseModel):
+    """What was done with a request to look at the alias."""
+
+    looks: Annotated[bool, Field(description="Whether the alias is looked at now; GET /model shows what came of it")]
+
+
+def add_admin(app: FastAPI, models: Models, follower: Follower | None, keys: Keys, secret: str) -> None:
+    """GET /model; where an alias is followed POST /admin/refresh and /admin/rollback if there are keys.
+
+    With a secret also POST /webhooks/mlflow.
+    """
+
+    @app.get("/model", tags=["model"], responses=_REFUSED, response_model=State)
+    async def model(request: Request) -> Response | State:
+        """Which model answers; needs a key where there are keys."""
+        return _state(models, follower) if keys.allow(request.headers) else _refuse(unknown_key())
+
+    if follower is not None and keys:
+        _add_moves(app, models, follower, keys)
+    if follower is not None and secret:
+        _add_webhook(app, follower, secret)
+
+
+def _add_moves(app: FastAPI, models: Models, follower: Follower, keys: Keys) -> None:
+    @app.post("/admin/refresh", tags=["model"], status_code=202, responses=_REFUSED, response_model=Asked)
+    async def refresh(request: Request) -> Response | Asked:
+        """Looks at the alias now, at versions that were refused too."""
+        if not keys.allow(request.headers):
+            return _refuse(unknown_key())
+        follower.ask(again=True)
+        return Asked(looks=True)
+
+    @app.post("/admin/rollback", tags=["model"], responses={**_REFUSED, 409: {"model": Problem}}, response_model=State)
+    async def rollback(request: Request) -> Response | State:
+        """Changes the model for the one before, until the alias moves."""
+        if not keys.allow(request.headers):
+            return _refuse(unknown_key())
+        if follower.rollback() is None:
+            return _refuse(Refusal(409, "no former model is loaded; move the alias: cappy promotion --rollback"))
+        return _state(models, follower)
+
+
+def _add_webhook(app: FastAPI, follower: Follower, secret: str) -> None:
+    @app.post("/webhooks/mlflow", tags=["model"], status_code=202, responses=_REFUSED, response_model=Asked)
+    async def webhook(request: Request) -> Response | Asked:
+        """An event of MLflow's, signed with the secret: looks at the alias now if it is about the alias."""
+        try:
+            body = await received(request, WEBHOOK_BYTES, "no event of MLflow is as large")
+            Bounds().check(body)
+        except Refusal as refusal:
+            return _refuse(refusal)
+        if not _is_signed(secret, request.headers, body, time.time()):
+            return _refuse(Refusal(401, "the signature is not that of this service's secret, or is too old"))
+        looks = _is_about(follower.alias, body)
+        if looks:
+            follower.ask()
+        return Asked(looks=looks)
+
+
+def _state(models: Models, follower: Follower | None) -> State:
+    return State(
+        current=_loaded(models.current),
+        former=_loaded(models.former) if models.former else None,
+        follows=follower.alias if follower else "",
+        trouble=follower.trouble if follower else "",
+        refused=dict(models.refused),
+    )
+
+
+def _loaded(model: Model) -> Loaded:
+    return Loaded(
+        name=model.name,
+        version=model.version,
+        sha256=model.sha256,
+        registered=model.registered.uri if model.registered else "",
+        precision=model.precision,
+    )
+
+
+def _refuse(refusal: Refusal) -> Response:
+    headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
+    return JSONResponse(refuse(refusal.status, refusal.message), status_code=refusal.status, headers=headers)
+
+
+def read_secret() -> str:
+    """The secret from CAPPY_WEBHOOK_SECRET, empty if there is none; ConfigError for a short one."""
+    secret = os.environ.get(WEBHOOK_VARIABLE, "").strip()
+    if secret and len(secret) < SHORTEST_SECRET:
+        remedy = "make one with: openssl rand -hex 24"
+        raise ConfigError(f"{WEBHOOK_VARIABLE}: is shorter than {SHORTEST_SECRET} characters; {remedy}")
+    return secret
+
+
+def _is_signed(secret: str, headers: Mapping[str, str], body: bytes, now: float) -> bool:
+    """Whether who knows the secret sent this body within five minutes of `now`, in seconds since 1970."""
+    identity, time, given = (headers.get(name, "") for name in (ID, TIMESTAMP, SIGNATURE))
+    if not time.isascii() or not time.isdigit() or len(time) > 12 or abs(now - int(time)) > FRESH_SECONDS:
+        return False
+    content = f"{identity}.{time}.".encode("utf-8", "surrogatepass") + body
+    digest = hmac.new(secret.encode(), content, hashlib.sha256).digest()
+    wanted = f"v1,{base64.b64encode(digest).decode()}"
+    return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), wanted.encode())
+
+
+def _is_about(alias: str, body: bytes) -> bool:
+    """Whether an event says that the alias of this spec was set or deleted."""
+    try:
+        event = from_json(body)
+    except ValueError:
+        return False
+    if not isinstance(event, Mapping) or event.get("entity") != ENTITY:
+        return False
+    data, spec = event.get("data"), parse_spec(alias)
+    return isinstance(data, Mapping) and (data.get("name"), data.get("alias")) == (spec.name, spec.revision)

@@ -20,8 +20,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cappy.errors import ConfigError, shown
+from serving.bodies import Refusal
 from serving.config import ANY
-from serving.refusals import Refusal
 
 KEYS_VARIABLE = "CAPPY_API_KEYS"
 SHORTEST_SECRET = 8
@@ -97,17 +97,17 @@ class BrowserGuard:
         if not given and not browser and scope.get("http_version") == "1.0":
             # A balancer's check, HAProxy's for one; browsers speak no HTTP/1.0 and always send a Host.
             return
-        found = _HOST.fullmatch(given[0]) if len(given) == 1 else None
-        if found is None:
+        host = _HOST.fullmatch(given[0]) if len(given) == 1 else None
+        if host is None:
             raise Refusal(400, "a request must have one Host header with a name or an address, and a port or none")
-        if not self._hosts.allow(found[1]):
-            name = shown(found[1])
+        if not self._hosts.allow(host[1]):
+            name = shown(host[1])
             raise Refusal(
                 421, f"this service does not answer to the name {name}; its owner may allow it: --allowed-hosts"
             )
         if ANY in self._origins or (not origins and not _of_another_page(scope["method"], headers)):
             return
-        if not (len(origins) == 1 and (origins[0] in self._origins or _is_own(origins[0], found, scope["scheme"]))):
+        if not (len(origins) == 1 and (origins[0] in self._origins or _is_own(origins[0], host, scope["scheme"]))):
             page = f"a page of {shown(origins[0])}" if origins else "a page of another site"
             raise Refusal(403, f"{page} may not ask this service; its owner may let it: --allow-origin")
 
@@ -125,11 +125,11 @@ def _is_own(origin: str, host: re.Match[str], scheme: str) -> bool:
 
     Behind a proxy that ends TLS the origin is https and the request http, so the scheme counts only where TLS is ours.
     """
-    found = _ORIGIN.fullmatch(origin)
-    if found is None or (scheme == "https" and found[1] != "https"):
+    parts = _ORIGIN.fullmatch(origin)
+    if parts is None or (scheme == "https" and parts[1] != "https"):
         return False
-    usual = _PORTS[found[1]]
-    return (found[2].lower(), found[3] or usual) == (host[1].lower(), host[2] or usual)
+    usual = _PORTS[parts[1]]
+    return (parts[2].lower(), parts[3] or usual) == (host[1].lower(), host[2] or usual)
 
 
 def _matches(name: str, allowed: str) -> bool:
@@ -179,11 +179,11 @@ def read_keys(path: Path | None) -> Keys:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--api-keys {path}: cannot be read; give a text file with one key a line") from error
-        found = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+        lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     else:
         text = os.environ.get(KEYS_VARIABLE, "")
-        found = text.split(",")
-    keys = [key.strip() for key in found if key.strip()]
+        lines = text.split(",")
+    keys = [key.strip() for key in lines if key.strip()]
     if path is not None and not keys:
         raise ConfigError(f"--api-keys {path}: holds no key; write one a line")
     if text and not keys:

@@ -14,11 +14,10 @@ from cappy.records.folder import MANIFEST
 from cappy.registry import Version
 from cappy.specs import parse_spec
 from serving.access import start_tracing
-from serving.admin import read_secret
 from serving.app import Options, create_app
 from serving.config import Environment, ServeConfig
 from serving.engine import Model, Models, load
-from serving.following import Follower, load_version
+from serving.following import Follower, load_version, read_secret
 from serving.guards import hosts_of, read_keys
 from serving.listener import NoticeServer, address_errors, bound, check_tls, http_config, prepare_process, url
 
@@ -43,13 +42,13 @@ def run(config: ServeConfig, environment: Environment | None = None) -> None:
         def find() -> Version:
             return registry.resolve(scorer)
 
-        def load_found(version: Version) -> Model:
+        def load_current(version: Version) -> Model:
             return load_version(version, scorer, config.model_name, config.precision)
 
         def followed(models: Models) -> Follower:
-            return Follower(models=models, alias=scorer, find=find, load=load_found, seconds=seconds)
+            return Follower(models=models, alias=scorer, find=find, load=load_current, seconds=seconds)
 
-        serve(lambda: load_found(find()), config, environment, follow=followed)
+        serve(lambda: load_current(find()), config, environment, follow=followed)
 
 
 def serve(

@@ -17,8 +17,10 @@ from serving.bodies import (
     GONE,
     BodyBudget,
     Bounds,
+    Refusal,
     Share,
     apart,
+    broken,
     distinct,
     received,
 )
@@ -26,7 +28,6 @@ from serving.config import Limits
 from serving.dialects import Dialect, Scored
 from serving.engine import Batcher, Model, Models
 from serving.guards import Keys, unknown_key
-from serving.refusals import Refusal, broken
 
 LOGGER = logging.getLogger("serving")
 DEADLINE = "x-timeout-seconds"

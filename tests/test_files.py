@@ -21,7 +21,7 @@ from cappy.sampling.endpoint.answers import Cache
 from cappy.training.corpus import _locked
 from cappy.worker import hold_parent_lock
 from pipelines.clients.local import _held as run_is_held
-from serving.gateway.appendable_dataset import Answer, AppendableDataset
+from serving.gateway.feedback import Answer, AppendableDataset
 
 
 def mode(path: Path) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from serving.dialects import cohere, mlflow, open_inference, openrlhf, own, rerank, tei, vertex, vllm
+from serving.dialects import mlflow, open_inference, openrlhf, own, rerank, tei, vertex, vllm
 from serving.dialects.dialect import Dialect, Scored, Served
 
 __all__ = ["DIALECTS", "Dialect", "Scored", "Served"]
@@ -11,7 +11,7 @@ DIALECTS: Sequence[Dialect] = (
     own.SCORE,
     own.SELECT,
     rerank.RERANK,
-    cohere.COHERE,
+    rerank.COHERE,
     tei.RERANK,
     tei.PREDICT,
     vllm.VLLM,

@@ -51,10 +51,10 @@ class Tensor(Body):
         count = 1
         for size in self.shape:
             count *= size
-        found = list(_flat(self.data))
-        if len(found) != count:
-            raise ValueError(f"{self.name} has {len(found)} texts where its shape has {count}")
-        if self.name == "instruction" and "" in found:
+        texts = list(_flat(self.data))
+        if len(texts) != count:
+            raise ValueError(f"{self.name} has {len(texts)} texts where its shape has {count}")
+        if self.name == "instruction" and "" in texts:
             raise ValueError("an instruction is empty")
         return self
 
@@ -164,8 +164,8 @@ def _elements(body: bytes, place: int, end: int) -> Iterator[str]:
 
 
 def _pairs(request: InferRequest) -> list[Pair]:
-    found = {tensor.name: list(_flat(tensor.data)) for tensor in request.inputs}
-    return list(zip(found["instruction"], found["response"], strict=True))
+    texts = {tensor.name: list(_flat(tensor.data)) for tensor in request.inputs}
+    return list(zip(texts["instruction"], texts["response"], strict=True))
 
 
 def _answer(request: InferRequest, scored: Scored) -> InferResponse:

@@ -140,7 +140,7 @@ class _Run:
     async def _round(self, llm: Upstream, allowance: Allowance, *, number: int) -> None:
         """One round: its candidates scored, its problems kept, and the limit that it met."""
         until = self._started + SAMPLING_SHARE * self._gateway.limits.max_seconds
-        found = Round()
+        drawn = Round()
         ask = Ask(
             request=self._request,
             authorization=self._authorization,
@@ -150,13 +150,13 @@ class _Run:
         )
         try:
             async with asyncio.timeout(until - time.monotonic()):
-                await llm.draw(ask, found, count=allowance.count, number=number)
+                await llm.draw(ask, drawn, count=allowance.count, number=number)
         except TimeoutError:
             self._limit = "seconds"
-        self._problems += found.problems
-        if self._cut(found, allowance):
+        self._problems += drawn.problems
+        if self._cut(drawn, allowance):
             self._limit = self._limit or allowance.limit
-        self._draws = valued([*self._draws, *await self._scored(found.draws)], self._gateway.scoring)
+        self._draws = valued([*self._draws, *await self._scored(drawn.draws)], self._gateway.scoring)
 
     async def _scored(self, draws: Sequence[Draw]) -> list[Draw]:
         """The candidates with their scores; without, where the time ends first and earlier ones have theirs."""
@@ -200,9 +200,9 @@ class _Run:
             return allowance
         return Allowance(allowance.count, asked, None)
 
-    def _cut(self, found: Round, allowance: Allowance) -> bool:
+    def _cut(self, drawn: Round, allowance: Allowance) -> bool:
         """Whether a candidate ended where the gateway's own limit let it."""
-        return allowance.limit is not None and any(draw.choice.get("finish_reason") == "length" for draw in found.draws)
+        return allowance.limit is not None and any(draw.choice.get("finish_reason") == "length" for draw in drawn.draws)
 
     def _best(self) -> float | None:
         return max(_values(self._draws), default=None)
@@ -260,5 +260,5 @@ def _values(draws: Sequence[Draw]) -> list[float]:
 
 
 def _tokens(usage: dict[str, object], name: str) -> int:
-    found = usage.get(name)
-    return found if isinstance(found, int) else 0
+    count = usage.get(name)
+    return count if isinstance(count, int) else 0

@@ -16,7 +16,8 @@ from starlette.exceptions import HTTPException
 
 import cappy
 from serving.access import AccessLog, Tracing
-from serving.bodies import BODIES_AT_ONCE, GONE, BodyBudget, Bounds, Share, apart, received
+from serving.bodies import BODIES_AT_ONCE, GONE, BodyBudget, Bounds, Refusal, Share, apart, received
+from serving.engine import SHUTTING_DOWN
 from serving.gateway.answering import Gateway, Outcome
 from serving.gateway.completion import KEEP_ALIVE_SECONDS, chunks, completion, events, facts, headers
 from serving.gateway.config import ChatLimits
@@ -26,7 +27,6 @@ from serving.gateway.requests import REMEDY, ChatRequest, read_request, refused
 from serving.guards import ANY_HOST, BrowserGuard, Hosts, KeyGuard, Keys
 from serving.listener import Shutdown
 from serving.page import About, add_page
-from serving.refusals import SHUTTING_DOWN, Refusal
 
 METRIC_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
 CANDIDATES_HEADER = "x-cappy-candidates"
@@ -221,8 +221,8 @@ def _add_models(app: FastAPI, front: _Front) -> None:
     @app.get("/v1/models", tags=["chat"], response_class=Response)
     async def models(request: Request) -> Response:
         """The LLM's models, as its server answers."""
-        found = await front.gateway.first.models(front.authorization(request))
-        return Response(found, media_type="application/json")
+        listed = await front.gateway.first.models(front.authorization(request))
+        return Response(listed, media_type="application/json")
 
 
 def _add_feedback(app: FastAPI, front: _Front) -> None:
@@ -231,13 +231,13 @@ def _add_feedback(app: FastAPI, front: _Front) -> None:
         """Takes {"id", "score"} or {"id", "reference"}: what a user thought of an answer."""
         with front.budget.share() as share:
             data = await _body(request, front, share)
-            found = await apart(len(data), partial(read_feedback, data))
+            given = await apart(len(data), partial(read_feedback, data))
         if front.feedback is None:
             raise GatewayError(
                 404, "feedback is not kept here; start the gateway with --feedback FOLDER", code="not_found"
             )
-        await front.feedback.add(found)
-        return _Json({"id": found.id, "kept": True})
+        await front.feedback.add(given)
+        return _Json({"id": given.id, "kept": True})
 
 
 def _add_probes(app: FastAPI, front: _Front) -> None:

@@ -147,14 +147,14 @@ def _part(choice: Mapping[str, object], delta: Mapping[str, object], **more: Any
 
 def _added(total: Mapping[str, object], more: Mapping[str, object]) -> dict[str, Any]:
     """Numbers added up by name, at any depth; what is no number is left out."""
-    found = dict(total)
+    added = dict(total)
     for name, value in more.items():
-        known = found.get(name)
+        known = added.get(name)
         if isinstance(value, dict) and isinstance(known, dict | None):
-            found[name] = _added(known or {}, value)
+            added[name] = _added(known or {}, value)
         elif isinstance(value, int | float) and not isinstance(value, bool) and isinstance(known, int | float | None):
-            found[name] = (known or 0) + value
-    return found
+            added[name] = (known or 0) + value
+    return added
 
 
 async def events(

@@ -121,8 +121,8 @@ def _not_connected(name: str) -> GatewayError:
 
 
 def _kept(headers: Mapping[str, str]) -> dict[str, str]:
-    found = {name: headers.get(name, "") for name in _KEPT}
-    return {name: value for name, value in found.items() if _KEPT[name].fullmatch(value)}
+    values = {name: headers.get(name, "") for name in _KEPT}
+    return {name: value for name, value in values.items() if _KEPT[name].fullmatch(value)}
 
 
 def _shortened(text: str) -> str:

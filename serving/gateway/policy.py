@@ -164,14 +164,14 @@ class Ledger:
 
     def budgets(self) -> list[RemainingBudget]:
         """What is left under each limit that is set."""
-        limits, found = self.limits, []
+        limits, budgets = self.limits, []
         if limits.max_tokens:
-            found.append(RemainingBudget("tokens", limits.max_tokens - self.completion_tokens))
+            budgets.append(RemainingBudget("tokens", limits.max_tokens - self.completion_tokens))
         if limits.max_cost:
-            found.append(RemainingBudget("money", limits.max_cost - self.charged))
+            budgets.append(RemainingBudget("money", limits.max_cost - self.charged))
         if limits.max_total_cost:
-            found.append(RemainingBudget("total-money", limits.max_total_cost - self.total.spent - self.total.held))
-        return found
+            budgets.append(RemainingBudget("total-money", limits.max_total_cost - self.total.spent - self.total.held))
+        return budgets
 
     def hold(self, most: float) -> None:
         """Keeps the most that a call may cost from others until it is settled."""
@@ -215,25 +215,25 @@ def read_usage(sent: object) -> dict[str, Any] | None:
 
 
 def _counts(sent: dict[str, object], depth: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
     for name in [*_NAMED, *islice((name for name in sent if name not in _NAMED), MAX_USAGE_FIELDS)]:
         value = sent.get(name)
         if is_count(value):
-            found[name[:MAX_USAGE_NAME]] = value
+            counts[name[:MAX_USAGE_NAME]] = value
         elif isinstance(value, dict) and depth > 1:
-            found[name[:MAX_USAGE_NAME]] = _counts(value, depth - 1)
-    return found
+            counts[name[:MAX_USAGE_NAME]] = _counts(value, depth - 1)
+    return counts
 
 
 def _each(
     count: int, budgets: Sequence[RemainingBudget], prices: Prices, prompt_tokens: int
 ) -> tuple[float, Limit | None]:
     """Tokens that each of `count` responses may have, and the limit that says so."""
-    found: tuple[float, Limit | None] = (math.inf, None)
+    least: tuple[float, Limit | None] = (math.inf, None)
     for budget in budgets:
         share = budget.left / count
         if budget.limit != "tokens":
             share -= prices.cost(prompt_tokens, 0)
             share = share * 1e6 / prices.output if prices.output else (math.inf if share >= 0 else 0.0)
-        found = min(found, (math.floor(share) if math.isfinite(share) else share, budget.limit), key=lambda one: one[0])
-    return found
+        least = min(least, (math.floor(share) if math.isfinite(share) else share, budget.limit), key=lambda one: one[0])
+    return least

@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from serving.bodies import Bounds
+from serving.bodies import Bounds, Refusal, broken
 from serving.gateway.config import ChatLimits
 from serving.gateway.errors import INVALID, GatewayError
-from serving.refusals import Refusal, broken
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _CODES = {
@@ -186,8 +185,8 @@ def _short(instruction: str, most: int) -> str:
 
 def invalid(error: ValidationError, body: Mapping[str, object]) -> GatewayError:
     """Names the first field and its rule, and does not repeat what was sent."""
-    found = broken(error, body)
-    return GatewayError(400, str(found), param=found.field or None)
+    first = broken(error, body)
+    return GatewayError(400, str(first), param=first.field or None)
 
 
 def instruction_of(messages: Sequence[Mapping[str, object]]) -> str:

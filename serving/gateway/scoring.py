@@ -67,8 +67,8 @@ class Scoring:
 
     async def rate(self, pairs: Sequence[Pair]) -> list[Rating]:
         """The same with their logits; a score without one is its own."""
-        found = await self.score(pairs)
-        ratings = [value if isinstance(value, tuple) else (value, value) for value in found]
+        values = await self.score(pairs)
+        ratings = [value if isinstance(value, tuple) else (value, value) for value in values]
         if len(ratings) != len(pairs) or not all(_is_finite(value) for rating in ratings for value in rating):
             text = "the scorer answers what are no finite numbers, one per candidate; fetch or train it again"
             raise GatewayError(500, text, kind="scorer_error", code="scorer_bad_answer")
@@ -84,8 +84,8 @@ def load(spec: str, calibration: Path | None = None, key: str = "") -> Scoring:
     given = read_calibration(calibration) if calibration is not None else None
     if calibration is not None and given is None:
         raise ConfigError(f"{calibration}: holds no calibration.json; name the folder of a scorer or of a report")
-    found = _over_http(spec, key) if spec.startswith(("http://", "https://")) else _in_process(spec)
-    return replace(found, calibration=given or found.calibration)
+    scoring = _over_http(spec, key) if spec.startswith(("http://", "https://")) else _in_process(spec)
+    return replace(scoring, calibration=given or scoring.calibration)
 
 
 def _in_process(spec: str) -> Scoring:

@@ -170,8 +170,8 @@ class Upstream:
         """Closes all connections."""
         await self._client.aclose()
 
-    async def draw(self, ask: Ask, found: Round, *, count: int, number: int) -> None:
-        """Adds `count` candidates to `found` as they come, and a problem for each call that brought none.
+    async def draw(self, ask: Ask, drawn: Round, *, count: int, number: int) -> None:
+        """Adds `count` candidates to `drawn` as they come, and a problem for each call that brought none.
 
         They are asked for together until the model refuses `n` or ignores it, then one by one, all at once.
         """
@@ -179,17 +179,17 @@ class Upstream:
         if count > 1 and not capabilities.takes("n"):
             async with asyncio.TaskGroup() as group:
                 for index in range(count):
-                    group.create_task(self.draw(ask, found, count=1, number=number + index))
+                    group.create_task(self.draw(ask, drawn, count=1, number=number + index))
             return
         try:
             draws, answered = await self._call(ask, capabilities, count=count, number=number)
         except GatewayError as problem:
-            found.problems.append(problem)
+            drawn.problems.append(problem)
             return
-        found.draws += draws
+        drawn.draws += draws
         if answered < count:
             capabilities.refuse("n")
-            await self.draw(ask, found, count=count - answered, number=number + answered)
+            await self.draw(ask, drawn, count=count - answered, number=number + answered)
 
     async def models(self, authorization: str) -> bytes:
         """The server's list of models, JSON as it answers; GatewayError where it does not."""
@@ -255,12 +255,12 @@ class Upstream:
         try:
             values, choices = read_choices(body)
             choices = choices[:count]
-            found = _good_choices(choices)
+            responses = _good_choices(choices)
         except BadAnswerError as error:
             ask.ledger.fail(self._most(ask, count), paid=True)
             keys = _secrets(self.llm.authorization(ask.authorization))
             raise bad_answer(self._name, error, keys) from None
-        self._settle(ask, values.get("usage"), [text for _, (text, _, _) in found], count)
+        self._settle(ask, values.get("usage"), [text for _, (text, _, _) in responses], count)
         model = model_name(values.get("model")) or str(sent["model"])
         draws = [
             Draw(
@@ -273,7 +273,7 @@ class Upstream:
                 logprob_sum=sum(logprobs) if logprobs else None,
                 num_tokens=len(logprobs) or None,
             )
-            for choice, (text, status, logprobs) in found
+            for choice, (text, status, logprobs) in responses
         ]
         return [self._without_reasoning(draw) for draw in draws], len(choices)
 
@@ -356,16 +356,16 @@ def _max_bytes(ask: Ask, sent: Mapping[str, object], count: int) -> int:
 
 def _good_choices(choices: Sequence[Mapping[str, object]]) -> list[tuple[Mapping[str, object], Read]]:
     """The choices that hold a response, read; GivenUpError where the server gave all of them up."""
-    found: list[tuple[Mapping[str, object], Read]] = []
+    good: list[tuple[Mapping[str, object], Read]] = []
     fault: GivenUpError | None = None
     for choice in choices:
         try:
-            found.append((choice, read_choice(choice)))
+            good.append((choice, read_choice(choice)))
         except GivenUpError as error:
             fault = error
-    if fault is not None and not found:
+    if fault is not None and not good:
         raise fault
-    return found
+    return good
 
 
 def _passed_on(choice: Mapping[str, object], text: str) -> Mapping[str, object]:
@@ -379,11 +379,11 @@ def _passed_on(choice: Mapping[str, object], text: str) -> Mapping[str, object]:
 def _secrets(authorization: str) -> tuple[str, ...]:
     """What of the header must stand in no text."""
     scheme, _, key = authorization.strip().partition(" ")
-    found = [key.strip() or scheme]
+    secrets = [key.strip() or scheme]
     if scheme.lower() == "basic":
         with contextlib.suppress(ValueError):
-            found.append(base64.b64decode(key).decode("utf-8", "replace").partition(":")[2])
-    return tuple(found)
+            secrets.append(base64.b64decode(key).decode("utf-8", "replace").partition(":")[2])
+    return tuple(secrets)
 
 
 def _in_utf8(response: httpx2.Response) -> bytes:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scoring_function import FakeEngine, lengths
 
 from cappy.scoring.encoding import Encoded, Pair
+from serving.bodies import Refusal
 from serving.engine import Batch, Batcher, _Job, fill
-from serving.refusals import Refusal
 
 Pools = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=12), min_size=1, max_size=6)
 

@@ -14,9 +14,8 @@ from wording import assert_names, raises_naming
 from worst_bodies import CHAT_PLACES, MEGABYTES, PLACES, Watched, bodies, service, tensors
 
 from serving.app import Options
-from serving.bodies import _BLOCK, BodyBudget, Bounds, measure
+from serving.bodies import _BLOCK, BodyBudget, Bounds, Refusal, measure
 from serving.config import Limits
-from serving.refusals import Refusal
 
 Serve = Callable[..., TestClient]
 JSON_TYPE = {"content-type": "application/json"}

@@ -22,9 +22,8 @@ from cappy.errors import FolderError, RecordError
 from cappy.preparation import step as preparation
 from cappy.records import Candidate, Instance, read, read_manifest
 from cappy.records.folder import verify
-from serving.gateway.appendable_dataset import Answer, AppendableDataset
 from serving.gateway.config import Policy
-from serving.gateway.feedback import FeedbackLog
+from serving.gateway.feedback import Answer, AppendableDataset, FeedbackLog
 
 
 @contextlib.contextmanager
