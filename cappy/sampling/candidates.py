@@ -77,11 +77,11 @@ class ReasoningReader:
 def _with_likelihoods(instances: Sequence[Instance], generators: Sequence[Generator]) -> Iterator[Instance]:
     pairs = [(instance.instruction, candidate.response) for instance in instances for candidate in instance.candidates]
     by_generator = (generator.likelihoods(pairs) for generator in generators) if pairs else iter(())
-    found = next((likelihoods for likelihoods in by_generator if likelihoods is not None), None)
-    if found is None:
+    first = next((likelihoods for likelihoods in by_generator if likelihoods is not None), None)
+    if first is None:
         yield from instances
         return
-    likelihoods = iter(found)
+    likelihoods = iter(first)
     for instance in instances:
         known = zip(instance.candidates, itertools.islice(likelihoods, len(instance.candidates)), strict=True)
         yield replace(

@@ -236,7 +236,7 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], 
         )
         check_failures(parts.counts, config.max_failed, each)
         metrics, facts = accounts(parts.counts, endpoint_config(config))
-        if contexts := [found for one in generators if (found := getattr(one, "context", None))]:
+        if contexts := [tokens for one in generators if (tokens := getattr(one, "context", None))]:
             facts["context"] = min(contexts)
         if said := cautions(metrics, stated, facts):
             facts["cautions"] = said

@@ -129,8 +129,8 @@ def _layer(layer: Any, hidden: Tensor, layout: _Layout, *, last: bool) -> Tensor
     asking, kept = (narrow[layout.starts], hidden[layout.starts]) if last else (narrow, hidden)
     query, key, value = _projected(projections, asking, narrow)
     dropout = projections.dropout.p if layer.training else 0.0
-    found = _attention(query, key, value, layout, single=last, dropout=dropout)
-    attended = layer.attention.output(found.flatten(1), kept)
+    mixed = _attention(query, key, value, layout, single=last, dropout=dropout)
+    attended = layer.attention.output(mixed.flatten(1), kept)
     output: Tensor = layer.output(layer.intermediate(attended.to(dtype)), attended)
     return output
 
@@ -152,8 +152,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, *, si
 
         longest = max(layout.lengths)
         asked = torch.arange(len(layout.lengths) + 1, dtype=torch.int32, device=query.device) if single else layout.ends
-        found: Any = varlen_attn(query, key, value, asked, layout.ends, 1 if single else longest, longest)
-        return cast(Tensor, found)
+        flash: Any = varlen_attn(query, key, value, asked, layout.ends, 1 if single else longest, longest)
+        return cast(Tensor, flash)
     shape, attended, row, asked_row = query.shape[1:], [], 0, 0
     for pairs, length in layout.stretches:
         rows, queries = pairs * length, pairs if single else pairs * length

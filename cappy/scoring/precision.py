@@ -47,8 +47,8 @@ class Prepacked(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """(rows, out) in bf16 from (rows, in) in bf16."""
         how: tuple[Any, ...] = (self.after, [], "none")
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, *how)
-        return found
+        mapped: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, *how)
+        return mapped
 
 
 def prepack(layers: Sequence[Any], *, gelu: bool) -> None:
@@ -91,8 +91,8 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
-        found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return False
 
 

@@ -127,8 +127,8 @@ class Scorer:
         batches = list(by_length(encoded, self.batch_tokens))
         logits = torch.cat([self.forward([encoded[index] for index in batch]) for batch in batches])
         order = [index for batch in batches for index in batch]
-        found = {distinct[index]: value for index, value in zip(order, logits.float().tolist(), strict=True)}
-        return [found[pair] for pair in pairs]
+        by_pair = {distinct[index]: value for index, value in zip(order, logits.float().tolist(), strict=True)}
+        return [by_pair[pair] for pair in pairs]
 
     def scores_of(self, logits: Sequence[float]) -> list[float]:
         """The scores that belong to logits, in order."""

@@ -39,7 +39,7 @@ class Counting(LocalGenerator):
         self.drawn: list[tuple[str, str, int]] = []
         self._dies_after = dies_after
 
-    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
+    def _prompts(self, instructions: Sequence[str], reserved: int) -> list[list[int]]:
         return [list(f"{self.system} {instruction}".encode()) for instruction in instructions]
 
     @staticmethod
@@ -339,9 +339,10 @@ def test_after_a_write_that_was_broken_off_what_is_kept_next_is_found(
 
     with CandidateStore(tmp_path, ORIGIN) as store:
         store.put({key(1): drawn(1)})
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr("cappy.sampling.store._write_all", broken)
-            store.put({key(2): drawn(2)})
+            with pytest.raises(KeyboardInterrupt):
+                store.put({key(2): drawn(2)})
         store.put({key(3): drawn(3)})
         assert store.get([key(1), key(2), key(3)]) == {key(1): tuple(drawn(1)), key(3): tuple(drawn(3))}
 
