@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cappy.builtin.tasks import instances
-from cappy.plan.calibration import Calibration
-from cappy.plan.volumes import Lengths, Volumes
+from cappy.costing.calibration import Calibration
+from cappy.costing.volumes import Lengths, Volumes
 
 COMMAND = (sys.executable, "-c", "from cappy.cli import main; main()")
 STRATEGY, SAMPLES = "topk40x5+topp0.95x5", 10

@@ -8,7 +8,7 @@ prompts rendered, pairs labelled and tokenized, generators sampling 5 responses,
 are those of the processor's time that the process had, so that other work on the machine counts little. Models have
 published shapes and random weights, which no speed depends on (random weights seldom end a response, so all are of the
 length asked for). Texts are those of T0's mixture in its proportions (`calibration_texts.py`, which needs the shared
-data) and the built-in tasks. Speeds of models are kept in floating point operations a second, as `cappy.plan.shapes`
+data) and the built-in tasks. Speeds of models are kept in floating point operations a second, as `cappy.costing.costs`
 counts them, so that other lengths of text can be planned.
 
 What was measured replaces the entries of the same name in `benchmarks/results/calibration.json`; all others stay. On a
@@ -45,9 +45,9 @@ from scoring_data import roberta_tokenizer
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
 from cappy.builtin.scorer import new_encoder
-from cappy.plan.calibration import DEFAULT, Calibration, read_calibration
-from cappy.plan.costs import HARDWARE, Terms, cost, works
-from cappy.plan.shapes import GENERATORS, SCORERS
+from cappy.costing import PlanConfig
+from cappy.costing.calibration import DEFAULT, Calibration, read_calibration
+from cappy.costing.costs import GENERATORS, HARDWARE, SCORERS, cost, works
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import Instance, write
@@ -180,11 +180,11 @@ def measure_starts(bench: Bench) -> None:
     known = replace(known, measurements=tuple(m for m in known.measurements if m.unit != "seconds to start"))
     ran = run_steps(bench.work / "small", PER_FAMILY)
     volumes = builtin_volumes(PER_FAMILY, known)
-    terms = Terms(scorer="mini", validation=0.05)
+    config = PlanConfig(hardware="cpu", mixture="builtin", scorer="mini", validation=0.05)
     expected: dict[str, float] = {}
-    for work in works(volumes, known, "cpu", terms, texts="builtin"):
+    for work in works(volumes, known, config):
         name = "pretraining" if work.step == "tokenization" else work.step
-        expected[name] = expected.get(name, 0.0) + cost(work, 1, terms, cores=1).seconds
+        expected[name] = expected.get(name, 0.0) + cost(work, 1, config, cores=1).seconds
     for step, one in ran.items():
         start = max(0.1, one.cpu_seconds - expected[step])
         told = {"by_the_clock": one.seconds, "whole": one.cpu_seconds, "work": expected[step]}

@@ -11,8 +11,8 @@ import torch
 from calibration_texts import rounded
 from machine import machine
 
-from cappy.plan.calibration import Measurement, Texts
-from cappy.plan.costs import CPU, HARDWARE
+from cappy.costing.calibration import Measurement, Texts
+from cappy.costing.costs import CPU, HARDWARE
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ from cappy.annotation.step import run as annotation
 from cappy.builtin import LLM_FOLDER
 from cappy.builtin.scorer import new_encoder
 from cappy.builtin.tasks import instances as builtin_tasks
+from cappy.costing.costs import GENERATORS, SCORERS, GeneratorShape
 from cappy.model_folder import open_model_folder
-from cappy.plan.shapes import GENERATORS, SCORERS, GeneratorShape
 from cappy.records import Instance, write
 from cappy.sampling.architectures import Seq2Seq
 from cappy.sampling.strategies import Decoding, strategy

@@ -24,9 +24,10 @@ from builtin_steps import SAMPLES, VALIDATION, Ran, builtin_volumes, commands, r
 from calibration_texts import rounded
 from machine import machine
 
-from cappy.plan.calibration import DEFAULT, read_calibration
-from cappy.plan.costs import END, Terms, Work, cost, works
-from cappy.plan.volumes import Volumes
+from cappy.costing import PlanConfig
+from cappy.costing.calibration import DEFAULT, read_calibration
+from cappy.costing.costs import END, Work, cost, works
+from cappy.costing.volumes import Volumes
 from cappy.records import read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,9 +44,9 @@ def main() -> None:
     arguments = parser.parse_args()
     calibration = read_calibration(DEFAULT)
     volumes = builtin_volumes(arguments.per_family, calibration)
-    terms = Terms(scorer="mini", validation=VALIDATION)
-    planned = works(volumes, calibration, "cpu", terms, texts="builtin")
-    predicted = seconds_of(planned, terms)
+    config = PlanConfig(hardware="cpu", mixture="builtin", scorer="mini", validation=VALIDATION)
+    planned = works(volumes, calibration, config)
+    predicted = seconds_of(planned, config)
     print(f"{volumes.pairs:,} rows, predicted seconds {predicted}", flush=True)
     if not arguments.compare:
         run(arguments.work, arguments.per_family)
@@ -79,12 +80,12 @@ def run(work: Path, per_family: int) -> None:
     (work / RAN).write_text(json.dumps({**told, "steps": steps}))
 
 
-def seconds_of(planned: list[Work], terms: Terms) -> dict[str, float]:
+def seconds_of(planned: list[Work], config: PlanConfig) -> dict[str, float]:
     """Seconds of each step on one core; what pretraining tokenizes counts as its own."""
     found: dict[str, float] = {}
     for work in planned:
         name = "pretraining" if work.step == "tokenization" else work.step
-        found[name] = found.get(name, 0.0) + cost(work, 1, terms, cores=1).seconds
+        found[name] = found.get(name, 0.0) + cost(work, 1, config, cores=1).seconds
     return {name: rounded(seconds) for name, seconds in found.items()}
 
 

@@ -161,7 +161,7 @@ class Share:
         self.size = 0
 
 
-def check_type(headers: Headers, further: Collection[str] = ()) -> None:
+def _check_type(headers: Headers, further: Collection[str] = ()) -> None:
     """Refusal 415 unless the body is sent as JSON, or as one of the `further` types ("" is none at all).
 
     A page of another site can send other types, or none, without asking first.
@@ -192,7 +192,7 @@ async def received(
     Refusal 413 above `most` bytes, announced or not, and 408 where it does not arrive in time. What it takes is taken
     of `share`.
     """
-    check_type(request.headers, types)
+    _check_type(request.headers, types)
     large = Refusal(413, f"the body is above {most} bytes; {remedy}")
     announced = request.headers.get("content-length", "0")
     if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > most):

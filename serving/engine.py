@@ -335,7 +335,7 @@ def fill(jobs: "deque[_Job]", budget: int) -> Batch:
         if not job.waiting:
             continue
         engine = batch[0][0].engine if batch else job.engine
-        room = _room(engine, budget, used, longest, len(batch))
+        room = _longest_fit(engine, budget, used, longest, len(batch))
         place = len(job.waiting) if not batch else bisect_right(job.waiting, room, key=lambda one: len(one[1].ids))
         if job.engine is not engine or not place:
             passed.append(job)
@@ -348,7 +348,7 @@ def fill(jobs: "deque[_Job]", budget: int) -> Batch:
     return batch
 
 
-def _room(engine: Engine, budget: int, used: int, longest: int, count: int) -> int:
+def _longest_fit(engine: Engine, budget: int, used: int, longest: int, count: int) -> int:
     """How long another pair may be."""
     if engine.pads and count:
         return longest if (count + 1) * longest <= budget else 0

@@ -123,7 +123,7 @@ def http_config(
 def prepare_process() -> None:
     """Signals, log and limits of a process that serves: SIGTERM ends it with status 0."""
     signal.signal(signal.SIGTERM, _end)
-    log_to_stderr()
+    _log_to_stderr()
     raise_file_limit()
 
 
@@ -227,7 +227,7 @@ class RepeatFilter(logging.Filter):
         return [(key, line) for key, line in over if line.count > REPEATS_WRITTEN]
 
 
-def log_to_stderr() -> None:
+def _log_to_stderr() -> None:
     """The log of a service: plain lines on stderr, repeated ones counted."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     for handler in logging.getLogger().handlers:

@@ -1,4 +1,4 @@
-"""The `cappy` command: the front desk, which imports what a verb needs inside that verb."""
+"""The `cappy` command: what a verb needs is imported inside that verb."""
 
 import os
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import cappy
-from cappy.cli import convert, doctor, pipeline, plan, remote, scoring, templates, threshold, work
+from cappy.cli import doctor, pipeline, remote, scoring, tools, work
 from cappy.cli.jsonlines import reserve_stdin
 from cappy.errors import CappyError
 from cappy.redaction import redact_output
@@ -24,7 +24,7 @@ class Verbs(TyperGroup):
     """Finds the verbs, and turns what a person can mend into one line and an exit status."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """The command of the verb; a step's is made here, because its config class costs half a second to import."""
+        """The command of the verb; those with a config class are made here: it costs half a second to import."""
         if args and args[0] in STEP_SPECS:
             from cappy.cli.steps import step_command
 
@@ -37,6 +37,10 @@ class Verbs(TyperGroup):
             from cappy.cli.serve import service_command
 
             return args[0], service_command(args[0]), args[1:]
+        if args and args[0] == "plan":
+            from cappy.cli.plan import plan_command
+
+            return args[0], plan_command(), args[1:]
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -93,10 +97,10 @@ app.command("score", short_help="Score responses, JSON Lines in and out.")(scori
 app.command("select", short_help="Pick the best of several responses.")(scoring.select)
 for _verb, _help in SERVICES.items():
     app.command(_verb, short_help=_help)(_listed)
-app.command("threshold", short_help="Find the score that keeps picks good enough.")(threshold.threshold)
-app.command("plan", short_help="Say what a pretraining will take.")(plan.plan)
-app.command("convert", short_help="Turn a published PyTorch checkpoint into a scorer.")(convert.convert)
-app.command("templates", short_help="Fetch PromptSource's templates, checked.")(templates.templates)
+app.command("threshold", short_help="Find the score that keeps picks good enough.")(tools.threshold)
+app.command("plan", help="Say what a pretraining will take.")(_listed)
+app.command("convert", short_help="Turn a published PyTorch checkpoint into a scorer.")(tools.convert)
+app.command("templates", short_help="Fetch PromptSource's templates, checked.")(tools.templates)
 app.command("doctor", short_help="Say what this machine has and lacks.")(doctor.doctor)
 app.command("explain", short_help="List a step's work, and why it was done again.")(work.explain)
 app.command("clean", short_help="List or remove what no run finds again.")(work.clean)

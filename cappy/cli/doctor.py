@@ -1,15 +1,40 @@
-"""`cappy doctor`: what this machine has and lacks."""
+"""`cappy doctor`: what this machine has and lacks for running the project, found out without changing anything."""
 
+import importlib.metadata
+import importlib.util
 import json
-from dataclasses import asdict
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from cappy.cli.flags import TrackingFlag
+from cappy.errors import CappyError
 
-MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "failure": "[red]failure[/]"}
+_DISTRIBUTION = "cappy-scorer"
+_DEMO_EXTRAS = ("pipelines",)
+_LEAST_FREE_GB = 1.0
+_ENOUGH_FREE_GB = 5.0
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+"""CPU flags that decide how fast a scorer runs."""
+_MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "failure": "[red]failure[/]"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing looked at: a failure keeps the demo from running, a warning does not."""
+
+    name: str
+    status: Literal["ok", "warning", "failure"]
+    found: str
+    remedy: str = ""
 
 
 def doctor(
@@ -18,10 +43,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Look at packages, processor, GPUs, disk, weights and MLflow; status 0 if the demo can run, else 1."""
-    from cappy.doctor import examine, healthy
-
-    findings = examine(work, tracking_uri)
-    ok = healthy(findings)
+    findings = _examine(work, tracking_uri)
+    ok = all(finding.status != "failure" for finding in findings)
     if as_json:
         typer.echo(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}, indent=1))
     else:
@@ -32,8 +55,178 @@ def doctor(
         table = Table(box=None, pad_edge=False, show_header=False)
         for finding in findings:
             text = escape(finding.found) + (f"\n[bold]→ {escape(finding.remedy)}[/]" if finding.remedy else "")
-            table.add_row(escape(finding.name), MARKS[finding.status], text)
+            table.add_row(escape(finding.name), _MARKS[finding.status], text)
         Console().print(table)
         typer.echo("the demo can run: make demo" if ok else "the demo cannot run yet; mend the failures above")
     if not ok:
         raise typer.Exit(1)
+
+
+def _examine(work: Path, tracking_uri: str = "") -> list[Finding]:
+    """Everything that the demo, the services and the trainers need, in the order in which to mend it."""
+    return [
+        _python(),
+        *_packages(),
+        _processor(),
+        _memory(),
+        *_accelerators(),
+        _disk(work),
+        *_builtin(),
+        _tracking(tracking_uri),
+        _pickle(),
+        _user(),
+    ]
+
+
+def _python() -> Finding:
+    return Finding(name="python", status="ok", found=f"{platform.python_version()} ({sys.executable})")
+
+
+def _packages() -> Iterator[Finding]:
+    """The distribution's own list of requirements, extra by extra, with the installed versions."""
+    try:
+        requirements = importlib.metadata.requires(_DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(name="packages", status="failure", found=f"{_DISTRIBUTION} is not installed", remedy=_pip(""))
+        return
+    wanted: dict[str, list[str]] = {}
+    for requirement in requirements:
+        name = re.match(r"[\w.-]+", requirement)
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
+        if name:
+            wanted.setdefault(extra[1] if extra else "", []).append(name[0])
+    for title, names in wanted.items():
+        yield _extra(title, names)
+
+
+def _extra(extra: str, names: list[str]) -> Finding:
+    versions = {name: _version(name) for name in names}
+    missing = [name for name, version in versions.items() if version is None]
+    title = f"packages [{extra}]" if extra else "packages"
+    if not missing:
+        found = ", ".join(f"{name} {version}" for name, version in versions.items())
+        return Finding(name=title, status="ok", found=found)
+    needed = not extra or extra in _DEMO_EXTRAS
+    status: Literal["failure", "warning"] = "failure" if needed else "warning"
+    return Finding(name=title, status=status, found=f"missing: {', '.join(missing)}", remedy=_pip(extra))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _pip(extra: str) -> str:
+    return f"pip install -e '.[{extra}]'" if extra else "pip install -e ."
+
+
+def _processor() -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    text = _text(Path("/proc/cpuinfo"))
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)[:1]).split())
+    known = ", ".join(flag for flag in _CPU_FLAGS if flag in flags) or "no flags known"
+    name = model[1] if model else platform.processor() or platform.machine()
+    return Finding(name="processor", status="ok", found=f"{name}, {cores} cores, {known}")
+
+
+def _memory() -> Finding:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _text(Path("/sys/fs/cgroup/memory.max")).strip()
+    usable = min(total, int(limit)) if limit.isdigit() else total
+    found = f"{usable / 1e9:.1f} GB"
+    if usable < 2e9:
+        return Finding(name="memory", status="warning", found=found, remedy="2 GB or more are wanted")
+    return Finding(name="memory", status="ok", found=found)
+
+
+def _accelerators() -> Iterator[Finding]:
+    if importlib.util.find_spec("torch") is None:
+        return
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
+        yield Finding(name=f"gpu {index}", status="ok", found=found)
+    if not torch.cuda.is_available():
+        mps = torch.backends.mps.is_available()
+        yield Finding(name="gpu", status="ok", found="Apple MPS" if mps else "none, the CPU is used")
+
+
+def _disk(work: Path) -> Finding:
+    folder = next(path for path in (work.absolute(), *work.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free / 1e9
+    found = f"{free:.1f} GB free at {folder}"
+    if not os.access(folder, os.W_OK):
+        return Finding(name="disk", status="failure", found=f"{folder} may not be written", remedy="mend its rights")
+    if free < _LEAST_FREE_GB:
+        remedy = f"free {_LEAST_FREE_GB:g} GB, or point --work elsewhere"
+        return Finding(name="disk", status="failure", found=found, remedy=remedy)
+    if free < _ENOUGH_FREE_GB:
+        remedy = f"enough for the demo; {_ENOUGH_FREE_GB:g} GB are wanted for work of your own"
+        return Finding(name="disk", status="warning", found=found, remedy=remedy)
+    return Finding(name="disk", status="ok", found=found)
+
+
+def _builtin() -> Iterator[Finding]:
+    """Whether the committed LLM and scorer are as they were committed."""
+    remedy = "git checkout -- cappy/builtin/weights"
+    for name, check in (("built-in llm", _verify_llm), ("built-in scorer", _verify_scorer)):
+        try:
+            yield Finding(name=name, status="ok", found=f"{check()}, sha256 as committed")
+        except (CappyError, ImportError) as error:
+            yield Finding(name=name, status="failure", found=str(error), remedy=remedy)
+
+
+def _verify_llm() -> Path:
+    from cappy.builtin import LLM_FOLDER, verify
+
+    verify(LLM_FOLDER)
+    return LLM_FOLDER
+
+
+def _verify_scorer() -> Path:
+    from cappy.specs import scorer_folder
+
+    return scorer_folder("builtin")
+
+
+def _tracking(uri: str) -> Finding:
+    """Whether MLflow's database or server answers; a database that the first run will make is not made here."""
+    from cappy.redaction import redact_address
+    from cappy.registry.address import check, no_database_yet, tracking_address
+
+    address = redact_address(tracking_address(uri))
+    if no_database_yet(uri):
+        return Finding(name="mlflow", status="ok", found=f"{address} will be made by the first run")
+    try:
+        check(uri)
+    except CappyError as error:
+        return Finding(name="mlflow", status="failure", found=str(error))
+    return Finding(name="mlflow", status="ok", found=f"{address} answers")
+
+
+def _pickle() -> Finding:
+    """MLflow reads pickles unless told otherwise; our own client tells it, other programs' must be told."""
+    name = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
+    value = os.environ.get(name, "")
+    if value.lower() in ("false", "0"):
+        return Finding(name="pickles", status="ok", found=f"{name} is {value}")
+    found = f"{name} is {value or 'unset'}: refused by cappy, read by other programs that use MLflow"
+    return Finding(name="pickles", status="warning", found=found, remedy=f"export {name}=false")
+
+
+def _user() -> Finding:
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        return Finding(name="user", status="warning", found="root", remedy="services need no root: run as a user")
+    return Finding(name="user", status="ok", found="not root")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

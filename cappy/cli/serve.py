@@ -1,14 +1,14 @@
 """`cappy serve` and `cappy gateway`: flags from the config class in `serving`, which only these verbs import."""
 
+import contextlib
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
 
-from cappy.cli.flags import parameters
+from cappy.cli.flags import given, make_command, parameters
 from cappy.config import build
 from cappy.errors import ConfigError
 
@@ -35,17 +35,6 @@ RENAMED = {
 PACKAGES = ("fastapi", "uvicorn", "starlette", "prometheus_client")
 
 
-class _Command(TyperCommand):
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Refuses the names that flags had before, in one line, with status 2."""
-        for word in args:
-            now = RENAMED.get(word.partition("=")[0])
-            if now in {name for parameter in self.params for name in parameter.opts}:
-                typer.echo(f"{ctx.command_path}: {word.partition('=')[0]} is now {now}", err=True)
-                raise typer.Exit(2)
-        return super().parse_args(ctx, args)
-
-
 def service_command(verb: str) -> Any:
     """The command `cappy serve` or `cappy gateway`: one flag per field of its config class."""
     return _serve_command() if verb == "serve" else _gateway_command()
@@ -54,13 +43,11 @@ def service_command(verb: str) -> Any:
 def _serve_command() -> Any:
     from serving.config import ServeConfig, read_environment
 
-    def serve(given: Mapping[str, Any]) -> None:
+    def serve(flags: Mapping[str, Any]) -> None:
         environment = read_environment(os.environ)
-        config = build(ServeConfig, {**environment.settings, **given})
-        try:
+        config = build(ServeConfig, {**environment.settings, **flags})
+        with _extra_named():
             from serving.server import run
-        except ModuleNotFoundError as error:
-            raise _missing(error) from error
         run(config, environment)
 
     return _command("serve", SERVE_HELP, ServeConfig, serve)
@@ -70,33 +57,46 @@ def _gateway_command() -> Any:
     from serving.config import hosts_of_environment
     from serving.gateway.config import GatewayConfig
 
-    def gateway(given: Mapping[str, Any]) -> None:
-        config = build(GatewayConfig, {"allowed_hosts": hosts_of_environment(os.environ), **given})
-        try:
+    def gateway(flags: Mapping[str, Any]) -> None:
+        config = build(GatewayConfig, {"allowed_hosts": hosts_of_environment(os.environ), **flags})
+        with _extra_named():
             from serving.gateway.server import run
-        except ModuleNotFoundError as error:
-            raise _missing(error) from error
         run(config)
 
     return _command("gateway", GATEWAY_HELP, GatewayConfig, gateway)
 
 
-def _missing(error: ModuleNotFoundError) -> Exception:
-    """The error with its remedy where a package of the extra is missing, else the error itself."""
-    if error.name not in PACKAGES:
-        return error
-    return ConfigError(f"{error.name} is not installed; install the serve extra: pip install -e '.[serve]'")
+@contextlib.contextmanager
+def _extra_named() -> Iterator[None]:
+    """ConfigError that names the extra where a package of it is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        raise ConfigError(
+            f"{error.name} is not installed; install the serve extra: pip install -e '.[serve]'"
+        ) from error
 
 
 def _command(name: str, text: str, config_class: type[Any], run: Callable[[Mapping[str, Any]], None]) -> Any:
     def verb(*, context: typer.Context, **values: Any) -> None:
-        sources = {flag: context.get_parameter_source(flag) for flag in values}
-        run({flag: value for flag, value in values.items() if (source := sources[flag]) and source.name != "DEFAULT"})
+        run(given(context, values))
 
     asked = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    signature = inspect.Signature([asked, *parameters(config_class)])
-    verb.__signature__ = signature  # type: ignore[attr-defined]
-    verb.__annotations__ = {flag: parameter.annotation for flag, parameter in signature.parameters.items()}
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    single.command(name, help=text, cls=_Command)(verb)
-    return typer.main.get_command(single)
+    command = make_command(name, text, verb, [asked, *parameters(config_class)])
+    known = {option for parameter in command.params for option in parameter.opts}
+    plain = command.parse_args
+
+    def parse_args(context: typer.Context, args: list[str]) -> list[str]:
+        """Refuses the names that flags had before, in one line, with status 2."""
+        for word in args:
+            flag = word.partition("=")[0]
+            if RENAMED.get(flag) in known:
+                typer.echo(f"{context.command_path}: {flag} is now {RENAMED[flag]}", err=True)
+                raise typer.Exit(2)
+        rest: list[str] = plain(context, args)
+        return rest
+
+    command.parse_args = parse_args
+    return command

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from cappy.cli import outcome, promotion
+from cappy.cli import outcome
 from cappy.cli.flags import given, make_command, new_run_name, parameters
 from cappy.config import build
 from cappy.errors import ConfigError
@@ -174,6 +174,69 @@ def _report(config: Any, told: bool) -> None:
         typer.echo(f"\n{to_text(report)}\n{folder / 'report.html'}")
 
 
+def _explain_decision(values: Mapping[str, Any]) -> bool:
+    """`--dry-run`: the decision and its reasons."""
+    from cappy.registry.promotion import dry_run
+
+    for name in ("version", "report"):
+        if values[name] is None:
+            raise typer.BadParameter(f"give the folder to read: --{name} FOLDER")
+    settings = ("margin", "baseline", "guard", "count_attempts", "force", "tracking_uri")
+    decision = dry_run(values["version"], values["report"], **{name: values[name] for name in settings})
+    if values["as_json"]:
+        typer.echo(json.dumps(asdict(decision)))
+    else:
+        word = {"promote": "would promote", "hold": "would hold"}[decision.decision]
+        typer.echo("\n".join([f"{word}; nothing was moved", *(f"  {reason}" for reason in decision.reasons)]))
+    return True
+
+
+def _roll_back(values: Mapping[str, Any]) -> bool:
+    """`--rollback`: the version that loses the alias stays registered, models:/NAME/NUMBER still names it."""
+    from cappy.registry import rollback
+
+    _without_folders(values, "--rollback")
+    model = f"models:/{values['name']}"
+    move = rollback(values["name"], why=values["reason"], tracking_uri=values["tracking_uri"])
+    champion, was = f"{model}/{move.version}" if move.version else "", f"{model}/{move.former}"
+    if values["as_json"]:
+        typer.echo(json.dumps({"champion": champion, "was": was}))
+    elif champion:
+        typer.echo(f"{model}@champion is {champion} again, it was {was}")
+    else:
+        typer.echo(f"{model} has no champion now: there was none before {was}, which keeps its number")
+    return True
+
+
+def _show_history(values: Mapping[str, Any]) -> bool:
+    """`--history`: a table, the last move last."""
+    from cappy.registry import history
+
+    _without_folders(values, "--history")
+    moves = history(values["name"], tracking_uri=values["tracking_uri"])
+    if values["as_json"]:
+        typer.echo(json.dumps([asdict(move) for move in moves]))
+    elif not moves:
+        typer.echo(f"models:/{values['name']}@champion has never been moved")
+    else:
+        rows = [("when", "what", "version", "before", "who", "why")]
+        rows += [
+            (m.at, m.kind, str(m.version or "none"), str(m.former or "none"), m.by, m.why or "not said") for m in moves
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        for row in rows:
+            cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False))
+            typer.echo("  ".join([*cells, row[5]]))
+    return True
+
+
+def _without_folders(values: Mapping[str, Any], flag: str) -> None:
+    """A folder beside a flag that reads none was meant for something: a version to roll back to, as like as not."""
+    for name in ("version", "report", "target"):
+        if values[name] is not None:
+            raise typer.BadParameter(f"{flag} takes no --{name}, its model is named by --name; leave --{name} out")
+
+
 EXTRAS: Mapping[str, tuple[Extra, ...]] = {
     "preparation": (
         Extra(
@@ -198,19 +261,19 @@ EXTRAS: Mapping[str, tuple[Extra, ...]] = {
         Extra(
             name="dry_run",
             help="Print what the gate would decide now, and why; move and write nothing.",
-            before=promotion.explain,
+            before=_explain_decision,
             instead_of=("target",),
         ),
         Extra(
             name="rollback",
             help="Make the champion's predecessor champion again.",
-            before=promotion.roll_back,
+            before=_roll_back,
             instead_of=("version", "report", "target"),
         ),
         Extra(
             name="history",
             help="Print every move of the champion's alias.",
-            before=promotion.show_history,
+            before=_show_history,
             instead_of=("version", "report", "target"),
         ),
         Extra(

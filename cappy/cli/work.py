@@ -53,7 +53,7 @@ def clean(
         float | None,
         typer.Option(min=0, help="List all that was not used for so many days, too.", show_default="none of it"),
     ] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Remove what is listed.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove what is listed.", show_default="off")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """List what no run finds again in the work folder: work of earlier versions and without a key.

@@ -84,11 +84,11 @@ def load(spec: str, calibration: Path | None = None, key: str = "") -> Scoring:
     given = read_calibration(calibration) if calibration is not None else None
     if calibration is not None and given is None:
         raise ConfigError(f"{calibration}: holds no calibration.json; name the folder of a scorer or of a report")
-    found = over_http(spec, key) if spec.startswith(("http://", "https://")) else in_process(spec)
+    found = _over_http(spec, key) if spec.startswith(("http://", "https://")) else _in_process(spec)
     return replace(found, calibration=given or found.calibration)
 
 
-def in_process(spec: str) -> Scoring:
+def _in_process(spec: str) -> Scoring:
     """The scorer that a spec names; one call at a time, in a thread of its own."""
     from cappy.scoring import Scorer
     from cappy.specs import scorer_folder
@@ -112,7 +112,7 @@ def in_process(spec: str) -> Scoring:
     return Scoring(score=score, version=lambda: scorer.version, calibration=own, close=close)
 
 
-def over_http(url: str, key: str = "") -> Scoring:
+def _over_http(url: str, key: str = "") -> Scoring:
     """The scorer of a running `cappy serve`; ConfigError where none answers; GatewayError 503 if none does later."""
     remember_address(url)
     address, where = f"{url.rstrip('/')}/score", redact_address(url)

@@ -23,7 +23,7 @@ def run(config: GatewayConfig) -> None:
     CappyError if the address or the feedback log's folder cannot be had, which is found out before the scorer is
     loaded. SIGTERM ends the process with status 0.
     """
-    first, second = llms(config)
+    first, second = _llms(config)
     scorer_key, keys = key_of(config.scorer, config.scorer_key_variable), read_keys(config.api_keys)
     prepare_process()
     # It would tell every call of the LLM, with its address.
@@ -46,7 +46,7 @@ def run(config: GatewayConfig) -> None:
         server.run(sockets=[listener])
 
 
-def llms(config: GatewayConfig) -> tuple[LLM, LLM | None]:
+def _llms(config: GatewayConfig) -> tuple[LLM, LLM | None]:
     """The LLM and the second one, their keys from the environment; ConfigError where an address or a key is none."""
     prices = Prices(input=config.price_input, output=config.price_output)
     first = llm(config.upstream, key_variable=config.key_variable, prices=prices)

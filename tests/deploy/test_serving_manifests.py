@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 from manifests import Object, containers, flags, matches, only, pods, rendered, variables
 from scoring_function import model
-from typer.main import get_command
 from vertex_scenario import version
 
-from cappy.cli import app as commands
+from cappy.cli.serve import service_command
 from cappy.config import build
 from cappy.deployment.kserve import inference_service
 from cappy.deployment.step import DeploymentConfig
@@ -43,7 +42,7 @@ def test_probes_ask_for_what_the_service_answers(overlay: str) -> None:
 @both
 def test_the_command_takes_every_flag_and_listens_where_the_pod_says(overlay: str) -> None:
     _, container = serving_container(overlay)
-    known = {name for option in get_command(commands).commands["serve"].params for name in option.opts}  # type: ignore[attr-defined]
+    known = {name for option in service_command("serve").params for name in option.opts}
     assert set(flags(container)) <= known
     assert container["command"] == ["python", "-m", "serving"]
     assert int(flags(container)["--port"]) == container["ports"][0]["containerPort"]

@@ -9,18 +9,17 @@ import pytest
 from wording import assert_names
 
 from cappy.builtin import LLM_FOLDER, SCORER_FOLDER
+from cappy.costing import PlanConfig
+from cappy.costing.calibration import DEFAULT, Calibration, Measurement, Texts, read_calibration
+from cappy.costing.costs import CHECKED, CHECKS, GENERATORS, HARDWARE, MOST_SHARDS, SCORERS, Work, cost
+from cappy.costing.plan import Plan, make_plan, span, stored, text, to_values
+from cappy.costing.volumes import mixture_volumes
 from cappy.errors import ConfigError
-from cappy.plan import Terms, make_plan, text, to_values
-from cappy.plan.calibration import DEFAULT, Calibration, Measurement, Texts, read_calibration
-from cappy.plan.costs import CHECKED, CHECKS, HARDWARE, MOST_SHARDS, Work, cost
-from cappy.plan.shapes import GENERATORS, SCORERS
-from cappy.plan.table import Plan, span, stored
-from cappy.plan.volumes import mixture_volumes
 from cappy.preparation.mixtures import load_mixture
 from cappy.preparation.mixtures.plan import plan
 
 PAPER = {"bart0": 5, "t0-3b": 5}
-TERMS = Terms(scorer="roberta-large", mfu=0.4, sampling_mfu=0.1)
+CONFIG = PlanConfig(hardware="h100", gpus=(1,), generators=("bart0", "t0-3b"), mfu=0.4, sampling_mfu=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +28,8 @@ def measured() -> Calibration:
     return read_calibration(DEFAULT)
 
 
-def planned(measured: Calibration, hardware: str = "h100", devices: tuple[int, ...] = (1,), **terms: Any) -> Plan:
-    return make_plan("t0", ["bart0", "t0-3b"], hardware, devices, measured, replace(TERMS, **terms))
+def planned(measured: Calibration, **changes: Any) -> Plan:
+    return make_plan(replace(CONFIG, **changes), measured)
 
 
 def seconds(made: Plan, devices: int) -> dict[str, float]:
@@ -143,7 +142,7 @@ def test_devices_that_wait_for_tokens_are_paid_for(measured: Calibration) -> Non
     one, many = (next(c for c in made.costs(n) if c.name == "pretraining: tokens") for n in (1, 256))
     assert one.seconds == many.seconds
     assert many.device_hours == pytest.approx(256 * one.device_hours)
-    priced = replace(made, price=2.0, devices=(8,))
+    priced = replace(made, config=replace(made.config, price=2.0, gpus=(8,)))
     told = to_values(priced)["by_devices"]["8"]
     assert told["price"] == pytest.approx(2 * sum(c.device_hours for c in made.costs(8)))
 
@@ -181,11 +180,11 @@ def test_a_measured_speed_takes_the_place_of_the_assumption(measured: Calibratio
 
 
 def test_all_of_a_cpu_is_measured_and_nothing_is_assumed(measured: Calibration) -> None:
-    made = make_plan("t0", ["builtin:10"], "cpu", [1, 64], measured, Terms(scorer="roberta-large"))
+    made = make_plan(PlanConfig(hardware="cpu", gpus=(1, 64), generators=("builtin:10",)), measured)
     assert all(work.measured for work in made.works)
     assert "NOT MEASURED" not in text(made)
     with pytest.raises(ConfigError, match=r"flan-t5-xxl, in FLOP/s, .*\(measured on cpu: .*b"):
-        make_plan("t0", ["flan-t5-xxl"], "cpu", [1], measured, TERMS)
+        planned(measured, hardware="cpu", generators=("flan-t5-xxl",))
 
 
 def test_more_cores_shorten_only_what_cores_do(measured: Calibration) -> None:
@@ -195,7 +194,7 @@ def test_more_cores_shorten_only_what_cores_do(measured: Calibration) -> None:
         step="annotation", name="a", amount=100.0, unit="pairs", rate=10.0, start=1.0, basis="", measured=True,
         pool="cores",
     )  # fmt: skip
-    assert cost(work, 7, TERMS, cores=5).seconds == pytest.approx(3.0)
+    assert cost(work, 7, CONFIG, cores=5).seconds == pytest.approx(3.0)
 
 
 def test_every_gpu_has_a_name_that_a_command_line_can_take() -> None:

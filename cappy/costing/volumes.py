@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from cappy.costing.calibration import Calibration, Texts
 from cappy.errors import ConfigError, shown
-from cappy.plan.calibration import Calibration, Texts
 from cappy.preparation.mixtures import Mixture, load_mixture
 from cappy.preparation.mixtures.plan import REFERENCE_AND_MISMATCH, PlanRow, plan
 

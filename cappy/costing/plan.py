@@ -1,40 +1,72 @@
-"""A plan as text for a terminal or a page, and as JSON values."""
+"""The plan of a pretraining: made from a config and a calibration, and shown as text or as JSON values."""
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cappy.plan.costs import CPU, HARDWARE, MOST_SHARDS, Cost, Terms, Work, cost
-from cappy.plan.volumes import Volumes
+from cappy.costing import PlanConfig
+from cappy.costing.calibration import Calibration
+from cappy.costing.costs import CPU, GENERATORS, HARDWARE, MOST_SHARDS, Cost, Work, cost, shape_of, works
+from cappy.costing.volumes import Volumes, mixture_volumes
+from cappy.errors import ConfigError, shown
 from cappy.preparation.mixtures.plan import PUBLISHED_MILLIONS
 
 WIDTH = 110
 """Columns that no sentence exceeds."""
+
+_TERMS = ("scorer", "epochs", "validation", "workers", "mfu", "sampling_mfu", "scaling")
+"""The settings that stand as `terms` in the JSON values."""
+_PUBLISHED_SAMPLES = 5
+"""Responses of each generator for an open-ended prompt, as the paper's (method recalled, not published code)."""
 
 Line = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is planned: the volumes, the work of each step, and the numbers of devices that are compared.
+    """What is planned: the volumes and the work of each step; `machines` are those that the calibration measured on."""
 
-    `machines` are those that the calibration measured on.
-    """
-
-    mixture: str
-    hardware: str
-    devices: tuple[int, ...]
-    price: float | None
-    terms: Terms
+    config: PlanConfig
     volumes: Volumes
     works: tuple[Work, ...]
     machines: tuple[str, ...] = ()
 
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """The numbers of devices that are compared."""
+        return tuple(dict.fromkeys(self.config.gpus))
+
     def costs(self, devices: int) -> list[Cost]:
         """The cost of each step on so many devices."""
-        cores = devices if self.hardware == CPU else self.terms.workers
-        return [cost(work, devices, self.terms, cores=cores) for work in self.works]
+        cores = devices if self.config.hardware == CPU else self.config.workers
+        return [cost(work, devices, self.config, cores=cores) for work in self.works]
+
+
+def make_plan(config: PlanConfig, calibration: Calibration) -> Plan:
+    """The plan of a pretraining; ConfigError for an unknown name and for a speed that nobody measured or assumed."""
+    volumes = mixture_volumes(config.mixture, samples_of(config.generators), calibration)
+    return Plan(
+        config=config,
+        volumes=volumes,
+        works=tuple(works(volumes, calibration, config)),
+        machines=tuple(dict.fromkeys(one.machine for one in calibration.measurements)),
+    )
+
+
+def samples_of(generators: Sequence[str]) -> Mapping[str, int]:
+    """Candidates for an open-ended prompt by generator, from NAME or NAME:NUMBER; ConfigError says what is wrong."""
+    found: dict[str, int] = {}
+    for one in generators:
+        match = re.fullmatch(r"([^:]+)(?::([1-9][0-9]{0,3}))?", one)
+        if match is None:
+            raise ConfigError(f"plan: --generators: {shown(one)} is no NAME or NAME:NUMBER; write as bart0:5")
+        shape_of(match[1], GENERATORS, "generators")
+        if match[1] in found:
+            raise ConfigError(f"plan: --generators: {shown(match[1])} stands twice; give its number once")
+        found[match[1]] = int(match[2] or _PUBLISHED_SAMPLES)
+    return found
 
 
 def text(plan: Plan) -> str:
@@ -48,9 +80,9 @@ def to_values(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values; seconds, hours and bytes are numbers, each step says whether its speed was measured."""
     volumes = {**asdict(plan.volumes), "candidates": plan.volumes.candidates}
     return {
-        "mixture": plan.mixture,
-        "hardware": plan.hardware,
-        "terms": asdict(plan.terms),
+        "mixture": plan.config.mixture,
+        "hardware": plan.config.hardware,
+        "terms": {name: getattr(plan.config, name) for name in _TERMS},
         "volumes": volumes,
         "steps": [asdict(work) for work in plan.works],
         "by_devices": {
@@ -64,24 +96,24 @@ def to_values(plan: Plan) -> dict[str, Any]:
 
 def assumptions(plan: Plan) -> Iterator[str]:
     """What the numbers rest on and leave out, a sentence each; those that nobody measured say so."""
-    volumes, terms = plan.volumes, plan.terms
+    volumes, config = plan.volumes, plan.config
     assumed = [work for work in plan.works if not work.measured]
     if assumed:
         yield (
-            f"NOT MEASURED on {plan.hardware}: {', '.join(work.name for work in assumed)}. Their speed is a share of "
-            f"the data-sheet peak, {(HARDWARE[plan.hardware] or 0) / 1e12:,.0f} TFLOP/s in dense bf16, that the flags "
-            "say, and is worth as much as that guess."
+            f"NOT MEASURED on {config.hardware}: {', '.join(work.name for work in assumed)}. Their speed is a share of "
+            f"the data-sheet peak, {(HARDWARE[config.hardware] or 0) / 1e12:,.0f} TFLOP/s in dense bf16, that the "
+            "flags say, and is worth as much as that guess."
         )
     yield f"Measured speeds: one thread, seconds of the processor's time, on {'; '.join(plan.machines)}."
-    if plan.hardware != CPU:
+    if config.hardware != CPU:
         yield (
-            f"Preparation and annotation run on {terms.workers} cores (--workers), each as fast as the calibrated "
+            f"Preparation and annotation run on {config.workers} cores (--workers), each as fast as the calibrated "
             "one; twice the cores are taken to halve the time."
         )
     if max(plan.devices) > 1:
-        overhead = "no overhead, an upper bound" if terms.scaling == 1 else "an assumption"
+        overhead = "no overhead, an upper bound" if config.scaling == 1 else "an assumption"
         yield (
-            f"Training on several devices keeps {terms.scaling:g} of linear speed (--scaling; {overhead}; never "
+            f"Training on several devices keeps {config.scaling:g} of linear speed (--scaling; {overhead}; never "
             f"measured). Sampling shares nothing and is spread over at most {MOST_SHARDS} shards, a device each. "
             "Devices that wait for tokens count, those that a step does not use do not."
         )
@@ -91,8 +123,8 @@ def assumptions(plan: Plan) -> Iterator[str]:
         "references are, and all different: training drops those that repeat."
     )
     yield (
-        f"Pretraining: {terms.epochs:g} {'pass' if terms.epochs == 1 else 'passes'} over the rows, "
-        f"{terms.validation:.1%} of the instances held out and checked on the way, no early stop. Evaluation: scores "
+        f"Pretraining: {config.epochs:g} {'pass' if config.epochs == 1 else 'passes'} over the rows, "
+        f"{config.validation:.1%} of the instances held out and checked on the way, no early stop. Evaluation: scores "
         "on one device; statistics and plots are left out. Storage: one copy of each folder; loading of large models, "
         "joining of shards, queues, failures and transfers are left out."
     )
@@ -101,14 +133,14 @@ def assumptions(plan: Plan) -> Iterator[str]:
 def _rows(plan: Plan) -> str:
     volumes = plan.volumes
     each = " + ".join(f"{number} of {name}" for name, number in volumes.samples.items())
-    told = f"{PUBLISHED_MILLIONS} million by the paper's authors' count" if plan.mixture == "t0" else ""
+    told = f"{PUBLISHED_MILLIONS} million by the paper's authors' count" if plan.config.mixture == "t0" else ""
     return "\n".join(
         [
-            f"mixture {plan.mixture}: {volumes.prompts:,} prompts, {volumes.open_prompts:,} of them open-ended",
+            f"mixture {plan.config.mixture}: {volumes.prompts:,} prompts, {volumes.open_prompts:,} of them open-ended",
             f"candidates: {volumes.candidates:,} ({each} for each open-ended prompt)",
             f"rows to pretrain on: {volumes.pairs:,} pairs, {volumes.pair.tokens:,.0f} tokens in the mean"
             + (f" ({told})" if told else ""),
-            f"scorer: {plan.terms.scorer}; hardware: {plan.hardware}",
+            f"scorer: {plan.config.scorer}; hardware: {plan.config.hardware}",
         ]
     )
 
@@ -122,18 +154,18 @@ def _work_lines(plan: Plan) -> list[Line]:
 
 
 def _time_lines(plan: Plan) -> list[Line]:
-    unit = "core" if plan.hardware == CPU else "GPU"
+    unit = "core" if plan.config.hardware == CPU else "GPU"
     costs = {number: plan.costs(number) for number in plan.devices}
     lines: list[Line] = [("wall-clock", *(f"{number} {unit}{'s' if number > 1 else ''}" for number in plan.devices))]
     for place, work in enumerate(plan.works):
         lines.append((work.name, *(span(costs[number][place].seconds) for number in plan.devices)))
     sums = [_sums(plan, number) for number in plan.devices]
     lines.append(("total", *(span(one["seconds"]) for one in sums)))
-    if plan.hardware != CPU:
+    if plan.config.hardware != CPU:
         lines.append(("GPU-hours", *(f"{one['device_hours']:,.0f}" for one in sums)))
     lines.append(("core-hours", *(f"{one['core_hours']:,.0f}" for one in sums)))
-    if plan.price is not None:
-        lines.append((f"price, {plan.price:g} a {unit}-hour", *(f"{one['price']:,.0f}" for one in sums)))
+    if plan.config.price is not None:
+        lines.append((f"price, {plan.config.price:g} a {unit}-hour", *(f"{one['price']:,.0f}" for one in sums)))
     return lines
 
 
@@ -141,11 +173,11 @@ def _sums(plan: Plan, devices: int) -> Mapping[str, float]:
     """Sums over the steps, which run one after another; the hours of a CPU's devices are core-hours."""
     costs = plan.costs(devices)
     hours, cores = sum(one.device_hours for one in costs), sum(one.core_hours for one in costs)
-    if plan.hardware == CPU:
+    if plan.config.hardware == CPU:
         hours, cores = 0.0, cores + hours
     found = {"seconds": sum(one.seconds for one in costs), "device_hours": hours, "core_hours": cores}
-    if plan.price is not None:
-        found["price"] = plan.price * (cores if plan.hardware == CPU else hours)
+    if plan.config.price is not None:
+        found["price"] = plan.config.price * (cores if plan.config.hardware == CPU else hours)
     return found
 
 

@@ -1,0 +1,67 @@
+"""Verbs for one job each: a threshold for picks, published checkpoints as scorers, PromptSource's templates."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def threshold(
+    report: Annotated[Path, typer.Option(help="Folder of an evaluation.")],
+    precision: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of good picks wanted, 0 to 1.")] = 0.9,
+    good: Annotated[float, typer.Option(min=0.0, max=1.0, help="Label from which a pick is good, 0 to 1.")] = 0.5,
+    confidence: Annotated[
+        float, typer.Option(min=0.5, max=0.999, help="Probability with which the precision is kept.")
+    ] = 0.95,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Find the score above which the scorer's picks are good with the wanted precision.
+
+    It is chosen on the held-out instances by a lower bound, so that the precision is kept with --confidence, and tried
+    on the reported ones; in a cross-fitted report both are the out-of-fold ones. Below it, abstain: none of the
+    responses is good enough.
+    """
+    from cappy.evaluation.threshold import sentence
+    from cappy.evaluation.threshold import threshold as find
+
+    found = find(report, precision=precision, good=good, confidence=confidence)
+    typer.echo(
+        json.dumps(asdict(found) if found else None)
+        if as_json
+        else sentence(found, precision=precision, good=good, confidence=confidence)
+    )
+
+
+def convert(
+    source: Annotated[
+        str, typer.Option(help="Folder with pytorch_model.bin, config.json and tokenizer, or hub:org/name@revision.")
+    ],
+    target: Annotated[Path, typer.Option(help="Scorer folder to write.")],
+    sha256: Annotated[str, typer.Option(help="The sha256 of pytorch_model.bin; a file with another one is not read.")],
+) -> None:
+    """Turn a published PyTorch checkpoint into a scorer folder.
+
+    The file is read as tensors alone, none of its code runs; every weight must have its place. Out come safetensors.
+    """
+    from cappy.scoring.conversion import convert as converted
+
+    manifest = converted(source, target, sha256=sha256)
+    typer.echo(
+        f"{target}: a scorer as safetensors, from the checkpoint with that sha256 (manifest {manifest.hash[:12]})"
+    )
+
+
+def templates(
+    target: Annotated[Path, typer.Option(help="Folder to make; --templates of preparation names it.")],
+    url: Annotated[
+        str | None,
+        typer.Option(help="Archive (.tar.gz) of the repository, where GitHub is not at hand.", show_default="GitHub"),
+    ] = None,
+) -> None:
+    """Fetch PromptSource's templates (Apache-2.0) and check the sha256 of every file."""
+    from cappy.preparation.templates.fetching import URL, fetch
+
+    count = fetch(target, url=url or URL)
+    typer.echo(f"{target}: {count} files of templates, each with its known sha256")
