@@ -25,13 +25,14 @@ from scipy.optimize import isotonic_regression
 
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
-from cappy.evaluation import selectors, threshold
+from cappy.evaluation import threshold
 from cappy.evaluation.calibration import fit, picks, reliability
-from cappy.evaluation.pools import Pool, Vector, collect, score_pools
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import read
 from cappy.scoring import Scorer
+from cappy.selection.mbr import Vector
+from cappy.selection.pools import Pool, collect, pick_label, score_pools
 
 ROOT = Path(__file__).resolve().parents[1]
 CANDIDATES = ROOT.parent / "shared/data/candidates"
@@ -97,7 +98,7 @@ def load(name: str, scorer: str, work: Path) -> tuple[list[Pool], list[Vector]]:
     stored = folder / f"{scorer}.npz"
     if not stored.exists():
         if scorer == "mbr":
-            scores = [selectors.mbr(pool.responses) for pool in pools]
+            scores = [pool.mbr for pool in pools]
         else:
             scores = score_pools(pools, Scorer.load("builtin", precision="fp32").score, lambda done: None)
         np.savez(stored, *scores)
@@ -180,7 +181,7 @@ def drawn(
         if number <= len(own):
             of = rng.choice(len(own), number, replace=False)
             distinct = len({pool.responses[index] for index in of})
-            rows.append((own[of].max(), selectors.pick_label(own[of], pool.labels[of]), distinct))
+            rows.append((own[of].max(), pick_label(own[of], pool.labels[of]), distinct))
     top, labels, sizes = zip(*rows, strict=True)
     return np.array(top), np.array(labels), list(sizes)
 

@@ -32,14 +32,13 @@ from selection_start import minilm, pretrained
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
 from cappy.evaluation.findings import Difference, Estimate
-from cappy.evaluation.pools import collect, score_pools
-from cappy.evaluation.rules import rules
-from cappy.evaluation.selectors import pick
 from cappy.evaluation.statistics import compare, estimates
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import read, write
 from cappy.scoring import Scorer
+from cappy.selection.pools import collect, pick, score_pools, with_scores
+from cappy.selection.selectors import select
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.finetuning import run as finetuning
 from cappy.training.pretraining import PretrainingConfig
@@ -111,7 +110,7 @@ def measure(name: str, arm: str, seed: int, work: Path) -> dict[str, Any]:
     pools = collect(read(annotated), metric="rougeL", splits={"test", "validation"})
     test, held_out = ([pool for pool in pools if pool.instance.split == split] for split in ("test", "validation"))
     scores, held = (score_pools(own, scorer.score, lambda done: None) for own in (test, held_out))
-    found = rules(test, held_out, {"scorer": scores}, held)
+    found = select(with_scores(held_out, "scorer", held), with_scores(test, "scorer", scores))
     picks = {
         selector: [float(pool.labels[pick(value)]) for pool, value in zip(test, found.values[selector], strict=True)]
         for selector in SHOWN
@@ -128,7 +127,7 @@ def measure(name: str, arm: str, seed: int, work: Path) -> dict[str, Any]:
         "training": training,
         "details": dict(found.details),
         "instances": [pool.instance.instance_id for pool in test],
-        "picks": {"random": [float(pool.labels.mean()) for pool in test], **picks},
+        "picks": {**picks, "random": [float(pool.labels.mean()) for pool in test]},
         "correlation": correlation([pool.labels for pool in test], scores),
         "correlation_of_mbr": correlation([pool.labels for pool in test], found.values["mbr"]),
     }

@@ -1,13 +1,18 @@
-"""The client of huggingface_hub, guarded: a hub that HF_ENDPOINT names may be any server.
+"""Pinned repositories of the hub, by a guarded client of huggingface_hub: HF_ENDPOINT may name any server.
 
 huggingface_hub names files of its cache by the ETag and the commit that a server sends, and reads lists of files page
 by page without an end. Here an answer whose headers hold a path is refused, and so is one that does not end.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from cappy.errors import ConfigError, shown
+from cappy.specs import Spec
 
 MAX_PAGES = 200
 """Pages of one list of files, of which the hub sends a thousand each."""
@@ -18,6 +23,7 @@ ANSWER_SECONDS = 60.0
 MAX_UNSIZED_BYTES = 2**30
 """Of a file whose size the server does not state: those of large files are stated."""
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAMES = ("ETag", "X-Linked-ETag", "X-Repo-Commit", "X-Xet-Hash")
 
 
@@ -70,3 +76,42 @@ def _bounded(stream: Any, most: int) -> Any:
             stream.close()
 
     return Bounded()
+
+
+def hub_folder(spec: Spec, *, also: Sequence[str] = ()) -> Path:
+    """Downloads a pinned repository, safetensors, tokenizer and `also` alone; ConfigError if it cannot be had."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *also]
+    guard_client()
+    try:
+        commit = _commit(spec)
+        folder = Path(snapshot_download(spec.name, revision=commit, allow_patterns=wanted))
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the client raises over an answer: it has a dozen kinds, of three libraries
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{spec.text}: cannot be had from the hub ({shown(reason, 100)}); check name, revision and network"
+        ) from error
+    # The hub answers a name of seven or more hexadecimal digits with a branch of that name, which can move.
+    if not folder.name.startswith(spec.revision):
+        raise _no_commit(spec, folder.name)
+    return folder
+
+
+def _commit(spec: Spec) -> str:
+    """The whole hash of a shortened commit; as it stands where the hub is not asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import is_offline_mode
+
+    if _COMMIT.fullmatch(spec.revision) or is_offline_mode():
+        return spec.revision
+    found = str(HfApi().model_info(spec.name, revision=spec.revision).sha)
+    if not _COMMIT.fullmatch(found) or not found.startswith(spec.revision):
+        raise _no_commit(spec, found)
+    return found
+
+
+def _no_commit(spec: Spec, found: str) -> ConfigError:
+    return ConfigError(f"{spec.text}: is not a commit but a name of {shown(found, 50)}; give the whole commit hash")

@@ -8,9 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +20,22 @@ from cappy.progress import FileProgress, Progress, silent
 from cappy.records import Manifest
 from cappy.records.folder import write_bytes
 from cappy.redaction import redact, redact_output
+from cappy.runs import (
+    ORCHESTRATOR,
+    PARENT_VARIABLE,
+    PROGRESS_VARIABLE,
+    TIMEOUT_VARIABLE,
+    StepRecord,
+    progress_path,
+    record_path,
+)
 from cappy.secrets import fill_environment
 from cappy.steps import STEP_SPECS
 
-PROGRESS_VARIABLE = "CAPPY_PROGRESS"
-"""Environment: folder where a local run's steps write how far they are."""
-PACKAGE = "pipeline.yaml"
-"""The compiled pipeline of a local run, in the same folder."""
-PARENT_VARIABLE = "CAPPY_PARENT"
-"""Environment: file that a local run's parent holds locked for as long as it lives."""
-TIMEOUT_VARIABLE = "CAPPY_TIMEOUT"
-"""Environment: seconds that a step may take; Vertex AI has no such limit for the steps of a pipeline."""
 GRACE_SECONDS = 60.0
 """How long a step that took too long may write its checkpoint."""
-ORCHESTRATOR: ContextVar[int | None] = ContextVar("orchestrator", default=None)
-"""The process that started this one to do a step, as it was when the step began; None where a person did."""
 ORPHAN_SECONDS = 8.0
 """What a step whose parent went may take to write a checkpoint or to cancel a job; less than the next run waits."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRecord:
-    """What one execution of a step did; tracking turns it into an MLflow run.
-
-    `fingerprint` names what was asked for, with `-i/N` where a shard of it was, and `run` the pipeline run that
-    executed it: a later run whose step came from the cache finds the record under the same fingerprint with an older
-    run's id.
-    """
-
-    step: str
-    fingerprint: str
-    run: str
-    status: str
-    started: float
-    seconds: float
-    config: Mapping[str, Any]
-    target: str
-    manifest_hash: str = ""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    error: str = ""
 
 
 def config_class(step: str) -> type[Any]:
@@ -72,17 +48,6 @@ def runner(step: str) -> Callable[[Any, Progress], Manifest]:
     """The `run` function of a step; imports the step's module."""
     found: Callable[[Any, Progress], Manifest] = importlib.import_module(STEP_SPECS[step].module).run
     return found
-
-
-def record_path(work: Path, fingerprint: str) -> Path:
-    """Where the record of the step with this fingerprint lies."""
-    return work / "records" / f"{fingerprint.replace('/', '-of-')}.json"
-
-
-def progress_path(folder: Path, step: str, fingerprint: str) -> Path:
-    """Where a step of a local run tells how far it is: shards of a step tell it each for itself."""
-    shard = fingerprint.partition("-")[2].replace("/", "-of-")
-    return folder / f"{step}{shard and '-'}{shard}.json"
 
 
 def launch(
@@ -139,12 +104,6 @@ def launch(
             sys.stderr.write(f"cappy {step}: {error}\n")
             raise SystemExit(1) from error
     return manifest
-
-
-def read_record(work: Path, fingerprint: str) -> StepRecord | None:
-    """The record of the last execution under this fingerprint, or None if there was none."""
-    path = record_path(work, fingerprint)
-    return StepRecord(**json.loads(path.read_text())) if path.is_file() else None
 
 
 def hold_parent_lock(path: Path) -> int:

@@ -13,7 +13,8 @@ from kfp import local
 from kfp.compiler import Compiler
 from kfp.local import placeholder_utils
 
-from cappy.worker import PACKAGE, PROGRESS_VARIABLE, die_with_parent
+from cappy.runs import PACKAGE, PROGRESS_VARIABLE
+from cappy.worker import die_with_parent
 
 
 def main(request: Path) -> int:

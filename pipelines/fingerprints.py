@@ -12,8 +12,9 @@ from typing import Any
 from cappy.config import build, fingerprint, identity
 from cappy.keys import work_key
 from cappy.records.folder import MANIFEST, describe_files, sha256_of, verify
+from cappy.runs import read_record
 from cappy.steps import STEP_SPECS
-from cappy.worker import config_class, read_record
+from cappy.worker import config_class
 
 
 def fingerprints(

@@ -20,7 +20,8 @@ from cappy.errors import CappyError, ConfigError, shown
 from cappy.files import make_private
 from cappy.records.folder import write_bytes
 from cappy.redaction import has_secret
-from cappy.worker import ORPHAN_SECONDS, PARENT_VARIABLE, PROGRESS_VARIABLE, hold_parent_lock
+from cappy.runs import PARENT_VARIABLE, PROGRESS_VARIABLE
+from cappy.worker import ORPHAN_SECONDS, hold_parent_lock
 from pipelines.clients.local import STATUS
 from pipelines.containers import end_containers
 from pipelines.planning import settings_of, work_of

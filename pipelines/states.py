@@ -10,8 +10,8 @@ from typing import Literal
 
 from cappy.progress import State, describe, duration, read_state
 from cappy.progress_display import PLAIN_SECONDS, ProgressTable, Row, write_line
+from cappy.runs import StepRecord, progress_path, read_record
 from cappy.steps import STEP_SPECS
-from cappy.worker import StepRecord, progress_path, read_record
 
 WORDS = {"cached": "from the cache", "skipped": "skipped: not promoted"}
 """What a person reads for a state, where it is not the state itself."""

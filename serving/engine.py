@@ -118,9 +118,10 @@ class ScorerEngine:
 
 def load(spec: str, name: str = "", precision: Precision = "auto") -> Model:
     """The scorer that a spec names, every file's sha256 checked; ConfigError or FolderError with the remedy."""
+    from cappy.scorers import open_scorer
     from cappy.scoring import Scorer
     from cappy.scoring.calibration import read_probe
-    from cappy.specs import open_scorer, parse_spec
+    from cappy.specs import parse_spec
 
     folder = open_scorer(spec)
     scorer = Scorer.load(str(folder.path), precision=precision)

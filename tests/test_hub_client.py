@@ -16,7 +16,8 @@ COMMIT = "ab" * 20
 SCRIPT = """
 import sys
 from cappy.errors import ConfigError
-from cappy.specs import hub_folder, parse_spec
+from cappy.hub_client import hub_folder
+from cappy.specs import parse_spec
 try:
     print(hub_folder(parse_spec(sys.argv[1])))
 except ConfigError as error:

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Gemma3Text
 
 import cappy
 from cappy.errors import CappyError, ConfigError, FolderError
+from cappy.hub_client import hub_folder
 from cappy.model_folder import check_size, open_model_folder
 from cappy.records.folder import Manifest, describe_files, write_manifest
 from cappy.sampling import load_generator
 from cappy.scoring import Scorer
-from cappy.specs import hub_folder, parse_spec
+from cappy.specs import parse_spec
 
 ROOT = Path(cappy.__file__).parents[1]
 COMMAND = (sys.executable, "-c", "from cappy.cli import main; main()")

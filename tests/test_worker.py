@@ -15,19 +15,9 @@ from wording import assert_names
 from cappy.config import encode
 from cappy.progress import FileProgress, LineProgress, State, read_state
 from cappy.records import read_manifest
+from cappy.runs import PARENT_VARIABLE, PROGRESS_VARIABLE, TIMEOUT_VARIABLE, progress_path, read_record, record_path
 from cappy.steps import STEP_SPECS
-from cappy.worker import (
-    PARENT_VARIABLE,
-    PROGRESS_VARIABLE,
-    TIMEOUT_VARIABLE,
-    config_class,
-    hold_parent_lock,
-    launch,
-    progress_path,
-    read_record,
-    record_path,
-    runner,
-)
+from cappy.worker import config_class, hold_parent_lock, launch, runner
 
 
 @pytest.fixture
@@ -121,8 +111,8 @@ child.wait()
 """
 CHILD = """
 import os, sys, time
-from cappy import worker
-os.environ[worker.PARENT_VARIABLE] = sys.argv[1]
+from cappy import runs, worker
+os.environ[runs.PARENT_VARIABLE] = sys.argv[1]
 def endless(config, progress):
     from pathlib import Path
     Path(sys.argv[1] + ".started").touch()

@@ -189,7 +189,7 @@ def _verify_llm() -> Path:
 
 
 def _verify_scorer() -> Path:
-    from cappy.specs import scorer_folder
+    from cappy.scorers import scorer_folder
 
     return scorer_folder("builtin")
 

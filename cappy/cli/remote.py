@@ -17,7 +17,7 @@ from cappy.cli.pipeline import AddressFlag, RecipeArgument, ShardsFlag, load, pr
 from cappy.errors import CappyError, ConfigError, shown
 
 if TYPE_CHECKING:
-    from pipelines.clients import Client, RunState, TaskState
+    from pipelines.clients.client import Client, RunState, TaskState
     from pipelines.recipe import Recipe
 
 LOOK_SECONDS = 10.0

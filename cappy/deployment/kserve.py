@@ -1,11 +1,10 @@
 """KServe: the manifest of an InferenceService that serves a registered version."""
 
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
-from cappy.deployment.step import DeploymentConfig
+from cappy.deployment.settings import DeploymentConfig
 from cappy.errors import ConfigError
 from cappy.redaction import redact_address
 from cappy.registry.address import tracking_address
@@ -21,7 +20,7 @@ NOTICE_SECONDS, GRACE_SECONDS = 5, 20
 less than the 30 seconds until SIGKILL, which Knative lets no manifest change (terminationGracePeriodSeconds)."""
 
 
-def inference_service(config: DeploymentConfig, version: Version) -> dict[str, Any]:
+def inference_service(config: DeploymentConfig, version: Version) -> dict[str, object]:
     """An InferenceService (serving.kserve.io/v1beta1) with the serving image as a custom predictor.
 
     Below 100 `traffic` is `canaryTrafficPercent`: KServe keeps the revision before for the rest. The version is named
@@ -54,12 +53,12 @@ def inference_service(config: DeploymentConfig, version: Version) -> dict[str, A
     }
 
 
-def text(service: dict[str, Any]) -> str:
+def text(service: dict[str, object]) -> str:
     """The manifest as YAML."""
     return yaml.safe_dump(service, sort_keys=False, width=120)
 
 
-def _container(config: DeploymentConfig, version: Version) -> dict[str, Any]:
+def _container(config: DeploymentConfig, version: Version) -> dict[str, object]:
     quantities = {"cpu": config.cpu, "memory": config.memory}
     if config.gpus:
         quantities["nvidia.com/gpu"] = str(config.gpus)
@@ -93,12 +92,12 @@ def _container(config: DeploymentConfig, version: Version) -> dict[str, Any]:
 
 def _environment(config: DeploymentConfig) -> list[dict[str, str]]:
     """Where the scorer comes from; user and password of an address are a secret's to bring."""
-    told = [{"name": "MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "value": "false"}]
+    variables = [{"name": "MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "value": "false"}]
     # Clients ask for the ingress's names, which are known to the cluster alone.
-    told += [{"name": "CAPPY_ALLOWED_HOSTS", "value": "*"}]
-    told += [{"name": name, "value": SCRATCH} for name in ("HOME", "TMPDIR")]
+    variables += [{"name": "CAPPY_ALLOWED_HOSTS", "value": "*"}]
+    variables += [{"name": name, "value": SCRATCH} for name in ("HOME", "TMPDIR")]
     if config.storage:
-        return [*told, {"name": "STORAGE_URI", "value": config.storage}]
+        return [*variables, {"name": "STORAGE_URI", "value": config.storage}]
     address = tracking_address(config.tracking_uri)
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https"):
@@ -108,8 +107,8 @@ def _environment(config: DeploymentConfig) -> list[dict[str, str]]:
         remedy = "write @, /, ? and # in a password percent-encoded, or give it by --secret"
         raise ConfigError(f"deployment: --tracking-uri: where the host begins in it is not clear; {remedy}")
     host = parts.netloc.rpartition("@")[2]
-    return [*told, {"name": "MLFLOW_TRACKING_URI", "value": urlunsplit((parts.scheme, host, parts.path, "", ""))}]
+    return [*variables, {"name": "MLFLOW_TRACKING_URI", "value": urlunsplit((parts.scheme, host, parts.path, "", ""))}]
 
 
-def _probe(path: str) -> dict[str, Any]:
+def _probe(path: str) -> dict[str, object]:
     return {"httpGet": {"path": path, "port": PORT}, "periodSeconds": 5, "timeoutSeconds": 2}

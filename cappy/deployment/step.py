@@ -5,82 +5,26 @@ InferenceService for `kubectl apply`. `vertex` uploads the version and gives it 
 """
 
 import json
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-from pydantic import Field
-
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
+from cappy import registry
+from cappy.config import identity
+from cappy.deployment import kserve
+from cappy.deployment.settings import DeploymentConfig
 from cappy.errors import FolderError
 from cappy.evaluation import read_values
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_bytes
+from cappy.records.work import claim, finish
 from cappy.registry.models import Version
 from cappy.registry.promotion import read_version
-from cappy.registry.registration import TrackingUri
 from cappy.scoring.calibration import PROBE, Triple, read_probe
 from cappy.steps import step_version
 
-Platform = Literal["local", "kserve", "vertex"]
+__all__ = ["DeploymentConfig", "run"]
+
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-3}
-
-
-@settings
-class DeploymentConfig:
-    """A registered version, the pairs that its evaluation scored, and where it is to answer."""
-
-    version: Annotated[Location, Field(description="Folder of the registration")]
-    report: Annotated[Location, Field(description="Folder of the evaluation, for its probe.json")]
-    target: Annotated[Location, Field(description="Folder to write endpoint.json to")]
-    platform: Annotated[Platform, Field(description="Where it is to answer")] = "local"
-    port: Annotated[int, Field(ge=1, le=65535, description="Port that the command names (local)")] = 8080
-    image: Annotated[str, Field(description="Serving image, by digest: host/name@sha256:... (kserve, vertex)")] = ""
-    service: Annotated[
-        str, Field(pattern=r"^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$", description="Name of the service (kserve, vertex)")
-    ] = "cappy"
-    traffic: Annotated[
-        int, Field(ge=1, le=100, description="Percent of the requests for this version, a canary below 100")
-    ] = 100
-    min_replicas: Annotated[int, Field(ge=1, description="Fewest replicas (kserve, vertex)")] = 1
-    max_replicas: Annotated[int, Field(ge=1, description="Most replicas (kserve, vertex)")] = 3
-    gpus: Annotated[int, Field(ge=0, le=8, description="GPUs of a replica (kserve)")] = 0
-    cpu: Annotated[str, Field(pattern=r"^[0-9]+m?$", description="CPUs of a replica (kserve)")] = "2"
-    memory: Annotated[str, Field(pattern=r"^[0-9]+(Mi|Gi)$", description="Memory of a replica (kserve)")] = "4Gi"
-    namespace: Annotated[
-        str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", description="Kubernetes namespace (kserve)")
-    ] = "default"
-    storage: Annotated[
-        str, Field(description="Where the scorer's folder was copied to, gs://, s3:// or pvc:// (kserve); none: MLflow")
-    ] = ""
-    secret: Annotated[
-        str, Field(description="Secret whose entries become environment: keys of MLflow or the bucket (kserve)")
-    ] = ""
-    project: Annotated[str, Field(description="Google Cloud project (vertex)")] = ""
-    region: Annotated[str, Field(description="Region of the endpoint (vertex)")] = "us-central1"
-    bucket: Annotated[str, Field(description="gs:// bucket that the scorer is copied to (vertex)")] = ""
-    machine: Annotated[str, Field(description="Machine type (vertex)")] = "n2-standard-4"
-    accelerator: Annotated[str, Field(description="Accelerator type such as NVIDIA_L4; none for CPUs (vertex)")] = ""
-    service_account: Annotated[str, Field(description="Service account that the container runs as (vertex)")] = ""
-    tracking_uri: TrackingUri = ""
-    models: Annotated[Path, LOCATION, Field(description="Folder that keeps downloaded versions")] = Path(
-        ".cappy/models"
-    )
-    work: Work = DEFAULT_WORK
-    fresh: Fresh = ""
-
-    def __post_init__(self) -> None:
-        if self.platform != "local" and not re.fullmatch(r".+@sha256:[0-9a-f]{64}", self.image):
-            raise ValueError(f"image: {self.platform} needs the serving image by digest, host/name@sha256:...")
-        if self.platform == "vertex" and not (self.project and self.bucket.startswith("gs://")):
-            raise ValueError("project: vertex needs --project and --bucket gs://...")
-        if self.max_replicas < self.min_replicas:
-            raise ValueError("max-replicas: is below min-replicas")
-        if self.storage and not re.match(r"(gs|s3|pvc|hdfs|https?)://", self.storage):
-            raise ValueError("storage: is no address that KServe copies from, such as gs://bucket/folder")
-        if self.storage and re.search(r"[@?]", self.storage):
-            raise ValueError("storage: holds a password or a signature, which would be written down; use --secret")
 
 
 def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
@@ -88,9 +32,6 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
 
     A version that does not answer as it was evaluated is deployed nowhere.
     """
-    from cappy import registry
-    from cappy.records.work import claim, finish
-
     uri = read_version(config.version)
     probes = read_probes(config.report)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
@@ -124,17 +65,15 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
 
 def refuse_other(report: Path, version: Version) -> None:
     """FolderError where a report is about another scorer than this version."""
-    told = read_values(report).get("versions", {}).get("challenger", "")
-    if told and not version.manifest_hash.startswith(told):
-        numbers = f"report on {told}, version of {version.manifest_hash[:12]}"
+    about = read_values(report).get("versions", {}).get("challenger", "")
+    if about and not version.manifest_hash.startswith(about):
+        numbers = f"report on {about}, version of {version.manifest_hash[:12]}"
         raise FolderError(f"{report}: is about another scorer than {version.uri} ({numbers}); give that version's own")
 
 
-def deployed(config: DeploymentConfig, version: Version, scorer: Path, folder: Path) -> dict[str, Any]:
+def deployed(config: DeploymentConfig, version: Version, scorer: Path, folder: Path) -> dict[str, object]:
     """Does what the platform asks for; what endpoint.json says of it, `command` always being the next thing to type."""
     if config.platform == "kserve":
-        from cappy.deployment import kserve
-
         name = "inference_service.yaml"
         write_bytes(folder / name, kserve.text(kserve.inference_service(config, version)).encode())
         return {"command": f"kubectl apply -f {config.target / name}", "traffic": config.traffic}

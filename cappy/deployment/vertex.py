@@ -5,9 +5,9 @@ Works with google-cloud-aiplatform 1.165 and later and with 2.x, which keeps the
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from cappy.deployment.step import DeploymentConfig
+from cappy.deployment.settings import DeploymentConfig
 from cappy.errors import ConfigError
 from cappy.registry.models import Version
 
@@ -23,7 +23,14 @@ except ModuleNotFoundError as missing:
 PORT = 8080
 
 
-def deploy(config: DeploymentConfig, version: Version, scorer: Path) -> dict[str, Any]:
+class _Deployed(Protocol):
+    """What the SDK says of a model on an endpoint."""
+
+    model: str
+    model_version_id: str
+
+
+def deploy(config: DeploymentConfig, version: Version, scorer: Path) -> dict[str, object]:
     """Uploads and deploys; what was deployed before keeps the rest of the traffic, or goes when this takes all.
 
     A version that was uploaded, or that answers already, is neither uploaded nor deployed again. ConfigError with the
@@ -68,7 +75,13 @@ def split(present: Mapping[str, int], share: int) -> dict[str, int]:
     return {"0": share, **shares}
 
 
-def _deploy(config: DeploymentConfig, version: Version, endpoint: Any, model: Any, shares: Mapping[str, int]) -> None:
+def _deploy(
+    config: DeploymentConfig,
+    version: Version,
+    endpoint: aiplatform.Endpoint,
+    model: aiplatform.Model,
+    shares: Mapping[str, int],
+) -> None:
     endpoint.deploy(
         model,
         deployed_model_display_name=f"{version.name}-{version.number}",
@@ -82,18 +95,18 @@ def _deploy(config: DeploymentConfig, version: Version, endpoint: Any, model: An
     )
 
 
-def _uploaded(config: DeploymentConfig, version: Version, scorer: Path) -> Any:
+def _uploaded(config: DeploymentConfig, version: Version, scorer: Path) -> aiplatform.Model:
     """The model with this content, uploaded as a version of the model of this name where there is none.
 
     A list of models has each one's newest version alone, so the versions of the model are looked through.
     """
     parents = aiplatform.Model.list(filter=f'display_name="{version.name}"')
-    told = f"{version.uri}, manifest {version.manifest_hash}"
+    description = f"{version.uri}, manifest {version.manifest_hash}"
     for parent in parents:
         for one in parent.versioning_registry.list_versions():
-            if one.version_description == told:
+            if one.version_description == description:
                 return aiplatform.Model(parent.resource_name, version=one.version_id)
-    return aiplatform.Model.upload(
+    uploaded: aiplatform.Model = aiplatform.Model.upload(
         display_name=version.name,
         parent_model=parents[0].resource_name if parents else None,
         artifact_uri=str(scorer),
@@ -102,26 +115,27 @@ def _uploaded(config: DeploymentConfig, version: Version, scorer: Path) -> Any:
         serving_container_health_route="/ready",
         serving_container_ports=[PORT],
         serving_container_environment_variables={"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
-        version_description=told,
+        version_description=description,
     )
+    return uploaded
 
 
-def _endpoint(config: DeploymentConfig) -> Any:
+def _endpoint(config: DeploymentConfig) -> aiplatform.Endpoint:
     known = aiplatform.Endpoint.list(filter=f'display_name="{config.service}"')
     if known:
         return known[0]
     return aiplatform.Endpoint.create(display_name=config.service, dedicated_endpoint_enabled=True)
 
 
-def _traffic(endpoint: Any) -> dict[str, int]:
+def _traffic(endpoint: aiplatform.Endpoint) -> dict[str, int]:
     return {str(name): int(percent) for name, percent in (endpoint.traffic_split or {}).items()}
 
 
-def _same(deployed: Any, model: Any) -> bool:
+def _same(deployed: _Deployed, model: aiplatform.Model) -> bool:
     return bool(deployed.model == model.resource_name and deployed.model_version_id == model.version_id)
 
 
-def _undeploy(endpoint: Any, model: Any) -> list[str]:
+def _undeploy(endpoint: aiplatform.Endpoint, model: aiplatform.Model) -> list[str]:
     """Takes down what no longer answers; the names of what went."""
     gone = [one for one in endpoint.list_models() if not _same(one, model)]
     for one in gone:

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cappy.errors import FolderError
-from cappy.evaluation.findings import Difference, Estimate
+from cappy.evaluation.findings import Difference, Estimate, Findings
 from cappy.evaluation.report import Report, check_schema
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Split, read_manifest
 from cappy.records.folder import verify
 
 if TYPE_CHECKING:
-    from cappy.evaluation.pools import Score
+    from cappy.selection.pools import Score
 
-__all__ = ["Difference", "Estimate", "Report", "evaluate", "read_report", "read_values"]
+__all__ = ["Difference", "Estimate", "Findings", "Report", "evaluate", "read_report", "read_values"]
 
 
 def evaluate(
@@ -31,21 +31,16 @@ def evaluate(
 ) -> Report:
     """Every selector on the instances of `split`, with intervals; `score` is `Scorer.score` or alike, None for none.
 
-    The validation split chooses hybrid weights and the best single system. Instances of both splits are held in
-    memory, others are passed over. RecordError where there is nothing to report on, or a candidate has no label.
+    The validation split chooses weights and the best single system. Instances of both splits are held in memory,
+    others are passed over. RecordError where there is nothing to report on, or a candidate has no label.
     """
-    from cappy.evaluation import protocol
+    from cappy.evaluation.protocol import evaluate_split, pools_of, report_of
 
-    return protocol.evaluate(
-        instances,
-        score=score,
-        champion=champion,
-        metric=metric,
-        split=split,
-        seed=seed,
-        probe=probe,
-        progress=progress,
+    pools, held_out, skipped = pools_of(instances, metric=metric, split=split)
+    evaluated = evaluate_split(
+        pools, held_out, score, champion, metric=metric, seed=seed, probe=probe, progress=progress
     )
+    return report_of([evaluated], metric=metric, split=split, seed=seed, skipped=skipped)
 
 
 def read_report(folder: str | Path) -> Report:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from cappy.evaluation import curve, selectors
 from cappy.evaluation.findings import Bin, Calibrated, Coverage, Reliability
-from cappy.evaluation.pools import Pool, Vector
 from cappy.scoring.calibration import Calibration, PickMap
+from cappy.selection.best_of_n import averaged_ties, best_probabilities
+from cappy.selection.mbr import Vector
+from cappy.selection.pools import Pool, picked
 
 NUM_BINS = 10
 MIN_GROUPS = 20
@@ -43,7 +44,7 @@ def picks(pools: Sequence[Pool], scores: Sequence[Vector]) -> Picks:
     """The picks of these scores."""
     return Picks(
         scores=np.array([own.max() for own in scores], dtype=np.float64),
-        labels=selectors.picked(pools, scores),
+        labels=picked(pools, scores),
         sizes=tuple(len(set(pool.responses)) for pool in pools),
         spreads=np.array([np.ptp(own) for own in scores], dtype=np.float64),
     )
@@ -53,7 +54,7 @@ def fit(pools: Sequence[Pool], scores: Sequence[Vector], metric: str) -> Calibra
     """The maps from the scores of held-out picks to their labels; None of fewer than `MIN_GROUPS` groups.
 
     For every n of a grid the picks are those of all subsets of n candidates of each pool, in their exact proportions
-    (`curve.best_probabilities`), so that each pool weighs 1. A text that was sampled twice stands in its pool twice, as
+    (`best_probabilities`), so that each pool weighs 1. A text that was sampled twice stands in its pool twice, as
     it does in n samples. Each n has its own isotonic map (Zadrozny and Elkan, 2002), over levels of about equal weight.
     """
     ranked = [_ranked(own, pool.labels) for pool, own in zip(pools, scores, strict=True)]
@@ -61,7 +62,7 @@ def fit(pools: Sequence[Pool], scores: Sequence[Vector], metric: str) -> Calibra
     maps = []
     for n in _grid([len(own) for own, _ in ranked], groups):
         where = [index for index, (own, _) in enumerate(ranked) if len(own) >= n]
-        weights = np.concatenate([curve.best_probabilities(len(ranked[index][0]))[n - 1] for index in where])
+        weights = np.concatenate([best_probabilities(len(ranked[index][0]))[n - 1] for index in where])
         values, labels = (np.concatenate([ranked[index][side] for index in where]) for side in (0, 1))
         levels = min(MAX_LEVELS, len(set(groups[where])) // LEVEL_GROUPS)
         maps.append(_monotone(n, values, labels, weights, levels))
@@ -71,7 +72,7 @@ def fit(pools: Sequence[Pool], scores: Sequence[Vector], metric: str) -> Calibra
 def _ranked(scores: Vector, labels: Vector) -> tuple[Vector, Vector]:
     """Scores and labels, best first; equal scores have the mean of their labels."""
     order = np.argsort(-scores, kind="stable")
-    return scores[order], curve.averaged_ties(scores[order], labels[order])
+    return scores[order], averaged_ties(scores[order], labels[order])
 
 
 def _grid(sizes: Sequence[int], groups: "np.ndarray[tuple[int], np.dtype[np.str_]]") -> Iterator[int]:

@@ -2,38 +2,53 @@
 saw it (and never saw a template of its row).
 
 What comes out is worth of the recipe, not of the scorer that was given: that one is trained on more instances, and on
-some of these.
+some of these. The out-of-fold scores stay beside the scorer and travel with the registered version, so that another
+recipe is compared with it on the picks of the same instances with the same candidates, each made by a scorer that saw
+neither.
 """
 
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from cappy.config import build
-from cappy.errors import ConfigError, FolderError
+from cappy.errors import ConfigError, FolderError, shown
+from cappy.evaluation.findings import OUT_OF_FOLD
 from cappy.evaluation.leaks import TrainedOn, seen_in_training
-from cappy.evaluation.out_of_fold import read_out_of_fold
-from cappy.evaluation.parts import Part, part_of, pools_of
-from cappy.evaluation.pools import AnyScorer
-from cappy.evaluation.remembered import remembered
-from cappy.evaluation.step import EvaluationConfig
+from cappy.evaluation.protocol import AnyScorer, EvaluatedSplit, cached_scores, evaluate_split, pools_of, scores_of
 from cappy.preparation.leakage import SplitRows
 from cappy.progress import Progress
 from cappy.records import Instance, Manifest, Split, prompt_hash, read, write
 from cappy.records.folder import MANIFEST, verify
+from cappy.selection.mbr import Vector
+from cappy.selection.pools import Pool
 from cappy.steps import TRAINING_STEPS
 
 Load = Callable[[str], AnyScorer]
 """Makes a scorer of a folder."""
+Recipe = tuple[str, Mapping[str, Any]]
+"""The training step of a scorer and its settings."""
 Train = Callable[[str, Mapping[str, Any], Progress], None]
 """Runs a training step with these settings."""
 
 
-Recipe = tuple[str, Mapping[str, Any]]
-"""The training step of a scorer and its settings."""
+@dataclass(frozen=True, kw_only=True)
+class CrossFitting:
+    """How many folds by which seed, what is evaluated in each, and where the trainings work (anew for `fresh`)."""
+
+    folds: int
+    seed: int
+    metric: str
+    probe: bool
+    work: Path
+    fresh: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +58,31 @@ class Fold:
     number: int
     annotated: Path
     scorer: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutOfFold:
+    """Scores by pool (see `identity`), each made by a scorer that was trained on the other folds.
+
+    `leaks` counts the instances that were tested by a scorer which had been trained on their prompt.
+    """
+
+    metric: str
+    folds: int
+    leaks: int
+    scores: Mapping[str, Sequence[float]]
+
+    def of(self, pools: Sequence[Pool], metric: str) -> list[Vector] | str:
+        """The scores of these pools' candidates, or why they cannot be compared."""
+        if metric != self.metric:
+            return f"its out-of-fold picks are by {self.metric}, this report is by {metric}"
+        known = [identity(pool) in self.scores for pool in pools]
+        if not all(known) or len(pools) != len(self.scores):
+            return (
+                f"its out-of-fold picks are of {len(self.scores)} instances, this report is on {len(pools)}, and "
+                f"{sum(known)} of them are the same with the same candidates"
+            )
+        return [np.array(self.scores[identity(pool)], dtype=np.float64) for pool in pools]
 
 
 def folds(instances: Sequence[Instance], count: int, seed: int) -> Iterator[list[Instance]]:
@@ -88,76 +128,67 @@ def recipe(scorer: Manifest, folder: Path) -> Recipe:
     return scorer.step, scorer.config
 
 
-def parts(
-    config: EvaluationConfig,
+def evaluate_folds(
+    cross_fitting: CrossFitting,
     instances: Sequence[Instance],
-    made: Recipe,
-    work: Path,
+    recipe: Recipe,
+    folder: Path,
     *,
     load: Load,
     progress: Progress,
     train: Train | None = None,
-) -> tuple[list[Part], int]:
-    """A part for each fold, scored by the scorer that was trained on its other folds, and how many instances are empty.
+) -> tuple[list[EvaluatedSplit], int]:
+    """Each fold's test split, scored by the scorer that was trained on its other folds; how many instances are empty.
 
     A killed run goes on where it was: at the fold's training checkpoint, or at the scores that it had; a fold whose
     scorer is there, every sha256 right, is not trained again.
     """
-    step, settings = made
-    found, skipped = [], 0
-    for fold in prepare(instances, config.folds, config.seed, work):
+    step, settings = recipe
+    count, seed, metric = cross_fitting.folds, cross_fitting.seed, cross_fitting.metric
+    evaluated, skipped = [], 0
+    for fold in prepare(instances, count, seed, folder):
         if not _is_whole(fold.scorer):
-            own = {
-                **settings,
-                "source": fold.annotated,
-                "target": fold.scorer,
-                "work": config.work,
-                "fresh": config.fresh,
-            }
-            (train or train_fold)(step, own, _of_fold(progress, fold.number, config.folds))
-        pools, held_out, empty = pools_of(read(fold.annotated), metric=config.metric, split="test")
-        score = remembered(load(str(fold.scorer)).score, work, f"fold-{fold.number}")
-        probed = config.probe and fold.number == 1
-        found.append(part_of(pools, held_out, score, metric=config.metric, seed=config.seed, probe=probed))
+            places = {"source": fold.annotated, "target": fold.scorer, "work": cross_fitting.work}
+            own = {**settings, **places, "fresh": cross_fitting.fresh}
+            (train or train_fold)(step, own, _of_fold(progress, fold.number, count))
+        pools, held_out, empty = pools_of(read(fold.annotated), metric=metric, split="test")
+        score = cached_scores(load(str(fold.scorer)).score, folder, f"fold-{fold.number}")
+        probe = cross_fitting.probe and fold.number == 1
+        evaluated.append(evaluate_split(pools, held_out, score, metric=metric, seed=seed, probe=probe))
         skipped += empty
-    return found, skipped
+    return evaluated, skipped
 
 
-def leaks(found: Sequence[Part], work: Path, trained_on: TrainedOn) -> int:
+def leaks(evaluated: Sequence[EvaluatedSplit], folder: Path, trained_on: TrainedOn) -> int:
     """How many instances were tested by a scorer that had been trained on their prompt."""
-    scorers = [trained_on(_scorer(work, number)) for number in range(1, len(found) + 1)]
-    tested = ([pool.instance for pool in part.pools] for part in found)
+    scorers = [trained_on(_scorer(folder, number)) for number in range(1, len(evaluated) + 1)]
+    tested = ([pool.instance for pool in own.pools] for own in evaluated)
     return sum(seen_in_training(own, hashes) for own, hashes in zip(tested, scorers, strict=True))
 
 
-def with_champion(found: Sequence[Part], champion: Path, metric: str) -> tuple[list[Part], dict[str, int]]:
-    """The parts with the champion's out-of-fold scores, and its leaks; without them, why the parts have none."""
+def with_champion(
+    evaluated: Sequence[EvaluatedSplit], champion: Path, metric: str
+) -> tuple[list[EvaluatedSplit], dict[str, int]]:
+    """The splits with the champion's out-of-fold scores, and its leaks; without them, why they have none."""
     stored = read_out_of_fold(champion)
     if stored is None:
-        return _without_champion(found, "it has no out-of-fold picks; cross-fit it with --folds and register it again")
-    scores = stored.of([pool for part in found for pool in part.pools], metric)
+        why = "it has no out-of-fold picks; cross-fit it with --folds and register it again"
+        return [_without_champion(own, why) for own in evaluated], {}
+    scores = stored.of([pool for own in evaluated for pool in own.pools], metric)
     if isinstance(scores, str):
-        return _without_champion(found, scores)
+        return [_without_champion(own, scores) for own in evaluated], {}
     rest = iter(scores)
-    joined = [
-        replace(
-            part,
-            rules=replace(
-                part.rules,
-                values={**part.rules.values, "champion": [next(rest) for _ in part.pools]},
-                unavailable={name: why for name, why in part.rules.unavailable.items() if name != "champion"},
-            ),
-        )
-        for part in found
-    ]
+    joined = []
+    for own in evaluated:
+        values = {**own.selection.values, "champion": [next(rest) for _ in own.pools]}
+        unavailable = {name: why for name, why in own.selection.unavailable.items() if name != "champion"}
+        joined.append(replace(own, selection=replace(own.selection, values=values, unavailable=unavailable)))
     return joined, {"champion": stored.leaks}
 
 
-def _without_champion(found: Sequence[Part], why: str) -> tuple[list[Part], dict[str, int]]:
-    return [
-        replace(part, rules=replace(part.rules, unavailable={**part.rules.unavailable, "champion": why}))
-        for part in found
-    ], {}
+def _without_champion(own: EvaluatedSplit, why: str) -> EvaluatedSplit:
+    unavailable = {**own.selection.unavailable, "champion": why}
+    return replace(own, selection=replace(own.selection, unavailable=unavailable))
 
 
 def train_fold(step: str, settings: Mapping[str, Any], progress: Progress) -> None:
@@ -173,11 +204,11 @@ def train_fold(step: str, settings: Mapping[str, Any], progress: Progress) -> No
 def _of_fold(progress: Progress, number: int, count: int) -> Progress:
     """Training's progress, with the fold in front of its note."""
 
-    def told(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
+    def report(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
         fold = f"fold {number} of {count}"
         progress(done, total, unit=unit, resumed=resumed, note=f"{fold}, {note}" if note else fold)
 
-    return told
+    return report
 
 
 def _is_whole(scorer: Path) -> bool:
@@ -194,11 +225,43 @@ def _scorer(work: Path, number: int) -> Path:
 
 
 def _places(instances: Sequence[Instance], count: int, seed: int) -> dict[str, int]:
-    """Group -> its fold: groups are shuffled, then dealt out task by task."""
+    """Group -> its fold: groups are shuffled, then go to one fold after another, task by task."""
     first = {instance.group_id: instance.task for instance in reversed(instances)}
     if len(first) < count:
         raise ConfigError(f"--folds {count}: there are {len(first)} groups of instances; ask for fewer folds")
     groups = sorted(first)
     order = np.random.default_rng(seed).permutation(len(groups))
-    dealt = sorted((groups[index] for index in order), key=lambda group: first[group])
-    return {group: index % count for index, group in enumerate(dealt)}
+    by_task = sorted((groups[index] for index in order), key=lambda group: first[group])
+    return {group: index % count for index, group in enumerate(by_task)}
+
+
+def identity(pool: Pool) -> str:
+    """A hash of what is picked from: the instance, its instruction and its candidates in their order."""
+    instance = pool.instance
+    parts = [instance.instance_id, instance.group_id, instance.instruction, *pool.responses]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def out_of_fold_json(evaluated: Sequence[EvaluatedSplit], *, metric: str, leaks: int) -> str:
+    """The text of out_of_fold.json. FolderError where two instances are the same."""
+    pools = [pool for own in evaluated for pool in own.pools]
+    rows = {identity(pool): scores.tolist() for pool, scores in zip(pools, scores_of(pools), strict=True)}
+    if len(rows) != len(pools):
+        twice, _ = Counter(identity(pool) for pool in pools).most_common(1)[0]
+        name = next(pool.instance.instance_id for pool in pools if identity(pool) == twice)
+        raise FolderError(f"instance {shown(name)} stands in the data twice; prepare the instances again")
+    values = {"metric": metric, "folds": len(evaluated), "leaks": leaks, "scores": rows}
+    return json.dumps(values, allow_nan=False) + "\n"
+
+
+def read_out_of_fold(folder: Path) -> OutOfFold | None:
+    """The out-of-fold scores beside a scorer, None if there are none; FolderError if the file is damaged."""
+    path = folder / OUT_OF_FOLD
+    if not path.is_file():
+        return None
+    try:
+        return TypeAdapter(OutOfFold).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise FolderError(f"{path}: {place}: {first['msg']}; evaluate again with --folds") from error

@@ -1,8 +1,17 @@
-"""What an evaluation finds, one record per kind of finding; all numbers are on the metric's scale of 0 to 1."""
+"""What an evaluation finds, one record per kind of finding and all together; all numbers are of 0 to 1."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from cappy.pages.words import percent
+
+ReportValues = Mapping[str, Any]
+"""The values of a report.json, or of a part of it, as they stand there: of this version or of another one."""
+SCHEMA = 3
+"""Goes up when a field changes its meaning or goes; a field that is added needs no other number."""
+OUT_OF_FOLD = "out_of_fold.json"
+"""What a cross-fitted evaluation leaves beside a scorer; see `cappy.evaluation.crossfit`."""
 LEVEL = 0.95
 """Of every interval."""
 MIN_GROUPS = 30
@@ -201,3 +210,50 @@ class Published:
     ours: float
     numbers: Mapping[str, float]
     source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """Everything that an evaluation found; numbers are on the metric's scale of 0 to 1.
+
+    `comparisons` maps "one-other" to their paired difference; "scorer-likelihood" compares with the likelihood selector
+    named in `better_likelihood`, the better one on the reported split itself, which favours the baseline. `adjusted`
+    has the comparisons' p-values after Holm's correction. `averages` are unweighted means over tasks. `leaks` counts
+    reported instances that a scorer was trained on or stopped by, or other templates of whose rows it was. `pays_until`
+    is the number of candidates beyond which one more adds less than 0.001; 0 where no scorer was given. `folds` is
+    above 0 where the report was cross-fitted: it is then about the recipe, not about the scorer in `versions`.
+    `tested_groups` is a sketch of the reported groups (`cappy.records.sketch`), by which the gate counts how often
+    they were used.
+    """
+
+    metric: str
+    split: str
+    seed: int
+    facts: Mapping[str, int]
+    selectors: Mapping[str, Row]
+    unavailable: Mapping[str, str]
+    comparisons: Mapping[str, Difference]
+    curve: Mapping[str, tuple[Estimate, ...]]
+    adjusted: Mapping[str, float] = field(default_factory=dict)
+    power: Mapping[str, Power] = field(default_factory=dict)
+    tasks: tuple[TaskRow, ...] = ()
+    averages: Mapping[str, Average] = field(default_factory=dict)
+    examples: tuple[Example, ...] = ()
+    worst: tuple[Example, ...] = ()
+    calibration: Calibrated | None = None
+    coverage: Coverage | None = None
+    probes: tuple[Probe, ...] = ()
+    published: tuple[Published, ...] = ()
+    cost: Cost = field(default_factory=Cost)
+    pays_until: int = 0
+    better_likelihood: str = ""
+    leaks: Mapping[str, int] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    folds: int = 0
+    tested_groups: str = ""
+    schema: int = SCHEMA
+
+
+def spread(interval: Estimate | Difference) -> str:
+    """The ends of an interval, x 100."""
+    return f"{percent(interval.low)} to {percent(interval.high)}"

@@ -1,4 +1,4 @@
-"""Leaks: reported instances that a scorer was trained on, by prompt, by group, or by the text of their row."""
+"""Which reported instances a scorer was trained on: found by prompt, by group and by the text of a row."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +30,17 @@ def by_kind(instances: Sequence[Instance], trained_on: Known) -> dict[str, int]:
     return {kind: int(found.sum()) for kind, found in _found(instances, trained_on).items()}
 
 
+def describe_check(instances: Sequence[Instance], known: Mapping[str, Known]) -> dict[str, dict[str, int | str]]:
+    """For the manifest, by scorer: what was found under each kind, how much its folder keeps, and what that can see."""
+    return {
+        name: {
+            **{f"found_by_{kind}": count for kind, count in by_kind(instances, data).items()},
+            **(data.describe() if isinstance(data, TrainingData) else {"prompts": len(data)}),
+        }
+        for name, data in known.items()
+    }
+
+
 def _found(instances: Sequence[Instance], trained_on: Known) -> dict[str, npt.NDArray[np.bool_]]:
     known = trained_on if isinstance(trained_on, TrainingData) else None
     prompts = np.array([prompt_hash(instance.instruction) for instance in instances], dtype=np.uint64)
@@ -40,14 +51,3 @@ def _found(instances: Sequence[Instance], trained_on: Known) -> dict[str, npt.ND
         found["groups"] = np.isin(groups, known.groups) & (groups > 0)
         found["rows"] = np.array([index.holds(instance, frequent) for instance in instances], dtype=bool)
     return found
-
-
-def describe_check(instances: Sequence[Instance], known: Mapping[str, Known]) -> dict[str, dict[str, int | str]]:
-    """For the manifest, by scorer: what was found under each kind, how much its folder keeps, and what that can see."""
-    return {
-        name: {
-            **{f"found_by_{kind}": count for kind, count in by_kind(instances, data).items()},
-            **(data.describe() if isinstance(data, TrainingData) else {"prompts": len(data)}),
-        }
-        for name, data in known.items()
-    }

@@ -1,100 +1,195 @@
-"""The evaluation itself: every selector over the same pools, with paired intervals."""
+"""The evaluation itself: pools scored, every selector over the same pools, with paired intervals."""
 
+import hashlib
+import json
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from cappy.evaluation import (
-    best_of_n,
-    calibration,
-    curve,
-    examples,
-    overlap,
-    published,
-    report,
-    selectors,
-    statistics,
-    tables,
-)
-from cappy.evaluation.findings import Calibrated, Cost, Coverage
-from cappy.evaluation.parts import Part, means_of, part_of, pools_of
-from cappy.evaluation.pools import Pool, Score
-from cappy.evaluation.rules import Rules
+from cappy.errors import ConfigError, RecordError
+from cappy.evaluation import calibration, robustness, statistics, tables
+from cappy.evaluation.findings import Calibrated, Cost, Coverage, Probe
+from cappy.evaluation.report import Report
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Split
+from cappy.records.folder import write_bytes
+from cappy.records.sketch import sketch
+from cappy.scoring.calibration import Calibration
+from cappy.selection.best_of_n import MBR_DRAWS, pays_until
+from cappy.selection.mbr import Vector
+from cappy.selection.pools import Pool, Score, collect, num_pairs, picked, score_pools, with_scores
+from cappy.selection.selectors import Selection, select
 
 
-def evaluate(
-    instances: Iterable[Instance],
-    *,
+class AnyScorer(Protocol):
+    """What an evaluation needs of a scorer."""
+
+    @property
+    def version(self) -> str:
+        """A name that changes with the weights."""
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """The scores of (instruction, response) pairs, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedSplit:
+    """Pools that one scorer is reported on, what was chosen on the held-out ones, and the calibration fitted there.
+
+    The pools have the scorer's scores. An evaluation has one, a cross-fitted one has one for each fold.
+    """
+
+    pools: Sequence[Pool]
+    held_out: Sequence[Pool]
+    selection: Selection
+    calibration: Calibration | None
+    probes: Sequence[Probe] = ()
+
+
+def pools_of(instances: Iterable[Instance], *, metric: str, split: Split) -> tuple[list[Pool], list[Pool], int]:
+    """The reported pools, the held-out ones, and how many instances of `split` have no candidate to select."""
+    collected = collect(instances, metric=metric, splits={split, "validation"})
+    pools = [pool for pool in collected if pool.instance.split == split and pool.candidates]
+    held_out = [pool for pool in collected if pool.instance.split == "validation" != split and pool.candidates]
+    skipped = sum(pool.instance.split == split and not pool.candidates for pool in collected)
+    if not pools and skipped:
+        raise RecordError(
+            f"all {skipped} {split} instances are without candidates to select from; run cappy sampling first"
+        )
+    if not pools:
+        raise RecordError(f"no instance of split {split!r} to report on; prepare instances with that split")
+    if all(len(pool.candidates) == 1 for pool in pools):
+        raise RecordError(
+            f"every {split} instance has a single candidate, so there is nothing to select; sample more of them "
+            "(cappy sampling --strategy)"
+        )
+    return pools, held_out, skipped
+
+
+def evaluate_split(
+    pools: Sequence[Pool],
+    held_out: Sequence[Pool],
     score: Score | None,
     champion: Score | None = None,
-    metric: str = "rougeL",
-    split: Split = "test",
-    seed: int = 0,
+    *,
+    metric: str,
+    seed: int,
     probe: bool = True,
     progress: Progress = silent,
-) -> report.Report:
-    """Every selector on the instances of `split`; the validation split chooses hybrid weights and the best system.
+) -> EvaluatedSplit:
+    """Scores the pools, and the held-out ones by the scorer alone, and finds all selectors' values."""
+    total = (num_pairs(pools) + num_pairs(held_out)) * (score is not None) + num_pairs(pools) * (champion is not None)
+    done = 0
 
-    The instances of both splits are held in memory, those of other splits are not. RecordError where there is nothing
-    to report on, or a candidate has no label.
-    """
-    pools, held_out, skipped = pools_of(instances, metric=metric, split=split)
-    part = part_of(pools, held_out, score, champion, metric=metric, seed=seed, probe=probe, progress=progress)
-    return report_of([part], metric=metric, split=split, seed=seed, skipped=skipped)
+    def scored(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total, unit="pairs")
+
+    if score is not None:
+        held_out = with_scores(held_out, "scorer", score_pools(held_out, score, scored))
+        pools = with_scores(pools, "scorer", score_pools(pools, score, scored))
+    if champion is not None:
+        pools = with_scores(pools, "champion", score_pools(pools, champion, scored))
+    for name in pools[0].scores:
+        _refuse_constant(name, pools)
+    probes: list[Probe] = []
+    if score is not None and probe:
+        own = scores_of(pools)
+        means = tables.means_of(pools, {"random": [np.zeros(len(pool.labels)) for pool in pools], "scorer": own})
+        probes = robustness.probes(pools, own, score, tables.tasks(pools, means), seed)
+    return EvaluatedSplit(
+        pools=pools,
+        held_out=held_out,
+        selection=select(held_out, pools),
+        calibration=calibration.fit(held_out, scores_of(held_out), metric) if held_out and score else None,
+        probes=probes,
+    )
+
+
+def scores_of(pools: Sequence[Pool]) -> list[Vector]:
+    """The scorer's scores of every pool's candidates."""
+    return [pool.scores["scorer"] for pool in pools]
 
 
 def report_of(
-    parts: Sequence[Part], *, metric: str, split: str, seed: int, skipped: int = 0, folds: int = 0
-) -> report.Report:
-    """The report on all pools of the parts together."""
-    pools = [pool for part in parts for pool in part.pools]
-    found = _joined([part.rules for part in parts])
-    means = means_of(pools, found.values)
-    likelihood = max(
-        (name for name in ("likelihood_sum", "likelihood_mean") if name in means.labels),
-        key=lambda name: means.labels[name].mean(),
-        default="",
-    )
-    compared = tables.pairs(means, likelihood)
-    comparisons = {key: means.compare(*sides) for key, sides in compared.items()}
-    curves = best_of_n.curves(pools, found, likelihood, seed=seed)
+    evaluated: Sequence[EvaluatedSplit], *, metric: str, split: str, seed: int, skipped: int = 0, folds: int = 0
+) -> Report:
+    """The report on all pools of the splits together."""
+    pools = [pool for own in evaluated for pool in own.pools]
+    selection = _joined([own.selection for own in evaluated])
+    means = tables.means_of(pools, selection.values)
+    better = tables.better_variants(means)
+    comparisons = tables.comparisons(means, better)
+    curves = tables.curves(pools, selection, better, seed=seed)
     tasks = tables.tasks(pools, means)
-    return report.Report(
+    return Report(
         metric=metric,
         split=split,
         seed=seed,
-        facts=_facts(parts, pools, skipped),
-        selectors=tables.rows(means, found, pools),
-        unavailable=found.unavailable,
+        facts=_facts(evaluated, pools, skipped),
+        selectors=tables.rows(means, selection, pools),
+        unavailable=selection.unavailable,
         comparisons=comparisons,
         adjusted=statistics.holm({key: value.p_value for key, value in comparisons.items()}),
         power={key: statistics.power(value) for key, value in comparisons.items()},
         curve=curves,
-        pays_until=curve.pays_until([point.mean for point in curves["scorer"]]) if "scorer" in curves else 0,
+        pays_until=pays_until([point.mean for point in curves["scorer"]]) if "scorer" in curves else 0,
         tasks=tasks,
         averages=tables.averages(tasks),
-        published=published.beside(
+        published=tables.published(
             tasks,
             metric,
             tables.subject_of(means.labels),
             {pool.instance.task for pool in pools if pool.instance.template},
         ),
-        examples=examples.drawn(pools, found, seed),
-        worst=examples.worst(pools, found),
-        calibration=_calibrated(parts),
-        coverage=_coverage(pools, found),
-        probes=tuple(parts[0].probes),
+        examples=tables.examples(pools, selection, seed),
+        worst=tables.worst(pools, selection),
+        calibration=_calibrated(evaluated),
+        coverage=_coverage(pools, selection),
+        probes=tuple(evaluated[0].probes),
         cost=Cost(tokens=_tokens(pools)),
-        better_likelihood=likelihood,
+        better_likelihood=better.get("likelihood", ""),
         folds=folds,
-        tested_groups=overlap.sketch(pool.instance for pool in pools),
+        tested_groups=sketch(pool.instance for pool in pools),
     )
 
 
-def _joined(found: Sequence[Rules]) -> Rules:
-    """The selectors that all parts have, one part's pools after another's; details of several parts are listed."""
+def cached_scores(score: Score, folder: Path, name: str) -> Score:
+    """`score`, each call's answer kept in a hidden file of the work folder: a run that was killed asks for none again.
+
+    The file has the seconds that it took too.
+    """
+
+    def scores(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        key = hashlib.sha256(json.dumps(list(pairs)).encode()).hexdigest()[:16]
+        path = folder / f".{name}-{key}.json"
+        if not path.is_file():
+            started = time.monotonic()
+            values = [float(value) for value in score(pairs)]
+            kept = {"scores": values, "seconds": time.monotonic() - started}
+            write_bytes(path, json.dumps(kept).encode())
+        found: list[float] = json.loads(path.read_text())["scores"]
+        return found
+
+    return scores
+
+
+def seconds_per_pair(folder: Path) -> float | None:
+    """The scorer's time for a pair, over the calls with 100 pairs or more that `cached_scores` kept, else all."""
+    paths = [path for pattern in (".challenger-*.json", ".fold-*.json") for path in sorted(folder.glob(pattern))]
+    calls = [json.loads(path.read_text()) for path in paths]
+    large = [call for call in calls if len(call["scores"]) >= 100] or calls
+    pairs = sum(len(call["scores"]) for call in large)
+    return sum(call["seconds"] for call in large) / pairs if pairs else None
+
+
+def _joined(found: Sequence[Selection]) -> Selection:
+    """The selectors that all splits have, one's pools after another's; what was chosen for several is listed."""
     first = found[0]
     names = [name for name in first.values if all(name in own.values for own in found)]
     missing = {name: reason for own in found for name, reason in own.unavailable.items()}
@@ -102,27 +197,27 @@ def _joined(found: Sequence[Rules]) -> Rules:
     for name in first.details:
         if name in names:
             details[name] = ", ".join(dict.fromkeys(own.details.get(name, "") for own in found))
-    return Rules(
+    return Selection(
         values={name: [value for own in found for value in own.values[name]] for name in names},
         details=details,
         unavailable=missing,
     )
 
 
-def _calibrated(parts: Sequence[Part]) -> Calibrated | None:
+def _calibrated(evaluated: Sequence[EvaluatedSplit]) -> Calibrated | None:
     """Calibration of all reported picks, each by the map that was fitted beside its own scorer."""
-    if any("scorer" not in part.rules.values for part in parts):
+    if any("scorer" not in own.selection.values for own in evaluated):
         return None
     return calibration.calibrated(
-        [(calibration.picks(part.pools, part.rules.values["scorer"]), part.calibration) for part in parts]
+        [(calibration.picks(own.pools, scores_of(own.pools)), own.calibration) for own in evaluated]
     )
 
 
-def _coverage(pools: Sequence[Pool], found: Rules) -> Coverage | None:
-    if "scorer" not in found.values:
+def _coverage(pools: Sequence[Pool], selection: Selection) -> Coverage | None:
+    if "scorer" not in selection.values:
         return None
-    values = found.values["scorer"]
-    return calibration.coverage([float(own.max()) for own in values], selectors.picked(pools, values))
+    values = selection.values["scorer"]
+    return calibration.coverage([float(own.max()) for own in values], picked(pools, values))
 
 
 def _tokens(pools: Sequence[Pool]) -> float | None:
@@ -132,7 +227,7 @@ def _tokens(pools: Sequence[Pool]) -> float | None:
     return float(np.mean(known)) if known and len(known) == len(counts) else None
 
 
-def _facts(parts: Sequence[Part], pools: Sequence[Pool], skipped: int) -> dict[str, int]:
+def _facts(evaluated: Sequence[EvaluatedSplit], pools: Sequence[Pool], skipped: int) -> dict[str, int]:
     sizes = [len(pool.candidates) for pool in pools]
     return {
         "instances": len(pools),
@@ -141,7 +236,15 @@ def _facts(parts: Sequence[Part], pools: Sequence[Pool], skipped: int) -> dict[s
         "fewest_candidates": min(sizes),
         "most_candidates": max(sizes),
         "single_candidate_instances": sizes.count(1),
-        "held_out_instances": sum(len(part.held_out) for part in parts),
+        "held_out_instances": sum(len(own.held_out) for own in evaluated),
         "skipped_instances": skipped,
-        "mbr_curve_orders": curve.MBR_DRAWS,
+        "mbr_curve_orders": MBR_DRAWS,
     }
+
+
+def _refuse_constant(name: str, pools: Sequence[Pool]) -> None:
+    found = np.concatenate([pool.scores[name] for pool in pools])
+    if len(found) > 1 and found.max() == found.min():
+        raise ConfigError(
+            f"the {name} gave {found[0]:.6g} to all {len(found)} candidates, so it tells none apart; train it again"
+        )

@@ -1,106 +1,34 @@
-"""The report: every number of an evaluation, as a record that goes to JSON and back."""
+"""The report: the findings as JSON values and back, as a terminal's table, and as Markdown."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from cappy.errors import RecordError, shown
-from cappy.evaluation.findings import (
-    Average,
-    Calibrated,
-    Cost,
-    Coverage,
-    Difference,
-    Estimate,
-    Example,
-    Power,
-    Probe,
-    Published,
-    Row,
-    TaskRow,
-)
+from cappy.evaluation.findings import SCHEMA, Findings, ReportValues, spread
+from cappy.evaluation.verdict import advice, verdict
+from cappy.pages import words
 from cappy.pages.words import metric_name, percent, signed
-
-SCHEMA = 3
-"""Goes up when a field changes its meaning or goes; a field that is added needs no other number."""
-
-SELECTORS: Mapping[str, str] = {
-    "random": "random choice",
-    "first": "first response",
-    "shortest": "shortest",
-    "longest": "longest",
-    "best_system": "best single system",
-    "greedy": "greedy response",
-    "likelihood_sum": "likelihood, sum",
-    "likelihood_mean": "likelihood, mean per token",
-    "mbr": "MBR",
-    "champion": "champion",
-    "scorer": "scorer",
-    "hybrid_likelihood": "scorer + likelihood",
-    "hybrid_mbr": "scorer + MBR",
-    "oracle": "oracle",
-}
-"""Every selector and how a person reads its name, in the order of a report."""
+from cappy.selection.selectors import shown_at
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """Everything that an evaluation found; numbers are on the metric's scale of 0 to 1.
-
-    `comparisons` maps "one-other" to their paired difference; "scorer-likelihood" compares with the likelihood selector
-    named in `better_likelihood`, the better one on the reported split itself, which favours the baseline. `adjusted`
-    has the comparisons' p-values after Holm's correction. `averages` are unweighted means over tasks. `leaks` counts
-    reported instances that a scorer was trained on or stopped by, or other templates of whose rows it was. `pays_until`
-    is the number of candidates beyond which one more adds less than `curve.WORTH`; 0 where no scorer was given. `folds`
-    is above 0 where the report was cross-fitted: it is then about the recipe, not about the scorer in `versions`.
-    `tested_groups` is a sketch of the reported groups (`cappy.evaluation.overlap`), by which the gate counts how often
-    they were used.
-    """
-
-    metric: str
-    split: str
-    seed: int
-    facts: Mapping[str, int]
-    selectors: Mapping[str, Row]
-    unavailable: Mapping[str, str]
-    comparisons: Mapping[str, Difference]
-    curve: Mapping[str, tuple[Estimate, ...]]
-    adjusted: Mapping[str, float] = field(default_factory=dict)
-    power: Mapping[str, Power] = field(default_factory=dict)
-    tasks: tuple[TaskRow, ...] = ()
-    averages: Mapping[str, Average] = field(default_factory=dict)
-    examples: tuple[Example, ...] = ()
-    worst: tuple[Example, ...] = ()
-    calibration: Calibrated | None = None
-    coverage: Coverage | None = None
-    probes: tuple[Probe, ...] = ()
-    published: tuple[Published, ...] = ()
-    cost: Cost = field(default_factory=Cost)
-    pays_until: int = 0
-    better_likelihood: str = ""
-    leaks: Mapping[str, int] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    folds: int = 0
-    tested_groups: str = ""
-    schema: int = SCHEMA
+class Report(Findings):
+    """Everything that an evaluation found; the fields are those of `Findings`."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with the verdict and the advice in words beside the numbers."""
-        from cappy.evaluation.advice import advice
-        from cappy.evaluation.verdict import verdict
-
         values: dict[str, Any] = TypeAdapter(Report).dump_python(self, mode="json")
         return {"verdict": list(verdict(self)), "next": advice(self), **values}
 
     @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> "Report":
+    def from_dict(values: ReportValues) -> "Report":
         """The report that `to_dict` wrote; RecordError if it is not one, or has another schema."""
         check_schema(values)
-        told = {key: value for key, value in values.items() if key not in ("verdict", "next")}
+        given = {key: value for key, value in values.items() if key not in ("verdict", "next")}
         try:
-            return TypeAdapter(Report).validate_python(told)
+            return TypeAdapter(Report).validate_python(given)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
@@ -111,19 +39,15 @@ class Report:
     def table(self) -> list[tuple[str, str, str, str]]:
         """Rows for a terminal, the header first: selector, mean x 100, its interval, gain over random with interval."""
         rows = [("selector", f"{metric_name(self.metric)} x100", "95% interval", "to random")]
-        for name, row in self.selectors.items():
-            if name in ("first", "shortest") or (name.startswith("likelihood") and name != self.better_likelihood):
-                continue
-            gain = "" if name == "random" else f"{signed(row.gain.difference)} {spread(row.gain)}"
-            label = f"{SELECTORS[name]} ({row.detail})" if row.detail else SELECTORS[name]
+        for selector in shown_at(self.selectors, "table", self.better_likelihood):
+            row = self.selectors[selector.name]
+            gain = "" if selector.name == "random" else f"{signed(row.gain.difference)} {spread(row.gain)}"
+            label = f"{selector.title} ({row.detail})" if row.detail else selector.title
             rows.append((label, percent(row.estimate.mean), spread(row.estimate), gain))
         return rows
 
     def text(self) -> str:
         """The table, the verdict and the advice, as plain text."""
-        from cappy.evaluation.advice import advice
-        from cappy.evaluation.verdict import verdict
-
         rows = self.table()
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
@@ -133,8 +57,35 @@ class Report:
         ]
         return "\n".join([*lines, "", *verdict(self), "", advice(self)]) + "\n"
 
+    def markdown(self) -> str:
+        """The verdict, the advice and the tables of selectors and tasks: for a pull request, a model card, a chat."""
+        headline, *sentences = verdict(self)
+        measured = f"{self.facts['instances']} {self.split} instances, with 95% intervals"
+        parts = [
+            f"# {words.text(headline)}",
+            f"**{words.text(advice(self))}**",
+            "\n".join(f"- {words.text(sentence)}" for sentence in sentences),
+            words.text(f"Mean {metric_name(self.metric)} ×100 over {measured}."),
+            words.table(self.table()),
+            "## By task",
+            words.table(self._tasks()),
+        ]
+        if self.probes:
+            probes = (f"- {words.text(f'{probe.name}: {probe.meaning}')}" for probe in self.probes)
+            parts += ["## Probes", "\n".join(probes)]
+        return "\n\n".join(part for part in parts if part) + "\n"
 
-def check_schema(values: Mapping[str, Any]) -> None:
+    def _tasks(self) -> list[tuple[str, ...]]:
+        """The table by task, without variants of the likelihood."""
+        names = [selector.name for selector in shown_at(self.selectors, "tasks")]
+        rows = [("task", "instances", *names, "gain over random")]
+        for row in self.tasks:
+            means = (percent(row.means[name]) for name in names)
+            rows.append((row.task or "(no task)", str(row.instances), *means, signed(row.gain.difference)))
+        return rows
+
+
+def check_schema(values: ReportValues) -> None:
     """RecordError where the values of a report.json are of another schema than this version writes."""
     found = values.get("schema", 1)
     if not isinstance(found, int) or found > SCHEMA:
@@ -143,15 +94,3 @@ def check_schema(values: Mapping[str, Any]) -> None:
         )
     if found < SCHEMA:
         raise RecordError(f"report: has schema {found}, this version reads {SCHEMA}; evaluate again")
-
-
-def sides(key: str) -> tuple[str, str]:
-    """The names of the two selectors that a comparison's key stands for, as a person reads them."""
-    names = {**SELECTORS, "likelihood": "better likelihood"}
-    one, _, other = key.partition("-")
-    return names[one], names[other]
-
-
-def spread(interval: Estimate | Difference) -> str:
-    """The ends of an interval, x 100."""
-    return f"{percent(interval.low)} to {percent(interval.high)}"

@@ -4,11 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from cappy.evaluation import selectors
 from cappy.evaluation.findings import Probe, TaskRow
-from cappy.evaluation.pools import Pool, Score, Vector
-from cappy.evaluation.rules import Values
 from cappy.pages.words import percent
+from cappy.selection.mbr import Vector
+from cappy.selection.pools import Pool, Score, Values, picked
 
 NUM_BLANKED = 200
 NUM_REPEATED = 32
@@ -36,8 +35,8 @@ def _response_only(pools: Sequence[Pool], scores: Values, score: Score) -> Probe
         float(np.mean(values))
         for values in (
             [pool.labels.mean() for pool in pools],
-            selectors.picked(pools, scores),
-            selectors.picked(pools, blind),
+            picked(pools, scores),
+            picked(pools, blind),
         )
     )
     if seen - random < 1e-3:

@@ -6,13 +6,31 @@ scores into expected labels, picks.json, which `cappy threshold` reads, and prob
 deployment checks itself against.
 """
 
-from typing import Annotated, Literal
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
 from pydantic import AfterValidator, Field
 
-from cappy.config import DEFAULT_WORK, Fresh, Location, Work, settings
+from cappy.config import DEFAULT_WORK, Fresh, Location, Work, fingerprint, identity, settings
 from cappy.progress import Progress, silent
-from cappy.records import Manifest
+from cappy.records import Instance, Manifest, read, read_manifest
+from cappy.records.folder import MANIFEST, describe_files, write_bytes
+from cappy.records.work import claim, finish
+from cappy.scoring.calibration import CALIBRATION, PROBE, Triple
+from cappy.steps import step_version
+
+if TYPE_CHECKING:
+    from cappy.evaluation.crossfit import Load
+    from cappy.evaluation.leaks import TrainedOn
+    from cappy.evaluation.protocol import AnyScorer, EvaluatedSplit
+    from cappy.evaluation.report import Report
+    from cappy.selection.pools import Score
+
+NUM_PROBES = 32
 
 
 def _enough_folds(folds: int) -> int:
@@ -44,8 +62,216 @@ class EvaluationConfig:
 
 def run(config: EvaluationConfig, progress: Progress = silent) -> Manifest:
     """Evaluates `scorer` (and `champion`) on `source` and writes the report; a killed run keeps the scores it had."""
-    from cappy.evaluation.folder import evaluate_folder
     from cappy.scoring import Scorer
     from cappy.scoring.training_data import training_data
 
     return evaluate_folder(config, progress, load=Scorer.load, trained_on=training_data)
+
+
+def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load", trained_on: "TrainedOn") -> Manifest:
+    """Evaluates as `config` says; `load` makes a scorer of a folder, `trained_on` says what it was trained on."""
+    from cappy.evaluation.protocol import cached_scores, report_of, seconds_per_pair
+    from cappy.scorers import scorer_folder
+
+    parent = read_manifest(config.source)
+    folders = {"challenger": scorer_folder(str(config.scorer))}
+    if config.champion:
+        folders["champion"] = scorer_folder(config.champion)
+    parents = (parent.hash, *(_content(folder) for folder in folders.values()))
+    with claim(config.work, "evaluation", identity(config), parents, fresh=config.fresh) as folder:
+        scorers = {name: load(str(path)) for name, path in folders.items()}
+        if config.folds:
+            evaluated, skipped, leaks = _cross_fitted(config, folders, folder, progress, load, trained_on)
+        else:
+            evaluated, skipped = _once(config, scorers, folder, progress)
+            leaks = _leaks(evaluated, folders, trained_on)
+        report = report_of(
+            evaluated,
+            metric=config.metric,
+            split="cross-fitted" if config.folds else config.split,
+            seed=config.seed,
+            skipped=skipped,
+            folds=config.folds,
+        )
+        report = replace(
+            report,
+            leaks=leaks,
+            versions={name: scorer.version for name, scorer in scorers.items()},
+            cost=replace(report.cost, seconds=seconds_per_pair(folder)),
+        )
+        write_report(folder, report)
+        write_picks(folder, evaluated, folds=config.folds, metric=config.metric)
+        _write_calibration(folder, evaluated, config)
+        tested = [pool.instance for own in evaluated for pool in own.pools]
+        score = cached_scores(scorers["challenger"].score, folder, "probe")
+        write_probe(folder, probe(tested, score, seed=config.seed))
+        manifest = Manifest(
+            step="evaluation",
+            files=describe_files(folder),
+            config=identity(config),
+            step_version=step_version("evaluation"),
+            seed=config.seed,
+            generators=parent.generators,
+            parents=parents,
+            metrics=metrics(report),
+            facts={
+                "leaks": dict(report.leaks),
+                "leak_check": {} if config.folds else _leak_check(tested, folders, trained_on),
+                "versions": dict(report.versions),
+            },
+        )
+        return finish(folder, config.target, manifest)
+
+
+def _once(
+    config: EvaluationConfig, scorers: "Mapping[str, AnyScorer]", folder: Path, progress: Progress
+) -> "tuple[list[EvaluatedSplit], int]":
+    """The one split of an evaluation, and how many of its instances have no candidate."""
+    from cappy.evaluation.protocol import cached_scores, evaluate_split, pools_of
+
+    instances = read(config.source, splits=sorted({config.split, "validation"}))
+    pools, held_out, skipped = pools_of(instances, metric=config.metric, split=config.split)
+    scores = {name: cached_scores(scorer.score, folder, name) for name, scorer in scorers.items()}
+    evaluated = evaluate_split(
+        pools,
+        held_out,
+        scores["challenger"],
+        scores.get("champion"),
+        metric=config.metric,
+        seed=config.seed,
+        probe=config.probe,
+        progress=progress,
+    )
+    return [evaluated], skipped
+
+
+def _cross_fitted(
+    config: EvaluationConfig,
+    folders: Mapping[str, Path],
+    folder: Path,
+    progress: Progress,
+    load: "Load",
+    trained_on: "TrainedOn",
+) -> "tuple[list[EvaluatedSplit], int, dict[str, int]]":
+    """Every fold's split, how many instances have no candidate, and the leaks; leaves the out-of-fold scores."""
+    from cappy.evaluation import crossfit
+    from cappy.evaluation.findings import OUT_OF_FOLD
+
+    cross_fitting = crossfit.CrossFitting(
+        folds=config.folds,
+        seed=config.seed,
+        metric=config.metric,
+        probe=config.probe,
+        work=config.work,
+        fresh=config.fresh,
+    )
+    recipe = crossfit.recipe(read_manifest(folders["challenger"]), config.scorer)
+    instances = list(read(config.source))
+    evaluated, skipped = crossfit.evaluate_folds(cross_fitting, instances, recipe, folder, load=load, progress=progress)
+    leaks = {"challenger": crossfit.leaks(evaluated, folder, trained_on)}
+    text = crossfit.out_of_fold_json(evaluated, metric=config.metric, leaks=leaks["challenger"])
+    write_bytes(folder / OUT_OF_FOLD, text.encode())
+    if config.champion:
+        evaluated, of_champion = crossfit.with_champion(evaluated, folders["champion"], config.metric)
+        leaks |= of_champion
+    return evaluated, skipped, leaks
+
+
+def _leaks(
+    evaluated: "Sequence[EvaluatedSplit]", folders: Mapping[str, Path], trained_on: "TrainedOn"
+) -> dict[str, int]:
+    from cappy.evaluation.leaks import seen_in_training
+
+    tested = [pool.instance for own in evaluated for pool in own.pools]
+    return {name: seen_in_training(tested, trained_on(path)) for name, path in folders.items()}
+
+
+def _leak_check(
+    tested: Sequence[Instance], folders: Mapping[str, Path], trained_on: "TrainedOn"
+) -> dict[str, dict[str, int | str]]:
+    from cappy.evaluation.leaks import describe_check
+
+    return describe_check(tested, {name: trained_on(path) for name, path in folders.items()})
+
+
+def _content(folder: Path) -> str:
+    """What identifies a scorer: its manifest's hash, or, where another tool wrote it, its files'."""
+    if (folder / MANIFEST).is_file():
+        return read_manifest(folder).hash
+    return fingerprint([(file.name, file.sha256) for file in describe_files(folder)])
+
+
+def write_report(folder: Path, report: "Report") -> None:
+    """Writes report.json, report.html, report.md, table.txt and the plots."""
+    from cappy.evaluation import page
+
+    text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+    write_bytes(folder / "report.json", f"{text}\n".encode())
+    write_bytes(folder / "report.html", page.render(report).encode())
+    write_bytes(folder / "table.txt", report.text().encode())
+    write_bytes(folder / "report.md", report.markdown().encode())
+    for name, data in page.plot_files(report).items():
+        write_bytes(folder / name, data)
+
+
+def write_picks(folder: Path, evaluated: "Sequence[EvaluatedSplit]", *, folds: int, metric: str) -> None:
+    """Writes picks.json, the scorer's pick of every instance: held-out and reported, or out of fold (`pick_rows`)."""
+    from cappy.evaluation.threshold import PICKS, pick_rows
+
+    if folds:
+        rows = {
+            "out_of_fold": [row for fold, own in enumerate(evaluated, start=1) for row in pick_rows(own.pools, fold)]
+        }
+    else:
+        rows = {
+            "held_out": [row for own in evaluated for row in pick_rows(own.held_out)],
+            "reported": [row for own in evaluated for row in pick_rows(own.pools)],
+        }
+    write_bytes(folder / PICKS, json.dumps({"metric": metric, **rows}).encode())
+
+
+def _write_calibration(folder: Path, evaluated: "Sequence[EvaluatedSplit]", config: EvaluationConfig) -> None:
+    """Writes the map that travels with the scorer: of held-out picks, or of the out-of-fold picks of its recipe."""
+    from cappy.evaluation.calibration import fit
+    from cappy.evaluation.protocol import scores_of
+
+    fitted = evaluated[0].calibration
+    if config.folds:
+        pools = [pool for own in evaluated for pool in own.pools]
+        fitted = fit(pools, scores_of(pools), config.metric)
+    if fitted is not None:
+        write_bytes(folder / CALIBRATION, fitted.to_json().encode())
+
+
+def probe(instances: Sequence[Instance], score: "Score", *, seed: int, count: int = NUM_PROBES) -> list[Triple]:
+    """At most `count` (instruction, response, score) triples, for a served scorer to be checked against."""
+    pairs = [
+        (instance.instruction, response)
+        for instance in instances
+        for response in dict.fromkeys(candidate.response for candidate in instance.selectable)
+    ]
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:count])
+    chosen = [pairs[index] for index in drawn]
+    return [(*pair, float(value)) for pair, value in zip(chosen, score(chosen), strict=True)]
+
+
+def write_probe(folder: Path, triples: Sequence[Triple]) -> None:
+    """Writes probe.json."""
+    write_bytes(folder / PROBE, json.dumps(triples, ensure_ascii=False, indent=1).encode())
+
+
+def metrics(report: "Report") -> dict[str, float]:
+    """The numbers that a pipeline shows beside the run."""
+    numbers = {"num_instances": float(report.facts["instances"])}
+    for name, row in report.selectors.items():
+        numbers[f"{report.metric}_{name}"] = row.estimate.mean
+    for key, difference in report.comparisons.items():
+        one, _, other = key.partition("-")
+        if one == "scorer":
+            numbers[f"gain_over_{other}"] = difference.difference
+            numbers[f"gain_over_{other}_low"] = difference.low
+    if report.calibration is not None:
+        best = report.calibration.calibrated or report.calibration.raw
+        numbers |= {"ece": best.ece, "brier": best.brier}
+    numbers |= {f"probe_{one.name.replace(' ', '_')}": one.value for one in report.probes}
+    return numbers | {f"leaks_{name}": float(count) for name, count in report.leaks.items()}

@@ -1,31 +1,30 @@
-"""The tables of a report: selectors, comparisons, tasks and their averages."""
+"""The tables of a report: selectors, comparisons, tasks and their averages, published numbers, curves, examples."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
-from cappy.evaluation import selectors, statistics
-from cappy.evaluation.findings import Average, Difference, Estimate, Row, TaskRow
-from cappy.evaluation.pools import Pool, Vector
-from cappy.evaluation.rules import Rules
+from cappy.evaluation import statistics
+from cappy.evaluation.findings import Average, Difference, Estimate, Example, Pick, Published, Rated, Row, TaskRow
+from cappy.selection.best_of_n import extended
+from cappy.selection.mbr import Vector
+from cappy.selection.pools import Pool, Values, is_tied, pick, picked
+from cappy.selection.selectors import SELECTORS, Selection, compared_pairs
 
-COMPARISONS = (
-    *(
-        ("scorer", other)
-        for other in ("random", "first", "longest", "best_system", "greedy", "likelihood", "mbr", "champion")
-    ),
-    ("hybrid_mbr", "mbr"),
-    ("hybrid_mbr", "scorer"),
-    ("hybrid_likelihood", "scorer"),
-    ("mbr", "random"),
-    ("mbr", "likelihood"),
-)
+PUBLISHED = Path(__file__).with_name("data") / "published.json"
+NUM_EXAMPLES = 10
+NUM_CANDIDATES = 12
+"""Candidates of an example that are shown: the picks, then the highest scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """The label of every selector's pick by pool, and the group of every pool."""
+    """The label of every selector's pick by pool, in the order of a report, and the group of every pool."""
 
     labels: Mapping[str, Vector]
     groups: Sequence[str]
@@ -40,44 +39,77 @@ class Means:
         return dict(zip(self.labels, statistics.estimates(stacked, self.groups), strict=True))
 
 
-def rows(found: Means, rules: Rules, pools: Sequence[Pool]) -> dict[str, Row]:
-    """One row per selector."""
+def means_of(pools: Sequence[Pool], values: Mapping[str, Values]) -> Means:
+    """The selectors' labels by pool."""
+    labels = {name: picked(pools, values[name]) for name in SELECTORS if name in values}
+    return Means(labels=labels, groups=[pool.instance.group_id for pool in pools])
+
+
+def better_variants(means: Means) -> dict[str, str]:
+    """What several selectors are variants of -> the one with the best mean label on these pools, which favours it."""
+    better: dict[str, str] = {}
+    for name in means.labels:
+        key = SELECTORS[name].variant_of
+        if key and (key not in better or means.labels[name].mean() > means.labels[better[key]].mean()):
+            better[key] = name
+    return better
+
+
+def rows(means: Means, selection: Selection, pools: Sequence[Pool]) -> dict[str, Row]:
+    """One row per selector; a bound picks nothing, so that it has no ties."""
 
     def ties(name: str) -> int:
-        values = rules.values.get(name, ())
-        return sum(selectors.is_tied(value, pool.labels) for pool, value in zip(pools, values, strict=False))
+        pairs = zip(pools, selection.values[name], strict=True)
+        return 0 if SELECTORS[name].bound else sum(is_tied(value, pool.labels) for pool, value in pairs)
 
     return {
         name: Row(
             estimate=estimate,
-            gain=found.compare(name, "random"),
+            gain=means.compare(name, "random"),
             ties=ties(name),
-            detail=rules.details.get(name, ""),
+            detail=selection.details.get(name, ""),
         )
-        for name, estimate in found.estimates().items()
+        for name, estimate in means.estimates().items()
     }
 
 
-def pairs(found: Means, likelihood: str) -> dict[str, tuple[str, str]]:
-    """The pairs that a report compares, by key; `likelihood` is the selector that the word stands for."""
-    named = {name: likelihood if name == "likelihood" else name for _, name in COMPARISONS}
+def comparisons(means: Means, better: Mapping[str, str]) -> dict[str, Difference]:
+    """The paired differences of a report, by "one-other"."""
+    named = [(one, other, better.get(other, other)) for one, other in compared_pairs()]
     return {
-        f"{one}-{other}": (one, named[other])
-        for one, other in COMPARISONS
-        if one in found.labels and named[other] in found.labels
+        f"{one}-{other}": means.compare(one, name)
+        for one, other, name in named
+        if one in means.labels and name in means.labels
     }
 
 
-def tasks(pools: Sequence[Pool], found: Means) -> tuple[TaskRow, ...]:
+def curves(
+    pools: Sequence[Pool], selection: Selection, better: Mapping[str, str], *, seed: int
+) -> dict[str, tuple[Estimate, ...]]:
+    """Selector -> its expected label by n; instances with fewer candidates keep the result of all they have."""
+    size = max(len(pool.candidates) for pool in pools)
+    groups = [pool.instance.group_id for pool in pools]
+    found = {}
+    for name, values in selection.values.items():
+        selector = SELECTORS[name]
+        if selector.curve is None or better.get(selector.variant_of, name) != name:
+            continue
+        generator = np.random.default_rng(seed)
+        own = [selector.curve(pool, value, generator) for pool, value in zip(pools, values, strict=True)]
+        found[name] = tuple(statistics.estimates(np.stack([extended(row, size) for row in own]), groups))
+    return found
+
+
+def tasks(pools: Sequence[Pool], means: Means) -> tuple[TaskRow, ...]:
     """One row per task, in alphabetical order."""
-    subject = subject_of(found.labels)
+    subject = subject_of(means.labels)
     table = []
-    for task, where in grouped([pool.instance.task for pool in pools]).items():
+    for task, where in _grouped([pool.instance.task for pool in pools]).items():
         own = [pools[index] for index in where]
-        labels = {name: values[where] for name, values in found.labels.items()}
+        labels = {name: values[where] for name, values in means.labels.items()}
         part = Means(labels=labels, groups=[pool.instance.group_id for pool in own])
         is_choice = all(pool.is_choice for pool in own)
-        templates = grouped([pool.instance.template for pool in own]) if is_choice else {}
+        templates = _grouped([pool.instance.template for pool in own]) if is_choice else {}
         table.append(
             TaskRow(
                 task=task,
@@ -99,13 +131,7 @@ def averages(table: Sequence[TaskRow]) -> dict[str, Average]:
     """
     kept = [row for row in table if "crows" not in row.task.casefold()]
     sets = {"all tasks": table, "without CrowS-Pairs": kept if len(kept) < len(table) else ()}
-    return {title: _average(own) for title, own in sets.items() if len(own) > 1}
-
-
-def _average(table: Sequence[TaskRow]) -> Average:
-    labels = {name: np.array([row.means[name] for row in table]) for name in table[0].means}
-    found = Means(labels=labels, groups=[row.task for row in table])
-    return Average(tasks=len(table), means=found.estimates(), gain=found.compare(subject_of(labels), "random"))
+    return {name: _average(own) for name, own in sets.items() if len(own) > 1}
 
 
 def subject_of(labels: Mapping[str, Vector]) -> str:
@@ -113,9 +139,96 @@ def subject_of(labels: Mapping[str, Vector]) -> str:
     return next(name for name in ("scorer", "mbr", "first") if name in labels)
 
 
-def grouped(names: Sequence[str]) -> dict[str, list[int]]:
+def published(tasks: Sequence[TaskRow], metric: str, subject: str, templated: Collection[str]) -> tuple[Published, ...]:
+    """The published numbers of the tasks that bear a published task's name and are measured by its metric.
+
+    BIG-bench's own prompts come from no template: a generation task that is `templated` is another of that name.
+    """
+    found = []
+    for collection in _collections().values():
+        for row in tasks:
+            same = row.kind == collection["kind"] and collection["metric"] in ("", metric)
+            same = same and (row.kind == "choice" or row.task not in templated)
+            if same and row.task in collection["tasks"]:
+                numbers = collection["tasks"][row.task]
+                ours = 100 * row.means[subject]
+                found.append(Published(task=row.task, ours=ours, numbers=numbers, source=collection["source"]))
+    return tuple(found)
+
+
+def examples(pools: Sequence[Pool], selection: Selection, seed: int) -> tuple[Example, ...]:
+    """Instances to look at, drawn at random, so that nobody chose them."""
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(pools))[:NUM_EXAMPLES])
+    return tuple(_examples(chosen, pools, selection))
+
+
+def worst(pools: Sequence[Pool], selection: Selection) -> tuple[Example, ...]:
+    """The instances where the scorer's pick is furthest below the best candidate, the furthest first."""
+    if "scorer" not in selection.values:
+        return ()
+    best = np.array([pool.labels.max() for pool in pools])
+    lost = best - picked(pools, selection.values["scorer"])
+    order = np.argsort(-lost, kind="stable")[:NUM_EXAMPLES]
+    return tuple(_examples([index for index in order if lost[index] > 0], pools, selection))
+
+
+class _Collection(TypedDict):
+    """Published tasks of one kind, measured by one metric; "" where any metric is the same."""
+
+    kind: str
+    metric: str
+    source: str
+    tasks: dict[str, dict[str, float]]
+
+
+@cache
+def _collections() -> dict[str, _Collection]:
+    values: dict[str, _Collection] = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    return values
+
+
+def _average(table: Sequence[TaskRow]) -> Average:
+    labels = {name: np.array([row.means[name] for row in table]) for name in table[0].means}
+    means = Means(labels=labels, groups=[row.task for row in table])
+    return Average(tasks=len(table), means=means.estimates(), gain=means.compare(subject_of(labels), "random"))
+
+
+def _grouped(names: Sequence[str]) -> dict[str, list[int]]:
     """Name -> where it stands, names in alphabetical order."""
     groups: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         groups.setdefault(name, []).append(index)
     return dict(sorted(groups.items()))
+
+
+def _examples(indexes: Iterable[int], pools: Sequence[Pool], selection: Selection) -> Iterator[Example]:
+    shown = [name for name in selection.values if "examples" in SELECTORS[name].shown_in]
+    for index in indexes:
+        pool = pools[index]
+        values = {name: selection.values[name][index] for name in shown}
+        best = {name: pick(value) for name, value in values.items()}
+        order = np.argsort(-values.get("scorer", pool.labels), kind="stable")
+        # What was picked stands in the list however long the pool is.
+        kept = set(list(dict.fromkeys([*best.values(), *(int(place) for place in order)]))[:NUM_CANDIDATES])
+        candidates = (
+            Rated(
+                response=pool.responses[place],
+                label=float(pool.labels[place]),
+                score=float(values["scorer"][place]) if "scorer" in values else None,
+                mbr=float(values["mbr"][place]) if "mbr" in values else None,
+            )
+            for place in order
+            if place in kept
+        )
+        yield Example(
+            instance_id=pool.instance.instance_id,
+            task=pool.instance.task,
+            instruction=pool.instance.instruction,
+            references=pool.instance.references,
+            picks=tuple(
+                Pick(selector=name, response=pool.responses[place], label=float(pool.labels[place]))
+                for name, place in best.items()
+            ),
+            candidates=tuple(candidates),
+            left_out=len(pool.candidates) - len(kept),
+        )

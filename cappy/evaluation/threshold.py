@@ -20,8 +20,9 @@ from scipy.special import betaincinv, stdtrit
 
 from cappy.errors import FolderError
 from cappy.evaluation import calibration, read_values, statistics
-from cappy.evaluation.pools import Pool, Vector
 from cappy.scoring.calibration import Calibration, read_calibration
+from cappy.selection.mbr import Vector
+from cappy.selection.pools import Pool
 
 PICKS = "picks.json"
 CONFIDENCE = 0.95
@@ -120,12 +121,12 @@ def threshold(report: str | Path, *, precision: float, good: float, confidence: 
     )
 
 
-def pick_rows(pools: Sequence[Pool], scores: Sequence[Vector], fold: int | None = None) -> list[PickRow]:
+def pick_rows(pools: Sequence[Pool], fold: int | None = None) -> list[PickRow]:
     """The rows of picks.json for these pools: score, label, group, distinct candidates, and the fold if one is given.
 
     An evaluation keeps them by the names `held_out` and `reported`, a cross-fitted one by `out_of_fold`.
     """
-    found = calibration.picks(pools, scores)
+    found = calibration.picks(pools, [pool.scores["scorer"] for pool in pools])
     groups = [pool.instance.group_id for pool in pools]
     more = () if fold is None else (fold,)
     rows = zip(found.scores.tolist(), found.labels.tolist(), groups, found.sizes, strict=True)

@@ -1,35 +1,29 @@
-"""The verdict: what the numbers of a report say, in words."""
+"""What the numbers of a report say, in words: the verdict, and the advice that follows from it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
-from cappy.evaluation.findings import MIN_GROUPS, Difference
-from cappy.evaluation.report import SELECTORS, Report, sides, spread
+from cappy.evaluation.findings import MIN_GROUPS, Difference, Findings, spread
 from cappy.pages.words import percent, signed
+from cappy.selection.selectors import SELECTORS, Selector, title
 
-BASELINES = {
-    "random": "random choice",
-    "greedy": "the greedy response, which needs no samples",
-    "likelihood": "the better likelihood selector",
-    "mbr": "MBR, the consensus of the pool, which needs no training",
-    "champion": "the champion",
-}
 SURE = 0.05
 """The adjusted p-value up to which a comparison stands among all."""
-_SHORT = {
-    "random": "random choice",
-    "greedy": "the greedy response",
-    "likelihood": "the likelihood",
-    "mbr": "MBR",
-    "champion": "the champion",
-}
+NARROW = 0.01
+"""Room between the best selector and the oracle, below which a better scorer cannot gain a point."""
+FLAT = 0.01
+"""Difference of an instance's highest and lowest score, on the scale of 0 to 1, below which a scorer hardly judges."""
+_INTRODUCED = {selector.key: selector for selector in SELECTORS.values() if "verdict" in selector.shown_in}
+"""What a verdict compares with, by its name in a comparison."""
 
 
-def verdict(report: Report) -> tuple[str, ...]:
+def verdict(report: Findings) -> tuple[str, ...]:
     """Sentences, the headline first; a difference counts only if its 95% interval leaves out 0."""
     subject = "scorer" if "scorer" in report.selectors else "mbr"
     if subject not in report.selectors:
         return ("Neither a scorer nor MBR could be evaluated.", *_cautions(report))
-    found = {name: report.comparisons[key] for name in BASELINES if (key := f"{subject}-{name}") in report.comparisons}
+    found = {
+        name: report.comparisons[key] for name in _INTRODUCED if (key := f"{subject}-{name}") in report.comparisons
+    }
     said = tuple(_sentence(report, subject, name, difference) for name, difference in found.items())
     return (_headline(subject, found), *said, *_hybrid(report), *_cautions(report))
 
@@ -44,14 +38,15 @@ def outcome(difference: Difference) -> str:
 def _headline(subject: str, found: dict[str, Difference]) -> str:
     parts = []
     for result, verb in (("better", "beats"), ("open", "is not shown to beat"), ("worse", "does not beat")):
-        names = [_SHORT[name] for name, difference in found.items() if outcome(difference) == result]
+        names = [_short(_INTRODUCED[name]) for name, difference in found.items() if outcome(difference) == result]
         if names:
             parts.append(f"{verb} {_listed(names, 'and' if result == 'better' else 'or')}")
     return f"{_subject(subject)} {'; it '.join(parts)}." if parts else f"{_subject(subject)} was compared with nothing."
 
 
-def _sentence(report: Report, subject: str, name: str, difference: Difference) -> str:
-    other = report.better_likelihood if name == "likelihood" else name
+def _sentence(report: Findings, subject: str, name: str, difference: Difference) -> str:
+    selector = _INTRODUCED[name]
+    other = report.better_likelihood if selector.variant_of else name
     means = report.selectors[subject].estimate.mean, report.selectors[other].estimate.mean
     numbers = f"{percent(means[0])} against {percent(means[1])}, {signed(difference.difference)}"
     interval = f"95% interval {spread(difference)}"
@@ -59,11 +54,11 @@ def _sentence(report: Report, subject: str, name: str, difference: Difference) -
     remedy = _remedy(report, f"{subject}-{name}") if outcome(difference) == "open" else ""
     if difference.low == difference.high == 0:
         verb, remedy = "does exactly as well as", ""
-    who = f"{BASELINES[name]} ({SELECTORS[other]})" if name == "likelihood" else BASELINES[name]
+    who = f"{selector.in_words} ({title(other)})" if selector.variant_of else f"{selector.in_words}{selector.remark}"
     return f"{_subject(subject)} {verb} {who}: {numbers} ({interval}){remedy}."
 
 
-def _remedy(report: Report, key: str) -> str:
+def _remedy(report: Findings, key: str) -> str:
     """What more instances would tell of a difference that is open."""
     power = report.power.get(key)
     if power is None or power.groups_needed is None:
@@ -74,7 +69,7 @@ def _remedy(report: Report, key: str) -> str:
     return f"; {power.groups:,} groups show {smallest} or more, about {power.groups_needed:,} would show this one"
 
 
-def _hybrid(report: Report) -> Iterator[str]:
+def _hybrid(report: Findings) -> Iterator[str]:
     difference = report.comparisons.get("hybrid_mbr-mbr")
     if difference is None:
         return
@@ -86,7 +81,7 @@ def _hybrid(report: Report) -> Iterator[str]:
     )
 
 
-def _cautions(report: Report) -> Iterator[str]:
+def _cautions(report: Findings) -> Iterator[str]:
     instances = int(report.facts["instances"])
     if report.folds:
         yield (
@@ -104,11 +99,11 @@ def _cautions(report: Report) -> Iterator[str]:
         yield f"Caution: only {groups} groups, too few to rely on; the gate holds on fewer than {MIN_GROUPS}."
 
 
-def _among_all(report: Report) -> Iterator[str]:
+def _among_all(report: Findings) -> Iterator[str]:
     """What Holm's correction opens again."""
     found = report.comparisons
     opened = [
-        " against ".join(sides(key))
+        " against ".join(map(title, key.split("-")))
         for key, value in found.items()
         if outcome(value) != "open" and report.adjusted.get(key, 0) > SURE
     ]
@@ -122,3 +117,210 @@ def _subject(name: str) -> str:
 
 def _listed(names: list[str], word: str) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"
+
+
+def _short(selector: Selector) -> str:
+    return f"the {selector.variant_of}" if selector.variant_of else selector.in_words
+
+
+def advice(report: Findings) -> str:
+    """One sentence. What is decided by evidence comes first: leaks, then proof, then what would bring proof.
+
+    It begins with "Promote" only where the gate's rule, without options of its own, would let the scorer pass.
+    """
+    text = _advice(report)
+    if not text.startswith("Promote"):
+        return text
+    if report.split == "validation":
+        return (
+            "Hold: the validation split decided when training stopped, so it proves nothing; evaluate on --split test."
+        )
+    if report.facts["groups"] < MIN_GROUPS:
+        return (
+            f"Hold: {report.facts['groups']} groups of instances decide nothing, it takes {MIN_GROUPS}; prepare more "
+            "test instances, or evaluate with --folds 5, which tests on all of them."
+        )
+    return text
+
+
+def asked_of_a_first_version(comparisons: Collection[str], requested: str = "") -> list[Selector]:
+    """What a first version must be proven to beat; where the report compares with nothing of a kind, nothing of it.
+
+    Of the single decodings the last one in the list of selectors that the report compares with is asked for: the
+    greedy response, which needs no samples, before the best system.
+    """
+    asked = {
+        selector.key: selector
+        for selector in SELECTORS.values()
+        if selector.must_beat == "always"
+        or (selector.must_beat == "where_compared" and f"scorer-{selector.key}" in comparisons)
+        or (selector.must_beat == "on_request" and selector.key == requested)
+    }
+    single = [one for one in SELECTORS.values() if one.single_decoding and f"scorer-{one.key}" in comparisons]
+    return [*asked.values(), *single[-1:]]
+
+
+def _advice(report: Findings) -> str:
+    if leaked := [name for name, count in report.leaks.items() if count]:
+        who = " and the ".join(leaked)
+        return f"Hold: the {who} saw reported instances in training; prepare splits that share none, then train again."
+    if "scorer" not in report.selectors:
+        return _without_scorer(report)
+    if "champion" in report.selectors:
+        return _against_champion(report)
+    if why := _no_champion(report):
+        return f"Hold: the report does not compare with the champion: {why}."
+    if _worse(report, "scorer-greedy") and not _mbr_leads(report):
+        return _greedy(report)
+    for selector in asked_of_a_first_version(report.comparisons):
+        key = f"scorer-{selector.key}"
+        if key in report.comparisons and not _better(report, key):
+            return _below(report, key, selector.in_words)
+    return _against_mbr(report)
+
+
+def _no_champion(report: Findings) -> str:
+    """Why a champion that was given is not in the report; empty where none was given."""
+    why = report.unavailable.get("champion", "")
+    return "" if why == "none was given" else why
+
+
+def _greedy(report: Findings) -> str:
+    """One call without any selection does better than the scorer."""
+    lost = report.comparisons["scorer-greedy"]
+    text = f"Use one greedy response: the scorer's pick of several is below it, by {_gain(lost)}"
+    return f"{text}; {_more_of_a_scorer(report)} before you sample more than one."
+
+
+def _without_scorer(report: Findings) -> str:
+    if "mbr" in report.selectors and _better(report, "mbr-random"):
+        gain = signed(report.comparisons["mbr-random"].difference)
+        return f"Use MBR meanwhile, it is {gain} above random choice without training; then train a scorer to beat it."
+    return "Train a scorer (cappy finetuning): no selector that needs none is shown to beat random choice."
+
+
+def _against_champion(report: Findings) -> str:
+    difference = report.comparisons["scorer-champion"]
+    if _better(report, "scorer-champion"):
+        return f"Promote: the scorer beats the champion by {_gain(difference)}."
+    if difference.high < 0:
+        return f"Hold: the scorer does worse than the champion, by {_gain(difference)}."
+    return _unproven(report, "scorer-champion", "the champion")
+
+
+def _below(report: Findings, key: str, other: str) -> str:
+    """What the gate asks a first version to beat, and this one does not."""
+    if _mbr_leads(report) and not _better(report, "scorer-mbr"):
+        gain = _gain(report.comparisons["mbr-random"])
+        lacking = f"the scorer {'does worse than' if _worse(report, key) else 'is not shown to beat'} {other}"
+        return (
+            f"Use MBR: it beats random choice by {gain} without training, and {lacking}; {_more_of_a_scorer(report)}."
+        )
+    if _flat(report):
+        otherwise = ", or use MBR" if "mbr" in report.selectors else ""
+        return f"Hold: the scorer is not shown to beat {other}; {_more_of_a_scorer(report)}{otherwise}."
+    if key == "scorer-random" and _worse(report, key):
+        return "Hold: the scorer does worse than random choice; look at the worst instances and at the labels first."
+    if _worse(report, key):
+        lost = _gain(report.comparisons[key])
+        return f"Hold: the scorer is below {other} by {lost}; {_more_of_a_scorer(report)}."
+    return _unproven(report, key, other)
+
+
+def _mbr_leads(report: Findings) -> bool:
+    """Whether MBR is shown to beat random choice, and nothing else that needs no training has a better result."""
+    others = {"greedy", report.better_likelihood} & {*report.selectors}
+    if not _better(report, "mbr-random"):
+        return False
+    best = max((report.selectors[name].estimate.mean for name in others), default=0.0)
+    return report.selectors["mbr"].estimate.mean >= best
+
+
+def _more_of_a_scorer(report: Findings) -> str:
+    """What would make the scorer better."""
+    if not _flat(report):
+        return "train on more instances"
+    spread_of = report.calibration.spread if report.calibration is not None else None
+    return (
+        "the scorer hardly tells an instance's responses apart (their scores differ by "
+        f"{100 * (spread_of or 0.0):.2g} of 100 in the median), which more data of this kind seldom mends: train from "
+        "a larger encoder"
+    )
+
+
+def _flat(report: Findings) -> bool:
+    """Whether the scorer gives all responses of an instance about the same score."""
+    found = report.calibration
+    return found is not None and found.spread is not None and found.spread < FLAT
+
+
+def _against_mbr(report: Findings) -> str:
+    """The gate is open; what is the best use of the scorer?"""
+    against, hybrid = report.comparisons.get("scorer-mbr"), report.comparisons.get("hybrid_mbr-mbr")
+    if hybrid is not None and hybrid.low > 0 and against is not None and against.low <= 0:
+        detail = report.selectors["hybrid_mbr"].detail
+        return f"Promote, and pick by scorer + MBR ({detail}): together they beat MBR by {_gain(hybrid)}."
+    if against is not None and against.high < 0:
+        return f"Use MBR: the scorer is below it by {_gain(against)}; {_more_of_a_scorer(report)} before you promote."
+    if against is not None and against.low <= 0:
+        return f"Promote if MBR is no choice for you; {_lower(_unproven(report, 'scorer-mbr', 'MBR'))}"
+    if all(task.kind == "choice" for task in report.tasks):
+        return "Promote: the scorer beats random choice and what needs no training among these choices."
+    if _room(report) < NARROW:
+        room = percent(_room(report))
+        return f"Promote, and sample other candidates: the oracle is only {room} above the best selector."
+    if _rising(report):
+        last, gain = len(report.curve["scorer"]), percent(_last_gain(report))
+        return f"Promote, and sample more: candidate {last} still adds {gain}."
+    return "Promote: the scorer beats random choice, the likelihood and MBR, as far as they were at hand."
+
+
+def _unproven(report: Findings, key: str, other: str) -> str:
+    """What would bring proof; more data alone only where so many groups can be had, and the scorer tells them apart."""
+    difference, power = report.comparisons[key], report.power[key]
+    if difference.low == difference.high == 0:
+        return f"Hold: the scorer does exactly as well as {other}, no better; train on more instances or another loss."
+    if _flat(report):
+        return f"Hold: the scorer is not shown to beat {other}, {_gain(difference)}; {_more_of_a_scorer(report)}."
+    needed = power.groups_needed
+    if difference.difference > 0 and needed is not None and power.within_reach:
+        return (
+            f"More data: {signed(difference.difference)} against {other} is not proven on {power.groups} groups, "
+            f"about {max(needed, power.groups + 1, MIN_GROUPS):,} would show it."
+        )
+    return (
+        f"Hold: the scorer is not shown to beat {other}, {_gain(difference)}, and {power.groups} groups show no "
+        f"difference below {percent(power.smallest)}; train on more instances or another loss."
+    )
+
+
+def _rising(report: Findings) -> bool:
+    return report.pays_until == len(report.curve["scorer"]) > 1
+
+
+def _last_gain(report: Findings) -> float:
+    return report.curve["scorer"][-1].mean - report.curve["scorer"][-2].mean
+
+
+def _room(report: Findings) -> float:
+    """How far the oracle is above the best selector, 0 to 1."""
+    best = max(row.estimate.mean for name, row in report.selectors.items() if name != "oracle")
+    return report.selectors["oracle"].estimate.mean - best
+
+
+def _better(report: Findings, key: str) -> bool:
+    """Whether the first is shown to be better; a difference that does not vary shows nothing."""
+    found = report.comparisons.get(key)
+    return found is not None and found.low > 0 and bool(found.standard_error)
+
+
+def _worse(report: Findings, key: str) -> bool:
+    return key in report.comparisons and report.comparisons[key].high < 0
+
+
+def _gain(difference: Difference) -> str:
+    return f"{signed(difference.difference)} (95% interval {spread(difference)})"
+
+
+def _lower(text: str) -> str:
+    return text[0].lower() + text[1:]

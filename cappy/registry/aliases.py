@@ -9,12 +9,12 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from cappy.errors import RegistryError, shown
-from cappy.registry.client import MlflowException, connected
+from cappy.registry.client import MlflowClient, MlflowException, connected
 from cappy.registry.models import CHALLENGER, CHAMPION, FORMER_TAG, Version
 from cappy.registry.versions import find, known
 
@@ -39,7 +39,7 @@ class Move:
 
 
 @contextlib.contextmanager
-def alone(client: Any, name: str) -> Iterator[None]:
+def alone(client: MlflowClient, name: str) -> Iterator[None]:
     """One process at a time, on every machine that uses the registry; RegistryError where another does not finish.
 
     MLflow has no lock, but of two that register a model of one name it lets one win: that name is the lock, and a tag
@@ -58,7 +58,7 @@ def alone(client: Any, name: str) -> Iterator[None]:
         _remove(client, lock, owner)
 
 
-def promote(client: Any, version: Version, why: str) -> None:
+def promote(client: MlflowClient, version: Version, why: str) -> None:
     """Gives a version the champion's alias and notes its predecessor, so that it can be undone."""
     former = find(client, version.name, CHAMPION)
     if former is None or former.number != version.number:
@@ -88,7 +88,7 @@ def rollback(name: str, *, why: str, tracking_uri: str) -> Move:
         return _move(client, name, former, present, "rollback", why)
 
 
-def was_rolled_back(client: Any, version: Version) -> bool:
+def was_rolled_back(client: MlflowClient, version: Version) -> bool:
     """Whether the last move that the version had a part in took the champion's alias from it by a rollback."""
     own = [move for move in _moves(client, version.name) if version.number in (move.version, move.former)]
     lost = [move for move in own if not (move.kind == "promotion" and move.former == version.number)]
@@ -101,7 +101,7 @@ def history(name: str, *, tracking_uri: str) -> list[Move]:
         return _moves(client, name)
 
 
-def _moves(client: Any, name: str) -> list[Move]:
+def _moves(client: MlflowClient, name: str) -> list[Move]:
     try:
         tags = client.get_registered_model(name).tags
     except MlflowException as error:
@@ -121,7 +121,7 @@ def _read_move(name: str, key: str, text: str) -> Move:
 
 
 def _move(
-    client: Any,
+    client: MlflowClient,
     name: str,
     version: Version | None,
     former: Version | None,
@@ -155,11 +155,11 @@ def _who() -> str:
         return f"uid {os.getuid()}"
 
 
-def _taken(client: Any, lock: str, owner: str) -> bool:
+def _taken(client: MlflowClient, lock: str, owner: str) -> bool:
     """Whether the lock is ours now; one that a dead process left is removed."""
-    told = "A move of an alias is under way; gone in a second."
+    description = "A move of an alias is under way; gone in a second."
     try:
-        client.create_registered_model(lock, tags={OWNER_TAG: owner}, description=told)
+        client.create_registered_model(lock, tags={OWNER_TAG: owner}, description=description)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -172,7 +172,7 @@ def _taken(client: Any, lock: str, owner: str) -> bool:
     return False
 
 
-def _remove(client: Any, lock: str, owner: str) -> None:
+def _remove(client: MlflowClient, lock: str, owner: str) -> None:
     """Takes the lock of this owner away; another's stays, and one that is gone is no error."""
     try:
         if client.get_registered_model(lock).tags.get(OWNER_TAG, "") == owner:

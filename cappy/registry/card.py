@@ -3,9 +3,9 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from cappy.evaluation.findings import ReportValues
 from cappy.pages.words import code, metric_name, table, text
 from cappy.records import Manifest
 
@@ -53,7 +53,7 @@ Measured on {instances} instances of the split `{split}`, on which it was not tr
 - made from: {parents}
 - made by: {made_by}
 - recipe: `{recipe}`
-- licence of the encoder that it started from: {licence_told}
+- licence of the encoder that it started from: {stated_licence}
 
 ## How to use it
 
@@ -72,7 +72,7 @@ candidates that it is the best of, to the {metric} that is expected.
 _LICENCE = re.compile(r"[A-Za-z0-9.+-]+")
 
 
-def model_card(name: str, scorer: Manifest, report: Mapping[str, Any], *, licence: str = "") -> str:
+def model_card(name: str, scorer: Manifest, report: ReportValues, *, licence: str = "") -> str:
     """The text of MODEL_CARD.md; `licence` is that of the encoder, as an SPDX identifier, empty where nobody said."""
     facts = report.get("facts", {})
     metric = text(metric_name(str(report.get("metric", "label"))))
@@ -82,7 +82,7 @@ def model_card(name: str, scorer: Manifest, report: Mapping[str, Any], *, licenc
         quoted=json.dumps(address, ensure_ascii=False),
         address=shlex.quote(address),
         licence=licence if _LICENCE.fullmatch(licence) else "other",
-        licence_told=text(licence or "not stated; ask before you pass the scorer on (cappy registration --licence)"),
+        stated_licence=text(licence or "not stated; ask before you pass the scorer on (cappy registration --licence)"),
         step=code(scorer.step or "unknown"),
         verdict="\n".join(f"- {text(str(sentence))}" for sentence in report.get("verdict", ())) or "Not evaluated.",
         advice=text(str(report.get("next", ""))),
@@ -102,14 +102,14 @@ def model_card(name: str, scorer: Manifest, report: Mapping[str, Any], *, licenc
     )
 
 
-def _selectors(report: Mapping[str, Any]) -> str:
+def _selectors(report: ReportValues) -> str:
     """The mean of every selector with its interval."""
     rows = [_row(selector, values) for selector, values in report.get("selectors", {}).items()]
     metric = metric_name(str(report.get("metric", "label")))
     return table([("selector", f"{metric} x100", "95% interval"), *rows])
 
 
-def _tasks(tasks: Sequence[Mapping[str, Any]]) -> str:
+def _tasks(tasks: Sequence[ReportValues]) -> str:
     """Task by task: how many instances, random choice, the scorer."""
     rows = [
         (
@@ -124,7 +124,7 @@ def _tasks(tasks: Sequence[Mapping[str, Any]]) -> str:
     return table([("task", "instances", "random choice", "scorer"), *rows]) if rows else ""
 
 
-def _calibration(found: Mapping[str, Any] | None) -> str:
+def _calibration(found: ReportValues | None) -> str:
     if not found:
         return "Calibration was not measured."
     raw, mapped = found["raw"], found.get("calibrated")
@@ -132,7 +132,7 @@ def _calibration(found: Mapping[str, Any] | None) -> str:
     return f"Calibration error of picks x100 (score to label, ten bins): {100 * raw['ece']:.1f} as it is{after}."
 
 
-def _row(selector: str, values: Mapping[str, Any]) -> tuple[str, str, str]:
+def _row(selector: str, values: ReportValues) -> tuple[str, str, str]:
     estimate = values["estimate"]
     interval = f"{100 * estimate['low']:.1f} to {100 * estimate['high']:.1f}"
     return selector, f"{100 * estimate['mean']:.1f}", interval

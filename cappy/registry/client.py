@@ -7,9 +7,8 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-# Before MLflow is imported: it reads pickles unless told otherwise, reports usage to its makers, and prints addresses
+# Before MLflow is imported: it reads pickles by default, reports usage to its makers, and prints addresses
 # where our own answers go.
 os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -26,14 +25,14 @@ from cappy.files import hold_lock
 from cappy.redaction import redact_address
 from cappy.registry.address import artifact_root, check, database, no_database_yet
 
-__all__ = ["MlflowException", "connected", "experiment_id", "metric_key"]
+__all__ = ["MlflowClient", "MlflowException", "connected", "experiment_id", "metric_key"]
 
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _REFUSED = re.compile(r"[^\w\-. :/]")
 
 
 @contextlib.contextmanager
-def connected(tracking_uri: str) -> Iterator[Any]:
+def connected(tracking_uri: str) -> Iterator[MlflowClient]:
     """An MlflowClient for a block whose MLflow errors become UnreachableError; fails within seconds if unreachable."""
     _strip_credentials()
     address = check(tracking_uri)
@@ -56,7 +55,7 @@ def connected(tracking_uri: str) -> Iterator[Any]:
         ) from error
 
 
-def experiment_id(client: Any, name: str, tracking_uri: str) -> str:
+def experiment_id(client: MlflowClient, name: str, tracking_uri: str) -> str:
     """The experiment with this name, made if it is missing."""
     with _alone(database(tracking_uri)):
         found = client.get_experiment_by_name(name)
@@ -70,7 +69,7 @@ def metric_key(name: str) -> str:
     return _REFUSED.sub("_", name)
 
 
-def _client(address: str) -> Any:
+def _client(address: str) -> MlflowClient:
     try:
         return MlflowClient(tracking_uri=address, registry_uri=address)
     except ModuleNotFoundError as missing:

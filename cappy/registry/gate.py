@@ -2,18 +2,17 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from cappy.errors import ConfigError, RecordError, shown
 from cappy.evaluation import Difference
-from cappy.evaluation.findings import LEVEL, MIN_GROUPS
+from cappy.evaluation.findings import LEVEL, MIN_GROUPS, ReportValues
+from cappy.evaluation.verdict import asked_of_a_first_version
+from cappy.selection.selectors import SELECTORS
 
 Baseline = Literal["likelihood", "mbr"]
-BASELINES: Mapping[Baseline, str] = {"likelihood": "the better likelihood selector", "mbr": "MBR"}
-ALONE: Mapping[str, str] = {"greedy": "the greedy response", "best_system": "the best single system"}
-"""What a user has without any selection: the first of these that the report compares with is asked for."""
 FIRST_TAIL = (1 - LEVEL) / 2
 LATER_TAIL = 0.0013
 """One-sided error of each later attempt on the same test groups: 2.5 % + 19 x 0.13 % stay below 5 % together."""
@@ -30,7 +29,7 @@ class Decision:
 
 
 def decide(
-    report: Mapping[str, Any],
+    report: ReportValues,
     *,
     has_champion: bool,
     margin: float = 0.0,
@@ -58,8 +57,8 @@ def decide(
         *_guarded(report, guards or {}, has_champion),
     ]
     reasons = [sentence for _, sentence in checks]
-    if not has_champion and baseline != "mbr" and "scorer-mbr" in comparisons:
-        reasons.append(f"For information: against MBR the difference is {interval(comparisons['scorer-mbr'])}.")
+    if not has_champion:
+        reasons += _for_information(comparisons, baseline)
     passed = all(passed for passed, _ in checks)
     return Decision(decision="promote" if passed else "hold", reasons=tuple(reasons))
 
@@ -85,7 +84,7 @@ def interval(found: Difference) -> str:
     return f"{difference} (95% interval {low} to {high}, x100)"
 
 
-def _comparisons(report: Mapping[str, Any]) -> dict[str, Difference]:
+def _comparisons(report: ReportValues) -> dict[str, Difference]:
     given = report.get("comparisons")
     try:
         return TypeAdapter(dict[str, Difference]).validate_python(given)
@@ -95,7 +94,7 @@ def _comparisons(report: Mapping[str, Any]) -> dict[str, Difference]:
         raise RecordError(f"report: {place}: {first['msg']}, got {shown(first['input'])}; evaluate again") from error
 
 
-def _valid(report: Mapping[str, Any], attempt: int) -> Iterator[Check]:
+def _valid(report: ReportValues, attempt: int) -> Iterator[Check]:
     for name, count in report.get("leaks", {}).items():
         if count:
             what = f"was trained on {count} of the reported instances or their rows"
@@ -129,14 +128,16 @@ def _proof(
             return
         yield _beats(comparisons, "champion", "the champion", margin, tail)
         return
-    yield _beats(comparisons, "random", "random choice", margin, tail)
-    for name, words in BASELINES.items():
-        # A pool without likelihoods has no such selector to beat; one that was asked for must be there.
-        if name == baseline == "mbr" or (name == "likelihood" and "scorer-likelihood" in comparisons):
-            yield _beats(comparisons, name, words, margin, tail)
-    single = next((name for name in ALONE if f"scorer-{name}" in comparisons), None)
-    if single is not None:
-        yield _beats(comparisons, single, ALONE[single], margin, tail)
+    for selector in asked_of_a_first_version(comparisons, requested=baseline):
+        yield _beats(comparisons, selector.key, selector.in_words, margin, tail)
+
+
+def _for_information(comparisons: Mapping[str, Difference], requested: str) -> Iterator[str]:
+    """The differences to what a first version could have been asked to beat and was not."""
+    for one in SELECTORS.values():
+        key = f"scorer-{one.key}"
+        if one.must_beat == "on_request" and one.key != requested and key in comparisons:
+            yield f"For information: against {one.in_words} the difference is {interval(comparisons[key])}."
 
 
 def _beats(comparisons: Mapping[str, Difference], other: str, words: str, margin: float, tail: float) -> Check:
@@ -170,7 +171,7 @@ def _groups_needed(found: Difference, margin: float, tail: float) -> str:
     return f" A gain of {100 * gain:.1f}{above} needs about {needed:,} groups {tries}, the report has {found.groups:,}."
 
 
-def _guarded(report: Mapping[str, Any], guards: Mapping[str, float], has_champion: bool) -> Iterator[Check]:
+def _guarded(report: ReportValues, guards: Mapping[str, float], has_champion: bool) -> Iterator[Check]:
     tasks = {task["task"]: task for task in report.get("tasks", ())}
     for name, margin in guards.items():
         if name not in tasks:

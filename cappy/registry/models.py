@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from cappy.evaluation.out_of_fold import OUT_OF_FOLD
+from cappy.evaluation.findings import OUT_OF_FOLD, ReportValues
 from cappy.scoring.calibration import CALIBRATION, PROBE
 
 CHAMPION = "champion"
@@ -13,7 +12,7 @@ MANIFEST_TAG = "cappy.manifest"
 FORMER_TAG = "cappy.former"
 RUN_TAG = "cappy.run"
 TESTED_TAG = "cappy.tested_groups"
-"""Sketch of the groups that the version was tested on; see `cappy.evaluation.overlap`."""
+"""Sketch of the groups that the version was tested on; see `cappy.records.sketch`."""
 ATTEMPT_TAG = "cappy.attempt"
 EVIDENCE_TAG = "cappy.evidence"
 EVALUATED = {CALIBRATION: "cappy.calibration", PROBE: "cappy.probe", OUT_OF_FOLD: "cappy.out_of_fold"}
@@ -23,7 +22,7 @@ Each has its sha256 in a tag of the version.
 """
 
 
-def evidence_of(report: Mapping[str, Any]) -> str:
+def evidence_of(report: ReportValues) -> str:
     """What a report is about: the scorer itself, or its recipe where it was cross-fitted."""
     return "recipe" if report.get("folds") else "scorer"
 

@@ -11,9 +11,11 @@ from pydantic import Field
 from cappy.config import DEFAULT_WORK, Fresh, Location, Work, build, identity, settings
 from cappy.errors import FolderError, RecordError, shown
 from cappy.evaluation import read_values
+from cappy.evaluation.findings import ReportValues
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_bytes
+from cappy.records.work import claim, finish
 from cappy.registry.gate import Baseline, Decision, decide, parse_guards
 from cappy.registry.models import CHAMPION, Version, evidence_of
 from cappy.registry.registration import TrackingUri
@@ -49,8 +51,6 @@ class PromotionConfig:
 
 def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
     """Decides, moves the aliases if the decision is to promote, and writes decision.json; hold is a result."""
-    from cappy.records.work import claim, finish
-
     registered, report = read_version(config.version), read_values(config.report, checked=True)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
     with claim(config.work, "promotion", identity(config), parents, fresh=config.fresh) as folder:
@@ -77,7 +77,7 @@ def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
         return finish(folder, config.target, manifest)
 
 
-def basis(config: PromotionConfig, report: Mapping[str, Any]) -> dict[str, Any]:
+def basis(config: PromotionConfig, report: ReportValues) -> dict[str, object]:
     """What the decision rests on: the settings of the gate, the scorer's comparisons, leaks and versions."""
     comparisons = report.get("comparisons", {})
     return {
@@ -107,10 +107,10 @@ def dry_run(version: Path, report: Path, **settings: Any) -> Decision:
 
 
 def _decided(
-    config: PromotionConfig, registered: str, report: Mapping[str, Any], *, carry_out: bool = True
+    config: PromotionConfig, registered: str, report: ReportValues, *, carry_out: bool = True
 ) -> tuple[Decision, Version, int]:
     """The decision, carried out, the version as it is afterwards, and which attempt it was; 0 where none is counted."""
-    from cappy.registry import aliases, attempts, versions
+    from cappy.registry import aliases, versions
     from cappy.registry.client import connected
 
     guards = parse_guards(config.guard)
@@ -119,18 +119,18 @@ def _decided(
         # Of two promotions at once the second finds the first one's champion, with which its report does not compare.
         with aliases.alone(client, version.name) if carry_out else contextlib.nullcontext():
             champion = versions.find(client, version.name, CHAMPION)
-            attempt = attempts.number(client, version, _tested_groups(report)) if config.count_attempts else 0
+            attempt = versions.attempt_on(client, version, _tested_groups(report)) if config.count_attempts else 0
             decision = _with_champion(report, version, champion, config, guards, attempt)
             if decision.decision == "promote" and not config.force:
                 decision = _kept_back(aliases.was_rolled_back(client, version), version) or decision
             if carry_out:
-                attempts.record(client, version, _tested_groups(report), attempt)
+                versions.record_attempt(client, version, _tested_groups(report), attempt)
                 if decision.decision == "promote":
                     aliases.promote(client, version, decision.reasons[0])
         return decision, versions.find(client, version.name, str(version.number)) or version, attempt
 
 
-def _tested_groups(report: Mapping[str, Any]) -> str:
+def _tested_groups(report: ReportValues) -> str:
     found = report.get("tested_groups")
     if not isinstance(found, str) or not found:
         raise RecordError("report: does not say which groups it tested (tested_groups); evaluate again")
@@ -146,7 +146,7 @@ def _kept_back(was_rolled_back: bool, version: Version) -> Decision | None:
 
 
 def _with_champion(
-    report: Mapping[str, Any],
+    report: ReportValues,
     version: Version,
     champion: Version | None,
     config: PromotionConfig,
@@ -160,9 +160,9 @@ def _with_champion(
         said = f"on {about}" if about else "on a scorer that it does not name"
         reason = f"The report is {said}, not on version {version.number} ({version.manifest_hash[:12]}): evaluate it."
         return Decision(decision="hold", reasons=(reason,))
-    told = report.get("versions", {}).get("champion", "")
-    if champion is not None and not (told and champion.manifest_hash.startswith(told)):
-        compared = f"the report compares with {told}" if told else "the report compares with no champion"
+    other = report.get("versions", {}).get("champion", "")
+    if champion is not None and not (other and champion.manifest_hash.startswith(other)):
+        compared = f"the report compares with {other}" if other else "the report compares with no champion"
         moved = f"The champion is now version {champion.number} ({champion.manifest_hash[:12]}), but {compared}"
         remedy = f"evaluate with --champion models:/{champion.name}@champion, or run the pipeline again"
         return Decision(decision="hold", reasons=(f"{moved}: {remedy}.",))

@@ -1,17 +1,19 @@
 """Registration: a scorer and its report become a version of the registry, the challenger."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
 from cappy.errors import FolderError
 from cappy.evaluation import read_values
+from cappy.evaluation.findings import ReportValues
 from cappy.model_folder import open_model_folder
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_bytes
+from cappy.records.work import claim, finish
 from cappy.steps import step_version
 
 TrackingUri = Annotated[
@@ -44,17 +46,28 @@ class RegistrationConfig:
 
 def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
     """Registers the scorer as challenger and writes version.json; a scorer that is a version already stays that one."""
-    from cappy.records.work import claim, finish
-
     scorer = read_manifest(config.scorer)
     open_model_folder(config.scorer)
     report = read_report(config, scorer)
     parents = (scorer.hash, read_manifest(config.report).hash)
     # Two registrations of one scorer at once would make two versions of it: the claim lets them take turns.
     with claim(config.work, "registration", identity(config), [scorer.hash], fresh=config.fresh) as folder:
-        from cappy.registry.recording import register
+        from cappy.registry.recording import Registration, register
 
-        version = register(config, scorer, report, folder)
+        version = register(
+            Registration(
+                scorer=config.scorer,
+                manifest=scorer,
+                report=config.report,
+                findings=report,
+                name=config.name,
+                licence=config.licence,
+                experiment=config.experiment,
+                pipeline_run=config.pipeline_run,
+                tracking_uri=config.tracking_uri,
+                staging=folder,
+            )
+        )
         values = {
             "name": version.name,
             "version": version.number,
@@ -75,11 +88,11 @@ def run(config: RegistrationConfig, progress: Progress = silent) -> Manifest:
         return finish(folder, config.target, manifest)
 
 
-def read_report(config: RegistrationConfig, scorer: Manifest) -> dict[str, Any]:
+def read_report(config: RegistrationConfig, scorer: Manifest) -> ReportValues:
     """The report, if it is about this scorer; FolderError if it is about another."""
     report = read_values(config.report, checked=True)
-    told = report.get("versions", {}).get("challenger", "")
-    if told and told != scorer.hash[: len(told)]:
-        numbers = f"scorer {scorer.hash[:12]}, report on {told}"
+    about = report.get("versions", {}).get("challenger", "")
+    if about and not scorer.hash.startswith(about):
+        numbers = f"scorer {scorer.hash[:12]}, report on {about}"
         raise FolderError(f"{config.report}: is about another scorer ({numbers}); evaluate {config.scorer} first")
     return report

@@ -1,22 +1,21 @@
-"""What a pipeline run did, in MLflow: one parent run, one nested run per step, made once however often it is told."""
+"""What a pipeline run did, in MLflow: one parent run, one nested run per step, made only once."""
 
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mlflow.entities import Metric, Param, RunTag
 
 from cappy.config import DEFAULT_WORK, decode
 from cappy.errors import CappyError
 from cappy.records.folder import MANIFEST
-from cappy.registry.client import connected, experiment_id, metric_key
+from cappy.registry.client import MlflowClient, connected, experiment_id, metric_key
 from cappy.registry.models import RUN_TAG
+from cappy.runs import PACKAGE, PROGRESS_VARIABLE, StepRecord, read_record
 from cappy.secrets import fill_environment
 from cappy.steps import TRAINING_STEPS
 from cappy.training.meter import TRAINING_LOG, read_curves
-from cappy.worker import PACKAGE, PROGRESS_VARIABLE, StepRecord, read_record
 
 STEP_TAG = "cappy.step"
 PIPELINE = "pipeline"
@@ -61,7 +60,7 @@ def track(
         parent = pipeline_run(client, where, run)
         for step, fingerprint in fingerprints.items():
             record = read_record(work, fingerprint)
-            if record is not None and _told_by(record, run):
+            if record is not None and _is_about(record, run):
                 nested = step_run(client, where, run, step)
                 _log_step(client, nested, record, cached=record.run != run)
                 if step == "evaluation":
@@ -83,7 +82,7 @@ def attach(texts: Mapping[str, str], *, run: str, tracking_uri: str, facts: Mapp
             client.set_tag(parent, f"cappy.{name}", value)
 
 
-def pipeline_run(client: Any, experiment: str, run: str) -> str:
+def pipeline_run(client: MlflowClient, experiment: str, run: str) -> str:
     """The MLflow run of a pipeline run: found by its tag, or the one that MLFLOW_RUN_ID injects, or a new one."""
     found = _find(client, experiment, run, PIPELINE)
     if found is not None:
@@ -97,7 +96,7 @@ def pipeline_run(client: Any, experiment: str, run: str) -> str:
     return str(client.create_run(experiment, tags=tags, run_name=run).info.run_id)
 
 
-def step_run(client: Any, experiment: str, run: str, step: str) -> str:
+def step_run(client: MlflowClient, experiment: str, run: str, step: str) -> str:
     """The nested MLflow run of a step, made if it is missing; without a pipeline run it stands alone."""
     if not run:
         return str(client.create_run(experiment, tags={STEP_TAG: step}, run_name=step).info.run_id)
@@ -109,18 +108,18 @@ def step_run(client: Any, experiment: str, run: str, step: str) -> str:
     return str(client.create_run(experiment, tags=tags, run_name=step).info.run_id)
 
 
-def _find(client: Any, experiment: str, run: str, step: str) -> str | None:
+def _find(client: MlflowClient, experiment: str, run: str, step: str) -> str | None:
     wanted = f"tags.`{RUN_TAG}` = '{run}' and tags.`{STEP_TAG}` = '{step}'"
     found = client.search_runs([experiment], filter_string=wanted, max_results=1)
     return str(found[0].info.run_id) if found else None
 
 
-def _told_by(record: StepRecord, run: str) -> bool:
+def _is_about(record: StepRecord, run: str) -> bool:
     """Whether the record says something of this run: a failure of another run does not."""
     return record.run == run or record.status == "done"
 
 
-def _log_step(client: Any, run_id: str, record: StepRecord, *, cached: bool) -> None:
+def _log_step(client: MlflowClient, run_id: str, record: StepRecord, *, cached: bool) -> None:
     params = [Param(name, str(value)[:PARAM_LIMIT]) for name, value in record.config.items()]
     tags = {"cappy.fingerprint": record.fingerprint, "cappy.manifest": record.manifest_hash}
     tags |= {"cappy.cached": "true", "cappy.cached_from": record.run} if cached else {"cappy.cached": "false"}
@@ -139,7 +138,7 @@ def _log_step(client: Any, run_id: str, record: StepRecord, *, cached: bool) -> 
     client.set_terminated(run_id, status, end_time=_milliseconds(record.started + record.seconds))
 
 
-def _log_files(client: Any, run_id: str, record: StepRecord) -> None:
+def _log_files(client: MlflowClient, run_id: str, record: StepRecord) -> None:
     """The manifest, and of an evaluation the whole report, where this machine sees the step's folder."""
     folder = Path(record.target)
     if not (folder / MANIFEST).is_file():
@@ -149,7 +148,7 @@ def _log_files(client: Any, run_id: str, record: StepRecord) -> None:
         client.log_artifacts(run_id, str(folder), "report")
 
 
-def _log_curve(client: Any, run_id: str, record: StepRecord) -> None:
+def _log_curve(client: MlflowClient, run_id: str, record: StepRecord) -> None:
     """Loss, learning rate, picks and speed of a training step, update by update; a cached step's are those it had."""
     if record.step not in TRAINING_STEPS:
         return

@@ -1,4 +1,7 @@
-"""Registered versions: found by alias, number or content, downloaded and verified."""
+"""Registered versions: found by alias, number or content, downloaded and verified; how often test groups were used.
+
+Each version that was tested on the same groups had its chance to win by luck: the gate asks for more of a later one.
+"""
 
 import contextlib
 import os
@@ -6,18 +9,19 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import mlflow.artifacts
+from mlflow.entities.model_registry import ModelVersion
 
 from cappy.errors import FolderError, RegistryError, UnreachableError, shown
 from cappy.model_folder import verify_exactly
 from cappy.records import read_manifest
 from cappy.records.folder import sha256_of
+from cappy.records.sketch import merged, shared
 from cappy.redaction import redact_address
-from cappy.registry.client import MlflowException, connected
-from cappy.registry.models import CHAMPION, EVALUATED, MANIFEST_TAG, Version
+from cappy.registry.client import MlflowClient, MlflowException, connected
+from cappy.registry.models import ATTEMPT_TAG, CHAMPION, EVALUATED, MANIFEST_TAG, TESTED_TAG, Version
 from cappy.specs import parse_spec
 
 NEWEST = "version_number DESC"
@@ -25,6 +29,8 @@ SCORER_PATH = "artifacts/scorer"
 """Where the plain scorer folder lies inside a version."""
 _CONTENT = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{12}){0,3}")
 _PORTS = {"http": 80, "https": 443}
+_SAME_TEST = 0.5
+"""A version that has this share of the groups in its own tag was tested on them before: its place stays."""
 ARTIFACT_HOSTS = "CAPPY_ARTIFACT_HOSTS"
 """Variable with the servers (host:port, commas between) that may hold artifacts and get MLflow's password for them."""
 
@@ -47,7 +53,7 @@ def champion(name: str, *, tracking_uri: str) -> Version | None:
         return find(client, name, CHAMPION)
 
 
-def find(client: Any, name: str, revision: str) -> Version | None:
+def find(client: MlflowClient, name: str, revision: str) -> Version | None:
     """The version with this number or alias, or None."""
     try:
         if revision.isdigit():
@@ -59,7 +65,7 @@ def find(client: Any, name: str, revision: str) -> Version | None:
         raise
 
 
-def find_content(client: Any, name: str, manifest_hash: str) -> Version | None:
+def find_content(client: MlflowClient, name: str, manifest_hash: str) -> Version | None:
     """The newest version that holds the scorer with this manifest, or None."""
     wanted = f"name = '{name}' and tags.`{MANIFEST_TAG}` = '{manifest_hash}'"
     newest = client.search_model_versions(wanted, order_by=[NEWEST], max_results=1)
@@ -67,7 +73,7 @@ def find_content(client: Any, name: str, manifest_hash: str) -> Version | None:
     return find(client, name, str(newest[0].version)) if newest else None
 
 
-def others(client: Any, version: Version) -> list[Version]:
+def _others(client: MlflowClient, version: Version) -> list[Version]:
     """Every other version of the model, without aliases, the oldest first."""
     found: list[Version] = []
     token = None
@@ -132,7 +138,7 @@ def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
     check_evaluated(scorer, version)
 
 
-def _location(version: Version, client: Any) -> str:
+def _location(version: Version, client: MlflowClient) -> str:
     """Where the files of a version lie; RegistryError where that is on another HTTP server than MLflow's.
 
     MLflow sends what is in MLFLOW_TRACKING_TOKEN and the like to whatever host the source of a version names. A copy of
@@ -195,7 +201,7 @@ def _rename(source: Path, target: Path) -> None:
         raise
 
 
-def _version(found: Any) -> Version:
+def _version(found: ModelVersion) -> Version:
     return Version(
         name=found.name,
         number=int(found.version),
@@ -205,7 +211,7 @@ def _version(found: Any) -> Version:
     )
 
 
-def known(client: Any, name: str) -> str:
+def known(client: MlflowClient, name: str) -> str:
     """What there is instead, for the message of a version that is missing."""
     versions = client.search_model_versions(f"name = '{name}'", order_by=[NEWEST], max_results=1)
     if not versions:
@@ -213,3 +219,26 @@ def known(client: Any, name: str) -> str:
     aliases = sorted(client.get_registered_model(name).aliases)
     known = f"aliases: {', '.join(aliases) or 'none'}, newest version: {versions[0].version}"
     return f"no such version ({known}); name one of these"
+
+
+def attempt_on(client: MlflowClient, version: Version, tested_groups: str) -> int:
+    """Which attempt on these groups the version is: 1 and what the versions before it used of them.
+
+    A version counts by the share of the groups that it was tested on, so that a row that is added resets nothing; the
+    sum is rounded. Versions with the same scorer are one.
+    """
+    own = shared(tested_groups, version.tags.get(TESTED_TAG, ""))
+    used = sum(
+        shared(tested_groups, other.tags.get(TESTED_TAG, ""))
+        for other in _others(client, version)
+        if other.manifest_hash != version.manifest_hash and (other.number < version.number or own < _SAME_TEST)
+    )
+    return 1 + int(used + 0.5)
+
+
+def record_attempt(client: MlflowClient, version: Version, tested_groups: str, attempt: int) -> None:
+    """Tags the version with the groups and the attempt, or that attempts were not counted (0)."""
+    groups = merged(version.tags.get(TESTED_TAG, ""), tested_groups)
+    tags = {TESTED_TAG: groups, ATTEMPT_TAG: str(attempt) if attempt else "not counted"}
+    for key, value in tags.items():
+        client.set_model_version_tag(version.name, str(version.number), key, value)

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cappy.errors import ConfigError, shown
-from cappy.specs import Spec, hub_folder, parse_spec
+from cappy.hub_client import hub_folder
+from cappy.specs import Spec, parse_spec
 
 if TYPE_CHECKING:
     from cappy.model_folder import ModelFolder

@@ -11,11 +11,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from cappy.errors import ConfigError, FolderError, shown
+from cappy.hub_client import hub_folder
 from cappy.model_folder import check_size, open_model_folder
 from cappy.records.folder import Manifest, describe_files, disk_errors, sha256_of, write_manifest
 from cappy.scoring.folder import recorded, refuse_labels
 from cappy.scoring.scorer import Scorer
-from cappy.specs import CHECKPOINT, hub_folder, parse_spec
+from cappy.specs import CHECKPOINT, parse_spec
 
 SHA256_DIGITS = 64
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("*.model",))

@@ -60,8 +60,8 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
     """
     from cappy.records.parts import process_folder
     from cappy.records.work import claim, finish
+    from cappy.scorers import scorer_folder
     from cappy.scoring.scorer import Scorer
-    from cappy.specs import scorer_folder
 
     refuse_same(config.source, config.target)
     parent = read_manifest(config.source)

@@ -21,10 +21,10 @@ from cappy.config import build, decode
 from cappy.errors import CappyError, ConfigError, shown
 from cappy.progress import FileProgress, LineProgress, Progress, silent
 from cappy.redaction import redact
+from cappy.runs import PROGRESS_VARIABLE
 from cappy.steps import TRAINING_STEPS, step_version
 from cappy.training import finetuning, pretraining
 from cappy.training.launch import REPORT_VARIABLE, VERSION_VARIABLE, Report
-from cappy.worker import PROGRESS_VARIABLE
 
 ATOMIC = 1000
 """Characters of a message: even as escaped JSON within 4,096 bytes or so, which a pipe takes whole from each rank."""

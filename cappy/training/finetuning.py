@@ -8,7 +8,7 @@ from cappy.config import settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Manifest
-from cappy.specs import open_scorer
+from cappy.scorers import open_scorer
 from cappy.training.settings import TRUNCATION, TrainingSettings
 
 if TYPE_CHECKING:

@@ -7,10 +7,11 @@ from pydantic import Field
 
 from cappy.config import settings
 from cappy.errors import ConfigError, FolderError, shown
+from cappy.hub_client import hub_folder
 from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.progress import Progress, silent
 from cappy.records import Manifest
-from cappy.specs import hub_folder, parse_spec
+from cappy.specs import parse_spec
 from cappy.training.settings import TRUNCATION, TrainingSettings
 
 if TYPE_CHECKING:

@@ -90,8 +90,8 @@ def load(spec: str, calibration: Path | None = None, key: str = "") -> Scoring:
 
 def _in_process(spec: str) -> Scoring:
     """The scorer that a spec names; one call at a time, in a thread of its own."""
+    from cappy.scorers import scorer_folder
     from cappy.scoring import Scorer
-    from cappy.specs import scorer_folder
     from serving.engine import Model, ScorerEngine, probe
 
     scorer = Scorer.load(spec)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from differences import difference
+from wording import raises_naming
 
 from cappy.deployment.step import TOLERANCES, DeploymentConfig, run
 from cappy.errors import FolderError
-from cappy.evaluation.report import SCHEMA
+from cappy.evaluation.findings import SCHEMA
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_manifest
 from cappy.registry.promotion import PromotionConfig
@@ -71,7 +72,7 @@ def test_a_report_on_another_scorer_is_refused_before_anything_is_scored(
     other = make_scorer(head="mse")
     Scorer.load(str(other), precision="fp32").save(tmp_path / "other")
     write_report(tmp_path / "report", tmp_path / "other", [["a", "b", 0.5]])
-    with pytest.raises(FolderError, match=r"report: is about another scorer than models:/cappy/1 \(report on "):
+    with raises_naming(FolderError, "another scorer", "models:/cappy/1", read_manifest(tmp_path / "other").hash[:12]):
         run(DeploymentConfig(target=tmp_path / "endpoint", **(registered | {"report": tmp_path / "report"})))
 
 
@@ -81,7 +82,7 @@ def test_a_version_that_answers_otherwise_is_refused(
     stored = json.loads((registered["report"] / "probe.json").read_text())
     stored[1][2] += 1.1 * TOLERANCES[Scorer.load(str(scorer_folder)).precision]
     write_report(tmp_path / "report", scorer_folder, stored)
-    with pytest.raises(FolderError, match=r"models:/cappy/1: answers differ from its evaluation's by up to 0.0"):
+    with raises_naming(FolderError, "models:/cappy/1", "differ", "0.0"):
         run(DeploymentConfig(target=tmp_path / "endpoint", **(registered | {"report": tmp_path / "report"})))
     assert not (tmp_path / "endpoint" / "manifest.json").exists()
 
@@ -90,7 +91,7 @@ def test_a_report_without_stored_pairs_is_refused(
     registered: dict[str, Any], scorer_folder: Path, tmp_path: Path
 ) -> None:
     write_report(tmp_path / "report", scorer_folder, [])
-    with pytest.raises(FolderError, match="holds no stored pair"):
+    with raises_naming(FolderError, "probe.json", "evaluate again"):
         run(DeploymentConfig(target=tmp_path / "endpoint", **(registered | {"report": tmp_path / "report"})))
 
 

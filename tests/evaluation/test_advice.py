@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
+from wording import assert_names
 
 from cappy.evaluation import Difference, Estimate, Report, evaluate
-from cappy.evaluation.advice import MIN_GROUPS, advice
-from cappy.evaluation.findings import Power
-from cappy.evaluation.verdict import verdict
+from cappy.evaluation.findings import MIN_GROUPS, Power
+from cappy.evaluation.verdict import advice, verdict
 from cappy.records import Instance
 from cappy.registry import gate
 from cappy.registry.gate import decide
@@ -60,13 +60,13 @@ WON, LOST, OPEN = (0.02, 0.06), (-0.06, -0.02), (-0.01, 0.03)
 
 def test_a_scorer_that_beats_everything_is_promoted(report: Report) -> None:
     level = replace(report, curve={"scorer": (Estimate(mean=0.5, low=0.4, high=0.6),) * 6}, pays_until=1)
-    assert advice(found(level, random=WON, mbr=WON)).startswith("Promote: the scorer beats")
+    assert advice(found(level, random=WON, mbr=WON)).startswith("Promote:")
 
 
 def test_a_curve_that_still_rises_asks_for_more_samples(report: Report) -> None:
     curve = tuple(Estimate(mean=0.5 + n / 100, low=0.4, high=0.6) for n in range(6))
     rising = replace(report, curve={"scorer": curve}, pays_until=6)
-    assert advice(found(rising, random=WON, mbr=WON)) == "Promote, and sample more: candidate 6 still adds 1.0."
+    assert_names(advice(found(rising, random=WON, mbr=WON)), "Promote", "sample more", "candidate 6", "1.0")
 
 
 def test_a_cross_fitted_report_promotes_as_the_gate_does(report: Report) -> None:
@@ -77,34 +77,36 @@ def test_a_cross_fitted_report_promotes_as_the_gate_does(report: Report) -> None
 
 def test_a_leak_comes_before_everything(report: Report) -> None:
     leaking = replace(found(report, random=WON, mbr=WON), leaks={"challenger": 2})
-    assert advice(leaking).startswith("Hold: the challenger saw reported instances")
+    assert advice(leaking).startswith("Hold")
+    assert_names(advice(leaking), "challenger", "in training", "splits")
 
 
 def test_a_scorer_below_mbr_gives_way_to_it(report: Report) -> None:
-    assert advice(found(report, random=WON, mbr=LOST, hybrid=OPEN)).startswith(
-        "Use MBR: the scorer is below it by −4.0"
-    )
+    text = advice(found(report, random=WON, mbr=LOST, hybrid=OPEN))
+    assert text.startswith("Use MBR")
+    assert_names(text, "below", "−4.0")
 
 
 def test_a_hybrid_that_wins_is_used(report: Report) -> None:
-    assert "pick by scorer + MBR (weight" in advice(found(report, random=WON, mbr=OPEN, hybrid=WON))
+    assert_names(advice(found(report, random=WON, mbr=OPEN, hybrid=WON)), "Promote", "scorer + MBR (weight")
 
 
 def test_an_open_gain_says_how_many_groups_would_show_it(report: Report) -> None:
-    assert advice(found(report, random=OPEN)) == (
-        "More data: +1.0 against random choice is not proven on 40 groups, about 60 would show it."
-    )
+    text = advice(found(report, random=OPEN))
+    assert text.startswith("More data")
+    assert_names(text, "+1.0", "random choice", "40 groups", "about 60")
 
 
 def test_the_same_picks_as_the_champion_are_no_reason_to_promote(instances: list[Instance], score: Score) -> None:
     both = evaluate(instances, score=score, champion=score, probe=False)
-    assert advice(both).startswith("Hold: the scorer does exactly as well as the champion")
+    assert advice(both).startswith("Hold")
+    assert_names(advice(both), "exactly as well", "champion")
 
 
 def test_what_no_data_would_show_is_held(report: Report) -> None:
     text = advice(found(report, needed=100_000, random=OPEN))
-    assert text.startswith("Hold: the scorer is not shown to beat random choice")
-    assert "40 groups show no difference below 3.0" in text
+    assert text.startswith("Hold")
+    assert_names(text, "not shown to beat random choice", "40 groups", "below 3.0")
 
 
 @pytest.mark.parametrize(("needed", "reach"), [(800, True), (801, False)])
@@ -118,7 +120,8 @@ def test_the_verdict_and_the_advice_agree_on_how_much_data_is_within_reach(
 
 
 def test_a_scorer_worse_than_chance_is_held(report: Report) -> None:
-    assert advice(found(report, random=LOST)).startswith("Hold: the scorer does worse than random choice")
+    assert advice(found(report, random=LOST)).startswith("Hold")
+    assert_names(advice(found(report, random=LOST)), "worse than random choice")
 
 
 @pytest.mark.parametrize(("bounds", "start"), [(WON, "Promote: "), (LOST, "Hold: "), (OPEN, "More data: ")])
@@ -132,21 +135,21 @@ def test_beside_a_champion_the_champion_decides(
 def test_a_pool_without_room_is_promoted_and_asks_for_other_candidates(instances: list[Instance]) -> None:
     labels = {(i.instruction, c.response): c.labels["rougeL"] for i in instances for c in i.candidates}
     report = evaluate(instances, score=lambda p: [labels[x] for x in p], probe=False)
-    assert advice(report).startswith("Promote, and sample other candidates: the oracle is only 0.0 above")
+    assert_names(advice(report), "Promote", "other candidates", "oracle", "0.0 above")
 
 
 def test_closed_choices_are_never_asked_for_more_samples(report: Report) -> None:
     curve = tuple(Estimate(mean=0.5 + n / 100, low=0.4, high=0.6) for n in range(6))
     choices = replace(report, curve={"scorer": curve}, pays_until=6, tasks=(replace(report.tasks[0], kind="choice"),))
-    assert advice(found(choices, random=WON)) == (
-        "Promote: the scorer beats random choice and what needs no training among these choices."
-    )
+    text = advice(found(choices, random=WON))
+    assert text.startswith("Promote:")
+    assert "sample" not in text
 
 
 def test_a_scorer_below_the_likelihood_is_held_whatever_else_it_beats(report: Report) -> None:
-    assert advice(found(report, random=WON, likelihood=LOST, mbr=WON)).startswith(
-        "Hold: the scorer is below the better likelihood selector by −4.0"
-    )
+    text = advice(found(report, random=WON, likelihood=LOST, mbr=WON))
+    assert text.startswith("Hold")
+    assert_names(text, "below the better likelihood selector", "−4.0")
 
 
 def test_nothing_is_advised_to_be_promoted_that_the_gate_would_hold(report: Report) -> None:
@@ -176,14 +179,14 @@ def test_the_fewest_groups_are_those_of_the_gate() -> None:
 
 def test_with_fewer_groups_than_decide_anything_more_test_instances_are_asked_for(report: Report) -> None:
     few = found(replace(report, facts={**report.facts, "groups": 12}), random=WON, mbr=WON)
-    assert advice(few).startswith(
-        "Hold: 12 groups of instances decide nothing, it takes 30; prepare more test instances"
-    )
+    assert advice(few).startswith("Hold")
+    assert_names(advice(few), "12 groups", "30", "more test instances", "--folds")
 
 
 def test_a_champion_that_could_not_be_compared_with_is_no_reason_to_promote(report: Report) -> None:
     lacking = replace(found(report, random=WON, mbr=WON), unavailable={"champion": "its picks are of other instances"})
-    assert advice(lacking).startswith("Hold: the report does not compare with the champion: its picks are of other")
+    assert advice(lacking).startswith("Hold")
+    assert_names(advice(lacking), "champion: its picks are of other instances")
 
 
 @pytest.mark.parametrize("random", [OPEN, LOST])
@@ -192,8 +195,7 @@ def test_a_scorer_that_hardly_tells_responses_apart_needs_another_encoder_and_no
 ) -> None:
     """GSM8K from the built-in start: the scores of four solutions differ by 0.001, and no such data mends it."""
     text = advice(found(report, spread=0.001, random=random))
-    assert "hardly tells an instance's responses apart (their scores differ by 0.1 of 100 in the median)" in text
-    assert "train from a larger encoder, or use MBR" in text
+    assert_names(text, "differ by 0.1 of 100 in the median", "larger encoder", "use MBR")
     assert "More data" not in text
     assert "more instances" not in text
 
@@ -205,24 +207,24 @@ def test_close_scores_that_pick_well_are_no_fault(report: Report) -> None:
 @pytest.mark.parametrize("random", [OPEN, LOST])
 def test_where_mbr_is_proven_and_the_scorer_is_not_mbr_is_advised(report: Report, random: Bounds) -> None:
     proven = with_means(found(report, random=random, mbr=OPEN, mbr_random=WON), mbr=0.9)
-    assert advice(proven).startswith(
-        "Use MBR: it beats random choice by +4.0 (95% interval 2.0 to 6.0) without training"
-    )
-    assert "and the scorer" in advice(proven)
+    assert advice(proven).startswith("Use MBR")
+    assert_names(advice(proven), "random choice", "+4.0", "2.0 to 6.0", "the scorer")
     unproven = with_means(found(report, random=random, mbr=OPEN, mbr_random=OPEN), mbr=0.9)
     assert not advice(unproven).startswith("Use MBR")
 
 
 def test_where_one_greedy_call_is_better_than_the_scorers_pick_it_is_advised(report: Report) -> None:
     made = with_means(found(report, random=WON, greedy=LOST, mbr=OPEN, mbr_random=WON), greedy=0.8, mbr=0.7)
-    assert advice(made).startswith("Use one greedy response: the scorer's pick of several is below it, by −4.0")
+    assert advice(made).startswith("Use one greedy response")
+    assert_names(advice(made), "below", "−4.0")
     ahead = with_means(found(report, random=WON, greedy=LOST, mbr=OPEN, mbr_random=WON), greedy=0.7, mbr=0.8)
     assert advice(ahead).startswith("Use MBR")
 
 
 def test_a_greedy_response_that_may_be_as_good_is_no_reason_to_promote(report: Report) -> None:
     made = with_means(found(report, random=WON, greedy=OPEN, mbr=WON), greedy=0.7)
-    assert advice(made).startswith("More data: +1.0 against the greedy response is not proven")
+    assert advice(made).startswith("More data")
+    assert_names(advice(made), "+1.0", "greedy response")
 
 
 def test_how_far_an_instances_scores_are_apart_is_in_the_report(instances: list[Instance]) -> None:

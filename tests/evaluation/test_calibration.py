@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from calibrations import straight
+from wording import raises_naming
 
 from cappy.errors import FolderError
 from cappy.evaluation import calibration
-from cappy.evaluation.pools import Pool
 from cappy.records import Candidate, Instance
 from cappy.scoring.calibration import Calibration, read_calibration
+from cappy.selection.pools import Pool
 
 RNG = np.random.default_rng(0)
 SCORES = RNG.random(4000)
@@ -236,14 +237,14 @@ POINTS = {"n": 1, "scores": [0, 1], "expected": [0, 1]}
 def test_a_damaged_map_is_refused(tmp_path: Path, damage: dict[str, object]) -> None:
     values = json.loads(straight({1: 1.0, 8: 0.5}).to_json())
     (tmp_path / "calibration.json").write_text(json.dumps({**values, **damage}))
-    with pytest.raises(FolderError, match=r"calibration\.json: is no calibration"):
+    with raises_naming(FolderError, "calibration.json", "no calibration", "evaluate again"):
         read_calibration(tmp_path)
 
 
 def test_a_map_of_all_candidates_by_an_older_version_is_refused_as_it_overrates_picks(tmp_path: Path) -> None:
     older = {"kind": "isotonic", "metric": "rougeL", "fitted_on": 99, "scores": [0, 1], "expected": [0, 1]}
     (tmp_path / "calibration.json").write_text(json.dumps(older))
-    with pytest.raises(FolderError, match="fitted it on all candidates.*evaluate again, or delete it"):
+    with raises_naming(FolderError, "older version", "all candidates", "evaluate again", "delete it"):
         read_calibration(tmp_path)
 
 

@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from wording import assert_names, raises_naming
 
 from cappy.config import build
 from cappy.errors import ConfigError, FolderError
-from cappy.evaluation import crossfit, out_of_fold, read_report, selectors
+from cappy.evaluation import crossfit, read_report
+from cappy.evaluation.findings import OUT_OF_FOLD
 from cappy.evaluation.leaks import seen_in_training
-from cappy.evaluation.parts import Part
-from cappy.evaluation.pools import Pool, collect
-from cappy.evaluation.protocol import report_of
-from cappy.evaluation.rules import rules
+from cappy.evaluation.protocol import EvaluatedSplit, report_of
 from cappy.evaluation.step import EvaluationConfig, run
 from cappy.progress import silent
 from cappy.records import Instance, Manifest, prompt_hash, read, write
@@ -26,6 +25,8 @@ from cappy.registry.gate import decide
 from cappy.scoring import TRAINED_ON, Scorer
 from cappy.scoring.calibration import read_calibration
 from cappy.scoring.training_data import training_data, write_training_data
+from cappy.selection.pools import Pool, collect, picked, with_scores
+from cappy.selection.selectors import select
 from cappy.training.loop import Run
 
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
@@ -99,7 +100,7 @@ def test_the_seed_decides_the_folds(grouped: list[Instance]) -> None:
 
 
 def test_fewer_groups_than_folds_are_refused(grouped: list[Instance]) -> None:
-    with pytest.raises(ConfigError, match="--folds 5: there are 3 groups"):
+    with raises_naming(ConfigError, "--folds 5", "3 groups"):
         list(crossfit.folds(grouped[:6], 5, seed=0))
 
 
@@ -122,7 +123,7 @@ class Fold:
 def test_no_instance_is_tested_or_held_out_by_a_scorer_that_saw_it(
     tmp_path: Path, grouped: list[Instance], score: Score
 ) -> None:
-    config = build(EvaluationConfig, {"source": tmp_path, "scorer": tmp_path, "target": tmp_path, "folds": 4})
+    four = crossfit.CrossFitting(folds=4, seed=0, metric="rougeL", probe=True, work=tmp_path)
     asked: list[Mapping[str, Any]] = []
 
     def train(step: str, settings: Mapping[str, Any], progress: object) -> None:
@@ -132,8 +133,8 @@ def test_no_instance_is_tested_or_held_out_by_a_scorer_that_saw_it(
         learned = [one.instruction for one in read(settings["source"]) if one.split == "train"]
         (target / "trained.json").write_text(json.dumps(learned))
 
-    parts, skipped = crossfit.parts(
-        config,
+    evaluated, skipped = crossfit.evaluate_folds(
+        four,
         grouped,
         ("finetuning", {"scorer": "builtin", "epochs": 3.0}),
         tmp_path,
@@ -142,10 +143,12 @@ def test_no_instance_is_tested_or_held_out_by_a_scorer_that_saw_it(
         train=train,
     )
     assert skipped == 0
-    assert sorted(pool.instance.instance_id for part in parts for pool in part.pools) == sorted(
+    assert sorted(pool.instance.instance_id for own in evaluated for pool in own.pools) == sorted(
         one.instance_id for one in grouped
     )
-    assert all(value.max() < 99 for part in parts for value in [*part.rules.values["scorer"], *part.held_scores])
+    scores = [pool.scores["scorer"] for own in evaluated for pool in (*own.pools, *own.held_out)]
+    assert len(scores) == 2 * len(grouped)
+    assert all(own.max() < 99 for own in scores)
     assert {settings["epochs"] for settings in asked} == {3.0}
 
     def trained_on(folder: Path) -> np.ndarray:
@@ -153,14 +156,14 @@ def test_no_instance_is_tested_or_held_out_by_a_scorer_that_saw_it(
             [prompt_hash(text) for text in json.loads((folder / "trained.json").read_text())], dtype=np.uint64
         )
 
-    assert crossfit.leaks(parts, tmp_path, trained_on) == 0
+    assert crossfit.leaks(evaluated, tmp_path, trained_on) == 0
     of_first = trained_on(tmp_path / ".fold-1-scorer")
-    assert crossfit.leaks(parts, tmp_path, lambda folder: of_first) == len(of_first) > 20
+    assert crossfit.leaks(evaluated, tmp_path, lambda folder: of_first) == len(of_first) > 20
 
 
 @pytest.mark.parametrize("folds", [1, 2])
 def test_folds_that_make_no_sense_are_refused(tmp_path: Path, folds: int) -> None:
-    with pytest.raises(ConfigError, match="takes 3 or more"):
+    with raises_naming(ConfigError, "--folds", "3 or more", str(folds)):
         build(EvaluationConfig, {"source": tmp_path, "scorer": tmp_path, "target": tmp_path, "folds": folds})
 
 
@@ -169,29 +172,28 @@ def scored(pools: Sequence[Pool], seed: int) -> list[np.ndarray]:
     return [rng.random(len(pool.candidates)) for pool in pools]
 
 
-def part_for(pools: Sequence[Pool], seed: int) -> Part:
-    scores = scored(pools, seed)
-    found = rules(pools, [], {"scorer": scores}, [])
-    return Part(pools=pools, held_out=[], held_scores=[], rules=found, calibration=None)
+def evaluated_split(pools: Sequence[Pool], seed: int) -> EvaluatedSplit:
+    pools = with_scores(pools, "scorer", scored(pools, seed))
+    return EvaluatedSplit(pools=pools, held_out=[], selection=select([], pools), calibration=None)
 
 
 @pytest.fixture
 def champion(tmp_path: Path, grouped: list[Instance]) -> Path:
     """The folder of a champion with out-of-fold scores of all instances."""
     pools = collect(grouped, metric="rougeL", splits={one.split for one in grouped})
-    text = out_of_fold.to_json(pools, scored(pools, seed=7), metric="rougeL", folds=5, leaks=0)
-    (tmp_path / out_of_fold.OUT_OF_FOLD).write_text(text)
+    text = crossfit.out_of_fold_json([evaluated_split(pools, seed=7)], metric="rougeL", leaks=0)
+    (tmp_path / OUT_OF_FOLD).write_text(text)
     return tmp_path
 
 
 def test_two_recipes_are_compared_on_their_picks_of_the_same_instances(grouped: list[Instance], champion: Path) -> None:
     pools = collect(grouped, metric="rougeL", splits={one.split for one in grouped})
     shuffled = [pools[index] for index in np.random.default_rng(0).permutation(len(pools))]
-    parts = [part_for(shuffled[:20], 1), part_for(shuffled[20:], 2)]
-    joined, leaks = crossfit.with_champion(parts, champion, "rougeL")
+    splits = [evaluated_split(shuffled[:20], 1), evaluated_split(shuffled[20:], 2)]
+    joined, leaks = crossfit.with_champion(splits, champion, "rougeL")
     assert leaks == {"champion": 0}
     report = report_of(joined, metric="rougeL", split="cross-fitted", seed=0, folds=5)
-    expected = selectors.picked(pools, scored(pools, seed=7)).mean()
+    expected = picked(pools, scored(pools, seed=7)).mean()
     assert report.selectors["champion"].estimate.mean == pytest.approx(expected)
     assert report.comparisons["scorer-champion"].groups == 30
 
@@ -215,30 +217,27 @@ def test_picks_of_other_instances_compare_nothing_and_the_gate_holds(
 ) -> None:
     instances = changed(grouped)
     pools = collect(instances, metric="rougeL", splits={one.split for one in instances})
-    parts, leaks = crossfit.with_champion([part_for(pools, 1)], champion, "rougeL")
-    report = report_of(parts, metric="rougeL", split="cross-fitted", seed=0, folds=5)
+    splits, leaks = crossfit.with_champion([evaluated_split(pools, 1)], champion, "rougeL")
+    report = report_of(splits, metric="rougeL", split="cross-fitted", seed=0, folds=5)
     assert leaks == {}
     assert "scorer-champion" not in report.comparisons
-    assert (
-        f"of 60 instances, this report is on {len(pools)}, and 59 of them are the same"
-        in report.unavailable["champion"]
-    )
+    assert_names(report.unavailable["champion"], "60 instances", f"this report is on {len(pools)}", "59 of them")
     decision = decide(report.to_dict(), has_champion=True)
     assert decision.decision == "hold"
-    assert "does not compare with the champion" in decision.reasons[0]
+    assert report.unavailable["champion"] in decision.reasons[0]
 
 
 def test_a_champion_without_out_of_fold_picks_says_what_to_do(grouped: list[Instance], tmp_path: Path) -> None:
     pools = collect(grouped, metric="rougeL", splits={one.split for one in grouped})
-    (part,), _ = crossfit.with_champion([part_for(pools, 1)], tmp_path, "rougeL")
-    assert "cross-fit it with --folds and register it again" in part.rules.unavailable["champion"]
+    (part,), _ = crossfit.with_champion([evaluated_split(pools, 1)], tmp_path, "rougeL")
+    assert_names(part.selection.unavailable["champion"], "no out-of-fold picks", "--folds", "register")
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"metric": "rougeL", "folds": 5, "leaks": 0, "scores": {"a": ["x"]}}'])
 def test_damaged_out_of_fold_scores_are_one_line(tmp_path: Path, text: str) -> None:
-    (tmp_path / out_of_fold.OUT_OF_FOLD).write_text(text)
-    with pytest.raises(FolderError, match="evaluate again with --folds"):
-        out_of_fold.read_out_of_fold(tmp_path)
+    (tmp_path / OUT_OF_FOLD).write_text(text)
+    with raises_naming(FolderError, "out_of_fold.json", "--folds"):
+        crossfit.read_out_of_fold(tmp_path)
 
 
 def test_a_scorer_whose_recipe_is_not_known_is_refused(
@@ -246,7 +245,7 @@ def test_a_scorer_whose_recipe_is_not_known_is_refused(
 ) -> None:
     write(tmp_path / "annotated", grouped)
     places = {"source": tmp_path / "annotated", "target": tmp_path / "report", "work": tmp_path / "work"}
-    with pytest.raises(ConfigError, match="its recipe is not known"):
+    with raises_naming(ConfigError, "--folds", scorer_folder.name, "recipe"):
         run(build(EvaluationConfig, {"scorer": scorer_folder, "folds": 3, **places}))
 
 
@@ -279,7 +278,7 @@ def test_a_real_recipe_is_trained_for_each_fold_and_leaves_its_picks(
     assert (report.folds, report.facts["instances"], report.split) == (3, 30, "cross-fitted")
     assert report.leaks == {"challenger": 0}
     assert {note.split(",")[0] for note in told} >= {"fold 1 of 3", "fold 2 of 3", "fold 3 of 3"}
-    left = out_of_fold.read_out_of_fold(tmp_path / "report")
+    left = crossfit.read_out_of_fold(tmp_path / "report")
     assert left is not None
     assert (left.folds, left.leaks, len(left.scores)) == (3, 0, 30)
     calibration = read_calibration(tmp_path / "report")

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from calibrations import straight
 from scipy.stats import binomtest
+from wording import assert_names, raises_naming
 
 from cappy.errors import FolderError
-from cappy.evaluation.report import SCHEMA
+from cappy.evaluation.findings import SCHEMA
 from cappy.evaluation.threshold import groups_needed, lower_bound, lowest, sentence, threshold
 from cappy.records import Manifest
 from cappy.records.folder import describe_files, write_manifest
@@ -162,8 +163,7 @@ def test_the_threshold_is_chosen_held_out_and_tried_on_what_is_reported(report: 
     expected = binomtest(4, 5).proportion_ci(method="exact")
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
     text = sentence(found, precision=0.8, good=0.5)
-    assert f"at least {100 * found.held_out_low:.1f}% with 95% confidence" in text
-    assert "over 5 groups, so they alone do not prove what you ask for" in text
+    assert_names(text, f"at least {100 * found.held_out_low:.1f}%", "95% confidence", "5 groups", "do not prove")
     assert found.floor is None
     assert "--floor" not in text
 
@@ -198,9 +198,8 @@ def test_reported_picks_of_one_group_prove_as_much_as_one_of_them(report: Path) 
 def test_a_precision_that_no_score_has_is_said_with_what_it_takes(report: Path) -> None:
     assert threshold(report, precision=0.9, good=1.1) is None
     text = sentence(None, precision=0.9, good=1.1)
-    assert text.startswith("No score is shown, with 95% confidence, to keep 90% of the picks")
-    assert "it takes 29 groups or more" in text
-    assert "no number of picks shows that all are good" in sentence(None, precision=1.0, good=0.5)
+    assert_names(text, "No score", "95%", "90%", "29 groups")
+    assert_names(sentence(None, precision=1.0, good=0.5), "No score", "100%", "no number of picks")
 
 
 def folded(shift: float) -> list[tuple[float, float, str, int, int]]:
@@ -219,8 +218,7 @@ def test_a_cross_fitted_threshold_is_kept_by_picks_of_folds_that_did_not_choose_
     assert 0.4 < found.threshold <= 0.52
     assert found.precision is not None
     assert found.precision >= 0.8
-    assert "tried on each of 4" in sentence(found, precision=0.8, good=0.5)
-    assert "not on one scale" in sentence(found, precision=0.8, good=0.5)
+    assert_names(sentence(found, precision=0.8, good=0.5), "other folds", "each of 4", "scale")
 
 
 def test_folds_on_other_scales_are_seen_in_what_is_kept(tmp_path: Path) -> None:
@@ -234,18 +232,24 @@ def test_folds_on_other_scales_are_seen_in_what_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "folds", "words"),
+    ("values", "folds", "named"),
     [
-        ({"held_out": [], "reported": REPORTED}, 0, "no held-out picks.*validation split"),
-        ({"held_out": [[0.5, 1.0, "a"]], "reported": [[0.5, 1.0, "a"]]}, 0, "older version.*evaluate again"),
-        ({"held_out": [[0.5, None, "a", 1]], "reported": REPORTED}, 0, "evaluate again"),
-        ({"held_out": [[0.5, float("nan"), "a", 1]], "reported": REPORTED}, 0, "evaluate again"),
-        ({"held_out": [[0.5, 1.0, "a", 0]], "reported": REPORTED}, 0, "evaluate again"),
-        ({"held_out": HELD}, 0, "evaluate again"),
-        ({"held_out": HELD, "reported": REPORTED}, 5, "no out-of-fold picks.*evaluate again"),
-        ({"out_of_fold": HELD}, 5, "evaluate again"),
+        ({"held_out": [], "reported": REPORTED}, 0, ("held-out", "validation split")),
+        ({"held_out": [[0.5, 1.0, "a"]], "reported": [[0.5, 1.0, "a"]]}, 0, ("older version", "evaluate again")),
+        ({"held_out": [[0.5, None, "a", 1]], "reported": REPORTED}, 0, ("score, label, group", "evaluate again")),
+        (
+            {"held_out": [[0.5, float("nan"), "a", 1]], "reported": REPORTED},
+            0,
+            ("score, label, group", "evaluate again"),
+        ),
+        ({"held_out": [[0.5, 1.0, "a", 0]], "reported": REPORTED}, 0, ("score, label, group", "evaluate again")),
+        ({"held_out": HELD}, 0, ("score, label, group", "evaluate again")),
+        ({"held_out": HELD, "reported": REPORTED}, 5, ("out-of-fold", "evaluate again")),
+        ({"out_of_fold": HELD}, 5, ("score, label, group", "evaluate again")),
     ],
 )
-def test_picks_that_say_too_little_are_refused(tmp_path: Path, values: dict[str, Any], folds: int, words: str) -> None:
-    with pytest.raises(FolderError, match=words):
+def test_picks_that_say_too_little_are_refused(
+    tmp_path: Path, values: dict[str, Any], folds: int, named: tuple[str, ...]
+) -> None:
+    with raises_naming(FolderError, "picks.json", *named):
         threshold(write(tmp_path, values, folds=folds), precision=0.8, good=0.5)

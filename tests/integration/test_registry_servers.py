@@ -15,7 +15,7 @@ from processes import free_port, running, wait_for
 
 from cappy import registry
 from cappy.errors import RegistryError
-from cappy.evaluation.report import SCHEMA
+from cappy.evaluation.findings import SCHEMA
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, verify, write_manifest
 from cappy.registry.promotion import PromotionConfig

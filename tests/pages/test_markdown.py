@@ -11,7 +11,7 @@ import markdown as python_markdown
 import pytest
 from markdown_it import MarkdownIt
 
-from cappy.evaluation import Report, evaluate, markdown
+from cappy.evaluation import Report, evaluate
 from cappy.evaluation.findings import Probe
 from cappy.pages.words import code, table, text
 from cappy.records import Candidate, Instance, Manifest
@@ -198,7 +198,7 @@ def by_length(pairs: Any) -> list[float]:
 def test_no_name_in_a_whole_report_becomes_an_element(
     render: Callable[[str], str], name: str, make_instance: Callable[..., Instance]
 ) -> None:
-    page = Page(render(markdown.render(report_of(name, make_instance, by_length))))
+    page = Page(render(report_of(name, make_instance, by_length).markdown()))
     assert set(page.tags) <= PLAIN
     assert {key for key, _ in page.attributes} <= {"style", "id"}
     assert page.other == []

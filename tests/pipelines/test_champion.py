@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cappy.worker import StepRecord, record_path
+from cappy.runs import StepRecord, record_path
 from pipelines.definitions import PIPELINES
 from pipelines.submission import Submission, prepare
 

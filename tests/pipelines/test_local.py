@@ -14,7 +14,7 @@ from wording import assert_names, raises_naming
 
 from cappy.errors import CappyError, ConfigError
 from cappy.records import read, read_manifest
-from cappy.worker import read_record
+from cappy.runs import read_record
 from pipelines.clients.local import LocalClient
 from pipelines.local import Outcome, execute, run_recipe
 from pipelines.recipe import checked

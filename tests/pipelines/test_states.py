@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cappy.progress import State
-from cappy.worker import StepRecord, record_path
+from cappy.runs import StepRecord, record_path
 from pipelines.states import StepState, describe_progress, log_section, observe
 
 STEPS = {"preparation": "f1", "annotation": "f2", "registration": "f3", "deployment": "f4"}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from differences import difference
 
-from cappy.evaluation.report import SCHEMA
+from cappy.evaluation.findings import SCHEMA
 from cappy.records import Manifest
 from cappy.records.folder import describe_files, write_manifest
 

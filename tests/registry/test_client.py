@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from local_server import handled_by
+from wording import raises_naming
 
 from cappy.errors import RegistryError, UnreachableError
 from cappy.registry.client import connected
@@ -82,7 +83,7 @@ def test_the_newline_that_echo_puts_behind_a_secret_is_not_sent(monkeypatch: pyt
 
 def test_a_database_whose_driver_is_missing_is_one_line_without_its_password() -> None:
     with (
-        pytest.raises(RegistryError, match=r"//…@h/db: MLflow needs pg8000") as error,
+        raises_naming(RegistryError, "//…@h/db", "pg8000", "pip install") as error,
         connected("postgresql+pg8000://anna:se@cr/et-1@h/db"),
     ):
         pass

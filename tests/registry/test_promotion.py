@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import race
 from differences import difference
+from wording import assert_names, raises_naming
 
 from cappy import registry
 from cappy.cli import main
 from cappy.errors import ConfigError, FolderError, RecordError, RegistryError
-from cappy.records import Manifest
+from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_manifest
 from cappy.registry import aliases
 from cappy.registry.client import connected
@@ -66,20 +67,18 @@ def test_the_gate_opens_only_for_what_is_proven(
 
 def test_reasons_name_the_comparison_the_interval_and_the_leak() -> None:
     reasons = decide(report({"challenger": 3}, random=-0.02, mbr=0.01), has_champion=False).reasons
-    assert reasons[0].startswith("The challenger was trained on 3 of the reported instances")
-    expected = "The scorer is not proven to beat random choice: difference +3.0 (95% interval -2.0 to +8.0, x100)."
-    assert reasons[1].startswith(expected)
-    assert reasons[2].startswith("For information: against MBR")
+    assert_names(reasons[0], "challenger", "trained on 3")
+    assert_names(reasons[1], "not proven to beat random choice", "+3.0", "-2.0 to +8.0")
+    assert_names(reasons[2], "for information", "MBR")
 
 
 def test_a_gain_that_is_not_proven_says_how_many_groups_would_show_it() -> None:
     """At 80 % power the groups grow with the square of (2.83 standard errors / gain)."""
     reasons = decide(report(random=-0.02), has_champion=False).reasons
-    sentence = "A gain of 3.0 needs about 565 groups to be shown in four of five tries, the report has 100."
-    assert reasons[0].endswith(sentence)
-    assert "A gain" not in decide(report(random=-0.2), has_champion=False).reasons[0]
+    assert_names(reasons[0], "3.0", "565 groups", "has 100")
+    assert "groups" not in decide(report(random=-0.2), has_champion=False).reasons[0]
     later = decide(report(random=-0.02), has_champion=False, attempt=2).reasons[0]
-    assert "needs about 1,093 groups" in later
+    assert "1,093 groups" in later
 
 
 @pytest.mark.parametrize(("attempt", "expected"), [(1, "promote"), (2, "hold"), (20, "hold")])
@@ -106,7 +105,7 @@ def test_differences_that_do_not_vary_prove_nothing(error: float | None) -> None
     "comparisons", [None, [], {"scorer-random": None}, {"scorer-random": {"low": 0.1}}, {"scorer-random": {"low": "x"}}]
 )
 def test_comparisons_of_another_form_are_one_line(comparisons: Any) -> None:
-    with pytest.raises(RecordError, match=r"^report: comparisons.*evaluate again$"):
+    with raises_naming(RecordError, "report: comparisons", "evaluate again"):
         decide({**report(), "comparisons": comparisons}, has_champion=False)
 
 
@@ -114,7 +113,8 @@ def test_the_reason_that_a_cross_fitted_report_has_no_champion_is_the_gates_reas
     found = {**report(random=0.1), "folds": 5, "unavailable": {"champion": "its picks are of 52 other instances"}}
     decision = decide(found, has_champion=True)
     assert decision.decision == "hold"
-    assert decision.reasons == ("The report does not compare with the champion: its picks are of 52 other instances.",)
+    (reason,) = decision.reasons
+    assert_names(reason, "champion", "its picks are of 52 other instances")
 
 
 def test_a_promoted_version_is_champion_and_challenger_no_more(room: Any, registered: Any) -> None:
@@ -137,7 +137,8 @@ def test_promotion_told_twice_stays_promoted(room: Any, registered: Any) -> None
     room.promote(found)
     again = room.promote(found)
     assert again["decision"] == "promote"
-    assert again["reasons"] == ["Version 1 is already champion."]
+    (reason,) = again["reasons"]
+    assert_names(reason, "Version 1", "already champion")
 
 
 def test_a_report_on_another_scorer_opens_no_gate(room: Any, registered: Any) -> None:
@@ -145,7 +146,7 @@ def test_a_report_on_another_scorer_opens_no_gate(room: Any, registered: Any) ->
     registered("a", 1.0)
     told = room.promote(room.report("report-other", other))
     assert told["decision"] == "hold"
-    assert told["reasons"][0].startswith("The report is on ")
+    assert_names(told["reasons"][0], read_manifest(other).hash[:12], "not on version 1")
     assert registry.champion("cappy", tracking_uri=room.uri) is None
 
 
@@ -153,7 +154,7 @@ def test_a_report_that_was_edited_is_refused(room: Any, registered: Any) -> None
     _, found = registered("a", 1.0, leaks={"challenger": 3})
     values = json.loads((found / "report.json").read_text())
     (found / "report.json").write_text(json.dumps({**values, "leaks": {}}))
-    with pytest.raises(FolderError, match=r"report.json: is damaged"):
+    with raises_naming(FolderError, "report.json", "damaged"):
         room.promote(found)
 
 
@@ -177,8 +178,7 @@ def test_a_champion_that_moved_since_the_report_holds_the_version(room: Any, reg
     _, late = registered("c", 3.0, champion=one)
     told = room.promote(late)
     assert told["decision"] == "hold"
-    assert "The champion is now version 2" in told["reasons"][0]
-    assert "run the pipeline again" in told["reasons"][0]
+    assert_names(told["reasons"][0], "champion", "now version 2", "--champion models:/cappy@champion")
 
 
 def test_a_report_without_the_champion_holds_the_version(room: Any, registered: Any) -> None:
@@ -194,7 +194,7 @@ def test_rollback_gives_the_alias_back_and_refuses_where_nothing_was_before(
     with pytest.raises(RegistryError, match="no such model"):
         registry.rollback("cappy", tracking_uri=room.uri)
     one, first = registered("a", 1.0)
-    with pytest.raises(RegistryError, match="has no champion, so there is nothing to roll back"):
+    with raises_naming(RegistryError, "models:/cappy", "no champion"):
         registry.rollback("cappy", tracking_uri=room.uri)
     room.promote(first)
     _, second = registered("b", 2.0, champion=one)
@@ -253,26 +253,26 @@ def test_a_rollback_tells_the_champion_that_it_took_the_alias_from(
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("words", "named"),
     [
-        ("--rollback --history", "--rollback and --history do not go together; give one of them"),
-        ("--rollback --dry-run", "--dry-run and --rollback do not go together; give one of them"),
-        ("--history --dry-run", "--dry-run and --history do not go together; give one of them"),
-        ("--version v --report r --target t --name cappy", "--name is for --rollback or --history; leave it out"),
-        ("--version v --report r --target t --reason why", "--reason is for --rollback; leave it out"),
-        ("--version v --report r --dry-run --name other", "--name is for --rollback or --history; leave it out"),
-        ("--history --reason why", "--reason is for --rollback; leave it out"),
-        ("--rollback --version v", "--rollback takes no --version, its model is named by --name"),
-        ("--history --report r", "--history takes no --report, its model is named by --name"),
+        ("--rollback --history", ("--rollback", "--history", "one of them")),
+        ("--rollback --dry-run", ("--dry-run", "--rollback", "one of them")),
+        ("--history --dry-run", ("--dry-run", "--history", "one of them")),
+        ("--version v --report r --target t --name cappy", ("--name is for --rollback or --history",)),
+        ("--version v --report r --target t --reason why", ("--reason is for --rollback",)),
+        ("--version v --report r --dry-run --name other", ("--name is for --rollback or --history",)),
+        ("--history --reason why", ("--reason is for --rollback",)),
+        ("--rollback --version v", ("--rollback takes no --version", "--name")),
+        ("--history --report r", ("--history takes no --report", "--name")),
     ],
 )
 def test_flags_that_would_be_passed_over_are_refused_before_anything_is_read_or_moved(
-    words: str, line: str, capsys: pytest.CaptureFixture[str]
+    words: str, named: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["promotion", *words.split(), "--tracking-uri", "http://127.0.0.1:9"])
     assert ended.value.code == 2
-    assert line in capsys.readouterr().err.splitlines()[-1]
+    assert_names(capsys.readouterr().err.splitlines()[-1], *named)
 
 
 @pytest.mark.parametrize(
@@ -301,11 +301,11 @@ def guarded(low: float, champion: bool = True) -> dict[str, Any]:
 def test_a_guarded_task_may_not_be_shown_to_fall(low: float, margin: float, expected: str, champion: bool) -> None:
     decision = decide(guarded(low, champion), has_champion=champion, guards={"rte": margin})
     assert decision.decision == expected
-    assert any(reason.startswith("On rte the scorer") for reason in decision.reasons)
+    assert any("On rte" in reason for reason in decision.reasons)
 
 
 def test_a_task_that_the_report_lacks_cannot_be_guarded() -> None:
-    with pytest.raises(ConfigError, match=r"no task 'wic'; its tasks: 'cb, rte'"):
+    with raises_naming(ConfigError, "'wic'", "cb, rte"):
         decide(guarded(0.0), has_champion=True, guards={"wic": 0.1})
 
 
@@ -332,7 +332,8 @@ def test_a_dry_run_explains_and_moves_nothing(room: Any, registered: Any, capsys
         main(["promotion", "--dry-run", *words])
     assert ended.value.code == 0
     told = capsys.readouterr().out
-    assert told.startswith("would promote; nothing was moved\n  The scorer beats random choice")
+    assert_names(told.splitlines()[0], "would promote", "nothing was moved")
+    assert "random choice" in told.splitlines()[1]
     assert registry.champion("cappy", tracking_uri=room.uri) is None
 
 
@@ -343,12 +344,10 @@ def test_a_version_that_was_rolled_back_stays_so_until_somebody_forces_it(room: 
     room.promote(second)
     registry.rollback("cappy", tracking_uri=room.uri)
     again = room.promote(second)
-    assert (again["decision"], again["reasons"][0]) == (
-        "hold",
-        "Version 2 was rolled back: promote it again with --force, or train another one.",
-    )
+    assert again["decision"] == "hold"
+    assert_names(again["reasons"][0], "Version 2", "rolled back", "--force")
     assert room.promote(second, force=True)["decision"] == "promote"
-    assert room.promote(second)["reasons"] == ["Version 2 is already champion."]
+    assert "already champion" in room.promote(second)["reasons"][0]
     registry.rollback("cappy", tracking_uri=room.uri)
     assert room.promote(second)["decision"] == "hold"
 
@@ -442,7 +441,7 @@ def test_every_move_is_in_the_history_with_who_when_and_why(
         ("rollback", 1, 2),
     ]
     assert {move.by for move in moves} == {"anna"}
-    assert moves[0].why.startswith("The scorer beats random choice")
+    assert "beats random choice" in moves[0].why
     assert moves[2].why == "answers got worse"
     assert [move.at for move in moves] == sorted(move.at for move in moves)
     with pytest.raises(SystemExit):
@@ -454,7 +453,7 @@ def test_every_move_is_in_the_history_with_who_when_and_why(
 
 
 def test_the_history_of_a_model_that_is_not_there_is_one_line(room: Any) -> None:
-    with pytest.raises(RegistryError, match="no such model in the registry"):
+    with raises_naming(RegistryError, "models:/nobody", "no such model"):
         registry.history("nobody", tracking_uri=room.uri)
 
 
@@ -481,7 +480,7 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_says_so(room: Any, reg
     told = [json.loads((room.folder / f"told-{index}" / "decision.json").read_text()) for index in (0, 1)]
     assert sorted(one["decision"] for one in told) == ["hold", "promote"]
     winner, loser = sorted(told, key=lambda one: one["decision"], reverse=True)
-    assert f"The champion is now version {winner['version']}" in loser["reasons"][0]
+    assert_names(loser["reasons"][0], "champion", f"now version {winner['version']}")
     present = registry.champion("cappy", tracking_uri=room.uri)
     assert present is not None
     assert present.number == winner["version"]
@@ -496,7 +495,7 @@ def test_a_lock_that_a_dead_process_left_is_broken_and_a_live_one_waited_for(
     with connected(room.uri) as client:
         client.create_registered_model(f"cappy{aliases.LOCK}")
         with (
-            pytest.raises(RegistryError, match="another promotion or rollback is at work"),
+            raises_naming(RegistryError, "models:/cappy@champion", "another promotion or rollback"),
             aliases.alone(client, "cappy"),
         ):
             pytest.fail("two held the lock")

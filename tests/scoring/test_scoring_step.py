@@ -12,9 +12,9 @@ from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as prepare
 from cappy.records import read, read_manifest
 from cappy.records.folder import describe_files, write_manifest
+from cappy.scorers import scorer_folder
 from cappy.scoring import Scorer
 from cappy.scoring.step import ScoringConfig, run
-from cappy.specs import scorer_folder
 
 ROWS = [
     '{"instruction": "Add 1 and 1.", "responses": ["2", "3", ""]}',

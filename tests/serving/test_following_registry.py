@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from cappy.evaluation.report import SCHEMA
+from cappy.evaluation.findings import SCHEMA
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_manifest
 from cappy.registry.client import connected

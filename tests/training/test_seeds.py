@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from cappy.config import build
 from cappy.evaluation import crossfit
-from cappy.evaluation.step import EvaluationConfig
 from cappy.progress import silent
 from cappy.records import Instance, read_manifest
 
@@ -26,7 +24,7 @@ def trained(
     instances: list[Instance], folder: Path, *, training: int, folds: int = 0
 ) -> tuple[list[str], list[Mapping[str, Any]]]:
     """The manifest hashes of the folds that were trained on, and the settings that training was given."""
-    values = {"source": folder, "scorer": folder, "target": folder, "folds": 4, "seed": folds}
+    four = crossfit.CrossFitting(folds=4, seed=folds, metric="rougeL", probe=True, work=folder)
     asked: list[Mapping[str, Any]] = []
 
     def train(step: str, settings: Mapping[str, Any], progress: object) -> None:
@@ -34,8 +32,7 @@ def trained(
         Path(settings["target"]).mkdir(parents=True)
 
     made = ("finetuning", {"scorer": "builtin", "seed": training})
-    config = build(EvaluationConfig, values)
-    crossfit.parts(config, instances, made, folder, load=lambda _: Lengths(), progress=silent, train=train)
+    crossfit.evaluate_folds(four, instances, made, folder, load=lambda _: Lengths(), progress=silent, train=train)
     return [read_manifest(settings["source"]).hash for settings in asked], asked
 
 

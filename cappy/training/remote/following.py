@@ -9,8 +9,8 @@ from enum import Enum
 from typing import Protocol
 
 from cappy.errors import CappyError, ConfigError, TrainingError, UnansweredError
+from cappy.runs import ORCHESTRATOR
 from cappy.training.checkpoint import Shutdown
-from cappy.worker import ORCHESTRATOR
 
 PATIENCE_SECONDS = 600.0
 """How long a platform may give no answer while a job runs: an API server that is being replaced is back by then."""

@@ -20,13 +20,13 @@ from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, disk_errors, publish, verify
 from cappy.records.work import begin, held
 from cappy.redaction import has_secret, redact
+from cappy.runs import PROGRESS_VARIABLE
 from cappy.steps import step_version
 from cappy.training import checkpoint
 from cappy.training.checkpoint import CONTINUES
 from cappy.training.launch import DEFECT, NO_REPORT, VERSION_VARIABLE
 from cappy.training.remote.following import CANCEL_SECONDS, Hooks, Jobs, Limits, cancellation, follow
 from cappy.training.settings import LauncherSettings, TrainingSettings
-from cappy.worker import PROGRESS_VARIABLE
 
 POLL_SECONDS = 5.0
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"

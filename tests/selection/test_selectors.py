@@ -1,14 +1,16 @@
 """Selectors pick by what a user would have, the first of equal values."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from cappy.evaluation import selectors, tuning
-from cappy.evaluation.pools import collect
 from cappy.records import Candidate, Instance
+from cappy.selection.mbr import mbr
+from cappy.selection.pools import Pool, collect, is_tied, pick
+from cappy.selection.selectors import SELECTORS, choose_system, choose_weight, of_system
 
 TEXTS = (
     "Blue Spice is a coffee shop in the city centre.",
@@ -20,27 +22,32 @@ TEXTS = (
 )
 
 
+def pool_of(candidates: Sequence[Candidate]) -> Pool:
+    instance = Instance(instance_id="i", instruction="i", references=("r",), candidates=tuple(candidates))
+    return Pool(instance, instance.candidates, np.zeros(len(candidates)))
+
+
 def test_mbr_equals_the_mean_rouge_of_each_text_against_the_others() -> None:
     rouge = RougeScorer(["rougeL"], use_stemmer=True)
     naive = [
         np.mean([rouge.score(other, text)["rougeL"].fmeasure for j, other in enumerate(TEXTS) if j != i])
         for i, text in enumerate(TEXTS)
     ]
-    assert selectors.mbr(TEXTS) == pytest.approx(naive, abs=1e-11)
+    assert mbr(TEXTS) == pytest.approx(naive, abs=1e-11)
 
 
 def test_mbr_counts_a_text_as_often_as_it_was_sampled() -> None:
-    assert selectors.pick(selectors.mbr(("a b c", "a b d", "x y z", "x y z"))) == 2
+    assert pick(mbr(("a b c", "a b d", "x y z", "x y z"))) == 2
 
 
 def test_mbr_of_a_lone_or_an_even_pair_is_the_first() -> None:
-    assert selectors.mbr(("alone",)).tolist() == [0.0]
-    one, other = selectors.mbr(("one two three", "two three four five"))
+    assert mbr(("alone",)).tolist() == [0.0]
+    one, other = mbr(("one two three", "two three four five"))
     assert one == other
 
 
 def test_equal_values_pick_the_first() -> None:
-    assert selectors.pick(np.array([0.1, 0.7, 0.7])) == 1
+    assert pick(np.array([0.1, 0.7, 0.7])) == 1
 
 
 @pytest.mark.parametrize(
@@ -48,28 +55,27 @@ def test_equal_values_pick_the_first() -> None:
     [([1, 1, 0], [0.5, 0.4, 0.0], True), ([1, 1, 0], [0.5, 0.5, 0.0], False), ([1, 0, 0], [0.5, 0.1, 0.2], False)],
 )
 def test_a_tie_is_one_that_changes_the_label(values: list[float], labels: list[float], tied: bool) -> None:
-    assert selectors.is_tied(np.array(values, dtype=float), np.array(labels)) is tied
+    assert is_tied(np.array(values, dtype=float), np.array(labels)) is tied
 
 
 def test_lengths_are_characters() -> None:
-    texts = ("four", "a b c d e", "ü")
-    assert selectors.pick(selectors.longest(texts)) == 1
-    assert selectors.pick(selectors.shortest(texts)) == 2
-    assert selectors.pick(selectors.first(texts)) == 0
+    pool = pool_of([Candidate(response=text) for text in ("four", "a b c d e", "ü")])
+    picks = {name: pick(SELECTORS[name].fit([], [pool]).values(pool)) for name in ("longest", "shortest", "first")}
+    assert picks == {"longest": 1, "shortest": 2, "first": 0}
 
 
 def test_likelihood_needs_every_candidates_logprob() -> None:
     candidates = [Candidate(response="a", logprob_sum=-2, logprob_mean=-1), Candidate(response="b", logprob_sum=-1)]
-    likelihood = selectors.likelihood_sum(candidates)
-    assert likelihood is not None
-    assert selectors.pick(likelihood) == 1
-    assert selectors.likelihood_mean(candidates) is None
+    pool = pool_of(candidates)
+    assert pool.likelihood_sum is not None
+    assert pick(pool.likelihood_sum) == 1
+    assert pool.likelihood_mean is None
 
 
 def test_a_system_is_its_first_candidate_or_the_pools_first() -> None:
     candidates = [Candidate(response=str(i), generator="g", decoding=d) for i, d in enumerate(("x", "y", "y"))]
-    assert selectors.pick(selectors.system(candidates, "g y")) == 1
-    assert selectors.pick(selectors.system(candidates, "g z")) == 0
+    assert pick(of_system(pool_of(candidates), "g y")) == 1
+    assert pick(of_system(pool_of(candidates), "g z")) == 0
 
 
 def test_the_best_system_has_the_best_mean_label_and_not_one_lucky_one() -> None:
@@ -79,15 +85,15 @@ def test_the_best_system_has_the_best_mean_label_and_not_one_lucky_one() -> None
 
     rows = [{"weak": 0.1, "good": 0.6}, {"weak": 0.2, "good": 0.7}, {"weak": 0.1, "good": 0.5, "lucky": 0.9}]
     pools = collect([instance(i, row) for i, row in enumerate(rows)], metric="rougeL", splits={"train"})
-    assert tuning.choose_system(pools) == "good"
+    assert choose_system(pools) == "good"
 
 
 def test_the_weight_is_chosen_by_label_and_zero_where_the_other_adds_nothing() -> None:
     labels = [np.array([0.0, 1.0]), np.array([1.0, 0.0])]
     right, wrong = labels, [-values for values in labels]
     flat = [np.zeros(2), np.zeros(2)]
-    assert tuning.choose_weight(right, flat, labels) == 0
-    assert tuning.choose_weight(wrong, right, labels) == 2.0
+    assert choose_weight(right, flat, labels) == 0
+    assert choose_weight(wrong, right, labels) == 2.0
 
 
 def test_references_and_planted_candidates_are_never_in_a_pool() -> None:

@@ -1,15 +1,15 @@
-"""Which groups a report was made on, as a sketch that fits into a tag, and how many of them another one has too.
+"""Sketches of sets of groups that fit into a tag, and what two sets have in common.
 
-The sketch keeps the smallest hashes of a set (bottom-k; Cohen and Kaplan, 2007): up to `SIZE` groups are all there, and
-of more the share that two sets have in common is estimated with a standard error of about 2 %.
+A sketch is the smallest hashes of the set (bottom-k; Cohen and Kaplan, 2007). Up to `SKETCH_SIZE` groups are all there,
+and of more the share that two sets have in common is estimated with a standard error of about 2 %.
 """
 
 import hashlib
 from collections.abc import Iterable
 
-from cappy.records import Instance, prompt_hash
+from cappy.records.instance import Instance, prompt_hash
 
-SIZE = 512
+SKETCH_SIZE = 512
 _DIGITS = 8
 _IDENTITY = 8
 """Characters from which on a group's id is taken to name the row: a shorter one may be its number in some file."""
@@ -31,7 +31,7 @@ def shared(current: str, earlier: str) -> float:
     if not own or not others:
         return 0.0
     # Of a set that was cut nothing is known beyond its highest hash.
-    known = min((hashes[-1] for hashes in (own, others) if len(hashes) == SIZE), default="g")
+    known = min((hashes[-1] for hashes in (own, others) if len(hashes) == SKETCH_SIZE), default="g")
     compared = [one for one in own if one <= known]
     return len(set(compared) & set(others)) / len(compared) if compared else 0.0
 
@@ -43,7 +43,7 @@ def _hash(instance: Instance) -> str:
 
 
 def _joined(hashes: set[str]) -> str:
-    return "".join(sorted(hashes)[:SIZE])
+    return "".join(sorted(hashes)[:SKETCH_SIZE])
 
 
 def _split(text: str) -> list[str]:

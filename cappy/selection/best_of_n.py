@@ -5,10 +5,8 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import gammaln
 
-from cappy.evaluation.pools import Vector
-from cappy.evaluation.selectors import mutual_rouge_l
+from cappy.selection.mbr import Vector, mutual_rouge_l
 
 MBR_DRAWS = 32
 """Orders of the pool that the MBR curve is averaged over, for each instance."""
@@ -88,5 +86,8 @@ def extended(curve: Vector, size: int) -> Vector:
 
 
 def _log_binomial(n: npt.NDArray[np.int64], k: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    # Imported here: only an evaluation needs it, and every reader of a report imports this module.
+    from scipy.special import gammaln
+
     logarithm: npt.NDArray[np.float64] = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
     return logarithm

@@ -1,0 +1,48 @@
+"""From the spec of a scorer to its checked folder on this machine, wherever it lies (forms: `cappy.specs`)."""
+
+from pathlib import Path
+
+from cappy.errors import ConfigError, FolderError, shown
+from cappy.hub_client import hub_folder
+from cappy.model_folder import ModelFolder, open_model_folder
+from cappy.records.folder import MANIFEST, read_manifest
+from cappy.specs import SCORERS, Spec, parse_spec
+
+
+def open_scorer(text: str) -> ModelFolder:
+    """The checked local folder of a scorer; ConfigError or FolderError with the remedy.
+
+    Folders that other tools wrote have no manifest to check: they are hashed as found.
+    """
+    spec = parse_spec(text)
+    if spec.kind in ("openai", "vllm"):
+        raise ConfigError(f"{shown(text)}: an endpoint samples, it does not score; a scorer is {SCORERS}")
+    folder = _local(spec)
+    if not (folder / "config.json").exists():
+        if (folder / MANIFEST).exists():
+            step = read_manifest(folder).step
+            raise FolderError(f"{folder}: has no config.json: what {step} left, and no scorer; a scorer is {SCORERS}")
+        raise FolderError(f"{folder}: neither manifest.json nor config.json, so it is no scorer; a scorer is {SCORERS}")
+    return open_model_folder(folder)
+
+
+def scorer_folder(text: str) -> Path:
+    """The path of `open_scorer`."""
+    return open_scorer(text).path
+
+
+def _local(spec: Spec) -> Path:
+    if spec.kind == "builtin":
+        from cappy.builtin import SCORER_FOLDER
+
+        return SCORER_FOLDER
+    if spec.kind == "models":
+        from cappy.registry import download
+
+        return download(spec.text)
+    if spec.kind == "hub":
+        return hub_folder(spec)
+    folder = Path(spec.name)
+    if not folder.is_dir():
+        raise FolderError(f"{folder}: no such folder; a scorer is {SCORERS}")
+    return folder

@@ -1,0 +1,139 @@
+"""Pools: the candidates of one instance that a selector may pick from, and what is known of each of them."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from cappy.errors import ConfigError, RecordError, shown
+from cappy.records import Candidate, Instance, Split
+from cappy.selection.mbr import Vector, mbr
+
+Values = Sequence[Vector]
+"""What a selector gives the candidates of some pools: one vector per pool, one value per candidate."""
+Score = Callable[[Sequence[tuple[str, str]]], list[float]]
+"""Scores of (instruction, response) pairs, in their order: the type of `Scorer.score`."""
+
+CHUNK_PAIRS = 2048
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The selectable candidates of an instance, their labels, and the scores of each scorer, all in the same order.
+
+    Labels are for fitting and for reports; a selector that users have picks by the rest.
+    """
+
+    instance: Instance
+    candidates: tuple[Candidate, ...]
+    labels: Vector
+    scores: Mapping[str, Vector] = field(default_factory=dict)
+
+    @cached_property
+    def responses(self) -> tuple[str, ...]:
+        """The texts, in order."""
+        return tuple(candidate.response for candidate in self.candidates)
+
+    @cached_property
+    def mbr(self) -> Vector:
+        """Mean similarity of each response to the others (`cappy.selection.mbr`)."""
+        return mbr(self.responses)
+
+    @property
+    def likelihood_sum(self) -> Vector | None:
+        """Log-likelihood under the generator; None where a candidate has none."""
+        return _complete([candidate.logprob_sum for candidate in self.candidates])
+
+    @property
+    def likelihood_mean(self) -> Vector | None:
+        """Log-likelihood under the generator per token; None where a candidate has none."""
+        return _complete([candidate.logprob_mean for candidate in self.candidates])
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether the candidates are the instance's closed set of answers, so that its result is an accuracy."""
+        return bool(self.instance.choices) and all(candidate.source == "choice" for candidate in self.candidates)
+
+
+def collect(instances: Iterable[Instance], *, metric: str, splits: Collection[Split]) -> list[Pool]:
+    """The pools of these splits, empty ones included; RecordError where a candidate has no label of this metric."""
+    return [_pool(instance, metric) for instance in instances if instance.split in splits]
+
+
+def score_pools(pools: Sequence[Pool], score: Score, scored: Callable[[int], None]) -> list[Vector]:
+    """The scores of every pool's candidates; a text that stands in a pool twice is scored once.
+
+    `scored` is called with the number of pairs of each call. ConfigError where a score is missing or not finite.
+    """
+    texts = [tuple(dict.fromkeys(pool.responses)) for pool in pools]
+    pairs = [(pool.instance.instruction, text) for pool, unique in zip(pools, texts, strict=True) for text in unique]
+    scores = iter(list(_scores(pairs, score, scored)))
+    found = []
+    for pool, unique in zip(pools, texts, strict=True):
+        of = {text: next(scores) for text in unique}
+        found.append(np.array([of[text] for text in pool.responses]))
+    return found
+
+
+def with_scores(pools: Sequence[Pool], name: str, scores: Values) -> list[Pool]:
+    """The pools with these scores beside those that they have."""
+    return [replace(pool, scores={**pool.scores, name: own}) for pool, own in zip(pools, scores, strict=True)]
+
+
+def num_pairs(pools: Sequence[Pool]) -> int:
+    """How many pairs `score_pools` scores."""
+    return sum(len(set(pool.responses)) for pool in pools)
+
+
+def pick(values: Vector) -> int:
+    """The index of the highest value, the first of equal ones."""
+    return int(np.argmax(values))
+
+
+def picked(pools: Sequence[Pool], values: Values) -> Vector:
+    """The label to expect of the pick in every pool, shape (pools,): of equal values the mean of their labels."""
+    return np.array([pick_label(own, pool.labels) for pool, own in zip(pools, values, strict=True)])
+
+
+def pick_label(values: Vector, labels: Vector) -> float:
+    """The mean label of the candidates with the highest value: what a pick among them at random is worth."""
+    return float(labels[values == values.max()].mean())
+
+
+def is_tied(values: Vector, labels: Vector) -> bool:
+    """Whether candidates with different labels share the highest value, so that order alone decides between them."""
+    top = labels[values == values.max()]
+    return bool((top != top[0]).any())
+
+
+def _scores(pairs: Sequence[tuple[str, str]], score: Score, scored: Callable[[int], None]) -> Iterator[float]:
+    for start in range(0, len(pairs), CHUNK_PAIRS):
+        chunk = pairs[start : start + CHUNK_PAIRS]
+        scores = score(chunk)
+        if len(scores) != len(chunk):
+            raise ConfigError(f"the scorer gave {len(scores)} scores for {len(chunk)} pairs; it must give one for each")
+        for (instruction, _), value in zip(chunk, scores, strict=True):
+            if not np.isfinite(value):
+                raise ConfigError(
+                    f"the scorer gave {value} for the instruction {shown(instruction)}; its weights are damaged, "
+                    "train it again"
+                )
+        yield from scores
+        scored(len(chunk))
+
+
+def _pool(instance: Instance, metric: str) -> Pool:
+    candidates = instance.selectable
+    for index, candidate in enumerate(instance.candidates):
+        if candidate.selectable and metric not in candidate.labels:
+            raise RecordError(
+                f"instance {shown(instance.instance_id)}: candidate {index} has no label {shown(metric)}; "
+                "run cappy annotation first"
+            )
+    return Pool(instance, candidates, np.array([candidate.labels[metric] for candidate in candidates]))
+
+
+def _complete(values: Sequence[float | None]) -> Vector | None:
+    known = [value for value in values if value is not None and value == value]
+    return np.array(known, dtype=np.float64) if len(known) == len(values) else None
