@@ -61,7 +61,7 @@ def templates(
     ] = None,
 ) -> None:
     """Fetch PromptSource's templates (Apache-2.0) and check the sha256 of every file."""
-    from cappy.preparation.templates.fetching import URL, fetch
+    from cappy.preparation.templates import URL, fetch
 
     count = fetch(target, url=url or URL)
     typer.echo(f"{target}: {count} files of templates, each with its known sha256")

@@ -17,11 +17,10 @@ from cappy.evaluation.report import Report
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Split
 from cappy.records.folder import write_bytes
-from cappy.records.sketch import sketch
+from cappy.records.overlap import sketch
 from cappy.scoring.calibration import Calibration
 from cappy.selection.best_of_n import MBR_DRAWS, pays_until
-from cappy.selection.mbr import Vector
-from cappy.selection.pools import Pool, Score, collect, num_pairs, picked, score_pools, with_scores
+from cappy.selection.pools import Pool, Score, Vector, collect, num_pairs, picked, score_pools, with_scores
 from cappy.selection.selectors import Selection, select
 
 

@@ -6,8 +6,7 @@ import numpy as np
 
 from cappy.evaluation.findings import Probe, TaskRow
 from cappy.pages.words import percent
-from cappy.selection.mbr import Vector
-from cappy.selection.pools import Pool, Score, Values, picked
+from cappy.selection.pools import Pool, Score, Values, Vector, picked
 
 NUM_BLANKED = 200
 NUM_REPEATED = 32

@@ -12,8 +12,7 @@ import numpy as np
 from cappy.evaluation import statistics
 from cappy.evaluation.findings import Average, Difference, Estimate, Example, Pick, Published, Rated, Row, TaskRow
 from cappy.selection.best_of_n import extended
-from cappy.selection.mbr import Vector
-from cappy.selection.pools import Pool, Values, is_tied, pick, picked
+from cappy.selection.pools import Pool, Values, Vector, is_tied, pick, picked
 from cappy.selection.selectors import SELECTORS, Selection, compared_pairs
 
 PUBLISHED = Path(__file__).with_name("data") / "published.json"

@@ -26,7 +26,7 @@ from cappy.preparation.tables import read_csv
 from cappy.preparation.text_files import plain, readable
 from cappy.records import Instance, read, read_manifest
 from cappy.records.folder import MANIFEST, Manifest, sha256_of
-from cappy.records.shard import parse_shard
+from cappy.records.work import parse_shard
 
 MAX_HELD_CHARACTERS = 512 * 2**20
 """Of responses whose prompt comes again further down."""

@@ -12,7 +12,7 @@ MANIFEST_TAG = "cappy.manifest"
 FORMER_TAG = "cappy.former"
 RUN_TAG = "cappy.run"
 TESTED_TAG = "cappy.tested_groups"
-"""Sketch of the groups that the version was tested on; see `cappy.records.sketch`."""
+"""Sketch of the groups that the version was tested on; see `cappy.records.overlap`."""
 ATTEMPT_TAG = "cappy.attempt"
 EVIDENCE_TAG = "cappy.evidence"
 EVALUATED = {CALIBRATION: "cappy.calibration", PROBE: "cappy.probe", OUT_OF_FOLD: "cappy.out_of_fold"}

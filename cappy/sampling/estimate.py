@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cappy.records import Instance, read, read_manifest
-from cappy.records.shard import parse_shard
+from cappy.records.work import parse_shard
 from cappy.sampling.generators import CHARACTERS_PER_TOKEN, EndpointConfig, tokens_of
 from cappy.sampling.strategies import Decoding, share
 from cappy.specs import parse_spec

@@ -14,7 +14,7 @@ from cappy.errors import ConfigError, shown
 from cappy.progress import Progress, silent
 from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records import Candidate, Instance, Manifest, read_manifest
-from cappy.records.shard import ShardOf, parse_shard, refuse_same
+from cappy.records.work import ShardOf, parse_shard, refuse_same
 from cappy.sampling import load_generator
 from cappy.sampling.accounts import SamplingProgress, accounts, cautions, check_failures, failures, taken
 from cappy.sampling.generators import Api, EndpointConfig, Generator, OnDrawn, check_strategy, ignore_drawn, seed_of

@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from cappy.selection.mbr import Vector, mutual_rouge_l
+from cappy.selection.pools import Vector, mutual_rouge_l
 
 MBR_DRAWS = 32
 """Orders of the pool that the MBR curve is averaged over, for each instance."""

@@ -1,15 +1,16 @@
-"""Pools: the candidates of one instance that a selector may pick from, and what is known of each of them."""
+"""Pools: the candidates of an instance that a selector may pick, with what is known of each; and MBR over them."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from cappy.errors import ConfigError, RecordError, shown
 from cappy.records import Candidate, Instance, Split
-from cappy.selection.mbr import Vector, mbr
 
+Vector = npt.NDArray[np.float64]
 Values = Sequence[Vector]
 """What a selector gives the candidates of some pools: one vector per pool, one value per candidate."""
 Score = Callable[[Sequence[tuple[str, str]]], list[float]]
@@ -37,7 +38,7 @@ class Pool:
 
     @cached_property
     def mbr(self) -> Vector:
-        """Mean similarity of each response to the others (`cappy.selection.mbr`)."""
+        """Mean similarity of each response to the others (`cappy.selection.pools`)."""
         return mbr(self.responses)
 
     @property
@@ -137,3 +138,36 @@ def _pool(instance: Instance, metric: str) -> Pool:
 def _complete(values: Sequence[float | None]) -> Vector | None:
     known = [value for value in values if value is not None and value == value]
     return np.array(known, dtype=np.float64) if len(known) == len(values) else None
+
+
+def mbr(responses: Sequence[str]) -> Vector:
+    """Mean Rouge-L of each response against the others of the pool; a lone response has 0.
+
+    Rounded, so that means that are equal but for the order of adding count as equal.
+    """
+    similarity = mutual_rouge_l(responses)
+    sums = similarity.sum(axis=1) - similarity.diagonal()
+    means: Vector = np.round(sums / max(1, len(responses) - 1), 12)
+    return means
+
+
+def mutual_rouge_l(responses: Sequence[str]) -> npt.NDArray[np.float64]:
+    """Rouge-L F1 (stemmed) of every response against every other, shape (responses, responses), symmetric.
+
+    It is 2c / (m + n) for a common subsequence of c tokens: `rouge_score`'s value up to its last bits.
+    """
+    # Imported here: whoever reads a report needs the names of the selectors, and neither of these two.
+    from rapidfuzz import process
+    from rapidfuzz.distance import LCSseq
+
+    from cappy.annotation.rouge import token_strings
+
+    tokens, _ = token_strings(responses)
+    unique = {text: index for index, text in enumerate(dict.fromkeys(tokens))}
+    texts = list(unique)
+    common = process.cdist(texts, texts, scorer=LCSseq.similarity, dtype=np.int32)
+    sizes = np.array([len(text) for text in texts])
+    f_measure = 2.0 * common / np.maximum(sizes[:, None] + sizes[None, :], 1)
+    where = [unique[text] for text in tokens]
+    mutual: npt.NDArray[np.float64] = f_measure[np.ix_(where, where)]
+    return mutual

@@ -17,8 +17,7 @@ import numpy as np
 
 from cappy.records import Candidate
 from cappy.selection.best_of_n import mbr_curve, ranked_curve
-from cappy.selection.mbr import Vector
-from cappy.selection.pools import Pool, Values, pick_label, picked
+from cappy.selection.pools import Pool, Values, Vector, pick_label, picked
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """The weights that a combined selector may give the other value: 0 is the scorer alone."""

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from cappy.model_folder import open_model_folder
-from cappy.progress import State, describe, silent
-from cappy.progress_display import PLAIN_SECONDS, ProgressLine
+from cappy.progress import PLAIN_SECONDS, ProgressLine, State, describe, silent
 from cappy.records import Instance, write
 from cappy.sampling import accounts, local
 from cappy.sampling.accounts import HEARTBEAT_SECONDS, SamplingProgress

@@ -7,8 +7,7 @@ import pytest
 
 from cappy.records import Candidate, Instance
 from cappy.selection.best_of_n import best_probabilities, extended, mbr_curve, pays_until, ranked_curve
-from cappy.selection.mbr import mbr
-from cappy.selection.pools import Pool, pick, pick_label, picked
+from cappy.selection.pools import Pool, mbr, pick, pick_label, picked
 
 RNG = np.random.default_rng(0)
 
