@@ -17,7 +17,7 @@ from cappy.cli.pipeline import AddressFlag, RecipeArgument, ShardsFlag, load, pr
 from cappy.errors import CappyError, ConfigError, shown
 
 if TYPE_CHECKING:
-    from pipelines.clients.client import Client, RunState, TaskState
+    from pipelines.clients import Client, RunState, TaskState
     from pipelines.recipe import Recipe
 
 LOOK_SECONDS = 10.0
@@ -227,8 +227,15 @@ def _told(task: "TaskState") -> str:
     return f"{task.state}{seconds}{f': {task.error}' if task.error else ''}"
 
 
-def _client(recipe: "Recipe", on: Any) -> "Client":
-    client: Client = load("pipelines.clients").client_for(on, recipe.kubeflow, recipe.vertex)
+def _client(recipe: "Recipe", on: str) -> "Client":
+    """The client of the platform; ConfigError where its address or its package is missing."""
+    client: Client
+    if on == "kubeflow":
+        client = load("pipelines.clients.kubeflow").KubeflowClient(recipe.kubeflow)
+    elif on == "vertex":
+        client = load("pipelines.clients.vertex").VertexClient(recipe.vertex)
+    else:
+        client = load("pipelines.clients.local").LocalClient()
     return client
 
 

@@ -21,12 +21,12 @@ from pydantic import TypeAdapter, ValidationError
 from cappy.config import build
 from cappy.errors import ConfigError, FolderError, shown
 from cappy.evaluation.findings import OUT_OF_FOLD
-from cappy.evaluation.leaks import TrainedOn, seen_in_training
 from cappy.evaluation.protocol import AnyScorer, EvaluatedSplit, cached_scores, evaluate_split, pools_of, scores_of
 from cappy.preparation.leakage import SplitRows
 from cappy.progress import Progress
 from cappy.records import Instance, Manifest, Split, prompt_hash, read, write
 from cappy.records.folder import MANIFEST, verify
+from cappy.scoring.training_data import TrainedOn, seen_in_training
 from cappy.selection.pools import Pool, Vector
 from cappy.steps import TRAINING_STEPS
 

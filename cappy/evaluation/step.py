@@ -25,9 +25,9 @@ from cappy.steps import step_version
 
 if TYPE_CHECKING:
     from cappy.evaluation.crossfit import Load
-    from cappy.evaluation.leaks import TrainedOn
     from cappy.evaluation.protocol import AnyScorer, EvaluatedSplit
     from cappy.evaluation.report import Report
+    from cappy.scoring.training_data import TrainedOn
     from cappy.selection.pools import Score
 
 NUM_PROBES = 32
@@ -180,7 +180,7 @@ def _cross_fitted(
 def _leaks(
     evaluated: "Sequence[EvaluatedSplit]", folders: Mapping[str, Path], trained_on: "TrainedOn"
 ) -> dict[str, int]:
-    from cappy.evaluation.leaks import seen_in_training
+    from cappy.scoring.training_data import seen_in_training
 
     tested = [pool.instance for own in evaluated for pool in own.pools]
     return {name: seen_in_training(tested, trained_on(path)) for name, path in folders.items()}
@@ -189,7 +189,7 @@ def _leaks(
 def _leak_check(
     tested: Sequence[Instance], folders: Mapping[str, Path], trained_on: "TrainedOn"
 ) -> dict[str, dict[str, int | str]]:
-    from cappy.evaluation.leaks import describe_check
+    from cappy.scoring.training_data import describe_check
 
     return describe_check(tested, {name: trained_on(path) for name, path in folders.items()})
 

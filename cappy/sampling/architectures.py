@@ -10,10 +10,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from cappy.errors import ConfigError
 from cappy.model_folder import ModelFolder
-from cappy.sampling.drawing import Continuation
+from cappy.sampling.drawing import Continuation, prompt_tokens, response_tokens
 from cappy.sampling.generators import OnDrawn
 from cappy.sampling.local import LocalLLM, each_step, padded
-from cappy.sampling.prompts import prompt_tokens, response_tokens
 from cappy.sampling.strategies import Decoding
 
 

@@ -12,9 +12,8 @@ from transformers.utils.logging import disable_progress_bar
 from cappy.errors import FolderError
 from cappy.model_folder import ModelFolder
 from cappy.records import Candidate
-from cappy.sampling.drawing import Continuation, Response, continue_rows, uniforms
+from cappy.sampling.drawing import Continuation, Response, continue_rows, end_tokens, uniforms
 from cappy.sampling.generators import LocalGenerator, OnDrawn, Samples, ignore_drawn, status_of
-from cappy.sampling.prompts import end_tokens
 from cappy.sampling.strategies import Decoding
 
 MOST_LOGITS = 2**26

@@ -11,9 +11,8 @@ from typing import Any
 from cappy.errors import ConfigError, FolderError
 from cappy.model_folder import ModelFolder
 from cappy.records import Candidate
-from cappy.sampling.drawing import draw_seed
+from cappy.sampling.drawing import draw_seed, end_tokens, prompt_tokens, response_tokens
 from cappy.sampling.generators import LocalGenerator, OnDrawn, Samples, refuse_beams, status_of
-from cappy.sampling.prompts import end_tokens, prompt_tokens, response_tokens
 from cappy.sampling.strategies import Decoding
 
 

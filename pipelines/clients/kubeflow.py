@@ -11,7 +11,7 @@ from typing import Any
 
 from cappy.errors import ConfigError, UnreachableError, shown
 from cappy.redaction import redact, redact_address, remember_address
-from pipelines.clients.client import RunState, State, TaskState, step_name
+from pipelines.clients import RunState, State, TaskState, step_name
 from pipelines.recipe import Kubeflow, refuse_nowhere
 
 STATES: Mapping[str, State] = {

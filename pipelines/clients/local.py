@@ -10,7 +10,7 @@ from typing import Any
 
 from cappy.errors import ConfigError
 from cappy.files import open_lock
-from pipelines.clients.client import RunState, State, TaskState
+from pipelines.clients import RunState, State, TaskState
 from pipelines.states import log_section, observe
 
 RUNS = Path(".cappy/runs")

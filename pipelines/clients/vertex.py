@@ -8,7 +8,7 @@ from typing import Any
 
 from cappy.errors import ConfigError
 from cappy.redaction import redact
-from pipelines.clients.client import RunState, State, TaskState, step_name
+from pipelines.clients import RunState, State, TaskState, step_name
 from pipelines.recipe import Vertex, refuse_nowhere
 
 STATES: Mapping[str, State] = {

@@ -15,7 +15,6 @@ from cappy.config import build
 from cappy.errors import ConfigError, FolderError
 from cappy.evaluation import crossfit, read_report
 from cappy.evaluation.findings import OUT_OF_FOLD
-from cappy.evaluation.leaks import seen_in_training
 from cappy.evaluation.protocol import EvaluatedSplit, report_of
 from cappy.evaluation.step import EvaluationConfig, run
 from cappy.progress import silent
@@ -24,7 +23,7 @@ from cappy.records.folder import describe_files, write_manifest
 from cappy.registry.gate import decide
 from cappy.scoring import TRAINED_ON, Scorer
 from cappy.scoring.calibration import read_calibration
-from cappy.scoring.training_data import training_data, write_training_data
+from cappy.scoring.training_data import seen_in_training, training_data, write_training_data
 from cappy.selection.pools import Pool, collect, picked, with_scores
 from cappy.selection.selectors import select
 from cappy.training.loop import Run

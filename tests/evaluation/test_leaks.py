@@ -8,10 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from cappy.evaluation.leaks import by_kind, describe_check, seen_in_training
 from cappy.records import Candidate, Instance, write
 from cappy.scoring import TRAINED_ON
-from cappy.scoring.training_data import GROUPS, ROWS, training_data, write_training_data
+from cappy.scoring.training_data import (
+    GROUPS,
+    ROWS,
+    by_kind,
+    describe_check,
+    seen_in_training,
+    training_data,
+    write_training_data,
+)
 
 SYLLABLES = ("ka", "lo", "mi", "ru", "ta", "zo", "be", "du")
 WORDS = ["".join(parts) for parts in itertools.product(SYLLABLES, repeat=3)]

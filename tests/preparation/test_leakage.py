@@ -12,11 +12,10 @@ import pytest
 from wording import raises_naming
 
 from cappy.errors import RecordError
-from cappy.evaluation.leaks import seen_in_training
 from cappy.preparation import prompted
 from cappy.records import Instance, Manifest, prompt_hash, read, write
 from cappy.scoring import TRAINED_ON
-from cappy.scoring.training_data import training_data, write_training_data
+from cappy.scoring.training_data import seen_in_training, training_data, write_training_data
 
 Prepare = Callable[..., tuple[Manifest, list[Instance]]]
 JsonLines = Callable[..., Path]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas
 import pytest
 
-from cappy.rendering.values import decode, encode
+from cappy.rendering.child import decode, encode
 
 VALUES: dict[str, Any] = {
     "plain": {"a": [1, 2.5, "x", None, True, {"b": []}], "é 猫": {"": 1}},

@@ -18,10 +18,9 @@ from cappy.errors import ConfigError
 from cappy.model_folder import open_model_folder
 from cappy.records import Candidate, Instance, Manifest, read, write
 from cappy.sampling.architectures import Causal, Seq2Seq
-from cappy.sampling.drawing import Response
+from cappy.sampling.drawing import Response, end_tokens
 from cappy.sampling.generators import status_of
 from cappy.sampling.local import LocalLLM
-from cappy.sampling.prompts import end_tokens
 from cappy.sampling.step import SamplingConfig, run
 from cappy.sampling.strategies import GREEDY, strategy
 from cappy.sampling.vllm_generator import VLLM

@@ -27,8 +27,8 @@ import yaml
 
 from cappy.errors import ConfigError, FolderError, RecordError, shown
 from cappy.rendering import jobs
+from cappy.rendering.child import encode
 from cappy.rendering.jobs import MAX_SECONDS, Failure, Job, Source
-from cappy.rendering.values import encode
 from cappy.untrusted import FAST_LOADER, MAX_CHARACTERS, load_yaml
 
 __all__ = [
