@@ -31,8 +31,7 @@ from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import read
 from cappy.scoring import Scorer
-from cappy.selection.mbr import Vector
-from cappy.selection.pools import Pool, collect, pick_label, score_pools
+from cappy.selection.pools import Pool, Vector, collect, pick_label, score_pools
 
 ROOT = Path(__file__).resolve().parents[1]
 CANDIDATES = ROOT.parent / "shared/data/candidates"

@@ -16,7 +16,7 @@ from kfp.compiler import Compiler
 
 from cappy.errors import ConfigError, shown
 from cappy.steps import STEP_SPECS
-from cappy.yaml_files import load_all_yaml
+from cappy.untrusted import load_all_yaml
 from pipelines.customize import TaskCustomizer, customizer_for
 from pipelines.definitions import PIPELINES, Artifacts, Definition, shards_of
 from pipelines.recipe import Platform, Recipe

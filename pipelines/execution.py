@@ -62,7 +62,7 @@ def _containers(recipe: Mapping[str, Any], run: str) -> Any:
     Files that steps name must lie under the current folder. The network is this machine's, so that MLflow's address
     means the same inside. Keys come from this process's environment, to every container of the run.
     """
-    from pipelines.containers import RUN_LABEL, key_files, keys
+    from pipelines.local import RUN_LABEL, key_files, keys
     from pipelines.recipe import checked
 
     here = str(Path.cwd())

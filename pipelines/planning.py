@@ -9,9 +9,8 @@ from cappy.errors import ConfigError, shown
 from cappy.steps import TRAINING_STEPS
 from pipelines.customize import image
 from pipelines.definitions import PIPELINES
-from pipelines.fingerprints import configs, named
 from pipelines.recipe import VERTEX_TYPES, Platform, Recipe, kubernetes_resource, refuse_nowhere, refuse_password
-from pipelines.submission import Submission, prepare, refuse_placed
+from pipelines.submission import Submission, configs, named, prepare, refuse_placed
 
 LOCAL_WORK = ".cappy/work"
 ON_THIS_MACHINE = ("local", "docker")

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from cappy.config import settings
 from cappy.errors import ConfigError, near, shown
 from cappy.redaction import has_secret
-from cappy.yaml_files import load_yaml
+from cappy.untrusted import load_yaml
 from pipelines.definitions import MAX_SHARDS, PIPELINES
 
 Platform = Literal["local", "docker", "kubeflow", "vertex"]

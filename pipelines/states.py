@@ -8,8 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from cappy.progress import State, describe, duration, read_state
-from cappy.progress_display import PLAIN_SECONDS, ProgressTable, Row, write_line
+from cappy.progress import PLAIN_SECONDS, ProgressTable, Row, State, describe, duration, read_state, write_line
 from cappy.runs import StepRecord, progress_path, read_record
 from cappy.steps import STEP_SPECS
 

@@ -14,7 +14,7 @@ import yaml
 from cappy.errors import ConfigError
 from cappy.preparation.templates import load_templates
 from cappy.sampling.strategies import read_decodings
-from cappy.yaml_files import load_all_yaml, load_yaml
+from cappy.untrusted import load_all_yaml, load_yaml
 from pipelines.builder import package_of
 from pipelines.recipe import checked, read_recipe
 

@@ -11,7 +11,7 @@ from cappy.config import ADVANCED, DEFAULT_WORK, Fresh, Location, Work, Workers,
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
-from cappy.records.shard import ShardOf, parse_shard, refuse_same
+from cappy.records.work import ShardOf, parse_shard, refuse_same
 from cappy.steps import step_version
 
 

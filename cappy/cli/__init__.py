@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 import cappy
 from cappy.cli import doctor, pipeline, remote, scoring, tools, work
-from cappy.cli.jsonlines import reserve_stdin
+from cappy.cli.scoring import reserve_stdin
 from cappy.errors import CappyError
 from cappy.redaction import redact_output
 from cappy.steps import STEP_SPECS
@@ -38,7 +38,7 @@ class Verbs(TyperGroup):
 
             return args[0], service_command(args[0]), args[1:]
         if args and args[0] == "plan":
-            from cappy.cli.plan import plan_command
+            from cappy.cli.tools import plan_command
 
             return args[0], plan_command(), args[1:]
         return super().resolve_command(ctx, args)

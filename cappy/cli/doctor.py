@@ -197,7 +197,7 @@ def _verify_scorer() -> Path:
 def _tracking(uri: str) -> Finding:
     """Whether MLflow's database or server answers; a database that the first run will make is not made here."""
     from cappy.redaction import redact_address
-    from cappy.registry.address import check, no_database_yet, tracking_address
+    from cappy.registry.models import check, no_database_yet, tracking_address
 
     address = redact_address(tracking_address(uri))
     if no_database_yet(uri):

@@ -159,8 +159,8 @@ def run_and_print(recipe: "Recipe", on: Literal["local", "docker"], as_json: boo
     load("pipelines.planning").check(recipe, on)
     images: dict[str, str] = {}
     if on == "docker":
-        load("pipelines.containers").check_secrets(recipe)
-        images = load("pipelines.containers").check_images(recipe)
+        load("pipelines.local").check_secrets(recipe)
+        images = load("pipelines.local").check_images(recipe)
     outcome = load("pipelines.local").run_recipe(recipe, on, images=images)
     if recipe.pipeline == "batch_score":
         _print_scored(outcome, as_json)

@@ -1,17 +1,154 @@
-"""`cappy score` and `cappy select`: JSON Lines in, the same objects with scores out, in the order of the input."""
+"""`cappy score` and `cappy select`: JSON Lines in, the same objects with scores out, in the order of the input.
 
+Every error names source:line and field; memory holds one line, or one chunk of lines, at a time.
+"""
+
+import contextlib
 import itertools
+import json
+import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cappy.cli.jsonlines import STDIN, Line, lines, opened, write_line
+from cappy.errors import ConfigError, RecordError, shown
 from cappy.scoring import Precision
 
 if TYPE_CHECKING:
     from cappy.scoring import Scorer
+
+
+STDIN = "-"
+MAX_LINE_BYTES = 64 * 2**20
+_STDIN_PATHS = ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
+"""Other names of standard input, which would lead to the empty file in its place."""
+_data: IO[bytes] | None = None
+"""Standard input, while `reserve_stdin` keeps it from everybody else."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """An object of the input and where it stands (source:line)."""
+
+    where: str
+    value: Mapping[str, Any]
+
+    def text(self, field: str) -> str:
+        """The text in a field; RecordError if there is none."""
+        return self._text(field, self._field(field))
+
+    def texts(self, field: str) -> list[str]:
+        """The list of texts in a field, at least one; RecordError if it is anything else."""
+        values = self._field(field)
+        if not isinstance(values, list) or not values:
+            raise RecordError(f"{self.where}: {field} must be a list of at least one text, got {shown(values)}")
+        return [self._text(f"{field}[{index}]", value) for index, value in enumerate(values)]
+
+    def _field(self, field: str) -> Any:
+        if field not in self.value:
+            names = ", ".join(self.value) or "none"
+            raise RecordError(f"{self.where}: has no field {shown(field)}; add it (fields here: {shown(names)})")
+        return self.value[field]
+
+    def _text(self, field: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise RecordError(f"{self.where}: {field} must be a text in quotes, got {shown(value)}")
+        if not _encodable(value):
+            raise RecordError(f"{self.where}: {field} holds half a character (lone surrogate), mend {shown(value)}")
+        return value
+
+
+@contextlib.contextmanager
+def reserve_stdin() -> Iterator[None]:
+    """Inside, `opened` alone reads standard input; whoever else reads it finds its end.
+
+    It is data of the user's. A library that asks a question there would take a line of it for the answer.
+    """
+    global _data
+    try:
+        number = sys.stdin.fileno()
+    except (AttributeError, OSError, ValueError):
+        # None at all, or an object without a file behind it, as in a test.
+        yield
+        return
+    usual = sys.stdin
+    with os.fdopen(os.dup(number), "rb") as kept, Path(os.devnull).open() as empty:
+        os.dup2(empty.fileno(), number)
+        _data, sys.stdin = kept, empty
+        try:
+            yield
+        finally:
+            _data, sys.stdin = None, usual
+            os.dup2(kept.fileno(), number)
+
+
+@contextlib.contextmanager
+def opened(source: str) -> Iterator[IO[bytes]]:
+    """The bytes of a file, or of standard input for `-` and its names below /dev; ConfigError if it cannot be read."""
+    if source == STDIN or source in _STDIN_PATHS:
+        file = _data or getattr(sys.stdin, "buffer", None)
+        if file is None:
+            raise ConfigError(f"{source}: standard input is closed; give a JSON Lines file: --source FILE")
+        if file.isatty():
+            sys.stderr.write("reading JSON Lines from the keyboard; end with Ctrl-D\n")
+        yield file
+        return
+    try:
+        file = Path(source).open("rb")  # noqa: SIM115 (a `with` here would take the reader's errors for its own)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{source}: {reason}; --source is a JSON Lines file, or - for standard input") from error
+    with file:
+        yield file
+
+
+def lines(file: IO[bytes], source: str) -> Iterator[Line]:
+    """The objects of JSON Lines, blank lines left out; RecordError names the line that is none."""
+    name = "stdin" if source == STDIN else source
+    for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+        where = f"{name}:{number}"
+        if len(raw) > MAX_LINE_BYTES:
+            raise RecordError(f"{where}: the line is longer than {MAX_LINE_BYTES:,} bytes; write one object per line")
+        if raw.strip():
+            yield Line(where, _object(where, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw))
+
+
+def write_line(value: Mapping[str, Any]) -> None:
+    """Writes one object to standard output, UTF-8 whatever the locale says."""
+    text = json.dumps(value, ensure_ascii=False)
+    if not _encodable(text):
+        text = json.dumps(value)
+    sys.stdout.buffer.write(text.encode() + b"\n")
+
+
+def _object(where: str, raw: bytes) -> Mapping[str, Any]:
+    try:
+        value = json.loads(raw.decode(), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{where}: is not UTF-8 (byte {error.start + 1}); convert the file to UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecordError(f"{where}: is not JSON ({reason}), got {shown(raw.decode().strip())}") from error
+    if not isinstance(value, dict):
+        raise RecordError(f"{where}: must be an object in braces, got {shown(value)}")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
 
 CHUNK_LINES = 256
 

@@ -15,8 +15,7 @@ from cappy.cli import outcome
 from cappy.cli.flags import given, make_command, new_run_name, parameters
 from cappy.config import build
 from cappy.errors import ConfigError
-from cappy.progress import Progress
-from cappy.progress_display import ProgressLine
+from cappy.progress import Progress, ProgressLine
 from cappy.records import Manifest
 from cappy.steps import STEP_SPECS, TRAINING_STEPS
 from cappy.worker import config_class, runner
@@ -161,7 +160,7 @@ def _estimate(values: Mapping[str, Any]) -> bool:
 
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name != "as_json"}
+    return {name: value for name, value in values.items() if name not in ("as_json", "fresh")}
 
 
 def _report(config: Any, told: bool) -> None:

@@ -1,11 +1,15 @@
-"""Verbs for one job each: a threshold for picks, published checkpoints as scorers, PromptSource's templates."""
+"""Verbs for one job each: the plan of a pretraining, a threshold for picks, checkpoints as scorers, templates."""
 
+import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from cappy.cli.flags import JsonFlag, make_command, parameters
+from cappy.config import build
 
 
 def threshold(
@@ -61,7 +65,32 @@ def templates(
     ] = None,
 ) -> None:
     """Fetch PromptSource's templates (Apache-2.0) and check the sha256 of every file."""
-    from cappy.preparation.templates.fetching import URL, fetch
+    from cappy.preparation.templates import URL, fetch
 
     count = fetch(target, url=url or URL)
     typer.echo(f"{target}: {count} files of templates, each with its known sha256")
+
+
+HELP = """Print rows, tokens, GPU-hours, storage and wall-clock of a pretraining, step by step.
+
+Speeds are measured ones. Where none were measured, the plan asks for the share of the data sheet's peak to assume,
+and says so. docs/scale.md shows the plan of the paper's pretraining.
+"""
+
+
+def plan_command() -> Any:
+    """The command: its flags are the fields of `PlanConfig`."""
+    from cappy.costing import PlanConfig
+
+    as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, annotation=JsonFlag, default=False)
+    return make_command("plan", HELP, _print_plan, [*parameters(PlanConfig), as_json])
+
+
+def _print_plan(*, as_json: bool, **values: Any) -> None:
+    from cappy.costing import PlanConfig
+    from cappy.costing.calibration import DEFAULT, read_calibration
+    from cappy.costing.plan import make_plan, text, to_values
+
+    config = build(PlanConfig, values)
+    plan = make_plan(config, read_calibration(config.calibration or DEFAULT))
+    typer.echo(json.dumps(to_values(plan), indent=1) if as_json else text(plan))

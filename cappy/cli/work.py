@@ -26,7 +26,7 @@ def explain(
 
     A run continues or reuses work of the same version, settings and inputs; anything else is new work.
     """
-    from cappy.records.cleanup import pieces
+    from cappy.records.work import pieces
 
     if step not in STEP_SPECS:
         raise ConfigError(f"{step}: no such step{near(step, STEP_SPECS)}")
@@ -60,17 +60,17 @@ def clean(
 
     Published outputs, registered versions and the record of what was spent are not touched.
     """
-    from cappy.records import cleanup
+    from cappy.records.work import pieces, remove_piece
     from cappy.sampling import store
 
     limit = None if older_than is None else time.time() - older_than * DAY_SECONDS
     rows: list[dict[str, Any]] = []
-    for piece in cleanup.pieces(work):
+    for piece in pieces(work):
         reason = piece.unreachable or _unused(piece.last_used, limit)
         if reason:
             rows.append({**_row(piece), "reason": reason})
             if remove:
-                cleanup.remove(piece)
+                remove_piece(piece)
     for entry in store.entries(work):
         reason = store.unreachable(entry) or _unused(entry.last_used, limit)
         if reason:

@@ -1,14 +1,16 @@
 """KServe: the manifest of an InferenceService that serves a registered version."""
 
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
-from cappy.deployment.settings import DeploymentConfig
 from cappy.errors import ConfigError
 from cappy.redaction import redact_address
-from cappy.registry.address import tracking_address
-from cappy.registry.models import Version
+from cappy.registry.models import Version, tracking_address
+
+if TYPE_CHECKING:
+    from cappy.deployment.step import DeploymentConfig
 
 PORT = 8080
 SCRATCH = "/tmp"  # noqa: S108 (of a container of its own)
@@ -20,7 +22,7 @@ NOTICE_SECONDS, GRACE_SECONDS = 5, 20
 less than the 30 seconds until SIGKILL, which Knative lets no manifest change (terminationGracePeriodSeconds)."""
 
 
-def inference_service(config: DeploymentConfig, version: Version) -> dict[str, object]:
+def inference_service(config: "DeploymentConfig", version: Version) -> dict[str, object]:
     """An InferenceService (serving.kserve.io/v1beta1) with the serving image as a custom predictor.
 
     Below 100 `traffic` is `canaryTrafficPercent`: KServe keeps the revision before for the rest. The version is named
@@ -58,7 +60,7 @@ def text(service: dict[str, object]) -> str:
     return yaml.safe_dump(service, sort_keys=False, width=120)
 
 
-def _container(config: DeploymentConfig, version: Version) -> dict[str, object]:
+def _container(config: "DeploymentConfig", version: Version) -> dict[str, object]:
     quantities = {"cpu": config.cpu, "memory": config.memory}
     if config.gpus:
         quantities["nvidia.com/gpu"] = str(config.gpus)
@@ -90,7 +92,7 @@ def _container(config: DeploymentConfig, version: Version) -> dict[str, object]:
     }
 
 
-def _environment(config: DeploymentConfig) -> list[dict[str, str]]:
+def _environment(config: "DeploymentConfig") -> list[dict[str, str]]:
     """Where the scorer comes from; user and password of an address are a secret's to bring."""
     variables = [{"name": "MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "value": "false"}]
     # Clients ask for the ingress's names, which are known to the cluster alone.

@@ -5,11 +5,13 @@ Works with google-cloud-aiplatform 1.165 and later and with 2.x, which keeps the
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from cappy.deployment.settings import DeploymentConfig
 from cappy.errors import ConfigError
 from cappy.registry.models import Version
+
+if TYPE_CHECKING:
+    from cappy.deployment.step import DeploymentConfig
 
 try:
     from google.cloud import aiplatform
@@ -30,7 +32,7 @@ class _Deployed(Protocol):
     model_version_id: str
 
 
-def deploy(config: DeploymentConfig, version: Version, scorer: Path) -> dict[str, object]:
+def deploy(config: "DeploymentConfig", version: Version, scorer: Path) -> dict[str, object]:
     """Uploads and deploys; what was deployed before keeps the rest of the traffic, or goes when this takes all.
 
     A version that was uploaded, or that answers already, is neither uploaded nor deployed again. ConfigError with the
@@ -76,7 +78,7 @@ def split(present: Mapping[str, int], share: int) -> dict[str, int]:
 
 
 def _deploy(
-    config: DeploymentConfig,
+    config: "DeploymentConfig",
     version: Version,
     endpoint: aiplatform.Endpoint,
     model: aiplatform.Model,
@@ -95,7 +97,7 @@ def _deploy(
     )
 
 
-def _uploaded(config: DeploymentConfig, version: Version, scorer: Path) -> aiplatform.Model:
+def _uploaded(config: "DeploymentConfig", version: Version, scorer: Path) -> aiplatform.Model:
     """The model with this content, uploaded as a version of the model of this name where there is none.
 
     A list of models has each one's newest version alone, so the versions of the model are looked through.
@@ -120,7 +122,7 @@ def _uploaded(config: DeploymentConfig, version: Version, scorer: Path) -> aipla
     return uploaded
 
 
-def _endpoint(config: DeploymentConfig) -> aiplatform.Endpoint:
+def _endpoint(config: "DeploymentConfig") -> aiplatform.Endpoint:
     known = aiplatform.Endpoint.list(filter=f'display_name="{config.service}"')
     if known:
         return known[0]

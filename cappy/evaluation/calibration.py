@@ -8,9 +8,7 @@ from scipy.optimize import isotonic_regression
 
 from cappy.evaluation.findings import Bin, Calibrated, Coverage, Reliability
 from cappy.scoring.calibration import Calibration, PickMap
-from cappy.selection.best_of_n import averaged_ties, best_probabilities
-from cappy.selection.mbr import Vector
-from cappy.selection.pools import Pool, picked
+from cappy.selection.pools import Pool, Vector, averaged_ties, best_probabilities, picked
 
 NUM_BINS = 10
 MIN_GROUPS = 20

@@ -27,8 +27,7 @@ from cappy.preparation.leakage import SplitRows
 from cappy.progress import Progress
 from cappy.records import Instance, Manifest, Split, prompt_hash, read, write
 from cappy.records.folder import MANIFEST, verify
-from cappy.selection.mbr import Vector
-from cappy.selection.pools import Pool
+from cappy.selection.pools import Pool, Vector
 from cappy.steps import TRAINING_STEPS
 
 Load = Callable[[str], AnyScorer]

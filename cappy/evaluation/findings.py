@@ -222,7 +222,7 @@ class Findings:
     reported instances that a scorer was trained on or stopped by, or other templates of whose rows it was. `pays_until`
     is the number of candidates beyond which one more adds less than 0.001; 0 where no scorer was given. `folds` is
     above 0 where the report was cross-fitted: it is then about the recipe, not about the scorer in `versions`.
-    `tested_groups` is a sketch of the reported groups (`cappy.records.sketch`), by which the gate counts how often
+    `tested_groups` is a sketch of the reported groups (`cappy.records.overlap`), by which the gate counts how often
     they were used.
     """
 

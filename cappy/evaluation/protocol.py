@@ -11,17 +11,26 @@ from typing import Protocol
 import numpy as np
 
 from cappy.errors import ConfigError, RecordError
-from cappy.evaluation import calibration, robustness, statistics, tables
+from cappy.evaluation import calibration, statistics, tables
 from cappy.evaluation.findings import Calibrated, Cost, Coverage, Probe
 from cappy.evaluation.report import Report
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Split
 from cappy.records.folder import write_bytes
-from cappy.records.sketch import sketch
+from cappy.records.overlap import sketch
 from cappy.scoring.calibration import Calibration
-from cappy.selection.best_of_n import MBR_DRAWS, pays_until
-from cappy.selection.mbr import Vector
-from cappy.selection.pools import Pool, Score, collect, num_pairs, picked, score_pools, with_scores
+from cappy.selection.pools import (
+    MBR_DRAWS,
+    Pool,
+    Score,
+    Vector,
+    collect,
+    num_pairs,
+    pays_until,
+    picked,
+    score_pools,
+    with_scores,
+)
 from cappy.selection.selectors import Selection, select
 
 
@@ -101,7 +110,7 @@ def evaluate_split(
     if score is not None and probe:
         own = scores_of(pools)
         means = tables.means_of(pools, {"random": [np.zeros(len(pool.labels)) for pool in pools], "scorer": own})
-        probes = robustness.probes(pools, own, score, tables.tasks(pools, means), seed)
+        probes = tables.probes(pools, own, score, tables.tasks(pools, means), seed)
     return EvaluatedSplit(
         pools=pools,
         held_out=held_out,

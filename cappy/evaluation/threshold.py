@@ -21,8 +21,7 @@ from scipy.special import betaincinv, stdtrit
 from cappy.errors import FolderError
 from cappy.evaluation import calibration, read_values, statistics
 from cappy.scoring.calibration import Calibration, read_calibration
-from cappy.selection.mbr import Vector
-from cappy.selection.pools import Pool
+from cappy.selection.pools import Pool, Vector
 
 PICKS = "picks.json"
 CONFIDENCE = 0.95

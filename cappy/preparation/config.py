@@ -10,7 +10,7 @@ from pydantic import Field
 from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work, settings
 from cappy.errors import ConfigError
 from cappy.preparation.columns import parse_columns
-from cappy.records.shard import ShardOf, parse_shard
+from cappy.records.work import ShardOf, parse_shard
 
 BUILTIN = "builtin"
 

@@ -12,8 +12,7 @@ from cappy.config import fingerprint
 from cappy.errors import ConfigError, RecordError, shown
 from cappy.preparation.bigbench import distinct_choices, from_bigbench
 from cappy.preparation.config import PreparationConfig
-from cappy.preparation.files import read_file
-from cappy.preparation.hub import HubDataset, commit_of, parse_hub, read_hub
+from cappy.preparation.files import HubDataset, commit_of, parse_hub, read_file, read_hub
 from cappy.preparation.mixtures import Subset, chosen, load_mixture, to_values
 from cappy.preparation.mixtures.plan import cap
 from cappy.preparation.prompted import Dataset, Placed, Prompt, Prompts, Table, Tally

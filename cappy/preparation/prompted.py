@@ -22,7 +22,7 @@ from cappy.progress import Progress
 from cappy.records import Instance, Split, prompt_hash
 from cappy.records.overlap import MAX_ROWS, group_hash
 from cappy.records.overlap import Prompt as Text
-from cappy.records.shard import Shard
+from cappy.records.work import Shard
 
 HOPELESS = 100
 """Rows after which a template that failed on all of them fails the run at once."""

@@ -17,8 +17,7 @@ from cappy.preparation.bigbench import Shares, find_tasks, is_task, map_known_co
 from cappy.preparation.cells import parse_lists
 from cappy.preparation.columns import Columns, Unused, map_columns, parse_columns
 from cappy.preparation.config import BUILTIN, Kind, PreparationConfig, check_settings
-from cappy.preparation.files import Reader, find_shards, reader_of
-from cappy.preparation.hub import PREFIX, commit_of, parse_hub, read_hub
+from cappy.preparation.files import PREFIX, Reader, commit_of, find_shards, parse_hub, read_hub, reader_of
 from cappy.preparation.mixed import open_mixture, open_templated
 from cappy.preparation.prompted import Dataset
 from cappy.preparation.rows import Row, Rows, choice_candidates, hash64, parse_row
@@ -26,7 +25,7 @@ from cappy.preparation.tables import read_csv
 from cappy.preparation.text_files import plain, readable
 from cappy.records import Instance, read, read_manifest
 from cappy.records.folder import MANIFEST, Manifest, sha256_of
-from cappy.records.shard import parse_shard
+from cappy.records.work import parse_shard
 
 MAX_HELD_CHARACTERS = 512 * 2**20
 """Of responses whose prompt comes again further down."""

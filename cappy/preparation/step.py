@@ -16,8 +16,7 @@ from cappy.preparation.splits import place, survey
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.parts import process
-from cappy.records.shard import parse_shard, refuse_same
-from cappy.records.work import claim, finish
+from cappy.records.work import claim, finish, parse_shard, refuse_same
 from cappy.steps import step_version
 
 __all__ = ["PreparationConfig", "run"]

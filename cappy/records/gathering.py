@@ -11,8 +11,7 @@ from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records.folder import File, Manifest, put, read_manifest, verified
-from cappy.records.shard import refuse_same
-from cappy.records.work import claim, finish
+from cappy.records.work import claim, finish, refuse_same
 
 __all__ = ["GatheringConfig", "run"]
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import regex
 
-from cappy.records.instance import prompt_hash
+from cappy.records.instance import Instance, prompt_hash
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -337,3 +337,44 @@ class TrainingData:
             "rows_drawn_from": self.rows.seen,
             "sees": sees,
         }
+
+
+SKETCH_SIZE = 512
+_DIGITS = 8
+_IDENTITY = 8
+"""Characters from which on a group's id is taken to name the row: a shorter one may be its number in some file."""
+
+
+def sketch(instances: Iterable[Instance]) -> str:
+    """The sketch of the groups of these instances: hashes of 8 hexadecimal digits each, in ascending order."""
+    return _joined({_group_hash(instance) for instance in instances})
+
+
+def merged(one: str, other: str) -> str:
+    """The sketch of the groups of both."""
+    return _joined(set(_split(one)) | set(_split(other)))
+
+
+def shared(current: str, earlier: str) -> float:
+    """The share, 0 to 1, of the groups of `current` that `earlier` has too."""
+    own, others = _split(current), _split(earlier)
+    if not own or not others:
+        return 0.0
+    # Of a set that was cut nothing is known beyond its highest hash.
+    known = min((hashes[-1] for hashes in (own, others) if len(hashes) == SKETCH_SIZE), default="g")
+    compared = [one for one in own if one <= known]
+    return len(set(compared) & set(others)) / len(compared) if compared else 0.0
+
+
+def _group_hash(instance: Instance) -> str:
+    named = len(instance.group_id) >= _IDENTITY
+    identity = instance.group_id if named else f"{prompt_hash(instance.instruction):016x}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:_DIGITS]
+
+
+def _joined(hashes: set[str]) -> str:
+    return "".join(sorted(hashes)[:SKETCH_SIZE])
+
+
+def _split(text: str) -> list[str]:
+    return [text[start : start + _DIGITS] for start in range(0, len(text), _DIGITS)]

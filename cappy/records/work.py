@@ -6,17 +6,21 @@ is computed (`cappy.keys`) and not by who asked for it.
 
 import contextlib
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import Timeout
+from pydantic import Field
 
-from cappy.errors import FolderError
+from cappy.errors import ConfigError, FolderError, shown
 from cappy.files import hold_lock, lock_holder, make_private
 from cappy.keys import KEY, Key, work_key
 from cappy.records.folder import Manifest, disk_errors, publish, write_bytes
+from cappy.steps import STEP_SPECS, step_version
 
 LOGGER = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -111,3 +115,90 @@ def finish(folder: Path, target: Path, manifest: Manifest) -> Manifest:
     """Publishes the work under `target` and returns its manifest."""
     publish(folder, target, manifest)
     return manifest
+
+
+MAX_SHARDS = 4_096
+ShardOf = Annotated[
+    str, Field(description="Share of the work, i/N, counted from 0: 0/4 to 3/4 on four machines; all if left out")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Shard `index` of `count`, counted from 0."""
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, total: int) -> range:
+        """Its rows of `total`: contiguous, and of all shards together each row once."""
+        return range(total * self.index // self.count, total * (self.index + 1) // self.count)
+
+    def holds(self, row: int) -> bool:
+        """Whether it has this row of a source whose length nobody knows: rows are dealt in turn."""
+        return row % self.count == self.index
+
+
+def refuse_same(source: str | Path, target: Path) -> None:
+    """ConfigError where the target is the source: what was there would be gone."""
+    if Path(source).resolve() == target.resolve():
+        raise ConfigError(f"--target: {target} is the source itself; choose another folder")
+
+
+def parse_shard(text: str) -> Shard:
+    """The shard that i/N names, the whole for an empty text; ConfigError for another form."""
+    if not text:
+        return Shard()
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text.strip())
+    if found is None or not int(found[1]) < int(found[2]) <= MAX_SHARDS:
+        last = f"counted from 0, of at most {MAX_SHARDS:,}"
+        raise ConfigError(f"--shard: {shown(text)} is no shard i/N; give 0/4 to 3/4 for four, {last}")
+    return Shard(int(found[1]), int(found[2]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The folder of one piece of work; `last_used` is in seconds of `time.time`."""
+
+    step: str
+    path: Path
+    key: Key | None
+    size_bytes: int
+    last_used: float
+
+    @property
+    def unreachable(self) -> str:
+        """Why no run of this version finds it again; empty where one can."""
+        if self.key is None:
+            return "written before work had keys"
+        present = step_version(self.step)
+        return "" if self.key.version == present else f"of version {self.key.version}, the step has {present}"
+
+
+def pieces(work: Path, step: str = "") -> Iterator[Piece]:
+    """Every piece of work of the steps, or of one step, the newest first within a step."""
+    for name in STEP_SPECS:
+        if step in ("", name):
+            found = [_piece(name, path) for path in (work / name).glob("*") if path.is_dir()]
+            yield from sorted(found, key=lambda piece: -piece.last_used)
+
+
+def remove_piece(piece: Piece) -> None:
+    """Deletes a piece of work; FolderError where a process holds it. What was published from it stays.
+
+    The key goes first: what is left by a killed removal is not taken for finished work.
+    """
+    with held(piece.path, patience=0), disk_errors(piece.path):
+        (piece.path / KEY).unlink(missing_ok=True)
+        shutil.rmtree(piece.path)
+
+
+def _piece(step: str, path: Path) -> Piece:
+    stats = [file.stat() for file in path.rglob("*") if file.is_file()]
+    return Piece(
+        step=step,
+        path=path,
+        key=read_key(path),
+        size_bytes=sum(stat.st_size for stat in stats),
+        last_used=max((stat.st_mtime for stat in stats), default=path.stat().st_mtime),
+    )

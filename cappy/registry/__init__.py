@@ -23,7 +23,7 @@ def resolve(spec: str, *, tracking_uri: str = "") -> Version:
 
 def champion(name: str, *, tracking_uri: str = "") -> Version | None:
     """The champion of a registered model, or None; without a database yet, MLflow is not even imported."""
-    from cappy.registry.address import no_database_yet
+    from cappy.registry.models import no_database_yet
 
     if no_database_yet(tracking_uri):
         return None

@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from cappy.errors import RegistryError, UnreachableError, shown
 from cappy.files import hold_lock
 from cappy.redaction import redact_address
-from cappy.registry.address import artifact_root, check, database, no_database_yet
+from cappy.registry.models import artifact_root, check, database, no_database_yet
 
 __all__ = ["MlflowClient", "MlflowException", "connected", "experiment_id", "metric_key"]
 

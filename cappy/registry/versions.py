@@ -18,7 +18,7 @@ from cappy.errors import FolderError, RegistryError, UnreachableError, shown
 from cappy.model_folder import verify_exactly
 from cappy.records import read_manifest
 from cappy.records.folder import sha256_of
-from cappy.records.sketch import merged, shared
+from cappy.records.overlap import merged, shared
 from cappy.redaction import redact_address
 from cappy.registry.client import MlflowClient, MlflowException, connected
 from cappy.registry.models import ATTEMPT_TAG, CHAMPION, EVALUATED, MANIFEST_TAG, TESTED_TAG, Version

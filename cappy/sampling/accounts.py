@@ -38,17 +38,17 @@ class SamplingProgress:
         self._total: int | None = None
         self._lock = threading.Lock()
         self._over = threading.Event()
-        self._heart = threading.Thread(target=self._beat, daemon=True)
+        self._heartbeat = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> "SamplingProgress":
-        self._heart.start()
+        self._heartbeat.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._over.set()
-        self._heart.join()
+        self._heartbeat.join()
 
     def __call__(
         self, done: int, total: int | None = None, *, unit: str = "instances", resumed: int = 0, note: str = ""

@@ -32,8 +32,8 @@ class Causal(LocalLLM):
         positions = getattr(self.model.config, "max_position_embeddings", None)
         return positions if isinstance(positions, int) and positions > 0 else None
 
-    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
-        longest = self.context - room if self.context else None
+    def _prompts(self, instructions: Sequence[str], reserved: int) -> list[list[int]]:
+        longest = self.context - reserved if self.context else None
         return [self._prompt(text, longest) for text in instructions]
 
     def _prompt(self, instruction: str, longest: int | None) -> list[int]:
@@ -144,7 +144,7 @@ class Seq2Seq(LocalLLM):
         if getattr(self.model.config, "decoder_start_token_id", None) is None:
             raise ConfigError(f"{folder.path}: config.json names no decoder_start_token_id; responses start with it")
 
-    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
+    def _prompts(self, instructions: Sequence[str], reserved: int) -> list[list[int]]:
         context = getattr(self.model.config, "max_position_embeddings", None) or MAX_INSTRUCTION_TOKENS
         longest = min(MAX_INSTRUCTION_TOKENS, context)
         if not instructions:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cappy.records import Instance, read, read_manifest
-from cappy.records.shard import parse_shard
+from cappy.records.work import parse_shard
 from cappy.sampling.generators import CHARACTERS_PER_TOKEN, EndpointConfig, tokens_of
 from cappy.sampling.strategies import Decoding, share
 from cappy.specs import parse_spec
@@ -90,7 +90,7 @@ def estimate(config: "SamplingConfig") -> list[Estimate]:
     instructions = list(_instructions(read(config.source, rows=rows)))
     decodings = config.decodings
     asking = endpoint_config(config, manifest.hash)
-    found = []
+    estimates = []
     for position, text in enumerate(config.generator):
         own = share(decodings, position)
         candidates = len(instructions) * sum(decoding.num_samples for decoding in own)
@@ -100,10 +100,10 @@ def estimate(config: "SamplingConfig") -> list[Estimate]:
             endpoint.check(own)
             samples = endpoint.unanswered(instructions, own, seed=seed_of(config.seed, text))
             endpoint.close()
-            found.append(asked(text, samples, asking, instances=len(instructions), candidates=candidates))
+            estimates.append(asked(text, samples, asking, instances=len(instructions), candidates=candidates))
         else:
-            found.append(Estimate(generator=text, paid=False, instances=len(instructions), candidates=candidates))
-    return found
+            estimates.append(Estimate(generator=text, paid=False, instances=len(instructions), candidates=candidates))
+    return estimates
 
 
 def _instructions(instances: Iterator[Instance]) -> Iterator[str]:

@@ -230,8 +230,8 @@ class LocalGenerator(ABC):
         """As a `Generator`'s."""
 
     @abstractmethod
-    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
-        """Tokens of each instruction as the LLM sees it, cut so that `room` more have their place; counts those."""
+    def _prompts(self, instructions: Sequence[str], reserved: int) -> list[list[int]]:
+        """Tokens of each instruction as the LLM sees it, cut so that `reserved` more have their place; counts those."""
 
     @abstractmethod
     def _draw(

@@ -75,11 +75,11 @@ class LocalLLM(LocalGenerator):
         """Responses as tokens, all drawn now: of each instruction, for each decoding, its samples."""
         prompts = self._prompts(instructions, max(decoding.max_new_tokens for decoding in decodings))
         wanted = [Samples(decoding) for decoding in decodings]
-        found: list[list[list[Response]]] = [[] for _ in instructions]
+        drawn: list[list[list[Response]]] = [[] for _ in instructions]
         for batch in self._respond(instructions, prompts, wanted, seed, on_drawn):
             for place, responses in batch.items():
-                found[place] = responses
-        return found
+                drawn[place] = responses
+        return drawn
 
     @torch.inference_mode()
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
@@ -90,12 +90,12 @@ class LocalLLM(LocalGenerator):
         prompts = dict(zip(instructions, self._prompts(instructions, most), strict=True))
         asked = [(prompts[instruction], response) for (instruction, _), response in zip(pairs, responses, strict=True)]
         budget = min(self._batch_tokens(), MOST_LOGITS // self.model.config.vocab_size)
-        found = [(0.0, 0)] * len(pairs)
-        for batch in batches([len(prompt) + len(response) for prompt, response in asked], room=0, budget=budget):
+        known = [(0.0, 0)] * len(pairs)
+        for batch in batches([len(prompt) + len(response) for prompt, response in asked], reserved=0, budget=budget):
             sums = self._sums([asked[i][0] for i in batch], [asked[i][1] for i in batch])
             for place, total in zip(batch, sums.tolist(), strict=True):
-                found[place] = (total, len(asked[place][1]))
-        return found
+                known[place] = (total, len(asked[place][1]))
+        return known
 
     def _batch_tokens(self) -> int:
         if self.device.type != "cpu":
@@ -175,9 +175,11 @@ class LocalLLM(LocalGenerator):
         on_drawn: OnDrawn,
     ) -> Iterator[dict[int, list[list[Response]]]]:
         """For each batch the responses of its places."""
-        room = max(one.decoding.max_new_tokens for one in wanted)
+        reserved = max(one.decoding.max_new_tokens for one in wanted)
         rows = sum(max(one.decoding.num_samples, one.decoding.num_beams) for one in wanted)
-        for places in batches([len(prompt) for prompt in prompts], room=room, budget=self._batch_tokens() // rows):
+        for places in batches(
+            [len(prompt) for prompt in prompts], reserved=reserved, budget=self._batch_tokens() // rows
+        ):
             texts, own = [instructions[place] for place in places], [prompts[place] for place in places]
             drawn = self._respond_together(texts, own, wanted, seed, on_drawn)
             yield dict(zip(places, drawn, strict=True))
@@ -193,13 +195,13 @@ class LocalLLM(LocalGenerator):
     ) -> list[list[list[Response]]]:
         """The responses of one batch."""
         encoded, mask = self._encode(prompts)
-        found: list[list[list[Response]]] = [[[] for _ in wanted] for _ in prompts]
+        responses: list[list[list[Response]]] = [[[] for _ in wanted] for _ in prompts]
         for place, one in enumerate(wanted):
             if one.decoding.num_beams > 1:
                 tokens, sums = self._beams(prompts, encoded, mask, one.decoding, on_drawn)
                 on_drawn(len(tokens))
                 for number, (own, total) in enumerate(zip(tokens, sums.tolist(), strict=True)):
-                    found[number // one.decoding.num_samples][place].append(Response(own, total))
+                    responses[number // one.decoding.num_samples][place].append(Response(own, total))
         drawn = [(place, one) for place, one in enumerate(wanted) if one.decoding.num_beams == 1]
         if drawn:
             places = [place for place, one in drawn for _ in range(one.decoding.num_samples)]
@@ -213,8 +215,8 @@ class LocalLLM(LocalGenerator):
             model, logits = self._begin(encoded, mask, len(rows))
             given = continue_rows(model, logits, rows * len(prompts), numbers, self.ends, on_drawn)
             for number, response in enumerate(given):
-                found[number // len(rows)][places[number % len(rows)]].append(response)
-        return found
+                responses[number // len(rows)][places[number % len(rows)]].append(response)
+        return responses
 
     def _ended(self, sequences: torch.Tensor) -> list[tuple[int, ...]]:
         """Tokens of each row (rows, length) up to and with its first end token."""
@@ -251,15 +253,15 @@ def each_step(decoding: Decoding, rows: int, on_drawn: OnDrawn) -> StoppingCrite
     return StoppingCriteriaList([step])
 
 
-def batches(lengths: Sequence[int], *, room: int, budget: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], *, reserved: int, budget: int) -> Iterator[list[int]]:
     """Places of all lengths, longest first, in batches of like lengths.
 
-    A batch holds at most `budget` tokens, padding and `room` more for each included, and at least one place.
+    A batch holds at most `budget` tokens, padding and `reserved` more for each included, and at least one place.
     """
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     start = 0
     while start < len(order):
-        count = max(1, budget // max(1, lengths[order[start]] + room))
+        count = max(1, budget // max(1, lengths[order[start]] + reserved))
         yield order[start : start + count]
         start += count
 

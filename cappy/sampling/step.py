@@ -1,7 +1,8 @@
 """The sampling step: candidates for a folder of instances, from one LLM or several."""
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from typing import Annotated, Literal
@@ -9,14 +10,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work, fingerprint, identity, settings
-from cappy.errors import ConfigError
+from cappy.errors import ConfigError, shown
 from cappy.progress import Progress, silent
-from cappy.records import Instance, Manifest, read_manifest
-from cappy.records.shard import ShardOf, parse_shard, refuse_same
+from cappy.reasoning import has_reasoning, strip_reasoning
+from cappy.records import Candidate, Instance, Manifest, read_manifest
+from cappy.records.work import ShardOf, parse_shard, refuse_same
 from cappy.sampling import load_generator
 from cappy.sampling.accounts import SamplingProgress, accounts, cautions, check_failures, failures, taken
-from cappy.sampling.candidates import ReasoningReader, sample
-from cappy.sampling.generators import Api, EndpointConfig, Generator, check_strategy
+from cappy.sampling.generators import Api, EndpointConfig, Generator, OnDrawn, check_strategy, ignore_drawn, seed_of
 from cappy.sampling.strategies import (
     MAX_NEW_TOKENS_LIMIT,
     Decoding,
@@ -236,7 +237,7 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], 
         )
         check_failures(parts.counts, config.max_failed, each)
         metrics, facts = accounts(parts.counts, endpoint_config(config))
-        if contexts := [found for one in generators if (found := getattr(one, "context", None))]:
+        if contexts := [tokens for one in generators if (tokens := getattr(one, "context", None))]:
             facts["context"] = min(contexts)
         if said := cautions(metrics, stated, facts):
             facts["cautions"] = said
@@ -252,3 +253,85 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], 
             facts=facts,
         )
         return finish(folder, config.target, manifest)
+
+
+def sample(
+    part: Sequence[Instance],
+    generators: Sequence[Generator],
+    decodings: Sequence[Decoding],
+    *,
+    seed: int,
+    on_drawn: OnDrawn = ignore_drawn,
+    read: Callable[[Candidate], Candidate] = lambda candidate: candidate,
+) -> Iterator[Instance]:
+    """The instances with every generator's candidates appended, in order; equal arguments give equal candidates.
+
+    What is drawn for an instance does not depend on the others. Instances with choices keep those as their candidates
+    and learn how likely the first generator that knows finds each. ConfigError for an instance that would have no
+    candidate at all. `read` is applied to each candidate that was drawn.
+    """
+    open_ended = [instance for instance in part if not instance.choices]
+    bare = next((instance for instance in open_ended if not instance.candidates), None)
+    if bare and not generators:
+        remedy = "name an LLM with --generator, or give responses in the file"
+        raise ConfigError(f"sampling: instance {shown(bare.instance_id)} has no candidate; {remedy}")
+    added: dict[str, list[Candidate]] = {instance.instance_id: [] for instance in open_ended}
+    prompts = [instance.instruction for instance in open_ended]
+    for position, generator in enumerate(generators):
+        own = share(decodings, position)
+        if not prompts or not own:
+            continue
+        drawn = generator.sample(prompts, own, seed=seed_of(seed, generator.name), on_drawn=on_drawn)
+        for instance, candidates in zip(open_ended, drawn, strict=True):
+            added[instance.instance_id] += map(read, candidates)
+    closed = _with_likelihoods([instance for instance in part if instance.choices], generators)
+    for instance in part:
+        if instance.choices:
+            yield next(closed)
+        else:
+            yield replace(instance, candidates=(*instance.candidates, *added[instance.instance_id]))
+
+
+class ReasoningReader:
+    """Counts the candidates that hold reasoning, and removes it with `strip`."""
+
+    def __init__(self, *, strip: bool) -> None:
+        self._strip = strip
+        self._count = 0
+
+    def __call__(self, candidate: Candidate) -> Candidate:
+        """The candidate; with `strip` its answer alone (`empty` if there is none), without the whole's likelihood."""
+        if not has_reasoning(candidate.response):
+            return candidate
+        self._count += 1
+        if not self._strip:
+            return candidate
+        response = strip_reasoning(candidate.response)
+        status = candidate.status if response or not candidate.selectable else "empty"
+        return replace(
+            candidate, response=response, status=status, logprob_sum=None, logprob_mean=None, num_tokens=None
+        )
+
+    def counted(self) -> int:
+        """How many held reasoning since the last call."""
+        count, self._count = self._count, 0
+        return count
+
+
+def _with_likelihoods(instances: Sequence[Instance], generators: Sequence[Generator]) -> Iterator[Instance]:
+    pairs = [(instance.instruction, candidate.response) for instance in instances for candidate in instance.candidates]
+    by_generator = (generator.likelihoods(pairs) for generator in generators) if pairs else iter(())
+    first = next((likelihoods for likelihoods in by_generator if likelihoods is not None), None)
+    if first is None:
+        yield from instances
+        return
+    likelihoods = iter(first)
+    for instance in instances:
+        known = zip(instance.candidates, itertools.islice(likelihoods, len(instance.candidates)), strict=True)
+        yield replace(
+            instance,
+            candidates=tuple(
+                replace(candidate, logprob_sum=total, logprob_mean=total / max(count, 1), num_tokens=count)
+                for candidate, (total, count) in known
+            ),
+        )

@@ -26,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from cappy.errors import ConfigError, shown
-from cappy.yaml_files import load_yaml
+from cappy.untrusted import load_yaml
 
 MAX_NEW_TOKENS = 64
 ENDPOINT_NEW_TOKENS = 512

@@ -63,21 +63,21 @@ class VLLM(LocalGenerator):
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
         """(sum of log-probabilities, number of tokens) of each given response, end token included."""
         responses = [response_tokens(self._tokenizer, response, self._ends[0]) for _, response in pairs]
-        room = max(map(len, responses), default=0) + 1
+        reserved = max(map(len, responses), default=0) + 1
         texts = list(dict.fromkeys(instruction for instruction, _ in pairs))
-        prompts = dict(zip(texts, self._prompts(texts, room), strict=True))
+        prompts = dict(zip(texts, self._prompts(texts, reserved), strict=True))
         parameters = self._parameters_class(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         rows = [(prompts[text], response) for (text, _), response in zip(pairs, responses, strict=True)]
         outputs = self._generate([([*prompt, *response], parameters) for prompt, response in rows])
-        found = []
+        known = []
         for (prompt, response), output in zip(rows, outputs, strict=True):
             logprobs = output.prompt_logprobs[len(prompt) :]
             total = sum(place[token].logprob for token, place in zip(response, logprobs, strict=True))
-            found.append((float(total), len(response)))
-        return found
+            known.append((float(total), len(response)))
+        return known
 
-    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
-        longest = self.context - room if self.context else None
+    def _prompts(self, instructions: Sequence[str], reserved: int) -> list[list[int]]:
+        longest = self.context - reserved if self.context else None
         prompts = []
         for instruction in instructions:
             ids, cut = prompt_tokens(self._tokenizer, instruction, ends=self._ends, longest=longest)

@@ -57,8 +57,8 @@ class Calibration:
         values = _interpolate(self.maps[below], scores)
         if share:
             values = (1 - share) * values + share * _interpolate(self.maps[below + 1], scores)
-        found: list[float] = values.tolist()
-        return found
+        expected: list[float] = values.tolist()
+        return expected
 
     def to_json(self) -> str:
         """The text of calibration.json."""
@@ -86,13 +86,13 @@ def read_calibration(folder: str | Path) -> Calibration | None:
         if values["kind"] != KIND:
             raise ValueError(f"it is of another kind than {KIND!r}")
         maps = tuple(_read_map(one) for one in values["maps"])
-        found = Calibration(maps, metric=str(values["metric"]), fitted_on=int(values["fitted_on"]))
+        calibration = Calibration(maps, metric=str(values["metric"]), fitted_on=int(values["fitted_on"]))
         sizes = [one.n for one in maps]
         if sizes[:1] != [1] or any(after <= before for before, after in pairwise(sizes)):
             raise ValueError("its n do not begin at 1 and rise")
     except (ValueError, TypeError, KeyError) as error:
         raise FolderError(f"{path}: is no calibration ({error}); evaluate again, or delete it") from error
-    return found
+    return calibration
 
 
 def _read_map(values: dict[str, Any]) -> PickMap:
@@ -126,9 +126,9 @@ def read_probe(folder: str | Path) -> list[Triple]:
         return []
     try:
         triples = json.loads(path.read_text(encoding="utf-8"))
-        found = [(instruction, response, float(score)) for instruction, response, score in triples]
-        if not all(isinstance(text, str) for triple in found for text in triple[:2]):
+        stored = [(instruction, response, float(score)) for instruction, response, score in triples]
+        if not all(isinstance(text, str) for triple in stored for text in triple[:2]):
             raise ValueError("a text is none")
     except (ValueError, TypeError) as error:
         raise FolderError(f"{path}: holds no stored pairs ({error}); evaluate again, or delete it") from error
-    return found
+    return stored

@@ -66,9 +66,9 @@ def _folder(source: str) -> Path:
 
 
 def _check_hash(path: Path, expected: str) -> None:
-    if (found := sha256_of(path)) != expected:
+    if (actual := sha256_of(path)) != expected:
         remedy = "give that one only if you trust where the file came from"
-        raise FolderError(f"{path}: has sha256 {found}, --sha256 says {expected}; {remedy}")
+        raise FolderError(f"{path}: has sha256 {actual}, --sha256 says {expected}; {remedy}")
 
 
 def _scorer(folder: Path) -> Scorer:
@@ -82,8 +82,8 @@ def _scorer(folder: Path) -> Scorer:
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
     tokenizer = opened.tokenizer()
     if tokenizer.pad_token_id is None or len(tokenizer) > config.vocab_size:
-        found = f"{len(tokenizer)} tokens, padding {tokenizer.pad_token!r}; the encoder has {config.vocab_size}"
-        raise FolderError(f"{folder}: its tokenizer is not this encoder's ({found}); fetch the one it was trained with")
+        sizes = f"{len(tokenizer)} tokens, padding {tokenizer.pad_token!r}; the encoder has {config.vocab_size}"
+        raise FolderError(f"{folder}: its tokenizer is not this encoder's ({sizes}); fetch the one it was trained with")
     model.load_state_dict(_weights(folder / CHECKPOINT, tensors, model.state_dict()))
     return Scorer(model.eval(), tokenizer, recorded(opened, config, tokenizer, model, unstated="mse"))
 
@@ -97,29 +97,29 @@ def _check_architecture(folder: Path, config: PreTrainedConfig) -> None:
 
 def _weights(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The checkpoint's tensors in fp32, once names and shapes are those that the model expects."""
-    found = {name: tensor for name, tensor in tensors.items() if not name.endswith(_COUNTED)}
-    if missing := expected.keys() - found.keys():
+    learned = {name: tensor for name, tensor in tensors.items() if not name.endswith(_COUNTED)}
+    if missing := expected.keys() - learned.keys():
         raise FolderError(f"{path}: lacks {_some(missing)}; made up weights score nothing, get the whole checkpoint")
-    if unexpected := found.keys() - expected.keys():
+    if unexpected := learned.keys() - expected.keys():
         raise FolderError(f"{path}: has {_some(unexpected)}, which its config.json knows nothing of; get the right one")
-    for name, tensor in found.items():
+    for name, tensor in learned.items():
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, by its config.json {tuple(expected[name].shape)}"
             raise FolderError(f"{path}: {name} has shape {shapes}; get the config.json of this checkpoint")
-    return {name: tensor.to(expected[name].dtype) for name, tensor in found.items()}
+    return {name: tensor.to(expected[name].dtype) for name, tensor in learned.items()}
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     """The state dict of a file; FolderError where it is anything else. No code of the file runs."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise FolderError(
             f"{path}: is no checkpoint of tensors alone; nothing else is read, get another file"
         ) from error
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise FolderError(f"{path}: is no state dict (names with a tensor each), got {shown(type(found).__name__)}")
-    return dict(found)
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise FolderError(f"{path}: is no state dict (names with a tensor each), got {shown(type(state).__name__)}")
+    return dict(state)
 
 
 def _some(names: Iterable[str], limit: int = 3) -> str:

@@ -49,11 +49,11 @@ def as_pairs(pairs: Iterable[Sequence[str]]) -> list[Pair]:
 
     A text is no pair, though Python unpacks one of two characters.
     """
-    found = [pair if type(pair) is tuple else _as_pair(pair) for pair in pairs]
-    for pair in found:
+    tuples = [pair if type(pair) is tuple else _as_pair(pair) for pair in pairs]
+    for pair in tuples:
         if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], str):
             raise _no_pair(pair)
-    return found  # type: ignore[return-value]
+    return tuples  # type: ignore[return-value]
 
 
 def _as_pair(pair: object) -> tuple[str, ...]:
@@ -96,8 +96,8 @@ class PairEncoder:
 
     def fit(self, pairs: Sequence[Pair]) -> list[bool]:
         """Whether each pair is encoded whole."""
-        tokens, room = self._tokens(pairs), self.max_length - self._frame.length
-        return [len(tokens[instruction]) + len(tokens[response]) <= room for instruction, response in pairs]
+        tokens, available = self._tokens(pairs), self.max_length - self._frame.length
+        return [len(tokens[instruction]) + len(tokens[response]) <= available for instruction, response in pairs]
 
     @property
     def added(self) -> int:
@@ -110,7 +110,7 @@ class PairEncoder:
             return []
         try:
             if self._backend is not None:
-                return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+                return [encoded.ids for encoded in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
             ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         except BaseException as error:
             # The tokenizers library, which is Rust, panics where a pattern gives up on a text: no Exception.
@@ -127,14 +127,14 @@ class PairEncoder:
 
     def join(self, instruction: list[int], response: list[int]) -> Encoded:
         """The pair of two texts given as `tokens`."""
-        frame, room = self._frame, self.max_length - self._frame.length
-        asked, whole = len(response), len(instruction) + len(response) <= room
+        frame, available = self._frame, self.max_length - self._frame.length
+        asked, whole = len(response), len(instruction) + len(response) <= available
         if self.truncation == "longest_first":
-            lengths = _longest_first(len(instruction), len(response), room)
+            lengths = _longest_first(len(instruction), len(response), available)
             instruction, response = self._kept(instruction, lengths[0]), self._kept(response, lengths[1])
         else:
-            response = response[:room]
-            instruction = _middle_cut(instruction, room - len(response))
+            response = response[:available]
+            instruction = _middle_cut(instruction, available - len(response))
         first, second = frame.types
         before, between, after = frame.around_types
         return Encoded(
@@ -161,23 +161,23 @@ def _backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer | None:
     return backend
 
 
-def _middle_cut(tokens: list[int], room: int) -> list[int]:
-    if len(tokens) <= room:
+def _middle_cut(tokens: list[int], available: int) -> list[int]:
+    if len(tokens) <= available:
         return tokens
-    head = (room + 1) // 2
-    return tokens[:head] + tokens[len(tokens) - (room - head) :]
+    head = (available + 1) // 2
+    return tokens[:head] + tokens[len(tokens) - (available - head) :]
 
 
-def _longest_first(instruction: int, response: int, room: int) -> tuple[int, int]:
+def _longest_first(instruction: int, response: int, available: int) -> tuple[int, int]:
     """How many tokens of each are kept, as the tokenizers library has it (`longest_first`).
 
-    The shorter text is whole as long as it takes at most half of the room; of two long ones each has half, the longer
-    one, or the response of equally long ones, the odd token.
+    The shorter text is whole as long as it takes at most half of `available`; of two long ones each has half, the
+    longer one, or the response of equally long ones, the odd token.
     """
     shorter, longer = sorted((instruction, response))
-    if shorter + longer > room:
-        shorter = min(shorter, room // 2)
-        longer = room - shorter
+    if shorter + longer > available:
+        shorter = min(shorter, available // 2)
+        longer = available - shorter
     return (longer, shorter) if instruction > response else (shorter, longer)
 
 

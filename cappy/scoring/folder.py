@@ -129,8 +129,8 @@ def _check_modules(path: Path) -> None:
     known = isinstance(modules, Sequence) and all(isinstance(module, Mapping) for module in modules)
     names = [str(module.get("type", "")).rpartition(".")[2] for module in modules] if known else []
     if names != ["Transformer"] or modules[0].get("path"):
-        found = shown(", ".join(names), 80)
-        raise FolderError(f"{path}: names the modules {found}; a scorer is one Transformer in the folder itself")
+        named = shown(", ".join(names), 80)
+        raise FolderError(f"{path}: names the modules {named}; a scorer is one Transformer in the folder itself")
 
 
 def _check_prompt(path: Path, settings: Mapping[str, Any]) -> None:
@@ -298,8 +298,8 @@ def max_length_of(
         _check_length(recorded, "config.json: cappy.max_length")
     of_tokenizer = stated.max_length
     if of_tokenizer is None:
-        found = getattr(tokenizer, "model_max_length", None)
-        of_tokenizer = int(found) if isinstance(found, int | float) and found < UNLIMITED else None
+        limit = getattr(tokenizer, "model_max_length", None)
+        of_tokenizer = int(limit) if isinstance(limit, int | float) and limit < UNLIMITED else None
     if of_tokenizer is not None:
         _check_length(of_tokenizer, f"{TOKENIZER_CONFIG}: model_max_length")
     if recorded is not None and folder.listed:

@@ -15,7 +15,6 @@ from cappy.errors import ConfigError, FolderError
 from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.records.folder import Manifest, describe_files, write_manifest
 from cappy.scorers import open_scorer
-from cappy.scoring.batching import by_length, collate, packed_logits, packs, padding_token
 from cappy.scoring.config import ChosenPrecision, Precision, ScorerConfig
 from cappy.scoring.encoding import Cuts, Encoded, PairEncoder, as_pairs
 from cappy.scoring.folder import (
@@ -26,7 +25,16 @@ from cappy.scoring.folder import (
     refuse_labels,
     write_tokenizer,
 )
-from cappy.scoring.precision import choose, lower_body, lower_matrices
+from cappy.scoring.forward import (
+    by_length,
+    choose,
+    collate,
+    lower_body,
+    lower_matrices,
+    packed_logits,
+    packs,
+    padding_token,
+)
 
 Through = Callable[[Callable[[PreTrainedModel], Tensor]], Tensor]
 """Lets a pass through the model happen; where weights are sharded, they are gathered for it."""
@@ -127,8 +135,8 @@ class Scorer:
         batches = list(by_length(encoded, self.batch_tokens))
         logits = torch.cat([self.forward([encoded[index] for index in batch]) for batch in batches])
         order = [index for batch in batches for index in batch]
-        found = {distinct[index]: value for index, value in zip(order, logits.float().tolist(), strict=True)}
-        return [found[pair] for pair in pairs]
+        by_pair = {distinct[index]: value for index, value in zip(order, logits.float().tolist(), strict=True)}
+        return [by_pair[pair] for pair in pairs]
 
     def scores_of(self, logits: Sequence[float]) -> list[float]:
         """The scores that belong to logits, in order."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
-from cappy.records.shard import ShardOf, parse_shard, refuse_same
+from cappy.records.work import ShardOf, parse_shard, refuse_same
 from cappy.scoring.config import Precision
 from cappy.steps import step_version
 

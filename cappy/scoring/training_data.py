@@ -39,14 +39,14 @@ def training_data(folder: str | Path) -> TrainingData:
 def write_training_data(folder: Path, source: str | Path, start: Path | None = None) -> None:
     """Keeps groups and rows of what is not test in `source`, with those of the scorer that training `start`ed from."""
     groups: set[int] = set()
-    found = sketch_rows(_noting_groups(_prompts(source), groups))
+    rows = sketch_rows(_noting_groups(_prompts(source), groups))
     before = training_data(start) if start is not None else None
     kept = np.array(sorted(groups), dtype="<u8")
     if before is not None:
         kept = np.union1d(before.groups, kept).astype("<u8")
-        found = merge_rows(before.rows, found) if before.rows is not None else found
+        rows = merge_rows(before.rows, rows) if before.rows is not None else rows
     kept.tofile(folder / GROUPS)
-    np.concatenate((np.array([found.seen], dtype="<u8"), found.table.astype("<u8").ravel())).tofile(folder / ROWS)
+    np.concatenate((np.array([rows.seen], dtype="<u8"), rows.table.astype("<u8").ravel())).tofile(folder / ROWS)
 
 
 def _prompts(source: str | Path) -> Iterator[Prompt]:

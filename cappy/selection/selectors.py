@@ -16,9 +16,7 @@ from typing import Literal
 import numpy as np
 
 from cappy.records import Candidate
-from cappy.selection.best_of_n import mbr_curve, ranked_curve
-from cappy.selection.mbr import Vector
-from cappy.selection.pools import Pool, Values, pick_label, picked
+from cappy.selection.pools import Pool, Values, Vector, mbr_curve, pick_label, picked, ranked_curve
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """The weights that a combined selector may give the other value: 0 is the scorer alone."""

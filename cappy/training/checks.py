@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cappy.scoring.batching import by_length
+from cappy.scoring.forward import by_length
 from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus

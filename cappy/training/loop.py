@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cappy.errors import ConfigError, TrainingError
 from cappy.progress import Progress
-from cappy.scoring.precision import has_bf16, keep_heads_exact
+from cappy.scoring.forward import has_bf16, keep_heads_exact
 from cappy.scoring.scorer import Scorer
 from cappy.training import checkpoint
 from cappy.training.checkpoint import CONTINUES, Checkpoint, CheckpointClock, Shutdown, State

@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 from wording import assert_names, raises_naming
 
-from cappy.cli.jsonlines import lines, write_line
+from cappy.cli.scoring import lines, write_line
 from cappy.errors import RecordError
 
 
@@ -91,7 +91,7 @@ def test_memory_does_not_grow_with_the_number_of_lines() -> None:
 
 
 def test_a_line_without_an_end_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cappy.cli.jsonlines.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("cappy.cli.scoring.MAX_LINE_BYTES", 1000)
     whole = b'{"a": "%s"}\n' % (b"x" * 900)
     endless = io.BytesIO(whole + b"x" * 10_000)
     found = lines(endless, "in.jsonl")
@@ -102,7 +102,7 @@ def test_a_line_without_an_end_is_not_read_to_its_end(monkeypatch: pytest.Monkey
 
 
 READING = (
-    "import sys\nfrom cappy.cli.jsonlines import opened, reserve_stdin\nfrom cappy.errors import ConfigError\n"
+    "import sys\nfrom cappy.cli.scoring import opened, reserve_stdin\nfrom cappy.errors import ConfigError\n"
     "with reserve_stdin():\n"
     "    try:\n        with opened(sys.argv[1]) as file:\n            sys.stdout.write(file.read().decode())\n"
     "    except ConfigError as error:\n        sys.exit(str(error))\n"

@@ -2,8 +2,7 @@
 
 import pytest
 
-from cappy.progress import State, describe, duration
-from cappy.progress_display import ProgressLine
+from cappy.progress import ProgressLine, State, describe, duration
 
 
 def state(done: int, total: int | None, *, resumed: int = 0, seconds: float = 10.0) -> State:

@@ -115,11 +115,12 @@ class LocalTrainJobs:
 
 def processes(node: str) -> list[psutil.Process]:
     """The node's process that runs the trainer's function: what a container's first process is."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if any(word.endswith(f"train_{node}.py") for word in process.cmdline())
-    ]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # It may end while it is looked at.
+            if any(word.endswith(f"train_{node}.py") for word in process.cmdline()):
+                found.append(process)
+    return found
 
 
 if __name__ == "__main__":

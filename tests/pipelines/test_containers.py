@@ -14,9 +14,9 @@ from cappy.cli import main
 from cappy.config import to_values
 from cappy.errors import ConfigError
 from pipelines.builder import compile_pipeline as compiled
-from pipelines.containers import KEYS, check_images
 from pipelines.definitions import PIPELINES
 from pipelines.execution import _containers
+from pipelines.local import KEYS, check_images
 from pipelines.recipe import checked
 
 HERE = "registry.example/worker:1"

@@ -14,9 +14,9 @@ import pytest
 from cappy.preparation.mixtures import chosen, load_mixture
 from cappy.training.settings import TRUNCATION
 from cappy.training.update import rate
-from pipelines.fingerprints import configs
 from pipelines.planning import settings_of
 from pipelines.recipe import Recipe, read_recipe
+from pipelines.submission import configs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SIZES = ("small", "base", "large", "xl", "xxl")

@@ -13,9 +13,8 @@ from cappy.errors import CappyError, ConfigError
 from cappy.records import Instance, write
 from pipelines.builder import build
 from pipelines.definitions import PIPELINES
-from pipelines.fingerprints import fingerprints
 from pipelines.recipe import checked
-from pipelines.submission import prepare
+from pipelines.submission import fingerprints, prepare
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from hub_server import Files, commit_of, parquet, readme, serving
 from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError
-from cappy.preparation.hub import HubDataset, parse_hub
+from cappy.preparation.files import HubDataset, parse_hub
 from cappy.records import Instance, Manifest, read, read_manifest
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -17,7 +17,7 @@ from cappy.progress import silent
 from cappy.records import Instance, Manifest, read, read_batches, write
 from cappy.records.folder import describe_files, write_manifest
 from cappy.records.parts import process_folder
-from cappy.records.shard import Shard, parse_shard
+from cappy.records.work import Shard, parse_shard
 
 
 def some(count: int) -> list[Instance]:

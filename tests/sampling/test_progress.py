@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from cappy.model_folder import open_model_folder
-from cappy.progress import State, describe, silent
-from cappy.progress_display import PLAIN_SECONDS, ProgressLine
+from cappy.progress import PLAIN_SECONDS, ProgressLine, State, describe, silent
 from cappy.records import Instance, write
 from cappy.sampling import accounts, local
 from cappy.sampling.accounts import HEARTBEAT_SECONDS, SamplingProgress
@@ -117,7 +116,7 @@ def test_a_silent_generator_does_not_silence_the_progress(monkeypatch: pytest.Mo
         told(1, 5)
         assert enough.wait(30)
     said = len(progress.lines)
-    assert not [thread for thread in threading.enumerate() if thread is told._heart]
+    assert not [thread for thread in threading.enumerate() if thread is told._heartbeat]
     assert len(progress.lines) == said
 
 
@@ -128,7 +127,7 @@ def test_the_heart_stops_where_a_step_fails(monkeypatch: pytest.MonkeyPatch) -> 
         SamplingProgress(silent, [], []) as told,
     ):
         raise ValueError("broken")
-    assert not told._heart.is_alive()
+    assert not told._heartbeat.is_alive()
 
 
 def test_progress_that_cannot_be_written_ends_the_heart_and_not_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +135,8 @@ def test_progress_that_cannot_be_written_ends_the_heart_and_not_the_step(monkeyp
         raise OSError("no space left")
 
     with fast_heartbeat(monkeypatch), SamplingProgress(full, [], []) as told:
-        told._heart.join(30)
-        assert not told._heart.is_alive()
+        told._heartbeat.join(30)
+        assert not told._heartbeat.is_alive()
 
 
 def test_a_log_hears_at_least_every_fifteen_seconds() -> None:

@@ -9,9 +9,8 @@ from chat_server import Model, serving
 from cappy.errors import ConfigError
 from cappy.records import Candidate, Instance, read, write
 from cappy.sampling.accounts import taken
-from cappy.sampling.candidates import sample
 from cappy.sampling.generators import ignore_drawn
-from cappy.sampling.step import SamplingConfig, run
+from cappy.sampling.step import SamplingConfig, run, sample
 from cappy.sampling.strategies import GREEDY, STRATEGIES, Decoding
 
 

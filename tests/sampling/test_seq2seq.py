@@ -187,7 +187,7 @@ def test_an_instruction_that_loses_its_end_is_counted_once(llm_folder: Path) -> 
 
 def test_batches_hold_their_budget_and_every_place_once() -> None:
     lengths = [5, 900, 17, 3, 3, 64, 40]
-    made = list(batches(lengths, room=10, budget=200))
+    made = list(batches(lengths, reserved=10, budget=200))
     assert sorted(place for batch in made for place in batch) == list(range(7))
     assert all(len(batch) == 1 or len(batch) * (max(lengths[i] for i in batch) + 10) <= 200 for batch in made)
 

@@ -39,7 +39,7 @@ class Counting(LocalGenerator):
         self.drawn: list[tuple[str, str, int]] = []
         self._dies_after = dies_after
 
-    def _prompts(self, instructions: Sequence[str], room: int) -> list[list[int]]:
+    def _prompts(self, instructions: Sequence[str], reserved: int) -> list[list[int]]:
         return [list(f"{self.system} {instruction}".encode()) for instruction in instructions]
 
     @staticmethod

@@ -15,9 +15,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from cappy.errors import ConfigError, FolderError
 from cappy.records import Instance, write
 from cappy.scoring import Scorer
-from cappy.scoring.batching import by_length
 from cappy.scoring.config import ChosenPrecision, ScorerConfig
 from cappy.scoring.encoding import Encoded, PairEncoder
+from cappy.scoring.forward import by_length
 
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three".split()
 

@@ -6,9 +6,18 @@ import numpy as np
 import pytest
 
 from cappy.records import Candidate, Instance
-from cappy.selection.best_of_n import best_probabilities, extended, mbr_curve, pays_until, ranked_curve
-from cappy.selection.mbr import mbr
-from cappy.selection.pools import Pool, pick, pick_label, picked
+from cappy.selection.pools import (
+    Pool,
+    best_probabilities,
+    extended,
+    mbr,
+    mbr_curve,
+    pays_until,
+    pick,
+    pick_label,
+    picked,
+    ranked_curve,
+)
 
 RNG = np.random.default_rng(0)
 

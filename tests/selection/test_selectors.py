@@ -8,8 +8,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
 from cappy.records import Candidate, Instance
-from cappy.selection.mbr import mbr
-from cappy.selection.pools import Pool, collect, is_tied, pick
+from cappy.selection.pools import Pool, collect, is_tied, mbr, pick
 from cappy.selection.selectors import SELECTORS, choose_system, choose_weight, of_system
 
 TEXTS = (

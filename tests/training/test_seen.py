@@ -14,7 +14,7 @@ from wording import assert_names
 from cappy.cli import main
 from cappy.config import to_values
 from cappy.records import Instance, write
-from cappy.scoring.precision import keep_heads_exact
+from cappy.scoring.forward import keep_heads_exact
 from cappy.scoring.scorer import Scorer
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.meter import Meter, describe, flops_of_pair, layer_weights, peak_of, read_curves

@@ -85,8 +85,8 @@ class Asker:
         """Failed answers for a refused question; GeneratorError where a plain question is refused as well."""
         in_a_row = self.standing.refused(of_one=fault.of_one)
         if in_a_row and not self._config.all_may_fail:
-            found = self._ask_plainly(question, stop)
-            if found is not None and found.kind in ("unanswered", "end"):
+            refusal = self._ask_plainly(question, stop)
+            if refusal is not None and refusal.kind in ("unanswered", "end"):
                 many = f"{in_a_row} requests in a row were refused: " if in_a_row > 1 else ""
                 raise self._end(replace(fault, reason=f"{many}{fault.reason}"), 1, stop)
         return failed(fault.status, len(numbers), cut(fault.reason, _SHOWN, self._clients.key))
@@ -303,7 +303,7 @@ class Endpoint:
         jobs: dict[Question, list[int]] = {}
         for question, number in samples:
             jobs.setdefault(question, []).append(number)
-        found: dict[Sample, Answer] = {}
+        answers: dict[Sample, Answer] = {}
         stop = threading.Event()
         # Beside the clients' threads some that write: while one writes an answer down, another asks.
         with ThreadPoolExecutor(self._config.concurrency + min(self._config.concurrency, WRITERS)) as pool:
@@ -311,16 +311,16 @@ class Endpoint:
             done: queue.SimpleQueue[Future[list[Job]]] = queue.SimpleQueue()
 
             def submit(job: Job) -> None:
-                pool.submit(self._ask, job, found, stop).add_done_callback(done.put)
+                pool.submit(self._ask, job, answers, stop).add_done_callback(done.put)
 
             try:
                 for job in jobs.items():
                     submit(job)
-                pending, heard = len(jobs), 0
+                pending, counted = len(jobs), 0
                 while pending:
                     left = _next(done)
-                    heard, before = len(found), heard
-                    on_drawn(heard - before)
+                    counted, before = len(answers), counted
+                    on_drawn(counted - before)
                     for job in left or ():
                         submit(job)
                     pending += len(left) - 1 if left is not None else 0
@@ -328,9 +328,9 @@ class Endpoint:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-        return found
+        return answers
 
-    def _ask(self, job: Job, found: dict[Sample, Answer], stop: threading.Event) -> list[Job]:
+    def _ask(self, job: Job, collected: dict[Sample, Answer], stop: threading.Event) -> list[Job]:
         """Asks for the samples of a job; what is left of it, one by one, where the model answered fewer."""
         question, numbers = job
         if len(numbers) > 1 and not self._asker.capabilities.takes("n"):
@@ -343,7 +343,7 @@ class Endpoint:
         for number, answer in zip(numbers, answers, strict=False):
             if answer.kept:
                 self._cache.put(self._key(question, number), answer)
-            found[question, number] = answer
+            collected[question, number] = answer
         self._asker.meter.add(candidates=len(answers))
         return [(question, [number]) for number in numbers[len(answers) :]]
 

@@ -237,12 +237,12 @@ def _good_choices(
 def read_choices(body: bytes) -> tuple[dict[str, object], list[dict[str, object]]]:
     """The body of a completion and its choices in order, copies of one index left out; BadAnswerError if it is none."""
     values = _json(body)
-    found = values.get("choices")
+    listed = values.get("choices")
     if stated := _stated_error(values):
         raise BadAnswerError("the body holds an error", stated, stated)
-    if not isinstance(found, list) or not found or not all(isinstance(choice, dict) for choice in found):
+    if not isinstance(listed, list) or not listed or not all(isinstance(choice, dict) for choice in listed):
         raise BadAnswerError("the body has no choices", _decoded(body))
-    by_index = {str(choice.get("index", number)): choice for number, choice in reversed(list(enumerate(found)))}
+    by_index = {str(choice.get("index", number)): choice for number, choice in reversed(list(enumerate(listed)))}
     return values, [by_index[index] for index in sorted(by_index)]
 
 

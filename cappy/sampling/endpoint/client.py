@@ -133,11 +133,11 @@ class Connection:
     def end(self) -> None:
         """Ends whatever the client reads or writes now, in any thread."""
         self.late = True
-        found = self._stream.get_extra_info("socket") if self._stream is not None else None
-        if isinstance(found, socket.socket):
+        plain = self._stream.get_extra_info("socket") if self._stream is not None else None
+        if isinstance(plain, socket.socket):
             with contextlib.suppress(OSError):
                 # The plain one, for that of TLS would first say farewell.
-                socket.socket.shutdown(found, socket.SHUT_RDWR)
+                socket.socket.shutdown(plain, socket.SHUT_RDWR)
 
 
 class Deadlines:

@@ -132,10 +132,10 @@ class Capabilities:
 
 def refused_parameters(sent: Mapping[str, object], message: str, parameter: str | None) -> tuple[str, ...]:
     """The parameters that a refusal is about: one, or all knobs that it names; none if it names none that was sent."""
-    found = refused_parameter(sent, message, parameter)
-    if found not in KNOBS:
-        return (found,) if found else ()
-    return tuple(name for name in KNOBS if name in sent and (name == found or _names(message, name)))
+    refused = refused_parameter(sent, message, parameter)
+    if refused not in KNOBS:
+        return (refused,) if refused else ()
+    return tuple(name for name in KNOBS if name in sent and (name == refused or _names(message, name)))
 
 
 def refused_parameter(sent: Mapping[str, object], message: str, parameter: str | None) -> str | None:
@@ -145,10 +145,10 @@ def refused_parameter(sent: Mapping[str, object], message: str, parameter: str |
     """
     optional = [name for name in OPTIONAL if name in sent]
     named = parameter.split(".")[0] if parameter else None
-    found = named if named in optional else next((name for name in optional if _names(message, name)), None)
-    if found in (LENGTH, NEW_LENGTH) and not _UNKNOWN.search(message):
+    refused = named if named in optional else next((name for name in optional if _names(message, name)), None)
+    if refused in (LENGTH, NEW_LENGTH) and not _UNKNOWN.search(message):
         return None
-    return found
+    return refused
 
 
 def _names(message: str, name: str) -> bool:
@@ -300,8 +300,8 @@ def judge(error: Exception, sent: Mapping[str, object], headers: Mapping[str, st
 def stated_status(error: BadAnswerError) -> int:
     """The status that the error object in a body with status 200 states as its code; 0 if it states none."""
     refusal = _refusal(error.stated) if error.stated is not None else Refusal()
-    found = refusal.code if re.fullmatch("[45][0-9]{2}", refusal.code) else ""
-    return int(found) if found else 0
+    code = refusal.code if re.fullmatch("[45][0-9]{2}", refusal.code) else ""
+    return int(code) if code else 0
 
 
 def stated_refusal(error: BadAnswerError, keys: Sequence[str] = ()) -> Refusal:

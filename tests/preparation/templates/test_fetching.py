@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from cappy.errors import ConfigError, FolderError
-from cappy.preparation.templates import fetch, load_templates
-from cappy.preparation.templates.fetching import known_hashes
+from cappy.preparation.templates import fetch, known_hashes, load_templates
 
 ROOT = "promptsource-main/promptsource/templates/"
 FILES = {
