@@ -199,7 +199,7 @@ def mutated(draw: st.DrawFn) -> bytes:
     values: Any = copy.deepcopy(COMPLETION)
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(_paths(values)))
-        new = draw(_VALUES)
+        new = copy.deepcopy(draw(_VALUES))  # drawn lists are shared, and are changed below
         if not path:
             values = new
             continue
