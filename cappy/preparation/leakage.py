@@ -1,13 +1,13 @@
 """What training may not see: near-duplicates of held-out rows of its own source, and rows of an evaluation set.
 
 Near-duplicates are what `cappy.scoring.training_data` would count after training. The same functions are asked as
-there, so that a scorer that is trained on what is left has seen none of the report. A row of train or validation is left out, and
-the test split stays as it is: a report on it means what it meant before. Where more than `MOST_DROPPED` of those rows
-would go, such as questions on one passage of which each stands in another group, leaving them out would cost most of
-the data; then near-duplicates are one group, as equal prompts are, and the splits are drawn again. That moves rows
-between splits, so it is not done where leaving out costs little, nor where it would leave too few groups. Dropping
-whatever the cost would lose four fifths of a file of five questions a passage; grouping always would move rows for the
-sake of two.
+there, so that a scorer that is trained on what is left has seen none of the report. A row of train or validation is
+left out, and the test split stays as it is: a report on it means what it meant before. Where more than `MOST_DROPPED`
+of those rows would go, such as questions on one passage of which each stands in another group, leaving them out would
+cost most of the data; then near-duplicates are one group, as equal prompts are, and the splits are drawn again. That
+moves rows between splits, so it is not done where leaving out costs little, nor where it would leave too few groups.
+Dropping whatever the cost would lose four fifths of a file of five questions a passage; grouping always would move rows
+for the sake of two.
 """
 
 from array import array
