@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cappy.builtin.tasks import instances
-from cappy.costing.calibration import Calibration
+from cappy.costing import Calibration
 from cappy.costing.volumes import Lengths, Volumes
 
 COMMAND = (sys.executable, "-c", "from cappy.cli import main; main()")

@@ -45,8 +45,7 @@ from scoring_data import roberta_tokenizer
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
 from cappy.builtin.scorer import new_encoder
-from cappy.costing import PlanConfig
-from cappy.costing.calibration import DEFAULT, Calibration, read_calibration
+from cappy.costing import DEFAULT, Calibration, PlanConfig, read_calibration
 from cappy.costing.costs import GENERATORS, HARDWARE, SCORERS, cost, works
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation

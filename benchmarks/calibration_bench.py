@@ -11,7 +11,7 @@ import torch
 from calibration_texts import rounded
 from machine import machine
 
-from cappy.costing.calibration import Measurement, Texts
+from cappy.costing import Measurement, Texts
 from cappy.costing.costs import CPU, HARDWARE
 
 T = TypeVar("T")

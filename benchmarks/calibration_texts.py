@@ -16,7 +16,7 @@ from builtin_steps import POOL, STRATEGY
 
 from cappy.builtin import LLM_FOLDER
 from cappy.builtin.tasks import instances as builtin_tasks
-from cappy.costing.calibration import Texts
+from cappy.costing import Texts
 from cappy.model_folder import open_model_folder
 from cappy.preparation.mixtures import load_mixture
 from cappy.preparation.mixtures.plan import plan

@@ -24,8 +24,7 @@ from builtin_steps import SAMPLES, VALIDATION, Ran, builtin_volumes, commands, r
 from calibration_texts import rounded
 from machine import machine
 
-from cappy.costing import PlanConfig
-from cappy.costing.calibration import DEFAULT, read_calibration
+from cappy.costing import DEFAULT, PlanConfig, read_calibration
 from cappy.costing.costs import END, Work, cost, works
 from cappy.costing.volumes import Volumes
 from cappy.records import read

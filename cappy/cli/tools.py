@@ -87,8 +87,7 @@ def plan_command() -> Any:
 
 
 def _print_plan(*, as_json: bool, **values: Any) -> None:
-    from cappy.costing import PlanConfig
-    from cappy.costing.calibration import DEFAULT, read_calibration
+    from cappy.costing import DEFAULT, PlanConfig, read_calibration
     from cappy.costing.plan import make_plan, text, to_values
 
     config = build(PlanConfig, values)

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from cappy.costing import PlanConfig
-from cappy.costing.calibration import Calibration, Step
+from cappy.costing import Calibration, PlanConfig, Step
 from cappy.costing.volumes import Volumes
 from cappy.errors import ConfigError, shown
 from cappy.training.meter import PEAKS

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cappy.costing import PlanConfig
-from cappy.costing.calibration import Calibration
+from cappy.costing import Calibration, PlanConfig
 from cappy.costing.costs import CPU, GENERATORS, HARDWARE, MOST_SHARDS, Cost, Work, cost, shape_of, works
 from cappy.costing.volumes import Volumes, mixture_volumes
 from cappy.errors import ConfigError, shown

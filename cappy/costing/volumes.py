@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cappy.costing.calibration import Calibration, Texts
+from cappy.costing import Calibration, Texts
 from cappy.errors import ConfigError, shown
 from cappy.preparation.mixtures import Mixture, load_mixture
 from cappy.preparation.mixtures.plan import REFERENCE_AND_MISMATCH, PlanRow, plan

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from wording import assert_names
 
-from cappy.costing.calibration import DEFAULT
+from cappy.costing import DEFAULT
 
 Cappy = Callable[..., subprocess.CompletedProcess[str]]
 ASSUMED = ("--mfu", "0.4", "--sampling-mfu", "0.1")

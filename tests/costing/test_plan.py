@@ -9,8 +9,7 @@ import pytest
 from wording import assert_names
 
 from cappy.builtin import LLM_FOLDER, SCORER_FOLDER
-from cappy.costing import PlanConfig
-from cappy.costing.calibration import DEFAULT, Calibration, Measurement, Texts, read_calibration
+from cappy.costing import DEFAULT, Calibration, Measurement, PlanConfig, Texts, read_calibration
 from cappy.costing.costs import CHECKED, CHECKS, GENERATORS, HARDWARE, MOST_SHARDS, SCORERS, Work, cost
 from cappy.costing.plan import Plan, make_plan, span, stored, text, to_values
 from cappy.costing.volumes import mixture_volumes
