@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -18,6 +19,7 @@ from cappy.records.work import ShardOf, parse_shard, refuse_same
 from cappy.sampling import load_generator
 from cappy.sampling.accounts import SamplingProgress, accounts, cautions, check_failures, failures, taken
 from cappy.sampling.generators import Api, EndpointConfig, Generator, OnDrawn, check_strategy, ignore_drawn, seed_of
+from cappy.sampling.store import FRESH_DRAWS
 from cappy.sampling.strategies import (
     MAX_NEW_TOKENS_LIMIT,
     Decoding,
@@ -149,6 +151,11 @@ class SamplingConfig:
         return checked(longer, "sampling: --max-new-tokens")
 
 
+def _drawn_under(config: SamplingConfig) -> Path:
+    """The folder that keeps what is drawn and answered: one of its own for a run that draws again (`--fresh`)."""
+    return config.work / FRESH_DRAWS / config.fresh if config.fresh else config.work
+
+
 def endpoint_config(config: SamplingConfig, parent: str = "") -> EndpointConfig:
     """How this config's endpoints are asked; the budget is that of one run over the folder whose hash is `parent`.
 
@@ -170,7 +177,7 @@ def endpoint_config(config: SamplingConfig, parent: str = "") -> EndpointConfig:
         price_output=config.price_output,
         timeout=config.timeout,
         retries=config.retries,
-        folder=config.work / "answers",
+        folder=_drawn_under(config) / "answers",
         run=fingerprint("budget", computed, parent)[:24],
     )
 
@@ -186,9 +193,11 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
     refuse_same(config.source, config.target)
     parent = read_manifest(config.source)
     asking = endpoint_config(config, parent.hash)
+    kept = _drawn_under(config)
     with ExitStack() as opened:
         generators = [
-            opened.enter_context(closing(load_generator(spec, asking, work=config.work))) for spec in config.generator
+            opened.enter_context(closing(load_generator(spec, asking, work=_drawn_under(config))))
+            for spec in config.generator
         ]
         for position, generator in enumerate(generators):
             generator.check(share(config.decodings, position))

@@ -35,6 +35,8 @@ from cappy.records.folder import disk_errors, write_bytes
 DRAWING_VERSION = 1
 """Of the code that draws: raised when the same question gets other candidates, so that none of before is used."""
 CANDIDATES = "candidates"
+FRESH_DRAWS = "fresh"
+"""Folder with a folder for each run that drew again what was kept (`--fresh`)."""
 ANSWERS = "answers"
 _ORIGIN = "origin.json"
 _LOCK = ".lock"
@@ -203,6 +205,11 @@ class Entry:
 
 def entries(work: Path) -> list[Entry]:
     """What was drawn and answered for this work folder, one entry for each origin, the least recently used first."""
+    own = [entry for folder in (work, *sorted((work / FRESH_DRAWS).glob("*"))) for entry in _entries(folder)]
+    return sorted(own, key=lambda entry: entry.last_used)
+
+
+def _entries(work: Path) -> list[Entry]:
     listed = [_entry(path.parent) for path in (work / CANDIDATES).glob(f"*/{_ORIGIN}")]
     answers = [path.stat() for path in (work / ANSWERS).glob("[0-9a-f][0-9a-f]/*.json")]
     if answers:
@@ -210,7 +217,7 @@ def entries(work: Path) -> list[Entry]:
         listed.append(
             Entry(kind="answers", path=work / ANSWERS, sets=len(answers), size_bytes=size, last_used=last),
         )
-    return sorted(listed, key=lambda entry: entry.last_used)
+    return listed
 
 
 def unreachable(entry: Entry) -> str:

@@ -128,6 +128,13 @@ def test_another_part_size_draws_nothing_again(sample: Sample) -> None:
     assert candidates(second) == candidates(first)
 
 
+def test_a_fresh_run_draws_again_and_its_own_further_attempt_does_not(sample: Sample) -> None:
+    assert len(sample().drawn) == 12 * 5
+    assert len(sample(fresh="again").drawn) == 12 * 5
+    assert sample(fresh="again", part_rows=5).drawn == []
+    assert len(sample(fresh="once more").drawn) == 12 * 5
+
+
 def test_one_decoding_more_draws_that_one_alone(sample: Sample) -> None:
     first = sample()
     second = sample(strategy="greedy+sampling4+topk40x2")
