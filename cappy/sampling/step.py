@@ -196,8 +196,7 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
     kept = _drawn_under(config)
     with ExitStack() as opened:
         generators = [
-            opened.enter_context(closing(load_generator(spec, asking, work=_drawn_under(config))))
-            for spec in config.generator
+            opened.enter_context(closing(load_generator(spec, asking, work=kept))) for spec in config.generator
         ]
         for position, generator in enumerate(generators):
             generator.check(share(config.decodings, position))
