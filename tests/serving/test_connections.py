@@ -272,7 +272,8 @@ def test_lines_that_are_all_different_do_not_fill_the_memory_of_the_filter(
     logger, lines = log
     for number in range(5000):
         logger.error(f"line {number}")
-    assert len(lines) <= 1000 + REPEATS_WRITTEN
+    # Beside them stand the sums of what a test before this one repeated, where its period ends meanwhile.
+    assert sum(line.startswith("line ") for line in lines) <= 1000 + REPEATS_WRITTEN
 
 
 def test_clients_that_never_finish_their_handshake_keep_nobody_out(tmp_path: Path) -> None:
