@@ -63,7 +63,7 @@ local.init(
     pipeline_root=f"{folder}/pipeline",
     enable_caching=False,
 )
-pipeline = adapt.build()
+pipeline = build(checked({"pipeline": "adapt"}))
 pipeline(**submission.arguments)
 """
 
