@@ -19,10 +19,10 @@ def open_scorer(text: str) -> ModelFolder:
         raise ConfigError(f"{shown(text)}: an endpoint samples, it does not score; a scorer is {SCORERS}")
     folder = _local(spec)
     if not (folder / "config.json").exists():
+        what = "it has neither manifest.json nor config.json"
         if (folder / MANIFEST).exists():
-            step = read_manifest(folder).step
-            raise FolderError(f"{folder}: has no config.json: what {step} left, and no scorer; a scorer is {SCORERS}")
-        raise FolderError(f"{folder}: neither manifest.json nor config.json, so it is no scorer; a scorer is {SCORERS}")
+            what = f"it holds the output of {read_manifest(folder).step}, without a config.json"
+        raise FolderError(f"{folder}: not a scorer: {what}; a scorer is {SCORERS}")
     return open_model_folder(folder)
 
 

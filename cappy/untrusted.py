@@ -1,4 +1,8 @@
-"""JSON and YAML that others wrote: bounded in size and depth before anything is built of it."""
+"""JSON and YAML that others wrote: bounded in size and depth before anything is built of it.
+
+A few lines of YAML can stand for any amount of values, by aliases of lists of aliases: what a text expands to is
+counted first. One out of bounds is refused as PyYAML refuses a wrong one, with a `yaml.YAMLError` that has its place.
+"""
 
 import codecs
 import contextlib

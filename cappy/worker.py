@@ -74,10 +74,10 @@ def launch(
         raise SystemExit(1) from error
     started = time.time()
     outcome: dict[str, Any] = {"status": "failed"}
-    told = to_values(config)
+    stated = to_values(config)
     try:
         manifest = runner(step)(config, _progress(step, fingerprint))
-        told |= manifest.config  # What a preset stood for.
+        stated |= manifest.config  # What a preset stood for.
         outcome = {"status": "done", "manifest_hash": manifest.hash, "metrics": dict(manifest.metrics)}
     except CappyError as error:
         outcome["error"] = str(error).removeprefix(f"{step}: ")
@@ -93,7 +93,7 @@ def launch(
             run=run,
             started=started,
             seconds=time.time() - started,
-            config=told,
+            config=stated,
             target=str(config.target),
             **outcome,
         )

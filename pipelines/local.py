@@ -1,4 +1,8 @@
-"""Runs a pipeline on this machine, on kfp's own local runner, and shows a person how far each step is."""
+"""Runs a pipeline on this machine, on kfp's own local runner, and shows a person how far each step is.
+
+Steps run in processes, or in containers of the engine here, which must answer and have the images; containers get their
+keys by environment.
+"""
 
 import contextlib
 import json

@@ -1,4 +1,9 @@
-"""From the settings of each step to the arguments of a pipeline run: validated, aliases resolved, fingerprinted."""
+"""From the settings of each step to the arguments of a pipeline run: validated, aliases resolved, fingerprinted.
+
+An orchestrator's cache keys see strings, not what they point to. So each step has a fingerprint among its parameters:
+the digest of the key of its work (`cappy.keys`), with the content of every file, folder and registered version that its
+settings name. An edited file, a moved alias or another version of a step is never answered from the cache.
+"""
 
 import functools
 import json

@@ -29,7 +29,8 @@ from serving.dialects import DIALECTS, Dialect, Served
 from serving.dialects.own import SCORE, refuse
 from serving.engine import PROBES, Batcher, Models, Stored, probe
 from serving.following import Follower, add_admin
-from serving.guards import ANY_HOST, About, BrowserGuard, Hosts, Keys, Refuse, add_page
+from serving.guards import ANY_HOST, BrowserGuard, Hosts, Keys, Refuse
+from serving.page import About, add_page
 from serving.service import Service, refused
 
 LOGGER = logging.getLogger("serving")

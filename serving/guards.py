@@ -5,7 +5,6 @@ browser found the service, so that a name which somebody points at 127.0.0.1 (DN
 Sec-Fetch-Site say which page asked.
 """
 
-import base64
 import hmac
 import ipaddress
 import os
@@ -15,10 +14,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Literal
 
-from fastapi import FastAPI, Response
-from pydantic import BaseModel, Field
+from fastapi import Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -221,50 +218,3 @@ class KeyGuard:
 def unknown_key() -> Refusal:
     """What a client without a known key is answered."""
     return Refusal(401, "no API key that this service knows; send Authorization: Bearer KEY")
-
-
-TEXT = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-
-
-def page_headers() -> Mapping[str, str]:
-    """The page's content policy: its own script and style, by hash, and requests to this service alone."""
-    policy = (
-        "default-src 'none'",
-        f"script-src '{_script_hash('script')}'",
-        f"style-src '{_script_hash('style')}'",
-        "connect-src 'self'",
-        "img-src data:",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    )
-    return {"Content-Security-Policy": "; ".join(policy), "Cache-Control": "no-cache"}
-
-
-def _script_hash(element: str) -> str:
-    (text,) = re.findall(rf"<{element}>(.*?)</{element}>", TEXT, re.DOTALL)
-    return f"sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}"
-
-
-class About(BaseModel):
-    """What answers here, for the page."""
-
-    service: Literal["scorer", "gateway"]
-    model: Annotated[str, Field(description="Name to ask for")]
-    version: Annotated[str, Field(description="Version of the scorer")]
-    former: Annotated[str | None, Field(description="The version before, which can be asked too; null without one")]
-    calibrated: Annotated[bool, Field(description="Whether answers say what label to expect")]
-
-
-def add_page(app: FastAPI, about: Callable[[], About]) -> None:
-    """GET / and what it asks for first, GET /about; they need no key."""
-    policy = dict(page_headers())
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return Response(TEXT, media_type="text/html", headers=policy)
-
-    @app.get("/about", tags=["probes"])
-    async def read_about() -> About:
-        """What is served here."""
-        return about()

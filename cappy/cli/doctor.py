@@ -210,7 +210,7 @@ def _tracking(uri: str) -> Finding:
 
 
 def _pickle() -> Finding:
-    """MLflow reads pickles unless told otherwise; our own client tells it, other programs' must be told."""
+    """MLflow reads pickles by default. Our own client turns that off; other programs need the variable."""
     name = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
     value = os.environ.get(name, "")
     if value.lower() in ("false", "0"):

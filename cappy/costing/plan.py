@@ -132,13 +132,13 @@ def assumptions(plan: Plan) -> Iterator[str]:
 def _rows(plan: Plan) -> str:
     volumes = plan.volumes
     each = " + ".join(f"{number} of {name}" for name, number in volumes.samples.items())
-    told = f"{PUBLISHED_MILLIONS} million by the paper's authors' count" if plan.config.mixture == "t0" else ""
+    published = f"{PUBLISHED_MILLIONS} million by the paper's authors' count" if plan.config.mixture == "t0" else ""
     return "\n".join(
         [
             f"mixture {plan.config.mixture}: {volumes.prompts:,} prompts, {volumes.open_prompts:,} of them open-ended",
             f"candidates: {volumes.candidates:,} ({each} for each open-ended prompt)",
             f"rows to pretrain on: {volumes.pairs:,} pairs, {volumes.pair.tokens:,.0f} tokens in the mean"
-            + (f" ({told})" if told else ""),
+            + (f" ({published})" if published else ""),
             f"scorer: {plan.config.scorer}; hardware: {plan.config.hardware}",
         ]
     )

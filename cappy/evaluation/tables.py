@@ -1,4 +1,7 @@
-"""What the report is made of: means, comparisons, curves, tasks, examples, and probes of the scorer."""
+"""What the report is made of: means, comparisons, curves, tasks, examples, and probes of the scorer.
+
+Probes: does the scorer read the instruction, does it favour length, templates, an order? One number each.
+"""
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

@@ -1,6 +1,7 @@
 """A file or a folder of data files as rows, whatever the format: by what a file begins with, and by its name.
 
-A folder holds shards of one table (Parquet, CSV, JSON Lines), or what `datasets` wrote with save_to_disk.
+A folder holds shards of one table (Parquet, CSV, JSON Lines), or what `datasets` wrote with save_to_disk. Datasets of
+the Hugging Face hub are streamed at a pinned commit; nothing of a repository is executed.
 """
 
 import contextlib

@@ -2,6 +2,9 @@
 
 An orchestrator gives every attempt a fresh output path, so unfinished work lies in a folder of our own, named by what
 is computed (`cappy.keys`) and not by who asked for it.
+
+Several machines share a piece of work by shards: shard i of N does its rows and no other does. `pieces` lists what lies
+in a work folder, and which of it a run can still find.
 """
 
 import contextlib
@@ -135,7 +138,7 @@ class Shard:
         return range(total * self.index // self.count, total * (self.index + 1) // self.count)
 
     def holds(self, row: int) -> bool:
-        """Whether it has this row of a source whose length nobody knows: rows are dealt in turn."""
+        """Whether this row is the shard's, for a source of unknown length: rows go to the shards in turn."""
         return row % self.count == self.index
 
 

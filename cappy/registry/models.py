@@ -1,4 +1,7 @@
-"""What the registry's parts share without MLflow: its address, the names of tags and files, and a version."""
+"""What the registry's parts share without MLflow: its address, the names of tags and files, and a version.
+
+Whether MLflow can be reached is found out before MLflow's own minutes of retries.
+"""
 
 import http.client
 import os

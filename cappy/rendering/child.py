@@ -9,6 +9,9 @@ CPU time is limited in two steps. After its seconds a timer raises `_TimeIsUpErr
 child goes on with the next template. A single call into C (a sort, a power) is not interrupted by that: the kernel ends
 the process a little later. Memory is limited by the kernel too, in address space above what the child holds when it
 starts.
+
+Values of a row travel as JSON. What JSON lacks is tagged, so that a template sees what it would see in place: a tagged
+value is an object with the empty key alone, {"": [tag, ...]}.
 """
 
 import datetime

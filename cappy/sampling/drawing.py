@@ -2,6 +2,9 @@
 
 Because a row's uniforms come from its seed, instruction, decoding and number, what it draws does not depend on which
 rows happen to share its batch. The filters are those of transformers in their order: temperature, top-k, top-p, min-p.
+
+Before that: what a causal LLM is shown for an instruction, its chat template, which is untrusted, and how much of it
+fits.
 """
 
 import hashlib

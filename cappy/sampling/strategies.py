@@ -287,7 +287,7 @@ def _decoding(path: Path, number: int, entry: object, length: int) -> Decoding:
     known = [field.name for field in fields(Decoding)]
     for knob, value in entry.items():
         if knob not in known:
-            raise ConfigError(f"{where}: {shown(knob)} is no knob; they are {', '.join(known)}")
+            raise ConfigError(f"{where}: {shown(knob)} is not a knob; choose from {', '.join(known)}")
         wanted = _TYPES.get(knob, (int,))
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
             raise ConfigError(f"{where}: {knob} must be {_said(wanted)}, got {shown(value)}")

@@ -120,7 +120,7 @@ Triple = tuple[str, str, float]
 
 
 def read_probe(folder: str | Path) -> list[Triple]:
-    """The triples in a scorer's or a report's folder, none if there is no file; FolderError if it is damaged."""
+    """The (instruction, response, score) triples of a folder; [] where it has none, FolderError if damaged."""
     path = Path(folder) / PROBE
     if not path.is_file():
         return []

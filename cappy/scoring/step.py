@@ -67,7 +67,7 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
     parent = read_manifest(config.source)
     scorer = Scorer.load(str(scorer_folder(config.scorer)), precision=config.precision)
     scorer.cuts.logs = False
-    # `auto` is told as what it came to: on another machine it may be other numbers.
+    # `auto` is recorded as what it became: another machine may compute other numbers.
     stated = identity(config) | {"precision": scorer.precision, "version": scorer.version}
 
     def transform(part: list[Instance]) -> Iterator[Instance]:

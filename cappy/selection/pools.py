@@ -1,4 +1,8 @@
-"""Pools: the candidates of an instance that a selector may pick, with what is known of each; and MBR over them."""
+"""Pools: the candidates of an instance that a selector may pick, with what is known of each.
+
+MBR (minimum Bayes risk; Kumar and Byrne, 2004) takes the response that is nearest to all others of its pool. Best of n
+is the label that a selector's pick is expected to have when n candidates of the pool had been sampled.
+"""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -24,8 +24,9 @@ from serving.gateway.config import ChatLimits
 from serving.gateway.errors import GatewayError
 from serving.gateway.feedback import FeedbackLog, read_feedback
 from serving.gateway.requests import REMEDY, ChatRequest, read_request, refused
-from serving.guards import ANY_HOST, About, BrowserGuard, Hosts, KeyGuard, Keys, add_page
+from serving.guards import ANY_HOST, BrowserGuard, Hosts, KeyGuard, Keys
 from serving.listener import Shutdown
+from serving.page import About, add_page
 
 METRIC_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
 CANDIDATES_HEADER = "x-cappy-candidates"

@@ -119,7 +119,7 @@ def draw_tense_change(rng: Random) -> Content:
 
 
 def draw_passive_voice(rng: Random) -> Content:
-    """A sentence in the past, to be told from the side of the thing."""
+    """A sentence in the past tense, to be put into the passive voice."""
     clause = draw_clause(rng)
     participle = clause.verb[3]
     return Content(

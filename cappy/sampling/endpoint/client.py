@@ -14,7 +14,6 @@ import threading
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from http.cookiejar import CookieJar
 from pathlib import Path
@@ -359,7 +358,7 @@ class Clients:
         self._made: list[Client] = []
         self._deadlines = Deadlines()
 
-    @contextmanager
+    @contextlib.contextmanager
     def client(self, stop: threading.Event) -> Iterator[Client]:
         """A client for one request, once one is free; StoppedError if the run has ended by then."""
         with self._free:

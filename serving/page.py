@@ -1,0 +1,57 @@
+"""The page at /: one file without anything from elsewhere, and the policy that lets a browser run no other script."""
+
+import base64
+import re
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import FastAPI, Response
+from pydantic import BaseModel, Field
+
+TEXT = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+
+
+def headers() -> Mapping[str, str]:
+    """The page's content policy: its own script and style, by hash, and requests to this service alone."""
+    policy = (
+        "default-src 'none'",
+        f"script-src '{_digest('script')}'",
+        f"style-src '{_digest('style')}'",
+        "connect-src 'self'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+    return {"Content-Security-Policy": "; ".join(policy), "Cache-Control": "no-cache"}
+
+
+def _digest(element: str) -> str:
+    (text,) = re.findall(rf"<{element}>(.*?)</{element}>", TEXT, re.DOTALL)
+    return f"sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}"
+
+
+class About(BaseModel):
+    """What answers here, for the page."""
+
+    service: Literal["scorer", "gateway"]
+    model: Annotated[str, Field(description="Name to ask for")]
+    version: Annotated[str, Field(description="Version of the scorer")]
+    former: Annotated[str | None, Field(description="The version before, which can be asked too; null without one")]
+    calibrated: Annotated[bool, Field(description="Whether answers say what label to expect")]
+
+
+def add_page(app: FastAPI, about: Callable[[], About]) -> None:
+    """GET / and what it asks for first, GET /about; they need no key."""
+    policy = dict(headers())
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return Response(TEXT, media_type="text/html", headers=policy)
+
+    @app.get("/about", tags=["probes"])
+    async def read_about() -> About:
+        """What is served here."""
+        return about()
