@@ -97,7 +97,7 @@ def held(folder: Path, patience: float | None = None) -> Iterator[Path]:
 
 def _log_differences(key: Key, others: Sequence[Key]) -> None:
     """Says what is new about this work, against the work most like it; nothing of another shard of the same work."""
-    nearest = min((key.differences(other) for other in others), key=len, default=[])
+    nearest = min((key.differences(other) for other in others if other.step == key.step), key=len, default=[])
     if nearest and not (len(nearest) == 1 and nearest[0].startswith("shard ")):
         LOGGER.warning("%s: new work: %s", key.step, ", ".join(nearest))
 

@@ -16,13 +16,13 @@ import pytest
 from wording import assert_names
 
 from cappy.errors import FolderError
-from cappy.keys import KEY
+from cappy.keys import KEY, work_key
 from cappy.progress import silent
 from cappy.records import File, Instance, Manifest, read
 from cappy.records import work as work_module
 from cappy.records.folder import describe_files
 from cappy.records.parts import process
-from cappy.records.work import claim, finish, read_key
+from cappy.records.work import begin, claim, finish, read_key
 from cappy.steps import STEP_SPECS
 
 HOLD = """
@@ -205,6 +205,15 @@ def test_the_log_says_what_differs_from_the_nearest_other_work_of_the_step(
     (line,) = start({**settings, "temperature": 1.0}, ["j"])
     assert "inputs" in line
     assert start({**settings, "shard": "0/2"}, ["i"]) == []  # A share of the same work is not worth a line.
+
+
+def test_keys_of_another_step_in_the_same_folder_are_not_compared_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in ("pretraining", "finetuning"):  # As jobs lie, whatever their step.
+        (tmp_path / step).mkdir()
+        begin(tmp_path / step, work_key(step, {"epochs": len(step)}))
+    assert logged(caplog) == []
 
 
 def test_the_key_is_readable_beside_the_work_and_is_not_published(tmp_path: Path) -> None:
