@@ -267,6 +267,13 @@ def _take(kind: str) -> Process:
     return Process(kind)
 
 
+def close_children() -> None:
+    """Ends all children, idle ones too; the next job starts a new one."""
+    with _lock:
+        close_all()
+        _idle.clear()
+
+
 def _give_back(process: Process) -> None:
     with _lock:
         idle = _idle.setdefault(process.kind, [])
@@ -279,9 +286,8 @@ def _give_back(process: Process) -> None:
 def _begin_fork() -> None:
     global _lock
     _lock = threading.Lock()
-    _idle.clear()
-    close_all()
+    close_children()
 
 
 os.register_at_fork(after_in_child=_begin_fork)
-atexit.register(close_all)
+atexit.register(close_children)

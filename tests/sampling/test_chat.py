@@ -124,11 +124,11 @@ def test_a_prompt_is_what_transformers_makes_of_it(tokenizer: Any, template: Any
 
 
 def test_a_prompt_has_the_time_zone_of_its_asker(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cappy.rendering.process import close_all
+    from cappy.rendering.jobs import close_children
 
     monkeypatch.setenv("TZ", "Pacific/Kiritimati")
     time.tzset()
-    close_all()
+    close_children()
     tokenizer.chat_template = "{{ strftime_now('%H %d') }}"
     try:
         turns = [{"role": "user", "content": ""}]
@@ -137,7 +137,7 @@ def test_a_prompt_has_the_time_zone_of_its_asker(tokenizer: Any, monkeypatch: py
     finally:
         monkeypatch.undo()
         time.tzset()
-        close_all()
+        close_children()
 
 
 @pytest.mark.usefixtures("within")
