@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cappy.builtin.tasks import instances
-from cappy.costing import Calibration
+from cappy.costing import Throughput
 from cappy.costing.volumes import Lengths, Volumes
 
 COMMAND = (sys.executable, "-c", "from cappy.cli import main; main()")
@@ -86,17 +86,17 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def builtin_volumes(per_family: int, calibration: Calibration) -> Volumes:
+def builtin_volumes(per_family: int, throughput: Throughput) -> Volumes:
     """What `run_steps` has to do, by arithmetic: nothing of the run itself is looked at.
 
-    Which families have choices, and how many, is the families' own; lengths are those that the calibration measured.
+    Which families have choices, and how many, is the families' own; lengths are the measured ones.
     """
     few = list(instances(POOL, num_per_family=1))
     closed = [len(one.choices) for one in few if one.choices]
     prompts, open_prompts = len(few) * per_family, (len(few) - len(closed)) * per_family
     choices, samples = sum(closed) * per_family, open_prompts * SAMPLES
     pairs = choices + samples + 2 * open_prompts
-    texts = {one.kind: one for one in calibration.texts_of("builtin")}
+    texts = {one.kind: one for one in throughput.texts_of("builtin")}
     opened, chosen = texts["open-ended"], texts["choices"]
     pair = Lengths(
         tokens=((pairs - choices) * opened.pair_tokens + choices * chosen.pair_tokens) / pairs,
@@ -111,7 +111,6 @@ def builtin_volumes(per_family: int, calibration: Calibration) -> Volumes:
         prompt=Lengths(tokens=opened.prompt_tokens, squared=opened.prompt_squared),
         response_tokens=opened.response_tokens,
         pair=pair,
-        evaluated_prompts=round(prompts * VALIDATION),
         evaluated_pairs=round((choices + samples) * VALIDATION),
         evaluated_pair=pair,
         known=1.0,

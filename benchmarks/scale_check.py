@@ -3,10 +3,10 @@
     python benchmarks/scale_check.py [--per-family 118] [--compare]
 
 The steps are the verbs themselves, processes on one thread each (`builtin_steps.py`). Predicted is by the code of
-`cappy plan` with the speeds in `benchmarks/results/calibration.json`, from arithmetic over the task families alone:
-nothing of the run is known to the prediction, and the calibration timed fewer instances of other seeds, but for the
+`cappy plan` with the speeds in `benchmarks/results/throughput.json`, from arithmetic over the task families alone:
+nothing of the run is known to the prediction, and the benchmark timed fewer instances of other seeds, but for the
 seconds that a verb takes to start: those are from the same verbs on a fifteenth of this run's instances.
-Beside the seconds of the processor, which the calibration measured too, stand those of the clock: where other work
+Beside the seconds of the processor, which the benchmark measured too, stand those of the clock: where other work
 shares the machine they say little. Results go to `benchmarks/results/scale-check.json` with date and machine.
 """
 
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from builtin_steps import SAMPLES, VALIDATION, Ran, builtin_volumes, commands, run_steps, size_of
-from calibration_texts import rounded
 from machine import machine
+from throughput_texts import rounded
 
-from cappy.costing import DEFAULT, PlanConfig, read_calibration
+from cappy.costing import DEFAULT, PlanConfig, read_throughput
 from cappy.costing.costs import END, Work, cost, works
 from cappy.costing.volumes import Volumes
 from cappy.records import read
@@ -41,10 +41,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".cappy/benchmarks/scale-check"))
     parser.add_argument("--compare", action="store_true", help="predict the last run anew, run nothing")
     arguments = parser.parse_args()
-    calibration = read_calibration(DEFAULT)
-    volumes = builtin_volumes(arguments.per_family, calibration)
+    throughput = read_throughput(DEFAULT)
+    volumes = builtin_volumes(arguments.per_family, throughput)
     config = PlanConfig(hardware="cpu", mixture="builtin", scorer="mini", validation=VALIDATION)
-    planned = works(volumes, calibration, config)
+    planned = works(volumes, throughput, config)
     predicted = seconds_of(planned, config)
     print(f"{volumes.pairs:,} rows, predicted seconds {predicted}", flush=True)
     if not arguments.compare:

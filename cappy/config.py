@@ -34,9 +34,18 @@ Workers = Annotated[
     Field(ge=1, le=256, description="Processes that share the work; the result is the same for any number"),
 ]
 
+Renames = Mapping[str, str | tuple[str, ...]]
+"""Settings of an earlier release -> the setting that says it now, or several of which one does."""
+
 FRESH = "fresh"
 Fresh = Annotated[
-    str, LOCATION, FRESH, Field(description="Do the work again, whatever an earlier run of the same settings left")
+    str,
+    LOCATION,
+    FRESH,
+    Field(
+        pattern=r"^[A-Za-z0-9-]*$",
+        description="Do the work again, whatever an earlier run of the same settings left; a killed one continues",
+    ),
 ]
 """On the command line a flag without a value. The value names the run that asked: its retries continue its own work."""
 
@@ -49,21 +58,73 @@ def settings(cls: type[T]) -> type[T]:
 
 
 def build(config_class: type[T], values: Mapping[str, Any]) -> T:
-    """The config with these values; ConfigError names the field, the value and the rule."""
+    """The config with these values; ConfigError names the field, the value and the rule, or a field's new name."""
+    step = _step_of(config_class)
+    renamed = renamed_flags(config_class)
+    for name in map(flag, values):
+        if name in renamed:
+            raise ConfigError(f"{step}: {name} is now {renamed[name]}")
     try:
         return config_class(**values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        step, name = _step_of(config_class), ".".join(str(part) for part in first["loc"]).replace("_", "-")
+        name = flag(".".join(str(part) for part in first["loc"])).removeprefix("--")
         rule = first["msg"].removeprefix("Value error, ")
         if not name:  # a rule over several fields, which names them itself
             raise ConfigError(f"{step}: --{rule}") from error
         if first["type"] == "unexpected_keyword_argument":
-            known = [field.replace("_", "-") for field in config_class.__dataclass_fields__]  # type: ignore[attr-defined]
+            known = [path.replace("_", "-") for path in field_paths(config_class)]
             meant = near(name, known, otherwise=f"; `cappy {step} --help` lists them")
             raise ConfigError(f"{step}: --{name}: no such setting{meant}") from error
         value = "" if first["type"] in ("missing", "missing_argument") else f", got {shown(first['input'])}"
         raise ConfigError(f"{step}: --{name}: {rule}{value}") from error
+
+
+def flag(path: str) -> str:
+    """The flag of a setting, as it is typed: `trainjob.service_account` is --trainjob.service-account."""
+    return f"--{path.replace('_', '-')}"
+
+
+def groups(config_class: type) -> dict[str, type]:
+    """The settings that are settings of their own, such as those of one platform: name -> their class."""
+    fields = dataclasses.fields(config_class)
+    hints = get_type_hints(config_class)
+    return {field.name: hints[field.name] for field in fields if dataclasses.is_dataclass(hints[field.name])}
+
+
+def field_paths(config_class: type) -> list[str]:
+    """All settings by name, those of a group with the group's name and a dot before them."""
+    grouped = groups(config_class)
+    return [
+        f"{field.name}.{inner}" if field.name in grouped else field.name
+        for field in dataclasses.fields(config_class)
+        for inner in (field_paths(grouped[field.name]) if field.name in grouped else [""])
+    ]
+
+
+def changed(config: Any) -> list[str]:
+    """The settings that are other than their default, by name; all fields need one."""
+    return [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
+
+
+def renamed_flags(config_class: type) -> dict[str, str]:
+    """Flag of an earlier release -> the flag, or the flags, that say it now.
+
+    A config class lists its own in `RENAMED`: old name -> the new one, or several.
+    """
+    found: dict[str, str] = {}
+    for cls in config_class.__mro__:
+        for old, new in vars(cls).get("RENAMED", {}).items():
+            found[flag(old)] = " or ".join(map(flag, new if isinstance(new, tuple) else (new,)))
+    return found
+
+
+def with_new_names(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier release wrote, by their names now, where one setting took the place of one."""
+    new: dict[str, str] = {}
+    for cls in config_class.__mro__:
+        new |= {old: name for old, name in vars(cls).get("RENAMED", {}).items() if isinstance(name, str)}
+    return {new.get(name, name): value for name, value in values.items()}
 
 
 def to_values(config: Any) -> dict[str, Any]:

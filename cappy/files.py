@@ -6,8 +6,10 @@ that someone else put there, and no name of a temporary file can be foreseen.
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from cappy.errors import FolderError
 
 PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
+REMOVED = ".removed-"
 _PUBLIC_FILE = 0o666
 """Less the umask."""
 _SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW
@@ -29,29 +32,43 @@ _REMEDY = "delete it, and run the same command again"
 def hold_lock(path: Path, patience: float = -1) -> Iterator[None]:
     """Holds a lock file until the block or the process ends, however that ends; the file says which process holds it.
 
-    Waits `patience` seconds, or as long as it takes if negative; filelock.Timeout where another one holds it then. The
-    file is made for its owner alone where it is missing; FolderError as for `open_lock`. A disk without locks of the
-    kernel's is an OSError: a lock by a file's being there would not fall with its process.
+    Waits `patience` seconds, or as long as it takes if negative; filelock.Timeout where another one holds it then. File
+    and folder are made for their owner alone where they are missing; FolderError as for `open_lock`. A
+    disk without locks of the kernel's is an OSError: a lock by a file's being there would not fall with its process.
     """
-    lock = FileLock(
-        path,
-        timeout=patience,
-        mode=PRIVATE_FILE,
-        thread_local=False,
-        fallback_to_soft=False,
-        on_acquired=lambda descriptor: _sign(descriptor, path),
-    )
-    try:
-        lock.acquire()
-    except Timeout:
-        raise
-    except OSError as error:
-        _refuse_odd(path, error)
-        raise
+    while True:
+        make_private(path.parent)
+        taken: list[os.stat_result] = []
+        lock = _file_lock(path, patience, taken)
+        try:
+            lock.acquire()
+        except FileNotFoundError:  # Its folder was removed in the meantime.
+            continue
+        except Timeout:
+            raise
+        except OSError as error:
+            _refuse_odd(path, error)
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(taken[0], path.stat()):
+                break
+        lock.release()  # Another one removed the file while this process waited for it.
     try:
         yield
     finally:
         lock.release()
+
+
+def _file_lock(path: Path, patience: float, taken: list[os.stat_result]) -> FileLock:
+    """The lock, which puts what it is the lock of into `taken` once it is held."""
+
+    def sign(descriptor: int) -> None:
+        _sign(descriptor, path)
+        taken.append(os.fstat(descriptor))
+
+    return FileLock(
+        path, timeout=patience, mode=PRIVATE_FILE, thread_local=False, fallback_to_soft=False, on_acquired=sign
+    )
 
 
 def lock_holder(path: Path) -> str:
@@ -78,6 +95,23 @@ def open_lock(path: Path) -> IO[str]:
         os.close(descriptor)
         raise
     return os.fdopen(descriptor, "r+", encoding="utf-8")
+
+
+def lock_shared(path: Path) -> IO[str]:
+    """A lock file that is held by all who use its folder, and keeps whoever would remove that away until it is closed.
+
+    File and folder are made where they are missing. Its time says when the folder was used last.
+    """
+    while True:
+        make_private(path.parent)
+        lock = open_lock(path)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                with contextlib.suppress(OSError):  # A mounted bucket may keep no such times.
+                    os.utime(path)
+                return lock
+        lock.close()  # Removed in the meantime.
 
 
 def _sign(descriptor: int, path: Path) -> None:
@@ -123,6 +157,16 @@ def make_private(folder: Path) -> None:
     """Creates a folder with mode 0700, whatever the umask; an existing one keeps its mode."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder with all that is in it, under a hidden name first.
+
+    Whoever comes meanwhile finds none and makes one of their own; what a killed removal leaves is named `REMOVED...`.
+    """
+    gone = folder.with_name(f"{REMOVED}{secrets.token_hex(8)}")
+    folder.rename(gone)
+    shutil.rmtree(gone)
 
 
 def refuse_links(folder: Path, name: str) -> None:

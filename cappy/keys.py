@@ -22,7 +22,8 @@ LONGEST_VALUE = 60
 class Key:
     """What a piece of work is; `inputs` are hashes of what it reads, in the step's own order.
 
-    `fresh` names the run that asked for the work to be done again; it is no part of what is compared.
+    `fresh` names the run that asked for the work to be done again, `finished` says that it was published; neither is
+    compared.
     """
 
     step: str
@@ -30,6 +31,7 @@ class Key:
     settings: Mapping[str, Any] = field(default_factory=dict)
     inputs: Sequence[Any] = ()
     fresh: str = ""
+    finished: bool = False
 
     @property
     def digest(self) -> str:
@@ -49,7 +51,10 @@ class Key:
     @staticmethod
     def from_json(text: str) -> "Key":
         """The key that `to_json` wrote; ValueError or TypeError if it is not one."""
-        return Key(**json.loads(text))
+        key = Key(**json.loads(text))
+        if not isinstance(key.settings, dict) or not isinstance(key.inputs, list):
+            raise TypeError("settings is no object, or inputs is no list")
+        return key
 
     def differences(self, other: "Key") -> list[str]:
         """What this key has that `other` has not, for a person: `temperature 0.9 -> 1.0`, other's value first."""

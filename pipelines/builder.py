@@ -25,6 +25,8 @@ RUN = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 JOB_ID = "{{$.pipeline_job_uuid}}"
 """What Vertex AI's YAML names a run by no more; see `compile_pipeline`."""
 _MAX_CHARACTERS = 2**23
+_OLD_IMPORT = "from cappy.steps import launch"
+"""In every component of a pipeline that was compiled before `launch` moved to `cappy.worker`."""
 PARALLEL_SHARDS = 16
 """Shards that run at a time on a cluster; kfp's local runner takes two, whatever is asked for."""
 
@@ -39,7 +41,8 @@ def build_pipeline(definition: Definition, shards: Sequence[str], customize: Tas
     """The kfp pipeline of a definition.
 
     Its parameters are those of the components by their names in a pipeline (`StepSpec.parameters`), with the
-    components' types and defaults, and two of each step: `STEP_settings`, encoded, and `STEP_fingerprint`.
+    components' types and the definition's defaults, else the components', and two of each step: `STEP_settings`,
+    encoded, and `STEP_fingerprint`. A source that the definition leaves empty must be given.
     """
     signature = _signature(definition, len(shards))
 
@@ -131,7 +134,10 @@ def _signature(definition: Definition, shards: int) -> inspect.Signature:
         component = getattr(importlib.import_module(f"components.{step}"), step)
         own = inspect.signature(component.python_func).parameters
         for setting, parameter in STEP_SPECS[step].parameters.items():
-            add(parameter, own[setting].annotation, own[setting].default)
+            chosen = definition.choices.get(parameter)
+            default = own[setting].default if chosen is None else chosen
+            needed = parameter == "source" and default == ""
+            add(parameter, own[setting].annotation, inspect.Parameter.empty if needed else default)
     for name in (*(f"{step}_settings" for step in (*steps, "tracking")), *(f"{step}_fingerprint" for step in steps)):
         add(name, str, "")
     add("fingerprints", str, "{}")
@@ -160,6 +166,10 @@ def package_of(recipe: Recipe, platform: Platform, arguments: Mapping[str, Any],
         raise ConfigError(f"{path}: is pipeline {shown(name)}, the recipe's is {wanted}; compile it from this recipe")
     if _shards(spec) != shards_of(recipe.shards):
         raise ConfigError(f"{path}: has other shards than the recipe's {recipe.shards}; compile it from this recipe")
+    if _OLD_IMPORT in text:
+        raise ConfigError(
+            f"{path}: an earlier version of cappy wrote it, this one's images cannot run it; compile it again"
+        )
     known = (root.get("inputDefinitions") or {}).get("parameters") or {}
     if lacking := set(arguments) - set(known):
         raise ConfigError(f"{path}: takes no {min(lacking)}, another version of cappy wrote it; compile it again")

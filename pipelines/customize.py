@@ -129,7 +129,7 @@ def _refuse_on_vertex(recipe: Recipe, step: str) -> None:
     needs = recipe.needs(step)
     where = f"resources.{step}"
     if needs.accelerator.startswith("tpu-"):
-        remedy = "train on GPUs, or submit the job yourself: cappy STEP --launcher customjob --strategy jax"
+        remedy = "train on GPUs, or submit the job yourself: cappy STEP --launcher customjob --parallelism jax"
         raise ConfigError(
             f"{where}.accelerator: Vertex AI gives the steps of a pipeline no {needs.accelerator}; {remedy}"
         )
@@ -179,8 +179,8 @@ def _refuse_anywhere(recipe: Recipe, step: str) -> None:
         raise ConfigError(f"{where}.nodes: {needs.nodes}: only training spreads over nodes; {remedy}")
     if not needs.accelerator.startswith("tpu-"):
         return
-    if step not in TRAINING_STEPS or recipe.settings.get(step, {}).get("strategy") != "jax":
-        remedy = f"give settings.{step}.strategy: jax" if step in TRAINING_STEPS else "give it a GPU or none"
+    if step not in TRAINING_STEPS or recipe.settings.get(step, {}).get("parallelism") != "jax":
+        remedy = f"give settings.{step}.parallelism: jax" if step in TRAINING_STEPS else "give it a GPU or none"
         raise ConfigError(f"{where}.accelerator: only training by JAX runs on a {needs.accelerator}; {remedy}")
     if needs.nodes > 1:
         raise ConfigError(f"{where}.nodes: {needs.nodes}: training by JAX drives one machine; give nodes: 1")

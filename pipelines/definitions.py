@@ -1,7 +1,8 @@
 """The four pipelines: which steps each has, which choices a person makes for it, and how the steps are chained.
 
 A definition knows no kfp: `chain` is given a `Graph` and says which step reads what of which. `pipelines.builder` makes
-kfp tasks of it. To add a pipeline: a definition here, and its name in `PIPELINES`.
+kfp tasks of it. To add a pipeline: a definition in `PIPELINES` here, and its name
+in `Recipe.pipeline`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -106,9 +107,9 @@ class Definition:
         for step, values in [*self.fixed(chosen).items(), *(more or {}).items()]:
             if step in settings:
                 settings[step].update(values)
-        if settings["preparation"]["source"] == "":
+        if not settings["preparation"]["source"]:
             remedy = "give source: FILE under parameters, or --set preparation.source=FILE"
-            raise ConfigError(f"{self.name}: no source: nothing to score; {remedy}")
+            raise ConfigError(f"{self.name}: no source of instances; {remedy}")
         return settings
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from cappy.config import to_values
 from cappy.errors import CappyError, ConfigError, shown
-from cappy.files import make_private
+from cappy.files import make_private, remove_folder
 from cappy.records.folder import write_bytes
 from cappy.redaction import has_secret
 from cappy.runs import PARENT_VARIABLE, PROGRESS_VARIABLE
@@ -31,7 +31,7 @@ from pipelines.customize import image
 from pipelines.planning import settings_of, work_of
 from pipelines.recipe import Platform, Recipe
 from pipelines.states import StepState, StepTable, log_section, observe
-from pipelines.submission import Submission, prepare
+from pipelines.submission import Submission, fingerprints, prepare
 
 LOOK_SECONDS = 0.2
 TAIL_LINES = 15
@@ -68,6 +68,7 @@ def run_recipe(
     process of the run and raise KeyboardInterrupt.
     """
     work = work_of(recipe, platform)
+    recipe, mark = _with_fresh_name(recipe, work)
     submission = prepare(
         recipe.pipeline,
         settings_of(recipe),
@@ -77,10 +78,45 @@ def run_recipe(
         revision=recipe.revision,
         images=images,
     )
-    if has_secret(recipe.tracking_uri):
-        # The child has it in its environment; what follows is written down.
-        recipe = replace(recipe, tracking_uri="")
-    return execute({"recipe": to_values(recipe), "platform": platform}, submission, work=work, root=root, show=show)
+    request = {"recipe": to_values(_without_passwords(recipe)), "platform": platform}
+    outcome = execute(request, submission, work=work, root=root, show=show)
+    if mark is not None:
+        mark.unlink(missing_ok=True)
+    return outcome
+
+
+def _with_fresh_name(recipe: Recipe, work: Path) -> tuple[Recipe, Path | None]:
+    """The recipe under the name of a fresh start that was not finished, and the file that keeps the name until it is.
+
+    A new fresh start removes kfp's cache, which is of the runs before it: without it a later run takes up what lies in
+    the work folder.
+    """
+    names = {values["fresh"] for values in recipe.settings.values() if values.get("fresh")}
+    if not names:
+        return recipe, None
+    plain = {step: {**values, "fresh": ""} for step, values in settings_of(recipe).items()}
+    found = fingerprints(plain, tracking_uri=recipe.tracking_uri, revision=recipe.revision)
+    mark = work / "unfinished" / list(found.values())[-1]
+    try:
+        name = mark.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        name = names.pop()
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(mark, name.encode())
+        with contextlib.suppress(FileNotFoundError):
+            remove_folder(work / "cache")
+    settings = {step: {**recipe.settings.get(step, {}), "fresh": name} for step in recipe.steps}
+    return replace(recipe, settings=settings), mark
+
+
+def _without_passwords(recipe: Recipe) -> Recipe:
+    """The recipe as it may be written down: the child has MLflow's address in its environment."""
+    settings = {
+        step: {name: value for name, value in values.items() if name != "tracking_uri" or not has_secret(str(value))}
+        for step, values in recipe.settings.items()
+    }
+    address = "" if has_secret(recipe.tracking_uri) else recipe.tracking_uri
+    return replace(recipe, settings=settings, tracking_uri=address)
 
 
 def execute(

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cappy.config import DEFAULT_WORK
 from cappy.errors import ConfigError, shown
 from cappy.steps import TRAINING_STEPS
 from pipelines.customize import image
@@ -12,7 +13,6 @@ from pipelines.definitions import PIPELINES
 from pipelines.recipe import VERTEX_TYPES, Platform, Recipe, kubernetes_resource, refuse_nowhere, refuse_password
 from pipelines.submission import Submission, configs, named, prepare, refuse_placed
 
-LOCAL_WORK = ".cappy/work"
 ON_THIS_MACHINE = ("local", "docker")
 
 
@@ -24,7 +24,16 @@ def settings_of(recipe: Recipe, platform: Platform = "local") -> dict[str, dict[
     settings = planned(recipe.pipeline, recipe.parameters, recipe.settings, tracking_uri=recipe.tracking_uri)
     extra = {step: values for step, values in recipe.settings.items() if step not in settings}
     jobs = _launchers(recipe, platform)
-    return {step: {**jobs.get(step, {}), **values} for step, values in {**settings, **extra}.items()}
+    return {step: _joined(jobs.get(step, {}), values) for step, values in {**settings, **extra}.items()}
+
+
+def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, the second above the first; groups of settings setting by setting."""
+    both = {**first, **second}
+    for name in first.keys() & second.keys():
+        if isinstance(first[name], dict) and isinstance(second[name], dict):
+            both[name] = {**first[name], **second[name]}
+    return both
 
 
 def planned(
@@ -61,7 +70,7 @@ def planned(
 def work_of(recipe: Recipe, platform: Platform) -> Path:
     """The work folder: a local one, a place on the volume, or one in the bucket as Vertex AI mounts it."""
     if platform in ON_THIS_MACHINE:
-        return Path(recipe.work or LOCAL_WORK)
+        return Path(recipe.work or DEFAULT_WORK)
     root = root_of(recipe, platform)
     work = Path(recipe.work or f"{root}/cappy")
     if ".." in work.parts or not work.is_relative_to(root):
@@ -179,7 +188,7 @@ def _job_settings(recipe: Recipe, step: str) -> dict[str, Any]:
         "nodes": needs.nodes,
         "devices": needs.count if needs.accelerator != "none" else 1,
         "image": image(recipe, step),
-        "retries": needs.retries,
+        "max_restarts": needs.retries,
         # The job ends by itself before the step that follows it does, which then says why.
         "timeout_hours": 0.95 * needs.hours,
     }
@@ -191,12 +200,14 @@ def _trainjob(recipe: Recipe, step: str) -> dict[str, Any]:
     return {
         "launcher": "trainjob",
         **_job_settings(recipe, step),
-        "cpu": needs.cpu,
-        "memory": needs.memory,
-        "volume": f"{place.volume}:{place.mount}",
-        "accelerator": accelerator,
-        "namespace": place.namespace,
-        "runtime": place.runtime,
+        "trainjob": {
+            "cpu": needs.cpu,
+            "memory": needs.memory,
+            "volume": f"{place.volume}:{place.mount}",
+            "accelerator": accelerator,
+            "namespace": place.namespace,
+            "runtime": place.runtime,
+        },
     }
 
 
@@ -205,12 +216,14 @@ def _customjob(recipe: Recipe, step: str) -> dict[str, Any]:
     return {
         "launcher": "customjob",
         **_job_settings(recipe, step),
-        "accelerator": VERTEX_TYPES.get(needs.accelerator, ""),
-        "project": place.project,
-        "region": place.region,
-        "bucket": place.bucket,
-        "network": place.network,
-        "machine": needs.machine_type,
-        "spot": needs.spot,
         "service_account": place.service_account,
+        "customjob": {
+            "accelerator": VERTEX_TYPES.get(needs.accelerator, ""),
+            "project": place.project,
+            "region": place.region,
+            "bucket": place.bucket,
+            "network": place.network,
+            "machine": needs.machine_type,
+            "spot": needs.spot,
+        },
     }

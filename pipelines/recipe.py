@@ -148,9 +148,9 @@ def refuse_nowhere(place: Kubeflow | Vertex) -> None:
 class Recipe:
     """A run of a pipeline: what is computed (parameters, settings, shards) and where (resources, platforms).
 
-    `parameters` are the choices of the pipeline's `plan`; `settings` any other setting of a step; `resources` by step,
-    `default` for those that are not named. `revision` changes with content that the submitting machine cannot see,
-    such as a file on a cluster's volume. `prices` are money per hour of one accelerator, or of a step without one
+    `parameters` are the choices of the pipeline's definition; `settings` any other setting of a step; `resources` by
+    step, `default` for those that are not named. `revision` changes with content that the submitting machine cannot
+    see, such as a file on a cluster's volume. `prices` are money per hour of one accelerator, or of a step without one
     (`none`), for the estimate alone.
     """
 
@@ -200,7 +200,11 @@ def read_recipe(path: Path) -> Recipe:
         raise ConfigError(f"{path}: is no YAML: {' '.join(str(error).split())}; mend it") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no keys, got {shown(values)}; begin with pipeline: adapt")
-    return checked(values, where=str(path))
+    recipe = checked(values, where=str(path))
+    for step, chosen in recipe.settings.items():
+        if "fresh" in chosen:
+            raise ConfigError(f"{path}: settings.{step}.fresh: is for one run; leave it out and run with --fresh")
+    return recipe
 
 
 class _Unrepeated(yaml.SafeLoader):

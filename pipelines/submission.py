@@ -157,7 +157,9 @@ def fingerprints(
         values = settings[step]
         outside = _outside(step, values, tracking_uri)
         image = (images or {}).get(step, "")
-        before = found[step] = work_key(step, identity(config), [image, outside, before]).digest
+        # A run that does everything again has records of its own: what a cache keeps of another run is not theirs.
+        own = [config.fresh] if config.fresh else []
+        before = found[step] = work_key(step, identity(config), [image, outside, before, *own]).digest
     return found
 
 

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from cappy.config import ADVANCED, settings
+from cappy.config import ADVANCED, Renames, settings
 from cappy.errors import ConfigError, shown
 from cappy.scoring import Precision
 
@@ -122,6 +122,8 @@ class Limits(BodyLimits):
 @settings
 class ServedScorer:
     """What is served, and how it computes."""
+
+    RENAMED: ClassVar[Renames] = {"follow": "follow_seconds"}
 
     scorer: Annotated[
         str,

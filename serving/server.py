@@ -32,6 +32,9 @@ def run(config: ServeConfig, environment: Environment | None = None) -> None:
     with status 0.
     """
     check_tls(config.tls_certificate, config.tls_key)
+    # What is wrong with them is said before a bucket's folder is copied.
+    read_keys(config.api_keys)
+    read_secret()
     with local(config.scorer) as scorer:
         parse_spec(scorer)
         seconds = config.follow_interval

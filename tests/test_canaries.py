@@ -152,7 +152,7 @@ def mlflow(folder: Path) -> Iterator[int]:
 
 
 def adapt(url: str, *more: str) -> list[str]:
-    settings = ["finetuning.epochs=0.1", "sampling.retries=1"]
+    settings = ["finetuning.epochs=0.1", "sampling.max_retries=1"]
     flags = [word for setting in settings for word in ("--set", setting)]
     words = ["adapt", "--instances", "tasks.jsonl", "--generator", f"openai:m@{url}", "--strategy", "endpoint8"]
     return [sys.executable, "-c", "from cappy.cli import main; main()", *words, *flags, *more]

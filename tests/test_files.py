@@ -184,9 +184,12 @@ def test_the_feedback_log_is_its_owners_alone_before_and_after_it_is_written_ane
 
 
 def test_answers_of_an_endpoint_are_kept_for_their_owner_alone(umask: int, tmp_path: Path) -> None:
-    Cache(tmp_path / "answers").put("ab" * 32, EndpointAnswer(text="a secret", status="ok"))
-    (kept,) = (path for path in (tmp_path / "answers").rglob("*") if path.is_file())
-    assert mode(kept) == 0o600
+    cache = Cache(tmp_path / "answers")
+    cache.put("ab" * 32, EndpointAnswer(text="a secret", status="ok"))
+    cache.close()
+    kept = [path for path in (tmp_path / "answers").rglob("*") if path.is_file()]
+    assert len(kept) == 2
+    assert {mode(path) for path in kept} == {0o600}
 
 
 def test_nobody_else_enters_a_folder_of_work_and_what_is_published_has_the_usual_rights(

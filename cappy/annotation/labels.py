@@ -16,7 +16,7 @@ from cappy.reasoning import has_reasoning
 from cappy.records import Candidate, Instance
 from cappy.records.instance import GIVEN, Source
 
-Recipe = Literal["default", "paper"]
+Preset = Literal["default", "paper"]
 
 NEARLY_RIGHT = 0.5
 """Rouge-L against the instance's own references from which a mismatch is no wrong response."""
@@ -30,7 +30,7 @@ class Labelling:
 
     name: str
     metric: Metric = field(repr=False)
-    recipe: Recipe = "default"
+    preset: Preset = "default"
     mismatches: int = 1
     seed: int = 0
 
@@ -40,7 +40,7 @@ def annotate(instances: Sequence[Instance], labelling: Labelling) -> Iterator[In
 
     A reference is 1, a mismatch 0, a choice 1 if it is a reference and else 0, an LLM's response its metric (Cappy,
     §3.1). Where one text stands twice, training takes the first (see `regression_rows`): the reference, then what was
-    sampled, then the mismatch; under the `paper` recipe the mismatch before what was sampled.
+    sampled, then the mismatch; under the `paper` preset the mismatch before what was sampled.
     """
     _refuse_unlabelled(instances)
     kept = [[one for one in instance.candidates if one.source in ("llm", "choice")] for instance in instances]
@@ -49,8 +49,8 @@ def annotate(instances: Sequence[Instance], labelling: Labelling) -> Iterator[In
     wrong = _draw_mismatches(instances, kept, labelling)
     for instance, candidates, texts in zip(instances, kept, wrong, strict=True):
         mismatches = [Candidate(response=text, source="mismatch") for text in texts]
-        references = _references(instance, candidates, repeated=labelling.recipe == "paper")
-        middle = [*mismatches, *candidates] if labelling.recipe == "paper" else [*candidates, *mismatches]
+        references = _references(instance, candidates, repeated=labelling.preset == "paper")
+        middle = [*mismatches, *candidates] if labelling.preset == "paper" else [*candidates, *mismatches]
         labelled = (one.labelled(labelling.name, _label(one, instance, metric)) for one in (*references, *middle))
         yield replace(instance, candidates=tuple(labelled))
 
@@ -100,7 +100,7 @@ class Row:
 def regression_rows(instance: Instance, metric: str) -> Iterator[Row]:
     """The instance's rows, duplicates dropped by response: the first one stands, so the order of candidates decides.
 
-    References are all kept: those that stand twice were written so by the `paper` recipe. RecordError where a
+    References are all kept: those that stand twice were written so by the `paper` preset. RecordError where a
     candidate has no label of this metric.
     """
     seen: set[str] = set()
@@ -153,7 +153,7 @@ def _references(instance: Instance, kept: Sequence[Candidate], *, repeated: bool
 def _draw_mismatches(
     instances: Sequence[Instance], kept: Sequence[Sequence[Candidate]], labelling: Labelling
 ) -> list[list[str]]:
-    if labelling.recipe == "paper":
+    if labelling.preset == "paper":
         return _published_mismatches(instances, seed=labelling.seed)
     own = [
         {*instance.references, *(candidate.response for candidate in candidates)}

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from cappy.annotation.metrics import METRICS, load, parse, versions
-from cappy.config import ADVANCED, DEFAULT_WORK, Fresh, Location, Work, Workers, identity, settings
+from cappy.config import ADVANCED, DEFAULT_WORK, Fresh, Location, Renames, Work, Workers, identity, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
@@ -19,13 +19,15 @@ from cappy.steps import step_version
 class AnnotationConfig:
     """Labels for the candidates of a folder of instances."""
 
+    RENAMED: ClassVar[Renames] = {"recipe": "preset", "report": "data_report"}
+
     source: Annotated[Location, Field(description="Folder of instances with candidates")]
     target: Annotated[Location, Field(description="Folder to write")]
     metric: Annotated[
         str,
         Field(description=f"Metric that labels an LLM's response, 0 to 1: {', '.join(METRICS)}; or 0.5*ONE+0.5*OTHER"),
     ] = "rougeL"
-    recipe: Annotated[
+    preset: Annotated[
         Literal["default", "paper"],
         ADVANCED,
         Field(description="paper repeats the published regression set with its quirks; see docs/annotation.md"),
@@ -49,9 +51,9 @@ class AnnotationConfig:
     def __post_init__(self) -> None:
         parse(self.metric)
         parse_shard(self.shard)
-        if self.recipe == "paper" and self.mismatches != 1:
-            remedy = "leave --mismatches out, or choose --recipe default"
-            raise ConfigError(f"annotation: --recipe paper draws one mismatch for each reference; {remedy}")
+        if self.preset == "paper" and self.mismatches != 1:
+            remedy = "leave --mismatches out, or choose --preset default"
+            raise ConfigError(f"annotation: --preset paper draws one mismatch for each reference; {remedy}")
 
 
 def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
@@ -62,7 +64,7 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
 
     refuse_same(config.source, config.target)
     parent = read_manifest(config.source)
-    mismatches = config.mismatches if config.recipe == "default" else 0
+    mismatches = config.mismatches if config.preset == "default" else 0
     with claim(config.work, "annotation", identity(config), [parent.hash], fresh=config.fresh) as folder:
         parts = process_folder(
             config.source,
@@ -97,7 +99,7 @@ def _annotated(part: list[Instance], *, config: AnnotationConfig) -> Iterator[In
     labelling = Labelling(
         name=config.metric,
         metric=load(config.metric),
-        recipe=config.recipe,
+        preset=config.preset,
         mismatches=config.mismatches,
         seed=config.seed,
     )

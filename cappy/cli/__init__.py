@@ -17,6 +17,7 @@ from cappy.steps import STEP_SPECS
 __all__ = ["main"]
 
 SERVICES = {"serve": "Serve a scorer over HTTP.", "gateway": "Answer with the best of an LLM's samples."}
+TOOLS = {"threshold": tools.threshold_command, "plan": tools.plan_command}
 RESUMABLE = {*STEP_SPECS, "adapt", "pipeline"}
 
 
@@ -37,10 +38,8 @@ class Verbs(TyperGroup):
             from cappy.cli.serve import service_command
 
             return args[0], service_command(args[0]), args[1:]
-        if args and args[0] == "plan":
-            from cappy.cli.tools import plan_command
-
-            return args[0], plan_command(), args[1:]
+        if args and args[0] in TOOLS:
+            return args[0], TOOLS[args[0]](), args[1:]
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -97,7 +96,7 @@ app.command("score", short_help="Score responses, JSON Lines in and out.")(scori
 app.command("select", short_help="Pick the best of several responses.")(scoring.select)
 for _verb, _help in SERVICES.items():
     app.command(_verb, short_help=_help)(_listed)
-app.command("threshold", short_help="Find the score that keeps picks good enough.")(tools.threshold)
+app.command("threshold", help="Find the score that keeps picks good enough.")(_listed)
 app.command("plan", help="Say what a pretraining will take.")(_listed)
 app.command("convert", short_help="Turn a published PyTorch checkpoint into a scorer.")(tools.convert)
 app.command("templates", short_help="Fetch PromptSource's templates, checked.")(tools.templates)

@@ -2,15 +2,15 @@
 
 import inspect
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import GenericAlias, NoneType, UnionType
+from types import GenericAlias, MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
-from cappy.config import ADVANCED, FRESH
+from cappy.config import ADVANCED, FRESH, flag, groups
 
 SettingFlag = Annotated[
     list[str],
@@ -30,22 +30,46 @@ FreshFlag = Annotated[
     bool, typer.Option("--fresh", help="Do every step again, whatever earlier runs of the same settings left.")
 ]
 HELP_ALL = "help_all"
+IN_GROUP = "__"
+"""Between the names of a group and of its setting in a parameter, whose name has no dot."""
 SCALARS = (bool, int, float, str, Path)
 
 
 def parameters(config_class: type[Any]) -> list[inspect.Parameter]:
     """One keyword parameter per field of the config class, annotated so that typer makes the flag.
 
-    The flags of ADVANCED fields are hidden, and `--help-all` is added where there are any.
+    A group of settings has a flag per field of its own: --trainjob.image. The flags of ADVANCED fields are hidden, and
+    `--help-all` is added where there are any.
     """
-    fields: dict[str, FieldInfo] = config_class.__pydantic_fields__
-    flags = [_parameter(name, field) for name, field in fields.items()]
-    advanced = sum(ADVANCED in field.metadata for field in fields.values())
-    return [*flags, _help_all(advanced)] if advanced else flags
+    fields = list(_fields(config_class))
+    flags = [_parameter(path, field, hidden=advanced) for path, field, advanced in fields]
+    hidden = sum(advanced for _, _, advanced in fields)
+    return [*flags, _help_all(hidden)] if hidden else flags
 
 
-def make_command(name: str, text: str, function: Callable[..., None], flags: Sequence[inspect.Parameter]) -> Any:
-    """A command that calls `function` with the values of these flags by name; `text` is its help."""
+def _fields(config_class: type[Any]) -> Iterator[tuple[str, FieldInfo, bool]]:
+    """The fields with their path and whether they are ADVANCED, those of a group in the group's place."""
+    grouped = groups(config_class)
+    for name, field in config_class.__pydantic_fields__.items():
+        advanced = ADVANCED in field.metadata
+        if name not in grouped:
+            yield name, field, advanced
+            continue
+        for inner, own, more in _fields(grouped[name]):
+            yield f"{name}.{inner}", own, advanced or more
+
+
+def make_command(
+    name: str,
+    text: str,
+    function: Callable[..., None],
+    flags: Sequence[inspect.Parameter],
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> Any:
+    """A command that calls `function` with the values of these flags by name; `text` is its help.
+
+    A flag of an earlier release, a key of `renamed`, is refused in one line that says its name now, with status 2.
+    """
 
     def verb(**values: Any) -> None:
         values.pop(HELP_ALL, None)
@@ -56,13 +80,37 @@ def make_command(name: str, text: str, function: Callable[..., None], flags: Seq
     verb.__annotations__ = {flag.name: flag.annotation for flag in flags}
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     single.command(name, help=text)(verb)
-    return typer.main.get_command(single)
+    command = typer.main.get_command(single)
+    parse = command.parse_args
+
+    def parse_args(context: Any, args: list[str]) -> list[str]:
+        for word in args:
+            old = word.partition("=")[0]
+            if old in renamed:
+                typer.echo(f"{context.command_path}: {old} is now {renamed[old]}", err=True)
+                raise typer.Exit(2)
+        return parse(context, args)
+
+    command.parse_args = parse_args  # type: ignore[assignment, method-assign]
+    return command
 
 
 def given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the flags that a person gave: a preset takes the place of the others, and of nothing else."""
+    """The values of the flags that a person gave: a preset takes the place of the others, and of nothing else.
+
+    Those of a group are an object under the group's name.
+    """
     sources = {name: context.get_parameter_source(name) for name in values}
-    return {name: value for name, value in values.items() if not (s := sources[name]) or s.name != "DEFAULT"}
+    chosen: dict[str, Any] = {}
+    for name, value in values.items():
+        if (source := sources[name]) and source.name == "DEFAULT":
+            continue
+        group, _, inner = name.partition(IN_GROUP)
+        if inner:
+            chosen.setdefault(group, {})[inner] = value
+        else:
+            chosen[name] = value
+    return chosen
 
 
 def new_run_name() -> str:
@@ -109,22 +157,25 @@ def flag_type(annotation: Any) -> Any:
     return str
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def _parameter(path: str, field: FieldInfo, *, hidden: bool) -> inspect.Parameter:
+    name = path.replace(".", IN_GROUP)
     if FRESH in field.metadata:
-        option = typer.Option(f"--{name}", help=field.description)
+        option = typer.Option(flag(path), help=field.description)
         annotation = Annotated[bool, option]
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=False)
     kind = flag_type(field.annotation)
     default = field.get_default(call_default_factory=True)
     required = field.is_required()
     lowest, highest = _range(field, kind)
+    name_or_not = f"{flag(path)}/--no-{path.replace('_', '-')}" if kind is bool else flag(path)
     option = typer.Option(
+        name_or_not,
         help=_help(field, kind),
         show_default="none" if not required and default in (None, "", ()) else True,
         metavar=f"<{get_args(kind)[0].__name__}>" if get_origin(kind) is list else None,
         min=lowest,
         max=highest,
-        hidden=ADVANCED in field.metadata,
+        hidden=hidden,
     )
     return inspect.Parameter(
         name,

@@ -150,6 +150,8 @@ def per_step(name: str, pairs: Sequence[str], steps: Sequence[str] = ()) -> dict
             raise typer.BadParameter(f"{shown(pair)} is not STEP.SETTING=VALUE", param_hint="--set")
         if step not in steps:
             raise typer.BadParameter(f"{name} has no step {shown(step)}: {', '.join(steps)}", param_hint="--set")
+        if setting == "fresh":
+            raise typer.BadParameter("fresh is for the whole run; give --fresh", param_hint="--set")
         settings.setdefault(step, {})[setting.replace("-", "_")] = _value(text)
     return settings
 

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from cappy.cli.flags import given, make_command, parameters
-from cappy.config import build
+from cappy.config import build, renamed_flags
 from cappy.errors import ConfigError
 
 SERVE_HELP = """Serve a scorer over HTTP: POST /score {"pairs": [[instruction, response], ...]}, GET /health,
@@ -24,14 +24,6 @@ the best.
 Samples several candidates from the LLM, scores them and gives the best. Listens until SIGTERM (status 0) or Ctrl-C
 (status 130). docs/guides/gateway.md says what it does with each parameter.
 """
-RENAMED = {
-    "--follow": "--follow-seconds",
-    "--price-prompt": "--price-input",
-    "--price-completion": "--price-output",
-    "--escalate-price-prompt": "--escalate-price-input",
-    "--escalate-price-completion": "--escalate-price-output",
-}
-"""Flag of an earlier release -> its name now."""
 PACKAGES = ("fastapi", "uvicorn", "starlette", "prometheus_client")
 
 
@@ -45,6 +37,8 @@ def _serve_command() -> Any:
 
     def serve(flags: Mapping[str, Any]) -> None:
         environment = read_environment(os.environ)
+        if flags.get("scorer") == "":  # A manifest whose variable is not set.
+            flags = {name: value for name, value in flags.items() if name != "scorer"}
         config = build(ServeConfig, {**environment.settings, **flags})
         with _extra_named():
             from serving.server import run
@@ -84,19 +78,4 @@ def _command(name: str, text: str, config_class: type[Any], run: Callable[[Mappi
         run(given(context, values))
 
     asked = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    command = make_command(name, text, verb, [asked, *parameters(config_class)])
-    known = {option for parameter in command.params for option in parameter.opts}
-    plain = command.parse_args
-
-    def parse_args(context: typer.Context, args: list[str]) -> list[str]:
-        """Refuses the names that flags had before, in one line, with status 2."""
-        for word in args:
-            flag = word.partition("=")[0]
-            if RENAMED.get(flag) in known:
-                typer.echo(f"{context.command_path}: {flag} is now {RENAMED[flag]}", err=True)
-                raise typer.Exit(2)
-        rest: list[str] = plain(context, args)
-        return rest
-
-    command.parse_args = parse_args
-    return command
+    return make_command(name, text, verb, [asked, *parameters(config_class)], renamed_flags(config_class))

@@ -13,7 +13,8 @@ import typer
 
 from cappy.cli import outcome
 from cappy.cli.flags import given, make_command, new_run_name, parameters
-from cappy.config import build
+from cappy.config import build, renamed_flags
+from cappy.config import flag as as_typed
 from cappy.errors import ConfigError
 from cappy.progress import Progress, ProgressLine
 from cappy.records import Manifest
@@ -47,12 +48,7 @@ class Extra:
     @property
     def flag(self) -> str:
         """As it is typed."""
-        return as_flag(self.name)
-
-
-def as_flag(name: str) -> str:
-    """The flag of a setting, as it is typed."""
-    return f"--{name.replace('_', '-')}"
+        return as_typed(self.name)
 
 
 def step_command(step: str) -> Any:
@@ -68,7 +64,7 @@ def make_step_command(
     extras: Sequence[Extra] = (),
 ) -> Any:
     """A command whose flags are the fields of `settings` and which calls `run` with them."""
-    needed = {name: as_flag(name) for extra in extras for name in extra.instead_of}
+    needed = {name: as_typed(name) for extra in extras for name in extra.instead_of}
 
     def verb(*, context: typer.Context, as_json: bool, **values: Any) -> None:
         asked = {extra.name: values.pop(extra.name) for extra in extras}
@@ -99,7 +95,7 @@ def make_step_command(
     asked_for = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     flags = [asked_for, *parameters(settings), *map(_flag, extras), as_json]
     flags = [_optional(flag, extras) if flag.name in needed else flag for flag in flags]
-    return make_command(step, text, verb, flags)
+    return make_command(step, text, verb, flags, renamed_flags(settings))
 
 
 def refuse_together(wanted: Sequence[Extra]) -> None:
@@ -110,7 +106,7 @@ def refuse_together(wanted: Sequence[Extra]) -> None:
     names = {extra.name for extra in wanted}
     for extra in wanted:
         if extra.part_of and names.isdisjoint(extra.part_of):
-            others = " or ".join(map(as_flag, extra.part_of))
+            others = " or ".join(map(as_typed, extra.part_of))
             raise typer.BadParameter(f"{extra.flag} is for {others}; leave it out")
 
 
@@ -150,7 +146,8 @@ def _estimate(values: Mapping[str, Any]) -> bool:
     from cappy.sampling.step import SamplingConfig, endpoint_config
 
     # Nothing is written, so any place does.
-    config = build(SamplingConfig, {**_settings(values), "target": values["target"] or "nowhere", "fresh": ""})
+    fresh = new_run_name() if values["fresh"] else ""
+    config = build(SamplingConfig, {**_settings(values), "target": values["target"] or "nowhere", "fresh": fresh})
     found = estimate(config)
     if not found:
         raise ConfigError("sampling: --estimate needs an LLM to ask; name it with --generator")
@@ -254,7 +251,7 @@ EXTRAS: Mapping[str, tuple[Extra, ...]] = {
         ),
     ),
     "annotation": (
-        Extra(name="report", help="Describe the data: tables here, plots in TARGET/report.", after=_report),
+        Extra(name="data_report", help="Describe the data: tables here, plots in TARGET/report.", after=_report),
     ),
     "promotion": (
         Extra(

@@ -9,12 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from cappy.cli.flags import JsonFlag, make_command, parameters
-from cappy.config import build
+from cappy.config import build, renamed_flags
 
 
 def threshold(
     report: Annotated[Path, typer.Option(help="Folder of an evaluation.")],
-    precision: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of good picks wanted, 0 to 1.")] = 0.9,
+    min_precision: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Least share of good picks wanted, 0 to 1.")
+    ] = 0.9,
     good: Annotated[float, typer.Option(min=0.0, max=1.0, help="Label from which a pick is good, 0 to 1.")] = 0.5,
     confidence: Annotated[
         float, typer.Option(min=0.5, max=0.999, help="Probability with which the precision is kept.")
@@ -30,11 +32,19 @@ def threshold(
     from cappy.evaluation.threshold import sentence
     from cappy.evaluation.threshold import threshold as find
 
-    found = find(report, precision=precision, good=good, confidence=confidence)
+    found = find(report, precision=min_precision, good=good, confidence=confidence)
     typer.echo(
         json.dumps(asdict(found) if found else None)
         if as_json
-        else sentence(found, precision=precision, good=good, confidence=confidence)
+        else sentence(found, precision=min_precision, good=good, confidence=confidence)
+    )
+
+
+def threshold_command() -> Any:
+    """The command, which knows the name that a flag had."""
+    flags = list(inspect.signature(threshold).parameters.values())
+    return make_command(
+        "threshold", inspect.getdoc(threshold) or "", threshold, flags, {"--precision": "--min-precision"}
     )
 
 
@@ -83,13 +93,13 @@ def plan_command() -> Any:
     from cappy.costing import PlanConfig
 
     as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, annotation=JsonFlag, default=False)
-    return make_command("plan", HELP, _print_plan, [*parameters(PlanConfig), as_json])
+    return make_command("plan", HELP, _print_plan, [*parameters(PlanConfig), as_json], renamed_flags(PlanConfig))
 
 
 def _print_plan(*, as_json: bool, **values: Any) -> None:
-    from cappy.costing import DEFAULT, PlanConfig, read_calibration
+    from cappy.costing import DEFAULT, PlanConfig, read_throughput
     from cappy.costing.plan import make_plan, text, to_values
 
     config = build(PlanConfig, values)
-    plan = make_plan(config, read_calibration(config.calibration or DEFAULT))
+    plan = make_plan(config, read_throughput(config.throughput or DEFAULT))
     typer.echo(json.dumps(to_values(plan), indent=1) if as_json else text(plan))

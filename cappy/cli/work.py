@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from cappy.cli.flags import JsonFlag
 from cappy.config import DEFAULT_WORK
-from cappy.errors import ConfigError, near
+from cappy.errors import ConfigError, FolderError, near
 from cappy.steps import STEP_SPECS
 
 DAY_SECONDS = 86_400.0
@@ -65,19 +66,35 @@ def clean(
 
     limit = None if older_than is None else time.time() - older_than * DAY_SECONDS
     rows: list[dict[str, Any]] = []
+    removals: list[Callable[[], None]] = []
+    fresh: set[str] = set()
     for piece in pieces(work):
-        reason = piece.unreachable or _unused(piece.last_used, limit)
-        if reason:
+        if piece.key is not None:
+            fresh.add(piece.key.fresh)
+        if reason := piece.unreachable or _unused(piece.last_used, limit):
             rows.append({**_row(piece), "reason": reason})
-            if remove:
-                remove_piece(piece)
+            removals.append(partial(remove_piece, piece))
     for entry in store.entries(work):
-        reason = store.unreachable(entry) or _unused(entry.last_used, limit)
-        if reason:
+        if reason := store.unreachable(entry, fresh) or _unused(entry.last_used, limit):
             rows.append({**_row(entry), "step": entry.kind, "reason": reason})
-            if remove:
-                store.remove(entry)
+            removals.append(partial(store.remove, entry))
+    kept = _remove(rows, removals) if remove else []
     typer.echo(json.dumps(rows, indent=1) if as_json else _text(work, rows, removed=remove))
+    if kept:
+        raise FolderError(f"{len(kept)} of {len(rows)} are in use and were kept, the first: {kept[0]}")
+
+
+def _remove(rows: Sequence[dict[str, Any]], removals: Sequence[Callable[[], None]]) -> list[str]:
+    """Removes each row's work; notes in the rows what was removed, and returns why the others were kept."""
+    kept = []
+    for row, remove in zip(rows, removals, strict=True):
+        try:
+            remove()
+            row["removed"] = True
+        except FolderError as error:
+            row["removed"] = False
+            kept.append(str(error))
+    return kept
 
 
 def _unused(last_used: float, limit: float | None) -> str:
@@ -97,7 +114,8 @@ def _text(work: Path, rows: Sequence[Mapping[str, Any]], *, removed: bool) -> st
     if not rows:
         return f"{work}: nothing to remove"
     lines = [f"{row['path']}  {_size(row['size_bytes'])}: {row['reason']}" for row in rows]
-    total = f"{len(rows)} in all, {_size(sum(row['size_bytes'] for row in rows))}"
+    gone = [row for row in rows if row.get("removed", True)]
+    total = f"{len(gone)} in all, {_size(sum(row['size_bytes'] for row in gone))}"
     return "\n".join([*lines, f"{total}{': removed' if removed else '; --remove removes them'}"])
 
 

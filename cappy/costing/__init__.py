@@ -4,12 +4,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 import cappy
-from cappy.config import settings
+from cappy.config import Renames, settings
 from cappy.errors import ConfigError
 
 MAX_DEVICES = 256
@@ -18,6 +18,8 @@ MAX_DEVICES = 256
 @settings
 class PlanConfig:
     """What is planned, and what is assumed: each a flag of `cappy plan`."""
+
+    RENAMED: ClassVar[Renames] = {"calibration": "throughput"}
 
     hardware: Annotated[
         str, Field(description="What it runs on: cpu (a device is a core), or a GPU such as h100, a100, l4")
@@ -59,11 +61,9 @@ class PlanConfig:
         float, Field(ge=0.01, le=1, description="Share of linear speed that training keeps on several devices")
     ] = 1.0
     price: Annotated[float | None, Field(ge=0, description="Money for a device-hour; none is built in")] = None
-    calibration: Annotated[
+    throughput: Annotated[
         Path | None,
-        Field(
-            description="File of measured speeds, written by benchmarks/calibration.py; left out: that of this clone"
-        ),
+        Field(description="File of measured speeds, written by benchmarks/throughput.py; left out: that of this clone"),
     ] = None
 
     def __post_init__(self) -> None:
@@ -78,10 +78,10 @@ class PlanConfig:
             raise ConfigError(f"plan: --gpus: {wrong} is out of range; give 1 to {MAX_DEVICES}, repeated to compare")
 
 
-DEFAULT = Path(cappy.__file__).parents[1] / "benchmarks/results/calibration.json"
+DEFAULT = Path(cappy.__file__).parents[1] / "benchmarks/results/throughput.json"
 """Where the measurements of this project's own machine lie in a clone."""
 
-REMEDY = "write it with python benchmarks/calibration.py, or name another with --calibration"
+REMEDY = "write it with python benchmarks/throughput.py, or name another with --throughput"
 
 Step = Literal["preparation", "sampling", "annotation", "tokenization", "pretraining", "evaluation"]
 Unit = Literal["prompts/s", "pairs/s", "FLOP/s", "seconds to start", "bytes/prompt", "bytes/pair", "bytes/weight"]
@@ -125,17 +125,17 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
+class Throughput:
     """Lengths of the texts of each mixture, and the measurements."""
 
-    benchmark: Literal["calibration"]
+    benchmark: Literal["throughput", "calibration"]  # The second in files of earlier releases.
     texts: Mapping[str, tuple[Texts, ...]]
     measurements: tuple[Measurement, ...]
 
     def texts_of(self, mixture: str) -> tuple[Texts, ...]:
         """Lengths of the texts of a mixture; ConfigError where none were measured."""
         if not self.texts.get(mixture):
-            raise ConfigError(f"plan: the calibration has no lengths of the texts of {mixture}; {REMEDY}")
+            raise ConfigError(f"plan: the measured speeds have no lengths of the texts of {mixture}; {REMEDY}")
         return self.texts[mixture]
 
     def find(self, step: Step, unit: Unit, *, hardware: str, of: str) -> Measurement | None:
@@ -153,16 +153,18 @@ class Calibration:
         return found
 
 
-def read_calibration(path: Path) -> Calibration:
-    """The calibration in a file; ConfigError where it is missing, damaged or holds a number that cannot be."""
+def read_throughput(path: Path) -> Throughput:
+    """The measured speeds of a file; ConfigError where it is missing, damaged or holds a number that cannot be."""
     if not path.is_file():
-        raise ConfigError(f"plan: {path}: no such calibration; {REMEDY}")
+        raise ConfigError(f"plan: {path}: no such file of measured speeds; {REMEDY}")
     try:
-        found = TypeAdapter(Calibration).validate_json(path.read_bytes(), strict=True)
+        found = TypeAdapter(Throughput).validate_json(path.read_bytes(), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"plan: {path}: is no calibration ({where or 'file'}: {first['msg']}); {REMEDY}") from error
+        raise ConfigError(
+            f"plan: {path}: is no file of measured speeds ({where or 'file'}: {first['msg']}); {REMEDY}"
+        ) from error
     wrong = next((m for m in found.measurements if not 0 < m.value < float("inf")), None)
     if wrong:
         raise ConfigError(f"plan: {path}: {wrong.step} of {wrong.of} is {wrong.value} {wrong.unit}; {REMEDY}")

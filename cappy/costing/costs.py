@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from cappy.costing import Calibration, PlanConfig, Step
+from cappy.costing import PlanConfig, Step, Throughput
 from cappy.costing.volumes import Volumes
 from cappy.errors import ConfigError, shown
 from cappy.training.meter import PEAKS
 
 CPU = "cpu"
-"""The hardware that the calibration measured; a device of it is one core."""
+"""The hardware of the measured speeds; a device of it is one core."""
 MOST_SHARDS = 64
 """Shards of a pipeline's sampling, with a device each: collected artifacts hurt above (docs/scale.md)."""
 CHECKS = 11
@@ -202,13 +202,13 @@ def cost(work: Work, devices: int, config: PlanConfig, *, cores: int) -> Cost:
     )
 
 
-def works(volumes: Volumes, calibration: Calibration, config: PlanConfig) -> list[Work]:
+def works(volumes: Volumes, throughput: Throughput, config: PlanConfig) -> list[Work]:
     """The steps in order; ConfigError where a speed was neither measured nor is assumed.
 
     The measurements of the mixture of this name hold for prompts and pairs.
     """
     peak_of(config.hardware)
-    rates = _Rates(calibration, config)
+    rates = _Rates(throughput, config)
     scorer = shape_of(config.scorer, SCORERS, "scorer")
     stored = _stored(volumes, rates)
     sampled = list(_sampling(volumes, rates, stored["sampling"]))
@@ -226,17 +226,17 @@ def works(volumes: Volumes, calibration: Calibration, config: PlanConfig) -> lis
 class _Rates:
     """Speeds by step: what was measured, else what is assumed."""
 
-    calibration: Calibration
+    throughput: Throughput
     config: PlanConfig
 
     def start(self, step: Step) -> float:
         """Seconds before a step begins, measured with the built-in models; 0 where it is part of another step."""
-        found = self.calibration.find(step, "seconds to start", hardware=CPU, of="builtin")
+        found = self.throughput.find(step, "seconds to start", hardware=CPU, of="builtin")
         return found.value if found else 0.0
 
     def cpu(self, step: Step, unit: Literal["prompts/s", "pairs/s"], amount: float, *, bytes: float) -> Work:
         """A step that CPU cores do, whatever the devices are."""
-        found = self.calibration.need(step, unit, hardware=CPU, of=self.config.mixture)
+        found = self.throughput.need(step, unit, hardware=CPU, of=self.config.mixture)
         return Work(
             step=step, name=step, amount=amount, unit=unit.removesuffix("/s"), rate=found.value, pool="cores",
             start=self.start(step), basis=f"measured {found.date}: {found.value:,.0f} {unit} a core", measured=True,
@@ -247,7 +247,7 @@ class _Rates:
         """FLOP/s of a device at a step, where that number is from, and whether it was measured."""
         hardware = self.config.hardware
         peak = peak_of(hardware)
-        look = self.calibration.need if peak is None else self.calibration.find
+        look = self.throughput.need if peak is None else self.throughput.find
         found = look(step, "FLOP/s", hardware=hardware, of=of)
         if found is not None:
             return found.value, f"measured {found.date}: {found.value / 1e9:,.0f} GFLOP/s a device", True
@@ -263,7 +263,7 @@ class _Rates:
 
 def _stored(volumes: Volumes, rates: _Rates) -> dict[str, float]:
     """Bytes of what each step writes; every folder of records holds the prompts again."""
-    need, texts = rates.calibration.need, rates.config.mixture
+    need, texts = rates.throughput.need, rates.config.mixture
     prompts = volumes.prompts * need("preparation", "bytes/prompt", hardware=CPU, of=texts).value
     candidates = volumes.candidates * need("sampling", "bytes/pair", hardware=CPU, of=texts).value
     labelled = volumes.pairs * need("annotation", "bytes/pair", hardware=CPU, of=texts).value
@@ -294,7 +294,7 @@ def _sampling(volumes: Volumes, rates: _Rates, stored: float) -> Iterator[Work]:
 
 def _tokenization(volumes: Volumes, rates: _Rates, stored: float) -> Work:
     """What pretraining does first, in one process, while its devices wait."""
-    rate = rates.calibration.need("tokenization", "pairs/s", hardware=CPU, of=rates.config.mixture)
+    rate = rates.throughput.need("tokenization", "pairs/s", hardware=CPU, of=rates.config.mixture)
     return Work(
         step="tokenization", name="pretraining: tokens", amount=volumes.pairs, unit="pairs", rate=rate.value,
         start=0.0, basis=f"measured {rate.date}: {rate.value:,.0f} pairs/s, on one core", measured=True,
@@ -310,7 +310,7 @@ def _pretraining(volumes: Volumes, rates: _Rates, scorer: ScorerShape) -> Work:
     checked = volumes.selectable * per_prompt * config.validation * CHECKS
     rate, basis, measured = rates.flops("pretraining", config.scorer)
     tokens, squared = volumes.pair.tokens, volumes.pair.squared
-    kept = rates.calibration.need("pretraining", "bytes/weight", hardware=CPU, of="builtin")
+    kept = rates.throughput.need("pretraining", "bytes/weight", hardware=CPU, of="builtin")
     return Work(
         step="pretraining", name="pretraining", unit="FLOP", rate=rate, start=rates.start("pretraining"),
         amount=trained * scorer.training_flops(tokens, squared) + checked * scorer.scoring_flops(tokens, squared),

@@ -1,4 +1,4 @@
-"""The plan of a pretraining: made from a config and a calibration, and shown as text or as JSON values."""
+"""The plan of a pretraining: made from a config and a throughput, and shown as text or as JSON values."""
 
 import re
 import textwrap
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cappy.costing import Calibration, PlanConfig
+from cappy.costing import PlanConfig, Throughput
 from cappy.costing.costs import CPU, GENERATORS, HARDWARE, MOST_SHARDS, Cost, Work, cost, shape_of, works
 from cappy.costing.volumes import Volumes, mixture_volumes
 from cappy.errors import ConfigError, shown
@@ -25,7 +25,7 @@ Line = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is planned: the volumes and the work of each step; `machines` are those that the calibration measured on."""
+    """What is planned: the volumes and the work of each step; `machines` are those of the measurements."""
 
     config: PlanConfig
     volumes: Volumes
@@ -43,14 +43,14 @@ class Plan:
         return [cost(work, devices, self.config, cores=cores) for work in self.works]
 
 
-def make_plan(config: PlanConfig, calibration: Calibration) -> Plan:
+def make_plan(config: PlanConfig, throughput: Throughput) -> Plan:
     """The plan of a pretraining; ConfigError for an unknown name and for a speed that nobody measured or assumed."""
-    volumes = mixture_volumes(config.mixture, samples_of(config.generators), calibration)
+    volumes = mixture_volumes(config.mixture, samples_of(config.generators), throughput)
     return Plan(
         config=config,
         volumes=volumes,
-        works=tuple(works(volumes, calibration, config)),
-        machines=tuple(dict.fromkeys(one.machine for one in calibration.measurements)),
+        works=tuple(works(volumes, throughput, config)),
+        machines=tuple(dict.fromkeys(one.machine for one in throughput.measurements)),
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cappy.costing import Calibration, Texts
+from cappy.costing import Texts, Throughput
 from cappy.errors import ConfigError, shown
 from cappy.preparation.mixtures import Mixture, load_mixture
 from cappy.preparation.mixtures.plan import REFERENCE_AND_MISMATCH, PlanRow, plan
@@ -37,7 +37,6 @@ class Volumes:
     prompt: Lengths
     response_tokens: float
     pair: Lengths
-    evaluated_prompts: int
     evaluated_pairs: int
     evaluated_pair: Lengths
     known: float
@@ -48,7 +47,7 @@ class Volumes:
         return self.open_prompts * sum(self.samples.values())
 
 
-def mixture_volumes(name: str, samples: Mapping[str, int], calibration: Calibration) -> Volumes:
+def mixture_volumes(name: str, samples: Mapping[str, int], throughput: Throughput) -> Volumes:
     """The volumes of pretraining on a mixture; ConfigError for one that nothing is pretrained on.
 
     `samples` maps each generator to its candidates for every open-ended prompt, all as long as the references are.
@@ -58,7 +57,7 @@ def mixture_volumes(name: str, samples: Mapping[str, int], calibration: Calibrat
     mixture = replace(load_mixture(name), samples=sum(samples.values()))
     held_out = load_mixture(EVALUATED_ON[name])
     trained, evaluated = _rows(mixture), [row for row in _rows(held_out) if row.pairs]
-    texts, other = _lengths(calibration, name), _lengths(calibration, held_out.name)
+    texts, other = _lengths(throughput, name), _lengths(throughput, held_out.name)
     opened = [row for row in trained if row.kind == "open-ended"]
     prompts, open_prompts, pairs = (_sum(trained, _examples), _sum(opened, _examples), _sum(trained, _pairs))
     known = [row for row in trained if (row.subset, row.kind) in texts]
@@ -74,7 +73,6 @@ def mixture_volumes(name: str, samples: Mapping[str, int], calibration: Calibrat
         ),
         response_tokens=_mean(opened, texts, _examples, lambda one: one.response_tokens),
         pair=_pair_lengths(trained, texts),
-        evaluated_prompts=_sum(evaluated, _examples),
         evaluated_pairs=_sum(evaluated, _pairs),
         evaluated_pair=_pair_lengths(evaluated, other),
         known=_sum(known, _examples) / prompts,
@@ -89,8 +87,8 @@ def _rows(mixture: Mixture) -> tuple[PlanRow, ...]:
     return plan(mixture).rows
 
 
-def _lengths(calibration: Calibration, name: str) -> Known:
-    return {(one.subset, one.kind): one for one in calibration.texts_of(name)}
+def _lengths(throughput: Throughput, name: str) -> Known:
+    return {(one.subset, one.kind): one for one in throughput.texts_of(name)}
 
 
 def _examples(row: PlanRow) -> int:
@@ -121,7 +119,7 @@ def _mean(rows: Sequence[PlanRow], texts: Known, weight: Count, value: Callable[
         count = sum(number for number, _ in known)
         if not count:
             raise ConfigError(
-                f"plan: the calibration knows no lengths of {kind} prompts; write it with benchmarks/calibration.py"
+                f"plan: the measured speeds have no lengths of {kind} prompts; write it with benchmarks/throughput.py"
             )
         mean = sum(number * length for number, length in known) / count
         total += _sum(own, weight) * mean

@@ -33,7 +33,7 @@ def inference_service(config: "DeploymentConfig", version: Version) -> dict[str,
         "kind": "InferenceService",
         "metadata": {
             "name": config.service,
-            "namespace": config.namespace,
+            "namespace": config.kserve.namespace,
             "labels": {"app.kubernetes.io/name": "cappy", "app.kubernetes.io/component": "serving"},
             "annotations": {
                 "cappy/model": version.uri,
@@ -61,20 +61,20 @@ def text(service: dict[str, object]) -> str:
 
 
 def _container(config: "DeploymentConfig", version: Version) -> dict[str, object]:
-    quantities = {"cpu": config.cpu, "memory": config.memory}
-    if config.gpus:
-        quantities["nvidia.com/gpu"] = str(config.gpus)
+    quantities = {"cpu": config.kserve.cpu, "memory": config.kserve.memory}
+    if config.kserve.gpus:
+        quantities["nvidia.com/gpu"] = str(config.kserve.gpus)
     return {
         "name": "kserve-container",
         "image": config.image,
         "command": ["python", "-m", "serving"],
         "args": [
-            *("--scorer", MOUNTED if config.storage else version.uri),
+            *("--scorer", MOUNTED if config.kserve.storage else version.uri),
             *("--host", "0.0.0.0", "--port", str(PORT)),  # noqa: S104
             *("--notice", str(NOTICE_SECONDS), "--grace", str(GRACE_SECONDS)),
         ],
         "env": _environment(config),
-        **({"envFrom": [{"secretRef": {"name": config.secret}}]} if config.secret else {}),
+        **({"envFrom": [{"secretRef": {"name": config.kserve.secret}}]} if config.kserve.secret else {}),
         "workingDir": SCRATCH,
         "volumeMounts": [{"name": "scratch", "mountPath": SCRATCH}],
         "ports": [{"containerPort": PORT, "protocol": "TCP"}],
@@ -98,15 +98,17 @@ def _environment(config: "DeploymentConfig") -> list[dict[str, str]]:
     # Clients ask for the ingress's names, which are known to the cluster alone.
     variables += [{"name": "CAPPY_ALLOWED_HOSTS", "value": "*"}]
     variables += [{"name": name, "value": SCRATCH} for name in ("HOME", "TMPDIR")]
-    if config.storage:
-        return [*variables, {"name": "STORAGE_URI", "value": config.storage}]
+    if config.kserve.storage:
+        return [*variables, {"name": "STORAGE_URI", "value": config.kserve.storage}]
     address = tracking_address(config.tracking_uri)
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https"):
-        remedy = "give the address of an MLflow server, or copy the scorer to a bucket and name it with --storage"
+        remedy = (
+            "give the address of an MLflow server, or copy the scorer to a bucket and name it with --kserve.storage"
+        )
         raise ConfigError(f"deployment: --tracking-uri: no cluster reaches {redact_address(address)}; {remedy}")
     if "@" in parts.path or "@" in parts.query:
-        remedy = "write @, /, ? and # in a password percent-encoded, or give it by --secret"
+        remedy = "write @, /, ? and # in a password percent-encoded, or give it by --kserve.secret"
         raise ConfigError(f"deployment: --tracking-uri: where the host begins in it is not clear; {remedy}")
     host = parts.netloc.rpartition("@")[2]
     return [*variables, {"name": "MLFLOW_TRACKING_URI", "value": urlunsplit((parts.scheme, host, parts.path, "", ""))}]

@@ -7,14 +7,14 @@ InferenceService for `kubectl apply`. `vertex` uploads the version and gives it 
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from cappy import registry
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, identity, settings
+from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Renames, Work, changed, identity, settings
 from cappy.deployment import kserve
-from cappy.errors import FolderError
+from cappy.errors import ConfigError, FolderError
 from cappy.evaluation import read_values
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_manifest
@@ -35,8 +35,53 @@ Platform = Literal["local", "kserve", "vertex"]
 
 
 @settings
+class KServeSettings:
+    """What an InferenceService needs, beside what every service does."""
+
+    gpus: Annotated[int, Field(ge=0, le=8, description="GPUs of a replica")] = 0
+    cpu: Annotated[str, Field(pattern=r"^[0-9]+m?$", description="CPUs of a replica")] = "2"
+    memory: Annotated[str, Field(pattern=r"^[0-9]+(Mi|Gi)$", description="Memory of a replica")] = "4Gi"
+    namespace: Annotated[
+        str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", description="Kubernetes namespace")
+    ] = "default"
+    storage: Annotated[
+        str, Field(description="Where the scorer's folder was copied to, gs://, s3:// or pvc://; none: MLflow")
+    ] = ""
+    secret: Annotated[
+        str, Field(description="Secret whose entries become environment: keys of MLflow or the bucket")
+    ] = ""
+
+    def __post_init__(self) -> None:
+        if self.storage and not re.match(r"(gs|s3|pvc|hdfs|https?)://", self.storage):
+            raise ConfigError("--kserve.storage: is no address that KServe copies from, such as gs://bucket/folder")
+        if self.storage and re.search(r"[@?]", self.storage):
+            remedy = "use --kserve.secret"
+            raise ConfigError(
+                f"--kserve.storage: holds a password or a signature, which would be written down; {remedy}"
+            )
+
+
+@settings
+class VertexSettings:
+    """What an endpoint of Vertex AI needs, beside what every service does."""
+
+    project: Annotated[str, Field(description="Google Cloud project")] = ""
+    region: Annotated[str, Field(description="Region of the endpoint")] = "us-central1"
+    bucket: Annotated[str, Field(description="gs:// bucket that the scorer is copied to")] = ""
+    machine: Annotated[str, Field(description="Machine type")] = "n2-standard-4"
+    accelerator: Annotated[str, Field(description="Accelerator type such as NVIDIA_L4; none for CPUs")] = ""
+    service_account: Annotated[str, Field(description="Service account that the container runs as")] = ""
+
+
+@settings
 class DeploymentConfig:
     """A registered version, the pairs that its evaluation scored, and where it is to answer."""
+
+    RENAMED: ClassVar[Renames] = {
+        **{name: f"kserve.{name}" for name in ("gpus", "cpu", "memory", "namespace", "storage", "secret")},
+        **{name: f"vertex.{name}" for name in ("project", "region", "bucket", "machine", "accelerator")},
+        "service_account": "vertex.service_account",
+    }
 
     version: Annotated[Location, Field(description="Folder of the registration")]
     report: Annotated[Location, Field(description="Folder of the evaluation, for its probe.json")]
@@ -52,24 +97,8 @@ class DeploymentConfig:
     ] = 100
     min_replicas: Annotated[int, Field(ge=1, description="Fewest replicas (kserve, vertex)")] = 1
     max_replicas: Annotated[int, Field(ge=1, description="Most replicas (kserve, vertex)")] = 3
-    gpus: Annotated[int, Field(ge=0, le=8, description="GPUs of a replica (kserve)")] = 0
-    cpu: Annotated[str, Field(pattern=r"^[0-9]+m?$", description="CPUs of a replica (kserve)")] = "2"
-    memory: Annotated[str, Field(pattern=r"^[0-9]+(Mi|Gi)$", description="Memory of a replica (kserve)")] = "4Gi"
-    namespace: Annotated[
-        str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", description="Kubernetes namespace (kserve)")
-    ] = "default"
-    storage: Annotated[
-        str, Field(description="Where the scorer's folder was copied to, gs://, s3:// or pvc:// (kserve); none: MLflow")
-    ] = ""
-    secret: Annotated[
-        str, Field(description="Secret whose entries become environment: keys of MLflow or the bucket (kserve)")
-    ] = ""
-    project: Annotated[str, Field(description="Google Cloud project (vertex)")] = ""
-    region: Annotated[str, Field(description="Region of the endpoint (vertex)")] = "us-central1"
-    bucket: Annotated[str, Field(description="gs:// bucket that the scorer is copied to (vertex)")] = ""
-    machine: Annotated[str, Field(description="Machine type (vertex)")] = "n2-standard-4"
-    accelerator: Annotated[str, Field(description="Accelerator type such as NVIDIA_L4; none for CPUs (vertex)")] = ""
-    service_account: Annotated[str, Field(description="Service account that the container runs as (vertex)")] = ""
+    kserve: Annotated[KServeSettings, ADVANCED] = KServeSettings()
+    vertex: Annotated[VertexSettings, ADVANCED] = VertexSettings()
     tracking_uri: TrackingUri = ""
     models: Annotated[Path, LOCATION, Field(description="Folder that keeps downloaded versions")] = Path(
         ".cappy/models"
@@ -80,14 +109,15 @@ class DeploymentConfig:
     def __post_init__(self) -> None:
         if self.platform != "local" and not re.fullmatch(r".+@sha256:[0-9a-f]{64}", self.image):
             raise ValueError(f"image: {self.platform} needs the serving image by digest, host/name@sha256:...")
-        if self.platform == "vertex" and not (self.project and self.bucket.startswith("gs://")):
-            raise ValueError("project: vertex needs --project and --bucket gs://...")
+        own = self.vertex
+        if self.platform == "vertex" and not (own.project and own.bucket.startswith("gs://")):
+            raise ValueError("vertex.project: vertex needs --vertex.project and --vertex.bucket gs://...")
+        for platform, group in (("kserve", self.kserve), ("vertex", self.vertex)):
+            if self.platform != platform and (given := changed(group)):
+                remedy = f"give --platform {platform}, or leave it out"
+                raise ValueError(f"{platform}.{given[0].replace('_', '-')}: has no effect on {self.platform}; {remedy}")
         if self.max_replicas < self.min_replicas:
             raise ValueError("max-replicas: is below min-replicas")
-        if self.storage and not re.match(r"(gs|s3|pvc|hdfs|https?)://", self.storage):
-            raise ValueError("storage: is no address that KServe copies from, such as gs://bucket/folder")
-        if self.storage and re.search(r"[@?]", self.storage):
-            raise ValueError("storage: holds a password or a signature, which would be written down; use --secret")
 
 
 def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:

@@ -39,8 +39,10 @@ def deploy(config: "DeploymentConfig", version: Version, scorer: Path) -> dict[s
     service's own words where it refuses, or where it does not answer.
     """
     hush()
-    with translate_errors("deployment", config.project, config.region):
-        aiplatform.init(project=config.project, location=config.region, staging_bucket=config.bucket)
+    with translate_errors("deployment", config.vertex.project, config.vertex.region):
+        aiplatform.init(
+            project=config.vertex.project, location=config.vertex.region, staging_bucket=config.vertex.bucket
+        )
         model = _uploaded(config, version, scorer)
         endpoint = _endpoint(config)
         own = next((one.id for one in endpoint.list_models() if _same(one, model)), None)
@@ -58,7 +60,7 @@ def deploy(config: "DeploymentConfig", version: Version, scorer: Path) -> dict[s
             "model": model.versioned_resource_name,
             "traffic": _traffic(endpoint),
             "undeployed": gone,
-            "command": f"gcloud ai endpoints describe {endpoint.name} --region={config.region}",
+            "command": f"gcloud ai endpoints describe {endpoint.name} --region={config.vertex.region}",
         }
 
 
@@ -88,12 +90,12 @@ def _deploy(
         model,
         deployed_model_display_name=f"{version.name}-{version.number}",
         traffic_split=dict(shares),
-        machine_type=config.machine,
+        machine_type=config.vertex.machine,
         min_replica_count=config.min_replicas,
         max_replica_count=config.max_replicas,
-        accelerator_type=config.accelerator or None,
-        accelerator_count=1 if config.accelerator else None,
-        service_account=config.service_account or None,
+        accelerator_type=config.vertex.accelerator or None,
+        accelerator_count=1 if config.vertex.accelerator else None,
+        service_account=config.vertex.service_account or None,
     )
 
 

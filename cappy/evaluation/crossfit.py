@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from cappy.config import build
+from cappy.config import build, with_new_names
 from cappy.errors import ConfigError, FolderError, shown
 from cappy.evaluation.findings import OUT_OF_FOLD
 from cappy.evaluation.protocol import AnyScorer, EvaluatedSplit, cached_scores, evaluate_split, pools_of, scores_of
@@ -195,9 +195,13 @@ def train_fold(step: str, settings: Mapping[str, Any], progress: Progress) -> No
     from cappy.training import finetuning, pretraining
 
     if step == "pretraining":
-        pretraining.run(build(pretraining.PretrainingConfig, settings), progress)
+        own = with_new_names(pretraining.PretrainingConfig, settings)
+        pretraining.run(build(pretraining.PretrainingConfig, own), progress)
+    elif step == "finetuning":
+        own = with_new_names(finetuning.FinetuningConfig, settings)
+        finetuning.run(build(finetuning.FinetuningConfig, own), progress)
     else:
-        finetuning.run(build(finetuning.FinetuningConfig, settings), progress)
+        raise ConfigError(f"--folds: no step {shown(step)} trains here")
 
 
 def _of_fold(progress: Progress, number: int, count: int) -> Progress:
@@ -211,7 +215,7 @@ def _of_fold(progress: Progress, number: int, count: int) -> Progress:
 
 
 def _is_whole(scorer: Path) -> bool:
-    """Whether a run before this one trained the fold: the work folder is named by recipe, instances and code."""
+    """Whether a run before this one trained the fold: the work folder is named by recipe, instances and version."""
     try:
         verify(scorer)
     except FolderError:

@@ -146,7 +146,7 @@ def _check_shards(folders: Sequence[Path], manifests: Sequence[Manifest]) -> Non
     shards = [str(manifest.config.get("shard", "")) for manifest in manifests]
     if len(folders) == 1 or not any(shards):
         return
-    works = [(one.step, one.step_version, one.parents, {**one.config, "shard": ""}) for one in manifests]
+    works = [(one.step, one.step_version, one.code, one.parents, {**one.config, "shard": ""}) for one in manifests]
     try:
         count = parse_shard(next(filter(None, shards))).count
     except ConfigError as error:

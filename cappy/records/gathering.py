@@ -42,6 +42,9 @@ def run(config: GatheringConfig, progress: Progress = silent) -> Manifest:
     if len({source.step for source in sources}) > 1:
         found = ", ".join(sorted({source.step for source in sources}))
         raise ConfigError(f"gathering: the sources come from different steps ({found}); give the shards of one")
+    if len({source.step_version for source in sources}) > 1:
+        numbers = ", ".join(str(number) for number in sorted({source.step_version for source in sources}))
+        raise ConfigError(f"gathering: the sources are of different versions of the step ({numbers}); run them again")
     with claim(config.work, "gathering", {}, [source.hash for source in sources], fresh=config.fresh) as folder:
         files: list[File] = []
         total = sum(len(source.files) for source in sources)

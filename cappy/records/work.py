@@ -9,10 +9,11 @@ in a work folder, and which of it a run can still find.
 
 import contextlib
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +21,15 @@ from filelock import Timeout
 from pydantic import Field
 
 from cappy.errors import ConfigError, FolderError, shown
-from cappy.files import hold_lock, lock_holder, make_private
+from cappy.files import hold_lock, lock_holder, remove_folder
 from cappy.keys import KEY, Key, work_key
 from cappy.records.folder import Manifest, disk_errors, publish, write_bytes
 from cappy.steps import STEP_SPECS, step_version
 
 LOGGER = logging.getLogger(__name__)
 LOCK = ".lock"
+JOBS = "jobs"
+"""Folder, under the work folder, of the jobs that train on a platform."""
 WAIT_SECONDS = 10.0
 
 
@@ -37,9 +40,9 @@ def claim(
     """The folder of this work under `work`, held by this process alone until the block ends or the process dies.
 
     The key stands in its key.json. Where the folder is new and other work of the step lies beside it, the log says what
-    differs. With `fresh`, the name of a run, what another run left in the folder is removed first; a further attempt of
-    the same run continues. FolderError if another living process holds it for more than `WAIT_SECONDS` (a killed one
-    lets go by itself).
+    differs. With `fresh`, the name of a run, what was finished or was begun without it is removed first; what such a
+    run began and did not finish is continued. FolderError if another living process holds it for more than
+    `WAIT_SECONDS` (a killed one lets go by itself).
     """
     key = work_key(step, settings, inputs, fresh=fresh)
     with held(work / step / key.name) as folder:
@@ -48,15 +51,42 @@ def claim(
 
 
 def begin(folder: Path, key: Key) -> None:
-    """Writes the key into the folder of its work, which this process holds; empties the folder for a fresh start."""
-    before = read_key(folder)
-    if before is not None and key.fresh in ("", before.fresh):
+    """Writes the key into the folder of its work, which this process holds.
+
+    What lies there is removed first where the run asked for a fresh start, and where no key vouches for it: a run was
+    killed while it removed it.
+    """
+    if not starts_anew(folder, key):
         return
-    if key.fresh:
-        _empty(folder)
-    else:
-        _log_differences(key, keys_of(folder.parent))
+    _empty(folder)
+    if not key.fresh:
+        _log_differences(key, _keys_of(folder.parent))
     write_bytes(folder / KEY, key.to_json().encode())
+
+
+def starts_anew(folder: Path, key: Key) -> bool:
+    """Whether `begin` removes what lies in the folder of this work."""
+    before = read_key(folder)
+    if before is None:
+        return True
+    return key.fresh not in ("", before.fresh) and (before.finished or not before.fresh)
+
+
+def fresh_name(work: Path, step: str, settings: Mapping[str, Any], inputs: Sequence[str], fresh: str) -> str:
+    """The name of the fresh start that this work is of, before all its inputs are known; empty where it is of none.
+
+    A run that asks for a fresh start goes on under the name of one that was not finished.
+    """
+    wanted = Key.from_json(work_key(step, settings, inputs).to_json())
+    for key in _keys_of(work / step):
+        same = (key.version, key.settings, key.inputs[: len(inputs)]) == (
+            wanted.version,
+            wanted.settings,
+            wanted.inputs,
+        )
+        if same and key.fresh and not (fresh and key.finished):
+            return key.fresh
+    return fresh
 
 
 def read_key(folder: Path) -> Key | None:
@@ -67,10 +97,10 @@ def read_key(folder: Path) -> Key | None:
         return None
 
 
-def keys_of(step_folder: Path) -> list[Key]:
-    """The keys of all work of a step, the newest first."""
-    paths = sorted(step_folder.glob(f"*/{KEY}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [key for path in paths if (key := read_key(path.parent)) is not None]
+def _keys_of(step_folder: Path) -> list[Key]:
+    """The keys of all work of a step, but for what another process is just removing."""
+    keys = (read_key(path.parent) for path in sorted(step_folder.glob(f"*/{KEY}")))
+    return [key for key in keys if key is not None]
 
 
 @contextlib.contextmanager
@@ -85,7 +115,6 @@ def held(folder: Path, patience: float | None = None) -> Iterator[Path]:
     path = folder / LOCK
     with contextlib.ExitStack() as stack:
         with disk_errors(folder):
-            make_private(folder)
             try:
                 stack.enter_context(hold_lock(path, WAIT_SECONDS if patience is None else patience))
             except Timeout:
@@ -115,9 +144,17 @@ def _empty(folder: Path) -> None:
 
 
 def finish(folder: Path, target: Path, manifest: Manifest) -> Manifest:
-    """Publishes the work under `target` and returns its manifest."""
+    """Publishes the work under `target`, notes in its key that it is finished, and returns its manifest."""
     publish(folder, target, manifest)
+    note_finished(folder)
     return manifest
+
+
+def note_finished(folder: Path) -> None:
+    """Notes in the key of a folder that its work was published: the next fresh start is a new one."""
+    key = read_key(folder)
+    if key is not None and not key.finished:
+        write_bytes(folder / KEY, replace(key, finished=True).to_json().encode())
 
 
 MAX_SHARDS = 4_096
@@ -161,7 +198,7 @@ def parse_shard(text: str) -> Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """The folder of one piece of work; `last_used` is in seconds of `time.time`."""
+    """The folder of one piece of work, or of the job that does it elsewhere; `last_used` in seconds of `time.time`."""
 
     step: str
     path: Path
@@ -173,7 +210,7 @@ class Piece:
     def unreachable(self) -> str:
         """Why no run of this version finds it again; empty where one can."""
         if self.key is None:
-            return "written before work had keys"
+            return "without a key: of an earlier release, or left by a removal that was killed"
         present = step_version(self.step)
         return "" if self.key.version == present else f"of version {self.key.version}, the step has {present}"
 
@@ -182,26 +219,33 @@ def pieces(work: Path, step: str = "") -> Iterator[Piece]:
     """Every piece of work of the steps, or of one step, the newest first within a step."""
     for name in STEP_SPECS:
         if step in ("", name):
-            found = [_piece(name, path) for path in (work / name).glob("*") if path.is_dir()]
+            paths = [*(work / name).glob("*"), *(work / JOBS).glob(f"{job_name(name, '')}*")]
+            found = [_piece(name, path) for path in paths if path.is_dir()]
             yield from sorted(found, key=lambda piece: -piece.last_used)
+
+
+def job_name(step: str, key: str) -> str:
+    """The name of the job that does a piece of work on a platform, and of its folder under `JOBS`."""
+    return f"cappy-{step}-{key}"
 
 
 def remove_piece(piece: Piece) -> None:
     """Deletes a piece of work; FolderError where a process holds it. What was published from it stays.
 
-    The key goes first: what is left by a killed removal is not taken for finished work.
+    The key goes first: what is left by a killed removal vouches for nothing.
     """
     with held(piece.path, patience=0), disk_errors(piece.path):
         (piece.path / KEY).unlink(missing_ok=True)
-        shutil.rmtree(piece.path)
+        remove_folder(piece.path)
 
 
 def _piece(step: str, path: Path) -> Piece:
-    stats = [file.stat() for file in path.rglob("*") if file.is_file()]
-    return Piece(
-        step=step,
-        path=path,
-        key=read_key(path),
-        size_bytes=sum(stat.st_size for stat in stats),
-        last_used=max((stat.st_mtime for stat in stats), default=path.stat().st_mtime),
-    )
+    """What is known of a folder, which its run may be writing to meanwhile."""
+    sizes, used = [0], [0.0]
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                stat = Path(folder, name).stat()
+                sizes.append(stat.st_size)
+                used.append(stat.st_mtime)
+    return Piece(step=step, path=path, key=read_key(path), size_bytes=sum(sizes), last_used=max(used))

@@ -119,7 +119,7 @@ def _create(client: MlflowClient, wanted: Registration) -> Version:
             MANIFEST_TAG: wanted.manifest.hash,
             RUN_TAG: wanted.pipeline_run,
             MLFLOW_RUN_TAG: run_id,
-            "cappy.step": f"{wanted.manifest.step} {wanted.manifest.step_version}",
+            "cappy.step": _made_by(wanted.manifest),
             TESTED_TAG: wanted.findings.get("tested_groups", ""),
             EVIDENCE_TAG: evidence_of(wanted.findings),
             **wanted.evaluated,
@@ -311,9 +311,16 @@ def model_card(name: str, scorer: Manifest, report: ReportValues, *, licence: st
         seed="none recorded" if scorer.seed is None else text(str(scorer.seed)),
         hash=scorer.hash,
         parents=", ".join(f"`{code(parent[:12])}`" for parent in scorer.parents) or "nothing recorded",
-        made_by=text(f"{scorer.step} version {scorer.step_version}") if scorer.step_version else "not recorded",
+        made_by=text(_made_by(scorer)),
         recipe=code(json.dumps(scorer.config, sort_keys=True).replace("<", "\\u003c")),
     )
+
+
+def _made_by(scorer: Manifest) -> str:
+    """The step that made a scorer with its version, or the hash of the code in what earlier releases wrote."""
+    if scorer.step_version:
+        return f"{scorer.step} version {scorer.step_version}"
+    return f"{scorer.step} by code {scorer.code}" if scorer.code else f"{scorer.step or 'a step'}, version not recorded"
 
 
 def _selectors(report: ReportValues) -> str:

@@ -27,7 +27,7 @@ BATCH = 1000
 def track_run(fingerprints: Mapping[str, str], settings: str, *, run: str, state: str) -> None:
     """Tracks a pipeline run as an orchestrator's exit step; a CappyError becomes one line and status 1.
 
-    It passes by `steps.launch`, so it reads its secrets itself: MLflow's password may be among them.
+    It does not pass through `worker.launch`, so it reads its secrets itself: MLflow's password may be among them.
     """
     values = decode(settings)
     try:

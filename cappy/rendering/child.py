@@ -111,6 +111,8 @@ def _kind(name: str) -> _Kind:
     """The templates of a kind. What they need is imported here, since no file may be opened later."""
     if name == "chat":
         return _ChatTemplates()
+    if name != "promptsource":
+        raise ValueError(f"no templates of the kind {name}")
     from cappy.rendering import promptsource
 
     return promptsource

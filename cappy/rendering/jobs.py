@@ -27,7 +27,7 @@ _AHEAD_CHARACTERS = 2**18
 
 
 class Source:
-    """A template of a kind (a module of this package), as its `load` takes it. Equal ones are one; it hashes fast."""
+    """A template of a kind (`child` lists them), as its `load` takes it. Equal ones are one; it hashes fast."""
 
     __slots__ = ("_hash", "kind", "parts")
 
@@ -44,7 +44,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Values as JSON (see `values.encode`), the templates that they are rendered with, each with an argument."""
+    """Values as JSON (see `child.encode`), the templates that they are rendered with, each with an argument."""
 
     values: str = "{}"
     items: tuple[tuple[Source, object], ...] = ()

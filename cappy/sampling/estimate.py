@@ -83,9 +83,10 @@ def estimate(config: "SamplingConfig") -> list[Estimate]:
     """
     from cappy.sampling.endpoint import Endpoint
     from cappy.sampling.generators import seed_of
-    from cappy.sampling.step import endpoint_config
+    from cappy.sampling.step import endpoint_config, with_fresh_name
 
     manifest = read_manifest(config.source)
+    config = with_fresh_name(config, manifest)
     rows = parse_shard(config.shard).rows(manifest.rows)
     instructions = list(_instructions(read(config.source, rows=rows)))
     decodings = config.decodings

@@ -41,13 +41,13 @@ class EndpointConfig:
     concurrency: int = 8
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
-    budget_requests: int = 0
-    budget_tokens: int = 0
-    budget_money: float = 0.0
+    max_total_requests: int = 0
+    max_total_tokens: int = 0
+    max_total_cost: float = 0.0
     price_input: float = 0.0
     price_output: float = 0.0
     timeout: float = 120.0
-    retries: int = 8
+    max_retries: int = 8
     first_wait: float = 0.5
     folder: Path | None = None
     run: str = ""

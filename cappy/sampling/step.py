@@ -6,11 +6,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Work, fingerprint, identity, settings
+from cappy.config import (
+    ADVANCED,
+    DEFAULT_WORK,
+    LOCATION,
+    Fresh,
+    Location,
+    Renames,
+    Work,
+    fingerprint,
+    identity,
+    settings,
+)
 from cappy.errors import ConfigError, shown
 from cappy.progress import Progress, silent
 from cappy.reasoning import has_reasoning, strip_reasoning
@@ -36,6 +47,13 @@ from cappy.steps import step_version
 @settings
 class SamplingConfig:
     """Candidates for a folder of instances."""
+
+    RENAMED: ClassVar[Renames] = {
+        "retries": "max_retries",
+        "budget_requests": "max_total_requests",
+        "budget_tokens": "max_total_tokens",
+        "budget_money": "max_total_cost",
+    }
 
     source: Annotated[Location, Field(description="Folder of instances")]
     target: Annotated[Location, Field(description="Folder to write")]
@@ -103,27 +121,27 @@ class SamplingConfig:
     tokens_per_minute: Annotated[
         int, LOCATION, ADVANCED, Field(ge=0, description="Most tokens a minute, in and out; 0: no limit")
     ] = 0
-    budget_requests: Annotated[
+    max_total_requests: Annotated[
         int, LOCATION, ADVANCED, Field(ge=0, description="Most requests of this run; 0: no limit")
     ] = 0
-    budget_tokens: Annotated[
+    max_total_tokens: Annotated[
         int, LOCATION, ADVANCED, Field(ge=0, description="Most tokens, in and out; 0: no limit")
     ] = 0
-    budget_money: Annotated[float, LOCATION, Field(ge=0, description="Most that answers may cost; 0: no limit")] = 0.0
+    max_total_cost: Annotated[float, LOCATION, Field(ge=0, description="Most that answers may cost; 0: no limit")] = 0.0
     price_input: Annotated[float, LOCATION, Field(ge=0, description="Price of a million tokens of instructions")] = 0.0
     price_output: Annotated[float, LOCATION, Field(ge=0, description="Price of a million tokens of responses")] = 0.0
     timeout: Annotated[float, LOCATION, ADVANCED, Field(gt=0, description="Seconds that a request may take")] = 120.0
-    retries: Annotated[
+    max_retries: Annotated[
         int, LOCATION, ADVANCED, Field(ge=0, le=100, description="Further attempts at a failed request")
     ] = 8
 
     def __post_init__(self) -> None:
         check_strategy(self.generator, self.decodings)
         parse_shard(self.shard)
-        if self.budget_money and not (self.price_input or self.price_output):
+        if self.max_total_cost and not (self.price_input or self.price_output):
             remedy = "give --price-input and --price-output, per million tokens"
             raise ConfigError(
-                f"sampling: --budget-money: {self.budget_money:g} cannot be kept without prices; {remedy}"
+                f"sampling: --max-total-cost: {self.max_total_cost:g} cannot be kept without prices; {remedy}"
             )
 
     @property
@@ -151,6 +169,18 @@ class SamplingConfig:
         return checked(longer, "sampling: --max-new-tokens")
 
 
+def with_fresh_name(config: SamplingConfig, parent: Manifest) -> SamplingConfig:
+    """The config under the name of the fresh start that its work is of, so that it finds what was drawn and paid."""
+    from cappy.records.work import fresh_name
+
+    return replace(config, fresh=fresh_name(config.work, "sampling", _stated(config), [parent.hash], config.fresh))
+
+
+def _stated(config: SamplingConfig) -> dict[str, Any]:
+    """The settings that the work is named by: the file of decodings may change while its path stays."""
+    return identity(config) | {"decodings": [asdict(decoding) for decoding in config.decodings]}
+
+
 def _drawn_under(config: SamplingConfig) -> Path:
     """The folder that keeps what is drawn and answered: one of its own for a run that draws again (`--fresh`)."""
     return config.work / FRESH_DRAWS / config.fresh if config.fresh else config.work
@@ -170,13 +200,13 @@ def endpoint_config(config: SamplingConfig, parent: str = "") -> EndpointConfig:
         concurrency=config.concurrency,
         requests_per_minute=config.requests_per_minute,
         tokens_per_minute=config.tokens_per_minute,
-        budget_requests=config.budget_requests,
-        budget_tokens=config.budget_tokens,
-        budget_money=config.budget_money,
+        max_total_requests=config.max_total_requests,
+        max_total_tokens=config.max_total_tokens,
+        max_total_cost=config.max_total_cost,
         price_input=config.price_input,
         price_output=config.price_output,
         timeout=config.timeout,
-        retries=config.retries,
+        max_retries=config.max_retries,
         folder=_drawn_under(config) / "answers",
         run=fingerprint("budget", computed, parent)[:24],
     )
@@ -192,6 +222,7 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
     """
     refuse_same(config.source, config.target)
     parent = read_manifest(config.source)
+    config = with_fresh_name(config, parent)
     asking = endpoint_config(config, parent.hash)
     kept = _drawn_under(config)
     with ExitStack() as opened:
@@ -229,8 +260,7 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], 
         return counts
 
     revisions = {generator.name: generator.revision for generator in generators}
-    # The file of decodings may change while its path stays.
-    stated = identity(config) | {"decodings": [asdict(decoding) for decoding in decodings]}
+    stated = _stated(config)
     inputs = [parent.hash, *revisions.values()]
     with claim(config.work, "sampling", stated, inputs, fresh=config.fresh) as folder, sampling_progress:
         parts = process_folder(

@@ -18,8 +18,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal
@@ -28,7 +28,7 @@ import numpy as np
 
 from cappy.config import fingerprint
 from cappy.errors import FolderError, RecordError
-from cappy.files import PRIVATE_FILE, make_private, open_lock
+from cappy.files import PRIVATE_FILE, REMOVED, lock_shared, make_private, open_lock, remove_folder
 from cappy.records import Candidate
 from cappy.records.folder import disk_errors, write_bytes
 
@@ -39,7 +39,7 @@ FRESH_DRAWS = "fresh"
 """Folder with a folder for each run that drew again what was kept (`--fresh`)."""
 ANSWERS = "answers"
 _ORIGIN = "origin.json"
-_LOCK = ".lock"
+LOCK = ".lock"
 _FORMAT = 1
 _MAX_FILE_BYTES = 64_000_000
 """A process begins another file after so many bytes: a mounted bucket may send the whole file for each addition."""
@@ -80,7 +80,7 @@ class CandidateStore:
         self._places = np.empty(0, dtype=_PLACE)
         with disk_errors(self._folder):
             make_private(self._folder.parent)
-            self._lock = _lock_shared(self._folder)
+            self._lock = lock_shared(self._folder / LOCK)
             if not (self._folder / _ORIGIN).is_file():
                 write_bytes(self._folder / _ORIGIN, json.dumps(values, indent=1).encode(), private=True)
         with contextlib.suppress(OSError):  # A mounted bucket may keep no such times.
@@ -190,7 +190,8 @@ class CandidateStore:
 class Entry:
     """What lies in a work folder for one origin, or of endpoints' answers in all (`generator` is empty then).
 
-    `sets` counts questions with their candidates, or answers; `last_used` is in seconds of `time.time`.
+    `sets` counts questions with their candidates, or answers; `last_used` is in seconds of `time.time`; `fresh` names
+    the fresh start that drew them.
     """
 
     kind: Literal["candidates", "answers"]
@@ -201,11 +202,14 @@ class Entry:
     sets: int
     size_bytes: int
     last_used: float
+    fresh: str = ""
 
 
 def entries(work: Path) -> list[Entry]:
     """What was drawn and answered for this work folder, one entry for each origin, the least recently used first."""
-    own = [entry for folder in (work, *sorted((work / FRESH_DRAWS).glob("*"))) for entry in _entries(folder)]
+    own = _entries(work)
+    for folder in sorted((work / FRESH_DRAWS).glob("*")):
+        own += [replace(entry, fresh=folder.name) for entry in _entries(folder)]
     return sorted(own, key=lambda entry: entry.last_used)
 
 
@@ -213,15 +217,20 @@ def _entries(work: Path) -> list[Entry]:
     listed = [_entry(path.parent) for path in (work / CANDIDATES).glob(f"*/{_ORIGIN}")]
     answers = [path.stat() for path in (work / ANSWERS).glob("[0-9a-f][0-9a-f]/*.json")]
     if answers:
-        size, last = sum(one.st_size for one in answers), max(one.st_mtime for one in answers)
+        used = [path.stat().st_mtime for path in [work / ANSWERS / LOCK] if path.exists()]
+        size, last = sum(one.st_size for one in answers), max([*(one.st_mtime for one in answers), *used])
         listed.append(
             Entry(kind="answers", path=work / ANSWERS, sets=len(answers), size_bytes=size, last_used=last),
         )
     return listed
 
 
-def unreachable(entry: Entry) -> str:
-    """Why no run of this version uses an entry; empty where one can."""
+def unreachable(entry: Entry, fresh: Collection[str] = ()) -> str:
+    """Why no run of this version uses an entry; empty where one can. `fresh` are the fresh starts that work is of."""
+    if entry.path.name.startswith(REMOVED):
+        return "left by a removal that was killed"
+    if entry.fresh and entry.fresh not in fresh:
+        return "drawn by a run with --fresh, whose work is not there any more"
     if entry.kind == "answers" or entry.version == DRAWING_VERSION:
         return ""
     return f"drawn by version {entry.version}, drawing has {DRAWING_VERSION}"
@@ -229,16 +238,20 @@ def unreachable(entry: Entry) -> str:
 
 def remove(entry: Entry) -> None:
     """Deletes what an entry names; FolderError where a run is using it. What endpoints' runs have spent stays known."""
-    if entry.kind == "answers":
-        for folder in entry.path.glob("[0-9a-f][0-9a-f]"):
-            shutil.rmtree(folder, ignore_errors=True)
-        return
-    with disk_errors(entry.path), open_lock(entry.path / _LOCK) as lock:
+    with disk_errors(entry.path), open_lock(entry.path / LOCK) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FolderError(f"{entry.path}: a run is drawing from it; wait for it, or stop it first") from None
-        shutil.rmtree(entry.path)
+        if entry.kind == "candidates":
+            remove_folder(entry.path)
+        else:
+            for folder in entry.path.glob("[0-9a-f][0-9a-f]"):
+                shutil.rmtree(folder, ignore_errors=True)
+    if entry.fresh:
+        for parent in entry.path.parents[: 2 if entry.kind == "candidates" else 1]:
+            with contextlib.suppress(OSError):  # Something else is in it.
+                parent.rmdir()
 
 
 def _entry(folder: Path) -> Entry:
@@ -254,18 +267,6 @@ def _entry(folder: Path) -> Entry:
         size_bytes=sum(path.stat().st_size for path in files),
         last_used=max(path.stat().st_mtime for path in (folder / _ORIGIN, *files)),
     )
-
-
-def _lock_shared(folder: Path) -> IO[str]:
-    """The lock that keeps `remove` away from a folder, which is made where it is missing."""
-    while True:
-        make_private(folder)
-        lock = open_lock(folder / _LOCK)
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock.fileno()), (folder / _LOCK).stat()):
-                return lock
-        lock.close()  # Removed in the meantime.
 
 
 def _write_all(file: IO[bytes], block: bytes) -> None:

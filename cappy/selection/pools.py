@@ -42,7 +42,7 @@ class Pool:
 
     @cached_property
     def mbr(self) -> Vector:
-        """Mean similarity of each response to the others (`cappy.selection.pools`)."""
+        """Mean similarity of each response to the others (`mbr`)."""
         return mbr(self.responses)
 
     @property

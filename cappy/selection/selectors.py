@@ -70,8 +70,6 @@ class Selector:
     scorer: Literal["", "scorer", "champion"] = ""
     bound: Literal["", "lower", "upper"] = ""
     single_decoding: bool = False
-    needs_likelihood: bool = False
-    fitted: bool = False
     shown_in: tuple[Place, ...] = ("table",)
     curve: Curve | None = None
     compared: bool = True
@@ -288,7 +286,6 @@ SELECTORS: Mapping[str, Selector] = {
             words="the best single system",
             fit=_by_best_system,
             single_decoding=True,
-            fitted=True,
         ),
         Selector(
             name="greedy",
@@ -306,7 +303,6 @@ SELECTORS: Mapping[str, Selector] = {
                 words="the better likelihood selector",
                 variant_of="likelihood",
                 fit=_by_likelihood(likelihood),
-                needs_likelihood=True,
                 shown_in=("table", "tasks", "verdict"),
                 curve=_ranked,
                 must_beat="where_compared",
@@ -353,8 +349,6 @@ SELECTORS: Mapping[str, Selector] = {
                 lambda pools: _known(lambda pool: pool.likelihood_mean, pools),
             ),
             scorer="scorer",
-            needs_likelihood=True,
-            fitted=True,
             compared=False,
             against=("scorer",),
         ),
@@ -363,7 +357,6 @@ SELECTORS: Mapping[str, Selector] = {
             title="scorer + MBR",
             fit=_combined("mbr", _by_mbr, lambda pools: [pool.mbr for pool in pools]),
             scorer="scorer",
-            fitted=True,
             shown_in=("table", "tasks"),
             compared=False,
             against=("mbr", "scorer"),

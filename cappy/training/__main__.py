@@ -115,6 +115,8 @@ def _run(arguments: Sequence[str], progress: Progress) -> str:
     values = json.loads(text) if text.startswith("{") else decode(text)
     if step == "pretraining":
         return pretraining.run(build(pretraining.PretrainingConfig, values), progress).to_json()
+    if step != "finetuning":
+        raise ConfigError(f"{step}: is not trained by this module")
     return finetuning.run(build(finetuning.FinetuningConfig, values), progress).to_json()
 
 

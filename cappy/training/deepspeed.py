@@ -177,8 +177,8 @@ def _deepspeed() -> Any:
     try:
         import deepspeed  # type: ignore[import-untyped]
     except ImportError as error:
-        remedy = "pip install 'cappy-scorer[train]', or --strategy ddp"
-        raise ConfigError(f"--strategy deepspeed: cannot be imported ({error}); {remedy}") from error
+        remedy = "pip install 'cappy-scorer[train]', or --parallelism ddp"
+        raise ConfigError(f"--parallelism deepspeed: cannot be imported ({error}); {remedy}") from error
     # Else every rank on a CPU compiles an extension that gloo does without; a build that is killed leaves a lock, and
     # whoever comes next waits for it for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

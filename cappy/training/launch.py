@@ -78,25 +78,25 @@ def topology(config: TrainingSettings, environment: Mapping[str, str] | None = N
 
 def starts_ranks(config: TrainingSettings) -> bool:
     """Whether this process, being no rank itself, has to start some: several, or the one that DeepSpeed wants."""
-    if config.strategy == "jax":
+    if config.parallelism == "jax":
         _refuse_several(config)
         return False
     if started():
         return False
     count = config.devices * topology(config).nodes
-    if config.strategy == "single" and count > 1:
-        raise ConfigError(f"--strategy single: is for one rank, and {count} were asked for; give ddp or deepspeed")
-    return count > 1 or config.strategy == "deepspeed"
+    if config.parallelism == "single" and count > 1:
+        raise ConfigError(f"--parallelism single: is for one rank, and {count} were asked for; give ddp or deepspeed")
+    return count > 1 or config.parallelism == "deepspeed"
 
 
 def _refuse_several(config: TrainingSettings) -> None:
     """ConfigError where several machines or processes are to train with JAX."""
     nodes = config.nodes if config.nodes > 1 else topology(config).nodes
     if nodes > 1:
-        raise ConfigError(f"--strategy jax: is for one machine, and {nodes} were asked for; give ddp or deepspeed")
+        raise ConfigError(f"--parallelism jax: is for one machine, and {nodes} were asked for; give ddp or deepspeed")
     if started() and int(os.environ["WORLD_SIZE"]) > 1:
         remedy = "start it without torchrun, or with one process"
-        raise ConfigError(f"--strategy jax: one process drives all devices, this is one of several; {remedy}")
+        raise ConfigError(f"--parallelism jax: one process drives all devices, this is one of several; {remedy}")
 
 
 def spread(step: str, config: TrainingSettings, progress: Progress) -> Manifest:

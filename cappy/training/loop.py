@@ -261,21 +261,21 @@ def start_strategy(scorer: Scorer, config: TrainingSettings, ranks: Ranks) -> St
 
     ConfigError where what it needs cannot be imported.
     """
-    if config.strategy == "deepspeed":
+    if config.parallelism == "deepspeed":
         from cappy.training.deepspeed import Sharded
 
         sharded = Sharded(scorer.model, config, ranks)
         scorer.through = sharded.engine  # It gathers sharded weights for a pass.
         return sharded
-    if config.strategy != "jax":
+    if config.parallelism != "jax":
         return Replicas(scorer.model, config, ranks)
     if config.precision == "bf16":
         raise ConfigError("--precision bf16: the strategy jax computes in fp32; leave the precision at auto or fp32")
     try:
         from cappy.training.tpu.strategy import OnDevices
     except ImportError as error:
-        remedy = "pip install 'cappy-scorer[tpu]', or --strategy single"
-        raise ConfigError(f"--strategy jax: cannot be imported ({error}); {remedy}") from error
+        remedy = "pip install 'cappy-scorer[tpu]', or --parallelism single"
+        raise ConfigError(f"--parallelism jax: cannot be imported ({error}); {remedy}") from error
     return OnDevices(scorer, config)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 from pydantic import Field
 
-from cappy.config import settings
+from cappy.config import ADVANCED, settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +66,7 @@ class LossSettings:
     relative: Annotated[
         float,
         Comparison(relative_loss),
+        ADVANCED,
         Field(
             ge=0,
             description="Weight of the relative loss (deviations from the mean of an instance's selectable responses)",
@@ -74,6 +75,7 @@ class LossSettings:
     listwise: Annotated[
         float,
         Comparison(listwise_loss),
+        ADVANCED,
         Field(ge=0, description="Weight of the listwise loss (softmax over an instance's selectable responses)"),
     ] = 1.0
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from cappy.config import settings
+from cappy.config import ADVANCED, settings
 from cappy.errors import ConfigError, FolderError, shown
 from cappy.hub_client import hub_folder
 from cappy.model_folder import ModelFolder, open_model_folder
@@ -32,9 +32,9 @@ class PretrainingConfig(TrainingSettings):
         Literal["bce", "mse"], Field(description="bce: sigmoid over soft labels, 0 to 1; mse: the published regression")
     ] = "bce"
     max_length: Annotated[int, Field(ge=16, description="Tokens of a pair; a longer instruction is cut inside")] = 512
-    layers: Annotated[int, Field(ge=1, description="Layers of the built-in encoder")] = 4
+    layers: Annotated[int, ADVANCED, Field(ge=1, description="Layers of the built-in encoder")] = 4
     hidden_size: Annotated[
-        int, Field(ge=32, multiple_of=32, description="Width of the built-in encoder, a multiple of 32")
+        int, ADVANCED, Field(ge=32, multiple_of=32, description="Width of the built-in encoder, a multiple of 32")
     ] = 160
 
 

@@ -4,12 +4,12 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import ArgsKwargs
 
-from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, settings
+from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Renames, Work, changed, flag, settings
 from cappy.errors import ConfigError, shown
 from cappy.records.instance import SOURCES, Source
 from cappy.specs import parse_spec
@@ -56,6 +56,8 @@ _SOURCE_WEIGHT = re.compile(rf"({'|'.join(SOURCES)})=(\d+(?:\.\d+)?)")
 class LoopSettings:
     """What the loop is to do, and how ranks share it."""
 
+    RENAMED: ClassVar[Renames] = {"strategy": "parallelism"}
+
     source: Annotated[Location, Field(description="Folder of annotated instances")]
     target: Annotated[Location, Field(description="Scorer folder to write")]
     metric: Annotated[str, Field(description="Label to learn")] = "rougeL"
@@ -65,17 +67,22 @@ class LoopSettings:
     ] = "default"
     unit: Annotated[
         Unit,
+        ADVANCED,
         Field(description="What a batch is made of: whole instances, or single rows in any order (published)"),
     ] = "instance"
     train_rows: Annotated[
-        int | None, Field(ge=1, description="Responses to train on in all, repeated as needed; instead of --epochs")
+        int | None,
+        ADVANCED,
+        Field(ge=1, description="Responses to train on in all, repeated as needed; instead of --epochs"),
     ] = None
     sources: Annotated[
         tuple[Source, ...],
+        ADVANCED,
         Field(description="Responses to train on: reference, choice, mismatch, llm; all if left out (for ablations)"),
     ] = ()
     weights: Annotated[
         tuple[str, ...],
+        ADVANCED,
         Field(description="Weights in the head's loss by where a response came from, as mismatch=0.2; 1 if left out"),
     ] = ()
     epochs: Annotated[float, Field(gt=0, description="Draws per training response, in the mean and at most")] = 4.0
@@ -84,44 +91,52 @@ class LoopSettings:
         int, Field(ge=64, description="Padded tokens per forward pass; bounds memory. Small is faster on a CPU")
     ] = 2048
     max_candidates: Annotated[
-        int, Field(ge=2, description="Responses drawn per instance and pass, anew in every pass")
+        int, ADVANCED, Field(ge=2, description="Responses drawn per instance and pass, anew in every pass")
     ] = 8
     learning_rate: Annotated[
         float | None, Field(gt=0, description="Peak learning rate; left out: 2e-5 x (1024 / hidden size)^2")
     ] = None
-    warmup: Annotated[float, Field(ge=0, lt=1, description="Share of the updates that warm up")] = 0.06
+    warmup: Annotated[float, ADVANCED, Field(ge=0, lt=1, description="Share of the updates that warm up")] = 0.06
     schedule: Annotated[
         Schedule,
+        ADVANCED,
         Field(description="linear: up over the warm-up, down to zero; published: a ramp that never ends (its bug)"),
     ] = "linear"
-    weight_decay: Annotated[float, Field(ge=0, description="AdamW's weight decay, biases and norms aside")] = 0.01
-    clip: Annotated[float, Field(ge=0, description="Largest norm of a gradient; 0: no clipping")] = 1.0
-    checks: Annotated[int, Field(ge=1, description="Times the validation instances are scored on the way")] = 10
+    weight_decay: Annotated[
+        float, ADVANCED, Field(ge=0, description="AdamW's weight decay, biases and norms aside")
+    ] = 0.01
+    clip: Annotated[float, ADVANCED, Field(ge=0, description="Largest norm of a gradient; 0: no clipping")] = 1.0
+    checks: Annotated[
+        int, ADVANCED, Field(ge=1, description="Times the validation instances are scored on the way")
+    ] = 10
     patience: Annotated[
         int,
+        ADVANCED,
         Field(ge=1, description="Checks in a row, once the rate falls, clearly below the best before training stops"),
     ] = 4
     keep: Annotated[
         Literal["best", "last"],
+        ADVANCED,
         Field(description="Weights kept: of the latest check not clearly below the best (stops early), or the last"),
     ] = "best"
     checkpoint_seconds: Annotated[
-        float, LOCATION, Field(ge=0, description="Seconds between checkpoints to resume from")
+        float, LOCATION, ADVANCED, Field(ge=0, description="Seconds between checkpoints to resume from")
     ] = 60.0
     seed: Annotated[int, Field(description="Seed of order, draws and dropout")] = 0
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""
     checkpoint_updates: Annotated[
-        int | None, LOCATION, Field(ge=1, description="Updates between checkpoints, beside those by time")
+        int | None, LOCATION, ADVANCED, Field(ge=1, description="Updates between checkpoints, beside those by time")
     ] = None
     precision: Annotated[
         Literal["auto", "fp32", "bf16"],
+        ADVANCED,
         Field(description="Of matrix products in training; auto: bf16 on a GPU that has it, else fp32. Weights: fp32"),
     ] = "auto"
     dry_run: Annotated[
         bool, LOCATION, Field(description="Train 20 updates, print time, memory and hours of the whole, write nothing")
     ] = False
-    strategy: Annotated[
+    parallelism: Annotated[
         Literal["auto", "single", "ddp", "deepspeed", "jax"],
         LOCATION,
         Field(description="How devices share an update; auto: single on one device, else ddp; jax: for TPUs"),
@@ -133,7 +148,10 @@ class LoopSettings:
         int, LOCATION, Field(ge=1, description="Machines; more than one needs torchrun, a TrainJob or a CustomJob")
     ] = 1
     zero_stage: Annotated[
-        int, LOCATION, Field(ge=0, le=3, description="What deepspeed shards: 1 optimizer, 2 + gradients, 3 + weights")
+        int,
+        LOCATION,
+        ADVANCED,
+        Field(ge=0, le=3, description="What deepspeed shards: 1 optimizer, 2 + gradients, 3 + weights"),
     ] = 1
 
     @property
@@ -144,53 +162,82 @@ class LoopSettings:
 
 
 @settings
+class TrainJobSettings:
+    """What a Kubeflow TrainJob is, beside what every job is."""
+
+    volume: Annotated[str, Field(description="Shared volume to mount, CLAIM:/path; none: --work is there anyway")] = ""
+    accelerator: Annotated[str, Field(description="Of each of the --devices: gpu or a resource; none: CPU")] = ""
+    cpu: Annotated[str, Field(description="Cores of each node, such as 8; none: the runtime's")] = ""
+    memory: Annotated[str, Field(description="Memory of each node, such as 64Gi; none: the runtime's")] = ""
+    namespace: Annotated[str, Field(description="Kubernetes namespace; none: the current one")] = ""
+    runtime: Annotated[str, Field(description="Training runtime of the job")] = "cappy-torch"
+
+    def __post_init__(self) -> None:
+        if self.volume and self.volume.count(":") != 1:
+            remedy = "name a PersistentVolumeClaim and a folder"
+            raise ConfigError(f"--trainjob.volume {self.volume}: is no CLAIM:/path; {remedy}")
+
+
+@settings
+class CustomJobSettings:
+    """What a Vertex AI CustomJob is, beside what every job is."""
+
+    volume: Annotated[
+        str,
+        Field(description="Shared volume to mount, SERVER:/export:/mnt/nfs/name; none: --work is there anyway"),
+    ] = ""
+    accelerator: Annotated[str, Field(description="Of each of the --devices: such as NVIDIA_L4; none: CPU")] = ""
+    project: Annotated[str, Field(description="Google Cloud project")] = ""
+    region: Annotated[str, Field(description="Region of the job")] = "us-central1"
+    bucket: Annotated[str, Field(description="gs:// bucket that Vertex AI stages in")] = ""
+    network: Annotated[str, Field(description="VPC network, projects/NUMBER/global/networks/NAME; NFS needs it")] = ""
+    machine: Annotated[str, Field(description="Machine type of each node")] = "n1-standard-8"
+    spot: Annotated[bool, Field(description="Take spot machines, which may go")] = False
+
+    def __post_init__(self) -> None:
+        if self.volume and (self.volume.count(":") != 2 or not mount_point(self.volume).startswith("/mnt/nfs/")):
+            remedy = "Vertex AI mounts under /mnt/nfs alone"
+            raise ConfigError(f"--customjob.volume {self.volume}: is no SERVER:/export:/mnt/nfs/name; {remedy}")
+
+
+@settings
 class LauncherSettings:
     """Where to train, and what a job on a platform needs."""
+
+    RENAMED: ClassVar[Renames] = {
+        "retries": "max_restarts",
+        **{name: (f"trainjob.{name}", f"customjob.{name}") for name in ("volume", "accelerator")},
+        **{name: f"trainjob.{name}" for name in ("cpu", "memory", "namespace", "runtime")},
+        **{name: f"customjob.{name}" for name in ("project", "region", "bucket", "network", "machine", "spot")},
+    }
 
     launcher: Annotated[
         Launcher, LOCATION, Field(description="Where to train: here, or as a Kubeflow TrainJob or a Vertex CustomJob")
     ] = "here"
     image: Annotated[
-        str, LOCATION, Field(description="Image of the job, the same code inside; none: the runtime's (trainjob)")
-    ] = ""
-    volume: Annotated[
         str,
         LOCATION,
-        Field(
-            description="Shared volume to mount, CLAIM:/path (trainjob) or SERVER:/export:/mnt/nfs/name (customjob); "
-            "none: --work is there anyway"
-        ),
+        ADVANCED,
+        Field(description="Image of the job, the same code inside; none: the runtime's (trainjob)"),
     ] = ""
-    accelerator: Annotated[
-        str,
+    service_account: Annotated[str, LOCATION, ADVANCED, Field(description="Service account that the job runs as")] = ""
+    max_restarts: Annotated[
+        int,
         LOCATION,
-        Field(description="Of each of the --devices: gpu or a resource (trainjob), NVIDIA_L4 (customjob); none: CPU"),
-    ] = ""
-    cpu: Annotated[
-        str, LOCATION, Field(description="Cores of each node, such as 8 (trainjob); none: the runtime's")
-    ] = ""
-    memory: Annotated[
-        str, LOCATION, Field(description="Memory of each node, such as 64Gi (trainjob); none: the runtime's")
-    ] = ""
-    service_account: Annotated[str, LOCATION, Field(description="Service account that the job runs as")] = ""
-    retries: Annotated[
-        int, LOCATION, Field(ge=0, description="Times that a preempted or failed job is submitted again, if it got on")
+        ADVANCED,
+        Field(ge=0, description="Times that a preempted or failed job is submitted again, if it got on"),
     ] = 5
     timeout_hours: Annotated[
-        float, LOCATION, Field(gt=0, description="Hours after which the job is cancelled, waiting included")
+        float, LOCATION, ADVANCED, Field(gt=0, description="Hours after which the job is cancelled, waiting included")
     ] = 168.0
-    namespace: Annotated[str, LOCATION, Field(description="Kubernetes namespace; none: the current one (trainjob)")] = (
-        ""
-    )
-    runtime: Annotated[str, LOCATION, Field(description="Training runtime of the job (trainjob)")] = "cappy-torch"
-    project: Annotated[str, LOCATION, Field(description="Google Cloud project (customjob)")] = ""
-    region: Annotated[str, LOCATION, Field(description="Region of the job (customjob)")] = "us-central1"
-    bucket: Annotated[str, LOCATION, Field(description="gs:// bucket that Vertex AI stages in (customjob)")] = ""
-    network: Annotated[
-        str, LOCATION, Field(description="VPC network, projects/NUMBER/global/networks/NAME; NFS needs it (customjob)")
-    ] = ""
-    machine: Annotated[str, LOCATION, Field(description="Machine type of each node (customjob)")] = "n1-standard-8"
-    spot: Annotated[bool, LOCATION, Field(description="Take spot machines, which may go (customjob)")] = False
+    trainjob: Annotated[TrainJobSettings, LOCATION, ADVANCED] = TrainJobSettings()
+    customjob: Annotated[CustomJobSettings, LOCATION, ADVANCED] = CustomJobSettings()
+
+    @property
+    def job_volume(self) -> str:
+        """The shared volume of the platform's job; empty where training runs here."""
+        own = {"trainjob": self.trainjob.volume, "customjob": self.customjob.volume}
+        return own.get(self.launcher, "")
 
 
 @settings
@@ -250,8 +297,12 @@ def _refuse_idle(config: TrainingSettings) -> None:
     """ConfigError for a setting that is other than its default and has no effect beside the others."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, why in _idle(config):
-        if name in defaults and getattr(config, name) != defaults[name]:
-            raise ConfigError(f"--{name.replace('_', '-')}: has no effect {why}; leave it out")
+        if name not in defaults or (value := getattr(config, name)) == defaults[name]:
+            continue
+        path = name
+        if dataclasses.is_dataclass(value):
+            path = f"{name}.{changed(value)[0]}"
+        raise ConfigError(f"{flag(path)}: has no effect {why}; leave it out")
 
 
 def _idle(config: TrainingSettings) -> Iterator[tuple[str, str]]:
@@ -267,60 +318,49 @@ def _idle(config: TrainingSettings) -> Iterator[tuple[str, str]]:
         for name in COMPARISONS:
             if getattr(config, name):
                 yield name, "with --unit row: a response alone is compared with none"
-    if config.strategy != "deepspeed":
-        yield "zero_stage", "without --strategy deepspeed"
+    if config.parallelism != "deepspeed":
+        yield "zero_stage", "without --parallelism deepspeed"
     if getattr(config, "encoder", "builtin") != "builtin":
         yield "layers", "on an encoder that is there already; it is for --encoder builtin"
         yield "hidden_size", "on an encoder that is there already; it is for --encoder builtin"
+    for name in ("trainjob", "customjob"):
+        if config.launcher != name:
+            yield name, f"without --launcher {name}"
     if config.launcher == "here":
-        for field in dataclasses.fields(LauncherSettings):
-            yield field.name, "where training runs here; give --launcher trainjob or customjob"
+        for name in ("image", "service_account", "max_restarts", "timeout_hours"):
+            yield name, "where training runs here; give --launcher trainjob or customjob"
 
 
 def _refuse_unlaunchable(config: TrainingSettings) -> None:
     """ConfigError where the job that these settings ask for could not run, before anything is submitted."""
     if config.launcher == "here":
         return
-    flag = f"--launcher {config.launcher}"
+    launcher = f"--launcher {config.launcher}"
     if config.dry_run:
-        raise ConfigError(f"{flag}: a dry run has nothing to follow; run it with --launcher here on such a machine")
-    if config.strategy == "jax" and config.nodes > 1:
+        raise ConfigError(f"{launcher}: a dry run has nothing to follow; run it with --launcher here on such a machine")
+    if config.parallelism == "jax" and config.nodes > 1:
         remedy = "give --nodes 1"
-        raise ConfigError(f"{flag}: --strategy jax drives one machine, and {config.nodes} were asked for; {remedy}")
-    if config.launcher == "trainjob":
-        _refuse_for_trainjob(config, flag)
-    else:
-        _refuse_for_customjob(config, flag)
-    _refuse_out_of_reach(config, flag)
+        raise ConfigError(
+            f"{launcher}: --parallelism jax drives one machine, and {config.nodes} were asked for; {remedy}"
+        )
+    own = config.customjob
+    if config.launcher == "customjob" and not (config.image and own.project and own.bucket.startswith("gs://")):
+        remedy = "needs --image, --customjob.project and --customjob.bucket gs://...; give them"
+        raise ConfigError(f"{launcher}: {remedy}")
+    if config.launcher == "customjob" and config.devices > 1 and not own.accelerator and config.parallelism != "jax":
+        remedy = "give --customjob.accelerator, or --devices 1"
+        raise ConfigError(f"{launcher}: {config.devices} devices and no accelerator; {remedy}")
+    _refuse_out_of_reach(config, launcher)
 
 
-def _refuse_for_trainjob(config: TrainingSettings, flag: str) -> None:
-    if config.spot:
-        raise ConfigError(f"{flag}: --spot is for customjob; put the node selector of spot nodes into the runtime")
-    if config.volume and config.volume.count(":") != 1:
-        raise ConfigError(f"--volume {config.volume}: is no CLAIM:/path; name a PersistentVolumeClaim and a folder")
-
-
-def _refuse_for_customjob(config: TrainingSettings, flag: str) -> None:
-    if config.cpu or config.memory:
-        raise ConfigError(f"{flag}: --cpu and --memory are for trainjob; --machine has both, such as n1-standard-8")
-    if not (config.image and config.project and config.bucket.startswith("gs://")):
-        raise ConfigError(f"{flag}: needs --image, --project and --bucket gs://...; give them")
-    if config.volume and (config.volume.count(":") != 2 or not mount_point(config.volume).startswith("/mnt/nfs/")):
-        remedy = "Vertex AI mounts under /mnt/nfs alone"
-        raise ConfigError(f"--volume {config.volume}: is no SERVER:/export:/mnt/nfs/name; {remedy}")
-    if config.devices > 1 and not config.accelerator and config.strategy != "jax":
-        raise ConfigError(f"{flag}: {config.devices} devices and no accelerator; give --accelerator, or --devices 1")
-
-
-def _refuse_out_of_reach(config: TrainingSettings, flag: str) -> None:
+def _refuse_out_of_reach(config: TrainingSettings, launcher: str) -> None:
     """The job's machines have another working directory, and see of this one's disks the shared volume alone."""
     starts = {name: str(getattr(config, name)) for name in ("scorer", "encoder") if hasattr(config, name)}
-    mounted = mount_point(config.volume)
+    mounted = mount_point(config.job_volume)
     folders = {name: text for name, text in starts.items() if parse_spec(text).kind == "path"}
     for name, path in {"work": str(config.work), **folders}.items():
         if not path.startswith("/"):
             remedy = "give an absolute path on a volume that the job's machines mount"
-            raise ConfigError(f"{flag}: --{name} {path}: is a relative path; {remedy}")
+            raise ConfigError(f"{launcher}: --{name} {path}: is a relative path; {remedy}")
         if mounted and not PurePosixPath(path).is_relative_to(mounted):
-            raise ConfigError(f"{flag}: --{name} {path}: does not lie on the volume, under {mounted}; put it there")
+            raise ConfigError(f"{launcher}: --{name} {path}: does not lie on the volume, under {mounted}; put it there")

@@ -92,7 +92,7 @@ def train(
 
 def _computed(config: TrainingSettings) -> dict[str, object]:
     """The settings that change what is computed: `jax` is one, whose floats are not rounded as torch's are."""
-    return identity(config) | ({"strategy": "jax"} if config.strategy == "jax" else {})
+    return identity(config) | ({"parallelism": "jax"} if config.parallelism == "jax" else {})
 
 
 def _fit(

@@ -220,13 +220,7 @@ class _Run:
                 f"the gateway's budget of {limits.max_total_cost:g} is used up; raise --max-total-cost and start again"
             )
             refusal = {"x-should-retry": "false"}
-            return GatewayError(
-                429,
-                f"the gateway's budget of {limits.max_total_cost:g} is used up; raise --max-total-cost and start again",
-                kind="insufficient_quota",
-                code="insufficient_quota",
-                headers=refusal,
-            )
+            return GatewayError(429, text, kind="insufficient_quota", code="insufficient_quota", headers=refusal)
         text = (
             f"the limit on a request's {self._limit} leaves no room for one candidate; shorten the prompt or raise it"
         )

@@ -208,6 +208,7 @@ def _add_chat(app: FastAPI, front: _Front) -> None:
             work.add_done_callback(lambda _: kept.release())
         write = partial(chunks, identity=identity, details=details)
         if not await _ended(work, request, front.keep_alive if wanted.stream else None):
+            request.state.outcome = "streaming"  # Its span is written before the answer is known.
             return _stream(events(work, write, keep_alive=front.keep_alive), {})
         outcome = work.result()
         for name in ("outcome", "sampled", "calls", "cost"):
@@ -231,7 +232,7 @@ def _add_feedback(app: FastAPI, front: _Front) -> None:
         """Takes {"id", "score"} or {"id", "reference"}: what a user thought of an answer."""
         with front.budget.share() as share:
             data = await _body(request, front, share)
-            given = await apart(len(data), partial(read_feedback, data))
+            given = await apart(len(data), partial(read_feedback, data, front.bounds))
         if front.feedback is None:
             raise GatewayError(
                 404, "feedback is not kept here; start the gateway with --feedback FOLDER", code="not_found"

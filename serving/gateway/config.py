@@ -2,11 +2,11 @@
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from cappy.config import ADVANCED, settings
+from cappy.config import ADVANCED, Renames, settings
 from cappy.errors import ConfigError
 from serving.config import DEFAULT_SCORER, AccessConfig, BodyLimits, ListenerConfig, Port
 
@@ -14,6 +14,8 @@ from serving.config import DEFAULT_SCORER, AccessConfig, BodyLimits, ListenerCon
 @settings
 class LlmConfig:
     """The LLM; prices are money per million tokens."""
+
+    RENAMED: ClassVar[Renames] = {"price_prompt": "price_input", "price_completion": "price_output"}
 
     upstream: Annotated[str, Field(description="The LLM's OpenAI-compatible server: http://host:port/v1")]
     key_variable: Annotated[
@@ -70,6 +72,11 @@ class Policy:
 @settings
 class EscalationConfig:
     """The second LLM, which is asked below `floor`."""
+
+    RENAMED: ClassVar[Renames] = {
+        "escalate_price_prompt": "escalate_price_input",
+        "escalate_price_completion": "escalate_price_output",
+    }
 
     escalate_to: Annotated[str, ADVANCED, Field(description="Server of the second LLM, asked below --floor")] = ""
     escalate_model: Annotated[str, ADVANCED, Field(description="Model of the second LLM; without it the client's")] = ""

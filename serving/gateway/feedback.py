@@ -34,6 +34,7 @@ from cappy.records import Candidate, File, Instance, Manifest, prompt_hash, read
 from cappy.records.folder import MANIFEST, disk_errors, write_bytes, write_manifest
 from cappy.records.instance import GIVEN
 from cappy.records.schema import to_table
+from serving.bodies import Bounds
 from serving.gateway.answering import Outcome
 from serving.gateway.errors import GatewayError
 from serving.gateway.requests import invalid, read_object
@@ -214,9 +215,9 @@ class Feedback(BaseModel):
     choice: Annotated[int, Field(ge=0)] = 0
 
 
-def read_feedback(data: bytes) -> Feedback:
-    """The feedback in a body; GatewayError 400 where it is none."""
-    body = read_object(data)
+def read_feedback(data: bytes, bounds: Bounds) -> Feedback:
+    """The feedback in a body; GatewayError 400 where it is none, 413 where it is out of bounds."""
+    body = read_object(data, bounds)
     try:
         feedback = Feedback.model_validate(body)
     except ValidationError as error:

@@ -84,7 +84,7 @@ class ChatRequest:
     most_tokens: int | None
 
 
-def read_object(data: bytes, bounds: Bounds = BOUNDS) -> dict[str, Any]:
+def read_object(data: bytes, bounds: Bounds) -> dict[str, Any]:
     """A JSON object whose numbers are finite and whose texts are whole.
 
     GatewayError 400 for anything else, 413 for what is out of bounds, which is found before it is built where it can.

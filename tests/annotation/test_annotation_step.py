@@ -97,9 +97,9 @@ def test_the_draw_of_mismatches_hangs_on_the_seed_alone() -> None:
     assert labelled(instances, seed=1) != labelled(instances, seed=2)
 
 
-def test_the_paper_recipe_repeats_the_published_set_with_its_quirks() -> None:
+def test_the_paper_preset_repeats_the_published_set_with_its_quirks() -> None:
     twice = Instance(instance_id="t", instruction="say t", references=("same", "same"), task="say")
-    found = labelled([twice, generation("u", "other", "same", "other", "")], recipe="paper")
+    found = labelled([twice, generation("u", "other", "same", "other", "")], preset="paper")
     # One draw for each reference; one that is a text of the instance is dropped and not drawn again. A repeated
     # reference stays, and a mismatch stands before what was sampled, so that its label wins.
     assert [row for row in found["t"] if row[1] == "reference"] == [("same", "reference", 1.0)] * 2
@@ -108,7 +108,7 @@ def test_the_paper_recipe_repeats_the_published_set_with_its_quirks() -> None:
     for seed in range(20):
         instance = generation("u", "other", "same", "other", "")
         (_, done) = annotate(
-            [twice, instance], Labelling(name="rougeL", metric=load("rougeL"), recipe="paper", seed=seed)
+            [twice, instance], Labelling(name="rougeL", metric=load("rougeL"), preset="paper", seed=seed)
         )
         rows = [(row.response, row.source, row.label) for row in regression_rows(done, "rougeL")]
         wins[tuple(rows)] = seed

@@ -25,7 +25,7 @@ VERBS = {*STEP_SPECS, *OTHER.split()}
 OWN = {
     "preparation": "--plan",
     "sampling": "--estimate",
-    "annotation": "--report",
+    "annotation": "--data-report",
     "promotion": "--dry-run --rollback --history --name --reason",
 }
 """The flags of a step's verb that are no settings."""
@@ -190,8 +190,8 @@ def test_a_report_lies_beside_the_labels_and_its_tables_are_printed(here: Cappy,
     rows = [{"instruction": f"Say {n}.", "reference": f"number {n}", "responses": [f"{n}", "no"]} for n in range(20)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert here("preparation", "--source", source, "--target", "instances").returncode == 0
-    told = here("annotation", "--source", "instances", "--target", "labels", "--report")
+    told = here("annotation", "--source", "instances", "--target", "labels", "--data-report")
     assert_names(told.stdout, "selectable", "oracle", "33.3")
     assert told.stdout.rstrip().endswith("labels/report/report.html")
-    again = here("annotation", "--source", "instances", "--target", "labels", "--report", "--json")
+    again = here("annotation", "--source", "instances", "--target", "labels", "--data-report", "--json")
     assert json.loads(again.stdout)["step"] == "annotation"

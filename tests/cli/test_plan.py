@@ -54,7 +54,7 @@ def test_json_says_the_same_with_numbers_and_a_price_only_where_one_is_given(her
         (("--hardware", "h100", "--epochs", "inf"), ("--epochs: inf ", "finite")),
         (("--hardware", "h100", "--mfu", "0"), ("--mfu: 0 ", "above 0 and at most 1")),
         (("--hardware", "h100", "--sampling-mfu", "40"), ("--sampling-mfu: 40 ", "above 0 and at most 1")),
-        (("--hardware", "h100", "--calibration", "no.json"), ("no.json", "python benchmarks/calibration.py")),
+        (("--hardware", "h100", "--throughput", "no.json"), ("no.json", "python benchmarks/throughput.py")),
     ],
 )
 def test_what_a_person_can_mend_is_one_line(here: Cappy, words: tuple[str, ...], names: tuple[str, ...]) -> None:
@@ -69,19 +69,19 @@ def test_what_a_person_can_mend_is_one_line(here: Cappy, words: tuple[str, ...],
     ("change", "named"),
     [
         (lambda text: text[: len(text) // 2], "Invalid JSON"),
-        (lambda text: text.replace('"benchmark": "calibration"', '"benchmark": "training"'), "(benchmark: "),
+        (lambda text: text.replace('"benchmark": "throughput"', '"benchmark": "training"'), "(benchmark: "),
         (lambda text: text.replace('"pairs/s"', '"pears/s"', 1), "(measurements."),
         (lambda text: text.replace('"value": ', '"value": -', 1), "annotation of builtin is -"),
         (lambda text: text.replace('"heldout"', '"held"'), "heldout"),
         (lambda text: text.replace('"step": "tokenization"', '"step": "evaluation"'), "tokenization of t0, in bytes"),
     ],
 )
-def test_a_damaged_calibration_is_named_with_the_remedy(
+def test_a_damaged_file_of_speeds_is_named_with_the_remedy(
     here: Cappy, tmp_path: Path, change: Callable[[str], str], named: str
 ) -> None:
     path = tmp_path / "measured.json"
     path.write_text(change(DEFAULT.read_text()))
-    done = here("plan", "--hardware", "h100", "--calibration", path, *ASSUMED)
+    done = here("plan", "--hardware", "h100", "--throughput", path, *ASSUMED)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1
-    assert_names(done.stderr, named, "python benchmarks/calibration.py")
+    assert_names(done.stderr, named, "python benchmarks/throughput.py")

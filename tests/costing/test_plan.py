@@ -9,7 +9,7 @@ import pytest
 from wording import assert_names
 
 from cappy.builtin import LLM_FOLDER, SCORER_FOLDER
-from cappy.costing import DEFAULT, Calibration, Measurement, PlanConfig, Texts, read_calibration
+from cappy.costing import DEFAULT, Measurement, PlanConfig, Texts, Throughput, read_throughput
 from cappy.costing.costs import CHECKED, CHECKS, GENERATORS, HARDWARE, MOST_SHARDS, SCORERS, Work, cost
 from cappy.costing.plan import Plan, make_plan, span, stored, text, to_values
 from cappy.costing.volumes import mixture_volumes
@@ -22,12 +22,12 @@ CONFIG = PlanConfig(hardware="h100", gpus=(1,), generators=("bart0", "t0-3b"), m
 
 
 @pytest.fixture(scope="module")
-def measured() -> Calibration:
-    """The calibration of this repository."""
-    return read_calibration(DEFAULT)
+def measured() -> Throughput:
+    """The measured speeds of this repository."""
+    return read_throughput(DEFAULT)
 
 
-def planned(measured: Calibration, **changes: Any) -> Plan:
+def planned(measured: Throughput, **changes: Any) -> Plan:
     return make_plan(replace(CONFIG, **changes), measured)
 
 
@@ -35,7 +35,7 @@ def seconds(made: Plan, devices: int) -> dict[str, float]:
     return {one.name: one.seconds for one in made.costs(devices)}
 
 
-def test_the_papers_160_million_rows_come_out_of_the_mixture_and_its_candidates(measured: Calibration) -> None:
+def test_the_papers_160_million_rows_come_out_of_the_mixture_and_its_candidates(measured: Throughput) -> None:
     volumes = mixture_volumes("t0", PAPER, measured)
     assert volumes.prompts == 17_277_798
     assert volumes.candidates == 10 * volumes.open_prompts == 100_091_140
@@ -45,13 +45,13 @@ def test_the_papers_160_million_rows_come_out_of_the_mixture_and_its_candidates(
     assert volumes.selectable == with_choices + volumes.candidates
 
 
-def test_every_further_candidate_is_a_row_for_each_open_ended_prompt(measured: Calibration) -> None:
+def test_every_further_candidate_is_a_row_for_each_open_ended_prompt(measured: Throughput) -> None:
     few, many = (mixture_volumes("t0", {"bart0": number}, measured) for number in (1, 8))
     assert many.pairs - few.pairs == 7 * few.open_prompts
     assert many.pair.tokens == pytest.approx(few.pair.tokens, rel=0.2)
 
 
-def test_subsets_of_unknown_length_are_as_the_others_of_their_kind(measured: Calibration) -> None:
+def test_subsets_of_unknown_length_are_as_the_others_of_their_kind(measured: Throughput) -> None:
     def alike(subset: str, kind: Any, tokens: float) -> Texts:
         return Texts(
             subset=subset, kind=kind, prompts=1, prompt_tokens=tokens, prompt_squared=tokens**2,
@@ -117,7 +117,7 @@ def test_what_training_does_by_default_is_what_the_plan_counts() -> None:
     assert TrainingSettings(source=Path("a"), target=Path("b")).checks + 1 == CHECKS
 
 
-def test_sampling_is_shared_by_as_many_devices_as_there_are_shards_and_no_more(measured: Calibration) -> None:
+def test_sampling_is_shared_by_as_many_devices_as_there_are_shards_and_no_more(measured: Throughput) -> None:
     made = planned(measured)
     start = next(work.start for work in made.works if work.step == "sampling")
     one, two, most, beyond = (seconds(made, number)["sampling t0-3b"] - start for number in (1, 2, MOST_SHARDS, 256))
@@ -128,7 +128,7 @@ def test_sampling_is_shared_by_as_many_devices_as_there_are_shards_and_no_more(m
     assert hours[0] == hours[1]
 
 
-def test_training_keeps_its_share_of_linear_speed_and_one_device_keeps_all(measured: Calibration) -> None:
+def test_training_keeps_its_share_of_linear_speed_and_one_device_keeps_all(measured: Throughput) -> None:
     linear, shared = planned(measured), planned(measured, scaling=0.5)
     assert seconds(linear, 1) == seconds(shared, 1)
     start = next(work.start for work in linear.works if work.step == "pretraining")
@@ -136,7 +136,7 @@ def test_training_keeps_its_share_of_linear_speed_and_one_device_keeps_all(measu
     assert seconds(shared, 8)["sampling bart0"] == seconds(linear, 8)["sampling bart0"]
 
 
-def test_devices_that_wait_for_tokens_are_paid_for(measured: Calibration) -> None:
+def test_devices_that_wait_for_tokens_are_paid_for(measured: Throughput) -> None:
     made = planned(measured)
     one, many = (next(c for c in made.costs(n) if c.name == "pretraining: tokens") for n in (1, 256))
     assert one.seconds == many.seconds
@@ -146,14 +146,14 @@ def test_devices_that_wait_for_tokens_are_paid_for(measured: Calibration) -> Non
     assert told["price"] == pytest.approx(2 * sum(c.device_hours for c in made.costs(8)))
 
 
-def test_twice_the_epochs_are_nearly_twice_the_training_and_nothing_else(measured: Calibration) -> None:
+def test_twice_the_epochs_are_nearly_twice_the_training_and_nothing_else(measured: Throughput) -> None:
     once, twice = (seconds(planned(measured, epochs=number), 1) for number in (1.0, 2.0))
     changed = {name for name in once if once[name] != twice[name]}
     assert changed == {"pretraining"}
     assert twice["pretraining"] / once["pretraining"] == pytest.approx(2, rel=0.02)
 
 
-def test_what_nobody_measured_says_so_beside_the_number_in_text_and_json(measured: Calibration) -> None:
+def test_what_nobody_measured_says_so_beside_the_number_in_text_and_json(measured: Throughput) -> None:
     made = planned(measured)
     rows = [line for line in text(made).splitlines() if "not measured: assumes" in line]
     assert [line.split("  ")[0] for line in rows] == ["sampling bart0", "sampling t0-3b", "pretraining", "evaluation"]
@@ -165,7 +165,7 @@ def test_what_nobody_measured_says_so_beside_the_number_in_text_and_json(measure
     assert {name for name, step in steps.items() if not step["measured"]} == {line.split("  ")[0] for line in rows}
 
 
-def test_a_measured_speed_takes_the_place_of_the_assumption(measured: Calibration) -> None:
+def test_a_measured_speed_takes_the_place_of_the_assumption(measured: Throughput) -> None:
     entry = Measurement(
         step="pretraining", hardware="h100", of="roberta-large", unit="FLOP/s", value=5e14, date="2026-12-01",
         machine="one", load=0.0,
@@ -178,7 +178,7 @@ def test_a_measured_speed_takes_the_place_of_the_assumption(measured: Calibratio
         planned(known, mfu=None)
 
 
-def test_all_of_a_cpu_is_measured_and_nothing_is_assumed(measured: Calibration) -> None:
+def test_all_of_a_cpu_is_measured_and_nothing_is_assumed(measured: Throughput) -> None:
     made = make_plan(PlanConfig(hardware="cpu", gpus=(1, 64), generators=("builtin:10",)), measured)
     assert all(work.measured for work in made.works)
     assert "NOT MEASURED" not in text(made)
@@ -186,7 +186,7 @@ def test_all_of_a_cpu_is_measured_and_nothing_is_assumed(measured: Calibration) 
         planned(measured, hardware="cpu", generators=("flan-t5-xxl",))
 
 
-def test_more_cores_shorten_only_what_cores_do(measured: Calibration) -> None:
+def test_more_cores_shorten_only_what_cores_do(measured: Throughput) -> None:
     few, many = (seconds(planned(measured, workers=number), 4) for number in (1, 100))
     assert {name for name in few if few[name] != many[name]} == {"preparation", "annotation"}
     work = Work(

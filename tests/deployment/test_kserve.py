@@ -39,7 +39,7 @@ def test_a_canary_gets_its_share_and_a_whole_version_no_entry() -> None:
 
 
 def test_a_copied_scorer_is_read_where_kserve_mounts_it_and_mlflow_is_not_asked() -> None:
-    found = container(storage="gs://bucket/scorer", tracking_uri="")
+    found = container(kserve={"storage": "gs://bucket/scorer"}, tracking_uri="")
     assert found["args"][1] == "/mnt/models"
     names = {one["name"]: one["value"] for one in found["env"]}
     assert names["STORAGE_URI"] == "gs://bucket/scorer"
@@ -47,7 +47,7 @@ def test_a_copied_scorer_is_read_where_kserve_mounts_it_and_mlflow_is_not_asked(
 
 
 def test_no_password_is_written_down_and_a_secret_can_bring_it() -> None:
-    written = text(service(tracking_uri="https://anna:secret@mlflow.example/path", secret="mlflow-login"))
+    written = text(service(tracking_uri="https://anna:secret@mlflow.example/path", kserve={"secret": "mlflow-login"}))
     assert "secret@" not in written
     assert "anna" not in written
     assert "https://mlflow.example/path" in written
@@ -58,14 +58,14 @@ def test_no_password_is_written_down_and_a_secret_can_bring_it() -> None:
 
 @pytest.mark.parametrize("address", ["https://anna:se@cr/et@mlflow.example/path", "https://anna:se?cr@et@h/path"])
 def test_an_address_whose_host_is_not_clear_is_refused_without_its_password(address: str) -> None:
-    with raises_naming(ConfigError, "--tracking-uri", "percent-encoded", "--secret") as error:
+    with raises_naming(ConfigError, "--tracking-uri", "percent-encoded", "--kserve.secret") as error:
         service(tracking_uri=address)
-    assert "cr" not in str(error.value).replace("--secret", "").replace("percent-encoded", "")
+    assert "cr" not in str(error.value).replace("--kserve.secret", "").replace("percent-encoded", "")
 
 
 def test_a_registry_on_this_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with raises_naming(ConfigError, "--tracking-uri", "sqlite:", "--storage"):
+    with raises_naming(ConfigError, "--tracking-uri", "sqlite:", "--kserve.storage"):
         service(tracking_uri="")
 
 
@@ -101,7 +101,7 @@ def test_the_cluster_tells_the_pod_nothing_and_gives_it_no_token() -> None:
 
 
 def test_a_gpu_is_asked_for_as_kubernetes_does() -> None:
-    assert container(gpus=1)["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert container(kserve={"gpus": 1})["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert "nvidia.com/gpu" not in container()["resources"]["limits"]
 
 
@@ -109,9 +109,9 @@ def test_a_gpu_is_asked_for_as_kubernetes_does() -> None:
     "changed",
     [
         {"image": "cappy:1"},
-        {"storage": "bucket/scorer"},
-        {"storage": "https://anna:secret@host/x"},
-        {"namespace": "My_Space"},
+        {"kserve": {"storage": "bucket/scorer"}},
+        {"kserve": {"storage": "https://anna:secret@host/x"}},
+        {"kserve": {"namespace": "My_Space"}},
     ],
 )
 def test_settings_that_cannot_work_are_refused(changed: dict[str, str]) -> None:

@@ -127,8 +127,11 @@ def test_a_service_that_gives_no_answer_is_one_line_and_the_same_command_goes_on
     ("changed", "words"),
     [
         ({"image": "registry.example/cappy:latest"}, "by digest"),
-        ({"project": ""}, "needs --project and --bucket"),
-        ({"bucket": "s3://bucket"}, "needs --project and --bucket"),
+        ({"vertex": {"bucket": "gs://bucket"}}, "needs --vertex.project and --vertex.bucket"),
+        ({"vertex": {"project": "p", "bucket": "s3://bucket"}}, "needs --vertex.project and --vertex.bucket"),
+        ({"kserve": {"gpus": 1}}, "--kserve.gpus: .* --platform kserve"),
+        ({"gpus": 1}, "--gpus is now --kserve.gpus"),
+        ({"machine": "n1"}, "--machine is now --vertex.machine"),
         ({"min_replicas": 4, "max_replicas": 2}, "below min-replicas"),
         ({"traffic": 0}, "traffic"),
         ({"service": "My Service"}, "service"),

@@ -21,7 +21,7 @@ def settings(**changed: Any) -> Any:
 
     places = {"version": "version", "report": "report", "target": "target", "platform": "vertex", "image": IMAGE}
     cloud = {"project": "my-project", "bucket": "gs://bucket", "machine": "g2-standard-8", "accelerator": "NVIDIA_L4"}
-    return build(DeploymentConfig, {**places, **cloud, **changed})
+    return build(DeploymentConfig, {**places, "vertex": cloud, **changed})
 
 
 def version(number: int) -> Any:

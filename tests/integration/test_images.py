@@ -279,8 +279,8 @@ def test_the_serving_image_keeps_the_contract_of_vertex(containers: Containers, 
     ("name", "flags", "options"),
     [
         ("trainer", (), ()),
-        ("trainer", ("--strategy", "deepspeed", "--devices", "2"), ("--shm-size", "1g")),
-        ("trainer-tpu", ("--strategy", "jax", "--devices", "2"), ()),
+        ("trainer", ("--parallelism", "deepspeed", "--devices", "2"), ("--shm-size", "1g")),
+        ("trainer-tpu", ("--parallelism", "jax", "--devices", "2"), ()),
     ],
     ids=["trainer", "trainer by DeepSpeed on two ranks", "trainer-tpu by JAX on two devices"],
 )

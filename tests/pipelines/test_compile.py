@@ -214,7 +214,7 @@ def test_what_a_platform_lacks_is_refused_before_submission(
 
 def test_a_tpu_is_for_training_by_jax_on_one_machine_and_has_an_image_of_its_own() -> None:
     needs = {"accelerator": "tpu-v6e", "count": 4, "node_selector": {"cloud.google.com/gke-tpu-topology": "2x2"}}
-    by_jax = {"settings": {"finetuning": {"strategy": "jax"}}}
+    by_jax = {"settings": {"finetuning": {"parallelism": "jax"}}}
     found, _ = executors(compiled("adapt", "kubeflow", resources={"finetuning": needs}, **by_jax))
     assert found["exec-finetuning"]["image"] == "cappy-python-trainer-tpu:0.1.0"
     asked = found["exec-finetuning"]["resources"]["accelerator"]
@@ -223,7 +223,7 @@ def test_a_tpu_is_for_training_by_jax_on_one_machine_and_has_an_image_of_its_own
     found, _ = executors(compiled("adapt", "kubeflow", resources={"finetuning": needs}, **by_jax, **named))
     assert found["exec-finetuning"]["image"] == "mine:tpu"
     for platform, changed, more, names in (
-        ("kubeflow", {}, {}, ("tpu-v6e", "settings.finetuning.strategy: jax")),
+        ("kubeflow", {}, {}, ("tpu-v6e", "settings.finetuning.parallelism: jax")),
         ("kubeflow", {"nodes": 2}, by_jax, ("finetuning.nodes: 2", "JAX")),
         ("kubeflow", {"node_selector": {}}, by_jax, ("tpu-v6e", "labels", "node_selector")),
         ("vertex", {"nodes": 2, "node_selector": {}}, by_jax, ("Vertex AI", "tpu-v6e")),

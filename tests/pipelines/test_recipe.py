@@ -203,18 +203,20 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
     vertex = checked({"pipeline": "adapt", "resources": {"finetuning": {**needs, "spot": True}}, **places})
     check(vertex, "vertex")
     told = settings_of(vertex, "vertex")["finetuning"]
-    job = {"nodes": 4, "devices": 8, "image": "mine:1", "retries": 7, "timeout_hours": pytest.approx(45.6)}
+    job = {"nodes": 4, "devices": 8, "image": "mine:1", "max_restarts": 7, "timeout_hours": pytest.approx(45.6)}
     expected = {
         "launcher": "customjob",
         **job,
-        "accelerator": "NVIDIA_H100_80GB",
-        "project": "p",
-        "region": "europe-west4",
-        "bucket": "gs://mine",
-        "network": "projects/1/global/networks/n",
-        "machine": "a3-highgpu-8g",
-        "spot": True,
         "service_account": "me@p",
+        "customjob": {
+            "accelerator": "NVIDIA_H100_80GB",
+            "project": "p",
+            "region": "europe-west4",
+            "bucket": "gs://mine",
+            "network": "projects/1/global/networks/n",
+            "machine": "a3-highgpu-8g",
+            "spot": True,
+        },
     }
     assert {name: told[name] for name in expected} == expected
     del needs["machine_type"]
@@ -225,12 +227,14 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
     expected = {
         "launcher": "trainjob",
         **job,
-        "cpu": "64",
-        "memory": "512Gi",
-        "volume": "cappy-work:/data",
-        "accelerator": "nvidia.com/gpu",
-        "namespace": "team",
-        "runtime": "cappy-torch",
+        "trainjob": {
+            "cpu": "64",
+            "memory": "512Gi",
+            "volume": "cappy-work:/data",
+            "accelerator": "nvidia.com/gpu",
+            "namespace": "team",
+            "runtime": "cappy-torch",
+        },
     }
     assert {name: told[name] for name in expected} == expected
     assert "launcher" not in settings_of(kubeflow, "local")["finetuning"]

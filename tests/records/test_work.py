@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +17,14 @@ import pytest
 from wording import assert_names
 
 from cappy.errors import FolderError
+from cappy.files import remove_folder
 from cappy.keys import KEY, work_key
 from cappy.progress import silent
 from cappy.records import File, Instance, Manifest, read
 from cappy.records import work as work_module
 from cappy.records.folder import describe_files
 from cappy.records.parts import process
-from cappy.records.work import begin, claim, finish, read_key
+from cappy.records.work import Piece, begin, claim, finish, fresh_name, held, note_finished, pieces, read_key
 from cappy.steps import STEP_SPECS
 
 HOLD = """
@@ -240,30 +242,88 @@ def test_another_version_of_the_step_is_other_work_and_the_log_says_so(
     assert f"version {spec.version} -> {spec.version + 1}" in logged(caplog)[0]
 
 
-def test_fresh_work_starts_anew_and_a_further_attempt_of_the_same_run_continues(tmp_path: Path) -> None:
-    def left(fresh: str) -> list[str]:
+def test_fresh_work_starts_anew_unless_a_fresh_start_was_not_finished(tmp_path: Path) -> None:
+    def left(fresh: str, *, finished: bool = False) -> list[str]:
         with claim(tmp_path, "annotation", {"a": 1}, fresh=fresh) as folder:
             before = sorted(path.name for path in folder.iterdir() if path.name not in (KEY, ".lock"))
             (folder / f"of {fresh or 'an earlier run'}").mkdir(exist_ok=True)
+            if finished:
+                note_finished(folder)
             return before
 
     assert left("") == []
     assert left("") == ["of an earlier run"]
     assert left("one") == []
-    assert left("one") == ["of one"]
-    assert left("") == ["of an earlier run", "of one"][1:]
-    assert left("two") == []
+    assert left("one") == ["of one"], "a further attempt of the same run"
+    assert left("two") == ["of one"], "the same command again, after it was killed"
+    assert left("", finished=True) == ["of one", "of two"]
+    assert left("one") == ["of an earlier run", "of one", "of two"], "its own retry"
+    assert left("three") == []
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"step": "annotation"}', '{"step": 1, "more": 2}'])
-def test_a_key_that_cannot_be_read_is_written_anew(tmp_path: Path, text: str) -> None:
-    with claim(tmp_path, "annotation", {"a": 1}) as folder:
+def test_the_name_of_a_fresh_start_is_found_before_all_inputs_are_known(tmp_path: Path) -> None:
+    def name(fresh: str, settings: dict[str, Any] | None = None) -> str:
+        return fresh_name(tmp_path, "annotation", settings or {"a": [1]}, ["parent"], fresh)
+
+    assert (name(""), name("one")) == ("", "one")
+    with claim(tmp_path, "annotation", {"a": (1,)}, ["parent", "revision"], fresh="one") as folder:
         pass
+    assert (name(""), name("two")) == ("one", "one")
+    assert name("two", {"a": [2]}) == "two"
+    note_finished(folder)
+    assert (name(""), name("two")) == ("one", "two")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"step": "annotation"}',
+        '{"step": 1, "more": 2}',
+        '{"step": "annotation", "version": 1, "settings": {}, "inputs": null}',
+        '{"step": "annotation", "version": 1, "settings": [], "inputs": []}',
+    ],
+)
+def test_a_key_that_cannot_be_read_vouches_for_nothing_and_is_written_anew(tmp_path: Path, text: str) -> None:
+    with claim(tmp_path, "annotation", {"a": 1}) as folder:
+        (folder / "part").touch()
     (folder / KEY).write_text(text)
+    with claim(tmp_path, "annotation", {"b": 1}):
+        pass
     with claim(tmp_path, "annotation", {"a": 1}):
         key = read_key(folder)
+        assert not (folder / "part").exists()
     assert key is not None
     assert key.settings == {"a": 1}
+
+
+def test_whoever_waits_for_work_that_is_removed_gets_a_folder_of_their_own(tmp_path: Path) -> None:
+    """Four thousand files take a while to remove; none of what the waiting one writes may go with them."""
+    (piece,) = make_pieces(tmp_path, 4000)
+    seen: list[list[str]] = []
+
+    def wait() -> None:
+        with claim(tmp_path, "annotation", {"a": 1}) as folder:
+            (folder / "mine").touch()
+            seen.append(sorted(path.name for path in folder.iterdir()))
+
+    with held(piece.path):
+        threads = [threading.Thread(target=wait) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        remove_folder(piece.path)
+    for thread in threads:
+        thread.join()
+    assert seen == [sorted([KEY, ".lock", "mine"])] * 3
+
+
+def make_pieces(work: Path, files: int) -> list[Piece]:
+    with claim(work, "annotation", {"a": 1}) as folder:
+        for number in range(files):
+            (folder / f"f{number}").touch()
+    return list(pieces(work, "annotation"))
 
 
 def test_work_of_before_there_were_keys_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -32,12 +32,12 @@ def url(model: Model) -> Iterator[str]:
 
 @pytest.fixture
 def make(url: str) -> Iterator[Make]:
-    """make(retries=...) -> an endpoint on these terms."""
+    """make(max_retries=...) -> an endpoint on these terms."""
     made: list[Endpoint] = []
 
     def endpoint(**terms: object) -> Endpoint:
         made.append(
-            Endpoint(parse_spec(f"openai:m@{url}"), EndpointConfig(**{"first_wait": 0.01, "retries": 3, **terms}))
+            Endpoint(parse_spec(f"openai:m@{url}"), EndpointConfig(**{"first_wait": 0.01, "max_retries": 3, **terms}))
         )  # type: ignore[arg-type]
         return made[-1]
 
@@ -92,7 +92,7 @@ def test_a_refused_parameter_is_asked_for_once_and_told(make: Make, model: Model
 
 def test_all_refusals_together_are_learned_under_concurrency(make: Make, model: Model) -> None:
     model.refused = ("n", "temperature", "top_p", "seed", "logprobs", "max_tokens", "max_completion_tokens")
-    drawn = make(retries=0).sample([f"p{i}" for i in range(20)], [SAMPLING], seed=0)
+    drawn = make(max_retries=0).sample([f"p{i}" for i in range(20)], [SAMPLING], seed=0)
     assert sum(len(group) for group in drawn) == 80
     assert sum(model.answered.values()) == 80
 
@@ -127,7 +127,7 @@ def test_equal_responses_are_kept_where_n_is_known(make: Make, model: Model) -> 
 def test_what_is_no_plain_answer_is_a_candidate_with_its_status(
     make: Make, head: str, status: str, response: str, selectable: bool
 ) -> None:
-    drawn = make(retries=0).sample([f"{head} story", "plain"], [NUCLEUS], seed=0)
+    drawn = make(max_retries=0).sample([f"{head} story", "plain"], [NUCLEUS], seed=0)
     assert {c.status for c in drawn[0]} == {status}
     assert {c.response.partition(" ")[0] for c in drawn[0]} == {response}
     assert {c.selectable for c in drawn[0]} == {selectable}
@@ -154,7 +154,7 @@ def test_what_does_not_pass_ends_the_run_at_once_in_one_line(
 
 def test_an_unknown_host_is_tried_again_and_then_one_line() -> None:
     endpoint = Endpoint(
-        parse_spec("openai:m@http://no-such-host.invalid/v1"), EndpointConfig(retries=2, first_wait=0.01)
+        parse_spec("openai:m@http://no-such-host.invalid/v1"), EndpointConfig(max_retries=2, first_wait=0.01)
     )
     with pytest.raises(GeneratorError, match=r"\(.+\).* 3 attempts.*address") as error:
         endpoint.sample(["one"], [GREEDY], seed=0)

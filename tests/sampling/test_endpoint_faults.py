@@ -35,7 +35,7 @@ def sample(
 ) -> tuple[list[list[Candidate]], dict[str, int]]:
     """The candidates of an endpoint with this script, and its tally."""
     with scripted(script) as url:
-        made = EndpointConfig(**{"first_wait": 0.001, "retries": 2, **terms})
+        made = EndpointConfig(**{"first_wait": 0.001, "max_retries": 2, **terms})
         endpoint = Endpoint(parse_spec(f"openai:m@{url}/v1"), made)
         try:
             return endpoint.sample(prompts, decodings, seed=0), dict(endpoint.tally())
@@ -53,7 +53,7 @@ def step(
     with scripted(script) as url:
         # The address must not change between the runs of a test, or all work would be new.
         (folder / "url").write_text(url) if not (folder / "url").exists() else None
-        config = {"source": folder / "in", "target": folder / target, "work": folder / "work", "retries": 1}
+        config = {"source": folder / "in", "target": folder / target, "work": folder / "work", "max_retries": 1}
         spec = values.pop("generator", (f"openai:m@{url}/v1",))
         manifest = run(SamplingConfig(**{**config, "generator": spec, "strategy": "sampling1", **values}))
     return manifest, [candidate for one in read(folder / target) for candidate in one.candidates]
@@ -119,14 +119,14 @@ def test_d1_an_instruction_whose_answer_always_breaks_off_fails_alone() -> None:
     def reply(body: dict[str, Any]) -> Reply:
         return 200, saying("half", "error") if "broken" in prompt_of(body) else saying("whole")
 
-    drawn, tally = sample(Script(reply), ["broken", *(f"p{n}" for n in range(30))], concurrency=2, retries=1)
+    drawn, tally = sample(Script(reply), ["broken", *(f"p{n}" for n in range(30))], concurrency=2, max_retries=1)
     assert [group[0].status for group in drawn] == ["failed", *["ok"] * 30]
     assert [name for name in tally if "finish_reason: 'error'" in name]
     # Also where it is the last one, and nothing but a plain question is answered beside it.
-    ((alone,),), _ = sample(Script(reply), ["broken"], retries=1)
+    ((alone,),), _ = sample(Script(reply), ["broken"], max_retries=1)
     assert alone.status == "failed"
     with pytest.raises(GeneratorError, match="finish_reason.*'error'.* 2 attempts"):
-        sample(Script(lambda body: (200, saying("half", "error"))), ["one"], retries=1)
+        sample(Script(lambda body: (200, saying("half", "error"))), ["one"], max_retries=1)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_d1_an_instruction_whose_answer_always_breaks_off_fails_alone() -> None:
 )
 def test_d1_the_remedy_is_of_what_the_server_said_and_not_of_the_network(reply: Reply, words: tuple[str, ...]) -> None:
     with raises_naming(GeneratorError, "2 attempts", *words) as caught:
-        sample(Script(lambda body: reply), ["one"], retries=1)
+        sample(Script(lambda body: reply), ["one"], max_retries=1)
     assert "network" not in str(caught.value)
 
 
@@ -172,8 +172,8 @@ def test_d1_answers_that_an_older_version_kept_are_not_used() -> None:
 
 def test_d1_tokens_of_a_response_that_was_given_up_count_towards_the_budget(tmp_path: Path) -> None:
     script = Script(lambda body: (200, saying("half", "error")))
-    with pytest.raises(GeneratorError, match="3 requests.*--budget-requests"):
-        sample(script, ["one"], folder=tmp_path, budget_requests=3, retries=9)
+    with pytest.raises(GeneratorError, match="3 requests.*--max-total-requests"):
+        sample(script, ["one"], folder=tmp_path, max_total_requests=3, max_retries=9)
     assert len(script.bodies) == 3
 
 
@@ -487,7 +487,7 @@ def test_d5_logprobs_are_not_asked_for_with_no_logprobs(tmp_path: Path, api: str
 def test_d6_the_path_goes_before_the_query(given: str, chat: str) -> None:
     script = Script(lambda body: (200, saying("whole")))
     with scripted(script) as url:
-        endpoint = Endpoint(parse_spec(f"openai:m@{url}{given}"), EndpointConfig(retries=0))
+        endpoint = Endpoint(parse_spec(f"openai:m@{url}{given}"), EndpointConfig(max_retries=0))
         endpoint.sample(["one"], [PLAIN], seed=0)
         endpoint.close()
     assert script.paths == [chat]
@@ -504,7 +504,7 @@ def test_d6_azures_key_goes_into_its_own_header(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("OPENAI_API_KEY", key)
         script = Script(lambda body: (200, saying("whole")))
         with scripted(script) as url:
-            endpoint = Endpoint(parse_spec(f"openai:m@{url}{given}"), EndpointConfig(retries=0))
+            endpoint = Endpoint(parse_spec(f"openai:m@{url}{given}"), EndpointConfig(max_retries=0))
             endpoint.sample(["one"], [PLAIN], seed=0)
             endpoint.close()
         found = {name: value for name, value in script.headers[0].items() if name in ("api-key", "authorization")}

@@ -215,9 +215,9 @@ def test_neither_part_size_nor_more_instances_pay_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("budget", "raised"),
     [
-        ({"budget_requests": 25}, {"budget_requests": 60}),
-        ({"budget_tokens": 900}, {"budget_tokens": 100_000}),
-        ({"budget_money": 0.0009}, {"budget_money": 1.0}),
+        ({"max_total_requests": 25}, {"max_total_requests": 60}),
+        ({"max_total_tokens": 900}, {"max_total_tokens": 100_000}),
+        ({"max_total_cost": 0.0009}, {"max_total_cost": 1.0}),
     ],
 )
 def test_a_budget_stops_cleanly_and_a_raised_one_goes_on(
@@ -235,8 +235,8 @@ def test_a_budget_stops_cleanly_and_a_raised_one_goes_on(
             paid, requests = sum(model.answered.values()), len(model.asked)
             assert 0 < paid < 160
             # A start may still ask what is small enough for what is left, and never more.
-            spent = {"budget_requests": requests, "budget_tokens": 10 * requests + 5 * paid}
-            assert (spent | {"budget_money": spent["budget_tokens"] / 1e6})[name] <= limit
+            spent = {"max_total_requests": requests, "max_total_tokens": 10 * requests + 5 * paid}
+            assert (spent | {"max_total_cost": spent["max_total_tokens"] / 1e6})[name] <= limit
         manifest = run(config_at(tmp_path, url, **prices, **raised))
     assert sum(model.answered.values()) == 160
     assert max(model.answered.values()) == 1
@@ -318,8 +318,8 @@ def test_a_strategy_that_an_endpoint_cannot_do_is_refused_before_anything_is_pai
 
 
 def test_a_budget_of_money_needs_prices(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--budget-money: 2 .*--price-input"):
-        config_at(tmp_path, "http://h/v1", budget_money=2.0)
+    with pytest.raises(ConfigError, match="--max-total-cost: 2 .*--price-input"):
+        config_at(tmp_path, "http://h/v1", max_total_cost=2.0)
 
 
 def test_the_key_stands_nowhere(
@@ -358,7 +358,8 @@ def test_the_key_stands_nowhere(
 def test_shards_and_part_sizes_share_a_budget_and_other_seeds_do_not(tmp_path: Path) -> None:
     one = endpoint_config(config_at(tmp_path, "http://h/v1"), "p").run
     assert (
-        endpoint_config(config_at(tmp_path, "http://h/v1", shard="0/4", part_rows=3, budget_requests=5), "p").run == one
+        endpoint_config(config_at(tmp_path, "http://h/v1", shard="0/4", part_rows=3, max_total_requests=5), "p").run
+        == one
     )
     assert endpoint_config(config_at(tmp_path, "http://h/v1", seed=1), "p").run != one
     assert endpoint_config(config_at(tmp_path, "http://h/v1"), "q").run != one
@@ -387,12 +388,12 @@ def spend(budget: Budget, times: int = 1) -> None:
 
 
 def test_what_another_process_spends_is_seen_while_this_one_runs(tmp_path: Path) -> None:
-    terms = EndpointConfig(folder=tmp_path, run="r", budget_requests=5)
+    terms = EndpointConfig(folder=tmp_path, run="r", max_total_requests=5)
     mine, other = Budget("mine", terms), Budget("other", terms)
     spend(mine)
     spend(other, 4)
     time.sleep(REFRESH_SECONDS + 0.1)
-    with pytest.raises(GeneratorError, match=r"5 requests.*\(0 left.*--budget-requests"):
+    with pytest.raises(GeneratorError, match=r"5 requests.*\(0 left.*--max-total-requests"):
         spend(mine)
     mine.close()
     other.close()
@@ -402,22 +403,22 @@ def test_an_earlier_start_counts_and_another_run_does_not(tmp_path: Path) -> Non
     first = Budget("m", EndpointConfig(folder=tmp_path, run="r"))
     spend(first, 3)
     first.close()
-    spend(Budget("m", EndpointConfig(folder=tmp_path, run="other", budget_tokens=5)))
-    with pytest.raises(GeneratorError, match="19 tokens.*--budget-tokens"):
-        spend(Budget("m", EndpointConfig(folder=tmp_path, run="r", budget_tokens=19)))
-    spend(Budget("m", EndpointConfig(folder=tmp_path, run="r", budget_tokens=20)))
+    spend(Budget("m", EndpointConfig(folder=tmp_path, run="other", max_total_tokens=5)))
+    with pytest.raises(GeneratorError, match="19 tokens.*--max-total-tokens"):
+        spend(Budget("m", EndpointConfig(folder=tmp_path, run="r", max_total_tokens=19)))
+    spend(Budget("m", EndpointConfig(folder=tmp_path, run="r", max_total_tokens=20)))
 
 
 def test_whoever_finds_the_budget_used_up_ends_the_run() -> None:
-    budget, stop = Budget("m", EndpointConfig(budget_requests=1)), threading.Event()
+    budget, stop = Budget("m", EndpointConfig(max_total_requests=1)), threading.Event()
     spend(budget)
-    with pytest.raises(GeneratorError, match="--budget-requests"), budget.hold(ONE, stop):
+    with pytest.raises(GeneratorError, match="--max-total-requests"), budget.hold(ONE, stop):
         pass
     assert stop.is_set()
 
 
 def test_what_is_under_way_is_held_back_and_given_back_if_it_was_not_answered() -> None:
-    budget, stop = Budget("m", EndpointConfig(budget_requests=1)), threading.Event()
+    budget, stop = Budget("m", EndpointConfig(max_total_requests=1)), threading.Event()
     passed = threading.Event()
 
     def other() -> None:

@@ -41,7 +41,7 @@ def test_completions_of_a_server_of_others_are_read(transformers_server: str, ca
 
 
 def test_a_model_that_the_server_does_not_have_ends_the_run(transformers_server: str, tmp_path: Path) -> None:
-    endpoint = Endpoint(parse_spec(f"openai:{tmp_path}/none@{transformers_server}"), EndpointConfig(retries=0))
+    endpoint = Endpoint(parse_spec(f"openai:{tmp_path}/none@{transformers_server}"), EndpointConfig(max_retries=0))
     with pytest.raises(GeneratorError, match="same command again"):
         endpoint.sample(["the cat sat"], [SAMPLING], seed=0)
     endpoint.close()
@@ -54,7 +54,7 @@ def test_every_fault_in_front_of_a_server_of_others_is_outlasted(
     with proxying(transformers_server, weather) as url:
         endpoint = Endpoint(
             parse_spec(f"openai:{causal_folder}@{url}"),
-            EndpointConfig(folder=tmp_path, timeout=4.0, concurrency=3, retries=len(FAULTS), first_wait=0.05),
+            EndpointConfig(folder=tmp_path, timeout=4.0, concurrency=3, max_retries=len(FAULTS), first_wait=0.05),
         )
         drawn = endpoint.sample(["the cat sat", "where is the dog", "who"], [SAMPLING], seed=0)
         endpoint.close()

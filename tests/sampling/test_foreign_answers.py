@@ -39,7 +39,7 @@ def url(foreign: Foreign) -> Iterator[str]:
 
 def sample(url: str, folder: Path | None = None, **terms: float) -> list[Candidate]:
     """What the endpoint gives for one instruction; GeneratorError where it gives none."""
-    made = EndpointConfig(folder=folder, retries=1, first_wait=0.001, **{"timeout": 20.0, **terms})  # type: ignore[arg-type]
+    made = EndpointConfig(folder=folder, max_retries=1, first_wait=0.001, **{"timeout": 20.0, **terms})  # type: ignore[arg-type]
     endpoint = Endpoint(parse_spec(f"openai:m@{url}"), made)
     try:
         (found,) = endpoint.sample(["say it"], [TWO], seed=1)
@@ -145,7 +145,7 @@ def test_the_key_is_taken_out_before_a_text_is_cut(foreign: Foreign, url: str, m
     for padding in range(20, 200, 9):
         for status, body in ((400, b"<p>%s%s</p>"), (401, b'{"error": {"message": "%s%s"}}'), (200, b'{"a": "%s%s"}')):
             foreign.parts = [response(body % (b"x" * padding, KEY.encode()), status=status)]
-            endpoint = Endpoint(parse_spec(f"openai:m@{url}"), EndpointConfig(retries=1, first_wait=0.001))
+            endpoint = Endpoint(parse_spec(f"openai:m@{url}"), EndpointConfig(max_retries=1, first_wait=0.001))
             try:
                 endpoint.sample(["say it"], [TWO], seed=1)
                 told = " ".join(endpoint.tally())
@@ -222,6 +222,7 @@ def test_half_a_character_becomes_the_replacement_character_and_is_kept(tmp_path
     cache = Cache(tmp_path)
     cache.put("abcd", answer)
     assert cache.get("abcd") == answer
+    cache.close()
 
 
 def test_two_halves_are_one_character() -> None:

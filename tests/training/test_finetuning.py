@@ -82,7 +82,9 @@ def test_nothing_to_learn_from_is_said(plan: Plan, tmp_path: Path, instances: li
 def test_how_ranks_are_spread_and_checkpointed_does_not_name_the_work(plan: Plan) -> None:
     from cappy.config import identity
 
-    spread = plan(strategy="deepspeed", devices=4, nodes=2, zero_stage=3, checkpoint_updates=7, checkpoint_seconds=1.0)
+    spread = plan(
+        parallelism="deepspeed", devices=4, nodes=2, zero_stage=3, checkpoint_updates=7, checkpoint_seconds=1.0
+    )
     assert identity(spread) == identity(plan())
 
 

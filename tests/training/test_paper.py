@@ -102,7 +102,7 @@ def test_a_flag_that_nobody_gave_leaves_the_preset_alone(plan: Plan, tmp_path: P
         ({"unit": "row", "max_candidates": 4}, ("--max-candidates:", "--unit row")),
         ({"unit": "row", "relative": 1.0}, ("--relative:", "--unit row")),
         ({"unit": "row", "listwise": 2.0}, ("--listwise:", "--unit row")),
-        ({"zero_stage": 2}, ("--zero-stage:", "--strategy deepspeed")),
+        ({"zero_stage": 2}, ("--zero-stage:", "--parallelism deepspeed")),
         ({"image": "mine"}, ("--image:", "--launcher trainjob or customjob")),
         ({"spot": True}, ("--spot:", "--launcher trainjob or customjob")),
         ({"sources": ("llm",), "weights": ("mismatch=0.2",)}, ("--weights:", "mismatch", "--sources")),

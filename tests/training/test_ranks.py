@@ -60,7 +60,7 @@ NOISE = "attention.self.key.bias"
 
 def test_two_ranks_compute_what_one_process_does_dropout_included(plan: Plan) -> None:
     run(plan("one", **CURVE))
-    run(plan("two", strategy="ddp", devices=2, **CURVE))
+    run(plan("two", parallelism="ddp", devices=2, **CURVE))
     assert curve(plan("two")) == pytest.approx(curve(plan("one")), abs=1e-4)
     assert len(curve(plan("one"))) == 12
     one, two = (verify(plan(name).target) for name in ("one", "two"))
@@ -75,7 +75,7 @@ def test_two_ranks_compute_what_one_process_does_dropout_included(plan: Plan) ->
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_computes_what_one_process_does(stage: int, plan: Plan) -> None:
     run(plan("one", **CURVE))
-    run(plan("sharded", strategy="deepspeed", devices=2, zero_stage=stage, **CURVE))
+    run(plan("sharded", parallelism="deepspeed", devices=2, zero_stage=stage, **CURVE))
     assert curve(plan("sharded")) == pytest.approx(curve(plan("one")), abs=1e-4)
     assert max(curve(plan("one"))[1:]) - min(curve(plan("one"))[1:]) > 0.01, "or there was nothing to compare"
 
@@ -84,11 +84,11 @@ def test_deepspeed_computes_what_one_process_does(stage: int, plan: Plan) -> Non
 @pytest.mark.parametrize("stage", [1, 3])
 def test_any_strategy_goes_on_where_another_stopped(stage: int, plan: Plan) -> None:
     run(plan("one", **CURVE))
-    sharded = {"strategy": "deepspeed", "devices": 2, "zero_stage": stage}
+    sharded = {"parallelism": "deepspeed", "devices": 2, "zero_stage": stage}
     for stop, spread in ((4, {}), (8, sharded)):
         with pytest.raises(StoppedError):
             run(plan("mixed", **spread, **CURVE), stop_after(stop))
-    run(plan("mixed", strategy="ddp", devices=2, **CURVE))
+    run(plan("mixed", parallelism="ddp", devices=2, **CURVE))
     assert curve(plan("mixed")) == pytest.approx(curve(plan("one")), abs=1e-4)
     assert furthest(plan("one"), plan("mixed"), left_out=NOISE) < 1e-4
 
@@ -96,7 +96,7 @@ def test_any_strategy_goes_on_where_another_stopped(stage: int, plan: Plan) -> N
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [1, 3])
 def test_deepspeed_goes_on_to_the_same_bits(stage: int, plan: Plan) -> None:
-    settings = {"strategy": "deepspeed", "devices": 2, "zero_stage": stage, **CURVE}
+    settings = {"parallelism": "deepspeed", "devices": 2, "zero_stage": stage, **CURVE}
     run(plan("unbroken", **settings))
     with pytest.raises(StoppedError):
         run(plan("b", **settings), stop_after(5))
@@ -134,7 +134,7 @@ def short_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short_of_memory")
 def test_when_memory_runs_out_on_one_rank_all_halve_their_budget_and_go_on(plan: Plan) -> None:
     run(plan("one", **CURVE))
-    short = plan("short", strategy="ddp", devices=2, batch_tokens=4096, **CURVE)
+    short = plan("short", parallelism="ddp", devices=2, batch_tokens=4096, **CURVE)
     run(short)
     log = json.loads((short.target / "training.json").read_text())
     (event,) = log["events"]
@@ -148,14 +148,14 @@ def test_when_memory_runs_out_on_one_rank_all_halve_their_budget_and_go_on(plan:
 def test_deepspeed_ends_in_one_line_where_memory_runs_out(plan: Plan) -> None:
     """Its ranks wait for each other within a pass, so one that gave up cannot tell the others."""
     with raises_naming(TrainingError, "memory", "4096 tokens per pass", "--batch-tokens"):
-        run(plan("short", strategy="deepspeed", devices=2, batch_tokens=4096, **CURVE))
+        run(plan("short", parallelism="deepspeed", devices=2, batch_tokens=4096, **CURVE))
 
 
 @needs_deepspeed
 def test_deepspeed_compiles_nothing_on_a_cpu(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build that is killed leaves a lock that all later runs would wait for."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    run(plan(strategy="deepspeed", epochs=0.2))
+    run(plan(parallelism="deepspeed", epochs=0.2))
     assert not list((tmp_path / "extensions").rglob("*"))
 
 
@@ -172,7 +172,7 @@ def stop_after(update: int) -> Callable[..., None]:
 
 
 def test_a_killed_rank_ends_all_and_the_run_goes_on_to_the_same_bits_and_on_one_rank_nearly(plan: Plan) -> None:
-    settings = {"strategy": "ddp", "devices": 2, **CURVE}
+    settings = {"parallelism": "ddp", "devices": 2, **CURVE}
     run(plan("unbroken", **settings))
     killer = threading.Thread(target=kill_a_rank, args=(plan("b", **settings), 5))
     killer.start()
@@ -216,7 +216,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
 @pytest.fixture
 def parent(plan: Plan) -> Iterator["subprocess.Popen[str]"]:
     """A process that starts two ranks and trains for long."""
-    settings = plan("long", strategy="ddp", devices=2, epochs=500.0, patience=1000, checkpoint_updates=5)
+    settings = plan("long", parallelism="ddp", devices=2, epochs=500.0, patience=1000, checkpoint_updates=5)
     code = f"""
 from cappy.config import build, decode
 from cappy.errors import CappyError
@@ -253,9 +253,9 @@ def test_sigterm_reaches_the_ranks_which_write_a_checkpoint_and_end(parent: "sub
 
 def test_what_cannot_be_spread_is_refused_in_one_line(plan: Plan) -> None:
     with raises_naming(ConfigError, "--batch-instances 1:", "2 ranks", "--batch-instances 2"):
-        run(plan(strategy="ddp", devices=2, batch_instances=1))
-    with raises_naming(ConfigError, "--strategy single:", "2 were asked for", "ddp"):
-        run(plan(strategy="single", devices=2))
+        run(plan(parallelism="ddp", devices=2, batch_instances=1))
+    with raises_naming(ConfigError, "--parallelism single:", "2 were asked for", "ddp"):
+        run(plan(parallelism="single", devices=2))
     with raises_naming(ConfigError, "--nodes 2:", "torchrun", "NODE_RANK"):
         run(plan(nodes=2))
 
@@ -288,7 +288,7 @@ def test_the_command_of_a_vertex_job_trains_on_all_machines_together(plan: Plan)
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     cluster = {"workerpool0": [f"127.0.0.1:{port}"], "workerpool1": [f"127.0.0.1:{port}"]}
-    settings = plan("cluster", strategy="ddp", nodes=2, **CURVE)
+    settings = plan("cluster", parallelism="ddp", nodes=2, **CURVE)
     pools = worker_pools("finetuning", settings, image="image", machine_type="n1-standard-8")
     _, *words = pools[0]["container_spec"]["command"] + pools[0]["container_spec"]["args"]
     nodes = [
@@ -309,7 +309,7 @@ def test_the_command_of_a_vertex_job_trains_on_all_machines_together(plan: Plan)
 
 
 def test_ranks_that_torchrun_started_train_together(plan: Plan) -> None:
-    settings = plan("torchrun", strategy="ddp", **CURVE)
+    settings = plan("torchrun", parallelism="ddp", **CURVE)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cappy.training"]
     done = subprocess.run(
         [sys.executable, *command, "finetuning", json.dumps(to_values(settings))],

@@ -69,22 +69,22 @@ def test_jax_is_imported_in_its_own_package_alone() -> None:
 
 def test_without_jax_the_extra_is_named(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jax", None)
-    with raises_naming(ConfigError, "--strategy jax:", "pip install 'cappy-scorer[tpu]'"):
-        run(plan(strategy="jax"))
+    with raises_naming(ConfigError, "--parallelism jax:", "pip install 'cappy-scorer[tpu]'"):
+        run(plan(parallelism="jax"))
 
 
 def test_several_machines_and_processes_are_refused_in_one_line(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    with raises_naming(ConfigError, "--strategy jax:", "one machine", "2 were asked for", "ddp"):
-        run(plan(strategy="jax", nodes=2))
+    with raises_naming(ConfigError, "--parallelism jax:", "one machine", "2 were asked for", "ddp"):
+        run(plan(parallelism="jax", nodes=2))
     pools = '{"workerpool0": ["first:2222"], "workerpool1": ["second:2222"]}'
     with monkeypatch.context() as patch:
         patch.setenv("CLUSTER_SPEC", f'{{"cluster": {pools}, "task": {{"type": "workerpool0", "index": 0}}}}')
-        with raises_naming(ConfigError, "--strategy jax:", "one machine", "2 were asked for", "ddp"):
-            run(plan(strategy="jax"))
+        with raises_naming(ConfigError, "--parallelism jax:", "one machine", "2 were asked for", "ddp"):
+            run(plan(parallelism="jax"))
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with raises_naming(ConfigError, "--strategy jax:", "one process", "without torchrun"):
-        run(plan(strategy="jax"))
+    with raises_naming(ConfigError, "--parallelism jax:", "one process", "without torchrun"):
+        run(plan(parallelism="jax"))
 
 
 def _imported(path: Path) -> set[str]:

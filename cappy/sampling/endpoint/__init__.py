@@ -72,7 +72,7 @@ class Asker:
             self.meter.add(errors=1)
             if fault.kind == "end":
                 raise self._end(fault, attempt, stop)
-            if attempt > self._config.retries:
+            if attempt > self._config.max_retries:
                 # Where others are answered meanwhile it is this instruction that is not.
                 if self.standing.answered_since(began) or self._ask_plainly(question, stop) is None:
                     return self._unanswered(question, numbers, fault, stop)
@@ -189,7 +189,7 @@ Job = tuple[Question, list[int]]
 class Endpoint:
     """Samples by chat completions, or by completions where the config says so.
 
-    The key comes from the environment (`keys`) and stands in no setting, record, file or log. Samples of one
+    The key comes from the environment (`client.api_key`) and stands in no setting, record, file or log. Samples of one
     instruction are asked for together (`n`) until the model refuses or ignores that, then one by one. Instances'
     samples depend on nothing but their instruction, the decoding and the seed: neither another part size nor more
     instances make an answer be paid for again.
@@ -215,8 +215,9 @@ class Endpoint:
         return self._asker.meter.usage
 
     def close(self) -> None:
-        """Closes the connections and the ledger."""
+        """Closes the connections, the kept answers and the ledger."""
         self._clients.close()
+        self._cache.close()
         self._asker.budget.close()
 
     def check(self, decodings: Sequence[Decoding]) -> None:

@@ -12,17 +12,20 @@ import json
 import math
 import re
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import IO, TypeGuard
 
 from cappy.config import fingerprint
 from cappy.errors import shown
+from cappy.files import lock_shared
 from cappy.records import Candidate
-from cappy.records.folder import write_bytes
+from cappy.records.folder import disk_errors, write_bytes
 from cappy.records.instance import Status
 from cappy.sampling.generators import EndpointConfig, tokens_of
+from cappy.sampling.store import LOCK
 from cappy.sampling.strategies import Decoding
 from cappy.untrusted import is_count, read_json, whole
 
@@ -353,11 +356,15 @@ class Cache:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._memory: dict[str, Answer] = {}
+        self._lock: IO[str] | None = None
+        self._locking = threading.Lock()
 
     def get(self, key: str) -> Answer | None:
         """The answer under this key; None if there is none or its file is damaged."""
         if self._folder is None:
             return self._memory.get(key)
+        if self._folder.is_dir():
+            self._use(self._folder)
         try:
             values = json.loads(_path(self._folder, key).read_bytes())
             answer = Answer(**{**values, "left_out": tuple(values["left_out"])})
@@ -370,7 +377,19 @@ class Cache:
         if self._folder is None:
             self._memory[key] = answer
         else:
+            self._use(self._folder)
             write_bytes(_path(self._folder, key), json.dumps(asdict(answer), ensure_ascii=False).encode(), private=True)
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _use(self, folder: Path) -> None:
+        """Keeps the folder from being removed until the end; its lock says when it was used last."""
+        with self._locking, disk_errors(folder):
+            self._lock = self._lock or lock_shared(folder / LOCK)
 
 
 def key_of(**determining: object) -> str:

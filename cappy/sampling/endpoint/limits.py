@@ -166,16 +166,16 @@ class Budget:
             after.add(part)
         config = self._config
         kinds = (
-            ("requests", config.budget_requests, spent.requests, after.requests),
-            ("tokens", config.budget_tokens, _tokens(spent), _tokens(after)),
-            ("money", config.budget_money, _money(spent, config), _money(after, config)),
+            ("requests", "requests", config.max_total_requests, spent.requests, after.requests),
+            ("tokens", "tokens", config.max_total_tokens, _tokens(spent), _tokens(after)),
+            ("money", "cost", config.max_total_cost, _money(spent, config), _money(after, config)),
         )
-        for kind, budget, used, would_be in kinds:
+        for kind, flag, budget, used, would_be in kinds:
             if budget and would_be > budget * (1 + 1e-9):
                 left = f"{budget - used:,.6g}"
                 return (
                     f"{self._name}: the budget of {budget:,.10g} {kind} is used up ({left} left, less than the next "
-                    f"request may take); raise --budget-{kind} and run the same command again: every answer is kept"
+                    f"request may take); raise --max-total-{flag} and run the same command again: every answer is kept"
                 )
         return None
 

@@ -67,9 +67,9 @@ class Jobs(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """`retries` submissions after the first, `timeout` and `poll` in seconds."""
+    """`max_restarts` submissions after the first, `timeout` and `poll` in seconds."""
 
-    retries: int
+    max_restarts: int
     timeout: float
     poll: float
 
@@ -96,8 +96,8 @@ def follow(jobs: Jobs, name: str, limits: Limits, hooks: Hooks) -> None:
     """Returns when the job has succeeded; TrainingError or ConfigError when it never will.
 
     A job that runs already is followed, one that succeeded already is not submitted, unless what it wrote is gone. One
-    that failed is submitted again while its checkpoint moves on, at most `limits.retries` times. When this step is to
-    end, so does the job.
+    that failed is submitted again while its checkpoint moves on, at most `limits.max_restarts` times. When this step is
+    to end, so does the job.
     """
     follower = _Follower(jobs, name, limits, hooks)
     try:
@@ -109,7 +109,16 @@ def follow(jobs: Jobs, name: str, limits: Limits, hooks: Hooks) -> None:
         raise
 
 
-def why_not_again(status: Status, *, at: int, before: int | None, used: int, retries: int) -> str:
+def end_job(jobs: Jobs, name: str, tell: Callable[[str], None]) -> None:
+    """Cancels the job if it is still there, and waits until it has ended; TrainingError where it cannot."""
+    status = jobs.status(name)
+    if status is not None and status.phase not in OVER:
+        limits = Limits(max_restarts=0, timeout=0.0, poll=0.0)
+        hooks = Hooks(checkpoint=lambda: -1, written=lambda: False, cancelled=lambda: "", tell=tell)
+        _Follower(jobs, name, limits, hooks).cancel("its work is done again")
+
+
+def why_not_again(status: Status, *, at: int, before: int | None, used: int, max_restarts: int) -> str:
     """Why a failed job is not submitted again, "" where it is: it must have got on since it failed before.
 
     `at` is its checkpoint's update (-1: none), `before` the same when it failed last, `used` the submissions again.
@@ -118,8 +127,8 @@ def why_not_again(status: Status, *, at: int, before: int | None, used: int, ret
         return "before its first checkpoint"
     if before is not None and at <= before:
         return f"twice at the checkpoint of update {at}" if at >= 0 else "twice before its first checkpoint"
-    if used >= retries:
-        return f"after it was submitted {used + 1} times (--retries {retries})"
+    if used >= max_restarts:
+        return f"after it was submitted {used + 1} times (--max-restarts {max_restarts})"
     return ""
 
 
@@ -243,7 +252,7 @@ class _Follower:
         reason = f" ({status.reason})" if status.reason else ""
         if self.error and not status.preempted:
             raise TrainingError(f"{self.name}: {self.error}")
-        rules = {"before": self.failed_at, "used": self.submitted_again, "retries": self.limits.retries}
+        rules = {"before": self.failed_at, "used": self.submitted_again, "max_restarts": self.limits.max_restarts}
         if why := why_not_again(status, at=at, **rules):  # type: ignore[arg-type]
             remedy = f"look at its log ({self.jobs.address(self.name)}), then run the same command again"
             raise TrainingError(f"{self.name}: {words}{reason} {why}; {remedy}")

@@ -128,7 +128,8 @@ class TrainJobs:
         """Creates the TrainJob, once one of this name that is over is gone with its pods."""
         with _translate_errors(self.config):
             self._clear(name)
-            self.client.train(runtime=self.config.runtime, trainer=self.trainer, options=_options(name, self.config))
+            runtime, options = self.config.trainjob.runtime, _options(name, self.config)
+            self.client.train(runtime=runtime, trainer=self.trainer, options=options)
 
     def lines(self, name: str) -> Iterator[tuple[str, str]]:
         """New lines of the pods' logs, node by node."""
@@ -201,12 +202,13 @@ def connect(config: TrainingSettings) -> sdk.TrainerClient:
     logging.getLogger("kubeflow").setLevel(logging.ERROR)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     with _translate_errors(config):
-        return sdk.TrainerClient(KubernetesBackendConfig(namespace=config.namespace or None))
+        return sdk.TrainerClient(KubernetesBackendConfig(namespace=config.trainjob.namespace or None))
 
 
 def _per_node(config: TrainingSettings) -> dict[str, str | int]:
     """What each node asks for, in Kubernetes' words; empty where the runtime says it."""
-    asked: dict[str, str | int] = {config.accelerator: config.devices, "cpu": config.cpu, "memory": config.memory}
+    job = config.trainjob
+    asked: dict[str, str | int] = {job.accelerator: config.devices, "cpu": job.cpu, "memory": job.memory}
     return {name: amount for name, amount in asked.items() if name and amount}
 
 
@@ -218,7 +220,7 @@ def _options(name: str, config: TrainingSettings) -> list[object]:
 
 def _patch(config: TrainingSettings) -> given.RuntimePatch | None:
     """What of the runtime's pods is this job's own: the volume and the service account."""
-    claim, folder = config.volume.partition(":")[0], mount_point(config.volume)
+    claim, folder = config.trainjob.volume.partition(":")[0], mount_point(config.trainjob.volume)
     pod = given.PodSpecPatch(
         service_account_name=config.service_account or None,
         volumes=[{"name": "work", "persistentVolumeClaim": {"claimName": claim}}] if claim else None,
@@ -328,7 +330,7 @@ def _translate_errors(config: TrainingSettings) -> Iterator[None]:
 
 
 def _refusal(error: BaseException, config: TrainingSettings) -> CappyError:
-    place = f"Kubernetes, namespace {config.namespace or 'of the current context'}"
+    place = f"Kubernetes, namespace {config.trainjob.namespace or 'of the current context'}"
     refusals = [one for one in _chain(error) if isinstance(one, ApiException)]
     if not refusals:
         if any(isinstance(one, (HTTPError, OSError)) for one in _chain(error)):  # TimeoutError is an OSError.
@@ -337,8 +339,9 @@ def _refusal(error: BaseException, config: TrainingSettings) -> CappyError:
         return ConfigError(f"{place}: {_line(error)}; mend that setting")
     code, words = refusals[0].status, _message(refusals[0])
     if code == 404 and "untime" in str(error):
-        remedy = "name one that `kubectl get trainingruntimes,clustertrainingruntimes` lists with --runtime"
-        return ConfigError(f"{place}: has no training runtime {config.runtime!r}, or no Kubeflow Trainer; {remedy}")
+        remedy = "name one that `kubectl get trainingruntimes,clustertrainingruntimes` lists with --trainjob.runtime"
+        runtime = config.trainjob.runtime
+        return ConfigError(f"{place}: has no training runtime {runtime!r}, or no Kubeflow Trainer; {remedy}")
     if code == 401:
         return ConfigError(f"{place}: does not know these credentials ({words}); log in again")
     if code == 403 and "quota" in words:

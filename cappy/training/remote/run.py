@@ -18,14 +18,14 @@ from cappy.keys import work_key
 from cappy.progress import Progress, read_state
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, disk_errors, publish, verify
-from cappy.records.work import begin, held
+from cappy.records.work import JOBS, begin, held, job_name, note_finished, starts_anew
 from cappy.redaction import has_secret, redact
 from cappy.runs import PROGRESS_VARIABLE
 from cappy.steps import step_version
 from cappy.training import checkpoint
 from cappy.training.checkpoint import CONTINUES
 from cappy.training.launch import DEFECT, NO_REPORT, VERSION_VARIABLE
-from cappy.training.remote.following import CANCEL_SECONDS, Hooks, Jobs, Limits, cancellation, follow
+from cappy.training.remote.following import CANCEL_SECONDS, Hooks, Jobs, Limits, cancellation, end_job, follow
 from cappy.training.settings import LauncherSettings, TrainingSettings
 
 POLL_SECONDS = 5.0
@@ -41,18 +41,24 @@ def train_elsewhere(
     that was written here, and its name is the same when this step is retried.
     """
     key = work_key(step, computed, parents, fresh=config.fresh)
-    name = f"cappy-{step}-{key.name}"
+    name = job_name(step, key.name)
     # One that is being cancelled holds the work until its job has ended.
-    with held(config.work / "jobs" / name, patience=2 * CANCEL_SECONDS) as folder:
+    with held(config.work / JOBS / name, patience=2 * CANCEL_SECONDS) as folder:
+        written, staged = folder / "target", folder / "source"
+        inner = dataclasses.replace(config, **_here(), source=staged, target=written)
+
+        def jobs() -> Jobs:
+            return jobs_of(step, config, inner, _environment(folder, step))
+
+        if starts_anew(folder, key):  # A job of the work before still reads its input, and would be followed.
+            end_job(jobs(), name, lambda text: _tell(step, text))
         begin(folder, key)
-        written = folder / "target"
         if not (written / MANIFEST).is_file():
-            staged = _staged(config.source, folder / "source")
-            inner = dataclasses.replace(config, **_here(), source=staged, target=written)
-            jobs = jobs_of(step, config, inner, _environment(folder, step))
-            _followed(jobs, name, step, config, written, key.name, progress)
+            _stage(config.source, staged)
+            _followed(jobs(), name, step, config, written, key.name, progress)
         manifest = _verified(written, step, computed, parents, name)
         publish(written, config.target, manifest)
+        note_finished(folder)
         shutil.rmtree(folder / "source", ignore_errors=True)
         return manifest
 
@@ -94,7 +100,7 @@ def _followed(
             look=look,
             said=lambda line: _mendable(step, line),
         )
-        limits = Limits(retries=config.retries, timeout=config.timeout_hours * 3600, poll=POLL_SECONDS)
+        limits = Limits(max_restarts=config.max_restarts, timeout=config.timeout_hours * 3600, poll=POLL_SECONDS)
         follow(jobs, name, limits, hooks)
 
 
@@ -117,12 +123,11 @@ def _environment(folder: Path, step: str) -> dict[str, str]:
     return variables | ({TRACKING_VARIABLE: tracking} if tracking and not has_secret(tracking) else {})
 
 
-def _staged(source: Path, staged: Path) -> Path:
+def _stage(source: Path, staged: Path) -> None:
     """The input on the volume, by hard links where it lies there already; one that a job may be reading stays."""
     manifest = read_manifest(source)
     if not (staged / MANIFEST).is_file() or read_manifest(staged).hash != manifest.hash:
         publish(source, staged, manifest)
-    return staged
 
 
 def _verified(written: Path, step: str, computed: Mapping[str, object], parents: Sequence[str], name: str) -> Manifest:

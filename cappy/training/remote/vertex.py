@@ -66,15 +66,15 @@ def worker_pools(
     is part of the machine's type.
     ConfigError where a path is relative, or several ranks of a machine have no accelerator to be on.
     """
-    if config.strategy == "jax" and config.nodes > 1:
+    if config.parallelism == "jax" and config.nodes > 1:
         raise ConfigError(
-            f"{step}: --strategy jax drives one machine, and {config.nodes} were asked for; give --nodes 1"
+            f"{step}: --parallelism jax drives one machine, and {config.nodes} were asked for; give --nodes 1"
         )
     for name in ("source", "target", "work"):
         if not getattr(config, name).is_absolute():
             remedy = "give a folder on a file system that all machines mount, such as NFS"
             raise ConfigError(f"{step}: --{name} {getattr(config, name)}: is no absolute path; {remedy}")
-    if config.devices > 1 and not accelerator_type and config.strategy != "jax":
+    if config.devices > 1 and not accelerator_type and config.parallelism != "jax":
         remedy = "name the accelerator_type, or give --devices 1"
         raise ConfigError(f"{step}: {config.devices} devices per machine, and no accelerator is named; {remedy}")
     machine: dict[str, object] = {"machine_type": machine_type}
@@ -100,15 +100,15 @@ class CustomJobs:
     def __init__(
         self, step: str, config: TrainingSettings, inner: TrainingSettings, environment: Mapping[str, str]
     ) -> None:
-        self.step, self.config = step, config
+        self.step, self.config, self.own = step, config, config.customjob
         self.pools = worker_pools(
             step,
             inner,
             image=config.image,
-            machine_type=config.machine,
-            accelerator_type=config.accelerator,
+            machine_type=self.own.machine,
+            accelerator_type=self.own.accelerator,
             environment=environment,
-            volume=config.volume,
+            volume=self.own.volume,
         )
         self.resource = ""
         self.logging = LOGGING
@@ -117,7 +117,7 @@ class CustomJobs:
         self._readable = True
         hush()
         with self._translated():
-            aiplatform.init(project=config.project, location=config.region, staging_bucket=config.bucket)
+            aiplatform.init(project=self.own.project, location=self.own.region, staging_bucket=self.own.bucket)
 
     def status(self, name: str) -> Status | None:
         """The state of the job of this name that was made last."""
@@ -131,11 +131,11 @@ class CustomJobs:
             job = aiplatform.CustomJob(display_name=name, worker_pool_specs=self.pools)
             job.submit(
                 service_account=self.config.service_account or None,
-                network=self.config.network or None,
+                network=self.own.network or None,
                 timeout=int(self.config.timeout_hours * 3600),
                 # Ranks that lost one of them only wait: all have to begin at the checkpoint.
                 restart_job_on_worker_restart=self.config.nodes > 1,
-                scheduling_strategy=Scheduling.Strategy.SPOT if self.config.spot else None,
+                scheduling_strategy=Scheduling.Strategy.SPOT if self.own.spot else None,
             )
             self.resource = job.resource_name
 
@@ -145,7 +145,7 @@ class CustomJobs:
         if not (number and self._readable):
             return
         wanted = f'resource.type="ml_job" AND resource.labels.job_id="{number}" AND timestamp>="{self._since}"'
-        body = {"resourceNames": [f"projects/{self.config.project}"], "filter": wanted, "pageSize": PAGE}
+        body = {"resourceNames": [f"projects/{self.own.project}"], "filter": wanted, "pageSize": PAGE}
         for entry in self._entries({**body, "orderBy": "timestamp asc"}):
             if entry["insertId"] in self._seen:
                 continue
@@ -184,7 +184,7 @@ class CustomJobs:
 
     def address(self, name: str) -> str:
         """Its page, which links to its log, and the command that streams the log."""
-        number, region, project = self.resource.rpartition("/")[2], self.config.region, self.config.project
+        number, region, project = self.resource.rpartition("/")[2], self.own.region, self.own.project
         if not number:
             return f"gcloud ai custom-jobs list --region={region} --project={project} --filter=displayName={name}"
         page = console_utils.custom_job_console_uri(self.resource)
@@ -202,8 +202,8 @@ class CustomJobs:
 
         Too many requests are a quota that is used up when a job is created, and a matter of seconds when one is read.
         """
-        place = f"Vertex AI, project {self.config.project}, {self.config.region}"
-        with translate_errors(self.step, self.config.project, self.config.region):
+        place = f"Vertex AI, project {self.own.project}, {self.own.region}"
+        with translate_errors(self.step, self.own.project, self.own.region):
             try:
                 yield
             except (ServerError, RetryError, RequestException, *transient) as error:

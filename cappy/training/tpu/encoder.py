@@ -65,16 +65,15 @@ def architecture(name: str, config: Mapping[str, Any]) -> Architecture:
     """The architecture that a model class and its configuration name; ConfigError if it is none of ours."""
     if name not in ARCHITECTURES:
         raise ConfigError(
-            f"--strategy jax: trains {' and '.join(ARCHITECTURES)}, got {shown(name)}; give --strategy single"
+            f"--parallelism jax: trains {' and '.join(ARCHITECTURES)}, got {shown(name)}; give --parallelism single"
         )
     kind = ARCHITECTURES[name]
     for field, wanted in (("hidden_act", tuple(_ACTIVATIONS)), ("is_decoder", (False,)), ("num_labels", (1,))):
         value = config.get(field, wanted[0])
         if value not in wanted:
             allowed = " or ".join(map(str, wanted))
-            raise ConfigError(
-                f"config.json: {field}: --strategy jax knows {allowed}, got {shown(value)}; give --strategy single"
-            )
+            remedy = "give --parallelism single"
+            raise ConfigError(f"config.json: {field}: --parallelism jax knows {allowed}, got {shown(value)}; {remedy}")
     head_dropout = config.get("classifier_dropout")
     return Architecture(
         kind=kind,

@@ -344,5 +344,5 @@ def _architecture(scorer: Scorer) -> Architecture:
     arch = architecture(type(scorer.model).__name__, {**config.to_dict(), "num_labels": config.num_labels})
     if length > arch.positions:
         remedy = f"pretrain with --max-length {arch.positions} or less"
-        raise ConfigError(f"--strategy jax: pairs of {length} tokens in {arch.positions} positions; {remedy}")
+        raise ConfigError(f"--parallelism jax: pairs of {length} tokens in {arch.positions} positions; {remedy}")
     return arch

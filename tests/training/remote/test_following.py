@@ -71,7 +71,7 @@ class Played:
             clock=lambda: self.now,
             pause=self.pause,
         )
-        follow(self, NAME, Limits(**{"retries": 5, "timeout": 36_000.0, "poll": 5.0, **limits}), hooks)
+        follow(self, NAME, Limits(**{"max_restarts": 5, "timeout": 36_000.0, "poll": 5.0, **limits}), hooks)
 
 
 def ended(played: Played, kind: type[Exception] = TrainingError, **limits: Any) -> str:
@@ -140,12 +140,12 @@ def test_a_job_that_fails_twice_at_the_same_checkpoint_is_not_submitted_again() 
 def test_a_job_is_submitted_again_as_often_as_asked_for_and_no_more() -> None:
     played = Played(None, *[FAILED] * 9)
     played.checkpoints = range(1, 9)
-    assert_names(ended(played, retries=2), NAME, "3 times", "--retries 2")
+    assert_names(ended(played, max_restarts=2), NAME, "3 times", "--max-restarts 2")
     assert played.did == ["submit"] * 3
 
 
 def test_before_a_first_checkpoint_only_a_job_whose_machine_was_taken_is_submitted_again_and_once() -> None:
-    lost = {"at": -1, "used": 0, "retries": 5}
+    lost = {"at": -1, "used": 0, "max_restarts": 5}
     assert why_not_again(FAILED, before=None, **lost)
     assert why_not_again(PREEMPTED, before=None, **lost) == ""
     assert "twice" in why_not_again(PREEMPTED, before=-1, **lost)

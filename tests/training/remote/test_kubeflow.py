@@ -66,11 +66,8 @@ def test_the_trainjob_asks_for_the_nodes_their_devices_the_volume_and_an_end(
     found = jobs(
         nodes=3,
         devices=4,
-        accelerator="gpu",
-        cpu="8",
-        memory="64Gi",
+        trainjob={"accelerator": "gpu", "cpu": "8", "memory": "64Gi", "volume": f"shared:{tmp_path}"},
         image="trainer:1",
-        volume=f"shared:{tmp_path}",
         scorer="builtin",
         service_account="trainer",
         timeout_hours=2.0,

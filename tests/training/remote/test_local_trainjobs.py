@@ -52,7 +52,7 @@ done = client.wait_for_job_status(name, status={"Complete", "Failed"}, timeout=2
 sys.exit(0 if done.status == "Complete" else "".join(client.get_job_logs(name)))
 """
 """One node's job in a process of its own: jobs of one process change its working directory under each other."""
-TWO = {"strategy": "ddp", "epochs": 1.0}
+TWO = {"parallelism": "ddp", "epochs": 1.0}
 
 
 class Step:
@@ -185,7 +185,7 @@ def test_two_nodes_started_by_the_trainer_sdk_publish_one_scorer(plan: Plan) -> 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = plan(nodes=2, strategy="ddp", epochs=1.0)
+    settings = plan(nodes=2, parallelism="ddp", epochs=1.0)
     command = [sys.executable, "-c", NODE, encode(to_values(settings)), str(port)]
     nodes = [
         subprocess.Popen([*command, str(node)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

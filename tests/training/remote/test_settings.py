@@ -7,19 +7,22 @@ from typing import Any
 import pytest
 from wording import raises_naming
 
-from cappy.config import build, identity
+from cappy.config import build, identity, with_new_names
 from cappy.errors import ConfigError
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.pretraining import PretrainingConfig
 
 Plan = Callable[..., FinetuningConfig]
-VERTEX = {"launcher": "customjob", "image": "registry.example/cappy@sha256:0", "project": "p", "bucket": "gs://b"}
+OWN = {"project": "p", "bucket": "gs://b"}
+VERTEX = {"launcher": "customjob", "image": "registry.example/cappy@sha256:0", "customjob": OWN}
 
 
 def test_where_a_step_trains_does_not_name_the_work(plan: Plan) -> None:
-    elsewhere = plan(launcher="trainjob", image="i", namespace="n", retries=1, timeout_hours=2.0, accelerator="gpu")
+    own = {"namespace": "n", "accelerator": "gpu"}
+    elsewhere = plan(launcher="trainjob", image="i", max_restarts=1, timeout_hours=2.0, trainjob=own)
     assert identity(elsewhere) == identity(plan())
-    assert identity(plan(**VERTEX, spot=True, machine="a2", region="europe-west4")) == identity(plan())
+    other = {**OWN, "spot": True, "machine": "a2", "region": "europe-west4"}
+    assert identity(plan(**{**VERTEX, "customjob": other})) == identity(plan())
 
 
 @pytest.mark.parametrize(
@@ -27,18 +30,29 @@ def test_where_a_step_trains_does_not_name_the_work(plan: Plan) -> None:
     [
         ({"launcher": "trainjob", "work": "work"}, ("--work work", "relative path", "an absolute path on a volume")),
         ({"launcher": "trainjob", "scorer": "out/scorer"}, ("--scorer out/scorer", "relative path")),
-        ({"launcher": "trainjob", "volume": "claim"}, ("--volume claim", "CLAIM:/path")),
-        ({"launcher": "trainjob", "volume": "claim:/elsewhere"}, ("--work", "on the volume", "/elsewhere")),
-        ({"launcher": "trainjob", "spot": True}, ("--spot", "customjob")),
+        ({"launcher": "trainjob", "trainjob": {"volume": "claim"}}, ("--trainjob.volume claim", "CLAIM:/path")),
+        (
+            {"launcher": "trainjob", "trainjob": {"volume": "claim:/elsewhere"}},
+            ("--work", "on the volume", "/elsewhere"),
+        ),
+        ({"launcher": "trainjob", "customjob": {"spot": True}}, ("--customjob.spot", "--launcher customjob")),
+        ({"launcher": "here", "trainjob": {"cpu": "8"}}, ("--trainjob.cpu", "--launcher trainjob")),
+        ({"launcher": "trainjob", "trainjob": {"cpus": "8"}}, ("--trainjob.cpus", "trainjob.cpu")),
         ({"launcher": "trainjob", "dry_run": True}, ("dry run", "--launcher here")),
-        ({"launcher": "trainjob", "strategy": "jax", "nodes": 2}, ("--strategy jax", "2 were asked for", "--nodes 1")),
-        ({**VERTEX, "image": ""}, ("--image", "--project", "--bucket gs://")),
-        ({**VERTEX, "bucket": "s3://b"}, ("--image", "--project", "--bucket gs://")),
-        ({**VERTEX, "volume": "10.0.0.2:/export:/mnt/work"}, ("--volume 10.0.0.2:/export:/mnt/work", "/mnt/nfs alone")),
-        ({**VERTEX, "cpu": "8"}, ("--cpu", "--memory", "trainjob", "--machine")),
-        ({**VERTEX, "devices": 4}, ("4 devices", "--accelerator", "--devices 1")),
+        (
+            {"launcher": "trainjob", "parallelism": "jax", "nodes": 2},
+            ("--parallelism jax", "2 were asked for", "--nodes 1"),
+        ),
+        ({**VERTEX, "image": ""}, ("--image", "--customjob.project", "--customjob.bucket gs://")),
+        ({**VERTEX, "customjob": {**OWN, "bucket": "s3://b"}}, ("--image", "--customjob.bucket gs://")),
+        (
+            {**VERTEX, "customjob": {**OWN, "volume": "10.0.0.2:/export:/mnt/work"}},
+            ("--customjob.volume 10.0.0.2:/export:/mnt/work", "/mnt/nfs alone"),
+        ),
+        ({**VERTEX, "trainjob": {"cpu": "8"}}, ("--trainjob.cpu", "--launcher trainjob")),
+        ({**VERTEX, "devices": 4}, ("4 devices", "--customjob.accelerator", "--devices 1")),
         ({"launcher": "slurm"}, ("--launcher", "'trainjob' or 'customjob'", "'slurm'")),
-        ({"launcher": "trainjob", "retries": -1}, ("--retries", "-1")),
+        ({"launcher": "trainjob", "max_restarts": -1}, ("--max-restarts", "-1")),
         ({"launcher": "trainjob", "timeout_hours": 0}, ("--timeout-hours", "0")),
     ],
 )
@@ -53,3 +67,22 @@ def test_an_encoder_is_looked_at_as_a_scorer_is(source: Path, tmp_path: Path) ->
     assert build(PretrainingConfig, {**given, "encoder": f"hub:a/b@{'0' * 40}"}).launcher == "trainjob"
     with raises_naming(ConfigError, "--encoder out/encoder", "relative path"):
         build(PretrainingConfig, {**given, "encoder": "out/encoder"})
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("strategy", "--parallelism"),
+        ("retries", "--max-restarts"),
+        ("accelerator", "--trainjob.accelerator or --customjob.accelerator"),
+        ("runtime", "--trainjob.runtime"),
+        ("project", "--customjob.project"),
+    ],
+)
+def test_a_setting_of_an_earlier_release_is_refused_with_its_name_now(old: str, new: str, plan: Plan) -> None:
+    with raises_naming(ConfigError, "finetuning", f"--{old} ", new):
+        plan(**{old: "1"})
+
+
+def test_settings_in_a_manifest_of_an_earlier_release_get_their_names_now() -> None:
+    assert with_new_names(FinetuningConfig, {"strategy": "jax", "epochs": 2.0}) == {"parallelism": "jax", "epochs": 2.0}

@@ -39,8 +39,7 @@ NAME = "cappy-finetuning-0"
 CLOUD: dict[str, Any] = {
     "launcher": "customjob",
     "image": f"registry.example/cappy@sha256:{'0' * 64}",
-    "project": "my-project",
-    "bucket": "gs://bucket",
+    "customjob": {"project": "my-project", "bucket": "gs://bucket"},
 }
 
 
@@ -73,13 +72,16 @@ def test_the_job_asks_for_machines_their_accelerators_the_volume_spot_and_an_end
     found = jobs(
         nodes=3,
         devices=2,
-        machine="g2-standard-24",
-        accelerator="NVIDIA_L4",
-        spot=True,
-        volume="10.0.0.2:/export:/mnt/nfs/work",
+        customjob={
+            **CLOUD["customjob"],
+            "machine": "g2-standard-24",
+            "accelerator": "NVIDIA_L4",
+            "spot": True,
+            "volume": "10.0.0.2:/export:/mnt/nfs/work",
+            "network": "projects/1/global/networks/default",
+        },
         work="/mnt/nfs/work/cappy",
         scorer="builtin",
-        network="projects/1/global/networks/default",
         service_account="trainer@my-project.iam.gserviceaccount.com",
         timeout_hours=2.0,
     )
@@ -108,10 +110,10 @@ def test_a_job_on_machines_that_stay_says_nothing_of_spot(server: Vertex, jobs: 
 
 def test_a_vertex_job_that_cannot_work_is_refused_in_one_line(plan: Plan) -> None:
     machine = {"image": "image", "machine_type": "ct5lp-hightpu-4t"}
-    (tpu,) = worker_pools("finetuning", plan(strategy="jax", devices=4), **machine)
+    (tpu,) = worker_pools("finetuning", plan(parallelism="jax", devices=4), **machine)
     assert "accelerator_type" not in tpu["machine_spec"]
-    with raises_naming(ConfigError, "finetuning:", "--strategy jax", "2 were asked for", "--nodes 1"):
-        worker_pools("finetuning", plan(strategy="jax", nodes=2), **machine)
+    with raises_naming(ConfigError, "finetuning:", "--parallelism jax", "2 were asked for", "--nodes 1"):
+        worker_pools("finetuning", plan(parallelism="jax", nodes=2), **machine)
     with raises_naming(ConfigError, "finetuning:", "--work gs:/bucket/work:", "absolute path", "NFS"):
         worker_pools("finetuning", plan(work=Path("gs://bucket/work")), **machine)
 

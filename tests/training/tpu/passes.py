@@ -273,7 +273,7 @@ def test_encoders_without_a_build_are_refused_in_one_line(
     bert_folder: Path, name: str, changed: dict[str, Any], named: tuple[str, ...]
 ) -> None:
     config = Scorer.load(str(bert_folder), device="cpu").model.config
-    with raises_naming(ConfigError, "--strategy jax", *named, "--strategy single") as refused:
+    with raises_naming(ConfigError, "--parallelism jax", *named, "--parallelism single") as refused:
         architecture(name, {**config.to_dict(), "num_labels": 1, **changed})
     assert "\n" not in str(refused.value)
 
@@ -281,7 +281,7 @@ def test_encoders_without_a_build_are_refused_in_one_line(
 def test_a_length_beyond_the_positions_is_refused(bert: Load, plan: Plan) -> None:
     scorer = bert()
     scorer.encoder.max_length = 66
-    with raises_naming(ConfigError, "--strategy jax:", "66 tokens", "--max-length 6"):
+    with raises_naming(ConfigError, "--parallelism jax:", "66 tokens", "--max-length 6"):
         OnDevices(scorer, plan())
 
 

@@ -1,4 +1,4 @@
-"""The step with `--strategy jax`: torch's loss curve, exact resuming, the same words when something is wrong."""
+"""The step with `--parallelism jax`: torch's loss curve, exact resuming, the same words when something is wrong."""
 
 import json
 import os
@@ -62,9 +62,9 @@ def test_without_dropout_the_loss_curve_is_torchs_on_one_device_and_on_eight(
     plans = {}
     for name, values in {"single": {}, "jax": {}, "eight": {"devices": 8}}.items():
         given = {"source": mixed, "target": tmp_path / name / "scorer", "work": tmp_path / name / "work", **values}
-        strategy = {"strategy": "single" if name == "single" else "jax", "encoder": str(bert_folder)}
+        own = {"parallelism": "single" if name == "single" else "jax", "encoder": str(bert_folder)}
         settings = {"max_length": 64, "batch_tokens": 2048, "listwise": 0.2, "weight_decay": 0.1}
-        plans[name] = build(PretrainingConfig, {**given, **strategy, **settings, **CURVE})
+        plans[name] = build(PretrainingConfig, {**given, **own, **settings, **CURVE})
         pretraining(plans[name])
     expected = curve(plans["single"])
     assert len(expected) == 11
@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_torch_does_not_go_on_with_it(
 ) -> None:
     # Without validation instances the last weights are the best, whatever the picks.
     write(tmp_path / "annotated", [one for one in instances if one.split == "train"])
-    settings = {"strategy": "jax", "devices": 2, "source": tmp_path / "annotated", "batch_tokens": 2048, **CURVE}
+    settings = {"parallelism": "jax", "devices": 2, "source": tmp_path / "annotated", "batch_tokens": 2048, **CURVE}
     finetuning(plan("unbroken", **settings))
     killed_after(plan("killed", **settings), 5)
     shutil.copytree(plan("killed").work, plan("torch").work)
@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_torch_does_not_go_on_with_it(
     assert seen["killed"].updates[0] > 5, "updates before the checkpoint are not done again"
     assert furthest(plan("unbroken"), plan("killed")) == 0.0
     assert read_manifest(plan("unbroken").target).hash == read_manifest(plan("killed").target).hash
-    finetuning(plan("torch", **{**settings, "strategy": "single", "devices": 1}), seen["torch"])
+    finetuning(plan("torch", **{**settings, "parallelism": "single", "devices": 1}), seen["torch"])
     assert seen["torch"].updates[0] == 1
     assert read_manifest(plan("unbroken").target).config["strategy"] == "jax"
     assert "strategy" not in read_manifest(plan("torch").target).config
@@ -140,13 +140,13 @@ def test_a_loss_that_is_no_number_is_told_in_torchs_words(plan: Plan, scorer_fol
     tensors["classifier.out_proj.bias"][0] = float("nan")
     save_file(tensors, path, metadata={"format": "pt"})
     said = []
-    for strategy in ("single", "jax"):
+    for parallelism in ("single", "jax"):
         with raises_naming(TrainingError, "update 1:", "loss", "nan", "instances", "checkpoint") as e:
-            finetuning(plan("nan", strategy=strategy, scorer=str(tmp_path / "spoilt"), **CURVE))
+            finetuning(plan("nan", parallelism=parallelism, scorer=str(tmp_path / "spoilt"), **CURVE))
         said.append(str(e.value))
     assert said[0] == said[1]
 
 
 def test_a_loss_that_explodes_stops_the_run(plan: Plan) -> None:
     with raises_naming(TrainingError, "update ", "--learning-rate"):
-        finetuning(plan("large", strategy="jax", **{**CURVE, "learning_rate": 1e9}))
+        finetuning(plan("large", parallelism="jax", **{**CURVE, "learning_rate": 1e9}))

@@ -1,4 +1,4 @@
-"""How fast generators sample, and how fast scorers train and score: the part of `calibration.py` that runs models."""
+"""How fast generators sample, and how fast scorers train and score: the part of `throughput.py` that runs models."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from builtin_steps import LENGTH, POOL, size_of
-from calibration_bench import Bench
-from calibration_texts import builtin_instances
 from scoring_data import scorer_folder
+from throughput_bench import Bench
+from throughput_texts import builtin_instances
 from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from cappy.annotation.step import AnnotationConfig

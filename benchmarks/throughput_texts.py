@@ -1,4 +1,4 @@
-"""The texts that `calibration.py` measures with: prompts of T0's mixture, of held-out tasks, of the built-in tasks."""
+"""The texts that `throughput.py` measures with: prompts of T0's mixture, of held-out tasks, of the built-in tasks."""
 
 import gzip
 import json

@@ -1,17 +1,17 @@
 """How fast each step is on this machine: the file that `cappy plan` computes with.
 
-    python benchmarks/calibration.py [--parts texts records sampling training scoring starts]
+    python benchmarks/throughput.py [--parts texts records sampling training scoring starts]
         [--generators builtin flan-t5-small bart0 t0-3b] [--scorers mini roberta-base roberta-large] [--hardware cpu]
 
 Measured are the library's own functions, one process with one thread, warmed up where a long run would be warm:
 prompts rendered, pairs labelled and tokenized, generators sampling 5 responses, training updates, scored pairs. Seconds
 are those of the processor's time that the process had, so that other work on the machine counts little. Models have
 published shapes and random weights, which no speed depends on (random weights seldom end a response, so all are of the
-length asked for). Texts are those of T0's mixture in its proportions (`calibration_texts.py`, which needs the shared
+length asked for). Texts are those of T0's mixture in its proportions (`throughput_texts.py`, which needs the shared
 data) and the built-in tasks. Speeds of models are kept in floating point operations a second, as `cappy.costing.costs`
 counts them, so that other lengths of text can be planned.
 
-What was measured replaces the entries of the same name in `benchmarks/results/calibration.json`; all others stay. On a
+What was measured replaces the entries of the same name in `benchmarks/results/throughput.json`; all others stay. On a
 GPU give its name as `cappy plan` knows it (`--hardware h100`) and the parts sampling, training and scoring: nothing of
 that has ever been run.
 """
@@ -28,9 +28,10 @@ from typing import Any
 
 import torch
 from builtin_steps import HIDDEN, LAYERS, LENGTH, POOL, builtin_volumes, run_steps, size_of
-from calibration_bench import Bench
-from calibration_models import measure_sampling, measure_scoring, measure_training
-from calibration_texts import (
+from scoring_data import roberta_tokenizer
+from throughput_bench import Bench
+from throughput_models import measure_sampling, measure_scoring, measure_training
+from throughput_texts import (
     builtin_instances,
     held_out_rows,
     held_out_texts,
@@ -40,12 +41,11 @@ from calibration_texts import (
     t0_prompts,
     t0_texts,
 )
-from scoring_data import roberta_tokenizer
 
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
 from cappy.builtin.scorer import new_encoder
-from cappy.costing import DEFAULT, Calibration, PlanConfig, read_calibration
+from cappy.costing import DEFAULT, PlanConfig, Throughput, read_throughput
 from cappy.costing.costs import GENERATORS, HARDWARE, SCORERS, cost, works
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
@@ -71,7 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--scorers", nargs="*", choices=SCORERS, default=["mini", "roberta-base", "roberta-large"])
     parser.add_argument("--hardware", choices=HARDWARE, default="cpu")
-    parser.add_argument("--work", type=Path, default=Path(".cappy/benchmarks/calibration"))
+    parser.add_argument("--work", type=Path, default=Path(".cappy/benchmarks/throughput"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["RAYON_NUM_THREADS"] = "1"
@@ -95,11 +95,11 @@ def main() -> None:
 
 def keep(bench: Bench) -> None:
     """Writes what was found among what the file held before."""
-    old = read_calibration(DEFAULT) if DEFAULT.is_file() else None
+    old = read_throughput(DEFAULT) if DEFAULT.is_file() else None
     key = lambda m: (m.step, m.hardware, m.of, m.unit)  # noqa: E731
     new = {key(m): m for m in (*(old.measurements if old else ()), *bench.found)}
     texts = {**(old.texts if old else {}), **bench.texts}
-    made = Calibration(benchmark="calibration", texts=texts, measurements=tuple(new[name] for name in sorted(new)))
+    made = Throughput(benchmark="throughput", texts=texts, measurements=tuple(new[name] for name in sorted(new)))
     DEFAULT.write_text(json.dumps(asdict(made), indent=1) + "\n")
 
 
@@ -175,7 +175,7 @@ def measure_labels(bench: Bench, of: str, sample: Sequence[Instance], encoder: P
 def measure_starts(bench: Bench) -> None:
     """What each verb takes beyond its work, by a small run on the built-in tasks and the speeds measured before."""
     keep(bench)
-    known = read_calibration(DEFAULT)
+    known = read_throughput(DEFAULT)
     known = replace(known, measurements=tuple(m for m in known.measurements if m.unit != "seconds to start"))
     ran = run_steps(bench.work / "small", PER_FAMILY)
     volumes = builtin_volumes(PER_FAMILY, known)

@@ -1,4 +1,4 @@
-"""Where the measurements of `calibration.py` gather, and its clock."""
+"""Where the measurements of `throughput.py` gather, and its clock."""
 
 import os
 import time
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from calibration_texts import rounded
 from machine import machine
+from throughput_texts import rounded
 
 from cappy.costing import Measurement, Texts
 from cappy.costing.costs import CPU, HARDWARE
