@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from wording import assert_names, raises_naming
 
+from cappy.cli.pipeline import with_fresh
+from cappy.config import decode
 from cappy.errors import CappyError, ConfigError
 from cappy.records import read, read_manifest
 from cappy.runs import read_record
@@ -236,3 +238,56 @@ def test_a_failed_shard_says_its_own_line_and_which_it_is(
     assert_names(str(caught.value), "manifest.json", "config.json", "scorer")
     assert "whole log" not in str(caught.value)
     assert "Executing task" not in capfd.readouterr().err
+
+
+def test_a_fresh_start_that_was_ended_goes_on_under_its_name_and_a_new_one_does_not_find_kfps_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps find by the name what they finished; see tests/records/test_work.py."""
+    monkeypatch.chdir(tmp_path)
+    cache, names, ends = tmp_path / "work/cache", [], iter([False, True, True, True])
+
+    def played(request: object, submission: Submission, **rest: object) -> None:
+        settings = [decode(submission.arguments[f"{step}_settings"]) for step in ("preparation", "scoring")]
+        (name,) = {each.get("fresh", "") for each in settings}
+        names.append((name, cache.exists(), submission.fingerprints["scoring"]))
+        cache.mkdir(parents=True, exist_ok=True)
+        if not next(ends):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.local.execute", played)
+    plain = checked(
+        {
+            "pipeline": "batch_score",
+            "parameters": {"source": "builtin", "scorer": "builtin"},
+            "work": str(tmp_path / "work"),
+        }
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(with_fresh(plain))
+    run_recipe(with_fresh(plain))
+    run_recipe(with_fresh(plain))
+    run_recipe(plain)
+    first, again, new, last = names
+    assert first == (first[0], False, first[2])
+    assert again == (first[0], True, first[2]), "the same command once more"
+    assert new[0] not in ("", first[0])
+    assert not new[1]
+    assert last[0] == ""
+    assert last[2] not in (first[2], new[2]), "a plain run has records of its own"
+    assert not list((tmp_path / "work/unfinished").iterdir())
+
+
+def test_no_password_of_a_setting_is_written_down_with_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written: list[object] = []
+    monkeypatch.setattr("pipelines.local.prepare", lambda *rest, **more: None)  # It would ask that address.
+    monkeypatch.setattr("pipelines.local.execute", lambda request, *rest, **more: written.append(request))
+    address = "http://anna:pw-4711@127.0.0.1:9"
+    settings = {"registration": {"tracking_uri": address, "name": "mine"}}
+    recipe = checked({"pipeline": "adapt", "settings": settings, "tracking_uri": address, "work": str(tmp_path)})
+    run_recipe(recipe)
+    assert "pw-4711" not in str(written)
+    assert "mine" in str(written)

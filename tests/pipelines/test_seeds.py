@@ -156,3 +156,18 @@ def test_parameters_that_say_their_default_or_that_settings_change_in_part_are_t
     planned("adapt", {"generator": ["builtin"], "scorer": "builtin"}, {"finetuning": {"scorer": "other"}})
     planned("adapt", {"seed": 3, "metric": "chrf"}, {"finetuning": {"seed": 2, "metric": "rougeL"}})
     planned("adapt", {"margin": 0.1, "name": "mine"}, {"promotion": {"tracking_uri": "x"}})
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_a_run_started_by_hand_has_the_choices_of_the_pipelines_definition(name: str) -> None:
+    """In the interface of Kubeflow: what a person leaves as it is must be what `cappy pipeline run` takes."""
+    definition = PIPELINES[name]
+    inputs = build_pipeline(definition, shards_of(1), leave_alone).pipeline_spec.root.input_definitions.parameters
+    for choice, default in definition.choices.items():
+        if default in (None, "") or choice not in inputs:
+            continue
+        value = inputs[choice].default_value
+        stated = list(value.list_value) if value.HasField("list_value") else getattr(value, value.WhichOneof("kind"))
+        assert stated == default, choice
+    needed = {one for one, each in inputs.items() if not each.is_optional}
+    assert needed == ({"source"} if name == "batch_score" else set())

@@ -24,7 +24,8 @@ class Platform:
     """Runs a job to its end in this process as it is submitted, and remembers it for ever, as Vertex AI does."""
 
     def __init__(self) -> None:
-        self.submitted = 0
+        self.submitted = self.cancelled = 0
+        self.going = False
         self.environment: Mapping[str, str] = {}
         self.does: Callable[[FinetuningConfig], object] = run
 
@@ -35,6 +36,8 @@ class Platform:
         return self
 
     def status(self, name: str) -> Status | None:
+        if self.going:
+            return Status(Phase.RUNNING)
         return Status(Phase.SUCCEEDED) if self.submitted else None
 
     def submit(self, name: str) -> None:
@@ -45,7 +48,8 @@ class Platform:
         return iter(())
 
     def cancel(self, name: str) -> None:
-        raise AssertionError("nothing is to be cancelled")
+        assert self.going, "nothing is to be cancelled"
+        self.going, self.cancelled = False, self.cancelled + 1
 
     def address(self, name: str) -> str:
         return "there"
@@ -119,6 +123,14 @@ def test_a_job_that_succeeds_under_the_eyes_of_the_step_and_leaves_nothing_is_no
     with raises_naming(TrainingError, "succeeded", "target", "let --work be on a volume"):
         run(settings)
     assert platform.submitted == 1
+
+
+def test_a_fresh_start_cancels_the_job_that_still_does_the_work(platform: Platform, settings: FinetuningConfig) -> None:
+    run(settings)
+    platform.going = True
+    again(dataclasses.replace(settings, fresh="two"))
+    assert (platform.cancelled, platform.submitted) == (1, 2)
+    verify(settings.target)
 
 
 @pytest.mark.parametrize("other", [{"step": "pretraining"}, {"parents": ("0" * 64,)}, {"config": {"epochs": 2.0}}])
