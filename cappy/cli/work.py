@@ -72,11 +72,11 @@ def clean(
         if piece.key is not None:
             fresh.add(piece.key.fresh)
         if reason := piece.unreachable or _unused(piece.last_used, limit):
-            rows.append({**_row(piece), "reason": reason})
+            rows.append({**_row(piece), "reason": reason, "removed": False})
             removals.append(partial(remove_piece, piece))
     for entry in store.entries(work):
         if reason := store.unreachable(entry, fresh) or _unused(entry.last_used, limit):
-            rows.append({**_row(entry), "step": entry.kind, "reason": reason})
+            rows.append({**_row(entry), "step": entry.kind, "reason": reason, "removed": False})
             removals.append(partial(store.remove, entry))
     kept = _remove(rows, removals) if remove else []
     typer.echo(json.dumps(rows, indent=1) if as_json else _text(work, rows, removed=remove))
@@ -92,7 +92,6 @@ def _remove(rows: Sequence[dict[str, Any]], removals: Sequence[Callable[[], None
             remove()
             row["removed"] = True
         except FolderError as error:
-            row["removed"] = False
             kept.append(str(error))
     return kept
 
@@ -114,7 +113,7 @@ def _text(work: Path, rows: Sequence[Mapping[str, Any]], *, removed: bool) -> st
     if not rows:
         return f"{work}: nothing to remove"
     lines = [f"{row['path']}  {_size(row['size_bytes'])}: {row['reason']}" for row in rows]
-    gone = [row for row in rows if row.get("removed", True)]
+    gone = [row for row in rows if row["removed"] or not removed]
     total = f"{len(gone)} in all, {_size(sum(row['size_bytes'] for row in gone))}"
     return "\n".join([*lines, f"{total}{': removed' if removed else '; --remove removes them'}"])
 

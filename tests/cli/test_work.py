@@ -11,8 +11,8 @@ from wording import assert_names
 
 from cappy.cli.work import clean, explain
 from cappy.errors import ConfigError, FolderError
-from cappy.records.work import claim
-from cappy.sampling.store import CandidateStore, Origin
+from cappy.records.work import claim, held
+from cappy.sampling.store import DRAWING_VERSION, CandidateStore, Origin
 from cappy.steps import STEP_SPECS
 
 
@@ -68,7 +68,7 @@ def test_clean_lists_what_no_run_finds_and_removes_it_when_asked(
     assert {row["path"] for row in rows} == {str(later), str(old), str(drawn)}
     assert later.is_dir()
     clean(tmp_path, remove=True, as_json=True)
-    assert printed() == rows
+    assert printed() == [{**row, "removed": True} for row in rows]
     assert [present.is_dir(), later.exists(), old.exists(), drawn.exists()] == [True, False, False, False]
     clean(tmp_path, as_json=True)
     assert printed() == []
@@ -88,3 +88,30 @@ def test_clean_leaves_work_that_a_process_holds(tmp_path: Path) -> None:
         with pytest.raises(FolderError, match=str(folder)):
             clean(tmp_path, remove=True)
         assert folder.is_dir()
+
+
+def test_clean_keeps_what_is_in_use_and_removes_the_rest(tmp_path: Path, printed: Callable[[], Any]) -> None:
+    used, other = (tmp_path / "sampling" / (digit * 24) for digit in "01")
+    for folder in (used, other):
+        folder.mkdir(parents=True)
+    with held(used), pytest.raises(FolderError, match=used.name):
+        clean(tmp_path, remove=True, as_json=True)
+    assert {row["path"]: row["removed"] for row in printed()} == {str(used): False, str(other): True}
+    assert (used.is_dir(), other.exists()) == (True, False)
+
+
+def test_clean_lists_the_folders_of_jobs_and_what_fresh_starts_drew_for_work_that_is_gone(
+    tmp_path: Path, printed: Callable[[], Any]
+) -> None:
+    job = tmp_path / "jobs" / f"cappy-finetuning-{'0' * 24}"
+    job.mkdir(parents=True)
+    for name in ("gone", "known"):
+        with CandidateStore(tmp_path / "fresh" / name, Origin(generator="g", revision="r", version=DRAWING_VERSION)):
+            pass
+    with claim(tmp_path, "sampling", {"a": 1}, fresh="known"):
+        pass
+    clean(tmp_path, remove=True, as_json=True)
+    (drawn,) = (row for row in printed() if row["step"] == "candidates")
+    assert "/fresh/gone/" in drawn["path"]
+    assert not job.exists()
+    assert [path.name for path in (tmp_path / "fresh").iterdir()] == ["known"]

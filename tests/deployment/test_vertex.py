@@ -97,7 +97,11 @@ def test_what_the_sdk_itself_refuses_is_one_line_too(scorer: Path) -> None:
     with vertex_server() as server:
         connect(server)
         with raises_naming(ConfigError, "nowhere", "setting"):
-            vertex.deploy(settings(region="nowhere"), version(1), scorer)
+            vertex.deploy(
+                settings(vertex={"project": "my-project", "bucket": "gs://bucket", "region": "nowhere"}),
+                version(1),
+                scorer,
+            )
 
 
 @pytest.mark.parametrize(

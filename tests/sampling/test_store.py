@@ -132,7 +132,7 @@ def test_a_fresh_run_draws_again_and_its_own_further_attempt_does_not(sample: Sa
     assert len(sample().drawn) == 12 * 5
     assert len(sample(fresh="again").drawn) == 12 * 5
     assert sample(fresh="again", part_rows=5).drawn == []
-    assert len(sample(fresh="once more").drawn) == 12 * 5
+    assert len(sample(fresh="once-more").drawn) == 12 * 5
 
 
 def test_one_decoding_more_draws_that_one_alone(sample: Sample) -> None:
