@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from filelock import Timeout
 from pydantic import Field
@@ -32,7 +32,7 @@ WAIT_SECONDS = 10.0
 
 @contextlib.contextmanager
 def claim(
-    work: Path, step: str, settings: Mapping[str, Any], inputs: Sequence[str] = (), *, fresh: str = ""
+    work: Path, step: str, settings: Mapping[str, object], inputs: Sequence[str] = (), *, fresh: str = ""
 ) -> Iterator[Path]:
     """The folder of this work under `work`, held by this process alone until the block ends or the process dies.
 
