@@ -5,10 +5,10 @@ by page without an end. Here an answer whose headers hold a path is refused, and
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from cappy.errors import ConfigError, shown
@@ -27,6 +27,32 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAMES = ("ETag", "X-Linked-ETag", "X-Repo-Commit", "X-Xet-Hash")
 
 
+class _Stream(Protocol):
+    def __iter__(self) -> Iterator[bytes]: ...
+
+    def close(self) -> None: ...
+
+
+class _Request(Protocol):
+    url: object
+
+
+class _Response(Protocol):
+    """What is used of an answer of huggingface_hub's HTTP library."""
+
+    headers: Mapping[str, str]
+    links: Mapping[str, object]
+    request: _Request
+    stream: _Stream
+
+
+class _Client(Protocol):
+    """What is used of its client."""
+
+    timeout: float
+    event_hooks: Mapping[str, Sequence[Callable[[_Response], None]]]
+
+
 def guard_client() -> None:
     """Gives huggingface_hub a client that raises ValueError for an answer that a hub would not send."""
     from huggingface_hub import set_client_factory
@@ -34,12 +60,13 @@ def guard_client() -> None:
     set_client_factory(_guarded_client)
 
 
-def _guarded_client() -> Any:
+def _guarded_client() -> _Client:
     from huggingface_hub.utils._http import default_client_factory
 
-    client, pages = default_client_factory(), count(1)
+    client: _Client = default_client_factory()
+    pages = count(1)
 
-    def check(response: Any) -> None:
+    def check(response: _Response) -> None:
         for name in _NAMES:
             value = response.headers.get(name, "").removeprefix("W/")
             if "/" in value or "\\" in value or value.strip('"') in (".", ".."):
@@ -58,7 +85,7 @@ def _guarded_client() -> Any:
     return client
 
 
-def _bounded(stream: Any, most: int) -> Any:
+def _bounded(stream: _Stream, most: int) -> _Stream:
     """The bytes of a stream, up to so many: then ValueError."""
     # The class of huggingface_hub's own HTTP library, whichever that is.
     base = next(kind for kind in type(stream).__mro__ if kind.__name__ == "SyncByteStream")

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from cappy.steps import step_version
 
@@ -28,8 +27,8 @@ class Key:
 
     step: str
     version: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Sequence[Any] = ()
+    settings: Mapping[str, object] = field(default_factory=dict)
+    inputs: Sequence[object] = ()
     fresh: str = ""
     finished: bool = False
 
@@ -68,11 +67,11 @@ class Key:
         return found
 
 
-def work_key(step: str, settings: Mapping[str, Any], inputs: Sequence[Any] = (), *, fresh: str = "") -> Key:
+def work_key(step: str, settings: Mapping[str, object], inputs: Sequence[object] = (), *, fresh: str = "") -> Key:
     """The key of a piece of work under the step's present version."""
     return Key(step=step, version=step_version(step), settings=dict(settings), inputs=list(inputs), fresh=fresh)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."

@@ -13,15 +13,21 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from cappy.errors import FolderError, shown
 from cappy.records.folder import MANIFEST, Manifest, describe_files, verify
 from cappy.tokenizer_bounds import refuse_growth
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from cappy.untrusted import JSON
 
 LOGGER = logging.getLogger(__name__)
 _LOGGED: set[tuple[Path, str]] = set()
@@ -63,6 +69,39 @@ _REMOVED_TOKENIZERS = frozenset({"BloomTokenizer"})
 """Classes that transformers 5 no longer has, and still loads as its general tokenizer (`tokenizer_class_from_name`)."""
 
 
+class Module(Protocol):
+    """What is used here of a model, which is a module of torch."""
+
+    def parameters(self) -> "Iterator[torch.nn.Parameter]":
+        """All parameters, a shared one once."""
+
+    def buffers(self) -> "Iterator[torch.Tensor]":
+        """Tensors that are no parameters."""
+
+
+Model_co = TypeVar("Model_co", bound=Module, covariant=True)
+
+
+class AutoModel(Protocol[Model_co]):
+    """What is used of transformers' AutoModelFor... classes, which all make models of one kind."""
+
+    def from_config(self, config: "PreTrainedConfig", *, trust_remote_code: bool) -> Model_co:
+        """A model with random weights."""
+
+    def from_pretrained(
+        self,
+        folder: Path,
+        *,
+        config: "PreTrainedConfig",
+        dtype: "torch.dtype",
+        use_safetensors: bool,
+        output_loading_info: bool,
+        trust_remote_code: bool,
+        local_files_only: bool,
+    ) -> tuple[Model_co, Mapping[str, Iterable[str]]]:
+        """The model of a folder, and names of parameters by what became of them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:
     """A checked folder. `hash` (64 hexadecimal digits) changes with every file, `listed` says whether a manifest lists
@@ -73,7 +112,7 @@ class ModelFolder:
     hash: str
     listed: bool
 
-    def config(self) -> Any:
+    def config(self) -> "PreTrainedConfig":
         """The configuration as transformers reads it; FolderError where it is not that of a model."""
         from transformers import AutoConfig
 
@@ -83,7 +122,7 @@ class ModelFolder:
         with _one_line(f"{self.path}: its config.json is not that of a model", remedy):
             return AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer; FolderError where there is none that transformers can read."""
         from transformers import AutoTokenizer
 
@@ -92,7 +131,7 @@ class ModelFolder:
             refuse_growth(tokenizer)
             return tokenizer
 
-    def model(self, auto_class: Any, config: Any) -> tuple[Any, list[str]]:
+    def model(self, auto_class: AutoModel[Model_co], config: "PreTrainedConfig") -> tuple[Model_co, list[str]]:
         """The model in fp32 on the CPU, and the names of parameters that the weights lack, which are random.
 
         `auto_class` is one of transformers' AutoModelFor... classes. FolderError where config.json describes a larger
@@ -139,7 +178,9 @@ def open_model_folder(folder: Path, *, pinned: bool = False, checkpoint: str = "
     return ModelFolder(path=folder, hash=found, listed=False)
 
 
-def check_size(folder: Path, auto_class: Any, config: Any, elements: Sequence[int]) -> None:
+def check_size(
+    folder: Path, auto_class: AutoModel[Module], config: "PreTrainedConfig", elements: Sequence[int]
+) -> None:
     """FolderError where a configuration describes a larger model than weights whose tensors have so many `elements`.
 
     The model is built without memory for its tensors (on the device "meta"), and no further than that takes. Parameters
@@ -197,7 +238,7 @@ def refuse_code(folder: Path) -> None:
         _refuse_outside(path, _json(path, MAX_HEADER_BYTES))
 
 
-def _refuse_named_code(path: Path, values: Any) -> None:
+def _refuse_named_code(path: Path, values: "JSON") -> None:
     for key, value in _items(values):
         if key in _CODE_KEYS or (key == "trust_remote_code" and value):
             raise FolderError(f"{path}: asks for code of its own ({key}), which is never run; remove the entry")
@@ -210,12 +251,12 @@ def _refuse_named_code(path: Path, values: Any) -> None:
             raise FolderError(f"{path}: names the class {shown(value)}, which is code of its own; remove the entry")
         if key in ("tokenizer_class", "architectures"):
             _refuse_unknown_class(path, key, value)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if path.name.startswith("config") and whole and value > MAX_COUNT and _COUNT_KEYS.search(key):
+        count = value if isinstance(value, int) and not isinstance(value, bool) else 0
+        if path.name.startswith("config") and count > MAX_COUNT and _COUNT_KEYS.search(key):
             raise FolderError(f"{path}: {key} is {shown(value, 20)}, above {MAX_COUNT:,}; get the folder again")
 
 
-def _refuse_unknown_class(path: Path, key: str, value: Any) -> None:
+def _refuse_unknown_class(path: Path, key: str, value: "JSON") -> None:
     """FolderError for a class that transformers does not have: it would silently load another one."""
     for name in value if isinstance(value, list) else [value] if value is not None else []:
         bare = re.sub(r"^(TF|Flax)|Fast$", "", str(name))
@@ -234,7 +275,7 @@ def _is_known_class(name: str) -> bool:
         return True
 
 
-def _refuse_outside(path: Path, values: Any) -> None:
+def _refuse_outside(path: Path, values: "JSON") -> None:
     names = values.get("weight_map", {}) if isinstance(values, Mapping) else None
     if not isinstance(names, Mapping):
         raise FolderError(f"{path}: is not an index of weights; save the model again")
@@ -309,13 +350,13 @@ def _sized(folder: Path, elements: Sequence[int]) -> Iterator[None]:
     most_modules = 10 * len(elements) + SPARE_MODULES
     size, modules = 0, 0
 
-    def count_module(*_: Any) -> None:
+    def count_module(*_: object) -> None:
         nonlocal modules
         modules += 1
         if modules > most_modules:
             raise FolderError(f"{folder}: config.json describes more layers than the weights hold; get it again")
 
-    def count_tensor(_module: Any, _name: str, tensor: Any) -> None:
+    def count_tensor(_module: object, _name: str, tensor: "torch.Tensor | None") -> None:
         nonlocal size
         size += 0 if tensor is None else tensor.numel()
         if size > most:
@@ -346,9 +387,9 @@ def _one_line(text: str, remedy: str) -> Iterator[None]:
         raise FolderError(f"{text} ({shown(reason, 160)}); {remedy}") from error
 
 
-def _items(values: Any) -> Iterator[tuple[str, Any]]:
+def _items(values: "JSON") -> Iterator[tuple[str, "JSON"]]:
     """Every key of an object with its value, however deep; an item of a list has the key of the list."""
-    left: list[tuple[str, Any]] = [("", values)]
+    left: list[tuple[str, JSON]] = [("", values)]
     while left:
         key, value = left.pop()
         if key:
@@ -359,13 +400,14 @@ def _items(values: Any) -> Iterator[tuple[str, Any]]:
             left += [(key, inner) for inner in value]
 
 
-def _json(path: Path, most: int) -> Any:
+def _json(path: Path, most: int) -> "JSON":
     if path.stat().st_size > most:
         raise FolderError(f"{path}: has more than {most:,} bytes; {_NOT_THE_MODELS}")
     try:
-        return json.loads(path.read_bytes())
+        values: JSON = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FolderError(f"{path}: is not JSON ({shown(str(error), 80)}); {_NOT_THE_MODELS}") from error
+    return values
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

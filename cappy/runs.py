@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cappy.untrusted import JSON
 
 PROGRESS_VARIABLE = "CAPPY_PROGRESS"
 """Environment: folder where a local run's steps write how far they are."""
@@ -34,7 +37,7 @@ class StepRecord:
     status: str
     started: float
     seconds: float
-    config: Mapping[str, Any]
+    config: Mapping[str, "JSON"]
     target: str
     manifest_hash: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)

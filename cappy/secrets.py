@@ -7,10 +7,14 @@ nowhere else.
 import base64
 import json
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from cappy.errors import ConfigError, shown
 from cappy.redaction import one_line, remember
+
+if TYPE_CHECKING:
+    from requests import Session
 
 VARIABLE = "CAPPY_SECRETS"
 ADDRESS = "https://secretmanager.googleapis.com"
@@ -37,7 +41,7 @@ def fill_environment(address: str = ADDRESS) -> None:
         remember(value)
 
 
-def _read(session: Any, address: str, name: str) -> str:
+def _read(session: "Session", address: str, name: str) -> str:
     from google.auth.exceptions import GoogleAuthError
     from requests.exceptions import RequestException
 
@@ -61,7 +65,7 @@ def _read(session: Any, address: str, name: str) -> str:
         raise ConfigError(f"secret {shown(name)}: Secret Manager's answer holds no text; {remedy}") from None
 
 
-def _session() -> Any:
+def _session() -> "Session":
     try:
         import google.auth
         from google.auth.exceptions import GoogleAuthError
@@ -75,5 +79,5 @@ def _session() -> Any:
     except GoogleAuthError as error:
         remedy = "run the step with a service account"
         raise ConfigError(f"secrets: no Google credentials here ({error}); {remedy}") from error
-    session: Any = AuthorizedSession
+    session: Callable[..., Session] = AuthorizedSession  # which has no types
     return session(credentials)

@@ -6,9 +6,12 @@ Checked on the loaded tokenizer, without its vocabulary, before any text goes th
 import base64
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cappy.errors import shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_GROWTH = 64
 """How many times longer all replacements of a normalizer together may make a text."""
@@ -24,7 +27,7 @@ _LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
 _PIECES = ("single", "pair", "special_tokens", "ids", "tokens")
 
 
-def refuse_growth(tokenizer: Any) -> None:
+def refuse_growth(tokenizer: "PreTrainedTokenizerBase") -> None:
     """ValueError where a component multiplies texts or adds long ones; a tokenizer of Python alone has none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     for name in _PARTS if backend is not None else ():
@@ -38,7 +41,7 @@ def refuse_growth(tokenizer: Any) -> None:
         raise ValueError(f"its max_input_chars_per_word is above {MAX_WORD_CHARACTERS:,}")
 
 
-def _check_part(name: str, state: Any) -> None:
+def _check_part(name: str, state: object) -> None:
     growth = 1.0
     for number, component in enumerate(_components(state), start=1):
         if number > MAX_COMPONENTS:
@@ -56,7 +59,7 @@ def _check_part(name: str, state: Any) -> None:
             _check_charsmap(name, component["precompiled_charsmap"])
 
 
-def _components(state: Any) -> Iterator[Mapping[str, Any]]:
+def _components(state: object) -> Iterator[Mapping[str, Any]]:
     """The components of a sequence, however deep, and the objects within each but its special tokens' ids."""
     left = [state]
     while left:

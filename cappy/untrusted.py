@@ -9,12 +9,14 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, TypeGuard
+from typing import TypeAlias, TypeGuard, cast
 
 import yaml
 
+JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
+"""A value of JSON, read or to be written; what was read has dict and list."""
 MAX_VALUES = 4_000_000
 """Brackets, commas and colons of one text: 64 responses of 4,096 tokens with log-probabilities have 3.4 million."""
 MAX_DEPTH = 64
@@ -30,7 +32,7 @@ _SEPARATORS = b",:"
 _STEP = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
 
 
-def read_json(data: bytes, *, max_values: int = MAX_VALUES, max_depth: int = MAX_DEPTH) -> Any:
+def read_json(data: bytes, *, max_values: int = MAX_VALUES, max_depth: int = MAX_DEPTH) -> JSON:
     """The value of a JSON text; ValueError if it is none, has more values or is deeper than allowed.
 
     What is counted are its brackets, commas and colons, before a single object is made. UnicodeDecodeError, which is a
@@ -45,12 +47,13 @@ def read_json(data: bytes, *, max_values: int = MAX_VALUES, max_depth: int = MAX
     if max(accumulate(map(_STEP.__getitem__, brackets)), default=0) > max_depth:
         raise ValueError(f"nested more than {max_depth} deep")
     try:
-        return json.loads(text, parse_constant=_nothing, parse_float=_finite)
+        value: JSON = json.loads(text, parse_constant=_nothing, parse_float=_finite)
     except json.JSONDecodeError:
         raise
     except (ValueError, RecursionError) as error:
         # Python makes no number of more than 4300 digits.
         raise ValueError("a number with too many digits, or no room to read it") from error
+    return value
 
 
 def to_utf8(body: bytes, content_type: str) -> bytes:
@@ -106,14 +109,15 @@ MAX_ENTRIES = 10_000
 MAX_WORD = 1_000
 """Characters of a scalar that may be a number, a date or a key: texts alone may be longer."""
 
-FAST_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+Loader: TypeAlias = "yaml.SafeLoader | yaml.CSafeLoader"
+FAST_LOADER: type[Loader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """The safe loader, in C where it is."""
 _NUMBER = re.compile(r"[-+0-9_.:a-fxobtz \t]*", re.IGNORECASE)
 """Where each number and date of YAML is one of."""
 _TEXT = (None, "!", "tag:yaml.org,2002:str")
 
 
-def load_yaml(text: str | bytes, loader: Any = FAST_LOADER, *, max_characters: int = MAX_CHARACTERS) -> Any:
+def load_yaml(text: str | bytes, loader: type[Loader] = FAST_LOADER, *, max_characters: int = MAX_CHARACTERS) -> object:
     """The value of a text that is one document. yaml.YAMLError for a text out of bounds.
 
     `loader` is one of PyYAML's safe loaders or a class of them; TypeError for any other, which could make objects.
@@ -125,7 +129,7 @@ def load_yaml(text: str | bytes, loader: Any = FAST_LOADER, *, max_characters: i
         return yaml.load(text, loader)  # noqa: S506 # a safe loader, by the check above
 
 
-def load_all_yaml(text: str | bytes, *, max_characters: int = MAX_CHARACTERS) -> list[Any]:
+def load_all_yaml(text: str | bytes, *, max_characters: int = MAX_CHARACTERS) -> list[object]:
     """The values of all documents of a text; yaml.YAMLError for a text out of bounds."""
     with _as_yaml_errors():
         _check(text, max_characters)
@@ -147,13 +151,8 @@ def _check(text: str | bytes, max_characters: int) -> None:
     if len(text) > max_characters:
         raise yaml.MarkedYAMLError(problem=f"is longer than {max_characters:,} characters")
     walk = _Walk()
-    for event in _events(text):
+    for event in yaml.parse(text, FAST_LOADER):
         walk.step(event)
-
-
-def _events(text: str | bytes) -> Iterator[Any]:
-    events: Iterator[Any] = yaml.parse(text, FAST_LOADER)
-    return events
 
 
 class _Walk:
@@ -166,7 +165,7 @@ class _Walk:
         self._entries: list[int] = [0]
         self._anchors: dict[str, int] = {}
 
-    def step(self, event: Any) -> None:
+    def step(self, event: yaml.Event) -> None:
         """Counts one event; YAMLError where it is one too many."""
         if isinstance(event, yaml.CollectionStartEvent):
             self._open.append((event.anchor, isinstance(event, yaml.MappingStartEvent)))
@@ -191,7 +190,7 @@ class _Walk:
         elif isinstance(event, yaml.DocumentStartEvent):
             self._anchors.clear()
 
-    def _add(self, event: Any, size: int, anchor: str | None) -> None:
+    def _add(self, event: yaml.Event, size: int, anchor: str | None) -> None:
         if anchor is not None:
             self._anchors[anchor] = size
         self._total += size
@@ -203,10 +202,12 @@ class _Walk:
             raise _refusal(event, f"has a mapping of more than {MAX_ENTRIES:,} keys")
 
 
-def _is_text(event: Any) -> bool:
+def _is_text(event: yaml.ScalarEvent) -> bool:
     """Whether a scalar is a text, by its tag or quotes, or since it reads as no number and no date."""
     return event.tag in _TEXT and not (event.implicit[0] and _NUMBER.fullmatch(event.value))
 
 
-def _refusal(event: Any, problem: str) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+def _refusal(event: yaml.Event, problem: str) -> yaml.MarkedYAMLError:
+    # The marks of the loader in C are of another class, which PyYAML's stubs leave out here.
+    mark = cast("yaml.error.Mark | None", event.start_mark)
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)

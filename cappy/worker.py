@@ -8,10 +8,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Protocol, Required, TypedDict
 
 from cappy.config import build, decode, to_values
 from cappy.errors import CappyError, ConfigError
@@ -38,20 +38,41 @@ ORPHAN_SECONDS = 8.0
 """What a step whose parent went may take to write a checkpoint or to cancel a job; less than the next run waits."""
 
 
-def config_class(step: str) -> type[Any]:
+class StepConfig(Protocol):
+    """What the settings of every step have."""
+
+    @property
+    def target(self) -> Path:
+        """Folder to write."""
+
+    @property
+    def work(self) -> Path:
+        """Folder of unfinished and finished work."""
+
+
+def config_class(step: str) -> type[StepConfig]:
     """The class of a step's settings; imports the step's module."""
-    found: type[Any] = getattr(importlib.import_module(STEP_SPECS[step].module), f"{step.capitalize()}Config")
+    found: type[StepConfig] = getattr(importlib.import_module(STEP_SPECS[step].module), f"{step.capitalize()}Config")
     return found
 
 
-def runner(step: str) -> Callable[[Any, Progress], Manifest]:
-    """The `run` function of a step; imports the step's module."""
-    found: Callable[[Any, Progress], Manifest] = importlib.import_module(STEP_SPECS[step].module).run
+def runner(step: str) -> Callable[[StepConfig, Progress], Manifest]:
+    """The `run` function of a step, which takes settings of the step's own class; imports the step's module."""
+    found: Callable[[StepConfig, Progress], Manifest] = importlib.import_module(STEP_SPECS[step].module).run
     return found
+
+
+class _Outcome(TypedDict, total=False):
+    """How a step ended: fields of its `StepRecord`."""
+
+    status: Required[str]
+    manifest_hash: str
+    metrics: Mapping[str, float]
+    error: str
 
 
 def launch(
-    step: str, settings: str = "", *, fingerprint: str = "", part: str = "", run: str = "", **values: Any
+    step: str, settings: str = "", *, fingerprint: str = "", part: str = "", run: str = "", **values: object
 ) -> Manifest:
     """Runs a step as an orchestrator's worker does: settings decoded, progress to a file, a record of what was done.
 
@@ -73,7 +94,7 @@ def launch(
         sys.stderr.write(f"cappy {step}: {error}\n")
         raise SystemExit(1) from error
     started = time.time()
-    outcome: dict[str, Any] = {"status": "failed"}
+    outcome: _Outcome = {"status": "failed"}
     stated = to_values(config)
     try:
         manifest = runner(step)(config, _progress(step, fingerprint))

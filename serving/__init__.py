@@ -1,6 +1,6 @@
 """The HTTP service around a scorer."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from serving.app import Options, create_app
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 __all__ = ["Options", "ServeConfig", "create_app", "run"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Loads FastAPI with the first use of a name, not with the import of the settings."""
     if name == "ServeConfig":
         from serving.config import ServeConfig
@@ -19,7 +19,8 @@ def __getattr__(name: str) -> Any:
     if name in ("Options", "create_app"):
         from serving import app
 
-        return getattr(app, name)
+        value: object = getattr(app, name)
+        return value
     if name == "run":
         from serving.server import run
 

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import FastAPI
@@ -44,6 +44,10 @@ TRACED = ("request_id", "dialect", "pairs", "tokens", "batch_wait_seconds", "out
 """What our attributes say of a request, where its handler has put it into the request's state."""
 
 
+State = dict[str, Any]
+"""What Starlette keeps of a request: whatever its handlers put there."""
+
+
 class Span(Protocol):
     """A span of OpenTelemetry, as far as it is used here."""
 
@@ -74,7 +78,7 @@ class AccessLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        state: dict[str, Any] = scope.setdefault("state", {})
+        state: State = scope.setdefault("state", {})
         given = Headers(scope=scope).get("x-request-id", "")
         state["request_id"] = given if GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
         started, status = time.monotonic(), 500
@@ -96,16 +100,16 @@ class AccessLog:
         finally:
             self._log(scope, state, status, time.monotonic() - started)
 
-    def _mark(self, headers: MutableHeaders, state: Mapping[str, Any]) -> None:
+    def _mark(self, headers: MutableHeaders, state: State) -> None:
         for name, value in {"X-Request-Id": state["request_id"], **SAFE, **self._facts_of(state)}.items():
             headers.setdefault(name, value)
         if self._closing():
             headers["Connection"] = "close"
 
-    def _facts_of(self, state: Mapping[str, Any]) -> Mapping[str, str]:
+    def _facts_of(self, state: State) -> Mapping[str, str]:
         return state.get("facts") or self._facts()
 
-    def _trace(self, state: Mapping[str, Any]) -> None:
+    def _trace(self, state: State) -> None:
         """Says what is known of the request in its span, if it has one and is a request of a client's API.
 
         A span ends with the last part of the answer, so it must be said before.
@@ -117,7 +121,7 @@ class AccessLog:
         known = {**{name: state[name] for name in TRACED if name in state}, **({"version": version} if version else {})}
         span.set_attributes({f"{OWN}{name}": value for name, value in known.items()})
 
-    def _log(self, scope: Scope, state: Mapping[str, Any], status: int, seconds: float) -> None:
+    def _log(self, scope: Scope, state: State, status: int, seconds: float) -> None:
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "request_id": state["request_id"],
@@ -156,7 +160,7 @@ class Tracing:
     def instrument(self, app: FastAPI) -> None:
         """Gives every request a span, a child of the one that W3C's `traceparent` names."""
 
-        def keep(span: Span, scope: MutableMapping[str, Any]) -> None:
+        def keep(span: Span, scope: Scope) -> None:
             scope.setdefault("state", {})["span"] = span
 
         self._instrument(

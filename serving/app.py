@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import gc
 import logging
+import operator
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import groupby
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -178,7 +180,7 @@ def _add_routes(app: FastAPI, service: Service, paths: Sequence[tuple[str, Diale
     shapes = [(shape, "validation") for _, dialect in paths for shape in (dialect.request,)]
     plain = app.openapi
 
-    def openapi() -> dict[str, Any]:
+    def openapi() -> dict[str, object]:
         document = plain()
         _, definitions = models_json_schema(shapes, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
         document["components"]["schemas"].update(definitions["$defs"])
@@ -218,11 +220,9 @@ def _either(schemas: Sequence[Mapping[str, object]]) -> Mapping[str, object]:
     return schemas[0] if len(schemas) == 1 else {"anyOf": list(schemas)}
 
 
-def _union(shapes: Sequence[Any]) -> Any:
-    union = shapes[0]
-    for shape in shapes[1:]:
-        union = union | shape
-    return union
+def _union(shapes: Sequence[type[BaseModel]]) -> object:
+    """A type for FastAPI's documents."""
+    return reduce(operator.or_, shapes)
 
 
 def _named(name: str) -> Dialect:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -214,7 +214,7 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
     scorer, port = variables.get("AIP_STORAGE_URI", "").rstrip("/"), variables.get("AIP_HTTP_PORT", "")
     if port and not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise ConfigError(f"AIP_HTTP_PORT: {shown(port)} is no port; give 0 to 65535 or none")
-    values: dict[str, Any] = {"scorer": scorer} if scorer else {}
+    values: dict[str, object] = {"scorer": scorer} if scorer else {}
     if port:
         values |= {"host": "0.0.0.0", "port": int(port), "allowed_hosts": (ANY,)}  # noqa: S104 (a container's only way to be reached)
     if hosts := hosts_of_environment(variables):

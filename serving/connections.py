@@ -13,10 +13,12 @@ from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import h11
+from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 KEEP_ALIVE_SECONDS = 620
 """Longer than clients and balancers keep a connection (httpx 5 s, Google's balancers 600 s): were it closed on our
@@ -140,7 +142,7 @@ class _BoundedParser(h11.Connection):
 
     _small = 0
 
-    def next_event(self) -> Any:
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA | h11.PAUSED]:
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._small = 0
@@ -162,8 +164,16 @@ class PunctualProtocol(H11Protocol):
     It is counted in `connections`, which close it while it is idle where room is needed.
     """
 
-    def __init__(self, *arguments: Any, connections: Connections | None = None, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, object],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        connections: Connections | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
         self.conn = _BoundedParser(h11.SERVER, self.config.h11_max_incomplete_event_size or AT_ONCE)
         self._counted = connections or Connections()
         self._handshake: Connection | None = None

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -191,7 +190,7 @@ def written(dialect: Dialect, asked: BaseModel, scored: Scored) -> Response:
 
 def refused(dialects: Sequence[Dialect], refusal: Refusal) -> Response:
     """A refusal with the fields of every one of these dialects; where they give a field differently, of the first."""
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
     for dialect in reversed(dialects):
         fields |= dialect.refuse(refusal.status, refusal.message)
     headers = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}

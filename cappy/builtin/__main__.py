@@ -10,7 +10,7 @@ resumed where it was.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 _MAX_LENGTH = 256
 _LEARNING_RATE = 1e-3
@@ -54,6 +54,13 @@ def _make_llm(arguments: argparse.Namespace) -> None:
     )
 
 
+class _Common(TypedDict):
+    """Settings of every step here."""
+
+    seed: int
+    work: Path
+
+
 def _make_scorer(arguments: argparse.Namespace) -> None:
     """Samples from the built-in LLM on the pretraining pool, annotates, and pretrains; each step resumes."""
     from cappy.annotation.step import AnnotationConfig
@@ -66,7 +73,7 @@ def _make_scorer(arguments: argparse.Namespace) -> None:
     from cappy.training.pretraining import run as pretraining
 
     prepared, sampled, annotated = (arguments.work / name for name in ("prepared", "sampled", "annotated"))
-    common: dict[str, Any] = {"seed": arguments.seed, "work": arguments.work}
+    common: _Common = {"seed": arguments.seed, "work": arguments.work}
     number = arguments.num_per_family
     preparation(PreparationConfig(target=prepared, pool="pretraining", num_per_family=number, **common), _progress)
     drawn = SamplingConfig(source=prepared, target=sampled, generator=("builtin",), strategy="sampling8", **common)

@@ -1,6 +1,6 @@
 """The very small encoder that the built-in scorer is pretrained from."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -9,18 +9,21 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from cappy.builtin import LLM_FOLDER
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 _HEAD_SIZE = 32
 _WORD_SCALE = 0.1
 _TYPE_SCALE = 0.05
 
 
-def new_encoder(layers: int, hidden_size: int, max_length: int) -> tuple[Any, Any]:
+def new_encoder(layers: int, hidden_size: int, max_length: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A randomly initialised BERT with one label, and its tokenizer: the built-in LLM's, with a pair template.
 
     Two token types tell instruction and response apart. Dropout is low because so small a model underfits. The caller
     seeds torch.
     """
-    tokenizer: Any = AutoTokenizer.from_pretrained(LLM_FOLDER, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(LLM_FOLDER, trust_remote_code=False)
     tokenizer.add_special_tokens({"cls_token": "<s>", "sep_token": "</s>"})
     specials = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -46,7 +49,7 @@ def new_encoder(layers: int, hidden_size: int, max_length: int) -> tuple[Any, An
 
 
 @torch.no_grad()
-def _lean_to_matching(model: Any) -> None:
+def _lean_to_matching(model: "PreTrainedModel") -> None:
     """Starts the weights where comparing is near: words as the LLM knows them, and attention to equals.
 
     A scorer compares a response with its instruction word by word. With queries and keys alike but quieter (gain 0.7),

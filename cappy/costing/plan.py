@@ -4,13 +4,13 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from cappy.costing import PlanConfig, Throughput
 from cappy.costing.costs import CPU, GENERATORS, HARDWARE, MOST_SHARDS, Cost, Work, cost, shape_of, works
 from cappy.costing.volumes import Volumes, mixture_volumes
 from cappy.errors import ConfigError, shown
 from cappy.preparation.mixtures.plan import PUBLISHED_MILLIONS
+from cappy.untrusted import JSON
 
 WIDTH = 110
 """Columns that no sentence exceeds."""
@@ -75,7 +75,7 @@ def text(plan: Plan) -> str:
     return "\n\n".join([*blocks, "\n".join(["Rests on", *sentences])])
 
 
-def to_values(plan: Plan) -> dict[str, Any]:
+def to_values(plan: Plan) -> dict[str, JSON]:
     """The plan as JSON values; seconds, hours and bytes are numbers, each step says whether its speed was measured."""
     volumes = {**asdict(plan.volumes), "candidates": plan.volumes.candidates}
     return {

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -29,12 +28,13 @@ from cappy.records.folder import MANIFEST, verify
 from cappy.scoring.training_data import TrainedOn, seen_in_training
 from cappy.selection.pools import Pool, Vector
 from cappy.steps import TRAINING_STEPS
+from cappy.untrusted import JSON
 
 Load = Callable[[str], AnyScorer]
 """Makes a scorer of a folder."""
-Recipe = tuple[str, Mapping[str, Any]]
+Recipe = tuple[str, Mapping[str, JSON]]
 """The training step of a scorer and its settings."""
-Train = Callable[[str, Mapping[str, Any], Progress], None]
+Train = Callable[[str, Mapping[str, object], Progress], None]
 """Runs a training step with these settings."""
 
 
@@ -190,7 +190,7 @@ def _without_champion(own: EvaluatedSplit, why: str) -> EvaluatedSplit:
     return replace(own, selection=replace(own.selection, unavailable=unavailable))
 
 
-def train_fold(step: str, settings: Mapping[str, Any], progress: Progress) -> None:
+def train_fold(step: str, settings: Mapping[str, object], progress: Progress) -> None:
     """Trains by the step itself; a killed run goes on at its checkpoint."""
     from cappy.training import finetuning, pretraining
 

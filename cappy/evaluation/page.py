@@ -38,7 +38,7 @@ _DASHED = {"oracle": (0, (5, 3)), "random": (0, (1, 2))}
 
 def render(report: Report) -> str:
     """The page; every text of the data in it is escaped."""
-    filters = {"percent": percent, "signed": signed, "spread": spread}
+    filters: dict[str, Callable[..., str]] = {"percent": percent, "signed": signed, "spread": spread}
     return render_template(
         "evaluation",
         filters,

@@ -1,7 +1,6 @@
 """The report: the findings as JSON values and back, as a terminal's table, and as Markdown."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -11,15 +10,16 @@ from cappy.evaluation.verdict import advice, verdict
 from cappy.pages import words
 from cappy.pages.words import metric_name, percent, signed
 from cappy.selection.selectors import shown_at
+from cappy.untrusted import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Findings):
     """Everything that an evaluation found; the fields are those of `Findings`."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, JSON]:
         """JSON values, with the verdict and the advice in words beside the numbers."""
-        values: dict[str, Any] = TypeAdapter(Report).dump_python(self, mode="json")
+        values: dict[str, JSON] = TypeAdapter(Report).dump_python(self, mode="json")
         return {"verdict": list(verdict(self)), "next": advice(self), **values}
 
     @staticmethod

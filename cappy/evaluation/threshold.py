@@ -12,7 +12,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -249,7 +248,7 @@ def _read_picks(report: Path) -> tuple[_Picks, _Picks]:
     folds = read_values(report).get("folds")
     path = report / PICKS
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if folds:
             if not values.get("out_of_fold"):
                 raise FolderError(f"{path}: has no out-of-fold picks, an older version wrote it; evaluate again")
@@ -268,7 +267,7 @@ def _read_picks(report: Path) -> tuple[_Picks, _Picks]:
         ) from error
 
 
-def _picks(rows: Sequence[Sequence[Any]], columns: int) -> _Picks:
+def _picks(rows: Sequence[Sequence[str | float]], columns: int) -> _Picks:
     """ValueError or TypeError where a row is not [score, label, group, n], or with 5 columns [..., fold]."""
     if any(len(row) != columns for row in rows):
         raise ValueError("rows of another length")

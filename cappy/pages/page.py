@@ -10,8 +10,7 @@ import contextlib
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import matplotlib as mpl
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
@@ -28,7 +27,7 @@ _BLOCKS = {"script": "script-src", "style": "style-src-elem"}
 """The blocks of a template whose text is hashed, and the directive that names the hash."""
 
 
-def render_template(folder: str, filters: Mapping[str, Any], **values: Any) -> str:
+def render_template(folder: str, filters: Mapping[str, Callable[..., object]], **values: object) -> str:
     """The page that `page.jinja` of a folder of the library, such as "evaluation", makes of the values.
 
     It may include `style.jinja`, and has its scripts and styles in blocks of these names, which are given no value.
@@ -65,7 +64,7 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _template(folder: str, filters: Mapping[str, Any]) -> Template:
+def _template(folder: str, filters: Mapping[str, Callable[..., object]]) -> Template:
     environment = Environment(
         loader=ChoiceLoader([PackageLoader("cappy", folder), PackageLoader("cappy", "pages")]),
         autoescape=True,

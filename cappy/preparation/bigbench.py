@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from cappy.errors import FolderError, RecordError, shown
 from cappy.preparation.columns import Unused
@@ -37,12 +38,29 @@ _SPENT = frozenset(("inputs", "targets", "idx", "weight", "multiple_choice_score
 """Columns of these datasets that say again, or count, what the others say."""
 
 
+class PromptFields(TypedDict):
+    """The fields of a row of tasksource/bigbench; its instruction is whatever the column holds."""
+
+    instruction: object
+    references: list[str]
+    choices: list[str]
+
+
+class ExampleFields(TypedDict):
+    """The fields of an example of a JSON task."""
+
+    instruction: str
+    references: list[str]
+    choices: list[str]
+    task: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """A task or subtask: its name, and each example's place in the file with the fields of the record."""
 
     name: str
-    rows: Sequence[tuple[str, Values]]
+    rows: Sequence[tuple[str, ExampleFields]]
 
 
 def is_task(path: Path) -> bool:
@@ -150,23 +168,28 @@ def split_rows(task: Task, *, seed: int, shares: Shares, minimum: int = _MIN_HEL
         yield where, {**values, "split": place[index]}
 
 
-def _fields(where: str, task: Values, example: Values, name: str, rng: random.Random) -> Values:
+def _fields(where: str, task: Values, example: Values, name: str, rng: random.Random) -> ExampleFields:
     scores = example.get("target_scores")
     if scores is not None and not (isinstance(scores, dict) and scores):
         raise RecordError(f"{where}: target_scores must be choices with their scores, got {shown(scores)}; mend it")
     if scores is not None and not all(_is_number(score) for score in scores.values()):
         raise RecordError(f"{where}: target_scores must be numbers, got {shown(scores)}; mend it")
-    for field in ("task_prefix", "example_input_prefix", "choice_prefix", "example_output_prefix"):
-        _text(where, {field: "", **task}, field)
+    defaults = {
+        "task_prefix": "",
+        "example_input_prefix": "\nQ: ",
+        "choice_prefix": "\n  choice: ",
+        "example_output_prefix": "\nA: ",
+    }
+    prefixes = {field: _text(where, {field: default, **task}, field) for field, default in defaults.items()}
     choices = sorted(scores or ())
     shuffled = rng.sample(choices, len(choices)) if task.get("append_choices_to_input", True) else ()
     prompt = "".join(
         (
-            task.get("task_prefix", ""),
-            task.get("example_input_prefix", "\nQ: "),
+            prefixes["task_prefix"],
+            prefixes["example_input_prefix"],
             _text(where, example, "input"),
-            *(task.get("choice_prefix", "\n  choice: ") + choice for choice in shuffled),
-            task.get("example_output_prefix", "\nA: "),
+            *(prefixes["choice_prefix"] + choice for choice in shuffled),
+            prefixes["example_output_prefix"],
         )
     )
     return {"instruction": prompt, "references": _targets(where, example), "choices": choices, "task": name}
@@ -178,7 +201,7 @@ def _targets(where: str, example: Values) -> list[str]:
         target = example["target"]
         return target if isinstance(target, list) else [_text(where, example, "target")]
     scores = example.get("target_scores")
-    if not scores:
+    if not isinstance(scores, dict) or not scores:
         raise RecordError(f"{where}: has no target and no target_scores; give one of them")
     best = max(scores.values())
     return [choice for choice, score in scores.items() if score == best]
@@ -238,7 +261,7 @@ def _other_columns(values: Values, read: set[str]) -> Values:
     return {name: value for name, value in values.items() if name not in read and name not in _SPENT}
 
 
-def from_bigbench(where: str, values: Values) -> Values:
+def from_bigbench(where: str, values: Values) -> PromptFields:
     """The fields of a row of tasksource/bigbench."""
     references = _texts(where, values, "targets")
     choices = distinct_choices(_texts(where, values, "multiple_choice_targets"), references)
@@ -247,13 +270,17 @@ def from_bigbench(where: str, values: Values) -> Values:
 
 def _from_p3(where: str, values: Values) -> Values:
     """The fields of a row of P3, whose texts have blanks around them."""
-    for name in _P3:
-        if not isinstance(values[name], str):
-            raise RecordError(f"{where}: {name} must be a text, got {shown(values[name])}; choose another dataset")
-    target = values["targets_pretokenized"].strip()
+    instruction, target = (_p3_text(where, values, name) for name in ("inputs_pretokenized", "targets_pretokenized"))
     listed = _texts(where, values, "answer_choices") if values.get("answer_choices") else ()
     choices = distinct_choices([choice.strip() for choice in listed], [target])
-    return {"instruction": values["inputs_pretokenized"].strip(), "reference": target, "choices": list(choices)}
+    return {"instruction": instruction, "reference": target, "choices": list(choices)}
+
+
+def _p3_text(where: str, values: Values, name: str) -> str:
+    value = values[name]
+    if not isinstance(value, str):
+        raise RecordError(f"{where}: {name} must be a text, got {shown(value)}; choose another dataset")
+    return value.strip()
 
 
 def distinct_choices(choices: Sequence[str], references: Sequence[str]) -> tuple[str, ...]:

@@ -38,13 +38,14 @@ def parse_lists(rows: Rows, *, cells: bool) -> Rows:
     fields = {*TEXT_FIELDS, *NUMBER_FIELDS, "candidates"}
     for where, values in rows:
         found = {
-            name: _read(where, name, values[name], cells=cells)
+            name: _read(where, name, value, cells=cells)
             for name in values.keys() & fields
-            if isinstance(values[name], str)
+            if isinstance(value := values[name], str)
         }
         for name in ("reference", "references"):
-            if isinstance(values.get(name), dict) and "text" in values[name]:
-                found[name] = _distinct(values[name]["text"])
+            if isinstance(table := values.get(name), dict) and "text" in table:
+                found[name] = _distinct(table["text"])
+
         yield where, {**values, **found} if found else values
 
 

@@ -4,13 +4,13 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict, TypeGuard
 
 from cappy.errors import RecordError, shown
 from cappy.records import Candidate, Instance, prompt_hash
-from cappy.records.instance import GIVEN, SPLITS
+from cappy.records.instance import GIVEN, SPLITS, Status
 
-Values = Mapping[str, Any]
+Values = Mapping[str, object]
 Rows = Iterator[tuple[str, Values]]
 """Where each row stands (file:line), and its fields by name."""
 
@@ -246,19 +246,32 @@ def _candidates(fields: _Fields) -> Iterator[Candidate]:
         yield _imported(
             inner.text(name),
             label=inner.label("label"),
-            generator=inner.optional("generator", "system"),
-            decoding=inner.optional("decoding"),
-            seed=inner.whole("seed", 64),
-            logprob_sum=inner.number("logprob_sum"),
-            logprob_mean=inner.number("logprob_mean"),
-            num_tokens=inner.whole("num_tokens", 32),
+            known=_Known(
+                generator=inner.optional("generator", "system"),
+                decoding=inner.optional("decoding"),
+                seed=inner.whole("seed", 64),
+                logprob_sum=inner.number("logprob_sum"),
+                logprob_mean=inner.number("logprob_mean"),
+                num_tokens=inner.whole("num_tokens", 32),
+            ),
         )
 
 
-def _imported(response: str, *, label: float | None = None, **known: Any) -> Candidate:
-    status = "ok" if response.strip() else "empty"
+class _Known(TypedDict, total=False):
+    """What the exchange form may say of a candidate beside its text and label."""
+
+    generator: str
+    decoding: str
+    seed: int | None
+    logprob_sum: float | None
+    logprob_mean: float | None
+    num_tokens: int | None
+
+
+def _imported(response: str, *, label: float | None = None, known: _Known | None = None) -> Candidate:
+    status: Status = "ok" if response.strip() else "empty"
     labels = {} if label is None else {GIVEN: label}
-    return Candidate(response=response, revision=_IMPORTED, status=status, labels=labels, **known)  # type: ignore[arg-type]
+    return Candidate(response=response, revision=_IMPORTED, status=status, labels=labels, **(known or {}))
 
 
 def is_label(value: object) -> bool:
@@ -286,7 +299,7 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and _finite(value) else None
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -72,7 +72,7 @@ def _kept(path: Path, file: File, folder: Path, number: int) -> File:
     return replace(file, name=name)
 
 
-def _common(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _common(configs: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """The settings that all shards had: all but which shard it was."""
     first, *others = configs
     return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}

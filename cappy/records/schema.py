@@ -51,7 +51,7 @@ _MAPS = ("labels", "scores")
 T = TypeVar("T")
 
 
-def _defaults(kind: type[Any]) -> dict[str, Any]:
+def _defaults(kind: type[Instance | Candidate]) -> dict[str, object]:
     """What stands for null in each field: its default, or a blank text where it has none."""
     return {field.name: "" if field.default is MISSING else field.default for field in fields(kind)}
 
@@ -122,7 +122,7 @@ def _candidates(column: pa.ListArray) -> list[tuple[Candidate, ...]]:
     return _cut(flat, column)
 
 
-def _column(column: pa.Array, default: Any) -> list[Any]:
+def _column(column: pa.Array, default: object) -> Sequence[Any]:
     """The values of a column, nulls as the default; lists as tuples, maps as read-only mappings."""
     if pa.types.is_map(column.type):
         return _maps(column)
@@ -147,6 +147,6 @@ def _maps(column: pa.MapArray) -> list[Mapping[str, float]]:
     return [dict(zip(keys[start:end], items[start:end], strict=True)) for start, end in itertools.pairwise(ends)]
 
 
-def _values(candidates: Sequence[Candidate], name: str) -> list[Any]:
+def _values(candidates: Sequence[Candidate], name: str) -> list[object]:
     values = [getattr(candidate, name) for candidate in candidates]
     return [list(value.items()) for value in values] if name in _MAPS else values

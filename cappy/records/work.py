@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from filelock import Timeout
 from pydantic import Field
@@ -35,7 +35,7 @@ WAIT_SECONDS = 10.0
 
 @contextlib.contextmanager
 def claim(
-    work: Path, step: str, settings: Mapping[str, Any], inputs: Sequence[str] = (), *, fresh: str = ""
+    work: Path, step: str, settings: Mapping[str, object], inputs: Sequence[str] = (), *, fresh: str = ""
 ) -> Iterator[Path]:
     """The folder of this work under `work`, held by this process alone until the block ends or the process dies.
 
@@ -72,7 +72,7 @@ def starts_anew(folder: Path, key: Key) -> bool:
     return key.fresh not in ("", before.fresh) and (before.finished or not before.fresh)
 
 
-def fresh_name(work: Path, step: str, settings: Mapping[str, Any], inputs: Sequence[str], fresh: str) -> str:
+def fresh_name(work: Path, step: str, settings: Mapping[str, object], inputs: Sequence[str], fresh: str) -> str:
     """The name of the fresh start that this work is of, before all its inputs are known; empty where it is of none.
 
     A run that asks for a fresh start goes on under the name of one that was not finished.

@@ -4,7 +4,7 @@ import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -99,7 +99,7 @@ def read_version(folder: Path) -> str:
     return uri
 
 
-def dry_run(version: Path, report: Path, **settings: Any) -> Decision:
+def dry_run(version: Path, report: Path, **settings: object) -> Decision:
     """What the gate would decide now; nothing is moved or written."""
     config = build(PromotionConfig, {**settings, "version": version, "report": report, "target": "nowhere"})
     decision, _, _ = _decided(config, read_version(version), read_values(report, checked=True), carry_out=False)
@@ -176,7 +176,7 @@ def _with_champion(
     )
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
+def _read(folder: Path, name: str) -> dict[str, object]:
     read_manifest(folder)
     path = folder / name
     if not path.is_file():

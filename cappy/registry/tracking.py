@@ -152,7 +152,7 @@ def _log_curve(client: MlflowClient, run_id: str, record: StepRecord) -> None:
     """Loss, learning rate, picks and speed of a training step, update by update; a cached step's are those it had."""
     if record.step not in TRAINING_STEPS:
         return
-    points = read_curves(Path(record.target), Path(record.config["work"]), record.manifest_hash)
+    points = read_curves(Path(record.target), Path(str(record.config["work"])), record.manifest_hash)
     if points:
         client.log_artifact(run_id, str(Path(record.target) / TRAINING_LOG))
     time = _milliseconds(record.started)

@@ -25,10 +25,11 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jinja2.debug  # needed when a template fails, and no file may be opened then  # noqa: F401
 
@@ -46,23 +47,27 @@ _MAX_FILES = 16
 _state = {"running": False, "soft": 0}
 
 
-class _Kind(Protocol):
+Compiled = TypeVar("Compiled")
+Prepared = TypeVar("Prepared")
+
+
+class _Kind(Protocol[Compiled, Prepared]):
     """Templates of one kind: a module, or an object."""
 
-    def load(self, *source: str) -> tuple[Any, Any]:
+    def load(self, *source: str) -> tuple[Compiled, object]:
         """A compiled template, and what to answer once it is compiled."""
 
-    def render(self, compiled: Any, values: Any, argument: Any, /) -> Any:
+    def render(self, compiled: Compiled, values: Prepared, argument: str | None, /) -> object:
         """What a template makes of the values of a job."""
 
-    def prepare(self, values: dict[str, Any], /) -> Any:
+    def prepare(self, values: dict[str, object], /) -> Prepared:
         """The values of a job, as all its templates take them."""
 
 
 def main(kind: str) -> None:
     """Answers what comes on standard input until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    templates = _kind(kind)
+    serve = _server(kind)
     source, target = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
@@ -75,7 +80,7 @@ def main(kind: str) -> None:
     os.close(nothing)
     _write_line(target, "ready")
     try:
-        _serve(templates, _read_lines(source), lambda answer: _write_line(target, answer))
+        serve(_read_lines(source), lambda answer: _write_line(target, answer))
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
 
@@ -95,11 +100,11 @@ class _ChatTemplates:
         """The template as it is: transformers compiles it when it is first rendered, and keeps it."""
         return source[0], None
 
-    def prepare(self, values: dict[str, Any]) -> dict[str, Any]:
+    def prepare(self, values: dict[str, object]) -> dict[str, Any]:
         """The messages and the special tokens by name."""
         return values
 
-    def render(self, compiled: str, values: dict[str, Any], argument: Any) -> str:
+    def render(self, compiled: str, values: dict[str, Any], argument: str | None) -> str:
         """The prompt, up to where the model begins to speak."""
         rendered, _indices = self._render(
             conversations=[values["messages"]], chat_template=compiled, add_generation_prompt=True, **values["tokens"]
@@ -107,20 +112,20 @@ class _ChatTemplates:
         return str(rendered[0])
 
 
-def _kind(name: str) -> _Kind:
-    """The templates of a kind. What they need is imported here, since no file may be opened later."""
-    if name == "chat":
-        return _ChatTemplates()
-    if name != "promptsource":
-        raise ValueError(f"no templates of the kind {name}")
+def _server(kind: str) -> Callable[[Iterator[bytes], Callable[[object], None]], None]:
+    """Serves templates of a kind. What they need is imported here, since no file may be opened later."""
+    if kind == "chat":
+        return partial(_serve, _ChatTemplates())
+    if kind != "promptsource":
+        raise ValueError(f"no templates of the kind {kind}")
     from cappy.rendering import promptsource
 
-    return promptsource
+    return partial(_serve, promptsource)
 
 
-def _serve(kind: _Kind, lines: Iterator[bytes], answer: Callable[[object], None]) -> None:
+def _serve(kind: _Kind[Compiled, Prepared], lines: Iterator[bytes], answer: Callable[[object], None]) -> None:
     """Answers each message in its order."""
-    loaded: dict[int, Any] = {}
+    loaded: dict[int, Compiled] = {}
     for line in lines:
         op, *parts = _from_json(line.decode("utf-8", "surrogatepass"))
         if op == "load":
@@ -129,7 +134,9 @@ def _serve(kind: _Kind, lines: Iterator[bytes], answer: Callable[[object], None]
             answer(_run(kind, loaded, *parts))
 
 
-def _load(kind: _Kind, loaded: dict[int, Any], number: int, seconds: float, *source: str) -> object:
+def _load(
+    kind: _Kind[Compiled, Prepared], loaded: dict[int, Compiled], number: int, seconds: float, *source: str
+) -> object:
     def compiled() -> object:
         loaded[number], answer = kind.load(*source)
         return answer
@@ -137,7 +144,13 @@ def _load(kind: _Kind, loaded: dict[int, Any], number: int, seconds: float, *sou
     return _call_within(seconds, compiled)
 
 
-def _run(kind: _Kind, loaded: dict[int, Any], seconds: float, values: dict[str, Any], items: list[Any]) -> list[object]:
+def _run(
+    kind: _Kind[Compiled, Prepared],
+    loaded: dict[int, Compiled],
+    seconds: float,
+    values: dict[str, object],
+    items: list[tuple[int, str | None]],
+) -> list[object]:
     prepared = kind.prepare(values)
     answers: list[object] = []
     for number, argument in items:
@@ -148,7 +161,7 @@ def _run(kind: _Kind, loaded: dict[int, Any], seconds: float, values: dict[str, 
     return answers
 
 
-def _call_within(seconds: float, call: Callable[..., Any], *args: object) -> object:
+def _call_within(seconds: float, call: Callable[..., object], *args: object) -> object:
     """What the call gives, or how it failed."""
     try:
         try:
@@ -268,20 +281,20 @@ class Placeholder:
     def __repr__(self) -> str:
         return self._representation
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._base, name)
-
-
-def encode(value: Any) -> object:
-    """The value as `json.dumps` takes it; RecursionError where it is nested too deep."""
-    kind = type(value)
-    if kind in _PLAIN:
+        value: object = getattr(self._base, name)
         return value
-    if kind is list:
+
+
+def encode(value: object) -> object:
+    """The value as `json.dumps` takes it; RecursionError where it is nested too deep."""
+    if type(value) in _PLAIN:
+        return value
+    if type(value) is list:
         return [encode(inner) for inner in value]
-    if kind is int:
+    if type(value) is int:
         return value if value.bit_length() <= _MAX_BITS else {"": ["int", hex(value)]}
     if isinstance(value, Mapping):
         if all(type(name) is str and name for name in value):
@@ -290,17 +303,17 @@ def encode(value: Any) -> object:
     return {"": _tagged(value)}
 
 
-def _tagged(value: Any) -> list[object]:
+def _tagged(value: object) -> list[object]:
     kind = type(value)
-    if kind is tuple:
+    if type(value) is tuple:
         return ["tuple", *map(encode, value)]
-    if kind in _SETS:
+    if isinstance(value, _SETS) and kind in _SETS:
         return [kind.__name__, *map(encode, sorted(value, key=repr))]
-    if kind is bytes:
+    if type(value) is bytes:
         return ["bytes", value.hex()]
-    if kind in _MOMENTS and getattr(value, "tzinfo", None) is None:
+    if isinstance(value, _MOMENTS) and kind in _MOMENTS and getattr(value, "tzinfo", None) is None:
         return [kind.__name__, value.isoformat(), getattr(value, "fold", 0)]
-    if kind is datetime.timedelta:
+    if type(value) is datetime.timedelta:
         return ["timedelta", value.days, value.seconds, value.microseconds]
     if kind in (decimal.Decimal, uuid.UUID):
         return [kind.__name__, str(value)]
@@ -317,7 +330,7 @@ def _base(value: object) -> object:
     return None
 
 
-def decode(found: dict[str, Any]) -> Any:
+def decode(found: dict[str, Any]) -> object:
     """The value of a JSON object: as `object_hook` of `json.loads` it makes back what `encode` was given."""
     if "" not in found:
         return found
@@ -328,11 +341,11 @@ def decode(found: dict[str, Any]) -> Any:
 _from_json = json.JSONDecoder(object_hook=decode).decode
 
 
-def _of_items(items: list[list[Any]]) -> dict[object, object]:
+def _of_items(items: Iterable[tuple[object, object]]) -> dict[object, object]:
     return {name: inner for name, inner in items}  # noqa: C416 # dict() would take texts of two characters for pairs
 
 
-_MAKERS: Mapping[str, Callable[..., Any]] = {
+_MAKERS: Mapping[str, Callable[..., object]] = {
     "int": lambda digits: int(digits, 16),
     "dict": _of_items,
     "tuple": lambda *items: items,

@@ -10,9 +10,9 @@ named here. Jinja's sandbox does most of it; the limits of the child bound time 
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from types import BuiltinMethodType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 from jinja2 import meta, pass_context
@@ -68,7 +68,7 @@ def _random(context: Context, values: Sequence[object]) -> object:
     return _draw(values)
 
 
-def _most_frequent(items: Any) -> list[object] | None:
+def _most_frequent(items: Collection[Hashable]) -> list[object] | None:
     """The items that occur most often, in order of their first occurrence; None of none."""
     if not items:
         return None
@@ -77,7 +77,7 @@ def _most_frequent(items: Any) -> list[object] | None:
     return [item for item, count in counts.items() if count == most]
 
 
-_FILTERS: dict[str, Callable[..., Any]] = {name: JINJA[name] for name in _JINJA_FILTERS} | {
+_FILTERS: dict[str, Callable[..., object]] = {name: JINJA[name] for name in _JINJA_FILTERS} | {
     "choice": _choice,
     "most_frequent": _most_frequent,
     "random": _random,
@@ -133,7 +133,7 @@ class _Sandbox(SandboxedEnvironment):
         """Raises SecurityError at once: an undefined value would be printed as nothing."""
         raise SecurityError(f"reads {attribute!r} of a {type(obj).__name__}")
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:  # noqa: N805
         """As Jinja has it; SecurityError for what may not be called."""
         if not __self.is_safe_callable(__obj):
             owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", type(__obj).__name__)
@@ -144,15 +144,19 @@ class _Sandbox(SandboxedEnvironment):
             raise SecurityError(f"sorts by {getattr(key, '__name__', type(key).__name__)!r}")
         return super().call(__context, __obj, *args, **kwargs)
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
         """The operator's result; SecurityError for a whole number of too many bits."""
-        whole = isinstance(left, int) and isinstance(right, int)
-        if operator == "**" and whole and max(left.bit_length(), 1) * abs(right) > MAX_BITS:
+        powers = operator == "**"
+        if powers and isinstance(left, int) and isinstance(right, int) and _bits(left) * abs(right) > MAX_BITS:
             raise SecurityError(f"raises a number to the power of {right}")
-        result = super().call_binop(context, operator, left, right)
+        result: object = super().call_binop(context, operator, left, right)
         if isinstance(result, int) and result.bit_length() > MAX_BITS:
             raise SecurityError(f"computes a number of {result.bit_length():,} bits")
         return result
+
+
+def _bits(number: int) -> int:
+    return max(number.bit_length(), 1)
 
 
 _ENVIRONMENT = _Sandbox()

@@ -226,18 +226,18 @@ def cautions(metrics: Mapping[str, float], config: Mapping[str, Any], facts: Map
 
     The arguments are those of its manifest.
     """
+    limits = [int(decoding["max_new_tokens"]) for decoding in config.get("decodings", ())]
     return [
-        *_cut(metrics, config.get("decodings", ()), facts.get("context")),
-        *_unanswered(metrics, facts),
-        *_reasoning(metrics, config),
+        *_cut(metrics, max(limits, default=0), facts.get("context")),
+        *_unanswered(metrics, facts.get("unanswered", {})),
+        *_reasoning(metrics, stripped=bool(config.get("strip_reasoning"))),
     ]
 
 
-def _cut(metrics: Mapping[str, float], decodings: Sequence[Mapping[str, Any]], context: int | None) -> Iterator[str]:
+def _cut(metrics: Mapping[str, float], limit: int, context: int | None) -> Iterator[str]:
     sampled, cut = metrics.get("sampled", 0), metrics.get("truncated", 0)
     if not sampled or cut / sampled <= MANY_CUT:
         return
-    limit = max((int(decoding["max_new_tokens"]) for decoding in decodings), default=0)
     longer = min(max(_ENOUGH_TOKENS, 2 * limit), MAX_NEW_TOKENS_LIMIT)
     # The instruction needs its place too.
     longer = min(longer, context // 2) if context else longer
@@ -254,8 +254,7 @@ def _why_no_more(context: int | None) -> str:
     return "which is the most; ask for shorter responses"
 
 
-def _unanswered(metrics: Mapping[str, float], facts: Mapping[str, Any]) -> Iterator[str]:
-    unanswered: Mapping[str, Mapping[str, int]] = facts.get("unanswered", {})
+def _unanswered(metrics: Mapping[str, float], unanswered: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     for generator, reasons in unanswered.items():
         count, words = max((count, words) for words, count in reasons.items())
         total = sum(reasons.values())
@@ -265,11 +264,11 @@ def _unanswered(metrics: Mapping[str, float], facts: Mapping[str, Any]) -> Itera
         yield f"failed candidates: {metrics['failed']:,.0f}; cappy sampling asks for them again in its next run"
 
 
-def _reasoning(metrics: Mapping[str, float], config: Mapping[str, Any]) -> Iterator[str]:
+def _reasoning(metrics: Mapping[str, float], *, stripped: bool) -> Iterator[str]:
     if not metrics.get("reasoning"):
         return
     share = f"{metrics['reasoning']:,.0f} of {metrics['sampled']:,.0f} responses"
-    if config.get("strip_reasoning"):
+    if stripped:
         yield f"reasoning was removed from {share}; where nothing was left raise --max-new-tokens"
     else:
         what = "hold reasoning (<think>...), which is labelled as part of the answer"

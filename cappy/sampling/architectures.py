@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -12,7 +11,7 @@ from cappy.errors import ConfigError
 from cappy.model_folder import ModelFolder
 from cappy.sampling.drawing import Continuation, prompt_tokens, response_tokens
 from cappy.sampling.generators import OnDrawn
-from cappy.sampling.local import LocalLLM, each_step, padded
+from cappy.sampling.local import KeyValueCache, LanguageModel, LocalLLM, each_step, padded
 from cappy.sampling.strategies import Decoding
 
 
@@ -86,10 +85,10 @@ class Causal(LocalLLM):
 class _Prefix:
     """Rows that go on after their prompts, whose keys and values are computed once and then copied for each row."""
 
-    def __init__(self, model: Any, mask: torch.Tensor) -> None:
+    def __init__(self, model: LanguageModel, mask: torch.Tensor) -> None:
         self._model = model
         self._mask = mask
-        self._cache: Any = None
+        self._cache: KeyValueCache
         takes = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in takes
         self._last_alone = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
@@ -97,7 +96,7 @@ class _Prefix:
     def start(self, ids: torch.Tensor, copies: int) -> torch.Tensor:
         """Logits after the prompts (prompts, longest), each `copies` times: (prompts * copies, vocabulary)."""
         positions = (self._mask.cumsum(-1) - 1).clamp_(min=0)
-        logits = self._forward(ids, positions)
+        logits = self._forward(ids, positions, None)
         if copies > 1:
             self._cache.batch_repeat_interleave(copies)
             self._mask = self._mask.repeat_interleave(copies, 0)
@@ -106,24 +105,23 @@ class _Prefix:
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         positions = self._mask.sum(-1, keepdim=True)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
-        return self._forward(tokens[:, None], positions)
+        return self._forward(tokens[:, None], positions, self._cache)
 
     def keep(self, rows: torch.Tensor) -> None:
         self._cache.batch_select_indices(rows)
         self._mask = self._mask[rows]
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, cache: KeyValueCache | None) -> torch.Tensor:
         output = self._model(
             input_ids=ids,
             attention_mask=self._mask,
-            past_key_values=self._cache,
+            past_key_values=cache,
             use_cache=True,
             **({"position_ids": positions} if self._takes_positions else {}),
             **self._last_alone,
         )
         self._cache = output.past_key_values
-        logits: torch.Tensor = output.logits[:, -1]
-        return logits
+        return output.logits[:, -1]
 
 
 MAX_INSTRUCTION_TOKENS = 512
@@ -214,38 +212,37 @@ class Seq2Seq(LocalLLM):
 class _Decoder:
     """The decoder over rows of the same batch; keys and values of the source are computed once per instruction."""
 
-    def __init__(self, model: Any, states: torch.Tensor, mask: torch.Tensor) -> None:
+    def __init__(self, model: LanguageModel, states: torch.Tensor, mask: torch.Tensor) -> None:
         self._model = model
         self._states = states
         self._mask = mask
-        self._cache: Any = None
+        self._cache: KeyValueCache
 
     def start(self, copies: int) -> torch.Tensor:
         """Logits of the first token, each instruction's `copies` times: (instructions * copies, vocabulary)."""
         begin = self._model.config.decoder_start_token_id
-        logits = self._forward(torch.full((len(self._mask),), begin, device=self._mask.device))
+        logits = self._forward(torch.full((len(self._mask),), begin, device=self._mask.device), None)
         if copies > 1:
             self._cache.batch_repeat_interleave(copies)
             self._mask = self._mask.repeat_interleave(copies, 0)
         return logits.float().repeat_interleave(copies, 0)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self._forward(tokens)
+        return self._forward(tokens, self._cache)
 
     def keep(self, rows: torch.Tensor) -> None:
         self._cache.batch_select_indices(rows)
         self._mask = self._mask[rows]
 
-    def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _forward(self, tokens: torch.Tensor, cache: KeyValueCache | None) -> torch.Tensor:
         # Once the cache holds the source's keys and values, the states only lend their shape.
-        states = self._states if self._cache is None else self._states[:1].expand(len(tokens), -1, -1)
+        states = self._states if cache is None else self._states[:1].expand(len(tokens), -1, -1)
         output = self._model(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=self._mask,
             decoder_input_ids=tokens[:, None],
-            past_key_values=self._cache,
+            past_key_values=cache,
             use_cache=True,
         )
         self._cache = output.past_key_values
-        logits: torch.Tensor = output.logits[:, -1]
-        return logits
+        return output.logits[:, -1]

@@ -12,7 +12,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -220,8 +220,8 @@ class _Rows:
         self._standing = self._standing[rows]
 
     def responses(self) -> list[Response]:
-        columns: Any = zip(self._tokens.tolist(), self._lengths.tolist(), self._sums.tolist(), strict=True)
-        return [Response(tuple(tokens[:length]), total) for tokens, length, total in columns]
+        columns = (self._tokens.tolist(), self._lengths.tolist(), self._sums.tolist())
+        return [Response(tuple(tokens[:length]), total) for tokens, length, total in zip(*columns, strict=True)]
 
 
 def prompt_tokens(

@@ -3,23 +3,79 @@
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.utils.logging import disable_progress_bar
 
 from cappy.errors import FolderError
-from cappy.model_folder import ModelFolder
+from cappy.model_folder import AutoModel, ModelFolder, Module
 from cappy.records import Candidate
 from cappy.sampling.drawing import Continuation, Response, continue_rows, end_tokens, uniforms
 from cappy.sampling.generators import LocalGenerator, OnDrawn, Samples, ignore_drawn, status_of
 from cappy.sampling.strategies import Decoding
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 MOST_LOGITS = 2**26
 """Logits that one batch of likelihoods may hold, 4 bytes each."""
 CPU_WORK = 2**42
 """Parameters times tokens of a batch on a CPU: it is done within a minute or so, and larger ones are no faster."""
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of what a model has read, a row each; what is used of transformers' caches."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Makes `repeats` rows of each, one beside the other."""
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these rows alone."""
+
+
+class _Output(Protocol):
+    logits: torch.Tensor
+    """(rows, tokens, vocabulary)."""
+    past_key_values: KeyValueCache
+
+
+class _States(Protocol):
+    last_hidden_state: torch.Tensor
+    """(rows, tokens, hidden)."""
+
+
+class _Encoder(Protocol):
+    def __call__(self, *, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> _States: ...
+
+
+class LanguageModel(Module, Protocol):
+    """What is used of transformers' models with a head for tokens."""
+
+    config: "PreTrainedConfig"
+    generation_config: GenerationConfig
+
+    def __call__(self, **inputs: object) -> _Output:
+        """One pass."""
+
+    def forward(self, **inputs: object) -> _Output:
+        """The same; its signature says which inputs the model takes."""
+
+    def generate(self, *ids: torch.Tensor, **inputs: object) -> torch.Tensor:
+        """Tokens of each row: (rows, longest)."""
+
+    def get_encoder(self) -> _Encoder:
+        """The encoder of an encoder-decoder."""
+
+    def num_parameters(self) -> int:
+        """How many numbers the weights are."""
+
+    def to(self, device: torch.device) -> Self:
+        """Moves the weights."""
+
+    def eval(self) -> Self:
+        """Without dropout."""
 
 
 class LocalLLM(LocalGenerator):
@@ -34,15 +90,15 @@ class LocalLLM(LocalGenerator):
     """
 
     BATCH_TOKENS = 65_536
-    AUTO_MODEL: Any
+    AUTO_MODEL: AutoModel[LanguageModel]
 
     def __init__(self, name: str, folder: ModelFolder, revision: str = "") -> None:
         config = folder.config()
         super().__init__(name, revision or folder.hash[:12])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         disable_progress_bar()
-        self.tokenizer: Any = folder.tokenizer()
-        self.model: Any
+        self.tokenizer = folder.tokenizer()
+        self.model: LanguageModel
         self.model, missing = folder.model(self.AUTO_MODEL, config)
         if missing:
             raise FolderError(f"{folder.path}: its weights lack {missing[0]}; get the whole model")
@@ -61,7 +117,7 @@ class LocalLLM(LocalGenerator):
     def close(self) -> None:
         """Lets the weights go."""
         super().close()
-        self.model = None
+        vars(self).pop("model", None)
 
     def respond(
         self,
@@ -99,8 +155,7 @@ class LocalLLM(LocalGenerator):
     def _batch_tokens(self) -> int:
         if self.device.type != "cpu":
             return self.BATCH_TOKENS
-        parameters: int = self.model.num_parameters()
-        return min(self.BATCH_TOKENS, CPU_WORK // max(1, parameters))
+        return min(self.BATCH_TOKENS, CPU_WORK // max(1, self.model.num_parameters()))
 
     def generation_config(self, decoding: Decoding) -> GenerationConfig:
         """Every knob of a beam search, stated; the decoding loop of our own needs none."""

@@ -5,8 +5,8 @@ them. The interface is that of vLLM's public source, `vllm/sampling_params.py` a
 """
 
 import importlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NewType, Protocol
 
 from cappy.errors import ConfigError, FolderError
 from cappy.model_folder import ModelFolder
@@ -14,6 +14,41 @@ from cappy.records import Candidate
 from cappy.sampling.drawing import draw_seed, end_tokens, prompt_tokens, response_tokens
 from cappy.sampling.generators import LocalGenerator, OnDrawn, Samples, refuse_beams, status_of
 from cappy.sampling.strategies import Decoding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_Parameters = NewType("_Parameters", object)
+"""vLLM's `SamplingParams`."""
+
+
+class _Logprob(Protocol):
+    logprob: float
+
+
+class _Response(Protocol):
+    """vLLM's `CompletionOutput`."""
+
+    text: str
+    token_ids: Sequence[int]
+    cumulative_logprob: float
+
+
+class _Answer(Protocol):
+    """vLLM's `RequestOutput`."""
+
+    outputs: Sequence[_Response]
+    prompt_logprobs: Sequence[Mapping[int, _Logprob]]
+
+
+class _Engine(Protocol):
+    """vLLM's `LLM`."""
+
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase": ...
+
+    def generate(
+        self, prompts: Sequence[Mapping[str, list[int]]], parameters: Sequence[_Parameters], /, *, use_tqdm: bool
+    ) -> Sequence[_Answer]: ...
 
 
 class VLLM(LocalGenerator):
@@ -30,14 +65,14 @@ class VLLM(LocalGenerator):
             raise ConfigError(f"{name}: is an encoder-decoder, which vLLM does not run; name it without vllm:")
         super().__init__(name, revision or folder.hash[:12])
         try:
-            vllm: Any = importlib.import_module("vllm")
+            vllm = importlib.import_module("vllm")
         except ImportError as error:
             raise ConfigError(f"{name}: vLLM is not installed; pip install vllm where there is a GPU") from error
-        self._parameters_class: Any = vllm.SamplingParams
+        self._parameters_class: Callable[..., _Parameters] = vllm.SamplingParams
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         try:
             # generation_config "vllm" keeps the folder's own sampling settings out.
-            self._llm: Any = vllm.LLM(
+            self._llm: _Engine = vllm.LLM(
                 model=str(path),
                 load_format="safetensors",
                 trust_remote_code=False,
@@ -47,7 +82,7 @@ class VLLM(LocalGenerator):
         except (OSError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise FolderError(f"{path}: vLLM cannot load it ({reason[:120]})") from error
-        self._tokenizer: Any = self._llm.get_tokenizer()
+        self._tokenizer = self._llm.get_tokenizer()
         self._ends = end_tokens(self._tokenizer, config, path)
 
     def check(self, decodings: Sequence[Decoding]) -> None:
@@ -57,7 +92,7 @@ class VLLM(LocalGenerator):
     def close(self) -> None:
         """Lets the engine go."""
         super().close()
-        self._llm = None
+        vars(self).pop("_llm", None)
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
         """(sum of log-probabilities, number of tokens) of each given response, end token included."""
@@ -107,12 +142,11 @@ class VLLM(LocalGenerator):
             for place in range(len(prompts))
         }
 
-    def _generate(self, asked: Sequence[tuple[list[int], Any]]) -> list[Any]:
+    def _generate(self, asked: Sequence[tuple[list[int], _Parameters]]) -> Sequence[_Answer]:
         prompts = [{"prompt_token_ids": ids} for ids, _ in asked]
-        outputs: list[Any] = self._llm.generate(prompts, [parameters for _, parameters in asked], use_tqdm=False)
-        return outputs
+        return self._llm.generate(prompts, [parameters for _, parameters in asked], use_tqdm=False)
 
-    def _parameters(self, decoding: Decoding, seed: int) -> Any:
+    def _parameters(self, decoding: Decoding, seed: int) -> _Parameters:
         return self._parameters_class(
             n=decoding.num_samples,
             temperature=decoding.temperature if decoding.do_sample else 0.0,
@@ -130,7 +164,7 @@ class VLLM(LocalGenerator):
             skip_special_tokens=True,
         )
 
-    def _candidate(self, output: Any, decoding: Decoding, seed: int) -> Candidate:
+    def _candidate(self, output: _Response, decoding: Decoding, seed: int) -> Candidate:
         text = output.text.strip()
         count = len(output.token_ids)
         return Candidate(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,9 +95,15 @@ def read_calibration(folder: str | Path) -> Calibration | None:
     return calibration
 
 
-def _read_map(values: dict[str, Any]) -> PickMap:
+class _MapValues(TypedDict):
+    n: object
+    scores: Sequence[float]
+    expected: Sequence[float]
+
+
+def _read_map(values: _MapValues) -> PickMap:
     """ValueError, TypeError or KeyError where it is no monotone map to 0 to 1."""
-    scores, expected = (tuple(float(value) for value in values[name]) for name in ("scores", "expected"))
+    scores, expected = tuple(map(float, values["scores"])), tuple(map(float, values["expected"]))
     if not scores or len(scores) != len(expected):
         raise ValueError("it has not as many scores as labels")
     if not np.isfinite([*scores, *expected]).all() or min(expected) < 0 or max(expected) > 1:

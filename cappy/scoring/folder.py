@@ -10,13 +10,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from cappy.errors import FolderError, shown
 from cappy.model_folder import ModelFolder
 from cappy.scoring.config import HEADS, TRUNCATIONS, Head, ScorerConfig, Truncation
+from cappy.untrusted import JSON
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -76,17 +77,17 @@ def read_stated(folder: Path, config: "PreTrainedConfig") -> Stated:
     _check_prompt(folder / SETTINGS, settings)
     transformer = next((path for name in TRANSFORMER_FILES if (path := folder / name).is_file()), None)
     values = _object(transformer) if transformer else {}
-    if transformer:
-        _check_transformer(transformer, values)
+    length = _transformer_length(transformer, values) if transformer else None
+    modalities = values.get("modality_config")
     head = _head(settings.get("activation_fn"), f"{folder / SETTINGS}: activation_fn")
     return Stated(
         head=head or _head_of_config(folder, config),
-        max_length=values.get("max_seq_length"),
-        renders="message" in (values.get("modality_config") or {}),
+        max_length=length,
+        renders=isinstance(modalities, Mapping | Sequence) and "message" in modalities,
     )
 
 
-def check_template(folder: Path, template: Any) -> None:
+def check_template(folder: Path, template: object) -> None:
     """FolderError where a chat template would write pairs; where it cannot, a warning: it is not applied here."""
     if not template:
         return
@@ -114,7 +115,7 @@ def _head_of_config(folder: Path, config: "PreTrainedConfig") -> Head | None:
     return _head(getattr(config, _OLD_KEY, None), f"{where}: {_OLD_KEY}")
 
 
-def _head(path: Any, where: str) -> Head | None:
+def _head(path: object, where: str) -> Head | None:
     if path is None:
         return None
     head = _HEADS.get(path.rpartition(".")[2]) if isinstance(path, str) and path.startswith("torch.nn.") else None
@@ -125,24 +126,26 @@ def _head(path: Any, where: str) -> Head | None:
 
 
 def _check_modules(path: Path) -> None:
-    modules = _json(path)
-    known = isinstance(modules, Sequence) and all(isinstance(module, Mapping) for module in modules)
-    names = [str(module.get("type", "")).rpartition(".")[2] for module in modules] if known else []
+    values = _json(path)
+    listed = values if isinstance(values, list) else []
+    modules = [module for module in listed if isinstance(module, Mapping)]
+    names = [str(module.get("type", "")).rpartition(".")[2] for module in modules] if modules == listed else []
     if names != ["Transformer"] or modules[0].get("path"):
         named = shown(", ".join(names), 80)
         raise FolderError(f"{path}: names the modules {named}; a scorer is one Transformer in the folder itself")
 
 
-def _check_prompt(path: Path, settings: Mapping[str, Any]) -> None:
+def _check_prompt(path: Path, settings: Mapping[str, JSON]) -> None:
     name = settings.get("default_prompt_name")
     prompts = settings.get("prompts") or {}
-    if name is None or (isinstance(prompts, Mapping) and prompts.get(name) == ""):
+    if name is None or (isinstance(name, str) and isinstance(prompts, Mapping) and prompts.get(name) == ""):
         return
     remedy = "set it to null and give instructions that begin with the prompt"
     raise FolderError(f"{path}: default_prompt_name {shown(str(name))} is not applied here; {remedy}")
 
 
-def _check_transformer(path: Path, values: Mapping[str, Any]) -> None:
+def _transformer_length(path: Path, values: Mapping[str, JSON]) -> int | None:
+    """Tokens of a pair, None where none are stated; FolderError for a setting that is not applied here."""
     if (task := values.get("transformer_task", "sequence-classification")) != "sequence-classification":
         raise FolderError(
             f"{path}: transformer_task is {shown(json.dumps(task))}; a scorer's is sequence-classification"
@@ -157,20 +160,22 @@ def _check_transformer(path: Path, values: Mapping[str, Any]) -> None:
     length = values.get("max_seq_length")
     if length is not None and (not isinstance(length, int) or isinstance(length, bool)):
         raise FolderError(f"{path}: max_seq_length must be a number of tokens, got {shown(json.dumps(length))}")
+    return length
 
 
-def _object(path: Path) -> Mapping[str, Any]:
+def _object(path: Path) -> Mapping[str, JSON]:
     values = _json(path) if path.is_file() else {}
     if not isinstance(values, Mapping):
         raise FolderError(f"{path}: must be an object, got {shown(json.dumps(values), 40)}; get the folder again")
     return values
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> JSON:
     try:
-        return json.loads(path.read_bytes())
+        values: JSON = json.loads(path.read_bytes())
     except ValueError as error:
         raise FolderError(f"{path}: is not JSON ({shown(str(error), 80)}); get the folder again") from error
+    return values
 
 
 USUAL_LENGTH = 512
@@ -293,15 +298,14 @@ def max_length_of(
     stated: Stated,
 ) -> int:
     """Tokens of a pair: what we recorded, else what the CrossEncoder reads; never more than the model has positions."""
-    recorded = _own(config).get("max_length")
-    if recorded is not None:
-        _check_length(recorded, "config.json: cappy.max_length")
+    stated_here = _own(config).get("max_length")
+    recorded = None if stated_here is None else _checked_length(stated_here, "config.json: cappy.max_length")
     of_tokenizer = stated.max_length
     if of_tokenizer is None:
         limit = getattr(tokenizer, "model_max_length", None)
         of_tokenizer = int(limit) if isinstance(limit, int | float) and limit < UNLIMITED else None
     if of_tokenizer is not None:
-        _check_length(of_tokenizer, f"{TOKENIZER_CONFIG}: model_max_length")
+        _checked_length(of_tokenizer, f"{TOKENIZER_CONFIG}: model_max_length")
     if recorded is not None and folder.listed:
         # Earlier releases did not write the length into the tokenizer's file.
         of_tokenizer = None
@@ -325,12 +329,13 @@ def positions_of(model: "PreTrainedModel") -> int | None:
     return positions
 
 
-def _check_length(length: Any, where: str) -> None:
+def _checked_length(length: object, where: str) -> int:
     if not isinstance(length, int) or isinstance(length, bool) or length < SHORTEST:
         raise FolderError(f"{where} must be at least {SHORTEST} tokens, got {shown(json.dumps(length))}")
+    return length
 
 
-def _own(config: "PreTrainedConfig") -> Mapping[str, Any]:
+def _own(config: "PreTrainedConfig") -> Mapping[str, JSON]:
     """What this project recorded in a configuration."""
     own = getattr(config, "cappy", None) or {}
     if not isinstance(own, Mapping):
@@ -338,7 +343,7 @@ def _own(config: "PreTrainedConfig") -> Mapping[str, Any]:
     return own
 
 
-def _own_head(own: Mapping[str, Any]) -> Head | None:
+def _own_head(own: Mapping[str, JSON]) -> Head | None:
     return next((head for head in HEADS if head == own.get("head")), None)
 
 

@@ -11,11 +11,12 @@ compiler calls for the same purpose; they have no public name, so `has_prepackin
 where they are missing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate, groupby
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,64 @@ class _Layout:
     """(pairs + 1,) int32: 0 and the row after each pair."""
 
 
+class _Attended(Protocol):
+    """What follows attention, or the wide map: a linear map, dropout, and the norm of the sum with what went in."""
+
+    dense: nn.Linear
+
+    def __call__(self, hidden: Tensor, kept: Tensor, /) -> Tensor: ...
+
+
+class _Widened(Protocol):
+    dense: nn.Linear
+
+    def __call__(self, hidden: Tensor, /) -> Tensor: ...
+
+
+class _Projections(Protocol):
+    num_attention_heads: int
+    dropout: nn.Dropout
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    together: nn.Linear
+    """In the place of the three, where `prepack` joined them."""
+
+
+class _Attention(Protocol):
+    self: _Projections
+    output: _Attended
+
+
+class _Layer(Protocol):
+    """What is used of a layer of BERT's build."""
+
+    attention: _Attention
+    intermediate: _Widened
+    output: _Attended
+    training: bool
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def add_module(self, name: str, module: nn.Module) -> None: ...
+
+
+class _Embeddings(Protocol):
+    def __call__(self, *, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor: ...
+
+
+class _Layers(Protocol):
+    layer: Sequence[_Layer]
+
+
+class _Body(Protocol):
+    """What is used of an encoder of BERT's build."""
+
+    embeddings: _Embeddings
+    encoder: _Layers
+    pooler: Callable[[Tensor], Tensor] | None
+
+
 def packs(model: "PreTrainedModel") -> bool:
     """Whether this module knows the model's build."""
     config = model.config
@@ -95,7 +154,8 @@ def packed_logits(model: "PreTrainedModel", batch: Sequence[Encoded], device: to
     """Logits (pairs,) in fp32; linear maps run in the precision of their weights, dropout where the model trains."""
     order = sorted(range(len(batch)), key=lambda number: -len(batch[number].ids))
     batch = [batch[number] for number in order]
-    body, layout = model.base_model, _layout(batch, device)
+    body: _Body = model.base_model
+    layout = _layout(batch, device)
     hidden = _embedded(body, model.config, batch, layout)
     layers = body.encoder.layer
     for layer in layers:
@@ -112,7 +172,7 @@ def _layout(batch: Sequence[Encoded], device: torch.device) -> _Layout:
     return _Layout(lengths=lengths, starts=ends[:-1].long(), stretches=stretches, ends=ends)
 
 
-def _embedded(body: Any, config: "PreTrainedConfig", batch: Sequence[Encoded], layout: _Layout) -> Tensor:
+def _embedded(body: _Body, config: "PreTrainedConfig", batch: Sequence[Encoded], layout: _Layout) -> Tensor:
     """(tokens, hidden): what the encoder's first layer reads."""
     device = layout.starts.device
     ids = torch.tensor([token for pair in batch for token in pair.ids], device=device)
@@ -125,11 +185,10 @@ def _embedded(body: Any, config: "PreTrainedConfig", batch: Sequence[Encoded], l
         positions = (total[1:] - total[before]) * counted + config.pad_token_id
     else:
         positions = torch.arange(len(ids), device=device) - before
-    embedded: Tensor = body.embeddings(input_ids=ids[None], token_type_ids=types[None], position_ids=positions[None])[0]
-    return embedded
+    return body.embeddings(input_ids=ids[None], token_type_ids=types[None], position_ids=positions[None])[0]
 
 
-def _layer(layer: Any, hidden: Tensor, layout: _Layout, *, last: bool) -> Tensor:
+def _layer(layer: _Layer, hidden: Tensor, layout: _Layout, *, last: bool) -> Tensor:
     """(tokens, hidden), or (pairs, hidden) of the last layer."""
     projections = layer.attention.self
     dtype = layer.attention.output.dense.weight.dtype
@@ -139,11 +198,10 @@ def _layer(layer: Any, hidden: Tensor, layout: _Layout, *, last: bool) -> Tensor
     dropout = projections.dropout.p if layer.training else 0.0
     mixed = _attention(query, key, value, layout, single=last, dropout=dropout)
     attended = layer.attention.output(mixed.flatten(1), kept)
-    output: Tensor = layer.output(layer.intermediate(attended.to(dtype)), attended)
-    return output
+    return layer.output(layer.intermediate(attended.to(dtype)), attended)
 
 
-def _projected(projections: Any, asking: Tensor, narrow: Tensor) -> Sequence[Tensor]:
+def _projected(projections: _Projections, asking: Tensor, narrow: Tensor) -> Sequence[Tensor]:
     """Queries of the rows `asking`, keys and values of all, (rows, heads, size) each."""
     heads = projections.num_attention_heads
     if hasattr(projections, "together"):
@@ -160,8 +218,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, layout: _Layout, *, si
 
         longest = max(layout.lengths)
         asked = torch.arange(len(layout.lengths) + 1, dtype=torch.int32, device=query.device) if single else layout.ends
-        flash: Any = varlen_attn(query, key, value, asked, layout.ends, 1 if single else longest, longest)
-        return cast(Tensor, flash)
+        # A pair only where `return_aux` is asked for.
+        return cast(Tensor, varlen_attn(query, key, value, asked, layout.ends, 1 if single else longest, longest))
     shape, attended, row, asked_row = query.shape[1:], [], 0, 0
     for pairs, length in layout.stretches:
         rows, queries = pairs * length, pairs if single else pairs * length
@@ -200,12 +258,11 @@ class Prepacked(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """(rows, out) in bf16 from (rows, in) in bf16."""
-        how: tuple[Any, ...] = (self.after, [], "none")
-        mapped: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, *how)
+        mapped: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, self.after, [], "none")
         return mapped
 
 
-def prepack(layers: Sequence[Any], *, gelu: bool) -> None:
+def prepack(layers: Sequence[_Layer], *, gelu: bool) -> None:
     """Puts a `Prepacked` in the place of every linear map in layers of BERT's build; `gelu`: theirs is exact.
 
     Queries, keys and values of all layers but the last, which asks for the first token alone, are one map, `together`.
@@ -214,9 +271,10 @@ def prepack(layers: Sequence[Any], *, gelu: bool) -> None:
         projections = layer.attention.self
         if layer is not layers[-1]:
             projections.together = _joined(projections.query, projections.key, projections.value)
-            projections.query = projections.key = projections.value = None
+            for name in ("query", "key", "value"):
+                setattr(projections, name, None)
         if gelu:
-            layer.intermediate = Prepacked(layer.intermediate.dense, "gelu")
+            layer.add_module("intermediate", Prepacked(layer.intermediate.dense, "gelu"))
         for module in list(layer.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
@@ -245,7 +303,7 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
-        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return False
 
@@ -271,7 +329,7 @@ def lower_body(model: "PreTrainedModel") -> None:
 def keep_heads_exact(model: "PreTrainedModel") -> None:
     """Lets what follows the body run in fp32 even where a pass runs under autocast."""
     for head in _heads(model):
-        entered: list[Any] = []
+        entered: list[AbstractContextManager[object]] = []
         head.register_forward_pre_hook(partial(_enter_exact, entered))
         head.register_forward_hook(partial(_leave_exact, entered), always_call=True)
 
@@ -283,17 +341,19 @@ def _heads(model: "PreTrainedModel") -> list[nn.Module]:
     return after + [child for name, child in body.named_children() if name == "pooler"]
 
 
-def _enter_exact(entered: list[Any], module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _enter_exact(
+    entered: list[AbstractContextManager[object]], module: nn.Module, inputs: tuple[object, ...]
+) -> tuple[object, ...]:
     entered.append(torch.autocast(next(module.parameters(), torch.empty(0)).device.type, enabled=False))
     entered[-1].__enter__()
     return _widen(module, inputs)
 
 
-def _leave_exact(entered: list[Any], *_: Any) -> None:
+def _leave_exact(entered: list[AbstractContextManager[object]], *_: object) -> None:
     entered.pop().__exit__(None, None, None)
 
 
-def _widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _widen(_: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(
         value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs
     )

@@ -3,7 +3,8 @@
 import logging
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
 WEIGHTS_SHARDED = 3
 """The stage of ZeRO that shards the weights too."""
+
+
+class _Parameter(Protocol):
+    """What is used of a parameter; `ds_tensor` is this rank's share of it and `ds_shape` the whole's, at stage 3."""
+
+    shape: torch.Size
+    ds_shape: torch.Size
+    ds_tensor: Tensor
 
 
 class _Passes(nn.Module):
@@ -132,7 +141,7 @@ class Sharded:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _put(self, parameter: Any, value: Tensor, moment: str | None = None) -> None:
+    def _put(self, parameter: _Parameter, value: Tensor, moment: str | None = None) -> None:
         """Puts this rank's share of a whole tensor in place: of the weights, or of a moment."""
         api, value = self._api, value.to(self.engine.device)
         if self._stage == WEIGHTS_SHARDED:
@@ -149,9 +158,8 @@ class Sharded:
         else:
             api.safe_set_full_fp32_param(parameter, value)
 
-    def _shape(self, parameter: Any) -> torch.Size:
-        shape: torch.Size = parameter.ds_shape if self._stage == WEIGHTS_SHARDED else parameter.shape
-        return shape
+    def _shape(self, parameter: _Parameter) -> torch.Size:
+        return parameter.ds_shape if self._stage == WEIGHTS_SHARDED else parameter.shape
 
 
 def _engine_config(config: TrainingSettings) -> dict[str, object]:
@@ -172,7 +180,7 @@ def name_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _deepspeed() -> Any:
+def _deepspeed() -> ModuleType:
     name_accelerator()
     try:
         import deepspeed  # type: ignore[import-untyped]
@@ -183,4 +191,5 @@ def _deepspeed() -> Any:
     # whoever comes next waits for it for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # Else every rank tells its whole configuration.
-    return deepspeed
+    module: ModuleType = deepspeed
+    return module

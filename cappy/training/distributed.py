@@ -66,7 +66,7 @@ class Ranks:
             for gradient, part in zip(bucket, torch.split(sums, [g.numel() for g in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def broadcast_object(self, value: Any) -> Any:
+    def broadcast_object(self, value: object) -> Any:
         """What the first rank has for `value`, which JSON can hold; torch's broadcast of objects would pickle it."""
         if self.count == 1:
             return value

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
@@ -54,8 +54,8 @@ class PlatformProblem(Refused):
     error: str
 
 
-UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": PlatformProblem}}
-UNREADY: dict[int | str, dict[str, Any]] = {503: {"description": "Scores cannot be had"}}
+UNKNOWN: dict[int | str, dict[str, object]] = {404: {"model": PlatformProblem}}
+UNREADY: dict[int | str, dict[str, object]] = {503: {"description": "Scores cannot be had"}}
 
 
 def refuse(status: int, message: str) -> Mapping[str, object]:

@@ -136,7 +136,7 @@ def pieces(content: object) -> Sequence[str]:
     return _PIECE.findall(content) if isinstance(content, str) else ()
 
 
-def _part(choice: Mapping[str, object], delta: Mapping[str, object], **more: Any) -> dict[str, object]:
+def _part(choice: Mapping[str, object], delta: Mapping[str, object], **more: object) -> dict[str, object]:
     return {
         "index": choice["index"],
         "delta": dict(delta),

@@ -20,7 +20,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 from scipy.special import stdtr
 
@@ -202,20 +202,28 @@ class Ledger:
         self.total.spent += cost
 
 
-def read_usage(sent: object) -> dict[str, Any] | None:
+class Usage(NamedTuple):
+    """Tokens of a prompt and of its responses, and all that a server counted, by name, at any depth."""
+
+    prompt: int
+    completion: int
+    counts: dict[str, object]
+
+
+def read_usage(sent: object) -> Usage | None:
     """The whole numbers from 0 to 2**53 in a usage as a server sent it, at any place within `MAX_USAGE_DEPTH`.
 
     None where it does not say how many tokens of prompt and of response there were.
     """
     if not isinstance(sent, dict):
         return None
-    usage = _counts(sent, MAX_USAGE_DEPTH)
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    return usage if is_count(prompt) and is_count(completion) else None
+    counts = _counts(sent, MAX_USAGE_DEPTH)
+    prompt, completion = counts.get("prompt_tokens"), counts.get("completion_tokens")
+    return Usage(prompt, completion, counts) if is_count(prompt) and is_count(completion) else None
 
 
-def _counts(sent: dict[str, object], depth: int) -> dict[str, Any]:
-    counts: dict[str, Any] = {}
+def _counts(sent: dict[str, object], depth: int) -> dict[str, object]:
+    counts: dict[str, object] = {}
     for name in [*_NAMED, *islice((name for name in sent if name not in _NAMED), MAX_USAGE_FIELDS)]:
         value = sent.get(name)
         if is_count(value):

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -51,7 +51,7 @@ class _Checked(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     model: Annotated[str, Field(min_length=1)]
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[dict[str, object]], Field(min_length=1, fail_fast=True)]
     n: Count | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
@@ -84,7 +84,7 @@ class ChatRequest:
     most_tokens: int | None
 
 
-def read_object(data: bytes, bounds: Bounds) -> dict[str, Any]:
+def read_object(data: bytes, bounds: Bounds) -> dict[str, object]:
     """A JSON object whose numbers are finite and whose texts are whole.
 
     GatewayError 400 for anything else, 413 for what is out of bounds, which is found before it is built where it can.

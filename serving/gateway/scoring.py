@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import httpx2
 
@@ -15,6 +14,7 @@ from cappy.errors import ConfigError
 from cappy.redaction import one_line, redact_address, remember_address
 from cappy.sampling.endpoint.client import (
     MAX_BYTES,
+    ClientSettings,
     Connection,
     Deadlines,
     async_settings,
@@ -168,7 +168,7 @@ def _asked_once(address: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
         deadlines.close()
 
 
-def _with(made: dict[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
+def _with(made: ClientSettings, headers: Mapping[str, str]) -> ClientSettings:
     """The settings of a client with these headers beside its own."""
     return {**made, "headers": {**made["headers"], **headers}}
 

@@ -306,8 +306,8 @@ class Upstream:
         """Counts what the server says was used; its cost by the rule of thumb where it does not say."""
         usage = read_usage(sent)
         if usage is not None:
-            ask.ledger.usages.append(usage)
-            prompt, completion = usage["prompt_tokens"], usage["completion_tokens"]
+            ask.ledger.usages.append(usage.counts)
+            prompt, completion = usage.prompt, usage.completion
         else:
             prompt, completion = tokens_of(ask.request.instruction), sum(map(tokens_of, texts))
             ask.ledger.unmetered += 1

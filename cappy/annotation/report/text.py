@@ -6,7 +6,6 @@ The text has at most 100 columns and no colours, the same when piped. The page s
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 from pydantic import TypeAdapter
 from rich.cells import cell_len, set_cell_size
@@ -14,6 +13,7 @@ from rich.cells import cell_len, set_cell_size
 from cappy.annotation.report.record import NUM_BINS, QUANTILES, DataReport, Labels, Lengths, Pools
 from cappy.pages.words import metric_name, percent
 from cappy.records.instance import SELECTABLE
+from cappy.untrusted import JSON
 
 Row = tuple[str, ...]
 Rows = list[Row]
@@ -44,9 +44,9 @@ def to_text(report: DataReport) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def to_values(report: DataReport) -> dict[str, Any]:
+def to_values(report: DataReport) -> dict[str, JSON]:
     """JSON values, with the findings in words beside the numbers."""
-    values: dict[str, Any] = TypeAdapter(DataReport).dump_python(report, mode="json")
+    values: dict[str, JSON] = TypeAdapter(DataReport).dump_python(report, mode="json")
     return {"findings": list(findings(report)), **values}
 
 

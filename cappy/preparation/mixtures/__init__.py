@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.resources import files
-from typing import Any
+from typing import Required, TypedDict
 
 from pydantic import TypeAdapter
 
@@ -110,9 +110,41 @@ def from_json(text: str) -> Mixture:
     return TypeAdapter(Mixture).validate_json(text, strict=True)
 
 
-def to_values(mixture: Mixture) -> dict[str, Any]:
+class SubsetValues(TypedDict, total=False):
+    """A `Subset` as JSON values, and as an entry of sources.json; what is left out is at its default.
+
+    `choices_per_row` stands in sources.json alone, `plan` in the JSON of a plan.
+    """
+
+    name: Required[str]
+    dataset: Required[str]
+    repository: Required[str]
+    configuration: Required[str | None]
+    revision: Required[str]
+    rows: Mapping[str, int | None]
+    verified: Required[bool]
+    templates: Sequence[Mapping[str, object]]
+    manual: str
+    notes: str
+    choices_source: str
+    evidence: str
+    commit_seen: str
+    choices_per_row: float
+    plan: Sequence[Mapping[str, object]]
+
+
+class MixtureValues(TypedDict):
+    """A `Mixture` as JSON values."""
+
+    name: str
+    template_version: str
+    samples: int
+    subsets: list[SubsetValues]
+
+
+def to_values(mixture: Mixture) -> MixtureValues:
     """A mixture as JSON values, fields at their default left out."""
-    values: dict[str, Any] = TypeAdapter(Mixture).dump_python(mixture, mode="json", exclude_defaults=True)
+    values: MixtureValues = TypeAdapter(Mixture).dump_python(mixture, mode="json", exclude_defaults=True)
     return values
 
 

@@ -14,10 +14,20 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from cappy.errors import CappyError, ConfigError
-from cappy.preparation.mixtures import NAMES, Mixture, Subset, TemplateFacts, data_text, to_values
+from cappy.preparation.mixtures import (
+    NAMES,
+    Mixture,
+    MixtureValues,
+    Subset,
+    SubsetValues,
+    TemplateFacts,
+    data_text,
+    to_values,
+)
 from cappy.preparation.templates import load_templates
 
 TEMPLATE_VERSION = "promptsource 0.1.0"
@@ -80,7 +90,7 @@ def write_mixtures(templates: Path, published: Path, target: Path) -> list[Path]
 
 def make_mixture(name: str, templates: Path, published: Path) -> Mixture:
     """The mixture of this name; see `write_mixtures` for the folders."""
-    sources: list[dict[str, Any]] = json.loads(data_text("sources.json"))[name]
+    sources: list[SubsetValues] = json.loads(data_text("sources.json"))[name]
     if name == "bigbench45":
         sizes = _table(published / "bigbench45_sizes_and_scores.csv")
         subsets = [_bigbench_subset(sources[0], row) for row in sizes]
@@ -113,16 +123,16 @@ def count_choices(answer_choices: str | None, per_row: float | None) -> float | 
     return per_row
 
 
-def _subset(source: Mapping[str, Any], templates: Path) -> Subset:
+def _subset(source: SubsetValues, templates: Path) -> Subset:
     fields = {key: value for key, value in source.items() if key != "choices_per_row"}
     facts = _templates(source["dataset"], templates, source.get("choices_per_row"))
-    return Subset(**{**fields, "templates": tuple(facts)})
+    return TypeAdapter(Subset).validate_python({**fields, "templates": tuple(facts)})
 
 
-def _bigbench_subset(source: Mapping[str, Any], sizes: Mapping[str, str]) -> Subset:
+def _bigbench_subset(source: SubsetValues, sizes: Mapping[str, str]) -> Subset:
     task = sizes["task"]
     rows = {split: _size(sizes[split]) for split in ("train", "validation")}
-    return Subset(**{**source, "name": task, "configuration": task, "rows": rows})
+    return TypeAdapter(Subset).validate_python({**source, "name": task, "configuration": task, "rows": rows})
 
 
 def _templates(dataset: str, templates: Path, per_row: float | None) -> Iterator[TemplateFacts]:
@@ -148,14 +158,14 @@ def _size(text: str) -> int | None:
     return int(text) if text else None
 
 
-def _check_same(rows: Mapping[str, int | None], sources: list[dict[str, Any]], path: Path) -> None:
+def _check_same(rows: Mapping[str, int | None], sources: list[SubsetValues], path: Path) -> None:
     named = {source["name"] for source in sources}
     if named != set(rows):
         differing = ", ".join(sorted(named ^ set(rows)))
         raise ConfigError(f"{path}: names other datasets than sources.json ({differing}); mend sources.json")
 
 
-def _compact(values: Mapping[str, Any]) -> str:
+def _compact(values: MixtureValues) -> str:
     """JSON with one line for each subset and each template, so that a change shows as the line that changed."""
     subsets = []
     for subset in values["subsets"]:

@@ -8,7 +8,7 @@ import json
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from cappy.preparation.mixtures import Mixture, Subset, TemplateFacts, to_values
 
@@ -133,7 +133,7 @@ def to_json(mixture: Mixture) -> str:
     return json.dumps({**values, "totals": _totals(planned), "notes": list(_sentences(mixture, planned))}, indent=1)
 
 
-def _totals(planned: Plan) -> dict[str, Any]:
+def _totals(planned: Plan) -> dict[str, int | list[str]]:
     return {
         "examples": planned.examples(),
         "examples_with_choices": planned.examples("choices"),

@@ -14,14 +14,13 @@ import tarfile
 import urllib.request
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
-from typing import Any
 
 import yaml
 
@@ -29,7 +28,7 @@ from cappy.errors import ConfigError, FolderError, RecordError, shown
 from cappy.rendering import jobs
 from cappy.rendering.child import encode
 from cappy.rendering.jobs import MAX_SECONDS, Failure, Job, Source
-from cappy.untrusted import FAST_LOADER, MAX_CHARACTERS, load_yaml
+from cappy.untrusted import FAST_LOADER, MAX_CHARACTERS, Loader, load_yaml
 
 __all__ = [
     "LimitError",
@@ -99,7 +98,7 @@ class Rendered:
 
 Result = Rendered | RecordError | None
 """A row under a template; None where T0 drops the row, because its instruction or target is blank."""
-Row = Mapping[str, Any]
+Row = Mapping[str, object]
 
 
 def render(template: Template, row: Row, *, seed: int = 0, seconds: float = MAX_SECONDS) -> Rendered | None:
@@ -179,7 +178,7 @@ def _encoded(row: Row) -> tuple[str, str]:
         return "{}", "the row's values are nested too deep; mend the row"
 
 
-def _result(template: Template, row: Row, outcome: Any) -> Result:
+def _result(template: Template, row: Row, outcome: object) -> Result:
     if outcome is None:
         return None
     if not isinstance(outcome, Failure):
@@ -210,13 +209,12 @@ def _where(template: Template) -> str:
     return f"{template.dataset}: template {shown(template.name)}"
 
 
-class _Loader(FAST_LOADER):  # type: ignore[misc] # a class of PyYAML's
+class _Loader(FAST_LOADER):  # type: ignore[misc, valid-type] # a class of PyYAML's
     """A safe loader that takes PromptSource's two tags for the mappings that they are."""
 
 
-def _mapping(loader: Any, node: yaml.Node) -> dict[Any, Any]:
-    mapping: dict[Any, Any] = loader.construct_mapping(node, deep=True)
-    return mapping
+def _mapping(loader: Loader, node: yaml.MappingNode) -> dict[Hashable, object]:
+    return loader.construct_mapping(node, deep=True)
 
 
 _Loader.add_constructor("!Template", _mapping)
@@ -238,7 +236,7 @@ def _path(folder: Path, dataset: str) -> Path:
     return path
 
 
-def _mappings(path: Path) -> Mapping[str, Any]:
+def _mappings(path: Path) -> Mapping[str, object]:
     try:
         with path.open("rb") as file:
             content = load_yaml(file.read(MAX_CHARACTERS + 1), _Loader)
@@ -276,7 +274,7 @@ def _template(path: Path, dataset: str, key: object, values: object) -> Template
     )
 
 
-def _text(where: str, values: Mapping[str, Any], name: str) -> str:
+def _text(where: str, values: Mapping[str, object], name: str) -> str:
     value = values.get(name)
     if not isinstance(value, str):
         raise ConfigError(f"{where}: {name} must be a text, got {shown(value)}; put it in quotes")

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.cookiejar import CookieJar
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypedDict
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import httpx2
@@ -109,6 +109,21 @@ class RefusedAnswerError(httpx2.DecodingError):
     """An answer that is not read to its end: too large, or in an encoding that was not requested."""
 
 
+class _NetworkStream(Protocol):
+    """What is used of an open connection of the HTTP client."""
+
+    def get_extra_info(self, info: str) -> object: ...
+
+
+class ClientSettings(TypedDict):
+    """Keyword arguments of a client of httpx2."""
+
+    follow_redirects: bool
+    cookies: CookieJar
+    headers: dict[str, str]
+    event_hooks: dict[str, list[Callable[..., object]]]
+
+
 class Connection:
     """The newest connection of a synchronous client that asks one thing at a time, which can be ended by force.
 
@@ -116,7 +131,7 @@ class Connection:
     """
 
     def __init__(self) -> None:
-        self._stream: Any = None
+        self._stream: _NetworkStream | None = None
         self.max_bytes = MAX_ANSWER_BYTES
         self.due = float("inf")
         self.late = False
@@ -125,7 +140,7 @@ class Connection:
         """A hook for requests: notes what they open."""
         request.extensions["trace"] = self._trace
 
-    def _trace(self, event: str, details: Mapping[str, object]) -> None:
+    def _trace(self, event: str, details: Mapping[str, "_NetworkStream"]) -> None:
         if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
             self._stream = details["return_value"]
 
@@ -178,7 +193,7 @@ class Deadlines:
                         connection.end()
 
 
-def settings(connection: Connection) -> dict[str, Any]:
+def settings(connection: Connection) -> ClientSettings:
     """Settings of a synchronous client, which asks one thing at a time, over a connection that can be ended.
 
     Its answers have at most `connection.max_bytes` bytes, decoded.
@@ -190,10 +205,10 @@ def settings(connection: Connection) -> dict[str, Any]:
         assert isinstance(stream, httpx2.SyncByteStream)  # noqa: S101 (the client is synchronous)
         response.stream = _Stream(stream, body)
 
-    return {**_common(), "event_hooks": {"request": [connection.follow], "response": [bound]}}
+    return _settings({"request": [connection.follow], "response": [bound]})
 
 
-def async_settings() -> dict[str, Any]:
+def async_settings() -> ClientSettings:
     """Settings of an asynchronous client; a request says in its extension `MAX_BYTES` how large its answer may be."""
 
     async def bound(response: httpx2.Response) -> None:
@@ -202,7 +217,7 @@ def async_settings() -> dict[str, Any]:
         assert isinstance(stream, httpx2.AsyncByteStream)  # noqa: S101 (the client is asynchronous)
         response.stream = _AsyncStream(stream, body)
 
-    return {**_common(), "event_hooks": {"response": [bound]}}
+    return _settings({"response": [bound]})
 
 
 def max_connections() -> int:
@@ -211,11 +226,12 @@ def max_connections() -> int:
     return 4096 if soft == resource.RLIM_INFINITY else max(16, min(4096, soft // 3))
 
 
-def _common() -> dict[str, Any]:
+def _settings(hooks: dict[str, list[Callable[..., object]]]) -> ClientSettings:
     return {
         "follow_redirects": False,
         "cookies": _NoCookies(),
         "headers": {"Accept-Encoding": "gzip"},
+        "event_hooks": hooks,
     }
 
 

@@ -9,7 +9,7 @@ the shape (layers, ...) of every `bert.encoder.layer.N.x`. XLA then compiles one
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Required, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,23 @@ class Architecture:
         return f"{self.kind}.encoder.layer.*."
 
 
-def architecture(name: str, config: Mapping[str, Any]) -> Architecture:
+class EncoderConfig(TypedDict, total=False):
+    """What is read of a model's configuration as transformers writes it."""
+
+    hidden_act: Required[str]
+    is_decoder: bool
+    num_labels: int
+    num_hidden_layers: Required[int]
+    num_attention_heads: Required[int]
+    max_position_embeddings: Required[int]
+    pad_token_id: Required[int]
+    layer_norm_eps: Required[float]
+    hidden_dropout_prob: Required[float]
+    attention_probs_dropout_prob: Required[float]
+    classifier_dropout: float | None
+
+
+def architecture(name: str, config: EncoderConfig) -> Architecture:
     """The architecture that a model class and its configuration name; ConfigError if it is none of ours."""
     if name not in ARCHITECTURES:
         raise ConfigError(

@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +57,22 @@ Pullback = Callable[[Array], tuple[Params]]
 class Tokens(NamedTuple):
     """Right-padded pairs: ids and types (rows, length), and how many tokens of each row count (rows,), at least 1."""
 
-    ids: Any
-    types: Any
-    lengths: Any
+    ids: NDArray[np.int32]
+    types: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+
+
+class _Traced(Protocol):
+    """`Tokens` in a function that JAX compiles, where its own arrays stand in their place."""
+
+    @property
+    def ids(self) -> Array: ...
+
+    @property
+    def types(self) -> Array: ...
+
+    @property
+    def lengths(self) -> Array: ...
 
 
 class OnDevices:
@@ -172,17 +185,24 @@ class Passes(nn.Module):
         )
 
 
+class _Context(Protocol):
+    """What a pass leaves for the way back."""
+
+    passes: Passes
+    ways: list[tuple[slice, int, Pullback]]
+
+
 class _Trained(torch.autograd.Function):
     """A pass on the devices as torch's autograd sees it: the parameters' gradients stay there."""
 
     @staticmethod
-    def forward(context: Any, way_back: Tensor, passes: Passes, rows: Tokens, seed: int) -> Tensor:
+    def forward(context: _Context, way_back: Tensor, passes: Passes, rows: Tokens, seed: int) -> Tensor:
         logits, context.ways = passes.trained(rows, seed)
         context.passes = passes
         return logits
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[None, ...]:
+    def backward(context: _Context, *gradients: Tensor) -> tuple[None, ...]:
         context.passes.pull(context.ways, gradients[0].numpy())
         return None, None, None, None
 
@@ -301,10 +321,10 @@ class Engine:
             state = (adam, *state[1:])
         self._state = jax.device_put(state, self._whole)
 
-    def _passed(self, params: Params, tokens: Tokens, keys: Array | None = None) -> Array:
+    def _passed(self, params: Params, tokens: _Traced, keys: Array | None = None) -> Array:
         return forward(params, self._arch, tokens.ids, tokens.types, tokens.lengths, keys=keys)
 
-    def _pulled_later(self, params: Params, tokens: Tokens, seed: Array, first: Array) -> tuple[Array, Pullback]:
+    def _pulled_later(self, params: Params, tokens: _Traced, seed: Array, first: Array) -> tuple[Array, Pullback]:
         numbers = first + jnp.arange(len(tokens.lengths), dtype=jnp.uint32)
         keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
         return jax.vjp(lambda params: self._passed(params, tokens, keys), params)
@@ -341,7 +361,7 @@ def devices(count: int) -> list[jax.Device]:
 def _architecture(scorer: Scorer) -> Architecture:
     """The build of the scorer's encoder; ConfigError where it or its length is none of ours."""
     config, length = scorer.model.config, scorer.encoder.max_length
-    arch = architecture(type(scorer.model).__name__, {**config.to_dict(), "num_labels": config.num_labels})
+    arch = architecture(type(scorer.model).__name__, config.to_dict() | {"num_labels": config.num_labels})
     if length > arch.positions:
         remedy = f"pretrain with --max-length {arch.positions} or less"
         raise ConfigError(f"--parallelism jax: pairs of {length} tokens in {arch.positions} positions; {remedy}")
