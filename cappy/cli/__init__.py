@@ -43,7 +43,7 @@ class Verbs(TyperGroup):
             return args[0], plan_command(), args[1:]
         return super().resolve_command(ctx, args)
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Any) -> object:
         """Runs the verb: a CappyError ends with status 1, Ctrl-C with 130, a defect keeps its traceback."""
         try:
             return super().invoke(ctx)

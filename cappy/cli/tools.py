@@ -4,9 +4,10 @@ import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from cappy.cli.flags import JsonFlag, make_command, parameters
 from cappy.config import build
@@ -78,15 +79,16 @@ and says so. docs/scale.md shows the plan of the paper's pretraining.
 """
 
 
-def plan_command() -> Any:
+def plan_command() -> TyperCommand:
     """The command: its flags are the fields of `PlanConfig`."""
     from cappy.costing import PlanConfig
 
     as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, annotation=JsonFlag, default=False)
-    return make_command("plan", HELP, _print_plan, [*parameters(PlanConfig), as_json])
+    command: TyperCommand = make_command("plan", HELP, _print_plan, [*parameters(PlanConfig), as_json])
+    return command
 
 
-def _print_plan(*, as_json: bool, **values: Any) -> None:
+def _print_plan(*, as_json: bool, **values: object) -> None:
     from cappy.costing import DEFAULT, PlanConfig, read_calibration
     from cappy.costing.plan import make_plan, text, to_values
 
