@@ -49,6 +49,10 @@ class StepConfig(Protocol):
     def work(self) -> Path:
         """Folder of unfinished and finished work."""
 
+    @property
+    def fresh(self) -> str:
+        """Name of the run that asked for the work to be done again; empty if none did."""
+
 
 def config_class(step: str) -> type[StepConfig]:
     """The class of a step's settings; imports the step's module."""

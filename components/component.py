@@ -1,7 +1,7 @@
 """The one spelling of a component: which image runs it, and that nothing is installed when it starts."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from kfp import dsl
 
@@ -12,7 +12,27 @@ TRAINER = f"cappy-python-trainer:{VERSION}"
 TRAINER_TPU = f"cappy-python-trainer-tpu:{VERSION}"
 
 
-def component(base_image: str = WORKER) -> Callable[[Callable[..., Any]], Any]:
+class Task(Protocol):
+    """A task of a pipeline, as kfp makes it; `outputs` are placeholders by name."""
+
+    @property
+    def outputs(self) -> Mapping[str, object]: ...
+
+    def set_caching_options(self, enable_caching: bool) -> object: ...
+
+
+class Component(Protocol):
+    """A component as kfp makes it of `python_func`; called as a pipeline is built, it adds a task."""
+
+    @property
+    def python_func(self) -> Callable[..., object]: ...
+
+    def __call__(self, **arguments: object) -> Task: ...
+
+
+def component(base_image: str = WORKER) -> Callable[[Callable[..., object]], Component]:
     """Makes a light Python component whose image already holds kfp and cappy."""
-    decorate: Callable[[Callable[..., Any]], Any] = dsl.component(base_image=base_image, install_kfp_package=False)
+    decorate: Callable[[Callable[..., object]], Component] = dsl.component(
+        base_image=base_image, install_kfp_package=False
+    )
     return decorate

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from kfp import dsl
@@ -17,6 +17,7 @@ from kfp.compiler import Compiler
 from cappy.errors import ConfigError, shown
 from cappy.steps import STEP_SPECS
 from cappy.untrusted import load_all_yaml
+from components.component import Component, Task
 from pipelines.customize import TaskCustomizer, customizer_for
 from pipelines.definitions import PIPELINES, Artifacts, Definition, shards_of
 from pipelines.recipe import Platform, Recipe
@@ -31,13 +32,19 @@ PARALLEL_SHARDS = 16
 """Shards that run at a time on a cluster; kfp's local runner takes two, whatever is asked for."""
 
 
-def build(recipe: Recipe, platform: Platform = "local") -> Any:
+class Pipeline(Protocol):
+    """A pipeline as kfp makes it: `Compiler` writes it, and a call runs it on kfp's local runner."""
+
+    def __call__(self, **arguments: object) -> object: ...
+
+
+def build(recipe: Recipe, platform: Platform = "local") -> Pipeline:
     """The kfp pipeline of a recipe, each task customized for the platform; ConfigError for a resource that it lacks."""
     definition, shards = PIPELINES[recipe.pipeline], shards_of(recipe.shards)
     return build_pipeline(definition, shards, customizer_for(platform, recipe))
 
 
-def build_pipeline(definition: Definition, shards: Sequence[str], customize: TaskCustomizer) -> Any:
+def build_pipeline(definition: Definition, shards: Sequence[str], customize: TaskCustomizer) -> Pipeline:
     """The kfp pipeline of a definition.
 
     Its parameters are those of the components by their names in a pipeline (`StepSpec.parameters`), with the
@@ -46,7 +53,7 @@ def build_pipeline(definition: Definition, shards: Sequence[str], customize: Tas
     """
     signature = _signature(definition, len(shards))
 
-    def pipeline(*values: Any) -> None:
+    def pipeline(*values: object) -> None:
         given = dict(zip(signature.parameters, values, strict=True))
         last = dsl_task("tracking", fingerprints=given["fingerprints"], settings=given["tracking_settings"], run=RUN)
         last.set_caching_options(False)
@@ -57,7 +64,9 @@ def build_pipeline(definition: Definition, shards: Sequence[str], customize: Tas
 
     pipeline.__name__ = definition.name
     pipeline.__signature__ = signature  # type: ignore[attr-defined]
-    decorate: Callable[[Any], Any] = dsl.pipeline(name=definition.kfp_name, description=definition.description)
+    decorate: Callable[[Callable[..., None]], Pipeline] = dsl.pipeline(
+        name=definition.kfp_name, description=definition.description
+    )
     return decorate(pipeline)
 
 
@@ -76,11 +85,11 @@ def compile_pipeline(recipe: Recipe, platform: Platform = "local") -> str:
 class _TaskGraph:
     """The `Graph` of a definition as kfp tasks; `given` are the pipeline's parameters by name."""
 
-    def __init__(self, given: Mapping[str, Any], shards: Sequence[str], customize: TaskCustomizer) -> None:
+    def __init__(self, given: Mapping[str, object], shards: Sequence[str], customize: TaskCustomizer) -> None:
         self._given, self._shards, self._customize = given, shards, customize
-        self._part: dict[str, Any] = {}
+        self._part: dict[str, object] = {}
 
-    def run(self, step: str, **inputs: Any) -> Artifacts:
+    def run(self, step: str, **inputs: object) -> Artifacts:
         spec = STEP_SPECS[step]
         own = {
             setting: self._given[parameter]
@@ -99,10 +108,9 @@ class _TaskGraph:
         if not spec.cached:
             task.set_caching_options(False)
         self._customize(step, task)
-        outputs: Artifacts = task.outputs
-        return outputs
+        return task.outputs
 
-    def each_shard(self, chain: Callable[[], Any]) -> Any:
+    def each_shard(self, chain: Callable[[], object]) -> object:
         if len(self._shards) == 1:
             return chain()
         with dsl.ParallelFor(list(self._shards), name="shards", parallelism=PARALLEL_SHARDS) as shard:
@@ -117,22 +125,26 @@ class _TaskGraph:
             yield
 
 
-def dsl_task(step: str, **arguments: Any) -> Any:
+def dsl_task(step: str, **arguments: object) -> Task:
     """A task of the step's component."""
-    return getattr(importlib.import_module(f"components.{step}"), step)(**arguments)
+    return _component(step)(**arguments)
+
+
+def _component(step: str) -> Component:
+    component: Component = getattr(importlib.import_module(f"components.{step}"), step)
+    return component
 
 
 def _signature(definition: Definition, shards: int) -> inspect.Signature:
     steps = definition.steps_in(shards)
     found: dict[str, inspect.Parameter] = {}
 
-    def add(name: str, annotation: Any, default: Any) -> None:
+    def add(name: str, annotation: object, default: object) -> None:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         found.setdefault(name, inspect.Parameter(name, kind, annotation=annotation, default=default))
 
     for step in steps:
-        component = getattr(importlib.import_module(f"components.{step}"), step)
-        own = inspect.signature(component.python_func).parameters
+        own = inspect.signature(_component(step).python_func).parameters
         for setting, parameter in STEP_SPECS[step].parameters.items():
             chosen = definition.choices.get(parameter)
             default = own[setting].default if chosen is None else chosen
@@ -145,7 +157,7 @@ def _signature(definition: Definition, shards: int) -> inspect.Signature:
     return inspect.Signature(sorted(found.values(), key=lambda each: each.default is not inspect.Parameter.empty))
 
 
-def package_of(recipe: Recipe, platform: Platform, arguments: Mapping[str, Any], path: Path | None = None) -> str:
+def package_of(recipe: Recipe, platform: Platform, arguments: Mapping[str, object], path: Path | None = None) -> str:
     """The YAML to send; a given file must be this recipe's pipeline, of no newer SDK, and take these arguments."""
     if path is None:
         return compile_pipeline(recipe, platform)

@@ -8,7 +8,7 @@ in `Recipe.pipeline`.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from cappy.errors import ConfigError, shown
 from cappy.steps import STEP_SPECS
@@ -18,9 +18,11 @@ MAX_SHARDS = 64
 BUILTIN = "builtin"
 CHAMPION = "models:/cappy@champion"
 
-Settings = dict[str, dict[str, Any]]
+StepSettings = Mapping[str, object]
+"""Setting -> value, of one step."""
+Settings = dict[str, dict[str, object]]
 """Step -> setting -> value."""
-Artifacts = Mapping[str, Any]
+Artifacts = Mapping[str, object]
 """Output name -> artifact of a task."""
 TARGETS: Mapping[str, Sequence[tuple[str, str]]] = {
     "source": [("preparation", "source")],
@@ -42,11 +44,11 @@ SEEDS = ("split_seed", "sampling_seed", "training_seed")
 class Graph(Protocol):
     """What a definition may ask of the graph that is being built."""
 
-    def run(self, step: str, **inputs: Any) -> Artifacts:
+    def run(self, step: str, **inputs: object) -> Artifacts:
         """Adds a step that reads these artifacts; its outputs by name."""
         ...
 
-    def each_shard(self, chain: Callable[[], Any]) -> Any:
+    def each_shard(self, chain: Callable[[], object]) -> object:
         """The artifact that `chain` makes: of all shards gathered into one, where there are several."""
         ...
 
@@ -66,9 +68,9 @@ class Definition:
     description: str
     steps: tuple[str, ...]
     chain: Callable[[Graph], None]
-    choices: Mapping[str, Any]
+    choices: Mapping[str, object]
     scorer_of: str = ""
-    fixed: Callable[[Mapping[str, Any]], Settings] = field(default=lambda choices: {})
+    fixed: Callable[[Mapping[str, object]], Settings] = field(default=lambda choices: {})
 
     @property
     def kfp_name(self) -> str:
@@ -83,7 +85,7 @@ class Definition:
         return (*self.steps[: last + 1], "gathering", *self.steps[last + 1 :])
 
     def settings(
-        self, choices: Mapping[str, Any], more: Mapping[str, Mapping[str, Any]] | None = None, tracking_uri: str = ""
+        self, choices: Mapping[str, object], more: Mapping[str, StepSettings] | None = None, tracking_uri: str = ""
     ) -> Settings:
         """The settings of each step for a person's choices; `more` adds others, step by step.
 
@@ -113,7 +115,7 @@ class Definition:
         return settings
 
 
-def _generators(given: Any) -> list[str]:
+def _generators(given: object) -> list[str]:
     """The generators that a person named: a list of specs, or one; ConfigError for anything else."""
     if isinstance(given, str):
         return [given]
@@ -122,11 +124,11 @@ def _generators(given: Any) -> list[str]:
     return list(given)
 
 
-def _annotated(graph: Graph) -> Any:
+def _annotated(graph: Graph) -> object:
     """The front of every pipeline that samples: instances, candidates and labels."""
     prepared = graph.run("preparation")
 
-    def sampled_and_annotated() -> Any:
+    def sampled_and_annotated() -> object:
         sampled = graph.run("sampling", instances=prepared["instances"])
         return graph.run("annotation", candidates=sampled["candidates"])["annotated"]
 
@@ -150,7 +152,7 @@ def _pretrain(graph: Graph) -> None:
     graph.run("registration", scorer=scorer, report=report)
 
 
-def _pretraining_pool(choices: Mapping[str, Any]) -> Settings:
+def _pretraining_pool(choices: Mapping[str, object]) -> Settings:
     """The built-in pretraining pool keeps its test prompts for adaptation: it is judged on validation."""
     if choices["source"] != BUILTIN:
         return {}
@@ -166,7 +168,7 @@ def _batch_score(graph: Graph) -> None:
     graph.each_shard(lambda: graph.run("scoring", instances=prepared["instances"])["scored"])
 
 
-def _as_they_are(_: Mapping[str, Any]) -> Settings:
+def _as_they_are(_: Mapping[str, object]) -> Settings:
     """Rows that are only scored: nothing is held out, and no reference is needed."""
     return {"preparation": {"unlabelled": True, "test": 0.0, "validation": 0.0}}
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kfp import local
 from kfp.compiler import Compiler
@@ -15,11 +15,15 @@ from kfp.local import placeholder_utils
 
 from cappy.runs import PACKAGE, PROGRESS_VARIABLE
 from cappy.worker import die_with_parent
+from pipelines.clients.local import Request
+
+if TYPE_CHECKING:
+    from pipelines.builder import Pipeline
 
 
 def main(request: Path) -> int:
     """Runs the pipeline of the request on kfp's local runner; 1 if a step failed."""
-    wanted = json.loads(request.read_text())
+    wanted: Request = json.loads(request.read_text())
     die_with_parent()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s - %(levelname)s - %(message)s")
     # kfp draws eight random digits for a local run's id: two runs may share them, and whoever started it cannot know.
@@ -45,7 +49,7 @@ def main(request: Path) -> int:
     return 0
 
 
-def _pipeline(wanted: Mapping[str, Any]) -> Any:
+def _pipeline(wanted: Request) -> "Pipeline":
     """The pipeline of a recipe, customized for where it runs, or one that stands in a module under its name."""
     if "recipe" in wanted:
         from pipelines.builder import build
@@ -53,10 +57,11 @@ def _pipeline(wanted: Mapping[str, Any]) -> Any:
 
         return build(checked(wanted["recipe"]), wanted["platform"])
     module, _, name = wanted["pipeline"].partition(":")
-    return getattr(importlib.import_module(module), name)
+    pipeline: Pipeline = getattr(importlib.import_module(module), name)
+    return pipeline
 
 
-def _containers(recipe: Mapping[str, Any], run: str) -> Any:
+def _containers(recipe: Mapping[str, object], run: str) -> object:
     """A container for each step: as this user, in this folder, which is mounted where it lies.
 
     Files that steps name must lie under the current folder. The network is this machine's, so that MLflow's address
@@ -79,7 +84,7 @@ def _containers(recipe: Mapping[str, Any], run: str) -> Any:
     )
 
 
-def _mount(path: str, *, read_only: bool = False) -> Any:
+def _mount(path: str, *, read_only: bool = False) -> object:
     from docker.types import Mount
 
     return Mount(target=path, source=path, type="bind", read_only=read_only)

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from cappy.config import to_values
 from cappy.errors import CappyError, ConfigError, shown
@@ -26,7 +25,7 @@ from cappy.records.folder import write_bytes
 from cappy.redaction import has_secret
 from cappy.runs import PARENT_VARIABLE, PROGRESS_VARIABLE
 from cappy.worker import ORPHAN_SECONDS, hold_parent_lock
-from pipelines.clients.local import STATUS
+from pipelines.clients.local import STATUS, Request, Target
 from pipelines.customize import image
 from pipelines.planning import settings_of, work_of
 from pipelines.recipe import Platform, Recipe
@@ -78,7 +77,7 @@ def run_recipe(
         revision=recipe.revision,
         images=images,
     )
-    request = {"recipe": to_values(_without_passwords(recipe)), "platform": platform}
+    request: Target = {"recipe": to_values(_without_passwords(recipe)), "platform": platform}
     outcome = execute(request, submission, work=work, root=root, show=show)
     if mark is not None:
         mark.unlink(missing_ok=True)
@@ -91,7 +90,7 @@ def _with_fresh_name(recipe: Recipe, work: Path) -> tuple[Recipe, Path | None]:
     A new fresh start removes kfp's cache, which is of the runs before it: without it a later run takes up what lies in
     the work folder.
     """
-    names = {values["fresh"] for values in recipe.settings.values() if values.get("fresh")}
+    names = {str(values["fresh"]) for values in recipe.settings.values() if values.get("fresh")}
     if not names:
         return recipe, None
     plain = {step: {**values, "fresh": ""} for step, values in settings_of(recipe).items()}
@@ -119,9 +118,7 @@ def _without_passwords(recipe: Recipe) -> Recipe:
     return replace(recipe, settings=settings, tracking_uri=address)
 
 
-def execute(
-    target: str | Mapping[str, Any], submission: Submission, *, work: Path, root: Path, show: bool = True
-) -> Outcome:
+def execute(target: str | Target, submission: Submission, *, work: Path, root: Path, show: bool = True) -> Outcome:
     """Runs a kfp pipeline with a submission's arguments: a recipe's, or the one at `target` (module:name)."""
     root, work = root.absolute(), work.absolute()
     _refuse_mangled({"the folder of the run": str(root), **submission.arguments})
@@ -129,8 +126,9 @@ def execute(
     folder = root / "runs" / run_id
     make_private(folder)
     request = folder / "request.json"
-    values = {
-        **({"pipeline": target} if isinstance(target, str) else target),
+    executed: Target = {"pipeline": target} if isinstance(target, str) else target
+    values: Request = {
+        **executed,
         "arguments": submission.arguments,
         "process": os.getpid(),
         "work": str(work),
@@ -232,7 +230,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _refuse_mangled(arguments: Mapping[str, Any]) -> None:
+def _refuse_mangled(arguments: Mapping[str, object]) -> None:
     for name, value in arguments.items():
         if MANGLED in json.dumps(value):
             remedy = "choose another name (kfp's local runner rewrites that text inside arguments)"

@@ -3,20 +3,19 @@
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from cappy.config import DEFAULT_WORK
 from cappy.errors import ConfigError, shown
 from cappy.steps import TRAINING_STEPS
 from pipelines.customize import image
-from pipelines.definitions import PIPELINES
+from pipelines.definitions import PIPELINES, Settings, StepSettings
 from pipelines.recipe import VERTEX_TYPES, Platform, Recipe, kubernetes_resource, refuse_nowhere, refuse_password
 from pipelines.submission import Submission, configs, named, prepare, refuse_placed
 
 ON_THIS_MACHINE = ("local", "docker")
 
 
-def settings_of(recipe: Recipe, platform: Platform = "local") -> dict[str, dict[str, Any]]:
+def settings_of(recipe: Recipe, platform: Platform = "local") -> Settings:
     """The settings of each step; ConfigError for a parameter that the pipeline has not.
 
     A training step that spreads over nodes is told where; what its settings say themselves stands above that.
@@ -27,22 +26,23 @@ def settings_of(recipe: Recipe, platform: Platform = "local") -> dict[str, dict[
     return {step: _joined(jobs.get(step, {}), values) for step, values in {**settings, **extra}.items()}
 
 
-def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+def _joined(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:
     """Both, the second above the first; groups of settings setting by setting."""
     both = {**first, **second}
     for name in first.keys() & second.keys():
-        if isinstance(first[name], dict) and isinstance(second[name], dict):
-            both[name] = {**first[name], **second[name]}
+        one, other = first[name], second[name]
+        if isinstance(one, dict) and isinstance(other, dict):
+            both[name] = {**one, **other}
     return both
 
 
 def planned(
     pipeline: str,
-    parameters: Mapping[str, Any],
-    settings: Mapping[str, Mapping[str, Any]],
+    parameters: Mapping[str, object],
+    settings: Mapping[str, StepSettings],
     *,
     tracking_uri: str = "",
-) -> dict[str, dict[str, Any]]:
+) -> Settings:
     """What the pipeline makes of parameters and settings; ConfigError for a parameter without an effect.
 
     Such a parameter says other than its default, and whatever it sets is set by something more special: `scorer`
@@ -51,7 +51,7 @@ def planned(
     plan = PIPELINES[pipeline].settings
     found = plan(parameters, settings, tracking_uri)
 
-    def attempt(chosen: Mapping[str, Any], more: Mapping[str, Mapping[str, Any]]) -> Any:
+    def attempt(chosen: Mapping[str, object], more: Mapping[str, StepSettings]) -> Settings | None:
         try:
             return plan(chosen, more, tracking_uri)
         except ConfigError:  # Without a parameter that is needed.
@@ -91,7 +91,7 @@ def root_of(recipe: Recipe, platform: Platform) -> str:
     return f"/gcs/{recipe.vertex.bucket.removeprefix('gs://')}".rstrip("/")
 
 
-def check_settings(recipe: Recipe, platform: Platform = "local") -> dict[str, dict[str, Any]]:
+def check_settings(recipe: Recipe, platform: Platform = "local") -> Settings:
     """The settings of each step, once every config takes them; ConfigError for one that is wrong or not a person's."""
     settings = settings_of(recipe, platform)
     refuse_placed(recipe.pipeline, recipe.settings)
@@ -126,21 +126,21 @@ def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
     )
 
 
-def _refuse_missing(settings: Mapping[str, Mapping[str, Any]]) -> None:
+def _refuse_missing(settings: Mapping[str, StepSettings]) -> None:
     """ConfigError for a file or folder of this machine that is not there."""
     for step, name, text in _named(settings):
         if text != "builtin" and ":" not in text and not Path(text).exists():
             raise ConfigError(f"{step}: --{name}: {text}: no such file or folder; check the path")
 
 
-def _named(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
+def _named(settings: Mapping[str, StepSettings]) -> Iterator[tuple[str, str, str]]:
     """Step, setting and text of all that the settings name outside."""
     for step, values in settings.items():
         for name, text in named(step, values):
             yield step, name, text
 
 
-def _refuse_unseen(recipe: Recipe, settings: Mapping[str, Mapping[str, Any]], root: str) -> None:
+def _refuse_unseen(recipe: Recipe, settings: Mapping[str, StepSettings], root: str) -> None:
     """ConfigError for a file of this machine, which no step would find, and for unseen content without a revision."""
     for step, name, text in _named(settings):
         _refuse_file(recipe, f"{step}: --{name}", text, root)
@@ -159,7 +159,7 @@ def _refuse_file(recipe: Recipe, where: str, text: str, root: str) -> None:
         )
 
 
-def _refuse_local_registry(recipe: Recipe, settings: Mapping[str, Mapping[str, Any]]) -> None:
+def _refuse_local_registry(recipe: Recipe, settings: Mapping[str, StepSettings]) -> None:
     """ConfigError for an address of MLflow, of the run or of one step, that no step of a cluster reaches."""
     own = {f"settings.{step}.tracking_uri": values.get("tracking_uri") for step, values in settings.items()}
     for where, address in {"tracking_uri": recipe.tracking_uri, **{k: v for k, v in own.items() if v}}.items():
@@ -169,7 +169,7 @@ def _refuse_local_registry(recipe: Recipe, settings: Mapping[str, Mapping[str, A
             raise ConfigError(f"{where}: {shown(address)} is not reachable from a cluster; {remedy}")
 
 
-def _launchers(recipe: Recipe, platform: Platform) -> dict[str, dict[str, Any]]:
+def _launchers(recipe: Recipe, platform: Platform) -> Settings:
     """Step -> settings of those training steps that spread over nodes; none where a step trains in its own pod.
 
     `retries` of the recipe are the job's and those of the step that follows it; so are `hours`, but for a little.
@@ -182,7 +182,7 @@ def _launchers(recipe: Recipe, platform: Platform) -> dict[str, dict[str, Any]]:
     return {}
 
 
-def _job_settings(recipe: Recipe, step: str) -> dict[str, Any]:
+def _job_settings(recipe: Recipe, step: str) -> dict[str, object]:
     needs = recipe.needs(step)
     return {
         "nodes": needs.nodes,
@@ -194,7 +194,7 @@ def _job_settings(recipe: Recipe, step: str) -> dict[str, Any]:
     }
 
 
-def _trainjob(recipe: Recipe, step: str) -> dict[str, Any]:
+def _trainjob(recipe: Recipe, step: str) -> dict[str, object]:
     needs, place = recipe.needs(step), recipe.kubeflow
     accelerator = "" if needs.accelerator == "none" else kubernetes_resource(needs.accelerator)
     return {
@@ -211,7 +211,7 @@ def _trainjob(recipe: Recipe, step: str) -> dict[str, Any]:
     }
 
 
-def _customjob(recipe: Recipe, step: str) -> dict[str, Any]:
+def _customjob(recipe: Recipe, step: str) -> dict[str, object]:
     needs, place = recipe.needs(step), recipe.vertex
     return {
         "launcher": "customjob",

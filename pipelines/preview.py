@@ -1,7 +1,6 @@
 """What a run would be, before it is one: its graph, what each step asks for, what it would cost at most."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from cappy.steps import STEP_SPECS
 from pipelines.customize import image
@@ -66,7 +65,7 @@ def graph(recipe: Recipe) -> str:
     return " -> ".join(f"{step} {CONDITION}" if step == "deployment" else step for step in steps)
 
 
-def to_json(recipe: Recipe, platform: Platform) -> dict[str, Any]:
+def to_json(recipe: Recipe, platform: Platform) -> dict[str, object]:
     """The preview as JSON values; `cost` is None where some step has no price."""
     found = lines(recipe)
     return {

@@ -1,6 +1,7 @@
 """A recipe: one YAML file that holds everything of a run, typed and checked before anything is submitted."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,7 @@ from cappy.config import settings
 from cappy.errors import ConfigError, near, shown
 from cappy.redaction import has_secret
 from cappy.untrusted import load_yaml
-from pipelines.definitions import MAX_SHARDS, PIPELINES
+from pipelines.definitions import MAX_SHARDS, PIPELINES, Settings
 
 Platform = Literal["local", "docker", "kubeflow", "vertex"]
 WORDS = {"dict_type": "must hold keys with values, one on each line", "int_type": "must be a whole number"}
@@ -155,8 +156,8 @@ class Recipe:
     """
 
     pipeline: Literal["adapt", "pretrain", "evaluate", "batch_score"]
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    parameters: dict[str, object] = Field(default_factory=dict)
+    settings: Settings = Field(default_factory=dict)
     shards: Annotated[int, Field(strict=True, ge=1, le=MAX_SHARDS)] = 1
     work: str = ""
     tracking_uri: str = ""
@@ -250,12 +251,12 @@ def _told(error: pydantic.ValidationError) -> str:
 
 def _siblings(keys: list[str]) -> list[str]:
     """The keys that are known where an unknown one stands."""
-    places: dict[str, Any] = {
-        "kubeflow": Kubeflow,
-        "vertex": Vertex,
-        "resources": Resources,
-        "tolerations": Toleration,
-        "secrets": Secret,
+    places = {
+        "kubeflow": fields(Kubeflow),
+        "vertex": fields(Vertex),
+        "resources": fields(Resources),
+        "tolerations": fields(Toleration),
+        "secrets": fields(Secret),
     }
-    inside: Any = next((places[key] for key in reversed(keys[:-1]) if key in places), Recipe)
-    return list(inside.__pydantic_fields__)
+    inside = next((places[key] for key in reversed(keys[:-1]) if key in places), fields(Recipe))
+    return [field.name for field in inside]

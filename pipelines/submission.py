@@ -7,10 +7,9 @@ settings name. An edited file, a moved alias or another version of a step is nev
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cappy.config import build, encode, fingerprint, identity
 from cappy.errors import ConfigError, shown
@@ -19,8 +18,8 @@ from cappy.records.folder import MANIFEST, describe_files, sha256_of, verify
 from cappy.redaction import has_secret
 from cappy.runs import read_record
 from cappy.steps import STEP_SPECS
-from cappy.worker import config_class
-from pipelines.definitions import MAX_SHARDS, PIPELINES, shards_of
+from cappy.worker import StepConfig, config_class
+from pipelines.definitions import MAX_SHARDS, PIPELINES, Settings, StepSettings, shards_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class Submission:
     """A run that is ready to be handed to an orchestrator; `fingerprints` by step, and by shard of a sharded one."""
 
     pipeline: str
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, object]
     fingerprints: Mapping[str, str]
     tracking_uri: str = ""
     shards: int = 1
@@ -36,7 +35,7 @@ class Submission:
 
 def prepare(
     pipeline: str,
-    steps: Mapping[str, Mapping[str, Any]],
+    steps: Mapping[str, StepSettings],
     *,
     work: Path,
     shards: int = 1,
@@ -64,9 +63,9 @@ def prepare(
     address = str(steps.get("registration", {}).get("tracking_uri", "")) or tracking_uri
     steps = {step: _without_secret(step, values, address) for step, values in steps.items()}
     placed = {step: {**steps.get(step, {}), **shared} for step in names}
-    pinned: dict[str, Any] = {"tracking_uri": registry or address, "revision": revision, "images": images}
-    settings = resolved(placed, work=work, **pinned)
-    found = fingerprints(settings, **pinned)
+    registry = registry or address
+    settings = resolved(placed, work=work, tracking_uri=registry, revision=revision, images=images)
+    found = fingerprints(settings, tracking_uri=registry, revision=revision, images=images)
     told = by_shard(found, shards)
     return Submission(
         pipeline=pipeline,
@@ -77,7 +76,7 @@ def prepare(
     )
 
 
-def _without_secret(step: str, values: Mapping[str, Any], address: str) -> Mapping[str, Any]:
+def _without_secret(step: str, values: StepSettings, address: str) -> StepSettings:
     """The settings without an address of MLflow that holds a password: arguments stand in many places.
 
     The run's own reaches the steps by MLFLOW_TRACKING_URI; ConfigError for another one, which nothing would bring.
@@ -91,7 +90,7 @@ def _without_secret(step: str, values: Mapping[str, Any], address: str) -> Mappi
     return {**values, "tracking_uri": ""}
 
 
-def refuse_placed(pipeline: str, steps: Mapping[str, Mapping[str, Any]]) -> None:
+def refuse_placed(pipeline: str, steps: Mapping[str, StepSettings]) -> None:
     """ConfigError for a setting that the pipeline fills: it would be passed over in silence."""
     for step, values in steps.items():
         for name in sorted({*STEP_SPECS[step].artifacts, "work"} & set(values)):
@@ -117,13 +116,13 @@ def by_shard(found: Mapping[str, str], shards: int) -> dict[str, str]:
 
 
 def arguments(
-    settings: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, StepSettings],
     found: Mapping[str, str],
     told: Mapping[str, str],
     tracking: Mapping[str, str],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The parameters of the pipeline function; shards are told which they are by the pipeline itself."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for step, chosen in settings.items():
         for name, parameter in STEP_SPECS[step].parameters.items():
             if name in chosen and values.setdefault(parameter, chosen[name]) != chosen[name]:
@@ -138,7 +137,7 @@ def arguments(
 
 
 def fingerprints(
-    settings: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, StepSettings],
     *,
     tracking_uri: str = "",
     revision: str = "",
@@ -163,11 +162,11 @@ def fingerprints(
     return found
 
 
-def configs(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def configs(settings: Mapping[str, StepSettings]) -> dict[str, StepConfig]:
     """The config of each step, its folders not yet known; ConfigError if a setting is wrong."""
-    found: dict[str, Any] = {}
+    found: dict[str, StepConfig] = {}
     for step, values in settings.items():
-        folders: dict[str, Any] = {name: Path("artifact") for name in STEP_SPECS[step].artifacts}
+        folders: dict[str, object] = {name: Path("artifact") for name in STEP_SPECS[step].artifacts}
         if step == "gathering":
             folders["source"] = (Path("artifact"),)
         found[step] = build(config_class(step), {**values, **folders})
@@ -190,19 +189,19 @@ def content(text: str, *, tracking_uri: str = "") -> str:
     return text
 
 
-def named(step: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def named(step: str, values: StepSettings) -> Iterator[tuple[str, str]]:
     """Setting and path or spec of everything outside that the settings of a step name."""
     from cappy.sampling.strategies import FILES
 
     for name in STEP_SPECS[step].outside if step in STEP_SPECS else ():
         given = values.get(name) or ()
-        for text in (given,) if isinstance(given, str | Path) else given:
+        for text in given if isinstance(given, Iterable) and not isinstance(given, str) else (given,):
             yield name, str(text).removeprefix("vllm:")  # Who runs a folder changes nothing of what it holds.
     if step == "sampling" and str(values.get("strategy", "")).endswith(FILES):
-        yield "strategy", values["strategy"]
+        yield "strategy", str(values["strategy"])
 
 
-def _outside(step: str, values: Mapping[str, Any], tracking_uri: str) -> list[list[str]]:
+def _outside(step: str, values: StepSettings, tracking_uri: str) -> list[list[str]]:
     """Setting, name and content of everything outside; a file's name counts, because preparation names a task by it."""
     found = named(step, values)
     return [[name, Path(text).name, content(text, tracking_uri=tracking_uri)] for name, text in found]
@@ -230,30 +229,35 @@ def _weights() -> str:
 
 
 def resolved(
-    settings: Mapping[str, Mapping[str, Any]], *, work: Path, tracking_uri: str = "", **pinned: Any
-) -> dict[str, dict[str, Any]]:
+    settings: Mapping[str, StepSettings],
+    *,
+    work: Path,
+    tracking_uri: str = "",
+    revision: str = "",
+    images: Mapping[str, str] | None = None,
+) -> Settings:
     """The settings with every `models:/name@alias` as `models:/name/number`, and the champion to compare with.
 
-    `pinned` is what else goes into the fingerprints.
+    `revision` and `images` are what else goes into the fingerprints.
     """
     found = {step: {**values, **_numbered(step, values, tracking_uri)} for step, values in settings.items()}
     if "promotion" in found and not found["evaluation"].get("champion"):
-        found["evaluation"]["champion"] = _champion(found, work, tracking_uri, pinned)
+        found["evaluation"]["champion"] = _champion(found, work, tracking_uri, revision, images)
     return found
 
 
-def _numbered(step: str, values: Mapping[str, Any], tracking_uri: str) -> dict[str, Any]:
+def _numbered(step: str, values: StepSettings, tracking_uri: str) -> dict[str, str]:
     from cappy.registry import resolve
 
     return {
-        name: resolve(values[name], tracking_uri=tracking_uri).uri
+        name: resolve(spec, tracking_uri=tracking_uri).uri
         for name in STEP_SPECS[step].outside
-        if isinstance(values.get(name), str) and values[name].startswith("models:/")
+        if isinstance(spec := values.get(name), str) and spec.startswith("models:/")
     }
 
 
 def _champion(
-    settings: Mapping[str, Mapping[str, Any]], work: Path, tracking_uri: str, pinned: Mapping[str, Any]
+    settings: Mapping[str, StepSettings], work: Path, tracking_uri: str, revision: str, images: Mapping[str, str] | None
 ) -> str:
     """The version that evaluation compares with; empty if there is none.
 
@@ -262,12 +266,13 @@ def _champion(
     """
     from cappy.registry import champion
 
-    name = settings["registration"].get("name", "cappy")
+    name = str(settings["registration"].get("name", "cappy"))
     present = champion(name, tracking_uri=tracking_uri)
     if present is None:
         return ""
     until = list(settings)[: list(settings).index("finetuning") + 1]
-    found = fingerprints({step: settings[step] for step in until}, tracking_uri=tracking_uri, **pinned)
+    trained = {step: settings[step] for step in until}
+    found = fingerprints(trained, tracking_uri=tracking_uri, revision=revision, images=images)
     record = read_record(work, found["finetuning"])
     if record is not None and record.manifest_hash == present.manifest_hash:
         return f"models:/{name}/{present.former}" if present.former else ""

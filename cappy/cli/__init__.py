@@ -42,7 +42,7 @@ class Verbs(TyperGroup):
             return args[0], TOOLS[args[0]](), args[1:]
         return super().resolve_command(ctx, args)
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Any) -> object:
         """Runs the verb: a CappyError ends with status 1, Ctrl-C with 130, a defect keeps its traceback."""
         try:
             return super().invoke(ctx)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import Field
+from typer.core import TyperCommand
 
 from cappy.cli.flags import FreshFlag, JsonFlag, SettingFlag, make_command, parameters
 from cappy.config import ADVANCED, DEFAULT_WORK, Work, build, settings
@@ -82,7 +83,7 @@ class AdaptConfig:
     work: Work = DEFAULT_WORK
 
 
-def adapt_command() -> Any:
+def adapt_command() -> TyperCommand:
     """The command `cappy adapt`."""
     keyword = inspect.Parameter.KEYWORD_ONLY
     more = [

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
 
 from cappy.config import ADVANCED, FRESH, flag, groups
 
@@ -65,7 +66,7 @@ def make_command(
     function: Callable[..., None],
     flags: Sequence[inspect.Parameter],
     renamed: Mapping[str, str] = MappingProxyType({}),
-) -> Any:
+) -> TyperCommand:
     """A command that calls `function` with the values of these flags by name; `text` is its help.
 
     A flag of an earlier release, a key of `renamed`, is refused in one line that says its name now, with status 2.
@@ -81,6 +82,7 @@ def make_command(
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     single.command(name, help=text)(verb)
     command = typer.main.get_command(single)
+    assert isinstance(command, TyperCommand)  # noqa: S101 (one command makes no group)
     parse = command.parse_args
 
     def parse_args(context: Any, args: list[str]) -> list[str]:

@@ -1,10 +1,10 @@
 """What a person wants to know when a pipeline has run: the table, the version, the gate's decision, what to do next."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from cappy.evaluation import read_report
 from cappy.records import Manifest, read_manifest
@@ -16,20 +16,42 @@ if TYPE_CHECKING:
     from pipelines.local import Outcome
 
 
-def facts(outcome: "Outcome", tracking_uri: str = "") -> dict[str, Any]:
+class Facts(TypedDict, total=False):
+    """What came of a run, as JSON values: what `--json` prints; `seconds` are by step.
+
+    `version`, `alias` and `serve` are of runs that register a scorer, `training` is of those that finetune, `decision`
+    and `reasons` are of those with a gate, and `cautions` of data that a person should know something about.
+    """
+
+    run: str
+    log: str
+    selectors: Mapping[str, Mapping[str, float]]
+    report: str
+    version: str
+    alias: str
+    from_cache: Sequence[str]
+    seconds: Mapping[str, float]
+    serve: str
+    training: Mapping[str, object]
+    decision: str
+    reasons: Sequence[str]
+    cautions: Sequence[str]
+
+
+def facts(outcome: "Outcome", tracking_uri: str = "") -> Facts:
     """What came of a run, as JSON values: means and intervals of every selector on the metric's scale of 0 to 1."""
     report = read_report(outcome.outputs["evaluation"])
     version = _facts(outcome, "registration")
-    registered = {"version": version["uri"], "alias": version["alias"]} if version else {}
-    found: dict[str, Any] = {
+    found: Facts = {
         "run": outcome.run_id,
         "log": str(outcome.log),
         "selectors": {name: vars(row.estimate) for name, row in report.selectors.items()},
         "report": str(_near(outcome.outputs["evaluation"] / "report.html")),
-        **registered,
-        "from_cache": [step for step in outcome.outputs if step in outcome.cached],
-        "seconds": dict(outcome.seconds),
     }
+    if version:
+        found |= {"version": version["uri"], "alias": version["alias"]}
+    found["from_cache"] = [step for step in outcome.outputs if step in outcome.cached]
+    found["seconds"] = dict(outcome.seconds)
     if version:
         found["serve"] = f"cappy serve --scorer {version['uri']}"
     if "finetuning" in outcome.outputs:
@@ -53,14 +75,14 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> dict[str, Any]:
     return found
 
 
-def told(outcome: "Outcome", found: Mapping[str, Any]) -> str:
+def told(outcome: "Outcome", found: Facts) -> str:
     """The report's table and the facts of a run, for a terminal."""
     table = read_report(outcome.outputs["evaluation"]).text()
     lines = [table, f"report    {found['report']}"]
     if "version" in found:
         lines.append(f"version   {found['version']}, alias {found['alias']}")
     if "decision" in found:
-        lines.append(_decided(found))
+        lines.append(_decided(found["decision"], found["reasons"]))
     lines += [f"caution   {text}" for text in found.get("cautions", ())]
     if found.get("training", {}).get("kept_because"):
         lines.append(f"training  {found['training']['kept_because']}")
@@ -79,7 +101,7 @@ def step_told(manifest: Manifest, target: Path) -> list[str]:
     if manifest.step == "registration":
         return [f"version   {facts['uri']}, alias {facts['alias'] or 'none'}"]
     if manifest.step == "promotion":
-        return [_decided(facts), f"serve it  {facts['serve']}"]
+        return [_decided(facts["decision"], facts["reasons"]), f"serve it  {facts['serve']}"]
     if manifest.step == "deployment":
         return [f"version   {facts['uri']}", f"next      {facts['command']}"]
     return []
@@ -115,11 +137,11 @@ def _manifest(folder: Path) -> Manifest | None:
     return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
-def _decided(facts: Mapping[str, Any]) -> str:
-    word = "promoted to champion" if facts["decision"] == "promote" else "held: it stays challenger"
-    if any(reason.endswith("is already champion.") for reason in facts["reasons"]):
+def _decided(decision: str, reasons: Sequence[str]) -> str:
+    word = "promoted to champion" if decision == "promote" else "held: it stays challenger"
+    if any(reason.endswith("is already champion.") for reason in reasons):
         word = "nothing to move"
-    return "\n".join([f"decision  {word}", *(f"          {reason}" for reason in facts["reasons"])])
+    return "\n".join([f"decision  {word}", *(f"          {reason}" for reason in reasons)])
 
 
 def _facts(outcome: "Outcome", step: str) -> Mapping[str, Any]:

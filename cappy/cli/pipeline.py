@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,7 +14,9 @@ from cappy.cli.flags import FreshFlag, JsonFlag, SettingFlag, new_run_name
 from cappy.errors import ConfigError, shown
 
 if TYPE_CHECKING:
-    from pipelines.recipe import Recipe
+    from pipelines.definitions import Settings
+    from pipelines.local import Outcome
+    from pipelines.recipe import Platform, Recipe
 
 EXTRA = "pip install -e '.[pipelines]'"
 NAMES = ("adapt", "pretrain", "evaluate", "batch_score")
@@ -139,10 +141,10 @@ def with_fresh(recipe: "Recipe") -> "Recipe":
     return replace(recipe, settings=settings)
 
 
-def per_step(name: str, pairs: Sequence[str], steps: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+def per_step(name: str, pairs: Sequence[str], steps: Sequence[str] = ()) -> "Settings":
     """STEP.SETTING=VALUE words as settings by step; a value is JSON where it reads as such, else text."""
     steps = steps or load("pipelines.definitions").PIPELINES[name].steps
-    settings: dict[str, dict[str, Any]] = {}
+    settings: Settings = {}
     for pair in pairs:
         path, equals, text = pair.partition("=")
         step, dot, setting = path.partition(".")
@@ -170,7 +172,7 @@ def run_and_print(recipe: "Recipe", on: Literal["local", "docker"], as_json: boo
         _print_outcome(outcome, recipe.tracking_uri, as_json)
 
 
-def _print_scored(outcome: Any, as_json: bool) -> None:
+def _print_scored(outcome: "Outcome", as_json: bool) -> None:
     """Prints where the scored records lie."""
     from cappy.records import read_manifest
 
@@ -185,14 +187,14 @@ def _print_scored(outcome: Any, as_json: bool) -> None:
     typer.echo(f"scored    {folder}\n          {content}")
 
 
-def _print_outcome(outcome: Any, tracking_uri: str, as_json: bool) -> None:
+def _print_outcome(outcome: "Outcome", tracking_uri: str, as_json: bool) -> None:
     from cappy.cli.outcome import facts, told
 
     found = facts(outcome, tracking_uri)
     typer.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else told(outcome, found))
 
 
-def print_preview(recipe: "Recipe", on: Any, as_json: bool) -> None:
+def print_preview(recipe: "Recipe", on: "Platform", as_json: bool) -> None:
     """Prints what the run would be, once everything that can be checked before it is."""
     load("pipelines.builder").build(recipe, on)
     preview = load("pipelines.preview")
@@ -210,7 +212,7 @@ def load(name: str) -> ModuleType:
         raise ConfigError(f"kfp is not installed; install the pipelines extra: {EXTRA}") from error
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     try:
         return json.loads(text)
     except ValueError:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,7 +18,7 @@ from cappy.errors import CappyError, ConfigError, shown
 
 if TYPE_CHECKING:
     from pipelines.clients import Client, RunState, TaskState
-    from pipelines.recipe import Recipe
+    from pipelines.recipe import Platform, Recipe
 
 LOOK_SECONDS = 10.0
 RULES = {"bucket": "give gs://NAME, a name of small letters, digits, - _ and ., without a slash at its end"}
@@ -178,7 +178,7 @@ def add_to(app: typer.Typer) -> None:
         app.command()(verb)
 
 
-def reached(on: Any, recipe: str, **given: str) -> "Client":
+def reached(on: "Platform", recipe: str, **given: str) -> "Client":
     """The client of the platform that a recipe, or flags alone, say where to find."""
     return _client(placed(recipe_of(recipe or "adapt"), **given), on)
 
@@ -187,10 +187,20 @@ def placed(recipe: "Recipe", **given: str) -> "Recipe":
     """The recipe with what flags say of the platforms in place of its own."""
     import pydantic
 
-    kubeflow: dict[str, Any] = {name: given[name] for name in ("endpoint", "namespace") if given[name]}
-    vertex: dict[str, Any] = {name: given[name] for name in ("project", "region", "bucket") if given[name]}
+    kubeflow, vertex = recipe.kubeflow, recipe.vertex
     try:
-        return replace(recipe, kubeflow=replace(recipe.kubeflow, **kubeflow), vertex=replace(recipe.vertex, **vertex))
+        kubeflow = replace(
+            kubeflow,
+            endpoint=given["endpoint"] or kubeflow.endpoint,
+            namespace=given["namespace"] or kubeflow.namespace,
+        )
+        vertex = replace(
+            vertex,
+            project=given["project"] or vertex.project,
+            region=given["region"] or vertex.region,
+            bucket=given["bucket"] or vertex.bucket,
+        )
+        return replace(recipe, kubeflow=kubeflow, vertex=vertex)
     except pydantic.ValidationError as error:
         flag = str(error.errors()[0]["loc"][0])
         rule = RULES.get(flag, "look at its help")

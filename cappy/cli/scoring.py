@@ -8,10 +8,10 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
@@ -35,7 +35,7 @@ class Line:
     """An object of the input and where it stands (source:line)."""
 
     where: str
-    value: Mapping[str, Any]
+    value: Mapping[str, object]
 
     def text(self, field: str) -> str:
         """The text in a field; RecordError if there is none."""
@@ -48,13 +48,13 @@ class Line:
             raise RecordError(f"{self.where}: {field} must be a list of at least one text, got {shown(values)}")
         return [self._text(f"{field}[{index}]", value) for index, value in enumerate(values)]
 
-    def _field(self, field: str) -> Any:
+    def _field(self, field: str) -> object:
         if field not in self.value:
             names = ", ".join(self.value) or "none"
             raise RecordError(f"{self.where}: has no field {shown(field)}; add it (fields here: {shown(names)})")
         return self.value[field]
 
-    def _text(self, field: str, value: Any) -> str:
+    def _text(self, field: str, value: object) -> str:
         if not isinstance(value, str):
             raise RecordError(f"{self.where}: {field} must be a text in quotes, got {shown(value)}")
         if not _encodable(value):
@@ -117,7 +117,7 @@ def lines(file: IO[bytes], source: str) -> Iterator[Line]:
             yield Line(where, _object(where, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw))
 
 
-def write_line(value: Mapping[str, Any]) -> None:
+def write_line(value: Mapping[str, object]) -> None:
     """Writes one object to standard output, UTF-8 whatever the locale says."""
     text = json.dumps(value, ensure_ascii=False)
     if not _encodable(text):
@@ -125,7 +125,7 @@ def write_line(value: Mapping[str, Any]) -> None:
     sys.stdout.buffer.write(text.encode() + b"\n")
 
 
-def _object(where: str, raw: bytes) -> Mapping[str, Any]:
+def _object(where: str, raw: bytes) -> Mapping[str, object]:
     try:
         value = json.loads(raw.decode(), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -223,7 +223,13 @@ def _load(spec: str, precision: Precision) -> "Scorer":
     return scorer
 
 
-def _stream(verb: str, spec: str, precision: Precision, source: str, answer: Any) -> None:
+def _stream(
+    verb: str,
+    spec: str,
+    precision: Precision,
+    source: str,
+    answer: "Callable[[Scorer, Sequence[Line]], Iterator[Mapping[str, object]]]",
+) -> None:
     with opened(source) as file:
         scorer = _load(spec, precision)
         for chunk in _chunks(lines(file, source)):
@@ -239,13 +245,13 @@ def _say_cuts(verb: str, scorer: "Scorer") -> None:
         typer.echo(f"cappy {verb}: {text}", err=True)
 
 
-def _scored(scorer: "Scorer", chunk: Sequence[Line]) -> Iterator[dict[str, Any]]:
+def _scored(scorer: "Scorer", chunk: Sequence[Line]) -> Iterator[Mapping[str, object]]:
     scores = scorer.score([(line.text("instruction"), line.text("response")) for line in chunk])
     for line, value in zip(chunk, scores, strict=True):
         yield {**line.value, "score": value}
 
 
-def _selected(scorer: "Scorer", chunk: Sequence[Line]) -> Iterator[dict[str, Any]]:
+def _selected(scorer: "Scorer", chunk: Sequence[Line]) -> Iterator[Mapping[str, object]]:
     groups = [(line.text("instruction"), line.texts("responses")) for line in chunk]
     for line, pick in zip(chunk, scorer.select_stream(groups), strict=True):
         yield {**line.value, "selected": pick.index, "response": pick.response, "scores": list(pick.scores)}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from cappy.cli.flags import given, make_command, parameters
 from cappy.config import build, renamed_flags
@@ -27,12 +28,12 @@ Samples several candidates from the LLM, scores them and gives the best. Listens
 PACKAGES = ("fastapi", "uvicorn", "starlette", "prometheus_client")
 
 
-def service_command(verb: str) -> Any:
+def service_command(verb: str) -> TyperCommand:
     """The command `cappy serve` or `cappy gateway`: one flag per field of its config class."""
     return _serve_command() if verb == "serve" else _gateway_command()
 
 
-def _serve_command() -> Any:
+def _serve_command() -> TyperCommand:
     from serving.config import ServeConfig, read_environment
 
     def serve(flags: Mapping[str, Any]) -> None:
@@ -47,7 +48,7 @@ def _serve_command() -> Any:
     return _command("serve", SERVE_HELP, ServeConfig, serve)
 
 
-def _gateway_command() -> Any:
+def _gateway_command() -> TyperCommand:
     from serving.config import hosts_of_environment
     from serving.gateway.config import GatewayConfig
 
@@ -73,7 +74,7 @@ def _extra_named() -> Iterator[None]:
         ) from error
 
 
-def _command(name: str, text: str, config_class: type[Any], run: Callable[[Mapping[str, Any]], None]) -> Any:
+def _command(name: str, text: str, config_class: type[Any], run: Callable[[Mapping[str, Any]], None]) -> TyperCommand:
     def verb(*, context: typer.Context, **values: Any) -> None:
         run(given(context, values))
 

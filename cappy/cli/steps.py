@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from cappy.cli import outcome
 from cappy.cli.flags import given, make_command, new_run_name, parameters
@@ -19,27 +20,33 @@ from cappy.errors import ConfigError
 from cappy.progress import Progress, ProgressLine
 from cappy.records import Manifest
 from cappy.steps import STEP_SPECS, TRAINING_STEPS
-from cappy.worker import config_class, runner
+from cappy.worker import StepConfig, config_class, runner
+
+if TYPE_CHECKING:
+    from cappy.annotation.step import AnnotationConfig
 
 JSON_FLAG = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead of a line.")]
 
-
-Before = Callable[[Mapping[str, Any]], bool]
+Before = Callable[..., bool]
 After = Callable[[Any, bool], None]
+"""The config is that of the verb's step."""
+
+
+Config = TypeVar("Config", bound=StepConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
     """A flag of one verb alone, that is no setting of its step.
 
-    `before` is told all values, those of texts included, and says whether that was all there is to do: it needs no flag
-    of `instead_of`. `after` is told the config when the step is done, and whether a person reads what is printed. A
+    `before` gets all values by name, those of texts included, and says whether that was all there is to do: it needs no
+    flag of `instead_of`. `after` gets the config when the step is done, and whether a person reads what is printed. A
     flag with a `text` has a value, that text where nothing is said, for the flags in `part_of` to read.
     """
 
     name: str
     help: str
-    before: Before = lambda values: False
+    before: Before = lambda **values: False
     after: After = lambda config, told: None
     instead_of: tuple[str, ...] = ()
     text: str | None = None
@@ -51,7 +58,7 @@ class Extra:
         return as_typed(self.name)
 
 
-def step_command(step: str) -> Any:
+def step_command(step: str) -> TyperCommand:
     """The command of a step."""
     return make_step_command(step, STEP_SPECS[step].help, config_class(step), runner(step), EXTRAS.get(step, ()))
 
@@ -59,14 +66,14 @@ def step_command(step: str) -> Any:
 def make_step_command(
     step: str,
     text: str,
-    settings: type[Any],
-    run: Callable[[Any, Progress], Manifest],
+    settings: type[Config],
+    run: Callable[[Config, Progress], Manifest],
     extras: Sequence[Extra] = (),
-) -> Any:
+) -> TyperCommand:
     """A command whose flags are the fields of `settings` and which calls `run` with them."""
     needed = {name: as_typed(name) for extra in extras for name in extra.instead_of}
 
-    def verb(*, context: typer.Context, as_json: bool, **values: Any) -> None:
+    def verb(*, context: typer.Context, as_json: bool, **values: object) -> None:
         asked = {extra.name: values.pop(extra.name) for extra in extras}
         wanted = [extra for extra in extras if asked[extra.name] not in (False, None)]
         refuse_together(wanted)
@@ -75,7 +82,7 @@ def make_step_command(
             for extra in extras
             if extra.text is not None
         }
-        if any(extra.before({**values, **texts, "as_json": as_json}) for extra in wanted):
+        if any(extra.before(as_json=as_json, **{**values, **texts}) for extra in wanted):
             return
         for name, flag in needed.items():
             if values[name] is None:
@@ -130,37 +137,33 @@ def _optional(flag: inspect.Parameter, extras: Sequence[Extra]) -> inspect.Param
     return flag.replace(default=None, annotation=Annotated[kind, told])
 
 
-def _plan(values: Mapping[str, Any]) -> bool:
+def _plan(*, as_json: bool, mixture: str, subsets: Sequence[str], **_: object) -> bool:
     from cappy.preparation.mixtures import chosen, load_mixture
     from cappy.preparation.mixtures.plan import text, to_json
 
-    if not values["mixture"]:
+    if not mixture:
         raise ConfigError("preparation: --plan shows a mixture; give --mixture t0, heldout or bigbench45")
-    mixture = chosen(load_mixture(values["mixture"]), values["subsets"])
-    typer.echo((to_json(mixture) if values["as_json"] else text(mixture, by_template=True)).rstrip())
+    found = chosen(load_mixture(mixture), subsets)
+    typer.echo((to_json(found) if as_json else text(found, by_template=True)).rstrip())
     return True
 
 
-def _estimate(values: Mapping[str, Any]) -> bool:
+def _estimate(*, as_json: bool, target: Path | None, **values: object) -> bool:
     from cappy.sampling.estimate import describe, estimate
     from cappy.sampling.step import SamplingConfig, endpoint_config
 
     # Nothing is written, so any place does.
     fresh = new_run_name() if values["fresh"] else ""
-    config = build(SamplingConfig, {**_settings(values), "target": values["target"] or "nowhere", "fresh": fresh})
+    config = build(SamplingConfig, {**values, "target": target or "nowhere", "fresh": fresh})
     found = estimate(config)
     if not found:
         raise ConfigError("sampling: --estimate needs an LLM to ask; name it with --generator")
-    text = json.dumps([asdict(one) for one in found]) if values["as_json"] else describe(found, endpoint_config(config))
+    text = json.dumps([asdict(one) for one in found]) if as_json else describe(found, endpoint_config(config))
     typer.echo(text)
     return True
 
 
-def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in ("as_json", "fresh")}
-
-
-def _report(config: Any, told: bool) -> None:
+def _report(config: "AnnotationConfig", told: bool) -> None:
     from cappy.annotation.report import to_text, write_report
 
     folder = config.target / "report"
@@ -170,16 +173,16 @@ def _report(config: Any, told: bool) -> None:
         typer.echo(f"\n{to_text(report)}\n{folder / 'report.html'}")
 
 
-def _explain_decision(values: Mapping[str, Any]) -> bool:
+def _explain_decision(*, as_json: bool, version: Path | None, report: Path | None, **values: object) -> bool:
     """`--dry-run`: the decision and its reasons."""
     from cappy.registry.promotion import dry_run
 
-    for name in ("version", "report"):
-        if values[name] is None:
-            raise typer.BadParameter(f"give the folder to read: --{name} FOLDER")
+    if version is None or report is None:
+        name = "version" if version is None else "report"
+        raise typer.BadParameter(f"give the folder to read: --{name} FOLDER")
     settings = ("margin", "baseline", "guard", "count_attempts", "force", "tracking_uri")
-    decision = dry_run(values["version"], values["report"], **{name: values[name] for name in settings})
-    if values["as_json"]:
+    decision = dry_run(version, report, **{name: values[name] for name in settings})
+    if as_json:
         typer.echo(json.dumps(asdict(decision)))
     else:
         word = {"promote": "would promote", "hold": "would hold"}[decision.decision]
@@ -187,15 +190,15 @@ def _explain_decision(values: Mapping[str, Any]) -> bool:
     return True
 
 
-def _roll_back(values: Mapping[str, Any]) -> bool:
+def _roll_back(*, as_json: bool, name: str, reason: str, tracking_uri: str, **folders: object) -> bool:
     """`--rollback`: the version that loses the alias stays registered, models:/NAME/NUMBER still names it."""
     from cappy.registry import rollback
 
-    _without_folders(values, "--rollback")
-    model = f"models:/{values['name']}"
-    move = rollback(values["name"], why=values["reason"], tracking_uri=values["tracking_uri"])
+    _without_folders(folders, "--rollback")
+    model = f"models:/{name}"
+    move = rollback(name, why=reason, tracking_uri=tracking_uri)
     champion, was = f"{model}/{move.version}" if move.version else "", f"{model}/{move.former}"
-    if values["as_json"]:
+    if as_json:
         typer.echo(json.dumps({"champion": champion, "was": was}))
     elif champion:
         typer.echo(f"{model}@champion is {champion} again, it was {was}")
@@ -204,16 +207,16 @@ def _roll_back(values: Mapping[str, Any]) -> bool:
     return True
 
 
-def _show_history(values: Mapping[str, Any]) -> bool:
+def _show_history(*, as_json: bool, name: str, tracking_uri: str, **folders: object) -> bool:
     """`--history`: a table, the last move last."""
     from cappy.registry import history
 
-    _without_folders(values, "--history")
-    moves = history(values["name"], tracking_uri=values["tracking_uri"])
-    if values["as_json"]:
+    _without_folders(folders, "--history")
+    moves = history(name, tracking_uri=tracking_uri)
+    if as_json:
         typer.echo(json.dumps([asdict(move) for move in moves]))
     elif not moves:
-        typer.echo(f"models:/{values['name']}@champion has never been moved")
+        typer.echo(f"models:/{name}@champion has never been moved")
     else:
         rows = [("when", "what", "version", "before", "who", "why")]
         rows += [
@@ -226,7 +229,7 @@ def _show_history(values: Mapping[str, Any]) -> bool:
     return True
 
 
-def _without_folders(values: Mapping[str, Any], flag: str) -> None:
+def _without_folders(values: Mapping[str, object], flag: str) -> None:
     """A folder beside a flag that reads none was meant for something: a version to roll back to, as like as not."""
     for name in ("version", "report", "target"):
         if values[name] is not None:

@@ -4,9 +4,10 @@ import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from cappy.cli.flags import JsonFlag, make_command, parameters
 from cappy.config import build, renamed_flags
@@ -40,7 +41,7 @@ def threshold(
     )
 
 
-def threshold_command() -> Any:
+def threshold_command() -> TyperCommand:
     """The command, which knows the name that a flag had."""
     flags = list(inspect.signature(threshold).parameters.values())
     return make_command(
@@ -88,7 +89,7 @@ and says so. docs/scale.md shows the plan of the paper's pretraining.
 """
 
 
-def plan_command() -> Any:
+def plan_command() -> TyperCommand:
     """The command: its flags are the fields of `PlanConfig`."""
     from cappy.costing import PlanConfig
 
@@ -96,7 +97,7 @@ def plan_command() -> Any:
     return make_command("plan", HELP, _print_plan, [*parameters(PlanConfig), as_json], renamed_flags(PlanConfig))
 
 
-def _print_plan(*, as_json: bool, **values: Any) -> None:
+def _print_plan(*, as_json: bool, **values: object) -> None:
     from cappy.costing import DEFAULT, PlanConfig, read_throughput
     from cappy.costing.plan import make_plan, text, to_values
 

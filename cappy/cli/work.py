@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NotRequired, TypedDict
 
 import typer
 
@@ -14,8 +14,28 @@ from cappy.config import DEFAULT_WORK
 from cappy.errors import ConfigError, FolderError, near
 from cappy.steps import STEP_SPECS
 
+if TYPE_CHECKING:
+    from cappy.records.work import Piece
+    from cappy.sampling.store import Entry
+
 DAY_SECONDS = 86_400.0
 WorkFlag = Annotated[Path, typer.Option(help="Folder that keeps unfinished and finished work.")]
+
+
+class Row(TypedDict):
+    """What is listed of a piece of work; `last_used` is in seconds of `time.time`.
+
+    `settings` and `differs` are of `cappy explain`, `reason` and `removed` are of `cappy clean`.
+    """
+
+    path: str
+    step: str
+    size_bytes: int
+    last_used: float
+    settings: NotRequired[Mapping[str, object]]
+    differs: NotRequired[Sequence[str]]
+    reason: NotRequired[str]
+    removed: NotRequired[bool]
 
 
 def explain(
@@ -32,11 +52,12 @@ def explain(
     if step not in STEP_SPECS:
         raise ConfigError(f"{step}: no such step{near(step, STEP_SPECS)}")
     found = [piece for piece in pieces(work, step) if piece.key is not None]
-    rows = []
+    rows: list[Row] = []
     for number, piece in enumerate(found):
         before = found[number + 1].key if number + 1 < len(found) else None
         differs = piece.key.differences(before) if piece.key and before else []
-        rows.append({**_row(piece), "settings": dict(piece.key.settings) if piece.key else {}, "differs": differs})
+        settings = dict(piece.key.settings) if piece.key else {}
+        rows.append({**_row(piece, step), "settings": settings, "differs": differs})
     if as_json:
         typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
     elif not rows:
@@ -65,18 +86,18 @@ def clean(
     from cappy.sampling import store
 
     limit = None if older_than is None else time.time() - older_than * DAY_SECONDS
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     removals: list[Callable[[], None]] = []
     fresh: set[str] = set()
     for piece in pieces(work):
         if piece.key is not None:
             fresh.add(piece.key.fresh)
         if reason := piece.unreachable or _unused(piece.last_used, limit):
-            rows.append({**_row(piece), "reason": reason, "removed": False})
+            rows.append({**_row(piece, piece.step), "reason": reason, "removed": False})
             removals.append(partial(remove_piece, piece))
     for entry in store.entries(work):
         if reason := store.unreachable(entry, fresh) or _unused(entry.last_used, limit):
-            rows.append({**_row(entry), "step": entry.kind, "reason": reason, "removed": False})
+            rows.append({**_row(entry, entry.kind), "reason": reason, "removed": False})
             removals.append(partial(store.remove, entry))
     kept = _remove(rows, removals) if remove else []
     typer.echo(json.dumps(rows, indent=1) if as_json else _text(work, rows, removed=remove))
@@ -84,7 +105,7 @@ def clean(
         raise FolderError(f"{len(kept)} of {len(rows)} are in use and were kept, the first: {kept[0]}")
 
 
-def _remove(rows: Sequence[dict[str, Any]], removals: Sequence[Callable[[], None]]) -> list[str]:
+def _remove(rows: Sequence[Row], removals: Sequence[Callable[[], None]]) -> list[str]:
     """Removes each row's work; notes in the rows what was removed, and returns why the others were kept."""
     kept = []
     for row, remove in zip(rows, removals, strict=True):
@@ -100,16 +121,11 @@ def _unused(last_used: float, limit: float | None) -> str:
     return f"last used {_age(last_used)}" if limit is not None and last_used <= limit else ""
 
 
-def _row(piece: Any) -> dict[str, Any]:
-    return {
-        "path": str(piece.path),
-        "step": getattr(piece, "step", ""),
-        "size_bytes": piece.size_bytes,
-        "last_used": piece.last_used,
-    }
+def _row(piece: "Piece | Entry", step: str) -> Row:
+    return {"path": str(piece.path), "step": step, "size_bytes": piece.size_bytes, "last_used": piece.last_used}
 
 
-def _text(work: Path, rows: Sequence[Mapping[str, Any]], *, removed: bool) -> str:
+def _text(work: Path, rows: Sequence[Row], *, removed: bool) -> str:
     if not rows:
         return f"{work}: nothing to remove"
     lines = [f"{row['path']}  {_size(row['size_bytes'])}: {row['reason']}" for row in rows]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 State = Literal["waiting", "running", "done", "cached", "failed", "skipped", "cancelled"]
 OVER = ("done", "failed", "cancelled")
@@ -29,7 +29,7 @@ class RunState:
     url: str
     tasks: tuple[TaskState, ...] = ()
     error: str = ""
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def over(self) -> bool:
@@ -40,7 +40,7 @@ class RunState:
 class Client(Protocol):
     """A platform that takes runs."""
 
-    def submit(self, package: Path, arguments: Mapping[str, Any], name: str) -> RunState:
+    def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:
         """Sends a compiled pipeline with its arguments; ConfigError with the platform's words where it refuses."""
         ...
 

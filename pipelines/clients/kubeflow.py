@@ -4,10 +4,11 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from cappy.errors import ConfigError, UnreachableError, shown
 from cappy.redaction import redact, redact_address, remember_address
@@ -42,6 +43,112 @@ RUN_LABEL = "pipeline/runid"
 NODE_NAME = "workflows.argoproj.io/node-name"
 
 
+class Error(Protocol):
+    message: str | None
+
+
+class Task(Protocol):
+    """A node of a run's graph, as kfp's client gives it."""
+
+    display_name: str | None
+    state: str
+    start_time: datetime | None
+    end_time: datetime | None
+    error: Error | None
+
+
+class Details(Protocol):
+    task_details: Sequence[Task] | None
+
+
+class Run(Protocol):
+    """A run, as kfp's client gives it."""
+
+    run_id: str
+    state: str
+    run_details: Details | None
+    error: Error | None
+
+
+class Health(Protocol):
+    """What the server says of itself; another server than Kubeflow's says anything."""
+
+    multi_user: object
+
+
+class Server(Protocol):
+    """kfp's client, as far as it is used here."""
+
+    def get_kfp_healthz(self) -> Health: ...
+
+    def create_run_from_pipeline_package(
+        self,
+        pipeline_file: str,
+        *,
+        arguments: dict[str, object],
+        run_name: str,
+        experiment_name: str,
+        namespace: str | None,
+        service_account: str | None,
+    ) -> Run: ...
+
+    def get_run(self, run_id: str) -> Run: ...
+
+    def terminate_run(self, run_id: str) -> object: ...
+
+
+class Reason(Protocol):
+    """Why a container or a pod is in its state."""
+
+    reason: str | None
+    message: str | None
+
+
+class ContainerState(Protocol):
+    waiting: Reason | None
+
+
+class ContainerStatus(Protocol):
+    state: ContainerState | None
+
+
+class PodStatus(Protocol):
+    container_statuses: Sequence[ContainerStatus] | None
+    conditions: Sequence[Reason] | None
+
+
+class Metadata(Protocol):
+    name: str
+    annotations: Mapping[str, str] | None
+
+
+class Pod(Protocol):
+    """A pod, as kubernetes' client gives it."""
+
+    metadata: Metadata
+    status: PodStatus
+
+
+class Pods(Protocol):
+    items: Sequence[Pod]
+
+
+class Log(Protocol):
+    """A log that the client has not decoded."""
+
+    data: bytes
+
+
+class Cluster(Protocol):
+    """kubernetes' `CoreV1Api`, as far as it is used here."""
+
+    def list_namespaced_pod(self, namespace: str, *, label_selector: str) -> Pods: ...
+
+    def read_namespaced_pod_log(
+        self, name: str, namespace: str, *, container: str, limit_bytes: int, _preload_content: bool
+    ) -> Log: ...
+
+
 class KubeflowClient:
     """Kubeflow Pipelines at one address. Its server says what runs did; the cluster's API what pods write."""
 
@@ -62,7 +169,7 @@ class KubeflowClient:
             raise ConfigError(f"kubeflow: {self._shown}: what answers is no Kubeflow Pipelines; {remedy}")
         self._namespace = place.namespace if shared else None
 
-    def submit(self, package: Path, arguments: Mapping[str, Any], name: str) -> RunState:
+    def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:
         """Creates the experiment if it is missing and a run in it."""
         # kfp prints its links where our own answer goes.
         with self._told(), contextlib.redirect_stdout(io.StringIO()):
@@ -106,7 +213,7 @@ class KubeflowClient:
         with self._told():
             self._client.terminate_run(run)
 
-    def _written(self, core: Any, pod: str) -> str:
+    def _written(self, core: Cluster, pod: str) -> str:
         """What a pod wrote so far; nothing of one whose container starts (400) or that is gone (404)."""
         from kubernetes.client import ApiException
 
@@ -116,7 +223,7 @@ class KubeflowClient:
                 answer = core.read_namespaced_pod_log(
                     pod, self._place.namespace, container="main", limit_bytes=LOG_BYTES, _preload_content=False
                 )
-                return str(answer.data.decode(errors="replace"))
+                return answer.data.decode(errors="replace")
             except ApiException as error:
                 if error.status not in (400, 404):
                     raise
@@ -125,7 +232,7 @@ class KubeflowClient:
     def _url(self, run: str) -> str:
         return f"{self._shown.rstrip('/')}/#/runs/details/{run}"
 
-    def _core(self) -> Any:
+    def _core(self) -> Cluster:
         from kubernetes import client, config
 
         try:
@@ -139,7 +246,8 @@ class KubeflowClient:
             raise ConfigError(
                 f"kubeflow: logs lie in the cluster, and kubectl has no configuration here; {remedy}"
             ) from error
-        return client.CoreV1Api()
+        core: Cluster = client.CoreV1Api()
+        return core
 
     def _stuck(self, run: str) -> dict[str, list[str]]:
         """Step -> why pods of it wait without an end; nothing where the cluster's API is not at hand."""
@@ -172,18 +280,19 @@ class KubeflowClient:
             raise UnreachableError(f"{where}: gave no answer ({shown(str(error), 120)}); {remedy}") from error
 
 
-def _connected(endpoint: str) -> Any:
+def _connected(endpoint: str) -> Server:
     """kfp's client; its own asks for the server's health five times with pauses, whatever the reason is."""
     import kfp
 
     class Client(kfp.Client):  # type: ignore[misc]
-        def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
+        def get_kfp_healthz(self, sleep_duration: int = 0) -> object:
             return self._healthz_api.healthz_service_get_healthz()
 
-    return Client(host=endpoint)
+    server: Server = Client(host=endpoint)
+    return server
 
 
-def _task(found: Any) -> TaskState | None:
+def _task(found: Task) -> TaskState | None:
     """A task that is a step of ours; what Kubeflow adds (drivers, the graph's own nodes) is left out."""
     name = found.display_name or ""
     if (
@@ -208,14 +317,14 @@ def _with_reason(task: TaskState, stuck: dict[str, list[str]]) -> TaskState:
     return replace(task, error=stuck[task.step].pop(0))
 
 
-def _step_of(pod: Any) -> str | None:
+def _step_of(pod: Pod) -> str | None:
     """The step whose code a pod runs; None for pods that Kubeflow adds."""
     node = (pod.metadata.annotations or {}).get(NODE_NAME, "")
     names = node.split(".")
     return step_name(names[-2]) if len(names) > 2 and names[-1].startswith("executor") else None
 
 
-def _waits(pod: Any) -> str:
+def _waits(pod: Pod) -> str:
     statuses = pod.status.container_statuses or []
     waiting = [status.state.waiting for status in statuses if status.state and status.state.waiting]
     for reason in waiting:

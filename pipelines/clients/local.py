@@ -6,16 +6,40 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from cappy.errors import ConfigError
 from cappy.files import open_lock
 from pipelines.clients import RunState, State, TaskState
+from pipelines.recipe import Platform
 from pipelines.states import log_section, observe
 
 RUNS = Path(".cappy/runs")
 STATUS = "status.json"
 """What a run that is over left: whether it succeeded."""
+
+
+class Target(TypedDict, total=False):
+    """What a local run executes: a recipe, as JSON values, on a platform, or the pipeline at `module:name`."""
+
+    recipe: Mapping[str, object]
+    platform: Platform
+    pipeline: str
+
+
+class Request(Target):
+    """The request.json of a local run, written by `pipelines.local` and carried out by `pipelines.execution`.
+
+    `process` is the one that started the run; `fingerprints` are by step, or by shard of a sharded one.
+    """
+
+    arguments: Mapping[str, object]
+    process: int
+    work: str
+    run: str
+    pipeline_root: str
+    cache_root: str
+    fingerprints: Mapping[str, str]
 
 
 class LocalClient:
@@ -24,7 +48,7 @@ class LocalClient:
     def __init__(self, runs: Path = RUNS) -> None:
         self._runs = runs
 
-    def submit(self, package: Path, arguments: Mapping[str, Any], name: str) -> RunState:
+    def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:
         """ConfigError: nothing of this machine goes on without the terminal that started it."""
         raise ConfigError("local: a run of this machine is started by cappy pipeline run")
 
@@ -68,13 +92,13 @@ class LocalClient:
         # Not SIGINT: a shell makes what a script starts in the background ignore it.
         os.kill(int(request["process"]), signal.SIGTERM)
 
-    def _request(self, run: str) -> tuple[Path, dict[str, Any]]:
+    def _request(self, run: str) -> tuple[Path, Request]:
         path = self._runs / run / "request.json"
         if not path.is_file():
             known = sorted(self._runs.glob("*/request.json"), key=lambda found: found.stat().st_mtime)
             remedy = f"the last one is {known[-1].parent.name}" if known else "start one with cappy pipeline run"
             raise ConfigError(f"{run}: no run of that name under {self._runs}; {remedy}")
-        values: dict[str, Any] = json.loads(path.read_text())
+        values: Request = json.loads(path.read_text())
         return path.parent, values
 
 

@@ -2,14 +2,18 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cappy.errors import ConfigError
 from cappy.redaction import redact
 from pipelines.clients import RunState, State, TaskState, step_name
 from pipelines.recipe import Vertex, refuse_nowhere
+
+if TYPE_CHECKING:
+    from google.auth.transport.requests import AuthorizedSession
+    from google.cloud.aiplatform_v1.types import PipelineTaskDetail
 
 STATES: Mapping[str, State] = {
     "PENDING": "waiting",
@@ -56,7 +60,7 @@ class VertexClient:
             reach(place.region, place.endpoint)
         self._sdk = aiplatform
 
-    def submit(self, package: Path, arguments: Mapping[str, Any], name: str) -> RunState:
+    def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:
         """Creates a pipeline job that has `name` as its id."""
         with self._told():
             job = self._sdk.PipelineJob(
@@ -128,11 +132,11 @@ class VertexClient:
     def _logging(self) -> str:
         return self._place.endpoint or LOGGING
 
-    def _session(self) -> Any:
+    def _session(self) -> "AuthorizedSession":
         from google.auth.transport import requests
 
-        session: Any = requests.AuthorizedSession
-        return session(self._sdk.initializer.global_config.credentials)
+        open_session: Callable[..., AuthorizedSession] = requests.AuthorizedSession
+        return open_session(self._sdk.initializer.global_config.credentials)
 
     def _url(self, run: str) -> str:
         place = f"locations/{self._place.region}/runs/{run}?project={self._place.project}"
@@ -145,12 +149,12 @@ class VertexClient:
         return translate_errors("pipeline", self._place.project, self._place.region, REMEDIES)
 
 
-def _elsewhere(place: Vertex) -> dict[str, Any]:
+def _elsewhere(place: Vertex) -> dict[str, str]:
     """A server that stands in for Vertex AI speaks REST."""
     return {"api_endpoint": place.endpoint, "api_transport": "rest"} if place.endpoint else {}
 
 
-def _task(found: Any) -> TaskState | None:
+def _task(found: "PipelineTaskDetail") -> TaskState | None:
     """A task that is a step; the graph's own nodes run no container."""
     if not found.executor_detail.container_detail.main_job and found.state.name not in ("SKIPPED", "NOT_TRIGGERED"):
         return None
