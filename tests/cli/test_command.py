@@ -96,7 +96,7 @@ def test_a_step_has_one_flag_per_field_of_its_config(step: str, here: Cappy, fla
 def test_an_unknown_verb_and_no_verb_are_wrong_usage(here: Cappy) -> None:
     unknown = here("anotation")
     assert unknown.returncode == 2
-    assert "Did you mean 'annotation'" in unknown.stderr
+    assert "'annotation'" in unknown.stderr
     assert here().returncode == 2
 
 

@@ -232,7 +232,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
             with path.open("a") as file:
                 file.write('{"instruction": "new", "reference": "new"}\n')
 
-    with raises_naming(FolderError, f"{path}: changed", "run the same command again"):
+    with raises_naming(FolderError, f"{path}: changed", "same command"):
         run(PreparationConfig(source=str(path), target=tmp_path / "t", work=tmp_path / "w"), append)
     assert not (tmp_path / "t").exists()
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from wording import raises_naming
 
 from cappy.errors import ConfigError, FolderError
 from cappy.records import Instance, read, read_manifest, write
@@ -64,8 +65,8 @@ def test_a_damaged_part_and_another_steps_folder_are_refused(tmp_path: Path) -> 
 
 def test_a_source_is_neither_the_target_nor_given_twice(tmp_path: Path) -> None:
     one, two = shard(tmp_path / "a", 0, 3), shard(tmp_path / "b", 3, 4)
-    with pytest.raises(ConfigError, match="is the source itself"):
+    with raises_naming(ConfigError, str(one), "source itself"):
         gathered(tmp_path, one, two, target="a")
-    with pytest.raises(ConfigError, match="two sources hold the same work"):
+    with raises_naming(ConfigError, "two sources", "same work"):
         gathered(tmp_path, one, one)
     assert read_manifest(one).rows == 3

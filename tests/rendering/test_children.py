@@ -77,7 +77,8 @@ def test_children_that_were_closed_are_not_idle() -> None:
     closed = {process.pid for process in children_of([hello("a")])}
     jobs.close_children()
     after = children_of([hello("b")])
-    assert after and not closed & {process.pid for process in after}
+    assert after
+    assert not closed & {process.pid for process in after}
 
 
 def test_a_child_that_ended_while_it_was_idle_is_replaced() -> None:

@@ -178,7 +178,7 @@ def test_an_answer_serves_its_own_question_alone(tmp_path: Path) -> None:
             ("m", "one", plain, 0, {"api": "completions"}),
             *(("m", "one", replace(plain, **changed), 0, {}) for changed in knobs),  # type: ignore[arg-type]
         ]
-        asked = [(f"{name}@{url}", *rest) for name, *rest in others] + [(f"m@{url}/other", "one", plain, 0, {})]
+        asked = [(f"{other[0]}@{url}", *other[1:]) for other in others] + [(f"m@{url}/other", "one", plain, 0, {})]
         for requests in (1, 0):
             for model, instruction, decoding, seed, terms in asked:
                 extra = ("top_k", "min_p", "min_tokens")

@@ -14,6 +14,7 @@ import uvicorn
 from calibrations import straight
 from chromium import launched, needs_chromium
 from scoring_function import FakeEngine, model
+from wording import assert_names
 
 from serving.app import Options, create_app
 from serving.config import Limits
@@ -81,7 +82,7 @@ def test_the_page_scores_with_the_keyboard_alone_and_marks_the_pick(opened: tupl
         view.keyboard.type(text)
     view.keyboard.press("Control+Enter")
     view.wait_for_selector("#outcome:not([hidden])")
-    assert view.inner_text("#headline") == "Response 2 is the pick, with 1.100."
+    assert_names(view.inner_text("#headline"), "response 2", "1.100")
     picks = view.locator("li.pick")
     assert picks.count() == 1
     assert "<b>pear</b>" in picks.inner_text(), "text, not markup"

@@ -176,7 +176,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_to_the_same_bits_and_on_one_
     run(plan("unbroken", **settings))
     killer = threading.Thread(target=kill_a_rank, args=(plan("b", **settings), 5))
     killer.start()
-    with raises_naming(TrainingError, "rank 1", "signal 9", "run the same command again"):
+    with raises_naming(TrainingError, "rank 1", "signal 9", "same command"):
         run(plan("b", **settings))
     killer.join()
     shutil.copytree(plan("b").work, plan("c").work)
@@ -248,7 +248,7 @@ def test_sigterm_reaches_the_ranks_which_write_a_checkpoint_and_end(parent: "sub
     parent.terminate()
     said, _ = parent.communicate(timeout=60)
     (line,) = said.splitlines()
-    assert_names(line, "SIGTERM after update ", "run the same command again")
+    assert_names(line, "SIGTERM after update ", "same command")
 
 
 def test_what_cannot_be_spread_is_refused_in_one_line(plan: Plan) -> None:

@@ -225,7 +225,7 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_one_line(plan: Plan) -> None:
     assert line.startswith("cappy finetuning: ")
     found, _ = load(checkpoints(plan()))
     assert found is not None
-    assert_names(line, f"SIGTERM after update {found.state.update} of", "run the same command again")
+    assert_names(line, f"SIGTERM after update {found.state.update} of", "same command")
 
 
 class Unwell(Scorer):

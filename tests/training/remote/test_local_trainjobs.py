@@ -172,7 +172,7 @@ def test_a_step_that_is_cancelled_takes_its_job_with_it(
     why = "the process that started this step" if whom == "shell" else "SIGTERM"
     name = f"cappy-finetuning-{next((step.plan.work / 'finetuning').iterdir()).name}"
     assert step.said.splitlines()[-1].startswith(f"cappy finetuning: {name}: ")
-    assert_names(step.said.splitlines()[-1], "cancelled", why, "run the same command again")
+    assert_names(step.said.splitlines()[-1], "cancelled", why, "same command")
     assert "SIGTERM after update" in step.said, "the ranks were asked, and wrote a checkpoint"
     assert not step.plan.target.exists()
 

@@ -339,7 +339,7 @@ def test_a_job_that_succeeded_and_left_nothing_where_the_step_looks_is_told_and_
     thread.start()
     try:
         for count in (1, 2):
-            with raises_naming(TrainingError, "succeeded", "target", "let --work be on a volume"):
+            with raises_naming(TrainingError, "succeeded", "target", "--work", "volume"):
                 run(settings)
             assert len(server.custom_jobs) == count, "Vertex AI keeps the job that ended in its list"
     finally:
