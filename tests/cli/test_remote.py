@@ -188,7 +188,7 @@ def test_lines_of_several_pods_of_a_step_are_told_once_each_while_they_grow(
     def grow(_: float) -> None:
         kubeflow.logs = {name: text + f"{name}{text.count(chr(10)) + 1}\n" for name, text in kubeflow.logs.items()}
 
-    monkeypatch.setattr(remote.time, "sleep", grow)
+    monkeypatch.setattr("cappy.cli.remote.time.sleep", grow)
     done = here("pipeline", "logs", "run-1", *on_kubeflow(kubeflow), "--follow")
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split()[1::2]) == ["a1", "a2", "a3", "b1", "b2", "b3"]

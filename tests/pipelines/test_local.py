@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 from wording import assert_names, raises_naming
 
 from cappy.errors import CappyError, ConfigError
@@ -107,10 +108,7 @@ def test_nothing_outlives_the_process_that_started_the_run(
 ) -> None:
     beat = tmp_path / "beat"
     with _other_process(tmp_path, made_up(first={"seconds": 60})) as parent:
-        deadline = time.monotonic() + 20
-        while not beat.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(beat.exists, "the first sign of the step", seconds=20)
         parent.send_signal(number)
         parent.wait(10)
         time.sleep(1.0)
@@ -174,17 +172,13 @@ def test_another_terminal_sees_how_far_a_run_is_and_can_end_it(
         client.cancel(over.run_id)
     slow = made_up(one="7" * 8, first={"seconds": 60, "fail": "asked to end"})
     with _other_process(tmp_path, slow, background=background) as other:
-        deadline = time.monotonic() + 30
-        while not (runs := {path.name for path in (tmp_path / "root" / "runs").iterdir()} - {over.run_id}):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        (run,) = runs
-        while not (tmp_path / "root" / "runs" / run / "request.json").is_file() or client.look(run).state != "running":
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        while not (tmp_path / "beat").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        folder = tmp_path / "root" / "runs"
+        (run,) = wait_until(
+            lambda: {path.name for path in folder.iterdir()} - {over.run_id}, "the run's folder", seconds=30
+        )
+        request = folder / run / "request.json"
+        wait_until(lambda: request.is_file() and client.look(run).state == "running", f"{run} to run", seconds=30)
+        wait_until((tmp_path / "beat").exists, "the first sign of the step", seconds=30)
         client.cancel(run)
         assert other.wait(30) == -signal.SIGINT  # KeyboardInterrupt; the command line makes one line of it.
     assert (tmp_path / "beat.checkpoint").exists()

@@ -9,11 +9,13 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from chat_server import Model, serving
 from fault_proxy import BEFORE, FAULTS, Weather, proxying
+from waiting import wait_until
 
 from cappy.config import to_values
 from cappy.errors import ConfigError, GeneratorError
@@ -119,6 +121,10 @@ run(SamplingConfig(source=folder / "in", target=folder / "out", work=folder / "w
 """
 
 
+def has_answered(model: Model, count: int) -> bool:
+    return sum(model.answered.values()) >= count
+
+
 @pytest.mark.parametrize(("kills", "quiet"), [((20, 150), True), ((90,), False)])
 def test_after_kill_9_the_same_command_asks_nothing_twice(tmp_path: Path, kills: tuple[int, ...], quiet: bool) -> None:
     """Killed between answers: nothing. Killed amid answers: at most what was on its way."""
@@ -128,8 +134,7 @@ def test_after_kill_9_the_same_command_asks_nothing_twice(tmp_path: Path, kills:
     with serving(model) as upstream, proxying(upstream, weather) as url:
         for wanted in kills:
             process = subprocess.Popen([*command, url])
-            while sum(model.answered.values()) < wanted and process.poll() is None:
-                time.sleep(0.005)
+            wait_until(partial(has_answered, model, wanted), f"{wanted} answers", pause=0.005, process=process)
             if quiet:
                 # The server is down for a moment, so that nothing is on its way.
                 weather.rate = 1.0

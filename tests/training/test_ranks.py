@@ -11,13 +11,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from waiting import wait_until
 from wording import assert_names, raises_naming
 
 from cappy.config import encode, to_values
@@ -202,15 +202,13 @@ def ranks_of(parent: int) -> dict[int, int]:
 
 
 def kill_a_rank(plan: FinetuningConfig, update: int) -> None:
-    wait_for(lambda: list(plan.work.glob(f"finetuning/*/.checkpoints/{update:09d}")))
+    wait_for_checkpoint(plan, update)
     os.kill(ranks_of(os.getpid())[1], signal.SIGKILL)
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def wait_for_checkpoint(plan: FinetuningConfig, update: int) -> None:
+    place = f"finetuning/*/.checkpoints/{update:09d}"
+    wait_until(lambda: list(plan.work.glob(place)), f"checkpoint {update}", seconds=120)
 
 
 @pytest.fixture
@@ -230,7 +228,7 @@ except CappyError as error:
     process = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE, text=True
     )
-    wait_for(lambda: list(settings.work.glob("finetuning/*/.checkpoints/000000005")))
+    wait_for_checkpoint(settings, 5)
     yield process
     process.kill()
     process.communicate()
@@ -241,7 +239,9 @@ def test_ranks_die_with_the_process_that_started_them(parent: "subprocess.Popen[
     assert set(ranks) == {0, 1}
     parent.kill()
     parent.wait()
-    wait_for(lambda: not any(Path(f"/proc/{number}").exists() for number in ranks.values()), 20)
+    wait_until(
+        lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks.values()), f"the end of {ranks}", seconds=20
+    )
 
 
 def test_sigterm_reaches_the_ranks_which_write_a_checkpoint_and_end(parent: "subprocess.Popen[str]") -> None:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
@@ -22,6 +21,7 @@ from calibrations import straight
 from chat_server import Model, serving
 from local_server import handled_by
 from scoring_function import FakeEngine, model
+from waiting import wait_until
 from wording import assert_names, raises_naming
 
 import serving as service
@@ -55,9 +55,7 @@ def scoring_service(*keys: str) -> Iterator[str]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        deadline = time.monotonic() + 20
-        while httpx.get(f"{address}/ready").status_code != 200:
-            assert time.monotonic() < deadline
+        wait_until(lambda: httpx.get(f"{address}/ready").status_code == 200, "a ready service", seconds=20)
         yield address
         server.should_exit = True
         thread.join(10)
@@ -108,13 +106,11 @@ def test_the_command_answers_says_what_its_scores_are_and_sigterm_lets_a_request
         answers: list[httpx.Response] = []
         request = threading.Thread(target=lambda: answers.append(ask(url)))
         request.start()
-        deadline = time.monotonic() + 10
-        while not model.asked and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: model.asked, "a request to the LLM", seconds=10, pause=0.01)
         process.send_signal(signal.SIGTERM)
-        while not answers and httpx.get(f"{url.removesuffix('/v1')}/ready").status_code == 200:
-            time.sleep(0.01)
-        ready = httpx.get(f"{url.removesuffix('/v1')}/ready")
+        place = f"{url.removesuffix('/v1')}/ready"
+        wait_until(lambda: answers or httpx.get(place).status_code != 200, "a gateway that is not ready", pause=0.01)
+        ready = httpx.get(place)
         assert (ready.status_code, "end" in ready.json()["reason"]) == (503, True)
         request.join(20)
         _, log = process.communicate(timeout=20)
