@@ -56,7 +56,7 @@ def measure_sampling(bench: Bench, names: Sequence[str], sample: Sequence[Instan
                 random_weights(shape, Path(folder))
                 count = max(4, min(64, round(4e9 / (shape.encoder_weights + shape.decoder_weights))))
                 count = 512 if bench.hardware != "cpu" else count
-                texts, generator = opened[:count], Seq2Seq(name, open_model_folder(folder))
+                texts, generator = opened[:count], Seq2Seq(name, open_model_folder(Path(folder)))
                 decodings = (replace(strategy("topk40x5")[0], max_new_tokens=RESPONSE_TOKENS),)
             note_sampling(bench, name, shape, generator, texts, decodings)
 
