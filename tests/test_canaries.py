@@ -261,7 +261,7 @@ def test_no_specification_of_a_cluster_holds_a_canary(monkeypatch: pytest.Monkey
         written.append(text(inference_service(config, version)))
         for platform in ("local", "kubeflow", "vertex"):
             resources = {"sampling": {"secrets": secrets}} if platform == "kubeflow" else {}
-            written.append(compiled(checked({"pipeline": "adapt", "resources": resources}), platform))  # type: ignore[arg-type]
+            written.append(compiled(checked({"pipeline": "adapt", "resources": resources}), platform))
         assert not canaries_in("\n".join(written).encode())
 
 

@@ -35,7 +35,7 @@ HEAVY = "torch transformers mlflow kfp numpy pyarrow fastapi serving.app serving
 def listed(text: str) -> dict[str, str]:
     """The rows of a help page under Commands."""
     rows = text.split("Commands:\n")[1].splitlines()
-    return dict(row.split(maxsplit=1) for row in rows)  # type: ignore[misc]
+    return dict(row.split(maxsplit=1) for row in rows)
 
 
 def test_the_verbs_are_these_and_each_says_what_it_does_in_one_row(cappy: Cappy) -> None:

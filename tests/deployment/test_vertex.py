@@ -116,8 +116,8 @@ def test_a_service_that_gives_no_answer_is_one_line_and_the_same_command_goes_on
     with vertex_server() as server:
         connect(server)
         with monkeypatch.context() as away:
-            away.setattr(vertex.aiplatform.Model, "upload", silent)
-            with raises_naming(ConfigError, "my-project", *named, "run the same command again") as caught:
+            away.setattr("google.cloud.aiplatform.Model.upload", silent)
+            with raises_naming(ConfigError, "my-project", *named, "same command") as caught:
                 vertex.deploy(settings(), version(1), scorer)
         assert "\n" not in str(caught.value)
         assert told(server, scorer, 1)["shares"] == {"cappy-1": 100}

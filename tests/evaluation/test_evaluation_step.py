@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from wording import raises_naming
 
-from cappy.config import ConfigError, build
-from cappy.errors import FolderError
+from cappy.config import build
+from cappy.errors import ConfigError, FolderError
 from cappy.evaluation import read_report
 from cappy.evaluation.step import EvaluationConfig, evaluate_folder
 from cappy.evaluation.threshold import threshold

@@ -144,10 +144,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def annotated(folder: Path) -> Path:
     """A few annotated instances of the built-in tasks."""
-    places = {"work": folder / "steps"}
-    source = PreparationConfig(source="builtin", target=folder / "prepared", num_per_family=4, **places)
+    work = folder / "steps"
+    source = PreparationConfig(source="builtin", target=folder / "prepared", num_per_family=4, work=work)
     preparation(source)
-    annotation(AnnotationConfig(source=folder / "prepared", target=folder / "annotated", **places))
+    annotation(AnnotationConfig(source=folder / "prepared", target=folder / "annotated", work=work))
     return folder / "annotated"
 
 

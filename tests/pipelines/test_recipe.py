@@ -12,7 +12,7 @@ from pipelines.builder import build as built
 from pipelines.builder import compile_pipeline as compiled
 from pipelines.planning import check, registry_of, settings_of, submission_of, work_of
 from pipelines.preview import graph, lines, text, to_json
-from pipelines.recipe import checked, read_recipe
+from pipelines.recipe import Platform, Recipe, checked, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PLACES = {"tracking_uri": "https://mlflow.example", "kubeflow": {"endpoint": "https://kubeflow.example"}}
@@ -234,7 +234,8 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
     }
     assert {name: told[name] for name in expected} == expected
     assert "launcher" not in settings_of(kubeflow, "local")["finetuning"]
-    for recipe, platform in ((vertex, "vertex"), (kubeflow, "kubeflow")):
+    both: tuple[tuple[Recipe, Platform], ...] = ((vertex, "vertex"), (kubeflow, "kubeflow"))
+    for recipe, platform in both:
         spec = compiled(recipe, platform)
         assert "H100" not in spec
         assert "nvidia.com/gpu" not in spec

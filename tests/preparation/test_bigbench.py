@@ -29,7 +29,7 @@ def sums(count: int, first: int = 0) -> list[dict[str, Any]]:
 
 
 def test_a_prompt_is_the_zero_shot_one_of_the_benchmark(prepare: Prepare, tmp_path: Path) -> None:
-    examples = [
+    examples: list[dict[str, Any]] = [
         {"input": "She runs.", "target": ["She ran.", "She had run."], "comment": "two answers"},
         {"input": "Is it?", "target_scores": {"yes": 1, "no": 0}},
         {"input": "Both?", "target_scores": {"b": 1, "a": 1, "c": 0}},

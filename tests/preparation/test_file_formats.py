@@ -11,8 +11,9 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -33,7 +34,7 @@ ROWS = [{"instruction": f"Say é {number}.", "reference": f"{number}, über"} fo
 JSON_LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 
-def zipped(data: bytes, name: str = "rows.jsonl", **more: bytes) -> bytes:
+def zipped(data: bytes, name: str = "rows.jsonl", more: Mapping[str, bytes] = MappingProxyType({})) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(name, data)
@@ -80,7 +81,7 @@ FILES = {
     "rows.CSV": table(",").encode(),
     "rows.jsonl.bz2": bz2.compress(UTF8),
     "rows.jsonl.zip": zipped(UTF8),
-    "rows.zip": zipped(UTF8, **{"__MACOSX/._rows.jsonl": b"x"}),
+    "rows.zip": zipped(UTF8, more={"__MACOSX/._rows.jsonl": b"x"}),
     "rows.csv.zip": zipped(table(";").encode(), "rows.csv"),
     "rows.jsonl.zst": pa.compress(UTF8, codec="zstd", asbytes=True),
     "rows.csv.gz": gzip.compress(table(",").encode("utf-16")),
@@ -163,7 +164,7 @@ def tar() -> bytes:
 
 
 REFUSED = {
-    "two.zip": (zipped(UTF8, **{"b.jsonl": UTF8}), "is a zip archive of 2 files", "unzip two.zip -d FOLDER"),
+    "two.zip": (zipped(UTF8, more={"b.jsonl": UTF8}), "is a zip archive of 2 files", "unzip two.zip -d FOLDER"),
     "book.xlsx": (zipped(b"", "[Content_Types].xml"), "is an Excel workbook", "libreoffice --headless --convert"),
     "book.xls": (b"\xd0\xcf\x11\xe0" + b"x" * 600, "is an Excel workbook", "libreoffice --headless --convert"),
     "rows.db": (b"SQLite format 3\0" + b"x" * 600, "is a SQLite database", "sqlite3 -header -csv rows.db"),
@@ -277,7 +278,8 @@ def test_a_text_that_stands_in_every_row_is_held_once(tmp_path: Path) -> None:
     pq.write_table(table, path, compression="zstd", store_schema=False)
     assert path.stat().st_size < 2_000
     before = pa.total_allocated_bytes()
-    _, first = next(rows := read_parquet(path))
+    rows: Any = read_parquet(path)
+    _, first = next(rows)
     assert len(first["instruction"]) == len(text)
     assert pa.total_allocated_bytes() - before < 20 * len(text)
     rows.close()

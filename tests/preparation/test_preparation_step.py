@@ -204,7 +204,7 @@ def test_the_manifest_names_the_file_by_its_sha256_and_counts_what_it_holds(
     path = json_lines(*ten_rows, {**ten_rows[0], "instruction": " add ONE to  0.", "responses": ["1", "2"]})
     manifest, instances = prepare(path)
     assert manifest.parents == (hashlib.sha256(path.read_bytes()).hexdigest(),)
-    splits = Counter(instance.split for instance in instances)
+    splits = Counter[str](instance.split for instance in instances)
     assert manifest.metrics == {**splits, "instances": 11, "candidates": 2, "duplicates_of_instruction": 1}
     assert (manifest.step, manifest.seed, manifest.rows, manifest.candidates) == ("preparation", 0, 11, 2)
 

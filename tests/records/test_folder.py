@@ -34,7 +34,7 @@ def some(count: int, words: int = 1) -> Iterator[Instance]:
             instance_id=str(number),
             instruction=f"Instruction {number}",
             references=("r",),
-            split=("train", "validation", "test")[number % 3],  # type: ignore[arg-type]
+            split=("train", "validation", "test")[number % 3],
             candidates=candidates,
         )
 

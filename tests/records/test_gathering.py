@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from wording import raises_naming
@@ -18,7 +19,11 @@ def shard(folder: Path, start: int, count: int, step: str = "annotation", **metr
         for index in range(start, start + count)
     ]
     manifest = write(folder, instances, step=step, part_rows=2)
-    told = {"config": {"shard": str(start), "seed": 1}, "seed": 7, "generators": {f"llm-{start}": f"revision-{start}"}}
+    told: dict[str, Any] = {
+        "config": {"shard": str(start), "seed": 1},
+        "seed": 7,
+        "generators": {f"llm-{start}": f"revision-{start}"},
+    }
     write_manifest(folder, replace(manifest, metrics={"rows": float(count), **metrics}, **told))
     return folder
 

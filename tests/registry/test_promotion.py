@@ -165,7 +165,7 @@ def test_a_user_without_a_name_moves_the_alias_by_number(
     def nameless() -> str:
         raise KeyError("getpwuid(): uid not found: 12345")
 
-    monkeypatch.setattr(aliases.getpass, "getuser", nameless)
+    monkeypatch.setattr("getpass.getuser", nameless)
     _, found = registered("a", 1.0)
     room.promote(found)
     assert registry.history("cappy", tracking_uri=room.uri)[0].by.startswith("uid ")
@@ -286,7 +286,7 @@ def test_flags_that_would_be_passed_over_are_refused_before_anything_is_read_or_
     ],
 )
 def test_the_strict_gate_asks_for_mbr_too(lows: dict[str, float], expected: str) -> None:
-    assert decide(report(**lows), has_champion=False, baseline="mbr").decision == expected
+    assert decide(report(None, **lows), has_champion=False, baseline="mbr").decision == expected
 
 
 def guarded(low: float, champion: bool = True) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def test_jobs_may_ask_for_other_jobs_while_they_run() -> None:
 TESTS = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "fakes")]
 FORK = """
 import os, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_children import *
 running = jobs.run("promptsource", (hello(str(number)) for number in range(100)))
 first = next(running)
@@ -152,7 +152,7 @@ def test_a_fork_goes_on_with_children_of_its_own() -> None:
 
 PARENT = """
 import os, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_children import *
 from cappy.rendering import process
 running = jobs.run("promptsource", [hello("a"), *[Job(items=((SLEEPY, "0"),), seconds=1.0)] * 99])

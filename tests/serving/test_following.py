@@ -76,7 +76,7 @@ class Registry:
         return self.model(found.number)
 
     def model(self, number: int) -> Model:
-        facts = {"engine": engine(number, delay=0.001), "version": name_of(number), "spec": ALIAS}
+        facts: dict[str, Any] = {"engine": engine(number, delay=0.001), "version": name_of(number), "spec": ALIAS}
         return model(**(facts | {"registered": version(number)} | self.facts.get(number, {})))
 
     def follower(self, models: Models, **settings: Any) -> Follower:
@@ -120,7 +120,7 @@ def test_swaps_under_load_lose_no_request_and_every_answer_names_the_version_tha
     client, registry = start()
     ended = threading.Event()
 
-    def ask(client_number: int) -> list[tuple[int, str, str, list[float]]]:
+    def ask(client_number: int) -> list[int]:
         found, asked = [], 0
         while not ended.is_set() or asked < 5:
             asked += 1

@@ -57,7 +57,7 @@ def test_a_running_service_follows_the_alias_of_a_real_registry(
         for number, folder in folders.items()
     }
     for number, folder in folders.items():
-        places = {"report": tmp_path / f"report-{number}", "target": tmp_path / f"version-{number}"}
+        places: dict[str, Any] = {"report": tmp_path / f"report-{number}", "target": tmp_path / f"version-{number}"}
         run(RegistrationConfig(scorer=folder, work=tmp_path / "work", **places))
 
     def promote(number: int) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -289,7 +290,7 @@ def test_the_command_of_a_vertex_job_trains_on_all_machines_together(plan: Plan)
         port = probe.getsockname()[1]
     cluster = {"workerpool0": [f"127.0.0.1:{port}"], "workerpool1": [f"127.0.0.1:{port}"]}
     settings = plan("cluster", strategy="ddp", nodes=2, **CURVE)
-    pools = worker_pools("finetuning", settings, image="image", machine_type="n1-standard-8")
+    pools: Any = worker_pools("finetuning", settings, image="image", machine_type="n1-standard-8")
     _, *words = pools[0]["container_spec"]["command"] + pools[0]["container_spec"]["args"]
     nodes = [
         subprocess.Popen(

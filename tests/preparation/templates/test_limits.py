@@ -104,7 +104,7 @@ def test_other_rows_and_templates_are_rendered_beside_one_that_ends_the_child(te
     }
     plain = template("{{text}} ||| y")
     templates = [plain, *(template(f"{{{{text}}}} ||| y{jinja}") for jinja in bombs.values()), plain]
-    rows = [{"text": str(number), "bomb": int(number in (3, 40))} for number in range(80)]
+    rows: list[dict[str, Any]] = [{"text": str(number), "bomb": int(number in (3, 40))} for number in range(80)]
     results = list(render_rows([(row, templates) for row in rows], seconds=0.5))
     for row, found in zip(rows, results, strict=True):
         whole = Rendered(instruction=row["text"], target="y")

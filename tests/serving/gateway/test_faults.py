@@ -24,7 +24,7 @@ from wording import assert_names
 from serving.gateway.config import Policy, SpendingLimits
 
 CANARY = "sk-canary-4f1d9a"
-ONE_BY_ONE = {"refused": ("n",)}
+ONE_BY_ONE: dict[str, Any] = {"refused": ("n",)}
 
 
 @contextlib.contextmanager

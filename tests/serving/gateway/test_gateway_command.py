@@ -28,7 +28,7 @@ import serving as service
 from cappy.errors import ConfigError
 from serving.engine import Models
 from serving.gateway.errors import GatewayError
-from serving.gateway.scoring import load
+from serving.gateway.scoring import Scoring, load
 from serving.guards import Keys
 
 CANARY = "sk-canary-4f1d9a"
@@ -176,27 +176,31 @@ def test_the_builtin_scorer_scores_as_it_does_alone_and_has_no_calibration() -> 
     assert found.version() == Scorer.load("builtin").version
 
 
+async def close(found: Scoring) -> None:
+    await found.close()
+
+
 def test_scores_of_a_running_service_are_asked_over_http(scorer: str) -> None:
     with asyncio.Runner() as loop:
         found = load(scorer)
         pairs = [("a", "x" * length) for length in range(1500)]
         assert loop.run(found(pairs)) == [float(len(response)) for _, response in pairs]
         assert found.version() == "a" * 12
-        loop.run(found.close())
+        loop.run(close(found))
 
 
 def test_a5_logits_of_a_running_service_come_with_its_scores(scorer: str) -> None:
     with asyncio.Runner() as loop:
         found = load(scorer)
         assert loop.run(found.rate([("a", "xy"), ("a", "x")])) == [(2.0, 20.0), (1.0, 10.0)]
-        loop.run(found.close())
+        loop.run(close(found))
 
 
 def test_a_service_that_wants_a_key_is_given_the_one_that_the_flag_names() -> None:
     with scoring_service(CANARY) as address, asyncio.Runner() as loop:
         found = load(address, key=CANARY)
         assert loop.run(found([("a", "xyz")])) == [3.0]
-        loop.run(found.close())
+        loop.run(close(found))
         for key in ("", "another-key"):
             with raises_naming(ConfigError, address, "key", "--scorer-key-variable"):
                 load(address, key=key)
@@ -223,6 +227,6 @@ def test_a_service_that_does_not_score_is_told_with_its_remedy() -> None:
         with raises_naming(GatewayError, "scorer", "finite numbers") as error:
             loop.run(found([("a", "b"), ("a", "c")]))
         assert error.value.status == 500
-        loop.run(found.close())
+        loop.run(close(found))
         with raises_naming(ConfigError, url, "no scorer", "cappy serve"):
             load(url)

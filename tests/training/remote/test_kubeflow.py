@@ -98,6 +98,7 @@ def test_the_trainer_asks_for_the_nodes_of_the_plan(plan: Plan) -> None:
 
     job = trainer("finetuning", plan(nodes=3), image="trainer:1", resources={"gpu": 4}, environment={"A": "b"})
     assert (job.num_nodes, job.image, job.resources_per_node) == (3, "trainer:1", {"gpu": 4})
+    assert job.env is not None
     assert job.env["A"] == "b"
     assert not job.packages_to_install
 
