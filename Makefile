@@ -48,6 +48,7 @@ lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=benchmarks $(BIN)/mypy $(filter-out %/images.py %/serving.py,$(wildcard benchmarks/*.py))
 
 format: $(STAMP) ## Put the code into the house's style
 	$(BIN)/ruff check --fix .

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from cappy.builtin.tasks import instances
 from cappy.costing import Throughput
@@ -21,7 +21,7 @@ LAYERS, HIDDEN, LENGTH = 12, 160, 256
 """Of the scorer that the plan calls `mini`."""
 VALIDATION = 0.05
 """Share of the built-in pretraining pool that its hashes hold out."""
-POOL = "pretraining"
+POOL: Final = "pretraining"
 
 
 @dataclass(frozen=True, kw_only=True)

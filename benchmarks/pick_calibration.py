@@ -116,9 +116,8 @@ def measure(pools: Sequence[Pool], scores: Sequence[Vector], held_out: int | Non
         held, tested = (
             [i for i, p in enumerate(pools) if (p.instance.group_id in own) == side] for side in (True, False)
         )
-        for key, value in split(
-            *(([pools[i] for i in w], [scores[i] for i in w]) for w in (held, tested)), rng
-        ).items():
+        one, other = (([pools[i] for i in w], [scores[i] for i in w]) for w in (held, tested))
+        for key, value in split(one, other, rng).items():
             found.setdefault(key, []).append(value)
     values = {key: round(float(np.nanmean(own)), 4) for key, own in found.items() if not np.isnan(own).all()}
     return {"held_out": number, "tested": len(groups) - number, **values}

@@ -233,7 +233,7 @@ def work_done(lengths: Sequence[int], size: str) -> float:
 def agreement(trained: str, count: int, device: str) -> dict[str, Any]:
     """Of whole pools: how many have the same pick in bf16 and fp32, and how far the scores are apart."""
     pools = [pool for path in candidate_files() for pool in read_pools(path)[:count]]
-    exact, low = (Scorer.load(trained, device=device, precision=precision) for precision in ("fp32", "bf16"))  # type: ignore[arg-type]
+    exact, low = (Scorer.load(trained, device=device, precision=precision) for precision in ("fp32", "bf16"))
     same, regrets, differences = 0, [], []
     for one, other in zip(exact.select_stream(pools), low.select_stream(pools), strict=True):
         same += one.response == other.response

@@ -41,10 +41,10 @@ def pretrained(work: Path, rate: float, progress: Progress) -> Path:
         rows = [row for row in map(json.loads, file) if not row["dataset"].startswith("common_gen")]
     drawn = np.random.default_rng(0).permutation(len(rows))[:T0_PROMPTS]
     source.write_text("".join(json.dumps(prompt(rows[index])) + "\n" for index in sorted(drawn)), encoding="utf-8")
-    places = {"work": folder / "work", "seed": 0}
+    places: dict[str, Any] = {"work": folder / "work", "seed": 0}
     preparation(PreparationConfig(source=str(source), target=folder / "prepared", max_characters=100_000, **places))
     annotation(AnnotationConfig(source=folder / "prepared", target=folder / "annotated", **places))
-    common = {"train_rows": T0_ROWS, "learning_rate": rate, "max_length": 256, **places}
+    common: dict[str, Any] = {"train_rows": T0_ROWS, "learning_rate": rate, "max_length": 256, **places}
     plan = PretrainingConfig(encoder=minilm(), source=folder / "annotated", target=folder / "scorer", **common)
     pretraining(plan, progress)
     return folder / "scorer"

@@ -85,7 +85,7 @@ async def measured(
         return scores[pair]
 
     able = await capacity(address, pools, clients=16, seconds=10)
-    common = {"rate": 2 * able, "process": process.pid}
+    common: dict[str, Any] = {"rate": 2 * able, "process": process.pid}
     long = await overload(address, pools, expected, seconds=seconds, **common)
     asyncio.get_running_loop().call_later(5, process.send_signal, signal.SIGTERM)
     last = await overload(address, pools, expected, seconds=30, stop_when_unready=True, **common)

@@ -45,7 +45,7 @@ from throughput_texts import (
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
 from cappy.builtin.scorer import new_encoder
-from cappy.costing import DEFAULT, PlanConfig, Throughput, read_throughput
+from cappy.costing import DEFAULT, Measurement, PlanConfig, Throughput, read_throughput
 from cappy.costing.costs import GENERATORS, HARDWARE, SCORERS, cost, works
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
@@ -96,7 +96,10 @@ def main() -> None:
 def keep(bench: Bench) -> None:
     """Writes what was found among what the file held before."""
     old = read_throughput(DEFAULT) if DEFAULT.is_file() else None
-    key = lambda m: (m.step, m.hardware, m.of, m.unit)  # noqa: E731
+
+    def key(found: Measurement) -> tuple[str, ...]:
+        return (found.step, found.hardware, found.of, found.unit)
+
     new = {key(m): m for m in (*(old.measurements if old else ()), *bench.found)}
     texts = {**(old.texts if old else {}), **bench.texts}
     made = Throughput(benchmark="throughput", texts=texts, measurements=tuple(new[name] for name in sorted(new)))
@@ -186,7 +189,7 @@ def measure_starts(bench: Bench) -> None:
         expected[name] = expected.get(name, 0.0) + cost(work, 1, config, cores=1).seconds
     for step, one in ran.items():
         start = max(0.1, one.cpu_seconds - expected[step])
-        told = {"by_the_clock": one.seconds, "whole": one.cpu_seconds, "work": expected[step]}
+        told: dict[str, Any] = {"by_the_clock": one.seconds, "whole": one.cpu_seconds, "work": expected[step]}
         bench.note(step, "builtin", "seconds to start", start, **told)
 
 

@@ -44,7 +44,7 @@ class Bench:
             torch.cuda.synchronize()
         return clock() - started, value
 
-    def share(self, flops: float) -> dict[str, float]:
+    def share(self, flops: float) -> dict[str, Any]:
         """The share of the data sheet's peak, where there is one."""
         peak = HARDWARE[self.hardware]
         return {"flop_share": flops / peak} if peak else {}

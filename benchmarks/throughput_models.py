@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -56,7 +57,7 @@ def measure_sampling(bench: Bench, names: Sequence[str], sample: Sequence[Instan
                 random_weights(shape, Path(folder))
                 count = max(4, min(64, round(4e9 / (shape.encoder_weights + shape.decoder_weights))))
                 count = 512 if bench.hardware != "cpu" else count
-                texts, generator = opened[:count], Seq2Seq(name, open_model_folder(folder))
+                texts, generator = opened[:count], Seq2Seq(name, open_model_folder(Path(folder)))
                 decodings = (replace(strategy("topk40x5")[0], max_new_tokens=RESPONSE_TOKENS),)
             note_sampling(bench, name, shape, generator, texts, decodings)
 
@@ -79,7 +80,7 @@ def note_sampling(
         shape.response_flops(tokens, prompt) for prompt, some in zip(prompts, own, strict=True) for tokens in some
     )
     responses = sum(map(sum, own))
-    told = {"prompts": len(texts), "prompt_tokens": fmean(prompts), "candidates": sum(map(len, own))}
+    told: dict[str, Any] = {"prompts": len(texts), "prompt_tokens": fmean(prompts), "candidates": sum(map(len, own))}
     told["layers"] = shape.layers
     bench.note(
         "sampling", name, "FLOP/s", flops / seconds, response_tokens_per_second=responses / seconds,
@@ -109,6 +110,11 @@ def random_weights(shape: GeneratorShape, folder: Path) -> None:
     AutoTokenizer.from_pretrained(LLM_FOLDER, trust_remote_code=False).save_pretrained(folder)
 
 
+def update(run: Run, times: int) -> None:
+    for _ in range(times):
+        run.update()
+
+
 def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instance]) -> None:
     """Updates of each scorer, the first one left out; `mini` and `builtin` on the built-in tasks."""
     for name in names:
@@ -135,7 +141,7 @@ def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instan
             for one in batch(corpora.train, number, config.batch_instances, config.max_candidates, seed=config.seed)
         ]
         lengths = [length for one in drawn for length in corpora.train.tokens(one.index, one.chosen)]
-        seconds, _ = bench.timed(lambda: [run.update() for _ in range(updates)])  # noqa: B023
+        seconds, _ = bench.timed(partial(update, run, updates))
         flops = sum(SCORERS[name].training_flops(length, length**2) for length in lengths) / seconds
         bench.note(
             "pretraining", name, "FLOP/s", flops, pairs_per_second=len(lengths) / seconds, pairs=len(lengths),

@@ -68,8 +68,8 @@ def t0_instances(prompts: dict[tuple[str, str], list[Prompt]], one_of: int) -> l
     LLM of the mixture is at hand, and what is measured on them goes by their length.
     """
     wanted: dict[tuple[str, str], int] = defaultdict(int)
-    for row in plan(load_mixture("t0")).rows:
-        wanted[row.subset, row.kind] += row.examples or 0
+    for planned in plan(load_mixture("t0")).rows:
+        wanted[planned.subset, planned.kind] += planned.examples or 0
     rng = random.Random(0)
     found = []
     for key, examples in sorted(wanted.items()):

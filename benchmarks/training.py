@@ -155,7 +155,7 @@ def padded(start: Path, rows: Sequence[tuple[str, str, float]], device: str) -> 
         ).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
             scores = model(**inputs).logits.squeeze(-1).sigmoid()
-        mse_loss(scores.float(), torch.tensor(labels, device=device)).backward()
+        mse_loss(scores.float(), torch.tensor(labels, device=device)).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -35,6 +35,8 @@ PARALLEL_SHARDS = 16
 class Pipeline(Protocol):
     """A pipeline as kfp makes it: `Compiler` writes it, and a call runs it on kfp's local runner."""
 
+    pipeline_spec: Any
+
     def __call__(self, **arguments: object) -> object: ...
 
 

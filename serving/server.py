@@ -150,7 +150,7 @@ class _Blob(Protocol):
 
 
 def _copy_blobs(uri: str, folder: Path) -> None:
-    from google.cloud import storage  # type: ignore[attr-defined] # untyped
+    import google.cloud.storage as storage
 
     bucket, _, prefix = uri.removeprefix("gs://").partition("/")
     prefix = f"{prefix.rstrip('/')}/" if prefix else ""

@@ -5,7 +5,6 @@ import contextlib
 import html
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -14,14 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.parse import quote
-from urllib.request import ProxyHandler, build_opener
 
 import pyarrow.parquet as pq
 import pytest
 from chat_server import Model, serving
 from foreign_server import Foreign, answering, response
+from processes import free_port, wait_for
 
 from cappy.config import build
 from cappy.deployment.kserve import inference_service, text
@@ -129,22 +127,13 @@ def _words_beneath(top: int) -> Iterator[bytes]:
 def mlflow(folder: Path) -> Iterator[int]:
     """The port of an MLflow server that keeps all below the folder."""
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     stores = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")]
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *stores]
     with (folder / "server.log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
         try:
-            opener = build_opener(ProxyHandler({}))
-            deadline = time.monotonic() + 120
-            while time.monotonic() < deadline and server.poll() is None:
-                with contextlib.suppress(URLError, OSError), opener.open(f"http://127.0.0.1:{port}/health", timeout=5):
-                    break
-                time.sleep(0.2)
-            else:
-                pytest.fail(f"MLflow's server did not start: {(folder / 'server.log').read_text()[-2000:]}")
+            wait_for(f"http://127.0.0.1:{port}/health", server, folder / "server.log", seconds=120)
             yield port
         finally:
             server.terminate()
@@ -272,7 +261,7 @@ def test_no_specification_of_a_cluster_holds_a_canary(monkeypatch: pytest.Monkey
         written.append(text(inference_service(config, version)))
         for platform in ("local", "kubeflow", "vertex"):
             resources = {"sampling": {"secrets": secrets}} if platform == "kubeflow" else {}
-            written.append(compiled(checked({"pipeline": "adapt", "resources": resources}), platform))  # type: ignore[arg-type]
+            written.append(compiled(checked({"pipeline": "adapt", "resources": resources}), platform))
         assert not canaries_in("\n".join(written).encode())
 
 

@@ -77,9 +77,9 @@ def test_a_missing_value_is_named_without_a_value() -> None:
 def test_settings_are_frozen_and_by_name_only() -> None:
     config = build(TrialConfig, PLACES)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.rate = 0.1
+        config.rate = 0.1  # type: ignore[misc]
     with pytest.raises(Exception, match="positional"):
-        TrialConfig("s", "t")  # type: ignore[misc]
+        TrialConfig("s", "t")  # type: ignore[call-arg, arg-type]
 
 
 def test_identity_is_what_is_computed_and_not_where() -> None:

@@ -4,6 +4,7 @@ import ast
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Gemma3TextConfig, M2M100Config
+from wording import raises_naming
 
 import cappy
 from cappy.errors import CappyError, ConfigError, FolderError
@@ -139,11 +141,11 @@ def test_tokenizer_classes_of_transformers_own_past_are_no_code(name: str, forei
 
 def test_what_is_no_file_of_a_folder_is_refused_by_name(foreign: Path) -> None:
     os.mkfifo(foreign / "pipe.json")
-    with pytest.raises(FolderError, match=r"pipe.json: is no file"):
+    with raises_naming(FolderError, "pipe.json: ", "no file"):
         Scorer.load(str(foreign))
     (foreign / "pipe.json").unlink()
     (foreign / "gone.json").symlink_to(foreign / "nowhere")
-    with pytest.raises(FolderError, match=r"gone.json: is no file"):
+    with raises_naming(FolderError, "gone.json: ", "no file"):
         Scorer.load(str(foreign))
 
 
@@ -254,11 +256,11 @@ def test_shared_embeddings_count_once(config: Any, others: int) -> None:
     table = config.vocab_size * config.hidden_size
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     check_size(Path("folder"), loader, config, [table, others])
-    with pytest.raises(FolderError, match="parameters, the weights hold"):
+    with raises_naming(FolderError, "folder: ", "parameters", "weights"):
         check_size(Path("folder"), loader, config, [table // 8, others])
 
 
-@pytest.mark.parametrize(("layers", "problem"), [(100_001, "above 100,000"), (90_000, "more layers than the weights")])
+@pytest.mark.parametrize(("layers", "problem"), [(100_001, "above 100,000"), (90_000, "more layers")])
 def test_layers_are_counted_in_the_file_and_while_the_model_is_built(layers: int, problem: str, foreign: Path) -> None:
     edit(foreign / "config.json", num_hidden_layers=layers)
     with pytest.raises(FolderError, match=problem):
@@ -319,7 +321,7 @@ def tensors(**shapes: object) -> bytes:
 )
 def test_a_safetensors_header_that_is_none_ends_in_one_line(data: bytes, foreign: Path) -> None:
     (foreign / "model.safetensors").write_bytes(data)
-    with pytest.raises(FolderError, match=r"model.safetensors: .*get it again"):
+    with raises_naming(FolderError, "model.safetensors: ", "get it again"):
         Scorer.load(str(foreign))
 
 
@@ -339,18 +341,19 @@ def test_a_file_larger_than_its_kind_needs_is_not_read(foreign: Path, tmp_path: 
         with (folder / name).open("ab") as file:
             file.truncate(2**31)
     lines = refused_within(*folders, megabytes=1000)
-    assert [f"scorer/{name}: has 2,147,483,648 bytes" in line for name, line in zip(names, lines, strict=True)]
+    for name, line in zip(names, lines, strict=True):
+        assert re.search(rf"scorer/{re.escape(name)}: .*\d,\d\d\d bytes", line), line
 
 
 def test_deeply_nested_json_ends_in_one_line(foreign: Path) -> None:
     (foreign / "generation_config.json").write_text("[" * 100_000)
-    with pytest.raises(FolderError, match="generation_config.json: is not JSON"):
+    with raises_naming(FolderError, "generation_config.json: ", "JSON"):
         Scorer.load(str(foreign))
 
 
 def test_an_index_that_names_weights_elsewhere_is_refused(foreign: Path) -> None:
     edit(foreign / "model.safetensors.index.json", weight_map={"a": "../other/model.safetensors"})
-    with pytest.raises(FolderError, match="outside the folder"):
+    with raises_naming(FolderError, "model.safetensors.index.json: ", "'../other/model.safetensors'"):
         Scorer.load(str(foreign))
 
 
@@ -396,7 +399,7 @@ def test_a_tokenizer_with_tokens_that_the_model_has_not_is_refused(foreign: Path
     tokenizer = json.loads((foreign / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["cat"] = 10**6
     (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(FolderError, match=r"tokenizer .*token 1000000"):
+    with raises_naming(FolderError, "tokenizer", "token 1000000"):
         Scorer.load(str(foreign))
 
 
@@ -406,7 +409,7 @@ def test_a_pattern_that_gives_up_on_a_text_is_one_line_and_the_scorer_goes_on(fo
     tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pattern, tokenizer["pre_tokenizer"]]}
     (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
     scorer = Scorer.load(str(foreign), precision="fp32")
-    with pytest.raises(FolderError, match="tokenizer gave up"):
+    with raises_naming(FolderError, "tokenizer gave up"):
         scorer.score([("a" * 5000 + "b", "a")])
     assert len(scorer.score([("where is the cat", "mat")])) == 1
 

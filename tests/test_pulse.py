@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from cappy.progress import read_state
 from cappy.records import read
@@ -47,19 +48,12 @@ def written(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.02)
-
-
 def kill_when(folder: Path, condition: Callable[[], bool], what: str) -> None:
     """Starts the command, kills it with SIGKILL as soon as the condition holds, and sees that nothing goes on."""
     log = folder / "killed.log"
     with log.open("wb") as output:
         process = subprocess.Popen(COMMAND, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
-        wait_for(lambda: condition() or process.poll() is not None, what)
+        wait_until(condition, what, seconds=WAIT_SECONDS, process=process, details=log.read_text)
         assert process.poll() is None, log.read_text()
         os.kill(process.pid, signal.SIGKILL)
         process.wait()

@@ -14,7 +14,7 @@ import pytest
 from foreign_server import Foreign, answering, response
 from google.auth.credentials import AnonymousCredentials
 from local_server import handled_by
-from wording import assert_names
+from wording import assert_names, raises_naming
 
 from cappy import redaction
 from cappy.config import encode
@@ -59,7 +59,7 @@ def test_a_named_secret_becomes_a_variable_and_its_name_goes(store: str, monkeyp
 
 def test_a_secret_that_may_not_be_read_is_one_line(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, json.dumps({"LLM_KEY": NAME.replace("llm", "other")}))
-    with pytest.raises(ConfigError, match=r"secret 'projects/p/secrets/other/versions/3': .* 403; grant"):
+    with raises_naming(ConfigError, "secret 'projects/p/secrets/other/versions/3': ", " 403", "grant"):
         fill_environment(store)
 
 
@@ -69,7 +69,7 @@ def test_without_credentials_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(google.auth, "default", nobody)
     monkeypatch.setenv(VARIABLE, json.dumps({"LLM_KEY": NAME}))
-    with pytest.raises(ConfigError, match="Google credentials .*service account"):
+    with raises_naming(ConfigError, "Google credentials", "service account"):
         fill_environment()
 
 
@@ -82,7 +82,7 @@ def test_a_store_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatc
     credentials = AnonymousCredentials() if broken == "the service" else Refused()
     monkeypatch.setattr(google.auth, "default", lambda **_: (credentials, "p"))
     monkeypatch.setenv(VARIABLE, json.dumps({"LLM_KEY": NAME}))
-    with pytest.raises(ConfigError, match=r"secret '.*llm.*': Secret Manager .*no answer") as caught:
+    with raises_naming(ConfigError, f"secret '{NAME}': ", "Secret Manager", "no answer") as caught:
         fill_environment("http://127.0.0.1:9")
     assert "\n" not in str(caught.value)
 
@@ -138,7 +138,10 @@ def test_an_exit_step_without_its_secret_ends_with_one_line(
 def test_an_answer_without_a_secret_is_one_line(monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
     monkeypatch.setattr(google.auth, "default", lambda **_: (AnonymousCredentials(), "p"))
     monkeypatch.setenv(VARIABLE, json.dumps({"LLM_KEY": NAME}))
-    with answering(Foreign(parts=[response(body)])) as url, pytest.raises(ConfigError, match="holds no text") as caught:
+    with (
+        answering(Foreign(parts=[response(body)])) as url,
+        raises_naming(ConfigError, f"'{NAME}'", "no text") as caught,
+    ):
         fill_environment(url)
     assert "\n" not in str(caught.value)
 
@@ -148,7 +151,7 @@ def test_of_an_endless_answer_little_is_read_and_no_redirect_is_followed(monkeyp
     for first in (b"HTTP/1.1 200 X\r\n\r\n" + b" " * 30_000_000, response(b"", "Location: /other", status=302)):
         monkeypatch.setenv(VARIABLE, json.dumps({"LLM_KEY": NAME}))
         foreign = Foreign(parts=[first])
-        with answering(foreign) as url, pytest.raises(ConfigError, match="Secret Manager"):
+        with answering(foreign) as url, raises_naming(ConfigError, f"'{NAME}'", "Secret Manager"):
             fill_environment(url)
         assert len(foreign.seen) == 1
 
@@ -156,7 +159,7 @@ def test_of_an_endless_answer_little_is_read_and_no_redirect_is_followed(monkeyp
 @pytest.mark.parametrize("text", ["[]", '{"a": 1}', "5"])
 def test_a_list_of_secrets_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv(VARIABLE, text)
-    with pytest.raises(ConfigError, match=f"{VARIABLE}.*JSON object"):
+    with raises_naming(ConfigError, VARIABLE, "JSON object"):
         fill_environment()
 
 

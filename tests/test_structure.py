@@ -79,7 +79,7 @@ def graph() -> dict[str, set[str]]:
         found[name] = {other for other in imported(name, path) if other in known} - {name}
     # The worker reaches every step through the table of steps.
     found["cappy.worker"] |= {
-        word.value
+        str(word.value)
         for node in ast.walk(tree(known["cappy.steps"]))
         if isinstance(node, ast.keyword) and node.arg == "module" and isinstance(word := node.value, ast.Constant)
     }

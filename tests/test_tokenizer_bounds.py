@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wording import raises_naming
 
 from cappy.errors import FolderError
 from cappy.model_folder import open_model_folder
@@ -59,7 +60,7 @@ BOMBS: dict[str, tuple[dict[str, Any], str]] = {
                 "special_tokens": {"<s>": {"id": "<s>", "ids": [0] * 1_000, "tokens": ["<s>"] * 1_000}},
             }
         },
-        "its post_processor adds 1,000 tokens",
+        "post_processor .*1,000 tokens",
     ),
 }
 
@@ -84,7 +85,7 @@ def test_a_panic_of_the_tokenizers_library_is_one_line(foreign: Path) -> None:
     try:
         open_model_folder(foreign).tokenizer()
     except FolderError as error:
-        assert "its tokenizer cannot be read" in str(error)  # noqa: PT017 (other versions may read it)
+        assert "tokenizer" in str(error)  # noqa: PT017 (other versions may read it)
 
 
 @pytest.mark.parametrize("key", ["vocab", "merges"])
@@ -98,7 +99,7 @@ def test_a_table_of_a_tokenizer_is_no_path(key: str, foreign: Path, tmp_path: Pa
 def test_an_index_names_no_hidden_weights_which_nobody_hashed(foreign: Path) -> None:
     (foreign / "model.safetensors").rename(foreign / ".weights.safetensors")
     edit(foreign / "model.safetensors.index.json", weight_map={"classifier.weight": ".weights.safetensors"})
-    with pytest.raises(FolderError, match="outside the folder, or hidden"):
+    with raises_naming(FolderError, "model.safetensors.index.json: ", "'.weights.safetensors'"):
         open_model_folder(foreign)
 
 

@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 from wording import assert_names
 
 from cappy.config import encode
@@ -122,13 +122,6 @@ worker.launch("preparation", target=sys.argv[1] + ".t", work=sys.argv[1] + ".w")
 """
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
 def alive(pid: int) -> bool:
     """Whether the process runs; one that ended and that nobody has waited for does not."""
     try:
@@ -145,11 +138,11 @@ def test_a_step_dies_with_its_parent_however_it_ends(tmp_path: Path, how: signal
     assert parent.stdout is not None
     with parent:
         child = int(parent.stdout.readline())
-        wait_until(Path(f"{lock}.started").exists)
+        wait_until(Path(f"{lock}.started").exists, "the step's start", seconds=20)
         time.sleep(0.3)
         assert alive(child), "the step must live as long as its parent"
         os.kill(parent.pid, how)
-        wait_until(lambda: not alive(child))
+        wait_until(lambda: not alive(child), "the step's end", seconds=20)
     assert PARENT_VARIABLE not in os.environ
 
 
@@ -171,9 +164,9 @@ def test_a_step_whose_parent_was_killed_may_tidy_up_first(tmp_path: Path) -> Non
     assert parent.stdout is not None
     with parent:
         child = int(parent.stdout.readline())
-        wait_until(Path(f"{lock}.listens").exists)
+        wait_until(Path(f"{lock}.listens").exists, "the step to listen", seconds=20)
         os.kill(parent.pid, signal.SIGKILL)
-        wait_until(lambda: not alive(child))
+        wait_until(lambda: not alive(child), "the step's end", seconds=20)
     assert Path(f"{lock}.tidied").exists()
 
 

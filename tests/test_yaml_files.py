@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from wording import raises_naming
 
 from cappy.errors import ConfigError
 from cappy.preparation.templates import load_templates
@@ -69,7 +70,7 @@ def test_a_file_that_unfolds_is_refused_in_one_line_before_it_does(
     path = tmp_path / "templates.yaml"
     path.write_text(text)
     start, before = time.monotonic(), peak_bytes()
-    with pytest.raises(ConfigError, match=rf"{path}.*(more than|longer than|larger than|before its value)") as caught:
+    with pytest.raises(ConfigError, match=rf"{path}.*(\d (deep|values|keys|characters|bytes)\b|alias 'a')") as caught:
         reader(path)
     assert "\n" not in str(caught.value)
     assert time.monotonic() - start < 100
@@ -120,5 +121,5 @@ def peak_bytes() -> int:
 
 @pytest.mark.parametrize("loader", [yaml.Loader, yaml.FullLoader, yaml.UnsafeLoader])
 def test_no_loader_that_makes_objects_is_taken(loader: type) -> None:
-    with pytest.raises(TypeError, match="is not a safe loader"):
+    with raises_naming(TypeError, loader.__name__):
         load_yaml("a: 1", loader)

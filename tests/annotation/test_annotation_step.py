@@ -130,10 +130,10 @@ def test_rows_drop_duplicates_and_keep_where_each_came_from() -> None:
             Candidate(response="b", source="mismatch", labels={"rougeL": 0.0}),
         ),
     )
-    common = {"instance_id": "i", "instruction": "go"}
+    common: dict[str, Any] = {"instance_id": "i", "instruction": "go"}
     assert list(regression_rows(instance, "rougeL")) == [
-        Row(response="a", label=1.0, source="reference", **common),  # type: ignore[arg-type]
-        Row(response="b", label=0.25, source="llm", generator="g", decoding="beam4", **common),  # type: ignore[arg-type]
+        Row(response="a", label=1.0, source="reference", **common),
+        Row(response="b", label=0.25, source="llm", generator="g", decoding="beam4", **common),
     ]
 
 

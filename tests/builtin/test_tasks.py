@@ -33,7 +33,7 @@ def test_there_are_enough_families_of_both_kinds_and_some_are_held_out() -> None
 
 
 def test_no_two_pools_and_no_two_splits_share_a_prompt() -> None:
-    sets = {}
+    sets: dict[tuple[str, str], set[int]] = {}
     for seed in (0, 1):
         for pool in POOLS:
             for instance in drawn(pool, 150, seed=seed):

@@ -62,6 +62,7 @@ def here(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPa
         with pytest.raises(SystemExit) as ended:
             main([*map(str, arguments)])
         written = capfdbinary.readouterr()
-        return subprocess.CompletedProcess(arguments, ended.value.code or 0, written.out.decode(), written.err.decode())
+        status = int(ended.value.code or 0)
+        return subprocess.CompletedProcess(arguments, status, written.out.decode(), written.err.decode())
 
     return run

@@ -120,4 +120,4 @@ def test_a_closed_standard_input_is_one_line(name: str) -> None:
     words = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-c", READING, name]
     done = subprocess.run(words, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert_names(done.stderr, f"{name}: standard input is closed", "--source FILE")
+    assert_names(done.stderr, f"{name}: ", "closed", "--source FILE")

@@ -34,7 +34,7 @@ def test_score_keeps_order_and_fields_across_chunks_and_gives_the_scorers_number
     assert scores == pytest.approx(Scorer.load(str(scorer_folder)).score(PAIRS), abs=1e-4)
     assert len(set(scores)) > 10
     assert done.stderr.count("\n") == 1, "A4: once, with its count"
-    assert_names(done.stderr, "cappy score: 287 of 300 pairs", "48 tokens", "286 responses")
+    assert_names(done.stderr, "cappy score: ", "287 of 300", "48 tokens", "286 responses")
 
 
 def test_a4_nothing_is_said_where_nothing_is_cut(here: Cappy, tmp_path: Path) -> None:
@@ -116,9 +116,9 @@ def test_a_bad_line_is_one_line_on_stderr_and_status_1(here: Cappy, scorer_folde
 
 def test_a_missing_file_and_a_missing_scorer_are_one_line_each(here: Cappy, tmp_path: Path) -> None:
     absent = here("score", "--source", tmp_path / "absent.jsonl")
-    assert_names(absent.stderr, f"cappy score: {tmp_path}/absent.jsonl: No such file", "--source")
+    assert_names(absent.stderr, f"cappy score: {tmp_path}/absent.jsonl: ", "no such file", "--source")
     folder = here("score", "--scorer", "absent")
-    assert_names(folder.stderr, "cappy score: absent: ", "a scorer is builtin, a folder, hub:")
+    assert_names(folder.stderr, "cappy score: absent: ", "builtin", "a folder", "hub:")
     for done in (absent, folder):
         assert (done.returncode, done.stderr.count("\n"), done.stdout) == (1, 1, "")
 

@@ -53,7 +53,7 @@ def test_clean_lists_what_no_run_finds_and_removes_it_when_asked(
     tmp_path: Path, printed: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = STEP_SPECS["annotation"]
-    monkeypatch.setitem(STEP_SPECS, "annotation", replace(spec, version=spec.version + 1))  # type: ignore[arg-type]
+    monkeypatch.setitem(STEP_SPECS, "annotation", replace(spec, version=spec.version + 1))
     later = do(tmp_path, metric="rougeL")
     monkeypatch.undo()
     present = do(tmp_path, metric="rougeL")

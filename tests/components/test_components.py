@@ -65,7 +65,8 @@ def test_a_component_is_one_call_that_names_its_step(step: str) -> None:
 
 @pytest.mark.parametrize("step", STEP_SPECS)
 def test_a_components_parameters_are_settings_of_its_config_with_the_same_defaults(step: str) -> None:
-    fields = config_class(step).__pydantic_fields__
+    config: Any = config_class(step)
+    fields = config.__pydantic_fields__
     typed = {name: each for name, each in signature(step).parameters.items() if name not in artifacts(step) | SHARED}
     assert set(typed) == set(STEP_SPECS[step].parameters)
     assert len(typed) <= 6
@@ -87,7 +88,8 @@ def test_a_component_passes_every_setting_that_a_pipeline_fills(step: str) -> No
     }
     assert {*STEP_SPECS[step].artifacts, *STEP_SPECS[step].parameters} <= {*passed, *keys}
     assert {"fingerprint", "run"} <= passed
-    assert set(STEP_SPECS[step].artifacts) <= set(config_class(step).__pydantic_fields__)
+    config: Any = config_class(step)
+    assert set(STEP_SPECS[step].artifacts) <= set(config.__pydantic_fields__)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
@@ -112,5 +114,6 @@ def test_images_carry_the_version_and_a_name_that_the_local_runner_accepts() -> 
 def test_nothing_is_installed_when_a_component_starts() -> None:
     from components.annotation import annotation
 
-    container = annotation.component_spec.implementation.container
+    made: Any = annotation
+    container = made.component_spec.implementation.container
     assert "pip install" not in " ".join(container.command)

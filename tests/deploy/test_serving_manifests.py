@@ -79,7 +79,7 @@ def test_the_overlays_inference_service_is_what_the_deployment_step_writes() -> 
     image = f"registry.example/cappy-serving@sha256:{'0' * 64}"
     places = {"version": "version", "report": "report", "target": "target", "platform": "kserve", "image": image}
     config = build(DeploymentConfig, {**places, "namespace": "cappy", "tracking_uri": "http://mlflow:5000"})
-    written = inference_service(config, version(1))
+    written: Any = inference_service(config, version(1))
     predictor = written["spec"]["predictor"]
     predictor["serviceAccountName"] = "cappy-serving"
     keys = {"secretKeyRef": {"name": "cappy-api-keys", "key": "keys"}}

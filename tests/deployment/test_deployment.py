@@ -29,7 +29,7 @@ def registered(scorer_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     from cappy.scoring import Scorer
 
     folder = tmp_path_factory.mktemp("registry")
-    places = {"work": folder / "work", "tracking_uri": f"sqlite:///{folder}/mlflow.db"}
+    places: dict[str, Any] = {"work": folder / "work", "tracking_uri": f"sqlite:///{folder}/mlflow.db"}
     scores = Scorer.load(str(scorer_folder)).score(PAIRS)
     report = folder / "report"
     write_report(report, scorer_folder, [[*pair, score] for pair, score in zip(PAIRS, scores, strict=True)])

@@ -86,7 +86,7 @@ def test_a_refusal_is_one_line_and_the_same_command_goes_on(scorer: Path) -> Non
     with vertex_server() as server:
         connect(server)
         server.refuse = (429, "Quota exceeded for aiplatform.googleapis.com/custom_model_serving_nvidia_l4_gpus")
-        with raises_naming(ConfigError, "my-project", "Quota exceeded", "run the same command again") as caught:
+        with raises_naming(ConfigError, "my-project", "Quota exceeded", "same command") as caught:
             vertex.deploy(settings(), version(1), scorer)
         assert "\n" not in str(caught.value)
         server.refuse = None
@@ -120,8 +120,8 @@ def test_a_service_that_gives_no_answer_is_one_line_and_the_same_command_goes_on
     with vertex_server() as server:
         connect(server)
         with monkeypatch.context() as away:
-            away.setattr(vertex.aiplatform.Model, "upload", silent)
-            with raises_naming(ConfigError, "my-project", *named, "run the same command again") as caught:
+            away.setattr("google.cloud.aiplatform.Model.upload", silent)
+            with raises_naming(ConfigError, "my-project", *named, "same command") as caught:
                 vertex.deploy(settings(), version(1), scorer)
         assert "\n" not in str(caught.value)
         assert told(server, scorer, 1)["shares"] == {"cappy-1": 100}

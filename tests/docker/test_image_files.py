@@ -108,7 +108,7 @@ def test_an_engine_that_cannot_be_started_is_a_line_with_the_remedy(
 ) -> None:
     monkeypatch.setattr(engine, "answers", lambda _: False)
     monkeypatch.setattr(engine, "docker", lambda: "docker")
-    monkeypatch.setattr(engine.os, "geteuid", lambda: 0)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setenv("PATH", str(tmp_path))
     missing = "apt-get install debootstrap docker.io iproute2 iptables"
     with raises_naming(engine.EngineError, missing), engine.engine(tmp_path):
@@ -120,8 +120,8 @@ def test_an_engine_that_cannot_be_started_is_a_line_with_the_remedy(
 
 def test_a_disk_that_is_nearly_full_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "answers", lambda _: False)
-    monkeypatch.setattr(engine.os, "geteuid", lambda: 0)
-    monkeypatch.setattr(engine.shutil, "which", lambda program, **_: program)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("shutil.which", lambda program, **_: program)
     monkeypatch.setattr(engine, "LEAST_FREE_BYTES", 10**18)
     with raises_naming(engine.EngineError, f"{10**9} "), engine.engine(tmp_path):
         pytest.fail("there is no room")

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from wording import assert_names
@@ -106,7 +107,7 @@ def test_the_same_picks_as_the_champion_are_no_reason_to_promote(instances: list
 def test_what_no_data_would_show_is_held(report: Report) -> None:
     text = advice(found(report, needed=100_000, random=OPEN))
     assert text.startswith("Hold")
-    assert_names(text, "not shown to beat random choice", "40 groups", "below 3.0")
+    assert_names(text, "not shown", "random choice", "40 groups", "below 3.0")
 
 
 @pytest.mark.parametrize(("needed", "reach"), [(800, True), (801, False)])
@@ -114,14 +115,14 @@ def test_the_verdict_and_the_advice_agree_on_how_much_data_is_within_reach(
     report: Report, needed: int, reach: bool
 ) -> None:
     made = found(report, needed=needed, random=OPEN)
-    said = next(sentence for sentence in verdict(made) if "may or may not beat random choice" in sentence)
-    assert advice(made).startswith("More data") == ("would show this one" in said) == reach
-    assert ("this one is far below" in said) == (not reach)
+    said = next(sentence for sentence in verdict(made) if "random choice" in sentence and "groups show" in sentence)
+    assert advice(made).startswith("More data") == ("would show" in said) == reach
+    assert ("far below" in said) == (not reach)
 
 
 def test_a_scorer_worse_than_chance_is_held(report: Report) -> None:
     assert advice(found(report, random=LOST)).startswith("Hold")
-    assert_names(advice(found(report, random=LOST)), "worse than random choice")
+    assert_names(advice(found(report, random=LOST)), "worse", "random choice")
 
 
 @pytest.mark.parametrize(("bounds", "start"), [(WON, "Promote: "), (LOST, "Hold: "), (OPEN, "More data: ")])
@@ -149,7 +150,7 @@ def test_closed_choices_are_never_asked_for_more_samples(report: Report) -> None
 def test_a_scorer_below_the_likelihood_is_held_whatever_else_it_beats(report: Report) -> None:
     text = advice(found(report, random=WON, likelihood=LOST, mbr=WON))
     assert text.startswith("Hold")
-    assert_names(text, "below the better likelihood selector", "−4.0")
+    assert_names(text, "below", "likelihood", "−4.0")
 
 
 def test_nothing_is_advised_to_be_promoted_that_the_gate_would_hold(report: Report) -> None:
@@ -158,7 +159,7 @@ def test_nothing_is_advised_to_be_promoted_that_the_gate_would_hold(report: Repo
     one_of: tuple[Bounds | None, ...] = (WON, OPEN, LOST, None)
     promoted = 0
     for ends in itertools.product(one_of[:3], one_of, one_of, (WON, OPEN, None), one_of, (WON, OPEN, None)):
-        given = {name: own for name, own in zip(names, ends, strict=True) if own is not None}
+        given: dict[str, Any] = {name: own for name, own in zip(names, ends, strict=True) if own is not None}
         made = found(report, **given)
         same = {key: replace(one, standard_error=0.0) for key, one in made.comparisons.items()}
         for case in (
@@ -174,7 +175,7 @@ def test_nothing_is_advised_to_be_promoted_that_the_gate_would_hold(report: Repo
 
 
 def test_the_fewest_groups_are_those_of_the_gate() -> None:
-    assert MIN_GROUPS == gate.MIN_GROUPS
+    assert vars(gate)["MIN_GROUPS"] == MIN_GROUPS
 
 
 def test_with_fewer_groups_than_decide_anything_more_test_instances_are_asked_for(report: Report) -> None:
@@ -195,7 +196,7 @@ def test_a_scorer_that_hardly_tells_responses_apart_needs_another_encoder_and_no
 ) -> None:
     """GSM8K from the built-in start: the scores of four solutions differ by 0.001, and no such data mends it."""
     text = advice(found(report, spread=0.001, random=random))
-    assert_names(text, "differ by 0.1 of 100 in the median", "larger encoder", "use MBR")
+    assert_names(text, "0.1 of 100", "median", "larger encoder", "use MBR")
     assert "More data" not in text
     assert "more instances" not in text
 
@@ -215,7 +216,7 @@ def test_where_mbr_is_proven_and_the_scorer_is_not_mbr_is_advised(report: Report
 
 def test_where_one_greedy_call_is_better_than_the_scorers_pick_it_is_advised(report: Report) -> None:
     made = with_means(found(report, random=WON, greedy=LOST, mbr=OPEN, mbr_random=WON), greedy=0.8, mbr=0.7)
-    assert advice(made).startswith("Use one greedy response")
+    assert advice(made).startswith("Use one greedy")
     assert_names(advice(made), "below", "−4.0")
     ahead = with_means(found(report, random=WON, greedy=LOST, mbr=OPEN, mbr_random=WON), greedy=0.7, mbr=0.8)
     assert advice(ahead).startswith("Use MBR")

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,7 +208,18 @@ def test_a_map_goes_to_a_folder_and_back(tmp_path: Path) -> None:
     assert read_calibration(tmp_path) == found
 
 
-POINTS = {"n": 1, "scores": [0, 1], "expected": [0, 1]}
+POINTS: dict[str, Any] = {"n": 1, "scores": [0, 1], "expected": [0, 1]}
+DAMAGED: list[dict[str, Any]] = [
+    {"n": 2},
+    {"n": 1.5},
+    {"n": True},
+    {"scores": []},
+    {"scores": [0]},
+    {"expected": [0.9, 0.1]},
+    {"expected": [0.9, 1.1]},
+    {"scores": [1, 0]},
+    {"scores": [0, float("nan")]},
+]
 
 
 @pytest.mark.parametrize(
@@ -218,20 +230,7 @@ POINTS = {"n": 1, "scores": [0, 1], "expected": [0, 1]}
         {"maps": []},
         {"maps": [POINTS, POINTS]},
         {"maps": "no"},
-        *(
-            {"maps": [{**POINTS, **own}]}
-            for own in (
-                {"n": 2},
-                {"n": 1.5},
-                {"n": True},
-                {"scores": []},
-                {"scores": [0]},
-                {"expected": [0.9, 0.1]},
-                {"expected": [0.9, 1.1]},
-                {"scores": [1, 0]},
-                {"scores": [0, float("nan")]},
-            )
-        ),
+        *({"maps": [{**POINTS, **own}]} for own in DAMAGED),
     ],
 )
 def test_a_damaged_map_is_refused(tmp_path: Path, damage: dict[str, object]) -> None:

@@ -220,7 +220,7 @@ def test_picks_of_other_instances_compare_nothing_and_the_gate_holds(
     report = report_of(splits, metric="rougeL", split="cross-fitted", seed=0, folds=5)
     assert leaks == {}
     assert "scorer-champion" not in report.comparisons
-    assert_names(report.unavailable["champion"], "60 instances", f"this report is on {len(pools)}", "59 of them")
+    assert_names(report.unavailable["champion"], "60 instances", f"on {len(pools)}", "59 of them")
     decision = decide(report.to_dict(), has_champion=True)
     assert decision.decision == "hold"
     assert report.unavailable["champion"] in decision.reasons[0]

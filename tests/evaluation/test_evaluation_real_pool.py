@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_the_baselines_of_the_e2e_pool_are_the_known_ones() -> None:
     assert report.curve["mbr"][-1].mean == pytest.approx(report.selectors["mbr"].estimate.mean)
 
 
-def _instance(row: dict) -> Instance:
+def _instance(row: dict[str, Any]) -> Instance:
     """The entries under "primary/" repeat systems that stand under "all/" too."""
     candidates = tuple(
         Candidate(

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from differences import difference
@@ -38,7 +39,7 @@ def test_a_report_goes_to_json_and_back(report: Report) -> None:
 def test_what_is_no_report_is_refused_with_the_field(report: Report) -> None:
     with pytest.raises(RecordError, match="metric"):
         Report.from_dict({"schema": SCHEMA})
-    values = report.to_dict()
+    values: Any = report.to_dict()
     values["selectors"]["scorer"]["estimate"]["mean"] = "high"
     with pytest.raises(RecordError, match=r"selectors\.scorer\.estimate\.mean.*'high'"):
         Report.from_dict(values)
@@ -60,22 +61,22 @@ def test_the_headline_tells_apart_better_open_and_worse(report: Report) -> None:
     found = verdict(judged(report, random=(0.01, 0.03), likelihood=(-0.01, 0.02), mbr=(-0.04, -0.02)))
     better, not_shown, worse = found[0].split(";")
     assert_names(better, "beats random choice")
-    assert_names(not_shown, "not shown to beat the likelihood")
-    assert_names(worse, "does not beat MBR")
-    assert any("does worse than MBR" in sentence for sentence in found)
+    assert_names(not_shown, "not shown", "the likelihood")
+    assert_names(worse, "does not", "MBR")
+    assert any("worse" in sentence and "MBR" in sentence for sentence in found)
 
 
 def test_what_it_does_not_beat_is_joined_by_or(report: Report) -> None:
     found = verdict(judged(report, random=(-0.03, -0.01), mbr=(-0.04, -0.02)))
-    assert "does not beat random choice or MBR" in found[0]
+    assert_names(found[0], "does not", "random choice or MBR")
 
 
 def test_the_same_picks_are_called_the_same(report: Report) -> None:
-    assert "exactly as well as the champion" in verdict(judged(report, champion=(0.0, 0.0)))[1]
+    assert_names(verdict(judged(report, champion=(0.0, 0.0)))[1], "exactly as well", "the champion")
 
 
 def test_an_interval_that_touches_zero_is_no_win(report: Report) -> None:
-    assert "is not shown to beat MBR" in verdict(judged(report, mbr=(0.0, 0.04)))[0]
+    assert_names(verdict(judged(report, mbr=(0.0, 0.04)))[0], "not shown", "MBR")
 
 
 def test_comparisons_that_do_not_survive_holms_correction_are_named_as_a_person_reads_them(report: Report) -> None:
@@ -88,14 +89,14 @@ def test_comparisons_that_do_not_survive_holms_correction_are_named_as_a_person_
     adjusted = holm({key: value.p_value for key, value in made.items()})
     sentences = [one for one in verdict(replace(report, comparisons=made, adjusted=adjusted)) if "Holm" in one]
     (sentence,) = sentences
-    assert_names(sentence, f"{len(made)} comparisons", "scorer against better likelihood, scorer + MBR against MBR")
+    assert_names(sentence, f"{len(made)} comparisons", "scorer against better likelihood", "scorer + MBR against MBR")
 
 
 def test_a_leak_is_said_in_words(report: Report) -> None:
     leaking = replace(report, leaks={"challenger": 3, "champion": 0})
     cautions = [sentence for sentence in verdict(leaking) if "trained on" in sentence]
     (caution,) = cautions
-    assert_names(caution, "Caution", "challenger", "3 of the 40 test instances")
+    assert_names(caution, "Caution", "challenger", "3 of the 40")
 
 
 def test_the_verdict_without_a_scorer_is_about_mbr(instances: list[Instance]) -> None:
@@ -169,4 +170,4 @@ def test_labels_that_users_brought_need_no_reference(instances: list[Instance], 
     ]
     report = evaluate(rated, score=score, metric="given")
     assert report.selectors["oracle"].estimate == evaluate(instances, score=score).selectors["oracle"].estimate
-    assert "labels came with the responses" in page.render(report)
+    assert "labels came with" in page.render(report)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from wording import raises_naming
 
-from cappy.config import ConfigError, build
-from cappy.errors import FolderError
+from cappy.config import build
+from cappy.errors import ConfigError, FolderError
 from cappy.evaluation import read_report
 from cappy.evaluation.step import EvaluationConfig, evaluate_folder
 from cappy.evaluation.threshold import threshold
@@ -140,7 +140,7 @@ def test_another_scorer_does_not_get_the_kept_scores(folders: Path, instances: l
 
 
 def test_a_folder_without_a_report_says_what_to_give(folders: Path) -> None:
-    with raises_naming(FolderError, "scorer/report.json", "folder that evaluation wrote"):
+    with raises_naming(FolderError, "scorer/report.json", "evaluation wrote"):
         read_report(folders / "scorer")
 
 

@@ -199,7 +199,7 @@ def test_a_precision_that_no_score_has_is_said_with_what_it_takes(report: Path) 
     assert threshold(report, precision=0.9, good=1.1) is None
     text = sentence(None, precision=0.9, good=1.1)
     assert_names(text, "No score", "95%", "90%", "29 groups")
-    assert_names(sentence(None, precision=1.0, good=0.5), "No score", "100%", "no number of picks")
+    assert_names(sentence(None, precision=1.0, good=0.5), "No score", "100%", "no number")
 
 
 def folded(shift: float) -> list[tuple[float, float, str, int, int]]:

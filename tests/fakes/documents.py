@@ -26,7 +26,8 @@ class Block:
 
 def blocks(page: Path) -> Iterator[Block]:
     """The blocks of a page, in order; a reason is an HTML comment on the line before the block."""
-    before, opened, lines = "", None, []
+    lines: list[str] = []
+    before, opened = "", None
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         fence = FENCE.match(line)
         if opened is None and fence:

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -173,8 +174,8 @@ RESPONSES: dict[str, Callable[[], bytes]] = {
     "a header of 90 KB": lambda: response(b"{}", f"Retry-After: {'x' * 90_000}", status=429),
     "a header of 1 MB": lambda: response(b"{}", f"X: {'x' * 1_000_000}"),
     "no HTTP": lambda: b"SSH-2.0-OpenSSH_9.6\r\n" * 10,
-    **{f"status {status}": lambda status=status: response(b"{}", status=status) for status in (100, 101, 204, 301)},
-    **{f"status {status}": lambda status=status: response(b"{}", status=status) for status in (399, 600, 777, 999)},
+    **{f"status {status}": partial(response, b"{}", status=status) for status in (100, 101, 204, 301)},
+    **{f"status {status}": partial(response, b"{}", status=status) for status in (399, 600, 777, 999)},
     "a redirect": lambda: response(b"", "Location: http://127.0.0.1:9/elsewhere", status=307),
 }
 """Whole responses."""
@@ -185,7 +186,9 @@ def _paths(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [here, *(path for key, part in inner for path in _paths(part, (*here, key)))]
 
 
-_ODD = st.sampled_from([10**400, -1, 1e308, float("nan"), float("inf"), True, HALF, "\x00\n", "", [], {}, [[[]]], None])
+_ODD: st.SearchStrategy[Any] = st.sampled_from(
+    [10**400, -1, 1e308, float("nan"), float("inf"), True, HALF, "\x00\n", "", [], {}, [[[]]], None]
+)
 _VALUES = _ODD | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),

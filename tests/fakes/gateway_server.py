@@ -2,12 +2,12 @@
 
 import socket
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
+from waiting import wait_until
 
 from cappy.scoring.calibration import Calibration
 from serving.gateway.answering import Gateway
@@ -49,9 +49,7 @@ def listening(gateway: Gateway, **settings: Any) -> Iterator[str]:
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        deadline = time.monotonic() + 20
-        while not server.started and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: server.started, "the gateway to listen", seconds=20, pause=0.01)
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         finally:

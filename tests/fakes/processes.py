@@ -4,12 +4,11 @@ import contextlib
 import os
 import socket
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from waiting import wait_until
 
 BUCKET = "cappy-artifacts"
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -38,12 +37,14 @@ def running(command: list[str], log: Path, **changed: str) -> Iterator[subproces
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 60) -> None:
-    """Until the address answers; what the server said, where it ended or never does."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
+    """Until the address answers with success; AssertionError with the end of the log where it never does."""
+
+    def answers() -> bool:
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
-            return
-        time.sleep(0.2)
-    pytest.fail(f"{url} does not answer: {log.read_text()[-2000:]}")
+            return True
+        return False
+
+    def logged() -> str:
+        return log.read_text()[-2000:]
+
+    wait_until(answers, f"an answer of {url}", seconds=seconds, pause=0.2, process=process, details=logged)

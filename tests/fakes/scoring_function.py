@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.testclient import TestClient
+from waiting import wait_until
 
 from cappy.scoring.encoding import Encoded, Pair
 from serving.engine import Model
@@ -64,7 +65,4 @@ def model(engine: FakeEngine | None = None, **facts: Any) -> Model:
 
 def until_ready(client: TestClient) -> None:
     """Waits for the probe."""
-    deadline = time.monotonic() + 10
-    while client.get("/ready").status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: client.get("/ready").status_code == 200, "a ready service", seconds=10, pause=0.01)

@@ -1,6 +1,7 @@
 """Starts `transformers serve` where accelerate is not installed, which it wants only to put weights on a device."""
 
 import sys
+from typing import Any
 
 from transformers.cli.transformers import main
 from transformers.modeling_utils import PreTrainedModel
@@ -8,7 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 _load = PreTrainedModel.from_pretrained.__func__
 
 
-def load(cls, *arguments, device_map=None, **settings):  # type: ignore[no-untyped-def]
+def load(cls: Any, /, *arguments: Any, device_map: Any = None, **settings: Any) -> Any:
     """`from_pretrained` on the CPU, where weights lie anyway."""
     return _load(cls, *arguments, **settings)
 

@@ -93,7 +93,7 @@ class Cluster:
     def trainjob(self, verb: str, name: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Creates, reads or deletes one."""
         if verb == "POST":
-            read = TrainerV1alpha1TrainJob.from_dict(body).to_dict()  # type: ignore[union-attr]
+            read = TrainerV1alpha1TrainJob.from_dict(body).to_dict()
             if read != body:
                 return 422, {"message": f"unknown fields: {body} is read as {read}"}
             made = body["metadata"]["name"]

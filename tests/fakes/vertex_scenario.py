@@ -42,7 +42,7 @@ def connect(vertex: Vertex) -> None:
         location="us-central1",
         api_endpoint=vertex.address,
         api_transport="rest",
-        credentials=AnonymousCredentials(),
+        credentials=AnonymousCredentials(),  # type: ignore[no-untyped-call]
     )
 
 

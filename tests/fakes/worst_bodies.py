@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 from local_server import handled_by
 from processes import free_port
+from waiting import wait_until
 
 PROGRAM = """
 import sys
@@ -222,19 +223,19 @@ def _watched(process: int, port: int) -> Iterator[Watched]:
 
 @contextlib.contextmanager
 def _running(command: list[str], port: int, wait_for: str) -> Iterator[int]:
+    url = f"http://127.0.0.1:{port}/{wait_for}"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ}) as process:
         try:
-            deadline = time.monotonic() + 90
-            while True:
-                with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(f"http://127.0.0.1:{port}/{wait_for}").status_code == 200:
-                        break
-                assert process.poll() is None, "it ended"
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+            wait_until(lambda: _answers(url), f"an answer of {url}", seconds=90, pause=0.1, process=process)
             yield process.pid
         finally:
             process.kill()
+
+
+def _answers(url: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(url).status_code == 200
+    return False
 
 
 class NoLLM(BaseHTTPRequestHandler):

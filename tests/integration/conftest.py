@@ -4,6 +4,7 @@ Each starts on a free port in a folder of its own and ends with the session; whe
 skip and say what to install.
 """
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -104,7 +105,8 @@ def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
     if not program.exists():
         pytest.skip("no server of Google's storage API here; make integration installs one")
     from google.auth.credentials import AnonymousCredentials
-    from google.cloud import storage
+
+    storage = importlib.import_module("google.cloud.storage")
 
     port = free_port()
     log = tmp_path_factory.mktemp("gcs") / "log"

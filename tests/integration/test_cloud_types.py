@@ -56,16 +56,15 @@ def check(value: Any, kind: str, models: Any, path: str) -> None:
         for key, item in value.items():
             check(item, known[key], models, f"{path}.{key}")
     elif kind in ("str", "int", "bool", "float"):
-        assert isinstance(value, {"str": str, "int": int, "bool": bool, "float": (int, float)}[kind]), (
-            f"{path}: {value}"
-        )
+        types: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "bool": (bool,), "float": (int, float)}
+        assert isinstance(value, types[kind]), f"{path}: {value}"
 
 
 @pytest.mark.parametrize("changed", [{}, {"traffic": 10, "gpus": 1, "secret": "login"}, {"storage": "gs://bucket/a"}])
 def test_kserves_own_models_know_every_field_of_our_service(kserve_models: Any, changed: dict[str, Any]) -> None:
     places = {"version": "version", "report": "report", "target": "target", "platform": "kserve", "image": IMAGE}
     config = build(DeploymentConfig, {**places, "tracking_uri": "http://mlflow:5000", **changed})
-    service = inference_service(config, version(1))
+    service: Any = inference_service(config, version(1))
     check(service, "V1beta1InferenceService", kserve_models, "service")
     service["spec"]["predictor"]["canaryTraffic"] = 10
     with pytest.raises(AssertionError, match="canaryTraffic"):

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import tarfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ import images
 import locks
 import pytest
 from processes import free_port
+from waiting import wait_until
 
 import cappy
 from cappy.annotation.step import AnnotationConfig
@@ -144,10 +144,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def annotated(folder: Path) -> Path:
     """A few annotated instances of the built-in tasks."""
-    places = {"work": folder / "steps"}
-    source = PreparationConfig(source="builtin", target=folder / "prepared", num_per_family=4, **places)
+    work = folder / "steps"
+    source = PreparationConfig(source="builtin", target=folder / "prepared", num_per_family=4, work=work)
     preparation(source)
-    annotation(AnnotationConfig(source=folder / "prepared", target=folder / "annotated", **places))
+    annotation(AnnotationConfig(source=folder / "prepared", target=folder / "annotated", work=work))
     return folder / "annotated"
 
 
@@ -168,11 +168,8 @@ def answer(url: str, body: object = None) -> tuple[int, Any]:
         return 0, None
 
 
-def wait_for(condition: Callable[[], bool], told: Callable[[], str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, told()
-        time.sleep(0.5)
+def wait_for(condition: Callable[[], bool], what: str, details: Callable[[], str]) -> None:
+    wait_until(condition, what, seconds=120, pause=0.5, details=details)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -260,7 +257,7 @@ def test_the_serving_image_keeps_the_contract_of_vertex(containers: Containers, 
         def said() -> str:
             return containers.docker("logs", container).stderr
 
-        wait_for(lambda: answer(address + place)[0] == 200, said)
+        wait_for(lambda: answer(address + place)[0] == 200, f"an answer of {address}{place}", said)
         status, told_scores = answer(f"{address}{place}:predict", {"instances": PAIRS})
         here = Scorer.load(str(model)).score([(one, two) for one, two in PAIRS])
         assert status == 200
@@ -269,7 +266,7 @@ def test_the_serving_image_keeps_the_contract_of_vertex(containers: Containers, 
         def state(part: str) -> str:
             return containers.docker("inspect", "--format", f"{{{{.State.{part}}}}}", container).stdout.strip()
 
-        wait_for(lambda: state("Health.Status") == "healthy", said)
+        wait_for(lambda: state("Health.Status") == "healthy", "a healthy container", said)
         # What was accepted is answered and the door closed; the client's own patience is ten seconds otherwise.
         containers.docker("stop", "--time", "60", container)
         assert state("ExitCode") == "0", said()
@@ -352,7 +349,7 @@ def test_a_run_in_the_images_that_is_asked_to_end_leaves_no_container(containers
         )
 
     with subprocess.Popen(command, env=environment, cwd=place, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(lambda: bool(running()), lambda: f"no container: {process.poll()}")
+        wait_for(lambda: bool(running()), "a container", lambda: f"status {process.poll()}")
         process.terminate()
         said = process.communicate(timeout=120)[1]
     assert process.returncode == 130, said

@@ -206,7 +206,7 @@ def test_no_name_in_a_whole_report_becomes_an_element(
 
 
 def card_of(name: str, report: Report) -> str:
-    values = report.to_dict()
+    values: Any = report.to_dict()
     values["verdict"] = [name, f"The scorer is better than {name}."]
     values["next"] = name
     values["facts"]["instances"] = name

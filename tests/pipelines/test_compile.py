@@ -17,7 +17,7 @@ from pipelines.definitions import PIPELINES
 from pipelines.recipe import VERTEX_TYPES, Platform, checked
 
 BLOCKED = ["torch", "transformers", "mlflow", "deepspeed", "google.cloud.aiplatform", "pyarrow"]
-PLATFORMS = ("local", "docker", "kubeflow", "vertex")
+PLATFORMS: tuple[Platform, ...] = ("local", "docker", "kubeflow", "vertex")
 GOLDEN = Path(__file__).parent / "golden"
 GPU = {"accelerator": "nvidia-l4", "count": 2, "cpu": "8", "memory": "32Gi", "hours": 2.0, "retries": 3}
 NEEDS: dict[str, dict[str, Any]] = {

@@ -100,7 +100,8 @@ def mine(*variables: str) -> Any:
 
 def test_containers_get_the_keys_that_are_set_here_and_no_other_variable(given: dict[str, str], tmp_path: Path) -> None:
     recipe = mine("LLM_KEY", "OPENAI_API_KEY")
-    told = _containers(to_values(recipe), "run-1").container_run_args
+    runner: Any = _containers(to_values(recipe), "run-1")
+    told = runner.container_run_args
     environment = {name: value for name, value in told["environment"].items() if name not in ("HOME", "CAPPY_PROGRESS")}
     environment.pop("MLFLOW_TRACKING_URI", None)
     assert environment == given

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 from wording import assert_names, raises_naming
 
 from cappy.cli.pipeline import with_fresh
@@ -109,10 +110,7 @@ def test_nothing_outlives_the_process_that_started_the_run(
 ) -> None:
     beat = tmp_path / "beat"
     with _other_process(tmp_path, made_up(first={"seconds": 60})) as parent:
-        deadline = time.monotonic() + 20
-        while not beat.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(beat.exists, "the first sign of the step", seconds=20)
         parent.send_signal(number)
         parent.wait(10)
         time.sleep(1.0)
@@ -176,17 +174,13 @@ def test_another_terminal_sees_how_far_a_run_is_and_can_end_it(
         client.cancel(over.run_id)
     slow = made_up(one="7" * 8, first={"seconds": 60, "fail": "asked to end"})
     with _other_process(tmp_path, slow, background=background) as other:
-        deadline = time.monotonic() + 30
-        while not (runs := {path.name for path in (tmp_path / "root" / "runs").iterdir()} - {over.run_id}):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        (run,) = runs
-        while not (tmp_path / "root" / "runs" / run / "request.json").is_file() or client.look(run).state != "running":
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        while not (tmp_path / "beat").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        folder = tmp_path / "root" / "runs"
+        (run,) = wait_until(
+            lambda: {path.name for path in folder.iterdir()} - {over.run_id}, "the run's folder", seconds=30
+        )
+        request = folder / run / "request.json"
+        wait_until(lambda: request.is_file() and client.look(run).state == "running", f"{run} to run", seconds=30)
+        wait_until((tmp_path / "beat").exists, "the first sign of the step", seconds=30)
         client.cancel(run)
         assert other.wait(30) == -signal.SIGINT  # KeyboardInterrupt; the command line makes one line of it.
     assert (tmp_path / "beat.checkpoint").exists()
@@ -248,7 +242,7 @@ def test_a_fresh_start_that_was_ended_goes_on_under_its_name_and_a_new_one_does_
     cache, names, ends = tmp_path / "work/cache", [], iter([False, True, True, True])
 
     def played(request: object, submission: Submission, **rest: object) -> None:
-        settings = [decode(submission.arguments[f"{step}_settings"]) for step in ("preparation", "scoring")]
+        settings = [decode(str(submission.arguments[f"{step}_settings"])) for step in ("preparation", "scoring")]
         (name,) = {each.get("fresh", "") for each in settings}
         names.append((name, cache.exists(), submission.fingerprints["scoring"]))
         cache.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from pipelines.builder import build as built
 from pipelines.builder import compile_pipeline as compiled
 from pipelines.planning import check, registry_of, settings_of, submission_of, work_of
 from pipelines.preview import graph, lines, text, to_json
-from pipelines.recipe import checked, read_recipe
+from pipelines.recipe import Platform, Recipe, checked, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PLACES = {"tracking_uri": "https://mlflow.example", "kubeflow": {"endpoint": "https://kubeflow.example"}}
@@ -33,7 +33,7 @@ def test_the_recipes_of_the_paper_are_those_of_the_paper() -> None:
     sizes = {f"bigbench45-flan-t5-{size}" for size in ("small", "base", "large", "xl", "xxl")}
     assert {"pretrain-360m", "promptsource11", *sizes} <= names
     for size in sizes:
-        settings = settings_of(read_recipe(RECIPES / f"{size}.yaml"))
+        settings: Any = settings_of(read_recipe(RECIPES / f"{size}.yaml"))
         assert settings["finetuning"]["preset"] == "paper"
         assert settings["sampling"]["strategy"] == "paper17-leaky"
         assert size.removeprefix("bigbench45-") in settings["sampling"]["generator"][0]
@@ -172,7 +172,7 @@ def test_the_outline_adds_up() -> None:
     assert costs["pretraining"] == pytest.approx(3 * 8 * 5 * 2.0)
     machines = {line.step: line.machines for line in lines(recipe)}
     assert (machines["sampling"], machines["pretraining"], machines["evaluation"]) == (4, 3, 1)
-    found = to_json(recipe, "kubeflow")
+    found: Any = to_json(recipe, "kubeflow")
     assert found["most_cost"] == pytest.approx(48 + 4 + 240 + 4 * 1.0)
     assert found["most_cost_with_retries"] == pytest.approx(found["most_cost"] + 48)
     assert_names(text(recipe, "kubeflow"), "at most 296.00", "344.00 with every retry")
@@ -191,7 +191,7 @@ def test_a_cluster_is_told_its_own_address_and_this_machine_asks_at_its_own(monk
     with pytest.raises(UnreachableError, match="127.0.0.1:9"):
         submission_of(recipe, "kubeflow")
     found = submission_of(checked({"pipeline": "pretrain", **PLACES}), "kubeflow").arguments
-    assert decode(found["registration_settings"])["tracking_uri"] == PLACES["tracking_uri"]
+    assert decode(str(found["registration_settings"]))["tracking_uri"] == PLACES["tracking_uri"]
 
 
 def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_has_no_accelerator() -> None:
@@ -238,7 +238,8 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
     }
     assert {name: told[name] for name in expected} == expected
     assert "launcher" not in settings_of(kubeflow, "local")["finetuning"]
-    for recipe, platform in ((vertex, "vertex"), (kubeflow, "kubeflow")):
+    both: tuple[tuple[Recipe, Platform], ...] = ((vertex, "vertex"), (kubeflow, "kubeflow"))
+    for recipe, platform in both:
         spec = compiled(recipe, platform)
         assert "H100" not in spec
         assert "nvidia.com/gpu" not in spec

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def plan(file: Path, **choices: Any) -> dict[str, dict[str, Any]]:
     return PIPELINES["adapt"].settings({"source": str(file), "generator": (), **choices}, settings, uri)
 
 
-def changed(one: dict[str, str], other: dict[str, str]) -> list[str]:
+def changed(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     return [step for step in one if one[step] != other[step]]
 
 
@@ -98,7 +99,8 @@ def test_a_folder_beside_the_source_that_changes_is_read_again(name: str, file: 
     folder = tmp_path / "beside"
     folder.mkdir()
     (folder / "data.jsonl").write_text("one")
-    given: dict[str, Any] = {"against": [str(folder)], "templates": folder}.get(name, str(folder))
+    places: dict[str, Any] = {"against": [str(folder)], "templates": folder}
+    given = places.get(name, str(folder))
     mixture = {"mixture": "t0"} if name == "local" else {}
     own = {"preparation": {name: given, **mixture}}
     source = {"source": "builtin"} if mixture else {}
@@ -134,9 +136,9 @@ def test_every_setting_reaches_its_step_as_a_parameter_or_encoded(file: Path, tm
     found = prepare("adapt", choices, work=tmp_path / "work").arguments
     assert (found["name"], found["training_seed"], found["margin"], found["source"]) == ("notes", 7, 0.1, str(file))
     work = str(tmp_path / "work")
-    assert decode(found["registration_settings"]) == {"tracking_uri": "sqlite:///my.db", "work": work}
-    assert decode(found["tracking_settings"]) == {"tracking_uri": "sqlite:///my.db", "work": work}
-    assert set(json.loads(found["fingerprints"])) == set(PIPELINES["adapt"].steps)
+    assert decode(str(found["registration_settings"])) == {"tracking_uri": "sqlite:///my.db", "work": work}
+    assert decode(str(found["tracking_settings"])) == {"tracking_uri": "sqlite:///my.db", "work": work}
+    assert set(json.loads(str(found["fingerprints"]))) == set(PIPELINES["adapt"].steps)
     known = build(checked({"pipeline": "adapt"})).pipeline_spec.root.input_definitions.parameters
     assert set(found) <= set(known)
 

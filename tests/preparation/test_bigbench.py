@@ -29,7 +29,7 @@ def sums(count: int, first: int = 0) -> list[dict[str, Any]]:
 
 
 def test_a_prompt_is_the_zero_shot_one_of_the_benchmark(prepare: Prepare, tmp_path: Path) -> None:
-    examples = [
+    examples: list[dict[str, Any]] = [
         {"input": "She runs.", "target": ["She ran.", "She had run."], "comment": "two answers"},
         {"input": "Is it?", "target_scores": {"yes": 1, "no": 0}},
         {"input": "Both?", "target_scores": {"b": 1, "a": 1, "c": 0}},
@@ -91,7 +91,7 @@ def test_a_prompt_stands_once_whatever_its_case_and_task(prepare: Prepare, tmp_p
 
 @given(st.integers(1, 60), st.floats(0, 0.5), st.integers(0, 3))
 def test_every_row_has_one_split_and_the_draw_hangs_on_the_seed(count: int, validation: float, seed: int) -> None:
-    rows = [(f"w{n}", {"instruction": f"i{n}"}) for n in range(count)]
+    rows: list[tuple[str, Any]] = [(f"w{n}", {"instruction": f"i{n}"}) for n in range(count)]
     found = list(split_rows(Task(name="t", rows=rows), seed=seed, shares=Shares(validation=validation)))
     assert [where for where, _ in found] == [where for where, _ in rows]
     assert found == list(split_rows(Task(name="t", rows=rows), seed=seed, shares=Shares(validation=validation)))
@@ -101,7 +101,7 @@ def test_every_row_has_one_split_and_the_draw_hangs_on_the_seed(count: int, vali
 
 
 def test_a_split_keeps_at_most_fifty_thousand() -> None:
-    rows = [(str(n), {"instruction": str(n)}) for n in range(70_000)]
+    rows: list[tuple[str, Any]] = [(str(n), {"instruction": str(n)}) for n in range(70_000)]
     splits = Counter(
         values["split"] for _, values in split_rows(Task(name="t", rows=rows), seed=0, shares=Shares(validation=0))
     )
@@ -195,7 +195,7 @@ def test_b3_a_folder_of_json_tasks_is_read_task_by_task(prepare: Prepare, tmp_pa
         for split, count in (("test", 16), ("train", 34))
     }
     (tmp_path / "bbh/rows.json").write_text('{"instruction": "a", "reference": "b"}\n')
-    with raises_naming(FolderError, "rows.json: is no BIG-bench task"):
+    with raises_naming(FolderError, "rows.json: ", "BIG-bench task"):
         prepare(tmp_path / "bbh")
 
 

@@ -78,7 +78,7 @@ def test_b2_a_cell_of_responses_holds_these(prepare: Prepare, tmp_path: Path, ce
 def test_b2_what_looks_like_a_list_and_is_none_is_refused(prepare: Prepare, tmp_path: Path, cell: str) -> None:
     quoted = cell.replace('"', '""')
     (tmp_path / "in.csv").write_text(f'instruction,reference,responses\nSay.,a,"{quoted}"\n')
-    with raises_naming(RecordError, "in.csv:2: responses looks like a list", "as JSON (", "JSON Lines or Parquet"):
+    with raises_naming(RecordError, "in.csv:2: responses", "a list", "as JSON (", "JSON Lines or Parquet"):
         prepare(tmp_path / "in.csv", **WHOLE)
 
 

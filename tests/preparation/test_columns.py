@@ -58,37 +58,37 @@ def test_b1_one_word_inside_a_sentence_is_no_input_that_stands_there(prepare: Pr
         (
             {"prompt": "Double it.", "input": "4", "reference": "8"},
             ("instruction=prompt",),
-            ("column 'input' is not read", "--columns input=input"),
+            ("column 'input'", "--columns input=input"),
         ),
         (
             {"instruction": "Who?", "context": "Ann sat.", "reference": "Ann"},
             (),
-            ("column 'context' is not read", "--columns input=context"),
+            ("column 'context'", "--columns input=context"),
         ),
         (
             {"prompt": "Hi", "chosen": "Hello", "rejected": "Go"},
             ("instruction=prompt", "reference=chosen"),
-            ("column 'rejected' is not read", "--columns response=rejected"),
+            ("column 'rejected'", "--columns response=rejected"),
         ),
         (
             {"prompt": "Hi", "chosen": "Hello", "rejected": "Go"},
             ("instruction=prompt", "response=rejected"),
-            ("column 'chosen' is not read", "--columns reference=chosen"),
+            ("column 'chosen'", "--columns reference=chosen"),
         ),
         (
             {"instruction": "Hi", "system": "Answer in French.", "reference": "Salut"},
             (),
-            ("column 'system' is not read", "into the instruction", "--ignore-columns system"),
+            ("column 'system'", "into the instruction", "--ignore-columns system"),
         ),
         (
             {"instruction": "And now?", "history": [["a", "b"]], "reference": "c"},
             (),
-            ("column 'history' is not read", "into the instruction", "--ignore-columns history"),
+            ("column 'history'", "into the instruction", "--ignore-columns history"),
         ),
         (
             {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
             (),
-            ("column 'conversations' is not read", "into the instruction", "--ignore-columns conversations"),
+            ("column 'conversations'", "into the instruction", "--ignore-columns conversations"),
         ),
     ],
 )
@@ -133,7 +133,7 @@ def test_b1_a_text_of_references_and_responses_or_one_within_a_sentence_makes_no
     prepare: Prepare, json_lines: JsonLines, read: dict[str, Any]
 ) -> None:
     row = {"instruction": "Translate the word into French.", "passage": "cat", **read}
-    with raises_naming(RecordError, "column 'passage' is not read", "--columns input=passage"):
+    with raises_naming(RecordError, "column 'passage'", "--columns input=passage"):
         prepare(json_lines(row), **WHOLE)
 
 
@@ -149,7 +149,7 @@ def test_b1_a_column_matters_whatever_the_case_and_number_of_its_name(
 ) -> None:
     path = json_lines({"instruction": "Translate.", name: "cat", "reference": "chat"})
     remedies = (f"--columns input={name}", f"--ignore-columns {name}")
-    with raises_naming(RecordError, f"{path}:1: ", f"column '{name}' is not read", *remedies):
+    with raises_naming(RecordError, f"{path}:1: ", f"column '{name}'", *remedies):
         prepare(path, **WHOLE)
     assert prepare(path, columns=(f"input={name}",), **WHOLE)[1][0].instruction == "Translate.\n\ncat"
 
@@ -159,7 +159,7 @@ def test_b1_the_other_columns_that_matter_do_so_in_any_spelling(
     prepare: Prepare, json_lines: JsonLines, name: str
 ) -> None:
     row = {"instruction": "Say.", name: ["one", "two"], "reference": "x"}
-    with raises_naming(RecordError, f"column '{name}' is not read", f"--ignore-columns {name}") as error:
+    with raises_naming(RecordError, f"column '{name}'", f"--ignore-columns {name}") as error:
         prepare(json_lines(row), **WHOLE)
     assert "--columns input=" not in str(error.value), "an input is one text"
 
@@ -170,9 +170,9 @@ def test_b1_a_preference_that_is_read_under_another_name_is_only_named(
     row = {"instruction": "Hi", "chosen": "Hello", "rejected": "Go", "reference": "Hello", "responses": ["Go"]}
     with caplog.at_level(logging.WARNING):
         prepare(json_lines(row), **WHOLE)
-    assert "columns that are not read: 'chosen, rejected'" in caplog.text
+    assert "not read: 'chosen, rejected'" in caplog.text
     for other in ({"rejected": "G"}, {"inputs": [5, 7]}, {"context": 5}):
-        with raises_naming(RecordError, f"column '{next(iter(other))}' is not read"):
+        with raises_naming(RecordError, f"column '{next(iter(other))}'", "--ignore-columns"):
             prepare(json_lines({**row, **other}), **WHOLE)
 
 
@@ -203,14 +203,14 @@ def test_b1_the_index_column_of_pandas_is_shown_as_one_without_a_name(
     path.write_text(",instruction,reference\n" + "".join(f"{n},Say {n}.,{n}\n" for n in range(5)))
     with caplog.at_level(logging.WARNING):
         prepare(path, **WHOLE)
-    assert "columns that are not read: '(no name)'; " in caplog.text
+    assert "not read: '(no name)'; " in caplog.text
     with raises_naming(RecordError, "no column 'q'", "'(no name), instruction, reference'"):
         prepare(path, columns=("instruction=q",), **WHOLE)
     path.write_text(",prompt,reference\n0,Say.,x\n")
-    with pytest.raises(RecordError, match=r"fields found: '\(no name\), prompt, reference'"):
+    with raises_naming(RecordError, "'(no name), prompt, reference'"):
         prepare(path, **WHOLE)
     path.write_text(",,instruction,reference\n0,0,Say.,x\n")
-    with pytest.raises(RecordError, match=r"the header names '\(no name\)' twice"):
+    with raises_naming(RecordError, "'(no name)'", "twice"):
         prepare(path, **WHOLE)
 
 
@@ -254,7 +254,7 @@ def test_b5_a_label_of_another_meaning_is_not_read_where_columns_are_mapped(
         ("fine film", ("positive",), ()),
         ("dull film", ("negative",), ()),
     ]
-    assert "columns that are not read: 'label'" in caplog.text
+    assert "not read: 'label'" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_b5_labels_that_are_none_of_the_responses_are_not_read_where_columns_are
         [("Ann", {}), ("Bob", {})]
     ] * 3
     assert len(caplog.records) == 1
-    assert "columns that are not read: 'labels'; " in caplog.text
+    assert "not read: 'labels'; " in caplog.text
 
 
 def test_b5_labels_in_the_cells_of_a_table_go_with_its_responses(prepare: Prepare, tmp_path: Path) -> None:

@@ -91,5 +91,5 @@ def test_b4_rows_that_stand_too_far_apart_are_refused(
 ) -> None:
     monkeypatch.setattr(sources, "MAX_HELD_CHARACTERS", 100)
     assert len(prepare(json_lines(*rated(by_model=False)), columns=COLUMNS)[1]) == 20
-    with raises_naming(RecordError, "far.jsonl", "too far apart", "sort the file by prompt"):
+    with raises_naming(RecordError, "far.jsonl", "far apart", "sort"):
         prepare(json_lines(*rated(by_model=True), name="far.jsonl"), columns=COLUMNS)

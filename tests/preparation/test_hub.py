@@ -137,7 +137,7 @@ def test_what_the_hub_does_not_have_is_one_line_with_the_remedy(tmp_path: Path, 
     assert done.returncode == 1
     name = source if "@" in source else f"{source}@main"
     last = done.stderr.splitlines()[-1]
-    assert_names(last, f"cappy preparation: {name}: ", "from the hub", "name, configuration, split and revision")
+    assert_names(last, f"cappy preparation: {name}: ", "from the hub", "configuration", "revision")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -147,7 +147,7 @@ def test_the_name_of_a_dataset_is_read_in_parts_and_refused_in_one_line() -> Non
     assert parse_hub("hub:a/b:c@refs/x") == HubDataset(repository="a/b", configuration="c", revision="refs/x")
     assert parse_hub("hub:a/b:c@refs/x").name == "hub:a/b:c@refs/x"
     for text in ("hub:name", "hub:", "hub:a/b@", "hub:a/b:@main", "hub:a/b/c"):
-        with raises_naming(ConfigError, text, "no dataset of the hub", "hub:org/name"):
+        with raises_naming(ConfigError, text, "dataset", "hub:org/name"):
             parse_hub(text)
 
 
@@ -166,12 +166,12 @@ def test_a_folder_of_the_repositorys_name_does_not_stand_for_it(tmp_path: Path) 
     files = {"train.jsonl": b'{"instruction": "q", "reference": "a"}\n'}
     done = preparation({"org/quiz": {"main": files}}, tmp_path, "--source", "hub:org/quiz", "--target", "target")
     assert done.returncode == 1
-    assert_names(done.stderr, "folder org/quiz of this machine", "run elsewhere")
+    assert_names(done.stderr, "folder org/quiz", "elsewhere")
 
 
 @pytest.mark.parametrize("name", ["hub:../..", "hub:./a", "hub:a/..", "hub:.a/b"])
 def test_a_path_is_no_name_of_a_dataset(name: str) -> None:
-    with raises_naming(ConfigError, name, "no dataset of the hub"):
+    with raises_naming(ConfigError, name, "dataset", "hub:org/name"):
         parse_hub(name)
 
 

@@ -277,10 +277,8 @@ def test_the_text_by_template_has_a_line_for_each_template() -> None:
 
 
 def test_the_text_says_what_to_obtain_by_hand_and_what_has_no_size() -> None:
-    assert "By hand: story_cloze/2016. Fill in the form at https://" in " ".join(
-        text(load_mixture("heldout")).splitlines()
-    )
-    assert "Size unknown, so not counted: tellmewhy." in text(load_mixture("bigbench45"))
+    assert re.search(r"By hand: story_cloze/2016\b.*https://", " ".join(text(load_mixture("heldout")).splitlines()))
+    assert re.search(r"^Size unknown.*: tellmewhy\b", text(load_mixture("bigbench45")), re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -204,7 +204,7 @@ def test_the_manifest_names_the_file_by_its_sha256_and_counts_what_it_holds(
     path = json_lines(*ten_rows, {**ten_rows[0], "instruction": " add ONE to  0.", "responses": ["1", "2"]})
     manifest, instances = prepare(path)
     assert manifest.parents == (hashlib.sha256(path.read_bytes()).hexdigest(),)
-    splits = Counter(instance.split for instance in instances)
+    splits = Counter[str](instance.split for instance in instances)
     assert manifest.metrics == {**splits, "instances": 11, "candidates": 2, "duplicates_of_instruction": 1}
     assert (manifest.step, manifest.seed, manifest.rows, manifest.candidates) == ("preparation", 0, 11, 2)
 
@@ -232,7 +232,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
             with path.open("a") as file:
                 file.write('{"instruction": "new", "reference": "new"}\n')
 
-    with raises_naming(FolderError, f"{path}: changed", "run the same command again"):
+    with raises_naming(FolderError, f"{path}: changed", "same command"):
         run(PreparationConfig(source=str(path), target=tmp_path / "t", work=tmp_path / "w"), append)
     assert not (tmp_path / "t").exists()
 

@@ -133,7 +133,7 @@ def test_a_template_that_never_works_is_refused_before_all_rows_are_read(
     prepare: Prepare, json_lines: Any, templates: Path
 ) -> None:
     path = json_lines(*[{"question": "?", "topic": "t"}] * 5_000)
-    with pytest.raises(RecordError, match="failed on 100 of 100 rows"):
+    with raises_naming(RecordError, "100 of 100 rows"):
         prepare(path, templates=templates, dataset="quiz", missing="fail", max_failed=0.5)
 
 
@@ -158,8 +158,8 @@ def test_missing_fields_are_holes_that_are_counted_or_failures(
     manifest, found = prepare(path, **known)
     assert [instance.instruction for instance in found][1] == "Ask about ."
     assert manifest.metrics["with_missing_fields"] == 3
-    assert "reads topic, which the row lacks" in manifest.facts["missing_fields"]["quiz write a question"]
-    with raises_naming(RecordError, "data.jsonl:1: quiz", "'write a question' reads topic"):
+    assert_names(manifest.facts["missing_fields"]["quiz write a question"], "topic", "lacks")
+    with raises_naming(RecordError, "data.jsonl:1: quiz", "'write a question'", "topic"):
         prepare(path, missing="fail", **known)
 
 
@@ -286,7 +286,7 @@ def test_training_instances_that_stand_in_an_evaluation_set_are_refused_or_dropp
     rows[2]["instruction"] = "ADD 2  and 3."
     path = json_lines(*rows)
     known = {"test": 0, "validation": 0, "against": (tmp_path / "heldout",)}
-    with raises_naming(RecordError, "instance '2' of train has a prompt", str(tmp_path / "heldout"), "--leaked drop"):
+    with raises_naming(RecordError, "instance '2' of train", str(tmp_path / "heldout"), "--leaked drop"):
         prepare(path, target=tmp_path / "never", **known)
     assert not (tmp_path / "never").exists()
     manifest, found = prepare(path, leaked="drop", **known)
@@ -311,7 +311,7 @@ def test_shards_are_joined_whole_or_not_at_all(
     with raises_naming(FolderError, f"{shards}: ", "1/3 is missing", "0/3, 2/3"):
         prepare(shards)
     prepare(path, seed=5, shard="1/3", target=shards / "1", **known)
-    with raises_naming(FolderError, "shards/1: ", "no shard of the work", "shards/0"):
+    with raises_naming(FolderError, "shards/1: ", "no shard", "shards/0"):
         prepare(shards)
 
 
@@ -329,13 +329,13 @@ def test_the_source_is_never_the_target(tmp_path: Path) -> None:
     assert len(list(read(target))) == 1
 
 
-@pytest.mark.parametrize(("text", "what"), [("a\0b", "holds a NUL"), ("a\ud800b", "holds half a character")])
+@pytest.mark.parametrize(("text", "what"), [("a\0b", "NUL"), ("a\ud800b", "half a character")])
 def test_texts_that_no_file_takes_are_failures_of_their_row(
     prepare: Prepare, json_lines: Any, templates: Path, text: str, what: str
 ) -> None:
     path = json_lines(*quiz(20), {"question": text, "topic": "t", "label": 1})
     known = {"templates": templates, "dataset": "quiz"}
-    with pytest.raises(RecordError, match=rf"data\.jsonl:21: quiz: template 'ask': instruction {what}"):
+    with pytest.raises(RecordError, match=rf"data\.jsonl:21: quiz: template 'ask': instruction .*{what}"):
         prepare(path, **known)
     manifest, found = prepare(path, max_failed=0.1, **known)
     assert manifest.metrics["failed"] == 2
@@ -351,7 +351,7 @@ def test_templates_can_be_left_out_by_name(prepare: Prepare, json_lines: Any, te
 def test_nothing_left_to_train_on_is_refused(prepare: Prepare, json_lines: Any, templates: Path) -> None:
     # The wrong templates: no field is there, so every prompt is the same.
     path = json_lines(*[{"other": n, "label": 0} for n in range(50)])
-    with raises_naming(RecordError, str(path), "nothing is left to train on", "--dataset", "--against"):
+    with raises_naming(RecordError, str(path), "nothing is left", "--dataset", "--against"):
         prepare(path, templates=templates, dataset="quiz")
 
 

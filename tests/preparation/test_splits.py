@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from wording import raises_naming
 
 from cappy.errors import ConfigError
-from cappy.preparation.rows import Row
+from cappy.preparation.rows import Row, hash64
 from cappy.preparation.sources import Source
-from cappy.preparation.splits import draw, hash64, place, representatives, survey
+from cappy.preparation.splits import draw, place, representatives, survey
 from cappy.preparation.step import PreparationConfig
 from cappy.progress import silent
 from cappy.records import Instance, prompt_hash
@@ -35,7 +35,10 @@ def split(pairs: list[tuple[str, str]], **settings: Any) -> list[Instance]:
             yield Row(f"row {number}", instance, has_id=False, has_split=False)
 
     plan = survey(Source(name="rows", format="", rows=rows), config(**settings), silent)
-    return list(place(rows(), plan))
+    found = list(place(rows(), plan))
+    kept = [instance for instance in found if instance is not None]
+    assert len(kept) == len(found), "none is left out"
+    return kept
 
 
 def numbered(count: int) -> list[tuple[str, str]]:

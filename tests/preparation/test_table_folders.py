@@ -67,7 +67,7 @@ def test_b7_of_several_splits_the_one_that_is_named_is_read(
     shards(folder / "data", OTHERS, ["test-00000-of-00001.parquet"])
     with caplog.at_level(logging.WARNING):
         assert said(prepare(folder)[1]) == [row["instruction"] for row in ROWS]
-    assert_names(caplog.text, "split train is read, test not", "--split")
+    assert_names(caplog.text, "split train", "test not", "--split")
     assert said(prepare(folder, split="test")[1]) == [row["instruction"] for row in OTHERS]
     with raises_naming(ConfigError, str(folder), "no split 'dev'", "test, train", "--split"):
         prepare(folder, split="dev")
@@ -111,7 +111,7 @@ def test_b7_splits_that_files_or_folders_name_are_told_apart_in_every_format(
     with caplog.at_level(logging.WARNING):
         assert said(prepare(tmp_path / "quiz")[1]) == [row["instruction"] for row in ROWS]
     (line,) = (record.getMessage() for record in caplog.records if "--split" in record.getMessage())
-    assert_names(line, f"{tmp_path / 'quiz'}: ", f"split train is read, {split} not")
+    assert_names(line, f"{tmp_path / 'quiz'}: ", "split train", f"{split} not")
     assert said(prepare(tmp_path / "quiz", split=split)[1]) == [row["instruction"] for row in OTHERS]
 
 
@@ -132,7 +132,7 @@ def test_b7_a_file_whose_name_tells_no_split_does_not_pool_the_others(prepare: P
 
 def test_b7_half_a_folder_is_refused(prepare: Prepare, tmp_path: Path) -> None:
     folder = shards(tmp_path / "quiz", ROWS, ["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"])
-    with raises_naming(FolderError, str(folder), "shard 1 of 3 is missing"):
+    with raises_naming(FolderError, str(folder), "shard 1 of 3"):
         prepare(folder)
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "a.csv").write_text("instruction,reference\na,b\n")
@@ -168,7 +168,7 @@ def test_b7_a_dictionary_of_splits_that_was_saved_to_disk_is_read_by_split(
     with caplog.at_level(logging.WARNING):
         manifest, found = prepare(tmp_path / "both")
     assert said(found) == [row["instruction"] for row in ROWS]
-    assert_names(manifest.facts["notes"]["splits"], "split train is read, test not", "--split")
+    assert_names(manifest.facts["notes"]["splits"], "split train", "test not", "--split")
     assert said(prepare(tmp_path / "both", split="test")[1]) == [row["instruction"] for row in OTHERS]
     with raises_naming(ConfigError, str(tmp_path / "both"), "no split 'dev'", "train, test", "--split"):
         prepare(tmp_path / "both", split="dev")
@@ -178,7 +178,7 @@ def test_b7_a_dictionary_of_splits_that_was_saved_to_disk_is_read_by_split(
 def test_b7_a_folder_names_no_file_outside_of_it(prepare: Prepare, tmp_path: Path, name: str) -> None:
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
-    with pytest.raises(FolderError, match="names a file outside of it"):
+    with raises_naming(FolderError, str(tmp_path / "saved"), f"'{name}'", "outside"):
         prepare(tmp_path / "saved")
 
 
@@ -191,5 +191,5 @@ def test_b7_a_damaged_arrow_file_is_one_line(prepare: Prepare, tmp_path: Path) -
 
     for cut in (whole[:4], whole[: len(whole) // 2], b"\xff" * 64, b"ARROW1\0\0" + b"x" * 20):
         path.write_bytes(cut)
-        with pytest.raises(RecordError, match="cannot be read as Arrow"):
+        with raises_naming(RecordError, str(path), "as Arrow"):
             prepare(path)

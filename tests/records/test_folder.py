@@ -34,7 +34,7 @@ def some(count: int, words: int = 1) -> Iterator[Instance]:
             instance_id=str(number),
             instruction=f"Instruction {number}",
             references=("r",),
-            split=("train", "validation", "test")[number % 3],  # type: ignore[arg-type]
+            split=("train", "validation", "test")[number % 3],
             candidates=candidates,
         )
 
@@ -151,7 +151,7 @@ def test_a_manifest_names_nothing_outside_its_folder(tmp_path: Path, name: str) 
     folder.mkdir()
     write_manifest(folder, Manifest(step="s", files=(File(name=name, sha256="0"),)))
     for action in (read_manifest, verify, lambda where: list(read(where))):
-        with pytest.raises(FolderError, match="leads out of the folder"):
+        with raises_naming(FolderError, str(folder), "out of the folder"):
             action(folder)
 
 

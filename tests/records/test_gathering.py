@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from wording import raises_naming
 
 from cappy.errors import ConfigError, FolderError
 from cappy.records import Instance, read, read_manifest, write
@@ -17,7 +19,11 @@ def shard(folder: Path, start: int, count: int, step: str = "annotation", **metr
         for index in range(start, start + count)
     ]
     manifest = write(folder, instances, step=step, part_rows=2)
-    told = {"config": {"shard": str(start), "seed": 1}, "seed": 7, "generators": {f"llm-{start}": f"revision-{start}"}}
+    told: dict[str, Any] = {
+        "config": {"shard": str(start), "seed": 1},
+        "seed": 7,
+        "generators": {f"llm-{start}": f"revision-{start}"},
+    }
     write_manifest(folder, replace(manifest, metrics={"rows": float(count), **metrics}, **told))
     return folder
 
@@ -64,8 +70,8 @@ def test_a_damaged_part_and_another_steps_folder_are_refused(tmp_path: Path) -> 
 
 def test_a_source_is_neither_the_target_nor_given_twice(tmp_path: Path) -> None:
     one, two = shard(tmp_path / "a", 0, 3), shard(tmp_path / "b", 3, 4)
-    with pytest.raises(ConfigError, match="is the source itself"):
+    with raises_naming(ConfigError, str(one), "source itself"):
         gathered(tmp_path, one, two, target="a")
-    with pytest.raises(ConfigError, match="two sources hold the same work"):
+    with raises_naming(ConfigError, "two sources", "same work"):
         gathered(tmp_path, one, one)
     assert read_manifest(one).rows == 3

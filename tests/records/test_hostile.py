@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from wording import raises_naming
 
 from cappy.errors import FolderError
 from cappy.preparation.sources import open_source
@@ -49,13 +50,13 @@ def test_a_manifest_of_other_types_is_none(tmp_path: Path, text: str) -> None:
 def test_a_manifest_of_gigabytes_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "manifest.json").open("wb") as file:
         file.truncate(MAX_MANIFEST_BYTES + 1)
-    with pytest.raises(FolderError, match=r"is not a manifest \('it has 67,108,865 bytes'\)"):
+    with raises_naming(FolderError, f"{tmp_path / 'manifest.json'}: ", "67,108,865 bytes"):
         read_manifest(tmp_path)
 
 
 def test_a_name_too_long_for_the_disk_is_a_file_that_is_missing(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(manifest(files=[{**PART, "name": "a" * 5_000}]))
-    with pytest.raises(FolderError, match="is missing, the manifest names it"):
+    with raises_naming(FolderError, "a" * 100, "missing"):
         verify(tmp_path)
 
 
@@ -74,14 +75,14 @@ TABLES = {
 def test_a_part_of_other_columns_is_no_part(tmp_path: Path, columns: dict[str, Any]) -> None:
     pq.write_table(pa.table(columns), tmp_path / "part-00000.parquet")
     write_manifest(tmp_path, Manifest(step="sampling", files=describe_files(tmp_path)))
-    with pytest.raises(FolderError, match="is no part of the record"):
+    with raises_naming(FolderError, f"{tmp_path / 'part-00000.parquet'}: ", "no part"):
         list(read(tmp_path))
 
 
 def test_a_part_that_is_no_parquet_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "part-00000.parquet").write_bytes(b"PAR1xxxx")
     write_manifest(tmp_path, Manifest(step="sampling", files=describe_files(tmp_path)))
-    with pytest.raises(FolderError, match="cannot be read as Parquet"):
+    with raises_naming(FolderError, f"{tmp_path / 'part-00000.parquet'}: ", "as Parquet"):
         list(read(tmp_path))
 
 

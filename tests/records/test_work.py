@@ -235,7 +235,7 @@ def test_another_version_of_the_step_is_other_work_and_the_log_says_so(
     spec = STEP_SPECS["annotation"]
     with claim(tmp_path, "annotation", {"a": 1}) as first:
         pass
-    monkeypatch.setitem(STEP_SPECS, "annotation", replace(spec, version=spec.version + 1))  # type: ignore[arg-type]
+    monkeypatch.setitem(STEP_SPECS, "annotation", replace(spec, version=spec.version + 1))
     with claim(tmp_path, "annotation", {"a": 1}) as second:
         pass
     assert first != second

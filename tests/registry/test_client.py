@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 from local_server import handled_by
+from waiting import wait_until
 from wording import raises_naming
 
 from cappy.errors import RegistryError, UnreachableError
@@ -28,9 +28,10 @@ def killed_among_the_tables(folder: Path) -> None:
     """Kills a process that has made some of MLflow's tables and not all."""
     with subprocess.Popen([sys.executable, "-c", CONNECT, f"sqlite:///{folder / 'mlflow.db'}"]) as process:
         drafts = [folder / "mlflow.db", folder / ".mlflow.db.new"]
-        while not any(path.exists() and path.stat().st_size > 100_000 for path in drafts):
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.002)
+        wait_until(
+            lambda: any(path.exists() and path.stat().st_size > 100_000 for path in drafts),
+            "some of the tables", pause=0.002, process=process,
+        )  # fmt: skip
         process.kill()
     assert process.returncode == -signal.SIGKILL
 

@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from cappy.rendering import jobs
 from cappy.rendering.jobs import Failure, Job, Source
@@ -127,9 +127,10 @@ def test_jobs_may_ask_for_other_jobs_while_they_run() -> None:
         assert list(jobs.run("promptsource", [hello("in")])) == [[["Hello in", "y", []]]]
 
 
+TESTS = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "fakes")]
 FORK = """
 import os, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_children import *
 running = jobs.run("promptsource", (hello(str(number)) for number in range(100)))
 first = next(running)
@@ -144,14 +145,14 @@ print("both")
 
 
 def test_a_fork_goes_on_with_children_of_its_own() -> None:
-    code = FORK.format(tests=str(Path(__file__).parent))
+    code = FORK.format(tests=TESTS)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr, done.returncode) == ("both\n", "", 0)
 
 
 PARENT = """
 import os, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_children import *
 from cappy.rendering import process
 running = jobs.run("promptsource", [hello("a"), *[Job(items=((SLEEPY, "0"),), seconds=1.0)] * 99])
@@ -164,21 +165,21 @@ for _ in running:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_child_dies_with_its_parent(number: signal.Signals) -> None:
-    code = PARENT.format(tests=str(Path(__file__).parent))
+    code = PARENT.format(tests=TESTS)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert pids
         parent.send_signal(number)
         assert parent.wait(60) != 0
-    wait_until(lambda: not any(map(runs, pids)))
+    wait_until(lambda: not any(map(runs, pids)), f"the end of {pids}")
 
 
 def test_an_interpreter_that_ends_leaves_no_child_and_no_word() -> None:
-    code = PARENT.format(tests=str(Path(__file__).parent)).partition("for _ in")[0]
+    code = PARENT.format(tests=TESTS).partition("for _ in")[0]
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.stderr, done.returncode) == ("", 0)
-    wait_until(lambda: not any(runs(int(pid)) for pid in done.stdout.split()))
+    wait_until(lambda: not any(runs(int(pid)) for pid in done.stdout.split()), f"the end of {done.stdout}")
 
 
 def children_of(work: list[Job]) -> list[Process]:
@@ -193,10 +194,3 @@ def runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)

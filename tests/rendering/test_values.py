@@ -8,7 +8,7 @@ import uuid
 from typing import Any
 
 import numpy as np
-import pandas
+import pandas  # type: ignore[import-untyped]
 import pytest
 
 from cappy.rendering.child import decode, encode

@@ -143,7 +143,7 @@ def test_draws_do_not_depend_on_what_else_is_asked_for(generator: Causal) -> Non
 
 def test_a_prompt_is_encoded_once_for_all_its_samples(generator: Causal) -> None:
     seen: list[tuple[int, ...]] = []
-    model = generator.model
+    model: Any = generator.model
     hook = model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"].shape), with_kwargs=True)
     try:
         generator.sample(PROMPTS[:2], strategy("greedy+sampling4+topk5x3"), seed=0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_server import Model, serving
@@ -35,10 +36,9 @@ def make(url: str) -> Iterator[Make]:
     """make(max_retries=...) -> an endpoint on these terms."""
     made: list[Endpoint] = []
 
-    def endpoint(**terms: object) -> Endpoint:
-        made.append(
-            Endpoint(parse_spec(f"openai:m@{url}"), EndpointConfig(**{"first_wait": 0.01, "max_retries": 3, **terms}))
-        )  # type: ignore[arg-type]
+    def endpoint(**terms: Any) -> Endpoint:
+        config = EndpointConfig(**{"first_wait": 0.01, "max_retries": 3, **terms})
+        made.append(Endpoint(parse_spec(f"openai:m@{url}"), config))
         return made[-1]
 
     yield endpoint

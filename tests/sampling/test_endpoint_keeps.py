@@ -9,11 +9,14 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_server import Model, serving
 from fault_proxy import BEFORE, FAULTS, Weather, proxying
+from waiting import wait_until
 
 from cappy.config import to_values
 from cappy.errors import ConfigError, GeneratorError
@@ -119,6 +122,10 @@ run(SamplingConfig(source=folder / "in", target=folder / "out", work=folder / "w
 """
 
 
+def has_answered(model: Model, count: int) -> bool:
+    return sum(model.answered.values()) >= count
+
+
 @pytest.mark.parametrize(("kills", "quiet"), [((20, 150), True), ((90,), False)])
 def test_after_kill_9_the_same_command_asks_nothing_twice(tmp_path: Path, kills: tuple[int, ...], quiet: bool) -> None:
     """Killed between answers: nothing. Killed amid answers: at most what was on its way."""
@@ -128,8 +135,7 @@ def test_after_kill_9_the_same_command_asks_nothing_twice(tmp_path: Path, kills:
     with serving(model) as upstream, proxying(upstream, weather) as url:
         for wanted in kills:
             process = subprocess.Popen([*command, url])
-            while sum(model.answered.values()) < wanted and process.poll() is None:
-                time.sleep(0.005)
+            wait_until(partial(has_answered, model, wanted), f"{wanted} answers", pause=0.005, process=process)
             if quiet:
                 # The server is down for a moment, so that nothing is on its way.
                 weather.rate = 1.0
@@ -164,25 +170,30 @@ def test_processes_that_share_a_folder_share_its_answers(tmp_path: Path) -> None
 
 def test_an_answer_serves_its_own_question_alone(tmp_path: Path) -> None:
     plain = Decoding(name="d", top_p=0.9)
-    knobs: list[dict[str, float]] = [
-        *({"temperature": 0.7}, {"do_sample": False}, {"top_p": 0.8}, {"max_new_tokens": 9}),
-        *({"top_k": 4}, {"min_p": 0.1}, {"min_new_tokens": 2}),
+    knobs: list[dict[str, Any]] = [
+        {"temperature": 0.7},
+        {"do_sample": False},
+        {"top_p": 0.8},
+        {"max_new_tokens": 9},
+        {"top_k": 4},
+        {"min_p": 0.1},
+        {"min_new_tokens": 2},
     ]
     with serving(Model()) as url:
-        others: list[tuple[str, str, Decoding, int, dict[str, object]]] = [
+        others: list[tuple[str, str, Decoding, int, dict[str, Any]]] = [
             ("m", "one", plain, 0, {}),
             ("m", "two", plain, 0, {}),
             ("m", "one", replace(plain, name="e"), 0, {}),
             ("m", "one", plain, 1, {}),
             ("n", "one", plain, 0, {}),
             ("m", "one", plain, 0, {"api": "completions"}),
-            *(("m", "one", replace(plain, **changed), 0, {}) for changed in knobs),  # type: ignore[arg-type]
+            *(("m", "one", replace(plain, **changed), 0, {}) for changed in knobs),
         ]
-        asked = [(f"{name}@{url}", *rest) for name, *rest in others] + [(f"m@{url}/other", "one", plain, 0, {})]
+        asked = [(f"{other[0]}@{url}", *other[1:]) for other in others] + [(f"m@{url}/other", "one", plain, 0, {})]
         for requests in (1, 0):
             for model, instruction, decoding, seed, terms in asked:
                 extra = ("top_k", "min_p", "min_tokens")
-                kept = EndpointConfig(folder=tmp_path, extra=extra, **terms)  # type: ignore[arg-type]
+                kept = EndpointConfig(folder=tmp_path, extra=extra, **terms)
                 endpoint = Endpoint(parse_spec(f"openai:{model}"), kept)
                 endpoint.sample([instruction], [decoding], seed=seed)
                 endpoint.close()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_server import Model, serving
@@ -121,7 +122,7 @@ def test_a_generator_is_only_asked_for_what_is_its_own(tmp_path: Path, llm_folde
     )
     with serving(Model()) as url:
         generators = (str(llm_folder), f"openai:m@{url}")
-        paths = {"source": tmp_path / "in", "target": tmp_path / "out", "work": tmp_path / "work"}
+        paths: dict[str, Any] = {"source": tmp_path / "in", "target": tmp_path / "out", "work": tmp_path / "work"}
         run(SamplingConfig(**paths, generator=generators, strategy=str(tmp_path / "s.yaml")))
     (told,) = read(tmp_path / "out")
     assert [(one.generator, one.decoding) for one in told.candidates] == [

@@ -81,7 +81,8 @@ def test_a_beam_search_is_what_we_state_and_the_librarys_defaults(careless: tupl
         "do_sample": False, "num_beams": 4, "num_return_sequences": 1, "max_new_tokens": 64,
         "decoder_start_token_id": 0, "eos_token_id": [1], "pad_token_id": 0,
     }  # fmt: skip
-    used, _ = model.model._prepare_generation_config(model.generation_config(BEAM4))
+    inner: Any = model.model
+    used, _ = inner._prepare_generation_config(model.generation_config(BEAM4))
     fresh = GenerationConfig()
     fresh.update(**GenerationConfig._get_default_generation_params(), defaults_only=True)
     assert used.to_dict() == fresh.to_dict() | stated
@@ -154,7 +155,8 @@ def test_draws_do_not_depend_on_what_else_is_asked_for(generator: Seq2Seq) -> No
 
 def test_the_encoder_runs_once_for_an_instruction(generator: Seq2Seq) -> None:
     seen: list[int] = []
-    hook = generator.model.get_encoder().register_forward_hook(lambda _, __, output: seen.append(len(output[0])))
+    encoder: Any = generator.model.get_encoder()
+    hook = encoder.register_forward_hook(lambda _, __, output: seen.append(len(output[0])))
     try:
         generator.sample(PROMPTS, STRATEGIES["paper17"], seed=0)
         assert sum(seen) == len(PROMPTS)

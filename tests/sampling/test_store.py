@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 from chat_server import Model, serving
@@ -196,16 +196,16 @@ def test_a_new_version_of_the_drawing_code_draws_anew(sample: Sample, monkeypatc
 
 def test_every_knob_is_part_of_the_key_and_the_generators_position_is_not(tmp_path: Path) -> None:
     plain = Decoding(name="d", top_p=0.9)
-    knobs: list[dict[str, object]] = [
-        *({"name": "e"}, {"temperature": 0.7}, {"top_p": 0.8}, {"max_new_tokens": 9}, {"top_k": 4}, {"min_p": 0.1}),
-        *({"min_new_tokens": 2}, {"do_sample": False, "top_p": 1.0}),
-    ]
+    knobs: list[dict[str, Any]] = [
+        {"name": "e"}, {"temperature": 0.7}, {"top_p": 0.8}, {"max_new_tokens": 9}, {"top_k": 4}, {"min_p": 0.1},
+        {"min_new_tokens": 2}, {"do_sample": False, "top_p": 1.0},
+    ]  # fmt: skip
     generator = Counting()
     generator.keep_in(tmp_path)
     generator.sample(["one"], [plain], seed=0)
     for changed in ({}, {"generator": 1}, *knobs):
         before = len(generator.drawn)
-        generator.sample(["one"], [replace(plain, **changed)], seed=0)  # type: ignore[arg-type]
+        generator.sample(["one"], [replace(plain, **changed)], seed=0)
         assert len(generator.drawn) - before == (changed in knobs)
     generator.close()
 

@@ -128,7 +128,11 @@ def test_gradients_without_padding_equal_transformers_own(roberta: Scorer) -> No
 
 @pytest.mark.parametrize("which", ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"])
 def test_dropout_without_padding_is_as_strong_as_transformers_own(which: str) -> None:
-    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    dropouts: dict[str, Any] = {
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "classifier_dropout": 0.0,
+    }
     scorer = bert(**{**dropouts, which: 0.3})
     batch = scorer.encoder.encode(pairs(5, 2))
     scorer.model.train()
@@ -142,7 +146,7 @@ def test_dropout_without_padding_is_as_strong_as_transformers_own(which: str) ->
 def test_gradients_reach_every_weight_that_scoring_uses(make_scorer: Callable[..., Path]) -> None:
     scorer = Scorer.load(str(make_scorer(seed=11)), precision="fp32")
     scorer.score(pairs(4))
-    scorer.logits(scorer.encoder.encode(pairs(4))).sum().backward()  # type: ignore[no-untyped-call]
+    scorer.logits(scorer.encoder.encode(pairs(4))).sum().backward()
     assert all(parameter.grad is not None for parameter in scorer.model.parameters())
 
 

@@ -81,7 +81,12 @@ def test_a_stream_scores_its_duplicates_once_and_holds_one_chunk_at_a_time(
     monkeypatch.setattr("cappy.scoring.scorer.CHUNK_PAIRS", 8)
     forwarded: list[int] = []
     forward = scorer.forward
-    monkeypatch.setattr(scorer, "forward", lambda batch: (forwarded.append(len(batch)), forward(batch))[1])
+
+    def counted(batch: Any) -> Any:
+        forwarded.append(len(batch))
+        return forward(batch)
+
+    monkeypatch.setattr(scorer, "forward", counted)
     taken = 0
 
     def endless() -> Iterator[tuple[str, str]]:
@@ -224,7 +229,8 @@ def test_a_pair_may_be_any_sequence_of_two_texts(scorer_folder: Path) -> None:
     scorer = Scorer.load(str(scorer_folder), precision="fp32")
     pairs = [("one", "red cat"), ("two", "blue bird"), ("one", "red cat")]
     expected = scorer.score(pairs)
-    for given in ([list(pair) for pair in pairs], tuple(pairs), np.array(pairs), [pairs[0], list(pairs[1]), pairs[2]]):
+    forms: list[Any] = [[list(pair) for pair in pairs], tuple(pairs), np.array(pairs)]
+    for given in (*forms, [pairs[0], list(pairs[1]), pairs[2]]):
         assert scorer.score(given) == expected
         assert list(scorer.score_stream(iter(given))) == expected
         assert scorer.scores_of(scorer.logits_of(given)) == expected

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -28,12 +29,12 @@ def instances(tmp_path: Path) -> Path:
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(ROWS))
     target = tmp_path / "instances"
-    choices = {"unlabelled": True, "test": 0.0, "validation": 0.0, "work": tmp_path / "work"}
+    choices: dict[str, Any] = {"unlabelled": True, "test": 0.0, "validation": 0.0, "work": tmp_path / "work"}
     prepare(PreparationConfig(source=str(file), target=target, **choices))
     return target
 
 
-def scored(instances: Path, tmp_path: Path, **more: str) -> dict[tuple[str, str], dict[str, float]]:
+def scored(instances: Path, tmp_path: Path, **more: Any) -> dict[tuple[str, str], dict[str, float]]:
     target = tmp_path / f"scored{more.get('shard', '').replace('/', '-')}"
     run(ScoringConfig(source=instances, target=target, precision="fp32", work=tmp_path / "work", **more))
     return {
@@ -121,7 +122,7 @@ def test_a4_pairs_that_were_cut_are_counted_in_the_manifest_and_said_once(
     file.write_text(
         "".join(f'{{"instruction": "Say {n}.", "responses": ["{"yes " * 400}", "no"]}}\n' for n in range(4))
     )
-    choices = {"unlabelled": True, "test": 0.0, "validation": 0.0, "work": tmp_path / "work"}
+    choices: dict[str, Any] = {"unlabelled": True, "test": 0.0, "validation": 0.0, "work": tmp_path / "work"}
     prepare(PreparationConfig(source=str(file), target=tmp_path / "instances", **choices))
     run(ScoringConfig(source=tmp_path / "instances", target=tmp_path / "scored", part_rows=2, work=tmp_path / "work"))
     assert read_manifest(tmp_path / "scored").metrics["cut_pairs"] == 4

@@ -70,7 +70,7 @@ def test_of_two_candidates_mbr_is_worth_exactly_a_random_one(size: int) -> None:
 
 def test_the_order_of_a_pool_says_nothing_of_a_selector_that_ties() -> None:
     """Of candidates with equal values the result is their mean label, in the curve as in the table's row."""
-    texts = ("x y z", "x y w", "x y z", "q r s", "q r t")
+    texts: tuple[str, ...] = ("x y z", "x y w", "x y z", "q r s", "q r t")
     labels, turned = np.array([0.9, 0.1, 0.9, 0.4, 0.2]), slice(None, None, -1)
     for values in (np.zeros(5), np.array([1.0, 1.0, 0.0, 0.0, 1.0]), mbr(texts)):
         forth, back = ranked_curve(values, labels), ranked_curve(values[turned], labels[turned])

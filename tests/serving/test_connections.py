@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from waiting import wait_until
 
 from serving.connections import KEEP_ALIVE_SECONDS, MAX_SMALL_PARTS, PRESSED_SECONDS, Connections
 from serving.listener import ACCESS, REPEATS_WRITTEN, RepeatFilter
@@ -54,19 +55,28 @@ def start(tmp_path: Path) -> Iterator[Start]:
         with log.open("wb") as file:
             command = [sys.executable, "-c", PROGRAM, FAKES, kind, str(FILES)]
             processes.append(subprocess.Popen(command, stderr=file))
-        deadline = time.monotonic() + 90
-        while not (found := re.search(r" at http://([\d.]+):(\d+)", log.read_text())):
-            assert time.monotonic() < deadline, log.read_text()
-            assert processes[-1].poll() is None, log.read_text()
-            time.sleep(0.05)
-        while kind != "gateway" and httpx.get(f"http://{found[1]}:{found[2]}/ready").status_code != 200:
-            assert time.monotonic() < deadline, log.read_text()
-        return found[1], int(found[2]), log
+        url = wait_for_address(processes[-1], log)
+        if kind != "gateway":
+            wait_until(
+                lambda: httpx.get(f"{url}/ready").status_code == 200, f"{url} to be ready", details=log.read_text
+            )
+        host, port = url.removeprefix("http://").split(":")
+        return host, int(port), log
 
     yield started
     for process in processes:
         process.kill()
         process.wait()
+
+
+def wait_for_address(process: "subprocess.Popen[bytes]", log: Path) -> str:
+    """The address that the service writes when it listens."""
+    found = wait_until(
+        lambda: re.search(r" at (https?://[\d.]+:\d+)", log.read_text()),
+        "the line with the address", seconds=90, pause=0.05, process=process, details=log.read_text,
+    )  # fmt: skip
+    assert found is not None
+    return found[1]
 
 
 def connect(host: str, port: int) -> socket.socket:
@@ -288,11 +298,8 @@ def test_clients_that_never_finish_their_handshake_keep_nobody_out(tmp_path: Pat
         process = subprocess.Popen(command, stderr=file)
     trusted = ssl.create_default_context(cafile=str(pem))
     try:
-        deadline = time.monotonic() + 90
-        while not (found := re.search(r" at https://([\d.]+):(\d+)", log.read_text())):
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
-        host, port = found[1], int(found[2])
+        host, digits = wait_for_address(process, log).removeprefix("https://").split(":")
+        port = int(digits)
         with contextlib.ExitStack() as held:
             for _ in range(FILES + 100):
                 held.enter_context(contextlib.closing(connect(host, port)))

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from scoring_function import FakeEngine, lengths, model, until_ready
+from waiting import wait_until
 from wording import raises_naming
 
 from cappy.errors import ConfigError, RegistryError, UnreachableError
@@ -75,7 +76,7 @@ class Registry:
         return self.model(found.number)
 
     def model(self, number: int) -> Model:
-        facts = {"engine": engine(number, delay=0.001), "version": name_of(number), "spec": ALIAS}
+        facts: dict[str, Any] = {"engine": engine(number, delay=0.001), "version": name_of(number), "spec": ALIAS}
         return model(**(facts | {"registered": version(number)} | self.facts.get(number, {})))
 
     def follower(self, models: Models, **settings: Any) -> Follower:
@@ -103,15 +104,12 @@ def start() -> Iterator[Start]:
         yield started
 
 
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def until(condition: Callable[[], object], what: str) -> None:
+    wait_until(condition, what, seconds=20, pause=0.01)
 
 
-def answers_with(client: TestClient, number: int) -> Callable[[], bool]:
-    return lambda: client.get("/ready").json()["version"] == name_of(number)
+def wait_for_version(client: TestClient, number: int) -> None:
+    until(lambda: client.get("/ready").json()["version"] == name_of(number), f"version {number}")
 
 
 def metric(client: TestClient, name: str) -> float:
@@ -122,7 +120,7 @@ def test_swaps_under_load_lose_no_request_and_every_answer_names_the_version_tha
     client, registry = start()
     ended = threading.Event()
 
-    def ask(client_number: int) -> list[tuple[int, str, str, list[float]]]:
+    def ask(client_number: int) -> list[int]:
         found, asked = [], 0
         while not ended.is_set() or asked < 5:
             asked += 1
@@ -141,7 +139,7 @@ def test_swaps_under_load_lose_no_request_and_every_answer_names_the_version_tha
         try:
             for number in (2, 3, 2, 4):
                 registry.number = number
-                until(answers_with(client, number))
+                wait_for_version(client, number)
         finally:
             ended.set()
         numbers = [number for one in asking for number in one.result()]
@@ -153,12 +151,12 @@ def test_swaps_under_load_lose_no_request_and_every_answer_names_the_version_tha
 def test_scores_are_given_and_health_answers_while_a_version_is_loaded(start: Start) -> None:
     client, registry = start()
     registry.gate, registry.number = threading.Event(), 2
-    until(lambda: registry.loaded)
+    until(lambda: registry.loaded, "a version to be loaded")
     for _ in range(5):
         assert client.post("/score", json={"pairs": [["a", "b"]]}).json()["version"] == name_of(1)
     assert client.get("/health").status_code == 200
     registry.gate.set()
-    until(answers_with(client, 2))
+    wait_for_version(client, 2)
 
 
 def damaged() -> Exception:
@@ -186,9 +184,9 @@ def test_a_bad_version_never_serves_is_loaded_once_and_is_told_in_a_line(
     registry.wrong = {2: wrong} if wrong else {}
     registry.facts[2] = facts
     registry.number = 2
-    until(lambda: client.get("/model").json()["refused"])
+    until(lambda: client.get("/model").json()["refused"], "a refused version")
     looks = registry.looks
-    until(lambda: registry.looks > looks + 5)
+    until(lambda: registry.looks > looks + 5, "5 more looks")
     assert registry.loaded == [2]
     state = client.get("/model").json()
     assert said in state["refused"]["models:/cappy/2"]
@@ -200,42 +198,42 @@ def test_a_bad_version_never_serves_is_loaded_once_and_is_told_in_a_line(
     assert len(lines) == 1
     assert "\n" not in lines[0].message
     registry.number = 3
-    until(answers_with(client, 3))
+    wait_for_version(client, 3)
 
 
 def test_a_version_may_answer_its_stored_pairs_in_another_precision(start: Start) -> None:
     client, registry = start()
     registry.facts[2] = {"engine": FakeEngine(score=lambda pair: 0.5195), "probes": [(("a", "b"), 0.5)]}
     registry.number = 2
-    until(answers_with(client, 2))
+    wait_for_version(client, 2)
 
 
 def test_a_version_that_was_mended_gets_another_chance_when_somebody_asks(start: Start) -> None:
     client, registry = start(seconds=60)
     registry.wrong, registry.number = {2: damaged()}, 2
     assert client.post("/admin/refresh").json() == {"looks": True}
-    until(lambda: client.get("/model").json()["refused"])
+    until(lambda: client.get("/model").json()["refused"], "a refused version")
     registry.wrong = {}
     client.post("/admin/refresh")
-    until(answers_with(client, 2))
+    wait_for_version(client, 2)
     assert client.get("/model").json()["refused"] == {}
 
 
 def test_a_version_whose_files_cannot_be_reached_is_fetched_three_times_and_then_refused(start: Start) -> None:
     client, registry = start()
     registry.wrong, registry.number = {2: UnreachableError("its files cannot be had")}, 2
-    until(lambda: client.get("/model").json()["refused"])
+    until(lambda: client.get("/model").json()["refused"], "a refused version")
     looks = registry.looks
-    until(lambda: registry.looks > looks + 5)
+    until(lambda: registry.looks > looks + 5, "5 more looks")
     assert registry.loaded == [2, 2, 2]
 
 
 def test_a_version_whose_files_can_be_reached_again_serves(start: Start) -> None:
     client, registry = start()
     registry.wrong, registry.number = {2: UnreachableError("its files cannot be had")}, 2
-    until(lambda: registry.loaded)
+    until(lambda: registry.loaded, "a version to be loaded")
     registry.wrong = {}
-    until(answers_with(client, 2))
+    wait_for_version(client, 2)
 
 
 @pytest.mark.parametrize("away", [UnreachableError("MLflow does not answer"), RegistryError("no such version")])
@@ -246,13 +244,13 @@ def test_a_registry_that_is_away_is_warned_of_once_and_the_model_goes_on(
     caplog.set_level(logging.INFO, "serving")
     registry.away = away
     looks = registry.looks
-    until(lambda: registry.looks > looks + 5)
+    until(lambda: registry.looks > looks + 5, "5 more looks")
     assert client.get("/model").json()["trouble"] == str(away)
     assert client.post("/score", json={"pairs": [["a", "b"]]}).json()["version"] == name_of(1)
     assert client.get("/ready").status_code == 200
     assert sum("cannot be read" in record.message for record in caplog.records) == 1
     registry.away, registry.number = None, 2
-    until(answers_with(client, 2))
+    wait_for_version(client, 2)
     assert client.get("/model").json()["trouble"] == ""
     assert sum("can be read again" in record.message for record in caplog.records) == 1
 
@@ -262,12 +260,12 @@ def test_after_a_defect_the_model_goes_on_its_trouble_is_told_and_the_next_sound
 ) -> None:
     client, registry = start()
     registry.odd = object()
-    until(lambda: client.get("/model").json()["trouble"])
+    until(lambda: client.get("/model").json()["trouble"], "trouble")
     assert "AttributeError" in client.get("/model").json()["trouble"]
     assert f"following {ALIAS} failed" in caplog.text
     assert client.post("/score", json={"pairs": [["a", "b"]]}).json()["version"] == name_of(1)
     registry.number, registry.odd = 2, None
-    until(answers_with(client, 2))
+    wait_for_version(client, 2)
     assert client.get("/model").json()["trouble"] == ""
 
 
@@ -275,27 +273,27 @@ def test_a_rollback_by_hand_loads_nothing_and_holds_until_the_alias_moves(start:
     client, registry = start()
     assert client.post("/admin/rollback").status_code == 409
     registry.number = 2
-    until(answers_with(client, 2))
+    wait_for_version(client, 2)
     assert client.post("/admin/rollback").json()["current"]["registered"] == "models:/cappy/1"
     looks = registry.looks
-    until(lambda: registry.looks > looks + 5)
-    assert answers_with(client, 1)(), "the alias still names version 2"
+    until(lambda: registry.looks > looks + 5, "5 more looks")
+    assert client.get("/ready").json()["version"] == name_of(1), "the alias still names version 2"
     registry.number = 1
     looks = registry.looks
-    until(lambda: registry.looks > looks + 2)
+    until(lambda: registry.looks > looks + 2, "2 more looks")
     registry.number = 2
-    until(answers_with(client, 2))
+    wait_for_version(client, 2)
     assert registry.loaded == [2]
 
 
 def test_the_alias_moving_back_while_a_version_is_loaded_keeps_that_version_out(start: Start) -> None:
     client, registry = start()
     registry.gate, registry.number = threading.Event(), 2
-    until(lambda: registry.loaded)
+    until(lambda: registry.loaded, "a version to be loaded")
     registry.number = 1
     looks = registry.looks
     registry.gate.set()
-    until(lambda: registry.looks > looks + 3)
+    until(lambda: registry.looks > looks + 3, "3 more looks")
     assert metric(client, "cappy_swap_total") == 0
     assert client.get("/model").json()["former"] is None
 
@@ -305,7 +303,7 @@ def test_the_former_version_can_be_asked_for_and_no_other(start: Start) -> None:
     body = {"pairs": [["a", "b"]]}
     for number in (2, 3):
         registry.number = number
-        until(answers_with(client, number))
+        wait_for_version(client, number)
     for number in (2, 3):
         answer = client.post("/score", json={**body, "version": name_of(number)})
         assert answer.json()["version"] == answer.headers["X-Cappy-Version"] == name_of(number)
@@ -327,11 +325,11 @@ def test_at_most_two_models_stay_and_what_was_replaced_is_freed(start: Start) ->
         registry.facts[number] = {"engine": made}
         del made
         registry.number = number
-        until(answers_with(client, number))
+        wait_for_version(client, number)
         client.post("/score", json={"pairs": [["a", "b"]]})
         registry.facts.clear()
     gc.collect()
-    until(lambda: [one() is not None for one in kept] == [False, True, True])
+    until(lambda: [one() is not None for one in kept] == [False, True, True], "the oldest version to be let go")
 
 
 def test_the_moves_need_a_key_and_without_keys_there_are_none(start: Start) -> None:
@@ -372,7 +370,7 @@ def test_a_signed_event_about_the_alias_has_it_looked_at_once(start: Start, acti
     body = event(action, version="77", source="s3://elsewhere")
     answer = client.post("/webhooks/mlflow", content=body, headers=signature(body))
     assert (answer.status_code, answer.json()) == (202, {"looks": True})
-    until(answers_with(client, 2))
+    wait_for_version(client, 2)
     assert registry.loaded == [2], "what the event names is not fetched"
 
 

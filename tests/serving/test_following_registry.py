@@ -6,12 +6,12 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
+from waiting import wait_until
 
 from cappy.evaluation.findings import SCHEMA
 from cappy.records import Manifest, read_manifest
@@ -24,11 +24,11 @@ PAIRS = [("who sat on the mat", "the cat"), ("who flew", "a bird"), ("who flew",
 KEY = "a-key-of-tests"
 
 
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def wait_for_version(client: httpx.Client, number: int) -> None:
+    def current() -> str:
+        return str(client.get("/model").json()["current"]["registered"])
+
+    wait_until(lambda: current() == f"models:/cappy/{number}", f"version {number}", details=current)
 
 
 def report(folder: Path, scorer: Path, shift: float = 0.0) -> list[float]:
@@ -57,7 +57,7 @@ def test_a_running_service_follows_the_alias_of_a_real_registry(
         for number, folder in folders.items()
     }
     for number, folder in folders.items():
-        places = {"report": tmp_path / f"report-{number}", "target": tmp_path / f"version-{number}"}
+        places: dict[str, Any] = {"report": tmp_path / f"report-{number}", "target": tmp_path / f"version-{number}"}
         run(RegistrationConfig(scorer=folder, work=tmp_path / "work", **places))
 
     def promote(number: int) -> None:
@@ -75,7 +75,7 @@ def test_a_running_service_follows_the_alias_of_a_real_registry(
             assert found, line + process.stderr.read()
             headers = {"Authorization": f"Bearer {KEY}"}
             with httpx.Client(base_url=found[1], headers=headers, timeout=30) as client:
-                until(lambda: client.get("/ready").status_code == 200)
+                wait_until(lambda: client.get("/ready").status_code == 200, "a ready service")
 
                 def answers(number: int) -> bool:
                     told = client.post("/score", json={"pairs": PAIRS}).json()
@@ -85,14 +85,14 @@ def test_a_running_service_follows_the_alias_of_a_real_registry(
 
                 assert answers(1)
                 promote(2)
-                until(lambda: client.get("/model").json()["current"]["registered"] == "models:/cappy/2")
+                wait_for_version(client, 2)
                 assert answers(2)
                 promote(3)
-                until(lambda: client.get("/model").json()["refused"])
+                wait_until(lambda: client.get("/model").json()["refused"], "a refused version")
                 assert "had" in client.get("/model").json()["refused"]["models:/cappy/3"]
                 assert answers(2)
                 promote(1)
-                until(lambda: client.get("/model").json()["current"]["registered"] == "models:/cappy/1")
+                wait_for_version(client, 1)
                 assert answers(1)
                 process.send_signal(signal.SIGTERM)
                 _, log = process.communicate(timeout=60)

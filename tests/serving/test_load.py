@@ -5,13 +5,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from load import Outcome, Pair, capacity, overload
+from waiting import wait_until
 
 FAKES = str(Path(__file__).parents[1] / "fakes")
 PROGRAM = """
@@ -50,12 +50,14 @@ def server(tmp_path: Path) -> Iterator["tuple[subprocess.Popen[bytes], str]"]:
     log = tmp_path / "log"
     with log.open("wb") as file:
         process = subprocess.Popen([sys.executable, "-c", PROGRAM, FAKES], stderr=file)
-    deadline = time.monotonic() + 60
-    while not (address := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    while httpx.get(f"{address[0]}/ready").status_code != 200:
-        assert time.monotonic() < deadline
+    address = wait_until(
+        lambda: re.search(r"http://127\.0\.0\.1:\d+", log.read_text()),
+        "the address",
+        process=process,
+        details=log.read_text,
+    )
+    assert address is not None
+    wait_until(lambda: httpx.get(f"{address[0]}/ready").status_code == 200, "a ready service", process=process)
     yield process, address[0]
     process.kill()
     process.wait()

@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from shutil import which
 from typing import Any
@@ -14,6 +13,8 @@ import uvicorn
 from calibrations import straight
 from chromium import launched, needs_chromium
 from scoring_function import FakeEngine, model
+from waiting import wait_until
+from wording import assert_names
 
 from serving.app import Options, create_app
 from serving.config import Limits
@@ -41,8 +42,7 @@ def address(request: pytest.FixtureRequest) -> Iterator[str]:
     )
     thread = threading.Thread(target=server.run)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    wait_until(lambda: server.started, "the service to listen", pause=0.01)
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join(10)
@@ -81,7 +81,7 @@ def test_the_page_scores_with_the_keyboard_alone_and_marks_the_pick(opened: tupl
         view.keyboard.type(text)
     view.keyboard.press("Control+Enter")
     view.wait_for_selector("#outcome:not([hidden])")
-    assert view.inner_text("#headline") == "Response 2 is the pick, with 1.100."
+    assert_names(view.inner_text("#headline"), "response 2", "1.100")
     picks = view.locator("li.pick")
     assert picks.count() == 1
     assert "<b>pear</b>" in picks.inner_text(), "text, not markup"

@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import which
+from typing import Any
 
 import httpx
 import pytest
+from waiting import wait_until
 from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError
@@ -80,11 +82,10 @@ def start() -> Iterator[Start]:
         process.communicate()
 
 
-def until_ready(address: str, **settings: object) -> None:
-    deadline = time.monotonic() + 10
-    while httpx.get(f"{address}/ready", **settings).status_code != 200:  # type: ignore[arg-type]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def until_ready(address: str, **settings: Any) -> None:
+    wait_until(
+        lambda: httpx.get(f"{address}/ready", **settings).status_code == 200, f"{address} to be ready", seconds=10
+    )
 
 
 def queued(address: str) -> float:
@@ -115,9 +116,8 @@ def test_after_sigterm_it_is_not_ready_answers_those_who_still_come_and_ends_wit
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 10
-    while queued(address) < 22:  # three requests have 21 tokens
-        assert time.monotonic() < deadline
+    # Three requests have 21 tokens.
+    wait_until(lambda: queued(address) >= 22, "a fourth request in the queue", seconds=10, pause=0.0)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     ready = httpx.get(f"{address}/ready")

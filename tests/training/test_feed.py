@@ -11,7 +11,7 @@ from wording import raises_naming
 
 from cappy.errors import RecordError
 from cappy.records import Candidate, Instance, write
-from cappy.records.instance import SOURCES
+from cappy.records.instance import SOURCES, Split
 from cappy.scoring.encoding import PairEncoder
 from cappy.training.corpus import Corpus, CorpusWriter, Group, open_corpora, to_group
 from cappy.training.feed import Drawn, batch, micro_batches, padded, passes_of, permuted, pool
@@ -121,11 +121,11 @@ def test_pools_to_check_hold_what_a_selector_may_pick(corpus: Corpus) -> None:
     assert isinstance(drawn[0], Drawn)
 
 
-def labelled(number: int, split: str, size: int = 3) -> Instance:
+def labelled(number: int, split: Split, size: int = 3) -> Instance:
     candidates = tuple(Candidate(response=f"dog {i}", labels={"rougeL": i / 4}) for i in range(size))
     return Instance(
         instance_id=str(number), instruction=f"i {number}", references=("r",), split=split, candidates=candidates
-    )  # type: ignore[arg-type]
+    )
 
 
 def test_a_folder_is_tokenized_once_and_anew_for_another_folder(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_the_listwise_loss_is_a_cross_entropy_of_softmaxes() -> None:
 def test_comparisons_are_among_the_pairs_compared_and_the_pointwise_loss_is_over_all(kind: str) -> None:
     compared = torch.tensor([True, True, True, False, True])
     left_out = LOGITS + torch.tensor([0.0, 0.0, 0.0, 7.0, 0.0])
-    weights = {kind: 2.0}
+    weights: dict[str, Any] = {kind: 2.0}
 
     def comparison(logits: torch.Tensor, compared: torch.Tensor) -> float:
         return losses("mse", logits=logits, compared=compared, **weights)[1] - losses("mse", logits=logits)[1]

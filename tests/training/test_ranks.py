@@ -11,13 +11,14 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from waiting import wait_until
 from wording import assert_names, raises_naming
 
 from cappy.config import encode, to_values
@@ -176,7 +177,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_to_the_same_bits_and_on_one_
     run(plan("unbroken", **settings))
     killer = threading.Thread(target=kill_a_rank, args=(plan("b", **settings), 5))
     killer.start()
-    with raises_naming(TrainingError, "rank 1", "signal 9", "run the same command again"):
+    with raises_naming(TrainingError, "rank 1", "signal 9", "same command"):
         run(plan("b", **settings))
     killer.join()
     shutil.copytree(plan("b").work, plan("c").work)
@@ -202,15 +203,13 @@ def ranks_of(parent: int) -> dict[int, int]:
 
 
 def kill_a_rank(plan: FinetuningConfig, update: int) -> None:
-    wait_for(lambda: list(plan.work.glob(f"finetuning/*/.checkpoints/{update:09d}")))
+    wait_for_checkpoint(plan, update)
     os.kill(ranks_of(os.getpid())[1], signal.SIGKILL)
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def wait_for_checkpoint(plan: FinetuningConfig, update: int) -> None:
+    place = f"finetuning/*/.checkpoints/{update:09d}"
+    wait_until(lambda: list(plan.work.glob(place)), f"checkpoint {update}", seconds=120)
 
 
 @pytest.fixture
@@ -230,7 +229,7 @@ except CappyError as error:
     process = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE, text=True
     )
-    wait_for(lambda: list(settings.work.glob("finetuning/*/.checkpoints/000000005")))
+    wait_for_checkpoint(settings, 5)
     yield process
     process.kill()
     process.communicate()
@@ -241,14 +240,16 @@ def test_ranks_die_with_the_process_that_started_them(parent: "subprocess.Popen[
     assert set(ranks) == {0, 1}
     parent.kill()
     parent.wait()
-    wait_for(lambda: not any(Path(f"/proc/{number}").exists() for number in ranks.values()), 20)
+    wait_until(
+        lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks.values()), f"the end of {ranks}", seconds=20
+    )
 
 
 def test_sigterm_reaches_the_ranks_which_write_a_checkpoint_and_end(parent: "subprocess.Popen[str]") -> None:
     parent.terminate()
     said, _ = parent.communicate(timeout=60)
     (line,) = said.splitlines()
-    assert_names(line, "SIGTERM after update ", "run the same command again")
+    assert_names(line, "SIGTERM after update ", "same command")
 
 
 def test_what_cannot_be_spread_is_refused_in_one_line(plan: Plan) -> None:
@@ -289,7 +290,7 @@ def test_the_command_of_a_vertex_job_trains_on_all_machines_together(plan: Plan)
         port = probe.getsockname()[1]
     cluster = {"workerpool0": [f"127.0.0.1:{port}"], "workerpool1": [f"127.0.0.1:{port}"]}
     settings = plan("cluster", parallelism="ddp", nodes=2, **CURVE)
-    pools = worker_pools("finetuning", settings, image="image", machine_type="n1-standard-8")
+    pools: Any = worker_pools("finetuning", settings, image="image", machine_type="n1-standard-8")
     _, *words = pools[0]["container_spec"]["command"] + pools[0]["container_spec"]["args"]
     nodes = [
         subprocess.Popen(

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+from waiting import wait_until
 from wording import assert_names, raises_naming
 
 from cappy.config import build, encode, to_values
@@ -189,11 +190,8 @@ def started(plan: FinetuningConfig, *, threads: str = "1") -> "subprocess.Popen[
 
 
 def wait_for_checkpoint(plan: FinetuningConfig, process: "subprocess.Popen[str]", update: int) -> None:
-    deadline = time.monotonic() + 120
-    while not list(plan.work.glob(f"finetuning/*/.checkpoints/{update:09d}")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    place = f"finetuning/*/.checkpoints/{update:09d}"
+    wait_until(lambda: list(plan.work.glob(place)), f"checkpoint {update}", seconds=120, process=process)
 
 
 def test_a_process_killed_at_any_moment_goes_on_to_the_same_weights(plan: Plan) -> None:
@@ -225,7 +223,7 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_one_line(plan: Plan) -> None:
     assert line.startswith("cappy finetuning: ")
     found, _ = load(checkpoints(plan()))
     assert found is not None
-    assert_names(line, f"SIGTERM after update {found.state.update} of", "run the same command again")
+    assert_names(line, f"SIGTERM after update {found.state.update} of", "same command")
 
 
 class Unwell(Scorer):

@@ -62,7 +62,7 @@ def test_gradients_do_not_depend_on_how_the_batch_is_cut(
     settings = plan(listwise=0.5)
     whole = gradients(scorer, corpus, settings, 100_000)
     assert len(micro_batches(batch(corpus, 2, 13, 16, seed=0), budget)) > 1
-    assert (gradients(scorer, corpus, settings, budget) - whole).abs().max() < 1e-6 * max(1.0, whole.abs().max())
+    assert (gradients(scorer, corpus, settings, budget) - whole).abs().max() < 1e-6 * max(1.0, float(whole.abs().max()))
 
 
 def loss_of(scorer: Scorer, corpus: Corpus, drawn: Drawn, compared: list[bool] | None = None) -> torch.Tensor:
@@ -84,7 +84,7 @@ def test_gradients_are_those_of_the_mean_over_instances(scorer: Scorer, corpus: 
     losses = [loss_of(scorer, corpus, drawn) for drawn in batch(corpus, 2, 13, 16, seed=0)]
     torch.cat(losses).mean().backward()
     expected = torch.cat([p.grad.reshape(-1) for p in scorer.model.parameters() if p.grad is not None])
-    assert (found - expected).abs().max() < 1e-6 * max(1.0, expected.abs().max())
+    assert (found - expected).abs().max() < 1e-6 * max(1.0, float(expected.abs().max()))
 
 
 def test_the_shares_of_the_ranks_add_up_to_the_whole(scorer: Scorer, corpus: Corpus, plan: Plan) -> None:

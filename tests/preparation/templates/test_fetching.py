@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from wording import raises_naming
 
 from cappy.errors import ConfigError, FolderError
 from cappy.preparation.templates import fetch, known_hashes, load_templates
@@ -87,8 +88,8 @@ def test_the_known_files_and_no_others_are_written(serve: Serve, tmp_path: Path)
         (packed(repository(**{"imdb/templates.yaml": b"templates: {1: {name: evil, jinja: '||| y'}}\n"})), "sha256"),
         (packed({ROOT + "imdb/templates.yaml": FILES["imdb/templates.yaml"]}), "has no super_glue/rte"),
         (packed(repository() | {ROOT + "imdb/templates.yaml": "/etc/passwd"}), "has no imdb"),
-        (packed(repository() | {ROOT + "../../../../evil": b"x"}), "points out of the archive"),
-        (packed(repository() | {"/etc/evil": b"x"}), "points out of the archive"),
+        (packed(repository() | {ROOT + "../../../../evil": b"x"}), "out of the archive"),
+        (packed(repository() | {"/etc/evil": b"x"}), "out of the archive"),
         (packed(repository())[:-30], "is no tar.gz"),
         (b"<html>", "is no tar.gz"),
         (packed(repository() | {"promptsource-main/zeros": bytes(2**26)}), "unpacks to more than"),
@@ -105,16 +106,16 @@ def test_another_archive_is_refused_and_nothing_is_written(
 
 def test_an_address_that_gives_nothing_is_named(serve: Serve, tmp_path: Path) -> None:
     url = serve(b"gone", status=404)
-    with pytest.raises(ConfigError, match=f"{url}: gives no archive .*404"):
+    with raises_naming(ConfigError, f"{url}: ", "404"):
         fetch(tmp_path / "templates", url=url, hashes=HASHES)
-    with pytest.raises(ConfigError, match="is no web address"):
+    with raises_naming(ConfigError, "file:///etc/passwd", "address"):
         fetch(tmp_path / "templates", url="file:///etc/passwd", hashes=HASHES)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "templates").mkdir()
-    with pytest.raises(ConfigError, match="is there already"):
+    with raises_naming(ConfigError, str(tmp_path / "templates"), "already"):
         fetch(tmp_path / "templates", hashes=HASHES)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from wording import raises_naming
+from wording import assert_names, raises_naming
 
 from cappy.errors import CappyError, ConfigError
 from cappy.preparation.templates import LimitError, Rendered, Template, fields, fixed_choices, render, render_rows
@@ -72,7 +72,7 @@ UNCOMPILED: dict[str, str] = {
 @pytest.mark.usefixtures("within")
 @pytest.mark.parametrize("jinja", HOSTILE.values(), ids=HOSTILE)
 def test_a_template_that_takes_too_much_is_stopped_and_the_asker_grows_by_little(template: Make, jinja: str) -> None:
-    with pytest.raises(CappyError, match=r"^ours: template 'mine' (fails on the row|does not compile) \(") as caught:
+    with pytest.raises(CappyError, match=r"^ours: template 'mine' ") as caught:
         render(template(f"x ||| y{jinja}"), {"text": "t", "xs": COLLIDING}, seconds=0.5)
     assert "\n" not in str(caught.value)
 
@@ -86,12 +86,12 @@ def test_a_template_that_takes_too_much_when_it_is_compiled_is_stopped_too(templ
 
 
 def test_a_constant_that_takes_too_long_does_not_compile(template: Make) -> None:
-    with pytest.raises(ConfigError, match="does not compile .takes longer than 2 seconds"):
+    with raises_naming(ConfigError, "template 'mine'", "2 seconds"):
         fields(template("x ||| {{ 7 | round(-1000000000) }}"))
 
 
 def test_a_text_that_grows_on_the_way_back_is_refused(template: Make) -> None:
-    with pytest.raises(LimitError, match="makes more than 8 MiB of text"):
+    with raises_naming(LimitError, "template 'mine'", "8 MiB"):
         render(template("x ||| " + "{% for i in range(9999) %}" + "é" * 999 + "{% endfor %}"), {})
 
 
@@ -104,15 +104,15 @@ def test_other_rows_and_templates_are_rendered_beside_one_that_ends_the_child(te
     }
     plain = template("{{text}} ||| y")
     templates = [plain, *(template(f"{{{{text}}}} ||| y{jinja}") for jinja in bombs.values()), plain]
-    rows = [{"text": str(number), "bomb": int(number in (3, 40))} for number in range(80)]
+    rows: list[dict[str, Any]] = [{"text": str(number), "bomb": int(number in (3, 40))} for number in range(80)]
     results = list(render_rows([(row, templates) for row in rows], seconds=0.5))
     for row, found in zip(rows, results, strict=True):
         whole = Rendered(instruction=row["text"], target="y")
         expected = [LimitError] * 3 if row["bomb"] else [Rendered] * 3
         assert [type(one) for one in found] == [Rendered, *expected, Rendered]
         assert found[0] == found[-1] == whole
-    reasons = [str(error).partition("(")[2].partition(")")[0] for error in results[40][1:4]]
-    assert reasons == ["needs more than 512 MiB", "takes longer than 0.5 seconds", "makes more than 8 MiB of text"]
+    for error, limit in zip(results[40][1:4], ("512 MiB", "0.5 seconds", "8 MiB"), strict=True):
+        assert_names(str(error), limit)
 
 
 def test_rows_before_an_unreadable_one_are_rendered(template: Make) -> None:

@@ -238,7 +238,9 @@ def read_back(template: Template, prompt: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_t0(mine: Rendered | None, like: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """Instruction, response and choices; without these where the file of T0's prompts has none."""
-    return mine and (mine.instruction, mine.target, list(mine.choices) if "answer_choices" in like else None)
+    if mine is None:
+        return None
+    return (mine.instruction, mine.target, list(mine.choices) if "answer_choices" in like else None)
 
 
 def as_read(prompt: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wording import raises_naming
 
 from cappy.errors import ConfigError, RecordError
 from cappy.preparation.templates import Rendered, Template, fields, fixed_choices, load_templates, render
@@ -177,7 +178,7 @@ def test_the_text_is_promptsources(
         ("{{text[5] + 1}} ||| y", {"text": [1]}, "UndefinedError: .*has no element 5"),
         ("{% for x in text %}{% endfor %} ||| y", {"text": 3}, "TypeError"),
         ("{{ xs | choice }} ||| y", {"xs": []}, "IndexError"),
-        (ASK, {"text": "t", "answer-choices": []}, "the row has a field answer_choices"),
+        (ASK, {"text": "t", "answer-choices": []}, "field answer_choices"),
     ],
 )
 def test_a_row_that_fails_names_dataset_template_and_reason(
@@ -197,7 +198,7 @@ def test_a_row_that_fails_names_dataset_template_and_reason(
     ],
 )
 def test_a_template_that_does_not_compile_says_so(template: Make, jinja: str) -> None:
-    with pytest.raises(ConfigError, match=r"^ours: template 'mine' does not compile \(Template\w+Error: "):
+    with pytest.raises(ConfigError, match=r"^ours: template 'mine' .*\(Template\w+Error: "):
         render(template(jinja), {"text": "t"})
 
 
@@ -307,40 +308,40 @@ def test_templates_come_sorted_by_name_with_the_facts_of_their_file(folder: Path
 @pytest.mark.parametrize(
     ("asked", "remedy"),
     [
-        ("super_glu/rte", "choose of super_glue/rte"),
-        ("super_glue", "choose of super_glue/rte"),
-        ("rte", "choose of super_glue/rte"),
-        ("weather", "choose one of the 1 folders there"),
+        ("super_glu/rte", "super_glue/rte"),
+        ("super_glue", "super_glue/rte"),
+        ("rte", "super_glue/rte"),
+        ("weather", "1 folders"),
     ],
 )
 def test_a_dataset_without_templates_is_answered_with_near_names(folder: Path, asked: str, remedy: str) -> None:
-    with pytest.raises(ConfigError, match=f"has no templates for '{asked}'; {remedy}"):
+    with raises_naming(ConfigError, str(folder), f"'{asked}'", remedy):
         load_templates(folder, asked)
 
 
 @pytest.mark.parametrize("asked", ["../super_glue/rte", "/super_glue/rte", "", "super_glue/../super_glue/rte"])
 def test_a_dataset_cannot_point_out_of_the_folder(folder: Path, asked: str) -> None:
-    with pytest.raises(ConfigError, match="is not the name of a dataset"):
+    with raises_naming(ConfigError, f"'{asked}'", "name of a dataset"):
         load_templates(folder, asked)
 
 
 def test_an_empty_folder_is_told_from_an_unknown_dataset(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no templates.yaml"):
+    with raises_naming(ConfigError, str(tmp_path), "no templates.yaml"):
         load_templates(tmp_path, "imdb")
 
 
 @pytest.mark.parametrize(
     ("was", "becomes", "reason"),
     [
-        ("subset: rte", "subset: [", r"templates.yaml:\d+: is no file of templates"),
+        ("subset: rte", "subset: [", r"templates.yaml:\d+: "),
         ("id: first", "id: !!python/object/apply:os.getcwd []", r"templates.yaml:\d+: .*python/object/apply:os.getcwd"),
         ("id: first", "id: !!python/name:os.system ''", r"templates.yaml:\d+: .*python/name:os.system"),
         ("reference: ''", "reference: !Other {}", r"templates.yaml:\d+: .*!Other"),
         ("templates:", "prompts:", "no mapping 'templates'"),
-        ("name: ant", "name: 3", "template 'first': name must be a text, got 3"),
-        ("name: ant", "name: zebra", "two templates are called 'zebra'"),
-        ("answer_choices: null", "answer_choices: ['Yes', 'No']", "answer_choices must be a text, got \\['Yes', 'No'"),
-        ("metrics: []", "metrics: BLEU", "metrics must be a list, got 'BLEU'"),
+        ("name: ant", "name: 3", "template 'first': name .*3"),
+        ("name: ant", "name: zebra", "two templates .*'zebra'"),
+        ("answer_choices: null", "answer_choices: ['Yes', 'No']", "answer_choices .*\\['Yes', 'No'"),
+        ("metrics: []", "metrics: BLEU", "metrics .*list.*'BLEU'"),
     ],
 )
 def test_a_malformed_file_is_named_with_the_place_and_the_reason(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from wording import assert_names
+from wording import assert_names, raises_naming
 
 from cappy.errors import CappyError, ConfigError, RecordError
 from cappy.preparation.templates import Rendered, Template, render
@@ -135,7 +135,7 @@ BOMBS = {
 
 @pytest.mark.parametrize(("jinja", "reason"), OUT_OF_REACH.values(), ids=OUT_OF_REACH)
 def test_a_template_reaches_only_its_row(template: Make, jinja: str, reason: str) -> None:
-    with pytest.raises(RecordError, match=f"ours: template 'mine' fails on the row .*{reason}"):
+    with pytest.raises(RecordError, match=f"ours: template 'mine' .*{reason}"):
         render(template(f"x ||| {jinja}"), ROW)
 
 
@@ -145,7 +145,7 @@ def test_a_render_that_takes_too_long_is_stopped(template: Make, jinja: str, thr
     start = time.monotonic()
     error = raised(lambda: render(template(f"x ||| y{jinja}"), ROW, seconds=0.2), thread=thread)
     assert isinstance(error, RecordError)
-    assert_names(str(error), "ours: template 'mine' fails on the row", "longer than 0.2 seconds")
+    assert_names(str(error), "ours: template 'mine' ", "0.2 seconds")
     assert time.monotonic() - start < 100
 
 
@@ -154,8 +154,8 @@ def test_a_render_fills_no_memory(template: Make, jinja: str) -> None:
     before = peak_bytes()
     error = raised(lambda: render(template(f"x ||| y{jinja}"), ROW, seconds=0.5))
     # A constant is computed when the template is compiled.
-    where = r"ours: template 'mine' (fails on the row|does not compile) "
-    assert re.match(rf"{where}\((SecurityError|needs more|takes longer|makes more)", str(error))
+    assert isinstance(error, RecordError | ConfigError)
+    assert re.match(r"ours: template 'mine' .*(\(SecurityError| MiB| seconds)", str(error))
     assert peak_bytes() - before < 100 * 2**20
 
 
@@ -170,7 +170,7 @@ def test_a_range_is_bounded(template: Make) -> None:
     ids=["brackets", "loops"],
 )
 def test_a_template_too_deep_to_compile_is_an_error_of_its_own(template: Make, jinja: str) -> None:
-    with pytest.raises(ConfigError, match="template 'mine' does not compile"):
+    with raises_naming(ConfigError, "ours: template 'mine' "):
         render(template(f"x ||| {jinja}"), ROW)
 
 

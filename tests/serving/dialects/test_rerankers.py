@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from scoring_function import FakeEngine
+from wording import assert_names
 
 from cappy.scoring.encoding import Pair
 from serving.dialects.tei import PREDICT
@@ -155,7 +156,7 @@ def test_vllm_gives_logits_without_activation_and_refuses_numbers_that_do_not_ma
     assert raw["data"][0]["score"] == pytest.approx(20.01)
     answer = client.post("/score", json={"text_1": ["a", "b"], "text_2": ["x", "y", "z"]})
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"].startswith("body: 2 instructions for 3 responses; ")
+    assert_names(answer.json()["error"]["message"], "body: ", "2 instructions", "3 responses")
 
 
 def test_on_a_shared_path_the_fields_of_a_body_decide(serve: Serve) -> None:

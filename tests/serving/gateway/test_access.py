@@ -7,6 +7,7 @@ import pytest
 from chat_server import Model, serving
 from fastapi.testclient import TestClient
 from gateway_server import gateway
+from wording import assert_names
 
 from serving.gateway.app import Access, create_app
 from serving.guards import Keys
@@ -72,4 +73,4 @@ def test_the_keys_come_from_the_variable_for_the_gateway_too(
     monkeypatch.setenv("CAPPY_API_KEYS", "short")
     with pytest.raises(SystemExit):
         main(["gateway", "--upstream", "http://127.0.0.1:9/v1", "--scorer", "builtin", "--port", "0"])
-    assert "API key is shorter than 8 " in capsys.readouterr().err
+    assert_names(capsys.readouterr().err, "CAPPY_API_KEYS", " 8 ")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler
+from typing import Any
 
 import httpx
 import openai
@@ -75,7 +76,8 @@ def test_usage_and_cost_are_those_of_every_call() -> None:
 
 @pytest.mark.parametrize("how", ["refused", "ignores_n", "copies_n"])
 def test_a_server_that_takes_no_n_is_asked_one_by_one_and_never_again_for_more(how: str) -> None:
-    model = Model(refused=("n",)) if how == "refused" else Model(**{how: True})
+    switched: dict[str, Any] = {how: True}
+    model = Model(refused=("n",)) if how == "refused" else Model(**switched)
     with serving(model) as upstream, listening(gateway(upstream, policy=Policy(candidates=4, min_gain=0))) as url:
         first, again = ask(url, seed=1), ask(url, seed=1)
     assert [one["content"] for one in again.json()["cappy"]["candidates"]] == [f"HELLO {n}/0" for n in (4, 3, 2, 1)]
@@ -194,7 +196,7 @@ def test_below_the_floor_a_second_llm_is_asked_with_its_own_key_and_the_best_of_
 
 def test_a_second_llm_that_fails_leaves_the_best_of_the_first() -> None:
     dead = Upstream(LLM(url="http://127.0.0.1:9/v1", model="big", passes_key=False))
-    made = {"policy": Policy(candidates=2, floor=0.5), "second": dead}
+    made: dict[str, Any] = {"policy": Policy(candidates=2, floor=0.5), "second": dead}
     with serving(Model()) as upstream, listening(gateway(upstream, **made)) as url:
         answer = ask(url, seed=0)
     assert answer.headers["x-cappy-outcome"] == "escalation-failed"
@@ -203,7 +205,7 @@ def test_a_second_llm_that_fails_leaves_the_best_of_the_first() -> None:
 
 def test_the_limit_on_tokens_ends_sampling_and_is_told() -> None:
     model = Model()
-    limited = {"policy": Policy(candidates=8, min_gain=0), "limits": SpendingLimits(max_tokens=27)}
+    limited: dict[str, Any] = {"policy": Policy(candidates=8, min_gain=0), "limits": SpendingLimits(max_tokens=27)}
     with serving(model) as upstream, listening(gateway(upstream, **limited)) as url:
         answer = ask(url, max_tokens=6)
     assert (answer.headers["x-cappy-limit"], answer.headers["x-cappy-stop"]) == ("tokens", "limit")
@@ -221,7 +223,10 @@ def test_a_response_that_the_limit_cuts_says_so() -> None:
 
 def test_the_limit_on_time_gives_the_best_of_what_is_there_and_else_an_error() -> None:
     model = Model(refused=("n",), latency=0.3)
-    limited = {"policy": Policy(candidates=100, round_size=1, min_gain=0), "limits": SpendingLimits(max_seconds=1.5)}
+    limited: dict[str, Any] = {
+        "policy": Policy(candidates=100, round_size=1, min_gain=0),
+        "limits": SpendingLimits(max_seconds=1.5),
+    }
     with serving(model) as upstream, listening(gateway(upstream, **limited)) as url:
         answer = ask(url)
         model.latency = 3.0
@@ -234,7 +239,7 @@ def test_the_limit_on_time_gives_the_best_of_what_is_there_and_else_an_error() -
 
 
 def test_limits_on_money_hold_for_a_request_and_for_all() -> None:
-    made = {"policy": Policy(candidates=8, round_size=1, min_gain=0)}
+    made: dict[str, Any] = {"policy": Policy(candidates=8, round_size=1, min_gain=0)}
     with serving(Model()) as upstream:
         made["limits"] = SpendingLimits(max_cost=0.02)
         with listening(gateway(upstream, **made)) as url:

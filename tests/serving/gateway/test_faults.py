@@ -18,12 +18,13 @@ from chat_server import Model, serving
 from fault_proxy import Weather, proxying
 from gateway_server import gateway, listening
 from local_server import handled_by
+from waiting import wait_until
 from wording import assert_names
 
 from serving.gateway.config import Policy, SpendingLimits
 
 CANARY = "sk-canary-4f1d9a"
-ONE_BY_ONE = {"refused": ("n",)}
+ONE_BY_ONE: dict[str, Any] = {"refused": ("n",)}
 
 
 @contextlib.contextmanager
@@ -180,10 +181,7 @@ def test_a_client_that_goes_away_while_it_sends_is_no_defect(caplog: pytest.LogC
             head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             client.sendall(head + b"Content-Length: 100\r\n\r\n{")
             time.sleep(0.1)
-        deadline = time.monotonic() + 5
-        while '"status": 499' not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert '"status": 499' in caplog.text
+        wait_until(lambda: '"status": 499' in caplog.text, "a line with status 499", seconds=5, pause=0.01)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 

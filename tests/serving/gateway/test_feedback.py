@@ -29,7 +29,7 @@ from serving.gateway.feedback import Answer, AppendableDataset, FeedbackLog
 @contextlib.contextmanager
 def kept(folder: Path) -> Iterator[str]:
     """The base URL of a gateway that keeps its answers there."""
-    made = {"policy": Policy(candidates=3, min_gain=0)}
+    made: dict[str, Any] = {"policy": Policy(candidates=3, min_gain=0)}
     with serving(Model()) as upstream, listening(gateway(upstream, **made), feedback=FeedbackLog(folder)) as url:
         yield url
 
@@ -258,7 +258,6 @@ def test_a_row_that_is_put_again_counts_once(tmp_path: Path) -> None:
 
 
 def _die_while_writing(folder: Path, step: int) -> None:
-    from cappy.records import folder as records
 
     shelf = AppendableDataset(folder, part_rows=3)
     replaced = 0
@@ -271,7 +270,7 @@ def _die_while_writing(folder: Path, step: int) -> None:
             os._exit(9)
         return replace(self, target)
 
-    records.Path.replace = dying  # type: ignore[method-assign]
+    setattr(Path, "replace", dying)  # noqa: B010 # this process ends with it
     for number in range(20):
         shelf.put(row(number))
         shelf.flush()

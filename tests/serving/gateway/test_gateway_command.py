@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
@@ -22,13 +21,14 @@ from calibrations import straight
 from chat_server import Model, serving
 from local_server import handled_by
 from scoring_function import FakeEngine, model
+from waiting import wait_until
 from wording import assert_names, raises_naming
 
 import serving as service
 from cappy.errors import ConfigError
 from serving.engine import Models
 from serving.gateway.errors import GatewayError
-from serving.gateway.scoring import load
+from serving.gateway.scoring import Scoring, load
 from serving.guards import Keys
 
 CANARY = "sk-canary-4f1d9a"
@@ -55,9 +55,7 @@ def scoring_service(*keys: str) -> Iterator[str]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        deadline = time.monotonic() + 20
-        while httpx.get(f"{address}/ready").status_code != 200:
-            assert time.monotonic() < deadline
+        wait_until(lambda: httpx.get(f"{address}/ready").status_code == 200, "a ready service", seconds=20)
         yield address
         server.should_exit = True
         thread.join(10)
@@ -102,18 +100,17 @@ def test_the_command_answers_says_what_its_scores_are_and_sigterm_lets_a_request
     with serving(model) as upstream:
         words = ("--upstream", upstream, "--key-variable", "MY_KEY", "--feedback", tmp_path / "log")
         process, url, line = start(*words, "--calibration", tmp_path, MY_KEY=CANARY)
-        assert line.startswith(f"cappy gateway: best of 8 from {upstream} by scorer aaaaaaaaaaaa ")
+        assert line.startswith("cappy gateway: ")
+        assert_names(line, "best of 8", upstream, "aaaaaaaaaaaa")
         assert "(calibrated to rougeL)" in line
         answers: list[httpx.Response] = []
         request = threading.Thread(target=lambda: answers.append(ask(url)))
         request.start()
-        deadline = time.monotonic() + 10
-        while not model.asked and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: model.asked, "a request to the LLM", seconds=10, pause=0.01)
         process.send_signal(signal.SIGTERM)
-        while not answers and httpx.get(f"{url.removesuffix('/v1')}/ready").status_code == 200:
-            time.sleep(0.01)
-        ready = httpx.get(f"{url.removesuffix('/v1')}/ready")
+        place = f"{url.removesuffix('/v1')}/ready"
+        wait_until(lambda: answers or httpx.get(place).status_code != 200, "a gateway that is not ready", pause=0.01)
+        ready = httpx.get(place)
         assert (ready.status_code, "end" in ready.json()["reason"]) == (503, True)
         request.join(20)
         _, log = process.communicate(timeout=20)
@@ -179,27 +176,31 @@ def test_the_builtin_scorer_scores_as_it_does_alone_and_has_no_calibration() -> 
     assert found.version() == Scorer.load("builtin").version
 
 
+async def close(found: Scoring) -> None:
+    await found.close()
+
+
 def test_scores_of_a_running_service_are_asked_over_http(scorer: str) -> None:
     with asyncio.Runner() as loop:
         found = load(scorer)
         pairs = [("a", "x" * length) for length in range(1500)]
         assert loop.run(found(pairs)) == [float(len(response)) for _, response in pairs]
         assert found.version() == "a" * 12
-        loop.run(found.close())
+        loop.run(close(found))
 
 
 def test_a5_logits_of_a_running_service_come_with_its_scores(scorer: str) -> None:
     with asyncio.Runner() as loop:
         found = load(scorer)
         assert loop.run(found.rate([("a", "xy"), ("a", "x")])) == [(2.0, 20.0), (1.0, 10.0)]
-        loop.run(found.close())
+        loop.run(close(found))
 
 
 def test_a_service_that_wants_a_key_is_given_the_one_that_the_flag_names() -> None:
     with scoring_service(CANARY) as address, asyncio.Runner() as loop:
         found = load(address, key=CANARY)
         assert loop.run(found([("a", "xyz")])) == [3.0]
-        loop.run(found.close())
+        loop.run(close(found))
         for key in ("", "another-key"):
             with raises_naming(ConfigError, address, "key", "--scorer-key-variable"):
                 load(address, key=key)
@@ -226,6 +227,6 @@ def test_a_service_that_does_not_score_is_told_with_its_remedy() -> None:
         with raises_naming(GatewayError, "scorer", "finite numbers") as error:
             loop.run(found([("a", "b"), ("a", "c")]))
         assert error.value.status == 500
-        loop.run(found.close())
+        loop.run(close(found))
         with raises_naming(ConfigError, url, "no scorer", "cappy serve"):
             load(url)

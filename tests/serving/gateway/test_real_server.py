@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -10,8 +11,8 @@ from gateway_server import gateway, listening, scoring
 
 from serving.gateway.config import Policy
 
-MESSAGES = [{"role": "user", "content": "the cat sat"}]
-SAMPLED = {"max_tokens": 8, "temperature": 1.0, "seed": 1}
+MESSAGES: list[Any] = [{"role": "user", "content": "the cat sat"}]
+SAMPLED: dict[str, Any] = {"max_tokens": 8, "temperature": 1.0, "seed": 1}
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_the_client_gets_the_best_of_real_samples_streaming_or_not(client: opena
     assert answer.usage is not None
     assert answer.usage.prompt_tokens > 4
     assert 4 <= answer.usage.completion_tokens <= 32
-    told = answer.model_extra["cappy"]["candidates"]  # type: ignore[index]
+    told = answer.model_extra["cappy"]["candidates"]
     assert len(told) == 4
     assert (answer.choices[0].message.content or "").strip() == max(told, key=lambda one: one["score"])["content"]
     stream = client.chat.completions.create(model=str(causal_folder), messages=MESSAGES, stream=True, **SAMPLED)

@@ -130,7 +130,7 @@ def test_no_body_breaks_the_reader(values: object) -> None:
 
 def test_a_conversation_is_one_text() -> None:
     assert instruction_of([USER]) == "hello"
-    turns = [
+    turns: list[dict[str, object]] = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Sort:"}, {"type": "text", "text": "b a"}]},
         {"role": "assistant", "content": "a b"},

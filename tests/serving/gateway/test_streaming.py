@@ -1,6 +1,7 @@
 """The chosen answer as a stream, read by OpenAI's own client and as it goes over the wire."""
 
 import json
+from typing import Any
 
 import httpx
 import openai
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from serving.gateway.completion import pieces
 from serving.gateway.config import Policy
 
-MESSAGES = [{"role": "user", "content": "hello  there\nyou"}]
+MESSAGES: list[Any] = [{"role": "user", "content": "hello  there\nyou"}]
 
 
 def streamed(url: str, **more: object) -> httpx.Response:
@@ -36,8 +37,8 @@ def test_pieces_add_up_to_the_text(text: str) -> None:
 
 
 def test_openais_client_reads_the_stream_of_the_best_candidate_and_the_usage_of_all() -> None:
-    made = {"policy": Policy(candidates=4, min_gain=0)}
-    usage = {"include_usage": True}
+    made: dict[str, Any] = {"policy": Policy(candidates=4, min_gain=0)}
+    usage: Any = {"include_usage": True}
     with serving(Model()) as upstream, listening(gateway(upstream, **made)) as url, client_of(url) as client:
         stream = client.chat.completions.create(model="m", messages=MESSAGES, seed=0, stream=True, stream_options=usage)
         chunks = list(stream)
@@ -73,7 +74,7 @@ def test_comments_keep_the_connection_while_candidates_are_sampled() -> None:
     with serving(Model(latency=0.4)) as upstream, listening(gateway(upstream), keep_alive=0.1) as url:
         answer = streamed(url)
         with client_of(url) as client:
-            stream = client.chat.completions.create(model="m", messages=MESSAGES, stream=True)
+            stream: Any = client.chat.completions.create(model="m", messages=MESSAGES, stream=True)
             read = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     head, _, _ = answer.text.partition("data: ")
     assert head.count(": sampling\n\n") >= 2

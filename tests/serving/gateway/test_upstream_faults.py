@@ -166,9 +166,9 @@ def test_c10_with_strip_reasoning_the_answer_alone_is_scored_and_given() -> None
 def test_c10_the_setting_of_the_gateway_is_that_of_both_llms() -> None:
     script = Script(lambda body: (200, choices((THINKING, "stop"))))
     with scripted(script) as server:
-        both = [LLM(url=f"{server}/v1", model=name, prices=PRICES) for name in ("first", "second")]
+        first, second = (LLM(url=f"{server}/v1", model=name, prices=PRICES) for name in ("first", "second"))
         config = GatewayConfig(upstream=server, candidates=1, floor=0.9, escalate_to=server, strip_reasoning=True)
-        with listening(assemble(config, *both, BY_LENGTH)) as url:
+        with listening(assemble(config, first, second, BY_LENGTH)) as url:
             answer = ask(url)
     assert answer.headers["x-cappy-outcome"] == "escalated"
     assert [one["content"] for one in answer.json()["cappy"]["candidates"]] == ["Paris", "Paris"]

@@ -162,21 +162,21 @@ def test_what_a_rank_said_is_to_be_mended_is_the_error_and_not_tried_again() -> 
 def test_a_job_that_waits_for_an_image_that_is_not_there_is_told_and_cancelled() -> None:
     why = "node-0 cannot start, ImagePullBackOff of image x (no such image)"
     played = Played(None, PENDING, Status(Phase.PENDING, why, hopeless=True))
-    assert_names(ended(played), NAME, why, "cancelled", "run the same command again")
+    assert_names(ended(played), NAME, why, "cancelled", "same command")
     assert played.did == ["submit", "cancel"]
 
 
 def test_a_job_that_someone_else_cancelled_is_told_and_left_alone() -> None:
     for look in (None, CANCELLED):
         played = Played(None, RUNNING, look)
-        assert_names(ended(played), NAME, "someone else", "run the same command again")
+        assert_names(ended(played), NAME, "someone else", "same command")
         assert played.did == ["submit"]
 
 
 def test_when_the_step_is_to_end_so_does_the_job_within_a_second() -> None:
     played = Played(None, PENDING, RUNNING)
     played.cancelled_at = lambda: "SIGTERM" if played.now >= 7 else ""
-    assert_names(ended(played), NAME, "cancelled", "(SIGTERM)", "run the same command again")
+    assert_names(ended(played), NAME, "cancelled", "(SIGTERM)", "same command")
     assert played.did == ["submit", "cancel"]
     assert played.now <= 8
 

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from waiting import wait_until
 from wording import assert_names
 
 from cappy.config import encode, to_values
@@ -90,11 +90,8 @@ class Step:
                 continue
         return found
 
-    def wait_until(self, condition: Callable[[], object], seconds: float = 300) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, self.said[-3000:]
-            time.sleep(0.05)
+    def wait_until(self, condition: Callable[[], object], what: str, seconds: float = 300) -> None:
+        wait_until(condition, what, seconds=seconds, pause=0.05, details=lambda: self.said[-3000:])
 
     def checkpoint(self, update: int) -> bool:
         return bool(list(self.plan.work.glob(f"finetuning/*/.checkpoints/{update:09d}")))
@@ -148,7 +145,7 @@ def test_a_job_whose_ranks_are_killed_is_submitted_again_and_ends_with_the_weigh
     run(plan("here", devices=2, **settings))
     remote = plan("there", launcher="trainjob", nodes=2, **settings)
     step = start(remote)
-    step.wait_until(lambda: step.checkpoint(4))
+    step.wait_until(lambda: step.checkpoint(4), "checkpoint 4")
     for rank in step.processes("-m cappy.training finetuning"):
         rank.send_signal(signal.SIGKILL)
     assert step.shell.wait(250) == 0, step.said[-3000:]
@@ -164,15 +161,15 @@ def test_a_step_that_is_cancelled_takes_its_job_with_it(
     whom: str, plan: Plan, start: Callable[[FinetuningConfig], Step]
 ) -> None:
     step = start(plan("there", launcher="trainjob", nodes=2, **{**TWO, "epochs": 500.0, "patience": 100}))
-    step.wait_until(lambda: step.checkpoint(3))
+    step.wait_until(lambda: step.checkpoint(3), "checkpoint 3")
     (follower,) = [one for one in step.processes(PROGRAM.name) if one.name() != "sh"]
     assert len(step.processes("-m cappy.training finetuning")) == 2
     os.kill(step.shell.pid if whom == "shell" else follower.pid, signal.SIGTERM)
-    step.wait_until(lambda: not step.processes(""), 60)
+    step.wait_until(lambda: not step.processes(""), "the end of its processes", 60)
     why = "the process that started this step" if whom == "shell" else "SIGTERM"
     name = f"cappy-finetuning-{next((step.plan.work / 'finetuning').iterdir()).name}"
     assert step.said.splitlines()[-1].startswith(f"cappy finetuning: {name}: ")
-    assert_names(step.said.splitlines()[-1], "cancelled", why, "run the same command again")
+    assert_names(step.said.splitlines()[-1], "cancelled", why, "same command")
     assert "SIGTERM after update" in step.said, "the ranks were asked, and wrote a checkpoint"
     assert not step.plan.target.exists()
 

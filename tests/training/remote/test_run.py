@@ -120,7 +120,7 @@ def test_a_job_that_succeeds_under_the_eyes_of_the_step_and_leaves_nothing_is_no
     platform: Platform, settings: FinetuningConfig
 ) -> None:
     platform.does = lambda inner: None
-    with raises_naming(TrainingError, "succeeded", "target", "let --work be on a volume"):
+    with raises_naming(TrainingError, "succeeded", "target", "--work", "volume"):
         run(settings)
     assert platform.submitted == 1
 

@@ -109,7 +109,8 @@ def test_a_job_on_machines_that_stay_says_nothing_of_spot(server: Vertex, jobs: 
 
 
 def test_a_vertex_job_that_cannot_work_is_refused_in_one_line(plan: Plan) -> None:
-    machine = {"image": "image", "machine_type": "ct5lp-hightpu-4t"}
+    machine: dict[str, Any] = {"image": "image", "machine_type": "ct5lp-hightpu-4t"}
+    tpu: Any
     (tpu,) = worker_pools("finetuning", plan(parallelism="jax", devices=4), **machine)
     assert "accelerator_type" not in tpu["machine_spec"]
     with raises_naming(ConfigError, "finetuning:", "--parallelism jax", "2 were asked for", "--nodes 1"):
@@ -119,6 +120,7 @@ def test_a_vertex_job_that_cannot_work_is_refused_in_one_line(plan: Plan) -> Non
 
 
 def test_a_vertex_job_asks_for_the_machines_and_accelerators_of_the_plan(plan: Plan) -> None:
+    first: Any
     first, others = worker_pools(
         "finetuning",
         plan(nodes=3, devices=4),
@@ -341,7 +343,7 @@ def test_a_job_that_succeeded_and_left_nothing_where_the_step_looks_is_told_and_
     thread.start()
     try:
         for count in (1, 2):
-            with raises_naming(TrainingError, "succeeded", "target", "let --work be on a volume"):
+            with raises_naming(TrainingError, "succeeded", "target", "--work", "volume"):
                 run(settings)
             assert len(server.custom_jobs) == count, "Vertex AI keeps the job that ended in its list"
     finally:
@@ -360,4 +362,4 @@ def test_a_job_with_another_version_of_the_step_in_its_image_ends_at_once_in_one
     )
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert_names(done.stderr, "cappy finetuning: ", "version", "build both images from one commit")
+    assert_names(done.stderr, "cappy finetuning: ", "version", "both images")

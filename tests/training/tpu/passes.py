@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from wording import raises_naming
 
 from cappy.errors import ConfigError
+from cappy.records.instance import Source
 from cappy.scoring import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus, CorpusWriter, Group
@@ -40,7 +41,8 @@ def groups(count: int) -> list[Group]:
         size = 3 + number % 4
         responses = tuple(WORDS[(number + place) % 10] for place in range(size))
         labels = tuple(round(((number + 2) * (place + 1) % 7) / 7, 3) for place in range(size - 1))
-        made.append(Group(" ".join(words), responses, (*labels, 0.0), (*[True] * (size - 1), False), ("llm",) * size))
+        sources: list[Source] = ["llm"] * size
+        made.append(Group(" ".join(words), responses, (*labels, 0.0), (*[True] * (size - 1), False), tuple(sources)))
     return made
 
 
@@ -111,7 +113,7 @@ def test_first_gradients_are_torchs_and_compare_what_a_selector_may_pick(
     corpus = corpus_of(scorer)
     assert len(micro_batches(drawn_of(corpus, settings), settings.batch_tokens)) > 1
     losses = [_by_hand(scorer, corpus, drawn, settings) for drawn in drawn_of(corpus, settings)]
-    torch.stack(losses).mean().backward()  # type: ignore[no-untyped-call]
+    torch.stack(losses).mean().backward()
     expected = {name: p.grad.numpy() for name, p in scorer.model.named_parameters()}
     strategy = OnDevices(scorer, settings)
     loss = updated(scorer, strategy, corpus, settings)
@@ -223,7 +225,7 @@ def test_shapes_seen_before_are_not_compiled_again(
 ) -> None:
     compiled: list[str] = []
 
-    def count(event: str, seconds: float, **rest: str | int) -> None:
+    def count(event: str, duration_secs: float, **rest: str | int) -> None:
         if event.endswith("backend_compile_duration"):
             compiled.append(event)
 
@@ -273,8 +275,9 @@ def test_encoders_without_a_build_are_refused_in_one_line(
     bert_folder: Path, name: str, changed: dict[str, Any], named: tuple[str, ...]
 ) -> None:
     config = Scorer.load(str(bert_folder), device="cpu").model.config
+    values: Any = {**config.to_dict(), "num_labels": 1, **changed}
     with raises_naming(ConfigError, "--parallelism jax", *named, "--parallelism single") as refused:
-        architecture(name, {**config.to_dict(), "num_labels": 1, **changed})
+        architecture(name, values)
     assert "\n" not in str(refused.value)
 
 

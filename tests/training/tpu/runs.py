@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from waiting import wait_until
 from wording import raises_naming
 
 from cappy.config import build, encode, to_values
@@ -90,11 +90,8 @@ def killed_after(plan: FinetuningConfig, update: int) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 200
-    while not list(plan.work.glob(f"finetuning/*/.checkpoints/{update:09d}")):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    place = f"finetuning/*/.checkpoints/{update:09d}"
+    wait_until(lambda: list(plan.work.glob(place)), f"checkpoint {update}", seconds=200, pause=0.01, process=process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not plan.target.exists()
