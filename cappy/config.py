@@ -73,7 +73,7 @@ def build(config_class: type[T], values: Mapping[str, Any]) -> T:
         if not name:  # a rule over several fields, which names them itself
             raise ConfigError(f"{step}: --{rule}") from error
         if first["type"] == "unexpected_keyword_argument":
-            known = [path.replace("_", "-") for path in field_paths(config_class)]
+            known = [path.replace("_", "-") for path in _field_paths(config_class)]
             meant = near(name, known, otherwise=f"; `cappy {step} --help` lists them")
             raise ConfigError(f"{step}: --{name}: no such setting{meant}") from error
         value = "" if first["type"] in ("missing", "missing_argument") else f", got {shown(first['input'])}"
@@ -92,13 +92,13 @@ def groups(config_class: type) -> dict[str, type]:
     return {field.name: hints[field.name] for field in fields if dataclasses.is_dataclass(hints[field.name])}
 
 
-def field_paths(config_class: type) -> list[str]:
+def _field_paths(config_class: type) -> list[str]:
     """All settings by name, those of a group with the group's name and a dot before them."""
     grouped = groups(config_class)
     return [
         f"{field.name}.{inner}" if field.name in grouped else field.name
         for field in dataclasses.fields(config_class)
-        for inner in (field_paths(grouped[field.name]) if field.name in grouped else [""])
+        for inner in (_field_paths(grouped[field.name]) if field.name in grouped else [""])
     ]
 
 

@@ -162,8 +162,8 @@ def open_model_folder(folder: Path, *, pinned: bool = False, checkpoint: str = "
     """
     if not folder.is_dir():
         raise FolderError(f"{folder}: no such folder; give a folder that transformers saved")
-    refuse_pickles(folder, allowed=checkpoint)
-    refuse_code(folder)
+    _refuse_pickles(folder, allowed=checkpoint)
+    _refuse_code(folder)
     _refuse_large(folder)
     if (folder / ADAPTER).exists():
         remedy = "merge it into the weights (merge_and_unload)"
@@ -214,7 +214,7 @@ def verify_exactly(folder: Path) -> Manifest:
     return manifest
 
 
-def refuse_pickles(folder: Path, *, allowed: str = "") -> None:
+def _refuse_pickles(folder: Path, *, allowed: str = "") -> None:
     """FolderError where a file of the folder is of a format that can run code when it is loaded."""
     for path in _matching(folder, PICKLES):
         if path.name != allowed or path.parent != folder:
@@ -222,7 +222,7 @@ def refuse_pickles(folder: Path, *, allowed: str = "") -> None:
             raise FolderError(f"{path}: is of a format that can run code when loaded; {remedy}")
 
 
-def refuse_code(folder: Path) -> None:
+def _refuse_code(folder: Path) -> None:
     """FolderError where a file is code, or where a JSON file names code to run or files elsewhere to read."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir() and path.is_symlink():

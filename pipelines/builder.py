@@ -57,7 +57,7 @@ def build_pipeline(definition: Definition, shards: Sequence[str], customize: Tas
 
     def pipeline(*values: object) -> None:
         given = dict(zip(signature.parameters, values, strict=True))
-        last = dsl_task("tracking", fingerprints=given["fingerprints"], settings=given["tracking_settings"], run=RUN)
+        last = _dsl_task("tracking", fingerprints=given["fingerprints"], settings=given["tracking_settings"], run=RUN)
         last.set_caching_options(False)
         customize("tracking", last)
         # kfp names what stands inside by this, and kept runs have it: adapt, batch-score.
@@ -98,7 +98,7 @@ class _TaskGraph:
             for setting, parameter in spec.parameters.items()
             if setting not in inputs and parameter in self._given
         }
-        task = dsl_task(
+        task = _dsl_task(
             step,
             **inputs,
             **own,
@@ -127,7 +127,7 @@ class _TaskGraph:
             yield
 
 
-def dsl_task(step: str, **arguments: object) -> Task:
+def _dsl_task(step: str, **arguments: object) -> Task:
     """A task of the step's component."""
     return _component(step)(**arguments)
 

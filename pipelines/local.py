@@ -154,7 +154,7 @@ def execute(target: str | Target, submission: Submission, *, work: Path, root: P
             table.update(states)
     finally:
         if values.get("platform") == "docker":
-            end_containers(run_id)  # The engine runs them, so that no signal to a group of processes reaches them.
+            _end_containers(run_id)  # The engine runs them, so that no signal to a group of processes reaches them.
         os.close(lock)
     if status:
         _raise_failure(states, folder / "run.log", show=show)
@@ -306,7 +306,7 @@ def check_secrets(recipe: Recipe) -> None:
             )
 
 
-def end_containers(run: str) -> None:
+def _end_containers(run: str) -> None:
     """Stops what still runs of a run: its steps get SIGTERM and may write a checkpoint; the engine removes them."""
     import docker
 

@@ -66,7 +66,7 @@ def prepare(
     registry = registry or address
     settings = resolved(placed, work=work, tracking_uri=registry, revision=revision, images=images)
     found = fingerprints(settings, tracking_uri=registry, revision=revision, images=images)
-    told = by_shard(found, shards)
+    told = _by_shard(found, shards)
     return Submission(
         pipeline=pipeline,
         arguments=arguments(settings, found, told, {**shared, "tracking_uri": "" if has_secret(address) else address}),
@@ -101,7 +101,7 @@ def refuse_placed(pipeline: str, steps: Mapping[str, StepSettings]) -> None:
             raise ConfigError(f"{step}: --shard is what the pipeline gives each; say how many: shards, or --shards")
 
 
-def by_shard(found: Mapping[str, str], shards: int) -> dict[str, str]:
+def _by_shard(found: Mapping[str, str], shards: int) -> dict[str, str]:
     """The fingerprints under which steps and shards leave their records: `sampling 0/4` and so on in place of a step.
 
     Shards stand one after the other, each with its steps in order, which is how they run.

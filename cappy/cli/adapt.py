@@ -102,11 +102,11 @@ def adapt(*, setting: Sequence[str] = (), fresh: bool = False, as_json: bool = F
     """
     from cappy.cli.pipeline import run_and_print, with_fresh
 
-    recipe = adapt_recipe(build(AdaptConfig, values), setting)
+    recipe = _adapt_recipe(build(AdaptConfig, values), setting)
     run_and_print(with_fresh(recipe) if fresh else recipe, "local", as_json)
 
 
-def adapt_recipe(config: AdaptConfig, pairs: Sequence[str] = ()) -> "Recipe":
+def _adapt_recipe(config: AdaptConfig, pairs: Sequence[str] = ()) -> "Recipe":
     """The recipe of an adaptation; `pairs` are STEP.SETTING=VALUE words."""
     from cappy.cli.pipeline import load, per_step
 

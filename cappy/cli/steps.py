@@ -76,7 +76,7 @@ def make_step_command(
     def verb(*, context: typer.Context, as_json: bool, **values: object) -> None:
         asked = {extra.name: values.pop(extra.name) for extra in extras}
         wanted = [extra for extra in extras if asked[extra.name] not in (False, None)]
-        refuse_together(wanted)
+        _refuse_together(wanted)
         texts = {
             extra.name: extra.text if asked[extra.name] is None else asked[extra.name]
             for extra in extras
@@ -105,7 +105,7 @@ def make_step_command(
     return make_command(step, text, verb, flags, renamed_flags(settings))
 
 
-def refuse_together(wanted: Sequence[Extra]) -> None:
+def _refuse_together(wanted: Sequence[Extra]) -> None:
     """BadParameter where two flags each take the step's place, or where no flag reads the value of another."""
     instead = [extra.flag for extra in wanted if extra.instead_of]
     if len(instead) > 1:

@@ -45,7 +45,7 @@ class Plan:
 
 def make_plan(config: PlanConfig, throughput: Throughput) -> Plan:
     """The plan of a pretraining; ConfigError for an unknown name and for a speed that nobody measured or assumed."""
-    volumes = mixture_volumes(config.mixture, samples_of(config.generators), throughput)
+    volumes = mixture_volumes(config.mixture, _samples_of(config.generators), throughput)
     return Plan(
         config=config,
         volumes=volumes,
@@ -54,7 +54,7 @@ def make_plan(config: PlanConfig, throughput: Throughput) -> Plan:
     )
 
 
-def samples_of(generators: Sequence[str]) -> Mapping[str, int]:
+def _samples_of(generators: Sequence[str]) -> Mapping[str, int]:
     """Candidates for an open-ended prompt by generator, from NAME or NAME:NUMBER; ConfigError says what is wrong."""
     found: dict[str, int] = {}
     for one in generators:

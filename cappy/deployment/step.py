@@ -126,11 +126,11 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
     A version that does not answer as it was evaluated is deployed nowhere.
     """
     uri = read_version(config.version)
-    probes = read_probes(config.report)
+    probes = _read_probes(config.report)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
     with claim(config.work, "deployment", identity(config), parents, fresh=config.fresh) as folder:
         version = registry.resolve(uri, tracking_uri=config.tracking_uri)
-        refuse_other(config.report, version)
+        _refuse_other(config.report, version)
         local = registry.download(uri, tracking_uri=config.tracking_uri, cache=config.models)
         worst = largest_difference(local, probes, uri)
         progress(len(probes), len(probes), unit="pairs")
@@ -156,7 +156,7 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
         return finish(folder, config.target, manifest)
 
 
-def refuse_other(report: Path, version: Version) -> None:
+def _refuse_other(report: Path, version: Version) -> None:
     """FolderError where a report is about another scorer than this version."""
     about = read_values(report).get("versions", {}).get("challenger", "")
     if about and not version.manifest_hash.startswith(about):
@@ -177,7 +177,7 @@ def deployed(config: DeploymentConfig, version: Version, scorer: Path, folder: P
     return {"command": f"cappy serve --scorer {version.served_as} --port {config.port}"}
 
 
-def read_probes(report: Path) -> list[Triple]:
+def _read_probes(report: Path) -> list[Triple]:
     """The (instruction, response, score) triples of an evaluation; FolderError if there are none."""
     read_manifest(report)
     triples = read_probe(report)

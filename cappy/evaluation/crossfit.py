@@ -149,7 +149,7 @@ def evaluate_folds(
         if not _is_whole(fold.scorer):
             places = {"source": fold.annotated, "target": fold.scorer, "work": cross_fitting.work}
             own = {**settings, **places, "fresh": cross_fitting.fresh}
-            (train or train_fold)(step, own, _of_fold(progress, fold.number, count))
+            (train or _train_fold)(step, own, _of_fold(progress, fold.number, count))
         pools, held_out, empty = pools_of(read(fold.annotated), metric=metric, split="test")
         score = cached_scores(load(str(fold.scorer)).score, folder, f"fold-{fold.number}")
         probe = cross_fitting.probe and fold.number == 1
@@ -190,7 +190,7 @@ def _without_champion(own: EvaluatedSplit, why: str) -> EvaluatedSplit:
     return replace(own, selection=replace(own.selection, unavailable=unavailable))
 
 
-def train_fold(step: str, settings: Mapping[str, object], progress: Progress) -> None:
+def _train_fold(step: str, settings: Mapping[str, object], progress: Progress) -> None:
     """Trains by the step itself; a killed run goes on at its checkpoint."""
     from cappy.training import finetuning, pretraining
 

@@ -100,11 +100,11 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load
             cost=replace(report.cost, seconds=seconds_per_pair(folder)),
         )
         write_report(folder, report)
-        write_picks(folder, evaluated, folds=config.folds, metric=config.metric)
+        _write_picks(folder, evaluated, folds=config.folds, metric=config.metric)
         _write_calibration(folder, evaluated, config)
         tested = [pool.instance for own in evaluated for pool in own.pools]
         score = cached_scores(scorers["challenger"].score, folder, "probe")
-        write_probe(folder, probe(tested, score, seed=config.seed))
+        _write_probe(folder, probe(tested, score, seed=config.seed))
         manifest = Manifest(
             step="evaluation",
             files=describe_files(folder),
@@ -214,7 +214,7 @@ def write_report(folder: Path, report: "Report") -> None:
         write_bytes(folder / name, data)
 
 
-def write_picks(folder: Path, evaluated: "Sequence[EvaluatedSplit]", *, folds: int, metric: str) -> None:
+def _write_picks(folder: Path, evaluated: "Sequence[EvaluatedSplit]", *, folds: int, metric: str) -> None:
     """Writes picks.json, the scorer's pick of every instance: held-out and reported, or out of fold (`pick_rows`)."""
     from cappy.evaluation.threshold import PICKS, pick_rows
 
@@ -255,7 +255,7 @@ def probe(instances: Sequence[Instance], score: "Score", *, seed: int, count: in
     return [(*pair, float(value)) for pair, value in zip(chosen, score(chosen), strict=True)]
 
 
-def write_probe(folder: Path, triples: Sequence[Triple]) -> None:
+def _write_probe(folder: Path, triples: Sequence[Triple]) -> None:
     """Writes probe.json."""
     write_bytes(folder / PROBE, json.dumps(triples, ensure_ascii=False, indent=1).encode())
 

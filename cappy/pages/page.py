@@ -34,10 +34,10 @@ def render_template(folder: str, filters: Mapping[str, Callable[..., object]], *
     Every text is escaped, and a name that is not given is an error.
     """
     page = _template(folder, filters)
-    return page.render(values, policy=content_security_policy(page))
+    return page.render(values, policy=_content_security_policy(page))
 
 
-def content_security_policy(page: Template) -> str:
+def _content_security_policy(page: Template) -> str:
     """What a browser may do with the page, by the hashes of the template's own scripts and styles.
 
     Attributes named style are allowed: bars and plots have widths and colours of their own there. Browsers that know no

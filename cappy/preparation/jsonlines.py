@@ -25,7 +25,7 @@ def read_json_lines(path: Path) -> Rows:
 
     An array of objects, or objects that go over several lines, are read one by one too.
     """
-    for index, (where, values) in enumerate(_stream(path) if is_stream(path) else _by_line(path)):
+    for index, (where, values) in enumerate(_stream(path) if _is_stream(path) else _by_line(path)):
         if index == 0:
             _refuse_whole(where, values, path)
         yield where, values
@@ -68,7 +68,7 @@ def _is_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value[:2])
 
 
-def is_stream(path: Path) -> bool:
+def _is_stream(path: Path) -> bool:
     """Whether a file begins with an array of objects, or with an object that its first line does not end."""
     begin = ""
     with contextlib.suppress(RecordError):  # whoever reads on names the line

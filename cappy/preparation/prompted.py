@@ -159,7 +159,7 @@ def _of_row(
     tally: Tally,
 ) -> Iterator[Instance]:
     index, _, values = row
-    group = group_of(dataset.name, values)
+    group = _group_of(dataset.name, values)
     split = places.split(group, table)
     for prompt in prompts:
         if held_out[split].has_prompt(prompt.instruction):
@@ -183,7 +183,7 @@ def _of_row(
         yield instance
 
 
-def group_of(name: str, values: Values) -> str:
+def _group_of(name: str, values: Values) -> str:
     """The group of a row: equal rows of a dataset are one."""
     text = json.dumps(values, sort_keys=True, default=str, ensure_ascii=False)
     return f"{name}:{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=8).hexdigest()}"
@@ -205,7 +205,7 @@ def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -
     limit, seen = MAX_ROWS if one_dataset else SAMPLED_ROWS, 0
     for dataset, table in tables:
         for (_, _, values), prompts in dataset.prompts(_looked_at(dataset, table, places, progress, limit), unreported):
-            group = group_of(dataset.name, values)
+            group = _group_of(dataset.name, values)
             split = places.split(group, table)
             seen += split == "train"
             for prompt in prompts:
@@ -239,7 +239,7 @@ def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -
 def _looked_at(dataset: Dataset, table: Table, places: Places, progress: Progress, left: int) -> Iterator[Placed]:
     """The rows of a table that are held out, and the first that are not, so many of them at most."""
     for row in _rows(dataset, table, progress):
-        if places.split(group_of(dataset.name, row[2]), table) != "train":
+        if places.split(_group_of(dataset.name, row[2]), table) != "train":
             yield row
         elif left:
             left -= 1

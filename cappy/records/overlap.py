@@ -227,7 +227,7 @@ def _rare(flat: Hashes, groups: Hashes) -> Hashes:
     _, group_codes = np.unique(groups, return_inverse=True)
     pairs = distinct(codes.astype(np.uint64) << np.uint64(32) | group_codes.astype(np.uint64))
     counts = np.bincount((pairs >> np.uint64(32)).astype(np.int64), minlength=len(known))
-    return np.where(counts[codes] <= most_prompts(int(group_codes.max(initial=0)) + 1), flat, 0).astype(np.uint64)
+    return np.where(counts[codes] <= _most_prompts(int(group_codes.max(initial=0)) + 1), flat, 0).astype(np.uint64)
 
 
 def _inside(found: Hashes) -> Hashes:
@@ -250,7 +250,7 @@ def _inside(found: Hashes) -> Hashes:
     return own
 
 
-def most_prompts(groups: int) -> int:
+def _most_prompts(groups: int) -> int:
     """In how many of so many groups a shingle may stand and still be a row's own."""
     return max(1, min(MOST_PROMPTS, groups // 4))
 
@@ -314,7 +314,7 @@ def frequent_of(prompts: Iterable[tuple[int, Hashes]]) -> Hashes:
         np.concatenate([one[0] if len(one) == 1 else distinct(np.concatenate(one)) for one in own.values()]),
         return_counts=True,
     )
-    return found[counts > max(2, most_prompts(len(own)))]
+    return found[counts > max(2, _most_prompts(len(own)))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

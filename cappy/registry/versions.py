@@ -98,7 +98,7 @@ def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
     if kept.is_dir():
         try:
             verify_exactly(kept)
-            check_evaluated(kept, version)
+            _check_evaluated(kept, version)
         except (FolderError, RegistryError):
             shutil.rmtree(kept)
         else:
@@ -135,7 +135,7 @@ def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
     if found != version.manifest_hash:
         numbers = f"manifest {found[:12]}, registered {version.manifest_hash[:12]}"
         raise RegistryError(f"{version.uri}: is not what was registered ({numbers}); register the scorer again")
-    check_evaluated(scorer, version)
+    _check_evaluated(scorer, version)
 
 
 def _location(version: Version, client: MlflowClient) -> str:
@@ -179,7 +179,7 @@ def intact(version: Version, *, tracking_uri: str) -> bool:
     return True
 
 
-def check_evaluated(folder: Path, version: Version) -> None:
+def _check_evaluated(folder: Path, version: Version) -> None:
     """What came after the manifest is no file of it: its sha256 is the version's tag.
 
     RegistryError where such a file is missing, another one, or there though none was registered.

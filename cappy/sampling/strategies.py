@@ -157,7 +157,7 @@ def strategy(text: str, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, ...]:
 def _parsed(text: str) -> tuple[Decoding, ...]:
     if text in STRATEGIES:
         return STRATEGIES[text]
-    decodings = tuple(one for word in text.split("+") for one in STRATEGIES.get(word) or (parse_decoding(word, text),))
+    decodings = tuple(one for word in text.split("+") for one in STRATEGIES.get(word) or (_parse_decoding(word, text),))
     return checked(decodings, f"sampling: --strategy {shown(text)}")
 
 
@@ -166,7 +166,7 @@ def share(decodings: Sequence[Decoding], position: int) -> tuple[Decoding, ...]:
     return tuple(decoding for decoding in decodings if decoding.generator in (None, position))
 
 
-def parse_decoding(word: str, text: str = "") -> Decoding:
+def _parse_decoding(word: str, text: str = "") -> Decoding:
     """The decoding that one word of the grammar means; `text` is the whole strategy, for the error."""
     if word == "greedy":
         return GREEDY
@@ -279,7 +279,7 @@ def _decoding(path: Path, number: int, entry: object, length: int) -> Decoding:
     where = f"{path}: decoding {number}"
     if isinstance(entry, str):
         try:
-            return replace(parse_decoding(entry), max_new_tokens=length)
+            return replace(_parse_decoding(entry), max_new_tokens=length)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
     if not isinstance(entry, dict) or "name" not in entry:

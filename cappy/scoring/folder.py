@@ -68,7 +68,7 @@ class Stated:
     renders: bool = True
 
 
-def read_stated(folder: Path, config: "PreTrainedConfig") -> Stated:
+def _read_stated(folder: Path, config: "PreTrainedConfig") -> Stated:
     """What the folder with this configuration states; FolderError for modules, prompts and activations unknown here."""
     settings = _object(folder / SETTINGS)
     if not (folder / MODULES).is_file() or settings.get("model_type", "SentenceTransformer") != "CrossEncoder":
@@ -87,7 +87,7 @@ def read_stated(folder: Path, config: "PreTrainedConfig") -> Stated:
     )
 
 
-def check_template(folder: Path, template: object) -> None:
+def _check_template(folder: Path, template: object) -> None:
     """FolderError where a chat template would write pairs; where it cannot, a warning: it is not applied here."""
     if not template:
         return
@@ -204,14 +204,14 @@ def recorded(
 
     A folder that states no activation has the head `unstated`; the CrossEncoder's default is `bce`.
     """
-    stated = read_stated(folder.path, config)
+    stated = _read_stated(folder.path, config)
     own = _own(config)
     if stated.renders and not (own and folder.listed):
-        check_template(folder.path, getattr(tokenizer, "chat_template", None))
+        _check_template(folder.path, getattr(tokenizer, "chat_template", None))
     return ScorerConfig(
         head=stated.head or _own_head(own) or _unstated(folder.path, unstated),
-        max_length=max_length_of(folder, config, tokenizer, model, stated),
-        truncation=truncation_of(config),
+        max_length=_max_length_of(folder, config, tokenizer, model, stated),
+        truncation=_truncation_of(config),
     )
 
 
@@ -276,7 +276,7 @@ def refuse_labels(folder: Path, config: "PreTrainedConfig") -> None:
         raise FolderError(f"{folder}: has {config.num_labels} labels; a scorer has one")
 
 
-def truncation_of(config: "PreTrainedConfig") -> Truncation:
+def _truncation_of(config: "PreTrainedConfig") -> Truncation:
     """The recorded truncation, else `middle`; in a folder of others that of CrossEncoder, `longest_first`.
 
     FolderError where the recorded one is none that is known.
@@ -290,7 +290,7 @@ def truncation_of(config: "PreTrainedConfig") -> Truncation:
     raise FolderError(f"config.json: cappy.truncation must be {known}, got {shown(json.dumps(recorded))}")
 
 
-def max_length_of(
+def _max_length_of(
     folder: ModelFolder,
     config: "PreTrainedConfig",
     tokenizer: "PreTrainedTokenizerBase",

@@ -107,7 +107,7 @@ class _Projections(Protocol):
     key: nn.Linear
     value: nn.Linear
     together: nn.Linear
-    """In the place of the three, where `prepack` joined them."""
+    """In the place of the three, where `_prepack` joined them."""
 
 
 class _Attention(Protocol):
@@ -262,7 +262,7 @@ class Prepacked(nn.Module):
         return mapped
 
 
-def prepack(layers: Sequence[_Layer], *, gelu: bool) -> None:
+def _prepack(layers: Sequence[_Layer], *, gelu: bool) -> None:
     """Puts a `Prepacked` in the place of every linear map in layers of BERT's build; `gelu`: theirs is exact.
 
     Queries, keys and values of all layers but the last, which asks for the first token alone, are one map, `together`.
@@ -312,7 +312,7 @@ def lower_matrices(model: "PreTrainedModel") -> None:
     """Weights of an encoder's linear maps in bf16; norms and embeddings stay fp32, and so does what is added up."""
     encoder = model.base_model.encoder
     if next(model.parameters()).device.type == "cpu" and has_prepacking():
-        prepack(encoder.layer, gelu=model.config.hidden_act == "gelu")
+        _prepack(encoder.layer, gelu=model.config.hidden_act == "gelu")
         return
     for module in encoder.modules():
         if isinstance(module, nn.Linear):

@@ -65,7 +65,7 @@ def _noting_groups(prompts: Iterable[Prompt], groups: set[int]) -> Iterator[Prom
         yield prompt
 
 
-def content_groups(prompts: Iterable[Prompted]) -> Hashes:
+def _content_groups(prompts: Iterable[Prompted]) -> Hashes:
     """For each prompt the hash of its group, or zero where the group's id is not made of content."""
     return np.array([group_hash(one) if is_content(one.group_id) else 0 for one in prompts], dtype=np.uint64)
 
@@ -106,7 +106,7 @@ def _found(instances: Sequence[Instance], trained_on: Known) -> dict[str, npt.ND
     prompts = np.array([prompt_hash(instance.instruction) for instance in instances], dtype=np.uint64)
     found = {"prompts": np.isin(prompts, known.prompts if known else np.asarray(trained_on))}
     if known is not None and known.rows is not None:
-        groups = content_groups(instances)
+        groups = _content_groups(instances)
         index, frequent = RowIndex(known.rows), frequent_shingles(instances)
         found["groups"] = np.isin(groups, known.groups) & (groups > 0)
         found["rows"] = np.array([index.holds(instance, frequent) for instance in instances], dtype=bool)

@@ -146,7 +146,7 @@ def choose_system(pools: Sequence[Pool], among: Collection[str] | None = None) -
 
     `among` are the only ones to choose from, where given.
     """
-    names = dict.fromkeys(system_of(candidate) for pool in pools for candidate in pool.candidates)
+    names = dict.fromkeys(_system_of(candidate) for pool in pools for candidate in pool.candidates)
     names.pop("", None)
     if among is not None:
         names = {name: None for name in names if name in among}
@@ -157,19 +157,19 @@ def choose_system(pools: Sequence[Pool], among: Collection[str] | None = None) -
     return max(names, key=mean_label, default=None)
 
 
-def system_of(candidate: Candidate) -> str:
+def _system_of(candidate: Candidate) -> str:
     """The generator and decoding that a candidate came from; empty where neither is known."""
     return f"{candidate.generator} {candidate.decoding}".strip()
 
 
 def of_system(pool: Pool, name: str) -> Vector:
     """The first candidate of the system, or of the pool where the system has none in it."""
-    other = np.array([system_of(candidate) != name for candidate in pool.candidates])
-    values: Vector = in_order(pool) - len(pool.candidates) * other
+    other = np.array([_system_of(candidate) != name for candidate in pool.candidates])
+    values: Vector = _in_order(pool) - len(pool.candidates) * other
     return values
 
 
-def in_order(pool: Pool) -> Vector:
+def _in_order(pool: Pool) -> Vector:
     """The order of the candidates: what a user without a selector takes."""
     order: Vector = -np.arange(len(pool.candidates), dtype=np.float64)
     return order
@@ -229,7 +229,7 @@ def _by_best_system(held_out: Sequence[Pool], pools: Sequence[Pool]) -> Fitted:
 def _by_greedy(held_out: Sequence[Pool], pools: Sequence[Pool]) -> Fitted:
     """Of several generators' greedy responses the best one on held-out pools."""
     everywhere = set.intersection(
-        *({system_of(one) for one in pool.candidates if _GREEDY.search(system_of(one))} for pool in pools)
+        *({_system_of(one) for one in pool.candidates if _GREEDY.search(_system_of(one))} for pool in pools)
     )
     if not everywhere:
         raise UnavailableError("not every instance has a greedy response")
@@ -275,7 +275,7 @@ SELECTORS: Mapping[str, Selector] = {
             curve=lambda pool, values, generator: np.full(1, pool.labels.mean()),
             must_beat="always",
         ),
-        Selector(name="first", title="first response", fit=_unfitted(in_order), shown_in=("examples",)),
+        Selector(name="first", title="first response", fit=_unfitted(_in_order), shown_in=("examples",)),
         Selector(
             name="shortest", title="shortest", fit=_unfitted(lambda pool: -length(pool)), shown_in=(), compared=False
         ),

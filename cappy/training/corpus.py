@@ -218,7 +218,7 @@ def open_corpora(
     validation split those with a response that a selector may pick. Memory holds `CHUNK` instances, and 8 bytes of
     every instance read.
     """
-    key = fingerprint(FORMAT, read_manifest(source).hash, tokenizer_hash(tokenizer), metric, list(sources), unit)[:24]
+    key = fingerprint(FORMAT, read_manifest(source).hash, _tokenizer_hash(tokenizer), metric, list(sources), unit)[:24]
     folder = cache / key
     with disk_errors(folder), _locked(cache, key):
         if not (folder / _PROMPTS).is_file():
@@ -233,7 +233,7 @@ def open_corpora(
     )
 
 
-def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+def _tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     """sha256 over what decides what a tokenizer makes of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)

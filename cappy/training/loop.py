@@ -109,7 +109,7 @@ class Run:
         if scorer.autocast:
             keep_heads_exact(scorer.model)
         self.meter = Meter(peak_of(scorer.device, ranks.count, bf16=scorer.autocast))
-        self.strategy = start_strategy(scorer, config, ranks)
+        self.strategy = _start_strategy(scorer, config, ranks)
         self.clock = CheckpointClock(config.checkpoint_seconds, config.checkpoint_updates)
         self.state, self.best, self.note = State(budget=config.batch_tokens), dict[str, Tensor](), ""
         self._resume()
@@ -256,7 +256,7 @@ def trial(
     }
 
 
-def start_strategy(scorer: Scorer, config: TrainingSettings, ranks: Ranks) -> Strategy:
+def _start_strategy(scorer: Scorer, config: TrainingSettings, ranks: Ranks) -> Strategy:
     """The strategy that the settings name, around the scorer's model.
 
     ConfigError where what it needs cannot be imported.

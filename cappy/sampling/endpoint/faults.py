@@ -130,7 +130,7 @@ class Capabilities:
         return dropped
 
 
-def refused_parameters(sent: Mapping[str, object], message: str, parameter: str | None) -> tuple[str, ...]:
+def _refused_parameters(sent: Mapping[str, object], message: str, parameter: str | None) -> tuple[str, ...]:
     """The parameters that a refusal is about: one, or all knobs that it names; none if it names none that was sent."""
     refused = refused_parameter(sent, message, parameter)
     if refused not in KNOBS:
@@ -354,7 +354,7 @@ def _judge_status(
         return _passing(reason, retry_after(headers), busy)
     if says(_FILTERED) and refusal.param not in sent:
         return Fault(kind="unanswered", reason=reason, status="filtered", of_one=True)
-    if parameters := refused_parameters(sent, words, refusal.param):
+    if parameters := _refused_parameters(sent, words, refusal.param):
         return Fault(kind="without", reason=reason, parameters=parameters, sent=sent)
     if status in _OF_ALL:
         return Fault(kind="end", reason=reason, remedy=_remedy(status), unless_answered=True)
