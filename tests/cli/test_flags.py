@@ -1,5 +1,6 @@
 """Flags from a config class, and a step verb made of them, without a process."""
 
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,12 +9,15 @@ import pytest
 from pydantic import Field
 from wording import assert_names, raises_naming
 
-from cappy.cli.flags import flag_type
+from cappy.cli import main
+from cappy.cli.flags import flag_type, parameters
 from cappy.cli.steps import make_step_command, summary
 from cappy.config import DEFAULT_WORK, Fresh, Location, Work, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress
 from cappy.records import File, Manifest
+from cappy.steps import STEP_SPECS
+from cappy.worker import config_class
 
 
 @settings
@@ -122,7 +126,7 @@ def test_help_says_of_every_flag_what_it_is_its_range_and_its_default(
         "--strength": ["Strength, or auto", "[default: auto]"],
         "--times": ["Minutes of each pour (repeatable)", "[default: 0.5, 1.0]"],
     }
-    assert set(rows) == {*expected, "--target", "--json", "--help"}
+    assert set(rows) == {*expected, "--target", "--work", "--fresh", "--json", "--help"}
     for flag, texts in expected.items():
         for text in texts:
             assert text in rows[flag]
@@ -156,3 +160,42 @@ def test_a_folder_without_instances_is_counted_in_files() -> None:
 )
 def test_types_that_typer_does_not_know_are_read_as_text(annotation: Any, expected: Any) -> None:
     assert flag_type(annotation) == expected
+
+
+@pytest.mark.parametrize(
+    ("step", "old", "new"),
+    [
+        ("sampling", "--retries", "--max-retries"),
+        ("sampling", "--budget-requests", "--max-total-requests"),
+        ("sampling", "--budget-tokens", "--max-total-tokens"),
+        ("sampling", "--budget-money", "--max-total-cost"),
+        ("annotation", "--recipe", "--preset"),
+        ("annotation", "--report", "--data-report"),
+        ("pretraining", "--strategy", "--parallelism"),
+        ("finetuning", "--retries", "--max-restarts"),
+        ("finetuning", "--volume", "--trainjob.volume or --customjob.volume"),
+        ("deployment", "--gpus", "--kserve.gpus"),
+        ("deployment", "--machine", "--vertex.machine"),
+        ("threshold", "--precision", "--min-precision"),
+        ("plan", "--calibration", "--throughput"),
+    ],
+)
+def test_a_flag_of_an_earlier_release_is_refused_with_its_name_now(
+    capsys: pytest.CaptureFixture[str], step: str, old: str, new: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([step, f"{old}=1"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"cappy {step}: {old} is now {new}\n"
+
+
+def test_no_flag_means_two_things() -> None:
+    """Of flags with one name, the values are of one type, and they choose of the same words; but for folders' roles."""
+    seen: dict[str, dict[object, list[str]]] = {}
+    for step in STEP_SPECS:
+        for flag in parameters(config_class(step)):
+            kind = typing.get_args(flag.annotation)[0]
+            seen.setdefault(flag.name, {}).setdefault(kind, []).append(step)
+    several = {name for name, kinds in seen.items() if len(kinds) > 1}
+    # A source or a scorer may be a folder alone; a dataset of the hub has splits of any name.
+    assert several <= {"source", "scorer", "split"}, {name: seen[name] for name in several}
