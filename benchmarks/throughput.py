@@ -189,8 +189,8 @@ def measure_starts(bench: Bench) -> None:
         expected[name] = expected.get(name, 0.0) + cost(work, 1, config, cores=1).seconds
     for step, one in ran.items():
         start = max(0.1, one.cpu_seconds - expected[step])
-        told: dict[str, Any] = {"by_the_clock": one.seconds, "whole": one.cpu_seconds, "work": expected[step]}
-        bench.note(step, "builtin", "seconds to start", start, **told)
+        details: dict[str, Any] = {"by_the_clock": one.seconds, "whole": one.cpu_seconds, "work": expected[step]}
+        bench.note(step, "builtin", "seconds to start", start, **details)
 
 
 if __name__ == "__main__":

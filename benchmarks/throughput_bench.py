@@ -25,15 +25,17 @@ class Bench:
         self.found: list[Measurement] = []
         self.texts: dict[str, tuple[Texts, ...]] = {}
 
-    def note(self, step: Any, of: str, unit: Any, value: float, *, hardware: str | None = None, **told: float) -> None:
+    def note(
+        self, step: Any, of: str, unit: Any, value: float, *, hardware: str | None = None, **details: float
+    ) -> None:
         """Adds a measurement with today's date, this machine and its load."""
         entry = Measurement(
             step=step, hardware=hardware or self.hardware, of=of, unit=unit, value=rounded(value),
             date=date.today().isoformat(), machine=machine(), load=rounded(os.getloadavg()[0]),
-            told={name: rounded(number) for name, number in told.items()},
+            details={name: rounded(number) for name, number in details.items()},
         )  # fmt: skip
         self.found.append(entry)
-        print(f"{step} of {of}: {entry.value:g} {unit} {entry.told}", flush=True)
+        print(f"{step} of {of}: {entry.value:g} {unit} {entry.details}", flush=True)
 
     def timed(self, work: Callable[[], T]) -> tuple[float, T]:
         """Seconds that a call took, and what it gave: of a CPU its time, so that other work beside it counts little."""

@@ -80,11 +80,11 @@ def note_sampling(
         shape.response_flops(tokens, prompt) for prompt, some in zip(prompts, own, strict=True) for tokens in some
     )
     responses = sum(map(sum, own))
-    told: dict[str, Any] = {"prompts": len(texts), "prompt_tokens": fmean(prompts), "candidates": sum(map(len, own))}
-    told["layers"] = shape.layers
+    details: dict[str, Any] = {"prompts": len(texts), "prompt_tokens": fmean(prompts), "candidates": sum(map(len, own))}
+    details["layers"] = shape.layers
     bench.note(
         "sampling", name, "FLOP/s", flops / seconds, response_tokens_per_second=responses / seconds,
-        response_tokens=responses / told["candidates"], seconds=seconds, **told, **bench.share(flops / seconds),
+        response_tokens=responses / details["candidates"], seconds=seconds, **details, **bench.share(flops / seconds),
     )  # fmt: skip
 
 

@@ -73,11 +73,11 @@ def _containers(recipe: Mapping[str, object], run: str) -> object:
     here = str(Path.cwd())
     secrets = keys(checked(recipe))
     # No CAPPY_PARENT: a lock on a file tells of no process beyond a container's own.
-    told = {name: os.environ[name] for name in (PROGRESS_VARIABLE, "MLFLOW_TRACKING_URI") if name in os.environ}
+    passed_on = {name: os.environ[name] for name in (PROGRESS_VARIABLE, "MLFLOW_TRACKING_URI") if name in os.environ}
     return local.DockerRunner(
         user=f"{os.getuid()}:{os.getgid()}",
         working_dir=here,
-        environment={**secrets, **told, "HOME": "/tmp"},  # noqa: S108 (in the container)
+        environment={**secrets, **passed_on, "HOME": "/tmp"},  # noqa: S108 (in the container)
         labels={RUN_LABEL: run},
         network_mode="host",
         mounts=[_mount(here), *(_mount(file, read_only=True) for file in key_files(secrets))],

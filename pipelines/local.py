@@ -167,7 +167,7 @@ def _supervised(request: Path, tracking_uri: str, look: Callable[[], None]) -> i
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
-        # Steps that are not told MLflow's address (evaluation loads the champion) take it from here.
+        # Steps that get no address of MLflow (evaluation loads the champion) take it from here.
         **({"MLFLOW_TRACKING_URI": tracking_uri} if tracking_uri else {}),
         PARENT_VARIABLE: str(folder / "parent.lock"),
         PROGRESS_VARIABLE: str(folder),
@@ -244,15 +244,15 @@ def _raise_failure(states: list[StepState], log: Path, *, show: bool) -> None:
     prefix = f"cappy {name}: "
     written = [line.strip() for line in log_section(log, "")]
     said = [line.removeprefix(prefix) for line in written if line.startswith(prefix)]
-    told = next((state for state in failed if state.error in said), failed[0])
+    named = next((state for state in failed if state.error in said), failed[0])
     if said:
-        raise CappyError(f"{told.step}: {told.error if told.error in said else said[-1]}")
+        raise CappyError(f"{named.step}: {named.error if named.error in said else said[-1]}")
     lines = log_section(log, name)
     if show:
         sys.stderr.write("\n".join(lines[-TAIL_LINES:]) + "\n")
     raised = next((line for line in reversed(lines) if _EXCEPTION.match(line)), "")
-    reason = told.error or raised or "its process was killed (out of memory?)"
-    raise CappyError(f"{told.step}: {reason}; the whole log is {log}")
+    reason = named.error or raised or "its process was killed (out of memory?)"
+    raise CappyError(f"{named.step}: {reason}; the whole log is {log}")
 
 
 def _outcome(run_id: str, folder: Path, states: list[StepState]) -> Outcome:
@@ -275,7 +275,7 @@ KEYS = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
 )
-"""Variables that steps, or what they call, take keys from without being told to."""
+"""Variables that steps, or what they call, take keys from by themselves."""
 
 
 def keys(recipe: Recipe) -> dict[str, str]:
@@ -285,8 +285,8 @@ def keys(recipe: Recipe) -> dict[str, str]:
     containers' environment and stand nowhere else.
     """
     names = dict.fromkeys((*KEYS, *(variable for _, variable in _wanted(recipe))))
-    told = [form for name in names for form in (name, f"{name}_FILE")]
-    return {name: os.environ[name] for name in told if os.environ.get(name)}
+    variables = [form for name in names for form in (name, f"{name}_FILE")]
+    return {name: os.environ[name] for name in variables if os.environ.get(name)}
 
 
 def key_files(found: dict[str, str]) -> list[str]:

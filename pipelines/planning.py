@@ -18,7 +18,7 @@ ON_THIS_MACHINE = ("local", "docker")
 def settings_of(recipe: Recipe, platform: Platform = "local") -> Settings:
     """The settings of each step; ConfigError for a parameter that the pipeline has not.
 
-    A training step that spreads over nodes is told where; what its settings say themselves stands above that.
+    A training step that spreads over nodes gets the launcher of the platform; its own settings stand above that.
     """
     settings = planned(recipe.pipeline, recipe.parameters, recipe.settings, tracking_uri=recipe.tracking_uri)
     extra = {step: values for step, values in recipe.settings.items() if step not in settings}

@@ -40,21 +40,21 @@ def observe(
 ) -> list[StepState]:
     """The state of every step and shard, in order.
 
-    A step that this run executed has a record with the run's id, one that works has told its progress; a step before
+    A step that this run executed has a record with the run's id, one that works has written its progress; a step before
     either of them that has neither was answered from the cache. Shards wait for the steps before them, not for each
     other.
     """
     records = {step: read_record(work, fingerprint) for step, fingerprint in fingerprints.items()}
-    told = {
+    reported = {
         step: read_state(progress_path(progress, step.partition(" ")[0], fingerprint))
         for step, fingerprint in fingerprints.items()
     }
     own = {step: record for step, record in records.items() if record is not None and record.run == run}
-    reached = [step for step in fingerprints if step in own or told[step]]
+    reached = [step for step in fingerprints if step in own or reported[step]]
     states: dict[str, StepState] = {}
     for step in fingerprints:
         passed = any(_follows(later, step, list(fingerprints)) for later in reached)
-        state = _state(own.get(step), told[step], passed=passed)
+        state = _state(own.get(step), reported[step], passed=passed)
         before = [states[other].state for other in states if _follows(step, other, list(fingerprints))]
         if state == "waiting" and alive and all(other in ("done", "cached") for other in before):
             state = "running"
@@ -62,7 +62,7 @@ def observe(
             state = "cached" if STEP_SPECS[step.partition(" ")[0]].cached else "skipped"
         if state == "running" and not alive:
             state = "failed"
-        states[step] = _describe(step, state, records[step], told[step])
+        states[step] = _describe(step, state, records[step], reported[step])
     return list(states.values())
 
 
@@ -83,24 +83,24 @@ def log_section(log: Path, step: str, *, whole: bool = True) -> list[str]:
     return section or (lines if whole else [])
 
 
-def _state(record: StepRecord | None, told: State | None, *, passed: bool) -> Name:
+def _state(record: StepRecord | None, progress: State | None, *, passed: bool) -> Name:
     if record is not None:
         return "failed" if record.status == "failed" else "done"
-    if told is not None:
+    if progress is not None:
         return "running"
     return "cached" if passed else "waiting"
 
 
-def _describe(step: str, state: Name, record: StepRecord | None, told: State | None) -> StepState:
+def _describe(step: str, state: Name, record: StepRecord | None, progress: State | None) -> StepState:
     if state == "running":
-        seconds = told.updated - told.started if told else 0.0
-        return StepState(step=step, state=state, progress=told, seconds=seconds)
+        seconds = progress.updated - progress.started if progress else 0.0
+        return StepState(step=step, state=state, progress=progress, seconds=seconds)
     if record is None or state in ("waiting", "skipped"):
         return StepState(step=step, state=state)
     target = Path(record.target) if state in ("done", "cached") else None
     error = record.error if state == "failed" else ""
     seconds = 0.0 if state == "cached" else record.seconds
-    return StepState(step=step, state=state, progress=told, seconds=seconds, target=target, error=error)
+    return StepState(step=step, state=state, progress=progress, seconds=seconds, target=target, error=error)
 
 
 class StepTable:

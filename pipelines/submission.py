@@ -66,11 +66,13 @@ def prepare(
     registry = registry or address
     settings = resolved(placed, work=work, tracking_uri=registry, revision=revision, images=images)
     found = fingerprints(settings, tracking_uri=registry, revision=revision, images=images)
-    told = _by_shard(found, shards)
+    by_shard = _by_shard(found, shards)
     return Submission(
         pipeline=pipeline,
-        arguments=arguments(settings, found, told, {**shared, "tracking_uri": "" if has_secret(address) else address}),
-        fingerprints=told,
+        arguments=arguments(
+            settings, found, by_shard, {**shared, "tracking_uri": "" if has_secret(address) else address}
+        ),
+        fingerprints=by_shard,
         tracking_uri=address,
         shards=shards,
     )
@@ -118,10 +120,10 @@ def _by_shard(found: Mapping[str, str], shards: int) -> dict[str, str]:
 def arguments(
     settings: Mapping[str, StepSettings],
     found: Mapping[str, str],
-    told: Mapping[str, str],
+    by_shard: Mapping[str, str],
     tracking: Mapping[str, str],
 ) -> dict[str, object]:
-    """The parameters of the pipeline function; shards are told which they are by the pipeline itself."""
+    """The parameters of the pipeline function; the pipeline itself says to each shard which one it is."""
     values: dict[str, object] = {}
     for step, chosen in settings.items():
         for name, parameter in STEP_SPECS[step].parameters.items():
@@ -133,7 +135,7 @@ def arguments(
         )
         values[f"{step}_fingerprint"] = found[step]
     given = {name: value for name, value in tracking.items() if value}
-    return {**values, "tracking_settings": encode(given), "fingerprints": json.dumps(told)}
+    return {**values, "tracking_settings": encode(given), "fingerprints": json.dumps(by_shard)}
 
 
 def fingerprints(

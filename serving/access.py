@@ -59,7 +59,7 @@ class AccessLog:
     """ASGI middleware: one JSON line per request with its id, method, path, status, seconds and number of pairs.
 
     `facts` gives headers for answers that bring none of their own; `observe` is called with dialect, status, seconds
-    and scores of requests of a dialect; while `closing` is true, clients are told to come back on another connection.
+    and scores of requests of a dialect; while `closing` is true, clients are asked to come back on another connection.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cappy.registry.models import Version
     from cappy.scoring import Scorer
 
-SHUTTING_DOWN = "the service was told to end"
+SHUTTING_DOWN = "the service is shutting down"
 """Why a service is not ready that still answers."""
 Computed = Sequence[tuple[float, float]]
 """(score, logit) of each pair of a batch."""
@@ -166,7 +166,7 @@ class Models:
     reason: str = "the probe is running; ask again"
     """Why there are no scores to be had; empty once the current model has answered its probe."""
     closing: bool = False
-    """Whether the service has been told to end."""
+    """Whether the service is shutting down."""
     refused: dict[str, str] = field(default_factory=dict)
     """Version of the registry -> why it does not serve."""
 
@@ -174,7 +174,7 @@ class Models:
     def unready(self) -> str:
         """Why new clients should look elsewhere; empty where they need not.
 
-        A service that was told to end still answers, so this is more than `reason`.
+        A service that is shutting down still answers, so this is more than `reason`.
         """
         return self.reason or (SHUTTING_DOWN if self.closing else "")
 
@@ -293,7 +293,7 @@ class Batcher:
             try:
                 computed = await loop.run_in_executor(self.computing, batch[0][0].engine.compute, pairs)
                 _deliver(batch, computed)
-            except Exception as error:  # noqa: BLE001 (each of the batch's requests is told)
+            except Exception as error:  # noqa: BLE001 (each of the batch's requests gets it)
                 _fail(batch, error)
             finally:
                 self.queued_tokens -= tokens

@@ -196,7 +196,7 @@ def _run(
     failed: Exception | None = None
     try:
         outcome = work()
-    except Exception as error:  # noqa: BLE001 (told to whoever waits)
+    except Exception as error:  # noqa: BLE001 (raised where it is waited for)
         failed = error
 
     def deliver() -> None:

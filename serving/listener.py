@@ -44,14 +44,14 @@ Key = tuple[str, int, str]
 
 
 class Closing(Protocol):
-    """Whether the service has been told to end."""
+    """Whether the service is shutting down."""
 
     closing: bool
 
 
 @dataclass
 class Shutdown:
-    """Whether the service has been told to end."""
+    """Whether the service is shutting down."""
 
     closing: bool = False
 
@@ -74,7 +74,7 @@ class NoticeServer(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._loop.call_later, self._notice, self._exit)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serves until told to end."""
+        """Serves until it is asked to stop."""
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 

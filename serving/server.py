@@ -26,7 +26,7 @@ Follow = Callable[[Models], Follower]
 
 
 def run(config: ServeConfig, environment: Environment | None = None) -> None:
-    """Takes the address, loads the scorer, listens; returns when it was told to stop and has answered what it had.
+    """Takes the address, loads the scorer, listens; returns when it was asked to stop and has answered all it accepted.
 
     ConfigError if the address cannot be had, which is found out before the scorer is loaded. SIGTERM ends the process
     with status 0.

@@ -61,7 +61,7 @@ class Service:
     async def answer(self, request: Request, dialects: Sequence[Dialect]) -> Response:
         """The answer to a request at a path of these dialects, a refusal in the dialect's own shape included.
 
-        Before the body has told which dialect it is, a refusal has the fields of all of them.
+        Before the body says which dialect it is, a refusal has the fields of all of them.
         """
         request.state.dialect = dialects[0].name
         try:
@@ -78,7 +78,7 @@ class Service:
         except TimeoutError:
             return refused(dialects, Refusal(504, "the time for this request is over; send fewer pairs or ask later"))
         except Exception:
-            # The last door: whatever the scorer raises is logged whole, and the client is told in its dialect.
+            # The last door: whatever the scorer raises is logged whole, and the client gets an error of its dialect.
             LOGGER.exception("a request failed")
             return refused(dialects, Refusal(500, "the scorer failed; the log of the service says how"))
 
@@ -130,7 +130,7 @@ class Service:
         )
 
     def _seconds(self, request: Request) -> float:
-        """The time that a request has; what is no number of seconds is told later, by `_admit`."""
+        """The time that a request has; `_admit` refuses what is no number of seconds later."""
         text = request.headers.get(DEADLINE, "")
         try:
             asked = float(text) if text else self.limits.timeout

@@ -64,7 +64,7 @@ def rouge_l(references: Sequence[str], response: str, *, use_stemmer: bool = Tru
 
 
 def _tokenize(text: str, use_stemmer: bool = True) -> tuple[str, ...]:
-    """The tokens of a text, stemmed unless told otherwise."""
+    """The tokens of a text, stemmed unless the caller says otherwise."""
     return _cached_tokens(text, use_stemmer) if len(text) <= _LONGEST_CACHED else _tokens(text, use_stemmer)
 
 

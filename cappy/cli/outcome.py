@@ -75,7 +75,7 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> Facts:
     return found
 
 
-def told(outcome: "Outcome", found: Facts) -> str:
+def describe(outcome: "Outcome", found: Facts) -> str:
     """The report's table and the facts of a run, for a terminal."""
     table = read_report(outcome.outputs["evaluation"]).text()
     lines = [table, f"report    {found['report']}"]

@@ -188,10 +188,10 @@ def _print_scored(outcome: "Outcome", as_json: bool) -> None:
 
 
 def _print_outcome(outcome: "Outcome", tracking_uri: str, as_json: bool) -> None:
-    from cappy.cli.outcome import facts, told
+    from cappy.cli.outcome import describe, facts
 
     found = facts(outcome, tracking_uri)
-    typer.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else told(outcome, found))
+    typer.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else describe(outcome, found))
 
 
 def print_preview(recipe: "Recipe", on: "Platform", as_json: bool) -> None:

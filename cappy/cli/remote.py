@@ -110,11 +110,11 @@ def status(
 ) -> None:
     """Show how far a run is, step by step; exits with 1 if it failed."""
     client = reached(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
-    told: dict[str, str] = {}
+    shown_states: dict[str, str] = {}
     while True:
         state = client.look(run)
         if follow and not as_json:
-            _changes(state, told)
+            _changes(state, shown_states)
         if state.over or not follow:
             break
         time.sleep(LOOK_SECONDS)
@@ -214,12 +214,12 @@ def table(state: "RunState") -> str:
     return "\n".join([f"{state.run}: {state.state}", *rows, state.url])
 
 
-def _changes(state: "RunState", told: dict[str, str]) -> None:
+def _changes(state: "RunState", shown_states: dict[str, str]) -> None:
     """Prints what is new since the last look."""
     for step in dict.fromkeys(task.step for task in state.tasks):
         words = _together([task for task in state.tasks if task.step == step])
-        if told.get(step) != words:
-            told[step] = words
+        if shown_states.get(step) != words:
+            shown_states[step] = words
             typer.echo(f"{step}: {words}")
 
 

@@ -47,7 +47,7 @@ class Extra:
     name: str
     help: str
     before: Before = lambda **values: False
-    after: After = lambda config, told: None
+    after: After = lambda config, as_text: None
     instead_of: tuple[str, ...] = ()
     text: str | None = None
     part_of: tuple[str, ...] = ()
@@ -131,10 +131,10 @@ def _flag(extra: Extra) -> inspect.Parameter:
 def _optional(flag: inspect.Parameter, extras: Sequence[Extra]) -> inspect.Parameter:
     """The flag where others may take its place; a run without any of them is refused."""
     kind, option = get_args(flag.annotation)
-    told = copy(option)
+    optional = copy(option)
     others = " or ".join(extra.flag for extra in extras if flag.name in extra.instead_of)
-    told.show_default = f"needed, but for {others}"
-    return flag.replace(default=None, annotation=Annotated[kind, told])
+    optional.show_default = f"needed, but for {others}"
+    return flag.replace(default=None, annotation=Annotated[kind, optional])
 
 
 def _plan(*, as_json: bool, mixture: str, subsets: Sequence[str], **_: object) -> bool:
@@ -163,13 +163,13 @@ def _estimate(*, as_json: bool, target: Path | None, **values: object) -> bool:
     return True
 
 
-def _report(config: "AnnotationConfig", told: bool) -> None:
+def _report(config: "AnnotationConfig", as_text: bool) -> None:
     from cappy.annotation.report import to_text, write_report
 
     folder = config.target / "report"
     with ProgressLine("cappy annotation: report") as progress:
         report = write_report(config.target, folder, progress=progress)
-    if told:
+    if as_text:
         typer.echo(f"\n{to_text(report)}\n{folder / 'report.html'}")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 import cappy
 from cappy.config import Renames, settings
@@ -109,7 +109,7 @@ class Texts:
 class Measurement:
     """One number: of a `step` on a `hardware`, `of` a shape or the texts of a mixture, on one device or core.
 
-    `told` holds what it was computed from and other ways to say it (tokens and pairs per second, mean lengths, the
+    `details` holds what it was computed from and other ways to say it (tokens and pairs per second, mean lengths, the
     share of the data sheet's peak where there is one), `load` the machine's load average before it.
     """
 
@@ -121,7 +121,9 @@ class Measurement:
     date: str
     machine: str
     load: float
-    told: Mapping[str, float] = field(default_factory=dict)
+    details: Annotated[Mapping[str, float], Field(validation_alias=AliasChoices("details", "told"))] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

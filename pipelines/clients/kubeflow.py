@@ -162,7 +162,7 @@ class KubeflowClient:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"kfp\..*")  # It warns of old servers.
         with self._told():
             self._client = _connected(place.endpoint)
-            # Where users share a server runs have a namespace; elsewhere the server refuses to be told one.
+            # Where users share a server runs have a namespace; elsewhere the server refuses one.
             shared = self._client.get_kfp_healthz().multi_user
         if not isinstance(shared, bool):
             remedy = "log in where a proxy asks for it, or check the address (it often ends in /pipeline)"
@@ -188,13 +188,14 @@ class KubeflowClient:
         with self._told():
             found = self._client.get_run(run)
         if not found.run_id:
-            raise ConfigError(f"kubeflow: {self._shown}: told nothing of run {shown(run)}; check its id")
+            raise ConfigError(f"kubeflow: {self._shown}: has no run {shown(run)}; check its id")
         details = found.run_details.task_details if found.run_details else None
         tasks = [task for task in (_task(each) for each in details or ()) if task]
         stuck = self._stuck(run) if STATES.get(found.state, "running") == "running" else {}
-        told = tuple(_with_reason(task, stuck) for task in tasks)
+        explained = tuple(_with_reason(task, stuck) for task in tasks)
         error = redact(found.error.message or "") if found.error else ""
-        return RunState(run=run, state=STATES.get(found.state, "waiting"), url=self._url(run), tasks=told, error=error)
+        state = STATES.get(found.state, "waiting")
+        return RunState(run=run, state=state, url=self._url(run), tasks=explained, error=error)
 
     def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
         """What the pods of a run wrote, pod by pod; the cluster's API must be reachable (kubectl's configuration)."""

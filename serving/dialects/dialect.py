@@ -15,7 +15,7 @@ from serving.engine import Models
 Words = Annotated[str, Field(min_length=1)]
 """A text that may not be empty."""
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
-"""Texts, at least one; the first that is none is told, not every one."""
+"""Texts, at least one; the error names the first item that is no text, not every one."""
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Name = Annotated[str | None, Field(description="The model's name or version; none means the one that is served")]

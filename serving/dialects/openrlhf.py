@@ -27,7 +27,7 @@ class RewardRequest(Body):
             raise ValueError(f"{len(self.query)} queries for {len(self.prompts)} prompts")
         for index, (query, prompt) in enumerate(zip(self.query, self.prompts, strict=True)):
             if prompt not in query:
-                raise ValueError(f"query {index} does not have its prompt in it, so its response cannot be told")
+                raise ValueError(f"query {index} does not have its prompt in it, so its response cannot be cut out")
         return self
 
 

@@ -1,6 +1,6 @@
 """POST /v2/rerank for clients of Cohere; /v1/rerank and /rerank for those of Jina, of Cohere's version 1 and of vLLM.
 
-The requests of the latter cannot be told apart, so an answer has the fields of all three, and a refusal those of the
+The requests of the latter look the same, so an answer has the fields of all three, and a refusal those of the
 first two.
 """
 

@@ -277,7 +277,7 @@ async def _answered(front: _Front, wanted: ChatRequest, authorization: str, iden
         front.metrics.refused(ended.status if isinstance(ended, GatewayError) else GONE)
         raise
     except Exception:
-        # A defect: counted here, told by the handler of all defects, which it goes on to.
+        # A defect: counted here, answered by the handler of all defects, which gets it next.
         front.metrics.refused(500)
         raise
     front.metrics.answered(outcome)

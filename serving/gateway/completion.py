@@ -52,7 +52,8 @@ def _usage(outcome: Outcome) -> dict[str, object]:
 def facts(outcome: Outcome) -> dict[str, object]:
     """How the answer came about, as JSON values; `limit` is null where none was reached.
 
-    `unmetered_calls` took tokens that nobody told: `usage` lacks them, the limits on money count them at their most.
+    `unmetered_calls` took tokens that no server reported: `usage` lacks them, the limits on money count the most that
+    they can be.
     """
     ledger = outcome.ledger
     return {

@@ -241,7 +241,7 @@ class FeedbackLog:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feedback")
 
     async def keep(self, outcome: Outcome, identity: str) -> None:
-        """Keeps an answer; a disk that refuses is told in the log, and the answer is given all the same."""
+        """Keeps an answer; an error of the disk is logged, and the answer is given all the same."""
         try:
             await self._in_writer(lambda: self._answers.put(answer_of(outcome, identity)))
         except CappyError as error:

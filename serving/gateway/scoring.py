@@ -79,7 +79,7 @@ def load(spec: str, calibration: Path | None = None, key: str = "") -> Scoring:
     """What a spec or the address of a running `cappy serve` names, tried on one pair; CappyError where it is no scorer.
 
     `key` is an API key of that service.
-    `calibration` is a folder that holds calibration.json; a scorer's own folder is looked into without being told.
+    `calibration` is a folder that holds calibration.json; a scorer's own folder is searched anyway.
     """
     given = read_calibration(calibration) if calibration is not None else None
     if calibration is not None and given is None:

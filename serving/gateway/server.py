@@ -18,7 +18,7 @@ from serving.listener import NoticeServer, Shutdown, bound, http_config, prepare
 
 
 def run(config: GatewayConfig) -> None:
-    """Takes the address, loads the scorer, listens; returns when it was told to stop and has answered what it had.
+    """Takes the address, loads the scorer, listens; returns when it was asked to stop and has answered all it accepted.
 
     CappyError if the address or the feedback log's folder cannot be had, which is found out before the scorer is
     loaded. SIGTERM ends the process with status 0.
