@@ -107,15 +107,15 @@ class LineProgress:
     def __init__(self, say: Callable[[str], object], seconds: float = 30.0) -> None:
         self._say, self._seconds = say, seconds
         self._started = time.time()
-        self._told = float("-inf")
+        self._last_shown = float("-inf")
 
     def __call__(
         self, done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = ""
     ) -> None:
         now = time.time()
-        if now - self._told < self._seconds and done != total:
+        if now - self._last_shown < self._seconds and done != total:
             return
-        self._told = now
+        self._last_shown = now
         self._say(
             describe(
                 State(done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now, note=note)

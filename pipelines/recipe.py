@@ -225,7 +225,7 @@ def checked(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     try:
         recipe = Recipe(**values)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{where}: {_told(error)}") from error
+        raise ConfigError(f"{where}: {_describe(error)}") from error
     except TypeError as error:  # a key that is no text
         raise ConfigError(f"{where}: {error}; keys are words") from error
     for kind, names in (("settings", recipe.settings), ("resources", recipe.resources)):
@@ -236,7 +236,7 @@ def checked(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     return recipe
 
 
-def _told(error: pydantic.ValidationError) -> str:
+def _describe(error: pydantic.ValidationError) -> str:
     # An unknown key before a missing one: it is likely the same key, misspelt.
     first = min(error.errors(), key=lambda each: each["type"] != "unexpected_keyword_argument")
     keys = [str(part) for part in first["loc"] if part != "[key]"]

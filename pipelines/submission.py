@@ -62,9 +62,9 @@ def prepare(
     shared = {"work": str(work.absolute())}
     address = str(steps.get("registration", {}).get("tracking_uri", "")) or tracking_uri
     steps = {step: _without_secret(step, values, address) for step, values in steps.items()}
-    placed = {step: {**steps.get(step, {}), **shared} for step in names}
+    shared_out = {step: {**steps.get(step, {}), **shared} for step in names}
     registry = registry or address
-    settings = resolved(placed, work=work, tracking_uri=registry, revision=revision, images=images)
+    settings = resolved(shared_out, work=work, tracking_uri=registry, revision=revision, images=images)
     found = fingerprints(settings, tracking_uri=registry, revision=revision, images=images)
     by_shard = _by_shard(found, shards)
     return Submission(

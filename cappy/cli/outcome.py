@@ -91,7 +91,7 @@ def describe(outcome: "Outcome", found: Facts) -> str:
     return "\n".join([*lines, *([f"serve it  {found['serve']}"] if "serve" in found else [])])
 
 
-def step_told(manifest: Manifest, target: Path) -> list[str]:
+def describe_step(manifest: Manifest, target: Path) -> list[str]:
     """What a person wants to know when one step has run; nothing where its numbers say it."""
     facts = manifest.facts
     if manifest.step == "evaluation":

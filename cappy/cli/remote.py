@@ -68,7 +68,7 @@ def submit(
 ) -> None:
     """Send a pipeline to Kubeflow or Vertex AI; prints the run's id and the page to watch it on."""
     chosen = recipe_of(recipe, setting, shards=shards, tracking_uri=tracking_uri, fresh=fresh)
-    chosen = placed(chosen, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
+    chosen = with_place(chosen, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
     if dry_run:
         if compiled is not None:
             load("pipelines.builder").package_of(chosen, on, {}, compiled)
@@ -180,10 +180,10 @@ def add_to(app: typer.Typer) -> None:
 
 def reached(on: "Platform", recipe: str, **given: str) -> "Client":
     """The client of the platform that a recipe, or flags alone, say where to find."""
-    return _client(placed(recipe_of(recipe or "adapt"), **given), on)
+    return _client(with_place(recipe_of(recipe or "adapt"), **given), on)
 
 
-def placed(recipe: "Recipe", **given: str) -> "Recipe":
+def with_place(recipe: "Recipe", **given: str) -> "Recipe":
     """The recipe with what flags say of the platforms in place of its own."""
     import pydantic
 
@@ -210,7 +210,7 @@ def placed(recipe: "Recipe", **given: str) -> "Recipe":
 def table(state: "RunState") -> str:
     """A run's state, for a terminal."""
     width = max((len(task.step) for task in state.tasks), default=0)
-    rows = [f"  {task.step.ljust(width)}  {_told(task)}" for task in state.tasks]
+    rows = [f"  {task.step.ljust(width)}  {_describe_task(task)}" for task in state.tasks]
     return "\n".join([f"{state.run}: {state.state}", *rows, state.url])
 
 
@@ -226,13 +226,13 @@ def _changes(state: "RunState", shown_states: dict[str, str]) -> None:
 def _together(tasks: "Sequence[TaskState]") -> str:
     """A step in words: of shards, which a platform tells under one name in any order, how many are in which state."""
     if len(tasks) == 1:
-        return _told(tasks[0])
+        return _describe_task(tasks[0])
     counts = sorted(Counter(task.state for task in tasks).items())
     errors = sorted({task.error for task in tasks if task.error})
     return ", ".join(f"{count} {state}" for state, count in counts) + "".join(f": {error}" for error in errors)
 
 
-def _told(task: "TaskState") -> str:
+def _describe_task(task: "TaskState") -> str:
     seconds = f", {task.seconds:.0f} s" if task.seconds else ""
     return f"{task.state}{seconds}{f': {task.error}' if task.error else ''}"
 

@@ -296,7 +296,7 @@ def summary(manifest: Manifest, target: Path, seconds: float) -> str:
         content = f"{manifest.rows:,} instances with {manifest.candidates:,} candidates"
     else:
         content = f"{len(manifest.files)} files"
-    lines = outcome.step_told(manifest, target)
+    lines = outcome.describe_step(manifest, target)
     shown = manifest.metrics if not lines or manifest.step in TRAINING_STEPS else {}
     numbers = ", ".join(
         f"{name} {value:,.6g}" for name, value in shown.items() if name not in ("instances", "candidates")

@@ -266,9 +266,9 @@ def _against_mbr(report: Findings) -> str:
         return f"Promote if MBR is no choice for you; {_lower(_unproven(report, 'scorer-mbr', 'MBR'))}"
     if all(task.kind == "choice" for task in report.tasks):
         return "Promote: the scorer beats random choice and what needs no training among these choices."
-    if _room(report) < NARROW:
-        room = percent(_room(report))
-        return f"Promote, and sample other candidates: the oracle is only {room} above the best selector."
+    if _headroom(report) < NARROW:
+        headroom = percent(_headroom(report))
+        return f"Promote, and sample other candidates: the oracle is only {headroom} above the best selector."
     if _rising(report):
         last, gain = len(report.curve["scorer"]), percent(_last_gain(report))
         return f"Promote, and sample more: candidate {last} still adds {gain}."
@@ -302,7 +302,7 @@ def _last_gain(report: Findings) -> float:
     return report.curve["scorer"][-1].mean - report.curve["scorer"][-2].mean
 
 
-def _room(report: Findings) -> float:
+def _headroom(report: Findings) -> float:
     """How far the oracle is above the best selector, 0 to 1."""
     best = max(row.estimate.mean for name, row in report.selectors.items() if name != "oracle")
     return report.selectors["oracle"].estimate.mean - best

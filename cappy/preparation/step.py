@@ -94,8 +94,8 @@ def _place_instances(
     dropped = int(plan.left_out[rows.start : rows.stop].sum())
     if dropped:
         tally.counts["dropped_near_held_out"] = dropped
-    placed = (one for one in islice(place(source.rows(), plan), rows.start, rows.stop) if one is not None)
-    return placed, len(rows) - dropped, dict(plan.metrics)
+    kept = (one for one in islice(place(source.rows(), plan), rows.start, rows.stop) if one is not None)
+    return kept, len(rows) - dropped, dict(plan.metrics)
 
 
 def _say_left_out(source: Source, tally: Tally, counts: Mapping[str, int]) -> None:

@@ -160,7 +160,7 @@ class KubeflowClient:
             raise ConfigError(f"kubeflow: {self._shown} is not an address; it begins with https:// or http://")
         self._place = place
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"kfp\..*")  # It warns of old servers.
-        with self._told():
+        with self._translate_errors():
             self._client = _connected(place.endpoint)
             # Where users share a server runs have a namespace; elsewhere the server refuses one.
             shared = self._client.get_kfp_healthz().multi_user
@@ -172,7 +172,7 @@ class KubeflowClient:
     def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:
         """Creates the experiment if it is missing and a run in it."""
         # kfp prints its links where our own answer goes.
-        with self._told(), contextlib.redirect_stdout(io.StringIO()):
+        with self._translate_errors(), contextlib.redirect_stdout(io.StringIO()):
             made = self._client.create_run_from_pipeline_package(
                 str(package),
                 arguments=dict(arguments),
@@ -185,7 +185,7 @@ class KubeflowClient:
 
     def look(self, run: str) -> RunState:
         """The run's state as the server tells it, and why pods wait where the cluster's API can be asked."""
-        with self._told():
+        with self._translate_errors():
             found = self._client.get_run(run)
         if not found.run_id:
             raise ConfigError(f"kubeflow: {self._shown}: has no run {shown(run)}; check its id")
@@ -200,7 +200,7 @@ class KubeflowClient:
     def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
         """What the pods of a run wrote, pod by pod; the cluster's API must be reachable (kubectl's configuration)."""
         core = self._core()
-        with self._told():
+        with self._translate_errors():
             pods = core.list_namespaced_pod(self._place.namespace, label_selector=f"{RUN_LABEL}={run}").items
         for pod in pods:
             name = _step_of(pod)
@@ -211,14 +211,14 @@ class KubeflowClient:
 
     def cancel(self, run: str) -> None:
         """Asks the server to end the run."""
-        with self._told():
+        with self._translate_errors():
             self._client.terminate_run(run)
 
     def _written(self, core: Cluster, pod: str) -> str:
         """What a pod wrote so far; nothing of one whose container starts (400) or that is gone (404)."""
         from kubernetes.client import ApiException
 
-        with self._told():
+        with self._translate_errors():
             try:
                 # Unread: the client would take a log that is one line of JSON for a value and write it otherwise.
                 answer = core.read_namespaced_pod_log(
@@ -255,7 +255,7 @@ class KubeflowClient:
         reasons: dict[str, list[str]] = {}
         with contextlib.suppress(ConfigError, UnreachableError):
             core = self._core()
-            with self._told():
+            with self._translate_errors():
                 pods = core.list_namespaced_pod(self._place.namespace, label_selector=f"{RUN_LABEL}={run}").items
             for pod in pods:
                 if reason := _waits(pod):
@@ -263,7 +263,7 @@ class KubeflowClient:
         return reasons
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         """What the server refuses, and a server that does not answer, as one line."""
         import kfp_server_api
         import urllib3

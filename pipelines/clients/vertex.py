@@ -53,7 +53,7 @@ class VertexClient:
         self._place = place
         # The SDK tells a bucket that it may not look at with a traceback, and goes on.
         logging.getLogger("google.cloud.aiplatform.pipeline_jobs").setLevel(logging.CRITICAL)
-        with self._told():
+        with self._translate_errors():
             aiplatform.init(project=place.project, location=place.region, **_elsewhere(place))
             # Asked for before the network is: who is not logged in reads that, online and offline.
             _ = aiplatform.initializer.global_config.credentials
@@ -62,7 +62,7 @@ class VertexClient:
 
     def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:
         """Creates a pipeline job that has `name` as its id."""
-        with self._told():
+        with self._translate_errors():
             job = self._sdk.PipelineJob(
                 display_name=name,
                 template_path=str(package),
@@ -75,7 +75,7 @@ class VertexClient:
 
     def look(self, run: str) -> RunState:
         """The job's state and that of each task."""
-        with self._told():
+        with self._translate_errors():
             found = self._sdk.PipelineJob.get(run)
         resource = found.gca_resource
         tasks = tuple(task for task in map(_task, resource.job_detail.task_details) if task)
@@ -89,7 +89,7 @@ class VertexClient:
 
     def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
         """What the steps' containers wrote, oldest first, from Cloud Logging (role logging.viewer)."""
-        with self._told():
+        with self._translate_errors():
             details = self._sdk.PipelineJob.get(run).gca_resource.job_detail.task_details
         jobs = {
             detail.executor_detail.container_detail.main_job.rpartition("/")[2]: step_name(detail.task_name)
@@ -102,7 +102,7 @@ class VertexClient:
 
     def cancel(self, run: str) -> None:
         """Asks Vertex AI to end the job."""
-        with self._told():
+        with self._translate_errors():
             self._sdk.PipelineJob.get(run).cancel()
 
     def _entries(self, jobs: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -114,7 +114,7 @@ class VertexClient:
             "pageSize": PAGE,
         }
         while True:
-            with self._told():
+            with self._translate_errors():
                 answer = self._session().post(f"{self._logging}/v2/entries:list", json=body, timeout=60)
             if answer.status_code != 200:
                 remedy = "grant yourself roles/logging.viewer, or look at the run's page"
@@ -142,7 +142,7 @@ class VertexClient:
         place = f"locations/{self._place.region}/runs/{run}?project={self._place.project}"
         return f"https://console.cloud.google.com/vertex-ai/{place}"
 
-    def _told(self) -> contextlib.AbstractContextManager[None]:
+    def _translate_errors(self) -> contextlib.AbstractContextManager[None]:
         """What the service or the credentials refuse, and a service that does not answer, as one line."""
         from cappy.vertex import translate_errors
 

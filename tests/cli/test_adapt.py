@@ -14,7 +14,7 @@ import typer
 from wording import assert_names, raises_naming
 
 from cappy.cli.adapt import AdaptConfig, adapt, generators_for
-from cappy.cli.outcome import facts, step_told, told
+from cappy.cli.outcome import describe, describe_step, facts
 from cappy.cli.pipeline import NAMES, per_step
 from cappy.cli.steps import summary
 from cappy.config import build
@@ -92,7 +92,7 @@ def test_a_promotion_is_told_with_the_table_the_reasons_and_the_champions_comman
 ) -> None:
     outcome = make_outcome("promote")
     found = facts(outcome)
-    text = told(outcome, found)
+    text = describe(outcome, found)
     for row in ("random choice", "longest", "MBR", "scorer", "oracle", "95% interval"):
         assert row in text
     assert re.search(rf"^report +{re.escape(str(tmp_path))}/evaluation/report\.html$", text, re.MULTILINE)
@@ -104,7 +104,7 @@ def test_a_promotion_is_told_with_the_table_the_reasons_and_the_champions_comman
 
 def test_a_hold_is_told_with_its_reasons_and_the_challengers_command(make_outcome: Callable[..., Outcome]) -> None:
     outcome = make_outcome("hold")
-    text = told(outcome, facts(outcome))
+    text = describe(outcome, facts(outcome))
     assert re.search(r"alias challenger\ndecision  held.*\n +Because of this\.\n", text)
     assert text.endswith(" cappy serve --scorer models:/mine@challenger")
 
@@ -122,9 +122,9 @@ def test_why_training_kept_other_weights_than_the_last_is_shown_at_the_end(
     outcome = replace(outcome, outputs={**outcome.outputs, "finetuning": trained})
     found = facts(outcome)
     assert found["training"] == {"updates": 9, **made}
-    lines = [line for line in told(outcome, found).splitlines() if line.startswith("training")]
+    lines = [line for line in describe(outcome, found).splitlines() if line.startswith("training")]
     assert lines == ([f"training  {because}"] if because else [])
-    assert step_told(manifest, trained) == lines
+    assert describe_step(manifest, trained) == lines
     assert summary(manifest, trained, 1.0).splitlines()[:-1] == lines
     assert "updates 9" in summary(manifest, trained, 1.0)
 
@@ -148,11 +148,11 @@ def test_d2_and_c10_what_sampling_did_not_get_and_reasoning_are_reported_by_adap
     metrics = {"sampled": 40, "failed": 3, "reasoning": 30}
     unanswered = {"openai:m@http://h/v1": {"400 too long": 1, "400 too odd": 2}}
     write_manifest(sampled, Manifest(step="sampling", files=(), metrics=metrics, facts={"unanswered": unanswered}))
-    text = told(outcome, facts(replace(outcome, outputs={**outcome.outputs, "sampling": sampled})))
+    text = describe(outcome, facts(replace(outcome, outputs={**outcome.outputs, "sampling": sampled})))
     (unanswered_line,) = (line for line in text.splitlines() if "openai:m@http://h/v1" in line)
     assert_names(unanswered_line, "3 candidates", "2 of them", "400 too odd")
     assert_names(text, "caution   30 of 40 responses ", "reasoning")
-    assert "reasoning" not in told(outcome, facts(outcome))
+    assert "reasoning" not in describe(outcome, facts(outcome))
 
 
 def test_the_facts_are_json_with_the_reports_numbers(make_outcome: Callable[..., Outcome]) -> None:
@@ -242,7 +242,7 @@ def test_adapt_ends_with_the_cautions_of_its_steps(make_outcome: Callable[..., O
     assert_names(cut, "32 of 320 responses", "10.0 %", "64 new tokens", "--max-new-tokens 512")
     assert_names(reasoning, "8 of 320 (2.5 %)", "reasoning")
     assert_names(partly, "2 of 40 (5.0 %)", "Rouge-L", "part")
-    assert [line for line in told(outcome, found).splitlines() if line.startswith("caution")] == [
+    assert [line for line in describe(outcome, found).splitlines() if line.startswith("caution")] == [
         f"caution   {text}" for text in (cut, reasoning, partly)
     ]
 
@@ -307,7 +307,7 @@ def test_compile_writes_the_yaml_to_a_file_or_prints_it(here: Cappy, tmp_path: P
     ],
 )
 def test_a_step_says_what_came_of_it(step: str, found: dict[str, Any], lines: list[str]) -> None:
-    assert step_told(Manifest(step=step, files=(), facts=found), Path("target")) == lines
+    assert describe_step(Manifest(step=step, files=(), facts=found), Path("target")) == lines
 
 
 def test_folds_reach_the_evaluation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from cappy.records.folder import write_bytes
 
 _EXTRA = frozenset(
     {
-        *("candidates", "selectable", "room", "no\nsignal", "ties", "tied\nbest", "effective"),
+        *("candidates", "selectable", "headroom", "no\nsignal", "ties", "tied\nbest", "effective"),
         *("exactly\n0", "blank", "texts", "25%", "75%", "99%"),
     }
 )

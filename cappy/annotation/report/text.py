@@ -27,7 +27,7 @@ _NOTHING = "–"
 """A number that there is not."""
 DEFINITIONS: Mapping[str, str] = {
     "selectable": "an LLM's response or a choice, with status ok or truncated: what a selector may pick",
-    "random, oracle, room": "mean label ×100 of a random and of the best selectable response, and their difference",
+    "random, oracle, headroom": "mean label ×100 of a random and of the best selectable response, and their difference",
     "no signal": "instances whose selectable responses all have equal labels: whichever is picked, nothing changes",
     "ties": "pairs of different selectable responses of an instance with equal labels, mean over instances",
     "tied best": "instances whose best label several different selectable responses have",
@@ -157,14 +157,24 @@ def tables(report: DataReport) -> dict[str, Rows]:
 
 def _splits(report: DataReport) -> Rows:
     """Each split and all of them: sizes, what selection can gain."""
-    header = ("split", "instances", "candidates", "selectable", "random", "oracle", "room", "no\nsignal", "effective")
+    header = (
+        "split",
+        "instances",
+        "candidates",
+        "selectable",
+        "random",
+        "oracle",
+        "headroom",
+        "no\nsignal",
+        "effective",
+    )
 
     def row(name: str, pools: Pools) -> Row:
-        room = None if pools.oracle is None or pools.random is None else pools.oracle - pools.random
+        headroom = None if pools.oracle is None or pools.random is None else pools.oracle - pools.random
         return (
             name,
             *map(_count, (pools.instances, pools.candidates, pools.selectable)),
-            *map(_label, (pools.random, pools.oracle, room)),
+            *map(_label, (pools.random, pools.oracle, headroom)),
             _share(pools.no_signal),
             _number(pools.effective),
         )
@@ -308,8 +318,8 @@ def _table(rows: Sequence[Row]) -> str:
     stacked = [tuple(([""] * (height - len(cell)) + cell)[line] for cell in header) for line in range(height)]
     every = [*stacked, *rows[1:]]
     widths = [max(cell_len(row[column]) for row in every) for column in range(1, len(header))]
-    room = max(WIDTH - sum(widths) - 2 * len(widths), _NARROWEST_NAME)
-    names = [_cut(row[0], room) for row in every]
+    width = max(WIDTH - sum(widths) - 2 * len(widths), _NARROWEST_NAME)
+    names = [_cut(row[0], width) for row in every]
     first = max(map(cell_len, names))
     lines = (
         [name + " " * (first - cell_len(name)), *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths, strict=True))]
@@ -318,16 +328,16 @@ def _table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def _cut(name: str, room: int) -> str:
-    """A name in one line, its middle left out where it is wider than `room` cells."""
+def _cut(name: str, width: int) -> str:
+    """A name in one line, its middle left out where it is wider than `width` cells."""
     line = _plain(name)
-    if cell_len(line) <= room:
+    if cell_len(line) <= width:
         return line
-    tail = (room - 1) // 2
+    tail = (width - 1) // 2
     end = line[-tail:]
     while cell_len(end) > tail:
         end = end[1:]
-    return f"{set_cell_size(line, room - 1 - cell_len(end)).rstrip()}…{end}"
+    return f"{set_cell_size(line, width - 1 - cell_len(end)).rstrip()}…{end}"
 
 
 def _plain(text: str) -> str:

@@ -153,7 +153,7 @@ def cancellation() -> Iterator[Callable[[], str]]:
 
 
 class _Follower:
-    """What is remembered of a job between two looks at it."""
+    """The state of a job between two looks at it."""
 
     def __init__(self, jobs: Jobs, name: str, limits: Limits, hooks: Hooks) -> None:
         self.jobs, self.name, self.limits, self.hooks = jobs, name, limits, hooks

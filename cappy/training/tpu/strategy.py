@@ -266,7 +266,7 @@ class Engine:
 
     def logits(self, tokens: Tokens) -> Array:
         """Logits (rows,) without dropout."""
-        logits: Array = self._logits(self.params, self.placed(tokens))
+        logits: Array = self._logits(self.params, self.to_devices(tokens))
         return logits
 
     def passed(self, tokens: Tokens, *, seed: int, first: int) -> tuple[Array, Pullback]:
@@ -274,17 +274,19 @@ class Engine:
 
         The numbers count from `first`.
         """
-        passed: tuple[Array, Pullback] = self._pass(self.params, self.placed(tokens), np.uint32(seed), np.uint32(first))
+        passed: tuple[Array, Pullback] = self._pass(
+            self.params, self.to_devices(tokens), np.uint32(seed), np.uint32(first)
+        )
         return passed
 
     def pull(self, pullback: Pullback, gradient: NDArray[np.float32]) -> None:
         """Adds the parameters' gradients, given that of a pass's logits, (rows,); returns before they are computed."""
         self.sums = self._pull(self.sums, pullback, jax.device_put(gradient, self._shared))
 
-    def placed(self, tokens: Tokens) -> Tokens:
+    def to_devices(self, tokens: Tokens) -> Tokens:
         """The tokens on the devices, an equal part of the rows on each."""
-        placed: Tokens = jax.device_put(tokens, self._shared)
-        return placed
+        moved: Tokens = jax.device_put(tokens, self._shared)
+        return moved
 
     def forget(self) -> None:
         """Drops the gradients."""

@@ -178,7 +178,7 @@ def test_eight_devices_compute_what_one_does_dropout_included(
         gradients = strategy.engine.gradients()
         results.append((first, updated(scorer, strategy, corpus, settings, 1), gradients))
     spread = strategy.engine  # Of the last, on eight devices: an eighth of the rows on each, and all parameters.
-    rows: Any = spread.placed(np.zeros((16, 32), np.int32))  # type: ignore[arg-type]
+    rows: Any = spread.to_devices(np.zeros((16, 32), np.int32))  # type: ignore[arg-type]
     assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 32)}
     for array in (rows, *spread.params.values(), *spread.sums.values()):
         assert len(array.sharding.device_set) == 8
