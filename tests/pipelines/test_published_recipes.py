@@ -25,7 +25,7 @@ Values = Mapping[str, Mapping[str, Any]]
 FINETUNING: Values = {
     "preparation": {"mixture": "bigbench45", "validation": 0.0, "seed": 0},
     "sampling": {"strategy": "paper17-leaky", "max_new_tokens": 0, "seed": 42},
-    "annotation": {"recipe": "paper", "metric": "rougeL", "mismatches": 1},
+    "annotation": {"preset": "paper", "metric": "rougeL", "mismatches": 1},
     "finetuning": {
         "scorer": "/data/models/cappy-large",
         "metric": "rougeL",
@@ -57,7 +57,7 @@ PRETRAINING: Values = {
         "strategy": "paper-pretrain",
         "max_new_tokens": 0,
     },
-    "annotation": {"recipe": "paper", "metric": "rougeL", "mismatches": 1},
+    "annotation": {"preset": "paper", "metric": "rougeL", "mismatches": 1},
     "pretraining": {
         "encoder": "/data/models/roberta-large",
         "preset": "paper",
@@ -143,7 +143,7 @@ OTHERS: Mapping[str, Any] = {
     "epochs": 2.0,
     "max_length": 256,
     "unit": "instance",
-    "recipe": "default",
+    "preset": "default",
     "strategy": "sampling8",
     "keep": "best",
     "precision": "bf16",
