@@ -121,8 +121,8 @@ def _readings(text: str) -> tuple[Number | None, ...]:
     for part in (boxed, text):
         # A number stands within one line, and the lines before the last one with a number need not be read.
         for line in reversed(part.splitlines()):
-            if found := _of_line(line):
-                return found
+            if numbers := _of_line(line):
+                return numbers
     return (None,)
 
 
@@ -268,40 +268,40 @@ def _normalized(line: str) -> str:
     if not line.isascii():
         line = re.sub("[₀-₉]+", " ", line)
         line = _OTHER_ROOT.sub("√ ", line)
-        line = _SUPERSCRIPT.sub(lambda found: f"^({found[0].translate(_SUPERSCRIPTS)})", line)
+        line = _SUPERSCRIPT.sub(lambda match: f"^({match[0].translate(_SUPERSCRIPTS)})", line)
         line = line.translate(_CHARACTERS)
         # A vulgar fraction is marked: after a digit it is the fraction of a mixed number.
-        line = re.sub("([0-9]?)\u2064", lambda found: f"{found[1]} " if found[1] else "", line)
+        line = re.sub("([0-9]?)\u2064", lambda match: f"{match[1]} " if match[1] else "", line)
     if "<su" in line:
-        line = _HTML.sub(lambda found: f"^({found[1]})" if found[1] else " ", line)
+        line = _HTML.sub(lambda match: f"^({match[1]})" if match[1] else " ", line)
     if "_" in line:
         line = _SUBSCRIPT.sub(" ", line)
     if "\\" in line or "{" in line:
         line = _without_latex(line)
     if "√" in line or "sqrt" in line:
-        line = _ROOT.sub(lambda found: _under_root(found[1]), line)
+        line = _ROOT.sub(lambda match: _under_root(match[1]), line)
     if "~" in line:
         line = _TIE.sub(" ", line)
     line = _AFTER_EQUALS.sub("= -", line)
-    return _SPACED.sub(lambda found: re.sub("[ \u00a0]", "'", found[0]), line)
+    return _SPACED.sub(lambda match: re.sub("[ \u00a0]", "'", match[0]), line)
 
 
 def _without_latex(line: str) -> str:
     line = line.replace("\\\\", " ; ").replace("\\!", "")
-    line = _LATEX_SEPARATOR.sub(lambda found: found[1] or found[2], line)
+    line = _LATEX_SEPARATOR.sub(lambda match: match[1] or match[2], line)
     line = re.sub(r"\\(?:[,;: ]|thinspace(?![A-Za-z]))", "\u00a0", line)
     line = _LATEX_FRACTION.sub(_fraction, line)
     if "sqrt" in line:
         line = _LATEX_ROOT.sub(_latex_root, line)
-        line = _ROOT_FRACTION.sub(lambda found: f" {found[1] or found[3]}/{found[2] or found[4]} ", line)
+        line = _ROOT_FRACTION.sub(lambda match: f" {match[1] or match[3]}/{match[2] or match[4]} ", line)
     line = re.sub(r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?", "°", line)
     line = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "×", line)
     line = re.sub(r"\\[A-Za-z]+\*?", " ", line)
     return re.sub(r"\\([$%#&_()\[\]])", r"\1", line.replace("\\{", "(").replace("\\}", ")"))
 
 
-def _latex_root(found: re.Match[str]) -> str:
-    index, inner = (found[1] or "2").strip(), found[2] or found[3] or ""
+def _latex_root(match: re.Match[str]) -> str:
+    index, inner = (match[1] or "2").strip(), match[2] or match[3] or ""
     return _under_root(inner) if index == "2" else "√ "
 
 
@@ -313,8 +313,8 @@ def _under_root(inner: str) -> str:
     return f"√({number[1]})" if "/" in number[1] else f"√{number[1]}"
 
 
-def _fraction(found: re.Match[str]) -> str:
-    before, above, below = found[1], found[2] or found[3], found[4] or found[5]
+def _fraction(match: re.Match[str]) -> str:
+    before, above, below = match[1], match[2] or match[3], match[4] or match[5]
     return f"{before + ' ' if before else ''}{above}/{below}"
 
 

@@ -89,19 +89,19 @@ def threshold(report: str | Path, *, precision: float, good: float, confidence: 
     """
     held, reported = _read_picks(Path(report))
     enough = held.labels >= good
-    found = lowest(held.scores, enough, held.groups, precision, confidence)
-    if found is None:
+    level = lowest(held.scores, enough, held.groups, precision, confidence)
+    if level is None:
         return None
-    own = held.scores >= found
+    own = held.scores >= level
     folds = np.unique(held.fold)
-    kept = reported.scores >= found
+    kept = reported.scores >= level
     if len(folds) > 1:
         kept = _kept_by_others(held, enough, precision, confidence)
     answered, groups = reported.labels[kept] >= good, reported.groups[kept].tolist()
     estimate = statistics.share(answered.astype(np.float64), groups) if groups else None
     fitted = read_calibration(report)
     return Threshold(
-        threshold=found,
+        threshold=level,
         floor=lowest(held.expected(fitted), enough, held.groups, precision, confidence) if fitted else None,
         good=good,
         wanted=precision,
@@ -124,10 +124,10 @@ def pick_rows(pools: Sequence[Pool], fold: int | None = None) -> list[PickRow]:
 
     An evaluation keeps them by the names `held_out` and `reported`, a cross-fitted one by `out_of_fold`.
     """
-    found = calibration.picks(pools, [pool.scores["scorer"] for pool in pools])
+    picked = calibration.picks(pools, [pool.scores["scorer"] for pool in pools])
     groups = [pool.instance.group_id for pool in pools]
     more = () if fold is None else (fold,)
-    rows = zip(found.scores.tolist(), found.labels.tolist(), groups, found.sizes, strict=True)
+    rows = zip(picked.scores.tolist(), picked.labels.tolist(), groups, picked.sizes, strict=True)
     return [(*row, *more) for row in rows]
 
 
@@ -140,15 +140,15 @@ def lowest(
     """
     order = np.argsort(-scores, kind="stable")
     ranked, enough, of = scores[order], good[order], groups[order]
-    found = None
+    lowest_level = None
     for count in _sequence(of, precision, confidence):
         level = ranked[count - 1]
         # Of equal scores all are kept or none.
         kept = int(np.searchsorted(-ranked, -level, side="right"))
         if lower_bound(enough[:kept], of[:kept], confidence) < precision:
             break
-        found = float(level)
-    return found
+        lowest_level = float(level)
+    return lowest_level
 
 
 def lower_bound(good: Flags, groups: npt.NDArray[np.str_], confidence: float = CONFIDENCE) -> float:
@@ -178,9 +178,9 @@ def groups_needed(precision: float, confidence: float, bad: int = 0) -> int | No
     return count
 
 
-def sentence(found: Threshold | None, *, precision: float, good: float, confidence: float = CONFIDENCE) -> str:
+def sentence(answer: Threshold | None, *, precision: float, good: float, confidence: float = CONFIDENCE) -> str:
     """The answer, for a person."""
-    if found is None:
+    if answer is None:
         needed = groups_needed(precision, confidence)
         reason = (
             "no number of picks shows that all are good" if needed is None else f"it takes {needed:,} groups or more"
@@ -189,25 +189,25 @@ def sentence(found: Threshold | None, *, precision: float, good: float, confiden
             f"No score is shown, with {100 * confidence:g}% confidence, to keep {100 * precision:g}% of the picks at a "
             f"label of {good:g} or more ({reason}): ask for less, hold out more instances, or train a better scorer."
         )
-    picks = "out-of-fold picks" if found.folds else "held-out picks"
-    floor = "" if found.floor is None else f" (cappy gateway with this calibration: --floor {found.floor:.6g})"
+    picks = "out-of-fold picks" if answer.folds else "held-out picks"
+    floor = "" if answer.floor is None else f" (cappy gateway with this calibration: --floor {answer.floor:.6g})"
     text = (
-        f"threshold {found.threshold:.6g}{floor}: {100 * found.held_out_precision:.1f}% of the {picks} at or above it "
-        f"have a label of {good:g} or more, at least {100 * found.held_out_low:.1f}% with {100 * confidence:g}% "
+        f"threshold {answer.threshold:.6g}{floor}: {100 * answer.held_out_precision:.1f}% of the {picks} at or above "
+        f"it have a label of {good:g} or more, at least {100 * answer.held_out_low:.1f}% with {100 * confidence:g}% "
         "confidence"
     )
-    tried = f"of the {found.reported} reported instances it answers"
-    if found.folds:
-        tried = f"chosen on the other folds and tried on each of {found.folds}, such a threshold answers"
-    if found.precision is None or found.low is None or found.high is None:
+    tried = f"of the {answer.reported} reported instances it answers"
+    if answer.folds:
+        tried = f"chosen on the other folds and tried on each of {answer.folds}, such a threshold answers"
+    if answer.precision is None or answer.low is None or answer.high is None:
         return f"{text}; {tried} none."
-    interval = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
-    proof = "" if found.low >= precision else ", so they alone do not prove what you ask for"
+    interval = f"{100 * answer.low:.1f} to {100 * answer.high:.1f}"
+    proof = "" if answer.low >= precision else ", so they alone do not prove what you ask for"
     text = (
-        f"{text}; {tried} {100 * found.coverage:.1f}%, of which {100 * found.precision:.1f}% are good (95% interval "
-        f"{interval} over {found.groups} groups{proof})."
+        f"{text}; {tried} {100 * answer.coverage:.1f}%, of which {100 * answer.precision:.1f}% are good (95% interval "
+        f"{interval} over {answer.groups} groups{proof})."
     )
-    if found.folds:
+    if answer.folds:
         text += (
             " The scorers of the folds are not on one scale: try it on the scorer's own split before you rely on it."
         )
@@ -219,9 +219,9 @@ def _kept_by_others(picks: _Picks, good: Flags, precision: float, confidence: fl
     kept = np.zeros(len(picks.scores), dtype=bool)
     for fold in np.unique(picks.fold):
         own, others = picks.fold == fold, picks.fold != fold
-        found = lowest(picks.scores[others], good[others], picks.groups[others], precision, confidence)
-        if found is not None:
-            kept[own] = picks.scores[own] >= found
+        level = lowest(picks.scores[others], good[others], picks.groups[others], precision, confidence)
+        if level is not None:
+            kept[own] = picks.scores[own] >= level
     return kept
 
 
@@ -252,8 +252,8 @@ def _read_picks(report: Path) -> tuple[_Picks, _Picks]:
         if folds:
             if not values.get("out_of_fold"):
                 raise FolderError(f"{path}: has no out-of-fold picks, an older version wrote it; evaluate again")
-            found = _picks(values["out_of_fold"], columns=5)
-            return found, found
+            picks = _picks(values["out_of_fold"], columns=5)
+            return picks, picks
         if not values.get("held_out"):
             raise FolderError(
                 f"{path}: has no held-out picks to choose a threshold on; evaluate on --split test, with a validation "
@@ -272,13 +272,13 @@ def _picks(rows: Sequence[Sequence[str | float]], columns: int) -> _Picks:
     if any(len(row) != columns for row in rows):
         raise ValueError("rows of another length")
     scores, labels, groups, sizes, *folds = ([row[place] for row in rows] for place in range(columns))
-    found = _Picks(
+    picks = _Picks(
         scores=np.array(scores, dtype=np.float64),
         labels=np.array(labels, dtype=np.float64),
         groups=np.array(groups, dtype=np.str_),
         sizes=np.array(sizes, dtype=np.int64),
         fold=np.array(folds[0] if folds else [0] * len(rows), dtype=np.int64),
     )
-    if not np.isfinite([found.scores, found.labels]).all() or (found.sizes < 1).any():
+    if not np.isfinite([picks.scores, picks.labels]).all() or (picks.sizes < 1).any():
         raise ValueError("scores or labels that are no finite numbers")
-    return found
+    return picks

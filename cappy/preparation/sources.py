@@ -134,11 +134,11 @@ def _records(shards: Sequence[Path], path: Path, config: PreparationConfig) -> S
     )
 
 
-def _with_responses(found: Row, config: PreparationConfig) -> Row:
-    if config.unlabelled and not found.instance.candidates:
+def _with_responses(row: Row, config: PreparationConfig) -> Row:
+    if config.unlabelled and not row.instance.candidates:
         remedy = "sample responses first, or leave --unlabelled out"
-        raise RecordError(f"{found.where}: has no responses; {remedy}")
-    return found
+        raise RecordError(f"{row.where}: has no responses; {remedy}")
+    return row
 
 
 def _check_shards(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
@@ -178,7 +178,7 @@ def _bigbench(tasks: Sequence[Path], path: Path, config: PreparationConfig) -> S
     return Source(
         name=str(path),
         format="bigbench",
-        rows=lambda: (parse_row(*found, task="", max_characters=config.max_characters) for found in rows()),
+        rows=lambda: (parse_row(*row, task="", max_characters=config.max_characters) for row in rows()),
         task=config.task or "",
         unused=unused,
         parents=tuple(map(sha256_of, tasks)),
@@ -254,16 +254,16 @@ def _exclude(rows: Iterator[Row], patterns: Sequence[str], unused: Unused) -> It
         yield from rows
         return
     hit: dict[str, str | None] = {}
-    for found in rows:
-        for candidate in found.instance.candidates:
+    for row in rows:
+        for candidate in row.instance.candidates:
             name = candidate.generator
             if name not in hit:
                 hit[name] = next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
-        kept = tuple(one for one in found.instance.candidates if hit[one.generator] is None)
-        if found.instance.candidates and not kept and not found.instance.references:
+        kept = tuple(one for one in row.instance.candidates if hit[one.generator] is None)
+        if row.instance.candidates and not kept and not row.instance.references:
             remedy = "mend --exclude, or delete the row"
-            raise RecordError(f"{found.where}: no candidate is left without the excluded systems; {remedy}")
-        yield replace(found, instance=replace(found.instance, candidates=kept))
+            raise RecordError(f"{row.where}: no candidate is left without the excluded systems; {remedy}")
+        yield replace(row, instance=replace(row.instance, candidates=kept))
     idle = sorted(set(patterns) - set(hit.values()))
     if idle:
         systems = shown(", ".join(sorted(filter(None, hit))) or "none", 120)
@@ -312,11 +312,11 @@ def _survey_groups(rows: Callable[[], Iterator[Row]], wanted: Literal["auto", "a
     With auto, nothing is gathered unless every row has exactly one response: reading ends at the first that has not.
     """
     keys: list[int] = []
-    for found in rows() if wanted != "never" else ():
-        if wanted == "auto" and len(found.instance.candidates) != 1:
+    for row in rows() if wanted != "never" else ():
+        if wanted == "auto" and len(row.instance.candidates) != 1:
             keys = []
             break
-        keys.append(_prompt_key(found))
+        keys.append(_prompt_key(row))
     hashes, numbers = np.unique(np.array(keys, dtype=np.uint64), return_counts=True)
     many = numbers > 1
     counts = Counter(dict(zip(hashes[many].tolist(), numbers[many].tolist(), strict=True)))
@@ -329,24 +329,24 @@ def _gather(rows: Callable[[], Iterator[Row]], grouping: _Grouping) -> Iterator[
     RecordError where so much is held at once that memory would run out.
     """
     left, held, characters = Counter(grouping.counts), dict[int, Row](), 0
-    for found in rows():
-        key = _prompt_key(found)
+    for row in rows():
+        key = _prompt_key(row)
         if key not in left:
-            yield found
+            yield row
             continue
         left[key] -= 1
         if key in held:
             earlier = held.pop(key)
             characters -= _num_characters(earlier)
-            found = _join_rows(earlier, found)
+            row = _join_rows(earlier, row)
         if left[key]:
-            held[key] = found
-            characters += _num_characters(found)
+            held[key] = row
+            characters += _num_characters(row)
             if characters > MAX_HELD_CHARACTERS:
                 remedy = "sort the file by prompt, or set --group-responses never"
-                raise RecordError(f"{found.where}: rows of one prompt stand too far apart to be gathered; {remedy}")
+                raise RecordError(f"{row.where}: rows of one prompt stand too far apart to be gathered; {remedy}")
         else:
-            yield found
+            yield row
 
 
 def _join_rows(first: Row, second: Row) -> Row:

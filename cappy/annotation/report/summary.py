@@ -86,16 +86,16 @@ class _Summary:
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Takes a batch of a bounded number of rows in."""
-        found = candidates(batch, self._metric)
+        columns = candidates(batch, self._metric)
         splits = codes(batch["split"], "train")
-        self._add_pools(found, splits, codes(batch["task"]))
-        self._add_responses(found)
+        self._add_pools(columns, splits, codes(batch["task"]))
+        self._add_responses(columns)
         instructions = codes(batch["instruction"])
         self._add_texts("instruction", instructions)
         self._add_texts("reference", codes(batch["references"].flatten()))
         self._instructions.add(_hashes(instructions, prompt_hash), splits)
         self._groups.add(_hashes(_groups(batch), _text_hash), splits)
-        self._add_visibility(batch["references"].to_pylist(), found)
+        self._add_visibility(batch["references"].to_pylist(), columns)
 
     def report(self) -> DataReport:
         """The report of the rows so far."""
@@ -119,29 +119,29 @@ class _Summary:
             partly_invisible_to_rouge_l=self._partly_invisible,
         )
 
-    def _add_pools(self, found: Candidates, splits: Codes, tasks: Codes) -> None:
-        rows = measured(found)
+    def _add_pools(self, columns: Candidates, splits: Codes, tasks: Codes) -> None:
+        rows = measured(columns)
         self._pools["total"].add([""], np.zeros(len(rows), dtype=np.int64), rows)
         for name, column in (("split", splits), ("task", tasks)):
             self._pools[name].add(column.names(), column.index, rows)
 
-    def _add_responses(self, found: Candidates) -> None:
-        proposed, llm = found.proposed, found.source.among("llm")
-        words = num_words(found.response.values)
-        blank = words[found.response.index] == 0
-        self._labels.add(found, blank)
+    def _add_responses(self, columns: Candidates) -> None:
+        proposed, llm = columns.proposed, columns.source.among("llm")
+        words = num_words(columns.response.values)
+        blank = words[columns.response.index] == 0
+        self._labels.add(columns, blank)
         self._empty += int((blank & proposed).sum())
-        times = _times(found.response, proposed)
+        times = _times(columns.response, proposed)
         self._words["response"].add(words, times)
-        self._characters["response"].add(num_characters(found.response.values), times)
-        self._statuses.update(dict(zip(found.status.names(), _times(found.status, llm).tolist(), strict=True)))
+        self._characters["response"].add(num_characters(columns.response.values), times)
+        self._statuses.update(dict(zip(columns.status.names(), _times(columns.status, llm).tolist(), strict=True)))
 
-    def _add_visibility(self, references: list[list[str] | None], found: Candidates) -> None:
+    def _add_visibility(self, references: list[list[str] | None], columns: Candidates) -> None:
         self._invisible += sum(not any(map(visible, texts or ())) for texts in references)
         partly = np.fromiter((any(map(partly_visible, texts or ())) for texts in references), dtype=np.bool_)
-        texts = found.response.names()
+        texts = columns.response.names()
         responses = np.fromiter(map(partly_visible, texts), dtype=np.bool_, count=len(texts))
-        partly[found.owner[responses[found.response.index] & found.source.among("llm")]] = True
+        partly[columns.owner[responses[columns.response.index] & columns.source.among("llm")]] = True
         self._partly_invisible += int(partly.sum())
 
     def _add_texts(self, name: str, texts: Codes) -> None:
@@ -156,16 +156,16 @@ class _Summary:
         return self._labels.grouped(lambda key: "").get("", (_NO_LABELS, 0))[0]
 
     def _sources(self) -> dict[str, Labels]:
-        found = self._labels.grouped(lambda key: key[0])
-        return {source: found[source][0] for source in SOURCES if source in found}
+        labels = self._labels.grouped(lambda key: key[0])
+        return {source: labels[source][0] for source in SOURCES if source in labels}
 
     def _generators(self) -> tuple[Generator, ...]:
-        found = [
+        generators = [
             Generator(generator=key[1], decoding=key[2], empty=empty, labels=labels)
             for key, (labels, empty) in self._labels.grouped(lambda key: key).items()
             if key[0] == "llm"
         ]
-        return tuple(sorted(found, key=lambda generator: -generator.labels.count))
+        return tuple(sorted(generators, key=lambda generator: -generator.labels.count))
 
 
 def _times(texts: Codes, wanted: Flags | None = None) -> Ints:
@@ -228,11 +228,11 @@ class LabelTotals:
         columns = (candidates.source, candidates.generator, candidates.decoding)
         shape = tuple(max(len(column.values), 1) for column in columns)
         combined = np.ravel_multi_index(tuple(column.index for column in columns), shape)
-        found, index = np.unique(combined, return_inverse=True)
+        columns, index = np.unique(combined, return_inverse=True)
         names = [column.names() for column in columns]
         keys = [
             (names[0][source], names[1][generator], names[2][decoding])
-            for source, generator, decoding in zip(*np.unravel_index(found, shape), strict=True)
+            for source, generator, decoding in zip(*np.unravel_index(columns, shape), strict=True)
         ]
         cells = np.bincount(index * _CELLS + _cell(candidates.labels), minlength=len(keys) * _CELLS)
         sums = np.zeros((len(keys), 2), dtype=np.int64)
