@@ -94,14 +94,16 @@ def cut(text: str, limit: int, *keys: str) -> str:
 
     Where the text ends within a secret, as a body that was broken off does, the beginning of the secret goes too.
     """
-    found = redact(text[:WINDOW], *keys)
+    redacted = redact(text[:WINDOW], *keys)
     if len(text) > WINDOW:
         # The window may end within a secret, which is then not known by its value.
         longest = max([_known().longest, *(len(form) for key in keys for form in _forms(key.strip()))])
-        found = f"{found[: max(0, min(len(found) - longest, limit))]}…"
+        redacted = f"{redacted[: max(0, min(len(redacted) - longest, limit))]}…"
     else:
-        found = _without_beginning(found, [*_known().forms, *(form for key in keys for form in _forms(key.strip()))])
-    return found if len(found) <= limit else f"{found[: limit - 1]}…"
+        redacted = _without_beginning(
+            redacted, [*_known().forms, *(form for key in keys for form in _forms(key.strip()))]
+        )
+    return redacted if len(redacted) <= limit else f"{redacted[: limit - 1]}…"
 
 
 def _without_beginning(text: str, forms: Iterable[str]) -> str:
@@ -232,10 +234,10 @@ def _paths(environment: dict[str, str]) -> list[Path]:
 
 def _stamp(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError):
         return None
-    return (found.st_mtime_ns, found.st_size)
+    return (status.st_mtime_ns, status.st_size)
 
 
 def _text(path: Path) -> str:
@@ -248,9 +250,9 @@ def _text(path: Path) -> str:
 
 def _parts(text: str, *, lists: bool) -> set[str]:
     """The secrets in a value: the whole, each of a list, and what secret names have in JSON and connection strings."""
-    found = {text, *(re.split(r"[,\n]", text) if lists else ())}
+    parts = {text, *(re.split(r"[,\n]", text) if lists else ())}
     pairs = (pair.partition("=") for pair in text.split(";"))
-    found.update(value for name, _, value in pairs if _QUERY_NAME.search(name))
+    parts.update(value for name, _, value in pairs if _QUERY_NAME.search(name))
     if text.lstrip().startswith("{"):
         try:
             values: dict[str, object] = json.loads(text)
@@ -258,8 +260,8 @@ def _parts(text: str, *, lists: bool) -> set[str]:
             values = {}
         named = [value for name, value in values.items() if _QUERY_NAME.search(name) and isinstance(value, str)]
         # A private key is also printed line by line.
-        found.update(line for value in named for line in [value, *value.split("\n")] if not line.startswith("-----"))
-    return _long(found)
+        parts.update(line for value in named for line in [value, *value.split("\n")] if not line.startswith("-----"))
+    return _long(parts)
 
 
 def _of_headers(text: str) -> set[str]:
@@ -283,12 +285,12 @@ def _of_address(address: str) -> set[str]:
     authority, at, _ = rest.rpartition("@")
     user, colon, password = authority.partition(":")
     # A parser that ends the host elsewhere names the parts in its error.
-    found = {password, *re.split("[@/?#:]", password)} if at and colon else set()
+    parts = {password, *re.split("[@/?#:]", password)} if at and colon else set()
     if at and not colon and scheme in ("http", "https") and len(user) >= 3 * SHORTEST:
-        found.add(user)  # A token in a user's place.
-    found.update(value for _, name, value in _PARAMETER.findall(rest) if _QUERY_NAME.search(name))
+        parts.add(user)  # A token in a user's place.
+    parts.update(value for _, name, value in _PARAMETER.findall(rest) if _QUERY_NAME.search(name))
     basic = {_basic(unquote(user), unquote(password))} if password else set()
-    return _long([*found, *map(unquote, found), *basic])
+    return _long([*parts, *map(unquote, parts), *basic])
 
 
 def _basic(user: str, password: str) -> str:
@@ -314,5 +316,5 @@ def _forms(value: str) -> Iterable[str]:
     in_json |= {_escaped(form, marks, digits) for form in in_json for marks, digits in _JSON_ESCAPES}
     # An answer's text is often the JSON of another server.
     written |= in_json | {json.dumps(form)[1:-1] for form in in_json}
-    found = {value, *written, *encoded, *(one.rstrip("=") for one in encoded)}
-    return (form for form in found if len(form) >= SHORTEST)
+    forms = {value, *written, *encoded, *(one.rstrip("=") for one in encoded)}
+    return (form for form in forms if len(form) >= SHORTEST)

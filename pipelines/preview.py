@@ -31,14 +31,14 @@ class Line:
 
 def lines(recipe: Recipe) -> list[Line]:
     """A line for each step; its cost is None where the recipe has no price for what it runs on."""
-    found = []
+    made = []
     for step in recipe.steps:
         needs = recipe.needs(step)
         many = recipe.shards if STEP_SPECS[step].sharded else 1
         machines = many * needs.nodes
         units = machines * (needs.count if needs.accelerator != "none" else 1)
         price = recipe.prices.get(needs.accelerator)
-        found.append(
+        made.append(
             Line(
                 step=step,
                 image=image(recipe, step),
@@ -52,7 +52,7 @@ def lines(recipe: Recipe) -> list[Line]:
                 cost=None if price is None else units * needs.hours * price,
             )
         )
-    return found
+    return made
 
 
 def graph(recipe: Recipe) -> str:
@@ -67,31 +67,31 @@ def graph(recipe: Recipe) -> str:
 
 def to_json(recipe: Recipe, platform: Platform) -> dict[str, object]:
     """The preview as JSON values; `cost` is None where some step has no price."""
-    found = lines(recipe)
+    estimates = lines(recipe)
     return {
         "pipeline": recipe.pipeline,
         "platform": platform,
         "graph": graph(recipe),
         "work": str(work_of(recipe, platform)),
-        "steps": [asdict(line) for line in found],
-        "most_cost": None if unpriced(found) else most_cost(found),
-        "most_cost_with_retries": None if unpriced(found) else most_cost(found, retried=True),
+        "steps": [asdict(line) for line in estimates],
+        "most_cost": None if unpriced(estimates) else most_cost(estimates),
+        "most_cost_with_retries": None if unpriced(estimates) else most_cost(estimates, retried=True),
     }
 
 
-def most_cost(found: list[Line], *, retried: bool = False) -> float:
+def most_cost(estimates: list[Line], *, retried: bool = False) -> float:
     """What the priced steps cost at most: in one attempt each, or with every retry used up."""
-    return sum((line.cost or 0.0) * (1 + line.retries if retried else 1) for line in found)
+    return sum((line.cost or 0.0) * (1 + line.retries if retried else 1) for line in estimates)
 
 
-def unpriced(found: list[Line]) -> list[str]:
+def unpriced(estimates: list[Line]) -> list[str]:
     """The steps whose machines the recipe has no price for."""
-    return [line.step for line in found if line.cost is None]
+    return [line.step for line in estimates if line.cost is None]
 
 
 def text(recipe: Recipe, platform: Platform) -> str:
     """The preview for a terminal."""
-    found = lines(recipe)
+    estimates = lines(recipe)
     header = (
         "step",
         "machines",
@@ -117,17 +117,17 @@ def text(recipe: Recipe, platform: Platform) -> str:
             "no price" if line.cost is None else f"{line.cost:,.2f}",
             line.image,
         )
-        for line in found
+        for line in estimates
     ]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     table = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (header, *rows)
     ]
-    lacking = unpriced(found)
+    lacking = unpriced(estimates)
     cost = "not known"
-    if len(lacking) < len(found):
-        once, all_retries = most_cost(found), most_cost(found, retried=True)
+    if len(lacking) < len(estimates):
+        once, all_retries = most_cost(estimates), most_cost(estimates, retried=True)
         cost = f"at most {once:,.2f} where no step is tried again, {all_retries:,.2f} with every retry used"
     if lacking:
         cost += f"; no price for {', '.join(lacking)} (prices: in the recipe)"

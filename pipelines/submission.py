@@ -65,12 +65,12 @@ def prepare(
     shared_out = {step: {**steps.get(step, {}), **shared} for step in names}
     registry = registry or address
     settings = resolved(shared_out, work=work, tracking_uri=registry, revision=revision, images=images)
-    found = fingerprints(settings, tracking_uri=registry, revision=revision, images=images)
-    by_shard = _by_shard(found, shards)
+    digests = fingerprints(settings, tracking_uri=registry, revision=revision, images=images)
+    by_shard = _by_shard(digests, shards)
     return Submission(
         pipeline=pipeline,
         arguments=arguments(
-            settings, found, by_shard, {**shared, "tracking_uri": "" if has_secret(address) else address}
+            settings, digests, by_shard, {**shared, "tracking_uri": "" if has_secret(address) else address}
         ),
         fingerprints=by_shard,
         tracking_uri=address,
@@ -103,23 +103,23 @@ def refuse_placed(pipeline: str, steps: Mapping[str, StepSettings]) -> None:
             raise ConfigError(f"{step}: --shard is what the pipeline gives each; say how many: shards, or --shards")
 
 
-def _by_shard(found: Mapping[str, str], shards: int) -> dict[str, str]:
+def _by_shard(digests: Mapping[str, str], shards: int) -> dict[str, str]:
     """The fingerprints under which steps and shards leave their records: `sampling 0/4` and so on in place of a step.
 
     Shards stand one after the other, each with its steps in order, which is how they run.
     """
     if shards == 1:
-        return dict(found)
-    sharded = [step for step in found if STEP_SPECS[step].sharded]
-    spread = {f"{step} {shard}": f"{found[step]}-{shard}" for shard in shards_of(shards) for step in sharded}
-    before = list(found)[: list(found).index(sharded[0])]
-    after = [step for step in found if step not in (*before, *sharded)]
-    return {**{step: found[step] for step in before}, **spread, **{step: found[step] for step in after}}
+        return dict(digests)
+    sharded = [step for step in digests if STEP_SPECS[step].sharded]
+    spread = {f"{step} {shard}": f"{digests[step]}-{shard}" for shard in shards_of(shards) for step in sharded}
+    before = list(digests)[: list(digests).index(sharded[0])]
+    after = [step for step in digests if step not in (*before, *sharded)]
+    return {**{step: digests[step] for step in before}, **spread, **{step: digests[step] for step in after}}
 
 
 def arguments(
     settings: Mapping[str, StepSettings],
-    found: Mapping[str, str],
+    digests: Mapping[str, str],
     by_shard: Mapping[str, str],
     tracking: Mapping[str, str],
 ) -> dict[str, object]:
@@ -133,7 +133,7 @@ def arguments(
         values[f"{step}_settings"] = encode(
             {key: chosen[key] for key in chosen if key not in STEP_SPECS[step].parameters}
         )
-        values[f"{step}_fingerprint"] = found[step]
+        values[f"{step}_fingerprint"] = digests[step]
     given = {name: value for name, value in tracking.items() if value}
     return {**values, "tracking_settings": encode(given), "fingerprints": json.dumps(by_shard)}
 
@@ -152,7 +152,7 @@ def fingerprints(
     `revision` stands for content outside that this machine cannot see, `images` are those of steps that run in one.
     ConfigError if a setting is wrong: it costs milliseconds here and a training run later.
     """
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     before = revision
     for step, config in configs(settings).items():
         values = settings[step]
@@ -160,19 +160,19 @@ def fingerprints(
         image = (images or {}).get(step, "")
         # A run that does everything again has records of its own: what a cache keeps of another run is not theirs.
         own = [config.fresh] if config.fresh else []
-        before = found[step] = work_key(step, identity(config), [image, outside, before, *own]).digest
-    return found
+        before = digests[step] = work_key(step, identity(config), [image, outside, before, *own]).digest
+    return digests
 
 
 def configs(settings: Mapping[str, StepSettings]) -> dict[str, StepConfig]:
     """The config of each step, its folders not yet known; ConfigError if a setting is wrong."""
-    found: dict[str, StepConfig] = {}
+    configs_by_step: dict[str, StepConfig] = {}
     for step, values in settings.items():
         folders: dict[str, object] = {name: Path("artifact") for name in STEP_SPECS[step].artifacts}
         if step == "gathering":
             folders["source"] = (Path("artifact"),)
-        found[step] = build(config_class(step), {**values, **folders})
-    return found
+        configs_by_step[step] = build(config_class(step), {**values, **folders})
+    return configs_by_step
 
 
 def content(text: str, *, tracking_uri: str = "") -> str:
@@ -205,8 +205,8 @@ def named(step: str, values: StepSettings) -> Iterator[tuple[str, str]]:
 
 def _outside(step: str, values: StepSettings, tracking_uri: str) -> list[list[str]]:
     """Setting, name and content of everything outside; a file's name counts, because preparation names a task by it."""
-    found = named(step, values)
-    return [[name, Path(text).name, content(text, tracking_uri=tracking_uri)] for name, text in found]
+    references = named(step, values)
+    return [[name, Path(text).name, content(text, tracking_uri=tracking_uri)] for name, text in references]
 
 
 def _folder(path: Path) -> str:
@@ -242,10 +242,10 @@ def resolved(
 
     `revision` and `images` are what else goes into the fingerprints.
     """
-    found = {step: {**values, **_numbered(step, values, tracking_uri)} for step, values in settings.items()}
-    if "promotion" in found and not found["evaluation"].get("champion"):
-        found["evaluation"]["champion"] = _champion(found, work, tracking_uri, revision, images)
-    return found
+    numbered = {step: {**values, **_numbered(step, values, tracking_uri)} for step, values in settings.items()}
+    if "promotion" in numbered and not numbered["evaluation"].get("champion"):
+        numbered["evaluation"]["champion"] = _champion(numbered, work, tracking_uri, revision, images)
+    return numbered
 
 
 def _numbered(step: str, values: StepSettings, tracking_uri: str) -> dict[str, str]:
@@ -274,8 +274,8 @@ def _champion(
         return ""
     until = list(settings)[: list(settings).index("finetuning") + 1]
     trained = {step: settings[step] for step in until}
-    found = fingerprints(trained, tracking_uri=tracking_uri, revision=revision, images=images)
-    record = read_record(work, found["finetuning"])
+    digests = fingerprints(trained, tracking_uri=tracking_uri, revision=revision, images=images)
+    record = read_record(work, digests["finetuning"])
     if record is not None and record.manifest_hash == present.manifest_hash:
         return f"models:/{name}/{present.former}" if present.former else ""
     return present.uri

@@ -42,53 +42,53 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> Facts:
     """What came of a run, as JSON values: means and intervals of every selector on the metric's scale of 0 to 1."""
     report = read_report(outcome.outputs["evaluation"])
     version = _facts(outcome, "registration")
-    found: Facts = {
+    values: Facts = {
         "run": outcome.run_id,
         "log": str(outcome.log),
         "selectors": {name: vars(row.estimate) for name, row in report.selectors.items()},
         "report": str(_near(outcome.outputs["evaluation"] / "report.html")),
     }
     if version:
-        found |= {"version": version["uri"], "alias": version["alias"]}
-    found["from_cache"] = [step for step in outcome.outputs if step in outcome.cached]
-    found["seconds"] = dict(outcome.seconds)
+        values |= {"version": version["uri"], "alias": version["alias"]}
+    values["from_cache"] = [step for step in outcome.outputs if step in outcome.cached]
+    values["seconds"] = dict(outcome.seconds)
     if version:
-        found["serve"] = f"cappy serve --scorer {version['uri']}"
+        values["serve"] = f"cappy serve --scorer {version['uri']}"
     if "finetuning" in outcome.outputs:
         trained = read_manifest(outcome.outputs["finetuning"])
-        found["training"] = {**trained.metrics, **trained.facts}
+        values["training"] = {**trained.metrics, **trained.facts}
     if "promotion" in outcome.outputs:
         decided = _facts(outcome, "promotion")
-        found |= {
+        values |= {
             "decision": decided["decision"],
             "reasons": decided["reasons"],
             "alias": decided["serve"].rpartition("@")[2],
             "serve": _facts(outcome, "deployment").get("command") or decided["serve"],
         }
     if said := _cautions_of_run(outcome.outputs):
-        found["cautions"] = said
+        values["cautions"] = said
     if has_secret(tracking_uri):
         # The command that would be copied into a history and a log.
         tracking_uri = ""
-    if tracking_uri and "serve" in found:
-        found["serve"] = f"MLFLOW_TRACKING_URI={shlex.quote(tracking_uri)} {found['serve']}"
-    return found
+    if tracking_uri and "serve" in values:
+        values["serve"] = f"MLFLOW_TRACKING_URI={shlex.quote(tracking_uri)} {values['serve']}"
+    return values
 
 
-def describe(outcome: "Outcome", found: Facts) -> str:
+def describe(outcome: "Outcome", values: Facts) -> str:
     """The report's table and the facts of a run, for a terminal."""
     table = read_report(outcome.outputs["evaluation"]).text()
-    lines = [table, f"report    {found['report']}"]
-    if "version" in found:
-        lines.append(f"version   {found['version']}, alias {found['alias']}")
-    if "decision" in found:
-        lines.append(_decided(found["decision"], found["reasons"]))
-    lines += [f"caution   {text}" for text in found.get("cautions", ())]
-    if found.get("training", {}).get("kept_because"):
-        lines.append(f"training  {found['training']['kept_because']}")
-    if found["from_cache"]:
-        lines.append(f"cache     {', '.join(found['from_cache'])} came from the cache")
-    return "\n".join([*lines, *([f"serve it  {found['serve']}"] if "serve" in found else [])])
+    lines = [table, f"report    {values['report']}"]
+    if "version" in values:
+        lines.append(f"version   {values['version']}, alias {values['alias']}")
+    if "decision" in values:
+        lines.append(_decided(values["decision"], values["reasons"]))
+    lines += [f"caution   {text}" for text in values.get("cautions", ())]
+    if values.get("training", {}).get("kept_because"):
+        lines.append(f"training  {values['training']['kept_because']}")
+    if values["from_cache"]:
+        lines.append(f"cache     {', '.join(values['from_cache'])} came from the cache")
+    return "\n".join([*lines, *([f"serve it  {values['serve']}"] if "serve" in values else [])])
 
 
 def describe_step(manifest: Manifest, target: Path) -> list[str]:

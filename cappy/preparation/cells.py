@@ -37,16 +37,16 @@ def parse_lists(rows: Rows, *, cells: bool) -> Rows:
     """
     fields = {*TEXT_FIELDS, *NUMBER_FIELDS, "candidates"}
     for where, values in rows:
-        found = {
+        lists = {
             name: _read(where, name, value, cells=cells)
             for name in values.keys() & fields
             if isinstance(value := values[name], str)
         }
         for name in ("reference", "references"):
             if isinstance(table := values.get(name), dict) and "text" in table:
-                found[name] = _distinct(table["text"])
+                lists[name] = _distinct(table["text"])
 
-        yield where, {**values, **found} if found else values
+        yield where, {**values, **lists} if lists else values
 
 
 def _distinct(texts: object) -> object:
@@ -73,13 +73,13 @@ def _entry(text: str, key: str) -> object:
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"longer than {MAX_CHARACTERS:,} characters")
     try:
-        found = json.loads(text)
+        table = json.loads(text)
     except (ValueError, RecursionError):
         segment = _segment(text, key)
         return _literal(segment) if segment[:1] in "'\"" else read_list(segment)
-    if key not in found:
+    if key not in table:
         raise ValueError(f"it has no {shown(key)}")
-    return found[key]
+    return table[key]
 
 
 def _segment(text: str, key: str) -> str:
@@ -105,7 +105,7 @@ def _read(where: str, name: str, text: str, *, cells: bool) -> object:
     if not meant.match(bare) or (name not in PLURAL and (bare[0] == "(" or not _ENDED.search(bare))):
         return text
     try:
-        found = read_list(bare)
+        items = read_list(bare)
     except ValueError as error:
         if name in PLURAL or _QUOTED.match(bare):
             remedy = 'write it as JSON (["one", "two"]), or write the file as JSON Lines or Parquet'
@@ -113,9 +113,9 @@ def _read(where: str, name: str, text: str, *, cells: bool) -> object:
                 f"{where}: {name} looks like a list and is none ({error}), got {shown(text)}; {remedy}"
             ) from error
         return text
-    if name in TEXT_FIELDS and not all(isinstance(item, str) for item in found):
+    if name in TEXT_FIELDS and not all(isinstance(item, str) for item in items):
         return _unquoted(where, name, text)
-    return found
+    return items
 
 
 def _unquoted(where: str, name: str, text: str) -> str:
@@ -134,22 +134,22 @@ def read_list(text: str) -> list[object]:
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"longer than {MAX_CHARACTERS:,} characters")
     try:
-        found = json.loads(text)
+        items = json.loads(text)
     except (ValueError, RecursionError):
         return _nested(text) if "{" in text and not _QUOTED.match(text) else _flat(text)
-    if not isinstance(found, list):
+    if not isinstance(items, list):
         raise ValueError("it is no list")
-    return found
+    return items
 
 
 def _nested(text: str) -> list[object]:
     try:
-        found = ast.literal_eval(text)
+        items = ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
         raise ValueError("it cannot be read as Python") from error
-    if not isinstance(found, list | tuple):
+    if not isinstance(items, list | tuple):
         raise ValueError("it is no list")
-    return list(found)
+    return list(items)
 
 
 def _flat(text: str) -> list[object]:
@@ -205,13 +205,13 @@ def _tokens(text: str) -> Iterator[tuple[str, object]]:
         raise ValueError("its quotes or brackets do not close") from error
 
 
-def _bare(found: re.Match[str]) -> str:
-    return found[0] if found[1] is None else found[1]
+def _bare(match: re.Match[str]) -> str:
+    return match[0] if match[1] is None else match[1]
 
 
 def _literal(word: str) -> object:
     try:
-        found = ast.literal_eval(word)
+        value = ast.literal_eval(word)
     except (ValueError, SyntaxError) as error:
         raise ValueError(f"{shown(word, 20)} cannot be read") from error
-    return found.decode(errors="replace") if isinstance(found, bytes) else found
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

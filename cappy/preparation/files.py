@@ -51,11 +51,11 @@ _METADATA = ("dataset_info.json", "dataset_infos.json", _STATE, _DICT, "task.jso
 def reader_of(path: Path) -> Reader:
     """What reads the file; RecordError for a packed table that is not read by lines."""
     begin = head(path)
-    found = next((reader for magic, reader in _MAGIC.items() if begin.startswith(magic)), None)
-    found = found or _READERS.get(plain(path).suffix.lower(), read_json_lines)
-    if found in _BINARY and path.suffix in PACKED:
-        raise RecordError(f"{path}: is a packed {_BINARY[found]} file, which is packed within; unpack it first")
-    return found
+    reader = next((reader for magic, reader in _MAGIC.items() if begin.startswith(magic)), None)
+    reader = reader or _READERS.get(plain(path).suffix.lower(), read_json_lines)
+    if reader in _BINARY and path.suffix in PACKED:
+        raise RecordError(f"{path}: is a packed {_BINARY[reader]} file, which is packed within; unpack it first")
+    return reader
 
 
 def read_file(path: Path) -> Rows:
@@ -88,7 +88,7 @@ def find_shards(folder: Path, split: str) -> Shards | None:
     if (folder / _STATE).is_file():
         _refuse_split(folder, split)
         return Shards(files=_saved_files(folder), reader=read_arrow)
-    files = sorted(found for found in folder.rglob("*") if _is_data(found, folder))
+    files = sorted(path for path in folder.rglob("*") if _is_data(path, folder))
     if not files:
         return None
     kinds = {reader_of(file) for file in files}
@@ -142,11 +142,11 @@ def _check_whole(folder: Path, files: Sequence[Path]) -> None:
     """FolderError where a number is missing among the shards of one name in one folder."""
     shards: dict[tuple[Path, str], list[re.Match[str]]] = defaultdict(list)
     for file in files:
-        if found := _SHARD.match(file.name):
-            shards[file.parent, found["split"]].append(found)
+        if match := _SHARD.match(file.name):
+            shards[file.parent, match["split"]].append(match)
     for own in shards.values():
         count = int(own[0]["count"])
-        missing = set(range(count)) - {int(found["number"]) for found in own}
+        missing = set(range(count)) - {int(match["number"]) for match in own}
         if missing:
             raise FolderError(f"{folder}: shard {min(missing)} of {count} is missing; fetch or write it again")
 
@@ -190,12 +190,12 @@ def _object(path: Path) -> dict[str, object]:
     with readable(path):
         data = path.read_bytes() if path.stat().st_size <= _MAX_STATE_BYTES else b""
     try:
-        found = json.loads(data)
+        value = json.loads(data)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        value = None
+    if not isinstance(value, dict):
         raise FolderError(f"{path}: is no JSON object; write the folder again with save_to_disk")
-    return found
+    return value
 
 
 def _no_split(folder: Path, split: str, names: Sequence[str]) -> ConfigError:
@@ -224,11 +224,11 @@ class HubDataset:
 
 def parse_hub(text: str) -> HubDataset:
     """The dataset that hub:org/name[:configuration][@revision] names; ConfigError for another form."""
-    found = _FORM.fullmatch(text.removeprefix(PREFIX))
-    if found is None:
+    match = _FORM.fullmatch(text.removeprefix(PREFIX))
+    if match is None:
         form = "hub:org/name, hub:org/name:configuration or hub:org/name:configuration@revision"
         raise ConfigError(f"{shown(text)}: no dataset of the hub; write {form}")
-    known = {key: value for key, value in found.groupdict().items() if value}
+    known = {key: value for key, value in match.groupdict().items() if value}
     return HubDataset(**known)
 
 
@@ -240,10 +240,10 @@ def commit_of(dataset: HubDataset) -> str:
 
     guard_client()
     with _hub_errors(dataset):
-        found = str(HfApi().dataset_info(dataset.repository, revision=dataset.revision).sha)
-        if not _COMMIT.fullmatch(found):
-            raise ValueError(f"it answers with {shown(found, 50)}, which is no commit")
-        return found
+        commit = str(HfApi().dataset_info(dataset.repository, revision=dataset.revision).sha)
+        if not _COMMIT.fullmatch(commit):
+            raise ValueError(f"it answers with {shown(commit, 50)}, which is no commit")
+        return commit
 
 
 def read_hub(dataset: HubDataset, commit: str, split: str) -> Rows:

@@ -78,9 +78,11 @@ def parse_guards(texts: Sequence[str]) -> dict[str, float]:
     return guards
 
 
-def interval(found: Difference) -> str:
+def interval(comparison: Difference) -> str:
     """A difference with its interval, x 100."""
-    difference, low, high = (f"{100 * value:+.1f}" for value in (found.difference, found.low, found.high))
+    difference, low, high = (
+        f"{100 * value:+.1f}" for value in (comparison.difference, comparison.low, comparison.high)
+    )
     return f"{difference} (95% interval {low} to {high}, x100)"
 
 
@@ -141,34 +143,35 @@ def _for_information(comparisons: Mapping[str, Difference], requested: str) -> I
 
 
 def _beats(comparisons: Mapping[str, Difference], other: str, words: str, margin: float, tail: float) -> Check:
-    found = comparisons.get(f"scorer-{other}")
-    if found is None:
+    comparison = comparisons.get(f"scorer-{other}")
+    if comparison is None:
         return False, f"The report has no comparison with {words}: evaluate again."
-    if not found.standard_error:
-        why = "no difference varies" if found.standard_error == 0 else "it is on a single group"
+    if not comparison.standard_error:
+        why = "no difference varies" if comparison.standard_error == 0 else "it is on a single group"
         return False, f"The scorer is not proven to beat {words}: {why}, so there is no error to compare with."
     from cappy.evaluation.statistics import lower_bound
 
-    passed = (found.low if tail == FIRST_TAIL else lower_bound(found, 1 - 2 * tail)) > margin
+    passed = (comparison.low if tail == FIRST_TAIL else lower_bound(comparison, 1 - 2 * tail)) > margin
     verb = "beats" if passed else "is not proven to beat"
     bar = f" by more than {100 * margin:.1f}" if margin else ""
     level = "" if tail == FIRST_TAIL else f", and at least {100 * (1 - tail):.2f}% sure is asked for"
-    needed = "" if passed else _groups_needed(found, margin, tail)
-    return passed, f"The scorer {verb} {words}{bar}: difference {interval(found)}{level}.{needed}"
+    needed = "" if passed else _groups_needed(comparison, margin, tail)
+    return passed, f"The scorer {verb} {words}{bar}: difference {interval(comparison)}{level}.{needed}"
 
 
-def _groups_needed(found: Difference, margin: float, tail: float) -> str:
+def _groups_needed(comparison: Difference, margin: float, tail: float) -> str:
     """How many groups a gain of this size needs, in one sentence; empty where there is no gain."""
     from cappy.evaluation.statistics import power
 
-    gain = found.difference - margin
+    gain = comparison.difference - margin
     if gain <= 0:
         return ""
-    beyond = replace(found, difference=gain)
-    needed = max(power(beyond, 1 - 2 * tail).groups_needed or 0, found.groups + 1)
+    beyond = replace(comparison, difference=gain)
+    needed = max(power(beyond, 1 - 2 * tail).groups_needed or 0, comparison.groups + 1)
     above = " above the margin" if margin else ""
     tries = "to be shown in four of five tries"
-    return f" A gain of {100 * gain:.1f}{above} needs about {needed:,} groups {tries}, the report has {found.groups:,}."
+    have = f"the report has {comparison.groups:,}"
+    return f" A gain of {100 * gain:.1f}{above} needs about {needed:,} groups {tries}, {have}."
 
 
 def _guarded(report: ReportValues, guards: Mapping[str, float], has_champion: bool) -> Iterator[Check]:
@@ -179,7 +182,10 @@ def _guarded(report: ReportValues, guards: Mapping[str, float], has_champion: bo
             raise ConfigError(f"guard: the report has no task {shown(name)}; its tasks: {known}")
         champion = tasks[name].get("against_champion") if has_champion else None
         given, other = (champion, "the champion") if champion else (tasks[name]["gain"], "random choice")
-        found = TypeAdapter(Difference).validate_python(given)
-        passed = found.low > -margin
+        comparison = TypeAdapter(Difference).validate_python(given)
+        passed = comparison.low > -margin
         verb = "does not fall" if passed else "may fall"
-        yield passed, f"On {name} the scorer {verb} by {100 * margin:.1f} to {other}: difference {interval(found)}."
+        yield (
+            passed,
+            f"On {name} the scorer {verb} by {100 * margin:.1f} to {other}: difference {interval(comparison)}.",
+        )

@@ -41,10 +41,10 @@ def resolve(spec: str, *, tracking_uri: str) -> Version:
     if parsed.kind != "models":
         raise RegistryError(f"{shown(spec)}: names no registered version; that is models:/name@alias or models:/name/3")
     with connected(tracking_uri) as client:
-        found = find(client, parsed.name, parsed.revision)
-        if found is None:
+        version = find(client, parsed.name, parsed.revision)
+        if version is None:
             raise RegistryError(f"{spec}: {known(client, parsed.name)}")
-        return found
+        return version
 
 
 def champion(name: str, *, tracking_uri: str) -> Version | None:
@@ -75,14 +75,14 @@ def find_content(client: MlflowClient, name: str, manifest_hash: str) -> Version
 
 def _others(client: MlflowClient, version: Version) -> list[Version]:
     """Every other version of the model, without aliases, the oldest first."""
-    found: list[Version] = []
+    others: list[Version] = []
     token = None
     while True:
         page = client.search_model_versions(f"name = '{version.name}'", max_results=200, page_token=token)
-        found += [_version(one) for one in page]
+        others += [_version(one) for one in page]
         token = page.token
         if not token:
-            return sorted((one for one in found if one.number != version.number), key=lambda one: one.number)
+            return sorted((one for one in others if one.number != version.number), key=lambda one: one.number)
 
 
 def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
@@ -128,12 +128,12 @@ def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
             ) from error
     scorer = folder / "scorer"
     try:
-        found = verify_exactly(scorer).hash
+        manifest_hash = verify_exactly(scorer).hash
     except FolderError as error:
         reason = str(error).replace(str(scorer), f"{version.source}/{SCORER_PATH}")
         raise RegistryError(f"{version.uri}: {reason.partition(';')[0]}; register the scorer again") from error
-    if found != version.manifest_hash:
-        numbers = f"manifest {found[:12]}, registered {version.manifest_hash[:12]}"
+    if manifest_hash != version.manifest_hash:
+        numbers = f"manifest {manifest_hash[:12]}, registered {version.manifest_hash[:12]}"
         raise RegistryError(f"{version.uri}: is not what was registered ({numbers}); register the scorer again")
     _check_evaluated(scorer, version)
 
@@ -186,9 +186,9 @@ def _check_evaluated(folder: Path, version: Version) -> None:
     """
     for name, tag in EVALUATED.items():
         path, wanted = folder / name, version.tags.get(tag, "")
-        found = sha256_of(path) if path.is_file() else ""
-        if found != wanted:
-            numbers = f"sha256 {found[:12] or 'none'}, registered {wanted[:12] or 'none'}"
+        sha256 = sha256_of(path) if path.is_file() else ""
+        if sha256 != wanted:
+            numbers = f"sha256 {sha256[:12] or 'none'}, registered {wanted[:12] or 'none'}"
             raise RegistryError(f"{version.uri}: {name} is not what was registered ({numbers}); register it again")
 
 
@@ -201,13 +201,13 @@ def _rename(source: Path, target: Path) -> None:
         raise
 
 
-def _version(found: ModelVersion) -> Version:
+def _version(registered: ModelVersion) -> Version:
     return Version(
-        name=found.name,
-        number=int(found.version),
-        source=found.source,
-        aliases=tuple(found.aliases),
-        tags=dict(found.tags),
+        name=registered.name,
+        number=int(registered.version),
+        source=registered.source,
+        aliases=tuple(registered.aliases),
+        tags=dict(registered.tags),
     )
 
 

@@ -228,11 +228,11 @@ class LabelTotals:
         columns = (candidates.source, candidates.generator, candidates.decoding)
         shape = tuple(max(len(column.values), 1) for column in columns)
         combined = np.ravel_multi_index(tuple(column.index for column in columns), shape)
-        columns, index = np.unique(combined, return_inverse=True)
+        distinct, index = np.unique(combined, return_inverse=True)
         names = [column.names() for column in columns]
         keys = [
             (names[0][source], names[1][generator], names[2][decoding])
-            for source, generator, decoding in zip(*np.unravel_index(columns, shape), strict=True)
+            for source, generator, decoding in zip(*np.unravel_index(distinct, shape), strict=True)
         ]
         cells = np.bincount(index * _CELLS + _cell(candidates.labels), minlength=len(keys) * _CELLS)
         sums = np.zeros((len(keys), 2), dtype=np.int64)
