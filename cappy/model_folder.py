@@ -171,11 +171,11 @@ def open_model_folder(folder: Path, *, pinned: bool = False, checkpoint: str = "
     if (folder / MANIFEST).exists():
         return ModelFolder(path=folder, hash=verify_exactly(folder).hash, listed=True)
     files = describe_files(folder)
-    found = hashlib.sha256("".join(f"{file.sha256}  {file.name}\n" for file in files).encode()).hexdigest()
-    if not pinned and (folder, found) not in _LOGGED:
-        _LOGGED.add((folder, found))
-        LOGGER.warning("%s: has no manifest; its %d files are loaded as found, sha256 %s", folder, len(files), found)
-    return ModelFolder(path=folder, hash=found, listed=False)
+    digest = hashlib.sha256("".join(f"{file.sha256}  {file.name}\n" for file in files).encode()).hexdigest()
+    if not pinned and (folder, digest) not in _LOGGED:
+        _LOGGED.add((folder, digest))
+        LOGGER.warning("%s: has no manifest; its %d files are loaded as found, sha256 %s", folder, len(files), digest)
+    return ModelFolder(path=folder, hash=digest, listed=False)
 
 
 def check_size(
@@ -309,12 +309,12 @@ def _elements(folder: Path) -> list[int]:
             header = file.read(length)
         try:
             tensors = [tensor for name, tensor in json.loads(header).items() if name != "__metadata__"]
-            found = [_product(tensor["shape"]) for tensor in tensors]
+            sizes = [_product(tensor["shape"]) for tensor in tensors]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise FolderError(f"{path}: is damaged, or not safetensors (its header); get it again") from error
-        if sum(found) > 8 * size:
+        if sum(sizes) > 8 * size:
             raise FolderError(f"{path}: its header describes more than the file holds; get it again")
-        counts += found
+        counts += sizes
     if not counts:
         raise FolderError(f"{folder}: holds no model.safetensors; save the model with safe_serialization=True")
     return counts

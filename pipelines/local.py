@@ -94,8 +94,8 @@ def _with_fresh_name(recipe: Recipe, work: Path) -> tuple[Recipe, Path | None]:
     if not names:
         return recipe, None
     plain = {step: {**values, "fresh": ""} for step, values in settings_of(recipe).items()}
-    found = fingerprints(plain, tracking_uri=recipe.tracking_uri, revision=recipe.revision)
-    mark = work / "unfinished" / list(found.values())[-1]
+    digests = fingerprints(plain, tracking_uri=recipe.tracking_uri, revision=recipe.revision)
+    mark = work / "unfinished" / list(digests.values())[-1]
     try:
         name = mark.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -289,17 +289,17 @@ def keys(recipe: Recipe) -> dict[str, str]:
     return {name: os.environ[name] for name in variables if os.environ.get(name)}
 
 
-def key_files(found: dict[str, str]) -> list[str]:
+def key_files(variables: dict[str, str]) -> list[str]:
     """The files with keys that lie outside the current folder, which alone a container sees."""
-    paths = [Path(os.path.abspath(value)) for name, value in found.items() if name.endswith("_FILE")]  # noqa: PTH100
+    paths = [Path(os.path.abspath(value)) for name, value in variables.items() if name.endswith("_FILE")]  # noqa: PTH100
     return [str(path) for path in dict.fromkeys(paths) if path.is_file() and not path.is_relative_to(Path.cwd())]
 
 
 def check_secrets(recipe: Recipe) -> None:
     """ConfigError where a secret of the recipe is not set on this machine, from where containers get it."""
-    found = keys(recipe)
+    variables = keys(recipe)
     for step, variable in _wanted(recipe):
-        if not {variable, f"{variable}_FILE"} & set(found):
+        if not {variable, f"{variable}_FILE"} & set(variables):
             remedy = f"export {variable}, or {variable}_FILE with the path of a file that holds it"
             raise ConfigError(
                 f"resources.{step}.secrets: {variable} is not set here, where containers get it; {remedy}"
@@ -336,16 +336,16 @@ def check_images(recipe: Recipe) -> dict[str, str]:
         remedy = "start Docker (DOCKER_HOST says where it is), or run without --on docker"
         raise ConfigError(f"docker: no engine answers ({shown(str(error), 120)}); {remedy}") from error
     try:
-        found: dict[str, str] = {}
+        ids: dict[str, str] = {}
         for name in dict.fromkeys(image(recipe, step) for step in (*recipe.steps, "tracking")):
             try:
-                found[name] = client.images.get(name).id
+                ids[name] = client.images.get(name).id
             except ImageNotFound:
-                found[name] = client.images.pull(name).id
+                ids[name] = client.images.pull(name).id
     except APIError as error:
         remedy = "build it with make images, or name another under images: in the recipe"
         reason = shown(" ".join(str(error.explanation or error).split()), 120)
         raise ConfigError(f"{name}: is not here and cannot be pulled ({reason}); {remedy}") from error
     finally:
         client.close()
-    return {step: found[image(recipe, step)] for step in recipe.steps}
+    return {step: ids[image(recipe, step)] for step in recipe.steps}

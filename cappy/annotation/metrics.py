@@ -54,13 +54,13 @@ def parse(text: str) -> dict[str, float]:
     """Metric -> weight; ConfigError for an unknown name, a repeated one, and weights that do not sum to 1."""
     weights: dict[str, float] = {}
     for term in text.split("+"):
-        found = _TERM.fullmatch(term.strip())
-        if found is None or found[2] not in METRICS:
+        match = _TERM.fullmatch(term.strip())
+        if match is None or match[2] not in METRICS:
             known = f"choose of {', '.join(METRICS)}, or mix them: 0.5*rougeL+0.5*exact_match"
             raise ConfigError(f"annotation: --metric: {shown(term.strip())} is no metric; {known}")
-        if found[2] in weights:
-            raise ConfigError(f"annotation: --metric: {found[2]} stands in {shown(text)} twice; give it one weight")
-        weights[found[2]] = float(found[1] or 1)
+        if match[2] in weights:
+            raise ConfigError(f"annotation: --metric: {match[2]} stands in {shown(text)} twice; give it one weight")
+        weights[match[2]] = float(match[1] or 1)
     total = math.fsum(weights.values())
     if abs(total - 1) > _SUM_TOLERANCE:
         raise ConfigError(
@@ -119,8 +119,8 @@ def numeric_match(references: Sequence[str], response: str) -> float:
     (MATH's; Hendrycks et al. 2021). Signs and decimals count, spelling does not: 5 and -5 differ; 1,000.0, 1 000 and
     1000 do not. Where a comma of the response may be a decimal comma or a list's, either reading will do.
     """
-    found = readings(response)
-    return float(found[0] is not None and any(last_number(reference) in found for reference in references))
+    numbers = readings(response)
+    return float(numbers[0] is not None and any(last_number(reference) in numbers for reference in references))
 
 
 def token_f1(references: Sequence[str], response: str) -> float:

@@ -231,15 +231,15 @@ class _Rates:
 
     def start(self, step: Step) -> float:
         """Seconds before a step begins, measured with the built-in models; 0 where it is part of another step."""
-        found = self.throughput.find(step, "seconds to start", hardware=CPU, of="builtin")
-        return found.value if found else 0.0
+        speed = self.throughput.find(step, "seconds to start", hardware=CPU, of="builtin")
+        return speed.value if speed else 0.0
 
     def cpu(self, step: Step, unit: Literal["prompts/s", "pairs/s"], amount: float, *, bytes: float) -> Work:
         """A step that CPU cores do, whatever the devices are."""
-        found = self.throughput.need(step, unit, hardware=CPU, of=self.config.mixture)
+        speed = self.throughput.need(step, unit, hardware=CPU, of=self.config.mixture)
         return Work(
-            step=step, name=step, amount=amount, unit=unit.removesuffix("/s"), rate=found.value, pool="cores",
-            start=self.start(step), basis=f"measured {found.date}: {found.value:,.0f} {unit} a core", measured=True,
+            step=step, name=step, amount=amount, unit=unit.removesuffix("/s"), rate=speed.value, pool="cores",
+            start=self.start(step), basis=f"measured {speed.date}: {speed.value:,.0f} {unit} a core", measured=True,
             bytes=bytes,
         )  # fmt: skip
 
@@ -248,9 +248,13 @@ class _Rates:
         hardware = self.config.hardware
         peak = peak_of(hardware)
         look = self.throughput.need if peak is None else self.throughput.find
-        found = look(step, "FLOP/s", hardware=hardware, of=of)
-        if found is not None:
-            return found.value, f"measured {found.date}: {found.value / 1e9:,.0f} GFLOP/s a device", True
+        speed = look(step, "FLOP/s", hardware=hardware, of=of)
+        if speed is not None:
+            return (
+                speed.value,
+                f"measured {speed.date}: {speed.value / 1e9:,.0f} GFLOP/s a device",
+                True,
+            )
         assert peak is not None  # noqa: S101 (`need` has raised)
         flag, share = ("--sampling-mfu", self.config.sampling_mfu) if step == "sampling" else ("--mfu", self.config.mfu)
         if share is None:

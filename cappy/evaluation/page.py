@@ -64,11 +64,11 @@ def render(report: Report) -> str:
 
 def plot_files(report: Report) -> dict[str, bytes]:
     """File name -> the plot on white, for places that show pictures only."""
-    found = {}
+    files = {}
     for name, (draw, _) in _plots(report).items():
-        found[f"{name}.png"] = to_png(draw(7.4, 4.2))
-        found[f"{name}.svg"] = to_svg_file(draw(7.4, 4.2), salt=f"cappy {name}")
-    return found
+        files[f"{name}.png"] = to_png(draw(7.4, 4.2))
+        files[f"{name}.svg"] = to_svg_file(draw(7.4, 4.2), salt=f"cappy {name}")
+    return files
 
 
 def _bars(report: Report) -> Mapping[str, Mapping[str, float]]:
@@ -114,8 +114,8 @@ def _step(report: Report, points: list[float], n: int) -> dict[str, float | None
 
 def _spreads(report: Report) -> list[tuple[str, int, float, float, float]]:
     """Task, templates, and the lowest, mean and highest accuracy over them."""
-    found = [(row.task, list(row.templates.values())) for row in report.tasks if len(row.templates) > 1]
-    return [(task, len(own), min(own), sum(own) / len(own), max(own)) for task, own in found]
+    rows = [(row.task, list(row.templates.values())) for row in report.tasks if len(row.templates) > 1]
+    return [(task, len(own), min(own), sum(own) / len(own), max(own)) for task, own in rows]
 
 
 def _published(report: Report) -> list[tuple[str, list[str], list[Published]]]:
@@ -156,17 +156,17 @@ def _curve(report: Report, width: float, height: float) -> Figure:
     return figure
 
 
-def _calibration(metric: str, found: Calibrated, abstaining: Coverage, width: float, height: float) -> Figure:
+def _calibration(metric: str, calibration: Calibrated, abstaining: Coverage, width: float, height: float) -> Figure:
     """Left (or above) the reliability diagram, right what abstaining buys."""
     wide = width > height
     with drawing(width, height) as figure:
         axes = plain_axes(figure, "score ×100", f"mean {metric} ×100", (1, 2, 1) if wide else (2, 1, 1))
-        lows = [min(one.score, one.label) for one in found.raw.bins]
-        ends = [100 * min(0.0, *lows), 100 * max(1.0, *(one.score for one in found.raw.bins))]
+        lows = [min(one.score, one.label) for one in calibration.raw.bins]
+        ends = [100 * min(0.0, *lows), 100 * max(1.0, *(one.score for one in calibration.raw.bins))]
         axes.plot(ends, ends, color=QUIET, linestyle=(0, (1, 2)), linewidth=1.2, label="exact")
         for label, kind, colour in (
-            ("as it is", found.raw, COLOURS["scorer"]),
-            ("calibrated", found.calibrated, MAPPED),
+            ("as it is", calibration.raw, COLOURS["scorer"]),
+            ("calibrated", calibration.calibrated, MAPPED),
         ):
             if kind is not None:
                 points = [(100 * one.score, 100 * one.label) for one in kind.bins]

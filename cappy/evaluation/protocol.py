@@ -182,8 +182,8 @@ def cached_scores(score: Score, folder: Path, name: str) -> Score:
             values = [float(value) for value in score(pairs)]
             kept = {"scores": values, "seconds": time.monotonic() - started}
             write_bytes(path, json.dumps(kept).encode())
-        found: list[float] = json.loads(path.read_text())["scores"]
-        return found
+        stored: list[float] = json.loads(path.read_text())["scores"]
+        return stored
 
     return scores
 
@@ -197,17 +197,17 @@ def seconds_per_pair(folder: Path) -> float | None:
     return sum(call["seconds"] for call in large) / pairs if pairs else None
 
 
-def _joined(found: Sequence[Selection]) -> Selection:
+def _joined(selections: Sequence[Selection]) -> Selection:
     """The selectors that all splits have, one's pools after another's; what was chosen for several is listed."""
-    first = found[0]
-    names = [name for name in first.values if all(name in own.values for own in found)]
-    missing = {name: reason for own in found for name, reason in own.unavailable.items()}
+    first = selections[0]
+    names = [name for name in first.values if all(name in own.values for own in selections)]
+    missing = {name: reason for own in selections for name, reason in own.unavailable.items()}
     details = {}
     for name in first.details:
         if name in names:
-            details[name] = ", ".join(dict.fromkeys(own.details.get(name, "") for own in found))
+            details[name] = ", ".join(dict.fromkeys(own.details.get(name, "") for own in selections))
     return Selection(
-        values={name: [value for own in found for value in own.values[name]] for name in names},
+        values={name: [value for own in selections for value in own.values[name]] for name in names},
         details=details,
         unavailable=missing,
     )
@@ -252,8 +252,8 @@ def _facts(evaluated: Sequence[EvaluatedSplit], pools: Sequence[Pool], skipped: 
 
 
 def _refuse_constant(name: str, pools: Sequence[Pool]) -> None:
-    found = np.concatenate([pool.scores[name] for pool in pools])
-    if len(found) > 1 and found.max() == found.min():
+    values = np.concatenate([pool.scores[name] for pool in pools])
+    if len(values) > 1 and values.max() == values.min():
         raise ConfigError(
-            f"the {name} gave {found[0]:.6g} to all {len(found)} candidates, so it tells none apart; train it again"
+            f"the {name} gave {values[0]:.6g} to all {len(values)} candidates, so it tells none apart; train it again"
         )

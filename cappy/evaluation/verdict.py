@@ -21,11 +21,11 @@ def verdict(report: Findings) -> tuple[str, ...]:
     subject = "scorer" if "scorer" in report.selectors else "mbr"
     if subject not in report.selectors:
         return ("Neither a scorer nor MBR could be evaluated.", *_cautions(report))
-    found = {
+    differences = {
         name: report.comparisons[key] for name in _INTRODUCED if (key := f"{subject}-{name}") in report.comparisons
     }
-    said = tuple(_sentence(report, subject, name, difference) for name, difference in found.items())
-    return (_headline(subject, found), *said, *_hybrid(report), *_cautions(report))
+    said = tuple(_sentence(report, subject, name, difference) for name, difference in differences.items())
+    return (_headline(subject, differences), *said, *_hybrid(report), *_cautions(report))
 
 
 def outcome(difference: Difference) -> str:
@@ -35,10 +35,10 @@ def outcome(difference: Difference) -> str:
     return "worse" if difference.high < 0 else "open"
 
 
-def _headline(subject: str, found: dict[str, Difference]) -> str:
+def _headline(subject: str, differences: dict[str, Difference]) -> str:
     parts = []
     for result, verb in (("better", "beats"), ("open", "is not shown to beat"), ("worse", "does not beat")):
-        names = [_short(_INTRODUCED[name]) for name, difference in found.items() if outcome(difference) == result]
+        names = [_short(_INTRODUCED[name]) for name, difference in differences.items() if outcome(difference) == result]
         if names:
             parts.append(f"{verb} {_listed(names, 'and' if result == 'better' else 'or')}")
     return f"{_subject(subject)} {'; it '.join(parts)}." if parts else f"{_subject(subject)} was compared with nothing."
@@ -101,14 +101,14 @@ def _cautions(report: Findings) -> Iterator[str]:
 
 def _among_all(report: Findings) -> Iterator[str]:
     """What Holm's correction opens again."""
-    found = report.comparisons
+    comparisons = report.comparisons
     opened = [
         " against ".join(map(title, key.split("-")))
-        for key, value in found.items()
+        for key, value in comparisons.items()
         if outcome(value) != "open" and report.adjusted.get(key, 0) > SURE
     ]
     if opened:
-        yield (f"Not significant after Holm correction over {len(found)} comparisons: {', '.join(opened)}.")
+        yield (f"Not significant after Holm correction over {len(comparisons)} comparisons: {', '.join(opened)}.")
 
 
 def _subject(name: str) -> str:
@@ -250,8 +250,8 @@ def _more_of_a_scorer(report: Findings) -> str:
 
 def _flat(report: Findings) -> bool:
     """Whether the scorer gives all responses of an instance about the same score."""
-    found = report.calibration
-    return found is not None and found.spread is not None and found.spread < FLAT
+    calibration = report.calibration
+    return calibration is not None and calibration.spread is not None and calibration.spread < FLAT
 
 
 def _against_mbr(report: Findings) -> str:
@@ -310,8 +310,8 @@ def _headroom(report: Findings) -> float:
 
 def _better(report: Findings, key: str) -> bool:
     """Whether the first is shown to be better; a difference that does not vary shows nothing."""
-    found = report.comparisons.get(key)
-    return found is not None and found.low > 0 and bool(found.standard_error)
+    difference = report.comparisons.get(key)
+    return difference is not None and difference.low > 0 and bool(difference.standard_error)
 
 
 def _worse(report: Findings, key: str) -> bool:

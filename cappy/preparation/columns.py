@@ -233,8 +233,8 @@ def _with_input(where: str, values: Values, *, given: bool) -> Values:
 def _rated(first: Values, responses: set[str], labels: set[str]) -> bool:
     """Whether the labels of a row, where it has any, are as many as its responses, each of them from 0 to 1."""
     texts = [text for name in responses for text in _items(first.get(name))]
-    found = [label for name in labels for label in _items(first.get(name))]
-    return bool(texts) and (not found or (len(found) == len(texts) and all(map(is_label, found))))
+    label_values = [label for name in labels for label in _items(first.get(name))]
+    return bool(texts) and (not label_values or (len(label_values) == len(texts) and all(map(is_label, label_values))))
 
 
 def _items(value: object) -> list[object]:
@@ -277,7 +277,7 @@ def _is_redundant(key: str, value: object, read: Values) -> bool:
     if len(texts) < len(items):
         return False
     if key in _PREFERENCES:
-        found = [read.get(name) for name in _PREFERENCES[key]]
-        return all(any(text in one if isinstance(one, list) else text == one for one in found) for text in texts)
+        preferred = [read.get(name) for name in _PREFERENCES[key]]
+        return all(any(text in one if isinstance(one, list) else text == one for one in preferred) for text in texts)
     instruction = read.get("instruction")
     return isinstance(instruction, str) and all(_stands_in(instruction, text.strip()) for text in texts)

@@ -66,9 +66,9 @@ def open_mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, st
         )
     datasets, parents = [], {f"mixture {mixed.name}": fingerprint(to_values(replace(mixed, subsets=subsets)))}
     for subset in subsets:
-        reader, found = _reader(subset, config)
+        reader, sources = _reader(subset, config)
         templates = _templates(config, subset.dataset) if subset.templates else ()
-        parents.update(found)
+        parents.update(sources)
         parents.update(_hashes(templates))
         tables = tuple(
             Table(split=split, rows=partial(reader, split), held_out=split != "train") for split in subset.splits
@@ -113,17 +113,17 @@ def _templates(config: PreparationConfig, dataset: str) -> tuple[Template, ...]:
     if not config.templates.is_dir():
         remedy = "cappy templates --target FOLDER fetches them"
         raise ConfigError(f"{config.templates}: no such folder of templates; {remedy}")
-    found = load_templates(config.templates, dataset)
+    templates = load_templates(config.templates, dataset)
     wanted = [pattern for pattern in config.template if not pattern.startswith("!")]
     unwanted = [pattern.removeprefix("!") for pattern in config.template if pattern.startswith("!")]
     kept = tuple(
         template
-        for template in found
+        for template in templates
         if (not wanted or any(fnmatchcase(template.name, pattern) for pattern in wanted))
         and not any(fnmatchcase(template.name, pattern) for pattern in unwanted)
     )
     if not kept:
-        names = ", ".join(template.name for template in found)
+        names = ", ".join(template.name for template in templates)
         raise ConfigError(f"preparation: --template: {dataset} has no such template; choose of {shown(names, 400)}")
     return kept
 
@@ -165,8 +165,8 @@ def _under(templates: Sequence[Template], num_rows: int | None = None, *, seed: 
 
         for results in render_rows(jobs(), seed=seed):
             row, numbers = asked.popleft()
-            found = iter(results)
-            made = (_prompt(templates[number], needed[number], row, found, tally) for number in numbers)
+            rendered = iter(results)
+            made = (_prompt(templates[number], needed[number], row, rendered, tally) for number in numbers)
             yield row, [prompt for prompt in made if prompt is not None]
 
     return prompts
@@ -225,10 +225,10 @@ def _missing(template: Template, needed: frozenset[str], values: Values) -> str:
     missing = sorted(needed - {name.replace("-", "_") for name in values})
     if not missing:
         return ""
-    found = shown(", ".join(values), limit=120)
+    fields = shown(", ".join(values), limit=120)
     return (
         f"{template.dataset}: template {shown(template.name)} reads {', '.join(missing)}, which the row lacks; "
-        f"fields found: {found}"
+        f"fields found: {fields}"
     )
 
 

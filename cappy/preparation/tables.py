@@ -107,9 +107,9 @@ def _dictionaries(path: Path) -> pq.ParquetFile:
 
 def _batch_rows(parquet: pq.ParquetFile, dictionaries: pq.ParquetFile, group: int) -> int:
     """Rows of a group that are decoded at once: fewer where lists are long, or texts of its dictionaries."""
-    found = parquet.metadata.row_group(group)
-    values = max((found.column(index).num_values for index in range(found.num_columns)), default=0)
-    rows: int = max(1, min(_BATCH_ROWS, _MAX_BATCH_VALUES * found.num_rows // max(values, 1)))
+    row_group = parquet.metadata.row_group(group)
+    values = max((row_group.column(index).num_values for index in range(row_group.num_columns)), default=0)
+    rows: int = max(1, min(_BATCH_ROWS, _MAX_BATCH_VALUES * row_group.num_rows // max(values, 1)))
     first = next(dictionaries.iter_batches(batch_size=1, row_groups=[group]), None)
     longest = max(map(_longest, first.columns), default=0) if first is not None else 0
     return max(1, min(rows, _MAX_BATCH_BYTES // max(longest, 1)))
@@ -160,17 +160,17 @@ def _separator(path: Path) -> str:
     """
     if plain(path).suffix.lower() in TABBED:
         return "\t"
-    found: dict[str, int] = {}
+    columns: dict[str, int] = {}
     for mark in _SEPARATORS:
         try:
             counts = [len(cells) for _, cells in itertools.islice(_records(path, mark), _ROWS_TO_FIT)]
         except RecordError:
             continue
         if counts and counts[0] > 1 and len(set(counts)) == 1:
-            found[mark] = counts[0]
-    if not found:  # Not even the rows of one separator are alike: the reader says which is not.
-        found = {mark: len(_header_cells(path, mark)) for mark in _SEPARATORS}
-    return "," if found.get(",", 0) > 1 else max(found, key=lambda mark: found[mark])
+            columns[mark] = counts[0]
+    if not columns:  # Not even the rows of one separator are alike: the reader says which is not.
+        columns = {mark: len(_header_cells(path, mark)) for mark in _SEPARATORS}
+    return "," if columns.get(",", 0) > 1 else max(columns, key=lambda mark: columns[mark])
 
 
 def _header_cells(path: Path, mark: str) -> list[str]:

@@ -154,9 +154,9 @@ class Draw:
         prompt = prompt_hash(prompted.instruction)
         if prompt >= self.highest:
             return
-        found = shingles(prompted.instruction) if self.whole else _in_order(prompted.instruction)[:MAX_SHINGLES]
-        self.held.append(Drawn(prompt, group_hash(prompted), found))
-        self.size += len(found)
+        hashes = shingles(prompted.instruction) if self.whole else _in_order(prompted.instruction)[:MAX_SHINGLES]
+        self.held.append(Drawn(prompt, group_hash(prompted), hashes))
+        self.size += len(hashes)
         if len(self.held) >= self.most + self.most // 4 or self.size > self.most * MAX_SHINGLES * 5 // 4:
             self.cut()
 
@@ -212,8 +212,8 @@ def _among(values: Hashes, ordered: Hashes) -> npt.NDArray[np.bool_]:
     """Which values are among sorted ones; quicker than `np.isin`, which sorts both anew."""
     if not len(ordered):
         return np.zeros(len(values), dtype=np.bool_)
-    found: npt.NDArray[np.bool_] = ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
-    return found
+    is_in: npt.NDArray[np.bool_] = ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
+    return is_in
 
 
 def without(values: Hashes, ordered: Hashes) -> Hashes:
@@ -230,14 +230,14 @@ def _rare(flat: Hashes, groups: Hashes) -> Hashes:
     return np.where(counts[codes] <= _most_prompts(int(group_codes.max(initial=0)) + 1), flat, 0).astype(np.uint64)
 
 
-def _inside(found: Hashes) -> Hashes:
+def _inside(hashes: Hashes) -> Hashes:
     """The shingles of a prompt that are not zero, without those that are half the template's.
 
     Those stand beside two zeros in a row, or one at an end: under another template they would be others.
     """
-    if not len(found):
-        return found
-    zero = found == 0
+    if not len(hashes):
+        return hashes
+    zero = hashes == 0
     template = np.zeros_like(zero)
     template[1:] |= zero[1:] & zero[:-1]
     template[:-1] |= zero[1:] & zero[:-1]
@@ -246,7 +246,7 @@ def _inside(found: Hashes) -> Hashes:
     for step in range(1, WORDS):
         beside[step:] |= template[:-step]
         beside[:-step] |= template[step:]
-    own: Hashes = found[~beside]
+    own: Hashes = hashes[~beside]
     return own
 
 
@@ -306,15 +306,15 @@ def frequent_shingles(prompts: Sequence[Prompted]) -> Hashes:
 def frequent_of(prompts: Iterable[tuple[int, Hashes]]) -> Hashes:
     """`frequent_shingles` of prompts that are given as their groups' hashes and their distinct shingles."""
     own: dict[int, list[Hashes]] = {}
-    for group, found in prompts:
-        own.setdefault(group, []).append(found)
+    for group, hashes in prompts:
+        own.setdefault(group, []).append(hashes)
     if not own:
         return np.empty(0, dtype=np.uint64)
-    found, counts = np.unique(
+    hashes, counts = np.unique(
         np.concatenate([one[0] if len(one) == 1 else distinct(np.concatenate(one)) for one in own.values()]),
         return_counts=True,
     )
-    return found[counts > max(2, _most_prompts(len(own)))]
+    return hashes[counts > max(2, _most_prompts(len(own)))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

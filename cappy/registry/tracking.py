@@ -84,9 +84,9 @@ def attach(texts: Mapping[str, str], *, run: str, tracking_uri: str, facts: Mapp
 
 def pipeline_run(client: MlflowClient, experiment: str, run: str) -> str:
     """The MLflow run of a pipeline run: found by its tag, or the one that MLFLOW_RUN_ID injects, or a new one."""
-    found = _find(client, experiment, run, PIPELINE)
-    if found is not None:
-        return found
+    run_id = _find(client, experiment, run, PIPELINE)
+    if run_id is not None:
+        return run_id
     injected = os.environ.get("MLFLOW_RUN_ID")
     tags = {RUN_TAG: run, STEP_TAG: PIPELINE}
     if injected:
@@ -100,9 +100,9 @@ def step_run(client: MlflowClient, experiment: str, run: str, step: str) -> str:
     """The nested MLflow run of a step, made if it is missing; without a pipeline run it stands alone."""
     if not run:
         return str(client.create_run(experiment, tags={STEP_TAG: step}, run_name=step).info.run_id)
-    found = _find(client, experiment, run, step)
-    if found is not None:
-        return found
+    run_id = _find(client, experiment, run, step)
+    if run_id is not None:
+        return run_id
     parent = pipeline_run(client, experiment, run)
     tags = {"mlflow.parentRunId": parent, RUN_TAG: run, STEP_TAG: step}
     return str(client.create_run(experiment, tags=tags, run_name=step).info.run_id)
@@ -110,8 +110,8 @@ def step_run(client: MlflowClient, experiment: str, run: str, step: str) -> str:
 
 def _find(client: MlflowClient, experiment: str, run: str, step: str) -> str | None:
     wanted = f"tags.`{RUN_TAG}` = '{run}' and tags.`{STEP_TAG}` = '{step}'"
-    found = client.search_runs([experiment], filter_string=wanted, max_results=1)
-    return str(found[0].info.run_id) if found else None
+    runs = client.search_runs([experiment], filter_string=wanted, max_results=1)
+    return str(runs[0].info.run_id) if runs else None
 
 
 def _is_about(record: StepRecord, run: str) -> bool:

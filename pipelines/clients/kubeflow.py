@@ -186,15 +186,15 @@ class KubeflowClient:
     def look(self, run: str) -> RunState:
         """The run's state as the server tells it, and why pods wait where the cluster's API can be asked."""
         with self._translate_errors():
-            found = self._client.get_run(run)
-        if not found.run_id:
+            answer = self._client.get_run(run)
+        if not answer.run_id:
             raise ConfigError(f"kubeflow: {self._shown}: has no run {shown(run)}; check its id")
-        details = found.run_details.task_details if found.run_details else None
+        details = answer.run_details.task_details if answer.run_details else None
         tasks = [task for task in (_task(each) for each in details or ()) if task]
-        stuck = self._stuck(run) if STATES.get(found.state, "running") == "running" else {}
+        stuck = self._stuck(run) if STATES.get(answer.state, "running") == "running" else {}
         explained = tuple(_with_reason(task, stuck) for task in tasks)
-        error = redact(found.error.message or "") if found.error else ""
-        state = STATES.get(found.state, "waiting")
+        error = redact(answer.error.message or "") if answer.error else ""
+        state = STATES.get(answer.state, "waiting")
         return RunState(run=run, state=state, url=self._url(run), tasks=explained, error=error)
 
     def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
@@ -293,19 +293,19 @@ def _connected(endpoint: str) -> Server:
     return server
 
 
-def _task(found: Task) -> TaskState | None:
+def _task(task: Task) -> TaskState | None:
     """A task that is a step of ours; what Kubeflow adds (drivers, the graph's own nodes) is left out."""
-    name = found.display_name or ""
+    name = task.display_name or ""
     if (
         name.endswith("-driver")
         or name in ("executor", "root", "")
         or name.startswith(("for-loop", "exit-handler", "condition"))
     ):
         return None
-    end, start = found.end_time, found.start_time
+    end, start = task.end_time, task.start_time
     seconds = (end - start).total_seconds() if end and start and end > start else 0.0
-    error = redact(found.error.message or "") if found.error else ""
-    return TaskState(step=step_name(name), state=STATES.get(found.state, "waiting"), seconds=seconds, error=error)
+    error = redact(task.error.message or "") if task.error else ""
+    return TaskState(step=step_name(name), state=STATES.get(task.state, "waiting"), seconds=seconds, error=error)
 
 
 def _with_reason(task: TaskState, stuck: dict[str, list[str]]) -> TaskState:

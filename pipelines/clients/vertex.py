@@ -76,8 +76,8 @@ class VertexClient:
     def look(self, run: str) -> RunState:
         """The job's state and that of each task."""
         with self._translate_errors():
-            found = self._sdk.PipelineJob.get(run)
-        resource = found.gca_resource
+            job = self._sdk.PipelineJob.get(run)
+        resource = job.gca_resource
         tasks = tuple(task for task in map(_task, resource.job_detail.task_details) if task)
         return RunState(
             run=run,
@@ -154,17 +154,17 @@ def _elsewhere(place: Vertex) -> dict[str, str]:
     return {"api_endpoint": place.endpoint, "api_transport": "rest"} if place.endpoint else {}
 
 
-def _task(found: "PipelineTaskDetail") -> TaskState | None:
+def _task(task: "PipelineTaskDetail") -> TaskState | None:
     """A task that is a step; the graph's own nodes run no container."""
-    if not found.executor_detail.container_detail.main_job and found.state.name not in ("SKIPPED", "NOT_TRIGGERED"):
+    if not task.executor_detail.container_detail.main_job and task.state.name not in ("SKIPPED", "NOT_TRIGGERED"):
         return None
-    start, end = found.start_time, found.end_time
+    start, end = task.start_time, task.end_time
     seconds = (end - start).total_seconds() if start and end and end > start else 0.0
     return TaskState(
-        step=step_name(found.task_name),
-        state=_state(found.state.name),
+        step=step_name(task.task_name),
+        state=_state(task.state.name),
         seconds=seconds,
-        error=redact(found.error.message) if found.error else "",
+        error=redact(task.error.message) if task.error else "",
     )
 
 

@@ -75,12 +75,12 @@ def load_templates(folder: Path, dataset: str) -> tuple[Template, ...]:
     `folder` holds <dataset>[/<subset>]/templates.yaml. ConfigError if it has no such file, or another in its place.
     """
     path = _path(folder, dataset)
-    found = [_template(path, dataset, key, values) for key, values in _mappings(path).items()]
-    found.sort(key=lambda template: template.name)
-    for former, template in pairwise(found):
+    templates = [_template(path, dataset, key, values) for key, values in _mappings(path).items()]
+    templates.sort(key=lambda template: template.name)
+    for former, template in pairwise(templates):
         if former.name == template.name:
             raise ConfigError(f"{path}: two templates are called {shown(template.name)}; rename one of them")
-    return tuple(found)
+    return tuple(templates)
 
 
 class LimitError(RecordError):
@@ -194,11 +194,11 @@ def _result(template: Template, row: Row, outcome: object) -> Result:
     return error(f"{_where(template)} fails on the row ({outcome.reason}); {remedy}")
 
 
-def _checked_texts(template: Template, found: object) -> list[str]:
+def _checked_texts(template: Template, texts: object) -> list[str]:
     """The texts of an answer; what comes from a child is not trusted."""
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise TypeError(f"{_where(template)}: the child answers {shown(found)}")
-    return found
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{_where(template)}: the child answers {shown(texts)}")
+    return texts
 
 
 def _config_error(template: Template, failure: Failure) -> ConfigError:
@@ -338,7 +338,7 @@ def _download(url: str, seconds: float) -> bytes:
 
 def _members(url: str, content: bytes) -> dict[str, bytes]:
     """The files below the folder of templates, by their path there; no member may point out of the archive."""
-    found, left = {}, MAX_BYTES
+    members, left = {}, MAX_BYTES
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
             for member in archive:
@@ -350,17 +350,17 @@ def _members(url: str, content: bytes) -> dict[str, bytes]:
                     raise FolderError(f"{url}: unpacks to more than {MAX_BYTES:,} bytes; use another address")
                 file = archive.extractfile(member) if member.isreg() and path.parts[1:3] == _FOLDER else None
                 if file is not None:
-                    found[PurePosixPath(*path.parts[3:]).as_posix()] = file.read()
+                    members[PurePosixPath(*path.parts[3:]).as_posix()] = file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise FolderError(f"{url}: is no tar.gz ({shown(str(error))}); check the address, or fetch again") from error
-    return found
+    return members
 
 
-def _checked(url: str, found: Mapping[str, bytes], wanted: Mapping[str, str]) -> dict[str, bytes]:
+def _checked(url: str, content: Mapping[str, bytes], wanted: Mapping[str, str]) -> dict[str, bytes]:
     remedy = "nothing was written; fetch again, or from the address of the known files"
     for name, sha256 in wanted.items():
-        if name not in found:
+        if name not in content:
             raise FolderError(f"{url}: has no {name}; {remedy}")
-        if hashlib.sha256(found[name]).hexdigest() != sha256:
+        if hashlib.sha256(content[name]).hexdigest() != sha256:
             raise FolderError(f"{url}: {name} is not the known file (its sha256 differs); {remedy}")
-    return {name: found[name] for name in wanted}
+    return {name: content[name] for name in wanted}
