@@ -36,10 +36,11 @@ class Group:
         """What they wrote."""
         return self.log.read_text()
 
-    def ended(self) -> list[int] | None:
-        """The statuses, once all have ended."""
+    def ended(self) -> list[int]:
+        """The statuses, once all have ended; none before."""
         path = self.log.with_suffix(".json")
-        return json.loads(path.read_text()) if path.exists() else None
+        statuses: list[int] = json.loads(path.read_text()) if path.exists() else []
+        return statuses
 
     def wait(self, seconds: float = 200) -> list[int]:
         return wait_until(self.ended, f"the end of {self.pids}", seconds=seconds, details=lambda: self.text)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,10 @@ from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.launch import Topology, starts_ranks, topology
 
 Plan = Callable[..., FinetuningConfig]
-CURVE = {"checks": 1000, "patience": 1000, "epochs": 1.5}
+CURVE = {"checks": 1000, "patience": 1000, "epochs": 1.5, "checkpoint_updates": 6}
 """A check after every update, so that the log is the loss curve; 12 updates."""
+EVERY_UPDATE = {**CURVE, "checkpoint_updates": 1}
+"""The same run, to be broken off anywhere: gathering a checkpoint takes DeepSpeed longer than an update."""
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -119,7 +122,8 @@ Run.save_if_due = save_if_due
 
 
 def break_off(ranks: Ranks, config: FinetuningConfig, update: int) -> None:
-    train(ranks, config, BREAK_OFF.format(update=update), -signal.SIGKILL)
+    kept = replace(config, checkpoint_updates=1)
+    train(ranks, kept, BREAK_OFF.format(update=update), -signal.SIGKILL)
     assert not config.target.exists()
 
 
@@ -160,7 +164,7 @@ def test_deepspeed_computes_what_one_process_does(
 @needs_deepspeed
 def test_any_strategy_goes_on_where_another_stopped(one: FinetuningConfig, plan: Plan, ranks: Ranks) -> None:
     with pytest.raises(StoppedError):
-        run(plan("mixed", **CURVE), stop_after(2))
+        run(plan("mixed", **EVERY_UPDATE), stop_after(2))
     for stage, update in ((1, 5), (3, 8)):
         break_off(ranks, plan("mixed", **deepspeed(stage)), update)
     train(ranks, plan("mixed", parallelism="ddp", devices=2, **CURVE))
@@ -252,7 +256,7 @@ def stop_after(update: int) -> Callable[..., None]:
 def test_a_killed_rank_ends_all_and_the_run_goes_on_to_the_same_bits_and_on_one_rank_nearly(
     two: FinetuningConfig, plan: Plan, ranks: Ranks
 ) -> None:
-    settings = {"parallelism": "ddp", "devices": 2, **CURVE}
+    settings = {"parallelism": "ddp", "devices": 2, **EVERY_UPDATE}
     killer = threading.Thread(target=kill_a_rank, args=(plan("b", **settings), 5))
     killer.start()
     with raises_naming(TrainingError, "rank 1", "signal 9", "same command"):
