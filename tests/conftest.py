@@ -41,7 +41,7 @@ SLOWEST_FIRST = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where workers share the tests by file, the slow files start first: one that starts last keeps one worker alone."""
+    """Where workers share the tests by file, slow files start first: one that starts last runs alone."""
     if hasattr(config, "workerinput"):
         ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(SLOWEST_FIRST)}
         items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
