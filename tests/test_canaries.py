@@ -217,10 +217,17 @@ def test_a_server_that_repeats_the_key_in_an_error_leaves_no_canary(tmp_path: Pa
     assert list(tmp_path.rglob("run.log"))
 
 
-def test_a_server_that_repeats_the_key_in_half_an_answer_leaves_no_canary(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        response(b"{}")[:-2] + f'"{CANARIES["OPENAI_API_KEY"]}'.encode(),
+        response(f"{'x' * 80}{CANARIES['OPENAI_API_KEY'][:15]}".encode(), status=401),
+    ],
+    ids=["more than it says", "ends within the key"],
+)
+def test_a_server_that_breaks_off_with_the_key_leaves_no_canary(tmp_path: Path, body: bytes) -> None:
     """The step alone: what a pipeline makes of its line is the test above."""
     write(tmp_path / "in", [Instance(instance_id="1", instruction="Say a word.", references=("a",))])
-    body = response(b"{}")[:-2] + f'"{CANARIES["OPENAI_API_KEY"]}'.encode()
     with answering(Foreign(parts=[body])) as url:
         words = ["sampling", "--source", "in", "--target", "out", *asking(url), "--max-retries", "1"]
         check_refused(watched([*COMMAND, *words], tmp_path, environment()), tmp_path, "sampling")
