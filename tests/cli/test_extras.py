@@ -13,8 +13,12 @@ Cappy = Callable[..., subprocess.CompletedProcess[str]]
 
 EACH = """
 import contextlib, io, json, sys
+cases = json.loads(sys.argv[1])
+sys.modules.update({missing: None for missing, _ in cases})
 from cappy.cli import main
-for missing, words in json.loads(sys.argv[1]):
+for missing, _ in cases:
+    sys.modules.pop(missing, None)
+for missing, words in cases:
     sys.modules[missing] = None
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

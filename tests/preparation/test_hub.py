@@ -59,7 +59,7 @@ def preparation(
 def preparations(
     repositories: Mapping[str, Mapping[str, Files]], folder: Path, *runs: Sequence[str]
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs one after the other in one process, whose status is that of each; an empty line stands between their words."""
+    """One process for several runs, whose status is that of each; an empty line stands between their words."""
     with serving(repositories) as address:
         return subprocess.run(
             [sys.executable, "-c", EACH, json.dumps([[*flags, "--work", str(folder / "work")] for flags in runs])],
