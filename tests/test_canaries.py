@@ -24,6 +24,7 @@ from processes import free_port, wait_for
 from cappy.config import build
 from cappy.deployment.kserve import inference_service, text
 from cappy.deployment.step import DeploymentConfig
+from cappy.records import Instance, write
 from cappy.registry.models import Version
 from pipelines.builder import compile_pipeline as compiled
 from pipelines.recipe import checked
@@ -140,11 +141,17 @@ def mlflow(folder: Path) -> Iterator[int]:
             server.wait(30)
 
 
+COMMAND = [sys.executable, "-c", "from cappy.cli import main; main()"]
+
+
+def asking(url: str) -> list[str]:
+    return ["--generator", f"openai:m@{url}", "--strategy", "endpoint8"]
+
+
 def adapt(url: str, *more: str) -> list[str]:
     settings = ["finetuning.epochs=0.1", "sampling.max_retries=1"]
     flags = [word for setting in settings for word in ("--set", setting)]
-    words = ["adapt", "--instances", "tasks.jsonl", "--generator", f"openai:m@{url}", "--strategy", "endpoint8"]
-    return [sys.executable, "-c", "from cappy.cli import main; main()", *words, *flags, *more]
+    return [*COMMAND, "adapt", "--instances", "tasks.jsonl", *asking(url), *flags, *more]
 
 
 def tasks(folder: Path) -> None:
@@ -192,25 +199,38 @@ def test_a_whole_run_with_a_password_in_mlflows_address_leaves_no_canary(tmp_pat
     assert not canaries_in(b"\n".join(run.words))
 
 
-@pytest.mark.parametrize("shape", ["<p>%s</p>", "half"])
-def test_a_server_that_repeats_the_key_in_an_error_leaves_no_canary(tmp_path: Path, shape: str) -> None:
-    tasks(tmp_path)
-    key = CANARIES["OPENAI_API_KEY"]
-    body = (
-        response(b"{}")[:-2] + f'"{key}'.encode()
-        if shape == "half"
-        else response((shape % ("x" * 180 + key)).encode(), status=401)
-    )
-    with answering(Foreign(parts=[body])) as url:
-        run = watched(adapt(url), tmp_path, environment())
+def check_refused(run: Watched, folder: Path, verb: str) -> None:
     assert run.done.returncode == 1
-    assert run.done.stderr.startswith("cappy adapt: ")
+    assert run.done.stderr.startswith(f"cappy {verb}: ")
     assert not canaries_in(run.done.stdout.encode() + run.done.stderr.encode())
     # Nor the beginning of one.
     assert "canary-" not in run.done.stderr
-    assert not found_under(tmp_path)
+    assert not found_under(folder)
     assert not canaries_in(b"\n".join(run.words))
+
+
+def test_a_server_that_repeats_the_key_in_an_error_leaves_no_canary(tmp_path: Path) -> None:
+    tasks(tmp_path)
+    text = f"<p>{'x' * 180}{CANARIES['OPENAI_API_KEY']}</p>"
+    with answering(Foreign(parts=[response(text.encode(), status=401)])) as url:
+        check_refused(watched(adapt(url), tmp_path, environment()), tmp_path, "adapt")
     assert list(tmp_path.rglob("run.log"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        response(b"{}")[:-2] + f'"{CANARIES["OPENAI_API_KEY"]}'.encode(),
+        response(f"{'x' * 80}{CANARIES['OPENAI_API_KEY'][:15]}".encode(), status=401),
+    ],
+    ids=["more than it says", "ends within the key"],
+)
+def test_a_server_that_breaks_off_with_the_key_leaves_no_canary(tmp_path: Path, body: bytes) -> None:
+    """The step alone: what a pipeline makes of its line is the test above."""
+    write(tmp_path / "in", [Instance(instance_id="1", instruction="Say a word.", references=("a",))])
+    with answering(Foreign(parts=[body])) as url:
+        words = ["sampling", "--source", "in", "--target", "out", *asking(url), "--max-retries", "1"]
+        check_refused(watched([*COMMAND, *words], tmp_path, environment()), tmp_path, "sampling")
 
 
 ADDRESSES = (

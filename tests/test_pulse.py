@@ -13,14 +13,13 @@ import pytest
 from waiting import wait_until
 
 from cappy.progress import read_state
-from cappy.records import read
 from cappy.steps import STEP_SPECS
 
 pytestmark = [pytest.mark.pulse, pytest.mark.timeout(600)]
 
 SMALL = {
-    "preparation.num_per_family": 4,
-    "sampling.part_rows": 8,
+    "preparation.num_per_family": 2,
+    "sampling.part_rows": 4,
     "finetuning.epochs": 2,
     "finetuning.batch_instances": 2,
     "finetuning.checkpoint_seconds": 0,
@@ -116,36 +115,9 @@ def _check_tracking(folder: Path, *runs: str) -> None:
             assert float(steps["evaluation"].data.metrics["num_instances"]) > 0
 
 
-def test_an_edited_input_is_never_answered_from_the_cache(tmp_path: Path) -> None:
-    rows = [
-        {
-            "instruction": f"{number}. Say {number % 3}.",
-            "references": [f"it is {number % 3}"],
-            "responses": ["it is", f"it is {number % 3}", "no"],
-        }
-        for number in range(20)
-    ]
-    path = tmp_path / "tasks.jsonl"
-
-    def adapt() -> dict[str, object]:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        done = subprocess.run(
-            [*COMMAND[:5], *COMMAND[7:], "--instances", str(path)], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        found: dict[str, object] = json.loads(done.stdout)
-        return found
-
-    adapt()
-    rows[0]["references"] = ["something else"]
-    assert adapt()["from_cache"] == []
-    prepared = max(tmp_path.glob(".cappy/pipeline/**/preparation/instances"), key=lambda folder: folder.stat().st_mtime)
-    assert any(instance.references == ("something else",) for instance in read(prepared))
-
-
 def test_pretrain_ends_with_a_registered_scorer_that_adapt_can_start_from(tmp_path: Path) -> None:
     small = {
-        "preparation.num_per_family": 60,
+        "preparation.num_per_family": 30,
         "preparation.families": '["tense_change", "sentiment"]',
         "sampling.strategy": "sampling8",
         "pretraining.epochs": 0.5,

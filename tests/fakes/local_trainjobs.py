@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,9 @@ class LocalTrainJobs:
         self.nodes: dict[str, list[str]] = {}
         self.stamps: dict[str, list[str]] = {}
         self.clock = itertools.count()
+        # The backend's script installs pip into each node's environment, which takes longer than training does.
+        self.without_pip = tempfile.mkdtemp()
+        (Path(self.without_pip) / "ensurepip.py").touch()
 
     def train(self, runtime: str, trainer: Any, options: list[Any]) -> str:
         (name,) = [option.name for option in options if isinstance(option, Name)]
@@ -49,7 +53,7 @@ class LocalTrainJobs:
             local = sdk.Runtime(name="torch-distributed", kind=sdk.RuntimeKind.TRAINING_RUNTIME, trainer=image)
             environment = {
                 "PATH": os.environ["PATH"],
-                "PYTHONPATH": os.pathsep.join((ROOT, sysconfig.get_paths()["purelib"])),
+                "PYTHONPATH": os.pathsep.join((self.without_pip, ROOT, sysconfig.get_paths()["purelib"])),
                 "OMP_NUM_THREADS": "1",
                 **(
                     {"NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

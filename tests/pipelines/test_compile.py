@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,13 @@ NEEDS: dict[str, dict[str, Any]] = {
 
 
 def compiled(name: str, platform: Platform = "local", **more: Any) -> str:
-    return compiled_recipe(checked({"pipeline": name, **more}), platform)
+    return _compiled(json.dumps({"pipeline": name, **more}), platform)
+
+
+@cache
+def _compiled(recipe: str, platform: Platform) -> str:
+    """Several tests read the same one."""
+    return compiled_recipe(checked(json.loads(recipe)), platform)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -99,7 +106,7 @@ def test_platforms_change_neither_what_a_task_reads_nor_what_its_container_runs(
         return containers, wired, own, document["root"]["inputDefinitions"]
 
     local = core("local")
-    for platform in PLATFORMS:
+    for platform in PLATFORMS[1:]:
         found = core(platform)
         if platform == "vertex":  # It names a run by the job, not by its number.
             found = json.loads(json.dumps(found).replace("pipeline_job_name", "pipeline_job_uuid"))

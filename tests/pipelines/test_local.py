@@ -190,30 +190,35 @@ def test_another_terminal_sees_how_far_a_run_is_and_can_end_it(
         client.look("nope")
 
 
-def test_shards_run_each_under_its_own_name_and_are_cached_each_for_itself(
-    tmp_path: Path, start: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+def test_shards_have_names_and_caches_of_their_own_and_an_edited_input_is_never_answered_from_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "rows.jsonl"
-    rows = [{"instruction": f"Add {index} and 1.", "responses": ["2", "3"]} for index in range(6)]
-    file.write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"instruction": f"Add {index} and 1.", "responses": ["2", "3"]} for index in range(4)]
     parameters = {"source": str(file), "scorer": "builtin"}
     work = str(tmp_path / "work")
-    recipe = checked({"pipeline": "batch_score", "shards": 3, "parameters": parameters, "work": work})
+    recipe = checked({"pipeline": "batch_score", "shards": 2, "parameters": parameters, "work": work})
 
     def once() -> Outcome:
+        file.write_text("\n".join(map(json.dumps, rows)))
         return run_recipe(recipe, root=tmp_path / "root", show=False)
 
+    def gathered(outcome: Outcome) -> list[str]:
+        return [instance.instruction for instance in read(outcome.outputs["gathering"])]
+
     first = once()
-    shards = {f"scoring {index}/3" for index in range(3)}
+    shards = {f"scoring {index}/2" for index in range(2)}
     assert set(first.outputs) == {"preparation", *shards, "gathering"}
-    assert [instance.instruction for instance in read(first.outputs["gathering"])] == [
-        row["instruction"] for row in rows
-    ]
+    assert gathered(first) == [row["instruction"] for row in rows]
     assert (first.folder / "pipeline.yaml").read_text().startswith("# PIPELINE DEFINITION")
     second = once()
     assert second.cached == set(first.outputs)
     assert second.outputs == first.outputs
+    rows[0]["instruction"] = "Add 9 and 1."
+    edited = once()
+    assert edited.cached == frozenset()
+    assert gathered(edited) == [row["instruction"] for row in rows]
 
 
 def test_a_failed_shard_says_its_own_line_and_which_it_is(

@@ -23,6 +23,7 @@ import pytest
 from wording import raises_naming
 
 from cappy.errors import RecordError
+from cappy.preparation import tables
 from cappy.preparation.bigbench import is_task, read_task
 from cappy.preparation.files import reader_of
 from cappy.preparation.tables import read_csv, read_parquet
@@ -312,14 +313,16 @@ def test_a_header_of_a_hundred_thousand_columns_is_read_at_once(tmp_path: Path) 
     assert list(read_csv(tmp_path / "rows.csv")) == []
 
 
-def test_a_row_of_many_large_cells_is_refused(tmp_path: Path) -> None:
+def test_a_row_of_many_large_cells_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tables._MAX_RECORD_CHARACTERS == 64 * 2**20
+    monkeypatch.setattr(tables, "_MAX_RECORD_CHARACTERS", 2**20)
     path = tmp_path / "rows.csv.gz"
     with gzip.open(path, "wb", 1) as file:
         file.write(b"a,b\n")
         for _ in range(12):
-            file.write(b'"' + b"a\n" * 3 * 2**20 + b'",')
+            file.write(b'"' + b"a\n" * 3 * 2**14 + b'",')
         file.write(b"b\n")
-    with raises_naming(RecordError, "rows.csv.gz:2: ", "more than 67,108,864 characters", "quotes"):
+    with raises_naming(RecordError, "rows.csv.gz:2: ", "more than 1,048,576 characters", "quotes"):
         list(read_csv(path))
 
 

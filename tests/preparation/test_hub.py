@@ -3,10 +3,11 @@
 What the fake cannot show is whether the addresses in the mixtures exist.
 """
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,20 +36,33 @@ def prepared(tmp_path: Path) -> Callable[..., tuple[Manifest, list[Instance]]]:
     return run
 
 
+EACH = """
+import json, sys
+from cappy.cli import main
+statuses = []
+for words in json.loads(sys.argv[1]):
+    sys.stderr.write("\\n" if statuses else "")
+    try:
+        main(["preparation", *words])
+    except SystemExit as ended:
+        statuses.append(ended.code or 0)
+sys.exit(max(statuses) if min(statuses) == max(statuses) else f"they ended with {statuses}")
+"""
+
+
 def preparation(
     repositories: Mapping[str, Mapping[str, Files]], folder: Path, *flags: str
 ) -> "subprocess.CompletedProcess[str]":
+    return preparations(repositories, folder, flags)
+
+
+def preparations(
+    repositories: Mapping[str, Mapping[str, Files]], folder: Path, *runs: Sequence[str]
+) -> "subprocess.CompletedProcess[str]":
+    """One process for several runs, whose status is that of each; an empty line stands between their words."""
     with serving(repositories) as address:
         return subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "from cappy.cli import main; main()",
-                "preparation",
-                *flags,
-                "--work",
-                str(folder / "work"),
-            ],
+            [sys.executable, "-c", EACH, json.dumps([[*flags, "--work", str(folder / "work")] for flags in runs])],
             env={**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_TELEMETRY": "1"},
             cwd=folder,
             capture_output=True,
@@ -58,7 +72,7 @@ def preparation(
 
 
 def test_a_dataset_is_streamed_at_the_commit_that_its_revision_is_now(
-    prepared: Callable[..., tuple[Manifest, list[Instance]]],
+    prepared: Callable[..., tuple[Manifest, list[Instance]]], tmp_path: Path
 ) -> None:
     columns = ["--columns", "instruction=question", "--columns", "reference=answer"]
     files = {"data/train-00000-of-00001.parquet": QUIZ, "data/test-00000-of-00001.parquet": CHANGED}
@@ -68,13 +82,17 @@ def test_a_dataset_is_streamed_at_the_commit_that_its_revision_is_now(
     assert manifest.parents == (commit_of(files),)
     moved = {**files, "data/train-00000-of-00001.parquet": CHANGED}
     # The branch moves on: other work, and not what lies finished.
-    later, others = prepared({"org/quiz": {"main": moved}}, "--source", "hub:org/quiz", *columns)
-    assert (others[0].instruction, later.parents) == ("new 0", (commit_of(moved),))
-    pinned = f"hub:org/quiz@{commit_of(files)}"
+    pinned = ["--source", f"hub:org/quiz@{commit_of(files)}", *columns]
+    runs = (["--source", "hub:org/quiz", *columns], pinned, [*pinned, "--split", "test"])
+    targets = [str(tmp_path / name) for name in ("moved", "pinned", "tested")]
     both = {"org/quiz": {"main": moved, "old": files}}
-    assert [i.instruction for i in prepared(both, "--source", pinned, *columns)[1]] == [f"q{n}" for n in range(12)]
-    tested = prepared(both, "--source", pinned, "--split", "test", *columns)[1]
-    assert {i.instruction for i in tested} == {f"new {n}" for n in range(12)}
+    flags = [[*words, "--target", target] for words, target in zip(runs, targets, strict=True)]
+    done = preparations(both, tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    later, others = read_manifest(tmp_path / "moved"), list(read(tmp_path / "moved"))
+    assert (others[0].instruction, later.parents) == ("new 0", (commit_of(moved),))
+    assert [i.instruction for i in read(tmp_path / "pinned")] == [f"q{n}" for n in range(12)]
+    assert {i.instruction for i in read(tmp_path / "tested")} == {f"new {n}" for n in range(12)}
 
 
 def test_a_big_bench_task_of_the_mixture_keeps_its_published_test_split(
@@ -130,14 +148,15 @@ def test_the_converted_branch_is_read_by_folder(
     assert [(i.instruction, i.references) for i in found] == [(f"Say q{n}", (f"a{n}",)) for n in range(12)]
 
 
-@pytest.mark.parametrize("source", ["hub:org/none", "hub:org/quiz:none", "hub:org/quiz@none"])
-def test_what_the_hub_does_not_have_is_one_line_with_the_remedy(tmp_path: Path, source: str) -> None:
+def test_what_the_hub_does_not_have_is_one_line_with_the_remedy(tmp_path: Path) -> None:
     files = {"data/train-00000-of-00001.parquet": QUIZ}
-    done = preparation({"org/quiz": {"main": files}}, tmp_path, "--source", source, "--target", "out")
-    assert done.returncode == 1
-    name = source if "@" in source else f"{source}@main"
-    last = done.stderr.splitlines()[-1]
-    assert_names(last, f"cappy preparation: {name}: ", "from the hub", "configuration", "revision")
+    sources = ["hub:org/none", "hub:org/quiz:none", "hub:org/quiz@none"]
+    runs = [["--source", source, "--target", "out"] for source in sources]
+    done = preparations({"org/quiz": {"main": files}}, tmp_path, *runs)
+    assert done.returncode == 1, done.stderr
+    for source, told in zip(sources, done.stderr.rstrip("\n").split("\n\n"), strict=True):
+        name = source if "@" in source else f"{source}@main"
+        assert_names(told.splitlines()[-1], f"cappy preparation: {name}: ", "from the hub", "configuration", "revision")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -182,7 +201,6 @@ def test_no_picture_of_a_row_is_opened(
     prepared: Callable[..., tuple[Manifest, list[Instance]]], tmp_path: Path
 ) -> None:
     import io
-    import json
 
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -136,9 +136,11 @@ def test_dropout_without_padding_is_as_strong_as_transformers_own(which: str) ->
     scorer = bert(**{**dropouts, which: 0.3})
     batch = scorer.encoder.encode(pairs(5, 2))
     scorer.model.train()
-    with torch.no_grad():
-        ours = torch.stack([scorer.logits(batch) for _ in range(1500)]).std(0)
-        theirs = torch.stack([own_logits(scorer, batch) for _ in range(1500)]).std(0)
+    with torch.no_grad():  # 30 copies a pass: a pass takes about as long with one.
+        ours, theirs = (
+            torch.stack([logits(batch * 30) for _ in range(50)]).reshape(1500, len(batch)).std(0)
+            for logits in (scorer.logits, lambda copies: own_logits(scorer, copies))
+        )
     assert theirs.min() > 0.01
     assert (ours / theirs - 1).abs().max() < 0.12
 

@@ -1,7 +1,5 @@
 """What Vertex AI's variables make of `cappy serve`."""
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from processes import free_port, running, wait_for
 from wording import raises_naming
 
 from cappy.builtin import SCORER_FOLDER
+from cappy.cli import main
 from cappy.errors import ConfigError, FolderError
 from cappy.scoring import Scorer
 from serving.app import Options
@@ -125,9 +124,10 @@ def test_cappy_serve_without_flags_serves_what_the_variables_say(tmp_path: Path)
     assert scores == pytest.approx(expected, abs=5e-3)
 
 
-def test_a_flag_goes_before_a_variable() -> None:
-    command = [sys.executable, "-m", "serving", "--scorer", "no/such/folder", "--port", "0"]
-    variables = {"AIP_STORAGE_URI": "gs://bucket/a", "AIP_HTTP_PORT": "80", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
-    assert run.returncode == 1
-    assert "no/such/folder: " in run.stderr
+def test_a_flag_goes_before_a_variable(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("AIP_STORAGE_URI", "gs://bucket/a")
+    monkeypatch.setenv("AIP_HTTP_PORT", "80")
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--scorer", "no/such/folder", "--port", "0"])
+    assert ended.value.code == 1
+    assert "no/such/folder: " in capsys.readouterr().err

@@ -50,9 +50,20 @@ def source(tmp_path_factory: pytest.TempPathFactory, instances: list[Instance]) 
 @pytest.fixture
 def plan(source: Path, scorer_folder: Path, tmp_path: Path) -> Callable[..., FinetuningConfig]:
     """plan(name, **settings) -> a short finetuning whose folders lie in a place of its own under that name."""
+    return planner(source, scorer_folder, tmp_path)
 
+
+@pytest.fixture(scope="module")
+def shared_plan(
+    source: Path, scorer_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., FinetuningConfig]:
+    """As `plan`, for runs that several tests of a module look at."""
+    return planner(source, scorer_folder, tmp_path_factory.mktemp("shared"))
+
+
+def planner(source: Path, scorer_folder: Path, folder: Path) -> Callable[..., FinetuningConfig]:
     def make(name: str = "a", **values: object) -> FinetuningConfig:
-        root = tmp_path / name
+        root = folder / name
         given = {
             "source": source,
             "scorer": str(scorer_folder),

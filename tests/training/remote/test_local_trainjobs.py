@@ -7,7 +7,6 @@ other, that a deleted TrainJob's pods get SIGTERM.
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,27 +30,6 @@ pytestmark = pytest.mark.timeout(900)  # Processes start one after another, on a
 Plan = Callable[..., FinetuningConfig]
 ROOT = Path(__file__).parents[3]
 PROGRAM = ROOT / "tests/fakes/local_trainjobs.py"
-NODE = """
-import os, sys, sysconfig
-from kubeflow import trainer as sdk
-from cappy.config import build, decode
-from cappy.training.finetuning import FinetuningConfig
-from cappy.training.remote.kubeflow import trainer
-
-settings, port, node = sys.argv[1:]
-image = sdk.RuntimeTrainer(trainer_type=sdk.TrainerType.CUSTOM_TRAINER, framework="python", image="local")
-runtime = sdk.Runtime(name="torch-distributed", kind=sdk.RuntimeKind.TRAINING_RUNTIME, trainer=image)
-environment = {
-    "PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join((os.getcwd(), sysconfig.get_paths()["purelib"])),
-    "OMP_NUM_THREADS": "1", "NODE_RANK": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-}
-client = sdk.TrainerClient(sdk.LocalProcessBackendConfig())
-plan = build(FinetuningConfig, decode(settings))
-name = client.train(runtime=runtime, trainer=trainer("finetuning", plan, environment=environment))
-done = client.wait_for_job_status(name, status={"Complete", "Failed"}, timeout=200, polling_interval=1)
-sys.exit(0 if done.status == "Complete" else "".join(client.get_job_logs(name)))
-"""
-"""One node's job in a process of its own: jobs of one process change its working directory under each other."""
 TWO = {"parallelism": "ddp", "epochs": 1.0}
 
 
@@ -118,31 +96,11 @@ def equal(first: FinetuningConfig, second: FinetuningConfig) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_step_trains_as_a_job_of_two_nodes_and_publishes_what_training_here_gives(
-    plan: Plan, start: Callable[[FinetuningConfig], Step]
-) -> None:
-    here = run(plan("here", devices=2, **TWO))
-    remote = plan("there", launcher="trainjob", nodes=2, **TWO)
-    step = start(remote)
-    assert step.shell.wait(200) == 0, step.said[-3000:]
-    assert verify(remote.target).hash == here.hash
-    assert equal(remote, plan("here"))
-    assert "finetuning: node-0: finetuning: 8 of 8 updates" in step.said, "the job's log is told, node by node"
-    assert "finetuning: node-1: " in step.said
-    record = json.loads((remote.work / "records" / "f.json").read_text())
-    assert (record["status"], record["manifest_hash"]) == ("done", here.hash)
-    (job,) = (remote.work / "jobs").iterdir()
-    assert not (job / "source").exists(), "the staged input goes when it is not needed any more"
-    again = start(plan("there", launcher="trainjob", nodes=2, **TWO))
-    assert again.shell.wait(100) == 0, again.said[-3000:]
-    assert "submitted" not in again.said, "what a job wrote is read, not trained again"
-
-
-def test_a_job_whose_ranks_are_killed_is_submitted_again_and_ends_with_the_weights_of_an_unbroken_run(
+def test_a_job_whose_ranks_are_killed_is_submitted_again_and_publishes_what_an_unbroken_run_here_gives(
     plan: Plan, start: Callable[[FinetuningConfig], Step]
 ) -> None:
     settings = {**TWO, "epochs": 2.0, "patience": 10}
-    run(plan("here", devices=2, **settings))
+    here = run(plan("here", devices=2, **settings))
     remote = plan("there", launcher="trainjob", nodes=2, **settings)
     step = start(remote)
     step.wait_until(lambda: step.checkpoint(4), "checkpoint 4")
@@ -153,17 +111,33 @@ def test_a_job_whose_ranks_are_killed_is_submitted_again_and_ends_with_the_weigh
     update = int(again.rpartition(" ")[2])
     assert update >= 4
     assert f"({update} resumed)" in step.said, "updates before the checkpoint are not done again"
+    assert "finetuning: node-0: finetuning: 15 of 15 updates" in step.said, "the job's log is told, node by node"
+    assert "finetuning: node-1: " in step.said
+    manifest = verify(remote.target)
+    assert manifest.hash == here.hash
     assert equal(remote, plan("here"))
+    assert manifest.metrics["updates"] == 15
+    log = json.loads((remote.target / "training.json").read_text())
+    assert log["checks"][-1]["update"] == log["curve"][-1]["update"] == 15
+    record = json.loads((remote.work / "records" / "f.json").read_text())
+    assert (record["status"], record["manifest_hash"]) == ("done", here.hash)
+    (job,) = (remote.work / "jobs").iterdir()
+    assert not (job / "source").exists(), "the staged input goes when it is not needed any more"
+    repeated = start(remote)
+    assert repeated.shell.wait(100) == 0, repeated.said[-3000:]
+    assert "submitted" not in repeated.said, "what a job wrote is read, not trained again"
 
 
-@pytest.mark.parametrize("whom", ["shell", "step"])
+@pytest.mark.parametrize(("whom", "nodes"), [("shell", 1), ("step", 2)])
 def test_a_step_that_is_cancelled_takes_its_job_with_it(
-    whom: str, plan: Plan, start: Callable[[FinetuningConfig], Step]
+    whom: str, nodes: int, plan: Plan, start: Callable[[FinetuningConfig], Step]
 ) -> None:
-    step = start(plan("there", launcher="trainjob", nodes=2, **{**TWO, "epochs": 500.0, "patience": 100}))
+    step = start(plan("there", launcher="trainjob", nodes=nodes, **{**TWO, "epochs": 500.0, "patience": 100}))
     step.wait_until(lambda: step.checkpoint(3), "checkpoint 3")
     (follower,) = [one for one in step.processes(PROGRAM.name) if one.name() != "sh"]
-    assert len(step.processes("-m cappy.training finetuning")) == 2
+    assert len([one for one in step.processes("/train_cappy-finetuning-") if one.name() != "bash"]) == nodes
+    # Of several nodes each starts its rank; one alone trains itself.
+    assert len(step.processes("-m cappy.training finetuning")) == (nodes if nodes > 1 else 0)
     os.kill(step.shell.pid if whom == "shell" else follower.pid, signal.SIGTERM)
     step.wait_until(lambda: not step.processes(""), "the end of its processes", 60)
     why = "the process that started this step" if whom == "shell" else "SIGTERM"
@@ -172,26 +146,3 @@ def test_a_step_that_is_cancelled_takes_its_job_with_it(
     assert_names(step.said.splitlines()[-1], "cancelled", why, "same command")
     assert "SIGTERM after update" in step.said, "the ranks were asked, and wrote a checkpoint"
     assert not step.plan.target.exists()
-
-
-def test_two_nodes_started_by_the_trainer_sdk_publish_one_scorer(plan: Plan) -> None:
-    """The local backend starts one process a job, whatever `num_nodes` says: so each node is a job of its own here.
-
-    Its torch runtime wants torch installed anew into a fresh environment; ours is lent to a plain Python's instead.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = plan(nodes=2, parallelism="ddp", epochs=1.0)
-    command = [sys.executable, "-c", NODE, encode(to_values(settings)), str(port)]
-    nodes = [
-        subprocess.Popen([*command, str(node)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for node in range(2)
-    ]
-    for node in nodes:
-        text, _ = node.communicate(timeout=240)
-        assert node.returncode == 0, text[-3000:]
-    manifest = verify(settings.target)
-    assert manifest.metrics["updates"] == 8
-    log = json.loads((settings.target / "training.json").read_text())
-    assert log["checks"][-1]["update"] == log["curve"][-1]["update"] == 8

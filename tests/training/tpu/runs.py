@@ -125,8 +125,8 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_torch_does_not_go_on_with_it(
     assert read_manifest(plan("unbroken").target).hash == read_manifest(plan("killed").target).hash
     finetuning(plan("torch", **{**settings, "parallelism": "single", "devices": 1}), seen["torch"])
     assert seen["torch"].updates[0] == 1
-    assert read_manifest(plan("unbroken").target).config["strategy"] == "jax"
-    assert "strategy" not in read_manifest(plan("torch").target).config
+    assert read_manifest(plan("unbroken").target).config["parallelism"] == "jax"
+    assert "parallelism" not in read_manifest(plan("torch").target).config
 
 
 def test_a_loss_that_is_no_number_is_told_in_torchs_words(plan: Plan, scorer_folder: Path, tmp_path: Path) -> None:
