@@ -112,11 +112,11 @@ def renamed_flags(config_class: type) -> dict[str, str]:
 
     A config class lists its own in `RENAMED`: old name -> the new one, or several.
     """
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for cls in config_class.__mro__:
         for old, new in vars(cls).get("RENAMED", {}).items():
-            found[flag(old)] = " or ".join(map(flag, new if isinstance(new, tuple) else (new,)))
-    return found
+            names[flag(old)] = " or ".join(map(flag, new if isinstance(new, tuple) else (new,)))
+    return names
 
 
 def with_new_names(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,5 +70,5 @@ def shown(value: object, limit: int = 60, *, keys: Sequence[str] = ()) -> str:
 def near(word: str, known: Iterable[str], otherwise: str = "") -> str:
     """The end of a line about an unknown word: the nearest known one, else `otherwise`, else all that there are."""
     names = sorted(known)
-    found = difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {found[0]}?" if found else otherwise or f"; there are {', '.join(names)}"
+    nearest = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else otherwise or f"; there are {', '.join(names)}"

@@ -130,9 +130,9 @@ def _refuse_odd(path: Path, error: OSError) -> None:
 
 
 def _check(descriptor: int, path: Path) -> None:
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        kind = "has another name too (a hard link)" if stat.S_ISREG(found.st_mode) else "is no regular file"
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        kind = "has another name too (a hard link)" if stat.S_ISREG(status.st_mode) else "is no regular file"
         raise FolderError(f"{path}: {kind}, and a lock file must not; {_REMEDY}")
 
 

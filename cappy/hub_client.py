@@ -134,11 +134,11 @@ def _commit(spec: Spec) -> str:
 
     if _COMMIT.fullmatch(spec.revision) or is_offline_mode():
         return spec.revision
-    found = str(HfApi().model_info(spec.name, revision=spec.revision).sha)
-    if not _COMMIT.fullmatch(found) or not found.startswith(spec.revision):
-        raise _no_commit(spec, found)
-    return found
+    commit = str(HfApi().model_info(spec.name, revision=spec.revision).sha)
+    if not _COMMIT.fullmatch(commit) or not commit.startswith(spec.revision):
+        raise _no_commit(spec, commit)
+    return commit
 
 
-def _no_commit(spec: Spec, found: str) -> ConfigError:
-    return ConfigError(f"{spec.text}: is not a commit but a name of {shown(found, 50)}; give the whole commit hash")
+def _no_commit(spec: Spec, commit: str) -> ConfigError:
+    return ConfigError(f"{spec.text}: is not a commit but a name of {shown(commit, 50)}; give the whole commit hash")

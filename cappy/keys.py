@@ -57,14 +57,14 @@ class Key:
 
     def differences(self, other: "Key") -> list[str]:
         """What this key has that `other` has not, for a person: `temperature 0.9 -> 1.0`, other's value first."""
-        found = [] if self.version == other.version else [f"version {other.version} -> {self.version}"]
+        texts = [] if self.version == other.version else [f"version {other.version} -> {self.version}"]
         for name in sorted({*self.settings, *other.settings}):
             before, now = other.settings.get(name), self.settings.get(name)
             if before != now:
-                found.append(f"{name.replace('_', '-')} {_short(before)} -> {_short(now)}")
+                texts.append(f"{name.replace('_', '-')} {_short(before)} -> {_short(now)}")
         if list(self.inputs) != list(other.inputs):
-            found.append("inputs")
-        return found
+            texts.append("inputs")
+        return texts
 
 
 def work_key(step: str, settings: Mapping[str, object], inputs: Sequence[object] = (), *, fresh: str = "") -> Key:

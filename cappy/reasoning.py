@@ -67,10 +67,10 @@ def _may_hold(text: str) -> bool:
 
 def _final_message(text: str) -> str:
     """The last message of the channel `final` of gpt-oss's format; empty if there is none."""
-    found = list(_CHANNEL.finditer(text))
-    if not found:
+    channels = list(_CHANNEL.finditer(text))
+    if not channels:
         return text.strip()
-    last = found[-1]
+    last = channels[-1]
     if last[1].lower() != "final":
         return ""
     return _CHANNEL_END.split(text[last.end() :], maxsplit=1)[0].strip()

@@ -63,11 +63,11 @@ def _components(state: object) -> Iterator[Mapping[str, Any]]:
     """The components of a sequence, however deep, and the objects within each but its special tokens' ids."""
     left = [state]
     while left:
-        found = left.pop()
-        if isinstance(found, Mapping):
-            yield found
-            left += [item for name in _LISTS for item in found.get(name) or ()]
-            if isinstance(tokens := found.get("special_tokens"), Mapping):
+        component = left.pop()
+        if isinstance(component, Mapping):
+            yield component
+            left += [item for name in _LISTS for item in component.get(name) or ()]
+            if isinstance(tokens := component.get("special_tokens"), Mapping):
                 left += list(tokens.values())[: MAX_COMPONENTS + 1]
 
 

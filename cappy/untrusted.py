@@ -64,9 +64,9 @@ def to_utf8(body: bytes, content_type: str) -> bytes:
     """
     if b"\0" not in body and is_utf8(body):
         return body
-    found = _CHARSET.search(content_type)
+    match = _CHARSET.search(content_type)
     try:
-        charset = codecs.lookup(found[1]).name if found else ""
+        charset = codecs.lookup(match[1]).name if match else ""
         return body.decode(charset).encode() if charset and charset not in _NO_CHARSETS else body
     except (LookupError, ValueError):
         return body

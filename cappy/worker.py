@@ -56,14 +56,14 @@ class StepConfig(Protocol):
 
 def config_class(step: str) -> type[StepConfig]:
     """The class of a step's settings; imports the step's module."""
-    found: type[StepConfig] = getattr(importlib.import_module(STEP_SPECS[step].module), f"{step.capitalize()}Config")
-    return found
+    config: type[StepConfig] = getattr(importlib.import_module(STEP_SPECS[step].module), f"{step.capitalize()}Config")
+    return config
 
 
 def runner(step: str) -> Callable[[StepConfig, Progress], Manifest]:
     """The `run` function of a step, which takes settings of the step's own class; imports the step's module."""
-    found: Callable[[StepConfig, Progress], Manifest] = importlib.import_module(STEP_SPECS[step].module).run
-    return found
+    run: Callable[[StepConfig, Progress], Manifest] = importlib.import_module(STEP_SPECS[step].module).run
+    return run
 
 
 class _Outcome(TypedDict, total=False):

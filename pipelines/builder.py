@@ -139,11 +139,11 @@ def _component(step: str) -> Component:
 
 def _signature(definition: Definition, shards: int) -> inspect.Signature:
     steps = definition.steps_in(shards)
-    found: dict[str, inspect.Parameter] = {}
+    parameters: dict[str, inspect.Parameter] = {}
 
     def add(name: str, annotation: object, default: object) -> None:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        found.setdefault(name, inspect.Parameter(name, kind, annotation=annotation, default=default))
+        parameters.setdefault(name, inspect.Parameter(name, kind, annotation=annotation, default=default))
 
     for step in steps:
         own = inspect.signature(_component(step).python_func).parameters
@@ -156,7 +156,7 @@ def _signature(definition: Definition, shards: int) -> inspect.Signature:
         add(name, str, "")
     add("fingerprints", str, "{}")
     # kfp takes them in any order, Python those without a default first.
-    return inspect.Signature(sorted(found.values(), key=lambda each: each.default is not inspect.Parameter.empty))
+    return inspect.Signature(sorted(parameters.values(), key=lambda each: each.default is not inspect.Parameter.empty))
 
 
 def package_of(recipe: Recipe, platform: Platform, arguments: Mapping[str, object], path: Path | None = None) -> str:

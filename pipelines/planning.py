@@ -49,7 +49,7 @@ def planned(
     beside `finetuning.scorer`, or `seed` beside a seed for each kind of draw.
     """
     plan = PIPELINES[pipeline].settings
-    found = plan(parameters, settings, tracking_uri)
+    whole = plan(parameters, settings, tracking_uri)
 
     def attempt(chosen: Mapping[str, object], more: Mapping[str, StepSettings]) -> Settings | None:
         try:
@@ -61,10 +61,10 @@ def planned(
         needed = {other: parameters[other] for other in ("source",) if other in parameters and other != name}
         alone = attempt({**needed, name: value}, {}) != attempt(needed, {})
         others = {other: given for other, given in parameters.items() if other != name}
-        if alone and attempt(others, settings) == found:
+        if alone and attempt(others, settings) == whole:
             remedy = "settings or other parameters give all that it would; leave it out"
             raise ConfigError(f"parameters: {name}: {shown(value)} has no effect; {remedy}")
-    return found
+    return whole
 
 
 def work_of(recipe: Recipe, platform: Platform) -> Path:

@@ -75,7 +75,7 @@ def _follows(later: str, step: str, steps: list[str]) -> bool:
 def log_section(log: Path, step: str, *, whole: bool = True) -> list[str]:
     """The lines that a step wrote to the run's log; if it never started all lines, or none without `whole`."""
     lines = [_COLOR.sub("", line) for line in log.read_text(errors="replace").splitlines()]
-    starts = [(index, found[1]) for index, line in enumerate(lines) if (found := _START.search(line))]
+    starts = [(index, match[1]) for index, line in enumerate(lines) if (match := _START.search(line))]
     section: list[str] = []
     for (start, name), (end, _) in zip(starts, [*starts[1:], (len(lines), "")], strict=True):
         if name == step:

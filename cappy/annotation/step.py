@@ -108,22 +108,22 @@ def _annotated(part: list[Instance], *, config: AnnotationConfig) -> Iterator[In
 
 def cautions(metrics: Mapping[str, float]) -> list[str]:
     """What a person should know about the labels, by the counts in the manifest: sentences that end with what to do."""
-    found = []
+    texts = []
     if reasoning := metrics.get("with_reasoning", 0):
-        found.append(
+        texts.append(
             f"{_share(reasoning, metrics['responses'])} responses hold reasoning such as <think>...</think>, which "
             "the metric compares too; sample with --strip-reasoning"
         )
     instances = metrics.get("instances", 0)
     remedy = "annotate with --metric rougeL_unicode or chrf"
     if unseen := metrics.get("invisible_to_rougeL", 0):
-        found.append(f"{_share(unseen, instances)} instances have no reference that Rouge-L can see; {remedy}")
+        texts.append(f"{_share(unseen, instances)} instances have no reference that Rouge-L can see; {remedy}")
     if partly := metrics.get("partly_invisible_to_rougeL", 0):
-        found.append(
+        texts.append(
             f"{_share(partly, instances)} instances have a reference or response of which Rouge-L sees only a part, "
             f"for it sees [a-z0-9] alone; {remedy}"
         )
-    return found
+    return texts
 
 
 def _share(some: float, of: float) -> str:

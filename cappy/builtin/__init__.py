@@ -26,10 +26,10 @@ def verify(folder: Path) -> None:
         ) from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise FolderError(f"{folder / SEAL}: no sha256 in it ({shown(error)}); restore the file") from error
-    found = file_hashes(folder)
-    for name in sorted(sealed.keys() | found.keys()):
-        if sealed.get(name) != found.get(name):
-            state = "missing" if name not in found else "not sealed" if name not in sealed else "changed"
+    present = file_hashes(folder)
+    for name in sorted(sealed.keys() | present.keys()):
+        if sealed.get(name) != present.get(name):
+            state = "missing" if name not in present else "not sealed" if name not in sealed else "changed"
             raise FolderError(f"{folder / name}: {state}, against sha256 in {SEAL}; restore the folder")
 
 

@@ -33,7 +33,7 @@ class Finding:
 
     name: str
     status: Literal["ok", "warning", "failure"]
-    found: str
+    detail: str
     remedy: str = ""
 
 
@@ -54,7 +54,7 @@ def doctor(
 
         table = Table(box=None, pad_edge=False, show_header=False)
         for finding in findings:
-            text = escape(finding.found) + (f"\n[bold]→ {escape(finding.remedy)}[/]" if finding.remedy else "")
+            text = escape(finding.detail) + (f"\n[bold]→ {escape(finding.remedy)}[/]" if finding.remedy else "")
             table.add_row(escape(finding.name), _MARKS[finding.status], text)
         Console().print(table)
         typer.echo("the demo can run: make demo" if ok else "the demo cannot run yet; mend the failures above")
@@ -79,7 +79,7 @@ def _examine(work: Path, tracking_uri: str = "") -> list[Finding]:
 
 
 def _python() -> Finding:
-    return Finding(name="python", status="ok", found=f"{platform.python_version()} ({sys.executable})")
+    return Finding(name="python", status="ok", detail=f"{platform.python_version()} ({sys.executable})")
 
 
 def _packages() -> Iterator[Finding]:
@@ -87,7 +87,7 @@ def _packages() -> Iterator[Finding]:
     try:
         requirements = importlib.metadata.requires(_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        yield Finding(name="packages", status="failure", found=f"{_DISTRIBUTION} is not installed", remedy=_pip(""))
+        yield Finding(name="packages", status="failure", detail=f"{_DISTRIBUTION} is not installed", remedy=_pip(""))
         return
     wanted: dict[str, list[str]] = {}
     for requirement in requirements:
@@ -104,11 +104,11 @@ def _extra(extra: str, names: list[str]) -> Finding:
     missing = [name for name, version in versions.items() if version is None]
     title = f"packages [{extra}]" if extra else "packages"
     if not missing:
-        found = ", ".join(f"{name} {version}" for name, version in versions.items())
-        return Finding(name=title, status="ok", found=found)
+        detail = ", ".join(f"{name} {version}" for name, version in versions.items())
+        return Finding(name=title, status="ok", detail=detail)
     needed = not extra or extra in _DEMO_EXTRAS
     status: Literal["failure", "warning"] = "failure" if needed else "warning"
-    return Finding(name=title, status=status, found=f"missing: {', '.join(missing)}", remedy=_pip(extra))
+    return Finding(name=title, status=status, detail=f"missing: {', '.join(missing)}", remedy=_pip(extra))
 
 
 def _version(name: str) -> str | None:
@@ -129,17 +129,17 @@ def _processor() -> Finding:
     flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)[:1]).split())
     known = ", ".join(flag for flag in _CPU_FLAGS if flag in flags) or "no flags known"
     name = model[1] if model else platform.processor() or platform.machine()
-    return Finding(name="processor", status="ok", found=f"{name}, {cores} cores, {known}")
+    return Finding(name="processor", status="ok", detail=f"{name}, {cores} cores, {known}")
 
 
 def _memory() -> Finding:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _text(Path("/sys/fs/cgroup/memory.max")).strip()
     usable = min(total, int(limit)) if limit.isdigit() else total
-    found = f"{usable / 1e9:.1f} GB"
+    detail = f"{usable / 1e9:.1f} GB"
     if usable < 2e9:
-        return Finding(name="memory", status="warning", found=found, remedy="2 GB or more are wanted")
-    return Finding(name="memory", status="ok", found=found)
+        return Finding(name="memory", status="warning", detail=detail, remedy="2 GB or more are wanted")
+    return Finding(name="memory", status="ok", detail=detail)
 
 
 def _accelerators() -> Iterator[Finding]:
@@ -149,26 +149,26 @@ def _accelerators() -> Iterator[Finding]:
 
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
-        yield Finding(name=f"gpu {index}", status="ok", found=found)
+        detail = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
+        yield Finding(name=f"gpu {index}", status="ok", detail=detail)
     if not torch.cuda.is_available():
         mps = torch.backends.mps.is_available()
-        yield Finding(name="gpu", status="ok", found="Apple MPS" if mps else "none, the CPU is used")
+        yield Finding(name="gpu", status="ok", detail="Apple MPS" if mps else "none, the CPU is used")
 
 
 def _disk(work: Path) -> Finding:
     folder = next(path for path in (work.absolute(), *work.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free / 1e9
-    found = f"{free:.1f} GB free at {folder}"
+    detail = f"{free:.1f} GB free at {folder}"
     if not os.access(folder, os.W_OK):
-        return Finding(name="disk", status="failure", found=f"{folder} may not be written", remedy="mend its rights")
+        return Finding(name="disk", status="failure", detail=f"{folder} may not be written", remedy="mend its rights")
     if free < _LEAST_FREE_GB:
         remedy = f"free {_LEAST_FREE_GB:g} GB, or point --work elsewhere"
-        return Finding(name="disk", status="failure", found=found, remedy=remedy)
+        return Finding(name="disk", status="failure", detail=detail, remedy=remedy)
     if free < _ENOUGH_FREE_GB:
         remedy = f"enough for the demo; {_ENOUGH_FREE_GB:g} GB are wanted for work of your own"
-        return Finding(name="disk", status="warning", found=found, remedy=remedy)
-    return Finding(name="disk", status="ok", found=found)
+        return Finding(name="disk", status="warning", detail=detail, remedy=remedy)
+    return Finding(name="disk", status="ok", detail=detail)
 
 
 def _builtin() -> Iterator[Finding]:
@@ -176,9 +176,9 @@ def _builtin() -> Iterator[Finding]:
     remedy = "git checkout -- cappy/builtin/weights"
     for name, check in (("built-in llm", _verify_llm), ("built-in scorer", _verify_scorer)):
         try:
-            yield Finding(name=name, status="ok", found=f"{check()}, sha256 as committed")
+            yield Finding(name=name, status="ok", detail=f"{check()}, sha256 as committed")
         except (CappyError, ImportError) as error:
-            yield Finding(name=name, status="failure", found=str(error), remedy=remedy)
+            yield Finding(name=name, status="failure", detail=str(error), remedy=remedy)
 
 
 def _verify_llm() -> Path:
@@ -201,12 +201,12 @@ def _tracking(uri: str) -> Finding:
 
     address = redact_address(tracking_address(uri))
     if no_database_yet(uri):
-        return Finding(name="mlflow", status="ok", found=f"{address} will be made by the first run")
+        return Finding(name="mlflow", status="ok", detail=f"{address} will be made by the first run")
     try:
         check(uri)
     except CappyError as error:
-        return Finding(name="mlflow", status="failure", found=str(error))
-    return Finding(name="mlflow", status="ok", found=f"{address} answers")
+        return Finding(name="mlflow", status="failure", detail=str(error))
+    return Finding(name="mlflow", status="ok", detail=f"{address} answers")
 
 
 def _pickle() -> Finding:
@@ -214,15 +214,15 @@ def _pickle() -> Finding:
     name = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
     value = os.environ.get(name, "")
     if value.lower() in ("false", "0"):
-        return Finding(name="pickles", status="ok", found=f"{name} is {value}")
-    found = f"{name} is {value or 'unset'}: refused by cappy, read by other programs that use MLflow"
-    return Finding(name="pickles", status="warning", found=found, remedy=f"export {name}=false")
+        return Finding(name="pickles", status="ok", detail=f"{name} is {value}")
+    detail = f"{name} is {value or 'unset'}: refused by cappy, read by other programs that use MLflow"
+    return Finding(name="pickles", status="warning", detail=detail, remedy=f"export {name}=false")
 
 
 def _user() -> Finding:
     if hasattr(os, "geteuid") and os.geteuid() == 0:
-        return Finding(name="user", status="warning", found="root", remedy="services need no root: run as a user")
-    return Finding(name="user", status="ok", found="not root")
+        return Finding(name="user", status="warning", detail="root", remedy="services need no root: run as a user")
+    return Finding(name="user", status="ok", detail="not root")
 
 
 def _text(path: Path) -> str:

@@ -179,9 +179,9 @@ def _print_scored(outcome: "Outcome", as_json: bool) -> None:
     folder = outcome.outputs.get("gathering") or outcome.outputs["scoring"]
     manifest = read_manifest(folder)
     version = str(manifest.config.get("version", ""))
-    found = {"run": outcome.run_id, "scored": str(folder), "candidates": manifest.candidates, "version": version}
+    values = {"run": outcome.run_id, "scored": str(folder), "candidates": manifest.candidates, "version": version}
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps(values, indent=1))
         return
     content = f"{manifest.rows:,} instances, {manifest.candidates:,} candidates, scores under {version}"
     typer.echo(f"scored    {folder}\n          {content}")
@@ -190,8 +190,8 @@ def _print_scored(outcome: "Outcome", as_json: bool) -> None:
 def _print_outcome(outcome: "Outcome", tracking_uri: str, as_json: bool) -> None:
     from cappy.cli.outcome import describe, facts
 
-    found = facts(outcome, tracking_uri)
-    typer.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else describe(outcome, found))
+    values = facts(outcome, tracking_uri)
+    typer.echo(json.dumps(values, indent=1, ensure_ascii=False) if as_json else describe(outcome, values))
 
 
 def print_preview(recipe: "Recipe", on: "Platform", as_json: bool) -> None:

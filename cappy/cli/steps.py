@@ -143,8 +143,8 @@ def _plan(*, as_json: bool, mixture: str, subsets: Sequence[str], **_: object) -
 
     if not mixture:
         raise ConfigError("preparation: --plan shows a mixture; give --mixture t0, heldout or bigbench45")
-    found = chosen(load_mixture(mixture), subsets)
-    typer.echo((to_json(found) if as_json else text(found, by_template=True)).rstrip())
+    mixture_plan = chosen(load_mixture(mixture), subsets)
+    typer.echo((to_json(mixture_plan) if as_json else text(mixture_plan, by_template=True)).rstrip())
     return True
 
 
@@ -155,10 +155,10 @@ def _estimate(*, as_json: bool, target: Path | None, **values: object) -> bool:
     # Nothing is written, so any place does.
     fresh = new_run_name() if values["fresh"] else ""
     config = build(SamplingConfig, {**values, "target": target or "nowhere", "fresh": fresh})
-    found = estimate(config)
-    if not found:
+    estimates = estimate(config)
+    if not estimates:
         raise ConfigError("sampling: --estimate needs an LLM to ask; name it with --generator")
-    text = json.dumps([asdict(one) for one in found]) if as_json else describe(found, endpoint_config(config))
+    text = json.dumps([asdict(one) for one in estimates]) if as_json else describe(estimates, endpoint_config(config))
     typer.echo(text)
     return True
 

@@ -33,11 +33,11 @@ def threshold(
     from cappy.evaluation.threshold import sentence
     from cappy.evaluation.threshold import threshold as find
 
-    found = find(report, precision=min_precision, good=good, confidence=confidence)
+    answer = find(report, precision=min_precision, good=good, confidence=confidence)
     typer.echo(
-        json.dumps(asdict(found) if found else None)
+        json.dumps(asdict(answer) if answer else None)
         if as_json
-        else sentence(found, precision=min_precision, good=good, confidence=confidence)
+        else sentence(answer, precision=min_precision, good=good, confidence=confidence)
     )
 
 

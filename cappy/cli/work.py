@@ -51,10 +51,10 @@ def explain(
 
     if step not in STEP_SPECS:
         raise ConfigError(f"{step}: no such step{near(step, STEP_SPECS)}")
-    found = [piece for piece in pieces(work, step) if piece.key is not None]
+    keyed = [piece for piece in pieces(work, step) if piece.key is not None]
     rows: list[Row] = []
-    for number, piece in enumerate(found):
-        before = found[number + 1].key if number + 1 < len(found) else None
+    for number, piece in enumerate(keyed):
+        before = keyed[number + 1].key if number + 1 < len(keyed) else None
         differs = piece.key.differences(before) if piece.key and before else []
         settings = dict(piece.key.settings) if piece.key else {}
         rows.append({**_row(piece, step), "settings": settings, "differs": differs})

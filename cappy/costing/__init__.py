@@ -147,12 +147,12 @@ class Throughput:
 
     def need(self, step: Step, unit: Unit, *, hardware: str, of: str) -> Measurement:
         """The measurement; ConfigError says which are missing and which there are."""
-        found = self.find(step, unit, hardware=hardware, of=of)
-        if found is None:
+        measurement = self.find(step, unit, hardware=hardware, of=of)
+        if measurement is None:
             others = [m.of for m in self.measurements if (m.step, m.unit, m.hardware) == (step, unit, hardware)]
             there = f"measured on {hardware}: {', '.join(others) or 'nothing'}"
             raise ConfigError(f"plan: {step} of {of}, in {unit}, was not measured on {hardware} ({there}); {REMEDY}")
-        return found
+        return measurement
 
 
 def read_throughput(path: Path) -> Throughput:
@@ -160,14 +160,14 @@ def read_throughput(path: Path) -> Throughput:
     if not path.is_file():
         raise ConfigError(f"plan: {path}: no such file of measured speeds; {REMEDY}")
     try:
-        found = TypeAdapter(Throughput).validate_json(path.read_bytes(), strict=True)
+        throughput = TypeAdapter(Throughput).validate_json(path.read_bytes(), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(
             f"plan: {path}: is no file of measured speeds ({where or 'file'}: {first['msg']}); {REMEDY}"
         ) from error
-    wrong = next((m for m in found.measurements if not 0 < m.value < float("inf")), None)
+    wrong = next((m for m in throughput.measurements if not 0 < m.value < float("inf")), None)
     if wrong:
         raise ConfigError(f"plan: {path}: {wrong.step} of {wrong.of} is {wrong.value} {wrong.unit}; {REMEDY}")
-    return found
+    return throughput

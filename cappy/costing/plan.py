@@ -56,16 +56,16 @@ def make_plan(config: PlanConfig, throughput: Throughput) -> Plan:
 
 def _samples_of(generators: Sequence[str]) -> Mapping[str, int]:
     """Candidates for an open-ended prompt by generator, from NAME or NAME:NUMBER; ConfigError says what is wrong."""
-    found: dict[str, int] = {}
+    samples: dict[str, int] = {}
     for one in generators:
         match = re.fullmatch(r"([^:]+)(?::([1-9][0-9]{0,3}))?", one)
         if match is None:
             raise ConfigError(f"plan: --generators: {shown(one)} is no NAME or NAME:NUMBER; write as bart0:5")
         shape_of(match[1], GENERATORS, "generators")
-        if match[1] in found:
+        if match[1] in samples:
             raise ConfigError(f"plan: --generators: {shown(match[1])} stands twice; give its number once")
-        found[match[1]] = int(match[2] or _PUBLISHED_SAMPLES)
-    return found
+        samples[match[1]] = int(match[2] or _PUBLISHED_SAMPLES)
+    return samples
 
 
 def text(plan: Plan) -> str:
@@ -174,10 +174,10 @@ def _sums(plan: Plan, devices: int) -> Mapping[str, float]:
     hours, cores = sum(one.device_hours for one in costs), sum(one.core_hours for one in costs)
     if plan.config.hardware == CPU:
         hours, cores = 0.0, cores + hours
-    found = {"seconds": sum(one.seconds for one in costs), "device_hours": hours, "core_hours": cores}
+    sums = {"seconds": sum(one.seconds for one in costs), "device_hours": hours, "core_hours": cores}
     if plan.config.price is not None:
-        found["price"] = plan.config.price * (cores if plan.config.hardware == CPU else hours)
-    return found
+        sums["price"] = plan.config.price * (cores if plan.config.hardware == CPU else hours)
+    return sums
 
 
 def span(seconds: float) -> str:

@@ -123,16 +123,16 @@ def reliability(scores: Vector, labels: Vector) -> Reliability:
     return Reliability(ece=float(error), brier=float(np.mean((scores - labels) ** 2)), bins=bins)
 
 
-def calibrated(found: Sequence[tuple[Picks, Calibration | None]]) -> Calibrated:
+def calibrated(splits: Sequence[tuple[Picks, Calibration | None]]) -> Calibrated:
     """The reliability of picks by their scores and, where every part has a map, by what its own map expects."""
-    raw, labels = (np.concatenate([getattr(own, name) for own, _ in found]) for name in ("scores", "labels"))
+    raw, labels = (np.concatenate([getattr(own, name) for own, _ in splits]) for name in ("scores", "labels"))
     # Of a pool with one distinct candidate there is nothing to tell apart.
-    spreads = np.concatenate([own.spreads[np.array(own.sizes) > 1] for own, _ in found])
+    spreads = np.concatenate([own.spreads[np.array(own.sizes) > 1] for own, _ in splits])
     spread = float(np.median(spreads)) if len(spreads) else None
-    maps = [fitted for _, fitted in found if fitted is not None]
-    if len(maps) < len(found):
+    maps = [fitted for _, fitted in splits if fitted is not None]
+    if len(maps) < len(splits):
         return Calibrated(raw=reliability(raw, labels), spread=spread)
-    mapped = np.concatenate([own.expected(fitted) for own, fitted in found if fitted is not None])
+    mapped = np.concatenate([own.expected(fitted) for own, fitted in splits if fitted is not None])
     return Calibrated(
         raw=reliability(raw, labels),
         calibrated=reliability(mapped, labels),

@@ -87,10 +87,10 @@ class Report(Findings):
 
 def check_schema(values: ReportValues) -> None:
     """RecordError where the values of a report.json are of another schema than this version writes."""
-    found = values.get("schema", 1)
-    if not isinstance(found, int) or found > SCHEMA:
+    schema = values.get("schema", 1)
+    if not isinstance(schema, int) or schema > SCHEMA:
         raise RecordError(
-            f"report: has schema {shown(found)}, this version reads {SCHEMA}; update cappy, or evaluate again with it"
+            f"report: has schema {shown(schema)}, this version reads {SCHEMA}; update cappy, or evaluate again with it"
         )
-    if found < SCHEMA:
-        raise RecordError(f"report: has schema {found}, this version reads {SCHEMA}; evaluate again")
+    if schema < SCHEMA:
+        raise RecordError(f"report: has schema {schema}, this version reads {SCHEMA}; evaluate again")

@@ -151,8 +151,8 @@ def power(difference: Difference, level: float = LEVEL) -> Power:
         return Power(groups=difference.groups, smallest=1.0, groups_needed=None)
     errors = float(stdtrit(difference.freedom, (1 + level) / 2) + stdtrit(difference.freedom, POWER))
     smallest = errors * difference.standard_error
-    found = abs(difference.difference)
-    needed = math.ceil(difference.groups * (smallest / found) ** 2) if found > 1e-9 else None
+    size = abs(difference.difference)
+    needed = math.ceil(difference.groups * (smallest / size) ** 2) if size > 1e-9 else None
     return Power(groups=difference.groups, smallest=smallest, groups_needed=needed)
 
 

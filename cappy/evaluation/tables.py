@@ -102,15 +102,15 @@ def curves(
     """Selector -> its expected label by n; instances with fewer candidates keep the result of all they have."""
     size = max(len(pool.candidates) for pool in pools)
     groups = [pool.instance.group_id for pool in pools]
-    found = {}
+    by_selector = {}
     for name, values in selection.values.items():
         selector = SELECTORS[name]
         if selector.curve is None or better.get(selector.variant_of, name) != name:
             continue
         generator = np.random.default_rng(seed)
         own = [selector.curve(pool, value, generator) for pool, value in zip(pools, values, strict=True)]
-        found[name] = tuple(statistics.estimates(np.stack([extended(row, size) for row in own]), groups))
-    return found
+        by_selector[name] = tuple(statistics.estimates(np.stack([extended(row, size) for row in own]), groups))
+    return by_selector
 
 
 def tasks(pools: Sequence[Pool], means: Means) -> tuple[TaskRow, ...]:
@@ -157,7 +157,7 @@ def published(tasks: Sequence[TaskRow], metric: str, subject: str, templated: Co
 
     BIG-bench's own prompts come from no template: a generation task that is `templated` is another of that name.
     """
-    found = []
+    rows = []
     for collection in _collections().values():
         for row in tasks:
             same = row.kind == collection["kind"] and collection["metric"] in ("", metric)
@@ -165,8 +165,8 @@ def published(tasks: Sequence[TaskRow], metric: str, subject: str, templated: Co
             if same and row.task in collection["tasks"]:
                 numbers = collection["tasks"][row.task]
                 ours = 100 * row.means[subject]
-                found.append(Published(task=row.task, ours=ours, numbers=numbers, source=collection["source"]))
-    return tuple(found)
+                rows.append(Published(task=row.task, ours=ours, numbers=numbers, source=collection["source"]))
+    return tuple(rows)
 
 
 def examples(pools: Sequence[Pool], selection: Selection, seed: int) -> tuple[Example, ...]:
@@ -255,13 +255,13 @@ BLANK = " "
 def probes(pools: Sequence[Pool], scores: Values, score: Score, tasks: Sequence[TaskRow], seed: int) -> list[Probe]:
     """Every probe that these pools allow."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(pools))[:NUM_BLANKED])
-    found = [
+    triples = [
         _response_only([pools[index] for index in chosen], [scores[index] for index in chosen], score),
         _length(pools, scores),
         *_templates(tasks),
         _order(pools, scores, score),
     ]
-    return [probe for probe in found if probe is not None]
+    return [probe for probe in triples if probe is not None]
 
 
 def _response_only(pools: Sequence[Pool], scores: Values, score: Score) -> Probe | None:

@@ -50,8 +50,8 @@ def signed(value: float) -> str:
 def text(value: str) -> str:
     """A text for the middle of a line: a sentence, a cell of a table, a heading's words."""
     line = "".join(_ENTITIES.get(one, one) for one in _SPECIAL.sub(r"\\\g<0>", _one_line(value)))
-    line = _BLOCK.sub(lambda found: f"&#{ord(found[1])};" if found[1] else f"{found[2]}\\{found[3]}", line)
-    return _LINK.sub(lambda found: f"{found[0]}{_JOINER}", line)
+    line = _BLOCK.sub(lambda match: f"&#{ord(match[1])};" if match[1] else f"{match[2]}\\{match[3]}", line)
+    return _LINK.sub(lambda match: f"{match[0]}{_JOINER}", line)
 
 
 def code(value: str) -> str:

@@ -72,8 +72,8 @@ def is_task(path: Path) -> bool:
             begin = file.read(_HEAD_BYTES).lstrip()
         if path.stat().st_size > _MAX_TASK_BYTES or (begin and not begin.startswith(b"{")):
             return False
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return isinstance(found, dict) and "examples" in found
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(values, dict) and "examples" in values
     except (OSError, ValueError, RecursionError, TypeError):
         return False
 
@@ -112,8 +112,8 @@ def read_tasks(
     seen: set[int] = set()
     for path in paths:
         minimum = -(-_MIN_HELD_OUT // siblings[_top(path, root)])
-        found = _unique_rows(read_task(path, seed, unused), seen)
-        for where, values in split_rows(found, seed=seed, shares=shares, minimum=minimum):
+        rows = _unique_rows(read_task(path, seed, unused), seen)
+        for where, values in split_rows(rows, seed=seed, shares=shares, minimum=minimum):
             yield where, {**values, "task": task} if task else values
 
 
@@ -292,7 +292,7 @@ def distinct_choices(choices: Sequence[str], references: Sequence[str]) -> tuple
 def _texts(where: str, values: Values, name: str) -> tuple[str, ...]:
     """The text or texts in a field; RecordError for anything else."""
     value = values.get(name)
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise RecordError(f"{where}: {name} must be a text or a list of texts; choose another dataset")
-    return tuple(found)
+    return tuple(texts)

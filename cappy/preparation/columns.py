@@ -124,7 +124,7 @@ class Unused:
     """Columns, fields of candidates and settings that nothing came of, each with the place where it was seen first."""
 
     name: str
-    found: dict[str, dict[str, str]] = field(default_factory=dict)
+    unread: dict[str, dict[str, str]] = field(default_factory=dict)
     ignored: set[str] = field(default_factory=set)
     said: dict[str, str] = field(default_factory=dict)
 
@@ -164,8 +164,8 @@ class Unused:
 
     def names(self, kind: str) -> str:
         """The names of a kind that were noted, for a message; empty where there are none."""
-        found = self.found.get(kind)
-        return column_names(sorted(found), 400) if found else ""
+        columns = self.unread.get(kind)
+        return column_names(sorted(columns), 400) if columns else ""
 
     def warn(self) -> None:
         """Logs what was noted, a line for each kind."""
@@ -179,12 +179,12 @@ class Unused:
 
     def facts(self) -> dict[str, object]:
         """For the manifest: the names under each kind, and what was said."""
-        named = {kind: sorted(names) for kind, names in self.found.items()}
+        named = {kind: sorted(names) for kind, names in self.unread.items()}
         return {**({"unused": named} if named else {}), **({"notes": dict(self.said)} if self.said else {})}
 
     def note(self, kind: str, where: str, name: object) -> None:
         """Notes one name of a kind: columns, or candidate_fields."""
-        names = self.found.setdefault(kind, {})
+        names = self.unread.setdefault(kind, {})
         if len(names) < _MOST_NAMED:
             names.setdefault(str(name), where)
 

@@ -133,7 +133,7 @@ class _Text:
         """
         while True:
             try:
-                found, end = _DECODER.raw_decode(self._text, self._at)
+                item, end = _DECODER.raw_decode(self._text, self._at)
             except (ValueError, RecursionError) as error:
                 held = len(self._text) - self._at
                 if isinstance(error, RecursionError) or held > MAX_LINE_BYTES or not self._extend(held):
@@ -146,7 +146,7 @@ class _Text:
                     raise RecordError(f"{self.where}: is not JSON ({reason}), got {got}; {_REMEDY}") from error
             else:
                 self.drop(end - self._at)
-                return found
+                return item
 
     def rest(self) -> str:
         """The beginning of what is left, for an error."""
@@ -154,12 +154,12 @@ class _Text:
 
     def _extend(self, size: int = 1) -> bool:
         """Reads at least so many characters more, so that an object that is tried again costs no square of its size."""
-        parts, found = [self._text[self._at :]], 0
-        while found < size and (piece := next(self._pieces, "")):
+        parts, characters = [self._text[self._at :]], 0
+        while characters < size and (piece := next(self._pieces, "")):
             parts.append(piece)
-            found += len(piece)
+            characters += len(piece)
         self._text, self._at = "".join(parts), 0
-        return found > 0
+        return characters > 0
 
 
 def _stream(path: Path) -> Rows:

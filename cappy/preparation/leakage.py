@@ -101,15 +101,15 @@ def _dropped(fitted: list[Drawn], validation: list[Drawn], test: list[Drawn]) ->
         numbers, table = own_shingles(fitted[:MAX_ROWS], distinct(np.concatenate([row.shingles for row in held])))
         index = RowIndex(Rows(table))
         prompts = np.array([fitted[number].prompt for number in numbers], dtype=np.uint64)
-        found: set[int] = set()
+        beside: set[int] = set()
         for number, row in enumerate(held):
             near = {int(prompt) for prompt in prompts[index.match(row.shingles, row.group)]}
-            found |= near if number < len(test) else near - fixed
-        if not found:
+            beside |= near if number < len(test) else near - fixed
+        if not beside:
             return dropped
-        dropped |= found
-        fitted = [row for row in fitted if row.prompt not in found]
-        validation = [row for row in validation if row.prompt not in found]
+        dropped |= beside
+        fitted = [row for row in fitted if row.prompt not in beside]
+        validation = [row for row in validation if row.prompt not in beside]
 
 
 def _own(rows: list[Drawn]) -> list[Drawn]:
@@ -225,8 +225,8 @@ def keep_apart(
         if what:
             if not drop:
                 where = ", ".join(map(str, folders))
-                found = f"instance {shown(instance.instance_id)} of {instance.split} {what} that stands in {where}"
-                raise RecordError(f"{found}; leave such instances out with --leaked drop, or mend the data")
+                leak = f"instance {shown(instance.instance_id)} of {instance.split} {what} that stands in {where}"
+                raise RecordError(f"{leak}; leave such instances out with --leaked drop, or mend the data")
             counts["dropped_leaked"] += 1
             continue
         yield instance

@@ -194,7 +194,7 @@ def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -
 
     All datasets and all shards count. There is nothing to keep apart where all is test.
     """
-    found, rows, held_out = {"validation": Exclusions(), "test": Exclusions()}, SplitRows(), HeldOut()
+    exclusions, rows, held_out = {"validation": Exclusions(), "test": Exclusions()}, SplitRows(), HeldOut()
     unreported = Tally(max_failed=1.0)
     tables = [(dataset, table) for dataset in datasets for table in dataset.tables]
     if all(table.held_out for _, table in tables) or not (
@@ -214,9 +214,9 @@ def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -
                 if one_dataset:
                     rows.add(text, split)
                 if split != "train":
-                    found[split].prompts.append(prompt_hash(prompt.instruction))
-                    found[split].groups.append(group_hash(text))
-    test, validation = found["test"], found["validation"]
+                    exclusions[split].prompts.append(prompt_hash(prompt.instruction))
+                    exclusions[split].groups.append(group_hash(text))
+    test, validation = exclusions["test"], exclusions["validation"]
     exact = one_dataset and seen < limit
     near = sort_hashes(array("Q", rows.left_out())) if exact else array("Q")
     return {

@@ -129,12 +129,12 @@ class _Fields:
 
     def labels(self, *names: str) -> list[float]:
         """The labels in these fields that are there; one alone counts as a list of one."""
-        found: list[float] = []
+        values: list[float] = []
         for name in filter(self.has, names):
             value = self.values[name]
             items = value if isinstance(value, list) else [value]
-            found += [_label(f"{self.where}: {name}[{index}]", item) for index, item in enumerate(items)]
-        return found
+            values += [_label(f"{self.where}: {name}[{index}]", item) for index, item in enumerate(items)]
+        return values
 
     def whole(self, name: str, bits: int) -> int | None:
         """The whole number in a field, or None."""

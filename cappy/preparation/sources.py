@@ -79,14 +79,14 @@ def _find(config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]:
 
 
 def _find_in_folder(path: Path, config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]:
-    shards = [path] if (path / MANIFEST).is_file() else sorted(found.parent for found in path.glob(f"*/{MANIFEST}"))
+    shards = [path] if (path / MANIFEST).is_file() else sorted(tables.parent for tables in path.glob(f"*/{MANIFEST}"))
     if shards:
         return "records", lambda: _records(shards, path, config)
     if tasks := find_tasks(path):
         return "bigbench", lambda: _bigbench(tasks, path, config)
-    found = find_shards(path, config.split)
-    if found is not None:
-        return "tables", lambda: _tables(found.files, path, found.reader, config, found.others)
+    tables = find_shards(path, config.split)
+    if tables is not None:
+        return "tables", lambda: _tables(tables.files, path, tables.reader, config, tables.others)
     remedy = "name a file in it, or run the step that writes it again"
     raise FolderError(f"{path}: is a folder without {MANIFEST}, of its own or in folders of it; {remedy}")
 
@@ -120,8 +120,8 @@ def _records(shards: Sequence[Path], path: Path, config: PreparationConfig) -> S
 
     def rows() -> Iterator[Row]:
         for shard in shards:
-            for found in read(shard):
-                yield _with_responses(_as_row(str(shard), found, config.task), config)
+            for instance in read(shard):
+                yield _with_responses(_as_row(str(shard), instance, config.task), config)
 
     return Source(
         name=str(path),

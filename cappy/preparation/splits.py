@@ -110,8 +110,8 @@ def _near(source: Source, codes: Codes, prompts: Hashes) -> Chosen:
     rows = SplitRows()
     for row, code in zip(source.rows(), codes.tolist(), strict=False):
         rows.add(row.instance, SPLITS[code])
-    found = rows.left_out()
-    chosen: Chosen = np.isin(prompts, np.fromiter(found, dtype=np.uint64, count=len(found))) & (codes != TEST)
+    left_out = rows.left_out()
+    chosen: Chosen = np.isin(prompts, np.fromiter(left_out, dtype=np.uint64, count=len(left_out))) & (codes != TEST)
     return chosen
 
 

@@ -192,10 +192,10 @@ def _unpacked(path: Path) -> Iterator[IO[bytes]]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(raw)
         _refuse_other(path, raw.peek(_HEAD_BYTES)[:_HEAD_BYTES])
-        found = _unpacker(path, raw, stack)
-        if found is not raw:
-            _refuse_other(path, _peek(found))
-        yield found
+        unpacked = _unpacker(path, raw, stack)
+        if unpacked is not raw:
+            _refuse_other(path, _peek(unpacked))
+        yield unpacked
 
 
 def _peek(file: IO[bytes]) -> bytes:

@@ -106,7 +106,7 @@ def _refuse_odd(manifest: Manifest) -> None:
         raise ValueError("it names a file twice")
     objects = (manifest.config, manifest.generators, manifest.metrics, manifest.facts)
     texts = (manifest.step, manifest.code, *manifest.parents)
-    if not all(isinstance(found, dict) for found in objects) or not all(isinstance(found, str) for found in texts):
+    if not all(isinstance(one, dict) for one in objects) or not all(isinstance(one, str) for one in texts):
         raise ValueError("a field is of another type")
     if not _is_count(manifest.step_version):
         raise ValueError(f"step_version is {manifest.step_version!r}")
@@ -294,8 +294,8 @@ def verified(folder: Path, file: File) -> Path:
         missing = True
     if missing:
         raise FolderError(f"{path}: is missing, the manifest names it; {remedy}")
-    if (found := sha256_of(path)) != file.sha256:
-        raise FolderError(f"{path}: is damaged (sha256 {found[:12]}, manifest {file.sha256[:12]}); {remedy}")
+    if (sha256 := sha256_of(path)) != file.sha256:
+        raise FolderError(f"{path}: is damaged (sha256 {sha256[:12]}, manifest {file.sha256[:12]}); {remedy}")
     return path
 
 

@@ -40,8 +40,8 @@ def run(config: GatheringConfig, progress: Progress = silent) -> Manifest:
     if len({source.hash for source in sources}) < len(sources):
         raise ConfigError("gathering: two sources hold the same work; give each shard once")
     if len({source.step for source in sources}) > 1:
-        found = ", ".join(sorted({source.step for source in sources}))
-        raise ConfigError(f"gathering: the sources come from different steps ({found}); give the shards of one")
+        names = ", ".join(sorted({source.step for source in sources}))
+        raise ConfigError(f"gathering: the sources come from different steps ({names}); give the shards of one")
     if len({source.step_version for source in sources}) > 1:
         numbers = ", ".join(str(number) for number in sorted({source.step_version for source in sources}))
         raise ConfigError(f"gathering: the sources are of different versions of the step ({numbers}); run them again")

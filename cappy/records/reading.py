@@ -85,10 +85,10 @@ def _verified_once(folder: Path, file: File, stamp: tuple[int, ...]) -> Path:
 def _stamp(path: Path) -> tuple[int, ...]:
     """What changes when a file does; empty where there is none."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return ()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _within(batches: Iterable[pa.RecordBatch], first: int, last: int) -> Iterator[pa.RecordBatch]:

@@ -72,11 +72,11 @@ def odd_column(schema: pa.Schema) -> str:
     if candidates is not None and not (pa.types.is_list(candidates) and pa.types.is_struct(candidates.value_type)):
         return f"candidates is of type {shown(str(candidates), 60)}"
     inner = candidates.value_type if candidates is not None else ()
-    for kind, found, known in (
+    for kind, given, known in (
         (Instance, list(schema), {field.name: field.type for field in SCHEMA if field.name != "candidates"}),
         (Candidate, [inner[index] for index in range(len(inner))], {field.name: field.type for field in _CANDIDATE}),
     ):
-        types = {field.name: field.type for field in found}
+        types = {field.name: field.type for field in given}
         needed = {field.name for field in fields(kind) if field.default is field.default_factory is MISSING}
         if (kind is Instance or candidates is not None) and (missing := sorted(needed - types.keys())):
             return f"has no column {missing[0]}"
@@ -110,8 +110,8 @@ def from_batch(batch: pa.RecordBatch) -> Iterator[Instance]:
         name: _column(batch[name], _INSTANCE_DEFAULTS[name]) for name in _INSTANCE_FIELDS if name in batch.schema.names
     }
     candidates = _candidates(batch["candidates"]) if "candidates" in batch.schema.names else [()] * len(batch)
-    for values, found in zip(zip(*known.values(), strict=True), candidates, strict=True):
-        yield Instance(**dict(zip(known, values, strict=True)), candidates=found)
+    for values, own in zip(zip(*known.values(), strict=True), candidates, strict=True):
+        yield Instance(**dict(zip(known, values, strict=True)), candidates=own)
 
 
 def _candidates(column: pa.ListArray) -> list[tuple[Candidate, ...]]:

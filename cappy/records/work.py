@@ -189,11 +189,11 @@ def parse_shard(text: str) -> Shard:
     """The shard that i/N names, the whole for an empty text; ConfigError for another form."""
     if not text:
         return Shard()
-    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text.strip())
-    if found is None or not int(found[1]) < int(found[2]) <= MAX_SHARDS:
+    match = re.fullmatch(r"([0-9]+)/([0-9]+)", text.strip())
+    if match is None or not int(match[1]) < int(match[2]) <= MAX_SHARDS:
         last = f"counted from 0, of at most {MAX_SHARDS:,}"
         raise ConfigError(f"--shard: {shown(text)} is no shard i/N; give 0/4 to 3/4 for four, {last}")
-    return Shard(int(found[1]), int(found[2]))
+    return Shard(int(match[1]), int(match[2]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +220,8 @@ def pieces(work: Path, step: str = "") -> Iterator[Piece]:
     for name in STEP_SPECS:
         if step in ("", name):
             paths = [*(work / name).glob("*"), *(work / JOBS).glob(f"{job_name(name, '')}*")]
-            found = [_piece(name, path) for path in paths if path.is_dir()]
-            yield from sorted(found, key=lambda piece: -piece.last_used)
+            listed = [_piece(name, path) for path in paths if path.is_dir()]
+            yield from sorted(listed, key=lambda piece: -piece.last_used)
 
 
 def job_name(step: str, key: str) -> str:

@@ -58,9 +58,9 @@ def connected(tracking_uri: str) -> Iterator[MlflowClient]:
 def experiment_id(client: MlflowClient, name: str, tracking_uri: str) -> str:
     """The experiment with this name, made if it is missing."""
     with _alone(database(tracking_uri)):
-        found = client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
+        experiment = client.get_experiment_by_name(name)
+        if experiment is not None:
+            return str(experiment.experiment_id)
         return str(client.create_experiment(name, artifact_location=artifact_root(tracking_uri)))
 
 

@@ -131,10 +131,10 @@ def _decided(
 
 
 def _tested_groups(report: ReportValues) -> str:
-    found = report.get("tested_groups")
-    if not isinstance(found, str) or not found:
+    digest = report.get("tested_groups")
+    if not isinstance(digest, str) or not digest:
         raise RecordError("report: does not say which groups it tested (tested_groups); evaluate again")
-    return found
+    return digest
 
 
 def _kept_back(was_rolled_back: bool, version: Version) -> Decision | None:

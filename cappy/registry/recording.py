@@ -128,9 +128,9 @@ def _create(client: MlflowClient, wanted: Registration) -> Version:
         description=wanted.card.partition("# ")[2],
     )
     client.set_terminated(run_id)
-    found = find(client, wanted.name, str(made.version))
-    assert found is not None  # noqa: S101 (it was made a line above)
-    return found
+    version = find(client, wanted.name, str(made.version))
+    assert version is not None  # noqa: S101 (it was made a line above)
+    return version
 
 
 def _upload(client: MlflowClient, run_id: str, wanted: Registration) -> None:
@@ -345,10 +345,10 @@ def _tasks(tasks: Sequence[ReportValues]) -> str:
     return table([("task", "instances", "random choice", "scorer"), *rows]) if rows else ""
 
 
-def _calibration(found: ReportValues | None) -> str:
-    if not found:
+def _calibration(values: ReportValues | None) -> str:
+    if not values:
         return "Calibration was not measured."
-    raw, mapped = found["raw"], found.get("calibrated")
+    raw, mapped = values["raw"], values.get("calibrated")
     after = f", {100 * mapped['ece']:.1f} with `calibration.json`" if mapped else "; no calibration was fitted"
     return f"Calibration error of picks x100 (score to label, ten bins): {100 * raw['ece']:.1f} as it is{after}."
 

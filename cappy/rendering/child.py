@@ -330,11 +330,11 @@ def _base(value: object) -> object:
     return None
 
 
-def decode(found: dict[str, Any]) -> object:
+def decode(values: dict[str, Any]) -> object:
     """The value of a JSON object: as `object_hook` of `json.loads` it makes back what `encode` was given."""
-    if "" not in found:
-        return found
-    tag, *parts = found[""]
+    if "" not in values:
+        return values
+    tag, *parts = values[""]
     return _MAKERS[tag](*parts)
 
 

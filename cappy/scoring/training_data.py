@@ -87,7 +87,7 @@ def by_kind(instances: Sequence[Instance], trained_on: Known) -> dict[str, int]:
     An instance may count under several. A row's text is found by `cappy.records.overlap`: rows of fewer than about ten
     words of their own are not, nor are rows that were not drawn where there were more than 32,768.
     """
-    return {kind: int(found.sum()) for kind, found in _found(instances, trained_on).items()}
+    return {kind: int(flags.sum()) for kind, flags in _found(instances, trained_on).items()}
 
 
 def describe_check(instances: Sequence[Instance], known: Mapping[str, Known]) -> dict[str, dict[str, int | str]]:
@@ -104,10 +104,10 @@ def describe_check(instances: Sequence[Instance], known: Mapping[str, Known]) ->
 def _found(instances: Sequence[Instance], trained_on: Known) -> dict[str, npt.NDArray[np.bool_]]:
     known = trained_on if isinstance(trained_on, TrainingData) else None
     prompts = np.array([prompt_hash(instance.instruction) for instance in instances], dtype=np.uint64)
-    found = {"prompts": np.isin(prompts, known.prompts if known else np.asarray(trained_on))}
+    by_kind = {"prompts": np.isin(prompts, known.prompts if known else np.asarray(trained_on))}
     if known is not None and known.rows is not None:
         groups = _content_groups(instances)
         index, frequent = RowIndex(known.rows), frequent_shingles(instances)
-        found["groups"] = np.isin(groups, known.groups) & (groups > 0)
-        found["rows"] = np.array([index.holds(instance, frequent) for instance in instances], dtype=bool)
-    return found
+        by_kind["groups"] = np.isin(groups, known.groups) & (groups > 0)
+        by_kind["rows"] = np.array([index.holds(instance, frequent) for instance in instances], dtype=bool)
+    return by_kind

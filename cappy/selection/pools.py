@@ -74,11 +74,11 @@ def score_pools(pools: Sequence[Pool], score: Score, scored: Callable[[int], Non
     texts = [tuple(dict.fromkeys(pool.responses)) for pool in pools]
     pairs = [(pool.instance.instruction, text) for pool, unique in zip(pools, texts, strict=True) for text in unique]
     scores = iter(list(_scores(pairs, score, scored)))
-    found = []
+    by_pool = []
     for pool, unique in zip(pools, texts, strict=True):
         of = {text: next(scores) for text in unique}
-        found.append(np.array([of[text] for text in pool.responses]))
-    return found
+        by_pool.append(np.array([of[text] for text in pool.responses]))
+    return by_pool
 
 
 def with_scores(pools: Sequence[Pool], name: str, scores: Values) -> list[Pool]:

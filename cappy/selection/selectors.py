@@ -195,11 +195,11 @@ def _by_scores(name: str) -> Fit:
 
 def _known(likelihood: Callable[[Pool], Vector | None], pools: Sequence[Pool]) -> list[Vector]:
     """The likelihoods of all candidates; UnavailableError where one has none."""
-    found = [likelihood(pool) for pool in pools]
-    known = [values for values in found if values is not None]
-    if len(known) < len(found):
-        missing = len(found) - len(known)
-        raise UnavailableError(f"{missing} of {len(found)} instances have candidates without log-likelihood")
+    likelihoods = [likelihood(pool) for pool in pools]
+    known = [values for values in likelihoods if values is not None]
+    if len(known) < len(likelihoods):
+        missing = len(likelihoods) - len(known)
+        raise UnavailableError(f"{missing} of {len(likelihoods)} instances have candidates without log-likelihood")
     return known
 
 

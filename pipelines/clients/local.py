@@ -95,7 +95,7 @@ class LocalClient:
     def _request(self, run: str) -> tuple[Path, Request]:
         path = self._runs / run / "request.json"
         if not path.is_file():
-            known = sorted(self._runs.glob("*/request.json"), key=lambda found: found.stat().st_mtime)
+            known = sorted(self._runs.glob("*/request.json"), key=lambda path: path.stat().st_mtime)
             remedy = f"the last one is {known[-1].parent.name}" if known else "start one with cappy pipeline run"
             raise ConfigError(f"{run}: no run of that name under {self._runs}; {remedy}")
         values: Request = json.loads(path.read_text())

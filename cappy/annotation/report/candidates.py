@@ -43,8 +43,8 @@ class Codes:
 
     def names(self) -> list[str]:
         """The distinct texts."""
-        found: list[str] = self.values.to_pylist()
-        return found
+        texts: list[str] = self.values.to_pylist()
+        return texts
 
     def among(self, *texts: str) -> Flags:
         """Which entries are one of these texts."""

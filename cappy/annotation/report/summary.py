@@ -99,7 +99,7 @@ class _Summary:
 
     def report(self) -> DataReport:
         """The report of the rows so far."""
-        kinds = {name: sorted(found, key=_size) for name, found in self._named_pools().items()}
+        kinds = {name: sorted(sizes, key=_size) for name, sizes in self._named_pools().items()}
         return DataReport(
             metric=self._metric,
             total=dict(kinds["total"]).get("", pools([0] * NUM_COLUMNS)),
@@ -286,8 +286,8 @@ class LengthTotals:
         if not texts:
             return Lengths(texts=0, quantiles={})
         wanted = [-(-texts * quantile // 100) for quantile in QUANTILES]
-        found = map(_least, np.searchsorted(ranks, wanted).tolist())
-        quantiles = {str(quantile): length for quantile, length in zip(QUANTILES, found, strict=True)}
+        lengths = map(_least, np.searchsorted(ranks, wanted).tolist())
+        quantiles = {str(quantile): length for quantile, length in zip(QUANTILES, lengths, strict=True)}
         return Lengths(texts=texts, quantiles={**quantiles, "max": self._longest})
 
 
