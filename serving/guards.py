@@ -189,8 +189,9 @@ def read_keys(path: Path | None) -> Keys:
     if text and not keys:
         raise ConfigError(f"{KEYS_VARIABLE}: holds no key; put keys there, with commas between, or unset it")
     if any(len(key) < SHORTEST_SECRET for key in keys):
+        source = f"--api-keys {path}" if path is not None else KEYS_VARIABLE
         raise ConfigError(
-            f"an API key is shorter than {SHORTEST_SECRET} characters; make one with: openssl rand -hex 24"
+            f"{source}: has a key shorter than {SHORTEST_SECRET} characters; make one with: openssl rand -hex 24"
         )
     return Keys(keys)
 

@@ -161,7 +161,7 @@ def sampling(run: Runner) -> dict[str, Any]:
 def annotation(run: Runner) -> dict[str, Any]:
     odd = run.written("odd", odd_rows())
     found = {metric: content(run("annotation", source=odd, metric=metric)) for metric in METRICS}
-    return {**found, "paper": content(run("annotation", source=odd, recipe="paper", seed=1))}
+    return {**found, "paper": content(run("annotation", source=odd, preset="paper", seed=1))}
 
 
 def scoring(run: Runner) -> dict[str, Any]:

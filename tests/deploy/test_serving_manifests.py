@@ -78,7 +78,7 @@ def test_kserve_runs_what_the_deployment_runs() -> None:
 def test_the_overlays_inference_service_is_what_the_deployment_step_writes() -> None:
     image = f"registry.example/cappy-serving@sha256:{'0' * 64}"
     places = {"version": "version", "report": "report", "target": "target", "platform": "kserve", "image": image}
-    config = build(DeploymentConfig, {**places, "namespace": "cappy", "tracking_uri": "http://mlflow:5000"})
+    config = build(DeploymentConfig, {**places, "kserve": {"namespace": "cappy"}, "tracking_uri": "http://mlflow:5000"})
     written: Any = inference_service(config, version(1))
     predictor = written["spec"]["predictor"]
     predictor["serviceAccountName"] = "cappy-serving"

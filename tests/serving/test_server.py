@@ -121,7 +121,7 @@ def test_after_sigterm_it_is_not_ready_answers_those_who_still_come_and_ends_wit
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     ready = httpx.get(f"{address}/ready")
-    assert (ready.status_code, "end" in ready.json()["reason"]) == (503, True)
+    assert (ready.status_code, "shutting down" in ready.json()["reason"]) == (503, True)
     assert ready.headers["Connection"] == "close"
     late = httpx.post(f"{address}/score", json={"pairs": [["a", "b"]]}, timeout=30)
     assert (late.status_code, late.json()["scores"]) == (200, [1.0]), "a balancer may not have looked elsewhere yet"
@@ -249,7 +249,7 @@ def test_keys_come_from_a_file_or_the_environment_and_short_ones_are_refused(
     monkeypatch.setenv("CAPPY_API_KEYS", " , ")
     with pytest.raises(ConfigError, match="CAPPY_API_KEYS: holds no key"):
         read_keys(None)
-    for text, said in (("\n", "holds no key"), ("short\n", "API key is shorter than 8 ")):
+    for text, said in (("\n", "holds no key"), ("short\n", "key shorter than 8 ")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=said):
             read_keys(path)

@@ -104,7 +104,7 @@ def test_a_flag_that_nobody_gave_leaves_the_preset_alone(plan: Plan, tmp_path: P
         ({"unit": "row", "listwise": 2.0}, ("--listwise:", "--unit row")),
         ({"zero_stage": 2}, ("--zero-stage:", "--parallelism deepspeed")),
         ({"image": "mine"}, ("--image:", "--launcher trainjob or customjob")),
-        ({"spot": True}, ("--spot:", "--launcher trainjob or customjob")),
+        ({"customjob": {"spot": True}}, ("--customjob.spot:", "--launcher customjob")),
         ({"sources": ("llm",), "weights": ("mismatch=0.2",)}, ("--weights:", "mismatch", "--sources")),
     ],
 )

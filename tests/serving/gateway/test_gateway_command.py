@@ -111,7 +111,7 @@ def test_the_command_answers_says_what_its_scores_are_and_sigterm_lets_a_request
         place = f"{url.removesuffix('/v1')}/ready"
         wait_until(lambda: answers or httpx.get(place).status_code != 200, "a gateway that is not ready", pause=0.01)
         ready = httpx.get(place)
-        assert (ready.status_code, "end" in ready.json()["reason"]) == (503, True)
+        assert (ready.status_code, "shutting down" in ready.json()["reason"]) == (503, True)
         request.join(20)
         _, log = process.communicate(timeout=20)
     assert [answer.status_code for answer in answers] == [200]

@@ -42,7 +42,7 @@ def jobs(cluster: Cluster, plan: Plan) -> Callable[..., Any]:
 
         from cappy.training.remote.kubeflow import TrainJobs
 
-        settings = plan(**{"launcher": "trainjob", "namespace": "ml", **values})
+        settings = plan(**{"launcher": "trainjob", "trainjob": {"namespace": "ml"}, **values})
         reached = client.Configuration(host=cluster.address)
         reached.retries = False
         backend = KubernetesBackendConfig(namespace="ml", client_configuration=reached)
@@ -66,7 +66,13 @@ def test_the_trainjob_asks_for_the_nodes_their_devices_the_volume_and_an_end(
     found = jobs(
         nodes=3,
         devices=4,
-        trainjob={"accelerator": "gpu", "cpu": "8", "memory": "64Gi", "volume": f"shared:{tmp_path}"},
+        trainjob={
+            "namespace": "ml",
+            "accelerator": "gpu",
+            "cpu": "8",
+            "memory": "64Gi",
+            "volume": f"shared:{tmp_path}",
+        },
         image="trainer:1",
         scorer="builtin",
         service_account="trainer",
@@ -254,8 +260,8 @@ def test_a_missing_right_to_look_at_pods_is_told_before_anything_is_submitted(
 
 
 def test_a_runtime_that_the_cluster_lacks_is_told_by_name(jobs: Callable[..., Any]) -> None:
-    found = jobs(runtime="absent")
-    assert_names(refused(lambda: found.submit(NAME)), "'absent'", "kubectl get trainingruntimes", "--runtime")
+    found = jobs(trainjob={"namespace": "ml", "runtime": "absent"})
+    assert_names(refused(lambda: found.submit(NAME)), "'absent'", "kubectl get trainingruntimes", "--trainjob.runtime")
 
 
 def test_a_cluster_that_cannot_be_reached_is_one_line(
