@@ -25,28 +25,6 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three is are not yes no where who".split()
 
 
-SLOWEST_FIRST = (
-    "training/test_ranks.py",
-    "training/remote/test_local_trainjobs.py",
-    "test_pulse.py",
-    "training/test_tpu.py",
-    "test_canaries.py",
-    "test_readme.py",
-    "pipelines/test_local.py",
-    "preparation/test_hub.py",
-    "training/test_seen.py",
-    "pipelines/test_compile.py",
-    "scoring/test_precision.py",
-)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where workers share the tests by file, slow files start first: one that starts last runs alone."""
-    if hasattr(config, "workerinput"):
-        ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(SLOWEST_FIRST)}
-        items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
-
-
 def _tokenizer(folder: Path, pair: bool) -> object:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from tokenizers.processors import TemplateProcessing
