@@ -60,7 +60,10 @@ def check(value: Any, kind: str, models: Any, path: str) -> None:
         assert isinstance(value, types[kind]), f"{path}: {value}"
 
 
-@pytest.mark.parametrize("changed", [{}, {"traffic": 10, "gpus": 1, "secret": "login"}, {"storage": "gs://bucket/a"}])
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"traffic": 10, "kserve": {"gpus": 1, "secret": "login"}}, {"kserve": {"storage": "gs://bucket/a"}}],
+)
 def test_kserves_own_models_know_every_field_of_our_service(kserve_models: Any, changed: dict[str, Any]) -> None:
     places = {"version": "version", "report": "report", "target": "target", "platform": "kserve", "image": IMAGE}
     config = build(DeploymentConfig, {**places, "tracking_uri": "http://mlflow:5000", **changed})
