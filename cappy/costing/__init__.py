@@ -121,6 +121,7 @@ class Measurement:
     date: str
     machine: str
     load: float
+    # Files of earlier releases call it "told".
     details: Annotated[Mapping[str, float], Field(validation_alias=AliasChoices("details", "told"))] = field(
         default_factory=dict
     )

@@ -192,8 +192,8 @@ def test_a_report_lies_beside_the_labels_and_its_tables_are_printed(here: Cappy,
     rows = [{"instruction": f"Say {n}.", "reference": f"number {n}", "responses": [f"{n}", "no"]} for n in range(20)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert here("preparation", "--source", source, "--target", "instances").returncode == 0
-    told = here("annotation", "--source", "instances", "--target", "labels", "--data-report")
-    assert_names(told.stdout, "selectable", "oracle", "33.3")
-    assert told.stdout.rstrip().endswith("labels/report/report.html")
+    done = here("annotation", "--source", "instances", "--target", "labels", "--data-report")
+    assert_names(done.stdout, "selectable", "oracle", "33.3")
+    assert done.stdout.rstrip().endswith("labels/report/report.html")
     again = here("annotation", "--source", "instances", "--target", "labels", "--data-report", "--json")
     assert json.loads(again.stdout)["step"] == "annotation"

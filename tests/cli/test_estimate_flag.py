@@ -20,10 +20,10 @@ def test_the_flag_prints_and_neither_asks_nor_writes(tmp_path: Path, here: Cappy
     with serving(model) as url:
         flags = ["sampling", "--source", str(tmp_path / "in"), "--generator", f"openai:m@{url}", "--estimate"]
         flags += ["--work", str(tmp_path / "work"), "--strategy"]
-        told = here(*flags, "endpoint8", "--price-output", "2").stdout
+        printed = here(*flags, "endpoint8", "--price-output", "2").stdout
         (values,) = json.loads(here(*flags, "endpoint8", "--json").stdout)
         beams = here(*flags, "beam4")
-    lines = {line.split()[0]: line for line in told.splitlines() if line.strip()}
+    lines = {line.split()[0]: line for line in printed.splitlines() if line.strip()}
     assert_names(lines["requests"], "480", "180")
     assert lines["cost"].split() == ["cost", "0.49"]  # 480 responses of at most 512 tokens
     assert values["requests"] == 480

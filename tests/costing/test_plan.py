@@ -143,8 +143,8 @@ def test_devices_that_wait_for_tokens_are_paid_for(measured: Throughput) -> None
     assert many.device_hours == pytest.approx(256 * one.device_hours)
     priced = replace(made, config=replace(made.config, price=2.0, gpus=(8,)))
     values: Any = to_values(priced)
-    told = values["by_devices"]["8"]
-    assert told["price"] == pytest.approx(2 * sum(c.device_hours for c in made.costs(8)))
+    costs = values["by_devices"]["8"]
+    assert costs["price"] == pytest.approx(2 * sum(c.device_hours for c in made.costs(8)))
 
 
 def test_twice_the_epochs_are_nearly_twice_the_training_and_nothing_else(measured: Throughput) -> None:

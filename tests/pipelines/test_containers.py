@@ -101,11 +101,13 @@ def mine(*variables: str) -> Any:
 def test_containers_get_the_keys_that_are_set_here_and_no_other_variable(given: dict[str, str], tmp_path: Path) -> None:
     recipe = mine("LLM_KEY", "OPENAI_API_KEY")
     runner: Any = _containers(to_values(recipe), "run-1")
-    told = runner.container_run_args
-    environment = {name: value for name, value in told["environment"].items() if name not in ("HOME", "CAPPY_PROGRESS")}
+    run_args = runner.container_run_args
+    environment = {
+        name: value for name, value in run_args["environment"].items() if name not in ("HOME", "CAPPY_PROGRESS")
+    }
     environment.pop("MLFLOW_TRACKING_URI", None)
     assert environment == given
-    mounts = {mount["Target"]: mount["ReadOnly"] for mount in told["mounts"]}
+    mounts = {mount["Target"]: mount["ReadOnly"] for mount in run_args["mounts"]}
     assert mounts == {str(tmp_path / "here"): False, str(tmp_path / "openai.key"): True}
     assert not [key for key in ("k-1", "k-2", "LLM_KEY") if key in compiled(recipe, "docker")]
 

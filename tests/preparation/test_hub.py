@@ -154,9 +154,9 @@ def test_what_the_hub_does_not_have_is_one_line_with_the_remedy(tmp_path: Path) 
     runs = [["--source", source, "--target", "out"] for source in sources]
     done = preparations({"org/quiz": {"main": files}}, tmp_path, *runs)
     assert done.returncode == 1, done.stderr
-    for source, told in zip(sources, done.stderr.rstrip("\n").split("\n\n"), strict=True):
+    for source, text in zip(sources, done.stderr.rstrip("\n").split("\n\n"), strict=True):
         name = source if "@" in source else f"{source}@main"
-        assert_names(told.splitlines()[-1], f"cappy preparation: {name}: ", "from the hub", "configuration", "revision")
+        assert_names(text.splitlines()[-1], f"cappy preparation: {name}: ", "from the hub", "configuration", "revision")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 

@@ -19,12 +19,12 @@ def shard(folder: Path, start: int, count: int, step: str = "annotation", **metr
         for index in range(start, start + count)
     ]
     manifest = write(folder, instances, step=step, part_rows=2)
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "config": {"shard": str(start), "seed": 1},
         "seed": 7,
         "generators": {f"llm-{start}": f"revision-{start}"},
     }
-    write_manifest(folder, replace(manifest, metrics={"rows": float(count), **metrics}, **told))
+    write_manifest(folder, replace(manifest, metrics={"rows": float(count), **metrics}, **fields))
     return folder
 
 
