@@ -3,6 +3,7 @@
 And a real OpenAI-compatible server that nobody here wrote: `transformers serve` on one of them.
 """
 
+import inspect
 import os
 import resource
 import shutil
@@ -20,6 +21,11 @@ from waiting import wait_until
 
 # Very small models gain nothing from threads, and on a busy machine two threads that wait for each other starve.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# kfp's setters and Vertex AI's SDK ask for the whole call stack, by default with its source lines. Those are looked
+# up in every loaded module: in a worker that has loaded thousands, compiling one pipeline took seven seconds.
+_stack = inspect.stack
+inspect.stack = lambda context=0: _stack(context)
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three is are not yes no where who".split()
