@@ -83,11 +83,11 @@ def compare(sets: dict[str, Pools], work: Path) -> dict[str, object]:
         folder = work / name
         if not (folder / "manifest.json").exists():
             write(folder, instances(pools, len(pools)))
-        sample = drawn(pools)
-        seconds, values = timed(lambda: column_door(folder))  # noqa: B023
-        obvious, same = timed(lambda: obvious_way(pools))  # noqa: B023
+        sample = draw_pools(pools)
+        seconds, values = time_call(lambda: column_door(folder))  # noqa: B023
+        obvious, same = time_call(lambda: obvious_way(pools))  # noqa: B023
         assert values == same
-        reference, expected = timed(lambda: [score(reference_label, *pool) for pool in sample])  # noqa: B023
+        reference, expected = time_call(lambda: [score(reference_label, *pool) for pool in sample])  # noqa: B023
         assert expected == [score(rouge.rouge_l, *pool) for pool in sample]
         count, few = sum(map(len, values)), sum(len(responses) for _, responses in sample)
         table[name] = {
@@ -109,7 +109,7 @@ def compare(sets: dict[str, Pools], work: Path) -> dict[str, object]:
 
 def column_door(folder: Path) -> list[list[float]]:
     """Labels of a folder through the column door, with nothing kept from before."""
-    rouge._stemmed.cache_clear()
+    rouge._porter_stem.cache_clear()
     return [labels for batch in read_batches(folder, columns=COLUMNS) for labels in rouge_l_batch(batch).to_pylist()]
 
 
@@ -165,7 +165,7 @@ def longest() -> dict[str, float]:
     rng = random.Random(0)
     one, other = (" ".join(f"word{rng.randrange(20_000)}" for _ in range(LONG)) for _ in range(2))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds, _ = timed(lambda: rouge_l_pools([[one]], [[other]]))
+    seconds, _ = time_call(lambda: rouge_l_pools([[one]], [[other]]))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"tokens": LONG, "seconds": seconds, "memory_grew_mb": (after - before) / 1024}
 
@@ -219,7 +219,7 @@ def instances(pools: Pools, count: int, *, candidates: int = 0) -> Iterator[Inst
         )
 
 
-def drawn(pools: Pools) -> Pools:
+def draw_pools(pools: Pools) -> Pools:
     """Whole pools in a seeded order until there are `SAMPLE` candidates; of a large pool a part."""
     rng = random.Random(0)
     chosen, held = [], 0
@@ -239,7 +239,7 @@ def read_pools(path: Path) -> Pools:
     return [(row["references"], [candidate["text"] for candidate in row["candidates"]]) for row in rows]
 
 
-def timed(work: Callable[[], T]) -> tuple[float, T]:
+def time_call(work: Callable[[], T]) -> tuple[float, T]:
     """Seconds that a call took, and what it gave."""
     started = time.perf_counter()
     value = work()

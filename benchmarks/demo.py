@@ -50,8 +50,8 @@ def measure(seed: int) -> dict[str, Any]:
     """Seconds, peak memory and results of one demo, and the seconds of the same command again."""
     words = [*command(), "--seed", str(seed), "--json"]
     with tempfile.TemporaryDirectory() as folder:
-        seconds, peak, found = timed(words, Path(folder))
-        again, _, cached = timed(words, Path(folder))
+        seconds, peak, found = time_command(words, Path(folder))
+        again, _, cached = time_command(words, Path(folder))
         report = json.loads((Path(folder) / found["report"]).with_name("report.json").read_text())
     return {
         "seed": seed,
@@ -75,7 +75,7 @@ def command() -> list[str]:
     return [str(ROOT / program), *arguments]
 
 
-def timed(words: Sequence[str], folder: Path) -> tuple[float, int, dict[str, Any]]:
+def time_command(words: Sequence[str], folder: Path) -> tuple[float, int, dict[str, Any]]:
     """Seconds, peak bytes and printed JSON of a command that is run in `folder`."""
     started = time.monotonic()
     process = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True)

@@ -45,7 +45,7 @@ def main() -> None:
     server = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, arguments.latency), daemon=True)
     server.start()
     url = ours.recv()
-    rounds = [measured(url, arguments) for _ in range(arguments.rounds)]
+    rounds = [measure(url, arguments) for _ in range(arguments.rounds)]
     server.terminate()
     ideal = math.ceil(arguments.calls / arguments.concurrency) * arguments.latency
     slowest = max(seconds for seconds, _ in rounds)
@@ -69,7 +69,7 @@ def main() -> None:
         sys.exit(f"benchmarks/endpoint.py: {slowest / ideal:.2f} times the ideal, more than {AT_MOST}")
 
 
-def measured(url: str, arguments: argparse.Namespace) -> tuple[float, float]:
+def measure(url: str, arguments: argparse.Namespace) -> tuple[float, float]:
     """Seconds of one run and of the same run again, which asks nothing."""
     shutil.rmtree(arguments.work, ignore_errors=True)
     terms = EndpointConfig(concurrency=arguments.concurrency, folder=arguments.work)

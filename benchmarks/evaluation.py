@@ -34,8 +34,8 @@ def main() -> None:
     arguments = parser.parse_args()
     values = np.random.default_rng(0).random((arguments.instances, arguments.selectors))
     result = {"benchmark": "evaluation", "date": date.today().isoformat(), "machine": machine(), **vars(arguments)}
-    result["seconds"], intervals = timed(lambda: intervals_of(values))
-    result["scipy_seconds_for_one_mean"], other = timed(lambda: by_scipy(values[:, 0]))
+    result["seconds"], intervals = time_call(lambda: intervals_of(values))
+    result["scipy_seconds_for_one_mean"], other = time_call(lambda: by_scipy(values[:, 0]))
     result["interval"], result["scipy_interval"] = intervals[0], other
     result["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
@@ -58,7 +58,7 @@ def by_scipy(values: np.ndarray[Any, Any]) -> tuple[float, float]:
     return round(float(found.low), 5), round(float(found.high), 5)
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def time_call(work: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds and the result."""
     started = time.monotonic()
     done = work()

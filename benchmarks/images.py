@@ -39,25 +39,25 @@ def main() -> None:
             "machine": machine(),
             "load": os.getloadavg()[0],
             "torch": os.environ.get("TORCH", "cpu"),
-            "images": {name: measured(name, environment) for name in images.IMAGES},
+            "images": {name: measure(name, environment) for name in images.IMAGES},
         }
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         print(table(results))
 
 
-def measured(name: str, environment: Mapping[str, str]) -> dict[str, Any]:
+def measure(name: str, environment: Mapping[str, str]) -> dict[str, Any]:
     """Bytes and seconds of one image."""
     image = images.tag(name)
     told = docker(environment, "image", "inspect", "--format", "{{.Size}}", image)
     command = ("--version",) if name == "serving" else ("cappy", "--version")
     words = ("run", "--rm", "--network", "none", *LOCKED_DOWN, image, *command)
-    found: dict[str, Any] = {"bytes": int(told), "version_seconds": repeated(lambda: docker(environment, *words))}
+    found: dict[str, Any] = {"bytes": int(told), "version_seconds": repeat(lambda: docker(environment, *words))}
     if name == "serving":
-        found["ready_seconds"] = repeated(lambda: until_ready(environment, image))
+        found["ready_seconds"] = repeat(lambda: until_ready(environment, image))
     return found
 
 
-def repeated(action: Callable[[], object]) -> dict[str, float]:
+def repeat(action: Callable[[], object]) -> dict[str, float]:
     """Median, least and most of the seconds that an action takes; a first one, which fills caches, is left out."""
     action()
     seconds = []

@@ -73,7 +73,7 @@ def main() -> None:
     real = {f"random picks of {name}": picks_of(pools) for name in REAL if (pools := read_pools(name))}
     shapes = {"symmetric": {**SYMMETRIC, **real}, "skewed": SKEWED}
     rows = [
-        {"kind": kind, "shape": name, "groups": groups, **simulated(draw, groups, arguments.trials, arguments.rivals)}
+        {"kind": kind, "shape": name, "groups": groups, **simulate(draw, groups, arguments.trials, arguments.rivals)}
         for kind, named in shapes.items()
         for name, draw in named.items()
         for groups in GROUPS
@@ -94,7 +94,7 @@ def main() -> None:
     print(json.dumps({"clustered": clustered, "through_evaluate": whole}, indent=1))
 
 
-def simulated(draw: Draw, groups: int, trials: int, rivals: int) -> dict[str, Any]:
+def simulate(draw: Draw, groups: int, trials: int, rivals: int) -> dict[str, Any]:
     """Share of trials that are promoted, and share of intervals that hold 0: ours, and those of the rivals."""
     rng = np.random.default_rng(groups)
     names = [str(index) for index in range(groups)]
@@ -211,7 +211,7 @@ def percentile(values: Vector, rng: np.random.Generator) -> Interval:
     return float(low), float(high)
 
 
-def studentised(values: Vector, rng: np.random.Generator) -> Interval:
+def bootstrap_t(values: Vector, rng: np.random.Generator) -> Interval:
     """The bootstrap-t (Efron and Tibshirani, 1993, §12.5)."""
     drawn = values[rng.integers(len(values), size=(RESAMPLES, len(values)))]
     errors, shifts = drawn.std(axis=1, ddof=1), drawn.mean(axis=1) - values.mean()
@@ -232,7 +232,7 @@ def bca(values: Vector, rng: np.random.Generator) -> Interval:
     return float(np.nan_to_num(found.low, nan=values.min())), float(np.nan_to_num(found.high, nan=values.max()))
 
 
-RIVALS = {"student": student, "percentile": percentile, "studentised": studentised, "bca": bca}
+RIVALS = {"student": student, "percentile": percentile, "studentised": bootstrap_t, "bca": bca}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

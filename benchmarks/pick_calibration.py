@@ -117,13 +117,13 @@ def measure(pools: Sequence[Pool], scores: Sequence[Vector], held_out: int | Non
             [i for i, p in enumerate(pools) if (p.instance.group_id in own) == side] for side in (True, False)
         )
         one, other = (([pools[i] for i in w], [scores[i] for i in w]) for w in (held, tested))
-        for key, value in split(one, other, rng).items():
+        for key, value in evaluate_split(one, other, rng).items():
             found.setdefault(key, []).append(value)
     values = {key: round(float(np.nanmean(own)), 4) for key, own in found.items() if not np.isnan(own).all()}
     return {"held_out": number, "tested": len(groups) - number, **values}
 
 
-def split(
+def evaluate_split(
     held: tuple[Sequence[Pool], Sequence[Vector]],
     tested: tuple[Sequence[Pool], Sequence[Vector]],
     rng: np.random.Generator,
@@ -132,7 +132,7 @@ def split(
     values: dict[str, float] = {}
     maps = {"before": all_candidates(*held), "after": by_size(*held)}
     for size in SIZES:
-        scores, labels, sizes = drawn(*tested, size, rng)
+        scores, labels, sizes = draw_picks(*tested, size, rng)
         key = "all" if size is None else str(size)
         values[f"n={key} label"] = float(labels.mean())
         for name, expect in {"raw": lambda own, _: own, **maps}.items():
@@ -148,16 +148,17 @@ def split(
         }
         for name, least in chosen.items():
             values |= {
-                f"{wanted} {name} {key}": value for key, value in kept(others.scores, others.labels, least, wanted)
+                f"{wanted} {name} {key}": value
+                for key, value in find_threshold(others.scores, others.labels, least, wanted)
             }
         expected = maps["after"](own.scores, own.sizes)
         floor = threshold.lowest(expected, own.labels >= GOOD, groups, wanted)
         other = maps["after"](others.scores, others.sizes)
-        values |= {f"{wanted} floor {key}": value for key, value in kept(other, others.labels, floor, wanted)}
+        values |= {f"{wanted} floor {key}": value for key, value in find_threshold(other, others.labels, floor, wanted)}
     return values
 
 
-def kept(scores: Vector, labels: Vector, least: float | None, wanted: float) -> list[tuple[str, float]]:
+def find_threshold(scores: Vector, labels: Vector, least: float | None, wanted: float) -> list[tuple[str, float]]:
     """Whether there is a threshold, what share it answers, the precision kept, and whether that is too low."""
     answered = scores >= (np.inf if least is None else least)
     precision = float((labels[answered] >= GOOD).mean()) if answered.any() else np.nan
@@ -169,7 +170,7 @@ def kept(scores: Vector, labels: Vector, least: float | None, wanted: float) -> 
     ]
 
 
-def drawn(
+def draw_picks(
     pools: Sequence[Pool], scores: Sequence[Vector], size: int | None, rng: np.random.Generator
 ) -> tuple[Vector, Vector, list[int]]:
     """Scores and labels of picks among `size` random candidates of each pool, and how many of these are distinct."""

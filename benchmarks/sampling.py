@@ -91,9 +91,9 @@ def compare(folder: Path, instructions: Sequence[str], tokens: int) -> dict[str,
         [tuple(row) for row in generate(generator, instructions[:8], greedy_alone)],
     ]
     equal = sum(one == other for one, other in zip(greedy, expected, strict=True))
-    ours, candidates = timed(lambda: generator.sample(instructions, decodings, seed=0))
-    drawing, rows = timed(lambda: obvious_way(generator, instructions, decodings))
-    telling, _ = timed(lambda: likelihoods(generator, instructions, rows))
+    ours, candidates = time_call(lambda: generator.sample(instructions, decodings, seed=0))
+    drawing, rows = time_call(lambda: obvious_way(generator, instructions, decodings))
+    telling, _ = time_call(lambda: likelihoods(generator, instructions, rows))
     count = sum(map(len, candidates))
     assert count == sum(map(len, rows))
     lengths = [len(ids) for ids in generator.tokenizer(list(instructions), max_length=512, truncation=True).input_ids]
@@ -138,7 +138,7 @@ def generate(generator: Seq2Seq, instructions: Sequence[str], decoding: Decoding
     )  # fmt: skip
     rows: list[list[int]] = []
     for start in range(0, len(instructions), BATCH):
-        inputs = tokenized(generator, instructions[start : start + BATCH])
+        inputs = tokenize(generator, instructions[start : start + BATCH])
         rows += generator.model.generate(**inputs, generation_config=config)[:, 1:].tolist()
     return [row[: row.index(1) + 1] if 1 in row else row for row in rows]
 
@@ -152,7 +152,7 @@ def likelihoods(
     for start in range(0, len(instructions), 8):
         responses = [torch.tensor(row) for own in rows[start : start + 8] for row in own]
         each = len(rows[start])
-        inputs = tokenized(generator, instructions[start : start + 8])
+        inputs = tokenize(generator, instructions[start : start + 8])
         states = generator.model.get_encoder()(**inputs)
         states.last_hidden_state = states.last_hidden_state.repeat_interleave(each, 0)
         labels = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=0)
@@ -165,7 +165,7 @@ def likelihoods(
     return sums
 
 
-def tokenized(generator: Seq2Seq, instructions: Sequence[str]) -> dict[str, torch.Tensor]:
+def tokenize(generator: Seq2Seq, instructions: Sequence[str]) -> dict[str, torch.Tensor]:
     """Padded ids and mask."""
     return dict(
         generator.tokenizer(
@@ -191,7 +191,7 @@ def read_instructions(folder: Path, count: int) -> list[str]:
     return [texts[number] for number in chosen]
 
 
-def timed(work: Callable[[], T]) -> tuple[float, T]:
+def time_call(work: Callable[[], T]) -> tuple[float, T]:
     """Seconds that a call took, and what it gave."""
     started = time.perf_counter()
     value = work()

@@ -22,7 +22,7 @@ from typing import Any
 
 from builtin_steps import SAMPLES, VALIDATION, Ran, builtin_volumes, commands, run_steps, size_of
 from machine import machine
-from throughput_texts import rounded
+from throughput_texts import round_digits
 
 from cappy.costing import DEFAULT, PlanConfig, read_throughput
 from cappy.costing.costs import END, Work, cost, works
@@ -59,8 +59,8 @@ def main() -> None:
         "commands": [
             f"cappy {step} {' '.join(flags)}" for step, flags in commands(Path(), arguments.per_family).items()
         ],
-        "volumes": compared_volumes(volumes, planned, ran, arguments.work),
-        "steps": compared_steps(predicted, planned, ran),
+        "volumes": compare_volumes(volumes, planned, ran, arguments.work),
+        "steps": compare_steps(predicted, planned, ran),
     }
     (ROOT / "benchmarks/results/scale-check.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
@@ -74,7 +74,7 @@ def run(work: Path, per_family: int) -> None:
     told = {
         "date": date.today().isoformat(),
         "machine": machine(),
-        "load": [rounded(load), rounded(os.getloadavg()[0])],
+        "load": [round_digits(load), round_digits(os.getloadavg()[0])],
     }
     (work / RAN).write_text(json.dumps({**told, "steps": steps}))
 
@@ -85,10 +85,10 @@ def seconds_of(planned: list[Work], config: PlanConfig) -> dict[str, float]:
     for work in planned:
         name = "pretraining" if work.step == "tokenization" else work.step
         found[name] = found.get(name, 0.0) + cost(work, 1, config, cores=1).seconds
-    return {name: rounded(seconds) for name, seconds in found.items()}
+    return {name: round_digits(seconds) for name, seconds in found.items()}
 
 
-def compared_steps(predicted: Mapping[str, float], planned: list[Work], ran: Mapping[str, Ran]) -> dict[str, Any]:
+def compare_steps(predicted: Mapping[str, float], planned: list[Work], ran: Mapping[str, Ran]) -> dict[str, Any]:
     """Of each step and of all together: seconds predicted, of the processor and of the clock.
 
     `off` is the share by which the processor's seconds exceed the predicted ones.
@@ -96,19 +96,19 @@ def compared_steps(predicted: Mapping[str, float], planned: list[Work], ran: Map
     rows = {
         step: {
             "predicted_seconds": predicted[step],
-            "measured_seconds": rounded(one.cpu_seconds),
-            "by_the_clock": rounded(one.seconds),
-            "off": rounded(one.cpu_seconds / predicted[step] - 1),
-            "of_it_start": rounded(sum(work.start for work in planned if work.step == step)),
+            "measured_seconds": round_digits(one.cpu_seconds),
+            "by_the_clock": round_digits(one.seconds),
+            "off": round_digits(one.cpu_seconds / predicted[step] - 1),
+            "of_it_start": round_digits(sum(work.start for work in planned if work.step == step)),
         }
         for step, one in ran.items()
     }
     whole = {name: sum(row[name] for row in rows.values()) for name in next(iter(rows.values())) if name != "off"}
     whole["off"] = whole["measured_seconds"] / whole["predicted_seconds"] - 1
-    return {**rows, "all": {name: rounded(value) for name, value in whole.items()}}
+    return {**rows, "all": {name: round_digits(value) for name, value in whole.items()}}
 
 
-def compared_volumes(volumes: Volumes, planned: list[Work], ran: Mapping[str, Ran], work: Path) -> dict[str, Any]:
+def compare_volumes(volumes: Volumes, planned: list[Work], ran: Mapping[str, Ran], work: Path) -> dict[str, Any]:
     """Rows, tokens and bytes, predicted and found; duplicates are dropped before training, which no plan knows."""
     drawn = [one for instance in read(work / "sampled") for one in instance.candidates if one.source == "llm"]
     trained = [json.loads(path.read_text()) for path in (work / "work/tokens").glob("*/*/facts.json")]
@@ -126,7 +126,7 @@ def compared_volumes(volumes: Volumes, planned: list[Work], ran: Mapping[str, Ra
         "bytes_of_tokens": (of_bytes["tokenization"], size_of(work / "work/tokens")),
     }
     return {
-        name: {"predicted": rounded(one), "found": rounded(other), "off": rounded(other / one - 1)}
+        name: {"predicted": round_digits(one), "found": round_digits(other), "off": round_digits(other / one - 1)}
         for name, (one, other) in pairs.items()
     }
 

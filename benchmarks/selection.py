@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import machine
-from selection_start import minilm, pretrained
+from selection_start import minilm, pretrain
 
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
@@ -96,7 +96,7 @@ def main() -> None:
                     print(f"  {brief(found)}", flush=True)
     runs = [json.loads(path.read_text()) for path in sorted((arguments.work / "runs").glob("*/*/*.json"))]
     new = tables(runs)
-    result = {"benchmark": "selection", "rows": ROWS, "rate": RATE, "tables": merged(earlier(arguments.target), new)}
+    result = {"benchmark": "selection", "rows": ROWS, "rate": RATE, "tables": merge(earlier(arguments.target), new)}
     arguments.target.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(new, indent=1))
 
@@ -163,9 +163,9 @@ def train(name: str, arm: str, seed: int, annotated: Path, folder: Path) -> tupl
     if arm == "builtin, not adapted":
         return Scorer.load("builtin", precision="fp32"), {}
     if arm == "t0, not adapted":
-        return Scorer.load(str(pretrained(folder.parents[2], RATE, progress)), precision="fp32"), {}
+        return Scorer.load(str(pretrain(folder.parents[2], RATE, progress)), precision="fp32"), {}
     if arm in ("builtin", "t0"):
-        start = "builtin" if arm == "builtin" else str(pretrained(folder.parents[2], RATE, progress))
+        start = "builtin" if arm == "builtin" else str(pretrain(folder.parents[2], RATE, progress))
         manifest = finetuning(FinetuningConfig(scorer=start, **common), progress)
     else:
         manifest = pretraining(PretrainingConfig(encoder=minilm(), max_length=256, **common), progress)
@@ -208,7 +208,7 @@ def earlier(target: Path) -> Mapping[str, Mapping[str, Any]]:
     return json.loads(target.read_text())["tables"] if target.exists() else {}
 
 
-def merged(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def merge(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Set -> arm -> table: an arm that was run here takes the place of its earlier table, the others stay."""
     return {name: {**old.get(name, {}), **new.get(name, {})} for name in sorted({*old, *new})}
 

@@ -30,7 +30,7 @@ def minilm() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def pretrained(work: Path, rate: float, progress: Progress) -> Path:
+def pretrain(work: Path, rate: float, progress: Progress) -> Path:
     """MiniLM pretrained on prompts of T0's training mixture, CommonGen's own left out; done once.
 
     References are 1.0, wrong choices and one mismatch each 0.0; no LLM's samples, as no such LLM is at hand.

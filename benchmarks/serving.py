@@ -100,7 +100,7 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, start in servers.items():
             with start() as address:
-                rounds[name].append(asyncio.run(closed_loop(address, pools)))
+                rounds[name].append(asyncio.run(run_closed_loop(address, pools)))
                 print(name, rounds[name][-1], flush=True)
         alone.append(in_process(folder, pools, arguments))
         print("in process", alone[-1], flush=True)
@@ -148,21 +148,21 @@ Start = Callable[[], "contextlib.AbstractContextManager[str]"]
 
 def cappy_server(folder: Path, precision: str) -> Start:
     words = [sys.executable, "-m", "serving", "--scorer", str(folder), "--model-name", "scorer"]
-    return lambda: running([*words, "--precision", precision, "--port"], "/ready")
+    return lambda: run_server([*words, "--precision", precision, "--port"], "/ready")
 
 
 def naive_server(folder: Path) -> Start:
-    return lambda: running([sys.executable, "-c", NAIVE, str(folder)], "/health")
+    return lambda: run_server([sys.executable, "-c", NAIVE, str(folder)], "/health")
 
 
 def infinity_server(folder: Path, python: Path) -> Start:
     words = [str(python.parent / "infinity_emb"), "v2", "--model-id", str(folder), "--served-model-name", "scorer"]
     quiet = ["--device", "cpu", "--no-compile", "--no-bettertransformer", "--host", "127.0.0.1", "--port"]
-    return lambda: running([*words, *quiet], "/health")
+    return lambda: run_server([*words, *quiet], "/health")
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], path: str) -> Iterator[str]:
+def run_server(command: Sequence[str], path: str) -> Iterator[str]:
     """The address of a server on a free port, warm."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -187,7 +187,7 @@ def running(command: Sequence[str], path: str) -> Iterator[str]:
         process.wait(30)
 
 
-async def closed_loop(address: str, pools: Pools) -> dict[str, float]:
+async def run_closed_loop(address: str, pools: Pools) -> dict[str, float]:
     """All pools by 32 clients: pairs a second, and the latency of their requests in milliseconds."""
     waiting = iter(pools)
     seconds: list[float] = []

@@ -53,7 +53,7 @@ def main() -> None:
         process = subprocess.Popen([sys.executable, *words], stderr=log, cwd=ROOT)
         address = f"http://127.0.0.1:{port}"
         until_ready(address)
-        result = asyncio.run(measured(address, pools, scores, process, arguments.seconds))
+        result = asyncio.run(measure(address, pools, scores, process, arguments.seconds))
         result["exit status"] = process.wait(60)
     found = {"benchmark": "serving_load", "date": date.today().isoformat(), "machine": machine(), **result}
     arguments.target.write_text(json.dumps(found, indent=1) + "\n")
@@ -72,7 +72,7 @@ def until_ready(address: str) -> None:
     raise SystemExit("the service does not start")
 
 
-async def measured(
+async def measure(
     address: str,
     pools: list[list[Pair]],
     scores: dict[Pair, float],
@@ -93,12 +93,12 @@ async def measured(
     return {
         "requests a second that it can answer": able,
         "seconds": seconds,
-        "long run": told(long) | {"memory in MB": memory},
-        "with SIGTERM": told(last),
+        "long run": summarize(long) | {"memory in MB": memory},
+        "with SIGTERM": summarize(last),
     }
 
 
-def told(outcome: Outcome) -> dict[str, Any]:
+def summarize(outcome: Outcome) -> dict[str, Any]:
     """What of an outcome is kept."""
     found: dict[str, Any] = {"answers": dict(outcome.answers), "wrong": outcome.wrong[:5]}
     return found | ({"growth of memory": outcome.growth} if len(outcome.memory) >= 16 else {})

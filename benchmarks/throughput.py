@@ -36,7 +36,7 @@ from throughput_texts import (
     held_out_rows,
     held_out_texts,
     instance_texts,
-    rendered,
+    render,
     t0_instances,
     t0_prompts,
     t0_texts,
@@ -118,7 +118,7 @@ def measure_texts(bench: Bench, prompts: Any) -> None:
 def measure_records(bench: Bench, sample: Sequence[Instance]) -> None:
     """Preparation, annotation and tokenization, in pairs or prompts a second; bytes of what they write."""
     preparation_of_heldout(bench)
-    seconds, made = bench.timed(
+    seconds, made = bench.time_call(
         lambda: preparation(
             PreparationConfig(target=bench.work / "builtin", pool=POOL, num_per_family=80, work=bench.work / "w")
         )
@@ -135,9 +135,9 @@ def preparation_of_heldout(bench: Bench) -> None:
     """Templates rendered over rows of the held-out tasks: the only rows at hand; T0's come prompted."""
     sources = list(held_out_rows(bench.work / "rows", 200))
     for subset, path in held_out_rows(bench.work / "warm", 2):
-        rendered(subset, path, bench.work / "warm", 2)
-    seconds, made = bench.timed(
-        lambda: [one for subset, path in sources for one in rendered(subset, path, bench.work, 200)]
+        render(subset, path, bench.work / "warm", 2)
+    seconds, made = bench.time_call(
+        lambda: [one for subset, path in sources for one in render(subset, path, bench.work, 200)]
     )
     characters = fmean(len(one.instruction) for one in made)
     bench.note(
@@ -156,10 +156,10 @@ def measure_labels(bench: Bench, of: str, sample: Sequence[Instance], encoder: P
         config = AnnotationConfig(
             source=folder / "sampled", target=folder / f"annotated-{seed}", work=folder / "work", seed=seed
         )
-        seconds, made = bench.timed(lambda: annotation(config))  # noqa: B023
+        seconds, made = bench.time_call(lambda: annotation(config))  # noqa: B023
         best, pairs = min(best, seconds), made.candidates
     bench.note("annotation", of, "pairs/s", pairs / best, hardware="cpu", pairs=pairs, prompts=len(sample))
-    seconds, corpora = bench.timed(
+    seconds, corpora = bench.time_call(
         lambda: open_corpora(folder / "annotated-0", folder / "tokens", tokenizer, encoder, metric="rougeL", sources=())
     )
     tokenized = corpora.train.facts.pairs + corpora.validation.facts.pairs

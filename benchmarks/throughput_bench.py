@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from machine import machine
-from throughput_texts import rounded
+from throughput_texts import round_digits
 
 from cappy.costing import Measurement, Texts
 from cappy.costing.costs import CPU, HARDWARE
@@ -30,14 +30,14 @@ class Bench:
     ) -> None:
         """Adds a measurement with today's date, this machine and its load."""
         entry = Measurement(
-            step=step, hardware=hardware or self.hardware, of=of, unit=unit, value=rounded(value),
-            date=date.today().isoformat(), machine=machine(), load=rounded(os.getloadavg()[0]),
-            details={name: rounded(number) for name, number in details.items()},
+            step=step, hardware=hardware or self.hardware, of=of, unit=unit, value=round_digits(value),
+            date=date.today().isoformat(), machine=machine(), load=round_digits(os.getloadavg()[0]),
+            details={name: round_digits(number) for name, number in details.items()},
         )  # fmt: skip
         self.found.append(entry)
         print(f"{step} of {of}: {entry.value:g} {unit} {entry.details}", flush=True)
 
-    def timed(self, work: Callable[[], T]) -> tuple[float, T]:
+    def time_call(self, work: Callable[[], T]) -> tuple[float, T]:
         """Seconds that a call took, and what it gave: of a CPU its time, so that other work beside it counts little."""
         clock = time.process_time if self.hardware == CPU else time.perf_counter
         started = clock()

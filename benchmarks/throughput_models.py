@@ -72,7 +72,7 @@ def note_sampling(
 ) -> None:
     """Samples once after two prompts that warm up, and notes operations and tokens a second."""
     generator.sample(texts[:2], decodings, seed=1)
-    seconds, drawn = bench.timed(lambda: generator.sample(texts, decodings, seed=0))
+    seconds, drawn = bench.time_call(lambda: generator.sample(texts, decodings, seed=0))
     prompts = [len(ids) for ids in generator.tokenizer(list(texts), max_length=512, truncation=True).input_ids]
     own = [[candidate.num_tokens or 0 for candidate in candidates] for candidates in drawn]
     flops = sum(shape.prompt_flops(prompt, prompt**2) for prompt in prompts)
@@ -141,7 +141,7 @@ def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instan
             for one in batch(corpora.train, number, config.batch_instances, config.max_candidates, seed=config.seed)
         ]
         lengths = [length for one in drawn for length in corpora.train.tokens(one.index, one.chosen)]
-        seconds, _ = bench.timed(partial(update, run, updates))
+        seconds, _ = bench.time_call(partial(update, run, updates))
         flops = sum(SCORERS[name].training_flops(length, length**2) for length in lengths) / seconds
         bench.note(
             "pretraining", name, "FLOP/s", flops, pairs_per_second=len(lengths) / seconds, pairs=len(lengths),
@@ -166,7 +166,7 @@ def measure_scoring(bench: Bench, names: Sequence[str], sample: Sequence[Instanc
         texts = ((one.instruction, some.response) for one in instances for some in one.candidates)
         pairs = list(dict.fromkeys(texts))[:count]  # Scored twice, a pair would cost nothing.
         scorer.score(pairs[:4])
-        seconds, _ = bench.timed(lambda: scorer.score(pairs))  # noqa: B023
+        seconds, _ = bench.time_call(lambda: scorer.score(pairs))  # noqa: B023
         lengths = [len(one.ids) for one in scorer.encoder.encode(pairs)]
         shape = SCORERS[name]
         flops = sum(shape.scoring_flops(length, length**2) for length in lengths) / seconds

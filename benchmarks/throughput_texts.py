@@ -127,7 +127,7 @@ def held_out_rows(folder: Path, rows: int) -> Iterator[tuple[str, Path]]:
         yield subset, path
 
 
-def rendered(subset: str, source: Path, folder: Path, rows: int) -> list[Instance]:
+def render(subset: str, source: Path, folder: Path, rows: int) -> list[Instance]:
     """The prompts of a held-out subset's rows under all its templates, by the step itself."""
     dataset = next(one.dataset for one in load_mixture("heldout").subsets if one.name == subset)
     target = folder / f"prepared-{rows}" / source.stem
@@ -143,7 +143,7 @@ def rendered(subset: str, source: Path, folder: Path, rows: int) -> list[Instanc
 def held_out_texts(folder: Path, encoder: PairEncoder) -> Iterator[Texts]:
     """Lengths by subset, of the templates with choices alone."""
     for subset, path in held_out_rows(folder / "lengths", 40):
-        own = [(one.instruction, list(one.choices)) for one in rendered(subset, path, folder, 40) if one.choices]
+        own = [(one.instruction, list(one.choices)) for one in render(subset, path, folder, 40) if one.choices]
         yield lengths(subset, "choices", own, encoder)
 
 
@@ -183,20 +183,20 @@ def lengths(subset: str, kind: Any, asked: Sequence[tuple[str, Sequence[str]]], 
         responses.append(fmean(cut))
         for short, long in zip(cut, whole, strict=True):
             for length, times in ((long, 1),) if kind == "choices" else ((short, SAMPLES), (long, LABELLED)):
-                pairs += [min(encoder.max_length, prompt + length + encoder.added)] * times
+                pairs += [min(encoder.max_length, prompt + length + encoder.num_special_tokens)] * times
     read_by_llm = [min(one, MAX_INSTRUCTION_TOKENS) for one in prompts]
     return Texts(
         subset=subset,
         kind=kind,
         prompts=len(prompts),
-        prompt_tokens=rounded(fmean(read_by_llm)),
-        prompt_squared=rounded(fmean(one**2 for one in read_by_llm)),
-        response_tokens=rounded(fmean(responses)),
-        pair_tokens=rounded(fmean(pairs)),
-        pair_squared=rounded(fmean(one**2 for one in pairs)),
+        prompt_tokens=round_digits(fmean(read_by_llm)),
+        prompt_squared=round_digits(fmean(one**2 for one in read_by_llm)),
+        response_tokens=round_digits(fmean(responses)),
+        pair_tokens=round_digits(fmean(pairs)),
+        pair_squared=round_digits(fmean(one**2 for one in pairs)),
     )
 
 
-def rounded(value: float) -> float:
+def round_digits(value: float) -> float:
     """Four digits, which is more than any of it is worth."""
     return float(f"{value:.4g}")

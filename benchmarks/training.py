@@ -63,7 +63,7 @@ def main() -> None:
     device = arguments.device
     ways: dict[str, Callable[[], float]] = {
         "cappy": lambda: ours(start, source, arguments.work, device),
-        "padded to 512": lambda: padded(start, rows, device),
+        "padded to 512": lambda: time_padded(start, rows, device),
         "CrossEncoderTrainer": lambda: cross_encoder(start, rows, arguments.work, device),
     }
     seconds = dict.fromkeys(ways, float("inf"))
@@ -142,7 +142,7 @@ def ours(start: Path, source: Path, work: Path, device: str) -> float:
     return time.perf_counter() - started
 
 
-def padded(start: Path, rows: Sequence[tuple[str, str, float]], device: str) -> float:
+def time_padded(start: Path, rows: Sequence[tuple[str, str, float]], device: str) -> float:
     """Seconds of one pass of a plain loop that pads every pair to the model's length."""
     scorer = Scorer.load(str(start), device=device, precision="fp32")
     model, tokenizer = scorer.model.train(), scorer.tokenizer

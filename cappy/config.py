@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
 import pydantic
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from cappy.errors import ConfigError, near, shown
+from cappy.errors import ConfigError, near, quote
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ def build(config_class: type[T], values: Mapping[str, Any]) -> T:
             known = [path.replace("_", "-") for path in _field_paths(config_class)]
             meant = near(name, known, otherwise=f"; `cappy {step} --help` lists them")
             raise ConfigError(f"{step}: --{name}: no such setting{meant}") from error
-        value = "" if first["type"] in ("missing", "missing_argument") else f", got {shown(first['input'])}"
+        value = "" if first["type"] in ("missing", "missing_argument") else f", got {quote(first['input'])}"
         raise ConfigError(f"{step}: --{name}: {rule}{value}") from error
 
 
@@ -102,7 +102,7 @@ def _field_paths(config_class: type) -> list[str]:
     ]
 
 
-def changed(config: Any) -> list[str]:
+def changed_settings(config: Any) -> list[str]:
     """The settings that are other than their default, by name; all fields need one."""
     return [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
 
@@ -151,10 +151,10 @@ def decode(text: str) -> dict[str, Any]:
         values = json.loads(base64.urlsafe_b64decode(text.encode())) if text else {}
     except ValueError as error:
         raise ConfigError(
-            f"settings: not an encoded JSON ({shown(text)}); write them with cappy.config.encode"
+            f"settings: not an encoded JSON ({quote(text)}); write them with cappy.config.encode"
         ) from error
     if not isinstance(values, dict):
-        raise ConfigError(f"settings: must hold an object, got {shown(values)}")
+        raise ConfigError(f"settings: must hold an object, got {quote(values)}")
     return values
 
 

@@ -17,7 +17,7 @@ prints it on stderr and exits with 1. Every other exception is a defect of ours 
 import difflib
 from collections.abc import Iterable, Sequence
 
-from cappy.redaction import cut, redact
+from cappy.redaction import redact, truncate
 
 
 class CappyError(Exception):
@@ -59,12 +59,12 @@ class UnreachableError(RegistryError):
     """MLflow or its store did not answer; it may do so later."""
 
 
-def shown(value: object, limit: int = 60, *, keys: Sequence[str] = ()) -> str:
+def quote(value: object, limit: int = 60, *, keys: Sequence[str] = ()) -> str:
     """`value` as it may stand in one line of an error: without secrets, quoted by repr, cut to `limit` characters.
 
     `keys` are secrets beside those that this process knows.
     """
-    return cut(repr(redact(value, *keys) if isinstance(value, str) else value), limit, *keys)
+    return truncate(repr(redact(value, *keys) if isinstance(value, str) else value), limit, *keys)
 
 
 def near(word: str, known: Iterable[str], otherwise: str = "") -> str:

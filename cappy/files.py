@@ -137,7 +137,7 @@ def _check(descriptor: int, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
     """A new file under a hidden name, which takes the place of `path` when the block ends well.
 
     A private one can be read by its owner alone, whatever the umask.

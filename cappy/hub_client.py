@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.specs import Spec
 
 MAX_PAGES = 200
@@ -75,9 +75,9 @@ def _guarded_client() -> _Client:
         if path.startswith("/api/"):
             if "next" in response.links and next(pages) > MAX_PAGES:
                 raise ValueError(f"its list of files has more than {MAX_PAGES} pages")
-            response.stream = _bounded(response.stream, MAX_LIST_BYTES)
+            response.stream = _limit_bytes(response.stream, MAX_LIST_BYTES)
         elif "Content-Length" not in response.headers:
-            response.stream = _bounded(response.stream, MAX_UNSIZED_BYTES)
+            response.stream = _limit_bytes(response.stream, MAX_UNSIZED_BYTES)
 
     client.timeout = ANSWER_SECONDS
     hooks = client.event_hooks
@@ -85,12 +85,12 @@ def _guarded_client() -> _Client:
     return client
 
 
-def _bounded(stream: _Stream, most: int) -> _Stream:
+def _limit_bytes(stream: _Stream, most: int) -> _Stream:
     """The bytes of a stream, up to so many: then ValueError."""
     # The class of huggingface_hub's own HTTP library, whichever that is.
     base = next(kind for kind in type(stream).__mro__ if kind.__name__ == "SyncByteStream")
 
-    class Bounded(base):  # type: ignore[misc, valid-type] # known when it runs
+    class LimitedStream(base):  # type: ignore[misc, valid-type] # known when it runs
         def __iter__(self) -> Iterator[bytes]:
             left = most
             for chunk in stream:
@@ -102,7 +102,7 @@ def _bounded(stream: _Stream, most: int) -> _Stream:
         def close(self) -> None:
             stream.close()
 
-    return Bounded()
+    return LimitedStream()
 
 
 def hub_folder(spec: Spec, *, also: Sequence[str] = ()) -> Path:
@@ -119,7 +119,7 @@ def hub_folder(spec: Spec, *, also: Sequence[str] = ()) -> Path:
     except Exception as error:  # whatever the client raises over an answer: it has a dozen kinds, of three libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"{spec.text}: cannot be had from the hub ({shown(reason, 100)}); check name, revision and network"
+            f"{spec.text}: cannot be had from the hub ({quote(reason, 100)}); check name, revision and network"
         ) from error
     # The hub answers a name of seven or more hexadecimal digits with a branch of that name, which can move.
     if not folder.name.startswith(spec.revision):
@@ -141,4 +141,4 @@ def _commit(spec: Spec) -> str:
 
 
 def _no_commit(spec: Spec, commit: str) -> ConfigError:
-    return ConfigError(f"{spec.text}: is not a commit but a name of {shown(commit, 50)}; give the whole commit hash")
+    return ConfigError(f"{spec.text}: is not a commit but a name of {quote(commit, 50)}; give the whole commit hash")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from cappy.errors import FolderError, shown
+from cappy.errors import FolderError, quote
 from cappy.records.folder import MANIFEST, Manifest, describe_files, verify
 from cappy.tokenizer_bounds import refuse_growth
 
@@ -191,7 +191,7 @@ def check_size(
 
     text, remedy = f"{folder}: its config.json is not that of a model", "give a folder that transformers saved"
     with _one_line(text, remedy):
-        with _sized(folder, elements), torch.device("meta"):
+        with _limit_model_size(folder, elements), torch.device("meta"):
             model = auto_class.from_config(config, trust_remote_code=False)
         size = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
         if size > _most_elements(elements):
@@ -216,7 +216,7 @@ def verify_exactly(folder: Path) -> Manifest:
 
 def _refuse_pickles(folder: Path, *, allowed: str = "") -> None:
     """FolderError where a file of the folder is of a format that can run code when it is loaded."""
-    for path in _matching(folder, PICKLES):
+    for path in _match_files(folder, PICKLES):
         if path.name != allowed or path.parent != folder:
             remedy = "convert it to safetensors if it holds the weights, then delete it"
             raise FolderError(f"{path}: is of a format that can run code when loaded; {remedy}")
@@ -229,12 +229,12 @@ def _refuse_code(folder: Path) -> None:
             raise FolderError(f"{path}: is a link to a folder elsewhere; copy its files here, or delete it")
         if not path.is_dir() and not path.is_file():
             raise FolderError(f"{path}: is no file (a pipe, a socket or a broken link); delete it")
-    for path in _matching(folder, CODE):
+    for path in _match_files(folder, CODE):
         raise FolderError(f"{path}: is code, which is never run from a model's folder; delete it")
-    for path in _matching(folder, ("*.json",)):
+    for path in _match_files(folder, ("*.json",)):
         if not _is_any(path, (*_TABLES, _INDEX)) and not (path.parent == folder and path.name in BESIDE_MANIFEST):
             _refuse_named_code(path, _json(path, MAX_CONFIG_BYTES))
-    for path in _matching(folder, (_INDEX,)):
+    for path in _match_files(folder, (_INDEX,)):
         _refuse_outside(path, _json(path, MAX_HEADER_BYTES))
 
 
@@ -246,14 +246,14 @@ def _refuse_named_code(path: Path, values: "JSON") -> None:
         if key in _FILE_KEYS or (texts and key in _TABLE_KEYS):
             raise FolderError(f"{path}: names other files to load ({key}); remove the entry")
         if key.removeprefix("_") in _KERNEL_KEYS and "/" in str(value):
-            raise FolderError(f"{path}: {key} is {shown(value)}, code from a hub; remove the entry")
+            raise FolderError(f"{path}: {key} is {quote(value)}, code from a hub; remove the entry")
         if path.name == "modules.json" and key == "type" and not str(value).startswith(_SENTENCE_TRANSFORMERS):
-            raise FolderError(f"{path}: names the class {shown(value)}, which is code of its own; remove the entry")
+            raise FolderError(f"{path}: names the class {quote(value)}, which is code of its own; remove the entry")
         if key in ("tokenizer_class", "architectures"):
             _refuse_unknown_class(path, key, value)
         count = value if isinstance(value, int) and not isinstance(value, bool) else 0
         if path.name.startswith("config") and count > MAX_COUNT and _COUNT_KEYS.search(key):
-            raise FolderError(f"{path}: {key} is {shown(value, 20)}, above {MAX_COUNT:,}; get the folder again")
+            raise FolderError(f"{path}: {key} is {quote(value, 20)}, above {MAX_COUNT:,}; get the folder again")
 
 
 def _refuse_unknown_class(path: Path, key: str, value: "JSON") -> None:
@@ -263,7 +263,7 @@ def _refuse_unknown_class(path: Path, key: str, value: "JSON") -> None:
         spellings = (str(name), bare, f"{name}Fast")
         if not isinstance(name, str) or not any(map(_is_known_class, spellings)):
             remedy = "save it with a class that transformers has"
-            raise FolderError(f"{path}: {key} {shown(name)} is not a class of transformers; {remedy}")
+            raise FolderError(f"{path}: {key} {quote(name)} is not a class of transformers; {remedy}")
 
 
 def _is_known_class(name: str) -> bool:
@@ -283,12 +283,12 @@ def _refuse_outside(path: Path, values: "JSON") -> None:
         # A hidden file is not hashed.
         if Path(name).name != name or name.startswith("."):
             raise FolderError(
-                f"{path}: names weights outside the folder, or hidden ones ({shown(name)}); save the model again"
+                f"{path}: names weights outside the folder, or hidden ones ({quote(name)}); save the model again"
             )
 
 
 def _refuse_large(folder: Path) -> None:
-    for path in _matching(folder, ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")):
+    for path in _match_files(folder, ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")):
         most = MAX_TABLE_BYTES if _is_any(path, (*_TABLES, "*.txt")) else MAX_CONFIG_BYTES
         most = MAX_HEADER_BYTES if _is_any(path, (_INDEX, *BESIDE_MANIFEST)) else most
         if (size := path.stat().st_size) > most:
@@ -324,7 +324,7 @@ def _product(shape: list[int]) -> int:
     total = 1
     for size in shape:
         if not isinstance(size, int) or not 0 <= size < 2**48:
-            raise ValueError(f"a size of {shown(size)}")
+            raise ValueError(f"a size of {quote(size)}")
         total *= size
     return total
 
@@ -339,7 +339,7 @@ def _too_large(folder: Path, size: int, elements: Sequence[int]) -> FolderError:
 
 
 @contextmanager
-def _sized(folder: Path, elements: Sequence[int]) -> Iterator[None]:
+def _limit_model_size(folder: Path, elements: Sequence[int]) -> Iterator[None]:
     """Inside, a model that is built may be a few times larger than the weights: FolderError as soon as it grows beyond.
 
     Modules are counted too: each takes memory, even where its tensors take none.
@@ -384,7 +384,7 @@ def _one_line(text: str, remedy: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = (" ".join(str(error).split())) or type(error).__name__
-        raise FolderError(f"{text} ({shown(reason, 160)}); {remedy}") from error
+        raise FolderError(f"{text} ({quote(reason, 160)}); {remedy}") from error
 
 
 def _items(values: "JSON") -> Iterator[tuple[str, "JSON"]]:
@@ -406,11 +406,11 @@ def _json(path: Path, most: int) -> "JSON":
     try:
         values: JSON = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise FolderError(f"{path}: is not JSON ({shown(str(error), 80)}); {_NOT_THE_MODELS}") from error
+        raise FolderError(f"{path}: is not JSON ({quote(str(error), 80)}); {_NOT_THE_MODELS}") from error
     return values
 
 
-def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+def _match_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     """The files whose names match, in any case of letters."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and _is_any(path, patterns))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from cappy.files import replacing
+from cappy.files import atomic_write
 
 if TYPE_CHECKING:
     from rich import progress as rich_progress
@@ -97,7 +97,7 @@ class FileProgress:
             return
         self._updated = now
         state = State(done=done, total=total, unit=unit, resumed=resumed, started=self._started, updated=now, note=note)
-        with replacing(self._path) as file:
+        with atomic_write(self._path) as file:
             file.write(json.dumps(asdict(state)).encode())
 
 
@@ -182,7 +182,7 @@ class ProgressTable:
         if self._progress is None:
             return
         for row in rows:
-            mark, name, cells = _styled(row)
+            mark, name, cells = _style_row(row)
             if row.name not in self._tasks:
                 self._tasks[row.name] = self._progress.add_task("", total=None, mark="", name="", cells="")
             self._progress.update(self._tasks[row.name], mark=mark, name=name, cells=cells)
@@ -228,14 +228,14 @@ def write_line(text: str) -> None:
     sys.stderr.flush()
 
 
-def _styled(row: Row) -> tuple[str, str, str]:
+def _style_row(row: Row) -> tuple[str, str, str]:
     """Mark, name and cells of a row in rich's markup."""
     from rich.markup import escape
 
     style, mark = STYLES.get(row.state, ""), MARKS.get(row.state, " ")
 
-    def styled(text: str, style: str) -> str:
+    def style_text(text: str, style: str) -> str:
         return f"[{style}]{escape(text)}[/]" if style else escape(text)
 
     cells = "  ".join(filter(None, row.cells))
-    return styled(mark, "green" if mark == "✓" else style), styled(row.name, style), styled(cells, style)
+    return style_text(mark, "green" if mark == "✓" else style), style_text(row.name, style), style_text(cells, style)

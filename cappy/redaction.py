@@ -76,10 +76,10 @@ def redact(text: str, *keys: str) -> str:
     Known are the variables of the environment whose names say so, the files that they name, passwords and tokens in
     addresses, and what `remember` was given. Secrets of fewer than 6 characters stay, and so does "password".
     """
-    return _redacted(text, _known().forms, keys)
+    return _redact(text, _known_forms().forms, keys)
 
 
-def _redacted(text: str, forms: tuple[str, ...], keys: Iterable[str] = ()) -> str:
+def _redact(text: str, forms: tuple[str, ...], keys: Iterable[str] = ()) -> str:
     if any(len(key.strip()) >= SHORTEST for key in keys):
         more = (form for key in keys if len(key.strip()) >= SHORTEST for form in _forms(key.strip()))
         forms = tuple(sorted({*forms, *more}, key=len, reverse=True))
@@ -89,7 +89,7 @@ def _redacted(text: str, forms: tuple[str, ...], keys: Iterable[str] = ()) -> st
     return _USERINFO.sub("//…@", text) if "@" in text else text
 
 
-def cut(text: str, limit: int, *keys: str) -> str:
+def truncate(text: str, limit: int, *keys: str) -> str:
     """At most `limit` characters of the text, redacted before it is cut.
 
     Where the text ends within a secret, as a body that was broken off does, the beginning of the secret goes too.
@@ -97,16 +97,16 @@ def cut(text: str, limit: int, *keys: str) -> str:
     redacted = redact(text[:WINDOW], *keys)
     if len(text) > WINDOW:
         # The window may end within a secret, which is then not known by its value.
-        longest = max([_known().longest, *(len(form) for key in keys for form in _forms(key.strip()))])
+        longest = max([_known_forms().longest, *(len(form) for key in keys for form in _forms(key.strip()))])
         redacted = f"{redacted[: max(0, min(len(redacted) - longest, limit))]}…"
     else:
-        redacted = _without_beginning(
-            redacted, [*_known().forms, *(form for key in keys for form in _forms(key.strip()))]
+        redacted = _strip_partial_secret(
+            redacted, [*_known_forms().forms, *(form for key in keys for form in _forms(key.strip()))]
         )
     return redacted if len(redacted) <= limit else f"{redacted[: limit - 1]}…"
 
 
-def _without_beginning(text: str, forms: Iterable[str]) -> str:
+def _strip_partial_secret(text: str, forms: Iterable[str]) -> str:
     """The text without the beginning of a secret (`FEWEST` characters or more) that it ends with."""
     bare = text.rstrip("'\"")  # what repr puts behind it
     for form in forms:
@@ -118,7 +118,7 @@ def _without_beginning(text: str, forms: Iterable[str]) -> str:
 
 def one_line(text: str, limit: int, *keys: str) -> str:
     """The text for one line of an error: redacted, white space and control characters made spaces, then cut."""
-    start = cut(text, WINDOW, *keys)
+    start = truncate(text, WINDOW, *keys)
     line = " ".join("".join(character if character.isprintable() else " " for character in start).split())
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
@@ -181,10 +181,10 @@ class _Record(logging.LogRecord):
 
     def getMessage(self) -> str:  # noqa: N802 (the name is the library's)
         """The message."""
-        return _redacted(super().getMessage(), _known(patience=_LOG_SECONDS).forms)
+        return _redact(super().getMessage(), _known_forms(patience=_LOG_SECONDS).forms)
 
 
-def _known(patience: float = 0.0) -> _Known:
+def _known_forms(patience: float = 0.0) -> _Known:
     """The forms of all known secrets; made anew when the environment or a file of secrets has changed.
 
     With `patience` a change of the last seconds may be missed.
@@ -297,7 +297,7 @@ def _basic(user: str, password: str) -> str:
     return base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
-def _escaped(text: str, marks: str, digits: str) -> str:
+def _escape_json(text: str, marks: str, digits: str) -> str:
     """JSON with these marks, where they stand for themselves, as their codes in hexadecimal digits of this case."""
     for mark in marks:
         text = text.replace('\\"' if mark == '"' else mark, f"\\u{ord(mark):04{digits}}")
@@ -313,7 +313,7 @@ def _forms(value: str) -> Iterable[str]:
     written.add(escape(value).replace("&quot;", "&#34;").replace("&#x27;", "&#39;"))
     in_json = {json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
     in_json |= {form.replace("/", "\\/") for form in in_json}
-    in_json |= {_escaped(form, marks, digits) for form in in_json for marks, digits in _JSON_ESCAPES}
+    in_json |= {_escape_json(form, marks, digits) for form in in_json for marks, digits in _JSON_ESCAPES}
     # An answer's text is often the JSON of another server.
     written |= in_json | {json.dumps(form)[1:-1] for form in in_json}
     forms = {value, *written, *encoded, *(one.rstrip("=") for one in encoded)}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cappy.errors import ConfigError, FolderError, shown
+from cappy.errors import ConfigError, FolderError, quote
 from cappy.hub_client import hub_folder
 from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.records.folder import MANIFEST, read_manifest
@@ -16,7 +16,7 @@ def open_scorer(text: str) -> ModelFolder:
     """
     spec = parse_spec(text)
     if spec.kind in ("openai", "vllm"):
-        raise ConfigError(f"{shown(text)}: an endpoint samples, it does not score; a scorer is {SCORERS}")
+        raise ConfigError(f"{quote(text)}: an endpoint samples, it does not score; a scorer is {SCORERS}")
     folder = _local(spec)
     if not (folder / "config.json").exists():
         what = "it has neither manifest.json nor config.json"

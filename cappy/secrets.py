@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.redaction import one_line, remember
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def fill_environment(address: str = ADDRESS) -> None:
     try:
         wanted: dict[str, str] = json.loads(text)
         if not isinstance(wanted, dict) or not all(isinstance(name, str) for name in wanted.values()):
-            raise ValueError(f"got {shown(wanted)}")
+            raise ValueError(f"got {quote(wanted)}")
     except ValueError as error:
         raise ConfigError(
             f"{VARIABLE}: is no JSON object of variables and secrets; compile the pipeline again"
@@ -53,16 +53,16 @@ def _read(session: "Session", address: str, name: str) -> str:
     except (RequestException, GoogleAuthError) as error:
         reason = one_line(str(error), 120)
         remedy = "look at the step's network and service account, then run it again"
-        raise ConfigError(f"secret {shown(name)}: Secret Manager gave no answer ({reason}); {remedy}") from error
+        raise ConfigError(f"secret {quote(name)}: Secret Manager gave no answer ({reason}); {remedy}") from error
     if status != 200:
         remedy = "grant the service account roles/secretmanager.secretAccessor on it, or mend its name in the recipe"
-        raise ConfigError(f"secret {shown(name)}: Secret Manager answered {status}; {remedy}")
+        raise ConfigError(f"secret {quote(name)}: Secret Manager answered {status}; {remedy}")
     try:
         return base64.b64decode(json.loads(body)["payload"]["data"]).decode()
     except (ValueError, KeyError, TypeError, RecursionError):
         # Without the cause: it may hold the secret.
         remedy = "look at the secret's newest version, then run the step again"
-        raise ConfigError(f"secret {shown(name)}: Secret Manager's answer holds no text; {remedy}") from None
+        raise ConfigError(f"secret {quote(name)}: Secret Manager's answer holds no text; {remedy}") from None
 
 
 def _session() -> "Session":

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 
 Kind = Literal["builtin", "path", "hub", "openai", "vllm", "models"]
 
@@ -42,22 +42,22 @@ def parse_spec(text: str) -> Spec:
     if text.startswith("hub:"):
         name, _, revision = text.removeprefix("hub:").partition("@")
         if not _REPOSITORY.fullmatch(name) or ".." in name or not _REVISION.fullmatch(revision):
-            raise ConfigError(f"{shown(text)}: a hub spec is hub:org/name@revision, the revision a commit hash")
+            raise ConfigError(f"{quote(text)}: a hub spec is hub:org/name@revision, the revision a commit hash")
         return Spec(text=text, kind="hub", name=name, revision=revision)
     if text.startswith("openai:"):
         name, _, url = text.removeprefix("openai:").partition("@")
         if not name or not url.startswith(("http://", "https://")):
-            raise ConfigError(f"{shown(text)}: an endpoint is openai:model@http://host:port/v1")
+            raise ConfigError(f"{quote(text)}: an endpoint is openai:model@http://host:port/v1")
         return Spec(text=text, kind="openai", name=name, url=url)
     if text.startswith("vllm:"):
         inner = text.removeprefix("vllm:")
         if not inner.strip() or parse_spec(inner).kind not in ("path", "hub"):
-            raise ConfigError(f"{shown(text)}: a vLLM spec is vllm:folder or vllm:hub:org/name@revision")
+            raise ConfigError(f"{quote(text)}: a vLLM spec is vllm:folder or vllm:hub:org/name@revision")
         return Spec(text=text, kind="vllm", name=inner)
     if text.startswith("models:/"):
         name, separator, revision = re.fullmatch(r"([^@/]*)([@/]?)(.*)", text.removeprefix("models:/")).groups()  # type: ignore[union-attr]
         if not name or not revision or (separator == "/" and not revision.isdigit()):
-            raise ConfigError(f"{shown(text)}: a registered version is models:/name@alias or models:/name/3")
+            raise ConfigError(f"{quote(text)}: a registered version is models:/name@alias or models:/name/3")
         return Spec(text=text, kind="models", name=name, revision=revision)
     if not text.strip():
         raise ConfigError(f"a spec is empty; it is {FORMS}")

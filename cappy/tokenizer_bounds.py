@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from cappy.errors import shown
+from cappy.errors import quote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,7 +80,7 @@ def _growth(component: Mapping[str, Any]) -> float:
 
 def _check_text(name: str, text: str) -> None:
     if len(text) > MAX_TEXT:
-        raise ValueError(f"its {name} has {len(text):,} characters ({shown(text, 20)})")
+        raise ValueError(f"its {name} has {len(text):,} characters ({quote(text, 20)})")
 
 
 def _check_charsmap(name: str, text: str) -> None:

@@ -47,7 +47,7 @@ def read_json(data: bytes, *, max_values: int = MAX_VALUES, max_depth: int = MAX
     if max(accumulate(map(_STEP.__getitem__, brackets)), default=0) > max_depth:
         raise ValueError(f"nested more than {max_depth} deep")
     try:
-        value: JSON = json.loads(text, parse_constant=_nothing, parse_float=_finite)
+        value: JSON = json.loads(text, parse_constant=_null_constant, parse_float=_finite)
     except json.JSONDecodeError:
         raise
     except (ValueError, RecursionError) as error:
@@ -91,7 +91,7 @@ def whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _nothing(name: str) -> None:
+def _null_constant(name: str) -> None:
     return None
 
 

@@ -12,7 +12,7 @@ from google.api_core.exceptions import GoogleAPICallError, GoogleAPIError
 from google.auth.exceptions import GoogleAuthError
 from requests.exceptions import RequestException
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 
 REACH_SECONDS = 4.0
 
@@ -48,20 +48,20 @@ def translate_errors(step: str, project: str, region: str, remedies: Mapping[int
     except GoogleAuthError as error:
         reason = " ".join(str(error).split())
         remedy = "log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS"
-        raise ConfigError(f"{step}: {place}: no credentials ({shown(reason, 120)}); {remedy}") from error
+        raise ConfigError(f"{step}: {place}: no credentials ({quote(reason, 120)}); {remedy}") from error
     except ValueError as error:
         # The SDK's own checks: a region, a machine or an accelerator that it does not know.
-        raise ConfigError(f"{step}: {place}: {shown(' '.join(str(error).split()), 200)}; mend that setting") from error
+        raise ConfigError(f"{step}: {place}: {quote(' '.join(str(error).split()), 200)}; mend that setting") from error
     except GoogleAPICallError as error:
         # Over REST the request stands in front of the service's words.
         words = re.sub(r"^[A-Z]+ \S+: ", "", str(error.message))
-        reason = shown(" ".join(words.split()), 200)
+        reason = quote(" ".join(words.split()), 200)
         code = int(error.code) if error.code else 0
         remedy = (remedies or {}).get(code, "mend that, then run the same command again")
         raise ConfigError(f"{step}: {place}: refused ({code}, {reason}); {remedy}") from error
     except (GoogleAPIError, RequestException, ConnectionError) as error:
         # Without an answer: nobody listens, the SDK asked again until its time was up (RetryError), or could not read
         # what came.
-        reason = shown(" ".join(str(error).split()), 200)
+        reason = quote(" ".join(str(error).split()), 200)
         remedy = "look at the network and the service's state, then run the same command again"
         raise ConfigError(f"{step}: {place}: gave no answer ({reason}); {remedy}") from error

@@ -61,7 +61,7 @@ def engine(data: Path = DATA) -> Iterator[dict[str, str]]:
         return
     check()
     try:
-        with started(data) as address:
+        with start_engine(data) as address:
             environment["DOCKER_HOST"] = address
             make_base(environment)
             yield environment
@@ -82,7 +82,7 @@ def check() -> None:
 
 
 @contextlib.contextmanager
-def started(data: Path) -> Iterator[str]:
+def start_engine(data: Path) -> Iterator[str]:
     """The address of an engine of our own, which ends with the block, or with this process however that ends."""
     data.mkdir(parents=True, exist_ok=True)
     # Not below `data`: the path of a socket ends at 108 characters.

@@ -42,8 +42,8 @@ def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     worker = [*project["dependencies"], *(line for extra in WORKER for line in extras[extra])]
-    serving, torch = resolved(SERVING), resolved(["torch"])
-    everything = resolved(worker)
+    serving, torch = resolve(SERVING), resolve(["torch"])
+    everything = resolve(worker)
     # What torch alone asks for, of which its CPU build has nothing, is what its own closure has beyond the CPU build's.
     cuda = {name: pin for name, pin in torch.items() if is_accelerated(name)}
     common = without(serving, cuda)
@@ -54,12 +54,16 @@ def main() -> None:
     write("serving", common, "what every image has beside torch")
     added = without(everything, cuda, common)
     write("worker", added, "what worker, trainer and trainer-tpu add to serving")
-    write("trainer", without(resolved(extras["train"]), cuda, common, added), "what trainer adds to worker")
-    jax = without(resolved(extras["tpu"]), common, added)
+    write("trainer", without(resolve(extras["train"]), cuda, common, added), "what trainer adds to worker")
+    jax = without(resolve(extras["tpu"]), common, added)
     write("jax-cpu", jax, "what trainer-tpu adds to worker")
-    write("jax-tpu", without(resolved(["jax[tpu]", *extras["tpu"]]), common, added), "the same with the TPU's library")
-    write("builder", resolved([pinned("pip"), pinned("wheel"), "setuptools"]), "what builds wheels; in no image")
-    write("sbom", resolved([pinned("cyclonedx-bom")]), "what writes the bill of materials; in no image")
+    write("jax-tpu", without(resolve(["jax[tpu]", *extras["tpu"]]), common, added), "the same with the TPU's library")
+    write(
+        "builder",
+        resolve([pinned_requirement("pip"), pinned_requirement("wheel"), "setuptools"]),
+        "what builds wheels; in no image",
+    )
+    write("sbom", resolve([pinned_requirement("cyclonedx-bom")]), "what writes the bill of materials; in no image")
 
 
 def is_accelerated(name: str) -> bool:
@@ -67,16 +71,16 @@ def is_accelerated(name: str) -> bool:
     return name in ("torch", "triton") or name.startswith(("nvidia-", "cuda-"))
 
 
-def pinned(name: str) -> str:
+def pinned_requirement(name: str) -> str:
     """A tool's requirement with its exact version."""
     return f"{name}=={OUTSIDE[name]}"
 
 
-def resolved(requirements: Iterable[str]) -> Pins:
+def resolve(requirements: Iterable[str]) -> Pins:
     """What pip would install into an empty environment for these, by the index alone; nothing is installed."""
     with tempfile.TemporaryDirectory() as folder:
         constraints, report = Path(folder) / "constraints", Path(folder) / "report.json"
-        constraints.write_text("".join(f"{name}=={version}\n" for name, version in locked().items()))
+        constraints.write_text("".join(f"{name}=={version}\n" for name, version in read_locks().items()))
         command = [sys.executable, "-m", "pip", "--isolated", "install", "--quiet", "--dry-run", "--ignore-installed"]
         command += ["--report", str(report), "--constraint", str(constraints), *sorted(set(requirements))]
         # Files on this machine's disk are no index: whoever builds elsewhere could not fetch what they hash to.
@@ -84,7 +88,7 @@ def resolved(requirements: Iterable[str]) -> Pins:
         return pins(json.loads(report.read_text()))
 
 
-def locked() -> dict[str, str]:
+def read_locks() -> dict[str, str]:
     """Name -> version of all that the locks of .venv name, CUDA's libraries included."""
     lines = re.findall(r"^([\w.-]+)==([\w.+]+)", "\n".join(path.read_text() for path in LOCKED), re.MULTILINE)
     return dict(lines)

@@ -34,13 +34,13 @@ def main(target: Path) -> None:
     interpreter = Path(sys.executable).resolve()
     library = Path(sysconfig.get_path("stdlib"))
     copy_file(interpreter, target)
-    shutil.copytree(library, under(target, library), symlinks=True, ignore=passed_over(library))
-    shutil.copytree(ENVIRONMENT, under(target, ENVIRONMENT), symlinks=True, ignore=unwanted)
+    shutil.copytree(library, under(target, library), symlinks=True, ignore=ignore_library(library))
+    shutil.copytree(ENVIRONMENT, under(target, ENVIRONMENT), symlinks=True, ignore=ignore_packages)
     for link in links((ENVIRONMENT / "bin").iterdir()):
         copy_link(link, target)
     copied = [path for path in target.rglob("*") if path.is_file() and not path.is_symlink()]
     originals = [Path("/", path.relative_to(target)) for path in copied]
-    for path in sorted(needed(path for path in originals if is_binary(path))):
+    for path in sorted(shared_libraries(path for path in originals if is_binary(path))):
         copy_link(path, target)
     for path in KEPT:
         copy_file(path, target)
@@ -83,7 +83,7 @@ def links(paths: Iterable[Path]) -> Iterator[Path]:
     return (path for path in paths if path.is_symlink() and PROGRAMS.fullmatch(path.name))
 
 
-def passed_over(library: Path) -> Callable[[str, list[str]], set[str]]:
+def ignore_library(library: Path) -> Callable[[str, list[str]], set[str]]:
     """What of the standard library stays behind."""
 
     def names(folder: str, found: list[str]) -> set[str]:
@@ -92,7 +92,7 @@ def passed_over(library: Path) -> Callable[[str, list[str]], set[str]]:
     return names
 
 
-def unwanted(folder: str, found: list[str]) -> set[str]:
+def ignore_packages(folder: str, found: list[str]) -> set[str]:
     """What of the environment stays behind."""
     if Path(folder) == ENVIRONMENT / "bin":
         return {name for name in found if not PROGRAMS.fullmatch(name)}
@@ -107,7 +107,7 @@ def is_binary(path: Path) -> bool:
         return file.read(4) == b"\x7fELF"
 
 
-def needed(binaries: Iterable[Path]) -> set[Path]:
+def shared_libraries(binaries: Iterable[Path]) -> set[Path]:
     """The system's libraries that these load, and the loader; what lies in the environment was copied whole."""
     loader = next(path for pattern in ("lib64", "lib") for path in Path("/", pattern).glob("ld-linux*.so*"))
     found = {loader}

@@ -13,10 +13,10 @@ def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:
     Elsewhere, as on a code host, the same line shows the file, which follows the system's setting.
     """
     folder = Path(config["docs_dir"])
-    return PICTURE.sub(lambda found: inlined(folder / found[2], found[1]), markdown)
+    return PICTURE.sub(lambda found: inline_picture(folder / found[2], found[1]), markdown)
 
 
-def inlined(path: Path, description: str) -> str:
+def inline_picture(path: Path, description: str) -> str:
     """The picture as one block of HTML; blank lines would end the block."""
     lines = path.read_text(encoding="utf-8").splitlines()
     drawing = "\n".join(line for line in lines if line.strip())

@@ -82,10 +82,10 @@ def _verb(command: Any, context: Any) -> Iterator[str]:
 def _flag(names: str, text: str) -> str:
     words, _, bracket = " ".join(text.split()).rpartition("[")
     if not words or not bracket.startswith(("default: ", "required")):
-        return f"- `{_type(names)}`: {_escaped(' '.join(text.split()))}"
+        return f"- `{_type(names)}`: {_escape(' '.join(text.split()))}"
     value = re.sub(r"^\((.*)\)(?=;|$)", r"\1", bracket.removesuffix("]").removeprefix("default: "))
     shown = value if value.startswith(("required", "needed")) else f"default: {value}"
-    return f"- `{_type(names)}` ({_escaped(shown)}): {_escaped(words.strip())}"
+    return f"- `{_type(names)}` ({_escape(shown)}): {_escape(words.strip())}"
 
 
 def _type(names: str) -> str:
@@ -94,10 +94,10 @@ def _type(names: str) -> str:
 
 def _paragraphs(text: str | None) -> str:
     parts = [" ".join(part.split()) for part in inspect.cleandoc(text or "").split("\n\n")]
-    return "\n\n".join(map(_escaped, parts))
+    return "\n\n".join(map(_escape, parts))
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     """Text in which stars, angles and brackets are themselves; code spans are left alone."""
     pieces = text.split("`")
     for index in range(0, len(pieces), 2):

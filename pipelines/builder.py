@@ -14,7 +14,7 @@ import yaml
 from kfp import dsl
 from kfp.compiler import Compiler
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.steps import STEP_SPECS
 from cappy.untrusted import load_all_yaml
 from components.component import Component, Task
@@ -177,7 +177,7 @@ def package_of(recipe: Recipe, platform: Platform, arguments: Mapping[str, objec
         raise ConfigError(f"{path}: was compiled for another platform; compile it with --on {platform}")
     wanted = PIPELINES[recipe.pipeline].kfp_name
     if (name := information.get("name")) != wanted:
-        raise ConfigError(f"{path}: is pipeline {shown(name)}, the recipe's is {wanted}; compile it from this recipe")
+        raise ConfigError(f"{path}: is pipeline {quote(name)}, the recipe's is {wanted}; compile it from this recipe")
     if _shards(spec) != shards_of(recipe.shards):
         raise ConfigError(f"{path}: has other shards than the recipe's {recipe.shards}; compile it from this recipe")
     if _OLD_IMPORT in text:
@@ -203,7 +203,7 @@ def _refuse_newer(path: Path, sdk: str) -> None:
     try:
         newer = _numbers(sdk.removeprefix("kfp-")) > _numbers(ours)
     except ValueError as error:
-        raise ConfigError(f"{path}: sdkVersion {shown(sdk)} is none of kfp; compile it again") from error
+        raise ConfigError(f"{path}: sdkVersion {quote(sdk)} is none of kfp; compile it again") from error
     if newer:
         raise ConfigError(f"{path}: was compiled by {sdk}, here is kfp {ours}; compile it again here")
 

@@ -198,7 +198,7 @@ def image(recipe: Recipe, step: str) -> str:
     return recipe.images.get("worker") or WORKER
 
 
-def moving(recipe: Recipe) -> list[str]:
+def unpinned_images(recipe: Recipe) -> list[str]:
     """The images of a recipe that no digest pins."""
     return sorted({name for step in recipe.steps if "@" not in (name := image(recipe, step))})
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.steps import STEP_SPECS
 
 MAX_SHARDS = 64
@@ -93,7 +93,7 @@ class Definition:
         """
         if unknown := set(choices) - set(self.choices):
             names = ", ".join(sorted(self.choices))
-            raise ConfigError(f"parameters: {self.name} has no {shown(min(unknown))}; there are {names}")
+            raise ConfigError(f"parameters: {self.name} has no {quote(min(unknown))}; there are {names}")
         chosen = {**self.choices, **choices, "tracking_uri": tracking_uri}
         if "generator" in chosen:
             chosen["generator"] = _generators(chosen["generator"])
@@ -120,23 +120,23 @@ def _generators(given: object) -> list[str]:
     if isinstance(given, str):
         return [given]
     if not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
-        raise ConfigError(f"generator: is a list of LLMs, got {shown(given)}; give such as [builtin]")
+        raise ConfigError(f"generator: is a list of LLMs, got {quote(given)}; give such as [builtin]")
     return list(given)
 
 
-def _annotated(graph: Graph) -> object:
+def _sample_and_annotate(graph: Graph) -> object:
     """The front of every pipeline that samples: instances, candidates and labels."""
     prepared = graph.run("preparation")
 
-    def sampled_and_annotated() -> object:
+    def sample_and_annotate() -> object:
         sampled = graph.run("sampling", instances=prepared["instances"])
         return graph.run("annotation", candidates=sampled["candidates"])["annotated"]
 
-    return graph.each_shard(sampled_and_annotated)
+    return graph.each_shard(sample_and_annotate)
 
 
 def _adapt(graph: Graph) -> None:
-    annotated = _annotated(graph)
+    annotated = _sample_and_annotate(graph)
     scorer = graph.run("finetuning", annotated=annotated)["finetuned"]
     report = graph.run("evaluation", annotated=annotated, scorer=scorer)["report"]
     version = graph.run("registration", scorer=scorer, report=report)["version"]
@@ -146,7 +146,7 @@ def _adapt(graph: Graph) -> None:
 
 
 def _pretrain(graph: Graph) -> None:
-    annotated = _annotated(graph)
+    annotated = _sample_and_annotate(graph)
     scorer = graph.run("pretraining", annotated=annotated)["pretrained"]
     report = graph.run("evaluation", annotated=annotated, scorer=scorer)["report"]
     graph.run("registration", scorer=scorer, report=report)
@@ -160,7 +160,7 @@ def _pretraining_pool(choices: Mapping[str, object]) -> Settings:
 
 
 def _evaluate(graph: Graph) -> None:
-    graph.run("evaluation", annotated=_annotated(graph))
+    graph.run("evaluation", annotated=_sample_and_annotate(graph))
 
 
 def _batch_score(graph: Graph) -> None:

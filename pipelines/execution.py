@@ -53,9 +53,9 @@ def _pipeline(wanted: Request) -> "Pipeline":
     """The pipeline of a recipe, customized for where it runs, or one that stands in a module under its name."""
     if "recipe" in wanted:
         from pipelines.builder import build
-        from pipelines.recipe import checked
+        from pipelines.recipe import check_recipe
 
-        return build(checked(wanted["recipe"]), wanted["platform"])
+        return build(check_recipe(wanted["recipe"]), wanted["platform"])
     module, _, name = wanted["pipeline"].partition(":")
     pipeline: Pipeline = getattr(importlib.import_module(module), name)
     return pipeline
@@ -68,10 +68,10 @@ def _containers(recipe: Mapping[str, object], run: str) -> object:
     means the same inside. Keys come from this process's environment, to every container of the run.
     """
     from pipelines.local import RUN_LABEL, key_files, keys
-    from pipelines.recipe import checked
+    from pipelines.recipe import check_recipe
 
     here = str(Path.cwd())
-    secrets = keys(checked(recipe))
+    secrets = keys(check_recipe(recipe))
     # No CAPPY_PARENT: a lock on a file tells of no process beyond a container's own.
     passed_on = {name: os.environ[name] for name in (PROGRESS_VARIABLE, "MLFLOW_TRACKING_URI") if name in os.environ}
     return local.DockerRunner(

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cappy.config import to_values
-from cappy.errors import CappyError, ConfigError, shown
+from cappy.errors import CappyError, ConfigError, quote
 from cappy.files import make_private, remove_folder
 from cappy.records.folder import write_bytes
 from cappy.redaction import has_secret
@@ -147,8 +147,8 @@ def execute(target: str | Target, submission: Submission, *, work: Path, root: P
     lock = hold_parent_lock(folder / "parent.lock")
     try:
         title, log = f"cappy {submission.pipeline}", folder / "run.log"
-        with _interrupted_by_sigterm(), StepTable(title, log, show=show) as table:
-            status = _supervised(request, submission.tracking_uri, lambda: table.update(look(alive=True)))
+        with _interrupt_on_sigterm(), StepTable(title, log, show=show) as table:
+            status = _supervise(request, submission.tracking_uri, lambda: table.update(look(alive=True)))
             states = look(alive=False, succeeded=status == 0)
             (folder / STATUS).write_text(json.dumps({"status": status}))
             table.update(states)
@@ -161,7 +161,7 @@ def execute(target: str | Target, submission: Submission, *, work: Path, root: P
     return _outcome(run_id, folder, states)
 
 
-def _supervised(request: Path, tracking_uri: str, look: Callable[[], None]) -> int:
+def _supervise(request: Path, tracking_uri: str, look: Callable[[], None]) -> int:
     """Starts the child and waits for it; an interrupt ends it and the steps beneath it."""
     folder = request.parent
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -213,7 +213,7 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
 
 
 @contextlib.contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
+def _interrupt_on_sigterm() -> Iterator[None]:
     """For the block SIGTERM does what Ctrl-C does, so that the run's processes are ended and one line says so.
 
     A shell starts what a script puts in the background with Ctrl-C's own signal ignored; a handler that somebody else
@@ -234,7 +234,7 @@ def _refuse_mangled(arguments: Mapping[str, object]) -> None:
     for name, value in arguments.items():
         if MANGLED in json.dumps(value):
             remedy = "choose another name (kfp's local runner rewrites that text inside arguments)"
-            raise ConfigError(f"{name}: holds the text {MANGLED!r}, got {shown(value)}; {remedy}")
+            raise ConfigError(f"{name}: holds the text {MANGLED!r}, got {quote(value)}; {remedy}")
 
 
 def _raise_failure(states: list[StepState], log: Path, *, show: bool) -> None:
@@ -284,7 +284,7 @@ def keys(recipe: Recipe) -> dict[str, str]:
     `X_FILE` comes along for each X: it names a file that holds the key, see `key_files`. The values are for the
     containers' environment and stand nowhere else.
     """
-    names = dict.fromkeys((*KEYS, *(variable for _, variable in _wanted(recipe))))
+    names = dict.fromkeys((*KEYS, *(variable for _, variable in _named_secrets(recipe))))
     variables = [form for name in names for form in (name, f"{name}_FILE")]
     return {name: os.environ[name] for name in variables if os.environ.get(name)}
 
@@ -298,7 +298,7 @@ def key_files(variables: dict[str, str]) -> list[str]:
 def check_secrets(recipe: Recipe) -> None:
     """ConfigError where a secret of the recipe is not set on this machine, from where containers get it."""
     variables = keys(recipe)
-    for step, variable in _wanted(recipe):
+    for step, variable in _named_secrets(recipe):
         if not {variable, f"{variable}_FILE"} & set(variables):
             remedy = f"export {variable}, or {variable}_FILE with the path of a file that holds it"
             raise ConfigError(
@@ -318,7 +318,7 @@ def _end_containers(run: str) -> None:
         client.close()
 
 
-def _wanted(recipe: Recipe) -> list[tuple[str, str]]:
+def _named_secrets(recipe: Recipe) -> list[tuple[str, str]]:
     """Step and variable of every secret that the recipe names."""
     steps = (*recipe.steps, "tracking")
     return [(step, secret.variable) for step in steps for secret in recipe.needs(step).secrets]
@@ -334,7 +334,7 @@ def check_images(recipe: Recipe) -> dict[str, str]:
         client.ping()
     except DockerException as error:
         remedy = "start Docker (DOCKER_HOST says where it is), or run without --on docker"
-        raise ConfigError(f"docker: no engine answers ({shown(str(error), 120)}); {remedy}") from error
+        raise ConfigError(f"docker: no engine answers ({quote(str(error), 120)}); {remedy}") from error
     try:
         ids: dict[str, str] = {}
         for name in dict.fromkeys(image(recipe, step) for step in (*recipe.steps, "tracking")):
@@ -344,7 +344,7 @@ def check_images(recipe: Recipe) -> dict[str, str]:
                 ids[name] = client.images.pull(name).id
     except APIError as error:
         remedy = "build it with make images, or name another under images: in the recipe"
-        reason = shown(" ".join(str(error.explanation or error).split()), 120)
+        reason = quote(" ".join(str(error.explanation or error).split()), 120)
         raise ConfigError(f"{name}: is not here and cannot be pulled ({reason}); {remedy}") from error
     finally:
         client.close()

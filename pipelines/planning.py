@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cappy.config import DEFAULT_WORK
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.steps import TRAINING_STEPS
 from pipelines.customize import image
 from pipelines.definitions import PIPELINES, Settings, StepSettings
 from pipelines.recipe import VERTEX_TYPES, Platform, Recipe, kubernetes_resource, refuse_nowhere, refuse_password
-from pipelines.submission import Submission, configs, named, prepare, refuse_placed
+from pipelines.submission import Submission, configs, external_names, prepare, refuse_artifacts
 
 ON_THIS_MACHINE = ("local", "docker")
 
@@ -20,13 +20,13 @@ def settings_of(recipe: Recipe, platform: Platform = "local") -> Settings:
 
     A training step that spreads over nodes gets the launcher of the platform; its own settings stand above that.
     """
-    settings = planned(recipe.pipeline, recipe.parameters, recipe.settings, tracking_uri=recipe.tracking_uri)
+    settings = plan_settings(recipe.pipeline, recipe.parameters, recipe.settings, tracking_uri=recipe.tracking_uri)
     extra = {step: values for step, values in recipe.settings.items() if step not in settings}
     jobs = _launchers(recipe, platform)
-    return {step: _joined(jobs.get(step, {}), values) for step, values in {**settings, **extra}.items()}
+    return {step: _merge(jobs.get(step, {}), values) for step, values in {**settings, **extra}.items()}
 
 
-def _joined(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:
+def _merge(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:
     """Both, the second above the first; groups of settings setting by setting."""
     both = {**first, **second}
     for name in first.keys() & second.keys():
@@ -36,7 +36,7 @@ def _joined(first: Mapping[str, object], second: Mapping[str, object]) -> dict[s
     return both
 
 
-def planned(
+def plan_settings(
     pipeline: str,
     parameters: Mapping[str, object],
     settings: Mapping[str, StepSettings],
@@ -63,7 +63,7 @@ def planned(
         others = {other: given for other, given in parameters.items() if other != name}
         if alone and attempt(others, settings) == whole:
             remedy = "settings or other parameters give all that it would; leave it out"
-            raise ConfigError(f"parameters: {name}: {shown(value)} has no effect; {remedy}")
+            raise ConfigError(f"parameters: {name}: {quote(value)} has no effect; {remedy}")
     return whole
 
 
@@ -94,7 +94,7 @@ def root_of(recipe: Recipe, platform: Platform) -> str:
 def check_settings(recipe: Recipe, platform: Platform = "local") -> Settings:
     """The settings of each step, once every config takes them; ConfigError for one that is wrong or not a person's."""
     settings = settings_of(recipe, platform)
-    refuse_placed(recipe.pipeline, recipe.settings)
+    refuse_artifacts(recipe.pipeline, recipe.settings)
     work = {"work": str(work_of(recipe, platform))}
     configs({step: {**settings.get(step, {}), **work} for step in recipe.steps})
     return settings
@@ -128,21 +128,21 @@ def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
 
 def _refuse_missing(settings: Mapping[str, StepSettings]) -> None:
     """ConfigError for a file or folder of this machine that is not there."""
-    for step, name, text in _named(settings):
+    for step, name, text in _external_names(settings):
         if text != "builtin" and ":" not in text and not Path(text).exists():
             raise ConfigError(f"{step}: --{name}: {text}: no such file or folder; check the path")
 
 
-def _named(settings: Mapping[str, StepSettings]) -> Iterator[tuple[str, str, str]]:
+def _external_names(settings: Mapping[str, StepSettings]) -> Iterator[tuple[str, str, str]]:
     """Step, setting and text of all that the settings name outside."""
     for step, values in settings.items():
-        for name, text in named(step, values):
+        for name, text in external_names(step, values):
             yield step, name, text
 
 
 def _refuse_unseen(recipe: Recipe, settings: Mapping[str, StepSettings], root: str) -> None:
     """ConfigError for a file of this machine, which no step would find, and for unseen content without a revision."""
-    for step, name, text in _named(settings):
+    for step, name, text in _external_names(settings):
         _refuse_file(recipe, f"{step}: --{name}", text, root)
 
 
@@ -166,7 +166,7 @@ def _refuse_local_registry(recipe: Recipe, settings: Mapping[str, StepSettings])
         refuse_password(where, str(address))
         if not str(address).startswith(("http://", "https://")):
             remedy = "give tracking_uri: http(s)://HOST of an MLflow server in the recipe"
-            raise ConfigError(f"{where}: {shown(address)} is not reachable from a cluster; {remedy}")
+            raise ConfigError(f"{where}: {quote(address)} is not reachable from a cluster; {remedy}")
 
 
 def _launchers(recipe: Recipe, platform: Platform) -> Settings:

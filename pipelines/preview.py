@@ -74,8 +74,8 @@ def to_json(recipe: Recipe, platform: Platform) -> dict[str, object]:
         "graph": graph(recipe),
         "work": str(work_of(recipe, platform)),
         "steps": [asdict(line) for line in estimates],
-        "most_cost": None if unpriced(estimates) else most_cost(estimates),
-        "most_cost_with_retries": None if unpriced(estimates) else most_cost(estimates, retried=True),
+        "most_cost": None if unpriced_steps(estimates) else most_cost(estimates),
+        "most_cost_with_retries": None if unpriced_steps(estimates) else most_cost(estimates, retried=True),
     }
 
 
@@ -84,7 +84,7 @@ def most_cost(estimates: list[Line], *, retried: bool = False) -> float:
     return sum((line.cost or 0.0) * (1 + line.retries if retried else 1) for line in estimates)
 
 
-def unpriced(estimates: list[Line]) -> list[str]:
+def unpriced_steps(estimates: list[Line]) -> list[str]:
     """The steps whose machines the recipe has no price for."""
     return [line.step for line in estimates if line.cost is None]
 
@@ -124,7 +124,7 @@ def text(recipe: Recipe, platform: Platform) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (header, *rows)
     ]
-    lacking = unpriced(estimates)
+    lacking = unpriced_steps(estimates)
     cost = "not known"
     if len(lacking) < len(estimates):
         once, all_retries = most_cost(estimates), most_cost(estimates, retried=True)

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from cappy.config import settings
-from cappy.errors import ConfigError, near, shown
+from cappy.errors import ConfigError, near, quote
 from cappy.redaction import has_secret
 from cappy.untrusted import load_yaml
 from pipelines.definitions import MAX_SHARDS, PIPELINES, Settings
@@ -196,19 +196,19 @@ def read_recipe(path: Path) -> Recipe:
             f"{path}: cannot be read as a recipe ({error}); give a YAML file such as recipes/adapt.yaml"
         ) from error
     try:
-        values = load_yaml(text, _Unrepeated)
+        values = load_yaml(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is no YAML: {' '.join(str(error).split())}; mend it") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds no keys, got {shown(values)}; begin with pipeline: adapt")
-    recipe = checked(values, where=str(path))
+        raise ConfigError(f"{path}: holds no keys, got {quote(values)}; begin with pipeline: adapt")
+    recipe = check_recipe(values, where=str(path))
     for step, chosen in recipe.settings.items():
         if "fresh" in chosen:
             raise ConfigError(f"{path}: settings.{step}.fresh: is for one run; leave it out and run with --fresh")
     return recipe
 
 
-class _Unrepeated(yaml.SafeLoader):
+class _UniqueKeyLoader(yaml.SafeLoader):
     """A SafeLoader that refuses a key given twice: YAML forbids it, and PyYAML takes the last without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -220,7 +220,7 @@ class _Unrepeated(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def checked(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+def check_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     """The recipe with these values; ConfigError names the key, what is wrong with it and the nearest known one."""
     try:
         recipe = Recipe(**values)
@@ -245,7 +245,7 @@ def _describe(error: pydantic.ValidationError) -> str:
     rule = WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":  # a rule over several keys, which names them itself
         return f"{'.'.join(keys)}: {rule}"
-    value = "" if first["type"].startswith("missing") else f", got {shown(first['input'])}"
+    value = "" if first["type"].startswith("missing") else f", got {quote(first['input'])}"
     return f"{'.'.join(keys)}: {rule}{value}"
 
 

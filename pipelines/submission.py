@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cappy.config import build, encode, fingerprint, identity
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.keys import work_key
 from cappy.records.folder import MANIFEST, describe_files, sha256_of, verify
 from cappy.redaction import has_secret
@@ -52,19 +52,19 @@ def prepare(
     that run in one, by what pins them.
     """
     if pipeline not in PIPELINES:
-        raise ConfigError(f"{shown(pipeline)}: no such pipeline; there are {', '.join(PIPELINES)}")
+        raise ConfigError(f"{quote(pipeline)}: no such pipeline; there are {', '.join(PIPELINES)}")
     if not 1 <= shards <= MAX_SHARDS:
         raise ConfigError(f"{pipeline}: {shards} shards; give 1 to {MAX_SHARDS}")
     names = PIPELINES[pipeline].steps_in(shards)
     if unknown := set(steps) - set(names):
         raise ConfigError(f"{pipeline}: has no step {', '.join(sorted(unknown))}")
-    refuse_placed(pipeline, steps)
+    refuse_artifacts(pipeline, steps)
     shared = {"work": str(work.absolute())}
     address = str(steps.get("registration", {}).get("tracking_uri", "")) or tracking_uri
     steps = {step: _without_secret(step, values, address) for step, values in steps.items()}
     shared_out = {step: {**steps.get(step, {}), **shared} for step in names}
     registry = registry or address
-    settings = resolved(shared_out, work=work, tracking_uri=registry, revision=revision, images=images)
+    settings = resolve_settings(shared_out, work=work, tracking_uri=registry, revision=revision, images=images)
     digests = fingerprints(settings, tracking_uri=registry, revision=revision, images=images)
     by_shard = _by_shard(digests, shards)
     return Submission(
@@ -92,7 +92,7 @@ def _without_secret(step: str, values: StepSettings, address: str) -> StepSettin
     return {**values, "tracking_uri": ""}
 
 
-def refuse_placed(pipeline: str, steps: Mapping[str, StepSettings]) -> None:
+def refuse_artifacts(pipeline: str, steps: Mapping[str, StepSettings]) -> None:
     """ConfigError for a setting that the pipeline fills: it would be passed over in silence."""
     for step, values in steps.items():
         for name in sorted({*STEP_SPECS[step].artifacts, "work"} & set(values)):
@@ -128,7 +128,7 @@ def arguments(
     for step, chosen in settings.items():
         for name, parameter in STEP_SPECS[step].parameters.items():
             if name in chosen and values.setdefault(parameter, chosen[name]) != chosen[name]:
-                both = f"{shown(values[parameter])} and {shown(chosen[name])}"
+                both = f"{quote(values[parameter])} and {quote(chosen[name])}"
                 raise ConfigError(f"{step}: --{name} is one for the whole pipeline, got {both}")
         values[f"{step}_settings"] = encode(
             {key: chosen[key] for key in chosen if key not in STEP_SPECS[step].parameters}
@@ -191,7 +191,7 @@ def content(text: str, *, tracking_uri: str = "") -> str:
     return text
 
 
-def named(step: str, values: StepSettings) -> Iterator[tuple[str, str]]:
+def external_names(step: str, values: StepSettings) -> Iterator[tuple[str, str]]:
     """Setting and path or spec of everything outside that the settings of a step name."""
     from cappy.sampling.strategies import FILES
 
@@ -205,7 +205,7 @@ def named(step: str, values: StepSettings) -> Iterator[tuple[str, str]]:
 
 def _outside(step: str, values: StepSettings, tracking_uri: str) -> list[list[str]]:
     """Setting, name and content of everything outside; a file's name counts, because preparation names a task by it."""
-    references = named(step, values)
+    references = external_names(step, values)
     return [[name, Path(text).name, content(text, tracking_uri=tracking_uri)] for name, text in references]
 
 
@@ -230,7 +230,7 @@ def _weights() -> str:
     return fingerprint([[file.name, file.sha256] for file in describe_files(folder)])
 
 
-def resolved(
+def resolve_settings(
     settings: Mapping[str, StepSettings],
     *,
     work: Path,
@@ -242,13 +242,13 @@ def resolved(
 
     `revision` and `images` are what else goes into the fingerprints.
     """
-    numbered = {step: {**values, **_numbered(step, values, tracking_uri)} for step, values in settings.items()}
+    numbered = {step: {**values, **_pin_versions(step, values, tracking_uri)} for step, values in settings.items()}
     if "promotion" in numbered and not numbered["evaluation"].get("champion"):
         numbered["evaluation"]["champion"] = _champion(numbered, work, tracking_uri, revision, images)
     return numbered
 
 
-def _numbered(step: str, values: StepSettings, tracking_uri: str) -> dict[str, str]:
+def _pin_versions(step: str, values: StepSettings, tracking_uri: str) -> dict[str, str]:
     from cappy.registry import resolve
 
     return {

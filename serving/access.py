@@ -83,7 +83,7 @@ class AccessLog:
         state["request_id"] = given if GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
         started, status = time.monotonic(), 500
 
-        async def watched(message: Message) -> None:
+        async def send_marked(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -92,7 +92,7 @@ class AccessLog:
             await send(message)
 
         try:
-            await self._app(scope, receive, watched)
+            await self._app(scope, receive, send_marked)
         except Exception:
             # Whoever answers for it stands outside, so no answer has passed here.
             self._trace(state)
@@ -198,7 +198,7 @@ def _without_texts(exporter: "SpanExporter") -> "SpanExporter":
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
     from opentelemetry.trace import Status
 
-    def cleaned(span: ReadableSpan) -> ReadableSpan:
+    def clean_span(span: ReadableSpan) -> ReadableSpan:
         kept = {name: value for name, value in (span.attributes or {}).items() if name in SENT or name.startswith(OWN)}
         return ReadableSpan(
             name=span.name,
@@ -213,12 +213,12 @@ def _without_texts(exporter: "SpanExporter") -> "SpanExporter":
             end_time=span.end_time,
         )
 
-    class Cleaned(SpanExporter):  # type: ignore[misc] # the library has no types
+    class CleanSpanExporter(SpanExporter):  # type: ignore[misc] # the library has no types
         def export(self, spans: "Sequence[ReadableSpan]") -> "SpanExportResult":
-            ours = [cleaned(span) for span in spans if any(name.startswith(OWN) for name in span.attributes or ())]
+            ours = [clean_span(span) for span in spans if any(name.startswith(OWN) for name in span.attributes or ())]
             return exporter.export(ours) if ours else SpanExportResult.SUCCESS
 
         def shutdown(self) -> None:
             exporter.shutdown()
 
-    return Cleaned()
+    return CleanSpanExporter()

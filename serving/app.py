@@ -27,13 +27,13 @@ from cappy.errors import CappyError
 from serving.access import AccessLog, Tracing
 from serving.bodies import Refusal
 from serving.config import Limits
-from serving.dialects import DIALECTS, Dialect, Served
+from serving.dialects import DIALECTS, Dialect, ServedModels
 from serving.dialects.own import SCORE, refuse
 from serving.engine import PROBES, Batcher, Models, Stored, probe
 from serving.following import Follower, add_admin
 from serving.guards import ANY_HOST, BrowserGuard, Hosts, Keys, Refuse
 from serving.page import About, add_page
-from serving.service import Service, refused
+from serving.service import Service, write_refusal
 
 LOGGER = logging.getLogger("serving")
 REFUSALS = (400, 401, 403, 404, 408, 413, 415, 421, 429, 500, 503, 504)
@@ -94,8 +94,8 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        probed = _probed(models, batcher, options, failed)
-        tasks = [asyncio.create_task(batcher.run()), asyncio.create_task(_followed(probed, models, follower))]
+        probed = _probe(models, batcher, options, failed)
+        tasks = [asyncio.create_task(batcher.run()), asyncio.create_task(_follow_after_probe(probed, models, follower))]
         yield
         for task in tasks:
             task.cancel()
@@ -119,7 +119,7 @@ def create_app(
         )
     service = Service(models=models, batcher=batcher, limits=options.limits, keys=options.keys)
     paths = [(path, dialect) for dialect in DIALECTS for path in dialect.paths]
-    further = ((path, _named(name)) for path, name in options.routes.items())
+    further = ((path, _find_dialect(name)) for path, name in options.routes.items())
     paths += [one for one in further if one not in paths]
     app.add_middleware(BrowserGuard, hosts=options.hosts, origins=options.origins, refuse=_refuse(paths))
     app.add_middleware(
@@ -132,7 +132,7 @@ def create_app(
     _add_routes(app, service, paths)
     _add_probes(app, models, metrics, options.ready_path)
     add_page(app, lambda: _about(models))
-    served = Served(models=models, limits=options.limits, batch_tokens=options.batch_tokens)
+    served = ServedModels(models=models, limits=options.limits, batch_tokens=options.batch_tokens)
     for dialect in DIALECTS:
         if dialect.add_routes is not None:
             dialect.add_routes(app, served)
@@ -158,7 +158,7 @@ def _refuse(paths: Sequence[tuple[str, Dialect]]) -> Refuse:
 
     def refuse_in_shape(path: str, refusal: Refusal) -> Response:
         dialects = [dialect for pattern, dialect in known if pattern.match(path)]
-        return refused(dialects or [SCORE], refusal)
+        return write_refusal(dialects or [SCORE], refusal)
 
     return refuse_in_shape
 
@@ -225,11 +225,11 @@ def _union(shapes: Sequence[type[BaseModel]]) -> object:
     return reduce(operator.or_, shapes)
 
 
-def _named(name: str) -> Dialect:
+def _find_dialect(name: str) -> Dialect:
     return next(dialect for dialect in DIALECTS if dialect.name == name)
 
 
-async def _followed(probed: Awaitable[None], models: Models, follower: Follower | None) -> None:
+async def _follow_after_probe(probed: Awaitable[None], models: Models, follower: Follower | None) -> None:
     """Once the first model has answered its probe, keeps to the alias."""
     await probed
     if follower is not None and not models.reason:
@@ -240,7 +240,7 @@ def _collect() -> None:
     gc.collect()
 
 
-async def _probed(models: Models, batcher: Batcher, options: Options, failed: Callable[[CappyError], None]) -> None:
+async def _probe(models: Models, batcher: Batcher, options: Options, failed: Callable[[CappyError], None]) -> None:
     try:
         await batcher.apart(lambda: probe(models.current, models.current.probes or options.probes))
         # Once, before anybody is served: what loading left in cycles would keep the first model after a swap.

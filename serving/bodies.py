@@ -86,7 +86,7 @@ class Broken:
         return f"{self.field or 'body'}: {self.rule}" + (f" (and {self.more} more)" if self.more else "")
 
 
-def broken(error: ValidationError, body: object) -> Broken:
+def describe_error(error: ValidationError, body: object) -> Broken:
     """What is wrong with `body`, none of whose texts are repeated."""
     errors = error.errors(include_url=False, include_input=False)
     # Where a field may have several forms, a sentence of ours says more than that it has not the first form.
@@ -221,7 +221,7 @@ class Share:
         self.budget.held += size
         self.size += size
 
-    def handed_on(self) -> "Share":
+    def hand_over(self) -> "Share":
         """All of it as a share that is released by itself; this one holds nothing any more."""
         other = Share(self.budget)
         other.size, self.size = self.size, 0
@@ -250,7 +250,7 @@ def _is_json(kind: str) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
-async def received(
+async def receive_body(
     request: Request,
     most: int,
     remedy: str,

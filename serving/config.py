@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from cappy.config import ADVANCED, Renames, settings
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.scoring import Precision
 
 ANY = "*"
@@ -75,7 +75,7 @@ class AccessConfig:
     @property
     def hosts(self) -> Sequence[str]:
         """The allowed names; a flag may hold several, with commas between."""
-        return _split(self.allowed_hosts)
+        return _split_values(self.allowed_hosts)
 
 
 @settings
@@ -157,7 +157,7 @@ class ServedScorer:
     def __post_init__(self) -> None:
         if self.follow_seconds and not self._is_alias():
             raise ConfigError(
-                f"--follow-seconds {self.follow_seconds:g}: {shown(self.scorer)} is no alias, so it never moves; "
+                f"--follow-seconds {self.follow_seconds:g}: {quote(self.scorer)} is no alias, so it never moves; "
                 "give models:/name@alias"
             )
 
@@ -213,7 +213,7 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
     """
     scorer, port = variables.get("AIP_STORAGE_URI", "").rstrip("/"), variables.get("AIP_HTTP_PORT", "")
     if port and not (port.isascii() and port.isdigit() and int(port) <= 65535):
-        raise ConfigError(f"AIP_HTTP_PORT: {shown(port)} is no port; give 0 to 65535 or none")
+        raise ConfigError(f"AIP_HTTP_PORT: {quote(port)} is no port; give 0 to 65535 or none")
     values: dict[str, object] = {"scorer": scorer} if scorer else {}
     if port:
         values |= {"host": "0.0.0.0", "port": int(port), "allowed_hosts": (ANY,)}  # noqa: S104 (a container's only way to be reached)
@@ -225,7 +225,7 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
 
 def hosts_of_environment(variables: Mapping[str, str]) -> tuple[str, ...]:
     """The names in CAPPY_ALLOWED_HOSTS, with commas between; ConfigError where one is no name."""
-    hosts = _split([variables.get(HOSTS_VARIABLE, "")])
+    hosts = _split_values([variables.get(HOSTS_VARIABLE, "")])
     _check_hosts(HOSTS_VARIABLE, hosts)
     return tuple(hosts)
 
@@ -233,11 +233,11 @@ def hosts_of_environment(variables: Mapping[str, str]) -> tuple[str, ...]:
 def _route(variables: Mapping[str, str], name: str) -> str:
     route = variables.get(name, "")
     if route and (not route.startswith("/") or set(route) & set("{}?# ")):
-        raise ConfigError(f"{name}: {shown(route)} is no path; give one such as /predict")
+        raise ConfigError(f"{name}: {quote(route)} is no path; give one such as /predict")
     return route
 
 
-def _split(values: Iterable[str]) -> list[str]:
+def _split_values(values: Iterable[str]) -> list[str]:
     return [name.strip() for value in values for name in value.split(",") if name.strip()]
 
 
@@ -245,4 +245,4 @@ def _check_hosts(source: str, names: Iterable[str]) -> None:
     for name in names:
         if name != ANY and not _HOST.fullmatch(name):
             remedy = "give a name without a port such as scores.example or *.example, or * for any"
-            raise ConfigError(f"{source} {shown(name)}: is no name of a host; {remedy}")
+            raise ConfigError(f"{source} {quote(name)}: is no name of a host; {remedy}")

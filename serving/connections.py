@@ -197,7 +197,7 @@ class PunctualProtocol(H11Protocol):
             if self.transport.is_closing():
                 return
             super().data_received(data[start : start + AT_ONCE])
-        served = self._served()
+        served = self._is_answering()
         self._counted.mark(self, idle=not served)
         if served or not (self.conn.trailing_data[0] or self.conn.their_state is h11.SEND_BODY):
             self._stop()
@@ -208,7 +208,7 @@ class PunctualProtocol(H11Protocol):
         """Lets the connection be idle for as long as there is room for it."""
         self.timeout_keep_alive = self._counted.keep_alive
         super().on_response_complete()
-        if not self._served():
+        if not self._is_answering():
             self._counted.renew(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -245,7 +245,7 @@ class PunctualProtocol(H11Protocol):
         else:
             self.transport.close()
 
-    def _served(self) -> bool:
+    def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def _wait(self) -> None:
@@ -258,7 +258,7 @@ class PunctualProtocol(H11Protocol):
 
     def _end(self) -> None:
         self._overdue = None
-        if not self._served() and not self.transport.is_closing():
+        if not self._is_answering() and not self.transport.is_closing():
             self.transport.close()
 
     def _watch(self, size: int) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from cappy.errors import FolderError
 from cappy.scoring import Precision
 from cappy.scoring.calibration import Calibration, read_calibration
-from cappy.scoring.encoding import Encoded, Pair
+from cappy.scoring.encoding import EncodedPair, Pair
 from serving.bodies import Refusal
 
 if TYPE_CHECKING:
@@ -50,13 +50,13 @@ class Engine(Protocol):
     def pads(self) -> bool:
         """Whether pairs of a batch cost as much as its longest."""
 
-    def encode(self, pairs: Sequence[Pair]) -> Sequence[Encoded]:
+    def encode(self, pairs: Sequence[Pair]) -> Sequence[EncodedPair]:
         """The pairs as token ids."""
 
     def fit(self, pairs: Sequence[Pair]) -> bool:
         """Whether no pair is longer than the model reads."""
 
-    def compute(self, batch: Sequence[Encoded]) -> Computed:
+    def compute(self, batch: Sequence[EncodedPair]) -> Computed:
         """One pass of the model."""
 
 
@@ -103,16 +103,16 @@ class ScorerEngine:
         """Tokens of a batch that suit the device."""
         return self._scorer.batch_tokens
 
-    def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
+    def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
         """The pairs as token ids."""
-        encoded: list[Encoded] = self._scorer.encoder.encode(pairs)
+        encoded: list[EncodedPair] = self._scorer.encoder.encode(pairs)
         return encoded
 
     def fit(self, pairs: Sequence[Pair]) -> bool:
         """Whether no pair has to be cut."""
         return all(self._scorer.encoder.fit(pairs))
 
-    def compute(self, batch: Sequence[Encoded]) -> Computed:
+    def compute(self, batch: Sequence[EncodedPair]) -> Computed:
         """One pass of the model."""
         logits = self._scorer.forward(batch)
         return list(zip(self._scorer.decode(logits), logits.tolist(), strict=True))
@@ -178,7 +178,7 @@ class Models:
         """
         return self.reason or (SHUTTING_DOWN if self.closing else "")
 
-    def named(self, *names: str | None) -> Model | None:
+    def find(self, *names: str | None) -> Model | None:
         """The model of which each of these is name, version or spec, the current one first; an empty one is any."""
         loaded = [model for model in (self.current, self.former) if model is not None]
         known = [(model, {"", None, model.name, model.version, model.spec}) for model in loaded]
@@ -211,7 +211,7 @@ class _Job:
     """A request: what of it waits, longest last, and what it has so far."""
 
     engine: Engine
-    waiting: list[tuple[int, Encoded]]
+    waiting: list[tuple[int, EncodedPair]]
     results: list[tuple[float, float]]
     left: int
     done: "asyncio.Future[None]"
@@ -223,7 +223,7 @@ class _Job:
         return sum(len(pair.ids) for _, pair in self.waiting)
 
 
-Batch = list[tuple[_Job, int, Encoded]]
+Batch = list[tuple[_Job, int, EncodedPair]]
 
 
 @dataclass

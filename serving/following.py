@@ -28,11 +28,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from pydantic_core import from_json
 
-from cappy.errors import CappyError, ConfigError, UnreachableError, shown
+from cappy.errors import CappyError, ConfigError, UnreachableError, quote
 from cappy.registry.models import Version
 from cappy.scoring import Precision
 from cappy.specs import parse_spec
-from serving.bodies import Bounds, Refusal, received
+from serving.bodies import Bounds, Refusal, receive_body
 from serving.config import FOLLOW_SECONDS
 from serving.dialects.own import Problem, refuse
 from serving.engine import PROBES, Model, Models, load, probe
@@ -96,12 +96,12 @@ class Follower:
         model = self.models.back()
         if model is not None and self.models.former is not None:
             self._left = self.models.former.content
-            self._swapped("by hand")
+            self._tell_swap("by hand")
         return model
 
     async def look(self) -> None:
         """Reads the alias once and does what follows from it."""
-        version = await self._named()
+        version = await self._resolve_alias()
         if version is None or version.content == self._left:
             return
         self._left = ""
@@ -110,9 +110,9 @@ class Follower:
             return
         if former is not None and version.content == former.content:
             self.models.back()
-            self._swapped(f"{self.alias} names it again")
+            self._tell_swap(f"{self.alias} names it again")
             return
-        model = await self._prepared(version)
+        model = await self._prepare(version)
         if model is not None:
             await self._enter(version, model)
 
@@ -121,7 +121,7 @@ class Follower:
         if self._busy is not None:
             await asyncio.wait([self._busy], timeout=CLOSING_SECONDS)
 
-    async def _named(self) -> Version | None:
+    async def _resolve_alias(self) -> Version | None:
         """The version that the alias names; None, and one warning until it succeeds again, where that is not known."""
         try:
             version = await self._beside(self.find)
@@ -135,10 +135,10 @@ class Follower:
         self.trouble = ""
         return version
 
-    async def _prepared(self, version: Version) -> Model | None:
+    async def _prepare(self, version: Version) -> Model | None:
         """The version, loaded and probed; None where it may not serve, or not yet."""
         try:
-            return await self._beside(lambda: prepared(version, self.load))
+            return await self._beside(lambda: prepare_model(version, self.load))
         except UnreachableError as error:
             tries = self._tries[version.uri] = self._tries.get(version.uri, 0) + 1
             if tries < TRIES:
@@ -152,16 +152,16 @@ class Follower:
 
     async def _enter(self, version: Version, model: Model) -> None:
         """Lets the model answer, unless the alias has moved on while it was loaded."""
-        now = await self._named()
+        now = await self._resolve_alias()
         if now is not None and now.content != version.content:
             self._asked.set()
             return
         self.models.swap(model)
         for known in (self._bad, self._tries, self.models.refused):
             known.pop(version.uri, None)
-        self._swapped(f"{self.alias} names it")
+        self._tell_swap(f"{self.alias} names it")
 
-    def _swapped(self, why: str) -> None:
+    def _tell_swap(self, why: str) -> None:
         former = self.models.former
         LOGGER.info("version %s answers instead of %s: %s", self._version, former and former.version, why)
         self.on_change("swap")
@@ -212,7 +212,7 @@ def _run(
         loop.call_soon_threadsafe(deliver)
 
 
-def prepared(version: Version, load: Callable[[Version], Model]) -> Model:
+def prepare_model(version: Version, load: Callable[[Version], Model]) -> Model:
     """A version's model, loaded, and probed with what its evaluation stored."""
     model = load(version)
     probe(model, model.probes or PROBES)
@@ -227,7 +227,7 @@ def load_version(version: Version, spec: str, name: str = "", precision: Precisi
 def reason(error: Exception) -> str:
     """What went wrong, in one line."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, CappyError) else shown(f"{type(error).__name__}: {text}", 200)
+    return text if isinstance(error, CappyError) else quote(f"{type(error).__name__}: {text}", 200)
 
 
 WEBHOOK_VARIABLE = "CAPPY_WEBHOOK_SECRET"
@@ -239,7 +239,7 @@ WEBHOOK_BYTES = 65_536
 _REFUSED: dict[int | str, dict[str, object]] = {401: {"model": Problem}}
 
 
-class Loaded(BaseModel):
+class LoadedModel(BaseModel):
     """A model that is loaded."""
 
     name: str
@@ -252,14 +252,14 @@ class Loaded(BaseModel):
 class State(BaseModel):
     """What answers, what could answer at once, and what may not."""
 
-    current: Loaded
-    former: Annotated[Loaded | None, Field(description="Stays loaded, for a rollback")] = None
+    current: LoadedModel
+    former: Annotated[LoadedModel | None, Field(description="Stays loaded, for a rollback")] = None
     follows: Annotated[str, Field(description="The alias that is followed, empty if none is")] = ""
     trouble: Annotated[str, Field(description="Why the alias could not be read at the last look")] = ""
     refused: Annotated[dict[str, str], Field(description="Version of the registry -> why it does not serve")]
 
 
-class Asked(BaseModel):
+class RefreshResponse(BaseModel):
     """What was done with a request to look at the alias."""
 
     looks: Annotated[bool, Field(description="Whether the alias is looked at now; GET /model shows what came of it")]
@@ -283,13 +283,13 @@ def add_admin(app: FastAPI, models: Models, follower: Follower | None, keys: Key
 
 
 def _add_moves(app: FastAPI, models: Models, follower: Follower, keys: Keys) -> None:
-    @app.post("/admin/refresh", tags=["model"], status_code=202, responses=_REFUSED, response_model=Asked)
-    async def refresh(request: Request) -> Response | Asked:
+    @app.post("/admin/refresh", tags=["model"], status_code=202, responses=_REFUSED, response_model=RefreshResponse)
+    async def refresh(request: Request) -> Response | RefreshResponse:
         """Looks at the alias now, at versions that were refused too."""
         if not keys.allow(request.headers):
             return _refuse(unknown_key())
         follower.ask(again=True)
-        return Asked(looks=True)
+        return RefreshResponse(looks=True)
 
     @app.post("/admin/rollback", tags=["model"], responses={**_REFUSED, 409: {"model": Problem}}, response_model=State)
     async def rollback(request: Request) -> Response | State:
@@ -302,11 +302,11 @@ def _add_moves(app: FastAPI, models: Models, follower: Follower, keys: Keys) -> 
 
 
 def _add_webhook(app: FastAPI, follower: Follower, secret: str) -> None:
-    @app.post("/webhooks/mlflow", tags=["model"], status_code=202, responses=_REFUSED, response_model=Asked)
-    async def webhook(request: Request) -> Response | Asked:
+    @app.post("/webhooks/mlflow", tags=["model"], status_code=202, responses=_REFUSED, response_model=RefreshResponse)
+    async def webhook(request: Request) -> Response | RefreshResponse:
         """An event of MLflow's, signed with the secret: looks at the alias now if it is about the alias."""
         try:
-            body = await received(request, WEBHOOK_BYTES, "no event of MLflow is as large")
+            body = await receive_body(request, WEBHOOK_BYTES, "no event of MLflow is as large")
             Bounds().check(body)
         except Refusal as refusal:
             return _refuse(refusal)
@@ -315,21 +315,21 @@ def _add_webhook(app: FastAPI, follower: Follower, secret: str) -> None:
         looks = _is_about(follower.alias, body)
         if looks:
             follower.ask()
-        return Asked(looks=looks)
+        return RefreshResponse(looks=looks)
 
 
 def _state(models: Models, follower: Follower | None) -> State:
     return State(
-        current=_loaded(models.current),
-        former=_loaded(models.former) if models.former else None,
+        current=_describe(models.current),
+        former=_describe(models.former) if models.former else None,
         follows=follower.alias if follower else "",
         trouble=follower.trouble if follower else "",
         refused=dict(models.refused),
     )
 
 
-def _loaded(model: Model) -> Loaded:
-    return Loaded(
+def _describe(model: Model) -> LoadedModel:
+    return LoadedModel(
         name=model.name,
         version=model.version,
         sha256=model.sha256,

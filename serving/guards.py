@@ -19,7 +19,7 @@ from fastapi import Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from serving.bodies import Refusal
 from serving.config import ANY
 
@@ -101,14 +101,14 @@ class BrowserGuard:
         if host is None:
             raise Refusal(400, "a request must have one Host header with a name or an address, and a port or none")
         if not self._hosts.allow(host[1]):
-            name = shown(host[1])
+            name = quote(host[1])
             raise Refusal(
                 421, f"this service does not answer to the name {name}; its owner may allow it: --allowed-hosts"
             )
         if ANY in self._origins or (not origins and not _of_another_page(scope["method"], headers)):
             return
         if not (len(origins) == 1 and (origins[0] in self._origins or _is_own(origins[0], host, scope["scheme"]))):
-            page = f"a page of {shown(origins[0])}" if origins else "a page of another site"
+            page = f"a page of {quote(origins[0])}" if origins else "a page of another site"
             raise Refusal(403, f"{page} may not ask this service; its owner may let it: --allow-origin")
 
 

@@ -146,7 +146,7 @@ def check_tls(certificate: Path | None, key: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def bound(host: str, port: int) -> Iterator[socket.socket]:
+def bind(host: str, port: int) -> Iterator[socket.socket]:
     """A socket that holds the address and does not listen yet; ConfigError if it cannot be had."""
     with address_errors(host, port):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

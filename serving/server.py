@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cappy import registry
-from cappy.errors import CappyError, ConfigError, FolderError, shown
+from cappy.errors import CappyError, ConfigError, FolderError, quote
 from cappy.records.folder import MANIFEST
 from cappy.registry import Version
 from cappy.specs import parse_spec
@@ -19,7 +19,7 @@ from serving.config import Environment, ServeConfig
 from serving.engine import Model, Models, load
 from serving.following import Follower, load_version, read_secret
 from serving.guards import hosts_of, read_keys
-from serving.listener import NoticeServer, address_errors, bound, check_tls, http_config, prepare_process, url
+from serving.listener import NoticeServer, address_errors, bind, check_tls, http_config, prepare_process, url
 
 Follow = Callable[[Models], Follower]
 """What changes the model while requests are answered."""
@@ -48,10 +48,10 @@ def run(config: ServeConfig, environment: Environment | None = None) -> None:
         def load_current(version: Version) -> Model:
             return load_version(version, scorer, config.model_name, config.precision)
 
-        def followed(models: Models) -> Follower:
+        def make_follower(models: Models) -> Follower:
             return Follower(models=models, alias=scorer, find=find, load=load_current, seconds=seconds)
 
-        serve(lambda: load_current(find()), config, environment, follow=followed)
+        serve(lambda: load_current(find()), config, environment, follow=make_follower)
 
 
 def serve(
@@ -66,11 +66,11 @@ def serve(
     prepare_process()
     failures: list[CappyError] = []
 
-    def failed(error: CappyError) -> None:
+    def on_failure(error: CappyError) -> None:
         failures.append(error)
         server.should_exit = True
 
-    with bound(config.host, config.port) as listener:
+    with bind(config.host, config.port) as listener:
         computing = ThreadPoolExecutor(1, "computing")
         models = Models(computing.submit(load).result())
         with address_errors(config.host, config.port):
@@ -88,7 +88,7 @@ def serve(
         )
         follower = follow(models) if follow else None
         app = create_app(
-            models, options, failed=failed, follower=follower, computing=computing, tracing=start_tracing()
+            models, options, failed=on_failure, follower=follower, computing=computing, tracing=start_tracing()
         )
         http = http_config(app, config, certificate=config.tls_certificate, key=config.tls_key)
         server = NoticeServer(http, models, config.notice)
@@ -118,11 +118,11 @@ def local(scorer: str) -> Iterator[str]:
         try:
             _copy(scorer, folder)
         except Exception as error:
-            reason = shown(" ".join(str(error).split()), 200)
+            reason = quote(" ".join(str(error).split()), 200)
             remedy = "check the URI, the credentials and the network"
-            raise ConfigError(f"{shown(scorer)}: cannot be read ({reason}); {remedy}") from error
+            raise ConfigError(f"{quote(scorer)}: cannot be read ({reason}); {remedy}") from error
         if not (folder / MANIFEST).exists():
-            raise FolderError(f"{shown(scorer)}: holds no {MANIFEST}; give the folder of a scorer, whole")
+            raise FolderError(f"{quote(scorer)}: holds no {MANIFEST}; give the folder of a scorer, whole")
         yield str(folder)
 
 

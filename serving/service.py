@@ -19,12 +19,12 @@ from serving.bodies import (
     Refusal,
     Share,
     apart,
-    broken,
+    describe_error,
     distinct,
-    received,
+    receive_body,
 )
 from serving.config import Limits
-from serving.dialects import Dialect, Scored
+from serving.dialects import Dialect, ScoredPairs
 from serving.engine import Batcher, Model, Models
 from serving.guards import Keys, unknown_key
 
@@ -70,17 +70,19 @@ class Service:
                 with self.budget.share() as share:
                     body = await self._receive(request, dialects[0], share)
                     value = await apart(len(body), partial(self._parse, body, request.headers, dialects[0]))
-                    dialects = [chosen(dialects, value)]
+                    dialects = [choose_dialect(dialects, value)]
                     request.state.dialect = dialects[0].name
                     return await self._answer(request, dialects[0], value, len(body))
         except Refusal as refusal:
-            return refused(dialects, refusal)
+            return write_refusal(dialects, refusal)
         except TimeoutError:
-            return refused(dialects, Refusal(504, "the time for this request is over; send fewer pairs or ask later"))
+            return write_refusal(
+                dialects, Refusal(504, "the time for this request is over; send fewer pairs or ask later")
+            )
         except Exception:
             # The last door: whatever the scorer raises is logged whole, and the client gets an error of its dialect.
             LOGGER.exception("a request failed")
-            return refused(dialects, Refusal(500, "the scorer failed; the log of the service says how"))
+            return write_refusal(dialects, Refusal(500, "the scorer failed; the log of the service says how"))
 
     async def _answer(self, request: Request, dialect: Dialect, value: object, size: int) -> Response:
         """The answer to a body of `size` bytes."""
@@ -89,12 +91,12 @@ class Service:
         if dialect.whole(asked) and not await self.batcher.fit(model.engine, pairs):
             raise Refusal(dialect.invalid, "a pair is longer than the scorer reads; shorten it or let it be cut")
         request.state.pairs, request.state.facts = len(pairs), model.facts()
-        scored = await self._scored(request, model, pairs, n=len(set(pairs)) if dialect.one_pool else 1)
-        return await apart(size, partial(written, dialect, asked, scored))
+        scored = await self._score(request, model, pairs, n=len(set(pairs)) if dialect.one_pool else 1)
+        return await apart(size, partial(write_response, dialect, asked, scored))
 
     def _understand(self, dialect: Dialect, value: object) -> tuple[BaseModel, Sequence[tuple[str, str]]]:
         """The request and its pairs; Refusal where it has another shape or is too large."""
-        asked = parsed(dialect, value)
+        asked = parse_request(dialect, value)
         pairs = dialect.pairs(asked)
         if len(pairs) > self.limits.max_pairs:
             text = f"{len(pairs)} pairs are above {self.limits.max_pairs}; send them in several requests"
@@ -102,7 +104,7 @@ class Service:
         self.bounds.check_texts(distinct(pairs))
         return asked, pairs
 
-    async def _scored(self, request: Request, model: Model, pairs: Sequence[tuple[str, str]], *, n: int) -> Scored:
+    async def _score(self, request: Request, model: Model, pairs: Sequence[tuple[str, str]], *, n: int) -> ScoredPairs:
         """Scores them, unless the client hangs up before; what is expected of each is that of the best of `n`."""
         work = asyncio.ensure_future(self.batcher.score(model.engine, pairs))
         gone = asyncio.ensure_future(_hung_up(request))
@@ -118,7 +120,7 @@ class Service:
         request.state.scores, request.state.tokens = scores, tokens
         if cut:
             request.state.facts = {**model.facts(), CUT: str(cut)}
-        return Scored(
+        return ScoredPairs(
             scores=scores,
             logits=[logit for _, logit in computed],
             expected=model.calibration.apply(scores, n=n) if model.calibration else None,
@@ -150,7 +152,7 @@ class Service:
         self.batcher.admit(1)
 
     async def _receive(self, request: Request, dialect: Dialect, share: Share) -> bytes:
-        return await received(request, self.limits.max_body_bytes, REMEDY, types=dialect.types, share=share)
+        return await receive_body(request, self.limits.max_body_bytes, REMEDY, types=dialect.types, share=share)
 
     def _parse(self, body: bytes, headers: Mapping[str, str], dialect: Dialect) -> object:
         """The JSON of the body."""
@@ -161,7 +163,7 @@ class Service:
 
     def _model(self, *names: str | None) -> Model:
         """The model that answers, current or former; Refusal 404 where another model or version is asked for."""
-        model = self.models.named(*names)
+        model = self.models.find(*names)
         if model is None:
             loaded = [one.version for one in (self.models.current, self.models.former) if one is not None]
             text = f"no model of that name is served; ask for {self.models.current.name}, or name none"
@@ -169,26 +171,26 @@ class Service:
         return model
 
 
-def chosen(dialects: Sequence[Dialect], value: object) -> Dialect:
+def choose_dialect(dialects: Sequence[Dialect], value: object) -> Dialect:
     """The first dialect of a path one of whose marks a body has; the path's first where it has none's."""
     names = value.keys() if isinstance(value, Mapping) else frozenset()
     return next((dialect for dialect in dialects if dialect.marks & names), dialects[0])
 
 
-def parsed(dialect: Dialect, value: object) -> BaseModel:
+def parse_request(dialect: Dialect, value: object) -> BaseModel:
     """The request; Refusal that names the field and the rule, and does not repeat what was sent."""
     try:
         return dialect.request.model_validate(value)
     except ValidationError as error:
-        raise Refusal(dialect.invalid, f"{broken(error, value)}; send {dialect.shape}") from error
+        raise Refusal(dialect.invalid, f"{describe_error(error, value)}; send {dialect.shape}") from error
 
 
-def written(dialect: Dialect, asked: BaseModel, scored: Scored) -> Response:
+def write_response(dialect: Dialect, asked: BaseModel, scored: ScoredPairs) -> Response:
     """What came of a request, in its dialect."""
     return JSONResponse(dialect.answer(asked, scored).model_dump(exclude_none=dialect.bare))
 
 
-def refused(dialects: Sequence[Dialect], refusal: Refusal) -> Response:
+def write_refusal(dialects: Sequence[Dialect], refusal: Refusal) -> Response:
     """A refusal with the fields of every one of these dialects; where they give a field differently, of the first."""
     fields: dict[str, object] = {}
     for dialect in reversed(dialects):

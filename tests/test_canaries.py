@@ -27,7 +27,7 @@ from cappy.deployment.step import DeploymentConfig
 from cappy.records import Instance, write
 from cappy.registry.models import Version
 from pipelines.builder import compile_pipeline as compiled
-from pipelines.recipe import checked
+from pipelines.recipe import check_recipe
 
 pytestmark = [pytest.mark.timeout(600)]
 
@@ -281,7 +281,7 @@ def test_no_specification_of_a_cluster_holds_a_canary(monkeypatch: pytest.Monkey
         written.append(text(inference_service(config, version)))
         for platform in ("local", "kubeflow", "vertex"):
             resources = {"sampling": {"secrets": secrets}} if platform == "kubeflow" else {}
-            written.append(compiled(checked({"pipeline": "adapt", "resources": resources}), platform))
+            written.append(compiled(check_recipe({"pipeline": "adapt", "resources": resources}), platform))
         assert not canaries_in("\n".join(written).encode())
 
 

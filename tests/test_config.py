@@ -23,7 +23,7 @@ from cappy.config import (
     settings,
     to_values,
 )
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 
 
 @settings
@@ -114,7 +114,7 @@ def test_no_text_means_no_settings() -> None:
 
 @pytest.mark.parametrize("text", ["{}", "é", "abc", "AAAA", encode({"a": 1})[:-3]])
 def test_what_encode_did_not_write_is_refused(text: str) -> None:
-    with raises_naming(ConfigError, "settings: ", shown(text), "cappy.config.encode"):
+    with raises_naming(ConfigError, "settings: ", quote(text), "cappy.config.encode"):
         decode(text)
 
 
@@ -130,6 +130,6 @@ def test_fingerprints_do_not_depend_on_the_order_of_names() -> None:
 
 @pytest.mark.parametrize("value", ["x" * 500, "a\nb", "\ud800", ["\n"] * 90, Path("\n")])
 def test_a_shown_value_fits_into_one_line(value: object) -> None:
-    assert len(shown(value)) <= 60
-    assert "\n" not in shown(value)
-    shown(value).encode()
+    assert len(quote(value)) <= 60
+    assert "\n" not in quote(value)
+    quote(value).encode()

@@ -16,7 +16,7 @@ from chromium import launched, needs_chromium
 from documents import PAGES, ROOT, RUNS, Block, blocks
 
 from cappy.sampling.step import SamplingConfig
-from pipelines.recipe import checked
+from pipelines.recipe import check_recipe
 
 README_RUNS_IT = "the README runs it"
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -143,7 +143,7 @@ def test_files_that_pages_show_are_read(tmp_path: Path) -> None:
     assert recipes
     assert decodings
     for block in recipes:
-        assert checked({"pipeline": "adapt", **yaml.safe_load(block.code)}).resources
+        assert check_recipe({"pipeline": "adapt", **yaml.safe_load(block.code)}).resources
     for block in decodings:
         file = tmp_path / "decodings.yaml"
         file.write_text(block.code, encoding="utf-8")

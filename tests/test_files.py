@@ -11,16 +11,16 @@ import pytest
 from filelock import Timeout
 
 from cappy.errors import FolderError
-from cappy.files import hold_lock, lock_holder, make_private, open_lock, replacing
+from cappy.files import atomic_write, hold_lock, lock_holder, make_private, open_lock
 from cappy.records import Manifest
 from cappy.records.folder import File, publish, put, sha256_of, write_bytes
 from cappy.records.work import claim
-from cappy.registry.client import connected
+from cappy.registry.client import connect
 from cappy.sampling.endpoint.answers import Answer as EndpointAnswer
 from cappy.sampling.endpoint.answers import Cache
-from cappy.training.corpus import _locked
+from cappy.training.corpus import _lock
 from cappy.worker import hold_parent_lock
-from pipelines.clients.local import _held as run_is_held
+from pipelines.clients.local import _is_locked as run_is_held
 from serving.gateway.feedback import Answer, AppendableDataset
 
 
@@ -41,12 +41,12 @@ def hold_work(folder: Path) -> None:
 
 
 def hold_tokens(folder: Path) -> None:
-    with _locked(folder, "key"):
+    with _lock(folder, "key"):
         pass
 
 
 def hold_registry(folder: Path) -> None:
-    with connected(f"sqlite:///{folder}/mlflow.db"):
+    with connect(f"sqlite:///{folder}/mlflow.db"):
         pass
 
 
@@ -217,7 +217,7 @@ def test_a_file_that_lies_under_the_temporary_name_is_neither_written_nor_delete
     monkeypatch.setattr("cappy.files.secrets.token_hex", lambda _: "known")
     planted = tmp_path / ".file.known.tmp"
     planted.write_text("planted")
-    with pytest.raises(FileExistsError), replacing(tmp_path / "file") as file:
+    with pytest.raises(FileExistsError), atomic_write(tmp_path / "file") as file:
         file.write(b"secret")
     assert planted.read_text() == "planted"
     assert not (tmp_path / "file").exists()
@@ -226,7 +226,7 @@ def test_a_file_that_lies_under_the_temporary_name_is_neither_written_nor_delete
 def test_the_temporary_name_of_a_file_cannot_be_foreseen(tmp_path: Path) -> None:
     names = set()
     for _ in range(8):
-        with replacing(tmp_path / "report.json") as file:
+        with atomic_write(tmp_path / "report.json") as file:
             names |= {path.name for path in tmp_path.iterdir()} - {"report.json"}
             file.write(b"{}")
     assert len(names) == 8
@@ -235,7 +235,7 @@ def test_the_temporary_name_of_a_file_cannot_be_foreseen(tmp_path: Path) -> None
 
 def test_a_file_that_fails_halfway_leaves_the_old_one_and_nothing_beside_it(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("old")
-    with pytest.raises(TypeError), replacing(tmp_path / "report.json") as file:
+    with pytest.raises(TypeError), atomic_write(tmp_path / "report.json") as file:
         file.writelines([b"half", "no bytes"])  # type: ignore[list-item]
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 

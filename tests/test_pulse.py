@@ -94,9 +94,9 @@ def test_a_run_killed_twice_finishes_without_doing_finished_work_again(tmp_path:
 
 def _check_tracking(folder: Path, *runs: str) -> None:
     """Every step is a nested run of its pipeline's run; those that the cache answered say so."""
-    from cappy.registry.client import connected
+    from cappy.registry.client import connect
 
-    with connected(f"sqlite:///{folder}/.cappy/mlflow.db") as client:
+    with connect(f"sqlite:///{folder}/.cappy/mlflow.db") as client:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         for number, run in enumerate(runs):
             (parent,) = (

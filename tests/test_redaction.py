@@ -7,16 +7,16 @@ import logging
 import subprocess
 import sys
 import threading
+import urllib.parse
 from pathlib import Path
-from urllib.parse import quote, quote_plus
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cappy import redaction
-from cappy.errors import ConfigError, shown
-from cappy.redaction import cut, has_secret, one_line, redact, redact_address, remember, remember_address
+from cappy.errors import ConfigError, quote
+from cappy.redaction import has_secret, one_line, redact, redact_address, remember, remember_address, truncate
 
 VARIABLES = (
     *("OPENAI_API_KEY", "MY_LLM_KEY", "CAPPY_WEBHOOK_SECRET", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
@@ -48,15 +48,17 @@ def _forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
         json.dumps,
         repr,
         quote,
-        quote_plus,
+        urllib.parse.quote_plus,
         html.escape,
         lambda text: html.escape(text).replace("&quot;", "&#34;").replace("&#x27;", "&#39;"),
         lambda text: json.dumps(text).replace("/", "\\/"),
         lambda text: json.dumps(json.dumps({"error": text})),
         lambda text: json.dumps(text).replace("&", "\\u0026").replace("<", "\\u003c"),
         lambda text: _as_dotnet(json.dumps(text)[1:-1]),
-        lambda text: quote(text, safe="").replace("%2F", "%2f").replace("%2B", "%2b").replace("%3F", "%3f").lower(),
-        lambda text: quote(text, safe=""),
+        lambda text: (
+            urllib.parse.quote(text, safe="").replace("%2F", "%2f").replace("%2B", "%2b").replace("%3F", "%3f").lower()
+        ),
+        lambda text: urllib.parse.quote(text, safe=""),
         lambda text: repr(text.encode()),
         lambda text: base64.b64encode(text.encode()).decode(),
         lambda text: base64.urlsafe_b64encode(text.encode()).decode().rstrip("="),
@@ -117,7 +119,7 @@ def test_what_is_short_or_an_ordinary_word_stays(monkeypatch: pytest.MonkeyPatch
 def test_no_cut_leaves_the_beginning_of_a_secret(padding: int, limit: int, tail: int) -> None:
     key = "0123456789abcdefghij"
     text = "x" * padding + key + "y" * tail
-    for found in (cut(text, limit, key), one_line(text, limit, key), shown(text, limit, keys=[key])):
+    for found in (truncate(text, limit, key), one_line(text, limit, key), quote(text, limit, keys=[key])):
         assert "0" not in found
         assert len(found) <= limit
 
@@ -125,8 +127,8 @@ def test_no_cut_leaves_the_beginning_of_a_secret(padding: int, limit: int, tail:
 @pytest.mark.parametrize("offset", range(-45, 5))
 def test_the_end_of_the_window_leaves_none_either(offset: int) -> None:
     key = "0123456789abcdefghij"
-    assert "0" not in cut("x" * (redaction.WINDOW + offset) + key, 10**9, key)
-    assert "0" not in cut((key + "\n") * 100_000, 10**9, key)
+    assert "0" not in truncate("x" * (redaction.WINDOW + offset) + key, 10**9, key)
+    assert "0" not in truncate((key + "\n") * 100_000, 10**9, key)
 
 
 @pytest.mark.parametrize(
@@ -223,12 +225,12 @@ def test_a_text_that_breaks_off_within_a_secret_does_not_show_its_beginning(
     """As the body of a server that hangs up in the middle of it does."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary-0123456789")
     text = f"Incorrect API key provided: {'sk-canary-0123456789'[:length]}"
-    assert cut(text, 200) == "Incorrect API key provided: ***"
-    assert "sk-c" not in shown(text, 200)
+    assert truncate(text, 200) == "Incorrect API key provided: ***"
+    assert "sk-c" not in quote(text, 200)
     assert "sk-c" not in one_line(text, 200)
 
 
 def test_a_text_that_ends_like_no_secret_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary-0123456789")
     for text in ("sk-", "a task", "ask-canine", "sk-canary was here", ""):
-        assert cut(text, 200) == text
+        assert truncate(text, 200) == text

@@ -11,7 +11,7 @@ from typing import Literal
 
 from cappy.annotation.metrics import Metric, Pool, parse
 from cappy.annotation.rouge import partly_visible, rouge_l_pools, visible
-from cappy.errors import RecordError, shown
+from cappy.errors import RecordError, quote
 from cappy.reasoning import has_reasoning
 from cappy.records import Candidate, Instance
 from cappy.records.instance import GIVEN, Source
@@ -51,7 +51,7 @@ def annotate(instances: Sequence[Instance], labelling: Labelling) -> Iterator[In
         mismatches = [Candidate(response=text, source="mismatch") for text in texts]
         references = _references(instance, candidates, repeated=labelling.preset == "paper")
         middle = [*mismatches, *candidates] if labelling.preset == "paper" else [*candidates, *mismatches]
-        labelled = (one.labelled(labelling.name, _label(one, instance, metric)) for one in (*references, *middle))
+        labelled = (one.with_label(labelling.name, _label(one, instance, metric)) for one in (*references, *middle))
         yield replace(instance, candidates=tuple(labelled))
 
 
@@ -107,7 +107,7 @@ def regression_rows(instance: Instance, metric: str) -> Iterator[Row]:
     for candidate in instance.candidates:
         if metric not in candidate.labels:
             remedy = "run cappy annotation on this folder first"
-            raise RecordError(f"instance {shown(instance.instance_id)}: a candidate has no label {metric!r}; {remedy}")
+            raise RecordError(f"instance {quote(instance.instance_id)}: a candidate has no label {metric!r}; {remedy}")
         if candidate.response in seen and candidate.source != "reference":
             continue
         seen.add(candidate.response)
@@ -127,7 +127,7 @@ def _refuse_unlabelled(instances: Sequence[Instance]) -> None:
     for instance in instances:
         if not instance.references and not any(GIVEN in candidate.labels for candidate in instance.candidates):
             remedy = "prepare it with references and without --unlabelled"
-            raise RecordError(f"instance {shown(instance.instance_id)}: has no reference to compare with; {remedy}")
+            raise RecordError(f"instance {quote(instance.instance_id)}: has no reference to compare with; {remedy}")
 
 
 def _label(candidate: Candidate, instance: Instance, metric: Iterator[float]) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cappy.annotation.numbers import last_number, readings
-from cappy.errors import ConfigError, RecordError, shown
+from cappy.errors import ConfigError, RecordError, quote
 from cappy.records import Candidate, Instance
 from cappy.records.instance import GIVEN
 
@@ -57,14 +57,14 @@ def parse(text: str) -> dict[str, float]:
         match = _TERM.fullmatch(term.strip())
         if match is None or match[2] not in METRICS:
             known = f"choose of {', '.join(METRICS)}, or mix them: 0.5*rougeL+0.5*exact_match"
-            raise ConfigError(f"annotation: --metric: {shown(term.strip())} is no metric; {known}")
+            raise ConfigError(f"annotation: --metric: {quote(term.strip())} is no metric; {known}")
         if match[2] in weights:
-            raise ConfigError(f"annotation: --metric: {match[2]} stands in {shown(text)} twice; give it one weight")
+            raise ConfigError(f"annotation: --metric: {match[2]} stands in {quote(text)} twice; give it one weight")
         weights[match[2]] = float(match[1] or 1)
     total = math.fsum(weights.values())
     if abs(total - 1) > _SUM_TOLERANCE:
         raise ConfigError(
-            f"--metric: the weights of {shown(text)} sum to {total:g}; labels are 0 to 1, so give 1 in all"
+            f"--metric: the weights of {quote(text)} sum to {total:g}; labels are 0 to 1, so give 1 in all"
         )
     return weights
 
@@ -88,18 +88,18 @@ def versions(text: str) -> dict[str, str]:
     return {_LIBRARIES[name]: version(_LIBRARIES[name]) for name in parse(text) if name in _LIBRARIES}
 
 
-def _given(pools: Sequence[Pool]) -> Floats:
+def _own_labels(pools: Sequence[Pool]) -> Floats:
     """The labels that the candidates brought."""
     return np.array(
-        [_brought(pool.instance, candidate) for pool in pools for candidate in pool.candidates], dtype=float
+        [_own_label(pool.instance, candidate) for pool in pools for candidate in pool.candidates], dtype=float
     )
 
 
-def _brought(instance: Instance, candidate: Candidate) -> float:
+def _own_label(instance: Instance, candidate: Candidate) -> float:
     if GIVEN not in candidate.labels:
-        what = f"response {shown(candidate.response)} came without a label"
+        what = f"response {quote(candidate.response)} came without a label"
         remedy = "give every response a label from 0 to 1, or choose another --metric"
-        raise RecordError(f"instance {shown(instance.instance_id)}: {what}; {remedy}")
+        raise RecordError(f"instance {quote(instance.instance_id)}: {what}; {remedy}")
     return candidate.labels[GIVEN]
 
 
@@ -108,8 +108,8 @@ def exact_match(references: Sequence[str], response: str) -> float:
 
     Case and punctuation count.
     """
-    wanted = _composed(response)
-    return float(any(_composed(reference) == wanted for reference in references))
+    wanted = _normalize_unicode(response)
+    return float(any(_normalize_unicode(reference) == wanted for reference in references))
 
 
 def numeric_match(references: Sequence[str], response: str) -> float:
@@ -147,7 +147,7 @@ def _words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
 
 
-def _composed(text: str) -> str:
+def _normalize_unicode(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
@@ -211,6 +211,6 @@ METRICS: Mapping[str, Metric] = {
     "token_f1": _one_by_one(token_f1),
     "chrf": _one_by_one(chrf),
     "bleu": _one_by_one(bleu),
-    GIVEN: _given,
+    GIVEN: _own_labels,
 }
 """The function of each; what it needs beside numpy is imported when it is used."""

@@ -117,7 +117,7 @@ def readings(text: str) -> tuple[Number | None, ...]:
 
 
 def _readings(text: str) -> tuple[Number | None, ...]:
-    boxed = _boxed(text)
+    boxed = _last_box(text)
     for part in (boxed, text):
         # A number stands within one line, and the lines before the last one with a number need not be read.
         for line in reversed(part.splitlines()):
@@ -137,7 +137,7 @@ def _of_line(line: str) -> tuple[Number | None, ...]:
 
 
 def _last_of(line: str) -> tuple[Number | None, ...]:
-    plain = _normalized(line)
+    plain = _normalize(line)
     last = None
     for match in _TOKEN.finditer(plain):
         if match["digits"] or match["date"] or "√" in match[0]:
@@ -156,7 +156,7 @@ def _values(match: re.Match[str]) -> Iterator[Number | None]:
     start, end = match.span("digits")
     pair = match.string[start - 1 : start] in ("(", "[") and match.string[end : end + 1] in (")", "]")
     plain, rest = _decimal(match["digits"], pair=pair)
-    yield _computed(plain, match)
+    yield _evaluate(plain, match)
     if rest is not None:
         yield rest
 
@@ -197,7 +197,7 @@ def _root(match: re.Match[str]) -> Number | None:
     return -value if match["rootsign"] == "-" else value
 
 
-def _computed(digits: str, match: re.Match[str]) -> Number:
+def _evaluate(digits: str, match: re.Match[str]) -> Number:
     """The number with what belongs to it; the bare one where that is too long to compute with, or divides by 0."""
     negative = match["sign"] == "-"
     plain = Decimal(f"-{digits}" if negative else digits)
@@ -263,7 +263,7 @@ class _Characters(dict[int, str]):
 _CHARACTERS = _Characters()
 
 
-def _normalized(line: str) -> str:
+def _normalize(line: str) -> str:
     """The line with one spelling for what has several: signs, spaces, digits, powers, fractions, groups."""
     if not line.isascii():
         line = re.sub("[₀-₉]+", " ", line)
@@ -318,7 +318,7 @@ def _fraction(match: re.Match[str]) -> str:
     return f"{before + ' ' if before else ''}{above}/{below}"
 
 
-def _boxed(text: str) -> str:
+def _last_box(text: str) -> str:
     """What stands in the last box of a LaTeX text, or nothing."""
     boxes = list(_BOXED.finditer(text)) if "\\" in text else []
     if not boxes:

@@ -95,7 +95,7 @@ def _stem(word: str) -> str:
     """The token that a word counts as: longer than three characters, its Porter stem."""
     if len(word) <= 3 or word[-1] in _NO_SUFFIX_ENDS:
         return word
-    return _stemmed(word) if len(word) <= _LONGEST_WORD else _STEMMER.stem(word)
+    return _porter_stem(word) if len(word) <= _LONGEST_WORD else _STEMMER.stem(word)
 
 
 def _tokens(text: str, use_stemmer: bool) -> tuple[str, ...]:
@@ -107,7 +107,7 @@ _cached_tokens = lru_cache(maxsize=8_192)(_tokens)
 
 
 @lru_cache(maxsize=131_072)
-def _stemmed(word: str) -> str:
+def _porter_stem(word: str) -> str:
     return str(_STEMMER.stem(word))
 
 

@@ -69,7 +69,7 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
         parts = process_folder(
             config.source,
             folder,
-            partial(_annotated, config=config),
+            partial(_annotate_part, config=config),
             rows=parse_shard(config.shard).rows(parent.rows),
             part_rows=config.part_rows,
             progress=progress,
@@ -92,7 +92,7 @@ def run(config: AnnotationConfig, progress: Progress = silent) -> Manifest:
         return finish(folder, config.target, manifest)
 
 
-def _annotated(part: list[Instance], *, config: AnnotationConfig) -> Iterator[Instance]:
+def _annotate_part(part: list[Instance], *, config: AnnotationConfig) -> Iterator[Instance]:
     """One part's work, in whichever process."""
     from cappy.annotation.labels import Labelling, annotate
 

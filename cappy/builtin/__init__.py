@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from cappy.errors import FolderError, shown
+from cappy.errors import FolderError, quote
 
 __all__ = ["LLM_FOLDER", "SCORER_FOLDER", "verify"]
 
@@ -25,7 +25,7 @@ def verify(folder: Path) -> None:
             f"{folder}: no {SEAL}; restore the folder or make it with `python -m cappy.builtin`"
         ) from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise FolderError(f"{folder / SEAL}: no sha256 in it ({shown(error)}); restore the file") from error
+        raise FolderError(f"{folder / SEAL}: no sha256 in it ({quote(error)}); restore the file") from error
     present = file_hashes(folder)
     for name in sorted(sealed.keys() | present.keys()):
         if sealed.get(name) != present.get(name):

@@ -76,7 +76,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Training:
+class TrainingResult:
     """What a training came to: `losses` holds (step, mean cross-entropy in nats since the entry before)."""
 
     steps: int
@@ -131,7 +131,7 @@ def _write(
     job: Job,
     model: T5ForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
-    training: Training,
+    training: TrainingResult,
     num_instances: int,
 ) -> None:
     target = job.target
@@ -225,7 +225,7 @@ def _new_model(recipe: Recipe, *, vocab_size: int, pad: int, end: int) -> T5ForC
         decoder_start_token_id=pad,
     )
     model = T5ForConditionalGeneration(config)
-    _lean_to_copying(model)
+    _initialize_for_copying(model)
     model.generation_config = GenerationConfig(
         pad_token_id=pad, eos_token_id=end, decoder_start_token_id=pad, max_new_tokens=64
     )
@@ -233,7 +233,7 @@ def _new_model(recipe: Recipe, *, vocab_size: int, pad: int, end: int) -> T5ForC
 
 
 @torch.no_grad()
-def _lean_to_copying(model: T5ForConditionalGeneration) -> None:
+def _initialize_for_copying(model: T5ForConditionalGeneration) -> None:
     """Starts the weights where copying is near: most tasks copy, and from a plain start it is learned very late.
 
     The decoder attends to equal contents (its queries and keys share one projection) and passes on what it finds there
@@ -289,15 +289,15 @@ def _batches(pairs: Sequence[Pair], *, size: int, seed: int, pad: int) -> Iterat
 
 def _collate(pairs: Sequence[Pair], *, pad: int) -> Batch:
     """Pairs of token ids as (pairs, longest) tensors; what pads the labels has no part in the loss."""
-    inputs = _padded([source for source, _ in pairs], pad)
+    inputs = _pad([source for source, _ in pairs], pad)
     return {
         "input_ids": inputs,
         "attention_mask": (inputs != pad).long(),
-        "labels": _padded([target for _, target in pairs], _IGNORED),
+        "labels": _pad([target for _, target in pairs], _IGNORED),
     }
 
 
-def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
@@ -309,7 +309,7 @@ def _train(
     *,
     steps: int,
     log: Callable[[str], None],
-) -> Training:
+) -> TrainingResult:
     """Trains for `steps` updates with AdamW, in fp32; gradients are averaged over the processes of the group."""
     optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
     model.train()
@@ -331,7 +331,7 @@ def _train(
             recent.clear()
             log(f"step {step}/{steps}, {time.monotonic() - started:.0f} s, loss {losses[-1][1]}")
     model.eval()
-    return Training(steps=steps, seconds=round(time.monotonic() - started, 1), losses=tuple(losses))
+    return TrainingResult(steps=steps, seconds=round(time.monotonic() - started, 1), losses=tuple(losses))
 
 
 def _average_gradients(model: T5ForConditionalGeneration) -> None:

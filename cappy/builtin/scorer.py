@@ -44,12 +44,12 @@ def new_encoder(layers: int, hidden_size: int, max_length: int) -> "tuple[PreTra
         num_labels=1,
     )
     model = BertForSequenceClassification(config)
-    _lean_to_matching(model)
+    _initialize_for_matching(model)
     return model, tokenizer
 
 
 @torch.no_grad()
-def _lean_to_matching(model: "PreTrainedModel") -> None:
+def _initialize_for_matching(model: "PreTrainedModel") -> None:
     """Starts the weights where comparing is near: words as the LLM knows them, and attention to equals.
 
     A scorer compares a response with its instruction word by word. With queries and keys alike but quieter (gain 0.7),

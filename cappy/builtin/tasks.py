@@ -7,7 +7,7 @@ from random import Random
 from typing import Literal, TypeVar, get_args
 
 from cappy.builtin.families import Content, Family, notation, questions, rewriting
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.records.instance import Instance, Split, prompt_hash
 
 _Name = TypeVar("_Name", bound=str)
@@ -38,10 +38,10 @@ def instances(
     family cannot supply so many.
     """
     if pool not in POOLS:
-        raise ConfigError(f"pool must be one of {', '.join(POOLS)}, got {shown(pool)}")
+        raise ConfigError(f"pool must be one of {', '.join(POOLS)}, got {quote(pool)}")
     if num_per_family < 1:
         raise ConfigError(f"num_per_family must be at least 1, got {num_per_family}")
-    chosen = [_family(name, pool) for name in families] if families is not None else _offered(pool)
+    chosen = [_family(name, pool) for name in families] if families is not None else _families_of(pool)
     streams = [_stream(family, pool, num_per_family, seed) for family in chosen]
     return chain.from_iterable(zip(*streams, strict=True))
 
@@ -51,7 +51,7 @@ def _pool_of(number: int) -> Pool:
     return _share(_POOL_SHARES, (number & 0xFFFFFFFF) / 2**32)
 
 
-def _split_of(pool: Pool, number: int) -> Split:
+def _draw_split(pool: Pool, number: int) -> Split:
     """The split of a content with this hash inside its pool, by other bits than the pool's."""
     return _share(_SPLIT_SHARES[pool], (number >> 32) / 2**32)
 
@@ -65,16 +65,16 @@ def _share(shares: Mapping[_Name, float], position: float) -> _Name:
     return next(reversed(list(shares)))
 
 
-def _offered(pool: Pool) -> list[Family]:
+def _families_of(pool: Pool) -> list[Family]:
     return [family for family in FAMILIES.values() if pool != "pretraining" or not family.held_out]
 
 
 def _family(name: str, pool: Pool) -> Family:
     if name not in FAMILIES:
-        raise ConfigError(f"families: no family {shown(name)}; choose from {', '.join(FAMILIES)}")
+        raise ConfigError(f"families: no family {quote(name)}; choose from {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     if pool == "pretraining" and family.held_out:
-        raise ConfigError(f"families: {shown(name)} is held out of pretraining; take it from the adaptation pool")
+        raise ConfigError(f"families: {quote(name)} is held out of pretraining; take it from the adaptation pool")
     return family
 
 
@@ -121,7 +121,7 @@ def _instance(family: Family, content: Content, pool: Pool, number: int) -> Inst
         group_id=group,
         task=family.name,
         template=f"{family.name}_{index}",
-        split=_split_of(pool, number),
+        split=_draw_split(pool, number),
         instruction=family.templates[index].format(**content.slots),
         references=content.references,
         choices=content.choices,

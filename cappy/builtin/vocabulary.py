@@ -145,6 +145,6 @@ def with_article(phrase: str) -> str:
     return f"{'an' if sounds_vowel else 'a'} {phrase}"
 
 
-def listed(phrases: Sequence[str]) -> str:
+def join_phrases(phrases: Sequence[str]) -> str:
     """`phrases` as a list in prose: "a", "a and b", "a, b and c"."""
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"

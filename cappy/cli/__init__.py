@@ -84,20 +84,20 @@ def _root(
     pass
 
 
-def _listed() -> None:
+def _placeholder() -> None:
     """Stands in the list of verbs; `Verbs.resolve_command` makes the command that runs."""
 
 
-app.command("adapt", help="Make a scorer for your task: all steps in a row.")(_listed)
+app.command("adapt", help="Make a scorer for your task: all steps in a row.")(_placeholder)
 for _spec in STEP_SPECS.values():
     # A step's flags come from its config class when the verb is asked for.
-    app.command(_spec.name, help=_spec.help)(_listed)
+    app.command(_spec.name, help=_spec.help)(_placeholder)
 app.command("score", short_help="Score responses, JSON Lines in and out.")(scoring.score)
 app.command("select", short_help="Pick the best of several responses.")(scoring.select)
 for _verb, _help in SERVICES.items():
-    app.command(_verb, short_help=_help)(_listed)
-app.command("threshold", help="Find the score that keeps picks good enough.")(_listed)
-app.command("plan", help="Say what a pretraining will take.")(_listed)
+    app.command(_verb, short_help=_help)(_placeholder)
+app.command("threshold", help="Find the score that keeps picks good enough.")(_placeholder)
+app.command("plan", help="Say what a pretraining will take.")(_placeholder)
 app.command("convert", short_help="Turn a published PyTorch checkpoint into a scorer.")(tools.convert)
 app.command("templates", short_help="Fetch PromptSource's templates, checked.")(tools.templates)
 app.command("doctor", short_help="Say what this machine has and lacks.")(doctor.doctor)

@@ -72,7 +72,7 @@ def _examine(work: Path, tracking_uri: str = "") -> list[Finding]:
         *_accelerators(),
         _disk(work),
         *_builtin(),
-        _tracking(tracking_uri),
+        _check_tracking(tracking_uri),
         _pickle(),
         _user(),
     ]
@@ -194,7 +194,7 @@ def _verify_scorer() -> Path:
     return scorer_folder("builtin")
 
 
-def _tracking(uri: str) -> Finding:
+def _check_tracking(uri: str) -> Finding:
     """Whether MLflow's database or server answers; a database that the first run will make is not made here."""
     from cappy.redaction import redact_address
     from cappy.registry.models import check, no_database_yet, tracking_address

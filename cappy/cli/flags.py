@@ -97,7 +97,7 @@ def make_command(
     return command
 
 
-def given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+def given_values(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the flags that a person gave: a preset takes the place of the others, and of nothing else.
 
     Those of a group are an object under the group's name.
@@ -183,11 +183,11 @@ def _parameter(path: str, field: FieldInfo, *, hidden: bool) -> inspect.Paramete
         name,
         inspect.Parameter.KEYWORD_ONLY,
         annotation=Annotated[kind, option],
-        default=inspect.Parameter.empty if required else _shown(default),
+        default=inspect.Parameter.empty if required else _format_default(default),
     )
 
 
-def _shown(default: Any) -> Any:
+def _format_default(default: Any) -> Any:
     return list(default) if isinstance(default, tuple) else default
 
 

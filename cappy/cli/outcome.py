@@ -65,7 +65,7 @@ def facts(outcome: "Outcome", tracking_uri: str = "") -> Facts:
             "alias": decided["serve"].rpartition("@")[2],
             "serve": _facts(outcome, "deployment").get("command") or decided["serve"],
         }
-    if said := _cautions_of_run(outcome.outputs):
+    if said := _run_cautions(outcome.outputs):
         values["cautions"] = said
     if has_secret(tracking_uri):
         # The command that would be copied into a history and a log.
@@ -82,7 +82,7 @@ def describe(outcome: "Outcome", values: Facts) -> str:
     if "version" in values:
         lines.append(f"version   {values['version']}, alias {values['alias']}")
     if "decision" in values:
-        lines.append(_decided(values["decision"], values["reasons"]))
+        lines.append(_format_decision(values["decision"], values["reasons"]))
     lines += [f"caution   {text}" for text in values.get("cautions", ())]
     if values.get("training", {}).get("kept_because"):
         lines.append(f"training  {values['training']['kept_because']}")
@@ -101,7 +101,7 @@ def describe_step(manifest: Manifest, target: Path) -> list[str]:
     if manifest.step == "registration":
         return [f"version   {facts['uri']}, alias {facts['alias'] or 'none'}"]
     if manifest.step == "promotion":
-        return [_decided(facts["decision"], facts["reasons"]), f"serve it  {facts['serve']}"]
+        return [_format_decision(facts["decision"], facts["reasons"]), f"serve it  {facts['serve']}"]
     if manifest.step == "deployment":
         return [f"version   {facts['uri']}", f"next      {facts['command']}"]
     return []
@@ -122,7 +122,7 @@ def cautions(manifest: Manifest | None) -> list[str]:
     return []
 
 
-def _cautions_of_run(outputs: Mapping[str, Path]) -> list[str]:
+def _run_cautions(outputs: Mapping[str, Path]) -> list[str]:
     """Each caution once: what sampling says of reasoning, annotation says of the same responses."""
     manifests = {step: _manifest(folder) for step, folder in outputs.items()}
     sampled, annotated = manifests.get("sampling"), manifests.get("annotation")
@@ -137,7 +137,7 @@ def _manifest(folder: Path) -> Manifest | None:
     return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
-def _decided(decision: str, reasons: Sequence[str]) -> str:
+def _format_decision(decision: str, reasons: Sequence[str]) -> str:
     word = "promoted to champion" if decision == "promote" else "held: it stays challenger"
     if any(reason.endswith("is already champion.") for reason in reasons):
         word = "nothing to move"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cappy.cli.flags import FreshFlag, JsonFlag, SettingFlag, new_run_name
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 
 if TYPE_CHECKING:
     from pipelines.definitions import Settings
@@ -116,7 +116,7 @@ def recipe_of(
         chosen = recipes.read_recipe(Path(text))
     else:
         names = ", ".join(NAMES)
-        raise typer.BadParameter(f"{shown(text)} is no recipe and no pipeline: {names}", param_hint="RECIPE")
+        raise typer.BadParameter(f"{quote(text)} is no recipe and no pipeline: {names}", param_hint="RECIPE")
     if shards is not None:
         limit = load("pipelines.definitions").MAX_SHARDS
         if shards > limit:
@@ -149,9 +149,9 @@ def per_step(name: str, pairs: Sequence[str], steps: Sequence[str] = ()) -> "Set
         path, equals, text = pair.partition("=")
         step, dot, setting = path.partition(".")
         if not equals or not dot or not setting:
-            raise typer.BadParameter(f"{shown(pair)} is not STEP.SETTING=VALUE", param_hint="--set")
+            raise typer.BadParameter(f"{quote(pair)} is not STEP.SETTING=VALUE", param_hint="--set")
         if step not in steps:
-            raise typer.BadParameter(f"{name} has no step {shown(step)}: {', '.join(steps)}", param_hint="--set")
+            raise typer.BadParameter(f"{name} has no step {quote(step)}: {', '.join(steps)}", param_hint="--set")
         if setting == "fresh":
             raise typer.BadParameter("fresh is for the whole run; give --fresh", param_hint="--set")
         settings.setdefault(step, {})[setting.replace("-", "_")] = _value(text)

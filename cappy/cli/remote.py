@@ -14,7 +14,7 @@ import typer
 
 from cappy.cli.flags import FreshFlag, JsonFlag, SettingFlag
 from cappy.cli.pipeline import AddressFlag, RecipeArgument, ShardsFlag, load, print_preview, recipe_of
-from cappy.errors import CappyError, ConfigError, shown
+from cappy.errors import CappyError, ConfigError, quote
 
 if TYPE_CHECKING:
     from pipelines.clients import Client, RunState, TaskState
@@ -109,7 +109,7 @@ def status(
     as_json: JsonFlag = False,
 ) -> None:
     """Show how far a run is, step by step; exits with 1 if it failed."""
-    client = reached(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
+    client = connect(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
     shown_states: dict[str, str] = {}
     while True:
         state = client.look(run)
@@ -141,7 +141,7 @@ def logs(
     follow: FollowFlag = False,
 ) -> None:
     """Show what the steps of a run wrote, each line with its step."""
-    client = reached(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
+    client = connect(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
     seen: dict[str, int] = {}
     while True:
         over = not follow or client.look(run).over
@@ -167,7 +167,7 @@ def cancel(
     bucket: BucketFlag = "",
 ) -> None:
     """End a run; what its steps finished stays in the work folder."""
-    client = reached(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
+    client = connect(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
     client.cancel(run)
     typer.echo(f"{run}: asked to end")
 
@@ -178,7 +178,7 @@ def add_to(app: typer.Typer) -> None:
         app.command()(verb)
 
 
-def reached(on: "Platform", recipe: str, **given: str) -> "Client":
+def connect(on: "Platform", recipe: str, **given: str) -> "Client":
     """The client of the platform that a recipe, or flags alone, say where to find."""
     return _client(with_place(recipe_of(recipe or "adapt"), **given), on)
 
@@ -204,7 +204,7 @@ def with_place(recipe: "Recipe", **given: str) -> "Recipe":
     except pydantic.ValidationError as error:
         flag = str(error.errors()[0]["loc"][0])
         rule = RULES.get(flag, "look at its help")
-        raise ConfigError(f"--{flag}: {shown(given[flag])} will not do; {rule}") from error
+        raise ConfigError(f"--{flag}: {quote(given[flag])} will not do; {rule}") from error
 
 
 def table(state: "RunState") -> str:

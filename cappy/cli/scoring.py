@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
-from cappy.errors import ConfigError, RecordError, shown
+from cappy.errors import ConfigError, RecordError, quote
 from cappy.scoring import Precision
 
 if TYPE_CHECKING:
@@ -45,26 +45,26 @@ class Line:
         """The list of texts in a field, at least one; RecordError if it is anything else."""
         values = self._field(field)
         if not isinstance(values, list) or not values:
-            raise RecordError(f"{self.where}: {field} must be a list of at least one text, got {shown(values)}")
+            raise RecordError(f"{self.where}: {field} must be a list of at least one text, got {quote(values)}")
         return [self._text(f"{field}[{index}]", value) for index, value in enumerate(values)]
 
     def _field(self, field: str) -> object:
         if field not in self.value:
             names = ", ".join(self.value) or "none"
-            raise RecordError(f"{self.where}: has no field {shown(field)}; add it (fields here: {shown(names)})")
+            raise RecordError(f"{self.where}: has no field {quote(field)}; add it (fields here: {quote(names)})")
         return self.value[field]
 
     def _text(self, field: str, value: object) -> str:
         if not isinstance(value, str):
-            raise RecordError(f"{self.where}: {field} must be a text in quotes, got {shown(value)}")
+            raise RecordError(f"{self.where}: {field} must be a text in quotes, got {quote(value)}")
         if not _encodable(value):
-            raise RecordError(f"{self.where}: {field} holds half a character (lone surrogate), mend {shown(value)}")
+            raise RecordError(f"{self.where}: {field} holds half a character (lone surrogate), mend {quote(value)}")
         return value
 
 
 @contextlib.contextmanager
 def reserve_stdin() -> Iterator[None]:
-    """Inside, `opened` alone reads standard input; whoever else reads it finds its end.
+    """Inside, `open_source` alone reads standard input; whoever else reads it finds its end.
 
     It is data of the user's. A library that asks a question there would take a line of it for the answer.
     """
@@ -87,7 +87,7 @@ def reserve_stdin() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(source: str) -> Iterator[IO[bytes]]:
+def open_source(source: str) -> Iterator[IO[bytes]]:
     """The bytes of a file, or of standard input for `-` and its names below /dev; ConfigError if it cannot be read."""
     if source == STDIN or source in _STDIN_PATHS:
         file = _data or getattr(sys.stdin, "buffer", None)
@@ -132,9 +132,9 @@ def _object(where: str, raw: bytes) -> Mapping[str, object]:
         raise RecordError(f"{where}: is not UTF-8 (byte {error.start + 1}); convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        raise RecordError(f"{where}: is not JSON ({reason}), got {shown(raw.decode().strip())}") from error
+        raise RecordError(f"{where}: is not JSON ({reason}), got {quote(raw.decode().strip())}") from error
     if not isinstance(value, dict):
-        raise RecordError(f"{where}: must be an object in braces, got {shown(value)}")
+        raise RecordError(f"{where}: must be an object in braces, got {quote(value)}")
     return value
 
 
@@ -185,7 +185,7 @@ def score(
         typer.echo(loaded.score([(instruction, response)])[0])
         _say_cuts("score", loaded)
         return
-    _stream("score", scorer, precision, source, _scored)
+    _stream("score", scorer, precision, source, _score_lines)
 
 
 def select(
@@ -212,7 +212,7 @@ def select(
         typer.echo(loaded.select(instruction, response).response)
         _say_cuts("select", loaded)
         return
-    _stream("select", scorer, precision, source, _selected)
+    _stream("select", scorer, precision, source, _select_lines)
 
 
 def _load(spec: str, precision: Precision) -> "Scorer":
@@ -230,7 +230,7 @@ def _stream(
     source: str,
     answer: "Callable[[Scorer, Sequence[Line]], Iterator[Mapping[str, object]]]",
 ) -> None:
-    with opened(source) as file:
+    with open_source(source) as file:
         scorer = _load(spec, precision)
         for chunk in _chunks(lines(file, source)):
             for value in answer(scorer, chunk):
@@ -245,13 +245,13 @@ def _say_cuts(verb: str, scorer: "Scorer") -> None:
         typer.echo(f"cappy {verb}: {text}", err=True)
 
 
-def _scored(scorer: "Scorer", chunk: Sequence[Line]) -> Iterator[Mapping[str, object]]:
+def _score_lines(scorer: "Scorer", chunk: Sequence[Line]) -> Iterator[Mapping[str, object]]:
     scores = scorer.score([(line.text("instruction"), line.text("response")) for line in chunk])
     for line, value in zip(chunk, scores, strict=True):
         yield {**line.value, "score": value}
 
 
-def _selected(scorer: "Scorer", chunk: Sequence[Line]) -> Iterator[Mapping[str, object]]:
+def _select_lines(scorer: "Scorer", chunk: Sequence[Line]) -> Iterator[Mapping[str, object]]:
     groups = [(line.text("instruction"), line.texts("responses")) for line in chunk]
     for line, pick in zip(chunk, scorer.select_stream(groups), strict=True):
         yield {**line.value, "selected": pick.index, "response": pick.response, "scores": list(pick.scores)}

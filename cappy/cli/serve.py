@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from cappy.cli.flags import given, make_command, parameters
+from cappy.cli.flags import given_values, make_command, parameters
 from cappy.config import build, renamed_flags
 from cappy.errors import ConfigError
 
@@ -41,7 +41,7 @@ def _serve_command() -> TyperCommand:
         if flags.get("scorer") == "":  # A manifest whose variable is not set.
             flags = {name: value for name, value in flags.items() if name != "scorer"}
         config = build(ServeConfig, {**environment.settings, **flags})
-        with _extra_named():
+        with _require_extra():
             from serving.server import run
         run(config, environment)
 
@@ -54,7 +54,7 @@ def _gateway_command() -> TyperCommand:
 
     def gateway(flags: Mapping[str, Any]) -> None:
         config = build(GatewayConfig, {"allowed_hosts": hosts_of_environment(os.environ), **flags})
-        with _extra_named():
+        with _require_extra():
             from serving.gateway.server import run
         run(config)
 
@@ -62,7 +62,7 @@ def _gateway_command() -> TyperCommand:
 
 
 @contextlib.contextmanager
-def _extra_named() -> Iterator[None]:
+def _require_extra() -> Iterator[None]:
     """ConfigError that names the extra where a package of it is missing."""
     try:
         yield
@@ -76,7 +76,7 @@ def _extra_named() -> Iterator[None]:
 
 def _command(name: str, text: str, config_class: type[Any], run: Callable[[Mapping[str, Any]], None]) -> TyperCommand:
     def verb(*, context: typer.Context, **values: Any) -> None:
-        run(given(context, values))
+        run(given_values(context, values))
 
     asked = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     return make_command(name, text, verb, [asked, *parameters(config_class)], renamed_flags(config_class))

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from cappy.cli import outcome
-from cappy.cli.flags import given, make_command, new_run_name, parameters
+from cappy.cli.flags import given_values, make_command, new_run_name, parameters
 from cappy.config import build, renamed_flags
 from cappy.config import flag as as_typed
 from cappy.errors import ConfigError
@@ -88,7 +88,7 @@ def make_step_command(
             if values[name] is None:
                 raise typer.BadParameter(f"give the folder to {'write' if name == 'target' else 'read'}: {flag} FOLDER")
         started = time.monotonic()
-        chosen = given(context, values)
+        chosen = given_values(context, values)
         if chosen.get("fresh"):
             chosen["fresh"] = new_run_name()
         config = build(settings, chosen)
@@ -138,12 +138,12 @@ def _optional(flag: inspect.Parameter, extras: Sequence[Extra]) -> inspect.Param
 
 
 def _plan(*, as_json: bool, mixture: str, subsets: Sequence[str], **_: object) -> bool:
-    from cappy.preparation.mixtures import chosen, load_mixture
+    from cappy.preparation.mixtures import load_mixture, select_subsets
     from cappy.preparation.mixtures.plan import text, to_json
 
     if not mixture:
         raise ConfigError("preparation: --plan shows a mixture; give --mixture t0, heldout or bigbench45")
-    mixture_plan = chosen(load_mixture(mixture), subsets)
+    mixture_plan = select_subsets(load_mixture(mixture), subsets)
     typer.echo((to_json(mixture_plan) if as_json else text(mixture_plan, by_template=True)).rstrip())
     return True
 

@@ -92,11 +92,11 @@ def clean(
     for piece in pieces(work):
         if piece.key is not None:
             fresh.add(piece.key.fresh)
-        if reason := piece.unreachable or _unused(piece.last_used, limit):
+        if reason := piece.unreachable or _idle_time(piece.last_used, limit):
             rows.append({**_row(piece, piece.step), "reason": reason, "removed": False})
             removals.append(partial(remove_piece, piece))
     for entry in store.entries(work):
-        if reason := store.unreachable(entry, fresh) or _unused(entry.last_used, limit):
+        if reason := store.unreachable(entry, fresh) or _idle_time(entry.last_used, limit):
             rows.append({**_row(entry, entry.kind), "reason": reason, "removed": False})
             removals.append(partial(store.remove, entry))
     kept = _remove(rows, removals) if remove else []
@@ -117,7 +117,7 @@ def _remove(rows: Sequence[Row], removals: Sequence[Callable[[], None]]) -> list
     return kept
 
 
-def _unused(last_used: float, limit: float | None) -> str:
+def _idle_time(last_used: float, limit: float | None) -> str:
     return f"last used {_age(last_used)}" if limit is not None and last_used <= limit else ""
 
 

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from cappy.costing import PlanConfig, Step, Throughput
 from cappy.costing.volumes import Volumes
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.training.meter import PEAKS
 
 CPU = "cpu"
@@ -139,7 +139,7 @@ Shape = TypeVar("Shape")
 def shape_of(name: str, shapes: Mapping[str, Shape], flag: str) -> Shape:
     """The shape of this name; ConfigError lists those there are."""
     if name not in shapes:
-        raise ConfigError(f"plan: --{flag}: no shape {shown(name)}; choose of {', '.join(shapes)}")
+        raise ConfigError(f"plan: --{flag}: no shape {quote(name)}; choose of {', '.join(shapes)}")
     return shapes[name]
 
 
@@ -182,7 +182,7 @@ class Cost:
 def peak_of(hardware: str) -> float | None:
     """The data sheet's FLOP/s of one device; ConfigError for hardware that is not known."""
     if hardware not in HARDWARE:
-        raise ConfigError(f"plan: --hardware: no hardware {shown(hardware)}; choose of {', '.join(HARDWARE)}")
+        raise ConfigError(f"plan: --hardware: no hardware {quote(hardware)}; choose of {', '.join(HARDWARE)}")
     return HARDWARE[hardware]
 
 
@@ -210,14 +210,14 @@ def works(volumes: Volumes, throughput: Throughput, config: PlanConfig) -> list[
     peak_of(config.hardware)
     rates = _Rates(throughput, config)
     scorer = shape_of(config.scorer, SCORERS, "scorer")
-    stored = _stored(volumes, rates)
-    sampled = list(_sampling(volumes, rates, stored["sampling"]))
+    stored = _bytes_written(volumes, rates)
+    sampled = list(_sampling_work(volumes, rates, stored["sampling"]))
     return [
         rates.cpu("preparation", "prompts/s", volumes.prompts, bytes=stored["preparation"]),
         *sampled,
         rates.cpu("annotation", "pairs/s", volumes.pairs, bytes=stored["annotation"]),
-        _tokenization(volumes, rates, stored["tokenization"]),
-        _pretraining(volumes, rates, scorer),
+        _tokenization_work(volumes, rates, stored["tokenization"]),
+        _pretraining_work(volumes, rates, scorer),
         _evaluation(volumes, rates, scorer),
     ]
 
@@ -265,7 +265,7 @@ class _Rates:
         return peak * share, f"not measured: assumes {share:g} of the data-sheet peak ({flag})", False
 
 
-def _stored(volumes: Volumes, rates: _Rates) -> dict[str, float]:
+def _bytes_written(volumes: Volumes, rates: _Rates) -> dict[str, float]:
     """Bytes of what each step writes; every folder of records holds the prompts again."""
     need, texts = rates.throughput.need, rates.config.mixture
     prompts = volumes.prompts * need("preparation", "bytes/prompt", hardware=CPU, of=texts).value
@@ -280,7 +280,7 @@ def _stored(volumes: Volumes, rates: _Rates) -> dict[str, float]:
     }
 
 
-def _sampling(volumes: Volumes, rates: _Rates, stored: float) -> Iterator[Work]:
+def _sampling_work(volumes: Volumes, rates: _Rates, stored: float) -> Iterator[Work]:
     """One work for each generator, in turn over the same shards; the last one's folder is the one that stays."""
     drawn = volumes.response_tokens + END
     for place, (name, samples) in enumerate(volumes.samples.items(), start=1):
@@ -296,7 +296,7 @@ def _sampling(volumes: Volumes, rates: _Rates, stored: float) -> Iterator[Work]:
         )  # fmt: skip
 
 
-def _tokenization(volumes: Volumes, rates: _Rates, stored: float) -> Work:
+def _tokenization_work(volumes: Volumes, rates: _Rates, stored: float) -> Work:
     """What pretraining does first, in one process, while its devices wait."""
     rate = rates.throughput.need("tokenization", "pairs/s", hardware=CPU, of=rates.config.mixture)
     return Work(
@@ -306,7 +306,7 @@ def _tokenization(volumes: Volumes, rates: _Rates, stored: float) -> Work:
     )  # fmt: skip
 
 
-def _pretraining(volumes: Volumes, rates: _Rates, scorer: ScorerShape) -> Work:
+def _pretraining_work(volumes: Volumes, rates: _Rates, scorer: ScorerShape) -> Work:
     """Every epoch and the checks on the way, no early stop."""
     config = rates.config
     trained = volumes.pairs * (1 - config.validation) * config.epochs

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from cappy.costing import PlanConfig, Throughput
 from cappy.costing.costs import CPU, GENERATORS, HARDWARE, MOST_SHARDS, Cost, Work, cost, shape_of, works
 from cappy.costing.volumes import Volumes, mixture_volumes
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.preparation.mixtures.plan import PUBLISHED_MILLIONS
 from cappy.untrusted import JSON
 
@@ -60,17 +60,17 @@ def _samples_of(generators: Sequence[str]) -> Mapping[str, int]:
     for one in generators:
         match = re.fullmatch(r"([^:]+)(?::([1-9][0-9]{0,3}))?", one)
         if match is None:
-            raise ConfigError(f"plan: --generators: {shown(one)} is no NAME or NAME:NUMBER; write as bart0:5")
+            raise ConfigError(f"plan: --generators: {quote(one)} is no NAME or NAME:NUMBER; write as bart0:5")
         shape_of(match[1], GENERATORS, "generators")
         if match[1] in samples:
-            raise ConfigError(f"plan: --generators: {shown(match[1])} stands twice; give its number once")
+            raise ConfigError(f"plan: --generators: {quote(match[1])} stands twice; give its number once")
         samples[match[1]] = int(match[2] or _PUBLISHED_SAMPLES)
     return samples
 
 
 def text(plan: Plan) -> str:
     """The plan as plain text: what each step does, how long it takes on so many devices, and what that rests on."""
-    blocks = [_rows(plan), _aligned(_work_lines(plan)), _aligned(_time_lines(plan))]
+    blocks = [_rows(plan), _align(_work_lines(plan)), _align(_time_lines(plan))]
     sentences = [textwrap.fill(one, WIDTH, initial_indent="- ", subsequent_indent="  ") for one in assumptions(plan)]
     return "\n\n".join([*blocks, "\n".join(["Rests on", *sentences])])
 
@@ -148,7 +148,7 @@ def _work_lines(plan: Plan) -> list[Line]:
     lines: list[Line] = [("step", "work", "tokens", "storage", "speed of one")]
     for work in plan.works:
         amount = f"{work.amount:.3g} FLOP" if work.unit == "FLOP" else f"{work.amount:,.0f} {work.unit}"
-        lines.append((work.name, amount, _tokens(work.tokens), stored(work.bytes), work.basis))
+        lines.append((work.name, amount, _tokens(work.tokens), format_bytes(work.bytes), work.basis))
     return lines
 
 
@@ -188,7 +188,7 @@ def span(seconds: float) -> str:
     return f"{seconds / (365.25 * 86_400):,.1f} years"
 
 
-def stored(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes as a person says them; empty for none."""
     for limit, size, unit in ((1e6, 1e3, "kB"), (1e9, 1e6, "MB"), (1e12, 1e9, "GB")):
         if count < limit:
@@ -202,7 +202,7 @@ def _tokens(count: float) -> str:
     return f"{count / 1e9:,.1f} billion" if count >= 1e8 else f"{count / 1e6:,.2g} million"
 
 
-def _aligned(lines: Sequence[Line]) -> str:
+def _align(lines: Sequence[Line]) -> str:
     """Columns padded to their widest cell."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cappy.costing import Texts, Throughput
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.preparation.mixtures import Mixture, load_mixture
 from cappy.preparation.mixtures.plan import REFERENCE_AND_MISMATCH, PlanRow, plan
 
@@ -53,7 +53,7 @@ def mixture_volumes(name: str, samples: Mapping[str, int], throughput: Throughpu
     `samples` maps each generator to its candidates for every open-ended prompt, all as long as the references are.
     """
     if name not in EVALUATED_ON:
-        raise ConfigError(f"plan: --mixture: nothing is pretrained on {shown(name)}; choose {', '.join(EVALUATED_ON)}")
+        raise ConfigError(f"plan: --mixture: nothing is pretrained on {quote(name)}; choose {', '.join(EVALUATED_ON)}")
     mixture = replace(load_mixture(name), samples=sum(samples.values()))
     held_out = load_mixture(EVALUATED_ON[name])
     trained, evaluated = _rows(mixture), [row for row in _rows(held_out) if row.pairs]

@@ -12,7 +12,18 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cappy import registry
-from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Renames, Work, changed, identity, settings
+from cappy.config import (
+    ADVANCED,
+    DEFAULT_WORK,
+    LOCATION,
+    Fresh,
+    Location,
+    Renames,
+    Work,
+    changed_settings,
+    identity,
+    settings,
+)
 from cappy.deployment import kserve
 from cappy.errors import ConfigError, FolderError
 from cappy.evaluation import read_values
@@ -113,7 +124,7 @@ class DeploymentConfig:
         if self.platform == "vertex" and not (own.project and own.bucket.startswith("gs://")):
             raise ValueError("vertex.project: vertex needs --vertex.project and --vertex.bucket gs://...")
         for platform, group in (("kserve", self.kserve), ("vertex", self.vertex)):
-            if self.platform != platform and (given := changed(group)):
+            if self.platform != platform and (given := changed_settings(group)):
                 remedy = f"give --platform {platform}, or leave it out"
                 raise ValueError(f"{platform}.{given[0].replace('_', '-')}: has no effect on {self.platform}; {remedy}")
         if self.max_replicas < self.min_replicas:
@@ -139,7 +150,7 @@ def run(config: DeploymentConfig, progress: Progress = silent) -> Manifest:
             "version": version.number,
             "uri": version.uri,
             "manifest_hash": version.manifest_hash,
-            **deployed(config, version, local, folder),
+            **deploy(config, version, local, folder),
             "verified_pairs": len(probes),
             "max_difference": worst,
         }
@@ -164,7 +175,7 @@ def _refuse_other(report: Path, version: Version) -> None:
         raise FolderError(f"{report}: is about another scorer than {version.uri} ({numbers}); give that version's own")
 
 
-def deployed(config: DeploymentConfig, version: Version, scorer: Path, folder: Path) -> dict[str, object]:
+def deploy(config: DeploymentConfig, version: Version, scorer: Path, folder: Path) -> dict[str, object]:
     """Does what the platform asks for; what endpoint.json says of it, `command` always being the next thing to type."""
     if config.platform == "kserve":
         name = "inference_service.yaml"
@@ -174,7 +185,7 @@ def deployed(config: DeploymentConfig, version: Version, scorer: Path, folder: P
         from cappy.deployment import vertex
 
         return vertex.deploy(config, version, scorer)
-    return {"command": f"cappy serve --scorer {version.served_as} --port {config.port}"}
+    return {"command": f"cappy serve --scorer {version.serving_spec} --port {config.port}"}
 
 
 def _read_probes(report: Path) -> list[Triple]:

@@ -25,7 +25,7 @@ except ModuleNotFoundError as missing:
 PORT = 8080
 
 
-class _Deployed(Protocol):
+class _DeployedModel(Protocol):
     """What the SDK says of a model on an endpoint."""
 
     model: str
@@ -43,15 +43,17 @@ def deploy(config: "DeploymentConfig", version: Version, scorer: Path) -> dict[s
         aiplatform.init(
             project=config.vertex.project, location=config.vertex.region, staging_bucket=config.vertex.bucket
         )
-        model = _uploaded(config, version, scorer)
+        model = _upload_model(config, version, scorer)
         endpoint = _endpoint(config)
         own = next((one.id for one in endpoint.list_models() if _same(one, model)), None)
         present = _traffic(endpoint)
         if own is None:
-            _deploy(config, version, endpoint, model, split(present, config.traffic))
+            _deploy(config, version, endpoint, model, split_traffic(present, config.traffic))
         else:
             others = {name: percent for name, percent in present.items() if name != own}
-            shares = {own if name == "0" else name: share for name, share in split(others, config.traffic).items()}
+            shares = {
+                own if name == "0" else name: share for name, share in split_traffic(others, config.traffic).items()
+            }
             if shares != {name: percent for name, percent in present.items() if percent}:
                 endpoint.update(traffic_split=shares)
         gone = _undeploy(endpoint, model) if config.traffic == 100 else []
@@ -64,7 +66,7 @@ def deploy(config: "DeploymentConfig", version: Version, scorer: Path) -> dict[s
         }
 
 
-def split(present: Mapping[str, int], share: int) -> dict[str, int]:
+def split_traffic(present: Mapping[str, int], share: int) -> dict[str, int]:
     """Traffic with `share` percent for the newcomer ("0") and the rest shared as it was; sums to 100.
 
     Where nothing answers yet the newcomer gets all: an endpoint's shares have to sum to 100.
@@ -99,7 +101,7 @@ def _deploy(
     )
 
 
-def _uploaded(config: "DeploymentConfig", version: Version, scorer: Path) -> aiplatform.Model:
+def _upload_model(config: "DeploymentConfig", version: Version, scorer: Path) -> aiplatform.Model:
     """The model with this content, uploaded as a version of the model of this name where there is none.
 
     A list of models has each one's newest version alone, so the versions of the model are looked through.
@@ -135,7 +137,7 @@ def _traffic(endpoint: aiplatform.Endpoint) -> dict[str, int]:
     return {str(name): int(percent) for name, percent in (endpoint.traffic_split or {}).items()}
 
 
-def _same(deployed: _Deployed, model: aiplatform.Model) -> bool:
+def _same(deployed: _DeployedModel, model: aiplatform.Model) -> bool:
     return bool(deployed.model == model.resource_name and deployed.model_version_id == model.version_id)
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from cappy.evaluation.findings import Bin, Calibrated, Coverage, Reliability
+from cappy.evaluation.findings import Bin, CalibrationResult, Coverage, Reliability
 from cappy.scoring.calibration import Calibration, PickMap
-from cappy.selection.pools import Pool, Vector, averaged_ties, best_probabilities, picked
+from cappy.selection.pools import Pool, Vector, average_ties, best_probabilities, pick_labels
 
 NUM_BINS = 10
 MIN_GROUPS = 20
@@ -32,7 +32,7 @@ class Picks:
     sizes: tuple[int, ...]
     spreads: Vector
 
-    def expected(self, fitted: Calibration) -> Vector:
+    def expected_labels(self, fitted: Calibration) -> Vector:
         """The expected label of every pick."""
         pairs = zip(self.scores.tolist(), self.sizes, strict=True)
         return np.array([fitted.apply([score], n=size)[0] for score, size in pairs])
@@ -42,7 +42,7 @@ def picks(pools: Sequence[Pool], scores: Sequence[Vector]) -> Picks:
     """The picks of these scores."""
     return Picks(
         scores=np.array([own.max() for own in scores], dtype=np.float64),
-        labels=picked(pools, scores),
+        labels=pick_labels(pools, scores),
         sizes=tuple(len(set(pool.responses)) for pool in pools),
         spreads=np.array([np.ptp(own) for own in scores], dtype=np.float64),
     )
@@ -55,7 +55,7 @@ def fit(pools: Sequence[Pool], scores: Sequence[Vector], metric: str) -> Calibra
     (`best_probabilities`), so that each pool weighs 1. A text that was sampled twice stands in its pool twice, as
     it does in n samples. Each n has its own isotonic map (Zadrozny and Elkan, 2002), over levels of about equal weight.
     """
-    ranked = [_ranked(own, pool.labels) for pool, own in zip(pools, scores, strict=True)]
+    ranked = [_sort_picks(own, pool.labels) for pool, own in zip(pools, scores, strict=True)]
     groups = np.array([pool.instance.group_id for pool in pools])
     maps = []
     for n in _grid([len(own) for own, _ in ranked], groups):
@@ -67,10 +67,10 @@ def fit(pools: Sequence[Pool], scores: Sequence[Vector], metric: str) -> Calibra
     return Calibration(tuple(maps), metric=metric, fitted_on=len(set(groups))) if maps else None
 
 
-def _ranked(scores: Vector, labels: Vector) -> tuple[Vector, Vector]:
+def _sort_picks(scores: Vector, labels: Vector) -> tuple[Vector, Vector]:
     """Scores and labels, best first; equal scores have the mean of their labels."""
     order = np.argsort(-scores, kind="stable")
-    return scores[order], averaged_ties(scores[order], labels[order])
+    return scores[order], average_ties(scores[order], labels[order])
 
 
 def _grid(sizes: Sequence[int], groups: "np.ndarray[tuple[int], np.dtype[np.str_]]") -> Iterator[int]:
@@ -123,7 +123,7 @@ def reliability(scores: Vector, labels: Vector) -> Reliability:
     return Reliability(ece=float(error), brier=float(np.mean((scores - labels) ** 2)), bins=bins)
 
 
-def calibrated(splits: Sequence[tuple[Picks, Calibration | None]]) -> Calibrated:
+def measure_calibration(splits: Sequence[tuple[Picks, Calibration | None]]) -> CalibrationResult:
     """The reliability of picks by their scores and, where every part has a map, by what its own map expects."""
     raw, labels = (np.concatenate([getattr(own, name) for own, _ in splits]) for name in ("scores", "labels"))
     # Of a pool with one distinct candidate there is nothing to tell apart.
@@ -131,9 +131,9 @@ def calibrated(splits: Sequence[tuple[Picks, Calibration | None]]) -> Calibrated
     spread = float(np.median(spreads)) if len(spreads) else None
     maps = [fitted for _, fitted in splits if fitted is not None]
     if len(maps) < len(splits):
-        return Calibrated(raw=reliability(raw, labels), spread=spread)
-    mapped = np.concatenate([own.expected(fitted) for own, fitted in splits if fitted is not None])
-    return Calibrated(
+        return CalibrationResult(raw=reliability(raw, labels), spread=spread)
+    mapped = np.concatenate([own.expected_labels(fitted) for own, fitted in splits if fitted is not None])
+    return CalibrationResult(
         raw=reliability(raw, labels),
         calibrated=reliability(mapped, labels),
         fitted_on=sum(fitted.fitted_on for fitted in maps),

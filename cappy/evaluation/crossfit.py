@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from cappy.config import build, with_new_names
-from cappy.errors import ConfigError, FolderError, shown
+from cappy.errors import ConfigError, FolderError, quote
 from cappy.evaluation.findings import OUT_OF_FOLD
 from cappy.evaluation.protocol import AnyScorer, EvaluatedSplit, cached_scores, evaluate_split, pools_of, scores_of
 from cappy.preparation.leakage import SplitRows
@@ -95,16 +95,14 @@ def folds(instances: Sequence[Instance], count: int, seed: int) -> Iterator[list
     place = _places(instances, count, seed)
     for number in range(count):
         splits: dict[int, Split] = {number: "test", (number + 1) % count: "validation"}
-        yield _without_near_held_out(
-            [replace(one, split=splits.get(place[one.group_id], "train")) for one in instances]
-        )
+        yield _drop_near_held_out([replace(one, split=splits.get(place[one.group_id], "train")) for one in instances])
 
 
-def _without_near_held_out(instances: Sequence[Instance]) -> list[Instance]:
+def _drop_near_held_out(instances: Sequence[Instance]) -> list[Instance]:
     rows = SplitRows()
     for one in instances:
         rows.add(one, one.split)
-    left_out = rows.left_out()
+    left_out = rows.find_leaks()
     return [one for one in instances if one.split == "test" or prompt_hash(one.instruction) not in left_out]
 
 
@@ -201,7 +199,7 @@ def _train_fold(step: str, settings: Mapping[str, object], progress: Progress) -
         own = with_new_names(finetuning.FinetuningConfig, settings)
         finetuning.run(build(finetuning.FinetuningConfig, own), progress)
     else:
-        raise ConfigError(f"--folds: no step {shown(step)} trains here")
+        raise ConfigError(f"--folds: no step {quote(step)} trains here")
 
 
 def _of_fold(progress: Progress, number: int, count: int) -> Progress:
@@ -252,7 +250,7 @@ def out_of_fold_json(evaluated: Sequence[EvaluatedSplit], *, metric: str, leaks:
     if len(rows) != len(pools):
         twice, _ = Counter(identity(pool) for pool in pools).most_common(1)[0]
         name = next(pool.instance.instance_id for pool in pools if identity(pool) == twice)
-        raise FolderError(f"instance {shown(name)} stands in the data twice; prepare the instances again")
+        raise FolderError(f"instance {quote(name)} stands in the data twice; prepare the instances again")
     values = {"metric": metric, "folds": len(evaluated), "leaks": leaks, "scores": rows}
     return json.dumps(values, allow_nan=False) + "\n"
 

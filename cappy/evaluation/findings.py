@@ -115,7 +115,7 @@ class Pick:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rated:
+class RatedCandidate:
     """A candidate with its label, the scorer's score and MBR's value; None where there is no such selector."""
 
     response: str
@@ -133,7 +133,7 @@ class Example:
     instruction: str
     references: tuple[str, ...]
     picks: tuple[Pick, ...]
-    candidates: tuple[Rated, ...] = ()
+    candidates: tuple[RatedCandidate, ...] = ()
     left_out: int = 0
 
 
@@ -161,7 +161,7 @@ class Reliability:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrated:
+class CalibrationResult:
     """The picks' scores as they are, and after the calibration that was fitted on `fitted_on` held-out groups.
 
     `spread` is the difference of an instance's highest and lowest score, in the median; None where nobody measured it.
@@ -203,7 +203,7 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
+class PublishedTask:
     """A task that was published too: our number and the published ones by model, x 100, with their source."""
 
     task: str
@@ -240,10 +240,10 @@ class Findings:
     averages: Mapping[str, Average] = field(default_factory=dict)
     examples: tuple[Example, ...] = ()
     worst: tuple[Example, ...] = ()
-    calibration: Calibrated | None = None
+    calibration: CalibrationResult | None = None
     coverage: Coverage | None = None
     probes: tuple[Probe, ...] = ()
-    published: tuple[Published, ...] = ()
+    published: tuple[PublishedTask, ...] = ()
     cost: Cost = field(default_factory=Cost)
     pays_until: int = 0
     better_likelihood: str = ""

@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cappy.evaluation.findings import Calibrated, Coverage, Published, TaskRow, spread
+from cappy.evaluation.findings import CalibrationResult, Coverage, PublishedTask, TaskRow, spread
 from cappy.evaluation.report import Report
 from cappy.evaluation.verdict import advice, outcome, verdict
-from cappy.pages.page import INK, QUIET, drawing, plain_axes, render_template, to_png, to_svg, to_svg_file
-from cappy.pages.words import metric_name, percent, signed
-from cappy.selection.selectors import WEIGHTS, Selector, shown_at, title
+from cappy.pages.page import INK, QUIET, draw_figure, plain_axes, render_template, to_png, to_svg, to_svg_file
+from cappy.pages.words import format_signed, metric_name, percent
+from cappy.selection.selectors import WEIGHTS, Selector, selectors_at, title
 
 COLOURS: Mapping[str, str] = {
     "oracle": INK,
@@ -38,7 +38,7 @@ _DASHED = {"oracle": (0, (5, 3)), "random": (0, (1, 2))}
 
 def render(report: Report) -> str:
     """The page; every text of the data in it is escaped."""
-    filters: dict[str, Callable[..., str]] = {"percent": percent, "signed": signed, "spread": spread}
+    filters: dict[str, Callable[..., str]] = {"percent": percent, "signed": format_signed, "spread": spread}
     return render_template(
         "evaluation",
         filters,
@@ -50,13 +50,13 @@ def render(report: Report) -> str:
         comparisons=[
             (key, *map(title, key.split("-")), value, outcome(value)) for key, value in report.comparisons.items()
         ],
-        columns=shown_at(report.selectors, "tasks", report.better_likelihood),
+        columns=selectors_at(report.selectors, "tasks", report.better_likelihood),
         means=_means,
         weights=", ".join(f"{weight:g}" for weight in WEIGHTS),
         advice=advice(report),
         steps=_steps(report),
         spreads=_spreads(report),
-        published=_published(report),
+        published=_by_source(report),
         # Made by matplotlib from numbers and fixed names alone.
         plots={name: tuple(map(Markup, both)) for name, both in _svgs(report).items()},
     )
@@ -118,9 +118,9 @@ def _spreads(report: Report) -> list[tuple[str, int, float, float, float]]:
     return [(task, len(own), min(own), sum(own) / len(own), max(own)) for task, own in rows]
 
 
-def _published(report: Report) -> list[tuple[str, list[str], list[Published]]]:
+def _by_source(report: Report) -> list[tuple[str, list[str], list[PublishedTask]]]:
     """Source, its models, and the tasks that it shares with the report."""
-    sources: dict[str, list[Published]] = {}
+    sources: dict[str, list[PublishedTask]] = {}
     for row in report.published:
         sources.setdefault(row.source, []).append(row)
     return [(source, list(rows[0].numbers), rows) for source, rows in sources.items()]
@@ -146,7 +146,7 @@ def _plots(report: Report) -> Mapping[str, tuple[Draw, Sizes]]:
 
 
 def _curve(report: Report, width: float, height: float) -> Figure:
-    with drawing(width, height) as figure:
+    with draw_figure(width, height) as figure:
         axes = plain_axes(figure, "candidates sampled (n)", f"{metric_name(report.metric)} ×100")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for name in [*COLOURS, *(name for name in report.curve if name not in COLOURS)]:
@@ -156,10 +156,12 @@ def _curve(report: Report, width: float, height: float) -> Figure:
     return figure
 
 
-def _calibration(metric: str, calibration: Calibrated, abstaining: Coverage, width: float, height: float) -> Figure:
+def _calibration(
+    metric: str, calibration: CalibrationResult, abstaining: Coverage, width: float, height: float
+) -> Figure:
     """Left (or above) the reliability diagram, right what abstaining buys."""
     wide = width > height
-    with drawing(width, height) as figure:
+    with draw_figure(width, height) as figure:
         axes = plain_axes(figure, "score ×100", f"mean {metric} ×100", (1, 2, 1) if wide else (2, 1, 1))
         lows = [min(one.score, one.label) for one in calibration.raw.bins]
         ends = [100 * min(0.0, *lows), 100 * max(1.0, *(one.score for one in calibration.raw.bins))]

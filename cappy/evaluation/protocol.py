@@ -12,7 +12,7 @@ import numpy as np
 
 from cappy.errors import ConfigError, RecordError
 from cappy.evaluation import calibration, statistics, tables
-from cappy.evaluation.findings import Calibrated, Cost, Coverage, Probe
+from cappy.evaluation.findings import CalibrationResult, Cost, Coverage, Probe
 from cappy.evaluation.report import Report
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Split
@@ -27,7 +27,7 @@ from cappy.selection.pools import (
     collect,
     num_pairs,
     pays_until,
-    picked,
+    pick_labels,
     score_pools,
     with_scores,
 )
@@ -94,16 +94,16 @@ def evaluate_split(
     total = (num_pairs(pools) + num_pairs(held_out)) * (score is not None) + num_pairs(pools) * (champion is not None)
     done = 0
 
-    def scored(count: int) -> None:
+    def count_scored(count: int) -> None:
         nonlocal done
         done += count
         progress(done, total, unit="pairs")
 
     if score is not None:
-        held_out = with_scores(held_out, "scorer", score_pools(held_out, score, scored))
-        pools = with_scores(pools, "scorer", score_pools(pools, score, scored))
+        held_out = with_scores(held_out, "scorer", score_pools(held_out, score, count_scored))
+        pools = with_scores(pools, "scorer", score_pools(pools, score, count_scored))
     if champion is not None:
-        pools = with_scores(pools, "champion", score_pools(pools, champion, scored))
+        pools = with_scores(pools, "champion", score_pools(pools, champion, count_scored))
     for name in pools[0].scores:
         _refuse_constant(name, pools)
     probes: list[Probe] = []
@@ -130,7 +130,7 @@ def report_of(
 ) -> Report:
     """The report on all pools of the splits together."""
     pools = [pool for own in evaluated for pool in own.pools]
-    selection = _joined([own.selection for own in evaluated])
+    selection = _join_selections([own.selection for own in evaluated])
     means = tables.means_of(pools, selection.values)
     better = tables.better_variants(means)
     comparisons = tables.comparisons(means, better)
@@ -150,7 +150,7 @@ def report_of(
         pays_until=pays_until([point.mean for point in curves["scorer"]]) if "scorer" in curves else 0,
         tasks=tasks,
         averages=tables.averages(tasks),
-        published=tables.published(
+        published=tables.compare_with_published(
             tasks,
             metric,
             tables.subject_of(means.labels),
@@ -158,7 +158,7 @@ def report_of(
         ),
         examples=tables.examples(pools, selection, seed),
         worst=tables.worst(pools, selection),
-        calibration=_calibrated(evaluated),
+        calibration=_measure_calibration(evaluated),
         coverage=_coverage(pools, selection),
         probes=tuple(evaluated[0].probes),
         cost=Cost(tokens=_tokens(pools)),
@@ -197,7 +197,7 @@ def seconds_per_pair(folder: Path) -> float | None:
     return sum(call["seconds"] for call in large) / pairs if pairs else None
 
 
-def _joined(selections: Sequence[Selection]) -> Selection:
+def _join_selections(selections: Sequence[Selection]) -> Selection:
     """The selectors that all splits have, one's pools after another's; what was chosen for several is listed."""
     first = selections[0]
     names = [name for name in first.values if all(name in own.values for own in selections)]
@@ -213,11 +213,11 @@ def _joined(selections: Sequence[Selection]) -> Selection:
     )
 
 
-def _calibrated(evaluated: Sequence[EvaluatedSplit]) -> Calibrated | None:
+def _measure_calibration(evaluated: Sequence[EvaluatedSplit]) -> CalibrationResult | None:
     """Calibration of all reported picks, each by the map that was fitted beside its own scorer."""
     if any("scorer" not in own.selection.values for own in evaluated):
         return None
-    return calibration.calibrated(
+    return calibration.measure_calibration(
         [(calibration.picks(own.pools, scores_of(own.pools)), own.calibration) for own in evaluated]
     )
 
@@ -226,7 +226,7 @@ def _coverage(pools: Sequence[Pool], selection: Selection) -> Coverage | None:
     if "scorer" not in selection.values:
         return None
     values = selection.values["scorer"]
-    return calibration.coverage([float(own.max()) for own in values], picked(pools, values))
+    return calibration.coverage([float(own.max()) for own in values], pick_labels(pools, values))
 
 
 def _tokens(pools: Sequence[Pool]) -> float | None:

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
-from cappy.errors import RecordError, shown
+from cappy.errors import RecordError, quote
 from cappy.evaluation.findings import SCHEMA, Findings, ReportValues, spread
 from cappy.evaluation.verdict import advice, verdict
 from cappy.pages import words
-from cappy.pages.words import metric_name, percent, signed
-from cappy.selection.selectors import shown_at
+from cappy.pages.words import format_signed, metric_name, percent
+from cappy.selection.selectors import selectors_at
 from cappy.untrusted import JSON
 
 
@@ -33,15 +33,15 @@ class Report(Findings):
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             raise RecordError(
-                f"report: {place}: {first['msg']}, got {shown(first['input'])}; evaluate again"
+                f"report: {place}: {first['msg']}, got {quote(first['input'])}; evaluate again"
             ) from error
 
     def table(self) -> list[tuple[str, str, str, str]]:
         """Rows for a terminal, the header first: selector, mean x 100, its interval, gain over random with interval."""
         rows = [("selector", f"{metric_name(self.metric)} x100", "95% interval", "to random")]
-        for selector in shown_at(self.selectors, "table", self.better_likelihood):
+        for selector in selectors_at(self.selectors, "table", self.better_likelihood):
             row = self.selectors[selector.name]
-            gain = "" if selector.name == "random" else f"{signed(row.gain.difference)} {spread(row.gain)}"
+            gain = "" if selector.name == "random" else f"{format_signed(row.gain.difference)} {spread(row.gain)}"
             label = f"{selector.title} ({row.detail})" if row.detail else selector.title
             rows.append((label, percent(row.estimate.mean), spread(row.estimate), gain))
         return rows
@@ -77,11 +77,11 @@ class Report(Findings):
 
     def _tasks(self) -> list[tuple[str, ...]]:
         """The table by task, without variants of the likelihood."""
-        names = [selector.name for selector in shown_at(self.selectors, "tasks")]
+        names = [selector.name for selector in selectors_at(self.selectors, "tasks")]
         rows = [("task", "instances", *names, "gain over random")]
         for row in self.tasks:
             means = (percent(row.means[name]) for name in names)
-            rows.append((row.task or "(no task)", str(row.instances), *means, signed(row.gain.difference)))
+            rows.append((row.task or "(no task)", str(row.instances), *means, format_signed(row.gain.difference)))
         return rows
 
 
@@ -90,7 +90,7 @@ def check_schema(values: ReportValues) -> None:
     schema = values.get("schema", 1)
     if not isinstance(schema, int) or schema > SCHEMA:
         raise RecordError(
-            f"report: has schema {shown(schema)}, this version reads {SCHEMA}; update cappy, or evaluate again with it"
+            f"report: has schema {quote(schema)}, this version reads {SCHEMA}; update cappy, or evaluate again with it"
         )
     if schema < SCHEMA:
         raise RecordError(f"report: has schema {schema}, this version reads {SCHEMA}; evaluate again")

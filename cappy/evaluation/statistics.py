@@ -71,8 +71,8 @@ def bounds(mean: float, spread: Spread, level: float = LEVEL) -> tuple[float, fl
     if math.isinf(spread.standard_error):
         return -math.inf, math.inf
     quantile = float(stdtrit(spread.freedom, (1 + level) / 2))
-    low = mean - spread.standard_error * max(quantile, _untransformed(quantile, spread.skewness))
-    high = mean + spread.standard_error * max(quantile, -_untransformed(-quantile, spread.skewness))
+    low = mean - spread.standard_error * max(quantile, _invert_transform(quantile, spread.skewness))
+    high = mean + spread.standard_error * max(quantile, -_invert_transform(-quantile, spread.skewness))
     return low, high
 
 
@@ -129,7 +129,7 @@ def p_value(mean: float, spread: Spread) -> float:
         return 1.0
     statistic = abs(mean) / spread.standard_error
     skewness = math.copysign(spread.skewness, spread.skewness * mean)
-    nearer = min(statistic, _transformed(statistic, skewness))
+    nearer = min(statistic, _transform(statistic, skewness))
     return min(1.0, 2 * float(stdtr(spread.freedom, -max(0.0, nearer))))
 
 
@@ -182,14 +182,14 @@ def _of_no_variance(mean: float, groups: float, lowest: float = -1.0) -> tuple[f
     return mean - unseen * (mean - lowest), mean + unseen * (1 - mean)
 
 
-def _transformed(statistic: float, skewness: float) -> float:
+def _transform(statistic: float, skewness: float) -> float:
     """Hall's transformation of a t statistic: monotone, with the skewness of the mean taken out."""
     if abs(skewness) < _UNCHANGED:
         return statistic
     return ((1 + skewness * statistic / 3) ** 3 - 1) / skewness + skewness / 6
 
 
-def _untransformed(value: float, skewness: float) -> float:
+def _invert_transform(value: float, skewness: float) -> float:
     """The t statistic whose transformation is `value`."""
     if abs(skewness) < _UNCHANGED:
         return value

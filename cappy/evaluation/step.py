@@ -81,7 +81,7 @@ def evaluate_folder(config: EvaluationConfig, progress: Progress, *, load: "Load
     with claim(config.work, "evaluation", identity(config), parents, fresh=config.fresh) as folder:
         scorers = {name: load(str(path)) for name, path in folders.items()}
         if config.folds:
-            evaluated, skipped, leaks = _cross_fitted(config, folders, folder, progress, load, trained_on)
+            evaluated, skipped, leaks = _cross_fit(config, folders, folder, progress, load, trained_on)
         else:
             evaluated, skipped = _once(config, scorers, folder, progress)
             leaks = _leaks(evaluated, folders, trained_on)
@@ -145,7 +145,7 @@ def _once(
     return [evaluated], skipped
 
 
-def _cross_fitted(
+def _cross_fit(
     config: EvaluationConfig,
     folders: Mapping[str, Path],
     folder: Path,

@@ -20,13 +20,13 @@ from cappy.evaluation.findings import (
     Example,
     Pick,
     Probe,
-    Published,
-    Rated,
+    PublishedTask,
+    RatedCandidate,
     Row,
     TaskRow,
 )
 from cappy.pages.words import percent
-from cappy.selection.pools import Pool, Score, Values, Vector, extended, is_tied, pick, picked
+from cappy.selection.pools import Pool, Score, Values, Vector, extend_curve, is_tied, pick, pick_labels
 from cappy.selection.selectors import SELECTORS, Selection, compared_pairs
 
 PUBLISHED = Path(__file__).with_name("data") / "published.json"
@@ -54,7 +54,7 @@ class Means:
 
 def means_of(pools: Sequence[Pool], values: Mapping[str, Values]) -> Means:
     """The selectors' labels by pool."""
-    labels = {name: picked(pools, values[name]) for name in SELECTORS if name in values}
+    labels = {name: pick_labels(pools, values[name]) for name in SELECTORS if name in values}
     return Means(labels=labels, groups=[pool.instance.group_id for pool in pools])
 
 
@@ -109,7 +109,7 @@ def curves(
             continue
         generator = np.random.default_rng(seed)
         own = [selector.curve(pool, value, generator) for pool, value in zip(pools, values, strict=True)]
-        by_selector[name] = tuple(statistics.estimates(np.stack([extended(row, size) for row in own]), groups))
+        by_selector[name] = tuple(statistics.estimates(np.stack([extend_curve(row, size) for row in own]), groups))
     return by_selector
 
 
@@ -117,12 +117,12 @@ def tasks(pools: Sequence[Pool], means: Means) -> tuple[TaskRow, ...]:
     """One row per task, in alphabetical order."""
     subject = subject_of(means.labels)
     table = []
-    for task, where in _grouped([pool.instance.task for pool in pools]).items():
+    for task, where in _indices_by_name([pool.instance.task for pool in pools]).items():
         own = [pools[index] for index in where]
         labels = {name: values[where] for name, values in means.labels.items()}
         part = Means(labels=labels, groups=[pool.instance.group_id for pool in own])
         is_choice = all(pool.is_choice for pool in own)
-        templates = _grouped([pool.instance.template for pool in own]) if is_choice else {}
+        templates = _indices_by_name([pool.instance.template for pool in own]) if is_choice else {}
         table.append(
             TaskRow(
                 task=task,
@@ -152,7 +152,9 @@ def subject_of(labels: Mapping[str, Vector]) -> str:
     return next(name for name in ("scorer", "mbr", "first") if name in labels)
 
 
-def published(tasks: Sequence[TaskRow], metric: str, subject: str, templated: Collection[str]) -> tuple[Published, ...]:
+def compare_with_published(
+    tasks: Sequence[TaskRow], metric: str, subject: str, templated: Collection[str]
+) -> tuple[PublishedTask, ...]:
     """The published numbers of the tasks that bear a published task's name and are measured by its metric.
 
     BIG-bench's own prompts come from no template: a generation task that is `templated` is another of that name.
@@ -165,7 +167,7 @@ def published(tasks: Sequence[TaskRow], metric: str, subject: str, templated: Co
             if same and row.task in collection["tasks"]:
                 numbers = collection["tasks"][row.task]
                 ours = 100 * row.means[subject]
-                rows.append(Published(task=row.task, ours=ours, numbers=numbers, source=collection["source"]))
+                rows.append(PublishedTask(task=row.task, ours=ours, numbers=numbers, source=collection["source"]))
     return tuple(rows)
 
 
@@ -180,7 +182,7 @@ def worst(pools: Sequence[Pool], selection: Selection) -> tuple[Example, ...]:
     if "scorer" not in selection.values:
         return ()
     best = np.array([pool.labels.max() for pool in pools])
-    lost = best - picked(pools, selection.values["scorer"])
+    lost = best - pick_labels(pools, selection.values["scorer"])
     order = np.argsort(-lost, kind="stable")[:NUM_EXAMPLES]
     return tuple(_examples([index for index in order if lost[index] > 0], pools, selection))
 
@@ -206,7 +208,7 @@ def _average(table: Sequence[TaskRow]) -> Average:
     return Average(tasks=len(table), means=means.estimates(), gain=means.compare(subject_of(labels), "random"))
 
 
-def _grouped(names: Sequence[str]) -> dict[str, list[int]]:
+def _indices_by_name(names: Sequence[str]) -> dict[str, list[int]]:
     """Name -> where it stands, names in alphabetical order."""
     groups: dict[str, list[int]] = {}
     for index, name in enumerate(names):
@@ -224,7 +226,7 @@ def _examples(indexes: Iterable[int], pools: Sequence[Pool], selection: Selectio
         # What was picked stands in the list however long the pool is.
         kept = set(list(dict.fromkeys([*best.values(), *(int(place) for place in order)]))[:NUM_CANDIDATES])
         candidates = (
-            Rated(
+            RatedCandidate(
                 response=pool.responses[place],
                 label=float(pool.labels[place]),
                 score=float(values["scorer"][place]) if "scorer" in values else None,
@@ -273,8 +275,8 @@ def _response_only(pools: Sequence[Pool], scores: Values, score: Score) -> Probe
         float(np.mean(values))
         for values in (
             [pool.labels.mean() for pool in pools],
-            picked(pools, scores),
-            picked(pools, blind),
+            pick_labels(pools, scores),
+            pick_labels(pools, blind),
         )
     )
     if seen - random < 1e-3:

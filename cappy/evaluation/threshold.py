@@ -76,7 +76,7 @@ class _Picks:
     sizes: npt.NDArray[np.int64]
     fold: npt.NDArray[np.int64]
 
-    def expected(self, fitted: Calibration) -> Vector:
+    def expected_labels(self, fitted: Calibration) -> Vector:
         rows = zip(self.scores.tolist(), self.sizes.tolist(), strict=True)
         return np.array([fitted.apply([score], n=size)[0] for score, size in rows])
 
@@ -96,13 +96,13 @@ def threshold(report: str | Path, *, precision: float, good: float, confidence: 
     folds = np.unique(held.fold)
     kept = reported.scores >= level
     if len(folds) > 1:
-        kept = _kept_by_others(held, enough, precision, confidence)
+        kept = _answered_by_other_folds(held, enough, precision, confidence)
     answered, groups = reported.labels[kept] >= good, reported.groups[kept].tolist()
     estimate = statistics.share(answered.astype(np.float64), groups) if groups else None
     fitted = read_calibration(report)
     return Threshold(
         threshold=level,
-        floor=lowest(held.expected(fitted), enough, held.groups, precision, confidence) if fitted else None,
+        floor=lowest(held.expected_labels(fitted), enough, held.groups, precision, confidence) if fitted else None,
         good=good,
         wanted=precision,
         confidence=confidence,
@@ -214,7 +214,7 @@ def sentence(answer: Threshold | None, *, precision: float, good: float, confide
     return text
 
 
-def _kept_by_others(picks: _Picks, good: Flags, precision: float, confidence: float) -> Flags:
+def _answered_by_other_folds(picks: _Picks, good: Flags, precision: float, confidence: float) -> Flags:
     """Which picks are answered by the threshold that the other folds choose; none where they choose none."""
     kept = np.zeros(len(picks.scores), dtype=bool)
     for fold in np.unique(picks.fold):

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 
 from cappy.evaluation.findings import MIN_GROUPS, Difference, Findings, spread
-from cappy.pages.words import percent, signed
+from cappy.pages.words import format_signed, percent
 from cappy.selection.selectors import SELECTORS, Selector, title
 
 SURE = 0.05
@@ -40,7 +40,7 @@ def _headline(subject: str, differences: dict[str, Difference]) -> str:
     for result, verb in (("better", "beats"), ("open", "is not shown to beat"), ("worse", "does not beat")):
         names = [_short(_INTRODUCED[name]) for name, difference in differences.items() if outcome(difference) == result]
         if names:
-            parts.append(f"{verb} {_listed(names, 'and' if result == 'better' else 'or')}")
+            parts.append(f"{verb} {_join_names(names, 'and' if result == 'better' else 'or')}")
     return f"{_subject(subject)} {'; it '.join(parts)}." if parts else f"{_subject(subject)} was compared with nothing."
 
 
@@ -48,7 +48,7 @@ def _sentence(report: Findings, subject: str, name: str, difference: Difference)
     selector = _INTRODUCED[name]
     other = report.better_likelihood if selector.variant_of else name
     means = report.selectors[subject].estimate.mean, report.selectors[other].estimate.mean
-    numbers = f"{percent(means[0])} against {percent(means[1])}, {signed(difference.difference)}"
+    numbers = f"{percent(means[0])} against {percent(means[1])}, {format_signed(difference.difference)}"
     interval = f"95% interval {spread(difference)}"
     verb = {"better": "beats", "worse": "does worse than", "open": "may or may not beat"}[outcome(difference)]
     remedy = _remedy(report, f"{subject}-{name}") if outcome(difference) == "open" else ""
@@ -76,7 +76,7 @@ def _hybrid(report: Findings) -> Iterator[str]:
     verb = {"better": "beat", "worse": "do worse than", "open": "are not shown to beat"}[outcome(difference)]
     mean = report.selectors["hybrid_mbr"].estimate.mean
     yield (
-        f"The scorer and MBR together {verb} MBR: {percent(mean)}, {signed(difference.difference)} "
+        f"The scorer and MBR together {verb} MBR: {percent(mean)}, {format_signed(difference.difference)} "
         f"(95% interval {spread(difference)})."
     )
 
@@ -115,7 +115,7 @@ def _subject(name: str) -> str:
     return "The scorer" if name == "scorer" else "No scorer was given; MBR"
 
 
-def _listed(names: list[str], word: str) -> str:
+def _join_names(names: list[str], word: str) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"
 
 
@@ -143,7 +143,7 @@ def advice(report: Findings) -> str:
     return text
 
 
-def asked_of_a_first_version(comparisons: Collection[str], requested: str = "") -> list[Selector]:
+def first_version_rivals(comparisons: Collection[str], requested: str = "") -> list[Selector]:
     """What a first version must be proven to beat; where the report compares with nothing of a kind, nothing of it.
 
     Of the single decodings the last one in the list of selectors that the report compares with is asked for: the
@@ -172,7 +172,7 @@ def _advice(report: Findings) -> str:
         return f"Hold: the report does not compare with the champion: {why}."
     if _worse(report, "scorer-greedy") and not _mbr_leads(report):
         return _greedy(report)
-    for selector in asked_of_a_first_version(report.comparisons):
+    for selector in first_version_rivals(report.comparisons):
         key = f"scorer-{selector.key}"
         if key in report.comparisons and not _better(report, key):
             return _below(report, key, selector.in_words)
@@ -194,7 +194,7 @@ def _greedy(report: Findings) -> str:
 
 def _without_scorer(report: Findings) -> str:
     if "mbr" in report.selectors and _better(report, "mbr-random"):
-        gain = signed(report.comparisons["mbr-random"].difference)
+        gain = format_signed(report.comparisons["mbr-random"].difference)
         return f"Use MBR meanwhile, it is {gain} above random choice without training; then train a scorer to beat it."
     return "Train a scorer (cappy finetuning): no selector that needs none is shown to beat random choice."
 
@@ -269,7 +269,7 @@ def _against_mbr(report: Findings) -> str:
     if _headroom(report) < NARROW:
         headroom = percent(_headroom(report))
         return f"Promote, and sample other candidates: the oracle is only {headroom} above the best selector."
-    if _rising(report):
+    if _is_curve_rising(report):
         last, gain = len(report.curve["scorer"]), percent(_last_gain(report))
         return f"Promote, and sample more: candidate {last} still adds {gain}."
     return "Promote: the scorer beats random choice, the likelihood and MBR, as far as they were at hand."
@@ -285,8 +285,8 @@ def _unproven(report: Findings, key: str, other: str) -> str:
     needed = power.groups_needed
     if difference.difference > 0 and needed is not None and power.within_reach:
         return (
-            f"More data: {signed(difference.difference)} against {other} is not proven on {power.groups} groups, "
-            f"about {max(needed, power.groups + 1, MIN_GROUPS):,} would show it."
+            f"More data: {format_signed(difference.difference)} against {other} is not proven on {power.groups} "
+            f"groups; about {max(needed, power.groups + 1, MIN_GROUPS):,} would show it."
         )
     return (
         f"Hold: the scorer is not shown to beat {other}, {_gain(difference)}, and {power.groups} groups show no "
@@ -294,7 +294,7 @@ def _unproven(report: Findings, key: str, other: str) -> str:
     )
 
 
-def _rising(report: Findings) -> bool:
+def _is_curve_rising(report: Findings) -> bool:
     return report.pays_until == len(report.curve["scorer"]) > 1
 
 
@@ -319,7 +319,7 @@ def _worse(report: Findings, key: str) -> bool:
 
 
 def _gain(difference: Difference) -> str:
-    return f"{signed(difference.difference)} (95% interval {spread(difference)})"
+    return f"{format_signed(difference.difference)} (95% interval {spread(difference)})"
 
 
 def _lower(text: str) -> str:

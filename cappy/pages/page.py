@@ -76,7 +76,7 @@ def _template(folder: str, filters: Mapping[str, Callable[..., object]]) -> Temp
 
 
 @contextlib.contextmanager
-def drawing(width: float, height: float) -> Iterator[Figure]:
+def draw_figure(width: float, height: float) -> Iterator[Figure]:
     """A clear figure, `width` by `height` inches, to draw on inside the block."""
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK}):
         figure = Figure(figsize=(width, height), layout="constrained")

@@ -42,7 +42,7 @@ def percent(value: float) -> str:
     return f"{100 * value:z.1f}".replace("-", "−")
 
 
-def signed(value: float) -> str:
+def format_signed(value: float) -> str:
     """A difference x 100 with its sign."""
     return f"{100 * value:+z.1f}".replace("-", "−")
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from cappy.errors import FolderError, RecordError, shown
+from cappy.errors import FolderError, RecordError, quote
 from cappy.preparation.columns import Unused
 from cappy.preparation.rows import Rows, Values, odd_character
 from cappy.preparation.text_files import readable
@@ -141,12 +141,12 @@ def read_task(path: Path, seed: int, unused: Unused | None = None) -> Task:
     name = str(values.get("name") or (path.parent.name if path.name == _TASK_FILE else path.stem))
     examples = values.get("examples")
     if not isinstance(examples, list) or not examples:
-        raise RecordError(f"{path}: has no examples, got {shown(examples)}; choose a JSON task of BIG-bench")
+        raise RecordError(f"{path}: has no examples, got {quote(examples)}; choose a JSON task of BIG-bench")
     rows = []
     for index, example in enumerate(examples):
         where = f"{path}: examples[{index}]"
         if not isinstance(example, dict):
-            raise RecordError(f"{where} must be an object, got {shown(example)}; mend it")
+            raise RecordError(f"{where} must be an object, got {quote(example)}; mend it")
         if unused is not None:
             for field in example.keys() - _EXAMPLE:
                 unused.note("columns", where, field)
@@ -171,9 +171,9 @@ def split_rows(task: Task, *, seed: int, shares: Shares, minimum: int = _MIN_HEL
 def _fields(where: str, task: Values, example: Values, name: str, rng: random.Random) -> ExampleFields:
     scores = example.get("target_scores")
     if scores is not None and not (isinstance(scores, dict) and scores):
-        raise RecordError(f"{where}: target_scores must be choices with their scores, got {shown(scores)}; mend it")
+        raise RecordError(f"{where}: target_scores must be choices with their scores, got {quote(scores)}; mend it")
     if scores is not None and not all(_is_number(score) for score in scores.values()):
-        raise RecordError(f"{where}: target_scores must be numbers, got {shown(scores)}; mend it")
+        raise RecordError(f"{where}: target_scores must be numbers, got {quote(scores)}; mend it")
     defaults = {
         "task_prefix": "",
         "example_input_prefix": "\nQ: ",
@@ -210,7 +210,7 @@ def _targets(where: str, example: Values) -> list[str]:
 def _text(where: str, example: Values, name: str) -> str:
     value = example.get(name)
     if not isinstance(value, str):
-        raise RecordError(f"{where}: {name} must be a text, got {shown(value)}; mend it")
+        raise RecordError(f"{where}: {name} must be a text, got {quote(value)}; mend it")
     if odd := odd_character(value):
         raise RecordError(f"{where}: {name} holds {odd}")
     return value
@@ -234,7 +234,7 @@ def _object(path: Path) -> Values:
         reason = str(error).splitlines()[0]
         raise RecordError(f"{path}: is not JSON ({reason}); choose a JSON task of BIG-bench") from error
     if not isinstance(values, dict):
-        raise RecordError(f"{path}: must be a JSON object, got {shown(values)}; choose a JSON task of BIG-bench")
+        raise RecordError(f"{path}: must be a JSON object, got {quote(values)}; choose a JSON task of BIG-bench")
     return values
 
 
@@ -279,7 +279,7 @@ def _from_p3(where: str, values: Values) -> Values:
 def _p3_text(where: str, values: Values, name: str) -> str:
     value = values[name]
     if not isinstance(value, str):
-        raise RecordError(f"{where}: {name} must be a text, got {shown(value)}; choose another dataset")
+        raise RecordError(f"{where}: {name} must be a text, got {quote(value)}; choose another dataset")
     return value.strip()
 
 

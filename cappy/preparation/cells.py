@@ -7,7 +7,7 @@ import re
 import tokenize
 from collections.abc import Iterator
 
-from cappy.errors import RecordError, shown
+from cappy.errors import RecordError, quote
 from cappy.preparation.rows import Rows
 
 TEXT_FIELDS = ("reference", "references", "choices", "response", "responses")
@@ -64,7 +64,7 @@ def _squad(where: str, name: str, text: str) -> object:
         return _distinct(_entry(text, "text"))
     except ValueError as error:
         remedy = "write the file as JSON Lines or Parquet"
-        what = f"{name} looks like the answers of SQuAD and is none ({error}), got {shown(text)}"
+        what = f"{name} looks like the answers of SQuAD and is none ({error}), got {quote(text)}"
         raise RecordError(f"{where}: {what}; {remedy}") from error
 
 
@@ -78,7 +78,7 @@ def _entry(text: str, key: str) -> object:
         segment = _segment(text, key)
         return _literal(segment) if segment[:1] in "'\"" else read_list(segment)
     if key not in table:
-        raise ValueError(f"it has no {shown(key)}")
+        raise ValueError(f"it has no {quote(key)}")
     return table[key]
 
 
@@ -92,7 +92,7 @@ def _segment(text: str, key: str) -> str:
     for name, value in pairs:
         if isinstance(name, ast.Constant) and name.value == key:
             return ast.get_source_segment(text, value) or ""
-    raise ValueError(f"it has no {shown(key)}")
+    raise ValueError(f"it has no {quote(key)}")
 
 
 def _read(where: str, name: str, text: str, *, cells: bool) -> object:
@@ -110,20 +110,20 @@ def _read(where: str, name: str, text: str, *, cells: bool) -> object:
         if name in PLURAL or _QUOTED.match(bare):
             remedy = 'write it as JSON (["one", "two"]), or write the file as JSON Lines or Parquet'
             raise RecordError(
-                f"{where}: {name} looks like a list and is none ({error}), got {shown(text)}; {remedy}"
+                f"{where}: {name} looks like a list and is none ({error}), got {quote(text)}; {remedy}"
             ) from error
         return text
     if name in TEXT_FIELDS and not all(isinstance(item, str) for item in items):
-        return _unquoted(where, name, text)
+        return _unquote(where, name, text)
     return items
 
 
-def _unquoted(where: str, name: str, text: str) -> str:
+def _unquote(where: str, name: str, text: str) -> str:
     """A list of numbers where texts are wanted: in a field of one text it is that text."""
     if name not in PLURAL:
         return text
     remedy = f'quote its items (["1", "2"]), or read the cell as one text: --columns {name.removesuffix("s")}={name}'
-    raise RecordError(f"{where}: {name} holds a list of what are no texts, got {shown(text)}; {remedy}")
+    raise RecordError(f"{where}: {name} holds a list of what are no texts, got {quote(text)}; {remedy}")
 
 
 def read_list(text: str) -> list[object]:
@@ -136,13 +136,13 @@ def read_list(text: str) -> list[object]:
     try:
         items = json.loads(text)
     except (ValueError, RecursionError):
-        return _nested(text) if "{" in text and not _QUOTED.match(text) else _flat(text)
+        return _parse_nested(text) if "{" in text and not _QUOTED.match(text) else _flat(text)
     if not isinstance(items, list):
         raise ValueError("it is no list")
     return items
 
 
-def _nested(text: str) -> list[object]:
+def _parse_nested(text: str) -> list[object]:
     try:
         items = ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
@@ -200,7 +200,7 @@ def _tokens(text: str) -> Iterator[tuple[str, object]]:
             elif kind == tokenize.OP and word == ")" and token.line[token.end[1] :].strip() == "":
                 continue
             else:
-                raise ValueError(f"it holds {shown(word, 20)}")
+                raise ValueError(f"it holds {quote(word, 20)}")
     except (tokenize.TokenError, IndentationError, SyntaxError) as error:
         raise ValueError("its quotes or brackets do not close") from error
 
@@ -213,5 +213,5 @@ def _literal(word: str) -> object:
     try:
         value = ast.literal_eval(word)
     except (ValueError, SyntaxError) as error:
-        raise ValueError(f"{shown(word, 20)} cannot be read") from error
+        raise ValueError(f"{quote(word, 20)} cannot be read") from error
     return value.decode(errors="replace") if isinstance(value, bytes) else value

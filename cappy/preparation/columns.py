@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cappy.errors import ConfigError, RecordError, shown
+from cappy.errors import ConfigError, RecordError, quote
 from cappy.preparation.cells import read_list
 from cappy.preparation.rows import Rows, Values, column_names, is_label
 from cappy.records.instance import SPLITS
@@ -93,7 +93,7 @@ class Columns:
         if not given & _RESPONSES:
             own |= _RESPONSES
             taken = {*self.named.values(), *self.ignored}
-            if not given & _LABELS and _rated(first, {"response", "responses"} - taken, _LABELS - taken):
+            if not given & _LABELS and _has_valid_labels(first, {"response", "responses"} - taken, _LABELS - taken):
                 own |= _LABELS
         own |= {name for name in _NAMING if name not in given and _can_name(name, first.get(name))}
         if "instance_id" in given:
@@ -108,12 +108,12 @@ def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
         name, equals, column = pair.partition("=")
         if not equals or not column:
             raise ConfigError(
-                f"preparation: --columns: {shown(pair)} is not FIELD=COLUMN, such as instruction=question"
+                f"preparation: --columns: {quote(pair)} is not FIELD=COLUMN, such as instruction=question"
             )
         if name not in _FIELDS:
-            raise ConfigError(f"preparation: --columns: no field {shown(name)}; choose of {', '.join(_FIELDS)}")
+            raise ConfigError(f"preparation: --columns: no field {quote(name)}; choose of {', '.join(_FIELDS)}")
         if name in columns:
-            both = f"{shown(columns[name])} and {shown(column)}"
+            both = f"{quote(columns[name])} and {quote(column)}"
             raise ConfigError(f"preparation: --columns: {name} is read from one column, got {both}")
         columns[name] = column
     return columns
@@ -138,7 +138,7 @@ class Unused:
             if key in _MATTERS and not _is_redundant(key, value, read):
                 known = _BY_HAND if _MATTERS[key] == _APPENDED and not isinstance(value, str) else _MATTERS[key]
                 remedy = f"{known.replace('{name}', name)}, --ignore-columns {name} leaves it out"
-                raise RecordError(f"{where}: column {shown(name)} is not read, and matters; {remedy}")
+                raise RecordError(f"{where}: column {quote(name)} is not read, and matters; {remedy}")
             self.note("columns", where, name)
 
     def candidates(self, where: str, values: Values) -> None:
@@ -203,7 +203,7 @@ def map_columns(rows: Rows, columns: Columns, unused: Unused) -> Rows:
         for name, column in columns.named.items():
             if column not in values:
                 remedy = f"mend --columns {name}={column}"
-                what = f"has no column {shown(column)}, columns found: {column_names(values)}"
+                what = f"has no column {quote(column)}, columns found: {column_names(values)}"
                 raise RecordError(f"{where}: {what}; {remedy}")
         # Columns of other names stay: an error shows them as found.
         kept = {name: value for name, value in values.items() if name in own or name not in _OWN}
@@ -224,13 +224,13 @@ def _with_input(where: str, values: Values, *, given: bool) -> Values:
     if text is None or text == "" or not isinstance(instruction, str):
         return rest
     if not isinstance(text, str):
-        raise RecordError(f"{where}: input must be a text, got {shown(text)}; put it in quotes")
+        raise RecordError(f"{where}: input must be a text, got {quote(text)}; put it in quotes")
     if not text.strip() or (not given and _stands_in(instruction, text.strip())):
         return rest
     return {**rest, "instruction": f"{instruction}\n\n{text}"}
 
 
-def _rated(first: Values, responses: set[str], labels: set[str]) -> bool:
+def _has_valid_labels(first: Values, responses: set[str], labels: set[str]) -> bool:
     """Whether the labels of a row, where it has any, are as many as its responses, each of them from 0 to 1."""
     texts = [text for name in responses for text in _items(first.get(name))]
     label_values = [label for name in labels for label in _items(first.get(name))]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cappy.errors import ConfigError, FolderError, RecordError, shown
+from cappy.errors import ConfigError, FolderError, RecordError, quote
 from cappy.hub_client import guard_client
 from cappy.preparation.jsonlines import read_json_lines
 from cappy.preparation.mixtures import CONVERTED
@@ -95,7 +95,7 @@ def find_shards(folder: Path, split: str) -> Shards | None:
     if len(kinds) > 1:
         names = ", ".join(sorted({plain(file).suffix for file in files}))
         raise FolderError(f"{folder}: holds files of several formats ({names}); name one of them as --source")
-    files, others = _of_split(folder, files, split)
+    files, others = _select_split(folder, files, split)
     return Shards(files=files, reader=kinds.pop(), others=others)
 
 
@@ -104,11 +104,11 @@ def _is_data(path: Path, folder: Path) -> bool:
     return not hidden and path.is_file() and plain(path).suffix.lower() in _SUFFIXES and path.name not in _METADATA
 
 
-def _of_split(folder: Path, files: list[Path], split: str) -> tuple[list[Path], list[str]]:
+def _select_split(folder: Path, files: list[Path], split: str) -> tuple[list[Path], list[str]]:
     """The files of the split by their names, all of them where no name says one, and the other splits."""
     named: dict[str, list[Path]] = defaultdict(list)
     for file in files:
-        named[_split_of(file, folder)].append(file)
+        named[_split_in_name(file, folder)].append(file)
     _check_whole(folder, files)
     loose = named.get("")
     if loose and named.keys() - {"", _DEFAULT_SPLIT}:
@@ -119,11 +119,11 @@ def _of_split(folder: Path, files: list[Path], split: str) -> tuple[list[Path], 
         _refuse_split(folder, split)
         return files, []
     if split not in named:
-        raise _no_split(folder, split, sorted(named))
+        raise _missing_split(folder, split, sorted(named))
     return named[split], sorted(named.keys() - {split})
 
 
-def _split_of(file: Path, folder: Path) -> str:
+def _split_in_name(file: Path, folder: Path) -> str:
     """The split in the name of a file, or else in that of the nearest folder; empty where none says one."""
     shard = _SHARD.match(file.name)
     if shard and _words(shard["split"]):
@@ -156,7 +156,7 @@ def _of_dict(folder: Path, split: str) -> Shards:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise FolderError(f"{folder / _DICT}: names no splits; write the folder again with save_to_disk")
     if split not in names:
-        raise _no_split(folder, split, names)
+        raise _missing_split(folder, split, names)
     others = [name for name in names if name != split]
     return Shards(files=_saved_files(folder / _plain_name(folder, split)), reader=read_arrow, others=others)
 
@@ -175,12 +175,12 @@ def _saved_files(folder: Path) -> list[Path]:
 
 def _refuse_split(folder: Path, split: str) -> None:
     if split != _DEFAULT_SPLIT:
-        raise ConfigError(f"{folder}: has no splits, so there is no {shown(split)}; leave --split out")
+        raise ConfigError(f"{folder}: has no splits, so there is no {quote(split)}; leave --split out")
 
 
 def _plain_name(folder: Path, name: object) -> str:
     if not isinstance(name, str) or not name or Path(name).name != name:
-        raise FolderError(f"{folder}: names a file outside of it, {shown(name)}; write it again with save_to_disk")
+        raise FolderError(f"{folder}: names a file outside of it, {quote(name)}; write it again with save_to_disk")
     return name
 
 
@@ -198,8 +198,8 @@ def _object(path: Path) -> dict[str, object]:
     return value
 
 
-def _no_split(folder: Path, split: str, names: Sequence[str]) -> ConfigError:
-    return ConfigError(f"{folder}: has no split {shown(split)}; choose one of {', '.join(names)} with --split")
+def _missing_split(folder: Path, split: str, names: Sequence[str]) -> ConfigError:
+    return ConfigError(f"{folder}: has no split {quote(split)}; choose one of {', '.join(names)} with --split")
 
 
 PREFIX = "hub:"
@@ -227,7 +227,7 @@ def parse_hub(text: str) -> HubDataset:
     match = _FORM.fullmatch(text.removeprefix(PREFIX))
     if match is None:
         form = "hub:org/name, hub:org/name:configuration or hub:org/name:configuration@revision"
-        raise ConfigError(f"{shown(text)}: no dataset of the hub; write {form}")
+        raise ConfigError(f"{quote(text)}: no dataset of the hub; write {form}")
     known = {key: value for key, value in match.groupdict().items() if value}
     return HubDataset(**known)
 
@@ -242,7 +242,7 @@ def commit_of(dataset: HubDataset) -> str:
     with _hub_errors(dataset):
         commit = str(HfApi().dataset_info(dataset.repository, revision=dataset.revision).sha)
         if not _COMMIT.fullmatch(commit):
-            raise ValueError(f"it answers with {shown(commit, 50)}, which is no commit")
+            raise ValueError(f"it answers with {quote(commit, 50)}, which is no commit")
         return commit
 
 
@@ -278,4 +278,4 @@ def _hub_errors(dataset: HubDataset) -> Iterator[None]:
     except Exception as error:  # whatever the hub's clients raise: they have a dozen kinds, of four libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         remedy = "check its name, configuration, split and revision, and the network"
-        raise ConfigError(f"{dataset.name}: cannot be read from the hub ({shown(reason, 160)}); {remedy}") from error
+        raise ConfigError(f"{dataset.name}: cannot be read from the hub ({quote(reason, 160)}); {remedy}") from error

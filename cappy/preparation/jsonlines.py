@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from cappy.errors import RecordError, shown
+from cappy.errors import RecordError, quote
 from cappy.preparation.rows import Rows, Values
 from cappy.preparation.text_files import MAX_LINE_BYTES, is_packed, lines, pieces, plain
 from cappy.preparation.text_files import SUFFIXES as PACKED
@@ -58,7 +58,7 @@ def _refuse_whole(where: str, values: Values, path: Path) -> None:
     held = next((name for name in _HOLDERS if _is_rows(values.get(name))), None)
     if held is not None:
         command = f"jq -c '.[\"{held}\"][]' {path.name} > rows.jsonl"
-        raise RecordError(f"{where}: is one object that holds rows under {shown(held)}; write them apart: {command}")
+        raise RecordError(f"{where}: is one object that holds rows under {quote(held)}; write them apart: {command}")
     if values and all(isinstance(value, dict) and "0" in value for value in values.values()):
         remedy = "write it by rows: DataFrame.to_json(FILE, orient='records', lines=True)"
         raise RecordError(f"{where}: is a table by columns, as pandas writes it; {remedy}")
@@ -142,7 +142,7 @@ class _Text:
                             f"{self.where}: the {whole} ends early, within the object that begins there; {_CUT}"
                         ) from error
                     reason = str(error).splitlines()[0]
-                    got = shown(self._text[self._at : self._at + 60])
+                    got = quote(self._text[self._at : self._at + 60])
                     raise RecordError(f"{self.where}: is not JSON ({reason}), got {got}; {_REMEDY}") from error
             else:
                 self.drop(end - self._at)
@@ -150,7 +150,7 @@ class _Text:
 
     def rest(self) -> str:
         """The beginning of what is left, for an error."""
-        return shown(self._text[self._at : self._at + 60])
+        return quote(self._text[self._at : self._at + 60])
 
     def _extend(self, size: int = 1) -> bool:
         """Reads at least so many characters more, so that an object that is tried again costs no square of its size."""
@@ -170,7 +170,7 @@ def _stream(path: Path) -> Rows:
     blank = _BLANK + "," if array else _BLANK
     while (first := text.next(blank)) and not (array and first == "]"):
         where = text.where
-        yield where, _checked(where, text.value("array" if array else "file"))
+        yield where, _check_object(where, text.value("array" if array else "file"))
     if not array:
         return
     if not first:
@@ -185,11 +185,11 @@ def _object(where: str, text: str, remedy: str) -> Values:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        raise RecordError(f"{where}: is not JSON ({reason}), got {shown(text.strip())}; {remedy}") from error
-    return _checked(where, value, remedy)
+        raise RecordError(f"{where}: is not JSON ({reason}), got {quote(text.strip())}; {remedy}") from error
+    return _check_object(where, value, remedy)
 
 
-def _checked(where: str, value: object, remedy: str = _REMEDY) -> Values:
+def _check_object(where: str, value: object, remedy: str = _REMEDY) -> Values:
     if not isinstance(value, dict):
-        raise RecordError(f"{where}: must be a JSON object, got {shown(value)}; {remedy}")
+        raise RecordError(f"{where}: must be a JSON object, got {quote(value)}; {remedy}")
     return value

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cappy.errors import RecordError, shown
+from cappy.errors import RecordError, quote
 from cappy.records import Instance, prompt_hash, read_batches
 from cappy.records.overlap import (
     MAX_ROWS,
@@ -50,7 +50,7 @@ SAMPLED_ROWS = 256
 _COLUMNS = ["instruction", "task", "group_id"]
 
 
-def left_out_of_training(count: int, of: int) -> str:
+def describe_left_out(count: int, of: int) -> str:
     """What is said of so many near-duplicates of held-out rows that are left out."""
     what = f"left out of training: {count:,} of {of:,} rows, near-duplicates of held-out ones"
     return f"{what}; give rows that belong together one group_id to keep them"
@@ -73,7 +73,7 @@ class SplitRows:
             if split in draws:
                 draws[split].add(prompted)
 
-    def left_out(self) -> set[int]:
+    def find_leaks(self) -> set[int]:
         """The hashes of prompts of train and validation that the leak check would find in a split held out further.
 
         What is left out changes what is a template's among the rest, so the check is asked again until it finds
@@ -87,10 +87,10 @@ class SplitRows:
         held = in_test | {row.prompt for row in validation}
         fitted = [row for row in self._fitted["train"].held if row.prompt not in held]
         fitted += [row for row in self._fitted["validation"].held if row.prompt not in in_test]
-        return _dropped(sorted(fitted, key=lambda row: row.prompt), validation, test)
+        return _find_leaks(sorted(fitted, key=lambda row: row.prompt), validation, test)
 
 
-def _dropped(fitted: list[Drawn], validation: list[Drawn], test: list[Drawn]) -> set[int]:
+def _find_leaks(fitted: list[Drawn], validation: list[Drawn], test: list[Drawn]) -> set[int]:
     dropped: set[int] = set()
     test = _own(test)
     while True:
@@ -164,12 +164,12 @@ class HeldOut:
 
     def index(self, *splits: str) -> RowIndex:
         """What finds the rows of these splits."""
-        held = [row for split in splits for row in self._cut(split)]
-        others = [row for split in self._draws if split not in splits for row in self._cut(split)]
+        held = [row for split in splits for row in self._bounded_rows(split)]
+        others = [row for split in self._draws if split not in splits for row in self._bounded_rows(split)]
         numbers, table = own_shingles([*held, *others])
         return RowIndex(Rows(table[: sum(number < len(held) for number in numbers)]))
 
-    def _cut(self, split: str) -> list[Drawn]:
+    def _bounded_rows(self, split: str) -> list[Drawn]:
         self._draws[split].cut()
         return self._draws[split].held
 
@@ -225,7 +225,7 @@ def keep_apart(
         if what:
             if not drop:
                 where = ", ".join(map(str, folders))
-                leak = f"instance {shown(instance.instance_id)} of {instance.split} {what} that stands in {where}"
+                leak = f"instance {quote(instance.instance_id)} of {instance.split} {what} that stands in {where}"
                 raise RecordError(f"{leak}; leave such instances out with --leaked drop, or mend the data")
             counts["dropped_leaked"] += 1
             continue

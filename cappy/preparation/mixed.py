@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 
 from cappy.config import fingerprint
-from cappy.errors import ConfigError, RecordError, shown
+from cappy.errors import ConfigError, RecordError, quote
 from cappy.preparation.bigbench import distinct_choices, from_bigbench
 from cappy.preparation.config import PreparationConfig
 from cappy.preparation.files import HubDataset, commit_of, parse_hub, read_file, read_hub
-from cappy.preparation.mixtures import Subset, chosen, load_mixture, to_values
+from cappy.preparation.mixtures import Subset, load_mixture, select_subsets, to_values
 from cappy.preparation.mixtures.plan import cap
 from cappy.preparation.prompted import Dataset, Placed, Prompt, Prompts, Table, Tally
 from cappy.preparation.rows import Rows, Values, odd_character
-from cappy.preparation.templates import LimitError, Rendered, Result, Template, fields, load_templates, render_rows
+from cappy.preparation.templates import LimitError, RenderedRow, Result, Template, fields, load_templates, render_rows
 from cappy.records.folder import sha256_of
 
 Reader = Callable[[str], Rows]
@@ -52,7 +52,7 @@ def open_templated(config: PreparationConfig) -> tuple[list[Dataset], dict[str, 
 def open_mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
     """The datasets of a mixture: each from a file under `local` where there is one, and else from the hub."""
     mixed = load_mixture(config.mixture or "")
-    subsets = chosen(mixed, config.subsets).subsets
+    subsets = select_subsets(mixed, config.subsets).subsets
     if config.local is not None and not config.local.is_dir():
         raise ConfigError(f"{config.local}: no such folder; --local names the one with the datasets at hand")
     if mixed.template_version and config.templates is None:
@@ -124,7 +124,7 @@ def _templates(config: PreparationConfig, dataset: str) -> tuple[Template, ...]:
     )
     if not kept:
         names = ", ".join(template.name for template in templates)
-        raise ConfigError(f"preparation: --template: {dataset} has no such template; choose of {shown(names, 400)}")
+        raise ConfigError(f"preparation: --template: {dataset} has no such template; choose of {quote(names, 400)}")
     return kept
 
 
@@ -145,7 +145,7 @@ def _under(templates: Sequence[Template], num_rows: int | None = None, *, seed: 
     needed = [fields(template) for template in templates]
     share = cap(num_rows, len(templates)) if num_rows else 0
 
-    def shown_to(index: int) -> list[int]:
+    def templates_for(index: int) -> list[int]:
         return [
             number
             for number in range(len(templates))
@@ -159,7 +159,7 @@ def _under(templates: Sequence[Template], num_rows: int | None = None, *, seed: 
             for row in rows:
                 index, _, values = row
                 names = {name.replace("-", "_") for name in values} if tally.missing == "fail" else None
-                numbers = shown_to(index)
+                numbers = templates_for(index)
                 asked.append((row, numbers))
                 yield values, [templates[i] for i in numbers if names is None or needed[i] <= names]
 
@@ -187,10 +187,10 @@ def _prompt(
     name = f"{template.dataset} {template.name}"
     tally.tried[name] += 1
     _, where, values = row
-    missing = _missing(template, needed, values)
+    missing = _missing_values(template, needed, values)
     rendered = RecordError(missing) if missing and tally.missing == "fail" else next(results)
-    if isinstance(rendered, Rendered):
-        rendered = _unwritable(f"{template.dataset}: template {shown(template.name)}", rendered) or rendered
+    if isinstance(rendered, RenderedRow):
+        rendered = _unwritable(f"{template.dataset}: template {quote(template.name)}", rendered) or rendered
     if isinstance(rendered, RecordError):
         tally.fail(name, f"{where}: {rendered}", limited=isinstance(rendered, LimitError))
         return None
@@ -212,7 +212,7 @@ def _prompt(
     )
 
 
-def _unwritable(where: str, rendered: Rendered) -> RecordError | None:
+def _unwritable(where: str, rendered: RenderedRow) -> RecordError | None:
     """What is wrong with a text that no file of the record takes: with a NUL, or with half a character."""
     for name, text in (("instruction", rendered.instruction), ("target", rendered.target)):
         if odd := odd_character(text):
@@ -220,14 +220,14 @@ def _unwritable(where: str, rendered: Rendered) -> RecordError | None:
     return None
 
 
-def _missing(template: Template, needed: frozenset[str], values: Values) -> str:
+def _missing_values(template: Template, needed: frozenset[str], values: Values) -> str:
     """What the template reads and the row lacks, in words; PromptSource renders that as nothing."""
     missing = sorted(needed - {name.replace("-", "_") for name in values})
     if not missing:
         return ""
-    fields = shown(", ".join(values), limit=120)
+    fields = quote(", ".join(values), limit=120)
     return (
-        f"{template.dataset}: template {shown(template.name)} reads {', '.join(missing)}, which the row lacks; "
+        f"{template.dataset}: template {quote(template.name)} reads {', '.join(missing)}, which the row lacks; "
         f"fields found: {fields}"
     )
 

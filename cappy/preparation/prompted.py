@@ -141,7 +141,7 @@ class Places:
 
 def instances(datasets: Sequence[Dataset], places: Places, tally: Tally, progress: Progress) -> Iterator[Instance]:
     """The instances of all datasets in order; RecordError where a template fails on a row, see `Tally`."""
-    held_out = _held_out(datasets, places, progress)
+    held_out = _find_exclusions(datasets, places, progress)
     for dataset in datasets:
         for table in dataset.tables:
             rows = (row for row in _rows(dataset, table, progress) if places.shard.holds(row[0]))
@@ -189,7 +189,7 @@ def _group_of(name: str, values: Values) -> str:
     return f"{name}:{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=8).hexdigest()}"
 
 
-def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -> Mapping[Split, Exclusions]:
+def _find_exclusions(datasets: Sequence[Dataset], places: Places, progress: Progress) -> Mapping[Split, Exclusions]:
     """For train and validation what it may not have: prompts, groups and near-duplicates of rows held out further.
 
     All datasets and all shards count. There is nothing to keep apart where all is test.
@@ -204,7 +204,9 @@ def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -
     one_dataset = len(tables) == 1
     limit, seen = MAX_ROWS if one_dataset else SAMPLED_ROWS, 0
     for dataset, table in tables:
-        for (_, _, values), prompts in dataset.prompts(_looked_at(dataset, table, places, progress, limit), unreported):
+        for (_, _, values), prompts in dataset.prompts(
+            _rows_to_check(dataset, table, places, progress, limit), unreported
+        ):
             group = _group_of(dataset.name, values)
             split = places.split(group, table)
             seen += split == "train"
@@ -218,7 +220,7 @@ def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -
                     exclusions[split].groups.append(group_hash(text))
     test, validation = exclusions["test"], exclusions["validation"]
     exact = one_dataset and seen < limit
-    near = sort_hashes(array("Q", rows.left_out())) if exact else array("Q")
+    near = sort_hashes(array("Q", rows.find_leaks())) if exact else array("Q")
     return {
         "train": Exclusions(
             prompts=sort_hashes(test.prompts + validation.prompts),
@@ -236,7 +238,7 @@ def _held_out(datasets: Sequence[Dataset], places: Places, progress: Progress) -
     }
 
 
-def _looked_at(dataset: Dataset, table: Table, places: Places, progress: Progress, left: int) -> Iterator[Placed]:
+def _rows_to_check(dataset: Dataset, table: Table, places: Places, progress: Progress, left: int) -> Iterator[Placed]:
     """The rows of a table that are held out, and the first that are not, so many of them at most."""
     for row in _rows(dataset, table, progress):
         if places.split(_group_of(dataset.name, row[2]), table) != "train":

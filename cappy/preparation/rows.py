@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, TypeGuard
 
-from cappy.errors import RecordError, shown
+from cappy.errors import RecordError, quote
 from cappy.records import Candidate, Instance, prompt_hash
 from cappy.records.instance import GIVEN, SPLITS, Status
 
@@ -40,14 +40,14 @@ def odd_character(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        half = f"half a character ({shown(text[error.start])}, character {error.start + 1})"
+        half = f"half a character ({quote(text[error.start])}, character {error.start + 1})"
         return f"{half}; delete it or write the whole one"
     return ""
 
 
 def column_names(names: Iterable[object], limit: int = 120) -> str:
     """Names of columns for a message of so many characters; pandas writes its index without a name."""
-    return shown(", ".join(str(name) or "(no name)" for name in names) or "none", limit)
+    return quote(", ".join(str(name) or "(no name)" for name in names) or "none", limit)
 
 
 def parse_row(where: str, values: Values, *, task: str, max_characters: int, unlabelled: bool = False) -> Row:
@@ -67,7 +67,7 @@ def parse_row(where: str, values: Values, *, task: str, max_characters: int, unl
     instance_id = fields.optional("instance_id", "id")
     split = fields.optional("split")
     if split and split not in SPLITS:
-        raise RecordError(f"{where}: split must be one of {', '.join(SPLITS)}, got {shown(split)}; rename it")
+        raise RecordError(f"{where}: split must be one of {', '.join(SPLITS)}, got {quote(split)}; rename it")
     instance = Instance(
         instance_id=instance_id,
         group_id=fields.optional("group_id") or f"{prompt_hash(instruction):016x}",
@@ -102,7 +102,7 @@ class _Fields:
 
     def text(self, name: str) -> str:
         """The text of a field that is there."""
-        return self._checked(name, self.values[name])
+        return self._check_text(name, self.values[name])
 
     def texts(self, *names: str) -> tuple[str, ...]:
         """The texts of these fields that are there; a text alone counts as a list of one."""
@@ -120,7 +120,7 @@ class _Fields:
         """The finite number in a field, or None."""
         value = self.values.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value)):
-            raise RecordError(f"{self.where}: {name} must be a finite number, got {shown(value)}")
+            raise RecordError(f"{self.where}: {name} must be a finite number, got {quote(value)}")
         return value
 
     def label(self, name: str) -> float | None:
@@ -140,14 +140,14 @@ class _Fields:
         """The whole number in a field, or None."""
         value = self.values.get(name)
         if value is not None and (not _is_int(value) or abs(value) >= 2 ** (bits - 1)):
-            raise RecordError(f"{self.where}: {name} must be a whole number of {bits} bits, got {shown(value)}")
+            raise RecordError(f"{self.where}: {name} must be a whole number of {bits} bits, got {quote(value)}")
         return value
 
     def flag(self, name: str, *, default: bool) -> bool:
         """The true or false in a field, or the default."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, bool):
-            raise RecordError(f"{self.where}: {name} must be true or false, got {shown(value)}")
+            raise RecordError(f"{self.where}: {name} must be true or false, got {quote(value)}")
         return default if value is None else value
 
     def names(self) -> str:
@@ -157,15 +157,15 @@ class _Fields:
     def _texts(self, name: str) -> Iterator[str]:
         value = self.values[name]
         if isinstance(value, str):
-            yield self._checked(name, value)
+            yield self._check_text(name, value)
         elif isinstance(value, list):
-            yield from (self._checked(f"{name}[{index}]", item) for index, item in enumerate(value))
+            yield from (self._check_text(f"{name}[{index}]", item) for index, item in enumerate(value))
         else:
-            raise RecordError(f"{self.where}: {name} must be a text or a list of texts, got {shown(value)}")
+            raise RecordError(f"{self.where}: {name} must be a text or a list of texts, got {quote(value)}")
 
-    def _checked(self, name: str, value: object) -> str:
+    def _check_text(self, name: str, value: object) -> str:
         if not isinstance(value, str):
-            raise RecordError(f"{self.where}: {name} must be a text, got {shown(value)}; put it in quotes")
+            raise RecordError(f"{self.where}: {name} must be a text, got {quote(value)}; put it in quotes")
         if len(value) > self.max_characters:
             remedy = "shorten it, or raise --max-characters (of preparation)"
             limit = f"the limit is {self.max_characters:,}"
@@ -181,7 +181,7 @@ def _instruction(fields: _Fields) -> str:
         raise RecordError(f"{fields.where}: has no field instruction, fields found: {fields.names()}; {remedy}")
     instruction = fields.text("instruction") if fields.has("instruction") else None
     if instruction is None or not instruction.strip():
-        raise RecordError(f"{fields.where}: instruction is empty, got {shown(instruction)}; give it a text")
+        raise RecordError(f"{fields.where}: instruction is empty, got {quote(instruction)}; give it a text")
     return instruction
 
 
@@ -195,7 +195,7 @@ def _references(fields: _Fields, *, needed: bool) -> tuple[str, ...]:
         raise RecordError(f"{fields.where}: has no reference, fields found: {fields.names()}; {remedy}")
     references = tuple(text for text in fields.texts(*given) if text.strip())
     if not references:
-        got = shown(fields.values[given[0]])
+        got = quote(fields.values[given[0]])
         raise RecordError(f"{fields.where}: {given[0]} holds no text, got {got}; {remedy}")
     return references
 
@@ -206,9 +206,9 @@ def _choices(fields: _Fields, references: tuple[str, ...]) -> tuple[str, ...]:
         return ()
     if len(set(choices)) != len(choices) or len(choices) < 2 or not all(map(str.strip, choices)):
         remedy = "give at least two different texts, none of them blank"
-        raise RecordError(f"{fields.where}: choices are not a choice, got {shown(list(choices))}; {remedy}")
+        raise RecordError(f"{fields.where}: choices are not a choice, got {quote(list(choices))}; {remedy}")
     if not set(references) & set(choices):
-        wrong = f"no reference is among the choices, got {shown(list(references))} and {shown(list(choices))}"
+        wrong = f"no reference is among the choices, got {quote(list(references))} and {quote(list(choices))}"
         raise RecordError(f"{fields.where}: {wrong}; spell one of them as a choice is spelt")
     return choices
 
@@ -223,7 +223,7 @@ def _responses(fields: _Fields) -> Iterator[Candidate]:
         remedy = "give one label for each response, in order"
         raise RecordError(f"{fields.where}: has {len(texts)} responses and {len(labels)} labels; {remedy}")
     for index, text in enumerate(texts):
-        yield _imported(text, label=labels[index] if labels else None)
+        yield _import_candidate(text, label=labels[index] if labels else None)
 
 
 def _candidates(fields: _Fields) -> Iterator[Candidate]:
@@ -233,17 +233,17 @@ def _candidates(fields: _Fields) -> Iterator[Candidate]:
         return
     if not isinstance(items, list) or not items:
         remedy = "leave it out where there are none"
-        raise RecordError(f"{fields.where}: candidates must be a list of objects, got {shown(items)}; {remedy}")
+        raise RecordError(f"{fields.where}: candidates must be a list of objects, got {quote(items)}; {remedy}")
     for index, item in enumerate(items):
         where = f"{fields.where}: candidates[{index}]"
         if not isinstance(item, dict):
             remedy = "plain texts belong under responses"
-            raise RecordError(f"{where} must be an object, got {shown(item)}; {remedy}")
+            raise RecordError(f"{where} must be an object, got {quote(item)}; {remedy}")
         inner = _Fields(where, item, fields.max_characters)
         name = next((name for name in ("response", "text") if inner.has(name)), None)
         if name is None:
             raise RecordError(f"{where}: has no text, fields found: {inner.names()}; give the response as text")
-        yield _imported(
+        yield _import_candidate(
             inner.text(name),
             label=inner.label("label"),
             known=_Known(
@@ -268,7 +268,7 @@ class _Known(TypedDict, total=False):
     num_tokens: int | None
 
 
-def _imported(response: str, *, label: float | None = None, known: _Known | None = None) -> Candidate:
+def _import_candidate(response: str, *, label: float | None = None, known: _Known | None = None) -> Candidate:
     status: Status = "ok" if response.strip() else "empty"
     labels = {} if label is None else {GIVEN: label}
     return Candidate(response=response, revision=_IMPORTED, status=status, labels=labels, **(known or {}))
@@ -284,7 +284,7 @@ def _label(where: str, value: object) -> float:
     number = _number(value)
     if number is None or not 0 <= number <= 1:
         remedy = "give how correct the response is, from 0 to 1, or true or false"
-        raise RecordError(f"{where} is no label, got {shown(value)}; {remedy}")
+        raise RecordError(f"{where} is no label, got {quote(value)}; {remedy}")
     return number
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from cappy.builtin.tasks import instances as builtin_instances
-from cappy.errors import ConfigError, FolderError, RecordError, shown
+from cappy.errors import ConfigError, FolderError, RecordError, quote
 from cappy.preparation.bigbench import Shares, find_tasks, is_task, map_known_columns, read_tasks
 from cappy.preparation.cells import parse_lists
 from cappy.preparation.columns import Columns, Unused, map_columns, parse_columns
@@ -266,14 +266,14 @@ def _exclude(rows: Iterator[Row], patterns: Sequence[str], unused: Unused) -> It
         yield replace(row, instance=replace(row.instance, candidates=kept))
     idle = sorted(set(patterns) - set(hit.values()))
     if idle:
-        systems = shown(", ".join(sorted(filter(None, hit))) or "none", 120)
+        systems = quote(", ".join(sorted(filter(None, hit))) or "none", 120)
         unused.say("exclude", f"--exclude {idle[0]} matches no system; systems found: {systems}")
 
 
 def _as_row(name: str, instance: Instance, task: str | None) -> Row:
     """A row of a source of ours, whose ids and splits stand."""
     named = instance if instance.task or not task else replace(instance, task=task)
-    return Row(f"{name}: instance {shown(instance.instance_id)}", named)
+    return Row(f"{name}: instance {quote(instance.instance_id)}", named)
 
 
 def _with_choices(instance: Instance) -> Instance:
@@ -285,7 +285,7 @@ def group_rows(source: Source, config: PreparationConfig) -> Source:
     if source.format in (BUILTIN, "records", "bigbench") or source.datasets:
         return source
     grouping = _survey_groups(source.rows, config.group_responses)
-    if not grouping.needed:
+    if not grouping.has_groups:
         return source
     what = f"{grouping.rows:,} rows of {grouping.instances:,} prompts are gathered into an instance for each prompt"
     source.unused.say("grouped", f"{what}; --group-responses never keeps them apart")
@@ -301,7 +301,7 @@ class _Grouping:
     counts: Counter[int] = field(default_factory=Counter)
 
     @property
-    def needed(self) -> bool:
+    def has_groups(self) -> bool:
         """Whether any rows belong together."""
         return self.rows > self.instances
 

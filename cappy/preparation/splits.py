@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from cappy.errors import ConfigError, RecordError, shown
+from cappy.errors import ConfigError, RecordError, quote
 from cappy.preparation.config import PreparationConfig
-from cappy.preparation.leakage import MOST_DROPPED, SplitRows, left_out_of_training, root_of, tied_prompts
+from cappy.preparation.leakage import MOST_DROPPED, SplitRows, describe_left_out, root_of, tied_prompts
 from cappy.preparation.rows import Row, hash64
 from cappy.preparation.sources import Source
 from cappy.progress import Progress
@@ -59,9 +59,9 @@ def survey(source: Source, config: PreparationConfig, progress: Progress) -> Pla
     It is read once, and once more for near-duplicates where we draw splits (twice more again where they are many).
     """
     ids, groups, prompts, codes, first, named = _hashes(source, config, progress)
-    if first.has_id and (clash := _repeated(ids)):
+    if first.has_id and (clash := _find_repeat(ids)):
         earlier, later = _rows_at(source, clash)
-        twice = f"id {shown(later.instance.instance_id)} stands at {earlier.where} already"
+        twice = f"id {quote(later.instance.instance_id)} stands at {earlier.where} already"
         raise RecordError(f"{later.where}: {twice}; give every row its own id")
     if first.has_split:
         if (
@@ -70,13 +70,13 @@ def survey(source: Source, config: PreparationConfig, progress: Progress) -> Pla
             and (config.test, config.validation) != _DEFAULT_SHARES
         ):
             source.unused.say("shares", "the rows give their splits; --test and --validation draw none")
-        _check_shared(source, codes, prompts, lambda row: f"instruction {shown(row.instance.instruction)}")
-        _check_shared(source, codes, groups, lambda row: f"group_id {shown(row.instance.group_id)}")
+        _check_shared(source, codes, prompts, lambda row: f"instruction {quote(row.instance.instruction)}")
+        _check_shared(source, codes, groups, lambda row: f"group_id {quote(row.instance.group_id)}")
         left_out = np.zeros(len(codes), dtype=np.bool_)
         if source.format == "bigbench":
             left_out = _near(source, codes, prompts)
     else:
-        codes, left_out = _drawn_apart(source, config, groups, prompts)
+        codes, left_out = _draw_apart(source, config, groups, prompts)
     _say_left_out(source, codes, left_out)
     if config.task and not named:
         source.unused.say("task", f"every row names its task; --task {config.task} names none")
@@ -84,19 +84,19 @@ def survey(source: Source, config: PreparationConfig, progress: Progress) -> Pla
     return Plan(splits=codes, left_out=left_out, ordinals=_ordinals(groups), metrics=metrics)
 
 
-def _drawn_apart(source: Source, config: PreparationConfig, groups: Hashes, prompts: Hashes) -> tuple[Codes, Chosen]:
+def _draw_apart(source: Source, config: PreparationConfig, groups: Hashes, prompts: Hashes) -> tuple[Codes, Chosen]:
     """The drawn split of each row, and whether it is left out; near-duplicates are one group where they are many."""
     codes = draw(representatives(groups, prompts), config, source.name, unused=source.unused.names("columns"))
     left_out = _near(source, codes, prompts)
     fitted = np.count_nonzero(codes != TEST)
-    if left_out.sum() <= MOST_DROPPED * fitted and not _emptied(codes, left_out):
+    if left_out.sum() <= MOST_DROPPED * fitted and not _empties_split(codes, left_out):
         return codes, left_out
     places = representatives(groups, tied_prompts(prompts, lambda: (row.instance for row in source.rows())))
-    if len(np.unique(places)) < _wanted(config):
+    if len(np.unique(places)) < _num_splits(config):
         return codes, left_out
     again = draw(places, config, source.name)
     left_out_again = _near(source, again, prompts)
-    if left_out_again.sum() >= left_out.sum() or _emptied(again, left_out_again):
+    if left_out_again.sum() >= left_out.sum() or _empties_split(again, left_out_again):
         return codes, left_out
     what = f"{left_out.sum():,} of {fitted:,} rows to train on were near-duplicates of held-out rows"
     source.unused.say("near_duplicates", f"{what}; near-duplicates are taken as one group, and splits drawn by that")
@@ -110,19 +110,19 @@ def _near(source: Source, codes: Codes, prompts: Hashes) -> Chosen:
     rows = SplitRows()
     for row, code in zip(source.rows(), codes.tolist(), strict=False):
         rows.add(row.instance, SPLITS[code])
-    left_out = rows.left_out()
+    left_out = rows.find_leaks()
     chosen: Chosen = np.isin(prompts, np.fromiter(left_out, dtype=np.uint64, count=len(left_out))) & (codes != TEST)
     return chosen
 
 
-def _emptied(codes: Codes, left_out: Chosen) -> bool:
+def _empties_split(codes: Codes, left_out: Chosen) -> bool:
     """Whether a split has rows, and none that is not left out."""
     return len(np.unique(codes[~left_out])) < len(np.unique(codes))
 
 
 def _say_left_out(source: Source, codes: Codes, left_out: Chosen) -> None:
     if left_out.any():
-        source.unused.say("near_held_out", left_out_of_training(int(left_out.sum()), int((codes != TEST).sum())))
+        source.unused.say("near_held_out", describe_left_out(int(left_out.sum()), int((codes != TEST).sum())))
 
 
 def place(rows: Iterator[Row], plan: Plan) -> Iterator[Instance | None]:
@@ -146,7 +146,7 @@ def draw(places: Hashes, config: PreparationConfig, name: str = "source", *, unu
     ConfigError if there are too few groups; it names the `unused` columns, since rows may differ by one of them.
     """
     groups = np.unique(places)
-    wanted = _wanted(config)
+    wanted = _num_splits(config)
     if len(groups) < wanted:
         remedy = f"give at least {wanted} different instructions, or set --test 0 and --validation 0"
         if unused:
@@ -162,7 +162,7 @@ def draw(places: Hashes, config: PreparationConfig, name: str = "source", *, unu
     return np.select([ranks < num_test, ranks < num_held_out], [TEST, VALIDATION], TRAIN).astype(np.uint8)
 
 
-def _wanted(config: PreparationConfig) -> int:
+def _num_splits(config: PreparationConfig) -> int:
     """How many splits are asked for."""
     return 1 + (config.test > 0) + (config.validation > 0)
 
@@ -226,14 +226,14 @@ def _check_alike(row: Row, first: Row) -> None:
 
 def _check_shared(source: Source, codes: Codes, keys: Hashes, what: Callable[[Row], str]) -> None:
     """RecordError for the first row whose key stands in another split already."""
-    if clash := _repeated(keys, codes):
+    if clash := _find_repeat(keys, codes):
         earlier, later = _rows_at(source, clash)
         here, there = later.instance.split, earlier.instance.split
         remedy = "delete one of the two, or leave out every split to have them drawn"
         raise RecordError(f"{later.where}: {what(later)} is in {here}, at {earlier.where} in {there}; {remedy}")
 
 
-def _repeated(keys: Hashes, codes: Codes | None = None) -> tuple[int, int] | None:
+def _find_repeat(keys: Hashes, codes: Codes | None = None) -> tuple[int, int] | None:
     """Two rows of equal keys (and, with `codes`, unequal codes): the pair whose later row comes first."""
     order = np.argsort(keys, kind="stable")
     clash = keys[order][1:] == keys[order][:-1]

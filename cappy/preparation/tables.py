@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cappy.errors import RecordError, shown
+from cappy.errors import RecordError, quote
 from cappy.preparation.rows import Rows, column_names
 from cappy.preparation.text_files import lines, plain, readable
 
@@ -64,7 +64,7 @@ def read_parquet(path: Path) -> Rows:
                             number += 1
                             yield f"{path}: row {number}", row
     except (pa.ArrowException, ValueError, OverflowError, OSError) as error:  # Thrift's errors are OSError
-        reason = shown((str(error).splitlines() or [type(error).__name__])[0])
+        reason = quote((str(error).splitlines() or [type(error).__name__])[0])
         raise RecordError(f"{path}: row {number + 1}: cannot be read as Parquet ({reason}); write it again") from error
 
 
@@ -93,7 +93,7 @@ def read_arrow(path: Path) -> Rows:
         )
         raise RecordError(f"{path}: is compressed Arrow (Feather); turn it into Parquet: {command}") from error
     except (pa.ArrowException, ValueError, OverflowError, OSError, struct.error) as error:
-        reason = shown((str(error).splitlines() or [type(error).__name__])[0])
+        reason = quote((str(error).splitlines() or [type(error).__name__])[0])
         raise RecordError(f"{path}: row {number + 1}: cannot be read as Arrow ({reason}); write it again") from error
 
 
@@ -187,7 +187,7 @@ def _records(path: Path, mark: str = ",") -> Iterator[tuple[int, list[str]]]:
 
     def texts() -> Iterator[str]:
         nonlocal held
-        for number, text in enumerate((part for _, line in lines(path) for part in _ended_by_returns(line)), start=1):
+        for number, text in enumerate((part for _, line in lines(path) for part in _split_at_returns(line)), start=1):
             held += len(text)
             if held > _MAX_RECORD_CHARACTERS:
                 limit = f"{_MAX_RECORD_CHARACTERS:,} characters"
@@ -205,7 +205,7 @@ def _records(path: Path, mark: str = ",") -> Iterator[tuple[int, list[str]]]:
         raise RecordError(f"{path}:{start}: is not CSV ({error}); mend its quotes") from error
 
 
-def _ended_by_returns(line: str) -> Sequence[str]:
+def _split_at_returns(line: str) -> Sequence[str]:
     """A line in parts at the carriage returns that end lines in it, as old programs for the Mac write them."""
     return _RETURN.split(line) if "\r" in line[:-2] else (line,)
 

@@ -18,7 +18,7 @@ from typing import IO
 
 import pyarrow as pa
 
-from cappy.errors import ConfigError, RecordError, shown
+from cappy.errors import ConfigError, RecordError, quote
 
 MAX_LINE_BYTES = 64 * 2**20
 PIECE = 2**16
@@ -84,29 +84,29 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     UTF-8, and UTF-16 and UTF-32 where the file begins with their mark. RecordError for a line that is none of them or
     longer than `MAX_LINE_BYTES`, and for a damaged archive.
     """
-    encoding = _encoding_of(path)
+    encoding = _detect_encoding(path)
     if encoding != "utf-8-sig":
         yield from _wide_lines(path, encoding)
         return
-    with _unpacked(path) as file:
+    with _open_unpacked(path) as file:
         number = 1
         while raw := _next_line(file, path, number):
-            yield number, _decoded(raw.removeprefix(_BOM) if number == 1 else raw, path, number)
+            yield number, _decode(raw.removeprefix(_BOM) if number == 1 else raw, path, number)
             number += 1
 
 
 def pieces(path: Path, errors: str = "strict", size: int = PIECE) -> Iterator[str]:
     """The text of a file in pieces of `size` characters, whatever its lines; RecordError as for `lines`."""
-    encoding, number = _encoding_of(path), 1
-    with _unpacked(path) as file, io.TextIOWrapper(file, encoding=encoding, errors=errors, newline="\n") as text:
+    encoding, number = _detect_encoding(path), 1
+    with _open_unpacked(path) as file, io.TextIOWrapper(file, encoding=encoding, errors=errors, newline="\n") as text:
         while piece := _read(lambda: text.read(size), path, number, encoding):
             yield piece
             number += piece.count("\n")
 
 
-def _encoding_of(path: Path) -> str:
+def _detect_encoding(path: Path) -> str:
     """The encoding by the first bytes, once unpacked; RecordError for UTF-16 that lacks its mark."""
-    with _unpacked(path) as file:
+    with _open_unpacked(path) as file:
         try:
             first = file.read(4)
         except (MemoryError, *_DAMAGED):
@@ -120,7 +120,7 @@ def _encoding_of(path: Path) -> str:
 
 
 def _wide_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
-    with _unpacked(path) as file, io.TextIOWrapper(file, encoding=encoding, newline="\n") as text:
+    with _open_unpacked(path) as file, io.TextIOWrapper(file, encoding=encoding, newline="\n") as text:
         number = 1
         while line := _read(lambda: text.readline(MAX_LINE_BYTES + 1), path, number, encoding):
             if len(line) > MAX_LINE_BYTES:
@@ -138,7 +138,7 @@ def _read(read: Callable[[], str], path: Path, number: int, encoding: str) -> st
     except MemoryError as error:
         raise _too_much_memory(path, number) from error
     except _DAMAGED as error:
-        raise _damaged(path, number, error) from error
+        raise _damaged_file(path, number, error) from error
 
 
 def _next_line(file: IO[bytes], path: Path, number: int) -> bytes:
@@ -147,13 +147,13 @@ def _next_line(file: IO[bytes], path: Path, number: int) -> bytes:
     except MemoryError as error:
         raise _too_much_memory(path, number) from error
     except _DAMAGED as error:
-        raise _damaged(path, number, error) from error
+        raise _damaged_file(path, number, error) from error
     if len(raw) > MAX_LINE_BYTES:
         raise _too_long(path, number)
     return raw
 
 
-def _decoded(raw: bytes, path: Path, number: int) -> str:
+def _decode(raw: bytes, path: Path, number: int) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -170,7 +170,7 @@ def _too_much_memory(path: Path, number: int) -> RecordError:
     return RecordError(f"{path}:{number}: the compressed file needs too much memory to unpack; {remedy}")
 
 
-def _damaged(path: Path, number: int, error: BaseException) -> RecordError:
+def _damaged_file(path: Path, number: int, error: BaseException) -> RecordError:
     reason = str(error).rstrip(".")
     return RecordError(
         f"{path}:{number}: the compressed file is truncated or damaged ({reason}); fetch or pack it again"
@@ -182,7 +182,7 @@ def _too_long(path: Path, number: int) -> RecordError:
 
 
 @contextlib.contextmanager
-def _unpacked(path: Path) -> Iterator[IO[bytes]]:
+def _open_unpacked(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked where its first bytes say that it is packed.
 
     RecordError for an archive of several files, and for a format that holds no text.
@@ -243,11 +243,11 @@ def _only_member(path: Path, raw: IO[bytes], stack: contextlib.ExitStack) -> IO[
         members = [name for name in names if _is_data(name)]
         if len(members) != 1:
             held = ", ".join(sorted(members)[:5]) or "nothing"
-            what = f"is a zip archive of {len(members)} files ({shown(held, 120)})"
+            what = f"is a zip archive of {len(members)} files ({quote(held, 120)})"
             raise RecordError(f"{path}: {what}; unpack it and give one of them: unzip {path.name} -d FOLDER")
         return archive.open(members[0])
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise RecordError(f"{path}: cannot be unpacked ({shown(str(error))}); unpack it: unzip {path.name}") from error
+        raise RecordError(f"{path}: cannot be unpacked ({quote(str(error))}); unpack it: unzip {path.name}") from error
 
 
 def _is_data(name: str) -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from cappy.errors import FolderError, shown
-from cappy.files import refuse_links, replacing
+from cappy.errors import FolderError, quote
+from cappy.files import atomic_write, refuse_links
 from cappy.keys import KEY
 from cappy.records.instance import Instance
 from cappy.records.schema import SCHEMA_VERSION, to_table
@@ -154,7 +154,7 @@ def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, private=private) as file:
+        with atomic_write(path, private=private) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -240,7 +240,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FolderError(
-            f"{path}: is not a manifest ({shown(str(error))}); run the step that wrote it again"
+            f"{path}: is not a manifest ({quote(str(error))}); run the step that wrote it again"
         ) from error
     if manifest.schema_version > SCHEMA_VERSION:
         newest = f"this version reads up to {SCHEMA_VERSION}"
@@ -252,7 +252,7 @@ def verify(folder: str | Path, manifest: Manifest | None = None) -> Manifest:
     """Checks the sha256 of every file that the manifest names; returns the manifest."""
     manifest = manifest or read_manifest(folder)
     for file in manifest.files:
-        verified(Path(folder), file)
+        verify_file(Path(folder), file)
     return manifest
 
 
@@ -280,11 +280,11 @@ def put(source: Path, path: Path) -> None:
     try:
         os.link(source, path)
     except OSError:
-        with source.open("rb") as whole, replacing(path) as file:
+        with source.open("rb") as whole, atomic_write(path) as file:
             shutil.copyfileobj(whole, file)
 
 
-def verified(folder: Path, file: File) -> Path:
+def verify_file(folder: Path, file: File) -> Path:
     """The path of a file of the folder, once its sha256 is that of the manifest."""
     path = folder / file.name
     remedy = f"delete {folder} and run the step that wrote it again"

@@ -10,7 +10,7 @@ from pydantic import Field
 from cappy.config import DEFAULT_WORK, LOCATION, Fresh, Location, Work, settings
 from cappy.errors import ConfigError
 from cappy.progress import Progress, silent
-from cappy.records.folder import File, Manifest, put, read_manifest, verified
+from cappy.records.folder import File, Manifest, put, read_manifest, verify_file
 from cappy.records.work import claim, finish, refuse_same
 
 __all__ = ["GatheringConfig", "run"]
@@ -50,7 +50,7 @@ def run(config: GatheringConfig, progress: Progress = silent) -> Manifest:
         total = sum(len(source.files) for source in sources)
         for place, source in zip(config.source, sources, strict=True):
             for file in source.files:
-                files.append(_kept(verified(place, file), file, folder, len(files)))
+                files.append(_link_part(verify_file(place, file), file, folder, len(files)))
                 progress(len(files), total, unit="parts")
         manifest = Manifest(
             step=sources[0].step,
@@ -60,12 +60,12 @@ def run(config: GatheringConfig, progress: Progress = silent) -> Manifest:
             seed=sources[0].seed,
             generators={name: each for source in sources for name, each in source.generators.items()},
             parents=tuple(source.hash for source in sources),
-            metrics=_summed([source.metrics for source in sources]),
+            metrics=_sum_counts([source.metrics for source in sources]),
         )
         return finish(folder, config.target, manifest)
 
 
-def _kept(path: Path, file: File, folder: Path, number: int) -> File:
+def _link_part(path: Path, file: File, folder: Path, number: int) -> File:
     """The part under the number that it has among all, by hard link where the file system allows it."""
     name = f"part-{number:05d}.parquet"
     put(path, folder / name)
@@ -78,7 +78,7 @@ def _common(configs: Sequence[Mapping[str, object]]) -> dict[str, object]:
     return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
 
 
-def _summed(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _sum_counts(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Counts added up; what is no whole number in some shard (a mean, a rate) cannot be added, and is left out."""
     names = {name: None for each in metrics for name in each}
     whole = [name for name in names if all(float(each.get(name, 0)).is_integer() for each in metrics)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from cappy.errors import RecordError, shown
+from cappy.errors import RecordError, quote
 
 Split = Literal["train", "validation", "test"]
 Source = Literal["reference", "choice", "mismatch", "llm"]
@@ -45,11 +45,11 @@ class Candidate:
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
-            raise RecordError(f"source must be one of {', '.join(SOURCES)}, got {shown(self.source)}")
+            raise RecordError(f"source must be one of {', '.join(SOURCES)}, got {quote(self.source)}")
         if self.status not in STATUSES:
-            raise RecordError(f"status must be one of {', '.join(STATUSES)}, got {shown(self.status)}")
+            raise RecordError(f"status must be one of {', '.join(STATUSES)}, got {quote(self.status)}")
 
-    def labelled(self, metric: str, label: float) -> "Candidate":
+    def with_label(self, metric: str, label: float) -> "Candidate":
         """The candidate with one more label; `replace` would do, at many times the cost, and there are millions."""
         return Candidate(
             response=self.response,
@@ -94,12 +94,12 @@ class Instance:
 
     def __post_init__(self) -> None:
         if not self.instruction.strip():
-            raise RecordError(f"instance {shown(self.instance_id)}: instruction is empty; give it a text")
+            raise RecordError(f"instance {quote(self.instance_id)}: instruction is empty; give it a text")
         if not self.candidates and not any(reference.strip() for reference in self.references):
-            raise RecordError(f"instance {shown(self.instance_id)}: no reference; give at least one accepted answer")
+            raise RecordError(f"instance {quote(self.instance_id)}: no reference; give at least one accepted answer")
         if self.split not in SPLITS:
             raise RecordError(
-                f"instance {shown(self.instance_id)}: split must be one of {', '.join(SPLITS)}, got {shown(self.split)}"
+                f"instance {quote(self.instance_id)}: split must be one of {', '.join(SPLITS)}, got {quote(self.split)}"
             )
         if not self.group_id:
             object.__setattr__(self, "group_id", self.instance_id)

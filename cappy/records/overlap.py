@@ -351,17 +351,17 @@ _IDENTITY = 8
 
 def sketch(instances: Iterable[Instance]) -> str:
     """The sketch of the groups of these instances: hashes of 8 hexadecimal digits each, in ascending order."""
-    return _joined({_group_hash(instance) for instance in instances})
+    return _join_hashes({_group_hash(instance) for instance in instances})
 
 
-def merged(one: str, other: str) -> str:
+def merge_sketches(one: str, other: str) -> str:
     """The sketch of the groups of both."""
-    return _joined(set(_split(one)) | set(_split(other)))
+    return _join_hashes(set(_split_hashes(one)) | set(_split_hashes(other)))
 
 
-def shared(current: str, earlier: str) -> float:
+def sketch_overlap(current: str, earlier: str) -> float:
     """The share, 0 to 1, of the groups of `current` that `earlier` has too."""
-    own, others = _split(current), _split(earlier)
+    own, others = _split_hashes(current), _split_hashes(earlier)
     if not own or not others:
         return 0.0
     # Of a set that was cut nothing is known beyond its highest hash.
@@ -376,9 +376,9 @@ def _group_hash(instance: Instance) -> str:
     return hashlib.sha256(identity.encode()).hexdigest()[:_DIGITS]
 
 
-def _joined(hashes: set[str]) -> str:
+def _join_hashes(hashes: set[str]) -> str:
     return "".join(sorted(hashes)[:SKETCH_SIZE])
 
 
-def _split(text: str) -> list[str]:
+def _split_hashes(text: str) -> list[str]:
     return [text[start : start + _DIGITS] for start in range(0, len(text), _DIGITS)]

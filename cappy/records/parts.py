@@ -51,7 +51,7 @@ class _Done:
     resumed: bool
 
 
-def nothing(_: Sequence[Instance]) -> Mapping[str, int]:
+def count_nothing(_: Sequence[Instance]) -> Mapping[str, int]:
     """Counts nothing."""
     return {}
 
@@ -69,7 +69,7 @@ def process(
     part_rows: int,
     progress: Progress,
     total: int | None = None,
-    count: Count = nothing,
+    count: Count = count_nothing,
 ) -> Parts:
     """Runs `transform` over parts of `part_rows` instances and writes each result as a part of `folder`.
 
@@ -80,7 +80,7 @@ def process(
     def one(index: int, part: list[Instance]) -> _Done:
         return _do(folder, index, len(part), lambda: part, transform, count)
 
-    return _collected(map(one, itertools.count(), batched(instances, part_rows)), total, progress)
+    return _collect(map(one, itertools.count(), batched(instances, part_rows)), total, progress)
 
 
 def process_folder(
@@ -91,7 +91,7 @@ def process_folder(
     rows: range,
     part_rows: int,
     progress: Progress,
-    count: Count = nothing,
+    count: Count = count_nothing,
     again: Again = never,
     workers: int = 1,
 ) -> Parts:
@@ -103,17 +103,17 @@ def process_folder(
     spans = [range(start, min(start + part_rows, rows.stop)) for start in starts]
     one = partial(_do_rows, source, folder, transform, count, again)
     if min(workers, len(spans)) <= 1:
-        return _collected(map(one, range(len(spans)), spans), len(rows), progress)
+        return _collect(map(one, range(len(spans)), spans), len(rows), progress)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(spans)), mp_context=context, initializer=_serve) as pool:
         try:
-            return _collected(pool.map(one, range(len(spans)), spans), len(rows), progress)
+            return _collect(pool.map(one, range(len(spans)), spans), len(rows), progress)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _collected(parts: Iterable[_Done], total: int | None, progress: Progress) -> Parts:
+def _collect(parts: Iterable[_Done], total: int | None, progress: Progress) -> Parts:
     files: list[File] = []
     counts: Counter[str] = Counter()
     done = resumed = 0
@@ -142,7 +142,7 @@ def _do(
     count: Count,
     again: Again = never,
 ) -> _Done:
-    if (finished := _finished(folder, index)) is not None and not again(finished[1]):
+    if (finished := _read_finished(folder, index)) is not None and not again(finished[1]):
         return _Done(*finished, taken=taken, resumed=True)
     done = list(transform(instances()))
     counts = dict(count(done))
@@ -151,7 +151,7 @@ def _do(
     return _Done(file, counts, taken=taken, resumed=False)
 
 
-def _finished(folder: Path, index: int) -> tuple[File, Mapping[str, int]] | None:
+def _read_finished(folder: Path, index: int) -> tuple[File, Mapping[str, int]] | None:
     note = _note(folder, index)
     if not note.is_file():
         return None

@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cappy.errors import FolderError, shown
-from cappy.records.folder import MANIFEST, PART_ROWS, File, read_manifest, verified
+from cappy.errors import FolderError, quote
+from cappy.records.folder import MANIFEST, PART_ROWS, File, read_manifest, verify_file
 from cappy.records.instance import Instance, Split
 from cappy.records.schema import from_batch, odd_column
 
@@ -33,7 +33,7 @@ def read_batches(
     """Streams Arrow record batches, for loops that need a few columns of many rows; each part is verified first."""
     if rows is None:
         for file in _parts(Path(folder)):
-            with _part(verified(Path(folder), file)) as parquet:
+            with _part(verify_file(Path(folder), file)) as parquet:
                 yield from parquet.iter_batches(batch_size=PART_ROWS, columns=columns)
         return
     files, ends = _rows_of_files(Path(folder), _stamp(Path(folder) / MANIFEST))
@@ -42,7 +42,7 @@ def read_batches(
         start = end - file.rows
         if start >= rows.stop:
             return
-        path = _verified_once(Path(folder), file, _stamp(Path(folder) / file.name))
+        path = _verify_once(Path(folder), file, _stamp(Path(folder) / file.name))
         with _part(path) as parquet:
             batches = parquet.iter_batches(batch_size=PART_ROWS, columns=columns)
             yield from _within(batches, max(rows.start - start, 0), min(rows.stop - start, file.rows))
@@ -58,7 +58,7 @@ def _part(path: Path) -> Iterator[pq.ParquetFile]:
                 raise FolderError(f"{path}: is no part of the record ({odd}); {remedy}")
             yield parquet
     except pa.ArrowException as error:
-        reason = shown(str(error).splitlines()[0], 120)
+        reason = quote(str(error).splitlines()[0], 120)
         raise FolderError(f"{path}: cannot be read as Parquet ({reason}); {remedy}") from error
 
 
@@ -78,8 +78,8 @@ def _rows_of_files(folder: Path, stamp: tuple[int, ...]) -> tuple[tuple[File, ..
 
 
 @functools.lru_cache(maxsize=64)
-def _verified_once(folder: Path, file: File, stamp: tuple[int, ...]) -> Path:
-    return verified(folder, file)
+def _verify_once(folder: Path, file: File, stamp: tuple[int, ...]) -> Path:
+    return verify_file(folder, file)
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cappy.errors import shown
+from cappy.errors import quote
 from cappy.records.instance import Candidate, Instance
 
 SCHEMA_VERSION = 1
@@ -70,7 +70,7 @@ def odd_column(schema: pa.Schema) -> str:
         return "a column stands there twice"
     candidates = schema.field("candidates").type if "candidates" in schema.names else None
     if candidates is not None and not (pa.types.is_list(candidates) and pa.types.is_struct(candidates.value_type)):
-        return f"candidates is of type {shown(str(candidates), 60)}"
+        return f"candidates is of type {quote(str(candidates), 60)}"
     inner = candidates.value_type if candidates is not None else ()
     for kind, given, known in (
         (Instance, list(schema), {field.name: field.type for field in SCHEMA if field.name != "candidates"}),
@@ -82,7 +82,7 @@ def odd_column(schema: pa.Schema) -> str:
             return f"has no column {missing[0]}"
         for name in known.keys() & types.keys():
             if not types[name].equals(known[name]) and not pa.types.is_null(types[name]):
-                return f"{name} is of type {shown(str(types[name]), 60)}, must be {known[name]}"
+                return f"{name} is of type {quote(str(types[name]), 60)}, must be {known[name]}"
     return ""
 
 
@@ -119,7 +119,7 @@ def _candidates(column: pa.ListArray) -> list[tuple[Candidate, ...]]:
     names = [name for name in _CANDIDATE_FIELDS if struct.type.get_field_index(name) >= 0]
     columns = [_column(struct.field(name), _CANDIDATE_DEFAULTS[name]) for name in names]
     flat = [Candidate(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
-    return _cut(flat, column)
+    return _split_flat(flat, column)
 
 
 def _column(column: pa.Array, default: object) -> Sequence[Any]:
@@ -127,12 +127,12 @@ def _column(column: pa.Array, default: object) -> Sequence[Any]:
     if pa.types.is_map(column.type):
         return _maps(column)
     if pa.types.is_list(column.type):
-        return _cut(column.flatten().to_pylist(), column)
+        return _split_flat(column.flatten().to_pylist(), column)
     values = column.to_pylist()
     return [default if value is None else value for value in values] if column.null_count else values
 
 
-def _cut(flat: Sequence[T], column: pa.ListArray) -> list[tuple[T, ...]]:
+def _split_flat(flat: Sequence[T], column: pa.ListArray) -> list[tuple[T, ...]]:
     """The flattened values of a list column, row by row; a null list is an empty one."""
     lengths = pc.list_value_length(column).fill_null(0).to_pylist()
     ends = list(itertools.accumulate(lengths, initial=0))

@@ -20,7 +20,7 @@ from typing import Annotated
 from filelock import Timeout
 from pydantic import Field
 
-from cappy.errors import ConfigError, FolderError, shown
+from cappy.errors import ConfigError, FolderError, quote
 from cappy.files import hold_lock, lock_holder, remove_folder
 from cappy.keys import KEY, Key, work_key
 from cappy.records.folder import Manifest, disk_errors, publish, write_bytes
@@ -45,7 +45,7 @@ def claim(
     `WAIT_SECONDS` (a killed one lets go by itself).
     """
     key = work_key(step, settings, inputs, fresh=fresh)
-    with held(work / step / key.name) as folder:
+    with lock_folder(work / step / key.name) as folder:
         begin(folder, key)
         yield folder
 
@@ -104,7 +104,7 @@ def _keys_of(step_folder: Path) -> list[Key]:
 
 
 @contextlib.contextmanager
-def held(folder: Path, patience: float | None = None) -> Iterator[Path]:
+def lock_folder(folder: Path, patience: float | None = None) -> Iterator[Path]:
     """The folder, made where it is missing and held by this process alone.
 
     FolderError where another one holds it for `patience` seconds, `WAIT_SECONDS` if left out.
@@ -192,7 +192,7 @@ def parse_shard(text: str) -> Shard:
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text.strip())
     if match is None or not int(match[1]) < int(match[2]) <= MAX_SHARDS:
         last = f"counted from 0, of at most {MAX_SHARDS:,}"
-        raise ConfigError(f"--shard: {shown(text)} is no shard i/N; give 0/4 to 3/4 for four, {last}")
+        raise ConfigError(f"--shard: {quote(text)} is no shard i/N; give 0/4 to 3/4 for four, {last}")
     return Shard(int(match[1]), int(match[2]))
 
 
@@ -234,7 +234,7 @@ def remove_piece(piece: Piece) -> None:
 
     The key goes first: what is left by a killed removal vouches for nothing.
     """
-    with held(piece.path, patience=0), disk_errors(piece.path):
+    with lock_folder(piece.path, patience=0), disk_errors(piece.path):
         (piece.path / KEY).unlink(missing_ok=True)
         remove_folder(piece.path)
 

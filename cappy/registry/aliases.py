@@ -13,10 +13,10 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from cappy.errors import RegistryError, shown
-from cappy.registry.client import MlflowClient, MlflowException, connected
+from cappy.errors import RegistryError, quote
+from cappy.registry.client import MlflowClient, MlflowException, connect
 from cappy.registry.models import CHALLENGER, CHAMPION, FORMER_TAG, Version
-from cappy.registry.versions import find, known
+from cappy.registry.versions import find, list_known
 
 HISTORY_TAG = "cappy.history."
 LOCK = ".alias-is-moving"
@@ -46,7 +46,7 @@ def alone(client: MlflowClient, name: str) -> Iterator[None]:
     says whose it is. Whoever took so long that its lock was removed leaves the next one's alone.
     """
     lock, owner, deadline = f"{name}{LOCK}", uuid.uuid4().hex, time.monotonic() + WAIT_SECONDS
-    while not _taken(client, lock, owner):
+    while not _take_lock(client, lock, owner):
         if time.monotonic() > deadline:
             raise RegistryError(
                 f"models:/{name}@{CHAMPION}: another promotion or rollback is at work; run again when it is done"
@@ -76,11 +76,11 @@ def rollback(name: str, *, why: str, tracking_uri: str) -> Move:
 
     The move says which version had the alias when the lock was taken: one read before may have lost it meanwhile.
     """
-    with connected(tracking_uri) as client, alone(client, name):
+    with connect(tracking_uri) as client, alone(client, name):
         present = find(client, name, CHAMPION)
         if present is None:
             raise RegistryError(
-                f"models:/{name}: has no champion, so there is nothing to roll back ({known(client, name)})"
+                f"models:/{name}: has no champion, so there is nothing to roll back ({list_known(client, name)})"
             )
         former = find(client, name, present.former) if present.former else None
         if former is not None and former.number == present.number:
@@ -97,7 +97,7 @@ def was_rolled_back(client: MlflowClient, version: Version) -> bool:
 
 def history(name: str, *, tracking_uri: str) -> list[Move]:
     """Every move of the champion's alias, the first one first; RegistryError where there is no such model."""
-    with connected(tracking_uri) as client:
+    with connect(tracking_uri) as client:
         return _moves(client, name)
 
 
@@ -106,7 +106,7 @@ def _moves(client: MlflowClient, name: str) -> list[Move]:
         tags = client.get_registered_model(name).tags
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise RegistryError(f"models:/{name}: {known(client, name)}") from error
+            raise RegistryError(f"models:/{name}: {list_known(client, name)}") from error
         raise
     return [_read_move(name, key, tags[key]) for key in sorted(tags) if key.startswith(HISTORY_TAG)]
 
@@ -117,7 +117,7 @@ def _read_move(name: str, key: str, text: str) -> Move:
         return TypeAdapter(Move).validate_json(text, strict=True)
     except ValidationError as error:
         remedy = "delete the tag in MLflow"
-        raise RegistryError(f"models:/{name}: its tag {shown(key, 60)} is no move of an alias; {remedy}") from error
+        raise RegistryError(f"models:/{name}: its tag {quote(key, 60)} is no move of an alias; {remedy}") from error
 
 
 def _move(
@@ -155,7 +155,7 @@ def _who() -> str:
         return f"uid {os.getuid()}"
 
 
-def _taken(client: MlflowClient, lock: str, owner: str) -> bool:
+def _take_lock(client: MlflowClient, lock: str, owner: str) -> bool:
     """Whether the lock is ours now; one that a dead process left is removed."""
     description = "A move of an alias is under way; gone in a second."
     try:

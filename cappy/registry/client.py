@@ -20,19 +20,19 @@ import sqlalchemy.exc
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from cappy.errors import RegistryError, UnreachableError, shown
+from cappy.errors import RegistryError, UnreachableError, quote
 from cappy.files import hold_lock
 from cappy.redaction import redact_address
 from cappy.registry.models import artifact_root, check, database, no_database_yet
 
-__all__ = ["MlflowClient", "MlflowException", "connected", "experiment_id", "metric_key"]
+__all__ = ["MlflowClient", "MlflowException", "connect", "experiment_id", "metric_key"]
 
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _REFUSED = re.compile(r"[^\w\-. :/]")
 
 
 @contextlib.contextmanager
-def connected(tracking_uri: str) -> Iterator[MlflowClient]:
+def connect(tracking_uri: str) -> Iterator[MlflowClient]:
     """An MlflowClient for a block whose MLflow errors become UnreachableError; fails within seconds if unreachable."""
     _strip_credentials()
     address = check(tracking_uri)
@@ -51,7 +51,7 @@ def connected(tracking_uri: str) -> Iterator[MlflowClient]:
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
         reason = " ".join(str(error).split())
         raise UnreachableError(
-            f"{redact_address(address)}: MLflow refused ({shown(reason, 200)}); see its log, then run again"
+            f"{redact_address(address)}: MLflow refused ({quote(reason, 200)}); see its log, then run again"
         ) from error
 
 

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from cappy.errors import ConfigError, RecordError, shown
+from cappy.errors import ConfigError, RecordError, quote
 from cappy.evaluation import Difference
 from cappy.evaluation.findings import LEVEL, MIN_GROUPS, ReportValues
-from cappy.evaluation.verdict import asked_of_a_first_version
+from cappy.evaluation.verdict import first_version_rivals
 from cappy.selection.selectors import SELECTORS
 
 Baseline = Literal["likelihood", "mbr"]
@@ -54,7 +54,7 @@ def decide(
     checks = [
         *_valid(report, attempt),
         *_proof(comparisons, has_champion, margin, baseline, tail, report.get("unavailable", {}).get("champion", "")),
-        *_guarded(report, guards or {}, has_champion),
+        *_check_guards(report, guards or {}, has_champion),
     ]
     reasons = [sentence for _, sentence in checks]
     if not has_champion:
@@ -73,7 +73,7 @@ def parse_guards(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             margin = -1.0
         if not (task and separator and 0 <= margin <= 1):
-            raise ConfigError(f"guard: {shown(text)} is no TASK=MARGIN with a margin of 0 to 1, such as rte=0.02")
+            raise ConfigError(f"guard: {quote(text)} is no TASK=MARGIN with a margin of 0 to 1, such as rte=0.02")
         guards[task] = margin
     return guards
 
@@ -93,7 +93,7 @@ def _comparisons(report: ReportValues) -> dict[str, Difference]:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in ("comparisons", *first["loc"]))
-        raise RecordError(f"report: {place}: {first['msg']}, got {shown(first['input'])}; evaluate again") from error
+        raise RecordError(f"report: {place}: {first['msg']}, got {quote(first['input'])}; evaluate again") from error
 
 
 def _valid(report: ReportValues, attempt: int) -> Iterator[Check]:
@@ -130,7 +130,7 @@ def _proof(
             return
         yield _beats(comparisons, "champion", "the champion", margin, tail)
         return
-    for selector in asked_of_a_first_version(comparisons, requested=baseline):
+    for selector in first_version_rivals(comparisons, requested=baseline):
         yield _beats(comparisons, selector.key, selector.in_words, margin, tail)
 
 
@@ -174,12 +174,12 @@ def _groups_needed(comparison: Difference, margin: float, tail: float) -> str:
     return f" A gain of {100 * gain:.1f}{above} needs about {needed:,} groups {tries}, {have}."
 
 
-def _guarded(report: ReportValues, guards: Mapping[str, float], has_champion: bool) -> Iterator[Check]:
+def _check_guards(report: ReportValues, guards: Mapping[str, float], has_champion: bool) -> Iterator[Check]:
     tasks = {task["task"]: task for task in report.get("tasks", ())}
     for name, margin in guards.items():
         if name not in tasks:
-            known = shown(", ".join(sorted(tasks)), 200)
-            raise ConfigError(f"guard: the report has no task {shown(name)}; its tasks: {known}")
+            known = quote(", ".join(sorted(tasks)), 200)
+            raise ConfigError(f"guard: the report has no task {quote(name)}; its tasks: {known}")
         champion = tasks[name].get("against_champion") if has_champion else None
         given, other = (champion, "the champion") if champion else (tasks[name]["gain"], "random choice")
         comparison = TypeAdapter(Difference).validate_python(given)

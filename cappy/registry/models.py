@@ -69,7 +69,7 @@ class Version:
         return self.tags.get(FORMER_TAG, "")
 
     @property
-    def served_as(self) -> str:
+    def serving_spec(self) -> str:
         """The spec to serve it by: its alias, so that the service follows the gate; its number without one."""
         return f"models:/{self.name}@{self.alias}" if self.alias else self.uri
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from cappy.config import DEFAULT_WORK, Fresh, Location, Work, build, identity, settings
-from cappy.errors import FolderError, RecordError, shown
+from cappy.errors import FolderError, RecordError, quote
 from cappy.evaluation import read_values
 from cappy.evaluation.findings import ReportValues
 from cappy.progress import Progress, silent
@@ -54,14 +54,14 @@ def run(config: PromotionConfig, progress: Progress = silent) -> Manifest:
     registered, report = read_version(config.version), read_values(config.report, checked=True)
     parents = (read_manifest(config.version).hash, read_manifest(config.report).hash)
     with claim(config.work, "promotion", identity(config), parents, fresh=config.fresh) as folder:
-        decision, version, attempt = _decided(config, registered, report)
+        decision, version, attempt = _decide(config, registered, report)
         values = {
             "decision": decision.decision,
             "reasons": list(decision.reasons),
             "name": version.name,
             "version": version.number,
             "uri": version.uri,
-            "serve": f"cappy serve --scorer {version.served_as}",
+            "serve": f"cappy serve --scorer {version.serving_spec}",
         }
         record = {**values, "attempt": attempt, "evidence": evidence_of(report), "basis": basis(config, report)}
         write_bytes(folder / "decision.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
@@ -102,27 +102,27 @@ def read_version(folder: Path) -> str:
 def dry_run(version: Path, report: Path, **settings: object) -> Decision:
     """What the gate would decide now; nothing is moved or written."""
     config = build(PromotionConfig, {**settings, "version": version, "report": report, "target": "nowhere"})
-    decision, _, _ = _decided(config, read_version(version), read_values(report, checked=True), carry_out=False)
+    decision, _, _ = _decide(config, read_version(version), read_values(report, checked=True), carry_out=False)
     return decision
 
 
-def _decided(
+def _decide(
     config: PromotionConfig, registered: str, report: ReportValues, *, carry_out: bool = True
 ) -> tuple[Decision, Version, int]:
     """The decision, carried out, the version as it is afterwards, and which attempt it was; 0 where none is counted."""
     from cappy.registry import aliases, versions
-    from cappy.registry.client import connected
+    from cappy.registry.client import connect
 
     guards = parse_guards(config.guard)
     version = versions.resolve(registered, tracking_uri=config.tracking_uri)
-    with connected(config.tracking_uri) as client:
+    with connect(config.tracking_uri) as client:
         # Of two promotions at once the second finds the first one's champion, with which its report does not compare.
         with aliases.alone(client, version.name) if carry_out else contextlib.nullcontext():
             champion = versions.find(client, version.name, CHAMPION)
             attempt = versions.attempt_on(client, version, _tested_groups(report)) if config.count_attempts else 0
             decision = _with_champion(report, version, champion, config, guards, attempt)
             if decision.decision == "promote" and not config.force:
-                decision = _kept_back(aliases.was_rolled_back(client, version), version) or decision
+                decision = _hold_rolled_back(aliases.was_rolled_back(client, version), version) or decision
             if carry_out:
                 versions.record_attempt(client, version, _tested_groups(report), attempt)
                 if decision.decision == "promote":
@@ -137,7 +137,7 @@ def _tested_groups(report: ReportValues) -> str:
     return digest
 
 
-def _kept_back(was_rolled_back: bool, version: Version) -> Decision | None:
+def _hold_rolled_back(was_rolled_back: bool, version: Version) -> Decision | None:
     """The decision on a version that somebody took back, whatever its numbers; None where nobody did."""
     if not was_rolled_back:
         return None
@@ -184,7 +184,7 @@ def _read(folder: Path, name: str) -> dict[str, object]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FolderError(f"{path}: is not JSON ({shown(str(error), 80)}); run the step before again") from error
+        raise FolderError(f"{path}: is not JSON ({quote(str(error), 80)}); run the step before again") from error
     if not isinstance(values, dict):
-        raise FolderError(f"{path}: must be an object, got {shown(values)}; run the step before again")
+        raise FolderError(f"{path}: must be an object, got {quote(values)}; run the step before again")
     return values

@@ -19,7 +19,7 @@ from cappy.evaluation.findings import ReportValues
 from cappy.pages.words import code, metric_name, table, text
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, sha256_of
-from cappy.registry.client import MlflowClient, MlflowException, connected, experiment_id, metric_key
+from cappy.registry.client import MlflowClient, MlflowException, connect, experiment_id, metric_key
 from cappy.registry.models import (
     CHALLENGER,
     CHAMPION,
@@ -33,7 +33,7 @@ from cappy.registry.models import (
 )
 from cappy.registry.tracking import step_run
 from cappy.registry.versions import SCORER_PATH, find, find_content, intact
-from cappy.selection.selectors import shown_at
+from cappy.selection.selectors import selectors_at
 
 MODEL = "model"
 MLFLOW_RUN_TAG = "cappy.mlflow_run"
@@ -66,7 +66,7 @@ class Registration:
         return model_card(self.name, self.manifest, self.findings, licence=self.licence)
 
     @cached_property
-    def evaluated(self) -> dict[str, str]:
+    def evaluation_hashes(self) -> dict[str, str]:
         """Tags with the sha256 of what the evaluation wrote for the scorer; none for what its manifest does not name.
 
         A file that an earlier evaluation left in the folder is not this one's.
@@ -85,7 +85,7 @@ def register(wanted: Registration) -> Version:
 
     A version whose files are gone from the artifact store or damaged gets them again.
     """
-    with connected(wanted.tracking_uri) as client:
+    with connect(wanted.tracking_uri) as client:
         known = find_content(client, wanted.name, wanted.manifest.hash)
         # Another tool can have copied the tag of the content; only our own say which run holds the files.
         if known is None or not known.tags.get(MLFLOW_RUN_TAG):
@@ -119,10 +119,10 @@ def _create(client: MlflowClient, wanted: Registration) -> Version:
             MANIFEST_TAG: wanted.manifest.hash,
             RUN_TAG: wanted.pipeline_run,
             MLFLOW_RUN_TAG: run_id,
-            "cappy.step": _made_by(wanted.manifest),
+            "cappy.step": _producer(wanted.manifest),
             TESTED_TAG: wanted.findings.get("tested_groups", ""),
             EVIDENCE_TAG: evidence_of(wanted.findings),
-            **wanted.evaluated,
+            **wanted.evaluation_hashes,
             **{f"cappy.{name}": f"{mean:.4f}" for name, mean in _means(wanted.findings).items()},
         },
         description=wanted.card.partition("# ")[2],
@@ -138,7 +138,7 @@ def _upload(client: MlflowClient, run_id: str, wanted: Registration) -> None:
     with tempfile.TemporaryDirectory(dir=wanted.staging, prefix=".stage-") as staged:
         plain, model = Path(staged) / "scorer", Path(staged) / MODEL
         _link(wanted.scorer, plain, wanted.scorer_files)
-        _link(wanted.report, plain, [name for name, tag in EVALUATED.items() if tag in wanted.evaluated])
+        _link(wanted.report, plain, [name for name, tag in EVALUATED.items() if tag in wanted.evaluation_hashes])
         _save(plain, model)
         (model / "MODEL_CARD.md").write_text(wanted.card, encoding="utf-8")
         client.log_artifacts(run_id, str(model), MODEL)
@@ -179,7 +179,7 @@ def _link(source: Path, target: Path, names: list[str]) -> None:
 
 def _is_same_report(version: Version, wanted: Registration) -> bool:
     """Whether what travels with the version is what this report left for it: a new report replaces the old one's."""
-    return all(version.tags.get(tag, "") == wanted.evaluated.get(tag, "") for tag in EVALUATED.values())
+    return all(version.tags.get(tag, "") == wanted.evaluation_hashes.get(tag, "") for tag in EVALUATED.values())
 
 
 def _complete(client: MlflowClient, version: Version, wanted: Registration) -> bool:
@@ -193,11 +193,12 @@ def _complete(client: MlflowClient, version: Version, wanted: Registration) -> b
     sizes = {item.path: item.file_size for parent in parents for item in client.list_artifacts(run_id, parent)}
     whole = all(sizes.get(f"{top}/{name}") == (wanted.scorer / name).stat().st_size for name in wanted.scorer_files)
     return whole and all(
-        _stored(client, run_id, f"{top}/{name}", sizes) == version.tags.get(tag, "") for name, tag in EVALUATED.items()
+        _stored_sha256(client, run_id, f"{top}/{name}", sizes) == version.tags.get(tag, "")
+        for name, tag in EVALUATED.items()
     )
 
 
-def _stored(client: MlflowClient, run_id: str, path: str, sizes: Mapping[str, int]) -> str:
+def _stored_sha256(client: MlflowClient, run_id: str, path: str, sizes: Mapping[str, int]) -> str:
     """The sha256 of a file in the store; empty where there is none."""
     if path not in sizes:
         return ""
@@ -209,8 +210,8 @@ def _retag(client: MlflowClient, version: Version, wanted: Registration) -> None
     """The tags of a version whose files were put back: what travels is that of the report at hand, or gone."""
     client.set_model_version_tag(version.name, str(version.number), EVIDENCE_TAG, evidence_of(wanted.findings))
     for tag in EVALUATED.values():
-        if tag in wanted.evaluated:
-            client.set_model_version_tag(version.name, str(version.number), tag, wanted.evaluated[tag])
+        if tag in wanted.evaluation_hashes:
+            client.set_model_version_tag(version.name, str(version.number), tag, wanted.evaluation_hashes[tag])
         elif tag in version.tags:
             client.delete_model_version_tag(version.name, str(version.number), tag)
 
@@ -219,7 +220,7 @@ def _means(report: ReportValues) -> dict[str, float]:
     """The mean label of what people ask for, by metric and selector: what is shown by task and a user could have."""
     metric = report.get("metric", "label")
     means = {name: row["estimate"]["mean"] for name, row in report.get("selectors", {}).items()}
-    shown = [one for one in shown_at(means, "tasks") if one.bound != "upper" and one.scorer != "champion"]
+    shown = [one for one in selectors_at(means, "tasks") if one.bound != "upper" and one.scorer != "champion"]
     return {metric_key(f"{metric}_{one.name}"): means[one.name] for one in shown}
 
 
@@ -311,12 +312,12 @@ def model_card(name: str, scorer: Manifest, report: ReportValues, *, licence: st
         seed="none recorded" if scorer.seed is None else text(str(scorer.seed)),
         hash=scorer.hash,
         parents=", ".join(f"`{code(parent[:12])}`" for parent in scorer.parents) or "nothing recorded",
-        made_by=text(_made_by(scorer)),
+        made_by=text(_producer(scorer)),
         recipe=code(json.dumps(scorer.config, sort_keys=True).replace("<", "\\u003c")),
     )
 
 
-def _made_by(scorer: Manifest) -> str:
+def _producer(scorer: Manifest) -> str:
     """The step that made a scorer with its version, or the hash of the code in what earlier releases wrote."""
     if scorer.step_version:
         return f"{scorer.step} version {scorer.step_version}"

@@ -10,7 +10,7 @@ from mlflow.entities import Metric, Param, RunTag
 from cappy.config import DEFAULT_WORK, decode
 from cappy.errors import CappyError
 from cappy.records.folder import MANIFEST
-from cappy.registry.client import MlflowClient, connected, experiment_id, metric_key
+from cappy.registry.client import MlflowClient, connect, experiment_id, metric_key
 from cappy.registry.models import RUN_TAG
 from cappy.runs import PACKAGE, PROGRESS_VARIABLE, StepRecord, read_record
 from cappy.secrets import fill_environment
@@ -55,7 +55,7 @@ def track(
     succeeded: bool = True,
 ) -> None:
     """Logs every step that has a record: parameters, metrics, manifest, report; steps from the cache marked so."""
-    with connected(tracking_uri) as client:
+    with connect(tracking_uri) as client:
         where = experiment_id(client, experiment, tracking_uri)
         parent = pipeline_run(client, where, run)
         for step, fingerprint in fingerprints.items():
@@ -74,7 +74,7 @@ def track(
 
 def attach(texts: Mapping[str, str], *, run: str, tracking_uri: str, facts: Mapping[str, str]) -> None:
     """Keeps what a run was made of with its MLflow run, which is made if it is missing."""
-    with connected(tracking_uri) as client:
+    with connect(tracking_uri) as client:
         parent = pipeline_run(client, experiment_id(client, "cappy", tracking_uri), run)
         for name, text in texts.items():
             client.log_text(parent, text, name)

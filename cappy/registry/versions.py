@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 import mlflow.artifacts
 from mlflow.entities.model_registry import ModelVersion
 
-from cappy.errors import FolderError, RegistryError, UnreachableError, shown
+from cappy.errors import FolderError, RegistryError, UnreachableError, quote
 from cappy.model_folder import verify_exactly
 from cappy.records import read_manifest
 from cappy.records.folder import sha256_of
-from cappy.records.overlap import merged, shared
+from cappy.records.overlap import merge_sketches, sketch_overlap
 from cappy.redaction import redact_address
-from cappy.registry.client import MlflowClient, MlflowException, connected
+from cappy.registry.client import MlflowClient, MlflowException, connect
 from cappy.registry.models import ATTEMPT_TAG, CHAMPION, EVALUATED, MANIFEST_TAG, TESTED_TAG, Version
 from cappy.specs import parse_spec
 
@@ -39,17 +39,17 @@ def resolve(spec: str, *, tracking_uri: str) -> Version:
     """The version that a `models:/` spec names; RegistryError if there is none."""
     parsed = parse_spec(spec)
     if parsed.kind != "models":
-        raise RegistryError(f"{shown(spec)}: names no registered version; that is models:/name@alias or models:/name/3")
-    with connected(tracking_uri) as client:
+        raise RegistryError(f"{quote(spec)}: names no registered version; that is models:/name@alias or models:/name/3")
+    with connect(tracking_uri) as client:
         version = find(client, parsed.name, parsed.revision)
         if version is None:
-            raise RegistryError(f"{spec}: {known(client, parsed.name)}")
+            raise RegistryError(f"{spec}: {list_known(client, parsed.name)}")
         return version
 
 
 def champion(name: str, *, tracking_uri: str) -> Version | None:
     """The champion of a registered model, or None."""
-    with connected(tracking_uri) as client:
+    with connect(tracking_uri) as client:
         return find(client, name, CHAMPION)
 
 
@@ -92,7 +92,7 @@ def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
         raise RegistryError(f"{version.uri}: was not registered by cappy (no tag {MANIFEST_TAG}); register it again")
     # The name of a folder that may be deleted below: whoever may write a tag must not choose which one.
     if not _CONTENT.fullmatch(version.content):
-        what = f"its tags name the content {shown(version.content, 60)}, not by sha256"
+        what = f"its tags name the content {quote(version.content, 60)}, not by sha256"
         raise RegistryError(f"{version.uri}: was not registered by cappy ({what}); register it again")
     kept = cache / version.content
     if kept.is_dir():
@@ -114,7 +114,7 @@ def download(spec: str, *, tracking_uri: str, cache: Path) -> Path:
 
 def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
     """Downloads the scorer to `folder/scorer` and verifies it against the tag of the version."""
-    with connected(tracking_uri) as client:
+    with connect(tracking_uri) as client:
         location = _location(version, client)
         try:
             mlflow.artifacts.download_artifacts(
@@ -124,7 +124,7 @@ def _fetch(version: Version, folder: Path, tracking_uri: str) -> None:
             reason = " ".join(str(error).split())
             remedy = "check the artifact store, then run again"
             raise UnreachableError(
-                f"{version.uri}: its files cannot be had ({shown(reason, 200)}); {remedy}"
+                f"{version.uri}: its files cannot be had ({quote(reason, 200)}); {remedy}"
             ) from error
     scorer = folder / "scorer"
     try:
@@ -149,7 +149,7 @@ def _location(version: Version, client: MlflowClient) -> str:
         location = client.get_model_version_download_uri(version.name, str(version.number))
     source, server = urlsplit(location), urlsplit(client.tracking_uri)
     if source.scheme.lower() in ("runs", "models"):
-        text = f"its source {shown(location, 80)} is not a place of files"
+        text = f"its source {quote(location, 80)} is not a place of files"
         raise RegistryError(f"{version.uri}: {text}; register it again")
     if source.scheme.lower() not in ("http", "https", "mlflow-artifacts") or not source.netloc:
         return location
@@ -162,7 +162,7 @@ def _location(version: Version, client: MlflowClient) -> str:
     except ValueError:
         theirs, ours = ("", "", None), ("", None, None)
     if theirs != ours:
-        text = f"its files lie on a server that is not MLflow's ({shown(redact_address(location), 80)})"
+        text = f"its files lie on a server that is not MLflow's ({quote(redact_address(location), 80)})"
         raise RegistryError(f"{version.uri}: {text}; register it again, or name host:port in {ARTIFACT_HOSTS}")
     return location
 
@@ -211,7 +211,7 @@ def _version(registered: ModelVersion) -> Version:
     )
 
 
-def known(client: MlflowClient, name: str) -> str:
+def list_known(client: MlflowClient, name: str) -> str:
     """What there is instead, for the message of a version that is missing."""
     versions = client.search_model_versions(f"name = '{name}'", order_by=[NEWEST], max_results=1)
     if not versions:
@@ -227,9 +227,9 @@ def attempt_on(client: MlflowClient, version: Version, tested_groups: str) -> in
     A version counts by the share of the groups that it was tested on, so that a row that is added resets nothing; the
     sum is rounded. Versions with the same scorer are one.
     """
-    own = shared(tested_groups, version.tags.get(TESTED_TAG, ""))
+    own = sketch_overlap(tested_groups, version.tags.get(TESTED_TAG, ""))
     used = sum(
-        shared(tested_groups, other.tags.get(TESTED_TAG, ""))
+        sketch_overlap(tested_groups, other.tags.get(TESTED_TAG, ""))
         for other in _others(client, version)
         if other.manifest_hash != version.manifest_hash and (other.number < version.number or own < _SAME_TEST)
     )
@@ -238,7 +238,7 @@ def attempt_on(client: MlflowClient, version: Version, tested_groups: str) -> in
 
 def record_attempt(client: MlflowClient, version: Version, tested_groups: str, attempt: int) -> None:
     """Tags the version with the groups and the attempt, or that attempts were not counted (0)."""
-    groups = merged(version.tags.get(TESTED_TAG, ""), tested_groups)
+    groups = merge_sketches(version.tags.get(TESTED_TAG, ""), tested_groups)
     tags = {TESTED_TAG: groups, ATTEMPT_TAG: str(attempt) if attempt else "not counted"}
     for key, value in tags.items():
         client.set_model_version_tag(version.name, str(version.number), key, value)

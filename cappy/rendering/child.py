@@ -33,7 +33,7 @@ from typing import Any, Protocol, TypeVar
 
 import jinja2.debug  # needed when a template fails, and no file may be opened then  # noqa: F401
 
-from cappy.errors import shown
+from cappy.errors import quote
 from cappy.rendering import MAX_ANSWER, MAX_MEMORY, OUT_OF_MEMORY
 
 _CHUNK = 2**16
@@ -137,11 +137,11 @@ def _serve(kind: _Kind[Compiled, Prepared], lines: Iterator[bytes], answer: Call
 def _load(
     kind: _Kind[Compiled, Prepared], loaded: dict[int, Compiled], number: int, seconds: float, *source: str
 ) -> object:
-    def compiled() -> object:
+    def compile_template() -> object:
         loaded[number], answer = kind.load(*source)
         return answer
 
-    return _call_within(seconds, compiled)
+    return _call_within(seconds, compile_template)
 
 
 def _run(
@@ -179,7 +179,7 @@ def _call_within(seconds: float, call: Callable[..., object], *args: object) -> 
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {shown(' '.join(str(error).split()), limit=120)}"
+    return f"{type(error).__name__}: {quote(' '.join(str(error).split()), limit=120)}"
 
 
 def _read_lines(source: int) -> Iterator[bytes]:
@@ -300,10 +300,10 @@ def encode(value: object) -> object:
         if all(type(name) is str and name for name in value):
             return {name: encode(inner) for name, inner in value.items()}
         return {"": ["dict", [[encode(name), encode(inner)] for name, inner in value.items()]]}
-    return {"": _tagged(value)}
+    return {"": _tag(value)}
 
 
-def _tagged(value: object) -> list[object]:
+def _tag(value: object) -> list[object]:
     kind = type(value)
     if type(value) is tuple:
         return ["tuple", *map(encode, value)]

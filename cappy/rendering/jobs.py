@@ -70,7 +70,7 @@ Outcome = object
 def run(kind: str, jobs: Iterable[Job]) -> Iterator[list[Outcome]]:
     """The outcomes of each job, one for each of its items. An error of `jobs` itself is raised after the rest."""
     pending: deque[Job] = deque()
-    with _leased(kind) as channel:
+    with _lease(kind) as channel:
         for job in _with_end(jobs, pending):
             if job is not None:
                 pending.append(job)
@@ -81,7 +81,7 @@ def run(kind: str, jobs: Iterable[Job]) -> Iterator[list[Outcome]]:
 
 def load(source: Source, seconds: float = MAX_SECONDS) -> Outcome:
     """What the kind says of a template once it is compiled."""
-    with _leased(source.kind) as channel:
+    with _lease(source.kind) as channel:
         if source not in channel.load_outcomes:
             list(channel.render_alone(Job(load=(source,), seconds=seconds)))
         return channel.load_outcomes[source]
@@ -251,7 +251,7 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def _leased(kind: str) -> Iterator[_Channel]:
+def _lease(kind: str) -> Iterator[_Channel]:
     channel = _Channel(kind)
     try:
         yield channel

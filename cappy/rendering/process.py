@@ -140,10 +140,10 @@ class Process:
         except BlockingIOError:
             return
         if not chunk:
-            raise self._ended()
+            raise self._end_error()
         self._received += chunk
 
-    def _ended(self) -> EndedError:
+    def _end_error(self) -> EndedError:
         """How the child ended; it is known to have closed a pipe."""
         try:
             code = self._popen.wait(timeout=1)

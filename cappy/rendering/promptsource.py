@@ -186,7 +186,7 @@ class Values(NamedTuple):
         """The row for one template, in its own order."""
         if not self.containers:
             return self.plain.copy()
-        copies = {name: _copied(value) for name, value in self.containers.items()}
+        copies = {name: _copy(value) for name, value in self.containers.items()}
         return {**self.plain, **copies}
 
 
@@ -194,8 +194,8 @@ def load(*source: str) -> tuple[Code, list[str]]:
     """The compiled template, and the fields of a row that it reads, sorted; `source` is its text and its choices."""
     jinja, answer_choices = source
     # Every "}}" is taken for the end of an output, and the filters bind to its last operand alone: {{ a + b }} cuts b.
-    text = _compiled(jinja.replace("}}", " | string | truncate(2048) }}"))
-    choices = _compiled(answer_choices) if answer_choices else None
+    text = _compile(jinja.replace("}}", " | string | truncate(2048) }}"))
+    choices = _compile(answer_choices) if answer_choices else None
     of_choices = _names(answer_choices)
     return Code(text, choices, not of_choices), sorted((_names(jinja) | of_choices) - {_RESTRICTED})
 
@@ -221,7 +221,7 @@ def render(code: Code, values: Values, seed: str | None) -> Sequence[object] | N
     _seed_draws(lambda: f"{seed} {sorted(own.items(), key=_name)!r}")
     choices = _choices(code.choices, own) if code.choices else None
     # A choice that holds the separator is not protected here, so it makes a part more, and the row is dropped.
-    parts = [_restored(part).strip() for part in code.text.render(own, **{_RESTRICTED: choices}).split(_SEPARATOR)]
+    parts = [_restore(part).strip() for part in code.text.render(own, **{_RESTRICTED: choices}).split(_SEPARATOR)]
     # T0 drops a row of one part (the template printed nothing) and of three (it was split wrong). From late September
     # 2021 on it kept a blank target as "<NO LABEL>", for test splits; no response is right there, so it is dropped.
     if len(parts) != 2 or not all(parts):
@@ -229,27 +229,27 @@ def render(code: Code, values: Values, seed: str | None) -> Sequence[object] | N
     return [*parts, choices or []]
 
 
-def _compiled(source: str) -> jinja2.Template:
+def _compile(source: str) -> jinja2.Template:
     template = _ENVIRONMENT.from_string(source)
     template.globals = dict(template.globals)  # a ChainMap, which is copied at each render, is a third of its time
     return template
 
 
 def _choices(template: jinja2.Template, values: Mapping[str, object]) -> list[str]:
-    return [_restored(choice.strip()) for choice in template.render(values).split(_SEPARATOR)]
+    return [_restore(choice.strip()) for choice in template.render(values).split(_SEPARATOR)]
 
 
-def _restored(text: str) -> str:
+def _restore(text: str) -> str:
     return text.replace(_PROTECTOR, _SEPARATOR)
 
 
-def _copied(value: object) -> object:
+def _copy(value: object) -> object:
     if isinstance(value, dict):
-        return {name: _copied(inner) for name, inner in value.items()}
+        return {name: _copy(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_copied(inner) for inner in value]
+        return [_copy(inner) for inner in value]
     if isinstance(value, tuple):
-        return tuple(map(_copied, value))
+        return tuple(map(_copy, value))
     return value
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.hub_client import hub_folder
 from cappy.specs import Spec, parse_spec
 
@@ -38,7 +38,7 @@ def _load_local(text: str, spec: Spec) -> "LocalGenerator":
 
     if spec.kind == "models":
         raise ConfigError(
-            f"{shown(text)}: the registry holds scorers; a generator is builtin, a folder, hub:, vllm: or openai:"
+            f"{quote(text)}: the registry holds scorers; a generator is builtin, a folder, hub:, vllm: or openai:"
         )
     if spec.kind == "vllm":
         from cappy.sampling.vllm_generator import VLLM

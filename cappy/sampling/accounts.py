@@ -59,7 +59,7 @@ class SamplingProgress:
             self._within, self._begun = 0, 0.0
             self._tell()
 
-    def drawn(self, candidates: int, /, *, begun: float = 0.0) -> None:
+    def add_candidates(self, candidates: int, /, *, begun: float = 0.0) -> None:
         """So many more candidates have come; those under way are `begun` candidates' worth of work."""
         with self._lock:
             self._candidates += candidates
@@ -109,7 +109,7 @@ MOST_REASONS = 5
 """Reasons of a generator that are kept: servers may word every refusal differently."""
 
 
-def taken(part: Sequence[Instance], generators: Sequence[Generator]) -> dict[str, int]:
+def count_part(part: Sequence[Instance], generators: Sequence[Generator]) -> dict[str, int]:
     """Counts of a finished part: what the generators tell, candidates by status, how many responses are different.
 
     `distinct` adds up the effective numbers: for each instance the different responses among its candidates that may
@@ -162,13 +162,13 @@ def accounts(counts: Mapping[str, int], config: EndpointConfig) -> tuple[dict[st
         unanswered.setdefault(generator, Counter())[words] += count
     facts: dict[str, object] = {"not_asked": not_asked} if not_asked else {}
     if unanswered:
-        facts["unanswered"] = {generator: _grouped(reasons) for generator, reasons in sorted(unanswered.items())}
+        facts["unanswered"] = {generator: _group_reasons(reasons) for generator, reasons in sorted(unanswered.items())}
     return metrics, facts
 
 
 def unanswered_counts(generator: str, reasons: Mapping[str, int]) -> dict[str, int]:
     """Counts, for a part, of why this generator did not answer; they come back in `facts["unanswered"]`."""
-    return {_key(_UNANSWERED, generator, words): count for words, count in _grouped(reasons).items()}
+    return {_key(_UNANSWERED, generator, words): count for words, count in _group_reasons(reasons).items()}
 
 
 def check_failures(
@@ -187,14 +187,14 @@ def check_failures(
         if failed <= allowed and (failed < total or not failed or max_failed >= 1):
             continue
         reasons = Counter({words: count for name, words, count in _of_kind(counts, _UNANSWERED) if name == generator})
-        why = f": {next(iter(_grouped(reasons)))}" if reasons else ""
+        why = f": {next(iter(_group_reasons(reasons)))}" if reasons else ""
         raise GeneratorError(
             f"{generator}: {failed:,} of {total:,} candidates failed, more than --max-failed {max_failed:g} allows"
             f"{why}; mend that or raise --max-failed, then run the same command again: every answer is kept"
         )
 
 
-def _grouped(reasons: Mapping[str, int]) -> dict[str, int]:
+def _group_reasons(reasons: Mapping[str, int]) -> dict[str, int]:
     """The most frequent reasons, at most `MOST_REASONS`; those that differ in numbers alone count as one of them."""
     groups: dict[str, Counter[str]] = {}
     for words, count in reasons.items():
@@ -228,13 +228,13 @@ def cautions(metrics: Mapping[str, float], config: Mapping[str, Any], facts: Map
     """
     limits = [int(decoding["max_new_tokens"]) for decoding in config.get("decodings", ())]
     return [
-        *_cut(metrics, max(limits, default=0), facts.get("context")),
-        *_unanswered(metrics, facts.get("unanswered", {})),
-        *_reasoning(metrics, stripped=bool(config.get("strip_reasoning"))),
+        *_truncation_cautions(metrics, max(limits, default=0), facts.get("context")),
+        *_unanswered_cautions(metrics, facts.get("unanswered", {})),
+        *_reasoning_cautions(metrics, stripped=bool(config.get("strip_reasoning"))),
     ]
 
 
-def _cut(metrics: Mapping[str, float], limit: int, context: int | None) -> Iterator[str]:
+def _truncation_cautions(metrics: Mapping[str, float], limit: int, context: int | None) -> Iterator[str]:
     sampled, cut = metrics.get("sampled", 0), metrics.get("truncated", 0)
     if not sampled or cut / sampled <= MANY_CUT:
         return
@@ -254,7 +254,7 @@ def _why_no_more(context: int | None) -> str:
     return "which is the most; ask for shorter responses"
 
 
-def _unanswered(metrics: Mapping[str, float], unanswered: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+def _unanswered_cautions(metrics: Mapping[str, float], unanswered: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     for generator, reasons in unanswered.items():
         count, words = max((count, words) for words, count in reasons.items())
         total = sum(reasons.values())
@@ -264,7 +264,7 @@ def _unanswered(metrics: Mapping[str, float], unanswered: Mapping[str, Mapping[s
         yield f"failed candidates: {metrics['failed']:,.0f}; cappy sampling asks for them again in its next run"
 
 
-def _reasoning(metrics: Mapping[str, float], *, stripped: bool) -> Iterator[str]:
+def _reasoning_cautions(metrics: Mapping[str, float], *, stripped: bool) -> Iterator[str]:
     if not metrics.get("reasoning"):
         return
     share = f"{metrics['reasoning']:,.0f} of {metrics['sampled']:,.0f} responses"

@@ -11,7 +11,7 @@ from cappy.errors import ConfigError
 from cappy.model_folder import ModelFolder
 from cappy.sampling.drawing import Continuation, prompt_tokens, response_tokens
 from cappy.sampling.generators import OnDrawn
-from cappy.sampling.local import KeyValueCache, LanguageModel, LocalLLM, each_step, padded
+from cappy.sampling.local import KeyValueCache, LanguageModel, LocalLLM, each_step, pad
 from cappy.sampling.strategies import Decoding
 
 
@@ -44,7 +44,7 @@ class Causal(LocalLLM):
 
     def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask, padded on the left."""
-        ids, mask = padded(prompts, self.pad, left=True)
+        ids, mask = pad(prompts, self.pad, left=True)
         return ids.to(self.device), mask.to(self.device)
 
     def _begin(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
@@ -66,13 +66,13 @@ class Causal(LocalLLM):
             generation_config=config,
             stopping_criteria=each_step(decoding, len(prompts) * decoding.num_samples, on_drawn),
         )[:, encoded.shape[1] :]
-        tokens = self._ended(sequences)
+        tokens = self._cut_at_end(sequences)
         return tokens, self._sums([prompt for prompt in prompts for _ in range(decoding.num_samples)], tokens)
 
     def _sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
         both = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         # Padding on the right: nothing before it sees it, and positions are as in a pass of the row alone.
-        ids, mask = (tensor.to(self.device) for tensor in padded(both, self.pad))
+        ids, mask = (tensor.to(self.device) for tensor in pad(both, self.pad))
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         chosen = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
         counted = mask[:, 1:].bool()
@@ -159,7 +159,7 @@ class Seq2Seq(LocalLLM):
 
     def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """States (rows, longest, hidden) and mask (rows, longest)."""
-        ids, mask = (tensor.to(self.device) for tensor in padded(prompts, self.pad))
+        ids, mask = (tensor.to(self.device) for tensor in pad(prompts, self.pad))
         return self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
     def _begin(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
@@ -181,7 +181,7 @@ class Seq2Seq(LocalLLM):
             generation_config=self.generation_config(decoding),
             stopping_criteria=each_step(decoding, len(prompts) * decoding.num_samples, on_drawn),
         )[:, 1:]
-        tokens = self._ended(sequences)
+        tokens = self._cut_at_end(sequences)
         each = decoding.num_samples
         return tokens, self._target_sums(encoded.repeat_interleave(each, 0), mask.repeat_interleave(each, 0), tokens)
 
@@ -196,7 +196,7 @@ class Seq2Seq(LocalLLM):
         self, states: torch.Tensor, mask: torch.Tensor, responses: Sequence[Sequence[int]]
     ) -> torch.Tensor:
         """Sum of the log-probabilities of each response's tokens: (rows, source, hidden), (rows, source) -> (rows,)."""
-        targets, counted = (tensor.to(self.device) for tensor in padded(responses, self.pad))
+        targets, counted = (tensor.to(self.device) for tensor in pad(responses, self.pad))
         start = targets.new_full((len(targets), 1), self.model.config.decoder_start_token_id)
         logits = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),

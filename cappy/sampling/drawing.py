@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from cappy.errors import ConfigError, FolderError, shown
+from cappy.errors import ConfigError, FolderError, quote
 from cappy.rendering import jobs
 from cappy.rendering.child import encode
 from cappy.rendering.jobs import Failure, Job, Source
-from cappy.sampling.generators import OnDrawn, ignore_drawn
+from cappy.sampling.generators import OnDrawn, ignore_progress
 from cappy.sampling.strategies import Decoding
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ def next_tokens(logits: torch.Tensor, decoding: Decoding, numbers: torch.Tensor)
     scaled = logits / decoding.temperature if decoding.temperature != 1 else logits
     if decoding.top_k and decoding.top_k < logits.shape[-1]:
         values, tokens = scaled.topk(decoding.top_k)
-        chosen = _from_sorted(values, decoding, numbers[:, 0])
+        chosen = _sample_sorted(values, decoding, numbers[:, 0])
         return tokens.gather(1, chosen).squeeze(1)
     probabilities = (scaled - scaled.amax(-1, keepdim=True)).exp_()
     if decoding.top_p < 1:
         return _from_nucleus(probabilities, decoding, numbers)
-    return _inverse(_floored(probabilities, decoding.min_p), numbers[:, :1]).squeeze(1)
+    return _inverse(_apply_min_p(probabilities, decoding.min_p), numbers[:, :1]).squeeze(1)
 
 
 def _from_nucleus(weights: torch.Tensor, decoding: Decoding, numbers: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ def _from_nucleus(weights: torch.Tensor, decoding: Decoding, numbers: torch.Tens
     """
     mass = weights.sum(-1, keepdim=True)
     drawn = torch.empty(len(weights), dtype=torch.long, device=weights.device)
-    floored = _floored(weights, decoding.min_p)
+    floored = _apply_min_p(weights, decoding.min_p)
     cumulative = floored.cumsum(-1, dtype=torch.float64)
     left = torch.arange(len(weights), device=weights.device)
     for attempt in range(TRIES):
@@ -87,20 +87,20 @@ def _from_nucleus(weights: torch.Tensor, decoding: Decoding, numbers: torch.Tens
         if not len(left):
             return drawn
     values, tokens = weights[left].log().sort(-1, descending=True)
-    drawn[left] = tokens.gather(1, _from_sorted(values, decoding, numbers[left, TRIES])).squeeze(1)
+    drawn[left] = tokens.gather(1, _sample_sorted(values, decoding, numbers[left, TRIES])).squeeze(1)
     return drawn
 
 
-def _from_sorted(values: torch.Tensor, decoding: Decoding, numbers: torch.Tensor) -> torch.Tensor:
+def _sample_sorted(values: torch.Tensor, decoding: Decoding, numbers: torch.Tensor) -> torch.Tensor:
     """Positions (rows, 1) drawn from logits that fall along the row."""
     weights = values.softmax(-1)
-    kept = _floored(weights, decoding.min_p)
+    kept = _apply_min_p(weights, decoding.min_p)
     if decoding.top_p < 1:
         kept = torch.where(weights.cumsum(-1) - weights < decoding.top_p, kept, 0)
     return _inverse(kept, numbers[:, None])
 
 
-def _floored(weights: torch.Tensor, min_p: float) -> torch.Tensor:
+def _apply_min_p(weights: torch.Tensor, min_p: float) -> torch.Tensor:
     return torch.where(weights >= min_p * weights.amax(-1, keepdim=True), weights, 0) if min_p else weights
 
 
@@ -148,7 +148,7 @@ def continue_rows(
     rows: Sequence[Decoding],
     numbers: Sequence[torch.Tensor],
     ends: torch.Tensor,
-    on_drawn: OnDrawn = ignore_drawn,
+    on_drawn: OnDrawn = ignore_progress,
 ) -> list[Response]:
     """The responses of all rows; likelihoods are the model's own, before temperature and filters.
 
@@ -232,23 +232,23 @@ def prompt_tokens(
     The prompt is the tokenizer's chat template with the instruction as the user's turn, or the instruction alone where
     there is no template. The template itself is never cut; ConfigError if there is no room for anything else.
     """
-    prompt = rendered(tokenizer, instruction, ends)
+    prompt = encode_prompt(tokenizer, instruction, ends)
     if longest is None or len(prompt) <= longest:
         return prompt, False
     own: list[int] = tokenizer(instruction, add_special_tokens=False).input_ids
     while len(prompt) > longest and own:
         own = own[: max(0, len(own) - (len(prompt) - longest))]
-        prompt = rendered(tokenizer, tokenizer.decode(own), ends)
+        prompt = encode_prompt(tokenizer, tokenizer.decode(own), ends)
     if not own or len(prompt) > longest:
         raise ConfigError(
             f"sampling: the LLM's context leaves {max(longest, 0)} tokens for the instruction "
-            f"{shown(instruction, 40)}, too few; lower --max-new-tokens (or max_new_tokens in the file of decodings), "
+            f"{quote(instruction, 40)}, too few; lower --max-new-tokens (or max_new_tokens in the file of decodings), "
             "or take another LLM"
         )
     return prompt, True
 
 
-def rendered(tokenizer: "PreTrainedTokenizerBase", instruction: str, ends: Collection[int]) -> list[int]:
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str, ends: Collection[int]) -> list[int]:
     """The tokens of the whole prompt."""
     if tokenizer.chat_template:
         text = chat_prompt(tokenizer, instruction)
@@ -272,8 +272,8 @@ def end_tokens(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig",
     Beside it those of config.json and, where the tokenizer has them as added tokens, of generation_config.json: some
     chat LLMs name the end of their turn there alone. A word of the vocabulary is a setting of the folder, not an end.
     """
-    turns = [end for end in _listed(_generation_ends(folder)) if end in tokenizer.added_tokens_decoder]
-    known = [tokenizer.eos_token_id, *_listed(getattr(config, "eos_token_id", None)), *turns]
+    turns = [end for end in _as_list(_generation_ends(folder)) if end in tokenizer.added_tokens_decoder]
+    known = [tokenizer.eos_token_id, *_as_list(getattr(config, "eos_token_id", None)), *turns]
     ends = list(dict.fromkeys(end for end in known if end is not None and end < config.vocab_size))
     if not ends:
         raise ConfigError(f"{folder}: neither tokenizer nor config.json names an end token; set eos_token_id there")
@@ -287,7 +287,7 @@ def _generation_ends(folder: Path) -> object:
     return values.get("eos_token_id") if isinstance(values, dict) else None
 
 
-def _listed(ends: object) -> list[int]:
+def _as_list(ends: object) -> list[int]:
     listed = ends if isinstance(ends, list) else [ends]
     return [end for end in listed if isinstance(end, int) and not isinstance(end, bool) and end >= 0]
 
@@ -306,14 +306,14 @@ def chat_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str) -> str:
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:  # several templates, and none is the default
-        raise _unusable(tokenizer, shown(str(error).partition(".")[0], limit=120)) from error
+        raise _unusable(tokenizer, quote(str(error).partition(".")[0], limit=120)) from error
     values = json.dumps(encode({"messages": turns, "tokens": dict(tokenizer.special_tokens_map)}), ensure_ascii=False)
     job = Job(values=values, items=((Source("chat", (template,)), None),))
     ((outcome,),) = jobs.run("chat", [job])
     if isinstance(outcome, Failure):
         raise _unusable(tokenizer, outcome.reason)
     if not isinstance(outcome, str):
-        raise TypeError(f"the child answers {shown(outcome)}")
+        raise TypeError(f"the child answers {quote(outcome)}")
     if len(outcome) > MAX_CHARACTERS + len(instruction) * _MAX_REPEATED:
         raise _unusable(tokenizer, f"makes {len(outcome):,} characters of {len(instruction):,}")
     return outcome

@@ -43,7 +43,7 @@ class Estimate:
     fewest_cost: float = 0.0
 
 
-def asked(
+def estimate_requests(
     generator: str,
     samples: list[tuple[str, Decoding]],
     config: EndpointConfig,
@@ -99,9 +99,11 @@ def estimate(config: "SamplingConfig") -> list[Estimate]:
         if spec.kind == "openai":
             endpoint = Endpoint(spec, asking)
             endpoint.check(own)
-            samples = endpoint.unanswered(instructions, own, seed=seed_of(config.seed, text))
+            samples = endpoint.pending_samples(instructions, own, seed=seed_of(config.seed, text))
             endpoint.close()
-            estimates.append(asked(text, samples, asking, instances=len(instructions), candidates=candidates))
+            estimates.append(
+                estimate_requests(text, samples, asking, instances=len(instructions), candidates=candidates)
+            )
         else:
             estimates.append(Estimate(generator=text, paid=False, instances=len(instructions), candidates=candidates))
     return estimates

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.records import Candidate
 from cappy.records.instance import Status
 from cappy.sampling.store import DRAWING_VERSION, CandidateStore, Origin, question_key
@@ -95,7 +95,7 @@ class OnDrawn(Protocol):
         """So many more are complete; those under way are `begun` candidates' worth of work, for an estimate."""
 
 
-def ignore_drawn(candidates: int, /, *, begun: float = 0.0) -> None:
+def ignore_progress(candidates: int, /, *, begun: float = 0.0) -> None:
     """Nobody counts the candidates."""
 
 
@@ -117,7 +117,7 @@ class Generator(Protocol):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        on_drawn: OnDrawn = ignore_drawn,
+        on_drawn: OnDrawn = ignore_progress,
     ) -> list[list[Candidate]]:
         """The candidates of all decodings, in their order, per instruction; `on_drawn` hears of them as they come.
 
@@ -188,7 +188,7 @@ class LocalGenerator(ABC):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        on_drawn: OnDrawn = ignore_drawn,
+        on_drawn: OnDrawn = ignore_progress,
     ) -> list[list[Candidate]]:
         """The candidates of all decodings, in their order, per instruction, with likelihoods.
 
@@ -201,7 +201,7 @@ class LocalGenerator(ABC):
             for text, prompt in zip(instructions, prompts, strict=True)
         ]
         known = self._store.get(list(dict.fromkeys(itertools.chain(*keys)))) if self._store else {}
-        missing = _missing(keys, decodings, known)
+        missing = _missing_samples(keys, decodings, known)
         drawn_now = sum(len(places) * sum(one.decoding.num_samples for one in own) for own, places in missing.items())
         if others := len(instructions) * sum(decoding.num_samples for decoding in decodings) - drawn_now:
             on_drawn(others)
@@ -260,7 +260,7 @@ class LocalGenerator(ABC):
         return question_key(question=question, decoding=knobs)
 
 
-def _missing(
+def _missing_samples(
     keys: Sequence[Sequence[str]], decodings: Sequence[Decoding], known: Mapping[str, Sequence[Candidate]]
 ) -> dict[tuple[Samples, ...], list[int]]:
     """Which places lack which samples; each key is asked for once."""
@@ -293,12 +293,12 @@ def check_strategy(specs: Sequence[str], decodings: Sequence[Decoding]) -> None:
             refuse_beams(text, share(decodings, position))
     twice = next((text for text in specs if specs.count(text) > 1), None)
     if twice:
-        raise ConfigError(f"sampling: --generator {shown(twice)} stands twice, and would draw the same again; drop one")
+        raise ConfigError(f"sampling: --generator {quote(twice)} stands twice, and would draw the same again; drop one")
     needed = max((decoding.generator + 1 for decoding in decodings if decoding.generator is not None), default=0)
     idle = next((text for position, text in enumerate(specs) if decodings and not share(decodings, position)), None)
     if idle and needed <= len(specs):
         raise ConfigError(
-            f"sampling: --strategy leaves --generator {shown(idle)} without a decoding; it is for {needed} generators"
+            f"sampling: --strategy leaves --generator {quote(idle)} without a decoding; it is for {needed} generators"
         )
     if specs and needed > len(specs):
         raise ConfigError(

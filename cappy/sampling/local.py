@@ -13,7 +13,7 @@ from cappy.errors import FolderError
 from cappy.model_folder import AutoModel, ModelFolder, Module
 from cappy.records import Candidate
 from cappy.sampling.drawing import Continuation, Response, continue_rows, end_tokens, uniforms
-from cappy.sampling.generators import LocalGenerator, OnDrawn, Samples, ignore_drawn, status_of
+from cappy.sampling.generators import LocalGenerator, OnDrawn, Samples, ignore_progress, status_of
 from cappy.sampling.strategies import Decoding
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class LocalLLM(LocalGenerator):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        on_drawn: OnDrawn = ignore_drawn,
+        on_drawn: OnDrawn = ignore_progress,
     ) -> list[list[list[Response]]]:
         """Responses as tokens, all drawn now: of each instruction, for each decoding, its samples."""
         prompts = self._prompts(instructions, max(decoding.max_new_tokens for decoding in decodings))
@@ -272,7 +272,7 @@ class LocalLLM(LocalGenerator):
                 responses[number // len(rows)][places[number % len(rows)]].append(response)
         return responses
 
-    def _ended(self, sequences: torch.Tensor) -> list[tuple[int, ...]]:
+    def _cut_at_end(self, sequences: torch.Tensor) -> list[tuple[int, ...]]:
         """Tokens of each row (rows, length) up to and with its first end token."""
         rows: list[list[int]] = sequences.tolist()
         stops = [next((i + 1 for i, token in enumerate(row) if token in self._end_set), len(row)) for row in rows]
@@ -320,7 +320,7 @@ def batches(lengths: Sequence[int], *, reserved: int, budget: int) -> Iterator[l
         start += count
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask, both (rows, longest)."""
     longest = max(map(len, rows))
     gaps = [longest - len(row) for row in rows]

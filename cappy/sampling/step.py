@@ -22,19 +22,19 @@ from cappy.config import (
     identity,
     settings,
 )
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.progress import Progress, silent
 from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records import Candidate, Instance, Manifest, read_manifest
 from cappy.records.work import ShardOf, parse_shard, refuse_same
 from cappy.sampling import load_generator
-from cappy.sampling.accounts import SamplingProgress, accounts, cautions, check_failures, failures, taken
-from cappy.sampling.generators import Api, EndpointConfig, Generator, OnDrawn, check_strategy, ignore_drawn, seed_of
+from cappy.sampling.accounts import SamplingProgress, accounts, cautions, check_failures, count_part, failures
+from cappy.sampling.generators import Api, EndpointConfig, Generator, OnDrawn, check_strategy, ignore_progress, seed_of
 from cappy.sampling.store import FRESH_DRAWS
 from cappy.sampling.strategies import (
     MAX_NEW_TOKENS_LIMIT,
     Decoding,
-    checked,
+    check_decodings,
     default_length,
     default_strategy,
     share,
@@ -158,7 +158,7 @@ class SamplingConfig:
         ]
         # A strategy that names more positions than there are generators is refused by `check_strategy`.
         beyond = [one for one in each[0] if one.generator is not None and one.generator >= len(kinds)]
-        return checked([*positioned, *beyond], "sampling: --strategy")
+        return check_decodings([*positioned, *beyond], "sampling: --strategy")
 
     def _decodings_of(self, kind: str) -> tuple[Decoding, ...]:
         """What a generator of this kind would draw."""
@@ -166,22 +166,24 @@ class SamplingConfig:
         if not self.max_new_tokens:
             return decodings
         longer = [replace(decoding, max_new_tokens=self.max_new_tokens) for decoding in decodings]
-        return checked(longer, "sampling: --max-new-tokens")
+        return check_decodings(longer, "sampling: --max-new-tokens")
 
 
 def with_fresh_name(config: SamplingConfig, parent: Manifest) -> SamplingConfig:
     """The config under the name of the fresh start that its work is of, so that it finds what was drawn and paid."""
     from cappy.records.work import fresh_name
 
-    return replace(config, fresh=fresh_name(config.work, "sampling", _stated(config), [parent.hash], config.fresh))
+    return replace(
+        config, fresh=fresh_name(config.work, "sampling", _key_settings(config), [parent.hash], config.fresh)
+    )
 
 
-def _stated(config: SamplingConfig) -> dict[str, Any]:
+def _key_settings(config: SamplingConfig) -> dict[str, Any]:
     """The settings that the work is named by: the file of decodings may change while its path stays."""
     return identity(config) | {"decodings": [asdict(decoding) for decoding in config.decodings]}
 
 
-def _drawn_under(config: SamplingConfig) -> Path:
+def _draws_folder(config: SamplingConfig) -> Path:
     """The folder that keeps what is drawn and answered: one of its own for a run that draws again (`--fresh`)."""
     return config.work / FRESH_DRAWS / config.fresh if config.fresh else config.work
 
@@ -207,7 +209,7 @@ def endpoint_config(config: SamplingConfig, parent: str = "") -> EndpointConfig:
         price_output=config.price_output,
         timeout=config.timeout,
         max_retries=config.max_retries,
-        folder=_drawn_under(config) / "answers",
+        folder=_draws_folder(config) / "answers",
         run=fingerprint("budget", computed, parent)[:24],
     )
 
@@ -224,7 +226,7 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
     parent = read_manifest(config.source)
     config = with_fresh_name(config, parent)
     asking = endpoint_config(config, parent.hash)
-    kept = _drawn_under(config)
+    kept = _draws_folder(config)
     with ExitStack() as opened:
         generators = [
             opened.enter_context(closing(load_generator(spec, asking, work=kept))) for spec in config.generator
@@ -249,18 +251,20 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], 
     so_far: Counter[str] = Counter()
 
     def transform(part: list[Instance]) -> Iterator[Instance]:
-        return sample(part, generators, decodings, seed=config.seed, on_drawn=sampling_progress.drawn, read=reasoning)
+        return sample(
+            part, generators, decodings, seed=config.seed, on_drawn=sampling_progress.add_candidates, read=reasoning
+        )
 
     def count(part: Sequence[Instance]) -> dict[str, int]:
-        counts = taken(part, generators) | failures(part, generators)
+        counts = count_part(part, generators) | failures(part, generators)
         if generators:
-            counts["reasoning"] = reasoning.counted()
+            counts["reasoning"] = reasoning.take_count()
         so_far.update(counts)
         check_failures(so_far, config.max_failed, each, parent.rows)
         return counts
 
     revisions = {generator.name: generator.revision for generator in generators}
-    stated = _stated(config)
+    stated = _key_settings(config)
     inputs = [parent.hash, *revisions.values()]
     with claim(config.work, "sampling", stated, inputs, fresh=config.fresh) as folder, sampling_progress:
         parts = process_folder(
@@ -299,7 +303,7 @@ def sample(
     decodings: Sequence[Decoding],
     *,
     seed: int,
-    on_drawn: OnDrawn = ignore_drawn,
+    on_drawn: OnDrawn = ignore_progress,
     read: Callable[[Candidate], Candidate] = lambda candidate: candidate,
 ) -> Iterator[Instance]:
     """The instances with every generator's candidates appended, in order; equal arguments give equal candidates.
@@ -312,7 +316,7 @@ def sample(
     bare = next((instance for instance in open_ended if not instance.candidates), None)
     if bare and not generators:
         remedy = "name an LLM with --generator, or give responses in the file"
-        raise ConfigError(f"sampling: instance {shown(bare.instance_id)} has no candidate; {remedy}")
+        raise ConfigError(f"sampling: instance {quote(bare.instance_id)} has no candidate; {remedy}")
     added: dict[str, list[Candidate]] = {instance.instance_id: [] for instance in open_ended}
     prompts = [instance.instruction for instance in open_ended]
     for position, generator in enumerate(generators):
@@ -350,7 +354,7 @@ class ReasoningReader:
             candidate, response=response, status=status, logprob_sum=None, logprob_mean=None, num_tokens=None
         )
 
-    def counted(self) -> int:
+    def take_count(self) -> int:
         """How many held reasoning since the last call."""
         count, self._count = self._count, 0
         return count

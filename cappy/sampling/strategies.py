@@ -25,7 +25,7 @@ from pathlib import Path
 
 import yaml
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.untrusted import load_yaml
 
 MAX_NEW_TOKENS = 64
@@ -150,15 +150,16 @@ def strategy(text: str, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, ...]:
         return read_decodings(Path(text), length)
     # What comes with the project states no length of 64, but for want of another.
     return tuple(
-        replace(one, max_new_tokens=length) if one.max_new_tokens == MAX_NEW_TOKENS else one for one in _parsed(text)
+        replace(one, max_new_tokens=length) if one.max_new_tokens == MAX_NEW_TOKENS else one
+        for one in _parse_words(text)
     )
 
 
-def _parsed(text: str) -> tuple[Decoding, ...]:
+def _parse_words(text: str) -> tuple[Decoding, ...]:
     if text in STRATEGIES:
         return STRATEGIES[text]
     decodings = tuple(one for word in text.split("+") for one in STRATEGIES.get(word) or (_parse_decoding(word, text),))
-    return checked(decodings, f"sampling: --strategy {shown(text)}")
+    return check_decodings(decodings, f"sampling: --strategy {quote(text)}")
 
 
 def share(decodings: Sequence[Decoding], position: int) -> tuple[Decoding, ...]:
@@ -187,18 +188,18 @@ def _parse_decoding(word: str, text: str = "") -> Decoding:
             top_p=float(knobs.get("topp", 1)),
             min_p=float(knobs.get("minp", 0)),
         )
-    within = f" in {shown(text)}" if text and text != word else ""
+    within = f" in {quote(text)}" if text and text != word else ""
     raise ConfigError(
-        f"sampling: --strategy: {shown(word)}{within} is unknown; choose one of {', '.join(STRATEGIES)}, or {GRAMMAR}"
+        f"sampling: --strategy: {quote(word)}{within} is unknown; choose one of {', '.join(STRATEGIES)}, or {GRAMMAR}"
     )
 
 
-def checked(decodings: Sequence[Decoding], where: str) -> tuple[Decoding, ...]:
+def check_decodings(decodings: Sequence[Decoding], where: str) -> tuple[Decoding, ...]:
     """The same decodings once every knob is in its range and no two have a name; ConfigError says which is not."""
     for decoding in decodings:
         wrong = next((rule for rule, held in _rules(decoding).items() if not held), None)
         if wrong:
-            raise ConfigError(f"{where}: decoding {shown(decoding.name)}: {wrong}")
+            raise ConfigError(f"{where}: decoding {quote(decoding.name)}: {wrong}")
     named = Counter((decoding.name, decoding.generator) for decoding in decodings)
     drawn_by_all = {name for name, generator in named if generator is None}
     twice = next(
@@ -210,7 +211,7 @@ def checked(decodings: Sequence[Decoding], where: str) -> tuple[Decoding, ...]:
         None,
     )
     if twice is not None:
-        raise ConfigError(f"{where}: {shown(twice)} stands twice; draw its samples in one decoding")
+        raise ConfigError(f"{where}: {quote(twice)} stands twice; draw its samples in one decoding")
     return tuple(decodings)
 
 
@@ -256,8 +257,10 @@ def read_decodings(path: Path, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, 
     """
     entries = _read(path)
     if not isinstance(entries, list) or not entries:
-        raise ConfigError(f"{path}: must be a list of decodings, got {shown(entries)}; see --strategy for their names")
-    return checked([_decoding(path, number, entry, length) for number, entry in enumerate(entries, 1)], str(path))
+        raise ConfigError(f"{path}: must be a list of decodings, got {quote(entries)}; see --strategy for their names")
+    return check_decodings(
+        [_decoding(path, number, entry, length) for number, entry in enumerate(entries, 1)], str(path)
+    )
 
 
 def _read(path: Path) -> object:
@@ -272,7 +275,7 @@ def _read(path: Path) -> object:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         reason = getattr(error, "problem", None) or type(error).__name__
-        raise ConfigError(f"{path}:{line} is neither YAML nor JSON ({shown(reason)}); mend it") from error
+        raise ConfigError(f"{path}:{line} is neither YAML nor JSON ({quote(reason)}); mend it") from error
 
 
 def _decoding(path: Path, number: int, entry: object, length: int) -> Decoding:
@@ -283,18 +286,18 @@ def _decoding(path: Path, number: int, entry: object, length: int) -> Decoding:
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
     if not isinstance(entry, dict) or "name" not in entry:
-        raise ConfigError(f"{where}: must be a word as topk40x4 or knobs with a name, got {shown(entry)}")
+        raise ConfigError(f"{where}: must be a word as topk40x4 or knobs with a name, got {quote(entry)}")
     known = [field.name for field in fields(Decoding)]
     for knob, value in entry.items():
         if knob not in known:
-            raise ConfigError(f"{where}: {shown(knob)} is not a knob; choose from {', '.join(known)}")
+            raise ConfigError(f"{where}: {quote(knob)} is not a knob; choose from {', '.join(known)}")
         wanted = _TYPES.get(knob, (int,))
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-            raise ConfigError(f"{where}: {knob} must be {_said(wanted)}, got {shown(value)}")
+            raise ConfigError(f"{where}: {knob} must be {_type_names(wanted)}, got {quote(value)}")
     if not entry["name"].strip():
         raise ConfigError(f"{where}: name is empty; it tells candidates apart")
     return Decoding(**{"max_new_tokens": length, **entry})
 
 
-def _said(wanted: tuple[type, ...]) -> str:
+def _type_names(wanted: tuple[type, ...]) -> str:
     return {str: "a text", bool: "true or false", float: "a number", int: "a whole number"}[wanted[0]]

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
     from cappy.scoring.scorer import Scorer
 
-__all__ = ["Precision", "Scorer", "trained_on"]
+__all__ = ["Precision", "Scorer", "training_prompts"]
 
 TRAINED_ON = "trained_on.u64"
 
 
-def trained_on(folder: str | Path) -> "NDArray[np.uint64]":
+def training_prompts(folder: str | Path) -> "NDArray[np.uint64]":
     """The sorted `prompt_hash` of every prompt that the scorer in `folder` was trained on; empty if it does not say."""
     import numpy as np
 

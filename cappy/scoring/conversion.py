@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from cappy.errors import ConfigError, FolderError, shown
+from cappy.errors import ConfigError, FolderError, quote
 from cappy.hub_client import hub_folder
 from cappy.model_folder import check_size, open_model_folder
 from cappy.records.folder import Manifest, describe_files, disk_errors, sha256_of, write_manifest
-from cappy.scoring.folder import recorded, refuse_labels
+from cappy.scoring.folder import read_config, refuse_labels
 from cappy.scoring.scorer import Scorer
 from cappy.specs import CHECKPOINT, parse_spec
 
@@ -32,7 +32,7 @@ def convert(source: str, target: Path, *, sha256: str) -> Manifest:
     ConfigError or FolderError where the file is another one or no scorer: a key too many or missing, another shape.
     """
     if len(sha256) != SHA256_DIGITS or not set(sha256.lower()) <= set("0123456789abcdef"):
-        raise ConfigError(f"--sha256: must be 64 hexadecimal digits, got {shown(sha256, 80)}")
+        raise ConfigError(f"--sha256: must be 64 hexadecimal digits, got {quote(sha256, 80)}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FolderError(f"{target}: exists already; choose another --target, or delete it first")
     folder = _folder(source)
@@ -51,7 +51,7 @@ def _folder(source: str) -> Path:
     elif spec.kind == "path":
         folder = Path(spec.name)
     else:
-        raise ConfigError(f"{shown(source)}: --source is a folder with a {CHECKPOINT}, or hub:org/name@revision")
+        raise ConfigError(f"{quote(source)}: --source is a folder with a {CHECKPOINT}, or hub:org/name@revision")
     if not folder.is_dir():
         raise FolderError(f"{folder}: no such folder; --source is a folder or hub:org/name@revision")
     if not (folder / CHECKPOINT).is_file():
@@ -85,7 +85,7 @@ def _scorer(folder: Path) -> Scorer:
         sizes = f"{len(tokenizer)} tokens, padding {tokenizer.pad_token!r}; the encoder has {config.vocab_size}"
         raise FolderError(f"{folder}: its tokenizer is not this encoder's ({sizes}); fetch the one it was trained with")
     model.load_state_dict(_weights(folder / CHECKPOINT, tensors, model.state_dict()))
-    return Scorer(model.eval(), tokenizer, recorded(opened, config, tokenizer, model, unstated="mse"))
+    return Scorer(model.eval(), tokenizer, read_config(opened, config, tokenizer, model, unstated="mse"))
 
 
 def _check_architecture(folder: Path, config: PreTrainedConfig) -> None:
@@ -118,7 +118,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             f"{path}: is no checkpoint of tensors alone; nothing else is read, get another file"
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FolderError(f"{path}: is no state dict (names with a tensor each), got {shown(type(state).__name__)}")
+        raise FolderError(f"{path}: is no state dict (names with a tensor each), got {quote(type(state).__name__)}")
     return dict(state)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
-from cappy.errors import ConfigError, FolderError, shown
+from cappy.errors import ConfigError, FolderError, quote
 from cappy.scoring.config import Truncation
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _REMEDY = "save the tokenizer that the scorer was trained with beside it"
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedPair:
     """One pair as the model reads it: `cut` where the response lost its end, not `whole` where any text lost tokens."""
 
     ids: tuple[int, ...]
@@ -66,7 +66,7 @@ def _as_pair(pair: object) -> tuple[str, ...]:
 
 
 def _no_pair(pair: object) -> ConfigError:
-    return ConfigError(f"score: a pair is [instruction, response], two texts, got {shown(repr(pair), 80)}")
+    return ConfigError(f"score: a pair is [instruction, response], two texts, got {quote(repr(pair), 80)}")
 
 
 class PairEncoder:
@@ -89,7 +89,7 @@ class PairEncoder:
         self._from_left = getattr(tokenizer, "truncation_side", "right") == "left"
         self.typed = self._frame.typed
 
-    def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
+    def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
         """The encoded pairs, in order; every distinct text is tokenized once."""
         tokens = self._tokens(pairs)
         return [self.join(tokens[instruction], tokens[response]) for instruction, response in pairs]
@@ -100,7 +100,7 @@ class PairEncoder:
         return [len(tokens[instruction]) + len(tokens[response]) <= available for instruction, response in pairs]
 
     @property
-    def added(self) -> int:
+    def num_special_tokens(self) -> int:
         """Tokens that a pair has beside those of its two texts."""
         return self._frame.length
 
@@ -117,7 +117,7 @@ class PairEncoder:
             if type(error).__name__ != "PanicException":
                 raise
             raise FolderError(
-                f"the scorer's tokenizer gave up on a text ({shown(str(error), 80)}); {_REMEDY}"
+                f"the scorer's tokenizer gave up on a text ({quote(str(error), 80)}); {_REMEDY}"
             ) from None
         return ids
 
@@ -125,26 +125,26 @@ class PairEncoder:
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))
         return dict(zip(texts, self.tokens(texts), strict=True))
 
-    def join(self, instruction: list[int], response: list[int]) -> Encoded:
+    def join(self, instruction: list[int], response: list[int]) -> EncodedPair:
         """The pair of two texts given as `tokens`."""
         frame, available = self._frame, self.max_length - self._frame.length
         asked, whole = len(response), len(instruction) + len(response) <= available
         if self.truncation == "longest_first":
             lengths = _longest_first(len(instruction), len(response), available)
-            instruction, response = self._kept(instruction, lengths[0]), self._kept(response, lengths[1])
+            instruction, response = self._truncate(instruction, lengths[0]), self._truncate(response, lengths[1])
         else:
             response = response[:available]
-            instruction = _middle_cut(instruction, available - len(response))
+            instruction = _cut_middle(instruction, available - len(response))
         first, second = frame.types
         before, between, after = frame.around_types
-        return Encoded(
+        return EncodedPair(
             ids=(*frame.before, *instruction, *frame.between, *response, *frame.after),
             types=(*before, *(first,) * len(instruction), *between, *(second,) * len(response), *after),
             cut=len(response) < asked,
             whole=whole,
         )
 
-    def _kept(self, tokens: list[int], count: int) -> list[int]:
+    def _truncate(self, tokens: list[int], count: int) -> list[int]:
         """So many tokens of a text, which loses its end, or its beginning where the tokenizer's folder says so."""
         return tokens[len(tokens) - count :] if self._from_left else tokens[:count]
 
@@ -161,7 +161,7 @@ def _backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer | None:
     return backend
 
 
-def _middle_cut(tokens: list[int], available: int) -> list[int]:
+def _cut_middle(tokens: list[int], available: int) -> list[int]:
     if len(tokens) <= available:
         return tokens
     head = (available + 1) // 2
@@ -223,7 +223,7 @@ class Cuts:
         self.logs = True
         self._lock = threading.Lock()
 
-    def count(self, encoded: Sequence[Encoded]) -> None:
+    def count(self, encoded: Sequence[EncodedPair]) -> None:
         """Adds pairs as they were encoded."""
         cut = sum(not pair.whole for pair in encoded)
         with self._lock:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from cappy.errors import FolderError, shown
+from cappy.errors import FolderError, quote
 from cappy.model_folder import ModelFolder
 from cappy.scoring.config import HEADS, TRUNCATIONS, Head, ScorerConfig, Truncation
 from cappy.untrusted import JSON
@@ -57,7 +57,7 @@ _WARNED: set[tuple[Path, str]] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stated:
+class StatedConfig:
     """What a folder states: its head, None where it states no activation, and the tokens of a pair, None likewise.
 
     `renders` says whether pairs would be written into the tokenizer's chat template, if it has one.
@@ -68,11 +68,11 @@ class Stated:
     renders: bool = True
 
 
-def _read_stated(folder: Path, config: "PreTrainedConfig") -> Stated:
+def _read_stated(folder: Path, config: "PreTrainedConfig") -> StatedConfig:
     """What the folder with this configuration states; FolderError for modules, prompts and activations unknown here."""
     settings = _object(folder / SETTINGS)
     if not (folder / MODULES).is_file() or settings.get("model_type", "SentenceTransformer") != "CrossEncoder":
-        return Stated(head=_head_of_config(folder, config))
+        return StatedConfig(head=_head_of_config(folder, config))
     _check_modules(folder / MODULES)
     _check_prompt(folder / SETTINGS, settings)
     transformer = next((path for name in TRANSFORMER_FILES if (path := folder / name).is_file()), None)
@@ -80,7 +80,7 @@ def _read_stated(folder: Path, config: "PreTrainedConfig") -> Stated:
     length = _transformer_length(transformer, values) if transformer else None
     modalities = values.get("modality_config")
     head = _head(settings.get("activation_fn"), f"{folder / SETTINGS}: activation_fn")
-    return Stated(
+    return StatedConfig(
         head=head or _head_of_config(folder, config),
         max_length=length,
         renders=isinstance(modalities, Mapping | Sequence) and "message" in modalities,
@@ -109,7 +109,7 @@ def warn_once(folder: Path, text: str) -> None:
 def _head_of_config(folder: Path, config: "PreTrainedConfig") -> Head | None:
     where, stated = folder / "config.json", getattr(config, "sentence_transformers", None)
     if stated is not None and not isinstance(stated, Mapping):
-        raise FolderError(f"{where}: sentence_transformers must be an object, got {shown(json.dumps(stated))}")
+        raise FolderError(f"{where}: sentence_transformers must be an object, got {quote(json.dumps(stated))}")
     if stated is not None and "activation_fn" in stated:
         return _head(stated["activation_fn"], f"{where}: sentence_transformers.activation_fn")
     return _head(getattr(config, _OLD_KEY, None), f"{where}: {_OLD_KEY}")
@@ -121,7 +121,7 @@ def _head(path: object, where: str) -> Head | None:
     head = _HEADS.get(path.rpartition(".")[2]) if isinstance(path, str) and path.startswith("torch.nn.") else None
     if head is None:
         known = " or ".join(ACTIVATIONS.values())
-        raise FolderError(f"{where}: is {shown(json.dumps(path), 80)}, which is not applied here; it must be {known}")
+        raise FolderError(f"{where}: is {quote(json.dumps(path), 80)}, which is not applied here; it must be {known}")
     return head
 
 
@@ -131,7 +131,7 @@ def _check_modules(path: Path) -> None:
     modules = [module for module in listed if isinstance(module, Mapping)]
     names = [str(module.get("type", "")).rpartition(".")[2] for module in modules] if modules == listed else []
     if names != ["Transformer"] or modules[0].get("path"):
-        named = shown(", ".join(names), 80)
+        named = quote(", ".join(names), 80)
         raise FolderError(f"{path}: names the modules {named}; a scorer is one Transformer in the folder itself")
 
 
@@ -141,32 +141,32 @@ def _check_prompt(path: Path, settings: Mapping[str, JSON]) -> None:
     if name is None or (isinstance(name, str) and isinstance(prompts, Mapping) and prompts.get(name) == ""):
         return
     remedy = "set it to null and give instructions that begin with the prompt"
-    raise FolderError(f"{path}: default_prompt_name {shown(str(name))} is not applied here; {remedy}")
+    raise FolderError(f"{path}: default_prompt_name {quote(str(name))} is not applied here; {remedy}")
 
 
 def _transformer_length(path: Path, values: Mapping[str, JSON]) -> int | None:
     """Tokens of a pair, None where none are stated; FolderError for a setting that is not applied here."""
     if (task := values.get("transformer_task", "sequence-classification")) != "sequence-classification":
         raise FolderError(
-            f"{path}: transformer_task is {shown(json.dumps(task))}; a scorer's is sequence-classification"
+            f"{path}: transformer_task is {quote(json.dumps(task))}; a scorer's is sequence-classification"
         )
     for name in values.keys() - _WITHOUT_EFFECT - {"transformer_task", "max_seq_length"}:
         if name not in _UNSUPPORTED:
-            raise FolderError(f"{path}: {shown(name)} is unknown here; remove it if it does not change scores")
+            raise FolderError(f"{path}: {quote(name)} is unknown here; remove it if it does not change scores")
         if values[name]:
             raise FolderError(
                 f"{path}: {name} {_UNSUPPORTED[name]}, which is not done here; save the scorer without it"
             )
     length = values.get("max_seq_length")
     if length is not None and (not isinstance(length, int) or isinstance(length, bool)):
-        raise FolderError(f"{path}: max_seq_length must be a number of tokens, got {shown(json.dumps(length))}")
+        raise FolderError(f"{path}: max_seq_length must be a number of tokens, got {quote(json.dumps(length))}")
     return length
 
 
 def _object(path: Path) -> Mapping[str, JSON]:
     values = _json(path) if path.is_file() else {}
     if not isinstance(values, Mapping):
-        raise FolderError(f"{path}: must be an object, got {shown(json.dumps(values), 40)}; get the folder again")
+        raise FolderError(f"{path}: must be an object, got {quote(json.dumps(values), 40)}; get the folder again")
     return values
 
 
@@ -174,7 +174,7 @@ def _json(path: Path) -> JSON:
     try:
         values: JSON = json.loads(path.read_bytes())
     except ValueError as error:
-        raise FolderError(f"{path}: is not JSON ({shown(str(error), 80)}); get the folder again") from error
+        raise FolderError(f"{path}: is not JSON ({quote(str(error), 80)}); get the folder again") from error
     return values
 
 
@@ -192,7 +192,7 @@ _PASSING = ("is_local", "local_files_only")
 """What transformers writes of the call that loaded a tokenizer."""
 
 
-def recorded(
+def read_config(
     folder: ModelFolder,
     config: "PreTrainedConfig",
     tokenizer: "PreTrainedTokenizerBase",
@@ -209,7 +209,7 @@ def recorded(
     if stated.renders and not (own and folder.listed):
         _check_template(folder.path, getattr(tokenizer, "chat_template", None))
     return ScorerConfig(
-        head=stated.head or _own_head(own) or _unstated(folder.path, unstated),
+        head=stated.head or _own_head(own) or _default_activation(folder.path, unstated),
         max_length=_max_length_of(folder, config, tokenizer, model, stated),
         truncation=_truncation_of(config),
     )
@@ -287,7 +287,7 @@ def _truncation_of(config: "PreTrainedConfig") -> Truncation:
         if truncation == recorded:
             return truncation
     known = " or ".join(TRUNCATIONS)
-    raise FolderError(f"config.json: cappy.truncation must be {known}, got {shown(json.dumps(recorded))}")
+    raise FolderError(f"config.json: cappy.truncation must be {known}, got {quote(json.dumps(recorded))}")
 
 
 def _max_length_of(
@@ -295,17 +295,17 @@ def _max_length_of(
     config: "PreTrainedConfig",
     tokenizer: "PreTrainedTokenizerBase",
     model: "PreTrainedModel",
-    stated: Stated,
+    stated: StatedConfig,
 ) -> int:
     """Tokens of a pair: what we recorded, else what the CrossEncoder reads; never more than the model has positions."""
     stated_here = _own(config).get("max_length")
-    recorded = None if stated_here is None else _checked_length(stated_here, "config.json: cappy.max_length")
+    recorded = None if stated_here is None else _check_length(stated_here, "config.json: cappy.max_length")
     of_tokenizer = stated.max_length
     if of_tokenizer is None:
         limit = getattr(tokenizer, "model_max_length", None)
         of_tokenizer = int(limit) if isinstance(limit, int | float) and limit < UNLIMITED else None
     if of_tokenizer is not None:
-        _checked_length(of_tokenizer, f"{TOKENIZER_CONFIG}: model_max_length")
+        _check_length(of_tokenizer, f"{TOKENIZER_CONFIG}: model_max_length")
     if recorded is not None and folder.listed:
         # Earlier releases did not write the length into the tokenizer's file.
         of_tokenizer = None
@@ -329,9 +329,9 @@ def positions_of(model: "PreTrainedModel") -> int | None:
     return positions
 
 
-def _checked_length(length: object, where: str) -> int:
+def _check_length(length: object, where: str) -> int:
     if not isinstance(length, int) or isinstance(length, bool) or length < SHORTEST:
-        raise FolderError(f"{where} must be at least {SHORTEST} tokens, got {shown(json.dumps(length))}")
+        raise FolderError(f"{where} must be at least {SHORTEST} tokens, got {quote(json.dumps(length))}")
     return length
 
 
@@ -339,7 +339,7 @@ def _own(config: "PreTrainedConfig") -> Mapping[str, JSON]:
     """What this project recorded in a configuration."""
     own = getattr(config, "cappy", None) or {}
     if not isinstance(own, Mapping):
-        raise FolderError(f"config.json: cappy must be an object, got {shown(json.dumps(own))}")
+        raise FolderError(f"config.json: cappy must be an object, got {quote(json.dumps(own))}")
     return own
 
 
@@ -347,7 +347,7 @@ def _own_head(own: Mapping[str, JSON]) -> Head | None:
     return next((head for head in HEADS if head == own.get("head")), None)
 
 
-def _unstated(folder: Path, head: Head) -> Head:
+def _default_activation(folder: Path, head: Head) -> Head:
     if head == "bce":
         remedy = "for raw numbers write sentence_transformers.activation_fn into its config.json"
         warn_once(folder, f"states no activation; scores are the sigmoid, as CrossEncoder's are; {remedy}")

@@ -6,9 +6,9 @@ differ. Attention runs over stretches of pairs of equal length, without a mask (
 lengths). And the last layer works for the first token of each pair, which is all that the head reads.
 
 Head and activation run in fp32 whatever the body runs in. In bf16 on a CPU, torch puts the weights of a linear map into
-the order that the matrix instructions read at every call. `Prepacked` does it once, by the operators that torch's own
-compiler calls for the same purpose; they have no public name, so `has_prepacking` tries them, and scoring does without
-where they are missing.
+the order that the matrix instructions read at every call. `PrepackedLinear` does it once, by the operators that torch's
+own compiler calls for the same purpose; they have no public name, so `has_prepacking` tries them, and scoring does
+without where they are missing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.scoring.config import ChosenPrecision, Precision
-from cappy.scoring.encoding import Encoded
+from cappy.scoring.encoding import EncodedPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def by_length(encoded: Sequence[Encoded], budget: int) -> Iterator[list[int]]:
+def by_length(encoded: Sequence[EncodedPair], budget: int) -> Iterator[list[int]]:
     """Indices in batches of similar length, longest first, padded tokens within `budget` (or a single pair)."""
     batch: list[int] = []
     for index in sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids)):
@@ -53,7 +53,7 @@ def padding_token(config: "PreTrainedConfig") -> int | None:
     return pad if isinstance(pad, int) and 0 <= pad < text.vocab_size else None
 
 
-def collate(batch: Sequence[Encoded], *, pad: int, types: bool, device: torch.device) -> dict[str, Tensor]:
+def collate(batch: Sequence[EncodedPair], *, pad: int, types: bool, device: torch.device) -> dict[str, Tensor]:
     """Right-padded inputs (pairs, longest): ids, mask and, where the model knows them, token types."""
     longest = max(len(pair.ids) for pair in batch)
     padding = [longest - len(pair.ids) for pair in batch]
@@ -86,7 +86,7 @@ class _Layout:
     """(pairs + 1,) int32: 0 and the row after each pair."""
 
 
-class _Attended(Protocol):
+class _OutputLayer(Protocol):
     """What follows attention, or the wide map: a linear map, dropout, and the norm of the sum with what went in."""
 
     dense: nn.Linear
@@ -94,7 +94,7 @@ class _Attended(Protocol):
     def __call__(self, hidden: Tensor, kept: Tensor, /) -> Tensor: ...
 
 
-class _Widened(Protocol):
+class _IntermediateLayer(Protocol):
     dense: nn.Linear
 
     def __call__(self, hidden: Tensor, /) -> Tensor: ...
@@ -112,15 +112,15 @@ class _Projections(Protocol):
 
 class _Attention(Protocol):
     self: _Projections
-    output: _Attended
+    output: _OutputLayer
 
 
 class _Layer(Protocol):
     """What is used of a layer of BERT's build."""
 
     attention: _Attention
-    intermediate: _Widened
-    output: _Attended
+    intermediate: _IntermediateLayer
+    output: _OutputLayer
     training: bool
 
     def modules(self) -> Iterator[nn.Module]: ...
@@ -150,13 +150,13 @@ def packs(model: "PreTrainedModel") -> bool:
     return config.model_type in FAMILIES and not config.is_decoder and hasattr(model, "classifier")
 
 
-def packed_logits(model: "PreTrainedModel", batch: Sequence[Encoded], device: torch.device) -> Tensor:
+def packed_logits(model: "PreTrainedModel", batch: Sequence[EncodedPair], device: torch.device) -> Tensor:
     """Logits (pairs,) in fp32; linear maps run in the precision of their weights, dropout where the model trains."""
     order = sorted(range(len(batch)), key=lambda number: -len(batch[number].ids))
     batch = [batch[number] for number in order]
     body: _Body = model.base_model
     layout = _layout(batch, device)
-    hidden = _embedded(body, model.config, batch, layout)
+    hidden = _embed(body, model.config, batch, layout)
     layers = body.encoder.layer
     for layer in layers:
         hidden = _layer(layer, hidden, layout, last=layer is layers[-1])
@@ -165,14 +165,14 @@ def packed_logits(model: "PreTrainedModel", batch: Sequence[Encoded], device: to
     return logits[torch.tensor(order, device=device).argsort()]
 
 
-def _layout(batch: Sequence[Encoded], device: torch.device) -> _Layout:
+def _layout(batch: Sequence[EncodedPair], device: torch.device) -> _Layout:
     lengths = tuple(len(pair.ids) for pair in batch)
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     stretches = tuple((len(list(equal)), length) for length, equal in groupby(lengths))
     return _Layout(lengths=lengths, starts=ends[:-1].long(), stretches=stretches, ends=ends)
 
 
-def _embedded(body: _Body, config: "PreTrainedConfig", batch: Sequence[Encoded], layout: _Layout) -> Tensor:
+def _embed(body: _Body, config: "PreTrainedConfig", batch: Sequence[EncodedPair], layout: _Layout) -> Tensor:
     """(tokens, hidden): what the encoder's first layer reads."""
     device = layout.starts.device
     ids = torch.tensor([token for pair in batch for token in pair.ids], device=device)
@@ -194,14 +194,14 @@ def _layer(layer: _Layer, hidden: Tensor, layout: _Layout, *, last: bool) -> Ten
     dtype = layer.attention.output.dense.weight.dtype
     narrow = hidden.to(dtype)
     asking, kept = (narrow[layout.starts], hidden[layout.starts]) if last else (narrow, hidden)
-    query, key, value = _projected(projections, asking, narrow)
+    query, key, value = _project(projections, asking, narrow)
     dropout = projections.dropout.p if layer.training else 0.0
     mixed = _attention(query, key, value, layout, single=last, dropout=dropout)
     attended = layer.attention.output(mixed.flatten(1), kept)
     return layer.output(layer.intermediate(attended.to(dtype)), attended)
 
 
-def _projected(projections: _Projections, asking: Tensor, narrow: Tensor) -> Sequence[Tensor]:
+def _project(projections: _Projections, asking: Tensor, narrow: Tensor) -> Sequence[Tensor]:
     """Queries of the rows `asking`, keys and values of all, (rows, heads, size) each."""
     heads = projections.num_attention_heads
     if hasattr(projections, "together"):
@@ -240,13 +240,13 @@ def has_prepacking() -> bool:
     """Whether this torch has the operators and this processor the instructions; found out by trying."""
     try:
         with torch.inference_mode():
-            Prepacked(nn.Linear(2, 2))(torch.zeros(1, 2, dtype=torch.bfloat16))
+            PrepackedLinear(nn.Linear(2, 2))(torch.zeros(1, 2, dtype=torch.bfloat16))
     except (AttributeError, RuntimeError):
         return False
     return True
 
 
-class Prepacked(nn.Module):
+class PrepackedLinear(nn.Module):
     """Computes what a `Linear` in bf16 computes, and an exact GELU after it where `after` says so; no gradients."""
 
     def __init__(self, linear: nn.Linear, after: After = "none") -> None:
@@ -263,25 +263,25 @@ class Prepacked(nn.Module):
 
 
 def _prepack(layers: Sequence[_Layer], *, gelu: bool) -> None:
-    """Puts a `Prepacked` in the place of every linear map in layers of BERT's build; `gelu`: theirs is exact.
+    """Puts a `PrepackedLinear` in the place of every linear map in layers of BERT's build; `gelu`: theirs is exact.
 
     Queries, keys and values of all layers but the last, which asks for the first token alone, are one map, `together`.
     """
     for layer in layers:
         projections = layer.attention.self
         if layer is not layers[-1]:
-            projections.together = _joined(projections.query, projections.key, projections.value)
+            projections.together = _compose(projections.query, projections.key, projections.value)
             for name in ("query", "key", "value"):
                 setattr(projections, name, None)
         if gelu:
-            layer.add_module("intermediate", Prepacked(layer.intermediate.dense, "gelu"))
+            layer.add_module("intermediate", PrepackedLinear(layer.intermediate.dense, "gelu"))
         for module in list(layer.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(module, name, Prepacked(child))
+                    setattr(module, name, PrepackedLinear(child))
 
 
-def _joined(*maps: nn.Linear) -> nn.Linear:
+def _compose(*maps: nn.Linear) -> nn.Linear:
     """One map that gives what these give, one after the other."""
     joined = nn.Linear(maps[0].in_features, sum(one.out_features for one in maps))
     joined.weight.data = torch.cat([one.weight.detach() for one in maps])
@@ -292,7 +292,7 @@ def _joined(*maps: nn.Linear) -> nn.Linear:
 def choose(precision: Precision, device: torch.device) -> ChosenPrecision:
     """`auto` is bf16 where the device has instructions for it, else fp32; ConfigError for any other word."""
     if precision not in get_args(Precision):
-        raise ConfigError(f"precision: must be one of {', '.join(get_args(Precision))}, got {shown(precision)}")
+        raise ConfigError(f"precision: must be one of {', '.join(get_args(Precision))}, got {quote(precision)}")
     if precision == "auto":
         return "bf16" if has_bf16(device) else "fp32"
     return precision

@@ -16,12 +16,12 @@ from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.records.folder import Manifest, describe_files, write_manifest
 from cappy.scorers import open_scorer
 from cappy.scoring.config import ChosenPrecision, Precision, ScorerConfig
-from cappy.scoring.encoding import Cuts, Encoded, PairEncoder, as_pairs
+from cappy.scoring.encoding import Cuts, EncodedPair, PairEncoder, as_pairs
 from cappy.scoring.folder import (
     FILES,
     mark_head,
     mend_token_types,
-    recorded,
+    read_config,
     refuse_labels,
     write_tokenizer,
 )
@@ -113,7 +113,7 @@ class Scorer:
             remedy = "save the tokenizer that it was trained with beside it"
             raise FolderError(f"{folder.path}: its tokenizer has token {highest}, the model has none such; {remedy}")
         mend_token_types(folder, config, tokenizer)
-        own = recorded(folder, config, tokenizer, model)
+        own = read_config(folder, config, tokenizer, model)
         model.to(chosen_device).eval()
         return cls(model, tokenizer, own, version=folder.hash[:12], precision=chosen, source=folder)
 
@@ -171,11 +171,11 @@ class Scorer:
             chunk.append((instruction, responses))
             held += len(responses)
             if held >= CHUNK_PAIRS:
-                yield from self._selected(chunk)
+                yield from self._select(chunk)
                 chunk, held = [], 0
-        yield from self._selected(chunk)
+        yield from self._select(chunk)
 
-    def _selected(self, pools: Sequence[tuple[str, Sequence[str]]]) -> Iterator[Selection]:
+    def _select(self, pools: Sequence[tuple[str, Sequence[str]]]) -> Iterator[Selection]:
         logits = iter(self.logits_of([(instruction, response) for instruction, pool in pools for response in pool]))
         for _, responses in pools:
             own = tuple(islice(logits, len(responses)))
@@ -183,11 +183,11 @@ class Scorer:
             yield Selection(index=index, response=responses[index], scores=tuple(self.scores_of(own)), logits=own)
 
     @torch.inference_mode()
-    def forward(self, batch: Sequence[Encoded]) -> Tensor:
+    def forward(self, batch: Sequence[EncodedPair]) -> Tensor:
         """Logits (pairs,) in fp32, on the model's device; without padding where the encoder's build allows it."""
         return self._logits(batch)
 
-    def logits(self, batch: Sequence[Encoded]) -> Tensor:
+    def logits(self, batch: Sequence[EncodedPair]) -> Tensor:
         """As `forward`, with gradients: training sees what scoring sees. ConfigError of a scorer loaded in bf16."""
         if self.precision == "bf16":
             raise ConfigError("a scorer loaded in bf16 only scores; load it with precision fp32 to train it")
@@ -198,20 +198,20 @@ class Scorer:
         """Whether pairs of a batch are padded to its longest: on a GPU in fp32, and where the build is not known."""
         return not self._packs or not (self.device.type == "cpu" or self.precision == "bf16")
 
-    def _logits(self, batch: Sequence[Encoded]) -> Tensor:
+    def _logits(self, batch: Sequence[EncodedPair]) -> Tensor:
         if not self.pads:
-            return self._passed(lambda model: packed_logits(model, batch, self.device))
+            return self._run_model(lambda model: packed_logits(model, batch, self.device))
         pad = padding_token(self.model.config)
         if pad is None and not self._packs:
-            return self._passed(lambda model: torch.cat([self._padded(model, [pair], 0) for pair in batch]))
-        return self._passed(lambda model: self._padded(model, batch, pad or 0))
+            return self._run_model(lambda model: torch.cat([self._padded_logits(model, [pair], 0) for pair in batch]))
+        return self._run_model(lambda model: self._padded_logits(model, batch, pad or 0))
 
-    def _padded(self, model: PreTrainedModel, batch: Sequence[Encoded], pad: int) -> Tensor:
+    def _padded_logits(self, model: PreTrainedModel, batch: Sequence[EncodedPair], pad: int) -> Tensor:
         inputs = collate(batch, pad=pad, types=self._has_types, device=self.device)
         logits: Tensor = model(**inputs).logits.float().squeeze(-1)
         return logits
 
-    def _passed(self, compute: Callable[[PreTrainedModel], Tensor]) -> Tensor:
+    def _run_model(self, compute: Callable[[PreTrainedModel], Tensor]) -> Tensor:
         def run(model: PreTrainedModel) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 return compute(model)

@@ -71,7 +71,7 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
     stated = identity(config) | {"precision": scorer.precision, "version": scorer.version}
 
     def transform(part: list[Instance]) -> Iterator[Instance]:
-        return _scored(part, scorer)
+        return _score_part(part, scorer)
 
     def count(_: Sequence[Instance]) -> Mapping[str, int]:
         # Kept with each part, so that a run that continues knows the cuts of the parts before.
@@ -104,7 +104,7 @@ def run(config: ScoringConfig, progress: Progress = silent) -> Manifest:
         return finish(folder, config.target, manifest)
 
 
-def _scored(part: list[Instance], scorer: "Scorer") -> Iterator[Instance]:
+def _score_part(part: list[Instance], scorer: "Scorer") -> Iterator[Instance]:
     """The instances with their scores; all pairs of a part go to the scorer at once."""
     pairs = [
         (instance.instruction, candidate.response)

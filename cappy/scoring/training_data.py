@@ -21,7 +21,7 @@ from cappy.records.overlap import (
     merge_rows,
     sketch_rows,
 )
-from cappy.scoring import trained_on
+from cappy.scoring import training_prompts
 
 GROUPS, ROWS = "trained_on_groups.u64", "trained_on_rows.u64"
 """Sorted hashes of groups; rows as `cappy.records.overlap.Rows` has them, the number they were drawn from first."""
@@ -36,13 +36,13 @@ def training_data(folder: str | Path) -> TrainingData:
     if (folder / ROWS).is_file():
         values = np.fromfile(folder / ROWS, dtype="<u8")
         rows = Rows(values[1:].reshape(-1, 1 + KEPT), int(values[0])) if len(values) else Rows.none()
-    return TrainingData(prompts=trained_on(folder), groups=groups, rows=rows)
+    return TrainingData(prompts=training_prompts(folder), groups=groups, rows=rows)
 
 
 def write_training_data(folder: Path, source: str | Path, start: Path | None = None) -> None:
     """Keeps groups and rows of what is not test in `source`, with those of the scorer that training `start`ed from."""
     groups: set[int] = set()
-    rows = sketch_rows(_noting_groups(_prompts(source), groups))
+    rows = sketch_rows(_note_groups(_prompts(source), groups))
     before = training_data(start) if start is not None else None
     kept = np.array(sorted(groups), dtype="<u8")
     if before is not None:
@@ -58,7 +58,7 @@ def _prompts(source: str | Path) -> Iterator[Prompt]:
         yield from (Prompt(*row[:3]) for row in zip(*columns, strict=True) if row[3] != "test")
 
 
-def _noting_groups(prompts: Iterable[Prompt], groups: set[int]) -> Iterator[Prompted]:
+def _note_groups(prompts: Iterable[Prompt], groups: set[int]) -> Iterator[Prompted]:
     for prompt in prompts:
         if is_content(prompt.group_id):
             groups.add(group_hash(prompt))
@@ -78,7 +78,7 @@ TrainedOn = Callable[[Path], Known]
 
 def seen_in_training(instances: Sequence[Instance], trained_on: Known) -> int:
     """How many of the instances were trained on: the same prompt, group, or row (see `by_kind`)."""
-    return int(np.any(list(_found(instances, trained_on).values()), axis=0).sum()) if instances else 0
+    return int(np.any(list(_find_overlap(instances, trained_on).values()), axis=0).sum()) if instances else 0
 
 
 def by_kind(instances: Sequence[Instance], trained_on: Known) -> dict[str, int]:
@@ -87,7 +87,7 @@ def by_kind(instances: Sequence[Instance], trained_on: Known) -> dict[str, int]:
     An instance may count under several. A row's text is found by `cappy.records.overlap`: rows of fewer than about ten
     words of their own are not, nor are rows that were not drawn where there were more than 32,768.
     """
-    return {kind: int(flags.sum()) for kind, flags in _found(instances, trained_on).items()}
+    return {kind: int(flags.sum()) for kind, flags in _find_overlap(instances, trained_on).items()}
 
 
 def describe_check(instances: Sequence[Instance], known: Mapping[str, Known]) -> dict[str, dict[str, int | str]]:
@@ -101,7 +101,7 @@ def describe_check(instances: Sequence[Instance], known: Mapping[str, Known]) ->
     }
 
 
-def _found(instances: Sequence[Instance], trained_on: Known) -> dict[str, npt.NDArray[np.bool_]]:
+def _find_overlap(instances: Sequence[Instance], trained_on: Known) -> dict[str, npt.NDArray[np.bool_]]:
     known = trained_on if isinstance(trained_on, TrainingData) else None
     prompts = np.array([prompt_hash(instance.instruction) for instance in instances], dtype=np.uint64)
     by_kind = {"prompts": np.isin(prompts, known.prompts if known else np.asarray(trained_on))}

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from cappy.errors import ConfigError, RecordError, shown
+from cappy.errors import ConfigError, RecordError, quote
 from cappy.records import Candidate, Instance, Split
 
 Vector = npt.NDArray[np.float64]
@@ -96,7 +96,7 @@ def pick(values: Vector) -> int:
     return int(np.argmax(values))
 
 
-def picked(pools: Sequence[Pool], values: Values) -> Vector:
+def pick_labels(pools: Sequence[Pool], values: Values) -> Vector:
     """The label to expect of the pick in every pool, shape (pools,): of equal values the mean of their labels."""
     return np.array([pick_label(own, pool.labels) for pool, own in zip(pools, values, strict=True)])
 
@@ -121,7 +121,7 @@ def _scores(pairs: Sequence[tuple[str, str]], score: Score, scored: Callable[[in
         for (instruction, _), value in zip(chunk, scores, strict=True):
             if not np.isfinite(value):
                 raise ConfigError(
-                    f"the scorer gave {value} for the instruction {shown(instruction)}; its weights are damaged, "
+                    f"the scorer gave {value} for the instruction {quote(instruction)}; its weights are damaged, "
                     "train it again"
                 )
         yield from scores
@@ -133,7 +133,7 @@ def _pool(instance: Instance, metric: str) -> Pool:
     for index, candidate in enumerate(instance.candidates):
         if candidate.selectable and metric not in candidate.labels:
             raise RecordError(
-                f"instance {shown(instance.instance_id)}: candidate {index} has no label {shown(metric)}; "
+                f"instance {quote(instance.instance_id)}: candidate {index} has no label {quote(metric)}; "
                 "run cappy annotation first"
             )
     return Pool(instance, candidates, np.array([candidate.labels[metric] for candidate in candidates]))
@@ -183,18 +183,18 @@ WORTH = 0.001
 """What one more candidate must add to pay: 0.1 on the scale of 0 to 100, which is what a report prints."""
 
 
-def ranked_curve(values: Vector, labels: Vector) -> Vector:
+def best_of_n_curve(values: Vector, labels: Vector) -> Vector:
     """Expected label of the pick among n random candidates, for n from 1 to all; exact.
 
     For a selector whose value of a candidate does not depend on the other candidates. Of equal values each is picked as
     often.
     """
     order = np.argsort(-values, kind="stable")
-    expected: Vector = best_probabilities(len(values)) @ averaged_ties(values[order], labels[order])
+    expected: Vector = best_probabilities(len(values)) @ average_ties(values[order], labels[order])
     return expected
 
 
-def averaged_ties(ranked: Vector, labels: Vector) -> Vector:
+def average_ties(ranked: Vector, labels: Vector) -> Vector:
     """The labels in the order of `ranked` values, those of equal values replaced by their mean.
 
     Which of equal values are drawn is by chance alone, so a pick among them is worth their mean, whatever n is.
@@ -249,7 +249,7 @@ def pays_until(curve: Sequence[float]) -> int:
     return int(paying[-1]) + 2 if len(paying) else 1
 
 
-def extended(curve: Vector, size: int) -> Vector:
+def extend_curve(curve: Vector, size: int) -> Vector:
     """The curve up to `size`: an instance with fewer candidates keeps the result of all it has."""
     return np.concatenate([curve, np.full(size - len(curve), curve[-1])])
 

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from cappy.records import Candidate
-from cappy.selection.pools import Pool, Values, Vector, mbr_curve, pick_label, picked, ranked_curve
+from cappy.selection.pools import Pool, Values, Vector, best_of_n_curve, mbr_curve, pick_label, pick_labels
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """The weights that a combined selector may give the other value: 0 is the scorer alone."""
@@ -33,14 +33,14 @@ class UnavailableError(Exception):
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedSelector:
     """A selector that is ready to pick: the values of a pool's candidates, and what was chosen for it, in a word."""
 
     values: Callable[[Pool], Vector]
     detail: str = ""
 
 
-Fit = Callable[[Sequence[Pool], Sequence[Pool]], Fitted]
+Fit = Callable[[Sequence[Pool], Sequence[Pool]], FittedSelector]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def title(name: str) -> str:
     return f"better {name}" if any(selector.variant_of == name for selector in SELECTORS.values()) else name
 
 
-def shown_at(names: Iterable[str], place: Place, better: str = "") -> list[Selector]:
+def selectors_at(names: Iterable[str], place: Place, better: str = "") -> list[Selector]:
     """Those of the named selectors that are shown at the place, in their order; of variants the `better` one alone."""
     known = [SELECTORS[name] for name in names if name in SELECTORS]
     return [one for one in known if place in one.shown_in and (not one.variant_of or one.name == better)]
@@ -152,7 +152,7 @@ def choose_system(pools: Sequence[Pool], among: Collection[str] | None = None) -
         names = {name: None for name in names if name in among}
 
     def mean_label(name: str) -> float:
-        return float(picked(pools, [of_system(pool, name) for pool in pools]).mean())
+        return float(pick_labels(pools, [of_system(pool, name) for pool in pools]).mean())
 
     return max(names, key=mean_label, default=None)
 
@@ -180,20 +180,20 @@ def length(pool: Pool) -> Vector:
     return np.array([len(response) for response in pool.responses], dtype=np.float64)
 
 
-def _unfitted(values: Callable[[Pool], Vector]) -> Fit:
-    return lambda held_out, pools: Fitted(values)
+def _without_fitting(values: Callable[[Pool], Vector]) -> Fit:
+    return lambda held_out, pools: FittedSelector(values)
 
 
 def _by_scores(name: str) -> Fit:
-    def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> Fitted:
+    def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
         if any(name not in pool.scores for pool in pools):
             raise UnavailableError("none was given")
-        return Fitted(lambda pool: pool.scores[name])
+        return FittedSelector(lambda pool: pool.scores[name])
 
     return fit
 
 
-def _known(likelihood: Callable[[Pool], Vector | None], pools: Sequence[Pool]) -> list[Vector]:
+def _known_likelihoods(likelihood: Callable[[Pool], Vector | None], pools: Sequence[Pool]) -> list[Vector]:
     """The likelihoods of all candidates; UnavailableError where one has none."""
     likelihoods = [likelihood(pool) for pool in pools]
     known = [values for values in likelihoods if values is not None]
@@ -204,29 +204,29 @@ def _known(likelihood: Callable[[Pool], Vector | None], pools: Sequence[Pool]) -
 
 
 def _by_likelihood(likelihood: Callable[[Pool], Vector | None]) -> Fit:
-    def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> Fitted:
-        _known(likelihood, pools)
-        return Fitted(lambda pool: _known(likelihood, [pool])[0])
+    def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
+        _known_likelihoods(likelihood, pools)
+        return FittedSelector(lambda pool: _known_likelihoods(likelihood, [pool])[0])
 
     return fit
 
 
-def _by_mbr(held_out: Sequence[Pool], pools: Sequence[Pool]) -> Fitted:
+def _by_mbr(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
     if all(pool.is_choice for pool in pools):
         raise UnavailableError("a closed set of choices has no consensus")
-    return Fitted(lambda pool: pool.mbr)
+    return FittedSelector(lambda pool: pool.mbr)
 
 
-def _by_best_system(held_out: Sequence[Pool], pools: Sequence[Pool]) -> Fitted:
+def _by_best_system(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
     if not held_out:
         raise UnavailableError("no held-out instances to choose it on")
     name = choose_system(held_out)
     if name is None:
         raise UnavailableError("no candidate names its generator")
-    return Fitted(lambda pool: of_system(pool, name), name)
+    return FittedSelector(lambda pool: of_system(pool, name), name)
 
 
-def _by_greedy(held_out: Sequence[Pool], pools: Sequence[Pool]) -> Fitted:
+def _by_greedy(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
     """Of several generators' greedy responses the best one on held-out pools."""
     everywhere = set.intersection(
         *({_system_of(one) for one in pool.candidates if _GREEDY.search(_system_of(one))} for pool in pools)
@@ -234,13 +234,13 @@ def _by_greedy(held_out: Sequence[Pool], pools: Sequence[Pool]) -> Fitted:
     if not everywhere:
         raise UnavailableError("not every instance has a greedy response")
     name = choose_system(held_out, among=everywhere) or min(everywhere)
-    return Fitted(lambda pool: of_system(pool, name), name)
+    return FittedSelector(lambda pool: of_system(pool, name), name)
 
 
-def _combined(other: str, fit_other: Fit, values_of: Callable[[Sequence[Pool]], list[Vector]]) -> Fit:
+def _combine_with_scorer(other: str, fit_other: Fit, values_of: Callable[[Sequence[Pool]], list[Vector]]) -> Fit:
     """The scorer's score plus a weight times another selector's value, both as they are; the weight is fitted."""
 
-    def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> Fitted:
+    def fit(held_out: Sequence[Pool], pools: Sequence[Pool]) -> FittedSelector:
         for name, part in (("scorer", _by_scores("scorer")), (other, fit_other)):
             try:
                 part(held_out, pools)
@@ -254,13 +254,13 @@ def _combined(other: str, fit_other: Fit, values_of: Callable[[Sequence[Pool]], 
             raise UnavailableError(f"of the held-out, {error}") from error
         scores = [pool.scores["scorer"] for pool in held_out]
         weight = choose_weight(scores, others, [pool.labels for pool in held_out])
-        return Fitted(lambda pool: pool.scores["scorer"] + weight * values_of([pool])[0], f"weight {weight:g}")
+        return FittedSelector(lambda pool: pool.scores["scorer"] + weight * values_of([pool])[0], f"weight {weight:g}")
 
     return fit
 
 
-def _ranked(pool: Pool, values: Vector, generator: np.random.Generator) -> Vector:
-    return ranked_curve(values, pool.labels)
+def _rank_in_pool(pool: Pool, values: Vector, generator: np.random.Generator) -> Vector:
+    return best_of_n_curve(values, pool.labels)
 
 
 SELECTORS: Mapping[str, Selector] = {
@@ -269,17 +269,21 @@ SELECTORS: Mapping[str, Selector] = {
         Selector(
             name="random",
             title="random choice",
-            fit=_unfitted(lambda pool: np.zeros(len(pool.candidates))),
+            fit=_without_fitting(lambda pool: np.zeros(len(pool.candidates))),
             bound="lower",
             shown_in=("table", "tasks", "verdict"),
             curve=lambda pool, values, generator: np.full(1, pool.labels.mean()),
             must_beat="always",
         ),
-        Selector(name="first", title="first response", fit=_unfitted(_in_order), shown_in=("examples",)),
+        Selector(name="first", title="first response", fit=_without_fitting(_in_order), shown_in=("examples",)),
         Selector(
-            name="shortest", title="shortest", fit=_unfitted(lambda pool: -length(pool)), shown_in=(), compared=False
+            name="shortest",
+            title="shortest",
+            fit=_without_fitting(lambda pool: -length(pool)),
+            shown_in=(),
+            compared=False,
         ),
-        Selector(name="longest", title="longest", fit=_unfitted(length)),
+        Selector(name="longest", title="longest", fit=_without_fitting(length)),
         Selector(
             name="best_system",
             title="best single system",
@@ -304,7 +308,7 @@ SELECTORS: Mapping[str, Selector] = {
                 variant_of="likelihood",
                 fit=_by_likelihood(likelihood),
                 shown_in=("table", "tasks", "verdict"),
-                curve=_ranked,
+                curve=_rank_in_pool,
                 must_beat="where_compared",
             )
             for kind, title, likelihood in (
@@ -329,7 +333,7 @@ SELECTORS: Mapping[str, Selector] = {
             fit=_by_scores("champion"),
             scorer="champion",
             shown_in=("table", "tasks", "verdict"),
-            curve=_ranked,
+            curve=_rank_in_pool,
         ),
         Selector(
             name="scorer",
@@ -337,16 +341,16 @@ SELECTORS: Mapping[str, Selector] = {
             fit=_by_scores("scorer"),
             scorer="scorer",
             shown_in=("table", "tasks", "examples"),
-            curve=_ranked,
+            curve=_rank_in_pool,
             compared=False,
         ),
         Selector(
             name="hybrid_likelihood",
             title="scorer + likelihood",
-            fit=_combined(
+            fit=_combine_with_scorer(
                 "likelihood_mean",
                 _by_likelihood(lambda pool: pool.likelihood_mean),
-                lambda pools: _known(lambda pool: pool.likelihood_mean, pools),
+                lambda pools: _known_likelihoods(lambda pool: pool.likelihood_mean, pools),
             ),
             scorer="scorer",
             compared=False,
@@ -355,7 +359,7 @@ SELECTORS: Mapping[str, Selector] = {
         Selector(
             name="hybrid_mbr",
             title="scorer + MBR",
-            fit=_combined("mbr", _by_mbr, lambda pools: [pool.mbr for pool in pools]),
+            fit=_combine_with_scorer("mbr", _by_mbr, lambda pools: [pool.mbr for pool in pools]),
             scorer="scorer",
             shown_in=("table", "tasks"),
             compared=False,
@@ -364,10 +368,10 @@ SELECTORS: Mapping[str, Selector] = {
         Selector(
             name="oracle",
             title="oracle",
-            fit=_unfitted(lambda pool: pool.labels),
+            fit=_without_fitting(lambda pool: pool.labels),
             bound="upper",
             shown_in=("table", "tasks", "examples"),
-            curve=_ranked,
+            curve=_rank_in_pool,
             compared=False,
         ),
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cappy.config import build, decode
-from cappy.errors import CappyError, ConfigError, shown
+from cappy.errors import CappyError, ConfigError, quote
 from cappy.progress import FileProgress, LineProgress, Progress, silent
 from cappy.redaction import redact
 from cappy.runs import PROGRESS_VARIABLE
@@ -52,7 +52,7 @@ def _ran(arguments: Sequence[str]) -> int:
     report, life = map(int, pipes.split(","))
     threading.Thread(target=_end_with_parent, args=(life,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then asks us to end.
-    return _reported(arguments, lambda message: _write(report, message))
+    return _run_and_report(arguments, lambda message: _write(report, message))
 
 
 def _alone(arguments: Sequence[str]) -> int:
@@ -85,7 +85,7 @@ def _job_progress(arguments: Sequence[str]) -> Progress:
     return progress
 
 
-def _reported(arguments: Sequence[str], report: Send) -> int:
+def _run_and_report(arguments: Sequence[str], report: Send) -> int:
     """Runs the step and tells the process that started us how far it is and what came of it."""
 
     def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
@@ -106,7 +106,7 @@ def _reported(arguments: Sequence[str], report: Send) -> int:
 
 def _run(arguments: Sequence[str], progress: Progress) -> str:
     if len(arguments) != 2 or arguments[0] not in TRAINING_STEPS:
-        raise ConfigError(f"give a step ({', '.join(TRAINING_STEPS)}) and its settings, got {shown(list(arguments))}")
+        raise ConfigError(f"give a step ({', '.join(TRAINING_STEPS)}) and its settings, got {quote(list(arguments))}")
     step, text = arguments
     own = str(step_version(step))
     if (asked := os.environ.get(VERSION_VARIABLE, own)) != own:

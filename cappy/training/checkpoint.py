@@ -118,7 +118,7 @@ def newest_update(folder: Path) -> int:
     return int(generations[-1].name) if generations else -1
 
 
-def copied(tensors: Mapping[str, Tensor]) -> Tensors:
+def copy_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
     """The tensors as they are now, on the CPU, each in memory of its own."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 

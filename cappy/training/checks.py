@@ -68,7 +68,7 @@ def check_scorer(
         pools = [pool(validation, index, CANDIDATES, seed=config.seed) for index in own]
         for index, labels in zip(own, _labels(scorer, validation, pools), strict=True):
             values[index], values[count + index] = labels
-    *values, stops = (ranks.summed if not lockstep else list)([*values, float(stopped)])
+    *values, stops = (ranks.all_reduce if not lockstep else list)([*values, float(stopped)])
     return None if stops else Check(tuple(values[:count]), tuple(values[count:]))
 
 
@@ -87,7 +87,7 @@ def judge(check: Check | None, state: State, *, deciding: bool, falling: bool) -
     behind = error = 0.0
     if check is not None:
         if state.best_values:
-            behind, error = _paired(state.best_values, check.expected)
+            behind, error = _paired_difference(state.best_values, check.expected)
         if not state.best_values or behind < 0:
             state.best_values = list(check.expected)
         entry |= {"pick": round(_mean(check.picks), 6), "expected": round(_mean(check.expected), 6)}
@@ -147,7 +147,7 @@ def expected_label(scores: Sequence[float], labels: Sequence[float]) -> float:
     return sum(weight * label for weight, label in zip(weights, labels, strict=True)) / sum(weights)
 
 
-def _paired(best: Sequence[float], now: Sequence[float]) -> tuple[float, float]:
+def _paired_difference(best: Sequence[float], now: Sequence[float]) -> tuple[float, float]:
     """How far `now` is below `best` in the mean, and the standard error of that; infinite of a single instance."""
     differences = np.asarray(best) - np.asarray(now)
     count = len(differences)

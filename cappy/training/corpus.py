@@ -23,7 +23,7 @@ from cappy.progress import Progress, silent
 from cappy.records import Instance, prompt_hash, read, read_manifest
 from cappy.records.folder import batched, disk_errors, rename_folder
 from cappy.records.instance import SOURCES, Source
-from cappy.scoring.encoding import Encoded, PairEncoder
+from cappy.scoring.encoding import EncodedPair, PairEncoder
 from cappy.training.settings import Unit
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Corpus:
         self.facts = Facts(**json.loads((folder / _FACTS).read_text()))
         self._encoder = encoder
         kinds = {**FILES, "tokens": self.facts.token_type}
-        arrays = {name: _mapped(folder / name, kind) for name, kind in kinds.items()}
+        arrays = {name: _memmap(folder / name, kind) for name, kind in kinds.items()}
         self._tokens, self._text_ends, self._pair_ends = (arrays[n] for n in ("tokens", "text_ends", "pair_ends"))
         self._labels, self._selectable, self._sources = (arrays[n] for n in ("labels", "selectable", "sources"))
         self._names, self._name_ends = arrays["names"], arrays["name_ends"]
@@ -141,7 +141,7 @@ class Corpus:
         start, end = _start(self._pair_ends, index), int(self._pair_ends[index])
         return [int(number) for number in np.flatnonzero(self._selectable[start:end])]
 
-    def pairs(self, index: int, chosen: Sequence[int]) -> list[Encoded]:
+    def pairs(self, index: int, chosen: Sequence[int]) -> list[EncodedPair]:
         """The instruction with each of these responses, as the model reads them."""
         first = _start(self._pair_ends, index) + index  # every instance before has its responses and one instruction
         instruction = self._text(first)
@@ -150,7 +150,7 @@ class Corpus:
     def tokens(self, index: int, chosen: Sequence[int]) -> list[int]:
         """Tokens of each of these pairs, as the model reads them."""
         first = _start(self._pair_ends, index) + index
-        around = self._encoder.added + self._length(first)
+        around = self._encoder.num_special_tokens + self._length(first)
         return [min(self._encoder.max_length, around + self._length(first + 1 + number)) for number in chosen]
 
     def longest(self, index: int, chosen: Sequence[int]) -> int:
@@ -160,15 +160,15 @@ class Corpus:
     @property
     def longest_pair(self) -> int:
         """A bound on the tokens of any pair."""
-        whole = self._encoder.added + self.facts.longest_instruction + self.facts.longest_response
+        whole = self._encoder.num_special_tokens + self.facts.longest_instruction + self.facts.longest_response
         return min(self._encoder.max_length, whole)
 
     @property
     def cut_pairs(self) -> int:
         """How many pairs have more tokens than the scorer reads."""
-        return sum(self._cut(start, min(start + COUNTED, len(self))) for start in range(0, len(self), COUNTED))
+        return sum(self._count_cut(start, min(start + COUNTED, len(self))) for start in range(0, len(self), COUNTED))
 
-    def _cut(self, start: int, stop: int) -> int:
+    def _count_cut(self, start: int, stop: int) -> int:
         """The same of the instances from `start` to before `stop`."""
         ends = self._pair_ends[start:stop].astype(np.int64)
         sizes = np.diff(ends, prepend=_start(self._pair_ends, start))
@@ -176,7 +176,7 @@ class Corpus:
         lengths = np.diff(self._text_ends[first:last].astype(np.int64), prepend=_start(self._text_ends, first))
         instructions = np.cumsum(sizes + 1) - (sizes + 1)
         pairs = np.delete(lengths, instructions) + np.repeat(lengths[instructions], sizes)
-        return int((pairs + self._encoder.added > self._encoder.max_length).sum())
+        return int((pairs + self._encoder.num_special_tokens > self._encoder.max_length).sum())
 
     def _text(self, number: int) -> list[int]:
         ids: list[int] = self._tokens[_start(self._text_ends, number) : int(self._text_ends[number])].tolist()
@@ -220,10 +220,10 @@ def open_corpora(
     """
     key = fingerprint(FORMAT, read_manifest(source).hash, _tokenizer_hash(tokenizer), metric, list(sources), unit)[:24]
     folder = cache / key
-    with disk_errors(folder), _locked(cache, key):
+    with disk_errors(folder), _lock(cache, key):
         if not (folder / _PROMPTS).is_file():
             _build(source, folder, encoder, len(tokenizer), metric, sources, unit, progress)
-    prompts = _mapped(folder / _PROMPTS, "<u8")
+    prompts = _memmap(folder / _PROMPTS, "<u8")
     return Corpora(
         train=Corpus(folder / "train", encoder),
         validation=Corpus(folder / "validation", encoder),
@@ -334,14 +334,14 @@ def _build(
 
 
 @contextlib.contextmanager
-def _locked(cache: Path, key: str) -> Iterator[None]:
+def _lock(cache: Path, key: str) -> Iterator[None]:
     """Holds a lock that falls with the process, however it ends."""
     make_private(cache)
     with hold_lock(cache / f".{key}.lock"):
         yield
 
 
-def _mapped(path: Path, kind: str) -> NDArray[Any]:
+def _memmap(path: Path, kind: str) -> NDArray[Any]:
     """The numbers of a file, read from the disk as they are used."""
     return np.memmap(path, dtype=kind, mode="r") if path.stat().st_size else np.empty(0, dtype=kind)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cappy.errors import ConfigError
-from cappy.training.checkpoint import Tensors, copied
+from cappy.training.checkpoint import Tensors, copy_tensors
 from cappy.training.distributed import MOMENTS, Ranks, adamw, moments_of, restore_moments
 from cappy.training.settings import TrainingSettings
 
@@ -40,7 +40,7 @@ class _Passes(nn.Module):
         return compute(self.model)
 
 
-class Sharded:
+class DeepSpeedStrategy:
     """DeepSpeed's engine behind the methods of `Replicas`.
 
     Checkpoints are ours and not DeepSpeed's: whole tensors by name, so that any strategy on any number of ranks goes on
@@ -50,7 +50,7 @@ class Sharded:
     lockstep = True
 
     def __init__(self, model: "PreTrainedModel", config: TrainingSettings, ranks: Ranks) -> None:
-        deepspeed = _deepspeed()
+        deepspeed = _import_deepspeed()
         self._api = deepspeed.utils
         self._gathered = deepspeed.zero.GatheredParameters
         self._model, self._stage, self._ranks = model, config.zero_stage, ranks
@@ -82,9 +82,9 @@ class Sharded:
     def weights(self) -> Tensors:
         """A copy of the whole weights, on the CPU; all ranks must ask."""
         if self._stage < WEIGHTS_SHARDED:
-            return copied(self._model.state_dict())
+            return copy_tensors(self._model.state_dict())
         with self._gathered(list(self._model.parameters())):
-            return copied(self._model.state_dict())
+            return copy_tensors(self._model.state_dict())
 
     def moments(self) -> Tensors:
         """A copy of the whole optimizer's state by parameter and moment, on the CPU; all ranks must ask."""
@@ -117,7 +117,7 @@ class Sharded:
             for key in MOMENTS if steps else ():
                 self._put(parameter, moments[f"{name}.{key}"], key)
 
-    def finished(self, best: Tensors) -> nn.Module:
+    def best_model(self, best: Tensors) -> nn.Module:
         """A plain model with the best weights, outside DeepSpeed."""
         model: nn.Module = type(self._model)(self._model.config)
         model.load_state_dict(best)
@@ -180,7 +180,7 @@ def name_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _deepspeed() -> ModuleType:
+def _import_deepspeed() -> ModuleType:
     name_accelerator()
     try:
         import deepspeed  # type: ignore[import-untyped]

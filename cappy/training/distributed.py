@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, distributed, nn
 
-from cappy.training.checkpoint import Tensors, copied
+from cappy.training.checkpoint import Tensors, copy_tensors
 from cappy.training.settings import TrainingSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -41,7 +41,7 @@ class Ranks:
         """Where its tensors must lie to be sent to others."""
         return torch.device("cuda", self.local) if torch.cuda.is_available() else torch.device("cpu")
 
-    def summed(self, values: Sequence[float]) -> list[float]:
+    def all_reduce(self, values: Sequence[float]) -> list[float]:
         """The sum over the ranks of each value, the same on all."""
         if self.count == 1:
             return list(values)
@@ -95,15 +95,15 @@ class Ranks:
 ALONE = Ranks()
 
 
-def started() -> bool:
+def is_launched() -> bool:
     """Whether a launcher started this process as one rank of several (torchrun, a TrainJob, our own)."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
+def join_ranks() -> Iterator[Ranks]:
     """The ranks that a launcher started, met (nccl where there is a GPU, else gloo); alone where there is none."""
-    if not started():
+    if not is_launched():
         yield ALONE
         return
     ranks = Ranks(
@@ -131,7 +131,7 @@ class Strategy(Protocol):
     def weights(self) -> Tensors: ...
     def moments(self) -> Tensors: ...
     def restore(self, weights: Tensors, moments: Tensors) -> None: ...
-    def finished(self, best: Tensors) -> nn.Module: ...
+    def best_model(self, best: Tensors) -> nn.Module: ...
 
 
 class Replicas:
@@ -164,7 +164,7 @@ class Replicas:
 
     def weights(self) -> Tensors:
         """A copy of the weights, on the CPU."""
-        return copied(self._model.state_dict())
+        return copy_tensors(self._model.state_dict())
 
     def moments(self) -> Tensors:
         """A copy of the optimizer's state, by parameter and moment."""
@@ -175,7 +175,7 @@ class Replicas:
         self._model.load_state_dict(weights)
         restore_moments(self._model, self._optimizer, moments)
 
-    def finished(self, best: Tensors) -> nn.Module:
+    def best_model(self, best: Tensors) -> nn.Module:
         """The model with the best weights."""
         self._model.load_state_dict(best)
         return self._model
@@ -185,7 +185,7 @@ class Replicas:
         if self._ranks.count == 1:
             return
         parameters = list(self._model.parameters())
-        used = self._ranks.summed([float(parameter.grad is not None) for parameter in parameters])
+        used = self._ranks.all_reduce([float(parameter.grad is not None) for parameter in parameters])
         gradients = []
         for parameter, count in zip(parameters, used, strict=True):
             if count:
@@ -205,7 +205,7 @@ def adamw(model: nn.Module, config: TrainingSettings) -> torch.optim.AdamW:
 
 def moments_of(model: nn.Module, optimizer: torch.optim.AdamW) -> Tensors:
     """A copy of the optimizer's state by parameter and moment, on the CPU."""
-    return copied(
+    return copy_tensors(
         {
             f"{name}.{key}": value
             for name, parameter in model.named_parameters()

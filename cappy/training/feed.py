@@ -42,10 +42,10 @@ def batch(corpus: Corpus, update: int, size: int, max_candidates: int, *, seed: 
     drawn = []
     for epoch in range(places[0] // len(corpus), places[-1] // len(corpus) + 1):
         own = [place - epoch * len(corpus) for place in places if place // len(corpus) == epoch]
-        order = permuted(np.array(own, dtype=np.uint64), len(corpus), f"{seed} {epoch}")
+        order = permute(np.array(own, dtype=np.uint64), len(corpus), f"{seed} {epoch}")
         for index in order.tolist():
             rng = random.Random(f"{seed} {epoch} {index}")
-            drawn.append(_drawn(corpus, index, range(corpus.size(index)), max_candidates, rng))
+            drawn.append(_draw(corpus, index, range(corpus.size(index)), max_candidates, rng))
     return drawn
 
 
@@ -58,7 +58,7 @@ def updates_of(corpus: Corpus, config: TrainingSettings) -> int:
 
 def pool(corpus: Corpus, index: int, count: int, *, seed: int) -> Drawn:
     """What a selector would see of a validation instance, at most `count` responses: the same draw at every check."""
-    return _drawn(corpus, index, corpus.selectable(index), count, random.Random(f"{seed} check {index}"))
+    return _draw(corpus, index, corpus.selectable(index), count, random.Random(f"{seed} check {index}"))
 
 
 def micro_batches(batch: Sequence[Drawn], budget: int, parts: int = 1) -> list[list[Drawn]]:
@@ -76,7 +76,7 @@ def micro_batches(batch: Sequence[Drawn], budget: int, parts: int = 1) -> list[l
         micros[-1].append(drawn)
         pairs += len(drawn.chosen)
     while len(micros) < min(parts, len(batch)):
-        largest = max((micro for micro in micros if len(micro) > 1), key=padded)
+        largest = max((micro for micro in micros if len(micro) > 1), key=padded_tokens)
         half = len(largest) // 2
         micros[micros.index(largest)] = largest[:half]
         micros.append(largest[half:])
@@ -94,7 +94,7 @@ def comparable(chosen: Sequence[int], selectable: Sequence[int]) -> list[bool]:
     return flags if sum(flags) > 1 else [True] * len(chosen)
 
 
-def padded(micro: Sequence[Drawn]) -> int:
+def padded_tokens(micro: Sequence[Drawn]) -> int:
     """Padded tokens of a pass."""
     return sum(len(drawn.chosen) for drawn in micro) * max(drawn.width for drawn in micro)
 
@@ -110,7 +110,7 @@ def passes_of(costs: Sequence[int], rank: int, count: int) -> list[int]:
     return mine
 
 
-def permuted(positions: NDArray[np.uint64], size: int, key: str) -> NDArray[np.uint64]:
+def permute(positions: NDArray[np.uint64], size: int, key: str) -> NDArray[np.uint64]:
     """What stands at these positions of a random order of `range(size)`; the key alone decides the order.
 
     A Feistel network over the next power of four, walked again while it leads out of the range (at most four times as
@@ -124,7 +124,7 @@ def permuted(positions: NDArray[np.uint64], size: int, key: str) -> NDArray[np.u
     return values
 
 
-def _drawn(corpus: Corpus, index: int, numbers: Sequence[int], count: int, rng: random.Random) -> Drawn:
+def _draw(corpus: Corpus, index: int, numbers: Sequence[int], count: int, rng: random.Random) -> Drawn:
     chosen = tuple(numbers) if len(numbers) <= count else tuple(sorted(rng.sample(numbers, count)))
     return Drawn(index, chosen, corpus.longest(index, chosen))
 
@@ -133,11 +133,11 @@ def _network(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) ->
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = values >> bits, values & mask
     for key in keys:
-        left, right = right, left ^ (_mixed(right + key) & mask)
+        left, right = right, left ^ (_mix_bits(right + key) & mask)
     return (left << bits) | right
 
 
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _mix_bits(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Bits of each value spread over all 64 (multiplication wraps around, which is wanted)."""
     values = (values ^ (values >> _HALF)) * _ODD
     values = (values ^ (values >> _HALF)) * _ODD

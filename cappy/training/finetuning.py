@@ -26,7 +26,7 @@ class FinetuningConfig(TrainingSettings):
 
 def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
     """Finetunes `scorer` on the train split of `source` into `target`; a killed run continues at its checkpoint."""
-    from cappy.scoring import trained_on
+    from cappy.scoring import training_prompts
     from cappy.training.train import train
 
     folder = open_scorer(config.scorer)
@@ -35,7 +35,7 @@ def run(config: FinetuningConfig, progress: Progress = silent) -> Manifest:
         config,
         lambda: _start(config),
         parents=[folder.hash],
-        seen=trained_on(folder.path),
+        seen=training_prompts(folder.path),
         start_folder=folder.path,
         progress=progress,
     )

@@ -19,11 +19,11 @@ import torch
 
 from cappy import errors
 from cappy.config import encode, to_values
-from cappy.errors import ConfigError, TrainingError, shown
+from cappy.errors import ConfigError, TrainingError, quote
 from cappy.progress import Progress
 from cappy.records import Manifest
 from cappy.training.checkpoint import CONTINUES
-from cappy.training.distributed import started
+from cappy.training.distributed import is_launched
 from cappy.training.settings import TrainingSettings
 
 POOLS = ("workerpool0", "workerpool1")
@@ -81,7 +81,7 @@ def starts_ranks(config: TrainingSettings) -> bool:
     if config.parallelism == "jax":
         _refuse_several(config)
         return False
-    if started():
+    if is_launched():
         return False
     count = config.devices * topology(config).nodes
     if config.parallelism == "single" and count > 1:
@@ -94,7 +94,7 @@ def _refuse_several(config: TrainingSettings) -> None:
     nodes = config.nodes if config.nodes > 1 else topology(config).nodes
     if nodes > 1:
         raise ConfigError(f"--parallelism jax: is for one machine, and {nodes} were asked for; give ddp or deepspeed")
-    if started() and int(os.environ["WORLD_SIZE"]) > 1:
+    if is_launched() and int(os.environ["WORLD_SIZE"]) > 1:
         remedy = "start it without torchrun, or with one process"
         raise ConfigError(f"--parallelism jax: one process drives all devices, this is one of several; {remedy}")
 
@@ -125,8 +125,8 @@ def spread(step: str, config: TrainingSettings, progress: Progress) -> Manifest:
     os.close(report)
     os.close(life)
     try:
-        with _passed_on(ranks):
-            return _followed(ranks, reading, progress)
+        with _forward_signals(ranks):
+            return _follow(ranks, reading, progress)
     finally:
         for rank in ranks:
             rank.kill()
@@ -135,7 +135,7 @@ def spread(step: str, config: TrainingSettings, progress: Progress) -> Manifest:
         os.close(living)
 
 
-def _followed(ranks: Sequence["subprocess.Popen[bytes]"], reading: int, progress: Progress) -> Manifest:
+def _follow(ranks: Sequence["subprocess.Popen[bytes]"], reading: int, progress: Progress) -> Manifest:
     """Reads reports until all ranks have ended; the first that ends badly decides what is said."""
     reports = Report()
     deadline = float("inf")
@@ -208,7 +208,7 @@ def _has_descriptor(stream: TextIO) -> bool:
 
 
 @contextlib.contextmanager
-def _passed_on(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
+def _forward_signals(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         for rank in ranks:
             rank.terminate()
@@ -240,4 +240,4 @@ def _in_cluster(spec: str) -> Topology:
         address, _, port = pools[POOLS[0]][0].rpartition(":")
         return Topology(machines.index((task["type"], int(task["index"]))), len(machines), address, int(port))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ConfigError(f"CLUSTER_SPEC: {shown(spec)} is not what Vertex AI writes; unset it or mend it") from error
+        raise ConfigError(f"CLUSTER_SPEC: {quote(spec)} is not what Vertex AI writes; unset it or mend it") from error

@@ -23,7 +23,7 @@ from cappy.training.checkpoint import CONTINUES, Checkpoint, CheckpointClock, Sh
 from cappy.training.checks import CANDIDATES, check_scorer, decides, explain, judge
 from cappy.training.corpus import Corpora, Corpus
 from cappy.training.distributed import Ranks, Replicas, Strategy
-from cappy.training.feed import Drawn, batch, micro_batches, padded, updates_of
+from cappy.training.feed import Drawn, batch, micro_batches, padded_tokens, updates_of
 from cappy.training.meter import Meter, describe, flops_of_pair, layer_weights, peak_of
 from cappy.training.settings import TrainingSettings
 from cappy.training.update import DivergedError, default_rate, falls, rate, update
@@ -80,7 +80,7 @@ def fit(
     reason = explain(state, run.updates, len(run.validation))
     progress(state.update, state.update, unit="updates", resumed=resumed_at, note=reason or run.summary)
     if ranks.first:
-        scorer.model, scorer.through = run.strategy.finished(run.best).eval(), None
+        scorer.model, scorer.through = run.strategy.best_model(run.best).eval(), None
         scorer.autocast = False
     return Outcome(
         updates=state.update,
@@ -169,7 +169,7 @@ class Run:
         drawn = batch(self.train, state.update, config.batch_instances, config.max_candidates, seed=config.seed)
         now = self.rate(state.update)
         try:
-            with self.meter.timed():
+            with self.meter.time_update():
                 loss = update(self.scorer, self.strategy, self.train, drawn, config, state, rate=now, ranks=self.ranks)
         except DivergedError as error:
             names = ", ".join(self.train.name(one.index) for one in drawn[:NAMED])
@@ -189,7 +189,7 @@ class Run:
         self.meter.add(
             pairs=len(lengths),
             tokens=sum(lengths),
-            padded=sum(map(padded, passes)) if self.scorer.pads else sum(lengths),
+            padded=sum(map(padded_tokens, passes)) if self.scorer.pads else sum(lengths),
             flops=sum(flops_of_pair(encoder, self.layer_weights, n) for n in lengths) if self.layer_weights else 0.0,
         )
         if state.update % max(1, self.updates // POINTS) == 0 or state.update == self.updates:
@@ -199,7 +199,7 @@ class Run:
     def save_if_due(self, shutdown: Shutdown) -> None:
         """A checkpoint where it is time for one; the last one and a TrainingError where the machine wants us to end."""
         wishes = self.ranks.first and self.clock.due(self.state.update), shutdown.requested()
-        due, ended = self.ranks.summed([float(wish) for wish in wishes])
+        due, ended = self.ranks.all_reduce([float(wish) for wish in wishes])
         if ended:
             self._end()
         if due:
@@ -262,9 +262,9 @@ def _start_strategy(scorer: Scorer, config: TrainingSettings, ranks: Ranks) -> S
     ConfigError where what it needs cannot be imported.
     """
     if config.parallelism == "deepspeed":
-        from cappy.training.deepspeed import Sharded
+        from cappy.training.deepspeed import DeepSpeedStrategy
 
-        sharded = Sharded(scorer.model, config, ranks)
+        sharded = DeepSpeedStrategy(scorer.model, config, ranks)
         scorer.through = sharded.engine  # It gathers sharded weights for a pass.
         return sharded
     if config.parallelism != "jax":

@@ -61,7 +61,7 @@ class Meter:
         self._seconds = 0.0
 
     @contextmanager
-    def timed(self) -> Iterator[None]:
+    def time_update(self) -> Iterator[None]:
         """Times the update that its block makes."""
         started = time.perf_counter()
         yield

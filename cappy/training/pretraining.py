@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from cappy.config import ADVANCED, settings
-from cappy.errors import ConfigError, FolderError, shown
+from cappy.errors import ConfigError, FolderError, quote
 from cappy.hub_client import hub_folder
 from cappy.model_folder import ModelFolder, open_model_folder
 from cappy.progress import Progress, silent
@@ -66,7 +66,7 @@ def _open_encoder(text: str) -> ModelFolder:
         return open_model_folder(hub_folder(spec), pinned=True)
     if spec.kind != "path" or not (Path(spec.name) / "config.json").is_file():
         raise ConfigError(
-            f"{shown(text)}: is no encoder; name builtin, a folder with config.json, or hub:org/name@revision"
+            f"{quote(text)}: is no encoder; name builtin, a folder with config.json, or hub:org/name@revision"
         )
     return open_model_folder(Path(spec.name))
 

@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from pydantic_core import ArgsKwargs
 
-from cappy.config import ADVANCED, DEFAULT_WORK, LOCATION, Fresh, Location, Renames, Work, changed, flag, settings
-from cappy.errors import ConfigError, shown
+from cappy.config import (
+    ADVANCED,
+    DEFAULT_WORK,
+    LOCATION,
+    Fresh,
+    Location,
+    Renames,
+    Work,
+    changed_settings,
+    flag,
+    settings,
+)
+from cappy.errors import ConfigError, quote
 from cappy.records.instance import SOURCES, Source
 from cappy.specs import parse_spec
 from cappy.training.losses import COMPARISONS, LossSettings
@@ -283,7 +294,7 @@ def _refuse_bad_weights(config: LoopSettings) -> None:
     for text in config.weights:
         if not _SOURCE_WEIGHT.fullmatch(text):
             remedy = f"write one of {', '.join(SOURCES)}, an equals sign and a number, as mismatch=0.2"
-            raise ConfigError(f"--weights: {shown(text)} is no weight of a source; {remedy}")
+            raise ConfigError(f"--weights: {quote(text)} is no weight of a source; {remedy}")
     weighed = [text.split("=")[0] for text in config.weights]
     twice = next((source for source in weighed if weighed.count(source) > 1), None)
     if twice:
@@ -301,7 +312,7 @@ def _refuse_idle(config: TrainingSettings) -> None:
             continue
         path = name
         if dataclasses.is_dataclass(value):
-            path = f"{name}.{changed(value)[0]}"
+            path = f"{name}.{changed_settings(value)[0]}"
         raise ConfigError(f"{flag(path)}: has no effect {why}; leave it out")
 
 

@@ -21,7 +21,7 @@ from cappy.steps import step_version
 from cappy.training.checks import decides
 from cappy.training.corpus import Corpora, open_corpora
 from cappy.training.deepspeed import name_accelerator
-from cappy.training.distributed import Ranks, joined
+from cappy.training.distributed import Ranks, join_ranks
 from cappy.training.launch import spread, starts_ranks
 from cappy.training.loop import Outcome, fit, trial
 from cappy.training.meter import write_log, write_speed
@@ -52,12 +52,14 @@ def train(
     the settings name a platform, a job of it does all that.
     """
     if config.launcher != "here":
-        return train_elsewhere(step, config, _computed(config), (read_manifest(config.source).hash, *parents), progress)
+        return train_elsewhere(
+            step, config, _result_settings(config), (read_manifest(config.source).hash, *parents), progress
+        )
     if starts_ranks(config):
         return spread(step, config, progress)
     name_accelerator()
     hashes = (read_manifest(config.source).hash, *parents)
-    with joined() as ranks:
+    with join_ranks() as ranks:
         if config.dry_run:
             scorer, corpora = _begin(config, start, progress)
             reported = progress if ranks.first else silent
@@ -67,7 +69,7 @@ def train(
         if not ranks.first:
             _fit(config, start, Path(), silent, ranks)
             return Manifest.from_json(ranks.broadcast_object(None))
-        computed = _computed(config)
+        computed = _result_settings(config)
         with claim(config.work, step, computed, hashes, fresh=config.fresh) as folder:
             scorer, corpora, outcome = _fit(config, start, folder / ".checkpoints", progress, ranks)
             scorer.write(folder)
@@ -90,7 +92,7 @@ def train(
             return manifest
 
 
-def _computed(config: TrainingSettings) -> dict[str, object]:
+def _result_settings(config: TrainingSettings) -> dict[str, object]:
     """The settings that change what is computed: `jax` is one, whose floats are not rounded as torch's are."""
     return identity(config) | ({"parallelism": "jax"} if config.parallelism == "jax" else {})
 
@@ -99,7 +101,7 @@ def _fit(
     config: TrainingSettings, start: Start, checkpoints: Path, progress: Progress, ranks: Ranks
 ) -> tuple[Scorer, Corpora, Outcome]:
     scorer, corpora = _begin(config, start, progress)
-    if ranks.first and (cut := _cut_pairs(corpora)):
+    if ranks.first and (cut := _count_cut_pairs(corpora)):
         pairs = corpora.train.facts.pairs + corpora.validation.facts.pairs
         LOGGER.warning("%s of %s pairs are longer than %d tokens: cut", cut, pairs, scorer.encoder.max_length)
     return scorer, corpora, fit(scorer, corpora, config, checkpoints, ranks, progress)
@@ -154,12 +156,12 @@ def _metrics(outcome: Outcome, corpora: Corpora) -> dict[str, float]:
         "updates": outcome.updates,
         "best_update": outcome.best_update,
         "instances": corpora.instances,
-        "cut_pairs": _cut_pairs(corpora),
+        "cut_pairs": _count_cut_pairs(corpora),
     }
     if len(corpora.validation):
         metrics["validation_pick"] = outcome.best_pick
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
 
 
-def _cut_pairs(corpora: Corpora) -> int:
+def _count_cut_pairs(corpora: Corpora) -> int:
     return corpora.train.cut_pairs + corpora.validation.cut_pairs

@@ -12,7 +12,7 @@ from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus
 from cappy.training.distributed import Ranks, Strategy
-from cappy.training.feed import Drawn, comparable, micro_batches, padded, passes_of
+from cappy.training.feed import Drawn, comparable, micro_batches, padded_tokens, passes_of
 from cappy.training.losses import Pairs, instance_losses
 from cappy.training.settings import Schedule, TrainingSettings
 
@@ -40,7 +40,7 @@ def rate(update: int, updates: int, peak: float, warmup: float, schedule: Schedu
     """
     if schedule == "published":
         return peak * min(1.0, update / max(1.0, warmup * updates * PUBLISHED_MICRO))
-    rising = _rising(updates, warmup)
+    rising = _warmup_updates(updates, warmup)
     if update < rising:
         return peak * (update + 1) / rising
     return peak * (updates - update) / max(1, updates - rising)
@@ -48,10 +48,10 @@ def rate(update: int, updates: int, peak: float, warmup: float, schedule: Schedu
 
 def falls(update: int, updates: int, warmup: float, schedule: Schedule) -> bool:
     """Whether the learning rate falls after this many updates; the published one never does."""
-    return schedule == "linear" and update >= _rising(updates, warmup)
+    return schedule == "linear" and update >= _warmup_updates(updates, warmup)
 
 
-def _rising(updates: int, warmup: float) -> int:
+def _warmup_updates(updates: int, warmup: float) -> int:
     return max(1, round(updates * warmup))
 
 
@@ -106,10 +106,10 @@ def _gradients(
     ranks, any number of ranks computes the same ones, dropout included.
     """
     micros = micro_batches(batch, state.budget, ranks.count)
-    mine = passes_of([padded(micro) for micro in micros], ranks.rank, ranks.count)
+    mine = passes_of([padded_tokens(micro) for micro in micros], ranks.rank, ranks.count)
     weights = [1.0] * len(mine)
     if strategy.lockstep:
-        most = max(len(passes_of([padded(m) for m in micros], rank, ranks.count)) for rank in range(ranks.count))
+        most = max(len(passes_of([padded_tokens(m) for m in micros], rank, ranks.count)) for rank in range(ranks.count))
         # A rank with fewer passes does one again without weight: its gradient is zero, but the others do not wait.
         weights += [0.0] * (most - len(mine))
         mine += [mine[0] if mine else 0] * (most - len(mine))
@@ -128,7 +128,7 @@ def _gradients(
             remedy = "give a smaller --batch-tokens and run the same command again"
             raise TrainingError(f"memory ran out at {state.budget} tokens per pass; {remedy}") from error
         short = 1.0
-    total, short = ranks.summed([total, short])
+    total, short = ranks.all_reduce([total, short])
     if short:
         strategy.forget()
         raise MemoryShortError

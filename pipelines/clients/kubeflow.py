@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from cappy.errors import ConfigError, UnreachableError, shown
+from cappy.errors import ConfigError, UnreachableError, quote
 from cappy.redaction import redact, redact_address, remember_address
 from pipelines.clients import RunState, State, TaskState, step_name
 from pipelines.recipe import Kubeflow, refuse_nowhere
@@ -161,7 +161,7 @@ class KubeflowClient:
         self._place = place
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"kfp\..*")  # It warns of old servers.
         with self._translate_errors():
-            self._client = _connected(place.endpoint)
+            self._client = _connect(place.endpoint)
             # Where users share a server runs have a namespace; elsewhere the server refuses one.
             shared = self._client.get_kfp_healthz().multi_user
         if not isinstance(shared, bool):
@@ -188,10 +188,10 @@ class KubeflowClient:
         with self._translate_errors():
             answer = self._client.get_run(run)
         if not answer.run_id:
-            raise ConfigError(f"kubeflow: {self._shown}: has no run {shown(run)}; check its id")
+            raise ConfigError(f"kubeflow: {self._shown}: has no run {quote(run)}; check its id")
         details = answer.run_details.task_details if answer.run_details else None
         tasks = [task for task in (_task(each) for each in details or ()) if task]
-        stuck = self._stuck(run) if STATES.get(answer.state, "running") == "running" else {}
+        stuck = self._stuck_steps(run) if STATES.get(answer.state, "running") == "running" else {}
         explained = tuple(_with_reason(task, stuck) for task in tasks)
         error = redact(answer.error.message or "") if answer.error else ""
         state = STATES.get(answer.state, "waiting")
@@ -207,14 +207,14 @@ class KubeflowClient:
             if name is None or step not in ("", name):
                 continue
             source = pod.metadata.name
-            yield from ((source, f"{name}: {redact(line)}") for line in self._written(core, source).splitlines())
+            yield from ((source, f"{name}: {redact(line)}") for line in self._read_log(core, source).splitlines())
 
     def cancel(self, run: str) -> None:
         """Asks the server to end the run."""
         with self._translate_errors():
             self._client.terminate_run(run)
 
-    def _written(self, core: Cluster, pod: str) -> str:
+    def _read_log(self, core: Cluster, pod: str) -> str:
         """What a pod wrote so far; nothing of one whose container starts (400) or that is gone (404)."""
         from kubernetes.client import ApiException
 
@@ -250,7 +250,7 @@ class KubeflowClient:
         core: Cluster = client.CoreV1Api()
         return core
 
-    def _stuck(self, run: str) -> dict[str, list[str]]:
+    def _stuck_steps(self, run: str) -> dict[str, list[str]]:
         """Step -> why pods of it wait without an end; nothing where the cluster's API is not at hand."""
         reasons: dict[str, list[str]] = {}
         with contextlib.suppress(ConfigError, UnreachableError):
@@ -275,13 +275,13 @@ class KubeflowClient:
         except (kfp_server_api.ApiException, ApiException) as error:
             remedy = REMEDIES.get(error.status, "mend that, then run the same command again")
             reason = " ".join(str(error.body or error.reason).split())
-            raise ConfigError(f"{where}: refused ({error.status}, {shown(reason, 200)}); {remedy}") from error
+            raise ConfigError(f"{where}: refused ({error.status}, {quote(reason, 200)}); {remedy}") from error
         except (urllib3.exceptions.HTTPError, TimeoutError, OSError) as error:
             remedy = "check the address and the network (kubectl port-forward, a login of the proxy)"
-            raise UnreachableError(f"{where}: gave no answer ({shown(str(error), 120)}); {remedy}") from error
+            raise UnreachableError(f"{where}: gave no answer ({quote(str(error), 120)}); {remedy}") from error
 
 
-def _connected(endpoint: str) -> Server:
+def _connect(endpoint: str) -> Server:
     """kfp's client; its own asks for the server's health five times with pauses, whatever the reason is."""
     import kfp
 

@@ -55,7 +55,7 @@ class LocalClient:
     def look(self, run: str) -> RunState:
         """How far the run is, from its folder and the records in its work folder."""
         folder, request = self._request(run)
-        alive, status = _held(folder / "parent.lock"), _status(folder)
+        alive, status = _is_locked(folder / "parent.lock"), _status(folder)
         states = observe(
             request["fingerprints"],
             work=Path(request["work"]),
@@ -87,7 +87,7 @@ class LocalClient:
     def cancel(self, run: str) -> None:
         """Asks the process that started the run to end, which ends its steps."""
         folder, request = self._request(run)
-        if not _held(folder / "parent.lock"):
+        if not _is_locked(folder / "parent.lock"):
             raise ConfigError(f"{run}: is over; nothing to end")
         # Not SIGINT: a shell makes what a script starts in the background ignore it.
         os.kill(int(request["process"]), signal.SIGTERM)
@@ -102,7 +102,7 @@ class LocalClient:
         return path.parent, values
 
 
-def _held(path: Path) -> bool:
+def _is_locked(path: Path) -> bool:
     """Whether the process that started the run lives: it holds the lock."""
     with open_lock(path) as file:
         try:

@@ -115,7 +115,7 @@ class VertexClient:
         }
         while True:
             with self._translate_errors():
-                answer = self._session().post(f"{self._logging}/v2/entries:list", json=body, timeout=60)
+                answer = self._session().post(f"{self._logging_address}/v2/entries:list", json=body, timeout=60)
             if answer.status_code != 200:
                 remedy = "grant yourself roles/logging.viewer, or look at the run's page"
                 raise ConfigError(f"vertex: Cloud Logging answered {answer.status_code}; {remedy}")
@@ -129,7 +129,7 @@ class VertexClient:
             body["pageToken"] = values["nextPageToken"]
 
     @property
-    def _logging(self) -> str:
+    def _logging_address(self) -> str:
         return self._place.endpoint or LOGGING
 
     def _session(self) -> "AuthorizedSession":

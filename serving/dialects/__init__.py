@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from serving.dialects import mlflow, open_inference, openrlhf, own, rerank, tei, vertex, vllm
-from serving.dialects.dialect import Dialect, Scored, Served
+from serving.dialects.dialect import Dialect, ScoredPairs, ServedModels
 
-__all__ = ["DIALECTS", "Dialect", "Scored", "Served"]
+__all__ = ["DIALECTS", "Dialect", "ScoredPairs", "ServedModels"]
 
 DIALECTS: Sequence[Dialect] = (
     own.SCORE,

@@ -27,12 +27,12 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Refused(BaseModel):
+class RefusalResponse(BaseModel):
     """A refusal; beside the fields of its dialect it may have those of others that share the path."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
+class ScoredPairs:
     """What came of a request: a score and a logit for each of its pairs, in order, and who gave them."""
 
     scores: Sequence[float]
@@ -47,7 +47,7 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class ServedModels:
     """What the GET routes of a dialect tell its clients of."""
 
     models: Models
@@ -70,7 +70,7 @@ class Dialect:
     response: type[BaseModel]
     problem: type[BaseModel]
     pairs: Callable[[Any], Sequence[Pair]]
-    answer: Callable[[Any, Scored], BaseModel]
+    answer: Callable[[Any, ScoredPairs], BaseModel]
     refuse: Callable[[int, str], Mapping[str, object]]
     shape: str
     """The shortest right body, for whoever sent another."""
@@ -88,11 +88,11 @@ class Dialect:
     """Content types that a body may have beside JSON's; "" is none at all."""
     read: Callable[[bytes, Mapping[str, str], Bounds], object] = lambda body, headers, bounds: bounds.parse(body)
     """A body, given with its headers, as JSON; Refusal where it is out of bounds, ValueError where it is no JSON."""
-    add_routes: Callable[[FastAPI, Served], None] | None = None
+    add_routes: Callable[[FastAPI, ServedModels], None] | None = None
     """Adds what else its clients ask for, such as what is served: GET routes that need no key."""
 
 
-def ranked(scored: Scored, values: Sequence[float], top: int | None = None) -> list[tuple[int, float]]:
+def rank_pairs(scored: ScoredPairs, values: Sequence[float], top: int | None = None) -> list[tuple[int, float]]:
     """(index, value) of the pairs, best first by their logits, the first of equal ones first; the best `top` alone."""
     order = sorted(range(len(values)), key=lambda index: -scored.logits[index])
     return [(index, values[index]) for index in order[:top]]

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 import cappy
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Refused, Served, Words
+from serving.dialects.dialect import Body, Dialect, RefusalResponse, ServedModels, Words
 from serving.dialects.vertex import UNREADY, NoParameters
 
 COLUMNS = ("instruction", "response")
@@ -101,7 +101,7 @@ class InvocationsResponse(Body):
     predictions: Sequence[float]
 
 
-class MlflowProblem(Refused):
+class MlflowProblem(RefusalResponse):
     """What was wrong with a request."""
 
     error_code: str
@@ -121,7 +121,7 @@ def _refuse(status: int, message: str) -> Mapping[str, object]:
     return {"error_code": KINDS.get(status, "BAD_REQUEST"), "message": message}
 
 
-def _add_routes(app: FastAPI, served: Served) -> None:
+def _add_routes(app: FastAPI, served: ServedModels) -> None:
     @app.get("/ping", tags=["served"], response_class=PlainTextResponse, responses=UNREADY)
     async def ping() -> Response:
         """Whether scores can be had."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 import cappy
 from cappy.scoring.encoding import Pair
 from serving.bodies import Bounds
-from serving.dialects.dialect import Body, Dialect, Flag, Scored, Served
+from serving.dialects.dialect import Body, Dialect, Flag, ScoredPairs, ServedModels
 from serving.dialects.vertex import UNKNOWN, UNREADY, PlatformProblem, model_state, refuse, unknown_model
 
 HEADER = "inference-header-content-length"
@@ -59,7 +59,7 @@ class Tensor(Body):
         return self
 
 
-class Wanted(Body):
+class RequestedOutput(Body):
     """An output by name; it is given as JSON, whatever is asked of its form."""
 
     class Form(Body):
@@ -86,7 +86,7 @@ class InferRequest(Body):
     id: str | None = None
     parameters: InferParameters | None = None
     inputs: Annotated[list[Tensor], Field(min_length=2, max_length=2)]
-    outputs: Annotated[list[Wanted] | None, Field(max_length=1)] = None
+    outputs: Annotated[list[RequestedOutput] | None, Field(max_length=1)] = None
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
@@ -168,12 +168,12 @@ def _pairs(request: InferRequest) -> list[Pair]:
     return list(zip(texts["instruction"], texts["response"], strict=True))
 
 
-def _answer(request: InferRequest, scored: Scored) -> InferResponse:
+def _answer(request: InferRequest, scored: ScoredPairs) -> InferResponse:
     tensor = ScoreTensor(shape=request.inputs[0].shape, data=scored.scores)
     return InferResponse(model_name=scored.model, model_version=scored.version, id=request.id, outputs=[tensor])
 
 
-def _add_routes(app: FastAPI, served: Served) -> None:
+def _add_routes(app: FastAPI, served: ServedModels) -> None:
     models = served.models
 
     @app.get("/v2", tags=["served"])

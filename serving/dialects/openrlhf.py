@@ -6,7 +6,7 @@ from typing import Annotated, Self
 from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Scored, Texts, Words
+from serving.dialects.dialect import Body, Dialect, ScoredPairs, Texts, Words
 from serving.dialects.own import Problem, refuse
 
 EXAMPLE: dict[str, JsonValue] = {"query": ["What is 1 + 1? 2"], "prompts": ["What is 1 + 1? "], "labels": ["2"]}
@@ -44,7 +44,7 @@ def _pairs(request: RewardRequest) -> list[Pair]:
     return [(prompt, query.partition(prompt)[2]) for query, prompt in zip(request.query, request.prompts, strict=True)]
 
 
-def _answer(request: RewardRequest, scored: Scored) -> RewardResponse:
+def _answer(request: RewardRequest, scored: ScoredPairs) -> RewardResponse:
     logs = {"logits": scored.logits, **({} if scored.expected is None else {"expected": scored.expected})}
     return RewardResponse(rewards=scored.scores, scores=scored.scores, extra_logs=logs)
 

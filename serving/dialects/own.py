@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Refused, Scored, Texts, ranked
+from serving.dialects.dialect import Body, Dialect, RefusalResponse, ScoredPairs, Texts, rank_pairs
 
 Version = Annotated[str, Field(description="Version of the scorer: 12 hexadecimal digits of its manifest's hash")]
 ExpectedAlone = Annotated[
@@ -75,7 +75,7 @@ class SelectResponse(Body):
     version: Version
 
 
-class Problem(Refused):
+class Problem(RefusalResponse):
     """What was wrong with a request."""
 
     detail: Annotated[str, Field(description="What was wrong and what to do, in one line")]
@@ -86,14 +86,14 @@ def refuse(status: int, message: str) -> Mapping[str, object]:
     return {"detail": message}
 
 
-def _scores(request: ScoreRequest, scored: Scored) -> ScoreResponse:
+def _scores(request: ScoreRequest, scored: ScoredPairs) -> ScoreResponse:
     expected = None if scored.expected is None else list(scored.expected)
     scores, logits = list(scored.scores), list(scored.logits)
     return ScoreResponse(scores=scores, logits=logits, expected=expected, version=scored.version)
 
 
-def _pick(request: SelectRequest, scored: Scored) -> SelectResponse:
-    (index, _), *_ = ranked(scored, scored.scores, 1)
+def _pick(request: SelectRequest, scored: ScoredPairs) -> SelectResponse:
+    (index, _), *_ = rank_pairs(scored, scored.scores, 1)
     expected = None if scored.expected is None else list(scored.expected)
     response, scores = request.responses[index], list(scored.scores)
     return SelectResponse(index=index, response=response, scores=scores, expected=expected, version=scored.version)

@@ -10,7 +10,18 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Count, Dialect, Flag, Name, Refused, Scored, Texts, Words, ranked
+from serving.dialects.dialect import (
+    Body,
+    Count,
+    Dialect,
+    Flag,
+    Name,
+    RefusalResponse,
+    ScoredPairs,
+    Texts,
+    Words,
+    rank_pairs,
+)
 
 EXAMPLE: dict[str, JsonValue] = {"query": "What is the capital of France?", "documents": ["Rome", "Paris"], "top_n": 1}
 SHAPE = '{"query": "the instruction", "documents": ["a response", ...]}'
@@ -67,7 +78,7 @@ class CohereResponse(Body):
     meta: Meta
 
 
-class CohereProblem(Refused):
+class CohereProblem(RefusalResponse):
     """What was wrong with a request."""
 
     message: str
@@ -87,10 +98,10 @@ def _pairs_cohere(request: CohereRequest) -> list[Pair]:
     return [(request.query, document) for document in request.documents]
 
 
-def _answer_cohere(request: CohereRequest, scored: Scored) -> CohereResponse:
+def _answer_cohere(request: CohereRequest, scored: ScoredPairs) -> CohereResponse:
     results = [
         CohereResult(index=index, relevance_score=score)
-        for index, score in ranked(scored, scored.scores, request.top_n)
+        for index, score in rank_pairs(scored, scored.scores, request.top_n)
     ]
     return CohereResponse(id=scored.request_id, results=results, meta=meta("2", scored.tokens))
 
@@ -167,7 +178,7 @@ class RerankResponse(Body):
     meta: Meta
 
 
-class RerankProblem(Refused):
+class RerankProblem(RefusalResponse):
     """What was wrong with a request, for Cohere's clients and for Jina's."""
 
     message: str
@@ -182,7 +193,7 @@ def _pairs(request: RerankRequest) -> list[Pair]:
     return [(request.query, _passage(document).text) for document in request.documents]
 
 
-def _answer(request: RerankRequest, scored: Scored) -> RerankResponse:
+def _answer(request: RerankRequest, scored: ScoredPairs) -> RerankResponse:
     values = scored.logits if request.use_activation is False else scored.scores
     shown = request.return_documents is not False
     results = [
@@ -191,7 +202,7 @@ def _answer(request: RerankRequest, scored: Scored) -> RerankResponse:
             relevance_score=value,
             document=_passage(request.documents[index]) if shown else None,
         )
-        for index, value in ranked(scored, values, request.top_n or None)
+        for index, value in rank_pairs(scored, values, request.top_n or None)
     ]
     return RerankResponse(
         id=scored.request_id,

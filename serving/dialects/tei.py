@@ -8,7 +8,17 @@ from pydantic import ConfigDict, Field, RootModel
 
 import cappy
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Flag, Refused, Scored, Served, Texts, Words, ranked
+from serving.dialects.dialect import (
+    Body,
+    Dialect,
+    Flag,
+    RefusalResponse,
+    ScoredPairs,
+    ServedModels,
+    Texts,
+    Words,
+    rank_pairs,
+)
 
 LABEL = "LABEL_0"
 """What transformers calls the only output of a model whose outputs were given no names."""
@@ -72,7 +82,7 @@ class TeiPredictResponse(RootModel[Sequence[TeiPrediction] | Sequence[Sequence[T
     """A list for each pair; the list alone where one pair was given outside a list."""
 
 
-class TeiProblem(Refused):
+class TeiProblem(RefusalResponse):
     """What was wrong with a request."""
 
     error: str
@@ -83,7 +93,7 @@ def _refuse(status: int, message: str) -> Mapping[str, object]:
     return {"error": message, "error_type": KINDS.get(status, "validation")}
 
 
-def _values(request: _Options, scored: Scored) -> Sequence[float]:
+def _values(request: _Options, scored: ScoredPairs) -> Sequence[float]:
     return scored.logits if request.raw_scores else scored.scores
 
 
@@ -91,11 +101,11 @@ def _pool(request: TeiRerankRequest) -> list[Pair]:
     return [(request.query, text) for text in request.texts]
 
 
-def _ranks(request: TeiRerankRequest, scored: Scored) -> TeiRerankResponse:
+def _ranks(request: TeiRerankRequest, scored: ScoredPairs) -> TeiRerankResponse:
     return TeiRerankResponse(
         [
             TeiRank(index=index, score=value, text=request.texts[index] if request.return_text else None)
-            for index, value in ranked(scored, _values(request, scored))
+            for index, value in rank_pairs(scored, _values(request, scored))
         ]
     )
 
@@ -104,12 +114,12 @@ def _inputs(request: TeiPredictRequest) -> list[Pair]:
     return [request.inputs] if isinstance(request.inputs, tuple) else request.inputs
 
 
-def _predictions(request: TeiPredictRequest, scored: Scored) -> TeiPredictResponse:
+def _predictions(request: TeiPredictRequest, scored: ScoredPairs) -> TeiPredictResponse:
     predictions = [[TeiPrediction(score=value, label=LABEL)] for value in _values(request, scored)]
     return TeiPredictResponse(predictions[0] if isinstance(request.inputs, tuple) else predictions)
 
 
-def _add_routes(app: FastAPI, served: Served) -> None:
+def _add_routes(app: FastAPI, served: ServedModels) -> None:
     @app.get("/info", tags=["served"])
     async def info() -> Mapping[str, object]:
         """What Text Embeddings Inference tells of a model, as far as it holds here."""

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field, JsonValue
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Refused, Scored, Served, Words
+from serving.dialects.dialect import Body, Dialect, RefusalResponse, ScoredPairs, ServedModels, Words
 from serving.engine import Models
 
 EXAMPLE: dict[str, JsonValue] = {"instances": [{"instruction": "What is 1 + 1?", "response": "2"}]}
@@ -48,7 +48,7 @@ class PredictionsResponse(Body):
     predictions: Sequence[Prediction]
 
 
-class PlatformProblem(Refused):
+class PlatformProblem(RefusalResponse):
     """What was wrong with a request."""
 
     error: str
@@ -70,7 +70,7 @@ def _pairs(request: InstancesRequest) -> list[Pair]:
     ]
 
 
-def _answer(request: InstancesRequest, scored: Scored) -> PredictionsResponse:
+def _answer(request: InstancesRequest, scored: ScoredPairs) -> PredictionsResponse:
     expected: Sequence[float | None] = scored.expected or [None] * len(scored.scores)
     return PredictionsResponse(
         predictions=[
@@ -111,7 +111,7 @@ def model_state(models: Models, model: str, version: str = "") -> Response:
     return unknown_model(models, model, version) or JSONResponse(content, status_code=status)
 
 
-def _add_routes(app: FastAPI, served: Served) -> None:
+def _add_routes(app: FastAPI, served: ServedModels) -> None:
     @app.get("/v1/models", tags=["served"])
     async def list_models() -> Mapping[str, object]:
         """The model that is served, for KServe's clients and for vLLM's."""

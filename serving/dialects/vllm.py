@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Flag, Name, Refused, Scored, Texts, Words
+from serving.dialects.dialect import Body, Dialect, Flag, Name, RefusalResponse, ScoredPairs, Texts, Words
 
 Instructions = Words | Annotated[list[Words], Field(min_length=1, fail_fast=True)]
 KINDS: Mapping[int, str] = {
@@ -49,8 +49,8 @@ class VllmRequest(Body):
     user: Annotated[str | None, Field(description="Taken and not used")] = None
 
     @model_validator(mode="after")
-    def _matching(self) -> Self:
-        first, second = len(_listed(self.text_1)), len(_listed(self.text_2))
+    def _check_counts(self) -> Self:
+        first, second = len(_as_list(self.text_1)), len(_as_list(self.text_2))
         if first not in (1, second):
             raise ValueError(f"{first} instructions for {second} responses; give one, or one per response")
         return self
@@ -92,7 +92,7 @@ class VllmError(Body):
     code: int
 
 
-class VllmProblem(Refused):
+class VllmProblem(RefusalResponse):
     """What was wrong with a request."""
 
     error: VllmError
@@ -102,16 +102,16 @@ def _refuse(status: int, message: str) -> Mapping[str, object]:
     return {"error": {"message": message, "type": KINDS.get(status, "BadRequestError"), "param": None, "code": status}}
 
 
-def _listed(texts: str | list[str]) -> list[str]:
+def _as_list(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
 def _pairs(request: VllmRequest) -> list[Pair]:
-    first, second = _listed(request.text_1), _listed(request.text_2)
+    first, second = _as_list(request.text_1), _as_list(request.text_2)
     return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
 
 
-def _answer(request: VllmRequest, scored: Scored) -> VllmResponse:
+def _answer(request: VllmRequest, scored: ScoredPairs) -> VllmResponse:
     values = scored.logits if request.use_activation is False else scored.scores
     return VllmResponse(
         id=f"score-{scored.request_id}",

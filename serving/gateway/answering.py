@@ -88,8 +88,8 @@ class _Run:
         most = self._request.count if alike else gateway.policy.candidates
         stop: Stop = await self._sample(gateway.first, most)
         if not self._draws:
-            raise self._nothing()
-        how = await self._judged()
+            raise self._no_candidate()
+        how = await self._judge()
         ranked = sorted(self._draws, key=_rank)
         return Outcome(
             request=self._request,
@@ -103,7 +103,7 @@ class _Run:
             seconds=time.monotonic() - self._started,
         )
 
-    async def _judged(self) -> How:
+    async def _judge(self) -> How:
         """What the best candidate is good for; the second LLM is asked where there is one and it is not good enough."""
         gateway, best = self._gateway, self._best()
         floor = gateway.policy.floor
@@ -154,11 +154,11 @@ class _Run:
         except TimeoutError:
             self._limit = "seconds"
         self._problems += drawn.problems
-        if self._cut(drawn, allowance):
+        if self._is_truncated(drawn, allowance):
             self._limit = self._limit or allowance.limit
-        self._draws = valued([*self._draws, *await self._scored(drawn.draws)], self._gateway.scoring)
+        self._draws = with_values([*self._draws, *await self._score(drawn.draws)], self._gateway.scoring)
 
-    async def _scored(self, draws: Sequence[Draw]) -> list[Draw]:
+    async def _score(self, draws: Sequence[Draw]) -> list[Draw]:
         """The candidates with their scores; without, where the time ends first and earlier ones have theirs."""
         scorable = [draw for draw in draws if draw.scorable]
         if not scorable:
@@ -200,14 +200,14 @@ class _Run:
             return allowance
         return Allowance(allowance.count, asked, None)
 
-    def _cut(self, drawn: Round, allowance: Allowance) -> bool:
+    def _is_truncated(self, drawn: Round, allowance: Allowance) -> bool:
         """Whether a candidate ended where the gateway's own limit let it."""
         return allowance.limit is not None and any(draw.choice.get("finish_reason") == "length" for draw in drawn.draws)
 
     def _best(self) -> float | None:
         return max(_values(self._draws), default=None)
 
-    def _nothing(self) -> GatewayError:
+    def _no_candidate(self) -> GatewayError:
         """Why there is no candidate."""
         if self._problems:
             return self._problems[0]
@@ -227,7 +227,7 @@ class _Run:
         return GatewayError(400, text, code="limit_too_low")
 
 
-def valued(draws: Sequence[Draw], scoring: Scoring) -> list[Draw]:
+def with_values(draws: Sequence[Draw], scoring: Scoring) -> list[Draw]:
     """The candidates with what their scores are worth among all of them; a text that was drawn twice counts once."""
     scores = {index: draw.score for index, draw in enumerate(draws) if draw.score is not None}
     if not scores:

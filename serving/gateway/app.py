@@ -16,14 +16,14 @@ from starlette.exceptions import HTTPException
 
 import cappy
 from serving.access import AccessLog, Tracing
-from serving.bodies import BODIES_AT_ONCE, GONE, BodyBudget, Bounds, Refusal, Share, apart, received
+from serving.bodies import BODIES_AT_ONCE, GONE, BodyBudget, Bounds, Refusal, Share, apart, receive_body
 from serving.engine import SHUTTING_DOWN
 from serving.gateway.answering import Gateway, Outcome
 from serving.gateway.completion import KEEP_ALIVE_SECONDS, chunks, completion, events, facts, headers
 from serving.gateway.config import ChatLimits
 from serving.gateway.errors import GatewayError
 from serving.gateway.feedback import FeedbackLog, read_feedback
-from serving.gateway.requests import REMEDY, ChatRequest, read_request, refused
+from serving.gateway.requests import REMEDY, ChatRequest, read_request, to_openai_error
 from serving.guards import ANY_HOST, BrowserGuard, Hosts, KeyGuard, Keys
 from serving.listener import Shutdown
 from serving.page import About, add_page
@@ -59,7 +59,7 @@ class Metrics:
             "cappy_gateway_seconds", "Seconds of answered requests", buckets=METRIC_SECONDS, registry=self._registry
         )
 
-    def answered(self, outcome: Outcome) -> None:
+    def count_answer(self, outcome: Outcome) -> None:
         """Counts an answer."""
         ledger = outcome.ledger
         self._requests.labels(outcome.how).inc()
@@ -72,7 +72,7 @@ class Metrics:
         self._cost.inc(ledger.cost)
         self._seconds.observe(outcome.seconds)
 
-    def refused(self, status: int) -> None:
+    def count_refusal(self, status: int) -> None:
         """Counts a request without an answer, one that could not be read included, by its status."""
         self._requests.labels(str(status)).inc()
 
@@ -199,15 +199,15 @@ def _add_chat(app: FastAPI, front: _Front) -> None:
                 wanted = await apart(len(data), read)
                 details = _flag(request, CANDIDATES_HEADER)
             except GatewayError as problem:
-                front.metrics.refused(problem.status)
+                front.metrics.count_refusal(problem.status)
                 raise
             identity = f"chatcmpl-{uuid.uuid4().hex}"
-            work = asyncio.create_task(_answered(front, wanted, front.authorization(request), identity))
+            work = asyncio.create_task(_answer(front, wanted, front.authorization(request), identity))
             # The body is held until the work is over, which for a stream is after this function.
-            kept = share.handed_on()
+            kept = share.hand_over()
             work.add_done_callback(lambda _: kept.release())
         write = partial(chunks, identity=identity, details=details)
-        if not await _ended(work, request, front.keep_alive if wanted.stream else None):
+        if not await _has_ended(work, request, front.keep_alive if wanted.stream else None):
             request.state.outcome = "streaming"  # Its span is written before the answer is known.
             return _stream(events(work, write, keep_alive=front.keep_alive), {})
         outcome = work.result()
@@ -250,7 +250,7 @@ def _add_probes(app: FastAPI, front: _Front) -> None:
     @app.get("/ready", tags=["probes"], response_class=Response)
     async def ready() -> Response:
         """Whether the LLM's server answers: one that wants a key, or has no list of models, does. No, after SIGTERM."""
-        reason = SHUTTING_DOWN if front.shutdown.closing else await _unreached(front.gateway)
+        reason = SHUTTING_DOWN if front.shutdown.closing else await _unreachable_reason(front.gateway)
         return _Json({"ready": not reason, "reason": reason}, status_code=503 if reason else 200)
 
     @app.get("/metrics", tags=["probes"], response_class=Response)
@@ -259,7 +259,7 @@ def _add_probes(app: FastAPI, front: _Front) -> None:
         return Response(front.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-async def _unreached(gateway: Gateway) -> str:
+async def _unreachable_reason(gateway: Gateway) -> str:
     """Why the LLM's server does not answer; empty where it does."""
     try:
         await gateway.first.models("")
@@ -268,30 +268,30 @@ async def _unreached(gateway: Gateway) -> str:
     return ""
 
 
-async def _answered(front: _Front, wanted: ChatRequest, authorization: str, identity: str) -> Outcome:
+async def _answer(front: _Front, wanted: ChatRequest, authorization: str, identity: str) -> Outcome:
     """The outcome, counted and kept."""
     try:
         outcome = await front.gateway.answer(wanted, authorization)
     except (GatewayError, asyncio.CancelledError) as ended:
         # It is cancelled where the client hangs up.
-        front.metrics.refused(ended.status if isinstance(ended, GatewayError) else GONE)
+        front.metrics.count_refusal(ended.status if isinstance(ended, GatewayError) else GONE)
         raise
     except Exception:
         # A defect: counted here, answered by the handler of all defects, which gets it next.
-        front.metrics.refused(500)
+        front.metrics.count_refusal(500)
         raise
-    front.metrics.answered(outcome)
+    front.metrics.count_answer(outcome)
     if front.feedback is not None:
         await front.feedback.keep(outcome, identity)
     return outcome
 
 
-async def _ended(work: "asyncio.Task[Outcome]", request: Request, timeout: float | None) -> bool:
+async def _has_ended(work: "asyncio.Task[Outcome]", request: Request, timeout: float | None) -> bool:
     """Waits for the work; False if it is still under way after `timeout` seconds.
 
     Where the client goes away first the work is cancelled, and with it every call of the LLM: GatewayError, for nobody.
     """
-    gone = asyncio.create_task(_gone(request))
+    gone = asyncio.create_task(_wait_for_disconnect(request))
     try:
         await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if gone.done() and not work.done():
@@ -304,7 +304,7 @@ async def _ended(work: "asyncio.Task[Outcome]", request: Request, timeout: float
     return work.done()
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     """Returns when the client has gone away."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -313,9 +313,9 @@ async def _gone(request: Request) -> None:
 async def _body(request: Request, front: _Front, share: Share) -> bytes:
     """The body; GatewayError 413 above the most bytes, 408 where it is late, 415 where it is not sent as JSON."""
     try:
-        return await received(request, front.max_body_bytes, REMEDY, share=share)
+        return await receive_body(request, front.max_body_bytes, REMEDY, share=share)
     except Refusal as refusal:
-        raise refused(refusal) from None
+        raise to_openai_error(refusal) from None
 
 
 def _flag(request: Request, name: str) -> bool:
@@ -340,7 +340,7 @@ class _Json(JSONResponse):
 
 def _refuse(path: str, refusal: Refusal) -> Response:
     """A refusal of what stands before the routes."""
-    problem = refused(refusal)
+    problem = to_openai_error(refusal)
     asked = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
     return _Json(problem.body(), status_code=problem.status, headers={**problem.headers, **asked})
 

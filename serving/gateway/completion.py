@@ -45,7 +45,7 @@ def _usage(outcome: Outcome) -> dict[str, object]:
     """Tokens of all candidates, as their servers counted them for every call, details included."""
     total: dict[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     for one in outcome.ledger.usages:
-        total = _added(total, one)
+        total = _add_numbers(total, one)
     return {**total, "total_tokens": total["prompt_tokens"] + total["completion_tokens"]}
 
 
@@ -146,13 +146,13 @@ def _part(choice: Mapping[str, object], delta: Mapping[str, object], **more: obj
     }
 
 
-def _added(total: Mapping[str, object], more: Mapping[str, object]) -> dict[str, Any]:
+def _add_numbers(total: Mapping[str, object], more: Mapping[str, object]) -> dict[str, Any]:
     """Numbers added up by name, at any depth; what is no number is left out."""
     added = dict(total)
     for name, value in more.items():
         known = added.get(name)
         if isinstance(value, dict) and isinstance(known, dict | None):
-            added[name] = _added(known or {}, value)
+            added[name] = _add_numbers(known or {}, value)
         elif isinstance(value, int | float) and not isinstance(value, bool) and isinstance(known, int | float | None):
             added[name] = (known or 0) + value
     return added

@@ -51,7 +51,7 @@ class GatewayError(Exception):
         return {"error": self.error}
 
 
-def refused(name: str, response: httpx2.Response, keys: Sequence[str]) -> GatewayError:
+def refusal_error(name: str, response: httpx2.Response, keys: Sequence[str]) -> GatewayError:
     """What an LLM's server refused, under its status and with its own words, the keys taken out of them.
 
     `name` says whose refusal it is. A redirect, or any status that is not an error, is 502.
@@ -60,15 +60,15 @@ def refused(name: str, response: httpx2.Response, keys: Sequence[str]) -> Gatewa
     if not 400 <= status <= 599:
         return GatewayError(502, f"{name} answered {status}; check its address", kind="upstream_error")
     refusal = read_refusal(response.content, keys)
-    message = _shortened(refusal.message) or f"status {status} without a word"
+    message = _shorten(refusal.message) or f"status {status} without a word"
     whose = " (it is that server which wants another key, not this gateway)" if status == 401 else ""
     return GatewayError(
         status,
         f"{name} answered {status}: {message}{whose}",
-        kind=_shortened(refusal.kind) or ("upstream_error" if status >= 500 else INVALID),
-        param=_shortened(refusal.param) or None,
-        code=_shortened(refusal.code) or None,
-        headers=_kept(response.headers),
+        kind=_shorten(refusal.kind) or ("upstream_error" if status >= 500 else INVALID),
+        param=_shorten(refusal.param) or None,
+        code=_shorten(refusal.code) or None,
+        headers=_keep_headers(response.headers),
     )
 
 
@@ -77,8 +77,8 @@ def bad_answer(name: str, error: BadAnswerError, keys: Sequence[str]) -> Gateway
     status = stated_status(error)
     if status:
         refusal = stated_refusal(error, keys)
-        message = _shortened(refusal.message) or f"status {status} without a word"
-        kind = _shortened(refusal.kind) or ("upstream_error" if status >= 500 else INVALID)
+        message = _shorten(refusal.message) or f"status {status} without a word"
+        kind = _shorten(refusal.kind) or ("upstream_error" if status >= 500 else INVALID)
         return GatewayError(status, f"{name} answered {status}: {message}", kind=kind, paid=True)
     what = f"{name} answered what is no completion: {error.text(keys)}"
     return GatewayError(502, what, kind="upstream_error", code="upstream_bad_answer", paid=True)
@@ -101,7 +101,7 @@ def unreachable(name: str, error: httpx2.HTTPError, seconds: float, keys: Sequen
         return GatewayError(502, f"{name}: {error}", kind="upstream_error", code="upstream_bad_answer", paid=True)
     sent = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
     if isinstance(error, httpx2.TimeoutException):
-        return late(name, seconds) if sent else _not_connected(name)
+        return late(name, seconds) if sent else _connection_error(name)
     why = one_line(str(error), _SHOWN, *keys) or type(error).__name__
     text = f"{name} cannot be reached ({why})" if not sent else f"{name} broke off its answer ({why})"
     return GatewayError(
@@ -115,16 +115,16 @@ def late(name: str, seconds: float) -> GatewayError:
     return GatewayError(504, text, kind="timeout", code="timeout", paid=True)
 
 
-def _not_connected(name: str) -> GatewayError:
+def _connection_error(name: str) -> GatewayError:
     text = f"{name} could not be connected to in time; try again, or raise --max-seconds"
     return GatewayError(504, text, kind="timeout", code="timeout")
 
 
-def _kept(headers: Mapping[str, str]) -> dict[str, str]:
+def _keep_headers(headers: Mapping[str, str]) -> dict[str, str]:
     values = {name: headers.get(name, "") for name in _KEPT}
     return {name: value for name, value in values.items() if _KEPT[name].fullmatch(value)}
 
 
-def _shortened(text: str) -> str:
+def _shorten(text: str) -> str:
     """The beginning of a text that holds no secret any more."""
     return text[:_SHOWN]

@@ -190,10 +190,10 @@ def _size(row: Answer) -> int:
 
 
 def _rows(path: Path) -> list[Answer]:
-    return [Answer(**{**row, **_typed(row)}) for row in pq.read_table(path).to_pylist()]
+    return [Answer(**{**row, **_from_parquet(row)}) for row in pq.read_table(path).to_pylist()]
 
 
-def _typed(row: Mapping[str, Any]) -> dict[str, Any]:
+def _from_parquet(row: Mapping[str, Any]) -> dict[str, Any]:
     """What Parquet gives as lists, as the record has it."""
     maps = ("labels", "scores")
     candidates = tuple(Candidate(**{**one, **{name: dict(one[name]) for name in maps}}) for one in row["candidates"])
@@ -283,12 +283,12 @@ class FeedbackLog:
         if feedback.choice >= len(answer.candidates):
             raise GatewayError(400, f"choice must be below {len(answer.candidates)}", param="choice")
         if feedback.reference is not None:
-            self._referenced.put(checked(replace(answer, references=(feedback.reference,))))
+            self._referenced.put(check_row(replace(answer, references=(feedback.reference,))))
             return
-        rated = answer.candidates[feedback.choice].labelled(GIVEN, feedback.score or 0.0)
+        rated = answer.candidates[feedback.choice].with_label(GIVEN, feedback.score or 0.0)
         earlier = self._rated.get(feedback.id)
         others = [one for one in earlier.candidates if not _same(one, rated)] if earlier else []
-        self._rated.put(checked(replace(answer, candidates=(*others, rated))))
+        self._rated.put(check_row(replace(answer, candidates=(*others, rated))))
 
     async def _in_writer(self, work: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._writer, work)
@@ -306,7 +306,7 @@ def answer_of(outcome: Outcome, identity: str) -> Answer:
     )
 
 
-def checked(answer: Answer) -> Answer:
+def check_row(answer: Answer) -> Answer:
     """The row, once it is an instance; RecordError where it is none."""
     Instance(**{name: getattr(answer, name) for name in answer.__dataclass_fields__})
     return answer
@@ -322,7 +322,7 @@ def _candidate(draw: Draw, outcome: Outcome) -> Candidate:
         response=draw.text,
         generator=draw.generator,
         revision=draw.model,
-        decoding=_decoding(outcome.request.body),
+        decoding=_decoding_name(outcome.request.body),
         seed=draw.seed,
         status=draw.status,
         logprob_sum=draw.logprob_sum,
@@ -332,7 +332,7 @@ def _candidate(draw: Draw, outcome: Outcome) -> Candidate:
     )
 
 
-def _decoding(body: Mapping[str, object]) -> str:
+def _decoding_name(body: Mapping[str, object]) -> str:
     """The knobs that the client turned, by name."""
     knobs = ("temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens")
     return ",".join(f"{knob}={body[knob]}" for knob in knobs if body.get(knob) is not None)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from serving.bodies import Bounds, Refusal, broken
+from serving.bodies import Bounds, Refusal, describe_error
 from serving.gateway.config import ChatLimits
 from serving.gateway.errors import INVALID, GatewayError
 
@@ -45,7 +45,7 @@ class _StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
-class _Checked(BaseModel):
+class _CheckedFields(BaseModel):
     """Types of the parameters that the gateway reads; ranges that differ by model are the LLM's to check."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
@@ -101,7 +101,7 @@ def read_object(data: bytes, bounds: Bounds) -> dict[str, object]:
         for text in texts:
             text.encode("utf-8")
     except Refusal as refusal:
-        raise refused(refusal) from None
+        raise to_openai_error(refusal) from None
     except UnicodeEncodeError:
         raise GatewayError(400, "a text of the body holds half a character (lone surrogate); send whole ones") from None
     except UnicodeDecodeError:
@@ -145,7 +145,7 @@ def read_request(data: bytes, *, most_choices: int, bounds: Bounds = BOUNDS) -> 
         if body.get(name):
             raise GatewayError(400, f"{name}: {why}", param=name, code="unsupported_parameter")
     try:
-        checked = _Checked.model_validate(body)
+        checked = _CheckedFields.model_validate(body)
     except ValidationError as error:
         raise invalid(error, body) from None
     if (checked.n or 1) > most_choices:
@@ -169,7 +169,7 @@ def read_request(data: bytes, *, most_choices: int, bounds: Bounds = BOUNDS) -> 
     )
 
 
-def refused(refusal: Refusal) -> GatewayError:
+def to_openai_error(refusal: Refusal) -> GatewayError:
     """A refusal in OpenAI's shape."""
     headers = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
     kind = "server_error" if refusal.status >= 500 else INVALID
@@ -185,7 +185,7 @@ def _short(instruction: str, most: int) -> str:
 
 def invalid(error: ValidationError, body: Mapping[str, object]) -> GatewayError:
     """Names the first field and its rule, and does not repeat what was sent."""
-    first = broken(error, body)
+    first = describe_error(error, body)
     return GatewayError(400, str(first), param=first.field or None)
 
 

@@ -41,7 +41,7 @@ VERSION = re.compile(r"[!-~]{0,200}")
 """What a version may be: it goes into headers."""
 
 
-async def _nothing() -> None:
+async def _close_nothing() -> None:
     """Closes what needs no closing."""
 
 
@@ -52,7 +52,7 @@ class Scoring:
     score: Score
     version: Callable[[], str]
     calibration: Calibration | None = None
-    close: Callable[[], Awaitable[None]] = _nothing
+    close: Callable[[], Awaitable[None]] = _close_nothing
 
     def worth(self, scores: Sequence[float], *, n: int) -> list[float]:
         """What these scores are worth, each as the best of `n` distinct candidates.
@@ -118,7 +118,7 @@ def _over_http(url: str, key: str = "") -> Scoring:
     address, where = f"{url.rstrip('/')}/score", redact_address(url)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        status, body = _asked_once(address, headers)
+        status, body = _ask_once(address, headers)
         if status == 401:
             raise ConfigError(
                 f"{where}: wants another API key; put it into a variable and name it: --scorer-key-variable"
@@ -153,7 +153,7 @@ def _over_http(url: str, key: str = "") -> Scoring:
     return Scoring(score=score, version=lambda: current[0], close=client.aclose)
 
 
-def _asked_once(address: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
+def _ask_once(address: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
     """Status and body of the answer to one pair."""
     connection, deadlines = Connection(), Deadlines()
     connection.max_bytes = MAX_SCORES_BYTES

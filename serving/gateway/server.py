@@ -14,7 +14,7 @@ from serving.gateway.policy import Prices
 from serving.gateway.scoring import Scoring, load
 from serving.gateway.upstream import LLM, Upstream, key_of, llm
 from serving.guards import hosts_of, read_keys
-from serving.listener import NoticeServer, Shutdown, bound, http_config, prepare_process, url
+from serving.listener import NoticeServer, Shutdown, bind, http_config, prepare_process, url
 
 
 def run(config: GatewayConfig) -> None:
@@ -28,7 +28,7 @@ def run(config: GatewayConfig) -> None:
     prepare_process()
     # It would tell every call of the LLM, with its address.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
-    with bound(config.host, config.port) as listener:
+    with bind(config.host, config.port) as listener:
         feedback = FeedbackLog(config.feedback) if config.feedback is not None else None
         scoring = load(config.scorer, config.calibration, scorer_key)
         listener.listen()
@@ -42,7 +42,7 @@ def run(config: GatewayConfig) -> None:
             tracing=start_tracing(),
         )
         server = NoticeServer(http_config(app, config, upstream=True), shutdown, config.notice)
-        sys.stderr.write(started(config, first, scoring, listener) + "\n")
+        sys.stderr.write(describe_start(config, first, scoring, listener) + "\n")
         server.run(sockets=[listener])
 
 
@@ -80,7 +80,7 @@ def assemble(config: GatewayConfig, first: LLM, second: LLM | None, scoring: Sco
     )
 
 
-def started(config: GatewayConfig, first: LLM, scoring: Scoring, listener: socket.socket) -> str:
+def describe_start(config: GatewayConfig, first: LLM, scoring: Scoring, listener: socket.socket) -> str:
     """The line that says what is served where, and what the scores mean."""
     calibration = scoring.calibration
     scores = f"calibrated to {calibration.metric}" if calibration else "raw scores: no calibration.json beside it"

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx2
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records.instance import SELECTABLE, Status
 from cappy.redaction import SHORTEST
@@ -34,7 +34,7 @@ from cappy.sampling.endpoint.faults import LENGTH, NEW_LENGTH, Capabilities, ref
 from cappy.sampling.endpoint.limits import MAX_LIST_BYTES, answer_bytes
 from cappy.sampling.generators import tokens_of
 from cappy.untrusted import is_utf8, to_utf8
-from serving.gateway.errors import GatewayError, bad_answer, late, not_utf8, refused, unreachable
+from serving.gateway.errors import GatewayError, bad_answer, late, not_utf8, refusal_error, unreachable
 from serving.gateway.policy import Ledger, Prices, read_usage
 from serving.gateway.requests import ChatRequest
 
@@ -68,12 +68,12 @@ class LLM:
 def llm(url: str, *, model: str = "", key_variable: str = "", passes_key: bool = True, prices: Prices) -> LLM:
     """The LLM at an address, its key from the environment; ConfigError where either is none."""
     if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"{shown(url)}: an LLM's address is http://host:port/v1")
+        raise ConfigError(f"{quote(url)}: an LLM's address is http://host:port/v1")
     refuse_secrets(url)
     try:
         httpx2.URL(url)
     except httpx2.InvalidURL as error:
-        raise ConfigError(f"{shown(url)}: is no address ({error}); an LLM's is http://host:port/v1") from error
+        raise ConfigError(f"{quote(url)}: is no address ({error}); an LLM's is http://host:port/v1") from error
     key = key_of(url, key_variable)
     return LLM(url=base_address(url), model=model, key=key, passes_key=passes_key, prices=prices)
 
@@ -175,7 +175,7 @@ class Upstream:
 
         They are asked for together until the model refuses `n` or ignores it, then one by one, all at once.
         """
-        capabilities = self._known(self.llm.model or ask.request.model)
+        capabilities = self._capabilities_of(self.llm.model or ask.request.model)
         if count > 1 and not capabilities.takes("n"):
             async with asyncio.TaskGroup() as group:
                 for index in range(count):
@@ -196,7 +196,7 @@ class Upstream:
         key = self.llm.authorization(authorization)
         response = await self._send("GET", "/models", None, key, seconds=CONNECT_SECONDS, max_bytes=MAX_LIST_BYTES)
         if response.status_code != 200:
-            raise refused(self._name, response, _secrets(key))
+            raise refusal_error(self._name, response, _secrets(key))
         body = _without(_in_utf8(response), key)
         if not is_utf8(body):
             raise not_utf8(self._name)
@@ -210,11 +210,11 @@ class Upstream:
         wanted, added = ask.body(self.llm.model or ask.request.model, count=count, number=number)
         key = self.llm.authorization(ask.authorization)
         while True:
-            sent = _trimmed(wanted, capabilities, added)
-            response = await self._metered(ask, sent, key, count)
+            sent = _trim_body(wanted, capabilities, added)
+            response = await self._ask_within_budget(ask, sent, key, count)
             if response.status_code == 200:
                 return self._read(ask, _without(_in_utf8(response), key), sent, count)
-            problem = refused(self._name, response, _secrets(key))
+            problem = refusal_error(self._name, response, _secrets(key))
             parameter = refused_parameter(sent, str(problem), problem.error["param"])
             if response.status_code not in (400, 422) or parameter not in added or not capabilities.takes(parameter):
                 raise problem
@@ -223,7 +223,7 @@ class Upstream:
             if parameter == "n":
                 return [], 0
 
-    async def _metered(self, ask: Ask, sent: Mapping[str, object], key: str, count: int) -> httpx2.Response:
+    async def _ask_within_budget(self, ask: Ask, sent: Mapping[str, object], key: str, count: int) -> httpx2.Response:
         """The response to one request; what it may cost is held meanwhile, and settled if it is none or a refusal."""
         most = self._most(ask, count)
         ask.ledger.hold(most)
@@ -264,7 +264,7 @@ class Upstream:
         model = model_name(values.get("model")) or str(sent["model"])
         draws = [
             Draw(
-                choice=_passed_on(choice, text),
+                choice=_to_chat_choice(choice, text),
                 text=text,
                 status=status,
                 model=model,
@@ -275,9 +275,9 @@ class Upstream:
             )
             for choice, (text, status, logprobs) in responses
         ]
-        return [self._without_reasoning(draw) for draw in draws], len(choices)
+        return [self._strip_reasoning(draw) for draw in draws], len(choices)
 
-    def _without_reasoning(self, draw: Draw) -> Draw:
+    def _strip_reasoning(self, draw: Draw) -> Draw:
         """The candidate without its reasoning where that is wanted; where it is not, the log warns of it once.
 
         Where nothing would be left the choice stays as it is, and the candidate is `empty`.
@@ -335,16 +335,16 @@ class Upstream:
         except httpx2.HTTPError as error:
             raise unreachable(self._name, error, seconds, _secrets(key)) from None
 
-    def _known(self, model: str) -> Capabilities:
+    def _capabilities_of(self, model: str) -> Capabilities:
         if len(self._capabilities) >= MODELS_KNOWN and model not in self._capabilities:
             self._capabilities.clear()
         return self._capabilities.setdefault(model, Capabilities())
 
 
-def _trimmed(wanted: Mapping[str, object], capabilities: Capabilities, added: frozenset[str]) -> dict[str, Any]:
+def _trim_body(wanted: Mapping[str, object], capabilities: Capabilities, added: frozenset[str]) -> dict[str, Any]:
     """The body without what the model refused and the client has not asked for."""
     theirs = {name: value for name, value in wanted.items() if name not in added}
-    return {**theirs, **capabilities.trimmed({name: wanted[name] for name in added if name in wanted})[0]}
+    return {**theirs, **capabilities.trim({name: wanted[name] for name in added if name in wanted})[0]}
 
 
 def _max_bytes(ask: Ask, sent: Mapping[str, object], count: int) -> int:
@@ -368,7 +368,7 @@ def _good_choices(choices: Sequence[Mapping[str, object]]) -> list[tuple[Mapping
     return good
 
 
-def _passed_on(choice: Mapping[str, object], text: str) -> Mapping[str, object]:
+def _to_chat_choice(choice: Mapping[str, object], text: str) -> Mapping[str, object]:
     """The choice as clients of chat completions can read it: with a message, even where the server sent a bare text."""
     if isinstance(choice.get("message"), dict):
         return choice

@@ -22,7 +22,7 @@ from rich.cells import cell_len
 from wording import assert_names, raises_naming
 
 from cappy.annotation.report import DataReport, summarize, to_text, write_page, write_report
-from cappy.annotation.report.candidates import COLUMNS, Candidates, Codes, Ints, codes, measured
+from cappy.annotation.report.candidates import COLUMNS, Candidates, Codes, Ints, codes, measure
 from cappy.annotation.report.page import render
 from cappy.annotation.report.record import QUANTILES, Pools
 from cappy.annotation.report.summary import Distinct, LengthTotals, num_characters, num_words
@@ -177,10 +177,10 @@ def check_lengths(report: DataReport, given: Sequence[Instance], responses: Sequ
         "response": responses,
     }
     for name, values in texts.items():
-        for found, measure in ((report.characters[name], len), (report.words[name], lambda text: len(text.split()))):
+        for found, length in ((report.characters[name], len), (report.words[name], lambda text: len(text.split()))):
             assert found.texts == len(values)
             if values:
-                assert found.quantiles == pytest.approx(recounted_lengths([measure(v) for v in values]), rel=1e-3)
+                assert found.quantiles == pytest.approx(recounted_lengths([length(v) for v in values]), rel=1e-3)
 
 
 def drawn(count: int) -> list[Instance]:
@@ -246,7 +246,7 @@ def test_not_even_the_last_bit_depends_on_what_else_a_batch_holds() -> None:
         llm, ok, blank = (Codes(codes(pa.array([text])).values, np.zeros_like(owner)) for text in ("llm", "ok", ""))
         response = Codes(column.values, numbers[which])
         fields = {"source": llm, "status": ok, "generator": blank, "decoding": blank, "response": response}
-        return measured(Candidates(rows=5_000, owner=owner, labels=labels, **fields))
+        return measure(Candidates(rows=5_000, owner=owner, labels=labels, **fields))
 
     assert np.array_equal(pools_with(np.arange(12)), pools_with(rng.permutation(12)))
 
@@ -345,7 +345,7 @@ def test_a_prompt_in_two_splits_is_a_caution() -> None:
         for split, text in (("train", "Say it"), ("test", "say  IT"))
     ]
     report = report_of(*given)
-    assert (report.instructions.repeated, report.instructions.in_several_splits) == (1, 1)
+    assert (report.instructions.repeats, report.instructions.in_several_splits) == (1, 1)
     assert re.search(r"Caution: 1 of 1 instruction \(100\.0%\).* split", " ".join(to_text(report).split()))
 
 

@@ -14,7 +14,7 @@ from cappy.records import prompt_hash
 from cappy.records.folder import verify as verify_manifest
 from cappy.sampling import load_generator
 from cappy.sampling.strategies import GREEDY, Decoding
-from cappy.scoring import Scorer, trained_on
+from cappy.scoring import Scorer, training_prompts
 
 MOST_BYTES = 12_000_000
 
@@ -51,7 +51,7 @@ def test_the_llm_answers_and_there_is_something_to_select() -> None:
 
 
 def test_the_scorer_was_trained_on_the_pretraining_pool_alone() -> None:
-    hashes = set(trained_on(SCORER_FOLDER).tolist())
+    hashes = set(training_prompts(SCORER_FOLDER).tolist())
     assert len(hashes) > 1000
     for pool in ("adaptation", "llm"):
         assert not hashes & {prompt_hash(row.instruction) for row in instances(pool, num_per_family=100)}

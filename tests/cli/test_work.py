@@ -11,7 +11,7 @@ from wording import assert_names
 
 from cappy.cli.work import clean, explain
 from cappy.errors import ConfigError, FolderError
-from cappy.records.work import claim, held
+from cappy.records.work import claim, lock_folder
 from cappy.sampling.store import DRAWING_VERSION, CandidateStore, Origin
 from cappy.steps import STEP_SPECS
 
@@ -94,7 +94,7 @@ def test_clean_keeps_what_is_in_use_and_removes_the_rest(tmp_path: Path, printed
     used, other = (tmp_path / "sampling" / (digit * 24) for digit in "01")
     for folder in (used, other):
         folder.mkdir(parents=True)
-    with held(used), pytest.raises(FolderError, match=used.name):
+    with lock_folder(used), pytest.raises(FolderError, match=used.name):
         clean(tmp_path, remove=True, as_json=True)
     assert {row["path"]: row["removed"] for row in printed()} == {str(used): False, str(other): True}
     assert (used.is_dir(), other.exists()) == (True, False)

@@ -11,7 +11,7 @@ from wording import assert_names
 from cappy.builtin import LLM_FOLDER, SCORER_FOLDER
 from cappy.costing import DEFAULT, Measurement, PlanConfig, Texts, Throughput, read_throughput
 from cappy.costing.costs import CHECKED, CHECKS, GENERATORS, HARDWARE, MOST_SHARDS, SCORERS, Work, cost
-from cappy.costing.plan import Plan, make_plan, span, stored, text, to_values
+from cappy.costing.plan import Plan, format_bytes, make_plan, span, text, to_values
 from cappy.costing.volumes import mixture_volumes
 from cappy.errors import ConfigError
 from cappy.preparation.mixtures import load_mixture
@@ -206,4 +206,4 @@ def test_times_and_sizes_are_said_in_one_unit() -> None:
     assert [span(one) for one in (8, 119, 600, 10_800, 400_000, 1e9)] == [
         "8.0 s", "119 s", "10 min", "3.0 h", "4.6 d", "31.7 years",
     ]  # fmt: skip
-    assert [stored(one) for one in (0, 1_500, 2.5e6, 3e9, 4.2e12)] == ["", "1.5 kB", "2.5 MB", "3 GB", "4.2 TB"]
+    assert [format_bytes(one) for one in (0, 1_500, 2.5e6, 3e9, 4.2e12)] == ["", "1.5 kB", "2.5 MB", "3 GB", "4.2 TB"]

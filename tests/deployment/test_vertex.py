@@ -77,7 +77,7 @@ def test_the_model_has_our_image_its_routes_and_the_verified_files(scorer: Path)
 def test_the_rest_of_the_traffic_is_shared_as_it_was(
     present: dict[str, int], share: int, expected: dict[str, int]
 ) -> None:
-    found = vertex.split(present, share)
+    found = vertex.split_traffic(present, share)
     assert found == expected
     assert sum(found.values()) == 100
 

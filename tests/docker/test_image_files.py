@@ -32,7 +32,7 @@ def pins(path: Path) -> Mapping[str, str]:
 
 
 def locked() -> Mapping[str, str]:
-    return {name.lower().replace("_", "-"): version for name, version in locks.locked().items()}
+    return {name.lower().replace("_", "-"): version for name, version in locks.read_locks().items()}
 
 
 @pytest.mark.parametrize("path", sorted((DOCKER / "requirements").glob("*.lock")), ids=lambda path: path.stem)

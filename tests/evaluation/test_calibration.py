@@ -86,8 +86,8 @@ def test_what_is_expected_of_the_best_of_n_is_on_the_mean_what_it_is_worth(n: in
     assert fitted is not None
     picks = drawn(*tested, n, seed=3)
     assert picks.sizes == (n,) * 600
-    assert picks.expected(fitted).mean() == pytest.approx(picks.labels.mean(), abs=0.02)
-    assert calibration.reliability(picks.expected(fitted), picks.labels).ece < 0.04
+    assert picks.expected_labels(fitted).mean() == pytest.approx(picks.labels.mean(), abs=0.02)
+    assert calibration.reliability(picks.expected_labels(fitted), picks.labels).ece < 0.04
     alone = np.array(fitted.apply(picks.scores.tolist(), n=1))
     assert n < 8 or alone.mean() > picks.labels.mean() + 0.05
 
@@ -99,7 +99,7 @@ def test_on_the_picks_that_a_map_was_fitted_on_the_mean_is_exact() -> None:
     assert [one.n for one in fitted.maps] == [1, 2, 4, 6]
     assert fitted.fitted_on == 100
     picks = calibration.picks(pools, scores)
-    assert picks.expected(fitted).mean() == pytest.approx(picks.labels.mean())
+    assert picks.expected_labels(fitted).mean() == pytest.approx(picks.labels.mean())
     single = np.concatenate([fitted.apply(own.tolist(), n=1) for own in scores])
     assert single.mean() == pytest.approx(np.mean([pool.labels.mean() for pool in pools]))
 
@@ -190,12 +190,12 @@ def test_the_report_calibrates_each_parts_picks_by_its_own_map() -> None:
     parts = [uneven(50, 4, seed=seed) for seed in (6, 7)]
     picks = [calibration.picks(*part) for part in parts]
     maps = [straight({1: 0.2}), straight({1: 0.8})]
-    found = calibration.calibrated(list(zip(picks, maps, strict=True)))
-    both = np.concatenate([own.expected(fitted) for own, fitted in zip(picks, maps, strict=True)])
+    found = calibration.measure_calibration(list(zip(picks, maps, strict=True)))
+    both = np.concatenate([own.expected_labels(fitted) for own, fitted in zip(picks, maps, strict=True)])
     labels = np.concatenate([own.labels for own in picks])
     assert found.calibrated == calibration.reliability(both, labels)
     assert found.fitted_on == 160
-    lacking = calibration.calibrated([(picks[0], maps[0]), (picks[1], None)])
+    lacking = calibration.measure_calibration([(picks[0], maps[0]), (picks[1], None)])
     assert (lacking.calibrated, lacking.fitted_on) == (None, 0)
     assert lacking.raw == found.raw
 

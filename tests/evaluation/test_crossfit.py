@@ -24,7 +24,7 @@ from cappy.registry.gate import decide
 from cappy.scoring import TRAINED_ON, Scorer
 from cappy.scoring.calibration import read_calibration
 from cappy.scoring.training_data import seen_in_training, training_data, write_training_data
-from cappy.selection.pools import Pool, collect, picked, with_scores
+from cappy.selection.pools import Pool, collect, pick_labels, with_scores
 from cappy.selection.selectors import select
 from cappy.training.loop import Run
 
@@ -192,7 +192,7 @@ def test_two_recipes_are_compared_on_their_picks_of_the_same_instances(grouped: 
     joined, leaks = crossfit.with_champion(splits, champion, "rougeL")
     assert leaks == {"champion": 0}
     report = report_of(joined, metric="rougeL", split="cross-fitted", seed=0, folds=5)
-    expected = picked(pools, scored(pools, seed=7)).mean()
+    expected = pick_labels(pools, scored(pools, seed=7)).mean()
     assert report.selectors["champion"].estimate.mean == pytest.approx(expected)
     assert report.comparisons["scorer-champion"].groups == 30
 

@@ -164,7 +164,7 @@ def test_labels_that_users_brought_need_no_reference(instances: list[Instance], 
         replace(
             instance,
             references=(),
-            candidates=tuple(one.labelled("given", one.labels["rougeL"]) for one in instance.candidates),
+            candidates=tuple(one.with_label("given", one.labels["rougeL"]) for one in instance.candidates),
         )
         for instance in instances
     ]

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi.testclient import TestClient
 from waiting import wait_until
 
-from cappy.scoring.encoding import Encoded, Pair
+from cappy.scoring.encoding import EncodedPair, Pair
 from serving.engine import Model
 
 Score = Callable[[Pair], float]
@@ -33,18 +33,18 @@ class FakeEngine:
     longest: int = 512
     batches: list[list[Pair]] = field(default_factory=list)
 
-    def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
+    def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
         """Pairs, found again by their ids."""
         found = []
         for instruction, response in pairs:
-            found.append(Encoded(ids=(*map(ord, instruction), -1, *map(ord, response)), types=()))
+            found.append(EncodedPair(ids=(*map(ord, instruction), -1, *map(ord, response)), types=()))
         return found
 
     def fit(self, pairs: Sequence[Pair]) -> bool:
         """Whether no pair has more than `longest` characters."""
         return all(len(instruction) + len(response) <= self.longest for instruction, response in pairs)
 
-    def compute(self, batch: Sequence[Encoded]) -> list[tuple[float, float]]:
+    def compute(self, batch: Sequence[EncodedPair]) -> list[tuple[float, float]]:
         """The function, and ten times it for the logit."""
         time.sleep(self.delay)
         pairs = [_texts(pair.ids) for pair in batch]

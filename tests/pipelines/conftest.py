@@ -128,10 +128,10 @@ PIPELINE = '''
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's tables, made once: it takes seconds."""
-    from cappy.registry.client import connected
+    from cappy.registry.client import connect
 
     path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    with connected(f"sqlite:///{path}"):
+    with connect(f"sqlite:///{path}"):
         return path
 
 

@@ -22,9 +22,9 @@ class Registry:
         self.uri = f"sqlite:///{folder}/mlflow.db"
 
     def add(self, manifest_hash: str, *, champion: bool = False, former: int = 0) -> None:
-        from cappy.registry.client import MlflowException, connected
+        from cappy.registry.client import MlflowException, connect
 
-        with connected(self.uri) as client:
+        with connect(self.uri) as client:
             try:
                 client.create_registered_model("cappy")
             except MlflowException as error:

@@ -15,7 +15,7 @@ from wording import raises_naming
 from cappy.errors import ConfigError
 from pipelines.builder import compile_pipeline as compiled_recipe
 from pipelines.definitions import PIPELINES
-from pipelines.recipe import VERTEX_TYPES, Platform, checked
+from pipelines.recipe import VERTEX_TYPES, Platform, check_recipe
 
 BLOCKED = ["torch", "transformers", "mlflow", "deepspeed", "google.cloud.aiplatform", "pyarrow"]
 PLATFORMS: tuple[Platform, ...] = ("local", "docker", "kubeflow", "vertex")
@@ -49,7 +49,7 @@ def compiled(name: str, platform: Platform = "local", **more: Any) -> str:
 @cache
 def _compiled(recipe: str, platform: Platform) -> str:
     """Several tests read the same one."""
-    return compiled_recipe(checked(json.loads(recipe)), platform)
+    return compiled_recipe(check_recipe(json.loads(recipe)), platform)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

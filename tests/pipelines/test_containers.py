@@ -17,7 +17,7 @@ from pipelines.builder import compile_pipeline as compiled
 from pipelines.definitions import PIPELINES
 from pipelines.execution import _containers
 from pipelines.local import KEYS, check_images
-from pipelines.recipe import checked
+from pipelines.recipe import check_recipe
 
 HERE = "registry.example/worker:1"
 
@@ -61,19 +61,19 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_an_image_that_is_here_will_do_and_one_that_cannot_be_pulled_is_one_line(engine: None) -> None:
-    found = check_images(checked({"pipeline": "adapt", "images": {"worker": HERE, "trainer": HERE}}))
+    found = check_images(check_recipe({"pipeline": "adapt", "images": {"worker": HERE, "trainer": HERE}}))
     assert found == dict.fromkeys(PIPELINES["adapt"].steps, "sha256:1")
     with raises_naming(ConfigError, "mine:2: ", "denied", "make"):
-        check_images(checked({"pipeline": "adapt", "images": {"worker": HERE, "trainer": "mine:2"}}))
+        check_images(check_recipe({"pipeline": "adapt", "images": {"worker": HERE, "trainer": "mine:2"}}))
     exit_step = {"resources": {"tracking": {"image": "mine:3"}}}
     with pytest.raises(ConfigError, match="mine:3: "):
-        check_images(checked({"pipeline": "adapt", "images": {"worker": HERE, "trainer": HERE}, **exit_step}))
+        check_images(check_recipe({"pipeline": "adapt", "images": {"worker": HERE, "trainer": HERE}, **exit_step}))
 
 
 def test_no_engine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")
     with raises_naming(ConfigError, "docker: ", "start Docker"):
-        check_images(checked({"pipeline": "adapt"}))
+        check_images(check_recipe({"pipeline": "adapt"}))
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def mine(*variables: str) -> Any:
     secrets = [{"variable": variable, "name": "llm"} for variable in variables]
-    return checked({"pipeline": "adapt", "resources": {"sampling": {"secrets": secrets}}})
+    return check_recipe({"pipeline": "adapt", "resources": {"sampling": {"secrets": secrets}}})
 
 
 def test_containers_get_the_keys_that_are_set_here_and_no_other_variable(given: dict[str, str], tmp_path: Path) -> None:

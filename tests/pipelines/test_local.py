@@ -20,7 +20,7 @@ from cappy.records import read, read_manifest
 from cappy.runs import read_record
 from pipelines.clients.local import LocalClient
 from pipelines.local import Outcome, execute, run_recipe
-from pipelines.recipe import checked
+from pipelines.recipe import check_recipe
 from pipelines.submission import Submission
 
 MakeUp = Callable[..., Submission]
@@ -198,7 +198,7 @@ def test_shards_have_names_and_caches_of_their_own_and_an_edited_input_is_never_
     rows = [{"instruction": f"Add {index} and 1.", "responses": ["2", "3"]} for index in range(4)]
     parameters = {"source": str(file), "scorer": "builtin"}
     work = str(tmp_path / "work")
-    recipe = checked({"pipeline": "batch_score", "shards": 2, "parameters": parameters, "work": work})
+    recipe = check_recipe({"pipeline": "batch_score", "shards": 2, "parameters": parameters, "work": work})
 
     def once() -> Outcome:
         file.write_text("\n".join(map(json.dumps, rows)))
@@ -230,7 +230,7 @@ def test_a_failed_shard_says_its_own_line_and_which_it_is(
     (tmp_path / "scorer" / "notes.txt").write_text("no scorer")
     parameters = {"source": str(tmp_path / "rows.jsonl"), "scorer": str(tmp_path / "scorer")}
     work = str(tmp_path / "work")
-    recipe = checked({"pipeline": "batch_score", "shards": 2, "parameters": parameters, "work": work})
+    recipe = check_recipe({"pipeline": "batch_score", "shards": 2, "parameters": parameters, "work": work})
     with pytest.raises(CappyError) as caught:
         run_recipe(recipe, root=tmp_path / "root")
     assert str(caught.value).startswith(f"scoring 0/2: {tmp_path / 'scorer'}: ")
@@ -255,7 +255,7 @@ def test_a_fresh_start_that_was_ended_goes_on_under_its_name_and_a_new_one_does_
             raise KeyboardInterrupt
 
     monkeypatch.setattr("pipelines.local.execute", played)
-    plain = checked(
+    plain = check_recipe(
         {
             "pipeline": "batch_score",
             "parameters": {"source": "builtin", "scorer": "builtin"},
@@ -286,7 +286,7 @@ def test_no_password_of_a_setting_is_written_down_with_the_recipe(
     monkeypatch.setattr("pipelines.local.execute", lambda request, *rest, **more: written.append(request))
     address = "http://anna:pw-4711@127.0.0.1:9"
     settings = {"registration": {"tracking_uri": address, "name": "mine"}}
-    recipe = checked({"pipeline": "adapt", "settings": settings, "tracking_uri": address, "work": str(tmp_path)})
+    recipe = check_recipe({"pipeline": "adapt", "settings": settings, "tracking_uri": address, "work": str(tmp_path)})
     run_recipe(recipe)
     assert "pw-4711" not in str(written)
     assert "mine" in str(written)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cappy.preparation.mixtures import chosen, load_mixture
+from cappy.preparation.mixtures import load_mixture, select_subsets
 from cappy.training.settings import TRUNCATION
 from cappy.training.update import rate
 from pipelines.planning import settings_of
@@ -228,7 +228,7 @@ def test_a_pair_that_is_too_long_loses_the_end_of_its_longer_text() -> None:
 def test_the_tasks_are_forty_five_and_eleven_and_all_of_t0s_mixture() -> None:
     """Sections 1.1, 5.1 and 5.3."""
     zero_shot = computed(read_recipe(RECIPES / "promptsource11.yaml"))["preparation"]
-    assert {subset.name for subset in chosen(load_mixture("heldout"), zero_shot.subsets).subsets} == ELEVEN
+    assert {subset.name for subset in select_subsets(load_mixture("heldout"), zero_shot.subsets).subsets} == ELEVEN
     tasks = {subset.name for subset in load_mixture("bigbench45").subsets}
     assert len(tasks) == 45
     assert len(load_mixture("t0").subsets) == 38

@@ -12,7 +12,7 @@ from pipelines.builder import build as built
 from pipelines.builder import compile_pipeline as compiled
 from pipelines.planning import check, registry_of, settings_of, submission_of, work_of
 from pipelines.preview import graph, lines, text, to_json
-from pipelines.recipe import Platform, Recipe, checked, read_recipe
+from pipelines.recipe import Platform, Recipe, check_recipe, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PLACES = {"tracking_uri": "https://mlflow.example", "kubeflow": {"endpoint": "https://kubeflow.example"}}
@@ -61,7 +61,7 @@ def test_the_recipes_of_the_paper_are_those_of_the_paper() -> None:
 )
 def test_a_wrong_key_or_value_is_one_line(values: dict[str, Any], names: tuple[str, ...], tmp_path: Path) -> None:
     with raises_naming(ConfigError, *names) as caught:
-        checked(values, where="mine.yaml")
+        check_recipe(values, where="mine.yaml")
     assert str(caught.value).startswith("mine.yaml: ")
     assert "\n" not in str(caught.value)
 
@@ -87,11 +87,11 @@ def test_a_file_that_is_no_recipe_is_one_line(text: str | None, names: tuple[str
 
 def test_a_wrong_parameter_and_a_wrong_setting_are_refused_without_a_registry() -> None:
     with raises_naming(ConfigError, "parameters: adapt ", "'sauce'", "source"):
-        check(checked({"pipeline": "adapt", "parameters": {"sauce": "builtin"}}))
+        check(check_recipe({"pipeline": "adapt", "parameters": {"sauce": "builtin"}}))
     with pytest.raises(ConfigError, match=r"evaluation: --folds"):
-        check(checked({"pipeline": "adapt", "settings": {"evaluation": {"folds": 50}}}))
+        check(check_recipe({"pipeline": "adapt", "settings": {"evaluation": {"folds": 50}}}))
     with pytest.raises(ConfigError, match=r"sampling: --shard "):
-        submission_of(checked({"pipeline": "adapt", "settings": {"sampling": {"shard": "0/2"}}, "shards": 2}))
+        submission_of(check_recipe({"pipeline": "adapt", "settings": {"sampling": {"shard": "0/2"}}, "shards": 2}))
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ def test_a_wrong_parameter_and_a_wrong_setting_are_refused_without_a_registry() 
 )
 def test_what_no_step_of_a_cluster_could_reach_is_refused(changed: dict[str, Any], names: tuple[str, ...]) -> None:
     with raises_naming(ConfigError, *names) as caught:
-        submission_of(checked({"pipeline": "pretrain", **PLACES, **changed}), "kubeflow")
+        submission_of(check_recipe({"pipeline": "pretrain", **PLACES, **changed}), "kubeflow")
     assert "secret@" not in str(caught.value)
 
 
 def test_a_file_of_decodings_must_lie_where_the_steps_see_it(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("- greedy")
-    recipe = checked({"pipeline": "pretrain", **PLACES, "parameters": {"strategy": str(mine)}})
+    recipe = check_recipe({"pipeline": "pretrain", **PLACES, "parameters": {"strategy": str(mine)}})
     with pytest.raises(ConfigError, match=r"sampling: --strategy: .*mine\.yaml .*under /data"):
         check(recipe, "kubeflow")
     check(recipe, "local")
@@ -136,7 +136,7 @@ def test_a_file_of_decodings_must_lie_where_the_steps_see_it(tmp_path: Path) -> 
 def test_what_the_submitter_cannot_see_changes_the_fingerprints_through_the_revision(tmp_path: Path) -> None:
     values = {"pipeline": "pretrain", "parameters": {"source": "/data/mine.jsonl", "generator": []}, **PLACES}
     found = [
-        submission_of(checked({**values, "revision": revision}), "kubeflow").fingerprints
+        submission_of(check_recipe({**values, "revision": revision}), "kubeflow").fingerprints
         for revision in ("1", "1", "2")
     ]
     assert found[0] == found[1]
@@ -144,14 +144,14 @@ def test_what_the_submitter_cannot_see_changes_the_fingerprints_through_the_revi
 
 
 def test_work_lies_where_every_step_of_the_platform_sees_it() -> None:
-    recipe = checked({"pipeline": "adapt", "vertex": {"bucket": "gs://mine"}, "kubeflow": {"mount": "/data"}})
+    recipe = check_recipe({"pipeline": "adapt", "vertex": {"bucket": "gs://mine"}, "kubeflow": {"mount": "/data"}})
     assert str(work_of(recipe, "local")) == ".cappy/work"
     assert str(work_of(recipe, "kubeflow")) == "/data/cappy"
     assert str(work_of(recipe, "vertex")) == "/gcs/mine/cappy"
 
 
 def test_the_outline_adds_up() -> None:
-    recipe = checked(
+    recipe = check_recipe(
         {
             "pipeline": "pretrain",
             "shards": 4,
@@ -176,21 +176,21 @@ def test_the_outline_adds_up() -> None:
     assert found["most_cost"] == pytest.approx(48 + 4 + 240 + 4 * 1.0)
     assert found["most_cost_with_retries"] == pytest.approx(found["most_cost"] + 48)
     assert_names(text(recipe, "kubeflow"), "at most 296.00", "344.00 with every retry")
-    unpriced = checked({"pipeline": "pretrain"})
+    unpriced = check_recipe({"pipeline": "pretrain"})
     assert to_json(unpriced, "local")["most_cost"] is None
     assert_names(text(unpriced, "local"), "no price", "preparation")
 
 
 def test_a_cluster_is_told_its_own_address_and_this_machine_asks_at_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    recipe = checked({"pipeline": "adapt", **PLACES})
+    recipe = check_recipe({"pipeline": "adapt", **PLACES})
     assert (registry_of(recipe, "kubeflow"), registry_of(recipe, "local")) == (
         "http://127.0.0.1:9",
         PLACES["tracking_uri"],
     )
     with pytest.raises(UnreachableError, match="127.0.0.1:9"):
         submission_of(recipe, "kubeflow")
-    found = submission_of(checked({"pipeline": "pretrain", **PLACES}), "kubeflow").arguments
+    found = submission_of(check_recipe({"pipeline": "pretrain", **PLACES}), "kubeflow").arguments
     assert decode(str(found["registration_settings"]))["tracking_uri"] == PLACES["tracking_uri"]
 
 
@@ -200,7 +200,7 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
     cloud = {"project": "p", "region": "europe-west4", "bucket": "gs://mine", "service_account": "me@p"}
     cluster = {**PLACES["kubeflow"], "namespace": "team"}  # type: ignore[dict-item]
     places = {**PLACES, "vertex": {**cloud, "network": "projects/1/global/networks/n"}, "kubeflow": cluster}
-    vertex = checked({"pipeline": "adapt", "resources": {"finetuning": {**needs, "spot": True}}, **places})
+    vertex = check_recipe({"pipeline": "adapt", "resources": {"finetuning": {**needs, "spot": True}}, **places})
     check(vertex, "vertex")
     told = settings_of(vertex, "vertex")["finetuning"]
     job = {"nodes": 4, "devices": 8, "image": "mine:1", "max_restarts": 7, "timeout_hours": pytest.approx(45.6)}
@@ -221,7 +221,7 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
     assert {name: told[name] for name in expected} == expected
     del needs["machine_type"]
     needs |= {"cpu": "64", "memory": "512Gi"}
-    kubeflow = checked({"pipeline": "adapt", "resources": {"finetuning": needs}, **places})
+    kubeflow = check_recipe({"pipeline": "adapt", "resources": {"finetuning": needs}, **places})
     check(kubeflow, "kubeflow")
     told = settings_of(kubeflow, "kubeflow")["finetuning"]
     expected = {
@@ -243,7 +243,7 @@ def test_training_on_several_nodes_is_a_job_of_the_platform_and_the_step_itself_
         spec = compiled(recipe, platform)
         assert "H100" not in spec
         assert "nvidia.com/gpu" not in spec
-    chosen = checked(
+    chosen = check_recipe(
         {
             "pipeline": "adapt",
             "settings": {"finetuning": {"runtime": "mine"}},
@@ -273,24 +273,24 @@ def test_what_the_pipeline_gives_and_what_is_not_there_are_refused(
     values: dict[str, Any], names: tuple[str, ...]
 ) -> None:
     with raises_naming(ConfigError, *names):
-        check(checked({"pipeline": "adapt", **values}))
+        check(check_recipe({"pipeline": "adapt", **values}))
 
 
 def test_a_dataset_to_score_must_be_named() -> None:
     for values in ({}, {"parameters": {"source": ""}}):
         with raises_naming(ConfigError, "batch_score: ", "source", "--set preparation.source=FILE"):
-            settings_of(checked({"pipeline": "batch_score", **values}))
-    named = checked({"pipeline": "batch_score", "settings": {"preparation": {"source": "mine.jsonl"}}})
+            settings_of(check_recipe({"pipeline": "batch_score", **values}))
+    named = check_recipe({"pipeline": "batch_score", "settings": {"preparation": {"source": "mine.jsonl"}}})
     assert settings_of(named)["preparation"]["source"] == "mine.jsonl"
 
 
 def test_one_generator_may_be_named_without_a_list() -> None:
-    settings = settings_of(checked({"pipeline": "adapt", "parameters": {"generator": "builtin"}}))
+    settings = settings_of(check_recipe({"pipeline": "adapt", "parameters": {"generator": "builtin"}}))
     assert settings["sampling"]["generator"] == ["builtin"]
 
 
 def test_a_recipe_that_does_not_say_where_the_platform_is_is_no_submission() -> None:
     with pytest.raises(ConfigError, match="kubeflow: .*endpoint"):
-        check(checked({"pipeline": "pretrain", "tracking_uri": "https://mlflow.example"}), "kubeflow")
+        check(check_recipe({"pipeline": "pretrain", "tracking_uri": "https://mlflow.example"}), "kubeflow")
     with raises_naming(ConfigError, "vertex: ", "project", "bucket"):
-        check(checked({"pipeline": "pretrain", "tracking_uri": "https://mlflow.example"}), "vertex")
+        check(check_recipe({"pipeline": "pretrain", "tracking_uri": "https://mlflow.example"}), "vertex")

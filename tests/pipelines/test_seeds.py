@@ -15,8 +15,8 @@ from cappy.worker import config_class
 from pipelines.builder import build_pipeline
 from pipelines.customize import leave_alone
 from pipelines.definitions import PIPELINES, shards_of
-from pipelines.planning import planned, settings_of
-from pipelines.recipe import checked
+from pipelines.planning import plan_settings, settings_of
+from pipelines.recipe import check_recipe
 from pipelines.submission import Submission, prepare
 
 FIRST = {
@@ -53,7 +53,7 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
 
     def submit(name: str, **parameters: Any) -> Submission:
-        steps = planned(name, {**NEEDED[name], **parameters}, {})
+        steps = plan_settings(name, {**NEEDED[name], **parameters}, {})
         return prepare(name, steps, work=tmp_path / "work")
 
     return submit
@@ -68,7 +68,7 @@ def reached(submission: Submission, step: str) -> dict[str, Any]:
 def keys(name: str, **parameters: Any) -> dict[str, str]:
     """The name of the work of each step, its inputs aside."""
     found = {}
-    for step, values in planned(name, {**NEEDED[name], **parameters}, {}).items():
+    for step, values in plan_settings(name, {**NEEDED[name], **parameters}, {}).items():
         config = build(
             config_class(step), {**values, **{artifact: Path("x") for artifact in STEP_SPECS[step].artifacts}}
         )
@@ -95,7 +95,7 @@ def test_another_seed_does_nothing_again_that_stands_before_its_step(submitted: 
 @pytest.mark.parametrize("name", list(PIPELINES))
 def test_one_seed_stands_for_every_kind_of_draw_that_has_none_of_its_own(name: str) -> None:
     def seeds(**parameters: Any) -> dict[str, Any]:
-        steps = planned(name, {**NEEDED[name], **parameters}, {})
+        steps = plan_settings(name, {**NEEDED[name], **parameters}, {})
         return {step: values["seed"] for step, values in steps.items() if "seed" in values}
 
     assert set(seeds().values()) == {0}
@@ -109,7 +109,7 @@ def test_one_seed_stands_for_every_kind_of_draw_that_has_none_of_its_own(name: s
 
 @pytest.mark.parametrize("name", ["adapt", "pretrain", "evaluate"])
 def test_the_bootstraps_seed_is_evaluations_own(submitted: Any, name: str) -> None:
-    own = planned(name, NEEDED[name], {"evaluation": {"seed": 5}})
+    own = plan_settings(name, NEEDED[name], {"evaluation": {"seed": 5}})
     assert own["evaluation"]["seed"] == 5
     one, other = submitted(name), prepare(name, own, work=Path("work").absolute())
     changed = [step for step in one.fingerprints if one.fingerprints[step] != other.fingerprints[step]]
@@ -118,10 +118,10 @@ def test_the_bootstraps_seed_is_evaluations_own(submitted: Any, name: str) -> No
 
 def test_a_recipe_names_each_seed() -> None:
     parameters = {"seed": 1, "training_seed": 2}
-    settings = settings_of(checked({"pipeline": "adapt", "parameters": parameters}))
+    settings = settings_of(check_recipe({"pipeline": "adapt", "parameters": parameters}))
     assert [settings[step]["seed"] for step in ("preparation", "sampling", "finetuning")] == [1, 1, 2]
     with raises_naming(ConfigError, "parameters: evaluate ", "'training_seed'", "sampling_seed"):
-        settings_of(checked({"pipeline": "evaluate", "parameters": {"training_seed": 1}}))
+        settings_of(check_recipe({"pipeline": "evaluate", "parameters": {"training_seed": 1}}))
 
 
 @pytest.mark.parametrize("name", list(PIPELINES))
@@ -149,13 +149,13 @@ def test_a_parameter_that_settings_leave_without_effect_is_refused(
     name: str, parameters: dict[str, Any], settings: dict[str, Any], idle: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"^parameters: {idle}.* no effect"):
-        planned(name, parameters, settings)
+        plan_settings(name, parameters, settings)
 
 
 def test_parameters_that_say_their_default_or_that_settings_change_in_part_are_taken() -> None:
-    planned("adapt", {"generator": ["builtin"], "scorer": "builtin"}, {"finetuning": {"scorer": "other"}})
-    planned("adapt", {"seed": 3, "metric": "chrf"}, {"finetuning": {"seed": 2, "metric": "rougeL"}})
-    planned("adapt", {"margin": 0.1, "name": "mine"}, {"promotion": {"tracking_uri": "x"}})
+    plan_settings("adapt", {"generator": ["builtin"], "scorer": "builtin"}, {"finetuning": {"scorer": "other"}})
+    plan_settings("adapt", {"seed": 3, "metric": "chrf"}, {"finetuning": {"seed": 2, "metric": "rougeL"}})
+    plan_settings("adapt", {"margin": 0.1, "name": "mine"}, {"promotion": {"tracking_uri": "x"}})
 
 
 @pytest.mark.parametrize("name", list(PIPELINES))

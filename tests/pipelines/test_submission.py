@@ -14,7 +14,7 @@ from cappy.errors import CappyError, ConfigError
 from cappy.records import Instance, write
 from pipelines.builder import build
 from pipelines.definitions import PIPELINES
-from pipelines.recipe import checked
+from pipelines.recipe import check_recipe
 from pipelines.submission import fingerprints, prepare
 
 
@@ -139,7 +139,7 @@ def test_every_setting_reaches_its_step_as_a_parameter_or_encoded(file: Path, tm
     assert decode(str(found["registration_settings"])) == {"tracking_uri": "sqlite:///my.db", "work": work}
     assert decode(str(found["tracking_settings"])) == {"tracking_uri": "sqlite:///my.db", "work": work}
     assert set(json.loads(str(found["fingerprints"]))) == set(PIPELINES["adapt"].steps)
-    known = build(checked({"pipeline": "adapt"})).pipeline_spec.root.input_definitions.parameters
+    known = build(check_recipe({"pipeline": "adapt"})).pipeline_spec.root.input_definitions.parameters
     assert set(found) <= set(known)
 
 
@@ -148,7 +148,7 @@ def test_pretraining_on_the_builtin_tasks_is_judged_on_validation(tmp_path: Path
     assert steps["preparation"]["pool"] == "pretraining"
     assert steps["evaluation"]["split"] == "validation"
     found = prepare("pretrain", steps, work=tmp_path).arguments
-    known = build(checked({"pipeline": "pretrain"})).pipeline_spec.root.input_definitions.parameters
+    known = build(check_recipe({"pipeline": "pretrain"})).pipeline_spec.root.input_definitions.parameters
     assert set(found) <= set(known)
 
 

@@ -130,4 +130,4 @@ def test_prompts_that_differ_only_in_case_white_space_or_unicode_form_hash_alike
 
 @given(candidates, texts, numbers)
 def test_a_label_changes_nothing_else(candidate: Candidate, metric: str, label: float) -> None:
-    assert candidate.labelled(metric, label) == replace(candidate, labels={**candidate.labels, metric: label})
+    assert candidate.with_label(metric, label) == replace(candidate, labels={**candidate.labels, metric: label})

@@ -24,7 +24,7 @@ from cappy.records import File, Instance, Manifest, read
 from cappy.records import work as work_module
 from cappy.records.folder import describe_files
 from cappy.records.parts import process
-from cappy.records.work import Piece, begin, claim, finish, fresh_name, held, note_finished, pieces, read_key
+from cappy.records.work import Piece, begin, claim, finish, fresh_name, lock_folder, note_finished, pieces, read_key
 from cappy.steps import STEP_SPECS
 
 HOLD = """
@@ -308,7 +308,7 @@ def test_whoever_waits_for_work_that_is_removed_gets_a_folder_of_their_own(tmp_p
             (folder / "mine").touch()
             seen.append(sorted(path.name for path in folder.iterdir()))
 
-    with held(piece.path):
+    with lock_folder(piece.path):
         threads = [threading.Thread(target=wait) for _ in range(3)]
         for thread in threads:
             thread.start()

@@ -14,7 +14,7 @@ from waiting import wait_until
 from wording import raises_naming
 
 from cappy.errors import RegistryError, UnreachableError
-from cappy.registry.client import connected
+from cappy.registry.client import connect
 
 CONNECT = """
 import sys
@@ -38,7 +38,7 @@ def killed_among_the_tables(folder: Path) -> None:
 
 def test_a_run_killed_while_the_tables_are_made_leaves_nothing_that_the_next_one_refuses(tmp_path: Path) -> None:
     killed_among_the_tables(tmp_path)
-    with connected(f"sqlite:///{tmp_path / 'mlflow.db'}") as client:
+    with connect(f"sqlite:///{tmp_path / 'mlflow.db'}") as client:
         assert [found.name for found in client.search_experiments()] == ["Default"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [".mlflow.db.lock", "mlflow.db"]
 
@@ -48,9 +48,9 @@ def test_a_missing_and_an_empty_file_become_a_database(tmp_path: Path, start: st
     path = tmp_path / "mlflow.db"
     if start == "empty":
         path.touch()
-    with connected(f"sqlite:///{path}") as client:
+    with connect(f"sqlite:///{path}") as client:
         client.create_experiment("kept")
-    with connected(f"sqlite:///{path}") as client:
+    with connect(f"sqlite:///{path}") as client:
         assert client.get_experiment_by_name("kept") is not None
 
 
@@ -73,7 +73,7 @@ def test_the_newline_that_echo_puts_behind_a_secret_is_not_sent(monkeypatch: pyt
     given = {"TOKEN": "token-1\n"} if bearer else {"USERNAME": "anna\n", "PASSWORD": " password-1\r\n"}
     for name, value in given.items():
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
-    with handled_by(Handler) as url, pytest.raises(UnreachableError) as error, connected(url):
+    with handled_by(Handler) as url, pytest.raises(UnreachableError) as error, connect(url):
         pass
     basic = base64.b64encode(b"anna:password-1").decode()
     assert asked[-1] == ("Bearer token-1" if bearer else f"Basic {basic}")
@@ -85,7 +85,7 @@ def test_the_newline_that_echo_puts_behind_a_secret_is_not_sent(monkeypatch: pyt
 def test_a_database_whose_driver_is_missing_is_one_line_without_its_password() -> None:
     with (
         raises_naming(RegistryError, "//…@h/db", "pg8000", "pip install") as error,
-        connected("postgresql+pg8000://anna:se@cr/et-1@h/db"),
+        connect("postgresql+pg8000://anna:se@cr/et-1@h/db"),
     ):
         pass
     assert "et-1" not in str(error.value)

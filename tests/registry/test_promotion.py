@@ -18,7 +18,7 @@ from cappy.errors import ConfigError, FolderError, RecordError, RegistryError
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_manifest
 from cappy.registry import aliases
-from cappy.registry.client import connected
+from cappy.registry.client import connect
 from cappy.registry.gate import decide, parse_guards
 
 
@@ -366,7 +366,7 @@ def test_a_version_that_a_rollback_brought_back_is_not_held(room: Any, registere
     registry.rollback("cappy", tracking_uri=room.uri)
     _, third = registered("c", 3.0, champion=one)
     assert room.promote(third)["decision"] == "promote"
-    with connected(room.uri) as client:
+    with connect(room.uri) as client:
         versions = {number: registry.resolve(f"models:/cappy/{number}", tracking_uri=room.uri) for number in (1, 2, 3)}
         assert [aliases.was_rolled_back(client, versions[number]) for number in (1, 2, 3)] == [False, True, False]
 
@@ -493,7 +493,7 @@ def test_a_lock_that_a_dead_process_left_is_broken_and_a_live_one_waited_for(
 ) -> None:
     registered("a")
     monkeypatch.setattr(aliases, "WAIT_SECONDS", 0.5)
-    with connected(room.uri) as client:
+    with connect(room.uri) as client:
         client.create_registered_model(f"cappy{aliases.LOCK}")
         with (
             raises_naming(RegistryError, "models:/cappy@champion", "another promotion"),
@@ -509,7 +509,7 @@ def test_a_lock_that_a_dead_process_left_is_broken_and_a_live_one_waited_for(
 def test_whoever_lost_the_lock_leaves_the_next_ones_alone(room: Any, registered: Any) -> None:
     registered("a")
     lock = f"cappy{aliases.LOCK}"
-    with connected(room.uri) as client:
+    with connect(room.uri) as client:
         with aliases.alone(client, "cappy"):
             client.delete_registered_model(lock)
             client.create_registered_model(lock, tags={aliases.OWNER_TAG: "another"})
@@ -518,7 +518,7 @@ def test_whoever_lost_the_lock_leaves_the_next_ones_alone(room: Any, registered:
 
 def test_a_lock_that_is_gone_when_the_move_is_done_is_no_error(room: Any, registered: Any) -> None:
     registered("a")
-    with connected(room.uri) as client, aliases.alone(client, "cappy"):
+    with connect(room.uri) as client, aliases.alone(client, "cappy"):
         client.delete_registered_model(f"cappy{aliases.LOCK}")
 
 

@@ -318,10 +318,10 @@ def test_a_report_of_a_newer_schema_registers_nothing(room: Any) -> None:
 
 def test_a_version_that_another_tool_made_with_our_tag_does_not_stand_for_ours(room: Any) -> None:
     from cappy.records import read_manifest
-    from cappy.registry.client import connected
+    from cappy.registry.client import connect
 
     scorer = room.scorer("a")
-    with connected(room.uri) as client:
+    with connect(room.uri) as client:
         client.create_registered_model("cappy")
         tags = {"cappy.manifest": read_manifest(scorer).hash}
         client.create_model_version("cappy", source="file:///elsewhere/model", tags=tags)

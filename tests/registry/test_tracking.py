@@ -119,9 +119,9 @@ def test_a_failed_step_is_a_failed_run_with_its_line(room: Any) -> None:
 
 
 def test_an_injected_run_is_joined_and_left_open(room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cappy.registry.client import connected, experiment_id
+    from cappy.registry.client import connect, experiment_id
 
-    with connected(room.uri) as client:
+    with connect(room.uri) as client:
         outer = client.create_run(experiment_id(client, "cappy", room.uri)).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", outer)
     record(room, "preparation", "f1", "run-1")

@@ -152,9 +152,9 @@ def test_a_tag_never_chooses_which_folder_is_deleted(room: Any, registered: Any,
 
 
 def _tag(room: Any, name: str, value: str) -> None:
-    from cappy.registry.client import connected
+    from cappy.registry.client import connect
 
-    with connected(room.uri) as client:
+    with connect(room.uri) as client:
         client.set_model_version_tag("cappy", "1", name, value)
 
 
@@ -194,10 +194,10 @@ def test_no_other_server_gets_the_password_of_mlflow(
 
 
 def test_a_copied_version_is_downloaded_from_where_the_original_lies(room: Any, registered: Any) -> None:
-    from cappy.registry.client import connected
+    from cappy.registry.client import connect
 
     registered("a")
-    with connected(room.uri) as client:
+    with connect(room.uri) as client:
         copy = client.copy_model_version("models:/cappy/1", "other")
         original = client.get_model_version("cappy", "1")
         for name, value in original.tags.items():
@@ -208,10 +208,10 @@ def test_a_copied_version_is_downloaded_from_where_the_original_lies(room: Any, 
 
 @pytest.mark.parametrize("text", ["[1,", "{}", '{"at": 1}', "[" * 100_000])
 def test_a_history_that_somebody_edited_is_one_line(room: Any, registered: Any, text: str) -> None:
-    from cappy.registry.client import connected
+    from cappy.registry.client import connect
 
     registered("a")
-    with connected(room.uri) as client:
+    with connect(room.uri) as client:
         client.set_registered_model_tag("cappy", "cappy.history.00000", text[:5000])
     with raises_naming(RegistryError, "models:/cappy", "cappy.history.00000", "delete the tag"):
         registry.history("cappy", tracking_uri=room.uri)

@@ -77,10 +77,10 @@ def test_the_time_left_is_known_before_an_instance_is_complete() -> None:
     progress = Records()
     told = made(progress)
     told(0, 440, unit="instances")
-    told.drawn(1, begun=0.5)
+    told.add_candidates(1, begun=0.5)
     assert progress.lines[-1].startswith("0 of 440 instances, 1 candidates (")
     assert progress.lines[-1].endswith(" left")
-    told.drawn(0, begun=39.0)
+    told.add_candidates(0, begun=39.0)
     # Ten instances' worth of work: the line says it as for whole ones, and the time left once.
     assert progress.lines[-1].startswith("10 of 440 instances")
     assert_names(progress.lines[-1], "1 instances/s", "7 min 10 s left", "1 candidates (")
@@ -94,7 +94,7 @@ def test_work_under_way_never_counts_beyond_the_total() -> None:
     progress = Records()
     told = made(progress)
     told(0, 3)
-    told.drawn(12, begun=9.0)
+    told.add_candidates(12, begun=9.0)
     assert progress.dones == [0, 3]
 
 

@@ -9,8 +9,8 @@ from chat_server import Model, serving
 
 from cappy.errors import ConfigError
 from cappy.records import Candidate, Instance, read, write
-from cappy.sampling.accounts import taken
-from cappy.sampling.generators import ignore_drawn
+from cappy.sampling.accounts import count_part
+from cappy.sampling.generators import ignore_progress
 from cappy.sampling.step import SamplingConfig, run, sample
 from cappy.sampling.strategies import GREEDY, STRATEGIES, Decoding
 
@@ -33,7 +33,7 @@ class Echo:
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        on_drawn: Callable[[int], None] = ignore_drawn,
+        on_drawn: Callable[[int], None] = ignore_progress,
     ) -> list[list[Candidate]]:
         self.asked += instructions
         on_drawn(len(instructions) * sum(decoding.num_samples for decoding in decodings))
@@ -107,11 +107,11 @@ def test_what_a_part_took_counts_what_was_drawn_and_may_be_selected() -> None:
     candidates = [Candidate(response=text, generator="echo", status=status) for text, status in drawn]  # type: ignore[arg-type]
     brought = Candidate(response="a", generator="people")
     part = [instance(1, candidates=(brought, *candidates)), instance(2, candidates=(brought, candidates[0]))]
-    assert taken(part, [Echo()]) == {
+    assert count_part(part, [Echo()]) == {
         "sampled": 7, "empty": 1, "refused": 2, "failed": 0, "truncated": 1, "filtered": 0, "distinct": 3,
         "duplicates": 1,
     }  # fmt: skip
-    assert taken(part, []) == {}
+    assert count_part(part, []) == {}
 
 
 def test_a_generator_is_only_asked_for_what_is_its_own(tmp_path: Path, llm_folder: Path) -> None:

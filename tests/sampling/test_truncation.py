@@ -71,7 +71,7 @@ def test_any_of_several_end_tokens_ends_a_response(causal_folder: Path, tmp_path
     generator = Causal("turns", open_model_folder(folder))
     word = generator.tokenizer("cat", add_special_tokens=False).input_ids
     assert generator._candidate(Response((*word, turn), -1.0), GREEDY, seed=0).status == "ok"
-    assert generator._ended(torch.tensor([[*word, turn, 7, END]])) == [(*word, turn)]
+    assert generator._cut_at_end(torch.tensor([[*word, turn, 7, END]])) == [(*word, turn)]
 
 
 @pytest.mark.parametrize("values", ["[]", "{}", '{"eos_token_id": null}', '{"eos_token_id": [true, -1, "x", 2.5]}'])

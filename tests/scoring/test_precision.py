@@ -20,7 +20,7 @@ from transformers import (
 from cappy.errors import ConfigError
 from cappy.scoring import Scorer
 from cappy.scoring.config import ChosenPrecision, ScorerConfig
-from cappy.scoring.encoding import Encoded
+from cappy.scoring.encoding import EncodedPair
 from cappy.scoring.forward import choose, collate, has_bf16, has_prepacking
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def own_logits(scorer: Scorer, batch: list[Encoded]) -> torch.Tensor:
+def own_logits(scorer: Scorer, batch: list[EncodedPair]) -> torch.Tensor:
     """Logits by transformers' own forward, padded."""
     types = getattr(scorer.model.config, "type_vocab_size", 0) > 1
     inputs = collate(batch, pad=scorer.tokenizer.pad_token_id, types=types, device=CPU)
@@ -84,7 +84,7 @@ def own_logits(scorer: Scorer, batch: list[Encoded]) -> torch.Tensor:
     return logits
 
 
-def padded(scorer: Scorer, batch: list[Encoded]) -> list[float]:
+def padded(scorer: Scorer, batch: list[EncodedPair]) -> list[float]:
     with torch.no_grad():
         logits: list[float] = own_logits(scorer, batch).tolist()
     return logits
@@ -110,7 +110,7 @@ def test_a_padding_token_inside_a_text_counts_as_transformers_counts_it(roberta:
         (usual,) = scorer.encoder.encode(pairs(1))
         ids = list(usual.ids)
         ids[3] = scorer.tokenizer.pad_token_id
-        batch = [usual, Encoded(ids=tuple(ids), types=usual.types)]
+        batch = [usual, EncodedPair(ids=tuple(ids), types=usual.types)]
         assert scorer.forward(batch).tolist() == pytest.approx(padded(scorer, batch), abs=1e-5)
 
 

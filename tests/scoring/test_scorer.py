@@ -16,7 +16,7 @@ from cappy.errors import ConfigError, FolderError
 from cappy.records import Instance, write
 from cappy.scoring import Scorer
 from cappy.scoring.config import ChosenPrecision, ScorerConfig
-from cappy.scoring.encoding import Encoded, PairEncoder
+from cappy.scoring.encoding import EncodedPair, PairEncoder
 from cappy.scoring.forward import by_length
 
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three".split()
@@ -143,14 +143,14 @@ def test_a_pair_fits_exactly_where_none_of_its_tokens_is_cut(scorer: Scorer) -> 
     pairs = [("cat " * count, "red bird") for count in range(80)] + [("one", "red " * 200)]
     whole = []
     for pair, encoded in zip(pairs, encoder.encode(pairs), strict=True):
-        asked = sum(map(len, encoder.tokens(list(pair)))) + encoder.added
+        asked = sum(map(len, encoder.tokens(list(pair)))) + encoder.num_special_tokens
         whole.append(asked == len(encoded.ids))
     assert encoder.fit(pairs) == whole
     assert set(whole) == {True, False}
 
 
 def test_batches_hold_every_pair_once_within_the_budget() -> None:
-    encoded = [Encoded(ids=(1,) * length, types=(0,) * length) for length in (5, 90, 3, 40, 41, 7, 300)]
+    encoded = [EncodedPair(ids=(1,) * length, types=(0,) * length) for length in (5, 90, 3, 40, 41, 7, 300)]
     batches = list(by_length(encoded, budget=100))
     assert sorted(index for batch in batches for index in batch) == list(range(7))
     for batch in batches:
@@ -258,7 +258,7 @@ def given(scorer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         assert len(set(lengths)) == len(lengths)
         known = dict(zip(lengths, logits, strict=True))
 
-        def forward(batch: Sequence[Encoded]) -> torch.Tensor:
+        def forward(batch: Sequence[EncodedPair]) -> torch.Tensor:
             return torch.tensor([known[len(pair.ids)] for pair in batch])
 
         monkeypatch.setattr(scorer, "forward", forward)

@@ -8,15 +8,15 @@ import pytest
 from cappy.records import Candidate, Instance
 from cappy.selection.pools import (
     Pool,
+    best_of_n_curve,
     best_probabilities,
-    extended,
+    extend_curve,
     mbr,
     mbr_curve,
     pays_until,
     pick,
     pick_label,
-    picked,
-    ranked_curve,
+    pick_labels,
 )
 
 RNG = np.random.default_rng(0)
@@ -29,15 +29,15 @@ def test_the_curve_equals_the_mean_over_all_subsets_ties_included(size: int) -> 
         np.mean([pick_label(values[list(s)], labels[list(s)]) for s in itertools.combinations(range(size), n)])
         for n in range(1, size + 1)
     ]
-    assert ranked_curve(values, labels) == pytest.approx(brute, abs=1e-12)
+    assert best_of_n_curve(values, labels) == pytest.approx(brute, abs=1e-12)
 
 
 def test_the_curve_runs_from_the_mean_to_the_pick_and_the_oracles_never_falls() -> None:
     values, labels = RNG.random(56), RNG.random(56)
-    curve = ranked_curve(values, labels)
+    curve = best_of_n_curve(values, labels)
     assert curve[0] == pytest.approx(labels.mean())
     assert curve[-1] == pytest.approx(labels[pick(values)])
-    assert (np.diff(ranked_curve(labels, labels)) > -1e-12).all()
+    assert (np.diff(best_of_n_curve(labels, labels)) > -1e-12).all()
 
 
 def test_probabilities_of_a_large_pool_are_finite_and_add_up_to_one() -> None:
@@ -73,10 +73,10 @@ def test_the_order_of_a_pool_says_nothing_of_a_selector_that_ties() -> None:
     texts: tuple[str, ...] = ("x y z", "x y w", "x y z", "q r s", "q r t")
     labels, turned = np.array([0.9, 0.1, 0.9, 0.4, 0.2]), slice(None, None, -1)
     for values in (np.zeros(5), np.array([1.0, 1.0, 0.0, 0.0, 1.0]), mbr(texts)):
-        forth, back = ranked_curve(values, labels), ranked_curve(values[turned], labels[turned])
+        forth, back = best_of_n_curve(values, labels), best_of_n_curve(values[turned], labels[turned])
         assert forth == pytest.approx(back)
         assert forth[-1] == pytest.approx(pick_label(values, labels))
-    assert ranked_curve(np.zeros(5), labels) == pytest.approx(np.full(5, labels.mean()))
+    assert best_of_n_curve(np.zeros(5), labels) == pytest.approx(np.full(5, labels.mean()))
     curves = [
         mbr_curve(texts[turn], labels[turn], np.random.default_rng(0), draws=4000) for turn in (slice(None), turned)
     ]
@@ -91,15 +91,15 @@ def test_the_curve_ends_at_what_the_tables_row_says() -> None:
         instance = Instance(instance_id=str(index), instruction="i", references=("r",), candidates=candidates)
         pools.append(Pool(instance, candidates, rng.random(6)))
     values = [rng.integers(2, size=len(pool.labels)).astype(float) for pool in pools]
-    ends = [ranked_curve(own, pool.labels)[-1] for own, pool in zip(values, pools, strict=True)]
-    assert picked(pools, values) == pytest.approx(ends)
+    ends = [best_of_n_curve(own, pool.labels)[-1] for own, pool in zip(values, pools, strict=True)]
+    assert pick_labels(pools, values) == pytest.approx(ends)
     consensus = [mbr(pool.responses) for pool in pools]
     ends = [mbr_curve(pool.responses, pool.labels, rng)[-1] for pool in pools]
-    assert picked(pools, consensus) == pytest.approx(ends)
+    assert pick_labels(pools, consensus) == pytest.approx(ends)
 
 
 def test_a_smaller_pool_keeps_its_last_result() -> None:
-    assert extended(np.array([0.2, 0.4]), 4).tolist() == [0.2, 0.4, 0.4, 0.4]
+    assert extend_curve(np.array([0.2, 0.4]), 4).tolist() == [0.2, 0.4, 0.4, 0.4]
 
 
 def test_more_candidates_pay_as_long_as_one_adds_a_tenth_of_a_point() -> None:

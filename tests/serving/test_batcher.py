@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scoring_function import FakeEngine, lengths
 
-from cappy.scoring.encoding import Encoded, Pair
+from cappy.scoring.encoding import EncodedPair, Pair
 from serving.bodies import Refusal
 from serving.engine import Batch, Batcher, _Job, fill
 
@@ -18,7 +18,7 @@ Pools = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=12), min_size
 
 
 def job(engine: FakeEngine, sizes: Sequence[int]) -> _Job:
-    pairs = [Encoded(ids=(0,) * size, types=()) for size in sizes]
+    pairs = [EncodedPair(ids=(0,) * size, types=()) for size in sizes]
     waiting = sorted(enumerate(pairs), key=lambda one: len(one[1].ids))
     return _Job(engine, waiting, [], len(pairs), None)  # type: ignore[arg-type]
 

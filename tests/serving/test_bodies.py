@@ -129,7 +129,7 @@ def test_bodies_that_are_held_at_once_have_a_limit_and_leave_it_when_they_are_an
             with pytest.raises(Refusal) as refused:
                 second.take(1)
         assert (refused.value.status, refused.value.retry_after) == (503, 1)
-        kept = first.handed_on()
+        kept = first.hand_over()
     assert budget.held == 60
     kept.release()
     assert budget.held == 0

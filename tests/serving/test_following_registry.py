@@ -16,7 +16,7 @@ from waiting import wait_until
 from cappy.evaluation.findings import SCHEMA
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import describe_files, write_manifest
-from cappy.registry.client import connected
+from cappy.registry.client import connect
 from cappy.registry.registration import RegistrationConfig, run
 from cappy.scoring import Scorer
 
@@ -61,7 +61,7 @@ def test_a_running_service_follows_the_alias_of_a_real_registry(
         run(RegistrationConfig(scorer=folder, work=tmp_path / "work", **places))
 
     def promote(number: int) -> None:
-        with connected(uri) as client:
+        with connect(uri) as client:
             client.set_registered_model_alias("cappy", "champion", str(number))
 
     promote(1)

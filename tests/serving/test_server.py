@@ -23,7 +23,7 @@ from wording import assert_names, raises_naming
 from cappy.errors import ConfigError
 from serving.config import ServeConfig
 from serving.guards import read_keys
-from serving.listener import bound
+from serving.listener import bind
 from serving.server import run
 
 PROGRAM = """
@@ -231,7 +231,7 @@ def test_a_port_in_use_is_said_in_one_line_before_the_scorer_is_looked_for() -> 
 
 
 def test_an_address_of_another_machine_is_said_in_one_line() -> None:
-    with raises_naming(ConfigError, "192.0.2.1:0: ", "--host 127.0.0.1"), bound("192.0.2.1", 0):
+    with raises_naming(ConfigError, "192.0.2.1:0: ", "--host 127.0.0.1"), bind("192.0.2.1", 0):
         pass
 
 

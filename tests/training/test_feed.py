@@ -14,7 +14,7 @@ from cappy.records import Candidate, Instance, write
 from cappy.records.instance import SOURCES, Split
 from cappy.scoring.encoding import PairEncoder
 from cappy.training.corpus import Corpus, CorpusWriter, Group, open_corpora, to_group
-from cappy.training.feed import Drawn, batch, micro_batches, padded, passes_of, permuted, pool
+from cappy.training.feed import Drawn, batch, micro_batches, padded_tokens, passes_of, permute, pool
 
 LENGTH = 48
 
@@ -63,21 +63,21 @@ def test_a_corpus_gives_back_what_the_encoder_would_make_of_the_texts(corpus: Co
 @pytest.mark.parametrize("size", [1, 2, 3, 23, 1000, 65_537])
 def test_an_order_holds_every_row_once_and_another_key_gives_another(size: int) -> None:
     places = np.arange(size, dtype=np.uint64)
-    order = permuted(places, size, "0 0")
+    order = permute(places, size, "0 0")
     assert sorted(order.tolist()) == list(range(size))
     if size > 3:
-        assert order.tolist() != permuted(places, size, "0 1").tolist()
+        assert order.tolist() != permute(places, size, "0 1").tolist()
 
 
 def test_an_order_needs_no_memory_for_rows_that_nobody_asked_for() -> None:
     size = 10**12
-    found = permuted(np.array([0, 1, size - 1], dtype=np.uint64), size, "key")
+    found = permute(np.array([0, 1, size - 1], dtype=np.uint64), size, "key")
     assert len(set(found.tolist())) == 3
     assert max(found.tolist()) < size
 
 
 def test_every_row_is_as_likely_at_every_place() -> None:
-    counts = Counter(int(permuted(np.array([3], dtype=np.uint64), 10, str(key))[0]) for key in range(5000))
+    counts = Counter(int(permute(np.array([3], dtype=np.uint64), 10, str(key))[0]) for key in range(5000))
     assert len(counts) == 10
     assert all(400 < count < 600 for count in counts.values()), counts
 
@@ -101,7 +101,7 @@ def test_passes_keep_instances_whole_within_the_budget_and_give_every_rank_work(
     for budget in (64, 200, 10_000):
         micros = micro_batches(drawn, budget)
         assert sorted(one.index for micro in micros for one in micro) == sorted(one.index for one in drawn)
-        assert all(len(micro) == 1 or padded(micro) <= budget for micro in micros)
+        assert all(len(micro) == 1 or padded_tokens(micro) <= budget for micro in micros)
     assert len(micro_batches(drawn, 10_000)) == 1
     assert len(micro_batches(drawn, 10_000, parts=5)) == 5
     assert len(micro_batches(drawn[:3], 10_000, parts=5)) == 3

@@ -12,7 +12,7 @@ from wording import raises_naming
 from cappy.errors import ConfigError
 from cappy.records import Instance, prompt_hash, read_manifest, write
 from cappy.records.folder import verify
-from cappy.scoring import Scorer, trained_on
+from cappy.scoring import Scorer, training_prompts
 from cappy.scoring.training_data import training_data
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.update import default_rate, rate
@@ -61,7 +61,7 @@ def test_the_folder_is_finished_names_its_parents_and_its_prompts(plan: Plan, in
     run(plan(epochs=0.2))
     manifest = verify(plan().target)
     assert manifest.parents == (read_manifest(plan().source).hash, read_manifest(plan().scorer).hash)
-    hashes = set(trained_on(plan().target).tolist())
+    hashes = set(training_prompts(plan().target).tolist())
     by_split = {
         split: {prompt_hash(i.instruction) for i in instances if i.split == split} for split in ("train", "test")
     }

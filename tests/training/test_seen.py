@@ -29,7 +29,7 @@ def test_figures_are_means_over_recent_updates(monkeypatch: pytest.MonkeyPatch) 
     meter = Meter(peak=1000.0)
     assert meter.figures() == {}
     for pairs in (10, 30):
-        with meter.timed():
+        with meter.time_update():
             pass
         meter.add(pairs=pairs, tokens=5 * pairs, padded=8 * pairs, flops=20.0 * pairs)
     assert meter.figures() == {

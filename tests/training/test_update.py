@@ -14,7 +14,7 @@ from cappy.scoring import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus, open_corpora
 from cappy.training.distributed import ALONE, Ranks, Replicas
-from cappy.training.feed import Drawn, batch, micro_batches, padded, passes_of
+from cappy.training.feed import Drawn, batch, micro_batches, padded_tokens, passes_of
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.loop import refuse_unfit
 from cappy.training.losses import LossSettings, Pairs, instance_losses
@@ -93,7 +93,7 @@ def test_the_shares_of_the_ranks_add_up_to_the_whole(scorer: Scorer, corpus: Cor
     assert len(whole) >= 3, "so that any number of ranks up to three computes the same passes"
     for count in (1, 2, 3):
         assert micro_batches(drawn, 300, count) == whole
-        shares = [passes_of([padded(micro) for micro in whole], rank, count) for rank in range(count)]
+        shares = [passes_of([padded_tokens(micro) for micro in whole], rank, count) for rank in range(count)]
         assert sorted(number for share in shares for number in share) == list(range(len(whole)))
 
 

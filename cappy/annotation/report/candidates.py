@@ -1,6 +1,6 @@
 """The candidates of an Arrow batch side by side, as arrays, and what a selector finds in each instance of it.
 
-There is no loop over candidates. `measured` gives one row of whole numbers per instance, ready to be added up.
+There is no loop over candidates. `measure` gives one row of whole numbers per instance, ready to be added up.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cappy.annotation.report.record import Pools
-from cappy.errors import RecordError, shown
+from cappy.errors import RecordError, quote
 from cappy.records.instance import SELECTABLE
 
 Ints = npt.NDArray[np.int64]
@@ -68,11 +68,11 @@ class Candidates:
     @property
     def selectable(self) -> Flags:
         """As `Candidate.selectable`."""
-        flags: Flags = self.proposed & self.status.among(*SELECTABLE)
+        flags: Flags = self.proposals & self.status.among(*SELECTABLE)
         return flags
 
     @property
-    def proposed(self) -> Flags:
+    def proposals(self) -> Flags:
         """Whether it is an LLM's response or a choice, whatever its status."""
         return self.source.among("llm", "choice")
 
@@ -92,12 +92,12 @@ def candidates(batch: pa.RecordBatch, metric: str) -> Candidates:
     labels, labelled = _labels(entries.field("labels"), metric)
     if not labelled.all():
         at = int(np.argmin(labelled))
-        raise RecordError(f"{_place(batch, owner, at)} has no label {shown(metric)}; {_remedy(entries, at, metric)}")
+        raise RecordError(f"{_place(batch, owner, at)} has no label {quote(metric)}; {_remedy(entries, at, metric)}")
     wrong = ~((labels >= 0) & (labels <= 1))
     if wrong.any():
         at = int(np.argmax(wrong))
         remedy = "labels are 0 to 1: run cappy annotation again"
-        raise RecordError(f"{_place(batch, owner, at)}: label {shown(metric)} is {labels[at]}; {remedy}")
+        raise RecordError(f"{_place(batch, owner, at)}: label {quote(metric)} is {labels[at]}; {remedy}")
     return Candidates(
         rows=len(sizes),
         owner=owner,
@@ -131,7 +131,7 @@ def _labels(maps: pa.MapArray, metric: str) -> tuple[Floats, Flags]:
 
 def _place(batch: pa.RecordBatch, owner: Ints, at: int) -> str:
     row = int(owner[at])
-    return f"instance {shown(batch['instance_id'][row].as_py())}: candidate {at - int(np.searchsorted(owner, row))}"
+    return f"instance {quote(batch['instance_id'][row].as_py())}: candidate {at - int(np.searchsorted(owner, row))}"
 
 
 def _remedy(entries: pa.StructArray, at: int, metric: str) -> str:
@@ -139,27 +139,27 @@ def _remedy(entries: pa.StructArray, at: int, metric: str) -> str:
     labels = entries.field("labels")
     own, every = ([name for name in metrics_of(part) if name != metric] for part in (labels.slice(at, 1), labels))
     if own:
-        return f"it has {listed(own)}: name one of them, or run cappy annotation with that metric"
+        return f"it has {list_names(own)}: name one of them, or run cappy annotation with that metric"
     if metric in metrics_of(labels):
         return "others have it: run cappy annotation again"
-    others = f"others have {listed(every)}" if every else "no candidate has one"
+    others = f"others have {list_names(every)}" if every else "no candidate has one"
     return f"{others}: run cappy annotation"
 
 
-def listed(names: Iterable[str]) -> str:
+def list_names(names: Iterable[str]) -> str:
     """Names for an error's line, at most eight of them."""
     every = list(names)
     more = f" and {len(every) - _MOST_NAMES} more" if len(every) > _MOST_NAMES else ""
-    return ", ".join(shown(name) for name in every[:_MOST_NAMES]) + more
+    return ", ".join(quote(name) for name in every[:_MOST_NAMES]) + more
 
 
-def fixed(values: Floats) -> Ints:
+def to_fixed_point(values: Floats) -> Ints:
     """Values as whole multiples of 1 / SCALE; each is rounded by itself, by 5e-13 at most."""
     return np.rint(values * SCALE).astype(np.int64)
 
 
-def measured(candidates: Candidates) -> Ints:
-    """One row per instance: the fields of `Pools`, _COUNTS, then _OVER_POOLS, then ties, fractions as `fixed`."""
+def measure(candidates: Candidates) -> Ints:
+    """A row per instance: the fields of `Pools`, _COUNTS, _OVER_POOLS, then ties; fractions by `to_fixed_point`."""
     chosen = candidates.selectable
     owner, labels, rows = candidates.owner[chosen], candidates.labels[chosen], candidates.rows
     first, times = _distinct(owner, candidates.response.index[chosen], len(candidates.response.values))
@@ -176,18 +176,18 @@ def measured(candidates: Candidates) -> Ints:
             distinct,
             some,
             comparable,
-            fixed(mean),
-            fixed(highest),
-            fixed((some & (highest == lowest)).astype(np.float64)),
-            fixed(_best_shared(owner[first], labels[first], distinct).astype(np.float64)),
-            fixed(_effective(owner[first], times, size)),
-            fixed(np.where(comparable, tied, 0.0)),
+            to_fixed_point(mean),
+            to_fixed_point(highest),
+            to_fixed_point((some & (highest == lowest)).astype(np.float64)),
+            to_fixed_point(_ties_for_best(owner[first], labels[first], distinct).astype(np.float64)),
+            to_fixed_point(_effective(owner[first], times, size)),
+            to_fixed_point(np.where(comparable, tied, 0.0)),
         ]
     )
 
 
 def pools(sums: list[int]) -> Pools:
-    """The sums of many rows of `measured` as counts and means."""
+    """The sums of many rows of `measure` as counts and means."""
     counts = dict(zip(_COUNTS, sums, strict=False))
     totals = zip(_OVER_POOLS, sums[len(_COUNTS) :], strict=False)
     means = {name: ratio(total, counts["pools"]) for name, total in totals}
@@ -196,7 +196,7 @@ def pools(sums: list[int]) -> Pools:
 
 
 def ratio(total: int, count: int) -> float | None:
-    """The mean of `count` fractions that were added as `fixed`; None of none."""
+    """The mean of `count` fractions that were added as `to_fixed_point`; None of none."""
     return total / (SCALE * count) if count else None
 
 
@@ -220,7 +220,7 @@ def _per_row(extreme: np.ufunc, values: Floats, size: Ints) -> Floats:
     return result
 
 
-def _best_shared(owner: Ints, labels: Floats, distinct: Ints) -> Flags:
+def _ties_for_best(owner: Ints, labels: Floats, distinct: Ints) -> Flags:
     best = _per_row(np.maximum, labels, distinct)
     flags: Flags = _count(owner[labels == best[owner]], len(distinct)) >= 2
     return flags

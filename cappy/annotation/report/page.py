@@ -10,12 +10,12 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from cappy.annotation.report.candidates import COLUMNS, listed, metrics_of
+from cappy.annotation.report.candidates import COLUMNS, list_names, metrics_of
 from cappy.annotation.report.record import NUM_BINS, DataReport, Labels, Lengths, Pools
 from cappy.annotation.report.summary import summarize
 from cappy.annotation.report.text import DEFINITIONS, MOST_ROWS, findings, selectable_sources, tables, to_values
 from cappy.errors import ConfigError, RecordError
-from cappy.pages.page import INK, QUIET, drawing, plain_axes, render_template, to_svg
+from cappy.pages.page import INK, QUIET, draw_figure, plain_axes, render_template, to_svg
 from cappy.pages.words import metric_name
 from cappy.progress import Progress, silent
 from cappy.records import Manifest, read_batches, read_manifest
@@ -44,7 +44,7 @@ def write_report(folder: Path, target: Path, metric: str | None = None, progress
     """
     manifest = read_manifest(folder)
     name = metric or _metric(folder, manifest)
-    batches = _counted(read_batches(folder, columns=COLUMNS), progress, manifest.rows)
+    batches = _count_rows(read_batches(folder, columns=COLUMNS), progress, manifest.rows)
     try:
         report = summarize(batches, name)
     except RecordError as error:
@@ -113,7 +113,7 @@ def _labels_svg(report: DataReport, *, width: float, height: float) -> str:
     lefts = np.array([-_APART - 1 / NUM_BINS, *edges[:-1], 1 + _APART])
     sources = selectable_sources(report)
     every = sum(report.sources[source].count for source in sources)
-    with drawing(width, height) as figure:
+    with draw_figure(width, height) as figure:
         axes = plain_axes(figure, "label", "% of responses and choices")
         below = np.zeros(len(lefts))
         for source in sources:
@@ -133,7 +133,7 @@ def _labels_svg(report: DataReport, *, width: float, height: float) -> str:
 def _lengths_svg(report: DataReport, *, width: float, height: float) -> str:
     """The spread of the texts' words on a logarithmic scale, as an SVG element."""
     held = {name: lengths for name, lengths in report.words.items() if lengths.texts}
-    with drawing(width, height) as figure:
+    with draw_figure(width, height) as figure:
         axes = plain_axes(figure, "words (logarithmic; line 5% to 95%, box 25% to 75%, dot median)", "")
         if width < 5:
             axes.set_xlabel("words (logarithmic)", color=QUIET)
@@ -175,11 +175,11 @@ def _metric(folder: Path, manifest: Manifest) -> str:
         return named
     batch = next(read_batches(folder, columns=["candidates.list.element.labels"]), None)
     names = metrics_of(batch["candidates"].flatten().field("labels")) if batch is not None else []
-    remedy = f"name one of {listed(names)}" if names else "it has no labels: run cappy annotation first"
+    remedy = f"name one of {list_names(names)}" if names else "it has no labels: run cappy annotation first"
     raise ConfigError(f"{folder}: its manifest names no metric (step {manifest.step or 'unknown'}); {remedy}")
 
 
-def _counted(batches: Iterable[pa.RecordBatch], progress: Progress, total: int) -> Iterator[pa.RecordBatch]:
+def _count_rows(batches: Iterable[pa.RecordBatch], progress: Progress, total: int) -> Iterator[pa.RecordBatch]:
     done = 0
     progress(done, total, unit="instances")
     for batch in batches:

@@ -101,7 +101,7 @@ class Repetition:
     in_several_splits: int
 
     @property
-    def repeated(self) -> int:
+    def repeats(self) -> int:
         """Values that an earlier one equals."""
         return self.values - self.distinct
 
@@ -136,7 +136,7 @@ class DataReport:
     partly_invisible_to_rouge_l: int
 
     @property
-    def tied_throughout(self) -> bool:
+    def all_tied(self) -> bool:
         """Whether every instance's selectable responses have equal labels."""
         return self.total.no_signal == 1
 

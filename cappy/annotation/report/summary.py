@@ -22,10 +22,10 @@ from cappy.annotation.report.candidates import (
     Ints,
     candidates,
     codes,
-    fixed,
-    measured,
+    measure,
     pools,
     ratio,
+    to_fixed_point,
 )
 from cappy.annotation.report.record import (
     NUM_BINS,
@@ -120,13 +120,13 @@ class _Summary:
         )
 
     def _add_pools(self, columns: Candidates, splits: Codes, tasks: Codes) -> None:
-        rows = measured(columns)
+        rows = measure(columns)
         self._pools["total"].add([""], np.zeros(len(rows), dtype=np.int64), rows)
         for name, column in (("split", splits), ("task", tasks)):
             self._pools[name].add(column.names(), column.index, rows)
 
     def _add_responses(self, columns: Candidates) -> None:
-        proposed, llm = columns.proposed, columns.source.among("llm")
+        proposed, llm = columns.proposals, columns.source.among("llm")
         words = num_words(columns.response.values)
         blank = words[columns.response.index] == 0
         self._labels.add(columns, blank)
@@ -153,16 +153,16 @@ class _Summary:
         return {kind: [(name, pools(sums)) for name, sums in t.items()] for kind, t in self._pools.items()}
 
     def _every_label(self) -> Labels:
-        return self._labels.grouped(lambda key: "").get("", (_NO_LABELS, 0))[0]
+        return self._labels.group_by(lambda key: "").get("", (_NO_LABELS, 0))[0]
 
     def _sources(self) -> dict[str, Labels]:
-        labels = self._labels.grouped(lambda key: key[0])
+        labels = self._labels.group_by(lambda key: key[0])
         return {source: labels[source][0] for source in SOURCES if source in labels}
 
     def _generators(self) -> tuple[Generator, ...]:
         generators = [
             Generator(generator=key[1], decoding=key[2], empty=empty, labels=labels)
-            for key, (labels, empty) in self._labels.grouped(lambda key: key).items()
+            for key, (labels, empty) in self._labels.group_by(lambda key: key).items()
             if key[0] == "llm"
         ]
         return tuple(sorted(generators, key=lambda generator: -generator.labels.count))
@@ -236,11 +236,11 @@ class LabelTotals:
         ]
         cells = np.bincount(index * _CELLS + _cell(candidates.labels), minlength=len(keys) * _CELLS)
         sums = np.zeros((len(keys), 2), dtype=np.int64)
-        np.add.at(sums[:, 0], index, fixed(candidates.labels))
+        np.add.at(sums[:, 0], index, to_fixed_point(candidates.labels))
         np.add.at(sums[:, 1], index, blank)
         self._totals.add(keys, np.arange(len(keys)), np.hstack([cells.reshape(-1, _CELLS), sums]))
 
-    def grouped(self, group: Callable[[_Key], K]) -> dict[K, tuple[Labels, int]]:
+    def group_by(self, group: Callable[[_Key], K]) -> dict[K, tuple[Labels, int]]:
         """By what `group` makes of their keys: the labels of the candidates, and how many of them are blank."""
         sums: Totals[K] = Totals(_CELLS + 2)
         for key, held in self._totals.items():

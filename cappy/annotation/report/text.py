@@ -61,7 +61,7 @@ def _headline(report: DataReport) -> str:
         return "There are no instances."
     if total.random is None or total.oracle is None:
         return "There is nothing to select from: no instance has an LLM's response or a choice."
-    if report.tied_throughout:
+    if report.all_tied:
         return "Selection cannot matter here: all responses of an instance have the same label."
     return (
         f"A random response is worth {_label(total.random)} {metric_name(report.metric)} ×100, the best of its "
@@ -241,7 +241,7 @@ def _repetition(report: DataReport) -> Rows:
     return [
         ("repetition", "count", "share"),
         row("responses that repeat one of their instance", total.selectable - total.distinct, total.selectable),
-        row("instructions that repeat another one", instructions.repeated, instructions.values),
+        row("instructions that repeat another one", instructions.repeats, instructions.values),
         row("instructions in more than one split", instructions.in_several_splits, instructions.distinct),
     ]
 
@@ -319,7 +319,7 @@ def _table(rows: Sequence[Row]) -> str:
     every = [*stacked, *rows[1:]]
     widths = [max(cell_len(row[column]) for row in every) for column in range(1, len(header))]
     width = max(WIDTH - sum(widths) - 2 * len(widths), _NARROWEST_NAME)
-    names = [_cut(row[0], width) for row in every]
+    names = [_shorten(row[0], width) for row in every]
     first = max(map(cell_len, names))
     lines = (
         [name + " " * (first - cell_len(name)), *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths, strict=True))]
@@ -328,7 +328,7 @@ def _table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def _cut(name: str, width: int) -> str:
+def _shorten(name: str, width: int) -> str:
     """A name in one line, its middle left out where it is wider than `width` cells."""
     line = _plain(name)
     if cell_len(line) <= width:
@@ -358,9 +358,9 @@ def _tables(report: DataReport) -> Iterable[str]:
     yield _table([(*header[:-1], header[-1].ljust(_BAR)), *rows])
     yield _table(_sources(report))
     if report.generators:
-        yield _folded(_generators(report), "generators")
+        yield _fold(_generators(report), "generators")
     if report.tasks:
-        yield _folded(_tasks(report), "tasks")
+        yield _fold(_tasks(report), "tasks")
     yield _table(_lengths(report))
     yield _table(_repetition(report))
     yield "\n".join(_definitions())
@@ -371,7 +371,7 @@ def _definitions() -> Iterable[str]:
         yield from textwrap.wrap(f"{name}: {meaning}", WIDTH, subsequent_indent="  ")
 
 
-def _folded(rows: Sequence[Row], noun: str) -> str:
+def _fold(rows: Sequence[Row], noun: str) -> str:
     more = len(rows) - 1 - MOST_ROWS
     return _table(rows) if more <= 0 else f"{_table(rows[: MOST_ROWS + 1])}\nand {more:,} more {noun}"
 

@@ -57,7 +57,7 @@ def numeric(day: date) -> str:
     return day.isoformat()
 
 
-def slashed(day: date) -> str:
+def with_slashes(day: date) -> str:
     """05/03/2021, the month first"""
     return f"{day.month:02}/{day.day:02}/{day.year}"
 
@@ -66,7 +66,7 @@ _NOTATIONS: dict[str, Callable[[date], str]] = {
     "day month year": british,
     "month day, year": american,
     "YYYY-MM-DD": numeric,
-    "MM/DD/YYYY": slashed,
+    "MM/DD/YYYY": with_slashes,
 }
 
 

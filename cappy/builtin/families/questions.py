@@ -11,7 +11,7 @@ from cappy.builtin.vocabulary import (
     PLACES,
     THINGS,
     TOPICS,
-    listed,
+    join_phrases,
     plural,
     with_article,
     words,
@@ -26,13 +26,13 @@ def draw_passage_questions(rng: Random) -> Content:
     things = [f"{rng.choice(COLOURS)} {thing}" for thing in rng.sample(THINGS, 6)]
     owned = [[with_article(thing) for thing in things[start : start + 2]] for start in (0, 2, 4)]
     verbs = rng.sample(("has", "owns", "holds", "carries"), 3)
-    sentences = [f"{who} {verb} {listed(what)}." for who, verb, what in zip(people, verbs, owned, strict=True)]
+    sentences = [f"{who} {verb} {join_phrases(what)}." for who, verb, what in zip(people, verbs, owned, strict=True)]
     asked = rng.randrange(3)
     thing = rng.choice(things[2 * asked : 2 * asked + 2])
     question, answer = rng.choice(
         (
-            (f"What does {people[asked]} have?", listed(owned[asked])),
-            (f"What does the owner of the {thing} have?", listed(owned[asked])),
+            (f"What does {people[asked]} have?", join_phrases(owned[asked])),
+            (f"What does the owner of the {thing} have?", join_phrases(owned[asked])),
             (f"Who has the {thing}?", f"{people[asked]} has the {thing}"),
         )
     )

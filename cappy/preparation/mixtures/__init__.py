@@ -20,7 +20,7 @@ from typing import Required, TypedDict
 
 from pydantic import TypeAdapter
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 
 NAMES = ("t0", "heldout", "bigbench45")
 """The mixtures there are."""
@@ -90,17 +90,17 @@ class Mixture:
 def load_mixture(name: str) -> Mixture:
     """The mixture of this name; ConfigError lists the names for an unknown one."""
     if name not in NAMES:
-        raise ConfigError(f"mixture: no mixture {shown(name)}; choose of {', '.join(NAMES)}")
+        raise ConfigError(f"mixture: no mixture {quote(name)}; choose of {', '.join(NAMES)}")
     return from_json(data_text(f"{name}.json"))
 
 
-def chosen(mixture: Mixture, patterns: Sequence[str]) -> Mixture:
+def select_subsets(mixture: Mixture, patterns: Sequence[str]) -> Mixture:
     """The mixture with the subsets whose names match a pattern; ConfigError for a pattern that matches none."""
     names = [subset.name for subset in mixture.subsets]
     unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
     if unknown:
         remedy = f"choose of {', '.join(names)}, or a pattern such as 'super_glue/*'"
-        raise ConfigError(f"preparation: --subsets: {mixture.name} has no {shown(unknown[0])}; {remedy}")
+        raise ConfigError(f"preparation: --subsets: {mixture.name} has no {quote(unknown[0])}; {remedy}")
     kept = [s for s in mixture.subsets if not patterns or any(fnmatchcase(s.name, pattern) for pattern in patterns)]
     return replace(mixture, subsets=tuple(kept))
 

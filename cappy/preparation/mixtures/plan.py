@@ -117,7 +117,7 @@ def text(mixture: Mixture, *, by_template: bool = False) -> str:
     planned = plan(mixture)
     lines = _template_lines(mixture, planned) if by_template else _subset_lines(mixture, planned)
     sentences = (*_sentences(mixture, planned), *_by_hand(mixture))
-    return "\n".join([*_aligned(lines), "", *(textwrap.fill(sentence, WIDTH) for sentence in sentences)]) + "\n"
+    return "\n".join([*_align(lines), "", *(textwrap.fill(sentence, WIDTH) for sentence in sentences)]) + "\n"
 
 
 def to_json(mixture: Mixture) -> str:
@@ -185,7 +185,7 @@ def _sums(rows: Sequence[PlanRow]) -> tuple[int | None, int | None]:
     return sum(row.examples or 0 for row in known), sum(row.pairs or 0 for row in known)
 
 
-def _aligned(lines: Sequence[Line]) -> Iterator[str]:
+def _align(lines: Sequence[Line]) -> Iterator[str]:
     """Columns padded to their widest cell, numbers to the right, the last line (the sums) set apart."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for index, line in enumerate(lines):

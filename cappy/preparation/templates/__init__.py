@@ -24,7 +24,7 @@ from tempfile import mkdtemp
 
 import yaml
 
-from cappy.errors import ConfigError, FolderError, RecordError, shown
+from cappy.errors import ConfigError, FolderError, RecordError, quote
 from cappy.rendering import jobs
 from cappy.rendering.child import encode
 from cappy.rendering.jobs import MAX_SECONDS, Failure, Job, Source
@@ -32,7 +32,7 @@ from cappy.untrusted import FAST_LOADER, MAX_CHARACTERS, Loader, load_yaml
 
 __all__ = [
     "LimitError",
-    "Rendered",
+    "RenderedRow",
     "Result",
     "Template",
     "fetch",
@@ -79,7 +79,7 @@ def load_templates(folder: Path, dataset: str) -> tuple[Template, ...]:
     templates.sort(key=lambda template: template.name)
     for former, template in pairwise(templates):
         if former.name == template.name:
-            raise ConfigError(f"{path}: two templates are called {shown(template.name)}; rename one of them")
+            raise ConfigError(f"{path}: two templates are called {quote(template.name)}; rename one of them")
     return tuple(templates)
 
 
@@ -88,7 +88,7 @@ class LimitError(RecordError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rendered:
+class RenderedRow:
     """A row under a template. `choices` is empty for an open-ended template; the target need not be among them."""
 
     instruction: str
@@ -96,12 +96,12 @@ class Rendered:
     choices: tuple[str, ...] = ()
 
 
-Result = Rendered | RecordError | None
+Result = RenderedRow | RecordError | None
 """A row under a template; None where T0 drops the row, because its instruction or target is blank."""
 Row = Mapping[str, object]
 
 
-def render(template: Template, row: Row, *, seed: int = 0, seconds: float = MAX_SECONDS) -> Rendered | None:
+def render(template: Template, row: Row, *, seed: int = 0, seconds: float = MAX_SECONDS) -> RenderedRow | None:
     """What the template makes of the row; None where T0 drops the row, because its instruction or target is blank.
 
     A template that draws at random draws the same for the same row and seed. RecordError if it fails on the row, takes
@@ -129,14 +129,14 @@ def render_rows(
             items_by_id[id(template)] = template, (_as_source(template), f"{seed} {template.id}")
         return items_by_id[id(template)][1]
 
-    def sent() -> Iterator[Job]:
+    def render_jobs() -> Iterator[Job]:
         for row, templates in rows:
-            values, problem = _encoded(row)
+            values, problem = _encode_row(row)
             queue.append((row, templates, problem))
             items = () if problem else tuple(map(item, templates))
             yield Job(values=values, items=items, seconds=seconds)
 
-    for outcomes in jobs.run(_KIND, sent()):
+    for outcomes in jobs.run(_KIND, render_jobs()):
         row, templates, problem = queue.popleft()
         if problem:
             yield [RecordError(f"{_where(template)}: {problem}") for template in templates]
@@ -168,7 +168,7 @@ def _as_source(template: Template) -> Source:
     return Source(_KIND, (template.jinja, template.answer_choices))
 
 
-def _encoded(row: Row) -> tuple[str, str]:
+def _encode_row(row: Row) -> tuple[str, str]:
     """The row as a job has it, and what is wrong with it."""
     if any(name.replace("-", "_") == _RESTRICTED for name in row):
         return "{}", f"the row has a field {_RESTRICTED}, which is the template's; rename the column"
@@ -183,12 +183,12 @@ def _result(template: Template, row: Row, outcome: object) -> Result:
         return None
     if not isinstance(outcome, Failure):
         if not isinstance(outcome, list) or len(outcome) != 3:
-            raise TypeError(f"{_where(template)}: the child answers {shown(outcome)}")
+            raise TypeError(f"{_where(template)}: the child answers {quote(outcome)}")
         instruction, target = _checked_texts(template, outcome[:2])
-        return Rendered(instruction=instruction, target=target, choices=tuple(_checked_texts(template, outcome[2])))
+        return RenderedRow(instruction=instruction, target=target, choices=tuple(_checked_texts(template, outcome[2])))
     if outcome.loading:
         raise _config_error(template, outcome)
-    names = shown(", ".join(map(str, row)) or "none", limit=120)
+    names = quote(", ".join(map(str, row)) or "none", limit=120)
     remedy = f"fields of the row: {names}; mend the row or leave the template out"
     error = LimitError if outcome.limited else RecordError
     return error(f"{_where(template)} fails on the row ({outcome.reason}); {remedy}")
@@ -197,7 +197,7 @@ def _result(template: Template, row: Row, outcome: object) -> Result:
 def _checked_texts(template: Template, texts: object) -> list[str]:
     """The texts of an answer; what comes from a child is not trusted."""
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{_where(template)}: the child answers {shown(texts)}")
+        raise TypeError(f"{_where(template)}: the child answers {quote(texts)}")
     return texts
 
 
@@ -206,7 +206,7 @@ def _config_error(template: Template, failure: Failure) -> ConfigError:
 
 
 def _where(template: Template) -> str:
-    return f"{template.dataset}: template {shown(template.name)}"
+    return f"{template.dataset}: template {quote(template.name)}"
 
 
 class _Loader(FAST_LOADER):  # type: ignore[misc, valid-type] # a class of PyYAML's
@@ -224,7 +224,7 @@ _Loader.add_constructor("!TemplateMetadata", _mapping)
 def _path(folder: Path, dataset: str) -> Path:
     parts = PurePosixPath(dataset).parts
     if not parts or dataset.startswith("/") or ".." in parts:
-        raise ConfigError(f"{shown(dataset)} is not the name of a dataset, such as imdb or super_glue/rte")
+        raise ConfigError(f"{quote(dataset)} is not the name of a dataset, such as imdb or super_glue/rte")
     path = folder.joinpath(*parts, _FILE)
     if not path.is_file():
         names = sorted(file.parent.relative_to(folder).as_posix() for file in folder.rglob(_FILE))
@@ -232,7 +232,7 @@ def _path(folder: Path, dataset: str) -> Path:
             raise ConfigError(f"{folder}: holds no {_FILE}; name the folder of PromptSource's templates, or fetch them")
         near = [name for name in names if dataset in name.split("/")] or get_close_matches(dataset, names, _NEAR_NAMES)
         remedy = f"choose of {', '.join(near)}" if near else f"choose one of the {len(names)} folders there"
-        raise ConfigError(f"{folder}: has no templates for {shown(dataset)}; {remedy}")
+        raise ConfigError(f"{folder}: has no templates for {quote(dataset)}; {remedy}")
     return path
 
 
@@ -244,7 +244,7 @@ def _mappings(path: Path) -> Mapping[str, object]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise ConfigError(f"{where}: is no file of templates ({shown(reason, limit=120)}); fetch it again") from error
+        raise ConfigError(f"{where}: is no file of templates ({quote(reason, limit=120)}); fetch it again") from error
     templates = content.get("templates") if isinstance(content, Mapping) else None
     if not isinstance(templates, Mapping) or not templates:
         raise ConfigError(f"{path}: has no mapping 'templates' with a template in it; fetch it again")
@@ -252,15 +252,15 @@ def _mappings(path: Path) -> Mapping[str, object]:
 
 
 def _template(path: Path, dataset: str, key: object, values: object) -> Template:
-    where = f"{path}: template {shown(key)}"
+    where = f"{path}: template {quote(key)}"
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: must be a mapping, got {shown(values)}; fetch the file again")
+        raise ConfigError(f"{where}: must be a mapping, got {quote(values)}; fetch the file again")
     metadata = values.get("metadata") or {}
     if not isinstance(metadata, Mapping):
-        raise ConfigError(f"{where}: metadata must be a mapping, got {shown(metadata)}; fetch the file again")
+        raise ConfigError(f"{where}: metadata must be a mapping, got {quote(metadata)}; fetch the file again")
     metrics = metadata.get("metrics") or ()
     if not isinstance(metrics, list | tuple):
-        raise ConfigError(f"{where}: metrics must be a list, got {shown(metrics)}; fetch the file again")
+        raise ConfigError(f"{where}: metrics must be a list, got {quote(metrics)}; fetch the file again")
     return Template(
         name=_text(where, values, "name"),
         id=str(key),
@@ -277,7 +277,7 @@ def _template(path: Path, dataset: str, key: object, values: object) -> Template
 def _text(where: str, values: Mapping[str, object], name: str) -> str:
     value = values.get(name)
     if not isinstance(value, str):
-        raise ConfigError(f"{where}: {name} must be a text, got {shown(value)}; put it in quotes")
+        raise ConfigError(f"{where}: {name} must be a text, got {quote(value)}; put it in quotes")
     return value
 
 
@@ -307,7 +307,7 @@ def fetch(target: Path, *, url: str = URL, hashes: Mapping[str, str] | None = No
     if target.exists():
         raise ConfigError(f"{target}: is there already; name a folder that is not")
     wanted = known_hashes() if hashes is None else hashes
-    files = _checked(url, _members(url, _download(url, seconds)), wanted)
+    files = _check_hashes(url, _members(url, _download(url, seconds)), wanted)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -325,12 +325,12 @@ def fetch(target: Path, *, url: str = URL, hashes: Mapping[str, str] | None = No
 def _download(url: str, seconds: float) -> bytes:
     remedy = "check the address and the network, or fetch it elsewhere and name its templates' folder"
     if not url.startswith(("https://", "http://")):
-        raise ConfigError(f"{shown(url)}: is no web address; {remedy}")
+        raise ConfigError(f"{quote(url)}: is no web address; {remedy}")
     try:
         with urllib.request.urlopen(url, timeout=seconds) as answer:  # noqa: S310 # the scheme is checked above
             content: bytes = answer.read(MAX_BYTES + 1)
     except (OSError, HTTPException) as error:
-        raise ConfigError(f"{url}: gives no archive ({shown(str(error), limit=120)}); {remedy}") from error
+        raise ConfigError(f"{url}: gives no archive ({quote(str(error), limit=120)}); {remedy}") from error
     if len(content) > MAX_BYTES:
         raise FolderError(f"{url}: gives more than {MAX_BYTES:,} bytes; {remedy}")
     return content
@@ -344,7 +344,7 @@ def _members(url: str, content: bytes) -> dict[str, bytes]:
             for member in archive:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts:
-                    raise FolderError(f"{url}: {shown(member.name)} points out of the archive; use another address")
+                    raise FolderError(f"{url}: {quote(member.name)} points out of the archive; use another address")
                 left -= member.size
                 if left < 0:
                     raise FolderError(f"{url}: unpacks to more than {MAX_BYTES:,} bytes; use another address")
@@ -352,11 +352,11 @@ def _members(url: str, content: bytes) -> dict[str, bytes]:
                 if file is not None:
                     members[PurePosixPath(*path.parts[3:]).as_posix()] = file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise FolderError(f"{url}: is no tar.gz ({shown(str(error))}); check the address, or fetch again") from error
+        raise FolderError(f"{url}: is no tar.gz ({quote(str(error))}); check the address, or fetch again") from error
     return members
 
 
-def _checked(url: str, content: Mapping[str, bytes], wanted: Mapping[str, str]) -> dict[str, bytes]:
+def _check_hashes(url: str, content: Mapping[str, bytes], wanted: Mapping[str, str]) -> dict[str, bytes]:
     remedy = "nothing was written; fetch again, or from the address of the known files"
     for name, sha256 in wanted.items():
         if name not in content:

@@ -13,7 +13,7 @@ import openai
 
 from cappy.errors import ConfigError, GeneratorError
 from cappy.records import Candidate
-from cappy.redaction import cut
+from cappy.redaction import truncate
 from cappy.sampling.accounts import unanswered_counts
 from cappy.sampling.endpoint.answers import (
     Answer,
@@ -21,14 +21,22 @@ from cappy.sampling.endpoint.answers import (
     Cache,
     Question,
     beyond,
-    failed,
+    failed_answers,
     key_of,
     read_answers,
 )
 from cappy.sampling.endpoint.client import NO_KEY, Client, Clients, LateError, base_address, refuse_secrets
-from cappy.sampling.endpoint.faults import PROBE, Capabilities, Fault, NeededParameterError, Standing, backoff, judge
+from cappy.sampling.endpoint.faults import (
+    PROBE,
+    Capabilities,
+    Fault,
+    NeededParameterError,
+    RefusalCounts,
+    backoff,
+    judge,
+)
 from cappy.sampling.endpoint.limits import Budget, Meter, Pace, Spent, StoppedError, answer_bytes, pause
-from cappy.sampling.generators import EndpointConfig, Usage, ignore_drawn, tokens_of
+from cappy.sampling.generators import EndpointConfig, Usage, ignore_progress, tokens_of
 from cappy.sampling.strategies import Decoding
 from cappy.specs import Spec
 from cappy.untrusted import to_utf8
@@ -42,7 +50,7 @@ class Asker:
     def __init__(self, name: str, model: str, clients: Clients, config: EndpointConfig) -> None:
         self.name = name
         self.capabilities = Capabilities()
-        self.standing = Standing()
+        self.standing = RefusalCounts()
         self.budget = Budget(name, config)
         self.meter = Meter(config)
         self._model = model
@@ -61,41 +69,43 @@ class Asker:
         while True:
             answers, fault = self._try(question, numbers, stop)
             if fault is None:
-                self.standing.answered()
+                self.standing.note_answer()
                 return answers
             if fault.kind == "without":
                 self.capabilities.refuse(*fault.parameters, words=fault.reason, sent=fault.sent)
                 continue
             if fault.kind == "unanswered" or (fault.unless_answered and self.standing.has_answered):
-                return self._unanswered(question, numbers, fault, stop)
+                return self._fail_question(question, numbers, fault, stop)
             attempt += 1
             self.meter.add(errors=1)
             if fault.kind == "end":
                 raise self._end(fault, attempt, stop)
             if attempt > self._config.max_retries:
                 # Where others are answered meanwhile it is this instruction that is not.
-                if self.standing.answered_since(began) or self._ask_plainly(question, stop) is None:
-                    return self._unanswered(question, numbers, fault, stop)
+                if self.standing.has_answered_since(began) or self._ask_plainly(question, stop) is None:
+                    return self._fail_question(question, numbers, fault, stop)
                 raise self._end(fault, attempt, stop)
             wait = backoff(attempt, self._config.first_wait)
             # Never earlier than it asks for, and not all at once.
             pause(wait if fault.wait is None else fault.wait + min(wait, 1.0) / 4, stop)
 
-    def _unanswered(self, question: Question, numbers: list[int], fault: Fault, stop: threading.Event) -> list[Answer]:
+    def _fail_question(
+        self, question: Question, numbers: list[int], fault: Fault, stop: threading.Event
+    ) -> list[Answer]:
         """Failed answers for a refused question; GeneratorError where a plain question is refused as well."""
-        in_a_row = self.standing.refused(of_one=fault.of_one)
+        in_a_row = self.standing.note_refusal(of_one=fault.of_one)
         if in_a_row and not self._config.all_may_fail:
             refusal = self._ask_plainly(question, stop)
             if refusal is not None and refusal.kind in ("unanswered", "end"):
                 many = f"{in_a_row} requests in a row were refused: " if in_a_row > 1 else ""
                 raise self._end(replace(fault, reason=f"{many}{fault.reason}"), 1, stop)
-        return failed(fault.status, len(numbers), cut(fault.reason, _SHOWN, self._clients.key))
+        return failed_answers(fault.status, len(numbers), truncate(fault.reason, _SHOWN, self._clients.key))
 
     def _ask_plainly(self, question: Question, stop: threading.Event) -> Fault | None:
         """What is wrong with a plain question under the same decoding; None where it is answered."""
         _, fault = self._try(replace(question, instruction=PROBE), [0], stop)
         if fault is None:
-            self.standing.answered()
+            self.standing.note_answer()
         return fault
 
     def _try(self, question: Question, numbers: list[int], stop: threading.Event) -> tuple[list[Answer], Fault | None]:
@@ -116,12 +126,12 @@ class Asker:
                 # What others learned in the meantime need not be refused again.
                 count = self._count(numbers)
                 try:
-                    sent, left_out = self.capabilities.trimmed(wanted)
+                    sent, left_out = self.capabilities.trim(wanted)
                     body, headers = self._send(client, sent, question, count)
                 except (openai.OpenAIError, LateError) as error:
                     fault = judge(error, sent)
                 except NeededParameterError as error:
-                    fault = self._needed(question, error)
+                    fault = self._needed_parameter_fault(question, error)
                 if fault is not None:
                     if fault.kind == "end" and not (fault.unless_answered and self.standing.has_answered):
                         # While the client is still held, so that nobody asks in vain after this.
@@ -144,7 +154,7 @@ class Asker:
             self.meter.add(requests=1, input_tokens=spent.input_tokens, output_tokens=spent.output_tokens)
         return answers, fault
 
-    def _needed(self, question: Question, error: NeededParameterError) -> Fault:
+    def _needed_parameter_fault(self, question: Question, error: NeededParameterError) -> Fault:
         name = question.decoding.name
         return Fault(
             kind="end",
@@ -172,7 +182,7 @@ class Asker:
         return GeneratorError(self._last_words(fault, attempts))
 
     def _last_words(self, fault: Fault, attempt: int) -> str:
-        reason = cut(fault.reason, _SHOWN, self._clients.key)
+        reason = truncate(fault.reason, _SHOWN, self._clients.key)
         tried = f" after {attempt} attempts" if attempt > 1 else ""
         remedy = fault.remedy or "check the address and the network"
         return f"{self.name}: {reason}{tried}; {remedy}, then run the same command again: every answer is kept"
@@ -236,7 +246,7 @@ class Endpoint:
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        on_drawn: Callable[[int], None] = ignore_drawn,
+        on_drawn: Callable[[int], None] = ignore_progress,
     ) -> list[list[Candidate]]:
         """Candidates per instruction, decoding by decoding; likelihoods where the endpoint gives them.
 
@@ -250,9 +260,9 @@ class Endpoint:
         known = {sample: answer for sample in wanted if (answer := self._cache.get(self._key(*sample))) is not None}
         self._asker.meter.add(cached=len(known))
         if known:
-            self._asker.standing.answered()
+            self._asker.standing.note_answer()
         on_drawn(len(known))
-        known |= self._asked([sample for sample in wanted if sample not in known], on_drawn)
+        known |= self._ask_all([sample for sample in wanted if sample not in known], on_drawn)
         on_drawn(sum(map(len, (samples[instruction] for instruction in instructions))) - len(known))
         for answer in known.values():
             self._count(answer)
@@ -261,7 +271,7 @@ class Endpoint:
             for instruction in instructions
         ]
 
-    def unanswered(
+    def pending_samples(
         self, instructions: Sequence[str], decodings: Sequence[Decoding], *, seed: int
     ) -> list[tuple[str, Decoding]]:
         """What `sample` would ask for: instruction and decoding of each sample that no earlier answer gives."""
@@ -299,7 +309,7 @@ class Endpoint:
         body = question.body(self._model, self._config, count=1, number=0)
         return key_of(url=self._url, api=self._config.api, number=number, body=body)
 
-    def _asked(self, samples: Iterable[Sample], on_drawn: Callable[[int], None]) -> dict[Sample, Answer]:
+    def _ask_all(self, samples: Iterable[Sample], on_drawn: Callable[[int], None]) -> dict[Sample, Answer]:
         """The answers to these samples, each on the disk as soon as it is there; `on_drawn` hears of them at once."""
         jobs: dict[Question, list[int]] = {}
         for question, number in samples:

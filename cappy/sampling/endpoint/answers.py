@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TypeGuard
 
 from cappy.config import fingerprint
-from cappy.errors import shown
+from cappy.errors import quote
 from cappy.files import lock_shared
 from cappy.records import Candidate
 from cappy.records.folder import disk_errors, write_bytes
@@ -124,7 +124,7 @@ class BadAnswerError(Exception):
 
     def text(self, keys: Sequence[str] = ()) -> str:
         """What is wrong, and the beginning of the evidence without these keys and every secret that is known."""
-        return f"{self.problem}: {shown(self.evidence, keys=keys)}"
+        return f"{self.problem}: {quote(self.evidence, keys=keys)}"
 
 
 class NotUtf8Error(BadAnswerError):
@@ -177,7 +177,7 @@ class Answer:
         )
 
 
-def failed(status: Status, count: int, reason: str) -> list[Answer]:
+def failed_answers(status: Status, count: int, reason: str) -> list[Answer]:
     """Answers for a request that the endpoint will not take for this instruction, however often it is sent."""
     return [Answer(text="", status=status, kept=False, reason=reason)] * count
 
@@ -244,7 +244,7 @@ def read_choices(body: bytes) -> tuple[dict[str, object], list[dict[str, object]
     if stated := _stated_error(values):
         raise BadAnswerError("the body holds an error", stated, stated)
     if not isinstance(listed, list) or not listed or not all(isinstance(choice, dict) for choice in listed):
-        raise BadAnswerError("the body has no choices", _decoded(body))
+        raise BadAnswerError("the body has no choices", _decode(body))
     by_index = {str(choice.get("index", number)): choice for number, choice in reversed(list(enumerate(listed)))}
     return values, [by_index[index] for index in sorted(by_index)]
 
@@ -264,17 +264,17 @@ def _json(body: bytes) -> dict[str, object]:
     try:
         values = read_json(body)
     except UnicodeDecodeError:
-        raise NotUtf8Error("the answer is not UTF-8", _decoded(body)) from None
+        raise NotUtf8Error("the answer is not UTF-8", _decode(body)) from None
     except json.JSONDecodeError:
-        raise BadAnswerError("the body is no JSON", _decoded(body)) from None
+        raise BadAnswerError("the body is no JSON", _decode(body)) from None
     except ValueError as error:
-        raise BadAnswerError(f"the body is no JSON ({error})", _decoded(body)) from None
+        raise BadAnswerError(f"the body is no JSON ({error})", _decode(body)) from None
     if not isinstance(values, dict):
-        raise BadAnswerError("the body is no JSON object", _decoded(body))
+        raise BadAnswerError("the body is no JSON object", _decode(body))
     return values
 
 
-def _decoded(body: bytes) -> str:
+def _decode(body: bytes) -> str:
     return body.decode("utf-8", "replace")
 
 

@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 import httpx2
 import openai
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 from cappy.redaction import has_secret, redact_address, remember
 from cappy.sampling.endpoint.limits import MAX_ANSWER_BYTES, MAX_ERROR_BYTES, pause
 
@@ -46,9 +46,9 @@ def api_key(variable: str = KEY_VARIABLE) -> str:
             key = Path(path).read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "it is no text"
-            raise ConfigError(f"{source}: {shown(path)} cannot be read ({why}); mount the key there") from None
+            raise ConfigError(f"{source}: {quote(path)} cannot be read ({why}); mount the key there") from None
         if not key:
-            raise ConfigError(f"{source}: {shown(path)} is empty; mount the key there")
+            raise ConfigError(f"{source}: {quote(path)} is empty; mount the key there")
     if not all(33 <= ord(character) <= 126 for character in key):
         raise ConfigError(f"{source}: holds white space or characters beyond ASCII inside the key; set the key alone")
     remember(key)
@@ -199,25 +199,25 @@ def settings(connection: Connection) -> ClientSettings:
     Its answers have at most `connection.max_bytes` bytes, decoded.
     """
 
-    def bound(response: httpx2.Response) -> None:
+    def check_size(response: httpx2.Response) -> None:
         body = _body(response, connection.max_bytes)
         stream = response.stream
         assert isinstance(stream, httpx2.SyncByteStream)  # noqa: S101 (the client is synchronous)
         response.stream = _Stream(stream, body)
 
-    return _settings({"request": [connection.follow], "response": [bound]})
+    return _settings({"request": [connection.follow], "response": [check_size]})
 
 
 def async_settings() -> ClientSettings:
     """Settings of an asynchronous client; a request says in its extension `MAX_BYTES` how large its answer may be."""
 
-    async def bound(response: httpx2.Response) -> None:
+    async def check_size(response: httpx2.Response) -> None:
         body = _body(response, int(response.request.extensions.get(MAX_BYTES, MAX_ANSWER_BYTES)))
         stream = response.stream
         assert isinstance(stream, httpx2.AsyncByteStream)  # noqa: S101 (the client is asynchronous)
         response.stream = _AsyncStream(stream, body)
 
-    return _settings({"response": [bound]})
+    return _settings({"response": [check_size]})
 
 
 def max_connections() -> int:

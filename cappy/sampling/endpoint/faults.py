@@ -98,7 +98,7 @@ class Capabilities:
             else:
                 self._off.update(parameters)
 
-    def trimmed(self, body: Mapping[str, object]) -> tuple[dict[str, object], tuple[str, ...]]:
+    def trim(self, body: Mapping[str, object]) -> tuple[dict[str, object], tuple[str, ...]]:
         """The body without what is refused, and the names of what is left out.
 
         The limit on length goes by its newer name where the older is refused, and then nothing is left out.
@@ -213,7 +213,7 @@ class Refusal:
     code: str = ""
 
 
-class Standing:
+class RefusalCounts:
     """Counts answers and refusals, by which a refusal is found to be about one request or about all.
 
     Several threads may count at once.
@@ -224,13 +224,13 @@ class Standing:
         self._refused = 0
         self._last_answer: float | None = None
 
-    def answered(self) -> None:
+    def note_answer(self) -> None:
         """A request was answered, now or in an earlier run."""
         with self._lock:
             self._refused = 0
             self._last_answer = time.monotonic()
 
-    def refused(self, *, of_one: bool) -> int:
+    def note_refusal(self, *, of_one: bool) -> int:
         """A request was refused, in words that are of one instruction or not.
 
         How many were in a row where it is time to ask a plain question, else 0.
@@ -245,7 +245,7 @@ class Standing:
         """Whether any request was answered."""
         return self._last_answer is not None
 
-    def answered_since(self, moment: float) -> bool:
+    def has_answered_since(self, moment: float) -> bool:
         """Whether a request was answered after this moment of `time.monotonic`."""
         last = self._last_answer
         return last is not None and last > moment
@@ -291,7 +291,7 @@ def judge(error: Exception, sent: Mapping[str, object], headers: Mapping[str, st
         refusal = _refusal(error.stated)
         return _judge_status(status, refusal, refusal.message or "without a word", sent, headers or {})
     wait = retry_after(headers or {})
-    fault = _passing(one_line(str(error), _READ), wait)
+    fault = _transient_fault(one_line(str(error), _READ), wait)
     if not isinstance(error, BadAnswerError) or fault.remedy:
         return fault
     return replace(fault, remedy=LOG if error.stated is not None else error.remedy)
@@ -351,7 +351,7 @@ def _judge_status(
         return Fault(kind="unanswered", reason=reason, remedy=remedy, of_one=True)
     if passing:
         busy = "ask less at a time: --concurrency, --requests-per-minute" if status == 429 else LOG
-        return _passing(reason, retry_after(headers), busy)
+        return _transient_fault(reason, retry_after(headers), busy)
     if says(_FILTERED) and refusal.param not in sent:
         return Fault(kind="unanswered", reason=reason, status="filtered", of_one=True)
     if parameters := _refused_parameters(sent, words, refusal.param):
@@ -370,7 +370,7 @@ def _remedy(status: int) -> str:
     return "check what the endpoint takes"
 
 
-def _passing(reason: str, wait: float | None, remedy: str = "") -> Fault:
+def _transient_fault(reason: str, wait: float | None, remedy: str = "") -> Fault:
     if wait is not None and wait > LONGEST_RETRY_AFTER:
         return Fault(kind="end", reason=reason, remedy=f"it asks to wait {wait:,.0f} s; come back then")
     return Fault(kind="again", reason=reason, wait=wait, remedy=remedy)

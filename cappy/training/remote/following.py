@@ -102,7 +102,7 @@ def follow(jobs: Jobs, name: str, limits: Limits, hooks: Hooks) -> None:
     follower = _Follower(jobs, name, limits, hooks)
     try:
         follower.begin()
-        while not follower.succeeded():
+        while not follower.poll():
             follower.wait()
     except KeyboardInterrupt:
         follower.cancel("Ctrl-C")
@@ -178,7 +178,7 @@ class _Follower:
         self.jobs.submit(self.name)
         self.hooks.tell(f"{self.name}: submitted; {self.jobs.address(self.name)}")
 
-    def succeeded(self) -> bool:
+    def poll(self) -> bool:
         """Looks at the job once."""
         try:
             status = self.jobs.status(self.name)
@@ -235,14 +235,14 @@ class _Follower:
         try:
             self.jobs.cancel(self.name)
             end = self.hooks.clock() + CANCEL_SECONDS
-            while self._going() and self.hooks.clock() < end:
+            while self._is_active() and self.hooks.clock() < end:
                 self.hooks.pause(TICK_SECONDS)
         except CappyError as error:
             address = self.jobs.address(self.name)
             raise TrainingError(f"{self.name}: could not be cancelled ({error}); do it by hand: {address}") from error
         self._tell_lines()
 
-    def _going(self) -> bool:
+    def _is_active(self) -> bool:
         status = self.jobs.status(self.name)
         return status is not None and status.phase not in OVER
 

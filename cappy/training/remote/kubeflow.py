@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from cappy.config import encode, to_values
-from cappy.errors import CappyError, ConfigError, UnansweredError, shown
+from cappy.errors import CappyError, ConfigError, UnansweredError, quote
 from cappy.training.remote.following import OVER, Phase, Status
 from cappy.training.settings import TrainingSettings, mount_point
 
@@ -135,7 +135,7 @@ class TrainJobs:
         """New lines of the pods' logs, node by node."""
         with _translate_errors(self.config):
             for pod in self._pods(name):
-                if _started(pod):
+                if _has_started(pod):
                     yield from ((_node_of(pod), line) for line in self._new_lines(pod.metadata.name))
 
     def cancel(self, name: str) -> None:
@@ -189,7 +189,7 @@ class TrainJobs:
                 return []
             raise
         self._looked[pod] = now
-        stamped = [_stamped(line) for line in answer.data.decode(errors="replace").splitlines()]
+        stamped = [_split_stamp(line) for line in answer.data.decode(errors="replace").splitlines()]
         fresh = [(stamp, line) for stamp, line in stamped if stamp > self._last.get(pod, ("", ""))]
         if fresh:
             self._last[pod] = fresh[-1][0]
@@ -236,7 +236,7 @@ def _patch(config: TrainingSettings) -> given.RuntimePatch | None:
     return given.RuntimePatch(training_runtime_spec=given.TrainingRuntimeSpecPatch(template=jobset))
 
 
-def _stamped(line: str) -> tuple[tuple[str, str], str]:
+def _split_stamp(line: str) -> tuple[tuple[str, str], str]:
     """((second, fraction), text) of a line with its time: fractions may leave out zeros at their end."""
     time_of, _, text = line.partition(" ")
     match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?", time_of)
@@ -259,19 +259,19 @@ def _newest(pods: Iterable[V1Pod]) -> list[V1Pod]:
 def _read(phase: Phase, pods: Sequence[V1Pod]) -> Status:
     """The status of a job in this phase, with what its pods say of it."""
     if phase is Phase.FAILED:
-        taken = [reason for pod in pods if (reason := _taken(pod))]
-        ended = [reason for pod in pods if (reason := _ended(pod))]
+        taken = [reason for pod in pods if (reason := _disruption_reason(pod))]
+        ended = [reason for pod in pods if (reason := _end_reason(pod))]
         return Status(phase, "; ".join([*taken, *ended][:2]), preempted=bool(taken))
     if phase not in (Phase.PENDING, Phase.RUNNING):
         return Status(phase)
     never = [reason for pod in pods if (reason := _never(pod))]
     if never:
         return Status(phase, never[0], hopeless=True)
-    waits = [reason for pod in pods if (reason := _unscheduled(pod))] if phase is Phase.PENDING else []
+    waits = [reason for pod in pods if (reason := _unschedulable_reason(pod))] if phase is Phase.PENDING else []
     return Status(phase, waits[0] if waits else "")
 
 
-def _started(pod: V1Pod) -> bool:
+def _has_started(pod: V1Pod) -> bool:
     """Whether its container has run, so that there is a log."""
     return bool(pod.status and pod.status.phase in ("Running", "Succeeded", "Failed"))
 
@@ -290,7 +290,7 @@ def _never(pod: V1Pod) -> str:
     return ""
 
 
-def _unscheduled(pod: V1Pod) -> str:
+def _unschedulable_reason(pod: V1Pod) -> str:
     for condition in (pod.status and pod.status.conditions) or []:
         if condition.type == "PodScheduled" and condition.status == "False":
             words = _line(condition.message or condition.reason or "", _LONGEST)
@@ -298,7 +298,7 @@ def _unscheduled(pod: V1Pod) -> str:
     return ""
 
 
-def _taken(pod: V1Pod) -> str:
+def _disruption_reason(pod: V1Pod) -> str:
     """Kubernetes marks a pod that it takes down for others with the condition DisruptionTarget."""
     reasons = [pod.status.reason] if pod.status and pod.status.reason in _TAKEN else []
     for condition in (pod.status and pod.status.conditions) or []:
@@ -307,7 +307,7 @@ def _taken(pod: V1Pod) -> str:
     return f"{_node_of(pod)}: {reasons[-1]}" if reasons else ""
 
 
-def _ended(pod: V1Pod) -> str:
+def _end_reason(pod: V1Pod) -> str:
     for one in _containers(pod):
         ended = one.state and one.state.terminated
         if ended and ended.exit_code:
@@ -373,4 +373,4 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _line(words: object, longest: int = 200) -> str:
-    return shown(" ".join(str(words).split()), longest)
+    return quote(" ".join(str(words).split()), longest)

@@ -18,7 +18,7 @@ from cappy.keys import work_key
 from cappy.progress import Progress, read_state
 from cappy.records import Manifest, read_manifest
 from cappy.records.folder import MANIFEST, disk_errors, publish, verify
-from cappy.records.work import JOBS, begin, held, job_name, note_finished, starts_anew
+from cappy.records.work import JOBS, begin, job_name, lock_folder, note_finished, starts_anew
 from cappy.redaction import has_secret, redact
 from cappy.runs import PROGRESS_VARIABLE
 from cappy.steps import step_version
@@ -43,7 +43,7 @@ def train_elsewhere(
     key = work_key(step, computed, parents, fresh=config.fresh)
     name = job_name(step, key.name)
     # One that is being cancelled holds the work until its job has ended.
-    with held(config.work / JOBS / name, patience=2 * CANCEL_SECONDS) as folder:
+    with lock_folder(config.work / JOBS / name, patience=2 * CANCEL_SECONDS) as folder:
         written, staged = folder / "target", folder / "source"
         inner = dataclasses.replace(config, **_here(), source=staged, target=written)
 
@@ -55,8 +55,8 @@ def train_elsewhere(
         begin(folder, key)
         if not (written / MANIFEST).is_file():
             _stage(config.source, staged)
-            _followed(jobs(), name, step, config, written, key.name, progress)
-        manifest = _verified(written, step, computed, parents, name)
+            _follow(jobs(), name, step, config, written, key.name, progress)
+        manifest = _verify(written, step, computed, parents, name)
         publish(written, config.target, manifest)
         note_finished(folder)
         shutil.rmtree(folder / "source", ignore_errors=True)
@@ -79,7 +79,7 @@ def jobs_of(step: str, config: TrainingSettings, inner: TrainingSettings, enviro
     return CustomJobs(step, config, inner, environment)
 
 
-def _followed(
+def _follow(
     jobs: Jobs, name: str, step: str, config: TrainingSettings, written: Path, key: str, progress: Progress
 ) -> None:
     state_file = written.parent / f"{step}.json"
@@ -130,7 +130,7 @@ def _stage(source: Path, staged: Path) -> None:
         publish(source, staged, manifest)
 
 
-def _verified(written: Path, step: str, computed: Mapping[str, object], parents: Sequence[str], name: str) -> Manifest:
+def _verify(written: Path, step: str, computed: Mapping[str, object], parents: Sequence[str], name: str) -> Manifest:
     """The manifest of what the job wrote, every file checked against it, once it is of the work that was asked for.
 
     A damaged output is deleted, so that the next run makes it again.

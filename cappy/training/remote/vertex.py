@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cappy.config import encode, to_values
-from cappy.errors import ConfigError, UnansweredError, shown
+from cappy.errors import ConfigError, UnansweredError, quote
 from cappy.training.remote.following import OVER, Phase, Status
 from cappy.training.settings import TrainingSettings
 
@@ -116,18 +116,18 @@ class CustomJobs:
         self._seen: set[str] = set()
         self._readable = True
         hush()
-        with self._translated():
+        with self._translate_errors():
             aiplatform.init(project=self.own.project, location=self.own.region, staging_bucket=self.own.bucket)
 
     def status(self, name: str) -> Status | None:
         """The state of the job of this name that was made last."""
-        with self._translated(TooManyRequests):
+        with self._translate_errors(TooManyRequests):
             job = self._newest(name)
             return None if job is None else read(job.state, job.error)
 
     def submit(self, name: str) -> None:
         """Creates the job; those of this name that are over stay in the list, as Vertex AI keeps them."""
-        with self._translated():
+        with self._translate_errors():
             job = aiplatform.CustomJob(display_name=name, worker_pool_specs=self.pools)
             job.submit(
                 service_account=self.config.service_account or None,
@@ -161,7 +161,7 @@ class CustomJobs:
                 session = AuthorizedSession(aiplatform.initializer.global_config.credentials)  # type: ignore[no-untyped-call]
                 answer = session.post(f"{self.logging}/v2/entries:list", json=body, timeout=60)
             except (RequestException, GoogleAuthError) as error:
-                raise UnansweredError(f"Cloud Logging: gives no answer ({shown(str(error), 200)})") from error
+                raise UnansweredError(f"Cloud Logging: gives no answer ({quote(str(error), 200)})") from error
             if answer.status_code in (401, 403):
                 self._readable = False
                 place = "grant the step roles/logging.viewer, or read them where the job is"
@@ -177,7 +177,7 @@ class CustomJobs:
 
     def cancel(self, name: str) -> None:
         """Asks Vertex AI to end it; its containers get SIGTERM."""
-        with self._translated(TooManyRequests):
+        with self._translate_errors(TooManyRequests):
             job = self._newest(name)
             if job is not None and PHASES.get(job.state) not in OVER:
                 job.cancel()
@@ -197,7 +197,7 @@ class CustomJobs:
         return job
 
     @contextlib.contextmanager
-    def _translated(self, *transient: type[GoogleAPIError]) -> Iterator[None]:
+    def _translate_errors(self, *transient: type[GoogleAPIError]) -> Iterator[None]:
         """A refusal as one line; UnansweredError where it may be answered later.
 
         Too many requests are a quota that is used up when a job is created, and a matter of seconds when one is read.
@@ -207,7 +207,7 @@ class CustomJobs:
             try:
                 yield
             except (ServerError, RetryError, RequestException, *transient) as error:
-                reason = shown(" ".join(str(error).split()), 200)
+                reason = quote(" ".join(str(error).split()), 200)
                 raise UnansweredError(
                     f"{place}: gives no answer ({reason}); run the same command again later"
                 ) from error
@@ -226,5 +226,5 @@ def read(state: JobState, error: JobError | None) -> Status:
         return Status(phase)
     absent = all(word in words.lower() for word in NEVER)
     taken = not absent and (code in TAKEN or "preempt" in words.lower())
-    reason = shown(words, 200) if words else state.name
+    reason = quote(words, 200) if words else state.name
     return Status(phase, reason, preempted=taken, hopeless=absent)

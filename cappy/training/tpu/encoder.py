@@ -19,7 +19,7 @@ from jax import Array, lax
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cappy.errors import ConfigError, shown
+from cappy.errors import ConfigError, quote
 
 Params = dict[str, Array]
 Arrays = dict[str, NDArray[np.float32]]
@@ -56,7 +56,7 @@ class Architecture:
     head_dropout: float
 
     @property
-    def stacked(self) -> str:
+    def stack_prefix(self) -> str:
         """How the names of the layers' stacked arrays begin."""
         return f"{self.kind}.encoder.layer.*."
 
@@ -81,7 +81,7 @@ def architecture(name: str, config: EncoderConfig) -> Architecture:
     """The architecture that a model class and its configuration name; ConfigError if it is none of ours."""
     if name not in ARCHITECTURES:
         raise ConfigError(
-            f"--parallelism jax: trains {' and '.join(ARCHITECTURES)}, got {shown(name)}; give --parallelism single"
+            f"--parallelism jax: trains {' and '.join(ARCHITECTURES)}, got {quote(name)}; give --parallelism single"
         )
     kind = ARCHITECTURES[name]
     for field, wanted in (("hidden_act", tuple(_ACTIVATIONS)), ("is_decoder", (False,)), ("num_labels", (1,))):
@@ -89,7 +89,7 @@ def architecture(name: str, config: EncoderConfig) -> Architecture:
         if value not in wanted:
             allowed = " or ".join(map(str, wanted))
             remedy = "give --parallelism single"
-            raise ConfigError(f"config.json: {field}: --parallelism jax knows {allowed}, got {shown(value)}; {remedy}")
+            raise ConfigError(f"config.json: {field}: --parallelism jax knows {allowed}, got {quote(value)}; {remedy}")
     head_dropout = config.get("classifier_dropout")
     return Architecture(
         kind=kind,
@@ -123,7 +123,9 @@ def forward(
     attended = jnp.arange(ids.shape[1]) < lengths[:, None]
     hidden = _embed(params, arch, ids, types)
     hidden = _dropout(hidden, keys, _EMBEDDINGS, arch.hidden_dropout)
-    stacked = {name.removeprefix(arch.stacked): a for name, a in params.items() if name.startswith(arch.stacked)}
+    stacked = {
+        name.removeprefix(arch.stack_prefix): a for name, a in params.items() if name.startswith(arch.stack_prefix)
+    }
 
     def layer(hidden: Array, numbered: tuple[Params, Array]) -> tuple[Array, None]:
         return _layer(numbered[0], arch, hidden, attended, keys, 3 * numbered[1] + _FIRST_LAYER), None
@@ -166,26 +168,26 @@ def to_torch(arrays: Arrays) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def decayed(params: Arrays, arch: Architecture) -> dict[str, bool]:
+def decay_mask(params: Arrays, arch: Architecture) -> dict[str, bool]:
     """Which arrays decay: those of two or more dimensions in the scorer folder, so no bias and no norm."""
-    return {name: array.ndim - name.startswith(arch.stacked) >= 2 for name, array in params.items()}
+    return {name: array.ndim - name.startswith(arch.stack_prefix) >= 2 for name, array in params.items()}
 
 
 def _embed(params: Params, arch: Architecture, ids: Array, types: Array) -> Array:
     names = f"{arch.kind}.embeddings"
     padding = (ids == arch.pad)[:, :, None]
-    words = _fixed(params[f"{names}.word_embeddings.weight"][ids], padding)
+    words = _stop_gradient_at(params[f"{names}.word_embeddings.weight"][ids], padding)
     table = params[f"{names}.position_embeddings.weight"]
     if arch.kind == "roberta":
         counted = (ids != arch.pad).astype(jnp.int32)
-        positions = _fixed(table[jnp.cumsum(counted, axis=1) * counted + arch.pad], padding)
+        positions = _stop_gradient_at(table[jnp.cumsum(counted, axis=1) * counted + arch.pad], padding)
     else:
         positions = table[jnp.arange(ids.shape[1])]
     embedded = words + positions + params[f"{names}.token_type_embeddings.weight"][types]
     return _norm(params, f"{names}.LayerNorm", embedded, arch.epsilon)
 
 
-def _fixed(vectors: Array, where: Array) -> Array:
+def _stop_gradient_at(vectors: Array, where: Array) -> Array:
     """The vectors, without a gradient `where` they are the padding token's: torch never trains those."""
     return jnp.where(where, lax.stop_gradient(vectors), vectors)
 

@@ -36,7 +36,7 @@ from cappy.training.tpu.encoder import (
     Arrays,
     Params,
     architecture,
-    decayed,
+    decay_mask,
     forward,
     from_torch,
     stack,
@@ -62,7 +62,7 @@ class Tokens(NamedTuple):
     lengths: NDArray[np.int32]
 
 
-class _Traced(Protocol):
+class _TracedTokens(Protocol):
     """`Tokens` in a function that JAX compiles, where its own arrays stand in their place."""
 
     @property
@@ -117,7 +117,7 @@ class OnDevices:
         steps = {int(tensor) for name, tensor in moments.items() if name.endswith(f".{STEPS}")}
         self.engine.restore(from_torch(weights), (steps.pop(), named[0], named[1]) if moments else None)
 
-    def finished(self, best: Tensors) -> nn.Module:
+    def best_model(self, best: Tensors) -> nn.Module:
         """The model that the scorer had, with the best weights."""
         self._model.load_state_dict(best)
         model: nn.Module = self._model
@@ -143,17 +143,17 @@ class Passes(nn.Module):
         rows = Tokens(*(tensor.cpu().numpy().astype(np.int32) for tensor in (input_ids, types, lengths)))
         if self.training:
             seed = int(torch.randint(2**31, ()))
-            logits: Tensor = _Trained.apply(self._way_back, self, rows, seed)  # type: ignore[no-untyped-call]
+            logits: Tensor = _DevicePass.apply(self._way_back, self, rows, seed)  # type: ignore[no-untyped-call]
         else:
-            scored = [self._scored(rows, own, count) for own, count in self._cut(rows)]
+            scored = [self._score(rows, own, count) for own, count in self._split(rows)]
             logits = torch.from_numpy(np.concatenate(scored))
         return SequenceClassifierOutput(logits=logits[:, None])
 
-    def trained(self, rows: Tokens, seed: int) -> tuple[Tensor, list[tuple[slice, int, Pullback]]]:
+    def training_forward(self, rows: Tokens, seed: int) -> tuple[Tensor, list[tuple[slice, int, Pullback]]]:
         """Logits (pairs,) with dropout, and of each piece which pairs, padded rows, and the way back."""
         logits, ways = [], []
-        for own, count in self._cut(rows):
-            part, pullback = self._engine.passed(self._padded(rows, own, count), seed=seed, first=own.start)
+        for own, count in self._split(rows):
+            part, pullback = self._engine.forward(self._pad(rows, own, count), seed=seed, first=own.start)
             logits.append(part)
             ways.append((own, count, pullback))
         values = [np.asarray(part)[: own.stop - own.start] for part, (own, _, _) in zip(logits, ways, strict=True)]
@@ -166,14 +166,14 @@ class Passes(nn.Module):
             padded[: own.stop - own.start] = gradient[own]
             self._engine.pull(pullback, padded)
 
-    def _scored(self, rows: Tokens, own: slice, count: int) -> NDArray[np.float32]:
-        return np.asarray(self._engine.logits(self._padded(rows, own, count)))[: own.stop - own.start]
+    def _score(self, rows: Tokens, own: slice, count: int) -> NDArray[np.float32]:
+        return np.asarray(self._engine.logits(self._pad(rows, own, count)))[: own.stop - own.start]
 
-    def _cut(self, rows: Tokens) -> list[tuple[slice, int]]:
+    def _split(self, rows: Tokens) -> list[tuple[slice, int]]:
         pairs, width = rows.ids.shape
         return list(self._shapes.pieces(pairs, self._shapes.length_of(width)))
 
-    def _padded(self, rows: Tokens, own: slice, count: int) -> Tokens:
+    def _pad(self, rows: Tokens, own: slice, count: int) -> Tokens:
         """These pairs in the first of `count` rows; a padding row is one padding token, for its softmax to see."""
         short = count - (own.stop - own.start)
         wide = self._shapes.length_of(rows.ids.shape[1]) - rows.ids.shape[1]
@@ -192,12 +192,12 @@ class _Context(Protocol):
     ways: list[tuple[slice, int, Pullback]]
 
 
-class _Trained(torch.autograd.Function):
+class _DevicePass(torch.autograd.Function):
     """A pass on the devices as torch's autograd sees it: the parameters' gradients stay there."""
 
     @staticmethod
     def forward(context: _Context, way_back: Tensor, passes: Passes, rows: Tokens, seed: int) -> Tensor:
-        logits, context.ways = passes.trained(rows, seed)
+        logits, context.ways = passes.training_forward(rows, seed)
         context.passes = passes
         return logits
 
@@ -252,24 +252,24 @@ class Engine:
         stacked = stack(tensors)
         self._optimizer = optax.chain(
             optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-            optax.add_decayed_weights(config.weight_decay, mask=decayed(stacked, arch)),
+            optax.add_decayed_weights(config.weight_decay, mask=decay_mask(stacked, arch)),
         )
         self.params: Params = jax.device_put(stacked, whole)
         self._state: optax.OptState = jax.device_put(self._optimizer.init(self.params), whole)
         self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=whole)
         self.sums: Params = self._zeros(self.params)
-        self._logits = jax.jit(self._passed, out_shardings=whole)
-        self._pass = jax.jit(self._pulled_later)
-        self._pull = jax.jit(_added, donate_argnums=0, out_shardings=whole)
+        self._logits = jax.jit(self._forward, out_shardings=whole)
+        self._pass = jax.jit(self._forward_with_pullback)
+        self._pull = jax.jit(_add_gradients, donate_argnums=0, out_shardings=whole)
         self._norm = jax.jit(optax.tree.norm, out_shardings=whole)
-        self._apply = jax.jit(self._moved, donate_argnums=(0, 1), out_shardings=whole)
+        self._apply = jax.jit(self._update, donate_argnums=(0, 1), out_shardings=whole)
 
     def logits(self, tokens: Tokens) -> Array:
         """Logits (rows,) without dropout."""
         logits: Array = self._logits(self.params, self.to_devices(tokens))
         return logits
 
-    def passed(self, tokens: Tokens, *, seed: int, first: int) -> tuple[Array, Pullback]:
+    def forward(self, tokens: Tokens, *, seed: int, first: int) -> tuple[Array, Pullback]:
         """Logits (rows,) with dropout, and the way back; `seed` (32 bits) and a row's number decide its dropout.
 
         The numbers count from `first`.
@@ -323,15 +323,17 @@ class Engine:
             state = (adam, *state[1:])
         self._state = jax.device_put(state, self._whole)
 
-    def _passed(self, params: Params, tokens: _Traced, keys: Array | None = None) -> Array:
+    def _forward(self, params: Params, tokens: _TracedTokens, keys: Array | None = None) -> Array:
         return forward(params, self._arch, tokens.ids, tokens.types, tokens.lengths, keys=keys)
 
-    def _pulled_later(self, params: Params, tokens: _Traced, seed: Array, first: Array) -> tuple[Array, Pullback]:
+    def _forward_with_pullback(
+        self, params: Params, tokens: _TracedTokens, seed: Array, first: Array
+    ) -> tuple[Array, Pullback]:
         numbers = first + jnp.arange(len(tokens.lengths), dtype=jnp.uint32)
         keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
-        return jax.vjp(lambda params: self._passed(params, tokens, keys), params)
+        return jax.vjp(lambda params: self._forward(params, tokens, keys), params)
 
-    def _moved(
+    def _update(
         self, params: Params, state: optax.OptState, sums: Params, share: Array, rate: Array
     ) -> tuple[Params, optax.OptState]:
         clipped = jax.tree.map(lambda gradient: gradient * share, sums)
@@ -339,7 +341,7 @@ class Engine:
         return jax.tree.map(lambda param, move: param - rate * move, params, moves), state
 
 
-def _added(sums: Params, pullback: Pullback, gradient: Array) -> Params:
+def _add_gradients(sums: Params, pullback: Pullback, gradient: Array) -> Params:
     (gradients,) = pullback(gradient)
     added: Params = jax.tree.map(jnp.add, sums, gradients)
     return added

@@ -12,7 +12,7 @@ import pytest
 from wording import assert_names, raises_naming
 
 from cappy.errors import CappyError, ConfigError
-from cappy.preparation.templates import LimitError, Rendered, Template, fields, fixed_choices, render, render_rows
+from cappy.preparation.templates import LimitError, RenderedRow, Template, fields, fixed_choices, render, render_rows
 
 Make = Callable[..., Template]
 
@@ -107,9 +107,9 @@ def test_other_rows_and_templates_are_rendered_beside_one_that_ends_the_child(te
     rows: list[dict[str, Any]] = [{"text": str(number), "bomb": int(number in (3, 40))} for number in range(80)]
     results = list(render_rows([(row, templates) for row in rows], seconds=0.5))
     for row, found in zip(rows, results, strict=True):
-        whole = Rendered(instruction=row["text"], target="y")
-        expected = [LimitError] * 3 if row["bomb"] else [Rendered] * 3
-        assert [type(one) for one in found] == [Rendered, *expected, Rendered]
+        whole = RenderedRow(instruction=row["text"], target="y")
+        expected = [LimitError] * 3 if row["bomb"] else [RenderedRow] * 3
+        assert [type(one) for one in found] == [RenderedRow, *expected, RenderedRow]
         assert found[0] == found[-1] == whole
     for error, limit in zip(results[40][1:4], ("512 MiB", "0.5 seconds", "8 MiB"), strict=True):
         assert_names(str(error), limit)
@@ -121,7 +121,7 @@ def test_rows_before_an_unreadable_one_are_rendered(template: Make) -> None:
         raise OSError("unreadable")
 
     results = render_rows(rows())
-    assert next(results) == [Rendered(instruction="a", target="y")]
+    assert next(results) == [RenderedRow(instruction="a", target="y")]
     with pytest.raises(OSError, match="unreadable"):
         next(results)
 
@@ -137,4 +137,4 @@ def test_a_row_that_is_nested_too_deep_is_an_error_of_its_own(template: Make) ->
 def test_a_row_of_many_and_of_large_values_is_rendered(template: Make) -> None:
     row = {"text": "t", **{f"field{number}": "é" * 99 for number in range(9999)}, "large": "x" * 9_999_999}
     assert json.dumps(row)
-    assert render(template("{{text}} ||| {{large}}"), row) == Rendered(instruction="t", target="x" * 2045 + "...")
+    assert render(template("{{text}} ||| {{large}}"), row) == RenderedRow(instruction="t", target="x" * 2045 + "...")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cappy.errors import CappyError
-from cappy.preparation.templates import Rendered, Template, fields, fixed_choices, load_templates, render
+from cappy.preparation.templates import RenderedRow, Template, fields, fixed_choices, load_templates, render
 
 SAMPLE = 50
 
@@ -105,7 +105,7 @@ def test_rank_classification_templates_render_the_held_out_tasks(
     assert failing == (["complete_first_then"] if dataset == "hellaswag" else [])
 
 
-def rendered(template: Template, row: Mapping[str, Any]) -> Rendered | None:
+def rendered(template: Template, row: Mapping[str, Any]) -> RenderedRow | None:
     try:
         return render(template, row)
     except CappyError:
@@ -119,7 +119,7 @@ def rendered(template: Template, row: Mapping[str, Any]) -> Rendered | None:
             "super_glue/rte",
             "GPT-3 style",
             "super_glue_rte.validation",
-            Rendered(
+            RenderedRow(
                 instruction="Dana Reeve, the widow of the actor Christopher Reeve, has died of lung cancer at age 44, "
                 "according to the Christopher Reeve Foundation.\nQuestion: Christopher Reeve had an accident. "
                 "True or False?",
@@ -131,7 +131,7 @@ def rendered(template: Template, row: Mapping[str, Any]) -> Rendered | None:
             "super_glue/cb",
             "GPT-3 style",
             "super_glue_cb.validation",
-            Rendered(
+            RenderedRow(
                 instruction="Valence the void-brain, Valence the virtuous valet. Why couldn't the figger choose his "
                 "own portion of titanic anatomy to shaft? Did he think he was helping?\nQuestion: Valence was helping "
                 "True, False, or Neither?",
@@ -143,7 +143,7 @@ def rendered(template: Template, row: Mapping[str, Any]) -> Rendered | None:
             "winogrande/winogrande_xl",
             "Replace",
             "winogrande_xl.validation",
-            Rendered(
+            RenderedRow(
                 instruction="Sarah was a much better surgeon than Maria so _ always got the easier cases.\nReplace the "
                 "_ in the above sentence with the correct option: \n- Sarah\n- Maria",
                 target="Maria",
@@ -154,7 +154,7 @@ def rendered(template: Template, row: Mapping[str, Any]) -> Rendered | None:
             "story_cloze/2016",
             "Answer Given options",
             "story_cloze_2016.validation",
-            Rendered(
+            RenderedRow(
                 instruction="Rick grew up in a troubled household. He never found good support in family, and turned "
                 "to gangs. It wasn't long before Rick got shot in a robbery. The incident caused him to turn a new "
                 "leaf. What is a possible continuation for the story given the following options ? - He is happy now.\n"
@@ -167,7 +167,7 @@ def rendered(template: Template, row: Mapping[str, Any]) -> Rendered | None:
             "hellaswag",
             "Open-ended completion",
             "hellaswag.validation",
-            Rendered(
+            RenderedRow(
                 instruction="Complete the sentence: A man is sitting on a roof. he",
                 target="starts pulling up roofing on a roof.",
                 choices=(
@@ -181,7 +181,7 @@ def rendered(template: Template, row: Mapping[str, Any]) -> Rendered | None:
     ],
 )
 def test_the_first_row_reads_as_worked_out_by_hand(
-    shared: Path, real_templates: Path, dataset: str, name: str, file: str, expected: Rendered
+    shared: Path, real_templates: Path, dataset: str, name: str, file: str, expected: RenderedRow
 ) -> None:
     (template,) = (template for template in load_templates(real_templates, dataset) if template.name == name)
     assert render(template, rows_of(shared / f"heldout_tasks/{file}.jsonl.gz")[0]) == expected
@@ -236,7 +236,7 @@ def read_back(template: Template, prompt: Mapping[str, Any]) -> dict[str, Any]:
     return row | ({"label": choices.index(row["label"])} if choices else {})
 
 
-def as_t0(mine: Rendered | None, like: Mapping[str, Any]) -> tuple[Any, ...] | None:
+def as_t0(mine: RenderedRow | None, like: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """Instruction, response and choices; without these where the file of T0's prompts has none."""
     if mine is None:
         return None

@@ -8,7 +8,7 @@ import pytest
 from wording import raises_naming
 
 from cappy.errors import ConfigError, RecordError
-from cappy.preparation.templates import Rendered, Template, fields, fixed_choices, load_templates, render
+from cappy.preparation.templates import RenderedRow, Template, fields, fixed_choices, load_templates, render
 
 Make = Callable[..., Template]
 Expected = tuple[str, str] | tuple[str, str, tuple[str, ...]] | None
@@ -166,7 +166,7 @@ def test_the_text_is_promptsources(
         assert rendered is None
     else:
         instruction, target, *rest = expected
-        assert rendered == Rendered(instruction=instruction, target=target, choices=rest[0] if rest else ())
+        assert rendered == RenderedRow(instruction=instruction, target=target, choices=rest[0] if rest else ())
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_the_row_is_left_as_it_is(template: Make) -> None:
     row = {"xs": ["a"], "inner": {"ys": ["b"]}}
     jinja = "{% set _ = xs.append('z') %}{% set _ = inner.ys.append('z') %}{{xs}}{{inner}} ||| y"
     first, second = (render(template(jinja), row) for _ in range(2))
-    assert first == second == Rendered(instruction="['a', 'z']{'ys': ['b', 'z']}", target="y")
+    assert first == second == RenderedRow(instruction="['a', 'z']{'ys': ['b', 'z']}", target="y")
     assert row == {"xs": ["a"], "inner": {"ys": ["b"]}}
 
 

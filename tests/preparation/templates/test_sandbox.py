@@ -11,7 +11,7 @@ import pytest
 from wording import assert_names, raises_naming
 
 from cappy.errors import CappyError, ConfigError, RecordError
-from cappy.preparation.templates import Rendered, Template, render
+from cappy.preparation.templates import RenderedRow, Template, render
 
 Make = Callable[..., Template]
 
@@ -176,7 +176,7 @@ def test_a_template_too_deep_to_compile_is_an_error_of_its_own(template: Make, j
 
 def test_a_template_that_was_stopped_spoils_no_other(template: Make) -> None:
     assert raised(lambda: render(template(f"x ||| {FOREVER}"), ROW, seconds=0.1))
-    assert render(template("{{text}} ||| y"), ROW) == Rendered(instruction="abc", target="y")
+    assert render(template("{{text}} ||| y"), ROW) == RenderedRow(instruction="abc", target="y")
 
 
 def test_threads_render_side_by_side_each_within_its_own_time(template: Make) -> None:
@@ -185,7 +185,7 @@ def test_threads_render_side_by_side_each_within_its_own_time(template: Make) ->
     hog = threading.Thread(target=lambda: errors.append(raised(lambda: render(endless, ROW, seconds=0.5))))
     hog.start()
     while hog.is_alive():
-        assert render(quick, ROW) == Rendered(instruction="abc", target="1")
+        assert render(quick, ROW) == RenderedRow(instruction="abc", target="1")
     assert "takes longer" in str(errors)
 
 

@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from scoring_function import FakeEngine
 
-from cappy.scoring.encoding import Encoded, Pair
+from cappy.scoring.encoding import EncodedPair, Pair
 
 Serve = Callable[..., TestClient]
 TEXTS = ["a", "abc", "ab"]
@@ -19,7 +19,7 @@ TEXTS = ["a", "abc", "ab"]
 class Saturated(FakeEngine):
     """Logits of 60 and more, whose sigmoid is 1.0 even in fp64; the longest text has the highest."""
 
-    def compute(self, batch: Sequence[Encoded]) -> list[tuple[float, float]]:
+    def compute(self, batch: Sequence[EncodedPair]) -> list[tuple[float, float]]:
         logits = [60.0 + len(pair.ids) for pair in batch]
         return [(1 / (1 + math.exp(-logit)), logit) for logit in logits]
 
@@ -53,8 +53,8 @@ def test_a5_tei_orders_by_logits(serve: Serve) -> None:
 class Cutting(FakeEngine):
     """Cuts pairs of more than eight characters."""
 
-    def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
-        return [Encoded(pair.ids, pair.types, whole=len(pair.ids) <= 9) for pair in super().encode(pairs)]
+    def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
+        return [EncodedPair(pair.ids, pair.types, whole=len(pair.ids) <= 9) for pair in super().encode(pairs)]
 
 
 @pytest.mark.parametrize("path", ["/score", "/select"])

@@ -246,7 +246,7 @@ def test_weights_go_back_into_the_folder_unchanged(bert: Load, plan: Plan, tmp_p
     scorer = bert()
     strategy, before = OnDevices(scorer, plan()), scorer.model
     weights = strategy.weights()
-    scorer.model = strategy.finished(weights).eval()
+    scorer.model = strategy.best_model(weights).eval()
     assert scorer.model is not before
     scorer.save(tmp_path / "scorer")
     assert Scorer.load(str(tmp_path / "scorer"), device="cpu", precision="fp32").score(PAIRS[:4]) == pytest.approx(
