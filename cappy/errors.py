@@ -5,7 +5,7 @@
     ├── RecordError       a line, a row or a field of the input is not what it must be
     ├── FolderError       a folder of records, a scorer or a report is unfinished, damaged or busy
     ├── GeneratorError    an LLM could not be reached, or refused
-    ├── TrainingError     training had to stop: the loss is no number, memory ran out, a rank or the machine went
+    ├── TrainingError     training had to stop: the loss is not a number, memory ran out, a rank or the machine went
     │   └── UnansweredError   the platform that runs a training job did not answer; it may do so later
     └── RegistryError     MLflow does not know the version, or holds another one than was registered
         └── UnreachableError  MLflow or its store did not answer; it may do so later
@@ -44,7 +44,7 @@ class GeneratorError(CappyError):
 
 
 class TrainingError(CappyError):
-    """Training had to stop: the loss is no number, memory ran out, a rank or the machine went."""
+    """Training had to stop: the loss is not a number, memory ran out, a rank or the machine went."""
 
 
 class UnansweredError(TrainingError):

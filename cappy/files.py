@@ -126,13 +126,13 @@ def _refuse_odd(path: Path, error: OSError) -> None:
     if path.is_symlink():
         raise FolderError(f"{path}: is a symbolic link, and a lock file must not be one; {_REMEDY}") from error
     if error.errno in (errno.EISDIR, errno.ENXIO):
-        raise FolderError(f"{path}: is no regular file, and a lock must be one; {_REMEDY}") from error
+        raise FolderError(f"{path}: is not a regular file, and a lock must be one; {_REMEDY}") from error
 
 
 def _check(descriptor: int, path: Path) -> None:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        kind = "has another name too (a hard link)" if stat.S_ISREG(status.st_mode) else "is no regular file"
+        kind = "has another name too (a hard link)" if stat.S_ISREG(status.st_mode) else "is not a regular file"
         raise FolderError(f"{path}: {kind}, and a lock file must not; {_REMEDY}")
 
 

@@ -52,7 +52,7 @@ class Key:
         """The key that `to_json` wrote; ValueError or TypeError if it is not one."""
         key = Key(**json.loads(text))
         if not isinstance(key.settings, dict) or not isinstance(key.inputs, list):
-            raise TypeError("settings is no object, or inputs is no list")
+            raise TypeError("settings is not an object, or inputs is not a list")
         return key
 
     def differences(self, other: "Key") -> list[str]:

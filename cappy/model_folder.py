@@ -76,7 +76,7 @@ class Module(Protocol):
         """All parameters, a shared one once."""
 
     def buffers(self) -> "Iterator[torch.Tensor]":
-        """Tensors that are no parameters."""
+        """Tensors that are not parameters."""
 
 
 Model_co = TypeVar("Model_co", bound=Module, covariant=True)
@@ -228,7 +228,7 @@ def _refuse_code(folder: Path) -> None:
         if path.is_dir() and path.is_symlink():
             raise FolderError(f"{path}: is a link to a folder elsewhere; copy its files here, or delete it")
         if not path.is_dir() and not path.is_file():
-            raise FolderError(f"{path}: is no file (a pipe, a socket or a broken link); delete it")
+            raise FolderError(f"{path}: is not a file (a pipe, a socket or a broken link); delete it")
     for path in _match_files(folder, CODE):
         raise FolderError(f"{path}: is code, which is never run from a model's folder; delete it")
     for path in _match_files(folder, ("*.json",)):

@@ -178,7 +178,7 @@ class ProgressTable:
             self._progress.stop()
 
     def update(self, rows: Sequence[Row]) -> None:
-        """Draws the rows as they are now; nothing where stderr is no terminal."""
+        """Draws the rows as they are now; nothing where stderr is not a terminal."""
         if self._progress is None:
             return
         for row in rows:

@@ -33,7 +33,7 @@ def fill_environment(address: str = ADDRESS) -> None:
             raise ValueError(f"got {quote(wanted)}")
     except ValueError as error:
         raise ConfigError(
-            f"{VARIABLE}: is no JSON object of variables and secrets; compile the pipeline again"
+            f"{VARIABLE}: is not a JSON object of variables and secrets; compile the pipeline again"
         ) from error
     session = _session()
     for variable, name in wanted.items():

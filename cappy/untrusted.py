@@ -60,7 +60,7 @@ def to_utf8(body: bytes, content_type: str) -> bytes:
     """The body in UTF-8, where it is valid or its header names a charset that fits; else the body as it is.
 
     JSON is UTF-8 whatever a header says, so the header counts only where the bytes are not UTF-8, or hold NUL, which no
-    JSON in UTF-8 does. Charsets that are no encoding of characters are not applied.
+    JSON in UTF-8 does. Charsets that are not encodings of characters are not applied.
     """
     if b"\0" not in body and is_utf8(body):
         return body

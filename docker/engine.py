@@ -142,7 +142,7 @@ def unmount(*folders: Path) -> None:
 def make_base(environment: Mapping[str, str]) -> None:
     """Makes the image that the Dockerfiles begin with, once, of Debian's packages and this machine's certificates.
 
-    It is no copy of the official image: Debian's Python 3.11 stands in for one that was built from source.
+    It is not a copy of the official image: Debian's Python 3.11 stands in for one that was built from source.
     """
     there = subprocess.run([docker(), "image", "inspect", BASE], env=environment, capture_output=True, check=False)
     if there.returncode == 0:

@@ -83,7 +83,7 @@ def resolve(requirements: Iterable[str]) -> Pins:
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in read_locks().items()))
         command = [sys.executable, "-m", "pip", "--isolated", "install", "--quiet", "--dry-run", "--ignore-installed"]
         command += ["--report", str(report), "--constraint", str(constraints), *sorted(set(requirements))]
-        # Files on this machine's disk are no index: whoever builds elsewhere could not fetch what they hash to.
+        # Files on this machine's disk are not an index: whoever builds elsewhere could not fetch what they hash to.
         subprocess.run(command, check=True, env={**clean(os.environ), "PIP_CONFIG_FILE": os.devnull})
         return pins(json.loads(report.read_text()))
 

@@ -171,7 +171,7 @@ def package_of(recipe: Recipe, platform: Platform, arguments: Mapping[str, objec
     spec = documents[0] if documents and isinstance(documents[0], dict) else {}
     information, root = spec.get("pipelineInfo"), spec.get("root")
     if "sdkVersion" not in spec or not isinstance(information, dict) or not isinstance(root, dict):
-        raise ConfigError(f"{path}: is no compiled pipeline; write one with cappy pipeline compile --on {platform}")
+        raise ConfigError(f"{path}: is not a compiled pipeline; write one with cappy pipeline compile --on {platform}")
     _refuse_newer(path, str(spec["sdkVersion"]))
     if len(documents) != (2 if platform == "kubeflow" else 1) or (platform == "vertex" and JOB_ID in text):
         raise ConfigError(f"{path}: was compiled for another platform; compile it with --on {platform}")

@@ -39,7 +39,7 @@ def leave_alone(step: str, task: Any) -> None:
 def _for_docker(recipe: Recipe) -> TaskCustomizer:
     """The recipe's images, the caller's own folder, nothing of a cluster: cores and memory are the machine's.
 
-    Keys are no part of a task, whose YAML is kept: `pipelines.execution` hands them to the engine.
+    Keys are not part of a task, whose YAML is kept: `pipelines.execution` hands them to the engine.
     """
 
     def customize(step: str, task: Any) -> None:

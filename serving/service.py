@@ -132,7 +132,7 @@ class Service:
         )
 
     def _seconds(self, request: Request) -> float:
-        """The time that a request has; `_admit` refuses what is no number of seconds later."""
+        """The time that a request has; `_admit` refuses what is not a number of seconds later."""
         text = request.headers.get(DEADLINE, "")
         try:
             asked = float(text) if text else self.limits.timeout
@@ -159,7 +159,7 @@ class Service:
         try:
             return dialect.read(body, headers, self.bounds)
         except ValueError as error:
-            raise Refusal(400, f"the body is no JSON ({error}); send {dialect.shape}") from error
+            raise Refusal(400, f"the body is not JSON ({error}); send {dialect.shape}") from error
 
     def _model(self, *names: str | None) -> Model:
         """The model that answers, current or former; Refusal 404 where another model or version is asked for."""

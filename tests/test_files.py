@@ -93,7 +93,7 @@ def test_the_lock_of_a_piece_of_work_does_not_overwrite_what_a_link_names(tmp_pa
         (folder / ".lock").unlink()
         link(victim, folder / ".lock")
         with pytest.raises(FolderError, match="lock: .*link"), claim(tmp_path / "work", "annotation", {}):
-            pytest.fail("it is no lock")
+            pytest.fail("it is not a lock")
     assert victim.read_text() == "what matters"
 
 
@@ -110,7 +110,7 @@ def test_what_is_no_file_is_refused_at_once_as_a_lock(make: Callable[[Path], Non
     with pytest.raises(FolderError, match="no regular file"):
         open_lock(tmp_path / "lock")
     with pytest.raises(FolderError, match="no regular file"), hold_lock(tmp_path / "lock"):
-        pytest.fail("it is no lock")
+        pytest.fail("it is not a lock")
 
 
 def test_a_lock_is_its_owners_alone_and_no_child_inherits_it(umask: int, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_disk_without_the_kernels_locks_is_no_place_for_a_lock(
 
     monkeypatch.setattr(fcntl, "flock", missing)
     with pytest.raises(OSError, match="not implemented"), hold_lock(tmp_path / "lock"):
-        pytest.fail("it is no lock")
+        pytest.fail("it is not a lock")
 
 
 def test_every_lock_of_the_project_is_opened_in_one_place() -> None:

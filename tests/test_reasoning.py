@@ -96,7 +96,7 @@ def test_reasoning_that_never_ended_leaves_no_answer_of_it(text: str, answer: st
         "The words `assistantanalysis` and `assistantfinal` are left of the tokens.",
         'The words "assistantanalysis" and "assistantfinal" are left.',
         "Some servers write\n```\nanalysisHm.assistantfinalParis\n```\ninstead.",
-        "An assistantanalysis is no word, and assistantfinal none either.",
+        "An assistantanalysis is not a word, and assistantfinal none either.",
         "The assistant final exam follows the assistant analysis.",
         "set my_assistantfinal = 3; assistantfinal = 4",
         "obj.assistantfinal = 4 and obj.assistantanalysis()",

@@ -74,7 +74,7 @@ def test_a_secret_of_the_environment_stands_in_no_form(
     assert "7f3" not in found
     assert CANARY not in found
     monkeypatch.delenv(variable)
-    assert redact(text) == text, "it is no secret any more"
+    assert redact(text) == text, "it is not a secret any more"
 
 
 def test_lists_headers_files_and_addresses_hold_secrets_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -107,5 +107,5 @@ def test_an_index_names_no_hidden_weights_which_nobody_hashed(foreign: Path) -> 
 def test_a_pipe_that_nobody_writes_to_is_not_opened(name: str, foreign: Path) -> None:
     (foreign / name).unlink(missing_ok=True)
     os.mkfifo(foreign / name)
-    with pytest.raises(FolderError, match="is no file"):
+    with pytest.raises(FolderError, match="is not a file"):
         open_model_folder(foreign)

@@ -19,7 +19,7 @@ from cappy.records.instance import GIVEN, Source
 Preset = Literal["default", "paper"]
 
 NEARLY_RIGHT = 0.5
-"""Rouge-L against the instance's own references from which a mismatch is no wrong response."""
+"""Rouge-L against the instance's own references from which a mismatch is not a wrong response."""
 _SPARE_DRAWS = 4
 """Draws beyond those asked for, in case that some are nearly right."""
 

@@ -56,15 +56,15 @@ def parse(text: str) -> dict[str, float]:
     for term in text.split("+"):
         match = _TERM.fullmatch(term.strip())
         if match is None or match[2] not in METRICS:
-            known = f"choose of {', '.join(METRICS)}, or mix them: 0.5*rougeL+0.5*exact_match"
-            raise ConfigError(f"annotation: --metric: {quote(term.strip())} is no metric; {known}")
+            known = f"choose one of {', '.join(METRICS)}, or a mixture such as 0.5*rougeL+0.5*exact_match"
+            raise ConfigError(f"annotation: --metric: unknown metric {quote(term.strip())}; {known}")
         if match[2] in weights:
-            raise ConfigError(f"annotation: --metric: {match[2]} stands in {quote(text)} twice; give it one weight")
+            raise ConfigError(f"annotation: --metric: {match[2]} is in {quote(text)} twice; give it one weight")
         weights[match[2]] = float(match[1] or 1)
     total = math.fsum(weights.values())
     if abs(total - 1) > _SUM_TOLERANCE:
         raise ConfigError(
-            f"--metric: the weights of {quote(text)} sum to {total:g}; labels are 0 to 1, so give 1 in all"
+            f"--metric: the weights of {quote(text)} sum to {total:g}; labels are 0 to 1, so they must sum to 1"
         )
     return weights
 

@@ -33,7 +33,7 @@ _TOKEN = re.compile(
     rf"""
     # Digits inside a word (CO2, H2O, cm3, v1.2) are not a number; those of 3x5 and USD500 are.
     (?<![{_LETTER}]) (?! (?<=[0-9])x[0-9] | (?:{_CURRENCIES})[0-9] ) [{_LETTER}]+[0-9][{_LETTER}0-9]*(?:[.,][0-9]+)*
-    # An exponent of what is no number: m^2, (a+b)^2, s**2; but **2** is bold.
+    # An exponent of what is not a number: m^2, (a+b)^2, s**2; but **2** is bold.
     | \^\s?(?:\{{[^{{}}]{{0,40}}\}}|[\s({{]{{0,4}}[-+]?[0-9][0-9.,/]*[)}}]?) | (?<=[\w)])\*\*\(?[-+]?[0-9]++(?!\*\*)\)?
     | (?P<date>[0-9]++(?:/[0-9]++){{2,}}+)
     # A root, with what it is multiplied by or divides; one of something else than a number has nothing under it.
@@ -104,7 +104,7 @@ def last_number(text: str) -> Number | None:
       300K in a line that speaks of temperatures.
     - A root is the number that it is: \\sqrt{16} is 4, and √2, 3√2 and \\frac{\\sqrt{2}}{2} are not 2; √x is none.
     - A minus sign counts where nothing but white space, an opening bracket or an operator stands before it.
-    - Digits within a word (CO2, H2O, cm3), subscripts and the exponents of words (m^2, m²) are no numbers.
+    - Digits within a word (CO2, H2O, cm3), subscripts and the exponents of words (m^2, m²) are not numbers.
     - What stands beside a number (%, $, kg, th) is not read.
     - Digits of every script count; number words and Roman numerals do not.
     """
@@ -146,7 +146,7 @@ def _last_of(line: str) -> tuple[Number | None, ...]:
 
 
 def _values(match: re.Match[str]) -> Iterator[Number | None]:
-    """The readings of a token; None for the root of what is no number."""
+    """The readings of a token; None for the root of what is not a number."""
     if "√" in match[0]:
         yield _root(match)
         return
@@ -306,7 +306,7 @@ def _latex_root(match: re.Match[str]) -> str:
 
 
 def _under_root(inner: str) -> str:
-    """A root in one spelling; with nothing under it where that is no number."""
+    """A root in one spelling; with nothing under it where that is not a number."""
     number = _UNDER.fullmatch(inner)
     if not number:
         return "√ "

@@ -133,7 +133,7 @@ def _run_cautions(outputs: Mapping[str, Path]) -> list[str]:
 
 
 def _manifest(folder: Path) -> Manifest | None:
-    """The manifest of a step's output; None for an output that is no folder of this project."""
+    """The manifest of a step's output; None for an output that is not a folder of this project."""
     return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 

@@ -116,7 +116,7 @@ def recipe_of(
         chosen = recipes.read_recipe(Path(text))
     else:
         names = ", ".join(NAMES)
-        raise typer.BadParameter(f"{quote(text)} is no recipe and no pipeline: {names}", param_hint="RECIPE")
+        raise typer.BadParameter(f"{quote(text)} is neither a recipe nor a pipeline: {names}", param_hint="RECIPE")
     if shards is not None:
         limit = load("pipelines.definitions").MAX_SHARDS
         if shards > limit:

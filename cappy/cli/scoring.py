@@ -139,7 +139,7 @@ def _object(where: str, raw: bytes) -> Mapping[str, object]:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _encodable(text: str) -> bool:

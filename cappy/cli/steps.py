@@ -37,7 +37,7 @@ Config = TypeVar("Config", bound=StepConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
-    """A flag of one verb alone, that is no setting of its step.
+    """A flag of one verb alone, that is not a setting of its step.
 
     `before` gets all values by name, those of texts included, and says whether that was all there is to do: it needs no
     flag of `instead_of`. `after` gets the config when the step is done, and whether a person reads what is printed. A

@@ -69,10 +69,10 @@ class PlanConfig:
     def __post_init__(self) -> None:
         for flag, number in (("--epochs", self.epochs), ("--price", self.price)):
             if number is not None and not math.isfinite(number):
-                raise ConfigError(f"plan: {flag}: {number} is no number to reckon with; give a finite one")
+                raise ConfigError(f"plan: {flag}: {number} is not a number to reckon with; give a finite one")
         for flag, share in (("--mfu", self.mfu), ("--sampling-mfu", self.sampling_mfu)):
             if share is not None and not 0 < share <= 1:
-                raise ConfigError(f"plan: {flag}: {share:g} is no share of a peak; give one above 0 and at most 1")
+                raise ConfigError(f"plan: {flag}: {share:g} is not a share of a peak; give one above 0 and at most 1")
         wrong = next((number for number in self.gpus if not 1 <= number <= MAX_DEVICES), None)
         if wrong is not None:
             raise ConfigError(f"plan: --gpus: {wrong} is out of range; give 1 to {MAX_DEVICES}, repeated to compare")
@@ -166,7 +166,7 @@ def read_throughput(path: Path) -> Throughput:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(
-            f"plan: {path}: is no file of measured speeds ({where or 'file'}: {first['msg']}); {REMEDY}"
+            f"plan: {path}: is not a file of measured speeds ({where or 'file'}: {first['msg']}); {REMEDY}"
         ) from error
     wrong = next((m for m in throughput.measurements if not 0 < m.value < float("inf")), None)
     if wrong:

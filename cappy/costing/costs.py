@@ -139,7 +139,7 @@ Shape = TypeVar("Shape")
 def shape_of(name: str, shapes: Mapping[str, Shape], flag: str) -> Shape:
     """The shape of this name; ConfigError lists those there are."""
     if name not in shapes:
-        raise ConfigError(f"plan: --{flag}: no shape {quote(name)}; choose of {', '.join(shapes)}")
+        raise ConfigError(f"plan: --{flag}: unknown shape {quote(name)}; choose one of {', '.join(shapes)}")
     return shapes[name]
 
 
@@ -182,7 +182,7 @@ class Cost:
 def peak_of(hardware: str) -> float | None:
     """The data sheet's FLOP/s of one device; ConfigError for hardware that is not known."""
     if hardware not in HARDWARE:
-        raise ConfigError(f"plan: --hardware: no hardware {quote(hardware)}; choose of {', '.join(HARDWARE)}")
+        raise ConfigError(f"plan: --hardware: unknown hardware {quote(hardware)}; choose one of {', '.join(HARDWARE)}")
     return HARDWARE[hardware]
 
 

@@ -60,7 +60,7 @@ def _samples_of(generators: Sequence[str]) -> Mapping[str, int]:
     for one in generators:
         match = re.fullmatch(r"([^:]+)(?::([1-9][0-9]{0,3}))?", one)
         if match is None:
-            raise ConfigError(f"plan: --generators: {quote(one)} is no NAME or NAME:NUMBER; write as bart0:5")
+            raise ConfigError(f"plan: --generators: {quote(one)} is not a NAME or NAME:NUMBER; write as bart0:5")
         shape_of(match[1], GENERATORS, "generators")
         if match[1] in samples:
             raise ConfigError(f"plan: --generators: {quote(match[1])} stands twice; give its number once")

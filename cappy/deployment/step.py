@@ -64,7 +64,7 @@ class KServeSettings:
 
     def __post_init__(self) -> None:
         if self.storage and not re.match(r"(gs|s3|pvc|hdfs|https?)://", self.storage):
-            raise ConfigError("--kserve.storage: is no address that KServe copies from, such as gs://bucket/folder")
+            raise ConfigError("--kserve.storage: is not an address that KServe copies from, such as gs://bucket/folder")
         if self.storage and re.search(r"[@?]", self.storage):
             remedy = "use --kserve.secret"
             raise ConfigError(

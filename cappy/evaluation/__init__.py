@@ -58,7 +58,9 @@ def read_values(folder: str | Path, *, checked: bool = False) -> dict[str, Any]:
         raise FolderError(f"{folder}: is not an evaluation; give the folder {inner.parent} in it")
     (verify if checked else read_manifest)(folder)
     if not path.is_file():
-        raise FolderError(f"{path}: is missing, so {folder} is no evaluation; give the folder that evaluation wrote")
+        raise FolderError(
+            f"{folder}: is not an evaluation, it has no {path.name}; give the folder that evaluation wrote"
+        )
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     check_schema(values)
     return values

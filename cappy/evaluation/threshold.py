@@ -280,5 +280,5 @@ def _picks(rows: Sequence[Sequence[str | float]], columns: int) -> _Picks:
         fold=np.array(folds[0] if folds else [0] * len(rows), dtype=np.int64),
     )
     if not np.isfinite([picks.scores, picks.labels]).all() or (picks.sizes < 1).any():
-        raise ValueError("scores or labels that are no finite numbers")
+        raise ValueError("scores or labels that are not finite numbers")
     return picks

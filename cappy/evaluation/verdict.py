@@ -263,7 +263,7 @@ def _against_mbr(report: Findings) -> str:
     if against is not None and against.high < 0:
         return f"Use MBR: the scorer is below it by {_gain(against)}; {_more_of_a_scorer(report)} before you promote."
     if against is not None and against.low <= 0:
-        return f"Promote if MBR is no choice for you; {_lower(_unproven(report, 'scorer-mbr', 'MBR'))}"
+        return f"Promote if MBR is not a choice for you; {_lower(_unproven(report, 'scorer-mbr', 'MBR'))}"
     if all(task.kind == "choice" for task in report.tasks):
         return "Promote: the scorer beats random choice and what needs no training among these choices."
     if _headroom(report) < NARROW:

@@ -89,7 +89,7 @@ def find_tasks(folder: Path) -> list[Path]:
     tasks = [file for file in files if is_task(file)]
     if tasks and len(tasks) < len(files):
         odd = next(file for file in files if file not in tasks)
-        raise FolderError(f"{odd}: is no BIG-bench task, others in its folder are; move it elsewhere")
+        raise FolderError(f"{odd}: is not a BIG-bench task, others in its folder are; move it elsewhere")
     return tasks
 
 
@@ -284,7 +284,7 @@ def _p3_text(where: str, values: Values, name: str) -> str:
 
 
 def distinct_choices(choices: Sequence[str], references: Sequence[str]) -> tuple[str, ...]:
-    """The choices, repeated ones once; none where they are no choice or the answer is not among them."""
+    """The choices, repeated ones once; none where they are not a choice or the answer is not among them."""
     different = tuple(dict.fromkeys(filter(str.strip, choices)))
     return different if len(different) > 1 and set(references) & set(different) else ()
 

@@ -123,7 +123,7 @@ def _unquote(where: str, name: str, text: str) -> str:
     if name not in PLURAL:
         return text
     remedy = f'quote its items (["1", "2"]), or read the cell as one text: --columns {name.removesuffix("s")}={name}'
-    raise RecordError(f"{where}: {name} holds a list of what are no texts, got {quote(text)}; {remedy}")
+    raise RecordError(f"{where}: {name} holds a list of what are not texts, got {quote(text)}; {remedy}")
 
 
 def read_list(text: str) -> list[object]:
@@ -138,7 +138,7 @@ def read_list(text: str) -> list[object]:
     except (ValueError, RecursionError):
         return _parse_nested(text) if "{" in text and not _QUOTED.match(text) else _flat(text)
     if not isinstance(items, list):
-        raise ValueError("it is no list")
+        raise ValueError("it is not a list")
     return items
 
 
@@ -148,7 +148,7 @@ def _parse_nested(text: str) -> list[object]:
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
         raise ValueError("it cannot be read as Python") from error
     if not isinstance(items, list | tuple):
-        raise ValueError("it is no list")
+        raise ValueError("it is not a list")
     return list(items)
 
 

@@ -82,7 +82,7 @@ class Columns:
     def own(self, first: Values) -> frozenset[str]:
         """The columns that are read under their own names, decided by the first row.
 
-        A column that names rows and cannot (a split of another name, a task that is no text) has another meaning.
+        A column that names rows and cannot (a split of another name, a task that is not a text) has another meaning.
         """
         if not self.named:
             return frozenset(_OWN - self.ignored)
@@ -111,7 +111,9 @@ def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
                 f"preparation: --columns: {quote(pair)} is not FIELD=COLUMN, such as instruction=question"
             )
         if name not in _FIELDS:
-            raise ConfigError(f"preparation: --columns: no field {quote(name)}; choose of {', '.join(_FIELDS)}")
+            raise ConfigError(
+                f"preparation: --columns: unknown field {quote(name)}; choose one of {', '.join(_FIELDS)}"
+            )
         if name in columns:
             both = f"{quote(columns[name])} and {quote(column)}"
             raise ConfigError(f"preparation: --columns: {name} is read from one column, got {both}")

@@ -194,7 +194,7 @@ def _object(path: Path) -> dict[str, object]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise FolderError(f"{path}: is no JSON object; write the folder again with save_to_disk")
+        raise FolderError(f"{path}: is not a JSON object; write the folder again with save_to_disk")
     return value
 
 
@@ -242,7 +242,7 @@ def commit_of(dataset: HubDataset) -> str:
     with _hub_errors(dataset):
         commit = str(HfApi().dataset_info(dataset.repository, revision=dataset.revision).sha)
         if not _COMMIT.fullmatch(commit):
-            raise ValueError(f"it answers with {quote(commit, 50)}, which is no commit")
+            raise ValueError(f"it answers with {quote(commit, 50)}, which is not a commit")
         return commit
 
 

@@ -41,7 +41,7 @@ def _by_line(path: Path) -> Rows:
 
 
 def _remedy(path: Path) -> str:
-    """What mends a file whose first row is no JSON object: where its name promises no JSON, another file."""
+    """What mends a file whose first row is not a JSON object: where its name promises no JSON, another file."""
     if path.suffix in PACKED and not is_packed(path):
         return f"its name says that it is packed ({path.suffix}), and it is not; fetch it again, or give {_FORMATS}"
     suffix = plain(path).suffix
@@ -52,7 +52,7 @@ def _remedy(path: Path) -> str:
 
 
 def _refuse_whole(where: str, values: Values, path: Path) -> None:
-    """RecordError where the first object is no row, but holds the rows or the columns of a whole table."""
+    """RecordError where the first object is not a row, but holds the rows or the columns of a whole table."""
     if "instruction" in values and isinstance(values["instruction"], str):
         return
     held = next((name for name in _HOLDERS if _is_rows(values.get(name))), None)

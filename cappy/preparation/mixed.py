@@ -124,7 +124,7 @@ def _templates(config: PreparationConfig, dataset: str) -> tuple[Template, ...]:
     )
     if not kept:
         names = ", ".join(template.name for template in templates)
-        raise ConfigError(f"preparation: --template: {dataset} has no such template; choose of {quote(names, 400)}")
+        raise ConfigError(f"preparation: --template: {dataset} has no such template; choose one of {quote(names, 400)}")
     return kept
 
 

@@ -284,7 +284,7 @@ def _label(where: str, value: object) -> float:
     number = _number(value)
     if number is None or not 0 <= number <= 1:
         remedy = "give how correct the response is, from 0 to 1, or true or false"
-        raise RecordError(f"{where} is no label, got {quote(value)}; {remedy}")
+        raise RecordError(f"{where} is not a label, got {quote(value)}; {remedy}")
     return number
 
 

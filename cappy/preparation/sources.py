@@ -155,7 +155,7 @@ def _check_shards(folders: Sequence[Path], manifests: Sequence[Manifest]) -> Non
     odd = next((index for index, work in enumerate(works) if work != works[0] or not shards[index]), None)
     if odd is not None:
         remedy = "move it elsewhere, or run that shard again"
-        raise FolderError(f"{folders[odd]}: is no shard of the work that {folders[0]} is a shard of; {remedy}")
+        raise FolderError(f"{folders[odd]}: is not a shard of the work that {folders[0]} is a shard of; {remedy}")
     if missing or len(set(shards)) != len(shards):
         what = f"shard {min(missing)} is missing" if missing else "a shard stands there twice"
         raise FolderError(f"{folders[0].parent}: {what}, found {', '.join(sorted(shards))}; run each shard once")

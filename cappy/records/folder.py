@@ -101,7 +101,7 @@ def _refuse_odd(manifest: Manifest) -> None:
     for file in manifest.files:
         _refuse_outside(file.name)
         if not isinstance(file.sha256, str) or not all(map(_is_count, (file.rows, file.candidates))):
-            raise ValueError(f"the file {file.name!r} has no sha256, or rows that are no number")
+            raise ValueError(f"the file {file.name!r} has no sha256, or a number of rows that is not a number")
     if len({file.name for file in manifest.files}) < len(manifest.files):
         raise ValueError("it names a file twice")
     objects = (manifest.config, manifest.generators, manifest.metrics, manifest.facts)

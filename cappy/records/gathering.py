@@ -79,7 +79,7 @@ def _common(configs: Sequence[Mapping[str, object]]) -> dict[str, object]:
 
 
 def _sum_counts(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Counts added up; what is no whole number in some shard (a mean, a rate) cannot be added, and is left out."""
+    """Counts added up; what is not a whole number in some shard (a mean, a rate) cannot be added, and is left out."""
     names = {name: None for each in metrics for name in each}
     whole = [name for name in names if all(float(each.get(name, 0)).is_integer() for each in metrics)]
     return {name: sum(each.get(name, 0) for each in metrics) for name in whole}

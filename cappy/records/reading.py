@@ -55,7 +55,7 @@ def _part(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path) as parquet:
             if odd := odd_column(parquet.schema_arrow):
-                raise FolderError(f"{path}: is no part of the record ({odd}); {remedy}")
+                raise FolderError(f"{path}: is not a part of the record ({odd}); {remedy}")
             yield parquet
     except pa.ArrowException as error:
         reason = quote(str(error).splitlines()[0], 120)

@@ -192,7 +192,7 @@ def parse_shard(text: str) -> Shard:
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text.strip())
     if match is None or not int(match[1]) < int(match[2]) <= MAX_SHARDS:
         last = f"counted from 0, of at most {MAX_SHARDS:,}"
-        raise ConfigError(f"--shard: {quote(text)} is no shard i/N; give 0/4 to 3/4 for four, {last}")
+        raise ConfigError(f"--shard: {quote(text)} is not a shard i/N; give 0/4 to 3/4 for four, {last}")
     return Shard(int(match[1]), int(match[2]))
 
 

@@ -117,7 +117,7 @@ def _read_move(name: str, key: str, text: str) -> Move:
         return TypeAdapter(Move).validate_json(text, strict=True)
     except ValidationError as error:
         remedy = "delete the tag in MLflow"
-        raise RegistryError(f"models:/{name}: its tag {quote(key, 60)} is no move of an alias; {remedy}") from error
+        raise RegistryError(f"models:/{name}: its tag {quote(key, 60)} is not a move of an alias; {remedy}") from error
 
 
 def _move(
@@ -173,7 +173,7 @@ def _take_lock(client: MlflowClient, lock: str, owner: str) -> bool:
 
 
 def _remove(client: MlflowClient, lock: str, owner: str) -> None:
-    """Takes the lock of this owner away; another's stays, and one that is gone is no error."""
+    """Takes the lock of this owner away; another's stays, and one that is gone is not an error."""
     try:
         if client.get_registered_model(lock).tags.get(OWNER_TAG, "") == owner:
             client.delete_registered_model(lock)

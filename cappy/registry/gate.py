@@ -73,7 +73,7 @@ def parse_guards(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             margin = -1.0
         if not (task and separator and 0 <= margin <= 1):
-            raise ConfigError(f"guard: {quote(text)} is no TASK=MARGIN with a margin of 0 to 1, such as rte=0.02")
+            raise ConfigError(f"guard: {quote(text)} is not a TASK=MARGIN with a margin of 0 to 1, such as rte=0.02")
         guards[task] = margin
     return guards
 

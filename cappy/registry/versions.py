@@ -180,7 +180,7 @@ def intact(version: Version, *, tracking_uri: str) -> bool:
 
 
 def _check_evaluated(folder: Path, version: Version) -> None:
-    """What came after the manifest is no file of it: its sha256 is the version's tag.
+    """What came after the manifest is not a file of it: its sha256 is the version's tag.
 
     RegistryError where such a file is missing, another one, or there though none was registered.
     """

@@ -246,7 +246,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "top_p": (float, int),
     "min_p": (float, int),
 }
-"""Types of the knobs that are no whole numbers."""
+"""Types of the knobs that are not whole numbers."""
 _MOST_BYTES = 1_000_000
 
 
@@ -266,7 +266,7 @@ def read_decodings(path: Path, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, 
 def _read(path: Path) -> object:
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise ConfigError(f"{path}: is larger than {_MOST_BYTES} bytes, so it is no file of decodings")
+            raise ConfigError(f"{path}: is larger than {_MOST_BYTES} bytes, so it is not a file of decodings")
         return load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); --strategy names a file of decodings") from error

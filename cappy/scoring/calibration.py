@@ -91,7 +91,7 @@ def read_calibration(folder: str | Path) -> Calibration | None:
         if sizes[:1] != [1] or any(after <= before for before, after in pairwise(sizes)):
             raise ValueError("its n do not begin at 1 and rise")
     except (ValueError, TypeError, KeyError) as error:
-        raise FolderError(f"{path}: is no calibration ({error}); evaluate again, or delete it") from error
+        raise FolderError(f"{path}: is not a calibration ({error}); evaluate again, or delete it") from error
     return calibration
 
 
@@ -102,17 +102,17 @@ class _MapValues(TypedDict):
 
 
 def _read_map(values: _MapValues) -> PickMap:
-    """ValueError, TypeError or KeyError where it is no monotone map to 0 to 1."""
+    """ValueError, TypeError or KeyError where it is not a monotone map to 0 to 1."""
     scores, expected = tuple(map(float, values["scores"])), tuple(map(float, values["expected"]))
     if not scores or len(scores) != len(expected):
         raise ValueError("it has not as many scores as labels")
     if not np.isfinite([*scores, *expected]).all() or min(expected) < 0 or max(expected) > 1:
-        raise ValueError("its points are no finite scores and labels of 0 to 1")
+        raise ValueError("its points are not finite scores and labels of 0 to 1")
     if any(np.diff(row).min(initial=0) < 0 for row in (scores, expected)):
         raise ValueError("its points do not rise")
     n = values["n"]
     if not isinstance(n, int) or isinstance(n, bool):
-        raise ValueError("its n are no whole numbers")
+        raise ValueError("its n are not whole numbers")
     return PickMap(n, scores, expected)
 
 

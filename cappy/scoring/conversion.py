@@ -115,10 +115,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise FolderError(
-            f"{path}: is no checkpoint of tensors alone; nothing else is read, get another file"
+            f"{path}: is not a checkpoint of tensors alone; nothing else is read, get another file"
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FolderError(f"{path}: is no state dict (names with a tensor each), got {quote(type(state).__name__)}")
+        raise FolderError(f"{path}: is not a state dict (names with a tensor each), got {quote(type(state).__name__)}")
     return dict(state)
 
 

@@ -47,7 +47,7 @@ class _Frame:
 def as_pairs(pairs: Iterable[Sequence[str]]) -> list[Pair]:
     """Pairs as tuples, whatever sequence of two texts each is; ConfigError for one that is none.
 
-    A text is no pair, though Python unpacks one of two characters.
+    A text is not a pair, though Python unpacks one of two characters.
     """
     tuples = [pair if type(pair) is tuple else _as_pair(pair) for pair in pairs]
     for pair in tuples:

@@ -182,7 +182,7 @@ USUAL_LENGTH = 512
 """Tokens of a pair where neither positions nor tokenizer have a limit."""
 SHORTEST = 8
 UNLIMITED = 10**6
-"""From here on a tokenizer's `model_max_length` is no limit; transformers writes 1e30 where nobody set one."""
+"""From here on a tokenizer's `model_max_length` is not a limit; transformers writes 1e30 where nobody set one."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 INPUTS = "model_input_names"
 TYPES = "token_type_ids"

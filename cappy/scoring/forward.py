@@ -45,8 +45,8 @@ def by_length(encoded: Sequence[EncodedPair], budget: int) -> Iterator[list[int]
 def padding_token(config: "PreTrainedConfig") -> int | None:
     """What pads pairs of different lengths: the model's own padding, by which it finds its last token or positions.
 
-    None where it has none, or one that is no token, or where its head reads the last place, padding or not (XLNet): its
-    pairs are computed one at a time.
+    None where it has none, or one that is not a token, or where its head reads the last place, padding or not (XLNet):
+    its pairs are computed one at a time.
     """
     text = config.get_text_config()
     pad = None if getattr(text, "summary_type", "") == "last" else getattr(text, "pad_token_id", None)
@@ -72,7 +72,7 @@ def collate(batch: Sequence[EncodedPair], *, pad: int, types: bool, device: torc
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
 _COUNTED = ("roberta", "xlm-roberta", "camembert")
-"""Families whose positions count the tokens that are no padding, from the padding's own number on."""
+"""Families whose positions count the tokens that are not padding, from the padding's own number on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ class DeepSpeedStrategy:
         self.engine.backward(loss * self._ranks.count)
 
     def step(self, rate: float) -> float:
-        """As `Replicas.step`, but that the weights are lost where the norm is no number."""
+        """As `Replicas.step`, but that the weights are lost where the norm is not a number."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None] if self._stage == 0 else []

@@ -153,7 +153,7 @@ class Replicas:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, rate: float) -> float:
-        """One step at this learning rate; the gradient's norm before clipping. No step where that is no number."""
+        """One step at this learning rate; the gradient's norm before clipping. No step where that is not a number."""
         self._share()
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or math.inf))
         for group in self._optimizer.param_groups:

@@ -66,7 +66,7 @@ def _open_encoder(text: str) -> ModelFolder:
         return open_model_folder(hub_folder(spec), pinned=True)
     if spec.kind != "path" or not (Path(spec.name) / "config.json").is_file():
         raise ConfigError(
-            f"{quote(text)}: is no encoder; name builtin, a folder with config.json, or hub:org/name@revision"
+            f"{quote(text)}: is not an encoder; name builtin, a folder with config.json, or hub:org/name@revision"
         )
     return open_model_folder(Path(spec.name))
 

@@ -186,7 +186,7 @@ class TrainJobSettings:
     def __post_init__(self) -> None:
         if self.volume and self.volume.count(":") != 1:
             remedy = "name a PersistentVolumeClaim and a folder"
-            raise ConfigError(f"--trainjob.volume {self.volume}: is no CLAIM:/path; {remedy}")
+            raise ConfigError(f"--trainjob.volume {self.volume}: is not a CLAIM:/path; {remedy}")
 
 
 @settings
@@ -208,7 +208,7 @@ class CustomJobSettings:
     def __post_init__(self) -> None:
         if self.volume and (self.volume.count(":") != 2 or not mount_point(self.volume).startswith("/mnt/nfs/")):
             remedy = "Vertex AI mounts under /mnt/nfs alone"
-            raise ConfigError(f"--customjob.volume {self.volume}: is no SERVER:/export:/mnt/nfs/name; {remedy}")
+            raise ConfigError(f"--customjob.volume {self.volume}: is not a SERVER:/export:/mnt/nfs/name; {remedy}")
 
 
 @settings
@@ -294,7 +294,7 @@ def _refuse_bad_weights(config: LoopSettings) -> None:
     for text in config.weights:
         if not _SOURCE_WEIGHT.fullmatch(text):
             remedy = f"write one of {', '.join(SOURCES)}, an equals sign and a number, as mismatch=0.2"
-            raise ConfigError(f"--weights: {quote(text)} is no weight of a source; {remedy}")
+            raise ConfigError(f"--weights: {quote(text)} is not a weight of a source; {remedy}")
     weighed = [text.split("=")[0] for text in config.weights]
     twice = next((source for source in weighed if weighed.count(source) > 1), None)
     if twice:

@@ -74,7 +74,7 @@ def update(
     """One step of the optimizer; the mean loss over the instances of the whole batch.
 
     Halves `state.budget` and does the passes again where memory runs out. DivergedError where the loss or the gradient
-    is no number or the loss explodes: what is in memory is then not worth keeping.
+    is not a number or the loss explodes: what is in memory is then not worth keeping.
     """
     scorer.model.train()
     while True:

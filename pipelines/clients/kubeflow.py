@@ -166,7 +166,7 @@ class KubeflowClient:
             shared = self._client.get_kfp_healthz().multi_user
         if not isinstance(shared, bool):
             remedy = "log in where a proxy asks for it, or check the address (it often ends in /pipeline)"
-            raise ConfigError(f"kubeflow: {self._shown}: what answers is no Kubeflow Pipelines; {remedy}")
+            raise ConfigError(f"kubeflow: {self._shown}: what answers is not Kubeflow Pipelines; {remedy}")
         self._namespace = place.namespace if shared else None
 
     def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:

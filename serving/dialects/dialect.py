@@ -15,7 +15,7 @@ from serving.engine import Models
 Words = Annotated[str, Field(min_length=1)]
 """A text that may not be empty."""
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
-"""Texts, at least one; the error names the first item that is no text, not every one."""
+"""Texts, at least one; the error names the first item that is not a text, not every one."""
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Name = Annotated[str | None, Field(description="The model's name or version; none means the one that is served")]
@@ -87,7 +87,7 @@ class Dialect:
     types: frozenset[str] = frozenset()
     """Content types that a body may have beside JSON's; "" is none at all."""
     read: Callable[[bytes, Mapping[str, str], Bounds], object] = lambda body, headers, bounds: bounds.parse(body)
-    """A body, given with its headers, as JSON; Refusal where it is out of bounds, ValueError where it is no JSON."""
+    """A body, given with its headers, as JSON; Refusal where it is out of bounds, ValueError where it is not JSON."""
     add_routes: Callable[[FastAPI, ServedModels], None] | None = None
     """Adds what else its clients ask for, such as what is served: GET routes that need no key."""
 

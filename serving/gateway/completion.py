@@ -133,7 +133,7 @@ def _parts(choice: Mapping[str, Any]) -> Iterator[dict[str, object]]:
 
 
 def pieces(content: object) -> Sequence[str]:
-    """A text in pieces of about a word that add up to it; none of what is no text."""
+    """A text in pieces of about a word that add up to it; none of what is not a text."""
     return _PIECE.findall(content) if isinstance(content, str) else ()
 
 
@@ -147,7 +147,7 @@ def _part(choice: Mapping[str, object], delta: Mapping[str, object], **more: obj
 
 
 def _add_numbers(total: Mapping[str, object], more: Mapping[str, object]) -> dict[str, Any]:
-    """Numbers added up by name, at any depth; what is no number is left out."""
+    """Numbers added up by name, at any depth; what is not a number is left out."""
     added = dict(total)
     for name, value in more.items():
         known = added.get(name)

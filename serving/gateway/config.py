@@ -63,7 +63,7 @@ class Policy:
     def __post_init__(self) -> None:
         for name in ("threshold", "floor"):
             if math.isnan(getattr(self, name) or 0.0):
-                raise ConfigError(f"--{name}: is no number; give one, or leave it out")
+                raise ConfigError(f"--{name}: is not a number; give one, or leave it out")
         if self.threshold is not None and self.floor is not None and self.floor > self.threshold:
             what = f"--floor {self.floor:g} is above --threshold {self.threshold:g}"
             raise ConfigError(f"{what}: an answer that is good enough would be refused; lower --floor")

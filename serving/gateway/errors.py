@@ -80,7 +80,7 @@ def bad_answer(name: str, error: BadAnswerError, keys: Sequence[str]) -> Gateway
         message = _shorten(refusal.message) or f"status {status} without a word"
         kind = _shorten(refusal.kind) or ("upstream_error" if status >= 500 else INVALID)
         return GatewayError(status, f"{name} answered {status}: {message}", kind=kind, paid=True)
-    what = f"{name} answered what is no completion: {error.text(keys)}"
+    what = f"{name} answered what is not a completion: {error.text(keys)}"
     return GatewayError(502, what, kind="upstream_error", code="upstream_bad_answer", paid=True)
 
 

@@ -108,7 +108,7 @@ def read_object(data: bytes, bounds: Bounds) -> dict[str, object]:
         raise GatewayError(400, "the body is not UTF-8") from None
     except ValueError as error:
         why = f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "its numbers"
-        raise GatewayError(400, f"the body is no JSON ({why}); NaN and Infinity are none either") from None
+        raise GatewayError(400, f"the body is not JSON ({why}); NaN and Infinity are none either") from None
     return values
 
 
@@ -227,7 +227,7 @@ def _content(message: Mapping[str, object], index: int) -> str:
 
 def _part(part: object, where: str) -> str:
     if not isinstance(part, dict) or part.get("type") != "text":
-        text = f"{where} is no text part; images, sound and files cannot be scored: ask the LLM directly for them"
+        text = f"{where} is not a text part; images, sound and files cannot be scored: ask the LLM directly for them"
         raise GatewayError(400, text, param=where)
     if not isinstance(part.get("text"), str):
         raise GatewayError(400, f"{where}.text must be a text", param=f"{where}.text")

@@ -70,13 +70,13 @@ class Scoring:
         values = await self.score(pairs)
         ratings = [value if isinstance(value, tuple) else (value, value) for value in values]
         if len(ratings) != len(pairs) or not all(_is_finite(value) for rating in ratings for value in rating):
-            text = "the scorer answers what are no finite numbers, one per candidate; fetch or train it again"
+            text = "the scorer answers what are not finite numbers, one per candidate; fetch or train it again"
             raise GatewayError(500, text, kind="scorer_error", code="scorer_bad_answer")
         return [(float(score), float(logit)) for score, logit in ratings]
 
 
 def load(spec: str, calibration: Path | None = None, key: str = "") -> Scoring:
-    """What a spec or the address of a running `cappy serve` names, tried on one pair; CappyError where it is no scorer.
+    """The scorer of a spec or of a running `cappy serve`, tried on one pair; CappyError where it is not a scorer.
 
     `key` is an API key of that service.
     `calibration` is a folder that holds calibration.json; a scorer's own folder is searched anyway.

@@ -1,7 +1,7 @@
 """An LLM behind an OpenAI-compatible server: draws candidates, passes the rest through.
 
 Calls are never streamed, whatever the client asked for, so a response is judged when it is whole: one that its server
-gave up (`finish_reason: error`, an `error` object) is no candidate.
+gave up (`finish_reason: error`, an `error` object) is not a candidate.
 """
 
 import asyncio
@@ -73,7 +73,7 @@ def llm(url: str, *, model: str = "", key_variable: str = "", passes_key: bool =
     try:
         httpx2.URL(url)
     except httpx2.InvalidURL as error:
-        raise ConfigError(f"{quote(url)}: is no address ({error}); an LLM's is http://host:port/v1") from error
+        raise ConfigError(f"{quote(url)}: is not an address ({error}); an LLM's is http://host:port/v1") from error
     key = key_of(url, key_variable)
     return LLM(url=base_address(url), model=model, key=key, passes_key=passes_key, prices=prices)
 

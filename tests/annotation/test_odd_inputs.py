@@ -1,4 +1,4 @@
-"""What each metric makes of texts that are no plain English: decided once, and held here."""
+"""What each metric makes of texts that are not plain English: decided once, and held here."""
 
 import pytest
 import sacrebleu

@@ -29,7 +29,7 @@ OWN = {
     "annotation": "--data-report",
     "promotion": "--dry-run --rollback --history --name --reason",
 }
-"""The flags of a step's verb that are no settings."""
+"""The flags of a step's verb that are not settings."""
 HEAVY = "torch transformers mlflow kfp numpy pyarrow fastapi serving.app serving.engine pipelines components".split()
 
 

@@ -39,7 +39,7 @@ def kept(least: float, worth: float, slope: float) -> float:
 def test_a_promised_precision_is_kept_in_19_of_20_cases_and_the_luckiest_threshold_is_not(
     number: int, worth: float, slope: float
 ) -> None:
-    """The precision of every threshold is known here, so that a broken promise is no chance of a small test split."""
+    """The precision of every threshold is known here, so a broken promise is not the chance of a small test split."""
     rng = np.random.default_rng(0)
     broken, lucky, wanted = 0, 0, 0.75
     for _ in range(400):

@@ -151,7 +151,7 @@ RESPONSES: dict[str, Callable[[], bytes]] = {
     "a bomb by deflate": lambda: response(bomb(64, wbits=15), "Content-Encoding: deflate"),
     "a bomb in an error": lambda: response(COMPRESSED, "Content-Encoding: gzip", status=400),
     "a bomb by its charset": lambda: response(bomb(64, wbits=15), "Content-Type: application/json; charset=zlib"),
-    "a charset that is no text": lambda: response(b"00", "Content-Type: application/json; charset=hex"),
+    "a charset that is not a text": lambda: response(b"00", "Content-Type: application/json; charset=hex"),
     "two encodings": lambda: response(COMPRESSED, "Content-Encoding: gzip, gzip"),
     "two headers of encodings": lambda: response(COMPRESSED, "Content-Encoding: gzip", "Content-Encoding: gzip"),
     "an unknown encoding": lambda: response(b"x", "Content-Encoding: br"),

@@ -28,7 +28,7 @@ class Registry:
             try:
                 client.create_registered_model("cappy")
             except MlflowException as error:
-                assert error.error_code == "RESOURCE_ALREADY_EXISTS"  # noqa: PT017 (another one is no part of the test)
+                assert error.error_code == "RESOURCE_ALREADY_EXISTS"  # noqa: PT017 (another one is not a part of the test)
             tags = {"cappy.manifest": manifest_hash, **({"cappy.former": str(former)} if former else {})}
             made = client.create_model_version("cappy", source=self.folder.as_uri(), tags=tags)
             if champion:

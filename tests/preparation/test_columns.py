@@ -284,7 +284,7 @@ def test_b5_a_column_of_a_fields_name_may_mean_something_else(
 
 
 def test_b5_a_column_is_read_as_one_field_alone(prepare: Prepare, json_lines: JsonLines) -> None:
-    # Dolly: the answer stands under `response`, which is no sampled response once it is the reference.
+    # Dolly: the answer stands under `response`, which is not a sampled response once it is the reference.
     path = json_lines({"instruction": "Who?", "response": "Ann", "label": 9})
     (found,) = prepare(path, columns=("reference=response",), **WHOLE)[1]
     assert (found.references, found.candidates) == (("Ann",), ())

@@ -20,7 +20,7 @@ VALUES: dict[str, Any] = {
     "half characters": ["\ud83d", "\ude00", "\ud83d\ude00", "\0"],
     "line ends": "a\nb\r\u2028",
     "tuples": ((1, "a"), [(), ([],)]),
-    "keys that are no texts": {1: "a", (1, 2): "b", None: "c", 2.5: "e"},
+    "keys that are not texts": {1: "a", (1, 2): "b", None: "c", 2.5: "e"},
     "bytes": b"\x00\xff",
     "whole numbers of any size": [0, -1, 2**64, -(10**5000), 16**9999],
     "a set": {3},

@@ -150,7 +150,7 @@ def test_a_log_hears_at_least_every_fifteen_seconds() -> None:
 def test_the_log_of_one_part_tells_candidates_rate_and_time_left(
     tmp_path: Path, causal_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """D8c: as it is in the field, one part and one batch, to a stderr that is no terminal."""
+    """D8c: as it is in the field, one part and one batch, to a stderr that is not a terminal."""
     write(tmp_path / "in", [Instance(instance_id=str(n), instruction=f"say {n}", references=("x",)) for n in range(8)])
     config = SamplingConfig(
         source=tmp_path / "in",

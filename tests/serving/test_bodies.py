@@ -97,7 +97,7 @@ def test_a_body_that_is_too_deep_is_400_and_one_of_too_many_values_413_before_it
     deep = client.post("/score", content=b"[" * 65 + b"]" * 65, headers=JSON_TYPE)
     assert (deep.status_code, "64" in deep.json()["detail"]) == (400, True)
     many = client.post("/score", content=b"[" + b"1," * 40_000, headers=JSON_TYPE)
-    assert (many.status_code, "32832 values" in many.json()["detail"]) == (413, True), "it is no JSON either"
+    assert (many.status_code, "32832 values" in many.json()["detail"]) == (413, True), "it is not JSON either"
 
 
 def test_all_texts_together_have_a_limit_and_equal_ones_count_once(serve: Serve) -> None:

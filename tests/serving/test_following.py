@@ -52,7 +52,7 @@ class Registry:
     number: int = 1
     away: Exception | None = None
     odd: Any = None
-    """What the alias is said to name, where it is no version."""
+    """What the alias is said to name, where it is not a version."""
     wrong: dict[int, Exception] = field(default_factory=dict)
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
     loaded: list[int] = field(default_factory=list)

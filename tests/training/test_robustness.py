@@ -1,4 +1,4 @@
-"""Nothing is lost: kills, damage, SIGTERM, a loss that is no number, too little memory, input that teaches nothing."""
+"""Nothing is lost: kills, damage, SIGTERM, a loss of NaN, too little memory, input that teaches nothing."""
 
 import errno
 import hashlib

@@ -299,7 +299,7 @@ def _part(some: int, of: int) -> str:
 
 
 def _number(value: float | None) -> str:
-    """A mean that is no share, such as responses per instance."""
+    """A mean that is not a share, such as responses per instance."""
     return _NOTHING if value is None else f"{value:,.1f}"
 
 

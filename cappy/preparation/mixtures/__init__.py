@@ -90,7 +90,7 @@ class Mixture:
 def load_mixture(name: str) -> Mixture:
     """The mixture of this name; ConfigError lists the names for an unknown one."""
     if name not in NAMES:
-        raise ConfigError(f"mixture: no mixture {quote(name)}; choose of {', '.join(NAMES)}")
+        raise ConfigError(f"mixture: unknown mixture {quote(name)}; choose one of {', '.join(NAMES)}")
     return from_json(data_text(f"{name}.json"))
 
 
@@ -99,7 +99,7 @@ def select_subsets(mixture: Mixture, patterns: Sequence[str]) -> Mixture:
     names = [subset.name for subset in mixture.subsets]
     unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
     if unknown:
-        remedy = f"choose of {', '.join(names)}, or a pattern such as 'super_glue/*'"
+        remedy = f"choose one of {', '.join(names)}, or a pattern such as 'super_glue/*'"
         raise ConfigError(f"preparation: --subsets: {mixture.name} has no {quote(unknown[0])}; {remedy}")
     kept = [s for s in mixture.subsets if not patterns or any(fnmatchcase(s.name, pattern) for pattern in patterns)]
     return replace(mixture, subsets=tuple(kept))

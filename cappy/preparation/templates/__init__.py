@@ -231,7 +231,7 @@ def _path(folder: Path, dataset: str) -> Path:
         if not names:
             raise ConfigError(f"{folder}: holds no {_FILE}; name the folder of PromptSource's templates, or fetch them")
         near = [name for name in names if dataset in name.split("/")] or get_close_matches(dataset, names, _NEAR_NAMES)
-        remedy = f"choose of {', '.join(near)}" if near else f"choose one of the {len(names)} folders there"
+        remedy = f"choose one of {', '.join(near)}" if near else f"choose one of the {len(names)} folders there"
         raise ConfigError(f"{folder}: has no templates for {quote(dataset)}; {remedy}")
     return path
 
@@ -244,7 +244,7 @@ def _mappings(path: Path) -> Mapping[str, object]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise ConfigError(f"{where}: is no file of templates ({quote(reason, limit=120)}); fetch it again") from error
+        raise ConfigError(f"{where}: not a file of templates ({quote(reason, limit=120)}); fetch it again") from error
     templates = content.get("templates") if isinstance(content, Mapping) else None
     if not isinstance(templates, Mapping) or not templates:
         raise ConfigError(f"{path}: has no mapping 'templates' with a template in it; fetch it again")
@@ -325,7 +325,7 @@ def fetch(target: Path, *, url: str = URL, hashes: Mapping[str, str] | None = No
 def _download(url: str, seconds: float) -> bytes:
     remedy = "check the address and the network, or fetch it elsewhere and name its templates' folder"
     if not url.startswith(("https://", "http://")):
-        raise ConfigError(f"{quote(url)}: is no web address; {remedy}")
+        raise ConfigError(f"{quote(url)}: is not a web address; {remedy}")
     try:
         with urllib.request.urlopen(url, timeout=seconds) as answer:  # noqa: S310 # the scheme is checked above
             content: bytes = answer.read(MAX_BYTES + 1)
@@ -352,7 +352,7 @@ def _members(url: str, content: bytes) -> dict[str, bytes]:
                 if file is not None:
                     members[PurePosixPath(*path.parts[3:]).as_posix()] = file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise FolderError(f"{url}: is no tar.gz ({quote(str(error))}); check the address, or fetch again") from error
+        raise FolderError(f"{url}: is not a tar.gz ({quote(str(error))}); check the address, or fetch again") from error
     return members
 
 

@@ -1,6 +1,6 @@
 """What an endpoint is asked and what it answers: requests, answers read without trust, and the answers that are kept.
 
-A body that is no completion is a fault, not an empty response. A server may begin with status 200 and fail afterwards.
+A body that is not a completion is a fault, not an empty response. A server may begin with status 200 and fail later.
 It then says so by `finish_reason`, or by an `error` object in
 the choice or in the body, and the text is what it had by then. Such a choice is a fault as well. `finish_reason` is
 read by what servers are known to write for a whole response, one at its limit, and one that was withheld; any other
@@ -187,9 +187,10 @@ def read_answers(
 ) -> tuple[list[Answer], int]:
     """The answers in the body of a completion, at most `count`, at least one, and how many choices it had of those.
 
-    BadAnswerError if it is no completion, or if every choice in it failed; of several the others are answers. Choices
-    that repeat an index are copies by a server that does not know `n`, and count once. Without a usage in the body,
-    tokens go by the rule of thumb. Tokens of the response are shared out evenly, for only their sum is known.
+    BadAnswerError if it is not a completion, or if every choice in it failed; if only some failed, the others are
+    answers. Choices that repeat an index are copies by a server that does not know `n`, and count once. Without a usage
+    in the body, tokens are estimated by the rule of thumb. Tokens of the response are shared out evenly, since only
+    their sum is known.
     """
     values, choices = read_choices(body)
     choices = choices[:count]
@@ -226,7 +227,7 @@ def _good_choices(
 ) -> tuple[list[tuple[str, Status, list[float]]], BadAnswerError | None]:
     """The choices that hold a response, and what is wrong with the first that the server gave up.
 
-    BadAnswerError for what is no choice at all.
+    BadAnswerError for what is not a choice at all.
     """
     good, fault = [], None
     for choice in choices:
@@ -256,7 +257,7 @@ def _stated_error(values: Mapping[str, object]) -> object:
 
 
 def model_name(value: object) -> str:
-    """The name of the model that answered, as the server says; empty for what is no name."""
+    """The name of the model that answered, as the server says; empty for what is not a name."""
     return whole(value) if isinstance(value, str) and len(value) <= MAX_NAME_CHARACTERS else ""
 
 
@@ -266,11 +267,11 @@ def _json(body: bytes) -> dict[str, object]:
     except UnicodeDecodeError:
         raise NotUtf8Error("the answer is not UTF-8", _decode(body)) from None
     except json.JSONDecodeError:
-        raise BadAnswerError("the body is no JSON", _decode(body)) from None
+        raise BadAnswerError("the body is not JSON", _decode(body)) from None
     except ValueError as error:
-        raise BadAnswerError(f"the body is no JSON ({error})", _decode(body)) from None
+        raise BadAnswerError(f"the body is not JSON ({error})", _decode(body)) from None
     if not isinstance(values, dict):
-        raise BadAnswerError("the body is no JSON object", _decode(body))
+        raise BadAnswerError("the body is not a JSON object", _decode(body))
     return values
 
 
@@ -296,7 +297,7 @@ def read_choice(choice: Mapping[str, object]) -> tuple[str, Status, list[float]]
         parts = [part for part in text if isinstance(part, dict) and part.get("type") not in _REASONING_PARTS]
         text = "".join(str(part.get("text", "")) for part in parts)
     if not isinstance(text, str | None):
-        raise BadAnswerError("the content of a choice is no text", text)
+        raise BadAnswerError("the content of a choice is not a text", text)
     stripped = whole(text or "").strip()
     if refusal and not stripped:
         text = whole(str(refusal)).strip()

@@ -45,7 +45,7 @@ def api_key(variable: str = KEY_VARIABLE) -> str:
         try:
             key = Path(path).read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or "it is no text"
+            why = getattr(error, "strerror", None) or "it is not a text"
             raise ConfigError(f"{source}: {quote(path)} cannot be read ({why}); mount the key there") from None
         if not key:
             raise ConfigError(f"{source}: {quote(path)} is empty; mount the key there")

@@ -113,7 +113,7 @@ class Capabilities:
 
     def _dropped_knobs(self, body: Mapping[str, object]) -> set[str]:
         dropped: set[str] = set()
-        # Those that are refused alone first: a pair of which one is gone is no pair any more.
+        # Those that are refused alone first: a pair of which one is gone is not a pair any more.
         for together, words in sorted(self._refused_knobs.items(), key=lambda rule: (len(rule[0]), sorted(rule[0]))):
             named = [name for name in KNOBS if name in together and name in body and name not in dropped]
             if len(named) < len(together):
@@ -141,7 +141,7 @@ def _refused_parameters(sent: Mapping[str, object], message: str, parameter: str
 def refused_parameter(sent: Mapping[str, object], message: str, parameter: str | None) -> str | None:
     """The parameter that a refusal names, by its field or else in its text; None if it names none that was sent.
 
-    A limit on length that is merely too high is no refusal of the parameter: without it responses would cost more.
+    A limit on length that is merely too high is not a refusal of the parameter: without it responses would cost more.
     """
     optional = [name for name in OPTIONAL if name in sent]
     named = parameter.split(".")[0] if parameter else None
@@ -252,7 +252,7 @@ class RefusalCounts:
 
 
 def read_refusal(body: bytes, keys: Sequence[str] = ()) -> Refusal:
-    """The error object in a body, in the shapes that servers use; a body that is no JSON is the message.
+    """The error object in a body, in the shapes that servers use; a body that is not JSON is the message.
 
     `keys` are secrets beside those that this process knows.
     """

@@ -73,7 +73,7 @@ def worker_pools(
     for name in ("source", "target", "work"):
         if not getattr(config, name).is_absolute():
             remedy = "give a folder on a file system that all machines mount, such as NFS"
-            raise ConfigError(f"{step}: --{name} {getattr(config, name)}: is no absolute path; {remedy}")
+            raise ConfigError(f"{step}: --{name} {getattr(config, name)}: is not an absolute path; {remedy}")
     if config.devices > 1 and not accelerator_type and config.parallelism != "jax":
         remedy = "name the accelerator_type, or give --devices 1"
         raise ConfigError(f"{step}: {config.devices} devices per machine, and no accelerator is named; {remedy}")

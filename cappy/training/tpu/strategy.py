@@ -293,7 +293,7 @@ class Engine:
         self.sums = self._zeros(self.params)
 
     def step(self, rate: float) -> float:
-        """One step of AdamW; the gradient's norm before clipping. No step where that is no number."""
+        """One step of AdamW; the gradient's norm before clipping. No step where that is not a number."""
         norm = float(self._norm(self.sums))
         if norm < float("inf"):
             share = np.float32(min(1.0, (self._clip or math.inf) / (norm + 1e-6)))

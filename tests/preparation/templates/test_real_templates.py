@@ -230,7 +230,7 @@ def read_back(template: Template, prompt: Mapping[str, Any]) -> dict[str, Any]:
             for index, piece in enumerate(pieces)
         )
         match = re.fullmatch(pattern, text, re.DOTALL)
-        assert match, f"{text!r} is no prompt of {template.name}"
+        assert match, f"{text!r} is not a prompt of {template.name}"
         row |= match.groupdict()
     choices: Sequence[str] = fixed_choices(template) or ()
     return row | ({"label": choices.index(row["label"])} if choices else {})

@@ -40,7 +40,7 @@ def strictly(text: str) -> Any:
     """The value of a JSON text that any parser reads."""
 
     def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
 
