@@ -80,7 +80,7 @@ def test_fields_are_read_from_the_columns_that_are_named(prepare: Prepare, tmp_p
     [
         (["question"], ("--columns", "'question' is not FIELD=COLUMN")),
         (["instruction="], ("--columns", "'instruction=' is not FIELD=COLUMN")),
-        (["prompt=question"], ("--columns", "no field 'prompt'", "instruction, reference")),
+        (["prompt=question"], ("--columns", "unknown field 'prompt'", "instruction, reference")),
         (["instruction=a", "instruction=b"], ("instruction", "one column", "'a' and 'b'")),
         (["instruction=a"], ("--columns", "without a --source")),
     ],
