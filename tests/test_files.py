@@ -107,9 +107,9 @@ def test_a_link_that_leads_nowhere_makes_no_file_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_what_is_no_file_is_refused_at_once_as_a_lock(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "lock")
-    with pytest.raises(FolderError, match="no regular file"):
+    with pytest.raises(FolderError, match="not a regular file"):
         open_lock(tmp_path / "lock")
-    with pytest.raises(FolderError, match="no regular file"), hold_lock(tmp_path / "lock"):
+    with pytest.raises(FolderError, match="not a regular file"), hold_lock(tmp_path / "lock"):
         pytest.fail("it is not a lock")
 
 

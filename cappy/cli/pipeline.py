@@ -111,7 +111,7 @@ def recipe_of(
     recipes = load("pipelines.recipe")
     chosen: Recipe
     if text in NAMES:
-        chosen = recipes.checked({"pipeline": text})
+        chosen = recipes.check_recipe({"pipeline": text})
     elif Path(text).suffix in (".yaml", ".yml") or Path(text).is_file():
         chosen = recipes.read_recipe(Path(text))
     else:

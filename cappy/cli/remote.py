@@ -90,7 +90,7 @@ def submit(
     words = [f"--recipe {recipe}"] if Path(recipe).is_file() else []
     words += [f"--{flag} {value}" for flag, value in given.items() if value]
     follow = " ".join(["cappy pipeline status", state.run, f"--on {on}", *words, "--follow"])
-    for image in load("pipelines.customize").moving(chosen):
+    for image in load("pipelines.customize").unpinned_images(chosen):
         remedy = "give it by digest (name@sha256:...) under images:, or change revision: with it"
         typer.echo(f"cappy pipeline: {image}: is a tag; built anew, its steps come from the cache; {remedy}", err=True)
     typer.echo(f"run     {state.run}\npage    {state.url}\nfollow  {follow}")

@@ -102,9 +102,9 @@ def test_a_line_without_an_end_is_not_read_to_its_end(monkeypatch: pytest.Monkey
 
 
 READING = (
-    "import sys\nfrom cappy.cli.scoring import opened, reserve_stdin\nfrom cappy.errors import ConfigError\n"
+    "import sys\nfrom cappy.cli.scoring import open_source, reserve_stdin\nfrom cappy.errors import ConfigError\n"
     "with reserve_stdin():\n"
-    "    try:\n        with opened(sys.argv[1]) as file:\n            sys.stdout.write(file.read().decode())\n"
+    "    try:\n        with open_source(sys.argv[1]) as file:\n            sys.stdout.write(file.read().decode())\n"
     "    except ConfigError as error:\n        sys.exit(str(error))\n"
 )
 

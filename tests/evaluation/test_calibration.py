@@ -236,7 +236,7 @@ DAMAGED: list[dict[str, Any]] = [
 def test_a_damaged_map_is_refused(tmp_path: Path, damage: dict[str, object]) -> None:
     values = json.loads(straight({1: 1.0, 8: 0.5}).to_json())
     (tmp_path / "calibration.json").write_text(json.dumps({**values, **damage}))
-    with raises_naming(FolderError, "calibration.json", "no calibration", "evaluate again"):
+    with raises_naming(FolderError, "calibration.json", "not a calibration", "evaluate again"):
         read_calibration(tmp_path)
 
 

@@ -69,9 +69,9 @@ def test_a_wrong_key_or_value_is_one_line(values: dict[str, Any], names: tuple[s
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("a: [", ("no YAML",)),
+        ("a: [", ("not YAML",)),
         ("pipeline: adapt\nshards: 2\nshards: 3", ("shards", "twice", "line 3")),
-        ("pipeline: adapt\n? [a]\n: 2", ("no YAML", "unhashable")),
+        ("pipeline: adapt\n? [a]\n: 2", ("not YAML", "unhashable")),
         ("- a", ("no keys",)),
         ("", ("no keys",)),
         (None, ("cannot be read",)),
