@@ -3,11 +3,13 @@
 And a real OpenAI-compatible server that nobody here wrote: `transformers serve` on one of them.
 """
 
+import functools
 import inspect
 import os
 import resource
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from waiting import wait_until
@@ -22,10 +25,23 @@ from waiting import wait_until
 # Very small models gain nothing from threads, and on a busy machine two threads that wait for each other starve.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# kfp's setters and Vertex AI's SDK ask for the whole call stack, by default with its source lines. Those are looked
-# up in every loaded module: in a worker that has loaded thousands, compiling one pipeline took seven seconds.
-_stack = inspect.stack
-inspect.stack = lambda context=0: _stack(context)
+
+def _stack(context: int = 0) -> list[inspect.FrameInfo]:
+    """The callers, without source lines."""
+    frame: FrameType | None = sys._getframe(1)
+    frames = []
+    while frame is not None:
+        code = frame.f_code
+        frames.append(inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, None, None))
+        frame = frame.f_back
+    return frames
+
+
+# Two calls that libraries make often cost much in a worker that has loaded thousands of modules. kfp's setters ask for
+# the whole call stack, and `inspect` looks each frame up in all modules: a pipeline took seven seconds to compile. And
+# every HTTP client, also one that talks to this machine alone, reads all certificates anew.
+inspect.stack = _stack
+ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 WORDS = "the a cat dog bird sat ran flew on in mat tree blue red one two three is are not yes no where who".split()
