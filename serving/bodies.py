@@ -21,21 +21,21 @@ from starlette.requests import ClientDisconnect
 
 from serving.config import BodyLimits
 
-GONE = 499
+CLIENT_CLOSED_REQUEST = 499
 """What the log calls a request whose client hung up (a custom of nginx)."""
-SECONDS = 20.0
+RECEIVE_SECONDS = 20.0
 """Within which a body must have arrived."""
 MAX_DEPTH = 64
 MAX_VALUES = 32_768
 LARGE_BYTES = 32_768
 """From here a body is worked on in a thread: below it a change of threads costs more than the work."""
-BODIES_AT_ONCE = 16
+MAX_BODIES_IN_MEMORY = 16
 """How many bodies of the largest size may be in memory, over all requests that are not answered yet."""
 Result = TypeVar("Result")
 _BLOCK = 1 << 20
-_STEPS = np.zeros(256, np.int8)
-_STEPS[[ord("["), ord("{")]] = 1
-_STEPS[[ord("]"), ord("}")]] = -1
+_DEPTH_CHANGES = np.zeros(256, np.int8)
+_DEPTH_CHANGES[[ord("["), ord("{")]] = 1
+_DEPTH_CHANGES[[ord("]"), ord("}")]] = -1
 _LARGE = ThreadPoolExecutor(1, "bodies")
 RULES = {
     "missing": "is missing",
@@ -60,7 +60,7 @@ RULES = {
 }
 """pydantic's kind of error -> what the field must be."""
 
-SHOWN = 60
+MAX_NAME_CHARACTERS = 60
 """Characters that are repeated of a name which a client chose."""
 
 
@@ -75,7 +75,7 @@ class Refusal(Exception):  # noqa: N818 (not an error of ours)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Broken:
+class Violation:
     """The first rule that a body breaks: where (`pairs.0.1`, empty for the body itself), which, and how many more."""
 
     field: str
@@ -86,29 +86,29 @@ class Broken:
         return f"{self.field or 'body'}: {self.rule}" + (f" (and {self.more} more)" if self.more else "")
 
 
-def describe_error(error: ValidationError, body: object) -> Broken:
+def describe_error(error: ValidationError, body: object) -> Violation:
     """What is wrong with `body`, none of whose texts are repeated."""
     errors = error.errors(include_url=False, include_input=False)
     # Where a field may have several forms, a sentence of ours says more than that it has not the first form.
-    first = next((one for one in errors if one["type"] == "value_error"), errors[0])
-    form = RULES.get(first["type"])
-    rule = form.format(**first.get("ctx", {})) if form else first["msg"].removeprefix("Value error, ")
-    fields = {_field(one["loc"], body, one["type"]) for one in errors}
-    return Broken(field=_field(first["loc"], body, first["type"]), rule=rule, more=len(fields) - 1)
+    first = next((item for item in errors if item["type"] == "value_error"), errors[0])
+    template = RULES.get(first["type"])
+    rule = template.format(**first.get("ctx", {})) if template else first["msg"].removeprefix("Value error, ")
+    paths = {_field_path(item["loc"], body, item["type"]) for item in errors}
+    return Violation(field=_field_path(first["loc"], body, first["type"]), rule=rule, more=len(paths) - 1)
 
 
-def _field(location: Sequence[int | str], body: object, kind: str) -> str:
+def _field_path(location: Sequence[int | str], body: object, kind: str) -> str:
     """A location without the names of the forms that a field may have, which pydantic puts between its steps."""
-    kept, value = [], body
-    for place, step in enumerate(location):
-        if isinstance(step, int):
-            value = value[step] if isinstance(value, list) and step < len(value) else None
-        elif isinstance(value, Mapping) and (step in value or (kind == "missing" and place == len(location) - 1)):
-            value = value.get(step)
+    path, value = [], body
+    for index, key in enumerate(location):
+        if isinstance(key, int):
+            value = value[key] if isinstance(value, list) and key < len(value) else None
+        elif isinstance(value, Mapping) and (key in value or (kind == "missing" and index == len(location) - 1)):
+            value = value.get(key)
         else:
             continue
-        kept.append(str(step)[:SHOWN])
-    return ".".join(kept)
+        path.append(str(key)[:MAX_NAME_CHARACTERS])
+    return ".".join(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +125,8 @@ class Bounds:
 
     def check(self, data: bytes) -> None:
         """Refusal 400 where JSON is nested too deeply, 413 where it has too many values; builds none of them."""
-        opened = data.count(b"[") + data.count(b"{")
-        if opened <= self.max_depth and opened + data.count(b",") <= self.max_values:
+        num_openings = data.count(b"[") + data.count(b"{")
+        if num_openings <= self.max_depth and num_openings + data.count(b",") <= self.max_values:
             return
         values, depth = measure(data, self)
         if depth > self.max_depth:
@@ -146,9 +146,9 @@ class Bounds:
 
     def check_texts(self, texts: Collection[str]) -> None:
         """Refusal 413 where one text is too long, or all together are."""
-        longest = max(map(len, texts), default=0)
-        if longest > self.max_characters:
-            raise Refusal(413, f"a text of {longest} characters is above {self.max_characters}; send a shorter one")
+        max_length = max(map(len, texts), default=0)
+        if max_length > self.max_characters:
+            raise Refusal(413, f"a text of {max_length} characters is above {self.max_characters}; send a shorter one")
         # UTF-8 has one to four bytes for a character, so most need not be counted.
         if 4 * sum(map(len, texts)) <= self.max_text_bytes:
             return
@@ -166,24 +166,24 @@ def measure(data: bytes, bounds: Bounds | None = None) -> tuple[int, int]:
         # Backslashes stand in texts alone. In pairs they escape each other; one that is left escapes what follows.
         data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     codes = np.frombuffer(data, np.uint8)
-    values = depth = deepest = inside = 0
+    values = depth = max_depth = in_string = 0
     for start in range(0, len(codes), _BLOCK):
         block = codes[start : start + _BLOCK]
-        quoted = np.bitwise_xor.accumulate((block == ord('"')).view(np.uint8)) ^ np.uint8(inside)
-        inside = int(quoted[-1])
-        outside = block[quoted == 0]
-        steps = _STEPS[outside]
-        values += int(np.count_nonzero(outside == ord(","))) + int(np.count_nonzero(steps == 1))
-        levels = np.cumsum(steps, dtype=np.int32)
+        is_quoted = np.bitwise_xor.accumulate((block == ord('"')).view(np.uint8)) ^ np.uint8(in_string)
+        in_string = int(is_quoted[-1])
+        outside = block[is_quoted == 0]
+        depth_changes = _DEPTH_CHANGES[outside]
+        values += int(np.count_nonzero(outside == ord(","))) + int(np.count_nonzero(depth_changes == 1))
+        levels = np.cumsum(depth_changes, dtype=np.int32)
         if len(levels):
-            deepest = max(deepest, depth + int(levels.max()))
+            max_depth = max(max_depth, depth + int(levels.max()))
             depth += int(levels[-1])
-        if bounds and (values > bounds.max_values or deepest > bounds.max_depth):
+        if bounds and (values > bounds.max_values or max_depth > bounds.max_depth):
             break
-    return values, deepest
+    return values, max_depth
 
 
-async def apart(size: int, work: Callable[[], Result]) -> Result:
+async def run_in_thread(size: int, work: Callable[[], Result]) -> Result:
     """What the work gives: in a thread where it is about a large body of `size` bytes."""
     if size < LARGE_BYTES:
         return work()
@@ -194,97 +194,99 @@ async def apart(size: int, work: Callable[[], Result]) -> Result:
 class BodyBudget:
     """Bytes of bodies that are held at once; beyond `most` a request is refused, so that memory has an end."""
 
-    most: int
-    held: int = 0
+    max_bytes: int
+    used_bytes: int = 0
 
     @contextlib.contextmanager
-    def share(self) -> Iterator["Share"]:
+    def reserve(self) -> Iterator["Reservation"]:
         """A request's share, given back at the end of the block."""
-        share = Share(self)
+        reservation = Reservation(self)
         try:
-            yield share
+            yield reservation
         finally:
-            share.release()
+            reservation.release()
 
 
 @dataclass(eq=False)
-class Share:
+class Reservation:
     """What one request holds of a budget."""
 
     budget: BodyBudget
-    size: int = field(default=0, init=False)
+    num_bytes: int = field(default=0, init=False)
 
-    def take(self, size: int) -> None:
+    def extend(self, num_bytes: int) -> None:
         """Refusal 503 where the budget has no room for so many bytes more."""
-        if self.budget.held + size > self.budget.most:
+        if self.budget.used_bytes + num_bytes > self.budget.max_bytes:
             raise Refusal(503, "too many large bodies are being read; ask again later", retry_after=1)
-        self.budget.held += size
-        self.size += size
+        self.budget.used_bytes += num_bytes
+        self.num_bytes += num_bytes
 
-    def hand_over(self) -> "Share":
+    def transfer(self) -> "Reservation":
         """All of it as a share that is released by itself; this one holds nothing any more."""
-        other = Share(self.budget)
-        other.size, self.size = self.size, 0
-        return other
+        reservation = Reservation(self.budget)
+        reservation.num_bytes, self.num_bytes = self.num_bytes, 0
+        return reservation
 
     def release(self) -> None:
         """Gives all of it back."""
-        self.budget.held -= self.size
-        self.size = 0
+        self.budget.used_bytes -= self.num_bytes
+        self.num_bytes = 0
 
 
-def _check_type(headers: Headers, further: Collection[str] = ()) -> None:
+def _check_content_type(headers: Headers, extra_types: Collection[str] = ()) -> None:
     """Refusal 415 unless the body is sent as JSON, or as one of the `further` types ("" is none at all).
 
     A page of another site can send other types, or none, without asking first.
     """
-    given = headers.getlist("content-type")
-    kinds = [one.split(";")[0].strip().lower() for one in given] or [""]
-    if len(kinds) == 1 and (kinds[0] in further or _is_json(kinds[0])):
+    values = headers.getlist("content-type")
+    types = [value.split(";")[0].strip().lower() for value in values] or [""]
+    if len(types) == 1 and (types[0] in extra_types or _is_json(types[0])):
         return
-    name = "no content type" if kinds == [""] else "another content type"
-    raise Refusal(415, f"the body came with {name}; send it with the header Content-Type: application/json")
+    problem = "no content type" if types == [""] else "another content type"
+    raise Refusal(415, f"the body came with {problem}; send it with the header Content-Type: application/json")
 
 
-def _is_json(kind: str) -> bool:
-    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+def _is_json(content_type: str) -> bool:
+    return content_type == "application/json" or (
+        content_type.startswith("application/") and content_type.endswith("+json")
+    )
 
 
 async def receive_body(
     request: Request,
-    most: int,
+    max_bytes: int,
     remedy: str,
-    seconds: float = SECONDS,
+    seconds: float = RECEIVE_SECONDS,
     *,
     types: Collection[str] = (),
-    share: Share | None = None,
+    reservation: Reservation | None = None,
 ) -> bytes:
     """The body; Refusal 415 if it is sent as something else than JSON or these types.
 
     Refusal 413 above `most` bytes, announced or not, and 408 where it does not arrive in time. What it takes is taken
     of `share`.
     """
-    _check_type(request.headers, types)
-    large = Refusal(413, f"the body is above {most} bytes; {remedy}")
+    _check_content_type(request.headers, types)
+    too_large = Refusal(413, f"the body is above {max_bytes} bytes; {remedy}")
     announced = request.headers.get("content-length", "0")
-    if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > most):
-        raise large
+    if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > max_bytes):
+        raise too_large
     body = bytearray()
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
-                if len(body) + len(chunk) > most:
-                    raise large
-                if share is not None:
-                    share.take(len(chunk))
+                if len(body) + len(chunk) > max_bytes:
+                    raise too_large
+                if reservation is not None:
+                    reservation.extend(len(chunk))
                 body += chunk
     except ClientDisconnect as error:
-        raise Refusal(GONE, "the client hung up") from error
+        raise Refusal(CLIENT_CLOSED_REQUEST, "the client hung up") from error
     except TimeoutError as error:
         raise Refusal(408, f"the body did not arrive within {seconds:g} s; send it again") from error
     return bytes(body)
 
 
-def distinct(pairs: Sequence[tuple[str, str]]) -> Collection[str]:
+def distinct_texts(pairs: Sequence[tuple[str, str]]) -> Collection[str]:
     """Every text of these pairs once, as they are tokenized."""
     return {text for pair in pairs for text in pair}

@@ -217,13 +217,13 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
     values: dict[str, object] = {"scorer": scorer} if scorer else {}
     if port:
         values |= {"host": "0.0.0.0", "port": int(port), "allowed_hosts": (ANY,)}  # noqa: S104 (a container's only way to be reached)
-    if hosts := hosts_of_environment(variables):
+    if hosts := hosts_from_environment(variables):
         values["allowed_hosts"] = hosts
     predict, health = _route(variables, "AIP_PREDICT_ROUTE"), _route(variables, "AIP_HEALTH_ROUTE")
     return Environment(settings=values, routes={predict: "vertex"} if predict else {}, ready_path=health)
 
 
-def hosts_of_environment(variables: Mapping[str, str]) -> tuple[str, ...]:
+def hosts_from_environment(variables: Mapping[str, str]) -> tuple[str, ...]:
     """The names in CAPPY_ALLOWED_HOSTS, with commas between; ConfigError where one is not a name."""
     hosts = _split_values([variables.get(HOSTS_VARIABLE, "")])
     _check_hosts(HOSTS_VARIABLE, hosts)

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 SHUTTING_DOWN = "the service is shutting down"
 """Why a service is not ready that still answers."""
-Computed = Sequence[tuple[float, float]]
+Outputs = Sequence[tuple[float, float]]
 """(score, logit) of each pair of a batch."""
-Stored = Sequence[tuple[Pair, float | None]]
+ProbePairs = Sequence[tuple[Pair, float | None]]
 """Pairs with the score that they must have, or None where any finite number will do."""
 
-PROBES: Stored = ((("What is 1 + 1?", "2"), None),)
+PROBES: ProbePairs = ((("What is 1 + 1?", "2"), None),)
 """For a scorer that nobody stored pairs with."""
 TOLERANCE = 2e-2
 """How far a score may be from the stored one.
@@ -53,10 +53,10 @@ class Engine(Protocol):
     def encode(self, pairs: Sequence[Pair]) -> Sequence[EncodedPair]:
         """The pairs as token ids."""
 
-    def fit(self, pairs: Sequence[Pair]) -> bool:
+    def fits(self, pairs: Sequence[Pair]) -> bool:
         """Whether no pair is longer than the model reads."""
 
-    def compute(self, batch: Sequence[EncodedPair]) -> Computed:
+    def compute(self, batch: Sequence[EncodedPair]) -> Outputs:
         """One pass of the model."""
 
 
@@ -72,7 +72,7 @@ class Model:
     precision: str = "fp32"
     calibration: Calibration | None = None
     """What labels to expect of scores; None where the scorer has none."""
-    probes: Stored = ()
+    probes: ProbePairs = ()
     """What it answered when it was evaluated, where that came with it."""
     registered: "Version | None" = None
     """What the registry says of it, where an alias is followed."""
@@ -82,7 +82,7 @@ class Model:
         """What tells it from other versions in the registry; empty where no alias is followed."""
         return self.registered.content if self.registered else ""
 
-    def facts(self) -> Mapping[str, str]:
+    def headers(self) -> Mapping[str, str]:
         """What every answer carries."""
         return {"X-Cappy-Version": self.version, "X-Cappy-Manifest-Sha256": self.sha256}
 
@@ -108,11 +108,11 @@ class ScorerEngine:
         encoded: list[EncodedPair] = self._scorer.encoder.encode(pairs)
         return encoded
 
-    def fit(self, pairs: Sequence[Pair]) -> bool:
+    def fits(self, pairs: Sequence[Pair]) -> bool:
         """Whether no pair has to be cut."""
         return all(self._scorer.encoder.fit(pairs))
 
-    def compute(self, batch: Sequence[EncodedPair]) -> Computed:
+    def compute(self, batch: Sequence[EncodedPair]) -> Outputs:
         """One pass of the model."""
         logits = self._scorer.forward(batch)
         return list(zip(self._scorer.decode(logits), logits.tolist(), strict=True))
@@ -140,18 +140,18 @@ def load(spec: str, name: str = "", precision: Precision = "auto") -> Model:
     )
 
 
-def probe(model: Model, stored: Stored = PROBES) -> None:
+def probe(model: Model, probe_pairs: ProbePairs = PROBES) -> None:
     """Scores stored pairs, which also warms the model up; FolderError where an answer is not what it must be.
 
     One pair at a time: beside a model that answers, they need little memory and leave it its turns.
     """
-    encoded = model.engine.encode([pair for pair, _ in stored])
-    scores = [score for one in encoded for score, _ in model.engine.compute([one])]
-    if len(scores) != len(stored) or not all(map(math.isfinite, scores)):
+    encoded = model.engine.encode([pair for pair, _ in probe_pairs])
+    scores = [score for pair in encoded for score, _ in model.engine.compute([pair])]
+    if len(scores) != len(probe_pairs) or not all(map(math.isfinite, scores)):
         raise FolderError(
             f"the scorer answers {scores} to stored pairs; its weights are damaged, fetch or train it again"
         )
-    for score, (_, expected) in zip(scores, stored, strict=True):
+    for score, (_, expected) in zip(scores, probe_pairs, strict=True):
         if expected is not None and abs(score - expected) > TOLERANCE:
             text = f"the scorer answers {score:.4f} to a stored pair that had {expected:.4f} when it was evaluated"
             raise FolderError(f"{text}; serve it with the versions that evaluated it, or evaluate it again")
@@ -165,7 +165,7 @@ class Models:
     former: Model | None = None
     reason: str = "the probe is running; ask again"
     """Why there are no scores to be had; empty once the current model has answered its probe."""
-    closing: bool = False
+    shutting_down: bool = False
     """Whether the service is shutting down."""
     refused: dict[str, str] = field(default_factory=dict)
     """Version of the registry -> why it does not serve."""
@@ -176,19 +176,19 @@ class Models:
 
         A service that is shutting down still answers, so this is more than `reason`.
         """
-        return self.reason or (SHUTTING_DOWN if self.closing else "")
+        return self.reason or (SHUTTING_DOWN if self.shutting_down else "")
 
     def find(self, *names: str | None) -> Model | None:
         """The model of which each of these is name, version or spec, the current one first; an empty one is any."""
-        loaded = [model for model in (self.current, self.former) if model is not None]
-        known = [(model, {"", None, model.name, model.version, model.spec}) for model in loaded]
-        return next((model for model, own in known if own.issuperset(names)), None)
+        models = [model for model in (self.current, self.former) if model is not None]
+        models_and_names = [(model, {"", None, model.name, model.version, model.spec}) for model in models]
+        return next((model for model, known_names in models_and_names if known_names.issuperset(names)), None)
 
     def swap(self, model: Model) -> None:
         """Lets a probed model answer from the next request on."""
         self.former, self.current = self.current, model
 
-    def back(self) -> Model | None:
+    def roll_back(self) -> Model | None:
         """Changes the current model for the one before; None if there is none."""
         if self.former is None:
             return None
@@ -200,10 +200,10 @@ class Answer(NamedTuple):
     """(score, logit) of each pair in order, the tokens they have, the seconds that the first computed waited, and how
     many distinct pairs were cut."""
 
-    computed: Computed
+    computed: Outputs
     tokens: int
     wait_seconds: float
-    cut: int = 0
+    num_truncated: int = 0
 
 
 @dataclass(eq=False)
@@ -211,16 +211,16 @@ class _Job:
     """A request: what of it waits, longest last, and what it has so far."""
 
     engine: Engine
-    waiting: list[tuple[int, EncodedPair]]
+    pending: list[tuple[int, EncodedPair]]
     results: list[tuple[float, float]]
-    left: int
+    num_remaining: int
     done: "asyncio.Future[None]"
-    begun: float = 0.0
+    started_at: float = 0.0
     """The loop's time when the first of it was computed; 0 before."""
 
     @property
     def tokens(self) -> int:
-        return sum(len(pair.ids) for _, pair in self.waiting)
+        return sum(len(pair.ids) for _, pair in self.pending)
 
 
 Batch = list[tuple[_Job, int, EncodedPair]]
@@ -236,8 +236,8 @@ class Batcher:
 
     batch_tokens: int
     max_queued_tokens: int
-    on_batch: Callable[[int, int, float, int], None] = lambda tokens, pairs, seconds, cut: None
-    computing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "computing"))
+    on_batch: Callable[[int, int, float, int], None] = lambda tokens, pairs, seconds, num_truncated: None
+    executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "computing"))
     """One thread, the one that loaded the scorer: once two threads have run a model, torch's OpenMP waits passively in
     both, and a single pair takes 38 ms instead of 22 (RoBERTa-base's shape, 2 cores, Intel Xeon, 2026-11-26)."""
     queued_tokens: int = 0
@@ -245,7 +245,7 @@ class Batcher:
     """Tokens per second, a moving average over batches; 0 before the first."""
     _jobs: deque[_Job] = field(default_factory=deque)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
-    _encoding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoding"))
+    _encoding_executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoding"))
 
     async def score(self, engine: Engine, pairs: Sequence[Pair]) -> Answer:
         """The answer to each pair; equal pairs are computed once.
@@ -254,13 +254,13 @@ class Batcher:
         """
         self.admit(1)
         distinct = list(dict.fromkeys(pairs))
-        encoded = await asyncio.get_running_loop().run_in_executor(self._encoding, engine.encode, distinct)
+        encoded = await asyncio.get_running_loop().run_in_executor(self._encoding_executor, engine.encode, distinct)
         tokens = sum(len(pair.ids) for pair in encoded)
         self.admit(tokens)
-        waiting = sorted(enumerate(encoded), key=lambda numbered: len(numbered[1].ids))
+        pending = sorted(enumerate(encoded), key=lambda item: len(item[1].ids))
         loop = asyncio.get_running_loop()
-        done, queued = loop.create_future(), loop.time()
-        job = _Job(engine, waiting, [(0.0, 0.0)] * len(distinct), len(distinct), done)
+        done, queued_at = loop.create_future(), loop.time()
+        job = _Job(engine, pending, [(0.0, 0.0)] * len(distinct), len(distinct), done)
         self.queued_tokens += tokens
         self._jobs.append(job)
         self._arrived.set()
@@ -268,20 +268,20 @@ class Batcher:
             await job.done
         finally:
             self.queued_tokens -= job.tokens
-            job.waiting.clear()
+            job.pending.clear()
         by_pair = dict(zip(distinct, job.results, strict=True))
-        cut = sum(not pair.whole for pair in encoded)
-        return Answer([by_pair[pair] for pair in pairs], tokens, job.begun - queued, cut)
+        num_truncated = sum(not pair.whole for pair in encoded)
+        return Answer([by_pair[pair] for pair in pairs], tokens, job.started_at - queued_at, num_truncated)
 
-    async def fit(self, engine: Engine, pairs: Sequence[Pair]) -> bool:
+    async def fits(self, engine: Engine, pairs: Sequence[Pair]) -> bool:
         """Whether no pair is longer than the engine reads."""
-        return await asyncio.get_running_loop().run_in_executor(self._encoding, engine.fit, pairs)
+        return await asyncio.get_running_loop().run_in_executor(self._encoding_executor, engine.fits, pairs)
 
     async def run(self) -> None:
         """Computes batch after batch, until it is cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            batch = fill(self._jobs, self.batch_tokens)
+            batch = take_batch(self._jobs, self.batch_tokens)
             if not batch:
                 self._arrived.clear()
                 await self._arrived.wait()
@@ -289,16 +289,16 @@ class Batcher:
             tokens, started = sum(len(pair.ids) for _, _, pair in batch), loop.time()
             pairs = [pair for _, _, pair in batch]
             for job, _, _ in batch:
-                job.begun = job.begun or started
+                job.started_at = job.started_at or started
             try:
-                computed = await loop.run_in_executor(self.computing, batch[0][0].engine.compute, pairs)
+                computed = await loop.run_in_executor(self.executor, batch[0][0].engine.compute, pairs)
                 _deliver(batch, computed)
             except Exception as error:  # noqa: BLE001 (each of the batch's requests gets it)
                 _fail(batch, error)
             finally:
                 self.queued_tokens -= tokens
-            cut = sum(not pair.whole for pair in pairs)
-            self._measure(tokens, len(batch), loop.time() - started, cut)
+            num_truncated = sum(not pair.whole for pair in pairs)
+            self._measure(tokens, len(batch), loop.time() - started, num_truncated)
 
     def admit(self, tokens: int) -> None:
         """Refusal 429 where the queue has no room for so many tokens; an empty one takes a request of any size."""
@@ -310,59 +310,61 @@ class Batcher:
         """Whole seconds after which the queue should have emptied, 1 to 60."""
         return min(60, max(1, round(self.queued_tokens / self.rate))) if self.rate else 1
 
-    async def apart(self, work: Callable[[], None]) -> None:
+    async def run_between_batches(self, work: Callable[[], None]) -> None:
         """Runs something else of the scorer's between two batches."""
-        await asyncio.get_running_loop().run_in_executor(self.computing, work)
+        await asyncio.get_running_loop().run_in_executor(self.executor, work)
 
     def close(self) -> None:
         """Ends the threads after what they compute now."""
-        self._encoding.shutdown(wait=False, cancel_futures=True)
-        self.computing.shutdown(wait=False, cancel_futures=True)
+        self._encoding_executor.shutdown(wait=False, cancel_futures=True)
+        self.executor.shutdown(wait=False, cancel_futures=True)
 
-    def _measure(self, tokens: int, pairs: int, seconds: float, cut: int) -> None:
-        now = tokens / max(seconds, 1e-6)
-        self.rate = now if not self.rate else 0.9 * self.rate + 0.1 * now
-        self.on_batch(tokens, pairs, seconds, cut)
+    def _measure(self, tokens: int, pairs: int, seconds: float, num_truncated: int) -> None:
+        rate = tokens / max(seconds, 1e-6)
+        self.rate = rate if not self.rate else 0.9 * self.rate + 0.1 * rate
+        self.on_batch(tokens, pairs, seconds, num_truncated)
 
 
-def fill(jobs: "deque[_Job]", budget: int) -> Batch:
+def take_batch(jobs: "deque[_Job]", budget: int) -> Batch:
     """The next batch, of one engine: the longest pair of the request whose turn it is, then one of each in turn.
 
     Takes what it gives out of `jobs`. With an engine that pads, the others are no longer than the first.
     """
     batch: Batch = []
-    used = longest = 0
-    passed: list[_Job] = []
+    num_tokens = max_length = 0
+    skipped: list[_Job] = []
     while jobs:
         job = jobs.popleft()
-        if not job.waiting:
+        if not job.pending:
             continue
         engine = batch[0][0].engine if batch else job.engine
-        room = _longest_fit(engine, budget, used, longest, len(batch))
-        place = len(job.waiting) if not batch else bisect_right(job.waiting, room, key=lambda one: len(one[1].ids))
-        if job.engine is not engine or not place:
-            passed.append(job)
+        max_tokens = _max_pair_tokens(engine, budget, num_tokens, max_length, len(batch))
+        end = (
+            len(job.pending) if not batch else bisect_right(job.pending, max_tokens, key=lambda item: len(item[1].ids))
+        )
+        if job.engine is not engine or not end:
+            skipped.append(job)
             continue
-        index, pair = job.waiting.pop(place - 1)
+        index, pair = job.pending.pop(end - 1)
         batch.append((job, index, pair))
-        used, longest = used + len(pair.ids), max(longest, len(pair.ids))
+        num_tokens, max_length = num_tokens + len(pair.ids), max(max_length, len(pair.ids))
         jobs.append(job)
-    jobs.extend(passed)
+    jobs.extend(skipped)
     return batch
 
 
-def _longest_fit(engine: Engine, budget: int, used: int, longest: int, count: int) -> int:
+def _max_pair_tokens(engine: Engine, budget: int, num_tokens: int, max_length: int, num_pairs: int) -> int:
     """How long another pair may be."""
-    if engine.pads and count:
-        return longest if (count + 1) * longest <= budget else 0
-    return budget - used
+    if engine.pads and num_pairs:
+        return max_length if (num_pairs + 1) * max_length <= budget else 0
+    return budget - num_tokens
 
 
-def _deliver(batch: Batch, computed: Computed) -> None:
+def _deliver(batch: Batch, computed: Outputs) -> None:
     for (job, index, _), value in zip(batch, computed, strict=True):
         job.results[index] = value
-        job.left -= 1
-        if not job.left and not job.done.done():
+        job.num_remaining -= 1
+        if not job.num_remaining and not job.done.done():
             job.done.set_result(None)
 
 

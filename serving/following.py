@@ -36,12 +36,12 @@ from serving.bodies import Bounds, Refusal, receive_body
 from serving.config import FOLLOW_SECONDS
 from serving.dialects.own import Problem, refuse
 from serving.engine import PROBES, Model, Models, load, probe
-from serving.guards import SHORTEST_SECRET, Keys, unknown_key
+from serving.guards import MIN_SECRET_CHARACTERS, Keys, unknown_key_refusal
 
 LOGGER = logging.getLogger("serving")
-TRIES = 3
+MAX_FETCH_ATTEMPTS = 3
 """How often a version is fetched whose files cannot be reached, before it is refused."""
-CLOSING_SECONDS = 5.0
+SHUTDOWN_SECONDS = 5.0
 """How long a version that is being loaded may hold up the end of the process."""
 Result = TypeVar("Result")
 Change = Literal["swap", "refusal"]
@@ -57,78 +57,80 @@ class Follower:
 
     models: Models
     alias: str
-    find: Callable[[], Version]
+    read_alias: Callable[[], Version]
     load: Callable[[Version], Model]
     seconds: float = FOLLOW_SECONDS
     on_change: Callable[[Change], None] = lambda change: None
     trouble: str = ""
-    _left: str = ""
+    _rolled_back_content: str = ""
     """Content that a rollback by hand took out of service: not taken again until the alias has named another."""
-    _bad: dict[str, str] = field(default_factory=dict)
+    _refused_content: dict[str, str] = field(default_factory=dict)
     """Version that was refused -> its content then."""
-    _tries: dict[str, int] = field(default_factory=dict)
-    _asked: asyncio.Event = field(default_factory=asyncio.Event)
-    _busy: "asyncio.Future[None] | None" = None
+    _num_attempts: dict[str, int] = field(default_factory=dict)
+    _check_requested: asyncio.Event = field(default_factory=asyncio.Event)
+    _worker_done: "asyncio.Future[None] | None" = None
 
     async def run(self) -> None:
         """Looks at the alias every so many seconds and whenever asked, until it is cancelled."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.seconds):
-                    await self._asked.wait()
-            self._asked.clear()
+                    await self._check_requested.wait()
+            self._check_requested.clear()
             try:
-                await self.look()
+                await self.check()
             except Exception as error:
                 # A defect of ours: what answers goes on, and GET /model tells it until a look succeeds.
                 LOGGER.exception("following %s failed", self.alias)
-                self.trouble = reason(error)
+                self.trouble = format_error(error)
 
-    def ask(self, *, again: bool = False) -> None:
+    def request_check(self, *, retry_refused: bool = False) -> None:
         """Has `run` look at once; `again` gives versions that were refused another chance."""
-        if again:
-            for known in (self._bad, self._tries, self.models.refused):
-                known.clear()
-        self._asked.set()
+        if retry_refused:
+            for records in (self._refused_content, self._num_attempts, self.models.refused):
+                records.clear()
+        self._check_requested.set()
 
     def rollback(self) -> Model | None:
         """Changes the model for the one before, which stays until the alias moves; None if there is none."""
-        model = self.models.back()
+        model = self.models.roll_back()
         if model is not None and self.models.former is not None:
-            self._left = self.models.former.content
-            self._tell_swap("by hand")
+            self._rolled_back_content = self.models.former.content
+            self._report_swap("by hand")
         return model
 
-    async def look(self) -> None:
+    async def check(self) -> None:
         """Reads the alias once and does what follows from it."""
         version = await self._resolve_alias()
-        if version is None or version.content == self._left:
+        if version is None or version.content == self._rolled_back_content:
             return
-        self._left = ""
+        self._rolled_back_content = ""
         current, former = self.models.current, self.models.former
-        if version.content == current.content or self._bad.get(version.uri) == version.content:
+        if version.content == current.content or self._refused_content.get(version.uri) == version.content:
             return
         if former is not None and version.content == former.content:
-            self.models.back()
-            self._tell_swap(f"{self.alias} names it again")
+            self.models.roll_back()
+            self._report_swap(f"{self.alias} names it again")
             return
         model = await self._prepare(version)
         if model is not None:
-            await self._enter(version, model)
+            await self._activate(version, model)
 
     async def close(self) -> None:
         """Waits a little for what is being loaded."""
-        if self._busy is not None:
-            await asyncio.wait([self._busy], timeout=CLOSING_SECONDS)
+        if self._worker_done is not None:
+            await asyncio.wait([self._worker_done], timeout=SHUTDOWN_SECONDS)
 
     async def _resolve_alias(self) -> Version | None:
         """The version that the alias names; None, and one warning until it succeeds again, where that is not known."""
         try:
-            version = await self._beside(self.find)
+            version = await self._run_in_thread(self.read_alias)
         except Exception as error:  # noqa: BLE001 (whatever it is, the model that answers goes on)
             if not self.trouble:
-                LOGGER.warning("%s cannot be read, version %s goes on: %s", self.alias, self._version, reason(error))
-            self.trouble = reason(error)
+                LOGGER.warning(
+                    "%s cannot be read, version %s goes on: %s", self.alias, self._version, format_error(error)
+                )
+            self.trouble = format_error(error)
             return None
         if self.trouble:
             LOGGER.info("%s can be read again", self.alias)
@@ -138,51 +140,59 @@ class Follower:
     async def _prepare(self, version: Version) -> Model | None:
         """The version, loaded and probed; None where it may not serve, or not yet."""
         try:
-            return await self._beside(lambda: prepare_model(version, self.load))
+            return await self._run_in_thread(lambda: prepare_model(version, self.load))
         except UnreachableError as error:
-            tries = self._tries[version.uri] = self._tries.get(version.uri, 0) + 1
-            if tries < TRIES:
-                LOGGER.warning("%s cannot be had, attempt %d of %d: %s", version.uri, tries, TRIES, reason(error))
+            attempt = self._num_attempts[version.uri] = self._num_attempts.get(version.uri, 0) + 1
+            if attempt < MAX_FETCH_ATTEMPTS:
+                LOGGER.warning(
+                    "%s cannot be had, attempt %d of %d: %s",
+                    version.uri,
+                    attempt,
+                    MAX_FETCH_ATTEMPTS,
+                    format_error(error),
+                )
                 return None
-            self._refuse(version, reason(error))
+            self._refuse(version, format_error(error))
         except Exception as error:  # noqa: BLE001 (a version may be bad in any way)
-            self._refuse(version, reason(error))
+            self._refuse(version, format_error(error))
             traceback.clear_frames(error.__traceback__)  # they hold the model
         return None
 
-    async def _enter(self, version: Version, model: Model) -> None:
+    async def _activate(self, version: Version, model: Model) -> None:
         """Lets the model answer, unless the alias has moved on while it was loaded."""
         now = await self._resolve_alias()
         if now is not None and now.content != version.content:
-            self._asked.set()
+            self._check_requested.set()
             return
         self.models.swap(model)
-        for known in (self._bad, self._tries, self.models.refused):
-            known.pop(version.uri, None)
-        self._tell_swap(f"{self.alias} names it")
+        for records in (self._refused_content, self._num_attempts, self.models.refused):
+            records.pop(version.uri, None)
+        self._report_swap(f"{self.alias} names it")
 
-    def _tell_swap(self, why: str) -> None:
+    def _report_swap(self, reason: str) -> None:
         former = self.models.former
-        LOGGER.info("version %s answers instead of %s: %s", self._version, former and former.version, why)
+        LOGGER.info("version %s answers instead of %s: %s", self._version, former and former.version, reason)
         self.on_change("swap")
 
-    def _refuse(self, version: Version, why: str) -> None:
-        self._tries.pop(version.uri, None)
-        self._bad[version.uri] = version.content
-        self.models.refused[version.uri] = why
-        LOGGER.error("%s is refused, version %s goes on: %s", version.uri, self._version, why)
+    def _refuse(self, version: Version, reason: str) -> None:
+        self._num_attempts.pop(version.uri, None)
+        self._refused_content[version.uri] = version.content
+        self.models.refused[version.uri] = reason
+        LOGGER.error("%s is refused, version %s goes on: %s", version.uri, self._version, reason)
         self.on_change("refusal")
 
     @property
     def _version(self) -> str:
         return self.models.current.version
 
-    async def _beside(self, work: Callable[[], Result]) -> Result:
+    async def _run_in_thread(self, work: Callable[[], Result]) -> Result:
         """What `work` returns, computed in a thread that does not keep the process from ending."""
         loop = asyncio.get_running_loop()
         result: asyncio.Future[Result] = loop.create_future()
-        self._busy = loop.create_future()
-        threading.Thread(target=_run, args=(work, loop, result, self._busy), name="following", daemon=True).start()
+        self._worker_done = loop.create_future()
+        threading.Thread(
+            target=_run, args=(work, loop, result, self._worker_done), name="following", daemon=True
+        ).start()
         return await result
 
 
@@ -190,7 +200,7 @@ def _run(
     work: Callable[[], Result],
     loop: asyncio.AbstractEventLoop,
     result: "asyncio.Future[Result]",
-    busy: "asyncio.Future[None]",
+    worker_done: "asyncio.Future[None]",
 ) -> None:
     outcome: Result | None = None
     failed: Exception | None = None
@@ -200,7 +210,7 @@ def _run(
         failed = error
 
     def deliver() -> None:
-        busy.set_result(None)
+        worker_done.set_result(None)
         if result.done():
             return
         if failed is not None:
@@ -224,19 +234,23 @@ def load_version(version: Version, spec: str, name: str = "", precision: Precisi
     return replace(load(version.uri, name, precision), spec=spec, registered=version)
 
 
-def reason(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """What went wrong, in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, CappyError) else quote(f"{type(error).__name__}: {text}", 200)
 
 
 WEBHOOK_VARIABLE = "CAPPY_WEBHOOK_SECRET"
-ID, TIMESTAMP, SIGNATURE = "x-mlflow-delivery-id", "x-mlflow-timestamp", "x-mlflow-signature"
-ENTITY = "model_version_alias"
-FRESH_SECONDS = 300
+DELIVERY_ID_HEADER, TIMESTAMP_HEADER, SIGNATURE_HEADER = (
+    "x-mlflow-delivery-id",
+    "x-mlflow-timestamp",
+    "x-mlflow-signature",
+)
+ALIAS_ENTITY = "model_version_alias"
+MAX_DELIVERY_AGE_SECONDS = 300
 """How far a delivery's time may be from ours; older ones are somebody's replay."""
-WEBHOOK_BYTES = 65_536
-_REFUSED: dict[int | str, dict[str, object]] = {401: {"model": Problem}}
+MAX_WEBHOOK_BYTES = 65_536
+_UNAUTHORIZED: dict[int | str, dict[str, object]] = {401: {"model": Problem}}
 
 
 class LoadedModel(BaseModel):
@@ -271,42 +285,48 @@ def add_admin(app: FastAPI, models: Models, follower: Follower | None, keys: Key
     With a secret also POST /webhooks/mlflow.
     """
 
-    @app.get("/model", tags=["model"], responses=_REFUSED, response_model=State)
+    @app.get("/model", tags=["model"], responses=_UNAUTHORIZED, response_model=State)
     async def model(request: Request) -> Response | State:
         """Which model answers; needs a key where there are keys."""
-        return _state(models, follower) if keys.allow(request.headers) else _refuse(unknown_key())
+        return _state(models, follower) if keys.allow(request.headers) else _refuse(unknown_key_refusal())
 
     if follower is not None and keys:
-        _add_moves(app, models, follower, keys)
+        _add_model_changes(app, models, follower, keys)
     if follower is not None and secret:
         _add_webhook(app, follower, secret)
 
 
-def _add_moves(app: FastAPI, models: Models, follower: Follower, keys: Keys) -> None:
-    @app.post("/admin/refresh", tags=["model"], status_code=202, responses=_REFUSED, response_model=RefreshResponse)
+def _add_model_changes(app: FastAPI, models: Models, follower: Follower, keys: Keys) -> None:
+    @app.post(
+        "/admin/refresh", tags=["model"], status_code=202, responses=_UNAUTHORIZED, response_model=RefreshResponse
+    )
     async def refresh(request: Request) -> Response | RefreshResponse:
         """Looks at the alias now, at versions that were refused too."""
         if not keys.allow(request.headers):
-            return _refuse(unknown_key())
-        follower.ask(again=True)
+            return _refuse(unknown_key_refusal())
+        follower.request_check(retry_refused=True)
         return RefreshResponse(looks=True)
 
-    @app.post("/admin/rollback", tags=["model"], responses={**_REFUSED, 409: {"model": Problem}}, response_model=State)
+    @app.post(
+        "/admin/rollback", tags=["model"], responses={**_UNAUTHORIZED, 409: {"model": Problem}}, response_model=State
+    )
     async def rollback(request: Request) -> Response | State:
         """Changes the model for the one before, until the alias moves."""
         if not keys.allow(request.headers):
-            return _refuse(unknown_key())
+            return _refuse(unknown_key_refusal())
         if follower.rollback() is None:
             return _refuse(Refusal(409, "no former model is loaded; move the alias: cappy promotion --rollback"))
         return _state(models, follower)
 
 
 def _add_webhook(app: FastAPI, follower: Follower, secret: str) -> None:
-    @app.post("/webhooks/mlflow", tags=["model"], status_code=202, responses=_REFUSED, response_model=RefreshResponse)
+    @app.post(
+        "/webhooks/mlflow", tags=["model"], status_code=202, responses=_UNAUTHORIZED, response_model=RefreshResponse
+    )
     async def webhook(request: Request) -> Response | RefreshResponse:
         """An event of MLflow's, signed with the secret: looks at the alias now if it is about the alias."""
         try:
-            body = await receive_body(request, WEBHOOK_BYTES, "no event of MLflow is as large")
+            body = await receive_body(request, MAX_WEBHOOK_BYTES, "no event of MLflow is as large")
             Bounds().check(body)
         except Refusal as refusal:
             return _refuse(refusal)
@@ -314,7 +334,7 @@ def _add_webhook(app: FastAPI, follower: Follower, secret: str) -> None:
             return _refuse(Refusal(401, "the signature is not that of this service's secret, or is too old"))
         looks = _is_about(follower.alias, body)
         if looks:
-            follower.ask()
+            follower.request_check()
         return RefreshResponse(looks=looks)
 
 
@@ -346,21 +366,28 @@ def _refuse(refusal: Refusal) -> Response:
 def read_secret() -> str:
     """The secret from CAPPY_WEBHOOK_SECRET, empty if there is none; ConfigError for a short one."""
     secret = os.environ.get(WEBHOOK_VARIABLE, "").strip()
-    if secret and len(secret) < SHORTEST_SECRET:
+    if secret and len(secret) < MIN_SECRET_CHARACTERS:
         remedy = "make one with: openssl rand -hex 24"
-        raise ConfigError(f"{WEBHOOK_VARIABLE}: is shorter than {SHORTEST_SECRET} characters; {remedy}")
+        raise ConfigError(f"{WEBHOOK_VARIABLE}: is shorter than {MIN_SECRET_CHARACTERS} characters; {remedy}")
     return secret
 
 
 def _is_signed(secret: str, headers: Mapping[str, str], body: bytes, now: float) -> bool:
     """Whether who knows the secret sent this body within five minutes of `now`, in seconds since 1970."""
-    identity, time, given = (headers.get(name, "") for name in (ID, TIMESTAMP, SIGNATURE))
-    if not time.isascii() or not time.isdigit() or len(time) > 12 or abs(now - int(time)) > FRESH_SECONDS:
+    delivery_id, timestamp, signature = (
+        headers.get(name, "") for name in (DELIVERY_ID_HEADER, TIMESTAMP_HEADER, SIGNATURE_HEADER)
+    )
+    if (
+        not timestamp.isascii()
+        or not timestamp.isdigit()
+        or len(timestamp) > 12
+        or abs(now - int(timestamp)) > MAX_DELIVERY_AGE_SECONDS
+    ):
         return False
-    content = f"{identity}.{time}.".encode("utf-8", "surrogatepass") + body
+    content = f"{delivery_id}.{timestamp}.".encode("utf-8", "surrogatepass") + body
     digest = hmac.new(secret.encode(), content, hashlib.sha256).digest()
-    wanted = f"v1,{base64.b64encode(digest).decode()}"
-    return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), wanted.encode())
+    expected = f"v1,{base64.b64encode(digest).decode()}"
+    return hmac.compare_digest(signature.encode("utf-8", "surrogatepass"), expected.encode())
 
 
 def _is_about(alias: str, body: bytes) -> bool:
@@ -369,7 +396,7 @@ def _is_about(alias: str, body: bytes) -> bool:
         event = from_json(body)
     except ValueError:
         return False
-    if not isinstance(event, Mapping) or event.get("entity") != ENTITY:
+    if not isinstance(event, Mapping) or event.get("entity") != ALIAS_ENTITY:
         return False
     data, spec = event.get("data"), parse_spec(alias)
     return isinstance(data, Mapping) and (data.get("name"), data.get("alias")) == (spec.name, spec.revision)

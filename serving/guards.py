@@ -24,8 +24,8 @@ from serving.bodies import Refusal
 from serving.config import ANY
 
 KEYS_VARIABLE = "CAPPY_API_KEYS"
-SHORTEST_SECRET = 8
-INSIDE = (".svc", ".cluster.local", ".local", ".internal")
+MIN_SECRET_CHARACTERS = 8
+INTERNAL_SUFFIXES = (".svc", ".cluster.local", ".local", ".internal")
 """Suffixes of names that public DNS does not resolve, so an attacker cannot point one at this machine."""
 _NAME = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5}))?"
 _HOST = re.compile(_NAME)
@@ -50,13 +50,15 @@ class Hosts:
     def allow(self, name: str) -> bool:
         """Whether the service answers to a name or an address, given without a port."""
         name = name.lower().removesuffix(".")
-        if any(_matches(name, one.lower()) for one in self.allowed):
+        if any(_matches(name, pattern.lower()) for pattern in self.allowed):
             return True
         address = _address(name)
         if self.loopback:
             return name == "localhost" or (address is not None and _is_loopback(address))
-        own = socket.gethostname().lower()
-        return self.keys or address is not None or "." not in name or name == own or name.endswith(INSIDE)
+        own_name = socket.gethostname().lower()
+        return (
+            self.keys or address is not None or "." not in name or name == own_name or name.endswith(INTERNAL_SUFFIXES)
+        )
 
 
 ANY_HOST = Hosts(allowed=(ANY,))
@@ -92,12 +94,12 @@ class BrowserGuard:
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        given, origins = headers.getlist("host"), headers.getlist("origin")
-        browser = bool(origins) or "sec-fetch-site" in headers
-        if not given and not browser and scope.get("http_version") == "1.0":
+        host_headers, origin_headers = headers.getlist("host"), headers.getlist("origin")
+        from_browser = bool(origin_headers) or "sec-fetch-site" in headers
+        if not host_headers and not from_browser and scope.get("http_version") == "1.0":
             # A balancer's check, HAProxy's for one; browsers speak no HTTP/1.0 and always send a Host.
             return
-        host = _HOST.fullmatch(given[0]) if len(given) == 1 else None
+        host = _HOST.fullmatch(host_headers[0]) if len(host_headers) == 1 else None
         if host is None:
             raise Refusal(400, "a request must have one Host header with a name or an address, and a port or none")
         if not self._hosts.allow(host[1]):
@@ -105,19 +107,22 @@ class BrowserGuard:
             raise Refusal(
                 421, f"this service does not answer to the name {name}; its owner may allow it: --allowed-hosts"
             )
-        if ANY in self._origins or (not origins and not _of_another_page(scope["method"], headers)):
+        if ANY in self._origins or (not origin_headers and not _is_cross_site(scope["method"], headers)):
             return
-        if not (len(origins) == 1 and (origins[0] in self._origins or _is_own(origins[0], host, scope["scheme"]))):
-            page = f"a page of {quote(origins[0])}" if origins else "a page of another site"
-            raise Refusal(403, f"{page} may not ask this service; its owner may let it: --allow-origin")
+        if not (
+            len(origin_headers) == 1
+            and (origin_headers[0] in self._origins or _is_own(origin_headers[0], host, scope["scheme"]))
+        ):
+            source = f"a page of {quote(origin_headers[0])}" if origin_headers else "a page of another site"
+            raise Refusal(403, f"{source} may not ask this service; its owner may let it: --allow-origin")
 
 
-def _of_another_page(method: str, headers: Headers) -> bool:
+def _is_cross_site(method: str, headers: Headers) -> bool:
     """Whether a browser says that another site's page asks, without an Origin; following a link to here is allowed."""
     if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
         return False
-    opened = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
-    return not (opened and method in ("GET", "HEAD"))
+    is_navigation = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
+    return not (is_navigation and method in ("GET", "HEAD"))
 
 
 def _is_own(origin: str, host: re.Match[str], scheme: str) -> bool:
@@ -128,8 +133,8 @@ def _is_own(origin: str, host: re.Match[str], scheme: str) -> bool:
     parts = _ORIGIN.fullmatch(origin)
     if parts is None or (scheme == "https" and parts[1] != "https"):
         return False
-    usual = _PORTS[parts[1]]
-    return (parts[2].lower(), parts[3] or usual) == (host[1].lower(), host[2] or usual)
+    default_port = _PORTS[parts[1]]
+    return (parts[2].lower(), parts[3] or default_port) == (host[1].lower(), host[2] or default_port)
 
 
 def _matches(name: str, allowed: str) -> bool:
@@ -164,8 +169,8 @@ class Keys:
         if not self._digests:
             return True
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip() if scheme.lower() == "bearer" else "")
-        return bool(sum(hmac.compare_digest(given, known) for known in self._digests))
+        digest = _digest(key.strip() if scheme.lower() == "bearer" else "")
+        return bool(sum(hmac.compare_digest(digest, known) for known in self._digests))
 
 
 def read_keys(path: Path | None) -> Keys:
@@ -188,10 +193,10 @@ def read_keys(path: Path | None) -> Keys:
         raise ConfigError(f"--api-keys {path}: holds no key; write one a line")
     if text and not keys:
         raise ConfigError(f"{KEYS_VARIABLE}: holds no key; put keys there, with commas between, or unset it")
-    if any(len(key) < SHORTEST_SECRET for key in keys):
+    if any(len(key) < MIN_SECRET_CHARACTERS for key in keys):
         source = f"--api-keys {path}" if path is not None else KEYS_VARIABLE
         raise ConfigError(
-            f"{source}: has a key shorter than {SHORTEST_SECRET} characters; make one with: openssl rand -hex 24"
+            f"{source}: has a key shorter than {MIN_SECRET_CHARACTERS} characters; make one with: openssl rand -hex 24"
         )
     return Keys(keys)
 
@@ -206,16 +211,16 @@ class KeyGuard:
     def __init__(self, app: ASGIApp, keys: Keys, open_paths: Collection[str], refuse: Refuse) -> None:
         self._app = app
         self._keys = keys
-        self._open = frozenset(open_paths)
+        self._open_paths = frozenset(open_paths)
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open or self._keys.allow(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in self._open_paths or self._keys.allow(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
-        await self._refuse(scope["path"], unknown_key())(scope, receive, send)
+        await self._refuse(scope["path"], unknown_key_refusal())(scope, receive, send)
 
 
-def unknown_key() -> Refusal:
+def unknown_key_refusal() -> Refusal:
     """What a client without a known key is answered."""
     return Refusal(401, "no API key that this service knows; send Authorization: Bearer KEY")

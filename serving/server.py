@@ -19,9 +19,9 @@ from serving.config import Environment, ServeConfig
 from serving.engine import Model, Models, load
 from serving.following import Follower, load_version, read_secret
 from serving.guards import hosts_of, read_keys
-from serving.listener import NoticeServer, address_errors, bind, check_tls, http_config, prepare_process, url
+from serving.listener import GracefulServer, address_errors, bind, check_tls, format_url, http_config, prepare_process
 
-Follow = Callable[[Models], Follower]
+MakeFollower = Callable[[Models], Follower]
 """What changes the model while requests are answered."""
 
 
@@ -35,23 +35,23 @@ def run(config: ServeConfig, environment: Environment | None = None) -> None:
     # What is wrong with them is said before a bucket's folder is copied.
     read_keys(config.api_keys)
     read_secret()
-    with local(config.scorer) as scorer:
+    with local_scorer(config.scorer) as scorer:
         parse_spec(scorer)
         seconds = config.follow_interval
         if not seconds:
             serve(lambda: load(scorer, config.model_name, config.precision), config, environment)
             return
 
-        def find() -> Version:
+        def read_alias() -> Version:
             return registry.resolve(scorer)
 
         def load_current(version: Version) -> Model:
             return load_version(version, scorer, config.model_name, config.precision)
 
         def make_follower(models: Models) -> Follower:
-            return Follower(models=models, alias=scorer, find=find, load=load_current, seconds=seconds)
+            return Follower(models=models, alias=scorer, read_alias=read_alias, load=load_current, seconds=seconds)
 
-        serve(lambda: load_current(find()), config, environment, follow=make_follower)
+        serve(lambda: load_current(read_alias()), config, environment, make_follower=make_follower)
 
 
 def serve(
@@ -59,7 +59,7 @@ def serve(
     config: ServeConfig,
     environment: Environment | None = None,
     *,
-    follow: Follow | None = None,
+    make_follower: MakeFollower | None = None,
 ) -> None:
     """`run` with whatever model `load` gives."""
     keys, secret, environment = read_keys(config.api_keys), read_secret(), environment or Environment()
@@ -71,8 +71,8 @@ def serve(
         server.should_exit = True
 
     with bind(config.host, config.port) as listener:
-        computing = ThreadPoolExecutor(1, "computing")
-        models = Models(computing.submit(load).result())
+        executor = ThreadPoolExecutor(1, "computing")
+        models = Models(executor.submit(load).result())
         with address_errors(config.host, config.port):
             listener.listen(2048)
         options = Options(
@@ -86,15 +86,15 @@ def serve(
             routes=environment.routes,
             ready_path=environment.ready_path,
         )
-        follower = follow(models) if follow else None
+        follower = make_follower(models) if make_follower else None
         app = create_app(
-            models, options, failed=on_failure, follower=follower, computing=computing, tracing=start_tracing()
+            models, options, on_failure=on_failure, follower=follower, executor=executor, tracing=start_tracing()
         )
         http = http_config(app, config, certificate=config.tls_certificate, key=config.tls_key)
-        server = NoticeServer(http, models, config.notice)
+        server = GracefulServer(http, models, config.notice)
         scheme = "https" if config.tls_certificate else "http"
         sys.stderr.write(
-            f"cappy serve: scorer {models.current.version} at {url(listener, scheme)} "
+            f"cappy serve: scorer {models.current.version} at {format_url(listener, scheme)} "
             "(a page at /, POST /score, GET /ready; /openapi.json has every path)\n"
         )
         server.run(sockets=[listener])
@@ -103,7 +103,7 @@ def serve(
 
 
 @contextlib.contextmanager
-def local(scorer: str) -> Iterator[str]:
+def local_scorer(scorer: str) -> Iterator[str]:
     """The spec itself, or the folder that a bucket's (`gs://bucket/folder`) was copied to, kept until the block ends.
 
     Of a bucket a manifest is asked for, since without one nobody would see that a file is missing; loading checks every

@@ -49,11 +49,11 @@ def _serve_command() -> TyperCommand:
 
 
 def _gateway_command() -> TyperCommand:
-    from serving.config import hosts_of_environment
+    from serving.config import hosts_from_environment
     from serving.gateway.config import GatewayConfig
 
     def gateway(flags: Mapping[str, Any]) -> None:
-        config = build(GatewayConfig, {"allowed_hosts": hosts_of_environment(os.environ), **flags})
+        config = build(GatewayConfig, {"allowed_hosts": hosts_from_environment(os.environ), **flags})
         with _require_extra():
             from serving.gateway.server import run
         run(config)

@@ -12,13 +12,13 @@ from serving.bodies import Bounds
 from serving.config import Limits
 from serving.engine import Models
 
-Words = Annotated[str, Field(min_length=1)]
+NonEmptyText = Annotated[str, Field(min_length=1)]
 """A text that may not be empty."""
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 """Texts, at least one; the error names the first item that is not a text, not every one."""
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
-Name = Annotated[str | None, Field(description="The model's name or version; none means the one that is served")]
+ModelName = Annotated[str | None, Field(description="The model's name or version; none means the one that is served")]
 
 
 class Body(BaseModel):
@@ -74,25 +74,25 @@ class Dialect:
     refuse: Callable[[int, str], Mapping[str, object]]
     shape: str
     """The shortest right body, for whoever sent another."""
-    marks: frozenset[str] = frozenset()
-    invalid: int = 422
+    marker_fields: frozenset[str] = frozenset()
+    invalid_status: int = 422
     """Status of a body that is JSON of another shape."""
     one_pool: bool = False
     """Whether the pairs of a request are the candidates of one pool, of which the best is asked for."""
-    bare: bool = False
+    exclude_none: bool = False
     """Whether answers leave out fields without a value, rather than give null."""
-    named: Callable[[Any], str | None] = lambda request: None
-    whole: Callable[[Any], bool] = lambda request: False
+    requested_model: Callable[[Any], str | None] = lambda request: None
+    forbids_truncation: Callable[[Any], bool] = lambda request: False
     """Whether a request asks that a pair is refused rather than cut where it is longer than the scorer reads."""
-    types: frozenset[str] = frozenset()
+    content_types: frozenset[str] = frozenset()
     """Content types that a body may have beside JSON's; "" is none at all."""
-    read: Callable[[bytes, Mapping[str, str], Bounds], object] = lambda body, headers, bounds: bounds.parse(body)
+    parse: Callable[[bytes, Mapping[str, str], Bounds], object] = lambda body, headers, bounds: bounds.parse(body)
     """A body, given with its headers, as JSON; Refusal where it is out of bounds, ValueError where it is not JSON."""
     add_routes: Callable[[FastAPI, ServedModels], None] | None = None
     """Adds what else its clients ask for, such as what is served: GET routes that need no key."""
 
 
-def rank_pairs(scored: ScoredPairs, values: Sequence[float], top: int | None = None) -> list[tuple[int, float]]:
+def rank_pairs(result: ScoredPairs, values: Sequence[float], top: int | None = None) -> list[tuple[int, float]]:
     """(index, value) of the pairs, best first by their logits, the first of equal ones first; the best `top` alone."""
-    order = sorted(range(len(values)), key=lambda index: -scored.logits[index])
+    order = sorted(range(len(values)), key=lambda index: -result.logits[index])
     return [(index, values[index]) for index in order[:top]]

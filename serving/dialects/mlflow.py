@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 import cappy
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, RefusalResponse, ServedModels, Words
-from serving.dialects.vertex import UNREADY, NoParameters
+from serving.dialects.dialect import Body, Dialect, NonEmptyText, RefusalResponse, ServedModels
+from serving.dialects.vertex import UNREADY_RESPONSES, NoParameters
 
 COLUMNS = ("instruction", "response")
 FORMS = ("dataframe_split", "dataframe_records", "instances", "inputs")
-KINDS: Mapping[int, str] = {
+ERROR_TYPES: Mapping[int, str] = {
     401: "UNAUTHENTICATED",
     404: "RESOURCE_DOES_NOT_EXIST",
     429: "REQUEST_LIMIT_EXCEEDED",
@@ -28,14 +28,14 @@ EXAMPLE: dict[str, JsonValue] = {"dataframe_split": {"columns": [*COLUMNS], "dat
 class Row(BaseModel):
     """An instruction and a response; further columns are not read, as in a table."""
 
-    instruction: Words
+    instruction: NonEmptyText
     response: str
 
 
 class Columns(BaseModel):
     """As many instructions as responses; further columns are not read."""
 
-    instruction: Annotated[list[Words], Field(min_length=1, fail_fast=True)]
+    instruction: Annotated[list[NonEmptyText], Field(min_length=1, fail_fast=True)]
     response: Annotated[list[str], Field(min_length=1, fail_fast=True)]
 
     @model_validator(mode="after")
@@ -62,8 +62,8 @@ class Split(BaseModel):
             raise ValueError(f"no column {min(missing)}")
         if any(len(row) != len(self.columns) for row in self.data):
             raise ValueError(f"a row has not {len(self.columns)} values, as there are columns")
-        first, second = map(self.columns.index, COLUMNS)
-        return [_pair(number, row[first], row[second]) for number, row in enumerate(self.data)]
+        instruction_index, response_index = map(self.columns.index, COLUMNS)
+        return [_pair(index, row[instruction_index], row[response_index]) for index, row in enumerate(self.data)]
 
 
 def _pair(row: int, instruction: JsonValue, response: JsonValue) -> Pair:
@@ -118,11 +118,11 @@ def _pairs(request: InvocationsRequest) -> list[Pair]:
 
 
 def _refuse(status: int, message: str) -> Mapping[str, object]:
-    return {"error_code": KINDS.get(status, "BAD_REQUEST"), "message": message}
+    return {"error_code": ERROR_TYPES.get(status, "BAD_REQUEST"), "message": message}
 
 
 def _add_routes(app: FastAPI, served: ServedModels) -> None:
-    @app.get("/ping", tags=["served"], response_class=PlainTextResponse, responses=UNREADY)
+    @app.get("/ping", tags=["served"], response_class=PlainTextResponse, responses=UNREADY_RESPONSES)
     async def ping() -> Response:
         """Whether scores can be had."""
         return PlainTextResponse("\n", status_code=503 if served.models.unready else 200)
@@ -140,9 +140,9 @@ MLFLOW = Dialect(
     response=InvocationsResponse,
     problem=MlflowProblem,
     pairs=_pairs,
-    answer=lambda request, scored: InvocationsResponse(predictions=scored.scores),
+    answer=lambda request, result: InvocationsResponse(predictions=result.scores),
     refuse=_refuse,
     shape='{"dataframe_split": {"columns": ["instruction", "response"], "data": [["...", "..."], ...]}}',
-    invalid=400,
+    invalid_status=400,
     add_routes=_add_routes,
 )

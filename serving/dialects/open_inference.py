@@ -15,11 +15,18 @@ import cappy
 from cappy.scoring.encoding import Pair
 from serving.bodies import Bounds
 from serving.dialects.dialect import Body, Dialect, Flag, ScoredPairs, ServedModels
-from serving.dialects.vertex import UNKNOWN, UNREADY, PlatformProblem, model_state, refuse, unknown_model
+from serving.dialects.vertex import (
+    UNKNOWN_MODEL_RESPONSES,
+    UNREADY_RESPONSES,
+    PlatformProblem,
+    model_state,
+    refuse,
+    unknown_model,
+)
 
-HEADER = "inference-header-content-length"
+JSON_LENGTH_HEADER = "inference-header-content-length"
 """How many bytes of a body are JSON; the rest is tensors."""
-PREFIX = 4
+LENGTH_BYTES = 4
 """Bytes that give the length of an element, least significant first."""
 INPUTS = ("instruction", "response")
 OUTPUT, DATATYPE = "score", "FP64"
@@ -51,7 +58,7 @@ class Tensor(Body):
         count = 1
         for size in self.shape:
             count *= size
-        texts = list(_flat(self.data))
+        texts = list(_flatten(self.data))
         if len(texts) != count:
             raise ValueError(f"{self.name} has {len(texts)} texts where its shape has {count}")
         if self.name == "instruction" and "" in texts:
@@ -117,60 +124,60 @@ class InferResponse(BaseModel):
     outputs: Sequence[ScoreTensor]
 
 
-def _flat(data: Sequence[JsonValue], depth: int = 8) -> Iterator[str]:
-    for one in data:
-        if isinstance(one, str):
-            yield one
-        elif isinstance(one, list) and depth:
-            yield from _flat(one, depth - 1)
+def _flatten(data: Sequence[JsonValue], depth: int = 8) -> Iterator[str]:
+    for item in data:
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, list) and depth:
+            yield from _flatten(item, depth - 1)
         else:
             raise ValueError("data must be texts")
 
 
-def _read(body: bytes, headers: Mapping[str, str], bounds: Bounds) -> object:
+def _parse(body: bytes, headers: Mapping[str, str], bounds: Bounds) -> object:
     """The JSON of a body with its binary tensors as `data`; ValueError where the sizes do not hold.
 
     The elements of tensors count as values.
     """
-    announced = headers.get(HEADER)
-    if announced is None:
+    header = headers.get(JSON_LENGTH_HEADER)
+    if header is None:
         return bounds.parse(body)
-    if not announced.isascii() or not announced.isdigit() or len(announced) > 18 or int(announced) > len(body):
-        raise ValueError(f"{HEADER} must be the number of bytes that are JSON")
-    place = int(announced)
-    value, left = bounds.parse(body[:place]), bounds.max_values
+    if not header.isascii() or not header.isdigit() or len(header) > 18 or int(header) > len(body):
+        raise ValueError(f"{JSON_LENGTH_HEADER} must be the number of bytes that are JSON")
+    offset = int(header)
+    value, remaining = bounds.parse(body[:offset]), bounds.max_values
     inputs = value.get("inputs") if isinstance(value, dict) else None
     for tensor in inputs if isinstance(inputs, list) else ():
         parameters = tensor.get("parameters") if isinstance(tensor, dict) else None
         size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
         if isinstance(size, int) and size >= 0:
-            end = min(place + size, len(body))
-            tensor["data"] = list(islice(_elements(body, place, end), left + 1))
-            place, left = end, left - len(tensor["data"])
-            bounds.check_count(bounds.max_values - left)
-    if place < len(body):
-        raise ValueError(f"{len(body) - place} bytes more than the tensors' sizes")
+            end = min(offset + size, len(body))
+            tensor["data"] = list(islice(_read_elements(body, offset, end), remaining + 1))
+            offset, remaining = end, remaining - len(tensor["data"])
+            bounds.check_count(bounds.max_values - remaining)
+    if offset < len(body):
+        raise ValueError(f"{len(body) - offset} bytes more than the tensors' sizes")
     return value
 
 
-def _elements(body: bytes, place: int, end: int) -> Iterator[str]:
+def _read_elements(body: bytes, offset: int, end: int) -> Iterator[str]:
     """The texts of a tensor of bytes, which lies between two places of a body, each with its length before it."""
-    while place < end:
-        begin = place + PREFIX
-        place = begin + int.from_bytes(body[place:begin], "little")
-        if place > end:
+    while offset < end:
+        start = offset + LENGTH_BYTES
+        offset = start + int.from_bytes(body[offset:start], "little")
+        if offset > end:
             raise ValueError("a tensor ends within an element")
-        yield body[begin:place].decode()
+        yield body[start:offset].decode()
 
 
 def _pairs(request: InferRequest) -> list[Pair]:
-    texts = {tensor.name: list(_flat(tensor.data)) for tensor in request.inputs}
+    texts = {tensor.name: list(_flatten(tensor.data)) for tensor in request.inputs}
     return list(zip(texts["instruction"], texts["response"], strict=True))
 
 
-def _answer(request: InferRequest, scored: ScoredPairs) -> InferResponse:
-    tensor = ScoreTensor(shape=request.inputs[0].shape, data=scored.scores)
-    return InferResponse(model_name=scored.model, model_version=scored.version, id=request.id, outputs=[tensor])
+def _answer(request: InferRequest, result: ScoredPairs) -> InferResponse:
+    tensor = ScoreTensor(shape=request.inputs[0].shape, data=result.scores)
+    return InferResponse(model_name=result.model, model_version=result.version, id=request.id, outputs=[tensor])
 
 
 def _add_routes(app: FastAPI, served: ServedModels) -> None:
@@ -186,7 +193,7 @@ def _add_routes(app: FastAPI, served: ServedModels) -> None:
         """Whether the process lives."""
         return {"live": True}
 
-    @app.get("/v2/health/ready", tags=["served"], responses=UNREADY)
+    @app.get("/v2/health/ready", tags=["served"], responses=UNREADY_RESPONSES)
     async def server_ready() -> Response:
         """Whether scores can be had."""
         return JSONResponse({"ready": not models.unready}, status_code=503 if models.unready else 200)
@@ -208,8 +215,10 @@ def _add_routes(app: FastAPI, served: ServedModels) -> None:
         return model_state(models, model, version)
 
     for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        app.get(path, tags=["served"], responses=UNKNOWN)(model_metadata)
-        app.get(f"{path}/ready", tags=["served"], responses={**UNKNOWN, **UNREADY})(model_ready)
+        app.get(path, tags=["served"], responses=UNKNOWN_MODEL_RESPONSES)(model_metadata)
+        app.get(f"{path}/ready", tags=["served"], responses={**UNKNOWN_MODEL_RESPONSES, **UNREADY_RESPONSES})(
+            model_ready
+        )
 
 
 OPEN_INFERENCE = Dialect(
@@ -223,11 +232,11 @@ OPEN_INFERENCE = Dialect(
     refuse=refuse,
     shape='{"inputs": [{"name": "instruction", "datatype": "BYTES", "shape": [1], "data": ["..."]}, '
     '{"name": "response", "datatype": "BYTES", "shape": [1], "data": ["..."]}]}',
-    invalid=400,
-    bare=True,
-    named=lambda request: request.model_name,
+    invalid_status=400,
+    exclude_none=True,
+    requested_model=lambda request: request.model_name,
     # Triton's client names no type, KServe's this one where tensors are binary.
-    types=frozenset({"application/octet-stream", ""}),
-    read=_read,
+    content_types=frozenset({"application/octet-stream", ""}),
+    parse=_parse,
     add_routes=_add_routes,
 )

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, ScoredPairs, Texts, Words
+from serving.dialects.dialect import Body, Dialect, NonEmptyText, ScoredPairs, Texts
 from serving.dialects.own import Problem, refuse
 
 EXAMPLE: dict[str, JsonValue] = {"query": ["What is 1 + 1? 2"], "prompts": ["What is 1 + 1? "], "labels": ["2"]}
@@ -18,7 +18,7 @@ class RewardRequest(Body):
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
     query: Texts
-    prompts: Annotated[list[Words], Field(min_length=1, fail_fast=True)]
+    prompts: Annotated[list[NonEmptyText], Field(min_length=1, fail_fast=True)]
     labels: list[JsonValue] | None = None
 
     @model_validator(mode="after")
@@ -44,9 +44,9 @@ def _pairs(request: RewardRequest) -> list[Pair]:
     return [(prompt, query.partition(prompt)[2]) for query, prompt in zip(request.query, request.prompts, strict=True)]
 
 
-def _answer(request: RewardRequest, scored: ScoredPairs) -> RewardResponse:
-    logs = {"logits": scored.logits, **({} if scored.expected is None else {"expected": scored.expected})}
-    return RewardResponse(rewards=scored.scores, scores=scored.scores, extra_logs=logs)
+def _answer(request: RewardRequest, result: ScoredPairs) -> RewardResponse:
+    logs = {"logits": result.logits, **({} if result.expected is None else {"expected": result.expected})}
+    return RewardResponse(rewards=result.scores, scores=result.scores, extra_logs=logs)
 
 
 OPENRLHF = Dialect(

@@ -9,7 +9,7 @@ from cappy.scoring.encoding import Pair
 from serving.dialects.dialect import Body, Dialect, RefusalResponse, ScoredPairs, Texts, rank_pairs
 
 Version = Annotated[str, Field(description="Version of the scorer: 12 hexadecimal digits of its manifest's hash")]
-ExpectedAlone = Annotated[
+ExpectedLabels = Annotated[
     list[float] | None,
     Field(description="The label to expect of each, 0 to 1, by the scorer's calibration; null if it has none"),
 ]
@@ -17,7 +17,7 @@ Logits = Annotated[
     list[float],
     Field(description="The scores before the activation: their order is that of quality, without ties of rounding"),
 ]
-ExpectedOfPick = Annotated[
+ExpectedLabelsOfPool = Annotated[
     list[float] | None,
     Field(
         description="The label to expect of each, 0 to 1, were it the best of so many distinct responses as there are, "
@@ -48,7 +48,7 @@ class ScoreResponse(Body):
 
     scores: Scores
     logits: Logits
-    expected: ExpectedAlone
+    expected: ExpectedLabels
     version: Version
 
 
@@ -71,7 +71,7 @@ class SelectResponse(Body):
     index: Annotated[int, Field(description="Place of the pick among the responses, from 0")]
     response: str
     scores: Scores
-    expected: ExpectedOfPick
+    expected: ExpectedLabelsOfPool
     version: Version
 
 
@@ -86,32 +86,32 @@ def refuse(status: int, message: str) -> Mapping[str, object]:
     return {"detail": message}
 
 
-def _scores(request: ScoreRequest, scored: ScoredPairs) -> ScoreResponse:
-    expected = None if scored.expected is None else list(scored.expected)
-    scores, logits = list(scored.scores), list(scored.logits)
-    return ScoreResponse(scores=scores, logits=logits, expected=expected, version=scored.version)
+def _scores(request: ScoreRequest, result: ScoredPairs) -> ScoreResponse:
+    expected = None if result.expected is None else list(result.expected)
+    scores, logits = list(result.scores), list(result.logits)
+    return ScoreResponse(scores=scores, logits=logits, expected=expected, version=result.version)
 
 
-def _pick(request: SelectRequest, scored: ScoredPairs) -> SelectResponse:
-    (index, _), *_ = rank_pairs(scored, scored.scores, 1)
-    expected = None if scored.expected is None else list(scored.expected)
-    response, scores = request.responses[index], list(scored.scores)
-    return SelectResponse(index=index, response=response, scores=scores, expected=expected, version=scored.version)
+def _pick(request: SelectRequest, result: ScoredPairs) -> SelectResponse:
+    (index, _), *_ = rank_pairs(result, result.scores, 1)
+    expected = None if result.expected is None else list(result.expected)
+    response, scores = request.responses[index], list(result.scores)
+    return SelectResponse(index=index, response=response, scores=scores, expected=expected, version=result.version)
 
 
-def _pool(request: SelectRequest) -> list[Pair]:
+def _pairs(request: SelectRequest) -> list[Pair]:
     return [(request.instruction, response) for response in request.responses]
 
 
 SCORE = Dialect(
     name="score",
     paths=("/score",),
-    marks=frozenset({"pairs"}),
+    marker_fields=frozenset({"pairs"}),
     request=ScoreRequest,
     response=ScoreResponse,
     problem=Problem,
     pairs=lambda request: request.pairs,
-    named=lambda request: request.version,
+    requested_model=lambda request: request.version,
     answer=_scores,
     refuse=refuse,
     shape='{"pairs": [["instruction", "response"], ...]}',
@@ -122,7 +122,7 @@ SELECT = Dialect(
     request=SelectRequest,
     response=SelectResponse,
     problem=Problem,
-    pairs=_pool,
+    pairs=_pairs,
     one_pool=True,
     answer=_pick,
     refuse=refuse,

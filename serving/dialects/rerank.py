@@ -15,11 +15,11 @@ from serving.dialects.dialect import (
     Count,
     Dialect,
     Flag,
-    Name,
+    ModelName,
+    NonEmptyText,
     RefusalResponse,
     ScoredPairs,
     Texts,
-    Words,
     rank_pairs,
 )
 
@@ -33,8 +33,8 @@ class CohereRequest(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
-    model: Name = None
-    query: Words
+    model: ModelName = None
+    query: NonEmptyText
     documents: Texts
     top_n: Annotated[Count | None, Field(description="How many of the best to give; all by default")] = None
     max_tokens_per_doc: Annotated[
@@ -88,22 +88,22 @@ def _refuse_cohere(status: int, message: str) -> Mapping[str, object]:
     return {"message": message}
 
 
-def meta(version: str, tokens: int) -> Meta:
+def make_meta(version: str, tokens: int) -> Meta:
     """What an answer of a version of the interface took."""
-    used = Tokens(input_tokens=tokens)
-    return Meta(api_version=ApiVersion(version=version), billed_units=used, tokens=used)
+    num_tokens = Tokens(input_tokens=tokens)
+    return Meta(api_version=ApiVersion(version=version), billed_units=num_tokens, tokens=num_tokens)
 
 
 def _pairs_cohere(request: CohereRequest) -> list[Pair]:
     return [(request.query, document) for document in request.documents]
 
 
-def _answer_cohere(request: CohereRequest, scored: ScoredPairs) -> CohereResponse:
+def _answer_cohere(request: CohereRequest, result: ScoredPairs) -> CohereResponse:
     results = [
         CohereResult(index=index, relevance_score=score)
-        for index, score in rank_pairs(scored, scored.scores, request.top_n)
+        for index, score in rank_pairs(result, result.scores, request.top_n)
     ]
-    return CohereResponse(id=scored.request_id, results=results, meta=meta("2", scored.tokens))
+    return CohereResponse(id=result.request_id, results=results, meta=make_meta("2", result.tokens))
 
 
 COHERE = Dialect(
@@ -116,9 +116,9 @@ COHERE = Dialect(
     answer=_answer_cohere,
     refuse=_refuse_cohere,
     shape=SHAPE,
-    marks=frozenset({"documents"}),
-    invalid=400,
-    named=lambda request: request.model,
+    marker_fields=frozenset({"documents"}),
+    invalid_status=400,
+    requested_model=lambda request: request.model,
 )
 
 
@@ -136,8 +136,8 @@ class RerankRequest(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
-    model: Name = None
-    query: Words
+    model: ModelName = None
+    query: NonEmptyText
     documents: Annotated[list[str | Passage], Field(min_length=1, fail_fast=True)]
     top_n: Annotated[
         int | None, Field(strict=True, ge=0, description="How many of the best to give; all if none or 0")
@@ -193,23 +193,23 @@ def _pairs(request: RerankRequest) -> list[Pair]:
     return [(request.query, _passage(document).text) for document in request.documents]
 
 
-def _answer(request: RerankRequest, scored: ScoredPairs) -> RerankResponse:
-    values = scored.logits if request.use_activation is False else scored.scores
-    shown = request.return_documents is not False
+def _answer(request: RerankRequest, result: ScoredPairs) -> RerankResponse:
+    values = result.logits if request.use_activation is False else result.scores
+    with_documents = request.return_documents is not False
     results = [
         RerankResult(
             index=index,
             relevance_score=value,
-            document=_passage(request.documents[index]) if shown else None,
+            document=_passage(request.documents[index]) if with_documents else None,
         )
-        for index, value in rank_pairs(scored, values, request.top_n or None)
+        for index, value in rank_pairs(result, values, request.top_n or None)
     ]
     return RerankResponse(
-        id=scored.request_id,
-        model=scored.model,
+        id=result.request_id,
+        model=result.model,
         results=results,
-        usage=RerankUsage(prompt_tokens=scored.tokens, total_tokens=scored.tokens),
-        meta=meta("1", scored.tokens),
+        usage=RerankUsage(prompt_tokens=result.tokens, total_tokens=result.tokens),
+        meta=make_meta("1", result.tokens),
     )
 
 
@@ -227,8 +227,8 @@ RERANK = Dialect(
     answer=_answer,
     refuse=_refuse,
     shape=SHAPE,
-    marks=frozenset({"documents"}),
-    invalid=400,
-    bare=True,
-    named=lambda request: request.model,
+    marker_fields=frozenset({"documents"}),
+    invalid_status=400,
+    exclude_none=True,
+    requested_model=lambda request: request.model,
 )

@@ -12,11 +12,11 @@ from serving.dialects.dialect import (
     Body,
     Dialect,
     Flag,
+    NonEmptyText,
     RefusalResponse,
     ScoredPairs,
     ServedModels,
     Texts,
-    Words,
     rank_pairs,
 )
 
@@ -27,8 +27,14 @@ Truncate = Annotated[
     Flag | None,
     Field(description="false: a pair that is longer than the scorer reads is refused; else its instruction is cut"),
 ]
-Kind = Literal["validation", "overloaded", "unhealthy", "unauthorized", "backend"]
-KINDS: Mapping[int, Kind] = {401: "unauthorized", 429: "overloaded", 503: "unhealthy", 500: "backend", 504: "backend"}
+ErrorType = Literal["validation", "overloaded", "unhealthy", "unauthorized", "backend"]
+ERROR_TYPES: Mapping[int, ErrorType] = {
+    401: "unauthorized",
+    429: "overloaded",
+    503: "unhealthy",
+    500: "backend",
+    504: "backend",
+}
 
 
 class _Options(Body):
@@ -46,7 +52,7 @@ class TeiRerankRequest(_Options):
         json_schema_extra={"examples": [{"query": "What is the capital of France?", "texts": ["Rome", "Paris"]}]}
     )
 
-    query: Words
+    query: NonEmptyText
     texts: Texts
     return_text: Flag = False
 
@@ -68,7 +74,7 @@ class TeiPredictRequest(_Options):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": [["What is 1 + 1?", "2"]]}]})
 
-    inputs: tuple[Words, str] | Annotated[list[tuple[Words, str]], Field(min_length=1, fail_fast=True)]
+    inputs: tuple[NonEmptyText, str] | Annotated[list[tuple[NonEmptyText, str]], Field(min_length=1, fail_fast=True)]
 
 
 class TeiPrediction(Body):
@@ -86,26 +92,26 @@ class TeiProblem(RefusalResponse):
     """What was wrong with a request."""
 
     error: str
-    error_type: Kind
+    error_type: ErrorType
 
 
 def _refuse(status: int, message: str) -> Mapping[str, object]:
-    return {"error": message, "error_type": KINDS.get(status, "validation")}
+    return {"error": message, "error_type": ERROR_TYPES.get(status, "validation")}
 
 
-def _values(request: _Options, scored: ScoredPairs) -> Sequence[float]:
-    return scored.logits if request.raw_scores else scored.scores
+def _values(request: _Options, result: ScoredPairs) -> Sequence[float]:
+    return result.logits if request.raw_scores else result.scores
 
 
 def _pool(request: TeiRerankRequest) -> list[Pair]:
     return [(request.query, text) for text in request.texts]
 
 
-def _ranks(request: TeiRerankRequest, scored: ScoredPairs) -> TeiRerankResponse:
+def _ranks(request: TeiRerankRequest, result: ScoredPairs) -> TeiRerankResponse:
     return TeiRerankResponse(
         [
             TeiRank(index=index, score=value, text=request.texts[index] if request.return_text else None)
-            for index, value in rank_pairs(scored, _values(request, scored))
+            for index, value in rank_pairs(result, _values(request, result))
         ]
     )
 
@@ -114,8 +120,8 @@ def _inputs(request: TeiPredictRequest) -> list[Pair]:
     return [request.inputs] if isinstance(request.inputs, tuple) else request.inputs
 
 
-def _predictions(request: TeiPredictRequest, scored: ScoredPairs) -> TeiPredictResponse:
-    predictions = [[TeiPrediction(score=value, label=LABEL)] for value in _values(request, scored)]
+def _predictions(request: TeiPredictRequest, result: ScoredPairs) -> TeiPredictResponse:
+    predictions = [[TeiPrediction(score=value, label=LABEL)] for value in _values(request, result)]
     return TeiPredictResponse(predictions[0] if isinstance(request.inputs, tuple) else predictions)
 
 
@@ -146,9 +152,9 @@ RERANK = Dialect(
     answer=_ranks,
     refuse=_refuse,
     shape='{"query": "the instruction", "texts": ["a response", ...]}',
-    marks=frozenset({"texts"}),
-    bare=True,
-    whole=lambda request: request.truncate is False,
+    marker_fields=frozenset({"texts"}),
+    exclude_none=True,
+    forbids_truncation=lambda request: request.truncate is False,
     add_routes=_add_routes,
 )
 PREDICT = Dialect(
@@ -161,7 +167,7 @@ PREDICT = Dialect(
     answer=_predictions,
     refuse=_refuse,
     shape='{"inputs": [["instruction", "response"], ...]}',
-    marks=frozenset({"inputs"}),
-    bare=True,
-    whole=lambda request: request.truncate is False,
+    marker_fields=frozenset({"inputs"}),
+    exclude_none=True,
+    forbids_truncation=lambda request: request.truncate is False,
 )

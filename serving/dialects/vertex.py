@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field, JsonValue
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, RefusalResponse, ScoredPairs, ServedModels, Words
+from serving.dialects.dialect import Body, Dialect, NonEmptyText, RefusalResponse, ScoredPairs, ServedModels
 from serving.engine import Models
 
 EXAMPLE: dict[str, JsonValue] = {"instances": [{"instruction": "What is 1 + 1?", "response": "2"}]}
@@ -18,7 +18,7 @@ EXAMPLE: dict[str, JsonValue] = {"instances": [{"instruction": "What is 1 + 1?",
 class Instance(Body):
     """An instruction and a response to it."""
 
-    instruction: Words
+    instruction: NonEmptyText
     response: str
 
 
@@ -31,7 +31,7 @@ class InstancesRequest(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
-    instances: Annotated[list[Instance | tuple[Words, str]], Field(min_length=1, fail_fast=True)]
+    instances: Annotated[list[Instance | tuple[NonEmptyText, str]], Field(min_length=1, fail_fast=True)]
     parameters: NoParameters | None = None
 
 
@@ -54,8 +54,8 @@ class PlatformProblem(RefusalResponse):
     error: str
 
 
-UNKNOWN: dict[int | str, dict[str, object]] = {404: {"model": PlatformProblem}}
-UNREADY: dict[int | str, dict[str, object]] = {503: {"description": "Scores cannot be had"}}
+UNKNOWN_MODEL_RESPONSES: dict[int | str, dict[str, object]] = {404: {"model": PlatformProblem}}
+UNREADY_RESPONSES: dict[int | str, dict[str, object]] = {503: {"description": "Scores cannot be had"}}
 
 
 def refuse(status: int, message: str) -> Mapping[str, object]:
@@ -70,11 +70,11 @@ def _pairs(request: InstancesRequest) -> list[Pair]:
     ]
 
 
-def _answer(request: InstancesRequest, scored: ScoredPairs) -> PredictionsResponse:
-    expected: Sequence[float | None] = scored.expected or [None] * len(scored.scores)
+def _answer(request: InstancesRequest, result: ScoredPairs) -> PredictionsResponse:
+    expected: Sequence[float | None] = result.expected or [None] * len(result.scores)
     return PredictionsResponse(
         predictions=[
-            Prediction(score=score, expected=label) for score, label in zip(scored.scores, expected, strict=True)
+            Prediction(score=score, expected=label) for score, label in zip(result.scores, expected, strict=True)
         ]
     )
 
@@ -89,9 +89,9 @@ VERTEX = Dialect(
     answer=_answer,
     refuse=refuse,
     shape='{"instances": [{"instruction": "...", "response": "..."}, ...]}',
-    marks=frozenset({"instances"}),
-    invalid=400,
-    bare=True,
+    marker_fields=frozenset({"instances"}),
+    invalid_status=400,
+    exclude_none=True,
 )
 
 
@@ -118,7 +118,7 @@ def _add_routes(app: FastAPI, served: ServedModels) -> None:
         name = served.models.current.name
         return {"models": [name], "object": "list", "data": [{"id": name, "object": "model", "owned_by": "cappy"}]}
 
-    @app.get("/v1/models/{model}", tags=["served"], responses={**UNKNOWN, **UNREADY})
+    @app.get("/v1/models/{model}", tags=["served"], responses={**UNKNOWN_MODEL_RESPONSES, **UNREADY_RESPONSES})
     async def model_status(model: str) -> Response:
         """Whether a model can score."""
         return model_state(served.models, model)

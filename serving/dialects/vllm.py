@@ -7,10 +7,10 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Flag, Name, RefusalResponse, ScoredPairs, Texts, Words
+from serving.dialects.dialect import Body, Dialect, Flag, ModelName, NonEmptyText, RefusalResponse, ScoredPairs, Texts
 
-Instructions = Words | Annotated[list[Words], Field(min_length=1, fail_fast=True)]
-KINDS: Mapping[int, str] = {
+Instructions = NonEmptyText | Annotated[list[NonEmptyText], Field(min_length=1, fail_fast=True)]
+ERROR_TYPES: Mapping[int, str] = {
     401: "AuthenticationError",
     404: "NotFoundError",
     429: "RateLimitError",
@@ -27,7 +27,7 @@ class VllmRequest(Body):
         json_schema_extra={"examples": [{"text_1": "What is the capital of France?", "text_2": ["Paris", "Rome"]}]}
     )
 
-    model: Name = None
+    model: ModelName = None
     text_1: Annotated[
         Instructions,
         Field(
@@ -99,7 +99,9 @@ class VllmProblem(RefusalResponse):
 
 
 def _refuse(status: int, message: str) -> Mapping[str, object]:
-    return {"error": {"message": message, "type": KINDS.get(status, "BadRequestError"), "param": None, "code": status}}
+    return {
+        "error": {"message": message, "type": ERROR_TYPES.get(status, "BadRequestError"), "param": None, "code": status}
+    }
 
 
 def _as_list(texts: str | list[str]) -> list[str]:
@@ -111,14 +113,14 @@ def _pairs(request: VllmRequest) -> list[Pair]:
     return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
 
 
-def _answer(request: VllmRequest, scored: ScoredPairs) -> VllmResponse:
-    values = scored.logits if request.use_activation is False else scored.scores
+def _answer(request: VllmRequest, result: ScoredPairs) -> VllmResponse:
+    values = result.logits if request.use_activation is False else result.scores
     return VllmResponse(
-        id=f"score-{scored.request_id}",
+        id=f"score-{result.request_id}",
         created=int(time.time()),
-        model=scored.model,
+        model=result.model,
         data=[VllmScore(index=index, score=value) for index, value in enumerate(values)],
-        usage=VllmUsage(prompt_tokens=scored.tokens, total_tokens=scored.tokens),
+        usage=VllmUsage(prompt_tokens=result.tokens, total_tokens=result.tokens),
     )
 
 
@@ -132,7 +134,7 @@ VLLM = Dialect(
     answer=_answer,
     refuse=_refuse,
     shape='{"text_1": "the instruction", "text_2": ["a response", ...]}',
-    marks=frozenset({"text_1", "text_2", "queries", "documents", "items", "data_1", "data_2"}),
-    invalid=400,
-    named=lambda request: request.model,
+    marker_fields=frozenset({"text_1", "text_2", "queries", "documents", "items", "data_1", "data_2"}),
+    invalid_status=400,
+    requested_model=lambda request: request.model,
 )

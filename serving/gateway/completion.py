@@ -30,26 +30,29 @@ def completion(outcome: Outcome, identity: str, *, details: bool) -> dict[str, o
         "choices": _choices(outcome),
         "usage": _usage(outcome),
     }
-    return {**body, "cappy": {**facts(outcome), "candidates": _candidates(outcome)}} if details else body
+    return {**body, "cappy": {**summary(outcome), "candidates": _candidates(outcome)}} if details else body
 
 
 def _choices(outcome: Outcome) -> list[dict[str, object]]:
     """The choices, best first, as the LLM's server sent them; the stated refusal where the gateway abstains."""
-    if outcome.how == "abstained":
+    if outcome.kind == "abstained":
         message = {"role": "assistant", "content": REFUSAL, "refusal": REFUSAL}
         return [{"index": 0, "message": message, "logprobs": None, "finish_reason": "content_filter"}]
-    return [{**draw.choice, "index": index} for index, draw in enumerate(outcome.draws[: outcome.request.count])]
+    return [
+        {**candidate.choice, "index": index}
+        for index, candidate in enumerate(outcome.candidates[: outcome.request.count])
+    ]
 
 
 def _usage(outcome: Outcome) -> dict[str, object]:
     """Tokens of all candidates, as their servers counted them for every call, details included."""
     total: dict[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-    for one in outcome.ledger.usages:
-        total = _add_numbers(total, one)
+    for usage in outcome.ledger.usages:
+        total = _add_numbers(total, usage)
     return {**total, "total_tokens": total["prompt_tokens"] + total["completion_tokens"]}
 
 
-def facts(outcome: Outcome) -> dict[str, object]:
+def summary(outcome: Outcome) -> dict[str, object]:
     """How the answer came about, as JSON values; `limit` is null where none was reached.
 
     `unmetered_calls` took tokens that no server reported: `usage` lacks them, the limits on money count the most that
@@ -57,13 +60,13 @@ def facts(outcome: Outcome) -> dict[str, object]:
     """
     ledger = outcome.ledger
     return {
-        "outcome": outcome.how,
+        "outcome": outcome.kind,
         "stop": outcome.stop,
         "limit": outcome.limit,
         "score": outcome.best.value,
         "calibrated": outcome.calibrated,
         "scorer": outcome.scorer,
-        "sampled": len(outcome.draws),
+        "sampled": len(outcome.candidates),
         "calls": ledger.calls,
         "failed_calls": ledger.failed,
         "unmetered_calls": ledger.unmetered,
@@ -74,10 +77,10 @@ def facts(outcome: Outcome) -> dict[str, object]:
 
 def headers(outcome: Outcome) -> dict[str, str]:
     """The facts as headers, `X-Cappy-Outcome` to `X-Cappy-Seconds`; those without a value are left out."""
-    texts = {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts(outcome).items()}
+    values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in summary(outcome).items()}
     return {
         f"X-Cappy-{name.replace('_', '-').title()}": value.encode("ascii", "replace").decode()
-        for name, value in texts.items()
+        for name, value in values.items()
         if value not in ("null", "")
     }
 
@@ -86,15 +89,15 @@ def _candidates(outcome: Outcome) -> list[dict[str, object]]:
     """Every candidate with its scores, best first; `score` is null where it was no text that could be scored."""
     return [
         {
-            "content": draw.text,
-            "score": draw.score,
-            "calibrated_score": draw.value if outcome.calibrated else None,
-            "status": draw.status,
-            "finish_reason": draw.choice.get("finish_reason"),
-            "model": draw.model,
-            "seed": draw.seed,
+            "content": candidate.text,
+            "score": candidate.score,
+            "calibrated_score": candidate.value if outcome.calibrated else None,
+            "status": candidate.status,
+            "finish_reason": candidate.choice.get("finish_reason"),
+            "model": candidate.model,
+            "seed": candidate.seed,
         }
-        for draw in outcome.draws
+        for candidate in outcome.candidates
     ]
 
 
@@ -110,8 +113,8 @@ def chunks(outcome: Outcome, identity: str, *, details: bool) -> Iterator[dict[s
         yield from ({**head, "choices": [part]} for part in _parts(choice))
         end = {**head, "choices": [_part(choice, {}, finish=choice.get("finish_reason"))]}
         if choice["index"] == 0:
-            own = {"candidates": _candidates(outcome)} if details else {}
-            end["cappy"] = {**facts(outcome), **own}
+            extra = {"candidates": _candidates(outcome)} if details else {}
+            end["cappy"] = {**summary(outcome), **extra}
         yield end
     if outcome.request.include_usage:
         yield {**head, "choices": [], "usage": _usage(outcome)}
@@ -121,10 +124,12 @@ def _parts(choice: Mapping[str, Any]) -> Iterator[dict[str, object]]:
     """What of a choice goes before its end: the role, the text in pieces, and whatever else its message holds."""
     message = choice.get("message") or {}
     content = message.get("content")
-    others = {name: value for name, value in message.items() if name not in ("role", "content") and value is not None}
+    other_fields = {
+        name: value for name, value in message.items() if name not in ("role", "content") and value is not None
+    }
     yield _part(choice, {"role": "assistant", "content": ""})
-    if others:
-        yield _part(choice, others)
+    if other_fields:
+        yield _part(choice, other_fields)
     if choice.get("logprobs"):
         # Their tokens are not our pieces, so both go whole.
         yield _part(choice, {"content": content or ""}, logprobs=choice["logprobs"])
@@ -148,18 +153,21 @@ def _part(choice: Mapping[str, object], delta: Mapping[str, object], **more: obj
 
 def _add_numbers(total: Mapping[str, object], more: Mapping[str, object]) -> dict[str, Any]:
     """Numbers added up by name, at any depth; what is not a number is left out."""
-    added = dict(total)
+    result = dict(total)
     for name, value in more.items():
-        known = added.get(name)
-        if isinstance(value, dict) and isinstance(known, dict | None):
-            added[name] = _add_numbers(known or {}, value)
-        elif isinstance(value, int | float) and not isinstance(value, bool) and isinstance(known, int | float | None):
-            added[name] = (known or 0) + value
-    return added
+        current = result.get(name)
+        if isinstance(value, dict) and isinstance(current, dict | None):
+            result[name] = _add_numbers(current or {}, value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and isinstance(current, int | float | None):
+            result[name] = (current or 0) + value
+    return result
 
 
 async def events(
-    work: "asyncio.Task[Outcome]", write: Callable[[Outcome], Iterator[Mapping[str, object]]], *, keep_alive: float
+    task: "asyncio.Task[Outcome]",
+    build_chunks: Callable[[Outcome], Iterator[Mapping[str, object]]],
+    *,
+    keep_alive: float,
 ) -> AsyncIterator[str]:
     """The chunks of the outcome as events, `[DONE]` last; a comment at once and each `keep_alive` seconds until then.
 
@@ -167,16 +175,16 @@ async def events(
     client goes.
     """
     try:
-        while not work.done():
+        while not task.done():
             yield _COMMENT
-            await asyncio.wait({work}, timeout=keep_alive)
-        for chunk in write(work.result()):
+            await asyncio.wait({task}, timeout=keep_alive)
+        for chunk in build_chunks(task.result()):
             yield _event(chunk)
         yield "data: [DONE]\n\n"
     except GatewayError as problem:
         yield _event(problem.body())
     finally:
-        work.cancel()
+        task.cancel()
 
 
 def _event(values: Mapping[str, object]) -> str:

@@ -37,12 +37,12 @@ from cappy.records.schema import to_table
 from serving.bodies import Bounds
 from serving.gateway.answering import Outcome
 from serving.gateway.errors import GatewayError
-from serving.gateway.requests import invalid, read_object
-from serving.gateway.upstream import Draw
+from serving.gateway.requests import read_object, validation_error
+from serving.gateway.upstream import SampledCandidate
 
 FLUSH_SECONDS = 5.0
 LOGGER = logging.getLogger("serving.gateway")
-_HELD_OUT = (("test", 0.2), ("validation", 0.3))
+SPLIT_SHARES = (("test", 0.2), ("validation", 0.3))
 """Shares of the splits as preparation draws them, added up."""
 PART_ROWS = 512
 PART_CHARACTERS = 8_000_000
@@ -78,58 +78,58 @@ class AppendableDataset:
                 self._lock.enter_context(hold_lock(folder / ".lock", patience=0))
             except Timeout:
                 raise FolderError(f"{folder}: another gateway writes there; give each a folder of its own") from None
-        self._closed: list[File] = list(read_manifest(folder).files) if (folder / MANIFEST).exists() else []
-        self._number = 1 + max((_number(file.name) for file in self._closed), default=-1)
-        self._keys: dict[str, NDArray[np.uint64]] = {}
-        self._open: dict[str, Answer] = {}
+        self._full_parts: list[File] = list(read_manifest(folder).files) if (folder / MANIFEST).exists() else []
+        self._part_number = 1 + max((_part_number(file.name) for file in self._full_parts), default=-1)
+        self._id_hashes: dict[str, NDArray[np.uint64]] = {}
+        self._open_rows: dict[str, Answer] = {}
         self._characters = 0
-        self._written: File | None = None
-        self._changed = False
-        self._remove_strays()
+        self._open_file: File | None = None
+        self._has_changes = False
+        self._remove_unlisted_parts()
 
     def put(self, row: Answer) -> None:
         """Adds a row, or puts it in the place of the one with its id."""
-        if row.instance_id not in self._open and (index := self._part_of(row.instance_id)) is not None:
-            name = self._closed[index].name
-            rows = {known.instance_id: known for known in _rows(self._folder / name)}
-            self._closed[index] = self._write([*(rows | {row.instance_id: row}).values()])
-            self._keys.pop(name, None)
-            self._changed = True
+        if row.instance_id not in self._open_rows and (index := self._find_part(row.instance_id)) is not None:
+            name = self._full_parts[index].name
+            rows = {stored_row.instance_id: stored_row for stored_row in _read_rows(self._folder / name)}
+            self._full_parts[index] = self._write([*(rows | {row.instance_id: row}).values()])
+            self._id_hashes.pop(name, None)
+            self._has_changes = True
             self.flush()
             return
-        former = self._open.get(row.instance_id)
-        self._open[row.instance_id] = row
-        self._characters += _size(row) - (_size(former) if former else 0)
-        self._changed = True
-        if len(self._open) >= self._part_rows or self._characters >= self._part_characters:
+        previous = self._open_rows.get(row.instance_id)
+        self._open_rows[row.instance_id] = row
+        self._characters += _num_characters(row) - (_num_characters(previous) if previous else 0)
+        self._has_changes = True
+        if len(self._open_rows) >= self._part_rows or self._characters >= self._part_characters:
             try:
                 self.flush()
             except FolderError:
                 # Or memory would grow for as long as the disk refuses.
-                del self._open[row.instance_id]
+                del self._open_rows[row.instance_id]
                 raise
-            self._closed += [self._written] if self._written else []
-            self._open, self._characters, self._written = {}, 0, None
+            self._full_parts += [self._open_file] if self._open_file else []
+            self._open_rows, self._characters, self._open_file = {}, 0, None
 
     def get(self, instance_id: str) -> Answer | None:
         """The row with this id; None if there is none."""
-        if instance_id in self._open:
-            return self._open[instance_id]
-        index = self._part_of(instance_id)
+        if instance_id in self._open_rows:
+            return self._open_rows[instance_id]
+        index = self._find_part(instance_id)
         if index is None:
             return None
-        rows = _rows(self._folder / self._closed[index].name)
+        rows = _read_rows(self._folder / self._full_parts[index].name)
         return next(row for row in rows if row.instance_id == instance_id)
 
     def flush(self) -> None:
         """Writes what was added or changed since the last time."""
-        if not self._changed:
+        if not self._has_changes:
             return
-        self._written = self._write([*self._open.values()]) if self._open else None
-        files = (*self._closed, *([self._written] if self._written else []))
+        self._open_file = self._write([*self._open_rows.values()]) if self._open_rows else None
+        files = (*self._full_parts, *([self._open_file] if self._open_file else []))
         write_manifest(self._folder, Manifest(step="gateway", files=files), private=True)
-        self._changed = False
-        self._remove_strays()
+        self._has_changes = False
+        self._remove_unlisted_parts()
 
     def close(self) -> None:
         """Writes the rest, and lets the folder go."""
@@ -142,8 +142,8 @@ class AppendableDataset:
         buffer = io.BytesIO()
         # A table is made of columns alone, and an answer has an instance's.
         pq.write_table(to_table(cast("Sequence[Instance]", rows)), buffer, compression="zstd")
-        name = f"part-{self._number:05d}.parquet"
-        self._number += 1
+        name = f"part-{self._part_number:05d}.parquet"
+        self._part_number += 1
         write_bytes(self._folder / name, buffer.getvalue(), private=True)
         return File(
             name=name,
@@ -152,55 +152,63 @@ class AppendableDataset:
             candidates=sum(len(row.candidates) for row in rows),
         )
 
-    def _part_of(self, instance_id: str) -> int | None:
+    def _find_part(self, instance_id: str) -> int | None:
         """The index of the closed part that holds this id, looked for from the newest on."""
-        key = _key(instance_id)
-        for index in range(len(self._closed) - 1, -1, -1):
-            name = self._closed[index].name
-            if (self._keys_of(name) == key).any() and instance_id in self._ids(name):
+        key = _hash_id(instance_id)
+        for index in range(len(self._full_parts) - 1, -1, -1):
+            name = self._full_parts[index].name
+            if (self._id_hashes_of(name) == key).any() and instance_id in self._ids(name):
                 return index
         return None
 
-    def _keys_of(self, name: str) -> NDArray[np.uint64]:
+    def _id_hashes_of(self, name: str) -> NDArray[np.uint64]:
         """Hashes of a closed part's ids, kept: every new answer is looked for in all parts."""
-        keys = self._keys.get(name)
+        keys = self._id_hashes.get(name)
         if keys is None:
-            keys = self._keys[name] = np.array([_key(one) for one in self._ids(name)], np.uint64)
+            keys = self._id_hashes[name] = np.array(
+                [_hash_id(instance_id) for instance_id in self._ids(name)], np.uint64
+            )
         return keys
 
     def _ids(self, name: str) -> list[str]:
         ids: list[str] = pq.read_table(self._folder / name, columns=["instance_id"])["instance_id"].to_pylist()
         return ids
 
-    def _remove_strays(self) -> None:
-        named = {file.name for file in (*self._closed, *([self._written] if self._written else []))}
+    def _remove_unlisted_parts(self) -> None:
+        listed = {file.name for file in (*self._full_parts, *([self._open_file] if self._open_file else []))}
         for path in self._folder.glob("part-*.parquet"):
-            if path.name not in named:
+            if path.name not in listed:
                 with contextlib.suppress(FileNotFoundError):
                     path.unlink()
 
 
-def _key(instance_id: str) -> np.uint64:
+def _hash_id(instance_id: str) -> np.uint64:
     return np.uint64(int.from_bytes(hashlib.blake2b(instance_id.encode(), digest_size=8).digest(), "big"))
 
 
-def _size(row: Answer) -> int:
+def _num_characters(row: Answer) -> int:
     """Characters of a row that a client chooses."""
-    return len(row.instruction) + sum(map(len, row.references)) + sum(len(one.response) for one in row.candidates)
+    return (
+        len(row.instruction)
+        + sum(map(len, row.references))
+        + sum(len(candidate.response) for candidate in row.candidates)
+    )
 
 
-def _rows(path: Path) -> list[Answer]:
+def _read_rows(path: Path) -> list[Answer]:
     return [Answer(**{**row, **_from_parquet(row)}) for row in pq.read_table(path).to_pylist()]
 
 
 def _from_parquet(row: Mapping[str, Any]) -> dict[str, Any]:
     """What Parquet gives as lists, as the record has it."""
     maps = ("labels", "scores")
-    candidates = tuple(Candidate(**{**one, **{name: dict(one[name]) for name in maps}}) for one in row["candidates"])
+    candidates = tuple(
+        Candidate(**{**candidate, **{name: dict(candidate[name]) for name in maps}}) for candidate in row["candidates"]
+    )
     return {"references": tuple(row["references"]), "choices": tuple(row["choices"]), "candidates": candidates}
 
 
-def _number(name: str) -> int:
+def _part_number(name: str) -> int:
     return int(name.removeprefix("part-").removesuffix(".parquet"))
 
 
@@ -221,7 +229,7 @@ def read_feedback(data: bytes, bounds: Bounds) -> Feedback:
     try:
         feedback = Feedback.model_validate(body)
     except ValidationError as error:
-        raise invalid(error, body) from None
+        raise validation_error(error, body) from None
     if (feedback.score is None) == (feedback.reference is None):
         raise GatewayError(400, 'give a score or a reference: {"id": "chatcmpl-...", "score": 0.8}', param="score")
     if feedback.reference is not None and not feedback.reference.strip():
@@ -243,7 +251,7 @@ class FeedbackLog:
     async def keep(self, outcome: Outcome, identity: str) -> None:
         """Keeps an answer; an error of the disk is logged, and the answer is given all the same."""
         try:
-            await self._in_writer(lambda: self._answers.put(answer_of(outcome, identity)))
+            await self._in_writer(lambda: self._answers.put(to_answer(outcome, identity)))
         except CappyError as error:
             LOGGER.error("feedback: %s: an answer was not kept", error)
 
@@ -251,7 +259,7 @@ class FeedbackLog:
         """Adds what a user said; GatewayError 404 where no such answer was kept."""
         await self._in_writer(lambda: self._add(feedback))
 
-    async def flush_for_ever(self) -> None:
+    async def flush_periodically(self) -> None:
         """Writes what is new every `FLUSH_SECONDS`."""
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
@@ -283,56 +291,60 @@ class FeedbackLog:
         if feedback.choice >= len(answer.candidates):
             raise GatewayError(400, f"choice must be below {len(answer.candidates)}", param="choice")
         if feedback.reference is not None:
-            self._referenced.put(check_row(replace(answer, references=(feedback.reference,))))
+            self._referenced.put(check_answer(replace(answer, references=(feedback.reference,))))
             return
-        rated = answer.candidates[feedback.choice].with_label(GIVEN, feedback.score or 0.0)
-        earlier = self._rated.get(feedback.id)
-        others = [one for one in earlier.candidates if not _same(one, rated)] if earlier else []
-        self._rated.put(check_row(replace(answer, candidates=(*others, rated))))
+        rated_candidate = answer.candidates[feedback.choice].with_label(GIVEN, feedback.score or 0.0)
+        previous = self._rated.get(feedback.id)
+        other_candidates = (
+            [candidate for candidate in previous.candidates if not _is_same_candidate(candidate, rated_candidate)]
+            if previous
+            else []
+        )
+        self._rated.put(check_answer(replace(answer, candidates=(*other_candidates, rated_candidate))))
 
     async def _in_writer(self, work: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._writer, work)
 
 
-def answer_of(outcome: Outcome, identity: str) -> Answer:
+def to_answer(outcome: Outcome, identity: str) -> Answer:
     """The row of an outcome, its candidates best first; equal conversations are one group and have one split."""
     prompt = prompt_hash(outcome.request.instruction)
     return Answer(
         instance_id=identity,
         instruction=outcome.request.instruction,
         group_id=f"{prompt:016x}",
-        split=next((split for split, share in _HELD_OUT if prompt / 2**64 < share), "train"),
-        candidates=tuple(_candidate(draw, outcome) for draw in outcome.draws),
+        split=next((split for split, share in SPLIT_SHARES if prompt / 2**64 < share), "train"),
+        candidates=tuple(_candidate(candidate, outcome) for candidate in outcome.candidates),
     )
 
 
-def check_row(answer: Answer) -> Answer:
+def check_answer(answer: Answer) -> Answer:
     """The row, once it is an instance; RecordError where it is none."""
     Instance(**{name: getattr(answer, name) for name in answer.__dataclass_fields__})
     return answer
 
 
-def _same(one: Candidate, other: Candidate) -> bool:
-    return replace(one, labels={}) == replace(other, labels={})
+def _is_same_candidate(candidate: Candidate, other_candidate: Candidate) -> bool:
+    return replace(candidate, labels={}) == replace(other_candidate, labels={})
 
 
-def _candidate(draw: Draw, outcome: Outcome) -> Candidate:
-    known = draw.logprob_sum is not None and draw.num_tokens
+def _candidate(candidate: SampledCandidate, outcome: Outcome) -> Candidate:
+    has_logprobs = candidate.logprob_sum is not None and candidate.num_tokens
     return Candidate(
-        response=draw.text,
-        generator=draw.generator,
-        revision=draw.model,
+        response=candidate.text,
+        generator=candidate.generator,
+        revision=candidate.model,
         decoding=_decoding_name(outcome.request.body),
-        seed=draw.seed,
-        status=draw.status,
-        logprob_sum=draw.logprob_sum,
-        logprob_mean=draw.logprob_sum / draw.num_tokens if known else None,  # type: ignore[operator]
-        num_tokens=draw.num_tokens,
-        scores={outcome.scorer or "unversioned": draw.score} if draw.score is not None else {},
+        seed=candidate.seed,
+        status=candidate.status,
+        logprob_sum=candidate.logprob_sum,
+        logprob_mean=candidate.logprob_sum / candidate.num_tokens if has_logprobs else None,  # type: ignore[operator]
+        num_tokens=candidate.num_tokens,
+        scores={outcome.scorer or "unversioned": candidate.score} if candidate.score is not None else {},
     )
 
 
 def _decoding_name(body: Mapping[str, object]) -> str:
     """The knobs that the client turned, by name."""
-    knobs = ("temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens")
-    return ",".join(f"{knob}={body[knob]}" for knob in knobs if body.get(knob) is not None)
+    parameters = ("temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens")
+    return ",".join(f"{name}={body[name]}" for name in parameters if body.get(name) is not None)

@@ -33,11 +33,11 @@ MAX_USAGE_FIELDS = 32
 """Numbers of one usage that are kept; servers send about ten."""
 MAX_USAGE_DEPTH = 3
 MAX_USAGE_NAME = 64
-_NAMED = ("prompt_tokens", "completion_tokens", "total_tokens")
+_REQUIRED_FIELDS = ("prompt_tokens", "completion_tokens", "total_tokens")
 EXPECTED_TOKENS = 256
 """Taken for the length of a response where the client sets no limit and none was seen."""
 
-LEAST_TOKENS = 16
+MIN_TOKENS = 16
 """A first response that could not be longer is of no use, so it is not asked for."""
 
 
@@ -57,35 +57,43 @@ def expected_gain(scores: Sequence[float]) -> float:
     count = len(scores)
     if count < 3:
         return math.inf
-    spread = statistics.stdev(scores) * math.sqrt(1 + 1 / count)
-    if spread == 0:
+    scale = statistics.stdev(scores) * math.sqrt(1 + 1 / count)
+    if scale == 0:
         return 0.0
-    freedom = count - 1
-    z = (max(scores) - statistics.fmean(scores)) / spread
-    tail = float(stdtr(freedom, -z))
-    gain = spread * ((freedom + z * z) / (freedom - 1) * _density(z, freedom) - z * tail)
+    degrees = count - 1
+    z = (max(scores) - statistics.fmean(scores)) / scale
+    tail = float(stdtr(degrees, -z))
+    gain = scale * ((degrees + z * z) / (degrees - 1) * _density(z, degrees) - z * tail)
     return max(0.0, gain)
 
 
-def decide(policy: Policy, scores: Sequence[float], *, asked: int, drawn: int, wanted: int, most: int) -> Decision:
+def decide(
+    policy: Policy,
+    scores: Sequence[float],
+    *,
+    num_requested: int,
+    num_received: int,
+    min_candidates: int,
+    max_candidates: int,
+) -> Decision:
     """What to do after `asked` requested candidates, of which `drawn` came and those that could be scored have scores.
 
     At least `wanted` are drawn where they can be, and never more than `most` are asked for.
     """
-    if asked >= most:
+    if num_requested >= max_candidates:
         return Decision(0, "candidates")
-    if drawn >= wanted and scores:
+    if num_received >= min_candidates and scores:
         if policy.threshold is not None and max(scores) >= policy.threshold:
             return Decision(0, "threshold")
         if expected_gain(scores) < policy.min_gain:
             return Decision(0, "gain")
-    return Decision(min(max(policy.round_size, wanted - drawn), most - asked))
+    return Decision(min(max(policy.round_size, min_candidates - num_received), max_candidates - num_requested))
 
 
-def _density(z: float, freedom: int) -> float:
+def _density(z: float, degrees: int) -> float:
     """Of the standard Student t."""
-    log = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
-    return math.exp(log - (freedom + 1) / 2 * math.log1p(z * z / freedom))
+    log = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(degrees * math.pi)
+    return math.exp(log - (degrees + 1) / 2 * math.log1p(z * z / degrees))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,26 +124,26 @@ class Allowance:
     """
 
     count: int
-    most_tokens: int | None = None
+    max_tokens: int | None = None
     limit: Limit | None = None
 
 
 def allow(
-    wanted: int,
+    max_count: int,
     budgets: Sequence[RemainingBudget],
     prices: Prices,
     *,
     prompt_tokens: int,
-    need: int,
+    min_tokens: int,
     first: bool,
 ) -> Allowance:
     """As many of the wanted candidates as leave each the `need`ed tokens; where it is the first, one may have fewer."""
-    for count in range(wanted, 0, -1):
-        most, limit = _each(count, budgets, prices, prompt_tokens)
-        if most >= need:
-            return Allowance(count, None if math.isinf(most) else int(most), limit)
-    most, limit = _each(1, budgets, prices, prompt_tokens)
-    return Allowance(int(first and most >= min(need, LEAST_TOKENS)), max(0, int(most)), limit)
+    for count in range(max_count, 0, -1):
+        tokens, limit = _max_tokens_each(count, budgets, prices, prompt_tokens)
+        if tokens >= min_tokens:
+            return Allowance(count, None if math.isinf(tokens) else int(tokens), limit)
+    tokens, limit = _max_tokens_each(1, budgets, prices, prompt_tokens)
+    return Allowance(int(first and tokens >= min(min_tokens, MIN_TOKENS)), max(0, int(tokens)), limit)
 
 
 @dataclass
@@ -143,7 +151,7 @@ class Total:
     """What all requests have cost since the start, and what those under way may still cost."""
 
     spent: float = 0.0
-    held: float = 0.0
+    reserved: float = 0.0
 
 
 @dataclass
@@ -170,35 +178,37 @@ class Ledger:
         if limits.max_cost:
             budgets.append(RemainingBudget("money", limits.max_cost - self.charged))
         if limits.max_total_cost:
-            budgets.append(RemainingBudget("total-money", limits.max_total_cost - self.total.spent - self.total.held))
+            budgets.append(
+                RemainingBudget("total-money", limits.max_total_cost - self.total.spent - self.total.reserved)
+            )
         return budgets
 
-    def hold(self, most: float) -> None:
+    def reserve(self, max_cost: float) -> None:
         """Keeps the most that a call may cost from others until it is settled."""
         self.calls += 1
-        self.total.held += most
+        self.total.reserved += max_cost
 
-    def settle(self, most: float, prompt_tokens: int, completion_tokens: int, cost: float) -> None:
+    def settle(self, max_cost: float, prompt_tokens: int, completion_tokens: int, cost: float) -> None:
         """Counts what a call has used."""
         self.prompt_tokens += prompt_tokens
         self.completion_tokens += completion_tokens
         self.cost += cost
-        self._charge(most, cost)
+        self._charge(max_cost, cost)
 
-    def fail(self, most: float, *, paid: bool) -> None:
+    def fail(self, max_cost: float, *, may_be_billed: bool) -> None:
         """Counts a call without an answer; one that may have been paid for is charged with the most."""
         self.failed += 1
-        self.unmetered += paid
-        self._charge(most, most if paid else 0.0)
+        self.unmetered += may_be_billed
+        self._charge(max_cost, max_cost if may_be_billed else 0.0)
 
     def withdraw(self) -> None:
         """Forgets a call that failed only to show what a model does not take."""
         self.calls -= 1
         self.failed -= 1
 
-    def _charge(self, most: float, cost: float) -> None:
+    def _charge(self, max_cost: float, cost: float) -> None:
         self.charged += cost
-        self.total.held -= most
+        self.total.reserved -= max_cost
         self.total.spent += cost
 
 
@@ -210,22 +220,25 @@ class Usage(NamedTuple):
     counts: dict[str, object]
 
 
-def read_usage(sent: object) -> Usage | None:
+def read_usage(values: object) -> Usage | None:
     """The whole numbers from 0 to 2**53 in a usage as a server sent it, at any place within `MAX_USAGE_DEPTH`.
 
     None where it does not say how many tokens of prompt and of response there were.
     """
-    if not isinstance(sent, dict):
+    if not isinstance(values, dict):
         return None
-    counts = _counts(sent, MAX_USAGE_DEPTH)
+    counts = _counts(values, MAX_USAGE_DEPTH)
     prompt, completion = counts.get("prompt_tokens"), counts.get("completion_tokens")
     return Usage(prompt, completion, counts) if is_count(prompt) and is_count(completion) else None
 
 
-def _counts(sent: dict[str, object], depth: int) -> dict[str, object]:
+def _counts(values: dict[str, object], depth: int) -> dict[str, object]:
     counts: dict[str, object] = {}
-    for name in [*_NAMED, *islice((name for name in sent if name not in _NAMED), MAX_USAGE_FIELDS)]:
-        value = sent.get(name)
+    for name in [
+        *_REQUIRED_FIELDS,
+        *islice((name for name in values if name not in _REQUIRED_FIELDS), MAX_USAGE_FIELDS),
+    ]:
+        value = values.get(name)
         if is_count(value):
             counts[name[:MAX_USAGE_NAME]] = value
         elif isinstance(value, dict) and depth > 1:
@@ -233,15 +246,17 @@ def _counts(sent: dict[str, object], depth: int) -> dict[str, object]:
     return counts
 
 
-def _each(
+def _max_tokens_each(
     count: int, budgets: Sequence[RemainingBudget], prices: Prices, prompt_tokens: int
 ) -> tuple[float, Limit | None]:
     """Tokens that each of `count` responses may have, and the limit that says so."""
-    least: tuple[float, Limit | None] = (math.inf, None)
+    lowest: tuple[float, Limit | None] = (math.inf, None)
     for budget in budgets:
         share = budget.left / count
         if budget.limit != "tokens":
             share -= prices.cost(prompt_tokens, 0)
             share = share * 1e6 / prices.output if prices.output else (math.inf if share >= 0 else 0.0)
-        least = min(least, (math.floor(share) if math.isfinite(share) else share, budget.limit), key=lambda one: one[0])
-    return least
+        lowest = min(
+            lowest, (math.floor(share) if math.isfinite(share) else share, budget.limit), key=lambda pair: pair[0]
+        )
+    return lowest

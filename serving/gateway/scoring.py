@@ -33,11 +33,11 @@ Score = Callable[[Sequence[Pair]], Awaitable[Sequence[float | Rating]]]
 
 PAIRS_PER_REQUEST = 1024
 PROBE: Pair = ("What is 1 + 1?", "2")
-SECONDS = 60.0
+REQUEST_SECONDS = 60.0
 MAX_SCORES_BYTES = 1_000_000
 """Of an answer of a running `cappy serve`: about 20 bytes a score, and what it says beside them."""
-MAX_SHOWN = 200
-VERSION = re.compile(r"[!-~]{0,200}")
+MAX_REASON_CHARACTERS = 200
+VALID_VERSION = re.compile(r"[!-~]{0,200}")
 """What a version may be: it goes into headers."""
 
 
@@ -54,7 +54,7 @@ class Scoring:
     calibration: Calibration | None = None
     close: Callable[[], Awaitable[None]] = _close_nothing
 
-    def worth(self, scores: Sequence[float], *, n: int) -> list[float]:
+    def calibrate(self, scores: Sequence[float], *, n: int) -> list[float]:
         """What these scores are worth, each as the best of `n` distinct candidates.
 
         It is the expected label, 0 to 1, or without a calibration the score itself.
@@ -81,11 +81,11 @@ def load(spec: str, calibration: Path | None = None, key: str = "") -> Scoring:
     `key` is an API key of that service.
     `calibration` is a folder that holds calibration.json; a scorer's own folder is searched anyway.
     """
-    given = read_calibration(calibration) if calibration is not None else None
-    if calibration is not None and given is None:
+    override = read_calibration(calibration) if calibration is not None else None
+    if calibration is not None and override is None:
         raise ConfigError(f"{calibration}: holds no calibration.json; name the folder of a scorer or of a report")
     scoring = _over_http(spec, key) if spec.startswith(("http://", "https://")) else _in_process(spec)
-    return replace(scoring, calibration=given or scoring.calibration)
+    return replace(scoring, calibration=override or scoring.calibration)
 
 
 def _in_process(spec: str) -> Scoring:
@@ -108,42 +108,42 @@ def _in_process(spec: str) -> Scoring:
     async def close() -> None:
         worker.shutdown(wait=False, cancel_futures=True)
 
-    own = read_calibration(scorer_folder(spec))
-    return Scoring(score=score, version=lambda: scorer.version, calibration=own, close=close)
+    own_calibration = read_calibration(scorer_folder(spec))
+    return Scoring(score=score, version=lambda: scorer.version, calibration=own_calibration, close=close)
 
 
 def _over_http(url: str, key: str = "") -> Scoring:
     """The scorer of a running `cappy serve`; ConfigError where none answers; GatewayError 503 if none does later."""
     remember_address(url)
-    address, where = f"{url.rstrip('/')}/score", redact_address(url)
+    address, location = f"{url.rstrip('/')}/score", redact_address(url)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        status, body = _ask_once(address, headers)
+        status, body = _request_once(address, headers)
         if status == 401:
             raise ConfigError(
-                f"{where}: wants another API key; put it into a variable and name it: --scorer-key-variable"
+                f"{location}: wants another API key; put it into a variable and name it: --scorer-key-variable"
             )
         if status != 200:
             raise ValueError(f"status {status}")
-        current = [_scores(body)[1]]
+        current = [_parse_scores(body)[1]]
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
-        why = one_line(str(error), MAX_SHOWN, key) or type(error).__name__
-        raise ConfigError(f"{where}: no scorer answers there ({why}); start it: cappy serve --port ...") from None
+        reason = one_line(str(error), MAX_REASON_CHARACTERS, key) or type(error).__name__
+        raise ConfigError(f"{location}: no scorer answers there ({reason}); start it: cappy serve --port ...") from None
     limits = httpx2.Limits(max_connections=max_connections(), max_keepalive_connections=20)
-    client = httpx2.AsyncClient(timeout=SECONDS, limits=limits, **_with(async_settings(), headers))
+    client = httpx2.AsyncClient(timeout=REQUEST_SECONDS, limits=limits, **_add_headers(async_settings(), headers))
 
-    async def ask(part: Sequence[Pair]) -> list[Rating]:
-        async with asyncio.timeout(SECONDS):
-            answer = await client.post(address, json={"pairs": part}, extensions={MAX_BYTES: MAX_SCORES_BYTES})
+    async def request_scores(chunk: Sequence[Pair]) -> list[Rating]:
+        async with asyncio.timeout(REQUEST_SECONDS):
+            answer = await client.post(address, json={"pairs": chunk}, extensions={MAX_BYTES: MAX_SCORES_BYTES})
         answer.raise_for_status()
-        scores, current[0] = _scores(answer.content)
+        scores, current[0] = _parse_scores(answer.content)
         return scores
 
     async def score(pairs: Sequence[Pair]) -> Sequence[Rating]:
         scores: list[Rating] = []
         try:
             for start in range(0, len(pairs), PAIRS_PER_REQUEST):
-                scores += await ask(pairs[start : start + PAIRS_PER_REQUEST])
+                scores += await request_scores(pairs[start : start + PAIRS_PER_REQUEST])
         except (httpx2.HTTPError, ValueError, TimeoutError) as error:
             status = f"status {error.response.status_code}" if isinstance(error, httpx2.HTTPStatusError) else ""
             text = f"the scorer does not answer ({status or type(error).__name__}); see that cappy serve runs"
@@ -153,43 +153,46 @@ def _over_http(url: str, key: str = "") -> Scoring:
     return Scoring(score=score, version=lambda: current[0], close=client.aclose)
 
 
-def _ask_once(address: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
+def _request_once(address: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
     """Status and body of the answer to one pair."""
     connection, deadlines = Connection(), Deadlines()
     connection.max_bytes = MAX_SCORES_BYTES
     try:
-        made = _with(settings(connection), headers)
-        with httpx2.Client(timeout=SECONDS, **made) as client, deadlines.within(SECONDS, connection):
+        client_settings = _add_headers(settings(connection), headers)
+        with (
+            httpx2.Client(timeout=REQUEST_SECONDS, **client_settings) as client,
+            deadlines.within(REQUEST_SECONDS, connection),
+        ):
             answer = client.post(address, json={"pairs": [PROBE]})
         if connection.late:
-            raise ValueError(f"no answer within {SECONDS:g} s")
+            raise ValueError(f"no answer within {REQUEST_SECONDS:g} s")
         return answer.status_code, answer.content
     finally:
         deadlines.close()
 
 
-def _with(made: ClientSettings, headers: Mapping[str, str]) -> ClientSettings:
+def _add_headers(client_settings: ClientSettings, headers: Mapping[str, str]) -> ClientSettings:
     """The settings of a client with these headers beside its own."""
-    return {**made, "headers": {**made["headers"], **headers}}
+    return {**client_settings, "headers": {**client_settings["headers"], **headers}}
 
 
-def _scores(body: bytes) -> tuple[list[Rating], str]:
+def _parse_scores(body: bytes) -> tuple[list[Rating], str]:
     """The scores with their logits and the scorer's version in an answer; ValueError for anything else.
 
     An earlier release's service gives no logits; its scores stand for them.
     """
     values = read_json(body)
     values = values if isinstance(values, dict) else {}
-    scores, version = _numbers(values.get("scores")), values.get("version")
-    logits = _numbers(values["logits"]) if "logits" in values else scores
+    scores, version = _parse_numbers(values.get("scores")), values.get("version")
+    logits = _parse_numbers(values["logits"]) if "logits" in values else scores
     if len(scores) != len(logits):
         raise ValueError("it does not answer a logit for each score")
-    if not isinstance(version, str) or not VERSION.fullmatch(version):
+    if not isinstance(version, str) or not VALID_VERSION.fullmatch(version):
         raise ValueError("it does not answer a scorer's version")
     return list(zip(scores, logits, strict=True)), version
 
 
-def _numbers(values: object) -> list[float]:
+def _parse_numbers(values: object) -> list[float]:
     if not isinstance(values, list) or not all(map(_is_finite, values)):
         raise ValueError("it does not answer finite numbers")
     return [float(value) for value in values]

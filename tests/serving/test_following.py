@@ -80,7 +80,7 @@ class Registry:
         return model(**(facts | {"registered": version(number)} | self.facts.get(number, {})))
 
     def follower(self, models: Models, **settings: Any) -> Follower:
-        return Follower(models=models, alias=ALIAS, find=self.find, load=self.load, **settings)
+        return Follower(models=models, alias=ALIAS, read_alias=self.find, load=self.load, **settings)
 
 
 Start = Callable[..., tuple[TestClient, Registry]]
