@@ -1,7 +1,7 @@
-"""Around every request: its id, the headers of every answer, the access log and its span, without a word of any text.
+"""Request ids, response headers, the access log and OpenTelemetry spans; none of them contains a client's text.
 
-Spans are made by OpenTelemetry's instrumentation of FastAPI and sent by OTLP over HTTP. Nothing of OpenTelemetry is
-imported, and nothing is measured, where no environment variable says who takes them.
+Spans are made by OpenTelemetry's instrumentation of FastAPI and exported by OTLP over HTTP. OpenTelemetry is imported
+only if an environment variable names a collector.
 """
 
 import json
@@ -32,13 +32,13 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
-"""Headers of an answer that says nothing else; the page brings a policy of its own."""
+"""Defaults, for responses that do not set these headers; the page sets its own content policy."""
 COLLECTOR_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-"""Where a collector listens; the other variables of OpenTelemetry's specification are read by its library."""
+"""Address of the collector; OpenTelemetry's library reads the other variables of its specification."""
 SHUTDOWN_SECONDS = 3.0
-"""How long spans that wait may hold up the end of the process."""
+"""How long exporting the queued spans may delay the end of the process."""
 EXPORTED_ATTRIBUTES = frozenset({"http.request.method", "http.response.status_code", "http.route"})
-"""Attributes of the instrumentation that are sent, beside our own; others hold what a client wrote: paths, queries."""
+"""The instrumentation's attributes that are exported; others contain what a client wrote (paths, queries)."""
 ATTRIBUTE_PREFIX = "cappy."
 STATE_ATTRIBUTES = (
     "request_id",
@@ -51,25 +51,25 @@ STATE_ATTRIBUTES = (
     "calls",
     "cost",
 )
-"""What our attributes say of a request, where its handler has put it into the request's state."""
-
+"""Entries of the request's state that become attributes of its span."""
 
 State = dict[str, Any]
-"""What Starlette keeps of a request: whatever its handlers put there."""
+"""Starlette's state of a request: its handlers and middleware store values in it."""
 
 
 class Span(Protocol):
-    """A span of OpenTelemetry, as far as it is used here."""
+    """The part of OpenTelemetry's span that is used here."""
 
     def set_attributes(self, attributes: Mapping[str, str | int | float]) -> None:
-        """Adds to what it says."""
+        """Adds attributes to the span."""
 
 
 class AccessLog:
     """ASGI middleware: one JSON line per request with its id, method, path, status, seconds and number of pairs.
 
-    `facts` gives headers for answers that bring none of their own; `observe` is called with dialect, status, seconds
-    and scores of requests of a dialect; while `closing` is true, clients are asked to come back on another connection.
+    `default_headers` returns headers for responses whose request state has no `headers`. `observe` is called with
+    dialect, status, seconds and scores after each request for scores. While `shutting_down` returns true, responses ask
+    the client to close the connection.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception:
-            # Whoever answers for it stands outside, so no answer has passed here.
+            # The handler that answers is outside this middleware, so `send_with_headers` was not called.
             self._set_span_attributes(state)
             raise
         finally:
@@ -124,9 +124,9 @@ class AccessLog:
         return state.get("headers") or self._default_headers()
 
     def _set_span_attributes(self, state: State) -> None:
-        """Says what is known of the request in its span, if it has one and is a request of a client's API.
+        """Sets our attributes on the request's span, if it has one and is a request for scores or completions.
 
-        A span ends with the last part of the answer, so it must be said before.
+        A span ends with the last part of the response, so this must happen before.
         """
         span: Span | None = state.get("span")
         if span is None or not {"dialect", "outcome"} & state.keys():
@@ -156,26 +156,26 @@ class AccessLog:
 
 
 class Tracing:
-    """Makes spans of an application's requests and sends them in batches, from a thread of their own."""
+    """Makes spans of an application's requests and exports them in batches from a background thread."""
 
     def __init__(self) -> None:
-        """ModuleNotFoundError without the extra."""
+        """Raises ModuleNotFoundError if the otel extra is not installed."""
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        # The stable names of the conventions; the default of the library is still the names before.
+        # The stable names of the semantic conventions; the library still defaults to the old ones.
         os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
         service_name = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": "cappy"}
-        # A provider of our own: the global one belongs to whoever runs us in his process, MLflow among them.
+        # Not the global provider: that belongs to the program that imports us, or to MLflow.
         self._provider = TracerProvider(resource=Resource.create(service_name), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(_make_clean_exporter(OTLPSpanExporter())))
         self._instrument = FastAPIInstrumentor.instrument_app
 
     def instrument(self, app: FastAPI) -> None:
-        """Gives every request a span, a child of the one that W3C's `traceparent` names."""
+        """Gives every request a span, a child of the one named in the W3C `traceparent` header."""
 
         def store_span(span: Span, scope: Scope) -> None:
             scope.setdefault("state", {})["span"] = span
@@ -188,14 +188,14 @@ class Tracing:
         )
 
     def close(self) -> None:
-        """Sends what waits; blocks, but not for long where the collector is away."""
+        """Exports the queued spans; blocks for at most `SHUTDOWN_SECONDS`."""
         thread = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
         thread.start()
         thread.join(SHUTDOWN_SECONDS)
 
 
 def start_tracing(variables: Mapping[str, str] = os.environ) -> Tracing | None:
-    """What sends spans; None where nobody is named to take them, and, with a line in the log, without the extra."""
+    """Starts tracing; returns None if no collector is configured, or, with a warning, if the extra is not installed."""
     disabled = variables.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if disabled or not any(variables.get(name) for name in COLLECTOR_VARIABLES):
         return None
@@ -210,7 +210,7 @@ def start_tracing(variables: Mapping[str, str] = os.environ) -> Tracing | None:
 
 
 def _make_clean_exporter(exporter: "SpanExporter") -> "SpanExporter":
-    """An exporter of the spans that our code has said something of, without what a client or an exception wrote."""
+    """Wraps an exporter: only spans with our attributes, without events, and without attributes of clients' texts."""
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
     from opentelemetry.trace import Status

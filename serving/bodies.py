@@ -1,8 +1,8 @@
-"""The guard of every body that a client sends, for both services; and refusals, in the words of whoever sent it.
+"""Reads and checks request bodies for both services, and refuses those that break a limit.
 
-In this order: content type, then bytes and time while it arrives, then the number of values and the depth on the raw
-bytes, before any object is built, then JSON, then the lengths of its texts. What is large is worked on in a thread, one
-body at a time, so that the event loop goes on answering.
+Checks run in this order: content type; size and time while the body arrives; number of values and depth of the raw
+bytes, before any object is built; JSON; lengths of the texts. Large bodies are processed in a thread, one at a time, so
+that the event loop is not blocked.
 """
 
 import asyncio
@@ -22,15 +22,15 @@ from starlette.requests import ClientDisconnect
 from serving.config import BodyLimits
 
 CLIENT_CLOSED_REQUEST = 499
-"""What the log calls a request whose client hung up (a custom of nginx)."""
+"""Status in the access log for a request whose client closed the connection (nginx's convention)."""
 RECEIVE_SECONDS = 20.0
-"""Within which a body must have arrived."""
+"""A body must arrive within this time."""
 MAX_DEPTH = 64
 MAX_VALUES = 32_768
 LARGE_BYTES = 32_768
-"""From here a body is worked on in a thread: below it a change of threads costs more than the work."""
+"""Bodies from this size on are processed in a thread; for smaller ones switching threads costs more than the work."""
 MAX_BODIES_IN_MEMORY = 16
-"""How many bodies of the largest size may be in memory, over all requests that are not answered yet."""
+"""How many bodies of the maximum size may be in memory at once, over all open requests."""
 Result = TypeVar("Result")
 _BLOCK = 1 << 20
 _DEPTH_CHANGES = np.zeros(256, np.int8)
@@ -39,14 +39,14 @@ _DEPTH_CHANGES[[ord("]"), ord("}")]] = -1
 _LARGE = ThreadPoolExecutor(1, "bodies")
 RULES = {
     "missing": "is missing",
-    "extra_forbidden": "cannot be honoured here; leave it out",
-    "string_type": "must be a text",
-    "string_too_short": "may not be empty",
-    "string_too_long": "may have at most {max_length} characters",
+    "extra_forbidden": "is not supported; leave it out",
+    "string_type": "must be a string",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters",
     "list_type": "must be a list",
     "tuple_type": "must be a list",
-    "too_short": "must have {min_length} or more items",
-    "too_long": "may have at most {max_length} items",
+    "too_short": "must have at least {min_length} items",
+    "too_long": "must have at most {max_length} items",
     "dict_type": "must be an object",
     "model_type": "must be an object",
     "bool_type": "must be true or false",
@@ -58,14 +58,14 @@ RULES = {
     "less_than_equal": "must be at most {le}",
     "literal_error": "must be {expected}",
 }
-"""pydantic's kind of error -> what the field must be."""
+"""pydantic's error type -> the rule that the field breaks."""
 
 MAX_NAME_CHARACTERS = 60
-"""Characters that are repeated of a name which a client chose."""
+"""A field name chosen by the client is repeated in errors up to this length."""
 
 
 class Refusal(Exception):  # noqa: N818 (not an error of ours)
-    """Status 4xx or 5xx with what was wrong and what to do, in one line; `retry_after` in whole seconds."""
+    """A refused request: a status 4xx or 5xx and one line with problem and remedy; `retry_after` in whole seconds."""
 
     def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -76,7 +76,10 @@ class Refusal(Exception):  # noqa: N818 (not an error of ours)
 
 @dataclass(frozen=True, kw_only=True)
 class Violation:
-    """The first rule that a body breaks: where (`pairs.0.1`, empty for the body itself), which, and how many more."""
+    """The first rule that a body breaks.
+
+    `field` is a path such as `pairs.0.1` (empty for the body itself), `more` the number of other fields with errors.
+    """
 
     field: str
     rule: str
@@ -87,9 +90,9 @@ class Violation:
 
 
 def describe_error(error: ValidationError, body: object) -> Violation:
-    """What is wrong with `body`, none of whose texts are repeated."""
+    """Describes what is wrong with `body` without repeating its texts."""
     errors = error.errors(include_url=False, include_input=False)
-    # Where a field may have several forms, a sentence of ours says more than that it has not the first form.
+    # If a field may have several types, a message of our own validators says more than pydantic's about the first type.
     first = next((item for item in errors if item["type"] == "value_error"), errors[0])
     template = RULES.get(first["type"])
     rule = template.format(**first.get("ctx", {})) if template else first["msg"].removeprefix("Value error, ")
@@ -98,7 +101,7 @@ def describe_error(error: ValidationError, body: object) -> Violation:
 
 
 def _field_path(location: Sequence[int | str], body: object, kind: str) -> str:
-    """A location without the names of the forms that a field may have, which pydantic puts between its steps."""
+    """The path of a field in the body, without the names of union members that pydantic inserts."""
     path, value = [], body
     for index, key in enumerate(location):
         if isinstance(key, int):
@@ -113,57 +116,59 @@ def _field_path(location: Sequence[int | str], body: object, kind: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What a body may hold; `max_text_bytes` counts all its texts in UTF-8, equal ones of a request for scores once."""
+    """Limits of a body; `max_text_bytes` counts its texts in UTF-8, equal texts of a request for scores once."""
 
     max_values: int = MAX_VALUES
     max_depth: int = MAX_DEPTH
     max_characters: int = BodyLimits.max_characters
-    """Of one text: beyond it no scorer reads on, and tokenizing it would hold up the others."""
+    """Of one text: no scorer reads further, and tokenizing it would delay other requests."""
     max_text_bytes: int = round(BodyLimits.max_text_mb * 1e6)
-    """A tokenizer reads 2 to 3 MB in a second and takes 60 bytes of memory for each (2 cores, AMD EPYC)."""
-    remedy: str = "send less in a request"
+    """A tokenizer processes 2 to 3 MB a second and takes 60 bytes of memory per byte (2 cores, AMD EPYC)."""
+    remedy: str = "send a smaller request"
 
     def check(self, data: bytes) -> None:
-        """Refusal 400 where JSON is nested too deeply, 413 where it has too many values; builds none of them."""
+        """Raises Refusal 400 if JSON is nested too deeply, 413 if it has too many values; builds no objects."""
         num_openings = data.count(b"[") + data.count(b"{")
         if num_openings <= self.max_depth and num_openings + data.count(b",") <= self.max_values:
             return
         values, depth = measure(data, self)
         if depth > self.max_depth:
-            text = f"the body is not JSON that is read here: it is nested deeper than {self.max_depth}"
-            raise Refusal(400, f"{text}; send a flatter one")
+            raise Refusal(400, f"the JSON is nested deeper than {self.max_depth} levels; send a flatter body")
         self.check_count(values)
 
     def check_count(self, values: int) -> None:
-        """Refusal 413 where there are too many values."""
+        """Raises Refusal 413 if there are too many values."""
         if values > self.max_values:
             raise Refusal(413, f"the body has more than {self.max_values} values; {self.remedy}")
 
     def parse(self, data: bytes) -> object:
-        """The JSON; Refusal where it is out of bounds, ValueError where it is none."""
+        """Parses JSON; raises Refusal if it is out of bounds, ValueError if it is not JSON."""
         self.check(data)
         return from_json(data)
 
     def check_texts(self, texts: Collection[str]) -> None:
-        """Refusal 413 where one text is too long, or all together are."""
+        """Raises Refusal 413 if one text, or all texts together, are too long."""
         max_length = max(map(len, texts), default=0)
         if max_length > self.max_characters:
-            raise Refusal(413, f"a text of {max_length} characters is above {self.max_characters}; send a shorter one")
-        # UTF-8 has one to four bytes for a character, so most need not be counted.
+            raise Refusal(413, f"a text has {max_length} characters, at most {self.max_characters}; send a shorter one")
+        # A character has at most four bytes in UTF-8, so usually nothing needs to be encoded.
         if 4 * sum(map(len, texts)) <= self.max_text_bytes:
             return
         total = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
         if total > self.max_text_bytes:
-            raise Refusal(413, f"the texts have {total} bytes, above {self.max_text_bytes}; {self.remedy}")
+            raise Refusal(
+                413, f"the texts have {total} bytes, at most {self.max_text_bytes} are accepted; {self.remedy}"
+            )
 
 
 def measure(data: bytes, bounds: Bounds | None = None) -> tuple[int, int]:
-    """(most values, depth) of JSON in bytes: commas and openings outside of texts; counting ends beyond `bounds`.
+    """Upper bound on the number of values, and the depth, of raw JSON; stops counting beyond `bounds`.
 
-    For invalid JSON it is the same up to the first error, where parsing stops too.
+    Counts commas and opening brackets outside of strings. For invalid JSON the counts hold up to the first error,
+    where parsing stops too.
     """
     if b"\\" in data:
-        # Backslashes stand in texts alone. In pairs they escape each other; one that is left escapes what follows.
+        # Backslashes only occur in strings. Pairs escape each other; a single one escapes the next character.
         data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     codes = np.frombuffer(data, np.uint8)
     values = depth = max_depth = in_string = 0
@@ -184,7 +189,7 @@ def measure(data: bytes, bounds: Bounds | None = None) -> tuple[int, int]:
 
 
 async def run_in_thread(size: int, work: Callable[[], Result]) -> Result:
-    """What the work gives: in a thread where it is about a large body of `size` bytes."""
+    """Returns the result of `work`; runs it in a thread if it processes a large body (`size` in bytes)."""
     if size < LARGE_BYTES:
         return work()
     return await asyncio.get_running_loop().run_in_executor(_LARGE, work)
@@ -192,14 +197,14 @@ async def run_in_thread(size: int, work: Callable[[], Result]) -> Result:
 
 @dataclass(eq=False)
 class BodyBudget:
-    """Bytes of bodies that are held at once; beyond `most` a request is refused, so that memory has an end."""
+    """Bounds the memory of all bodies that are held at once; beyond `max_bytes` a request is refused."""
 
     max_bytes: int
     used_bytes: int = 0
 
     @contextlib.contextmanager
     def reserve(self) -> Iterator["Reservation"]:
-        """A request's share, given back at the end of the block."""
+        """A reservation for one request, released at the end of the block."""
         reservation = Reservation(self)
         try:
             yield reservation
@@ -209,47 +214,46 @@ class BodyBudget:
 
 @dataclass(eq=False)
 class Reservation:
-    """What one request holds of a budget."""
+    """The bytes that one request has reserved of a budget."""
 
     budget: BodyBudget
     num_bytes: int = field(default=0, init=False)
 
     def extend(self, num_bytes: int) -> None:
-        """Refusal 503 where the budget has no room for so many bytes more."""
+        """Reserves more bytes; raises Refusal 503 if the budget has no room for them."""
         if self.budget.used_bytes + num_bytes > self.budget.max_bytes:
-            raise Refusal(503, "too many large bodies are being read; ask again later", retry_after=1)
+            raise Refusal(503, "too many large bodies are being read; try again later", retry_after=1)
         self.budget.used_bytes += num_bytes
         self.num_bytes += num_bytes
 
     def transfer(self) -> "Reservation":
-        """All of it as a share that is released by itself; this one holds nothing any more."""
+        """Moves all of it to a new reservation, which the caller releases; this one is empty afterwards."""
         reservation = Reservation(self.budget)
         reservation.num_bytes, self.num_bytes = self.num_bytes, 0
         return reservation
 
     def release(self) -> None:
-        """Gives all of it back."""
+        """Returns all reserved bytes to the budget."""
         self.budget.used_bytes -= self.num_bytes
         self.num_bytes = 0
 
 
 def _check_content_type(headers: Headers, extra_types: Collection[str] = ()) -> None:
-    """Refusal 415 unless the body is sent as JSON, or as one of the `further` types ("" is none at all).
+    """Raises Refusal 415 unless the body is sent as JSON or as one of `extra_types` ("" stands for no type).
 
-    A page of another site can send other types, or none, without asking first.
+    Browsers let a page of another site send other types, or none, without a preflight request.
     """
     values = headers.getlist("content-type")
     types = [value.split(";")[0].strip().lower() for value in values] or [""]
     if len(types) == 1 and (types[0] in extra_types or _is_json(types[0])):
         return
-    problem = "no content type" if types == [""] else "another content type"
-    raise Refusal(415, f"the body came with {problem}; send it with the header Content-Type: application/json")
+    problem = "no content type" if types == [""] else "an unsupported content type"
+    raise Refusal(415, f"the body has {problem}; send it with the header Content-Type: application/json")
 
 
 def _is_json(content_type: str) -> bool:
-    return content_type == "application/json" or (
-        content_type.startswith("application/") and content_type.endswith("+json")
-    )
+    is_suffixed = content_type.startswith("application/") and content_type.endswith("+json")
+    return content_type == "application/json" or is_suffixed
 
 
 async def receive_body(
@@ -261,13 +265,13 @@ async def receive_body(
     types: Collection[str] = (),
     reservation: Reservation | None = None,
 ) -> bytes:
-    """The body; Refusal 415 if it is sent as something else than JSON or these types.
+    """Receives the body of a request and reserves its bytes.
 
-    Refusal 413 above `most` bytes, announced or not, and 408 where it does not arrive in time. What it takes is taken
-    of `share`.
+    Raises Refusal 415 if it is sent as another type than JSON or `types`, 413 above `max_bytes`, whether announced or
+    not, and 408 if it does not arrive within `seconds`.
     """
     _check_content_type(request.headers, types)
-    too_large = Refusal(413, f"the body is above {max_bytes} bytes; {remedy}")
+    too_large = Refusal(413, f"the body is larger than {max_bytes} bytes; {remedy}")
     announced = request.headers.get("content-length", "0")
     if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > max_bytes):
         raise too_large
@@ -281,12 +285,12 @@ async def receive_body(
                     reservation.extend(len(chunk))
                 body += chunk
     except ClientDisconnect as error:
-        raise Refusal(CLIENT_CLOSED_REQUEST, "the client hung up") from error
+        raise Refusal(CLIENT_CLOSED_REQUEST, "the client closed the connection") from error
     except TimeoutError as error:
         raise Refusal(408, f"the body did not arrive within {seconds:g} s; send it again") from error
     return bytes(body)
 
 
 def distinct_texts(pairs: Sequence[tuple[str, str]]) -> Collection[str]:
-    """Every text of these pairs once, as they are tokenized."""
+    """The distinct texts of these pairs: equal texts are tokenized once."""
     return {text for pair in pairs for text in pair}

@@ -1,12 +1,11 @@
-"""A new version without a restart: follows an alias of the registry, and the routes around that.
+"""Follows an alias of the registry, so that a new version is served without a restart, and adds routes for it.
 
-A new version is downloaded, verified, loaded and probed in a thread beside the model that answers, and put in its place
-between two requests. One that cannot be had, loaded or that answers otherwise than it was evaluated never serves.
+A new version is downloaded, verified, loaded and probed in a thread while the current model answers, then swapped in
+between two requests. A version that cannot be downloaded or loaded, or fails its probe, is never served.
 
-GET /model says which model answers; with a key there is another look at the alias and the way back. A webhook of
-MLflow, a signed request, says that an alias moved: the service looks at its own alias, and nothing that a request names
-is ever fetched. The signature is that of MLflow 3: HMAC-SHA256 over the delivery's id, its time and its body, in base64
-behind "v1,".
+GET /model describes the loaded models; POST /admin/refresh and /admin/rollback need a key. POST /webhooks/mlflow takes
+MLflow's signed events and only makes the service check its own alias: it never fetches what a request names. The
+signature is that of MLflow 3: HMAC-SHA256 of delivery id, timestamp and body, as base64 after "v1,".
 """
 
 import asyncio
@@ -40,19 +39,19 @@ from serving.guards import MIN_SECRET_CHARACTERS, Keys, unknown_key_refusal
 
 LOGGER = logging.getLogger("serving")
 MAX_FETCH_ATTEMPTS = 3
-"""How often a version is fetched whose files cannot be reached, before it is refused."""
+"""A version whose files cannot be reached is refused after this many attempts."""
 SHUTDOWN_SECONDS = 5.0
-"""How long a version that is being loaded may hold up the end of the process."""
+"""How long a version that is being loaded may delay the end of the process."""
 Result = TypeVar("Result")
 Change = Literal["swap", "refusal"]
 
 
 @dataclass(kw_only=True)
 class Follower:
-    """Keeps `models` at what an alias names; `find` reads the alias, `load` makes a model of a version.
+    """Keeps `models` at the version that an alias names.
 
-    `on_change` is called after each swap and each refusal. While the registry cannot be read, the model that answers
-    goes on, and `trouble` says why.
+    `on_change` is called after each swap and each refusal. While the registry cannot be read, the current model keeps
+    serving, and `trouble` holds the error.
     """
 
     models: Models
@@ -63,15 +62,15 @@ class Follower:
     on_change: Callable[[Change], None] = lambda change: None
     trouble: str = ""
     _rolled_back_content: str = ""
-    """Content that a rollback by hand took out of service: not taken again until the alias has named another."""
+    """Content that a manual rollback replaced; it is not served again until the alias has named another version."""
     _refused_content: dict[str, str] = field(default_factory=dict)
-    """Version that was refused -> its content then."""
+    """Refused version -> its content at that time."""
     _num_attempts: dict[str, int] = field(default_factory=dict)
     _check_requested: asyncio.Event = field(default_factory=asyncio.Event)
     _worker_done: "asyncio.Future[None] | None" = None
 
     async def run(self) -> None:
-        """Looks at the alias every so many seconds and whenever asked, until it is cancelled."""
+        """Checks the alias every `seconds` and on request, until it is cancelled."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.seconds):
@@ -80,27 +79,27 @@ class Follower:
             try:
                 await self.check()
             except Exception as error:
-                # A defect of ours: what answers goes on, and GET /model tells it until a look succeeds.
+                # A bug: the current model keeps serving, and GET /model shows the error until a check succeeds.
                 LOGGER.exception("following %s failed", self.alias)
                 self.trouble = format_error(error)
 
     def request_check(self, *, retry_refused: bool = False) -> None:
-        """Has `run` look at once; `again` gives versions that were refused another chance."""
+        """Makes `run` check the alias now; with `retry_refused` it tries refused versions again."""
         if retry_refused:
             for records in (self._refused_content, self._num_attempts, self.models.refused):
                 records.clear()
         self._check_requested.set()
 
     def rollback(self) -> Model | None:
-        """Changes the model for the one before, which stays until the alias moves; None if there is none."""
+        """Returns to the former model until the alias moves; None if there is no former model."""
         model = self.models.roll_back()
         if model is not None and self.models.former is not None:
             self._rolled_back_content = self.models.former.content
-            self._report_swap("by hand")
+            self._report_swap("manual rollback")
         return model
 
     async def check(self) -> None:
-        """Reads the alias once and does what follows from it."""
+        """Reads the alias once and serves its version if it is new."""
         version = await self._resolve_alias()
         if version is None or version.content == self._rolled_back_content:
             return
@@ -110,56 +109,50 @@ class Follower:
             return
         if former is not None and version.content == former.content:
             self.models.roll_back()
-            self._report_swap(f"{self.alias} names it again")
+            self._report_swap(f"{self.alias} points to it again")
             return
         model = await self._prepare(version)
         if model is not None:
             await self._activate(version, model)
 
     async def close(self) -> None:
-        """Waits a little for what is being loaded."""
+        """Waits up to `SHUTDOWN_SECONDS` for a version that is being loaded."""
         if self._worker_done is not None:
             await asyncio.wait([self._worker_done], timeout=SHUTDOWN_SECONDS)
 
     async def _resolve_alias(self) -> Version | None:
-        """The version that the alias names; None, and one warning until it succeeds again, where that is not known."""
+        """The version that the alias names; None if it cannot be read, with one warning until it can be again."""
         try:
             version = await self._run_in_thread(self.read_alias)
-        except Exception as error:  # noqa: BLE001 (whatever it is, the model that answers goes on)
+        except Exception as error:  # noqa: BLE001 (the current model keeps serving on any error)
             if not self.trouble:
-                LOGGER.warning(
-                    "%s cannot be read, version %s goes on: %s", self.alias, self._version, format_error(error)
-                )
+                text = "%s cannot be read, version %s keeps serving: %s"
+                LOGGER.warning(text, self.alias, self._version, format_error(error))
             self.trouble = format_error(error)
             return None
         if self.trouble:
-            LOGGER.info("%s can be read again", self.alias)
+            LOGGER.info("%s is readable again", self.alias)
         self.trouble = ""
         return version
 
     async def _prepare(self, version: Version) -> Model | None:
-        """The version, loaded and probed; None where it may not serve, or not yet."""
+        """Loads and probes a version; None if it is refused or cannot be reached yet."""
         try:
             return await self._run_in_thread(lambda: prepare_model(version, self.load))
         except UnreachableError as error:
             attempt = self._num_attempts[version.uri] = self._num_attempts.get(version.uri, 0) + 1
             if attempt < MAX_FETCH_ATTEMPTS:
-                LOGGER.warning(
-                    "%s cannot be had, attempt %d of %d: %s",
-                    version.uri,
-                    attempt,
-                    MAX_FETCH_ATTEMPTS,
-                    format_error(error),
-                )
+                text = "%s cannot be downloaded, attempt %d of %d: %s"
+                LOGGER.warning(text, version.uri, attempt, MAX_FETCH_ATTEMPTS, format_error(error))
                 return None
             self._refuse(version, format_error(error))
         except Exception as error:  # noqa: BLE001 (a version may be bad in any way)
             self._refuse(version, format_error(error))
-            traceback.clear_frames(error.__traceback__)  # they hold the model
+            traceback.clear_frames(error.__traceback__)  # they keep the model in memory
         return None
 
     async def _activate(self, version: Version, model: Model) -> None:
-        """Lets the model answer, unless the alias has moved on while it was loaded."""
+        """Makes the model the current one, unless the alias has moved while it was loaded."""
         now = await self._resolve_alias()
         if now is not None and now.content != version.content:
             self._check_requested.set()
@@ -167,18 +160,18 @@ class Follower:
         self.models.swap(model)
         for records in (self._refused_content, self._num_attempts, self.models.refused):
             records.pop(version.uri, None)
-        self._report_swap(f"{self.alias} names it")
+        self._report_swap(f"{self.alias} points to it")
 
     def _report_swap(self, reason: str) -> None:
         former = self.models.former
-        LOGGER.info("version %s answers instead of %s: %s", self._version, former and former.version, reason)
+        LOGGER.info("version %s replaces version %s: %s", self._version, former and former.version, reason)
         self.on_change("swap")
 
     def _refuse(self, version: Version, reason: str) -> None:
         self._num_attempts.pop(version.uri, None)
         self._refused_content[version.uri] = version.content
         self.models.refused[version.uri] = reason
-        LOGGER.error("%s is refused, version %s goes on: %s", version.uri, self._version, reason)
+        LOGGER.error("%s is refused, version %s keeps serving: %s", version.uri, self._version, reason)
         self.on_change("refusal")
 
     @property
@@ -186,7 +179,7 @@ class Follower:
         return self.models.current.version
 
     async def _run_in_thread(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns, computed in a thread that does not keep the process from ending."""
+        """Runs `work` in a daemon thread, which does not keep the process from ending."""
         loop = asyncio.get_running_loop()
         result: asyncio.Future[Result] = loop.create_future()
         self._worker_done = loop.create_future()
@@ -206,7 +199,7 @@ def _run(
     failed: Exception | None = None
     try:
         outcome = work()
-    except Exception as error:  # noqa: BLE001 (raised where it is waited for)
+    except Exception as error:  # noqa: BLE001 (it is raised from the future)
         failed = error
 
     def deliver() -> None:
@@ -223,71 +216,71 @@ def _run(
 
 
 def prepare_model(version: Version, load: Callable[[Version], Model]) -> Model:
-    """A version's model, loaded, and probed with what its evaluation stored."""
+    """Loads a version and probes it with the pairs that its evaluation stored."""
     model = load(version)
     probe(model, model.probes or PROBES)
     return model
 
 
 def load_version(version: Version, spec: str, name: str = "", precision: Precision = "auto") -> Model:
-    """The model of the version that `spec` named: by its number, which no alias can move in between."""
+    """Loads the version that `spec` named, by its number, so that an alias that moves meanwhile has no effect."""
     return replace(load(version.uri, name, precision), spec=spec, registered=version)
 
 
 def format_error(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """Formats an error as one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, CappyError) else quote(f"{type(error).__name__}: {text}", 200)
 
 
 WEBHOOK_VARIABLE = "CAPPY_WEBHOOK_SECRET"
-DELIVERY_ID_HEADER, TIMESTAMP_HEADER, SIGNATURE_HEADER = (
-    "x-mlflow-delivery-id",
-    "x-mlflow-timestamp",
-    "x-mlflow-signature",
-)
+DELIVERY_ID_HEADER = "x-mlflow-delivery-id"
+TIMESTAMP_HEADER = "x-mlflow-timestamp"
+SIGNATURE_HEADER = "x-mlflow-signature"
 ALIAS_ENTITY = "model_version_alias"
 MAX_DELIVERY_AGE_SECONDS = 300
-"""How far a delivery's time may be from ours; older ones are somebody's replay."""
+"""Maximum difference between a delivery's timestamp and our clock, as protection against replays."""
 MAX_WEBHOOK_BYTES = 65_536
 _UNAUTHORIZED: dict[int | str, dict[str, object]] = {401: {"model": Problem}}
 
 
 class LoadedModel(BaseModel):
-    """A model that is loaded."""
+    """A loaded model."""
 
     name: str
-    version: Annotated[str, Field(description="12 hexadecimal digits of its manifest's hash")]
-    sha256: Annotated[str, Field(description="Hash of its manifest, and through it of every file")]
-    registered: Annotated[str, Field(description="models:/name/number in the registry, empty if it came elsewhere")]
+    version: Annotated[str, Field(description="First 12 hexadecimal digits of the manifest's hash")]
+    sha256: Annotated[str, Field(description="Hash of the manifest, which contains the hash of every file")]
+    registered: Annotated[str, Field(description="models:/name/number in the registry; empty if it is not from there")]
     precision: str
 
 
 class State(BaseModel):
-    """What answers, what could answer at once, and what may not."""
+    """The current and the former model, the followed alias and refused versions."""
 
     current: LoadedModel
-    former: Annotated[LoadedModel | None, Field(description="Stays loaded, for a rollback")] = None
-    follows: Annotated[str, Field(description="The alias that is followed, empty if none is")] = ""
-    trouble: Annotated[str, Field(description="Why the alias could not be read at the last look")] = ""
-    refused: Annotated[dict[str, str], Field(description="Version of the registry -> why it does not serve")]
+    former: Annotated[
+        LoadedModel | None, Field(description="The previous model, which stays loaded for a rollback")
+    ] = None
+    follows: Annotated[str, Field(description="The followed alias; empty if none is followed")] = ""
+    trouble: Annotated[str, Field(description="Why the alias could not be read at the last check")] = ""
+    refused: Annotated[dict[str, str], Field(description="Version in the registry -> why it was refused")]
 
 
 class RefreshResponse(BaseModel):
-    """What was done with a request to look at the alias."""
+    """Response to a request to check the alias."""
 
-    looks: Annotated[bool, Field(description="Whether the alias is looked at now; GET /model shows what came of it")]
+    looks: Annotated[bool, Field(description="Whether the alias is checked now; GET /model shows the result")]
 
 
 def add_admin(app: FastAPI, models: Models, follower: Follower | None, keys: Keys, secret: str) -> None:
-    """GET /model; where an alias is followed POST /admin/refresh and /admin/rollback if there are keys.
+    """Adds GET /model; if an alias is followed, also POST /admin/refresh and /admin/rollback if there are keys.
 
-    With a secret also POST /webhooks/mlflow.
+    With a secret it also adds POST /webhooks/mlflow.
     """
 
     @app.get("/model", tags=["model"], responses=_UNAUTHORIZED, response_model=State)
     async def model(request: Request) -> Response | State:
-        """Which model answers; needs a key where there are keys."""
+        """The loaded models; needs a key if the service has keys."""
         return _state(models, follower) if keys.allow(request.headers) else _refuse(unknown_key_refusal())
 
     if follower is not None and keys:
@@ -301,7 +294,7 @@ def _add_model_changes(app: FastAPI, models: Models, follower: Follower, keys: K
         "/admin/refresh", tags=["model"], status_code=202, responses=_UNAUTHORIZED, response_model=RefreshResponse
     )
     async def refresh(request: Request) -> Response | RefreshResponse:
-        """Looks at the alias now, at versions that were refused too."""
+        """Checks the alias now, and tries refused versions again."""
         if not keys.allow(request.headers):
             return _refuse(unknown_key_refusal())
         follower.request_check(retry_refused=True)
@@ -311,11 +304,13 @@ def _add_model_changes(app: FastAPI, models: Models, follower: Follower, keys: K
         "/admin/rollback", tags=["model"], responses={**_UNAUTHORIZED, 409: {"model": Problem}}, response_model=State
     )
     async def rollback(request: Request) -> Response | State:
-        """Changes the model for the one before, until the alias moves."""
+        """Returns to the former model until the alias moves."""
         if not keys.allow(request.headers):
             return _refuse(unknown_key_refusal())
         if follower.rollback() is None:
-            return _refuse(Refusal(409, "no former model is loaded; move the alias: cappy promotion --rollback"))
+            return _refuse(
+                Refusal(409, "no former model is loaded; to move the alias instead: cappy promotion --rollback")
+            )
         return _state(models, follower)
 
 
@@ -324,14 +319,16 @@ def _add_webhook(app: FastAPI, follower: Follower, secret: str) -> None:
         "/webhooks/mlflow", tags=["model"], status_code=202, responses=_UNAUTHORIZED, response_model=RefreshResponse
     )
     async def webhook(request: Request) -> Response | RefreshResponse:
-        """An event of MLflow's, signed with the secret: looks at the alias now if it is about the alias."""
+        """Takes a signed event of MLflow; checks the alias now if the event is about it."""
         try:
-            body = await receive_body(request, MAX_WEBHOOK_BYTES, "no event of MLflow is as large")
+            body = await receive_body(request, MAX_WEBHOOK_BYTES, "MLflow's events are smaller")
             Bounds().check(body)
         except Refusal as refusal:
             return _refuse(refusal)
         if not _is_signed(secret, request.headers, body, time.time()):
-            return _refuse(Refusal(401, "the signature is not that of this service's secret, or is too old"))
+            return _refuse(
+                Refusal(401, "the signature does not match this service's secret, or its timestamp is too old")
+            )
         looks = _is_about(follower.alias, body)
         if looks:
             follower.request_check()
@@ -364,7 +361,7 @@ def _refuse(refusal: Refusal) -> Response:
 
 
 def read_secret() -> str:
-    """The secret from CAPPY_WEBHOOK_SECRET, empty if there is none; ConfigError for a short one."""
+    """Reads the secret from CAPPY_WEBHOOK_SECRET, empty if it is not set; raises ConfigError for a short one."""
     secret = os.environ.get(WEBHOOK_VARIABLE, "").strip()
     if secret and len(secret) < MIN_SECRET_CHARACTERS:
         remedy = "make one with: openssl rand -hex 24"
@@ -373,7 +370,7 @@ def read_secret() -> str:
 
 
 def _is_signed(secret: str, headers: Mapping[str, str], body: bytes, now: float) -> bool:
-    """Whether who knows the secret sent this body within five minutes of `now`, in seconds since 1970."""
+    """Whether the signature is valid and its timestamp within five minutes of `now` (seconds since 1970)."""
     delivery_id, timestamp, signature = (
         headers.get(name, "") for name in (DELIVERY_ID_HEADER, TIMESTAMP_HEADER, SIGNATURE_HEADER)
     )
@@ -391,7 +388,7 @@ def _is_signed(secret: str, headers: Mapping[str, str], body: bytes, now: float)
 
 
 def _is_about(alias: str, body: bytes) -> bool:
-    """Whether an event says that the alias of this spec was set or deleted."""
+    """Whether an event reports that the alias of this spec was set or deleted."""
     try:
         event = from_json(body)
     except ValueError:

@@ -1,8 +1,8 @@
-"""Who may ask a service: clients with a known API key, under an allowed name, and pages of an allowed origin.
+"""Checks of API keys, host names and origins for both services.
 
-A page can send requests to any address that its visitor's machine reaches. The Host header says under which name the
-browser found the service, so that a name which somebody points at 127.0.0.1 (DNS rebinding) is refused; Origin and
-Sec-Fetch-Site say which page asked.
+A page can send requests to any address that its visitor's machine can reach. The Host header holds the name that the
+browser resolved, so a foreign name that resolves to 127.0.0.1 (DNS rebinding) is refused. Origin and Sec-Fetch-Site
+say which page sent the request.
 """
 
 import hmac
@@ -26,21 +26,21 @@ from serving.config import ANY
 KEYS_VARIABLE = "CAPPY_API_KEYS"
 MIN_SECRET_CHARACTERS = 8
 INTERNAL_SUFFIXES = (".svc", ".cluster.local", ".local", ".internal")
-"""Suffixes of names that public DNS does not resolve, so an attacker cannot point one at this machine."""
+"""Suffixes that public DNS does not resolve, so an attacker cannot make such a name resolve to this machine."""
 _NAME = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5}))?"
 _HOST = re.compile(_NAME)
 _ORIGIN = re.compile(f"(https?)://{_NAME}")
 _PORTS = {"http": "80", "https": "443"}
 Refuse = Callable[[str, Refusal], Response]
-"""(path, refusal) -> the answer, in the shape of that path's clients."""
+"""(path, refusal) -> the response, in the shape that the path's clients expect."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hosts:
-    """Names that a service answers to, by the Host header; `allowed` ones always, `*` stands for any.
+    """Names that a service answers to, by the Host header: always those `allowed` (`*` stands for any).
 
-    On `loopback` those of this machine alone. Elsewhere any where clients have `keys`; without, addresses, names
-    without a dot, names that end as those `INSIDE` a cluster or a local network do, and the machine's own.
+    If it listens on `loopback`, only the names of this machine. Otherwise any name if clients need `keys`; without
+    keys, addresses, names without a dot, names with one of `INTERNAL_SUFFIXES`, and the machine's own name.
     """
 
     allowed: Sequence[str] = ()
@@ -48,7 +48,7 @@ class Hosts:
     keys: bool = False
 
     def allow(self, name: str) -> bool:
-        """Whether the service answers to a name or an address, given without a port."""
+        """Whether the service answers to a name or an address (without a port)."""
         name = name.lower().removesuffix(".")
         if any(_matches(name, pattern.lower()) for pattern in self.allowed):
             return True
@@ -65,15 +65,15 @@ ANY_HOST = Hosts(allowed=(ANY,))
 
 
 def hosts_of(listener: socket.socket, allowed: Sequence[str], keys: bool) -> Hosts:
-    """The names to answer to on a socket that is bound."""
+    """The names that a service on this bound socket answers to."""
     address = _address(str(listener.getsockname()[0]))
     return Hosts(allowed=allowed, loopback=address is not None and _is_loopback(address), keys=keys)
 
 
 class BrowserGuard:
-    """ASGI middleware: refuses what comes under another name (421) or from a page of another origin (403).
+    """ASGI middleware: refuses requests for another host name (421) or from a page of another origin (403).
 
-    421 (RFC 9110, 15.5.20): the request reached a server that does not answer for that name.
+    Status 421: RFC 9110, section 15.5.20.
     """
 
     def __init__(self, app: ASGIApp, hosts: Hosts, origins: Sequence[str], refuse: Refuse) -> None:
@@ -97,15 +97,15 @@ class BrowserGuard:
         host_headers, origin_headers = headers.getlist("host"), headers.getlist("origin")
         from_browser = bool(origin_headers) or "sec-fetch-site" in headers
         if not host_headers and not from_browser and scope.get("http_version") == "1.0":
-            # A balancer's check, HAProxy's for one; browsers speak no HTTP/1.0 and always send a Host.
+            # A load balancer's health check, such as HAProxy's; browsers do not use HTTP/1.0 and always send a Host.
             return
         host = _HOST.fullmatch(host_headers[0]) if len(host_headers) == 1 else None
         if host is None:
-            raise Refusal(400, "a request must have one Host header with a name or an address, and a port or none")
+            raise Refusal(400, "a request must have one Host header: a name or an address, optionally with a port")
         if not self._hosts.allow(host[1]):
             name = quote(host[1])
             raise Refusal(
-                421, f"this service does not answer to the name {name}; its owner may allow it: --allowed-hosts"
+                421, f"this service does not answer to the host name {name}; its owner can allow it: --allowed-hosts"
             )
         if ANY in self._origins or (not origin_headers and not _is_cross_site(scope["method"], headers)):
             return
@@ -114,11 +114,13 @@ class BrowserGuard:
             and (origin_headers[0] in self._origins or _is_own(origin_headers[0], host, scope["scheme"]))
         ):
             source = f"a page of {quote(origin_headers[0])}" if origin_headers else "a page of another site"
-            raise Refusal(403, f"{source} may not ask this service; its owner may let it: --allow-origin")
+            raise Refusal(
+                403, f"{source} may not send requests to this service; its owner can allow it: --allow-origin"
+            )
 
 
 def _is_cross_site(method: str, headers: Headers) -> bool:
-    """Whether a browser says that another site's page asks, without an Origin; following a link to here is allowed."""
+    """Whether a browser reports a request from another site's page, without an Origin; following a link is allowed."""
     if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
         return False
     is_navigation = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
@@ -128,7 +130,8 @@ def _is_cross_site(method: str, headers: Headers) -> bool:
 def _is_own(origin: str, host: re.Match[str], scheme: str) -> bool:
     """Whether an origin is the service's own, by its name and port.
 
-    Behind a proxy that ends TLS the origin is https and the request http, so the scheme counts only where TLS is ours.
+    Behind a proxy that ends TLS the origin is https and the request http, so the scheme is only compared if this
+    service ends TLS itself.
     """
     parts = _ORIGIN.fullmatch(origin)
     if parts is None or (scheme == "https" and parts[1] != "https"):
@@ -156,7 +159,7 @@ def _is_loopback(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool
 
 
 class Keys:
-    """The keys that are known; without any, everybody may ask. Only their digests are kept."""
+    """The valid API keys, stored as digests; without any, no key is needed."""
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
         self._digests = [_digest(key) for key in keys]
@@ -165,7 +168,7 @@ class Keys:
         return bool(self._digests)
 
     def allow(self, headers: Mapping[str, str]) -> bool:
-        """Whether `Authorization: Bearer KEY` has a known key; a wrong one takes as long as a right one."""
+        """Whether `Authorization: Bearer KEY` has a valid key, compared in constant time."""
         if not self._digests:
             return True
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -174,25 +177,25 @@ class Keys:
 
 
 def read_keys(path: Path | None) -> Keys:
-    """Keys from a file, one a line, or from CAPPY_API_KEYS, separated by commas; ConfigError for a short one.
+    """Reads keys from a file, one per line, or from CAPPY_API_KEYS, separated by commas.
 
-    Lines that begin with # are comments. A file, or a variable that is not empty, that holds no key is refused: who
-    gave it did not want an open service.
+    Lines that start with # are comments. Raises ConfigError for a short key, and if a file or a non-empty variable
+    holds no key: its owner does not want an open service.
     """
     if path is not None:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--api-keys {path}: cannot be read; give a text file with one key a line") from error
+            raise ConfigError(f"--api-keys {path}: cannot be read; give a text file with one key per line") from error
         lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     else:
         text = os.environ.get(KEYS_VARIABLE, "")
         lines = text.split(",")
     keys = [key.strip() for key in lines if key.strip()]
     if path is not None and not keys:
-        raise ConfigError(f"--api-keys {path}: holds no key; write one a line")
+        raise ConfigError(f"--api-keys {path}: holds no key; write one per line")
     if text and not keys:
-        raise ConfigError(f"{KEYS_VARIABLE}: holds no key; put keys there, with commas between, or unset it")
+        raise ConfigError(f"{KEYS_VARIABLE}: holds no key; set it to keys separated by commas, or unset it")
     if any(len(key) < MIN_SECRET_CHARACTERS for key in keys):
         source = f"--api-keys {path}" if path is not None else KEYS_VARIABLE
         raise ConfigError(
@@ -206,7 +209,7 @@ def _digest(key: str) -> bytes:
 
 
 class KeyGuard:
-    """ASGI middleware: every path but the `open` ones needs a key, where there are keys."""
+    """ASGI middleware: if there are keys, every path except `open_paths` needs one."""
 
     def __init__(self, app: ASGIApp, keys: Keys, open_paths: Collection[str], refuse: Refuse) -> None:
         self._app = app
@@ -222,5 +225,5 @@ class KeyGuard:
 
 
 def unknown_key_refusal() -> Refusal:
-    """What a client without a known key is answered."""
-    return Refusal(401, "no API key that this service knows; send Authorization: Bearer KEY")
+    """The refusal of a request without a valid key."""
+    return Refusal(401, "missing or unknown API key; send Authorization: Bearer KEY")

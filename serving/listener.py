@@ -1,4 +1,4 @@
-"""How both services listen, speak HTTP, log and end: notice is given before they take no more connections."""
+"""Listening, HTTP settings, logging and graceful shutdown of both services."""
 
 import asyncio
 import contextlib
@@ -35,29 +35,29 @@ from serving.connections import (
 MAX_REPEATS = 5
 REPEAT_SECONDS = 10.0
 MAX_TRACKED_LINES = 1000
-"""Different lines that are remembered at once."""
+"""Maximum number of different lines that are counted at once."""
 ACCESS_LOGGER_NAME = "serving.access"
 LOGGER = logging.getLogger("serving.repeats")
 
 LineKey = tuple[str, int, str]
-"""Logger, level, first line of the message before its values are put in."""
+"""Logger, level, first line of the message before formatting."""
 
 
 class ShutdownState(Protocol):
-    """Whether the service is shutting down."""
+    """Holds whether the service is shutting down."""
 
     shutting_down: bool
 
 
 @dataclass
 class Shutdown:
-    """Whether the service is shutting down."""
+    """Holds whether the service is shutting down."""
 
     shutting_down: bool = False
 
 
 class GracefulServer(uvicorn.Server):
-    """Answers for `notice` seconds after SIGTERM, while `shutdown.closing` is true, and takes no connections then."""
+    """Keeps answering for `notice` seconds after SIGTERM with `shutdown.shutting_down` set, then stops listening."""
 
     def __init__(self, config: uvicorn.Config, shutdown: ShutdownState, notice: float) -> None:
         super().__init__(config)
@@ -65,7 +65,7 @@ class GracefulServer(uvicorn.Server):
         self._notice = notice
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first SIGTERM: not ready, and closed a little later; any other signal at once."""
+        """Delays the shutdown on the first SIGTERM; any other signal shuts down immediately."""
         if sig != signal.SIGTERM or self._shutdown.shutting_down or not self.started:
             super().handle_exit(sig, frame)
             return
@@ -74,12 +74,12 @@ class GracefulServer(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._loop.call_later, self._notice, self._request_exit)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serves until it is asked to stop."""
+        """Serves until a signal stops it."""
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens; asyncio takes few connections in a turn, and the system keeps many waiting."""
+        """Listens with a long queue in the operating system, of which asyncio accepts few connections per turn."""
         if self.config.ssl is not None:
             protocol, context = self.config.http_protocol_class, self.config.ssl
             self.config.http_protocol_class, self.config.ssl = wrap_tls(protocol, context), None  # type: ignore[assignment, arg-type]
@@ -99,10 +99,7 @@ def http_config(
     key: Path | None = None,
     upstream: bool = False,
 ) -> uvicorn.Config:
-    """How both services speak HTTP: punctual clients, patient connections, a time to finish in.
-
-    `upstream` says that the service opens connections itself, and needs files for them.
-    """
+    """uvicorn's settings for both services; `upstream` reserves open files for connections that the service opens."""
     connections = Connections(max_client_connections(upstream=upstream))
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
@@ -121,33 +118,33 @@ def http_config(
 
 
 def prepare_process() -> None:
-    """Signals, log and limits of a process that serves: SIGTERM ends it with status 0."""
+    """Sets up signals, logging and limits of a serving process; SIGTERM ends it with status 0."""
     signal.signal(signal.SIGTERM, _exit_process)
     _log_to_stderr()
     raise_file_limit()
 
 
 def _exit_process(signum: int, frame: FrameType | None) -> None:
-    """uvicorn raises the signal again after its own graceful stop, so this decides the status."""
+    """Exits with status 0: uvicorn raises the signal again after its graceful shutdown."""
     raise SystemExit(0)
 
 
 def check_tls(certificate: Path | None, key: Path | None) -> None:
-    """ConfigError where a certificate and its key do not go together."""
+    """Raises ConfigError if a certificate and its key cannot be used together."""
     if certificate is None or key is None:
         return
     try:
-        # An empty passphrase, or OpenSSL would ask for one at the terminal.
+        # Without a passphrase OpenSSL would prompt for one at the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
     except OSError as error:  # SSLError is one
         text = f"--tls-certificate {certificate}: cannot be used with --tls-key {key}"
-        remedy = "give a certificate and the private key that belongs to it, both in PEM form, without a passphrase"
+        remedy = "give a certificate and its private key, both in PEM format, without a passphrase"
         raise ConfigError(f"{text} ({error.strerror or error}); {remedy}") from error
 
 
 @contextlib.contextmanager
 def bind(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that holds the address and does not listen yet; ConfigError if it cannot be had."""
+    """Yields a socket that is bound to the address and not listening yet; raises ConfigError if it cannot be bound."""
     with address_errors(host, port):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as listener:
@@ -159,21 +156,21 @@ def bind(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def address_errors(host: str, port: int) -> Iterator[None]:
-    """What keeps a socket from its address becomes one line with its remedy."""
+    """Translates errors of binding an address to ConfigError with a remedy."""
     try:
         yield
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            text = f"{host}:{port}: is in use by another process; stop it or choose another --port (0: any free one)"
+            text = f"{host}:{port}: in use by another process; stop it or choose another --port (0: any free one)"
         elif error.errno == errno.EACCES:
-            text = f"{host}:{port}: may not be used without root's rights; choose a --port above 1023"
+            text = f"{host}:{port}: needs root privileges; choose a --port above 1023"
         else:
-            text = f"{host}:{port}: is not an address of this machine ({error.strerror}); try --host 127.0.0.1"
+            text = f"{host}:{port}: not an address of this machine ({error.strerror}); try --host 127.0.0.1"
         raise ConfigError(text) from error
 
 
 def format_url(listener: socket.socket, scheme: str = "http") -> str:
-    """The address that a socket listens on."""
+    """The URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -185,9 +182,9 @@ class _RepeatCount:
 
 
 class RepeatFilter(logging.Filter):
-    """Lets `REPEATS_WRITTEN` records of the same logger, level and first line of a message through in `REPEAT_SECONDS`.
+    """Passes at most `MAX_REPEATS` records with the same logger, level and first line per `REPEAT_SECONDS`.
 
-    Records of the access log pass: they are one a request. What was left out is counted in a line of its own.
+    The access log is exempt. The number of suppressed records is logged in a line of its own.
     """
 
     def __init__(self) -> None:
@@ -204,20 +201,20 @@ class RepeatFilter(logging.Filter):
             suppressed = self._pop_expired(time.monotonic())
             is_written = record.name == ACCESS_LOGGER_NAME or self._count_record(record) <= MAX_REPEATS
         for (name, level, text), line in suppressed:
-            LOGGER.log(level, "%s: %d more like this were left out: %s", name, line.count - MAX_REPEATS, text)
+            LOGGER.log(level, "%s: %d more lines like this were suppressed: %s", name, line.count - MAX_REPEATS, text)
         return is_written
 
     def _count_record(self, record: logging.LogRecord) -> int:
-        """How many of the record's line there were in its time, this one included."""
+        """Counts a record; returns how many there were like it in the current interval, this one included."""
         key = (record.name, record.levelno, str(record.msg).partition("\n")[0][:200])
         if key not in self._lines and len(self._lines) >= MAX_TRACKED_LINES:
-            key = (record.name, record.levelno, "lines of many kinds")
+            key = (record.name, record.levelno, "other lines")
         line = self._lines.setdefault(key, _RepeatCount(time.monotonic() + REPEAT_SECONDS))
         line.count += 1
         return line.count
 
     def _pop_expired(self, now: float) -> list[tuple[LineKey, _RepeatCount]]:
-        """Forgets lines whose time is over, and gives those of which some were left out; looks once a second."""
+        """Removes expired lines and returns those with suppressed records; checks once a second."""
         if now < self._next_check:
             return []
         self._next_check = now + 1.0
@@ -228,7 +225,7 @@ class RepeatFilter(logging.Filter):
 
 
 def _log_to_stderr() -> None:
-    """The log of a service: plain lines on stderr, repeated ones counted."""
+    """Logs plain lines to stderr, with repeated ones suppressed and counted."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     for handler in logging.getLogger().handlers:
         if not any(isinstance(existing, RepeatFilter) for existing in handler.filters):

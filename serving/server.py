@@ -22,17 +22,17 @@ from serving.guards import hosts_of, read_keys
 from serving.listener import GracefulServer, address_errors, bind, check_tls, format_url, http_config, prepare_process
 
 MakeFollower = Callable[[Models], Follower]
-"""What changes the model while requests are answered."""
+"""Creates the follower, which changes the model while requests are answered."""
 
 
 def run(config: ServeConfig, environment: Environment | None = None) -> None:
-    """Takes the address, loads the scorer, listens; returns when it was asked to stop and has answered all it accepted.
+    """Binds the address, loads the scorer and serves it; returns after a graceful shutdown.
 
-    ConfigError if the address cannot be had, which is found out before the scorer is loaded. SIGTERM ends the process
-    with status 0.
+    Raises ConfigError before the scorer is loaded if the address cannot be bound. SIGTERM ends the process with status
+    0.
     """
     check_tls(config.tls_certificate, config.tls_key)
-    # What is wrong with them is said before a bucket's folder is copied.
+    # Find errors in the keys before a folder is copied from a bucket.
     read_keys(config.api_keys)
     read_secret()
     with local_scorer(config.scorer) as scorer:
@@ -61,7 +61,7 @@ def serve(
     *,
     make_follower: MakeFollower | None = None,
 ) -> None:
-    """`run` with whatever model `load` gives."""
+    """Like `run`, with the model that `load` returns."""
     keys, secret, environment = read_keys(config.api_keys), read_secret(), environment or Environment()
     prepare_process()
     failures: list[CappyError] = []
@@ -95,7 +95,7 @@ def serve(
         scheme = "https" if config.tls_certificate else "http"
         sys.stderr.write(
             f"cappy serve: scorer {models.current.version} at {format_url(listener, scheme)} "
-            "(a page at /, POST /score, GET /ready; /openapi.json has every path)\n"
+            "(a page at /, POST /score, GET /ready; all paths: /openapi.json)\n"
         )
         server.run(sockets=[listener])
     if failures:
@@ -104,10 +104,10 @@ def serve(
 
 @contextlib.contextmanager
 def local_scorer(scorer: str) -> Iterator[str]:
-    """The spec itself, or the folder that a bucket's (`gs://bucket/folder`) was copied to, kept until the block ends.
+    """Yields the spec itself, or for a folder in a bucket (`gs://bucket/folder`) a local copy, deleted at the end.
 
-    Of a bucket a manifest is asked for, since without one nobody would see that a file is missing; loading checks every
-    file against it. ConfigError where the bucket cannot be read, FolderError without a manifest.
+    Raises ConfigError if the bucket cannot be read, and FolderError if the folder has no manifest: without one a
+    missing file would not be noticed. Loading checks every file against the manifest.
     """
     if "://" not in scorer:
         yield scorer
@@ -122,12 +122,12 @@ def local_scorer(scorer: str) -> Iterator[str]:
             remedy = "check the URI, the credentials and the network"
             raise ConfigError(f"{quote(scorer)}: cannot be read ({reason}); {remedy}") from error
         if not (folder / MANIFEST).exists():
-            raise FolderError(f"{quote(scorer)}: holds no {MANIFEST}; give the folder of a scorer, whole")
+            raise FolderError(f"{quote(scorer)}: has no {MANIFEST}; give a complete scorer folder")
         yield str(folder)
 
 
 def _copy(uri: str, folder: Path) -> None:
-    """By fsspec, or by the library of Google Cloud Storage where fsspec's part for it is not installed."""
+    """Copies a folder with fsspec, or with google-cloud-storage if gcsfs is not installed."""
     import fsspec
 
     try:
@@ -160,7 +160,7 @@ def _copy_blobs(uri: str, folder: Path) -> None:
         if not name or name.endswith("/"):
             continue
         if ".." in name.split("/") or name.startswith("/"):
-            raise ValueError(f"the object {blob.name} leads out of the folder")
+            raise ValueError(f"the object name {blob.name} points outside of the folder")
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         blob.download_to_filename(str(target))

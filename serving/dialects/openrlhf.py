@@ -1,4 +1,4 @@
-"""OpenRLHF's remote reward model: POST /get_reward; a query is a prompt with the response behind it."""
+"""OpenRLHF's remote reward model: POST /get_reward; a query is a prompt followed by its response."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Self
@@ -13,7 +13,7 @@ EXAMPLE: dict[str, JsonValue] = {"query": ["What is 1 + 1? 2"], "prompts": ["Wha
 
 
 class RewardRequest(Body):
-    """Queries and as many prompts; `labels` are taken and not used, since a scorer needs no reference."""
+    """Queries and as many prompts; `labels` are ignored, since a scorer needs no reference."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
@@ -27,12 +27,12 @@ class RewardRequest(Body):
             raise ValueError(f"{len(self.query)} queries for {len(self.prompts)} prompts")
         for index, (query, prompt) in enumerate(zip(self.query, self.prompts, strict=True)):
             if prompt not in query:
-                raise ValueError(f"query {index} does not have its prompt in it, so its response cannot be cut out")
+                raise ValueError(f"query {index} does not contain its prompt, so its response cannot be extracted")
         return self
 
 
 class RewardResponse(Body):
-    """Rewards in the order of the queries; `scores` are the same, `extra_logs` for curves."""
+    """Rewards in the order of the queries; `scores` has the same values, `extra_logs` is for plots."""
 
     rewards: Sequence[float]
     scores: Sequence[float]
@@ -40,7 +40,7 @@ class RewardResponse(Body):
 
 
 def _pairs(request: RewardRequest) -> list[Pair]:
-    """The response is what follows the prompt; a token for the begin of a text may stand before it."""
+    """The response is what follows the prompt, which may be preceded by a begin-of-text token."""
     return [(prompt, query.partition(prompt)[2]) for query, prompt in zip(request.query, request.prompts, strict=True)]
 
 

@@ -21,11 +21,13 @@ from serving.dialects.dialect import (
 )
 
 LABEL = "LABEL_0"
-"""What transformers calls the only output of a model whose outputs were given no names."""
-Raw = Annotated[Flag, Field(description="true gives logits, false scores, about 0 to 1")]
+"""transformers' default name for the only output of a model."""
+Raw = Annotated[Flag, Field(description="true returns logits, false scores, about 0 to 1")]
 Truncate = Annotated[
     Flag | None,
-    Field(description="false: a pair that is longer than the scorer reads is refused; else its instruction is cut"),
+    Field(
+        description="false refuses pairs that are longer than the scorer's maximum; else the instruction is truncated"
+    ),
 ]
 ErrorType = Literal["validation", "overloaded", "unhealthy", "unauthorized", "backend"]
 ERROR_TYPES: Mapping[int, ErrorType] = {
@@ -41,7 +43,7 @@ class _Options(Body):
     raw_scores: Raw = False
     truncate: Truncate = None
     truncation_direction: Annotated[
-        Literal["Right", "right"], Field(description="The default alone: what is cut is the instruction's middle")
+        Literal["Right", "right"], Field(description="Only the default; the middle of the instruction is removed")
     ] = "Right"
 
 
@@ -58,7 +60,7 @@ class TeiRerankRequest(_Options):
 
 
 class TeiRank(Body):
-    """A text's place in the request, its score, and itself where it was wanted."""
+    """A text's index in the request, its score, and the text if it was requested."""
 
     index: int
     score: float
@@ -78,18 +80,18 @@ class TeiPredictRequest(_Options):
 
 
 class TeiPrediction(Body):
-    """The score of a pair under the name of the only label."""
+    """The score of a pair, with the name of the only label."""
 
     score: float
     label: str
 
 
 class TeiPredictResponse(RootModel[Sequence[TeiPrediction] | Sequence[Sequence[TeiPrediction]]]):
-    """A list for each pair; the list alone where one pair was given outside a list."""
+    """A list per pair; a single list if the request has one pair outside of a list."""
 
 
 class TeiProblem(RefusalResponse):
-    """What was wrong with a request."""
+    """An error."""
 
     error: str
     error_type: ErrorType
@@ -128,7 +130,7 @@ def _predictions(request: TeiPredictRequest, result: ScoredPairs) -> TeiPredictR
 def _add_routes(app: FastAPI, served: ServedModels) -> None:
     @app.get("/info", tags=["served"])
     async def info() -> Mapping[str, object]:
-        """What Text Embeddings Inference tells of a model, as far as it holds here."""
+        """Model information in the format of Text Embeddings Inference."""
         model = served.models.current
         return {
             "model_id": model.name,

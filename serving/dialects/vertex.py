@@ -1,4 +1,4 @@
-"""Vertex AI's prediction requests and KServe's version 1, of the same shapes: instances in, predictions out."""
+"""Vertex AI's prediction requests and KServe's version 1, which have the same shape: instances in, predictions out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ class Instance(Body):
 
 
 class NoParameters(Body):
-    """Scoring knows no parameters."""
+    """An empty object: scoring has no parameters."""
 
 
 class InstancesRequest(Body):
@@ -36,7 +36,7 @@ class InstancesRequest(Body):
 
 
 class Prediction(Body):
-    """A pair's score, and the label to expect, 0 to 1, where the scorer is calibrated."""
+    """A pair's score, and its expected label, 0 to 1, if the scorer is calibrated."""
 
     score: float
     expected: float | None = None
@@ -49,17 +49,17 @@ class PredictionsResponse(Body):
 
 
 class PlatformProblem(RefusalResponse):
-    """What was wrong with a request."""
+    """An error."""
 
     error: str
 
 
 UNKNOWN_MODEL_RESPONSES: dict[int | str, dict[str, object]] = {404: {"model": PlatformProblem}}
-UNREADY_RESPONSES: dict[int | str, dict[str, object]] = {503: {"description": "Scores cannot be had"}}
+UNREADY_RESPONSES: dict[int | str, dict[str, object]] = {503: {"description": "The service is not ready"}}
 
 
 def refuse(status: int, message: str) -> Mapping[str, object]:
-    """A refusal as model platforms have it."""
+    """A refusal in the shape of model platforms."""
     return {"error": message}
 
 
@@ -96,16 +96,16 @@ VERTEX = Dialect(
 
 
 def unknown_model(models: Models, model: str, version: str = "") -> Response | None:
-    """The refusal of a model or a version that is not served; None where it is."""
+    """A 404 response for a model or a version that is not served; None if it is served."""
     current = models.current
     names = (current.name, current.version, current.spec)
     if model in names and version in ("", *names):
         return None
-    return JSONResponse({"error": f"no model of that name is served; ask for {current.name}"}, status_code=404)
+    return JSONResponse({"error": f"no such model or version; use {current.name}"}, status_code=404)
 
 
 def model_state(models: Models, model: str, version: str = "") -> Response:
-    """Whether a model can score, as platforms ask it."""
+    """Readiness of a model."""
     content = {"name": model, "ready": not models.unready}
     status = 503 if models.unready else 200
     return unknown_model(models, model, version) or JSONResponse(content, status_code=status)
@@ -114,13 +114,13 @@ def model_state(models: Models, model: str, version: str = "") -> Response:
 def _add_routes(app: FastAPI, served: ServedModels) -> None:
     @app.get("/v1/models", tags=["served"])
     async def list_models() -> Mapping[str, object]:
-        """The model that is served, for KServe's clients and for vLLM's."""
+        """The served model, for clients of KServe and vLLM."""
         name = served.models.current.name
         return {"models": [name], "object": "list", "data": [{"id": name, "object": "model", "owned_by": "cappy"}]}
 
     @app.get("/v1/models/{model}", tags=["served"], responses={**UNKNOWN_MODEL_RESPONSES, **UNREADY_RESPONSES})
     async def model_status(model: str) -> Response:
-        """Whether a model can score."""
+        """Readiness of a model."""
         return model_state(served.models, model)
 
 

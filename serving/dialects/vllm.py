@@ -1,4 +1,4 @@
-"""vLLM's score: POST /score and /v1/score, under the names that its fields have had; its rerank is in `rerank`."""
+"""vLLM's score API: POST /score and /v1/score, with current and older field names; its rerank API is in `rerank`."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ ERROR_TYPES: Mapping[int, str] = {
 
 
 class VllmRequest(Body):
-    """Instructions and responses: one and one, one and many, or as many of both."""
+    """Instructions and responses: one instruction for all responses, or one per response."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"text_1": "What is the capital of France?", "text_2": ["Paris", "Rome"]}]}
@@ -42,11 +42,9 @@ class VllmRequest(Body):
             description="The response or responses; also `documents`, `items`, `data_2`",
         ),
     ]
-    use_activation: Annotated[Flag | None, Field(description="false gives logits for scores")] = None
-    truncate_prompt_tokens: Annotated[
-        Literal[-1] | None, Field(description="-1, the scorer's own length, is always meant")
-    ] = None
-    user: Annotated[str | None, Field(description="Taken and not used")] = None
+    use_activation: Annotated[Flag | None, Field(description="false returns logits instead of scores")] = None
+    truncate_prompt_tokens: Annotated[Literal[-1] | None, Field(description="Only -1, the scorer's own maximum")] = None
+    user: Annotated[str | None, Field(description="Ignored")] = None
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
@@ -65,7 +63,7 @@ class VllmScore(Body):
 
 
 class VllmUsage(Body):
-    """Tokens that the scorer read; of equal pairs one."""
+    """Tokens that the scorer read; equal pairs count once."""
 
     prompt_tokens: int
     total_tokens: int
@@ -84,7 +82,7 @@ class VllmResponse(Body):
 
 
 class VllmError(Body):
-    """What was wrong: in a sentence, as a class, in which field, by which status."""
+    """Message, type, field and status of an error."""
 
     message: str
     type: str
@@ -93,7 +91,7 @@ class VllmError(Body):
 
 
 class VllmProblem(RefusalResponse):
-    """What was wrong with a request."""
+    """An error."""
 
     error: VllmError
 

@@ -22,13 +22,13 @@ PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from scoring_function import FakeEngine, model
-from cappy.scoring.encoding import Encoded
+from cappy.scoring.encoding import EncodedPair
 from serving import server
 from serving.config import ServeConfig
 
 class Engine(FakeEngine):
     def encode(self, pairs):
-        return [Encoded(ids=(1, -1, 1), types=()) for _ in pairs]
+        return [EncodedPair(ids=(1, -1, 1), types=()) for _ in pairs]
 
 server.serve(lambda: model(Engine(remembers=False)), ServeConfig(port=int(sys.argv[2])))
 """

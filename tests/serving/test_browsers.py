@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from gateway_server import gateway
 from scoring_function import FakeEngine
 from starlette.responses import Response
-from starlette.content_types import Message
+from starlette.types import Message
 from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError
