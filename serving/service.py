@@ -171,7 +171,7 @@ class Service:
         model = self.models.find(*names)
         if model is None:
             versions = [model.version for model in (self.models.current, self.models.former) if model is not None]
-            text = f"no such model or version; use {self.models.current.name}, or leave the name out"
+            text = f"no model or version of this name is served; use {self.models.current.name}, or leave the name out"
             raise Refusal(404, f"{text}; loaded versions: {', '.join(versions)}")
         return model
 

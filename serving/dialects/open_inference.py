@@ -156,7 +156,7 @@ def _parse(body: bytes, headers: Mapping[str, str], bounds: Bounds) -> object:
             offset, remaining = end, remaining - len(tensor["data"])
             bounds.check_count(bounds.max_values - remaining)
     if offset < len(body):
-        raise ValueError(f"{len(body) - offset} bytes follow the last tensor")
+        raise ValueError(f"the body has {len(body) - offset} bytes more than its tensors")
     return value
 
 

@@ -101,7 +101,7 @@ def unknown_model(models: Models, model: str, version: str = "") -> Response | N
     names = (current.name, current.version, current.spec)
     if model in names and version in ("", *names):
         return None
-    return JSONResponse({"error": f"no such model or version; use {current.name}"}, status_code=404)
+    return JSONResponse({"error": f"no model or version of this name is served; use {current.name}"}, status_code=404)
 
 
 def model_state(models: Models, model: str, version: str = "") -> Response:

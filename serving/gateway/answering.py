@@ -1,4 +1,4 @@
-"""One request from its first sample to its answer: rounds of samples, scores, and what follows from them."""
+"""Answers one request: samples candidates in rounds, scores them and decides on the outcome."""
 
 import asyncio
 import time
@@ -16,18 +16,18 @@ from serving.gateway.scoring import Scoring
 from serving.gateway.upstream import RoundResult, SampledCandidate, SamplingCall, Upstream
 
 SAMPLING_SHARE = 0.9
-"""Of the seconds of a request; what is left is for the scorer."""
+"""Share of a request's time for sampling; the rest is for scoring."""
 MAX_SCORED_CHARACTERS = 100_000
-"""Of a response: scorers read its first thousand tokens or so, and encoding more would hold up all other requests."""
+"""Of a response: scorers read about its first thousand tokens, and encoding more would delay other requests."""
 OutcomeKind = Literal["answered", "abstained", "escalated", "escalation-failed", "unscored"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a request: its candidates, the best first, and the ledger of all of them.
+    """The result of a request: its candidates, best first, and the ledger of all of them.
 
-    `how` is `unscored` where no candidate was a text that could be scored (refused, filtered or empty): the LLM's own
-    answer is given then.
+    `kind` is `unscored` if no candidate could be scored (refused, filtered or empty): then the LLM's first response is
+    returned.
     """
 
     request: ChatRequest
@@ -42,13 +42,13 @@ class Outcome:
 
     @property
     def best(self) -> SampledCandidate:
-        """The candidate with the highest score, the first of equal ones; a cut one only where none is whole."""
+        """The candidate with the highest score (the first of equal ones); a truncated one only if all are."""
         return self.candidates[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gateway:
-    """The LLM, the scorer, the rules; `second` is the LLM to ask where the first one's best is below the floor."""
+    """The LLM, the scorer and the policy; `second` is the LLM to ask if the best candidate is below the floor."""
 
     first: Upstream
     scoring: Scoring
@@ -59,11 +59,11 @@ class Gateway:
     total: Total = field(default_factory=Total)
 
     async def answer(self, request: ChatRequest, authorization: str) -> Outcome:
-        """The outcome of a request; GatewayError where there is no candidate to answer with."""
+        """Answers a request; raises GatewayError if there is no candidate."""
         return await _Run(self, request, authorization).outcome()
 
     async def close(self) -> None:
-        """Closes all connections, and lets the scorer go."""
+        """Closes all connections and the scorer."""
         await self.scoring.close()
         await self.first.close()
         if self.second is not None:
@@ -83,7 +83,7 @@ class _Run:
 
     async def outcome(self) -> Outcome:
         gateway = self._gateway
-        # Without randomness every candidate is the same.
+        # At temperature 0 all candidates are the same.
         deterministic = self._request.temperature == 0 and gateway.policy.candidates > self._request.count
         max_candidates = self._request.count if deterministic else gateway.policy.candidates
         stop: Stop = await self._sample(gateway.first, max_candidates)
@@ -104,7 +104,7 @@ class _Run:
         )
 
     async def _decide_outcome(self) -> OutcomeKind:
-        """What the best candidate is good for; the second LLM is asked where there is one and it is not good enough."""
+        """Compares the best candidate with the floor; below it, asks the second LLM if there is one."""
         gateway, best = self._gateway, self._best()
         floor = gateway.policy.floor
         if floor is None or (best is not None and best >= floor):
@@ -116,7 +116,7 @@ class _Run:
         return "abstained" if best is not None else "unscored"
 
     async def _sample(self, llm: Upstream, max_candidates: int) -> Stop:
-        """Draws from an LLM in rounds, until the policy or a limit stops it."""
+        """Samples an LLM in rounds until the policy or a limit stops it."""
         start, num_requested = len(self._candidates), 0
         while True:
             values = _values(self._candidates[start:])
@@ -143,7 +143,7 @@ class _Run:
                 return "upstream"
 
     async def _round(self, llm: Upstream, allowance: Allowance, *, first_index: int) -> None:
-        """One round: its candidates scored, its problems kept, and the limit that it met."""
+        """Samples and scores one round; records its problems and the limit that it reached."""
         deadline = self._started + SAMPLING_SHARE * self._gateway.limits.max_seconds
         result = RoundResult()
         call = SamplingCall(
@@ -166,7 +166,7 @@ class _Run:
         )
 
     async def _score(self, candidates: Sequence[SampledCandidate]) -> list[SampledCandidate]:
-        """The candidates with their scores; without, where the time ends first and earlier ones have theirs."""
+        """Scores candidates; returns them unscored if the time is up and earlier candidates have scores."""
         scorable = [candidate for candidate in candidates if candidate.scorable]
         if not scorable:
             return list(candidates)
@@ -180,7 +180,7 @@ class _Run:
             self._limit = "seconds"
             if self._best() is not None:
                 return list(candidates)
-            text = f"candidates are there, but the scorer did not answer within {self._gateway.limits.max_seconds:g} s"
+            text = f"the scorer did not score the candidates within {self._gateway.limits.max_seconds:g} s"
             raise GatewayError(504, f"{text}; raise --max-seconds", kind="timeout", code="timeout") from None
         except CappyError as error:
             raise GatewayError(503, f"the scorer failed: {error}", kind="scorer_error", code="scorer_failed") from error
@@ -191,7 +191,7 @@ class _Run:
         return [scored_by_id.get(id(candidate), candidate) for candidate in candidates]
 
     def _allowance(self, llm: Upstream, max_count: int, *, first: bool) -> Allowance:
-        """How many of the wanted candidates the limits leave room for."""
+        """How many of up to `max_count` candidates the limits allow."""
         ledger, client_max_tokens = self._ledger, self._request.max_tokens
         prompt_tokens = max((_tokens(usage, "prompt_tokens") for usage in ledger.usages), default=0)
         longest_response = max(
@@ -211,7 +211,7 @@ class _Run:
         return Allowance(allowance.count, client_max_tokens, None)
 
     def _is_truncated(self, result: RoundResult, allowance: Allowance) -> bool:
-        """Whether a candidate ended where the gateway's own limit let it."""
+        """Whether a candidate was truncated by the gateway's own limit."""
         return allowance.limit is not None and any(
             candidate.choice.get("finish_reason") == "length" for candidate in result.candidates
         )
@@ -220,27 +220,27 @@ class _Run:
         return max(_values(self._candidates), default=None)
 
     def _no_candidate_error(self) -> GatewayError:
-        """Why there is no candidate."""
+        """The error that explains why there is no candidate."""
         if self._problems:
             return self._problems[0]
         limits = self._gateway.limits
         if self._limit == "seconds":
-            text = f"the LLM gave no candidate within {SAMPLING_SHARE * limits.max_seconds:g} s; raise --max-seconds"
+            text = (
+                f"the LLM returned no candidate within {SAMPLING_SHARE * limits.max_seconds:g} s; raise --max-seconds"
+            )
             return GatewayError(504, text, kind="timeout", code="timeout")
         if self._limit == "total-money":
             text = (
-                f"the gateway's budget of {limits.max_total_cost:g} is used up; raise --max-total-cost and start again"
+                f"the gateway's budget of {limits.max_total_cost:g} is used up; raise --max-total-cost and restart it"
             )
             headers = {"x-should-retry": "false"}
             return GatewayError(429, text, kind="insufficient_quota", code="insufficient_quota", headers=headers)
-        text = (
-            f"the limit on a request's {self._limit} leaves no room for one candidate; shorten the prompt or raise it"
-        )
+        text = f"the request's limit on {self._limit} does not allow a single candidate; shorten the prompt or raise it"
         return GatewayError(400, text, code="limit_too_low")
 
 
 def with_values(candidates: Sequence[SampledCandidate], scoring: Scoring) -> list[SampledCandidate]:
-    """The candidates with what their scores are worth among all of them; a text that was drawn twice counts once."""
+    """Sets the calibrated values of candidates as the best of all distinct texts; equal texts count once."""
     scores = {index: candidate.score for index, candidate in enumerate(candidates) if candidate.score is not None}
     if not scores:
         return list(candidates)
@@ -250,16 +250,15 @@ def with_values(candidates: Sequence[SampledCandidate], scoring: Scoring) -> lis
 
 
 def _ranking_key(candidate: SampledCandidate) -> tuple[bool, bool, float]:
-    """Sorts the best first: whole responses by their logit, then those cut at their limit, then what has no score.
+    """Sorts best first: complete responses by their logit, then truncated ones, then those without a score.
 
-    A scorer reads how good a text is as far as it goes, not whether the rest is missing; a client that gets half an
-    answer although a whole one was there is worse off than with one answer alone.
+    A scorer does not see that a response is truncated, but a complete response is more useful to a client.
     """
     return candidate.logit is None, candidate.status == "truncated", -(candidate.logit or 0.0)
 
 
 def _values(candidates: Sequence[SampledCandidate]) -> list[float]:
-    """What the candidates that may be given are worth: those of whole responses where there are any."""
+    """Calibrated values of the complete candidates; of the truncated ones if there are no others."""
     scored_candidates = [(candidate.status, candidate.value) for candidate in candidates if candidate.value is not None]
     whole = [value for status, value in scored_candidates if status != "truncated"]
     return whole or [value for _, value in scored_candidates]

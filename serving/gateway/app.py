@@ -41,12 +41,12 @@ METRIC_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
 CANDIDATES_HEADER = "x-cappy-candidates"
 _UNREACHABLE_STATUSES = (502, 503, 504)
 OPEN_PATHS = ("/", "/about", "/health", "/ready")
-"""What needs no key where there are keys."""
+"""Paths that never need a key."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """Who may ask: by key where there are `keys`, under which names, and from pages of which other `origins`."""
+    """Who may send requests: valid keys (none: no key is needed), host names and origins of pages."""
 
     keys: Keys = field(default_factory=Keys)
     hosts: Hosts = ANY_HOST
@@ -54,22 +54,22 @@ class Access:
 
 
 class Metrics:
-    """Prometheus metrics, one registry per application; nothing of a request's text and no model's name in a label."""
+    """Prometheus metrics, one registry per application; labels contain no texts and no model names."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._requests = self._counter("requests", "Requests for completions, by how they ended", "outcome")
-        self._stops = self._counter("stops", "Answered requests by what stopped sampling", "reason")
-        self._samples = self._counter("samples", "Candidates sampled")
-        self._calls = self._counter("calls", "Calls of LLMs", "result")
-        self._tokens = self._counter("tokens", "Tokens as the LLMs' servers counted them", "kind")
-        self._cost = self._counter("cost", "Money, by the prices given")
+        self._requests = self._counter("requests", "Requests for completions by outcome", "outcome")
+        self._stops = self._counter("stops", "Answered requests by the reason that stopped sampling", "reason")
+        self._samples = self._counter("samples", "Sampled candidates")
+        self._calls = self._counter("calls", "Calls to LLMs", "result")
+        self._tokens = self._counter("tokens", "Tokens as reported by the LLMs' servers", "kind")
+        self._cost = self._counter("cost", "Cost by the configured prices")
         self._seconds = Histogram(
             "cappy_gateway_seconds", "Seconds of answered requests", buckets=METRIC_SECONDS, registry=self._registry
         )
 
     def count_answer(self, outcome: Outcome) -> None:
-        """Counts an answer."""
+        """Counts an answered request."""
         ledger = outcome.ledger
         self._requests.labels(outcome.kind).inc()
         self._stops.labels(outcome.limit or outcome.stop).inc()
@@ -82,7 +82,7 @@ class Metrics:
         self._seconds.observe(outcome.seconds)
 
     def count_refusal(self, status: int) -> None:
-        """Counts a request without an answer, one that could not be read included, by its status."""
+        """Counts a failed request, including invalid ones, by its status."""
         self._requests.labels(str(status)).inc()
 
     def text(self) -> bytes:
@@ -95,7 +95,7 @@ class Metrics:
 
 @dataclass(frozen=True, kw_only=True)
 class _RouteContext:
-    """What the routes share."""
+    """Values that the routes share."""
 
     gateway: Gateway
     feedback: FeedbackLog | None
@@ -108,7 +108,7 @@ class _RouteContext:
     shutdown: Shutdown
 
     def authorization(self, request: Request) -> str:
-        """What an LLM without a key of its own is sent: the client's, unless that is a key of this gateway."""
+        """The Authorization header to pass on to the LLM; empty if it holds a key of this gateway."""
         return "" if self.keys else request.headers.get("authorization", "")
 
 
@@ -122,9 +122,9 @@ def create_app(
     shutdown: Shutdown | None = None,
     tracing: Tracing | None = None,
 ) -> FastAPI:
-    """An application that answers with the gateway's best candidate and keeps what it answered in the feedback log.
+    """Creates an application that answers with the gateway's best candidate and stores answers in the feedback log.
 
-    While `shutdown` is closing it answers, but is not ready. `tracing` makes spans of requests until the end.
+    During `shutdown` it still answers but is not ready. `tracing` is closed when the application ends.
     """
     access, limits = access or Access(), limits or ChatLimits()
     context = _RouteContext(
@@ -160,10 +160,10 @@ def create_app(
         summary="The best of several samples of an LLM, behind OpenAI's chat completions.",
         version=cappy.__version__,
         lifespan=lifespan,
-        docs_url=None,  # the page would load its script from another site
+        docs_url=None,  # FastAPI's page loads its script from another site
         redoc_url=None,
     )
-    # The last that is added is the first that is asked.
+    # The middleware that is added last runs first.
     app.add_middleware(KeyGuard, keys=access.keys, open_paths=OPEN_PATHS, refuse=_refuse)
     if access.origins:
         app.add_middleware(
@@ -199,7 +199,7 @@ def _describe_gateway(gateway: Gateway) -> About:
 def _add_chat(app: FastAPI, context: _RouteContext) -> None:
     @app.post("/v1/chat/completions", tags=["chat"], response_class=Response)
     async def chat(request: Request) -> Response:
-        """The best of the candidates that the LLM gives, by the scorer."""
+        """Answers with the best of the LLM's candidates by the scorer."""
         request.state.outcome = "error"
         with context.budget.reserve() as reservation:
             try:
@@ -214,12 +214,12 @@ def _add_chat(app: FastAPI, context: _RouteContext) -> None:
                 raise
             identity = f"chatcmpl-{uuid.uuid4().hex}"
             task = asyncio.create_task(_answer(context, chat_request, context.authorization(request), identity))
-            # The body is held until the work is over, which for a stream is after this function.
+            # The body stays in memory until the task is done, for a stream after this function has returned.
             task_reservation = reservation.transfer()
             task.add_done_callback(lambda _: task_reservation.release())
         write = partial(chunks, identity=identity, details=details)
         if not await _wait_until_done(task, request, context.keep_alive if chat_request.stream else None):
-            request.state.outcome = "streaming"  # Its span is written before the answer is known.
+            request.state.outcome = "streaming"  # The span is written before the outcome is known.
             return _stream(events(task, write, keep_alive=context.keep_alive), {})
         outcome = task.result()
         for name in ("outcome", "sampled", "calls", "cost"):
@@ -232,7 +232,7 @@ def _add_chat(app: FastAPI, context: _RouteContext) -> None:
 def _add_models(app: FastAPI, context: _RouteContext) -> None:
     @app.get("/v1/models", tags=["chat"], response_class=Response)
     async def models(request: Request) -> Response:
-        """The LLM's models, as its server answers."""
+        """The list of models, as the LLM's server returns it."""
         listed = await context.gateway.first.models(context.authorization(request))
         return Response(listed, media_type="application/json")
 
@@ -240,13 +240,13 @@ def _add_models(app: FastAPI, context: _RouteContext) -> None:
 def _add_feedback(app: FastAPI, context: _RouteContext) -> None:
     @app.post("/v1/feedback", tags=["feedback"], response_class=Response)
     async def feedback(request: Request) -> Response:
-        """Takes {"id", "score"} or {"id", "reference"}: what a user thought of an answer."""
+        """Takes a user's feedback on an answer: {"id", "score"} or {"id", "reference"}."""
         with context.budget.reserve() as reservation:
             body = await _body(request, context, reservation)
             item = await run_in_thread(len(body), partial(read_feedback, body, context.bounds))
         if context.feedback is None:
             raise GatewayError(
-                404, "feedback is not kept here; start the gateway with --feedback FOLDER", code="not_found"
+                404, "feedback is not enabled; start the gateway with --feedback FOLDER", code="not_found"
             )
         await context.feedback.add(item)
         return _Json({"id": item.id, "kept": True})
@@ -255,12 +255,12 @@ def _add_feedback(app: FastAPI, context: _RouteContext) -> None:
 def _add_probes(app: FastAPI, context: _RouteContext) -> None:
     @app.get("/health", tags=["probes"], response_class=Response)
     async def health() -> Response:
-        """Whether the process lives."""
+        """Liveness of the process."""
         return _Json({"status": "ok"})
 
     @app.get("/ready", tags=["probes"], response_class=Response)
     async def ready() -> Response:
-        """Whether the LLM's server answers: one that wants a key, or has no list of models, does. No, after SIGTERM."""
+        """Readiness: whether the LLM's server answers, if only with an error such as 401; false after SIGTERM."""
         reason = SHUTTING_DOWN if context.shutdown.shutting_down else await _unreachable_reason(context.gateway)
         return _Json({"ready": not reason, "reason": reason}, status_code=503 if reason else 200)
 
@@ -271,7 +271,7 @@ def _add_probes(app: FastAPI, context: _RouteContext) -> None:
 
 
 async def _unreachable_reason(gateway: Gateway) -> str:
-    """Why the LLM's server does not answer; empty where it does."""
+    """Why the LLM's server does not answer; empty if it does."""
     try:
         await gateway.first.models("")
     except GatewayError as problem:
@@ -280,15 +280,15 @@ async def _unreachable_reason(gateway: Gateway) -> str:
 
 
 async def _answer(context: _RouteContext, chat_request: ChatRequest, authorization: str, identity: str) -> Outcome:
-    """The outcome, counted and kept."""
+    """Answers a request, counts it and stores the answer."""
     try:
         outcome = await context.gateway.answer(chat_request, authorization)
     except (GatewayError, asyncio.CancelledError) as error:
-        # It is cancelled where the client hangs up.
+        # It is cancelled if the client disconnects.
         context.metrics.count_refusal(error.status if isinstance(error, GatewayError) else CLIENT_CLOSED_REQUEST)
         raise
     except Exception:
-        # A defect: counted here, answered by the handler of all defects, which gets it next.
+        # A bug: counted here, answered by `_internal_error`.
         context.metrics.count_refusal(500)
         raise
     context.metrics.count_answer(outcome)
@@ -298,15 +298,15 @@ async def _answer(context: _RouteContext, chat_request: ChatRequest, authorizati
 
 
 async def _wait_until_done(task: "asyncio.Task[Outcome]", request: Request, timeout: float | None) -> bool:
-    """Waits for the work; False if it is still under way after `timeout` seconds.
+    """Waits for the task; returns False if it is still running after `timeout` seconds.
 
-    Where the client goes away first the work is cancelled, and with it every call of the LLM: GatewayError, for nobody.
+    If the client disconnects first, cancels the task with its calls to the LLM and raises GatewayError.
     """
     disconnect_task = asyncio.create_task(_wait_for_disconnect(request))
     try:
         await asyncio.wait({task, disconnect_task}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if disconnect_task.done() and not task.done():
-            raise GatewayError(CLIENT_CLOSED_REQUEST, "the client hung up")
+            raise GatewayError(CLIENT_CLOSED_REQUEST, "the client closed the connection")
     except BaseException:
         task.cancel()
         raise
@@ -316,13 +316,13 @@ async def _wait_until_done(task: "asyncio.Task[Outcome]", request: Request, time
 
 
 async def _wait_for_disconnect(request: Request) -> None:
-    """Returns when the client has gone away."""
+    """Returns when the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _body(request: Request, context: _RouteContext, reservation: Reservation) -> bytes:
-    """The body; GatewayError 413 above the most bytes, 408 where it is late, 415 where it is not sent as JSON."""
+    """Receives the body; raises GatewayError 413 if it is too large, 408 if it is late, 415 if it is not JSON."""
     try:
         return await receive_body(request, context.max_body_bytes, REMEDY, reservation=reservation)
     except Refusal as refusal:
@@ -330,7 +330,7 @@ async def _body(request: Request, context: _RouteContext, reservation: Reservati
 
 
 def _read_flag(request: Request, name: str) -> bool:
-    """A header that is 1 or 0, or true or false; GatewayError 400 for another value."""
+    """Reads a header that is 1, 0, true or false; raises GatewayError 400 for another value."""
     value = request.headers.get(name, "0").strip().lower()
     if value not in ("0", "1", "true", "false"):
         raise GatewayError(400, f"the header {name} must be 1 or 0", param=name)
@@ -343,14 +343,14 @@ def _stream(content: AsyncIterator[str], more: Mapping[str, str]) -> StreamingRe
 
 
 class _Json(JSONResponse):
-    """JSON in ASCII, because the texts of others may hold half a character."""
+    """JSON in ASCII, because texts of an LLM's server may contain lone surrogates."""
 
     def render(self, content: object) -> bytes:
         return json.dumps(content).encode()
 
 
 def _refuse(path: str, refusal: Refusal) -> Response:
-    """A refusal of what stands before the routes."""
+    """A refusal of the middleware."""
     problem = to_openai_error(refusal)
     headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
     return _Json(problem.body(), status_code=problem.status, headers={**problem.headers, **headers})
@@ -362,13 +362,13 @@ async def _gateway_error(request: Request, error: Exception) -> Response:
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
-    """What nobody foresaw; its traceback goes to the log alone."""
-    text = "the gateway met a defect of its own; its log says where"
+    """Answers an unexpected error; its traceback only goes to the log."""
+    text = "internal error of the gateway; see its log"
     return _Json(GatewayError(500, text, kind="server_error").body(), status_code=500)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
-    """A path or a method that is not here, in OpenAI's shape too."""
+    """Answers an unknown path or method in OpenAI's shape."""
     assert isinstance(error, HTTPException)  # noqa: S101 (what the handler is registered for)
-    text = f"{request.method} {request.url.path}: {error.detail}; POST /v1/chat/completions is what is here"
+    text = f"{request.method} {request.url.path}: {error.detail}; use POST /v1/chat/completions"
     return _Json(GatewayError(error.status_code, text).body(), status_code=error.status_code, headers=error.headers)

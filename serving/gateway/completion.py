@@ -1,4 +1,4 @@
-"""What goes back for an outcome: OpenAI's chat completion, whole or as events, and what the gateway adds to it."""
+"""Writes an outcome as OpenAI's chat completion, whole or as a stream, with the gateway's own fields and headers."""
 
 import asyncio
 import json
@@ -10,17 +10,17 @@ from typing import Any
 from serving.gateway.answering import Outcome
 from serving.gateway.errors import GatewayError
 
-REFUSAL = "I do not have an answer to this that is good enough to give."
+REFUSAL = "I do not have an answer that is good enough."
 KEEP_ALIVE_SECONDS = 5.0
-"""A proxy or a client that hears nothing gives up; OpenAI's clients skip comments."""
+"""Comments keep proxies and clients from timing out; OpenAI's clients skip them."""
 _COMMENT = ": sampling\n\n"
 _PIECE = re.compile(r"\s*\S{1,40}\s?|\s+")
 
 
 def completion(outcome: Outcome, identity: str, *, details: bool) -> dict[str, object]:
-    """The body of a chat completion: the best choices first, the usage of all candidates.
+    """The body of a chat completion: the best choices first, and the usage of all candidates.
 
-    `details` adds `cappy`: how the answer came about, and every candidate with its scores.
+    `details` adds `cappy`: the summary of the outcome, and all candidates with their scores.
     """
     body: dict[str, object] = {
         "id": identity,
@@ -34,7 +34,7 @@ def completion(outcome: Outcome, identity: str, *, details: bool) -> dict[str, o
 
 
 def _choices(outcome: Outcome) -> list[dict[str, object]]:
-    """The choices, best first, as the LLM's server sent them; the stated refusal where the gateway abstains."""
+    """The choices, best first, as the LLM's server sent them; a refusal if the gateway abstains."""
     if outcome.kind == "abstained":
         message = {"role": "assistant", "content": REFUSAL, "refusal": REFUSAL}
         return [{"index": 0, "message": message, "logprobs": None, "finish_reason": "content_filter"}]
@@ -45,7 +45,7 @@ def _choices(outcome: Outcome) -> list[dict[str, object]]:
 
 
 def _usage(outcome: Outcome) -> dict[str, object]:
-    """Tokens of all candidates, as their servers counted them for every call, details included."""
+    """Tokens of all calls as reported by the LLMs' servers, including details."""
     total: dict[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     for usage in outcome.ledger.usages:
         total = _add_numbers(total, usage)
@@ -53,10 +53,10 @@ def _usage(outcome: Outcome) -> dict[str, object]:
 
 
 def summary(outcome: Outcome) -> dict[str, object]:
-    """How the answer came about, as JSON values; `limit` is null where none was reached.
+    """Summarizes an outcome as JSON values; `limit` is null if none was reached.
 
-    `unmetered_calls` took tokens that no server reported: `usage` lacks them, the limits on money count the most that
-    they can be.
+    `unmetered_calls` counts calls whose tokens no server reported: `usage` lacks them, and the cost limits count their
+    maximum.
     """
     ledger = outcome.ledger
     return {
@@ -76,7 +76,7 @@ def summary(outcome: Outcome) -> dict[str, object]:
 
 
 def headers(outcome: Outcome) -> dict[str, str]:
-    """The facts as headers, `X-Cappy-Outcome` to `X-Cappy-Seconds`; those without a value are left out."""
+    """The summary as headers, `X-Cappy-Outcome` to `X-Cappy-Seconds`; values that are empty are left out."""
     values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in summary(outcome).items()}
     return {
         f"X-Cappy-{name.replace('_', '-').title()}": value.encode("ascii", "replace").decode()
@@ -86,7 +86,7 @@ def headers(outcome: Outcome) -> dict[str, str]:
 
 
 def _candidates(outcome: Outcome) -> list[dict[str, object]]:
-    """Every candidate with its scores, best first; `score` is null where it was no text that could be scored."""
+    """All candidates with their scores, best first; `score` is null if the candidate could not be scored."""
     return [
         {
             "content": candidate.text,
@@ -102,9 +102,9 @@ def _candidates(outcome: Outcome) -> list[dict[str, object]]:
 
 
 def chunks(outcome: Outcome, identity: str, *, details: bool) -> Iterator[dict[str, object]]:
-    """The chunks of a stream: for each choice its role, its text in pieces and its finish_reason; last the usage.
+    """The chunks of a stream: for each choice its role, its text in pieces and its finish_reason; then the usage.
 
-    The chunk that ends the first choice holds `cappy`, the facts, since a stream's headers may have gone before them.
+    The last chunk of the first choice holds `cappy`, the summary, since the headers may have been sent before.
     """
     head = {"id": identity, "object": "chat.completion.chunk", "created": int(time.time()), "model": outcome.best.model}
     if outcome.request.include_usage:
@@ -121,7 +121,7 @@ def chunks(outcome: Outcome, identity: str, *, details: bool) -> Iterator[dict[s
 
 
 def _parts(choice: Mapping[str, Any]) -> Iterator[dict[str, object]]:
-    """What of a choice goes before its end: the role, the text in pieces, and whatever else its message holds."""
+    """The chunks of a choice before its last one: role, other fields of the message, and the text in pieces."""
     message = choice.get("message") or {}
     content = message.get("content")
     other_fields = {
@@ -131,14 +131,14 @@ def _parts(choice: Mapping[str, Any]) -> Iterator[dict[str, object]]:
     if other_fields:
         yield _part(choice, other_fields)
     if choice.get("logprobs"):
-        # Their tokens are not our pieces, so both go whole.
+        # Log-probabilities are per token and pieces are not tokens, so the text is sent in one chunk.
         yield _part(choice, {"content": content or ""}, logprobs=choice["logprobs"])
     else:
         yield from (_part(choice, {"content": piece}) for piece in pieces(content))
 
 
 def pieces(content: object) -> Sequence[str]:
-    """A text in pieces of about a word that add up to it; none of what is not a text."""
+    """Splits a text into pieces of about a word; no pieces if it is not a string."""
     return _PIECE.findall(content) if isinstance(content, str) else ()
 
 
@@ -152,7 +152,7 @@ def _part(choice: Mapping[str, object], delta: Mapping[str, object], **more: obj
 
 
 def _add_numbers(total: Mapping[str, object], more: Mapping[str, object]) -> dict[str, Any]:
-    """Numbers added up by name, at any depth; what is not a number is left out."""
+    """Adds up numbers by name at any depth; other values are ignored."""
     result = dict(total)
     for name, value in more.items():
         current = result.get(name)
@@ -169,10 +169,10 @@ async def events(
     *,
     keep_alive: float,
 ) -> AsyncIterator[str]:
-    """The chunks of the outcome as events, `[DONE]` last; a comment at once and each `keep_alive` seconds until then.
+    """Yields the chunks of the outcome as server-sent events, then `[DONE]`; before, a comment every `keep_alive` s.
 
-    A GatewayError becomes an event with OpenAI's error object, which its clients raise. The work is cancelled when the
-    client goes.
+    A GatewayError becomes an event with OpenAI's error object, which its clients raise. The task is cancelled when the
+    client disconnects.
     """
     try:
         while not task.done():
@@ -188,5 +188,5 @@ async def events(
 
 
 def _event(values: Mapping[str, object]) -> str:
-    """One event."""
+    """A server-sent event."""
     return f"data: {json.dumps(values)}\n\n"

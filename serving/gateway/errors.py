@@ -1,4 +1,4 @@
-"""What goes back where no answer can: OpenAI's error object under a status."""
+"""Errors of the gateway as OpenAI's error object with a status."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,14 @@ _FORWARDED_HEADERS = {
     "retry-after-ms": _NUMBER,
     "x-should-retry": re.compile("true|false"),
 }
-"""Headers that are passed on, and what they must be."""
+"""Headers of the LLM's server that are passed on, and their valid values."""
 _MAX_MESSAGE_CHARACTERS = 500
 
 
 class GatewayError(Exception):
-    """An answer that could not be had: status, OpenAI's `{"error": {message, type, param, code}}`, and headers.
+    """A failed request: status, OpenAI's `{"error": {message, type, param, code}}`, and headers.
 
-    `paid` says whether the LLM may have worked all the same, so that its tokens must be taken for spent.
+    `may_be_billed` says that the LLM may have generated tokens, so that they must be counted as spent.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class GatewayError(Exception):
 
 
 def refusal_error(name: str, response: httpx2.Response, keys: Sequence[str]) -> GatewayError:
-    """What an LLM's server refused, under its status and with its own words, the keys taken out of them.
+    """The error of an LLM's server with its status and message, from which keys are removed.
 
-    `name` says whose refusal it is. A redirect, or any status that is not an error, is 502.
+    `name` is the server in the message. A redirect, or any status that is not an error, becomes 502.
     """
     status = response.status_code
     if not 400 <= status <= 599:
         return GatewayError(502, f"{name} answered {status}; check its address", kind="upstream_error")
     refusal = read_refusal(response.content, keys)
-    message = _shorten(refusal.message) or f"status {status} without a word"
-    note = " (it is that server which wants another key, not this gateway)" if status == 401 else ""
+    message = _shorten(refusal.message) or f"status {status} without a message"
+    note = " (that server needs another key, not this gateway)" if status == 401 else ""
     return GatewayError(
         status,
         f"{name} answered {status}: {message}{note}",
@@ -72,31 +72,31 @@ def refusal_error(name: str, response: httpx2.Response, keys: Sequence[str]) -> 
     )
 
 
-def bad_answer_error(name: str, error: BadAnswerError, keys: Sequence[str]) -> GatewayError:
-    """An answer with status 200 that holds no candidate: the error that it states, else 502."""
+def answer_error(name: str, error: BadAnswerError, keys: Sequence[str]) -> GatewayError:
+    """The error for a response with status 200 and no candidate: the one that it states, else 502."""
     status = stated_status(error)
     if status:
         refusal = stated_refusal(error, keys)
-        message = _shorten(refusal.message) or f"status {status} without a word"
+        message = _shorten(refusal.message) or f"status {status} without a message"
         kind = _shorten(refusal.kind) or ("upstream_error" if status >= 500 else INVALID_REQUEST)
         return GatewayError(status, f"{name} answered {status}: {message}", kind=kind, may_be_billed=True)
-    text = f"{name} answered what is not a completion: {error.text(keys)}"
+    text = f"{name} did not answer with a completion: {error.text(keys)}"
     return GatewayError(502, text, kind="upstream_error", code="upstream_bad_answer", may_be_billed=True)
 
 
-def not_utf8_error(name: str) -> GatewayError:
-    """A list of models whose text cannot be read."""
-    text = f"{name} answered what is not UTF-8; it must send UTF-8, or name the charset that it sends"
+def utf8_error(name: str) -> GatewayError:
+    """The error for a list of models that cannot be decoded."""
+    text = f"{name} did not answer with UTF-8; it must send UTF-8 or declare its charset"
     return GatewayError(502, text, kind="upstream_error", code="upstream_bad_answer")
 
 
 def network_error(name: str, error: httpx2.HTTPError, seconds: float, keys: Sequence[str]) -> GatewayError:
-    """What the network made of a request: 504 where time ran out, 503 where too many are under way, else 502."""
+    """The error for a failed connection: 504 on a timeout, 503 if there are too many requests, else 502."""
     if isinstance(error, httpx2.PoolTimeout):
-        text = f"as many requests as may be are under way at {name}; try again"
+        text = f"all connections to {name} are in use; try again"
         return GatewayError(503, text, kind="overloaded", code="overloaded", headers={"retry-after": "1"})
     if isinstance(error, httpx2.LocalProtocolError):
-        return GatewayError(400, "the Authorization header holds what no header may; send the key alone")
+        return GatewayError(400, "the Authorization header has invalid characters; send only the key")
     if isinstance(error, RefusedAnswerError):
         return GatewayError(
             502, f"{name}: {error}", kind="upstream_error", code="upstream_bad_answer", may_be_billed=True
@@ -105,20 +105,20 @@ def network_error(name: str, error: httpx2.HTTPError, seconds: float, keys: Sequ
     if isinstance(error, httpx2.TimeoutException):
         return timeout_error(name, seconds) if was_sent else _connect_timeout_error(name)
     reason = one_line(str(error), _MAX_MESSAGE_CHARACTERS, *keys) or type(error).__name__
-    text = f"{name} cannot be reached ({reason})" if not was_sent else f"{name} broke off its answer ({reason})"
+    text = f"{name} cannot be reached ({reason})" if not was_sent else f"{name} ended its response early ({reason})"
     return GatewayError(
         502, f"{text}; check that it runs", kind="upstream_error", code="upstream_unreachable", may_be_billed=was_sent
     )
 
 
 def timeout_error(name: str, seconds: float) -> GatewayError:
-    """An answer that was not there in time, however little of it was."""
+    """The error for a response that was not complete in time."""
     text = f"{name} did not answer within {seconds:g} s; try again, or raise --max-seconds"
     return GatewayError(504, text, kind="timeout", code="timeout", may_be_billed=True)
 
 
 def _connect_timeout_error(name: str) -> GatewayError:
-    text = f"{name} could not be connected to in time; try again, or raise --max-seconds"
+    text = f"connecting to {name} took too long; try again, or raise --max-seconds"
     return GatewayError(504, text, kind="timeout", code="timeout")
 
 
@@ -128,5 +128,5 @@ def _select_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def _shorten(text: str) -> str:
-    """The beginning of a text that holds no secret any more."""
+    """Truncates a text from which secrets have been removed."""
     return text[:_MAX_MESSAGE_CHARACTERS]

@@ -1,14 +1,14 @@
-"""The feedback log: every answer with its candidates, and beside it those that a user had a word for.
+"""The feedback log: all answers with their candidates, and users' scores and references for them.
 
-Three folders of records. `answers` holds all, and none of them is an instance yet, for nothing says what is right.
-`rated` holds those whose choices got a score: the rated candidates alone, with their label `given`. `referenced` holds
-those that got a reference, with all their candidates. The last two are read by `cappy adapt` and `annotation`; a scorer
-learns from a rated answer only where two of its choices are.
+It has three folders of records. `answers` holds all answers, which are not instances since they have no references or
+labels. `rated` holds answers with scores from users: only the rated candidates, with the label `given`. `referenced`
+holds answers with a reference from a user, with all candidates. The last two can be read by `cappy adapt` and
+`annotation`; a scorer only learns from a rated answer if two of its choices are rated.
 
-Each folder grows row by row, and at every moment it is whole on disk. Rows of the open part are held in memory until it
-is full, and written with it at every `flush` under a new name; the manifest then names the new part, and the old one
-goes. A crash loses what was added since the last flush, and leaves at most a part that no manifest names, which the
-next start removes. Rows are what users wrote: folder and files are their owner's alone, whatever the umask.
+Each folder is complete on disk at any time. Rows of the open part stay in memory until it is full; every `flush` writes
+them as a part with a new name, and the manifest then names the new part instead of the old one. A crash loses the rows
+since the last flush and leaves at most one part that no manifest names, which the next start removes. Rows contain what
+users wrote, so folder and files are only readable by their owner, whatever the umask.
 """
 
 import asyncio
@@ -43,14 +43,14 @@ from serving.gateway.upstream import SampledCandidate
 FLUSH_SECONDS = 5.0
 LOGGER = logging.getLogger("serving.gateway")
 SPLIT_SHARES = (("test", 0.2), ("validation", 0.3))
-"""Shares of the splits as preparation draws them, added up."""
+"""Cumulative shares of the held-out splits, as in preparation."""
 PART_ROWS = 512
 PART_CHARACTERS = 8_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """The columns of an instance, which it becomes once it has a reference or a label: before that it is none."""
+    """A row with the columns of an instance; it is only a valid instance once it has a reference or a label."""
 
     instance_id: str
     instruction: str
@@ -65,7 +65,7 @@ class Answer:
 
 
 class AppendableDataset:
-    """Rows by id under a manifest; of one process alone. FolderError where another process holds the folder."""
+    """Rows by id in Parquet parts under a manifest, for one process; raises FolderError if another holds the lock."""
 
     def __init__(self, folder: Path, *, part_rows: int = PART_ROWS, part_characters: int = PART_CHARACTERS) -> None:
         self._folder = folder
@@ -77,7 +77,7 @@ class AppendableDataset:
             try:
                 self._lock.enter_context(hold_lock(folder / ".lock", patience=0))
             except Timeout:
-                raise FolderError(f"{folder}: another gateway writes there; give each a folder of its own") from None
+                raise FolderError(f"{folder}: in use by another gateway; give each gateway its own folder") from None
         self._full_parts: list[File] = list(read_manifest(folder).files) if (folder / MANIFEST).exists() else []
         self._part_number = 1 + max((_part_number(file.name) for file in self._full_parts), default=-1)
         self._id_hashes: dict[str, NDArray[np.uint64]] = {}
@@ -88,7 +88,7 @@ class AppendableDataset:
         self._remove_unlisted_parts()
 
     def put(self, row: Answer) -> None:
-        """Adds a row, or puts it in the place of the one with its id."""
+        """Adds a row, or replaces the one with its id."""
         if row.instance_id not in self._open_rows and (index := self._find_part(row.instance_id)) is not None:
             name = self._full_parts[index].name
             rows = {stored_row.instance_id: stored_row for stored_row in _read_rows(self._folder / name)}
@@ -105,14 +105,14 @@ class AppendableDataset:
             try:
                 self.flush()
             except FolderError:
-                # Or memory would grow for as long as the disk refuses.
+                # Otherwise memory would grow while the disk is full.
                 del self._open_rows[row.instance_id]
                 raise
             self._full_parts += [self._open_file] if self._open_file else []
             self._open_rows, self._characters, self._open_file = {}, 0, None
 
     def get(self, instance_id: str) -> Answer | None:
-        """The row with this id; None if there is none."""
+        """Returns the row with this id, or None."""
         if instance_id in self._open_rows:
             return self._open_rows[instance_id]
         index = self._find_part(instance_id)
@@ -122,7 +122,7 @@ class AppendableDataset:
         return next(row for row in rows if row.instance_id == instance_id)
 
     def flush(self) -> None:
-        """Writes what was added or changed since the last time."""
+        """Writes what was added or changed since the last flush."""
         if not self._has_changes:
             return
         self._open_file = self._write([*self._open_rows.values()]) if self._open_rows else None
@@ -132,7 +132,7 @@ class AppendableDataset:
         self._remove_unlisted_parts()
 
     def close(self) -> None:
-        """Writes the rest, and lets the folder go."""
+        """Flushes and releases the lock on the folder."""
         try:
             self.flush()
         finally:
@@ -140,7 +140,7 @@ class AppendableDataset:
 
     def _write(self, rows: Sequence[Answer]) -> File:
         buffer = io.BytesIO()
-        # A table is made of columns alone, and an answer has an instance's.
+        # `to_table` only reads the columns, which an answer shares with an instance.
         pq.write_table(to_table(cast("Sequence[Instance]", rows)), buffer, compression="zstd")
         name = f"part-{self._part_number:05d}.parquet"
         self._part_number += 1
@@ -153,7 +153,7 @@ class AppendableDataset:
         )
 
     def _find_part(self, instance_id: str) -> int | None:
-        """The index of the closed part that holds this id, looked for from the newest on."""
+        """The index of the full part with this id, newest parts first."""
         key = _hash_id(instance_id)
         for index in range(len(self._full_parts) - 1, -1, -1):
             name = self._full_parts[index].name
@@ -162,7 +162,7 @@ class AppendableDataset:
         return None
 
     def _id_hashes_of(self, name: str) -> NDArray[np.uint64]:
-        """Hashes of a closed part's ids, kept: every new answer is looked for in all parts."""
+        """Hashes of a full part's ids, cached: every new id is looked up in all parts."""
         keys = self._id_hashes.get(name)
         if keys is None:
             keys = self._id_hashes[name] = np.array(
@@ -187,7 +187,7 @@ def _hash_id(instance_id: str) -> np.uint64:
 
 
 def _num_characters(row: Answer) -> int:
-    """Characters of a row that a client chooses."""
+    """Number of characters in a row that clients and LLMs wrote."""
     return (
         len(row.instruction)
         + sum(map(len, row.references))
@@ -200,7 +200,7 @@ def _read_rows(path: Path) -> list[Answer]:
 
 
 def _from_parquet(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What Parquet gives as lists, as the record has it."""
+    """Converts Parquet's lists to the types of the record."""
     maps = ("labels", "scores")
     candidates = tuple(
         Candidate(**{**candidate, **{name: dict(candidate[name]) for name in maps}}) for candidate in row["candidates"]
@@ -213,7 +213,7 @@ def _part_number(name: str) -> int:
 
 
 class Feedback(BaseModel):
-    """What a user thought of an answer: a score from 0 to 1 of one of its choices, or what would have been right."""
+    """A user's feedback on an answer: a score from 0 to 1 for one of its choices, or the right answer."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -224,7 +224,7 @@ class Feedback(BaseModel):
 
 
 def read_feedback(data: bytes, bounds: Bounds) -> Feedback:
-    """The feedback in a body; GatewayError 400 where it is none, 413 where it is out of bounds."""
+    """Reads the feedback in a body; raises GatewayError 400 if it is invalid, 413 if it is out of bounds."""
     body = read_object(data, bounds)
     try:
         feedback = Feedback.model_validate(body)
@@ -233,12 +233,12 @@ def read_feedback(data: bytes, bounds: Bounds) -> Feedback:
     if (feedback.score is None) == (feedback.reference is None):
         raise GatewayError(400, 'give a score or a reference: {"id": "chatcmpl-...", "score": 0.8}', param="score")
     if feedback.reference is not None and not feedback.reference.strip():
-        raise GatewayError(400, "reference is blank; give the text that would have been right", param="reference")
+        raise GatewayError(400, "reference is blank; give the right answer", param="reference")
     return feedback
 
 
 class FeedbackLog:
-    """Keeps answers and what is said of them under a folder; all writing is done in one thread."""
+    """Stores answers and feedback on them in a folder; one thread does all writing."""
 
     def __init__(self, folder: Path) -> None:
         with disk_errors(folder):
@@ -249,25 +249,25 @@ class FeedbackLog:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feedback")
 
     async def keep(self, outcome: Outcome, identity: str) -> None:
-        """Keeps an answer; an error of the disk is logged, and the answer is given all the same."""
+        """Stores an answer; an error of the disk is logged and does not fail the request."""
         try:
             await self._in_writer(lambda: self._answers.put(to_answer(outcome, identity)))
         except CappyError as error:
-            LOGGER.error("feedback: %s: an answer was not kept", error)
+            LOGGER.error("feedback: an answer was not stored: %s", error)
 
     async def add(self, feedback: Feedback) -> None:
-        """Adds what a user said; GatewayError 404 where no such answer was kept."""
+        """Adds a user's feedback; raises GatewayError 404 if the answer is not stored."""
         await self._in_writer(lambda: self._add(feedback))
 
     async def flush_periodically(self) -> None:
-        """Writes what is new every `FLUSH_SECONDS`."""
+        """Flushes every `FLUSH_SECONDS`, until it is cancelled."""
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
             with contextlib.suppress(CappyError):
                 await self._in_writer(self._flush)
 
     def close(self) -> None:
-        """Writes the rest and lets the folders go."""
+        """Flushes and releases the folders."""
         self._writer.shutdown(wait=True)
         for dataset in self._datasets:
             try:
@@ -286,7 +286,7 @@ class FeedbackLog:
     def _add(self, feedback: Feedback) -> None:
         answer = self._answers.get(feedback.id)
         if answer is None:
-            text = "no answer with this id was kept here; give the id of a completion of this gateway"
+            text = "no answer with this id is stored; give the id of a completion of this gateway"
             raise GatewayError(404, text, param="id", code="not_found")
         if feedback.choice >= len(answer.candidates):
             raise GatewayError(400, f"choice must be below {len(answer.candidates)}", param="choice")
@@ -307,7 +307,7 @@ class FeedbackLog:
 
 
 def to_answer(outcome: Outcome, identity: str) -> Answer:
-    """The row of an outcome, its candidates best first; equal conversations are one group and have one split."""
+    """The row of an outcome, candidates best first; equal conversations are in the same group and split."""
     prompt = prompt_hash(outcome.request.instruction)
     return Answer(
         instance_id=identity,
@@ -319,7 +319,7 @@ def to_answer(outcome: Outcome, identity: str) -> Answer:
 
 
 def check_answer(answer: Answer) -> Answer:
-    """The row, once it is an instance; RecordError where it is none."""
+    """Returns the row if it is a valid instance; raises RecordError otherwise."""
     Instance(**{name: getattr(answer, name) for name in answer.__dataclass_fields__})
     return answer
 
@@ -345,6 +345,6 @@ def _candidate(candidate: SampledCandidate, outcome: Outcome) -> Candidate:
 
 
 def _decoding_name(body: Mapping[str, object]) -> str:
-    """The knobs that the client turned, by name."""
+    """The sampling parameters in the client's request, as `name=value`."""
     parameters = ("temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens")
     return ",".join(f"{name}={body[name]}" for name in parameters if body.get(name) is not None)

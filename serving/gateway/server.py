@@ -18,15 +18,15 @@ from serving.listener import GracefulServer, Shutdown, bind, format_url, http_co
 
 
 def run(config: GatewayConfig) -> None:
-    """Takes the address, loads the scorer, listens; returns when it was asked to stop and has answered all it accepted.
+    """Binds the address, loads the scorer and serves the gateway; returns after a graceful shutdown.
 
-    CappyError if the address or the feedback log's folder cannot be had, which is found out before the scorer is
-    loaded. SIGTERM ends the process with status 0.
+    Raises CappyError before the scorer is loaded if the address cannot be bound or the feedback folder cannot be used.
+    SIGTERM ends the process with status 0.
     """
     first, second = _llms(config)
     scorer_key, keys = read_key(config.scorer, config.scorer_key_variable), read_keys(config.api_keys)
     prepare_process()
-    # It would tell every call of the LLM, with its address.
+    # At INFO it logs the address of every call to the LLM.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     with bind(config.host, config.port) as listener:
         feedback = FeedbackLog(config.feedback) if config.feedback is not None else None
@@ -47,7 +47,7 @@ def run(config: GatewayConfig) -> None:
 
 
 def _llms(config: GatewayConfig) -> tuple[LLM, LLM | None]:
-    """The LLM and the second one, their keys from the environment; ConfigError where an address or a key is none."""
+    """The LLM and the second one with keys from the environment; raises ConfigError for an invalid address or key."""
     prices = Prices(input=config.price_input, output=config.price_output)
     first = make_llm(config.upstream, key_variable=config.key_variable, prices=prices)
     if not config.escalate_to:
@@ -56,7 +56,7 @@ def _llms(config: GatewayConfig) -> tuple[LLM, LLM | None]:
         config.escalate_to,
         model=config.escalate_model,
         key_variable=config.escalate_key_variable,
-        # Whose server it is nobody knows, so a client's key is not sent there.
+        # It may be another provider's server, so a client's key is not sent to it.
         passes_key=False,
         prices=Prices(input=config.escalate_price_input, output=config.escalate_price_output),
     )
@@ -64,7 +64,7 @@ def _llms(config: GatewayConfig) -> tuple[LLM, LLM | None]:
 
 
 def assemble(config: GatewayConfig, first: LLM, second: LLM | None, scoring: Scoring) -> Gateway:
-    """The gateway of these settings: its LLMs share the connections that the process may open."""
+    """Creates the gateway; its LLMs share the connections that the process may open."""
     connections = max_upstream_connections() // (1 if second is None else 2)
 
     def upstream(llm: LLM, name: str) -> Upstream:
@@ -81,9 +81,9 @@ def assemble(config: GatewayConfig, first: LLM, second: LLM | None, scoring: Sco
 
 
 def describe_start(config: GatewayConfig, first: LLM, scoring: Scoring, listener: socket.socket) -> str:
-    """The line that says what is served where, and what the scores mean."""
+    """The line that is printed at the start: what is served where, and what the scores mean."""
     calibration = scoring.calibration
-    scores = f"calibrated to {calibration.metric}" if calibration else "raw scores: no calibration.json beside it"
+    scores = f"calibrated to {calibration.metric}" if calibration else "raw scores: no calibration.json"
     what = f"best of {config.candidates} from {first.url}"
     return (
         f"cappy gateway: {what} by scorer {scoring.version() or config.scorer} ({scores}) at {format_url(listener)}/v1"

@@ -1,7 +1,7 @@
-"""An LLM behind an OpenAI-compatible server: draws candidates, passes the rest through.
+"""Samples candidates from an LLM behind an OpenAI-compatible server and passes on its list of models.
 
-Calls are never streamed, whatever the client asked for, so a response is judged when it is whole: one that its server
-gave up (`finish_reason: error`, an `error` object) is not a candidate.
+Calls are never streamed, even if the client streams: a response that its server ended with an error (`finish_reason:
+error` or an `error` object) is not a candidate.
 """
 
 import asyncio
@@ -34,20 +34,13 @@ from cappy.sampling.endpoint.faults import LENGTH, NEW_LENGTH, Capabilities, ref
 from cappy.sampling.endpoint.limits import MAX_LIST_BYTES, answer_bytes
 from cappy.sampling.generators import tokens_of
 from cappy.untrusted import is_utf8, to_utf8
-from serving.gateway.errors import (
-    GatewayError,
-    bad_answer_error,
-    network_error,
-    not_utf8_error,
-    refusal_error,
-    timeout_error,
-)
+from serving.gateway.errors import GatewayError, answer_error, network_error, refusal_error, timeout_error, utf8_error
 from serving.gateway.policy import Ledger, Prices, read_usage
 from serving.gateway.requests import ChatRequest
 
 CONNECT_SECONDS = 10.0
 MAX_REMEMBERED_MODELS = 256
-"""Of how many models the refusals are remembered; clients choose the names, and memory must not grow with them."""
+"""Clients choose the models' names, so the number of models with remembered capabilities is limited."""
 GATEWAY_FIELDS = ("stream", "stream_options", "n")
 LOGGER = logging.getLogger("serving.gateway")
 ReadChoice = tuple[str, Status, list[float]]
@@ -56,9 +49,9 @@ ReadChoice = tuple[str, Status, list[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class LLM:
-    """Where an LLM is asked: `model` takes the place of the client's where it is set.
+    """An LLM's server; `model`, if set, replaces the client's.
 
-    `key` is sent where it is set; else what the client sent as its Authorization, if `passes_key`.
+    `key` is sent if it is set; otherwise the client's Authorization header, if `passes_key`.
     """
 
     url: str
@@ -68,25 +61,25 @@ class LLM:
     prices: Prices = field(default_factory=Prices)
 
     def authorization(self, client_header: str) -> str:
-        """The header to send, empty for none."""
+        """The Authorization header to send; empty for none."""
         return f"Bearer {self.key}" if self.key else client_header if self.passes_key else ""
 
 
 def make_llm(url: str, *, model: str = "", key_variable: str = "", passes_key: bool = True, prices: Prices) -> LLM:
-    """The LLM at an address, its key from the environment; ConfigError where either is none."""
+    """Creates an LLM with its key from the environment; raises ConfigError for an invalid address or a missing key."""
     if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"{quote(url)}: an LLM's address is http://host:port/v1")
+        raise ConfigError(f"{quote(url)}: not an LLM's address; give one such as http://host:port/v1")
     refuse_secrets(url)
     try:
         httpx2.URL(url)
     except httpx2.InvalidURL as error:
-        raise ConfigError(f"{quote(url)}: is not an address ({error}); an LLM's is http://host:port/v1") from error
+        raise ConfigError(f"{quote(url)}: not an address ({error}); give one such as http://host:port/v1") from error
     key = read_key(url, key_variable)
     return LLM(url=base_address(url), model=model, key=key, passes_key=passes_key, prices=prices)
 
 
 def read_key(url: str, variable: str) -> str:
-    """The key of a server in a variable of the environment, empty without a variable; ConfigError if it is not set."""
+    """Reads a server's key from an environment variable; empty without one, ConfigError if it is not set."""
     key = api_key(variable) if variable else ""
     if key == NO_KEY:
         raise ConfigError(f"{variable} is not set; put the key of {url} there, or leave the flag out")
@@ -95,10 +88,10 @@ def read_key(url: str, variable: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class SampledCandidate:
-    """One candidate: the choice as the server sent it, what the record keeps of it, and its score once it has one.
+    """One candidate: the choice as the server sent it, the fields of its record, and its score.
 
-    `score` is the scorer's, `logit` the score before its activation, which candidates are ranked by, `value` what the
-    score is worth by the calibration as the best of all that were scored so far (the score itself without one).
+    `logit` is the score before the activation, by which candidates are ranked; `value` is the calibrated score as the
+    best of all candidates scored so far (without a calibration, the score).
     """
 
     choice: Mapping[str, Any]
@@ -115,13 +108,13 @@ class SampledCandidate:
 
     @property
     def scorable(self) -> bool:
-        """Whether a selector may pick it: it is a text, and neither refused nor filtered."""
+        """Whether it can be scored and selected: it is a text, neither refused nor filtered."""
         return self.status in SELECTABLE
 
 
 @dataclass
 class RoundResult:
-    """What the calls of a round have brought so far."""
+    """Candidates and problems of the calls of a round so far."""
 
     candidates: list[SampledCandidate] = field(default_factory=list)
     problems: list[GatewayError] = field(default_factory=list)
@@ -129,7 +122,7 @@ class RoundResult:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingCall:
-    """What is asked of an LLM: `most_tokens` bounds each response (None: only by the client's own limit)."""
+    """The parameters of calls to an LLM; `max_tokens` limits each response (None: only the client's limit applies)."""
 
     request: ChatRequest
     authorization: str
@@ -138,7 +131,7 @@ class SamplingCall:
     seconds: float = 60.0
 
     def body(self, model: str, *, count: int, first_index: int) -> tuple[dict[str, Any], frozenset[str]]:
-        """The body for `count` samples from `number` on, and the names of what the client has not asked for."""
+        """The body for `count` samples from `first_index` on, and the fields in it that the client did not send."""
         payload = {name: value for name, value in self.request.body.items() if name not in GATEWAY_FIELDS}
         payload["model"] = model
         added = set()
@@ -149,17 +142,16 @@ class SamplingCall:
             payload["seed"] = self.request.seed + first_index
         if self.max_tokens is not None:
             client_fields = [name for name in (LENGTH, NEW_LENGTH) if payload.get(name)]
-            payload |= dict.fromkeys(
-                client_fields or [LENGTH], min(self.max_tokens, self.request.max_tokens or self.max_tokens)
-            )
+            max_tokens = min(self.max_tokens, self.request.max_tokens or self.max_tokens)
+            payload |= dict.fromkeys(client_fields or [LENGTH], max_tokens)
             added |= set() if client_fields else {LENGTH, NEW_LENGTH}
         return payload, frozenset(added)
 
 
 class Upstream:
-    """Asks one LLM's server, over connections that are kept open: `connections` at most, else `max_connections()`.
+    """A client of one LLM's server with at most `connections` open connections (default: `max_connections()`).
 
-    With `strip_reasoning` a candidate is the answer that follows the LLM's reasoning, and is passed on as that.
+    With `strip_reasoning` the LLM's reasoning is removed from candidates.
     """
 
     def __init__(
@@ -180,9 +172,9 @@ class Upstream:
         await self._client.aclose()
 
     async def sample(self, call: SamplingCall, result: RoundResult, *, count: int, first_index: int) -> None:
-        """Adds `count` candidates to `drawn` as they come, and a problem for each call that brought none.
+        """Adds `count` candidates to `result` as they arrive, and a problem for each failed call.
 
-        They are asked for together until the model refuses `n` or ignores it, then one by one, all at once.
+        Uses one call with `n` unless the model refuses or ignores `n`, else one concurrent call per candidate.
         """
         capabilities = self._capabilities_of(self.llm.model or call.request.model)
         if count > 1 and not capabilities.takes("n"):
@@ -201,22 +193,22 @@ class Upstream:
             await self.sample(call, result, count=count - num_answered, first_index=first_index + num_answered)
 
     async def models(self, authorization: str) -> bytes:
-        """The server's list of models, JSON as it answers; GatewayError where it does not."""
+        """The server's list of models as JSON; raises GatewayError on failure."""
         key = self.llm.authorization(authorization)
         response = await self._send("GET", "/models", None, key, seconds=CONNECT_SECONDS, max_bytes=MAX_LIST_BYTES)
         if response.status_code != 200:
             raise refusal_error(self._name, response, _secrets(key))
         body = _mask_key(_body_as_utf8(response), key)
         if not is_utf8(body):
-            raise not_utf8_error(self._name)
+            raise utf8_error(self._name)
         return body
 
     async def _call(
         self, call: SamplingCall, capabilities: Capabilities, *, count: int, first_index: int
     ) -> tuple[list[SampledCandidate], int]:
-        """The candidates of one request, at least one, and how many were answered, those given up included.
+        """The candidates of one call, and how many choices it had, including those that ended with an error.
 
-        None if the model refuses `n`; GatewayError if there is no candidate.
+        Returns no candidates if the model refuses `n`; raises GatewayError if there is no candidate.
         """
         body, added = call.body(self.llm.model or call.request.model, count=count, first_index=first_index)
         key = self.llm.authorization(call.authorization)
@@ -237,23 +229,18 @@ class Upstream:
     async def _call_within_budget(
         self, call: SamplingCall, payload: Mapping[str, object], key: str, count: int
     ) -> httpx2.Response:
-        """The response to one request; what it may cost is held meanwhile, and settled if it is none or a refusal."""
-        max_cost = self._max_cost(call, count)
+        """Makes one call; reserves its maximum cost, and settles it if the call fails."""
+        max_cost, max_bytes = self._max_cost(call, count), _max_bytes(call, payload, count)
         call.ledger.reserve(max_cost)
         try:
             response = await self._send(
-                "POST",
-                "/chat/completions",
-                payload,
-                key,
-                seconds=call.seconds,
-                max_bytes=_max_bytes(call, payload, count),
+                "POST", "/chat/completions", payload, key, seconds=call.seconds, max_bytes=max_bytes
             )
         except GatewayError as problem:
             call.ledger.fail(max_cost, may_be_billed=problem.may_be_billed)
             raise
         except BaseException:
-            # Cancelled: by the limit on time, or because the client is gone.
+            # Cancelled by the time limit or because the client disconnected.
             call.ledger.fail(max_cost, may_be_billed=True)
             raise
         if response.status_code != 200:
@@ -261,16 +248,15 @@ class Upstream:
         return response
 
     def _max_cost(self, call: SamplingCall, count: int) -> float:
-        """The most that a request can cost."""
         tokens = call.max_tokens if call.max_tokens is not None else call.request.max_tokens or 0
         return self.llm.prices.cost(tokens_of(call.request.instruction), count * tokens)
 
     def _read_response(
         self, call: SamplingCall, body: bytes, payload: Mapping[str, Any], count: int
     ) -> tuple[list[SampledCandidate], int]:
-        """The candidates in a body and how many choices it has; its tokens go to the ledger.
+        """Reads the candidates and the number of choices of a body; adds its usage to the ledger.
 
-        GatewayError, 502 or the status that an error object in the body states, if it holds no candidate.
+        Without a candidate raises GatewayError: 502 or the status in the body's error object.
         """
         try:
             values, choices = read_choices(body)
@@ -279,7 +265,7 @@ class Upstream:
         except BadAnswerError as error:
             call.ledger.fail(self._max_cost(call, count), may_be_billed=True)
             keys = _secrets(self.llm.authorization(call.authorization))
-            raise bad_answer_error(self._name, error, keys) from None
+            raise answer_error(self._name, error, keys) from None
         self._settle(call, values.get("usage"), [text for _, (text, _, _) in responses], count)
         model = model_name(values.get("model")) or str(payload["model"])
         candidates = [
@@ -298,36 +284,29 @@ class Upstream:
         return [self._strip_reasoning(candidate) for candidate in candidates], len(choices)
 
     def _strip_reasoning(self, candidate: SampledCandidate) -> SampledCandidate:
-        """The candidate without its reasoning where that is wanted; where it is not, the log warns of it once.
+        """Removes the reasoning from a candidate if that is enabled; otherwise warns once.
 
-        Where nothing would be left the choice stays as it is, and the candidate is `empty`.
+        If nothing remains, the choice is unchanged and the candidate's status is `empty`.
         """
         if not has_reasoning(candidate.text):
             return candidate
         if not self._strips_reasoning:
             if not self._has_warned:
-                LOGGER.warning(
-                    "%s answers with reasoning in the text, which is scored too; --strip-reasoning removes it",
-                    self._name,
-                )
+                warning = "%s returns reasoning in its text, which is scored too; --strip-reasoning removes it"
+                LOGGER.warning(warning, self._name)
             self._has_warned = True
             return candidate
         text = strip_reasoning(candidate.text)
         if not text:
-            return replace(
-                candidate,
-                text="",
-                status="empty" if candidate.scorable else candidate.status,
-                logprob_sum=None,
-                num_tokens=None,
-            )
+            status: Status = "empty" if candidate.scorable else candidate.status
+            return replace(candidate, text="", status=status, logprob_sum=None, num_tokens=None)
         message = {**candidate.choice["message"], "content": text}
-        # Log-probabilities are of all tokens, those of the reasoning too.
+        # Log-probabilities include the tokens of the reasoning.
         choice = {**candidate.choice, "message": message, "logprobs": None}
         return replace(candidate, text=text, choice=choice, logprob_sum=None, num_tokens=None)
 
     def _settle(self, call: SamplingCall, values: object, texts: list[str], count: int) -> None:
-        """Counts what the server says was used; its cost by the rule of thumb where it does not say."""
+        """Counts the usage that the server reports, or an estimate if it reports none."""
         usage = read_usage(values)
         if usage is not None:
             call.ledger.usages.append(usage.counts)
@@ -342,14 +321,12 @@ class Upstream:
     ) -> httpx2.Response:
         connect = min(CONNECT_SECONDS, seconds)
         timeout = httpx2.Timeout(seconds, connect=connect, pool=connect)
-        # As bytes, because a client's header may hold what no text header can.
-        headers = {
-            name.lower().encode(): value.encode("latin-1", "replace")
-            for name, value in key_headers(self._base, key).items()
-        }
+        # As bytes, because a client's header may have characters that are invalid in a string header.
+        items = key_headers(self._base, key).items()
+        headers = {name.lower().encode(): value.encode("latin-1", "replace") for name, value in items}
         address, more = join_path(self._base, path), {MAX_BYTES: max_bytes}
         try:
-            # The timeouts above begin anew with every byte that comes.
+            # The timeouts above restart with every byte that arrives.
             async with asyncio.timeout(seconds):
                 return await self._client.request(
                     method, address, json=body, headers=headers, timeout=timeout, extensions=more
@@ -366,24 +343,19 @@ class Upstream:
 
 
 def _trim_body(body: Mapping[str, object], capabilities: Capabilities, added: frozenset[str]) -> dict[str, Any]:
-    """The body without what the model refused and the client has not asked for."""
+    """Removes fields that the model refuses and the client did not send."""
     client_fields = {name: value for name, value in body.items() if name not in added}
     return {**client_fields, **capabilities.trim({name: body[name] for name in added if name in body})[0]}
 
 
 def _max_bytes(call: SamplingCall, payload: Mapping[str, object], count: int) -> int:
-    """How large the answer to a request may be."""
-    top_logprobs = payload.get("top_logprobs")
-    likelihoods = (
-        1 + (min(top_logprobs, 20) if isinstance(top_logprobs, int) and top_logprobs > 0 else 0)
-        if payload.get("logprobs")
-        else 0
-    )
+    top = payload.get("top_logprobs")
+    likelihoods = 1 + (min(top, 20) if isinstance(top, int) and top > 0 else 0) if payload.get("logprobs") else 0
     return answer_bytes(call.max_tokens or call.request.max_tokens, count, likelihoods=likelihoods)
 
 
 def _read_choices(choices: Sequence[Mapping[str, object]]) -> list[tuple[Mapping[str, object], ReadChoice]]:
-    """The choices that hold a response, read; GivenUpError where the server gave all of them up."""
+    """Reads the choices that hold a response; raises GivenUpError if all ended with an error."""
     responses: list[tuple[Mapping[str, object], ReadChoice]] = []
     fault: GivenUpError | None = None
     for choice in choices:
@@ -397,7 +369,7 @@ def _read_choices(choices: Sequence[Mapping[str, object]]) -> list[tuple[Mapping
 
 
 def _to_chat_choice(choice: Mapping[str, object], text: str) -> Mapping[str, object]:
-    """The choice as clients of chat completions can read it: with a message, even where the server sent a bare text."""
+    """The choice with a message, as chat clients expect, even if the server sent only a text."""
     if isinstance(choice.get("message"), dict):
         return choice
     other_fields = {name: value for name, value in choice.items() if name not in ("message", "text")}
@@ -405,7 +377,7 @@ def _to_chat_choice(choice: Mapping[str, object], text: str) -> Mapping[str, obj
 
 
 def _secrets(authorization: str) -> tuple[str, ...]:
-    """What of the header must stand in no text."""
+    """The parts of the header that must not appear in any text."""
     scheme, _, key = authorization.strip().partition(" ")
     secrets = [key.strip() or scheme]
     if scheme.lower() == "basic":
@@ -415,12 +387,12 @@ def _secrets(authorization: str) -> tuple[str, ...]:
 
 
 def _body_as_utf8(response: httpx2.Response) -> bytes:
-    """The body in UTF-8 where that can be had; as it came where not."""
+    """The body converted to UTF-8 if possible, otherwise unchanged."""
     return to_utf8(response.content, response.headers.get("content-type", ""))
 
 
 def _mask_key(body: bytes, authorization: str) -> bytes:
-    """The body without the key that was sent, which a server that repeats it would tell every client."""
+    """Masks the key in a body, in case the server repeats it."""
     for key in _secrets(authorization):
         if len(key) >= SHORTEST:
             body = body.replace(key.encode("latin-1", "replace"), b"***")

@@ -172,7 +172,7 @@ def damaged() -> Exception:
         (
             None,
             {"engine": FakeEngine(score=lambda pair: 0.5205), "probes": [(("a", "b"), 0.5)]},
-            "0.5205 to a stored pair that had 0.5000",
+            "0.5205 for a probe pair that scored 0.5000",
         ),
     ],
     ids=["hash", "load", "no number", "probe"],

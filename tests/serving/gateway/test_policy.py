@@ -106,7 +106,12 @@ def test_rounds_end_at_the_first_reason_and_never_ask_for_more_than_allowed(
 
 @given(SCORES)
 def test_no_least_gain_never_stops_and_an_endless_one_always_does(scores: list[float]) -> None:
-    at = {"num_requested": len(scores), "num_received": len(scores), "min_candidates": 1, "max_candidates": len(scores) + 1}
+    at = {
+        "num_requested": len(scores),
+        "num_received": len(scores),
+        "min_candidates": 1,
+        "max_candidates": len(scores) + 1,
+    }
     assert decide(Policy(min_gain=0), scores, **at).count == 1
     assert decide(Policy(min_gain=math.inf), scores, **at).stop == "gain"
 
