@@ -83,7 +83,7 @@ class _Run:
 
     async def outcome(self) -> Outcome:
         gateway = self._gateway
-        # At temperature 0 all candidates are the same.
+        # At temperature 0 all candidates would be the same.
         deterministic = self._request.temperature == 0 and gateway.policy.candidates > self._request.count
         max_candidates = self._request.count if deterministic else gateway.policy.candidates
         stop: Stop = await self._sample(gateway.first, max_candidates)

@@ -253,7 +253,7 @@ class FeedbackLog:
         try:
             await self._in_writer(lambda: self._answers.put(to_answer(outcome, identity)))
         except CappyError as error:
-            LOGGER.error("feedback: an answer was not stored: %s", error)
+            LOGGER.error("feedback: %s; an answer was not stored", error)
 
     async def add(self, feedback: Feedback) -> None:
         """Adds a user's feedback; raises GatewayError 404 if the answer is not stored."""

@@ -70,7 +70,7 @@ class Scoring:
         values = await self.score(pairs)
         ratings = [value if isinstance(value, tuple) else (value, value) for value in values]
         if len(ratings) != len(pairs) or not all(_is_finite(value) for rating in ratings for value in rating):
-            text = "the scorer did not return one finite number per candidate; download or train it again"
+            text = "the scorer did not return finite numbers, one per candidate; download or train it again"
             raise GatewayError(500, text, kind="scorer_error", code="scorer_bad_answer")
         return [(float(score), float(logit)) for score, logit in ratings]
 

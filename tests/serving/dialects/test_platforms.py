@@ -105,7 +105,7 @@ def test_open_inference_reads_tensors_that_follow_the_json_as_bytes(serve: Serve
     [
         (binary([b"a"], [b"b"], extra=b"cc"), ["2 bytes", "tensors"]),
         (binary([b"a"], [b"b"], head=10**6), ["inference-header-content-length"]),
-        (binary([b"a"], [b"b"], size=1), ["tensor", "within an element"]),
+        (binary([b"a"], [b"b"], size=1), ["tensor", "exceeds the size"]),
         (binary([b"\xff"], [b"b"]), ["utf-8"]),
         (binary([b"a", b"b"], [b"b"]), ["instruction", "response", "equal shapes"]),
         (binary([b"a"]), ["inputs: ", "2"]),
@@ -218,7 +218,7 @@ def test_invocations_are_answered_as_mlflows_own_server_answers_them(
         ({"inputs": COLUMNS, "instances": OBJECTS}, ["dataframe_split, dataframe_records, instances, inputs"]),
         ({"dataframe_split": {"columns": ["instruction"], "data": [["a"]]}}, ["no column", "response"]),
         ({"dataframe_split": {"columns": ["instruction", "response"], "data": [["a"]]}}, ["row", "2 values"]),
-        ({"dataframe_split": {"columns": ["instruction", "response"], "data": [["a", 1]]}}, ["row 0", "texts"]),
+        ({"dataframe_split": {"columns": ["instruction", "response"], "data": [["a", 1]]}}, ["row 0", "strings"]),
         ({"inputs": {"instruction": ["a", "b"], "response": ["c"]}}, ["2 instructions", "1 responses"]),
         ({"inputs": OBJECTS, "params": {"a": 1}}, ["params.a"]),
     ],
