@@ -80,7 +80,7 @@ class Follower:
                 await self.check()
             except Exception as error:
                 # A bug: the current model keeps serving, and GET /model shows the error until a check succeeds.
-                LOGGER.exception("checking %s failed", self.alias)
+                LOGGER.exception("following %s failed", self.alias)
                 self.trouble = format_error(error)
 
     def request_check(self, *, retry_refused: bool = False) -> None:

@@ -289,7 +289,7 @@ def test_ready_turns_from_503_to_200_when_the_probe_has_answered() -> None:
 def test_a_failed_probe_keeps_the_service_unready_and_says_why(answer: float) -> None:
     options = Options(probes=[(("What is 1 + 1?", "2"), 0.5)])
     with TestClient(create_app(Models(model(FakeEngine(score=lambda pair: answer))), options)) as client:
-        wait_until(lambda: "scorer answers" in client.get("/ready").json()["reason"], "the probe's end", seconds=10)
+        wait_until(lambda: "scorer gives" in client.get("/ready").json()["reason"], "the probe's end", seconds=10)
         assert client.get("/ready").status_code == 503
         assert client.post("/score", json={"pairs": [["a", "b"]]}).status_code == 503
 

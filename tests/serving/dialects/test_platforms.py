@@ -125,7 +125,7 @@ def test_binary_tensors_whose_sizes_do_not_hold_are_refused(
         (tensors([2]), ["instruction", "3 texts", "2"]),
         ([tensors()[0], tensors()[0]], ["instruction and response"]),
         ([tensors()[0], tensor("response", ["a"], [1])], ["equal shapes"]),
-        ([tensors()[0], tensor("response", ["a", 1, "b"], [3])], ["data", "texts"]),
+        ([tensors()[0], tensor("response", ["a", 1, "b"], [3])], ["data", "strings"]),
         ([tensor("instruction", [""], [1]), tensor("response", ["a"], [1])], ["instruction", "empty"]),
         ([{**tensors()[0], "datatype": "FP32"}, tensors()[1]], ["'BYTES'"]),
     ],
