@@ -11,7 +11,7 @@ __all__ = ["Options", "ServeConfig", "create_app", "run"]
 
 
 def __getattr__(name: str) -> object:
-    """Loads FastAPI with the first use of a name, not with the import of the settings."""
+    """Imports FastAPI on first use, so that importing the settings stays light."""
     if name == "ServeConfig":
         from serving.config import ServeConfig
 

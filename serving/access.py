@@ -1,7 +1,7 @@
-"""Around every request: its id, the headers of every answer, the access log and its span, without a word of any text.
+"""Request ids, response headers, the access log and OpenTelemetry spans; none of them contains a client's text.
 
-Spans are made by OpenTelemetry's instrumentation of FastAPI and sent by OTLP over HTTP. Nothing of OpenTelemetry is
-imported, and nothing is measured, where no environment variable says who takes them.
+Spans are made by OpenTelemetry's instrumentation of FastAPI and exported by OTLP over HTTP. OpenTelemetry is imported
+only if an environment variable names a collector.
 """
 
 import json
@@ -24,109 +24,126 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("serving")
 ACCESS_LOGGER = logging.getLogger("serving.access")
-GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-PATH_SHOWN = 500
-SAFE = {
+VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+MAX_PATH_CHARACTERS = 500
+SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
-"""Headers of an answer that says nothing else; the page brings a policy of its own."""
+"""Defaults, for responses that do not set these headers; the page sets its own content policy."""
 COLLECTOR_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-"""Where a collector listens; the other variables of OpenTelemetry's specification are read by its library."""
-CLOSING_SECONDS = 3.0
-"""How long spans that wait may hold up the end of the process."""
-SENT = frozenset({"http.request.method", "http.response.status_code", "http.route"})
-"""Attributes of the instrumentation that are sent, beside our own; others hold what a client wrote: paths, queries."""
-OWN = "cappy."
-TRACED = ("request_id", "dialect", "pairs", "tokens", "batch_wait_seconds", "outcome", "sampled", "calls", "cost")
-"""What our attributes say of a request, where its handler has put it into the request's state."""
-
+"""Address of the collector; OpenTelemetry's library reads the other variables of its specification."""
+SHUTDOWN_SECONDS = 3.0
+"""How long exporting the queued spans may delay the end of the process."""
+EXPORTED_ATTRIBUTES = frozenset({"http.request.method", "http.response.status_code", "http.route"})
+"""The instrumentation's attributes that are exported; others contain what a client wrote (paths, queries)."""
+ATTRIBUTE_PREFIX = "cappy."
+STATE_ATTRIBUTES = (
+    "request_id",
+    "dialect",
+    "pairs",
+    "tokens",
+    "batch_wait_seconds",
+    "outcome",
+    "sampled",
+    "calls",
+    "cost",
+)
+"""Entries of the request's state that become attributes of its span."""
 
 State = dict[str, Any]
-"""What Starlette keeps of a request: whatever its handlers put there."""
+"""Starlette's state of a request: its handlers and middleware store values in it."""
 
 
 class Span(Protocol):
-    """A span of OpenTelemetry, as far as it is used here."""
+    """The part of OpenTelemetry's span that is used here."""
 
     def set_attributes(self, attributes: Mapping[str, str | int | float]) -> None:
-        """Adds to what it says."""
+        """Adds attributes to the span."""
 
 
 class AccessLog:
     """ASGI middleware: one JSON line per request with its id, method, path, status, seconds and number of pairs.
 
-    `facts` gives headers for answers that bring none of their own; `observe` is called with dialect, status, seconds
-    and scores of requests of a dialect; while `closing` is true, clients are asked to come back on another connection.
+    `default_headers` returns headers for responses whose request state has no `headers`. `observe` is called with
+    dialect, status, seconds and scores after each request for scores. While `shutting_down` returns true, responses ask
+    the client to close the connection.
     """
 
     def __init__(
         self,
         app: ASGIApp,
-        facts: Callable[[], Mapping[str, str]] = dict,
+        default_headers: Callable[[], Mapping[str, str]] = dict,
         observe: Callable[[str, int, float, Sequence[float]], None] | None = None,
-        closing: Callable[[], bool] = lambda: False,
+        shutting_down: Callable[[], bool] = lambda: False,
     ) -> None:
         self._app = app
-        self._facts = facts
+        self._default_headers = default_headers
         self._observe = observe
-        self._closing = closing
+        self._shutting_down = shutting_down
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         state: State = scope.setdefault("state", {})
-        given = Headers(scope=scope).get("x-request-id", "")
-        state["request_id"] = given if GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
-        started, status = time.monotonic(), 500
+        header = Headers(scope=scope).get("x-request-id", "")
+        state["request_id"] = header if VALID_REQUEST_ID.fullmatch(header) else uuid.uuid4().hex
+        start, status = time.monotonic(), 500
 
-        async def send_marked(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._mark(MutableHeaders(scope=message), state)
-                self._trace(state)
+                self._add_headers(MutableHeaders(scope=message), state)
+                self._set_span_attributes(state)
             await send(message)
 
         try:
-            await self._app(scope, receive, send_marked)
+            await self._app(scope, receive, send_with_headers)
         except Exception:
-            # Whoever answers for it stands outside, so no answer has passed here.
-            self._trace(state)
+            # The handler that answers is outside this middleware, so `send_with_headers` was not called.
+            self._set_span_attributes(state)
             raise
         finally:
-            self._log(scope, state, status, time.monotonic() - started)
+            self._log(scope, state, status, time.monotonic() - start)
 
-    def _mark(self, headers: MutableHeaders, state: State) -> None:
-        for name, value in {"X-Request-Id": state["request_id"], **SAFE, **self._facts_of(state)}.items():
+    def _add_headers(self, headers: MutableHeaders, state: State) -> None:
+        for name, value in {
+            "X-Request-Id": state["request_id"],
+            **SECURITY_HEADERS,
+            **self._headers_for(state),
+        }.items():
             headers.setdefault(name, value)
-        if self._closing():
+        if self._shutting_down():
             headers["Connection"] = "close"
 
-    def _facts_of(self, state: State) -> Mapping[str, str]:
-        return state.get("facts") or self._facts()
+    def _headers_for(self, state: State) -> Mapping[str, str]:
+        return state.get("headers") or self._default_headers()
 
-    def _trace(self, state: State) -> None:
-        """Says what is known of the request in its span, if it has one and is a request of a client's API.
+    def _set_span_attributes(self, state: State) -> None:
+        """Sets our attributes on the request's span, if it has one and is a request for scores or completions.
 
-        A span ends with the last part of the answer, so it must be said before.
+        A span ends with the last part of the response, so this must happen before.
         """
         span: Span | None = state.get("span")
         if span is None or not {"dialect", "outcome"} & state.keys():
             return
-        version = self._facts_of(state).get("X-Cappy-Version")
-        known = {**{name: state[name] for name in TRACED if name in state}, **({"version": version} if version else {})}
-        span.set_attributes({f"{OWN}{name}": value for name, value in known.items()})
+        version = self._headers_for(state).get("X-Cappy-Version")
+        attributes = {
+            **{name: state[name] for name in STATE_ATTRIBUTES if name in state},
+            **({"version": version} if version else {}),
+        }
+        span.set_attributes({f"{ATTRIBUTE_PREFIX}{name}": value for name, value in attributes.items()})
 
     def _log(self, scope: Scope, state: State, status: int, seconds: float) -> None:
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "request_id": state["request_id"],
             "method": scope["method"],
-            "path": scope["path"][:PATH_SHOWN],
+            "path": scope["path"][:MAX_PATH_CHARACTERS],
             "status": status,
             "seconds": round(seconds, 4),
             "pairs": state.get("pairs", 0),
@@ -139,46 +156,46 @@ class AccessLog:
 
 
 class Tracing:
-    """Makes spans of an application's requests and sends them in batches, from a thread of their own."""
+    """Makes spans of an application's requests and exports them in batches from a background thread."""
 
     def __init__(self) -> None:
-        """ModuleNotFoundError without the extra."""
+        """Raises ModuleNotFoundError if the otel extra is not installed."""
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        # The stable names of the conventions; the default of the library is still the names before.
+        # The stable names of the semantic conventions; the library still defaults to the old ones.
         os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
-        named = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": "cappy"}
-        # A provider of our own: the global one belongs to whoever runs us in his process, MLflow among them.
-        self._provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(_without_texts(OTLPSpanExporter())))
+        service_name = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": "cappy"}
+        # Not the global provider: that belongs to the program that imports us, or to MLflow.
+        self._provider = TracerProvider(resource=Resource.create(service_name), shutdown_on_exit=False)
+        self._provider.add_span_processor(BatchSpanProcessor(_make_clean_exporter(OTLPSpanExporter())))
         self._instrument = FastAPIInstrumentor.instrument_app
 
     def instrument(self, app: FastAPI) -> None:
-        """Gives every request a span, a child of the one that W3C's `traceparent` names."""
+        """Gives every request a span, a child of the one named in the W3C `traceparent` header."""
 
-        def keep(span: Span, scope: Scope) -> None:
+        def store_span(span: Span, scope: Scope) -> None:
             scope.setdefault("state", {})["span"] = span
 
         self._instrument(
             app,
-            server_request_hook=keep,
+            server_request_hook=store_span,
             tracer_provider=self._provider,
             exclude_spans=["receive", "send"],
         )
 
     def close(self) -> None:
-        """Sends what waits; blocks, but not for long where the collector is away."""
-        closing = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
-        closing.start()
-        closing.join(CLOSING_SECONDS)
+        """Exports the queued spans; blocks for at most `SHUTDOWN_SECONDS`."""
+        thread = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
+        thread.start()
+        thread.join(SHUTDOWN_SECONDS)
 
 
 def start_tracing(variables: Mapping[str, str] = os.environ) -> Tracing | None:
-    """What sends spans; None where nobody is named to take them, and, with a line in the log, without the extra."""
+    """Starts tracing; returns None if no collector is configured, or, with a warning, if the extra is not installed."""
     disabled = variables.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if disabled or not any(variables.get(name) for name in COLLECTOR_VARIABLES):
         return None
@@ -192,20 +209,24 @@ def start_tracing(variables: Mapping[str, str] = os.environ) -> Tracing | None:
         return None
 
 
-def _without_texts(exporter: "SpanExporter") -> "SpanExporter":
-    """An exporter of the spans that our code has said something of, without what a client or an exception wrote."""
+def _make_clean_exporter(exporter: "SpanExporter") -> "SpanExporter":
+    """Wraps an exporter: only spans with our attributes, without events, and without attributes of clients' texts."""
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
     from opentelemetry.trace import Status
 
     def clean_span(span: ReadableSpan) -> ReadableSpan:
-        kept = {name: value for name, value in (span.attributes or {}).items() if name in SENT or name.startswith(OWN)}
+        attributes = {
+            name: value
+            for name, value in (span.attributes or {}).items()
+            if name in EXPORTED_ATTRIBUTES or name.startswith(ATTRIBUTE_PREFIX)
+        }
         return ReadableSpan(
             name=span.name,
             context=span.context,
             parent=span.parent,
             resource=span.resource,
-            attributes=kept,
+            attributes=attributes,
             kind=span.kind,
             instrumentation_scope=span.instrumentation_scope,
             status=Status(span.status.status_code),
@@ -215,8 +236,12 @@ def _without_texts(exporter: "SpanExporter") -> "SpanExporter":
 
     class CleanSpanExporter(SpanExporter):  # type: ignore[misc] # the library has no types
         def export(self, spans: "Sequence[ReadableSpan]") -> "SpanExportResult":
-            ours = [clean_span(span) for span in spans if any(name.startswith(OWN) for name in span.attributes or ())]
-            return exporter.export(ours) if ours else SpanExportResult.SUCCESS
+            own_spans = [
+                clean_span(span)
+                for span in spans
+                if any(name.startswith(ATTRIBUTE_PREFIX) for name in span.attributes or ())
+            ]
+            return exporter.export(own_spans) if own_spans else SpanExportResult.SUCCESS
 
         def shutdown(self) -> None:
             exporter.shutdown()

@@ -1,4 +1,4 @@
-"""The HTTP application around a model: its routes, what platforms ask of it, and numbers for Prometheus."""
+"""The HTTP application that serves a scorer: routes of all dialects, probes for platforms, metrics for Prometheus."""
 
 import asyncio
 import contextlib
@@ -29,73 +29,76 @@ from serving.bodies import Refusal
 from serving.config import Limits
 from serving.dialects import DIALECTS, Dialect, ServedModels
 from serving.dialects.own import SCORE, refuse
-from serving.engine import PROBES, Batcher, Models, Stored, probe
+from serving.engine import PROBES, Batcher, Models, ProbePairs, probe
 from serving.following import Follower, add_admin
 from serving.guards import ANY_HOST, BrowserGuard, Hosts, Keys, Refuse
 from serving.page import About, add_page
 from serving.service import Service, write_refusal
 
 LOGGER = logging.getLogger("serving")
-REFUSALS = (400, 401, 403, 404, 408, 413, 415, 421, 429, 500, 503, 504)
+ERROR_STATUSES = (400, 401, 403, 404, 408, 413, 415, 421, 429, 500, 503, 504)
 QUEUED_BATCHES = 32
-"""Batches that may wait where no limit is given: with 2,048 tokens each about 13 s of a RoBERTa-base on two cores."""
+"""Default limit of the queue, in batches: at 2,048 tokens each, about 13 s of a RoBERTa-base on two cores."""
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKENS_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-SCORES_BUCKETS = tuple(tenth / 10 for tenth in range(11))
+SCORES_BUCKETS = tuple(tenths / 10 for tenths in range(11))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How the service is run; `max_queued_tokens` 0 is 32 batches."""
+    """Settings of the application; `max_queued_tokens` 0 means 32 batches."""
 
     limits: Limits = field(default_factory=Limits)
     batch_tokens: int = 2048
     max_queued_tokens: int = 0
     keys: Keys = field(default_factory=Keys)
     origins: Sequence[str] = ()
-    """Whose pages may ask from a browser, beside the service's own."""
+    """Origins whose pages may send requests from a browser, in addition to the service's own."""
     hosts: Hosts = ANY_HOST
-    """The names that the service answers to."""
-    probes: Stored = PROBES
-    """For a first model that brings no stored pairs of its own."""
+    """Host names that the service answers to."""
+    probes: ProbePairs = PROBES
+    """Probe pairs for a first model that has none stored with it."""
     webhook_secret: str = ""
-    """Of MLflow's webhooks; without it there is no path for them."""
+    """Secret of MLflow's webhooks; without it the webhook route does not exist."""
     routes: Mapping[str, str] = field(default_factory=dict)
-    """Further paths, such as Vertex AI asks for: path -> name of the dialect."""
+    """Additional paths, such as Vertex AI's prediction route: path -> name of the dialect."""
     ready_path: str = ""
-    """A further path that answers as /ready does."""
+    """An additional path that answers like /ready."""
 
 
 def create_app(
     models: Models,
     options: Options | None = None,
     *,
-    failed: Callable[[CappyError], None] = lambda error: None,
+    on_failure: Callable[[CappyError], None] = lambda error: None,
     follower: Follower | None = None,
-    computing: ThreadPoolExecutor | None = None,
+    executor: ThreadPoolExecutor | None = None,
     tracing: Tracing | None = None,
 ) -> FastAPI:
-    """An application that answers with `models.current`.
+    """Creates an application that answers with `models.current`.
 
-    It is probed after start-up: /ready answers 503 until it has answered its probes, and for good if it fails them, in
-    which case `failed` is called. From then on `follower` changes the model, beside the requests. `computing` is the
-    thread that loaded it, see `Batcher`; `tracing` makes spans of requests, and is closed at the end.
+    The model is probed after start-up: /ready answers 503 until the probe has passed, and permanently if it fails, in
+    which case `on_failure` is called. After the probe, `follower` changes the model while requests are answered.
+    `executor` is the thread that loaded the model, see `Batcher`; `tracing` is closed when the application ends.
     """
     options = options or Options()
     batcher = Batcher(
         options.batch_tokens,
         options.max_queued_tokens or QUEUED_BATCHES * options.batch_tokens,
-        computing=computing or ThreadPoolExecutor(1, "computing"),
+        executor=executor or ThreadPoolExecutor(1, "computing"),
     )
     metrics = _Metrics(batcher, models)
-    batcher.on_batch = metrics.batch
+    batcher.on_batch = metrics.count_batch
     if follower is not None:
-        follower.on_change = metrics.move
+        follower.on_change = metrics.count_change
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        probed = _probe(models, batcher, options, failed)
-        tasks = [asyncio.create_task(batcher.run()), asyncio.create_task(_follow_after_probe(probed, models, follower))]
+        first_probe = _probe(models, batcher, options, on_failure)
+        tasks = [
+            asyncio.create_task(batcher.run()),
+            asyncio.create_task(_follow_after_probe(first_probe, models, follower)),
+        ]
         yield
         for task in tasks:
             task.cancel()
@@ -110,7 +113,7 @@ def create_app(
         summary="Scores responses to instructions: how correct is this response?",
         version=cappy.__version__,
         lifespan=lifespan,
-        docs_url=None,  # the page would load its script from another site
+        docs_url=None,  # FastAPI's page loads its script from another site
         redoc_url=None,
     )
     if options.origins:
@@ -119,19 +122,19 @@ def create_app(
         )
     service = Service(models=models, batcher=batcher, limits=options.limits, keys=options.keys)
     paths = [(path, dialect) for dialect in DIALECTS for path in dialect.paths]
-    further = ((path, _find_dialect(name)) for path, name in options.routes.items())
-    paths += [one for one in further if one not in paths]
-    app.add_middleware(BrowserGuard, hosts=options.hosts, origins=options.origins, refuse=_refuse(paths))
+    extra_paths = ((path, _find_dialect(name)) for path, name in options.routes.items())
+    paths += [entry for entry in extra_paths if entry not in paths]
+    app.add_middleware(BrowserGuard, hosts=options.hosts, origins=options.origins, refuse=_make_refuse(paths))
     app.add_middleware(
         AccessLog,
-        facts=lambda: models.current.facts(),
-        observe=metrics.request,
-        closing=lambda: models.closing,
+        default_headers=lambda: models.current.headers(),
+        observe=metrics.count_request,
+        shutting_down=lambda: models.shutting_down,
     )
-    app.add_exception_handler(HTTPException, _not_here)
+    app.add_exception_handler(HTTPException, _not_found)
     _add_routes(app, service, paths)
     _add_probes(app, models, metrics, options.ready_path)
-    add_page(app, lambda: _about(models))
+    add_page(app, lambda: _describe_service(models))
     served = ServedModels(models=models, limits=options.limits, batch_tokens=options.batch_tokens)
     for dialect in DIALECTS:
         if dialect.add_routes is not None:
@@ -142,28 +145,28 @@ def create_app(
     return app
 
 
-async def _not_here(request: Request, error: Exception) -> Response:
-    """A path or a method that is not here, with what is."""
+async def _not_found(request: Request, error: Exception) -> Response:
+    """Answers a request with an unknown path or method."""
     assert isinstance(error, HTTPException)  # noqa: S101 (what the handler is registered for)
     path, allowed = request.url.path, (error.headers or {}).get("Allow")
     text = f"{path}: no such path; GET /openapi.json lists them"
     if allowed:
-        text = f"{request.method} {path}: this path answers {allowed} alone; GET /openapi.json shows how"
+        text = f"{request.method} {path}: this path only accepts {allowed}; see GET /openapi.json"
     return JSONResponse(refuse(error.status_code, text), status_code=error.status_code, headers=error.headers)
 
 
-def _refuse(paths: Sequence[tuple[str, Dialect]]) -> Refuse:
-    """Refusals in the shape of a path's dialects, elsewhere in our own."""
-    known = [(compile_path(path)[0], dialect) for path, dialect in paths]
+def _make_refuse(paths: Sequence[tuple[str, Dialect]]) -> Refuse:
+    """Returns a function that writes a refusal in the shape of a path's dialects; for other paths, in our own."""
+    patterns = [(compile_path(path)[0], dialect) for path, dialect in paths]
 
     def refuse_in_shape(path: str, refusal: Refusal) -> Response:
-        dialects = [dialect for pattern, dialect in known if pattern.match(path)]
+        dialects = [dialect for pattern, dialect in patterns if pattern.match(path)]
         return write_refusal(dialects or [SCORE], refusal)
 
     return refuse_in_shape
 
 
-def _about(models: Models) -> About:
+def _describe_service(models: Models) -> About:
     return About(
         service="scorer",
         model=models.current.name,
@@ -174,15 +177,15 @@ def _about(models: Models) -> About:
 
 
 def _add_routes(app: FastAPI, service: Service, paths: Sequence[tuple[str, Dialect]]) -> None:
-    """One POST route per path, whatever dialects share it, and all their shapes in the OpenAPI document."""
-    for path, shared in groupby(sorted(paths, key=lambda one: one[0]), key=lambda one: one[0]):
+    """Adds one POST route per path, even if dialects share it, and all request schemas to the OpenAPI document."""
+    for path, shared in groupby(sorted(paths, key=lambda entry: entry[0]), key=lambda entry: entry[0]):
         _add_route(app, service, path, [dialect for _, dialect in shared])
-    shapes = [(shape, "validation") for _, dialect in paths for shape in (dialect.request,)]
-    plain = app.openapi
+    models = [(model, "validation") for _, dialect in paths for model in (dialect.request,)]
+    default_openapi = app.openapi
 
     def openapi() -> dict[str, object]:
-        document = plain()
-        _, definitions = models_json_schema(shapes, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+        document = default_openapi()
+        _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
         document["components"]["schemas"].update(definitions["$defs"])
         return document
 
@@ -194,7 +197,7 @@ def _add_route(app: FastAPI, service: Service, path: str, dialects: Sequence[Dia
         return await service.answer(request, dialects)
 
     schemas = [{"$ref": f"#/components/schemas/{dialect.request.__name__}"} for dialect in dialects]
-    body = {"required": True, "content": {"application/json": {"schema": _either(schemas)}}}
+    body = {"required": True, "content": {"application/json": {"schema": _any_of(schemas)}}}
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall(r"{(\w+)}", path)
@@ -207,7 +210,7 @@ def _add_route(app: FastAPI, service: Service, path: str, dialects: Sequence[Dia
         response_model=None,
         responses={
             200: {"model": _union([dialect.response for dialect in dialects])},
-            **dict.fromkeys((*REFUSALS, *(dialect.invalid for dialect in dialects)), problems),
+            **dict.fromkeys((*ERROR_STATUSES, *(dialect.invalid_status for dialect in dialects)), problems),
         },
         openapi_extra={"requestBody": body, "parameters": parameters},
         operation_id="_".join([*(dialect.name for dialect in dialects), *re.findall(r"\w+", path)]),
@@ -216,12 +219,12 @@ def _add_route(app: FastAPI, service: Service, path: str, dialects: Sequence[Dia
     )
 
 
-def _either(schemas: Sequence[Mapping[str, object]]) -> Mapping[str, object]:
+def _any_of(schemas: Sequence[Mapping[str, object]]) -> Mapping[str, object]:
     return schemas[0] if len(schemas) == 1 else {"anyOf": list(schemas)}
 
 
 def _union(shapes: Sequence[type[BaseModel]]) -> object:
-    """A type for FastAPI's documents."""
+    """The union type of these models, for FastAPI's OpenAPI document."""
     return reduce(operator.or_, shapes)
 
 
@@ -229,9 +232,9 @@ def _find_dialect(name: str) -> Dialect:
     return next(dialect for dialect in DIALECTS if dialect.name == name)
 
 
-async def _follow_after_probe(probed: Awaitable[None], models: Models, follower: Follower | None) -> None:
-    """Once the first model has answered its probe, keeps to the alias."""
-    await probed
+async def _follow_after_probe(first_probe: Awaitable[None], models: Models, follower: Follower | None) -> None:
+    """Runs the follower once the first model has passed its probe."""
+    await first_probe
     if follower is not None and not models.reason:
         await follower.run()
 
@@ -240,67 +243,71 @@ def _collect() -> None:
     gc.collect()
 
 
-async def _probe(models: Models, batcher: Batcher, options: Options, failed: Callable[[CappyError], None]) -> None:
+async def _probe(models: Models, batcher: Batcher, options: Options, on_failure: Callable[[CappyError], None]) -> None:
     try:
-        await batcher.apart(lambda: probe(models.current, models.current.probes or options.probes))
-        # Once, before anybody is served: what loading left in cycles would keep the first model after a swap.
-        await batcher.apart(_collect)
+        await batcher.run_between_batches(lambda: probe(models.current, models.current.probes or options.probes))
+        # Reference cycles left by loading would keep the first model in memory after a swap.
+        await batcher.run_between_batches(_collect)
         models.reason = ""
     except CappyError as error:
         models.reason = str(error)
         LOGGER.error("not ready: %s", error)
-        failed(error)
+        on_failure(error)
 
 
 class _Metrics:
-    """Queue, batches, latency, scores and version of one application, for Prometheus; without a word of any text."""
+    """Prometheus metrics of one application: queue, batches, latency, scores and version; no texts of clients."""
 
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self, batcher: Batcher, models: Models) -> None:
-        self._registry = own = CollectorRegistry()
+        self._registry = registry = CollectorRegistry()
         self._models = models
-        self._requests = Counter("cappy_requests", "Requests", ["dialect", "status"], registry=own)
+        self._requests = Counter("cappy_requests", "Requests", ["dialect", "status"], registry=registry)
         self._seconds = Histogram(
             "cappy_request_seconds",
-            "From a request's head to its answer",
+            "Seconds from the head of a request to its response",
             ["dialect"],
             buckets=SECONDS_BUCKETS,
-            registry=own,
+            registry=registry,
         )
-        self._pairs = Counter("cappy_pairs", "Pairs scored", registry=own)
-        self._cut = Counter("cappy_pairs_cut", "Pairs that were longer than the scorer reads", registry=own)
-        self._scores = Histogram("cappy_score", "Scores", buckets=SCORES_BUCKETS, registry=own)
-        self._tokens = Histogram("cappy_batch_tokens", "Tokens of a batch", buckets=TOKENS_BUCKETS, registry=own)
-        self._batches = Histogram("cappy_batch_seconds", "Time of a batch", buckets=SECONDS_BUCKETS, registry=own)
-        self._swaps = Counter("cappy_swap", "Changes of the model", registry=own)
-        self._refused = Counter("cappy_swap_refused", "Versions that may not serve", registry=own)
-        self._model = Gauge("cappy_model_info", "The model that answers", ["model", "version", "sha256"], registry=own)
-        Gauge("cappy_queue_tokens", "Tokens that wait or are computed", registry=own).set_function(
+        self._pairs = Counter("cappy_pairs", "Pairs scored", registry=registry)
+        self._truncated = Counter(
+            "cappy_pairs_cut", "Pairs that were truncated to the scorer's length", registry=registry
+        )
+        self._scores = Histogram("cappy_score", "Scores", buckets=SCORES_BUCKETS, registry=registry)
+        self._tokens = Histogram("cappy_batch_tokens", "Tokens in a batch", buckets=TOKENS_BUCKETS, registry=registry)
+        self._batches = Histogram(
+            "cappy_batch_seconds", "Seconds to compute a batch", buckets=SECONDS_BUCKETS, registry=registry
+        )
+        self._swaps = Counter("cappy_swap", "Changes of the model", registry=registry)
+        self._refused = Counter("cappy_swap_refused", "Versions that were refused", registry=registry)
+        self._model = Gauge("cappy_model_info", "The current model", ["model", "version", "sha256"], registry=registry)
+        Gauge("cappy_queue_tokens", "Tokens that are queued or being computed", registry=registry).set_function(
             lambda: batcher.queued_tokens
         )
-        Gauge("cappy_ready", "Whether new clients may come", registry=own).set_function(lambda: not models.unready)
+        Gauge("cappy_ready", "Whether the service is ready", registry=registry).set_function(lambda: not models.unready)
 
-    def batch(self, tokens: int, pairs: int, seconds: float, cut: int = 0) -> None:
-        """Counts a batch and the pairs of it that were cut."""
-        self._cut.inc(cut)
+    def count_batch(self, tokens: int, pairs: int, seconds: float, num_truncated: int = 0) -> None:
+        """Counts a batch, its pairs and those that were truncated."""
+        self._truncated.inc(num_truncated)
         self._tokens.observe(tokens)
         self._batches.observe(seconds)
         self._pairs.inc(pairs)
 
-    def request(self, dialect: str, status: int, seconds: float, scores: Sequence[float]) -> None:
-        """Counts a request of a dialect."""
+    def count_request(self, dialect: str, status: int, seconds: float, scores: Sequence[float]) -> None:
+        """Counts a request and its scores."""
         self._requests.labels(dialect, str(status)).inc()
         self._seconds.labels(dialect).observe(seconds)
         for score in scores:
             self._scores.observe(score)
 
-    def move(self, what: Literal["swap", "refusal"]) -> None:
-        """Counts a change of the model, or a version that was refused."""
-        (self._swaps if what == "swap" else self._refused).inc()
+    def count_change(self, change: Literal["swap", "refusal"]) -> None:
+        """Counts a change of the model or a refused version."""
+        (self._swaps if change == "swap" else self._refused).inc()
 
-    def text(self) -> bytes:
-        """What Prometheus reads."""
+    def render(self) -> bytes:
+        """The metrics in Prometheus' text format."""
         model = self._models.current
         self._model.clear()
         self._model.labels(model.name, model.version, model.sha256).set(1)
@@ -308,29 +315,31 @@ class _Metrics:
 
 
 class Health(BaseModel):
-    """That the process lives."""
+    """Liveness of the process."""
 
     status: Annotated[Literal["ok"], Field(description="Always ok")] = "ok"
 
 
 class Readiness(BaseModel):
-    """Whether scores can be had."""
+    """Readiness of the service."""
 
-    ready: Annotated[bool, Field(description="Whether the scorer has answered its probe and the service stays up")]
+    ready: Annotated[
+        bool, Field(description="Whether the scorer has passed its probe and the service is not shutting down")
+    ]
     version: Annotated[str, Field(description="Version of the scorer")]
-    reason: Annotated[str, Field(description="Why not, if not")] = ""
+    reason: Annotated[str, Field(description="Why the service is not ready; empty if it is")] = ""
 
 
 def _add_probes(app: FastAPI, models: Models, metrics: _Metrics, ready_path: str = "") -> None:
-    """GET /health, /startup, /ready, what else is to answer as /ready does, and /metrics; they need no key."""
+    """Adds GET /health, /startup, /ready, `ready_path` and /metrics, none of which needs a key."""
 
     @app.get("/health", tags=["probes"])
     async def health() -> Health:
-        """Whether the process lives; answers while scores are computed."""
+        """Liveness of the process; answers while scores are computed."""
         return Health()
 
     async def ready(response: Response) -> Readiness:
-        """Whether scores can be had: false before the scorer has answered its probe, and after SIGTERM."""
+        """Readiness: false until the scorer has passed its probe, and after SIGTERM."""
         response.status_code = 503 if models.unready else 200
         return Readiness(ready=not models.unready, version=models.current.version, reason=models.unready)
 
@@ -339,5 +348,5 @@ def _add_probes(app: FastAPI, models: Models, metrics: _Metrics, ready_path: str
 
     @app.get("/metrics", tags=["probes"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def read_metrics() -> Response:
-        """Numbers for Prometheus."""
-        return Response(metrics.text(), media_type=metrics.content_type)
+        """Metrics in Prometheus' text format."""
+        return Response(metrics.render(), media_type=metrics.content_type)

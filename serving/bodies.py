@@ -1,8 +1,8 @@
-"""The guard of every body that a client sends, for both services; and refusals, in the words of whoever sent it.
+"""Reads and checks request bodies for both services, and refuses those that break a limit.
 
-In this order: content type, then bytes and time while it arrives, then the number of values and the depth on the raw
-bytes, before any object is built, then JSON, then the lengths of its texts. What is large is worked on in a thread, one
-body at a time, so that the event loop goes on answering.
+Checks run in this order: content type; size and time while the body arrives; number of values and depth of the raw
+bytes, before any object is built; JSON; lengths of the texts. Large bodies are processed in a thread, one at a time, so
+that the event loop is not blocked.
 """
 
 import asyncio
@@ -21,32 +21,32 @@ from starlette.requests import ClientDisconnect
 
 from serving.config import BodyLimits
 
-GONE = 499
-"""What the log calls a request whose client hung up (a custom of nginx)."""
-SECONDS = 20.0
-"""Within which a body must have arrived."""
+CLIENT_CLOSED_REQUEST = 499
+"""Status in the access log for a request whose client closed the connection (nginx's convention)."""
+RECEIVE_SECONDS = 20.0
+"""A body must arrive within this time."""
 MAX_DEPTH = 64
 MAX_VALUES = 32_768
 LARGE_BYTES = 32_768
-"""From here a body is worked on in a thread: below it a change of threads costs more than the work."""
-BODIES_AT_ONCE = 16
-"""How many bodies of the largest size may be in memory, over all requests that are not answered yet."""
+"""Bodies from this size on are processed in a thread; for smaller ones switching threads costs more than the work."""
+MAX_BODIES_IN_MEMORY = 16
+"""How many bodies of the maximum size may be in memory at once, over all open requests."""
 Result = TypeVar("Result")
 _BLOCK = 1 << 20
-_STEPS = np.zeros(256, np.int8)
-_STEPS[[ord("["), ord("{")]] = 1
-_STEPS[[ord("]"), ord("}")]] = -1
+_DEPTH_CHANGES = np.zeros(256, np.int8)
+_DEPTH_CHANGES[[ord("["), ord("{")]] = 1
+_DEPTH_CHANGES[[ord("]"), ord("}")]] = -1
 _LARGE = ThreadPoolExecutor(1, "bodies")
 RULES = {
     "missing": "is missing",
-    "extra_forbidden": "cannot be honoured here; leave it out",
-    "string_type": "must be a text",
-    "string_too_short": "may not be empty",
-    "string_too_long": "may have at most {max_length} characters",
+    "extra_forbidden": "is not supported; leave it out",
+    "string_type": "must be a string",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters",
     "list_type": "must be a list",
     "tuple_type": "must be a list",
-    "too_short": "must have {min_length} or more items",
-    "too_long": "may have at most {max_length} items",
+    "too_short": "must have at least {min_length} items",
+    "too_long": "must have at most {max_length} items",
     "dict_type": "must be an object",
     "model_type": "must be an object",
     "bool_type": "must be true or false",
@@ -58,14 +58,14 @@ RULES = {
     "less_than_equal": "must be at most {le}",
     "literal_error": "must be {expected}",
 }
-"""pydantic's kind of error -> what the field must be."""
+"""pydantic's error type -> the rule that the field breaks."""
 
-SHOWN = 60
-"""Characters that are repeated of a name which a client chose."""
+MAX_NAME_CHARACTERS = 60
+"""A field name chosen by the client is repeated in errors up to this length."""
 
 
 class Refusal(Exception):  # noqa: N818 (not an error of ours)
-    """Status 4xx or 5xx with what was wrong and what to do, in one line; `retry_after` in whole seconds."""
+    """A refused request: a status 4xx or 5xx and one line with problem and remedy; `retry_after` in whole seconds."""
 
     def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -75,8 +75,11 @@ class Refusal(Exception):  # noqa: N818 (not an error of ours)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Broken:
-    """The first rule that a body breaks: where (`pairs.0.1`, empty for the body itself), which, and how many more."""
+class Violation:
+    """The first rule that a body breaks.
+
+    `field` is a path such as `pairs.0.1` (empty for the body itself), `more` the number of other fields with errors.
+    """
 
     field: str
     rule: str
@@ -86,105 +89,107 @@ class Broken:
         return f"{self.field or 'body'}: {self.rule}" + (f" (and {self.more} more)" if self.more else "")
 
 
-def describe_error(error: ValidationError, body: object) -> Broken:
-    """What is wrong with `body`, none of whose texts are repeated."""
+def describe_error(error: ValidationError, body: object) -> Violation:
+    """Describes what is wrong with `body` without repeating its texts."""
     errors = error.errors(include_url=False, include_input=False)
-    # Where a field may have several forms, a sentence of ours says more than that it has not the first form.
-    first = next((one for one in errors if one["type"] == "value_error"), errors[0])
-    form = RULES.get(first["type"])
-    rule = form.format(**first.get("ctx", {})) if form else first["msg"].removeprefix("Value error, ")
-    fields = {_field(one["loc"], body, one["type"]) for one in errors}
-    return Broken(field=_field(first["loc"], body, first["type"]), rule=rule, more=len(fields) - 1)
+    # If a field may have several types, a message of our own validators says more than pydantic's about the first type.
+    first = next((item for item in errors if item["type"] == "value_error"), errors[0])
+    template = RULES.get(first["type"])
+    rule = template.format(**first.get("ctx", {})) if template else first["msg"].removeprefix("Value error, ")
+    paths = {_field_path(item["loc"], body, item["type"]) for item in errors}
+    return Violation(field=_field_path(first["loc"], body, first["type"]), rule=rule, more=len(paths) - 1)
 
 
-def _field(location: Sequence[int | str], body: object, kind: str) -> str:
-    """A location without the names of the forms that a field may have, which pydantic puts between its steps."""
-    kept, value = [], body
-    for place, step in enumerate(location):
-        if isinstance(step, int):
-            value = value[step] if isinstance(value, list) and step < len(value) else None
-        elif isinstance(value, Mapping) and (step in value or (kind == "missing" and place == len(location) - 1)):
-            value = value.get(step)
+def _field_path(location: Sequence[int | str], body: object, kind: str) -> str:
+    """The path of a field in the body, without the names of union members that pydantic inserts."""
+    path, value = [], body
+    for index, key in enumerate(location):
+        if isinstance(key, int):
+            value = value[key] if isinstance(value, list) and key < len(value) else None
+        elif isinstance(value, Mapping) and (key in value or (kind == "missing" and index == len(location) - 1)):
+            value = value.get(key)
         else:
             continue
-        kept.append(str(step)[:SHOWN])
-    return ".".join(kept)
+        path.append(str(key)[:MAX_NAME_CHARACTERS])
+    return ".".join(path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What a body may hold; `max_text_bytes` counts all its texts in UTF-8, equal ones of a request for scores once."""
+    """Limits of a body; `max_text_bytes` counts its texts in UTF-8, equal texts of a request for scores once."""
 
     max_values: int = MAX_VALUES
     max_depth: int = MAX_DEPTH
     max_characters: int = BodyLimits.max_characters
-    """Of one text: beyond it no scorer reads on, and tokenizing it would hold up the others."""
+    """Of one text: no scorer reads further, and tokenizing it would delay other requests."""
     max_text_bytes: int = round(BodyLimits.max_text_mb * 1e6)
-    """A tokenizer reads 2 to 3 MB in a second and takes 60 bytes of memory for each (2 cores, AMD EPYC)."""
-    remedy: str = "send less in a request"
+    """A tokenizer processes 2 to 3 MB a second and takes 60 bytes of memory per byte (2 cores, AMD EPYC)."""
+    remedy: str = "send a smaller request"
 
     def check(self, data: bytes) -> None:
-        """Refusal 400 where JSON is nested too deeply, 413 where it has too many values; builds none of them."""
-        opened = data.count(b"[") + data.count(b"{")
-        if opened <= self.max_depth and opened + data.count(b",") <= self.max_values:
+        """Raises Refusal 400 if JSON is nested too deeply, 413 if it has too many values; builds no objects."""
+        num_openings = data.count(b"[") + data.count(b"{")
+        if num_openings <= self.max_depth and num_openings + data.count(b",") <= self.max_values:
             return
         values, depth = measure(data, self)
         if depth > self.max_depth:
-            text = f"the body is not JSON that is read here: it is nested deeper than {self.max_depth}"
-            raise Refusal(400, f"{text}; send a flatter one")
+            raise Refusal(400, f"the JSON is nested deeper than {self.max_depth} levels; send a flatter body")
         self.check_count(values)
 
     def check_count(self, values: int) -> None:
-        """Refusal 413 where there are too many values."""
+        """Raises Refusal 413 if there are too many values."""
         if values > self.max_values:
             raise Refusal(413, f"the body has more than {self.max_values} values; {self.remedy}")
 
     def parse(self, data: bytes) -> object:
-        """The JSON; Refusal where it is out of bounds, ValueError where it is none."""
+        """Parses JSON; raises Refusal if it is out of bounds, ValueError if it is not JSON."""
         self.check(data)
         return from_json(data)
 
     def check_texts(self, texts: Collection[str]) -> None:
-        """Refusal 413 where one text is too long, or all together are."""
-        longest = max(map(len, texts), default=0)
-        if longest > self.max_characters:
-            raise Refusal(413, f"a text of {longest} characters is above {self.max_characters}; send a shorter one")
-        # UTF-8 has one to four bytes for a character, so most need not be counted.
+        """Raises Refusal 413 if one text, or all texts together, are too long."""
+        max_length = max(map(len, texts), default=0)
+        if max_length > self.max_characters:
+            raise Refusal(413, f"a text has {max_length} characters, at most {self.max_characters}; send a shorter one")
+        # A character has at most four bytes in UTF-8, so usually nothing needs to be encoded.
         if 4 * sum(map(len, texts)) <= self.max_text_bytes:
             return
         total = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
         if total > self.max_text_bytes:
-            raise Refusal(413, f"the texts have {total} bytes, above {self.max_text_bytes}; {self.remedy}")
+            raise Refusal(
+                413, f"the texts have {total} bytes, at most {self.max_text_bytes} are accepted; {self.remedy}"
+            )
 
 
 def measure(data: bytes, bounds: Bounds | None = None) -> tuple[int, int]:
-    """(most values, depth) of JSON in bytes: commas and openings outside of texts; counting ends beyond `bounds`.
+    """Upper bound on the number of values, and the depth, of raw JSON; stops counting beyond `bounds`.
 
-    For invalid JSON it is the same up to the first error, where parsing stops too.
+    Counts commas and opening brackets outside of strings. For invalid JSON the counts hold up to the first error,
+    where parsing stops too.
     """
     if b"\\" in data:
-        # Backslashes stand in texts alone. In pairs they escape each other; one that is left escapes what follows.
+        # Backslashes only occur in strings. Pairs escape each other; a single one escapes the next character.
         data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     codes = np.frombuffer(data, np.uint8)
-    values = depth = deepest = inside = 0
+    values = depth = max_depth = in_string = 0
     for start in range(0, len(codes), _BLOCK):
         block = codes[start : start + _BLOCK]
-        quoted = np.bitwise_xor.accumulate((block == ord('"')).view(np.uint8)) ^ np.uint8(inside)
-        inside = int(quoted[-1])
-        outside = block[quoted == 0]
-        steps = _STEPS[outside]
-        values += int(np.count_nonzero(outside == ord(","))) + int(np.count_nonzero(steps == 1))
-        levels = np.cumsum(steps, dtype=np.int32)
+        is_quoted = np.bitwise_xor.accumulate((block == ord('"')).view(np.uint8)) ^ np.uint8(in_string)
+        in_string = int(is_quoted[-1])
+        outside = block[is_quoted == 0]
+        depth_changes = _DEPTH_CHANGES[outside]
+        values += int(np.count_nonzero(outside == ord(","))) + int(np.count_nonzero(depth_changes == 1))
+        levels = np.cumsum(depth_changes, dtype=np.int32)
         if len(levels):
-            deepest = max(deepest, depth + int(levels.max()))
+            max_depth = max(max_depth, depth + int(levels.max()))
             depth += int(levels[-1])
-        if bounds and (values > bounds.max_values or deepest > bounds.max_depth):
+        if bounds and (values > bounds.max_values or max_depth > bounds.max_depth):
             break
-    return values, deepest
+    return values, max_depth
 
 
-async def apart(size: int, work: Callable[[], Result]) -> Result:
-    """What the work gives: in a thread where it is about a large body of `size` bytes."""
+async def run_in_thread(size: int, work: Callable[[], Result]) -> Result:
+    """Returns the result of `work`; runs it in a thread if it processes a large body (`size` in bytes)."""
     if size < LARGE_BYTES:
         return work()
     return await asyncio.get_running_loop().run_in_executor(_LARGE, work)
@@ -192,99 +197,100 @@ async def apart(size: int, work: Callable[[], Result]) -> Result:
 
 @dataclass(eq=False)
 class BodyBudget:
-    """Bytes of bodies that are held at once; beyond `most` a request is refused, so that memory has an end."""
+    """Bounds the memory of all bodies that are held at once; beyond `max_bytes` a request is refused."""
 
-    most: int
-    held: int = 0
+    max_bytes: int
+    used_bytes: int = 0
 
     @contextlib.contextmanager
-    def share(self) -> Iterator["Share"]:
-        """A request's share, given back at the end of the block."""
-        share = Share(self)
+    def reserve(self) -> Iterator["Reservation"]:
+        """A reservation for one request, released at the end of the block."""
+        reservation = Reservation(self)
         try:
-            yield share
+            yield reservation
         finally:
-            share.release()
+            reservation.release()
 
 
 @dataclass(eq=False)
-class Share:
-    """What one request holds of a budget."""
+class Reservation:
+    """The bytes that one request has reserved of a budget."""
 
     budget: BodyBudget
-    size: int = field(default=0, init=False)
+    num_bytes: int = field(default=0, init=False)
 
-    def take(self, size: int) -> None:
-        """Refusal 503 where the budget has no room for so many bytes more."""
-        if self.budget.held + size > self.budget.most:
-            raise Refusal(503, "too many large bodies are being read; ask again later", retry_after=1)
-        self.budget.held += size
-        self.size += size
+    def extend(self, num_bytes: int) -> None:
+        """Reserves more bytes; raises Refusal 503 if the budget has no room for them."""
+        if self.budget.used_bytes + num_bytes > self.budget.max_bytes:
+            raise Refusal(503, "too many large bodies are being read; try again later", retry_after=1)
+        self.budget.used_bytes += num_bytes
+        self.num_bytes += num_bytes
 
-    def hand_over(self) -> "Share":
-        """All of it as a share that is released by itself; this one holds nothing any more."""
-        other = Share(self.budget)
-        other.size, self.size = self.size, 0
-        return other
+    def transfer(self) -> "Reservation":
+        """Moves all of it to a new reservation, which the caller releases; this one is empty afterwards."""
+        reservation = Reservation(self.budget)
+        reservation.num_bytes, self.num_bytes = self.num_bytes, 0
+        return reservation
 
     def release(self) -> None:
-        """Gives all of it back."""
-        self.budget.held -= self.size
-        self.size = 0
+        """Returns all reserved bytes to the budget."""
+        self.budget.used_bytes -= self.num_bytes
+        self.num_bytes = 0
 
 
-def _check_type(headers: Headers, further: Collection[str] = ()) -> None:
-    """Refusal 415 unless the body is sent as JSON, or as one of the `further` types ("" is none at all).
+def _check_content_type(headers: Headers, extra_types: Collection[str] = ()) -> None:
+    """Raises Refusal 415 unless the body is sent as JSON or as one of `extra_types` ("" stands for no type).
 
-    A page of another site can send other types, or none, without asking first.
+    Browsers let a page of another site send other types, or none, without a preflight request.
     """
-    given = headers.getlist("content-type")
-    kinds = [one.split(";")[0].strip().lower() for one in given] or [""]
-    if len(kinds) == 1 and (kinds[0] in further or _is_json(kinds[0])):
+    values = headers.getlist("content-type")
+    types = [value.split(";")[0].strip().lower() for value in values] or [""]
+    if len(types) == 1 and (types[0] in extra_types or _is_json(types[0])):
         return
-    name = "no content type" if kinds == [""] else "another content type"
-    raise Refusal(415, f"the body came with {name}; send it with the header Content-Type: application/json")
+    problem = "no content type" if types == [""] else "an unsupported content type"
+    raise Refusal(415, f"the body has {problem}; send it with the header Content-Type: application/json")
 
 
-def _is_json(kind: str) -> bool:
-    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+def _is_json(content_type: str) -> bool:
+    is_suffixed = content_type.startswith("application/") and content_type.endswith("+json")
+    return content_type == "application/json" or is_suffixed
 
 
 async def receive_body(
     request: Request,
-    most: int,
+    max_bytes: int,
     remedy: str,
-    seconds: float = SECONDS,
+    seconds: float = RECEIVE_SECONDS,
     *,
     types: Collection[str] = (),
-    share: Share | None = None,
+    reservation: Reservation | None = None,
 ) -> bytes:
-    """The body; Refusal 415 if it is sent as something else than JSON or these types.
+    """Receives the body of a request and reserves its bytes.
 
-    Refusal 413 above `most` bytes, announced or not, and 408 where it does not arrive in time. What it takes is taken
-    of `share`.
+    Raises Refusal 415 if it is sent as another type than JSON or `types`, 413 above `max_bytes`, whether announced or
+    not, and 408 if it does not arrive within `seconds`.
     """
-    _check_type(request.headers, types)
-    large = Refusal(413, f"the body is above {most} bytes; {remedy}")
+    _check_content_type(request.headers, types)
+    too_large = Refusal(413, f"the body is larger than {max_bytes} bytes; {remedy}")
     announced = request.headers.get("content-length", "0")
-    if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > most):
-        raise large
+    if announced.isascii() and announced.isdigit() and (len(announced) > 18 or int(announced) > max_bytes):
+        raise too_large
     body = bytearray()
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
-                if len(body) + len(chunk) > most:
-                    raise large
-                if share is not None:
-                    share.take(len(chunk))
+                if len(body) + len(chunk) > max_bytes:
+                    raise too_large
+                if reservation is not None:
+                    reservation.extend(len(chunk))
                 body += chunk
     except ClientDisconnect as error:
-        raise Refusal(GONE, "the client hung up") from error
+        raise Refusal(CLIENT_CLOSED_REQUEST, "the client closed the connection") from error
     except TimeoutError as error:
         raise Refusal(408, f"the body did not arrive within {seconds:g} s; send it again") from error
     return bytes(body)
 
 
-def distinct(pairs: Sequence[tuple[str, str]]) -> Collection[str]:
-    """Every text of these pairs once, as they are tokenized."""
+def distinct_texts(pairs: Sequence[tuple[str, str]]) -> Collection[str]:
+    """The distinct texts of these pairs: equal texts are tokenized once."""
     return {text for pair in pairs for text in pair}

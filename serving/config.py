@@ -1,6 +1,6 @@
-"""Settings of `cappy serve`, and those that it shares with `cappy gateway`: every field is a flag.
+"""Settings of `cappy serve`, and those that it shares with `cappy gateway`; every field is a flag.
 
-Nothing of the service is imported here, so that wrong usage is found before anything is loaded.
+Imports nothing of the service, so that usage errors are found before anything is loaded.
 """
 
 import re
@@ -18,7 +18,7 @@ from cappy.scoring import Precision
 ANY = "*"
 DEFAULT_SCORER = "models:/cappy@champion"
 FOLLOW_SECONDS = 30.0
-"""Between two looks at an alias, where nothing else is asked for."""
+"""Default interval between two checks of an alias."""
 HOSTS_VARIABLE = "CAPPY_ALLOWED_HOSTS"
 _HOST = re.compile(r"(\*\.)?[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]")
 _ORIGIN = re.compile(r"https?://[^/\s*]+")
@@ -28,59 +28,62 @@ Port = Annotated[int, Field(ge=0, le=65535, description="TCP port; 0 takes any f
 
 @settings
 class ListenerConfig:
-    """Where a service listens and how it ends; times in seconds.
+    """Where a service listens and how it shuts down; times in seconds.
 
-    After SIGTERM it is not ready but answers for `notice` seconds, so that a balancer can look elsewhere; then it takes
-    no more connections and finishes what it has within `grace` seconds.
+    After SIGTERM it reports not ready but still answers for `notice` seconds, so that a load balancer stops sending
+    requests. Then it accepts no more connections and finishes open requests within `grace` seconds.
     """
 
     host: Annotated[str, Field(description="Address to listen on; 0.0.0.0 lets other machines in")] = "127.0.0.1"
     port: Port = 8080
     notice: Annotated[
-        float, ADVANCED, Field(ge=0, description="Seconds after SIGTERM in which it is not ready but still answers")
+        float, ADVANCED, Field(ge=0, description="Seconds after SIGTERM in which it still answers but is not ready")
     ] = 1.0
     grace: Annotated[
-        int, ADVANCED, Field(ge=1, description="Seconds after that in which what was accepted is finished")
+        int, ADVANCED, Field(ge=1, description="Seconds after --notice to finish requests that were accepted")
     ] = 30
 
 
 @settings
 class AccessConfig:
-    """Who may ask: by key, from which pages and under which names."""
+    """Who may send requests: API keys, origins of pages and host names."""
 
     api_keys: Annotated[
         Path | None,
-        Field(description="File of API keys, one a line; # begins a comment. Without it CAPPY_API_KEYS, by commas"),
+        Field(
+            description="File of API keys, one per line; # starts a comment. Default: CAPPY_API_KEYS, separated by "
+            "commas"
+        ),
     ] = None
     allow_origin: Annotated[
         tuple[str, ...],
         ADVANCED,
-        Field(description="Origin whose pages may ask from a browser (CORS), * for any"),
+        Field(description="Origin whose pages may send requests from a browser (CORS), * for any"),
     ] = ()
     allowed_hosts: Annotated[
         tuple[str, ...],
         ADVANCED,
         Field(
-            description="Name that clients may ask for it by (Host header), beside those of its address, * for any. "
-            "Without it CAPPY_ALLOWED_HOSTS, by commas"
+            description="Host name that the service answers to (Host header), in addition to those of its address; "
+            "* for any. Default: CAPPY_ALLOWED_HOSTS, separated by commas"
         ),
     ] = ()
 
     def __post_init__(self) -> None:
         for origin in self.allow_origin:
             if origin != ANY and not _ORIGIN.fullmatch(origin):
-                raise ConfigError(f"--allow-origin {origin}: is not an origin; give one like https://app.example, or *")
+                raise ConfigError(f"--allow-origin {origin}: not an origin; give one such as https://app.example, or *")
         _check_hosts("--allowed-hosts", self.hosts)
 
     @property
     def hosts(self) -> Sequence[str]:
-        """The allowed names; a flag may hold several, with commas between."""
+        """The allowed names; a flag may hold several, separated by commas."""
         return _split_values(self.allowed_hosts)
 
 
 @settings
 class BodyLimits:
-    """What the body of a request may be, of both services; sizes in megabytes (1e6 bytes) and characters."""
+    """Limits of a request body, for both services; sizes in megabytes (1e6 bytes) and characters."""
 
     max_body_mb: Annotated[
         float, ADVANCED, Field(ge=0.001, description="Largest request body in megabytes; larger ones get status 413")
@@ -88,40 +91,42 @@ class BodyLimits:
     max_characters: Annotated[
         int,
         ADVANCED,
-        Field(ge=1, description="Most characters of a text; a longer one, or a longer conversation, is refused"),
+        Field(ge=1, description="Maximum characters of a text or a conversation; longer ones are refused"),
     ] = 200_000
     max_text_mb: Annotated[
         float,
         ADVANCED,
-        Field(ge=0.001, description="Most megabytes (UTF-8) of all texts of a request; more get status 413"),
+        Field(ge=0.001, description="Maximum megabytes (UTF-8) of all texts of a request; more get status 413"),
     ] = 2.0
 
     @property
     def max_body_bytes(self) -> int:
-        """The largest body."""
+        """Maximum size of a body."""
         return round(self.max_body_mb * 1e6)
 
     @property
     def max_text_bytes(self) -> int:
-        """Of all texts of a request in UTF-8, equal ones counted once, as they are tokenized."""
+        """Maximum size of all texts of a request in UTF-8; equal texts count once, as they are tokenized."""
         return round(self.max_text_mb * 1e6)
 
 
 @settings
 class Limits(BodyLimits):
-    """What a request for scores may be; `timeout` counts from its arrival to its answer, and it may ask for less."""
+    """Limits of a request for scores; `timeout` counts from its arrival, and a request may set a lower one."""
 
-    max_pairs: Annotated[int, ADVANCED, Field(ge=1, description="Most pairs in a request; more get status 413")] = 1024
+    max_pairs: Annotated[int, ADVANCED, Field(ge=1, description="Maximum pairs in a request; more get status 413")] = (
+        1024
+    )
     timeout: Annotated[
         float,
         ADVANCED,
-        Field(ge=0.1, description="Seconds that a request may take; a longer one gets status 504"),
+        Field(ge=0.1, description="Maximum seconds for a request; a longer one gets status 504"),
     ] = 60.0
 
 
 @settings
 class ServedScorer:
-    """What is served, and how it computes."""
+    """The scorer that is served, and how it runs."""
 
     RENAMED: ClassVar[Renames] = {"follow": "follow_seconds"}
 
@@ -129,29 +134,32 @@ class ServedScorer:
         str,
         Field(
             description="Scorer: models:/name@alias, models:/name/version, builtin, a folder, hub:org/name@revision "
-            "or a bucket's folder (gs://); AIP_STORAGE_URI goes before the default"
+            "or a folder in a bucket (gs://); AIP_STORAGE_URI overrides the default"
         ),
     ] = DEFAULT_SCORER
-    model_name: Annotated[str, Field(description="Name that clients ask for; the scorer's own if none")] = ""
+    model_name: Annotated[str, Field(description="Model name for clients; default: the scorer's own name")] = ""
     precision: Annotated[
         Precision,
         ADVANCED,
-        Field(description="What the encoder runs in; auto is bf16 where the device has instructions for it"),
+        Field(description="Precision of the encoder; auto is bf16 if the device has instructions for it"),
     ] = "auto"
     follow_seconds: Annotated[
         float | None,
         ADVANCED,
-        Field(ge=0, description="Seconds between looks at the alias, 30 if none is given; 0 looks once, at the start"),
+        Field(ge=0, description="Seconds between checks of the alias; default 30; 0: check only at the start"),
     ] = None
     batch_tokens: Annotated[
         int,
         ADVANCED,
-        Field(ge=0, description="Tokens of a batch: fewer answer sooner, more do more; 0: what suits the device"),
+        Field(
+            ge=0,
+            description="Tokens in a batch: fewer lower the latency, more raise the throughput; 0: suits the device",
+        ),
     ] = 0
     max_queued_tokens: Annotated[
         int,
         ADVANCED,
-        Field(ge=0, description="Most tokens that wait before requests get status 429; 0: 32 batches"),
+        Field(ge=0, description="Maximum tokens in the queue; beyond it requests get status 429; 0: 32 batches"),
     ] = 0
 
     def __post_init__(self) -> None:
@@ -163,7 +171,7 @@ class ServedScorer:
 
     @property
     def follow_interval(self) -> float:
-        """Seconds between two looks at the alias, 0 for none."""
+        """Seconds between two checks of the alias; 0 if it is not followed."""
         if self.follow_seconds is not None:
             return self.follow_seconds
         return FOLLOW_SECONDS if self._is_alias() else 0.0
@@ -171,7 +179,7 @@ class ServedScorer:
     def _is_alias(self) -> bool:
         if "://" in self.scorer:
             return False
-        from cappy.specs import parse_spec  # loads pyarrow, which `--help` need not wait for
+        from cappy.specs import parse_spec  # imports pyarrow, which would slow down `--help`
 
         spec = parse_spec(self.scorer)
         return spec.kind == "models" and not spec.revision.isdigit()
@@ -179,7 +187,7 @@ class ServedScorer:
 
 @settings
 class ServeConfig(Limits, AccessConfig, ListenerConfig, ServedScorer):
-    """How a scorer is served."""
+    """Settings of `cappy serve`."""
 
     tls_certificate: Annotated[Path | None, Field(description="Certificate chain (PEM), to serve HTTPS")] = None
     tls_key: Annotated[Path | None, Field(description="Private key of the certificate (PEM)")] = None
@@ -189,27 +197,27 @@ class ServeConfig(Limits, AccessConfig, ListenerConfig, ServedScorer):
         AccessConfig.__post_init__(self)
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ConfigError("--tls-certificate and --tls-key: give both or none")
-        for given, flag in ((self.tls_certificate, "--tls-certificate"), (self.tls_key, "--tls-key")):
-            if given is not None and not given.is_file():
-                raise ConfigError(f"{flag} {given}: no such file; give one in PEM form")
+        for path, flag in ((self.tls_certificate, "--tls-certificate"), (self.tls_key, "--tls-key")):
+            if path is not None and not path.is_file():
+                raise ConfigError(f"{flag} {path}: no such file; give one in PEM format")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What a container's environment says: settings, as far as no flag is given, and further paths to answer at."""
+    """Values from a container's environment: settings that flags override, and additional routes."""
 
     settings: Mapping[str, object] = field(default_factory=dict)
     routes: Mapping[str, str] = field(default_factory=dict)
     """Path -> name of the dialect."""
     ready_path: str = ""
-    """Answers as /ready does."""
+    """An additional path that answers like /ready."""
 
 
 def read_environment(variables: Mapping[str, str]) -> Environment:
-    """What AIP_STORAGE_URI, AIP_HTTP_PORT, AIP_PREDICT_ROUTE, AIP_HEALTH_ROUTE and CAPPY_ALLOWED_HOSTS say.
+    """Reads AIP_STORAGE_URI, AIP_HTTP_PORT, AIP_PREDICT_ROUTE, AIP_HEALTH_ROUTE and CAPPY_ALLOWED_HOSTS.
 
-    The first four are Vertex AI's. Where AIP_HTTP_PORT is given, other machines are let in, under any name: the
-    platform's own proxy stands in front. ConfigError names a variable that holds nonsense.
+    The first four are set by Vertex AI. If AIP_HTTP_PORT is set, the service listens on all addresses under any host
+    name, since the platform's proxy is in front of it. Raises ConfigError for an invalid value.
     """
     scorer, port = variables.get("AIP_STORAGE_URI", "").rstrip("/"), variables.get("AIP_HTTP_PORT", "")
     if port and not (port.isascii() and port.isdigit() and int(port) <= 65535):
@@ -217,14 +225,14 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
     values: dict[str, object] = {"scorer": scorer} if scorer else {}
     if port:
         values |= {"host": "0.0.0.0", "port": int(port), "allowed_hosts": (ANY,)}  # noqa: S104 (a container's only way to be reached)
-    if hosts := hosts_of_environment(variables):
+    if hosts := hosts_from_environment(variables):
         values["allowed_hosts"] = hosts
     predict, health = _route(variables, "AIP_PREDICT_ROUTE"), _route(variables, "AIP_HEALTH_ROUTE")
     return Environment(settings=values, routes={predict: "vertex"} if predict else {}, ready_path=health)
 
 
-def hosts_of_environment(variables: Mapping[str, str]) -> tuple[str, ...]:
-    """The names in CAPPY_ALLOWED_HOSTS, with commas between; ConfigError where one is not a name."""
+def hosts_from_environment(variables: Mapping[str, str]) -> tuple[str, ...]:
+    """Reads the comma-separated names in CAPPY_ALLOWED_HOSTS; raises ConfigError for an invalid one."""
     hosts = _split_values([variables.get(HOSTS_VARIABLE, "")])
     _check_hosts(HOSTS_VARIABLE, hosts)
     return tuple(hosts)
@@ -245,4 +253,4 @@ def _check_hosts(source: str, names: Iterable[str]) -> None:
     for name in names:
         if name != ANY and not _HOST.fullmatch(name):
             remedy = "give a name without a port such as scores.example or *.example, or * for any"
-            raise ConfigError(f"{source} {quote(name)}: is not a name of a host; {remedy}")
+            raise ConfigError(f"{source} {quote(name)}: not a host name; {remedy}")

@@ -1,9 +1,9 @@
-"""The scorer that is served: loaded, verified, probed, changed at a stroke, and computing continuous batches.
+"""The served scorer: loading, probing, swapping, and continuous batching of concurrent requests.
 
-Batches hold pairs of all requests that wait, in turn, within a budget of tokens. One thread runs the scorer and one
-encodes, so the event loop stays free. As soon as a batch is computed the next is filled with what waits by then. Every
-request gives one pair at a time, so one of a single pair is not held up behind one of 500. A request keeps the engine
-it began with: a swap in its middle changes none of its scores.
+A batch takes one pair at a time from each waiting request in turn, within a budget of tokens, so that a request with a
+single pair does not wait for one with 500. As soon as a batch is computed, the next one is filled from the queue. One
+thread encodes and one runs the scorer, so the event loop is not blocked. A request keeps the engine that it started
+with: a swap does not change its scores.
 """
 
 import asyncio
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from cappy.scoring import Scorer
 
 SHUTTING_DOWN = "the service is shutting down"
-"""Why a service is not ready that still answers."""
-Computed = Sequence[tuple[float, float]]
+"""Reason for not being ready while the service still answers."""
+Outputs = Sequence[tuple[float, float]]
 """(score, logit) of each pair of a batch."""
-Stored = Sequence[tuple[Pair, float | None]]
-"""Pairs with the score that they must have, or None where any finite number will do."""
+ProbePairs = Sequence[tuple[Pair, float | None]]
+"""Pairs with their expected score, or None if any finite score is accepted."""
 
-PROBES: Stored = ((("What is 1 + 1?", "2"), None),)
-"""For a scorer that nobody stored pairs with."""
+PROBES: ProbePairs = ((("What is 1 + 1?", "2"), None),)
+"""For a scorer without stored probe pairs."""
 TOLERANCE = 2e-2
-"""How far a score may be from the stored one.
+"""Maximum absolute difference between a score and the stored one.
 
-Stored pairs do not say in which precision they were scored. The built-in scorer's answers in bf16 were up to 7e-3 from
-those in fp32 (256 pairs; 2 cores, Intel Xeon, 2026-11-26): less would refuse a sound version that was evaluated on
-another machine. That the files are the registered ones, their sha256 says; this finds what computes them wrongly.
+The precision of stored scores is unknown. The built-in scorer's scores in bf16 differed by up to 7e-3 from those in
+fp32 (256 pairs; 2 cores, Intel Xeon, 2026-11-26): a lower tolerance would refuse a sound version that was evaluated on
+another machine. Damaged files are found by their sha256; the probe finds wrong computation.
 """
 
 
@@ -48,21 +48,21 @@ class Engine(Protocol):
 
     @property
     def pads(self) -> bool:
-        """Whether pairs of a batch cost as much as its longest."""
+        """Whether the pairs of a batch are padded to its longest."""
 
     def encode(self, pairs: Sequence[Pair]) -> Sequence[EncodedPair]:
-        """The pairs as token ids."""
+        """Tokenizes pairs."""
 
-    def fit(self, pairs: Sequence[Pair]) -> bool:
-        """Whether no pair is longer than the model reads."""
+    def fits(self, pairs: Sequence[Pair]) -> bool:
+        """Whether all pairs fit the model's maximum length."""
 
-    def compute(self, batch: Sequence[EncodedPair]) -> Computed:
-        """One pass of the model."""
+    def compute(self, batch: Sequence[EncodedPair]) -> Outputs:
+        """Scores a batch in one forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A loaded scorer and what is said of it: `name` to ask for it by, `version` and `sha256` of its manifest."""
+    """A loaded scorer with its `name` for clients and the `version` and `sha256` of its manifest."""
 
     engine: Engine
     name: str
@@ -71,55 +71,55 @@ class Model:
     spec: str = ""
     precision: str = "fp32"
     calibration: Calibration | None = None
-    """What labels to expect of scores; None where the scorer has none."""
-    probes: Stored = ()
-    """What it answered when it was evaluated, where that came with it."""
+    """Maps scores to expected labels; None if the scorer has no calibration."""
+    probes: ProbePairs = ()
+    """Pairs with their scores at evaluation, if they are stored with the scorer."""
     registered: "Version | None" = None
-    """What the registry says of it, where an alias is followed."""
+    """Its version in the registry, if an alias is followed."""
 
     @property
     def content(self) -> str:
-        """What tells it from other versions in the registry; empty where no alias is followed."""
+        """Identifies the version's content in the registry; empty if no alias is followed."""
         return self.registered.content if self.registered else ""
 
-    def facts(self) -> Mapping[str, str]:
-        """What every answer carries."""
+    def headers(self) -> Mapping[str, str]:
+        """Headers of every response."""
         return {"X-Cappy-Version": self.version, "X-Cappy-Manifest-Sha256": self.sha256}
 
 
 class ScorerEngine:
-    """A `Scorer` as the batcher needs it."""
+    """Adapts a `Scorer` to the batcher."""
 
     def __init__(self, scorer: "Scorer") -> None:
         self._scorer = scorer
 
     @property
     def pads(self) -> bool:
-        """Whether this encoder's build is computed with padding."""
+        """Whether this encoder computes with padding."""
         return self._scorer.pads
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of a batch that suit the device."""
+        """Batch size in tokens that suits the device."""
         return self._scorer.batch_tokens
 
     def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
-        """The pairs as token ids."""
+        """Tokenizes pairs."""
         encoded: list[EncodedPair] = self._scorer.encoder.encode(pairs)
         return encoded
 
-    def fit(self, pairs: Sequence[Pair]) -> bool:
-        """Whether no pair has to be cut."""
+    def fits(self, pairs: Sequence[Pair]) -> bool:
+        """Whether no pair has to be truncated."""
         return all(self._scorer.encoder.fit(pairs))
 
-    def compute(self, batch: Sequence[EncodedPair]) -> Computed:
-        """One pass of the model."""
+    def compute(self, batch: Sequence[EncodedPair]) -> Outputs:
+        """Scores a batch in one forward pass."""
         logits = self._scorer.forward(batch)
         return list(zip(self._scorer.decode(logits), logits.tolist(), strict=True))
 
 
 def load(spec: str, name: str = "", precision: Precision = "auto") -> Model:
-    """The scorer that a spec names, every file's sha256 checked; ConfigError or FolderError with the remedy."""
+    """Loads the scorer that a spec names and checks the sha256 of every file; raises ConfigError or FolderError."""
     from cappy.scorers import open_scorer
     from cappy.scoring import Scorer
     from cappy.scoring.calibration import read_probe
@@ -140,56 +140,56 @@ def load(spec: str, name: str = "", precision: Precision = "auto") -> Model:
     )
 
 
-def probe(model: Model, stored: Stored = PROBES) -> None:
-    """Scores stored pairs, which also warms the model up; FolderError where an answer is not what it must be.
+def probe(model: Model, probe_pairs: ProbePairs = PROBES) -> None:
+    """Scores probe pairs, which also warms the model up; raises FolderError if a score differs from the stored one.
 
-    One pair at a time: beside a model that answers, they need little memory and leave it its turns.
+    Scores one pair at a time, to take little memory and few turns from a model that is serving.
     """
-    encoded = model.engine.encode([pair for pair, _ in stored])
-    scores = [score for one in encoded for score, _ in model.engine.compute([one])]
-    if len(scores) != len(stored) or not all(map(math.isfinite, scores)):
+    encoded = model.engine.encode([pair for pair, _ in probe_pairs])
+    scores = [score for pair in encoded for score, _ in model.engine.compute([pair])]
+    if len(scores) != len(probe_pairs) or not all(map(math.isfinite, scores)):
         raise FolderError(
-            f"the scorer answers {scores} to stored pairs; its weights are damaged, fetch or train it again"
+            f"the scorer gives {scores} for the probe pairs; its weights are damaged, download or train it again"
         )
-    for score, (_, expected) in zip(scores, stored, strict=True):
+    for score, (_, expected) in zip(scores, probe_pairs, strict=True):
         if expected is not None and abs(score - expected) > TOLERANCE:
-            text = f"the scorer answers {score:.4f} to a stored pair that had {expected:.4f} when it was evaluated"
-            raise FolderError(f"{text}; serve it with the versions that evaluated it, or evaluate it again")
+            text = f"the scorer gives {score:.4f} for a probe pair that scored {expected:.4f} at evaluation"
+            raise FolderError(f"{text}; use the package versions of the evaluation, or evaluate the scorer again")
 
 
 @dataclass
 class Models:
-    """The model that answers now and the one before it, which `back` puts in its place again."""
+    """The current model, and the former one, which `roll_back` restores."""
 
     current: Model
     former: Model | None = None
-    reason: str = "the probe is running; ask again"
-    """Why there are no scores to be had; empty once the current model has answered its probe."""
-    closing: bool = False
+    reason: str = "the probe is running; try again"
+    """Why requests cannot be scored; empty once the first model has passed its probe."""
+    shutting_down: bool = False
     """Whether the service is shutting down."""
     refused: dict[str, str] = field(default_factory=dict)
-    """Version of the registry -> why it does not serve."""
+    """Version in the registry -> why it was refused."""
 
     @property
     def unready(self) -> str:
-        """Why new clients should look elsewhere; empty where they need not.
+        """Why the service is not ready; empty if it is.
 
-        A service that is shutting down still answers, so this is more than `reason`.
+        Unlike `reason` it includes shutting down, during which requests are still answered.
         """
-        return self.reason or (SHUTTING_DOWN if self.closing else "")
+        return self.reason or (SHUTTING_DOWN if self.shutting_down else "")
 
     def find(self, *names: str | None) -> Model | None:
-        """The model of which each of these is name, version or spec, the current one first; an empty one is any."""
-        loaded = [model for model in (self.current, self.former) if model is not None]
-        known = [(model, {"", None, model.name, model.version, model.spec}) for model in loaded]
-        return next((model for model, own in known if own.issuperset(names)), None)
+        """The current or the former model, if all non-empty `names` are its name, version or spec; None otherwise."""
+        models = [model for model in (self.current, self.former) if model is not None]
+        models_and_names = [(model, {"", None, model.name, model.version, model.spec}) for model in models]
+        return next((model for model, known_names in models_and_names if known_names.issuperset(names)), None)
 
     def swap(self, model: Model) -> None:
-        """Lets a probed model answer from the next request on."""
+        """Makes a probed model the current one, from the next request on."""
         self.former, self.current = self.current, model
 
-    def back(self) -> Model | None:
-        """Changes the current model for the one before; None if there is none."""
+    def roll_back(self) -> Model | None:
+        """Swaps the current and the former model; None if there is no former one."""
         if self.former is None:
             return None
         self.current, self.former = self.former, self.current
@@ -197,30 +197,30 @@ class Models:
 
 
 class Answer(NamedTuple):
-    """(score, logit) of each pair in order, the tokens they have, the seconds that the first computed waited, and how
-    many distinct pairs were cut."""
+    """(score, logit) of each pair in order, the number of tokens, the seconds in the queue until the first pair was
+    computed, and the number of distinct pairs that were truncated."""
 
-    computed: Computed
+    computed: Outputs
     tokens: int
     wait_seconds: float
-    cut: int = 0
+    num_truncated: int = 0
 
 
 @dataclass(eq=False)
 class _Job:
-    """A request: what of it waits, longest last, and what it has so far."""
+    """A request in the queue: its pending pairs, longest last, and its results so far."""
 
     engine: Engine
-    waiting: list[tuple[int, EncodedPair]]
+    pending: list[tuple[int, EncodedPair]]
     results: list[tuple[float, float]]
-    left: int
+    num_remaining: int
     done: "asyncio.Future[None]"
-    begun: float = 0.0
-    """The loop's time when the first of it was computed; 0 before."""
+    started_at: float = 0.0
+    """The event loop's time when its first pair was computed; 0 before."""
 
     @property
     def tokens(self) -> int:
-        return sum(len(pair.ids) for _, pair in self.waiting)
+        return sum(len(pair.ids) for _, pair in self.pending)
 
 
 Batch = list[tuple[_Job, int, EncodedPair]]
@@ -228,39 +228,39 @@ Batch = list[tuple[_Job, int, EncodedPair]]
 
 @dataclass
 class Batcher:
-    """Scores pairs of concurrent requests; `queued_tokens` is what waits or is computed now.
+    """Scores pairs of concurrent requests; `queued_tokens` counts those that are queued or being computed.
 
-    A request is refused with 429 where it would put more than `max_queued_tokens` into the queue, unless the queue is
-    empty. `on_batch(tokens, pairs, seconds, cut)` is called after each batch; `cut` says how many pairs were cut.
+    A request is refused with 429 if it would exceed `max_queued_tokens`, unless the queue is empty. After each batch
+    `on_batch(tokens, pairs, seconds, num_truncated)` is called.
     """
 
     batch_tokens: int
     max_queued_tokens: int
-    on_batch: Callable[[int, int, float, int], None] = lambda tokens, pairs, seconds, cut: None
-    computing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "computing"))
-    """One thread, the one that loaded the scorer: once two threads have run a model, torch's OpenMP waits passively in
-    both, and a single pair takes 38 ms instead of 22 (RoBERTa-base's shape, 2 cores, Intel Xeon, 2026-11-26)."""
+    on_batch: Callable[[int, int, float, int], None] = lambda tokens, pairs, seconds, num_truncated: None
+    executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "computing"))
+    """One thread, the one that loaded the scorer: if two threads have run a model, torch's OpenMP waits passively in
+    both, and a single pair takes 38 ms instead of 22 (size of RoBERTa-base, 2 cores, Intel Xeon, 2026-11-26)."""
     queued_tokens: int = 0
     rate: float = 0.0
     """Tokens per second, a moving average over batches; 0 before the first."""
     _jobs: deque[_Job] = field(default_factory=deque)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
-    _encoding: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoding"))
+    _encoding_executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoding"))
 
     async def score(self, engine: Engine, pairs: Sequence[Pair]) -> Answer:
-        """The answer to each pair; equal pairs are computed once.
+        """Scores pairs; equal pairs are computed once.
 
-        Refusal 429 where the queue is full. A caller that is cancelled takes its pairs out of the queue.
+        Raises Refusal 429 if the queue is full. If the caller is cancelled, its pairs leave the queue.
         """
         self.admit(1)
         distinct = list(dict.fromkeys(pairs))
-        encoded = await asyncio.get_running_loop().run_in_executor(self._encoding, engine.encode, distinct)
+        encoded = await asyncio.get_running_loop().run_in_executor(self._encoding_executor, engine.encode, distinct)
         tokens = sum(len(pair.ids) for pair in encoded)
         self.admit(tokens)
-        waiting = sorted(enumerate(encoded), key=lambda numbered: len(numbered[1].ids))
+        pending = sorted(enumerate(encoded), key=lambda item: len(item[1].ids))
         loop = asyncio.get_running_loop()
-        done, queued = loop.create_future(), loop.time()
-        job = _Job(engine, waiting, [(0.0, 0.0)] * len(distinct), len(distinct), done)
+        done, queued_at = loop.create_future(), loop.time()
+        job = _Job(engine, pending, [(0.0, 0.0)] * len(distinct), len(distinct), done)
         self.queued_tokens += tokens
         self._jobs.append(job)
         self._arrived.set()
@@ -268,20 +268,20 @@ class Batcher:
             await job.done
         finally:
             self.queued_tokens -= job.tokens
-            job.waiting.clear()
+            job.pending.clear()
         by_pair = dict(zip(distinct, job.results, strict=True))
-        cut = sum(not pair.whole for pair in encoded)
-        return Answer([by_pair[pair] for pair in pairs], tokens, job.begun - queued, cut)
+        num_truncated = sum(not pair.whole for pair in encoded)
+        return Answer([by_pair[pair] for pair in pairs], tokens, job.started_at - queued_at, num_truncated)
 
-    async def fit(self, engine: Engine, pairs: Sequence[Pair]) -> bool:
-        """Whether no pair is longer than the engine reads."""
-        return await asyncio.get_running_loop().run_in_executor(self._encoding, engine.fit, pairs)
+    async def fits(self, engine: Engine, pairs: Sequence[Pair]) -> bool:
+        """Whether all pairs fit the engine's maximum length."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoding_executor, engine.fits, pairs)
 
     async def run(self) -> None:
-        """Computes batch after batch, until it is cancelled."""
+        """Computes batches until it is cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            batch = fill(self._jobs, self.batch_tokens)
+            batch = take_batch(self._jobs, self.batch_tokens)
             if not batch:
                 self._arrived.clear()
                 await self._arrived.wait()
@@ -289,80 +289,82 @@ class Batcher:
             tokens, started = sum(len(pair.ids) for _, _, pair in batch), loop.time()
             pairs = [pair for _, _, pair in batch]
             for job, _, _ in batch:
-                job.begun = job.begun or started
+                job.started_at = job.started_at or started
             try:
-                computed = await loop.run_in_executor(self.computing, batch[0][0].engine.compute, pairs)
+                computed = await loop.run_in_executor(self.executor, batch[0][0].engine.compute, pairs)
                 _deliver(batch, computed)
-            except Exception as error:  # noqa: BLE001 (each of the batch's requests gets it)
+            except Exception as error:  # noqa: BLE001 (it is raised in every request of the batch)
                 _fail(batch, error)
             finally:
                 self.queued_tokens -= tokens
-            cut = sum(not pair.whole for pair in pairs)
-            self._measure(tokens, len(batch), loop.time() - started, cut)
+            num_truncated = sum(not pair.whole for pair in pairs)
+            self._measure(tokens, len(batch), loop.time() - started, num_truncated)
 
     def admit(self, tokens: int) -> None:
-        """Refusal 429 where the queue has no room for so many tokens; an empty one takes a request of any size."""
+        """Raises Refusal 429 if the queue has no room for these tokens; an empty queue takes a request of any size."""
         if self.queued_tokens and self.queued_tokens + tokens > self.max_queued_tokens:
-            text = f"{self.queued_tokens} tokens wait, and {self.max_queued_tokens} may; ask again later"
+            text = f"{self.queued_tokens} tokens are queued, at most {self.max_queued_tokens}; try again later"
             raise Refusal(429, text, retry_after=self.retry_after())
 
     def retry_after(self) -> int:
-        """Whole seconds after which the queue should have emptied, 1 to 60."""
+        """Seconds until the queue should be empty, a whole number from 1 to 60."""
         return min(60, max(1, round(self.queued_tokens / self.rate))) if self.rate else 1
 
-    async def apart(self, work: Callable[[], None]) -> None:
-        """Runs something else of the scorer's between two batches."""
-        await asyncio.get_running_loop().run_in_executor(self.computing, work)
+    async def run_between_batches(self, work: Callable[[], None]) -> None:
+        """Runs `work` in the scorer's thread, between two batches."""
+        await asyncio.get_running_loop().run_in_executor(self.executor, work)
 
     def close(self) -> None:
-        """Ends the threads after what they compute now."""
-        self._encoding.shutdown(wait=False, cancel_futures=True)
-        self.computing.shutdown(wait=False, cancel_futures=True)
+        """Stops the threads after their current work."""
+        self._encoding_executor.shutdown(wait=False, cancel_futures=True)
+        self.executor.shutdown(wait=False, cancel_futures=True)
 
-    def _measure(self, tokens: int, pairs: int, seconds: float, cut: int) -> None:
-        now = tokens / max(seconds, 1e-6)
-        self.rate = now if not self.rate else 0.9 * self.rate + 0.1 * now
-        self.on_batch(tokens, pairs, seconds, cut)
+    def _measure(self, tokens: int, pairs: int, seconds: float, num_truncated: int) -> None:
+        rate = tokens / max(seconds, 1e-6)
+        self.rate = rate if not self.rate else 0.9 * self.rate + 0.1 * rate
+        self.on_batch(tokens, pairs, seconds, num_truncated)
 
 
-def fill(jobs: "deque[_Job]", budget: int) -> Batch:
-    """The next batch, of one engine: the longest pair of the request whose turn it is, then one of each in turn.
+def take_batch(jobs: "deque[_Job]", budget: int) -> Batch:
+    """Takes the next batch out of `jobs`: the longest pair of the next request, then one pair of each in turn.
 
-    Takes what it gives out of `jobs`. With an engine that pads, the others are no longer than the first.
+    All pairs are for the same engine. If the engine pads, no other pair is longer than the first.
     """
     batch: Batch = []
-    used = longest = 0
-    passed: list[_Job] = []
+    num_tokens = max_length = 0
+    skipped: list[_Job] = []
     while jobs:
         job = jobs.popleft()
-        if not job.waiting:
+        if not job.pending:
             continue
         engine = batch[0][0].engine if batch else job.engine
-        room = _longest_fit(engine, budget, used, longest, len(batch))
-        place = len(job.waiting) if not batch else bisect_right(job.waiting, room, key=lambda one: len(one[1].ids))
-        if job.engine is not engine or not place:
-            passed.append(job)
+        max_tokens = _max_pair_tokens(engine, budget, num_tokens, max_length, len(batch))
+        end = (
+            len(job.pending) if not batch else bisect_right(job.pending, max_tokens, key=lambda item: len(item[1].ids))
+        )
+        if job.engine is not engine or not end:
+            skipped.append(job)
             continue
-        index, pair = job.waiting.pop(place - 1)
+        index, pair = job.pending.pop(end - 1)
         batch.append((job, index, pair))
-        used, longest = used + len(pair.ids), max(longest, len(pair.ids))
+        num_tokens, max_length = num_tokens + len(pair.ids), max(max_length, len(pair.ids))
         jobs.append(job)
-    jobs.extend(passed)
+    jobs.extend(skipped)
     return batch
 
 
-def _longest_fit(engine: Engine, budget: int, used: int, longest: int, count: int) -> int:
-    """How long another pair may be."""
-    if engine.pads and count:
-        return longest if (count + 1) * longest <= budget else 0
-    return budget - used
+def _max_pair_tokens(engine: Engine, budget: int, num_tokens: int, max_length: int, num_pairs: int) -> int:
+    """Maximum length of another pair, in tokens."""
+    if engine.pads and num_pairs:
+        return max_length if (num_pairs + 1) * max_length <= budget else 0
+    return budget - num_tokens
 
 
-def _deliver(batch: Batch, computed: Computed) -> None:
+def _deliver(batch: Batch, computed: Outputs) -> None:
     for (job, index, _), value in zip(batch, computed, strict=True):
         job.results[index] = value
-        job.left -= 1
-        if not job.left and not job.done.done():
+        job.num_remaining -= 1
+        if not job.num_remaining and not job.done.done():
             job.done.set_result(None)
 
 

@@ -1,12 +1,11 @@
-"""A new version without a restart: follows an alias of the registry, and the routes around that.
+"""Follows an alias of the registry, so that a new version is served without a restart, and adds routes for it.
 
-A new version is downloaded, verified, loaded and probed in a thread beside the model that answers, and put in its place
-between two requests. One that cannot be had, loaded or that answers otherwise than it was evaluated never serves.
+A new version is downloaded, verified, loaded and probed in a thread while the current model answers, then swapped in
+between two requests. A version that cannot be downloaded or loaded, or fails its probe, is never served.
 
-GET /model says which model answers; with a key there is another look at the alias and the way back. A webhook of
-MLflow, a signed request, says that an alias moved: the service looks at its own alias, and nothing that a request names
-is ever fetched. The signature is that of MLflow 3: HMAC-SHA256 over the delivery's id, its time and its body, in base64
-behind "v1,".
+GET /model describes the loaded models; POST /admin/refresh and /admin/rollback need a key. POST /webhooks/mlflow takes
+MLflow's signed events and only makes the service check its own alias: it never fetches what a request names. The
+signature is that of MLflow 3: HMAC-SHA256 of delivery id, timestamp and body, as base64 after "v1,".
 """
 
 import asyncio
@@ -36,99 +35,100 @@ from serving.bodies import Bounds, Refusal, receive_body
 from serving.config import FOLLOW_SECONDS
 from serving.dialects.own import Problem, refuse
 from serving.engine import PROBES, Model, Models, load, probe
-from serving.guards import SHORTEST_SECRET, Keys, unknown_key
+from serving.guards import MIN_SECRET_CHARACTERS, Keys, unknown_key_refusal
 
 LOGGER = logging.getLogger("serving")
-TRIES = 3
-"""How often a version is fetched whose files cannot be reached, before it is refused."""
-CLOSING_SECONDS = 5.0
-"""How long a version that is being loaded may hold up the end of the process."""
+MAX_FETCH_ATTEMPTS = 3
+"""A version whose files cannot be reached is refused after this many attempts."""
+SHUTDOWN_SECONDS = 5.0
+"""How long a version that is being loaded may delay the end of the process."""
 Result = TypeVar("Result")
 Change = Literal["swap", "refusal"]
 
 
 @dataclass(kw_only=True)
 class Follower:
-    """Keeps `models` at what an alias names; `find` reads the alias, `load` makes a model of a version.
+    """Keeps `models` at the version that an alias names.
 
-    `on_change` is called after each swap and each refusal. While the registry cannot be read, the model that answers
-    goes on, and `trouble` says why.
+    `on_change` is called after each swap and each refusal. While the registry cannot be read, the current model keeps
+    serving, and `trouble` holds the error.
     """
 
     models: Models
     alias: str
-    find: Callable[[], Version]
+    read_alias: Callable[[], Version]
     load: Callable[[Version], Model]
     seconds: float = FOLLOW_SECONDS
     on_change: Callable[[Change], None] = lambda change: None
     trouble: str = ""
-    _left: str = ""
-    """Content that a rollback by hand took out of service: not taken again until the alias has named another."""
-    _bad: dict[str, str] = field(default_factory=dict)
-    """Version that was refused -> its content then."""
-    _tries: dict[str, int] = field(default_factory=dict)
-    _asked: asyncio.Event = field(default_factory=asyncio.Event)
-    _busy: "asyncio.Future[None] | None" = None
+    _rolled_back_content: str = ""
+    """Content that a manual rollback replaced; it is not served again until the alias has named another version."""
+    _refused_content: dict[str, str] = field(default_factory=dict)
+    """Refused version -> its content at that time."""
+    _num_attempts: dict[str, int] = field(default_factory=dict)
+    _check_requested: asyncio.Event = field(default_factory=asyncio.Event)
+    _worker_done: "asyncio.Future[None] | None" = None
 
     async def run(self) -> None:
-        """Looks at the alias every so many seconds and whenever asked, until it is cancelled."""
+        """Checks the alias every `seconds` and on request, until it is cancelled."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.seconds):
-                    await self._asked.wait()
-            self._asked.clear()
+                    await self._check_requested.wait()
+            self._check_requested.clear()
             try:
-                await self.look()
+                await self.check()
             except Exception as error:
-                # A defect of ours: what answers goes on, and GET /model tells it until a look succeeds.
+                # A bug: the current model keeps serving, and GET /model shows the error until a check succeeds.
                 LOGGER.exception("following %s failed", self.alias)
-                self.trouble = reason(error)
+                self.trouble = format_error(error)
 
-    def ask(self, *, again: bool = False) -> None:
-        """Has `run` look at once; `again` gives versions that were refused another chance."""
-        if again:
-            for known in (self._bad, self._tries, self.models.refused):
-                known.clear()
-        self._asked.set()
+    def request_check(self, *, retry_refused: bool = False) -> None:
+        """Makes `run` check the alias now; with `retry_refused` it tries refused versions again."""
+        if retry_refused:
+            for records in (self._refused_content, self._num_attempts, self.models.refused):
+                records.clear()
+        self._check_requested.set()
 
     def rollback(self) -> Model | None:
-        """Changes the model for the one before, which stays until the alias moves; None if there is none."""
-        model = self.models.back()
+        """Returns to the former model until the alias moves; None if there is no former model."""
+        model = self.models.roll_back()
         if model is not None and self.models.former is not None:
-            self._left = self.models.former.content
-            self._tell_swap("by hand")
+            self._rolled_back_content = self.models.former.content
+            self._report_swap("manual rollback")
         return model
 
-    async def look(self) -> None:
-        """Reads the alias once and does what follows from it."""
+    async def check(self) -> None:
+        """Reads the alias once and serves its version if it is new."""
         version = await self._resolve_alias()
-        if version is None or version.content == self._left:
+        if version is None or version.content == self._rolled_back_content:
             return
-        self._left = ""
+        self._rolled_back_content = ""
         current, former = self.models.current, self.models.former
-        if version.content == current.content or self._bad.get(version.uri) == version.content:
+        if version.content == current.content or self._refused_content.get(version.uri) == version.content:
             return
         if former is not None and version.content == former.content:
-            self.models.back()
-            self._tell_swap(f"{self.alias} names it again")
+            self.models.roll_back()
+            self._report_swap(f"{self.alias} points to it again")
             return
         model = await self._prepare(version)
         if model is not None:
-            await self._enter(version, model)
+            await self._activate(version, model)
 
     async def close(self) -> None:
-        """Waits a little for what is being loaded."""
-        if self._busy is not None:
-            await asyncio.wait([self._busy], timeout=CLOSING_SECONDS)
+        """Waits up to `SHUTDOWN_SECONDS` for a version that is being loaded."""
+        if self._worker_done is not None:
+            await asyncio.wait([self._worker_done], timeout=SHUTDOWN_SECONDS)
 
     async def _resolve_alias(self) -> Version | None:
-        """The version that the alias names; None, and one warning until it succeeds again, where that is not known."""
+        """The version that the alias names; None if it cannot be read, with one warning until it can be again."""
         try:
-            version = await self._beside(self.find)
-        except Exception as error:  # noqa: BLE001 (whatever it is, the model that answers goes on)
+            version = await self._run_in_thread(self.read_alias)
+        except Exception as error:  # noqa: BLE001 (the current model keeps serving on any error)
             if not self.trouble:
-                LOGGER.warning("%s cannot be read, version %s goes on: %s", self.alias, self._version, reason(error))
-            self.trouble = reason(error)
+                text = "%s cannot be read, version %s keeps serving: %s"
+                LOGGER.warning(text, self.alias, self._version, format_error(error))
+            self.trouble = format_error(error)
             return None
         if self.trouble:
             LOGGER.info("%s can be read again", self.alias)
@@ -136,53 +136,56 @@ class Follower:
         return version
 
     async def _prepare(self, version: Version) -> Model | None:
-        """The version, loaded and probed; None where it may not serve, or not yet."""
+        """Loads and probes a version; None if it is refused or cannot be reached yet."""
         try:
-            return await self._beside(lambda: prepare_model(version, self.load))
+            return await self._run_in_thread(lambda: prepare_model(version, self.load))
         except UnreachableError as error:
-            tries = self._tries[version.uri] = self._tries.get(version.uri, 0) + 1
-            if tries < TRIES:
-                LOGGER.warning("%s cannot be had, attempt %d of %d: %s", version.uri, tries, TRIES, reason(error))
+            attempt = self._num_attempts[version.uri] = self._num_attempts.get(version.uri, 0) + 1
+            if attempt < MAX_FETCH_ATTEMPTS:
+                text = "%s cannot be downloaded, attempt %d of %d: %s"
+                LOGGER.warning(text, version.uri, attempt, MAX_FETCH_ATTEMPTS, format_error(error))
                 return None
-            self._refuse(version, reason(error))
+            self._refuse(version, format_error(error))
         except Exception as error:  # noqa: BLE001 (a version may be bad in any way)
-            self._refuse(version, reason(error))
-            traceback.clear_frames(error.__traceback__)  # they hold the model
+            self._refuse(version, format_error(error))
+            traceback.clear_frames(error.__traceback__)  # they keep the model in memory
         return None
 
-    async def _enter(self, version: Version, model: Model) -> None:
-        """Lets the model answer, unless the alias has moved on while it was loaded."""
+    async def _activate(self, version: Version, model: Model) -> None:
+        """Makes the model the current one, unless the alias has moved while it was loaded."""
         now = await self._resolve_alias()
         if now is not None and now.content != version.content:
-            self._asked.set()
+            self._check_requested.set()
             return
         self.models.swap(model)
-        for known in (self._bad, self._tries, self.models.refused):
-            known.pop(version.uri, None)
-        self._tell_swap(f"{self.alias} names it")
+        for records in (self._refused_content, self._num_attempts, self.models.refused):
+            records.pop(version.uri, None)
+        self._report_swap(f"{self.alias} points to it")
 
-    def _tell_swap(self, why: str) -> None:
+    def _report_swap(self, reason: str) -> None:
         former = self.models.former
-        LOGGER.info("version %s answers instead of %s: %s", self._version, former and former.version, why)
+        LOGGER.info("version %s replaces version %s: %s", self._version, former and former.version, reason)
         self.on_change("swap")
 
-    def _refuse(self, version: Version, why: str) -> None:
-        self._tries.pop(version.uri, None)
-        self._bad[version.uri] = version.content
-        self.models.refused[version.uri] = why
-        LOGGER.error("%s is refused, version %s goes on: %s", version.uri, self._version, why)
+    def _refuse(self, version: Version, reason: str) -> None:
+        self._num_attempts.pop(version.uri, None)
+        self._refused_content[version.uri] = version.content
+        self.models.refused[version.uri] = reason
+        LOGGER.error("%s is refused, version %s keeps serving: %s", version.uri, self._version, reason)
         self.on_change("refusal")
 
     @property
     def _version(self) -> str:
         return self.models.current.version
 
-    async def _beside(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns, computed in a thread that does not keep the process from ending."""
+    async def _run_in_thread(self, work: Callable[[], Result]) -> Result:
+        """Runs `work` in a daemon thread, which does not keep the process from ending."""
         loop = asyncio.get_running_loop()
         result: asyncio.Future[Result] = loop.create_future()
-        self._busy = loop.create_future()
-        threading.Thread(target=_run, args=(work, loop, result, self._busy), name="following", daemon=True).start()
+        self._worker_done = loop.create_future()
+        threading.Thread(
+            target=_run, args=(work, loop, result, self._worker_done), name="following", daemon=True
+        ).start()
         return await result
 
 
@@ -190,17 +193,17 @@ def _run(
     work: Callable[[], Result],
     loop: asyncio.AbstractEventLoop,
     result: "asyncio.Future[Result]",
-    busy: "asyncio.Future[None]",
+    worker_done: "asyncio.Future[None]",
 ) -> None:
     outcome: Result | None = None
     failed: Exception | None = None
     try:
         outcome = work()
-    except Exception as error:  # noqa: BLE001 (raised where it is waited for)
+    except Exception as error:  # noqa: BLE001 (it is raised from the future)
         failed = error
 
     def deliver() -> None:
-        busy.set_result(None)
+        worker_done.set_result(None)
         if result.done():
             return
         if failed is not None:
@@ -213,108 +216,122 @@ def _run(
 
 
 def prepare_model(version: Version, load: Callable[[Version], Model]) -> Model:
-    """A version's model, loaded, and probed with what its evaluation stored."""
+    """Loads a version and probes it with the pairs that its evaluation stored."""
     model = load(version)
     probe(model, model.probes or PROBES)
     return model
 
 
 def load_version(version: Version, spec: str, name: str = "", precision: Precision = "auto") -> Model:
-    """The model of the version that `spec` named: by its number, which no alias can move in between."""
+    """Loads the version that `spec` named, by its number, so that an alias that moves meanwhile has no effect."""
     return replace(load(version.uri, name, precision), spec=spec, registered=version)
 
 
-def reason(error: Exception) -> str:
-    """What went wrong, in one line."""
+def format_error(error: Exception) -> str:
+    """Formats an error as one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, CappyError) else quote(f"{type(error).__name__}: {text}", 200)
 
 
 WEBHOOK_VARIABLE = "CAPPY_WEBHOOK_SECRET"
-ID, TIMESTAMP, SIGNATURE = "x-mlflow-delivery-id", "x-mlflow-timestamp", "x-mlflow-signature"
-ENTITY = "model_version_alias"
-FRESH_SECONDS = 300
-"""How far a delivery's time may be from ours; older ones are somebody's replay."""
-WEBHOOK_BYTES = 65_536
-_REFUSED: dict[int | str, dict[str, object]] = {401: {"model": Problem}}
+DELIVERY_ID_HEADER = "x-mlflow-delivery-id"
+TIMESTAMP_HEADER = "x-mlflow-timestamp"
+SIGNATURE_HEADER = "x-mlflow-signature"
+ALIAS_ENTITY = "model_version_alias"
+MAX_DELIVERY_AGE_SECONDS = 300
+"""Maximum difference between a delivery's timestamp and our clock, as protection against replays."""
+MAX_WEBHOOK_BYTES = 65_536
+_UNAUTHORIZED: dict[int | str, dict[str, object]] = {401: {"model": Problem}}
 
 
 class LoadedModel(BaseModel):
-    """A model that is loaded."""
+    """A loaded model."""
 
     name: str
-    version: Annotated[str, Field(description="12 hexadecimal digits of its manifest's hash")]
-    sha256: Annotated[str, Field(description="Hash of its manifest, and through it of every file")]
-    registered: Annotated[str, Field(description="models:/name/number in the registry, empty if it came elsewhere")]
+    version: Annotated[str, Field(description="First 12 hexadecimal digits of the manifest's hash")]
+    sha256: Annotated[str, Field(description="Hash of the manifest, which contains the hash of every file")]
+    registered: Annotated[str, Field(description="models:/name/number in the registry; empty if it is not from there")]
     precision: str
 
 
 class State(BaseModel):
-    """What answers, what could answer at once, and what may not."""
+    """The current and the former model, the followed alias and refused versions."""
 
     current: LoadedModel
-    former: Annotated[LoadedModel | None, Field(description="Stays loaded, for a rollback")] = None
-    follows: Annotated[str, Field(description="The alias that is followed, empty if none is")] = ""
-    trouble: Annotated[str, Field(description="Why the alias could not be read at the last look")] = ""
-    refused: Annotated[dict[str, str], Field(description="Version of the registry -> why it does not serve")]
+    former: Annotated[
+        LoadedModel | None, Field(description="The previous model, which stays loaded for a rollback")
+    ] = None
+    follows: Annotated[str, Field(description="The followed alias; empty if none is followed")] = ""
+    trouble: Annotated[str, Field(description="Why the alias could not be read at the last check")] = ""
+    refused: Annotated[dict[str, str], Field(description="Version in the registry -> why it was refused")]
 
 
 class RefreshResponse(BaseModel):
-    """What was done with a request to look at the alias."""
+    """Response to a request to check the alias."""
 
-    looks: Annotated[bool, Field(description="Whether the alias is looked at now; GET /model shows what came of it")]
+    looks: Annotated[bool, Field(description="Whether the alias is checked now; GET /model shows the result")]
 
 
 def add_admin(app: FastAPI, models: Models, follower: Follower | None, keys: Keys, secret: str) -> None:
-    """GET /model; where an alias is followed POST /admin/refresh and /admin/rollback if there are keys.
+    """Adds GET /model; if an alias is followed, also POST /admin/refresh and /admin/rollback if there are keys.
 
-    With a secret also POST /webhooks/mlflow.
+    With a secret it also adds POST /webhooks/mlflow.
     """
 
-    @app.get("/model", tags=["model"], responses=_REFUSED, response_model=State)
+    @app.get("/model", tags=["model"], responses=_UNAUTHORIZED, response_model=State)
     async def model(request: Request) -> Response | State:
-        """Which model answers; needs a key where there are keys."""
-        return _state(models, follower) if keys.allow(request.headers) else _refuse(unknown_key())
+        """The loaded models; needs a key if the service has keys."""
+        return _state(models, follower) if keys.allow(request.headers) else _refuse(unknown_key_refusal())
 
     if follower is not None and keys:
-        _add_moves(app, models, follower, keys)
+        _add_model_changes(app, models, follower, keys)
     if follower is not None and secret:
         _add_webhook(app, follower, secret)
 
 
-def _add_moves(app: FastAPI, models: Models, follower: Follower, keys: Keys) -> None:
-    @app.post("/admin/refresh", tags=["model"], status_code=202, responses=_REFUSED, response_model=RefreshResponse)
+def _add_model_changes(app: FastAPI, models: Models, follower: Follower, keys: Keys) -> None:
+    @app.post(
+        "/admin/refresh", tags=["model"], status_code=202, responses=_UNAUTHORIZED, response_model=RefreshResponse
+    )
     async def refresh(request: Request) -> Response | RefreshResponse:
-        """Looks at the alias now, at versions that were refused too."""
+        """Checks the alias now, and tries refused versions again."""
         if not keys.allow(request.headers):
-            return _refuse(unknown_key())
-        follower.ask(again=True)
+            return _refuse(unknown_key_refusal())
+        follower.request_check(retry_refused=True)
         return RefreshResponse(looks=True)
 
-    @app.post("/admin/rollback", tags=["model"], responses={**_REFUSED, 409: {"model": Problem}}, response_model=State)
+    @app.post(
+        "/admin/rollback", tags=["model"], responses={**_UNAUTHORIZED, 409: {"model": Problem}}, response_model=State
+    )
     async def rollback(request: Request) -> Response | State:
-        """Changes the model for the one before, until the alias moves."""
+        """Returns to the former model until the alias moves."""
         if not keys.allow(request.headers):
-            return _refuse(unknown_key())
+            return _refuse(unknown_key_refusal())
         if follower.rollback() is None:
-            return _refuse(Refusal(409, "no former model is loaded; move the alias: cappy promotion --rollback"))
+            return _refuse(
+                Refusal(409, "no former model is loaded; to move the alias instead: cappy promotion --rollback")
+            )
         return _state(models, follower)
 
 
 def _add_webhook(app: FastAPI, follower: Follower, secret: str) -> None:
-    @app.post("/webhooks/mlflow", tags=["model"], status_code=202, responses=_REFUSED, response_model=RefreshResponse)
+    @app.post(
+        "/webhooks/mlflow", tags=["model"], status_code=202, responses=_UNAUTHORIZED, response_model=RefreshResponse
+    )
     async def webhook(request: Request) -> Response | RefreshResponse:
-        """An event of MLflow's, signed with the secret: looks at the alias now if it is about the alias."""
+        """Takes a signed event of MLflow; checks the alias now if the event is about it."""
         try:
-            body = await receive_body(request, WEBHOOK_BYTES, "no event of MLflow is as large")
+            body = await receive_body(request, MAX_WEBHOOK_BYTES, "MLflow's events are smaller")
             Bounds().check(body)
         except Refusal as refusal:
             return _refuse(refusal)
         if not _is_signed(secret, request.headers, body, time.time()):
-            return _refuse(Refusal(401, "the signature is not that of this service's secret, or is too old"))
+            return _refuse(
+                Refusal(401, "the signature does not match this service's secret, or its timestamp is too old")
+            )
         looks = _is_about(follower.alias, body)
         if looks:
-            follower.ask()
+            follower.request_check()
         return RefreshResponse(looks=looks)
 
 
@@ -344,32 +361,39 @@ def _refuse(refusal: Refusal) -> Response:
 
 
 def read_secret() -> str:
-    """The secret from CAPPY_WEBHOOK_SECRET, empty if there is none; ConfigError for a short one."""
+    """Reads the secret from CAPPY_WEBHOOK_SECRET, empty if it is not set; raises ConfigError for a short one."""
     secret = os.environ.get(WEBHOOK_VARIABLE, "").strip()
-    if secret and len(secret) < SHORTEST_SECRET:
+    if secret and len(secret) < MIN_SECRET_CHARACTERS:
         remedy = "make one with: openssl rand -hex 24"
-        raise ConfigError(f"{WEBHOOK_VARIABLE}: is shorter than {SHORTEST_SECRET} characters; {remedy}")
+        raise ConfigError(f"{WEBHOOK_VARIABLE}: is shorter than {MIN_SECRET_CHARACTERS} characters; {remedy}")
     return secret
 
 
 def _is_signed(secret: str, headers: Mapping[str, str], body: bytes, now: float) -> bool:
-    """Whether who knows the secret sent this body within five minutes of `now`, in seconds since 1970."""
-    identity, time, given = (headers.get(name, "") for name in (ID, TIMESTAMP, SIGNATURE))
-    if not time.isascii() or not time.isdigit() or len(time) > 12 or abs(now - int(time)) > FRESH_SECONDS:
+    """Whether the signature is valid and its timestamp within five minutes of `now` (seconds since 1970)."""
+    delivery_id, timestamp, signature = (
+        headers.get(name, "") for name in (DELIVERY_ID_HEADER, TIMESTAMP_HEADER, SIGNATURE_HEADER)
+    )
+    if (
+        not timestamp.isascii()
+        or not timestamp.isdigit()
+        or len(timestamp) > 12
+        or abs(now - int(timestamp)) > MAX_DELIVERY_AGE_SECONDS
+    ):
         return False
-    content = f"{identity}.{time}.".encode("utf-8", "surrogatepass") + body
+    content = f"{delivery_id}.{timestamp}.".encode("utf-8", "surrogatepass") + body
     digest = hmac.new(secret.encode(), content, hashlib.sha256).digest()
-    wanted = f"v1,{base64.b64encode(digest).decode()}"
-    return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), wanted.encode())
+    expected = f"v1,{base64.b64encode(digest).decode()}"
+    return hmac.compare_digest(signature.encode("utf-8", "surrogatepass"), expected.encode())
 
 
 def _is_about(alias: str, body: bytes) -> bool:
-    """Whether an event says that the alias of this spec was set or deleted."""
+    """Whether an event reports that the alias of this spec was set or deleted."""
     try:
         event = from_json(body)
     except ValueError:
         return False
-    if not isinstance(event, Mapping) or event.get("entity") != ENTITY:
+    if not isinstance(event, Mapping) or event.get("entity") != ALIAS_ENTITY:
         return False
     data, spec = event.get("data"), parse_spec(alias)
     return isinstance(data, Mapping) and (data.get("name"), data.get("alias")) == (spec.name, spec.revision)

@@ -1,8 +1,8 @@
-"""Who may ask a service: clients with a known API key, under an allowed name, and pages of an allowed origin.
+"""Checks of API keys, host names and origins for both services.
 
-A page can send requests to any address that its visitor's machine reaches. The Host header says under which name the
-browser found the service, so that a name which somebody points at 127.0.0.1 (DNS rebinding) is refused; Origin and
-Sec-Fetch-Site say which page asked.
+A page can send requests to any address that its visitor's machine can reach. The Host header holds the name that the
+browser resolved, so a foreign name that resolves to 127.0.0.1 (DNS rebinding) is refused. Origin and Sec-Fetch-Site
+say which page sent the request.
 """
 
 import hmac
@@ -24,23 +24,23 @@ from serving.bodies import Refusal
 from serving.config import ANY
 
 KEYS_VARIABLE = "CAPPY_API_KEYS"
-SHORTEST_SECRET = 8
-INSIDE = (".svc", ".cluster.local", ".local", ".internal")
-"""Suffixes of names that public DNS does not resolve, so an attacker cannot point one at this machine."""
+MIN_SECRET_CHARACTERS = 8
+INTERNAL_SUFFIXES = (".svc", ".cluster.local", ".local", ".internal")
+"""Suffixes that public DNS does not resolve, so an attacker cannot make such a name resolve to this machine."""
 _NAME = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5}))?"
 _HOST = re.compile(_NAME)
 _ORIGIN = re.compile(f"(https?)://{_NAME}")
 _PORTS = {"http": "80", "https": "443"}
 Refuse = Callable[[str, Refusal], Response]
-"""(path, refusal) -> the answer, in the shape of that path's clients."""
+"""(path, refusal) -> the response, in the shape that the path's clients expect."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hosts:
-    """Names that a service answers to, by the Host header; `allowed` ones always, `*` stands for any.
+    """Names that a service answers to, by the Host header: always those `allowed` (`*` stands for any).
 
-    On `loopback` those of this machine alone. Elsewhere any where clients have `keys`; without, addresses, names
-    without a dot, names that end as those `INSIDE` a cluster or a local network do, and the machine's own.
+    If it listens on `loopback`, only the names of this machine. Otherwise any name if clients need `keys`; without
+    keys, addresses, names without a dot, names with one of `INTERNAL_SUFFIXES`, and the machine's own name.
     """
 
     allowed: Sequence[str] = ()
@@ -48,30 +48,32 @@ class Hosts:
     keys: bool = False
 
     def allow(self, name: str) -> bool:
-        """Whether the service answers to a name or an address, given without a port."""
+        """Whether the service answers to a name or an address (without a port)."""
         name = name.lower().removesuffix(".")
-        if any(_matches(name, one.lower()) for one in self.allowed):
+        if any(_matches(name, pattern.lower()) for pattern in self.allowed):
             return True
         address = _address(name)
         if self.loopback:
             return name == "localhost" or (address is not None and _is_loopback(address))
-        own = socket.gethostname().lower()
-        return self.keys or address is not None or "." not in name or name == own or name.endswith(INSIDE)
+        own_name = socket.gethostname().lower()
+        return (
+            self.keys or address is not None or "." not in name or name == own_name or name.endswith(INTERNAL_SUFFIXES)
+        )
 
 
 ANY_HOST = Hosts(allowed=(ANY,))
 
 
 def hosts_of(listener: socket.socket, allowed: Sequence[str], keys: bool) -> Hosts:
-    """The names to answer to on a socket that is bound."""
+    """The names that a service on this bound socket answers to."""
     address = _address(str(listener.getsockname()[0]))
     return Hosts(allowed=allowed, loopback=address is not None and _is_loopback(address), keys=keys)
 
 
 class BrowserGuard:
-    """ASGI middleware: refuses what comes under another name (421) or from a page of another origin (403).
+    """ASGI middleware: refuses requests for another host name (421) or from a page of another origin (403).
 
-    421 (RFC 9110, 15.5.20): the request reached a server that does not answer for that name.
+    Status 421: RFC 9110, section 15.5.20.
     """
 
     def __init__(self, app: ASGIApp, hosts: Hosts, origins: Sequence[str], refuse: Refuse) -> None:
@@ -92,44 +94,50 @@ class BrowserGuard:
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        given, origins = headers.getlist("host"), headers.getlist("origin")
-        browser = bool(origins) or "sec-fetch-site" in headers
-        if not given and not browser and scope.get("http_version") == "1.0":
-            # A balancer's check, HAProxy's for one; browsers speak no HTTP/1.0 and always send a Host.
+        host_headers, origin_headers = headers.getlist("host"), headers.getlist("origin")
+        from_browser = bool(origin_headers) or "sec-fetch-site" in headers
+        if not host_headers and not from_browser and scope.get("http_version") == "1.0":
+            # A load balancer's health check, such as HAProxy's; browsers do not use HTTP/1.0 and always send a Host.
             return
-        host = _HOST.fullmatch(given[0]) if len(given) == 1 else None
+        host = _HOST.fullmatch(host_headers[0]) if len(host_headers) == 1 else None
         if host is None:
-            raise Refusal(400, "a request must have one Host header with a name or an address, and a port or none")
+            raise Refusal(400, "a request must have one Host header: a name or an address, optionally with a port")
         if not self._hosts.allow(host[1]):
             name = quote(host[1])
             raise Refusal(
-                421, f"this service does not answer to the name {name}; its owner may allow it: --allowed-hosts"
+                421, f"this service does not answer to the host name {name}; its owner can allow it: --allowed-hosts"
             )
-        if ANY in self._origins or (not origins and not _of_another_page(scope["method"], headers)):
+        if ANY in self._origins or (not origin_headers and not _is_cross_site(scope["method"], headers)):
             return
-        if not (len(origins) == 1 and (origins[0] in self._origins or _is_own(origins[0], host, scope["scheme"]))):
-            page = f"a page of {quote(origins[0])}" if origins else "a page of another site"
-            raise Refusal(403, f"{page} may not ask this service; its owner may let it: --allow-origin")
+        if not (
+            len(origin_headers) == 1
+            and (origin_headers[0] in self._origins or _is_own(origin_headers[0], host, scope["scheme"]))
+        ):
+            source = f"a page of {quote(origin_headers[0])}" if origin_headers else "a page of another site"
+            raise Refusal(
+                403, f"{source} may not send requests to this service; its owner can allow it: --allow-origin"
+            )
 
 
-def _of_another_page(method: str, headers: Headers) -> bool:
-    """Whether a browser says that another site's page asks, without an Origin; following a link to here is allowed."""
+def _is_cross_site(method: str, headers: Headers) -> bool:
+    """Whether a browser reports a request from another site's page, without an Origin; following a link is allowed."""
     if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
         return False
-    opened = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
-    return not (opened and method in ("GET", "HEAD"))
+    is_navigation = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
+    return not (is_navigation and method in ("GET", "HEAD"))
 
 
 def _is_own(origin: str, host: re.Match[str], scheme: str) -> bool:
     """Whether an origin is the service's own, by its name and port.
 
-    Behind a proxy that ends TLS the origin is https and the request http, so the scheme counts only where TLS is ours.
+    Behind a proxy that ends TLS the origin is https and the request http, so the scheme is only compared if this
+    service ends TLS itself.
     """
     parts = _ORIGIN.fullmatch(origin)
     if parts is None or (scheme == "https" and parts[1] != "https"):
         return False
-    usual = _PORTS[parts[1]]
-    return (parts[2].lower(), parts[3] or usual) == (host[1].lower(), host[2] or usual)
+    default_port = _PORTS[parts[1]]
+    return (parts[2].lower(), parts[3] or default_port) == (host[1].lower(), host[2] or default_port)
 
 
 def _matches(name: str, allowed: str) -> bool:
@@ -151,7 +159,7 @@ def _is_loopback(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool
 
 
 class Keys:
-    """The keys that are known; without any, everybody may ask. Only their digests are kept."""
+    """The valid API keys, stored as digests; without any, no key is needed."""
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
         self._digests = [_digest(key) for key in keys]
@@ -160,38 +168,38 @@ class Keys:
         return bool(self._digests)
 
     def allow(self, headers: Mapping[str, str]) -> bool:
-        """Whether `Authorization: Bearer KEY` has a known key; a wrong one takes as long as a right one."""
+        """Whether `Authorization: Bearer KEY` has a valid key, compared in constant time."""
         if not self._digests:
             return True
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip() if scheme.lower() == "bearer" else "")
-        return bool(sum(hmac.compare_digest(given, known) for known in self._digests))
+        digest = _digest(key.strip() if scheme.lower() == "bearer" else "")
+        return bool(sum(hmac.compare_digest(digest, known) for known in self._digests))
 
 
 def read_keys(path: Path | None) -> Keys:
-    """Keys from a file, one a line, or from CAPPY_API_KEYS, separated by commas; ConfigError for a short one.
+    """Reads keys from a file, one per line, or from CAPPY_API_KEYS, separated by commas.
 
-    Lines that begin with # are comments. A file, or a variable that is not empty, that holds no key is refused: who
-    gave it did not want an open service.
+    Lines that start with # are comments. Raises ConfigError for a short key, and if a file or a non-empty variable
+    holds no key: its owner does not want an open service.
     """
     if path is not None:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--api-keys {path}: cannot be read; give a text file with one key a line") from error
+            raise ConfigError(f"--api-keys {path}: cannot be read; give a text file with one key per line") from error
         lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     else:
         text = os.environ.get(KEYS_VARIABLE, "")
         lines = text.split(",")
     keys = [key.strip() for key in lines if key.strip()]
     if path is not None and not keys:
-        raise ConfigError(f"--api-keys {path}: holds no key; write one a line")
+        raise ConfigError(f"--api-keys {path}: holds no key; write one per line")
     if text and not keys:
-        raise ConfigError(f"{KEYS_VARIABLE}: holds no key; put keys there, with commas between, or unset it")
-    if any(len(key) < SHORTEST_SECRET for key in keys):
+        raise ConfigError(f"{KEYS_VARIABLE}: holds no key; set it to keys separated by commas, or unset it")
+    if any(len(key) < MIN_SECRET_CHARACTERS for key in keys):
         source = f"--api-keys {path}" if path is not None else KEYS_VARIABLE
         raise ConfigError(
-            f"{source}: has a key shorter than {SHORTEST_SECRET} characters; make one with: openssl rand -hex 24"
+            f"{source}: has a key shorter than {MIN_SECRET_CHARACTERS} characters; make one with: openssl rand -hex 24"
         )
     return Keys(keys)
 
@@ -201,21 +209,21 @@ def _digest(key: str) -> bytes:
 
 
 class KeyGuard:
-    """ASGI middleware: every path but the `open` ones needs a key, where there are keys."""
+    """ASGI middleware: if there are keys, every path except `open_paths` needs one."""
 
     def __init__(self, app: ASGIApp, keys: Keys, open_paths: Collection[str], refuse: Refuse) -> None:
         self._app = app
         self._keys = keys
-        self._open = frozenset(open_paths)
+        self._open_paths = frozenset(open_paths)
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self._open or self._keys.allow(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in self._open_paths or self._keys.allow(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
-        await self._refuse(scope["path"], unknown_key())(scope, receive, send)
+        await self._refuse(scope["path"], unknown_key_refusal())(scope, receive, send)
 
 
-def unknown_key() -> Refusal:
-    """What a client without a known key is answered."""
-    return Refusal(401, "no API key that this service knows; send Authorization: Bearer KEY")
+def unknown_key_refusal() -> Refusal:
+    """The refusal of a request without a valid key."""
+    return Refusal(401, "missing or unknown API key; send Authorization: Bearer KEY")

@@ -1,4 +1,4 @@
-"""How both services listen, speak HTTP, log and end: notice is given before they take no more connections."""
+"""Listening, HTTP settings, logging and graceful shutdown of both services."""
 
 import asyncio
 import contextlib
@@ -22,72 +22,72 @@ import uvicorn
 from cappy.errors import ConfigError
 from serving.config import ListenerConfig
 from serving.connections import (
-    ACCEPTS,
-    AT_ONCE,
+    ACCEPTS_PER_TURN,
     BACKLOG,
+    PARSE_BYTES,
+    BoundedProtocol,
     Connections,
-    PunctualProtocol,
-    connections_for_clients,
+    max_client_connections,
     raise_file_limit,
-    with_tls,
+    wrap_tls,
 )
 
-REPEATS_WRITTEN = 5
+MAX_REPEATS = 5
 REPEAT_SECONDS = 10.0
-LINES_KNOWN = 1000
-"""Different lines that are remembered at once."""
-ACCESS = "serving.access"
+MAX_TRACKED_LINES = 1000
+"""Maximum number of different lines that are counted at once."""
+ACCESS_LOGGER_NAME = "serving.access"
 LOGGER = logging.getLogger("serving.repeats")
 
-Key = tuple[str, int, str]
-"""Logger, level, first line of the message before its values are put in."""
+LineKey = tuple[str, int, str]
+"""Logger, level, first line of the message before formatting."""
 
 
-class Closing(Protocol):
-    """Whether the service is shutting down."""
+class ShutdownState(Protocol):
+    """Holds whether the service is shutting down."""
 
-    closing: bool
+    shutting_down: bool
 
 
 @dataclass
 class Shutdown:
-    """Whether the service is shutting down."""
+    """Holds whether the service is shutting down."""
 
-    closing: bool = False
+    shutting_down: bool = False
 
 
-class NoticeServer(uvicorn.Server):
-    """Answers for `notice` seconds after SIGTERM, while `shutdown.closing` is true, and takes no connections then."""
+class GracefulServer(uvicorn.Server):
+    """Keeps answering for `notice` seconds after SIGTERM with `shutdown.shutting_down` set, then stops listening."""
 
-    def __init__(self, config: uvicorn.Config, shutdown: Closing, notice: float) -> None:
+    def __init__(self, config: uvicorn.Config, shutdown: ShutdownState, notice: float) -> None:
         super().__init__(config)
-        self._closing = shutdown
+        self._shutdown = shutdown
         self._notice = notice
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first SIGTERM: not ready, and closed a little later; any other signal at once."""
-        if sig != signal.SIGTERM or self._closing.closing or not self.started:
+        """Delays the shutdown on the first SIGTERM; any other signal shuts down immediately."""
+        if sig != signal.SIGTERM or self._shutdown.shutting_down or not self.started:
             super().handle_exit(sig, frame)
             return
-        self._closing.closing = True
+        self._shutdown.shutting_down = True
         self._captured_signals.append(sig)
-        self._loop.call_soon_threadsafe(self._loop.call_later, self._notice, self._exit)
+        self._loop.call_soon_threadsafe(self._loop.call_later, self._notice, self._request_exit)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serves until it is asked to stop."""
+        """Serves until a signal stops it."""
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens; asyncio takes few connections in a turn, and the system keeps many waiting."""
+        """Listens with a long queue in the operating system, of which asyncio accepts few connections per turn."""
         if self.config.ssl is not None:
             protocol, context = self.config.http_protocol_class, self.config.ssl
-            self.config.http_protocol_class, self.config.ssl = with_tls(protocol, context), None  # type: ignore[assignment, arg-type]
+            self.config.http_protocol_class, self.config.ssl = wrap_tls(protocol, context), None  # type: ignore[assignment, arg-type]
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)
 
-    def _exit(self) -> None:
+    def _request_exit(self) -> None:
         self.should_exit = True
 
 
@@ -99,16 +99,13 @@ def http_config(
     key: Path | None = None,
     upstream: bool = False,
 ) -> uvicorn.Config:
-    """How both services speak HTTP: punctual clients, patient connections, a time to finish in.
-
-    `upstream` says that the service opens connections itself, and needs files for them.
-    """
-    connections = Connections(connections_for_clients(upstream=upstream))
+    """uvicorn's settings for both services; `upstream` reserves open files for connections that the service opens."""
+    connections = Connections(max_client_connections(upstream=upstream))
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http=partial(PunctualProtocol, connections=connections),  # type: ignore[arg-type]
-        backlog=ACCEPTS,
-        h11_max_incomplete_event_size=AT_ONCE,
+        http=partial(BoundedProtocol, connections=connections),  # type: ignore[arg-type]
+        backlog=ACCEPTS_PER_TURN,
+        h11_max_incomplete_event_size=PARSE_BYTES,
         ws="none",
         log_config=None,
         log_level="warning",
@@ -121,33 +118,33 @@ def http_config(
 
 
 def prepare_process() -> None:
-    """Signals, log and limits of a process that serves: SIGTERM ends it with status 0."""
-    signal.signal(signal.SIGTERM, _end)
+    """Sets up signals, logging and limits of a serving process; SIGTERM ends it with status 0."""
+    signal.signal(signal.SIGTERM, _exit_process)
     _log_to_stderr()
     raise_file_limit()
 
 
-def _end(signum: int, frame: FrameType | None) -> None:
-    """uvicorn raises the signal again after its own graceful stop, so this decides the status."""
+def _exit_process(signum: int, frame: FrameType | None) -> None:
+    """Exits with status 0: uvicorn raises the signal again after its graceful shutdown."""
     raise SystemExit(0)
 
 
 def check_tls(certificate: Path | None, key: Path | None) -> None:
-    """ConfigError where a certificate and its key do not go together."""
+    """Raises ConfigError if a certificate and its key cannot be used together."""
     if certificate is None or key is None:
         return
     try:
-        # An empty passphrase, or OpenSSL would ask for one at the terminal.
+        # Without a passphrase OpenSSL would prompt for one at the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
     except OSError as error:  # SSLError is one
         text = f"--tls-certificate {certificate}: cannot be used with --tls-key {key}"
-        remedy = "give a certificate and the private key that belongs to it, both in PEM form, without a passphrase"
+        remedy = "give a certificate and its private key, both in PEM format, without a passphrase"
         raise ConfigError(f"{text} ({error.strerror or error}); {remedy}") from error
 
 
 @contextlib.contextmanager
 def bind(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that holds the address and does not listen yet; ConfigError if it cannot be had."""
+    """Yields a socket that is bound to the address and not listening yet; raises ConfigError if it cannot be bound."""
     with address_errors(host, port):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as listener:
@@ -159,41 +156,41 @@ def bind(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def address_errors(host: str, port: int) -> Iterator[None]:
-    """What keeps a socket from its address becomes one line with its remedy."""
+    """Translates errors of binding an address to ConfigError with a remedy."""
     try:
         yield
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            text = f"{host}:{port}: is in use by another process; stop it or choose another --port (0: any free one)"
+            text = f"{host}:{port}: in use by another process; stop it or choose another --port (0: any free one)"
         elif error.errno == errno.EACCES:
-            text = f"{host}:{port}: may not be used without root's rights; choose a --port above 1023"
+            text = f"{host}:{port}: needs root privileges; choose a --port above 1023"
         else:
-            text = f"{host}:{port}: is not an address of this machine ({error.strerror}); try --host 127.0.0.1"
+            text = f"{host}:{port}: not an address of this machine ({error.strerror}); try --host 127.0.0.1"
         raise ConfigError(text) from error
 
 
-def url(listener: socket.socket, scheme: str = "http") -> str:
-    """The address that a socket listens on."""
+def format_url(listener: socket.socket, scheme: str = "http") -> str:
+    """The URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 @dataclass
-class _Line:
-    until: float
+class _RepeatCount:
+    expires_at: float
     count: int = 0
 
 
 class RepeatFilter(logging.Filter):
-    """Lets `REPEATS_WRITTEN` records of the same logger, level and first line of a message through in `REPEAT_SECONDS`.
+    """Passes at most `MAX_REPEATS` records with the same logger, level and first line per `REPEAT_SECONDS`.
 
-    Records of the access log pass: they are one a request. What was left out is counted in a line of its own.
+    The access log is exempt. The number of suppressed records is logged in a line of its own.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines: dict[Key, _Line] = {}
-        self._next = 0.0
+        self._lines: dict[LineKey, _RepeatCount] = {}
+        self._next_check = 0.0
         self._lock = threading.Lock()
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -201,35 +198,35 @@ class RepeatFilter(logging.Filter):
         if record.name == LOGGER.name:
             return True
         with self._lock:
-            left_out = self._forget(time.monotonic())
-            written = record.name == ACCESS or self._count(record) <= REPEATS_WRITTEN
-        for (name, level, text), line in left_out:
-            LOGGER.log(level, "%s: %d more like this were left out: %s", name, line.count - REPEATS_WRITTEN, text)
-        return written
+            suppressed = self._pop_expired(time.monotonic())
+            is_written = record.name == ACCESS_LOGGER_NAME or self._count_record(record) <= MAX_REPEATS
+        for (name, level, text), line in suppressed:
+            LOGGER.log(level, "%s: %d more lines like this were suppressed: %s", name, line.count - MAX_REPEATS, text)
+        return is_written
 
-    def _count(self, record: logging.LogRecord) -> int:
-        """How many of the record's line there were in its time, this one included."""
+    def _count_record(self, record: logging.LogRecord) -> int:
+        """Counts a record; returns how many there were like it in the current interval, this one included."""
         key = (record.name, record.levelno, str(record.msg).partition("\n")[0][:200])
-        if key not in self._lines and len(self._lines) >= LINES_KNOWN:
-            key = (record.name, record.levelno, "lines of many kinds")
-        line = self._lines.setdefault(key, _Line(time.monotonic() + REPEAT_SECONDS))
+        if key not in self._lines and len(self._lines) >= MAX_TRACKED_LINES:
+            key = (record.name, record.levelno, "other lines")
+        line = self._lines.setdefault(key, _RepeatCount(time.monotonic() + REPEAT_SECONDS))
         line.count += 1
         return line.count
 
-    def _forget(self, now: float) -> list[tuple[Key, _Line]]:
-        """Forgets lines whose time is over, and gives those of which some were left out; looks once a second."""
-        if now < self._next:
+    def _pop_expired(self, now: float) -> list[tuple[LineKey, _RepeatCount]]:
+        """Removes expired lines and returns those with suppressed records; checks once a second."""
+        if now < self._next_check:
             return []
-        self._next = now + 1.0
-        over = [(key, line) for key, line in self._lines.items() if line.until <= now]
-        for key, _ in over:
+        self._next_check = now + 1.0
+        expired = [(key, line) for key, line in self._lines.items() if line.expires_at <= now]
+        for key, _ in expired:
             del self._lines[key]
-        return [(key, line) for key, line in over if line.count > REPEATS_WRITTEN]
+        return [(key, line) for key, line in expired if line.count > MAX_REPEATS]
 
 
 def _log_to_stderr() -> None:
-    """The log of a service: plain lines on stderr, repeated ones counted."""
+    """Logs plain lines to stderr, with repeated ones suppressed and counted."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     for handler in logging.getLogger().handlers:
-        if not any(isinstance(one, RepeatFilter) for one in handler.filters):
+        if not any(isinstance(existing, RepeatFilter) for existing in handler.filters):
             handler.addFilter(RepeatFilter())

@@ -1,4 +1,4 @@
-"""The page at /: one file without anything from elsewhere, and the policy that lets a browser run no other script."""
+"""The page at /: one self-contained file, and a content policy under which a browser runs no other script."""
 
 import base64
 import re
@@ -14,7 +14,7 @@ TEXT = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
 
 def headers() -> Mapping[str, str]:
-    """The page's content policy: its own script and style, by hash, and requests to this service alone."""
+    """The page's content policy: only its own script and style (by hash) and requests to this service."""
     policy = (
         "default-src 'none'",
         f"script-src '{_digest('script')}'",
@@ -34,17 +34,19 @@ def _digest(element: str) -> str:
 
 
 class About(BaseModel):
-    """What answers here, for the page."""
+    """What is served, for the page."""
 
     service: Literal["scorer", "gateway"]
-    model: Annotated[str, Field(description="Name to ask for")]
+    model: Annotated[str, Field(description="Name of the model")]
     version: Annotated[str, Field(description="Version of the scorer")]
-    former: Annotated[str | None, Field(description="The version before, which can be asked too; null without one")]
-    calibrated: Annotated[bool, Field(description="Whether answers say what label to expect")]
+    former: Annotated[
+        str | None, Field(description="The previous version, which requests may still name; null if there is none")
+    ]
+    calibrated: Annotated[bool, Field(description="Whether responses include expected labels")]
 
 
 def add_page(app: FastAPI, about: Callable[[], About]) -> None:
-    """GET / and what it asks for first, GET /about; they need no key."""
+    """Adds GET / and GET /about, which the page requests first; they need no key."""
     policy = dict(headers())
 
     @app.get("/", include_in_schema=False)
@@ -53,5 +55,5 @@ def add_page(app: FastAPI, about: Callable[[], About]) -> None:
 
     @app.get("/about", tags=["probes"])
     async def read_about() -> About:
-        """What is served here."""
+        """What is served."""
         return about()

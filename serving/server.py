@@ -19,39 +19,39 @@ from serving.config import Environment, ServeConfig
 from serving.engine import Model, Models, load
 from serving.following import Follower, load_version, read_secret
 from serving.guards import hosts_of, read_keys
-from serving.listener import NoticeServer, address_errors, bind, check_tls, http_config, prepare_process, url
+from serving.listener import GracefulServer, address_errors, bind, check_tls, format_url, http_config, prepare_process
 
-Follow = Callable[[Models], Follower]
-"""What changes the model while requests are answered."""
+MakeFollower = Callable[[Models], Follower]
+"""Creates the follower, which changes the model while requests are answered."""
 
 
 def run(config: ServeConfig, environment: Environment | None = None) -> None:
-    """Takes the address, loads the scorer, listens; returns when it was asked to stop and has answered all it accepted.
+    """Binds the address, loads the scorer and serves it; returns after a graceful shutdown.
 
-    ConfigError if the address cannot be had, which is found out before the scorer is loaded. SIGTERM ends the process
-    with status 0.
+    Raises ConfigError before the scorer is loaded if the address cannot be bound. SIGTERM ends the process with status
+    0.
     """
     check_tls(config.tls_certificate, config.tls_key)
-    # What is wrong with them is said before a bucket's folder is copied.
+    # Find errors in the keys before a folder is copied from a bucket.
     read_keys(config.api_keys)
     read_secret()
-    with local(config.scorer) as scorer:
+    with local_scorer(config.scorer) as scorer:
         parse_spec(scorer)
         seconds = config.follow_interval
         if not seconds:
             serve(lambda: load(scorer, config.model_name, config.precision), config, environment)
             return
 
-        def find() -> Version:
+        def read_alias() -> Version:
             return registry.resolve(scorer)
 
         def load_current(version: Version) -> Model:
             return load_version(version, scorer, config.model_name, config.precision)
 
         def make_follower(models: Models) -> Follower:
-            return Follower(models=models, alias=scorer, find=find, load=load_current, seconds=seconds)
+            return Follower(models=models, alias=scorer, read_alias=read_alias, load=load_current, seconds=seconds)
 
-        serve(lambda: load_current(find()), config, environment, follow=make_follower)
+        serve(lambda: load_current(read_alias()), config, environment, make_follower=make_follower)
 
 
 def serve(
@@ -59,9 +59,9 @@ def serve(
     config: ServeConfig,
     environment: Environment | None = None,
     *,
-    follow: Follow | None = None,
+    make_follower: MakeFollower | None = None,
 ) -> None:
-    """`run` with whatever model `load` gives."""
+    """Like `run`, with the model that `load` returns."""
     keys, secret, environment = read_keys(config.api_keys), read_secret(), environment or Environment()
     prepare_process()
     failures: list[CappyError] = []
@@ -71,8 +71,8 @@ def serve(
         server.should_exit = True
 
     with bind(config.host, config.port) as listener:
-        computing = ThreadPoolExecutor(1, "computing")
-        models = Models(computing.submit(load).result())
+        executor = ThreadPoolExecutor(1, "computing")
+        models = Models(executor.submit(load).result())
         with address_errors(config.host, config.port):
             listener.listen(2048)
         options = Options(
@@ -86,16 +86,16 @@ def serve(
             routes=environment.routes,
             ready_path=environment.ready_path,
         )
-        follower = follow(models) if follow else None
+        follower = make_follower(models) if make_follower else None
         app = create_app(
-            models, options, failed=on_failure, follower=follower, computing=computing, tracing=start_tracing()
+            models, options, on_failure=on_failure, follower=follower, executor=executor, tracing=start_tracing()
         )
         http = http_config(app, config, certificate=config.tls_certificate, key=config.tls_key)
-        server = NoticeServer(http, models, config.notice)
+        server = GracefulServer(http, models, config.notice)
         scheme = "https" if config.tls_certificate else "http"
         sys.stderr.write(
-            f"cappy serve: scorer {models.current.version} at {url(listener, scheme)} "
-            "(a page at /, POST /score, GET /ready; /openapi.json has every path)\n"
+            f"cappy serve: scorer {models.current.version} at {format_url(listener, scheme)} "
+            "(a page at /, POST /score, GET /ready; all paths: /openapi.json)\n"
         )
         server.run(sockets=[listener])
     if failures:
@@ -103,11 +103,11 @@ def serve(
 
 
 @contextlib.contextmanager
-def local(scorer: str) -> Iterator[str]:
-    """The spec itself, or the folder that a bucket's (`gs://bucket/folder`) was copied to, kept until the block ends.
+def local_scorer(scorer: str) -> Iterator[str]:
+    """Yields the spec itself, or for a folder in a bucket (`gs://bucket/folder`) a local copy, deleted at the end.
 
-    Of a bucket a manifest is asked for, since without one nobody would see that a file is missing; loading checks every
-    file against it. ConfigError where the bucket cannot be read, FolderError without a manifest.
+    Raises ConfigError if the bucket cannot be read, and FolderError if the folder has no manifest: without one a
+    missing file would not be noticed. Loading checks every file against the manifest.
     """
     if "://" not in scorer:
         yield scorer
@@ -122,12 +122,12 @@ def local(scorer: str) -> Iterator[str]:
             remedy = "check the URI, the credentials and the network"
             raise ConfigError(f"{quote(scorer)}: cannot be read ({reason}); {remedy}") from error
         if not (folder / MANIFEST).exists():
-            raise FolderError(f"{quote(scorer)}: holds no {MANIFEST}; give the folder of a scorer, whole")
+            raise FolderError(f"{quote(scorer)}: has no {MANIFEST}; give a complete scorer folder")
         yield str(folder)
 
 
 def _copy(uri: str, folder: Path) -> None:
-    """By fsspec, or by the library of Google Cloud Storage where fsspec's part for it is not installed."""
+    """Copies a folder with fsspec, or with google-cloud-storage if gcsfs is not installed."""
     import fsspec
 
     try:
@@ -160,7 +160,7 @@ def _copy_blobs(uri: str, folder: Path) -> None:
         if not name or name.endswith("/"):
             continue
         if ".." in name.split("/") or name.startswith("/"):
-            raise ValueError(f"the object {blob.name} leads out of the folder")
+            raise ValueError(f"the object name {blob.name} points outside of the folder")
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         blob.download_to_filename(str(target))

@@ -1,4 +1,4 @@
-"""From a request in any dialect to its answer: read, refuse what cannot be answered, score, write."""
+"""Answers a request of any dialect: reads the pairs, scores them and writes the response or a refusal."""
 
 import asyncio
 import logging
@@ -12,34 +12,34 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
 from serving.bodies import (
-    BODIES_AT_ONCE,
-    GONE,
+    CLIENT_CLOSED_REQUEST,
+    MAX_BODIES_IN_MEMORY,
     BodyBudget,
     Bounds,
     Refusal,
-    Share,
-    apart,
+    Reservation,
     describe_error,
-    distinct,
+    distinct_texts,
     receive_body,
+    run_in_thread,
 )
 from serving.config import Limits
 from serving.dialects import Dialect, ScoredPairs
 from serving.engine import Batcher, Model, Models
-from serving.guards import Keys, unknown_key
+from serving.guards import Keys, unknown_key_refusal
 
 LOGGER = logging.getLogger("serving")
-DEADLINE = "x-timeout-seconds"
-CUT = "X-Cappy-Pairs-Cut"
-"""Header of an answer for which pairs were cut: how many distinct ones."""
+TIMEOUT_HEADER = "x-timeout-seconds"
+TRUNCATED_HEADER = "X-Cappy-Pairs-Cut"
+"""Response header with the number of distinct pairs that were truncated, if any were."""
 REMEDY = "send fewer pairs per request"
 VALUES_PER_PAIR = 32
-"""How many JSON values a body may have for each pair that a request may: tables have further columns."""
+"""Limit of JSON values in a body per allowed pair; tables may have additional columns."""
 
 
 @dataclass(kw_only=True)
 class Service:
-    """Answers requests of every dialect by one batcher; `models` may change between any two."""
+    """Answers requests of all dialects with one batcher; `models` may change between requests."""
 
     models: Models
     batcher: Batcher
@@ -50,7 +50,7 @@ class Service:
 
     def __post_init__(self) -> None:
         limits = self.limits
-        self.budget = BodyBudget(BODIES_AT_ONCE * limits.max_body_bytes)
+        self.budget = BodyBudget(MAX_BODIES_IN_MEMORY * limits.max_body_bytes)
         self.bounds = Bounds(
             max_values=VALUES_PER_PAIR * (limits.max_pairs + 2),
             max_characters=limits.max_characters,
@@ -59,17 +59,17 @@ class Service:
         )
 
     async def answer(self, request: Request, dialects: Sequence[Dialect]) -> Response:
-        """The answer to a request at a path of these dialects, a refusal in the dialect's own shape included.
+        """Answers a request at a path of these dialects with scores or a refusal in the dialect's shape.
 
-        Before the body says which dialect it is, a refusal has the fields of all of them.
+        Until the body shows which dialect it is, a refusal has the fields of all of them.
         """
         request.state.dialect = dialects[0].name
         try:
-            async with asyncio.timeout(self._seconds(request)):
+            async with asyncio.timeout(self._timeout_seconds(request)):
                 self._admit(request)
-                with self.budget.share() as share:
-                    body = await self._receive(request, dialects[0], share)
-                    value = await apart(len(body), partial(self._parse, body, request.headers, dialects[0]))
+                with self.budget.reserve() as reservation:
+                    body = await self._receive(request, dialects[0], reservation)
+                    value = await run_in_thread(len(body), partial(self._parse, body, request.headers, dialects[0]))
                     dialects = [choose_dialect(dialects, value)]
                     request.state.dialect = dialects[0].name
                     return await self._answer(request, dialects[0], value, len(body))
@@ -77,49 +77,52 @@ class Service:
             return write_refusal(dialects, refusal)
         except TimeoutError:
             return write_refusal(
-                dialects, Refusal(504, "the time for this request is over; send fewer pairs or ask later")
+                dialects,
+                Refusal(504, "the time limit of this request is exceeded; send fewer pairs or try again later"),
             )
         except Exception:
-            # The last door: whatever the scorer raises is logged whole, and the client gets an error of its dialect.
+            # Any error of the scorer is logged with its traceback; the client gets an error in its dialect.
             LOGGER.exception("a request failed")
-            return write_refusal(dialects, Refusal(500, "the scorer failed; the log of the service says how"))
+            return write_refusal(dialects, Refusal(500, "the scorer failed; see the log of the service"))
 
     async def _answer(self, request: Request, dialect: Dialect, value: object, size: int) -> Response:
-        """The answer to a body of `size` bytes."""
-        asked, pairs = await apart(size, partial(self._understand, dialect, value))
-        model = self._model(dialect.named(asked), *request.path_params.values())
-        if dialect.whole(asked) and not await self.batcher.fit(model.engine, pairs):
-            raise Refusal(dialect.invalid, "a pair is longer than the scorer reads; shorten it or let it be cut")
-        request.state.pairs, request.state.facts = len(pairs), model.facts()
-        scored = await self._score(request, model, pairs, n=len(set(pairs)) if dialect.one_pool else 1)
-        return await apart(size, partial(write_response, dialect, asked, scored))
+        """Answers a body of `size` bytes."""
+        payload, pairs = await run_in_thread(size, partial(self._read_pairs, dialect, value))
+        model = self._find_model(dialect.requested_model(payload), *request.path_params.values())
+        if dialect.forbids_truncation(payload) and not await self.batcher.fits(model.engine, pairs):
+            raise Refusal(
+                dialect.invalid_status, "a pair is longer than the scorer's maximum; shorten it or allow truncation"
+            )
+        request.state.pairs, request.state.headers = len(pairs), model.headers()
+        result = await self._score(request, model, pairs, n=len(set(pairs)) if dialect.one_pool else 1)
+        return await run_in_thread(size, partial(write_response, dialect, payload, result))
 
-    def _understand(self, dialect: Dialect, value: object) -> tuple[BaseModel, Sequence[tuple[str, str]]]:
-        """The request and its pairs; Refusal where it has another shape or is too large."""
-        asked = parse_request(dialect, value)
-        pairs = dialect.pairs(asked)
+    def _read_pairs(self, dialect: Dialect, value: object) -> tuple[BaseModel, Sequence[tuple[str, str]]]:
+        """Parses a request and its pairs; raises Refusal if it has the wrong shape or is too large."""
+        payload = parse_request(dialect, value)
+        pairs = dialect.pairs(payload)
         if len(pairs) > self.limits.max_pairs:
-            text = f"{len(pairs)} pairs are above {self.limits.max_pairs}; send them in several requests"
+            text = f"the request has {len(pairs)} pairs, at most {self.limits.max_pairs}; send them in several requests"
             raise Refusal(413, text)
-        self.bounds.check_texts(distinct(pairs))
-        return asked, pairs
+        self.bounds.check_texts(distinct_texts(pairs))
+        return payload, pairs
 
     async def _score(self, request: Request, model: Model, pairs: Sequence[tuple[str, str]], *, n: int) -> ScoredPairs:
-        """Scores them, unless the client hangs up before; what is expected of each is that of the best of `n`."""
-        work = asyncio.ensure_future(self.batcher.score(model.engine, pairs))
-        gone = asyncio.ensure_future(_hung_up(request))
+        """Scores pairs, unless the client disconnects; expected labels are those of the best of `n` candidates."""
+        score_task = asyncio.ensure_future(self.batcher.score(model.engine, pairs))
+        disconnect_task = asyncio.ensure_future(_wait_for_disconnect(request))
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise Refusal(GONE, "the client hung up")
-            computed, tokens, request.state.batch_wait_seconds, cut = work.result()
+            await asyncio.wait((score_task, disconnect_task), return_when=asyncio.FIRST_COMPLETED)
+            if not score_task.done():
+                raise Refusal(CLIENT_CLOSED_REQUEST, "the client closed the connection")
+            computed, tokens, request.state.batch_wait_seconds, num_truncated = score_task.result()
         finally:
-            work.cancel()
-            gone.cancel()
+            score_task.cancel()
+            disconnect_task.cancel()
         scores = [score for score, _ in computed]
         request.state.scores, request.state.tokens = scores, tokens
-        if cut:
-            request.state.facts = {**model.facts(), CUT: str(cut)}
+        if num_truncated:
+            request.state.headers = {**model.headers(), TRUNCATED_HEADER: str(num_truncated)}
         return ScoredPairs(
             scores=scores,
             logits=[logit for _, logit in computed],
@@ -131,67 +134,69 @@ class Service:
             request_id=getattr(request.state, "request_id", ""),
         )
 
-    def _seconds(self, request: Request) -> float:
-        """The time that a request has; `_admit` refuses what is not a number of seconds later."""
-        text = request.headers.get(DEADLINE, "")
+    def _timeout_seconds(self, request: Request) -> float:
+        """The time limit of a request in seconds; `_admit` refuses an invalid header later."""
+        value = request.headers.get(TIMEOUT_HEADER, "")
         try:
-            asked = float(text) if text else self.limits.timeout
+            seconds = float(value) if value else self.limits.timeout
         except ValueError:
-            asked = math.nan
-        return min(asked, self.limits.timeout) if 0 < asked < math.inf else self.limits.timeout
+            seconds = math.nan
+        return min(seconds, self.limits.timeout) if 0 < seconds < math.inf else self.limits.timeout
 
     def _admit(self, request: Request) -> None:
-        """Before a body is read: whether the client may ask, the model can answer and the queue has room."""
+        """Checks the key, the timeout header, readiness and the queue before the body is read."""
         if not self.keys.allow(request.headers):
-            raise unknown_key()
-        text = request.headers.get(DEADLINE)
-        if text is not None and not _positive(text):
+            raise unknown_key_refusal()
+        text = request.headers.get(TIMEOUT_HEADER)
+        if text is not None and not _is_positive(text):
             raise Refusal(400, "X-Timeout-Seconds: must be a number of seconds above 0")
         if self.models.reason:
             raise Refusal(503, f"not ready: {self.models.reason}", retry_after=1)
         self.batcher.admit(1)
 
-    async def _receive(self, request: Request, dialect: Dialect, share: Share) -> bytes:
-        return await receive_body(request, self.limits.max_body_bytes, REMEDY, types=dialect.types, share=share)
+    async def _receive(self, request: Request, dialect: Dialect, reservation: Reservation) -> bytes:
+        return await receive_body(
+            request, self.limits.max_body_bytes, REMEDY, types=dialect.content_types, reservation=reservation
+        )
 
     def _parse(self, body: bytes, headers: Mapping[str, str], dialect: Dialect) -> object:
-        """The JSON of the body."""
+        """Parses the JSON of the body."""
         try:
-            return dialect.read(body, headers, self.bounds)
+            return dialect.parse(body, headers, self.bounds)
         except ValueError as error:
             raise Refusal(400, f"the body is not JSON ({error}); send {dialect.shape}") from error
 
-    def _model(self, *names: str | None) -> Model:
-        """The model that answers, current or former; Refusal 404 where another model or version is asked for."""
+    def _find_model(self, *names: str | None) -> Model:
+        """Finds the current or the former model by name or version; raises Refusal 404 if neither matches."""
         model = self.models.find(*names)
         if model is None:
-            loaded = [one.version for one in (self.models.current, self.models.former) if one is not None]
-            text = f"no model of that name is served; ask for {self.models.current.name}, or name none"
-            raise Refusal(404, f"{text}; versions that are loaded: {', '.join(loaded)}")
+            versions = [model.version for model in (self.models.current, self.models.former) if model is not None]
+            text = f"no model or version of this name is served; use {self.models.current.name}, or leave the name out"
+            raise Refusal(404, f"{text}; loaded versions: {', '.join(versions)}")
         return model
 
 
 def choose_dialect(dialects: Sequence[Dialect], value: object) -> Dialect:
-    """The first dialect of a path one of whose marks a body has; the path's first where it has none's."""
+    """Returns the first dialect with a marker field in the body, by default the path's first dialect."""
     names = value.keys() if isinstance(value, Mapping) else frozenset()
-    return next((dialect for dialect in dialects if dialect.marks & names), dialects[0])
+    return next((dialect for dialect in dialects if dialect.marker_fields & names), dialects[0])
 
 
 def parse_request(dialect: Dialect, value: object) -> BaseModel:
-    """The request; Refusal that names the field and the rule, and does not repeat what was sent."""
+    """Validates a request; the Refusal names field and rule and does not repeat the client's texts."""
     try:
         return dialect.request.model_validate(value)
     except ValidationError as error:
-        raise Refusal(dialect.invalid, f"{describe_error(error, value)}; send {dialect.shape}") from error
+        raise Refusal(dialect.invalid_status, f"{describe_error(error, value)}; send {dialect.shape}") from error
 
 
-def write_response(dialect: Dialect, asked: BaseModel, scored: ScoredPairs) -> Response:
-    """What came of a request, in its dialect."""
-    return JSONResponse(dialect.answer(asked, scored).model_dump(exclude_none=dialect.bare))
+def write_response(dialect: Dialect, payload: BaseModel, result: ScoredPairs) -> Response:
+    """Writes the result of a request in its dialect."""
+    return JSONResponse(dialect.answer(payload, result).model_dump(exclude_none=dialect.exclude_none))
 
 
 def write_refusal(dialects: Sequence[Dialect], refusal: Refusal) -> Response:
-    """A refusal with the fields of every one of these dialects; where they give a field differently, of the first."""
+    """Writes a refusal with the fields of all these dialects; the first dialect's value wins."""
     fields: dict[str, object] = {}
     for dialect in reversed(dialects):
         fields |= dialect.refuse(refusal.status, refusal.message)
@@ -201,13 +206,13 @@ def write_refusal(dialects: Sequence[Dialect], refusal: Refusal) -> Response:
     return JSONResponse(fields, status_code=refusal.status, headers=headers)
 
 
-async def _hung_up(request: Request) -> None:
-    """Returns when the client has closed its connection; the body has been read before."""
+async def _wait_for_disconnect(request: Request) -> None:
+    """Returns when the client has closed the connection; the body must have been read before."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _positive(text: str) -> bool:
+def _is_positive(text: str) -> bool:
     try:
         return 0 < float(text) < math.inf
     except ValueError:

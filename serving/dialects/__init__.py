@@ -1,4 +1,4 @@
-"""The dialects that the service speaks; where two share a path, the fields of a body decide, in this order."""
+"""The dialects of the service; if several share a path, the fields of a body decide, in this order."""
 
 from collections.abc import Sequence
 

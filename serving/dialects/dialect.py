@@ -1,4 +1,4 @@
-"""What a dialect is: the shapes of one kind of client, around pairs and scores."""
+"""A dialect: the request and response shapes of one kind of client, mapped to pairs and scores."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,33 +12,33 @@ from serving.bodies import Bounds
 from serving.config import Limits
 from serving.engine import Models
 
-Words = Annotated[str, Field(min_length=1)]
-"""A text that may not be empty."""
+NonEmptyText = Annotated[str, Field(min_length=1)]
+"""A string that must not be empty."""
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
-"""Texts, at least one; the error names the first item that is not a text, not every one."""
+"""At least one string; an error names the first invalid item only."""
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
-Name = Annotated[str | None, Field(description="The model's name or version; none means the one that is served")]
+ModelName = Annotated[str | None, Field(description="The model's name or version; default: the current one")]
 
 
 class Body(BaseModel):
-    """A request or an answer; a field that is not named in a dialect is wrong usage, not silence."""
+    """A request or a response; unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class RefusalResponse(BaseModel):
-    """A refusal; beside the fields of its dialect it may have those of others that share the path."""
+    """A refusal; it may also have the fields of other dialects that share the path."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredPairs:
-    """What came of a request: a score and a logit for each of its pairs, in order, and who gave them."""
+    """The result of a request: a score and a logit per pair, in order, and which scorer gave them."""
 
     scores: Sequence[float]
     logits: Sequence[float]
     expected: Sequence[float] | None
-    """The label to expect of each, 0 to 1, were it the best of its pool; None where the scorer has no calibration."""
+    """Expected label of each pair, 0 to 1, as the best of its pool; None if the scorer has no calibration."""
     tokens: int
     model: str
     version: str
@@ -48,7 +48,7 @@ class ScoredPairs:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModels:
-    """What the GET routes of a dialect tell its clients of."""
+    """What the GET routes of a dialect describe."""
 
     models: Models
     limits: Limits
@@ -59,9 +59,9 @@ class ServedModels:
 class Dialect:
     """One kind of client.
 
-    `paths` may hold `{model}` and `{version}`. On a path of several dialects a body belongs to the first one of whose
-    `marks` it has one. `pairs` reads a request, `answer` writes what came of it, `refuse` says (status, message) in the
-    dialect's shape. `named` gives the model that a request asks for, if it may name one.
+    `paths` may contain `{model}` and `{version}`. If several dialects share a path, a body belongs to the first one
+    with a marker field in it. `pairs` reads the pairs of a request, `answer` writes the response, `refuse` writes
+    (status, message) in the dialect's shape. `requested_model` returns the model that a request names, if any.
     """
 
     name: str
@@ -73,26 +73,26 @@ class Dialect:
     answer: Callable[[Any, ScoredPairs], BaseModel]
     refuse: Callable[[int, str], Mapping[str, object]]
     shape: str
-    """The shortest right body, for whoever sent another."""
-    marks: frozenset[str] = frozenset()
-    invalid: int = 422
-    """Status of a body that is JSON of another shape."""
+    """A minimal valid body, shown in errors."""
+    marker_fields: frozenset[str] = frozenset()
+    invalid_status: int = 422
+    """Status for JSON of the wrong shape."""
     one_pool: bool = False
-    """Whether the pairs of a request are the candidates of one pool, of which the best is asked for."""
-    bare: bool = False
-    """Whether answers leave out fields without a value, rather than give null."""
-    named: Callable[[Any], str | None] = lambda request: None
-    whole: Callable[[Any], bool] = lambda request: False
-    """Whether a request asks that a pair is refused rather than cut where it is longer than the scorer reads."""
-    types: frozenset[str] = frozenset()
-    """Content types that a body may have beside JSON's; "" is none at all."""
-    read: Callable[[bytes, Mapping[str, str], Bounds], object] = lambda body, headers, bounds: bounds.parse(body)
-    """A body, given with its headers, as JSON; Refusal where it is out of bounds, ValueError where it is not JSON."""
+    """Whether the pairs of a request are the candidates of one pool, of which the best is selected."""
+    exclude_none: bool = False
+    """Whether responses omit fields without a value instead of writing null."""
+    requested_model: Callable[[Any], str | None] = lambda request: None
+    forbids_truncation: Callable[[Any], bool] = lambda request: False
+    """Whether a request wants pairs that are too long to be refused instead of truncated."""
+    content_types: frozenset[str] = frozenset()
+    """Content types that are accepted in addition to JSON; "" stands for no content type."""
+    parse: Callable[[bytes, Mapping[str, str], Bounds], object] = lambda body, headers, bounds: bounds.parse(body)
+    """Parses a body, given its headers; raises Refusal if it is out of bounds, ValueError if it is not JSON."""
     add_routes: Callable[[FastAPI, ServedModels], None] | None = None
-    """Adds what else its clients ask for, such as what is served: GET routes that need no key."""
+    """Adds GET routes that its clients use, such as model metadata; they need no key."""
 
 
-def rank_pairs(scored: ScoredPairs, values: Sequence[float], top: int | None = None) -> list[tuple[int, float]]:
-    """(index, value) of the pairs, best first by their logits, the first of equal ones first; the best `top` alone."""
-    order = sorted(range(len(values)), key=lambda index: -scored.logits[index])
+def rank_pairs(result: ScoredPairs, values: Sequence[float], top: int | None = None) -> list[tuple[int, float]]:
+    """(index, value) of the best `top` pairs (None: all), highest logit first, ties in input order."""
+    order = sorted(range(len(values)), key=lambda index: -result.logits[index])
     return [(index, values[index]) for index in order[:top]]

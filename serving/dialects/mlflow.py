@@ -1,4 +1,4 @@
-"""MLflow's scoring server: POST /invocations, tables of instructions and responses in any of its four forms."""
+"""MLflow's scoring server: POST /invocations with a table of instructions and responses in one of its four formats."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Self
@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 import cappy
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, RefusalResponse, ServedModels, Words
-from serving.dialects.vertex import UNREADY, NoParameters
+from serving.dialects.dialect import Body, Dialect, NonEmptyText, RefusalResponse, ServedModels
+from serving.dialects.vertex import UNREADY_RESPONSES, NoParameters
 
 COLUMNS = ("instruction", "response")
 FORMS = ("dataframe_split", "dataframe_records", "instances", "inputs")
-KINDS: Mapping[int, str] = {
+ERROR_TYPES: Mapping[int, str] = {
     401: "UNAUTHENTICATED",
     404: "RESOURCE_DOES_NOT_EXIST",
     429: "REQUEST_LIMIT_EXCEEDED",
@@ -26,16 +26,16 @@ EXAMPLE: dict[str, JsonValue] = {"dataframe_split": {"columns": [*COLUMNS], "dat
 
 
 class Row(BaseModel):
-    """An instruction and a response; further columns are not read, as in a table."""
+    """An instruction and a response; other columns are ignored."""
 
-    instruction: Words
+    instruction: NonEmptyText
     response: str
 
 
 class Columns(BaseModel):
-    """As many instructions as responses; further columns are not read."""
+    """Instructions and as many responses; other columns are ignored."""
 
-    instruction: Annotated[list[Words], Field(min_length=1, fail_fast=True)]
+    instruction: Annotated[list[NonEmptyText], Field(min_length=1, fail_fast=True)]
     response: Annotated[list[str], Field(min_length=1, fail_fast=True)]
 
     @model_validator(mode="after")
@@ -46,7 +46,7 @@ class Columns(BaseModel):
 
 
 class Split(BaseModel):
-    """Names of columns, and rows of as many values."""
+    """Column names, and rows with one value per column."""
 
     columns: Annotated[list[str], Field(fail_fast=True)]
     data: Annotated[list[list[JsonValue]], Field(min_length=1, fail_fast=True)]
@@ -57,18 +57,18 @@ class Split(BaseModel):
         return self
 
     def pairs(self) -> list[Pair]:
-        """The two columns, in whatever place they stand."""
+        """The pairs of the two columns, which may be in any order."""
         if missing := set(COLUMNS) - set(self.columns):
-            raise ValueError(f"no column {min(missing)}")
+            raise ValueError(f"there is no column {min(missing)}")
         if any(len(row) != len(self.columns) for row in self.data):
-            raise ValueError(f"a row has not {len(self.columns)} values, as there are columns")
-        first, second = map(self.columns.index, COLUMNS)
-        return [_pair(number, row[first], row[second]) for number, row in enumerate(self.data)]
+            raise ValueError(f"every row must have {len(self.columns)} values, one per column")
+        instruction_index, response_index = map(self.columns.index, COLUMNS)
+        return [_pair(index, row[instruction_index], row[response_index]) for index, row in enumerate(self.data)]
 
 
 def _pair(row: int, instruction: JsonValue, response: JsonValue) -> Pair:
     if not isinstance(instruction, str) or not isinstance(response, str):
-        raise ValueError(f"row {row} has something else than texts in the columns {' and '.join(COLUMNS)}")
+        raise ValueError(f"row {row} must have strings in the columns {' and '.join(COLUMNS)}")
     if not instruction:
         raise ValueError(f"row {row} has an empty instruction")
     return instruction, response
@@ -78,7 +78,7 @@ Rows = Annotated[list[Row], Field(min_length=1, fail_fast=True)]
 
 
 class InvocationsRequest(Body):
-    """A table in one of the four forms."""
+    """A table in one of the four formats."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
@@ -91,7 +91,7 @@ class InvocationsRequest(Body):
     @model_validator(mode="after")
     def _one_form(self) -> Self:
         if sum(getattr(self, form) is not None for form in FORMS) != 1:
-            raise ValueError(f"there must be one of {', '.join(FORMS)}")
+            raise ValueError(f"there must be exactly one of {', '.join(FORMS)}")
         return self
 
 
@@ -118,13 +118,13 @@ def _pairs(request: InvocationsRequest) -> list[Pair]:
 
 
 def _refuse(status: int, message: str) -> Mapping[str, object]:
-    return {"error_code": KINDS.get(status, "BAD_REQUEST"), "message": message}
+    return {"error_code": ERROR_TYPES.get(status, "BAD_REQUEST"), "message": message}
 
 
 def _add_routes(app: FastAPI, served: ServedModels) -> None:
-    @app.get("/ping", tags=["served"], response_class=PlainTextResponse, responses=UNREADY)
+    @app.get("/ping", tags=["served"], response_class=PlainTextResponse, responses=UNREADY_RESPONSES)
     async def ping() -> Response:
-        """Whether scores can be had."""
+        """Readiness of the service."""
         return PlainTextResponse("\n", status_code=503 if served.models.unready else 200)
 
     @app.get("/version", tags=["served"], response_class=PlainTextResponse)
@@ -140,9 +140,9 @@ MLFLOW = Dialect(
     response=InvocationsResponse,
     problem=MlflowProblem,
     pairs=_pairs,
-    answer=lambda request, scored: InvocationsResponse(predictions=scored.scores),
+    answer=lambda request, result: InvocationsResponse(predictions=result.scores),
     refuse=_refuse,
     shape='{"dataframe_split": {"columns": ["instruction", "response"], "data": [["...", "..."], ...]}}',
-    invalid=400,
+    invalid_status=400,
     add_routes=_add_routes,
 )

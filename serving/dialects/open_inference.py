@@ -1,6 +1,6 @@
 """The Open Inference Protocol (KServe's version 2, Triton): tensors `instruction` and `response` in, `score` out.
 
-Inputs may come as JSON or, by the extension for binary data, as bytes behind the JSON; answers are JSON.
+Inputs are JSON or, with the binary tensor extension, bytes after the JSON; outputs are JSON.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +15,19 @@ import cappy
 from cappy.scoring.encoding import Pair
 from serving.bodies import Bounds
 from serving.dialects.dialect import Body, Dialect, Flag, ScoredPairs, ServedModels
-from serving.dialects.vertex import UNKNOWN, UNREADY, PlatformProblem, model_state, refuse, unknown_model
+from serving.dialects.vertex import (
+    UNKNOWN_MODEL_RESPONSES,
+    UNREADY_RESPONSES,
+    PlatformProblem,
+    model_state,
+    refuse,
+    unknown_model,
+)
 
-HEADER = "inference-header-content-length"
+JSON_LENGTH_HEADER = "inference-header-content-length"
 """How many bytes of a body are JSON; the rest is tensors."""
-PREFIX = 4
-"""Bytes that give the length of an element, least significant first."""
+LENGTH_BYTES = 4
+"""Each element is preceded by its length as a little-endian integer of this many bytes."""
 INPUTS = ("instruction", "response")
 OUTPUT, DATATYPE = "score", "FP64"
 EXAMPLE: dict[str, JsonValue] = {
@@ -32,38 +39,38 @@ EXAMPLE: dict[str, JsonValue] = {
 
 
 class TensorParameters(Body):
-    """Size of a tensor that follows the JSON, in bytes."""
+    """Size in bytes of a tensor that follows the JSON."""
 
     binary_data_size: Annotated[int | None, Field(strict=True, ge=0)] = None
 
 
 class Tensor(Body):
-    """Texts: as many as the shape says."""
+    """A tensor of strings."""
 
     name: Literal["instruction", "response"]
     shape: Annotated[list[Annotated[int, Field(strict=True, ge=1)]], Field(min_length=1, max_length=8)]
     datatype: Literal["BYTES"]
     parameters: TensorParameters | None = None
-    data: Annotated[list[JsonValue], Field(min_length=1, description="Texts, flat or nested as the shape has it")]
+    data: Annotated[list[JsonValue], Field(min_length=1, description="Strings, flat or nested like the shape")]
 
     @model_validator(mode="after")
     def _as_many_as_its_shape(self) -> Self:
         count = 1
         for size in self.shape:
             count *= size
-        texts = list(_flat(self.data))
+        texts = list(_flatten(self.data))
         if len(texts) != count:
-            raise ValueError(f"{self.name} has {len(texts)} texts where its shape has {count}")
+            raise ValueError(f"{self.name} has {len(texts)} texts, but its shape has {count}")
         if self.name == "instruction" and "" in texts:
-            raise ValueError("an instruction is empty")
+            raise ValueError("an instruction must not be empty")
         return self
 
 
 class RequestedOutput(Body):
-    """An output by name; it is given as JSON, whatever is asked of its form."""
+    """An output by name; it is always written as JSON."""
 
     class Form(Body):
-        """How it should come."""
+        """Requested format; ignored."""
 
         binary_data: Flag = False
 
@@ -72,7 +79,7 @@ class RequestedOutput(Body):
 
 
 class InferParameters(Body):
-    """Whether outputs may come as bytes; they do not."""
+    """Whether outputs may be binary; ignored, they are JSON."""
 
     binary_data_output: Flag = False
 
@@ -82,7 +89,7 @@ class InferRequest(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]}, protected_namespaces=())
 
-    model_name: Annotated[str | None, Field(description="As in the path; KServe's client repeats it")] = None
+    model_name: Annotated[str | None, Field(description="The name in the path, repeated by KServe's client")] = None
     id: str | None = None
     parameters: InferParameters | None = None
     inputs: Annotated[list[Tensor], Field(min_length=2, max_length=2)]
@@ -107,7 +114,7 @@ class ScoreTensor(Body):
 
 
 class InferResponse(BaseModel):
-    """One tensor, and the id that the request had."""
+    """One tensor, and the id of the request."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -117,60 +124,60 @@ class InferResponse(BaseModel):
     outputs: Sequence[ScoreTensor]
 
 
-def _flat(data: Sequence[JsonValue], depth: int = 8) -> Iterator[str]:
-    for one in data:
-        if isinstance(one, str):
-            yield one
-        elif isinstance(one, list) and depth:
-            yield from _flat(one, depth - 1)
+def _flatten(data: Sequence[JsonValue], depth: int = 8) -> Iterator[str]:
+    for item in data:
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, list) and depth:
+            yield from _flatten(item, depth - 1)
         else:
-            raise ValueError("data must be texts")
+            raise ValueError("data must be strings")
 
 
-def _read(body: bytes, headers: Mapping[str, str], bounds: Bounds) -> object:
-    """The JSON of a body with its binary tensors as `data`; ValueError where the sizes do not hold.
+def _parse(body: bytes, headers: Mapping[str, str], bounds: Bounds) -> object:
+    """Parses the JSON of a body and reads its binary tensors into `data`; elements of tensors count as values.
 
-    The elements of tensors count as values.
+    Raises ValueError if the sizes are inconsistent.
     """
-    announced = headers.get(HEADER)
-    if announced is None:
+    header = headers.get(JSON_LENGTH_HEADER)
+    if header is None:
         return bounds.parse(body)
-    if not announced.isascii() or not announced.isdigit() or len(announced) > 18 or int(announced) > len(body):
-        raise ValueError(f"{HEADER} must be the number of bytes that are JSON")
-    place = int(announced)
-    value, left = bounds.parse(body[:place]), bounds.max_values
+    if not header.isascii() or not header.isdigit() or len(header) > 18 or int(header) > len(body):
+        raise ValueError(f"{JSON_LENGTH_HEADER} must be the number of bytes of JSON")
+    offset = int(header)
+    value, remaining = bounds.parse(body[:offset]), bounds.max_values
     inputs = value.get("inputs") if isinstance(value, dict) else None
     for tensor in inputs if isinstance(inputs, list) else ():
         parameters = tensor.get("parameters") if isinstance(tensor, dict) else None
         size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
         if isinstance(size, int) and size >= 0:
-            end = min(place + size, len(body))
-            tensor["data"] = list(islice(_elements(body, place, end), left + 1))
-            place, left = end, left - len(tensor["data"])
-            bounds.check_count(bounds.max_values - left)
-    if place < len(body):
-        raise ValueError(f"{len(body) - place} bytes more than the tensors' sizes")
+            end = min(offset + size, len(body))
+            tensor["data"] = list(islice(_read_elements(body, offset, end), remaining + 1))
+            offset, remaining = end, remaining - len(tensor["data"])
+            bounds.check_count(bounds.max_values - remaining)
+    if offset < len(body):
+        raise ValueError(f"the body has {len(body) - offset} bytes more than its tensors")
     return value
 
 
-def _elements(body: bytes, place: int, end: int) -> Iterator[str]:
-    """The texts of a tensor of bytes, which lies between two places of a body, each with its length before it."""
-    while place < end:
-        begin = place + PREFIX
-        place = begin + int.from_bytes(body[place:begin], "little")
-        if place > end:
-            raise ValueError("a tensor ends within an element")
-        yield body[begin:place].decode()
+def _read_elements(body: bytes, offset: int, end: int) -> Iterator[str]:
+    """Yields the strings of a binary tensor from `offset` to `end`, each preceded by its length."""
+    while offset < end:
+        start = offset + LENGTH_BYTES
+        offset = start + int.from_bytes(body[offset:start], "little")
+        if offset > end:
+            raise ValueError("an element exceeds the size of its tensor")
+        yield body[start:offset].decode()
 
 
 def _pairs(request: InferRequest) -> list[Pair]:
-    texts = {tensor.name: list(_flat(tensor.data)) for tensor in request.inputs}
+    texts = {tensor.name: list(_flatten(tensor.data)) for tensor in request.inputs}
     return list(zip(texts["instruction"], texts["response"], strict=True))
 
 
-def _answer(request: InferRequest, scored: ScoredPairs) -> InferResponse:
-    tensor = ScoreTensor(shape=request.inputs[0].shape, data=scored.scores)
-    return InferResponse(model_name=scored.model, model_version=scored.version, id=request.id, outputs=[tensor])
+def _answer(request: InferRequest, result: ScoredPairs) -> InferResponse:
+    tensor = ScoreTensor(shape=request.inputs[0].shape, data=result.scores)
+    return InferResponse(model_name=result.model, model_version=result.version, id=request.id, outputs=[tensor])
 
 
 def _add_routes(app: FastAPI, served: ServedModels) -> None:
@@ -178,17 +185,17 @@ def _add_routes(app: FastAPI, served: ServedModels) -> None:
 
     @app.get("/v2", tags=["served"])
     async def server_metadata() -> Mapping[str, object]:
-        """The service itself."""
+        """Name, version and extensions of the service."""
         return {"name": "cappy", "version": cappy.__version__, "extensions": ["binary_tensor_data"]}
 
     @app.get("/v2/health/live", tags=["served"])
     async def server_live() -> Mapping[str, bool]:
-        """Whether the process lives."""
+        """Liveness of the process."""
         return {"live": True}
 
-    @app.get("/v2/health/ready", tags=["served"], responses=UNREADY)
+    @app.get("/v2/health/ready", tags=["served"], responses=UNREADY_RESPONSES)
     async def server_ready() -> Response:
-        """Whether scores can be had."""
+        """Readiness of the service."""
         return JSONResponse({"ready": not models.unready}, status_code=503 if models.unready else 200)
 
     async def model_metadata(model: str, version: str = "") -> Response:
@@ -204,12 +211,14 @@ def _add_routes(app: FastAPI, served: ServedModels) -> None:
         )
 
     async def model_ready(model: str, version: str = "") -> Response:
-        """Whether a model can score."""
+        """Readiness of a model."""
         return model_state(models, model, version)
 
     for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        app.get(path, tags=["served"], responses=UNKNOWN)(model_metadata)
-        app.get(f"{path}/ready", tags=["served"], responses={**UNKNOWN, **UNREADY})(model_ready)
+        app.get(path, tags=["served"], responses=UNKNOWN_MODEL_RESPONSES)(model_metadata)
+        app.get(f"{path}/ready", tags=["served"], responses={**UNKNOWN_MODEL_RESPONSES, **UNREADY_RESPONSES})(
+            model_ready
+        )
 
 
 OPEN_INFERENCE = Dialect(
@@ -223,11 +232,11 @@ OPEN_INFERENCE = Dialect(
     refuse=refuse,
     shape='{"inputs": [{"name": "instruction", "datatype": "BYTES", "shape": [1], "data": ["..."]}, '
     '{"name": "response", "datatype": "BYTES", "shape": [1], "data": ["..."]}]}',
-    invalid=400,
-    bare=True,
-    named=lambda request: request.model_name,
-    # Triton's client names no type, KServe's this one where tensors are binary.
-    types=frozenset({"application/octet-stream", ""}),
-    read=_read,
+    invalid_status=400,
+    exclude_none=True,
+    requested_model=lambda request: request.model_name,
+    # Triton's client sends no content type, KServe's sends this one with binary tensors.
+    content_types=frozenset({"application/octet-stream", ""}),
+    parse=_parse,
     add_routes=_add_routes,
 )

@@ -1,4 +1,4 @@
-"""OpenRLHF's remote reward model: POST /get_reward; a query is a prompt with the response behind it."""
+"""OpenRLHF's remote reward model: POST /get_reward; a query is a prompt followed by its response."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Self
@@ -6,19 +6,19 @@ from typing import Annotated, Self
 from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, ScoredPairs, Texts, Words
+from serving.dialects.dialect import Body, Dialect, NonEmptyText, ScoredPairs, Texts
 from serving.dialects.own import Problem, refuse
 
 EXAMPLE: dict[str, JsonValue] = {"query": ["What is 1 + 1? 2"], "prompts": ["What is 1 + 1? "], "labels": ["2"]}
 
 
 class RewardRequest(Body):
-    """Queries and as many prompts; `labels` are taken and not used, since a scorer needs no reference."""
+    """Queries and as many prompts; `labels` are ignored, since a scorer needs no reference."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
     query: Texts
-    prompts: Annotated[list[Words], Field(min_length=1, fail_fast=True)]
+    prompts: Annotated[list[NonEmptyText], Field(min_length=1, fail_fast=True)]
     labels: list[JsonValue] | None = None
 
     @model_validator(mode="after")
@@ -27,12 +27,12 @@ class RewardRequest(Body):
             raise ValueError(f"{len(self.query)} queries for {len(self.prompts)} prompts")
         for index, (query, prompt) in enumerate(zip(self.query, self.prompts, strict=True)):
             if prompt not in query:
-                raise ValueError(f"query {index} does not have its prompt in it, so its response cannot be cut out")
+                raise ValueError(f"query {index} does not contain its prompt, so its response cannot be extracted")
         return self
 
 
 class RewardResponse(Body):
-    """Rewards in the order of the queries; `scores` are the same, `extra_logs` for curves."""
+    """Rewards in the order of the queries; `scores` has the same values, `extra_logs` is for plots."""
 
     rewards: Sequence[float]
     scores: Sequence[float]
@@ -40,13 +40,13 @@ class RewardResponse(Body):
 
 
 def _pairs(request: RewardRequest) -> list[Pair]:
-    """The response is what follows the prompt; a token for the begin of a text may stand before it."""
+    """The response is what follows the prompt, which may be preceded by a begin-of-text token."""
     return [(prompt, query.partition(prompt)[2]) for query, prompt in zip(request.query, request.prompts, strict=True)]
 
 
-def _answer(request: RewardRequest, scored: ScoredPairs) -> RewardResponse:
-    logs = {"logits": scored.logits, **({} if scored.expected is None else {"expected": scored.expected})}
-    return RewardResponse(rewards=scored.scores, scores=scored.scores, extra_logs=logs)
+def _answer(request: RewardRequest, result: ScoredPairs) -> RewardResponse:
+    logs = {"logits": result.logits, **({} if result.expected is None else {"expected": result.expected})}
+    return RewardResponse(rewards=result.scores, scores=result.scores, extra_logs=logs)
 
 
 OPENRLHF = Dialect(

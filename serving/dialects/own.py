@@ -1,4 +1,4 @@
-"""Our own dialect: POST /score for pairs, POST /select for the best of some responses."""
+"""Our own dialect: POST /score scores pairs, POST /select selects the best of several responses."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -8,23 +8,23 @@ from pydantic import ConfigDict, Field
 from cappy.scoring.encoding import Pair
 from serving.dialects.dialect import Body, Dialect, RefusalResponse, ScoredPairs, Texts, rank_pairs
 
-Version = Annotated[str, Field(description="Version of the scorer: 12 hexadecimal digits of its manifest's hash")]
-ExpectedAlone = Annotated[
+Version = Annotated[str, Field(description="Version of the scorer: first 12 hexadecimal digits of its manifest's hash")]
+ExpectedLabels = Annotated[
     list[float] | None,
-    Field(description="The label to expect of each, 0 to 1, by the scorer's calibration; null if it has none"),
+    Field(description="Expected label of each pair, 0 to 1, by the scorer's calibration; null if it has none"),
 ]
 Logits = Annotated[
     list[float],
-    Field(description="The scores before the activation: their order is that of quality, without ties of rounding"),
+    Field(description="The scores before the activation: the same order, without ties from rounding"),
 ]
-ExpectedOfPick = Annotated[
+ExpectedLabelsOfPool = Annotated[
     list[float] | None,
     Field(
-        description="The label to expect of each, 0 to 1, were it the best of so many distinct responses as there are, "
-        "which the pick is, by the scorer's calibration; null if it has none"
+        description="Expected label of each response, 0 to 1, as the best of the distinct responses of this request, "
+        "by the scorer's calibration; null if it has none"
     ),
 ]
-Scores = Annotated[list[float], Field(description="In the order given; higher is more correct, about 0 to 1")]
+Scores = Annotated[list[float], Field(description="In the order of the request; higher is more correct, about 0 to 1")]
 
 
 class ScoreRequest(Body):
@@ -39,7 +39,7 @@ class ScoreRequest(Body):
         Field(min_length=1, fail_fast=True, description="[instruction, response] pairs, at least one"),
     ]
     version: Annotated[
-        str | None, Field(description="Version to be answered by, the current or the former; the current if none")
+        str | None, Field(description="Version to score with, the current or the former one; default: the current one")
     ] = None
 
 
@@ -48,7 +48,7 @@ class ScoreResponse(Body):
 
     scores: Scores
     logits: Logits
-    expected: ExpectedAlone
+    expected: ExpectedLabels
     version: Version
 
 
@@ -66,52 +66,52 @@ class SelectRequest(Body):
 
 
 class SelectResponse(Body):
-    """The pick, the first of equally good ones, and the scores of all."""
+    """The selected response (the first of equally good ones) and the scores of all."""
 
-    index: Annotated[int, Field(description="Place of the pick among the responses, from 0")]
+    index: Annotated[int, Field(description="Index of the selected response, from 0")]
     response: str
     scores: Scores
-    expected: ExpectedOfPick
+    expected: ExpectedLabelsOfPool
     version: Version
 
 
 class Problem(RefusalResponse):
-    """What was wrong with a request."""
+    """An error."""
 
-    detail: Annotated[str, Field(description="What was wrong and what to do, in one line")]
+    detail: Annotated[str, Field(description="Problem and remedy, in one line")]
 
 
 def refuse(status: int, message: str) -> Mapping[str, object]:
-    """Our own shape of a refusal."""
+    """A refusal in our own shape."""
     return {"detail": message}
 
 
-def _scores(request: ScoreRequest, scored: ScoredPairs) -> ScoreResponse:
-    expected = None if scored.expected is None else list(scored.expected)
-    scores, logits = list(scored.scores), list(scored.logits)
-    return ScoreResponse(scores=scores, logits=logits, expected=expected, version=scored.version)
+def _scores(request: ScoreRequest, result: ScoredPairs) -> ScoreResponse:
+    expected = None if result.expected is None else list(result.expected)
+    scores, logits = list(result.scores), list(result.logits)
+    return ScoreResponse(scores=scores, logits=logits, expected=expected, version=result.version)
 
 
-def _pick(request: SelectRequest, scored: ScoredPairs) -> SelectResponse:
-    (index, _), *_ = rank_pairs(scored, scored.scores, 1)
-    expected = None if scored.expected is None else list(scored.expected)
-    response, scores = request.responses[index], list(scored.scores)
-    return SelectResponse(index=index, response=response, scores=scores, expected=expected, version=scored.version)
+def _pick(request: SelectRequest, result: ScoredPairs) -> SelectResponse:
+    (index, _), *_ = rank_pairs(result, result.scores, 1)
+    expected = None if result.expected is None else list(result.expected)
+    response, scores = request.responses[index], list(result.scores)
+    return SelectResponse(index=index, response=response, scores=scores, expected=expected, version=result.version)
 
 
-def _pool(request: SelectRequest) -> list[Pair]:
+def _pairs(request: SelectRequest) -> list[Pair]:
     return [(request.instruction, response) for response in request.responses]
 
 
 SCORE = Dialect(
     name="score",
     paths=("/score",),
-    marks=frozenset({"pairs"}),
+    marker_fields=frozenset({"pairs"}),
     request=ScoreRequest,
     response=ScoreResponse,
     problem=Problem,
     pairs=lambda request: request.pairs,
-    named=lambda request: request.version,
+    requested_model=lambda request: request.version,
     answer=_scores,
     refuse=refuse,
     shape='{"pairs": [["instruction", "response"], ...]}',
@@ -122,7 +122,7 @@ SELECT = Dialect(
     request=SelectRequest,
     response=SelectResponse,
     problem=Problem,
-    pairs=_pool,
+    pairs=_pairs,
     one_pool=True,
     answer=_pick,
     refuse=refuse,

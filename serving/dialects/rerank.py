@@ -1,7 +1,7 @@
 """POST /v2/rerank for clients of Cohere; /v1/rerank and /rerank for those of Jina, of Cohere's version 1 and of vLLM.
 
-The requests of the latter look the same, so an answer has the fields of all three, and a refusal those of the
-first two.
+The requests of the latter three look the same, so a response has the fields of all three, and a refusal those of Jina
+and Cohere.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ from serving.dialects.dialect import (
     Count,
     Dialect,
     Flag,
-    Name,
+    ModelName,
+    NonEmptyText,
     RefusalResponse,
     ScoredPairs,
     Texts,
-    Words,
     rank_pairs,
 )
 
@@ -33,37 +33,37 @@ class CohereRequest(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
-    model: Name = None
-    query: Words
+    model: ModelName = None
+    query: NonEmptyText
     documents: Texts
-    top_n: Annotated[Count | None, Field(description="How many of the best to give; all by default")] = None
+    top_n: Annotated[Count | None, Field(description="How many of the best to return; default: all")] = None
     max_tokens_per_doc: Annotated[
         int | None,
-        Field(strict=True, ge=4096, description="4096, Cohere's default, or more: the scorer's own length decides"),
+        Field(strict=True, ge=4096, description="At least 4096, Cohere's default; the scorer's own maximum applies"),
     ] = None
 
 
 class CohereResult(Body):
-    """A document's place in the request and its score."""
+    """A document's index in the request and its score."""
 
     index: int
     relevance_score: Relevance
 
 
 class ApiVersion(Body):
-    """Which of Cohere's versions this is."""
+    """Version of Cohere's API."""
 
     version: str
 
 
 class Tokens(Body):
-    """Tokens that the scorer read; of equal documents one."""
+    """Tokens that the scorer read; equal documents count once."""
 
     input_tokens: int
 
 
 class Meta(Body):
-    """What the answer took."""
+    """Usage."""
 
     api_version: ApiVersion
     billed_units: Tokens
@@ -79,7 +79,7 @@ class CohereResponse(Body):
 
 
 class CohereProblem(RefusalResponse):
-    """What was wrong with a request."""
+    """An error."""
 
     message: str
 
@@ -88,22 +88,22 @@ def _refuse_cohere(status: int, message: str) -> Mapping[str, object]:
     return {"message": message}
 
 
-def meta(version: str, tokens: int) -> Meta:
-    """What an answer of a version of the interface took."""
-    used = Tokens(input_tokens=tokens)
-    return Meta(api_version=ApiVersion(version=version), billed_units=used, tokens=used)
+def make_meta(version: str, tokens: int) -> Meta:
+    """The usage of a response of this API version."""
+    num_tokens = Tokens(input_tokens=tokens)
+    return Meta(api_version=ApiVersion(version=version), billed_units=num_tokens, tokens=num_tokens)
 
 
 def _pairs_cohere(request: CohereRequest) -> list[Pair]:
     return [(request.query, document) for document in request.documents]
 
 
-def _answer_cohere(request: CohereRequest, scored: ScoredPairs) -> CohereResponse:
+def _answer_cohere(request: CohereRequest, result: ScoredPairs) -> CohereResponse:
     results = [
         CohereResult(index=index, relevance_score=score)
-        for index, score in rank_pairs(scored, scored.scores, request.top_n)
+        for index, score in rank_pairs(result, result.scores, request.top_n)
     ]
-    return CohereResponse(id=scored.request_id, results=results, meta=meta("2", scored.tokens))
+    return CohereResponse(id=result.request_id, results=results, meta=make_meta("2", result.tokens))
 
 
 COHERE = Dialect(
@@ -116,14 +116,14 @@ COHERE = Dialect(
     answer=_answer_cohere,
     refuse=_refuse_cohere,
     shape=SHAPE,
-    marks=frozenset({"documents"}),
-    invalid=400,
-    named=lambda request: request.model,
+    marker_fields=frozenset({"documents"}),
+    invalid_status=400,
+    requested_model=lambda request: request.model,
 )
 
 
 class Passage(BaseModel):
-    """A document with its text; what else it has is given back as it came."""
+    """A document with its text; its other fields are returned unchanged."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, str] = Field(init=False)
@@ -136,25 +136,27 @@ class RerankRequest(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
-    model: Name = None
-    query: Words
+    model: ModelName = None
+    query: NonEmptyText
     documents: Annotated[list[str | Passage], Field(min_length=1, fail_fast=True)]
     top_n: Annotated[
-        int | None, Field(strict=True, ge=0, description="How many of the best to give; all if none or 0")
+        int | None, Field(strict=True, ge=0, description="How many of the best to return; default and 0: all")
     ] = None
-    return_documents: Annotated[Flag | None, Field(description="Whether to give the documents too; true if none")] = (
-        None
-    )
+    return_documents: Annotated[
+        Flag | None, Field(description="Whether to return the documents too; default: true")
+    ] = None
     rank_fields: Annotated[
-        list[Literal["text"]] | None, Field(max_length=8, description="Cohere's: the text alone is scored")
+        list[Literal["text"]] | None, Field(max_length=8, description="Cohere's; only the text is scored")
     ] = None
-    max_chunks_per_doc: Annotated[Count | None, Field(description="Cohere's: a document is one chunk here")] = None
-    truncation: Annotated[Literal[True] | None, Field(description="Jina's: too long pairs are always cut")] = None
-    use_activation: Annotated[Flag | None, Field(description="vLLM's: false gives logits for scores")] = None
+    max_chunks_per_doc: Annotated[Count | None, Field(description="Cohere's; a document is always one chunk")] = None
+    truncation: Annotated[
+        Literal[True] | None, Field(description="Jina's; pairs that are too long are always truncated")
+    ] = None
+    use_activation: Annotated[Flag | None, Field(description="vLLM's; false returns logits instead of scores")] = None
 
 
 class RerankResult(Body):
-    """A document's place in the request, its score, and itself unless it was not wanted."""
+    """A document's index in the request, its score, and the document unless the request excludes it."""
 
     index: int
     relevance_score: Relevance
@@ -162,7 +164,7 @@ class RerankResult(Body):
 
 
 class RerankUsage(Body):
-    """Tokens that the scorer read; of equal documents one."""
+    """Tokens that the scorer read; equal documents count once."""
 
     prompt_tokens: int
     total_tokens: int
@@ -179,7 +181,7 @@ class RerankResponse(Body):
 
 
 class RerankProblem(RefusalResponse):
-    """What was wrong with a request, for Cohere's clients and for Jina's."""
+    """An error, for clients of Cohere and Jina."""
 
     message: str
     detail: str
@@ -193,23 +195,23 @@ def _pairs(request: RerankRequest) -> list[Pair]:
     return [(request.query, _passage(document).text) for document in request.documents]
 
 
-def _answer(request: RerankRequest, scored: ScoredPairs) -> RerankResponse:
-    values = scored.logits if request.use_activation is False else scored.scores
-    shown = request.return_documents is not False
+def _answer(request: RerankRequest, result: ScoredPairs) -> RerankResponse:
+    values = result.logits if request.use_activation is False else result.scores
+    with_documents = request.return_documents is not False
     results = [
         RerankResult(
             index=index,
             relevance_score=value,
-            document=_passage(request.documents[index]) if shown else None,
+            document=_passage(request.documents[index]) if with_documents else None,
         )
-        for index, value in rank_pairs(scored, values, request.top_n or None)
+        for index, value in rank_pairs(result, values, request.top_n or None)
     ]
     return RerankResponse(
-        id=scored.request_id,
-        model=scored.model,
+        id=result.request_id,
+        model=result.model,
         results=results,
-        usage=RerankUsage(prompt_tokens=scored.tokens, total_tokens=scored.tokens),
-        meta=meta("1", scored.tokens),
+        usage=RerankUsage(prompt_tokens=result.tokens, total_tokens=result.tokens),
+        meta=make_meta("1", result.tokens),
     )
 
 
@@ -227,8 +229,8 @@ RERANK = Dialect(
     answer=_answer,
     refuse=_refuse,
     shape=SHAPE,
-    marks=frozenset({"documents"}),
-    invalid=400,
-    bare=True,
-    named=lambda request: request.model,
+    marker_fields=frozenset({"documents"}),
+    invalid_status=400,
+    exclude_none=True,
+    requested_model=lambda request: request.model,
 )

@@ -12,30 +12,38 @@ from serving.dialects.dialect import (
     Body,
     Dialect,
     Flag,
+    NonEmptyText,
     RefusalResponse,
     ScoredPairs,
     ServedModels,
     Texts,
-    Words,
     rank_pairs,
 )
 
 LABEL = "LABEL_0"
-"""What transformers calls the only output of a model whose outputs were given no names."""
-Raw = Annotated[Flag, Field(description="true gives logits, false scores, about 0 to 1")]
+"""transformers' default name for the only output of a model."""
+Raw = Annotated[Flag, Field(description="true returns logits, false scores, about 0 to 1")]
 Truncate = Annotated[
     Flag | None,
-    Field(description="false: a pair that is longer than the scorer reads is refused; else its instruction is cut"),
+    Field(
+        description="false refuses pairs that are longer than the scorer's maximum; else the instruction is truncated"
+    ),
 ]
-Kind = Literal["validation", "overloaded", "unhealthy", "unauthorized", "backend"]
-KINDS: Mapping[int, Kind] = {401: "unauthorized", 429: "overloaded", 503: "unhealthy", 500: "backend", 504: "backend"}
+ErrorType = Literal["validation", "overloaded", "unhealthy", "unauthorized", "backend"]
+ERROR_TYPES: Mapping[int, ErrorType] = {
+    401: "unauthorized",
+    429: "overloaded",
+    503: "unhealthy",
+    500: "backend",
+    504: "backend",
+}
 
 
 class _Options(Body):
     raw_scores: Raw = False
     truncate: Truncate = None
     truncation_direction: Annotated[
-        Literal["Right", "right"], Field(description="The default alone: what is cut is the instruction's middle")
+        Literal["Right", "right"], Field(description="Only the default; the middle of the instruction is removed")
     ] = "Right"
 
 
@@ -46,13 +54,13 @@ class TeiRerankRequest(_Options):
         json_schema_extra={"examples": [{"query": "What is the capital of France?", "texts": ["Rome", "Paris"]}]}
     )
 
-    query: Words
+    query: NonEmptyText
     texts: Texts
     return_text: Flag = False
 
 
 class TeiRank(Body):
-    """A text's place in the request, its score, and itself where it was wanted."""
+    """A text's index in the request, its score, and the text if it was requested."""
 
     index: int
     score: float
@@ -68,44 +76,44 @@ class TeiPredictRequest(_Options):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": [["What is 1 + 1?", "2"]]}]})
 
-    inputs: tuple[Words, str] | Annotated[list[tuple[Words, str]], Field(min_length=1, fail_fast=True)]
+    inputs: tuple[NonEmptyText, str] | Annotated[list[tuple[NonEmptyText, str]], Field(min_length=1, fail_fast=True)]
 
 
 class TeiPrediction(Body):
-    """The score of a pair under the name of the only label."""
+    """The score of a pair, with the name of the only label."""
 
     score: float
     label: str
 
 
 class TeiPredictResponse(RootModel[Sequence[TeiPrediction] | Sequence[Sequence[TeiPrediction]]]):
-    """A list for each pair; the list alone where one pair was given outside a list."""
+    """A list per pair; a single list if the request has one pair outside of a list."""
 
 
 class TeiProblem(RefusalResponse):
-    """What was wrong with a request."""
+    """An error."""
 
     error: str
-    error_type: Kind
+    error_type: ErrorType
 
 
 def _refuse(status: int, message: str) -> Mapping[str, object]:
-    return {"error": message, "error_type": KINDS.get(status, "validation")}
+    return {"error": message, "error_type": ERROR_TYPES.get(status, "validation")}
 
 
-def _values(request: _Options, scored: ScoredPairs) -> Sequence[float]:
-    return scored.logits if request.raw_scores else scored.scores
+def _values(request: _Options, result: ScoredPairs) -> Sequence[float]:
+    return result.logits if request.raw_scores else result.scores
 
 
 def _pool(request: TeiRerankRequest) -> list[Pair]:
     return [(request.query, text) for text in request.texts]
 
 
-def _ranks(request: TeiRerankRequest, scored: ScoredPairs) -> TeiRerankResponse:
+def _ranks(request: TeiRerankRequest, result: ScoredPairs) -> TeiRerankResponse:
     return TeiRerankResponse(
         [
             TeiRank(index=index, score=value, text=request.texts[index] if request.return_text else None)
-            for index, value in rank_pairs(scored, _values(request, scored))
+            for index, value in rank_pairs(result, _values(request, result))
         ]
     )
 
@@ -114,15 +122,15 @@ def _inputs(request: TeiPredictRequest) -> list[Pair]:
     return [request.inputs] if isinstance(request.inputs, tuple) else request.inputs
 
 
-def _predictions(request: TeiPredictRequest, scored: ScoredPairs) -> TeiPredictResponse:
-    predictions = [[TeiPrediction(score=value, label=LABEL)] for value in _values(request, scored)]
+def _predictions(request: TeiPredictRequest, result: ScoredPairs) -> TeiPredictResponse:
+    predictions = [[TeiPrediction(score=value, label=LABEL)] for value in _values(request, result)]
     return TeiPredictResponse(predictions[0] if isinstance(request.inputs, tuple) else predictions)
 
 
 def _add_routes(app: FastAPI, served: ServedModels) -> None:
     @app.get("/info", tags=["served"])
     async def info() -> Mapping[str, object]:
-        """What Text Embeddings Inference tells of a model, as far as it holds here."""
+        """Model information in the format of Text Embeddings Inference."""
         model = served.models.current
         return {
             "model_id": model.name,
@@ -146,9 +154,9 @@ RERANK = Dialect(
     answer=_ranks,
     refuse=_refuse,
     shape='{"query": "the instruction", "texts": ["a response", ...]}',
-    marks=frozenset({"texts"}),
-    bare=True,
-    whole=lambda request: request.truncate is False,
+    marker_fields=frozenset({"texts"}),
+    exclude_none=True,
+    forbids_truncation=lambda request: request.truncate is False,
     add_routes=_add_routes,
 )
 PREDICT = Dialect(
@@ -161,7 +169,7 @@ PREDICT = Dialect(
     answer=_predictions,
     refuse=_refuse,
     shape='{"inputs": [["instruction", "response"], ...]}',
-    marks=frozenset({"inputs"}),
-    bare=True,
-    whole=lambda request: request.truncate is False,
+    marker_fields=frozenset({"inputs"}),
+    exclude_none=True,
+    forbids_truncation=lambda request: request.truncate is False,
 )

@@ -1,4 +1,4 @@
-"""Vertex AI's prediction requests and KServe's version 1, of the same shapes: instances in, predictions out."""
+"""Vertex AI's prediction requests and KServe's version 1, which have the same shape: instances in, predictions out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field, JsonValue
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, RefusalResponse, ScoredPairs, ServedModels, Words
+from serving.dialects.dialect import Body, Dialect, NonEmptyText, RefusalResponse, ScoredPairs, ServedModels
 from serving.engine import Models
 
 EXAMPLE: dict[str, JsonValue] = {"instances": [{"instruction": "What is 1 + 1?", "response": "2"}]}
@@ -18,12 +18,12 @@ EXAMPLE: dict[str, JsonValue] = {"instances": [{"instruction": "What is 1 + 1?",
 class Instance(Body):
     """An instruction and a response to it."""
 
-    instruction: Words
+    instruction: NonEmptyText
     response: str
 
 
 class NoParameters(Body):
-    """Scoring knows no parameters."""
+    """An empty object: scoring has no parameters."""
 
 
 class InstancesRequest(Body):
@@ -31,12 +31,12 @@ class InstancesRequest(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
-    instances: Annotated[list[Instance | tuple[Words, str]], Field(min_length=1, fail_fast=True)]
+    instances: Annotated[list[Instance | tuple[NonEmptyText, str]], Field(min_length=1, fail_fast=True)]
     parameters: NoParameters | None = None
 
 
 class Prediction(Body):
-    """A pair's score, and the label to expect, 0 to 1, where the scorer is calibrated."""
+    """A pair's score, and its expected label, 0 to 1, if the scorer is calibrated."""
 
     score: float
     expected: float | None = None
@@ -49,17 +49,17 @@ class PredictionsResponse(Body):
 
 
 class PlatformProblem(RefusalResponse):
-    """What was wrong with a request."""
+    """An error."""
 
     error: str
 
 
-UNKNOWN: dict[int | str, dict[str, object]] = {404: {"model": PlatformProblem}}
-UNREADY: dict[int | str, dict[str, object]] = {503: {"description": "Scores cannot be had"}}
+UNKNOWN_MODEL_RESPONSES: dict[int | str, dict[str, object]] = {404: {"model": PlatformProblem}}
+UNREADY_RESPONSES: dict[int | str, dict[str, object]] = {503: {"description": "The service is not ready"}}
 
 
 def refuse(status: int, message: str) -> Mapping[str, object]:
-    """A refusal as model platforms have it."""
+    """A refusal in the shape of model platforms."""
     return {"error": message}
 
 
@@ -70,11 +70,11 @@ def _pairs(request: InstancesRequest) -> list[Pair]:
     ]
 
 
-def _answer(request: InstancesRequest, scored: ScoredPairs) -> PredictionsResponse:
-    expected: Sequence[float | None] = scored.expected or [None] * len(scored.scores)
+def _answer(request: InstancesRequest, result: ScoredPairs) -> PredictionsResponse:
+    expected: Sequence[float | None] = result.expected or [None] * len(result.scores)
     return PredictionsResponse(
         predictions=[
-            Prediction(score=score, expected=label) for score, label in zip(scored.scores, expected, strict=True)
+            Prediction(score=score, expected=label) for score, label in zip(result.scores, expected, strict=True)
         ]
     )
 
@@ -89,23 +89,23 @@ VERTEX = Dialect(
     answer=_answer,
     refuse=refuse,
     shape='{"instances": [{"instruction": "...", "response": "..."}, ...]}',
-    marks=frozenset({"instances"}),
-    invalid=400,
-    bare=True,
+    marker_fields=frozenset({"instances"}),
+    invalid_status=400,
+    exclude_none=True,
 )
 
 
 def unknown_model(models: Models, model: str, version: str = "") -> Response | None:
-    """The refusal of a model or a version that is not served; None where it is."""
+    """A 404 response for a model or a version that is not served; None if it is served."""
     current = models.current
     names = (current.name, current.version, current.spec)
     if model in names and version in ("", *names):
         return None
-    return JSONResponse({"error": f"no model of that name is served; ask for {current.name}"}, status_code=404)
+    return JSONResponse({"error": f"no model or version of this name is served; use {current.name}"}, status_code=404)
 
 
 def model_state(models: Models, model: str, version: str = "") -> Response:
-    """Whether a model can score, as platforms ask it."""
+    """Readiness of a model."""
     content = {"name": model, "ready": not models.unready}
     status = 503 if models.unready else 200
     return unknown_model(models, model, version) or JSONResponse(content, status_code=status)
@@ -114,13 +114,13 @@ def model_state(models: Models, model: str, version: str = "") -> Response:
 def _add_routes(app: FastAPI, served: ServedModels) -> None:
     @app.get("/v1/models", tags=["served"])
     async def list_models() -> Mapping[str, object]:
-        """The model that is served, for KServe's clients and for vLLM's."""
+        """The served model, for clients of KServe and vLLM."""
         name = served.models.current.name
         return {"models": [name], "object": "list", "data": [{"id": name, "object": "model", "owned_by": "cappy"}]}
 
-    @app.get("/v1/models/{model}", tags=["served"], responses={**UNKNOWN, **UNREADY})
+    @app.get("/v1/models/{model}", tags=["served"], responses={**UNKNOWN_MODEL_RESPONSES, **UNREADY_RESPONSES})
     async def model_status(model: str) -> Response:
-        """Whether a model can score."""
+        """Readiness of a model."""
         return model_state(served.models, model)
 
 

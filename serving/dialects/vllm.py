@@ -1,4 +1,4 @@
-"""vLLM's score: POST /score and /v1/score, under the names that its fields have had; its rerank is in `rerank`."""
+"""vLLM's score API: POST /score and /v1/score, with current and older field names; its rerank API is in `rerank`."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,10 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
 from cappy.scoring.encoding import Pair
-from serving.dialects.dialect import Body, Dialect, Flag, Name, RefusalResponse, ScoredPairs, Texts, Words
+from serving.dialects.dialect import Body, Dialect, Flag, ModelName, NonEmptyText, RefusalResponse, ScoredPairs, Texts
 
-Instructions = Words | Annotated[list[Words], Field(min_length=1, fail_fast=True)]
-KINDS: Mapping[int, str] = {
+Instructions = NonEmptyText | Annotated[list[NonEmptyText], Field(min_length=1, fail_fast=True)]
+ERROR_TYPES: Mapping[int, str] = {
     401: "AuthenticationError",
     404: "NotFoundError",
     429: "RateLimitError",
@@ -21,13 +21,13 @@ KINDS: Mapping[int, str] = {
 
 
 class VllmRequest(Body):
-    """Instructions and responses: one and one, one and many, or as many of both."""
+    """Instructions and responses: one instruction for all responses, or one per response."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"text_1": "What is the capital of France?", "text_2": ["Paris", "Rome"]}]}
     )
 
-    model: Name = None
+    model: ModelName = None
     text_1: Annotated[
         Instructions,
         Field(
@@ -42,11 +42,9 @@ class VllmRequest(Body):
             description="The response or responses; also `documents`, `items`, `data_2`",
         ),
     ]
-    use_activation: Annotated[Flag | None, Field(description="false gives logits for scores")] = None
-    truncate_prompt_tokens: Annotated[
-        Literal[-1] | None, Field(description="-1, the scorer's own length, is always meant")
-    ] = None
-    user: Annotated[str | None, Field(description="Taken and not used")] = None
+    use_activation: Annotated[Flag | None, Field(description="false returns logits instead of scores")] = None
+    truncate_prompt_tokens: Annotated[Literal[-1] | None, Field(description="Only -1, the scorer's own maximum")] = None
+    user: Annotated[str | None, Field(description="Ignored")] = None
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
@@ -65,7 +63,7 @@ class VllmScore(Body):
 
 
 class VllmUsage(Body):
-    """Tokens that the scorer read; of equal pairs one."""
+    """Tokens that the scorer read; equal pairs count once."""
 
     prompt_tokens: int
     total_tokens: int
@@ -84,7 +82,7 @@ class VllmResponse(Body):
 
 
 class VllmError(Body):
-    """What was wrong: in a sentence, as a class, in which field, by which status."""
+    """Message, type, field and status of an error."""
 
     message: str
     type: str
@@ -93,13 +91,15 @@ class VllmError(Body):
 
 
 class VllmProblem(RefusalResponse):
-    """What was wrong with a request."""
+    """An error."""
 
     error: VllmError
 
 
 def _refuse(status: int, message: str) -> Mapping[str, object]:
-    return {"error": {"message": message, "type": KINDS.get(status, "BadRequestError"), "param": None, "code": status}}
+    return {
+        "error": {"message": message, "type": ERROR_TYPES.get(status, "BadRequestError"), "param": None, "code": status}
+    }
 
 
 def _as_list(texts: str | list[str]) -> list[str]:
@@ -111,14 +111,14 @@ def _pairs(request: VllmRequest) -> list[Pair]:
     return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
 
 
-def _answer(request: VllmRequest, scored: ScoredPairs) -> VllmResponse:
-    values = scored.logits if request.use_activation is False else scored.scores
+def _answer(request: VllmRequest, result: ScoredPairs) -> VllmResponse:
+    values = result.logits if request.use_activation is False else result.scores
     return VllmResponse(
-        id=f"score-{scored.request_id}",
+        id=f"score-{result.request_id}",
         created=int(time.time()),
-        model=scored.model,
+        model=result.model,
         data=[VllmScore(index=index, score=value) for index, value in enumerate(values)],
-        usage=VllmUsage(prompt_tokens=scored.tokens, total_tokens=scored.tokens),
+        usage=VllmUsage(prompt_tokens=result.tokens, total_tokens=result.tokens),
     )
 
 
@@ -132,7 +132,7 @@ VLLM = Dialect(
     answer=_answer,
     refuse=_refuse,
     shape='{"text_1": "the instruction", "text_2": ["a response", ...]}',
-    marks=frozenset({"text_1", "text_2", "queries", "documents", "items", "data_1", "data_2"}),
-    invalid=400,
-    named=lambda request: request.model,
+    marker_fields=frozenset({"text_1", "text_2", "queries", "documents", "items", "data_1", "data_2"}),
+    invalid_status=400,
+    requested_model=lambda request: request.model,
 )

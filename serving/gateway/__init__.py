@@ -1,1 +1,1 @@
-"""A gateway that speaks OpenAI's chat completions: n samples of an LLM, the best of them by a scorer."""
+"""A gateway with OpenAI's chat completions API: samples an LLM n times and returns the best sample by a scorer."""

@@ -1,4 +1,4 @@
-"""One request from its first sample to its answer: rounds of samples, scores, and what follows from them."""
+"""Answers one request: samples candidates in rounds, scores them and decides on the outcome."""
 
 import asyncio
 import time
@@ -13,26 +13,26 @@ from serving.gateway.errors import GatewayError
 from serving.gateway.policy import EXPECTED_TOKENS, Allowance, Ledger, Limit, Stop, Total, allow, decide
 from serving.gateway.requests import ChatRequest
 from serving.gateway.scoring import Scoring
-from serving.gateway.upstream import Ask, Draw, Round, Upstream
+from serving.gateway.upstream import RoundResult, SampledCandidate, SamplingCall, Upstream
 
 SAMPLING_SHARE = 0.9
-"""Of the seconds of a request; what is left is for the scorer."""
+"""Share of a request's time for sampling; the rest is for scoring."""
 MAX_SCORED_CHARACTERS = 100_000
-"""Of a response: scorers read its first thousand tokens or so, and encoding more would hold up all other requests."""
-How = Literal["answered", "abstained", "escalated", "escalation-failed", "unscored"]
+"""Of a response: scorers read about its first thousand tokens, and encoding more would delay other requests."""
+OutcomeKind = Literal["answered", "abstained", "escalated", "escalation-failed", "unscored"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a request: its candidates, the best first, and the ledger of all of them.
+    """The result of a request: its candidates, best first, and the ledger of all of them.
 
-    `how` is `unscored` where no candidate was a text that could be scored (refused, filtered or empty): the LLM's own
-    answer is given then.
+    `kind` is `unscored` if no candidate could be scored (refused, filtered or empty): then the LLM's first response is
+    returned.
     """
 
     request: ChatRequest
-    draws: Sequence[Draw]
-    how: How
+    candidates: Sequence[SampledCandidate]
+    kind: OutcomeKind
     stop: Stop
     limit: Limit | None
     ledger: Ledger
@@ -41,14 +41,14 @@ class Outcome:
     seconds: float
 
     @property
-    def best(self) -> Draw:
-        """The candidate with the highest score, the first of equal ones; a cut one only where none is whole."""
-        return self.draws[0]
+    def best(self) -> SampledCandidate:
+        """The candidate with the highest score (the first of equal ones); a truncated one only if all are."""
+        return self.candidates[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gateway:
-    """The LLM, the scorer, the rules; `second` is the LLM to ask where the first one's best is below the floor."""
+    """The LLM, the scorer and the policy; `second` is the LLM to ask if the best candidate is below the floor."""
 
     first: Upstream
     scoring: Scoring
@@ -59,11 +59,11 @@ class Gateway:
     total: Total = field(default_factory=Total)
 
     async def answer(self, request: ChatRequest, authorization: str) -> Outcome:
-        """The outcome of a request; GatewayError where there is no candidate to answer with."""
+        """Answers a request; raises GatewayError if there is no candidate."""
         return await _Run(self, request, authorization).outcome()
 
     async def close(self) -> None:
-        """Closes all connections, and lets the scorer go."""
+        """Closes all connections and the scorer."""
         await self.scoring.close()
         await self.first.close()
         if self.second is not None:
@@ -76,26 +76,26 @@ class _Run:
         self._request = request
         self._authorization = authorization
         self._ledger = Ledger(gateway.limits, gateway.total)
-        self._draws: list[Draw] = []
+        self._candidates: list[SampledCandidate] = []
         self._problems: list[GatewayError] = []
         self._limit: Limit | None = None
         self._started = time.monotonic()
 
     async def outcome(self) -> Outcome:
         gateway = self._gateway
-        # Without randomness every candidate is the same.
-        alike = self._request.temperature == 0 and gateway.policy.candidates > self._request.count
-        most = self._request.count if alike else gateway.policy.candidates
-        stop: Stop = await self._sample(gateway.first, most)
-        if not self._draws:
-            raise self._no_candidate()
-        how = await self._judge()
-        ranked = sorted(self._draws, key=_rank)
+        # At temperature 0 all candidates would be the same.
+        deterministic = self._request.temperature == 0 and gateway.policy.candidates > self._request.count
+        max_candidates = self._request.count if deterministic else gateway.policy.candidates
+        stop: Stop = await self._sample(gateway.first, max_candidates)
+        if not self._candidates:
+            raise self._no_candidate_error()
+        kind = await self._decide_outcome()
+        ranked_candidates = sorted(self._candidates, key=_ranking_key)
         return Outcome(
             request=self._request,
-            draws=ranked,
-            how=how,
-            stop="temperature" if alike and stop == "candidates" else stop,
+            candidates=ranked_candidates,
+            kind=kind,
+            stop="temperature" if deterministic and stop == "candidates" else stop,
             limit=self._limit,
             ledger=self._ledger,
             scorer=gateway.scoring.version(),
@@ -103,154 +103,165 @@ class _Run:
             seconds=time.monotonic() - self._started,
         )
 
-    async def _judge(self) -> How:
-        """What the best candidate is good for; the second LLM is asked where there is one and it is not good enough."""
+    async def _decide_outcome(self) -> OutcomeKind:
+        """Compares the best candidate with the floor; below it, asks the second LLM if there is one."""
         gateway, best = self._gateway, self._best()
         floor = gateway.policy.floor
         if floor is None or (best is not None and best >= floor):
             return "answered" if best is not None else "unscored"
         if gateway.second is not None:
-            before = len(self._draws)
+            num_before = len(self._candidates)
             await self._sample(gateway.second, gateway.second_candidates)
-            return "escalated" if len(self._draws) > before else "escalation-failed"
+            return "escalated" if len(self._candidates) > num_before else "escalation-failed"
         return "abstained" if best is not None else "unscored"
 
-    async def _sample(self, llm: Upstream, most: int) -> Stop:
-        """Draws from an LLM in rounds, until the policy or a limit stops it."""
-        start, asked = len(self._draws), 0
+    async def _sample(self, llm: Upstream, max_candidates: int) -> Stop:
+        """Samples an LLM in rounds until the policy or a limit stops it."""
+        start, num_requested = len(self._candidates), 0
         while True:
-            values = _values(self._draws[start:])
-            drawn = len(self._draws) - start
+            values = _values(self._candidates[start:])
+            num_received = len(self._candidates) - start
             decision = decide(
-                self._gateway.policy, values, asked=asked, drawn=drawn, wanted=min(self._request.count, most), most=most
+                self._gateway.policy,
+                values,
+                num_requested=num_requested,
+                num_received=num_received,
+                min_candidates=min(self._request.count, max_candidates),
+                max_candidates=max_candidates,
             )
             if decision.stop:
                 return decision.stop
-            allowance = self._allowance(llm, decision.count, first=asked == 0)
+            allowance = self._allowance(llm, decision.count, first=num_requested == 0)
             if not allowance.count:
                 self._limit = allowance.limit
                 return "limit"
-            await self._round(llm, allowance, number=asked)
-            asked += allowance.count
+            await self._round(llm, allowance, first_index=num_requested)
+            num_requested += allowance.count
             if self._limit:
                 return "limit"
-            if len(self._draws) - start == drawn:
+            if len(self._candidates) - start == num_received:
                 return "upstream"
 
-    async def _round(self, llm: Upstream, allowance: Allowance, *, number: int) -> None:
-        """One round: its candidates scored, its problems kept, and the limit that it met."""
-        until = self._started + SAMPLING_SHARE * self._gateway.limits.max_seconds
-        drawn = Round()
-        ask = Ask(
+    async def _round(self, llm: Upstream, allowance: Allowance, *, first_index: int) -> None:
+        """Samples and scores one round; records its problems and the limit that it reached."""
+        deadline = self._started + SAMPLING_SHARE * self._gateway.limits.max_seconds
+        result = RoundResult()
+        call = SamplingCall(
             request=self._request,
             authorization=self._authorization,
             ledger=self._ledger,
-            most_tokens=allowance.most_tokens,
+            max_tokens=allowance.max_tokens,
             seconds=self._gateway.limits.max_seconds,
         )
         try:
-            async with asyncio.timeout(until - time.monotonic()):
-                await llm.draw(ask, drawn, count=allowance.count, number=number)
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await llm.sample(call, result, count=allowance.count, first_index=first_index)
         except TimeoutError:
             self._limit = "seconds"
-        self._problems += drawn.problems
-        if self._is_truncated(drawn, allowance):
+        self._problems += result.problems
+        if self._is_truncated(result, allowance):
             self._limit = self._limit or allowance.limit
-        self._draws = with_values([*self._draws, *await self._score(drawn.draws)], self._gateway.scoring)
+        self._candidates = with_values(
+            [*self._candidates, *await self._score(result.candidates)], self._gateway.scoring
+        )
 
-    async def _score(self, draws: Sequence[Draw]) -> list[Draw]:
-        """The candidates with their scores; without, where the time ends first and earlier ones have theirs."""
-        scorable = [draw for draw in draws if draw.scorable]
+    async def _score(self, candidates: Sequence[SampledCandidate]) -> list[SampledCandidate]:
+        """Scores candidates; returns them unscored if the time is up and earlier candidates have scores."""
+        scorable = [candidate for candidate in candidates if candidate.scorable]
         if not scorable:
-            return list(draws)
-        left = self._started + self._gateway.limits.max_seconds - time.monotonic()
+            return list(candidates)
+        seconds_left = self._started + self._gateway.limits.max_seconds - time.monotonic()
         try:
-            async with asyncio.timeout(left):
+            async with asyncio.timeout(seconds_left):
                 instruction = self._request.instruction
-                pairs = [(instruction, draw.text[:MAX_SCORED_CHARACTERS]) for draw in scorable]
+                pairs = [(instruction, candidate.text[:MAX_SCORED_CHARACTERS]) for candidate in scorable]
                 ratings = await self._gateway.scoring.rate(pairs)
         except TimeoutError:
             self._limit = "seconds"
             if self._best() is not None:
-                return list(draws)
-            text = f"candidates are there, but the scorer did not answer within {self._gateway.limits.max_seconds:g} s"
+                return list(candidates)
+            text = f"the scorer did not score the candidates within {self._gateway.limits.max_seconds:g} s"
             raise GatewayError(504, f"{text}; raise --max-seconds", kind="timeout", code="timeout") from None
         except CappyError as error:
             raise GatewayError(503, f"the scorer failed: {error}", kind="scorer_error", code="scorer_failed") from error
-        known = {
-            id(draw): replace(draw, score=score, logit=logit)
-            for draw, (score, logit) in zip(scorable, ratings, strict=True)
+        scored_by_id = {
+            id(candidate): replace(candidate, score=score, logit=logit)
+            for candidate, (score, logit) in zip(scorable, ratings, strict=True)
         }
-        return [known.get(id(draw), draw) for draw in draws]
+        return [scored_by_id.get(id(candidate), candidate) for candidate in candidates]
 
-    def _allowance(self, llm: Upstream, wanted: int, *, first: bool) -> Allowance:
-        """How many of the wanted candidates the limits leave room for."""
-        ledger, asked = self._ledger, self._request.most_tokens
-        counted = max((_tokens(usage, "prompt_tokens") for usage in ledger.usages), default=0)
-        longest = max((draw.num_tokens or tokens_of(draw.text) for draw in self._draws), default=EXPECTED_TOKENS)
+    def _allowance(self, llm: Upstream, max_count: int, *, first: bool) -> Allowance:
+        """How many of up to `max_count` candidates the limits allow."""
+        ledger, client_max_tokens = self._ledger, self._request.max_tokens
+        prompt_tokens = max((_tokens(usage, "prompt_tokens") for usage in ledger.usages), default=0)
+        longest_response = max(
+            (candidate.num_tokens or tokens_of(candidate.text) for candidate in self._candidates),
+            default=EXPECTED_TOKENS,
+        )
         allowance = allow(
-            wanted,
+            max_count,
             ledger.budgets(),
             llm.llm.prices,
-            prompt_tokens=counted or tokens_of(self._request.instruction),
-            need=asked or longest,
-            first=first and not self._draws,
+            prompt_tokens=prompt_tokens or tokens_of(self._request.instruction),
+            min_tokens=client_max_tokens or longest_response,
+            first=first and not self._candidates,
         )
-        if asked is None or allowance.most_tokens is None or allowance.most_tokens < asked:
+        if client_max_tokens is None or allowance.max_tokens is None or allowance.max_tokens < client_max_tokens:
             return allowance
-        return Allowance(allowance.count, asked, None)
+        return Allowance(allowance.count, client_max_tokens, None)
 
-    def _is_truncated(self, drawn: Round, allowance: Allowance) -> bool:
-        """Whether a candidate ended where the gateway's own limit let it."""
-        return allowance.limit is not None and any(draw.choice.get("finish_reason") == "length" for draw in drawn.draws)
+    def _is_truncated(self, result: RoundResult, allowance: Allowance) -> bool:
+        """Whether a candidate was truncated by the gateway's own limit."""
+        return allowance.limit is not None and any(
+            candidate.choice.get("finish_reason") == "length" for candidate in result.candidates
+        )
 
     def _best(self) -> float | None:
-        return max(_values(self._draws), default=None)
+        return max(_values(self._candidates), default=None)
 
-    def _no_candidate(self) -> GatewayError:
-        """Why there is no candidate."""
+    def _no_candidate_error(self) -> GatewayError:
+        """The error that explains why there is no candidate."""
         if self._problems:
             return self._problems[0]
         limits = self._gateway.limits
         if self._limit == "seconds":
-            text = f"the LLM gave no candidate within {SAMPLING_SHARE * limits.max_seconds:g} s; raise --max-seconds"
+            text = (
+                f"the LLM returned no candidate within {SAMPLING_SHARE * limits.max_seconds:g} s; raise --max-seconds"
+            )
             return GatewayError(504, text, kind="timeout", code="timeout")
         if self._limit == "total-money":
             text = (
-                f"the gateway's budget of {limits.max_total_cost:g} is used up; raise --max-total-cost and start again"
+                f"the gateway's budget of {limits.max_total_cost:g} is used up; raise --max-total-cost and restart it"
             )
-            refusal = {"x-should-retry": "false"}
-            return GatewayError(429, text, kind="insufficient_quota", code="insufficient_quota", headers=refusal)
-        text = (
-            f"the limit on a request's {self._limit} leaves no room for one candidate; shorten the prompt or raise it"
-        )
+            headers = {"x-should-retry": "false"}
+            return GatewayError(429, text, kind="insufficient_quota", code="insufficient_quota", headers=headers)
+        text = f"the request's limit on {self._limit} does not allow a single candidate; shorten the prompt or raise it"
         return GatewayError(400, text, code="limit_too_low")
 
 
-def with_values(draws: Sequence[Draw], scoring: Scoring) -> list[Draw]:
-    """The candidates with what their scores are worth among all of them; a text that was drawn twice counts once."""
-    scores = {index: draw.score for index, draw in enumerate(draws) if draw.score is not None}
+def with_values(candidates: Sequence[SampledCandidate], scoring: Scoring) -> list[SampledCandidate]:
+    """Sets the calibrated values of candidates as the best of all distinct texts; equal texts count once."""
+    scores = {index: candidate.score for index, candidate in enumerate(candidates) if candidate.score is not None}
     if not scores:
-        return list(draws)
-    worth = scoring.worth(list(scores.values()), n=len({draws[index].text for index in scores}))
-    values = dict(zip(scores, worth, strict=True))
-    return [replace(draw, value=values.get(index)) for index, draw in enumerate(draws)]
+        return list(candidates)
+    calibrated = scoring.calibrate(list(scores.values()), n=len({candidates[index].text for index in scores}))
+    values = dict(zip(scores, calibrated, strict=True))
+    return [replace(candidate, value=values.get(index)) for index, candidate in enumerate(candidates)]
 
 
-def _rank(draw: Draw) -> tuple[bool, bool, float]:
-    """Sorts the best first: whole responses by their logit, then those cut at their limit, then what has no score.
+def _ranking_key(candidate: SampledCandidate) -> tuple[bool, bool, float]:
+    """Sorts best first: complete responses by their logit, then truncated ones, then those without a score.
 
-    A scorer reads how good a text is as far as it goes, not whether the rest is missing; a client that gets half an
-    answer although a whole one was there is worse off than with one answer alone.
+    A scorer does not see that a response is truncated, but a complete response is more useful to a client.
     """
-    return draw.logit is None, draw.status == "truncated", -(draw.logit or 0.0)
+    return candidate.logit is None, candidate.status == "truncated", -(candidate.logit or 0.0)
 
 
-def _values(draws: Sequence[Draw]) -> list[float]:
-    """What the candidates that may be given are worth: those of whole responses where there are any."""
-    scored_draws = [(draw.status, draw.value) for draw in draws if draw.value is not None]
-    whole = [value for status, value in scored_draws if status != "truncated"]
-    return whole or [value for _, value in scored_draws]
+def _values(candidates: Sequence[SampledCandidate]) -> list[float]:
+    """Calibrated values of the complete candidates; of the truncated ones if there are no others."""
+    scored_candidates = [(candidate.status, candidate.value) for candidate in candidates if candidate.value is not None]
+    whole = [value for status, value in scored_candidates if status != "truncated"]
+    return whole or [value for _, value in scored_candidates]
 
 
 def _tokens(usage: dict[str, object], name: str) -> int:

@@ -16,10 +16,19 @@ from starlette.exceptions import HTTPException
 
 import cappy
 from serving.access import AccessLog, Tracing
-from serving.bodies import BODIES_AT_ONCE, GONE, BodyBudget, Bounds, Refusal, Share, apart, receive_body
+from serving.bodies import (
+    CLIENT_CLOSED_REQUEST,
+    MAX_BODIES_IN_MEMORY,
+    BodyBudget,
+    Bounds,
+    Refusal,
+    Reservation,
+    receive_body,
+    run_in_thread,
+)
 from serving.engine import SHUTTING_DOWN
 from serving.gateway.answering import Gateway, Outcome
-from serving.gateway.completion import KEEP_ALIVE_SECONDS, chunks, completion, events, facts, headers
+from serving.gateway.completion import KEEP_ALIVE_SECONDS, chunks, completion, events, headers, summary
 from serving.gateway.config import ChatLimits
 from serving.gateway.errors import GatewayError
 from serving.gateway.feedback import FeedbackLog, read_feedback
@@ -30,14 +39,14 @@ from serving.page import About, add_page
 
 METRIC_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
 CANDIDATES_HEADER = "x-cappy-candidates"
-_UNREACHED = (502, 503, 504)
+_UNREACHABLE_STATUSES = (502, 503, 504)
 OPEN_PATHS = ("/", "/about", "/health", "/ready")
-"""What needs no key where there are keys."""
+"""Paths that never need a key."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """Who may ask: by key where there are `keys`, under which names, and from pages of which other `origins`."""
+    """Who may send requests: valid keys (none: no key is needed), host names and origins of pages."""
 
     keys: Keys = field(default_factory=Keys)
     hosts: Hosts = ANY_HOST
@@ -45,26 +54,26 @@ class Access:
 
 
 class Metrics:
-    """Prometheus metrics, one registry per application; nothing of a request's text and no model's name in a label."""
+    """Prometheus metrics, one registry per application; labels contain no texts and no model names."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._requests = self._counter("requests", "Requests for completions, by how they ended", "outcome")
-        self._stops = self._counter("stops", "Answered requests by what stopped sampling", "reason")
-        self._samples = self._counter("samples", "Candidates sampled")
-        self._calls = self._counter("calls", "Calls of LLMs", "result")
-        self._tokens = self._counter("tokens", "Tokens as the LLMs' servers counted them", "kind")
-        self._cost = self._counter("cost", "Money, by the prices given")
+        self._requests = self._counter("requests", "Requests for completions by outcome", "outcome")
+        self._stops = self._counter("stops", "Answered requests by the reason that stopped sampling", "reason")
+        self._samples = self._counter("samples", "Sampled candidates")
+        self._calls = self._counter("calls", "Calls to LLMs", "result")
+        self._tokens = self._counter("tokens", "Tokens as reported by the LLMs' servers", "kind")
+        self._cost = self._counter("cost", "Cost by the configured prices")
         self._seconds = Histogram(
             "cappy_gateway_seconds", "Seconds of answered requests", buckets=METRIC_SECONDS, registry=self._registry
         )
 
     def count_answer(self, outcome: Outcome) -> None:
-        """Counts an answer."""
+        """Counts an answered request."""
         ledger = outcome.ledger
-        self._requests.labels(outcome.how).inc()
+        self._requests.labels(outcome.kind).inc()
         self._stops.labels(outcome.limit or outcome.stop).inc()
-        self._samples.inc(len(outcome.draws))
+        self._samples.inc(len(outcome.candidates))
         self._calls.labels("answered").inc(ledger.calls - ledger.failed)
         self._calls.labels("failed").inc(ledger.failed)
         self._tokens.labels("prompt").inc(ledger.prompt_tokens)
@@ -73,7 +82,7 @@ class Metrics:
         self._seconds.observe(outcome.seconds)
 
     def count_refusal(self, status: int) -> None:
-        """Counts a request without an answer, one that could not be read included, by its status."""
+        """Counts a failed request, including invalid ones, by its status."""
         self._requests.labels(str(status)).inc()
 
     def text(self) -> bytes:
@@ -85,8 +94,8 @@ class Metrics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Front:
-    """What the routes share."""
+class _RouteContext:
+    """Values that the routes share."""
 
     gateway: Gateway
     feedback: FeedbackLog | None
@@ -99,7 +108,7 @@ class _Front:
     shutdown: Shutdown
 
     def authorization(self, request: Request) -> str:
-        """What an LLM without a key of its own is sent: the client's, unless that is a key of this gateway."""
+        """The Authorization header to pass on to the LLM; empty if it holds a key of this gateway."""
         return "" if self.keys else request.headers.get("authorization", "")
 
 
@@ -113,12 +122,12 @@ def create_app(
     shutdown: Shutdown | None = None,
     tracing: Tracing | None = None,
 ) -> FastAPI:
-    """An application that answers with the gateway's best candidate and keeps what it answered in the feedback log.
+    """Creates an application that answers with the gateway's best candidate and stores answers in the feedback log.
 
-    While `shutdown` is closing it answers, but is not ready. `tracing` makes spans of requests until the end.
+    During `shutdown` it still answers but is not ready. `tracing` is closed when the application ends.
     """
     access, limits = access or Access(), limits or ChatLimits()
-    front = _Front(
+    context = _RouteContext(
         gateway=gateway,
         feedback=feedback,
         metrics=Metrics(),
@@ -129,7 +138,7 @@ def create_app(
             max_text_bytes=limits.max_text_bytes,
             remedy=REMEDY,
         ),
-        budget=BodyBudget(BODIES_AT_ONCE * limits.max_body_bytes),
+        budget=BodyBudget(MAX_BODIES_IN_MEMORY * limits.max_body_bytes),
         keys=access.keys,
         keep_alive=keep_alive,
         shutdown=shutdown or Shutdown(),
@@ -137,10 +146,10 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        writing = asyncio.create_task(feedback.flush_for_ever()) if feedback else None
+        flush_task = asyncio.create_task(feedback.flush_periodically()) if feedback else None
         yield
-        if feedback and writing:
-            writing.cancel()
+        if feedback and flush_task:
+            flush_task.cancel()
             await asyncio.to_thread(feedback.close)
         await gateway.close()
         if tracing is not None:
@@ -151,10 +160,10 @@ def create_app(
         summary="The best of several samples of an LLM, behind OpenAI's chat completions.",
         version=cappy.__version__,
         lifespan=lifespan,
-        docs_url=None,  # the page would load its script from another site
+        docs_url=None,  # FastAPI's page loads its script from another site
         redoc_url=None,
     )
-    # The last that is added is the first that is asked.
+    # The middleware that is added last runs first.
     app.add_middleware(KeyGuard, keys=access.keys, open_paths=OPEN_PATHS, refuse=_refuse)
     if access.origins:
         app.add_middleware(
@@ -165,21 +174,21 @@ def create_app(
             expose_headers=["*"],
         )
     app.add_middleware(BrowserGuard, hosts=access.hosts, origins=access.origins, refuse=_refuse)
-    app.add_middleware(AccessLog, closing=lambda: front.shutdown.closing)
+    app.add_middleware(AccessLog, shutting_down=lambda: context.shutdown.shutting_down)
     app.add_exception_handler(GatewayError, _gateway_error)
     app.add_exception_handler(HTTPException, _not_found)
-    app.add_exception_handler(Exception, _defect)
-    _add_chat(app, front)
-    _add_models(app, front)
-    _add_feedback(app, front)
-    _add_probes(app, front)
-    add_page(app, lambda: _about(gateway))
+    app.add_exception_handler(Exception, _internal_error)
+    _add_chat(app, context)
+    _add_models(app, context)
+    _add_feedback(app, context)
+    _add_probes(app, context)
+    add_page(app, lambda: _describe_gateway(gateway))
     if tracing is not None:
         tracing.instrument(app)
     return app
 
 
-def _about(gateway: Gateway) -> About:
+def _describe_gateway(gateway: Gateway) -> About:
     scoring = gateway.scoring
     calibrated = scoring.calibration is not None
     return About(
@@ -187,139 +196,141 @@ def _about(gateway: Gateway) -> About:
     )
 
 
-def _add_chat(app: FastAPI, front: _Front) -> None:
+def _add_chat(app: FastAPI, context: _RouteContext) -> None:
     @app.post("/v1/chat/completions", tags=["chat"], response_class=Response)
     async def chat(request: Request) -> Response:
-        """The best of the candidates that the LLM gives, by the scorer."""
+        """Answers with the best of the LLM's candidates by the scorer."""
         request.state.outcome = "error"
-        with front.budget.share() as share:
+        with context.budget.reserve() as reservation:
             try:
-                data = await _body(request, front, share)
-                read = partial(read_request, data, most_choices=front.gateway.policy.candidates, bounds=front.bounds)
-                wanted = await apart(len(data), read)
-                details = _flag(request, CANDIDATES_HEADER)
+                body = await _body(request, context, reservation)
+                parse = partial(
+                    read_request, body, max_choices=context.gateway.policy.candidates, bounds=context.bounds
+                )
+                chat_request = await run_in_thread(len(body), parse)
+                details = _read_flag(request, CANDIDATES_HEADER)
             except GatewayError as problem:
-                front.metrics.count_refusal(problem.status)
+                context.metrics.count_refusal(problem.status)
                 raise
             identity = f"chatcmpl-{uuid.uuid4().hex}"
-            work = asyncio.create_task(_answer(front, wanted, front.authorization(request), identity))
-            # The body is held until the work is over, which for a stream is after this function.
-            kept = share.hand_over()
-            work.add_done_callback(lambda _: kept.release())
+            task = asyncio.create_task(_answer(context, chat_request, context.authorization(request), identity))
+            # The body stays in memory until the task is done, for a stream after this function has returned.
+            task_reservation = reservation.transfer()
+            task.add_done_callback(lambda _: task_reservation.release())
         write = partial(chunks, identity=identity, details=details)
-        if not await _has_ended(work, request, front.keep_alive if wanted.stream else None):
-            request.state.outcome = "streaming"  # Its span is written before the answer is known.
-            return _stream(events(work, write, keep_alive=front.keep_alive), {})
-        outcome = work.result()
+        if not await _wait_until_done(task, request, context.keep_alive if chat_request.stream else None):
+            request.state.outcome = "streaming"  # The span is written before the outcome is known.
+            return _stream(events(task, write, keep_alive=context.keep_alive), {})
+        outcome = task.result()
         for name in ("outcome", "sampled", "calls", "cost"):
-            setattr(request.state, name, facts(outcome)[name])
-        if wanted.stream:
-            return _stream(events(work, write, keep_alive=front.keep_alive), headers(outcome))
+            setattr(request.state, name, summary(outcome)[name])
+        if chat_request.stream:
+            return _stream(events(task, write, keep_alive=context.keep_alive), headers(outcome))
         return _Json(completion(outcome, identity, details=details), headers=headers(outcome))
 
 
-def _add_models(app: FastAPI, front: _Front) -> None:
+def _add_models(app: FastAPI, context: _RouteContext) -> None:
     @app.get("/v1/models", tags=["chat"], response_class=Response)
     async def models(request: Request) -> Response:
-        """The LLM's models, as its server answers."""
-        listed = await front.gateway.first.models(front.authorization(request))
+        """The list of models, as the LLM's server returns it."""
+        listed = await context.gateway.first.models(context.authorization(request))
         return Response(listed, media_type="application/json")
 
 
-def _add_feedback(app: FastAPI, front: _Front) -> None:
+def _add_feedback(app: FastAPI, context: _RouteContext) -> None:
     @app.post("/v1/feedback", tags=["feedback"], response_class=Response)
     async def feedback(request: Request) -> Response:
-        """Takes {"id", "score"} or {"id", "reference"}: what a user thought of an answer."""
-        with front.budget.share() as share:
-            data = await _body(request, front, share)
-            given = await apart(len(data), partial(read_feedback, data, front.bounds))
-        if front.feedback is None:
+        """Takes a user's feedback on an answer: {"id", "score"} or {"id", "reference"}."""
+        with context.budget.reserve() as reservation:
+            body = await _body(request, context, reservation)
+            item = await run_in_thread(len(body), partial(read_feedback, body, context.bounds))
+        if context.feedback is None:
             raise GatewayError(
-                404, "feedback is not kept here; start the gateway with --feedback FOLDER", code="not_found"
+                404, "feedback is not enabled; start the gateway with --feedback FOLDER", code="not_found"
             )
-        await front.feedback.add(given)
-        return _Json({"id": given.id, "kept": True})
+        await context.feedback.add(item)
+        return _Json({"id": item.id, "kept": True})
 
 
-def _add_probes(app: FastAPI, front: _Front) -> None:
+def _add_probes(app: FastAPI, context: _RouteContext) -> None:
     @app.get("/health", tags=["probes"], response_class=Response)
     async def health() -> Response:
-        """Whether the process lives."""
+        """Liveness of the process."""
         return _Json({"status": "ok"})
 
     @app.get("/ready", tags=["probes"], response_class=Response)
     async def ready() -> Response:
-        """Whether the LLM's server answers: one that wants a key, or has no list of models, does. No, after SIGTERM."""
-        reason = SHUTTING_DOWN if front.shutdown.closing else await _unreachable_reason(front.gateway)
+        """Readiness: whether the LLM's server answers, if only with an error such as 401; false after SIGTERM."""
+        reason = SHUTTING_DOWN if context.shutdown.shutting_down else await _unreachable_reason(context.gateway)
         return _Json({"ready": not reason, "reason": reason}, status_code=503 if reason else 200)
 
     @app.get("/metrics", tags=["probes"], response_class=Response)
     async def metrics() -> Response:
         """Prometheus metrics."""
-        return Response(front.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(context.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 async def _unreachable_reason(gateway: Gateway) -> str:
-    """Why the LLM's server does not answer; empty where it does."""
+    """Why the LLM's server does not answer; empty if it does."""
     try:
         await gateway.first.models("")
     except GatewayError as problem:
-        return str(problem) if problem.status in _UNREACHED else ""
+        return str(problem) if problem.status in _UNREACHABLE_STATUSES else ""
     return ""
 
 
-async def _answer(front: _Front, wanted: ChatRequest, authorization: str, identity: str) -> Outcome:
-    """The outcome, counted and kept."""
+async def _answer(context: _RouteContext, chat_request: ChatRequest, authorization: str, identity: str) -> Outcome:
+    """Answers a request, counts it and stores the answer."""
     try:
-        outcome = await front.gateway.answer(wanted, authorization)
-    except (GatewayError, asyncio.CancelledError) as ended:
-        # It is cancelled where the client hangs up.
-        front.metrics.count_refusal(ended.status if isinstance(ended, GatewayError) else GONE)
+        outcome = await context.gateway.answer(chat_request, authorization)
+    except (GatewayError, asyncio.CancelledError) as error:
+        # It is cancelled if the client disconnects.
+        context.metrics.count_refusal(error.status if isinstance(error, GatewayError) else CLIENT_CLOSED_REQUEST)
         raise
     except Exception:
-        # A defect: counted here, answered by the handler of all defects, which gets it next.
-        front.metrics.count_refusal(500)
+        # A bug: counted here, answered by `_internal_error`.
+        context.metrics.count_refusal(500)
         raise
-    front.metrics.count_answer(outcome)
-    if front.feedback is not None:
-        await front.feedback.keep(outcome, identity)
+    context.metrics.count_answer(outcome)
+    if context.feedback is not None:
+        await context.feedback.keep(outcome, identity)
     return outcome
 
 
-async def _has_ended(work: "asyncio.Task[Outcome]", request: Request, timeout: float | None) -> bool:
-    """Waits for the work; False if it is still under way after `timeout` seconds.
+async def _wait_until_done(task: "asyncio.Task[Outcome]", request: Request, timeout: float | None) -> bool:
+    """Waits for the task; returns False if it is still running after `timeout` seconds.
 
-    Where the client goes away first the work is cancelled, and with it every call of the LLM: GatewayError, for nobody.
+    If the client disconnects first, cancels the task with its calls to the LLM and raises GatewayError.
     """
-    gone = asyncio.create_task(_wait_for_disconnect(request))
+    disconnect_task = asyncio.create_task(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if gone.done() and not work.done():
-            raise GatewayError(GONE, "the client hung up")
+        await asyncio.wait({task, disconnect_task}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if disconnect_task.done() and not task.done():
+            raise GatewayError(CLIENT_CLOSED_REQUEST, "the client closed the connection")
     except BaseException:
-        work.cancel()
+        task.cancel()
         raise
     finally:
-        gone.cancel()
-    return work.done()
+        disconnect_task.cancel()
+    return task.done()
 
 
 async def _wait_for_disconnect(request: Request) -> None:
-    """Returns when the client has gone away."""
+    """Returns when the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def _body(request: Request, front: _Front, share: Share) -> bytes:
-    """The body; GatewayError 413 above the most bytes, 408 where it is late, 415 where it is not sent as JSON."""
+async def _body(request: Request, context: _RouteContext, reservation: Reservation) -> bytes:
+    """Receives the body; raises GatewayError 413 if it is too large, 408 if it is late, 415 if it is not JSON."""
     try:
-        return await receive_body(request, front.max_body_bytes, REMEDY, share=share)
+        return await receive_body(request, context.max_body_bytes, REMEDY, reservation=reservation)
     except Refusal as refusal:
         raise to_openai_error(refusal) from None
 
 
-def _flag(request: Request, name: str) -> bool:
-    """A header that is 1 or 0, or true or false; GatewayError 400 for another value."""
+def _read_flag(request: Request, name: str) -> bool:
+    """Reads a header that is 1, 0, true or false; raises GatewayError 400 for another value."""
     value = request.headers.get(name, "0").strip().lower()
     if value not in ("0", "1", "true", "false"):
         raise GatewayError(400, f"the header {name} must be 1 or 0", param=name)
@@ -327,22 +338,22 @@ def _flag(request: Request, name: str) -> bool:
 
 
 def _stream(content: AsyncIterator[str], more: Mapping[str, str]) -> StreamingResponse:
-    kept = {"cache-control": "no-cache", "x-accel-buffering": "no", **more}
-    return StreamingResponse(content, media_type="text/event-stream", headers=kept)
+    all_headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **more}
+    return StreamingResponse(content, media_type="text/event-stream", headers=all_headers)
 
 
 class _Json(JSONResponse):
-    """JSON in ASCII, because the texts of others may hold half a character."""
+    """JSON in ASCII, because texts of an LLM's server may contain lone surrogates."""
 
     def render(self, content: object) -> bytes:
         return json.dumps(content).encode()
 
 
 def _refuse(path: str, refusal: Refusal) -> Response:
-    """A refusal of what stands before the routes."""
+    """A refusal of the middleware."""
     problem = to_openai_error(refusal)
-    asked = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
-    return _Json(problem.body(), status_code=problem.status, headers={**problem.headers, **asked})
+    headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
+    return _Json(problem.body(), status_code=problem.status, headers={**problem.headers, **headers})
 
 
 async def _gateway_error(request: Request, error: Exception) -> Response:
@@ -350,14 +361,14 @@ async def _gateway_error(request: Request, error: Exception) -> Response:
     return _Json(error.body(), status_code=error.status, headers=error.headers)
 
 
-async def _defect(request: Request, error: Exception) -> Response:
-    """What nobody foresaw; its traceback goes to the log alone."""
-    text = "the gateway met a defect of its own; its log says where"
+async def _internal_error(request: Request, error: Exception) -> Response:
+    """Answers an unexpected error; its traceback only goes to the log."""
+    text = "internal error of the gateway; see its log"
     return _Json(GatewayError(500, text, kind="server_error").body(), status_code=500)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
-    """A path or a method that is not here, in OpenAI's shape too."""
+    """Answers an unknown path or method in OpenAI's shape."""
     assert isinstance(error, HTTPException)  # noqa: S101 (what the handler is registered for)
-    text = f"{request.method} {request.url.path}: {error.detail}; POST /v1/chat/completions is what is here"
+    text = f"{request.method} {request.url.path}: {error.detail}; use POST /v1/chat/completions"
     return _Json(GatewayError(error.status_code, text).body(), status_code=error.status_code, headers=error.headers)

@@ -1,4 +1,4 @@
-"""What goes back for an outcome: OpenAI's chat completion, whole or as events, and what the gateway adds to it."""
+"""Writes an outcome as OpenAI's chat completion, whole or as a stream, with the gateway's own fields and headers."""
 
 import asyncio
 import json
@@ -10,17 +10,17 @@ from typing import Any
 from serving.gateway.answering import Outcome
 from serving.gateway.errors import GatewayError
 
-REFUSAL = "I do not have an answer to this that is good enough to give."
+REFUSAL = "I do not have an answer that is good enough."
 KEEP_ALIVE_SECONDS = 5.0
-"""A proxy or a client that hears nothing gives up; OpenAI's clients skip comments."""
+"""Comments keep proxies and clients from timing out; OpenAI's clients skip them."""
 _COMMENT = ": sampling\n\n"
 _PIECE = re.compile(r"\s*\S{1,40}\s?|\s+")
 
 
 def completion(outcome: Outcome, identity: str, *, details: bool) -> dict[str, object]:
-    """The body of a chat completion: the best choices first, the usage of all candidates.
+    """The body of a chat completion: the best choices first, and the usage of all candidates.
 
-    `details` adds `cappy`: how the answer came about, and every candidate with its scores.
+    `details` adds `cappy`: the summary of the outcome, and all candidates with their scores.
     """
     body: dict[str, object] = {
         "id": identity,
@@ -30,40 +30,43 @@ def completion(outcome: Outcome, identity: str, *, details: bool) -> dict[str, o
         "choices": _choices(outcome),
         "usage": _usage(outcome),
     }
-    return {**body, "cappy": {**facts(outcome), "candidates": _candidates(outcome)}} if details else body
+    return {**body, "cappy": {**summary(outcome), "candidates": _candidates(outcome)}} if details else body
 
 
 def _choices(outcome: Outcome) -> list[dict[str, object]]:
-    """The choices, best first, as the LLM's server sent them; the stated refusal where the gateway abstains."""
-    if outcome.how == "abstained":
+    """The choices, best first, as the LLM's server sent them; a refusal if the gateway abstains."""
+    if outcome.kind == "abstained":
         message = {"role": "assistant", "content": REFUSAL, "refusal": REFUSAL}
         return [{"index": 0, "message": message, "logprobs": None, "finish_reason": "content_filter"}]
-    return [{**draw.choice, "index": index} for index, draw in enumerate(outcome.draws[: outcome.request.count])]
+    return [
+        {**candidate.choice, "index": index}
+        for index, candidate in enumerate(outcome.candidates[: outcome.request.count])
+    ]
 
 
 def _usage(outcome: Outcome) -> dict[str, object]:
-    """Tokens of all candidates, as their servers counted them for every call, details included."""
+    """Tokens of all calls as reported by the LLMs' servers, including details."""
     total: dict[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-    for one in outcome.ledger.usages:
-        total = _add_numbers(total, one)
+    for usage in outcome.ledger.usages:
+        total = _add_numbers(total, usage)
     return {**total, "total_tokens": total["prompt_tokens"] + total["completion_tokens"]}
 
 
-def facts(outcome: Outcome) -> dict[str, object]:
-    """How the answer came about, as JSON values; `limit` is null where none was reached.
+def summary(outcome: Outcome) -> dict[str, object]:
+    """Summarizes an outcome as JSON values; `limit` is null if none was reached.
 
-    `unmetered_calls` took tokens that no server reported: `usage` lacks them, the limits on money count the most that
-    they can be.
+    `unmetered_calls` counts calls whose tokens no server reported: `usage` lacks them, and the cost limits count their
+    maximum.
     """
     ledger = outcome.ledger
     return {
-        "outcome": outcome.how,
+        "outcome": outcome.kind,
         "stop": outcome.stop,
         "limit": outcome.limit,
         "score": outcome.best.value,
         "calibrated": outcome.calibrated,
         "scorer": outcome.scorer,
-        "sampled": len(outcome.draws),
+        "sampled": len(outcome.candidates),
         "calls": ledger.calls,
         "failed_calls": ledger.failed,
         "unmetered_calls": ledger.unmetered,
@@ -73,35 +76,35 @@ def facts(outcome: Outcome) -> dict[str, object]:
 
 
 def headers(outcome: Outcome) -> dict[str, str]:
-    """The facts as headers, `X-Cappy-Outcome` to `X-Cappy-Seconds`; those without a value are left out."""
-    texts = {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts(outcome).items()}
+    """The summary as headers, `X-Cappy-Outcome` to `X-Cappy-Seconds`; values that are empty are left out."""
+    values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in summary(outcome).items()}
     return {
         f"X-Cappy-{name.replace('_', '-').title()}": value.encode("ascii", "replace").decode()
-        for name, value in texts.items()
+        for name, value in values.items()
         if value not in ("null", "")
     }
 
 
 def _candidates(outcome: Outcome) -> list[dict[str, object]]:
-    """Every candidate with its scores, best first; `score` is null where it was no text that could be scored."""
+    """All candidates with their scores, best first; `score` is null if the candidate could not be scored."""
     return [
         {
-            "content": draw.text,
-            "score": draw.score,
-            "calibrated_score": draw.value if outcome.calibrated else None,
-            "status": draw.status,
-            "finish_reason": draw.choice.get("finish_reason"),
-            "model": draw.model,
-            "seed": draw.seed,
+            "content": candidate.text,
+            "score": candidate.score,
+            "calibrated_score": candidate.value if outcome.calibrated else None,
+            "status": candidate.status,
+            "finish_reason": candidate.choice.get("finish_reason"),
+            "model": candidate.model,
+            "seed": candidate.seed,
         }
-        for draw in outcome.draws
+        for candidate in outcome.candidates
     ]
 
 
 def chunks(outcome: Outcome, identity: str, *, details: bool) -> Iterator[dict[str, object]]:
-    """The chunks of a stream: for each choice its role, its text in pieces and its finish_reason; last the usage.
+    """The chunks of a stream: for each choice its role, its text in pieces and its finish_reason; then the usage.
 
-    The chunk that ends the first choice holds `cappy`, the facts, since a stream's headers may have gone before them.
+    The last chunk of the first choice holds `cappy`, the summary, since the headers may have been sent before.
     """
     head = {"id": identity, "object": "chat.completion.chunk", "created": int(time.time()), "model": outcome.best.model}
     if outcome.request.include_usage:
@@ -110,30 +113,32 @@ def chunks(outcome: Outcome, identity: str, *, details: bool) -> Iterator[dict[s
         yield from ({**head, "choices": [part]} for part in _parts(choice))
         end = {**head, "choices": [_part(choice, {}, finish=choice.get("finish_reason"))]}
         if choice["index"] == 0:
-            own = {"candidates": _candidates(outcome)} if details else {}
-            end["cappy"] = {**facts(outcome), **own}
+            extra = {"candidates": _candidates(outcome)} if details else {}
+            end["cappy"] = {**summary(outcome), **extra}
         yield end
     if outcome.request.include_usage:
         yield {**head, "choices": [], "usage": _usage(outcome)}
 
 
 def _parts(choice: Mapping[str, Any]) -> Iterator[dict[str, object]]:
-    """What of a choice goes before its end: the role, the text in pieces, and whatever else its message holds."""
+    """The chunks of a choice before its last one: role, other fields of the message, and the text in pieces."""
     message = choice.get("message") or {}
     content = message.get("content")
-    others = {name: value for name, value in message.items() if name not in ("role", "content") and value is not None}
+    other_fields = {
+        name: value for name, value in message.items() if name not in ("role", "content") and value is not None
+    }
     yield _part(choice, {"role": "assistant", "content": ""})
-    if others:
-        yield _part(choice, others)
+    if other_fields:
+        yield _part(choice, other_fields)
     if choice.get("logprobs"):
-        # Their tokens are not our pieces, so both go whole.
+        # Log-probabilities are per token and pieces are not tokens, so the text is sent in one chunk.
         yield _part(choice, {"content": content or ""}, logprobs=choice["logprobs"])
     else:
         yield from (_part(choice, {"content": piece}) for piece in pieces(content))
 
 
 def pieces(content: object) -> Sequence[str]:
-    """A text in pieces of about a word that add up to it; none of what is not a text."""
+    """Splits a text into pieces of about a word; no pieces if it is not a string."""
     return _PIECE.findall(content) if isinstance(content, str) else ()
 
 
@@ -147,38 +152,41 @@ def _part(choice: Mapping[str, object], delta: Mapping[str, object], **more: obj
 
 
 def _add_numbers(total: Mapping[str, object], more: Mapping[str, object]) -> dict[str, Any]:
-    """Numbers added up by name, at any depth; what is not a number is left out."""
-    added = dict(total)
+    """Adds up numbers by name at any depth; other values are ignored."""
+    result = dict(total)
     for name, value in more.items():
-        known = added.get(name)
-        if isinstance(value, dict) and isinstance(known, dict | None):
-            added[name] = _add_numbers(known or {}, value)
-        elif isinstance(value, int | float) and not isinstance(value, bool) and isinstance(known, int | float | None):
-            added[name] = (known or 0) + value
-    return added
+        current = result.get(name)
+        if isinstance(value, dict) and isinstance(current, dict | None):
+            result[name] = _add_numbers(current or {}, value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and isinstance(current, int | float | None):
+            result[name] = (current or 0) + value
+    return result
 
 
 async def events(
-    work: "asyncio.Task[Outcome]", write: Callable[[Outcome], Iterator[Mapping[str, object]]], *, keep_alive: float
+    task: "asyncio.Task[Outcome]",
+    build_chunks: Callable[[Outcome], Iterator[Mapping[str, object]]],
+    *,
+    keep_alive: float,
 ) -> AsyncIterator[str]:
-    """The chunks of the outcome as events, `[DONE]` last; a comment at once and each `keep_alive` seconds until then.
+    """Yields the chunks of the outcome as server-sent events, then `[DONE]`; before, a comment every `keep_alive` s.
 
-    A GatewayError becomes an event with OpenAI's error object, which its clients raise. The work is cancelled when the
-    client goes.
+    A GatewayError becomes an event with OpenAI's error object, which its clients raise. The task is cancelled when the
+    client disconnects.
     """
     try:
-        while not work.done():
+        while not task.done():
             yield _COMMENT
-            await asyncio.wait({work}, timeout=keep_alive)
-        for chunk in write(work.result()):
+            await asyncio.wait({task}, timeout=keep_alive)
+        for chunk in build_chunks(task.result()):
             yield _event(chunk)
         yield "data: [DONE]\n\n"
     except GatewayError as problem:
         yield _event(problem.body())
     finally:
-        work.cancel()
+        task.cancel()
 
 
 def _event(values: Mapping[str, object]) -> str:
-    """One event."""
+    """A server-sent event."""
     return f"data: {json.dumps(values)}\n\n"

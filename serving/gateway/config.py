@@ -1,4 +1,4 @@
-"""Settings of `cappy gateway`: every field is a flag. The groups are what its parts take: a config is each of them."""
+"""Settings of `cappy gateway`; every field is a flag. Each group is the config of one part of the gateway."""
 
 import math
 from pathlib import Path
@@ -13,117 +13,116 @@ from serving.config import DEFAULT_SCORER, AccessConfig, BodyLimits, ListenerCon
 
 @settings
 class LlmConfig:
-    """The LLM; prices are money per million tokens."""
+    """The LLM; prices are per million tokens."""
 
     RENAMED: ClassVar[Renames] = {"price_prompt": "price_input", "price_completion": "price_output"}
 
     upstream: Annotated[str, Field(description="The LLM's OpenAI-compatible server: http://host:port/v1")]
     key_variable: Annotated[
-        str, Field(description="Environment variable with the LLM's key; without it clients' own are passed on")
+        str, Field(description="Environment variable with the LLM's key; default: clients' own keys are passed on")
     ] = ""
-    price_input: Annotated[float, Field(ge=0, description="Price of a million tokens of prompts")] = 0.0
-    price_output: Annotated[float, Field(ge=0, description="Price of a million tokens of responses")] = 0.0
+    price_input: Annotated[float, Field(ge=0, description="Price per million prompt tokens")] = 0.0
+    price_output: Annotated[float, Field(ge=0, description="Price per million response tokens")] = 0.0
 
 
 @settings
 class ScorerSource:
-    """Where scores come from."""
+    """The scorer: in this process, or a running `cappy serve`."""
 
     scorer: Annotated[
         str, Field(description="Scorer: a spec as in cappy serve, or http://host:port of a running cappy serve")
     ] = DEFAULT_SCORER
     scorer_key_variable: Annotated[
-        str, ADVANCED, Field(description="Environment variable with an API key of that cappy serve")
+        str, ADVANCED, Field(description="Environment variable with an API key of the running cappy serve")
     ] = ""
     calibration: Annotated[
-        Path | None, ADVANCED, Field(description="Folder with calibration.json, where the scorer's own has none")
+        Path | None, ADVANCED, Field(description="Folder with calibration.json; default: the scorer's own folder")
     ] = None
 
 
 @settings
 class Policy:
-    """How many candidates at most, how many in a round, and when fewer are enough.
+    """How many candidates to sample and when to stop early.
 
-    `threshold` stops at a score that is good enough (None: never), `min_gain` where another sample is expected to
-    raise the best score by less (0: never). Below `floor` the answer is not given as it is (None: always given).
+    Sampling stops at a score of `threshold` (None: never), and when another sample is expected to raise the best score
+    by less than `min_gain` (0: never). If the best score is below `floor`, the answer is a refusal or comes from the
+    second LLM (None: never).
     """
 
-    candidates: Annotated[int, Field(ge=1, le=128, description="Most candidates for a request")] = 8
-    round_size: Annotated[int, ADVANCED, Field(ge=1, description="Candidates asked for at once")] = 4
-    threshold: Annotated[float | None, Field(description="Score from which no more are sampled")] = None
+    candidates: Annotated[int, Field(ge=1, le=128, description="Maximum candidates per request")] = 8
+    round_size: Annotated[int, ADVANCED, Field(ge=1, description="Candidates requested at once")] = 4
+    threshold: Annotated[float | None, Field(description="Stop sampling once a candidate reaches this score")] = None
     min_gain: Annotated[
         float,
         ADVANCED,
-        Field(ge=0, description="Stop where another sample is expected to raise the best score by less"),
+        Field(ge=0, description="Stop when another sample is expected to raise the best score by less than this"),
     ] = 0.01
     floor: Annotated[
-        float | None, Field(description="Score below which the answer is a refusal, or a second LLM is asked")
+        float | None, Field(description="If the best score is lower: refuse, or ask the second LLM (--escalate-to)")
     ] = None
 
     def __post_init__(self) -> None:
         for name in ("threshold", "floor"):
             if math.isnan(getattr(self, name) or 0.0):
-                raise ConfigError(f"--{name}: is not a number; give one, or leave it out")
+                raise ConfigError(f"--{name}: expected a number, got nan; give a number or leave the flag out")
         if self.threshold is not None and self.floor is not None and self.floor > self.threshold:
-            what = f"--floor {self.floor:g} is above --threshold {self.threshold:g}"
-            raise ConfigError(f"{what}: an answer that is good enough would be refused; lower --floor")
+            text = f"--floor {self.floor:g} is above --threshold {self.threshold:g}"
+            raise ConfigError(f"{text}: answers that reach the threshold would be refused; lower --floor")
 
 
 @settings
 class EscalationConfig:
-    """The second LLM, which is asked below `floor`."""
+    """The second LLM, which is asked if the best score is below `floor`."""
 
     RENAMED: ClassVar[Renames] = {
         "escalate_price_prompt": "escalate_price_input",
         "escalate_price_completion": "escalate_price_output",
     }
 
-    escalate_to: Annotated[str, ADVANCED, Field(description="Server of the second LLM, asked below --floor")] = ""
-    escalate_model: Annotated[str, ADVANCED, Field(description="Model of the second LLM; without it the client's")] = ""
+    escalate_to: Annotated[str, ADVANCED, Field(description="Server of the second LLM, used below --floor")] = ""
+    escalate_model: Annotated[str, ADVANCED, Field(description="Model of the second LLM; default: the client's")] = ""
     escalate_key_variable: Annotated[
         str, ADVANCED, Field(description="Environment variable with the second LLM's key")
     ] = ""
-    escalate_candidates: Annotated[int, ADVANCED, Field(ge=1, description="Most candidates of the second LLM")] = 1
+    escalate_candidates: Annotated[int, ADVANCED, Field(ge=1, description="Maximum candidates of the second LLM")] = 1
     escalate_price_input: Annotated[
-        float, ADVANCED, Field(ge=0, description="Price of a million tokens of prompts of the second LLM")
+        float, ADVANCED, Field(ge=0, description="Price per million prompt tokens of the second LLM")
     ] = 0.0
     escalate_price_output: Annotated[
-        float, ADVANCED, Field(ge=0, description="Price of a million tokens of responses of the second LLM")
+        float, ADVANCED, Field(ge=0, description="Price per million response tokens of the second LLM")
     ] = 0.0
 
 
 @settings
 class SpendingLimits:
-    """Of one request: seconds, completion tokens and money over all its candidates; of all requests: money.
+    """Limits per request on time, and on completion tokens and cost of all its candidates; and on the total cost.
 
-    0 means no limit, but for `max_seconds`, which is always one.
+    0 means no limit, except for `max_seconds`.
     """
 
-    max_seconds: Annotated[
-        float, Field(ge=0.1, allow_inf_nan=False, description="Longest time for a request, in seconds")
-    ] = 60.0
+    max_seconds: Annotated[float, Field(ge=0.1, allow_inf_nan=False, description="Maximum seconds per request")] = 60.0
     max_tokens: Annotated[
-        int, Field(ge=0, description="Most completion tokens for a request, all candidates together; 0: no limit")
+        int, Field(ge=0, description="Maximum completion tokens per request, all candidates together; 0: no limit")
     ] = 0
     max_cost: Annotated[
-        float, Field(ge=0, allow_inf_nan=False, description="Most money for a request; 0: no limit")
+        float, Field(ge=0, allow_inf_nan=False, description="Maximum cost per request; 0: no limit")
     ] = 0.0
     max_total_cost: Annotated[
         float,
         Field(
             ge=0,
             allow_inf_nan=False,
-            description="Most money for all requests until it is started again; 0: no limit",
+            description="Maximum cost of all requests until the gateway is restarted; 0: no limit",
         ),
     ] = 0.0
 
 
 @settings
 class ChatLimits(BodyLimits):
-    """What a body may be; one turn of a conversation has three values."""
+    """Limits of a request body; one turn of a conversation has three values."""
 
     max_values: Annotated[
-        int, ADVANCED, Field(ge=100, description="Most JSON values in a request body; more get status 413")
+        int, ADVANCED, Field(ge=100, description="Maximum JSON values in a request body; more get status 413")
     ] = 10_000
 
 
@@ -131,17 +130,17 @@ class ChatLimits(BodyLimits):
 class GatewayConfig(
     ChatLimits, AccessConfig, ListenerConfig, SpendingLimits, EscalationConfig, Policy, ScorerSource, LlmConfig
 ):
-    """How the best of an LLM's samples is found and served."""
+    """Settings of `cappy gateway`."""
 
     port: Port = 8090
     strip_reasoning: Annotated[
         bool,
         Field(
-            description="Score and answer what follows the LLM's reasoning (<think>...</think> and other markup) alone"
+            description="Remove the LLM's reasoning (<think>...</think> and other markup) before scoring and answering"
         ),
     ] = False
     feedback: Annotated[
-        Path | None, Field(description="Folder to keep every answer in, its texts included; nothing is kept without it")
+        Path | None, Field(description="Folder to store answers with their texts in; default: nothing is stored")
     ] = None
 
     def __post_init__(self) -> None:
@@ -149,10 +148,10 @@ class GatewayConfig(
         Policy.__post_init__(self)
         alone = self.escalate_model or self.escalate_key_variable
         if (self.floor is None and self.escalate_to) or (not self.escalate_to and alone):
-            raise ConfigError("a second LLM is asked below --floor at --escalate-to; give both, or neither")
+            raise ConfigError("a second LLM needs both --floor and --escalate-to; give both, or neither")
         if self.scorer_key_variable and not self.scorer.startswith(("http://", "https://")):
             raise ConfigError(
-                "--scorer-key-variable: is for a running service; give its address, --scorer http://host:port"
+                "--scorer-key-variable: only used with a running service; give its address: --scorer http://host:port"
             )
         if (self.max_cost or self.max_total_cost) and not (self.price_input or self.price_output):
-            raise ConfigError("limits on money need prices; give --price-input and --price-output")
+            raise ConfigError("--max-cost and --max-total-cost need prices; give --price-input and --price-output")

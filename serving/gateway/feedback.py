@@ -1,14 +1,14 @@
-"""The feedback log: every answer with its candidates, and beside it those that a user had a word for.
+"""The feedback log: all answers with their candidates, and users' scores and references for them.
 
-Three folders of records. `answers` holds all, and none of them is an instance yet, for nothing says what is right.
-`rated` holds those whose choices got a score: the rated candidates alone, with their label `given`. `referenced` holds
-those that got a reference, with all their candidates. The last two are read by `cappy adapt` and `annotation`; a scorer
-learns from a rated answer only where two of its choices are.
+It has three folders of records. `answers` holds all answers, which are not instances since they have no references or
+labels. `rated` holds answers with scores from users: only the rated candidates, with the label `given`. `referenced`
+holds answers with a reference from a user, with all candidates. The last two can be read by `cappy adapt` and
+`annotation`; a scorer only learns from a rated answer if two of its choices are rated.
 
-Each folder grows row by row, and at every moment it is whole on disk. Rows of the open part are held in memory until it
-is full, and written with it at every `flush` under a new name; the manifest then names the new part, and the old one
-goes. A crash loses what was added since the last flush, and leaves at most a part that no manifest names, which the
-next start removes. Rows are what users wrote: folder and files are their owner's alone, whatever the umask.
+Each folder is complete on disk at any time. Rows of the open part stay in memory until it is full; every `flush` writes
+them as a part with a new name, and the manifest then names the new part instead of the old one. A crash loses the rows
+since the last flush and leaves at most one part that no manifest names, which the next start removes. Rows contain what
+users wrote, so folder and files are only readable by their owner, whatever the umask.
 """
 
 import asyncio
@@ -37,20 +37,20 @@ from cappy.records.schema import to_table
 from serving.bodies import Bounds
 from serving.gateway.answering import Outcome
 from serving.gateway.errors import GatewayError
-from serving.gateway.requests import invalid, read_object
-from serving.gateway.upstream import Draw
+from serving.gateway.requests import read_object, validation_error
+from serving.gateway.upstream import SampledCandidate
 
 FLUSH_SECONDS = 5.0
 LOGGER = logging.getLogger("serving.gateway")
-_HELD_OUT = (("test", 0.2), ("validation", 0.3))
-"""Shares of the splits as preparation draws them, added up."""
+SPLIT_SHARES = (("test", 0.2), ("validation", 0.3))
+"""Cumulative shares of the held-out splits, as in preparation."""
 PART_ROWS = 512
 PART_CHARACTERS = 8_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """The columns of an instance, which it becomes once it has a reference or a label: before that it is none."""
+    """A row with the columns of an instance; it is only a valid instance once it has a reference or a label."""
 
     instance_id: str
     instruction: str
@@ -65,7 +65,7 @@ class Answer:
 
 
 class AppendableDataset:
-    """Rows by id under a manifest; of one process alone. FolderError where another process holds the folder."""
+    """Rows by id in Parquet parts under a manifest, for one process; raises FolderError if another holds the lock."""
 
     def __init__(self, folder: Path, *, part_rows: int = PART_ROWS, part_characters: int = PART_CHARACTERS) -> None:
         self._folder = folder
@@ -77,62 +77,62 @@ class AppendableDataset:
             try:
                 self._lock.enter_context(hold_lock(folder / ".lock", patience=0))
             except Timeout:
-                raise FolderError(f"{folder}: another gateway writes there; give each a folder of its own") from None
-        self._closed: list[File] = list(read_manifest(folder).files) if (folder / MANIFEST).exists() else []
-        self._number = 1 + max((_number(file.name) for file in self._closed), default=-1)
-        self._keys: dict[str, NDArray[np.uint64]] = {}
-        self._open: dict[str, Answer] = {}
+                raise FolderError(f"{folder}: in use by another gateway; give each gateway its own folder") from None
+        self._full_parts: list[File] = list(read_manifest(folder).files) if (folder / MANIFEST).exists() else []
+        self._part_number = 1 + max((_part_number(file.name) for file in self._full_parts), default=-1)
+        self._id_hashes: dict[str, NDArray[np.uint64]] = {}
+        self._open_rows: dict[str, Answer] = {}
         self._characters = 0
-        self._written: File | None = None
-        self._changed = False
-        self._remove_strays()
+        self._open_file: File | None = None
+        self._has_changes = False
+        self._remove_unlisted_parts()
 
     def put(self, row: Answer) -> None:
-        """Adds a row, or puts it in the place of the one with its id."""
-        if row.instance_id not in self._open and (index := self._part_of(row.instance_id)) is not None:
-            name = self._closed[index].name
-            rows = {known.instance_id: known for known in _rows(self._folder / name)}
-            self._closed[index] = self._write([*(rows | {row.instance_id: row}).values()])
-            self._keys.pop(name, None)
-            self._changed = True
+        """Adds a row, or replaces the one with its id."""
+        if row.instance_id not in self._open_rows and (index := self._find_part(row.instance_id)) is not None:
+            name = self._full_parts[index].name
+            rows = {stored_row.instance_id: stored_row for stored_row in _read_rows(self._folder / name)}
+            self._full_parts[index] = self._write([*(rows | {row.instance_id: row}).values()])
+            self._id_hashes.pop(name, None)
+            self._has_changes = True
             self.flush()
             return
-        former = self._open.get(row.instance_id)
-        self._open[row.instance_id] = row
-        self._characters += _size(row) - (_size(former) if former else 0)
-        self._changed = True
-        if len(self._open) >= self._part_rows or self._characters >= self._part_characters:
+        previous = self._open_rows.get(row.instance_id)
+        self._open_rows[row.instance_id] = row
+        self._characters += _num_characters(row) - (_num_characters(previous) if previous else 0)
+        self._has_changes = True
+        if len(self._open_rows) >= self._part_rows or self._characters >= self._part_characters:
             try:
                 self.flush()
             except FolderError:
-                # Or memory would grow for as long as the disk refuses.
-                del self._open[row.instance_id]
+                # Otherwise memory would grow while the disk is full.
+                del self._open_rows[row.instance_id]
                 raise
-            self._closed += [self._written] if self._written else []
-            self._open, self._characters, self._written = {}, 0, None
+            self._full_parts += [self._open_file] if self._open_file else []
+            self._open_rows, self._characters, self._open_file = {}, 0, None
 
     def get(self, instance_id: str) -> Answer | None:
-        """The row with this id; None if there is none."""
-        if instance_id in self._open:
-            return self._open[instance_id]
-        index = self._part_of(instance_id)
+        """Returns the row with this id, or None."""
+        if instance_id in self._open_rows:
+            return self._open_rows[instance_id]
+        index = self._find_part(instance_id)
         if index is None:
             return None
-        rows = _rows(self._folder / self._closed[index].name)
+        rows = _read_rows(self._folder / self._full_parts[index].name)
         return next(row for row in rows if row.instance_id == instance_id)
 
     def flush(self) -> None:
-        """Writes what was added or changed since the last time."""
-        if not self._changed:
+        """Writes what was added or changed since the last flush."""
+        if not self._has_changes:
             return
-        self._written = self._write([*self._open.values()]) if self._open else None
-        files = (*self._closed, *([self._written] if self._written else []))
+        self._open_file = self._write([*self._open_rows.values()]) if self._open_rows else None
+        files = (*self._full_parts, *([self._open_file] if self._open_file else []))
         write_manifest(self._folder, Manifest(step="gateway", files=files), private=True)
-        self._changed = False
-        self._remove_strays()
+        self._has_changes = False
+        self._remove_unlisted_parts()
 
     def close(self) -> None:
-        """Writes the rest, and lets the folder go."""
+        """Flushes and releases the lock on the folder."""
         try:
             self.flush()
         finally:
@@ -140,10 +140,10 @@ class AppendableDataset:
 
     def _write(self, rows: Sequence[Answer]) -> File:
         buffer = io.BytesIO()
-        # A table is made of columns alone, and an answer has an instance's.
+        # `to_table` only reads the columns, which an answer shares with an instance.
         pq.write_table(to_table(cast("Sequence[Instance]", rows)), buffer, compression="zstd")
-        name = f"part-{self._number:05d}.parquet"
-        self._number += 1
+        name = f"part-{self._part_number:05d}.parquet"
+        self._part_number += 1
         write_bytes(self._folder / name, buffer.getvalue(), private=True)
         return File(
             name=name,
@@ -152,60 +152,68 @@ class AppendableDataset:
             candidates=sum(len(row.candidates) for row in rows),
         )
 
-    def _part_of(self, instance_id: str) -> int | None:
-        """The index of the closed part that holds this id, looked for from the newest on."""
-        key = _key(instance_id)
-        for index in range(len(self._closed) - 1, -1, -1):
-            name = self._closed[index].name
-            if (self._keys_of(name) == key).any() and instance_id in self._ids(name):
+    def _find_part(self, instance_id: str) -> int | None:
+        """The index of the full part with this id, newest parts first."""
+        key = _hash_id(instance_id)
+        for index in range(len(self._full_parts) - 1, -1, -1):
+            name = self._full_parts[index].name
+            if (self._id_hashes_of(name) == key).any() and instance_id in self._ids(name):
                 return index
         return None
 
-    def _keys_of(self, name: str) -> NDArray[np.uint64]:
-        """Hashes of a closed part's ids, kept: every new answer is looked for in all parts."""
-        keys = self._keys.get(name)
+    def _id_hashes_of(self, name: str) -> NDArray[np.uint64]:
+        """Hashes of a full part's ids, cached: every new id is looked up in all parts."""
+        keys = self._id_hashes.get(name)
         if keys is None:
-            keys = self._keys[name] = np.array([_key(one) for one in self._ids(name)], np.uint64)
+            keys = self._id_hashes[name] = np.array(
+                [_hash_id(instance_id) for instance_id in self._ids(name)], np.uint64
+            )
         return keys
 
     def _ids(self, name: str) -> list[str]:
         ids: list[str] = pq.read_table(self._folder / name, columns=["instance_id"])["instance_id"].to_pylist()
         return ids
 
-    def _remove_strays(self) -> None:
-        named = {file.name for file in (*self._closed, *([self._written] if self._written else []))}
+    def _remove_unlisted_parts(self) -> None:
+        listed = {file.name for file in (*self._full_parts, *([self._open_file] if self._open_file else []))}
         for path in self._folder.glob("part-*.parquet"):
-            if path.name not in named:
+            if path.name not in listed:
                 with contextlib.suppress(FileNotFoundError):
                     path.unlink()
 
 
-def _key(instance_id: str) -> np.uint64:
+def _hash_id(instance_id: str) -> np.uint64:
     return np.uint64(int.from_bytes(hashlib.blake2b(instance_id.encode(), digest_size=8).digest(), "big"))
 
 
-def _size(row: Answer) -> int:
-    """Characters of a row that a client chooses."""
-    return len(row.instruction) + sum(map(len, row.references)) + sum(len(one.response) for one in row.candidates)
+def _num_characters(row: Answer) -> int:
+    """Number of characters in a row that clients and LLMs wrote."""
+    return (
+        len(row.instruction)
+        + sum(map(len, row.references))
+        + sum(len(candidate.response) for candidate in row.candidates)
+    )
 
 
-def _rows(path: Path) -> list[Answer]:
+def _read_rows(path: Path) -> list[Answer]:
     return [Answer(**{**row, **_from_parquet(row)}) for row in pq.read_table(path).to_pylist()]
 
 
 def _from_parquet(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What Parquet gives as lists, as the record has it."""
+    """Converts Parquet's lists to the types of the record."""
     maps = ("labels", "scores")
-    candidates = tuple(Candidate(**{**one, **{name: dict(one[name]) for name in maps}}) for one in row["candidates"])
+    candidates = tuple(
+        Candidate(**{**candidate, **{name: dict(candidate[name]) for name in maps}}) for candidate in row["candidates"]
+    )
     return {"references": tuple(row["references"]), "choices": tuple(row["choices"]), "candidates": candidates}
 
 
-def _number(name: str) -> int:
+def _part_number(name: str) -> int:
     return int(name.removeprefix("part-").removesuffix(".parquet"))
 
 
 class Feedback(BaseModel):
-    """What a user thought of an answer: a score from 0 to 1 of one of its choices, or what would have been right."""
+    """A user's feedback on an answer: a score from 0 to 1 for one of its choices, or the right answer."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -216,21 +224,21 @@ class Feedback(BaseModel):
 
 
 def read_feedback(data: bytes, bounds: Bounds) -> Feedback:
-    """The feedback in a body; GatewayError 400 where it is none, 413 where it is out of bounds."""
+    """Reads the feedback in a body; raises GatewayError 400 if it is invalid, 413 if it is out of bounds."""
     body = read_object(data, bounds)
     try:
         feedback = Feedback.model_validate(body)
     except ValidationError as error:
-        raise invalid(error, body) from None
+        raise validation_error(error, body) from None
     if (feedback.score is None) == (feedback.reference is None):
         raise GatewayError(400, 'give a score or a reference: {"id": "chatcmpl-...", "score": 0.8}', param="score")
     if feedback.reference is not None and not feedback.reference.strip():
-        raise GatewayError(400, "reference is blank; give the text that would have been right", param="reference")
+        raise GatewayError(400, "reference is blank; give the right answer", param="reference")
     return feedback
 
 
 class FeedbackLog:
-    """Keeps answers and what is said of them under a folder; all writing is done in one thread."""
+    """Stores answers and feedback on them in a folder; one thread does all writing."""
 
     def __init__(self, folder: Path) -> None:
         with disk_errors(folder):
@@ -241,25 +249,25 @@ class FeedbackLog:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feedback")
 
     async def keep(self, outcome: Outcome, identity: str) -> None:
-        """Keeps an answer; an error of the disk is logged, and the answer is given all the same."""
+        """Stores an answer; an error of the disk is logged and does not fail the request."""
         try:
-            await self._in_writer(lambda: self._answers.put(answer_of(outcome, identity)))
+            await self._in_writer(lambda: self._answers.put(to_answer(outcome, identity)))
         except CappyError as error:
-            LOGGER.error("feedback: %s: an answer was not kept", error)
+            LOGGER.error("feedback: %s; an answer was not stored", error)
 
     async def add(self, feedback: Feedback) -> None:
-        """Adds what a user said; GatewayError 404 where no such answer was kept."""
+        """Adds a user's feedback; raises GatewayError 404 if the answer is not stored."""
         await self._in_writer(lambda: self._add(feedback))
 
-    async def flush_for_ever(self) -> None:
-        """Writes what is new every `FLUSH_SECONDS`."""
+    async def flush_periodically(self) -> None:
+        """Flushes every `FLUSH_SECONDS`, until it is cancelled."""
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
             with contextlib.suppress(CappyError):
                 await self._in_writer(self._flush)
 
     def close(self) -> None:
-        """Writes the rest and lets the folders go."""
+        """Flushes and releases the folders."""
         self._writer.shutdown(wait=True)
         for dataset in self._datasets:
             try:
@@ -278,61 +286,65 @@ class FeedbackLog:
     def _add(self, feedback: Feedback) -> None:
         answer = self._answers.get(feedback.id)
         if answer is None:
-            text = "no answer with this id was kept here; give the id of a completion of this gateway"
+            text = "no answer with this id is stored; give the id of a completion of this gateway"
             raise GatewayError(404, text, param="id", code="not_found")
         if feedback.choice >= len(answer.candidates):
             raise GatewayError(400, f"choice must be below {len(answer.candidates)}", param="choice")
         if feedback.reference is not None:
-            self._referenced.put(check_row(replace(answer, references=(feedback.reference,))))
+            self._referenced.put(check_answer(replace(answer, references=(feedback.reference,))))
             return
-        rated = answer.candidates[feedback.choice].with_label(GIVEN, feedback.score or 0.0)
-        earlier = self._rated.get(feedback.id)
-        others = [one for one in earlier.candidates if not _same(one, rated)] if earlier else []
-        self._rated.put(check_row(replace(answer, candidates=(*others, rated))))
+        rated_candidate = answer.candidates[feedback.choice].with_label(GIVEN, feedback.score or 0.0)
+        previous = self._rated.get(feedback.id)
+        other_candidates = (
+            [candidate for candidate in previous.candidates if not _is_same_candidate(candidate, rated_candidate)]
+            if previous
+            else []
+        )
+        self._rated.put(check_answer(replace(answer, candidates=(*other_candidates, rated_candidate))))
 
     async def _in_writer(self, work: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._writer, work)
 
 
-def answer_of(outcome: Outcome, identity: str) -> Answer:
-    """The row of an outcome, its candidates best first; equal conversations are one group and have one split."""
+def to_answer(outcome: Outcome, identity: str) -> Answer:
+    """The row of an outcome, candidates best first; equal conversations are in the same group and split."""
     prompt = prompt_hash(outcome.request.instruction)
     return Answer(
         instance_id=identity,
         instruction=outcome.request.instruction,
         group_id=f"{prompt:016x}",
-        split=next((split for split, share in _HELD_OUT if prompt / 2**64 < share), "train"),
-        candidates=tuple(_candidate(draw, outcome) for draw in outcome.draws),
+        split=next((split for split, share in SPLIT_SHARES if prompt / 2**64 < share), "train"),
+        candidates=tuple(_candidate(candidate, outcome) for candidate in outcome.candidates),
     )
 
 
-def check_row(answer: Answer) -> Answer:
-    """The row, once it is an instance; RecordError where it is none."""
+def check_answer(answer: Answer) -> Answer:
+    """Returns the row if it is a valid instance; raises RecordError otherwise."""
     Instance(**{name: getattr(answer, name) for name in answer.__dataclass_fields__})
     return answer
 
 
-def _same(one: Candidate, other: Candidate) -> bool:
-    return replace(one, labels={}) == replace(other, labels={})
+def _is_same_candidate(candidate: Candidate, other_candidate: Candidate) -> bool:
+    return replace(candidate, labels={}) == replace(other_candidate, labels={})
 
 
-def _candidate(draw: Draw, outcome: Outcome) -> Candidate:
-    known = draw.logprob_sum is not None and draw.num_tokens
+def _candidate(candidate: SampledCandidate, outcome: Outcome) -> Candidate:
+    has_logprobs = candidate.logprob_sum is not None and candidate.num_tokens
     return Candidate(
-        response=draw.text,
-        generator=draw.generator,
-        revision=draw.model,
+        response=candidate.text,
+        generator=candidate.generator,
+        revision=candidate.model,
         decoding=_decoding_name(outcome.request.body),
-        seed=draw.seed,
-        status=draw.status,
-        logprob_sum=draw.logprob_sum,
-        logprob_mean=draw.logprob_sum / draw.num_tokens if known else None,  # type: ignore[operator]
-        num_tokens=draw.num_tokens,
-        scores={outcome.scorer or "unversioned": draw.score} if draw.score is not None else {},
+        seed=candidate.seed,
+        status=candidate.status,
+        logprob_sum=candidate.logprob_sum,
+        logprob_mean=candidate.logprob_sum / candidate.num_tokens if has_logprobs else None,  # type: ignore[operator]
+        num_tokens=candidate.num_tokens,
+        scores={outcome.scorer or "unversioned": candidate.score} if candidate.score is not None else {},
     )
 
 
 def _decoding_name(body: Mapping[str, object]) -> str:
-    """The knobs that the client turned, by name."""
-    knobs = ("temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens")
-    return ",".join(f"{knob}={body[knob]}" for knob in knobs if body.get(knob) is not None)
+    """The sampling parameters in the client's request, as `name=value`."""
+    parameters = ("temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens")
+    return ",".join(f"{name}={body[name]}" for name in parameters if body.get(name) is not None)

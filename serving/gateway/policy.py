@@ -1,18 +1,18 @@
-"""How many candidates to ask for next: by the scores seen so far, and by what limits on tokens and money leave.
+"""How many candidates to sample next, given the scores so far and the limits on tokens and cost.
 
-Drawing one more candidate is worth the expected improvement of the maximum. Scores of one request are taken for draws
-from a normal distribution of unknown mean and variance; under the usual flat prior the next one, given m scores with
-mean x and sample standard deviation s, follows a Student t with v = m - 1 degrees of freedom, location x and scale
+The value of one more candidate is the expected improvement of the maximum. The scores of one request are modelled as
+draws from a normal distribution with unknown mean and variance; under the usual flat prior the next one, given m scores
+with mean x and sample standard deviation s, follows a Student t with v = m - 1 degrees of freedom, location x and scale
 t = s * sqrt(1 + 1/m) (Gelman et al., Bayesian Data Analysis, 3rd ed., section 3.2). With z = (best - x) / t, density f
 and distribution F of the standard t,
 
     gain = t * ((v + z^2) / (v - 1) * f(z) - z * (1 - F(z))),
 
 the expected improvement of Jones, Schonlau and Welch (1998, eq. 15) with the t in place of the normal. Sampling stops
-when the gain is below what a sample must bring (Weitzman 1979: search on while the expected improvement exceeds the
-cost). Fewer than three scores give no finite expectation, so they never stop it. The estimate errs on the side of
-sampling: for scores that are normal it is, in the mean, 2.3 times what another sample brings after 3 scores, 1.7 times
-after 4, 1.3 after 8 and 1.2 after 16 (60,000 simulated requests each).
+when the gain is below the minimum gain (Weitzman 1979: search on while the expected improvement exceeds the cost).
+For fewer than three scores the expectation is not finite, so sampling continues. The estimate is biased towards
+sampling: for normal scores it is on average 2.3 times the true gain after 3 scores, 1.7 times after 4, 1.3 after 8 and
+1.2 after 16 (60,000 simulated requests each).
 """
 
 import math
@@ -30,79 +30,88 @@ from serving.gateway.config import Policy, SpendingLimits
 Stop = Literal["threshold", "gain", "candidates", "temperature", "limit", "upstream"]
 Limit = Literal["seconds", "tokens", "money", "total-money"]
 MAX_USAGE_FIELDS = 32
-"""Numbers of one usage that are kept; servers send about ten."""
+"""Maximum number of fields that are kept of a usage; servers send about ten."""
 MAX_USAGE_DEPTH = 3
 MAX_USAGE_NAME = 64
-_NAMED = ("prompt_tokens", "completion_tokens", "total_tokens")
+_REQUIRED_FIELDS = ("prompt_tokens", "completion_tokens", "total_tokens")
 EXPECTED_TOKENS = 256
-"""Taken for the length of a response where the client sets no limit and none was seen."""
+"""Assumed length of a response if the client sets no limit and there is no response yet."""
 
-LEAST_TOKENS = 16
-"""A first response that could not be longer is of no use, so it is not asked for."""
+MIN_TOKENS = 16
+"""A first response with a lower limit would be of no use, so it is not requested."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How many candidates to draw next; 0 with the reason to stop."""
+    """How many candidates to sample next; 0 with the reason to stop."""
 
     count: int
     stop: Stop | None = None
 
 
 def expected_gain(scores: Sequence[float]) -> float:
-    """How much one more sample is expected to raise the best score, in the scores' units, at least 0.
+    """Expected improvement of the best score by one more sample, in the scores' units, at least 0.
 
-    Infinite for fewer than three scores, of which nothing is known; 0 where all are equal.
+    Infinite for fewer than three scores; 0 if all are equal. See the module's docstring for the formula.
     """
     count = len(scores)
     if count < 3:
         return math.inf
-    spread = statistics.stdev(scores) * math.sqrt(1 + 1 / count)
-    if spread == 0:
+    scale = statistics.stdev(scores) * math.sqrt(1 + 1 / count)
+    if scale == 0:
         return 0.0
-    freedom = count - 1
-    z = (max(scores) - statistics.fmean(scores)) / spread
-    tail = float(stdtr(freedom, -z))
-    gain = spread * ((freedom + z * z) / (freedom - 1) * _density(z, freedom) - z * tail)
+    degrees = count - 1
+    z = (max(scores) - statistics.fmean(scores)) / scale
+    tail = float(stdtr(degrees, -z))
+    gain = scale * ((degrees + z * z) / (degrees - 1) * _density(z, degrees) - z * tail)
     return max(0.0, gain)
 
 
-def decide(policy: Policy, scores: Sequence[float], *, asked: int, drawn: int, wanted: int, most: int) -> Decision:
-    """What to do after `asked` requested candidates, of which `drawn` came and those that could be scored have scores.
+def decide(
+    policy: Policy,
+    scores: Sequence[float],
+    *,
+    num_requested: int,
+    num_received: int,
+    min_candidates: int,
+    max_candidates: int,
+) -> Decision:
+    """Decides whether to continue after `num_requested` candidates, of which `num_received` came.
 
-    At least `wanted` are drawn where they can be, and never more than `most` are asked for.
+    `scores` are those of the candidates that could be scored. At least `min_candidates` are sampled if possible, and at
+    most `max_candidates` are requested.
     """
-    if asked >= most:
+    if num_requested >= max_candidates:
         return Decision(0, "candidates")
-    if drawn >= wanted and scores:
+    if num_received >= min_candidates and scores:
         if policy.threshold is not None and max(scores) >= policy.threshold:
             return Decision(0, "threshold")
         if expected_gain(scores) < policy.min_gain:
             return Decision(0, "gain")
-    return Decision(min(max(policy.round_size, wanted - drawn), most - asked))
+    return Decision(min(max(policy.round_size, min_candidates - num_received), max_candidates - num_requested))
 
 
-def _density(z: float, freedom: int) -> float:
-    """Of the standard Student t."""
-    log = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
-    return math.exp(log - (freedom + 1) / 2 * math.log1p(z * z / freedom))
+def _density(z: float, degrees: int) -> float:
+    """Density of the standard Student t distribution."""
+    log = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(degrees * math.pi)
+    return math.exp(log - (degrees + 1) / 2 * math.log1p(z * z / degrees))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """Money per million tokens."""
+    """Prices per million tokens."""
 
     input: float = 0.0
     output: float = 0.0
 
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
-        """What that many tokens cost."""
+        """The cost of these tokens."""
         return (prompt_tokens * self.input + completion_tokens * self.output) / 1e6
 
 
 @dataclass(frozen=True)
 class RemainingBudget:
-    """What is left under one limit, in tokens of responses or in money."""
+    """The rest of one limit, in response tokens or in money."""
 
     limit: Limit
     left: float
@@ -110,45 +119,45 @@ class RemainingBudget:
 
 @dataclass(frozen=True)
 class Allowance:
-    """How many candidates may be asked for, each at most `most_tokens` long (None: as long as it likes).
+    """How many candidates may be requested, each with at most `max_tokens` (None: no limit).
 
-    `limit` is the one that gives these numbers, None where none does.
+    `limit` is the limit that determines these numbers, if any.
     """
 
     count: int
-    most_tokens: int | None = None
+    max_tokens: int | None = None
     limit: Limit | None = None
 
 
 def allow(
-    wanted: int,
+    max_count: int,
     budgets: Sequence[RemainingBudget],
     prices: Prices,
     *,
     prompt_tokens: int,
-    need: int,
+    min_tokens: int,
     first: bool,
 ) -> Allowance:
-    """As many of the wanted candidates as leave each the `need`ed tokens; where it is the first, one may have fewer."""
-    for count in range(wanted, 0, -1):
-        most, limit = _each(count, budgets, prices, prompt_tokens)
-        if most >= need:
-            return Allowance(count, None if math.isinf(most) else int(most), limit)
-    most, limit = _each(1, budgets, prices, prompt_tokens)
-    return Allowance(int(first and most >= min(need, LEAST_TOKENS)), max(0, int(most)), limit)
+    """Allows up to `max_count` candidates so that each may have `min_tokens`; the `first` one may have fewer."""
+    for count in range(max_count, 0, -1):
+        tokens, limit = _max_tokens_each(count, budgets, prices, prompt_tokens)
+        if tokens >= min_tokens:
+            return Allowance(count, None if math.isinf(tokens) else int(tokens), limit)
+    tokens, limit = _max_tokens_each(1, budgets, prices, prompt_tokens)
+    return Allowance(int(first and tokens >= min(min_tokens, MIN_TOKENS)), max(0, int(tokens)), limit)
 
 
 @dataclass
 class Total:
-    """What all requests have cost since the start, and what those under way may still cost."""
+    """Cost of all requests since the start, and the maximum cost of open calls."""
 
     spent: float = 0.0
-    held: float = 0.0
+    reserved: float = 0.0
 
 
 @dataclass
 class Ledger:
-    """What one request has used: tokens and money that were counted, calls whose were not."""
+    """Usage of one request: tokens and cost that were reported, and calls without a report."""
 
     limits: SpendingLimits
     total: Total
@@ -159,73 +168,78 @@ class Ledger:
     failed: int = 0
     unmetered: int = 0
     charged: float = 0.0
-    """Cost, and what calls that were not counted may have cost at the most."""
+    """Cost, including the maximum cost of calls without a report."""
     usages: list[dict[str, object]] = field(default_factory=list)
 
     def budgets(self) -> list[RemainingBudget]:
-        """What is left under each limit that is set."""
+        """The rest of each limit that is set."""
         limits, budgets = self.limits, []
         if limits.max_tokens:
             budgets.append(RemainingBudget("tokens", limits.max_tokens - self.completion_tokens))
         if limits.max_cost:
             budgets.append(RemainingBudget("money", limits.max_cost - self.charged))
         if limits.max_total_cost:
-            budgets.append(RemainingBudget("total-money", limits.max_total_cost - self.total.spent - self.total.held))
+            budgets.append(
+                RemainingBudget("total-money", limits.max_total_cost - self.total.spent - self.total.reserved)
+            )
         return budgets
 
-    def hold(self, most: float) -> None:
-        """Keeps the most that a call may cost from others until it is settled."""
+    def reserve(self, max_cost: float) -> None:
+        """Reserves the maximum cost of a call until it is settled."""
         self.calls += 1
-        self.total.held += most
+        self.total.reserved += max_cost
 
-    def settle(self, most: float, prompt_tokens: int, completion_tokens: int, cost: float) -> None:
-        """Counts what a call has used."""
+    def settle(self, max_cost: float, prompt_tokens: int, completion_tokens: int, cost: float) -> None:
+        """Counts the usage of a call and ends its reservation."""
         self.prompt_tokens += prompt_tokens
         self.completion_tokens += completion_tokens
         self.cost += cost
-        self._charge(most, cost)
+        self._charge(max_cost, cost)
 
-    def fail(self, most: float, *, paid: bool) -> None:
-        """Counts a call without an answer; one that may have been paid for is charged with the most."""
+    def fail(self, max_cost: float, *, may_be_billed: bool) -> None:
+        """Counts a failed call; one that may be billed is charged with its maximum cost."""
         self.failed += 1
-        self.unmetered += paid
-        self._charge(most, most if paid else 0.0)
+        self.unmetered += may_be_billed
+        self._charge(max_cost, max_cost if may_be_billed else 0.0)
 
     def withdraw(self) -> None:
-        """Forgets a call that failed only to show what a model does not take."""
+        """Removes a failed call that only showed which parameter a model does not accept."""
         self.calls -= 1
         self.failed -= 1
 
-    def _charge(self, most: float, cost: float) -> None:
+    def _charge(self, max_cost: float, cost: float) -> None:
         self.charged += cost
-        self.total.held -= most
+        self.total.reserved -= max_cost
         self.total.spent += cost
 
 
 class Usage(NamedTuple):
-    """Tokens of a prompt and of its responses, and all that a server counted, by name, at any depth."""
+    """Tokens of a prompt and of its responses, and all counts of the server by name, nested as it sent them."""
 
     prompt: int
     completion: int
     counts: dict[str, object]
 
 
-def read_usage(sent: object) -> Usage | None:
-    """The whole numbers from 0 to 2**53 in a usage as a server sent it, at any place within `MAX_USAGE_DEPTH`.
+def read_usage(values: object) -> Usage | None:
+    """Reads the integers from 0 to 2**53 in a server's usage, down to `MAX_USAGE_DEPTH`.
 
-    None where it does not say how many tokens of prompt and of response there were.
+    Returns None if the tokens of prompt or response are missing.
     """
-    if not isinstance(sent, dict):
+    if not isinstance(values, dict):
         return None
-    counts = _counts(sent, MAX_USAGE_DEPTH)
+    counts = _counts(values, MAX_USAGE_DEPTH)
     prompt, completion = counts.get("prompt_tokens"), counts.get("completion_tokens")
     return Usage(prompt, completion, counts) if is_count(prompt) and is_count(completion) else None
 
 
-def _counts(sent: dict[str, object], depth: int) -> dict[str, object]:
+def _counts(values: dict[str, object], depth: int) -> dict[str, object]:
     counts: dict[str, object] = {}
-    for name in [*_NAMED, *islice((name for name in sent if name not in _NAMED), MAX_USAGE_FIELDS)]:
-        value = sent.get(name)
+    for name in [
+        *_REQUIRED_FIELDS,
+        *islice((name for name in values if name not in _REQUIRED_FIELDS), MAX_USAGE_FIELDS),
+    ]:
+        value = values.get(name)
         if is_count(value):
             counts[name[:MAX_USAGE_NAME]] = value
         elif isinstance(value, dict) and depth > 1:
@@ -233,15 +247,17 @@ def _counts(sent: dict[str, object], depth: int) -> dict[str, object]:
     return counts
 
 
-def _each(
+def _max_tokens_each(
     count: int, budgets: Sequence[RemainingBudget], prices: Prices, prompt_tokens: int
 ) -> tuple[float, Limit | None]:
-    """Tokens that each of `count` responses may have, and the limit that says so."""
-    least: tuple[float, Limit | None] = (math.inf, None)
+    """Maximum tokens of each of `count` responses, and the limit that determines it."""
+    lowest: tuple[float, Limit | None] = (math.inf, None)
     for budget in budgets:
         share = budget.left / count
         if budget.limit != "tokens":
             share -= prices.cost(prompt_tokens, 0)
             share = share * 1e6 / prices.output if prices.output else (math.inf if share >= 0 else 0.0)
-        least = min(least, (math.floor(share) if math.isfinite(share) else share, budget.limit), key=lambda one: one[0])
-    return least
+        lowest = min(
+            lowest, (math.floor(share) if math.isfinite(share) else share, budget.limit), key=lambda pair: pair[0]
+        )
+    return lowest

@@ -1,6 +1,6 @@
-"""The request for a chat completion: what the gateway must understand of it; all else goes to the LLM as it is.
+"""Reads the parts of a chat completion request that the gateway uses; the rest goes to the LLM unchanged.
 
-And the instruction that is scored: a conversation as one text.
+It also converts a conversation to one text, the instruction for the scorer.
 """
 
 import json
@@ -13,27 +13,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.bodies import Bounds, Refusal, describe_error
 from serving.gateway.config import ChatLimits
-from serving.gateway.errors import INVALID, GatewayError
+from serving.gateway.errors import INVALID_REQUEST, GatewayError
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-_CODES = {
+_ERROR_CODES = {
     401: "invalid_api_key",
     408: "timeout",
     413: "body_too_large",
     415: "unsupported_content_type",
     503: "overloaded",
 }
-_NO_CALLS = "calls of tools cannot be scored; ask the LLM directly for them"
-REFUSED = {
-    "tools": _NO_CALLS,
-    "functions": _NO_CALLS,
-    "function_call": _NO_CALLS,
-    "audio": "sound cannot be scored; ask the LLM directly for it",
+_NO_TOOLS = "tool calls cannot be scored; send such requests to the LLM directly"
+UNSUPPORTED = {
+    "tools": _NO_TOOLS,
+    "functions": _NO_TOOLS,
+    "function_call": _NO_TOOLS,
+    "audio": "audio cannot be scored; send such requests to the LLM directly",
 }
-"""Parameters that cannot be honoured, and why."""
+"""Parameters that are not supported, and why."""
 REMEDY = "send a shorter conversation"
 BOUNDS = Bounds(max_values=ChatLimits.max_values, remedy=REMEDY)
-"""A body is written anew for every call of the LLM."""
+"""Values are limited because the body is serialized again for every call to the LLM."""
 _ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 _MAX_DIGITS = 100
 
@@ -46,7 +46,7 @@ class _StreamOptions(BaseModel):
 
 
 class _CheckedFields(BaseModel):
-    """Types of the parameters that the gateway reads; ranges that differ by model are the LLM's to check."""
+    """Types of the parameters that the gateway reads; ranges that depend on the model are checked by the LLM."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -66,9 +66,9 @@ class _CheckedFields(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest:
-    """A request that can be honoured: `body` as the client sent it, and what was read of it.
+    """A valid request: `body` as the client sent it, and the fields that the gateway uses.
 
-    `count` is the number of choices wanted, `most_tokens` the client's own limit on a response.
+    `count` is the requested number of choices, `max_tokens` the client's limit on a response.
     """
 
     body: Mapping[str, object]
@@ -81,17 +81,17 @@ class ChatRequest:
     top_p: float | None
     seed: int | None
     logprobs: bool
-    most_tokens: int | None
+    max_tokens: int | None
 
 
 def read_object(data: bytes, bounds: Bounds) -> dict[str, object]:
-    """A JSON object whose numbers are finite and whose texts are whole.
+    """Parses a JSON object with finite numbers and without lone surrogates.
 
-    GatewayError 400 for anything else, 413 for what is out of bounds, which is found before it is built where it can.
+    Raises GatewayError 400 for anything else, and 413 if it is out of bounds, if possible before building objects.
     """
     try:
         bounds.check(data)
-        values = json.loads(data.decode("utf-8"), parse_int=_integer)
+        values = json.loads(data.decode("utf-8"), parse_int=_parse_integer)
         if not isinstance(values, dict):
             raise GatewayError(400, "the body must be a JSON object")
         texts, floats = _leaves(values)
@@ -103,60 +103,62 @@ def read_object(data: bytes, bounds: Bounds) -> dict[str, object]:
     except Refusal as refusal:
         raise to_openai_error(refusal) from None
     except UnicodeEncodeError:
-        raise GatewayError(400, "a text of the body holds half a character (lone surrogate); send whole ones") from None
+        raise GatewayError(400, "a text of the body has a lone surrogate; send valid Unicode") from None
     except UnicodeDecodeError:
         raise GatewayError(400, "the body is not UTF-8") from None
     except ValueError as error:
-        why = f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "its numbers"
-        raise GatewayError(400, f"the body is not JSON ({why}); NaN and Infinity are none either") from None
+        reason = (
+            f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "its numbers"
+        )
+        raise GatewayError(400, f"the body is not valid JSON ({reason}); NaN and Infinity are not allowed") from None
     return values
 
 
-def _integer(digits: str) -> int:
-    """A whole number; ValueError for a very long one, because writing it takes the square of its length."""
+def _parse_integer(digits: str) -> int:
+    """Parses an integer; raises ValueError for a very long one, since writing it takes quadratic time."""
     if len(digits) > _MAX_DIGITS:
         raise ValueError
     return int(digits)
 
 
 def _leaves(values: object) -> tuple[list[str], list[float]]:
-    """All texts and fractions of JSON, names of fields included."""
+    """All strings, including field names, and all floats of a JSON value."""
     texts: list[str] = []
     floats: list[float] = []
-    left: list[object] = [values]
-    while left:
-        one = left.pop()
-        if isinstance(one, str):
-            texts.append(one)
-        elif isinstance(one, float):
-            floats.append(one)
-        elif isinstance(one, dict):
-            texts += one
-            left += one.values()
-        elif isinstance(one, list):
-            left += one
+    stack: list[object] = [values]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            texts.append(value)
+        elif isinstance(value, float):
+            floats.append(value)
+        elif isinstance(value, dict):
+            texts += value
+            stack += value.values()
+        elif isinstance(value, list):
+            stack += value
     return texts, floats
 
 
-def read_request(data: bytes, *, most_choices: int, bounds: Bounds = BOUNDS) -> ChatRequest:
-    """The request in a body; GatewayError 400, one sentence, where it is none or asks for what cannot be had."""
+def read_request(data: bytes, *, max_choices: int, bounds: Bounds = BOUNDS) -> ChatRequest:
+    """Reads the request in a body; raises GatewayError 400 if it is invalid or not supported."""
     body = read_object(data, bounds)
-    for name, why in REFUSED.items():
+    for name, reason in UNSUPPORTED.items():
         if body.get(name):
-            raise GatewayError(400, f"{name}: {why}", param=name, code="unsupported_parameter")
+            raise GatewayError(400, f"{name}: {reason}", param=name, code="unsupported_parameter")
     try:
         checked = _CheckedFields.model_validate(body)
     except ValidationError as error:
-        raise invalid(error, body) from None
-    if (checked.n or 1) > most_choices:
-        text = f"n is {checked.n}, and this gateway samples at most {most_choices} candidates; ask for fewer choices"
+        raise validation_error(error, body) from None
+    if (checked.n or 1) > max_choices:
+        text = f"n is {checked.n}, but this gateway samples at most {max_choices} candidates; request fewer choices"
         raise GatewayError(400, text, param="n")
     if checked.stream_options is not None and not checked.stream:
-        raise GatewayError(400, "stream_options is for stream: true alone", param="stream_options")
+        raise GatewayError(400, "stream_options is only allowed with stream: true", param="stream_options")
     options = checked.stream_options or _StreamOptions()
     return ChatRequest(
         body=body,
-        instruction=_short(instruction_of(checked.messages), bounds.max_characters),
+        instruction=_check_length(instruction_of(checked.messages), bounds.max_characters),
         model=checked.model,
         count=checked.n or 1,
         stream=bool(checked.stream),
@@ -165,35 +167,37 @@ def read_request(data: bytes, *, most_choices: int, bounds: Bounds = BOUNDS) -> 
         top_p=checked.top_p,
         seed=checked.seed,
         logprobs=bool(checked.logprobs),
-        most_tokens=checked.max_completion_tokens or checked.max_tokens,
+        max_tokens=checked.max_completion_tokens or checked.max_tokens,
     )
 
 
 def to_openai_error(refusal: Refusal) -> GatewayError:
     """A refusal in OpenAI's shape."""
     headers = {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
-    kind = "server_error" if refusal.status >= 500 else INVALID
-    return GatewayError(refusal.status, refusal.message, kind=kind, code=_CODES.get(refusal.status), headers=headers)
+    kind = "server_error" if refusal.status >= 500 else INVALID_REQUEST
+    return GatewayError(
+        refusal.status, refusal.message, kind=kind, code=_ERROR_CODES.get(refusal.status), headers=headers
+    )
 
 
-def _short(instruction: str, most: int) -> str:
-    if len(instruction) > most:
-        text = f"the conversation has {len(instruction)} characters, above {most}; send a shorter one"
+def _check_length(instruction: str, max_characters: int) -> str:
+    if len(instruction) > max_characters:
+        text = f"the conversation has {len(instruction)} characters, at most {max_characters}; send a shorter one"
         raise GatewayError(400, text, param="messages", code="context_length_exceeded")
     return instruction
 
 
-def invalid(error: ValidationError, body: Mapping[str, object]) -> GatewayError:
-    """Names the first field and its rule, and does not repeat what was sent."""
+def validation_error(error: ValidationError, body: Mapping[str, object]) -> GatewayError:
+    """The error for an invalid body: names the first field and its rule without repeating the client's texts."""
     first = describe_error(error, body)
     return GatewayError(400, str(first), param=first.field or None)
 
 
 def instruction_of(messages: Sequence[Mapping[str, object]]) -> str:
-    """The text that candidates are scored against; GatewayError 400 where a turn is none that can be scored.
+    """Converts a conversation to the instruction for the scorer; raises GatewayError 400 for unsupported turns.
 
-    One user's turn alone is its content as it is, which is what scorers are trained on. Else every turn becomes
-    `Role: content`, one blank line between turns, in their order; `developer` is System, OpenAI's newer word for it.
+    A single user turn becomes its content, as in the scorers' training data. Otherwise every turn becomes
+    `Role: content`, separated by blank lines; the role `developer` is OpenAI's newer name for `system`.
     """
     turns = [(_role(message, index), _content(message, index)) for index, message in enumerate(messages)]
     if len(turns) == 1 and turns[0][0] == "User":
@@ -201,34 +205,35 @@ def instruction_of(messages: Sequence[Mapping[str, object]]) -> str:
     else:
         text = "\n\n".join(f"{role}: {content}" for role, content in turns)
     if not any(content.strip() for _, content in turns):
-        raise GatewayError(400, "messages hold no text; give at least one turn a content", param="messages")
+        raise GatewayError(400, "messages have no text; give at least one message content", param="messages")
     return text
 
 
 def _role(message: Mapping[str, object], index: int) -> str:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        known = ", ".join(_ROLES)
-        text = f"messages[{index}].role must be one of {known}: turns of tools cannot be scored; ask the LLM directly"
-        raise GatewayError(400, text, param=f"messages[{index}].role")
+        roles = ", ".join(_ROLES)
+        location = f"messages[{index}].role"
+        text = f"{location} must be one of {roles}; tool messages cannot be scored, send them to the LLM directly"
+        raise GatewayError(400, text, param=location)
     return _ROLES[role]
 
 
 def _content(message: Mapping[str, object], index: int) -> str:
-    """The text of a turn; the texts of several parts, a line each."""
-    where = f"messages[{index}].content"
+    """The text of a message; text parts are joined by newlines."""
+    location = f"messages[{index}].content"
     content = message.get("content")
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
-        raise GatewayError(400, f"{where} must be a text or a list of text parts", param=where)
-    return "\n".join(_part(part, f"{where}[{number}]") for number, part in enumerate(content))
+        raise GatewayError(400, f"{location} must be a string or a list of text parts", param=location)
+    return "\n".join(_part(part, f"{location}[{part_index}]") for part_index, part in enumerate(content))
 
 
-def _part(part: object, where: str) -> str:
+def _part(part: object, location: str) -> str:
     if not isinstance(part, dict) or part.get("type") != "text":
-        text = f"{where} is not a text part; images, sound and files cannot be scored: ask the LLM directly for them"
-        raise GatewayError(400, text, param=where)
+        text = f"{location} is not a text part; images, audio and files cannot be scored, send them to the LLM directly"
+        raise GatewayError(400, text, param=location)
     if not isinstance(part.get("text"), str):
-        raise GatewayError(400, f"{where}.text must be a text", param=f"{where}.text")
+        raise GatewayError(400, f"{location}.text must be a string", param=f"{location}.text")
     return str(part["text"])

@@ -1,4 +1,4 @@
-"""Where scores come from: a scorer in this process, in a thread of its own, or a running `cappy serve`."""
+"""Scores for the gateway: from a scorer in this process, run in its own thread, or from a running `cappy serve`."""
 
 import asyncio
 import re
@@ -27,69 +27,69 @@ from serving.gateway.errors import GatewayError
 
 Pair = tuple[str, str]
 Rating = tuple[float, float]
-"""(score, logit): a sigmoid gives equal scores to large logits that differ, so candidates are ranked by these."""
+"""(score, logit); candidates are ranked by logits, since large logits that differ may round to equal scores."""
 Score = Callable[[Sequence[Pair]], Awaitable[Sequence[float | Rating]]]
-"""Scores of (instruction, response) pairs, in their order, each with its logit if there is one."""
+"""Scores (instruction, response) pairs, in order; each score comes with its logit if there is one."""
 
 PAIRS_PER_REQUEST = 1024
 PROBE: Pair = ("What is 1 + 1?", "2")
-SECONDS = 60.0
+REQUEST_SECONDS = 60.0
 MAX_SCORES_BYTES = 1_000_000
-"""Of an answer of a running `cappy serve`: about 20 bytes a score, and what it says beside them."""
-MAX_SHOWN = 200
-VERSION = re.compile(r"[!-~]{0,200}")
-"""What a version may be: it goes into headers."""
+"""Limit of a response of `cappy serve`: about 20 bytes per score, and its other fields."""
+MAX_REASON_CHARACTERS = 200
+VALID_VERSION = re.compile(r"[!-~]{0,200}")
+"""A version must be safe to write into headers."""
 
 
 async def _close_nothing() -> None:
-    """Closes what needs no closing."""
+    """Does nothing: this scorer needs no closing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """A function that scores, the version of what it scores with, and the map from scores to what they are worth."""
+    """A scoring function, the scorer's version, and its calibration."""
 
     score: Score
     version: Callable[[], str]
     calibration: Calibration | None = None
     close: Callable[[], Awaitable[None]] = _close_nothing
 
-    def worth(self, scores: Sequence[float], *, n: int) -> list[float]:
-        """What these scores are worth, each as the best of `n` distinct candidates.
+    def calibrate(self, scores: Sequence[float], *, n: int) -> list[float]:
+        """The expected label of each score, 0 to 1, as the best of `n` distinct candidates.
 
-        It is the expected label, 0 to 1, or without a calibration the score itself.
+        Without a calibration it is the score itself.
         """
         return self.calibration.apply(scores, n=n) if self.calibration else list(scores)
 
     async def __call__(self, pairs: Sequence[Pair]) -> list[float]:
-        """Finite scores, one per pair; GatewayError 500 where the scorer gives others."""
+        """Scores pairs; raises GatewayError 500 unless the scorer returns one finite score per pair."""
         return [score for score, _ in await self.rate(pairs)]
 
     async def rate(self, pairs: Sequence[Pair]) -> list[Rating]:
-        """The same with their logits; a score without one is its own."""
+        """Scores pairs with their logits; a score without a logit is used as its logit."""
         values = await self.score(pairs)
         ratings = [value if isinstance(value, tuple) else (value, value) for value in values]
         if len(ratings) != len(pairs) or not all(_is_finite(value) for rating in ratings for value in rating):
-            text = "the scorer answers what are not finite numbers, one per candidate; fetch or train it again"
+            text = "the scorer did not return finite numbers, one per candidate; download or train it again"
             raise GatewayError(500, text, kind="scorer_error", code="scorer_bad_answer")
         return [(float(score), float(logit)) for score, logit in ratings]
 
 
 def load(spec: str, calibration: Path | None = None, key: str = "") -> Scoring:
-    """The scorer of a spec or of a running `cappy serve`, tried on one pair; CappyError where it is not a scorer.
+    """Loads the scorer of a spec, or connects to a running `cappy serve`, and probes it; raises CappyError on failure.
 
-    `key` is an API key of that service.
-    `calibration` is a folder that holds calibration.json; a scorer's own folder is searched anyway.
+    `key` is an API key of that service. `calibration` is a folder with calibration.json; by default the scorer's own
+    folder is searched.
     """
-    given = read_calibration(calibration) if calibration is not None else None
-    if calibration is not None and given is None:
-        raise ConfigError(f"{calibration}: holds no calibration.json; name the folder of a scorer or of a report")
+    override = read_calibration(calibration) if calibration is not None else None
+    if calibration is not None and override is None:
+        raise ConfigError(f"{calibration}: has no calibration.json; give the folder of a scorer or of a report")
     scoring = _over_http(spec, key) if spec.startswith(("http://", "https://")) else _in_process(spec)
-    return replace(scoring, calibration=given or scoring.calibration)
+    return replace(scoring, calibration=override or scoring.calibration)
 
 
 def _in_process(spec: str) -> Scoring:
-    """The scorer that a spec names; one call at a time, in a thread of its own."""
+    """Loads the scorer that a spec names; it runs one call at a time in its own thread."""
     from cappy.scorers import scorer_folder
     from cappy.scoring import Scorer
     from serving.engine import Model, ScorerEngine, probe
@@ -108,90 +108,93 @@ def _in_process(spec: str) -> Scoring:
     async def close() -> None:
         worker.shutdown(wait=False, cancel_futures=True)
 
-    own = read_calibration(scorer_folder(spec))
-    return Scoring(score=score, version=lambda: scorer.version, calibration=own, close=close)
+    own_calibration = read_calibration(scorer_folder(spec))
+    return Scoring(score=score, version=lambda: scorer.version, calibration=own_calibration, close=close)
 
 
 def _over_http(url: str, key: str = "") -> Scoring:
-    """The scorer of a running `cappy serve`; ConfigError where none answers; GatewayError 503 if none does later."""
+    """Connects to a running `cappy serve`; raises ConfigError if it does not answer, later GatewayError 503."""
     remember_address(url)
-    address, where = f"{url.rstrip('/')}/score", redact_address(url)
+    address, location = f"{url.rstrip('/')}/score", redact_address(url)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        status, body = _ask_once(address, headers)
+        status, body = _request_once(address, headers)
         if status == 401:
             raise ConfigError(
-                f"{where}: wants another API key; put it into a variable and name it: --scorer-key-variable"
+                f"{location}: needs another API key; put it into a variable and name it: --scorer-key-variable"
             )
         if status != 200:
             raise ValueError(f"status {status}")
-        current = [_scores(body)[1]]
+        current = [_parse_scores(body)[1]]
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
-        why = one_line(str(error), MAX_SHOWN, key) or type(error).__name__
-        raise ConfigError(f"{where}: no scorer answers there ({why}); start it: cappy serve --port ...") from None
+        reason = one_line(str(error), MAX_REASON_CHARACTERS, key) or type(error).__name__
+        raise ConfigError(f"{location}: no scorer answers ({reason}); start one: cappy serve --port ...") from None
     limits = httpx2.Limits(max_connections=max_connections(), max_keepalive_connections=20)
-    client = httpx2.AsyncClient(timeout=SECONDS, limits=limits, **_with(async_settings(), headers))
+    client = httpx2.AsyncClient(timeout=REQUEST_SECONDS, limits=limits, **_add_headers(async_settings(), headers))
 
-    async def ask(part: Sequence[Pair]) -> list[Rating]:
-        async with asyncio.timeout(SECONDS):
-            answer = await client.post(address, json={"pairs": part}, extensions={MAX_BYTES: MAX_SCORES_BYTES})
+    async def request_scores(chunk: Sequence[Pair]) -> list[Rating]:
+        async with asyncio.timeout(REQUEST_SECONDS):
+            answer = await client.post(address, json={"pairs": chunk}, extensions={MAX_BYTES: MAX_SCORES_BYTES})
         answer.raise_for_status()
-        scores, current[0] = _scores(answer.content)
+        scores, current[0] = _parse_scores(answer.content)
         return scores
 
     async def score(pairs: Sequence[Pair]) -> Sequence[Rating]:
         scores: list[Rating] = []
         try:
             for start in range(0, len(pairs), PAIRS_PER_REQUEST):
-                scores += await ask(pairs[start : start + PAIRS_PER_REQUEST])
+                scores += await request_scores(pairs[start : start + PAIRS_PER_REQUEST])
         except (httpx2.HTTPError, ValueError, TimeoutError) as error:
             status = f"status {error.response.status_code}" if isinstance(error, httpx2.HTTPStatusError) else ""
-            text = f"the scorer does not answer ({status or type(error).__name__}); see that cappy serve runs"
+            text = f"the scorer does not answer ({status or type(error).__name__}); check that cappy serve runs"
             raise GatewayError(503, text, kind="scorer_error", code="scorer_unreachable") from None
         return scores
 
     return Scoring(score=score, version=lambda: current[0], close=client.aclose)
 
 
-def _ask_once(address: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
-    """Status and body of the answer to one pair."""
+def _request_once(address: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
+    """Scores the probe pair; returns status and body of the response."""
     connection, deadlines = Connection(), Deadlines()
     connection.max_bytes = MAX_SCORES_BYTES
     try:
-        made = _with(settings(connection), headers)
-        with httpx2.Client(timeout=SECONDS, **made) as client, deadlines.within(SECONDS, connection):
+        client_settings = _add_headers(settings(connection), headers)
+        with (
+            httpx2.Client(timeout=REQUEST_SECONDS, **client_settings) as client,
+            deadlines.within(REQUEST_SECONDS, connection),
+        ):
             answer = client.post(address, json={"pairs": [PROBE]})
         if connection.late:
-            raise ValueError(f"no answer within {SECONDS:g} s")
+            raise ValueError(f"no answer within {REQUEST_SECONDS:g} s")
         return answer.status_code, answer.content
     finally:
         deadlines.close()
 
 
-def _with(made: ClientSettings, headers: Mapping[str, str]) -> ClientSettings:
-    """The settings of a client with these headers beside its own."""
-    return {**made, "headers": {**made["headers"], **headers}}
+def _add_headers(client_settings: ClientSettings, headers: Mapping[str, str]) -> ClientSettings:
+    """Adds headers to the settings of a client."""
+    return {**client_settings, "headers": {**client_settings["headers"], **headers}}
 
 
-def _scores(body: bytes) -> tuple[list[Rating], str]:
-    """The scores with their logits and the scorer's version in an answer; ValueError for anything else.
+def _parse_scores(body: bytes) -> tuple[list[Rating], str]:
+    """Parses scores, logits and the scorer's version; raises ValueError for an invalid response.
 
-    An earlier release's service gives no logits; its scores stand for them.
+    Services of earlier releases return no logits; then the scores are used.
     """
     values = read_json(body)
     values = values if isinstance(values, dict) else {}
-    scores, version = _numbers(values.get("scores")), values.get("version")
-    logits = _numbers(values["logits"]) if "logits" in values else scores
+    scores, version = _parse_numbers(values.get("scores")), values.get("version")
+    logits = _parse_numbers(values["logits"]) if "logits" in values else scores
     if len(scores) != len(logits):
-        raise ValueError("it does not answer a logit for each score")
-    if not isinstance(version, str) or not VERSION.fullmatch(version):
-        raise ValueError("it does not answer a scorer's version")
+        raise ValueError("the response does not have one logit per score")
+    if not isinstance(version, str) or not VALID_VERSION.fullmatch(version):
+        raise ValueError("the response has no valid scorer version")
     return list(zip(scores, logits, strict=True)), version
 
 
-def _numbers(values: object) -> list[float]:
+def _parse_numbers(values: object) -> list[float]:
     if not isinstance(values, list) or not all(map(_is_finite, values)):
-        raise ValueError("it does not answer finite numbers")
+        raise ValueError("the response does not have finite numbers")
     return [float(value) for value in values]
 
 

@@ -5,28 +5,28 @@ import socket
 import sys
 
 from serving.access import start_tracing
-from serving.connections import connections_upstream
+from serving.connections import max_upstream_connections
 from serving.gateway.answering import Gateway
 from serving.gateway.app import Access, create_app
 from serving.gateway.config import GatewayConfig
 from serving.gateway.feedback import FeedbackLog
 from serving.gateway.policy import Prices
 from serving.gateway.scoring import Scoring, load
-from serving.gateway.upstream import LLM, Upstream, key_of, llm
+from serving.gateway.upstream import LLM, Upstream, make_llm, read_key
 from serving.guards import hosts_of, read_keys
-from serving.listener import NoticeServer, Shutdown, bind, http_config, prepare_process, url
+from serving.listener import GracefulServer, Shutdown, bind, format_url, http_config, prepare_process
 
 
 def run(config: GatewayConfig) -> None:
-    """Takes the address, loads the scorer, listens; returns when it was asked to stop and has answered all it accepted.
+    """Binds the address, loads the scorer and serves the gateway; returns after a graceful shutdown.
 
-    CappyError if the address or the feedback log's folder cannot be had, which is found out before the scorer is
-    loaded. SIGTERM ends the process with status 0.
+    Raises CappyError before the scorer is loaded if the address cannot be bound or the feedback folder cannot be used.
+    SIGTERM ends the process with status 0.
     """
     first, second = _llms(config)
-    scorer_key, keys = key_of(config.scorer, config.scorer_key_variable), read_keys(config.api_keys)
+    scorer_key, keys = read_key(config.scorer, config.scorer_key_variable), read_keys(config.api_keys)
     prepare_process()
-    # It would tell every call of the LLM, with its address.
+    # At INFO it logs the address of every call to the LLM.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     with bind(config.host, config.port) as listener:
         feedback = FeedbackLog(config.feedback) if config.feedback is not None else None
@@ -41,22 +41,22 @@ def run(config: GatewayConfig) -> None:
             shutdown=shutdown,
             tracing=start_tracing(),
         )
-        server = NoticeServer(http_config(app, config, upstream=True), shutdown, config.notice)
+        server = GracefulServer(http_config(app, config, upstream=True), shutdown, config.notice)
         sys.stderr.write(describe_start(config, first, scoring, listener) + "\n")
         server.run(sockets=[listener])
 
 
 def _llms(config: GatewayConfig) -> tuple[LLM, LLM | None]:
-    """The LLM and the second one, their keys from the environment; ConfigError where an address or a key is none."""
+    """The LLM and the second one with keys from the environment; raises ConfigError for an invalid address or key."""
     prices = Prices(input=config.price_input, output=config.price_output)
-    first = llm(config.upstream, key_variable=config.key_variable, prices=prices)
+    first = make_llm(config.upstream, key_variable=config.key_variable, prices=prices)
     if not config.escalate_to:
         return first, None
-    second = llm(
+    second = make_llm(
         config.escalate_to,
         model=config.escalate_model,
         key_variable=config.escalate_key_variable,
-        # Whose server it is nobody knows, so a client's key is not sent there.
+        # It may be another provider's server, so a client's key is not sent to it.
         passes_key=False,
         prices=Prices(input=config.escalate_price_input, output=config.escalate_price_output),
     )
@@ -64,8 +64,8 @@ def _llms(config: GatewayConfig) -> tuple[LLM, LLM | None]:
 
 
 def assemble(config: GatewayConfig, first: LLM, second: LLM | None, scoring: Scoring) -> Gateway:
-    """The gateway of these settings: its LLMs share the connections that the process may open."""
-    connections = connections_upstream() // (1 if second is None else 2)
+    """Creates the gateway; its LLMs share the connections that the process may open."""
+    connections = max_upstream_connections() // (1 if second is None else 2)
 
     def upstream(llm: LLM, name: str) -> Upstream:
         return Upstream(llm, name=name, connections=connections, strip_reasoning=config.strip_reasoning)
@@ -81,8 +81,10 @@ def assemble(config: GatewayConfig, first: LLM, second: LLM | None, scoring: Sco
 
 
 def describe_start(config: GatewayConfig, first: LLM, scoring: Scoring, listener: socket.socket) -> str:
-    """The line that says what is served where, and what the scores mean."""
+    """The line that is printed at the start: what is served where, and what the scores mean."""
     calibration = scoring.calibration
-    scores = f"calibrated to {calibration.metric}" if calibration else "raw scores: no calibration.json beside it"
+    scores = f"calibrated to {calibration.metric}" if calibration else "raw scores: no calibration.json"
     what = f"best of {config.candidates} from {first.url}"
-    return f"cappy gateway: {what} by scorer {scoring.version() or config.scorer} ({scores}) at {url(listener)}/v1"
+    return (
+        f"cappy gateway: {what} by scorer {scoring.version() or config.scorer} ({scores}) at {format_url(listener)}/v1"
+    )

@@ -40,7 +40,7 @@ class FakeEngine:
             found.append(EncodedPair(ids=(*map(ord, instruction), -1, *map(ord, response)), types=()))
         return found
 
-    def fit(self, pairs: Sequence[Pair]) -> bool:
+    def fits(self, pairs: Sequence[Pair]) -> bool:
         """Whether no pair has more than `longest` characters."""
         return all(len(instruction) + len(response) <= self.longest for instruction, response in pairs)
 

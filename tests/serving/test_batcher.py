@@ -12,7 +12,7 @@ from scoring_function import FakeEngine, lengths
 
 from cappy.scoring.encoding import EncodedPair, Pair
 from serving.bodies import Refusal
-from serving.engine import Batch, Batcher, _Job, fill
+from serving.engine import Batch, Batcher, _Job, take_batch
 
 Pools = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=12), min_size=1, max_size=6)
 
@@ -25,7 +25,7 @@ def job(engine: FakeEngine, sizes: Sequence[int]) -> _Job:
 
 def emptied(jobs: "deque[_Job]", budget: int) -> list[Batch]:
     batches = []
-    while batch := fill(jobs, budget):
+    while batch := take_batch(jobs, budget):
         batches.append(batch)
         assert len(batches) < 1000
     return batches
@@ -51,9 +51,9 @@ def test_a_request_of_one_pair_is_in_the_next_batch_behind_one_of_500() -> None:
     engine = FakeEngine()
     large, small = job(engine, [10] * 500), job(engine, [10])
     jobs = deque([large])
-    fill(jobs, 100)
+    take_batch(jobs, 100)
     jobs.append(small)
-    assert small in [one for one, _, _ in fill(jobs, 100)]
+    assert small in [one for one, _, _ in take_batch(jobs, 100)]
 
 
 def test_a_long_pair_does_not_wait_for_ever_behind_short_ones() -> None:
@@ -112,7 +112,7 @@ def test_a_full_queue_refuses_with_the_seconds_to_wait_and_takes_more_when_it_ha
         first = asyncio.create_task(batcher.score(engine, pairs(20)))
         while not engine.batches:
             await asyncio.sleep(0.01)
-        with pytest.raises(Refusal, match=r"^\d+ tokens.* 70 ") as refusal:
+        with pytest.raises(Refusal, match=r"^\d+ tokens.* 70;") as refusal:
             await batcher.score(engine, pairs(20, "y"))
         assert refusal.value.status == 429
         assert refusal.value.retry_after is not None

@@ -122,17 +122,17 @@ def test_elements_of_binary_tensors_count_as_values(serve: Serve) -> None:
 
 def test_bodies_that_are_held_at_once_have_a_limit_and_leave_it_when_they_are_answered() -> None:
     budget = BodyBudget(100)
-    with budget.share() as first:
-        first.take(60)
-        with budget.share() as second:
-            second.take(40)
+    with budget.reserve() as first:
+        first.extend(60)
+        with budget.reserve() as second:
+            second.extend(40)
             with pytest.raises(Refusal) as refused:
-                second.take(1)
+                second.extend(1)
         assert (refused.value.status, refused.value.retry_after) == (503, 1)
-        kept = first.hand_over()
-    assert budget.held == 60
+        kept = first.transfer()
+    assert budget.used_bytes == 60
     kept.release()
-    assert budget.held == 0
+    assert budget.used_bytes == 0
 
 
 def test_more_bodies_than_there_is_room_for_are_503_and_the_others_are_answered(serve: Serve) -> None:

@@ -17,7 +17,7 @@ from wording import assert_names, raises_naming
 
 from cappy.errors import ConfigError
 from serving.app import Options
-from serving.config import ServeConfig, hosts_of_environment
+from serving.config import ServeConfig, hosts_from_environment
 from serving.dialects import DIALECTS
 from serving.gateway.app import Access, create_app
 from serving.guards import BrowserGuard, Hosts, hosts_of
@@ -62,7 +62,7 @@ def test_a_body_that_a_page_may_send_without_asking_is_415_in_every_dialects_sha
     client = serve(engine)
     probes = len(engine.batches)
     for dialect in DIALECTS:
-        if kind is None and "" in dialect.types:
+        if kind is None and "" in dialect.content_types:
             continue
         path = dialect.paths[0].format(model="cappy")
         answer = client.post(path, content=PAIR, headers={} if kind is None else {"content-type": kind})
@@ -270,10 +270,10 @@ def test_two_host_headers_are_400(serve: Serve) -> None:
 
 
 def test_names_come_from_the_flag_or_the_environment_and_what_is_no_name_is_one_line() -> None:
-    assert hosts_of_environment({"CAPPY_ALLOWED_HOSTS": "a.example, *.b.example"}) == ("a.example", "*.b.example")
+    assert hosts_from_environment({"CAPPY_ALLOWED_HOSTS": "a.example, *.b.example"}) == ("a.example", "*.b.example")
     assert ServeConfig(allowed_hosts=("c.example, d.example",)).hosts == ["c.example", "d.example"]
     for name in ("https://a.example", "a.example:80", "a*.example", "a b"):
         with raises_naming(ConfigError, f"--allowed-hosts '{name}'", "*.example"):
             ServeConfig(allowed_hosts=(name,))
     with pytest.raises(ConfigError, match="^CAPPY_ALLOWED_HOSTS"):
-        hosts_of_environment({"CAPPY_ALLOWED_HOSTS": "a/b"})
+        hosts_from_environment({"CAPPY_ALLOWED_HOSTS": "a/b"})

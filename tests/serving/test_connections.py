@@ -16,8 +16,8 @@ import httpx
 import pytest
 from waiting import wait_until
 
-from serving.connections import KEEP_ALIVE_SECONDS, MAX_SMALL_PARTS, PRESSED_SECONDS, Connections
-from serving.listener import ACCESS, REPEATS_WRITTEN, RepeatFilter
+from serving.connections import BUSY_KEEP_ALIVE_SECONDS, KEEP_ALIVE_SECONDS, MAX_SMALL_PARTS, Connections
+from serving.listener import ACCESS_LOGGER_NAME, MAX_REPEATS, RepeatFilter
 
 FILES = 300
 PROGRAM = """
@@ -31,9 +31,9 @@ from serving.config import ServeConfig
 
 kind = sys.argv[2]
 connections.READ_SECONDS = 1.0
-connections.PRESSED_SECONDS = 1
+connections.BUSY_KEEP_ALIVE_SECONDS = 1
 if kind == "few":
-    connections.FEWEST, connections.MAX_CONNECTIONS = 4, 4
+    connections.MIN_CONNECTIONS, connections.MAX_CONNECTIONS = 4, 4
 if kind == "gateway":
     from cappy.cli import main
     main(["gateway", "--upstream", "http://127.0.0.1:9/v1", "--scorer", "builtin", "--port", "0"])
@@ -133,7 +133,7 @@ def test_where_every_connection_has_a_request_a_new_one_is_503_and_is_served_onc
         with connect(host, port) as new:
             answer = new.recv(65_536)
             assert answer.startswith(b"HTTP/1.1 503")
-            assert b"no room" in answer
+            assert b"too many connections" in answer
             assert closed(new, 60)
         for connection in busy:
             assert connection.recv(65_536).startswith(b"HTTP/1.1 200"), "those that had one are answered"
@@ -233,7 +233,7 @@ def test_connections_are_kept_shorter_where_there_are_many() -> None:
     counted.admit(other)
     assert counted.keep_alive == KEEP_ALIVE_SECONDS
     counted.admit(Fake())
-    assert counted.keep_alive == PRESSED_SECONDS
+    assert counted.keep_alive == BUSY_KEEP_ALIVE_SECONDS
 
 
 @pytest.fixture
@@ -248,11 +248,11 @@ def log() -> Iterator[tuple[logging.Logger, list[str]]]:
     handler, logger = Kept(), logging.getLogger("serving.repeats")
     handler.addFilter(RepeatFilter())
     tested = logging.getLogger("tested")
-    for one in (logger, tested, logging.getLogger(ACCESS)):
+    for one in (logger, tested, logging.getLogger(ACCESS_LOGGER_NAME)):
         one.addHandler(handler)
         one.setLevel(logging.INFO)
     yield tested, lines
-    for one in (logger, tested, logging.getLogger(ACCESS)):
+    for one in (logger, tested, logging.getLogger(ACCESS_LOGGER_NAME)):
         one.removeHandler(handler)
 
 
@@ -264,13 +264,13 @@ def test_of_the_same_line_a_few_are_written_and_the_rest_are_counted(
     monkeypatch.setattr("serving.listener.time.monotonic", lambda: now[0])
     for number in range(100):
         logger.error("no file for %s", number)
-        logging.getLogger(ACCESS).info("{}")
+        logging.getLogger(ACCESS_LOGGER_NAME).info("{}")
     assert lines.count("{}") == 100, "the access log is whole"
-    assert [line for line in lines if line != "{}"] == [f"no file for {number}" for number in range(REPEATS_WRITTEN)]
+    assert [line for line in lines if line != "{}"] == [f"no file for {number}" for number in range(MAX_REPEATS)]
     logger.error("something else")
     assert lines[-1] == "something else"
     now[0] += 11
-    logging.getLogger(ACCESS).info("{}")
+    logging.getLogger(ACCESS_LOGGER_NAME).info("{}")
     assert [line for line in lines if re.match("tested: 95 .*: no file for %s$", line)]
     logger.error("no file for %s", "the next")
     assert lines[-1] == "no file for the next"
@@ -283,7 +283,7 @@ def test_lines_that_are_all_different_do_not_fill_the_memory_of_the_filter(
     for number in range(5000):
         logger.error(f"line {number}")
     # Beside them stand the sums of what a test before this one repeated, where its period ends meanwhile.
-    assert sum(line.startswith("line ") for line in lines) <= 1000 + REPEATS_WRITTEN
+    assert sum(line.startswith("line ") for line in lines) <= 1000 + MAX_REPEATS
 
 
 def test_clients_that_never_finish_their_handshake_keep_nobody_out(tmp_path: Path) -> None:

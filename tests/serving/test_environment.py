@@ -17,7 +17,7 @@ from cappy.errors import ConfigError, FolderError
 from cappy.scoring import Scorer
 from serving.app import Options
 from serving.config import Environment, ServeConfig, read_environment
-from serving.server import local
+from serving.server import local_scorer
 
 Serve = Callable[..., TestClient]
 ROOT = Path(__file__).parents[2]
@@ -85,12 +85,12 @@ def test_a_ready_path_that_is_there_already_stays_what_it_was(serve: Serve, path
 def test_a_buckets_folder_is_copied_whole_and_gone_afterwards() -> None:
     bucket = fsspec.filesystem("memory")
     bucket.pipe({"/models/7/manifest.json": b"{}", "/models/7/deep/weights": b"w", "/models/77/other": b"o"})
-    with local("memory://models/7") as place:
+    with local_scorer("memory://models/7") as place:
         found = {path.relative_to(place).as_posix() for path in Path(place).rglob("*") if path.is_file()}
         assert found == {"manifest.json", "deep/weights"}
         assert Path(place).name == "7"
     assert not Path(place).exists()
-    with local("builtin") as place:
+    with local_scorer("builtin") as place:
         assert place == "builtin"
 
 
@@ -98,11 +98,11 @@ def test_a_bucket_that_cannot_be_read_or_holds_no_manifest_is_told_in_one_line()
     fsspec.filesystem("memory").pipe({"/models/8/weights": b"w"})
     with (
         raises_naming(FolderError, "'memory://models/8'", "manifest.json"),
-        local("memory://models/8"),
+        local_scorer("memory://models/8"),
     ):
         pass
     for uri in ("memory://models/none", "nonsense://a/b"):
-        with raises_naming(ConfigError, f"'{uri}'", "URI"), local(uri):
+        with raises_naming(ConfigError, f"'{uri}'", "URI"), local_scorer(uri):
             pass
 
 

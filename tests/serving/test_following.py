@@ -80,7 +80,7 @@ class Registry:
         return model(**(facts | {"registered": version(number)} | self.facts.get(number, {})))
 
     def follower(self, models: Models, **settings: Any) -> Follower:
-        return Follower(models=models, alias=ALIAS, find=self.find, load=self.load, **settings)
+        return Follower(models=models, alias=ALIAS, read_alias=self.find, load=self.load, **settings)
 
 
 Start = Callable[..., tuple[TestClient, Registry]]
@@ -172,7 +172,7 @@ def damaged() -> Exception:
         (
             None,
             {"engine": FakeEngine(score=lambda pair: 0.5205), "probes": [(("a", "b"), 0.5)]},
-            "0.5205 to a stored pair that had 0.5000",
+            "0.5205 for a probe pair that scored 0.5000",
         ),
     ],
     ids=["hash", "load", "no number", "probe"],

@@ -89,7 +89,7 @@ def test_a_running_service_follows_the_alias_of_a_real_registry(
                 assert answers(2)
                 promote(3)
                 wait_until(lambda: client.get("/model").json()["refused"], "a refused version")
-                assert "had" in client.get("/model").json()["refused"]["models:/cappy/3"]
+                assert "scored" in client.get("/model").json()["refused"]["models:/cappy/3"]
                 assert answers(2)
                 promote(1)
                 wait_for_version(client, 1)

@@ -35,7 +35,7 @@ class Restless(Follower):
 server.serve(
     lambda: version("even", 0.0),
     ServeConfig(port=0, notice=3.0, max_queued_tokens=4000, batch_tokens=400),
-    follow=lambda models: Restless(models=models, alias="models:/cappy@champion", find=None, load=None),
+    make_follower=lambda models: Restless(models=models, alias="models:/cappy@champion", read_alias=None, load=None),
 )
 """
 POOLS = [[(f"instruction {number}", "r" * (1 + (number + place) % 30)) for place in range(8)] for number in range(50)]

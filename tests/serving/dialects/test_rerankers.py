@@ -104,7 +104,7 @@ def test_tei_refuses_a_pair_that_is_too_long_where_it_may_not_be_cut(
     assert (answer.status_code, answer.json()) == (
         422,
         {
-            "error": "a pair is longer than the scorer reads; shorten it or let it be cut",
+            "error": "a pair is longer than the scorer's maximum; shorten it or allow truncation",
             "error_type": "validation",
         },
     )

@@ -16,7 +16,7 @@ from wording import assert_names
 from serving.gateway.answering import with_values
 from serving.gateway.config import Policy, SpendingLimits
 from serving.gateway.scoring import Scoring
-from serving.gateway.upstream import LLM, Draw, Upstream
+from serving.gateway.upstream import LLM, SampledCandidate, Upstream
 
 HALVES = straight({1: 0.5})
 
@@ -336,5 +336,10 @@ def test_what_the_best_is_worth_depends_on_how_many_distinct_candidates_were_sco
 
 
 def test_a_text_that_the_llm_repeats_is_one_candidate() -> None:
-    draws = [Draw(choice={}, text=text, status="ok", model="m", generator="g", score=0.5) for text in ("a", "a", "a")]
-    assert [draw.value for draw in with_values(draws, scoring(calibration=straight({1: 1.0, 4: 0.25})))] == [0.5] * 3
+    candidates = [
+        SampledCandidate(choice={}, text=text, status="ok", model="m", generator="g", score=0.5)
+        for text in ("a", "a", "a")
+    ]
+    assert [
+        candidate.value for candidate in with_values(candidates, scoring(calibration=straight({1: 1.0, 4: 0.25})))
+    ] == [0.5] * 3

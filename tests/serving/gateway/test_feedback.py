@@ -200,7 +200,7 @@ def test_a_shelf_holds_the_last_row_of_each_id_whatever_happens_between(
         else:
             shelf.close()
             shelf = AppendableDataset(folder, part_rows=3)
-        assert len(shelf._open) < 3
+        assert len(shelf._open_rows) < 3
         for identity, text in expected.items():
             found = shelf.get(identity)
             assert found is not None
@@ -245,7 +245,7 @@ def test_what_users_wrote_fills_a_part_references_too(tmp_path: Path) -> None:
     shelf = AppendableDataset(tmp_path, part_characters=1000)
     for number in range(4):
         shelf.put(dataclasses.replace(row(number), references=("r" * 600,)))
-    assert len(shelf._open) < 2
+    assert len(shelf._open_rows) < 2
     shelf.close()
 
 
@@ -253,7 +253,7 @@ def test_a_row_that_is_put_again_counts_once(tmp_path: Path) -> None:
     shelf = AppendableDataset(tmp_path, part_characters=1000)
     for _ in range(4):
         shelf.put(dataclasses.replace(row(0), references=("r" * 600,)))
-    assert len(shelf._open) == 1
+    assert len(shelf._open_rows) == 1
     shelf.close()
 
 

@@ -270,10 +270,10 @@ def test_a_key_that_a_completion_or_a_list_repeats_reaches_no_client(foreign: Fo
 
 def test_an_address_that_is_none_is_refused_at_the_start() -> None:
     from serving.gateway.policy import Prices
-    from serving.gateway.upstream import llm
+    from serving.gateway.upstream import make_llm
 
     with raises_naming(ConfigError, "http://[::1/v1", "http://host:port/v1"):
-        llm("http://[::1/v1", prices=Prices())
+        make_llm("http://[::1/v1", prices=Prices())
 
 
 def test_a_gateway_error_holds_no_secret_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

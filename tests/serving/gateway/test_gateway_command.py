@@ -138,7 +138,7 @@ def test_the_command_answers_says_what_its_scores_are_and_sigterm_lets_a_request
             ["--upstream", "http://h/v1", "--scorer", "builtin", "--scorer-key-variable", "X"],
             ["--scorer-key-variable", "--scorer http://host:port"],
         ),
-        (["--upstream", "http://h/v1", "--max-cost", "1"], ["money", "--price-input", "--price-output"]),
+        (["--upstream", "http://h/v1", "--max-cost", "1"], ["--max-cost", "--price-input", "--price-output"]),
         (["--upstream", "http://h/v1", "--floor", "0.9", "--threshold", "0.5"], ["--floor 0.9", "--threshold 0.5"]),
         (["--upstream", "http://h/v1", "--scorer", "http://127.0.0.1:9"], ["http://127.0.0.1:9: ", "cappy serve"]),
         (["--upstream", "http://h/v1", "--scorer", "builtin", "--calibration", "."], [".: ", "calibration.json"]),

@@ -83,7 +83,14 @@ def test_rounds_end_at_the_first_reason_and_never_ask_for_more_than_allowed(
     wanted = min(wanted, policy.candidates)
     seen: list[float] = []
     while True:
-        found = decide(policy, seen, asked=len(seen), drawn=len(seen), wanted=wanted, most=policy.candidates)
+        found = decide(
+            policy,
+            seen,
+            num_requested=len(seen),
+            num_received=len(seen),
+            min_candidates=wanted,
+            max_candidates=policy.candidates,
+        )
         enough = policy.threshold is not None and bool(seen) and max(seen) >= policy.threshold
         if found.stop:
             break
@@ -99,19 +106,30 @@ def test_rounds_end_at_the_first_reason_and_never_ask_for_more_than_allowed(
 
 @given(SCORES)
 def test_no_least_gain_never_stops_and_an_endless_one_always_does(scores: list[float]) -> None:
-    at = {"asked": len(scores), "drawn": len(scores), "wanted": 1, "most": len(scores) + 1}
+    at = {
+        "num_requested": len(scores),
+        "num_received": len(scores),
+        "min_candidates": 1,
+        "max_candidates": len(scores) + 1,
+    }
     assert decide(Policy(min_gain=0), scores, **at).count == 1
     assert decide(Policy(min_gain=math.inf), scores, **at).stop == "gain"
 
 
 def test_choices_that_are_wanted_and_failed_are_made_up_for_however_good_the_others_are() -> None:
     policy = Policy(candidates=8, round_size=1, threshold=0.5)
-    assert decide(policy, [0.9], asked=3, drawn=1, wanted=3, most=8).count == 2
-    assert decide(policy, [0.9] * 3, asked=5, drawn=3, wanted=3, most=8).stop == "threshold"
+    assert decide(policy, [0.9], num_requested=3, num_received=1, min_candidates=3, max_candidates=8).count == 2
+    assert (
+        decide(policy, [0.9] * 3, num_requested=5, num_received=3, min_candidates=3, max_candidates=8).stop
+        == "threshold"
+    )
 
 
 def test_a_score_that_equals_the_threshold_is_enough() -> None:
-    assert decide(Policy(threshold=0.5), [0.5], asked=1, drawn=1, wanted=1, most=8).stop == "threshold"
+    assert (
+        decide(Policy(threshold=0.5), [0.5], num_requested=1, num_received=1, min_candidates=1, max_candidates=8).stop
+        == "threshold"
+    )
 
 
 def test_a_floor_above_the_threshold_is_refused() -> None:
@@ -135,17 +153,17 @@ BUDGETS = st.lists(
 def test_what_is_allowed_fits_into_every_budget(
     wanted: int, budgets: list[RemainingBudget], prices: Prices, prompt: int, need: int, first: bool
 ) -> None:
-    found = allow(wanted, budgets, prices, prompt_tokens=prompt, need=need, first=first)
+    found = allow(wanted, budgets, prices, prompt_tokens=prompt, min_tokens=need, first=first)
     assert 0 <= found.count <= wanted
     for budget in budgets if found.count else ():
         if budget.limit == "tokens":
-            assert found.most_tokens is not None
-            assert found.count * found.most_tokens <= budget.left
+            assert found.max_tokens is not None
+            assert found.count * found.max_tokens <= budget.left
         else:
-            cost = found.count * prices.cost(prompt, found.most_tokens or 0)
+            cost = found.count * prices.cost(prompt, found.max_tokens or 0)
             assert cost <= budget.left + 1e-9
-    if found.count and found.most_tokens is not None:
-        assert found.most_tokens >= (min(need, 16) if first and found.count == 1 else need)
+    if found.count and found.max_tokens is not None:
+        assert found.max_tokens >= (min(need, 16) if first and found.count == 1 else need)
     if not found.count:
         assert found.limit in {budget.limit for budget in budgets}
 
@@ -154,7 +172,7 @@ def test_what_is_allowed_fits_into_every_budget(
 def test_as_many_are_allowed_as_there_is_room_for(
     wanted: int, budgets: list[RemainingBudget], prices: Prices, prompt: int, need: int
 ) -> None:
-    found = allow(wanted, budgets, prices, prompt_tokens=prompt, need=need, first=False)
+    found = allow(wanted, budgets, prices, prompt_tokens=prompt, min_tokens=need, first=False)
     if found.count < wanted:
         more = found.count + 1
         short = [
@@ -170,14 +188,14 @@ def test_as_many_are_allowed_as_there_is_room_for(
 
 
 def test_without_a_limit_all_are_allowed_at_any_length() -> None:
-    found = allow(8, [], Prices(), prompt_tokens=10, need=256, first=True)
-    assert (found.count, found.most_tokens, found.limit) == (8, None, None)
+    found = allow(8, [], Prices(), prompt_tokens=10, min_tokens=256, first=True)
+    assert (found.count, found.max_tokens, found.limit) == (8, None, None)
 
 
 def test_what_a_call_may_cost_is_kept_from_others_until_it_is_settled() -> None:
     total = Total()
     one, other = (Ledger(SpendingLimits(max_total_cost=1.0), total) for _ in range(2))
-    one.hold(0.75)
+    one.reserve(0.75)
     assert [budget.left for budget in other.budgets()] == [0.25]
     one.settle(0.75, 10, 5, 0.125)
     assert [budget.left for budget in other.budgets()] == [0.875]
@@ -186,9 +204,9 @@ def test_what_a_call_may_cost_is_kept_from_others_until_it_is_settled() -> None:
 def test_a_call_that_may_have_been_paid_for_is_charged_with_the_most_and_any_other_with_nothing() -> None:
     total = Total()
     ledger = Ledger(SpendingLimits(max_cost=1.0), total)
-    for paid in (True, False):
-        ledger.hold(0.25)
-        ledger.fail(0.25, paid=paid)
-    assert (total.spent, total.held) == (0.25, 0.0)
+    for may_be_billed in (True, False):
+        ledger.reserve(0.25)
+        ledger.fail(0.25, may_be_billed=may_be_billed)
+    assert (total.spent, total.reserved) == (0.25, 0.0)
     assert (ledger.cost, ledger.failed, ledger.unmetered) == (0.0, 2, 1)
     assert [budget.left for budget in ledger.budgets()] == [0.75]

@@ -125,7 +125,7 @@ JSON = st.recursive(
 def test_no_body_breaks_the_reader(values: object) -> None:
     data = json.dumps({**GOOD, **values} if isinstance(values, dict) else values).encode()
     with contextlib.suppress(GatewayError):
-        read_request(data, most_choices=8)
+        read_request(data, max_choices=8)
 
 
 def test_a_conversation_is_one_text() -> None:

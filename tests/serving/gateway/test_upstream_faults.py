@@ -11,7 +11,7 @@ from scripted_server import Reply, Script, refusing, saying, scripted
 
 from serving.gateway.config import GatewayConfig, Policy
 from serving.gateway.server import assemble
-from serving.gateway.upstream import LLM, Upstream, llm
+from serving.gateway.upstream import LLM, Upstream, make_llm
 
 ROUND = Policy(candidates=4, round_size=4, min_gain=0)
 BY_LENGTH = scoring(lambda text: len(text) / 1000)
@@ -112,7 +112,7 @@ def test_d6_an_address_is_taken_with_or_without_its_version(given: str) -> None:
 
 def test_d6_the_address_of_a_flag_keeps_its_query() -> None:
     for given in ("http://h/v1?api-version=1", "http://h/v1/?api-version=1", "http://h?api-version=1"):
-        assert llm(given, prices=PRICES).url == "http://h/v1?api-version=1"
+        assert make_llm(given, prices=PRICES).url == "http://h/v1?api-version=1"
 
 
 @pytest.mark.parametrize("charset", ["iso-8859-1", "utf-16", "windows-1252"])
