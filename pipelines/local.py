@@ -121,7 +121,7 @@ def _without_passwords(recipe: Recipe) -> Recipe:
 def execute(target: str | Target, submission: Submission, *, work: Path, root: Path, show: bool = True) -> Outcome:
     """Runs a kfp pipeline with a submission's arguments: a recipe's, or the one at `target` (module:name)."""
     root, work = root.absolute(), work.absolute()
-    _refuse_mangled({"the folder of the run": str(root), **submission.arguments})
+    _refuse_rewritten_text({"the folder of the run": str(root), **submission.arguments})
     run_id = f"{submission.pipeline}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     folder = root / "runs" / run_id
     make_private(folder)
@@ -154,7 +154,7 @@ def execute(target: str | Target, submission: Submission, *, work: Path, root: P
             table.update(states)
     finally:
         if values.get("platform") == "docker":
-            _end_containers(run_id)  # The engine runs them, so that no signal to a group of processes reaches them.
+            _stop_containers(run_id)  # The engine runs them, so that no signal to a group of processes reaches them.
         os.close(lock)
     if status:
         _raise_failure(states, folder / "run.log", show=show)
@@ -230,7 +230,7 @@ def _interrupt_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _refuse_mangled(arguments: Mapping[str, object]) -> None:
+def _refuse_rewritten_text(arguments: Mapping[str, object]) -> None:
     for name, value in arguments.items():
         if MANGLED in json.dumps(value):
             remedy = "choose another name (kfp's local runner rewrites that text inside arguments)"
@@ -278,13 +278,13 @@ KEYS = (
 """Variables that steps, or what they call, take keys from by themselves."""
 
 
-def keys(recipe: Recipe) -> dict[str, str]:
+def key_variables(recipe: Recipe) -> dict[str, str]:
     """The variables with keys that are set here: the library's own, and those that the recipe's secrets name.
 
     `X_FILE` comes along for each X: it names a file that holds the key, see `key_files`. The values are for the
     containers' environment and stand nowhere else.
     """
-    names = dict.fromkeys((*KEYS, *(variable for _, variable in _named_secrets(recipe))))
+    names = dict.fromkeys((*KEYS, *(variable for _, variable in _secret_variables(recipe))))
     variables = [form for name in names for form in (name, f"{name}_FILE")]
     return {name: os.environ[name] for name in variables if os.environ.get(name)}
 
@@ -297,8 +297,8 @@ def key_files(variables: dict[str, str]) -> list[str]:
 
 def check_secrets(recipe: Recipe) -> None:
     """ConfigError where a secret of the recipe is not set on this machine, from where containers get it."""
-    variables = keys(recipe)
-    for step, variable in _named_secrets(recipe):
+    variables = key_variables(recipe)
+    for step, variable in _secret_variables(recipe):
         if not {variable, f"{variable}_FILE"} & set(variables):
             remedy = f"export {variable}, or {variable}_FILE with the path of a file that holds it"
             raise ConfigError(
@@ -306,7 +306,7 @@ def check_secrets(recipe: Recipe) -> None:
             )
 
 
-def _end_containers(run: str) -> None:
+def _stop_containers(run: str) -> None:
     """Stops what still runs of a run: its steps get SIGTERM and may write a checkpoint; the engine removes them."""
     import docker
 
@@ -318,7 +318,7 @@ def _end_containers(run: str) -> None:
         client.close()
 
 
-def _named_secrets(recipe: Recipe) -> list[tuple[str, str]]:
+def _secret_variables(recipe: Recipe) -> list[tuple[str, str]]:
     """Step and variable of every secret that the recipe names."""
     steps = (*recipe.steps, "tracking")
     return [(step, secret.variable) for step in steps for secret in recipe.needs(step).secrets]

@@ -9,7 +9,14 @@ from cappy.errors import ConfigError, quote
 from cappy.steps import TRAINING_STEPS
 from pipelines.customize import image
 from pipelines.definitions import PIPELINES, Settings, StepSettings
-from pipelines.recipe import VERTEX_TYPES, Platform, Recipe, kubernetes_resource, refuse_nowhere, refuse_password
+from pipelines.recipe import (
+    VERTEX_TYPES,
+    Platform,
+    Recipe,
+    kubernetes_resource,
+    refuse_missing_address,
+    refuse_password,
+)
 from pipelines.submission import Submission, configs, external_names, prepare, refuse_artifacts
 
 ON_THIS_MACHINE = ("local", "docker")
@@ -104,11 +111,11 @@ def check(recipe: Recipe, platform: Platform = "local") -> None:
     """ConfigError for what could not work on the platform, as far as the recipe alone shows it; asks no registry."""
     settings = check_settings(recipe, platform)
     if platform not in ON_THIS_MACHINE:
-        _refuse_unseen(recipe, settings, root_of(recipe, platform))
+        _refuse_local_files(recipe, settings, root_of(recipe, platform))
         _refuse_local_registry(recipe, settings)
-        refuse_nowhere(recipe.kubeflow if platform == "kubeflow" else recipe.vertex)
+        refuse_missing_address(recipe.kubeflow if platform == "kubeflow" else recipe.vertex)
     else:
-        _refuse_missing(settings)
+        _refuse_missing_files(settings)
 
 
 def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
@@ -126,27 +133,27 @@ def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
     )
 
 
-def _refuse_missing(settings: Mapping[str, StepSettings]) -> None:
+def _refuse_missing_files(settings: Mapping[str, StepSettings]) -> None:
     """ConfigError for a file or folder of this machine that is not there."""
-    for step, name, text in _external_names(settings):
+    for step, name, text in _all_external_names(settings):
         if text != "builtin" and ":" not in text and not Path(text).exists():
             raise ConfigError(f"{step}: --{name}: {text}: no such file or folder; check the path")
 
 
-def _external_names(settings: Mapping[str, StepSettings]) -> Iterator[tuple[str, str, str]]:
+def _all_external_names(settings: Mapping[str, StepSettings]) -> Iterator[tuple[str, str, str]]:
     """Step, setting and text of all that the settings name outside."""
     for step, values in settings.items():
         for name, text in external_names(step, values):
             yield step, name, text
 
 
-def _refuse_unseen(recipe: Recipe, settings: Mapping[str, StepSettings], root: str) -> None:
+def _refuse_local_files(recipe: Recipe, settings: Mapping[str, StepSettings], root: str) -> None:
     """ConfigError for a file of this machine, which no step would find, and for unseen content without a revision."""
-    for step, name, text in _external_names(settings):
-        _refuse_file(recipe, f"{step}: --{name}", text, root)
+    for step, name, text in _all_external_names(settings):
+        _refuse_local_file(recipe, f"{step}: --{name}", text, root)
 
 
-def _refuse_file(recipe: Recipe, where: str, text: str, root: str) -> None:
+def _refuse_local_file(recipe: Recipe, where: str, text: str, root: str) -> None:
     if text == "builtin" or ":" in text:
         return
     if not Path(text).is_relative_to(root):

@@ -11,7 +11,7 @@ CONDITION = "(if promoted)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class StepEstimate:
     """One step of the preview.
 
     `hours` and `cost` are what one attempt takes at most, of all its shards and nodes together.
@@ -29,7 +29,7 @@ class Line:
     cost: float | None
 
 
-def lines(recipe: Recipe) -> list[Line]:
+def estimate_steps(recipe: Recipe) -> list[StepEstimate]:
     """A line for each step; its cost is None where the recipe has no price for what it runs on."""
     made = []
     for step in recipe.steps:
@@ -39,7 +39,7 @@ def lines(recipe: Recipe) -> list[Line]:
         units = machines * (needs.count if needs.accelerator != "none" else 1)
         price = recipe.prices.get(needs.accelerator)
         made.append(
-            Line(
+            StepEstimate(
                 step=step,
                 image=image(recipe, step),
                 cpu=needs.cpu,
@@ -55,7 +55,7 @@ def lines(recipe: Recipe) -> list[Line]:
     return made
 
 
-def graph(recipe: Recipe) -> str:
+def describe_graph(recipe: Recipe) -> str:
     """The graph in one line."""
     steps = list(recipe.steps)
     if recipe.shards > 1:
@@ -67,31 +67,31 @@ def graph(recipe: Recipe) -> str:
 
 def to_json(recipe: Recipe, platform: Platform) -> dict[str, object]:
     """The preview as JSON values; `cost` is None where some step has no price."""
-    estimates = lines(recipe)
+    estimates = estimate_steps(recipe)
     return {
         "pipeline": recipe.pipeline,
         "platform": platform,
-        "graph": graph(recipe),
+        "graph": describe_graph(recipe),
         "work": str(work_of(recipe, platform)),
         "steps": [asdict(line) for line in estimates],
-        "most_cost": None if unpriced_steps(estimates) else most_cost(estimates),
-        "most_cost_with_retries": None if unpriced_steps(estimates) else most_cost(estimates, retried=True),
+        "most_cost": None if unpriced_steps(estimates) else max_cost(estimates),
+        "most_cost_with_retries": None if unpriced_steps(estimates) else max_cost(estimates, retried=True),
     }
 
 
-def most_cost(estimates: list[Line], *, retried: bool = False) -> float:
+def max_cost(estimates: list[StepEstimate], *, retried: bool = False) -> float:
     """What the priced steps cost at most: in one attempt each, or with every retry used up."""
     return sum((line.cost or 0.0) * (1 + line.retries if retried else 1) for line in estimates)
 
 
-def unpriced_steps(estimates: list[Line]) -> list[str]:
+def unpriced_steps(estimates: list[StepEstimate]) -> list[str]:
     """The steps whose machines the recipe has no price for."""
     return [line.step for line in estimates if line.cost is None]
 
 
-def text(recipe: Recipe, platform: Platform) -> str:
+def to_text(recipe: Recipe, platform: Platform) -> str:
     """The preview for a terminal."""
-    estimates = lines(recipe)
+    estimates = estimate_steps(recipe)
     header = (
         "step",
         "machines",
@@ -127,14 +127,14 @@ def text(recipe: Recipe, platform: Platform) -> str:
     lacking = unpriced_steps(estimates)
     cost = "not known"
     if len(lacking) < len(estimates):
-        once, all_retries = most_cost(estimates), most_cost(estimates, retried=True)
+        once, all_retries = max_cost(estimates), max_cost(estimates, retried=True)
         cost = f"at most {once:,.2f} where no step is tried again, {all_retries:,.2f} with every retry used"
     if lacking:
         cost += f"; no price for {', '.join(lacking)} (prices: in the recipe)"
     return "\n".join(
         [
             f"pipeline  {recipe.pipeline} on {platform}",
-            f"graph     {graph(recipe)}",
+            f"graph     {describe_graph(recipe)}",
             f"work      {work_of(recipe, platform)}",
             "",
             *table,

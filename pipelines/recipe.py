@@ -135,7 +135,7 @@ class Vertex:
     endpoint: str = ""
 
 
-def refuse_nowhere(place: Kubeflow | Vertex) -> None:
+def refuse_missing_address(place: Kubeflow | Vertex) -> None:
     """ConfigError where it is not said where the platform is."""
     if isinstance(place, Kubeflow) and not place.endpoint:
         remedy = "give kubeflow.endpoint in the recipe, or --endpoint https://HOST/pipeline"
@@ -225,7 +225,7 @@ def check_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     try:
         recipe = Recipe(**values)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{where}: {_describe(error)}") from error
+        raise ConfigError(f"{where}: {_describe_error(error)}") from error
     except TypeError as error:  # a key that is not a text
         raise ConfigError(f"{where}: {error}; keys are words") from error
     for kind, names in (("settings", recipe.settings), ("resources", recipe.resources)):
@@ -236,12 +236,12 @@ def check_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     return recipe
 
 
-def _describe(error: pydantic.ValidationError) -> str:
+def _describe_error(error: pydantic.ValidationError) -> str:
     # An unknown key before a missing one: it is likely the same key, misspelt.
     first = min(error.errors(), key=lambda each: each["type"] != "unexpected_keyword_argument")
     keys = [str(part) for part in first["loc"] if part != "[key]"]
     if first["type"] == "unexpected_keyword_argument":
-        return f"{'.'.join(keys)}: no such key{near(keys[-1], _siblings(keys))}"
+        return f"{'.'.join(keys)}: no such key{near(keys[-1], _known_keys(keys))}"
     rule = WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":  # a rule over several keys, which names them itself
         return f"{'.'.join(keys)}: {rule}"
@@ -249,7 +249,7 @@ def _describe(error: pydantic.ValidationError) -> str:
     return f"{'.'.join(keys)}: {rule}{value}"
 
 
-def _siblings(keys: list[str]) -> list[str]:
+def _known_keys(keys: list[str]) -> list[str]:
     """The keys that are known where an unknown one stands."""
     places = {
         "kubeflow": fields(Kubeflow),

@@ -54,7 +54,7 @@ def observe(
     states: dict[str, StepState] = {}
     for step in fingerprints:
         passed = any(_follows(later, step, list(fingerprints)) for later in reached)
-        state = _state(own.get(step), reported[step], passed=passed)
+        state = _state_name(own.get(step), reported[step], passed=passed)
         before = [states[other].state for other in states if _follows(step, other, list(fingerprints))]
         if state == "waiting" and alive and all(other in ("done", "cached") for other in before):
             state = "running"
@@ -62,7 +62,7 @@ def observe(
             state = "cached" if STEP_SPECS[step.partition(" ")[0]].cached else "skipped"
         if state == "running" and not alive:
             state = "failed"
-        states[step] = _describe(step, state, records[step], reported[step])
+        states[step] = _step_state(step, state, records[step], reported[step])
     return list(states.values())
 
 
@@ -83,7 +83,7 @@ def log_section(log: Path, step: str, *, whole: bool = True) -> list[str]:
     return section or (lines if whole else [])
 
 
-def _state(record: StepRecord | None, progress: State | None, *, passed: bool) -> Name:
+def _state_name(record: StepRecord | None, progress: State | None, *, passed: bool) -> Name:
     if record is not None:
         return "failed" if record.status == "failed" else "done"
     if progress is not None:
@@ -91,7 +91,7 @@ def _state(record: StepRecord | None, progress: State | None, *, passed: bool) -
     return "cached" if passed else "waiting"
 
 
-def _describe(step: str, state: Name, record: StepRecord | None, progress: State | None) -> StepState:
+def _step_state(step: str, state: Name, record: StepRecord | None, progress: State | None) -> StepState:
     if state == "running":
         seconds = progress.updated - progress.started if progress else 0.0
         return StepState(step=step, state=state, progress=progress, seconds=seconds)

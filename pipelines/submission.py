@@ -156,7 +156,7 @@ def fingerprints(
     before = revision
     for step, config in configs(settings).items():
         values = settings[step]
-        outside = _outside(step, values, tracking_uri)
+        outside = _hash_external(step, values, tracking_uri)
         image = (images or {}).get(step, "")
         # A run that does everything again has records of its own: what a cache keeps of another run is not theirs.
         own = [config.fresh] if config.fresh else []
@@ -175,10 +175,10 @@ def configs(settings: Mapping[str, StepSettings]) -> dict[str, StepConfig]:
     return configs_by_step
 
 
-def content(text: str, *, tracking_uri: str = "") -> str:
+def hash_content(text: str, *, tracking_uri: str = "") -> str:
     """What a spec or path points to at this moment, as a hash; the text itself where it pins what it names."""
     if text == "builtin":
-        return _weights()
+        return _hash_builtin_weights()
     if text.startswith("models:/"):
         from cappy.registry import resolve
 
@@ -187,7 +187,7 @@ def content(text: str, *, tracking_uri: str = "") -> str:
     if path.is_file():
         return _sha256(path.absolute(), path.stat().st_mtime_ns, path.stat().st_size)
     if path.is_dir():
-        return _folder(path)
+        return _hash_folder(path)
     return text
 
 
@@ -203,13 +203,13 @@ def external_names(step: str, values: StepSettings) -> Iterator[tuple[str, str]]
         yield "strategy", str(values["strategy"])
 
 
-def _outside(step: str, values: StepSettings, tracking_uri: str) -> list[list[str]]:
+def _hash_external(step: str, values: StepSettings, tracking_uri: str) -> list[list[str]]:
     """Setting, name and content of everything outside; a file's name counts, because preparation names a task by it."""
     references = external_names(step, values)
-    return [[name, Path(text).name, content(text, tracking_uri=tracking_uri)] for name, text in references]
+    return [[name, Path(text).name, hash_content(text, tracking_uri=tracking_uri)] for name, text in references]
 
 
-def _folder(path: Path) -> str:
+def _hash_folder(path: Path) -> str:
     if (path / MANIFEST).is_file():
         # Verified, or an edited part under its old manifest would be answered from the cache.
         return verify(path).hash
@@ -223,7 +223,7 @@ def _sha256(path: Path, changed: int, size: int) -> str:
 
 
 @functools.cache
-def _weights() -> str:
+def _hash_builtin_weights() -> str:
     from cappy import builtin
 
     folder = Path(builtin.__file__).parent / "weights"
@@ -244,7 +244,7 @@ def resolve_settings(
     """
     numbered = {step: {**values, **_pin_versions(step, values, tracking_uri)} for step, values in settings.items()}
     if "promotion" in numbered and not numbered["evaluation"].get("champion"):
-        numbered["evaluation"]["champion"] = _champion(numbered, work, tracking_uri, revision, images)
+        numbered["evaluation"]["champion"] = _champion_to_compare(numbered, work, tracking_uri, revision, images)
     return numbered
 
 
@@ -258,7 +258,7 @@ def _pin_versions(step: str, values: StepSettings, tracking_uri: str) -> dict[st
     }
 
 
-def _champion(
+def _champion_to_compare(
     settings: Mapping[str, StepSettings], work: Path, tracking_uri: str, revision: str, images: Mapping[str, str] | None
 ) -> str:
     """The version that evaluation compares with; empty if there is none.

@@ -111,7 +111,7 @@ def recipe_of(
     recipes = load("pipelines.recipe")
     chosen: Recipe
     if text in NAMES:
-        chosen = recipes.checked({"pipeline": text})
+        chosen = recipes.check_recipe({"pipeline": text})
     elif Path(text).suffix in (".yaml", ".yml") or Path(text).is_file():
         chosen = recipes.read_recipe(Path(text))
     else:
@@ -199,7 +199,7 @@ def print_preview(recipe: "Recipe", on: "Platform", as_json: bool) -> None:
     load("pipelines.builder").build(recipe, on)
     preview = load("pipelines.preview")
     load("pipelines.planning").check(recipe, on)
-    typer.echo(json.dumps(preview.to_json(recipe, on), indent=1) if as_json else preview.text(recipe, on))
+    typer.echo(json.dumps(preview.to_json(recipe, on), indent=1) if as_json else preview.to_text(recipe, on))
 
 
 def load(name: str) -> ModuleType:

@@ -47,7 +47,7 @@ import json, os, sys
 from kfp import local
 from pipelines.builder import build
 from pipelines.definitions import PIPELINES
-from pipelines.recipe import checked
+from pipelines.recipe import check_recipe
 from pipelines.submission import prepare
 from pathlib import Path
 
@@ -63,7 +63,7 @@ local.init(
     pipeline_root=f"{folder}/pipeline",
     enable_caching=False,
 )
-pipeline = build(checked({"pipeline": "adapt"}))
+pipeline = build(check_recipe({"pipeline": "adapt"}))
 pipeline(**submission.arguments)
 """
 

@@ -57,8 +57,8 @@ def test_every_pipeline_compiles_with_everything_heavy_blocked(platform: str) ->
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))\n"
         "from pipelines.builder import compile_pipeline as compiled\n"
-        "from pipelines.recipe import checked\nimport time\n"
-        f"recipes = [checked({{'pipeline': name, 'shards': 4}}) for name in {list(PIPELINES)!r}]\n"
+        "from pipelines.recipe import check_recipe\nimport time\n"
+        f"recipes = [check_recipe({{'pipeline': name, 'shards': 4}}) for name in {list(PIPELINES)!r}]\n"
         f"texts = [compiled(recipe, {platform!r}) for recipe in recipes]\n"
         f"print(min(map(len, texts)), time.process_time())"
     )
