@@ -1,4 +1,4 @@
-"""What a run would be, before it is one: its graph, what each step asks for, what it would cost at most."""
+"""The preview of a run: its graph, the resources of each step, and the maximum cost."""
 
 from dataclasses import asdict, dataclass
 
@@ -12,10 +12,7 @@ CONDITION = "(if promoted)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepEstimate:
-    """One step of the preview.
-
-    `hours` and `cost` are what one attempt takes at most, of all its shards and nodes together.
-    """
+    """One step of the preview; `hours` and `cost` are the maximum of one attempt, over all shards and nodes."""
 
     step: str
     image: str
@@ -30,15 +27,15 @@ class StepEstimate:
 
 
 def estimate_steps(recipe: Recipe) -> list[StepEstimate]:
-    """A line for each step; its cost is None where the recipe has no price for what it runs on."""
-    made = []
+    """The estimate of each step; its cost is None if the recipe has no price for its machines."""
+    estimates = []
     for step in recipe.steps:
         needs = recipe.needs(step)
-        many = recipe.shards if STEP_SPECS[step].sharded else 1
-        machines = many * needs.nodes
+        shards = recipe.shards if STEP_SPECS[step].sharded else 1
+        machines = shards * needs.nodes
         units = machines * (needs.count if needs.accelerator != "none" else 1)
         price = recipe.prices.get(needs.accelerator)
-        made.append(
+        estimates.append(
             StepEstimate(
                 step=step,
                 image=image(recipe, step),
@@ -52,7 +49,7 @@ def estimate_steps(recipe: Recipe) -> list[StepEstimate]:
                 cost=None if price is None else units * needs.hours * price,
             )
         )
-    return made
+    return estimates
 
 
 def describe_graph(recipe: Recipe) -> str:
@@ -66,7 +63,7 @@ def describe_graph(recipe: Recipe) -> str:
 
 
 def to_json(recipe: Recipe, platform: Platform) -> dict[str, object]:
-    """The preview as JSON values; `cost` is None where some step has no price."""
+    """The preview as JSON values; `most_cost` is None if some step has no price."""
     estimates = estimate_steps(recipe)
     return {
         "pipeline": recipe.pipeline,
@@ -80,17 +77,17 @@ def to_json(recipe: Recipe, platform: Platform) -> dict[str, object]:
 
 
 def max_cost(estimates: list[StepEstimate], *, retried: bool = False) -> float:
-    """What the priced steps cost at most: in one attempt each, or with every retry used up."""
+    """The maximum cost of the steps with a price: of one attempt each, or with all retries used."""
     return sum((line.cost or 0.0) * (1 + line.retries if retried else 1) for line in estimates)
 
 
 def unpriced_steps(estimates: list[StepEstimate]) -> list[str]:
-    """The steps whose machines the recipe has no price for."""
+    """The steps without a price for their machines."""
     return [line.step for line in estimates if line.cost is None]
 
 
 def to_text(recipe: Recipe, platform: Platform) -> str:
-    """The preview for a terminal."""
+    """The preview as text for a terminal."""
     estimates = estimate_steps(recipe)
     header = (
         "step",
@@ -124,13 +121,13 @@ def to_text(recipe: Recipe, platform: Platform) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (header, *rows)
     ]
-    lacking = unpriced_steps(estimates)
-    cost = "not known"
-    if len(lacking) < len(estimates):
+    unpriced = unpriced_steps(estimates)
+    cost = "unknown"
+    if len(unpriced) < len(estimates):
         once, all_retries = max_cost(estimates), max_cost(estimates, retried=True)
-        cost = f"at most {once:,.2f} where no step is tried again, {all_retries:,.2f} with every retry used"
-    if lacking:
-        cost += f"; no price for {', '.join(lacking)} (prices: in the recipe)"
+        cost = f"at most {once:,.2f} without retries, {all_retries:,.2f} with all retries used"
+    if unpriced:
+        cost += f"; no price for {', '.join(unpriced)} (prices: in the recipe)"
     return "\n".join(
         [
             f"pipeline  {recipe.pipeline} on {platform}",

@@ -126,7 +126,8 @@ def test_a_recipe_names_each_seed() -> None:
 
 @pytest.mark.parametrize("name", list(PIPELINES))
 def test_the_parameters_of_a_compiled_pipeline_are_those_that_the_guide_names(name: str) -> None:
-    known = build_pipeline(PIPELINES[name], shards_of(1), customize_nothing).pipeline_spec.root.input_definitions.parameters
+    spec = build_pipeline(PIPELINES[name], shards_of(1), customize_nothing).pipeline_spec
+    known = spec.root.input_definitions.parameters
     chosen = {one for one in known if not one.endswith(("_settings", "_fingerprint", "fingerprints"))}
     assert chosen == PARAMETERS[name]
     guide = (Path(__file__).parents[2] / "docs" / "guides" / "pipelines.md").read_text()
