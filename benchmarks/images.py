@@ -88,7 +88,7 @@ def until_ready(environment: Mapping[str, str], image: str) -> float:
 
 def docker(environment: Mapping[str, str], *words: str) -> str:
     """What the client prints."""
-    done = subprocess.run([engine.docker(), *words], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([engine.find_docker(), *words], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
