@@ -36,7 +36,7 @@ RUN --mount=type=bind,from=builder,source=/build,target=/build \
     /build/bin/pip --python /app/bin/python install --quiet --no-cache-dir --no-compile --no-index --no-deps /wheels/*.whl \
     && /build/bin/pip --python /app/bin/python check \
     && (/app/bin/python -m compileall -q -j 0 /app/lib || true)
-# End of the part that all four Dockerfiles share.
+# End of the shared part.
 
 FROM builder AS worker-wheels
 COPY docker/requirements/worker.lock /locks/

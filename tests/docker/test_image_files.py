@@ -77,7 +77,7 @@ def test_what_the_project_asks_for_is_in_the_pins_else_run_make_image_locks(name
 
 
 def test_what_all_images_share_is_written_once_and_the_same_everywhere() -> None:
-    first = {name: dockerfile(name).partition("# End of the part that all four Dockerfiles share.") for name in images.IMAGES}
+    first = {name: dockerfile(name).partition("# End of the shared part.") for name in images.IMAGES}
     assert all(end for _, end, _ in first.values())
     assert len({text for text, _, _ in first.values()}) == 1
 
