@@ -199,7 +199,7 @@ def test_what_answers_and_is_no_kubeflow_is_one_line(here: Here, kubeflow: Kubef
     for words in (("submit", recipe(tmp_path)), ("status", "run-1"), ("cancel", "run-1")):
         done = here("pipeline", *words, *on_kubeflow(kubeflow))
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-        assert_names(done.stderr, kubeflow.address, "no Kubeflow Pipelines", "log in")
+        assert_names(done.stderr, kubeflow.address, "not Kubeflow Pipelines", "log in")
     done = here("pipeline", "status", "run-1", "--on", "kubeflow", "--endpoint", "127.0.0.1:9")
     assert_names(done.stderr, "127.0.0.1:9", "https://")
 
@@ -221,7 +221,7 @@ def test_a_run_is_ended_on_request(here: Here, kubeflow: Kubeflow) -> None:
     [
         ((401, "token expired"), "log in again"),
         ((403, "not yours"), "right to create runs"),
-        ((429, "quota exceeded"), "ask for more"),
+        ((429, "quota exceeded"), "request more"),
     ],
 )
 def test_what_kubeflow_refuses_is_one_line_with_a_remedy(
@@ -255,8 +255,8 @@ def test_a_yaml_that_was_looked_at_is_sent_as_it_is_and_a_wrong_one_is_not(
         (text.replace("sdkVersion: kfp-2.17.0", "sdkVersion: kfp-2.18.1"), ("kfp-2.18.1", "kfp 2.17.0")),
         (text.replace("name: cappy-pretrain", "name: cappy-adapt"), ("'cappy-adapt'",)),
         (text.replace("pretraining_fingerprint", "old_fingerprint"), ("pretraining_fingerprint",)),
-        ("a: 1", ("no compiled pipeline",)),
-        ("sdkVersion: kfp-2.17.0\npipelineInfo: x\nroot:", ("no compiled pipeline",)),
+        ("a: 1", ("not a compiled pipeline",)),
+        ("sdkVersion: kfp-2.17.0\npipelineInfo: x\nroot:", ("not a compiled pipeline",)),
         (text.replace('["0/3", "1/3", "2/3"]', '["0/2", "1/2"]'), ("shards", "recipe's 3")),
         (text.split("\n---")[0], ("another platform", "--on kubeflow")),
         ("a: [", ("cannot be read",)),
@@ -376,7 +376,7 @@ def test_what_vertex_refuses_is_one_line_with_a_remedy(here: Here, vertex: Verte
     vertex.refuse = (429, "Quota exceeded for custom_model_training_nvidia_l4_gpus")
     done = here("pipeline", "submit", placed(tmp_path, vertex), *on_vertex())
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-    assert_names(done.stderr, "Quota exceeded", "ask for more")
+    assert_names(done.stderr, "Quota exceeded", "request more")
     lacking = here("pipeline", "submit", recipe(tmp_path), "--on", "vertex")
     assert_names(lacking.stderr, "vertex.project", "vertex.bucket")
 

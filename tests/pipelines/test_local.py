@@ -170,7 +170,7 @@ def test_another_terminal_sees_how_far_a_run_is_and_can_end_it(
         [("preparation", "done"), ("annotation", "done")],
     )
     assert any("annotation" in line for _, line in client.logs(over.run_id, "annotation"))
-    with raises_naming(ConfigError, over.run_id, "over"):
+    with raises_naming(ConfigError, over.run_id, "has ended"):
         client.cancel(over.run_id)
     slow = made_up(one="7" * 8, first={"seconds": 60, "fail": "asked to end"})
     with _other_process(tmp_path, slow, background=background) as other:
