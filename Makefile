@@ -1,9 +1,9 @@
-# Every target makes .venv and installs when that is missing or the lock changed; each can be interrupted and run again.
+# Every target creates .venv, or updates it if the lock changed, and can be interrupted and run again.
 .DEFAULT_GOAL := help
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Test processes at a time; each test has one thread.
+# Parallel test processes; each test uses one thread.
 JOBS ?= 2
 
 .PHONY: help demo test integration images images-test image-locks lint format serve bench docs reference lock clean
@@ -12,21 +12,21 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): requirements.lock $(wildcard requirements/*) pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; install Python 3.11, or name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; install Python 3.11, or use another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "==> installing into .venv (once, a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python requirements/install.py $(BIN)/python
 	@touch $@
 
-demo: $(STAMP) ## Adapt a scorer to the built-in tasks, offline, and show what it is worth
+demo: $(STAMP) ## Adapt a scorer to the built-in tasks, offline, and show how much it helps
 	$(BIN)/cappy adapt --instances builtin --generator builtin --strategy sampling8 --set finetuning.epochs=2
 
-test: $(STAMP) ## Run all tests but those that need servers
+test: $(STAMP) ## Run all tests except those that need servers
 	$(BIN)/python -m pytest --ignore=tests/integration --ignore=tests/serving/test_load.py --numprocesses=$(JOBS) --dist=loadfile
-	@# The test of load shares the cores with nobody.
+	@# The load test needs all cores.
 	$(BIN)/python -m pytest tests/serving/test_load.py
 
-integration: $(STAMP) .venv-servers/.installed ## Run the tests against real servers and clients; each skips with a reason without its server
+integration: $(STAMP) .venv-servers/.installed ## Run the tests against real servers and clients; a test without its server is skipped
 	$(BIN)/python -m pytest tests/integration
 
 .venv-servers/.installed: requirements/servers.lock requirements/build.lock
@@ -35,13 +35,13 @@ integration: $(STAMP) .venv-servers/.installed ## Run the tests against real ser
 	@for lock in build servers; do .venv-servers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --require-hashes --requirement requirements/$$lock.lock || exit 1; done
 	@touch $@
 
-images: $(STAMP) ## Build the container images, with an engine that is started where none answers (TORCH=cuda, JAX=tpu)
+images: $(STAMP) ## Build the container images; starts a Docker engine if none is running (TORCH=cuda, JAX=tpu)
 	PYTHONPATH=. $(BIN)/python docker/engine.py $(BIN)/python docker/images.py
 
 images-test: $(STAMP) ## Build, run and test the container images
 	$(BIN)/python -m pytest tests/integration/test_images.py
 
-image-locks: $(STAMP) ## Write the hashed pins of the images from requirements.lock
+image-locks: $(STAMP) ## Write the images' lock files from requirements.lock
 	$(BIN)/python docker/locks.py
 
 lint: $(STAMP) ## Check style and types
@@ -50,14 +50,14 @@ lint: $(STAMP) ## Check style and types
 	$(BIN)/mypy
 	MYPYPATH=benchmarks $(BIN)/mypy $(filter-out %/images.py %/serving.py,$(wildcard benchmarks/*.py))
 
-format: $(STAMP) ## Put the code into the house's style
+format: $(STAMP) ## Format the code and fix lint errors
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 serve: $(STAMP) ## Serve the champion on port 8080
 	$(BIN)/cappy serve --scorer models:/cappy@champion --port 8080
 
-bench: $(STAMP) ## Measure what selection is worth on real outputs (reads ../shared/data; hours, goes on where it stopped)
+bench: $(STAMP) ## Measure how much selection helps on real LLM outputs (reads ../shared/data; takes hours, can be resumed)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement benchmarks/requirements.txt
 	$(BIN)/python benchmarks/selection.py
 
@@ -65,11 +65,11 @@ docs: $(STAMP) ## Build the documentation into build/site, offline
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "build/site/index.html; with search: $(BIN)/python -m http.server --directory build/site 8001"
 
-reference: $(STAMP) ## Write docs/reference from the command line and the public docstrings
+reference: $(STAMP) ## Write docs/reference from the CLI and the public docstrings
 	$(BIN)/python docs/reference.py
 
-lock: $(STAMP) ## Write the locks, with hashes, from what is installed
+lock: $(STAMP) ## Write the lock files, with hashes, from the installed packages
 	$(BIN)/python requirements/lock.py
 
-clean: ## Remove what runs left behind: .cappy (runs, registry, work) and caches; .venv stays
+clean: ## Remove .cappy (runs, registry, work folder), caches and builds; keeps .venv
 	rm -rf .cappy .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -1,12 +1,12 @@
-"""How fast Rouge-L labels are, beside the reference and beside what one would write first; and how the step scales.
+"""Speed of Rouge-L labels, compared with the reference and with a naive implementation; and how the step scales.
 
     python benchmarks/annotation.py [--every-pair] [--skip-step]
 
-Reads the outputs of real systems under `shared/data/candidates` (or `--candidates FOLDER`), one core for the first
-table. Ours goes through the column door of the record: from the Parquet file to labels. The peers label a sample of the
-same candidates, and must give the same numbers to the last bit; `--every-pair` compares every candidate with the
-reference (minutes). Then the whole step on made-up folders of 1 and 4 million candidates: rows per second, what two
-workers give, and peak memory. Results go to `benchmarks/results/` as JSON with date and machine.
+Reads the outputs of real systems under `shared/data/candidates` (or `--candidates FOLDER`); the first table uses one
+core. Ours reads columns of the Parquet file. The others label a sample of the same candidates and must give exactly the
+same numbers; `--every-pair` compares every candidate with the reference (minutes). Then the whole step runs on
+generated folders of 1 and 4 million candidates: rows per second, speed with two workers, and peak memory. Results are
+written to `benchmarks/results/` as JSON with date and machine.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from cappy.records import Candidate, Instance, read_batches, write
 ROOT = Path(__file__).resolve().parents[1]
 CANDIDATES = ROOT.parent / "shared/data/candidates"
 SAMPLE = 250
-"""Candidates of each set that the peers label."""
-LONG = 50_000
+"""Candidates of each set that the other implementations label."""
+LONG_TOKENS = 50_000
 STEP = """
 import sys
 from pathlib import Path
@@ -67,7 +67,7 @@ def main() -> None:
     result: dict[str, object] = {"benchmark": "annotation", "date": date.today().isoformat(), "machine": machine()}
     result["pools"] = compare(sets, arguments.work)
     if arguments.every_pair:
-        result["pairs_equal_to_the_reference"] = sum(equal(pools) for pools in sets.values())
+        result["pairs_equal_to_the_reference"] = sum(count_equal(pools) for pools in sets.values())
     result["longest"] = longest()
     if not arguments.skip_step:
         result["step"] = step([pool for pools in sets.values() for pool in pools], arguments.work)
@@ -77,24 +77,24 @@ def main() -> None:
 
 
 def compare(sets: dict[str, Pools], work: Path) -> dict[str, object]:
-    """Microseconds per candidate of the three, for each set and for all candidates together."""
+    """Microseconds per candidate of the three implementations, for each set and overall."""
     table: dict[str, dict[str, float]] = {}
     for name, pools in sets.items():
         folder = work / name
         if not (folder / "manifest.json").exists():
             write(folder, instances(pools, len(pools)))
         sample = draw_pools(pools)
-        seconds, values = time_call(lambda: column_door(folder))  # noqa: B023
-        obvious, same = time_call(lambda: obvious_way(pools))  # noqa: B023
+        seconds, values = time_call(lambda: label_columns(folder))  # noqa: B023
+        obvious, same = time_call(lambda: naive_labels(pools))  # noqa: B023
         assert values == same
         reference, expected = time_call(lambda: [score(reference_label, *pool) for pool in sample])  # noqa: B023
         assert expected == [score(rouge.rouge_l, *pool) for pool in sample]
-        count, few = sum(map(len, values)), sum(len(responses) for _, responses in sample)
+        count, sample_size = sum(map(len, values)), sum(len(responses) for _, responses in sample)
         table[name] = {
             "candidates": count,
             "ours_us": 1e6 * seconds / count,
             "obvious_us": 1e6 * obvious / count,
-            "rouge_score_us": 1e6 * reference / few,
+            "rouge_score_us": 1e6 * reference / sample_size,
         }
         print(f"{name:20s} {table[name]}", flush=True)
     total = {
@@ -107,24 +107,24 @@ def compare(sets: dict[str, Pools], work: Path) -> dict[str, object]:
     }
 
 
-def column_door(folder: Path) -> list[list[float]]:
-    """Labels of a folder through the column door, with nothing kept from before."""
+def label_columns(folder: Path) -> list[list[float]]:
+    """Labels of a folder, read as columns, with empty caches."""
     rouge._porter_stem.cache_clear()
     return [labels for batch in read_batches(folder, columns=COLUMNS) for labels in rouge_l_batch(batch).to_pylist()]
 
 
-def obvious_way(pools: Pools) -> list[list[float]]:
-    """Labels of all pools the obvious way, with nothing kept from before."""
+def naive_labels(pools: Pools) -> list[list[float]]:
+    """Labels of all pools by the naive implementation, with empty caches."""
     _stem.cache_clear()
-    return [score(obvious_label, *pool) for pool in pools]
+    return [score(naive_label, *pool) for pool in pools]
 
 
-def obvious_label(references: Sequence[str], response: str) -> float:
-    """What one would write first to be fast: a regular expression, a cached stemmer, rapidfuzz, one pair at a time."""
+def naive_label(references: Sequence[str], response: str) -> float:
+    """A naive fast implementation: a regular expression, a cached stemmer, rapidfuzz, one pair at a time."""
     best = 0.0
-    tokens = obvious_tokens(response)
+    tokens = naive_tokens(response)
     for reference in references:
-        target = obvious_tokens(reference)
+        target = naive_tokens(reference)
         common = LCSseq.similarity(target, tokens)
         if common:
             precision, recall = common / len(tokens), common / len(target)
@@ -132,8 +132,8 @@ def obvious_label(references: Sequence[str], response: str) -> float:
     return best
 
 
-def obvious_tokens(text: str) -> list[str]:
-    """Words of a text, stemmed."""
+def naive_tokens(text: str) -> list[str]:
+    """The stemmed words of a text."""
     return [_stem(word) if len(word) > 3 else word for word in re.findall(r"[a-z0-9]+", text.lower())]
 
 
@@ -151,8 +151,8 @@ def score(label: Callable[[Sequence[str], str], float], references: list[str], r
     return [label(references, response) for response in responses]
 
 
-def equal(pools: Pools) -> int:
-    """How many candidates there are, once each is known to have the reference's label."""
+def count_equal(pools: Pools) -> int:
+    """Asserts that every candidate has the reference's label; returns the number of candidates."""
     ours = iter(rouge_l_pools([first for first, _ in pools], [second for _, second in pools]).tolist())
     for references, responses in pools:
         for response in responses:
@@ -161,13 +161,13 @@ def equal(pools: Pools) -> int:
 
 
 def longest() -> dict[str, float]:
-    """Two texts of 50,000 different draws of words: seconds, and how much the peak of memory grew."""
+    """Two random texts of 50,000 words: seconds, and the growth of peak memory."""
     rng = random.Random(0)
-    one, other = (" ".join(f"word{rng.randrange(20_000)}" for _ in range(LONG)) for _ in range(2))
+    reference, response = (" ".join(f"word{rng.randrange(20_000)}" for _ in range(LONG_TOKENS)) for _ in range(2))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds, _ = time_call(lambda: rouge_l_pools([[one]], [[other]]))
+    seconds, _ = time_call(lambda: rouge_l_pools([[reference]], [[response]]))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"tokens": LONG, "seconds": seconds, "memory_grew_mb": (after - before) / 1024}
+    return {"tokens": LONG_TOKENS, "seconds": seconds, "memory_grew_mb": (after - before) / 1024}
 
 
 def step(pools: Pools, work: Path) -> dict[str, object]:
@@ -181,7 +181,7 @@ def step(pools: Pools, work: Path) -> dict[str, object]:
         subprocess.run(["rm", "-rf", target], check=True)
         before = time.perf_counter()
         with subprocess.Popen([sys.executable, "-c", STEP, source, target, str(workers)]) as process:
-            peak = watch(process)
+            peak = watch_memory(process)
         seconds = time.perf_counter() - before
         rows = json.loads((source / "manifest.json").read_text())["candidates"]
         measured[f"{millions}M candidates, {workers} worker(s)"] = {
@@ -194,8 +194,8 @@ def step(pools: Pools, work: Path) -> dict[str, object]:
     return measured
 
 
-def watch(process: "subprocess.Popen[bytes]") -> float:
-    """Peak MB of a process and its children together, looked at ten times a second."""
+def watch_memory(process: "subprocess.Popen[bytes]") -> float:
+    """Peak MB of a process and its children together, sampled ten times a second."""
     peak = 0
     while process.poll() is None:
         peak = max(peak, sum(_resident(pid) for pid in [process.pid, *_children(process.pid)]))
@@ -207,10 +207,10 @@ def watch(process: "subprocess.Popen[bytes]") -> float:
 
 def instances(pools: Pools, count: int, *, candidates: int = 0) -> Iterator[Instance]:
     """`count` instances, or as many as hold `candidates`, from the pools in turn."""
-    number = held = 0
-    while number < count or held < candidates:
+    number = num_candidates = 0
+    while number < count or num_candidates < candidates:
         references, responses = pools[number % len(pools)]
-        number, held = number + 1, held + len(responses)
+        number, num_candidates = number + 1, num_candidates + len(responses)
         yield Instance(
             instance_id=str(number),
             instruction=f"instruction {number}",
@@ -220,14 +220,14 @@ def instances(pools: Pools, count: int, *, candidates: int = 0) -> Iterator[Inst
 
 
 def draw_pools(pools: Pools) -> Pools:
-    """Whole pools in a seeded order until there are `SAMPLE` candidates; of a large pool a part."""
+    """Pools in random order (seeded) until there are `SAMPLE` candidates; large pools are subsampled."""
     rng = random.Random(0)
-    chosen, held = [], 0
+    chosen, num_candidates = [], 0
     for references, responses in rng.sample(pools, len(pools)):
-        part = rng.sample(responses, min(len(responses), max(8, SAMPLE // 20)))
-        chosen.append((references, part))
-        held += len(part)
-        if held >= SAMPLE:
+        sample = rng.sample(responses, min(len(responses), max(8, SAMPLE // 20)))
+        chosen.append((references, sample))
+        num_candidates += len(sample)
+        if num_candidates >= SAMPLE:
             break
     return chosen
 
@@ -239,10 +239,10 @@ def read_pools(path: Path) -> Pools:
     return [(row["references"], [candidate["text"] for candidate in row["candidates"]]) for row in rows]
 
 
-def time_call(work: Callable[[], T]) -> tuple[float, T]:
-    """Seconds that a call took, and what it gave."""
+def time_call(function: Callable[[], T]) -> tuple[float, T]:
+    """Seconds of a call, and its result."""
     started = time.perf_counter()
-    value = work()
+    value = function()
     return time.perf_counter() - started, value
 
 
@@ -255,10 +255,10 @@ def _children(pid: int) -> list[int]:
 
 def _resident(pid: int) -> int:
     try:
-        found = re.search(r"^VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        match = re.search(r"^VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     except OSError:
         return 0
-    return int(found[1]) if found else 0
+    return int(match[1]) if match else 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What the worst bodies cost both services: seconds, memory, and how long /health waits meanwhile.
+"""Cost of the worst request bodies in both services: seconds, memory, and the latency of /health meanwhile.
 
     python benchmarks/bodies.py [--service serve|gateway]
 
-Bodies of 8 MB and bodies with as many values as may be, of about 60 kinds in each place of a request that holds a list,
-one after the other against a process of its own, whose scorer and LLM cost nothing: what is measured is reading,
-checking, refusing and writing. Results go to `benchmarks/results/bodies.json` with date and machine.
+Sends bodies of 8 MB and bodies with the maximum number of values, of about 60 kinds for each list in a request, one by
+one to a separate process whose scorer and LLM cost nothing: only parsing, validation and responses are measured.
+Results are written to `benchmarks/results/bodies.json` with date and machine.
 """
 
 import argparse
@@ -28,17 +28,17 @@ VALUES = {"serve": 32_768, "gateway": 10_000}
 
 
 def main() -> None:
-    """Measures and writes what came of it."""
+    """Measures and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--service", choices=("serve", "gateway"))
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     path = ROOT / "benchmarks" / "results" / "bodies.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    found |= {"date": date.today().isoformat(), "machine": machine()}
-    for name in (asked.service,) if asked.service else ("serve", "gateway"):
-        found[name] = summary(measure(name))
-        print(json.dumps(found[name], indent=1))
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results |= {"date": date.today().isoformat(), "machine": machine()}
+    for name in (arguments.service,) if arguments.service else ("serve", "gateway"):
+        results[name] = summary(measure(name))
+        print(json.dumps(results[name], indent=1))
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def measure(name: str) -> list[Cost]:
@@ -50,7 +50,7 @@ def measure(name: str) -> list[Cost]:
         for kind, path, body in bodies(places, MEGABYTES, VALUES[name]):
             costs.append(watched.cost(kind, path, body))
         if name == "serve":
-            costs += [watched.cost(*one) for one in tensors(MEGABYTES)]
+            costs += [watched.cost(*body) for body in tensors(MEGABYTES)]
     return costs
 
 

@@ -1,4 +1,4 @@
-"""A pretraining on the built-in tasks through the verbs themselves, each a process of its own that is timed whole."""
+"""A pretraining on the built-in tasks by the CLI commands, each timed as a whole process."""
 
 import json
 import os
@@ -18,15 +18,15 @@ from cappy.costing.volumes import Lengths, Volumes
 COMMAND = (sys.executable, "-c", "from cappy.cli import main; main()")
 STRATEGY, SAMPLES = "topk40x5+topp0.95x5", 10
 LAYERS, HIDDEN, LENGTH = 12, 160, 256
-"""Of the scorer that the plan calls `mini`."""
+"""The shape of the scorer `mini` of `cappy plan`."""
 VALIDATION = 0.05
-"""Share of the built-in pretraining pool that its hashes hold out."""
+"""The share of the built-in pretraining pool that is held out."""
 POOL: Final = "pretraining"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ran:
-    """What a verb took, by the clock and of the processor's time, and what it left."""
+class StepRun:
+    """The wall-clock and CPU seconds of a step, its manifest, and the size of its output."""
 
     seconds: float
     cpu_seconds: float
@@ -35,7 +35,7 @@ class Ran:
 
 
 def commands(work: Path, per_family: int) -> dict[str, list[str]]:
-    """The command line of each step; folders lie in `work`."""
+    """The command line of each step; folders are in `work`."""
     prepared, sampled, annotated, scorer, report = (
         str(work / name) for name in ("prepared", "sampled", "annotated", "scorer", "report")
     )
@@ -51,34 +51,34 @@ def commands(work: Path, per_family: int) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def run_steps(work: Path, per_family: int) -> dict[str, Ran]:
-    """Runs the steps in a row, on one thread; each step's whole time, start of the process included."""
-    found = {}
+def run_steps(work: Path, per_family: int) -> dict[str, StepRun]:
+    """Runs the steps one after the other on one thread; times include the start of the process."""
+    runs = {}
     for step, flags in commands(work, per_family).items():
-        started, before = time.perf_counter(), _processor()
-        done = subprocess.run(
+        started, before = time.perf_counter(), _children_cpu_seconds()
+        process = subprocess.run(
             [*COMMAND, step, *flags, "--work", str(work / "work"), "--json"],
             env={**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             capture_output=True, text=True,
         )  # fmt: skip
-        if done.returncode:
-            raise SystemExit(f"{step}: {done.stderr}")
-        seconds, processor = time.perf_counter() - started, _processor() - before
+        if process.returncode:
+            raise SystemExit(f"{step}: {process.stderr}")
+        seconds, processor = time.perf_counter() - started, _children_cpu_seconds() - before
         target = Path(flags[flags.index("--target") + 1])
-        found[step] = Ran(
+        runs[step] = StepRun(
             seconds=seconds,
             cpu_seconds=processor,
             manifest=json.loads((target / "manifest.json").read_text()),
             bytes=size_of(target),
         )
-        print(f"{step}: {seconds:.1f} s, {processor:.1f} s of the processor", flush=True)
-    return found
+        print(f"{step}: {seconds:.1f} s, {processor:.1f} s of CPU", flush=True)
+    return runs
 
 
-def _processor() -> float:
-    """Seconds of the processor that finished children had."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def _children_cpu_seconds() -> float:
+    """CPU seconds of finished child processes."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def size_of(folder: Path) -> int:
@@ -87,20 +87,20 @@ def size_of(folder: Path) -> int:
 
 
 def builtin_volumes(per_family: int, throughput: Throughput) -> Volumes:
-    """What `run_steps` has to do, by arithmetic: nothing of the run itself is looked at.
+    """The volumes of `run_steps`, computed without looking at the run.
 
-    Which families have choices, and how many, is the families' own; lengths are the measured ones.
+    Numbers of choices come from the task families, lengths from the measured ones.
     """
-    few = list(instances(POOL, num_per_family=1))
-    closed = [len(one.choices) for one in few if one.choices]
-    prompts, open_prompts = len(few) * per_family, (len(few) - len(closed)) * per_family
+    one_per_family = list(instances(POOL, num_per_family=1))
+    closed = [len(item.choices) for item in one_per_family if item.choices]
+    prompts, open_prompts = len(one_per_family) * per_family, (len(one_per_family) - len(closed)) * per_family
     choices, samples = sum(closed) * per_family, open_prompts * SAMPLES
     pairs = choices + samples + 2 * open_prompts
-    texts = {one.kind: one for one in throughput.texts_of("builtin")}
-    opened, chosen = texts["open-ended"], texts["choices"]
+    texts = {item.kind: item for item in throughput.texts_of("builtin")}
+    open_ended, with_choices = texts["open-ended"], texts["choices"]
     pair = Lengths(
-        tokens=((pairs - choices) * opened.pair_tokens + choices * chosen.pair_tokens) / pairs,
-        squared=((pairs - choices) * opened.pair_squared + choices * chosen.pair_squared) / pairs,
+        tokens=((pairs - choices) * open_ended.pair_tokens + choices * with_choices.pair_tokens) / pairs,
+        squared=((pairs - choices) * open_ended.pair_squared + choices * with_choices.pair_squared) / pairs,
     )
     return Volumes(
         prompts=prompts,
@@ -108,8 +108,8 @@ def builtin_volumes(per_family: int, throughput: Throughput) -> Volumes:
         pairs=pairs,
         selectable=choices + samples,
         samples={"builtin": SAMPLES},
-        prompt=Lengths(tokens=opened.prompt_tokens, squared=opened.prompt_squared),
-        response_tokens=opened.response_tokens,
+        prompt=Lengths(tokens=open_ended.prompt_tokens, squared=open_ended.prompt_squared),
+        response_tokens=open_ended.response_tokens,
         pair=pair,
         evaluated_pairs=round((choices + samples) * VALIDATION),
         evaluated_pair=pair,

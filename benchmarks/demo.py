@@ -1,10 +1,10 @@
-"""How long `make demo` takes, how much memory, and what its scorer is worth, for several seeds, each in a new folder.
+"""Time, memory and results of `make demo`, for several seeds, each in a new folder.
 
     python benchmarks/demo.py [--seeds 0 1 2]
 
-Runs the command of the Makefile in an empty folder (nothing from a cache), then once more to time the cache. Memory is
-the sum over all processes of the run of what each keeps to itself plus its share of the rest (Pss), looked at five
-times a second; Linux alone. Results go to `benchmarks/results/demo.json`.
+Runs the command of the Makefile in an empty folder (without a cache), then once more to time the cache. Memory is the
+sum of the proportional set sizes (Pss) of all processes of the run, sampled five times a second; Linux only. Results
+are written to `benchmarks/results/demo.json`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 from machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 
 
 def main() -> None:
@@ -47,42 +47,42 @@ def main() -> None:
 
 
 def measure(seed: int) -> dict[str, Any]:
-    """Seconds, peak memory and results of one demo, and the seconds of the same command again."""
-    words = [*command(), "--seed", str(seed), "--json"]
+    """Seconds, peak memory and results of one demo, and the seconds of a second run."""
+    arguments = [*command(), "--seed", str(seed), "--json"]
     with tempfile.TemporaryDirectory() as folder:
-        seconds, peak, found = time_command(words, Path(folder))
-        again, _, cached = time_command(words, Path(folder))
-        report = json.loads((Path(folder) / found["report"]).with_name("report.json").read_text())
+        seconds, peak, outcome = time_command(arguments, Path(folder))
+        again, _, cached = time_command(arguments, Path(folder))
+        report = json.loads((Path(folder) / outcome["report"]).with_name("report.json").read_text())
     return {
         "seed": seed,
         "seconds": round(seconds),
-        "seconds_by_step": {step: round(value, 1) for step, value in found["seconds"].items()},
+        "seconds_by_step": {step: round(value, 1) for step, value in outcome["seconds"].items()},
         "peak_gib": round(peak / 2**30, 2),
         "seconds_again": round(again),
         "from_cache": cached["from_cache"],
         "instances": report["facts"]["instances"],
-        "decision": found["decision"],
+        "decision": outcome["decision"],
         "comparisons": {key: value for key, value in report["comparisons"].items() if key.startswith("scorer-")},
-        "selectors": found["selectors"],
+        "selectors": outcome["selectors"],
     }
 
 
 def command() -> list[str]:
-    """What `make demo` runs, its program as an absolute path."""
+    """The command of `make demo`, with the absolute path of its program."""
     make = ["make", "--dry-run", "--silent", "--directory", str(ROOT), "demo"]
     lines = subprocess.run(make, capture_output=True, text=True, check=True).stdout.splitlines()
     program, *arguments = shlex.split(next(line for line in reversed(lines) if "cappy adapt" in line))
     return [str(ROOT / program), *arguments]
 
 
-def time_command(words: Sequence[str], folder: Path) -> tuple[float, int, dict[str, Any]]:
-    """Seconds, peak bytes and printed JSON of a command that is run in `folder`."""
+def time_command(arguments: Sequence[str], folder: Path) -> tuple[float, int, dict[str, Any]]:
+    """Seconds, peak bytes and printed JSON of a command in `folder`."""
     started = time.monotonic()
-    process = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, text=True)
     peak = 0
     while process.poll() is None:
-        peak = max(peak, sum(memory(number) for number in descendants(process.pid)))
-        time.sleep(LOOK_SECONDS)
+        peak = max(peak, sum(memory(pid) for pid in descendants(process.pid)))
+        time.sleep(POLL_SECONDS)
     seconds = time.monotonic() - started
     assert process.stdout is not None
     if process.returncode:
@@ -91,23 +91,23 @@ def time_command(words: Sequence[str], folder: Path) -> tuple[float, int, dict[s
 
 
 def descendants(root: int) -> set[int]:
-    """A process and all below it."""
+    """A process and all of its descendants."""
     parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    found = {root}
-    while more := {number for number, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
+    pids = {root}
+    while children := {pid for pid, parent in parents.items() if parent in pids} - pids:
+        pids |= children
+    return pids
 
 
-def memory(number: int) -> int:
-    """Pss of a process in bytes; 0 if it has just ended."""
+def memory(pid: int) -> int:
+    """The Pss of a process in bytes; 0 if it has ended."""
     try:
-        lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)

@@ -1,11 +1,10 @@
-"""How much time the generator adds to that of the endpoint: many calls at a known latency, beside the ideal.
+"""Overhead of the endpoint generator: many calls at a known latency, compared with the ideal time.
 
     python benchmarks/endpoint.py [--calls 1000] [--latency 0.25] [--concurrency 64]
 
-A server of the standard library in a process of its own answers each chat completion after the latency. Ideal is what
-the latency alone takes: calls divided by concurrency, rounded up, times latency. Every answer is kept on the disk, as
-in a run; the second time all answers come from there. Results go to `benchmarks/results/endpoint.json` with date and
-machine.
+A server in a separate process answers each chat completion after the latency. The ideal time is the number of calls
+divided by the concurrency, rounded up, times the latency. Every answer is stored on disk, as in a run; in the second
+run all answers come from there. Results are written to `benchmarks/results/endpoint.json` with date and machine.
 """
 
 import argparse
@@ -28,23 +27,25 @@ from cappy.sampling.strategies import Decoding
 from cappy.specs import parse_spec
 
 ROOT = Path(__file__).resolve().parents[1]
-AT_MOST = 1.3
-"""Times the ideal that a run may take."""
+MAX_TIMES_IDEAL = 1.3
+"""The limit of a run's time, as a multiple of the ideal."""
 
 
 def main() -> None:
     """Measures and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=1000)
-    parser.add_argument("--latency", type=float, default=0.25, help="seconds that the server takes over an answer")
+    parser.add_argument("--latency", type=float, default=0.25, help="seconds that the server takes for an answer")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path(".cappy/benchmarks/endpoint"))
     arguments = parser.parse_args()
-    ours, theirs = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, arguments.latency), daemon=True)
+    connection, server_connection = multiprocessing.Pipe()
+    server = multiprocessing.get_context("spawn").Process(
+        target=serve, args=(server_connection, arguments.latency), daemon=True
+    )
     server.start()
-    url = ours.recv()
+    url = connection.recv()
     rounds = [measure(url, arguments) for _ in range(arguments.rounds)]
     server.terminate()
     ideal = math.ceil(arguments.calls / arguments.concurrency) * arguments.latency
@@ -61,37 +62,39 @@ def main() -> None:
         "asked_s": [seconds for seconds, _ in rounds],
         "from_disk_s": [seconds for _, seconds in rounds],
         "times_ideal": slowest / ideal,
-        "at_most": AT_MOST,
+        "at_most": MAX_TIMES_IDEAL,
     }
     (ROOT / "benchmarks/results/endpoint.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-    if slowest > AT_MOST * ideal:
-        sys.exit(f"benchmarks/endpoint.py: {slowest / ideal:.2f} times the ideal, more than {AT_MOST}")
+    if slowest > MAX_TIMES_IDEAL * ideal:
+        sys.exit(f"benchmarks/endpoint.py: {slowest / ideal:.2f} times the ideal, more than {MAX_TIMES_IDEAL}")
 
 
 def measure(url: str, arguments: argparse.Namespace) -> tuple[float, float]:
-    """Seconds of one run and of the same run again, which asks nothing."""
+    """Seconds of one run, and of a second one, which sends no requests."""
     shutil.rmtree(arguments.work, ignore_errors=True)
-    terms = EndpointConfig(concurrency=arguments.concurrency, folder=arguments.work)
+    config = EndpointConfig(concurrency=arguments.concurrency, folder=arguments.work)
     seconds = []
     for _ in range(2):
-        endpoint = Endpoint(parse_spec(f"openai:m@{url}"), terms)
+        endpoint = Endpoint(parse_spec(f"openai:m@{url}"), config)
         started = time.perf_counter()
-        drawn = endpoint.sample([f"prompt {i}" for i in range(arguments.calls)], [Decoding(name="sampling")], seed=0)
+        candidates = endpoint.sample(
+            [f"prompt {i}" for i in range(arguments.calls)], [Decoding(name="sampling")], seed=0
+        )
         seconds.append(time.perf_counter() - started)
         endpoint.close()
-        assert all(one.status == "ok" for group in drawn for one in group)
+        assert all(candidate.status == "ok" for group in candidates for candidate in group)
     assert endpoint.usage.requests == 0
     return seconds[0], seconds[1]
 
 
-def serve(to: Connection, latency: float) -> None:
-    """Serves in this process, and sends the address."""
+def serve(connection: Connection, latency: float) -> None:
+    """Serves in this process and sends its address to `connection`."""
     sys.path.insert(0, str(ROOT / "tests/fakes"))
     from chat_server import Model, serving
 
     with serving(Model(latency=latency)) as url:
-        to.send(url)
+        connection.send(url)
         time.sleep(3600)
 
 

@@ -1,9 +1,9 @@
-"""How long the intervals of an evaluation take, and how much memory.
+"""Time and memory of the confidence intervals of an evaluation.
 
     python benchmarks/evaluation.py [--instances 10000] [--selectors 14]
 
-Writes benchmarks/results/evaluation.json: seconds for an interval of every selector and a paired difference of every
-pair of them; scipy.stats.bootstrap of one mean (BCa, 10,000 resamples), in the same run, for comparison.
+Writes benchmarks/results/evaluation.json: seconds for the interval of every selector and the paired difference of every
+pair of selectors; for comparison, scipy.stats.bootstrap of one mean (BCa, 10,000 resamples) in the same run.
 """
 
 import argparse
@@ -43,26 +43,26 @@ def main() -> None:
 
 
 def intervals_of(values: np.ndarray[Any, Any]) -> list[tuple[float, float]]:
-    """The interval of every selector; the differences of all pairs are computed too."""
+    """The interval of every selector; also computes the differences of all pairs."""
     groups = [str(index) for index in range(len(values))]
-    for one, two in itertools.combinations(range(values.shape[1]), 2):
-        compare(values[:, one], values[:, two], groups)
-    return [(round(own.low, 5), round(own.high, 5)) for own in estimates(values, groups)]
+    for first, second in itertools.combinations(range(values.shape[1]), 2):
+        compare(values[:, first], values[:, second], groups)
+    return [(round(estimate.low, 5), round(estimate.high, 5)) for estimate in estimates(values, groups)]
 
 
 def by_scipy(values: np.ndarray[Any, Any]) -> tuple[float, float]:
     """The interval of one mean by scipy."""
-    found = stats.bootstrap(
+    interval = stats.bootstrap(
         (values,), np.mean, n_resamples=RESAMPLES, method="BCa", batch=100, rng=np.random.default_rng(0)
     ).confidence_interval
-    return round(float(found.low), 5), round(float(found.high), 5)
+    return round(float(interval.low), 5), round(float(interval.high), 5)
 
 
-def time_call(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and the result."""
+def time_call(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and its result."""
     started = time.monotonic()
-    done = work()
-    return round(time.monotonic() - started, 2), done
+    result = function()
+    return round(time.monotonic() - started, 2), result
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Sizes and start times of the container images: python benchmarks/images.py (builds what is not built).
+"""Sizes and start times of the container images: python benchmarks/images.py (builds missing images).
 
-An engine that answers is used, else one is started (docker/engine.py). Start times are those of a container that is
-made, runs and ends, its files in the page cache, on a read-only file system. `load` is the number of processes that
-wanted the machine's cores in the minute before.
+Uses a running Docker engine or starts one (docker/engine.py). A start time is that of creating, running and removing a
+container with a read-only file system, with its files in the page cache. `load` is the load average of the minute
+before.
 """
 
 import datetime
@@ -46,58 +46,63 @@ def main() -> None:
 
 
 def measure(name: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Bytes and seconds of one image."""
+    """Size in bytes and start times in seconds of one image."""
     image = images.tag(name)
-    told = docker(environment, "image", "inspect", "--format", "{{.Size}}", image)
+    size = run_docker(environment, "image", "inspect", "--format", "{{.Size}}", image)
     command = ("--version",) if name == "serving" else ("cappy", "--version")
-    words = ("run", "--rm", "--network", "none", *LOCKED_DOWN, image, *command)
-    found: dict[str, Any] = {"bytes": int(told), "version_seconds": repeat(lambda: docker(environment, *words))}
+    arguments = ("run", "--rm", "--network", "none", *LOCKED_DOWN, image, *command)
+    seconds_and_bytes: dict[str, Any] = {
+        "bytes": int(size),
+        "version_seconds": time_repeatedly(lambda: run_docker(environment, *arguments)),
+    }
     if name == "serving":
-        found["ready_seconds"] = repeat(lambda: until_ready(environment, image))
-    return found
+        seconds_and_bytes["ready_seconds"] = time_repeatedly(lambda: time_until_ready(environment, image))
+    return seconds_and_bytes
 
 
-def repeat(action: Callable[[], object]) -> dict[str, float]:
-    """Median, least and most of the seconds that an action takes; a first one, which fills caches, is left out."""
+def time_repeatedly(action: Callable[[], object]) -> dict[str, float]:
+    """Median, minimum and maximum of the seconds of an action, after a first one that fills caches."""
     action()
     seconds = []
     for _ in range(REPEATS):
-        began = time.monotonic()
+        started = time.monotonic()
         result = action()
-        seconds.append(result if isinstance(result, float) else time.monotonic() - began)
+        seconds.append(result if isinstance(result, float) else time.monotonic() - started)
     return {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
 
 
-def until_ready(environment: Mapping[str, str], image: str) -> float:
-    """Seconds from `docker run` to the first 200 of /ready, with the built-in scorer."""
-    began = time.monotonic()
-    words = ("run", "--detach", "--publish", "127.0.0.1::8080", *LOCKED_DOWN, image, "serve", "--scorer", "builtin")
-    container = docker(environment, *words)
+def time_until_ready(environment: Mapping[str, str], image: str) -> float:
+    """Seconds from `docker run` to the first status 200 of /ready, with the built-in scorer."""
+    started = time.monotonic()
+    arguments = ("run", "--detach", "--publish", "127.0.0.1::8080", *LOCKED_DOWN, image, "serve", "--scorer", "builtin")
+    container = run_docker(environment, *arguments)
     try:
-        port = docker(environment, "port", container, "8080").rpartition(":")[2]
-        while time.monotonic() - began < 120:
+        port = run_docker(environment, "port", container, "8080").rpartition(":")[2]
+        while time.monotonic() - started < 120:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2):
-                    return time.monotonic() - began
+                    return time.monotonic() - started
             except OSError:
                 time.sleep(0.05)
         raise SystemExit(f"benchmarks/images.py: {image} is not ready after two minutes")
     finally:
-        docker(environment, "rm", "--force", container)
+        run_docker(environment, "rm", "--force", container)
 
 
-def docker(environment: Mapping[str, str], *words: str) -> str:
-    """What the client prints."""
-    done = subprocess.run([engine.docker(), *words], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+def run_docker(environment: Mapping[str, str], *arguments: str) -> str:
+    """Runs the Docker client and returns its output."""
+    process = subprocess.run(
+        [engine.find_docker(), *arguments], env=environment, capture_output=True, text=True, check=True
+    )
+    return process.stdout.strip()
 
 
 def table(results: Mapping[str, Any]) -> str:
     """The README's table."""
     lines = ["| image | size | `cappy --version` | ready to score |", "|---|---|---|---|"]
-    for name, found in results["images"].items():
-        ready = f"{found['ready_seconds']['median']:.1f} s" if "ready_seconds" in found else ""
-        size, start = found["bytes"] / 1e9, found["version_seconds"]["median"]
+    for name, image in results["images"].items():
+        ready = f"{image['ready_seconds']['median']:.1f} s" if "ready_seconds" in image else ""
+        size, start = image["bytes"] / 1e9, image["version_seconds"]["median"]
         lines.append(f"| `{images.IMAGES[name]}` | {size:.2f} GB | {start:.1f} s | {ready} |")
     return "\n".join(lines)
 

@@ -1,12 +1,12 @@
-"""How often the gate promotes a scorer that is no better, and how often an interval holds the truth, by simulation.
+"""Simulates how often the gate promotes a scorer that is no better, and how often an interval covers the true value.
 
     python benchmarks/intervals.py [--trials 2000] [--whole 200] [--rivals 300]
 
-Every trial draws paired differences whose true mean is 0 over 30, 100 or 300 groups, and asks `compare` for the
-interval and `decide` for the decision. Shapes: normal, many ties, accuracies, skewed ones, and the differences of two
-selectors that pick at random from real pools (where ../shared/data is at hand). `--whole` trials go through `evaluate`
-whole: two scorers that give random numbers, one the champion. `--rivals` trials compare with the intervals that were
-not taken: the percentile bootstrap, the studentised bootstrap, BCa and Student's t alone, on the same draws.
+Every trial draws paired differences with a true mean of 0 over 30, 100 or 300 groups, and calls `compare` for the
+interval and `decide` for the decision. Distributions: normal, many ties, accuracies, skewed ones, and differences of
+two random picks from real pools (if ../shared/data is available). `--whole` is the number of trials of a full
+`evaluate` with two random scorers, one of them the champion. `--rivals` is the number of trials of other intervals on
+the same draws: the percentile bootstrap, the studentised bootstrap, BCa and Student's t.
 
 Writes benchmarks/results/intervals.json and prints the table of docs/guides/evaluation.md.
 """
@@ -42,7 +42,7 @@ Interval = tuple[float, float]
 
 
 def rare_loss(share: float) -> Draw:
-    """Small gains, and in a `share` of groups a large loss; 0 in the mean."""
+    """Small gains, and a large loss in a `share` of groups; the mean is 0."""
     return lambda rng, count: np.where(rng.random(count) < share, share - 1, share)
 
 
@@ -74,12 +74,12 @@ def main() -> None:
     shapes = {"symmetric": {**SYMMETRIC, **real}, "skewed": SKEWED}
     rows = [
         {"kind": kind, "shape": name, "groups": groups, **simulate(draw, groups, arguments.trials, arguments.rivals)}
-        for kind, named in shapes.items()
-        for name, draw in named.items()
+        for kind, draws in shapes.items()
+        for name, draw in draws.items()
         for groups in GROUPS
     ]
-    clustered = [clusters(name, sizes, arguments.trials) for name, sizes in SIZES.items()]
-    whole = [through_evaluate(groups, arguments.whole) for groups in GROUPS]
+    clustered = [simulate_clusters(name, sizes, arguments.trials) for name, sizes in SIZES.items()]
+    whole = [simulate_evaluation(groups, arguments.whole) for groups in GROUPS]
     values = {
         "benchmark": "intervals",
         "date": date.today().isoformat(),
@@ -95,30 +95,30 @@ def main() -> None:
 
 
 def simulate(draw: Draw, groups: int, trials: int, rivals: int) -> dict[str, Any]:
-    """Share of trials that are promoted, and share of intervals that hold 0: ours, and those of the rivals."""
+    """Share of promotions and coverage of 0, for our interval and for the others."""
     rng = np.random.default_rng(groups)
     names = [str(index) for index in range(groups)]
-    promoted = held = 0
+    promoted = covered = 0
     others: dict[str, list[int]] = {name: [0, 0] for name in RIVALS}
     for trial in range(trials):
         values = draw(rng, groups)
-        found = compare(values, np.zeros(groups), names)
-        promoted += is_promoted(found)
-        held += found.low <= 0 <= found.high
+        difference = compare(values, np.zeros(groups), names)
+        promoted += is_promoted(difference)
+        covered += difference.low <= 0 <= difference.high
         for name, rival in RIVALS.items() if trial < rivals else ():
             low, high = rival(values, rng)
             others[name][0] += low > 0 and bool(np.ptp(values) > 1e-9)
             others[name][1] += low <= 0 <= high
     return {
         "promoted": round(promoted / trials, 4),
-        "coverage": round(held / trials, 4),
+        "coverage": round(covered / trials, 4),
         "rivals": {name: [round(count / rivals, 3) for count in counts] for name, counts in others.items()},
     }
 
 
-def is_promoted(found: Difference) -> bool:
-    """What the gate decides on a report with this difference to the champion."""
-    report = {"comparisons": {"scorer-champion": found}, "facts": {"groups": found.groups}, "split": "test"}
+def is_promoted(difference: Difference) -> bool:
+    """Whether the gate promotes on a report with this difference to the champion."""
+    report = {"comparisons": {"scorer-champion": difference}, "facts": {"groups": difference.groups}, "split": "test"}
     return decide(report, has_champion=True).decision == "promote"
 
 
@@ -130,27 +130,29 @@ SIZES: Mapping[str, Callable[[np.random.Generator], npt.NDArray[np.int64]]] = {
 }
 
 
-def clusters(name: str, sizes: Callable[[np.random.Generator], npt.NDArray[np.int64]], trials: int) -> dict[str, Any]:
-    """The same for groups of several instances, half of whose variance is their group's."""
+def simulate_clusters(
+    name: str, sizes: Callable[[np.random.Generator], npt.NDArray[np.int64]], trials: int
+) -> dict[str, Any]:
+    """Like `simulate`, for groups of several instances; half of the variance is between groups."""
     rng = np.random.default_rng(0)
-    promoted = held = 0
+    promoted = covered = 0
     for _ in range(trials):
         counts = sizes(rng)
         index = np.repeat(np.arange(len(counts)), counts)
         values = (rng.normal(size=len(counts))[index] + rng.normal(size=len(index))) / 10
-        found = compare(values, np.zeros(len(index)), [str(one) for one in index])
-        promoted += is_promoted(found)
-        held += found.low <= 0 <= found.high
-    return {"sizes": name, "promoted": round(promoted / trials, 4), "coverage": round(held / trials, 4)}
+        difference = compare(values, np.zeros(len(index)), [str(group) for group in index])
+        promoted += is_promoted(difference)
+        covered += difference.low <= 0 <= difference.high
+    return {"sizes": name, "promoted": round(promoted / trials, 4), "coverage": round(covered / trials, 4)}
 
 
-def through_evaluate(groups: int, trials: int) -> dict[str, Any]:
-    """Share of promotions of a scorer that gives random numbers over a champion that does, by the whole evaluation."""
+def simulate_evaluation(groups: int, trials: int) -> dict[str, Any]:
+    """Share of promotions of one random scorer over another, by a full evaluation."""
     rng = np.random.default_rng(groups)
     promoted = 0
     for _ in range(trials):
         instances = [instance(rng, index) for index in range(groups)]
-        report = evaluate(instances, score=noise(rng), champion=noise(rng), probe=False)
+        report = evaluate(instances, score=random_scorer(rng), champion=random_scorer(rng), probe=False)
         promoted += decide(report.to_dict(), has_champion=True).decision == "promote"
     return {"groups": groups, "trials": trials, "promoted": promoted / trials}
 
@@ -172,24 +174,26 @@ def instance(rng: np.random.Generator, index: int) -> Instance:
     )
 
 
-def noise(rng: np.random.Generator) -> Callable[[Sequence[tuple[str, str]]], list[float]]:
-    """A scorer that knows nothing."""
+def random_scorer(rng: np.random.Generator) -> Callable[[Sequence[tuple[str, str]]], list[float]]:
+    """A scorer that returns random numbers."""
     return lambda pairs: rng.random(len(pairs)).tolist()
 
 
 def read_pools(name: str) -> list[Vector]:
-    """The Rouge-L labels of the candidates of a set of real pools; none where it is not at hand."""
+    """Rouge-L labels of the candidates of each pool in a set; empty if the set is missing."""
     path = POOLS / f"{name}.jsonl.gz"
     if not path.is_file():
         return []
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in list(file)[:630]]
-    pools = [np.array([rouge_l(row["references"], one["text"]) for one in row["candidates"]]) for row in rows]
+    pools = [
+        np.array([rouge_l(row["references"], candidate["text"]) for candidate in row["candidates"]]) for row in rows
+    ]
     return [pool for pool in pools if len(pool) > 1]
 
 
 def picks_of(pools: Sequence[Vector]) -> Draw:
-    """The difference of the labels of two picks at random, of as many pools drawn with replacement."""
+    """Differences of the labels of two random picks, from pools drawn with replacement."""
 
     def draw(rng: np.random.Generator, count: int) -> Vector:
         chosen = [pools[index] for index in rng.integers(len(pools), size=count)]
@@ -199,7 +203,7 @@ def picks_of(pools: Sequence[Vector]) -> Draw:
 
 
 def student(values: Vector, rng: np.random.Generator) -> Interval:
-    """Student's t alone."""
+    """Student's t interval."""
     error = values.std(ddof=1) / np.sqrt(len(values)) * stats.t.ppf(0.975, len(values) - 1)
     return float(values.mean() - error), float(values.mean() + error)
 
@@ -213,8 +217,8 @@ def percentile(values: Vector, rng: np.random.Generator) -> Interval:
 
 def bootstrap_t(values: Vector, rng: np.random.Generator) -> Interval:
     """The bootstrap-t (Efron and Tibshirani, 1993, §12.5)."""
-    drawn = values[rng.integers(len(values), size=(RESAMPLES, len(values)))]
-    errors, shifts = drawn.std(axis=1, ddof=1), drawn.mean(axis=1) - values.mean()
+    resamples = values[rng.integers(len(values), size=(RESAMPLES, len(values)))]
+    errors, shifts = resamples.std(axis=1, ddof=1), resamples.mean(axis=1) - values.mean()
     statistics = np.where(errors > 0, shifts / np.where(errors > 0, errors, 1), np.sign(shifts) * 50)
     low, high = np.quantile(np.clip(statistics, -50, 50), [0.025, 0.975])
     spread = values.std(ddof=1)
@@ -226,26 +230,31 @@ def bca(values: Vector, rng: np.random.Generator) -> Interval:
     if np.ptp(values) < 1e-9:
         return float(values[0]), float(values[0])
     with warnings.catch_warnings():
-        # scipy warns where the acceleration is not defined, and then gives no number.
+        # scipy warns if the acceleration is undefined, and returns NaN.
         warnings.simplefilter("ignore")
-        found = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="BCa", rng=rng).confidence_interval
-    return float(np.nan_to_num(found.low, nan=values.min())), float(np.nan_to_num(found.high, nan=values.max()))
+        interval = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="BCa", rng=rng).confidence_interval
+    return float(np.nan_to_num(interval.low, nan=values.min())), float(np.nan_to_num(interval.high, nan=values.max()))
 
 
 RIVALS = {"student": student, "percentile": percentile, "studentised": bootstrap_t, "bca": bca}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows as Markdown: promoted / coverage in percent, by number of groups."""
+    """The rows as a Markdown table: promoted / coverage in percent, by number of groups."""
     lines = [
         "| true differences, mean 0 | 30 groups | 100 | 300 | percentile bootstrap, 30 groups |",
         "|---|---|---|---|---|",
     ]
     for shape in dict.fromkeys(row["shape"] for row in rows):
-        own = {row["groups"]: row for row in rows if row["shape"] == shape}
-        cells = [f"{100 * own[groups]['promoted']:.1f} / {100 * own[groups]['coverage']:.1f}" for groups in GROUPS]
-        old = own[GROUPS[0]]["rivals"]["percentile"]
-        lines.append(f"| {shape} | {' | '.join(cells)} | {100 * old[0]:.1f} / {100 * old[1]:.1f} |")
+        row_by_groups = {row["groups"]: row for row in rows if row["shape"] == shape}
+        cells = [
+            f"{100 * row_by_groups[groups]['promoted']:.1f} / {100 * row_by_groups[groups]['coverage']:.1f}"
+            for groups in GROUPS
+        ]
+        percentile_row = row_by_groups[GROUPS[0]]["rivals"]["percentile"]
+        lines.append(
+            f"| {shape} | {' | '.join(cells)} | {100 * percentile_row[0]:.1f} / {100 * percentile_row[1]:.1f} |"
+        )
     return lines
 
 

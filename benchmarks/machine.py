@@ -1,4 +1,4 @@
-"""What a benchmark ran on, in words, for whoever reads its numbers."""
+"""A description of the machine for benchmark results."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ import torch
 
 
 def machine() -> str:
-    """Cores that this process may use, the processor, and the GPU."""
+    """The number of cores that this process may use, the processor and the GPU."""
     info = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

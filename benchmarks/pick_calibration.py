@@ -1,15 +1,15 @@
-"""Is what a calibration expects of a pick true, and does a threshold keep the precision that it promises?
+"""Checks the calibrated labels of picks, and the precision that a threshold promises, on held-out instances.
 
     python benchmarks/pick_calibration.py [--sets gsm8k_openai ...] [--splits 100] [--work .cappy/benchmarks/picks]
 
-Real candidates of `shared/data/candidates`, scored by the built-in scorer in fp32, which was trained on none of them
-(but not e2e_nlg and summeval, which take it long), and by MBR's value, which tells more of them apart. Many times over
-60 random instances, or half of them, calibrate and choose thresholds, and the others are tested. "before" is the former
-method: one isotonic map of all candidates, and the lowest threshold whose held-out picks happen to be good enough;
-"after" is `cappy.evaluation.calibration` and `cappy.evaluation.threshold`.
+Real candidates of `shared/data/candidates` are scored by the built-in scorer in fp32, which was not trained on them,
+and by MBR, which separates them better; e2e_nlg and summeval only by MBR, since the scorer would take long on them. In
+each of many random splits, 60 instances, or half of all, fit the calibration and choose thresholds, and the others test
+them. "before" is the former method: one isotonic map of all candidates, and the lowest threshold with enough precision
+on the fit set; "after" is `cappy.evaluation.calibration` and `cappy.evaluation.threshold`.
 
-Scores lie under `--work` and are not computed again. Writes `benchmarks/results/pick-calibration.json` and prints its
-tables as Markdown.
+Scores are stored under `--work` and reused. Writes `benchmarks/results/pick-calibration.json` and prints its tables as
+Markdown.
 """
 
 import argparse
@@ -43,16 +43,16 @@ SETS: Mapping[str, tuple[str, Sequence[str]]] = {
     "e2e_nlg": ("rougeL", ("mbr",)),
     "summeval": ("rougeL", ("mbr",)),
 }
-"""Metric and scorers of each."""
+"""Set -> metric and scorers."""
 EXCLUDED = {"e2e_nlg": ("primary/*",)}
 HELD_OUT = (60, None)
-"""Instances that calibrate; None is half of them."""
+"""Instances that fit the calibration; None means half of them."""
 SIZES = (1, 2, 4, None)
-"""Candidates that are drawn and of which the best is picked; None is all."""
+"""Candidates from which the best is picked; None means all."""
 PRECISIONS = (0.5, 0.7, 0.8, 0.9)
 GOOD = 0.5
 Expect = Callable[[Vector, Sequence[int]], Vector]
-"""The expected labels of picks by their scores and the numbers of distinct candidates."""
+"""The expected labels of picks, from their scores and the numbers of distinct candidates."""
 
 
 def main() -> None:
@@ -68,8 +68,8 @@ def main() -> None:
         for scorer in SETS[name][1]:
             pools, scores = load(name, scorer, arguments.work)
             for held_out in HELD_OUT:
-                found = measure(pools, scores, held_out, arguments.splits)
-                tables.append({"set": name, "scorer": scorer, **found})
+                measured = measure(pools, scores, held_out, arguments.splits)
+                tables.append({"set": name, "scorer": scorer, **measured})
                 print(json.dumps(tables[-1]), flush=True)
     result = {
         "benchmark": "pick-calibration",
@@ -84,14 +84,16 @@ def main() -> None:
 
 
 def load(name: str, scorer: str, work: Path) -> tuple[list[Pool], list[Vector]]:
-    """The pools of a set with two distinct candidates or more, and their scores."""
+    """The pools of a set with at least two distinct candidates, and their scores."""
     metric, folder = SETS[name][0], work / name
     source = str(CANDIDATES / f"{name}.jsonl.gz")
     if not (folder / "annotated").exists():
-        own: dict[str, Any] = {"work": folder / "work"}
+        work_settings: dict[str, Any] = {"work": folder / "work"}
         excluded = EXCLUDED.get(name, ())
-        preparation(PreparationConfig(source=source, target=folder / "prepared", exclude=excluded, **own))
-        annotation(AnnotationConfig(source=folder / "prepared", target=folder / "annotated", metric=metric, **own))
+        preparation(PreparationConfig(source=source, target=folder / "prepared", exclude=excluded, **work_settings))
+        annotation(
+            AnnotationConfig(source=folder / "prepared", target=folder / "annotated", metric=metric, **work_settings)
+        )
     pools = collect(read(folder / "annotated"), metric=metric, splits={"train", "validation", "test"})
     pools = [pool for pool in pools if len(set(pool.responses)) > 1]
     stored = folder / f"{scorer}.npz"
@@ -106,105 +108,121 @@ def load(name: str, scorer: str, work: Path) -> tuple[list[Pool], list[Vector]]:
 
 
 def measure(pools: Sequence[Pool], scores: Sequence[Vector], held_out: int | None, splits: int) -> dict[str, Any]:
-    """Means over the splits, and how often a promise was not kept."""
+    """Means over the splits, including the share of splits with too low a precision."""
     rng = np.random.default_rng(0)
     groups = sorted({pool.instance.group_id for pool in pools})
-    number = held_out or len(groups) // 2
-    found: dict[str, list[float]] = {}
+    num_held_out = held_out or len(groups) // 2
+    values_by_key: dict[str, list[float]] = {}
     for _ in range(splits):
-        own = set(rng.choice(groups, number, replace=False).tolist())
-        held, tested = (
-            [i for i, p in enumerate(pools) if (p.instance.group_id in own) == side] for side in (True, False)
+        held_out_groups = set(rng.choice(groups, num_held_out, replace=False).tolist())
+        fit_indices, test_indices = (
+            [i for i, p in enumerate(pools) if (p.instance.group_id in held_out_groups) == side]
+            for side in (True, False)
         )
-        one, other = (([pools[i] for i in w], [scores[i] for i in w]) for w in (held, tested))
-        for key, value in evaluate_split(one, other, rng).items():
-            found.setdefault(key, []).append(value)
-    values = {key: round(float(np.nanmean(own)), 4) for key, own in found.items() if not np.isnan(own).all()}
-    return {"held_out": number, "tested": len(groups) - number, **values}
+        fit_set, test_set = (([pools[i] for i in w], [scores[i] for i in w]) for w in (fit_indices, test_indices))
+        for key, value in evaluate_split(fit_set, test_set, rng).items():
+            values_by_key.setdefault(key, []).append(value)
+    values = {
+        key: round(float(np.nanmean(numbers)), 4)
+        for key, numbers in values_by_key.items()
+        if not np.isnan(numbers).all()
+    }
+    return {"held_out": num_held_out, "tested": len(groups) - num_held_out, **values}
 
 
 def evaluate_split(
-    held: tuple[Sequence[Pool], Sequence[Vector]],
-    tested: tuple[Sequence[Pool], Sequence[Vector]],
+    fit_set: tuple[Sequence[Pool], Sequence[Vector]],
+    test_set: tuple[Sequence[Pool], Sequence[Vector]],
     rng: np.random.Generator,
 ) -> dict[str, float]:
-    """What one split says, before and after."""
+    """The results of one split, by the former and the present method."""
     values: dict[str, float] = {}
-    maps = {"before": all_candidates(*held), "after": by_size(*held)}
+    maps = {"before": fit_on_all_candidates(*fit_set), "after": fit_by_size(*fit_set)}
     for size in SIZES:
-        scores, labels, sizes = draw_picks(*tested, size, rng)
+        scores, labels, sizes = draw_picks(*test_set, size, rng)
         key = "all" if size is None else str(size)
         values[f"n={key} label"] = float(labels.mean())
-        for name, expect in {"raw": lambda own, _: own, **maps}.items():
+        for name, expect in {"raw": lambda raw_scores, _: raw_scores, **maps}.items():
             expected = expect(scores, sizes)
             values[f"n={key} {name} expected"] = float(expected.mean())
             values[f"n={key} {name} ece"] = reliability(expected, labels).ece
-    own, others = picks(*held), picks(*tested)
-    groups = np.array([pool.instance.group_id for pool in held[0]])
-    for wanted in PRECISIONS:
-        chosen = {
-            "before": luckiest(own.scores, own.labels >= GOOD, wanted),
-            "after": threshold.lowest(own.scores, own.labels >= GOOD, groups, wanted),
+    fit_picks, test_picks = picks(*fit_set), picks(*test_set)
+    groups = np.array([pool.instance.group_id for pool in fit_set[0]])
+    for precision in PRECISIONS:
+        thresholds = {
+            "before": lowest_on_fit_set(fit_picks.scores, fit_picks.labels >= GOOD, precision),
+            "after": threshold.lowest(fit_picks.scores, fit_picks.labels >= GOOD, groups, precision),
         }
-        for name, least in chosen.items():
+        for name, minimum in thresholds.items():
             values |= {
-                f"{wanted} {name} {key}": value
-                for key, value in find_threshold(others.scores, others.labels, least, wanted)
+                f"{precision} {name} {key}": value
+                for key, value in find_threshold(test_picks.scores, test_picks.labels, minimum, precision)
             }
-        expected = maps["after"](own.scores, own.sizes)
-        floor = threshold.lowest(expected, own.labels >= GOOD, groups, wanted)
-        other = maps["after"](others.scores, others.sizes)
-        values |= {f"{wanted} floor {key}": value for key, value in find_threshold(other, others.labels, floor, wanted)}
+        expected = maps["after"](fit_picks.scores, fit_picks.sizes)
+        floor = threshold.lowest(expected, fit_picks.labels >= GOOD, groups, precision)
+        expected_of_test = maps["after"](test_picks.scores, test_picks.sizes)
+        values |= {
+            f"{precision} floor {key}": value
+            for key, value in find_threshold(expected_of_test, test_picks.labels, floor, precision)
+        }
     return values
 
 
-def find_threshold(scores: Vector, labels: Vector, least: float | None, wanted: float) -> list[tuple[str, float]]:
-    """Whether there is a threshold, what share it answers, the precision kept, and whether that is too low."""
-    answered = scores >= (np.inf if least is None else least)
+def find_threshold(
+    scores: Vector, labels: Vector, minimum: float | None, required_precision: float
+) -> list[tuple[str, float]]:
+    """Whether there is a threshold, its coverage and precision, and whether the precision is too low."""
+    answered = scores >= (np.inf if minimum is None else minimum)
     precision = float((labels[answered] >= GOOD).mean()) if answered.any() else np.nan
     return [
-        ("chosen", float(least is not None)),
+        ("chosen", float(minimum is not None)),
         ("coverage", float(answered.mean())),
         ("precision", precision),
-        ("broken", float(precision < wanted)),
+        ("broken", float(precision < required_precision)),
     ]
 
 
 def draw_picks(
     pools: Sequence[Pool], scores: Sequence[Vector], size: int | None, rng: np.random.Generator
 ) -> tuple[Vector, Vector, list[int]]:
-    """Scores and labels of picks among `size` random candidates of each pool, and how many of these are distinct."""
+    """Scores and labels of the picks among `size` random candidates per pool, and how many of these are distinct."""
     rows = []
-    for pool, own in zip(pools, scores, strict=True):
-        number = len(own) if size is None else size
-        if number <= len(own):
-            of = rng.choice(len(own), number, replace=False)
-            distinct = len({pool.responses[index] for index in of})
-            rows.append((own[of].max(), pick_label(own[of], pool.labels[of]), distinct))
+    for pool, pool_scores in zip(pools, scores, strict=True):
+        num_drawn = len(pool_scores) if size is None else size
+        if num_drawn <= len(pool_scores):
+            drawn_indices = rng.choice(len(pool_scores), num_drawn, replace=False)
+            distinct = len({pool.responses[index] for index in drawn_indices})
+            rows.append(
+                (
+                    pool_scores[drawn_indices].max(),
+                    pick_label(pool_scores[drawn_indices], pool.labels[drawn_indices]),
+                    distinct,
+                )
+            )
     top, labels, sizes = zip(*rows, strict=True)
     return np.array(top), np.array(labels), list(sizes)
 
 
-def by_size(pools: Sequence[Pool], scores: Sequence[Vector]) -> Expect:
-    """The product's own calibration."""
-    found = fit(pools, scores, "label")
-    assert found is not None
-    return lambda own, sizes: np.array(
-        [found.apply([score], n=n)[0] for score, n in zip(own.tolist(), sizes, strict=True)]
+def fit_by_size(pools: Sequence[Pool], scores: Sequence[Vector]) -> Expect:
+    """The present calibration."""
+    calibration = fit(pools, scores, "label")
+    assert calibration is not None
+    return lambda scores_of_picks, sizes: np.array(
+        [calibration.apply([score], n=n)[0] for score, n in zip(scores_of_picks.tolist(), sizes, strict=True)]
     )
 
 
-def all_candidates(pools: Sequence[Pool], scores: Sequence[Vector]) -> Expect:
+def fit_on_all_candidates(pools: Sequence[Pool], scores: Sequence[Vector]) -> Expect:
     """The former calibration: one isotonic map of all candidates."""
     values, labels = np.concatenate(scores), np.concatenate([pool.labels for pool in pools])
-    points, where = np.unique(values, return_inverse=True)
-    weights = np.bincount(where).astype(np.float64)
-    levels = isotonic_regression(np.bincount(where, weights=labels) / weights, weights=weights)
-    return lambda own, sizes: np.interp(own, points, levels.x)
+    points, index = np.unique(values, return_inverse=True)
+    weights = np.bincount(index).astype(np.float64)
+    levels = isotonic_regression(np.bincount(index, weights=labels) / weights, weights=weights)
+    return lambda scores_of_picks, sizes: np.interp(scores_of_picks, points, levels.x)
 
 
-def luckiest(scores: Vector, good: "np.ndarray[Any, np.dtype[np.bool_]]", precision: float) -> float | None:
-    """The former threshold: the lowest at and above which the held-out picks happen to be good enough."""
+def lowest_on_fit_set(scores: Vector, good: "np.ndarray[Any, np.dtype[np.bool_]]", precision: float) -> float | None:
+    """The former threshold: the lowest one with enough precision on the fit set."""
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
     share = np.cumsum(good[order]) / np.arange(1, len(order) + 1)
@@ -219,24 +237,24 @@ def markdown(tables: Sequence[Mapping[str, Any]]) -> str:
         "| set | scorer | held out | label of picks x100 | expected before | after | ECE x100 raw | before | after |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for own in tables:
-        shown = ["label", "before expected", "after expected", "raw ece", "before ece", "after ece"]
-        cells = [f"{100 * own[f'n=all {key}']:.1f}" for key in shown]
-        lines.append(f"| {own['set']} | {own['scorer']} | {own['held_out']} | {' | '.join(cells)} |")
+    for row in tables:
+        columns = ["label", "before expected", "after expected", "raw ece", "before ece", "after ece"]
+        cells = [f"{100 * row[f'n=all {key}']:.1f}" for key in columns]
+        lines.append(f"| {row['set']} | {row['scorer']} | {row['held_out']} | {' | '.join(cells)} |")
     lines += [
         "",
         "| set | scorer | held out | wanted | before: kept | broken | answered | after: kept | broken | answered |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for own in tables:
-        for wanted in PRECISIONS:
+    for row in tables:
+        for precision in PRECISIONS:
             cells = []
             for name in ("before", "after"):
                 for key in ("precision", "broken", "coverage"):
-                    value = own.get(f"{wanted} {name} {key}")
+                    value = row.get(f"{precision} {name} {key}")
                     cells.append("" if value is None else f"{100 * value:.0f}")
-            head = f"| {own['set']} | {own['scorer']} | {own['held_out']}"
-            lines.append(f"{head} | {100 * wanted:.0f} | {' | '.join(cells)} |")
+            head = f"| {row['set']} | {row['scorer']} | {row['held_out']}"
+            lines.append(f"{head} | {100 * precision:.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

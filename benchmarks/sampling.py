@@ -1,14 +1,14 @@
-"""How fast the 17 candidates of the published scheme are drawn, beside what one would write first.
+"""Speed of sampling the 17 candidates of the published scheme, compared with a naive implementation.
 
     python benchmarks/sampling.py [--instructions 32] [--threads 1]
 
-Instructions are drawn with a seed from the BIG-bench tasks under `shared/data/bigbench` (or `--bigbench FOLDER`) and
-kept in the order of the files, for an encoder-decoder of the shape of FLAN-T5-small with random weights: it almost
-never ends a response, so every row is `--tokens` long and none leaves the batch early. For the built-in LLM they are
-those of the built-in tasks. The other way is five calls of `generate`, one per decoding, on padded batches of 32 in
-file order; then a pass over every candidate for its likelihoods, which ours includes (the time without that pass stands
-beside it). Both do the same instructions with the same knobs in the same run, and greedy must give the same tokens.
-Results go to `benchmarks/results/` as JSON with date and machine.
+An encoder-decoder of FLAN-T5-small's shape with random weights gets a seeded sample of instructions, in file order,
+from the BIG-bench tasks under `shared/data/bigbench` (or `--bigbench FOLDER`). It almost never ends a response, so
+every response has `--tokens` tokens. The built-in LLM gets the built-in tasks. The naive implementation calls
+`generate` once per decoding, five times, on padded batches of 32 in file order, then runs a forward pass over every
+candidate for its likelihoods, which ours includes (results are also given without that pass). Both use the same
+instructions and decoding parameters in the same run, and greedy decoding must give the same tokens. Results are written
+to `benchmarks/results/` as JSON with date and machine.
 """
 
 import argparse
@@ -51,7 +51,9 @@ def main() -> None:
     """Measures both models and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bigbench", type=Path, default=BIGBENCH, help="folder of JSON Lines files, gzipped")
-    parser.add_argument("--instructions", type=int, default=32, help="how many for the random weights; 0: none")
+    parser.add_argument(
+        "--instructions", type=int, default=32, help="number of instructions for the random weights; 0: skip them"
+    )
     parser.add_argument("--tokens", type=int, default=16, help="tokens of every response of the random weights")
     parser.add_argument("--per-family", type=int, default=4, help="instructions of each built-in family")
     parser.add_argument("--threads", type=int, default=1)
@@ -59,8 +61,10 @@ def main() -> None:
     disable_progress_bar()
     torch.set_num_threads(arguments.threads)
     load = os.getloadavg()[0]
-    own = [instance.instruction for instance in instances("adaptation", num_per_family=arguments.per_family, seed=0)]
-    models = {"built-in LLM": compare(LLM_FOLDER, own, MAX_NEW_TOKENS)}
+    builtin_instructions = [
+        instance.instruction for instance in instances("adaptation", num_per_family=arguments.per_family, seed=0)
+    ]
+    models = {"built-in LLM": compare(LLM_FOLDER, builtin_instructions, MAX_NEW_TOKENS)}
     print(models, flush=True)
     if arguments.instructions:
         with TemporaryDirectory() as folder:
@@ -87,13 +91,13 @@ def compare(folder: Path, instructions: Sequence[str], tokens: int) -> dict[str,
     decodings = [replace(decoding, max_new_tokens=tokens) for decoding in STRATEGIES["paper17"]]
     greedy_alone = replace(GREEDY, max_new_tokens=tokens)
     greedy, expected = [
-        [own.tokens for ((own,),) in generator.respond(instructions[:8], [greedy_alone], seed=0)],
+        [response.tokens for ((response,),) in generator.respond(instructions[:8], [greedy_alone], seed=0)],
         [tuple(row) for row in generate(generator, instructions[:8], greedy_alone)],
     ]
-    equal = sum(one == other for one, other in zip(greedy, expected, strict=True))
+    equal = sum(tokens == reference for tokens, reference in zip(greedy, expected, strict=True))
     ours, candidates = time_call(lambda: generator.sample(instructions, decodings, seed=0))
-    drawing, rows = time_call(lambda: obvious_way(generator, instructions, decodings))
-    telling, _ = time_call(lambda: likelihoods(generator, instructions, rows))
+    generate_seconds, rows = time_call(lambda: sample_naively(generator, instructions, decodings))
+    likelihood_seconds, _ = time_call(lambda: likelihoods(generator, instructions, rows))
     count = sum(map(len, candidates))
     assert count == sum(map(len, rows))
     lengths = [len(ids) for ids in generator.tokenizer(list(instructions), max_length=512, truncation=True).input_ids]
@@ -102,39 +106,40 @@ def compare(folder: Path, instructions: Sequence[str], tokens: int) -> dict[str,
         "instruction_tokens_mean": sum(lengths) / len(lengths),
         "instruction_tokens_longest": max(lengths),
         "candidates": count,
-        "response_tokens_mean_ours": sum(c.num_tokens or 0 for own in candidates for c in own) / count,
-        "response_tokens_mean_generate": sum(len(row) for own in rows for row in own) / count,
+        "response_tokens_mean_ours": sum(candidate.num_tokens or 0 for group in candidates for candidate in group)
+        / count,
+        "response_tokens_mean_generate": sum(len(row) for group in rows for row in group) / count,
         "greedy_equal_of_8": equal,
         "ours_seconds": ours,
-        "generate_seconds": drawing,
-        "generate_with_likelihoods_seconds": drawing + telling,
-        "times_generate": drawing / ours,
-        "times_generate_with_likelihoods": (drawing + telling) / ours,
+        "generate_seconds": generate_seconds,
+        "generate_with_likelihoods_seconds": generate_seconds + likelihood_seconds,
+        "times_generate": generate_seconds / ours,
+        "times_generate_with_likelihoods": (generate_seconds + likelihood_seconds) / ours,
     }
 
 
 @torch.inference_mode()
-def obvious_way(
+def sample_naively(
     generator: Seq2Seq, instructions: Sequence[str], decodings: Sequence[Decoding]
 ) -> list[list[list[int]]]:
-    """Responses of each instruction by one pass of `generate` per decoding."""
-    drawn: list[list[list[int]]] = [[] for _ in instructions]
+    """Responses of each instruction by one call of `generate` per decoding and batch."""
+    responses_by_instruction: list[list[list[int]]] = [[] for _ in instructions]
     torch.manual_seed(0)
     for decoding in decodings:
         rows = generate(generator, instructions, decoding)
-        for number, row in enumerate(rows):
-            drawn[number // decoding.num_samples].append(row)
-    return drawn
+        for index, row in enumerate(rows):
+            responses_by_instruction[index // decoding.num_samples].append(row)
+    return responses_by_instruction
 
 
 @torch.inference_mode()
 def generate(generator: Seq2Seq, instructions: Sequence[str], decoding: Decoding) -> list[list[int]]:
-    """One decoding, padded batches in file order, up to each row's end token."""
-    knobs: dict[str, Any] = {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p}
+    """Token ids of one decoding, in padded batches in file order, up to each row's end token."""
+    options: dict[str, Any] = {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p}
     config = GenerationConfig(
         do_sample=decoding.do_sample, num_beams=decoding.num_beams, num_return_sequences=decoding.num_samples,
         max_new_tokens=decoding.max_new_tokens, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0,
-        **(knobs if decoding.do_sample else {}),
+        **(options if decoding.do_sample else {}),
     )  # fmt: skip
     rows: list[list[int]] = []
     for start in range(0, len(instructions), BATCH):
@@ -147,26 +152,26 @@ def generate(generator: Seq2Seq, instructions: Sequence[str], decoding: Decoding
 def likelihoods(
     generator: Seq2Seq, instructions: Sequence[str], rows: Sequence[Sequence[Sequence[int]]]
 ) -> list[float]:
-    """Sum of the log-probabilities of every candidate, one padded pass per 8 instructions' candidates of a decoding."""
+    """The log-probability sum of every candidate, by one padded forward pass per 8 instructions."""
     sums: list[float] = []
     for start in range(0, len(instructions), 8):
-        responses = [torch.tensor(row) for own in rows[start : start + 8] for row in own]
-        each = len(rows[start])
+        responses = [torch.tensor(row) for group in rows[start : start + 8] for row in group]
+        per_instruction = len(rows[start])
         inputs = tokenize(generator, instructions[start : start + 8])
         states = generator.model.get_encoder()(**inputs)
-        states.last_hidden_state = states.last_hidden_state.repeat_interleave(each, 0)
+        states.last_hidden_state = states.last_hidden_state.repeat_interleave(per_instruction, 0)
         labels = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=0)
         logits = generator.model(
-            encoder_outputs=states, attention_mask=inputs["attention_mask"].repeat_interleave(each, 0),
+            encoder_outputs=states, attention_mask=inputs["attention_mask"].repeat_interleave(per_instruction, 0),
             decoder_input_ids=torch.nn.functional.pad(labels, (1, -1)),
         ).logits  # fmt: skip
-        told = logits.gather(-1, labels[..., None]).squeeze(-1) - logits.logsumexp(-1)
-        sums += (told * (labels != 0)).sum(-1).tolist()
+        logprobs = logits.gather(-1, labels[..., None]).squeeze(-1) - logits.logsumexp(-1)
+        sums += (logprobs * (labels != 0)).sum(-1).tolist()
     return sums
 
 
 def tokenize(generator: Seq2Seq, instructions: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Padded ids and mask."""
+    """Padded token ids and attention mask."""
     return dict(
         generator.tokenizer(
             list(instructions), padding=True, truncation=True, max_length=MAX_INSTRUCTION_TOKENS, return_tensors="pt"
@@ -182,19 +187,19 @@ def random_weights(folder: Path) -> None:
 
 
 def read_instructions(folder: Path, count: int) -> list[str]:
-    """`count` instructions of all files, drawn with a seed, in file order."""
+    """A seeded sample of `count` instructions from all files, in file order."""
     texts = []
     for path in sorted(folder.glob("*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as file:
             texts += [json.loads(line)["instruction"] for line in file]
     chosen = sorted(random.Random(0).sample(range(len(texts)), min(count, len(texts))))
-    return [texts[number] for number in chosen]
+    return [texts[index] for index in chosen]
 
 
-def time_call(work: Callable[[], T]) -> tuple[float, T]:
-    """Seconds that a call took, and what it gave."""
+def time_call(function: Callable[[], T]) -> tuple[float, T]:
+    """Seconds of a call, and its result."""
     started = time.perf_counter()
-    value = work()
+    value = function()
     return time.perf_counter() - started, value
 
 

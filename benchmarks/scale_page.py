@@ -1,9 +1,9 @@
-"""Puts into docs/scale.md what its commands print today, and the table of the scale check.
+"""Updates the command outputs and the table of the scale check in docs/scale.md.
 
     python benchmarks/scale_page.py
 
-A block that begins with `$ cappy plan` holds that command's output; between the two comments `scale check` stands what
-`benchmarks/results/scale-check.json` holds. A test runs the same and compares.
+A block that begins with `$ cappy plan` is filled with the command's output, and the part between the two `scale check`
+comments with a table of `benchmarks/results/scale-check.json`. A test checks that the page is up to date.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ TABLE = re.compile(r"(?<=<!-- scale check -->\n).*?(?=<!-- end of scale check --
 
 
 def page(text: str) -> str:
-    """The page with every output made anew."""
-    text = COMMAND.sub(lambda found: f"$ {found[1]}\n{output(found[1])}", text)
+    """The page with updated outputs and table."""
+    text = COMMAND.sub(lambda match: f"$ {match[1]}\n{output(match[1])}", text)
     return TABLE.sub(lambda _: f"\n{table(json.loads(CHECK.read_text()))}\n", text)
 
 
 def output(command: str) -> str:
-    """What a command line of `cappy` prints."""
+    """The output of a `cappy` command line."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         cappy(shlex.split(command)[1:])
@@ -37,22 +37,22 @@ def output(command: str) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Predicted beside measured, step by step, then what was counted."""
+    """Tables of predicted and measured seconds by step, and of predicted and counted volumes."""
     load = " to ".join(f"{one:.0f}" for one in result["load"])
     lines = [
         f"{result['date']}, {result['machine']}, one thread, load average {load}:",
         "",
-        "| step | predicted, s | of that to start, s | measured, s of the processor | off | s by the clock |",
+        "| step | predicted, s | of that start, s | measured, CPU s | error | wall-clock, s |",
         "|---|---|---|---|---|---|",
     ]
     for step, row in result["steps"].items():
         numbers = (row["predicted_seconds"], row["of_it_start"], row["measured_seconds"])
-        told = " | ".join(f"{number:,.1f}" for number in numbers)
-        lines.append(f"| {step} | {told} | {row['off']:+.0%} | {row['by_the_clock']:,.0f} |")
-    lines += ["", "| counted | predicted | found | off |", "|---|---|---|---|"]
+        cells = " | ".join(f"{number:,.1f}" for number in numbers)
+        lines.append(f"| {step} | {cells} | {row['off']:+.0%} | {row['by_the_clock']:,.0f} |")
+    lines += ["", "| volume | predicted | measured | error |", "|---|---|---|---|"]
     for name, row in result["volumes"].items():
-        told = f"{row['predicted']:,.0f} | {row['found']:,.0f} | {row['off']:+.0%}"
-        lines.append(f"| {name.replace('_', ' ')} | {told} |")
+        cells = f"{row['predicted']:,.0f} | {row['found']:,.0f} | {row['off']:+.0%}"
+        lines.append(f"| {name.replace('_', ' ')} | {cells} |")
     return "\n".join(lines)
 
 

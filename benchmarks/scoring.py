@@ -1,18 +1,18 @@
-"""How fast a scorer scores, beside the peers that load the same folder, and what bf16 costs in agreement.
+"""Scoring speed, compared with other libraries that load the same folder, and the agreement of bf16 with fp32.
 
     python benchmarks/scoring.py [--sizes base large] [--per-set 64] [--rounds 3] [--device cpu]
         [--peers-python PYTHON]
 
-RoBERTa's two shapes with random weights and RoBERTa's own vocabulary; real pairs of every set of
-`shared/data/candidates`, each distinct pair once, so that lengths are real and nobody gains by duplicates. Every round
-runs all of them in turn, and the best round of each counts: seconds by the clock, and seconds of processor time, which
-a busy machine disturbs less. The rate of the machine's own matrix product is measured in the same run at the same
-precision, 64 products in a row, since a single one may run faster than the processor goes on at; the share of it
-counts the multiplications of the linear maps for real tokens that we do, no padding.
+Models have RoBERTa's base and large shapes with random weights and RoBERTa's vocabulary. Pairs are real ones from every
+set of `shared/data/candidates`, without duplicates, so that lengths are real and caching does not help. Every round
+runs all of them in turn, and the best round of each counts, in wall-clock and CPU seconds; CPU seconds depend less on
+other work on the machine. The machine's matrix product rate is measured in the same run at the same precision, over 64
+products in a row, since a single one may run at a higher clock rate; our share of it counts the operations of the
+linear layers for real tokens, without padding.
 
 `--peers-python` is the Python of another environment (benchmarks/requirements-scoring-peers.txt) in which CrossEncoder
-runs on ONNX Runtime and OpenVINO. Agreement of bf16 with fp32 is that of `--trained` (a scorer folder, or builtin) on
-whole pools. Results go to `benchmarks/results/scoring.json` with date and machine.
+runs on ONNX Runtime and OpenVINO. The agreement of bf16 with fp32 is measured with `--trained` (a scorer folder, or
+builtin) on whole pools. Results are written to `benchmarks/results/scoring.json` with date and machine.
 """
 
 import argparse
@@ -64,14 +64,14 @@ print(json.dumps({"seconds": best[0], "cpu_seconds": best[1], "scores": scores.t
 
 @dataclass
 class Best:
-    """The best round so far, and the scores it gave."""
+    """The times of the best round so far, and the scores."""
 
     seconds: float = float("inf")
     cpu_seconds: float = float("inf")
     scores: Sequence[float] = ()
 
     def add(self, work: Callable[[], Sequence[float]]) -> None:
-        """Runs a round."""
+        """Runs one round."""
         clock, processor = time.perf_counter(), time.process_time()
         self.scores = work()
         self.seconds = min(self.seconds, time.perf_counter() - clock)
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="threads of torch", default=torch.get_num_threads())
     parser.add_argument("--peers-python", type=Path, help="Python with ONNX Runtime and OpenVINO")
     parser.add_argument("--trained", default="builtin", help="scorer for the agreement of bf16 with fp32")
-    parser.add_argument("--pools", type=int, default=20, help="pools of each set for that agreement")
+    parser.add_argument("--pools", type=int, default=20, help="pools of each set for the agreement")
     parser.add_argument("--work", type=Path, default=Path(".cappy/benchmarks/scoring"))
     parser.add_argument("--target", type=Path, default=ROOT / "benchmarks/results/scoring.json")
     arguments = parser.parse_args()
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def speed(folder: Path, size: str, arguments: argparse.Namespace, bf16: bool) -> dict[str, Any]:
-    """The table of one shape: every way to score, its time, its times of CrossEncoder's, its largest difference."""
+    """The results of one shape: time, speed relative to CrossEncoder and largest difference of every implementation."""
     device = arguments.device
     ours = Scorer.load(str(folder), device=device, precision="fp32")
     pairs = real_pairs(ours, arguments.per_set)
@@ -124,33 +124,33 @@ def speed(folder: Path, size: str, arguments: argparse.Namespace, bf16: bool) ->
         "cappy fp32": lambda: ours.score(pairs),
     }
     if bf16:
-        low = Scorer.load(str(folder), device=device, precision="bf16")
-        half = CrossEncoder(str(folder), device=device, model_kwargs={"dtype": torch.bfloat16})
+        ours_bf16 = Scorer.load(str(folder), device=device, precision="bf16")
+        peer_bf16 = CrossEncoder(str(folder), device=device, model_kwargs={"dtype": torch.bfloat16})
         ways |= {
-            "cappy auto (bf16)": lambda: low.score(pairs),
-            "CrossEncoder bf16": lambda: half.predict(pairs).tolist(),
+            "cappy auto (bf16)": lambda: ours_bf16.score(pairs),
+            "CrossEncoder bf16": lambda: peer_bf16.predict(pairs).tolist(),
         }
-    found = {name: Best() for name in ways}
+    results = {name: Best() for name in ways}
     rates = {dtype: Best() for dtype in (torch.float32, torch.bfloat16)[: 1 + bf16]}
     for name, way in ways.items():
-        found[name].add(lambda: way()[:1]) if device == "cuda" else None  # noqa: B023
+        results[name].add(lambda: way()[:1]) if device == "cuda" else None  # noqa: B023
     for _ in range(arguments.rounds):
         for dtype, rate in rates.items():
             product = matrix_product(size, dtype, device)
             for _ in range(3):
                 rate.add(product)
         for name, way in ways.items():
-            found[name].add(way)
+            results[name].add(way)
     if arguments.peers_python:
-        found |= {
+        results |= {
             f"CrossEncoder {backend}": foreign(folder, pairs, backend, arguments) for backend in ("onnx", "openvino")
         }
-    rows = {name: row(best, found["CrossEncoder"], len(pairs), sum(lengths)) for name, best in found.items()}
+    rows = {name: row(best, results["CrossEncoder"], len(pairs), sum(lengths)) for name, best in results.items()}
     for name, dtype in (("cappy fp32", torch.float32), ("cappy auto (bf16)", torch.bfloat16)):
         if name in rows:
             share = work_done(lengths, size) / product_work(size)
-            rows[name]["share_of_matrix_rate"] = share * rates[dtype].seconds / found[name].seconds
-            rows[name]["share_of_matrix_rate_cpu"] = share * rates[dtype].cpu_seconds / found[name].cpu_seconds
+            rows[name]["share_of_matrix_rate"] = share * rates[dtype].seconds / results[name].seconds
+            rows[name]["share_of_matrix_rate_cpu"] = share * rates[dtype].cpu_seconds / results[name].cpu_seconds
     return {
         "pairs": len(pairs),
         "tokens": sum(lengths),
@@ -161,7 +161,7 @@ def speed(folder: Path, size: str, arguments: argparse.Namespace, bf16: bool) ->
 
 
 def row(best: Best, peer: Best, pairs: int, tokens: int) -> dict[str, float]:
-    differences = [abs(one - other) for one, other in zip(best.scores, peer.scores, strict=True)]
+    differences = [abs(ours - theirs) for ours, theirs in zip(best.scores, peer.scores, strict=True)]
     return {
         "seconds": best.seconds,
         "cpu_seconds": best.cpu_seconds,
@@ -174,7 +174,7 @@ def row(best: Best, peer: Best, pairs: int, tokens: int) -> dict[str, float]:
 
 
 def in_turn(folder: Path, pairs: Pairs, device: str) -> Callable[[], list[float]]:
-    """Plain transformers as one would write it first: batches of 32 in the order of the pairs."""
+    """A naive loop with transformers: batches of 32 in the order of the pairs."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
@@ -191,19 +191,19 @@ def in_turn(folder: Path, pairs: Pairs, device: str) -> Callable[[], list[float]
 
 
 def foreign(folder: Path, pairs: Pairs, backend: str, arguments: argparse.Namespace) -> Best:
-    """CrossEncoder on another back end, in another environment, with as many threads."""
-    listed = arguments.work / "pairs.json"
-    listed.write_text(json.dumps(pairs))
+    """CrossEncoder on another back end, in another environment, with the same number of threads."""
+    pairs_file = arguments.work / "pairs.json"
+    pairs_file.write_text(json.dumps(pairs))
     counts = [str(arguments.rounds), str(arguments.threads)]
-    words = [arguments.peers_python, "-c", FOREIGN, folder.resolve(), listed, backend, *counts]
+    command = [arguments.peers_python, "-c", FOREIGN, folder.resolve(), pairs_file, backend, *counts]
     environment = {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    values = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    values = json.loads(process.stdout.splitlines()[-1])
     return Best(seconds=values["seconds"], cpu_seconds=values["cpu_seconds"], scores=values["scores"])
 
 
 def matrix_product(size: str, dtype: torch.dtype, device: str) -> Callable[[], Sequence[float]]:
-    """The machine's own product of a batch and the largest matrix of a layer, again and again."""
+    """Repeated products of a batch with the largest matrix of a layer."""
     hidden = SHAPES[size][0]
     rows = torch.randn(PRODUCT_ROWS, hidden, dtype=dtype, device=device)
     weight = torch.randn(4 * hidden, hidden, dtype=dtype, device=device)
@@ -219,26 +219,26 @@ def matrix_product(size: str, dtype: torch.dtype, device: str) -> Callable[[], S
 
 
 def product_work(size: str) -> int:
-    """Operations of `matrix_product`."""
+    """The number of operations of `matrix_product`."""
     return PRODUCTS * 2 * PRODUCT_ROWS * 4 * SHAPES[size][0] ** 2
 
 
 def work_done(lengths: Sequence[int], size: str) -> float:
-    """Operations of the linear maps: all for every token, in the last layer keys and values alone but for the first."""
+    """Operations of the linear layers; in the last layer all but the first token need only keys and values."""
     hidden, layers, _ = SHAPES[size]
     square, tokens = 2 * hidden**2, sum(lengths)
     return square * (12 * (layers - 1) * tokens + 2 * tokens + 10 * len(lengths))
 
 
 def agreement(trained: str, count: int, device: str) -> dict[str, Any]:
-    """Of whole pools: how many have the same pick in bf16 and fp32, and how far the scores are apart."""
+    """The share of pools with the same pick in bf16 and fp32, and the differences of the scores."""
     pools = [pool for path in candidate_files() for pool in read_pools(path)[:count]]
-    exact, low = (Scorer.load(trained, device=device, precision=precision) for precision in ("fp32", "bf16"))
+    fp32, bf16 = (Scorer.load(trained, device=device, precision=precision) for precision in ("fp32", "bf16"))
     same, regrets, differences = 0, [], []
-    for one, other in zip(exact.select_stream(pools), low.select_stream(pools), strict=True):
-        same += one.response == other.response
-        regrets.append(max(one.scores) - one.scores[other.index])
-        differences += [abs(a - b) for a, b in zip(one.scores, other.scores, strict=True)]
+    for exact, rounded in zip(fp32.select_stream(pools), bf16.select_stream(pools), strict=True):
+        same += exact.response == rounded.response
+        regrets.append(max(exact.scores) - exact.scores[rounded.index])
+        differences += [abs(a - b) for a, b in zip(exact.scores, rounded.scores, strict=True)]
     return {
         "scorer": trained if trained == "builtin" else "a folder",
         "pools": len(pools),

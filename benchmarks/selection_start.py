@@ -1,4 +1,4 @@
-"""What the arms of `selection.py` start from: a plain encoder, or one pretrained on T0's prompts."""
+"""Initial models for `selection.py`: a plain encoder, or one pretrained on T0's prompts."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ from cappy.training.pretraining import run as pretraining
 
 T0 = Path(__file__).resolve().parents[2] / "shared/data/t0/t0_train_50k.jsonl.xz"
 T0_PROMPTS, T0_ROWS = 6_000, 8_000
-"""Prompts of the T0 mixture that the arm `t0` is pretrained on before it is adapted, and responses drawn of them."""
+"""Prompts of the T0 mixture, and their responses, on which the arm `t0` is pretrained before it is adapted."""
 
 
 def minilm() -> str:
@@ -31,22 +31,26 @@ def minilm() -> str:
 
 
 def pretrain(work: Path, rate: float, progress: Progress) -> Path:
-    """MiniLM pretrained on prompts of T0's training mixture, CommonGen's own left out; done once.
+    """Pretrains MiniLM on prompts of T0's training mixture without CommonGen; returns its folder, which is reused.
 
-    References are 1.0, wrong choices and one mismatch each 0.0; no LLM's samples, as no such LLM is at hand.
+    Labels are 1.0 for references and 0.0 for wrong choices and one mismatch each; there are no LLM samples.
     """
     folder, source = work / "t0", work / "t0" / "prompts.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     with lzma.open(T0, "rt", encoding="utf-8") as file:
         rows = [row for row in map(json.loads, file) if not row["dataset"].startswith("common_gen")]
-    drawn = np.random.default_rng(0).permutation(len(rows))[:T0_PROMPTS]
-    source.write_text("".join(json.dumps(prompt(rows[index])) + "\n" for index in sorted(drawn)), encoding="utf-8")
-    places: dict[str, Any] = {"work": folder / "work", "seed": 0}
-    preparation(PreparationConfig(source=str(source), target=folder / "prepared", max_characters=100_000, **places))
-    annotation(AnnotationConfig(source=folder / "prepared", target=folder / "annotated", **places))
-    common: dict[str, Any] = {"train_rows": T0_ROWS, "learning_rate": rate, "max_length": 256, **places}
-    plan = PretrainingConfig(encoder=minilm(), source=folder / "annotated", target=folder / "scorer", **common)
-    pretraining(plan, progress)
+    prompt_indices = np.random.default_rng(0).permutation(len(rows))[:T0_PROMPTS]
+    source.write_text(
+        "".join(json.dumps(prompt(rows[index])) + "\n" for index in sorted(prompt_indices)), encoding="utf-8"
+    )
+    work_settings: dict[str, Any] = {"work": folder / "work", "seed": 0}
+    preparation(
+        PreparationConfig(source=str(source), target=folder / "prepared", max_characters=100_000, **work_settings)
+    )
+    annotation(AnnotationConfig(source=folder / "prepared", target=folder / "annotated", **work_settings))
+    common: dict[str, Any] = {"train_rows": T0_ROWS, "learning_rate": rate, "max_length": 256, **work_settings}
+    config = PretrainingConfig(encoder=minilm(), source=folder / "annotated", target=folder / "scorer", **common)
+    pretraining(config, progress)
     return folder / "scorer"
 
 

@@ -1,16 +1,17 @@
-"""What serving costs and carries: pairs a second under 32 clients beside a peer, overhead, and the latency of one pair.
+"""Serving throughput with 32 clients, compared with another server; overhead; and the latency of one pair.
 
     python benchmarks/serving.py [--size base] [--pools 160] [--rounds 3] [--infinity-python PYTHON]
 
-One scorer folder of RoBERTa's shape with random weights is served in turn by `cappy serve` and by the peer: Infinity
-(`--infinity-python`: the Python of another environment, benchmarks/requirements-serving-peer.txt), or, without it, the
-FastAPI endpoint around `CrossEncoder.predict` that one would write first. 32 clients each ask for the next pool (an
-instruction and its responses, of `shared/data/candidates`) as soon as their last one is answered, over one connection
-each, through POST /rerank. Servers take turns, `--rounds` times, and the best round of each counts.
+A scorer folder of RoBERTa's shape with random weights is served in turn by `cappy serve` and by another server:
+Infinity (`--infinity-python`: the Python of another environment, benchmarks/requirements-serving-peer.txt), or else a
+naive FastAPI endpoint around `CrossEncoder.predict`. Each of 32 clients sends POST /rerank with the next pool (an
+instruction and its responses, from `shared/data/candidates`) as soon as its last request is answered, over one
+connection. Servers take turns, `--rounds` times, and the best round of each counts.
 
-Overhead is the time that the service needs for all pools, beside one call of `Scorer.score` on the same pairs in a
-process of its own, with the same threads. Latency is that of one client with one pair, beside `Scorer.forward` of the
-same encoded pair. Results go to `benchmarks/results/serving.json` with date and machine.
+The overhead compares the time of the service for all pools with one call of `Scorer.score` on the same pairs in a
+separate process with the same number of threads. The latency is that of one client with one pair, compared with
+`Scorer.forward` of the same encoded pair. Results are written to `benchmarks/results/serving.json` with date and
+machine.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--size", default="base")
     parser.add_argument("--pools", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precision", default="auto", help="of our service; the peers choose by themselves")
+    parser.add_argument("--precision", default="auto", help="precision of our service; other servers use their default")
     parser.add_argument("--infinity-python", type=Path)
     parser.add_argument("--work", type=Path, default=Path(".cappy/benchmarks/scoring"))
     parser.add_argument("--target", type=Path, default=ROOT / "benchmarks/results/serving.json")
@@ -102,11 +103,11 @@ def main() -> None:
             with start() as address:
                 rounds[name].append(asyncio.run(run_closed_loop(address, pools)))
                 print(name, rounds[name][-1], flush=True)
-        alone.append(in_process(folder, pools, arguments))
+        alone.append(time_in_process(folder, pools, arguments))
         print("in process", alone[-1], flush=True)
     pairs = sum(len(pool) for _, pool in pools)
-    best = {name: max(found, key=lambda one: one["pairs_per_second"]) for name, found in rounds.items()}
-    ours, peer = best["cappy serve"], next(found for name, found in best.items() if name != "cappy serve")
+    best = {name: max(results, key=lambda result: result["pairs_per_second"]) for name, results in rounds.items()}
+    ours, peer = best["cappy serve"], next(results for name, results in best.items() if name != "cappy serve")
     result = {
         "benchmark": "serving",
         "date": date.today().isoformat(),
@@ -120,26 +121,26 @@ def main() -> None:
         "times_the_peer": ours["pairs_per_second"] / peer["pairs_per_second"],
         "in_process_pairs_per_second": pairs / min(alone),
         "overhead": pairs / min(alone) / ours["pairs_per_second"] - 1,
-        "one_pair": one_pair(folder, scorer, pools, arguments.precision),
+        "one_pair": time_one_pair(folder, scorer, pools, arguments.precision),
     }
     arguments.target.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 
 def real_pools(scorer: Scorer, count: int) -> Pools:
-    """Pools of each set in turn, of at most 8 responses, none longer than the model and no instruction twice.
+    """Pools from each set, with at most 8 responses, no pair longer than the model, and no instruction twice.
 
-    Equal pairs of a call are scored once, and one call in process would hold those of all requests.
+    A call scores equal pairs once, so duplicates would favour the single call in process.
     """
     files = candidate_files()
     chosen: Pools = []
     for path in files:
-        own: Pools = []
+        pools_of_file: Pools = []
         for text, responses in dict(read_pools(path)).items():
-            encoded = scorer.encoder.encode([(text, one) for one in responses[:8]])
-            if len(own) < -(-count // len(files)) and all(len(pair.ids) < LENGTH for pair in encoded):
-                own.append((text, responses[:8]))
-        chosen += own
+            encoded = scorer.encoder.encode([(text, response) for response in responses[:8]])
+            if len(pools_of_file) < -(-count // len(files)) and all(len(pair.ids) < LENGTH for pair in encoded):
+                pools_of_file.append((text, responses[:8]))
+        chosen += pools_of_file
     return chosen[:count]
 
 
@@ -147,8 +148,8 @@ Start = Callable[[], "contextlib.AbstractContextManager[str]"]
 
 
 def cappy_server(folder: Path, precision: str) -> Start:
-    words = [sys.executable, "-m", "serving", "--scorer", str(folder), "--model-name", "scorer"]
-    return lambda: run_server([*words, "--precision", precision, "--port"], "/ready")
+    command = [sys.executable, "-m", "serving", "--scorer", str(folder), "--model-name", "scorer"]
+    return lambda: run_server([*command, "--precision", precision, "--port"], "/ready")
 
 
 def naive_server(folder: Path) -> Start:
@@ -156,14 +157,14 @@ def naive_server(folder: Path) -> Start:
 
 
 def infinity_server(folder: Path, python: Path) -> Start:
-    words = [str(python.parent / "infinity_emb"), "v2", "--model-id", str(folder), "--served-model-name", "scorer"]
-    quiet = ["--device", "cpu", "--no-compile", "--no-bettertransformer", "--host", "127.0.0.1", "--port"]
-    return lambda: run_server([*words, *quiet], "/health")
+    command = [str(python.parent / "infinity_emb"), "v2", "--model-id", str(folder), "--served-model-name", "scorer"]
+    options = ["--device", "cpu", "--no-compile", "--no-bettertransformer", "--host", "127.0.0.1", "--port"]
+    return lambda: run_server([*command, *options], "/health")
 
 
 @contextlib.contextmanager
 def run_server(command: Sequence[str], path: str) -> Iterator[str]:
-    """The address of a server on a free port, warm."""
+    """Starts a server on a free port and yields its address once it is ready."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "PYTHONPATH": str(ROOT)}
@@ -188,62 +189,65 @@ def run_server(command: Sequence[str], path: str) -> Iterator[str]:
 
 
 async def run_closed_loop(address: str, pools: Pools) -> dict[str, float]:
-    """All pools by 32 clients: pairs a second, and the latency of their requests in milliseconds."""
-    waiting = iter(pools)
+    """Sends all pools by 32 clients: pairs per second, and request latencies in milliseconds."""
+    remaining_pools = iter(pools)
     seconds: list[float] = []
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=CLIENTS)) as client:
 
         async def ask(text: str, pool: Sequence[str]) -> None:
             body = {"model": "scorer", "query": text, "documents": list(pool)}
-            began = time.perf_counter()
+            sent = time.perf_counter()
             answer = await client.post(f"{address}/rerank", json=body)
             answer.raise_for_status()
             assert len(answer.json()["results"]) == len(pool)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - sent)
 
         async def work() -> None:
-            for text, pool in waiting:
+            for text, pool in remaining_pools:
                 await ask(text, pool)
 
         await ask(*pools[0])
         seconds.clear()
         started = time.perf_counter()
         await asyncio.gather(*(work() for _ in range(CLIENTS)))
-        took = time.perf_counter() - started
+        duration = time.perf_counter() - started
     return {
-        "pairs_per_second": sum(len(pool) for _, pool in pools) / took,
+        "pairs_per_second": sum(len(pool) for _, pool in pools) / duration,
         "p50_milliseconds": median(seconds) * 1e3,
         "p99_milliseconds": quantiles(seconds, n=100)[98] * 1e3,
     }
 
 
-def in_process(folder: Path, pools: Pools, arguments: argparse.Namespace) -> float:
-    """Seconds of one call for all pairs."""
+def time_in_process(folder: Path, pools: Pools, arguments: argparse.Namespace) -> float:
+    """Seconds of one call for all pairs, in a separate process."""
     path = arguments.work / "pools.json"
     path.write_text(json.dumps(pools))
-    words = [sys.executable, "-c", IN_PROCESS, str(folder), str(path), arguments.precision]
+    command = [sys.executable, "-c", IN_PROCESS, str(folder), str(path), arguments.precision]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return float(done.stdout.split()[-1])
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return float(process.stdout.split()[-1])
 
 
-def one_pair(folder: Path, scorer: Scorer, pools: Pools, precision: str) -> dict[str, Any]:
-    """Median milliseconds of one short pair, through the service and by the bare forward pass, 40 of each in turn."""
-    pair = min(((text, pool[0]) for text, pool in pools), key=lambda one: abs(len(one[0]) + len(one[1]) - 200))
+def time_one_pair(folder: Path, scorer: Scorer, pools: Pools, precision: str) -> dict[str, Any]:
+    """Median milliseconds of one short pair by the service and by the forward pass, in alternating blocks of 40."""
+    pair = min(
+        ((text, pool[0]) for text, pool in pools),
+        key=lambda candidate: abs(len(candidate[0]) + len(candidate[1]) - 200),
+    )
     encoded = scorer.encoder.encode([pair])
     served: list[float] = []
     bare: list[float] = []
     with cappy_server(folder, precision)() as address, httpx.Client() as client:
         for _ in range(5):
             for _ in range(40):
-                began = time.perf_counter()
+                sent = time.perf_counter()
                 client.post(f"{address}/score", json={"pairs": [pair]}).raise_for_status()
-                served.append(time.perf_counter() - began)
+                served.append(time.perf_counter() - sent)
             for _ in range(40):
-                began = time.perf_counter()
+                sent = time.perf_counter()
                 scorer.forward(encoded)
-                bare.append(time.perf_counter() - began)
-            time.sleep(0.5)  # threads of a process spin a while after their work, in the other's way
+                bare.append(time.perf_counter() - sent)
+            time.sleep(0.5)  # Threads spin for a while after their work and would slow down the other process.
     return {
         "tokens": len(encoded[0].ids),
         "served_p50_milliseconds": median(served) * 1e3,

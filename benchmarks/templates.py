@@ -1,12 +1,11 @@
-"""How many rows per second PromptSource's templates render, in child processes with limits; beside another checkout.
+"""Rendering speed of PromptSource's templates in limited child processes, compared with another checkout.
 
     python benchmarks/templates.py [--before FOLDER] [--rounds 7]
 
-Reads the templates and the held-out tasks under `shared/data` (or `--data FOLDER`): real rows under all templates of
-their dataset. `--before` names a checkout of the project, whose code is measured in turn with this one's, round by
-round, each in an interpreter of its own, since the machine may do other work: one round in which it did changes no
-median. CPU seconds are those of the process and of its children. Results go to `benchmarks/results/` as JSON with
-date and machine.
+Reads the templates and the held-out tasks under `shared/data` (or `--data FOLDER`) and renders real rows with all
+templates of their dataset. `--before` is another checkout of the project; both are measured in turn in each round, each
+in a new interpreter, so that other work on the machine in one round does not change the medians. CPU seconds include
+child processes. Results are written to `benchmarks/results/` as JSON with date and machine.
 """
 
 import argparse
@@ -74,13 +73,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="folder of templates and held-out tasks")
     parser.add_argument("--before", type=Path, help="another checkout of the project to measure in turn")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--rows", type=int, default=1000, help="most rows of a dataset")
+    parser.add_argument("--rows", type=int, default=1000, help="maximum number of rows of a dataset")
     arguments = parser.parse_args()
     arms = {"before": arguments.before, "now": ROOT} if arguments.before else {"now": ROOT}
     measured: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
-    for number in range(arguments.rounds):
+    for round_index in range(arguments.rounds):
         for dataset, file in DATASETS.items():
-            for arm in sorted(arms, reverse=bool(number % 2)):
+            for arm in sorted(arms, reverse=bool(round_index % 2)):
                 measured[dataset, arm].append(measure(arms[arm], arguments.data, dataset, file, arguments.rows))
     table = {dataset: {arm: summary(measured[dataset, arm]) for arm in arms} for dataset in DATASETS}
     if arguments.before:
@@ -102,11 +101,11 @@ def main() -> None:
 
 
 def measure(checkout: Path, data: Path, dataset: str, file: str, rows: int) -> dict[str, float]:
-    """One run of one arm."""
+    """One run of one checkout on one dataset."""
     command = [sys.executable, "-P", "-c", ARM, str(data), dataset, file, str(rows)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(checkout)}, capture_output=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    process = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(checkout)}, capture_output=True, check=True)
+    result: dict[str, float] = json.loads(process.stdout)
+    return result
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, float]:

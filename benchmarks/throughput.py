@@ -1,19 +1,18 @@
-"""How fast each step is on this machine: the file that `cappy plan` computes with.
+"""Measures the speed of each step on this machine, for `cappy plan`.
 
     python benchmarks/throughput.py [--parts texts records sampling training scoring starts]
         [--generators builtin flan-t5-small bart0 t0-3b] [--scorers mini roberta-base roberta-large] [--hardware cpu]
 
-Measured are the library's own functions, one process with one thread, warmed up where a long run would be warm:
-prompts rendered, pairs labelled and tokenized, generators sampling 5 responses, training updates, scored pairs. Seconds
-are those of the processor's time that the process had, so that other work on the machine counts little. Models have
-published shapes and random weights, which no speed depends on (random weights seldom end a response, so all are of the
-length asked for). Texts are those of T0's mixture in its proportions (`throughput_texts.py`, which needs the shared
-data) and the built-in tasks. Speeds of models are kept in floating point operations a second, as `cappy.costing.costs`
-counts them, so that other lengths of text can be planned.
+It measures the library's own functions in one process with one thread, after a warm-up: rendered prompts, labelled and
+tokenized pairs, sampling of 5 responses, training updates, scored pairs. Seconds are CPU seconds of the process, so
+that other work on the machine matters little. Models have published shapes and random weights, which do not affect
+speed (they rarely end a response, so responses have the maximum length). Texts come from T0's mixture in its
+proportions (`throughput_texts.py`, which needs the shared data) and from the built-in tasks. Speeds of models are
+stored in floating point operations per second, as counted by `cappy.costing.costs`, so that other text lengths can be
+planned.
 
-What was measured replaces the entries of the same name in `benchmarks/results/throughput.json`; all others stay. On a
-GPU give its name as `cappy plan` knows it (`--hardware h100`) and the parts sampling, training and scoring: nothing of
-that has ever been run.
+New measurements replace the entries with the same key in `benchmarks/results/throughput.json`; the others stay. On a
+GPU give its name in `cappy plan` (`--hardware h100`) and the parts sampling, training and scoring; this was never run.
 """
 
 import argparse
@@ -33,13 +32,13 @@ from throughput_bench import Bench
 from throughput_models import measure_sampling, measure_scoring, measure_training
 from throughput_texts import (
     builtin_instances,
+    held_out_lengths,
     held_out_rows,
-    held_out_texts,
-    instance_texts,
+    instance_lengths,
     render,
     t0_instances,
+    t0_lengths,
     t0_prompts,
-    t0_texts,
 )
 
 from cappy.annotation.step import AnnotationConfig
@@ -54,16 +53,16 @@ from cappy.scoring.encoding import PairEncoder
 from cappy.training.corpus import open_corpora
 
 PARTS = ("texts", "records", "sampling", "training", "scoring", "starts")
-ONE_OF = 5_000
-"""One of so many prompts of T0's mixture is measured with."""
+PROMPTS_PER_SAMPLE = 5_000
+"""One of this many prompts of T0's mixture is in the sample."""
 SAMPLED_PART = 64
-"""Instances of a part that sampling writes by default: smaller parts weigh more."""
+"""Instances per part that sampling writes by default; smaller parts need more bytes per instance."""
 PER_FAMILY = 8
-"""Instances of a built-in family in the small run through the verbs."""
+"""Instances of each built-in family in the small run of the CLI commands."""
 
 
 def main() -> None:
-    """Measures the parts that are asked for and writes them among the others."""
+    """Measures the chosen parts and updates the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
@@ -81,116 +80,126 @@ def main() -> None:
     prompts = t0_prompts()
     measures: dict[str, Callable[[], None]] = {
         "texts": lambda: measure_texts(bench, prompts),
-        "records": lambda: measure_records(bench, t0_instances(prompts, ONE_OF)),
-        "sampling": lambda: measure_sampling(bench, arguments.generators, t0_instances(prompts, ONE_OF)),
-        "training": lambda: measure_training(bench, arguments.scorers, t0_instances(prompts, ONE_OF)),
-        "scoring": lambda: measure_scoring(bench, arguments.scorers, t0_instances(prompts, ONE_OF)),
+        "records": lambda: measure_records(bench, t0_instances(prompts, PROMPTS_PER_SAMPLE)),
+        "sampling": lambda: measure_sampling(bench, arguments.generators, t0_instances(prompts, PROMPTS_PER_SAMPLE)),
+        "training": lambda: measure_training(bench, arguments.scorers, t0_instances(prompts, PROMPTS_PER_SAMPLE)),
+        "scoring": lambda: measure_scoring(bench, arguments.scorers, t0_instances(prompts, PROMPTS_PER_SAMPLE)),
         "starts": lambda: measure_starts(bench),
     }
     for part in PARTS:
         if part in arguments.parts:
             measures[part]()
-            keep(bench)
+            save(bench)
 
 
-def keep(bench: Bench) -> None:
-    """Writes what was found among what the file held before."""
+def save(bench: Bench) -> None:
+    """Writes the measurements, and keeps the file's others."""
     old = read_throughput(DEFAULT) if DEFAULT.is_file() else None
 
-    def key(found: Measurement) -> tuple[str, ...]:
-        return (found.step, found.hardware, found.of, found.unit)
+    def key(measurement: Measurement) -> tuple[str, ...]:
+        return (measurement.step, measurement.hardware, measurement.of, measurement.unit)
 
-    new = {key(m): m for m in (*(old.measurements if old else ()), *bench.found)}
+    new = {key(m): m for m in (*(old.measurements if old else ()), *bench.measurements)}
     texts = {**(old.texts if old else {}), **bench.texts}
-    made = Throughput(benchmark="throughput", texts=texts, measurements=tuple(new[name] for name in sorted(new)))
-    DEFAULT.write_text(json.dumps(asdict(made), indent=1) + "\n")
+    throughput = Throughput(benchmark="throughput", texts=texts, measurements=tuple(new[name] for name in sorted(new)))
+    DEFAULT.write_text(json.dumps(asdict(throughput), indent=1) + "\n")
 
 
 def measure_texts(bench: Bench, prompts: Any) -> None:
-    """Lengths, by RoBERTa's tokenizer and, of the built-in tasks, by the built-in one."""
+    """Text lengths in tokens of RoBERTa's tokenizer; for the built-in tasks of the built-in one."""
     encoder = PairEncoder(roberta_tokenizer(), 512)
-    bench.texts["t0"] = tuple(t0_texts(prompts, encoder))
-    bench.texts["heldout"] = tuple(held_out_texts(bench.work, encoder))
-    own = PairEncoder(new_encoder(LAYERS, HIDDEN, LENGTH)[1], LENGTH)
-    bench.texts["builtin"] = tuple(instance_texts("builtin", builtin_instances(40), own))
+    bench.texts["t0"] = tuple(t0_lengths(prompts, encoder))
+    bench.texts["heldout"] = tuple(held_out_lengths(bench.work, encoder))
+    builtin_encoder = PairEncoder(new_encoder(LAYERS, HIDDEN, LENGTH)[1], LENGTH)
+    bench.texts["builtin"] = tuple(instance_lengths("builtin", builtin_instances(40), builtin_encoder))
 
 
 def measure_records(bench: Bench, sample: Sequence[Instance]) -> None:
-    """Preparation, annotation and tokenization, in pairs or prompts a second; bytes of what they write."""
-    preparation_of_heldout(bench)
-    seconds, made = bench.time_call(
+    """Preparation, annotation and tokenization in pairs or prompts per second, and the bytes that they write."""
+    measure_held_out_preparation(bench)
+    seconds, result = bench.time_call(
         lambda: preparation(
             PreparationConfig(target=bench.work / "builtin", pool=POOL, num_per_family=80, work=bench.work / "w")
         )
     )
-    bench.note("preparation", "builtin", "prompts/s", made.rows / seconds, prompts=made.rows)
-    for of, instances, tokenizer, length in (
+    bench.record("preparation", "builtin", "prompts/s", result.rows / seconds, prompts=result.rows)
+    for dataset, instances, tokenizer, length in (
         ("t0", list(sample), roberta_tokenizer(), 512),
         ("builtin", builtin_instances(40), new_encoder(LAYERS, HIDDEN, LENGTH)[1], LENGTH),
     ):
-        measure_labels(bench, of, instances, PairEncoder(tokenizer, length), tokenizer)
+        measure_labels(bench, dataset, instances, PairEncoder(tokenizer, length), tokenizer)
 
 
-def preparation_of_heldout(bench: Bench) -> None:
-    """Templates rendered over rows of the held-out tasks: the only rows at hand; T0's come prompted."""
+def measure_held_out_preparation(bench: Bench) -> None:
+    """Templates on rows of the held-out tasks, because the rows of T0's tasks are only available as prompts."""
     sources = list(held_out_rows(bench.work / "rows", 200))
     for subset, path in held_out_rows(bench.work / "warm", 2):
         render(subset, path, bench.work / "warm", 2)
-    seconds, made = bench.time_call(
-        lambda: [one for subset, path in sources for one in render(subset, path, bench.work, 200)]
+    seconds, prompts = bench.time_call(
+        lambda: [prompt for subset, path in sources for prompt in render(subset, path, bench.work, 200)]
     )
-    characters = fmean(len(one.instruction) for one in made)
-    bench.note(
-        "preparation", "t0", "prompts/s", len(made) / seconds, hardware="cpu", prompts=len(made), characters=characters
+    characters = fmean(len(prompt.instruction) for prompt in prompts)
+    bench.record(
+        "preparation",
+        "t0",
+        "prompts/s",
+        len(prompts) / seconds,
+        hardware="cpu",
+        prompts=len(prompts),
+        characters=characters,
     )
 
 
-def measure_labels(bench: Bench, of: str, sample: Sequence[Instance], encoder: PairEncoder, tokenizer: Any) -> None:
-    """Annotation and tokenization of these instances, the better of two rounds; what each folder weighs."""
-    folder = bench.work / f"records-{of}"
-    bare = [one if one.choices else replace(one, candidates=()) for one in sample]
-    write(folder / "prepared", bare)
+def measure_labels(
+    bench: Bench, dataset: str, sample: Sequence[Instance], encoder: PairEncoder, tokenizer: Any
+) -> None:
+    """Annotation (the better of two rounds) and tokenization of these instances, and the size of each folder."""
+    folder = bench.work / f"records-{dataset}"
+    without_candidates = [instance if instance.choices else replace(instance, candidates=()) for instance in sample]
+    write(folder / "prepared", without_candidates)
     write(folder / "sampled", sample, part_rows=SAMPLED_PART)
     best, pairs = float("inf"), 0
     for seed in (0, 1):
         config = AnnotationConfig(
             source=folder / "sampled", target=folder / f"annotated-{seed}", work=folder / "work", seed=seed
         )
-        seconds, made = bench.time_call(lambda: annotation(config))  # noqa: B023
-        best, pairs = min(best, seconds), made.candidates
-    bench.note("annotation", of, "pairs/s", pairs / best, hardware="cpu", pairs=pairs, prompts=len(sample))
+        seconds, manifest = bench.time_call(lambda: annotation(config))  # noqa: B023
+        best, pairs = min(best, seconds), manifest.candidates
+    bench.record("annotation", dataset, "pairs/s", pairs / best, hardware="cpu", pairs=pairs, prompts=len(sample))
     seconds, corpora = bench.time_call(
         lambda: open_corpora(folder / "annotated-0", folder / "tokens", tokenizer, encoder, metric="rougeL", sources=())
     )
     tokenized = corpora.train.facts.pairs + corpora.validation.facts.pairs
-    bench.note("tokenization", of, "pairs/s", tokenized / seconds, hardware="cpu", pairs=tokenized)
+    bench.record("tokenization", dataset, "pairs/s", tokenized / seconds, hardware="cpu", pairs=tokenized)
     prepared, sampled, annotated, tokens = (
         size_of(folder / name) for name in ("prepared", "sampled", "annotated-0", "tokens")
     )
-    drawn = sum(len(one.candidates) for one in sample if not one.choices)
-    each = {"prompts": len(sample), "candidates": drawn, "pairs": pairs}
-    bench.note("preparation", of, "bytes/prompt", prepared / len(sample), hardware="cpu", **each)
-    bench.note("sampling", of, "bytes/pair", (sampled - prepared) / drawn, hardware="cpu", **each)
-    bench.note("annotation", of, "bytes/pair", (annotated - prepared) / pairs, hardware="cpu", **each)
-    bench.note("tokenization", of, "bytes/pair", tokens / tokenized, hardware="cpu", **each)
+    num_candidates = sum(len(instance.candidates) for instance in sample if not instance.choices)
+    counts = {"prompts": len(sample), "candidates": num_candidates, "pairs": pairs}
+    bench.record("preparation", dataset, "bytes/prompt", prepared / len(sample), hardware="cpu", **counts)
+    bench.record("sampling", dataset, "bytes/pair", (sampled - prepared) / num_candidates, hardware="cpu", **counts)
+    bench.record("annotation", dataset, "bytes/pair", (annotated - prepared) / pairs, hardware="cpu", **counts)
+    bench.record("tokenization", dataset, "bytes/pair", tokens / tokenized, hardware="cpu", **counts)
 
 
 def measure_starts(bench: Bench) -> None:
-    """What each verb takes beyond its work, by a small run on the built-in tasks and the speeds measured before."""
-    keep(bench)
-    known = read_throughput(DEFAULT)
-    known = replace(known, measurements=tuple(m for m in known.measurements if m.unit != "seconds to start"))
-    ran = run_steps(bench.work / "small", PER_FAMILY)
-    volumes = builtin_volumes(PER_FAMILY, known)
+    """Start time of each CLI command: its CPU seconds in a small run minus the predicted seconds of its work."""
+    save(bench)
+    throughput = read_throughput(DEFAULT)
+    throughput = replace(
+        throughput, measurements=tuple(m for m in throughput.measurements if m.unit != "seconds to start")
+    )
+    runs = run_steps(bench.work / "small", PER_FAMILY)
+    volumes = builtin_volumes(PER_FAMILY, throughput)
     config = PlanConfig(hardware="cpu", mixture="builtin", scorer="mini", validation=0.05)
     expected: dict[str, float] = {}
-    for work in works(volumes, known, config):
+    for work in works(volumes, throughput, config):
         name = "pretraining" if work.step == "tokenization" else work.step
         expected[name] = expected.get(name, 0.0) + cost(work, 1, config, cores=1).seconds
-    for step, one in ran.items():
-        start = max(0.1, one.cpu_seconds - expected[step])
-        details: dict[str, Any] = {"by_the_clock": one.seconds, "whole": one.cpu_seconds, "work": expected[step]}
-        bench.note(step, "builtin", "seconds to start", start, **details)
+    for step, run in runs.items():
+        start = max(0.1, run.cpu_seconds - expected[step])
+        details: dict[str, Any] = {"by_the_clock": run.seconds, "whole": run.cpu_seconds, "work": expected[step]}
+        bench.record(step, "builtin", "seconds to start", start, **details)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the measurements of `throughput.py` gather, and its clock."""
+"""Collects and times the measurements of `throughput.py`."""
 
 import os
 import time
@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 
 class Bench:
-    """Where measurements gather; `note` adds one and says so."""
+    """Collects measurements; `record` adds one and prints it."""
 
     def __init__(self, hardware: str, work: Path) -> None:
         self.hardware, self.work = hardware, work
-        self.found: list[Measurement] = []
+        self.measurements: list[Measurement] = []
         self.texts: dict[str, tuple[Texts, ...]] = {}
 
-    def note(
+    def record(
         self, step: Any, of: str, unit: Any, value: float, *, hardware: str | None = None, **details: float
     ) -> None:
         """Adds a measurement with today's date, this machine and its load."""
@@ -34,11 +34,11 @@ class Bench:
             date=date.today().isoformat(), machine=machine(), load=round_digits(os.getloadavg()[0]),
             details={name: round_digits(number) for name, number in details.items()},
         )  # fmt: skip
-        self.found.append(entry)
+        self.measurements.append(entry)
         print(f"{step} of {of}: {entry.value:g} {unit} {entry.details}", flush=True)
 
     def time_call(self, work: Callable[[], T]) -> tuple[float, T]:
-        """Seconds that a call took, and what it gave: of a CPU its time, so that other work beside it counts little."""
+        """Seconds of a call, and its result; on a CPU these are CPU seconds, which depend less on other work."""
         clock = time.process_time if self.hardware == CPU else time.perf_counter
         started = clock()
         value = work()
@@ -47,6 +47,6 @@ class Bench:
         return clock() - started, value
 
     def share(self, flops: float) -> dict[str, Any]:
-        """The share of the data sheet's peak, where there is one."""
+        """`flop_share`, the share of the hardware's peak FLOP/s, if the peak is known."""
         peak = HARDWARE[self.hardware]
         return {"flop_share": flops / peak} if peak else {}

@@ -1,4 +1,4 @@
-"""The texts that `throughput.py` measures with: prompts of T0's mixture, of held-out tasks, of the built-in tasks."""
+"""Texts for `throughput.py`: prompts of T0's mixture, of the held-out tasks and of the built-in tasks."""
 
 import gzip
 import json
@@ -30,10 +30,10 @@ from cappy.scoring.encoding import PairEncoder
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 T0 = SHARED / "t0/t0_train_50k.jsonl.xz"
 TEMPLATES = SHARED / "templates/templates"
-SAMPLES, LABELLED = 10, 2
-"""Candidates of an open-ended prompt, and its reference with its mismatch."""
-MOST = 300
-"""Prompts of one kind of a subset whose lengths are measured, at most."""
+NUM_SAMPLES, NUM_LABELLED = 10, 2
+"""Sampled candidates of an open-ended prompt, and its reference and mismatch."""
+MAX_PROMPTS = 300
+"""Maximum number of prompts per subset and kind whose lengths are measured."""
 HELD_OUT = {
     "anli/r1": "anli_r1.test",
     "anli/r2": "anli_r2.test",
@@ -45,56 +45,56 @@ HELD_OUT = {
     "super_glue/wsc.fixed": "super_glue_wsc.fixed.validation",
     "winogrande/winogrande_xl": "winogrande_xl.validation",
 }
-"""Subset of the mixture -> the file with rows of it that are at hand."""
+"""Subset of the mixture -> the available file with its rows."""
 
 Prompt = dict[str, Any]
 
 
 def t0_prompts() -> dict[tuple[str, str], list[Prompt]]:
-    """Prompts at hand by subset and kind, in the file's order; those of other datasets are left out."""
+    """The available prompts of the mixture by (subset, kind), in file order."""
     names = {subset.name for subset in load_mixture("t0").subsets}
-    found: dict[tuple[str, str], list[Prompt]] = defaultdict(list)
+    prompts: dict[tuple[str, str], list[Prompt]] = defaultdict(list)
     with lzma.open(T0, "rt", encoding="utf-8") as file:
         for row in map(json.loads, file):
             if row["dataset"] in names and row["response"]:
-                found[row["dataset"], "open-ended" if row["kind"] == "gen" else "choices"].append(row)
-    return found
+                prompts[row["dataset"], "open-ended" if row["kind"] == "gen" else "choices"].append(row)
+    return prompts
 
 
 def t0_instances(prompts: dict[tuple[str, str], list[Prompt]], one_of: int) -> list[Instance]:
-    """One of `one_of` prompts of the mixture, each subset and kind with its share, in a seeded order.
+    """One of `one_of` prompts of the mixture, in proportion to each subset and kind, in random order (seeded).
 
-    Candidates of an open-ended prompt are references of other prompts of its subset, cut like an LLM's responses: no
-    LLM of the mixture is at hand, and what is measured on them goes by their length.
+    Candidates of an open-ended prompt are references of other prompts of its subset, truncated like an LLM's responses:
+    the mixture's LLMs are not available, and speed depends only on length.
     """
-    wanted: dict[tuple[str, str], int] = defaultdict(int)
+    num_examples: dict[tuple[str, str], int] = defaultdict(int)
     for planned in plan(load_mixture("t0")).rows:
-        wanted[planned.subset, planned.kind] += planned.examples or 0
+        num_examples[planned.subset, planned.kind] += planned.examples or 0
     rng = random.Random(0)
-    found = []
-    for key, examples in sorted(wanted.items()):
-        own = prompts.get(key, [])
-        others = [row["response"] for row in own]
-        for number, row in enumerate(rng.sample(own, min(len(own), round(examples / one_of)))):
-            found.append(_instance(f"{key[0]} {key[1]} {number}", row, others, rng))
-    rng.shuffle(found)
-    return found
+    instances = []
+    for key, examples in sorted(num_examples.items()):
+        prompts_of_key = prompts.get(key, [])
+        responses = [row["response"] for row in prompts_of_key]
+        for number, row in enumerate(rng.sample(prompts_of_key, min(len(prompts_of_key), round(examples / one_of)))):
+            instances.append(_instance(f"{key[0]} {key[1]} {number}", row, responses, rng))
+    rng.shuffle(instances)
+    return instances
 
 
-def _instance(name: str, row: Prompt, others: Sequence[str], rng: random.Random) -> Instance:
+def _instance(name: str, row: Prompt, responses: Sequence[str], rng: random.Random) -> Instance:
     choices = tuple(dict.fromkeys(row.get("answer_choices") or ()))
-    drawn = [] if choices else rng.choices(others, k=SAMPLES)
+    texts = [] if choices else rng.choices(responses, k=NUM_SAMPLES)
     sampled = [
         Candidate(
             response=" ".join(text.split(" ")[: MAX_NEW_TOKENS * 3 // 4]),
-            generator="bart0" if number < SAMPLES // 2 else "t0-3b",
-            decoding="topk40" if number < SAMPLES // 2 else "topp0.95",
+            generator="bart0" if number < NUM_SAMPLES // 2 else "t0-3b",
+            decoding="topk40" if number < NUM_SAMPLES // 2 else "topp0.95",
             seed=rng.randrange(2**31),
             logprob_sum=-rng.random() * 50,
             logprob_mean=-rng.random() * 5,
             num_tokens=len(text.split()),
         )
-        for number, text in enumerate(drawn)
+        for number, text in enumerate(texts)
     ]
     return Instance(
         instance_id=name,
@@ -105,20 +105,20 @@ def _instance(name: str, row: Prompt, others: Sequence[str], rng: random.Random)
         instruction=row["instruction"],
         references=(row["response"],),
         choices=choices,
-        candidates=tuple(Candidate(response=one, source="choice") for one in choices) or tuple(sampled),
+        candidates=tuple(Candidate(response=choice, source="choice") for choice in choices) or tuple(sampled),
     )
 
 
-def t0_texts(prompts: dict[tuple[str, str], list[Prompt]], encoder: PairEncoder) -> Iterator[Texts]:
-    """Lengths by subset and kind."""
+def t0_lengths(prompts: dict[tuple[str, str], list[Prompt]], encoder: PairEncoder) -> Iterator[Texts]:
+    """Text lengths by subset and kind."""
     for (subset, kind), rows in sorted(prompts.items()):
-        own = rows[:: max(1, len(rows) // MOST)][:MOST]
-        asked = [(row["instruction"], row.get("answer_choices") or [row["response"]]) for row in own]
-        yield lengths(subset, kind, asked, encoder)
+        sampled_rows = rows[:: max(1, len(rows) // MAX_PROMPTS)][:MAX_PROMPTS]
+        pairs = [(row["instruction"], row.get("answer_choices") or [row["response"]]) for row in sampled_rows]
+        yield measure_lengths(subset, kind, pairs, encoder)
 
 
 def held_out_rows(folder: Path, rows: int) -> Iterator[tuple[str, Path]]:
-    """Subset and a file of its first rows, written to `folder`."""
+    """(subset, file with its first `rows` rows) pairs; files are written to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for subset, name in HELD_OUT.items():
         path = folder / f"{subset.replace('/', '-')}.jsonl"
@@ -128,8 +128,8 @@ def held_out_rows(folder: Path, rows: int) -> Iterator[tuple[str, Path]]:
 
 
 def render(subset: str, source: Path, folder: Path, rows: int) -> list[Instance]:
-    """The prompts of a held-out subset's rows under all its templates, by the step itself."""
-    dataset = next(one.dataset for one in load_mixture("heldout").subsets if one.name == subset)
+    """The instances of a held-out subset's rows with all its templates, by the preparation step."""
+    dataset = next(entry.dataset for entry in load_mixture("heldout").subsets if entry.name == subset)
     target = folder / f"prepared-{rows}" / source.stem
     preparation(
         PreparationConfig(
@@ -140,63 +140,76 @@ def render(subset: str, source: Path, folder: Path, rows: int) -> list[Instance]
     return list(read(target))
 
 
-def held_out_texts(folder: Path, encoder: PairEncoder) -> Iterator[Texts]:
-    """Lengths by subset, of the templates with choices alone."""
+def held_out_lengths(folder: Path, encoder: PairEncoder) -> Iterator[Texts]:
+    """Text lengths by subset, of templates with choices."""
     for subset, path in held_out_rows(folder / "lengths", 40):
-        own = [(one.instruction, list(one.choices)) for one in render(subset, path, folder, 40) if one.choices]
-        yield lengths(subset, "choices", own, encoder)
+        pairs = [
+            (instance.instruction, list(instance.choices))
+            for instance in render(subset, path, folder, 40)
+            if instance.choices
+        ]
+        yield measure_lengths(subset, "choices", pairs, encoder)
 
 
-def instance_texts(subset: str, instances: Iterable[Instance], encoder: PairEncoder) -> Iterator[Texts]:
-    """Lengths by kind of instances with candidates; an open-ended one's responses are what an LLM sampled."""
+def instance_lengths(subset: str, instances: Iterable[Instance], encoder: PairEncoder) -> Iterator[Texts]:
+    """Text lengths by kind of instances with candidates; responses of open-ended ones are their LLM samples."""
     kinds: dict[str, list[tuple[str, list[str]]]] = defaultdict(list)
-    for one in instances:
-        drawn = [candidate.response for candidate in one.candidates if candidate.source == "llm"]
-        kinds["choices" if one.choices else "open-ended"].append((one.instruction, list(one.choices) or drawn))
-    for kind, asked in sorted(kinds.items()):
-        yield lengths(subset, kind, asked, encoder)
+    for instance in instances:
+        responses = [candidate.response for candidate in instance.candidates if candidate.source == "llm"]
+        kinds["choices" if instance.choices else "open-ended"].append(
+            (instance.instruction, list(instance.choices) or responses)
+        )
+    for kind, pairs in sorted(kinds.items()):
+        yield measure_lengths(subset, kind, pairs, encoder)
 
 
 def builtin_instances(per_family: int) -> list[Instance]:
-    """Instances of the pretraining pool with 10 samples of the built-in LLM for each that is open-ended."""
-    found = list(builtin_tasks(POOL, num_per_family=per_family, seed=1))
-    opened = [one for one in found if not one.choices]
+    """Instances of the pretraining pool, the open-ended ones with 10 samples of the built-in LLM."""
+    instances = list(builtin_tasks(POOL, num_per_family=per_family, seed=1))
+    open_ended = [instance for instance in instances if not instance.choices]
     decodings = strategy(STRATEGY)
-    drawn = Seq2Seq("builtin", open_model_folder(LLM_FOLDER)).sample(
-        [one.instruction for one in opened], decodings, seed=1
+    candidates = Seq2Seq("builtin", open_model_folder(LLM_FOLDER)).sample(
+        [instance.instruction for instance in open_ended], decodings, seed=1
     )
-    own = {one.instance_id: tuple(some) for one, some in zip(opened, drawn, strict=True)}
-    return [replace(one, candidates=own.get(one.instance_id, one.candidates)) for one in found]
+    candidates_by_id = {
+        instance.instance_id: tuple(group) for instance, group in zip(open_ended, candidates, strict=True)
+    }
+    return [
+        replace(instance, candidates=candidates_by_id.get(instance.instance_id, instance.candidates))
+        for instance in instances
+    ]
 
 
-def lengths(subset: str, kind: Any, asked: Sequence[tuple[str, Sequence[str]]], encoder: PairEncoder) -> Texts:
-    """Lengths of prompts with their responses, every prompt weighing the same but in pairs.
+def measure_lengths(
+    subset: str, kind: Any, texts_of_prompts: Sequence[tuple[str, Sequence[str]]], encoder: PairEncoder
+) -> Texts:
+    """Mean lengths of prompts and responses, over prompts, and of pairs, over pairs.
 
-    An open-ended prompt's pairs are its sampled responses, cut at what a generator writes, and two uncut ones: the
-    reference and a mismatch.
+    The pairs of an open-ended prompt are its sampled responses, truncated to the maximum of a generator, and two full
+    ones: the reference and a mismatch.
     """
-    prompts = [len(ids) for ids in encoder.tokens([prompt for prompt, _ in asked])]
+    prompts = [len(ids) for ids in encoder.tokens([prompt for prompt, _ in texts_of_prompts])]
     responses, pairs = [], []
-    for prompt, (_, texts) in zip(prompts, asked, strict=True):
-        whole = [len(ids) for ids in encoder.tokens(list(texts))]
-        cut = [min(one, MAX_NEW_TOKENS) for one in whole]
-        responses.append(fmean(cut))
-        for short, long in zip(cut, whole, strict=True):
-            for length, times in ((long, 1),) if kind == "choices" else ((short, SAMPLES), (long, LABELLED)):
+    for prompt, (_, texts) in zip(prompts, texts_of_prompts, strict=True):
+        full_lengths = [len(ids) for ids in encoder.tokens(list(texts))]
+        cut_lengths = [min(length, MAX_NEW_TOKENS) for length in full_lengths]
+        responses.append(fmean(cut_lengths))
+        for short, long in zip(cut_lengths, full_lengths, strict=True):
+            for length, times in ((long, 1),) if kind == "choices" else ((short, NUM_SAMPLES), (long, NUM_LABELLED)):
                 pairs += [min(encoder.max_length, prompt + length + encoder.num_special_tokens)] * times
-    read_by_llm = [min(one, MAX_INSTRUCTION_TOKENS) for one in prompts]
+    read_by_llm = [min(length, MAX_INSTRUCTION_TOKENS) for length in prompts]
     return Texts(
         subset=subset,
         kind=kind,
         prompts=len(prompts),
         prompt_tokens=round_digits(fmean(read_by_llm)),
-        prompt_squared=round_digits(fmean(one**2 for one in read_by_llm)),
+        prompt_squared=round_digits(fmean(length**2 for length in read_by_llm)),
         response_tokens=round_digits(fmean(responses)),
         pair_tokens=round_digits(fmean(pairs)),
-        pair_squared=round_digits(fmean(one**2 for one in pairs)),
+        pair_squared=round_digits(fmean(length**2 for length in pairs)),
     )
 
 
 def round_digits(value: float) -> float:
-    """Four digits, which is more than any of it is worth."""
+    """Rounds to four significant digits."""
     return float(f"{value:.4g}")

@@ -1,15 +1,17 @@
-"""How many rows per second training takes, beside padding every pair to 512 and beside CrossEncoderTrainer.
+"""Training speed in rows per second, compared with padding every pair to 512 and with CrossEncoderTrainer.
 
     python benchmarks/training.py [--size base] [--per-set 16] [--rounds 2] [--device cpu]
 
-The same rows, the same backbone (RoBERTa's shape, random weights, RoBERTa's own vocabulary), one pass each, in turn in
-every round; the best round counts. Rows are whole pools of every set of `shared/data/candidates`, so lengths are real;
-their labels are arbitrary, which no speed depends on. Ours includes reading the folder and tokenizing, as a first run
-does; the others tokenize as they go. `padded to 512` is the published way: batches in the order of the rows, every pair
-padded to the model's length, transformers' own forward. CrossEncoderTrainer runs at its defaults: random batches of 8,
-padded to the longest of each, mean squared error. Dropout is on everywhere. On a GPU all three run in bf16.
+All three train one epoch on the same rows with the same encoder (RoBERTa's shape and vocabulary, random weights), in
+turn in every round; the best round counts. Rows are whole pools of every set of `shared/data/candidates`, so lengths
+are real; labels are random, which does not affect speed. Our time includes reading the folder and tokenizing, as in a
+first run; the others tokenize during training. `padded to 512` is the published way: batches in the order of the rows,
+every pair padded to the model's length, transformers' own forward. CrossEncoderTrainer runs with its defaults: random
+batches of 8, padded to the longest pair of each, mean squared error. Dropout is on in all three. On a GPU all three use
+bf16.
 
-It needs what `make bench` installs. Results go to `benchmarks/results/training-SIZE.json` with date and machine.
+Needs the packages that `make bench` installs. Results are written to `benchmarks/results/training-SIZE-DEVICE.json`
+with date and machine.
 """
 
 import argparse
@@ -37,7 +39,7 @@ from cappy.training.meter import flops_of_pair, layer_weights, peak_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 8
-"""Pairs of a batch of the two others: CrossEncoderTrainer's default."""
+"""Batch size in pairs of the two others: CrossEncoderTrainer's default."""
 RATE = 2e-5
 
 
@@ -45,7 +47,9 @@ def main() -> None:
     """Measures and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SHAPES, default="base")
-    parser.add_argument("--per-set", type=int, default=16, help="rows of each set of candidates, about")
+    parser.add_argument(
+        "--per-set", type=int, default=16, help="approximate number of rows from each set of candidates"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -62,9 +66,9 @@ def main() -> None:
     lengths = [len(pair.ids) for pair in scorer.encoder.encode([row[:2] for row in rows])]
     device = arguments.device
     ways: dict[str, Callable[[], float]] = {
-        "cappy": lambda: ours(start, source, arguments.work, device),
+        "cappy": lambda: time_ours(start, source, arguments.work, device),
         "padded to 512": lambda: time_padded(start, rows, device),
-        "CrossEncoderTrainer": lambda: cross_encoder(start, rows, arguments.work, device),
+        "CrossEncoderTrainer": lambda: time_cross_encoder(start, rows, arguments.work, device),
     }
     seconds = dict.fromkeys(ways, float("inf"))
     for _ in range(arguments.rounds):
@@ -102,48 +106,50 @@ def main() -> None:
 
 
 def real_instances(scorer: Scorer, per_set: int) -> list[Instance]:
-    """Whole pools of every set, in an order mixed over the sets; no pair is longer than the model."""
+    """Whole pools of every set, shuffled over the sets; no pair is longer than the model."""
     rng = random.Random(0)
-    found: list[Instance] = []
+    instances: list[Instance] = []
     for path in candidate_files():
         rows = 0
-        for number, (instruction, responses) in enumerate(read_pools(path)):
+        for row_index, (instruction, responses) in enumerate(read_pools(path)):
             pool = responses[:POOL]
-            longest = max(len(pair.ids) for pair in scorer.encoder.encode([(instruction, one) for one in pool]))
+            longest = max(
+                len(pair.ids) for pair in scorer.encoder.encode([(instruction, response) for response in pool])
+            )
             if len(pool) < 2 or longest > LENGTH:
                 continue
-            candidates = tuple(Candidate(response=one, labels={"rougeL": rng.random()}) for one in pool)
-            name = f"{path.name.split('.')[0]}-{number}"
-            found.append(
+            candidates = tuple(Candidate(response=response, labels={"rougeL": rng.random()}) for response in pool)
+            name = f"{path.name.split('.')[0]}-{row_index}"
+            instances.append(
                 Instance(instance_id=name, instruction=instruction, references=(pool[0],), candidates=candidates)
             )
             rows += len(pool)
             if rows >= per_set:
                 break
-    rng.shuffle(found)
-    return found
+    rng.shuffle(instances)
+    return instances
 
 
-def ours(start: Path, source: Path, work: Path, device: str) -> float:
-    """Seconds of one pass of our loop, tokenizing included."""
+def time_ours(start: Path, source: Path, work: Path, device: str) -> float:
+    """Seconds of one epoch of our loop, with tokenization."""
     tokens = work / "tokens"
     shutil.rmtree(tokens, ignore_errors=True)
     scorer = Scorer.load(str(start), device=device, precision="fp32")
     budget = 2048 if device == "cpu" else 32768
-    plan = FinetuningConfig(
+    config = FinetuningConfig(
         source=source, target=work / "none", scorer=str(start), epochs=1.0, learning_rate=RATE, batch_tokens=budget
     )
     started = time.perf_counter()
     corpora: Corpora = open_corpora(source, tokens, scorer.tokenizer, scorer.encoder, metric="rougeL", sources=())
-    run = Run(scorer, corpora, plan, work / "no-checkpoints", ALONE)
+    run = Run(scorer, corpora, config, work / "no-checkpoints", ALONE)
     while run.state.update < run.updates:
         run.update()
-    _settle(device)
+    _synchronize(device)
     return time.perf_counter() - started
 
 
 def time_padded(start: Path, rows: Sequence[tuple[str, str, float]], device: str) -> float:
-    """Seconds of one pass of a plain loop that pads every pair to the model's length."""
+    """Seconds of one epoch of a plain loop that pads every pair to the model's length."""
     scorer = Scorer.load(str(start), device=device, precision="fp32")
     model, tokenizer = scorer.model.train(), scorer.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
@@ -159,12 +165,12 @@ def time_padded(start: Path, rows: Sequence[tuple[str, str, float]], device: str
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    _settle(device)
+    _synchronize(device)
     return time.perf_counter() - started
 
 
-def cross_encoder(start: Path, rows: Sequence[tuple[str, str, float]], work: Path, device: str) -> float:
-    """Seconds of one pass of CrossEncoderTrainer at its defaults, with logs and checkpoints off."""
+def time_cross_encoder(start: Path, rows: Sequence[tuple[str, str, float]], work: Path, device: str) -> float:
+    """Seconds of one epoch of CrossEncoderTrainer with its defaults, without logs and checkpoints."""
     from datasets import Dataset
     from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
     from sentence_transformers.cross_encoder.losses import MSELoss
@@ -186,11 +192,11 @@ def cross_encoder(start: Path, rows: Sequence[tuple[str, str, float]], work: Pat
     trainer = CrossEncoderTrainer(model=model, args=arguments, train_dataset=data, loss=MSELoss(model))
     started = time.perf_counter()
     trainer.train()
-    _settle(device)
+    _synchronize(device)
     return time.perf_counter() - started
 
 
-def _settle(device: str) -> None:
+def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 

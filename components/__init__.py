@@ -1,4 +1,4 @@
-"""One module per step: a typed Kubeflow contract, and one call into cappy in its body.
+"""One module per step: a typed Kubeflow component whose body is one call into cappy.
 
-Modules here import kfp and the standard library only, so that a pipeline compiles on a machine with nothing else.
+These modules import only kfp and the standard library, so that a pipeline compiles on a machine with nothing else.
 """

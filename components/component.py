@@ -1,4 +1,4 @@
-"""The one spelling of a component: which image runs it, and that nothing is installed when it starts."""
+"""The decorator of all components: it sets the image and installs nothing when a step starts."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -6,14 +6,14 @@ from typing import Protocol
 from kfp import dsl
 
 VERSION = "0.1.0"
-# The local runner warns of an image whose name does not contain "python".
+# The local runner warns about an image whose name does not contain "python".
 WORKER = f"cappy-python-worker:{VERSION}"
 TRAINER = f"cappy-python-trainer:{VERSION}"
 TRAINER_TPU = f"cappy-python-trainer-tpu:{VERSION}"
 
 
 class Task(Protocol):
-    """A task of a pipeline, as kfp makes it; `outputs` are placeholders by name."""
+    """A kfp task of a pipeline; `outputs` are placeholders by name."""
 
     @property
     def outputs(self) -> Mapping[str, object]: ...
@@ -22,7 +22,7 @@ class Task(Protocol):
 
 
 class Component(Protocol):
-    """A component as kfp makes it of `python_func`; called as a pipeline is built, it adds a task."""
+    """A kfp component of `python_func`; a call while a pipeline is built adds a task."""
 
     @property
     def python_func(self) -> Callable[..., object]: ...
@@ -31,7 +31,7 @@ class Component(Protocol):
 
 
 def component(base_image: str = WORKER) -> Callable[[Callable[..., object]], Component]:
-    """Makes a light Python component whose image already holds kfp and cappy."""
+    """Makes a lightweight Python component; its image contains kfp and cappy."""
     decorate: Callable[[Callable[..., object]], Component] = dsl.component(
         base_image=base_image, install_kfp_package=False
     )

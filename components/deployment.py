@@ -1,4 +1,4 @@
-"""Deployment: the registered version answers as it did when it was evaluated."""
+"""Deployment: checks that the registered version gives the scores of its evaluation."""
 
 from kfp.dsl import Artifact, Input, Output
 

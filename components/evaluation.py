@@ -1,4 +1,4 @@
-"""Evaluation: how much the scorer helps, against every other selector."""
+"""Evaluation: compares the scorer with every other selector."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def evaluation(
     fingerprint: str = "",
     run: str = "",
 ) -> None:
-    """Compare the run's scorer, else the one that settings name, and the champion with the other selectors."""
+    """Compare the run's scorer, else the one in the settings, and the champion with the other selectors."""
     import shutil
     from pathlib import Path
 
@@ -33,5 +33,5 @@ def evaluation(
     report.metadata.update(manifest=done.hash)
     metrics.metadata.update(done.metrics)
     shutil.copyfile(f"{report.path}/report.html", page.path)
-    # The local cache takes no answer whose artifact has no file.
+    # The local cache ignores an artifact without a file.
     Path(metrics.path).write_text(str(dict(done.metrics)))

@@ -1,4 +1,4 @@
-"""Finetuning: a scorer for one task, from a general one."""
+"""Finetuning: trains a general scorer further on one task."""
 
 from kfp.dsl import Dataset, Input, Model, Output
 

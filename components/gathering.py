@@ -1,6 +1,6 @@
-"""Gathering: what the shards wrote becomes one folder."""
+"""Gathering: joins the folders of the shards."""
 
-from typing import List  # noqa: UP035 (kfp reads a list of artifacts by this name alone)
+from typing import List  # noqa: UP035 (kfp only accepts this name for a list of artifacts)
 
 from kfp.dsl import Dataset, Input, Output
 
@@ -15,7 +15,7 @@ def gathering(
     fingerprint: str = "",
     run: str = "",
 ) -> None:
-    """Join the folders that the shards of a step wrote, in their order."""
+    """Join the folders that the shards of a step wrote, in the order of the shards."""
     from cappy.worker import launch
 
     folders = {"source": [part.path for part in parts], "target": gathered.path}

@@ -1,4 +1,4 @@
-"""Preparation: where instances come from."""
+"""Preparation: reads instances from a source."""
 
 from kfp.dsl import Dataset, Output
 
@@ -14,7 +14,7 @@ def preparation(
     fingerprint: str = "",
     run: str = "",
 ) -> None:
-    """Turn a source of tasks into instances, split by group for life."""
+    """Turn a source of tasks into instances, with a fixed split for each group."""
     from cappy.worker import launch
 
     done = launch(

@@ -1,4 +1,4 @@
-"""Pretraining: a scorer from the labelled candidates of many tasks."""
+"""Pretraining: trains a general scorer."""
 
 from kfp.dsl import Dataset, Input, Model, Output
 

@@ -1,4 +1,4 @@
-"""Promotion: the gate between challenger and champion."""
+"""Promotion: the statistical gate between challenger and champion."""
 
 from kfp.dsl import Artifact, Input, Output
 
@@ -15,7 +15,7 @@ def promotion(
     fingerprint: str = "",
     run: str = "",
 ) -> str:
-    """Move the champion's alias if the challenger is proven better; returns promote or hold."""
+    """Move the champion alias if the challenger is significantly better; returns promote or hold."""
     from cappy.worker import launch
 
     folders = {"version": version.path, "report": report.path, "target": decision.path}

@@ -1,4 +1,4 @@
-"""Registration: the scorer becomes a version of the registry, as challenger."""
+"""Registration: registers the scorer in MLflow as challenger."""
 
 from kfp.dsl import Artifact, Input, Model, Output
 
@@ -15,7 +15,7 @@ def registration(
     fingerprint: str = "",
     run: str = "",
 ) -> None:
-    """Register the scorer in MLflow with its model card; a scorer that is registered already stays one version."""
+    """Register the scorer in MLflow with its model card; a scorer that is already registered gets no second version."""
     from cappy.worker import launch
 
     folders = {"scorer": scorer.path, "report": report.path, "target": version.path}

@@ -1,4 +1,4 @@
-"""Sampling: candidates for every instance."""
+"""Sampling: adds candidates to every instance."""
 
 from kfp.dsl import Dataset, Input, Output
 
@@ -9,7 +9,7 @@ from components.component import component
 def sampling(
     instances: Input[Dataset],
     candidates: Output[Dataset],
-    generator: list,  # type: ignore[type-arg] # kfp knows no list[str]: it is a JSON list
+    generator: list,  # type: ignore[type-arg] # kfp has no list[str], only JSON lists
     strategy: str = "",
     seed: int = 0,
     settings: str = "",
@@ -17,10 +17,10 @@ def sampling(
     part: str = "",
     run: str = "",
 ) -> None:
-    """Let one LLM or several propose responses to every instruction, or to those of a part of them, i/N."""
+    """Sample responses to every instruction, or to those of shard i/N, from one or several LLMs."""
     from cappy.worker import launch
 
-    changed = {"generator": generator, "strategy": strategy, "shard": part, "seed": seed}
+    values = {"generator": generator, "strategy": strategy, "shard": part, "seed": seed}
     folders = {"source": instances.path, "target": candidates.path}
-    done = launch("sampling", settings, fingerprint=fingerprint, part=part, run=run, **changed, **folders)
+    done = launch("sampling", settings, fingerprint=fingerprint, part=part, run=run, **values, **folders)
     candidates.metadata.update(manifest=done.hash, rows=done.rows, candidates=done.candidates)

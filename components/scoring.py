@@ -15,10 +15,10 @@ def scoring(
     part: str = "",
     run: str = "",
 ) -> None:
-    """Score the candidates of a dataset, or of a part of it, i/N."""
+    """Score the candidates of a dataset, or of its shard i/N."""
     from cappy.worker import launch
 
-    changed = {"scorer": scorer, "shard": part}
+    values = {"scorer": scorer, "shard": part}
     folders = {"source": instances.path, "target": scored.path}
-    done = launch("scoring", settings, fingerprint=fingerprint, part=part, run=run, **changed, **folders)
+    done = launch("scoring", settings, fingerprint=fingerprint, part=part, run=run, **values, **folders)
     scored.metadata.update(manifest=done.hash, rows=done.rows, candidates=done.candidates)

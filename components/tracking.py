@@ -1,4 +1,4 @@
-"""Tracking: the exit step, which tells MLflow what every step did, also after a failure."""
+"""Tracking: the exit step, which logs the run to MLflow, also after a failure."""
 
 from kfp.dsl import PipelineTaskFinalStatus
 
@@ -7,7 +7,7 @@ from components.component import component
 
 @component()
 def tracking(status: PipelineTaskFinalStatus, fingerprints: str = "{}", settings: str = "", run: str = "") -> None:
-    """Log the pipeline run with one nested run per step; steps answered from the cache are marked so."""
+    """Log the pipeline run with one nested run per step; steps answered from the cache are marked."""
     import json
 
     from cappy.registry import track_run

@@ -1,6 +1,6 @@
-"""Adds Python itself and Debian's packages to a bill of materials of Python packages: python3 sbom.py IN OUT [ROOT].
+"""Adds Python and Debian's packages to a bill of materials of Python packages: python3 sbom.py IN OUT [ROOT].
 
-Under another root only packages are listed of which a file lies there.
+With another root only packages with a file under it are listed.
 """
 
 import json
@@ -15,28 +15,28 @@ DISTRIBUTION = "debian"
 
 
 def main(source: Path, target: Path, root: Path) -> None:
-    """Reads CycloneDX in JSON, writes it with more components."""
+    """Reads a CycloneDX file in JSON and writes it with the added components."""
     bill = json.loads(source.read_text())
-    bill["components"] = [*bill.get("components", []), interpreter(), *debian(root)]
+    bill["components"] = [*bill.get("components", []), interpreter(), *debian_packages(root)]
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(bill, indent=1) + "\n")
 
 
 def interpreter() -> dict[str, Any]:
-    """CPython as a component."""
+    """CPython as a CycloneDX component."""
     version = platform.python_version()
     return {"type": "application", "name": "cpython", "version": version, "bom-ref": f"pkg:generic/cpython@{version}"}
 
 
-def debian(root: Path) -> list[dict[str, Any]]:
-    """The installed packages of which something lies under `root`."""
+def debian_packages(root: Path) -> list[dict[str, Any]]:
+    """The installed packages that have a file under `root`."""
     form = "${Package}\t${Version}\t${Architecture}\n"
-    told = subprocess.run(["dpkg-query", "--show", "--showformat", form], capture_output=True, text=True, check=True)
-    rows = (line.split("\t") for line in told.stdout.splitlines())
-    return [component(*row) for row in rows if root == Path("/") or is_there(row[0], row[2], root)]
+    result = subprocess.run(["dpkg-query", "--show", "--showformat", form], capture_output=True, text=True, check=True)
+    rows = (line.split("\t") for line in result.stdout.splitlines())
+    return [component(*row) for row in rows if root == Path("/") or has_file_under(row[0], row[2], root)]
 
 
-def is_there(name: str, architecture: str, root: Path) -> bool:
+def has_file_under(name: str, architecture: str, root: Path) -> bool:
     """Whether a file of the package lies under `root`."""
     lists = [path for path in (INFO / f"{name}.list", INFO / f"{name}:{architecture}.list") if path.exists()]
     files = (line for path in lists for line in path.read_text().splitlines())
@@ -44,9 +44,9 @@ def is_there(name: str, architecture: str, root: Path) -> bool:
 
 
 def component(name: str, version: str, architecture: str) -> dict[str, Any]:
-    """A package in CycloneDX's words."""
-    place = f"pkg:deb/{DISTRIBUTION}/{name}@{version}?arch={architecture}"
-    return {"type": "library", "name": name, "version": version, "purl": place, "bom-ref": place}
+    """A Debian package as a CycloneDX component."""
+    purl = f"pkg:deb/{DISTRIBUTION}/{name}@{version}?arch={architecture}"
+    return {"type": "library", "name": name, "version": version, "purl": purl, "bom-ref": purl}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-# The base holds python3 with venv. No digest stands here, because where this was written no registry could be reached:
-# give --build-arg PYTHON=python:3.11-slim-bookworm@sha256:... where yours can be.
+# A base image with python3 and venv. It is not pinned by a digest, as no registry was reachable when it was written;
+# pin it with --build-arg PYTHON=python:3.11-slim-bookworm@sha256:...
 ARG PYTHON=python:3.11-slim-bookworm
 
-# The same words in all four Dockerfiles, down to the next line that says so: what they build once is shared.
+# From here to the end marker all four Dockerfiles are identical, so that their layers are shared.
 FROM ${PYTHON} AS builder
 ARG TORCH=cpu
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_CACHE_DIR=/cache/pip
@@ -10,7 +10,7 @@ COPY docker/requirements/builder.lock /locks/
 RUN python3 -m venv /build \
     && /build/bin/pip install --no-cache-dir --no-deps --require-hashes --requirement /locks/builder.lock
 COPY docker/requirements/torch-${TORCH}.lock docker/requirements/serving.lock /locks/
-# docker/wheels may hold files that no index has, such as torch's CPU build; hashes are asked of them too.
+# docker/wheels may contain files that are on no index, such as torch's CPU build; their hashes are checked too.
 RUN --mount=type=cache,target=/cache/pip --mount=type=bind,source=docker/wheels,target=/local \
     for set in torch-${TORCH} serving; do \
       /build/bin/pip wheel --no-deps --require-hashes --no-build-isolation --find-links /local \
@@ -36,7 +36,7 @@ RUN --mount=type=bind,from=builder,source=/build,target=/build \
     /build/bin/pip --python /app/bin/python install --quiet --no-cache-dir --no-compile --no-index --no-deps /wheels/*.whl \
     && /build/bin/pip --python /app/bin/python check \
     && (/app/bin/python -m compileall -q -j 0 /app/lib || true)
-# Here ends what all four share.
+# End of the shared part.
 
 FROM shared AS full
 RUN --mount=type=bind,from=builder,source=/build,target=/build \
@@ -49,7 +49,7 @@ RUN --mount=type=bind,from=bill,source=/bill,target=/bill --mount=type=bind,sour
     && python3 /sbom.py /tmp/python.json /rootfs/usr/share/sbom/cappy.cdx.json /rootfs && rm /tmp/python.json
 
 
-# Nothing but the interpreter, its packages and the libraries that these load: no shell, no compiler, no package manager.
+# Only the interpreter, its packages and the libraries that they load: no shell, no compiler, no package manager.
 FROM scratch
 COPY --from=full /rootfs /
 ENV PATH=/app/bin:/usr/local/bin:/usr/bin:/bin \
@@ -57,7 +57,7 @@ ENV PATH=/app/bin:/usr/local/bin:/usr/bin:/bin \
     TORCH_EXTENSIONS_DIR=/tmp/.cache/torch_extensions TRITON_CACHE_DIR=/tmp/.cache/triton \
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 \
     MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false HF_HUB_DISABLE_TELEMETRY=1
-# Vertex AI sets its own; with a port here the service listens on all addresses of the container.
+# Vertex AI overrides this port; with it set, the service listens on all addresses of the container.
 ENV AIP_HTTP_PORT=8080
 ARG VERSION=unknown
 ARG COMMIT=unknown

@@ -1,4 +1,4 @@
-"""What the site does to pages that Markdown alone cannot: a picture takes part in the page's colours."""
+"""MkDocs hooks: put SVG pictures inline, so that they use the colours of the page."""
 
 import re
 from pathlib import Path
@@ -8,16 +8,16 @@ PICTURE = re.compile(r"!\[([^\]]*)\]\((?:\.\./)*(images/[\w-]+\.svg)\)")
 
 
 def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:
-    """Puts our SVG pictures into the page itself, where they follow its switch between dark and light.
+    """Replaces links to SVG pictures with inline SVG, which follows the page's dark and light mode.
 
-    Elsewhere, as on a code host, the same line shows the file, which follows the system's setting.
+    Elsewhere, for example on a code host, the link shows the file, which follows the system's setting.
     """
     folder = Path(config["docs_dir"])
-    return PICTURE.sub(lambda found: inline_picture(folder / found[2], found[1]), markdown)
+    return PICTURE.sub(lambda match: inline_picture(folder / match[2], match[1]), markdown)
 
 
 def inline_picture(path: Path, description: str) -> str:
-    """The picture as one block of HTML; blank lines would end the block."""
+    """The picture as an HTML block, without blank lines, which would end the block."""
     lines = path.read_text(encoding="utf-8").splitlines()
     drawing = "\n".join(line for line in lines if line.strip())
     return f'<figure class="picture" aria-label="{description}">\n{drawing}\n</figure>'

@@ -1,7 +1,7 @@
-"""Writes docs/reference/cli.md and api.md from the command line and the public docstrings.
+"""Generates docs/reference/cli.md and api.md from the command line and the public docstrings.
 
-python docs/reference.py            write them
-python docs/reference.py --check    write nothing; status 1 if they differ from the code
+python docs/reference.py            write both pages
+python docs/reference.py --check    write nothing; exit status 1 if a page differs from the code
 """
 
 import ast
@@ -34,25 +34,25 @@ PUBLIC = (
     "cappy.errors",
     "serving",
 )
-"""Packages whose `__all__` is the public surface (a module without one: all of its public names)."""
+"""Packages whose `__all__` is the public API (without `__all__`: all of their public names)."""
 
 CLI_HEAD = """# Command line
 
-Written from the code by `make reference`. Exit status: 0 done, 1 an error that you can mend (one line on stderr), 2
-wrong usage, 130 stopped by Ctrl-C.
+Generated from the code by `make reference`. Exit status: 0 success, 1 an error that you can fix (one line on stderr), 2
+wrong usage, 130 interrupted by Ctrl-C.
 """
 API_HEAD = """# Python
 
-Written from the code by `make reference`. What stands here is public; everything else is private to its package and may
-change. A step is a config and `run(config, progress)`; the fields of a config are the flags of
-[its verb](cli.md), where they are explained.
+Generated from the code by `make reference`. The names on this page are public; everything else is private to its
+package and may change. A step has a config and `run(config, progress)`; the fields of the config are the flags of
+[its command](cli.md), where they are explained.
 """
 
 Node = ast.FunctionDef | ast.ClassDef | ast.AnnAssign | ast.Assign
 
 
 def cli() -> str:
-    """The page of the command line."""
+    """The text of cli.md."""
     from cappy.cli import app
 
     group = typer.main.get_command(app)
@@ -74,18 +74,18 @@ def _verb(command: Any, context: Any) -> Iterator[str]:
     yield f"## {context.command_path}\n\n`{usage}`\n\n{_paragraphs(command.help)}\n"
     for name, part in getattr(command, "commands", {}).items():
         yield from _verb(part, _context(part, name, context))
-    rows = [_flag(*record) for one in command.params if (record := one.get_help_record(context))]
+    rows = [_flag(*record) for parameter in command.params if (record := parameter.get_help_record(context))]
     if rows and not hasattr(command, "commands"):
         yield "\n".join(rows) + "\n"
 
 
 def _flag(names: str, text: str) -> str:
-    words, _, bracket = " ".join(text.split()).rpartition("[")
-    if not words or not bracket.startswith(("default: ", "required")):
+    description, _, bracket = " ".join(text.split()).rpartition("[")
+    if not description or not bracket.startswith(("default: ", "required")):
         return f"- `{_type(names)}`: {_escape(' '.join(text.split()))}"
     value = re.sub(r"^\((.*)\)(?=;|$)", r"\1", bracket.removesuffix("]").removeprefix("default: "))
     shown = value if value.startswith(("required", "needed")) else f"default: {value}"
-    return f"- `{_type(names)}` ({_escape(shown)}): {_escape(words.strip())}"
+    return f"- `{_type(names)}` ({_escape(shown)}): {_escape(description.strip())}"
 
 
 def _type(names: str) -> str:
@@ -98,7 +98,7 @@ def _paragraphs(text: str | None) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text in which stars, angles and brackets are themselves; code spans are left alone."""
+    """Text with stars, angle brackets and square brackets escaped, except in code spans."""
     pieces = text.split("`")
     for index in range(0, len(pieces), 2):
         for sign in "*_<[]":
@@ -107,7 +107,7 @@ def _escape(text: str) -> str:
 
 
 def api() -> str:
-    """The page of the Python names, read from the source: nothing is imported, so nothing heavy is loaded."""
+    """The text of api.md, read from the sources without importing them, since imports are slow."""
     return "\n".join([API_HEAD, *(_package(name) for name in PUBLIC)])
 
 
@@ -116,10 +116,10 @@ def _package(name: str) -> str:
     summary = _paragraphs((ast.get_docstring(tree) or "").split("\n\n")[0])
     blocks = [f"## {name}\n\n{summary}\n"]
     for public in _public(tree):
-        found = _find(name, public)
-        if found is None:
-            raise SystemExit(f"docs/reference.py: {name}.{public} is in __all__ and nowhere defined")
-        blocks.append(_entry(public, *found))
+        definition = _find(name, public)
+        if definition is None:
+            raise SystemExit(f"docs/reference.py: {name}.{public} is in __all__ but not defined")
+        blocks.append(_entry(public, *definition))
     return "\n".join(blocks)
 
 
@@ -141,7 +141,7 @@ def _public(tree: ast.Module) -> list[str]:
 
 
 def _find(module: str, name: str) -> tuple[Node, str] | None:
-    """The definition of a name and the docstring of a constant, followed through imports within the project."""
+    """The definition of a name and its docstring, followed through imports within the project."""
     body = _tree(module).body
     for node, after in zip(body, [*body[1:], None], strict=True):
         if name == getattr(node, "name", None) and isinstance(node, ast.ClassDef | ast.FunctionDef):
@@ -158,8 +158,8 @@ def _find(module: str, name: str) -> tuple[Node, str] | None:
 
 
 def _text_of(node: ast.stmt | None) -> str:
-    told = node.value if isinstance(node, ast.Expr) else None
-    return inspect.cleandoc(told.value) if isinstance(told, ast.Constant) and isinstance(told.value, str) else ""
+    value = node.value if isinstance(node, ast.Expr) else None
+    return inspect.cleandoc(value.value) if isinstance(value, ast.Constant) and isinstance(value.value, str) else ""
 
 
 def _entry(name: str, node: Node, doc: str) -> str:
@@ -178,14 +178,16 @@ def _signature(name: str, node: ast.FunctionDef, *, bound: bool = False) -> str:
 
 
 def _members(node: ast.ClassDef) -> Iterator[str]:
-    decorators = {ast.unparse(one).partition("(")[0] for one in node.decorator_list}
-    fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and not ast.unparse(one).startswith("_")]
+    decorators = {ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list}
+    fields = [
+        field for field in node.body if isinstance(field, ast.AnnAssign) and not ast.unparse(field).startswith("_")
+    ]
     if "dataclass" in decorators and fields:
-        yield "\n" + "\n".join(f"- `{ast.unparse(one)}`" for one in fields) + "\n"
+        yield "\n" + "\n".join(f"- `{ast.unparse(field)}`" for field in fields) + "\n"
     for part in node.body:
         if not isinstance(part, ast.FunctionDef) or part.name.startswith("_") or not ast.get_docstring(part):
             continue
-        kinds = {ast.unparse(one) for one in part.decorator_list}
+        kinds = {ast.unparse(decorator) for decorator in part.decorator_list}
         if "property" in kinds or "cached_property" in kinds:
             shown = f"{part.name}: {ast.unparse(part.returns)}" if part.returns else part.name
         else:
@@ -194,7 +196,7 @@ def _members(node: ast.ClassDef) -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the pages, or compares them; returns the exit status."""
+    """Writes or checks the pages; returns the exit status."""
     sys.path.insert(0, str(ROOT))
     stale = []
     for path, text in ((PAGES / "cli.md", cli()), (PAGES / "api.md", api())):
@@ -202,9 +204,9 @@ def main(arguments: list[str]) -> int:
             stale.append(path)
             if "--check" not in arguments:
                 path.write_text(text, encoding="utf-8")
-    told = "differs from the code; run `make reference`" if "--check" in arguments else "written"
+    message = "differs from the code; run `make reference`" if "--check" in arguments else "written"
     for path in stale:
-        sys.stderr.write(f"{path.relative_to(ROOT)}: {told}\n")
+        sys.stderr.write(f"{path.relative_to(ROOT)}: {message}\n")
     return 1 if stale and "--check" in arguments else 0
 
 

@@ -1,5 +1,5 @@
-"""Components chained: `adapt` makes a scorer for a task, `pretrain` a general one; others measure and use one.
+"""Pipelines of components: `adapt` and `pretrain` train a scorer, `evaluate` and `batch_score` use a registered one.
 
-`definitions` has the four pipelines, `builder` makes kfp of them, `recipe` is what a person writes, `planning` turns it
-into a submission, `local` and `clients/` run it. Importing this package alone is light.
+`definitions` has the four pipelines, `builder` compiles them with kfp, `recipe` reads the user's YAML file, `planning`
+makes a submission of it, and `local` and `clients/` run it. Importing this package alone is light.
 """

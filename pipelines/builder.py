@@ -1,4 +1,4 @@
-"""From a definition to kfp: the pipeline of a recipe, and the YAML that Kubeflow and Vertex AI take."""
+"""Builds the kfp pipeline of a recipe and compiles it to the YAML that Kubeflow and Vertex AI take."""
 
 import importlib
 import inspect
@@ -24,16 +24,16 @@ from pipelines.recipe import Platform, Recipe
 
 RUN = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 JOB_ID = "{{$.pipeline_job_uuid}}"
-"""What Vertex AI's YAML names a run by no more; see `compile_pipeline`."""
+"""The placeholder that `compile_pipeline` replaces for Vertex AI."""
 _MAX_CHARACTERS = 2**23
 _OLD_IMPORT = "from cappy.steps import launch"
-"""In every component of a pipeline that was compiled before `launch` moved to `cappy.worker`."""
+"""This line is in every component that was compiled before `launch` moved to `cappy.worker`."""
 PARALLEL_SHARDS = 16
-"""Shards that run at a time on a cluster; kfp's local runner takes two, whatever is asked for."""
+"""Shards that run at a time on a cluster; kfp's local runner always runs two."""
 
 
 class Pipeline(Protocol):
-    """A pipeline as kfp makes it: `Compiler` writes it, and a call runs it on kfp's local runner."""
+    """A kfp pipeline: `Compiler` compiles it, and a call runs it on kfp's local runner."""
 
     pipeline_spec: Any
 
@@ -41,7 +41,7 @@ class Pipeline(Protocol):
 
 
 def build(recipe: Recipe, platform: Platform = "local") -> Pipeline:
-    """The kfp pipeline of a recipe, each task customized for the platform; ConfigError for a resource that it lacks."""
+    """The kfp pipeline of a recipe, with tasks customized for the platform; ConfigError for an unsupported resource."""
     definition, shards = PIPELINES[recipe.pipeline], shards_of(recipe.shards)
     return build_pipeline(definition, shards, customizer_for(platform, recipe))
 
@@ -49,20 +49,22 @@ def build(recipe: Recipe, platform: Platform = "local") -> Pipeline:
 def build_pipeline(definition: Definition, shards: Sequence[str], customize: TaskCustomizer) -> Pipeline:
     """The kfp pipeline of a definition.
 
-    Its parameters are those of the components by their names in a pipeline (`StepSpec.parameters`), with the
-    components' types and the definition's defaults, else the components', and two of each step: `STEP_settings`,
-    encoded, and `STEP_fingerprint`. A source that the definition leaves empty must be given.
+    Its parameters are the components' parameters under their pipeline names (`StepSpec.parameters`), with the
+    components' types, and two per step: `STEP_settings` (encoded) and `STEP_fingerprint`. Defaults are the
+    definition's, else the components'. `source` is required if the definition has no default for it.
     """
     signature = _signature(definition, len(shards))
 
     def pipeline(*values: object) -> None:
-        given = dict(zip(signature.parameters, values, strict=True))
-        last = _dsl_task("tracking", fingerprints=given["fingerprints"], settings=given["tracking_settings"], run=RUN)
-        last.set_caching_options(False)
-        customize("tracking", last)
-        # kfp names what stands inside by this, and kept runs have it: adapt, batch-score.
-        with dsl.ExitHandler(last, name=definition.name.replace("_", "-")):
-            definition.chain(_TaskGraph(given, shards, customize))
+        arguments = dict(zip(signature.parameters, values, strict=True))
+        exit_task = _dsl_task(
+            "tracking", fingerprints=arguments["fingerprints"], settings=arguments["tracking_settings"], run=RUN
+        )
+        exit_task.set_caching_options(False)
+        customize("tracking", exit_task)
+        # kfp derives names of inner tasks from this one, and stored runs depend on it.
+        with dsl.ExitHandler(exit_task, name=definition.name.replace("_", "-")):
+            definition.chain(_TaskGraph(arguments, shards, customize))
 
     pipeline.__name__ = definition.name
     pipeline.__signature__ = signature  # type: ignore[attr-defined]
@@ -73,38 +75,38 @@ def build_pipeline(definition: Definition, shards: Sequence[str], customize: Tas
 
 
 def compile_pipeline(recipe: Recipe, platform: Platform = "local") -> str:
-    """The YAML of a recipe; needs kfp and nothing heavier. Kubeflow's has a second document, with what pods get."""
+    """The YAML of a recipe; needs only kfp. Kubeflow's has a second document, with the pods' settings."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         Compiler().compile(build(recipe, platform), str(path))
         text = path.read_text(encoding="utf-8")
     if platform == "vertex":
-        # The job's id, which the submitter chooses; its number is known inside alone, and MLflow's run is named by it.
+        # The submitter chooses the job's name, which names the MLflow run; only a task knows the job's id.
         text = text.replace(dsl.PIPELINE_JOB_ID_PLACEHOLDER, dsl.PIPELINE_JOB_NAME_PLACEHOLDER)
     return text
 
 
 class _TaskGraph:
-    """The `Graph` of a definition as kfp tasks; `given` are the pipeline's parameters by name."""
+    """A `Graph` that adds kfp tasks; `arguments` are the pipeline's parameters by name."""
 
-    def __init__(self, given: Mapping[str, object], shards: Sequence[str], customize: TaskCustomizer) -> None:
-        self._given, self._shards, self._customize = given, shards, customize
+    def __init__(self, arguments: Mapping[str, object], shards: Sequence[str], customize: TaskCustomizer) -> None:
+        self._arguments, self._shards, self._customize = arguments, shards, customize
         self._part: dict[str, object] = {}
 
     def run(self, step: str, **inputs: object) -> Artifacts:
         spec = STEP_SPECS[step]
-        own = {
-            setting: self._given[parameter]
+        parameters = {
+            setting: self._arguments[parameter]
             for setting, parameter in spec.parameters.items()
-            if setting not in inputs and parameter in self._given
+            if setting not in inputs and parameter in self._arguments
         }
         task = _dsl_task(
             step,
             **inputs,
-            **own,
+            **parameters,
             **(self._part if spec.sharded else {}),
-            settings=self._given[f"{step}_settings"],
-            fingerprint=self._given[f"{step}_fingerprint"],
+            settings=self._arguments[f"{step}_settings"],
+            fingerprint=self._arguments[f"{step}_fingerprint"],
             run=RUN,
         )
         if not spec.cached:
@@ -117,13 +119,13 @@ class _TaskGraph:
             return chain()
         with dsl.ParallelFor(list(self._shards), name="shards", parallelism=PARALLEL_SHARDS) as shard:
             self._part = {"part": shard}
-            made = chain()
+            output = chain()
         self._part = {}
-        return self.run("gathering", parts=dsl.Collected(made))["gathered"]
+        return self.run("gathering", parts=dsl.Collected(output))["gathered"]
 
     @contextmanager
-    def if_promoted(self, decided: Artifacts) -> Iterator[None]:
-        with dsl.If(decided["Output"] == "promote", name="promoted"):
+    def if_promoted(self, decision: Artifacts) -> Iterator[None]:
+        with dsl.If(decision["Output"] == "promote", name="promoted"):
             yield
 
 
@@ -148,19 +150,19 @@ def _signature(definition: Definition, shards: int) -> inspect.Signature:
     for step in steps:
         own = inspect.signature(_component(step).python_func).parameters
         for setting, parameter in STEP_SPECS[step].parameters.items():
-            chosen = definition.choices.get(parameter)
-            default = own[setting].default if chosen is None else chosen
-            needed = parameter == "source" and default == ""
-            add(parameter, own[setting].annotation, inspect.Parameter.empty if needed else default)
+            choice = definition.choices.get(parameter)
+            default = own[setting].default if choice is None else choice
+            required = parameter == "source" and default == ""
+            add(parameter, own[setting].annotation, inspect.Parameter.empty if required else default)
     for name in (*(f"{step}_settings" for step in (*steps, "tracking")), *(f"{step}_fingerprint" for step in steps)):
         add(name, str, "")
     add("fingerprints", str, "{}")
-    # kfp takes them in any order, Python those without a default first.
+    # Python requires parameters without a default to come first.
     return inspect.Signature(sorted(parameters.values(), key=lambda each: each.default is not inspect.Parameter.empty))
 
 
-def package_of(recipe: Recipe, platform: Platform, arguments: Mapping[str, object], path: Path | None = None) -> str:
-    """The YAML to send; a given file must be this recipe's pipeline, of no newer SDK, and take these arguments."""
+def load_package(recipe: Recipe, platform: Platform, arguments: Mapping[str, object], path: Path | None = None) -> str:
+    """The YAML to submit: compiled now, or read from `path` and checked against the recipe, platform and arguments."""
     if path is None:
         return compile_pipeline(recipe, platform)
     try:
@@ -172,41 +174,44 @@ def package_of(recipe: Recipe, platform: Platform, arguments: Mapping[str, objec
     information, root = spec.get("pipelineInfo"), spec.get("root")
     if "sdkVersion" not in spec or not isinstance(information, dict) or not isinstance(root, dict):
         raise ConfigError(f"{path}: is not a compiled pipeline; write one with cappy pipeline compile --on {platform}")
-    _refuse_newer(path, str(spec["sdkVersion"]))
+    _refuse_newer_sdk(path, str(spec["sdkVersion"]))
     if len(documents) != (2 if platform == "kubeflow" else 1) or (platform == "vertex" and JOB_ID in text):
         raise ConfigError(f"{path}: was compiled for another platform; compile it with --on {platform}")
-    wanted = PIPELINES[recipe.pipeline].kfp_name
-    if (name := information.get("name")) != wanted:
-        raise ConfigError(f"{path}: is pipeline {quote(name)}, the recipe's is {wanted}; compile it from this recipe")
+    expected = PIPELINES[recipe.pipeline].kfp_name
+    if (name := information.get("name")) != expected:
+        raise ConfigError(f"{path}: is pipeline {quote(name)}, the recipe's is {expected}; compile it from this recipe")
     if _shards(spec) != shards_of(recipe.shards):
-        raise ConfigError(f"{path}: has other shards than the recipe's {recipe.shards}; compile it from this recipe")
+        raise ConfigError(f"{path}: does not have the recipe's {recipe.shards} shards; compile it from this recipe")
     if _OLD_IMPORT in text:
         raise ConfigError(
-            f"{path}: an earlier version of cappy wrote it, this one's images cannot run it; compile it again"
+            f"{path}: was compiled by an earlier version of cappy; the images cannot run it, compile it again"
         )
-    known = (root.get("inputDefinitions") or {}).get("parameters") or {}
-    if lacking := set(arguments) - set(known):
-        raise ConfigError(f"{path}: takes no {min(lacking)}, another version of cappy wrote it; compile it again")
+    parameters = (root.get("inputDefinitions") or {}).get("parameters") or {}
+    if unknown := set(arguments) - set(parameters):
+        remedy = "compile it again"
+        raise ConfigError(f"{path}: was compiled by another version of cappy: no parameter {min(unknown)}; {remedy}")
     return text
 
 
 def _shards(spec: Mapping[str, Any]) -> tuple[str, ...]:
-    """The parts that the pipeline's loop goes over; one that is all where there is no loop."""
+    """The shards of a compiled pipeline, read from its loop; without a loop a single unnamed one."""
     graphs = [each.get("dag", {}).get("tasks", {}) for each in (spec["root"], *spec.get("components", {}).values())]
     loops = [task["parameterIterator"] for tasks in graphs for task in tasks.values() if "parameterIterator" in task]
     return tuple(json.loads(loops[0]["items"]["raw"])) if loops else ("",)
 
 
-def _refuse_newer(path: Path, sdk: str) -> None:
-    """ConfigError where a newer kfp than this one compiled the file: its fields may not be understood."""
-    ours = version("kfp")
+def _refuse_newer_sdk(path: Path, sdk: str) -> None:
+    """ConfigError if a newer kfp than the installed one compiled the file, since its fields may be unknown here."""
+    installed = version("kfp")
     try:
-        newer = _numbers(sdk.removeprefix("kfp-")) > _numbers(ours)
+        newer = _version_numbers(sdk.removeprefix("kfp-")) > _version_numbers(installed)
     except ValueError as error:
-        raise ConfigError(f"{path}: sdkVersion {quote(sdk)} is none of kfp; compile it again") from error
+        raise ConfigError(f"{path}: sdkVersion {quote(sdk)} is not a version of kfp; compile it again") from error
     if newer:
-        raise ConfigError(f"{path}: was compiled by {sdk}, here is kfp {ours}; compile it again here")
+        raise ConfigError(
+            f"{path}: was compiled by {sdk}, newer than the installed kfp {installed}; compile it again here"
+        )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _version_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("."))

@@ -1,4 +1,4 @@
-"""What each platform adds to a step's task: image, resources, secrets, volumes, retries; what it lacks is refused."""
+"""Customizes each task for its platform (image, resources, secrets, volumes, retries) and refuses unsupported ones."""
 
 import json
 import re
@@ -11,35 +11,33 @@ from components.component import TRAINER, TRAINER_TPU, WORKER
 from pipelines.recipe import VERTEX_TYPES, Platform, Recipe, Resources, kubernetes_resource, refuse_password
 
 BACKOFF = {"backoff_duration": "30s", "backoff_factor": 2.0, "backoff_max_duration": "600s"}
-"""Between attempts: a node that went away needs minutes to be replaced."""
-FOLLOWER = ("1", "2Gi")
+"""Pauses between attempts: it takes minutes to replace a lost node."""
+FOLLOWER_RESOURCES = ("1", "2Gi")
 """Cores and memory of a step that submits a job and follows it."""
-
-
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 (of the pod)
 SECRET = re.compile(r"projects/[^/]+/secrets/[^/]+/versions/[^/]+")
 
 TaskCustomizer = Callable[[str, Any], None]
-"""Called with a step's name and its kfp task as the pipeline is built."""
+"""Called with a step's name and its kfp task while the pipeline is built."""
 
 
 def customizer_for(platform: Platform, recipe: Recipe) -> TaskCustomizer:
-    """What the platform adds to each task; ConfigError for a resource that it lacks."""
+    """The function that customizes each task for a platform; ConfigError for an unsupported resource."""
     if platform == "kubeflow":
         return _for_kubeflow(recipe)
     if platform == "vertex":
         return _for_vertex(recipe)
-    return _for_docker(recipe) if platform == "docker" else leave_alone
+    return _for_docker(recipe) if platform == "docker" else customize_nothing
 
 
-def leave_alone(step: str, task: Any) -> None:
-    """Customizes nothing: this machine."""
+def customize_nothing(step: str, task: Any) -> None:
+    """Leaves the task as it is, for runs in processes of this machine."""
 
 
 def _for_docker(recipe: Recipe) -> TaskCustomizer:
-    """The recipe's images, the caller's own folder, nothing of a cluster: cores and memory are the machine's.
+    """Sets the recipe's images. Cores and memory are not limited.
 
-    Keys are not part of a task, whose YAML is kept: `pipelines.execution` hands them to the engine.
+    Keys are not set here, because the task's YAML is stored: `pipelines.execution` passes them to the engine.
     """
 
     def customize(step: str, task: Any) -> None:
@@ -49,7 +47,7 @@ def _for_docker(recipe: Recipe) -> TaskCustomizer:
 
 
 def _for_kubeflow(recipe: Recipe) -> TaskCustomizer:
-    """The tasks of a recipe for Kubeflow; ConfigError where it asks for what a pod cannot have."""
+    """The customizer for Kubeflow; ConfigError if the recipe asks for what a pod cannot have."""
     for step in (*recipe.steps, "tracking"):
         _refuse_on_kubeflow(recipe, step)
 
@@ -57,18 +55,18 @@ def _for_kubeflow(recipe: Recipe) -> TaskCustomizer:
         from kfp import kubernetes
 
         needs = _customize_common(recipe, step, task, {"HF_HOME": f"{recipe.kubeflow.mount}/hub"})
-        own = recipe.kubeflow
-        kubernetes.mount_pvc(task, pvc_name=own.volume, mount_path=own.mount)
-        # Workers of a data loader and ranks exchange tensors there; a pod has 64 MiB of it otherwise.
-        shared = {"mount_path": SHARED_MEMORY, "medium": "Memory", "size_limit": own.shared_memory}
+        kubeflow = recipe.kubeflow
+        kubernetes.mount_pvc(task, pvc_name=kubeflow.volume, mount_path=kubeflow.mount)
+        # Data loader workers and ranks exchange tensors there; the default of a pod is 64 MiB.
+        shared = {"mount_path": SHARED_MEMORY, "medium": "Memory", "size_limit": kubeflow.shared_memory}
         kubernetes.empty_dir_mount(task, volume_name="shared-memory", **shared)
-        if own.pull_secret:
-            kubernetes.set_image_pull_secrets(task, [own.pull_secret])
+        if kubeflow.pull_secret:
+            kubernetes.set_image_pull_secrets(task, [kubeflow.pull_secret])
         kubernetes.set_timeout(task, int(needs.hours * 3600) + 120)
         for secret in needs.secrets:
             kubernetes.use_secret_as_env(task, secret.name, {secret.key: secret.variable})
         if needs.nodes > 1:
-            return  # The job that the step submits has the accelerators; the step itself only follows it.
+            return  # The step only follows a job, which has the accelerators.
         if needs.accelerator != "none":
             task.set_accelerator_type(kubernetes_resource(needs.accelerator)).set_accelerator_limit(needs.count)
         for label, value in needs.node_selector.items():
@@ -79,7 +77,7 @@ def _for_kubeflow(recipe: Recipe) -> TaskCustomizer:
                 task, key=taint.key, operator=operator, value=taint.value or None, effect=taint.effect
             )
         if needs.spot:
-            for label, value in own.spot.items():
+            for label, value in kubeflow.spot.items():
                 kubernetes.add_node_selector(task, label, value)
                 kubernetes.add_toleration(task, key=label, operator="Equal", value=value, effect="NoSchedule")
 
@@ -87,31 +85,31 @@ def _for_kubeflow(recipe: Recipe) -> TaskCustomizer:
 
 
 def _refuse_on_kubeflow(recipe: Recipe, step: str) -> None:
-    _refuse_anywhere(recipe, step)
+    _refuse_on_any_cluster(recipe, step)
     needs = recipe.needs(step)
     if needs.nodes > 1:
         for name in ("spot", "node_selector", "tolerations", "secrets"):
             if getattr(needs, name):
                 remedy = f"put it into the TrainingRuntime {recipe.kubeflow.runtime} (deploy/base/training)"
-                raise ConfigError(f"resources.{step}.{name}: is not a TrainJob's to give its nodes; {remedy}")
+                raise ConfigError(f"resources.{step}.{name}: cannot be set by a TrainJob; {remedy}")
     if needs.accelerator.startswith("tpu-") and not needs.node_selector:
         remedy = "give node_selector with cloud.google.com/gke-tpu-accelerator and gke-tpu-topology"
         raise ConfigError(
-            f"resources.{step}.accelerator: {needs.accelerator} is chosen by labels on Kubernetes; {remedy}"
+            f"resources.{step}.accelerator: {needs.accelerator} is selected by node labels on Kubernetes; {remedy}"
         )
     if needs.machine_type:
         remedy = "give cpu and memory, or a node_selector"
         raise ConfigError(f"resources.{step}.machine_type: Kubernetes has no machine types; {remedy}")
     for secret in needs.secrets:
         if not secret.key or "/" in secret.name:
-            remedy = "give the name of a Secret and the key of an entry"
+            remedy = "give the name of a Secret and the key of its entry"
             raise ConfigError(
-                f"resources.{step}.secrets: {secret.variable} is from a Secret of the namespace; {remedy}"
+                f"resources.{step}.secrets: {secret.variable} must come from a Secret of the namespace; {remedy}"
             )
 
 
 def _for_vertex(recipe: Recipe) -> TaskCustomizer:
-    """The tasks of a recipe for Vertex AI; ConfigError where it asks for what Vertex AI lacks."""
+    """The customizer for Vertex AI; ConfigError if the recipe asks for what Vertex AI does not support."""
     for step in (*recipe.steps, "tracking"):
         _refuse_on_vertex(recipe, step)
 
@@ -131,32 +129,34 @@ def _refuse_on_vertex(recipe: Recipe, step: str) -> None:
     if needs.accelerator.startswith("tpu-"):
         remedy = "train on GPUs, or submit the job yourself: cappy STEP --launcher customjob --parallelism jax"
         raise ConfigError(
-            f"{where}.accelerator: Vertex AI gives the steps of a pipeline no {needs.accelerator}; {remedy}"
+            f"{where}.accelerator: Vertex AI has no {needs.accelerator} for the steps of a pipeline; {remedy}"
         )
-    _refuse_anywhere(recipe, step)
+    _refuse_on_any_cluster(recipe, step)
     if needs.nodes == 1 and needs.spot:
         remedy = "leave it out, or train as a CustomJob (nodes: 2 or more)"
         raise ConfigError(f"{where}.spot: Vertex AI has no spot machines for the steps of a pipeline; {remedy}")
     if needs.nodes > 1 and not needs.machine_type:
-        raise ConfigError(f"{where}.machine_type: a CustomJob needs one; give such as a3-highgpu-8g")
+        raise ConfigError(f"{where}.machine_type: a CustomJob needs one; give for example a3-highgpu-8g")
     if needs.nodes == 1 and needs.machine_type:
         remedy = "give cpu, memory and accelerator, or train as a CustomJob (nodes: 2 or more)"
-        raise ConfigError(f"{where}.machine_type: a step of a pipeline on Vertex AI has none to choose; {remedy}")
+        raise ConfigError(f"{where}.machine_type: cannot be chosen for a pipeline step on Vertex AI; {remedy}")
     if needs.node_selector or needs.tolerations:
         remedy = "leave them out; cpu, memory and accelerator choose the machine"
-        raise ConfigError(f"{where}: node_selector and tolerations are Kubernetes'; {remedy}")
+        raise ConfigError(f"{where}: node_selector and tolerations are only for Kubernetes; {remedy}")
     for secret in needs.secrets:
         if not SECRET.fullmatch(secret.name):
             remedy = "name it projects/P/secrets/S/versions/V"
-            raise ConfigError(f"{where}.secrets: {secret.variable} is from Secret Manager on Vertex AI; {remedy}")
+            raise ConfigError(
+                f"{where}.secrets: {secret.variable} must come from Secret Manager on Vertex AI; {remedy}"
+            )
 
 
 def _customize_common(recipe: Recipe, step: str, task: Any, environment: dict[str, str]) -> Resources:
-    """What Kubeflow and Vertex AI have in common: image, cores, memory, attempts, variables."""
+    """Sets what Kubeflow and Vertex AI have in common: image, cores, memory, retries, environment variables."""
     needs = recipe.needs(step)
     task.set_container_image(image(recipe, step))
-    # A step whose job trains elsewhere only follows it: what the recipe says is what each node of the job gets.
-    cpu, memory = (needs.cpu, needs.memory) if needs.nodes == 1 else FOLLOWER
+    # With several nodes the step only follows a job, and the recipe's resources are those of each node of the job.
+    cpu, memory = (needs.cpu, needs.memory) if needs.nodes == 1 else FOLLOWER_RESOURCES
     if cpu:
         task.set_cpu_request(cpu).set_cpu_limit(cpu)
     if memory:
@@ -171,23 +171,23 @@ def _customize_common(recipe: Recipe, step: str, task: Any, environment: dict[st
     return needs
 
 
-def _refuse_anywhere(recipe: Recipe, step: str) -> None:
-    """ConfigError for what no cluster can do: nodes of a step that does not train, a TPU without JAX."""
+def _refuse_on_any_cluster(recipe: Recipe, step: str) -> None:
+    """ConfigError for what no cluster supports: several nodes for a step that does not train, a TPU without JAX."""
     needs, where = recipe.needs(step), f"resources.{step}"
     if needs.nodes > 1 and step not in TRAINING_STEPS:
-        remedy = "give shards for more of them at a time"
-        raise ConfigError(f"{where}.nodes: {needs.nodes}: only training spreads over nodes; {remedy}")
+        remedy = "use shards to run it in parallel"
+        raise ConfigError(f"{where}.nodes: {needs.nodes}: only training can use several nodes; {remedy}")
     if not needs.accelerator.startswith("tpu-"):
         return
     if step not in TRAINING_STEPS or recipe.settings.get(step, {}).get("parallelism") != "jax":
-        remedy = f"give settings.{step}.parallelism: jax" if step in TRAINING_STEPS else "give it a GPU or none"
-        raise ConfigError(f"{where}.accelerator: only training by JAX runs on a {needs.accelerator}; {remedy}")
+        remedy = f"give settings.{step}.parallelism: jax" if step in TRAINING_STEPS else "use a GPU or none"
+        raise ConfigError(f"{where}.accelerator: only training with JAX runs on a {needs.accelerator}; {remedy}")
     if needs.nodes > 1:
-        raise ConfigError(f"{where}.nodes: {needs.nodes}: training by JAX drives one machine; give nodes: 1")
+        raise ConfigError(f"{where}.nodes: {needs.nodes}: training with JAX uses one machine; give nodes: 1")
 
 
 def image(recipe: Recipe, step: str) -> str:
-    """The image of a step: its own, else the recipe's for its kind, else the one with this version's tag."""
+    """The image of a step: its own, else the recipe's for its kind, else the default with this version's tag."""
     needs = recipe.needs(step)
     if needs.image:
         return needs.image
@@ -199,10 +199,10 @@ def image(recipe: Recipe, step: str) -> str:
 
 
 def unpinned_images(recipe: Recipe) -> list[str]:
-    """The images of a recipe that no digest pins."""
+    """The images of a recipe that are not pinned by a digest."""
     return sorted({name for step in recipe.steps if "@" not in (name := image(recipe, step))})
 
 
 def _secrets_as_text(needs: Resources) -> str:
-    """Which secret each variable comes from, for a step that reads them itself: names, never values."""
+    """JSON of variable -> secret name, for a step that reads the secrets itself; it holds no values."""
     return json.dumps({secret.variable: secret.name for secret in needs.secrets})

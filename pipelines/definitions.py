@@ -1,8 +1,7 @@
-"""The four pipelines: which steps each has, which choices a person makes for it, and how the steps are chained.
+"""The four pipelines: the steps and parameters of each, and how its steps are connected.
 
-A definition knows no kfp: `chain` is given a `Graph` and says which step reads what of which. `pipelines.builder` makes
-kfp tasks of it. To add a pipeline: a definition in `PIPELINES` here, and its name
-in `Recipe.pipeline`.
+A definition does not use kfp: `chain` adds steps to a `Graph`, for which `pipelines.builder` creates kfp tasks.
+To add a pipeline, add its definition to `PIPELINES` and its name to `Recipe.pipeline`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from cappy.errors import ConfigError, quote
 from cappy.steps import STEP_SPECS
 
 MAX_SHARDS = 64
-"""Vertex AI collects about a hundred artifacts at most, and Kubeflow slows down with large graphs."""
+"""Vertex AI collects at most about a hundred artifacts, and Kubeflow slows down with large graphs."""
 BUILTIN = "builtin"
 CHAMPION = "models:/cappy@champion"
 
@@ -36,32 +35,32 @@ TARGETS: Mapping[str, Sequence[tuple[str, str]]] = {
     "training_seed": [("pretraining", "seed"), ("finetuning", "seed")],
     "tracking_uri": [("registration", "tracking_uri"), ("promotion", "tracking_uri"), ("deployment", "tracking_uri")],
 }
-"""Choice -> the settings that it decides, of those steps that the pipeline has; `scorer` differs by pipeline."""
+"""Parameter -> the settings that it sets, in those steps that the pipeline has; `scorer` differs by pipeline."""
 SEEDS = ("split_seed", "sampling_seed", "training_seed")
-"""Choices that are `seed` where they are None. Evaluation keeps its own: folds and examples do not move with a run."""
+"""Parameters that default to `seed`. Evaluation has its own seed, so that folds and examples stay the same."""
 
 
 class Graph(Protocol):
-    """What a definition may ask of the graph that is being built."""
+    """The graph to which a definition adds its steps."""
 
     def run(self, step: str, **inputs: object) -> Artifacts:
-        """Adds a step that reads these artifacts; its outputs by name."""
+        """Adds a step that reads these artifacts; returns its outputs by name."""
         ...
 
     def each_shard(self, chain: Callable[[], object]) -> object:
-        """The artifact that `chain` makes: of all shards gathered into one, where there are several."""
+        """The artifact that `chain` returns; with several shards it runs for each, and the results are gathered."""
         ...
 
-    def if_promoted(self, decided: Artifacts) -> AbstractContextManager[None]:
-        """What is added inside runs only where the gate promoted."""
+    def if_promoted(self, decision: Artifacts) -> AbstractContextManager[None]:
+        """Steps added in this block run only if the gate promoted."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Definition:
-    """A pipeline; `choices` are a person's, each with its default, and `scorer_of` is the step that `scorer` is for.
+    """A pipeline; `choices` are its parameters with their defaults, `scorer_of` is the step that reads `scorer`.
 
-    `fixed` are further settings, given the choices; what a person says step by step stands above all.
+    `fixed` returns further settings for given parameters; the user's settings of a step override them.
     """
 
     name: str
@@ -78,35 +77,35 @@ class Definition:
         return f"cappy-{self.name.replace('_', '-')}"
 
     def steps_in(self, shards: int = 1) -> tuple[str, ...]:
-        """The steps in order, with `gathering` after the last sharded one where shards come together."""
+        """The steps in order; with several shards `gathering` follows the last sharded step."""
         if shards == 1:
             return self.steps
         last = max(index for index, step in enumerate(self.steps) if STEP_SPECS[step].sharded)
         return (*self.steps[: last + 1], "gathering", *self.steps[last + 1 :])
 
     def settings(
-        self, choices: Mapping[str, object], more: Mapping[str, StepSettings] | None = None, tracking_uri: str = ""
+        self, choices: Mapping[str, object], overrides: Mapping[str, StepSettings] | None = None, tracking_uri: str = ""
     ) -> Settings:
-        """The settings of each step for a person's choices; `more` adds others, step by step.
+        """The settings of each step for these parameters; `overrides` replaces or adds settings by step.
 
-        ConfigError for a choice that the pipeline has not, or a needed one that is missing.
+        ConfigError for an unknown parameter, or a missing required one.
         """
         if unknown := set(choices) - set(self.choices):
             names = ", ".join(sorted(self.choices))
-            raise ConfigError(f"parameters: {self.name} has no {quote(min(unknown))}; there are {names}")
-        chosen = {**self.choices, **choices, "tracking_uri": tracking_uri}
-        if "generator" in chosen:
-            chosen["generator"] = _generators(chosen["generator"])
+            raise ConfigError(f"parameters: {self.name} has no {quote(min(unknown))}; choose from {names}")
+        parameters = {**self.choices, **choices, "tracking_uri": tracking_uri}
+        if "generator" in parameters:
+            parameters["generator"] = _generator_list(parameters["generator"])
         for name in SEEDS:
-            if name in chosen and chosen[name] is None:
-                chosen[name] = chosen["seed"]
+            if name in parameters and parameters[name] is None:
+                parameters[name] = parameters["seed"]
         targets = {**TARGETS, "scorer": [(self.scorer_of, "scorer")]}
         settings: Settings = {step: {} for step in self.steps}
-        for choice, value in chosen.items():
+        for choice, value in parameters.items():
             for step, setting in targets.get(choice, ()):
                 if step in settings:
                     settings[step][setting] = value
-        for step, values in [*self.fixed(chosen).items(), *(more or {}).items()]:
+        for step, values in [*self.fixed(parameters).items(), *(overrides or {}).items()]:
             if step in settings:
                 settings[step].update(values)
         if not settings["preparation"]["source"]:
@@ -115,17 +114,17 @@ class Definition:
         return settings
 
 
-def _generators(given: object) -> list[str]:
-    """The generators that a person named: a list of specs, or one; ConfigError for anything else."""
-    if isinstance(given, str):
-        return [given]
-    if not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
-        raise ConfigError(f"generator: is a list of LLMs, got {quote(given)}; give such as [builtin]")
-    return list(given)
+def _generator_list(value: object) -> list[str]:
+    """The generators as a list of specs; ConfigError if `value` is neither a spec nor a list of specs."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(f"generator: expected a list of LLMs, got {quote(value)}; give for example [builtin]")
+    return list(value)
 
 
 def _sample_and_annotate(graph: Graph) -> object:
-    """The front of every pipeline that samples: instances, candidates and labels."""
+    """The first steps of every pipeline that samples: preparation, sampling and annotation."""
     prepared = graph.run("preparation")
 
     def sample_and_annotate() -> object:
@@ -140,8 +139,8 @@ def _adapt(graph: Graph) -> None:
     scorer = graph.run("finetuning", annotated=annotated)["finetuned"]
     report = graph.run("evaluation", annotated=annotated, scorer=scorer)["report"]
     version = graph.run("registration", scorer=scorer, report=report)["version"]
-    decided = graph.run("promotion", version=version, report=report)
-    with graph.if_promoted(decided):
+    decision = graph.run("promotion", version=version, report=report)
+    with graph.if_promoted(decision):
         graph.run("deployment", version=version, report=report)
 
 
@@ -153,7 +152,7 @@ def _pretrain(graph: Graph) -> None:
 
 
 def _pretraining_pool(choices: Mapping[str, object]) -> Settings:
-    """The built-in pretraining pool keeps its test prompts for adaptation: it is judged on validation."""
+    """The test prompts of the built-in tasks are reserved for adaptation, so pretraining is evaluated on validation."""
     if choices["source"] != BUILTIN:
         return {}
     return {"preparation": {"pool": "pretraining"}, "evaluation": {"split": "validation"}}
@@ -168,8 +167,8 @@ def _batch_score(graph: Graph) -> None:
     graph.each_shard(lambda: graph.run("scoring", instances=prepared["instances"])["scored"])
 
 
-def _as_they_are(_: Mapping[str, object]) -> Settings:
-    """Rows that are only scored: nothing is held out, and no reference is needed."""
+def _without_splits(_: Mapping[str, object]) -> Settings:
+    """Instances that are only scored need no held-out splits and no references."""
     return {"preparation": {"unlabelled": True, "test": 0.0, "validation": 0.0}}
 
 
@@ -226,7 +225,7 @@ PIPELINES: Mapping[str, Definition] = {
             chain=_batch_score,
             choices={"source": "", "scorer": CHAMPION, "seed": 0, "split_seed": None},
             scorer_of="scoring",
-            fixed=_as_they_are,
+            fixed=_without_splits,
         ),
     )
 }
@@ -234,5 +233,5 @@ PIPELINES: Mapping[str, Definition] = {
 
 
 def shards_of(count: int) -> tuple[str, ...]:
-    """The shards i/N of the sharded steps; one that is all has no name."""
+    """The shards i/N of the sharded steps; a single shard has the empty name."""
     return tuple(f"{index}/{count}" for index in range(count)) if count > 1 else ("",)

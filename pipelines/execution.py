@@ -1,4 +1,4 @@
-"""The child process of a local run: `python -m pipelines.execution REQUEST.json`, its output going to the run's log."""
+"""The child process of a local run: `python -m pipelines.execution REQUEST.json`. Its output goes to the run's log."""
 
 import importlib
 import json
@@ -21,63 +21,63 @@ if TYPE_CHECKING:
     from pipelines.builder import Pipeline
 
 
-def main(request: Path) -> int:
-    """Runs the pipeline of the request on kfp's local runner; 1 if a step failed."""
-    wanted: Request = json.loads(request.read_text())
+def main(path: Path) -> int:
+    """Runs the requested pipeline on kfp's local runner; returns 1 if a step failed."""
+    request: Request = json.loads(path.read_text())
     die_with_parent()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s - %(levelname)s - %(message)s")
-    # kfp draws eight random digits for a local run's id: two runs may share them, and whoever started it cannot know.
-    placeholder_utils.make_random_id = lambda: wanted["run"]
+    # kfp's own id of a local run is eight random digits, which may repeat and which the parent does not know.
+    placeholder_utils.make_random_id = lambda: request["run"]
     local.init(
-        _containers(wanted["recipe"], wanted["run"])
-        if wanted.get("platform") == "docker"
+        _container_runner(request["recipe"], request["run"])
+        if request.get("platform") == "docker"
         else local.SubprocessRunner(use_venv=False),
-        pipeline_root=wanted["pipeline_root"],
-        workspace_root=str(request.parent / "workspace"),
+        pipeline_root=request["pipeline_root"],
+        workspace_root=str(path.parent / "workspace"),
         enable_caching=True,
-        cache_root=wanted["cache_root"],
+        cache_root=request["cache_root"],
     )
-    pipeline = _pipeline(wanted)
-    # Beside the log, where the exit step finds it for MLflow.
-    Compiler().compile(pipeline, str(request.parent / PACKAGE))
+    pipeline = _load_pipeline(request)
+    # The exit step reads it from here to log it to MLflow.
+    Compiler().compile(pipeline, str(path.parent / PACKAGE))
     try:
-        pipeline(**wanted["arguments"])
+        pipeline(**request["arguments"])
     except RuntimeError as error:
-        # kfp says so when a task failed; what was wrong stands further up, in the step's own lines.
+        # kfp raises it if a task failed; the cause is in the step's own lines above.
         sys.stdout.write(f"{error}\n")
         return 1
     return 0
 
 
-def _pipeline(wanted: Request) -> "Pipeline":
-    """The pipeline of a recipe, customized for where it runs, or one that stands in a module under its name."""
-    if "recipe" in wanted:
+def _load_pipeline(request: Request) -> "Pipeline":
+    """The pipeline of a recipe, customized for its platform, or the one at `module:name`."""
+    if "recipe" in request:
         from pipelines.builder import build
         from pipelines.recipe import check_recipe
 
-        return build(check_recipe(wanted["recipe"]), wanted["platform"])
-    module, _, name = wanted["pipeline"].partition(":")
+        return build(check_recipe(request["recipe"]), request["platform"])
+    module, _, name = request["pipeline"].partition(":")
     pipeline: Pipeline = getattr(importlib.import_module(module), name)
     return pipeline
 
 
-def _containers(recipe: Mapping[str, object], run: str) -> object:
-    """A container for each step: as this user, in this folder, which is mounted where it lies.
+def _container_runner(recipe: Mapping[str, object], run: str) -> object:
+    """A runner with one container per step, as this user, with the current folder mounted at the same path.
 
-    Files that steps name must lie under the current folder. The network is this machine's, so that MLflow's address
-    means the same inside. Keys come from this process's environment, to every container of the run.
+    Files that steps read must be under the current folder. Containers use the host's network, so that MLflow's address
+    is the same inside. Every container gets the keys of this process's environment.
     """
-    from pipelines.local import RUN_LABEL, key_files, keys
+    from pipelines.local import RUN_LABEL, key_files, key_variables
     from pipelines.recipe import check_recipe
 
     here = str(Path.cwd())
-    secrets = keys(check_recipe(recipe))
-    # No CAPPY_PARENT: a lock on a file tells of no process beyond a container's own.
-    passed_on = {name: os.environ[name] for name in (PROGRESS_VARIABLE, "MLFLOW_TRACKING_URI") if name in os.environ}
+    secrets = key_variables(check_recipe(recipe))
+    # No CAPPY_PARENT: a container cannot see the lock of a process outside it.
+    forwarded = {name: os.environ[name] for name in (PROGRESS_VARIABLE, "MLFLOW_TRACKING_URI") if name in os.environ}
     return local.DockerRunner(
         user=f"{os.getuid()}:{os.getgid()}",
         working_dir=here,
-        environment={**secrets, **passed_on, "HOME": "/tmp"},  # noqa: S108 (in the container)
+        environment={**secrets, **forwarded, "HOME": "/tmp"},  # noqa: S108 (in the container)
         labels={RUN_LABEL: run},
         network_mode="host",
         mounts=[_mount(here), *(_mount(file, read_only=True) for file in key_files(secrets))],

@@ -1,7 +1,7 @@
-"""Runs a pipeline on this machine, on kfp's own local runner, and shows a person how far each step is.
+"""Runs a pipeline on this machine by kfp's local runner, and shows the progress of each step.
 
-Steps run in processes, or in containers of the engine here, which must answer and have the images; containers get their
-keys by environment.
+Steps run in processes or in containers. Containers need a running Docker engine with the images, and get their keys
+from the environment.
 """
 
 import contextlib
@@ -32,17 +32,17 @@ from pipelines.recipe import Platform, Recipe
 from pipelines.states import StepState, StepTable, log_section, observe
 from pipelines.submission import Submission, fingerprints, prepare
 
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 TAIL_LINES = 15
-MANGLED = "python3"
-"""kfp's local runner replaces this text inside every argument by the path of the interpreter."""
+REWRITTEN_TEXT = "python3"
+"""kfp's local runner replaces this text in every argument with the path of the interpreter."""
 
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Interrupt): ")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a finished run left: each step's output folder, which steps came from the cache, seconds by step."""
+    """The result of a run: each step's output folder, the steps answered from the cache, and seconds by step."""
 
     run_id: str
     folder: Path
@@ -62,12 +62,12 @@ def run_recipe(
 ) -> Outcome:
     """Runs a recipe's pipeline on this machine and waits for it.
 
-    `root` gets the artifacts (`pipeline/`) and the logs (`runs/<run id>/`); `images` are the ids of the images by step,
-    where the platform is docker. CappyError with the failed step's own line if one fails; Ctrl-C and SIGTERM end every
-    process of the run and raise KeyboardInterrupt.
+    Artifacts go to `root`/pipeline and logs to `root`/runs/RUN_ID; `images` are the image ids by step, for platform
+    docker. CappyError with the step's own message if one fails. Ctrl-C and SIGTERM stop every process of the run and
+    raise KeyboardInterrupt.
     """
     work = work_of(recipe, platform)
-    recipe, mark = _with_fresh_name(recipe, work)
+    recipe, marker = _with_fresh_name(recipe, work)
     submission = prepare(
         recipe.pipeline,
         settings_of(recipe),
@@ -79,37 +79,37 @@ def run_recipe(
     )
     request: Target = {"recipe": to_values(_without_passwords(recipe)), "platform": platform}
     outcome = execute(request, submission, work=work, root=root, show=show)
-    if mark is not None:
-        mark.unlink(missing_ok=True)
+    if marker is not None:
+        marker.unlink(missing_ok=True)
     return outcome
 
 
 def _with_fresh_name(recipe: Recipe, work: Path) -> tuple[Recipe, Path | None]:
-    """The recipe under the name of a fresh start that was not finished, and the file that keeps the name until it is.
+    """The recipe with the name of an unfinished fresh run, if there is one, and the file that stores that name.
 
-    A new fresh start removes kfp's cache, which is of the runs before it: without it a later run takes up what lies in
-    the work folder.
+    The caller removes the file when the run has finished. A new fresh run removes kfp's cache of earlier runs, so that
+    a later run uses what is in the work folder.
     """
-    names = {str(values["fresh"]) for values in recipe.settings.values() if values.get("fresh")}
-    if not names:
+    fresh_names = {str(values["fresh"]) for values in recipe.settings.values() if values.get("fresh")}
+    if not fresh_names:
         return recipe, None
-    plain = {step: {**values, "fresh": ""} for step, values in settings_of(recipe).items()}
-    digests = fingerprints(plain, tracking_uri=recipe.tracking_uri, revision=recipe.revision)
-    mark = work / "unfinished" / list(digests.values())[-1]
+    without_fresh = {step: {**values, "fresh": ""} for step, values in settings_of(recipe).items()}
+    digests = fingerprints(without_fresh, tracking_uri=recipe.tracking_uri, revision=recipe.revision)
+    marker = work / "unfinished" / list(digests.values())[-1]
     try:
-        name = mark.read_text(encoding="utf-8")
+        name = marker.read_text(encoding="utf-8")
     except FileNotFoundError:
-        name = names.pop()
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(mark, name.encode())
+        name = fresh_names.pop()
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(marker, name.encode())
         with contextlib.suppress(FileNotFoundError):
             remove_folder(work / "cache")
     settings = {step: {**recipe.settings.get(step, {}), "fresh": name} for step in recipe.steps}
-    return replace(recipe, settings=settings), mark
+    return replace(recipe, settings=settings), marker
 
 
 def _without_passwords(recipe: Recipe) -> Recipe:
-    """The recipe as it may be written down: the child has MLflow's address in its environment."""
+    """The recipe without addresses that hold a password; the child has MLflow's address in its environment."""
     settings = {
         step: {name: value for name, value in values.items() if name != "tracking_uri" or not has_secret(str(value))}
         for step, values in recipe.settings.items()
@@ -119,16 +119,16 @@ def _without_passwords(recipe: Recipe) -> Recipe:
 
 
 def execute(target: str | Target, submission: Submission, *, work: Path, root: Path, show: bool = True) -> Outcome:
-    """Runs a kfp pipeline with a submission's arguments: a recipe's, or the one at `target` (module:name)."""
+    """Runs a kfp pipeline with a submission's arguments; `target` is a recipe with a platform, or `module:name`."""
     root, work = root.absolute(), work.absolute()
-    _refuse_mangled({"the folder of the run": str(root), **submission.arguments})
+    _refuse_rewritten_text({"the folder of the run": str(root), **submission.arguments})
     run_id = f"{submission.pipeline}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     folder = root / "runs" / run_id
     make_private(folder)
-    request = folder / "request.json"
-    executed: Target = {"pipeline": target} if isinstance(target, str) else target
-    values: Request = {
-        **executed,
+    request_path = folder / "request.json"
+    target_values: Target = {"pipeline": target} if isinstance(target, str) else target
+    request: Request = {
+        **target_values,
         "arguments": submission.arguments,
         "process": os.getpid(),
         "work": str(work),
@@ -137,9 +137,9 @@ def execute(target: str | Target, submission: Submission, *, work: Path, root: P
         "cache_root": str(work / "cache"),
         "fingerprints": submission.fingerprints,
     }
-    write_bytes(request, json.dumps(values, indent=1).encode())
+    write_bytes(request_path, json.dumps(request, indent=1).encode())
 
-    def look(alive: bool, succeeded: bool = False) -> list[StepState]:
+    def observe_steps(alive: bool, succeeded: bool = False) -> list[StepState]:
         return observe(
             submission.fingerprints, work=work, progress=folder, run=run_id, alive=alive, succeeded=succeeded
         )
@@ -148,37 +148,37 @@ def execute(target: str | Target, submission: Submission, *, work: Path, root: P
     try:
         title, log = f"cappy {submission.pipeline}", folder / "run.log"
         with _interrupt_on_sigterm(), StepTable(title, log, show=show) as table:
-            status = _supervise(request, submission.tracking_uri, lambda: table.update(look(alive=True)))
-            states = look(alive=False, succeeded=status == 0)
+            status = _supervise(request_path, submission.tracking_uri, lambda: table.update(observe_steps(alive=True)))
+            states = observe_steps(alive=False, succeeded=status == 0)
             (folder / STATUS).write_text(json.dumps({"status": status}))
             table.update(states)
     finally:
-        if values.get("platform") == "docker":
-            _end_containers(run_id)  # The engine runs them, so that no signal to a group of processes reaches them.
+        if request.get("platform") == "docker":
+            _stop_containers(run_id)  # The engine runs them: no signal to a process group reaches them.
         os.close(lock)
     if status:
         _raise_failure(states, folder / "run.log", show=show)
     return _outcome(run_id, folder, states)
 
 
-def _supervise(request: Path, tracking_uri: str, look: Callable[[], None]) -> int:
-    """Starts the child and waits for it; an interrupt ends it and the steps beneath it."""
-    folder = request.parent
+def _supervise(request_path: Path, tracking_uri: str, update_table: Callable[[], None]) -> int:
+    """Starts the child and waits for it; returns its exit status. An interrupt stops the child and its steps."""
+    folder = request_path.parent
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
-        # Steps that get no address of MLflow (evaluation loads the champion) take it from here.
+        # For steps without a tracking_uri setting: evaluation loads the champion from this address.
         **({"MLFLOW_TRACKING_URI": tracking_uri} if tracking_uri else {}),
         PARENT_VARIABLE: str(folder / "parent.lock"),
         PROGRESS_VARIABLE: str(folder),
         "PYTHONPATH": os.pathsep.join(paths),
-        # Without it a file of the current folder that is named like a module would take that module's place.
+        # So that a file in the current folder cannot shadow a module.
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
     }
     with (folder / "run.log").open("wb") as log:
         process = subprocess.Popen(  # noqa: S603 (our own module)
-            [sys.executable, "-m", "pipelines.execution", str(request)],
+            [sys.executable, "-m", "pipelines.execution", str(request_path)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -188,39 +188,39 @@ def _supervise(request: Path, tracking_uri: str, look: Callable[[], None]) -> in
     try:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(LOOK_SECONDS)
-            look()
+                return process.wait(POLL_SECONDS)
+            update_table()
     finally:
         _end_group(process)
 
 
 def _end_group(process: "subprocess.Popen[bytes]") -> None:
-    """Asks the child's whole group to end, and ends what does not; nothing to do after a normal end.
+    """Sends SIGTERM to the child's process group, and SIGKILL to what is left after a while; no-op if it has ended.
 
-    The child itself ends at once, a step beneath it may write a checkpoint first.
+    The child ends at once, but one of its steps may write a checkpoint first.
     """
     if process.poll() is not None:
         return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-        end = time.monotonic() + ORPHAN_SECONDS
-        while time.monotonic() < end:
-            process.poll()  # Else the group has a member for as long as nobody asked how it ended.
+        deadline = time.monotonic() + ORPHAN_SECONDS
+        while time.monotonic() < deadline:
+            process.poll()  # Reaps the child: as a zombie it would stay in the group.
             os.killpg(process.pid, 0)
-            time.sleep(LOOK_SECONDS / 4)
+            time.sleep(POLL_SECONDS / 4)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 @contextlib.contextmanager
 def _interrupt_on_sigterm() -> Iterator[None]:
-    """For the block SIGTERM does what Ctrl-C does, so that the run's processes are ended and one line says so.
+    """In this block SIGTERM acts like Ctrl-C, so that the run's processes are stopped and one line says so.
 
-    A shell starts what a script puts in the background with Ctrl-C's own signal ignored; a handler that somebody else
-    has set stays, and outside the main thread none can be.
+    Processes that a script starts in the background ignore SIGINT. A handler that is already set stays, and outside
+    the main thread none can be set.
     """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -230,29 +230,29 @@ def _interrupt_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _refuse_mangled(arguments: Mapping[str, object]) -> None:
+def _refuse_rewritten_text(arguments: Mapping[str, object]) -> None:
     for name, value in arguments.items():
-        if MANGLED in json.dumps(value):
-            remedy = "choose another name (kfp's local runner rewrites that text inside arguments)"
-            raise ConfigError(f"{name}: holds the text {MANGLED!r}, got {quote(value)}; {remedy}")
+        if REWRITTEN_TEXT in json.dumps(value):
+            remedy = "choose another name (kfp's local runner rewrites that text in arguments)"
+            raise ConfigError(f"{name}: contains the text {REWRITTEN_TEXT!r}, got {quote(value)}; {remedy}")
 
 
 def _raise_failure(states: list[StepState], log: Path, *, show: bool) -> None:
-    """Raises the failed step's own line; of a defect, which has none, the last lines of its log are shown first."""
+    """Raises the failed step's own message; for a defect, which has none, shows the last lines of its log first."""
     failed = [state for state in states if state.state == "failed"] or [StepState(step="tracking", state="failed")]
-    name = failed[0].step.partition(" ")[0]  # Shards write under the name of their step, and into each other's lines.
+    name = failed[0].step.partition(" ")[0]  # Shards log under the name of their step, interleaved.
     prefix = f"cappy {name}: "
-    written = [line.strip() for line in log_section(log, "")]
-    said = [line.removeprefix(prefix) for line in written if line.startswith(prefix)]
-    named = next((state for state in failed if state.error in said), failed[0])
-    if said:
-        raise CappyError(f"{named.step}: {named.error if named.error in said else said[-1]}")
+    log_lines = [line.strip() for line in log_section(log, "")]
+    messages = [line.removeprefix(prefix) for line in log_lines if line.startswith(prefix)]
+    failed_step = next((state for state in failed if state.error in messages), failed[0])
+    if messages:
+        raise CappyError(f"{failed_step.step}: {failed_step.error if failed_step.error in messages else messages[-1]}")
     lines = log_section(log, name)
     if show:
         sys.stderr.write("\n".join(lines[-TAIL_LINES:]) + "\n")
-    raised = next((line for line in reversed(lines) if _EXCEPTION.match(line)), "")
-    reason = named.error or raised or "its process was killed (out of memory?)"
-    raise CappyError(f"{named.step}: {reason}; the whole log is {log}")
+    exception_line = next((line for line in reversed(lines) if _EXCEPTION.match(line)), "")
+    reason = failed_step.error or exception_line or "its process was killed (out of memory?)"
+    raise CappyError(f"{failed_step.step}: {reason}; the whole log is {log}")
 
 
 def _outcome(run_id: str, folder: Path, states: list[StepState]) -> Outcome:
@@ -267,7 +267,7 @@ def _outcome(run_id: str, folder: Path, states: list[StepState]) -> Outcome:
 
 
 RUN_LABEL = "cappy.run"
-"""The label that names a container's run."""
+"""The label of a container with the id of its run."""
 KEYS = (
     "OPENAI_API_KEY",
     "HF_TOKEN",
@@ -275,39 +275,39 @@ KEYS = (
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
 )
-"""Variables that steps, or what they call, take keys from by themselves."""
+"""Environment variables from which steps and their libraries read keys."""
 
 
-def keys(recipe: Recipe) -> dict[str, str]:
-    """The variables with keys that are set here: the library's own, and those that the recipe's secrets name.
+def key_variables(recipe: Recipe) -> dict[str, str]:
+    """The environment variables with keys that are set here: `KEYS`, and those of the recipe's secrets.
 
-    `X_FILE` comes along for each X: it names a file that holds the key, see `key_files`. The values are for the
-    containers' environment and stand nowhere else.
+    For each variable X also `X_FILE`, the path of a file with the key (see `key_files`). The values go only into the
+    containers' environment.
     """
-    names = dict.fromkeys((*KEYS, *(variable for _, variable in _named_secrets(recipe))))
+    names = dict.fromkeys((*KEYS, *(variable for _, variable in _secret_variables(recipe))))
     variables = [form for name in names for form in (name, f"{name}_FILE")]
     return {name: os.environ[name] for name in variables if os.environ.get(name)}
 
 
 def key_files(variables: dict[str, str]) -> list[str]:
-    """The files with keys that lie outside the current folder, which alone a container sees."""
+    """Key files outside the current folder, which must be mounted too."""
     paths = [Path(os.path.abspath(value)) for name, value in variables.items() if name.endswith("_FILE")]  # noqa: PTH100
     return [str(path) for path in dict.fromkeys(paths) if path.is_file() and not path.is_relative_to(Path.cwd())]
 
 
 def check_secrets(recipe: Recipe) -> None:
-    """ConfigError where a secret of the recipe is not set on this machine, from where containers get it."""
-    variables = keys(recipe)
-    for step, variable in _named_secrets(recipe):
+    """ConfigError if a secret of the recipe is not set on this machine, since containers get it from here."""
+    variables = key_variables(recipe)
+    for step, variable in _secret_variables(recipe):
         if not {variable, f"{variable}_FILE"} & set(variables):
             remedy = f"export {variable}, or {variable}_FILE with the path of a file that holds it"
             raise ConfigError(
-                f"resources.{step}.secrets: {variable} is not set here, where containers get it; {remedy}"
+                f"resources.{step}.secrets: {variable} is not set here, and containers get it from here; {remedy}"
             )
 
 
-def _end_containers(run: str) -> None:
-    """Stops what still runs of a run: its steps get SIGTERM and may write a checkpoint; the engine removes them."""
+def _stop_containers(run: str) -> None:
+    """Stops the running containers of a run: steps get SIGTERM and may write a checkpoint; the engine removes them."""
     import docker
 
     client = docker.from_env()
@@ -318,14 +318,14 @@ def _end_containers(run: str) -> None:
         client.close()
 
 
-def _named_secrets(recipe: Recipe) -> list[tuple[str, str]]:
-    """Step and variable of every secret that the recipe names."""
+def _secret_variables(recipe: Recipe) -> list[tuple[str, str]]:
+    """Step and variable of every secret of the recipe."""
     steps = (*recipe.steps, "tracking")
     return [(step, secret.variable) for step in steps for secret in recipe.needs(step).secrets]
 
 
 def check_images(recipe: Recipe) -> dict[str, str]:
-    """Step -> what pins its image; ConfigError where no engine answers, or one is neither here nor to be pulled."""
+    """Step -> id of its image; ConfigError if no engine answers, or an image is missing and cannot be pulled."""
     import docker
     from docker.errors import APIError, DockerException, ImageNotFound
 
@@ -333,7 +333,7 @@ def check_images(recipe: Recipe) -> dict[str, str]:
         client = docker.from_env()
         client.ping()
     except DockerException as error:
-        remedy = "start Docker (DOCKER_HOST says where it is), or run without --on docker"
+        remedy = "start Docker (or set DOCKER_HOST), or run without --on docker"
         raise ConfigError(f"docker: no engine answers ({quote(str(error), 120)}); {remedy}") from error
     try:
         ids: dict[str, str] = {}
@@ -343,9 +343,9 @@ def check_images(recipe: Recipe) -> dict[str, str]:
             except ImageNotFound:
                 ids[name] = client.images.pull(name).id
     except APIError as error:
-        remedy = "build it with make images, or name another under images: in the recipe"
+        remedy = "build it with make images, or give another under images: in the recipe"
         reason = quote(" ".join(str(error.explanation or error).split()), 120)
-        raise ConfigError(f"{name}: is not here and cannot be pulled ({reason}); {remedy}") from error
+        raise ConfigError(f"{name}: the image is missing and cannot be pulled ({reason}); {remedy}") from error
     finally:
         client.close()
     return {step: ids[image(recipe, step)] for step in recipe.steps}

@@ -1,4 +1,4 @@
-"""From a recipe to a submission: the settings of each step, where the work lies, what may be sent there."""
+"""Makes a submission of a recipe: the settings of each step, the work folder, and checks for the platform."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -9,16 +9,23 @@ from cappy.errors import ConfigError, quote
 from cappy.steps import TRAINING_STEPS
 from pipelines.customize import image
 from pipelines.definitions import PIPELINES, Settings, StepSettings
-from pipelines.recipe import VERTEX_TYPES, Platform, Recipe, kubernetes_resource, refuse_nowhere, refuse_password
+from pipelines.recipe import (
+    VERTEX_TYPES,
+    Platform,
+    Recipe,
+    kubernetes_resource,
+    refuse_missing_address,
+    refuse_password,
+)
 from pipelines.submission import Submission, configs, external_names, prepare, refuse_artifacts
 
-ON_THIS_MACHINE = ("local", "docker")
+LOCAL_PLATFORMS = ("local", "docker")
 
 
 def settings_of(recipe: Recipe, platform: Platform = "local") -> Settings:
-    """The settings of each step; ConfigError for a parameter that the pipeline has not.
+    """The settings of each step; ConfigError for an unknown parameter.
 
-    A training step that spreads over nodes gets the launcher of the platform; its own settings stand above that.
+    A training step with several nodes gets the platform's launcher, unless its own settings say otherwise.
     """
     settings = plan_settings(recipe.pipeline, recipe.parameters, recipe.settings, tracking_uri=recipe.tracking_uri)
     extra = {step: values for step, values in recipe.settings.items() if step not in settings}
@@ -26,14 +33,14 @@ def settings_of(recipe: Recipe, platform: Platform = "local") -> Settings:
     return {step: _merge(jobs.get(step, {}), values) for step, values in {**settings, **extra}.items()}
 
 
-def _merge(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:
-    """Both, the second above the first; groups of settings setting by setting."""
-    both = {**first, **second}
-    for name in first.keys() & second.keys():
-        one, other = first[name], second[name]
-        if isinstance(one, dict) and isinstance(other, dict):
-            both[name] = {**one, **other}
-    return both
+def _merge(base: Mapping[str, object], overrides: Mapping[str, object]) -> dict[str, object]:
+    """`base` updated with `overrides`; groups of settings are merged too."""
+    merged = {**base, **overrides}
+    for name in base.keys() & overrides.keys():
+        old_group, new_group = base[name], overrides[name]
+        if isinstance(old_group, dict) and isinstance(new_group, dict):
+            merged[name] = {**old_group, **new_group}
+    return merged
 
 
 def plan_settings(
@@ -43,56 +50,56 @@ def plan_settings(
     *,
     tracking_uri: str = "",
 ) -> Settings:
-    """What the pipeline makes of parameters and settings; ConfigError for a parameter without an effect.
+    """The pipeline's settings of each step for parameters and settings; ConfigError for a parameter without effect.
 
-    Such a parameter says other than its default, and whatever it sets is set by something more special: `scorer`
-    beside `finetuning.scorer`, or `seed` beside a seed for each kind of draw.
+    A parameter has no effect if it differs from its default but everything that it sets is overridden: `scorer` by
+    `finetuning.scorer`, or `seed` by `split_seed`, `sampling_seed` and `training_seed`.
     """
     plan = PIPELINES[pipeline].settings
-    whole = plan(parameters, settings, tracking_uri)
+    complete = plan(parameters, settings, tracking_uri)
 
-    def attempt(chosen: Mapping[str, object], more: Mapping[str, StepSettings]) -> Settings | None:
+    def attempt(choices: Mapping[str, object], overrides: Mapping[str, StepSettings]) -> Settings | None:
         try:
-            return plan(chosen, more, tracking_uri)
-        except ConfigError:  # Without a parameter that is needed.
+            return plan(choices, overrides, tracking_uri)
+        except ConfigError:  # A required parameter is missing.
             return None
 
     for name, value in parameters.items():
-        needed = {other: parameters[other] for other in ("source",) if other in parameters and other != name}
-        alone = attempt({**needed, name: value}, {}) != attempt(needed, {})
-        others = {other: given for other, given in parameters.items() if other != name}
-        if alone and attempt(others, settings) == whole:
-            remedy = "settings or other parameters give all that it would; leave it out"
+        required = {key: parameters[key] for key in ("source",) if key in parameters and key != name}
+        changes_defaults = attempt({**required, name: value}, {}) != attempt(required, {})
+        others = {key: value for key, value in parameters.items() if key != name}
+        if changes_defaults and attempt(others, settings) == complete:
+            remedy = "settings or other parameters override it; leave it out"
             raise ConfigError(f"parameters: {name}: {quote(value)} has no effect; {remedy}")
-    return whole
+    return complete
 
 
 def work_of(recipe: Recipe, platform: Platform) -> Path:
-    """The work folder: a local one, a place on the volume, or one in the bucket as Vertex AI mounts it."""
-    if platform in ON_THIS_MACHINE:
+    """The work folder: a local one, one on the volume, or one in the bucket as Vertex AI mounts it."""
+    if platform in LOCAL_PLATFORMS:
         return Path(recipe.work or DEFAULT_WORK)
     root = root_of(recipe, platform)
     work = Path(recipe.work or f"{root}/cappy")
     if ".." in work.parts or not work.is_relative_to(root):
-        raise ConfigError(f"work: {work} is not under {root}, which every step on {platform} sees; leave it out")
+        raise ConfigError(f"work: {work} is not under {root}, the folder that steps on {platform} share; leave it out")
     return work
 
 
 def registry_of(recipe: Recipe, platform: Platform) -> str:
-    """MLflow's address as this machine reaches it: what MLFLOW_TRACKING_URI says, where the steps run elsewhere."""
-    elsewhere = "" if platform in ON_THIS_MACHINE else os.environ.get("MLFLOW_TRACKING_URI", "")
+    """MLflow's address as seen from this machine: for steps on a cluster MLFLOW_TRACKING_URI, if it is set."""
+    elsewhere = "" if platform in LOCAL_PLATFORMS else os.environ.get("MLFLOW_TRACKING_URI", "")
     return elsewhere or recipe.tracking_uri
 
 
 def root_of(recipe: Recipe, platform: Platform) -> str:
-    """The folder that every step sees: the volume, or the bucket as Vertex AI mounts it."""
+    """The folder that all steps share: the volume, or the bucket as Vertex AI mounts it."""
     if platform != "vertex":
         return recipe.kubeflow.mount
     return f"/gcs/{recipe.vertex.bucket.removeprefix('gs://')}".rstrip("/")
 
 
 def check_settings(recipe: Recipe, platform: Platform = "local") -> Settings:
-    """The settings of each step, once every config takes them; ConfigError for one that is wrong or not a person's."""
+    """The settings of each step, validated; ConfigError for a wrong setting, or one that the pipeline sets itself."""
     settings = settings_of(recipe, platform)
     refuse_artifacts(recipe.pipeline, recipe.settings)
     work = {"work": str(work_of(recipe, platform))}
@@ -101,18 +108,18 @@ def check_settings(recipe: Recipe, platform: Platform = "local") -> Settings:
 
 
 def check(recipe: Recipe, platform: Platform = "local") -> None:
-    """ConfigError for what could not work on the platform, as far as the recipe alone shows it; asks no registry."""
+    """ConfigError for what cannot work on the platform, as far as the recipe shows; does not contact the registry."""
     settings = check_settings(recipe, platform)
-    if platform not in ON_THIS_MACHINE:
-        _refuse_unseen(recipe, settings, root_of(recipe, platform))
+    if platform not in LOCAL_PLATFORMS:
+        _refuse_local_files(recipe, settings, root_of(recipe, platform))
         _refuse_local_registry(recipe, settings)
-        refuse_nowhere(recipe.kubeflow if platform == "kubeflow" else recipe.vertex)
+        refuse_missing_address(recipe.kubeflow if platform == "kubeflow" else recipe.vertex)
     else:
-        _refuse_missing(settings)
+        _refuse_missing_files(settings)
 
 
 def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
-    """What is handed to the platform; ConfigError for what could not work there, or names a version that is missing."""
+    """The submission for the platform; ConfigError for what cannot work there, or for a missing model version."""
     check(recipe, platform)
     return prepare(
         recipe.pipeline,
@@ -126,43 +133,46 @@ def submission_of(recipe: Recipe, platform: Platform = "local") -> Submission:
     )
 
 
-def _refuse_missing(settings: Mapping[str, StepSettings]) -> None:
-    """ConfigError for a file or folder of this machine that is not there."""
-    for step, name, text in _external_names(settings):
+def _refuse_missing_files(settings: Mapping[str, StepSettings]) -> None:
+    """ConfigError for a missing file or folder on this machine."""
+    for step, name, text in _all_external_names(settings):
         if text != "builtin" and ":" not in text and not Path(text).exists():
             raise ConfigError(f"{step}: --{name}: {text}: no such file or folder; check the path")
 
 
-def _external_names(settings: Mapping[str, StepSettings]) -> Iterator[tuple[str, str, str]]:
-    """Step, setting and text of all that the settings name outside."""
+def _all_external_names(settings: Mapping[str, StepSettings]) -> Iterator[tuple[str, str, str]]:
+    """Step, setting and text of every external path or spec in the settings."""
     for step, values in settings.items():
         for name, text in external_names(step, values):
             yield step, name, text
 
 
-def _refuse_unseen(recipe: Recipe, settings: Mapping[str, StepSettings], root: str) -> None:
-    """ConfigError for a file of this machine, which no step would find, and for unseen content without a revision."""
-    for step, name, text in _external_names(settings):
-        _refuse_file(recipe, f"{step}: --{name}", text, root)
+def _refuse_local_files(recipe: Recipe, settings: Mapping[str, StepSettings], root: str) -> None:
+    """ConfigError for a file outside the shared folder, and for one not visible from here if `revision` is empty."""
+    for step, name, text in _all_external_names(settings):
+        _refuse_local_file(recipe, f"{step}: --{name}", text, root)
 
 
-def _refuse_file(recipe: Recipe, where: str, text: str, root: str) -> None:
+def _refuse_local_file(recipe: Recipe, where: str, text: str, root: str) -> None:
     if text == "builtin" or ":" in text:
         return
     if not Path(text).is_relative_to(root):
         remedy = f"copy it there and give {root}/..."
-        raise ConfigError(f"{where}: {text} does not lie under {root}, which is all that every step sees; {remedy}")
+        raise ConfigError(f"{where}: {text} is not under {root}, the only folder that all steps share; {remedy}")
     if not Path(text).exists() and not recipe.revision:
-        remedy = "give revision: in the recipe, any text that changes when it does"
+        remedy = "set revision: in the recipe, to any text that changes when the file does"
         raise ConfigError(
-            f"{where}: {text} cannot be seen from here, so a changed one would be answered from the cache; {remedy}"
+            f"{where}: {text} is not visible from here, so a changed file would be answered from the cache; {remedy}"
         )
 
 
 def _refuse_local_registry(recipe: Recipe, settings: Mapping[str, StepSettings]) -> None:
-    """ConfigError for an address of MLflow, of the run or of one step, that no step of a cluster reaches."""
-    own = {f"settings.{step}.tracking_uri": values.get("tracking_uri") for step, values in settings.items()}
-    for where, address in {"tracking_uri": recipe.tracking_uri, **{k: v for k, v in own.items() if v}}.items():
+    """ConfigError for an MLflow address, of the run or of a step, that cannot be reached from a cluster."""
+    addresses = {f"settings.{step}.tracking_uri": values.get("tracking_uri") for step, values in settings.items()}
+    for where, address in {
+        "tracking_uri": recipe.tracking_uri,
+        **{key: address for key, address in addresses.items() if address},
+    }.items():
         refuse_password(where, str(address))
         if not str(address).startswith(("http://", "https://")):
             remedy = "give tracking_uri: http(s)://HOST of an MLflow server in the recipe"
@@ -170,15 +180,15 @@ def _refuse_local_registry(recipe: Recipe, settings: Mapping[str, StepSettings])
 
 
 def _launchers(recipe: Recipe, platform: Platform) -> Settings:
-    """Step -> settings of those training steps that spread over nodes; none where a step trains in its own pod.
+    """Step -> launcher settings of each training step with several nodes; others train in their own pod.
 
-    `retries` of the recipe are the job's and those of the step that follows it; so are `hours`, but for a little.
+    `retries` of the recipe apply both to the job and to the step that follows it; so do `hours`, nearly.
     """
-    spread = [step for step in recipe.steps if step in TRAINING_STEPS and recipe.needs(step).nodes > 1]
+    multi_node_steps = [step for step in recipe.steps if step in TRAINING_STEPS and recipe.needs(step).nodes > 1]
     if platform == "kubeflow":
-        return {step: _trainjob(recipe, step) for step in spread}
+        return {step: _trainjob(recipe, step) for step in multi_node_steps}
     if platform == "vertex":
-        return {step: _customjob(recipe, step) for step in spread}
+        return {step: _customjob(recipe, step) for step in multi_node_steps}
     return {}
 
 
@@ -189,13 +199,13 @@ def _job_settings(recipe: Recipe, step: str) -> dict[str, object]:
         "devices": needs.count if needs.accelerator != "none" else 1,
         "image": image(recipe, step),
         "max_restarts": needs.retries,
-        # The job ends by itself before the step that follows it does, which then says why.
+        # The job must end before the step that follows it, so that the step can report why.
         "timeout_hours": 0.95 * needs.hours,
     }
 
 
 def _trainjob(recipe: Recipe, step: str) -> dict[str, object]:
-    needs, place = recipe.needs(step), recipe.kubeflow
+    needs, kubeflow = recipe.needs(step), recipe.kubeflow
     accelerator = "" if needs.accelerator == "none" else kubernetes_resource(needs.accelerator)
     return {
         "launcher": "trainjob",
@@ -203,26 +213,26 @@ def _trainjob(recipe: Recipe, step: str) -> dict[str, object]:
         "trainjob": {
             "cpu": needs.cpu,
             "memory": needs.memory,
-            "volume": f"{place.volume}:{place.mount}",
+            "volume": f"{kubeflow.volume}:{kubeflow.mount}",
             "accelerator": accelerator,
-            "namespace": place.namespace,
-            "runtime": place.runtime,
+            "namespace": kubeflow.namespace,
+            "runtime": kubeflow.runtime,
         },
     }
 
 
 def _customjob(recipe: Recipe, step: str) -> dict[str, object]:
-    needs, place = recipe.needs(step), recipe.vertex
+    needs, vertex = recipe.needs(step), recipe.vertex
     return {
         "launcher": "customjob",
         **_job_settings(recipe, step),
-        "service_account": place.service_account,
+        "service_account": vertex.service_account,
         "customjob": {
             "accelerator": VERTEX_TYPES.get(needs.accelerator, ""),
-            "project": place.project,
-            "region": place.region,
-            "bucket": place.bucket,
-            "network": place.network,
+            "project": vertex.project,
+            "region": vertex.region,
+            "bucket": vertex.bucket,
+            "network": vertex.network,
             "machine": needs.machine_type,
             "spot": needs.spot,
         },

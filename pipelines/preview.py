@@ -1,4 +1,4 @@
-"""What a run would be, before it is one: its graph, what each step asks for, what it would cost at most."""
+"""The preview of a run: its graph, the resources of each step, and the maximum cost."""
 
 from dataclasses import asdict, dataclass
 
@@ -11,11 +11,8 @@ CONDITION = "(if promoted)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """One step of the preview.
-
-    `hours` and `cost` are what one attempt takes at most, of all its shards and nodes together.
-    """
+class StepEstimate:
+    """One step of the preview; `hours` and `cost` are the maximum of one attempt, over all shards and nodes."""
 
     step: str
     image: str
@@ -29,17 +26,17 @@ class Line:
     cost: float | None
 
 
-def lines(recipe: Recipe) -> list[Line]:
-    """A line for each step; its cost is None where the recipe has no price for what it runs on."""
-    made = []
+def estimate_steps(recipe: Recipe) -> list[StepEstimate]:
+    """The estimate of each step; its cost is None if the recipe has no price for its machines."""
+    estimates = []
     for step in recipe.steps:
         needs = recipe.needs(step)
-        many = recipe.shards if STEP_SPECS[step].sharded else 1
-        machines = many * needs.nodes
+        shards = recipe.shards if STEP_SPECS[step].sharded else 1
+        machines = shards * needs.nodes
         units = machines * (needs.count if needs.accelerator != "none" else 1)
         price = recipe.prices.get(needs.accelerator)
-        made.append(
-            Line(
+        estimates.append(
+            StepEstimate(
                 step=step,
                 image=image(recipe, step),
                 cpu=needs.cpu,
@@ -52,10 +49,10 @@ def lines(recipe: Recipe) -> list[Line]:
                 cost=None if price is None else units * needs.hours * price,
             )
         )
-    return made
+    return estimates
 
 
-def graph(recipe: Recipe) -> str:
+def describe_graph(recipe: Recipe) -> str:
     """The graph in one line."""
     steps = list(recipe.steps)
     if recipe.shards > 1:
@@ -66,32 +63,32 @@ def graph(recipe: Recipe) -> str:
 
 
 def to_json(recipe: Recipe, platform: Platform) -> dict[str, object]:
-    """The preview as JSON values; `cost` is None where some step has no price."""
-    estimates = lines(recipe)
+    """The preview as JSON values; `most_cost` is None if some step has no price."""
+    estimates = estimate_steps(recipe)
     return {
         "pipeline": recipe.pipeline,
         "platform": platform,
-        "graph": graph(recipe),
+        "graph": describe_graph(recipe),
         "work": str(work_of(recipe, platform)),
         "steps": [asdict(line) for line in estimates],
-        "most_cost": None if unpriced_steps(estimates) else most_cost(estimates),
-        "most_cost_with_retries": None if unpriced_steps(estimates) else most_cost(estimates, retried=True),
+        "most_cost": None if unpriced_steps(estimates) else max_cost(estimates),
+        "most_cost_with_retries": None if unpriced_steps(estimates) else max_cost(estimates, retried=True),
     }
 
 
-def most_cost(estimates: list[Line], *, retried: bool = False) -> float:
-    """What the priced steps cost at most: in one attempt each, or with every retry used up."""
+def max_cost(estimates: list[StepEstimate], *, retried: bool = False) -> float:
+    """The maximum cost of the steps with a price: of one attempt each, or with all retries used."""
     return sum((line.cost or 0.0) * (1 + line.retries if retried else 1) for line in estimates)
 
 
-def unpriced_steps(estimates: list[Line]) -> list[str]:
-    """The steps whose machines the recipe has no price for."""
+def unpriced_steps(estimates: list[StepEstimate]) -> list[str]:
+    """The steps without a price for their machines."""
     return [line.step for line in estimates if line.cost is None]
 
 
-def text(recipe: Recipe, platform: Platform) -> str:
-    """The preview for a terminal."""
-    estimates = lines(recipe)
+def to_text(recipe: Recipe, platform: Platform) -> str:
+    """The preview as text for a terminal."""
+    estimates = estimate_steps(recipe)
     header = (
         "step",
         "machines",
@@ -124,17 +121,17 @@ def text(recipe: Recipe, platform: Platform) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (header, *rows)
     ]
-    lacking = unpriced_steps(estimates)
-    cost = "not known"
-    if len(lacking) < len(estimates):
-        once, all_retries = most_cost(estimates), most_cost(estimates, retried=True)
-        cost = f"at most {once:,.2f} where no step is tried again, {all_retries:,.2f} with every retry used"
-    if lacking:
-        cost += f"; no price for {', '.join(lacking)} (prices: in the recipe)"
+    unpriced = unpriced_steps(estimates)
+    cost = "unknown"
+    if len(unpriced) < len(estimates):
+        once, all_retries = max_cost(estimates), max_cost(estimates, retried=True)
+        cost = f"at most {once:,.2f} without retries, {all_retries:,.2f} with all retries used"
+    if unpriced:
+        cost += f"; no price for {', '.join(unpriced)} (prices: in the recipe)"
     return "\n".join(
         [
             f"pipeline  {recipe.pipeline} on {platform}",
-            f"graph     {graph(recipe)}",
+            f"graph     {describe_graph(recipe)}",
             f"work      {work_of(recipe, platform)}",
             "",
             *table,

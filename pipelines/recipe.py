@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that holds everything of a run, typed and checked before anything is submitted."""
+"""A recipe: the YAML file that describes a run, typed and checked before anything is submitted."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -16,9 +16,8 @@ from cappy.untrusted import load_yaml
 from pipelines.definitions import MAX_SHARDS, PIPELINES, Settings
 
 Platform = Literal["local", "docker", "kubeflow", "vertex"]
-WORDS = {"dict_type": "must hold keys with values, one on each line", "int_type": "must be a whole number"}
-"""Kind of a pydantic error -> what a recipe's author calls it, where pydantic speaks of Python."""
-
+ERROR_TEXTS = {"dict_type": "must hold keys with values, one on each line", "int_type": "must be a whole number"}
+"""Type of a pydantic error -> its text, where pydantic's own is in terms of Python."""
 
 Accelerator = Literal[
     "none",
@@ -40,17 +39,17 @@ VERTEX_TYPES: dict[str, str] = {
     "nvidia-h100-80gb": "NVIDIA_H100_80GB",
     "nvidia-h200": "NVIDIA_H200_141GB",
 }
-"""Accelerator -> its name in Vertex AI's AcceleratorType; a TPU is part of a machine's type there and has none."""
+"""Accelerator -> its name in Vertex AI's AcceleratorType; a TPU has none, as it is part of a machine type there."""
 
 
 def kubernetes_resource(accelerator: str) -> str:
-    """The resource that a pod asks for: what the device plugins of NVIDIA and of Google's TPUs advertise."""
+    """The resource name under which a pod requests the accelerator."""
     return "google.com/tpu" if accelerator.startswith("tpu-") else "nvidia.com/gpu"
 
 
 @settings
 class Toleration:
-    """A taint that the step's pod tolerates, in Kubernetes' words."""
+    """A taint that the step's pod tolerates; the fields are those of Kubernetes."""
 
     key: str
     value: str = ""
@@ -59,10 +58,10 @@ class Toleration:
 
 @settings
 class Secret:
-    """A secret by name: its value reaches the step as an environment variable and stands nowhere else.
+    """A secret by name; its value is passed to the step as an environment variable and stored nowhere else.
 
-    On Kubeflow `name` is a Secret of the namespace and `key` an entry of it. On Vertex AI `name` is a secret of
-    Secret Manager, projects/P/secrets/S/versions/V, which the step itself reads with its service account.
+    On Kubeflow `name` is a Secret of the namespace and `key` one of its entries. On Vertex AI `name` is a secret of
+    Secret Manager, projects/P/secrets/S/versions/V, which the step reads with its service account.
     """
 
     variable: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")]
@@ -72,10 +71,10 @@ class Secret:
 
 @settings
 class Resources:
-    """What one step needs; of a training step that has several nodes, what each node needs.
+    """The resources of one step; of a training step with several nodes, those of each node.
 
-    `cpu` is in cores, `memory` in Mi or Gi. `hours` ends a step of Kubeflow or Vertex AI that takes longer;
-    `retries` are further attempts of the platform, which find the finished parts in the work folder.
+    `cpu` is in cores, `memory` in Mi or Gi. A step on Kubeflow or Vertex AI is stopped after `hours`; `retries` are
+    the platform's further attempts, which continue from the work folder.
     """
 
     cpu: Annotated[str, Field(pattern=r"^([0-9]+m?)?$")] = ""
@@ -93,19 +92,21 @@ class Resources:
     image: str = ""
 
     @model_validator(mode="after")
-    def _count_of_something(self) -> "Resources":
+    def _check_count(self) -> "Resources":
         if self.count > 1 and self.accelerator == "none":
-            raise ValueError(f"count: {self.count} of no accelerator; say which: accelerator: nvidia-l4")
+            raise ValueError(
+                f"count: {self.count} without an accelerator; give one, for example accelerator: nvidia-l4"
+            )
         return self
 
 
 @settings
 class Kubeflow:
-    """Where Kubeflow Pipelines answers, and what every pod of a run gets there.
+    """The address of Kubeflow Pipelines, and the settings of every pod of a run.
 
-    `volume` is a PersistentVolumeClaim that many pods may mount (ReadWriteMany); it is mounted under `mount` and holds
-    the work folder. `runtime` is the TrainingRuntime of steps that train on several nodes. `spot` is the label of spot
-    nodes, which their taint repeats: GKE's, where nothing else is said.
+    `volume` is a ReadWriteMany PersistentVolumeClaim; it is mounted at `mount` and holds the work folder. `runtime` is
+    the TrainingRuntime of steps that train on several nodes. `spot` is the label of spot nodes, which is also their
+    taint; the default is GKE's.
     """
 
     endpoint: str = ""
@@ -122,9 +123,9 @@ class Kubeflow:
 
 @settings
 class Vertex:
-    """The project, region and bucket of Vertex AI; the bucket is mounted under /gcs in every step, without a volume.
+    """The project, region and bucket of Vertex AI; the bucket is mounted under /gcs in every step.
 
-    `service_account` is what the steps run as. `endpoint` replaces Vertex AI's own address.
+    Steps run as `service_account`. `endpoint` replaces Vertex AI's own address.
     """
 
     project: str = ""
@@ -135,24 +136,24 @@ class Vertex:
     endpoint: str = ""
 
 
-def refuse_nowhere(place: Kubeflow | Vertex) -> None:
-    """ConfigError where it is not said where the platform is."""
-    if isinstance(place, Kubeflow) and not place.endpoint:
+def refuse_missing_address(config: Kubeflow | Vertex) -> None:
+    """ConfigError without an endpoint of Kubeflow, or without a project or bucket of Vertex AI."""
+    if isinstance(config, Kubeflow) and not config.endpoint:
         remedy = "give kubeflow.endpoint in the recipe, or --endpoint https://HOST/pipeline"
         raise ConfigError(f"kubeflow: no endpoint; {remedy}")
-    if isinstance(place, Vertex) and not (place.project and place.bucket):
+    if isinstance(config, Vertex) and not (config.project and config.bucket):
         remedy = "give vertex.project and vertex.bucket (gs://...) in the recipe, or --project and --bucket"
         raise ConfigError(f"vertex: no project or no bucket; {remedy}")
 
 
 @settings
 class Recipe:
-    """A run of a pipeline: what is computed (parameters, settings, shards) and where (resources, platforms).
+    """A run of a pipeline: what to compute (parameters, settings, shards) and where (resources, platforms).
 
-    `parameters` are the choices of the pipeline's definition; `settings` any other setting of a step; `resources` by
-    step, `default` for those that are not named. `revision` changes with content that the submitting machine cannot
-    see, such as a file on a cluster's volume. `prices` are money per hour of one accelerator, or of a step without one
-    (`none`), for the estimate alone.
+    `parameters` are those of the pipeline's definition, `settings` any other settings by step, and `resources` are by
+    step, with `default` for the others. Change `revision` with content that the submitting machine cannot see, such as
+    a file on a cluster's volume. `prices` are per hour of one accelerator, or of a step without one (`none`); they are
+    used only for the estimate.
     """
 
     pipeline: Literal["adapt", "pretrain", "evaluate", "batch_score"]
@@ -171,7 +172,7 @@ class Recipe:
     vertex: Vertex = Field(default_factory=Vertex)
 
     def needs(self, step: str) -> Resources:
-        """What a step needs: its own entry, else the default one."""
+        """The resources of a step: its own entry, else the default one."""
         return self.resources.get(step) or self.resources.get("default") or Resources()
 
     @property
@@ -181,14 +182,14 @@ class Recipe:
 
 
 def refuse_password(where: str, address: str) -> None:
-    """ConfigError for an address with a password in it: it would stand in what is compiled and in every run."""
+    """ConfigError for an address that holds a password: it would be in the compiled pipeline and in every run."""
     if has_secret(address):
-        remedy = "give it as secrets: of the steps, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        remedy = "give it by secrets: of the steps, as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         raise ConfigError(f"{where}: holds a password, which every reader of the run would see; {remedy}")
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe of a YAML file; ConfigError with file, key and remedy where it is not one."""
+    """The recipe in a YAML file; ConfigError with file, key and remedy if it is invalid."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -198,18 +199,18 @@ def read_recipe(path: Path) -> Recipe:
     try:
         values = load_yaml(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}; mend it") from error
+        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}; fix it") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds no keys, got {quote(values)}; begin with pipeline: adapt")
+        raise ConfigError(f"{path}: expected keys with values, got {quote(values)}; begin with pipeline: adapt")
     recipe = check_recipe(values, where=str(path))
-    for step, chosen in recipe.settings.items():
-        if "fresh" in chosen:
-            raise ConfigError(f"{path}: settings.{step}.fresh: is for one run; leave it out and run with --fresh")
+    for step, settings_of_step in recipe.settings.items():
+        if "fresh" in settings_of_step:
+            raise ConfigError(f"{path}: settings.{step}.fresh: is only for one run; leave it out and run with --fresh")
     return recipe
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key given twice: YAML forbids it, and PyYAML takes the last without a word."""
+    """A SafeLoader that refuses duplicate keys: YAML forbids them, and PyYAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -221,13 +222,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def check_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-    """The recipe with these values; ConfigError names the key, what is wrong with it and the nearest known one."""
+    """The recipe with these values; ConfigError with the invalid key, the reason and the nearest known key."""
     try:
         recipe = Recipe(**values)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{where}: {_describe(error)}") from error
-    except TypeError as error:  # a key that is not a text
-        raise ConfigError(f"{where}: {error}; keys are words") from error
+        raise ConfigError(f"{where}: {_describe_error(error)}") from error
+    except TypeError as error:  # A key is not a string.
+        raise ConfigError(f"{where}: {error}; keys must be strings") from error
     for kind, names in (("settings", recipe.settings), ("resources", recipe.resources)):
         known = {*recipe.steps, *(("default", "tracking") if kind == "resources" else ())}
         for name in names:
@@ -236,27 +237,27 @@ def check_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     return recipe
 
 
-def _describe(error: pydantic.ValidationError) -> str:
-    # An unknown key before a missing one: it is likely the same key, misspelt.
+def _describe_error(error: pydantic.ValidationError) -> str:
+    # Report an unknown key before a missing one: it is probably the same key, misspelt.
     first = min(error.errors(), key=lambda each: each["type"] != "unexpected_keyword_argument")
     keys = [str(part) for part in first["loc"] if part != "[key]"]
     if first["type"] == "unexpected_keyword_argument":
-        return f"{'.'.join(keys)}: no such key{near(keys[-1], _siblings(keys))}"
-    rule = WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":  # a rule over several keys, which names them itself
+        return f"{'.'.join(keys)}: no such key{near(keys[-1], _known_keys(keys))}"
+    rule = ERROR_TEXTS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # A check of several keys, whose message names them.
         return f"{'.'.join(keys)}: {rule}"
     value = "" if first["type"].startswith("missing") else f", got {quote(first['input'])}"
     return f"{'.'.join(keys)}: {rule}{value}"
 
 
-def _siblings(keys: list[str]) -> list[str]:
-    """The keys that are known where an unknown one stands."""
-    places = {
+def _known_keys(keys: list[str]) -> list[str]:
+    """The known keys at the level of the last of `keys`."""
+    fields_by_key = {
         "kubeflow": fields(Kubeflow),
         "vertex": fields(Vertex),
         "resources": fields(Resources),
         "tolerations": fields(Toleration),
         "secrets": fields(Secret),
     }
-    inside = next((places[key] for key in reversed(keys[:-1]) if key in places), fields(Recipe))
-    return [field.name for field in inside]
+    parents = (key for key in reversed(keys[:-1]) if key in fields_by_key)
+    return [field.name for field in next((fields_by_key[key] for key in parents), fields(Recipe))]

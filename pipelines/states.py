@@ -1,4 +1,4 @@
-"""How far each step of a local run is, read from the files that the steps write, and shown as a table."""
+"""The state of each step of a local run, read from the files that the steps write, and its table for a terminal."""
 
 import re
 import time
@@ -12,9 +12,9 @@ from cappy.progress import PLAIN_SECONDS, ProgressTable, Row, State, describe, d
 from cappy.runs import StepRecord, progress_path, read_record
 from cappy.steps import STEP_SPECS
 
-WORDS = {"cached": "from the cache", "skipped": "skipped: not promoted"}
-"""What a person reads for a state, where it is not the state itself."""
-Name = Literal["waiting", "running", "cached", "done", "failed", "skipped"]
+STATE_TEXTS = {"cached": "from the cache", "skipped": "skipped: not promoted"}
+"""The displayed text of a state, if it is not the state's name."""
+StateName = Literal["waiting", "running", "cached", "done", "failed", "skipped"]
 
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _START = re.compile(r"Executing task '([a-z-]+)'")
@@ -24,11 +24,11 @@ _START = re.compile(r"Executing task '([a-z-]+)'")
 class StepState:
     """One step of a run, or a shard of one ("sampling 0/4").
 
-    `seconds` is what it took or takes, `target` where its output lies once there is one.
+    `seconds` is its duration so far, `target` its output folder once there is one.
     """
 
     step: str
-    state: Name
+    state: StateName
     progress: State | None = None
     seconds: float = 0.0
     target: Path | None = None
@@ -40,40 +40,39 @@ def observe(
 ) -> list[StepState]:
     """The state of every step and shard, in order.
 
-    A step that this run executed has a record with the run's id, one that works has written its progress; a step before
-    either of them that has neither was answered from the cache. Shards wait for the steps before them, not for each
-    other.
+    A step that this run finished has a record with the run's id, and a running step has a progress file. A step with
+    neither, before one with either, was answered from the cache. Shards wait for earlier steps, not for each other.
     """
     records = {step: read_record(work, fingerprint) for step, fingerprint in fingerprints.items()}
     reported = {
         step: read_state(progress_path(progress, step.partition(" ")[0], fingerprint))
         for step, fingerprint in fingerprints.items()
     }
-    own = {step: record for step, record in records.items() if record is not None and record.run == run}
-    reached = [step for step in fingerprints if step in own or reported[step]]
+    finished = {step: record for step, record in records.items() if record is not None and record.run == run}
+    reached = [step for step in fingerprints if step in finished or reported[step]]
     states: dict[str, StepState] = {}
     for step in fingerprints:
-        passed = any(_follows(later, step, list(fingerprints)) for later in reached)
-        state = _state(own.get(step), reported[step], passed=passed)
-        before = [states[other].state for other in states if _follows(step, other, list(fingerprints))]
-        if state == "waiting" and alive and all(other in ("done", "cached") for other in before):
+        was_passed = any(_follows(later, step, list(fingerprints)) for later in reached)
+        state = _state_name(finished.get(step), reported[step], was_passed=was_passed)
+        earlier = [states[other].state for other in states if _follows(step, other, list(fingerprints))]
+        if state == "waiting" and alive and all(name in ("done", "cached") for name in earlier):
             state = "running"
         if state == "waiting" and succeeded:
             state = "cached" if STEP_SPECS[step.partition(" ")[0]].cached else "skipped"
         if state == "running" and not alive:
             state = "failed"
-        states[step] = _describe(step, state, records[step], reported[step])
+        states[step] = _step_state(step, state, records[step], reported[step])
     return list(states.values())
 
 
 def _follows(later: str, step: str, steps: list[str]) -> bool:
-    """Whether `later` starts only when `step` is done: it stands after it, and is no other shard."""
+    """Whether `later` starts only when `step` is done: it comes after it, and is not another shard."""
     shards = {name.partition(" ")[2] for name in (later, step)} - {""}
     return steps.index(later) > steps.index(step) and len(shards) < 2
 
 
 def log_section(log: Path, step: str, *, whole: bool = True) -> list[str]:
-    """The lines that a step wrote to the run's log; if it never started all lines, or none without `whole`."""
+    """The lines that a step wrote to the run's log; if it never started, all lines, or none if not `whole`."""
     lines = [_COLOR.sub("", line) for line in log.read_text(errors="replace").splitlines()]
     starts = [(index, match[1]) for index, line in enumerate(lines) if (match := _START.search(line))]
     section: list[str] = []
@@ -83,15 +82,15 @@ def log_section(log: Path, step: str, *, whole: bool = True) -> list[str]:
     return section or (lines if whole else [])
 
 
-def _state(record: StepRecord | None, progress: State | None, *, passed: bool) -> Name:
+def _state_name(record: StepRecord | None, progress: State | None, *, was_passed: bool) -> StateName:
     if record is not None:
         return "failed" if record.status == "failed" else "done"
     if progress is not None:
         return "running"
-    return "cached" if passed else "waiting"
+    return "cached" if was_passed else "waiting"
 
 
-def _describe(step: str, state: Name, record: StepRecord | None, progress: State | None) -> StepState:
+def _step_state(step: str, state: StateName, record: StepRecord | None, progress: State | None) -> StepState:
     if state == "running":
         seconds = progress.updated - progress.started if progress else 0.0
         return StepState(step=step, state=state, progress=progress, seconds=seconds)
@@ -104,14 +103,14 @@ def _describe(step: str, state: Name, record: StepRecord | None, progress: State
 
 
 class StepTable:
-    """Shows the states of a run on stderr while its block lasts: a table on a terminal, else a line for each change."""
+    """Context manager that shows the states of a run on stderr: a table on a terminal, else a line for each change."""
 
     def __init__(self, title: str, log: Path, *, show: bool) -> None:
         self._title, self._log, self._show = title, log, show
         self._table = ProgressTable()
-        self._written: dict[str, str] = {}
-        self._last = time.monotonic()
-        self._since: dict[str, float] = {}
+        self._written_states: dict[str, str] = {}
+        self._last_written = time.monotonic()
+        self._start_times: dict[str, float] = {}
 
     def __enter__(self) -> "StepTable":
         if self._show:
@@ -125,37 +124,37 @@ class StepTable:
         self._table.__exit__(kind, error, traceback)
 
     def update(self, states: Sequence[StepState]) -> None:
-        """Shows the present states."""
+        """Shows the given states."""
         for state in states:
             if state.state == "running":
-                self._since.setdefault(state.step, time.monotonic())
+                self._start_times.setdefault(state.step, time.monotonic())
         if self._table.live:
             self._table.update([self._row(state) for state in states])
         elif self._show:
             self._write_changes(states)
 
     def _row(self, state: StepState) -> Row:
-        cells = (WORDS.get(state.state, state.state), describe_progress(state), self._seconds(state))
+        cells = (STATE_TEXTS.get(state.state, state.state), describe_progress(state), self._seconds(state))
         return Row(name=state.step, state=state.state, cells=cells)
 
     def _write_changes(self, states: Sequence[StepState]) -> None:
         now = time.monotonic()
         for state in states:
-            changed = state.state not in ("waiting", "running") and self._written.get(state.step) != state.state
-            due = state.state == "running" and state.progress is not None and now - self._last >= PLAIN_SECONDS
+            changed = state.state not in ("waiting", "running") and self._written_states.get(state.step) != state.state
+            due = state.state == "running" and state.progress is not None and now - self._last_written >= PLAIN_SECONDS
             if changed or due:
-                self._written[state.step], self._last = state.state, now
+                self._written_states[state.step], self._last_written = state.state, now
                 write_line(f"{self._title}: {state.step}: {', '.join(filter(None, self._row(state).cells))}")
 
     def _seconds(self, state: StepState) -> str:
-        """Seconds of a step; of a running one they are counted here, because it writes nothing between two rows."""
+        """The duration of a step; of a running one it is counted here, because the step writes nothing between rows."""
         if state.state == "running":
-            return duration(time.monotonic() - self._since[state.step])
+            return duration(time.monotonic() - self._start_times[state.step])
         return duration(state.seconds) if state.state in ("done", "failed") and state.seconds else ""
 
 
 def describe_progress(state: StepState) -> str:
-    """How far a running step is: done of total, rate, time left; of a finished one how much it did."""
+    """The progress of a running step (done of total, rate, time left), or the amount that a finished step did."""
     progress = state.progress
     if progress is None or state.state not in ("running", "done"):
         return ""

@@ -1,8 +1,8 @@
-"""From the settings of each step to the arguments of a pipeline run: validated, aliases resolved, fingerprinted.
+"""Makes the arguments of a pipeline run from the settings of each step: validates, resolves aliases, fingerprints.
 
-An orchestrator's cache keys see strings, not what they point to. So each step has a fingerprint among its parameters:
-the digest of the key of its work (`cappy.keys`), with the content of every file, folder and registered version that its
-settings name. An edited file, a moved alias or another version of a step is never answered from the cache.
+An orchestrator's cache compares strings, not the contents behind them. Therefore each step has a fingerprint parameter:
+the digest of the key of its work (`cappy.keys`), which includes the content of every file, folder and model version in
+its settings. After an edited file, a moved alias or a new version of a step the cache is not used.
 """
 
 import functools
@@ -24,7 +24,7 @@ from pipelines.definitions import MAX_SHARDS, PIPELINES, Settings, StepSettings,
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """A run that is ready to be handed to an orchestrator; `fingerprints` by step, and by shard of a sharded one."""
+    """A run that is ready for an orchestrator; `fingerprints` has one entry per step, or per shard."""
 
     pipeline: str
     arguments: Mapping[str, object]
@@ -46,13 +46,12 @@ def prepare(
 ) -> Submission:
     """The submission of a pipeline with these settings per step; ConfigError if a setting is wrong.
 
-    Nothing that moves is left in it: aliases have become versions, and every file stands in a fingerprint. `revision`
-    stands for content that this machine cannot see, such as files of a cluster's volume; `registry` is MLflow's address
-    from here, where the steps' own `tracking_uri` leads there from inside a cluster alone; `images` are those of steps
-    that run in one, by what pins them.
+    Aliases are resolved to versions, and the content of every file is part of a fingerprint. `revision` stands for
+    content that this machine cannot see, such as files on a cluster's volume. `registry` is MLflow's address from this
+    machine, if it differs from the steps' `tracking_uri`. `images` are the image ids, by step.
     """
     if pipeline not in PIPELINES:
-        raise ConfigError(f"{quote(pipeline)}: no such pipeline; there are {', '.join(PIPELINES)}")
+        raise ConfigError(f"{quote(pipeline)}: no such pipeline; choose one of {', '.join(PIPELINES)}")
     if not 1 <= shards <= MAX_SHARDS:
         raise ConfigError(f"{pipeline}: {shards} shards; give 1 to {MAX_SHARDS}")
     names = PIPELINES[pipeline].steps_in(shards)
@@ -62,9 +61,9 @@ def prepare(
     shared = {"work": str(work.absolute())}
     address = str(steps.get("registration", {}).get("tracking_uri", "")) or tracking_uri
     steps = {step: _without_secret(step, values, address) for step, values in steps.items()}
-    shared_out = {step: {**steps.get(step, {}), **shared} for step in names}
+    settings_by_step = {step: {**steps.get(step, {}), **shared} for step in names}
     registry = registry or address
-    settings = resolve_settings(shared_out, work=work, tracking_uri=registry, revision=revision, images=images)
+    settings = resolve_settings(settings_by_step, work=work, tracking_uri=registry, revision=revision, images=images)
     digests = fingerprints(settings, tracking_uri=registry, revision=revision, images=images)
     by_shard = _by_shard(digests, shards)
     return Submission(
@@ -79,42 +78,42 @@ def prepare(
 
 
 def _without_secret(step: str, values: StepSettings, address: str) -> StepSettings:
-    """The settings without an address of MLflow that holds a password: arguments stand in many places.
+    """The settings without an MLflow address that holds a password, since arguments are stored in many places.
 
-    The run's own reaches the steps by MLFLOW_TRACKING_URI; ConfigError for another one, which nothing would bring.
+    Steps get the run's own address by MLFLOW_TRACKING_URI; ConfigError for any other address with a password.
     """
-    own = str(values.get("tracking_uri", ""))
-    if not has_secret(own):
+    step_address = str(values.get("tracking_uri", ""))
+    if not has_secret(step_address):
         return values
-    if own != address:
+    if step_address != address:
         remedy = "give one address for all steps: --tracking-uri, or MLFLOW_TRACKING_URI"
-        raise ConfigError(f"{step}: --tracking-uri: holds a password, and is not that of the run; {remedy}")
+        raise ConfigError(f"{step}: --tracking-uri: holds a password and differs from the run's address; {remedy}")
     return {**values, "tracking_uri": ""}
 
 
 def refuse_artifacts(pipeline: str, steps: Mapping[str, StepSettings]) -> None:
-    """ConfigError for a setting that the pipeline fills: it would be passed over in silence."""
+    """ConfigError for a setting that the pipeline sets itself, which would be ignored silently."""
     for step, values in steps.items():
         for name in sorted({*STEP_SPECS[step].artifacts, "work"} & set(values)):
-            # Evaluation's scorer is an artifact in the pipelines that train one, and named in the one that does not.
+            # Evaluation's scorer is an artifact in pipelines that train one, and a setting in `evaluate`.
             if (step, name, pipeline) != ("evaluation", "scorer", "evaluate"):
-                raise ConfigError(f"{step}: --{name} is what the pipeline gives it; leave it out of settings and --set")
+                raise ConfigError(f"{step}: --{name} is set by the pipeline; leave it out of settings and --set")
         if STEP_SPECS[step].sharded and values.get("shard"):
-            raise ConfigError(f"{step}: --shard is what the pipeline gives each; say how many: shards, or --shards")
+            raise ConfigError(f"{step}: --shard is set by the pipeline; give the number of shards: shards, or --shards")
 
 
 def _by_shard(digests: Mapping[str, str], shards: int) -> dict[str, str]:
-    """The fingerprints under which steps and shards leave their records: `sampling 0/4` and so on in place of a step.
+    """The fingerprints under which steps and shards write their records; a sharded step has keys `sampling 0/4` etc.
 
-    Shards stand one after the other, each with its steps in order, which is how they run.
+    Entries are in the order in which they run: shard by shard, each with its steps in order.
     """
     if shards == 1:
         return dict(digests)
     sharded = [step for step in digests if STEP_SPECS[step].sharded]
-    spread = {f"{step} {shard}": f"{digests[step]}-{shard}" for shard in shards_of(shards) for step in sharded}
+    by_shard = {f"{step} {shard}": f"{digests[step]}-{shard}" for shard in shards_of(shards) for step in sharded}
     before = list(digests)[: list(digests).index(sharded[0])]
     after = [step for step in digests if step not in (*before, *sharded)]
-    return {**{step: digests[step] for step in before}, **spread, **{step: digests[step] for step in after}}
+    return {**{step: digests[step] for step in before}, **by_shard, **{step: digests[step] for step in after}}
 
 
 def arguments(
@@ -123,19 +122,22 @@ def arguments(
     by_shard: Mapping[str, str],
     tracking: Mapping[str, str],
 ) -> dict[str, object]:
-    """The parameters of the pipeline function; the pipeline itself says to each shard which one it is."""
+    """The arguments of the pipeline function; the pipeline itself passes each shard its index."""
     values: dict[str, object] = {}
-    for step, chosen in settings.items():
+    for step, step_settings in settings.items():
         for name, parameter in STEP_SPECS[step].parameters.items():
-            if name in chosen and values.setdefault(parameter, chosen[name]) != chosen[name]:
-                both = f"{quote(values[parameter])} and {quote(chosen[name])}"
-                raise ConfigError(f"{step}: --{name} is one for the whole pipeline, got {both}")
+            if name not in step_settings:
+                continue
+            value = step_settings[name]
+            if values.setdefault(parameter, value) != value:
+                both = f"{quote(values[parameter])} and {quote(value)}"
+                raise ConfigError(f"{step}: --{name} must be the same for the whole pipeline, got {both}")
         values[f"{step}_settings"] = encode(
-            {key: chosen[key] for key in chosen if key not in STEP_SPECS[step].parameters}
+            {key: value for key, value in step_settings.items() if key not in STEP_SPECS[step].parameters}
         )
         values[f"{step}_fingerprint"] = digests[step]
-    given = {name: value for name, value in tracking.items() if value}
-    return {**values, "tracking_settings": encode(given), "fingerprints": json.dumps(by_shard)}
+    tracking_settings = {name: value for name, value in tracking.items() if value}
+    return {**values, "tracking_settings": encode(tracking_settings), "fingerprints": json.dumps(by_shard)}
 
 
 def fingerprints(
@@ -147,25 +149,24 @@ def fingerprints(
 ) -> dict[str, str]:
     """Step -> digest of the key of its work (`cappy.keys`).
 
-    It holds the versions, the settings, the images and the outside content of this step and all before it.
-
-    `revision` stands for content outside that this machine cannot see, `images` are those of steps that run in one.
-    ConfigError if a setting is wrong: it costs milliseconds here and a training run later.
+    It covers the versions, settings, images and external content of this step and of all steps before it.
+    `revision` stands for external content that this machine cannot see, `images` are the image ids, by step.
+    ConfigError if a setting is wrong, so that it does not fail only after a training run.
     """
     digests: dict[str, str] = {}
-    before = revision
+    upstream = revision
     for step, config in configs(settings).items():
         values = settings[step]
-        outside = _outside(step, values, tracking_uri)
+        external = _hash_external(step, values, tracking_uri)
         image = (images or {}).get(step, "")
-        # A run that does everything again has records of its own: what a cache keeps of another run is not theirs.
-        own = [config.fresh] if config.fresh else []
-        before = digests[step] = work_key(step, identity(config), [image, outside, before, *own]).digest
+        # A fresh run has its own records, so that a cache entry of another run does not match.
+        fresh = [config.fresh] if config.fresh else []
+        upstream = digests[step] = work_key(step, identity(config), [image, external, upstream, *fresh]).digest
     return digests
 
 
 def configs(settings: Mapping[str, StepSettings]) -> dict[str, StepConfig]:
-    """The config of each step, its folders not yet known; ConfigError if a setting is wrong."""
+    """The config of each step, with placeholders for its folders; ConfigError if a setting is wrong."""
     configs_by_step: dict[str, StepConfig] = {}
     for step, values in settings.items():
         folders: dict[str, object] = {name: Path("artifact") for name in STEP_SPECS[step].artifacts}
@@ -175,10 +176,10 @@ def configs(settings: Mapping[str, StepSettings]) -> dict[str, StepConfig]:
     return configs_by_step
 
 
-def content(text: str, *, tracking_uri: str = "") -> str:
-    """What a spec or path points to at this moment, as a hash; the text itself where it pins what it names."""
+def hash_content(text: str, *, tracking_uri: str = "") -> str:
+    """The hash of what a spec or path points to now; the text itself if its content cannot change."""
     if text == "builtin":
-        return _weights()
+        return _hash_builtin_weights()
     if text.startswith("models:/"):
         from cappy.registry import resolve
 
@@ -187,43 +188,43 @@ def content(text: str, *, tracking_uri: str = "") -> str:
     if path.is_file():
         return _sha256(path.absolute(), path.stat().st_mtime_ns, path.stat().st_size)
     if path.is_dir():
-        return _folder(path)
+        return _hash_folder(path)
     return text
 
 
 def external_names(step: str, values: StepSettings) -> Iterator[tuple[str, str]]:
-    """Setting and path or spec of everything outside that the settings of a step name."""
+    """Setting and text of every external path or spec in the settings of a step."""
     from cappy.sampling.strategies import FILES
 
     for name in STEP_SPECS[step].outside if step in STEP_SPECS else ():
-        given = values.get(name) or ()
-        for text in given if isinstance(given, Iterable) and not isinstance(given, str) else (given,):
-            yield name, str(text).removeprefix("vllm:")  # Who runs a folder changes nothing of what it holds.
+        value = values.get(name) or ()
+        for text in value if isinstance(value, Iterable) and not isinstance(value, str) else (value,):
+            yield name, str(text).removeprefix("vllm:")  # The content does not depend on what runs it.
     if step == "sampling" and str(values.get("strategy", "")).endswith(FILES):
         yield "strategy", str(values["strategy"])
 
 
-def _outside(step: str, values: StepSettings, tracking_uri: str) -> list[list[str]]:
-    """Setting, name and content of everything outside; a file's name counts, because preparation names a task by it."""
+def _hash_external(step: str, values: StepSettings, tracking_uri: str) -> list[list[str]]:
+    """Setting, name and hash of everything external; a file's name counts, because preparation names a task by it."""
     references = external_names(step, values)
-    return [[name, Path(text).name, content(text, tracking_uri=tracking_uri)] for name, text in references]
+    return [[name, Path(text).name, hash_content(text, tracking_uri=tracking_uri)] for name, text in references]
 
 
-def _folder(path: Path) -> str:
+def _hash_folder(path: Path) -> str:
     if (path / MANIFEST).is_file():
-        # Verified, or an edited part under its old manifest would be answered from the cache.
+        # Verified, or an edited part with its old manifest would be answered from the cache.
         return verify(path).hash
     return fingerprint([[file.name, file.sha256] for file in describe_files(path)])
 
 
 @functools.cache
-def _sha256(path: Path, changed: int, size: int) -> str:
-    """A big file is read once, although two fingerprints ask for it; `changed` and `size` tell another content."""
+def _sha256(path: Path, modified_ns: int, size: int) -> str:
+    """The hash of a file, cached while `modified_ns` and `size` stay the same, since two fingerprints use it."""
     return sha256_of(path)
 
 
 @functools.cache
-def _weights() -> str:
+def _hash_builtin_weights() -> str:
     from cappy import builtin
 
     folder = Path(builtin.__file__).parent / "weights"
@@ -238,14 +239,14 @@ def resolve_settings(
     revision: str = "",
     images: Mapping[str, str] | None = None,
 ) -> Settings:
-    """The settings with every `models:/name@alias` as `models:/name/number`, and the champion to compare with.
+    """The settings with every `models:/name@alias` as `models:/name/number`, and with the champion to compare with.
 
-    `revision` and `images` are what else goes into the fingerprints.
+    `revision` and `images` are used for the fingerprints.
     """
-    numbered = {step: {**values, **_pin_versions(step, values, tracking_uri)} for step, values in settings.items()}
-    if "promotion" in numbered and not numbered["evaluation"].get("champion"):
-        numbered["evaluation"]["champion"] = _champion(numbered, work, tracking_uri, revision, images)
-    return numbered
+    resolved = {step: {**values, **_pin_versions(step, values, tracking_uri)} for step, values in settings.items()}
+    if "promotion" in resolved and not resolved["evaluation"].get("champion"):
+        resolved["evaluation"]["champion"] = _champion_to_compare(resolved, work, tracking_uri, revision, images)
+    return resolved
 
 
 def _pin_versions(step: str, values: StepSettings, tracking_uri: str) -> dict[str, str]:
@@ -258,24 +259,24 @@ def _pin_versions(step: str, values: StepSettings, tracking_uri: str) -> dict[st
     }
 
 
-def _champion(
+def _champion_to_compare(
     settings: Mapping[str, StepSettings], work: Path, tracking_uri: str, revision: str, images: Mapping[str, str] | None
 ) -> str:
     """The version that evaluation compares with; empty if there is none.
 
-    A champion that this very finetuning made is not compared with itself but with its predecessor, as it was when it
-    was promoted: so a second identical run is answered wholly from the cache.
+    If this run's finetuning already made the champion, that is the champion before it, as when it was promoted. So a
+    second identical run is answered from the cache as a whole.
     """
     from cappy.registry import champion
 
     name = str(settings["registration"].get("name", "cappy"))
-    present = champion(name, tracking_uri=tracking_uri)
-    if present is None:
+    current = champion(name, tracking_uri=tracking_uri)
+    if current is None:
         return ""
-    until = list(settings)[: list(settings).index("finetuning") + 1]
-    trained = {step: settings[step] for step in until}
-    digests = fingerprints(trained, tracking_uri=tracking_uri, revision=revision, images=images)
+    steps = list(settings)[: list(settings).index("finetuning") + 1]
+    training_settings = {step: settings[step] for step in steps}
+    digests = fingerprints(training_settings, tracking_uri=tracking_uri, revision=revision, images=images)
     record = read_record(work, digests["finetuning"])
-    if record is not None and record.manifest_hash == present.manifest_hash:
-        return f"models:/{name}/{present.former}" if present.former else ""
-    return present.uri
+    if record is not None and record.manifest_hash == current.manifest_hash:
+        return f"models:/{name}/{current.former}" if current.former else ""
+    return current.uri

@@ -16,7 +16,7 @@ from cappy.errors import ConfigError
 from cappy.preparation.templates import load_templates
 from cappy.sampling.strategies import read_decodings
 from cappy.untrusted import load_all_yaml, load_yaml
-from pipelines.builder import package_of
+from pipelines.builder import load_package
 from pipelines.recipe import check_recipe, read_recipe
 
 PRIME = 2**61 - 1
@@ -51,7 +51,7 @@ def templates(path: Path) -> object:
 
 
 def package(path: Path) -> object:
-    return package_of(check_recipe({"pipeline": "adapt"}), "vertex", {}, path)
+    return load_package(check_recipe({"pipeline": "adapt"}), "vertex", {}, path)
 
 
 READERS: dict[str, Callable[[Path], object]] = {

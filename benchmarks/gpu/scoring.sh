@@ -1,5 +1,5 @@
 #!/bin/sh
-# The table of benchmarks/scoring.py on one CUDA GPU, bf16 and fp32, after the tests that compare the two.
+# Runs benchmarks/scoring.py on one CUDA GPU in bf16 and fp32, after the tests that compare the two.
 #     sh benchmarks/gpu/scoring.sh [PYTHON]
 set -eu
 python=${1:-.venv/bin/python}

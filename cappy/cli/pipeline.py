@@ -199,7 +199,7 @@ def print_preview(recipe: "Recipe", on: "Platform", as_json: bool) -> None:
     load("pipelines.builder").build(recipe, on)
     preview = load("pipelines.preview")
     load("pipelines.planning").check(recipe, on)
-    typer.echo(json.dumps(preview.to_json(recipe, on), indent=1) if as_json else preview.text(recipe, on))
+    typer.echo(json.dumps(preview.to_json(recipe, on), indent=1) if as_json else preview.to_text(recipe, on))
 
 
 def load(name: str) -> ModuleType:

@@ -71,11 +71,11 @@ def submit(
     chosen = with_place(chosen, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
     if dry_run:
         if compiled is not None:
-            load("pipelines.builder").package_of(chosen, on, {}, compiled)
+            load("pipelines.builder").load_package(chosen, on, {}, compiled)
         print_preview(chosen, on, as_json)
         return
     submission = load("pipelines.planning").submission_of(chosen, on)
-    text = load("pipelines.builder").package_of(chosen, on, submission.arguments, compiled)
+    text = load("pipelines.builder").load_package(chosen, on, submission.arguments, compiled)
     client = _client(chosen, on)
     name = f"cappy-{chosen.pipeline.replace('_', '-')}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     with tempfile.TemporaryDirectory() as folder:
@@ -112,10 +112,10 @@ def status(
     client = connect(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
     shown_states: dict[str, str] = {}
     while True:
-        state = client.look(run)
+        state = client.get_state(run)
         if follow and not as_json:
             _changes(state, shown_states)
-        if state.over or not follow:
+        if state.is_final or not follow:
             break
         time.sleep(LOOK_SECONDS)
     if as_json:
@@ -144,7 +144,7 @@ def logs(
     client = connect(on, recipe, endpoint=endpoint, namespace=namespace, project=project, region=region, bucket=bucket)
     seen: dict[str, int] = {}
     while True:
-        over = not follow or client.look(run).over
+        over = not follow or client.get_state(run).is_final
         counted: dict[str, int] = {}
         for source, line in client.logs(run, step):
             counted[source] = counted.get(source, 0) + 1

@@ -1,4 +1,4 @@
-"""What every client of a platform is: runs are sent, followed and cancelled by one interface."""
+"""The interface of the platform clients: submit a run, get its state and logs, cancel it."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 State = Literal["waiting", "running", "done", "cached", "failed", "skipped", "cancelled"]
-OVER = ("done", "failed", "cancelled")
+FINAL_STATES = ("done", "failed", "cancelled")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskState:
-    """One task of a remote run: `seconds` that it took, `error` in the platform's words."""
+    """One task of a remote run: `seconds` is its duration, `error` the platform's message."""
 
     step: str
     state: State
@@ -22,7 +22,7 @@ class TaskState:
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """A remote run: `url` is where a person looks at it."""
+    """The state of a run; `url` is its page, or the log file of a local run."""
 
     run: str
     state: State
@@ -32,34 +32,34 @@ class RunState:
     facts: Mapping[str, object] = field(default_factory=dict)
 
     @property
-    def over(self) -> bool:
-        """Whether nothing changes any more."""
-        return self.state in OVER
+    def is_final(self) -> bool:
+        """Whether the run has ended, so that its state does not change any more."""
+        return self.state in FINAL_STATES
 
 
 class Client(Protocol):
-    """A platform that takes runs."""
+    """A platform that runs pipelines."""
 
     def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:
-        """Sends a compiled pipeline with its arguments; ConfigError with the platform's words where it refuses."""
+        """Submits a compiled pipeline with its arguments; ConfigError with the platform's message if it refuses."""
         ...
 
-    def look(self, run: str) -> RunState:
-        """How far a run is."""
+    def get_state(self, run: str) -> RunState:
+        """The state of a run and of its tasks."""
         ...
 
     def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
-        """(source, line) of all that a step wrote so far, of all steps for an empty name; a line begins with its step.
+        """(source, line) pairs of what a step (all steps if empty) wrote so far; a line starts with its step.
 
-        A source is what writes lines in an order of its own: a pod, a job, a log.
+        A source is a pod, a job or a log: lines of one source are in order.
         """
         ...
 
     def cancel(self, run: str) -> None:
-        """Ends a run."""
+        """Cancels a run."""
         ...
 
 
 def step_name(task: str) -> str:
-    """The step of a task's name: kfp numbers the second of a kind, and puts what it adds itself behind a dash."""
+    """The step of a task's name, without the suffix that kfp adds (-2, -driver, -executor)."""
     return re.sub(r"-(\d+|driver|executor)$", "", task)

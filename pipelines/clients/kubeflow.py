@@ -1,4 +1,4 @@
-"""Kubeflow Pipelines through kfp's own client, credentials as that client finds them; logs from the pods themselves."""
+"""Client for Kubeflow Pipelines: kfp's own client, with its way to find credentials; logs come from the pods."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from typing import Protocol
 from cappy.errors import ConfigError, UnreachableError, quote
 from cappy.redaction import redact, redact_address, remember_address
 from pipelines.clients import RunState, State, TaskState, step_name
-from pipelines.recipe import Kubeflow, refuse_nowhere
+from pipelines.recipe import Kubeflow, refuse_missing_address
 
 STATES: Mapping[str, State] = {
     "PENDING": "waiting",
@@ -29,16 +29,16 @@ STATES: Mapping[str, State] = {
 """Kubeflow's V2beta1RuntimeState -> ours."""
 REMEDIES = {
     401: "log in again: kfp takes its credentials from the environment or from its config file",
-    403: "ask for the right to create runs in that namespace, or name another with --namespace",
+    403: "ask for the right to create runs in that namespace, or choose another with --namespace",
     404: "check the run's id, the endpoint and the namespace",
     409: "a run or an experiment of that name exists; run the same command again",
-    413: "the pipeline is too large; give fewer shards",
-    429: "the quota is used up; wait, or ask for more",
+    413: "the pipeline is too large; use fewer shards",
+    429: "the quota is used up; wait, or request more",
 }
-STUCK = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "CreateContainerConfigError", "Unschedulable")
-"""Why a pod waits without an end: an image, a secret or a machine that is not there."""
-LOG_BYTES = 100_000_000
-"""Of a pod's log, from its beginning."""
+STUCK_REASONS = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "CreateContainerConfigError", "Unschedulable")
+"""Reasons of a pod that will wait forever: an image, a secret or a machine is missing."""
+MAX_LOG_BYTES = 100_000_000
+"""Bytes that are read of a pod's log, from its beginning."""
 RUN_LABEL = "pipeline/runid"
 NODE_NAME = "workflows.argoproj.io/node-name"
 
@@ -48,7 +48,7 @@ class Error(Protocol):
 
 
 class Task(Protocol):
-    """A node of a run's graph, as kfp's client gives it."""
+    """A node of a run's graph, as returned by kfp's client."""
 
     display_name: str | None
     state: str
@@ -62,7 +62,7 @@ class Details(Protocol):
 
 
 class Run(Protocol):
-    """A run, as kfp's client gives it."""
+    """A run, as returned by kfp's client."""
 
     run_id: str
     state: str
@@ -71,13 +71,13 @@ class Run(Protocol):
 
 
 class Health(Protocol):
-    """What the server says of itself; another server than Kubeflow's says anything."""
+    """The server's answer to a health check; a server that is not Kubeflow's may answer anything."""
 
     multi_user: object
 
 
 class Server(Protocol):
-    """kfp's client, as far as it is used here."""
+    """The methods of kfp's client that are used here."""
 
     def get_kfp_healthz(self) -> Health: ...
 
@@ -123,7 +123,7 @@ class Metadata(Protocol):
 
 
 class Pod(Protocol):
-    """A pod, as kubernetes' client gives it."""
+    """A pod, as returned by kubernetes' client."""
 
     metadata: Metadata
     status: PodStatus
@@ -140,7 +140,7 @@ class Log(Protocol):
 
 
 class Cluster(Protocol):
-    """kubernetes' `CoreV1Api`, as far as it is used here."""
+    """The methods of kubernetes' `CoreV1Api` that are used here."""
 
     def list_namespaced_pod(self, namespace: str, *, label_selector: str) -> Pods: ...
 
@@ -150,58 +150,60 @@ class Cluster(Protocol):
 
 
 class KubeflowClient:
-    """Kubeflow Pipelines at one address. Its server says what runs did; the cluster's API what pods write."""
+    """Kubeflow Pipelines at one address. States come from its server, logs from the cluster's API."""
 
-    def __init__(self, place: Kubeflow) -> None:
-        refuse_nowhere(place)
-        remember_address(place.endpoint)
-        self._shown = redact_address(place.endpoint)
-        if not place.endpoint.startswith(("http://", "https://")):
-            raise ConfigError(f"kubeflow: {self._shown} is not an address; it begins with https:// or http://")
-        self._place = place
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"kfp\..*")  # It warns of old servers.
+    def __init__(self, config: Kubeflow) -> None:
+        refuse_missing_address(config)
+        remember_address(config.endpoint)
+        self._display_address = redact_address(config.endpoint)
+        if not config.endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"kubeflow: {self._display_address} is not an address; give one that begins with https:// or http://"
+            )
+        self._config = config
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"kfp\..*")  # kfp warns about old servers.
         with self._translate_errors():
-            self._client = _connect(place.endpoint)
-            # Where users share a server runs have a namespace; elsewhere the server refuses one.
-            shared = self._client.get_kfp_healthz().multi_user
-        if not isinstance(shared, bool):
-            remedy = "log in where a proxy asks for it, or check the address (it often ends in /pipeline)"
-            raise ConfigError(f"kubeflow: {self._shown}: what answers is not Kubeflow Pipelines; {remedy}")
-        self._namespace = place.namespace if shared else None
+            self._client = _connect(config.endpoint)
+            # Only a multi-user server accepts a namespace.
+            multi_user = self._client.get_kfp_healthz().multi_user
+        if not isinstance(multi_user, bool):
+            remedy = "log in at the proxy, or check the address (it often ends in /pipeline)"
+            raise ConfigError(f"kubeflow: {self._display_address}: the server is not Kubeflow Pipelines; {remedy}")
+        self._namespace = config.namespace if multi_user else None
 
     def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:
         """Creates the experiment if it is missing and a run in it."""
-        # kfp prints its links where our own answer goes.
+        # kfp prints links to stdout, where our own output goes.
         with self._translate_errors(), contextlib.redirect_stdout(io.StringIO()):
-            made = self._client.create_run_from_pipeline_package(
+            created = self._client.create_run_from_pipeline_package(
                 str(package),
                 arguments=dict(arguments),
                 run_name=name,
-                experiment_name=self._place.experiment,
+                experiment_name=self._config.experiment,
                 namespace=self._namespace,
-                service_account=self._place.service_account or None,
+                service_account=self._config.service_account or None,
             )
-        return RunState(run=made.run_id, state="waiting", url=self._url(made.run_id))
+        return RunState(run=created.run_id, state="waiting", url=self._url(created.run_id))
 
-    def look(self, run: str) -> RunState:
-        """The run's state as the server tells it, and why pods wait where the cluster's API can be asked."""
+    def get_state(self, run: str) -> RunState:
+        """The run's state from the server, with the reasons of stuck pods if the cluster's API is reachable."""
         with self._translate_errors():
             answer = self._client.get_run(run)
         if not answer.run_id:
-            raise ConfigError(f"kubeflow: {self._shown}: has no run {quote(run)}; check its id")
+            raise ConfigError(f"kubeflow: {self._display_address}: has no run {quote(run)}; check its id")
         details = answer.run_details.task_details if answer.run_details else None
         tasks = [task for task in (_task(each) for each in details or ()) if task]
-        stuck = self._stuck_steps(run) if STATES.get(answer.state, "running") == "running" else {}
-        explained = tuple(_with_reason(task, stuck) for task in tasks)
+        stuck = self._reasons_of_stuck_pods(run) if STATES.get(answer.state, "running") == "running" else {}
+        tasks_with_reasons = tuple(_with_reason(task, stuck) for task in tasks)
         error = redact(answer.error.message or "") if answer.error else ""
         state = STATES.get(answer.state, "waiting")
-        return RunState(run=run, state=state, url=self._url(run), tasks=explained, error=error)
+        return RunState(run=run, state=state, url=self._url(run), tasks=tasks_with_reasons, error=error)
 
     def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
-        """What the pods of a run wrote, pod by pod; the cluster's API must be reachable (kubectl's configuration)."""
-        core = self._core()
+        """Log lines of a run, pod by pod; needs access to the cluster's API (kubectl's configuration)."""
+        core = self._connect_to_cluster()
         with self._translate_errors():
-            pods = core.list_namespaced_pod(self._place.namespace, label_selector=f"{RUN_LABEL}={run}").items
+            pods = core.list_namespaced_pod(self._config.namespace, label_selector=f"{RUN_LABEL}={run}").items
         for pod in pods:
             name = _step_of(pod)
             if name is None or step not in ("", name):
@@ -210,19 +212,19 @@ class KubeflowClient:
             yield from ((source, f"{name}: {redact(line)}") for line in self._read_log(core, source).splitlines())
 
     def cancel(self, run: str) -> None:
-        """Asks the server to end the run."""
+        """Asks the server to cancel the run."""
         with self._translate_errors():
             self._client.terminate_run(run)
 
     def _read_log(self, core: Cluster, pod: str) -> str:
-        """What a pod wrote so far; nothing of one whose container starts (400) or that is gone (404)."""
+        """The log of a pod; empty if its container has not started (400) or the pod is gone (404)."""
         from kubernetes.client import ApiException
 
         with self._translate_errors():
             try:
-                # Unread: the client would take a log that is one line of JSON for a value and write it otherwise.
+                # Undecoded: the client would parse a log that is one line of JSON and print it differently.
                 answer = core.read_namespaced_pod_log(
-                    pod, self._place.namespace, container="main", limit_bytes=LOG_BYTES, _preload_content=False
+                    pod, self._config.namespace, container="main", limit_bytes=MAX_LOG_BYTES, _preload_content=False
                 )
                 return answer.data.decode(errors="replace")
             except ApiException as error:
@@ -231,49 +233,49 @@ class KubeflowClient:
                 return ""
 
     def _url(self, run: str) -> str:
-        return f"{self._shown.rstrip('/')}/#/runs/details/{run}"
+        return f"{self._display_address.rstrip('/')}/#/runs/details/{run}"
 
-    def _core(self) -> Cluster:
+    def _connect_to_cluster(self) -> Cluster:
         from kubernetes import client, config
 
         try:
-            # Its own load_config prints to stdout, and reads KUBECONFIG as it is imported.
+            # Not config.load_config: it prints to stdout and reads KUBECONFIG at import.
             try:
                 config.load_kube_config(config_file=os.environ.get("KUBECONFIG"))
             except config.ConfigException:
                 config.load_incluster_config()
         except config.ConfigException as error:
-            remedy = "set KUBECONFIG, or look at the run's page"
+            remedy = "set KUBECONFIG, or open the run's page"
             raise ConfigError(
-                f"kubeflow: logs lie in the cluster, and kubectl has no configuration here; {remedy}"
+                f"kubeflow: logs come from the cluster, and kubectl has no configuration here; {remedy}"
             ) from error
         core: Cluster = client.CoreV1Api()
         return core
 
-    def _stuck_steps(self, run: str) -> dict[str, list[str]]:
-        """Step -> why pods of it wait without an end; nothing where the cluster's API is not at hand."""
+    def _reasons_of_stuck_pods(self, run: str) -> dict[str, list[str]]:
+        """Step -> reasons of its pods that will wait forever; empty if the cluster's API is not reachable."""
         reasons: dict[str, list[str]] = {}
         with contextlib.suppress(ConfigError, UnreachableError):
-            core = self._core()
+            core = self._connect_to_cluster()
             with self._translate_errors():
-                pods = core.list_namespaced_pod(self._place.namespace, label_selector=f"{RUN_LABEL}={run}").items
+                pods = core.list_namespaced_pod(self._config.namespace, label_selector=f"{RUN_LABEL}={run}").items
             for pod in pods:
-                if reason := _waits(pod):
+                if reason := _waiting_reason(pod):
                     reasons.setdefault(_step_of(pod) or "", []).append(reason)
         return reasons
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:
-        """What the server refuses, and a server that does not answer, as one line."""
+        """Turns errors of the server and of the network into errors of one line."""
         import kfp_server_api
         import urllib3
         from kubernetes.client import ApiException
 
-        where = f"kubeflow: {self._shown}"
+        where = f"kubeflow: {self._display_address}"
         try:
             yield
         except (kfp_server_api.ApiException, ApiException) as error:
-            remedy = REMEDIES.get(error.status, "mend that, then run the same command again")
+            remedy = REMEDIES.get(error.status, "fix that and run the same command again")
             reason = " ".join(str(error.body or error.reason).split())
             raise ConfigError(f"{where}: refused ({error.status}, {quote(reason, 200)}); {remedy}") from error
         except (urllib3.exceptions.HTTPError, TimeoutError, OSError) as error:
@@ -282,7 +284,7 @@ class KubeflowClient:
 
 
 def _connect(endpoint: str) -> Server:
-    """kfp's client; its own asks for the server's health five times with pauses, whatever the reason is."""
+    """kfp's client, with one health check: its own retries five times with pauses, for any error."""
     import kfp
 
     class Client(kfp.Client):  # type: ignore[misc]
@@ -294,7 +296,7 @@ def _connect(endpoint: str) -> Server:
 
 
 def _task(task: Task) -> TaskState | None:
-    """A task that is a step of ours; what Kubeflow adds (drivers, the graph's own nodes) is left out."""
+    """The state of a task; None for what Kubeflow adds (drivers, nodes of the graph itself)."""
     name = task.display_name or ""
     if (
         name.endswith("-driver")
@@ -309,9 +311,9 @@ def _task(task: Task) -> TaskState | None:
 
 
 def _with_reason(task: TaskState, stuck: dict[str, list[str]]) -> TaskState:
-    """The task with why a pod of its step waits, if it goes on; taken from the list, for shards have one pod each.
+    """The task with the reason why a pod of its step is stuck, if any; each reason is used for one task.
 
-    Which shard a pod is the server does not tell: its tasks of a step have one name.
+    The server does not say which shard a pod belongs to, since all shards of a step have the same task name.
     """
     if task.error or task.state not in ("waiting", "running") or not stuck.get(task.step):
         return task
@@ -325,13 +327,13 @@ def _step_of(pod: Pod) -> str | None:
     return step_name(names[-2]) if len(names) > 2 and names[-1].startswith("executor") else None
 
 
-def _waits(pod: Pod) -> str:
+def _waiting_reason(pod: Pod) -> str:
     statuses = pod.status.container_statuses or []
     waiting = [status.state.waiting for status in statuses if status.state and status.state.waiting]
     for reason in waiting:
-        if reason.reason in STUCK:
+        if reason.reason in STUCK_REASONS:
             return f"{reason.reason}: {reason.message or 'see the pod'}"
     for condition in pod.status.conditions or []:
-        if condition.reason in STUCK:
+        if condition.reason in STUCK_REASONS:
             return f"{condition.reason}: {condition.message or 'no node fits'}"
     return ""

@@ -1,4 +1,4 @@
-"""Runs of this machine, looked at from another terminal: their folder says how far they are."""
+"""Client for runs on this machine: reads their state and logs from the run's folder."""
 
 import fcntl
 import json
@@ -16,7 +16,7 @@ from pipelines.states import log_section, observe
 
 RUNS = Path(".cappy/runs")
 STATUS = "status.json"
-"""What a run that is over left: whether it succeeded."""
+"""The file with the exit status of a finished run."""
 
 
 class Target(TypedDict, total=False):
@@ -28,9 +28,9 @@ class Target(TypedDict, total=False):
 
 
 class Request(Target):
-    """The request.json of a local run, written by `pipelines.local` and carried out by `pipelines.execution`.
+    """The request.json of a local run, written by `pipelines.local` and executed by `pipelines.execution`.
 
-    `process` is the one that started the run; `fingerprints` are by step, or by shard of a sharded one.
+    `process` is the id of the process that started the run; `fingerprints` has one entry per step, or per shard.
     """
 
     arguments: Mapping[str, object]
@@ -43,19 +43,19 @@ class Request(Target):
 
 
 class LocalClient:
-    """The runs under a folder, `.cappy/runs` where nothing else is said."""
+    """The runs under a folder, by default `.cappy/runs`."""
 
     def __init__(self, runs: Path = RUNS) -> None:
         self._runs = runs
 
     def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:
-        """ConfigError: nothing of this machine goes on without the terminal that started it."""
-        raise ConfigError("local: a run of this machine is started by cappy pipeline run")
+        """ConfigError: a local run lives only as long as the terminal that started it."""
+        raise ConfigError("local: cannot submit a run to this machine; start it with cappy pipeline run")
 
-    def look(self, run: str) -> RunState:
-        """How far the run is, from its folder and the records in its work folder."""
-        folder, request = self._request(run)
-        alive, status = _is_locked(folder / "parent.lock"), _status(folder)
+    def get_state(self, run: str) -> RunState:
+        """The state of a run, from its folder and the records in its work folder."""
+        folder, request = self._read_request(run)
+        alive, status = _is_locked(folder / "parent.lock"), _read_status(folder)
         states = observe(
             request["fingerprints"],
             work=Path(request["work"]),
@@ -71,39 +71,39 @@ class LocalClient:
         return RunState(run=run, state=state, url=str(folder / "run.log"), tasks=tasks)
 
     def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
-        """The lines of a step, or of the whole run; ConfigError for a step that it does not have.
+        """The lines of a step, or of the whole run; ConfigError for an unknown step.
 
-        Shards write to one log by turns, so that a line of theirs may stand under the one that began last.
+        Shards share one log, so a line of one shard may appear under the shard that started last.
         """
-        folder, request = self._request(run)
+        folder, request = self._read_request(run)
         names = list(dict.fromkeys(name.partition(" ")[0] for name in request["fingerprints"]))
         if step and step not in names:
-            raise ConfigError(f"{run}: has no step {step}; there are {', '.join(names)}")
+            raise ConfigError(f"{run}: has no step {step}; choose one of {', '.join(names)}")
         for name in names:
             if step in ("", name):
                 lines = log_section(folder / "run.log", name, whole=False)
                 yield from ((name, f"{name}: {line}") for line in lines)
 
     def cancel(self, run: str) -> None:
-        """Asks the process that started the run to end, which ends its steps."""
-        folder, request = self._request(run)
+        """Sends SIGTERM to the process that started the run, which then stops its steps."""
+        folder, request = self._read_request(run)
         if not _is_locked(folder / "parent.lock"):
-            raise ConfigError(f"{run}: is over; nothing to end")
-        # Not SIGINT: a shell makes what a script starts in the background ignore it.
+            raise ConfigError(f"{run}: has ended; nothing to cancel")
+        # Not SIGINT: processes that a script starts in the background ignore it.
         os.kill(int(request["process"]), signal.SIGTERM)
 
-    def _request(self, run: str) -> tuple[Path, Request]:
+    def _read_request(self, run: str) -> tuple[Path, Request]:
         path = self._runs / run / "request.json"
         if not path.is_file():
-            known = sorted(self._runs.glob("*/request.json"), key=lambda path: path.stat().st_mtime)
-            remedy = f"the last one is {known[-1].parent.name}" if known else "start one with cappy pipeline run"
-            raise ConfigError(f"{run}: no run of that name under {self._runs}; {remedy}")
+            requests = sorted(self._runs.glob("*/request.json"), key=lambda path: path.stat().st_mtime)
+            remedy = f"the last one is {requests[-1].parent.name}" if requests else "start one with cappy pipeline run"
+            raise ConfigError(f"{run}: no such run under {self._runs}; {remedy}")
         values: Request = json.loads(path.read_text())
         return path.parent, values
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether the process that started the run lives: it holds the lock."""
+    """Whether the process that started the run is alive, since it holds the lock."""
     with open_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -112,6 +112,6 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _status(folder: Path) -> int | None:
+def _read_status(folder: Path) -> int | None:
     path = folder / STATUS
     return int(json.loads(path.read_text())["status"]) if path.is_file() else None

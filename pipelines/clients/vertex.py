@@ -1,4 +1,4 @@
-"""Vertex AI Pipelines through google-cloud-aiplatform; what steps write is read from Cloud Logging."""
+"""Client for Vertex AI Pipelines, by google-cloud-aiplatform; logs of the steps come from Cloud Logging."""
 
 import contextlib
 import logging
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cappy.errors import ConfigError
 from cappy.redaction import redact
 from pipelines.clients import RunState, State, TaskState, step_name
-from pipelines.recipe import Vertex, refuse_nowhere
+from pipelines.recipe import Vertex, refuse_missing_address
 
 if TYPE_CHECKING:
     from google.auth.transport.requests import AuthorizedSession
@@ -28,53 +28,53 @@ STATES: Mapping[str, State] = {
     "FAILED": "failed",
     "CANCELLED": "cancelled",
 }
-"""The last words of Vertex AI's PipelineState and PipelineTaskDetail.State -> ours."""
+"""Vertex AI's PipelineState (without its prefix) and PipelineTaskDetail.State -> ours."""
 LOGGING = "https://logging.googleapis.com"
-PAGE = 1000
+PAGE_SIZE = 1000
 REMEDIES = {
     401: "log in with `gcloud auth application-default login`",
     403: "grant yourself roles/aiplatform.user, and roles/iam.serviceAccountUser on the steps' service account",
     404: "check project, region and the run's id",
-    429: "the quota is used up; wait, or ask for more in the console (IAM, Quotas)",
+    429: "the quota is used up; wait, or request more in the console (IAM, Quotas)",
 }
 
 
 class VertexClient:
     """Vertex AI Pipelines of one project and region."""
 
-    def __init__(self, place: Vertex) -> None:
-        refuse_nowhere(place)
+    def __init__(self, config: Vertex) -> None:
+        refuse_missing_address(config)
         try:
             from google.cloud import aiplatform
 
             from cappy.vertex import reach
         except ModuleNotFoundError as missing:
             raise ConfigError(f"vertex: needs {missing.name}; pip install 'cappy-scorer[gcp]'") from missing
-        self._place = place
-        # The SDK tells a bucket that it may not look at with a traceback, and goes on.
+        self._config = config
+        # The SDK logs a traceback for a bucket without read access, and continues.
         logging.getLogger("google.cloud.aiplatform.pipeline_jobs").setLevel(logging.CRITICAL)
         with self._translate_errors():
-            aiplatform.init(project=place.project, location=place.region, **_elsewhere(place))
-            # Asked for before the network is: who is not logged in reads that, online and offline.
+            aiplatform.init(project=config.project, location=config.region, **_endpoint_options(config))
+            # Load credentials before using the network, so that a missing login is reported first, even offline.
             _ = aiplatform.initializer.global_config.credentials
-            reach(place.region, place.endpoint)
+            reach(config.region, config.endpoint)
         self._sdk = aiplatform
 
     def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:
-        """Creates a pipeline job that has `name` as its id."""
+        """Creates a pipeline job with `name` as its id."""
         with self._translate_errors():
             job = self._sdk.PipelineJob(
                 display_name=name,
                 template_path=str(package),
                 job_id=name,
-                pipeline_root=f"{self._place.bucket}/pipeline",
+                pipeline_root=f"{self._config.bucket}/pipeline",
                 parameter_values=dict(arguments),
             )
-            job.submit(service_account=self._place.service_account or None, network=self._place.network or None)
+            job.submit(service_account=self._config.service_account or None, network=self._config.network or None)
         return RunState(run=name, state="waiting", url=self._url(name))
 
-    def look(self, run: str) -> RunState:
-        """The job's state and that of each task."""
+    def get_state(self, run: str) -> RunState:
+        """The state of the job and of each task."""
         with self._translate_errors():
             job = self._sdk.PipelineJob.get(run)
         resource = job.gca_resource
@@ -88,7 +88,7 @@ class VertexClient:
         )
 
     def logs(self, run: str, step: str) -> Iterator[tuple[str, str]]:
-        """What the steps' containers wrote, oldest first, from Cloud Logging (role logging.viewer)."""
+        """Log lines of the steps' containers, oldest first, from Cloud Logging (needs role logging.viewer)."""
         with self._translate_errors():
             details = self._sdk.PipelineJob.get(run).gca_resource.job_detail.task_details
         jobs = {
@@ -96,28 +96,28 @@ class VertexClient:
             for detail in details
             if detail.executor_detail.container_detail.main_job
         }
-        wanted = {job: name for job, name in jobs.items() if step in ("", name)}
-        if wanted:
-            yield from self._entries(wanted)
+        selected_jobs = {job: name for job, name in jobs.items() if step in ("", name)}
+        if selected_jobs:
+            yield from self._read_entries(selected_jobs)
 
     def cancel(self, run: str) -> None:
-        """Asks Vertex AI to end the job."""
+        """Asks Vertex AI to cancel the job."""
         with self._translate_errors():
             self._sdk.PipelineJob.get(run).cancel()
 
-    def _entries(self, jobs: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-        named = " OR ".join(f'"{job}"' for job in jobs)
+    def _read_entries(self, jobs: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        job_ids = " OR ".join(f'"{job}"' for job in jobs)
         body = {
-            "resourceNames": [f"projects/{self._place.project}"],
-            "filter": f'resource.type="ml_job" AND resource.labels.job_id=({named})',
+            "resourceNames": [f"projects/{self._config.project}"],
+            "filter": f'resource.type="ml_job" AND resource.labels.job_id=({job_ids})',
             "orderBy": "timestamp asc",
-            "pageSize": PAGE,
+            "pageSize": PAGE_SIZE,
         }
         while True:
             with self._translate_errors():
                 answer = self._session().post(f"{self._logging_address}/v2/entries:list", json=body, timeout=60)
             if answer.status_code != 200:
-                remedy = "grant yourself roles/logging.viewer, or look at the run's page"
+                remedy = "grant yourself roles/logging.viewer, or open the run's page"
                 raise ConfigError(f"vertex: Cloud Logging answered {answer.status_code}; {remedy}")
             values = answer.json()
             for entry in values.get("entries", ()):
@@ -130,7 +130,7 @@ class VertexClient:
 
     @property
     def _logging_address(self) -> str:
-        return self._place.endpoint or LOGGING
+        return self._config.endpoint or LOGGING
 
     def _session(self) -> "AuthorizedSession":
         from google.auth.transport import requests
@@ -139,23 +139,23 @@ class VertexClient:
         return open_session(self._sdk.initializer.global_config.credentials)
 
     def _url(self, run: str) -> str:
-        place = f"locations/{self._place.region}/runs/{run}?project={self._place.project}"
-        return f"https://console.cloud.google.com/vertex-ai/{place}"
+        path = f"locations/{self._config.region}/runs/{run}?project={self._config.project}"
+        return f"https://console.cloud.google.com/vertex-ai/{path}"
 
     def _translate_errors(self) -> contextlib.AbstractContextManager[None]:
-        """What the service or the credentials refuse, and a service that does not answer, as one line."""
+        """Turns errors of the service, the credentials and the network into errors of one line."""
         from cappy.vertex import translate_errors
 
-        return translate_errors("pipeline", self._place.project, self._place.region, REMEDIES)
+        return translate_errors("pipeline", self._config.project, self._config.region, REMEDIES)
 
 
-def _elsewhere(place: Vertex) -> dict[str, str]:
-    """A server that stands in for Vertex AI speaks REST."""
-    return {"api_endpoint": place.endpoint, "api_transport": "rest"} if place.endpoint else {}
+def _endpoint_options(config: Vertex) -> dict[str, str]:
+    """Options for a custom endpoint, which must speak REST."""
+    return {"api_endpoint": config.endpoint, "api_transport": "rest"} if config.endpoint else {}
 
 
 def _task(task: "PipelineTaskDetail") -> TaskState | None:
-    """A task that is a step; the graph's own nodes run no container."""
+    """The state of a task; None for nodes of the graph itself, which run no container."""
     if not task.executor_detail.container_detail.main_job and task.state.name not in ("SKIPPED", "NOT_TRIGGERED"):
         return None
     start, end = task.start_time, task.end_time

@@ -221,7 +221,7 @@ def test_a_run_is_ended_on_request(here: Here, kubeflow: Kubeflow) -> None:
     [
         ((401, "token expired"), "log in again"),
         ((403, "not yours"), "right to create runs"),
-        ((429, "quota exceeded"), "ask for more"),
+        ((429, "quota exceeded"), "request more"),
     ],
 )
 def test_what_kubeflow_refuses_is_one_line_with_a_remedy(
@@ -376,7 +376,7 @@ def test_what_vertex_refuses_is_one_line_with_a_remedy(here: Here, vertex: Verte
     vertex.refuse = (429, "Quota exceeded for custom_model_training_nvidia_l4_gpus")
     done = here("pipeline", "submit", placed(tmp_path, vertex), *on_vertex())
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-    assert_names(done.stderr, "Quota exceeded", "ask for more")
+    assert_names(done.stderr, "Quota exceeded", "request more")
     lacking = here("pipeline", "submit", recipe(tmp_path), "--on", "vertex")
     assert_names(lacking.stderr, "vertex.project", "vertex.bucket")
 

@@ -77,7 +77,7 @@ def test_what_the_project_asks_for_is_in_the_pins_else_run_make_image_locks(name
 
 
 def test_what_all_images_share_is_written_once_and_the_same_everywhere() -> None:
-    first = {name: dockerfile(name).partition("# Here ends what all four share.") for name in images.IMAGES}
+    first = {name: dockerfile(name).partition("# End of the shared part.") for name in images.IMAGES}
     assert all(end for _, end, _ in first.values())
     assert len({text for text, _, _ in first.values()}) == 1
 
@@ -106,8 +106,8 @@ def test_the_components_name_the_images_that_are_built() -> None:
 def test_an_engine_that_cannot_be_started_is_a_line_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "answers", lambda _: False)
-    monkeypatch.setattr(engine, "docker", lambda: "docker")
+    monkeypatch.setattr(engine, "is_running", lambda _: False)
+    monkeypatch.setattr(engine, "find_docker", lambda: "docker")
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setenv("PATH", str(tmp_path))
     missing = "apt-get install debootstrap docker.io iproute2 iptables"
@@ -119,10 +119,10 @@ def test_an_engine_that_cannot_be_started_is_a_line_with_the_remedy(
 
 
 def test_a_disk_that_is_nearly_full_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "answers", lambda _: False)
+    monkeypatch.setattr(engine, "is_running", lambda _: False)
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr("shutil.which", lambda program, **_: program)
-    monkeypatch.setattr(engine, "LEAST_FREE_BYTES", 10**18)
+    monkeypatch.setattr(engine, "MIN_FREE_BYTES", 10**18)
     with raises_naming(engine.EngineError, f"{10**9} "), engine.engine(tmp_path):
         pytest.fail("there is no room")
 

@@ -76,7 +76,7 @@ class Containers:
 
     def docker(self, *words: str, check: bool = True, seconds: float = RUN_SECONDS) -> subprocess.CompletedProcess[str]:
         """The client's outcome; what it said, where it failed."""
-        command = [engine.docker(), *words]
+        command = [engine.find_docker(), *words]
         done = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=seconds, check=False
         )
@@ -111,7 +111,7 @@ class Containers:
     def files(self, name: str) -> Iterator[tarfile.TarFile]:
         """The file system of an image, member by member, without starting it."""
         made = self.docker("create", images.tag(name)).stdout.strip()
-        command = [engine.docker(), "export", made]
+        command = [engine.find_docker(), "export", made]
         with subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE) as process:
             try:
                 with tarfile.open(fileobj=process.stdout, mode="r|") as archive:

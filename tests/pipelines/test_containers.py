@@ -15,7 +15,7 @@ from cappy.config import to_values
 from cappy.errors import ConfigError
 from pipelines.builder import compile_pipeline as compiled
 from pipelines.definitions import PIPELINES
-from pipelines.execution import _containers
+from pipelines.execution import _container_runner
 from pipelines.local import KEYS, check_images
 from pipelines.recipe import check_recipe
 
@@ -100,7 +100,7 @@ def mine(*variables: str) -> Any:
 
 def test_containers_get_the_keys_that_are_set_here_and_no_other_variable(given: dict[str, str], tmp_path: Path) -> None:
     recipe = mine("LLM_KEY", "OPENAI_API_KEY")
-    runner: Any = _containers(to_values(recipe), "run-1")
+    runner: Any = _container_runner(to_values(recipe), "run-1")
     run_args = runner.container_run_args
     environment = {
         name: value for name, value in run_args["environment"].items() if name not in ("HOME", "CAPPY_PROGRESS")

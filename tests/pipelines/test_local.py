@@ -164,13 +164,13 @@ def test_another_terminal_sees_how_far_a_run_is_and_can_end_it(
 ) -> None:
     client = LocalClient(tmp_path / "root" / "runs")
     over = start(made_up())
-    state = client.look(over.run_id)
+    state = client.get_state(over.run_id)
     assert (state.state, [(task.step, task.state) for task in state.tasks]) == (
         "done",
         [("preparation", "done"), ("annotation", "done")],
     )
     assert any("annotation" in line for _, line in client.logs(over.run_id, "annotation"))
-    with raises_naming(ConfigError, over.run_id, "over"):
+    with raises_naming(ConfigError, over.run_id, "has ended"):
         client.cancel(over.run_id)
     slow = made_up(one="7" * 8, first={"seconds": 60, "fail": "asked to end"})
     with _other_process(tmp_path, slow, background=background) as other:
@@ -179,15 +179,15 @@ def test_another_terminal_sees_how_far_a_run_is_and_can_end_it(
             lambda: {path.name for path in folder.iterdir()} - {over.run_id}, "the run's folder", seconds=30
         )
         request = folder / run / "request.json"
-        wait_until(lambda: request.is_file() and client.look(run).state == "running", f"{run} to run", seconds=30)
+        wait_until(lambda: request.is_file() and client.get_state(run).state == "running", f"{run} to run", seconds=30)
         wait_until((tmp_path / "beat").exists, "the first sign of the step", seconds=30)
         client.cancel(run)
         assert other.wait(30) == -signal.SIGINT  # KeyboardInterrupt; the command line makes one line of it.
     assert (tmp_path / "beat.checkpoint").exists()
     assert _processes(tmp_path) == []
-    assert client.look(run).state == "cancelled"
+    assert client.get_state(run).state == "cancelled"
     with raises_naming(ConfigError, "nope: ", f"last one is {run}"):
-        client.look("nope")
+        client.get_state("nope")
 
 
 def test_shards_have_names_and_caches_of_their_own_and_an_edited_input_is_never_answered_from_a_cache(

@@ -11,7 +11,7 @@ from cappy.errors import ConfigError, UnreachableError
 from pipelines.builder import build as built
 from pipelines.builder import compile_pipeline as compiled
 from pipelines.planning import check, registry_of, settings_of, submission_of, work_of
-from pipelines.preview import graph, lines, text, to_json
+from pipelines.preview import describe_graph, estimate_steps, to_json, to_text
 from pipelines.recipe import Platform, Recipe, check_recipe, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -69,11 +69,11 @@ def test_a_wrong_key_or_value_is_one_line(values: dict[str, Any], names: tuple[s
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("a: [", ("not YAML",)),
+        ("a: [", ("not valid YAML",)),
         ("pipeline: adapt\nshards: 2\nshards: 3", ("shards", "twice", "line 3")),
-        ("pipeline: adapt\n? [a]\n: 2", ("not YAML", "unhashable")),
-        ("- a", ("no keys",)),
-        ("", ("no keys",)),
+        ("pipeline: adapt\n? [a]\n: 2", ("not valid YAML", "unhashable")),
+        ("- a", ("expected keys",)),
+        ("", ("expected keys",)),
         (None, ("cannot be read",)),
     ],
 )
@@ -150,7 +150,7 @@ def test_work_lies_where_every_step_of_the_platform_sees_it() -> None:
     assert str(work_of(recipe, "vertex")) == "/gcs/mine/cappy"
 
 
-def test_the_outline_adds_up() -> None:
+def test_the_preview_adds_up() -> None:
     recipe = check_recipe(
         {
             "pipeline": "pretrain",
@@ -163,22 +163,22 @@ def test_the_outline_adds_up() -> None:
             },
         }
     )
-    assert graph(recipe) == (
+    assert describe_graph(recipe) == (
         "preparation -> 4 x [sampling -> annotation] -> gathering -> pretraining -> evaluation -> registration"
     )
-    costs = {line.step: line.cost for line in lines(recipe)}
+    costs = {line.step: line.cost for line in estimate_steps(recipe)}
     assert costs["sampling"] == pytest.approx(4 * 2 * 3 * 2.0)
     assert costs["annotation"] == pytest.approx(4 * 10 * 0.1)
     assert costs["pretraining"] == pytest.approx(3 * 8 * 5 * 2.0)
-    machines = {line.step: line.machines for line in lines(recipe)}
+    machines = {line.step: line.machines for line in estimate_steps(recipe)}
     assert (machines["sampling"], machines["pretraining"], machines["evaluation"]) == (4, 3, 1)
     found: Any = to_json(recipe, "kubeflow")
     assert found["most_cost"] == pytest.approx(48 + 4 + 240 + 4 * 1.0)
     assert found["most_cost_with_retries"] == pytest.approx(found["most_cost"] + 48)
-    assert_names(text(recipe, "kubeflow"), "at most 296.00", "344.00 with every retry")
+    assert_names(to_text(recipe, "kubeflow"), "at most 296.00", "344.00 with all retries")
     unpriced = check_recipe({"pipeline": "pretrain"})
     assert to_json(unpriced, "local")["most_cost"] is None
-    assert_names(text(unpriced, "local"), "no price", "preparation")
+    assert_names(to_text(unpriced, "local"), "no price", "preparation")
 
 
 def test_a_cluster_is_told_its_own_address_and_this_machine_asks_at_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

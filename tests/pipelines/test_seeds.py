@@ -13,7 +13,7 @@ from cappy.keys import work_key
 from cappy.steps import STEP_SPECS
 from cappy.worker import config_class
 from pipelines.builder import build_pipeline
-from pipelines.customize import leave_alone
+from pipelines.customize import customize_nothing
 from pipelines.definitions import PIPELINES, shards_of
 from pipelines.planning import plan_settings, settings_of
 from pipelines.recipe import check_recipe
@@ -126,7 +126,8 @@ def test_a_recipe_names_each_seed() -> None:
 
 @pytest.mark.parametrize("name", list(PIPELINES))
 def test_the_parameters_of_a_compiled_pipeline_are_those_that_the_guide_names(name: str) -> None:
-    known = build_pipeline(PIPELINES[name], shards_of(1), leave_alone).pipeline_spec.root.input_definitions.parameters
+    spec = build_pipeline(PIPELINES[name], shards_of(1), customize_nothing).pipeline_spec
+    known = spec.root.input_definitions.parameters
     chosen = {one for one in known if not one.endswith(("_settings", "_fingerprint", "fingerprints"))}
     assert chosen == PARAMETERS[name]
     guide = (Path(__file__).parents[2] / "docs" / "guides" / "pipelines.md").read_text()
@@ -162,7 +163,7 @@ def test_parameters_that_say_their_default_or_that_settings_change_in_part_are_t
 def test_a_run_started_by_hand_has_the_choices_of_the_pipelines_definition(name: str) -> None:
     """In the interface of Kubeflow: what a person leaves as it is must be what `cappy pipeline run` takes."""
     definition = PIPELINES[name]
-    inputs = build_pipeline(definition, shards_of(1), leave_alone).pipeline_spec.root.input_definitions.parameters
+    inputs = build_pipeline(definition, shards_of(1), customize_nothing).pipeline_spec.root.input_definitions.parameters
     for choice, default in definition.choices.items():
         if default in (None, "") or choice not in inputs:
             continue
