@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from cappy.errors import FolderError, RecordError, quote
-from cappy.preparation.columns import Unused
-from cappy.preparation.rows import Rows, Values, odd_character
-from cappy.preparation.text_files import readable
+from cappy.preparation.columns import SourceWarnings
+from cappy.preparation.rows import Rows, Values, find_invalid_character
+from cappy.preparation.text_files import translate_read_errors
 from cappy.records import prompt_hash
 
 _HELD_OUT = 0.2
@@ -34,7 +34,9 @@ _HEAD_BYTES = 4_096
 _EXAMPLE = {"input", "target", "target_scores", "comment"}
 _P3 = {"inputs_pretokenized", "targets_pretokenized"}
 _BIGBENCH = {"inputs", "targets", "multiple_choice_targets"}
-_SPENT = frozenset(("inputs", "targets", "idx", "weight", "multiple_choice_scores", "answer_choices", "is_correct"))
+_REDUNDANT_COLUMNS = frozenset(
+    ("inputs", "targets", "idx", "weight", "multiple_choice_scores", "answer_choices", "is_correct")
+)
 """Columns of these datasets that say again, or count, what the others say."""
 
 
@@ -94,7 +96,7 @@ def find_tasks(folder: Path) -> list[Path]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shares:
+class HeldOutShares:
     """What is held out of a task: `test` of all its examples (see `split_rows`), `validation` of the rest."""
 
     test: float = _HELD_OUT
@@ -102,16 +104,22 @@ class Shares:
 
 
 def read_tasks(
-    paths: Sequence[Path], root: Path, *, seed: int, shares: Shares, task: str = "", unused: Unused | None = None
+    paths: Sequence[Path],
+    root: Path,
+    *,
+    seed: int,
+    shares: HeldOutShares,
+    task: str = "",
+    unused: SourceWarnings | None = None,
 ) -> Rows:
     """The rows of all tasks with their splits; tasks in one folder under `root` are subtasks and share the minimum.
 
     A prompt that an earlier task had is left out, so that no two splits share one. `task` takes the place of the names.
     """
-    siblings = Counter(_top(path, root) for path in paths)
+    siblings = Counter(_top_folder(path, root) for path in paths)
     seen: set[int] = set()
     for path in paths:
-        minimum = -(-_MIN_HELD_OUT // siblings[_top(path, root)])
+        minimum = -(-_MIN_HELD_OUT // siblings[_top_folder(path, root)])
         rows = _unique_rows(read_task(path, seed, unused), seen)
         for where, values in split_rows(rows, seed=seed, shares=shares, minimum=minimum):
             yield where, {**values, "task": task} if task else values
@@ -127,17 +135,17 @@ def _unique_rows(task: Task, seen: set[int]) -> Task:
     return Task(name=task.name, rows=rows)
 
 
-def _top(path: Path, root: Path) -> str:
+def _top_folder(path: Path, root: Path) -> str:
     parts = path.relative_to(root).parts if path != root else ()
     return parts[0] if len(parts) > 2 else str(path)
 
 
-def read_task(path: Path, seed: int, unused: Unused | None = None) -> Task:
+def read_task(path: Path, seed: int, unused: SourceWarnings | None = None) -> Task:
     """The task in a JSON file of the benchmark; RecordError names the example and field that is wrong.
 
     The order of appended choices is drawn by the seed, as the benchmark draws it by its own.
     """
-    values = _object(path)
+    values = _read_object(path)
     name = str(values.get("name") or (path.parent.name if path.name == _TASK_FILE else path.stem))
     examples = values.get("examples")
     if not isinstance(examples, list) or not examples:
@@ -150,11 +158,11 @@ def read_task(path: Path, seed: int, unused: Unused | None = None) -> Task:
         if unused is not None:
             for field in example.keys() - _EXAMPLE:
                 unused.note("columns", where, field)
-        rows.append((where, _fields(where, values, example, name, random.Random(f"{seed} {name} {index}"))))
+        rows.append((where, _make_fields(where, values, example, name, random.Random(f"{seed} {name} {index}"))))
     return Task(name=name, rows=rows)
 
 
-def split_rows(task: Task, *, seed: int, shares: Shares, minimum: int = _MIN_HELD_OUT) -> Rows:
+def split_rows(task: Task, *, seed: int, shares: HeldOutShares, minimum: int = _MIN_HELD_OUT) -> Rows:
     """The task's rows with their splits: test is a share, at least `minimum` unless it is 0, validation of the rest."""
     rows = task.rows
     order = random.Random(f"{seed} {task.name}").sample(range(len(rows)), len(rows))
@@ -168,7 +176,7 @@ def split_rows(task: Task, *, seed: int, shares: Shares, minimum: int = _MIN_HEL
         yield where, {**values, "split": place[index]}
 
 
-def _fields(where: str, task: Values, example: Values, name: str, rng: random.Random) -> ExampleFields:
+def _make_fields(where: str, task: Values, example: Values, name: str, rng: random.Random) -> ExampleFields:
     scores = example.get("target_scores")
     if scores is not None and not (isinstance(scores, dict) and scores):
         raise RecordError(f"{where}: target_scores must be choices with their scores, got {quote(scores)}; mend it")
@@ -180,26 +188,26 @@ def _fields(where: str, task: Values, example: Values, name: str, rng: random.Ra
         "choice_prefix": "\n  choice: ",
         "example_output_prefix": "\nA: ",
     }
-    prefixes = {field: _text(where, {field: default, **task}, field) for field, default in defaults.items()}
+    prefixes = {field: _read_text(where, {field: default, **task}, field) for field, default in defaults.items()}
     choices = sorted(scores or ())
     shuffled = rng.sample(choices, len(choices)) if task.get("append_choices_to_input", True) else ()
     prompt = "".join(
         (
             prefixes["task_prefix"],
             prefixes["example_input_prefix"],
-            _text(where, example, "input"),
+            _read_text(where, example, "input"),
             *(prefixes["choice_prefix"] + choice for choice in shuffled),
             prefixes["example_output_prefix"],
         )
     )
-    return {"instruction": prompt, "references": _targets(where, example), "choices": choices, "task": name}
+    return {"instruction": prompt, "references": _read_targets(where, example), "choices": choices, "task": name}
 
 
-def _targets(where: str, example: Values) -> list[str]:
+def _read_targets(where: str, example: Values) -> list[str]:
     """The accepted answers: `target`, or the choices of the highest score."""
     if "target" in example:
         target = example["target"]
-        return target if isinstance(target, list) else [_text(where, example, "target")]
+        return target if isinstance(target, list) else [_read_text(where, example, "target")]
     scores = example.get("target_scores")
     if not isinstance(scores, dict) or not scores:
         raise RecordError(f"{where}: has no target and no target_scores; give one of them")
@@ -207,11 +215,11 @@ def _targets(where: str, example: Values) -> list[str]:
     return [choice for choice, score in scores.items() if score == best]
 
 
-def _text(where: str, example: Values, name: str) -> str:
+def _read_text(where: str, example: Values, name: str) -> str:
     value = example.get(name)
     if not isinstance(value, str):
         raise RecordError(f"{where}: {name} must be a text, got {quote(value)}; mend it")
-    if odd := odd_character(value):
+    if odd := find_invalid_character(value):
         raise RecordError(f"{where}: {name} holds {odd}")
     return value
 
@@ -220,8 +228,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
-def _object(path: Path) -> Values:
-    with readable(path):
+def _read_object(path: Path) -> Values:
+    with translate_read_errors(path):
         size, data = path.stat().st_size, b""
         if size <= _MAX_TASK_BYTES:
             data = path.read_bytes()
@@ -249,34 +257,36 @@ def map_known_columns(rows: Rows) -> Rows:
             yield where, values
         elif values.keys() >= _P3:
             if values.get("is_correct", True):
-                yield where, {**_other_columns(values, _P3), **_from_p3(where, values)}
+                yield where, {**_other_columns(values, _P3), **_parse_p3(where, values)}
         elif values.keys() >= _BIGBENCH:
-            yield where, {**_other_columns(values, _BIGBENCH), **from_bigbench(where, values)}
+            yield where, {**_other_columns(values, _BIGBENCH), **parse_bigbench(where, values)}
         else:
             yield where, values
 
 
 def _other_columns(values: Values, read: set[str]) -> Values:
     """The columns that the shape does not know."""
-    return {name: value for name, value in values.items() if name not in read and name not in _SPENT}
+    return {name: value for name, value in values.items() if name not in read and name not in _REDUNDANT_COLUMNS}
 
 
-def from_bigbench(where: str, values: Values) -> PromptFields:
+def parse_bigbench(where: str, values: Values) -> PromptFields:
     """The fields of a row of tasksource/bigbench."""
-    references = _texts(where, values, "targets")
-    choices = distinct_choices(_texts(where, values, "multiple_choice_targets"), references)
+    references = _read_texts(where, values, "targets")
+    choices = distinct_choices(_read_texts(where, values, "multiple_choice_targets"), references)
     return {"instruction": values["inputs"], "references": list(references), "choices": list(choices)}
 
 
-def _from_p3(where: str, values: Values) -> Values:
+def _parse_p3(where: str, values: Values) -> Values:
     """The fields of a row of P3, whose texts have blanks around them."""
-    instruction, target = (_p3_text(where, values, name) for name in ("inputs_pretokenized", "targets_pretokenized"))
-    listed = _texts(where, values, "answer_choices") if values.get("answer_choices") else ()
+    instruction, target = (
+        _read_p3_text(where, values, name) for name in ("inputs_pretokenized", "targets_pretokenized")
+    )
+    listed = _read_texts(where, values, "answer_choices") if values.get("answer_choices") else ()
     choices = distinct_choices([choice.strip() for choice in listed], [target])
     return {"instruction": instruction, "reference": target, "choices": list(choices)}
 
 
-def _p3_text(where: str, values: Values, name: str) -> str:
+def _read_p3_text(where: str, values: Values, name: str) -> str:
     value = values[name]
     if not isinstance(value, str):
         raise RecordError(f"{where}: {name} must be a text, got {quote(value)}; choose another dataset")
@@ -289,7 +299,7 @@ def distinct_choices(choices: Sequence[str], references: Sequence[str]) -> tuple
     return different if len(different) > 1 and set(references) & set(different) else ()
 
 
-def _texts(where: str, values: Values, name: str) -> tuple[str, ...]:
+def _read_texts(where: str, values: Values, name: str) -> tuple[str, ...]:
     """The text or texts in a field; RecordError for anything else."""
     value = values.get(name)
     texts = [value] if isinstance(value, str) else value

@@ -41,20 +41,20 @@ _FIELDS = (
 _ANSWERS = {"reference", "references"}
 _RESPONSES = {"response", "responses", "candidates"}
 _LABELS = {"label", "labels"}
-_NAMING = {"instance_id", "id", "group_id", "task", "template", "original_task", "split"}
-_OWN = {*_FIELDS, "id"}
-_APPENDED = "--columns input={name} appends it to the instruction"
-_BY_HAND = "write what the LLM is to see of it into the instruction"
+_ROW_FIELDS = {"instance_id", "id", "group_id", "task", "template", "original_task", "split"}
+_KNOWN_COLUMNS = {*_FIELDS, "id"}
+_APPEND_REMEDY = "--columns input={name} appends it to the instruction"
+_MANUAL_REMEDY = "write what the LLM is to see of it into the instruction"
 _PROMPT_PARTS = ("input", "context", "passage", "document", "article", "paragraph")
-_PREFERENCES = {"chosen": ("reference", "references"), "rejected": ("response", "responses")}
+_PREFERENCE_FIELDS = {"chosen": ("reference", "references"), "rejected": ("response", "responses")}
 """Columns of preference data, with the fields in which their texts may stand already."""
-_MATTERS: Mapping[str, str] = {
-    **dict.fromkeys((*_PROMPT_PARTS, *(f"{name}s" for name in _PROMPT_PARTS)), _APPENDED),
+_REQUIRED_COLUMNS: Mapping[str, str] = {
+    **dict.fromkeys((*_PROMPT_PARTS, *(f"{name}s" for name in _PROMPT_PARTS)), _APPEND_REMEDY),
     "rejected": "--columns response={name} makes it a response",
     "chosen": "--columns reference={name} makes it the reference",
-    **dict.fromkeys(("system", "systemprompt", "history", "messages", "conversation", "conversations"), _BY_HAND),
+    **dict.fromkeys(("system", "systemprompt", "history", "messages", "conversation", "conversations"), _MANUAL_REMEDY),
 }
-"""Columns without which a row is another task, with what reads them; names are compared by `_key`."""
+"""Columns without which a row is another task, with what reads them; names are compared by `_normalize`."""
 _CANDIDATE_FIELDS = frozenset(
     (
         "response",
@@ -69,7 +69,7 @@ _CANDIDATE_FIELDS = frozenset(
         "num_tokens",
     )
 )
-_MOST_NAMED = 1_000
+_MAX_NAMES = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Columns:
         A column that names rows and cannot (a split of another name, a task that is not a text) has another meaning.
         """
         if not self.named:
-            return frozenset(_OWN - self.ignored)
+            return frozenset(_KNOWN_COLUMNS - self.ignored)
         given = set(self.named)
         own = set() if "instruction" in given else {"instruction", "input"}
         if not given & _ANSWERS:
@@ -95,7 +95,7 @@ class Columns:
             taken = {*self.named.values(), *self.ignored}
             if not given & _LABELS and _has_valid_labels(first, {"response", "responses"} - taken, _LABELS - taken):
                 own |= _LABELS
-        own |= {name for name in _NAMING if name not in given and _can_name(name, first.get(name))}
+        own |= {name for name in _ROW_FIELDS if name not in given and _is_valid_value(name, first.get(name))}
         if "instance_id" in given:
             own.discard("id")
         return frozenset(own - given - set(self.named.values()) - self.ignored)
@@ -122,7 +122,7 @@ def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
 
 
 @dataclass(slots=True, kw_only=True)
-class Unused:
+class SourceWarnings:
     """Columns, fields of candidates and settings that nothing came of, each with the place where it was seen first."""
 
     name: str
@@ -136,9 +136,13 @@ class Unused:
             value = values[name]
             if value in (None, "", [], {}) or (isinstance(value, str) and not value.strip()):
                 continue
-            key = _key(name)
-            if key in _MATTERS and not _is_redundant(key, value, read):
-                known = _BY_HAND if _MATTERS[key] == _APPENDED and not isinstance(value, str) else _MATTERS[key]
+            key = _normalize(name)
+            if key in _REQUIRED_COLUMNS and not _is_redundant(key, value, read):
+                known = (
+                    _MANUAL_REMEDY
+                    if _REQUIRED_COLUMNS[key] == _APPEND_REMEDY and not isinstance(value, str)
+                    else _REQUIRED_COLUMNS[key]
+                )
                 remedy = f"{known.replace('{name}', name)}, --ignore-columns {name} leaves it out"
                 raise RecordError(f"{where}: column {quote(name)} is not read, and matters; {remedy}")
             self.note("columns", where, name)
@@ -187,11 +191,11 @@ class Unused:
     def note(self, kind: str, where: str, name: object) -> None:
         """Notes one name of a kind: columns, or candidate_fields."""
         names = self.unread.setdefault(kind, {})
-        if len(names) < _MOST_NAMED:
+        if len(names) < _MAX_NAMES:
             names.setdefault(str(name), where)
 
 
-def map_columns(rows: Rows, columns: Columns, unused: Unused) -> Rows:
+def map_columns(rows: Rows, columns: Columns, unused: SourceWarnings) -> Rows:
     """The rows with every field read from its column, and nothing else; what is not read is noted in `unused`.
 
     RecordError where a row lacks a column that is named, or has one that is not read and matters.
@@ -208,13 +212,13 @@ def map_columns(rows: Rows, columns: Columns, unused: Unused) -> Rows:
                 what = f"has no column {quote(column)}, columns found: {column_names(values)}"
                 raise RecordError(f"{where}: {what}; {remedy}")
         # Columns of other names stay: an error shows them as found.
-        kept = {name: value for name, value in values.items() if name in own or name not in _OWN}
+        kept = {name: value for name, value in values.items() if name in own or name not in _KNOWN_COLUMNS}
         read = {**kept, **{name: values[column] for name, column in columns.named.items()}}
         unused.columns(where, values, read, values.keys() - own - named - columns.ignored)
-        yield where, _with_input(where, read, given="input" in columns.named)
+        yield where, _append_input(where, read, given="input" in columns.named)
 
 
-def _with_input(where: str, values: Values, *, given: bool) -> Values:
+def _append_input(where: str, values: Values, *, given: bool) -> Values:
     """The fields with `input` below the instruction, after a blank line, which is the order of Alpaca's own prompt.
 
     An input that the instruction holds already is not repeated, unless a column was `given` for it.
@@ -227,19 +231,19 @@ def _with_input(where: str, values: Values, *, given: bool) -> Values:
         return rest
     if not isinstance(text, str):
         raise RecordError(f"{where}: input must be a text, got {quote(text)}; put it in quotes")
-    if not text.strip() or (not given and _stands_in(instruction, text.strip())):
+    if not text.strip() or (not given and _contains(instruction, text.strip())):
         return rest
     return {**rest, "instruction": f"{instruction}\n\n{text}"}
 
 
 def _has_valid_labels(first: Values, responses: set[str], labels: set[str]) -> bool:
     """Whether the labels of a row, where it has any, are as many as its responses, each of them from 0 to 1."""
-    texts = [text for name in responses for text in _items(first.get(name))]
-    label_values = [label for name in labels for label in _items(first.get(name))]
+    texts = [text for name in responses for text in _read_items(first.get(name))]
+    label_values = [label for name in labels for label in _read_items(first.get(name))]
     return bool(texts) and (not label_values or (len(label_values) == len(texts) and all(map(is_label, label_values))))
 
 
-def _items(value: object) -> list[object]:
+def _read_items(value: object) -> list[object]:
     if isinstance(value, str):
         try:
             return read_list(value.strip())
@@ -248,7 +252,7 @@ def _items(value: object) -> list[object]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _can_name(name: str, value: object) -> bool:
+def _is_valid_value(name: str, value: object) -> bool:
     if value is None:
         return True
     if name == "split":
@@ -258,7 +262,7 @@ def _can_name(name: str, value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))
 
 
-def _stands_in(instruction: str, text: str) -> bool:
+def _contains(instruction: str, text: str) -> bool:
     """Whether the instruction holds an input already: several words of it, or one that ends a line after a colon."""
     if text not in instruction:
         return False
@@ -267,7 +271,7 @@ def _stands_in(instruction: str, text: str) -> bool:
     return re.search(rf"(?:^|[:\n]\s*[\"'`]?){re.escape(text)}[\"'`]?\s*(?:\n|$)", instruction) is not None
 
 
-def _key(name: object) -> str:
+def _normalize(name: object) -> str:
     """A column's name as it is compared: without case, blanks, hyphens and underscores."""
     return re.sub(r"[\W_]+", "", str(name)).lower()
 
@@ -278,8 +282,8 @@ def _is_redundant(key: str, value: object, read: Values) -> bool:
     texts = [item for item in items if isinstance(item, str)]
     if len(texts) < len(items):
         return False
-    if key in _PREFERENCES:
-        preferred = [read.get(name) for name in _PREFERENCES[key]]
+    if key in _PREFERENCE_FIELDS:
+        preferred = [read.get(name) for name in _PREFERENCE_FIELDS[key]]
         return all(any(text in one if isinstance(one, list) else text == one for one in preferred) for text in texts)
     instruction = read.get("instruction")
-    return isinstance(instruction, str) and all(_stands_in(instruction, text.strip()) for text in texts)
+    return isinstance(instruction, str) and all(_contains(instruction, text.strip()) for text in texts)

@@ -129,9 +129,9 @@ class PreparationConfig:
         if self.test + self.validation >= 1:
             share = f"--test {self.test} and --validation {self.validation}"
             raise ConfigError(f"preparation: {share} leave nothing to train on; their sum must be below 1")
-        for name, needs in _NEEDS.items():
+        for name, needs in _REQUIREMENT_CHECKS.items():
             if getattr(self, name) and not needs(self):
-                raise ConfigError(f"preparation: --{name} {_WITHOUT[name]}")
+                raise ConfigError(f"preparation: --{name} {_REQUIREMENTS[name]}")
         if both := sorted(set(self.ignore_columns) & set(parse_columns(self.columns).values())):
             what = f"--columns reads {both[0]}, --ignore-columns leaves it out"
             raise ConfigError(f"preparation: {what}; give one of them")
@@ -139,7 +139,7 @@ class PreparationConfig:
             raise ConfigError("preparation: --leaked says what to do with instances of --against; give that too")
 
 
-_WITHOUT = {
+_REQUIREMENTS = {
     "columns": "names columns of a file; leave it out without a --source",
     "families": "chooses among the built-in tasks; leave it out with a --source",
     "dataset": "says whose templates are meant; give --templates FOLDER, or leave it out",
@@ -148,7 +148,7 @@ _WITHOUT = {
     "local": "holds datasets of a mixture; give --mixture, or leave it out",
     "mixture": "takes the place of --source; leave one of them out",
 }
-_NEEDS: Mapping[str, Callable[[PreparationConfig], object]] = {
+_REQUIREMENT_CHECKS: Mapping[str, Callable[[PreparationConfig], object]] = {
     "columns": lambda config: config.source != BUILTIN,
     "families": lambda config: config.source == BUILTIN,
     "dataset": lambda config: config.templates,
@@ -160,7 +160,7 @@ _NEEDS: Mapping[str, Callable[[PreparationConfig], object]] = {
 
 Kind = Literal["builtin", "file", "tables", "hub", "records", "bigbench", "templates", "mixture"]
 
-NAMES: Mapping[Kind, str] = {
+KIND_NAMES: Mapping[Kind, str] = {
     "builtin": "the built-in tasks",
     "file": "a file",
     "tables": "a folder of data files",
@@ -170,21 +170,21 @@ NAMES: Mapping[Kind, str] = {
     "templates": "a dataset under templates",
     "mixture": "a mixture",
 }
-ALWAYS = frozenset(
+COMMON_SETTINGS = frozenset(
     ("source", "target", "seed", "test", "validation", "against", "leaked", "part_rows", "shard", "work", "fresh")
 )
 """Settings that every kind heeds, or whose rule is `_check_splits`."""
-ROWS: tuple[Kind, ...] = ("file", "tables", "hub")
-HEEDED: Mapping[str, tuple[Kind, ...]] = {
-    "task": (*ROWS, "records", "bigbench"),
+TABULAR_KINDS: tuple[Kind, ...] = ("file", "tables", "hub")
+KINDS_BY_SETTING: Mapping[str, tuple[Kind, ...]] = {
+    "task": (*TABULAR_KINDS, "records", "bigbench"),
     "num_per_family": ("builtin",),
     "families": ("builtin",),
     "pool": ("builtin",),
-    "columns": ROWS,
-    "ignore_columns": ROWS,
-    "group_responses": ROWS,
-    "exclude": (*ROWS, "records"),
-    "unlabelled": (*ROWS, "records"),
+    "columns": TABULAR_KINDS,
+    "ignore_columns": TABULAR_KINDS,
+    "group_responses": TABULAR_KINDS,
+    "exclude": (*TABULAR_KINDS, "records"),
+    "unlabelled": (*TABULAR_KINDS, "records"),
     "split": ("tables", "hub", "templates"),
     "templates": ("templates", "mixture"),
     "dataset": ("templates",),
@@ -194,27 +194,35 @@ HEEDED: Mapping[str, tuple[Kind, ...]] = {
     "mixture": ("mixture",),
     "subsets": ("mixture",),
     "local": ("mixture",),
-    "max_characters": (*ROWS, "bigbench"),
+    "max_characters": (*TABULAR_KINDS, "bigbench"),
 }
-_SPLITS_STAND: tuple[Kind, ...] = ("builtin", "records")
+_FIXED_SPLITS: tuple[Kind, ...] = ("builtin", "records")
 """Kinds whose instances have their splits already."""
 
 
 def check_settings(config: PreparationConfig, kind: Kind) -> None:
     """ConfigError for a setting that is given and that this kind of source does not heed."""
     for setting in dataclasses.fields(config):
-        if setting.name in HEEDED and kind not in HEEDED[setting.name] and _is_given(config, setting.name):
-            raise ConfigError(f"preparation: --{_flag(setting.name)} is not for {NAMES[kind]}; leave it out")
+        if (
+            setting.name in KINDS_BY_SETTING
+            and kind not in KINDS_BY_SETTING[setting.name]
+            and _is_given(config, setting.name)
+        ):
+            raise ConfigError(f"preparation: --{_flag(setting.name)} is not for {KIND_NAMES[kind]}; leave it out")
     _check_splits(config, kind)
 
 
 def _check_splits(config: PreparationConfig, kind: Kind) -> None:
     scored_only = config.unlabelled and config.test == config.validation == 0
-    names = ("test", "validation") if kind in _SPLITS_STAND else ("test",) if kind == "mixture" else ()
+    names = ("test", "validation") if kind in _FIXED_SPLITS else ("test",) if kind == "mixture" else ()
     for name in names:
         given = _is_given(config, name) and not (kind == "mixture" and config.test == 0)
         if given and not scored_only:
-            what = f"{NAMES[kind]}, whose test split stands" if kind == "mixture" else f"{NAMES[kind]}: splits stand"
+            what = (
+                f"{KIND_NAMES[kind]}, whose test split stands"
+                if kind == "mixture"
+                else f"{KIND_NAMES[kind]}: splits stand"
+            )
             raise ConfigError(f"preparation: --{name} is not for {what}; leave it out")
 
 

@@ -10,21 +10,29 @@ from pathlib import Path
 
 from cappy.config import fingerprint
 from cappy.errors import ConfigError, RecordError, quote
-from cappy.preparation.bigbench import distinct_choices, from_bigbench
+from cappy.preparation.bigbench import distinct_choices, parse_bigbench
 from cappy.preparation.config import PreparationConfig
-from cappy.preparation.files import HubDataset, commit_of, parse_hub, read_file, read_hub
+from cappy.preparation.files import HubDataset, resolve_commit, parse_hub, read_file, read_hub
 from cappy.preparation.mixtures import Subset, load_mixture, select_subsets, to_values
-from cappy.preparation.mixtures.plan import cap
-from cappy.preparation.prompted import Dataset, Placed, Prompt, Prompts, Table, Tally
-from cappy.preparation.rows import Rows, Values, odd_character
-from cappy.preparation.templates import LimitError, RenderedRow, Result, Template, fields, load_templates, render_rows
+from cappy.preparation.mixtures.plan import cap_rows
+from cappy.preparation.prompted import Dataset, LocatedRow, Prompt, Prompts, Table, Tally
+from cappy.preparation.rows import Rows, Values, find_invalid_character
+from cappy.preparation.templates import (
+    LimitError,
+    RenderedRow,
+    Result,
+    Template,
+    find_fields,
+    load_templates,
+    render_rows,
+)
 from cappy.records.folder import sha256_of
 
 Reader = Callable[[str], Rows]
 """The rows of a split."""
 
 
-def open_templated(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
+def open_templated_dataset(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
     """The dataset of `source` under its templates, and the hash or commit of everything that it is made of."""
     hub = parse_hub(config.source) if config.source.startswith("hub:") else None
     name = config.dataset or (
@@ -32,9 +40,9 @@ def open_templated(config: PreparationConfig) -> tuple[list[Dataset], dict[str, 
     )
     if not name:
         raise ConfigError("preparation: --templates needs --dataset, such as super_glue/rte: whose templates are meant")
-    templates = _templates(config, name)
+    templates = _select_templates(config, name)
     if hub is not None:
-        commit = commit_of(hub)
+        commit = resolve_commit(hub)
         rows, parents = partial(read_hub, hub, commit, config.split), {hub.name: commit}
     else:
         path = Path(config.source)
@@ -43,9 +51,9 @@ def open_templated(config: PreparationConfig) -> tuple[list[Dataset], dict[str, 
             raise ConfigError(f"{path}: {what}; with --templates, --source is a file or hub:org/name")
         rows, parents = partial(read_file, path), {path.name: sha256_of(path)}
     table = Table(split="", rows=rows)
-    return [Dataset(name=name, tables=(table,), prompts=_under(templates, seed=config.seed))], {
+    return [Dataset(name=name, tables=(table,), prompts=_make_renderer(templates, seed=config.seed))], {
         **parents,
-        **_hashes(templates),
+        **_hash_templates(templates),
     }
 
 
@@ -66,21 +74,21 @@ def open_mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, st
         )
     datasets, parents = [], {f"mixture {mixed.name}": fingerprint(to_values(replace(mixed, subsets=subsets)))}
     for subset in subsets:
-        reader, sources = _reader(subset, config)
-        templates = _templates(config, subset.dataset) if subset.templates else ()
+        reader, sources = _open_subset(subset, config)
+        templates = _select_templates(config, subset.dataset) if subset.templates else ()
         parents.update(sources)
-        parents.update(_hashes(templates))
+        parents.update(_hash_templates(templates))
         tables = tuple(
             Table(split=split, rows=partial(reader, split), held_out=split != "train") for split in subset.splits
         )
-        prompts = _under(templates, subset.rows.get("train"), seed=config.seed) if templates else _as_they_are
+        prompts = _make_renderer(templates, subset.rows.get("train"), seed=config.seed) if templates else _read_prompts
         datasets.append(Dataset(name=subset.name, tables=tables, prompts=prompts))
     return datasets, parents
 
 
-def _reader(subset: Subset, config: PreparationConfig) -> tuple[Reader, dict[str, str]]:
+def _open_subset(subset: Subset, config: PreparationConfig) -> tuple[Reader, dict[str, str]]:
     """How the splits of a subset are read, and what they are: file and sha256, or dataset of the hub and commit."""
-    files = {split: _local(subset, split, config.local) for split in subset.splits} if config.local else {}
+    files = {split: _find_local_file(subset, split, config.local) for split in subset.splits} if config.local else {}
     if files and all(files.values()):
         known = {path.name: sha256_of(path) for path in files.values() if path}
         return lambda split: read_file(files[split] or Path()), known
@@ -90,7 +98,7 @@ def _reader(subset: Subset, config: PreparationConfig) -> tuple[Reader, dict[str
         raise ConfigError(f"preparation: {subset.name} must be obtained by hand; {remedy}")
     dataset = HubDataset(repository=subset.repository, configuration=subset.configuration, revision=subset.revision)
     try:
-        commit = commit_of(dataset)
+        commit = resolve_commit(dataset)
     except ConfigError as error:
         if config.local is None:
             raise
@@ -99,7 +107,7 @@ def _reader(subset: Subset, config: PreparationConfig) -> tuple[Reader, dict[str
     return partial(read_hub, dataset, commit), {dataset.name: commit}
 
 
-def _local(subset: Subset, split: str, folder: Path) -> Path | None:
+def _find_local_file(subset: Subset, split: str, folder: Path) -> Path | None:
     return next(iter(sorted(folder.glob(f"{_stem(subset)}.{split}.*"))), None)
 
 
@@ -107,7 +115,7 @@ def _stem(subset: Subset) -> str:
     return subset.name.replace("/", "_")
 
 
-def _templates(config: PreparationConfig, dataset: str) -> tuple[Template, ...]:
+def _select_templates(config: PreparationConfig, dataset: str) -> tuple[Template, ...]:
     if config.templates is None:
         return ()
     if not config.templates.is_dir():
@@ -128,7 +136,7 @@ def _templates(config: PreparationConfig, dataset: str) -> tuple[Template, ...]:
     return kept
 
 
-def _hashes(templates: Sequence[Template]) -> dict[str, str]:
+def _hash_templates(templates: Sequence[Template]) -> dict[str, str]:
     """One hash over the templates of a dataset: an edited one is other work."""
     if not templates:
         return {}
@@ -136,24 +144,24 @@ def _hashes(templates: Sequence[Template]) -> dict[str, str]:
     return {f"templates of {templates[0].dataset}": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _under(templates: Sequence[Template], num_rows: int | None = None, *, seed: int) -> Prompts:
+def _make_renderer(templates: Sequence[Template], num_rows: int | None = None, *, seed: int) -> Prompts:
     """The prompts of a row under each template that sees it.
 
     Where a training split of `num_rows` is capped, a template sees its share of rows, evenly spaced, and each template
     others than the one before.
     """
-    needed = [fields(template) for template in templates]
-    share = cap(num_rows, len(templates)) if num_rows else 0
+    needed = [find_fields(template) for template in templates]
+    share = cap_rows(num_rows, len(templates)) if num_rows else 0
 
     def templates_for(index: int) -> list[int]:
         return [
             number
             for number in range(len(templates))
-            if not num_rows or _sees(index + number * num_rows // (share * len(templates)), num_rows, share)
+            if not num_rows or _is_sampled(index + number * num_rows // (share * len(templates)), num_rows, share)
         ]
 
-    def prompts(rows: Iterable[Placed], tally: Tally) -> Iterator[tuple[Placed, list[Prompt]]]:
-        asked: deque[tuple[Placed, list[int]]] = deque()
+    def prompts(rows: Iterable[LocatedRow], tally: Tally) -> Iterator[tuple[LocatedRow, list[Prompt]]]:
+        asked: deque[tuple[LocatedRow, list[int]]] = deque()
 
         def jobs() -> Iterator[tuple[Values, list[Template]]]:
             for row in rows:
@@ -166,19 +174,19 @@ def _under(templates: Sequence[Template], num_rows: int | None = None, *, seed: 
         for results in render_rows(jobs(), seed=seed):
             row, numbers = asked.popleft()
             rendered = iter(results)
-            made = (_prompt(templates[number], needed[number], row, rendered, tally) for number in numbers)
+            made = (_make_prompt(templates[number], needed[number], row, rendered, tally) for number in numbers)
             yield row, [prompt for prompt in made if prompt is not None]
 
     return prompts
 
 
-def _sees(index: int, num_rows: int, share: int) -> bool:
+def _is_sampled(index: int, num_rows: int, share: int) -> bool:
     """Whether a row is one of `share` evenly spaced ones of `num_rows`."""
     return index * share // num_rows != (index - 1) * share // num_rows
 
 
-def _prompt(
-    template: Template, needed: frozenset[str], row: Placed, results: Iterator[Result], tally: Tally
+def _make_prompt(
+    template: Template, needed: frozenset[str], row: LocatedRow, results: Iterator[Result], tally: Tally
 ) -> Prompt | None:
     """The row under a template; None where it fails (which is tallied) or comes out blank.
 
@@ -187,10 +195,10 @@ def _prompt(
     name = f"{template.dataset} {template.name}"
     tally.tried[name] += 1
     _, where, values = row
-    missing = _missing_values(template, needed, values)
+    missing = _describe_missing_fields(template, needed, values)
     rendered = RecordError(missing) if missing and tally.missing == "fail" else next(results)
     if isinstance(rendered, RenderedRow):
-        rendered = _unwritable(f"{template.dataset}: template {quote(template.name)}", rendered) or rendered
+        rendered = _check_text(f"{template.dataset}: template {quote(template.name)}", rendered) or rendered
     if isinstance(rendered, RecordError):
         tally.fail(name, f"{where}: {rendered}", limited=isinstance(rendered, LimitError))
         return None
@@ -212,15 +220,15 @@ def _prompt(
     )
 
 
-def _unwritable(where: str, rendered: RenderedRow) -> RecordError | None:
+def _check_text(where: str, rendered: RenderedRow) -> RecordError | None:
     """What is wrong with a text that no file of the record takes: with a NUL, or with half a character."""
     for name, text in (("instruction", rendered.instruction), ("target", rendered.target)):
-        if odd := odd_character(text):
+        if odd := find_invalid_character(text):
             return RecordError(f"{where}: {name} holds {odd}")
     return None
 
 
-def _missing_values(template: Template, needed: frozenset[str], values: Values) -> str:
+def _describe_missing_fields(template: Template, needed: frozenset[str], values: Values) -> str:
     """What the template reads and the row lacks, in words; PromptSource renders that as nothing."""
     missing = sorted(needed - {name.replace("-", "_") for name in values})
     if not missing:
@@ -232,15 +240,15 @@ def _missing_values(template: Template, needed: frozenset[str], values: Values) 
     )
 
 
-def _as_they_are(rows: Iterable[Placed], tally: Tally) -> Iterator[tuple[Placed, list[Prompt]]]:
+def _read_prompts(rows: Iterable[LocatedRow], tally: Tally) -> Iterator[tuple[LocatedRow, list[Prompt]]]:
     """The prompt that each row of tasksource/bigbench is; none where it is blank or has no answer."""
     for row in rows:
         _, where, values = row
-        yield row, list(_as_it_is(where, values, tally))
+        yield row, list(_read_prompt(where, values, tally))
 
 
-def _as_it_is(where: str, values: Values, tally: Tally) -> Iterator[Prompt]:
-    read = from_bigbench(where, values)
+def _read_prompt(where: str, values: Values, tally: Tally) -> Iterator[Prompt]:
+    read = parse_bigbench(where, values)
     references = tuple(text for text in read["references"] if text.strip())
     if isinstance(read["instruction"], str) and read["instruction"].strip() and references:
         yield Prompt(instruction=read["instruction"], references=references, choices=tuple(read["choices"]))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cappy.errors import RecordError
-from cappy.preparation.leakage import SAMPLED_ROWS, Exclusions, HeldOut, SplitRows, sort_hashes
+from cappy.preparation.leakage import SAMPLED_ROWS, Exclusions, RowSample, SplitRows, sort_hashes
 from cappy.preparation.rows import Rows, Values, choice_candidates, hash64
 from cappy.progress import Progress
 from cappy.records import Instance, Split, prompt_hash
@@ -24,9 +24,9 @@ from cappy.records.overlap import MAX_ROWS, group_hash
 from cappy.records.overlap import Prompt as Text
 from cappy.records.work import Shard
 
-HOPELESS = 100
+MIN_ROWS_TO_REFUSE = 100
 """Rows after which a template that failed on all of them fails the run at once."""
-MAX_LIMITED = 3
+MAX_CONSECUTIVE_LIMITS = 3
 """Rows in a row on which a template may run out of time or memory: each costs seconds."""
 _PROGRESS_EVERY = 4_096
 
@@ -78,10 +78,10 @@ class Tally:
         self.counts["failed"] += 1
         self.errors.setdefault(name, error)
         self.limited[name] = self.limited[name] + 1 if limited else 0
-        if self.limited[name] == MAX_LIMITED:
-            rows = f"it ran out of time or memory on {MAX_LIMITED} rows in a row"
+        if self.limited[name] == MAX_CONSECUTIVE_LIMITS:
+            rows = f"it ran out of time or memory on {MAX_CONSECUTIVE_LIMITS} rows in a row"
             raise RecordError(f"{self.errors[name]}; {rows}: leave the template out with --template")
-        if self.max_failed < 1 and self.failed[name] == self.tried[name] == HOPELESS:
+        if self.max_failed < 1 and self.failed[name] == self.tried[name] == MIN_ROWS_TO_REFUSE:
             self.refuse(name)
 
     def check(self) -> None:
@@ -107,9 +107,9 @@ class Table:
     held_out: bool = False
 
 
-Placed = tuple[int, str, Values]
+LocatedRow = tuple[int, str, Values]
 """A row with its index and the place where it stands."""
-Prompts = Callable[[Iterable[Placed], Tally], Iterator[tuple[Placed, list[Prompt]]]]
+Prompts = Callable[[Iterable[LocatedRow], Tally], Iterator[tuple[LocatedRow, list[Prompt]]]]
 """The prompts of each row, in order; it may read rows ahead."""
 
 
@@ -123,7 +123,7 @@ class Dataset:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
+class SplitRule:
     """Which split each group belongs to, and which rows are this shard's."""
 
     seed: int
@@ -139,27 +139,29 @@ class Places:
         return "test" if place < self.test else "validation" if place < self.test + self.validation else "train"
 
 
-def instances(datasets: Sequence[Dataset], places: Places, tally: Tally, progress: Progress) -> Iterator[Instance]:
+def make_instances(
+    datasets: Sequence[Dataset], places: SplitRule, tally: Tally, progress: Progress
+) -> Iterator[Instance]:
     """The instances of all datasets in order; RecordError where a template fails on a row, see `Tally`."""
     held_out = _find_exclusions(datasets, places, progress)
     for dataset in datasets:
         for table in dataset.tables:
-            rows = (row for row in _rows(dataset, table, progress) if places.shard.holds(row[0]))
+            rows = (row for row in _read_rows(dataset, table, progress) if places.shard.holds(row[0]))
             for row, prompts in dataset.prompts(rows, tally):
-                yield from _of_row(dataset, table, row, prompts, places, held_out, tally)
+                yield from _make_row_instances(dataset, table, row, prompts, places, held_out, tally)
 
 
-def _of_row(
+def _make_row_instances(
     dataset: Dataset,
     table: Table,
-    row: Placed,
+    row: LocatedRow,
     prompts: Iterable[Prompt],
-    places: Places,
+    places: SplitRule,
     held_out: Mapping[Split, Exclusions],
     tally: Tally,
 ) -> Iterator[Instance]:
     index, _, values = row
-    group = _group_of(dataset.name, values)
+    group = _group_id(dataset.name, values)
     split = places.split(group, table)
     for prompt in prompts:
         if held_out[split].has_prompt(prompt.instruction):
@@ -183,18 +185,18 @@ def _of_row(
         yield instance
 
 
-def _group_of(name: str, values: Values) -> str:
+def _group_id(name: str, values: Values) -> str:
     """The group of a row: equal rows of a dataset are one."""
     text = json.dumps(values, sort_keys=True, default=str, ensure_ascii=False)
     return f"{name}:{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=8).hexdigest()}"
 
 
-def _find_exclusions(datasets: Sequence[Dataset], places: Places, progress: Progress) -> Mapping[Split, Exclusions]:
+def _find_exclusions(datasets: Sequence[Dataset], places: SplitRule, progress: Progress) -> Mapping[Split, Exclusions]:
     """For train and validation what it may not have: prompts, groups and near-duplicates of rows held out further.
 
     All datasets and all shards count. There is nothing to keep apart where all is test.
     """
-    exclusions, rows, held_out = {"validation": Exclusions(), "test": Exclusions()}, SplitRows(), HeldOut()
+    exclusions, rows, held_out = {"validation": Exclusions(), "test": Exclusions()}, SplitRows(), RowSample()
     unreported = Tally(max_failed=1.0)
     tables = [(dataset, table) for dataset in datasets for table in dataset.tables]
     if all(table.held_out for _, table in tables) or not (
@@ -207,7 +209,7 @@ def _find_exclusions(datasets: Sequence[Dataset], places: Places, progress: Prog
         for (_, _, values), prompts in dataset.prompts(
             _rows_to_check(dataset, table, places, progress, limit), unreported
         ):
-            group = _group_of(dataset.name, values)
+            group = _group_id(dataset.name, values)
             split = places.split(group, table)
             seen += split == "train"
             for prompt in prompts:
@@ -238,17 +240,19 @@ def _find_exclusions(datasets: Sequence[Dataset], places: Places, progress: Prog
     }
 
 
-def _rows_to_check(dataset: Dataset, table: Table, places: Places, progress: Progress, left: int) -> Iterator[Placed]:
+def _rows_to_check(
+    dataset: Dataset, table: Table, places: SplitRule, progress: Progress, left: int
+) -> Iterator[LocatedRow]:
     """The rows of a table that are held out, and the first that are not, so many of them at most."""
-    for row in _rows(dataset, table, progress):
-        if places.split(_group_of(dataset.name, row[2]), table) != "train":
+    for row in _read_rows(dataset, table, progress):
+        if places.split(_group_id(dataset.name, row[2]), table) != "train":
             yield row
         elif left:
             left -= 1
             yield row
 
 
-def _rows(dataset: Dataset, table: Table, progress: Progress) -> Iterator[Placed]:
+def _read_rows(dataset: Dataset, table: Table, progress: Progress) -> Iterator[LocatedRow]:
     for index, (where, values) in enumerate(table.rows()):
         if index % _PROGRESS_EVERY == 0:
             progress(index, None, unit=f"rows of {dataset.name}")

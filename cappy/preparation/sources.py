@@ -13,21 +13,21 @@ import numpy as np
 
 from cappy.builtin.tasks import instances as builtin_instances
 from cappy.errors import ConfigError, FolderError, RecordError, quote
-from cappy.preparation.bigbench import Shares, find_tasks, is_task, map_known_columns, read_tasks
+from cappy.preparation.bigbench import HeldOutShares, find_tasks, is_task, map_known_columns, read_tasks
 from cappy.preparation.cells import parse_lists
-from cappy.preparation.columns import Columns, Unused, map_columns, parse_columns
+from cappy.preparation.columns import Columns, SourceWarnings, map_columns, parse_columns
 from cappy.preparation.config import BUILTIN, Kind, PreparationConfig, check_settings
-from cappy.preparation.files import PREFIX, Reader, commit_of, find_shards, parse_hub, read_hub, reader_of
-from cappy.preparation.mixed import open_mixture, open_templated
+from cappy.preparation.files import PREFIX, Reader, resolve_commit, find_shards, parse_hub, read_hub, choose_reader
+from cappy.preparation.mixed import open_mixture, open_templated_dataset
 from cappy.preparation.prompted import Dataset
 from cappy.preparation.rows import Row, Rows, choice_candidates, hash64, parse_row
 from cappy.preparation.tables import read_csv
-from cappy.preparation.text_files import plain, readable
+from cappy.preparation.text_files import strip_compression_suffix, translate_read_errors
 from cappy.records import Instance, read, read_manifest
 from cappy.records.folder import MANIFEST, Manifest, sha256_of
 from cappy.records.work import parse_shard
 
-MAX_HELD_CHARACTERS = 512 * 2**20
+MAX_PENDING_CHARACTERS = 512 * 2**20
 """Of responses whose prompt comes again further down."""
 
 
@@ -47,26 +47,26 @@ class Source:
     task: str = ""
     parents: tuple[str, ...] = ()
     generators: Mapping[str, str] = field(default_factory=dict)
-    unused: Unused = field(default_factory=lambda: Unused(name=""))
+    unused: SourceWarnings = field(default_factory=lambda: SourceWarnings(name=""))
     commits: Mapping[str, str] = field(default_factory=dict)
     check_unchanged: Callable[[], None] = lambda: None
 
 
 def open_source(config: PreparationConfig) -> Source:
     """The source of a config; ConfigError or FolderError if there is none, or for a setting that it does not heed."""
-    kind, find = _find(config)
+    kind, find = _find_source(config)
     check_settings(config, kind)
     return find()
 
 
-def _find(config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]:
+def _find_source(config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]:
     """What kind of source it is, and what opens it."""
     if config.mixture or config.templates:
-        return ("mixture" if config.mixture else "templates"), lambda: _datasets(config)
+        return ("mixture" if config.mixture else "templates"), lambda: _open_datasets(config)
     if config.source == BUILTIN:
-        return "builtin", lambda: _builtin(config)
+        return "builtin", lambda: _open_builtin(config)
     if config.source.startswith(PREFIX):
-        return "hub", lambda: _hub(config)
+        return "hub", lambda: _open_hub(config)
     path = Path(config.source)
     if path.is_dir():
         return _find_in_folder(path, config)
@@ -74,25 +74,25 @@ def _find(config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]:
         kinds = f"{BUILTIN}, a JSON Lines, CSV or Parquet file, a BIG-bench task, a folder of records or hub:org/name"
         raise ConfigError(f"{path}: no such file or folder; --source is {kinds}")
     if is_task(path):
-        return "bigbench", lambda: _bigbench([path], path, config)
-    return "file", lambda: _tables([path], path, reader_of(path), config)
+        return "bigbench", lambda: _open_bigbench([path], path, config)
+    return "file", lambda: _open_tables([path], path, choose_reader(path), config)
 
 
 def _find_in_folder(path: Path, config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]:
     shards = [path] if (path / MANIFEST).is_file() else sorted(tables.parent for tables in path.glob(f"*/{MANIFEST}"))
     if shards:
-        return "records", lambda: _records(shards, path, config)
+        return "records", lambda: _open_records(shards, path, config)
     if tasks := find_tasks(path):
-        return "bigbench", lambda: _bigbench(tasks, path, config)
+        return "bigbench", lambda: _open_bigbench(tasks, path, config)
     tables = find_shards(path, config.split)
     if tables is not None:
-        return "tables", lambda: _tables(tables.files, path, tables.reader, config, tables.others)
+        return "tables", lambda: _open_tables(tables.files, path, tables.reader, config, tables.other_splits)
     remedy = "name a file in it, or run the step that writes it again"
     raise FolderError(f"{path}: is a folder without {MANIFEST}, of its own or in folders of it; {remedy}")
 
 
-def _datasets(config: PreparationConfig) -> Source:
-    datasets, made_of = open_mixture(config) if config.mixture else open_templated(config)
+def _open_datasets(config: PreparationConfig) -> Source:
+    datasets, made_of = open_mixture(config) if config.mixture else open_templated_dataset(config)
     return Source(
         name=config.mixture or config.source,
         format="mixture" if config.mixture else "templates",
@@ -102,31 +102,31 @@ def _datasets(config: PreparationConfig) -> Source:
     )
 
 
-def _builtin(config: PreparationConfig) -> Source:
+def _open_builtin(config: PreparationConfig) -> Source:
     def rows() -> Iterator[Row]:
         drawn = builtin_instances(
             config.pool, num_per_family=config.num_per_family, seed=config.seed, families=config.families or None
         )
         for instance in drawn:
-            yield _as_row(BUILTIN, _with_choices(instance), config.task)
+            yield _make_row(BUILTIN, _add_choice_candidates(instance), config.task)
 
     return Source(name=BUILTIN, format=BUILTIN, rows=rows, task=config.task or "")
 
 
-def _records(shards: Sequence[Path], path: Path, config: PreparationConfig) -> Source:
-    manifests = [_of_records(shard) for shard in shards]
+def _open_records(shards: Sequence[Path], path: Path, config: PreparationConfig) -> Source:
+    manifests = [_read_records_manifest(shard) for shard in shards]
     _check_shards(shards, manifests)
-    unused = Unused(name=str(path))
+    unused = SourceWarnings(name=str(path))
 
     def rows() -> Iterator[Row]:
         for shard in shards:
             for instance in read(shard):
-                yield _with_responses(_as_row(str(shard), instance, config.task), config)
+                yield _check_responses(_make_row(str(shard), instance, config.task), config)
 
     return Source(
         name=str(path),
         format="records",
-        rows=lambda: _exclude(rows(), config.exclude, unused),
+        rows=lambda: _exclude_systems(rows(), config.exclude, unused),
         task=config.task or "",
         unused=unused,
         parents=tuple(manifest.hash for manifest in manifests),
@@ -134,7 +134,7 @@ def _records(shards: Sequence[Path], path: Path, config: PreparationConfig) -> S
     )
 
 
-def _with_responses(row: Row, config: PreparationConfig) -> Row:
+def _check_responses(row: Row, config: PreparationConfig) -> Row:
     if config.unlabelled and not row.instance.candidates:
         remedy = "sample responses first, or leave --unlabelled out"
         raise RecordError(f"{row.where}: has no responses; {remedy}")
@@ -161,18 +161,18 @@ def _check_shards(folders: Sequence[Path], manifests: Sequence[Manifest]) -> Non
         raise FolderError(f"{folders[0].parent}: {what}, found {', '.join(sorted(shards))}; run each shard once")
 
 
-def _of_records(path: Path) -> Manifest:
+def _read_records_manifest(path: Path) -> Manifest:
     manifest = read_manifest(path)
     if not manifest.rows:
         raise FolderError(f"{path}: holds no instances (written by {manifest.step or 'nobody'}); choose another")
     return manifest
 
 
-def _bigbench(tasks: Sequence[Path], path: Path, config: PreparationConfig) -> Source:
-    unused = Unused(name=str(path))
+def _open_bigbench(tasks: Sequence[Path], path: Path, config: PreparationConfig) -> Source:
+    unused = SourceWarnings(name=str(path))
 
     def rows() -> Rows:
-        shares = Shares(test=config.test, validation=config.validation)
+        shares = HeldOutShares(test=config.test, validation=config.validation)
         return read_tasks(tasks, path, seed=config.seed, shares=shares, task=config.task or "", unused=unused)
 
     return Source(
@@ -185,15 +185,15 @@ def _bigbench(tasks: Sequence[Path], path: Path, config: PreparationConfig) -> S
     )
 
 
-def _hub(config: PreparationConfig) -> Source:
+def _open_hub(config: PreparationConfig) -> Source:
     dataset = parse_hub(config.source)
-    commit = commit_of(dataset)
+    commit = resolve_commit(dataset)
     task = config.task or dataset.configuration or dataset.repository.partition("/")[2]
-    unused = Unused(name=config.source)
+    unused = SourceWarnings(name=config.source)
     return Source(
         name=config.source,
         format="hub",
-        rows=lambda: _instances(read_hub(dataset, commit, config.split), task, config, unused),
+        rows=lambda: _parse_rows(read_hub(dataset, commit, config.split), task, config, unused),
         task=task,
         unused=unused,
         parents=(commit,),
@@ -201,20 +201,20 @@ def _hub(config: PreparationConfig) -> Source:
     )
 
 
-def _tables(
+def _open_tables(
     files: Sequence[Path], path: Path, reader: Reader, config: PreparationConfig, others: Sequence[str] = ()
 ) -> Source:
     """The rows of a file, or of a folder's shards of one table."""
-    task = config.task or (plain(path).stem if path.is_file() else path.resolve().name)
-    unused = Unused(name=str(path))
+    task = config.task or (strip_compression_suffix(path).stem if path.is_file() else path.resolve().name)
+    unused = SourceWarnings(name=str(path))
     if others:
         unused.say("splits", f"split {config.split} is read, {', '.join(others)} not; --split names another")
-    with readable(path):
+    with translate_read_errors(path):
         hashes = [sha256_of(file) for file in files]
 
     def rows() -> Iterator[Row]:
         found = chain.from_iterable(map(reader, files))
-        return _instances(found, task, config, unused, cells=reader is read_csv)
+        return _parse_rows(found, task, config, unused, cells=reader is read_csv)
 
     def check_unchanged() -> None:
         changed = next((file for file, known in zip(files, hashes, strict=True) if sha256_of(file) != known), None)
@@ -232,8 +232,8 @@ def _tables(
     )
 
 
-def _instances(
-    rows: Rows, task: str, config: PreparationConfig, unused: Unused, *, cells: bool = False
+def _parse_rows(
+    rows: Rows, task: str, config: PreparationConfig, unused: SourceWarnings, *, cells: bool = False
 ) -> Iterator[Row]:
     """The instances in rows of columns, whatever holds them; `cells` says that it knows no lists."""
     columns = Columns(named=parse_columns(config.columns), ignored=frozenset(config.ignore_columns))
@@ -245,10 +245,10 @@ def _instances(
             unused.candidates(where, values)
             yield read_row(where, values)
 
-    return _exclude(read_rows(), config.exclude, unused)
+    return _exclude_systems(read_rows(), config.exclude, unused)
 
 
-def _exclude(rows: Iterator[Row], patterns: Sequence[str], unused: Unused) -> Iterator[Row]:
+def _exclude_systems(rows: Iterator[Row], patterns: Sequence[str], unused: SourceWarnings) -> Iterator[Row]:
     """The rows without the candidates of the systems that match a pattern."""
     if not patterns:
         yield from rows
@@ -270,13 +270,13 @@ def _exclude(rows: Iterator[Row], patterns: Sequence[str], unused: Unused) -> It
         unused.say("exclude", f"--exclude {idle[0]} matches no system; systems found: {systems}")
 
 
-def _as_row(name: str, instance: Instance, task: str | None) -> Row:
+def _make_row(name: str, instance: Instance, task: str | None) -> Row:
     """A row of a source of ours, whose ids and splits stand."""
     named = instance if instance.task or not task else replace(instance, task=task)
     return Row(f"{name}: instance {quote(instance.instance_id)}", named)
 
 
-def _with_choices(instance: Instance) -> Instance:
+def _add_choice_candidates(instance: Instance) -> Instance:
     return instance if instance.candidates else replace(instance, candidates=choice_candidates(instance.choices))
 
 
@@ -284,12 +284,12 @@ def group_rows(source: Source, config: PreparationConfig) -> Source:
     """The source with rows of one prompt gathered, where `group_responses` says so and there are any."""
     if source.format in (BUILTIN, "records", "bigbench") or source.datasets:
         return source
-    grouping = _survey_groups(source.rows, config.group_responses)
+    grouping = _count_prompts(source.rows, config.group_responses)
     if not grouping.has_groups:
         return source
     what = f"{grouping.rows:,} rows of {grouping.instances:,} prompts are gathered into an instance for each prompt"
     source.unused.say("grouped", f"{what}; --group-responses never keeps them apart")
-    return replace(source, rows=lambda: _gather(source.rows, grouping))
+    return replace(source, rows=lambda: _group_responses(source.rows, grouping))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,7 +306,7 @@ class _Grouping:
         return self.rows > self.instances
 
 
-def _survey_groups(rows: Callable[[], Iterator[Row]], wanted: Literal["auto", "always", "never"]) -> _Grouping:
+def _count_prompts(rows: Callable[[], Iterator[Row]], wanted: Literal["auto", "always", "never"]) -> _Grouping:
     """Reads a source once for the rows that belong together, 8 bytes of each; none where `wanted` is never.
 
     With auto, nothing is gathered unless every row has exactly one response: reading ends at the first that has not.
@@ -323,7 +323,7 @@ def _survey_groups(rows: Callable[[], Iterator[Row]], wanted: Literal["auto", "a
     return _Grouping(rows=len(keys), instances=len(hashes), counts=counts)
 
 
-def _gather(rows: Callable[[], Iterator[Row]], grouping: _Grouping) -> Iterator[Row]:
+def _group_responses(rows: Callable[[], Iterator[Row]], grouping: _Grouping) -> Iterator[Row]:
     """The rows, those of one prompt as one: its candidates in the order of the file, at the place of the last row.
 
     RecordError where so much is held at once that memory would run out.
@@ -342,7 +342,7 @@ def _gather(rows: Callable[[], Iterator[Row]], grouping: _Grouping) -> Iterator[
         if left[key]:
             held[key] = row
             characters += _num_characters(row)
-            if characters > MAX_HELD_CHARACTERS:
+            if characters > MAX_PENDING_CHARACTERS:
                 remedy = "sort the file by prompt, or set --group-responses never"
                 raise RecordError(f"{row.where}: rows of one prompt stand too far apart to be gathered; {remedy}")
         else:

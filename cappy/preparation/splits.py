@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from cappy.errors import ConfigError, RecordError, quote
 from cappy.preparation.config import PreparationConfig
-from cappy.preparation.leakage import MOST_DROPPED, SplitRows, describe_left_out, root_of, tied_prompts
+from cappy.preparation.leakage import MAX_DROPPED_SHARE, SplitRows, describe_left_out, find_root, merge_near_duplicates
 from cappy.preparation.rows import Row, hash64
 from cappy.preparation.sources import Source
 from cappy.progress import Progress
@@ -27,23 +27,23 @@ from cappy.records.instance import SPLITS
 Hashes = npt.NDArray[np.uint64]
 Codes = npt.NDArray[np.uint8]
 """Splits as indexes into SPLITS."""
-Chosen = npt.NDArray[np.bool_]
+RowMask = npt.NDArray[np.bool_]
 """For each row whether something is true of it."""
 
 TRAIN, VALIDATION, TEST = (SPLITS.index(split) for split in ("train", "validation", "test"))
-STANDING = ("builtin", "records", "bigbench")
+FIXED_SPLIT_FORMATS = ("builtin", "records", "bigbench")
 """Formats whose splits are not those of a user's rows."""
 _DEFAULT_SHARES = (PreparationConfig.test, PreparationConfig.validation)
 _PROGRESS_EVERY = 512
-_PLACES = 2**64
+_HASH_RANGE = 2**64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class SplitAssignment:
     """What was decided before rows are written: the split of each, its ordinal in its group, whether it is left out."""
 
     splits: Codes
-    left_out: Chosen
+    left_out: RowMask
     ordinals: npt.NDArray[np.uint32]
     metrics: Mapping[str, float]
 
@@ -53,49 +53,51 @@ class Plan:
         return len(self.splits)
 
 
-def survey(source: Source, config: PreparationConfig, progress: Progress) -> Plan:
+def assign_splits(source: Source, config: PreparationConfig, progress: Progress) -> SplitAssignment:
     """Reads the whole source, holding a few numbers for each row; RecordError for the first row that is wrong.
 
     It is read once, and once more for near-duplicates where we draw splits (twice more again where they are many).
     """
-    ids, groups, prompts, codes, first, named = _hashes(source, config, progress)
+    ids, groups, prompts, codes, first, named = _hash_rows(source, config, progress)
     if first.has_id and (clash := _find_repeat(ids)):
-        earlier, later = _rows_at(source, clash)
+        earlier, later = _read_two_rows(source, clash)
         twice = f"id {quote(later.instance.instance_id)} stands at {earlier.where} already"
         raise RecordError(f"{later.where}: {twice}; give every row its own id")
     if first.has_split:
         if (
-            source.format not in STANDING
+            source.format not in FIXED_SPLIT_FORMATS
             and not config.unlabelled
             and (config.test, config.validation) != _DEFAULT_SHARES
         ):
             source.unused.say("shares", "the rows give their splits; --test and --validation draw none")
-        _check_shared(source, codes, prompts, lambda row: f"instruction {quote(row.instance.instruction)}")
-        _check_shared(source, codes, groups, lambda row: f"group_id {quote(row.instance.group_id)}")
+        _check_split_overlap(source, codes, prompts, lambda row: f"instruction {quote(row.instance.instruction)}")
+        _check_split_overlap(source, codes, groups, lambda row: f"group_id {quote(row.instance.group_id)}")
         left_out = np.zeros(len(codes), dtype=np.bool_)
         if source.format == "bigbench":
-            left_out = _near(source, codes, prompts)
+            left_out = _find_near_duplicates(source, codes, prompts)
     else:
-        codes, left_out = _draw_apart(source, config, groups, prompts)
-    _say_left_out(source, codes, left_out)
+        codes, left_out = _draw_without_leaks(source, config, groups, prompts)
+    _warn_left_out(source, codes, left_out)
     if config.task and not named:
         source.unused.say("task", f"every row names its task; --task {config.task} names none")
     metrics = {"duplicates_of_instruction": float(len(prompts) - len(np.unique(prompts)))}
-    return Plan(splits=codes, left_out=left_out, ordinals=_ordinals(groups), metrics=metrics)
+    return SplitAssignment(splits=codes, left_out=left_out, ordinals=_ordinals(groups), metrics=metrics)
 
 
-def _draw_apart(source: Source, config: PreparationConfig, groups: Hashes, prompts: Hashes) -> tuple[Codes, Chosen]:
+def _draw_without_leaks(
+    source: Source, config: PreparationConfig, groups: Hashes, prompts: Hashes
+) -> tuple[Codes, RowMask]:
     """The drawn split of each row, and whether it is left out; near-duplicates are one group where they are many."""
-    codes = draw(representatives(groups, prompts), config, source.name, unused=source.unused.names("columns"))
-    left_out = _near(source, codes, prompts)
+    codes = draw_splits(merge_groups(groups, prompts), config, source.name, unused=source.unused.names("columns"))
+    left_out = _find_near_duplicates(source, codes, prompts)
     fitted = np.count_nonzero(codes != TEST)
-    if left_out.sum() <= MOST_DROPPED * fitted and not _empties_split(codes, left_out):
+    if left_out.sum() <= MAX_DROPPED_SHARE * fitted and not _empties_split(codes, left_out):
         return codes, left_out
-    places = representatives(groups, tied_prompts(prompts, lambda: (row.instance for row in source.rows())))
+    places = merge_groups(groups, merge_near_duplicates(prompts, lambda: (row.instance for row in source.rows())))
     if len(np.unique(places)) < _num_splits(config):
         return codes, left_out
-    again = draw(places, config, source.name)
-    left_out_again = _near(source, again, prompts)
+    again = draw_splits(places, config, source.name)
+    left_out_again = _find_near_duplicates(source, again, prompts)
     if left_out_again.sum() >= left_out.sum() or _empties_split(again, left_out_again):
         return codes, left_out
     what = f"{left_out.sum():,} of {fitted:,} rows to train on were near-duplicates of held-out rows"
@@ -103,7 +105,7 @@ def _draw_apart(source: Source, config: PreparationConfig, groups: Hashes, promp
     return again, left_out_again
 
 
-def _near(source: Source, codes: Codes, prompts: Hashes) -> Chosen:
+def _find_near_duplicates(source: Source, codes: Codes, prompts: Hashes) -> RowMask:
     """Which rows of train and validation are near-duplicates of rows that are held out further."""
     if len(np.unique(codes)) < 2:
         return np.zeros(len(codes), dtype=np.bool_)
@@ -111,21 +113,21 @@ def _near(source: Source, codes: Codes, prompts: Hashes) -> Chosen:
     for row, code in zip(source.rows(), codes.tolist(), strict=False):
         rows.add(row.instance, SPLITS[code])
     left_out = rows.find_leaks()
-    chosen: Chosen = np.isin(prompts, np.fromiter(left_out, dtype=np.uint64, count=len(left_out))) & (codes != TEST)
+    chosen: RowMask = np.isin(prompts, np.fromiter(left_out, dtype=np.uint64, count=len(left_out))) & (codes != TEST)
     return chosen
 
 
-def _empties_split(codes: Codes, left_out: Chosen) -> bool:
+def _empties_split(codes: Codes, left_out: RowMask) -> bool:
     """Whether a split has rows, and none that is not left out."""
     return len(np.unique(codes[~left_out])) < len(np.unique(codes))
 
 
-def _say_left_out(source: Source, codes: Codes, left_out: Chosen) -> None:
+def _warn_left_out(source: Source, codes: Codes, left_out: RowMask) -> None:
     if left_out.any():
         source.unused.say("near_held_out", describe_left_out(int(left_out.sum()), int((codes != TEST).sum())))
 
 
-def place(rows: Iterator[Row], plan: Plan) -> Iterator[Instance | None]:
+def apply_splits(rows: Iterator[Row], plan: SplitAssignment) -> Iterator[Instance | None]:
     """The instances of the rows, with the ids and splits that were left to us; None for one that is left out.
 
     Rows beyond the plan stand in a file that grew since; the source notices that itself.
@@ -140,7 +142,7 @@ def place(rows: Iterator[Row], plan: Plan) -> Iterator[Instance | None]:
         yield instance if row.has_split else replace(instance, split=SPLITS[code])
 
 
-def draw(places: Hashes, config: PreparationConfig, name: str = "source", *, unused: str = "") -> Codes:
+def draw_splits(places: Hashes, config: PreparationConfig, name: str = "source", *, unused: str = "") -> Codes:
     """A split for each place by the config's fractions, none of them empty.
 
     ConfigError if there are too few groups; it names the `unused` columns, since rows may differ by one of them.
@@ -152,12 +154,12 @@ def draw(places: Hashes, config: PreparationConfig, name: str = "source", *, unu
         if unused:
             remedy = f"columns that are not read: {unused}; --columns FIELD=COLUMN reads one, or {remedy}"
         raise ConfigError(f"{name}: {len(groups)} group(s) cannot fill {wanted} splits; {remedy}")
-    num_test = _within(groups, config.test)
+    num_test = _count_below(groups, config.test)
     if config.test:
         num_test = min(max(num_test, 1), len(groups) - wanted + 1)
     num_held_out = num_test
     if config.validation:
-        num_held_out = min(max(_within(groups, config.test + config.validation), num_test + 1), len(groups) - 1)
+        num_held_out = min(max(_count_below(groups, config.test + config.validation), num_test + 1), len(groups) - 1)
     ranks = np.searchsorted(groups, places)
     return np.select([ranks < num_test, ranks < num_held_out], [TEST, VALIDATION], TRAIN).astype(np.uint8)
 
@@ -167,10 +169,10 @@ def _num_splits(config: PreparationConfig) -> int:
     return 1 + (config.test > 0) + (config.validation > 0)
 
 
-def representatives(groups: Hashes, prompts: Hashes) -> Hashes:
+def merge_groups(groups: Hashes, prompts: Hashes) -> Hashes:
     """For each row one group of all those that its group is tied to by shared prompts.
 
-    Chosen by the low half of the hash: the place is its high half, and the lowest place of several would be test too
+    RowMask by the low half of the hash: the place is its high half, and the lowest place of several would be test too
     often.
     """
     parents: dict[int, int] = {}
@@ -180,17 +182,19 @@ def representatives(groups: Hashes, prompts: Hashes) -> Hashes:
     tied = (by_prompt[1:] == by_prompt[:-1]) & (groups_by_prompt[1:] != groups_by_prompt[:-1])
     left, right = groups_by_prompt[:-1][tied].tolist(), groups_by_prompt[1:][tied].tolist()
     for pair in zip(left, right, strict=True):
-        low, high = sorted((root_of(group, parents) for group in pair), key=lambda group: (group & 0xFFFF_FFFF, group))
+        low, high = sorted(
+            (find_root(group, parents) for group in pair), key=lambda group: (group & 0xFFFF_FFFF, group)
+        )
         parents[high] = low
     if not parents:
         return groups
     members = np.array(sorted({*parents, *parents.values()}), dtype=np.uint64)
-    roots = np.array([root_of(int(member), parents) for member in members], dtype=np.uint64)
+    roots = np.array([find_root(int(member), parents) for member in members], dtype=np.uint64)
     index = np.minimum(np.searchsorted(members, groups), len(members) - 1)
     return np.where(members[index] == groups, roots[index], groups)
 
 
-def _hashes(
+def _hash_rows(
     source: Source, config: PreparationConfig, progress: Progress
 ) -> tuple[Hashes, Hashes, Hashes, Codes, Row, bool]:
     """Hashes of each row's id, group and prompt, its split, the first row, and whether any is called as --task says.
@@ -202,7 +206,7 @@ def _hashes(
     named = False
     for count, row in enumerate(source.rows()):
         first = first or row
-        _check_alike(row, first)
+        _check_consistent(row, first)
         named = named or row.instance.task == config.task
         ids.append(hash64(row.instance.instance_id))
         groups.append(hash64(f"{config.seed} {row.instance.group_id}"))
@@ -216,7 +220,7 @@ def _hashes(
     return *hashes, np.frombuffer(codes, dtype=np.uint8), first, named  # type: ignore[return-value]
 
 
-def _check_alike(row: Row, first: Row) -> None:
+def _check_consistent(row: Row, first: Row) -> None:
     for name, here, there in (("split", row.has_split, first.has_split), ("id", row.has_id, first.has_id)):
         if here != there:
             mine, first_one = ("gives", "none") if here else ("gives no", "one")
@@ -224,10 +228,10 @@ def _check_alike(row: Row, first: Row) -> None:
             raise RecordError(f"{row.where}: {mine} {name}, {first.where} gives {first_one}; {remedy}")
 
 
-def _check_shared(source: Source, codes: Codes, keys: Hashes, what: Callable[[Row], str]) -> None:
+def _check_split_overlap(source: Source, codes: Codes, keys: Hashes, what: Callable[[Row], str]) -> None:
     """RecordError for the first row whose key stands in another split already."""
     if clash := _find_repeat(keys, codes):
-        earlier, later = _rows_at(source, clash)
+        earlier, later = _read_two_rows(source, clash)
         here, there = later.instance.split, earlier.instance.split
         remedy = "delete one of the two, or leave out every split to have them drawn"
         raise RecordError(f"{later.where}: {what(later)} is in {here}, at {earlier.where} in {there}; {remedy}")
@@ -246,7 +250,7 @@ def _find_repeat(keys: Hashes, codes: Codes | None = None) -> tuple[int, int] | 
     return int(order[:-1][clash][index]), int(later[index])
 
 
-def _rows_at(source: Source, indexes: tuple[int, int]) -> tuple[Row, Row]:
+def _read_two_rows(source: Source, indexes: tuple[int, int]) -> tuple[Row, Row]:
     earlier, later = (next(itertools.islice(source.rows(), index, None)) for index in indexes)
     return earlier, later
 
@@ -262,6 +266,6 @@ def _ordinals(groups: Hashes) -> npt.NDArray[np.uint32]:
     return ordinals
 
 
-def _within(groups: Hashes, share: float) -> int:
+def _count_below(groups: Hashes, share: float) -> int:
     """How many of the sorted groups lie below this share of all places."""
-    return int(np.searchsorted(groups, np.uint64(min(share * _PLACES, _PLACES - 2048))))
+    return int(np.searchsorted(groups, np.uint64(min(share * _HASH_RANGE, _HASH_RANGE - 2048))))

@@ -9,10 +9,10 @@ from cappy.config import identity
 from cappy.errors import RecordError
 from cappy.preparation import prompted
 from cappy.preparation.config import PreparationConfig
-from cappy.preparation.leakage import keep_apart
+from cappy.preparation.leakage import filter_leaked
 from cappy.preparation.prompted import Tally
 from cappy.preparation.sources import Source, group_rows, open_source
-from cappy.preparation.splits import place, survey
+from cappy.preparation.splits import apply_splits, assign_splits
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.parts import process
@@ -21,7 +21,7 @@ from cappy.steps import step_version
 
 __all__ = ["PreparationConfig", "run"]
 
-_HELD_OUT_TOO = ("dropped_shared_with_held_out", "dropped_near_held_out", "dropped_leaked")
+_DROPPED_AS_HELD_OUT = ("dropped_shared_with_held_out", "dropped_near_held_out", "dropped_leaked")
 
 
 def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
@@ -35,13 +35,13 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
     refuse_same(config.source, config.target)
     source = group_rows(open_source(config), config)
     tally = Tally(max_failed=config.max_failed, missing=config.missing)
-    instances, total, metrics = _place_instances(source, config, tally, progress)
+    instances, total, metrics = _assign_instances(source, config, tally, progress)
     apart = [read_manifest(folder).hash for folder in config.against]
     values = {**identity(config), "task": source.task}
     settings = {**values, "format": source.format, "apart": apart}
     with claim(config.work, "preparation", settings, source.parents, fresh=config.fresh) as folder:
         parts = process(
-            keep_apart(instances, config.against, tally.counts, drop=config.leaked == "drop"),
+            filter_leaked(instances, config.against, tally.counts, drop=config.leaked == "drop"),
             folder,
             lambda part: part,
             part_rows=config.part_rows,
@@ -53,8 +53,8 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
         tally.check()
         if not parts.rows:
             raise RecordError(f"{source.name}: nothing is left to write; give more rows, or fewer shards")
-        _say_left_out(source, tally, parts.counts)
-        dropped = sum(count for name, count in tally.counts.items() if name in _HELD_OUT_TOO)
+        _warn_left_out(source, tally, parts.counts)
+        dropped = sum(count for name, count in tally.counts.items() if name in _DROPPED_AS_HELD_OUT)
         if dropped and not config.shard and not parts.counts.get("train"):
             what = f"nothing is left to train on: {dropped:,} instances have a prompt that is held out too, or nearly"
             raise RecordError(f"{source.name}: {what}; check --dataset, --against and the data")
@@ -77,28 +77,28 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
         return finish(folder, config.target, manifest)
 
 
-def _place_instances(
+def _assign_instances(
     source: Source, config: PreparationConfig, tally: Tally, progress: Progress
 ) -> tuple[Iterator[Instance], int | None, dict[str, float]]:
     """This shard's instances with their splits, how many there are where that is known, and what was counted."""
     shard = parse_shard(config.shard)
     if source.datasets:
-        places = prompted.Places(
+        places = prompted.SplitRule(
             seed=config.seed, test=0.0 if config.mixture else config.test, validation=config.validation, shard=shard
         )
-        return prompted.instances(source.datasets, places, tally, progress), None, {}
-    plan = survey(source, config, progress)
+        return prompted.make_instances(source.datasets, places, tally, progress), None, {}
+    plan = assign_splits(source, config, progress)
     source.unused.check(config.ignore_columns)
     source.unused.warn()
     rows = shard.rows(plan.num_rows)
     dropped = int(plan.left_out[rows.start : rows.stop].sum())
     if dropped:
         tally.counts["dropped_near_held_out"] = dropped
-    kept = (one for one in islice(place(source.rows(), plan), rows.start, rows.stop) if one is not None)
+    kept = (one for one in islice(apply_splits(source.rows(), plan), rows.start, rows.stop) if one is not None)
     return kept, len(rows) - dropped, dict(plan.metrics)
 
 
-def _say_left_out(source: Source, tally: Tally, counts: Mapping[str, int]) -> None:
+def _warn_left_out(source: Source, tally: Tally, counts: Mapping[str, int]) -> None:
     """Says of a source whose rows make prompts what was left out as it was written."""
     if source.datasets and (count := tally.counts["dropped_near_held_out"]):
         total = count + sum(number for split, number in counts.items() if split != "test")

@@ -25,9 +25,9 @@ from wording import raises_naming
 from cappy.errors import RecordError
 from cappy.preparation import tables
 from cappy.preparation.bigbench import is_task, read_task
-from cappy.preparation.files import reader_of
+from cappy.preparation.files import choose_reader
 from cappy.preparation.tables import read_csv, read_parquet
-from cappy.preparation.text_files import PIECE, lines
+from cappy.preparation.text_files import PIECE_CHARACTERS, read_lines
 from cappy.records import Instance, Manifest
 
 Prepare = Callable[..., tuple[Manifest, list[Instance]]]
@@ -131,7 +131,7 @@ def test_b6_an_array_that_is_cut_anywhere_is_said_to_end_early(tmp_path: Path, i
     for end in range(1, len(whole)):
         path.write_text(whole[:end])
         with pytest.raises(RecordError, match=r"in\.json.*(ends early|cut off)"):
-            list(reader_of(path)(path))
+            list(choose_reader(path)(path))
 
 
 @pytest.mark.parametrize("wrong", ['"a" "b": 1', '"a": "\\x", "b": "c"', '"a": "\\u00", "b": "c"', '"a": nul, "b": 1'])
@@ -139,7 +139,7 @@ def test_b6_what_is_wrong_within_an_array_is_not_its_end(tmp_path: Path, wrong: 
     path = tmp_path / "in.json"
     path.write_text(f'[{{"instruction": "a"}}, {{{wrong}}}, {{"instruction": "b"}}]')
     with pytest.raises(RecordError, match=r"in\.json:1: is not JSON \("):
-        list(reader_of(path)(path))
+        list(choose_reader(path)(path))
 
 
 def test_b6_a_header_with_a_comma_and_other_marks_is_parted_by_commas(prepare: Prepare, tmp_path: Path) -> None:
@@ -228,12 +228,12 @@ BOMB = """
 import resource, sys
 from pathlib import Path
 from cappy.errors import RecordError
-from cappy.preparation.files import reader_of
+from cappy.preparation.files import choose_reader
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 path = Path(sys.argv[1])
 try:
-    list(reader_of(path)(path))
+    list(choose_reader(path)(path))
 except RecordError as error:
     print("refused", error)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
@@ -266,11 +266,11 @@ def test_b6_a_large_array_is_read_row_by_row(tmp_path: Path) -> None:
             file.write(("," if number else "") + json.dumps({"instruction": f"{number} {'word ' * 100}"}))
         file.write("]")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in reader_of(tmp_path / "in.json")(tmp_path / "in.json"):
+    for _ in choose_reader(tmp_path / "in.json")(tmp_path / "in.json"):
         count += 1
     assert count == 20_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000
-    assert PIECE < 2**20
+    assert PIECE_CHARACTERS < 2**20
 
 
 def test_a_text_that_stands_in_every_row_is_held_once(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_an_archive_that_asks_for_too_much_memory_is_one_line(tmp_path: Path, mo
     (tmp_path / "rows.jsonl.xz").write_bytes(lzma.compress(b"{}\n"))
     monkeypatch.setattr(lzma.LZMAFile, "readline", refuse)
     with raises_naming(RecordError, "rows.jsonl.xz", "memory"):
-        list(lines(tmp_path / "rows.jsonl.xz"))
+        list(read_lines(tmp_path / "rows.jsonl.xz"))
 
 
 EXAMPLE = {"input": "x", "target_scores": {"a": 1, "b": 0}}

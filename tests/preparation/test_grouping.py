@@ -89,7 +89,7 @@ def test_b4_shards_hold_together_what_one_run_holds(prepare: Prepare, json_lines
 def test_b4_rows_that_stand_too_far_apart_are_refused(
     prepare: Prepare, json_lines: JsonLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MAX_HELD_CHARACTERS", 100)
+    monkeypatch.setattr(sources, "MAX_PENDING_CHARACTERS", 100)
     assert len(prepare(json_lines(*rated(by_model=False)), columns=COLUMNS)[1]) == 20
     with raises_naming(RecordError, "far.jsonl", "far apart", "sort"):
         prepare(json_lines(*rated(by_model=True), name="far.jsonl"), columns=COLUMNS)

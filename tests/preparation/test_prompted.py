@@ -16,8 +16,8 @@ from wording import assert_names, raises_naming
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
 from cappy.errors import ConfigError, FolderError, RecordError
-from cappy.preparation.mixed import _sees
-from cappy.preparation.mixtures.plan import cap
+from cappy.preparation.mixed import _is_sampled
+from cappy.preparation.mixtures.plan import cap_rows
 from cappy.preparation.step import PreparationConfig, run
 from cappy.records import Instance, Manifest, prompt_hash, read, write
 from cappy.sampling.step import SamplingConfig
@@ -174,7 +174,7 @@ def test_blank_renders_are_dropped_and_counted(prepare: Prepare, json_lines: Any
 def test_a_cap_gives_each_template_its_share_evenly_spaced(num_rows: int, share: int) -> None:
     share = min(share, num_rows)
     for offset in (0, num_rows // 3, num_rows - 1):
-        seen = [row for row in range(num_rows) if _sees(row + offset, num_rows, share)]
+        seen = [row for row in range(num_rows) if _is_sampled(row + offset, num_rows, share)]
         assert len(seen) == share
         gaps = {later - earlier for earlier, later in pairwise(seen)}
         assert not gaps or max(gaps) - min(gaps) <= 1
@@ -183,7 +183,7 @@ def test_a_cap_gives_each_template_its_share_evenly_spaced(num_rows: int, share:
 def test_a_mixture_is_read_from_files_at_hand_with_its_cap_and_splits(
     templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules[cap.__module__], "LIMIT", 20)
+    monkeypatch.setattr(sys.modules[cap_rows.__module__], "T0_ROW_LIMIT", 20)
     local = tmp_path / "local"
     local.mkdir()
     (templates / "rotten_tomatoes").mkdir()
@@ -202,7 +202,7 @@ def test_a_mixture_is_read_from_files_at_hand_with_its_cap_and_splits(
         )
     )
     found = list(read(tmp_path / "t0"))
-    assert cap(8_530, 2) == 10
+    assert cap_rows(8_530, 2) == 10
     assert Counter(instance.template for instance in found) == {"ask": 10, "write a question": 10}
     assert {instance.split for instance in found} == {"train"}
     by_template = defaultdict(set)

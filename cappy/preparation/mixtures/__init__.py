@@ -91,7 +91,7 @@ def load_mixture(name: str) -> Mixture:
     """The mixture of this name; ConfigError lists the names for an unknown one."""
     if name not in NAMES:
         raise ConfigError(f"mixture: unknown mixture {quote(name)}; choose one of {', '.join(NAMES)}")
-    return from_json(data_text(f"{name}.json"))
+    return from_json(read_data(f"{name}.json"))
 
 
 def select_subsets(mixture: Mixture, patterns: Sequence[str]) -> Mixture:
@@ -148,6 +148,6 @@ def to_values(mixture: Mixture) -> MixtureValues:
     return values
 
 
-def data_text(name: str) -> str:
+def read_data(name: str) -> str:
     """A packaged data file."""
     return (files(__package__) / "data" / name).read_text(encoding="utf-8")

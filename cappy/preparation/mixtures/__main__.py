@@ -25,7 +25,7 @@ from cappy.preparation.mixtures import (
     Subset,
     SubsetValues,
     TemplateFacts,
-    data_text,
+    read_data,
     to_values,
 )
 from cappy.preparation.templates import load_templates
@@ -33,7 +33,7 @@ from cappy.preparation.templates import load_templates
 TEMPLATE_VERSION = "promptsource 0.1.0"
 """The version that T0 pins."""
 
-AT_THAT_VERSION: Mapping[tuple[str, str], float | None] = {
+CHOICES_AT_VERSION: Mapping[tuple[str, str], float | None] = {
     ("wiqa", "effect_with_label_answer"): None,
     ("wiqa", "effect_with_string_answer"): None,
     ("wiqa", "does_the_supposed_perturbation_have_an_effect"): None,
@@ -50,7 +50,7 @@ other number of choices are equal.
 SAMPLES = {"t0": 10, "heldout": 0, "bigbench45": 17}
 """Responses that an LLM samples for each prompt: 5 of BART0 and 5 of T0-3B, none, and the published 17 candidates."""
 
-_JOINED = re.compile(r"""join\(\s*(["'])\s*\|\|\|\s*\1\s*\)""")
+_JOIN_CALL = re.compile(r"""join\(\s*(["'])\s*\|\|\|\s*\1\s*\)""")
 
 
 def main() -> int:
@@ -83,24 +83,26 @@ def write_mixtures(templates: Path, published: Path, target: Path) -> list[Path]
     written = []
     for name in NAMES:
         path = target / f"{name}.json"
-        path.write_text(_compact(to_values(make_mixture(name, templates, published))), encoding="utf-8")
+        path.write_text(_to_compact_json(to_values(make_mixture(name, templates, published))), encoding="utf-8")
         written.append(path)
     return written
 
 
 def make_mixture(name: str, templates: Path, published: Path) -> Mixture:
     """The mixture of this name; see `write_mixtures` for the folders."""
-    sources: list[SubsetValues] = json.loads(data_text("sources.json"))[name]
+    sources: list[SubsetValues] = json.loads(read_data("sources.json"))[name]
     if name == "bigbench45":
-        sizes = _table(published / "bigbench45_sizes_and_scores.csv")
-        subsets = [_bigbench_subset(sources[0], row) for row in sizes]
+        sizes = _read_table(published / "bigbench45_sizes_and_scores.csv")
+        subsets = [_make_bigbench_subset(sources[0], row) for row in sizes]
     elif name == "t0":
-        trained = [row for row in _table(published / "t0_datasets.csv") if row["do_train"] == "BASE"]
-        rows = {"/".join(filter(None, (row["HF_name"], row["subset"]))): _size(row["train_size"]) for row in trained}
-        _check_same(rows, sources, published / "t0_datasets.csv")
-        subsets = [_subset({**source, "rows": {"train": rows[source["name"]]}}, templates) for source in sources]
+        trained = [row for row in _read_table(published / "t0_datasets.csv") if row["do_train"] == "BASE"]
+        rows = {
+            "/".join(filter(None, (row["HF_name"], row["subset"]))): _parse_size(row["train_size"]) for row in trained
+        }
+        _check_same_names(rows, sources, published / "t0_datasets.csv")
+        subsets = [_make_subset({**source, "rows": {"train": rows[source["name"]]}}, templates) for source in sources]
     else:
-        subsets = [_subset(source, templates) for source in sources]
+        subsets = [_make_subset(source, templates) for source in sources]
     return Mixture(
         name=name,
         template_version="" if name == "bigbench45" else TEMPLATE_VERSION,
@@ -116,56 +118,56 @@ def count_choices(answer_choices: str | None, per_row: float | None) -> float | 
     """
     if not answer_choices:
         return None
-    if not _JOINED.search(answer_choices):
+    if not _JOIN_CALL.search(answer_choices):
         return len(answer_choices.split("|||"))
     if per_row is None:
         raise ConfigError(f"{answer_choices}: counts by row; add choices_per_row and its source to sources.json")
     return per_row
 
 
-def _subset(source: SubsetValues, templates: Path) -> Subset:
+def _make_subset(source: SubsetValues, templates: Path) -> Subset:
     fields = {key: value for key, value in source.items() if key != "choices_per_row"}
-    facts = _templates(source["dataset"], templates, source.get("choices_per_row"))
+    facts = _read_template_facts(source["dataset"], templates, source.get("choices_per_row"))
     return TypeAdapter(Subset).validate_python({**fields, "templates": tuple(facts)})
 
 
-def _bigbench_subset(source: SubsetValues, sizes: Mapping[str, str]) -> Subset:
+def _make_bigbench_subset(source: SubsetValues, sizes: Mapping[str, str]) -> Subset:
     task = sizes["task"]
-    rows = {split: _size(sizes[split]) for split in ("train", "validation")}
+    rows = {split: _parse_size(sizes[split]) for split in ("train", "validation")}
     return TypeAdapter(Subset).validate_python({**source, "name": task, "configuration": task, "rows": rows})
 
 
-def _templates(dataset: str, templates: Path, per_row: float | None) -> Iterator[TemplateFacts]:
+def _read_template_facts(dataset: str, templates: Path, per_row: float | None) -> Iterator[TemplateFacts]:
     path = templates / dataset / "templates.yaml"
     if not path.is_file():
         raise ConfigError(f"{path}: is missing; --templates names PromptSource's folder promptsource/templates")
     for template in load_templates(templates, dataset):
-        if (dataset, template.name) in AT_THAT_VERSION:
-            num_choices = AT_THAT_VERSION[dataset, template.name]
+        if (dataset, template.name) in CHOICES_AT_VERSION:
+            num_choices = CHOICES_AT_VERSION[dataset, template.name]
         else:
             num_choices = count_choices(template.answer_choices or None, per_row)
         yield TemplateFacts(name=template.name, num_choices=num_choices, original_task=template.original_task)
 
 
-def _table(path: Path) -> list[dict[str, str]]:
+def _read_table(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise ConfigError(f"{path}: is missing; --published names the folder that holds it")
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def _size(text: str) -> int | None:
+def _parse_size(text: str) -> int | None:
     return int(text) if text else None
 
 
-def _check_same(rows: Mapping[str, int | None], sources: list[SubsetValues], path: Path) -> None:
+def _check_same_names(rows: Mapping[str, int | None], sources: list[SubsetValues], path: Path) -> None:
     named = {source["name"] for source in sources}
     if named != set(rows):
         differing = ", ".join(sorted(named ^ set(rows)))
         raise ConfigError(f"{path}: names other datasets than sources.json ({differing}); mend sources.json")
 
 
-def _compact(values: MixtureValues) -> str:
+def _to_compact_json(values: MixtureValues) -> str:
     """JSON with one line for each subset and each template, so that a change shows as the line that changed."""
     subsets = []
     for subset in values["subsets"]:

@@ -14,7 +14,7 @@ from cappy.preparation.mixtures import Mixture, Subset, TemplateFacts, to_values
 
 Kind = Literal["choices", "open-ended"]
 
-LIMIT = 500_000
+T0_ROW_LIMIT = 500_000
 """Rows of a training split above which T0 caps a dataset (t-zero, t0/seqio_tasks/tasks.py)."""
 
 REFERENCE_AND_MISMATCH = 2
@@ -26,7 +26,7 @@ WIDTH = 100
 PUBLISHED_MILLIONS = 160
 """Rows of Cappy's pretraining set as its authors count them (Google Research blog), in millions."""
 
-WHOLE_EXAMPLES = 17_000_000
+FULL_MIXTURE_EXAMPLES = 17_000_000
 """Examples below which a plan shows a part of T0's mixture, which the published sum says nothing of."""
 
 Line = tuple[str, ...]
@@ -57,11 +57,11 @@ class Plan:
 
     def examples(self, kind: Kind | None = None) -> int:
         """Prompted examples, of one kind or of all."""
-        return _total(self.rows, kind, lambda row: row.examples)
+        return _sum_rows(self.rows, kind, lambda row: row.examples)
 
     def pairs(self, kind: Kind | None = None) -> int:
         """Rows of the regression set, of one kind or of all."""
-        return _total(self.rows, kind, lambda row: row.pairs)
+        return _sum_rows(self.rows, kind, lambda row: row.pairs)
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -69,60 +69,60 @@ class Plan:
         return tuple(dict.fromkeys(row.subset for row in self.rows if row.examples is None))
 
 
-def plan(mixture: Mixture) -> Plan:
+def plan_mixture(mixture: Mixture) -> Plan:
     """The plan of a mixture.
 
     With choices, an example makes one pair for each choice. Open-ended, it makes one for each sampled response and,
     on a training split, one with its reference and one with a mismatch. A held-out mixture samples nothing: its
     open-ended templates make no pairs, for nothing scores them.
     """
-    rows = (row for subset in mixture.subsets for row in _plan_rows(subset, mixture.samples))
+    rows = (row for subset in mixture.subsets for row in _make_plan_rows(subset, mixture.samples))
     return Plan(mixture=mixture.name, rows=tuple(rows))
 
 
-def cap(num_rows: int, num_templates: int) -> int:
+def cap_rows(num_rows: int, num_templates: int) -> int:
     """Rows of a training split that each of its templates sees: all, or an equal share of 500,000 where it has more."""
-    return LIMIT // num_templates if num_rows > LIMIT else num_rows
+    return T0_ROW_LIMIT // num_templates if num_rows > T0_ROW_LIMIT else num_rows
 
 
-def _plan_rows(subset: Subset, samples: int) -> Iterator[PlanRow]:
+def _make_plan_rows(subset: Subset, samples: int) -> Iterator[PlanRow]:
     for split, num_rows in subset.rows.items():
         for template in subset.templates or (None,):
             examples = num_rows
             if num_rows is not None and split == "train":
-                examples = cap(num_rows, max(1, len(subset.templates)))
+                examples = cap_rows(num_rows, max(1, len(subset.templates)))
             yield PlanRow(
                 subset=subset.name,
                 split=split,
                 template=template.name if template else "",
                 kind="choices" if template and template.has_choices else "open-ended",
                 examples=examples,
-                pairs=None if examples is None else round(examples * _responses(template, split, samples)),
+                pairs=None if examples is None else round(examples * _count_responses(template, split, samples)),
             )
 
 
-def _responses(template: TemplateFacts | None, split: str, samples: int) -> float:
+def _count_responses(template: TemplateFacts | None, split: str, samples: int) -> float:
     """Responses that are paired with one example."""
     if template and template.num_choices is not None:
         return template.num_choices
     return samples + REFERENCE_AND_MISMATCH if split == "train" else samples
 
 
-def _total(rows: Sequence[PlanRow], kind: Kind | None, count: Callable[[PlanRow], int | None]) -> int:
+def _sum_rows(rows: Sequence[PlanRow], kind: Kind | None, count: Callable[[PlanRow], int | None]) -> int:
     return sum(count(row) or 0 for row in rows if kind in (None, row.kind))
 
 
-def text(mixture: Mixture, *, by_template: bool = False) -> str:
+def to_text(mixture: Mixture, *, by_template: bool = False) -> str:
     """The plan as plain text: a line for each dataset (or each template), the sums, and what a person must know."""
-    planned = plan(mixture)
+    planned = plan_mixture(mixture)
     lines = _template_lines(mixture, planned) if by_template else _subset_lines(mixture, planned)
-    sentences = (*_sentences(mixture, planned), *_by_hand(mixture))
+    sentences = (*_describe(mixture, planned), *_describe_manual(mixture))
     return "\n".join([*_align(lines), "", *(textwrap.fill(sentence, WIDTH) for sentence in sentences)]) + "\n"
 
 
 def to_json(mixture: Mixture) -> str:
     """The plan as JSON: the mixture's facts, each template with its `examples` and `pairs` by split, and the sums."""
-    planned = plan(mixture)
+    planned = plan_mixture(mixture)
     values = to_values(mixture)
     for subset in values["subsets"]:
         subset["plan"] = [
@@ -130,7 +130,7 @@ def to_json(mixture: Mixture) -> str:
             for row in planned.rows
             if row.subset == subset["name"]
         ]
-    return json.dumps({**values, "totals": _totals(planned), "notes": list(_sentences(mixture, planned))}, indent=1)
+    return json.dumps({**values, "totals": _totals(planned), "notes": list(_describe(mixture, planned))}, indent=1)
 
 
 def _totals(planned: Plan) -> dict[str, int | list[str]]:
@@ -153,13 +153,13 @@ def _subset_lines(mixture: Mixture, planned: Plan) -> list[Line]:
         templates = [template for subset in subsets for template in subset.templates]
         with_choices = sum(template.has_choices for template in templates)
         counts = (len(templates), with_choices, len(templates) - with_choices) if counted else ()
-        return (name, size, *map(_number, (*counts, *_sums(rows))))
+        return (name, size, *map(_format_count, (*counts, *_sum_known(rows))))
 
     header = ("templates", "choices", "open-ended") if counted else ()
     lines: list[Line] = [("dataset", "source rows", *header, "examples", "pairs")]
     for subset in mixture.subsets:
         rows = [row for row in planned.rows if row.subset == subset.name]
-        lines.append(line(subset.name, _size(subset), [subset], rows))
+        lines.append(line(subset.name, _format_sizes(subset), [subset], rows))
     return [*lines, line("total", "", mixture.subsets, planned.rows)]
 
 
@@ -169,15 +169,17 @@ def _template_lines(mixture: Mixture, planned: Plan) -> list[Line]:
     for subset in mixture.subsets:
         rows = [row for row in planned.rows if row.subset == subset.name]
         choices = {template.name: template.num_choices for template in subset.templates}
-        lines.append((subset.name, "", *map(_number, _sums(rows))))
+        lines.append((subset.name, "", *map(_format_count, _sum_known(rows))))
         for row in rows:
             number = choices.get(row.template)
             kind = row.kind if number is None else f"{number:g} choices"
-            lines.append((f"  {row.template or row.split}", kind, _number(row.examples), _number(row.pairs)))
-    return [*lines, ("total", "", *map(_number, _sums(planned.rows)))]
+            lines.append(
+                (f"  {row.template or row.split}", kind, _format_count(row.examples), _format_count(row.pairs))
+            )
+    return [*lines, ("total", "", *map(_format_count, _sum_known(planned.rows)))]
 
 
-def _sums(rows: Sequence[PlanRow]) -> tuple[int | None, int | None]:
+def _sum_known(rows: Sequence[PlanRow]) -> tuple[int | None, int | None]:
     """Examples and pairs of the rows; None where the size of none of them is known."""
     known = [row for row in rows if row.examples is not None]
     if not known:
@@ -198,12 +200,12 @@ def _align(lines: Sequence[Line]) -> Iterator[str]:
         yield "  ".join(cells)
 
 
-def _sentences(mixture: Mixture, planned: Plan) -> Iterator[str]:
+def _describe(mixture: Mixture, planned: Plan) -> Iterator[str]:
     """What the numbers mean, and what they leave out."""
     if mixture.template_version:
         yield f"Templates are counted as {mixture.template_version} has them."
     if mixture.name == "t0":
-        yield from _about_t0(mixture, planned)
+        yield from _describe_t0(mixture, planned)
     elif mixture.name == "heldout":
         yield "Pairs are what a scorer scores: one for each choice. Templates without choices make none."
     else:
@@ -218,43 +220,43 @@ def _sentences(mixture: Mixture, planned: Plan) -> Iterator[str]:
         yield f"{unseen} of {len(mixture.subsets)} addresses at the hub are from public text and were never loaded."
 
 
-def _about_t0(mixture: Mixture, planned: Plan) -> Iterator[str]:
+def _describe_t0(mixture: Mixture, planned: Plan) -> Iterator[str]:
     yield (
         "Later versions of promptsource give 4 templates of wiqa answer choices as well. Prompts that come out blank "
         "are dropped when rendered, so every count is an upper bound."
     )
     yield (
-        f"{_millions(planned.examples('choices'), 2)} million examples with choices make one pair for each choice, "
-        f"{_millions(planned.pairs('choices'))} million pairs. {_millions(planned.examples('open-ended'), 2)} million "
+        f"{_format_millions(planned.examples('choices'), 2)} million examples with choices make one pair for each choice, "
+        f"{_format_millions(planned.pairs('choices'))} million pairs. {_format_millions(planned.examples('open-ended'), 2)} million "
         f"open-ended ones make {REFERENCE_AND_MISMATCH + mixture.samples} each (the reference, a mismatch and "
-        f"{mixture.samples} sampled responses), {_millions(planned.pairs('open-ended'))} million."
+        f"{mixture.samples} sampled responses), {_format_millions(planned.pairs('open-ended'))} million."
     )
     varying = next((subset for subset in mixture.subsets if subset.name == "wiki_hop/original"), None)
-    if varying is None or planned.examples() < WHOLE_EXAMPLES:
+    if varying is None or planned.examples() < FULL_MIXTURE_EXAMPLES:
         return
     numbers = [template.num_choices for template in varying.templates if template.num_choices is not None]
-    one_more = cap(varying.rows["train"] or 0, len(varying.templates)) * len(numbers)
+    one_more = cap_rows(varying.rows["train"] or 0, len(varying.templates)) * len(numbers)
     yield (
-        f"{_millions(planned.pairs())} million pairs by our reconstruction; Cappy's authors say {PUBLISHED_MILLIONS} "
+        f"{_format_millions(planned.pairs())} million pairs by our reconstruction; Cappy's authors say {PUBLISHED_MILLIONS} "
         "million, and no public text found says how they count. How many choices wiki_hop has differs by row: "
         f"{max(numbers):g} are counted, its paper's average is recalled as 19.8, and one more or less moves the sum by "
-        f"{_millions(one_more)} million."
+        f"{_format_millions(one_more)} million."
     )
 
 
-def _by_hand(mixture: Mixture) -> Iterator[str]:
+def _describe_manual(mixture: Mixture) -> Iterator[str]:
     for subset in mixture.subsets:
         if subset.manual:
             yield f"By hand: {subset.name}. {subset.manual}"
 
 
-def _size(subset: Subset) -> str:
-    return ", ".join(f"{split} {_number(num_rows)}" for split, num_rows in subset.rows.items())
+def _format_sizes(subset: Subset) -> str:
+    return ", ".join(f"{split} {_format_count(num_rows)}" for split, num_rows in subset.rows.items())
 
 
-def _number(count: int | None) -> str:
+def _format_count(count: int | None) -> str:
     return "?" if count is None else f"{count:,}"
 
 
-def _millions(count: int, digits: int = 1) -> str:
+def _format_millions(count: int, digits: int = 1) -> str:
     return f"{count / 1e6:.{digits}f}"

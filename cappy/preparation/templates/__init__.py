@@ -36,7 +36,7 @@ __all__ = [
     "Result",
     "Template",
     "fetch",
-    "fields",
+    "find_fields",
     "fixed_choices",
     "load_templates",
     "render",
@@ -44,9 +44,9 @@ __all__ = [
 ]
 
 _FILE = "templates.yaml"
-_NEAR_NAMES = 5
+_MAX_SUGGESTIONS = 5
 _KIND = "promptsource"
-_RESTRICTED = "answer_choices"
+_RESERVED_FIELD = "answer_choices"
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -74,8 +74,8 @@ def load_templates(folder: Path, dataset: str) -> tuple[Template, ...]:
 
     `folder` holds <dataset>[/<subset>]/templates.yaml. ConfigError if it has no such file, or another in its place.
     """
-    path = _path(folder, dataset)
-    templates = [_template(path, dataset, key, values) for key, values in _mappings(path).items()]
+    path = _find_file(folder, dataset)
+    templates = [_parse_template(path, dataset, key, values) for key, values in _read_mappings(path).items()]
     templates.sort(key=lambda template: template.name)
     for former, template in pairwise(templates):
         if former.name == template.name:
@@ -141,19 +141,21 @@ def render_rows(
         if problem:
             yield [RecordError(f"{_where(template)}: {problem}") for template in templates]
         else:
-            yield [_result(template, row, outcome) for template, outcome in zip(templates, outcomes, strict=True)]
+            yield [
+                _parse_outcome(template, row, outcome) for template, outcome in zip(templates, outcomes, strict=True)
+            ]
 
 
 def fixed_choices(template: Template) -> tuple[str, ...] | None:
     """The choices that are the same for every row; None if they depend on it, or there are none."""
-    fields(template)
+    find_fields(template)
     ((outcome,),) = jobs.run(_KIND, [Job(items=((_as_source(template), None),))])
     if isinstance(outcome, Failure):
         raise _config_error(template, outcome)
-    return None if outcome is None else tuple(_checked_texts(template, outcome))
+    return None if outcome is None else tuple(_check_texts(template, outcome))
 
 
-def fields(template: Template) -> frozenset[str]:
+def find_fields(template: Template) -> frozenset[str]:
     """The fields of a row that the template reads; ConfigError if it does not compile.
 
     PromptSource takes a field that a row lacks for an empty text, silently: a caller that wants to know must ask.
@@ -161,7 +163,7 @@ def fields(template: Template) -> frozenset[str]:
     outcome = jobs.load(_as_source(template))
     if isinstance(outcome, Failure):
         raise _config_error(template, outcome)
-    return frozenset(_checked_texts(template, outcome))
+    return frozenset(_check_texts(template, outcome))
 
 
 def _as_source(template: Template) -> Source:
@@ -170,22 +172,22 @@ def _as_source(template: Template) -> Source:
 
 def _encode_row(row: Row) -> tuple[str, str]:
     """The row as a job has it, and what is wrong with it."""
-    if any(name.replace("-", "_") == _RESTRICTED for name in row):
-        return "{}", f"the row has a field {_RESTRICTED}, which is the template's; rename the column"
+    if any(name.replace("-", "_") == _RESERVED_FIELD for name in row):
+        return "{}", f"the row has a field {_RESERVED_FIELD}, which is the template's; rename the column"
     try:
         return _to_json(encode(row)), ""
     except RecursionError:
         return "{}", "the row's values are nested too deep; mend the row"
 
 
-def _result(template: Template, row: Row, outcome: object) -> Result:
+def _parse_outcome(template: Template, row: Row, outcome: object) -> Result:
     if outcome is None:
         return None
     if not isinstance(outcome, Failure):
         if not isinstance(outcome, list) or len(outcome) != 3:
             raise TypeError(f"{_where(template)}: the child answers {quote(outcome)}")
-        instruction, target = _checked_texts(template, outcome[:2])
-        return RenderedRow(instruction=instruction, target=target, choices=tuple(_checked_texts(template, outcome[2])))
+        instruction, target = _check_texts(template, outcome[:2])
+        return RenderedRow(instruction=instruction, target=target, choices=tuple(_check_texts(template, outcome[2])))
     if outcome.loading:
         raise _config_error(template, outcome)
     names = quote(", ".join(map(str, row)) or "none", limit=120)
@@ -194,7 +196,7 @@ def _result(template: Template, row: Row, outcome: object) -> Result:
     return error(f"{_where(template)} fails on the row ({outcome.reason}); {remedy}")
 
 
-def _checked_texts(template: Template, texts: object) -> list[str]:
+def _check_texts(template: Template, texts: object) -> list[str]:
     """The texts of an answer; what comes from a child is not trusted."""
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"{_where(template)}: the child answers {quote(texts)}")
@@ -213,15 +215,15 @@ class _Loader(FAST_LOADER):  # type: ignore[misc, valid-type] # a class of PyYAM
     """A safe loader that takes PromptSource's two tags for the mappings that they are."""
 
 
-def _mapping(loader: Loader, node: yaml.MappingNode) -> dict[Hashable, object]:
+def _construct_mapping(loader: Loader, node: yaml.MappingNode) -> dict[Hashable, object]:
     return loader.construct_mapping(node, deep=True)
 
 
-_Loader.add_constructor("!Template", _mapping)
-_Loader.add_constructor("!TemplateMetadata", _mapping)
+_Loader.add_constructor("!Template", _construct_mapping)
+_Loader.add_constructor("!TemplateMetadata", _construct_mapping)
 
 
-def _path(folder: Path, dataset: str) -> Path:
+def _find_file(folder: Path, dataset: str) -> Path:
     parts = PurePosixPath(dataset).parts
     if not parts or dataset.startswith("/") or ".." in parts:
         raise ConfigError(f"{quote(dataset)} is not the name of a dataset, such as imdb or super_glue/rte")
@@ -230,13 +232,15 @@ def _path(folder: Path, dataset: str) -> Path:
         names = sorted(file.parent.relative_to(folder).as_posix() for file in folder.rglob(_FILE))
         if not names:
             raise ConfigError(f"{folder}: holds no {_FILE}; name the folder of PromptSource's templates, or fetch them")
-        near = [name for name in names if dataset in name.split("/")] or get_close_matches(dataset, names, _NEAR_NAMES)
+        near = [name for name in names if dataset in name.split("/")] or get_close_matches(
+            dataset, names, _MAX_SUGGESTIONS
+        )
         remedy = f"choose one of {', '.join(near)}" if near else f"choose one of the {len(names)} folders there"
         raise ConfigError(f"{folder}: has no templates for {quote(dataset)}; {remedy}")
     return path
 
 
-def _mappings(path: Path) -> Mapping[str, object]:
+def _read_mappings(path: Path) -> Mapping[str, object]:
     try:
         with path.open("rb") as file:
             content = load_yaml(file.read(MAX_CHARACTERS + 1), _Loader)
@@ -251,7 +255,7 @@ def _mappings(path: Path) -> Mapping[str, object]:
     return templates
 
 
-def _template(path: Path, dataset: str, key: object, values: object) -> Template:
+def _parse_template(path: Path, dataset: str, key: object, values: object) -> Template:
     where = f"{path}: template {quote(key)}"
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: must be a mapping, got {quote(values)}; fetch the file again")
@@ -262,11 +266,11 @@ def _template(path: Path, dataset: str, key: object, values: object) -> Template
     if not isinstance(metrics, list | tuple):
         raise ConfigError(f"{where}: metrics must be a list, got {quote(metrics)}; fetch the file again")
     return Template(
-        name=_text(where, values, "name"),
+        name=_read_text(where, values, "name"),
         id=str(key),
         dataset=dataset,
-        jinja=_text(where, values, "jinja"),
-        answer_choices=_text(where, values, "answer_choices") if values.get("answer_choices") is not None else "",
+        jinja=_read_text(where, values, "jinja"),
+        answer_choices=_read_text(where, values, "answer_choices") if values.get("answer_choices") is not None else "",
         # T0 asks whether it is true, so null counts as false.
         original_task=metadata.get("original_task") is True,
         choices_in_prompt=metadata.get("choices_in_prompt") is True,
@@ -274,7 +278,7 @@ def _template(path: Path, dataset: str, key: object, values: object) -> Template
     )
 
 
-def _text(where: str, values: Mapping[str, object], name: str) -> str:
+def _read_text(where: str, values: Mapping[str, object], name: str) -> str:
     value = values.get(name)
     if not isinstance(value, str):
         raise ConfigError(f"{where}: {name} must be a text, got {quote(value)}; put it in quotes")
@@ -288,10 +292,10 @@ It lists the 279 files that this project was tested with: release 0.2.3 with the
 later changes to trec, multi_news and race. The full name of their commit could not be established.
 """
 MAX_BYTES = 2**26
-_FOLDER = ("promptsource", "templates")
+_TEMPLATES_FOLDER = ("promptsource", "templates")
 
 
-def known_hashes() -> Mapping[str, str]:
+def load_hashes() -> Mapping[str, str]:
     """sha256 of every known file, by its path below the folder of templates."""
     hashes: dict[str, str] = json.loads(Path(__file__).with_name("hashes.json").read_text())
     return hashes
@@ -306,8 +310,8 @@ def fetch(target: Path, *, url: str = URL, hashes: Mapping[str, str] | None = No
     """
     if target.exists():
         raise ConfigError(f"{target}: is there already; name a folder that is not")
-    wanted = known_hashes() if hashes is None else hashes
-    files = _check_hashes(url, _members(url, _download(url, seconds)), wanted)
+    wanted = load_hashes() if hashes is None else hashes
+    files = _check_hashes(url, _read_members(url, _download(url, seconds)), wanted)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -336,7 +340,7 @@ def _download(url: str, seconds: float) -> bytes:
     return content
 
 
-def _members(url: str, content: bytes) -> dict[str, bytes]:
+def _read_members(url: str, content: bytes) -> dict[str, bytes]:
     """The files below the folder of templates, by their path there; no member may point out of the archive."""
     members, left = {}, MAX_BYTES
     try:
@@ -348,7 +352,7 @@ def _members(url: str, content: bytes) -> dict[str, bytes]:
                 left -= member.size
                 if left < 0:
                     raise FolderError(f"{url}: unpacks to more than {MAX_BYTES:,} bytes; use another address")
-                file = archive.extractfile(member) if member.isreg() and path.parts[1:3] == _FOLDER else None
+                file = archive.extractfile(member) if member.isreg() and path.parts[1:3] == _TEMPLATES_FOLDER else None
                 if file is not None:
                     members[PurePosixPath(*path.parts[3:]).as_posix()] = file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
