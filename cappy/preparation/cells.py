@@ -184,25 +184,25 @@ def _tokenize(text: str) -> Iterator[tuple[str, object]]:
     try:
         for token in tokenize.generate_tokens(io.StringIO(f"({_SCALAR.sub(_unwrap_scalar, text)})").readline):
             kind, word = token.type, token.string
-            if kind in (tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER, tokenize.COMMENT) and "#" not in token_text:
+            if kind in (tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER, tokenize.COMMENT) and "#" not in word:
                 continue
             if kind == tokenize.OP and token.start[0] == 1 and token.start[1] == 0:
                 continue
-            if kind == tokenize.OP and token_text in "+-" and not sign:
-                sign = token_text
-            elif kind == tokenize.OP and token_text == ",":
+            if kind == tokenize.OP and word in "+-" and not sign:
+                sign = word
+            elif kind == tokenize.OP and word == ",":
                 yield _COMMA, None
-            elif kind == tokenize.STRING and token_text[:1] not in "fF" and not sign:
-                yield _ITEM, _parse_literal(token_text)
+            elif kind == tokenize.STRING and word[:1] not in "fF" and not sign:
+                yield _ITEM, _parse_literal(word)
             elif kind == tokenize.NUMBER:
-                yield _ITEM, _parse_literal(sign + token_text)
+                yield _ITEM, _parse_literal(sign + word)
                 sign = ""
-            elif kind == tokenize.NAME and token_text in _NAMES and not sign:
-                yield _ITEM, _NAMES[token_text]
-            elif kind == tokenize.OP and token_text == ")" and token.line[token.end[1] :].strip() == "":
+            elif kind == tokenize.NAME and word in _NAMES and not sign:
+                yield _ITEM, _NAMES[word]
+            elif kind == tokenize.OP and word == ")" and token.line[token.end[1] :].strip() == "":
                 continue
             else:
-                raise ValueError(f"it contains {quote(token_text, 20)}")
+                raise ValueError(f"it contains {quote(word, 20)}")
     except (tokenize.TokenError, IndentationError, SyntaxError) as error:
         raise ValueError("its quotes or brackets do not close") from error
 

@@ -48,7 +48,7 @@ SAMPLED_ROWS = 256
 _COLUMNS = ["instruction", "task", "group_id"]
 
 
-def describe_left_out(count: int, total: int) -> str:
+def describe_dropped(count: int, total: int) -> str:
     """The warning for `count` dropped near-duplicates among `total` rows."""
     what = f"dropped {count:,} of {total:,} training rows, which are near-duplicates of held-out rows"
     return f"{what}; to keep them, give rows that belong together the same group_id"

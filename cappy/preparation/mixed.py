@@ -1,4 +1,4 @@
-"""Templates over a dataset of one's own, and the mixtures by name, as datasets of `prompted`."""
+"""Opens a dataset under its templates, or a mixture by name, as datasets of `prompted`."""
 
 import hashlib
 from collections import deque
@@ -12,7 +12,7 @@ from cappy.config import fingerprint
 from cappy.errors import ConfigError, RecordError, quote
 from cappy.preparation.bigbench import distinct_choices, parse_bigbench
 from cappy.preparation.config import PreparationConfig
-from cappy.preparation.files import HubDataset, resolve_commit, parse_hub, read_file, read_hub
+from cappy.preparation.files import HubDataset, parse_hub, read_file, read_hub, resolve_commit
 from cappy.preparation.mixtures import Subset, load_mixture, select_subsets, to_values
 from cappy.preparation.mixtures.plan import cap_rows
 from cappy.preparation.prompted import Dataset, LocatedRow, Prompt, Prompts, Table, Tally
@@ -29,17 +29,19 @@ from cappy.preparation.templates import (
 from cappy.records.folder import sha256_of
 
 Reader = Callable[[str], Rows]
-"""The rows of a split."""
+"""Reads the rows of a split."""
 
 
 def open_templated_dataset(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
-    """The dataset of `source` under its templates, and the hash or commit of everything that it is made of."""
+    """The dataset of `source` with its templates, and the hash or commit of each of its inputs."""
     hub = parse_hub(config.source) if config.source.startswith("hub:") else None
     name = config.dataset or (
         "/".join(filter(None, (hub.repository.partition("/")[2], hub.configuration))) if hub else ""
     )
     if not name:
-        raise ConfigError("preparation: --templates needs --dataset, such as super_glue/rte: whose templates are meant")
+        raise ConfigError(
+            "preparation: --templates needs --dataset, the folder of the templates, such as super_glue/rte"
+        )
     templates = _select_templates(config, name)
     if hub is not None:
         commit = resolve_commit(hub)
@@ -58,21 +60,21 @@ def open_templated_dataset(config: PreparationConfig) -> tuple[list[Dataset], di
 
 
 def open_mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
-    """The datasets of a mixture: each from a file under `local` where there is one, and else from the hub."""
-    mixed = load_mixture(config.mixture or "")
-    subsets = select_subsets(mixed, config.subsets).subsets
+    """The datasets of a mixture, each from a file under `local` if there is one, else from the hub."""
+    mixture = load_mixture(config.mixture or "")
+    subsets = select_subsets(mixture, config.subsets).subsets
     if config.local is not None and not config.local.is_dir():
-        raise ConfigError(f"{config.local}: no such folder; --local names the one with the datasets at hand")
-    if mixed.template_version and config.templates is None:
+        raise ConfigError(f"{config.local}: no such folder; --local is the folder with local files of the datasets")
+    if mixture.template_version and config.templates is None:
         remedy = (
-            "give the folder of PromptSource templates with --templates; cappy templates --target FOLDER fetches it"
+            "give the folder of PromptSource templates with --templates; fetch it with cappy templates --target FOLDER"
         )
-        raise ConfigError(f"preparation: mixture {mixed.name} is rendered from templates; {remedy}")
-    if config.templates is not None and not mixed.template_version:
+        raise ConfigError(f"preparation: mixture {mixture.name} needs templates; {remedy}")
+    if config.templates is not None and not mixture.template_version:
         raise ConfigError(
-            f"preparation: --templates is not for mixture {mixed.name}, whose rows are prompts; leave it out"
+            f"preparation: --templates is not for mixture {mixture.name}, whose rows are prompts already; leave it out"
         )
-    datasets, parents = [], {f"mixture {mixed.name}": fingerprint(to_values(replace(mixed, subsets=subsets)))}
+    datasets, parents = [], {f"mixture {mixture.name}": fingerprint(to_values(replace(mixture, subsets=subsets)))}
     for subset in subsets:
         reader, sources = _open_subset(subset, config)
         templates = _select_templates(config, subset.dataset) if subset.templates else ()
@@ -87,15 +89,15 @@ def open_mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, st
 
 
 def _open_subset(subset: Subset, config: PreparationConfig) -> tuple[Reader, dict[str, str]]:
-    """How the splits of a subset are read, and what they are: file and sha256, or dataset of the hub and commit."""
+    """The reader of a subset's splits, and the sha256 of its files or the commit of its hub dataset."""
     files = {split: _find_local_file(subset, split, config.local) for split in subset.splits} if config.local else {}
     if files and all(files.values()):
-        known = {path.name: sha256_of(path) for path in files.values() if path}
-        return lambda split: read_file(files[split] or Path()), known
+        sha256s = {path.name: sha256_of(path) for path in files.values() if path}
+        return lambda split: read_file(files[split] or Path()), sha256s
     if subset.manual:
         names = ", ".join(f"{_stem(subset)}.{split}.jsonl" for split in subset.splits)
         remedy = f"{subset.manual} Put it under --local FOLDER as {names}, or leave it out with --subsets"
-        raise ConfigError(f"preparation: {subset.name} must be obtained by hand; {remedy}")
+        raise ConfigError(f"preparation: {subset.name} must be downloaded by hand; {remedy}")
     dataset = HubDataset(repository=subset.repository, configuration=subset.configuration, revision=subset.revision)
     try:
         commit = resolve_commit(dataset)
@@ -119,25 +121,27 @@ def _select_templates(config: PreparationConfig, dataset: str) -> tuple[Template
     if config.templates is None:
         return ()
     if not config.templates.is_dir():
-        remedy = "cappy templates --target FOLDER fetches them"
-        raise ConfigError(f"{config.templates}: no such folder of templates; {remedy}")
+        remedy = "fetch them with cappy templates --target FOLDER"
+        raise ConfigError(f"{config.templates}: no such folder; {remedy}")
     templates = load_templates(config.templates, dataset)
-    wanted = [pattern for pattern in config.template if not pattern.startswith("!")]
-    unwanted = [pattern.removeprefix("!") for pattern in config.template if pattern.startswith("!")]
-    kept = tuple(
+    included = [pattern for pattern in config.template if not pattern.startswith("!")]
+    excluded = [pattern.removeprefix("!") for pattern in config.template if pattern.startswith("!")]
+    selected = tuple(
         template
         for template in templates
-        if (not wanted or any(fnmatchcase(template.name, pattern) for pattern in wanted))
-        and not any(fnmatchcase(template.name, pattern) for pattern in unwanted)
+        if (not included or any(fnmatchcase(template.name, pattern) for pattern in included))
+        and not any(fnmatchcase(template.name, pattern) for pattern in excluded)
     )
-    if not kept:
+    if not selected:
         names = ", ".join(template.name for template in templates)
-        raise ConfigError(f"preparation: --template: {dataset} has no such template; choose one of {quote(names, 400)}")
-    return kept
+        raise ConfigError(
+            f"preparation: --template: no template of {dataset} matches; choose one of {quote(names, 400)}"
+        )
+    return selected
 
 
 def _hash_templates(templates: Sequence[Template]) -> dict[str, str]:
-    """One hash over the templates of a dataset: an edited one is other work."""
+    """One hash over the templates of a dataset, so that an edited template counts as another input."""
     if not templates:
         return {}
     text = repr([(t.name, t.jinja, t.answer_choices, t.original_task) for t in templates])
@@ -145,12 +149,12 @@ def _hash_templates(templates: Sequence[Template]) -> dict[str, str]:
 
 
 def _make_renderer(templates: Sequence[Template], num_rows: int | None = None, *, seed: int) -> Prompts:
-    """The prompts of a row under each template that sees it.
+    """Returns a function that renders each row under its templates.
 
-    Where a training split of `num_rows` is capped, a template sees its share of rows, evenly spaced, and each template
-    others than the one before.
+    Where a training split of `num_rows` is capped, each template gets an evenly spaced share of the rows, shifted from
+    template to template.
     """
-    needed = [find_fields(template) for template in templates]
+    required_fields = [find_fields(template) for template in templates]
     share = cap_rows(num_rows, len(templates)) if num_rows else 0
 
     def templates_for(index: int) -> list[int]:
@@ -161,41 +165,43 @@ def _make_renderer(templates: Sequence[Template], num_rows: int | None = None, *
         ]
 
     def prompts(rows: Iterable[LocatedRow], tally: Tally) -> Iterator[tuple[LocatedRow, list[Prompt]]]:
-        asked: deque[tuple[LocatedRow, list[int]]] = deque()
+        pending: deque[tuple[LocatedRow, list[int]]] = deque()
 
         def jobs() -> Iterator[tuple[Values, list[Template]]]:
             for row in rows:
                 index, _, values = row
                 names = {name.replace("-", "_") for name in values} if tally.missing == "fail" else None
-                numbers = templates_for(index)
-                asked.append((row, numbers))
-                yield values, [templates[i] for i in numbers if names is None or needed[i] <= names]
+                indexes = templates_for(index)
+                pending.append((row, indexes))
+                yield values, [templates[i] for i in indexes if names is None or required_fields[i] <= names]
 
         for results in render_rows(jobs(), seed=seed):
-            row, numbers = asked.popleft()
+            row, indexes = pending.popleft()
             rendered = iter(results)
-            made = (_make_prompt(templates[number], needed[number], row, rendered, tally) for number in numbers)
-            yield row, [prompt for prompt in made if prompt is not None]
+            prompts_or_none = (
+                _make_prompt(templates[number], required_fields[number], row, rendered, tally) for number in indexes
+            )
+            yield row, [prompt for prompt in prompts_or_none if prompt is not None]
 
     return prompts
 
 
 def _is_sampled(index: int, num_rows: int, share: int) -> bool:
-    """Whether a row is one of `share` evenly spaced ones of `num_rows`."""
+    """Whether a row is among `share` evenly spaced rows of `num_rows`."""
     return index * share // num_rows != (index - 1) * share // num_rows
 
 
 def _make_prompt(
-    template: Template, needed: frozenset[str], row: LocatedRow, results: Iterator[Result], tally: Tally
+    template: Template, required_fields: frozenset[str], row: LocatedRow, results: Iterator[Result], tally: Tally
 ) -> Prompt | None:
-    """The row under a template; None where it fails (which is tallied) or comes out blank.
+    """The prompt of a row under a template; None if rendering failed (counted in `tally`) or the result is blank.
 
-    The next of `results` is the template's, unless it was not rendered for want of a field.
+    The next of `results` belongs to the template, unless it was not rendered because of a missing field.
     """
     name = f"{template.dataset} {template.name}"
-    tally.tried[name] += 1
+    tally.attempts[name] += 1
     _, where, values = row
-    missing = _describe_missing_fields(template, needed, values)
+    missing = _describe_missing_fields(template, required_fields, values)
     rendered = RecordError(missing) if missing and tally.missing == "fail" else next(results)
     if isinstance(rendered, RenderedRow):
         rendered = _check_text(f"{template.dataset}: template {quote(template.name)}", rendered) or rendered
@@ -204,7 +210,7 @@ def _make_prompt(
         return None
     tally.succeed(name)
     if missing:
-        tally.hole(name, f"{where}: {missing}")
+        tally.add_missing_fields(name, f"{where}: {missing}")
     if rendered is None:
         tally.counts["dropped_blank"] += 1
         return None
@@ -221,36 +227,36 @@ def _make_prompt(
 
 
 def _check_text(where: str, rendered: RenderedRow) -> RecordError | None:
-    """What is wrong with a text that no file of the record takes: with a NUL, or with half a character."""
+    """An error for a rendered text that cannot be stored, because of a NUL or an unpaired surrogate."""
     for name, text in (("instruction", rendered.instruction), ("target", rendered.target)):
-        if odd := find_invalid_character(text):
-            return RecordError(f"{where}: {name} holds {odd}")
+        if problem := find_invalid_character(text):
+            return RecordError(f"{where}: {name} contains {problem}")
     return None
 
 
-def _describe_missing_fields(template: Template, needed: frozenset[str], values: Values) -> str:
-    """What the template reads and the row lacks, in words; PromptSource renders that as nothing."""
-    missing = sorted(needed - {name.replace("-", "_") for name in values})
+def _describe_missing_fields(template: Template, required_fields: frozenset[str], values: Values) -> str:
+    """Describes the fields that the template reads but the row lacks; PromptSource renders them as nothing."""
+    missing = sorted(required_fields - {name.replace("-", "_") for name in values})
     if not missing:
         return ""
     fields = quote(", ".join(values), limit=120)
     return (
-        f"{template.dataset}: template {quote(template.name)} reads {', '.join(missing)}, which the row lacks; "
+        f"{template.dataset}: template {quote(template.name)} reads {', '.join(missing)}, which the row does not have; "
         f"fields found: {fields}"
     )
 
 
 def _read_prompts(rows: Iterable[LocatedRow], tally: Tally) -> Iterator[tuple[LocatedRow, list[Prompt]]]:
-    """The prompt that each row of tasksource/bigbench is; none where it is blank or has no answer."""
+    """The prompt of each row of tasksource/bigbench; none if it is blank or has no answer."""
     for row in rows:
         _, where, values = row
         yield row, list(_read_prompt(where, values, tally))
 
 
 def _read_prompt(where: str, values: Values, tally: Tally) -> Iterator[Prompt]:
-    read = parse_bigbench(where, values)
-    references = tuple(text for text in read["references"] if text.strip())
-    if isinstance(read["instruction"], str) and read["instruction"].strip() and references:
-        yield Prompt(instruction=read["instruction"], references=references, choices=tuple(read["choices"]))
+    fields = parse_bigbench(where, values)
+    references = tuple(text for text in fields["references"] if text.strip())
+    if isinstance(fields["instruction"], str) and fields["instruction"].strip() and references:
+        yield Prompt(instruction=fields["instruction"], references=references, choices=tuple(fields["choices"]))
     else:
         tally.counts["dropped_blank"] += 1

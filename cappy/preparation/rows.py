@@ -61,8 +61,8 @@ def parse_row(where: str, values: Values, *, task: str, max_characters: int, unl
     if unlabelled and not candidates:
         remedy = "give the responses to score as responses, or leave --unlabelled out"
         raise RecordError(f"{where}: has no responses, fields found: {fields.names()}; {remedy}")
-    rated = bool(candidates) and all(GIVEN in candidate.labels for candidate in candidates)
-    references = _read_references(fields, needed=not rated and not unlabelled)
+    all_labelled = bool(candidates) and all(GIVEN in candidate.labels for candidate in candidates)
+    references = _read_references(fields, needed=not all_labelled and not unlabelled)
     choices = _read_choices(fields, references)
     instance_id = fields.optional("instance_id", "id")
     split = fields.optional("split")

@@ -16,7 +16,7 @@ from wording import assert_names, raises_naming
 from cappy.errors import ConfigError
 from cappy.preparation.mixtures import CONVERTED, NAMES, Mixture, Subset, TemplateFacts, from_json, load_mixture
 from cappy.preparation.mixtures.__main__ import count_choices, make_mixture, write_mixtures
-from cappy.preparation.mixtures.plan import cap_rows, plan_mixture, to_text, to_json
+from cappy.preparation.mixtures.plan import cap_rows, plan_mixture, to_json, to_text
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
 TEMPLATES, PUBLISHED = SHARED / "templates/templates", SHARED / "published"

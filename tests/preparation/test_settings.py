@@ -16,7 +16,7 @@ from wording import assert_names, raises_naming
 from cappy.config import build
 from cappy.errors import CappyError, ConfigError, RecordError
 from cappy.preparation import sources
-from cappy.preparation.config import COMMON_SETTINGS, KINDS_BY_SETTING, KIND_NAMES
+from cappy.preparation.config import COMMON_SETTINGS, KIND_NAMES, KINDS_BY_SETTING
 from cappy.preparation.step import PreparationConfig, run
 from cappy.records import Candidate, Instance, Manifest, read, write
 

@@ -14,7 +14,7 @@ from wording import raises_naming
 from cappy.errors import ConfigError
 from cappy.preparation.rows import Row, hash64
 from cappy.preparation.sources import Source
-from cappy.preparation.splits import draw_splits, apply_splits, merge_groups, assign_splits
+from cappy.preparation.splits import apply_splits, assign_splits, draw_splits, merge_groups
 from cappy.preparation.step import PreparationConfig
 from cappy.progress import silent
 from cappy.records import Instance, prompt_hash

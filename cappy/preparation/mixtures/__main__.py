@@ -66,11 +66,11 @@ def main() -> int:
     parser.add_argument("--target", type=Path, default=Path(__file__).parent / "data", help="folder to write")
     arguments = parser.parse_args()
     try:
-        written = write_mixtures(arguments.templates, arguments.published, arguments.target)
+        paths = write_mixtures(arguments.templates, arguments.published, arguments.target)
     except CappyError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    sys.stderr.write("".join(f"{path}\n" for path in written))
+    sys.stderr.write("".join(f"{path}\n" for path in paths))
     return 0
 
 
@@ -80,12 +80,12 @@ def write_mixtures(templates: Path, published: Path, target: Path) -> list[Path]
     `templates` is PromptSource's folder of templates, of any version; `published` holds t0_datasets.csv and
     bigbench45_sizes_and_scores.csv. ConfigError where a file, or a dataset in one, is missing.
     """
-    written = []
+    paths = []
     for name in NAMES:
         path = target / f"{name}.json"
         path.write_text(_to_compact_json(to_values(make_mixture(name, templates, published))), encoding="utf-8")
-        written.append(path)
-    return written
+        paths.append(path)
+    return paths
 
 
 def make_mixture(name: str, templates: Path, published: Path) -> Mixture:
@@ -95,9 +95,10 @@ def make_mixture(name: str, templates: Path, published: Path) -> Mixture:
         sizes = _read_table(published / "bigbench45_sizes_and_scores.csv")
         subsets = [_make_bigbench_subset(sources[0], row) for row in sizes]
     elif name == "t0":
-        trained = [row for row in _read_table(published / "t0_datasets.csv") if row["do_train"] == "BASE"]
+        train_rows = [row for row in _read_table(published / "t0_datasets.csv") if row["do_train"] == "BASE"]
         rows = {
-            "/".join(filter(None, (row["HF_name"], row["subset"]))): _parse_size(row["train_size"]) for row in trained
+            "/".join(filter(None, (row["HF_name"], row["subset"]))): _parse_size(row["train_size"])
+            for row in train_rows
         }
         _check_same_names(rows, sources, published / "t0_datasets.csv")
         subsets = [_make_subset({**source, "rows": {"train": rows[source["name"]]}}, templates) for source in sources]
@@ -161,9 +162,9 @@ def _parse_size(text: str) -> int | None:
 
 
 def _check_same_names(rows: Mapping[str, int | None], sources: list[SubsetValues], path: Path) -> None:
-    named = {source["name"] for source in sources}
-    if named != set(rows):
-        differing = ", ".join(sorted(named ^ set(rows)))
+    names = {source["name"] for source in sources}
+    if names != set(rows):
+        differing = ", ".join(sorted(names ^ set(rows)))
         raise ConfigError(f"{path}: names other datasets than sources.json ({differing}); mend sources.json")
 
 
@@ -171,11 +172,11 @@ def _to_compact_json(values: MixtureValues) -> str:
     """JSON with one line for each subset and each template, so that a change shows as the line that changed."""
     subsets = []
     for subset in values["subsets"]:
-        head = json.dumps({key: value for key, value in subset.items() if key != "templates"}, ensure_ascii=False)
+        header = json.dumps({key: value for key, value in subset.items() if key != "templates"}, ensure_ascii=False)
         lines = ",\n".join(f"   {json.dumps(template, ensure_ascii=False)}" for template in subset.get("templates", []))
-        subsets.append(f'  {head[:-1]}, "templates": [\n{lines}\n  ]}}' if lines else f"  {head}")
-    head = json.dumps({key: value for key, value in values.items() if key != "subsets"}, ensure_ascii=False)
-    return f'{head[:-1]},\n "subsets": [\n' + ",\n".join(subsets) + "\n ]}\n"
+        subsets.append(f'  {header[:-1]}, "templates": [\n{lines}\n  ]}}' if lines else f"  {header}")
+    header = json.dumps({key: value for key, value in values.items() if key != "subsets"}, ensure_ascii=False)
+    return f'{header[:-1]},\n "subsets": [\n' + ",\n".join(subsets) + "\n ]}\n"
 
 
 if __name__ == "__main__":

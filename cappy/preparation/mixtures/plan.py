@@ -114,38 +114,38 @@ def _sum_rows(rows: Sequence[PlanRow], kind: Kind | None, count: Callable[[PlanR
 
 def to_text(mixture: Mixture, *, by_template: bool = False) -> str:
     """The plan as plain text: a line for each dataset (or each template), the sums, and what a person must know."""
-    planned = plan_mixture(mixture)
-    lines = _template_lines(mixture, planned) if by_template else _subset_lines(mixture, planned)
-    sentences = (*_describe(mixture, planned), *_describe_manual(mixture))
+    plan = plan_mixture(mixture)
+    lines = _template_lines(mixture, plan) if by_template else _subset_lines(mixture, plan)
+    sentences = (*_describe(mixture, plan), *_describe_manual(mixture))
     return "\n".join([*_align(lines), "", *(textwrap.fill(sentence, WIDTH) for sentence in sentences)]) + "\n"
 
 
 def to_json(mixture: Mixture) -> str:
     """The plan as JSON: the mixture's facts, each template with its `examples` and `pairs` by split, and the sums."""
-    planned = plan_mixture(mixture)
+    plan = plan_mixture(mixture)
     values = to_values(mixture)
     for subset in values["subsets"]:
         subset["plan"] = [
             {key: value for key, value in asdict(row).items() if key != "subset"}
-            for row in planned.rows
+            for row in plan.rows
             if row.subset == subset["name"]
         ]
-    return json.dumps({**values, "totals": _totals(planned), "notes": list(_describe(mixture, planned))}, indent=1)
+    return json.dumps({**values, "totals": _totals(plan), "notes": list(_describe(mixture, plan))}, indent=1)
 
 
-def _totals(planned: Plan) -> dict[str, int | list[str]]:
+def _totals(plan: Plan) -> dict[str, int | list[str]]:
     return {
-        "examples": planned.examples(),
-        "examples_with_choices": planned.examples("choices"),
-        "examples_open_ended": planned.examples("open-ended"),
-        "pairs": planned.pairs(),
-        "pairs_with_choices": planned.pairs("choices"),
-        "pairs_open_ended": planned.pairs("open-ended"),
-        "unknown": list(planned.unknown),
+        "examples": plan.examples(),
+        "examples_with_choices": plan.examples("choices"),
+        "examples_open_ended": plan.examples("open-ended"),
+        "pairs": plan.pairs(),
+        "pairs_with_choices": plan.pairs("choices"),
+        "pairs_open_ended": plan.pairs("open-ended"),
+        "unknown": list(plan.unknown),
     }
 
 
-def _subset_lines(mixture: Mixture, planned: Plan) -> list[Line]:
+def _subset_lines(mixture: Mixture, plan: Plan) -> list[Line]:
     """A header, a line for each subset and the sums; columns of templates only where there are any."""
     counted = any(subset.templates for subset in mixture.subsets)
 
@@ -158,25 +158,25 @@ def _subset_lines(mixture: Mixture, planned: Plan) -> list[Line]:
     header = ("templates", "choices", "open-ended") if counted else ()
     lines: list[Line] = [("dataset", "source rows", *header, "examples", "pairs")]
     for subset in mixture.subsets:
-        rows = [row for row in planned.rows if row.subset == subset.name]
+        rows = [row for row in plan.rows if row.subset == subset.name]
         lines.append(line(subset.name, _format_sizes(subset), [subset], rows))
-    return [*lines, line("total", "", mixture.subsets, planned.rows)]
+    return [*lines, line("total", "", mixture.subsets, plan.rows)]
 
 
-def _template_lines(mixture: Mixture, planned: Plan) -> list[Line]:
+def _template_lines(mixture: Mixture, plan: Plan) -> list[Line]:
     """A header, the templates below their subsets, and the sums."""
     lines: list[Line] = [("template", "responses", "examples", "pairs")]
     for subset in mixture.subsets:
-        rows = [row for row in planned.rows if row.subset == subset.name]
+        rows = [row for row in plan.rows if row.subset == subset.name]
         choices = {template.name: template.num_choices for template in subset.templates}
         lines.append((subset.name, "", *map(_format_count, _sum_known(rows))))
         for row in rows:
-            number = choices.get(row.template)
-            kind = row.kind if number is None else f"{number:g} choices"
+            num_choices = choices.get(row.template)
+            kind = row.kind if num_choices is None else f"{num_choices:g} choices"
             lines.append(
                 (f"  {row.template or row.split}", kind, _format_count(row.examples), _format_count(row.pairs))
             )
-    return [*lines, ("total", "", *map(_format_count, _sum_known(planned.rows)))]
+    return [*lines, ("total", "", *map(_format_count, _sum_known(plan.rows)))]
 
 
 def _sum_known(rows: Sequence[PlanRow]) -> tuple[int | None, int | None]:
@@ -200,12 +200,12 @@ def _align(lines: Sequence[Line]) -> Iterator[str]:
         yield "  ".join(cells)
 
 
-def _describe(mixture: Mixture, planned: Plan) -> Iterator[str]:
+def _describe(mixture: Mixture, plan: Plan) -> Iterator[str]:
     """What the numbers mean, and what they leave out."""
     if mixture.template_version:
         yield f"Templates are counted as {mixture.template_version} has them."
     if mixture.name == "t0":
-        yield from _describe_t0(mixture, planned)
+        yield from _describe_t0(mixture, plan)
     elif mixture.name == "heldout":
         yield "Pairs are what a scorer scores: one for each choice. Templates without choices make none."
     else:
@@ -213,33 +213,33 @@ def _describe(mixture: Mixture, planned: Plan) -> Iterator[str]:
             f"Each prompt makes {mixture.samples} pairs with what an LLM samples for it; a training prompt makes "
             f"{REFERENCE_AND_MISMATCH} more, with its reference and with a mismatch."
         )
-    if planned.unknown:
-        yield f"Size unknown, so not counted: {', '.join(planned.unknown)}."
-    unseen = sum(not subset.verified for subset in mixture.subsets)
-    if unseen:
-        yield f"{unseen} of {len(mixture.subsets)} addresses at the hub are from public text and were never loaded."
+    if plan.unknown:
+        yield f"Size unknown, so not counted: {', '.join(plan.unknown)}."
+    num_unverified = sum(not subset.verified for subset in mixture.subsets)
+    if num_unverified:
+        yield f"{num_unverified} of {len(mixture.subsets)} addresses at the hub are from public text and were never loaded."
 
 
-def _describe_t0(mixture: Mixture, planned: Plan) -> Iterator[str]:
+def _describe_t0(mixture: Mixture, plan: Plan) -> Iterator[str]:
     yield (
         "Later versions of promptsource give 4 templates of wiqa answer choices as well. Prompts that come out blank "
         "are dropped when rendered, so every count is an upper bound."
     )
     yield (
-        f"{_format_millions(planned.examples('choices'), 2)} million examples with choices make one pair for each choice, "
-        f"{_format_millions(planned.pairs('choices'))} million pairs. {_format_millions(planned.examples('open-ended'), 2)} million "
+        f"{_format_millions(plan.examples('choices'), 2)} million examples with choices make one pair for each choice, "
+        f"{_format_millions(plan.pairs('choices'))} million pairs. {_format_millions(plan.examples('open-ended'), 2)} million "
         f"open-ended ones make {REFERENCE_AND_MISMATCH + mixture.samples} each (the reference, a mismatch and "
-        f"{mixture.samples} sampled responses), {_format_millions(planned.pairs('open-ended'))} million."
+        f"{mixture.samples} sampled responses), {_format_millions(plan.pairs('open-ended'))} million."
     )
-    varying = next((subset for subset in mixture.subsets if subset.name == "wiki_hop/original"), None)
-    if varying is None or planned.examples() < FULL_MIXTURE_EXAMPLES:
+    wiki_hop = next((subset for subset in mixture.subsets if subset.name == "wiki_hop/original"), None)
+    if wiki_hop is None or plan.examples() < FULL_MIXTURE_EXAMPLES:
         return
-    numbers = [template.num_choices for template in varying.templates if template.num_choices is not None]
-    one_more = cap_rows(varying.rows["train"] or 0, len(varying.templates)) * len(numbers)
+    num_choices = [template.num_choices for template in wiki_hop.templates if template.num_choices is not None]
+    one_more = cap_rows(wiki_hop.rows["train"] or 0, len(wiki_hop.templates)) * len(num_choices)
     yield (
-        f"{_format_millions(planned.pairs())} million pairs by our reconstruction; Cappy's authors say {PUBLISHED_MILLIONS} "
+        f"{_format_millions(plan.pairs())} million pairs by our reconstruction; Cappy's authors say {PUBLISHED_MILLIONS} "
         "million, and no public text found says how they count. How many choices wiki_hop has differs by row: "
-        f"{max(numbers):g} are counted, its paper's average is recalled as 19.8, and one more or less moves the sum by "
+        f"{max(num_choices):g} are counted, its paper's average is recalled as 19.8, and one more or less moves the sum by "
         f"{_format_millions(one_more)} million."
     )
 

@@ -77,8 +77,8 @@ def load_templates(folder: Path, dataset: str) -> tuple[Template, ...]:
     path = _find_file(folder, dataset)
     templates = [_parse_template(path, dataset, key, values) for key, values in _read_mappings(path).items()]
     templates.sort(key=lambda template: template.name)
-    for former, template in pairwise(templates):
-        if former.name == template.name:
+    for previous, template in pairwise(templates):
+        if previous.name == template.name:
             raise ConfigError(f"{path}: two templates are called {quote(template.name)}; rename one of them")
     return tuple(templates)
 
@@ -232,10 +232,10 @@ def _find_file(folder: Path, dataset: str) -> Path:
         names = sorted(file.parent.relative_to(folder).as_posix() for file in folder.rglob(_FILE))
         if not names:
             raise ConfigError(f"{folder}: holds no {_FILE}; name the folder of PromptSource's templates, or fetch them")
-        near = [name for name in names if dataset in name.split("/")] or get_close_matches(
+        similar = [name for name in names if dataset in name.split("/")] or get_close_matches(
             dataset, names, _MAX_SUGGESTIONS
         )
-        remedy = f"choose one of {', '.join(near)}" if near else f"choose one of the {len(names)} folders there"
+        remedy = f"choose one of {', '.join(similar)}" if similar else f"choose one of the {len(names)} folders there"
         raise ConfigError(f"{folder}: has no templates for {quote(dataset)}; {remedy}")
     return path
 
@@ -310,19 +310,19 @@ def fetch(target: Path, *, url: str = URL, hashes: Mapping[str, str] | None = No
     """
     if target.exists():
         raise ConfigError(f"{target}: is there already; name a folder that is not")
-    wanted = load_hashes() if hashes is None else hashes
-    files = _check_hashes(url, _read_members(url, _download(url, seconds)), wanted)
+    expected = load_hashes() if hashes is None else hashes
+    files = _check_hashes(url, _read_members(url, _download(url, seconds)), expected)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    temporary = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         for name, content in files.items():
-            path = unfinished / name
+            path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        unfinished.chmod(0o755)
-        unfinished.rename(target)
+        temporary.chmod(0o755)
+        temporary.rename(target)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return len(files)
 
 
@@ -331,8 +331,8 @@ def _download(url: str, seconds: float) -> bytes:
     if not url.startswith(("https://", "http://")):
         raise ConfigError(f"{quote(url)}: is not a web address; {remedy}")
     try:
-        with urllib.request.urlopen(url, timeout=seconds) as answer:  # noqa: S310 # the scheme is checked above
-            content: bytes = answer.read(MAX_BYTES + 1)
+        with urllib.request.urlopen(url, timeout=seconds) as response:  # noqa: S310 # the scheme is checked above
+            content: bytes = response.read(MAX_BYTES + 1)
     except (OSError, HTTPException) as error:
         raise ConfigError(f"{url}: gives no archive ({quote(str(error), limit=120)}); {remedy}") from error
     if len(content) > MAX_BYTES:
@@ -342,15 +342,15 @@ def _download(url: str, seconds: float) -> bytes:
 
 def _read_members(url: str, content: bytes) -> dict[str, bytes]:
     """The files below the folder of templates, by their path there; no member may point out of the archive."""
-    members, left = {}, MAX_BYTES
+    members, remaining_bytes = {}, MAX_BYTES
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
             for member in archive:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts:
                     raise FolderError(f"{url}: {quote(member.name)} points out of the archive; use another address")
-                left -= member.size
-                if left < 0:
+                remaining_bytes -= member.size
+                if remaining_bytes < 0:
                     raise FolderError(f"{url}: unpacks to more than {MAX_BYTES:,} bytes; use another address")
                 file = archive.extractfile(member) if member.isreg() and path.parts[1:3] == _TEMPLATES_FOLDER else None
                 if file is not None:
@@ -360,11 +360,11 @@ def _read_members(url: str, content: bytes) -> dict[str, bytes]:
     return members
 
 
-def _check_hashes(url: str, content: Mapping[str, bytes], wanted: Mapping[str, str]) -> dict[str, bytes]:
+def _check_hashes(url: str, content: Mapping[str, bytes], expected: Mapping[str, str]) -> dict[str, bytes]:
     remedy = "nothing was written; fetch again, or from the address of the known files"
-    for name, sha256 in wanted.items():
+    for name, sha256 in expected.items():
         if name not in content:
             raise FolderError(f"{url}: has no {name}; {remedy}")
         if hashlib.sha256(content[name]).hexdigest() != sha256:
             raise FolderError(f"{url}: {name} is not the known file (its sha256 differs); {remedy}")
-    return {name: content[name] for name in wanted}
+    return {name: content[name] for name in expected}

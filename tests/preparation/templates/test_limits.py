@@ -12,7 +12,15 @@ import pytest
 from wording import assert_names, raises_naming
 
 from cappy.errors import CappyError, ConfigError
-from cappy.preparation.templates import LimitError, RenderedRow, Template, find_fields, fixed_choices, render, render_rows
+from cappy.preparation.templates import (
+    LimitError,
+    RenderedRow,
+    Template,
+    find_fields,
+    fixed_choices,
+    render,
+    render_rows,
+)
 
 Make = Callable[..., Template]
 
