@@ -58,9 +58,7 @@ class PreparationConfig:
     ] = ()
     ignore_columns: Annotated[
         tuple[str, ...],
-        Field(
-            description="Column to leave unread; without this flag an unread column that is part of the task is an error"
-        ),
+        Field(description="Column to leave unread; otherwise an unread column that is part of the task is an error"),
     ] = ()
     group_responses: Annotated[
         Literal["auto", "always", "never"],

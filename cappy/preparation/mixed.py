@@ -157,25 +157,25 @@ def _make_renderer(templates: Sequence[Template], num_rows: int | None = None, *
     required_fields = [find_fields(template) for template in templates]
     share = cap_rows(num_rows, len(templates)) if num_rows else 0
 
-    def templates_for(index: int) -> list[int]:
+    def select_indexes(index: int) -> list[int]:
         return [
             number
             for number in range(len(templates))
             if not num_rows or _is_sampled(index + number * num_rows // (share * len(templates)), num_rows, share)
         ]
 
-    def prompts(rows: Iterable[LocatedRow], tally: Tally) -> Iterator[tuple[LocatedRow, list[Prompt]]]:
+    def render(rows: Iterable[LocatedRow], tally: Tally) -> Iterator[tuple[LocatedRow, list[Prompt]]]:
         pending: deque[tuple[LocatedRow, list[int]]] = deque()
 
-        def jobs() -> Iterator[tuple[Values, list[Template]]]:
+        def make_jobs() -> Iterator[tuple[Values, list[Template]]]:
             for row in rows:
                 index, _, values = row
                 names = {name.replace("-", "_") for name in values} if tally.missing == "fail" else None
-                indexes = templates_for(index)
+                indexes = select_indexes(index)
                 pending.append((row, indexes))
                 yield values, [templates[i] for i in indexes if names is None or required_fields[i] <= names]
 
-        for results in render_rows(jobs(), seed=seed):
+        for results in render_rows(make_jobs(), seed=seed):
             row, indexes = pending.popleft()
             rendered = iter(results)
             prompts_or_none = (
@@ -183,7 +183,7 @@ def _make_renderer(templates: Sequence[Template], num_rows: int | None = None, *
             )
             yield row, [prompt for prompt in prompts_or_none if prompt is not None]
 
-    return prompts
+    return render
 
 
 def _is_sampled(index: int, num_rows: int, share: int) -> bool:

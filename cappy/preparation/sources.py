@@ -220,7 +220,7 @@ def _open_tables(
 
     def rows() -> Iterator[Row]:
         rows_of_files = chain.from_iterable(map(reader, files))
-        return _parse_rows(rows_of_files, task, config, warnings, cells=reader is read_csv)
+        return _parse_rows(rows_of_files, task, config, warnings, is_csv=reader is read_csv)
 
     def check_unchanged() -> None:
         changed = next((file for file, sha256 in zip(files, sha256s, strict=True) if sha256_of(file) != sha256), None)
@@ -247,7 +247,7 @@ def _parse_rows(
 
     def read_rows() -> Iterator[Row]:
         named = map_columns(rows if columns.named else map_known_columns(rows), columns, warnings)
-        for where, values in parse_lists(named, cells=is_csv):
+        for where, values in parse_lists(named, is_csv=is_csv):
             warnings.check_candidate_fields(where, values)
             yield read_row(where, values)
 

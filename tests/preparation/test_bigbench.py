@@ -103,7 +103,8 @@ def test_every_row_has_one_split_and_the_draw_hangs_on_the_seed(count: int, vali
 def test_a_split_keeps_at_most_fifty_thousand() -> None:
     rows: list[tuple[str, Any]] = [(str(n), {"instruction": str(n)}) for n in range(70_000)]
     splits = Counter(
-        values["split"] for _, values in split_rows(Task(name="t", rows=rows), seed=0, shares=HeldOutShares(validation=0))
+        values["split"]
+        for _, values in split_rows(Task(name="t", rows=rows), seed=0, shares=HeldOutShares(validation=0))
     )
     assert splits == {"train": MAX_EXAMPLES, "test": 14_000}
 

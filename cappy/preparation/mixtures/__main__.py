@@ -1,10 +1,10 @@
-"""Makes the data files of the mixtures anew, of sources.json, PromptSource's templates and two published tables.
+"""Generates the data files of the mixtures from sources.json, PromptSource's templates and two published tables.
 
     python -m cappy.preparation.mixtures --templates FOLDER --published FOLDER
 
-`--templates` is the folder promptsource/templates of PromptSource, any version; `--published` holds t0_datasets.csv
-(t-zero, t0/datasets.csv) and bigbench45_sizes_and_scores.csv (columns task, train, validation). sources.json is read,
-never written.
+`--templates` is the folder promptsource/templates of any version of PromptSource. `--published` contains
+t0_datasets.csv (t-zero, t0/datasets.csv) and bigbench45_sizes_and_scores.csv (columns task, train, validation).
+sources.json is only read.
 """
 
 import argparse
@@ -41,20 +41,20 @@ CHOICES_AT_VERSION: Mapping[tuple[str, str], float | None] = {
     ("trec", "fine_grained_open"): 47,
     ("trec", "fine_grained_open_context_first"): 47,
 }
-"""Numbers of choices at TEMPLATE_VERSION that later versions changed, so that any version makes the same files.
+"""Numbers of choices at TEMPLATE_VERSION that later versions changed; with them any version makes the same files.
 
 All templates of `t0` and `heldout` were compared at 0.1.0, at 0.2.3 and at a commit after it: their names and every
 other number of choices are equal.
 """
 
 SAMPLES = {"t0": 10, "heldout": 0, "bigbench45": 17}
-"""Responses that an LLM samples for each prompt: 5 of BART0 and 5 of T0-3B, none, and the published 17 candidates."""
+"""Responses sampled for each prompt: 5 by BART0 and 5 by T0-3B; none; and the published 17 candidates."""
 
 _JOIN_CALL = re.compile(r"""join\(\s*(["'])\s*\|\|\|\s*\1\s*\)""")
 
 
 def main() -> int:
-    """Reads the command line and writes the files; 1 where a person must mend something."""
+    """Reads the command line and writes the files; returns 1 on a user error."""
     parser = argparse.ArgumentParser(
         prog="python -m cappy.preparation.mixtures",
         description=__doc__,
@@ -75,10 +75,10 @@ def main() -> int:
 
 
 def write_mixtures(templates: Path, published: Path, target: Path) -> list[Path]:
-    """Writes one JSON file for each mixture to `target`; the same bytes for the same input.
+    """Writes one JSON file for each mixture to `target`; the same input gives the same bytes.
 
-    `templates` is PromptSource's folder of templates, of any version; `published` holds t0_datasets.csv and
-    bigbench45_sizes_and_scores.csv. ConfigError where a file, or a dataset in one, is missing.
+    `templates` is the templates folder of any version of PromptSource; `published` contains t0_datasets.csv and
+    bigbench45_sizes_and_scores.csv. ConfigError if a file, or a dataset in one, is missing.
     """
     paths = []
     for name in NAMES:
@@ -89,7 +89,7 @@ def write_mixtures(templates: Path, published: Path, target: Path) -> list[Path]
 
 
 def make_mixture(name: str, templates: Path, published: Path) -> Mixture:
-    """The mixture of this name; see `write_mixtures` for the folders."""
+    """Makes a mixture by name; see `write_mixtures` for the folders."""
     sources: list[SubsetValues] = json.loads(read_data("sources.json"))[name]
     if name == "bigbench45":
         sizes = _read_table(published / "bigbench45_sizes_and_scores.csv")
@@ -113,16 +113,18 @@ def make_mixture(name: str, templates: Path, published: Path) -> Mixture:
 
 
 def count_choices(answer_choices: str | None, per_row: float | None) -> float | None:
-    """How many choices PromptSource's `answer_choices` stands for; `per_row` where it joins a list of the row's.
+    """The number of choices in PromptSource's `answer_choices`; `per_row` if it joins a list from the row.
 
-    None where it is empty; ConfigError where it joins a list and `per_row` is unknown.
+    None if it is empty; ConfigError if it joins a list and `per_row` is unknown.
     """
     if not answer_choices:
         return None
     if not _JOIN_CALL.search(answer_choices):
         return len(answer_choices.split("|||"))
     if per_row is None:
-        raise ConfigError(f"{answer_choices}: counts by row; add choices_per_row and its source to sources.json")
+        raise ConfigError(
+            f"{answer_choices}: the number of choices depends on the row; add choices_per_row to sources.json"
+        )
     return per_row
 
 
@@ -141,7 +143,7 @@ def _make_bigbench_subset(source: SubsetValues, sizes: Mapping[str, str]) -> Sub
 def _read_template_facts(dataset: str, templates: Path, per_row: float | None) -> Iterator[TemplateFacts]:
     path = templates / dataset / "templates.yaml"
     if not path.is_file():
-        raise ConfigError(f"{path}: is missing; --templates names PromptSource's folder promptsource/templates")
+        raise ConfigError(f"{path}: is missing; --templates is the folder promptsource/templates of PromptSource")
     for template in load_templates(templates, dataset):
         if (dataset, template.name) in CHOICES_AT_VERSION:
             num_choices = CHOICES_AT_VERSION[dataset, template.name]
@@ -152,7 +154,7 @@ def _read_template_facts(dataset: str, templates: Path, per_row: float | None) -
 
 def _read_table(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
-        raise ConfigError(f"{path}: is missing; --published names the folder that holds it")
+        raise ConfigError(f"{path}: is missing; --published is the folder that contains it")
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -165,11 +167,11 @@ def _check_same_names(rows: Mapping[str, int | None], sources: list[SubsetValues
     names = {source["name"] for source in sources}
     if names != set(rows):
         differing = ", ".join(sorted(names ^ set(rows)))
-        raise ConfigError(f"{path}: names other datasets than sources.json ({differing}); mend sources.json")
+        raise ConfigError(f"{path}: lists other datasets than sources.json ({differing}); correct sources.json")
 
 
 def _to_compact_json(values: MixtureValues) -> str:
-    """JSON with one line for each subset and each template, so that a change shows as the line that changed."""
+    """JSON with one line for each subset and template, which makes diffs readable."""
     subsets = []
     for subset in values["subsets"]:
         header = json.dumps({key: value for key, value in subset.items() if key != "templates"}, ensure_ascii=False)

@@ -1,7 +1,6 @@
-"""How many rows come of a mixture, template by template, before anything is loaded; as text and as JSON.
+"""Counts the rows that a mixture makes, by template, before anything is loaded; as text and as JSON.
 
-Prompts or responses that a template leaves blank are dropped when it is rendered, which only rendering can count: an
-example here is a row under a template, blank or not, so a plan is an upper bound.
+An example is a row under a template. Rendering drops blank prompts and responses, so the counts are upper bounds.
 """
 
 import json
@@ -15,29 +14,29 @@ from cappy.preparation.mixtures import Mixture, Subset, TemplateFacts, to_values
 Kind = Literal["choices", "open-ended"]
 
 T0_ROW_LIMIT = 500_000
-"""Rows of a training split above which T0 caps a dataset (t-zero, t0/seqio_tasks/tasks.py)."""
+"""T0 caps a training split with more rows than this (t-zero, t0/seqio_tasks/tasks.py)."""
 
 REFERENCE_AND_MISMATCH = 2
-"""Responses that an open-ended training example gets beside the sampled ones."""
+"""Responses of an open-ended training example beside the sampled ones."""
 
 WIDTH = 100
-"""Columns that no line of the text exceeds."""
+"""Maximum line width of the text."""
 
 PUBLISHED_MILLIONS = 160
-"""Rows of Cappy's pretraining set as its authors count them (Google Research blog), in millions."""
+"""Rows of Cappy's pretraining set according to its authors (Google Research blog), in millions."""
 
 FULL_MIXTURE_EXAMPLES = 17_000_000
-"""Examples below which a plan shows a part of T0's mixture, which the published sum says nothing of."""
+"""A plan with fewer examples is for a part of T0's mixture, and is not compared with the published sum."""
 
 Line = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRow:
-    """One template on one split: its examples after the cap, and the rows of the regression set that they make.
+    """One template on one split: its examples after the cap, and the rows of the regression set made from them.
 
-    A row of the regression set is a pair of instruction and response. `template` is empty for a task that comes as
-    prompts. Both counts are None where the size of the split is unknown.
+    A row of the regression set is a pair of instruction and response. `template` is empty for a dataset of prompts.
+    Both counts are None if the size of the split is unknown.
     """
 
     subset: str
@@ -50,7 +49,7 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The rows of a mixture and their sums; unknown sizes count for nothing and are named in `unknown`."""
+    """The rows of a mixture and their sums; unknown sizes are not counted and are listed in `unknown`."""
 
     mixture: str
     rows: tuple[PlanRow, ...]
@@ -65,23 +64,23 @@ class Plan:
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """Subsets with a split of unknown size."""
+        """Subsets that have a split of unknown size."""
         return tuple(dict.fromkeys(row.subset for row in self.rows if row.examples is None))
 
 
 def plan_mixture(mixture: Mixture) -> Plan:
-    """The plan of a mixture.
+    """Counts the examples and pairs of a mixture.
 
-    With choices, an example makes one pair for each choice. Open-ended, it makes one for each sampled response and,
-    on a training split, one with its reference and one with a mismatch. A held-out mixture samples nothing: its
-    open-ended templates make no pairs, for nothing scores them.
+    With choices, an example makes one pair for each choice. An open-ended example makes one pair for each sampled
+    response and, on a training split, one with its reference and one with a mismatch. A held-out mixture samples no
+    responses, so its open-ended templates make no pairs.
     """
     rows = (row for subset in mixture.subsets for row in _make_plan_rows(subset, mixture.samples))
     return Plan(mixture=mixture.name, rows=tuple(rows))
 
 
 def cap_rows(num_rows: int, num_templates: int) -> int:
-    """Rows of a training split that each of its templates sees: all, or an equal share of 500,000 where it has more."""
+    """Rows of a training split for each of its templates: all, or an equal share of 500,000 if it has more."""
     return T0_ROW_LIMIT // num_templates if num_rows > T0_ROW_LIMIT else num_rows
 
 
@@ -102,7 +101,7 @@ def _make_plan_rows(subset: Subset, samples: int) -> Iterator[PlanRow]:
 
 
 def _count_responses(template: TemplateFacts | None, split: str, samples: int) -> float:
-    """Responses that are paired with one example."""
+    """The number of responses paired with one example."""
     if template and template.num_choices is not None:
         return template.num_choices
     return samples + REFERENCE_AND_MISMATCH if split == "train" else samples
@@ -113,7 +112,7 @@ def _sum_rows(rows: Sequence[PlanRow], kind: Kind | None, count: Callable[[PlanR
 
 
 def to_text(mixture: Mixture, *, by_template: bool = False) -> str:
-    """The plan as plain text: a line for each dataset (or each template), the sums, and what a person must know."""
+    """The plan as text: a line for each dataset (or template), the sums, and notes."""
     plan = plan_mixture(mixture)
     lines = _template_lines(mixture, plan) if by_template else _subset_lines(mixture, plan)
     sentences = (*_describe(mixture, plan), *_describe_manual(mixture))
@@ -121,7 +120,7 @@ def to_text(mixture: Mixture, *, by_template: bool = False) -> str:
 
 
 def to_json(mixture: Mixture) -> str:
-    """The plan as JSON: the mixture's facts, each template with its `examples` and `pairs` by split, and the sums."""
+    """The plan as JSON: the facts of the mixture, `examples` and `pairs` by template and split, and the sums."""
     plan = plan_mixture(mixture)
     values = to_values(mixture)
     for subset in values["subsets"]:
@@ -146,7 +145,7 @@ def _totals(plan: Plan) -> dict[str, int | list[str]]:
 
 
 def _subset_lines(mixture: Mixture, plan: Plan) -> list[Line]:
-    """A header, a line for each subset and the sums; columns of templates only where there are any."""
+    """A header, a line for each subset, and the sums; with columns for templates if there are any."""
     counted = any(subset.templates for subset in mixture.subsets)
 
     def line(name: str, size: str, subsets: Sequence[Subset], rows: Sequence[PlanRow]) -> Line:
@@ -164,7 +163,7 @@ def _subset_lines(mixture: Mixture, plan: Plan) -> list[Line]:
 
 
 def _template_lines(mixture: Mixture, plan: Plan) -> list[Line]:
-    """A header, the templates below their subsets, and the sums."""
+    """A header, each subset with its templates below it, and the sums."""
     lines: list[Line] = [("template", "responses", "examples", "pairs")]
     for subset in mixture.subsets:
         rows = [row for row in plan.rows if row.subset == subset.name]
@@ -180,7 +179,7 @@ def _template_lines(mixture: Mixture, plan: Plan) -> list[Line]:
 
 
 def _sum_known(rows: Sequence[PlanRow]) -> tuple[int | None, int | None]:
-    """Examples and pairs of the rows; None where the size of none of them is known."""
+    """Examples and pairs of the rows; None if no size is known."""
     known = [row for row in rows if row.examples is not None]
     if not known:
         return None, None
@@ -188,7 +187,7 @@ def _sum_known(rows: Sequence[PlanRow]) -> tuple[int | None, int | None]:
 
 
 def _align(lines: Sequence[Line]) -> Iterator[str]:
-    """Columns padded to their widest cell, numbers to the right, the last line (the sums) set apart."""
+    """Pads columns to their widest cell, aligns numbers to the right, and puts a blank line before the sums."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for index, line in enumerate(lines):
         if index == len(lines) - 1:
@@ -201,35 +200,35 @@ def _align(lines: Sequence[Line]) -> Iterator[str]:
 
 
 def _describe(mixture: Mixture, plan: Plan) -> Iterator[str]:
-    """What the numbers mean, and what they leave out."""
+    """Sentences on what the numbers mean and what they leave out."""
     if mixture.template_version:
-        yield f"Templates are counted as {mixture.template_version} has them."
+        yield f"Templates are counted as of {mixture.template_version}."
     if mixture.name == "t0":
         yield from _describe_t0(mixture, plan)
     elif mixture.name == "heldout":
-        yield "Pairs are what a scorer scores: one for each choice. Templates without choices make none."
+        yield "A scorer scores one pair for each choice. Templates without choices make no pairs."
     else:
         yield (
-            f"Each prompt makes {mixture.samples} pairs with what an LLM samples for it; a training prompt makes "
+            f"Each prompt makes {mixture.samples} pairs with responses sampled by an LLM; a training prompt makes "
             f"{REFERENCE_AND_MISMATCH} more, with its reference and with a mismatch."
         )
     if plan.unknown:
         yield f"Size unknown, so not counted: {', '.join(plan.unknown)}."
     num_unverified = sum(not subset.verified for subset in mixture.subsets)
     if num_unverified:
-        yield f"{num_unverified} of {len(mixture.subsets)} addresses at the hub are from public text and were never loaded."
+        yield f"{num_unverified} of {len(mixture.subsets)} hub addresses are from public text and have not been loaded."
 
 
 def _describe_t0(mixture: Mixture, plan: Plan) -> Iterator[str]:
     yield (
-        "Later versions of promptsource give 4 templates of wiqa answer choices as well. Prompts that come out blank "
-        "are dropped when rendered, so every count is an upper bound."
+        "Later versions of promptsource add answer choices to 4 templates of wiqa. Blank prompts are dropped when "
+        "rendered, so every count is an upper bound."
     )
     yield (
-        f"{_format_millions(plan.examples('choices'), 2)} million examples with choices make one pair for each choice, "
-        f"{_format_millions(plan.pairs('choices'))} million pairs. {_format_millions(plan.examples('open-ended'), 2)} million "
-        f"open-ended ones make {REFERENCE_AND_MISMATCH + mixture.samples} each (the reference, a mismatch and "
-        f"{mixture.samples} sampled responses), {_format_millions(plan.pairs('open-ended'))} million."
+        f"{_millions(plan.examples('choices'), 2)} million examples with choices make one pair for each choice, "
+        f"{_millions(plan.pairs('choices'))} million pairs. {_millions(plan.examples('open-ended'), 2)} million "
+        f"open-ended examples make {REFERENCE_AND_MISMATCH + mixture.samples} pairs each (the reference, a mismatch "
+        f"and {mixture.samples} sampled responses), {_millions(plan.pairs('open-ended'))} million pairs."
     )
     wiki_hop = next((subset for subset in mixture.subsets if subset.name == "wiki_hop/original"), None)
     if wiki_hop is None or plan.examples() < FULL_MIXTURE_EXAMPLES:
@@ -237,17 +236,17 @@ def _describe_t0(mixture: Mixture, plan: Plan) -> Iterator[str]:
     num_choices = [template.num_choices for template in wiki_hop.templates if template.num_choices is not None]
     one_more = cap_rows(wiki_hop.rows["train"] or 0, len(wiki_hop.templates)) * len(num_choices)
     yield (
-        f"{_format_millions(plan.pairs())} million pairs by our reconstruction; Cappy's authors say {PUBLISHED_MILLIONS} "
-        "million, and no public text found says how they count. How many choices wiki_hop has differs by row: "
-        f"{max(num_choices):g} are counted, its paper's average is recalled as 19.8, and one more or less moves the sum by "
-        f"{_format_millions(one_more)} million."
+        f"This reconstruction has {_millions(plan.pairs())} million pairs; Cappy's authors report {PUBLISHED_MILLIONS} "
+        "million without saying how they count. The number of choices of wiki_hop differs by row: "
+        f"{max(num_choices):g} are counted, the average in its paper is probably 19.8, and one choice more or less "
+        f"changes the sum by {_millions(one_more)} million."
     )
 
 
 def _describe_manual(mixture: Mixture) -> Iterator[str]:
     for subset in mixture.subsets:
         if subset.manual:
-            yield f"By hand: {subset.name}. {subset.manual}"
+            yield f"To download by hand: {subset.name}. {subset.manual}"
 
 
 def _format_sizes(subset: Subset) -> str:
@@ -258,5 +257,5 @@ def _format_count(count: int | None) -> str:
     return "?" if count is None else f"{count:,}"
 
 
-def _format_millions(count: int, digits: int = 1) -> str:
+def _millions(count: int, digits: int = 1) -> str:
     return f"{count / 1e6:.{digits}f}"
