@@ -186,7 +186,7 @@ def _find_saved_files(folder: Path) -> list[Path]:
 
 def _refuse_split(folder: Path, split: str) -> None:
     if split != _DEFAULT_SPLIT:
-        raise ConfigError(f"{folder}: has no splits, so --split {quote(split)} does not exist; leave --split out")
+        raise ConfigError(f"{folder}: has no splits, got --split {quote(split)}; leave --split out")
 
 
 def _check_file_name(folder: Path, name: object) -> str:

@@ -135,7 +135,7 @@ def _select_templates(config: PreparationConfig, dataset: str) -> tuple[Template
     if not selected:
         names = ", ".join(template.name for template in templates)
         raise ConfigError(
-            f"preparation: --template: no template of {dataset} matches; choose one of {quote(names, 400)}"
+            f"preparation: --template: {dataset} has no matching template; choose one of {quote(names, 400)}"
         )
     return selected
 
@@ -241,7 +241,7 @@ def _describe_missing_fields(template: Template, required_fields: frozenset[str]
         return ""
     fields = quote(", ".join(values), limit=120)
     return (
-        f"{template.dataset}: template {quote(template.name)} reads {', '.join(missing)}, which the row does not have; "
+        f"{template.dataset}: template {quote(template.name)} reads {', '.join(missing)}, which the row lacks; "
         f"fields found: {fields}"
     )
 

@@ -219,7 +219,7 @@ def _read_responses(fields: _Fields) -> Iterator[Candidate]:
     """The candidates of `responses` (or `response`), each with the label beside it in `labels` (or `label`)."""
     texts = fields.texts("response", "responses")
     if not texts and fields.has("responses"):
-        raise RecordError(f"{fields.where}: responses is empty, got []; leave the field out if there are none")
+        raise RecordError(f"{fields.where}: responses is empty, got []; leave it out if there are none")
     labels = fields.labels("label", "labels")
     if labels and len(labels) != len(texts):
         remedy = "give one label for each response, in order"
@@ -234,7 +234,7 @@ def _read_candidates(fields: _Fields) -> Iterator[Candidate]:
     if items is None:
         return
     if not isinstance(items, list) or not items:
-        remedy = "leave the field out if there are none"
+        remedy = "leave it out if there are none"
         raise RecordError(f"{fields.where}: candidates must be a list of objects, got {quote(items)}; {remedy}")
     for index, item in enumerate(items):
         where = f"{fields.where}: candidates[{index}]"

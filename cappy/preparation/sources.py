@@ -225,7 +225,7 @@ def _open_tables(
     def check_unchanged() -> None:
         changed = next((file for file, sha256 in zip(files, sha256s, strict=True) if sha256_of(file) != sha256), None)
         if changed is not None:
-            raise FolderError(f"{changed}: the file changed while it was read; run the same command again")
+            raise FolderError(f"{changed}: changed while it was read; run the same command again")
 
     return Source(
         name=str(path),

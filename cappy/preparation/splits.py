@@ -225,9 +225,9 @@ def _hash_rows(
 def _check_consistent(row: Row, first: Row) -> None:
     for name, here, there in (("split", row.has_split, first.has_split), ("id", row.has_id, first.has_id)):
         if here != there:
-            verb, other = ("has a", "none") if here else ("has no", "one")
+            state, other = ("present", "missing") if here else ("missing", "present")
             remedy = f"give every row its {name}, or none"
-            raise RecordError(f"{row.where}: {verb} {name}, but {first.where} has {other}; {remedy}")
+            raise RecordError(f"{row.where}: {name} is {state}, but {other} at {first.where}; {remedy}")
 
 
 def _check_split_overlap(source: Source, codes: Codes, keys: Hashes, what: Callable[[Row], str]) -> None:

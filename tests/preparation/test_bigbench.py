@@ -143,13 +143,13 @@ def test_rows_of_p3_are_known_by_their_columns(prepare: Prepare, json_lines: Any
     [
         ('{"examples": []}', ("no examples", "got []", "JSON task of BIG-bench")),
         ('{"examples": [1]}', ("examples[0] must be an object", "got 1")),
-        ('{"examples": [{"target": "x"}]}', ("examples[0]: input must be a text", "got None")),
+        ('{"examples": [{"target": "x"}]}', ("examples[0]: input must be a string", "got None")),
         ('{"examples": [{"input": "x"}]}', ("examples[0]: ", "no target ", "no target_scores")),
         (
             '{"examples": [{"input": "x", "target_scores": [1]}]}',
             ("examples[0]: target_scores", "got [1]"),
         ),
-        ('{"examples": [{"input": "x", "target": 5}]}', ("examples[0]: target must be a text", "got 5")),
+        ('{"examples": [{"input": "x", "target": 5}]}', ("examples[0]: target must be a string", "got 5")),
     ],
 )
 def test_a_wrong_task_is_refused_with_the_example(prepare: Prepare, tmp_path: Path, text: str, parts: Any) -> None:

@@ -43,7 +43,7 @@ def test_b4_rows_of_one_prompt_are_one_instance_and_it_is_said_once(
     } == expected
     assert len(found) == len({one.instance_id for one in found}) == 20
     (line,) = [record.getMessage() for record in caplog.records]
-    assert_names(line, str(path), "60 rows of 20 prompts", "--group-responses never")
+    assert_names(line, str(path), "60 rows into 20 instances", "--group-responses never")
     assert manifest.facts["notes"] == {"grouped": line.removeprefix(f"{path}: ")}
     assert manifest.metrics["candidates"] == 60
 

@@ -266,7 +266,7 @@ def test_the_text_has_a_line_for_each_dataset_the_sums_and_what_to_know() -> Non
     assert {subset.name for subset in load_mixture("t0").subsets} <= names
     assert "total 313 164 149 17,277,798 151,781,384".split() in [line.split() for line in lines]
     flowing = " ".join(lines)
-    assert_names(flowing, "promptsource 0.1.0", "151.8 million pairs", "160 million", "38 of 38 addresses")
+    assert_names(flowing, "promptsource 0.1.0", "151.8 million pairs", "160 million", "38 of 38 hub addresses")
 
 
 def test_the_text_by_template_has_a_line_for_each_template() -> None:
@@ -277,7 +277,7 @@ def test_the_text_by_template_has_a_line_for_each_template() -> None:
 
 
 def test_the_text_says_what_to_obtain_by_hand_and_what_has_no_size() -> None:
-    assert re.search(r"By hand: story_cloze/2016\b.*https://", " ".join(to_text(load_mixture("heldout")).splitlines()))
+    assert re.search(r"To download by hand: story_cloze/2016\b.*https://", " ".join(to_text(load_mixture("heldout")).splitlines()))
     assert re.search(r"^Size unknown.*: tellmewhy\b", to_text(load_mixture("bigbench45")), re.MULTILINE)
 
 

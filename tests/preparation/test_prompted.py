@@ -286,7 +286,7 @@ def test_training_instances_that_stand_in_an_evaluation_set_are_refused_or_dropp
     rows[2]["instruction"] = "ADD 2  and 3."
     path = json_lines(*rows)
     known = {"test": 0, "validation": 0, "against": (tmp_path / "heldout",)}
-    with raises_naming(RecordError, "instance '2' of train", str(tmp_path / "heldout"), "--leaked drop"):
+    with raises_naming(RecordError, "instance '2' of split train", str(tmp_path / "heldout"), "--leaked drop"):
         prepare(path, target=tmp_path / "never", **known)
     assert not (tmp_path / "never").exists()
     manifest, found = prepare(path, leaked="drop", **known)
@@ -311,7 +311,7 @@ def test_shards_are_joined_whole_or_not_at_all(
     with raises_naming(FolderError, f"{shards}: ", "1/3 is missing", "0/3, 2/3"):
         prepare(shards)
     prepare(path, seed=5, shard="1/3", target=shards / "1", **known)
-    with raises_naming(FolderError, "shards/1: ", "no shard", "shards/0"):
+    with raises_naming(FolderError, "shards/1: ", "not a shard", "shards/0"):
         prepare(shards)
 
 
@@ -329,7 +329,7 @@ def test_the_source_is_never_the_target(tmp_path: Path) -> None:
     assert len(list(read(target))) == 1
 
 
-@pytest.mark.parametrize(("text", "what"), [("a\0b", "NUL"), ("a\ud800b", "half a character")])
+@pytest.mark.parametrize(("text", "what"), [("a\0b", "NUL"), ("a\ud800b", "an unpaired surrogate")])
 def test_texts_that_no_file_takes_are_failures_of_their_row(
     prepare: Prepare, json_lines: Any, templates: Path, text: str, what: str
 ) -> None:
@@ -351,7 +351,7 @@ def test_templates_can_be_left_out_by_name(prepare: Prepare, json_lines: Any, te
 def test_nothing_left_to_train_on_is_refused(prepare: Prepare, json_lines: Any, templates: Path) -> None:
     # The wrong templates: no field is there, so every prompt is the same.
     path = json_lines(*[{"other": n, "label": 0} for n in range(50)])
-    with raises_naming(RecordError, str(path), "nothing is left", "--dataset", "--against"):
+    with raises_naming(RecordError, str(path), "no training instances", "--dataset", "--against"):
         prepare(path, templates=templates, dataset="quiz")
 
 

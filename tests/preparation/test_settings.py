@@ -203,7 +203,7 @@ def test_b8_columns_are_mapped_ignored_and_grouped_whatever_the_source(
 def test_b8_shares_are_refused_where_splits_stand(
     prepare: Prepare, source: Callable[..., dict[str, Any]], kind: str, name: str
 ) -> None:
-    with raises_naming(ConfigError, f"--{name} is not for", "splits stand", "leave it out"):
+    with raises_naming(ConfigError, f"--{name} is not for", "splits are fixed", "leave it out"):
         prepare(**source(kind), **{name: 0.4})
 
 
