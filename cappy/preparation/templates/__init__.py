@@ -253,7 +253,7 @@ def _read_mappings(path: Path) -> Mapping[str, object]:
         raise ConfigError(f"{where}: is not a templates file ({quote(reason, limit=120)}); fetch it again") from error
     templates = content.get("templates") if isinstance(content, Mapping) else None
     if not isinstance(templates, Mapping) or not templates:
-        raise ConfigError(f"{path}: has no templates in a mapping 'templates'; fetch it again")
+        raise ConfigError(f"{path}: has no mapping 'templates', or it is empty; fetch it again")
     return templates
 
 
