@@ -204,7 +204,7 @@ def test_a_bad_parquet_file_is_named_by_row(refuse: Refuse) -> None:
                 {"split": "test"},
                 {"split": "test", "instruction": " ADD  one."},
             ],
-            ("in.jsonl:3: ", "instruction ' ADD  one.' is in split test", "in.jsonl:1 in train", "leave out all splits"),
+            ("in.jsonl:3: ", "' ADD  one.' is in split test", "in.jsonl:1 in train", "leave out all splits"),
         ),
         (
             [{"split": "train", "group_id": "g"}, {"split": "validation", "group_id": "g"}],

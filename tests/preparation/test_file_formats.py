@@ -176,7 +176,7 @@ REFUSED = {
     "rows.orc": (b"ORC" + b"x" * 60, "is an ORC file", "pandas.read_orc('rows.orc').to_parquet('rows.parquet')"),
     "rows.feather": (feather("zstd"), "is compressed Arrow (Feather)", "f.read_table('rows.feather')"),
     "rows.parquet.gz": (gzip.compress(parquet()), "is a compressed Parquet file", "decompress it first"),
-    "bare.jsonl": (JSON_LINES.encode("utf-16-le"), "is UTF-16LE without a byte order mark", "iconv -f UTF-16LE -t UTF-8"),
+    "bare.jsonl": (JSON_LINES.encode("utf-16-le"), "without a byte order mark", "iconv -f UTF-16LE -t UTF-8"),
     "latin.jsonl": (JSON_LINES.encode("latin-1"), "is not UTF-8 (byte", "iconv -f WINDOWS-1252 -t UTF-8 latin.jsonl"),
     "cut.json": (json.dumps(ROWS).encode()[:-1], "the array has no end", "fetch or write it again"),
     "half.json": (json.dumps(ROWS).encode()[:-30], ".json:1: the array ends within the", "fetch or write it"),

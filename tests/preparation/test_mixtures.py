@@ -277,7 +277,7 @@ def test_the_text_by_template_has_a_line_for_each_template() -> None:
 
 
 def test_the_text_says_what_to_obtain_by_hand_and_what_has_no_size() -> None:
-    assert re.search(r"To download by hand: story_cloze/2016\b.*https://", " ".join(to_text(load_mixture("heldout")).splitlines()))
+    assert re.search(r"by hand: story_cloze/2016\b.*https://", " ".join(to_text(load_mixture("heldout")).splitlines()))
     assert re.search(r"^Size unknown.*: tellmewhy\b", to_text(load_mixture("bigbench45")), re.MULTILINE)
 
 
