@@ -19,7 +19,7 @@ from cappy.builtin.tasks import instances as builtin_tasks
 from cappy.costing import Texts
 from cappy.model_folder import open_model_folder
 from cappy.preparation.mixtures import load_mixture
-from cappy.preparation.mixtures.plan import plan
+from cappy.preparation.mixtures.plan import plan_mixture
 from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import Candidate, Instance, read
@@ -68,7 +68,7 @@ def t0_instances(prompts: dict[tuple[str, str], list[Prompt]], one_of: int) -> l
     the mixture's LLMs are not available, and speed depends only on length.
     """
     num_examples: dict[tuple[str, str], int] = defaultdict(int)
-    for planned in plan(load_mixture("t0")).rows:
+    for planned in plan_mixture(load_mixture("t0")).rows:
         num_examples[planned.subset, planned.kind] += planned.examples or 0
     rng = random.Random(0)
     instances = []

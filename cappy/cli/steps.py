@@ -139,12 +139,12 @@ def _optional(flag: inspect.Parameter, extras: Sequence[Extra]) -> inspect.Param
 
 def _plan(*, as_json: bool, mixture: str, subsets: Sequence[str], **_: object) -> bool:
     from cappy.preparation.mixtures import load_mixture, select_subsets
-    from cappy.preparation.mixtures.plan import text, to_json
+    from cappy.preparation.mixtures.plan import to_json, to_text
 
     if not mixture:
         raise ConfigError("preparation: --plan shows a mixture; give --mixture t0, heldout or bigbench45")
     mixture_plan = select_subsets(load_mixture(mixture), subsets)
-    typer.echo((to_json(mixture_plan) if as_json else text(mixture_plan, by_template=True)).rstrip())
+    typer.echo((to_json(mixture_plan) if as_json else to_text(mixture_plan, by_template=True)).rstrip())
     return True
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from cappy.costing import Texts, Throughput
 from cappy.errors import ConfigError, quote
 from cappy.preparation.mixtures import Mixture, load_mixture
-from cappy.preparation.mixtures.plan import REFERENCE_AND_MISMATCH, PlanRow, plan
+from cappy.preparation.mixtures.plan import REFERENCE_AND_MISMATCH, PlanRow, plan_mixture
 
 EVALUATED_ON: Mapping[str, str] = {"t0": "heldout"}
 """Mixture that a scorer is pretrained on -> the one that it is evaluated on."""
@@ -84,7 +84,7 @@ Count = Callable[[PlanRow], int]
 
 
 def _rows(mixture: Mixture) -> tuple[PlanRow, ...]:
-    return plan(mixture).rows
+    return plan_mixture(mixture).rows
 
 
 def _lengths(throughput: Throughput, name: str) -> Known:

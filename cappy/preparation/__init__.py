@@ -1,1 +1,1 @@
-"""Preparation: where instances come from, and which split each belongs to for life."""
+"""Preparation: turns data sources into instances, each with a fixed split."""

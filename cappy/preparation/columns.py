@@ -1,9 +1,9 @@
-"""Which field of the record is read from which column of a file, and what of a source nothing is read from.
+"""Maps the columns of a file to fields of the record, and collects warnings about columns that are not read.
 
-Without `--columns` every field is read under its own name. With it, prompt, answers, responses and what names a row
-(id, group, task, split) are still read under their own names where no column is named for them; labels go with
-responses and choices with answers; a column that another field is read from is read once. A column that is not read is
-named once, and refused where leaving it out would change the task.
+Without `--columns` every field is read from the column of its name. With it, so are the prompt, answers, responses and
+the fields that name a row (id, group, task, split) unless `--columns` maps them; labels are read with responses, and
+choices with answers. A mapped column is read only once. An unread column causes one warning, or an error if the row
+is another task without it.
 """
 
 import logging
@@ -36,25 +36,25 @@ _FIELDS = (
     "split",
     "input",
 )
-"""What a column can be read as."""
+"""Fields that a column can be mapped to."""
 
 _ANSWERS = {"reference", "references"}
 _RESPONSES = {"response", "responses", "candidates"}
 _LABELS = {"label", "labels"}
-_NAMING = {"instance_id", "id", "group_id", "task", "template", "original_task", "split"}
-_OWN = {*_FIELDS, "id"}
-_APPENDED = "--columns input={name} appends it to the instruction"
-_BY_HAND = "write what the LLM is to see of it into the instruction"
+_ROW_FIELDS = {"instance_id", "id", "group_id", "task", "template", "original_task", "split"}
+_KNOWN_COLUMNS = {*_FIELDS, "id"}
+_APPEND_REMEDY = "append it to the instruction with --columns input={name}"
+_MANUAL_REMEDY = "write what the LLM needs of it into the instruction"
 _PROMPT_PARTS = ("input", "context", "passage", "document", "article", "paragraph")
-_PREFERENCES = {"chosen": ("reference", "references"), "rejected": ("response", "responses")}
-"""Columns of preference data, with the fields in which their texts may stand already."""
-_MATTERS: Mapping[str, str] = {
-    **dict.fromkeys((*_PROMPT_PARTS, *(f"{name}s" for name in _PROMPT_PARTS)), _APPENDED),
-    "rejected": "--columns response={name} makes it a response",
-    "chosen": "--columns reference={name} makes it the reference",
-    **dict.fromkeys(("system", "systemprompt", "history", "messages", "conversation", "conversations"), _BY_HAND),
+_PREFERENCE_FIELDS = {"chosen": ("reference", "references"), "rejected": ("response", "responses")}
+"""Columns of preference data, with the fields that may contain their texts already."""
+_REQUIRED_COLUMNS: Mapping[str, str] = {
+    **dict.fromkeys((*_PROMPT_PARTS, *(f"{name}s" for name in _PROMPT_PARTS)), _APPEND_REMEDY),
+    "rejected": "read it as a response with --columns response={name}",
+    "chosen": "read it as the reference with --columns reference={name}",
+    **dict.fromkeys(("system", "systemprompt", "history", "messages", "conversation", "conversations"), _MANUAL_REMEDY),
 }
-"""Columns without which a row is another task, with what reads them; names are compared by `_key`."""
+"""Columns without which a row is another task, with the remedy; names are compared as `_normalize` returns them."""
 _CANDIDATE_FIELDS = frozenset(
     (
         "response",
@@ -69,40 +69,44 @@ _CANDIDATE_FIELDS = frozenset(
         "num_tokens",
     )
 )
-_MOST_NAMED = 1_000
+_MAX_NAMES = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Field -> column as given, and the columns that nothing is to be read from."""
+    """The column of each mapped field, and the columns to ignore."""
 
     named: Mapping[str, str]
     ignored: frozenset[str] = frozenset()
 
-    def own(self, first: Values) -> frozenset[str]:
-        """The columns that are read under their own names, decided by the first row.
+    def find_own_columns(self, first: Values) -> frozenset[str]:
+        """The columns that are read as the field of their name, decided by the first row.
 
-        A column that names rows and cannot (a split of another name, a task that is not a text) has another meaning.
+        A column such as split or task is not read if its value is not valid there: it has another meaning in this file.
         """
         if not self.named:
-            return frozenset(_OWN - self.ignored)
-        given = set(self.named)
-        own = set() if "instruction" in given else {"instruction", "input"}
-        if not given & _ANSWERS:
-            own |= {*_ANSWERS, "choices"}
-        if not given & _RESPONSES:
-            own |= _RESPONSES
-            taken = {*self.named.values(), *self.ignored}
-            if not given & _LABELS and _has_valid_labels(first, {"response", "responses"} - taken, _LABELS - taken):
-                own |= _LABELS
-        own |= {name for name in _NAMING if name not in given and _can_name(name, first.get(name))}
-        if "instance_id" in given:
-            own.discard("id")
-        return frozenset(own - given - set(self.named.values()) - self.ignored)
+            return frozenset(_KNOWN_COLUMNS - self.ignored)
+        mapped_fields = set(self.named)
+        own_columns = set() if "instruction" in mapped_fields else {"instruction", "input"}
+        if not mapped_fields & _ANSWERS:
+            own_columns |= {*_ANSWERS, "choices"}
+        if not mapped_fields & _RESPONSES:
+            own_columns |= _RESPONSES
+            excluded = {*self.named.values(), *self.ignored}
+            if not mapped_fields & _LABELS and _has_valid_labels(
+                first, {"response", "responses"} - excluded, _LABELS - excluded
+            ):
+                own_columns |= _LABELS
+        own_columns |= {
+            name for name in _ROW_FIELDS if name not in mapped_fields and _is_valid_value(name, first.get(name))
+        }
+        if "instance_id" in mapped_fields:
+            own_columns.discard("id")
+        return frozenset(own_columns - mapped_fields - set(self.named.values()) - self.ignored)
 
 
 def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
-    """Field -> column, from FIELD=COLUMN words; ConfigError for another form, an unknown or repeated field."""
+    """The column of each field, from FIELD=COLUMN pairs; ConfigError for an unknown or repeated field."""
     columns: dict[str, str] = {}
     for pair in pairs:
         name, equals, column = pair.partition("=")
@@ -116,108 +120,114 @@ def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
             )
         if name in columns:
             both = f"{quote(columns[name])} and {quote(column)}"
-            raise ConfigError(f"preparation: --columns: {name} is read from one column, got {both}")
+            raise ConfigError(f"preparation: --columns: {name} can be read from one column only, got {both}")
         columns[name] = column
     return columns
 
 
 @dataclass(slots=True, kw_only=True)
-class Unused:
-    """Columns, fields of candidates and settings that nothing came of, each with the place where it was seen first."""
+class SourceWarnings:
+    """Warnings about a source: unread columns and candidate fields with their first location, and messages by key."""
 
     name: str
     unread: dict[str, dict[str, str]] = field(default_factory=dict)
     ignored: set[str] = field(default_factory=set)
-    said: dict[str, str] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
 
-    def columns(self, where: str, values: Values, read: Values, names: Iterable[str]) -> None:
-        """Notes columns of a row that are not `read`; RecordError for one that matters and whose text was not read."""
+    def check_columns(self, where: str, values: Values, read: Values, names: Iterable[str]) -> None:
+        """Adds the unread columns `names` of a row; RecordError for a required one not contained in `read`."""
         for name in names:
             value = values[name]
             if value in (None, "", [], {}) or (isinstance(value, str) and not value.strip()):
                 continue
-            key = _key(name)
-            if key in _MATTERS and not _is_redundant(key, value, read):
-                known = _BY_HAND if _MATTERS[key] == _APPENDED and not isinstance(value, str) else _MATTERS[key]
-                remedy = f"{known.replace('{name}', name)}, --ignore-columns {name} leaves it out"
-                raise RecordError(f"{where}: column {quote(name)} is not read, and matters; {remedy}")
-            self.note("columns", where, name)
+            key = _normalize(name)
+            if key in _REQUIRED_COLUMNS and not _is_redundant(key, value, read):
+                command = (
+                    _MANUAL_REMEDY
+                    if _REQUIRED_COLUMNS[key] == _APPEND_REMEDY and not isinstance(value, str)
+                    else _REQUIRED_COLUMNS[key]
+                )
+                remedy = f"{command.replace('{name}', name)}, or leave it out with --ignore-columns {name}"
+                raise RecordError(f"{where}: column {quote(name)} is part of the task but is not read; {remedy}")
+            self.add_name("columns", where, name)
 
-    def candidates(self, where: str, values: Values) -> None:
-        """Notes fields of a row's candidates that no record keeps."""
+    def check_candidate_fields(self, where: str, values: Values) -> None:
+        """Adds the fields of a row's candidates that the record does not have."""
         items = values.get("candidates")
         for item in items if isinstance(items, list) else ():
             if isinstance(item, dict) and not item.keys() <= _CANDIDATE_FIELDS:
                 for name in item.keys() - _CANDIDATE_FIELDS:
-                    self.note("candidate_fields", where, name)
+                    self.add_name("candidate_fields", where, name)
 
-    def seen(self, ignored: Iterable[str]) -> None:
-        """Notes that columns of --ignore-columns are there."""
+    def mark_ignored(self, ignored: Iterable[str]) -> None:
+        """Marks columns of --ignore-columns as present."""
         self.ignored.update(ignored)
 
-    def say(self, name: str, text: str) -> None:
-        """Notes a sentence that the run has to say, once."""
-        self.said.setdefault(name, text)
+    def add(self, name: str, text: str) -> None:
+        """Adds a message under a key; the first one of a key is kept."""
+        self.messages.setdefault(name, text)
 
-    def check(self, ignored: Iterable[str]) -> None:
+    def check_ignored(self, ignored: Iterable[str]) -> None:
         """ConfigError for a column of --ignore-columns that no row has."""
         for name in sorted(set(ignored) - self.ignored):
-            raise ConfigError(f"{self.name}: --ignore-columns {name}: no row has that column; leave it out")
+            raise ConfigError(f"{self.name}: --ignore-columns {name}: no row has this column; leave the flag out")
 
     def names(self, kind: str) -> str:
-        """The names of a kind that were noted, for a message; empty where there are none."""
+        """The names of a kind for a message; empty if there are none."""
         columns = self.unread.get(kind)
         return column_names(sorted(columns), 400) if columns else ""
 
-    def warn(self) -> None:
-        """Logs what was noted, a line for each kind."""
+    def log(self) -> None:
+        """Logs the warnings, one line for each kind and message."""
         if columns := self.names("columns"):
-            remedy = "--columns FIELD=COLUMN reads one, --ignore-columns NAME says that it is not meant"
+            remedy = "read one with --columns FIELD=COLUMN, or ignore it with --ignore-columns NAME"
             _LOGGER.warning("%s: columns that are not read: %s; %s", self.name, columns, remedy)
         if fields := self.names("candidate_fields"):
-            _LOGGER.warning("%s: fields of candidates that are not read: %s", self.name, fields)
-        for text in self.said.values():
+            _LOGGER.warning("%s: candidate fields that are not read: %s", self.name, fields)
+        for text in self.messages.values():
             _LOGGER.warning("%s: %s", self.name, text)
 
     def facts(self) -> dict[str, object]:
-        """For the manifest: the names under each kind, and what was said."""
+        """The warnings for the manifest: names by kind, and messages by key."""
         named = {kind: sorted(names) for kind, names in self.unread.items()}
-        return {**({"unused": named} if named else {}), **({"notes": dict(self.said)} if self.said else {})}
+        return {**({"unused": named} if named else {}), **({"notes": dict(self.messages)} if self.messages else {})}
 
-    def note(self, kind: str, where: str, name: object) -> None:
-        """Notes one name of a kind: columns, or candidate_fields."""
+    def add_name(self, kind: str, where: str, name: object) -> None:
+        """Adds a name of a kind: columns or candidate_fields."""
         names = self.unread.setdefault(kind, {})
-        if len(names) < _MOST_NAMED:
+        if len(names) < _MAX_NAMES:
             names.setdefault(str(name), where)
 
 
-def map_columns(rows: Rows, columns: Columns, unused: Unused) -> Rows:
-    """The rows with every field read from its column, and nothing else; what is not read is noted in `unused`.
+def map_columns(rows: Rows, columns: Columns, warnings: SourceWarnings) -> Rows:
+    """The rows with every field read from its column; unread columns are added to `warnings`.
 
-    RecordError where a row lacks a column that is named, or has one that is not read and matters.
+    RecordError where a row lacks a mapped column, or has a required column that is not read.
     """
-    own: frozenset[str] | None = None
-    named = set(columns.named.values())
+    own_columns: frozenset[str] | None = None
+    mapped_columns = set(columns.named.values())
     for where, values in rows:
-        if own is None:
-            own = columns.own(values)
-        unused.seen(columns.ignored & values.keys())
+        if own_columns is None:
+            own_columns = columns.find_own_columns(values)
+        warnings.mark_ignored(columns.ignored & values.keys())
         for name, column in columns.named.items():
             if column not in values:
-                remedy = f"mend --columns {name}={column}"
+                remedy = f"correct --columns {name}={column}"
                 what = f"has no column {quote(column)}, columns found: {column_names(values)}"
                 raise RecordError(f"{where}: {what}; {remedy}")
-        # Columns of other names stay: an error shows them as found.
-        kept = {name: value for name, value in values.items() if name in own or name not in _OWN}
-        read = {**kept, **{name: values[column] for name, column in columns.named.items()}}
-        unused.columns(where, values, read, values.keys() - own - named - columns.ignored)
-        yield where, _with_input(where, read, given="input" in columns.named)
+        # Other columns stay, so that errors list them.
+        own_values = {
+            name: value for name, value in values.items() if name in own_columns or name not in _KNOWN_COLUMNS
+        }
+        read = {**own_values, **{name: values[column] for name, column in columns.named.items()}}
+        warnings.check_columns(where, values, read, values.keys() - own_columns - mapped_columns - columns.ignored)
+        yield where, _append_input(where, read, is_mapped="input" in columns.named)
 
 
-def _with_input(where: str, values: Values, *, given: bool) -> Values:
-    """The fields with `input` below the instruction, after a blank line, which is the order of Alpaca's own prompt.
+def _append_input(where: str, values: Values, *, is_mapped: bool) -> Values:
+    """The fields with `input` appended to the instruction after a blank line, the order of Alpaca's prompt.
 
-    An input that the instruction holds already is not repeated, unless a column was `given` for it.
+    An input that the instruction contains already is not appended again, unless --columns maps a column to it.
     """
     if "input" not in values:
         return values
@@ -226,20 +236,20 @@ def _with_input(where: str, values: Values, *, given: bool) -> Values:
     if text is None or text == "" or not isinstance(instruction, str):
         return rest
     if not isinstance(text, str):
-        raise RecordError(f"{where}: input must be a text, got {quote(text)}; put it in quotes")
-    if not text.strip() or (not given and _stands_in(instruction, text.strip())):
+        raise RecordError(f"{where}: input must be a string, got {quote(text)}; put it in quotes")
+    if not text.strip() or (not is_mapped and _contains(instruction, text.strip())):
         return rest
     return {**rest, "instruction": f"{instruction}\n\n{text}"}
 
 
 def _has_valid_labels(first: Values, responses: set[str], labels: set[str]) -> bool:
-    """Whether the labels of a row, where it has any, are as many as its responses, each of them from 0 to 1."""
-    texts = [text for name in responses for text in _items(first.get(name))]
-    label_values = [label for name in labels for label in _items(first.get(name))]
+    """Whether a row has responses, and either no labels or a valid one for each response."""
+    texts = [text for name in responses for text in _read_items(first.get(name))]
+    label_values = [label for name in labels for label in _read_items(first.get(name))]
     return bool(texts) and (not label_values or (len(label_values) == len(texts) and all(map(is_label, label_values))))
 
 
-def _items(value: object) -> list[object]:
+def _read_items(value: object) -> list[object]:
     if isinstance(value, str):
         try:
             return read_list(value.strip())
@@ -248,7 +258,7 @@ def _items(value: object) -> list[object]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _can_name(name: str, value: object) -> bool:
+def _is_valid_value(name: str, value: object) -> bool:
     if value is None:
         return True
     if name == "split":
@@ -258,8 +268,8 @@ def _can_name(name: str, value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))
 
 
-def _stands_in(instruction: str, text: str) -> bool:
-    """Whether the instruction holds an input already: several words of it, or one that ends a line after a colon."""
+def _contains(instruction: str, text: str) -> bool:
+    """Whether the instruction contains a text already; a short word counts only if it stands alone at a line end."""
     if text not in instruction:
         return False
     if len(text.split()) > 1 or len(text) > 20:
@@ -267,19 +277,19 @@ def _stands_in(instruction: str, text: str) -> bool:
     return re.search(rf"(?:^|[:\n]\s*[\"'`]?){re.escape(text)}[\"'`]?\s*(?:\n|$)", instruction) is not None
 
 
-def _key(name: object) -> str:
-    """A column's name as it is compared: without case, blanks, hyphens and underscores."""
+def _normalize(name: object) -> str:
+    """A column name in lower case without spaces, hyphens and underscores."""
     return re.sub(r"[\W_]+", "", str(name)).lower()
 
 
 def _is_redundant(key: str, value: object, read: Values) -> bool:
-    """Whether a column says nothing that the prompt (of preference data: the same response) does not say too."""
+    """Whether the prompt (or the preferred or rejected response) contains all texts of a column already."""
     items = value if isinstance(value, list) else [value]
     texts = [item for item in items if isinstance(item, str)]
     if len(texts) < len(items):
         return False
-    if key in _PREFERENCES:
-        preferred = [read.get(name) for name in _PREFERENCES[key]]
+    if key in _PREFERENCE_FIELDS:
+        preferred = [read.get(name) for name in _PREFERENCE_FIELDS[key]]
         return all(any(text in one if isinstance(one, list) else text == one for one in preferred) for text in texts)
     instruction = read.get("instruction")
-    return isinstance(instruction, str) and all(_stands_in(instruction, text.strip()) for text in texts)
+    return isinstance(instruction, str) and all(_contains(instruction, text.strip()) for text in texts)

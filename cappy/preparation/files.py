@@ -1,7 +1,7 @@
-"""A file or a folder of data files as rows, whatever the format: by what a file begins with, and by its name.
+"""Reads a file, a folder of data files or a Hugging Face dataset as rows; finds the format by magic bytes and suffix.
 
-A folder holds shards of one table (Parquet, CSV, JSON Lines), or what `datasets` wrote with save_to_disk. Datasets of
-the Hugging Face hub are streamed at a pinned commit; nothing of a repository is executed.
+A folder holds the shards of one table (Parquet, CSV, JSON Lines), or was written by save_to_disk of `datasets`.
+Datasets of the hub are streamed at a pinned commit; no code of a repository is executed.
 """
 
 import contextlib
@@ -17,156 +17,167 @@ from cappy.hub_client import guard_client
 from cappy.preparation.jsonlines import read_json_lines
 from cappy.preparation.mixtures import CONVERTED
 from cappy.preparation.rows import Rows
-from cappy.preparation.tables import ARROW_FILE, ARROW_STREAM, TABBED, read_arrow, read_csv, read_parquet
-from cappy.preparation.text_files import SUFFIXES as PACKED
-from cappy.preparation.text_files import head, plain, readable
+from cappy.preparation.tables import ARROW_FILE, ARROW_STREAM, TAB_SUFFIXES, read_arrow, read_csv, read_parquet
+from cappy.preparation.text_files import (
+    COMPRESSION_SUFFIXES,
+    read_head,
+    strip_compression_suffix,
+    translate_read_errors,
+)
 
 Reader = Callable[[Path], Rows]
 
 _READERS: Mapping[str, Reader] = {
     ".csv": read_csv,
-    **dict.fromkeys(TABBED, read_csv),
+    **dict.fromkeys(TAB_SUFFIXES, read_csv),
     ".parquet": read_parquet,
     ".arrow": read_arrow,
     ".feather": read_arrow,
 }
-"""Reader by the suffix of the name; every other file is JSON Lines."""
+"""Reader by suffix; any other file is read as JSON Lines."""
 _BINARY: Mapping[Reader, str] = {read_parquet: "Parquet", read_arrow: "Arrow"}
 _MAGIC: Mapping[bytes, Reader] = {b"PAR1": read_parquet, ARROW_FILE: read_arrow, ARROW_STREAM: read_arrow}
-_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 _STATE, _DICT = "state.json", "dataset_dict.json"
 _DEFAULT_SPLIT = "train"
 _MAX_STATE_BYTES = 64 * 2**20
-_LINES = (".jsonl", ".ndjson", ".json")
-_SUFFIXES = (*_READERS, *_LINES)
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_SUFFIXES = (*_READERS, *_JSON_SUFFIXES)
 _SPLIT_NAMES = frozenset(
     ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 )
-"""Words for splits in the names of files and folders, as `datasets` has them."""
+"""Names of splits in the names of files and folders, as `datasets` recognises them."""
 _SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-\w+)?\.")
 _METADATA = ("dataset_info.json", "dataset_infos.json", _STATE, _DICT, "task.json", "manifest.json")
 
 
-def reader_of(path: Path) -> Reader:
-    """What reads the file; RecordError for a packed table that is not read by lines."""
-    begin = head(path)
-    reader = next((reader for magic, reader in _MAGIC.items() if begin.startswith(magic)), None)
-    reader = reader or _READERS.get(plain(path).suffix.lower(), read_json_lines)
-    if reader in _BINARY and path.suffix in PACKED:
-        raise RecordError(f"{path}: is a packed {_BINARY[reader]} file, which is packed within; unpack it first")
+def choose_reader(path: Path) -> Reader:
+    """The reader for a file; RecordError for a compressed Parquet or Arrow file."""
+    first_bytes = read_head(path)
+    reader = next((reader for magic, reader in _MAGIC.items() if first_bytes.startswith(magic)), None)
+    reader = reader or _READERS.get(strip_compression_suffix(path).suffix.lower(), read_json_lines)
+    if reader in _BINARY and path.suffix in COMPRESSION_SUFFIXES:
+        what = f"is a compressed {_BINARY[reader]} file, which is not read"
+        raise RecordError(f"{path}: {what}; decompress it first")
     return reader
 
 
 def read_file(path: Path) -> Rows:
-    """The rows of a dataset's file: cells of CSV that are whole numbers are numbers, as templates count with them."""
-    read = reader_of(path)
+    """The rows of a dataset file; integers in CSV cells become int, because templates compute with them."""
+    read = choose_reader(path)
     for where, values in read(path):
-        yield where, {name: _number(value) for name, value in values.items()} if read is read_csv else values
+        yield where, {name: _parse_integer(value) for name, value in values.items()} if read is read_csv else values
 
 
-def _number(cell: object) -> object:
-    return int(cell) if isinstance(cell, str) and _WHOLE.fullmatch(cell) else cell
+def _parse_integer(cell: object) -> object:
+    return int(cell) if isinstance(cell, str) and _INTEGER.fullmatch(cell) else cell
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """The files of a table in order, what reads them, and the splits that lie there and are not read."""
+    """The files of a table in order, their reader, and the splits in the same folder that are not read."""
 
     files: Sequence[Path]
     reader: Reader
-    others: Sequence[str] = ()
+    other_splits: Sequence[str] = ()
 
 
 def find_shards(folder: Path, split: str) -> Shards | None:
-    """The table in a folder, or None where it holds no data files; FolderError where it holds several or half of one.
+    """The table in a folder, or None if it has no data files; FolderError for several tables or an incomplete one.
 
-    Where the files or the folder name splits, `split` is read.
+    If the files or folders have names of splits, those of `split` are read.
     """
     if (folder / _DICT).is_file():
-        return _of_dict(folder, split)
+        return _find_in_dataset_dict(folder, split)
     if (folder / _STATE).is_file():
         _refuse_split(folder, split)
-        return Shards(files=_saved_files(folder), reader=read_arrow)
+        return Shards(files=_find_saved_files(folder), reader=read_arrow)
     files = sorted(path for path in folder.rglob("*") if _is_data(path, folder))
     if not files:
         return None
-    kinds = {reader_of(file) for file in files}
+    kinds = {choose_reader(file) for file in files}
     if len(kinds) > 1:
-        names = ", ".join(sorted({plain(file).suffix for file in files}))
-        raise FolderError(f"{folder}: holds files of several formats ({names}); name one of them as --source")
-    files, others = _select_split(folder, files, split)
-    return Shards(files=files, reader=kinds.pop(), others=others)
+        names = ", ".join(sorted({strip_compression_suffix(file).suffix for file in files}))
+        raise FolderError(f"{folder}: contains files of several formats ({names}); give one of them as --source")
+    files, other_splits = _select_split(folder, files, split)
+    return Shards(files=files, reader=kinds.pop(), other_splits=other_splits)
 
 
 def _is_data(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-    return not hidden and path.is_file() and plain(path).suffix.lower() in _SUFFIXES and path.name not in _METADATA
+    return (
+        not hidden
+        and path.is_file()
+        and strip_compression_suffix(path).suffix.lower() in _SUFFIXES
+        and path.name not in _METADATA
+    )
 
 
 def _select_split(folder: Path, files: list[Path], split: str) -> tuple[list[Path], list[str]]:
-    """The files of the split by their names, all of them where no name says one, and the other splits."""
+    """The files whose names belong to the split (all files if no name has a split), and the other splits."""
     named: dict[str, list[Path]] = defaultdict(list)
     for file in files:
         named[_split_in_name(file, folder)].append(file)
-    _check_whole(folder, files)
-    loose = named.get("")
-    if loose and named.keys() - {"", _DEFAULT_SPLIT}:
+    _check_complete(folder, files)
+    unnamed = named.get("")
+    if unnamed and named.keys() - {"", _DEFAULT_SPLIT}:
         splits = ", ".join(sorted(filter(None, named)))
-        what = f"holds files of splits ({splits}) and {loose[0].relative_to(folder)}, whose name says none"
-        raise FolderError(f"{folder}: {what}; name one of them as --source, or rename that file")
-    if loose or (len(named) == 1 and split == _DEFAULT_SPLIT):
+        what = f"contains files of splits ({splits}) and {unnamed[0].relative_to(folder)}, whose name has no split"
+        raise FolderError(f"{folder}: {what}; give one of them as --source, or rename that file")
+    if unnamed or (len(named) == 1 and split == _DEFAULT_SPLIT):
         _refuse_split(folder, split)
         return files, []
     if split not in named:
-        raise _missing_split(folder, split, sorted(named))
+        raise _missing_split_error(folder, split, sorted(named))
     return named[split], sorted(named.keys() - {split})
 
 
 def _split_in_name(file: Path, folder: Path) -> str:
-    """The split in the name of a file, or else in that of the nearest folder; empty where none says one."""
+    """The split in the name of a file, else in that of the nearest folder; empty if there is none."""
     shard = _SHARD.match(file.name)
-    if shard and _words(shard["split"]):
+    if shard and _split_words(shard["split"]):
         return shard["split"]
     parts = (file.name, *reversed(file.relative_to(folder).parts[:-1]))
-    word = next((words[0] for words in map(_words, parts) if len(words) == 1), "")
+    word = next((words[0] for words in map(_split_words, parts) if len(words) == 1), "")
     return word or (shard["split"] if shard else "")
 
 
-def _words(name: str) -> list[str]:
-    """The names of splits among the words of a name."""
+def _split_words(name: str) -> list[str]:
+    """The names of splits among the words of a file name."""
     return sorted(_SPLIT_NAMES.intersection(re.split(r"[^a-z0-9]+", name.lower())))
 
 
-def _check_whole(folder: Path, files: Sequence[Path]) -> None:
-    """FolderError where a number is missing among the shards of one name in one folder."""
+def _check_complete(folder: Path, files: Sequence[Path]) -> None:
+    """FolderError if a shard is missing, by the numbers in the file names (NAME-00000-of-00004)."""
     shards: dict[tuple[Path, str], list[re.Match[str]]] = defaultdict(list)
     for file in files:
         if match := _SHARD.match(file.name):
             shards[file.parent, match["split"]].append(match)
-    for own in shards.values():
-        count = int(own[0]["count"])
-        missing = set(range(count)) - {int(match["number"]) for match in own}
+    for matches in shards.values():
+        count = int(matches[0]["count"])
+        missing = set(range(count)) - {int(match["number"]) for match in matches}
         if missing:
             raise FolderError(f"{folder}: shard {min(missing)} of {count} is missing; fetch or write it again")
 
 
-def _of_dict(folder: Path, split: str) -> Shards:
-    names = _object(folder / _DICT).get("splits")
+def _find_in_dataset_dict(folder: Path, split: str) -> Shards:
+    names = _read_object(folder / _DICT).get("splits")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise FolderError(f"{folder / _DICT}: names no splits; write the folder again with save_to_disk")
+        raise FolderError(f"{folder / _DICT}: lists no splits; write the folder again with save_to_disk")
     if split not in names:
-        raise _missing_split(folder, split, names)
-    others = [name for name in names if name != split]
-    return Shards(files=_saved_files(folder / _plain_name(folder, split)), reader=read_arrow, others=others)
+        raise _missing_split_error(folder, split, names)
+    other_splits = [name for name in names if name != split]
+    files = _find_saved_files(folder / _check_file_name(folder, split))
+    return Shards(files=files, reader=read_arrow, other_splits=other_splits)
 
 
-def _saved_files(folder: Path) -> list[Path]:
-    listed = _object(folder / _STATE).get("_data_files")
-    names = [item.get("filename") for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
+def _find_saved_files(folder: Path) -> list[Path]:
+    entries = _read_object(folder / _STATE).get("_data_files")
+    names = [item.get("filename") for item in entries if isinstance(item, dict)] if isinstance(entries, list) else []
     if not names:
-        raise FolderError(f"{folder / _STATE}: names no files; write the folder again with save_to_disk")
-    files = [folder / _plain_name(folder, name) for name in names]
+        raise FolderError(f"{folder / _STATE}: lists no files; write the folder again with save_to_disk")
+    files = [folder / _check_file_name(folder, name) for name in names]
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
         raise FolderError(f"{missing}: is missing; fetch it, or write the folder again with save_to_disk")
@@ -175,19 +186,19 @@ def _saved_files(folder: Path) -> list[Path]:
 
 def _refuse_split(folder: Path, split: str) -> None:
     if split != _DEFAULT_SPLIT:
-        raise ConfigError(f"{folder}: has no splits, so there is no {quote(split)}; leave --split out")
+        raise ConfigError(f"{folder}: has no splits, got --split {quote(split)}; leave --split out")
 
 
-def _plain_name(folder: Path, name: object) -> str:
+def _check_file_name(folder: Path, name: object) -> str:
     if not isinstance(name, str) or not name or Path(name).name != name:
-        raise FolderError(f"{folder}: names a file outside of it, {quote(name)}; write it again with save_to_disk")
+        raise FolderError(f"{folder}: lists a file outside of it, {quote(name)}; write it again with save_to_disk")
     return name
 
 
-def _object(path: Path) -> dict[str, object]:
+def _read_object(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise FolderError(f"{path}: is missing; write the folder again with save_to_disk")
-    with readable(path):
+    with translate_read_errors(path):
         data = path.read_bytes() if path.stat().st_size <= _MAX_STATE_BYTES else b""
     try:
         value = json.loads(data)
@@ -198,7 +209,7 @@ def _object(path: Path) -> dict[str, object]:
     return value
 
 
-def _missing_split(folder: Path, split: str, names: Sequence[str]) -> ConfigError:
+def _missing_split_error(folder: Path, split: str, names: Sequence[str]) -> ConfigError:
     return ConfigError(f"{folder}: has no split {quote(split)}; choose one of {', '.join(names)} with --split")
 
 
@@ -217,7 +228,7 @@ class HubDataset:
 
     @property
     def name(self) -> str:
-        """How it is written: hub:org/name:configuration@revision."""
+        """The dataset as --source has it: hub:org/name:configuration@revision."""
         configuration = f":{self.configuration}" if self.configuration else ""
         return f"{PREFIX}{self.repository}{configuration}@{self.revision}"
 
@@ -227,55 +238,52 @@ def parse_hub(text: str) -> HubDataset:
     match = _FORM.fullmatch(text.removeprefix(PREFIX))
     if match is None:
         form = "hub:org/name, hub:org/name:configuration or hub:org/name:configuration@revision"
-        raise ConfigError(f"{quote(text)}: no dataset of the hub; write {form}")
-    known = {key: value for key, value in match.groupdict().items() if value}
-    return HubDataset(**known)
+        raise ConfigError(f"{quote(text)}: is not a dataset of the hub; write {form}")
+    return HubDataset(**{key: value for key, value in match.groupdict().items() if value})
 
 
-def commit_of(dataset: HubDataset) -> str:
-    """The commit that its revision is now; a commit is itself, and the hub is not asked."""
+def resolve_commit(dataset: HubDataset) -> str:
+    """The commit that the revision points to; a commit is returned as it is, without a request to the hub."""
     if _COMMIT.fullmatch(dataset.revision):
         return dataset.revision
     from huggingface_hub import HfApi
 
     guard_client()
-    with _hub_errors(dataset):
+    with _translate_hub_errors(dataset):
         commit = str(HfApi().dataset_info(dataset.repository, revision=dataset.revision).sha)
         if not _COMMIT.fullmatch(commit):
-            raise ValueError(f"it answers with {quote(commit, 50)}, which is not a commit")
+            raise ValueError(f"the hub answered {quote(commit, 50)}, which is not a commit")
         return commit
 
 
 def read_hub(dataset: HubDataset, commit: str, split: str) -> Rows:
-    """The rows of one split as they come, in the hub's order; only what is read is fetched."""
+    """The rows of one split, streamed in the hub's order."""
     import datasets
 
-    # datasets would take a folder of this name for the repository, at whatever commit.
+    # datasets would load a local folder of this name instead, and ignore the commit.
     if Path(dataset.repository).exists():
-        remedy = "run elsewhere, or give the file in it as --source"
-        raise ConfigError(
-            f"{dataset.name}: a folder {dataset.repository} of this machine hides the repository; {remedy}"
-        )
+        remedy = "run in another directory, or give the file in it as --source"
+        raise ConfigError(f"{dataset.name}: a local folder {dataset.repository} hides the repository; {remedy}")
     guard_client()
     where = f"{dataset.name} {split}"
     # On the converted branch a configuration is a folder and has no name (tried with datasets 5.2).
     key = "data_dir" if dataset.revision == CONVERTED else "name"
-    chosen = {key: dataset.configuration} if dataset.configuration else {}
-    with _hub_errors(dataset):
-        rows = datasets.load_dataset(dataset.repository, revision=commit, split=split, streaming=True, **chosen)
-        # Pictures and sounds stay bytes: to decode one opens whatever path the row names.
+    arguments = {key: dataset.configuration} if dataset.configuration else {}
+    with _translate_hub_errors(dataset):
+        rows = datasets.load_dataset(dataset.repository, revision=commit, split=split, streaming=True, **arguments)
+        # Images and audio stay bytes: decoding one opens whatever path the row names.
         rows = rows.decode(False)
         for number, row in enumerate(rows, start=1):
             yield f"{where}: row {number}", row
 
 
 @contextlib.contextmanager
-def _hub_errors(dataset: HubDataset) -> Iterator[None]:
+def _translate_hub_errors(dataset: HubDataset) -> Iterator[None]:
     try:
         yield
     except (ConfigError, GeneratorExit):
         raise
-    except Exception as error:  # whatever the hub's clients raise: they have a dozen kinds, of four libraries
+    except Exception as error:  # the hub's clients raise a dozen error types of four libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         remedy = "check its name, configuration, split and revision, and the network"
         raise ConfigError(f"{dataset.name}: cannot be read from the hub ({quote(reason, 160)}); {remedy}") from error

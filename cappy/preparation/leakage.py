@@ -1,13 +1,11 @@
-"""What training may not see: near-duplicates of held-out rows of its own source, and rows of an evaluation set.
+"""Removal of training rows that leak held-out data: near-duplicates of held-out rows, and rows of an evaluation set.
 
-Near-duplicates are what `cappy.scoring.training_data` would count after training. The same functions are asked as
-there, so that a scorer that is trained on what is left has seen none of the report. A row of train or validation is
-left out, and the test split stays as it is: a report on it means what it meant before. Where more than `MOST_DROPPED`
-of those rows would go, such as questions on one passage of which each stands in another group, leaving them out would
-cost most of the data; then near-duplicates are one group, as equal prompts are, and the splits are drawn again. That
-moves rows between splits, so it is not done where leaving out costs little, nor where it would leave too few groups.
-Dropping whatever the cost would lose four fifths of a file of five questions a passage; grouping always would move rows
-for the sake of two.
+The criterion is that of `cappy.scoring.training_data`, which checks a scorer after training, so a scorer trained on
+the remaining rows passes that check. Only rows of train and validation are dropped; the test split never changes.
+
+Where more than `MAX_DROPPED_SHARE` of those rows would be dropped (for example five questions on one passage, each in
+its own group), near-duplicates are merged into one group instead and the splits are drawn again. That moves rows
+between splits, so it is not done where dropping costs little, or where too few groups would remain.
 """
 
 from array import array
@@ -41,133 +39,138 @@ from cappy.records.overlap import (
     without,
 )
 
-MOST_DROPPED = 0.2
-"""Share of the rows of train and validation; above it near-duplicates are kept together in place of left out."""
-_SHARE = 0.55
-"""Of a held-out row's shingles, in a prompt to train on that is its near-duplicate; see `Exclusions`."""
+MAX_DROPPED_SHARE = 0.2
+"""Share of the rows of train and validation; above it near-duplicates are merged into groups instead of dropped."""
+_NEAR_DUPLICATE_SHARE = 0.55
+"""Share of a held-out row's shingles that makes a training prompt its near-duplicate; see `RowSample`."""
 SAMPLED_ROWS = 256
-"""Rows to train on that `HeldOut` is given of each table of a mixture."""
+"""Training rows of each table of a mixture that `RowSample` receives."""
 _COLUMNS = ["instruction", "task", "group_id"]
 
 
-def describe_left_out(count: int, of: int) -> str:
-    """What is said of so many near-duplicates of held-out rows that are left out."""
-    what = f"left out of training: {count:,} of {of:,} rows, near-duplicates of held-out ones"
-    return f"{what}; give rows that belong together one group_id to keep them"
+def describe_dropped(count: int, total: int) -> str:
+    """The warning for `count` dropped near-duplicates among `total` rows."""
+    what = f"dropped {count:,} of {total:,} training rows, which are near-duplicates of held-out rows"
+    return f"{what}; to keep them, give rows that belong together the same group_id"
 
 
 class SplitRows:
-    """Rows with their splits, as they come; what of them is left out is known when all have been seen.
+    """Collects rows with their splits, and finds the near-duplicates once all rows have been added.
 
-    Like the check it knows 32,768 rows to train on, drawn by the hash of their prompt, and as many of each held-out
-    split: what is beyond that is not looked at.
+    Memory is bounded: like the check after training, it samples 32,768 training rows by the hash of their prompt, and
+    as many rows of each held-out split.
     """
 
     def __init__(self) -> None:
-        self._fitted = {split: Draw(most=MAX_ROWS + MAX_ROWS // 4) for split in ("train", "validation")}
-        self._held = {split: Draw(most=MAX_ROWS, whole=True) for split in ("validation", "test")}
+        self._training = {split: Draw(most=MAX_ROWS + MAX_ROWS // 4) for split in ("train", "validation")}
+        self._held_out = {split: Draw(most=MAX_ROWS, whole=True) for split in ("validation", "test")}
 
     def add(self, prompted: Prompted, split: str) -> None:
-        """Takes a row of a split."""
-        for draws in (self._fitted, self._held):
+        """Adds a row of a split."""
+        for draws in (self._training, self._held_out):
             if split in draws:
                 draws[split].add(prompted)
 
     def find_leaks(self) -> set[int]:
-        """The hashes of prompts of train and validation that the leak check would find in a split held out further.
+        """Hashes of the train and validation prompts to drop, because they nearly duplicate a held-out row.
 
-        What is left out changes what is a template's among the rest, so the check is asked again until it finds
-        nothing. Rows whose very prompt is held out further are taken as gone already.
+        Test is held out from validation and train, validation from train. Dropping rows changes which shingles count
+        as a template's, so the check is repeated until it finds nothing. Rows whose exact prompt is held out count as
+        dropped already.
         """
-        for draw in (*self._fitted.values(), *self._held.values()):
+        for draw in (*self._training.values(), *self._held_out.values()):
             draw.cut()
-        test = self._held["test"].held
+        test = self._held_out["test"].held
         in_test = {row.prompt for row in test}
-        validation = [row for row in self._held["validation"].held if row.prompt not in in_test]
-        held = in_test | {row.prompt for row in validation}
-        fitted = [row for row in self._fitted["train"].held if row.prompt not in held]
-        fitted += [row for row in self._fitted["validation"].held if row.prompt not in in_test]
-        return _find_leaks(sorted(fitted, key=lambda row: row.prompt), validation, test)
+        validation = [row for row in self._held_out["validation"].held if row.prompt not in in_test]
+        held_out = in_test | {row.prompt for row in validation}
+        training_rows = [row for row in self._training["train"].held if row.prompt not in held_out]
+        training_rows += [row for row in self._training["validation"].held if row.prompt not in in_test]
+        return _find_leaks(sorted(training_rows, key=lambda row: row.prompt), validation, test)
 
 
-def _find_leaks(fitted: list[Drawn], validation: list[Drawn], test: list[Drawn]) -> set[int]:
+def _find_leaks(training_rows: list[Drawn], validation: list[Drawn], test: list[Drawn]) -> set[int]:
     dropped: set[int] = set()
-    test = _own(test)
+    test = _drop_frequent_shingles(test)
     while True:
-        fixed = {row.prompt for row in validation}
-        held = [*test, *_own(validation)]
-        if not held:
+        validation_prompts = {row.prompt for row in validation}
+        held_out = [*test, *_drop_frequent_shingles(validation)]
+        if not held_out:
             return dropped
-        numbers, table = own_shingles(fitted[:MAX_ROWS], distinct(np.concatenate([row.shingles for row in held])))
+        indexes, table = own_shingles(
+            training_rows[:MAX_ROWS], distinct(np.concatenate([row.shingles for row in held_out]))
+        )
         index = RowIndex(Rows(table))
-        prompts = np.array([fitted[number].prompt for number in numbers], dtype=np.uint64)
-        beside: set[int] = set()
-        for number, row in enumerate(held):
-            near = {int(prompt) for prompt in prompts[index.match(row.shingles, row.group)]}
-            beside |= near if number < len(test) else near - fixed
-        if not beside:
+        prompts = np.array([training_rows[position].prompt for position in indexes], dtype=np.uint64)
+        near_prompts: set[int] = set()
+        for position, row in enumerate(held_out):
+            matched = {int(prompt) for prompt in prompts[index.match(row.shingles, row.group)]}
+            near_prompts |= matched if position < len(test) else matched - validation_prompts
+        if not near_prompts:
             return dropped
-        dropped |= beside
-        fitted = [row for row in fitted if row.prompt not in beside]
-        validation = [row for row in validation if row.prompt not in beside]
+        dropped |= near_prompts
+        training_rows = [row for row in training_rows if row.prompt not in near_prompts]
+        validation = [row for row in validation if row.prompt not in near_prompts]
 
 
-def _own(rows: list[Drawn]) -> list[Drawn]:
-    """The rows of a split without the shingles of its templates."""
+def _drop_frequent_shingles(rows: list[Drawn]) -> list[Drawn]:
+    """The rows without the frequent shingles, which belong to templates."""
     frequent = frequent_of((row.group, row.shingles) for row in rows)
     return [row._replace(shingles=without(row.shingles, frequent)) for row in rows]
 
 
-def tied_prompts(prompts: Hashes, rows: Callable[[], Iterable[Prompted]]) -> Hashes:
-    """In place of each row's hash of its prompt one of those of its near-duplicates, equal for all of them.
+def merge_near_duplicates(prompts: Hashes, rows: Callable[[], Iterable[Prompted]]) -> Hashes:
+    """Replaces the prompt hash of each row by one hash that it shares with its near-duplicates, shape [num_rows].
 
-    `rows` is read twice. Of more than 32,768 rows those that are like no drawn row are like none.
+    `rows` is read twice. Rows are compared with a sample of at most 32,768 rows.
     """
     draw = Draw(most=MAX_ROWS)
     for prompted in rows():
         draw.add(prompted)
     draw.cut()
-    numbers, table = own_shingles(draw.held)
-    index = RowIndex(Rows(table))
-    drawn = np.array([draw.held[number].prompt for number in numbers], dtype=np.uint64)
+    indexes, table = own_shingles(draw.held)
+    row_index = RowIndex(Rows(table))
+    sampled = np.array([draw.held[index].prompt for index in indexes], dtype=np.uint64)
     frequent = frequent_of((row.group, distinct(row.shingles)) for row in draw.held)
     parents: dict[int, int] = {}
 
     for prompt, prompted in zip(prompts.tolist(), rows(), strict=False):
-        for other in drawn[index.match(shingles(prompted.instruction), group_hash(prompted), frequent)].tolist():
-            low, high = sorted((root_of(prompt, parents), root_of(other, parents)))
+        near = row_index.match(shingles(prompted.instruction), group_hash(prompted), frequent)
+        for near_prompt in sampled[near].tolist():
+            low, high = sorted((find_root(prompt, parents), find_root(near_prompt, parents)))
             parents[high] = low
-    roots = (root_of(prompt, parents) for prompt in prompts.tolist())
+    roots = (find_root(prompt, parents) for prompt in prompts.tolist())
     return np.fromiter(roots, dtype=np.uint64, count=len(prompts))
 
 
-def root_of(member: int, parents: dict[int, int]) -> int:
-    """The member that stands for all that are tied to this one; the paths to it are shortened."""
+def find_root(member: int, parents: dict[int, int]) -> int:
+    """The representative of a member's set in a union-find forest; halves the path to it."""
     while (parent := parents.get(member, member)) != member:
         parents[member] = member = parents.get(parent, parent)
     return member
 
 
-class HeldOut:
-    """Rows that are held out, as they come, for a source whose rows to train on are too many to make twice.
+class RowSample:
+    """A sample of the rows of each split, for sources with too many training rows to compare all of them.
 
-    Some rows to train on are taken too, so that a template that few held-out rows have is known as one. The check looks
-    the other way round, from the report to all that was trained on: `_SHARE` is lower than its own to make up for that.
+    Some training rows are sampled too, so that the shingles of a template are recognised even if few held-out rows
+    share it. The check after training compares in the other direction, from the report to the training rows;
+    `_NEAR_DUPLICATE_SHARE` is lower than its threshold to make up for that.
     """
 
     def __init__(self) -> None:
         self._draws = {split: Draw(most=MAX_ROWS) for split in ("train", "validation", "test")}
 
     def add(self, prompted: Prompted, split: str) -> None:
-        """Takes a row of a split."""
+        """Adds a row of a split."""
         self._draws[split].add(prompted)
 
-    def index(self, *splits: str) -> RowIndex:
-        """What finds the rows of these splits."""
-        held = [row for split in splits for row in self._bounded_rows(split)]
+    def build_index(self, *splits: str) -> RowIndex:
+        """An index over the sampled rows of these splits."""
+        selected = [row for split in splits for row in self._bounded_rows(split)]
         others = [row for split in self._draws if split not in splits for row in self._bounded_rows(split)]
-        numbers, table = own_shingles([*held, *others])
-        return RowIndex(Rows(table[: sum(number < len(held) for number in numbers)]))
+        indexes, table = own_shingles([*selected, *others])
+        return RowIndex(Rows(table[: sum(index < len(selected) for index in indexes)]))
 
     def _bounded_rows(self, split: str) -> list[Drawn]:
         self._draws[split].cut()
@@ -176,9 +179,9 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exclusions:
-    """What no instance of a split may have: sorted hashes of prompts and of groups, and the text of rows.
+    """What no instance of a split may have: sorted hashes of prompts and groups, and near-duplicates of rows.
 
-    `near_prompts` are those of near-duplicates, where all rows were looked at; else `rows` finds them.
+    `near_prompts` lists the near-duplicates where all rows were compared; otherwise `rows` finds them.
     """
 
     prompts: "array[int]" = field(default_factory=partial(array, "Q"))
@@ -187,46 +190,48 @@ class Exclusions:
     rows: RowIndex | None = None
 
     def has_prompt(self, instruction: str) -> bool:
-        """Whether a prompt is one that is held out."""
-        return _has(self.prompts, prompt_hash(instruction))
+        """Whether the prompt is held out."""
+        return _contains(self.prompts, prompt_hash(instruction))
 
     def has_near_duplicate(self, instance: Instance) -> bool:
-        """Whether an instance is of a group that is held out, or a near-duplicate of a row that is."""
+        """Whether the instance belongs to a held-out group or nearly duplicates a held-out row."""
         group = group_hash(instance)
-        if _has(self.groups, group) or _has(self.near_prompts, prompt_hash(instance.instruction)):
+        if _contains(self.groups, group) or _contains(self.near_prompts, prompt_hash(instance.instruction)):
             return True
-        return self.rows is not None and len(self.rows.match(shingles(instance.instruction), group, share=_SHARE)) > 0
+        if self.rows is None:
+            return False
+        return len(self.rows.match(shingles(instance.instruction), group, share=_NEAR_DUPLICATE_SHARE)) > 0
 
 
 def sort_hashes(hashes: "array[int]") -> "array[int]":
-    """The hashes in order, each once."""
+    """The hashes sorted, without duplicates."""
     return array("Q", np.unique(np.array(hashes, dtype=np.uint64)).tobytes())
 
 
-def _has(hashes: "array[int]", value: int) -> bool:
+def _contains(hashes: "array[int]", value: int) -> bool:
     index = bisect_left(hashes, value)
     return index < len(hashes) and hashes[index] == value
 
 
-def keep_apart(
+def filter_leaked(
     instances: Iterable[Instance], folders: Sequence[Path], counts: Counter[str], *, drop: bool
 ) -> Iterator[Instance]:
-    """The instances without those of train and validation that stand in an evaluation set, one of these folders.
+    """The instances without the train and validation instances that occur in the evaluation sets in `folders`.
 
-    They are dropped and counted, or refused: RecordError names the first. See `prompt_hash` and `cappy.records.overlap`
-    for what counts as equal.
+    With `drop` they are dropped and counted, else RecordError names the first. `prompt_hash` and
+    `cappy.records.overlap` define what counts as equal.
     """
     if not folders:
         yield from instances
         return
-    held, rows = _read_evaluation_sets(folders)
+    held_out, rows = _read_evaluation_sets(folders)
     for instance in instances:
-        what = "" if instance.split == "test" else _describe_leak(instance, held, rows)
+        what = "" if instance.split == "test" else _describe_leak(instance, held_out, rows)
         if what:
             if not drop:
                 where = ", ".join(map(str, folders))
-                leak = f"instance {quote(instance.instance_id)} of {instance.split} {what} that stands in {where}"
-                raise RecordError(f"{leak}; leave such instances out with --leaked drop, or mend the data")
+                leak = f"instance {quote(instance.instance_id)} of split {instance.split} {what} of {where}"
+                raise RecordError(f"{leak}; drop such instances with --leaked drop, or fix the data")
             counts["dropped_leaked"] += 1
             continue
         yield instance
@@ -249,10 +254,10 @@ def _read_evaluation_sets(folders: Sequence[Path]) -> tuple[Exclusions, RowIndex
     return Exclusions(prompts=sort_hashes(prompts), groups=sort_hashes(groups)), rows
 
 
-def _describe_leak(instance: Instance, held: Exclusions, rows: RowIndex) -> str:
-    """What of an instance stands in an evaluation set, in words; empty if nothing does."""
-    if held.has_prompt(instance.instruction):
-        return "has a prompt"
-    if is_content(instance.group_id) and _has(held.groups, group_hash(instance)):
-        return "is of a group"
-    return "has the text of a row" if rows.holds(instance) else ""
+def _describe_leak(instance: Instance, held_out: Exclusions, rows: RowIndex) -> str:
+    """What an instance shares with an evaluation set, for an error; empty if nothing."""
+    if held_out.has_prompt(instance.instruction):
+        return "has the prompt of an instance"
+    if is_content(instance.group_id) and _contains(held_out.groups, group_hash(instance)):
+        return "belongs to a group"
+    return "contains the text of a row" if rows.holds(instance) else ""

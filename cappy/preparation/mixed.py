@@ -1,4 +1,4 @@
-"""Templates over a dataset of one's own, and the mixtures by name, as datasets of `prompted`."""
+"""Opens a dataset under its templates, or a mixture by name, as datasets of `prompted`."""
 
 import hashlib
 from collections import deque
@@ -10,31 +10,41 @@ from pathlib import Path
 
 from cappy.config import fingerprint
 from cappy.errors import ConfigError, RecordError, quote
-from cappy.preparation.bigbench import distinct_choices, from_bigbench
+from cappy.preparation.bigbench import distinct_choices, parse_bigbench
 from cappy.preparation.config import PreparationConfig
-from cappy.preparation.files import HubDataset, commit_of, parse_hub, read_file, read_hub
+from cappy.preparation.files import HubDataset, parse_hub, read_file, read_hub, resolve_commit
 from cappy.preparation.mixtures import Subset, load_mixture, select_subsets, to_values
-from cappy.preparation.mixtures.plan import cap
-from cappy.preparation.prompted import Dataset, Placed, Prompt, Prompts, Table, Tally
-from cappy.preparation.rows import Rows, Values, odd_character
-from cappy.preparation.templates import LimitError, RenderedRow, Result, Template, fields, load_templates, render_rows
+from cappy.preparation.mixtures.plan import cap_rows
+from cappy.preparation.prompted import Dataset, LocatedRow, Prompt, Prompts, Table, Tally
+from cappy.preparation.rows import Rows, Values, find_invalid_character
+from cappy.preparation.templates import (
+    LimitError,
+    RenderedRow,
+    Result,
+    Template,
+    find_fields,
+    load_templates,
+    render_rows,
+)
 from cappy.records.folder import sha256_of
 
 Reader = Callable[[str], Rows]
-"""The rows of a split."""
+"""Reads the rows of a split."""
 
 
-def open_templated(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
-    """The dataset of `source` under its templates, and the hash or commit of everything that it is made of."""
+def open_templated_dataset(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
+    """The dataset of `source` with its templates, and the hash or commit of each of its inputs."""
     hub = parse_hub(config.source) if config.source.startswith("hub:") else None
     name = config.dataset or (
         "/".join(filter(None, (hub.repository.partition("/")[2], hub.configuration))) if hub else ""
     )
     if not name:
-        raise ConfigError("preparation: --templates needs --dataset, such as super_glue/rte: whose templates are meant")
-    templates = _templates(config, name)
+        raise ConfigError(
+            "preparation: --templates needs --dataset, the folder of the templates, such as super_glue/rte"
+        )
+    templates = _select_templates(config, name)
     if hub is not None:
-        commit = commit_of(hub)
+        commit = resolve_commit(hub)
         rows, parents = partial(read_hub, hub, commit, config.split), {hub.name: commit}
     else:
         path = Path(config.source)
@@ -43,54 +53,54 @@ def open_templated(config: PreparationConfig) -> tuple[list[Dataset], dict[str, 
             raise ConfigError(f"{path}: {what}; with --templates, --source is a file or hub:org/name")
         rows, parents = partial(read_file, path), {path.name: sha256_of(path)}
     table = Table(split="", rows=rows)
-    return [Dataset(name=name, tables=(table,), prompts=_under(templates, seed=config.seed))], {
+    return [Dataset(name=name, tables=(table,), prompts=_make_renderer(templates, seed=config.seed))], {
         **parents,
-        **_hashes(templates),
+        **_hash_templates(templates),
     }
 
 
 def open_mixture(config: PreparationConfig) -> tuple[list[Dataset], dict[str, str]]:
-    """The datasets of a mixture: each from a file under `local` where there is one, and else from the hub."""
-    mixed = load_mixture(config.mixture or "")
-    subsets = select_subsets(mixed, config.subsets).subsets
+    """The datasets of a mixture, each from a file under `local` if there is one, else from the hub."""
+    mixture = load_mixture(config.mixture or "")
+    subsets = select_subsets(mixture, config.subsets).subsets
     if config.local is not None and not config.local.is_dir():
-        raise ConfigError(f"{config.local}: no such folder; --local names the one with the datasets at hand")
-    if mixed.template_version and config.templates is None:
+        raise ConfigError(f"{config.local}: no such folder; --local is the folder with local files of the datasets")
+    if mixture.template_version and config.templates is None:
         remedy = (
-            "give the folder of PromptSource templates with --templates; cappy templates --target FOLDER fetches it"
+            "give the folder of PromptSource templates with --templates; fetch it with cappy templates --target FOLDER"
         )
-        raise ConfigError(f"preparation: mixture {mixed.name} is rendered from templates; {remedy}")
-    if config.templates is not None and not mixed.template_version:
+        raise ConfigError(f"preparation: mixture {mixture.name} needs templates; {remedy}")
+    if config.templates is not None and not mixture.template_version:
         raise ConfigError(
-            f"preparation: --templates is not for mixture {mixed.name}, whose rows are prompts; leave it out"
+            f"preparation: --templates is not for mixture {mixture.name}, whose rows are prompts already; leave it out"
         )
-    datasets, parents = [], {f"mixture {mixed.name}": fingerprint(to_values(replace(mixed, subsets=subsets)))}
+    datasets, parents = [], {f"mixture {mixture.name}": fingerprint(to_values(replace(mixture, subsets=subsets)))}
     for subset in subsets:
-        reader, sources = _reader(subset, config)
-        templates = _templates(config, subset.dataset) if subset.templates else ()
+        reader, sources = _open_subset(subset, config)
+        templates = _select_templates(config, subset.dataset) if subset.templates else ()
         parents.update(sources)
-        parents.update(_hashes(templates))
+        parents.update(_hash_templates(templates))
         tables = tuple(
             Table(split=split, rows=partial(reader, split), held_out=split != "train") for split in subset.splits
         )
-        prompts = _under(templates, subset.rows.get("train"), seed=config.seed) if templates else _as_they_are
+        prompts = _make_renderer(templates, subset.rows.get("train"), seed=config.seed) if templates else _read_prompts
         datasets.append(Dataset(name=subset.name, tables=tables, prompts=prompts))
     return datasets, parents
 
 
-def _reader(subset: Subset, config: PreparationConfig) -> tuple[Reader, dict[str, str]]:
-    """How the splits of a subset are read, and what they are: file and sha256, or dataset of the hub and commit."""
-    files = {split: _local(subset, split, config.local) for split in subset.splits} if config.local else {}
+def _open_subset(subset: Subset, config: PreparationConfig) -> tuple[Reader, dict[str, str]]:
+    """The reader of a subset's splits, and the sha256 of its files or the commit of its hub dataset."""
+    files = {split: _find_local_file(subset, split, config.local) for split in subset.splits} if config.local else {}
     if files and all(files.values()):
-        known = {path.name: sha256_of(path) for path in files.values() if path}
-        return lambda split: read_file(files[split] or Path()), known
+        sha256s = {path.name: sha256_of(path) for path in files.values() if path}
+        return lambda split: read_file(files[split] or Path()), sha256s
     if subset.manual:
         names = ", ".join(f"{_stem(subset)}.{split}.jsonl" for split in subset.splits)
         remedy = f"{subset.manual} Put it under --local FOLDER as {names}, or leave it out with --subsets"
-        raise ConfigError(f"preparation: {subset.name} must be obtained by hand; {remedy}")
+        raise ConfigError(f"preparation: {subset.name} must be downloaded by hand; {remedy}")
     dataset = HubDataset(repository=subset.repository, configuration=subset.configuration, revision=subset.revision)
     try:
-        commit = commit_of(dataset)
+        commit = resolve_commit(dataset)
     except ConfigError as error:
         if config.local is None:
             raise
@@ -99,7 +109,7 @@ def _reader(subset: Subset, config: PreparationConfig) -> tuple[Reader, dict[str
     return partial(read_hub, dataset, commit), {dataset.name: commit}
 
 
-def _local(subset: Subset, split: str, folder: Path) -> Path | None:
+def _find_local_file(subset: Subset, split: str, folder: Path) -> Path | None:
     return next(iter(sorted(folder.glob(f"{_stem(subset)}.{split}.*"))), None)
 
 
@@ -107,96 +117,100 @@ def _stem(subset: Subset) -> str:
     return subset.name.replace("/", "_")
 
 
-def _templates(config: PreparationConfig, dataset: str) -> tuple[Template, ...]:
+def _select_templates(config: PreparationConfig, dataset: str) -> tuple[Template, ...]:
     if config.templates is None:
         return ()
     if not config.templates.is_dir():
-        remedy = "cappy templates --target FOLDER fetches them"
-        raise ConfigError(f"{config.templates}: no such folder of templates; {remedy}")
+        remedy = "fetch them with cappy templates --target FOLDER"
+        raise ConfigError(f"{config.templates}: no such folder; {remedy}")
     templates = load_templates(config.templates, dataset)
-    wanted = [pattern for pattern in config.template if not pattern.startswith("!")]
-    unwanted = [pattern.removeprefix("!") for pattern in config.template if pattern.startswith("!")]
-    kept = tuple(
+    included = [pattern for pattern in config.template if not pattern.startswith("!")]
+    excluded = [pattern.removeprefix("!") for pattern in config.template if pattern.startswith("!")]
+    selected = tuple(
         template
         for template in templates
-        if (not wanted or any(fnmatchcase(template.name, pattern) for pattern in wanted))
-        and not any(fnmatchcase(template.name, pattern) for pattern in unwanted)
+        if (not included or any(fnmatchcase(template.name, pattern) for pattern in included))
+        and not any(fnmatchcase(template.name, pattern) for pattern in excluded)
     )
-    if not kept:
+    if not selected:
         names = ", ".join(template.name for template in templates)
-        raise ConfigError(f"preparation: --template: {dataset} has no such template; choose one of {quote(names, 400)}")
-    return kept
+        raise ConfigError(
+            f"preparation: --template: {dataset} has no matching template; choose one of {quote(names, 400)}"
+        )
+    return selected
 
 
-def _hashes(templates: Sequence[Template]) -> dict[str, str]:
-    """One hash over the templates of a dataset: an edited one is other work."""
+def _hash_templates(templates: Sequence[Template]) -> dict[str, str]:
+    """One hash over the templates of a dataset, so that an edited template counts as another input."""
     if not templates:
         return {}
     text = repr([(t.name, t.jinja, t.answer_choices, t.original_task) for t in templates])
     return {f"templates of {templates[0].dataset}": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _under(templates: Sequence[Template], num_rows: int | None = None, *, seed: int) -> Prompts:
-    """The prompts of a row under each template that sees it.
+def _make_renderer(templates: Sequence[Template], num_rows: int | None = None, *, seed: int) -> Prompts:
+    """Returns a function that renders each row under its templates.
 
-    Where a training split of `num_rows` is capped, a template sees its share of rows, evenly spaced, and each template
-    others than the one before.
+    Where a training split of `num_rows` is capped, each template gets an evenly spaced share of the rows, shifted from
+    template to template.
     """
-    needed = [fields(template) for template in templates]
-    share = cap(num_rows, len(templates)) if num_rows else 0
+    required_fields = [find_fields(template) for template in templates]
+    share = cap_rows(num_rows, len(templates)) if num_rows else 0
 
-    def templates_for(index: int) -> list[int]:
+    def select_indexes(index: int) -> list[int]:
         return [
             number
             for number in range(len(templates))
-            if not num_rows or _sees(index + number * num_rows // (share * len(templates)), num_rows, share)
+            if not num_rows or _is_sampled(index + number * num_rows // (share * len(templates)), num_rows, share)
         ]
 
-    def prompts(rows: Iterable[Placed], tally: Tally) -> Iterator[tuple[Placed, list[Prompt]]]:
-        asked: deque[tuple[Placed, list[int]]] = deque()
+    def render(rows: Iterable[LocatedRow], tally: Tally) -> Iterator[tuple[LocatedRow, list[Prompt]]]:
+        pending: deque[tuple[LocatedRow, list[int]]] = deque()
 
-        def jobs() -> Iterator[tuple[Values, list[Template]]]:
+        def make_jobs() -> Iterator[tuple[Values, list[Template]]]:
             for row in rows:
                 index, _, values = row
                 names = {name.replace("-", "_") for name in values} if tally.missing == "fail" else None
-                numbers = templates_for(index)
-                asked.append((row, numbers))
-                yield values, [templates[i] for i in numbers if names is None or needed[i] <= names]
+                indexes = select_indexes(index)
+                pending.append((row, indexes))
+                yield values, [templates[i] for i in indexes if names is None or required_fields[i] <= names]
 
-        for results in render_rows(jobs(), seed=seed):
-            row, numbers = asked.popleft()
+        for results in render_rows(make_jobs(), seed=seed):
+            row, indexes = pending.popleft()
             rendered = iter(results)
-            made = (_prompt(templates[number], needed[number], row, rendered, tally) for number in numbers)
-            yield row, [prompt for prompt in made if prompt is not None]
+            prompts_or_none = (
+                _make_prompt(templates[number], required_fields[number], row, rendered, tally) for number in indexes
+            )
+            yield row, [prompt for prompt in prompts_or_none if prompt is not None]
 
-    return prompts
+    return render
 
 
-def _sees(index: int, num_rows: int, share: int) -> bool:
-    """Whether a row is one of `share` evenly spaced ones of `num_rows`."""
+def _is_sampled(index: int, num_rows: int, share: int) -> bool:
+    """Whether a row is among `share` evenly spaced rows of `num_rows`."""
     return index * share // num_rows != (index - 1) * share // num_rows
 
 
-def _prompt(
-    template: Template, needed: frozenset[str], row: Placed, results: Iterator[Result], tally: Tally
+def _make_prompt(
+    template: Template, required_fields: frozenset[str], row: LocatedRow, results: Iterator[Result], tally: Tally
 ) -> Prompt | None:
-    """The row under a template; None where it fails (which is tallied) or comes out blank.
+    """The prompt of a row under a template; None if rendering failed (counted in `tally`) or the result is blank.
 
-    The next of `results` is the template's, unless it was not rendered for want of a field.
+    The next of `results` belongs to the template, unless it was not rendered because of a missing field.
     """
     name = f"{template.dataset} {template.name}"
-    tally.tried[name] += 1
+    tally.attempts[name] += 1
     _, where, values = row
-    missing = _missing_values(template, needed, values)
+    missing = _describe_missing_fields(template, required_fields, values)
     rendered = RecordError(missing) if missing and tally.missing == "fail" else next(results)
     if isinstance(rendered, RenderedRow):
-        rendered = _unwritable(f"{template.dataset}: template {quote(template.name)}", rendered) or rendered
+        rendered = _check_text(f"{template.dataset}: template {quote(template.name)}", rendered) or rendered
     if isinstance(rendered, RecordError):
         tally.fail(name, f"{where}: {rendered}", limited=isinstance(rendered, LimitError))
         return None
     tally.succeed(name)
     if missing:
-        tally.hole(name, f"{where}: {missing}")
+        tally.add_missing_fields(name, f"{where}: {missing}")
     if rendered is None:
         tally.counts["dropped_blank"] += 1
         return None
@@ -212,17 +226,17 @@ def _prompt(
     )
 
 
-def _unwritable(where: str, rendered: RenderedRow) -> RecordError | None:
-    """What is wrong with a text that no file of the record takes: with a NUL, or with half a character."""
+def _check_text(where: str, rendered: RenderedRow) -> RecordError | None:
+    """An error for a rendered text that cannot be stored, because of a NUL or an unpaired surrogate."""
     for name, text in (("instruction", rendered.instruction), ("target", rendered.target)):
-        if odd := odd_character(text):
-            return RecordError(f"{where}: {name} holds {odd}")
+        if problem := find_invalid_character(text):
+            return RecordError(f"{where}: {name} contains {problem}")
     return None
 
 
-def _missing_values(template: Template, needed: frozenset[str], values: Values) -> str:
-    """What the template reads and the row lacks, in words; PromptSource renders that as nothing."""
-    missing = sorted(needed - {name.replace("-", "_") for name in values})
+def _describe_missing_fields(template: Template, required_fields: frozenset[str], values: Values) -> str:
+    """Describes the fields that the template reads but the row lacks; PromptSource renders them as nothing."""
+    missing = sorted(required_fields - {name.replace("-", "_") for name in values})
     if not missing:
         return ""
     fields = quote(", ".join(values), limit=120)
@@ -232,17 +246,17 @@ def _missing_values(template: Template, needed: frozenset[str], values: Values) 
     )
 
 
-def _as_they_are(rows: Iterable[Placed], tally: Tally) -> Iterator[tuple[Placed, list[Prompt]]]:
-    """The prompt that each row of tasksource/bigbench is; none where it is blank or has no answer."""
+def _read_prompts(rows: Iterable[LocatedRow], tally: Tally) -> Iterator[tuple[LocatedRow, list[Prompt]]]:
+    """The prompt of each row of tasksource/bigbench; none if it is blank or has no answer."""
     for row in rows:
         _, where, values = row
-        yield row, list(_as_it_is(where, values, tally))
+        yield row, list(_read_prompt(where, values, tally))
 
 
-def _as_it_is(where: str, values: Values, tally: Tally) -> Iterator[Prompt]:
-    read = from_bigbench(where, values)
-    references = tuple(text for text in read["references"] if text.strip())
-    if isinstance(read["instruction"], str) and read["instruction"].strip() and references:
-        yield Prompt(instruction=read["instruction"], references=references, choices=tuple(read["choices"]))
+def _read_prompt(where: str, values: Values, tally: Tally) -> Iterator[Prompt]:
+    fields = parse_bigbench(where, values)
+    references = tuple(text for text in fields["references"] if text.strip())
+    if isinstance(fields["instruction"], str) and fields["instruction"].strip() and references:
+        yield Prompt(instruction=fields["instruction"], references=references, choices=tuple(fields["choices"]))
     else:
         tally.counts["dropped_blank"] += 1

@@ -1,10 +1,10 @@
-"""Datasets of many prompts per row: templates over a table, or a benchmark's own prompts, streamed to instances.
+"""Turns datasets of many prompts per row into instances: rows under templates, or a benchmark's own prompts.
 
-The rows of a dataset are read once, and once more before that where some are held out: the prompts of held-out rows are
-collected first, so that no training instance shares one, or is nearly one (of one dataset up to 32,768 rows to train on
-are looked at with them, so that it is known what a scorer would be found to have seen; see `leakage`). Splits go by
-the hash of the row itself, so one row under ten templates is one group, and so is a row that stands twice. Nothing but
-the hashes of held-out prompts, and shingles of a bounded number, is held in memory.
+The rows of a dataset are streamed. If some are held out, the rows are read once more before that to collect the
+held-out prompts, so that no training instance shares one or nearly duplicates one. For a single dataset up to 32,768
+training rows are compared exactly; otherwise a sample is (see `leakage`). Splits go by the hash of the row itself, so
+one row under ten templates is one group, and so are equal rows. Memory holds only the hashes of held-out prompts and a
+bounded number of shingles.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cappy.errors import RecordError
-from cappy.preparation.leakage import SAMPLED_ROWS, Exclusions, HeldOut, SplitRows, sort_hashes
+from cappy.preparation.leakage import SAMPLED_ROWS, Exclusions, RowSample, SplitRows, sort_hashes
 from cappy.preparation.rows import Rows, Values, choice_candidates, hash64
 from cappy.progress import Progress
 from cappy.records import Instance, Split, prompt_hash
@@ -24,16 +24,16 @@ from cappy.records.overlap import MAX_ROWS, group_hash
 from cappy.records.overlap import Prompt as Text
 from cappy.records.work import Shard
 
-HOPELESS = 100
-"""Rows after which a template that failed on all of them fails the run at once."""
-MAX_LIMITED = 3
-"""Rows in a row on which a template may run out of time or memory: each costs seconds."""
+MIN_ROWS_TO_REFUSE = 100
+"""A template that failed on all of this many rows fails the run at once."""
+MAX_CONSECUTIVE_LIMITS = 3
+"""A template that exceeds its limits on this many consecutive rows fails the run: each costs seconds."""
 _PROGRESS_EVERY = 4_096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What a row is under one template, or as a benchmark has it."""
+    """A row rendered by one template, or a prompt of a benchmark."""
 
     instruction: str
     references: tuple[str, ...]
@@ -44,78 +44,78 @@ class Prompt:
 
 @dataclass(slots=True)
 class Tally:
-    """What is worth knowing afterwards: how often what happened, and each template's failures with the first error.
+    """Counts events, and the failures of each template with its first error.
 
-    A template may fail on a share of `max_failed` of its rows. A row that lacks a field that its template reads is a
-    failure where `missing` is fail, and else a hole in the prompt, which is counted.
+    A template may fail on a share of `max_failed` of its rows. A row without a field that the template reads is a
+    failure if `missing` is fail, otherwise it is rendered blank and counted.
     """
 
     max_failed: float = 0.0
     missing: Literal["blank", "fail"] = "blank"
     counts: Counter[str] = field(default_factory=Counter)
-    tried: Counter[str] = field(default_factory=Counter)
-    failed: Counter[str] = field(default_factory=Counter)
+    attempts: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
     errors: dict[str, str] = field(default_factory=dict)
-    limited: Counter[str] = field(default_factory=Counter)
-    holes: dict[str, str] = field(default_factory=dict)
+    limit_failures: Counter[str] = field(default_factory=Counter)
+    missing_fields: dict[str, str] = field(default_factory=dict)
 
-    def hole(self, name: str, error: str) -> None:
-        """A prompt was rendered from a row that lacks a field that its template reads."""
+    def add_missing_fields(self, name: str, error: str) -> None:
+        """Counts a prompt rendered from a row without a field that the template reads."""
         self.counts["with_missing_fields"] += 1
-        self.holes.setdefault(name, error)
+        self.missing_fields.setdefault(name, error)
 
     def succeed(self, name: str) -> None:
-        """A template did not fail on a row."""
-        self.limited.pop(name, None)
+        """Resets the consecutive limit failures of a template."""
+        self.limit_failures.pop(name, None)
 
     def fail(self, name: str, error: str, *, limited: bool = False) -> None:
-        """One more failure of a template; RecordError where it has never done anything else.
+        """Counts a failure of a template; RecordError if it failed on all of its first rows.
 
-        `limited` says that it ran out of time or memory: RecordError where it does that row after row, whatever share
-        of rows it may fail on.
+        `limited` means that it ran out of time or memory: RecordError if it did so on consecutive rows, regardless of
+        `max_failed`.
         """
-        self.failed[name] += 1
+        self.failures[name] += 1
         self.counts["failed"] += 1
         self.errors.setdefault(name, error)
-        self.limited[name] = self.limited[name] + 1 if limited else 0
-        if self.limited[name] == MAX_LIMITED:
-            rows = f"it ran out of time or memory on {MAX_LIMITED} rows in a row"
-            raise RecordError(f"{self.errors[name]}; {rows}: leave the template out with --template")
-        if self.max_failed < 1 and self.failed[name] == self.tried[name] == HOPELESS:
+        self.limit_failures[name] = self.limit_failures[name] + 1 if limited else 0
+        if self.limit_failures[name] == MAX_CONSECUTIVE_LIMITS:
+            rows = f"it ran out of time or memory on {MAX_CONSECUTIVE_LIMITS} rows in a row"
+            raise RecordError(f"{self.errors[name]}; {rows}; leave the template out with --template")
+        if self.max_failed < 1 and self.failures[name] == self.attempts[name] == MIN_ROWS_TO_REFUSE:
             self.refuse(name)
 
     def check(self) -> None:
-        """RecordError for the template that failed on the largest share of its rows, if that share is too large."""
-        shares = {name: count / self.tried[name] for name, count in self.failed.items()}
+        """RecordError for the template with the largest share of failures if the share exceeds `max_failed`."""
+        shares = {name: count / self.attempts[name] for name, count in self.failures.items()}
         worst = max(shares, key=lambda name: shares[name], default=None)
         if worst is not None and shares[worst] > self.max_failed:
             self.refuse(worst)
 
     def refuse(self, name: str) -> None:
-        """RecordError with the first error of a template."""
-        share = f"{self.failed[name]:,} of {self.tried[name]:,} rows"
+        """Raises RecordError with the first error of a template."""
+        share = f"{self.failures[name]:,} of {self.attempts[name]:,} rows"
         remedy = "leave the template out with --template, or raise --max-failed"
-        raise RecordError(f"{self.errors[name]}; it failed on {share}: {remedy}")
+        raise RecordError(f"{self.errors[name]}; it failed on {share}; {remedy}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """The rows of one split of a dataset, readable again and again; `held_out` makes all of them test."""
+    """The rows of one split of a dataset, which can be read repeatedly; with `held_out` all of them are test."""
 
     split: str
     rows: Callable[[], Rows]
     held_out: bool = False
 
 
-Placed = tuple[int, str, Values]
-"""A row with its index and the place where it stands."""
-Prompts = Callable[[Iterable[Placed], Tally], Iterator[tuple[Placed, list[Prompt]]]]
-"""The prompts of each row, in order; it may read rows ahead."""
+LocatedRow = tuple[int, str, Values]
+"""A row as (index, location, values)."""
+Prompts = Callable[[Iterable[LocatedRow], Tally], Iterator[tuple[LocatedRow, list[Prompt]]]]
+"""Makes the prompts of each row, in order; it may read rows ahead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """A dataset of a source: its tables, and what prompts a row of them makes."""
+    """A dataset of a source: its tables, and the function that makes the prompts of their rows."""
 
     name: str
     tables: tuple[Table, ...]
@@ -123,8 +123,8 @@ class Dataset:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """Which split each group belongs to, and which rows are this shard's."""
+class SplitRule:
+    """Assigns groups to splits, and rows to shards."""
 
     seed: int
     test: float
@@ -132,37 +132,39 @@ class Places:
     shard: Shard
 
     def split(self, group: str, table: Table) -> Split:
-        """The split of a group: what a table holds out is test, what is left is drawn by the hash."""
+        """The split of a group: test in a held-out table, otherwise drawn by the hash."""
         if table.held_out:
             return "test"
-        place = hash64(f"{self.seed} {group}") / 2**64
-        return "test" if place < self.test else "validation" if place < self.test + self.validation else "train"
+        position = hash64(f"{self.seed} {group}") / 2**64
+        return "test" if position < self.test else "validation" if position < self.test + self.validation else "train"
 
 
-def instances(datasets: Sequence[Dataset], places: Places, tally: Tally, progress: Progress) -> Iterator[Instance]:
-    """The instances of all datasets in order; RecordError where a template fails on a row, see `Tally`."""
-    held_out = _find_exclusions(datasets, places, progress)
+def make_instances(
+    datasets: Sequence[Dataset], rule: SplitRule, tally: Tally, progress: Progress
+) -> Iterator[Instance]:
+    """The instances of all datasets in order; RecordError if a template fails on too many rows, see `Tally`."""
+    exclusions = _find_exclusions(datasets, rule, progress)
     for dataset in datasets:
         for table in dataset.tables:
-            rows = (row for row in _rows(dataset, table, progress) if places.shard.holds(row[0]))
+            rows = (row for row in _read_rows(dataset, table, progress) if rule.shard.holds(row[0]))
             for row, prompts in dataset.prompts(rows, tally):
-                yield from _of_row(dataset, table, row, prompts, places, held_out, tally)
+                yield from _make_row_instances(dataset, table, row, prompts, rule, exclusions, tally)
 
 
-def _of_row(
+def _make_row_instances(
     dataset: Dataset,
     table: Table,
-    row: Placed,
+    row: LocatedRow,
     prompts: Iterable[Prompt],
-    places: Places,
-    held_out: Mapping[Split, Exclusions],
+    rule: SplitRule,
+    exclusions: Mapping[Split, Exclusions],
     tally: Tally,
 ) -> Iterator[Instance]:
     index, _, values = row
-    group = _group_of(dataset.name, values)
-    split = places.split(group, table)
+    group = _group_id(dataset.name, values)
+    split = rule.split(group, table)
     for prompt in prompts:
-        if held_out[split].has_prompt(prompt.instruction):
+        if exclusions[split].has_prompt(prompt.instruction):
             tally.counts["dropped_shared_with_held_out"] += 1
             continue
         instance = Instance(
@@ -177,78 +179,80 @@ def _of_row(
             choices=prompt.choices,
             candidates=choice_candidates(prompt.choices),
         )
-        if held_out[split].has_near_duplicate(instance):
+        if exclusions[split].has_near_duplicate(instance):
             tally.counts["dropped_near_held_out"] += 1
             continue
         yield instance
 
 
-def _group_of(name: str, values: Values) -> str:
-    """The group of a row: equal rows of a dataset are one."""
+def _group_id(name: str, values: Values) -> str:
+    """The group id of a row; equal rows of a dataset have the same."""
     text = json.dumps(values, sort_keys=True, default=str, ensure_ascii=False)
     return f"{name}:{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=8).hexdigest()}"
 
 
-def _find_exclusions(datasets: Sequence[Dataset], places: Places, progress: Progress) -> Mapping[Split, Exclusions]:
-    """For train and validation what it may not have: prompts, groups and near-duplicates of rows held out further.
+def _find_exclusions(datasets: Sequence[Dataset], rule: SplitRule, progress: Progress) -> Mapping[Split, Exclusions]:
+    """For each split the prompts, groups and near-duplicates to exclude, because they are held out from it.
 
-    All datasets and all shards count. There is nothing to keep apart where all is test.
+    All datasets and all shards count. Nothing is excluded if all rows are test.
     """
-    exclusions, rows, held_out = {"validation": Exclusions(), "test": Exclusions()}, SplitRows(), HeldOut()
-    unreported = Tally(max_failed=1.0)
+    exclusions, rows, sample = {"validation": Exclusions(), "test": Exclusions()}, SplitRows(), RowSample()
+    ignored_tally = Tally(max_failed=1.0)
     tables = [(dataset, table) for dataset in datasets for table in dataset.tables]
     if all(table.held_out for _, table in tables) or not (
-        places.test or places.validation or any(table.held_out for _, table in tables)
+        rule.test or rule.validation or any(table.held_out for _, table in tables)
     ):
         return {"train": Exclusions(), "validation": Exclusions(), "test": Exclusions()}
     one_dataset = len(tables) == 1
-    limit, seen = MAX_ROWS if one_dataset else SAMPLED_ROWS, 0
+    limit, num_train = MAX_ROWS if one_dataset else SAMPLED_ROWS, 0
     for dataset, table in tables:
         for (_, _, values), prompts in dataset.prompts(
-            _rows_to_check(dataset, table, places, progress, limit), unreported
+            _rows_to_check(dataset, table, rule, progress, limit), ignored_tally
         ):
-            group = _group_of(dataset.name, values)
-            split = places.split(group, table)
-            seen += split == "train"
+            group = _group_id(dataset.name, values)
+            split = rule.split(group, table)
+            num_train += split == "train"
             for prompt in prompts:
-                text = Text(prompt.instruction, dataset.name, group)
-                held_out.add(text, split)
+                prompt_text = Text(prompt.instruction, dataset.name, group)
+                sample.add(prompt_text, split)
                 if one_dataset:
-                    rows.add(text, split)
+                    rows.add(prompt_text, split)
                 if split != "train":
                     exclusions[split].prompts.append(prompt_hash(prompt.instruction))
-                    exclusions[split].groups.append(group_hash(text))
+                    exclusions[split].groups.append(group_hash(prompt_text))
     test, validation = exclusions["test"], exclusions["validation"]
-    exact = one_dataset and seen < limit
-    near = sort_hashes(array("Q", rows.find_leaks())) if exact else array("Q")
+    compares_all = one_dataset and num_train < limit
+    near_prompts = sort_hashes(array("Q", rows.find_leaks())) if compares_all else array("Q")
     return {
         "train": Exclusions(
             prompts=sort_hashes(test.prompts + validation.prompts),
             groups=sort_hashes(test.groups + validation.groups),
-            near_prompts=near,
-            rows=None if exact else held_out.index("test", "validation"),
+            near_prompts=near_prompts,
+            rows=None if compares_all else sample.build_index("test", "validation"),
         ),
         "validation": Exclusions(
             prompts=sort_hashes(test.prompts),
             groups=sort_hashes(test.groups),
-            near_prompts=near,
-            rows=None if exact else held_out.index("test"),
+            near_prompts=near_prompts,
+            rows=None if compares_all else sample.build_index("test"),
         ),
         "test": Exclusions(),
     }
 
 
-def _rows_to_check(dataset: Dataset, table: Table, places: Places, progress: Progress, left: int) -> Iterator[Placed]:
-    """The rows of a table that are held out, and the first that are not, so many of them at most."""
-    for row in _rows(dataset, table, progress):
-        if places.split(_group_of(dataset.name, row[2]), table) != "train":
+def _rows_to_check(
+    dataset: Dataset, table: Table, rule: SplitRule, progress: Progress, limit: int
+) -> Iterator[LocatedRow]:
+    """All held-out rows of a table, and at most `limit` of the others."""
+    for row in _read_rows(dataset, table, progress):
+        if rule.split(_group_id(dataset.name, row[2]), table) != "train":
             yield row
-        elif left:
-            left -= 1
+        elif limit:
+            limit -= 1
             yield row
 
 
-def _rows(dataset: Dataset, table: Table, progress: Progress) -> Iterator[Placed]:
+def _read_rows(dataset: Dataset, table: Table, progress: Progress) -> Iterator[LocatedRow]:
     for index, (where, values) in enumerate(table.rows()):
         if index % _PROGRESS_EVERY == 0:
             progress(index, None, unit=f"rows of {dataset.name}")

@@ -1,4 +1,4 @@
-"""What `--source` or `--mixture` names, as rows of instances; systems left out, rows of one prompt gathered."""
+"""Opens what `--source` or `--mixture` names as rows, excludes systems, and groups the rows of one prompt."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,31 +13,31 @@ import numpy as np
 
 from cappy.builtin.tasks import instances as builtin_instances
 from cappy.errors import ConfigError, FolderError, RecordError, quote
-from cappy.preparation.bigbench import Shares, find_tasks, is_task, map_known_columns, read_tasks
+from cappy.preparation.bigbench import HeldOutShares, find_tasks, is_task, map_known_columns, read_tasks
 from cappy.preparation.cells import parse_lists
-from cappy.preparation.columns import Columns, Unused, map_columns, parse_columns
+from cappy.preparation.columns import Columns, SourceWarnings, map_columns, parse_columns
 from cappy.preparation.config import BUILTIN, Kind, PreparationConfig, check_settings
-from cappy.preparation.files import PREFIX, Reader, commit_of, find_shards, parse_hub, read_hub, reader_of
-from cappy.preparation.mixed import open_mixture, open_templated
+from cappy.preparation.files import PREFIX, Reader, choose_reader, find_shards, parse_hub, read_hub, resolve_commit
+from cappy.preparation.mixed import open_mixture, open_templated_dataset
 from cappy.preparation.prompted import Dataset
 from cappy.preparation.rows import Row, Rows, choice_candidates, hash64, parse_row
 from cappy.preparation.tables import read_csv
-from cappy.preparation.text_files import plain, readable
+from cappy.preparation.text_files import strip_compression_suffix, translate_read_errors
 from cappy.records import Instance, read, read_manifest
 from cappy.records.folder import MANIFEST, Manifest, sha256_of
 from cappy.records.work import parse_shard
 
-MAX_HELD_CHARACTERS = 512 * 2**20
-"""Of responses whose prompt comes again further down."""
+MAX_PENDING_CHARACTERS = 512 * 2**20
+"""Most characters of rows that wait for further rows of the same prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Rows that can be read again and again, and what of them belongs in the manifest.
+    """Rows that can be read repeatedly, and their facts for the manifest.
 
-    `parents` holds the sha256 of each file, the commit of the hub, or the manifest hashes of the folders; `task` what
-    instances are called that name no task; `unused` fills as rows are read. `datasets` stands in place of `rows` where
-    a row makes many prompts.
+    `parents` are the sha256 of each file, the commit of the hub, or the manifest hashes of folders. `task` is the name
+    for instances without a task. `warnings` fills as rows are read. `datasets` replaces `rows` where one row makes many
+    prompts.
     """
 
     name: str
@@ -47,26 +47,26 @@ class Source:
     task: str = ""
     parents: tuple[str, ...] = ()
     generators: Mapping[str, str] = field(default_factory=dict)
-    unused: Unused = field(default_factory=lambda: Unused(name=""))
+    warnings: SourceWarnings = field(default_factory=lambda: SourceWarnings(name=""))
     commits: Mapping[str, str] = field(default_factory=dict)
     check_unchanged: Callable[[], None] = lambda: None
 
 
 def open_source(config: PreparationConfig) -> Source:
-    """The source of a config; ConfigError or FolderError if there is none, or for a setting that it does not heed."""
-    kind, find = _find(config)
+    """Opens the source of a config; ConfigError or FolderError if it does not exist or does not use a given setting."""
+    kind, open_kind = _find_source(config)
     check_settings(config, kind)
-    return find()
+    return open_kind()
 
 
-def _find(config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]:
-    """What kind of source it is, and what opens it."""
+def _find_source(config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]:
+    """The kind of the source, and a function that opens it."""
     if config.mixture or config.templates:
-        return ("mixture" if config.mixture else "templates"), lambda: _datasets(config)
+        return ("mixture" if config.mixture else "templates"), lambda: _open_datasets(config)
     if config.source == BUILTIN:
-        return "builtin", lambda: _builtin(config)
+        return "builtin", lambda: _open_builtin(config)
     if config.source.startswith(PREFIX):
-        return "hub", lambda: _hub(config)
+        return "hub", lambda: _open_hub(config)
     path = Path(config.source)
     if path.is_dir():
         return _find_in_folder(path, config)
@@ -74,67 +74,67 @@ def _find(config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]:
         kinds = f"{BUILTIN}, a JSON Lines, CSV or Parquet file, a BIG-bench task, a folder of records or hub:org/name"
         raise ConfigError(f"{path}: no such file or folder; --source is {kinds}")
     if is_task(path):
-        return "bigbench", lambda: _bigbench([path], path, config)
-    return "file", lambda: _tables([path], path, reader_of(path), config)
+        return "bigbench", lambda: _open_bigbench([path], path, config)
+    return "file", lambda: _open_tables([path], path, choose_reader(path), config)
 
 
 def _find_in_folder(path: Path, config: PreparationConfig) -> tuple[Kind, Callable[[], Source]]:
-    shards = [path] if (path / MANIFEST).is_file() else sorted(tables.parent for tables in path.glob(f"*/{MANIFEST}"))
+    shards = [path] if (path / MANIFEST).is_file() else sorted(table.parent for table in path.glob(f"*/{MANIFEST}"))
     if shards:
-        return "records", lambda: _records(shards, path, config)
+        return "records", lambda: _open_records(shards, path, config)
     if tasks := find_tasks(path):
-        return "bigbench", lambda: _bigbench(tasks, path, config)
-    tables = find_shards(path, config.split)
-    if tables is not None:
-        return "tables", lambda: _tables(tables.files, path, tables.reader, config, tables.others)
-    remedy = "name a file in it, or run the step that writes it again"
-    raise FolderError(f"{path}: is a folder without {MANIFEST}, of its own or in folders of it; {remedy}")
+        return "bigbench", lambda: _open_bigbench(tasks, path, config)
+    table = find_shards(path, config.split)
+    if table is not None:
+        return "tables", lambda: _open_tables(table.files, path, table.reader, config, table.other_splits)
+    remedy = "give a file in it, or run the step that writes it again"
+    raise FolderError(f"{path}: neither the folder nor its subfolders have a {MANIFEST}; {remedy}")
 
 
-def _datasets(config: PreparationConfig) -> Source:
-    datasets, made_of = open_mixture(config) if config.mixture else open_templated(config)
+def _open_datasets(config: PreparationConfig) -> Source:
+    datasets, hashes = open_mixture(config) if config.mixture else open_templated_dataset(config)
     return Source(
         name=config.mixture or config.source,
         format="mixture" if config.mixture else "templates",
         datasets=datasets,
-        parents=tuple(dict.fromkeys(made_of.values())),
-        commits=made_of,
+        parents=tuple(dict.fromkeys(hashes.values())),
+        commits=hashes,
     )
 
 
-def _builtin(config: PreparationConfig) -> Source:
+def _open_builtin(config: PreparationConfig) -> Source:
     def rows() -> Iterator[Row]:
-        drawn = builtin_instances(
+        instances = builtin_instances(
             config.pool, num_per_family=config.num_per_family, seed=config.seed, families=config.families or None
         )
-        for instance in drawn:
-            yield _as_row(BUILTIN, _with_choices(instance), config.task)
+        for instance in instances:
+            yield _make_row(BUILTIN, _add_choice_candidates(instance), config.task)
 
     return Source(name=BUILTIN, format=BUILTIN, rows=rows, task=config.task or "")
 
 
-def _records(shards: Sequence[Path], path: Path, config: PreparationConfig) -> Source:
-    manifests = [_of_records(shard) for shard in shards]
+def _open_records(shards: Sequence[Path], path: Path, config: PreparationConfig) -> Source:
+    manifests = [_read_records_manifest(shard) for shard in shards]
     _check_shards(shards, manifests)
-    unused = Unused(name=str(path))
+    warnings = SourceWarnings(name=str(path))
 
     def rows() -> Iterator[Row]:
         for shard in shards:
             for instance in read(shard):
-                yield _with_responses(_as_row(str(shard), instance, config.task), config)
+                yield _check_responses(_make_row(str(shard), instance, config.task), config)
 
     return Source(
         name=str(path),
         format="records",
-        rows=lambda: _exclude(rows(), config.exclude, unused),
+        rows=lambda: _exclude_systems(rows(), config.exclude, warnings),
         task=config.task or "",
-        unused=unused,
+        warnings=warnings,
         parents=tuple(manifest.hash for manifest in manifests),
         generators=dict(chain.from_iterable(manifest.generators.items() for manifest in manifests)),
     )
 
 
-def _with_responses(row: Row, config: PreparationConfig) -> Row:
+def _check_responses(row: Row, config: PreparationConfig) -> Row:
     if config.unlabelled and not row.instance.candidates:
         remedy = "sample responses first, or leave --unlabelled out"
         raise RecordError(f"{row.where}: has no responses; {remedy}")
@@ -142,82 +142,88 @@ def _with_responses(row: Row, config: PreparationConfig) -> Row:
 
 
 def _check_shards(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
-    """FolderError unless the folders are all shards of one piece of work, or none is a shard."""
+    """FolderError unless the folders are all shards of the same work, or none is a shard."""
     shards = [str(manifest.config.get("shard", "")) for manifest in manifests]
     if len(folders) == 1 or not any(shards):
         return
-    works = [(one.step, one.step_version, one.code, one.parents, {**one.config, "shard": ""}) for one in manifests]
+    identities = [
+        (manifest.step, manifest.step_version, manifest.code, manifest.parents, {**manifest.config, "shard": ""})
+        for manifest in manifests
+    ]
     try:
         count = parse_shard(next(filter(None, shards))).count
     except ConfigError as error:
-        raise FolderError(f"{folders[0].parent}: a manifest in it names no shard; {error}") from error
+        raise FolderError(f"{folders[0].parent}: contains a manifest without a valid shard; {error}") from error
     missing = {f"{index}/{count}" for index in range(count)} - set(shards)
-    odd = next((index for index, work in enumerate(works) if work != works[0] or not shards[index]), None)
-    if odd is not None:
+    stray = next((index for index, item in enumerate(identities) if item != identities[0] or not shards[index]), None)
+    if stray is not None:
         remedy = "move it elsewhere, or run that shard again"
-        raise FolderError(f"{folders[odd]}: is not a shard of the work that {folders[0]} is a shard of; {remedy}")
+        raise FolderError(f"{folders[stray]}: is not a shard of the same work as {folders[0]}; {remedy}")
     if missing or len(set(shards)) != len(shards):
-        what = f"shard {min(missing)} is missing" if missing else "a shard stands there twice"
+        what = f"shard {min(missing)} is missing" if missing else "a shard exists twice"
         raise FolderError(f"{folders[0].parent}: {what}, found {', '.join(sorted(shards))}; run each shard once")
 
 
-def _of_records(path: Path) -> Manifest:
+def _read_records_manifest(path: Path) -> Manifest:
     manifest = read_manifest(path)
     if not manifest.rows:
-        raise FolderError(f"{path}: holds no instances (written by {manifest.step or 'nobody'}); choose another")
+        raise FolderError(
+            f"{path}: holds no instances (written by {manifest.step or 'an unknown step'}); choose another folder"
+        )
     return manifest
 
 
-def _bigbench(tasks: Sequence[Path], path: Path, config: PreparationConfig) -> Source:
-    unused = Unused(name=str(path))
+def _open_bigbench(tasks: Sequence[Path], path: Path, config: PreparationConfig) -> Source:
+    warnings = SourceWarnings(name=str(path))
 
     def rows() -> Rows:
-        shares = Shares(test=config.test, validation=config.validation)
-        return read_tasks(tasks, path, seed=config.seed, shares=shares, task=config.task or "", unused=unused)
+        shares = HeldOutShares(test=config.test, validation=config.validation)
+        return read_tasks(tasks, path, seed=config.seed, shares=shares, task=config.task or "", warnings=warnings)
 
     return Source(
         name=str(path),
         format="bigbench",
         rows=lambda: (parse_row(*row, task="", max_characters=config.max_characters) for row in rows()),
         task=config.task or "",
-        unused=unused,
+        warnings=warnings,
         parents=tuple(map(sha256_of, tasks)),
     )
 
 
-def _hub(config: PreparationConfig) -> Source:
+def _open_hub(config: PreparationConfig) -> Source:
     dataset = parse_hub(config.source)
-    commit = commit_of(dataset)
+    commit = resolve_commit(dataset)
     task = config.task or dataset.configuration or dataset.repository.partition("/")[2]
-    unused = Unused(name=config.source)
+    warnings = SourceWarnings(name=config.source)
     return Source(
         name=config.source,
         format="hub",
-        rows=lambda: _instances(read_hub(dataset, commit, config.split), task, config, unused),
+        rows=lambda: _parse_rows(read_hub(dataset, commit, config.split), task, config, warnings),
         task=task,
-        unused=unused,
+        warnings=warnings,
         parents=(commit,),
         commits={dataset.name: commit},
     )
 
 
-def _tables(
-    files: Sequence[Path], path: Path, reader: Reader, config: PreparationConfig, others: Sequence[str] = ()
+def _open_tables(
+    files: Sequence[Path], path: Path, reader: Reader, config: PreparationConfig, other_splits: Sequence[str] = ()
 ) -> Source:
     """The rows of a file, or of a folder's shards of one table."""
-    task = config.task or (plain(path).stem if path.is_file() else path.resolve().name)
-    unused = Unused(name=str(path))
-    if others:
-        unused.say("splits", f"split {config.split} is read, {', '.join(others)} not; --split names another")
-    with readable(path):
-        hashes = [sha256_of(file) for file in files]
+    task = config.task or (strip_compression_suffix(path).stem if path.is_file() else path.resolve().name)
+    warnings = SourceWarnings(name=str(path))
+    if other_splits:
+        names = ", ".join(other_splits)
+        warnings.add("splits", f"read split {config.split}, not {names}; choose another with --split")
+    with translate_read_errors(path):
+        sha256s = [sha256_of(file) for file in files]
 
     def rows() -> Iterator[Row]:
-        found = chain.from_iterable(map(reader, files))
-        return _instances(found, task, config, unused, cells=reader is read_csv)
+        rows_of_files = chain.from_iterable(map(reader, files))
+        return _parse_rows(rows_of_files, task, config, warnings, is_csv=reader is read_csv)
 
     def check_unchanged() -> None:
-        changed = next((file for file, known in zip(files, hashes, strict=True) if sha256_of(file) != known), None)
+        changed = next((file for file, sha256 in zip(files, sha256s, strict=True) if sha256_of(file) != sha256), None)
         if changed is not None:
             raise FolderError(f"{changed}: changed while it was read; run the same command again")
 
@@ -226,75 +232,77 @@ def _tables(
         format=reader.__name__.removeprefix("read_"),
         rows=rows,
         task=task,
-        unused=unused,
-        parents=tuple(hashes),
+        warnings=warnings,
+        parents=tuple(sha256s),
         check_unchanged=check_unchanged,
     )
 
 
-def _instances(
-    rows: Rows, task: str, config: PreparationConfig, unused: Unused, *, cells: bool = False
+def _parse_rows(
+    rows: Rows, task: str, config: PreparationConfig, warnings: SourceWarnings, *, is_csv: bool = False
 ) -> Iterator[Row]:
-    """The instances in rows of columns, whatever holds them; `cells` says that it knows no lists."""
+    """Maps the columns of rows and parses them to instances; with `is_csv` lists are parsed from text."""
     columns = Columns(named=parse_columns(config.columns), ignored=frozenset(config.ignore_columns))
     read_row = partial(parse_row, task=task, max_characters=config.max_characters, unlabelled=config.unlabelled)
 
     def read_rows() -> Iterator[Row]:
-        named = map_columns(rows if columns.named else map_known_columns(rows), columns, unused)
-        for where, values in parse_lists(named, cells=cells):
-            unused.candidates(where, values)
+        named = map_columns(rows if columns.named else map_known_columns(rows), columns, warnings)
+        for where, values in parse_lists(named, is_csv=is_csv):
+            warnings.check_candidate_fields(where, values)
             yield read_row(where, values)
 
-    return _exclude(read_rows(), config.exclude, unused)
+    return _exclude_systems(read_rows(), config.exclude, warnings)
 
 
-def _exclude(rows: Iterator[Row], patterns: Sequence[str], unused: Unused) -> Iterator[Row]:
-    """The rows without the candidates of the systems that match a pattern."""
+def _exclude_systems(rows: Iterator[Row], patterns: Sequence[str], warnings: SourceWarnings) -> Iterator[Row]:
+    """The rows without the candidates of systems that match a pattern."""
     if not patterns:
         yield from rows
         return
-    hit: dict[str, str | None] = {}
+    pattern_by_system: dict[str, str | None] = {}
     for row in rows:
         for candidate in row.instance.candidates:
             name = candidate.generator
-            if name not in hit:
-                hit[name] = next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
-        kept = tuple(one for one in row.instance.candidates if hit[one.generator] is None)
-        if row.instance.candidates and not kept and not row.instance.references:
-            remedy = "mend --exclude, or delete the row"
-            raise RecordError(f"{row.where}: no candidate is left without the excluded systems; {remedy}")
-        yield replace(row, instance=replace(row.instance, candidates=kept))
-    idle = sorted(set(patterns) - set(hit.values()))
-    if idle:
-        systems = quote(", ".join(sorted(filter(None, hit))) or "none", 120)
-        unused.say("exclude", f"--exclude {idle[0]} matches no system; systems found: {systems}")
+            if name not in pattern_by_system:
+                pattern_by_system[name] = next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+        candidates = tuple(
+            candidate for candidate in row.instance.candidates if pattern_by_system[candidate.generator] is None
+        )
+        if row.instance.candidates and not candidates and not row.instance.references:
+            remedy = "correct --exclude, or delete the row"
+            raise RecordError(f"{row.where}: --exclude leaves no candidate; {remedy}")
+        yield replace(row, instance=replace(row.instance, candidates=candidates))
+    unmatched = sorted(set(patterns) - set(pattern_by_system.values()))
+    if unmatched:
+        systems = quote(", ".join(sorted(filter(None, pattern_by_system))) or "none", 120)
+        warnings.add("exclude", f"--exclude {unmatched[0]} matches no system; systems found: {systems}")
 
 
-def _as_row(name: str, instance: Instance, task: str | None) -> Row:
-    """A row of a source of ours, whose ids and splits stand."""
+def _make_row(name: str, instance: Instance, task: str | None) -> Row:
+    """A row of a source whose instances have their ids and splits already."""
     named = instance if instance.task or not task else replace(instance, task=task)
     return Row(f"{name}: instance {quote(instance.instance_id)}", named)
 
 
-def _with_choices(instance: Instance) -> Instance:
+def _add_choice_candidates(instance: Instance) -> Instance:
     return instance if instance.candidates else replace(instance, candidates=choice_candidates(instance.choices))
 
 
 def group_rows(source: Source, config: PreparationConfig) -> Source:
-    """The source with rows of one prompt gathered, where `group_responses` says so and there are any."""
+    """The source with the rows of one prompt joined to one instance, if `group_responses` asks for it."""
     if source.format in (BUILTIN, "records", "bigbench") or source.datasets:
         return source
-    grouping = _survey_groups(source.rows, config.group_responses)
+    grouping = _count_prompts(source.rows, config.group_responses)
     if not grouping.has_groups:
         return source
-    what = f"{grouping.rows:,} rows of {grouping.instances:,} prompts are gathered into an instance for each prompt"
-    source.unused.say("grouped", f"{what}; --group-responses never keeps them apart")
-    return replace(source, rows=lambda: _gather(source.rows, grouping))
+    what = f"grouped {grouping.rows:,} rows into {grouping.instances:,} instances, one for each prompt"
+    source.warnings.add("grouped", f"{what}; set --group-responses never to keep rows separate")
+    return replace(source, rows=lambda: _group_responses(source.rows, grouping))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Grouping:
-    """How often each prompt comes, where it comes more than once; and what all that makes."""
+    """The number of rows and of instances after grouping, and the rows of each prompt with more than one."""
 
     rows: int
     instances: int
@@ -302,49 +310,49 @@ class _Grouping:
 
     @property
     def has_groups(self) -> bool:
-        """Whether any rows belong together."""
+        """Whether any prompt has several rows."""
         return self.rows > self.instances
 
 
-def _survey_groups(rows: Callable[[], Iterator[Row]], wanted: Literal["auto", "always", "never"]) -> _Grouping:
-    """Reads a source once for the rows that belong together, 8 bytes of each; none where `wanted` is never.
+def _count_prompts(rows: Callable[[], Iterator[Row]], mode: Literal["auto", "always", "never"]) -> _Grouping:
+    """Counts the rows of each prompt in one pass, with 8 bytes of memory per row; counts nothing if `mode` is never.
 
-    With auto, nothing is gathered unless every row has exactly one response: reading ends at the first that has not.
+    With auto, nothing is grouped unless every row has exactly one response: reading stops at the first other row.
     """
     keys: list[int] = []
-    for row in rows() if wanted != "never" else ():
-        if wanted == "auto" and len(row.instance.candidates) != 1:
+    for row in rows() if mode != "never" else ():
+        if mode == "auto" and len(row.instance.candidates) != 1:
             keys = []
             break
         keys.append(_prompt_key(row))
-    hashes, numbers = np.unique(np.array(keys, dtype=np.uint64), return_counts=True)
-    many = numbers > 1
-    counts = Counter(dict(zip(hashes[many].tolist(), numbers[many].tolist(), strict=True)))
+    hashes, prompt_counts = np.unique(np.array(keys, dtype=np.uint64), return_counts=True)
+    repeated = prompt_counts > 1
+    counts = Counter(dict(zip(hashes[repeated].tolist(), prompt_counts[repeated].tolist(), strict=True)))
     return _Grouping(rows=len(keys), instances=len(hashes), counts=counts)
 
 
-def _gather(rows: Callable[[], Iterator[Row]], grouping: _Grouping) -> Iterator[Row]:
-    """The rows, those of one prompt as one: its candidates in the order of the file, at the place of the last row.
+def _group_responses(rows: Callable[[], Iterator[Row]], grouping: _Grouping) -> Iterator[Row]:
+    """Joins the rows of one prompt to one row at the position of the last, with candidates in the order of the file.
 
-    RecordError where so much is held at once that memory would run out.
+    RecordError if more than `MAX_PENDING_CHARACTERS` wait for further rows.
     """
-    left, held, characters = Counter(grouping.counts), dict[int, Row](), 0
+    remaining, pending, num_characters = Counter(grouping.counts), dict[int, Row](), 0
     for row in rows():
         key = _prompt_key(row)
-        if key not in left:
+        if key not in remaining:
             yield row
             continue
-        left[key] -= 1
-        if key in held:
-            earlier = held.pop(key)
-            characters -= _num_characters(earlier)
+        remaining[key] -= 1
+        if key in pending:
+            earlier = pending.pop(key)
+            num_characters -= _num_characters(earlier)
             row = _join_rows(earlier, row)
-        if left[key]:
-            held[key] = row
-            characters += _num_characters(row)
-            if characters > MAX_HELD_CHARACTERS:
+        if remaining[key]:
+            pending[key] = row
+            num_characters += _num_characters(row)
+            if num_characters > MAX_PENDING_CHARACTERS:
                 remedy = "sort the file by prompt, or set --group-responses never"
-                raise RecordError(f"{row.where}: rows of one prompt stand too far apart to be gathered; {remedy}")
+                raise RecordError(f"{row.where}: rows of the same prompt are too far apart to group; {remedy}")
         else:
             yield row
 
@@ -359,8 +367,17 @@ def _num_characters(row: Row) -> int:
 
 
 def _prompt_key(row: Row) -> int:
-    """Equal for rows that are one instance but for their responses: their ids and groups may be row numbers."""
-    one = row.instance
-    rated = all(candidate.labels for candidate in one.candidates)
-    parts = (one.instruction, one.references, one.choices, one.task, one.template, one.split, row.has_split, rated)
+    """A key that is equal for rows that differ only in responses, ids and groups."""
+    instance = row.instance
+    all_labelled = all(candidate.labels for candidate in instance.candidates)
+    parts = (
+        instance.instruction,
+        instance.references,
+        instance.choices,
+        instance.task,
+        instance.template,
+        instance.split,
+        row.has_split,
+        all_labelled,
+    )
     return hash64(repr(parts))

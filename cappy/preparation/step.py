@@ -1,4 +1,4 @@
-"""The preparation step: from a source to instances with their splits."""
+"""The preparation step: reads a source and writes instances with their splits."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,10 +9,10 @@ from cappy.config import identity
 from cappy.errors import RecordError
 from cappy.preparation import prompted
 from cappy.preparation.config import PreparationConfig
-from cappy.preparation.leakage import keep_apart
+from cappy.preparation.leakage import filter_leaked
 from cappy.preparation.prompted import Tally
 from cappy.preparation.sources import Source, group_rows, open_source
-from cappy.preparation.splits import place, survey
+from cappy.preparation.splits import apply_splits, assign_splits
 from cappy.progress import Progress, silent
 from cappy.records import Instance, Manifest, read_manifest
 from cappy.records.parts import process
@@ -21,27 +21,26 @@ from cappy.steps import step_version
 
 __all__ = ["PreparationConfig", "run"]
 
-_HELD_OUT_TOO = ("dropped_shared_with_held_out", "dropped_near_held_out", "dropped_leaked")
+_DROPPED_AS_HELD_OUT = ("dropped_shared_with_held_out", "dropped_near_held_out", "dropped_leaked")
 
 
 def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
     """Prepares `source` or `mixture` into `target`.
 
-    Of a file, every row is checked before anything is written, so a bad one costs no half-written folder: it is read
-    twice and never held in memory, for each row only the hashes of its id, group and prompt are. Where a row makes
-    many prompts (templates, mixtures), see `prompted`.
+    A file is read twice: all rows are checked before anything is written, so an invalid row leaves no partial folder.
+    Memory holds only the hashes of the id, group and prompt of each row. `prompted` handles sources where one row makes
+    many prompts (templates, mixtures).
     """
-
     refuse_same(config.source, config.target)
     source = group_rows(open_source(config), config)
     tally = Tally(max_failed=config.max_failed, missing=config.missing)
-    instances, total, metrics = _place_instances(source, config, tally, progress)
-    apart = [read_manifest(folder).hash for folder in config.against]
+    instances, total, metrics = _assign_instances(source, config, tally, progress)
+    evaluation_sets = [read_manifest(folder).hash for folder in config.against]
     values = {**identity(config), "task": source.task}
-    settings = {**values, "format": source.format, "apart": apart}
+    settings = {**values, "format": source.format, "apart": evaluation_sets}
     with claim(config.work, "preparation", settings, source.parents, fresh=config.fresh) as folder:
         parts = process(
-            keep_apart(instances, config.against, tally.counts, drop=config.leaked == "drop"),
+            filter_leaked(instances, config.against, tally.counts, drop=config.leaked == "drop"),
             folder,
             lambda part: part,
             part_rows=config.part_rows,
@@ -52,11 +51,13 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
         source.check_unchanged()
         tally.check()
         if not parts.rows:
-            raise RecordError(f"{source.name}: nothing is left to write; give more rows, or fewer shards")
-        _say_left_out(source, tally, parts.counts)
-        dropped = sum(count for name, count in tally.counts.items() if name in _HELD_OUT_TOO)
+            raise RecordError(f"{source.name}: no instances to write; give more rows, or fewer shards")
+        _warn_dropped(source, tally, parts.counts)
+        dropped = sum(count for name, count in tally.counts.items() if name in _DROPPED_AS_HELD_OUT)
         if dropped and not config.shard and not parts.counts.get("train"):
-            what = f"nothing is left to train on: {dropped:,} instances have a prompt that is held out too, or nearly"
+            what = (
+                f"no training instances: {dropped:,} were dropped because their prompts are held out, exactly or nearly"
+            )
             raise RecordError(f"{source.name}: {what}; check --dataset, --against and the data")
         counts = {**dict.fromkeys(("train", "validation", "test"), 0), **parts.counts}
         manifest = Manifest(
@@ -77,34 +78,35 @@ def run(config: PreparationConfig, progress: Progress = silent) -> Manifest:
         return finish(folder, config.target, manifest)
 
 
-def _place_instances(
+def _assign_instances(
     source: Source, config: PreparationConfig, tally: Tally, progress: Progress
 ) -> tuple[Iterator[Instance], int | None, dict[str, float]]:
-    """This shard's instances with their splits, how many there are where that is known, and what was counted."""
+    """The instances of this shard with their splits, their number if it is known, and metrics."""
     shard = parse_shard(config.shard)
     if source.datasets:
-        places = prompted.Places(
+        rule = prompted.SplitRule(
             seed=config.seed, test=0.0 if config.mixture else config.test, validation=config.validation, shard=shard
         )
-        return prompted.instances(source.datasets, places, tally, progress), None, {}
-    plan = survey(source, config, progress)
-    source.unused.check(config.ignore_columns)
-    source.unused.warn()
-    rows = shard.rows(plan.num_rows)
-    dropped = int(plan.left_out[rows.start : rows.stop].sum())
+        return prompted.make_instances(source.datasets, rule, tally, progress), None, {}
+    assignment = assign_splits(source, config, progress)
+    source.warnings.check_ignored(config.ignore_columns)
+    source.warnings.log()
+    rows = shard.rows(assignment.num_rows)
+    dropped = int(assignment.dropped[rows.start : rows.stop].sum())
     if dropped:
         tally.counts["dropped_near_held_out"] = dropped
-    kept = (one for one in islice(place(source.rows(), plan), rows.start, rows.stop) if one is not None)
-    return kept, len(rows) - dropped, dict(plan.metrics)
+    selected = islice(apply_splits(source.rows(), assignment), rows.start, rows.stop)
+    instances = (instance for instance in selected if instance is not None)
+    return instances, len(rows) - dropped, dict(assignment.metrics)
 
 
-def _say_left_out(source: Source, tally: Tally, counts: Mapping[str, int]) -> None:
-    """Says of a source whose rows make prompts what was left out as it was written."""
+def _warn_dropped(source: Source, tally: Tally, counts: Mapping[str, int]) -> None:
+    """Warns about near-duplicates dropped from datasets of prompts, which are counted while writing."""
     if source.datasets and (count := tally.counts["dropped_near_held_out"]):
         total = count + sum(number for split, number in counts.items() if split != "test")
-        what = f"left out of training: {count:,} of {total:,} prompts, near-duplicates of held-out ones"
-        source.unused.say("near_held_out", what)
-        source.unused.warn()
+        what = f"dropped {count:,} of {total:,} training prompts, which are near-duplicates of held-out prompts"
+        source.warnings.add("near_held_out", what)
+        source.warnings.log()
 
 
 def _count(part: Sequence[Instance]) -> Mapping[str, int]:
@@ -112,11 +114,11 @@ def _count(part: Sequence[Instance]) -> Mapping[str, int]:
 
 
 def _facts(source: Source, tally: Tally) -> dict[str, object]:
-    failed = {name: {"rows": count, "first": tally.errors[name]} for name, count in sorted(tally.failed.items())}
+    failed = {name: {"rows": count, "first": tally.errors[name]} for name, count in sorted(tally.failures.items())}
     facts = {
         "made_of": dict(source.commits),
         "failed_templates": failed,
-        "missing_fields": dict(tally.holes),
-        **source.unused.facts(),
+        "missing_fields": dict(tally.missing_fields),
+        **source.warnings.facts(),
     }
     return {name: fact for name, fact in facts.items() if fact}

@@ -1,4 +1,4 @@
-"""CSV, Parquet and Arrow files: the same fields as JSON Lines, one column each."""
+"""Reads CSV, Parquet and Arrow files as rows; columns have the names of the fields of JSON Lines."""
 
 import csv
 import itertools
@@ -14,17 +14,17 @@ import pyarrow.parquet as pq
 
 from cappy.errors import RecordError, quote
 from cappy.preparation.rows import Rows, column_names
-from cappy.preparation.text_files import lines, plain, readable
+from cappy.preparation.text_files import read_lines, strip_compression_suffix, translate_read_errors
 
 _SEPARATORS = (",", ";", "\t", "|")
-TABBED = (".tsv", ".tab")
-_RETURN = re.compile(r"(?<=\r)(?![\r]*\n|\Z)")
-_ROWS_TO_FIT = 6
+TAB_SUFFIXES = (".tsv", ".tab")
+_CARRIAGE_RETURN = re.compile(r"(?<=\r)(?![\r]*\n|\Z)")
+_DETECTION_ROWS = 6
 _BATCH_ROWS = 256
 _MAX_CELL_CHARACTERS = 10_000_000
 _MAX_RECORD_CHARACTERS = 64 * 2**20
 _MAX_ROW_BYTES = 64 * 2**20
-"""Of a row of Parquet as values: a file of a thousand bytes can hold rows of gigabytes."""
+"""Largest decoded row of Parquet or Arrow: a file of a thousand bytes can hold rows of gigabytes."""
 _MAX_BATCH_BYTES = 256 * 2**20
 _MAX_BATCH_VALUES = 2**22
 ARROW_FILE = b"ARROW1"
@@ -33,33 +33,33 @@ _DICTIONARY, _BATCH = 2, 3
 
 
 def read_csv(path: Path) -> Rows:
-    """The rows of a CSV file with a header, blank cells as None; each stands at the line where it begins.
+    """The rows of a CSV file with a header, each with the line where it begins; blank cells are None.
 
-    Cells are parted by tabs in a .tsv file, and else by what `_separator` finds.
+    The separator is the tab in a .tsv file, otherwise what `_detect_separator` finds.
     """
     header: list[str] | None = None
-    for number, cells in _records(path, _separator(path)):
+    for number, cells in _read_records(path, _detect_separator(path)):
         where = f"{path}:{number}"
         if header is None:
-            header = _header(where, cells)
+            header = _parse_header(where, cells)
         elif len(cells) != len(header):
-            remedy = "quote cells that hold commas, quotes or line ends"
+            remedy = "quote cells that contain commas, quotes or line ends"
             raise RecordError(f"{where}: has {len(cells)} cells, the header has {len(header)}; {remedy}")
         else:
             yield where, {name: cell if cell.strip() else None for name, cell in zip(header, cells, strict=True)}
 
 
 def read_parquet(path: Path) -> Rows:
-    """The rows of a Parquet file, by column."""
+    """The rows of a Parquet file as dictionaries by column name."""
     number = 0
     try:
-        with readable(path):
-            parquet, dictionaries = pq.ParquetFile(path), _dictionaries(path)
+        with translate_read_errors(path):
+            parquet, dictionaries = pq.ParquetFile(path), _open_with_dictionaries(path)
         with parquet, dictionaries:
             for group in range(parquet.num_row_groups):
-                rows = _batch_rows(parquet, dictionaries, group)
+                rows = _choose_batch_rows(parquet, dictionaries, group)
                 for batch in parquet.iter_batches(batch_size=rows, row_groups=[group]):
-                    for part in _small(batch):
+                    for part in _split_batch(batch):
                         for row in part.to_pylist():
                             number += 1
                             yield f"{path}: row {number}", row
@@ -69,20 +69,20 @@ def read_parquet(path: Path) -> Rows:
 
 
 def read_arrow(path: Path) -> Rows:
-    """The rows of an Arrow file, by column.
+    """The rows of an Arrow file or stream as dictionaries by column name.
 
-    The file is mapped and not read whole. RecordError for one that is damaged, and for one whose buffers are
-    compressed: how much memory they take shows only once they have taken it.
+    The file is memory-mapped. RecordError if it is damaged or has compressed buffers, whose size in memory is only
+    known once they are decompressed.
     """
     number = 0
     try:
-        with readable(path):
+        with translate_read_errors(path):
             source = pa.memory_map(str(path))
         with source:
-            for batch in _batches(source):
+            for batch in _read_batches(source):
                 batch.validate(full=True)
                 for start in range(0, len(batch), _BATCH_ROWS):
-                    for part in _small(batch.slice(start, _BATCH_ROWS)):
+                    for part in _split_batch(batch.slice(start, _BATCH_ROWS)):
                         for row in part.to_pylist():
                             number += 1
                             yield f"{path}: row {number}", row
@@ -91,130 +91,132 @@ def read_arrow(path: Path) -> Rows:
             'python -c "import pyarrow.feather as f, pyarrow.parquet as p; '
             f"p.write_table(f.read_table('{path.name}'), '{path.stem}.parquet')\""
         )
-        raise RecordError(f"{path}: is compressed Arrow (Feather); turn it into Parquet: {command}") from error
+        raise RecordError(f"{path}: is compressed Arrow (Feather); convert it to Parquet: {command}") from error
     except (pa.ArrowException, ValueError, OverflowError, OSError, struct.error) as error:
         reason = quote((str(error).splitlines() or [type(error).__name__])[0])
         raise RecordError(f"{path}: row {number + 1}: cannot be read as Arrow ({reason}); write it again") from error
 
 
-def _dictionaries(path: Path) -> pq.ParquetFile:
-    """The file with texts as a dictionary, where one that stands in every row is held once; slower to read."""
+def _open_with_dictionaries(path: Path) -> pq.ParquetFile:
+    """Opens the file with dictionary-encoded texts, so that a text repeated in every row is held once; slower."""
     with pq.ParquetFile(path) as parquet:
         columns = [parquet.schema.column(index) for index in range(len(parquet.schema))]
     texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
     return pq.ParquetFile(path, read_dictionary=texts)
 
 
-def _batch_rows(parquet: pq.ParquetFile, dictionaries: pq.ParquetFile, group: int) -> int:
-    """Rows of a group that are decoded at once: fewer where lists are long, or texts of its dictionaries."""
+def _choose_batch_rows(parquet: pq.ParquetFile, dictionaries: pq.ParquetFile, group: int) -> int:
+    """How many rows of a row group to decode at once: fewer if its lists or the texts in its dictionaries are long."""
     row_group = parquet.metadata.row_group(group)
     values = max((row_group.column(index).num_values for index in range(row_group.num_columns)), default=0)
     rows: int = max(1, min(_BATCH_ROWS, _MAX_BATCH_VALUES * row_group.num_rows // max(values, 1)))
     first = next(dictionaries.iter_batches(batch_size=1, row_groups=[group]), None)
-    longest = max(map(_longest, first.columns), default=0) if first is not None else 0
+    longest = max(map(_max_text_bytes, first.columns), default=0) if first is not None else 0
     return max(1, min(rows, _MAX_BATCH_BYTES // max(longest, 1)))
 
 
-def _longest(array: pa.Array) -> int:
-    """The bytes of the longest text of a dictionary."""
+def _max_text_bytes(array: pa.Array) -> int:
+    """Bytes of the longest text in a dictionary array."""
     if pa.types.is_dictionary(array.type):
         return int(pc.max(pc.binary_length(array.dictionary)).as_py() or 0)
-    return max(map(_longest, _inner(array)), default=0)
+    return max(map(_max_text_bytes, _child_arrays(array)), default=0)
 
 
-def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """The batch in parts that are no larger than a row may be; RecordError's ValueError for a larger row."""
-    size = sum(map(_value_bytes, batch.columns))
+def _split_batch(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Splits a batch into parts of at most `_MAX_ROW_BYTES`; ValueError for a single row above that."""
+    size = sum(map(_estimate_bytes, batch.columns))
     if size <= _MAX_ROW_BYTES:
         yield batch
     elif len(batch) == 1:
-        raise ValueError(f"a row of {size:,} bytes, a row may have {_MAX_ROW_BYTES:,}")
+        raise ValueError(f"a row has {size:,} bytes, the limit is {_MAX_ROW_BYTES:,}")
     else:
-        half = len(batch) // 2
-        yield from _small(batch.slice(0, half))
-        yield from _small(batch.slice(half))
+        middle = len(batch) // 2
+        yield from _split_batch(batch.slice(0, middle))
+        yield from _split_batch(batch.slice(middle))
 
 
-def _value_bytes(array: pa.Array) -> int:
-    """About what the values take once they are Python's."""
-    inner = _inner(array)
-    return (sum(map(_value_bytes, inner)) if inner else int(array.nbytes)) + 8 * len(array)
+def _estimate_bytes(array: pa.Array) -> int:
+    """Approximate bytes of an array's values as Python objects."""
+    inner = _child_arrays(array)
+    return (sum(map(_estimate_bytes, inner)) if inner else int(array.nbytes)) + 8 * len(array)
 
 
-def _inner(array: pa.Array) -> list[pa.Array]:
-    """What a nested array holds; nothing for another."""
+def _child_arrays(array: pa.Array) -> list[pa.Array]:
+    """The child arrays of a nested array; empty for any other."""
     if pa.types.is_struct(array.type):
         return list(array.flatten())
     if pa.types.is_map(array.type):
-        within = slice(array.offsets[0].as_py(), array.offsets[-1].as_py())
-        return [array.keys[within], array.items[within]]
+        entries = slice(array.offsets[0].as_py(), array.offsets[-1].as_py())
+        return [array.keys[entries], array.items[entries]]
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
         return [array.flatten()]
     return []
 
 
-def _separator(path: Path) -> str:
-    """What parts the cells: the comma, unless another one fits the first rows and the comma does not.
+def _detect_separator(path: Path) -> str:
+    """The cell separator: the comma, unless another one fits the first rows and the comma does not.
 
-    One fits where it parts the header into several cells, and each of the first rows into as many.
+    A separator fits if it splits the header into several cells and each of the first rows into as many.
     """
-    if plain(path).suffix.lower() in TABBED:
+    if strip_compression_suffix(path).suffix.lower() in TAB_SUFFIXES:
         return "\t"
     columns: dict[str, int] = {}
-    for mark in _SEPARATORS:
+    for separator in _SEPARATORS:
         try:
-            counts = [len(cells) for _, cells in itertools.islice(_records(path, mark), _ROWS_TO_FIT)]
+            counts = [len(cells) for _, cells in itertools.islice(_read_records(path, separator), _DETECTION_ROWS)]
         except RecordError:
             continue
         if counts and counts[0] > 1 and len(set(counts)) == 1:
-            columns[mark] = counts[0]
-    if not columns:  # Not even the rows of one separator are alike: the reader says which is not.
-        columns = {mark: len(_header_cells(path, mark)) for mark in _SEPARATORS}
-    return "," if columns.get(",", 0) > 1 else max(columns, key=lambda mark: columns[mark])
+            columns[separator] = counts[0]
+    if not columns:  # None fits: the reader will name the first row with another number of cells.
+        columns = {separator: len(_read_header_cells(path, separator)) for separator in _SEPARATORS}
+    return "," if columns.get(",", 0) > 1 else max(columns, key=lambda separator: columns[separator])
 
 
-def _header_cells(path: Path, mark: str) -> list[str]:
+def _read_header_cells(path: Path, separator: str) -> list[str]:
     try:
-        return next((cells for _, cells in _records(path, mark)), [])
+        return next((cells for _, cells in _read_records(path, separator)), [])
     except RecordError:
         return []
 
 
-def _records(path: Path, mark: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """The first line and the cells of each record, blank lines left out."""
+def _read_records(path: Path, separator: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """The first line and the cells of each record, without blank lines."""
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    start, held = 1, 0
+    first_line, num_characters = 1, 0
 
-    def texts() -> Iterator[str]:
-        nonlocal held
-        for number, text in enumerate((part for _, line in lines(path) for part in _split_at_returns(line)), start=1):
-            held += len(text)
-            if held > _MAX_RECORD_CHARACTERS:
+    def read_parts() -> Iterator[str]:
+        nonlocal num_characters
+        for number, text in enumerate(
+            (part for _, line in read_lines(path) for part in _split_at_returns(line)), start=1
+        ):
+            num_characters += len(text)
+            if num_characters > _MAX_RECORD_CHARACTERS:
                 limit = f"{_MAX_RECORD_CHARACTERS:,} characters"
-                raise RecordError(f"{path}:{start}: a row of more than {limit} (line {number}); mend its quotes")
+                raise RecordError(f"{path}:{first_line}: a row of more than {limit} (line {number}); fix its quotes")
             yield text
 
-    reader = csv.reader(texts(), strict=True, delimiter=mark)
+    reader = csv.reader(read_parts(), strict=True, delimiter=separator)
     try:
         for cells in reader:
-            held = 0
+            num_characters = 0
             if cells:
-                yield start, cells
-            start = reader.line_num + 1
+                yield first_line, cells
+            first_line = reader.line_num + 1
     except csv.Error as error:
-        raise RecordError(f"{path}:{start}: is not CSV ({error}); mend its quotes") from error
+        raise RecordError(f"{path}:{first_line}: is not CSV ({error}); fix its quotes") from error
 
 
 def _split_at_returns(line: str) -> Sequence[str]:
-    """A line in parts at the carriage returns that end lines in it, as old programs for the Mac write them."""
-    return _RETURN.split(line) if "\r" in line[:-2] else (line,)
+    """Splits a line at bare carriage returns, which end lines in files of old Mac programs."""
+    return _CARRIAGE_RETURN.split(line) if "\r" in line[:-2] else (line,)
 
 
-def _header(where: str, cells: list[str]) -> list[str]:
+def _parse_header(where: str, cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        raise RecordError(f"{where}: the header names {column_names([twice])} twice; rename one of the columns")
+    repeated = next((name for name, count in Counter(names).items() if count > 1), None)
+    if repeated is not None:
+        raise RecordError(f"{where}: the header names {column_names([repeated])} twice; rename one of the columns")
     return names
 
 
@@ -222,7 +224,7 @@ class _CompressedError(ValueError):
     """A record batch has compressed buffers."""
 
 
-def _batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
+def _read_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
     head = source.read(len(ARROW_FILE))
     source.seek(8 if head == ARROW_FILE else 0)  # The file format is the stream format after eight bytes.
     for message in pa.ipc.MessageReader.open_stream(source):
@@ -239,28 +241,28 @@ def _batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
 
 
 def _is_compressed(metadata: bytes) -> bool:
-    """Whether the flatbuffer of a message describes compressed buffers (Arrow's format, Message.fbs)."""
-    message = _start(metadata, 0)
-    kind, header = _field(metadata, message, 1), _field(metadata, message, 2)
+    """Whether the flatbuffer of a message describes compressed buffers (Arrow format, Message.fbs)."""
+    message = _table_offset(metadata, 0)
+    kind, header = _field_offset(metadata, message, 1), _field_offset(metadata, message, 2)
     if kind is None or header is None:
         return False
-    batch = _start(metadata, header)
+    batch = _table_offset(metadata, header)
     if metadata[kind] == _DICTIONARY:
-        data = _field(metadata, batch, 1)
+        data = _field_offset(metadata, batch, 1)
         if data is None:
             return False
-        batch = _start(metadata, data)
+        batch = _table_offset(metadata, data)
     elif metadata[kind] != _BATCH:
         return False
-    return _field(metadata, batch, 3) is not None
+    return _field_offset(metadata, batch, 3) is not None
 
 
-def _start(data: bytes, at: int) -> int:
-    return at + int(struct.unpack_from("<I", data, at)[0])
+def _table_offset(data: bytes, offset: int) -> int:
+    return offset + int(struct.unpack_from("<I", data, offset)[0])
 
 
-def _field(data: bytes, table: int, index: int) -> int | None:
-    """Where a field of a flatbuffer's table lies, or None where it is left out."""
+def _field_offset(data: bytes, table: int, index: int) -> int | None:
+    """The offset of a field of a flatbuffer table, or None if the field is absent."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
     if 4 + 2 * index >= struct.unpack_from("<H", data, vtable)[0]:
         return None

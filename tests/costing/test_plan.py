@@ -15,7 +15,7 @@ from cappy.costing.plan import Plan, format_bytes, make_plan, span, text, to_val
 from cappy.costing.volumes import mixture_volumes
 from cappy.errors import ConfigError
 from cappy.preparation.mixtures import load_mixture
-from cappy.preparation.mixtures.plan import plan
+from cappy.preparation.mixtures.plan import plan_mixture
 
 PAPER = {"bart0": 5, "t0-3b": 5}
 CONFIG = PlanConfig(hardware="h100", gpus=(1,), generators=("bart0", "t0-3b"), mfu=0.4, sampling_mfu=0.1)
@@ -39,7 +39,7 @@ def test_the_papers_160_million_rows_come_out_of_the_mixture_and_its_candidates(
     volumes = mixture_volumes("t0", PAPER, measured)
     assert volumes.prompts == 17_277_798
     assert volumes.candidates == 10 * volumes.open_prompts == 100_091_140
-    with_choices = plan(load_mixture("t0")).pairs("choices")
+    with_choices = plan_mixture(load_mixture("t0")).pairs("choices")
     assert volumes.pairs == with_choices + 12 * volumes.open_prompts == 151_781_384
     assert abs(volumes.pairs / 160e6 - 1) < 0.06  # The authors' count; theirs of wiki_hop's choices is unknown.
     assert volumes.selectable == with_choices + volumes.candidates

@@ -50,26 +50,26 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refuse:
     [
         ({"prompt": "Add.", "reference": "1"}, ("no field instruction", "'prompt, reference'", PROMPT)),
         ({}, ("no field instruction", "'none'", PROMPT)),
-        ({"instruction": 5, "reference": "1"}, ("instruction must be a text", "got 5", "quotes")),
+        ({"instruction": 5, "reference": "1"}, ("instruction must be a string", "got 5", "quotes")),
         ({"instruction": None, "reference": "1"}, ("instruction is empty", "got None")),
         ({"instruction": " \n", "reference": "1"}, ("instruction is empty", "got ' \\n'")),
         ({"instruction": "Add."}, ("no reference", "'instruction'", ANSWER)),
-        ({"instruction": "Add.", "reference": None}, ("reference holds no text", "got None", ANSWER)),
-        ({"instruction": "Add.", "references": []}, ("references holds no text", "got []", ANSWER)),
-        ({"instruction": "Add.", "references": ["", " "]}, ("references holds no text", "got ['', ' ']", ANSWER)),
-        ({"instruction": "Add.", "references": 5}, ("references", "a text or a list", "got 5")),
-        ({"instruction": "Add.", "references": ["1", 2]}, ("references[1] must be a text", "got 2", "quotes")),
-        ({**GOOD, "id": [1]}, ("id must be a text", "got [1]")),
-        ({**GOOD, "id": True}, ("id must be a text", "got True")),
-        ({**GOOD, "task": {}}, ("task must be a text", "got {}")),
+        ({"instruction": "Add.", "reference": None}, ("reference is empty", "got None", ANSWER)),
+        ({"instruction": "Add.", "references": []}, ("references is empty", "got []", ANSWER)),
+        ({"instruction": "Add.", "references": ["", " "]}, ("references is empty", "got ['', ' ']", ANSWER)),
+        ({"instruction": "Add.", "references": 5}, ("references", "a string or a list", "got 5")),
+        ({"instruction": "Add.", "references": ["1", 2]}, ("references[1] must be a string", "got 2", "quotes")),
+        ({**GOOD, "id": [1]}, ("id must be a string", "got [1]")),
+        ({**GOOD, "id": True}, ("id must be a string", "got True")),
+        ({**GOOD, "task": {}}, ("task must be a string", "got {}")),
         ({**GOOD, "original_task": "no"}, ("original_task", "true or false", "got 'no'")),
         ({**GOOD, "split": "dev"}, ("split", "train, validation, test", "got 'dev'")),
         ({**GOOD, "choices": ["1"]}, ("choices", "got ['1']", NOT_A_CHOICE)),
         ({**GOOD, "choices": ["1", "1"]}, ("choices", "got ['1', '1']", NOT_A_CHOICE)),
         ({**GOOD, "choices": ["one", "two"]}, ("reference", "choices", "['1']", "['one', 'two']")),
         ({**GOOD, "choices": ["1", " "]}, ("choices", "got ['1', ' ']", NOT_A_CHOICE)),
-        ({**GOOD, "responses": []}, ("responses holds no text", "got []", "leave it out")),
-        ({**GOOD, "responses": 5}, ("responses", "a text or a list", "got 5")),
+        ({**GOOD, "responses": []}, ("responses is empty", "got []", "leave it out")),
+        ({**GOOD, "responses": 5}, ("responses", "a string or a list", "got 5")),
         ({**GOOD, "responses": ["a", "x" * 100_000]}, ("responses[1]", "100,000", "20,000", SHORTER)),
         (
             {**GOOD, "candidates": [{"system": "m", "text": "x" * 20_001}]},
@@ -84,7 +84,7 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refuse:
         ),
         (
             {**GOOD, "candidates": [{"text": "a", "num_tokens": 2**31}]},
-            ("candidates[0]: num_tokens", "32 bits", "got 2147483648"),
+            ("candidates[0]: num_tokens", "32-bit", "got 2147483648"),
         ),
         ({**GOOD, "candidates": []}, ("candidates", "list of objects", "got []", "leave it out")),
         ({**GOOD, "candidates": [{"text": "a", "label": float("nan")}]}, ("candidates[0]: label", "got nan", LABEL)),
@@ -160,7 +160,7 @@ def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
     ("text", "parts"),
     [
         ("prompt,reference\na,b\n", ("in.csv:2: ", "no field instruction", "'prompt, reference'", PROMPT)),
-        ("instruction,reference\n\na,\n", ("in.csv:3: ", "reference holds no text", "got None", ANSWER)),
+        ("instruction,reference\n\na,\n", ("in.csv:3: ", "reference is empty", "got None", ANSWER)),
         ("instruction,reference\na,b\n,b\n", ("in.csv:3: ", "instruction is empty", "got None")),
         ('instruction,reference\n"a\nb",1\nHello, world,1\n', ("in.csv:4: ", "3 cells", "header has 2", "quote")),
         ("instruction,reference,reference\n", ("in.csv:1: ", "header", "'reference' twice", "rename")),
@@ -194,21 +194,21 @@ def test_a_bad_parquet_file_is_named_by_row(refuse: Refuse) -> None:
     [
         ([{"id": "a"}, {"id": "b"}, {"id": "b"}, {"id": "a"}], ("in.jsonl:3: ", "id 'b'", "in.jsonl:2 already")),
         ([{"id": 1}, {"id": "1"}], ("in.jsonl:2: ", "id '1'", "in.jsonl:1 already")),
-        ([{"id": "a"}, {}], ("in.jsonl:2: gives no id", "in.jsonl:1 gives one", "or none")),
-        ([{}, {"id": "a"}], ("in.jsonl:2: gives id", "in.jsonl:1 gives none", "or none")),
-        ([{"split": "test"}, {}], ("in.jsonl:2: gives no split", "in.jsonl:1 gives one", "or none")),
-        ([{}, {}, {"split": "test"}], ("in.jsonl:3: gives split", "in.jsonl:1 gives none", "or none")),
+        ([{"id": "a"}, {}], ("in.jsonl:2: id is missing", "present at in.jsonl:1", "or none")),
+        ([{}, {"id": "a"}], ("in.jsonl:2: id is present", "missing at in.jsonl:1", "or none")),
+        ([{"split": "test"}, {}], ("in.jsonl:2: split is missing", "present at in.jsonl:1", "or none")),
+        ([{}, {}, {"split": "test"}], ("in.jsonl:3: split is present", "missing at in.jsonl:1", "or none")),
         (
             [
                 {"split": "train", "instruction": "Add one."},
                 {"split": "test"},
                 {"split": "test", "instruction": " ADD  one."},
             ],
-            ("in.jsonl:3: ", "instruction ' ADD  one.' is in test", "in.jsonl:1 in train", "leave out every split"),
+            ("in.jsonl:3: ", "' ADD  one.' is in split test", "in.jsonl:1 in train", "leave out all splits"),
         ),
         (
             [{"split": "train", "group_id": "g"}, {"split": "validation", "group_id": "g"}],
-            ("in.jsonl:2: ", "group_id 'g' is in validation", "in.jsonl:1 in train", "leave out every split"),
+            ("in.jsonl:2: ", "group_id 'g' is in split validation", "in.jsonl:1 in train", "leave out all splits"),
         ),
         ([{}, {}], ("in.jsonl: ", "2 group(s)", "at least 3", "--test 0", "--validation 0")),
     ],
@@ -246,7 +246,7 @@ def test_a_folder_whose_splits_share_a_prompt_is_refused(refuse: Refuse) -> None
         Instance(instance_id="b", instruction="add.", references=("1",), split="test"),
     ]
     write("folder", given)
-    assert_names(refuse("folder"), "folder: instance 'b'", "'add.'", "in test", "folder: instance 'a'")
+    assert_names(refuse("folder"), "folder: instance 'b'", "'add.'", "in split test", "folder: instance 'a'")
 
 
 def test_a_bad_last_row_leaves_no_unfinished_work_either(refuse: Refuse) -> None:

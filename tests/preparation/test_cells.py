@@ -141,7 +141,7 @@ def test_b2_a_list_of_numbers_is_a_text_where_one_text_stands_and_refused_where_
     assert prepare(tmp_path / "in.csv", columns=("reference=references",), **WHOLE)[1][0].references == ("[1, 2]",)
 
 
-@pytest.mark.parametrize(("cell", "message"), [("[]", "responses holds no text, got []"), ("nan", None)])
+@pytest.mark.parametrize(("cell", "message"), [("[]", "responses is empty, got []"), ("nan", None)])
 def test_b2_an_empty_list_and_no_value_are_no_response(
     prepare: Prepare, tmp_path: Path, cell: str, message: str | None
 ) -> None:

@@ -223,7 +223,7 @@ def test_b1_other_columns_and_fields_of_candidates_are_named_once(
         manifest, _ = prepare(path)
     columns, fields = (record.getMessage() for record in caplog.records)
     assert_names(columns, str(path), "columns", "not read: 'topic, url'", "--columns", "--ignore-columns")
-    assert_names(fields, str(path), "candidates", "not read: 'human'")
+    assert_names(fields, str(path), "candidate fields", "not read: 'human'")
     assert manifest.facts["unused"] == {"columns": ["topic", "url"], "candidate_fields": ["human"]}
     caplog.clear()
     with caplog.at_level(logging.WARNING):

@@ -25,9 +25,9 @@ from wording import raises_naming
 from cappy.errors import RecordError
 from cappy.preparation import tables
 from cappy.preparation.bigbench import is_task, read_task
-from cappy.preparation.files import reader_of
+from cappy.preparation.files import choose_reader
 from cappy.preparation.tables import read_csv, read_parquet
-from cappy.preparation.text_files import PIECE, lines
+from cappy.preparation.text_files import PIECE_CHARACTERS, read_lines
 from cappy.records import Instance, Manifest
 
 Prepare = Callable[..., tuple[Manifest, list[Instance]]]
@@ -130,8 +130,8 @@ def test_b6_an_array_that_is_cut_anywhere_is_said_to_end_early(tmp_path: Path, i
     whole = json.dumps([{"instruction": "Say \\ \u00e9.", "x": [True, None, -1.5e-30]}] * 2, indent=indent)
     for end in range(1, len(whole)):
         path.write_text(whole[:end])
-        with pytest.raises(RecordError, match=r"in\.json.*(ends early|cut off)"):
-            list(reader_of(path)(path))
+        with pytest.raises(RecordError, match=r"in\.json.*truncated"):
+            list(choose_reader(path)(path))
 
 
 @pytest.mark.parametrize("wrong", ['"a" "b": 1', '"a": "\\x", "b": "c"', '"a": "\\u00", "b": "c"', '"a": nul, "b": 1'])
@@ -139,7 +139,7 @@ def test_b6_what_is_wrong_within_an_array_is_not_its_end(tmp_path: Path, wrong: 
     path = tmp_path / "in.json"
     path.write_text(f'[{{"instruction": "a"}}, {{{wrong}}}, {{"instruction": "b"}}]')
     with pytest.raises(RecordError, match=r"in\.json:1: is not JSON \("):
-        list(reader_of(path)(path))
+        list(choose_reader(path)(path))
 
 
 def test_b6_a_header_with_a_comma_and_other_marks_is_parted_by_commas(prepare: Prepare, tmp_path: Path) -> None:
@@ -175,11 +175,11 @@ REFUSED = {
     "rows.pkl": (pickle.dumps(ROWS), "pickle", "JSON Lines or Parquet"),
     "rows.orc": (b"ORC" + b"x" * 60, "is an ORC file", "pandas.read_orc('rows.orc').to_parquet('rows.parquet')"),
     "rows.feather": (feather("zstd"), "is compressed Arrow (Feather)", "f.read_table('rows.feather')"),
-    "rows.parquet.gz": (gzip.compress(parquet()), "is a packed Parquet file", "unpack it first"),
-    "bare.jsonl": (JSON_LINES.encode("utf-16-le"), "is UTF-16LE without the mark", "iconv -f UTF-16LE -t UTF-8"),
+    "rows.parquet.gz": (gzip.compress(parquet()), "is a compressed Parquet file", "decompress it first"),
+    "bare.jsonl": (JSON_LINES.encode("utf-16-le"), "without a byte order mark", "iconv -f UTF-16LE -t UTF-8"),
     "latin.jsonl": (JSON_LINES.encode("latin-1"), "is not UTF-8 (byte", "iconv -f WINDOWS-1252 -t UTF-8 latin.jsonl"),
     "cut.json": (json.dumps(ROWS).encode()[:-1], "the array has no end", "fetch or write it again"),
-    "half.json": (json.dumps(ROWS).encode()[:-30], ".json:1: the array ends early, within the", "fetch or write it"),
+    "half.json": (json.dumps(ROWS).encode()[:-30], ".json:1: the array ends within the", "fetch or write it"),
     "open.json": (b"[", "the array has no end", "fetch or write it again"),
     "wrong.json": (b'[{"instruction": "a" "reference": "b"}]', "is not JSON (Expecting ',' del", "one object per line"),
     "notes.txt": (b"Say one.\nSay two.\n", "is not JSON (Expecting value", "a .txt file is read as JSON Lines; give "),
@@ -187,9 +187,9 @@ REFUSED = {
     "rows.YML": (b"instruction: a\n", "a .YML file is read as JSON Lines", "Parquet (.parquet) or Arrow (.arrow)"),
     "number.txt": (b"5\n", "a .txt file is read as JSON Lines", "a JSON array (.json)"),
     "late.txt": (UTF8 + b"x\n", "late.txt:13: is not JSON (Expecting value", "write one object per line"),
-    "rows": (b"Say one.\n", "a file whose name has no suffix is read as JSON Lines", "JSON Lines (.jsonl)"),
-    "fake.zip": (b"no archive\n", "packed (.zip), and it is not", "fetch it again"),
-    "fake.jsonl.gz": (b"no archive\n", "packed (.gz), and it is not", "fetch it again"),
+    "rows": (b"Say one.\n", "a file without a suffix is read as JSON Lines", "JSON Lines (.jsonl)"),
+    "fake.zip": (b"no archive\n", "named .zip but is not compressed", "fetch it again"),
+    "fake.jsonl.gz": (b"no archive\n", "named .gz but is not compressed", "fetch it again"),
     "after.json": (json.dumps(ROWS).encode() + b" x", "after the end of the array", "delete it"),
     "numbers.json": (b'[{"instruction": "a", "reference": "b"}, 3]', "must be a JSON object, got 3", "one object per"),
     "held.json": (json.dumps({"version": 1, "data": ROWS}).encode(), "under 'data'", "jq -c '.[\"data\"][]'"),
@@ -220,7 +220,7 @@ def test_b6_an_element_of_an_array_is_named_by_its_line(prepare: Prepare, tmp_pa
 def test_b6_a_damaged_archive_is_one_line(prepare: Prepare, tmp_path: Path, pack: Any) -> None:
     packed = pack("".join(f'{{"instruction": "{hash(str(n))}", "reference": "r"}}\n' for n in range(20_000)).encode())
     (tmp_path / "in.jsonl").write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(RecordError, match=r"in\.jsonl.*(damaged|unpacked)"):
+    with pytest.raises(RecordError, match=r"in\.jsonl.*(damaged|decompressed)"):
         prepare(tmp_path / "in.jsonl")
 
 
@@ -228,12 +228,12 @@ BOMB = """
 import resource, sys
 from pathlib import Path
 from cappy.errors import RecordError
-from cappy.preparation.files import reader_of
+from cappy.preparation.files import choose_reader
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 path = Path(sys.argv[1])
 try:
-    list(reader_of(path)(path))
+    list(choose_reader(path)(path))
 except RecordError as error:
     print("refused", error)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
@@ -266,11 +266,11 @@ def test_b6_a_large_array_is_read_row_by_row(tmp_path: Path) -> None:
             file.write(("," if number else "") + json.dumps({"instruction": f"{number} {'word ' * 100}"}))
         file.write("]")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in reader_of(tmp_path / "in.json")(tmp_path / "in.json"):
+    for _ in choose_reader(tmp_path / "in.json")(tmp_path / "in.json"):
         count += 1
     assert count == 20_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000
-    assert PIECE < 2**20
+    assert PIECE_CHARACTERS < 2**20
 
 
 def test_a_text_that_stands_in_every_row_is_held_once(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_an_archive_that_asks_for_too_much_memory_is_one_line(tmp_path: Path, mo
     (tmp_path / "rows.jsonl.xz").write_bytes(lzma.compress(b"{}\n"))
     monkeypatch.setattr(lzma.LZMAFile, "readline", refuse)
     with raises_naming(RecordError, "rows.jsonl.xz", "memory"):
-        list(lines(tmp_path / "rows.jsonl.xz"))
+        list(read_lines(tmp_path / "rows.jsonl.xz"))
 
 
 EXAMPLE = {"input": "x", "target_scores": {"a": 1, "b": 0}}

@@ -43,7 +43,7 @@ def test_b4_rows_of_one_prompt_are_one_instance_and_it_is_said_once(
     } == expected
     assert len(found) == len({one.instance_id for one in found}) == 20
     (line,) = [record.getMessage() for record in caplog.records]
-    assert_names(line, str(path), "60 rows of 20 prompts", "--group-responses never")
+    assert_names(line, str(path), "60 rows into 20 instances", "--group-responses never")
     assert manifest.facts["notes"] == {"grouped": line.removeprefix(f"{path}: ")}
     assert manifest.metrics["candidates"] == 60
 
@@ -89,7 +89,7 @@ def test_b4_shards_hold_together_what_one_run_holds(prepare: Prepare, json_lines
 def test_b4_rows_that_stand_too_far_apart_are_refused(
     prepare: Prepare, json_lines: JsonLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MAX_HELD_CHARACTERS", 100)
+    monkeypatch.setattr(sources, "MAX_PENDING_CHARACTERS", 100)
     assert len(prepare(json_lines(*rated(by_model=False)), columns=COLUMNS)[1]) == 20
     with raises_naming(RecordError, "far.jsonl", "far apart", "sort"):
         prepare(json_lines(*rated(by_model=True), name="far.jsonl"), columns=COLUMNS)

@@ -185,7 +185,7 @@ def test_a_folder_of_the_repositorys_name_does_not_stand_for_it(tmp_path: Path) 
     files = {"train.jsonl": b'{"instruction": "q", "reference": "a"}\n'}
     done = preparation({"org/quiz": {"main": files}}, tmp_path, "--source", "hub:org/quiz", "--target", "target")
     assert done.returncode == 1
-    assert_names(done.stderr, "folder org/quiz", "elsewhere")
+    assert_names(done.stderr, "folder org/quiz", "another directory")
 
 
 @pytest.mark.parametrize("name", ["hub:../..", "hub:./a", "hub:a/..", "hub:.a/b"])

@@ -108,7 +108,7 @@ def test_where_most_would_be_left_out_near_duplicates_are_kept_in_one_split(
     split_of = {int(one.instance_id): one.split for one in found}
     assert len({split_of[number] for number in (0, 1, 2, 3, 4)}) == 1
     assert manifest.rows > 0.95 * 400
-    assert "one group" in manifest.facts["notes"]["near_duplicates"]
+    assert "merged into groups" in manifest.facts["notes"]["near_duplicates"]
 
 
 def test_shards_leave_out_what_the_whole_leaves_out(prepare: Prepare, json_lines: JsonLines, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_file_of_near_duplicates_alone_is_one_template_and_loses_nothing(
 
 def test_nothing_left_to_train_on_is_refused(prepare: Prepare, json_lines: JsonLines) -> None:
     path = json_lines(*rows([nearly(texts(1)[0], mark) for mark in ("one", "two")]))
-    with raises_naming(RecordError, str(path), "nothing is left", "1 instances", "held out"):
+    with raises_naming(RecordError, str(path), "no training instances", "1 were dropped", "held out"):
         prepare(path, validation=0)
 
 
@@ -255,7 +255,7 @@ def test_a_row_of_an_evaluation_set_is_found_under_another_template(
     prepare: Prepare, json_lines: JsonLines, held_out: Path
 ) -> None:
     path = json_lines(*rows_under(SECOND, [*texts(40, length=30)[:10], *texts(40, seed=1, length=30)]))
-    with raises_naming(RecordError, "of train", "the text of a row", str(held_out), "--leaked drop"):
+    with raises_naming(RecordError, "of split train", "the text of a row", str(held_out), "--leaked drop"):
         prepare(path, against=(held_out,), test=0, validation=0)
     manifest, found = prepare(path, against=(held_out,), leaked="drop", test=0, validation=0)
     assert (len(found), manifest.metrics["dropped_leaked"]) == (40, 10)
@@ -273,7 +273,7 @@ def test_a_short_row_is_found_by_a_group_that_is_made_of_its_content(
     short = Instance(instance_id="a", instruction="Is it so?", references=("x",), task="quiz", group_id=group)
     write(tmp_path / "heldout", [short])
     row = {"instruction": "True?", "reference": "x", "task": "quiz", "group_id": group}
-    with raises_naming(RecordError, "of train", "a group", str(tmp_path / "heldout"), "--leaked drop"):
+    with raises_naming(RecordError, "of split train", "a group", str(tmp_path / "heldout"), "--leaked drop"):
         prepare(json_lines(row), against=(tmp_path / "heldout",), test=0, validation=0)
     number = {**row, "group_id": "1"}
     write(tmp_path / "numbered", [Instance(**{**_fields(short), "group_id": "1"})])

@@ -16,7 +16,7 @@ from wording import assert_names, raises_naming
 from cappy.errors import ConfigError
 from cappy.preparation.mixtures import CONVERTED, NAMES, Mixture, Subset, TemplateFacts, from_json, load_mixture
 from cappy.preparation.mixtures.__main__ import count_choices, make_mixture, write_mixtures
-from cappy.preparation.mixtures.plan import cap, plan, text, to_json
+from cappy.preparation.mixtures.plan import cap_rows, plan_mixture, to_json, to_text
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
 TEMPLATES, PUBLISHED = SHARED / "templates/templates", SHARED / "published"
@@ -94,7 +94,7 @@ def test_t0_has_the_published_subsets_and_templates() -> None:
 
 def test_t0_prompts_as_many_examples_of_each_dataset_as_published() -> None:
     t0 = load_mixture("t0")
-    planned = plan(t0)
+    planned = plan_mixture(t0)
     found = {
         subset.name: (
             subset.rows["train"],
@@ -111,7 +111,7 @@ def test_t0_prompts_as_many_examples_of_each_dataset_as_published() -> None:
 
 
 def test_t0_makes_the_pairs_of_the_reconstruction() -> None:
-    planned = plan(load_mixture("t0"))
+    planned = plan_mixture(load_mixture("t0"))
     assert planned.pairs("open-ended") == 12 * 10_009_114
     assert (round(planned.pairs("choices") / 1e6, 1), round(planned.pairs() / 1e6, 1)) == (31.7, 151.8)
 
@@ -132,7 +132,7 @@ def test_bigbench45_has_45_tasks_without_templates_one_of_unknown_size() -> None
     bigbench = load_mixture("bigbench45")
     assert len({subset.name for subset in bigbench.subsets}) == len(bigbench.subsets) == 45
     assert all(subset.configuration == subset.name and not subset.templates for subset in bigbench.subsets)
-    assert plan(bigbench).unknown == ("tellmewhy",)
+    assert plan_mixture(bigbench).unknown == ("tellmewhy",)
 
 
 @needs_shared
@@ -203,7 +203,7 @@ def test_a_file_that_lacks_a_field_or_has_another_type_is_not_a_mixture() -> Non
 
 @given(sizes, counts)
 def test_a_dataset_above_the_limit_is_shared_out_evenly_and_any_other_kept_whole(num_rows: int, templates: int) -> None:
-    each = cap(num_rows, templates)
+    each = cap_rows(num_rows, templates)
     if num_rows <= 500_000:
         assert each == num_rows
     else:
@@ -214,20 +214,20 @@ def test_a_dataset_above_the_limit_is_shared_out_evenly_and_any_other_kept_whole
 def test_a_training_example_makes_a_pair_of_each_choice_or_of_each_response(
     num_rows: int, samples: int, choices: list[int | None]
 ) -> None:
-    planned = plan(mixture(subset(rows={"train": num_rows}, choices=tuple(choices)), samples=samples))
-    each = cap(num_rows, len(choices))
+    planned = plan_mixture(mixture(subset(rows={"train": num_rows}, choices=tuple(choices)), samples=samples))
+    each = cap_rows(num_rows, len(choices))
     assert [row.examples for row in planned.rows] == [each] * len(choices)
     assert [row.pairs for row in planned.rows] == [each * (number or samples + 2) for number in choices]
     assert planned.pairs() == planned.pairs("choices") + planned.pairs("open-ended")
 
 
 def test_an_evaluation_split_is_never_capped_and_has_no_mismatches() -> None:
-    planned = plan(mixture(subset(rows={"validation": 600_000}, choices=(4, None)), samples=0))
+    planned = plan_mixture(mixture(subset(rows={"validation": 600_000}, choices=(4, None)), samples=0))
     assert [(row.examples, row.pairs) for row in planned.rows] == [(600_000, 2_400_000), (600_000, 0)]
 
 
 def test_unknown_sizes_count_for_nothing_and_are_named() -> None:
-    planned = plan(mixture(subset(rows={"train": 10, "validation": None}), samples=1))
+    planned = plan_mixture(mixture(subset(rows={"train": 10, "validation": None}), samples=1))
     assert (planned.examples(), planned.pairs(), planned.unknown) == (10, 30, ("a",))
 
 
@@ -254,31 +254,31 @@ def test_choices_that_differ_by_row_need_a_number() -> None:
 @pytest.mark.parametrize("by_template", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_text_fits_100_columns_and_is_plain(name: str, by_template: bool) -> None:
-    for line in text(load_mixture(name), by_template=by_template).splitlines():
+    for line in to_text(load_mixture(name), by_template=by_template).splitlines():
         assert len(line) <= 100
         assert line == line.rstrip()
         assert line.isprintable()
 
 
 def test_the_text_has_a_line_for_each_dataset_the_sums_and_what_to_know() -> None:
-    lines = text(load_mixture("t0")).splitlines()
+    lines = to_text(load_mixture("t0")).splitlines()
     names = {line.split()[0] for line in lines if line}
     assert {subset.name for subset in load_mixture("t0").subsets} <= names
     assert "total 313 164 149 17,277,798 151,781,384".split() in [line.split() for line in lines]
     flowing = " ".join(lines)
-    assert_names(flowing, "promptsource 0.1.0", "151.8 million pairs", "160 million", "38 of 38 addresses")
+    assert_names(flowing, "promptsource 0.1.0", "151.8 million pairs", "160 million", "38 of 38 hub addresses")
 
 
 def test_the_text_by_template_has_a_line_for_each_template() -> None:
     t0 = load_mixture("t0")
-    lines = text(t0, by_template=True).splitlines()
+    lines = to_text(t0, by_template=True).splitlines()
     assert sum(line.startswith("  ") for line in lines) == 313
     assert "  same thing" in {line[:12] for line in lines}
 
 
 def test_the_text_says_what_to_obtain_by_hand_and_what_has_no_size() -> None:
-    assert re.search(r"By hand: story_cloze/2016\b.*https://", " ".join(text(load_mixture("heldout")).splitlines()))
-    assert re.search(r"^Size unknown.*: tellmewhy\b", text(load_mixture("bigbench45")), re.MULTILINE)
+    assert re.search(r"by hand: story_cloze/2016\b.*https://", " ".join(to_text(load_mixture("heldout")).splitlines()))
+    assert re.search(r"^Size unknown.*: tellmewhy\b", to_text(load_mixture("bigbench45")), re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", NAMES)

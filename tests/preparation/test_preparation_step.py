@@ -82,7 +82,7 @@ def test_fields_are_read_from_the_columns_that_are_named(prepare: Prepare, tmp_p
         (["instruction="], ("--columns", "'instruction=' is not FIELD=COLUMN")),
         (["prompt=question"], ("--columns", "unknown field 'prompt'", "instruction, reference")),
         (["instruction=a", "instruction=b"], ("instruction", "one column", "'a' and 'b'")),
-        (["instruction=a"], ("--columns", "without a --source")),
+        (["instruction=a"], ("--columns", "give --source")),
     ],
 )
 def test_columns_that_cannot_be_meant_are_refused(tmp_path: Path, columns: list[str], parts: tuple[str, ...]) -> None:

@@ -16,8 +16,8 @@ from wording import assert_names, raises_naming
 from cappy.annotation.step import AnnotationConfig
 from cappy.annotation.step import run as annotation
 from cappy.errors import ConfigError, FolderError, RecordError
-from cappy.preparation.mixed import _sees
-from cappy.preparation.mixtures.plan import cap
+from cappy.preparation.mixed import _is_sampled
+from cappy.preparation.mixtures.plan import cap_rows
 from cappy.preparation.step import PreparationConfig, run
 from cappy.records import Instance, Manifest, prompt_hash, read, write
 from cappy.sampling.step import SamplingConfig
@@ -174,7 +174,7 @@ def test_blank_renders_are_dropped_and_counted(prepare: Prepare, json_lines: Any
 def test_a_cap_gives_each_template_its_share_evenly_spaced(num_rows: int, share: int) -> None:
     share = min(share, num_rows)
     for offset in (0, num_rows // 3, num_rows - 1):
-        seen = [row for row in range(num_rows) if _sees(row + offset, num_rows, share)]
+        seen = [row for row in range(num_rows) if _is_sampled(row + offset, num_rows, share)]
         assert len(seen) == share
         gaps = {later - earlier for earlier, later in pairwise(seen)}
         assert not gaps or max(gaps) - min(gaps) <= 1
@@ -183,7 +183,7 @@ def test_a_cap_gives_each_template_its_share_evenly_spaced(num_rows: int, share:
 def test_a_mixture_is_read_from_files_at_hand_with_its_cap_and_splits(
     templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules[cap.__module__], "LIMIT", 20)
+    monkeypatch.setattr(sys.modules[cap_rows.__module__], "T0_ROW_LIMIT", 20)
     local = tmp_path / "local"
     local.mkdir()
     (templates / "rotten_tomatoes").mkdir()
@@ -202,7 +202,7 @@ def test_a_mixture_is_read_from_files_at_hand_with_its_cap_and_splits(
         )
     )
     found = list(read(tmp_path / "t0"))
-    assert cap(8_530, 2) == 10
+    assert cap_rows(8_530, 2) == 10
     assert Counter(instance.template for instance in found) == {"ask": 10, "write a question": 10}
     assert {instance.split for instance in found} == {"train"}
     by_template = defaultdict(set)
@@ -286,7 +286,7 @@ def test_training_instances_that_stand_in_an_evaluation_set_are_refused_or_dropp
     rows[2]["instruction"] = "ADD 2  and 3."
     path = json_lines(*rows)
     known = {"test": 0, "validation": 0, "against": (tmp_path / "heldout",)}
-    with raises_naming(RecordError, "instance '2' of train", str(tmp_path / "heldout"), "--leaked drop"):
+    with raises_naming(RecordError, "instance '2' of split train", str(tmp_path / "heldout"), "--leaked drop"):
         prepare(path, target=tmp_path / "never", **known)
     assert not (tmp_path / "never").exists()
     manifest, found = prepare(path, leaked="drop", **known)
@@ -311,7 +311,7 @@ def test_shards_are_joined_whole_or_not_at_all(
     with raises_naming(FolderError, f"{shards}: ", "1/3 is missing", "0/3, 2/3"):
         prepare(shards)
     prepare(path, seed=5, shard="1/3", target=shards / "1", **known)
-    with raises_naming(FolderError, "shards/1: ", "no shard", "shards/0"):
+    with raises_naming(FolderError, "shards/1: ", "not a shard", "shards/0"):
         prepare(shards)
 
 
@@ -329,7 +329,7 @@ def test_the_source_is_never_the_target(tmp_path: Path) -> None:
     assert len(list(read(target))) == 1
 
 
-@pytest.mark.parametrize(("text", "what"), [("a\0b", "NUL"), ("a\ud800b", "half a character")])
+@pytest.mark.parametrize(("text", "what"), [("a\0b", "NUL"), ("a\ud800b", "an unpaired surrogate")])
 def test_texts_that_no_file_takes_are_failures_of_their_row(
     prepare: Prepare, json_lines: Any, templates: Path, text: str, what: str
 ) -> None:
@@ -351,7 +351,7 @@ def test_templates_can_be_left_out_by_name(prepare: Prepare, json_lines: Any, te
 def test_nothing_left_to_train_on_is_refused(prepare: Prepare, json_lines: Any, templates: Path) -> None:
     # The wrong templates: no field is there, so every prompt is the same.
     path = json_lines(*[{"other": n, "label": 0} for n in range(50)])
-    with raises_naming(RecordError, str(path), "nothing is left", "--dataset", "--against"):
+    with raises_naming(RecordError, str(path), "no training instances", "--dataset", "--against"):
         prepare(path, templates=templates, dataset="quiz")
 
 

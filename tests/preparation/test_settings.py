@@ -16,7 +16,7 @@ from wording import assert_names, raises_naming
 from cappy.config import build
 from cappy.errors import CappyError, ConfigError, RecordError
 from cappy.preparation import sources
-from cappy.preparation.config import ALWAYS, HEEDED, NAMES
+from cappy.preparation.config import COMMON_SETTINGS, KIND_NAMES, KINDS_BY_SETTING
 from cappy.preparation.step import PreparationConfig, run
 from cappy.records import Candidate, Instance, Manifest, read, write
 
@@ -52,7 +52,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dic
         text = "".join(json.dumps(row) + "\n" for row in rows)
         if kind == "hub":
             monkeypatch.setattr(sources, "read_hub", read_hub)
-            monkeypatch.setattr(sources, "commit_of", lambda dataset: "0" * 40)
+            monkeypatch.setattr(sources, "resolve_commit", lambda dataset: "0" * 40)
             return {"source": "hub:org/quiz"}
         if kind == "tables":
             table = pa.Table.from_pylist(rows)
@@ -111,21 +111,21 @@ GIVEN: dict[str, Any] = {
 
 def test_b8_every_setting_of_the_step_stands_in_the_table() -> None:
     names = {field.name for field in dataclasses.fields(PreparationConfig)}
-    assert names == ALWAYS | HEEDED.keys()
-    assert HEEDED.keys() == GIVEN.keys()
-    assert {kind for kinds in HEEDED.values() for kind in kinds} == set(NAMES)
+    assert names == COMMON_SETTINGS | KINDS_BY_SETTING.keys()
+    assert KINDS_BY_SETTING.keys() == GIVEN.keys()
+    assert {kind for kinds in KINDS_BY_SETTING.values() for kind in kinds} == set(KIND_NAMES)
 
 
-NOT_HEEDED = [
+REFUSED_SETTINGS = [
     (kind, name)
-    for name, kinds in HEEDED.items()
-    for kind in NAMES
+    for name, kinds in KINDS_BY_SETTING.items()
+    for kind in KIND_NAMES
     # Templates and a mixture make another kind of source of it.
     if kind not in kinds and name not in ("templates", "mixture")
 ]
 
 
-@pytest.mark.parametrize(("kind", "name"), NOT_HEEDED)
+@pytest.mark.parametrize(("kind", "name"), REFUSED_SETTINGS)
 def test_b8_a_setting_that_a_source_does_not_heed_is_refused(
     source: Callable[..., dict[str, Any]], tmp_path: Path, kind: str, name: str
 ) -> None:
@@ -203,7 +203,7 @@ def test_b8_columns_are_mapped_ignored_and_grouped_whatever_the_source(
 def test_b8_shares_are_refused_where_splits_stand(
     prepare: Prepare, source: Callable[..., dict[str, Any]], kind: str, name: str
 ) -> None:
-    with raises_naming(ConfigError, f"--{name} is not for", "splits stand", "leave it out"):
+    with raises_naming(ConfigError, f"--{name} is not for", "splits are fixed", "leave it out"):
         prepare(**source(kind), **{name: 0.4})
 
 
@@ -237,7 +237,7 @@ def test_b8_what_to_do_with_leaks_needs_what_they_are_leaks_of(tmp_path: Path) -
         build(PreparationConfig, {"source": "x", "target": tmp_path, "leaked": "drop"})
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", KIND_NAMES)
 def test_b8_what_is_heeded_without_more_runs(
     prepare: Prepare, source: Callable[..., dict[str, Any]], kind: str
 ) -> None:

@@ -14,7 +14,7 @@ from wording import raises_naming
 from cappy.errors import ConfigError
 from cappy.preparation.rows import Row, hash64
 from cappy.preparation.sources import Source
-from cappy.preparation.splits import draw, place, representatives, survey
+from cappy.preparation.splits import apply_splits, assign_splits, draw_splits, merge_groups
 from cappy.preparation.step import PreparationConfig
 from cappy.progress import silent
 from cappy.records import Instance, prompt_hash
@@ -34,8 +34,8 @@ def split(pairs: list[tuple[str, str]], **settings: Any) -> list[Instance]:
             instance = Instance(instance_id="", group_id=group, instruction=instruction, references=("r",))
             yield Row(f"row {number}", instance, has_id=False, has_split=False)
 
-    plan = survey(Source(name="rows", format="", rows=rows), config(**settings), silent)
-    found = list(place(rows(), plan))
+    plan = assign_splits(Source(name="rows", format="", rows=rows), config(**settings), silent)
+    found = list(apply_splits(rows(), plan))
     kept = [instance for instance in found if instance is not None]
     assert len(kept) == len(found), "none is left out"
     return kept
@@ -106,7 +106,7 @@ def test_tied_groups_have_one_representative_and_others_keep_their_own(pairs: li
     groups, prompts = (
         np.array([hash64(str(value)) for value in values], dtype=np.uint64) for values in zip(*pairs, strict=True)
     )
-    found = representatives(groups, prompts).tolist()
+    found = merge_groups(groups, prompts).tolist()
     component: dict[int, set[int]] = {}
     for group, prompt in zip(groups.tolist(), prompts.tolist(), strict=True):
         merged = {group, -prompt}.union(*(component.get(key, set()) for key in (group, -prompt)))
@@ -125,7 +125,7 @@ def test_instances_of_a_group_are_numbered_in_their_order() -> None:
 def test_too_few_groups_are_refused_with_the_number_that_is_needed() -> None:
     places = np.array([1, 1, 1], dtype=np.uint64)
     with raises_naming(ConfigError, "in.jsonl: 1 group(s)", "2 splits", "at least 2", "--test 0", "--validation 0"):
-        draw(places, config(validation=0), "in.jsonl")
+        draw_splits(places, config(validation=0), "in.jsonl")
 
 
 def test_places_are_the_same_on_every_machine() -> None:

@@ -67,7 +67,7 @@ def test_b7_of_several_splits_the_one_that_is_named_is_read(
     shards(folder / "data", OTHERS, ["test-00000-of-00001.parquet"])
     with caplog.at_level(logging.WARNING):
         assert said(prepare(folder)[1]) == [row["instruction"] for row in ROWS]
-    assert_names(caplog.text, "split train", "test not", "--split")
+    assert_names(caplog.text, "split train", "not test", "--split")
     assert said(prepare(folder, split="test")[1]) == [row["instruction"] for row in OTHERS]
     with raises_naming(ConfigError, str(folder), "no split 'dev'", "test, train", "--split"):
         prepare(folder, split="dev")
@@ -111,7 +111,7 @@ def test_b7_splits_that_files_or_folders_name_are_told_apart_in_every_format(
     with caplog.at_level(logging.WARNING):
         assert said(prepare(tmp_path / "quiz")[1]) == [row["instruction"] for row in ROWS]
     (line,) = (record.getMessage() for record in caplog.records if "--split" in record.getMessage())
-    assert_names(line, f"{tmp_path / 'quiz'}: ", "split train", f"{split} not")
+    assert_names(line, f"{tmp_path / 'quiz'}: ", "split train", f"not {split}")
     assert said(prepare(tmp_path / "quiz", split=split)[1]) == [row["instruction"] for row in OTHERS]
 
 
@@ -137,7 +137,7 @@ def test_b7_half_a_folder_is_refused(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "a.csv").write_text("instruction,reference\na,b\n")
     (tmp_path / "mixed" / "b.jsonl").write_text('{"instruction": "a", "reference": "b"}\n')
-    with raises_naming(FolderError, str(tmp_path / "mixed"), "(.csv, .jsonl)", "name one"):
+    with raises_naming(FolderError, str(tmp_path / "mixed"), "(.csv, .jsonl)", "give one"):
         prepare(tmp_path / "mixed")
 
 
@@ -152,7 +152,7 @@ def test_b7_a_dataset_that_was_saved_to_disk_is_read(prepare: Prepare, tmp_path:
     assert len(prepare(tmp_path / "few")[1]) == 5
     one = tmp_path / "whole" / "data-00000-of-00003.arrow"
     assert said(prepare(one, test=0, validation=0)[1]) == [row["instruction"] for row in ROWS[:4]]
-    with raises_naming(ConfigError, str(tmp_path / "whole"), "no 'test'", "leave --split out"):
+    with raises_naming(ConfigError, str(tmp_path / "whole"), "--split 'test'", "leave --split out"):
         prepare(tmp_path / "whole", split="test")
     one.unlink()
     with raises_naming(FolderError, "data-00000-of-00003.arrow: is missing"):
@@ -168,7 +168,7 @@ def test_b7_a_dictionary_of_splits_that_was_saved_to_disk_is_read_by_split(
     with caplog.at_level(logging.WARNING):
         manifest, found = prepare(tmp_path / "both")
     assert said(found) == [row["instruction"] for row in ROWS]
-    assert_names(manifest.facts["notes"]["splits"], "split train", "test not", "--split")
+    assert_names(manifest.facts["notes"]["splits"], "split train", "not test", "--split")
     assert said(prepare(tmp_path / "both", split="test")[1]) == [row["instruction"] for row in OTHERS]
     with raises_naming(ConfigError, str(tmp_path / "both"), "no split 'dev'", "train, test", "--split"):
         prepare(tmp_path / "both", split="dev")

@@ -1,13 +1,13 @@
-"""Mixtures by name: which datasets, templates and splits they hold. `plan` says how many rows come of them.
+"""Mixtures by name: their datasets, templates and splits. `plan` counts the rows that they make.
 
-    t0           what T0 was trained on, and Cappy after it: 38 subsets, 313 templates
+    t0           the training data of T0, and later of Cappy: 38 subsets, 313 templates
     heldout      the eleven tasks that Cappy was evaluated on without training, COPA and HellaSwag
     bigbench45   the 45 generation tasks of BIG-bench that Cappy was adapted to
 
-The facts lie in `data/`. `sources.json` is written by hand: where each subset lies at the Hugging Face hub today. The
-hub could not be reached where it was written, so every entry says `verified: false` and what public text it rests on.
-A `revision` is a branch, never a commit that nobody looked up: the manifest of the prepared data records the commit
-that it resolved to. The other files are made of it, of PromptSource's templates and of two published tables:
+The data is in `data/`. `sources.json` is written by hand and says where each subset is on the Hugging Face hub. It was
+written without access to the hub, so every entry has `verified: false` and the public text that it relies on. A
+`revision` is a branch; the manifest of prepared data records the commit that it resolved to. The other files are
+generated from sources.json, PromptSource's templates and two published tables:
 
     python -m cappy.preparation.mixtures --templates FOLDER --published FOLDER
 """
@@ -23,18 +23,18 @@ from pydantic import TypeAdapter
 from cappy.errors import ConfigError, quote
 
 NAMES = ("t0", "heldout", "bigbench45")
-"""The mixtures there are."""
+"""The names of the mixtures."""
 
 CONVERTED = "refs/convert/parquet"
-"""The branch to which the hub itself converts the data of a repository, scripts included."""
+"""The branch where the hub stores a repository's data converted to Parquet, including data of loading scripts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemplateFacts:
-    """What a plan must know of a template.
+    """The facts about a template that a plan needs.
 
-    `num_choices` is None where the template has no answer choices, which makes it open-ended. Where choices come from
-    the row, it is the dataset's average and need not be whole.
+    `num_choices` is None for an open-ended template, which has no answer choices. Where choices come from the row, it
+    is the average over the dataset and need not be an integer.
     """
 
     name: str
@@ -43,7 +43,7 @@ class TemplateFacts:
 
     @property
     def has_choices(self) -> bool:
-        """Whether a response is one of a closed set."""
+        """Whether the response is one of a closed set."""
         return self.num_choices is not None
 
 
@@ -51,10 +51,10 @@ class TemplateFacts:
 class Subset:
     """One dataset of a mixture.
 
-    `dataset` is its folder in PromptSource. `configuration` is None where the repository has only one. `rows` maps the
-    splits that the mixture uses to their sizes, None where nobody published it. `manual` says what a person must do
-    where the data cannot be loaded, and is empty everywhere else. `verified` is true once somebody has loaded it from
-    the hub, `evidence` what the facts rest on until then, `commit_seen` a commit that public code pins.
+    `dataset` is its folder in PromptSource. `configuration` is None if the repository has only one. `rows` maps the
+    splits that the mixture uses to their sizes, None if unpublished. `manual` says how to get data that cannot be
+    loaded, and is empty otherwise. `verified` is true once it has been loaded from the hub; until then `evidence` is
+    the source of its facts. `commit_seen` is a commit that public code pins.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Subset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """Subsets, the version of the templates that are counted, and how many responses an LLM samples for each prompt."""
+    """Subsets, the version of the counted templates, and the number of responses that an LLM samples per prompt."""
 
     name: str
     template_version: str
@@ -88,32 +88,32 @@ class Mixture:
 
 
 def load_mixture(name: str) -> Mixture:
-    """The mixture of this name; ConfigError lists the names for an unknown one."""
+    """Loads a mixture; ConfigError for an unknown name."""
     if name not in NAMES:
         raise ConfigError(f"mixture: unknown mixture {quote(name)}; choose one of {', '.join(NAMES)}")
-    return from_json(data_text(f"{name}.json"))
+    return from_json(read_data(f"{name}.json"))
 
 
 def select_subsets(mixture: Mixture, patterns: Sequence[str]) -> Mixture:
-    """The mixture with the subsets whose names match a pattern; ConfigError for a pattern that matches none."""
+    """The mixture with only the subsets whose names match a pattern; ConfigError for a pattern without a match."""
     names = [subset.name for subset in mixture.subsets]
     unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
     if unknown:
         remedy = f"choose one of {', '.join(names)}, or a pattern such as 'super_glue/*'"
-        raise ConfigError(f"preparation: --subsets: {mixture.name} has no {quote(unknown[0])}; {remedy}")
-    kept = [s for s in mixture.subsets if not patterns or any(fnmatchcase(s.name, pattern) for pattern in patterns)]
-    return replace(mixture, subsets=tuple(kept))
+        raise ConfigError(f"preparation: --subsets: no dataset of {mixture.name} matches {quote(unknown[0])}; {remedy}")
+    selected = [s for s in mixture.subsets if not patterns or any(fnmatchcase(s.name, pattern) for pattern in patterns)]
+    return replace(mixture, subsets=tuple(selected))
 
 
 def from_json(text: str) -> Mixture:
-    """The mixture in a data file; pydantic.ValidationError where a field is missing or of another type."""
+    """Parses the JSON of a mixture; pydantic.ValidationError for a missing field or a wrong type."""
     return TypeAdapter(Mixture).validate_json(text, strict=True)
 
 
 class SubsetValues(TypedDict, total=False):
-    """A `Subset` as JSON values, and as an entry of sources.json; what is left out is at its default.
+    """A `Subset` as JSON values, and as an entry of sources.json; an absent key has its default.
 
-    `choices_per_row` stands in sources.json alone, `plan` in the JSON of a plan.
+    `choices_per_row` is only in sources.json, `plan` only in the JSON of a plan.
     """
 
     name: Required[str]
@@ -143,11 +143,11 @@ class MixtureValues(TypedDict):
 
 
 def to_values(mixture: Mixture) -> MixtureValues:
-    """A mixture as JSON values, fields at their default left out."""
+    """A mixture as JSON values, without fields at their default."""
     values: MixtureValues = TypeAdapter(Mixture).dump_python(mixture, mode="json", exclude_defaults=True)
     return values
 
 
-def data_text(name: str) -> str:
-    """A packaged data file."""
+def read_data(name: str) -> str:
+    """The text of a packaged data file."""
     return (files(__package__) / "data" / name).read_text(encoding="utf-8")

@@ -1,8 +1,8 @@
-"""PromptSource templates: read from their YAML files, rendered as PromptSource v0.1.0 and T0 render them, in bounds.
+"""PromptSource templates: loaded from YAML and rendered as in PromptSource v0.1.0 and T0, with resource limits.
 
-`load_templates` reads those of a dataset, as plain values and never as Python objects; `render` turns a row and a
-template into an instruction, a target and choices, in a child process; `render_rows` many rows under many templates;
-`fetch` downloads the files. What a template may take is in `cappy.rendering`, what it makes of a row in
+`load_templates` loads the templates of a dataset without constructing Python objects. `render` renders a row with a
+template to an instruction, a target and choices in a child process, `render_rows` many rows with many templates.
+`fetch` downloads the files. The limits are in `cappy.rendering`, the rendering itself in
 `cappy.rendering.promptsource`.
 """
 
@@ -36,7 +36,7 @@ __all__ = [
     "Result",
     "Template",
     "fetch",
-    "fields",
+    "find_fields",
     "fixed_choices",
     "load_templates",
     "render",
@@ -44,19 +44,19 @@ __all__ = [
 ]
 
 _FILE = "templates.yaml"
-_NEAR_NAMES = 5
+_MAX_SUGGESTIONS = 5
 _KIND = "promptsource"
-_RESTRICTED = "answer_choices"
+_RESERVED_FIELD = "answer_choices"
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
-    """One template of a dataset; `dataset` names the subset too: "super_glue/rte".
+    """One template of a dataset; `dataset` includes the subset: "super_glue/rte".
 
-    `jinja` gives the instruction and the target, divided by `|||`; `answer_choices` gives the choices of a
-    classification template, divided likewise, and is empty for an open-ended one. `original_task` is false for a
-    template that turns its dataset's task around.
+    `jinja` renders to the instruction and the target, separated by `|||`; `answer_choices` renders to the choices of a
+    classification template, separated likewise, and is empty for an open-ended template. `original_task` is false for
+    a template that inverts the task of its dataset.
     """
 
     name: str
@@ -70,26 +70,26 @@ class Template:
 
 
 def load_templates(folder: Path, dataset: str) -> tuple[Template, ...]:
-    """The templates of a dataset, such as "imdb" or "super_glue/rte", sorted by name.
+    """Loads the templates of a dataset, such as "imdb" or "super_glue/rte", sorted by name.
 
-    `folder` holds <dataset>[/<subset>]/templates.yaml. ConfigError if it has no such file, or another in its place.
+    `folder` contains <dataset>[/<subset>]/templates.yaml. ConfigError if the file is missing or invalid.
     """
-    path = _path(folder, dataset)
-    templates = [_template(path, dataset, key, values) for key, values in _mappings(path).items()]
+    path = _find_file(folder, dataset)
+    templates = [_parse_template(path, dataset, key, values) for key, values in _read_mappings(path).items()]
     templates.sort(key=lambda template: template.name)
-    for former, template in pairwise(templates):
-        if former.name == template.name:
-            raise ConfigError(f"{path}: two templates are called {quote(template.name)}; rename one of them")
+    for previous, template in pairwise(templates):
+        if previous.name == template.name:
+            raise ConfigError(f"{path}: two templates are named {quote(template.name)}; rename one of them")
     return tuple(templates)
 
 
 class LimitError(RecordError):
-    """A template took too long on a row, or too much memory."""
+    """A template exceeded its limit on time or memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderedRow:
-    """A row under a template. `choices` is empty for an open-ended template; the target need not be among them."""
+    """A rendered row. `choices` is empty for an open-ended template; the target need not be among them."""
 
     instruction: str
     target: str
@@ -97,16 +97,16 @@ class RenderedRow:
 
 
 Result = RenderedRow | RecordError | None
-"""A row under a template; None where T0 drops the row, because its instruction or target is blank."""
+"""A rendered row or its error; None if the instruction or target is blank, in which case T0 drops the row."""
 Row = Mapping[str, object]
 
 
 def render(template: Template, row: Row, *, seed: int = 0, seconds: float = MAX_SECONDS) -> RenderedRow | None:
-    """What the template makes of the row; None where T0 drops the row, because its instruction or target is blank.
+    """Renders a row with a template; None if the instruction or target is blank, in which case T0 drops the row.
 
-    A template that draws at random draws the same for the same row and seed. RecordError if it fails on the row, takes
-    longer than `seconds` of CPU time, or does what a template may not; ConfigError if it does not compile. The row is
-    left as it is, whatever the template does to it.
+    Random choices in a template depend only on the row and the seed. The row is not modified. RecordError if rendering
+    fails, takes longer than `seconds` of CPU time, or does something forbidden; ConfigError if the template does not
+    compile.
     """
     ((result,),) = render_rows([(row, [template])], seed=seed, seconds=seconds)
     if isinstance(result, RecordError):
@@ -117,15 +117,15 @@ def render(template: Template, row: Row, *, seed: int = 0, seconds: float = MAX_
 def render_rows(
     rows: Iterable[tuple[Row, Sequence[Template]]], *, seed: int = 0, seconds: float = MAX_SECONDS
 ) -> Iterator[list[Result]]:
-    """What each template makes of its row, as `render` has it, row by row; rows are read ahead.
+    """Renders each row with its templates, as `render` does; yields one list of results per row and reads rows ahead.
 
-    A RecordError stands in place of a result. ConfigError if a template does not compile.
+    A failure is returned as a RecordError in place of the result. ConfigError if a template does not compile.
     """
     queue: deque[tuple[Row, Sequence[Template], str]] = deque()
     items_by_id: dict[int, tuple[Template, tuple[Source, str]]] = {}
 
     def item(template: Template) -> tuple[Source, str]:
-        if id(template) not in items_by_id:  # hashing a template takes longer than the rest
+        if id(template) not in items_by_id:  # hashing a template would dominate the run time
             items_by_id[id(template)] = template, (_as_source(template), f"{seed} {template.id}")
         return items_by_id[id(template)][1]
 
@@ -141,27 +141,29 @@ def render_rows(
         if problem:
             yield [RecordError(f"{_where(template)}: {problem}") for template in templates]
         else:
-            yield [_result(template, row, outcome) for template, outcome in zip(templates, outcomes, strict=True)]
+            yield [
+                _parse_outcome(template, row, outcome) for template, outcome in zip(templates, outcomes, strict=True)
+            ]
 
 
 def fixed_choices(template: Template) -> tuple[str, ...] | None:
-    """The choices that are the same for every row; None if they depend on it, or there are none."""
-    fields(template)
+    """The choices of a template if they are the same for every row; None if they depend on the row or are absent."""
+    find_fields(template)
     ((outcome,),) = jobs.run(_KIND, [Job(items=((_as_source(template), None),))])
     if isinstance(outcome, Failure):
         raise _config_error(template, outcome)
-    return None if outcome is None else tuple(_checked_texts(template, outcome))
+    return None if outcome is None else tuple(_check_texts(template, outcome))
 
 
-def fields(template: Template) -> frozenset[str]:
+def find_fields(template: Template) -> frozenset[str]:
     """The fields of a row that the template reads; ConfigError if it does not compile.
 
-    PromptSource takes a field that a row lacks for an empty text, silently: a caller that wants to know must ask.
+    PromptSource silently renders a missing field as an empty text, so callers must check for missing fields.
     """
     outcome = jobs.load(_as_source(template))
     if isinstance(outcome, Failure):
         raise _config_error(template, outcome)
-    return frozenset(_checked_texts(template, outcome))
+    return frozenset(_check_texts(template, outcome))
 
 
 def _as_source(template: Template) -> Source:
@@ -169,40 +171,40 @@ def _as_source(template: Template) -> Source:
 
 
 def _encode_row(row: Row) -> tuple[str, str]:
-    """The row as a job has it, and what is wrong with it."""
-    if any(name.replace("-", "_") == _RESTRICTED for name in row):
-        return "{}", f"the row has a field {_RESTRICTED}, which is the template's; rename the column"
+    """The row as JSON for a job, and a description of its problem or an empty text."""
+    if any(name.replace("-", "_") == _RESERVED_FIELD for name in row):
+        return "{}", f"the row has a field {_RESERVED_FIELD}, which is reserved for the template; rename the column"
     try:
         return _to_json(encode(row)), ""
     except RecursionError:
-        return "{}", "the row's values are nested too deep; mend the row"
+        return "{}", "the values of the row are nested too deeply; fix the row"
 
 
-def _result(template: Template, row: Row, outcome: object) -> Result:
+def _parse_outcome(template: Template, row: Row, outcome: object) -> Result:
     if outcome is None:
         return None
     if not isinstance(outcome, Failure):
         if not isinstance(outcome, list) or len(outcome) != 3:
             raise TypeError(f"{_where(template)}: the child answers {quote(outcome)}")
-        instruction, target = _checked_texts(template, outcome[:2])
-        return RenderedRow(instruction=instruction, target=target, choices=tuple(_checked_texts(template, outcome[2])))
+        instruction, target = _check_texts(template, outcome[:2])
+        return RenderedRow(instruction=instruction, target=target, choices=tuple(_check_texts(template, outcome[2])))
     if outcome.loading:
         raise _config_error(template, outcome)
     names = quote(", ".join(map(str, row)) or "none", limit=120)
-    remedy = f"fields of the row: {names}; mend the row or leave the template out"
+    remedy = f"fields of the row: {names}; fix the row or leave the template out"
     error = LimitError if outcome.limited else RecordError
     return error(f"{_where(template)} fails on the row ({outcome.reason}); {remedy}")
 
 
-def _checked_texts(template: Template, texts: object) -> list[str]:
-    """The texts of an answer; what comes from a child is not trusted."""
+def _check_texts(template: Template, texts: object) -> list[str]:
+    """The texts in an outcome; outcomes of a child process are not trusted."""
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"{_where(template)}: the child answers {quote(texts)}")
     return texts
 
 
 def _config_error(template: Template, failure: Failure) -> ConfigError:
-    return ConfigError(f"{_where(template)} does not compile ({failure.reason}); mend or leave it out")
+    return ConfigError(f"{_where(template)} does not compile ({failure.reason}); fix it or leave it out")
 
 
 def _where(template: Template) -> str:
@@ -210,18 +212,18 @@ def _where(template: Template) -> str:
 
 
 class _Loader(FAST_LOADER):  # type: ignore[misc, valid-type] # a class of PyYAML's
-    """A safe loader that takes PromptSource's two tags for the mappings that they are."""
+    """A safe loader that reads PromptSource's two tags as plain mappings."""
 
 
-def _mapping(loader: Loader, node: yaml.MappingNode) -> dict[Hashable, object]:
+def _construct_mapping(loader: Loader, node: yaml.MappingNode) -> dict[Hashable, object]:
     return loader.construct_mapping(node, deep=True)
 
 
-_Loader.add_constructor("!Template", _mapping)
-_Loader.add_constructor("!TemplateMetadata", _mapping)
+_Loader.add_constructor("!Template", _construct_mapping)
+_Loader.add_constructor("!TemplateMetadata", _construct_mapping)
 
 
-def _path(folder: Path, dataset: str) -> Path:
+def _find_file(folder: Path, dataset: str) -> Path:
     parts = PurePosixPath(dataset).parts
     if not parts or dataset.startswith("/") or ".." in parts:
         raise ConfigError(f"{quote(dataset)} is not the name of a dataset, such as imdb or super_glue/rte")
@@ -229,14 +231,18 @@ def _path(folder: Path, dataset: str) -> Path:
     if not path.is_file():
         names = sorted(file.parent.relative_to(folder).as_posix() for file in folder.rglob(_FILE))
         if not names:
-            raise ConfigError(f"{folder}: holds no {_FILE}; name the folder of PromptSource's templates, or fetch them")
-        near = [name for name in names if dataset in name.split("/")] or get_close_matches(dataset, names, _NEAR_NAMES)
-        remedy = f"choose one of {', '.join(near)}" if near else f"choose one of the {len(names)} folders there"
+            raise ConfigError(
+                f"{folder}: contains no {_FILE}; give the folder of PromptSource's templates, or fetch them"
+            )
+        similar = [name for name in names if dataset in name.split("/")] or get_close_matches(
+            dataset, names, _MAX_SUGGESTIONS
+        )
+        remedy = f"choose one of {', '.join(similar)}" if similar else f"choose one of the {len(names)} folders there"
         raise ConfigError(f"{folder}: has no templates for {quote(dataset)}; {remedy}")
     return path
 
 
-def _mappings(path: Path) -> Mapping[str, object]:
+def _read_mappings(path: Path) -> Mapping[str, object]:
     try:
         with path.open("rb") as file:
             content = load_yaml(file.read(MAX_CHARACTERS + 1), _Loader)
@@ -244,14 +250,14 @@ def _mappings(path: Path) -> Mapping[str, object]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise ConfigError(f"{where}: not a file of templates ({quote(reason, limit=120)}); fetch it again") from error
+        raise ConfigError(f"{where}: is not a templates file ({quote(reason, limit=120)}); fetch it again") from error
     templates = content.get("templates") if isinstance(content, Mapping) else None
     if not isinstance(templates, Mapping) or not templates:
-        raise ConfigError(f"{path}: has no mapping 'templates' with a template in it; fetch it again")
+        raise ConfigError(f"{path}: has no mapping 'templates', or it is empty; fetch it again")
     return templates
 
 
-def _template(path: Path, dataset: str, key: object, values: object) -> Template:
+def _parse_template(path: Path, dataset: str, key: object, values: object) -> Template:
     where = f"{path}: template {quote(key)}"
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: must be a mapping, got {quote(values)}; fetch the file again")
@@ -262,93 +268,93 @@ def _template(path: Path, dataset: str, key: object, values: object) -> Template
     if not isinstance(metrics, list | tuple):
         raise ConfigError(f"{where}: metrics must be a list, got {quote(metrics)}; fetch the file again")
     return Template(
-        name=_text(where, values, "name"),
+        name=_read_text(where, values, "name"),
         id=str(key),
         dataset=dataset,
-        jinja=_text(where, values, "jinja"),
-        answer_choices=_text(where, values, "answer_choices") if values.get("answer_choices") is not None else "",
-        # T0 asks whether it is true, so null counts as false.
+        jinja=_read_text(where, values, "jinja"),
+        answer_choices=_read_text(where, values, "answer_choices") if values.get("answer_choices") is not None else "",
+        # T0 tests for true, so null counts as false.
         original_task=metadata.get("original_task") is True,
         choices_in_prompt=metadata.get("choices_in_prompt") is True,
         metrics=tuple(map(str, metrics)),
     )
 
 
-def _text(where: str, values: Mapping[str, object], name: str) -> str:
+def _read_text(where: str, values: Mapping[str, object], name: str) -> str:
     value = values.get(name)
     if not isinstance(value, str):
-        raise ConfigError(f"{where}: {name} must be a text, got {quote(value)}; put it in quotes")
+        raise ConfigError(f"{where}: {name} must be a string, got {quote(value)}; put it in quotes")
     return value
 
 
 URL = "https://github.com/bigscience-workshop/promptsource/archive/refs/heads/main.tar.gz"
-"""The main branch, where nothing has changed since June 2023. `hashes.json` is what pins the files, not this address.
+"""The main branch, unchanged since June 2023. `hashes.json` pins the files, not this address.
 
 It lists the 279 files that this project was tested with: release 0.2.3 with the languages of each template, and the
-later changes to trec, multi_news and race. The full name of their commit could not be established.
+later changes to trec, multi_news and race. Their full commit hash is not known.
 """
 MAX_BYTES = 2**26
-_FOLDER = ("promptsource", "templates")
+_TEMPLATES_FOLDER = ("promptsource", "templates")
 
 
-def known_hashes() -> Mapping[str, str]:
-    """sha256 of every known file, by its path below the folder of templates."""
+def load_hashes() -> Mapping[str, str]:
+    """The sha256 of every known file by its path below the templates folder."""
     hashes: dict[str, str] = json.loads(Path(__file__).with_name("hashes.json").read_text())
     return hashes
 
 
 def fetch(target: Path, *, url: str = URL, hashes: Mapping[str, str] | None = None, seconds: float = 60) -> int:
-    """Writes the template files to `target`, a new folder, and counts them.
+    """Downloads the template files to `target`, a new folder, and returns their number.
 
-    `url` is a tar.gz of the repository; `seconds` bounds each wait for it. Nothing is written unless every file of
-    `hashes` (the known ones, if left out) is there with its sha256; other files of the archive are left out.
-    ConfigError if the target is taken or the address gives nothing, FolderError if the archive is not the known one.
+    `url` is a tar.gz of the repository; `seconds` is the timeout of each read. Nothing is written unless every file of
+    `hashes` (the known ones if left out) is in the archive with its sha256; other files are skipped. ConfigError if the
+    target exists or the download fails, FolderError if the archive does not contain the known files.
     """
     if target.exists():
-        raise ConfigError(f"{target}: is there already; name a folder that is not")
-    wanted = known_hashes() if hashes is None else hashes
-    files = _check_hashes(url, _members(url, _download(url, seconds)), wanted)
+        raise ConfigError(f"{target}: already exists; choose a new folder")
+    expected = load_hashes() if hashes is None else hashes
+    files = _check_hashes(url, _read_members(url, _download(url, seconds)), expected)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    temporary = Path(mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         for name, content in files.items():
-            path = unfinished / name
+            path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        unfinished.chmod(0o755)
-        unfinished.rename(target)
+        temporary.chmod(0o755)
+        temporary.rename(target)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return len(files)
 
 
 def _download(url: str, seconds: float) -> bytes:
-    remedy = "check the address and the network, or fetch it elsewhere and name its templates' folder"
+    remedy = "check the address and the network, or download it elsewhere and give its templates folder"
     if not url.startswith(("https://", "http://")):
-        raise ConfigError(f"{quote(url)}: is not a web address; {remedy}")
+        raise ConfigError(f"{quote(url)}: is not an http(s) address; {remedy}")
     try:
-        with urllib.request.urlopen(url, timeout=seconds) as answer:  # noqa: S310 # the scheme is checked above
-            content: bytes = answer.read(MAX_BYTES + 1)
+        with urllib.request.urlopen(url, timeout=seconds) as response:  # noqa: S310 # the scheme is checked above
+            content: bytes = response.read(MAX_BYTES + 1)
     except (OSError, HTTPException) as error:
-        raise ConfigError(f"{url}: gives no archive ({quote(str(error), limit=120)}); {remedy}") from error
+        raise ConfigError(f"{url}: download failed ({quote(str(error), limit=120)}); {remedy}") from error
     if len(content) > MAX_BYTES:
-        raise FolderError(f"{url}: gives more than {MAX_BYTES:,} bytes; {remedy}")
+        raise FolderError(f"{url}: sends more than {MAX_BYTES:,} bytes; {remedy}")
     return content
 
 
-def _members(url: str, content: bytes) -> dict[str, bytes]:
-    """The files below the folder of templates, by their path there; no member may point out of the archive."""
-    members, left = {}, MAX_BYTES
+def _read_members(url: str, content: bytes) -> dict[str, bytes]:
+    """The files below the templates folder by their path there; no member may have a path outside the archive."""
+    members, remaining_bytes = {}, MAX_BYTES
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
             for member in archive:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts:
-                    raise FolderError(f"{url}: {quote(member.name)} points out of the archive; use another address")
-                left -= member.size
-                if left < 0:
+                    raise FolderError(f"{url}: {quote(member.name)} has a path out of the archive; use another address")
+                remaining_bytes -= member.size
+                if remaining_bytes < 0:
                     raise FolderError(f"{url}: unpacks to more than {MAX_BYTES:,} bytes; use another address")
-                file = archive.extractfile(member) if member.isreg() and path.parts[1:3] == _FOLDER else None
+                file = archive.extractfile(member) if member.isreg() and path.parts[1:3] == _TEMPLATES_FOLDER else None
                 if file is not None:
                     members[PurePosixPath(*path.parts[3:]).as_posix()] = file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -356,11 +362,11 @@ def _members(url: str, content: bytes) -> dict[str, bytes]:
     return members
 
 
-def _check_hashes(url: str, content: Mapping[str, bytes], wanted: Mapping[str, str]) -> dict[str, bytes]:
-    remedy = "nothing was written; fetch again, or from the address of the known files"
-    for name, sha256 in wanted.items():
+def _check_hashes(url: str, content: Mapping[str, bytes], expected: Mapping[str, str]) -> dict[str, bytes]:
+    remedy = "nothing was written; fetch again, or use the default address"
+    for name, sha256 in expected.items():
         if name not in content:
             raise FolderError(f"{url}: has no {name}; {remedy}")
         if hashlib.sha256(content[name]).hexdigest() != sha256:
-            raise FolderError(f"{url}: {name} is not the known file (its sha256 differs); {remedy}")
-    return {name: content[name] for name in wanted}
+            raise FolderError(f"{url}: {name} differs from the known file (sha256); {remedy}")
+    return {name: content[name] for name in expected}

@@ -12,7 +12,7 @@ import pytest
 from wording import raises_naming
 
 from cappy.errors import ConfigError, FolderError
-from cappy.preparation.templates import fetch, known_hashes, load_templates
+from cappy.preparation.templates import fetch, load_hashes, load_templates
 
 ROOT = "promptsource-main/promptsource/templates/"
 FILES = {
@@ -124,4 +124,4 @@ def test_the_known_hashes_are_those_of_the_files_that_the_tests_read(real_templa
     found = {
         file.relative_to(real_templates).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
     }
-    assert found == known_hashes()
+    assert found == load_hashes()

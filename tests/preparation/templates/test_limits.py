@@ -12,7 +12,15 @@ import pytest
 from wording import assert_names, raises_naming
 
 from cappy.errors import CappyError, ConfigError
-from cappy.preparation.templates import LimitError, RenderedRow, Template, fields, fixed_choices, render, render_rows
+from cappy.preparation.templates import (
+    LimitError,
+    RenderedRow,
+    Template,
+    find_fields,
+    fixed_choices,
+    render,
+    render_rows,
+)
 
 Make = Callable[..., Template]
 
@@ -80,14 +88,14 @@ def test_a_template_that_takes_too_much_is_stopped_and_the_asker_grows_by_little
 @pytest.mark.usefixtures("within")
 @pytest.mark.parametrize("jinja", UNCOMPILED.values(), ids=UNCOMPILED)
 def test_a_template_that_takes_too_much_when_it_is_compiled_is_stopped_too(template: Make, jinja: str) -> None:
-    for act in (fields, fixed_choices, lambda template: render(template, {}, seconds=0.5)):
+    for act in (find_fields, fixed_choices, lambda template: render(template, {}, seconds=0.5)):
         with contextlib.suppress(CappyError):  # some of them do compile, in time
             act(template(f"x ||| y{jinja}", answer_choices=jinja))
 
 
 def test_a_constant_that_takes_too_long_does_not_compile(template: Make) -> None:
     with raises_naming(ConfigError, "template 'mine'", "2 seconds"):
-        fields(template("x ||| {{ 7 | round(-1000000000) }}"))
+        find_fields(template("x ||| {{ 7 | round(-1000000000) }}"))
 
 
 def test_a_text_that_grows_on_the_way_back_is_refused(template: Make) -> None:

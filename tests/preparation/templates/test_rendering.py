@@ -8,7 +8,7 @@ import pytest
 from wording import raises_naming
 
 from cappy.errors import ConfigError, RecordError
-from cappy.preparation.templates import RenderedRow, Template, fields, fixed_choices, load_templates, render
+from cappy.preparation.templates import RenderedRow, Template, find_fields, fixed_choices, load_templates, render
 
 Make = Callable[..., Template]
 Expected = tuple[str, str] | tuple[str, str, tuple[str, ...]] | None
@@ -241,7 +241,7 @@ def test_choices_are_fixed_where_no_name_is_read(
 
 def test_fields_are_the_names_that_a_row_must_have(template: Make) -> None:
     jinja = "{% set x = text %}{{x}} {% for i in range(n) %}{{loop.index}}{% endfor %} ||| {{answer_choices[label]}}"
-    assert fields(template(jinja, "{{options.text}} ||| b")) == {"text", "n", "label", "options"}
+    assert find_fields(template(jinja, "{{options.text}} ||| b")) == {"text", "n", "label", "options"}
 
 
 FILE = """\
