@@ -16,7 +16,6 @@ from cappy.steps import STEP_SPECS
 
 if TYPE_CHECKING:
     from cappy.records.work import Piece
-    from cappy.sampling.store import Entry
 
 DAY_SECONDS = 86_400.0
 WorkFlag = Annotated[Path, typer.Option(help="Folder that keeps unfinished and finished work.")]
@@ -95,10 +94,10 @@ def clean(
         if reason := piece.unreachable or _idle_time(piece.last_used, limit):
             rows.append({**_row(piece, piece.step), "reason": reason, "removed": False})
             removals.append(partial(remove_piece, piece))
-    for entry in store.entries(work):
-        if reason := store.unreachable(entry, fresh) or _idle_time(entry.last_used, limit):
+    for entry in store.list_entries(work):
+        if reason := store.unreachable_reason(entry, fresh) or _idle_time(entry.last_used, limit):
             rows.append({**_row(entry, entry.kind), "reason": reason, "removed": False})
-            removals.append(partial(store.remove, entry))
+            removals.append(partial(store.remove_entry, entry))
     kept = _remove(rows, removals) if remove else []
     typer.echo(json.dumps(rows, indent=1) if as_json else _text(work, rows, removed=remove))
     if kept:

@@ -5,7 +5,7 @@ argument], ...]]`. Out, in the same order: what a load gives, and the list of wh
 Instead of a value an answer may hold {"error": reason} or {"limit": what}: time, size, or unloaded (it did not
 compile). Where memory runs out, the process ends with `OUT_OF_MEMORY`.
 
-CPU time is limited in two steps. After its seconds a timer raises `_TimeIsUpError` in the child's own Python, and the
+CPU time is limited in two steps. After its seconds a timer raises `_TimeLimitError` in the child's own Python, and the
 child goes on with the next template. A single call into C (a sort, a power) is not interrupted by that: the kernel ends
 the process a little later. Memory is limited by the kernel too, in address space above what the child holds when it
 starts.
@@ -67,7 +67,7 @@ class _Kind(Protocol[Compiled, Prepared]):
 def main(kind: str) -> None:
     """Answers what comes on standard input until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    serve = _server(kind)
+    serve = _make_server(kind)
     source, target = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
@@ -112,7 +112,7 @@ class _ChatTemplates:
         return str(rendered[0])
 
 
-def _server(kind: str) -> Callable[[Iterator[bytes], Callable[[object], None]], None]:
+def _make_server(kind: str) -> Callable[[Iterator[bytes], Callable[[object], None]], None]:
     """Serves templates of a kind. What they need is imported here, since no file may be opened later."""
     if kind == "chat":
         return partial(_serve, _ChatTemplates())
@@ -165,16 +165,16 @@ def _call_within(seconds: float, call: Callable[..., object], *args: object) -> 
     """What the call gives, or how it failed."""
     try:
         try:
-            _start_time(seconds)
+            _start_timer(seconds)
             return call(*args)
         except Exception as error:  # foreign code: whatever it raises is its own failure
             if isinstance(error, MemoryError):
                 raise
             return {"error": _reason(error)}
         finally:
-            _stop_time()
-    except _TimeIsUpError:
-        _stop_time()  # again: the time may have been up just before it was stopped
+            _stop_timer()
+    except _TimeLimitError:
+        _stop_timer()  # again: the time may have been up just before it was stopped
         return {"limit": "time"}
 
 
@@ -196,24 +196,24 @@ def _read_lines(source: int) -> Iterator[bytes]:
 
 def _write_line(target: int, answer: object) -> None:
     """Writes one answer, or that it is too large."""
-    line = _line(answer)
+    line = _encode_line(answer)
     if len(line) > MAX_ANSWER:
-        line = _line([{"limit": "size"}] * len(answer) if isinstance(answer, list) else {"limit": "size"})
+        line = _encode_line([{"limit": "size"}] * len(answer) if isinstance(answer, list) else {"limit": "size"})
     rest = memoryview(line)
     while rest:
         rest = rest[os.write(target, rest) :]
 
 
-def _line(answer: object) -> bytes:
+def _encode_line(answer: object) -> bytes:
     return _to_json(answer).encode("utf-8", "surrogatepass") + b"\n"
 
 
-class _TimeIsUpError(BaseException):
+class _TimeLimitError(BaseException):
     """Not an Exception: no `except Exception` between here and the caller may catch it."""
 
 
 def _apply_limits() -> None:
-    """Sets the limits of this process for good; CPU time is limited by `_start_time`."""
+    """Sets the limits of this process for good; CPU time is limited by `_start_timer`."""
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_NOFILE, _MAX_FILES)
@@ -221,7 +221,7 @@ def _apply_limits() -> None:
     size = _address_space()
     if size:  # macOS has no such file, and does not enforce this limit
         _limit(resource.RLIMIT_AS, size + MAX_MEMORY)
-    signal.signal(signal.SIGPROF, _time_is_up)
+    signal.signal(signal.SIGPROF, _on_timer)
 
 
 def _limit(kind: int, most: int) -> None:
@@ -237,8 +237,8 @@ def _address_space() -> int:
         return 0
 
 
-def _start_time(seconds: float) -> None:
-    """From now on until `_stop_time` the code may take so many seconds of CPU time, or _TimeIsUpError is raised."""
+def _start_timer(seconds: float) -> None:
+    """From now on until `_stop_timer` the code may take so many seconds of CPU time, or _TimeIsUpError is raised."""
     signal.setitimer(signal.ITIMER_PROF, seconds, _AGAIN)
     soft = math.ceil(time.process_time() + seconds) + _GRACE
     if soft != _state["soft"]:
@@ -248,14 +248,14 @@ def _start_time(seconds: float) -> None:
     _state["running"] = True
 
 
-def _stop_time() -> None:
+def _stop_timer() -> None:
     """Nothing is raised any more. The kernel's limit stays."""
     _state["running"] = False
 
 
-def _time_is_up(number: int, frame: FrameType | None) -> None:
+def _on_timer(number: int, frame: FrameType | None) -> None:
     if _state["running"]:
-        raise _TimeIsUpError
+        raise _TimeLimitError
 
 
 _PLAIN = frozenset((str, bool, float, type(None)))
@@ -341,13 +341,13 @@ def decode(values: dict[str, Any]) -> object:
 _from_json = json.JSONDecoder(object_hook=decode).decode
 
 
-def _of_items(items: Iterable[tuple[object, object]]) -> dict[object, object]:
+def _make_dict(items: Iterable[tuple[object, object]]) -> dict[object, object]:
     return {name: inner for name, inner in items}  # noqa: C416 # dict() would take texts of two characters for pairs
 
 
 _MAKERS: Mapping[str, Callable[..., object]] = {
     "int": lambda digits: int(digits, 16),
-    "dict": _of_items,
+    "dict": _make_dict,
     "tuple": lambda *items: items,
     "set": lambda *items: set(items),
     "frozenset": lambda *items: frozenset(items),

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from cappy.rendering import MAX_ANSWER, MAX_MEMORY
-from cappy.rendering.process import EndedError, Process, close_all
+from cappy.rendering.process import ChildExitError, Process, close_all
 
 MAX_SECONDS = 2.0
 """CPU time of one template on one row, and of compiling one."""
@@ -75,7 +75,7 @@ def run(kind: str, jobs: Iterable[Job]) -> Iterator[list[Outcome]]:
             if job is not None:
                 pending.append(job)
                 channel.submit(job)
-            while pending and (job is None or _far_ahead(pending)):
+            while pending and (job is None or _is_full(pending)):
                 yield from _finish(channel, pending)
 
 
@@ -97,7 +97,7 @@ def _with_end(jobs: Iterable[Job], pending: deque[Job]) -> Iterator[Job | None]:
     yield None
 
 
-def _far_ahead(pending: deque[Job]) -> bool:
+def _is_full(pending: deque[Job]) -> bool:
     return len(pending) >= _AHEAD_JOBS or sum(len(job.values) for job in pending) >= _AHEAD_CHARACTERS
 
 
@@ -105,7 +105,7 @@ def _finish(channel: "_Channel", pending: deque[Job]) -> Iterator[list[Outcome]]
     """The outcomes of the first pending job; of all, one at a time, where the child ended."""
     try:
         outcomes = channel.receive(pending[0])
-    except EndedError as error:
+    except ChildExitError as error:
         first = channel.render_again(pending.popleft(), error)
         yield first
         while pending:
@@ -120,7 +120,7 @@ class _Channel:
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
-        self._process = _take(kind)
+        self._process = _acquire(kind)
         self._expected: deque[Source | Job] = deque()
         self._refused: dict[Source, Failure] = {}
 
@@ -164,10 +164,10 @@ class _Channel:
                 continue
             if not isinstance(answer, list) or len(answer) != len(job.items):
                 process.close()
-                raise EndedError(_NONSENSE)
+                raise ChildExitError(_NONSENSE)
             if len(answer) > 1 and {"limit": "size"} in answer:  # which of them is not known
                 process.close()
-                raise EndedError("size")
+                raise ChildExitError("size")
             self._expected.popleft()
             return [
                 self._outcome(source, one, job) if isinstance(one, dict) else one
@@ -180,10 +180,10 @@ class _Channel:
         try:
             self.submit(job)
             return self.receive(job)
-        except EndedError as error:
+        except ChildExitError as error:
             return self.render_again(job, error, fresh=fresh)
 
-    def render_again(self, job: Job, error: EndedError, *, fresh: bool = False) -> list[Outcome]:
+    def render_again(self, job: Job, error: ChildExitError, *, fresh: bool = False) -> list[Outcome]:
         """The outcomes of the job that ended the child; `fresh` where the child had done nothing else."""
         first = self._expected[0] if self._expected else None
         self._restart()
@@ -202,7 +202,7 @@ class _Channel:
         if self._expected:
             self._process.close()
         else:
-            _give_back(self._process)
+            _release(self._process)
 
     def _outcome(self, source: Source, answer: dict[str, object], job: Job) -> Outcome:
         if answer.get("limit") == "unloaded":
@@ -226,7 +226,7 @@ def _parse(process: Process, line: bytes) -> object:
         return json.loads(line.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError) as error:
         process.close()
-        raise EndedError(_NONSENSE) from error
+        raise ChildExitError(_NONSENSE) from error
 
 
 def _outcome(answer: object, seconds: float, *, loading: bool = False) -> Outcome:
@@ -259,7 +259,7 @@ def _lease(kind: str) -> Iterator[_Channel]:
         channel.release()
 
 
-def _take(kind: str) -> Process:
+def _acquire(kind: str) -> Process:
     with _lock:
         idle = _idle.get(kind)
         if idle:
@@ -274,7 +274,7 @@ def close_children() -> None:
         _idle.clear()
 
 
-def _give_back(process: Process) -> None:
+def _release(process: Process) -> None:
     with _lock:
         idle = _idle.setdefault(process.kind, [])
         if process.is_ours and len(idle) < _MAX_IDLE and len(process.numbers) < _MAX_LOADED:
@@ -283,11 +283,11 @@ def _give_back(process: Process) -> None:
     process.close()
 
 
-def _begin_fork() -> None:
+def _reset_after_fork() -> None:
     global _lock
     _lock = threading.Lock()
     close_children()
 
 
-os.register_at_fork(after_in_child=_begin_fork)
+os.register_at_fork(after_in_child=_reset_after_fork)
 atexit.register(close_children)

@@ -26,7 +26,7 @@ _HELD = 2**13
 _processes: "weakref.WeakSet[Process]" = weakref.WeakSet()
 
 
-class EndedError(Exception):
+class ChildExitError(Exception):
     """The child ended, or was ended: `limit` is time, memory or size, or else says how."""
 
     def __init__(self, limit: str) -> None:
@@ -59,7 +59,7 @@ class Process:
         os.set_blocking(self._output, False)
         try:
             self.receive(_START_SECONDS)
-        except EndedError as error:
+        except ChildExitError as error:
             raise RuntimeError(f"the process that renders {kind} templates does not start ({error.limit})") from error
         self.num_answers = 0
 
@@ -83,14 +83,14 @@ class Process:
     def receive(self, seconds: float) -> bytes:
         """The next line of the child, without its end; it may take so many seconds. EndedError where none comes."""
         if not self.is_ours:
-            raise EndedError("is closed, or another process's")
+            raise ChildExitError("is closed, or another process's")
         deadline = monotonic() + seconds
         start = 0
         while (end := self._received.find(b"\n", start)) < 0:
             start = len(self._received)
             if start > MAX_ANSWER:
                 self.close()
-                raise EndedError("size")
+                raise ChildExitError("size")
             self._wait(deadline)
         line = bytes(self._received[:end])
         del self._received[: end + 1]
@@ -130,7 +130,7 @@ class Process:
         ready = dict(poll.poll(max(0.0, deadline - monotonic()) * 1000))
         if not ready:
             self.close()
-            raise EndedError("time")
+            raise ChildExitError("time")
         if self._output in ready:
             self._read()
 
@@ -143,7 +143,7 @@ class Process:
             raise self._end_error()
         self._received += chunk
 
-    def _end_error(self) -> EndedError:
+    def _end_error(self) -> ChildExitError:
         """How the child ended; it is known to have closed a pipe."""
         try:
             code = self._popen.wait(timeout=1)
@@ -151,10 +151,10 @@ class Process:
             code = 0
         self.close()
         if code == OUT_OF_MEMORY:
-            return EndedError("memory")
+            return ChildExitError("memory")
         if code == -signal.SIGXCPU:
-            return EndedError("time")
-        return EndedError(f"ends its process with {signal.Signals(-code).name if code < 0 else code}")
+            return ChildExitError("time")
+        return ChildExitError(f"ends its process with {signal.Signals(-code).name if code < 0 else code}")
 
 
 def close_all() -> None:

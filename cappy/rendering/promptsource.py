@@ -34,7 +34,7 @@ _JINJA_FILTERS = (
 # fmt: on
 
 
-class _Draws:
+class _RandomState:
     """What the template that is rendered now draws from; seeded when it first draws."""
 
     def __init__(self) -> None:
@@ -42,10 +42,10 @@ class _Draws:
         self.random: random.Random | None = None
 
 
-_draws = _Draws()
+_draws = _RandomState()
 
 
-def _seed_draws(seed: Callable[[], str]) -> None:
+def _set_seed(seed: Callable[[], str]) -> None:
     """The next template draws from this seed, the same whenever it is rendered again."""
     _draws.seed, _draws.random = seed, None
 
@@ -99,7 +99,7 @@ _METHODS = {owner: frozenset(names.split()) for owner, names in _NAMES.items()}
 _CALLABLE = (Macro, LoopContext, BlockReference, Cycler, Joiner, Undefined)
 
 
-class _Names(Namespace):
+class _Namespace(Namespace):
     """A namespace that does not print what it holds: it may hold itself."""
 
     def __repr__(self) -> str:
@@ -114,7 +114,7 @@ class _Sandbox(SandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__()
         del self.globals["lipsum"]
-        self.globals |= {"zip": zip, "namespace": _Names}
+        self.globals |= {"zip": zip, "namespace": _Namespace}
         self.filters = dict(_FILTERS)
         self._callables = frozenset(map(id, self.globals.values()))
 
@@ -196,8 +196,8 @@ def load(*source: str) -> tuple[Code, list[str]]:
     # Every "}}" is taken for the end of an output, and the filters bind to its last operand alone: {{ a + b }} cuts b.
     text = _compile(jinja.replace("}}", " | string | truncate(2048) }}"))
     choices = _compile(answer_choices) if answer_choices else None
-    of_choices = _names(answer_choices)
-    return Code(text, choices, not of_choices), sorted((_names(jinja) | of_choices) - {_RESTRICTED})
+    of_choices = _find_variables(answer_choices)
+    return Code(text, choices, not of_choices), sorted((_find_variables(jinja) | of_choices) - {_RESTRICTED})
 
 
 def prepare(row: Mapping[str, object]) -> Values:
@@ -218,7 +218,7 @@ def render(code: Code, values: Values, seed: str | None) -> Sequence[object] | N
     if seed is None:
         return _choices(code.choices, {}) if code.choices and code.fixed else None
     own = values.copy()
-    _seed_draws(lambda: f"{seed} {sorted(own.items(), key=_name)!r}")
+    _set_seed(lambda: f"{seed} {sorted(own.items(), key=_item_name)!r}")
     choices = _choices(code.choices, own) if code.choices else None
     # A choice that holds the separator is not protected here, so it makes a part more, and the row is dropped.
     parts = [_restore(part).strip() for part in code.text.render(own, **{_RESTRICTED: choices}).split(_SEPARATOR)]
@@ -253,9 +253,9 @@ def _copy(value: object) -> object:
     return value
 
 
-def _names(source: str) -> set[str]:
+def _find_variables(source: str) -> set[str]:
     return meta.find_undeclared_variables(_ENVIRONMENT.parse(source)) if source else set()
 
 
-def _name(item: tuple[str, object]) -> str:
+def _item_name(item: tuple[str, object]) -> str:
     return item[0]

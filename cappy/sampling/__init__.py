@@ -29,7 +29,7 @@ def load_generator(text: str, config: "EndpointConfig | None" = None, *, work: P
         return Endpoint(spec, config)
     generator = _load_local(text, spec)
     if work is not None:
-        generator.keep_in(work)
+        generator.use_store(work)
     return generator
 
 

@@ -12,8 +12,8 @@ from cappy.errors import GeneratorError
 from cappy.progress import Progress, duration
 from cappy.records import Instance
 from cappy.records.instance import STATUSES
-from cappy.sampling.generators import EndpointConfig, Generator, Paid
-from cappy.sampling.strategies import MAX_NEW_TOKENS_LIMIT, Decoding, share
+from cappy.sampling.generators import EndpointConfig, Generator, PaidGenerator
+from cappy.sampling.strategies import MAX_NEW_TOKENS_LIMIT, Decoding, decodings_of
 
 HEARTBEAT_SECONDS = 4.0
 """The progress is said again at least that often, whatever a generator is busy with."""
@@ -28,17 +28,17 @@ class SamplingProgress:
 
     def __init__(self, progress: Progress, generators: Sequence[Generator], decodings: Sequence[Decoding]) -> None:
         self._progress = progress
-        self._paid = [generator for generator in generators if isinstance(generator, Paid)]
-        own = [share(decodings, position) for position in range(len(generators))]
+        self._paid = [generator for generator in generators if isinstance(generator, PaidGenerator)]
+        own = [decodings_of(decodings, position) for position in range(len(generators))]
         self._each = sum(decoding.num_samples for of_one in own for decoding in of_one)
         self._started = time.monotonic()
         self._candidates = self._within = 0
-        self._begun = 0.0
+        self._in_progress = 0.0
         self._done = self._resumed = 0
         self._total: int | None = None
         self._lock = threading.Lock()
         self._over = threading.Event()
-        self._heartbeat = threading.Thread(target=self._beat, daemon=True)
+        self._heartbeat = threading.Thread(target=self._run_heartbeat, daemon=True)
 
     def __enter__(self) -> "SamplingProgress":
         self._heartbeat.start()
@@ -56,42 +56,42 @@ class SamplingProgress:
         """A part is done, as `Progress` says it."""
         with self._lock:
             self._done, self._total, self._resumed = done, total, resumed
-            self._within, self._begun = 0, 0.0
-            self._tell()
+            self._within, self._in_progress = 0, 0.0
+            self._report()
 
-    def add_candidates(self, candidates: int, /, *, begun: float = 0.0) -> None:
-        """So many more candidates have come; those under way are `begun` candidates' worth of work."""
+    def add_candidates(self, candidates: int, /, *, in_progress: float = 0.0) -> None:
+        """So many more candidates have come; those under way are `in_progress` candidates' worth of work."""
         with self._lock:
             self._candidates += candidates
             self._within += candidates
-            self._begun = begun
-            self._tell()
+            self._in_progress = in_progress
+            self._report()
 
-    def _beat(self) -> None:
+    def _run_heartbeat(self) -> None:
         while not self._over.wait(HEARTBEAT_SECONDS):
             with self._lock:
                 try:
-                    self._tell()
+                    self._report()
                 except OSError:  # The step itself meets it with its next candidates.
                     return
 
-    def _tell(self) -> None:
-        within = int(self._work()) if self._each else 0
+    def _report(self) -> None:
+        within = int(self._part_progress()) if self._each else 0
         done = self._done + within if self._total is None else min(self._done + within, self._total)
         self._progress(done, self._total, unit="instances", resumed=self._resumed, note=self._note(done))
 
-    def _work(self) -> float:
+    def _part_progress(self) -> float:
         """Instances' worth of work done of the part under way."""
-        return (self._within + self._begun) / self._each
+        return (self._within + self._in_progress) / self._each
 
     def _note(self, done: int) -> str:
-        if not self._candidates and not self._begun:
+        if not self._candidates and not self._in_progress:
             return ""
         seconds = max(time.monotonic() - self._started, 1e-9)
         parts = [f"{self._candidates:,} candidates ({self._candidates / seconds:,.3g}/s)"]
-        if done == self._resumed and self._total and self._each and self._work():
+        if done == self._resumed and self._total and self._each and self._part_progress():
             # Not one instance yet, so that nobody else can tell how long the rest takes.
-            left = seconds / self._work() * (self._total - self._resumed) - seconds
+            left = seconds / self._part_progress() * (self._total - self._resumed) - seconds
             parts.append(f"{duration(max(left, 0.0))} left")
         if self._paid:
             used = [generator.usage for generator in self._paid]
@@ -102,10 +102,10 @@ class SamplingProgress:
         return ", ".join(parts)
 
 
-_NOT_ASKED = "not_asked/"
-_UNANSWERED, _DRAWN, _FAILED = "unanswered", "drawn", "failed"
+_OMITTED = "not_asked/"
+_UNANSWERED, _SAMPLED, _FAILED = "unanswered", "drawn", "failed"
 """Kinds of counts that belong to a generator: such a count is named kind, generator and words, a line each."""
-MOST_REASONS = 5
+MAX_REASONS = 5
 """Reasons of a generator that are kept: servers may word every refusal differently."""
 
 
@@ -128,37 +128,37 @@ def count_part(part: Sequence[Instance], generators: Sequence[Generator]) -> dic
         counts["distinct"] += len(set(responses))
         counts["duplicates"] += len(responses) - len(set(responses))
     for generator in generators:
-        counts.update(generator.tally())
+        counts.update(generator.take_counts())
     return dict(counts)
 
 
-def failures(part: Sequence[Instance], generators: Sequence[Generator]) -> dict[str, int]:
+def count_failures(part: Sequence[Instance], generators: Sequence[Generator]) -> dict[str, int]:
     """Counts of a finished part by generator, for `check_failures`: its candidates, and those that failed."""
-    counts = Counter({_key(kind, generator.name): 0 for kind in (_DRAWN, _FAILED) for generator in generators})
+    counts = Counter({_count_name(kind, generator.name): 0 for kind in (_SAMPLED, _FAILED) for generator in generators})
     for candidate in (candidate for instance in part for candidate in instance.candidates):
-        if (drawn := _key(_DRAWN, candidate.generator)) in counts:
+        if (drawn := _count_name(_SAMPLED, candidate.generator)) in counts:
             counts[drawn] += 1
-            counts[_key(_FAILED, candidate.generator)] += candidate.status == "failed"
+            counts[_count_name(_FAILED, candidate.generator)] += candidate.status == "failed"
     return dict(counts)
 
 
-def accounts(counts: Mapping[str, int], config: EndpointConfig) -> tuple[dict[str, float], dict[str, object]]:
+def manifest_entries(counts: Mapping[str, int], config: EndpointConfig) -> tuple[dict[str, float], dict[str, object]]:
     """Metrics and facts of a manifest: the counts and what they cost; what each generator could not be asked for.
 
     `facts["not_asked"]` maps a generator to the parameters that it refused, and that some candidates came without;
     `facts["unanswered"]` to why candidates were not answered, in the server's words, and how many for each reason.
     """
     metrics: dict[str, float] = {
-        name: count for name, count in counts.items() if not name.startswith(_NOT_ASKED) and "\n" not in name
+        name: count for name, count in counts.items() if not name.startswith(_OMITTED) and "\n" not in name
     }
     if "input_tokens" in counts and (config.price_input or config.price_output):
         metrics["cost"] = config.cost(counts["input_tokens"], counts.get("output_tokens", 0))
     not_asked: dict[str, list[str]] = {}
-    for name in sorted(name for name in counts if name.startswith(_NOT_ASKED)):
-        generator, _, parameter = name.removeprefix(_NOT_ASKED).rpartition("/")
+    for name in sorted(name for name in counts if name.startswith(_OMITTED)):
+        generator, _, parameter = name.removeprefix(_OMITTED).rpartition("/")
         not_asked.setdefault(generator, []).append(parameter)
     unanswered: dict[str, Counter[str]] = {}
-    for generator, words, count in _of_kind(counts, _UNANSWERED):
+    for generator, words, count in _counts_of_kind(counts, _UNANSWERED):
         unanswered.setdefault(generator, Counter())[words] += count
     facts: dict[str, object] = {"not_asked": not_asked} if not_asked else {}
     if unanswered:
@@ -168,7 +168,7 @@ def accounts(counts: Mapping[str, int], config: EndpointConfig) -> tuple[dict[st
 
 def unanswered_counts(generator: str, reasons: Mapping[str, int]) -> dict[str, int]:
     """Counts, for a part, of why this generator did not answer; they come back in `facts["unanswered"]`."""
-    return {_key(_UNANSWERED, generator, words): count for words, count in _group_reasons(reasons).items()}
+    return {_count_name(_UNANSWERED, generator, words): count for words, count in _group_reasons(reasons).items()}
 
 
 def check_failures(
@@ -180,13 +180,15 @@ def check_failures(
     `each` are the candidates of an instance by generator. With `instances`, those of the whole run, one that is under
     way ends as soon as its share cannot be kept; without it the counts are those of the whole run.
     """
-    drawn = {generator: count for generator, _, count in _of_kind(counts, _DRAWN)}
-    for generator, _, failed in _of_kind(counts, _FAILED):
+    drawn = {generator: count for generator, _, count in _counts_of_kind(counts, _SAMPLED)}
+    for generator, _, failed in _counts_of_kind(counts, _FAILED):
         total = drawn[generator] if instances is None else each[generator] * instances
         allowed = max(max_failed * total, each[generator] if max_failed else 0)
         if failed <= allowed and (failed < total or not failed or max_failed >= 1):
             continue
-        reasons = Counter({words: count for name, words, count in _of_kind(counts, _UNANSWERED) if name == generator})
+        reasons = Counter(
+            {words: count for name, words, count in _counts_of_kind(counts, _UNANSWERED) if name == generator}
+        )
         why = f": {next(iter(_group_reasons(reasons)))}" if reasons else ""
         raise GeneratorError(
             f"{generator}: {failed:,} of {total:,} candidates failed, more than --max-failed {max_failed:g} allows"
@@ -195,20 +197,20 @@ def check_failures(
 
 
 def _group_reasons(reasons: Mapping[str, int]) -> dict[str, int]:
-    """The most frequent reasons, at most `MOST_REASONS`; those that differ in numbers alone count as one of them."""
+    """The most frequent reasons, at most `MAX_REASONS`; those that differ in numbers alone count as one of them."""
     groups: dict[str, Counter[str]] = {}
     for words, count in reasons.items():
         groups.setdefault(re.sub("[0-9]+", "0", words), Counter())[words] += count
     totals = {min(group): sum(group.values()) for group in groups.values()}
-    first = sorted(totals, key=lambda words: (-totals[words], words))[:MOST_REASONS]
+    first = sorted(totals, key=lambda words: (-totals[words], words))[:MAX_REASONS]
     return {words: totals[words] for words in first}
 
 
-def _key(kind: str, generator: str, words: str = "") -> str:
+def _count_name(kind: str, generator: str, words: str = "") -> str:
     return "\n".join((kind, generator, words))
 
 
-def _of_kind(counts: Mapping[str, int], kind: str) -> Iterator[tuple[str, str, int]]:
+def _counts_of_kind(counts: Mapping[str, int], kind: str) -> Iterator[tuple[str, str, int]]:
     """Generator, words and number of each count of this kind."""
     for name, count in counts.items():
         if name.startswith(f"{kind}\n"):
@@ -216,9 +218,9 @@ def _of_kind(counts: Mapping[str, int], kind: str) -> Iterator[tuple[str, str, i
             yield generator, words, count
 
 
-MANY_CUT = 0.05
+MAX_TRUNCATED_SHARE = 0.05
 """Share of responses cut at their limit of tokens above which a person reads of it."""
-_ENOUGH_TOKENS = 512
+_MIN_SUGGESTED_TOKENS = 512
 
 
 def cautions(metrics: Mapping[str, float], config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
@@ -236,19 +238,19 @@ def cautions(metrics: Mapping[str, float], config: Mapping[str, Any], facts: Map
 
 def _truncation_cautions(metrics: Mapping[str, float], limit: int, context: int | None) -> Iterator[str]:
     sampled, cut = metrics.get("sampled", 0), metrics.get("truncated", 0)
-    if not sampled or cut / sampled <= MANY_CUT:
+    if not sampled or cut / sampled <= MAX_TRUNCATED_SHARE:
         return
-    longer = min(max(_ENOUGH_TOKENS, 2 * limit), MAX_NEW_TOKENS_LIMIT)
+    longer = min(max(_MIN_SUGGESTED_TOKENS, 2 * limit), MAX_NEW_TOKENS_LIMIT)
     # The instruction needs its place too.
     longer = min(longer, context // 2) if context else longer
     said = f"{cut:,.0f} of {sampled:,.0f} responses ({100 * cut / sampled:.1f} %) were cut at {limit} new tokens"
     if longer <= limit:
-        yield f"{said}, {_why_no_more(context)}"
+        yield f"{said}, {_limit_reason(context)}"
         return
     yield (f"{said}; sample with --max-new-tokens {longer} (cappy adapt: --set sampling.max_new_tokens={longer})")
 
 
-def _why_no_more(context: int | None) -> str:
+def _limit_reason(context: int | None) -> str:
     if context:
         return f"and the LLM's context holds {context} tokens, the instruction's among them; take another LLM"
     return "which is the most; ask for shorter responses"

@@ -10,8 +10,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from cappy.errors import ConfigError
 from cappy.model_folder import ModelFolder
 from cappy.sampling.drawing import Continuation, prompt_tokens, response_tokens
-from cappy.sampling.generators import OnDrawn
-from cappy.sampling.local import KeyValueCache, LanguageModel, LocalLLM, each_step, pad
+from cappy.sampling.generators import OnCandidates
+from cappy.sampling.local import KeyValueCache, LanguageModel, LocalLLM, pad, progress_criteria
 from cappy.sampling.strategies import Decoding
 
 
@@ -35,20 +35,20 @@ class Causal(LocalLLM):
         return [self._prompt(text, longest) for text in instructions]
 
     def _prompt(self, instruction: str, longest: int | None) -> list[int]:
-        ids, cut = prompt_tokens(self.tokenizer, instruction, ends=self.ends.tolist(), longest=longest)
-        self._cut += cut
+        ids, cut = prompt_tokens(self.tokenizer, instruction, ends=self.end_ids.tolist(), longest=longest)
+        self._num_truncated += cut
         return ids
 
     def _response(self, text: str) -> list[int]:
-        return response_tokens(self.tokenizer, text, int(self.ends[0]))
+        return response_tokens(self.tokenizer, text, int(self.end_ids[0]))
 
     def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask, padded on the left."""
-        ids, mask = pad(prompts, self.pad, left=True)
+        ids, mask = pad(prompts, self.pad_id, left=True)
         return ids.to(self.device), mask.to(self.device)
 
     def _begin(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
-        rows = _Prefix(self.model, mask)
+        rows = _CausalContinuation(self.model, mask)
         return rows, rows.start(encoded, copies)
 
     def _beams(
@@ -57,14 +57,14 @@ class Causal(LocalLLM):
         encoded: torch.Tensor,
         mask: torch.Tensor,
         decoding: Decoding,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
         config = self.generation_config(decoding)
         sequences = self.model.generate(
             encoded,
             attention_mask=mask,
             generation_config=config,
-            stopping_criteria=each_step(decoding, len(prompts) * decoding.num_samples, on_drawn),
+            stopping_criteria=progress_criteria(decoding, len(prompts) * decoding.num_samples, on_candidates),
         )[:, encoded.shape[1] :]
         tokens = self._cut_at_end(sequences)
         return tokens, self._sums([prompt for prompt in prompts for _ in range(decoding.num_samples)], tokens)
@@ -72,7 +72,7 @@ class Causal(LocalLLM):
     def _sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
         both = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         # Padding on the right: nothing before it sees it, and positions are as in a pass of the row alone.
-        ids, mask = (tensor.to(self.device) for tensor in pad(both, self.pad))
+        ids, mask = (tensor.to(self.device) for tensor in pad(both, self.pad_id))
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         chosen = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
         counted = mask[:, 1:].bool()
@@ -82,7 +82,7 @@ class Causal(LocalLLM):
         return sums
 
 
-class _Prefix:
+class _CausalContinuation:
     """Rows that go on after their prompts, whose keys and values are computed once and then copied for each row."""
 
     def __init__(self, model: LanguageModel, mask: torch.Tensor) -> None:
@@ -150,7 +150,7 @@ class Seq2Seq(LocalLLM):
         prompts = whole
         if any(len(prompt) > longest for prompt in whole):
             prompts = self.tokenizer(list(instructions), truncation=True, max_length=longest).input_ids
-        self._cut += sum(len(prompt) > longest for prompt in whole)
+        self._num_truncated += sum(len(prompt) > longest for prompt in whole)
         return prompts
 
     def _response(self, text: str) -> list[int]:
@@ -159,11 +159,11 @@ class Seq2Seq(LocalLLM):
 
     def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """States (rows, longest, hidden) and mask (rows, longest)."""
-        ids, mask = (tensor.to(self.device) for tensor in pad(prompts, self.pad))
+        ids, mask = (tensor.to(self.device) for tensor in pad(prompts, self.pad_id))
         return self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
     def _begin(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
-        rows = _Decoder(self.model, encoded, mask)
+        rows = _Seq2SeqContinuation(self.model, encoded, mask)
         return rows, rows.start(copies)
 
     def _beams(
@@ -172,14 +172,14 @@ class Seq2Seq(LocalLLM):
         encoded: torch.Tensor,
         mask: torch.Tensor,
         decoding: Decoding,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
         sequences = self.model.generate(
             # A copy, because generate() expands the states in place for several beams.
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.clone()),
             attention_mask=mask,
             generation_config=self.generation_config(decoding),
-            stopping_criteria=each_step(decoding, len(prompts) * decoding.num_samples, on_drawn),
+            stopping_criteria=progress_criteria(decoding, len(prompts) * decoding.num_samples, on_candidates),
         )[:, 1:]
         tokens = self._cut_at_end(sequences)
         each = decoding.num_samples
@@ -196,7 +196,7 @@ class Seq2Seq(LocalLLM):
         self, states: torch.Tensor, mask: torch.Tensor, responses: Sequence[Sequence[int]]
     ) -> torch.Tensor:
         """Sum of the log-probabilities of each response's tokens: (rows, source, hidden), (rows, source) -> (rows,)."""
-        targets, counted = (tensor.to(self.device) for tensor in pad(responses, self.pad))
+        targets, counted = (tensor.to(self.device) for tensor in pad(responses, self.pad_id))
         start = targets.new_full((len(targets), 1), self.model.config.decoder_start_token_id)
         logits = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
@@ -209,7 +209,7 @@ class Seq2Seq(LocalLLM):
         return sums
 
 
-class _Decoder:
+class _Seq2SeqContinuation:
     """The decoder over rows of the same batch; keys and values of the source are computed once per instruction."""
 
     def __init__(self, model: LanguageModel, states: torch.Tensor, mask: torch.Tensor) -> None:

@@ -21,38 +21,40 @@ from cappy.errors import ConfigError, FolderError, quote
 from cappy.rendering import jobs
 from cappy.rendering.child import encode
 from cappy.rendering.jobs import Failure, Job, Source
-from cappy.sampling.generators import OnDrawn, ignore_progress
+from cappy.sampling.generators import OnCandidates, ignore_progress
 from cappy.sampling.strategies import Decoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
-TRIES = 8
+NUCLEUS_ATTEMPTS = 8
 """How often a token outside the top-p nucleus is drawn again before the vocabulary is sorted after all."""
 
 
-def uniforms(seed: int, instruction: str, decoding: Decoding, first: int = 0) -> torch.Tensor:
-    """Numbers in [0, 1) for every sample and step: (samples, tokens, TRIES + 1), float64; zeros where none are drawn.
+def draw_uniforms(seed: int, instruction: str, decoding: Decoding, first: int = 0) -> torch.Tensor:
+    """Numbers in [0, 1) for every sample and step: (samples, tokens, NUCLEUS_ATTEMPTS + 1), float64; zeros where none are drawn.
 
     The samples are those from number `first` on.
     """
     if not decoding.do_sample:
-        return torch.zeros(decoding.num_samples, decoding.max_new_tokens, TRIES + 1, dtype=torch.float64)
+        return torch.zeros(decoding.num_samples, decoding.max_new_tokens, NUCLEUS_ATTEMPTS + 1, dtype=torch.float64)
     rows = []
     for number in range(first, first + decoding.num_samples):
-        words = np.frombuffer(_key(seed, instruction, decoding, number), dtype=np.uint64)
-        rows.append(np.random.Generator(np.random.Philox(key=words)).random((decoding.max_new_tokens, TRIES + 1)))
+        words = np.frombuffer(_seed_bytes(seed, instruction, decoding, number), dtype=np.uint64)
+        rows.append(
+            np.random.Generator(np.random.Philox(key=words)).random((decoding.max_new_tokens, NUCLEUS_ATTEMPTS + 1))
+        )
     return torch.from_numpy(np.stack(rows))
 
 
 def draw_seed(seed: int, instruction: str, decoding: Decoding) -> int:
     """A seed below 2**31 for engines that draw by themselves."""
-    return int.from_bytes(_key(seed, instruction, decoding, 0)[:4], "little") & 0x7FFF_FFFF
+    return int.from_bytes(_seed_bytes(seed, instruction, decoding, 0)[:4], "little") & 0x7FFF_FFFF
 
 
 def next_tokens(logits: torch.Tensor, decoding: Decoding, numbers: torch.Tensor) -> torch.Tensor:
-    """The next token of every row: (rows, vocabulary) float32 and (rows, TRIES + 1) -> (rows,)."""
+    """The next token of every row: (rows, vocabulary) float32 and (rows, NUCLEUS_ATTEMPTS + 1) -> (rows,)."""
     if not decoding.do_sample:
         return logits.argmax(-1)
     scaled = logits / decoding.temperature if decoding.temperature != 1 else logits
@@ -62,11 +64,11 @@ def next_tokens(logits: torch.Tensor, decoding: Decoding, numbers: torch.Tensor)
         return tokens.gather(1, chosen).squeeze(1)
     probabilities = (scaled - scaled.amax(-1, keepdim=True)).exp_()
     if decoding.top_p < 1:
-        return _from_nucleus(probabilities, decoding, numbers)
-    return _inverse(_apply_min_p(probabilities, decoding.min_p), numbers[:, :1]).squeeze(1)
+        return _draw_from_nucleus(probabilities, decoding, numbers)
+    return _draw_index(_apply_min_p(probabilities, decoding.min_p), numbers[:, :1]).squeeze(1)
 
 
-def _from_nucleus(weights: torch.Tensor, decoding: Decoding, numbers: torch.Tensor) -> torch.Tensor:
+def _draw_from_nucleus(weights: torch.Tensor, decoding: Decoding, numbers: torch.Tensor) -> torch.Tensor:
     """Draws from everything and again where that fell outside: exact, and rarely needs the vocabulary sorted.
 
     A token is inside when the tokens that are more probable than it hold less than `top_p` together.
@@ -76,8 +78,8 @@ def _from_nucleus(weights: torch.Tensor, decoding: Decoding, numbers: torch.Tens
     floored = _apply_min_p(weights, decoding.min_p)
     cumulative = floored.cumsum(-1, dtype=torch.float64)
     left = torch.arange(len(weights), device=weights.device)
-    for attempt in range(TRIES):
-        tokens = _inverse_of(cumulative[left], numbers[left, attempt : attempt + 1])
+    for attempt in range(NUCLEUS_ATTEMPTS):
+        tokens = _invert_cumulative(cumulative[left], numbers[left, attempt : attempt + 1])
         own = weights[left]
         chosen = own.gather(1, tokens)
         above = torch.where(own > chosen, own, 0).sum(-1, keepdim=True)
@@ -87,7 +89,7 @@ def _from_nucleus(weights: torch.Tensor, decoding: Decoding, numbers: torch.Tens
         if not len(left):
             return drawn
     values, tokens = weights[left].log().sort(-1, descending=True)
-    drawn[left] = tokens.gather(1, _sample_sorted(values, decoding, numbers[left, TRIES])).squeeze(1)
+    drawn[left] = tokens.gather(1, _sample_sorted(values, decoding, numbers[left, NUCLEUS_ATTEMPTS])).squeeze(1)
     return drawn
 
 
@@ -97,30 +99,30 @@ def _sample_sorted(values: torch.Tensor, decoding: Decoding, numbers: torch.Tens
     kept = _apply_min_p(weights, decoding.min_p)
     if decoding.top_p < 1:
         kept = torch.where(weights.cumsum(-1) - weights < decoding.top_p, kept, 0)
-    return _inverse(kept, numbers[:, None])
+    return _draw_index(kept, numbers[:, None])
 
 
 def _apply_min_p(weights: torch.Tensor, min_p: float) -> torch.Tensor:
     return torch.where(weights >= min_p * weights.amax(-1, keepdim=True), weights, 0) if min_p else weights
 
 
-def _inverse(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    return _inverse_of(weights.cumsum(-1, dtype=torch.float64), numbers)
+def _draw_index(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    return _invert_cumulative(weights.cumsum(-1, dtype=torch.float64), numbers)
 
 
-def _inverse_of(cumulative: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+def _invert_cumulative(cumulative: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """The first position whose cumulative weight is above the number's share of the whole: (rows, 1)."""
     total = cumulative[:, -1:]
     wanted = (numbers.to(cumulative.dtype) * total).clamp(max=torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, wanted, right=True).clamp_(max=cumulative.shape[1] - 1)
 
 
-def _key(seed: int, instruction: str, decoding: Decoding, number: int) -> bytes:
+def _seed_bytes(seed: int, instruction: str, decoding: Decoding, number: int) -> bytes:
     text = repr((seed, instruction, decoding.name, number)).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(text, digest_size=16).digest()
 
 
-DROPPED_AT = 0.85
+COMPACT_BELOW = 0.85
 """Ended rows are dropped once fewer than this part of the batch goes on, since dropping copies the cache."""
 
 
@@ -148,23 +150,23 @@ def continue_rows(
     rows: Sequence[Decoding],
     numbers: Sequence[torch.Tensor],
     ends: torch.Tensor,
-    on_drawn: OnDrawn = ignore_progress,
+    on_candidates: OnCandidates = ignore_progress,
 ) -> list[Response]:
     """The responses of all rows; likelihoods are the model's own, before temperature and filters.
 
-    `logits` (rows, vocabulary) float32 of the first token; `numbers` (tokens, TRIES + 1) of each row; `ends` the end
-    tokens. `on_drawn` hears after each token how many more responses are complete.
+    `logits` (rows, vocabulary) float32 of the first token; `numbers` (tokens, NUCLEUS_ATTEMPTS + 1) of each row; `ends` the end
+    tokens. `on_candidates` hears after each token how many more responses are complete.
     """
-    state = _Rows(rows, numbers, logits.device)
+    state = _BatchState(rows, numbers, logits.device)
     limit, left = max(decoding.max_new_tokens for decoding in rows), len(rows)
     for step in range(limit):
         chosen = state.choose(logits, step, ends)
         going = state.record(logits, chosen, step, ends)
-        on_drawn(left - len(going), begun=len(going) * (step + 1) / limit)
+        on_candidates(left - len(going), in_progress=len(going) * (step + 1) / limit)
         left = len(going)
         if not len(going):
             break
-        if len(going) < DROPPED_AT * len(chosen):
+        if len(going) < COMPACT_BELOW * len(chosen):
             model.keep(going)
             state.keep(going)
             chosen = chosen[going]
@@ -172,7 +174,7 @@ def continue_rows(
     return state.responses()
 
 
-class _Rows:
+class _BatchState:
     """What each row has so far, and which rows stand in the batch."""
 
     def __init__(self, rows: Sequence[Decoding], numbers: Sequence[torch.Tensor], device: torch.device) -> None:
@@ -272,7 +274,7 @@ def end_tokens(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig",
     Beside it those of config.json and, where the tokenizer has them as added tokens, of generation_config.json: some
     chat LLMs name the end of their turn there alone. A word of the vocabulary is a setting of the folder, not an end.
     """
-    turns = [end for end in _as_list(_generation_ends(folder)) if end in tokenizer.added_tokens_decoder]
+    turns = [end for end in _as_list(_generation_config_ends(folder)) if end in tokenizer.added_tokens_decoder]
     known = [tokenizer.eos_token_id, *_as_list(getattr(config, "eos_token_id", None)), *turns]
     ends = list(dict.fromkeys(end for end in known if end is not None and end < config.vocab_size))
     if not ends:
@@ -280,7 +282,7 @@ def end_tokens(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig",
     return ends
 
 
-def _generation_ends(folder: Path) -> object:
+def _generation_config_ends(folder: Path) -> object:
     """`eos_token_id` of the folder's generation_config.json, checked when the folder was opened; None without one."""
     path = folder / "generation_config.json"
     values = json.loads(path.read_bytes()) if path.is_file() else None
@@ -306,19 +308,19 @@ def chat_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str) -> str:
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:  # several templates, and none is the default
-        raise _unusable(tokenizer, quote(str(error).partition(".")[0], limit=120)) from error
+        raise _template_error(tokenizer, quote(str(error).partition(".")[0], limit=120)) from error
     values = json.dumps(encode({"messages": turns, "tokens": dict(tokenizer.special_tokens_map)}), ensure_ascii=False)
     job = Job(values=values, items=((Source("chat", (template,)), None),))
     ((outcome,),) = jobs.run("chat", [job])
     if isinstance(outcome, Failure):
-        raise _unusable(tokenizer, outcome.reason)
+        raise _template_error(tokenizer, outcome.reason)
     if not isinstance(outcome, str):
         raise TypeError(f"the child answers {quote(outcome)}")
     if len(outcome) > MAX_CHARACTERS + len(instruction) * _MAX_REPEATED:
-        raise _unusable(tokenizer, f"makes {len(outcome):,} characters of {len(instruction):,}")
+        raise _template_error(tokenizer, f"makes {len(outcome):,} characters of {len(instruction):,}")
     return outcome
 
 
-def _unusable(tokenizer: "PreTrainedTokenizerBase", reason: str) -> FolderError:
+def _template_error(tokenizer: "PreTrainedTokenizerBase", reason: str) -> FolderError:
     remedy = "mend the template in the folder, or take another LLM"
     return FolderError(f"{tokenizer.name_or_path}: its chat template cannot be used ({reason}); {remedy}")

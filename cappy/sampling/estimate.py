@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from cappy.records import Instance, read, read_manifest
 from cappy.records.work import parse_shard
-from cappy.sampling.generators import CHARACTERS_PER_TOKEN, EndpointConfig, tokens_of
-from cappy.sampling.strategies import Decoding, share
+from cappy.sampling.generators import CHARACTERS_PER_TOKEN, EndpointConfig, estimate_tokens
+from cappy.sampling.strategies import Decoding, decodings_of
 from cappy.specs import parse_spec
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def estimate_requests(
     candidates: int,
 ) -> Estimate:
     """The estimate for these samples, those that nobody answered yet, of an endpoint with this config."""
-    tokens = {text: tokens_of(text) for text in {text for text, _ in samples}}
+    tokens = {text: estimate_tokens(text) for text in {text for text, _ in samples}}
     questions = set(samples)
     input_tokens = sum(tokens[text] for text, _ in samples)
     fewest_input_tokens = sum(tokens[text] for text, _ in questions)
@@ -82,7 +82,7 @@ def estimate(config: "SamplingConfig") -> list[Estimate]:
     ConfigError for a decoding that an endpoint cannot do, as the run itself would say it.
     """
     from cappy.sampling.endpoint import Endpoint
-    from cappy.sampling.generators import seed_of
+    from cappy.sampling.generators import generator_seed
     from cappy.sampling.step import endpoint_config, with_fresh_name
 
     manifest = read_manifest(config.source)
@@ -93,13 +93,13 @@ def estimate(config: "SamplingConfig") -> list[Estimate]:
     asking = endpoint_config(config, manifest.hash)
     estimates = []
     for position, text in enumerate(config.generator):
-        own = share(decodings, position)
+        own = decodings_of(decodings, position)
         candidates = len(instructions) * sum(decoding.num_samples for decoding in own)
         spec = parse_spec(text)
         if spec.kind == "openai":
             endpoint = Endpoint(spec, asking)
             endpoint.check(own)
-            samples = endpoint.pending_samples(instructions, own, seed=seed_of(config.seed, text))
+            samples = endpoint.pending_samples(instructions, own, seed=generator_seed(config.seed, text))
             endpoint.close()
             estimates.append(
                 estimate_requests(text, samples, asking, instances=len(instructions), candidates=candidates)
@@ -116,19 +116,19 @@ def _instructions(instances: Iterator[Instance]) -> Iterator[str]:
 
 def describe(estimates: list[Estimate], config: EndpointConfig) -> str:
     """For a person: each generator with what it takes, a line each."""
-    return "\n".join(line for one in estimates for line in _lines(one, config))
+    return "\n".join(line for one in estimates for line in _describe_estimate(one, config))
 
 
-def _lines(one: Estimate, config: EndpointConfig) -> Iterator[str]:
+def _describe_estimate(one: Estimate, config: EndpointConfig) -> Iterator[str]:
     yield f"{one.generator}: {one.candidates:,} candidates for {one.instances:,} instances"
     if not one.paid:
         yield "  runs here: no requests, no cost"
         return
     if one.answered:
         yield f"  answered   {one.answered:,} are answered already, or equal to others, and not asked for again"
-    yield f"  requests   {_at_most(f'{one.requests:,}', f'{one.fewest_requests:,}')}"
+    yield f"  requests   {_format_range(f'{one.requests:,}', f'{one.fewest_requests:,}')}"
     yield (
-        f"  tokens     in {_at_most(f'{one.input_tokens:,}', f'{one.fewest_input_tokens:,}')}, out at most "
+        f"  tokens     in {_format_range(f'{one.input_tokens:,}', f'{one.fewest_input_tokens:,}')}, out at most "
         f"{one.output_tokens:,} ({CHARACTERS_PER_TOKEN} characters a token)"
     )
     limits = {"--requests-per-minute": config.requests_per_minute, "--tokens-per-minute": config.tokens_per_minute}
@@ -138,10 +138,10 @@ def _lines(one: Estimate, config: EndpointConfig) -> Iterator[str]:
         f"{TOKENS_PER_SECOND} tokens/s (a guess), {config.concurrency} at a time{stated and f', and {stated}'}"
     )
     if config.price_input or config.price_output:
-        yield f"  cost       {_at_most(f'{one.cost:,.2f}', f'{one.fewest_cost:,.2f}')}"
+        yield f"  cost       {_format_range(f'{one.cost:,.2f}', f'{one.fewest_cost:,.2f}')}"
     else:
         yield "  cost       give --price-input and --price-output, per million tokens, to see it"
 
 
-def _at_most(most: str, fewest: str) -> str:
+def _format_range(most: str, fewest: str) -> str:
     return most if most == fewest else f"{most} at most, {fewest} if the endpoint takes n"

@@ -15,8 +15,8 @@ from typing import Literal, Protocol, runtime_checkable
 from cappy.errors import ConfigError, quote
 from cappy.records import Candidate
 from cappy.records.instance import Status
-from cappy.sampling.store import DRAWING_VERSION, CandidateStore, Origin, question_key
-from cappy.sampling.strategies import Decoding, share
+from cappy.sampling.store import DRAWING_VERSION, CandidateStore, Origin, sample_key
+from cappy.sampling.strategies import Decoding, decodings_of
 from cappy.specs import parse_spec
 
 Api = Literal["chat", "completions"]
@@ -75,7 +75,7 @@ class Usage:
 
 
 @runtime_checkable
-class Paid(Protocol):
+class PaidGenerator(Protocol):
     """A generator whose answers cost money or time elsewhere."""
 
     @property
@@ -83,19 +83,19 @@ class Paid(Protocol):
         """What was used so far."""
 
 
-def tokens_of(text: str) -> int:
+def estimate_tokens(text: str) -> int:
     """About how many tokens a text has, by the rule of thumb."""
     return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
 
 
-class OnDrawn(Protocol):
+class OnCandidates(Protocol):
     """Called by a generator as candidates come."""
 
-    def __call__(self, candidates: int, /, *, begun: float = 0.0) -> None:
-        """So many more are complete; those under way are `begun` candidates' worth of work, for an estimate."""
+    def __call__(self, candidates: int, /, *, in_progress: float = 0.0) -> None:
+        """So many more are complete; those under way are `in_progress` candidates' worth of work, for an estimate."""
 
 
-def ignore_progress(candidates: int, /, *, begun: float = 0.0) -> None:
+def ignore_progress(candidates: int, /, *, in_progress: float = 0.0) -> None:
     """Nobody counts the candidates."""
 
 
@@ -117,9 +117,9 @@ class Generator(Protocol):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        on_drawn: OnDrawn = ignore_progress,
+        on_candidates: OnCandidates = ignore_progress,
     ) -> list[list[Candidate]]:
-        """The candidates of all decodings, in their order, per instruction; `on_drawn` hears of them as they come.
+        """The candidates of all decodings, in their order, per instruction; `on_candidates` hears of them as they come.
 
         What is drawn for an instruction depends on the seed, the instruction and the decoding, not on the instructions
         beside it.
@@ -128,7 +128,7 @@ class Generator(Protocol):
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]] | None:
         """(sum of log-probabilities, number of tokens) of each given response, end token included; None if unknown."""
 
-    def tally(self) -> Mapping[str, int]:
+    def take_counts(self) -> Mapping[str, int]:
         """Counts for the manifest of what the candidates since the last call took; forgets them."""
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class Generator(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
+class SampleRange:
     """What is to be drawn of a decoding: `decoding.num_samples` samples from number `first` on.
 
     `position` is the place of the whole decoding among those that were asked for.
@@ -148,7 +148,7 @@ class Samples:
 
 
 class LocalGenerator(ABC):
-    """A generator that draws here and, once `keep_in` was called, draws nothing that it has drawn before.
+    """A generator that draws here and, once `use_store` was called, draws nothing that it has drawn before.
 
     A kept draw is used as it is. What would be drawn anew may differ from it where the batch decides: logits of
     another batch differ in their last bits, and where two tokens are as good as equal, or a draw falls on the border
@@ -161,16 +161,16 @@ class LocalGenerator(ABC):
     def __init__(self, name: str, revision: str) -> None:
         self.name = name
         self.revision = revision
-        self._cut = 0
+        self._num_truncated = 0
         self._store: CandidateStore | None = None
 
-    def keep_in(self, work: Path) -> None:
+    def use_store(self, work: Path) -> None:
         """Keeps what is drawn under this work folder, and uses what was kept there."""
         self._store = CandidateStore(work, Origin(generator=self.name, revision=self.revision, version=DRAWING_VERSION))
 
-    def tally(self) -> Mapping[str, int]:
+    def take_counts(self) -> Mapping[str, int]:
         """`cut`: the instructions since the last call that lost their end."""
-        cut, self._cut = self._cut, 0
+        cut, self._num_truncated = self._num_truncated, 0
         return {"cut": cut}
 
     def close(self) -> None:
@@ -188,7 +188,7 @@ class LocalGenerator(ABC):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        on_drawn: OnDrawn = ignore_progress,
+        on_candidates: OnCandidates = ignore_progress,
     ) -> list[list[Candidate]]:
         """The candidates of all decodings, in their order, per instruction, with likelihoods.
 
@@ -197,17 +197,17 @@ class LocalGenerator(ABC):
         self.check(decodings)
         prompts = self._prompts(instructions, max((one.max_new_tokens for one in decodings), default=0))
         keys = [
-            [self._key(question_key(instruction=text, prompt=prompt, seed=seed), decoding) for decoding in decodings]
+            [self._key(sample_key(instruction=text, prompt=prompt, seed=seed), decoding) for decoding in decodings]
             for text, prompt in zip(instructions, prompts, strict=True)
         ]
         known = self._store.get(list(dict.fromkeys(itertools.chain(*keys)))) if self._store else {}
         missing = _missing_samples(keys, decodings, known)
         drawn_now = sum(len(places) * sum(one.decoding.num_samples for one in own) for own, places in missing.items())
         if others := len(instructions) * sum(decoding.num_samples for decoding in decodings) - drawn_now:
-            on_drawn(others)
+            on_candidates(others)
         for wanted, places in missing.items():
             texts, rows = [instructions[place] for place in places], [prompts[place] for place in places]
-            for batch in self._draw(texts, rows, wanted, seed=seed, on_drawn=on_drawn):
+            for batch in self._draw(texts, rows, wanted, seed=seed, on_candidates=on_candidates):
                 sets = {
                     (key := keys[places[number]][one.position]): (*known.get(key, ()), *candidates)
                     for number, drawn in batch.items()
@@ -238,10 +238,10 @@ class LocalGenerator(ABC):
         self,
         instructions: Sequence[str],
         prompts: Sequence[Sequence[int]],
-        wanted: Sequence[Samples],
+        wanted: Sequence[SampleRange],
         *,
         seed: int,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> Iterator[dict[int, list[list[Candidate]]]]:
         """As they come, places of prompts with their candidates of all that is wanted."""
 
@@ -257,14 +257,14 @@ class LocalGenerator(ABC):
         del knobs["generator"]
         if self._grows(decoding):
             del knobs["num_samples"]
-        return question_key(question=question, decoding=knobs)
+        return sample_key(question=question, decoding=knobs)
 
 
 def _missing_samples(
     keys: Sequence[Sequence[str]], decodings: Sequence[Decoding], known: Mapping[str, Sequence[Candidate]]
-) -> dict[tuple[Samples, ...], list[int]]:
+) -> dict[tuple[SampleRange, ...], list[int]]:
     """Which places lack which samples; each key is asked for once."""
-    missing: dict[tuple[Samples, ...], list[int]] = {}
+    missing: dict[tuple[SampleRange, ...], list[int]] = {}
     asked: set[str] = set()
     for place, own in enumerate(keys):
         wanted = []
@@ -273,13 +273,13 @@ def _missing_samples(
             if first < decoding.num_samples and key not in asked:
                 asked.add(key)
                 rest = replace(decoding, num_samples=decoding.num_samples - first)
-                wanted.append(Samples(rest, first, position))
+                wanted.append(SampleRange(rest, first, position))
         if wanted:
             missing.setdefault(tuple(wanted), []).append(place)
     return missing
 
 
-def status_of(text: str, *, ended: bool) -> Status:
+def response_status(text: str, *, ended: bool) -> Status:
     """The status of a local LLM's response: `ended` says whether the LLM ended it, or the limit of tokens did."""
     if not text:
         return "empty"
@@ -290,12 +290,14 @@ def check_strategy(specs: Sequence[str], decodings: Sequence[Decoding]) -> None:
     """ConfigError for what can be known to fail before anything is loaded."""
     for position, text in enumerate(specs):
         if parse_spec(text).kind == "vllm":
-            refuse_beams(text, share(decodings, position))
+            reject_beams(text, decodings_of(decodings, position))
     twice = next((text for text in specs if specs.count(text) > 1), None)
     if twice:
         raise ConfigError(f"sampling: --generator {quote(twice)} stands twice, and would draw the same again; drop one")
     needed = max((decoding.generator + 1 for decoding in decodings if decoding.generator is not None), default=0)
-    idle = next((text for position, text in enumerate(specs) if decodings and not share(decodings, position)), None)
+    idle = next(
+        (text for position, text in enumerate(specs) if decodings and not decodings_of(decodings, position)), None
+    )
     if idle and needed <= len(specs):
         raise ConfigError(
             f"sampling: --strategy leaves --generator {quote(idle)} without a decoding; it is for {needed} generators"
@@ -306,14 +308,14 @@ def check_strategy(specs: Sequence[str], decodings: Sequence[Decoding]) -> None:
         )
 
 
-def refuse_beams(name: str, decodings: Sequence[Decoding]) -> None:
+def reject_beams(name: str, decodings: Sequence[Decoding]) -> None:
     """ConfigError for a decoding by beams, which vLLM does not do here."""
     beams = next((decoding for decoding in decodings if decoding.num_beams > 1), None)
     if beams:
         raise ConfigError(f"{name}: vLLM does no beams here ({beams.name}); choose a --strategy without, as greedy")
 
 
-def seed_of(seed: int, generator: str) -> int:
+def generator_seed(seed: int, generator: str) -> int:
     """The seed of one generator of a run, below 2^31."""
     digest = hashlib.blake2b(repr((seed, generator)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") & 0x7FFF_FFFF

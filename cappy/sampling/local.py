@@ -12,16 +12,16 @@ from transformers.utils.logging import disable_progress_bar
 from cappy.errors import FolderError
 from cappy.model_folder import AutoModel, ModelFolder, Module
 from cappy.records import Candidate
-from cappy.sampling.drawing import Continuation, Response, continue_rows, end_tokens, uniforms
-from cappy.sampling.generators import LocalGenerator, OnDrawn, Samples, ignore_progress, status_of
+from cappy.sampling.drawing import Continuation, Response, continue_rows, draw_uniforms, end_tokens
+from cappy.sampling.generators import LocalGenerator, OnCandidates, SampleRange, ignore_progress, response_status
 from cappy.sampling.strategies import Decoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-MOST_LOGITS = 2**26
+MAX_LOGITS = 2**26
 """Logits that one batch of likelihoods may hold, 4 bytes each."""
-CPU_WORK = 2**42
+MAX_CPU_WORK = 2**42
 """Parameters times tokens of a batch on a CPU: it is done within a minute or so, and larger ones are no faster."""
 
 
@@ -81,7 +81,7 @@ class LanguageModel(Module, Protocol):
 class LocalLLM(LocalGenerator):
     """An LLM of transformers in a folder: safetensors alone, no code of the folder's own, float32.
 
-    `BATCH_TOKENS` bounds a batch: rows times the longest prompt with its response; on a CPU `CPU_WORK` does too.
+    `BATCH_TOKENS` bounds a batch: rows times the longest prompt with its response; on a CPU `MAX_CPU_WORK` does too.
     Instructions longer than the model's context lose their end, and are counted.
 
     What is drawn depends on the seed, the instruction, the decoding's name and the number of the sample, and not on
@@ -105,9 +105,11 @@ class LocalLLM(LocalGenerator):
         self.model.to(self.device).eval()
         # generate() fills whatever a call leaves open from the model's own configuration; an empty one leaks nothing.
         self.model.generation_config = GenerationConfig()
-        self.ends = torch.tensor(end_tokens(self.tokenizer, config, folder.path), device=self.device)
-        self._end_set = frozenset(self.ends.tolist())
-        self.pad: int = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
+        self.end_ids = torch.tensor(end_tokens(self.tokenizer, config, folder.path), device=self.device)
+        self._end_set = frozenset(self.end_ids.tolist())
+        self.pad_id: int = (
+            self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.end_ids[0])
+        )
 
     @property
     def context(self) -> int | None:
@@ -125,13 +127,13 @@ class LocalLLM(LocalGenerator):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        on_drawn: OnDrawn = ignore_progress,
+        on_candidates: OnCandidates = ignore_progress,
     ) -> list[list[list[Response]]]:
         """Responses as tokens, all drawn now: of each instruction, for each decoding, its samples."""
         prompts = self._prompts(instructions, max(decoding.max_new_tokens for decoding in decodings))
-        wanted = [Samples(decoding) for decoding in decodings]
+        wanted = [SampleRange(decoding) for decoding in decodings]
         drawn: list[list[list[Response]]] = [[] for _ in instructions]
-        for batch in self._respond(instructions, prompts, wanted, seed, on_drawn):
+        for batch in self._respond(instructions, prompts, wanted, seed, on_candidates):
             for place, responses in batch.items():
                 drawn[place] = responses
         return drawn
@@ -144,9 +146,11 @@ class LocalLLM(LocalGenerator):
         most = max(map(len, responses), default=0)
         prompts = dict(zip(instructions, self._prompts(instructions, most), strict=True))
         asked = [(prompts[instruction], response) for (instruction, _), response in zip(pairs, responses, strict=True)]
-        budget = min(self._batch_tokens(), MOST_LOGITS // self.model.config.vocab_size)
+        budget = min(self._batch_tokens(), MAX_LOGITS // self.model.config.vocab_size)
         known = [(0.0, 0)] * len(pairs)
-        for batch in batches([len(prompt) + len(response) for prompt, response in asked], reserved=0, budget=budget):
+        for batch in batch_by_length(
+            [len(prompt) + len(response) for prompt, response in asked], reserved=0, budget=budget
+        ):
             sums = self._sums([asked[i][0] for i in batch], [asked[i][1] for i in batch])
             for place, total in zip(batch, sums.tolist(), strict=True):
                 known[place] = (total, len(asked[place][1]))
@@ -155,7 +159,7 @@ class LocalLLM(LocalGenerator):
     def _batch_tokens(self) -> int:
         if self.device.type != "cpu":
             return self.BATCH_TOKENS
-        return min(self.BATCH_TOKENS, CPU_WORK // max(1, self.model.num_parameters()))
+        return min(self.BATCH_TOKENS, MAX_CPU_WORK // max(1, self.model.num_parameters()))
 
     def generation_config(self, decoding: Decoding) -> GenerationConfig:
         """Every knob of a beam search, stated; the decoding loop of our own needs none."""
@@ -166,8 +170,8 @@ class LocalLLM(LocalGenerator):
             max_new_tokens=decoding.max_new_tokens,
             min_new_tokens=decoding.min_new_tokens or None,
             decoder_start_token_id=getattr(self.model.config, "decoder_start_token_id", None),
-            eos_token_id=self.ends.tolist(),
-            pad_token_id=self.pad,
+            eos_token_id=self.end_ids.tolist(),
+            pad_token_id=self.pad_id,
         )
 
     @abstractmethod
@@ -189,7 +193,7 @@ class LocalLLM(LocalGenerator):
         encoded: torch.Tensor,
         mask: torch.Tensor,
         decoding: Decoding,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
         """Tokens of each prompt's samples by beam search, one prompt after the other, and their sums (rows,)."""
 
@@ -206,12 +210,12 @@ class LocalLLM(LocalGenerator):
         self,
         instructions: Sequence[str],
         prompts: Sequence[Sequence[int]],
-        wanted: Sequence[Samples],
+        wanted: Sequence[SampleRange],
         *,
         seed: int,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> Iterator[dict[int, list[list[Candidate]]]]:
-        for batch in self._respond(instructions, prompts, wanted, seed, on_drawn):
+        for batch in self._respond(instructions, prompts, wanted, seed, on_candidates):
             yield {
                 place: [
                     [self._candidate(response, one.decoding, seed) for response in responses]
@@ -224,18 +228,18 @@ class LocalLLM(LocalGenerator):
         self,
         instructions: Sequence[str],
         prompts: Sequence[Sequence[int]],
-        wanted: Sequence[Samples],
+        wanted: Sequence[SampleRange],
         seed: int,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> Iterator[dict[int, list[list[Response]]]]:
         """For each batch the responses of its places."""
         reserved = max(one.decoding.max_new_tokens for one in wanted)
         rows = sum(max(one.decoding.num_samples, one.decoding.num_beams) for one in wanted)
-        for places in batches(
+        for places in batch_by_length(
             [len(prompt) for prompt in prompts], reserved=reserved, budget=self._batch_tokens() // rows
         ):
             texts, own = [instructions[place] for place in places], [prompts[place] for place in places]
-            drawn = self._respond_together(texts, own, wanted, seed, on_drawn)
+            drawn = self._respond_together(texts, own, wanted, seed, on_candidates)
             yield dict(zip(places, drawn, strict=True))
 
     @torch.inference_mode()
@@ -243,17 +247,17 @@ class LocalLLM(LocalGenerator):
         self,
         instructions: Sequence[str],
         prompts: Sequence[Sequence[int]],
-        wanted: Sequence[Samples],
+        wanted: Sequence[SampleRange],
         seed: int,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> list[list[list[Response]]]:
         """The responses of one batch."""
         encoded, mask = self._encode(prompts)
         responses: list[list[list[Response]]] = [[[] for _ in wanted] for _ in prompts]
         for place, one in enumerate(wanted):
             if one.decoding.num_beams > 1:
-                tokens, sums = self._beams(prompts, encoded, mask, one.decoding, on_drawn)
-                on_drawn(len(tokens))
+                tokens, sums = self._beams(prompts, encoded, mask, one.decoding, on_candidates)
+                on_candidates(len(tokens))
                 for number, (own, total) in enumerate(zip(tokens, sums.tolist(), strict=True)):
                     responses[number // one.decoding.num_samples][place].append(Response(own, total))
         drawn = [(place, one) for place, one in enumerate(wanted) if one.decoding.num_beams == 1]
@@ -264,10 +268,10 @@ class LocalLLM(LocalGenerator):
                 own
                 for text in instructions
                 for _, one in drawn
-                for own in uniforms(seed, text, one.decoding, one.first)
+                for own in draw_uniforms(seed, text, one.decoding, one.first)
             ]
             model, logits = self._begin(encoded, mask, len(rows))
-            given = continue_rows(model, logits, rows * len(prompts), numbers, self.ends, on_drawn)
+            given = continue_rows(model, logits, rows * len(prompts), numbers, self.end_ids, on_candidates)
             for number, response in enumerate(given):
                 responses[number // len(rows)][places[number % len(rows)]].append(response)
         return responses
@@ -289,25 +293,25 @@ class LocalLLM(LocalGenerator):
             revision=self.revision,
             decoding=decoding.name,
             seed=seed,
-            status=status_of(text, ended=self._is_end(response.tokens)),
+            status=response_status(text, ended=self._is_end(response.tokens)),
             logprob_sum=response.logprob_sum,
             logprob_mean=response.logprob_sum / max(len(response.tokens), 1),
             num_tokens=len(response.tokens),
         )
 
 
-def each_step(decoding: Decoding, rows: int, on_drawn: OnDrawn) -> StoppingCriteriaList:
+def progress_criteria(decoding: Decoding, rows: int, on_candidates: OnCandidates) -> StoppingCriteriaList:
     """For `generate`: stops nothing, and says after each token how much of `rows` responses is done."""
     steps = itertools.count(1)
 
     def step(ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-        on_drawn(0, begun=rows * min(next(steps) / decoding.max_new_tokens, 1.0))
+        on_candidates(0, in_progress=rows * min(next(steps) / decoding.max_new_tokens, 1.0))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     return StoppingCriteriaList([step])
 
 
-def batches(lengths: Sequence[int], *, reserved: int, budget: int) -> Iterator[list[int]]:
+def batch_by_length(lengths: Sequence[int], *, reserved: int, budget: int) -> Iterator[list[int]]:
     """Places of all lengths, longest first, in batches of like lengths.
 
     A batch holds at most `budget` tokens, padding and `reserved` more for each included, and at least one place.

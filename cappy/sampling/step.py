@@ -28,17 +28,32 @@ from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records import Candidate, Instance, Manifest, read_manifest
 from cappy.records.work import ShardOf, parse_shard, refuse_same
 from cappy.sampling import load_generator
-from cappy.sampling.accounts import SamplingProgress, accounts, cautions, check_failures, count_part, failures
-from cappy.sampling.generators import Api, EndpointConfig, Generator, OnDrawn, check_strategy, ignore_progress, seed_of
-from cappy.sampling.store import FRESH_DRAWS
+from cappy.sampling.accounts import (
+    SamplingProgress,
+    cautions,
+    check_failures,
+    count_failures,
+    count_part,
+    manifest_entries,
+)
+from cappy.sampling.generators import (
+    Api,
+    EndpointConfig,
+    Generator,
+    OnCandidates,
+    check_strategy,
+    generator_seed,
+    ignore_progress,
+)
+from cappy.sampling.store import FRESH_FOLDER
 from cappy.sampling.strategies import (
     MAX_NEW_TOKENS_LIMIT,
     Decoding,
     check_decodings,
+    decodings_of,
     default_length,
     default_strategy,
-    share,
-    strategy,
+    parse_strategy,
 )
 from cappy.specs import parse_spec
 from cappy.steps import step_version
@@ -154,7 +169,7 @@ class SamplingConfig:
         positioned = [
             replace(decoding, generator=position)
             for position, one in enumerate(each)
-            for decoding in share(one, position)
+            for decoding in decodings_of(one, position)
         ]
         # A strategy that names more positions than there are generators is refused by `check_strategy`.
         beyond = [one for one in each[0] if one.generator is not None and one.generator >= len(kinds)]
@@ -162,7 +177,7 @@ class SamplingConfig:
 
     def _decodings_of(self, kind: str) -> tuple[Decoding, ...]:
         """What a generator of this kind would draw."""
-        decodings = strategy(self.strategy or default_strategy(kind), self.max_new_tokens or default_length(kind))
+        decodings = parse_strategy(self.strategy or default_strategy(kind), self.max_new_tokens or default_length(kind))
         if not self.max_new_tokens:
             return decodings
         longer = [replace(decoding, max_new_tokens=self.max_new_tokens) for decoding in decodings]
@@ -183,9 +198,9 @@ def _key_settings(config: SamplingConfig) -> dict[str, Any]:
     return identity(config) | {"decodings": [asdict(decoding) for decoding in config.decodings]}
 
 
-def _draws_folder(config: SamplingConfig) -> Path:
+def _store_folder(config: SamplingConfig) -> Path:
     """The folder that keeps what is drawn and answered: one of its own for a run that draws again (`--fresh`)."""
-    return config.work / FRESH_DRAWS / config.fresh if config.fresh else config.work
+    return config.work / FRESH_FOLDER / config.fresh if config.fresh else config.work
 
 
 def endpoint_config(config: SamplingConfig, parent: str = "") -> EndpointConfig:
@@ -209,7 +224,7 @@ def endpoint_config(config: SamplingConfig, parent: str = "") -> EndpointConfig:
         price_output=config.price_output,
         timeout=config.timeout,
         max_retries=config.max_retries,
-        folder=_draws_folder(config) / "answers",
+        folder=_store_folder(config) / "answers",
         run=fingerprint("budget", computed, parent)[:24],
     )
 
@@ -226,13 +241,13 @@ def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
     parent = read_manifest(config.source)
     config = with_fresh_name(config, parent)
     asking = endpoint_config(config, parent.hash)
-    kept = _draws_folder(config)
+    kept = _store_folder(config)
     with ExitStack() as opened:
         generators = [
             opened.enter_context(closing(load_generator(spec, asking, work=kept))) for spec in config.generator
         ]
         for position, generator in enumerate(generators):
-            generator.check(share(config.decodings, position))
+            generator.check(decodings_of(config.decodings, position))
         return _run(config, parent, generators, progress)
 
 
@@ -245,18 +260,23 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], 
 
     reasoning = ReasoningReader(strip=config.strip_reasoning)
     each = {
-        generator.name: sum(one.num_samples for one in share(decodings, position))
+        generator.name: sum(one.num_samples for one in decodings_of(decodings, position))
         for position, generator in enumerate(generators)
     }
     so_far: Counter[str] = Counter()
 
     def transform(part: list[Instance]) -> Iterator[Instance]:
         return sample(
-            part, generators, decodings, seed=config.seed, on_drawn=sampling_progress.add_candidates, read=reasoning
+            part,
+            generators,
+            decodings,
+            seed=config.seed,
+            on_candidates=sampling_progress.add_candidates,
+            read=reasoning,
         )
 
     def count(part: Sequence[Instance]) -> dict[str, int]:
-        counts = count_part(part, generators) | failures(part, generators)
+        counts = count_part(part, generators) | count_failures(part, generators)
         if generators:
             counts["reasoning"] = reasoning.take_count()
         so_far.update(counts)
@@ -278,7 +298,7 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], 
             again=lambda counts: counts.get("failed", 0) > 0,
         )
         check_failures(parts.counts, config.max_failed, each)
-        metrics, facts = accounts(parts.counts, endpoint_config(config))
+        metrics, facts = manifest_entries(parts.counts, endpoint_config(config))
         if contexts := [tokens for one in generators if (tokens := getattr(one, "context", None))]:
             facts["context"] = min(contexts)
         if said := cautions(metrics, stated, facts):
@@ -303,7 +323,7 @@ def sample(
     decodings: Sequence[Decoding],
     *,
     seed: int,
-    on_drawn: OnDrawn = ignore_progress,
+    on_candidates: OnCandidates = ignore_progress,
     read: Callable[[Candidate], Candidate] = lambda candidate: candidate,
 ) -> Iterator[Instance]:
     """The instances with every generator's candidates appended, in order; equal arguments give equal candidates.
@@ -320,10 +340,10 @@ def sample(
     added: dict[str, list[Candidate]] = {instance.instance_id: [] for instance in open_ended}
     prompts = [instance.instruction for instance in open_ended]
     for position, generator in enumerate(generators):
-        own = share(decodings, position)
+        own = decodings_of(decodings, position)
         if not prompts or not own:
             continue
-        drawn = generator.sample(prompts, own, seed=seed_of(seed, generator.name), on_drawn=on_drawn)
+        drawn = generator.sample(prompts, own, seed=generator_seed(seed, generator.name), on_candidates=on_candidates)
         for instance, candidates in zip(open_ended, drawn, strict=True):
             added[instance.instance_id] += map(read, candidates)
     closed = _with_likelihoods([instance for instance in part if instance.choices], generators)

@@ -35,7 +35,7 @@ from cappy.records.folder import disk_errors, write_bytes
 DRAWING_VERSION = 1
 """Of the code that draws: raised when the same question gets other candidates, so that none of before is used."""
 CANDIDATES = "candidates"
-FRESH_DRAWS = "fresh"
+FRESH_FOLDER = "fresh"
 """Folder with a folder for each run that drew again what was kept (`--fresh`)."""
 ANSWERS = "answers"
 _ORIGIN = "origin.json"
@@ -43,8 +43,8 @@ LOCK = ".lock"
 _FORMAT = 1
 _MAX_FILE_BYTES = 64_000_000
 """A process begins another file after so many bytes: a mounted bucket may send the whole file for each addition."""
-_PLACE = np.dtype([("file", "<u4"), ("size", "<u4"), ("start", "<u8")])
-_FIELDS = ("response", "decoding", "seed", "status", "logprob_sum", "logprob_mean", "num_tokens")
+_LOCATION = np.dtype([("file", "<u4"), ("size", "<u4"), ("start", "<u8")])
+_STORED_FIELDS = ("response", "decoding", "seed", "status", "logprob_sum", "logprob_mean", "num_tokens")
 """What is kept of a candidate, beside its origin."""
 
 
@@ -57,7 +57,7 @@ class Origin:
     version: int
 
 
-def question_key(**asked: object) -> str:
+def sample_key(**asked: object) -> str:
     """The key of everything that a draw depends on, its origin and the numbers of the samples aside."""
     return fingerprint("draw", _FORMAT, asked)[:32]
 
@@ -77,7 +77,7 @@ class CandidateStore:
         self._paths: dict[Path, int] = {}
         self._read: dict[Path, int] = {}
         self._keys = np.empty(0, dtype="<u8")
-        self._places = np.empty(0, dtype=_PLACE)
+        self._places = np.empty(0, dtype=_LOCATION)
         with disk_errors(self._folder):
             make_private(self._folder.parent)
             self._lock = lock_shared(self._folder / LOCK)
@@ -89,7 +89,7 @@ class CandidateStore:
     def get(self, keys: Sequence[str]) -> dict[str, tuple[Candidate, ...]]:
         """The kept candidates of those keys that have any."""
         self._refresh()
-        numbers = np.array([_number(key) for key in keys], dtype="<u8")
+        numbers = np.array([_key_number(key) for key in keys], dtype="<u8")
         first, last = (np.searchsorted(self._keys, numbers, side) for side in ("left", "right"))
         wanted: dict[int, list[tuple[int, int, str]]] = {}
         for key, begin, end in zip(keys, first.tolist(), last.tolist(), strict=True):
@@ -155,15 +155,15 @@ class CandidateStore:
                 number, read = self._paths.setdefault(path, len(self._paths)), self._read.get(path, 0)
                 if path.stat().st_size == read:
                     continue
-                for key, start, size, end in _blocks(path, read):
-                    keys.append(_number(key))
+                for key, start, size, end in _read_blocks(path, read):
+                    keys.append(_key_number(key))
                     places.append((number, size, start))
                     self._read[path] = end
         if not keys:
             return
         added = np.array(keys, dtype="<u8")
         order = added.argsort(kind="stable")
-        added, new = added[order], np.array(places, dtype=_PLACE)[order]
+        added, new = added[order], np.array(places, dtype=_LOCATION)[order]
         at = self._keys.searchsorted(added, "right")
         self._keys, self._places = np.insert(self._keys, at, added), np.insert(self._places, at, new)
 
@@ -187,7 +187,7 @@ class CandidateStore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class StoreEntry:
     """What lies in a work folder for one origin, or of endpoints' answers in all (`generator` is empty then).
 
     `sets` counts questions with their candidates, or answers; `last_used` is in seconds of `time.time`; `fresh` names
@@ -205,27 +205,27 @@ class Entry:
     fresh: str = ""
 
 
-def entries(work: Path) -> list[Entry]:
+def list_entries(work: Path) -> list[StoreEntry]:
     """What was drawn and answered for this work folder, one entry for each origin, the least recently used first."""
-    own = _entries(work)
-    for folder in sorted((work / FRESH_DRAWS).glob("*")):
-        own += [replace(entry, fresh=folder.name) for entry in _entries(folder)]
+    own = _list_folder(work)
+    for folder in sorted((work / FRESH_FOLDER).glob("*")):
+        own += [replace(entry, fresh=folder.name) for entry in _list_folder(folder)]
     return sorted(own, key=lambda entry: entry.last_used)
 
 
-def _entries(work: Path) -> list[Entry]:
-    listed = [_entry(path.parent) for path in (work / CANDIDATES).glob(f"*/{_ORIGIN}")]
+def _list_folder(work: Path) -> list[StoreEntry]:
+    listed = [_candidates_entry(path.parent) for path in (work / CANDIDATES).glob(f"*/{_ORIGIN}")]
     answers = [path.stat() for path in (work / ANSWERS).glob("[0-9a-f][0-9a-f]/*.json")]
     if answers:
         used = [path.stat().st_mtime for path in [work / ANSWERS / LOCK] if path.exists()]
         size, last = sum(one.st_size for one in answers), max([*(one.st_mtime for one in answers), *used])
         listed.append(
-            Entry(kind="answers", path=work / ANSWERS, sets=len(answers), size_bytes=size, last_used=last),
+            StoreEntry(kind="answers", path=work / ANSWERS, sets=len(answers), size_bytes=size, last_used=last),
         )
     return listed
 
 
-def unreachable(entry: Entry, fresh: Collection[str] = ()) -> str:
+def unreachable_reason(entry: StoreEntry, fresh: Collection[str] = ()) -> str:
     """Why no run of this version uses an entry; empty where one can. `fresh` are the fresh starts that work is of."""
     if entry.path.name.startswith(REMOVED):
         return "left by a removal that was killed"
@@ -236,7 +236,7 @@ def unreachable(entry: Entry, fresh: Collection[str] = ()) -> str:
     return f"drawn by version {entry.version}, drawing has {DRAWING_VERSION}"
 
 
-def remove(entry: Entry) -> None:
+def remove_entry(entry: StoreEntry) -> None:
     """Deletes what an entry names; FolderError where a run is using it. What endpoints' runs have spent stays known."""
     with disk_errors(entry.path), open_lock(entry.path / LOCK) as lock:
         try:
@@ -254,16 +254,16 @@ def remove(entry: Entry) -> None:
                 parent.rmdir()
 
 
-def _entry(folder: Path) -> Entry:
+def _candidates_entry(folder: Path) -> StoreEntry:
     values = json.loads((folder / _ORIGIN).read_bytes())
     files = list(folder.glob("*.jsonl"))
-    return Entry(
+    return StoreEntry(
         kind="candidates",
         path=folder,
         generator=str(values["generator"]),
         revision=str(values["revision"]),
         version=int(values["version"]),
-        sets=sum(1 for path in files for _ in _blocks(path, 0)),
+        sets=sum(1 for path in files for _ in _read_blocks(path, 0)),
         size_bytes=sum(path.stat().st_size for path in files),
         last_used=max(path.stat().st_mtime for path in (folder / _ORIGIN, *files)),
     )
@@ -275,16 +275,16 @@ def _write_all(file: IO[bytes], block: bytes) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _number(key: str) -> int:
+def _key_number(key: str) -> int:
     return int(key[:16], 16)
 
 
 def _line(key: str, drawn: Sequence[Candidate]) -> bytes:
-    values = [{name: getattr(one, name) for name in _FIELDS} for one in drawn]
+    values = [{name: getattr(one, name) for name in _STORED_FIELDS} for one in drawn]
     return json.dumps({"key": key, "candidates": values}).encode() + b"\n"
 
 
-def _blocks(path: Path, start: int) -> Iterator[tuple[str, int, int, int]]:
+def _read_blocks(path: Path, start: int) -> Iterator[tuple[str, int, int, int]]:
     """Key, start and size of each set in a file's whole blocks from `start` on, and where its block ends."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -294,7 +294,7 @@ def _blocks(path: Path, start: int) -> Iterator[tuple[str, int, int, int]]:
             try:
                 sets = [(str(key), int(length)) for key, length in json.loads(head)]
                 for key, _ in sets:
-                    _number(key)
+                    _key_number(key)
             except (ValueError, TypeError):
                 return  # The beginning of a block, or damage: nothing behind it can be trusted.
             place = start + len(head)

@@ -141,7 +141,7 @@ def default_length(kind: str) -> int:
     return ENDPOINT_NEW_TOKENS if kind == "openai" else MAX_NEW_TOKENS
 
 
-def strategy(text: str, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, ...]:
+def parse_strategy(text: str, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, ...]:
     """The decodings that a strategy's name, expression or file means; ConfigError lists the names and the grammar.
 
     `length` is the longest response in tokens of those that state none.
@@ -151,18 +151,18 @@ def strategy(text: str, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, ...]:
     # What comes with the project states no length of 64, but for want of another.
     return tuple(
         replace(one, max_new_tokens=length) if one.max_new_tokens == MAX_NEW_TOKENS else one
-        for one in _parse_words(text)
+        for one in _parse_expression(text)
     )
 
 
-def _parse_words(text: str) -> tuple[Decoding, ...]:
+def _parse_expression(text: str) -> tuple[Decoding, ...]:
     if text in STRATEGIES:
         return STRATEGIES[text]
     decodings = tuple(one for word in text.split("+") for one in STRATEGIES.get(word) or (_parse_decoding(word, text),))
     return check_decodings(decodings, f"sampling: --strategy {quote(text)}")
 
 
-def share(decodings: Sequence[Decoding], position: int) -> tuple[Decoding, ...]:
+def decodings_of(decodings: Sequence[Decoding], position: int) -> tuple[Decoding, ...]:
     """Those of the decodings that the generator at this position, from 0, draws by."""
     return tuple(decoding for decoding in decodings if decoding.generator in (None, position))
 
@@ -247,7 +247,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "min_p": (float, int),
 }
 """Types of the knobs that are not whole numbers."""
-_MOST_BYTES = 1_000_000
+_MAX_BYTES = 1_000_000
 
 
 def read_decodings(path: Path, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, ...]:
@@ -255,18 +255,18 @@ def read_decodings(path: Path, length: int = MAX_NEW_TOKENS) -> tuple[Decoding, 
 
     `length` is the longest response in tokens of entries that state none.
     """
-    entries = _read(path)
+    entries = _read_file(path)
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{path}: must be a list of decodings, got {quote(entries)}; see --strategy for their names")
     return check_decodings(
-        [_decoding(path, number, entry, length) for number, entry in enumerate(entries, 1)], str(path)
+        [_parse_entry(path, number, entry, length) for number, entry in enumerate(entries, 1)], str(path)
     )
 
 
-def _read(path: Path) -> object:
+def _read_file(path: Path) -> object:
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ConfigError(f"{path}: is larger than {_MOST_BYTES} bytes, so it is not a file of decodings")
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{path}: is larger than {_MAX_BYTES} bytes, so it is not a file of decodings")
         return load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); --strategy names a file of decodings") from error
@@ -278,7 +278,7 @@ def _read(path: Path) -> object:
         raise ConfigError(f"{path}:{line} is neither YAML nor JSON ({quote(reason)}); mend it") from error
 
 
-def _decoding(path: Path, number: int, entry: object, length: int) -> Decoding:
+def _parse_entry(path: Path, number: int, entry: object, length: int) -> Decoding:
     where = f"{path}: decoding {number}"
     if isinstance(entry, str):
         try:

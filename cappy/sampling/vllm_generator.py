@@ -12,7 +12,7 @@ from cappy.errors import ConfigError, FolderError
 from cappy.model_folder import ModelFolder
 from cappy.records import Candidate
 from cappy.sampling.drawing import draw_seed, end_tokens, prompt_tokens, response_tokens
-from cappy.sampling.generators import LocalGenerator, OnDrawn, Samples, refuse_beams, status_of
+from cappy.sampling.generators import LocalGenerator, OnCandidates, SampleRange, reject_beams, response_status
 from cappy.sampling.strategies import Decoding
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class VLLM(LocalGenerator):
 
     def check(self, decodings: Sequence[Decoding]) -> None:
         """ConfigError for beams."""
-        refuse_beams(self.name, decodings)
+        reject_beams(self.name, decodings)
 
     def close(self) -> None:
         """Lets the engine go."""
@@ -115,7 +115,7 @@ class VLLM(LocalGenerator):
         prompts = []
         for instruction in instructions:
             ids, cut = prompt_tokens(self._tokenizer, instruction, ends=self._ends, longest=longest)
-            self._cut += cut
+            self._num_truncated += cut
             prompts.append(ids)
         return prompts
 
@@ -123,10 +123,10 @@ class VLLM(LocalGenerator):
         self,
         instructions: Sequence[str],
         prompts: Sequence[Sequence[int]],
-        wanted: Sequence[Samples],
+        wanted: Sequence[SampleRange],
         *,
         seed: int,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> Iterator[dict[int, list[list[Candidate]]]]:
         """All in one call, for the engine makes batches by itself."""
         decodings = [one.decoding for one in wanted]
@@ -136,7 +136,7 @@ class VLLM(LocalGenerator):
             for decoding in decodings
         ]
         outputs = iter(self._generate(asked))
-        on_drawn(len(prompts) * sum(decoding.num_samples for decoding in decodings))
+        on_candidates(len(prompts) * sum(decoding.num_samples for decoding in decodings))
         yield {
             place: [[self._candidate(one, decoding, seed) for one in next(outputs).outputs] for decoding in decodings]
             for place in range(len(prompts))
@@ -173,7 +173,7 @@ class VLLM(LocalGenerator):
             revision=self.revision,
             decoding=decoding.name,
             seed=seed,
-            status=status_of(text, ended=getattr(output, "finish_reason", None) != "length"),
+            status=response_status(text, ended=getattr(output, "finish_reason", None) != "length"),
             logprob_sum=output.cumulative_logprob,
             logprob_mean=output.cumulative_logprob / max(count, 1),
             num_tokens=count,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cappy.errors import CappyError
-from cappy.sampling.generators import tokens_of
+from cappy.sampling.generators import estimate_tokens
 from serving.gateway.config import Policy, SpendingLimits
 from serving.gateway.errors import GatewayError
 from serving.gateway.policy import EXPECTED_TOKENS, Allowance, Ledger, Limit, Stop, Total, allow, decide
@@ -187,12 +187,12 @@ class _Run:
         """How many of the wanted candidates the limits leave room for."""
         ledger, asked = self._ledger, self._request.most_tokens
         counted = max((_tokens(usage, "prompt_tokens") for usage in ledger.usages), default=0)
-        longest = max((draw.num_tokens or tokens_of(draw.text) for draw in self._draws), default=EXPECTED_TOKENS)
+        longest = max((draw.num_tokens or estimate_tokens(draw.text) for draw in self._draws), default=EXPECTED_TOKENS)
         allowance = allow(
             wanted,
             ledger.budgets(),
             llm.llm.prices,
-            prompt_tokens=counted or tokens_of(self._request.instruction),
+            prompt_tokens=counted or estimate_tokens(self._request.instruction),
             need=asked or longest,
             first=first and not self._draws,
         )

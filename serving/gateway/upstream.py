@@ -18,7 +18,7 @@ from cappy.errors import ConfigError, quote
 from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records.instance import SELECTABLE, Status
 from cappy.redaction import SHORTEST
-from cappy.sampling.endpoint.answers import BadAnswerError, GivenUpError, model_name, read_choice, read_choices
+from cappy.sampling.endpoint.answers import BadAnswerError, IncompleteChoiceError, model_name, read_choice, read_choices
 from cappy.sampling.endpoint.client import (
     MAX_BYTES,
     NO_KEY,
@@ -32,7 +32,7 @@ from cappy.sampling.endpoint.client import (
 )
 from cappy.sampling.endpoint.faults import LENGTH, NEW_LENGTH, Capabilities, refused_parameter
 from cappy.sampling.endpoint.limits import MAX_LIST_BYTES, answer_bytes
-from cappy.sampling.generators import tokens_of
+from cappy.sampling.generators import estimate_tokens
 from cappy.untrusted import is_utf8, to_utf8
 from serving.gateway.errors import GatewayError, bad_answer, late, not_utf8, refusal_error, unreachable
 from serving.gateway.policy import Ledger, Prices, read_usage
@@ -176,7 +176,7 @@ class Upstream:
         They are asked for together until the model refuses `n` or ignores it, then one by one, all at once.
         """
         capabilities = self._capabilities_of(self.llm.model or ask.request.model)
-        if count > 1 and not capabilities.takes("n"):
+        if count > 1 and not capabilities.supports("n"):
             async with asyncio.TaskGroup() as group:
                 for index in range(count):
                     group.create_task(self.draw(ask, drawn, count=1, number=number + index))
@@ -188,7 +188,7 @@ class Upstream:
             return
         drawn.draws += draws
         if answered < count:
-            capabilities.refuse("n")
+            capabilities.mark_unsupported("n")
             await self.draw(ask, drawn, count=count - answered, number=number + answered)
 
     async def models(self, authorization: str) -> bytes:
@@ -216,9 +216,9 @@ class Upstream:
                 return self._read(ask, _without(_in_utf8(response), key), sent, count)
             problem = refusal_error(self._name, response, _secrets(key))
             parameter = refused_parameter(sent, str(problem), problem.error["param"])
-            if response.status_code not in (400, 422) or parameter not in added or not capabilities.takes(parameter):
+            if response.status_code not in (400, 422) or parameter not in added or not capabilities.supports(parameter):
                 raise problem
-            capabilities.refuse(parameter)
+            capabilities.mark_unsupported(parameter)
             ask.ledger.withdraw()
             if parameter == "n":
                 return [], 0
@@ -245,7 +245,7 @@ class Upstream:
     def _most(self, ask: Ask, count: int) -> float:
         """The most that a request can cost."""
         tokens = ask.most_tokens if ask.most_tokens is not None else ask.request.most_tokens or 0
-        return self.llm.prices.cost(tokens_of(ask.request.instruction), count * tokens)
+        return self.llm.prices.cost(estimate_tokens(ask.request.instruction), count * tokens)
 
     def _read(self, ask: Ask, body: bytes, sent: Mapping[str, Any], count: int) -> tuple[list[Draw], int]:
         """The candidates in a body and how many choices it has; its tokens go to the ledger.
@@ -309,7 +309,7 @@ class Upstream:
             ask.ledger.usages.append(usage.counts)
             prompt, completion = usage.prompt, usage.completion
         else:
-            prompt, completion = tokens_of(ask.request.instruction), sum(map(tokens_of, texts))
+            prompt, completion = estimate_tokens(ask.request.instruction), sum(map(estimate_tokens, texts))
             ask.ledger.unmetered += 1
         ask.ledger.settle(self._most(ask, count), prompt, completion, self.llm.prices.cost(prompt, completion))
 
@@ -357,11 +357,11 @@ def _max_bytes(ask: Ask, sent: Mapping[str, object], count: int) -> int:
 def _good_choices(choices: Sequence[Mapping[str, object]]) -> list[tuple[Mapping[str, object], Read]]:
     """The choices that hold a response, read; GivenUpError where the server gave all of them up."""
     good: list[tuple[Mapping[str, object], Read]] = []
-    fault: GivenUpError | None = None
+    fault: IncompleteChoiceError | None = None
     for choice in choices:
         try:
             good.append((choice, read_choice(choice)))
-        except GivenUpError as error:
+        except IncompleteChoiceError as error:
             fault = error
     if fault is not None and not good:
         raise fault

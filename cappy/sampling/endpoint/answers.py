@@ -24,14 +24,14 @@ from cappy.files import lock_shared
 from cappy.records import Candidate
 from cappy.records.folder import disk_errors, write_bytes
 from cappy.records.instance import Status
-from cappy.sampling.generators import EndpointConfig, tokens_of
+from cappy.sampling.generators import EndpointConfig, estimate_tokens
 from cappy.sampling.store import LOCK
 from cappy.sampling.strategies import Decoding
 from cappy.untrusted import is_count, read_json, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class GenerationRequest:
     """An instruction under a decoding; sample `number` of it has the seed `seed + number`."""
 
     instruction: str
@@ -54,13 +54,13 @@ class Question:
             body |= {"prompt": self.instruction}
         if config.logprobs:
             body["logprobs"] = True if config.api == "chat" else 1
-        body |= {knob: value for knob, value in beyond(decoding).items() if knob in config.extra}
+        body |= {knob: value for knob, value in extra_parameters(decoding).items() if knob in config.extra}
         if not body.get("top_k", 1):
             body["top_k"] = -1
         return {**body, "n": count} if count > 1 else body
 
 
-def beyond(decoding: Decoding) -> dict[str, float]:
+def extra_parameters(decoding: Decoding) -> dict[str, float]:
     """The knobs that OpenAI's API lacks, by the names that vLLM's server has for them; 0 where they are off."""
     return {"top_k": decoding.top_k, "min_p": decoding.min_p, "min_tokens": decoding.min_new_tokens}
 
@@ -71,7 +71,7 @@ MAX_NAME_CHARACTERS = 200
 """Of a model's name; a longer one is none."""
 
 
-LOG = "the server's log says why"
+SERVER_LOG_REMEDY = "the server's log says why"
 """What helps where a server answers and then fails."""
 _WHOLE = (
     *("stop", "eos", "eos_token", "end", "end_turn", "stop_sequence", "stop_token", "stop_word", "finish", "finished"),
@@ -116,7 +116,7 @@ class BadAnswerError(Exception):
         super().__init__(problem)
         self.problem = problem
         self.evidence = evidence
-        self.stated = stated
+        self.error_object = stated
         self.usage: tuple[int, int] | None = None
 
     def __str__(self) -> str:
@@ -133,10 +133,10 @@ class NotUtf8Error(BadAnswerError):
     remedy = "the server must send UTF-8, or name the charset that it sends"
 
 
-class GivenUpError(BadAnswerError):
+class IncompleteChoiceError(BadAnswerError):
     """A choice that the server began and did not end; what else the body holds may be good."""
 
-    remedy = LOG
+    remedy = SERVER_LOG_REMEDY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,12 +194,12 @@ def read_answers(
     """
     values, choices = read_choices(body)
     choices = choices[:count]
-    good, fault = _good_choices(choices)
+    good, fault = _complete_choices(choices)
     used = values.get("usage")
     usage: Mapping[str, object] = used if isinstance(used, dict) else {}
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    input_tokens = prompt if is_count(prompt) else tokens_of(instruction)
-    output_tokens = completion if is_count(completion) else sum(tokens_of(text) for text, _, _ in good)
+    input_tokens = prompt if is_count(prompt) else estimate_tokens(instruction)
+    output_tokens = completion if is_count(completion) else sum(estimate_tokens(text) for text, _, _ in good)
     if fault is not None and not good:
         fault.usage = (input_tokens, output_tokens)
         raise fault
@@ -222,7 +222,7 @@ def read_answers(
     return answers, len(choices)
 
 
-def _good_choices(
+def _complete_choices(
     choices: Sequence[Mapping[str, object]],
 ) -> tuple[list[tuple[str, Status, list[float]]], BadAnswerError | None]:
     """The choices that hold a response, and what is wrong with the first that the server gave up.
@@ -233,16 +233,16 @@ def _good_choices(
     for choice in choices:
         try:
             good.append(read_choice(choice))
-        except GivenUpError as error:
+        except IncompleteChoiceError as error:
             fault = fault or error
     return good, fault
 
 
 def read_choices(body: bytes) -> tuple[dict[str, object], list[dict[str, object]]]:
     """The body of a completion and its choices in order, copies of one index left out; BadAnswerError if it is none."""
-    values = _json(body)
+    values = _parse_body(body)
     listed = values.get("choices")
-    if stated := _stated_error(values):
+    if stated := _error_object(values):
         raise BadAnswerError("the body holds an error", stated, stated)
     if not isinstance(listed, list) or not listed or not all(isinstance(choice, dict) for choice in listed):
         raise BadAnswerError("the body has no choices", _decode(body))
@@ -250,7 +250,7 @@ def read_choices(body: bytes) -> tuple[dict[str, object], list[dict[str, object]
     return values, [by_index[index] for index in sorted(by_index)]
 
 
-def _stated_error(values: Mapping[str, object]) -> object:
+def _error_object(values: Mapping[str, object]) -> object:
     """The error object in a body or a choice; None if there is none, or one that says nothing."""
     stated = values.get("error")
     return None if not stated or (isinstance(stated, dict) and not any(stated.values())) else stated
@@ -261,7 +261,7 @@ def model_name(value: object) -> str:
     return whole(value) if isinstance(value, str) and len(value) <= MAX_NAME_CHARACTERS else ""
 
 
-def _json(body: bytes) -> dict[str, object]:
+def _parse_body(body: bytes) -> dict[str, object]:
     try:
         values = read_json(body)
     except UnicodeDecodeError:
@@ -284,8 +284,8 @@ def read_choice(choice: Mapping[str, object]) -> tuple[str, Status, list[float]]
 
     GivenUpError for one that the server began and did not end.
     """
-    if stated := _stated_error(choice):
-        raise GivenUpError("a choice holds an error", stated, stated)
+    if stated := _error_object(choice):
+        raise IncompleteChoiceError("a choice holds an error", stated, stated)
     message = choice.get("message")
     if isinstance(message, dict):
         text, refusal = message.get("content"), message.get("refusal")
@@ -313,7 +313,7 @@ def _status(finish: object, text: str) -> Status:
     if isinstance(finish, dict):  # SGLang's own form
         finish = finish.get("type") or finish
     if finish and not isinstance(finish, str):
-        raise GivenUpError("the server gave a response up: finish_reason", finish)
+        raise IncompleteChoiceError("the server gave a response up: finish_reason", finish)
     word = re.sub("[ -]", "_", str(finish or "").strip().lower())
     if word in _AT_LIMIT:
         return "truncated" if text else "empty"
@@ -323,7 +323,7 @@ def _status(finish: object, text: str) -> Status:
         return "refused"
     if word in _WITHHELD or "filter" in word:
         return "filtered"
-    raise GivenUpError("the server gave a response up: finish_reason", finish)
+    raise IncompleteChoiceError("the server gave a response up: finish_reason", finish)
 
 
 def _logprobs(stated: object) -> list[float]:
@@ -351,7 +351,7 @@ FORMAT = 2
 """Of what is kept. Answers of 1 include responses that their server had given up (`finish_reason: error`)."""
 
 
-class Cache:
+class AnswerCache:
     """Answers by key; without a folder in memory alone."""
 
     def __init__(self, folder: Path | None) -> None:
@@ -393,7 +393,7 @@ class Cache:
             self._lock = self._lock or lock_shared(folder / LOCK)
 
 
-def key_of(**determining: object) -> str:
+def answer_key(**determining: object) -> str:
     """The key of what determines an answer: address, model, api, prompt, every knob, seed, number of the sample."""
     return fingerprint("answer", FORMAT, determining)
 

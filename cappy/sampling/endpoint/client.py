@@ -28,7 +28,7 @@ from cappy.redaction import has_secret, redact_address, remember
 from cappy.sampling.endpoint.limits import MAX_ANSWER_BYTES, MAX_ERROR_BYTES, pause
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-FILE_VARIABLE = "OPENAI_API_KEY_FILE"
+KEY_FILE_VARIABLE = "OPENAI_API_KEY_FILE"
 NO_KEY = "none"
 """Sent where no key is set: servers of one's own ask for none, and the client insists on one."""
 
@@ -100,8 +100,8 @@ def key_headers(base: str, authorization: str) -> dict[str, str]:
 
 MAX_BYTES = "cappy.max_bytes"
 """Extension of a request: how many bytes its answer may have, decoded."""
-TICK_SECONDS = 0.25
-_STEP = 65_536
+CHECK_SECONDS = 0.25
+_DECODE_CHUNK = 65_536
 _GZIP_OR_ZLIB = 47
 
 
@@ -133,10 +133,10 @@ class Connection:
     def __init__(self) -> None:
         self._stream: _NetworkStream | None = None
         self.max_bytes = MAX_ANSWER_BYTES
-        self.due = float("inf")
-        self.late = False
+        self.deadline = float("inf")
+        self.timed_out = False
 
-    def follow(self, request: httpx2.Request) -> None:
+    def trace(self, request: httpx2.Request) -> None:
         """A hook for requests: notes what they open."""
         request.extensions["trace"] = self._trace
 
@@ -144,9 +144,9 @@ class Connection:
         if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
             self._stream = details["return_value"]
 
-    def end(self) -> None:
+    def abort(self) -> None:
         """Ends whatever the client reads or writes now, in any thread."""
-        self.late = True
+        self.timed_out = True
         plain = self._stream.get_extra_info("socket") if self._stream is not None else None
         if isinstance(plain, socket.socket):
             with contextlib.suppress(OSError):
@@ -167,8 +167,8 @@ class Deadlines:
     @contextlib.contextmanager
     def within(self, seconds: float, connection: Connection) -> Iterator[None]:
         """Ends the connection where the block takes longer; its `late` says so then."""
-        connection.late = False
-        connection.due = self._clock() + seconds
+        connection.timed_out = False
+        connection.deadline = self._clock() + seconds
         with self._lock:
             self._connections.add(connection)
             if self._thread is None:
@@ -185,39 +185,39 @@ class Deadlines:
         self._closed.set()
 
     def _watch(self) -> None:
-        while not self._closed.wait(TICK_SECONDS):
+        while not self._closed.wait(CHECK_SECONDS):
             now = self._clock()
             with self._lock:
                 for connection in self._connections:
-                    if connection.due < now:
-                        connection.end()
+                    if connection.deadline < now:
+                        connection.abort()
 
 
-def settings(connection: Connection) -> ClientSettings:
+def sync_settings(connection: Connection) -> ClientSettings:
     """Settings of a synchronous client, which asks one thing at a time, over a connection that can be ended.
 
     Its answers have at most `connection.max_bytes` bytes, decoded.
     """
 
     def check_size(response: httpx2.Response) -> None:
-        body = _body(response, connection.max_bytes)
+        body = _body_decoder(response, connection.max_bytes)
         stream = response.stream
         assert isinstance(stream, httpx2.SyncByteStream)  # noqa: S101 (the client is synchronous)
         response.stream = _Stream(stream, body)
 
-    return _settings({"request": [connection.follow], "response": [check_size]})
+    return _common_settings({"request": [connection.trace], "response": [check_size]})
 
 
 def async_settings() -> ClientSettings:
     """Settings of an asynchronous client; a request says in its extension `MAX_BYTES` how large its answer may be."""
 
     async def check_size(response: httpx2.Response) -> None:
-        body = _body(response, int(response.request.extensions.get(MAX_BYTES, MAX_ANSWER_BYTES)))
+        body = _body_decoder(response, int(response.request.extensions.get(MAX_BYTES, MAX_ANSWER_BYTES)))
         stream = response.stream
         assert isinstance(stream, httpx2.AsyncByteStream)  # noqa: S101 (the client is asynchronous)
         response.stream = _AsyncStream(stream, body)
 
-    return _settings({"response": [check_size]})
+    return _common_settings({"response": [check_size]})
 
 
 def max_connections() -> int:
@@ -226,7 +226,7 @@ def max_connections() -> int:
     return 4096 if soft == resource.RLIM_INFINITY else max(16, min(4096, soft // 3))
 
 
-def _settings(hooks: dict[str, list[Callable[..., object]]]) -> ClientSettings:
+def _common_settings(hooks: dict[str, list[Callable[..., object]]]) -> ClientSettings:
     return {
         "follow_redirects": False,
         "cookies": _NoCookies(),
@@ -242,7 +242,7 @@ class _NoCookies(CookieJar):
         """Nothing."""
 
 
-class _Body:
+class _BodyDecoder:
     """Counts and decodes the chunks of one body."""
 
     def __init__(self, encoding: str, most: int) -> None:
@@ -260,7 +260,7 @@ class _Body:
             return
         while chunk and not self._inflate.eof:
             try:
-                part = self._inflate.decompress(chunk, _STEP)
+                part = self._inflate.decompress(chunk, _DECODE_CHUNK)
             except zlib.error as error:
                 raise RefusedAnswerError(f"its answer cannot be decoded: {error}") from error
             chunk = self._inflate.unconsumed_tail
@@ -273,7 +273,7 @@ class _Body:
             raise RefusedAnswerError(f"its answer has more than {self._most:,} bytes")
 
 
-def _body(response: httpx2.Response, most: int) -> _Body:
+def _body_decoder(response: httpx2.Response, most: int) -> _BodyDecoder:
     """The reader of a response's body; RefusedAnswerError where its headers say that it will not be read."""
     most = most if response.status_code == 200 else min(most, MAX_ERROR_BYTES)
     encoding = response.headers.get("content-encoding", "").strip().lower()
@@ -285,11 +285,11 @@ def _body(response: httpx2.Response, most: int) -> _Body:
     response.headers.pop("content-encoding", None)
     # A charset that the server names may be any codec of Python's, zlib's among them.
     response.encoding = "utf-8"
-    return _Body(encoding, most)
+    return _BodyDecoder(encoding, most)
 
 
 class _Stream(httpx2.SyncByteStream):
-    def __init__(self, stream: httpx2.SyncByteStream, body: _Body) -> None:
+    def __init__(self, stream: httpx2.SyncByteStream, body: _BodyDecoder) -> None:
         self._stream = stream
         self._body = body
 
@@ -302,7 +302,7 @@ class _Stream(httpx2.SyncByteStream):
 
 
 class _AsyncStream(httpx2.AsyncByteStream):
-    def __init__(self, stream: httpx2.AsyncByteStream, body: _Body) -> None:
+    def __init__(self, stream: httpx2.AsyncByteStream, body: _BodyDecoder) -> None:
         self._stream = stream
         self._body = body
 
@@ -318,7 +318,7 @@ class _AsyncStream(httpx2.AsyncByteStream):
 CONNECT_SECONDS = 10.0
 
 
-class LateError(Exception):
+class DeadlineExceededError(Exception):
     """The server has not answered in time, however little it has sent meanwhile."""
 
 
@@ -347,9 +347,9 @@ class Client:
                 )
             except openai.OpenAIError as error:
                 failed = error
-        if self.connection.late:
+        if self.connection.timed_out:
             # Whatever came of it: a body without a length ends where the connection was ended.
-            raise LateError(f"no answer within {self.seconds:g} s") from failed
+            raise DeadlineExceededError(f"no answer within {self.seconds:g} s") from failed
         if failed is not None:
             raise failed
         return answer.content, answer.headers
@@ -403,7 +403,7 @@ class Clients:
             max_retries=0,
             timeout=self._timeout,
             http_client=openai.DefaultHttpxClient(
-                verify=self._certificates, timeout=self._timeout, **settings(connection)
+                verify=self._certificates, timeout=self._timeout, **sync_settings(connection)
             ),
         )
         client = Client(inner, self._url, connection, self._deadlines, self._seconds)

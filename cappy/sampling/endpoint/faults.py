@@ -8,7 +8,7 @@ decides, and what became of the other requests:
 - 400, 413, 422 and any other: about this one, whose candidates are `failed`. So is a request whose attempts are used
   up while others, or else a plain question, are answered.
 - A plain question is asked after the first refusal of a run, if its words do not say that it is about the instruction,
-  and after `STREAK` refusals in a row: if that is refused too, they are about all.
+  and after `REFUSALS_PER_PROBE` refusals in a row: if that is refused too, they are about all.
 - The share of failed candidates that `--max-failed` allows is the last bound (`cappy.sampling.accounts`).
 
 Words decide only between names for the same: `filtered` where they are of a content policy, else `failed`.
@@ -27,8 +27,8 @@ import openai
 
 from cappy.records.instance import Status
 from cappy.redaction import one_line
-from cappy.sampling.endpoint.answers import LOG, BadAnswerError
-from cappy.sampling.endpoint.client import FILE_VARIABLE, KEY_VARIABLE
+from cappy.sampling.endpoint.answers import SERVER_LOG_REMEDY, BadAnswerError
+from cappy.sampling.endpoint.client import KEY_FILE_VARIABLE, KEY_VARIABLE
 from cappy.untrusted import read_json
 
 KNOBS: Mapping[str, float] = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0, "min_tokens": 0}
@@ -79,11 +79,11 @@ class Capabilities:
         self._refused_alone: set[str] = set()
         self._lock = threading.Lock()
 
-    def takes(self, parameter: str) -> bool:
+    def supports(self, parameter: str) -> bool:
         """Whether it has not been refused."""
         return parameter not in self._off and frozenset([parameter]) not in self._refused_knobs
 
-    def refuse(self, *parameters: str, words: str = "", sent: Mapping[str, object] | None = None) -> None:
+    def mark_unsupported(self, *parameters: str, words: str = "", sent: Mapping[str, object] | None = None) -> None:
         """Asks for it no more in this run; several knobs are refused together, and each alone may still be taken.
 
         `sent` is the body that was refused.
@@ -105,7 +105,7 @@ class Capabilities:
         NeededParameterError where what is refused decides what is drawn.
         """
         kept = dict(body)
-        if LENGTH in kept and not self.takes(LENGTH):
+        if LENGTH in kept and not self.supports(LENGTH):
             kept[NEW_LENGTH] = kept.pop(LENGTH)
         dropped = {name for name in kept if name in self._off} | self._dropped_knobs(kept)
         left_out = tuple(sorted(LENGTH if name == NEW_LENGTH else name for name in dropped))
@@ -135,7 +135,7 @@ def _refused_parameters(sent: Mapping[str, object], message: str, parameter: str
     refused = refused_parameter(sent, message, parameter)
     if refused not in KNOBS:
         return (refused,) if refused else ()
-    return tuple(name for name in KNOBS if name in sent and (name == refused or _names(message, name)))
+    return tuple(name for name in KNOBS if name in sent and (name == refused or _mentions(message, name)))
 
 
 def refused_parameter(sent: Mapping[str, object], message: str, parameter: str | None) -> str | None:
@@ -145,13 +145,13 @@ def refused_parameter(sent: Mapping[str, object], message: str, parameter: str |
     """
     optional = [name for name in OPTIONAL if name in sent]
     named = parameter.split(".")[0] if parameter else None
-    refused = named if named in optional else next((name for name in optional if _names(message, name)), None)
+    refused = named if named in optional else next((name for name in optional if _mentions(message, name)), None)
     if refused in (LENGTH, NEW_LENGTH) and not _UNKNOWN.search(message):
         return None
     return refused
 
 
-def _names(message: str, name: str) -> bool:
+def _mentions(message: str, name: str) -> bool:
     quoted = rf"['\"`]{name}['\"`]"
     # A lone letter is a parameter only in quotes or where something is said of its value.
     pattern = rf"{quoted}|\bn\s*(?:[=>!]|must|is|should|>)" if name == "n" else rf"\b{name}\b"
@@ -159,8 +159,8 @@ def _names(message: str, name: str) -> bool:
     return bool(re.search(pattern, message) or (other and re.search(other, message, re.IGNORECASE)))
 
 
-LONGEST_WAIT = 30.0
-LONGEST_RETRY_AFTER = 600.0
+MAX_BACKOFF_SECONDS = 30.0
+MAX_RETRY_AFTER_SECONDS = 600.0
 _TOO_LONG = (
     *("context_length", "context length", "context window", "context size", "maximum context", "max_model_len"),
     *("maximum input length", "prompt is too long", "input is too long", "too many tokens", "token limit"),
@@ -175,11 +175,11 @@ _KEY = ("api key not valid", "api_key_invalid", "invalid api key", "invalid_api_
 _PASSING = (408, 409, 425, 429)
 _OF_ALL = (403, 404, 405, 410, 415)
 """About all requests where none was answered yet."""
-STREAK = 20
+REFUSALS_PER_PROBE = 20
 """Refusals in a row after which a plain question is asked."""
 PROBE = "Answer with one word: yes."
 """The plain question: nothing in it can be refused for what it says or for its length."""
-_READ = 2000
+_MAX_ERROR_CHARACTERS = 2000
 """Characters of what an error says that are looked at."""
 
 
@@ -188,23 +188,23 @@ class Fault:
     """`kind` says what follows: `again` after `wait` seconds (None: by backoff), `without` the parameters that were
     refused in the body `sent`, the instruction `unanswered` with a status, or the `end` of the run with its remedy.
 
-    With `of_one` the words say that it is about this instruction alone. With `unless_answered` the run ends only if the
+    With `instruction_only` the words say that it is about this instruction alone. With `only_if_unanswered` the run ends only if the
     endpoint has answered nothing yet; else it is as `unanswered`.
     """
 
-    kind: Literal["again", "without", "unanswered", "end"]
+    kind: Literal["retry", "drop", "fail", "abort"]
     reason: str
     wait: float | None = None
     parameters: tuple[str, ...] = ()
     sent: Mapping[str, object] = field(default_factory=dict)
     status: Status = "failed"
     remedy: str = ""
-    unless_answered: bool = False
-    of_one: bool = False
+    only_if_unanswered: bool = False
+    instruction_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
+class ErrorBody:
     """What the body of an error says, each in one line without secrets; empty where it does not say it."""
 
     message: str = ""
@@ -213,7 +213,7 @@ class Refusal:
     code: str = ""
 
 
-class RefusalCounts:
+class RefusalCounter:
     """Counts answers and refusals, by which a refusal is found to be about one request or about all.
 
     Several threads may count at once.
@@ -230,15 +230,15 @@ class RefusalCounts:
             self._refused = 0
             self._last_answer = time.monotonic()
 
-    def note_refusal(self, *, of_one: bool) -> int:
+    def note_refusal(self, *, instruction_only: bool) -> int:
         """A request was refused, in words that are of one instruction or not.
 
         How many were in a row where it is time to ask a plain question, else 0.
         """
         with self._lock:
             self._refused += 1
-            first = self._refused == 1 and self._last_answer is None and not of_one
-            return self._refused if first or self._refused % STREAK == 0 else 0
+            first = self._refused == 1 and self._last_answer is None and not instruction_only
+            return self._refused if first or self._refused % REFUSALS_PER_PROBE == 0 else 0
 
     @property
     def has_answered(self) -> bool:
@@ -251,7 +251,7 @@ class RefusalCounts:
         return last is not None and last > moment
 
 
-def read_refusal(body: bytes, keys: Sequence[str] = ()) -> Refusal:
+def read_error_body(body: bytes, keys: Sequence[str] = ()) -> ErrorBody:
     """The error object in a body, in the shapes that servers use; a body that is not JSON is the message.
 
     `keys` are secrets beside those that this process knows.
@@ -260,58 +260,58 @@ def read_refusal(body: bytes, keys: Sequence[str] = ()) -> Refusal:
         # Words for a person: half a character less of them is no loss.
         values = read_json(body.decode("utf-8", "replace").encode())
     except (ValueError, RecursionError):
-        return Refusal(message=one_line(body.decode("utf-8", "replace"), _READ, *keys))
-    return _refusal(values.get("error", values) if isinstance(values, dict) else values, keys)
+        return ErrorBody(message=one_line(body.decode("utf-8", "replace"), _MAX_ERROR_CHARACTERS, *keys))
+    return _parse_error_object(values.get("error", values) if isinstance(values, dict) else values, keys)
 
 
-def _refusal(inner: object, keys: Sequence[str] = ()) -> Refusal:
+def _parse_error_object(inner: object, keys: Sequence[str] = ()) -> ErrorBody:
     """What an error object says; anything else is its own message."""
     if not isinstance(inner, dict):
-        return Refusal(message=one_line(str(inner), _READ, *keys))
+        return ErrorBody(message=one_line(str(inner), _MAX_ERROR_CHARACTERS, *keys))
     message = inner.get("message") or inner.get("detail") or inner.get("error") or (inner if inner else "")
 
     def line(value: object) -> str:
-        return "" if value is None else one_line(str(value), _READ, *keys)
+        return "" if value is None else one_line(str(value), _MAX_ERROR_CHARACTERS, *keys)
 
     kind, param, code = (line(inner.get(name)) for name in ("type", "param", "code"))
-    return Refusal(message=line(message), kind=kind, param=param, code=code)
+    return ErrorBody(message=line(message), kind=kind, param=param, code=code)
 
 
-def judge(error: Exception, sent: Mapping[str, object], headers: Mapping[str, str] | None = None) -> Fault:
+def classify_error(error: Exception, sent: Mapping[str, object], headers: Mapping[str, str] | None = None) -> Fault:
     """What follows from what the client raised, or from an answer that was none, which came with these headers."""
     if isinstance(error, openai.APIStatusError):
-        refusal = read_refusal(error.response.content)
+        refusal = read_error_body(error.response.content)
         words = refusal.message or error.response.reason_phrase or "without a word"
-        return _judge_status(error.status_code, refusal, words, sent, error.response.headers)
+        return _classify_status(error.status_code, refusal, words, sent, error.response.headers)
     if isinstance(error, openai.APIConnectionError):
         # The client's own text is "Connection error."; what it came from says why.
         reason = str(error.__cause__ or error) or type(error.__cause__ or error).__name__
-        return Fault(kind="again", reason=one_line(f"no answer ({reason})", _READ))
-    if isinstance(error, BadAnswerError) and (status := stated_status(error)):
-        refusal = _refusal(error.stated)
-        return _judge_status(status, refusal, refusal.message or "without a word", sent, headers or {})
+        return Fault(kind="retry", reason=one_line(f"no answer ({reason})", _MAX_ERROR_CHARACTERS))
+    if isinstance(error, BadAnswerError) and (status := embedded_status(error)):
+        refusal = _parse_error_object(error.error_object)
+        return _classify_status(status, refusal, refusal.message or "without a word", sent, headers or {})
     wait = retry_after(headers or {})
-    fault = _transient_fault(one_line(str(error), _READ), wait)
+    fault = _transient_fault(one_line(str(error), _MAX_ERROR_CHARACTERS), wait)
     if not isinstance(error, BadAnswerError) or fault.remedy:
         return fault
-    return replace(fault, remedy=LOG if error.stated is not None else error.remedy)
+    return replace(fault, remedy=SERVER_LOG_REMEDY if error.error_object is not None else error.remedy)
 
 
-def stated_status(error: BadAnswerError) -> int:
+def embedded_status(error: BadAnswerError) -> int:
     """The status that the error object in a body with status 200 states as its code; 0 if it states none."""
-    refusal = _refusal(error.stated) if error.stated is not None else Refusal()
+    refusal = _parse_error_object(error.error_object) if error.error_object is not None else ErrorBody()
     code = refusal.code if re.fullmatch("[45][0-9]{2}", refusal.code) else ""
     return int(code) if code else 0
 
 
-def stated_refusal(error: BadAnswerError, keys: Sequence[str] = ()) -> Refusal:
-    """The error object in a body with status 200, as `read_refusal` reads one."""
-    return _refusal(error.stated, keys)
+def read_embedded_error(error: BadAnswerError, keys: Sequence[str] = ()) -> ErrorBody:
+    """The error object in a body with status 200, as `read_error_body` reads one."""
+    return _parse_error_object(error.error_object, keys)
 
 
 def backoff(attempt: int, first: float) -> float:
-    """Seconds before attempt `attempt` (from 1): doubled each time, up to `LONGEST_WAIT`, less up to a quarter."""
-    return float(min(first * 2.0 ** (attempt - 1), LONGEST_WAIT)) * (1 - 0.25 * random.random())
+    """Seconds before attempt `attempt` (from 1): doubled each time, up to `MAX_BACKOFF_SECONDS`, less up to a quarter."""
+    return float(min(first * 2.0 ** (attempt - 1), MAX_BACKOFF_SECONDS)) * (1 - 0.25 * random.random())
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -330,8 +330,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-def _judge_status(
-    status: int, refusal: Refusal, words: str, sent: Mapping[str, object], headers: Mapping[str, str]
+def _classify_status(
+    status: int, refusal: ErrorBody, words: str, sent: Mapping[str, object], headers: Mapping[str, str]
 ) -> Fault:
     reason = f"{status} {words}"
     clue = f"{refusal.code} {refusal.kind} {words}".lower()
@@ -340,37 +340,37 @@ def _judge_status(
         return any(hint in clue for hint in hints)
 
     if status < 400 or status > 599:
-        return Fault(kind="end", reason=reason, remedy="check the address in the spec")
+        return Fault(kind="abort", reason=reason, remedy="check the address in the spec")
     if status == 402 or (status == 429 and says(_SPENT)):
-        return Fault(kind="end", reason=reason, remedy="the account has nothing left; top it up")
+        return Fault(kind="abort", reason=reason, remedy="the account has nothing left; top it up")
     if status == 401 or (status == 400 and says(_KEY)):
-        return Fault(kind="end", reason=reason, remedy=_remedy(401))
+        return Fault(kind="abort", reason=reason, remedy=_remedy(401))
     passing = status in _PASSING or (status >= 500 and status != 501)
     if status == 413 or (says(_TOO_LONG) and (status == 500 or not passing)):
         remedy = "shorten the instructions or lower --max-new-tokens"
-        return Fault(kind="unanswered", reason=reason, remedy=remedy, of_one=True)
+        return Fault(kind="fail", reason=reason, remedy=remedy, instruction_only=True)
     if passing:
-        busy = "ask less at a time: --concurrency, --requests-per-minute" if status == 429 else LOG
+        busy = "ask less at a time: --concurrency, --requests-per-minute" if status == 429 else SERVER_LOG_REMEDY
         return _transient_fault(reason, retry_after(headers), busy)
     if says(_FILTERED) and refusal.param not in sent:
-        return Fault(kind="unanswered", reason=reason, status="filtered", of_one=True)
+        return Fault(kind="fail", reason=reason, status="filtered", instruction_only=True)
     if parameters := _refused_parameters(sent, words, refusal.param):
-        return Fault(kind="without", reason=reason, parameters=parameters, sent=sent)
+        return Fault(kind="drop", reason=reason, parameters=parameters, sent=sent)
     if status in _OF_ALL:
-        return Fault(kind="end", reason=reason, remedy=_remedy(status), unless_answered=True)
-    return Fault(kind="unanswered", reason=reason, remedy=_remedy(status))
+        return Fault(kind="abort", reason=reason, remedy=_remedy(status), only_if_unanswered=True)
+    return Fault(kind="fail", reason=reason, remedy=_remedy(status))
 
 
 def _remedy(status: int) -> str:
     """What a person can do about a refusal of all requests."""
     if status in (401, 403):
-        return f"set {KEY_VARIABLE}, or {FILE_VARIABLE} for a mounted file"
+        return f"set {KEY_VARIABLE}, or {KEY_FILE_VARIABLE} for a mounted file"
     if status in _OF_ALL:
         return "check the model's name and the address in the spec"
     return "check what the endpoint takes"
 
 
 def _transient_fault(reason: str, wait: float | None, remedy: str = "") -> Fault:
-    if wait is not None and wait > LONGEST_RETRY_AFTER:
-        return Fault(kind="end", reason=reason, remedy=f"it asks to wait {wait:,.0f} s; come back then")
-    return Fault(kind="again", reason=reason, wait=wait, remedy=remedy)
+    if wait is not None and wait > MAX_RETRY_AFTER_SECONDS:
+        return Fault(kind="abort", reason=reason, remedy=f"it asks to wait {wait:,.0f} s; come back then")
+    return Fault(kind="retry", reason=reason, wait=wait, remedy=remedy)

@@ -22,13 +22,13 @@ MAX_ERROR_BYTES = 1_000_000
 """Of a body with a status that is not 200."""
 MAX_LIST_BYTES = 8_000_000
 """Of a list of models."""
-LEAST_ANSWER_BYTES = 1_000_000
+MIN_ANSWER_BYTES = 1_000_000
 TOKEN_BYTES = 100
-LIKELY_TOKEN_BYTES = 400
+LOGPROB_BYTES = 400
 """What a token of a response takes in JSON at most, without and with its log-probability."""
 UNKNOWN_TOKENS = 32_768
 """Assumed length of a response where the request sets no limit."""
-LONGEST_CORRECTION = 600.0
+MAX_CORRECTION_SECONDS = 600.0
 """Seconds that one answer may hold up the next ones because it took more than it was expected to."""
 
 
@@ -37,15 +37,15 @@ def answer_bytes(tokens: int | None, count: int, *, likelihoods: int = 0) -> int
 
     `likelihoods` is the number of log-probabilities that come with each token.
     """
-    each = TOKEN_BYTES + LIKELY_TOKEN_BYTES * likelihoods
-    return min(MAX_ANSWER_BYTES, LEAST_ANSWER_BYTES + count * (tokens or UNKNOWN_TOKENS) * each)
+    each = TOKEN_BYTES + LOGPROB_BYTES * likelihoods
+    return min(MAX_ANSWER_BYTES, MIN_ANSWER_BYTES + count * (tokens or UNKNOWN_TOKENS) * each)
 
 
 class StoppedError(Exception):
     """Another request ended the run; this one is not sent."""
 
 
-class Pace:
+class RateLimiter:
     """Lets `per_minute` units through each minute, evenly and from the first one; 0 lets all through."""
 
     def __init__(self, per_minute: int) -> None:
@@ -53,7 +53,7 @@ class Pace:
         self._free = 0.0
         self._lock = threading.Lock()
 
-    def turn(self, units: int) -> float:
+    def reserve(self, units: int) -> float:
         """Seconds to wait until these units may pass; their place is taken."""
         with self._lock:
             now = time.monotonic()
@@ -64,10 +64,10 @@ class Pace:
     def correct(self, units: int) -> None:
         """Makes up for units (positive: more, negative: fewer) that a turn took beside what it had asked for.
 
-        A server's word is taken for `LONGEST_CORRECTION` at most: it may say any number.
+        A server's word is taken for `MAX_CORRECTION_SECONDS` at most: it may say any number.
         """
         with self._lock:
-            self._free += min(units * self._seconds, LONGEST_CORRECTION)
+            self._free += min(units * self._seconds, MAX_CORRECTION_SECONDS)
 
 
 def pause(seconds: float, stop: threading.Event) -> None:
@@ -77,7 +77,7 @@ def pause(seconds: float, stop: threading.Event) -> None:
 
 
 @dataclass(slots=True)
-class Spent:
+class Spending:
     """What was used, or may be."""
 
     requests: int = 0
@@ -102,9 +102,9 @@ class Budget:
     def __init__(self, name: str, config: EndpointConfig) -> None:
         self._name = name
         self._config = config
-        self._held = Spent()
-        self._own = Spent()
-        self._others = Spent()
+        self._held = Spending()
+        self._own = Spending()
+        self._others = Spending()
         self._read: dict[Path, int] = {}
         self._refreshed = 0.0
         self._change = threading.Condition()
@@ -126,10 +126,10 @@ class Budget:
             for line in whole.splitlines():
                 numbers = [int(number) for number in line.split()]
                 if len(numbers) == 3:
-                    self._others.add(Spent(*numbers))
+                    self._others.add(Spending(*numbers))
 
     @contextlib.contextmanager
-    def hold(self, most: Spent, stop: threading.Event) -> Iterator[Spent]:
+    def reserve(self, most: Spending, stop: threading.Event) -> Iterator[Spending]:
         """Holds `most` back while the block asks; what the block adds to the value given is spent.
 
         Waits while requests in flight may still leave room; where they cannot, `stop` is set and GeneratorError says
@@ -146,7 +146,7 @@ class Budget:
                 if stop.is_set():
                     raise StoppedError
             self._held.add(most)
-        spent = Spent()
+        spent = Spending()
         try:
             yield spent
         finally:
@@ -157,9 +157,9 @@ class Budget:
                     self._note(spent)
                 self._change.notify_all()
 
-    def _short(self, most: Spent) -> str | None:
+    def _short(self, most: Spending) -> str | None:
         """What to say where `most` does not fit beside what is spent and held."""
-        spent, after = Spent(), Spent()
+        spent, after = Spending(), Spending()
         spent.add(self._own)
         spent.add(self._others)
         for part in (spent, self._held, most):
@@ -185,7 +185,7 @@ class Budget:
             os.close(self._ledger)
             self._ledger = None
 
-    def _note(self, spent: Spent) -> None:
+    def _note(self, spent: Spending) -> None:
         if self._file is None:
             return
         with disk_errors(self._file):
@@ -196,15 +196,15 @@ class Budget:
             os.write(self._ledger, f"{spent.requests} {spent.input_tokens} {spent.output_tokens}\n".encode())
 
 
-def _tokens(spent: Spent) -> int:
+def _tokens(spent: Spending) -> int:
     return spent.input_tokens + spent.output_tokens
 
 
-def _money(spent: Spent, config: EndpointConfig) -> float:
+def _money(spent: Spending, config: EndpointConfig) -> float:
     return config.cost(spent.input_tokens, spent.output_tokens)
 
 
-class Meter:
+class UsageMeter:
     """Counts what is used; several threads may count at once."""
 
     def __init__(self, config: EndpointConfig) -> None:
