@@ -120,7 +120,7 @@ def _idle_time(last_used: float, limit: float | None) -> str:
     return f"last used {_age(last_used)}" if limit is not None and last_used <= limit else ""
 
 
-def _row(piece: "Piece | Entry", step: str) -> Row:
+def _row(piece: "Piece | StoreEntry", step: str) -> Row:
     return {"path": str(piece.path), "step": step, "size_bytes": piece.size_bytes, "last_used": piece.last_used}
 
 

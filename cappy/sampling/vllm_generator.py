@@ -111,11 +111,11 @@ class VLLM(LocalGenerator):
         return known
 
     def _prompts(self, instructions: Sequence[str], reserved: int) -> list[list[int]]:
-        longest = self.context - reserved if self.context else None
+        max_tokens = self.context - reserved if self.context else None
         prompts = []
         for instruction in instructions:
-            ids, cut = prompt_tokens(self._tokenizer, instruction, ends=self._ends, longest=longest)
-            self._num_truncated += cut
+            ids, truncated = prompt_tokens(self._tokenizer, instruction, ends=self._ends, max_tokens=max_tokens)
+            self._num_truncated += truncated
             prompts.append(ids)
         return prompts
 
@@ -173,7 +173,7 @@ class VLLM(LocalGenerator):
             revision=self.revision,
             decoding=decoding.name,
             seed=seed,
-            status=response_status(text, ended=getattr(output, "finish_reason", None) != "length"),
+            status=response_status(text, complete=getattr(output, "finish_reason", None) != "length"),
             logprob_sum=output.cumulative_logprob,
             logprob_mean=output.cumulative_logprob / max(count, 1),
             num_tokens=count,

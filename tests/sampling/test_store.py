@@ -43,7 +43,7 @@ class Counting(LocalGenerator):
         return [list(f"{self.system} {instruction}".encode()) for instruction in instructions]
 
     @staticmethod
-    def _grows(decoding: Decoding) -> bool:
+    def _is_extendable(decoding: Decoding) -> bool:
         return decoding.do_sample
 
     def _draw(
@@ -404,13 +404,13 @@ def test_a_real_llm_draws_nothing_twice_and_its_likelihoods_come_back_to_the_las
     tmp_path: Path, llm_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    inner = LocalLLM._respond_together
+    inner = LocalLLM._respond_batch
 
     def counted(self: LocalLLM, instructions: Sequence[str], *rest: object) -> object:
         calls.append(len(instructions))
         return inner(self, instructions, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(LocalLLM, "_respond_together", counted)
+    monkeypatch.setattr(LocalLLM, "_respond_batch", counted)
     instances(tmp_path / "in", 7)
 
     def drawn_by(**values: object) -> list[Instance]:

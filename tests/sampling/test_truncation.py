@@ -71,7 +71,7 @@ def test_any_of_several_end_tokens_ends_a_response(causal_folder: Path, tmp_path
     generator = Causal("turns", open_model_folder(folder))
     word = generator.tokenizer("cat", add_special_tokens=False).input_ids
     assert generator._candidate(Response((*word, turn), -1.0), GREEDY, seed=0).status == "ok"
-    assert generator._cut_at_end(torch.tensor([[*word, turn, 7, END]])) == [(*word, turn)]
+    assert generator._truncate_at_end(torch.tensor([[*word, turn, 7, END]])) == [(*word, turn)]
 
 
 @pytest.mark.parametrize("values", ["[]", "{}", '{"eos_token_id": null}', '{"eos_token_id": [true, -1, "x", 2.5]}'])
@@ -91,7 +91,7 @@ def test_vllm_says_why_a_response_ended(reason: str | None, status: str) -> None
 
 
 def test_a_blank_response_is_empty_whether_it_ended_or_not() -> None:
-    assert response_status("", ended=False) == response_status("", ended=True) == "empty"
+    assert response_status("", complete=False) == response_status("", complete=True) == "empty"
 
 
 def test_sampling_counts_cut_responses_and_ends_with_the_remedy(tmp_path: Path, causal_folder: Path) -> None:

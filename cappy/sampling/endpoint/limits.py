@@ -84,7 +84,7 @@ class Spending:
     input_tokens: int = 0
     output_tokens: int = 0
 
-    def add(self, other: "Spent", sign: int = 1) -> None:
+    def add(self, other: "Spending", sign: int = 1) -> None:
         """Adds the other, or takes it away."""
         self.requests += sign * other.requests
         self.input_tokens += sign * other.input_tokens
