@@ -139,8 +139,7 @@ class VLLM(LocalGenerator):
         on_candidates(len(prompts) * sum(decoding.num_samples for decoding in decodings))
         yield {
             index: [
-                [self._candidate(output, decoding, seed) for output in next(outputs).outputs]
-                for decoding in decodings
+                [self._candidate(output, decoding, seed) for output in next(outputs).outputs] for decoding in decodings
             ]
             for index in range(len(prompts))
         }

@@ -30,7 +30,7 @@ from cappy.sampling.endpoint.client import (
     max_connections,
     refuse_secrets,
 )
-from cappy.sampling.endpoint.faults import LENGTH, NEW_LENGTH, Capabilities, refused_parameter
+from cappy.sampling.endpoint.faults import MAX_TOKENS, MAX_COMPLETION_TOKENS, Capabilities, refused_parameter
 from cappy.sampling.endpoint.limits import MAX_LIST_BYTES, answer_bytes
 from cappy.sampling.generators import estimate_tokens
 from cappy.untrusted import is_utf8, to_utf8
@@ -141,9 +141,11 @@ class Ask:
         if self.request.seed is not None:
             sent["seed"] = self.request.seed + number
         if self.most_tokens is not None:
-            own = [name for name in (LENGTH, NEW_LENGTH) if sent.get(name)]
-            sent |= dict.fromkeys(own or [LENGTH], min(self.most_tokens, self.request.most_tokens or self.most_tokens))
-            added |= set() if own else {LENGTH, NEW_LENGTH}
+            own = [name for name in (MAX_TOKENS, MAX_COMPLETION_TOKENS) if sent.get(name)]
+            sent |= dict.fromkeys(
+                own or [MAX_TOKENS], min(self.most_tokens, self.request.most_tokens or self.most_tokens)
+            )
+            added |= set() if own else {MAX_TOKENS, MAX_COMPLETION_TOKENS}
         return sent, frozenset(added)
 
 

@@ -72,7 +72,7 @@ class RequestSender:
                 self.refusals.note_answer()
                 return answers
             if fault.kind == "drop":
-                self.capabilities.mark_unsupported(*fault.parameters, words=fault.reason, sent=fault.sent)
+                self.capabilities.mark_unsupported(*fault.parameters, message=fault.reason, sent=fault.sent)
                 continue
             if fault.kind == "fail" or (fault.only_if_unanswered and self.refusals.has_answered):
                 return self._fail_or_abort(request, numbers, fault, stop)
@@ -162,7 +162,7 @@ class RequestSender:
         name = request.decoding.name
         return Fault(
             kind="abort",
-            reason=f"the model refuses {error.values}, which decoding {name} needs ({error.words})",
+            reason=f"the model refuses {error.values}, which decoding {name} needs ({error.message})",
             remedy="choose a --strategy without it, such as sampling8",
         )
 
