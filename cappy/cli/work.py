@@ -16,6 +16,7 @@ from cappy.steps import STEP_SPECS
 
 if TYPE_CHECKING:
     from cappy.records.work import Piece
+    from cappy.sampling.store import StoreEntry
 
 DAY_SECONDS = 86_400.0
 WorkFlag = Annotated[Path, typer.Option(help="Folder that keeps unfinished and finished work.")]

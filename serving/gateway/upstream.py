@@ -30,7 +30,7 @@ from cappy.sampling.endpoint.client import (
     max_connections,
     refuse_secrets,
 )
-from cappy.sampling.endpoint.faults import MAX_TOKENS, MAX_COMPLETION_TOKENS, Capabilities, refused_parameter
+from cappy.sampling.endpoint.faults import MAX_COMPLETION_TOKENS, MAX_TOKENS, Capabilities, refused_parameter
 from cappy.sampling.endpoint.limits import MAX_LIST_BYTES, answer_bytes
 from cappy.sampling.generators import estimate_tokens
 from cappy.untrusted import is_utf8, to_utf8

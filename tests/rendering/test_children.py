@@ -100,7 +100,7 @@ def test_a_child_that_answers_nonsense_costs_the_job_that_it_answered(monkeypatc
 
     monkeypatch.setattr(Process, "receive", receive)
     assert list(jobs.run("promptsource", [hello("b")])) == [
-        [Failure("answers what it was not asked", limited=True)],
+        [Failure("sends an invalid answer", limited=True)],
     ]
 
 
