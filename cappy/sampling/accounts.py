@@ -274,7 +274,7 @@ def _unanswered_cautions(metrics: Mapping[str, float], unanswered: Mapping[str, 
         count, reason = max((count, reason) for reason, count in reasons.items())
         total = sum(reasons.values())
         most_frequent = f": {reason}" if total == 1 else f"; {count:,} of them: {reason}"
-        yield f"{generator} did not answer {total:,} {'candidate' if total == 1 else 'candidates'}{most_frequent}"
+        yield f"{generator}: {total:,} {'candidate' if total == 1 else 'candidates'} got no answer{most_frequent}"
     if metrics.get("failed"):
         yield f"failed candidates: {metrics['failed']:,.0f}; run cappy sampling again to retry them"
 

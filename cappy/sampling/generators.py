@@ -319,7 +319,7 @@ def reject_beams(name: str, decodings: Sequence[Decoding]) -> None:
     decoding = next((decoding for decoding in decodings if decoding.num_beams > 1), None)
     if decoding:
         raise ConfigError(
-            f"{name}: beam search ({decoding.name}) is not supported with vLLM; choose a --strategy without beams, "
+            f"{name}: vLLM does not support beam search here ({decoding.name}); choose a --strategy without beams, "
             "such as greedy"
         )
 

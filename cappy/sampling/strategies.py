@@ -222,7 +222,7 @@ def _rules(decoding: Decoding) -> dict[str, bool]:
     return {
         "num_samples must be 1 to 1024": 1 <= decoding.num_samples <= 1024,
         "num_beams must be 1 to 128": 1 <= decoding.num_beams <= 128,
-        "do_sample must be false with num_beams above 1": not decoding.do_sample or decoding.num_beams == 1,
+        "num_beams above 1 needs do_sample false": not decoding.do_sample or decoding.num_beams == 1,
         "num_samples must be at most num_beams when do_sample is false": (
             decoding.do_sample or decoding.num_samples <= decoding.num_beams
         ),
@@ -292,7 +292,7 @@ def _parse_entry(path: Path, index: int, entry: object, length: int) -> Decoding
     names = [field.name for field in fields(Decoding)]
     for parameter, value in entry.items():
         if parameter not in names:
-            raise ConfigError(f"{prefix}: unknown parameter {quote(parameter)}; choose one of {', '.join(names)}")
+            raise ConfigError(f"{prefix}: {quote(parameter)} is an unknown parameter; choose one of {', '.join(names)}")
         types = _TYPES.get(parameter, (int,))
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise ConfigError(f"{prefix}: {parameter} must be {_type_names(types)}, got {quote(value)}")
