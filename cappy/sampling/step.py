@@ -154,7 +154,7 @@ class SamplingConfig:
         if self.max_total_cost and not (self.price_input or self.price_output):
             remedy = "give --price-input and --price-output, per million tokens"
             raise ConfigError(
-                f"sampling: --max-total-cost {self.max_total_cost:g} cannot be enforced without prices; {remedy}"
+                f"sampling: --max-total-cost: {self.max_total_cost:g} cannot be enforced without prices; {remedy}"
             )
 
     @property
