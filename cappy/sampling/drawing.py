@@ -72,7 +72,7 @@ def _draw_from_nucleus(weights: torch.Tensor, decoding: Decoding, uniforms: torc
     A token is in the nucleus if the tokens that are more probable have less than `top_p` of the probability.
     """
     mass = weights.sum(-1, keepdim=True)
-    drawn = torch.empty(len(weights), dtype=torch.long, device=weights.device)
+    result = torch.empty(len(weights), dtype=torch.long, device=weights.device)
     filtered = _apply_min_p(weights, decoding.min_p)
     cumulative = filtered.cumsum(-1, dtype=torch.float64)
     remaining = torch.arange(len(weights), device=weights.device)
@@ -82,15 +82,15 @@ def _draw_from_nucleus(weights: torch.Tensor, decoding: Decoding, uniforms: torc
         chosen = remaining_weights.gather(1, tokens)
         above = torch.where(remaining_weights > chosen, remaining_weights, 0).sum(-1, keepdim=True)
         inside = (above < decoding.top_p * mass[remaining]).squeeze(1)
-        drawn[remaining[inside]] = tokens[inside].squeeze(1)
+        result[remaining[inside]] = tokens[inside].squeeze(1)
         remaining = remaining[~inside]
         if not len(remaining):
-            return drawn
+            return result
     values, tokens = weights[remaining].log().sort(-1, descending=True)
-    drawn[remaining] = tokens.gather(
+    result[remaining] = tokens.gather(
         1, _sample_sorted(values, decoding, uniforms[remaining, NUCLEUS_ATTEMPTS])
     ).squeeze(1)
-    return drawn
+    return result
 
 
 def _sample_sorted(values: torch.Tensor, decoding: Decoding, uniforms: torch.Tensor) -> torch.Tensor:

@@ -216,8 +216,8 @@ class LocalGenerator(ABC):
             for batch in self._draw(texts, rows, ranges, seed=seed, on_candidates=on_candidates):
                 sets = {
                     (key := keys[indices[row]][samples.position]): (*stored.get(key, ()), *candidates)
-                    for row, drawn in batch.items()
-                    for samples, candidates in zip(ranges, drawn, strict=True)
+                    for row, row_candidates in batch.items()
+                    for samples, candidates in zip(ranges, row_candidates, strict=True)
                 }
                 if self._store is not None:
                     self._store.put(sets)

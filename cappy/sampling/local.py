@@ -218,9 +218,9 @@ class LocalLLM(LocalGenerator):
             yield {
                 index: [
                     [self._candidate(response, samples.decoding, seed) for response in responses]
-                    for samples, responses in zip(ranges, drawn, strict=True)
+                    for samples, responses in zip(ranges, batch_responses, strict=True)
                 ]
-                for index, drawn in batch.items()
+                for index, batch_responses in batch.items()
             }
 
     def _respond(

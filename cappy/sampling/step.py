@@ -341,10 +341,10 @@ def sample(
         own_decodings = decodings_of(decodings, position)
         if not prompts or not own_decodings:
             continue
-        drawn = generator.sample(
+        sampled = generator.sample(
             prompts, own_decodings, seed=generator_seed(seed, generator.name), on_candidates=on_candidates
         )
-        for instance, candidates in zip(open_ended, drawn, strict=True):
+        for instance, candidates in zip(open_ended, sampled, strict=True):
             added[instance.instance_id] += map(read, candidates)
     closed = _with_likelihoods([instance for instance in part if instance.choices], generators)
     for instance in part:
