@@ -24,7 +24,7 @@ from cappy.costing.costs import GENERATORS, SCORERS, GeneratorShape
 from cappy.model_folder import open_model_folder
 from cappy.records import Instance, write
 from cappy.sampling.architectures import Seq2Seq
-from cappy.sampling.strategies import Decoding, strategy
+from cappy.sampling.strategies import Decoding, parse_strategy
 from cappy.scoring import Scorer
 from cappy.scoring.config import ScorerConfig
 from cappy.training import checkpoint
@@ -56,13 +56,16 @@ def measure_sampling(bench: Bench, names: Sequence[str], sample: Sequence[Instan
                     for instance in builtin_tasks(POOL, num_per_family=20, seed=2)
                     if not instance.choices
                 ]
-                generator, decodings = Seq2Seq(name, open_model_folder(LLM_FOLDER)), strategy("topk40x5+topp0.95x5")
+                generator, decodings = (
+                    Seq2Seq(name, open_model_folder(LLM_FOLDER)),
+                    parse_strategy("topk40x5+topp0.95x5"),
+                )
             else:
                 random_weights(shape, Path(folder))
                 count = max(4, min(64, round(4e9 / (shape.encoder_weights + shape.decoder_weights))))
                 count = 512 if bench.hardware != "cpu" else count
                 texts, generator = open_ended[:count], Seq2Seq(name, open_model_folder(Path(folder)))
-                decodings = (replace(strategy("topk40x5")[0], max_new_tokens=RESPONSE_TOKENS),)
+                decodings = (replace(parse_strategy("topk40x5")[0], max_new_tokens=RESPONSE_TOKENS),)
             record_sampling(bench, name, shape, generator, texts, decodings)
 
 

@@ -24,7 +24,7 @@ from cappy.preparation.step import PreparationConfig
 from cappy.preparation.step import run as preparation
 from cappy.records import Candidate, Instance, read
 from cappy.sampling.architectures import MAX_INSTRUCTION_TOKENS, Seq2Seq
-from cappy.sampling.strategies import MAX_NEW_TOKENS, strategy
+from cappy.sampling.strategies import MAX_NEW_TOKENS, parse_strategy
 from cappy.scoring.encoding import PairEncoder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
@@ -167,7 +167,7 @@ def builtin_instances(per_family: int) -> list[Instance]:
     """Instances of the pretraining pool, the open-ended ones with 10 samples of the built-in LLM."""
     instances = list(builtin_tasks(POOL, num_per_family=per_family, seed=1))
     open_ended = [instance for instance in instances if not instance.choices]
-    decodings = strategy(STRATEGY)
+    decodings = parse_strategy(STRATEGY)
     candidates = Seq2Seq("builtin", open_model_folder(LLM_FOLDER)).sample(
         [instance.instruction for instance in open_ended], decodings, seed=1
     )

@@ -17,7 +17,7 @@ from cappy.records.folder import File, publish, put, sha256_of, write_bytes
 from cappy.records.work import claim
 from cappy.registry.client import connect
 from cappy.sampling.endpoint.answers import Answer as EndpointAnswer
-from cappy.sampling.endpoint.answers import Cache
+from cappy.sampling.endpoint.answers import AnswerCache
 from cappy.training.corpus import _lock
 from cappy.worker import hold_parent_lock
 from pipelines.clients.local import _is_locked as run_is_held
@@ -184,7 +184,7 @@ def test_the_feedback_log_is_its_owners_alone_before_and_after_it_is_written_ane
 
 
 def test_answers_of_an_endpoint_are_kept_for_their_owner_alone(umask: int, tmp_path: Path) -> None:
-    cache = Cache(tmp_path / "answers")
+    cache = AnswerCache(tmp_path / "answers")
     cache.put("ab" * 32, EndpointAnswer(text="a secret", status="ok"))
     cache.close()
     kept = [path for path in (tmp_path / "answers").rglob("*") if path.is_file()]

@@ -16,7 +16,7 @@ from cappy.steps import STEP_SPECS
 
 if TYPE_CHECKING:
     from cappy.records.work import Piece
-    from cappy.sampling.store import Entry
+    from cappy.sampling.store import StoreEntry
 
 DAY_SECONDS = 86_400.0
 WorkFlag = Annotated[Path, typer.Option(help="Folder that keeps unfinished and finished work.")]
@@ -95,10 +95,10 @@ def clean(
         if reason := piece.unreachable or _idle_time(piece.last_used, limit):
             rows.append({**_row(piece, piece.step), "reason": reason, "removed": False})
             removals.append(partial(remove_piece, piece))
-    for entry in store.entries(work):
-        if reason := store.unreachable(entry, fresh) or _idle_time(entry.last_used, limit):
+    for entry in store.list_entries(work):
+        if reason := store.unreachable_reason(entry, fresh) or _idle_time(entry.last_used, limit):
             rows.append({**_row(entry, entry.kind), "reason": reason, "removed": False})
-            removals.append(partial(store.remove, entry))
+            removals.append(partial(store.remove_entry, entry))
     kept = _remove(rows, removals) if remove else []
     typer.echo(json.dumps(rows, indent=1) if as_json else _text(work, rows, removed=remove))
     if kept:
@@ -121,7 +121,7 @@ def _idle_time(last_used: float, limit: float | None) -> str:
     return f"last used {_age(last_used)}" if limit is not None and last_used <= limit else ""
 
 
-def _row(piece: "Piece | Entry", step: str) -> Row:
+def _row(piece: "Piece | StoreEntry", step: str) -> Row:
     return {"path": str(piece.path), "step": step, "size_bytes": piece.size_bytes, "last_used": piece.last_used}
 
 

@@ -1,13 +1,13 @@
-"""Untrusted Jinja templates, rendered in child processes with a limit on memory and CPU time.
+"""Renders untrusted Jinja templates in child processes with limits on memory and CPU time.
 
-`jobs` takes jobs and gives outcomes in order; `process` is a child as its parent sees it; `child` is what runs in it,
-which imports Jinja and little else; `promptsource` says what a template of that kind is. Nothing here imports the rest
-of Cappy but `errors`.
+`jobs` runs jobs and returns their outcomes in order; `process` is the parent's side of a child process; `child` runs
+in the child and imports little more than Jinja; `promptsource` implements PromptSource templates. From the rest of
+Cappy only `errors` is imported.
 """
 
 MAX_MEMORY = 2**29
-"""Bytes above what the child has when it is ready."""
+"""Bytes, on top of the child's memory at start."""
 MAX_ANSWER = 2**23
 """Bytes of one answer."""
 OUT_OF_MEMORY = 3
-"""How a child exits whose memory runs out."""
+"""Exit code of a child that runs out of memory."""

@@ -1,17 +1,16 @@
-"""What runs in the child: templates are compiled once, then rendered for each job that comes, within limits.
+"""The code of the child process: compiles templates once and renders them for each job, within limits.
 
-One line of JSON is one message. In: `["load", number, seconds, source...]` and `["run", seconds, values, [[number,
-argument], ...]]`. Out, in the same order: what a load gives, and the list of what each template of a run gives.
-Instead of a value an answer may hold {"error": reason} or {"limit": what}: time, size, or unloaded (it did not
-compile). Where memory runs out, the process ends with `OUT_OF_MEMORY`.
+Each message is a line of JSON. Input: `["load", number, seconds, source...]` and `["run", seconds, values, [[number,
+argument], ...]]`. Output, in the same order: the result of a load, and the list of results of a run. Instead of a value
+a result may be {"error": reason} or {"limit": which}, one of time, size and unloaded (it did not compile). If memory
+runs out, the process exits with `OUT_OF_MEMORY`.
 
-CPU time is limited in two steps. After its seconds a timer raises `_TimeIsUpError` in the child's own Python, and the
-child goes on with the next template. A single call into C (a sort, a power) is not interrupted by that: the kernel ends
-the process a little later. Memory is limited by the kernel too, in address space above what the child holds when it
-starts.
+CPU time is limited in two steps. A timer raises `_TimeLimitError` in Python, and the child continues with the next
+template. That does not interrupt a single call into C (a sort, a power), so the kernel kills the process a little
+later. The kernel also limits memory, as address space on top of what the child uses at start.
 
-Values of a row travel as JSON. What JSON lacks is tagged, so that a template sees what it would see in place: a tagged
-value is an object with the empty key alone, {"": [tag, ...]}.
+Values of a row are sent as JSON. Types that JSON lacks are tagged, so that a template gets the original types: a tagged
+value is an object with only the empty key, {"": [tag, ...]}.
 """
 
 import datetime
@@ -31,17 +30,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
-import jinja2.debug  # needed when a template fails, and no file may be opened then  # noqa: F401
+import jinja2.debug  # used when a template fails, when no file can be opened any more  # noqa: F401
 
 from cappy.errors import quote
 from cappy.rendering import MAX_ANSWER, MAX_MEMORY, OUT_OF_MEMORY
 
 _CHUNK = 2**16
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
-_GRACE = 1
-"""Seconds of CPU time between the timer and the kernel's limit, at least."""
-_AGAIN = 0.05
-"""The timer fires again after so many seconds, in case something swallowed the exception."""
+_GRACE_SECONDS = 1
+"""Minimum CPU time between the timer and the kernel's limit."""
+_REPEAT_SECONDS = 0.05
+"""The timer fires again after this time, in case the template caught the exception."""
 _MAX_FILES = 16
 
 _state = {"running": False, "soft": 0}
@@ -52,43 +51,43 @@ Prepared = TypeVar("Prepared")
 
 
 class _Kind(Protocol[Compiled, Prepared]):
-    """Templates of one kind: a module, or an object."""
+    """The operations on templates of one kind: a module or an object."""
 
     def load(self, *source: str) -> tuple[Compiled, object]:
-        """A compiled template, and what to answer once it is compiled."""
+        """Compiles a template; also returns the answer to send."""
 
     def render(self, compiled: Compiled, values: Prepared, argument: str | None, /) -> object:
-        """What a template makes of the values of a job."""
+        """Renders a template with the values of a job."""
 
     def prepare(self, values: dict[str, object], /) -> Prepared:
-        """The values of a job, as all its templates take them."""
+        """Prepares the values of a job for all its templates."""
 
 
 def main(kind: str) -> None:
-    """Answers what comes on standard input until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    serve = _server(kind)
-    source, target = os.dup(0), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)
-    os.dup2(nothing, 1)
+    """Answers the messages on standard input until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the child
+    serve = _make_server(kind)
+    read_fd, write_fd = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
     sys.dont_write_bytecode = True
     gc.collect()
     gc.freeze()
     _apply_limits()
-    os.dup2(nothing, 2)  # only now: why a child does not start is worth reading
-    os.close(nothing)
-    _write_line(target, "ready")
+    os.dup2(null, 2)  # only now, so that errors at start are visible
+    os.close(null)
+    _write_line(write_fd, "ready")
     try:
-        serve(_read_lines(source), lambda answer: _write_line(target, answer))
+        serve(_read_lines(read_fd), lambda answer: _write_line(write_fd, answer))
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
 
 
 class _ChatTemplates:
-    """An LLM's chat templates: transformers renders them, the installed version, as `apply_chat_template` has it do.
+    """Chat templates of LLMs, rendered by the function of transformers that `apply_chat_template` uses.
 
-    Importing that takes half a second, once, and no torch.
+    Importing it takes half a second, once, and does not import torch.
     """
 
     def __init__(self) -> None:
@@ -97,38 +96,38 @@ class _ChatTemplates:
         self._render = render_jinja_template
 
     def load(self, *source: str) -> tuple[str, None]:
-        """The template as it is: transformers compiles it when it is first rendered, and keeps it."""
+        """Returns the template's text: transformers compiles it on first use, and caches it."""
         return source[0], None
 
     def prepare(self, values: dict[str, object]) -> dict[str, Any]:
-        """The messages and the special tokens by name."""
+        """Returns the messages and the special tokens by name."""
         return values
 
     def render(self, compiled: str, values: dict[str, Any], argument: str | None) -> str:
-        """The prompt, up to where the model begins to speak."""
+        """Renders the prompt, up to the start of the model's response."""
         rendered, _indices = self._render(
             conversations=[values["messages"]], chat_template=compiled, add_generation_prompt=True, **values["tokens"]
         )
         return str(rendered[0])
 
 
-def _server(kind: str) -> Callable[[Iterator[bytes], Callable[[object], None]], None]:
-    """Serves templates of a kind. What they need is imported here, since no file may be opened later."""
+def _make_server(kind: str) -> Callable[[Iterator[bytes], Callable[[object], None]], None]:
+    """The serve function of a kind; imports what it needs now, because no file can be opened later."""
     if kind == "chat":
         return partial(_serve, _ChatTemplates())
     if kind != "promptsource":
-        raise ValueError(f"no templates of the kind {kind}")
+        raise ValueError(f"unknown kind of templates {kind!r}; choose chat or promptsource")
     from cappy.rendering import promptsource
 
     return partial(_serve, promptsource)
 
 
 def _serve(kind: _Kind[Compiled, Prepared], lines: Iterator[bytes], answer: Callable[[object], None]) -> None:
-    """Answers each message in its order."""
+    """Answers the messages in order."""
     loaded: dict[int, Compiled] = {}
     for line in lines:
-        op, *parts = _from_json(line.decode("utf-8", "surrogatepass"))
-        if op == "load":
+        message_kind, *parts = _from_json(line.decode("utf-8", "surrogatepass"))
+        if message_kind == "load":
             answer(_load(kind, loaded, *parts))
         else:
             answer(_run(kind, loaded, *parts))
@@ -162,72 +161,72 @@ def _run(
 
 
 def _call_within(seconds: float, call: Callable[..., object], *args: object) -> object:
-    """What the call gives, or how it failed."""
+    """The result of the call, or an object with its error or exceeded limit."""
     try:
         try:
-            _start_time(seconds)
+            _start_timer(seconds)
             return call(*args)
-        except Exception as error:  # foreign code: whatever it raises is its own failure
+        except Exception as error:  # a template may raise anything
             if isinstance(error, MemoryError):
                 raise
-            return {"error": _reason(error)}
+            return {"error": _error_text(error)}
         finally:
-            _stop_time()
-    except _TimeIsUpError:
-        _stop_time()  # again: the time may have been up just before it was stopped
+            _stop_timer()
+    except _TimeLimitError:
+        _stop_timer()  # again, because the timer may have fired just before it was stopped
         return {"limit": "time"}
 
 
-def _reason(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {quote(' '.join(str(error).split()), limit=120)}"
 
 
-def _read_lines(source: int) -> Iterator[bytes]:
-    """The lines that come, until the other end is closed."""
+def _read_lines(fd: int) -> Iterator[bytes]:
+    """Yields lines until the other end is closed."""
     parts: list[bytes] = []
-    while chunk := os.read(source, _CHUNK):
-        *ends, rest = chunk.split(b"\n")
-        for end in ends:
-            parts.append(end)
+    while chunk := os.read(fd, _CHUNK):
+        *lines, tail = chunk.split(b"\n")
+        for line in lines:
+            parts.append(line)
             yield b"".join(parts)
             parts.clear()
-        parts.append(rest)
+        parts.append(tail)
 
 
-def _write_line(target: int, answer: object) -> None:
-    """Writes one answer, or that it is too large."""
-    line = _line(answer)
+def _write_line(fd: int, answer: object) -> None:
+    """Writes one answer, or the size limit if it is too large."""
+    line = _encode_line(answer)
     if len(line) > MAX_ANSWER:
-        line = _line([{"limit": "size"}] * len(answer) if isinstance(answer, list) else {"limit": "size"})
-    rest = memoryview(line)
-    while rest:
-        rest = rest[os.write(target, rest) :]
+        line = _encode_line([{"limit": "size"}] * len(answer) if isinstance(answer, list) else {"limit": "size"})
+    remaining = memoryview(line)
+    while remaining:
+        remaining = remaining[os.write(fd, remaining) :]
 
 
-def _line(answer: object) -> bytes:
+def _encode_line(answer: object) -> bytes:
     return _to_json(answer).encode("utf-8", "surrogatepass") + b"\n"
 
 
-class _TimeIsUpError(BaseException):
-    """Not an Exception: no `except Exception` between here and the caller may catch it."""
+class _TimeLimitError(BaseException):
+    """The time is up. Not an Exception, so that no `except Exception` in a template's code catches it."""
 
 
 def _apply_limits() -> None:
-    """Sets the limits of this process for good; CPU time is limited by `_start_time`."""
+    """Sets the limits of this process permanently; `_start_timer` limits CPU time."""
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_NOFILE, _MAX_FILES)
     _limit(resource.RLIMIT_NPROC, 0)
     size = _address_space()
-    if size:  # macOS has no such file, and does not enforce this limit
+    if size:  # macOS has no such file and does not enforce this limit
         _limit(resource.RLIMIT_AS, size + MAX_MEMORY)
-    signal.signal(signal.SIGPROF, _time_is_up)
+    signal.signal(signal.SIGPROF, _on_timer)
 
 
-def _limit(kind: int, most: int) -> None:
-    hard = resource.getrlimit(kind)[1]
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(kind, (most, most))
+def _limit(resource_kind: int, limit: int) -> None:
+    hard = resource.getrlimit(resource_kind)[1]
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource_kind, (limit, limit))
 
 
 def _address_space() -> int:
@@ -237,10 +236,10 @@ def _address_space() -> int:
         return 0
 
 
-def _start_time(seconds: float) -> None:
-    """From now on until `_stop_time` the code may take so many seconds of CPU time, or _TimeIsUpError is raised."""
-    signal.setitimer(signal.ITIMER_PROF, seconds, _AGAIN)
-    soft = math.ceil(time.process_time() + seconds) + _GRACE
+def _start_timer(seconds: float) -> None:
+    """Starts the limit on CPU time, after which _TimeLimitError is raised, until `_stop_timer`."""
+    signal.setitimer(signal.ITIMER_PROF, seconds, _REPEAT_SECONDS)
+    soft = math.ceil(time.process_time() + seconds) + _GRACE_SECONDS
     if soft != _state["soft"]:
         hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
         resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
@@ -248,27 +247,27 @@ def _start_time(seconds: float) -> None:
     _state["running"] = True
 
 
-def _stop_time() -> None:
-    """Nothing is raised any more. The kernel's limit stays."""
+def _stop_timer() -> None:
+    """Stops raising errors; the kernel's limit stays."""
     _state["running"] = False
 
 
-def _time_is_up(number: int, frame: FrameType | None) -> None:
+def _on_timer(signal_number: int, frame: FrameType | None) -> None:
     if _state["running"]:
-        raise _TimeIsUpError
+        raise _TimeLimitError
 
 
-_PLAIN = frozenset((str, bool, float, type(None)))
+_JSON_TYPES = frozenset((str, bool, float, type(None)))
 _MAX_BITS = 2**12
-"""Whole numbers of more bits travel in base 16: Python reads and writes no long ones in base 10."""
-_MOMENTS = (datetime.datetime, datetime.date, datetime.time)
-_SETS = (set, frozenset)
+"""Larger integers are sent in base 16, because Python limits the length of decimal integers."""
+_DATETIME_TYPES = (datetime.datetime, datetime.date, datetime.time)
+_SET_TYPES = (set, frozenset)
 
 
 class Placeholder:
-    """Stands for an object that has no copy in the child (an image, an array): it prints as that object does.
+    """Replaces an object that cannot be sent to the child (an image, an array), with the same printed form.
 
-    `base` is a plain value whose attributes it has, such as the datetime that a pandas timestamp is.
+    `base` is a plain value whose attributes it has, such as a datetime for a pandas timestamp.
     """
 
     def __init__(self, name: str, text: str, representation: str, base: object) -> None:
@@ -289,8 +288,8 @@ class Placeholder:
 
 
 def encode(value: object) -> object:
-    """The value as `json.dumps` takes it; RecursionError where it is nested too deep."""
-    if type(value) in _PLAIN:
+    """Converts a value for `json.dumps`; RecursionError if it is nested too deeply."""
+    if type(value) in _JSON_TYPES:
         return value
     if type(value) is list:
         return [encode(inner) for inner in value]
@@ -300,54 +299,54 @@ def encode(value: object) -> object:
         if all(type(name) is str and name for name in value):
             return {name: encode(inner) for name, inner in value.items()}
         return {"": ["dict", [[encode(name), encode(inner)] for name, inner in value.items()]]}
-    return {"": _tag(value)}
+    return {"": _tagged(value)}
 
 
-def _tag(value: object) -> list[object]:
+def _tagged(value: object) -> list[object]:
     kind = type(value)
     if type(value) is tuple:
         return ["tuple", *map(encode, value)]
-    if isinstance(value, _SETS) and kind in _SETS:
+    if isinstance(value, _SET_TYPES) and kind in _SET_TYPES:
         return [kind.__name__, *map(encode, sorted(value, key=repr))]
     if type(value) is bytes:
         return ["bytes", value.hex()]
-    if isinstance(value, _MOMENTS) and kind in _MOMENTS and getattr(value, "tzinfo", None) is None:
+    if isinstance(value, _DATETIME_TYPES) and kind in _DATETIME_TYPES and getattr(value, "tzinfo", None) is None:
         return [kind.__name__, value.isoformat(), getattr(value, "fold", 0)]
     if type(value) is datetime.timedelta:
         return ["timedelta", value.days, value.seconds, value.microseconds]
     if kind in (decimal.Decimal, uuid.UUID):
         return [kind.__name__, str(value)]
-    return ["object", getattr(value, "__name__", kind.__name__), str(value), repr(value), encode(_base(value))]
+    return ["object", getattr(value, "__name__", kind.__name__), str(value), repr(value), encode(_plain_base(value))]
 
 
-def _base(value: object) -> object:
-    """A plain value with the attributes that a template may ask for, where there is one."""
+def _plain_base(value: object) -> object:
+    """A plain value with the attributes that a template may use, or None."""
     if isinstance(value, datetime.datetime):
-        moment = value.replace(tzinfo=None)
-        return datetime.datetime.combine(datetime.date(moment.year, moment.month, moment.day), moment.time())
+        plain = value.replace(tzinfo=None)
+        return datetime.datetime.combine(datetime.date(plain.year, plain.month, plain.day), plain.time())
     if isinstance(value, datetime.timedelta):
         return datetime.timedelta(value.days, value.seconds, value.microseconds)
     return None
 
 
 def decode(values: dict[str, Any]) -> object:
-    """The value of a JSON object: as `object_hook` of `json.loads` it makes back what `encode` was given."""
+    """The inverse of `encode` for a JSON object, for use as `object_hook` of `json.loads`."""
     if "" not in values:
         return values
     tag, *parts = values[""]
-    return _MAKERS[tag](*parts)
+    return _DECODERS[tag](*parts)
 
 
 _from_json = json.JSONDecoder(object_hook=decode).decode
 
 
-def _of_items(items: Iterable[tuple[object, object]]) -> dict[object, object]:
-    return {name: inner for name, inner in items}  # noqa: C416 # dict() would take texts of two characters for pairs
+def _make_dict(items: Iterable[tuple[object, object]]) -> dict[object, object]:
+    return {name: inner for name, inner in items}  # noqa: C416 # dict() would accept texts of two characters as pairs
 
 
-_MAKERS: Mapping[str, Callable[..., object]] = {
+_DECODERS: Mapping[str, Callable[..., object]] = {
     "int": lambda digits: int(digits, 16),
-    "dict": _of_items,
+    "dict": _make_dict,
     "tuple": lambda *items: items,
     "set": lambda *items: set(items),
     "frozenset": lambda *items: frozenset(items),

@@ -1,8 +1,7 @@
-"""Jobs for the children: each is one row under some templates. Outcomes come in order, whatever a template does.
+"""Runs jobs in child processes. A job is one row with some templates; outcomes are returned in order.
 
-Children are reused. Jobs are sent ahead while a child works. Where a child ends, the job that ended it is rendered
-again in a new one, a template at a time, until the template is known; the other jobs are rendered as if nothing had
-been.
+Children are reused, and jobs are queued while a child works. If a child exits, the job that caused it is rendered again
+in a new child, one template at a time, to find the template; the other jobs are not affected.
 """
 
 import atexit
@@ -15,19 +14,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from cappy.rendering import MAX_ANSWER, MAX_MEMORY
-from cappy.rendering.process import EndedError, Process, close_all
+from cappy.rendering.process import ChildExitError, Process, close_all
 
 MAX_SECONDS = 2.0
 """CPU time of one template on one row, and of compiling one."""
 _MAX_REASON = 300
 _MAX_LOADED = 4096
 _MAX_IDLE = 2
-_AHEAD_JOBS = 32
-_AHEAD_CHARACTERS = 2**18
+_MAX_QUEUED_JOBS = 32
+_MAX_QUEUED_CHARACTERS = 2**18
 
 
 class Source:
-    """A template of a kind (`child` lists them), as its `load` takes it. Equal ones are one; it hashes fast."""
+    """The arguments of a kind's `load` for one template (`child` has the kinds); hashable, with a cached hash."""
 
     __slots__ = ("_hash", "kind", "parts")
 
@@ -44,7 +43,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Values as JSON (see `child.encode`), the templates that they are rendered with, each with an argument."""
+    """Values as JSON (see `child.encode`) and the templates to render with them, each with an argument.
+
+    `load` lists templates to compile only. `seconds` limits the CPU time of each template.
+    """
 
     values: str = "{}"
     items: tuple[tuple[Source, object], ...] = ()
@@ -54,7 +56,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why there is no value. `limited`: it ran into a limit; `loading`: the template does not compile."""
+    """Why there is no value. `limited`: it exceeded a limit; `loading`: the template does not compile."""
 
     reason: str
     limited: bool = False
@@ -64,23 +66,23 @@ class Failure:
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 Outcome = object
-"""The value that a template gave, as JSON has it, or a Failure."""
+"""The value of a template as parsed JSON, or a Failure."""
 
 
 def run(kind: str, jobs: Iterable[Job]) -> Iterator[list[Outcome]]:
-    """The outcomes of each job, one for each of its items. An error of `jobs` itself is raised after the rest."""
+    """Yields the outcomes of each job, one per item. An error from iterating `jobs` is raised after the outcomes."""
     pending: deque[Job] = deque()
     with _lease(kind) as channel:
         for job in _with_end(jobs, pending):
             if job is not None:
                 pending.append(job)
                 channel.submit(job)
-            while pending and (job is None or _far_ahead(pending)):
+            while pending and (job is None or _is_full(pending)):
                 yield from _finish(channel, pending)
 
 
 def load(source: Source, seconds: float = MAX_SECONDS) -> Outcome:
-    """What the kind says of a template once it is compiled."""
+    """Compiles a template; returns what its kind's `load` answers, or a Failure."""
     with _lease(source.kind) as channel:
         if source not in channel.load_outcomes:
             list(channel.render_alone(Job(load=(source,), seconds=seconds)))
@@ -88,7 +90,7 @@ def load(source: Source, seconds: float = MAX_SECONDS) -> Outcome:
 
 
 def _with_end(jobs: Iterable[Job], pending: deque[Job]) -> Iterator[Job | None]:
-    """The jobs, and None where nothing follows: at the end, and before an error of theirs."""
+    """The jobs, then None at the end or before an error from the iterator."""
     try:
         yield from jobs
     except Exception:
@@ -97,17 +99,16 @@ def _with_end(jobs: Iterable[Job], pending: deque[Job]) -> Iterator[Job | None]:
     yield None
 
 
-def _far_ahead(pending: deque[Job]) -> bool:
-    return len(pending) >= _AHEAD_JOBS or sum(len(job.values) for job in pending) >= _AHEAD_CHARACTERS
+def _is_full(pending: deque[Job]) -> bool:
+    return len(pending) >= _MAX_QUEUED_JOBS or sum(len(job.values) for job in pending) >= _MAX_QUEUED_CHARACTERS
 
 
 def _finish(channel: "_Channel", pending: deque[Job]) -> Iterator[list[Outcome]]:
-    """The outcomes of the first pending job; of all, one at a time, where the child ended."""
+    """The outcomes of the first pending job; of all pending jobs, one at a time, if the child has exited."""
     try:
         outcomes = channel.receive(pending[0])
-    except EndedError as error:
-        first = channel.render_again(pending.popleft(), error)
-        yield first
+    except ChildExitError as error:
+        yield channel.render_again(pending.popleft(), error)
         while pending:
             yield channel.render_alone(pending.popleft())
     else:
@@ -116,34 +117,34 @@ def _finish(channel: "_Channel", pending: deque[Job]) -> Iterator[list[Outcome]]
 
 
 class _Channel:
-    """A child, and another one after it where it ends."""
+    """A connection to a child process, which is replaced by a new one if it exits."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
-        self._process = _take(kind)
+        self._process = _acquire(kind)
         self._expected: deque[Source | Job] = deque()
-        self._refused: dict[Source, Failure] = {}
+        self._failures: dict[Source, Failure] = {}
 
     @property
     def load_outcomes(self) -> Mapping[Hashable, Outcome]:
-        """What is known of the templates."""
-        return self._process.load_outcomes | self._refused
+        """The outcomes of loading templates so far."""
+        return self._process.load_outcomes | self._failures
 
     def submit(self, job: Job) -> None:
-        """Sends a job, and before it the templates that the child does not have."""
+        """Sends a job, after the templates that the child has not loaded."""
         for source in job.load:
-            self._number(source, job)
-        items = _to_json([[self._number(source, job), argument] for source, argument in job.items])
+            self._load_if_missing(source, job)
+        items = _to_json([[self._load_if_missing(source, job), argument] for source, argument in job.items])
         self._process.send(f'["run", {job.seconds}, {job.values}, {items}]'.encode("utf-8", "surrogatepass"))
         self._expected.append(job)
 
-    def _number(self, source: Source, job: Job) -> int:
-        """The number of a template in the child, which gets it now if it has it not; -1 of one that ends its child."""
+    def _load_if_missing(self, source: Source, job: Job) -> int:
+        """The template's number in the child, which loads it first if needed; -1 for a template that failed."""
         numbers = self._process.numbers
         number = numbers.get(source)
         if number is not None:
             return number
-        if source in self._refused:
+        if source in self._failures:
             return -1
         number = numbers[source] = len(numbers)
         message = _to_json(["load", number, job.seconds, *source.parts])
@@ -152,9 +153,9 @@ class _Channel:
         return number
 
     def receive(self, job: Job) -> list[Outcome]:
-        """The outcomes of the job that was sent first; EndedError where the child ended."""
+        """The outcomes of the oldest sent job; ChildExitError if the child exits."""
         process = self._process
-        seconds = _WALL_SECONDS + _WALL_SHARE * job.seconds * max(1, len(job.items))
+        seconds = _WALL_SECONDS + _WALL_FACTOR * job.seconds * max(1, len(job.items))
         while True:
             expected = self._expected[0]
             answer = _parse(process, process.receive(seconds))
@@ -164,49 +165,49 @@ class _Channel:
                 continue
             if not isinstance(answer, list) or len(answer) != len(job.items):
                 process.close()
-                raise EndedError(_NONSENSE)
-            if len(answer) > 1 and {"limit": "size"} in answer:  # which of them is not known
+                raise ChildExitError(_PROTOCOL_ERROR)
+            if len(answer) > 1 and {"limit": "size"} in answer:  # it is not known which item was too large
                 process.close()
-                raise EndedError("size")
+                raise ChildExitError("size")
             self._expected.popleft()
             return [
-                self._outcome(source, one, job) if isinstance(one, dict) else one
-                for (source, _), one in zip(job.items, answer, strict=True)
+                self._item_outcome(source, item, job) if isinstance(item, dict) else item
+                for (source, _), item in zip(job.items, answer, strict=True)
             ]
 
     def render_alone(self, job: Job) -> list[Outcome]:
-        """The outcomes of a job while no other is under way."""
+        """The outcomes of a job while no other job is pending."""
         fresh = self._process.num_answers == 0
         try:
             self.submit(job)
             return self.receive(job)
-        except EndedError as error:
+        except ChildExitError as error:
             return self.render_again(job, error, fresh=fresh)
 
-    def render_again(self, job: Job, error: EndedError, *, fresh: bool = False) -> list[Outcome]:
-        """The outcomes of the job that ended the child; `fresh` where the child had done nothing else."""
+    def render_again(self, job: Job, error: ChildExitError, *, fresh: bool = False) -> list[Outcome]:
+        """The outcomes of the job during which the child exited; `fresh` if it was the child's first job."""
         first = self._expected[0] if self._expected else None
         self._restart()
-        certain = fresh or error.limit in _CERTAIN
-        if isinstance(first, Source) and certain:
-            self._refused[first] = _limit_failure(error.limit, job.seconds, loading=True)
+        is_template_fault = fresh or error.limit in _TEMPLATE_LIMITS
+        if isinstance(first, Source) and is_template_fault:
+            self._failures[first] = _limit_failure(error.limit, job.seconds, loading=True)
         if len(job.items) > 1:
             return [self.render_alone(replace(job, items=(item,)))[0] for item in job.items]
-        if certain:
+        if is_template_fault:
             return [_limit_failure(error.limit, job.seconds, loading=isinstance(first, Source))]
-        # The child had done other work, and may have run out of what that had left. A new one has not.
+        # Earlier jobs may have used up the old child's resources, so try again in a new one.
         return self.render_alone(job)
 
     def release(self) -> None:
-        """Gives the child back for the next, unless it still works."""
+        """Returns the child to the pool, or ends it if it is still working."""
         if self._expected:
             self._process.close()
         else:
-            _give_back(self._process)
+            _release(self._process)
 
-    def _outcome(self, source: Source, answer: dict[str, object], job: Job) -> Outcome:
+    def _item_outcome(self, source: Source, answer: dict[str, object], job: Job) -> Outcome:
         if answer.get("limit") == "unloaded":
-            return self._refused.get(source) or self._process.load_outcomes[source]
+            return self._failures.get(source) or self._process.load_outcomes[source]
         return _outcome(answer, job.seconds)
 
     def _restart(self) -> None:
@@ -215,10 +216,11 @@ class _Channel:
         self._process = Process(self._kind)
 
 
-_WALL_SECONDS, _WALL_SHARE = 60.0, 10.0
-"""How long to wait for an answer: on a busy machine a second of CPU time can take many seconds."""
-_CERTAIN = ("time", "size")
-_NONSENSE = "answers what it was not asked"
+_WALL_SECONDS, _WALL_FACTOR = 60.0, 10.0
+"""Time to wait for an answer, as on a busy machine a second of CPU time can take many seconds."""
+_TEMPLATE_LIMITS = ("time", "size")
+"""Limits that are always the template's own fault; memory may have been used up by earlier jobs."""
+_PROTOCOL_ERROR = "sends an invalid answer"
 
 
 def _parse(process: Process, line: bytes) -> object:
@@ -226,7 +228,7 @@ def _parse(process: Process, line: bytes) -> object:
         return json.loads(line.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError) as error:
         process.close()
-        raise EndedError(_NONSENSE) from error
+        raise ChildExitError(_PROTOCOL_ERROR) from error
 
 
 def _outcome(answer: object, seconds: float, *, loading: bool = False) -> Outcome:
@@ -259,7 +261,7 @@ def _lease(kind: str) -> Iterator[_Channel]:
         channel.release()
 
 
-def _take(kind: str) -> Process:
+def _acquire(kind: str) -> Process:
     with _lock:
         idle = _idle.get(kind)
         if idle:
@@ -268,26 +270,26 @@ def _take(kind: str) -> Process:
 
 
 def close_children() -> None:
-    """Ends all children, idle ones too; the next job starts a new one."""
+    """Ends all children, including idle ones; the next job starts a new one."""
     with _lock:
         close_all()
         _idle.clear()
 
 
-def _give_back(process: Process) -> None:
+def _release(process: Process) -> None:
     with _lock:
         idle = _idle.setdefault(process.kind, [])
-        if process.is_ours and len(idle) < _MAX_IDLE and len(process.numbers) < _MAX_LOADED:
+        if process.is_usable and len(idle) < _MAX_IDLE and len(process.numbers) < _MAX_LOADED:
             idle.append(process)
             return
     process.close()
 
 
-def _begin_fork() -> None:
+def _reset_after_fork() -> None:
     global _lock
     _lock = threading.Lock()
     close_children()
 
 
-os.register_at_fork(after_in_child=_begin_fork)
+os.register_at_fork(after_in_child=_reset_after_fork)
 atexit.register(close_children)

@@ -1,7 +1,7 @@
-"""One child process as its parent sees it: lines in, lines out, and how it ended.
+"""The parent's side of a child process: sends lines, receives lines, and reports how the child exited.
 
-The child gets none of the parent's environment but the time zone, and no file but its two pipes. It ends when its
-standard input is closed, and so with its parent.
+The child inherits only the time zone from the environment, and no files but its two pipes. It exits when its standard
+input is closed, so it ends with its parent.
 """
 
 import os
@@ -17,17 +17,17 @@ from time import monotonic
 import cappy
 from cappy.rendering import MAX_ANSWER, OUT_OF_MEMORY
 
-_START = "import sys; kind, *sys.path[:0] = sys.argv[1:]; from cappy.rendering.child import main; main(kind)"
+_CHILD_CODE = "import sys; kind, *sys.path[:0] = sys.argv[1:]; from cappy.rendering.child import main; main(kind)"
 _START_SECONDS = 120.0
 _CHUNK = 2**16
-_HELD = 2**13
-"""Bytes that wait for more before they are written."""
+_WRITE_THRESHOLD = 2**13
+"""Bytes that are buffered before they are written."""
 
 _processes: "weakref.WeakSet[Process]" = weakref.WeakSet()
 
 
-class EndedError(Exception):
-    """The child ended, or was ended: `limit` is time, memory or size, or else says how."""
+class ChildExitError(Exception):
+    """The child exited or was killed: `limit` is time, memory or size, or another reason."""
 
     def __init__(self, limit: str) -> None:
         super().__init__(limit)
@@ -35,7 +35,7 @@ class EndedError(Exception):
 
 
 class Process:
-    """A running child for templates of a kind. One thread at a time may use it, in the process that started it."""
+    """A child process for templates of one kind; for one thread at a time, in the process that started it."""
 
     def __init__(self, kind: str) -> None:
         paths = [str(Path(cappy.__file__).parents[1]), *filter(None, sys.path)]
@@ -43,11 +43,11 @@ class Process:
         self.numbers: dict[Hashable, int] = {}
         self.load_outcomes: dict[Hashable, object] = {}
         self.num_answers = 0
-        self._owner = os.getpid()
+        self._owner_pid = os.getpid()
         self._unsent = bytearray()
         self._received = bytearray()
-        self._popen = subprocess.Popen(  # noqa: S603 # our own interpreter, and no text of a template
-            [sys.executable, "-I", "-S", "-X", "utf8", "-c", _START, kind, *paths],
+        self._popen = subprocess.Popen(  # noqa: S603 # our own interpreter; arguments contain no template text
+            [sys.executable, "-I", "-S", "-X", "utf8", "-c", _CHILD_CODE, kind, *paths],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={name: os.environ[name] for name in ("TZ",) if name in os.environ},
@@ -59,38 +59,38 @@ class Process:
         os.set_blocking(self._output, False)
         try:
             self.receive(_START_SECONDS)
-        except EndedError as error:
-            raise RuntimeError(f"the process that renders {kind} templates does not start ({error.limit})") from error
+        except ChildExitError as error:
+            raise RuntimeError(f"cannot start the process that renders {kind} templates ({error.limit})") from error
         self.num_answers = 0
 
     @property
-    def is_ours(self) -> bool:
-        """Whether it is open, and this process started it: a fork of that one may not use it."""
-        return self._owner == os.getpid()
+    def is_usable(self) -> bool:
+        """Whether it is open and was started by this process; a fork may not use it."""
+        return self._owner_pid == os.getpid()
 
     @property
     def pid(self) -> int:
-        """The number of the child."""
+        """The process id of the child."""
         return self._popen.pid
 
     def send(self, line: bytes) -> None:
-        """Queues one line. Where the child is gone, `receive` says so."""
+        """Queues one line; if the child has exited, `receive` raises the error."""
         self._unsent += line
         self._unsent += b"\n"
-        if len(self._unsent) >= _HELD and self.is_ours:
+        if len(self._unsent) >= _WRITE_THRESHOLD and self.is_usable:
             self._write()
 
     def receive(self, seconds: float) -> bytes:
-        """The next line of the child, without its end; it may take so many seconds. EndedError where none comes."""
-        if not self.is_ours:
-            raise EndedError("is closed, or another process's")
+        """The next line from the child, without its end; ChildExitError if there is none within this time."""
+        if not self.is_usable:
+            raise ChildExitError("is closed, or belongs to another process")
         deadline = monotonic() + seconds
         start = 0
         while (end := self._received.find(b"\n", start)) < 0:
             start = len(self._received)
             if start > MAX_ANSWER:
                 self.close()
-                raise EndedError("size")
+                raise ChildExitError("size")
             self._wait(deadline)
         line = bytes(self._received[:end])
         del self._received[: end + 1]
@@ -98,29 +98,29 @@ class Process:
         return line
 
     def close(self) -> None:
-        """Ends the child, at once; in a fork of the parent it is left alone."""
-        if self._owner == os.getpid():
+        """Kills the child; in a fork of the parent only closes the pipes."""
+        if self._owner_pid == os.getpid():
             self._popen.kill()
             self._popen.wait()
-        elif self._owner:
-            self._popen.returncode = 0  # or it would be waited for, by one who is not its parent
-        self._owner = 0
+        elif self._owner_pid:
+            self._popen.returncode = 0  # otherwise Popen would wait for it, but only its parent can
+        self._owner_pid = 0
         _processes.discard(self)
         for pipe in self._pipes:
             pipe.close()
 
     def _write(self) -> None:
         try:
-            sent = os.write(self._input, self._unsent)
+            count = os.write(self._input, self._unsent)
         except BlockingIOError:
             return
-        except OSError:  # it is gone; what it still had to say is read first
+        except OSError:  # the child has exited; its remaining output is read first
             self._unsent.clear()
             return
-        del self._unsent[:sent]
+        del self._unsent[:count]
 
     def _wait(self, deadline: float) -> None:
-        """Writes what waits and reads what is there; blocks until one of them gets on."""
+        """Writes queued lines and reads output; blocks until either is possible."""
         if self._unsent:
             self._write()
         poll = select.poll()
@@ -130,7 +130,7 @@ class Process:
         ready = dict(poll.poll(max(0.0, deadline - monotonic()) * 1000))
         if not ready:
             self.close()
-            raise EndedError("time")
+            raise ChildExitError("time")
         if self._output in ready:
             self._read()
 
@@ -143,21 +143,23 @@ class Process:
             raise self._end_error()
         self._received += chunk
 
-    def _end_error(self) -> EndedError:
-        """How the child ended; it is known to have closed a pipe."""
+    def _end_error(self) -> ChildExitError:
+        """The error that says how the child exited; its pipe is closed already."""
         try:
             code = self._popen.wait(timeout=1)
         except subprocess.TimeoutExpired:
             code = 0
         self.close()
         if code == OUT_OF_MEMORY:
-            return EndedError("memory")
+            return ChildExitError("memory")
         if code == -signal.SIGXCPU:
-            return EndedError("time")
-        return EndedError(f"ends its process with {signal.Signals(-code).name if code < 0 else code}")
+            return ChildExitError("time")
+        return ChildExitError(
+            f"crashes its process ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+        )
 
 
 def close_all() -> None:
-    """Ends all children; in a fork closes its copies of the pipes of its parent's children."""
+    """Ends all children; in a fork, closes the pipes of the parent's children."""
     for process in list(_processes):
         process.close()

@@ -1,11 +1,11 @@
-"""PromptSource templates in the child: what a template may reach, and what it makes of a row.
+"""PromptSource templates in the child process: the sandbox, compiling and rendering.
 
-PromptSource v0.1.0 (commit 4a662713, the one T0 was trained with) and T0's `apply_template` are the measure, their
-oddities included; each stands where it is reproduced.
+The results are those of PromptSource v0.1.0 (commit 4a662713, which T0 was trained with) and T0's `apply_template`,
+including their quirks; comments mark these.
 
-A template reaches values of a row and their methods, no attribute that begins with an underscore, no callable but those
-named here. Jinja's sandbox does most of it; the limits of the child bound time and memory.
-`ImmutableSandboxedEnvironment` would not do: real templates append to their own lists and update their own mappings.
+A template can use the values of a row and their methods, but no attribute that begins with an underscore, and only the
+callables that are listed here. Jinja's sandbox enforces most of this; the limits of the child bound time and memory.
+`ImmutableSandboxedEnvironment` is not usable: real templates append to their own lists and update their own mappings.
 """
 
 import random
@@ -22,8 +22,8 @@ from jinja2.runtime import BlockReference, Context, LoopContext, Macro, Undefine
 from jinja2.sandbox import SandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 
-# Not among them: batch, center, filesizeformat, indent, pprint, slice, striptags, sum, tojson, urlize, wordwrap and
-# xmlattr. No template of PromptSource's uses one.
+# Without those that no template of PromptSource uses: batch, center, filesizeformat, indent, pprint, slice, striptags,
+# sum, tojson, urlize, wordwrap and xmlattr.
 # fmt: off
 _JINJA_FILTERS = (
     "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "forceescape",
@@ -34,29 +34,29 @@ _JINJA_FILTERS = (
 # fmt: on
 
 
-class _Draws:
-    """What the template that is rendered now draws from; seeded when it first draws."""
+class _RandomState:
+    """The random numbers of the template that is being rendered; created on first use."""
 
     def __init__(self) -> None:
         self.seed: Callable[[], str] = str
         self.random: random.Random | None = None
 
 
-_draws = _Draws()
+_random_state = _RandomState()
 
 
-def _seed_draws(seed: Callable[[], str]) -> None:
-    """The next template draws from this seed, the same whenever it is rendered again."""
-    _draws.seed, _draws.random = seed, None
+def _set_seed(seed: Callable[[], str]) -> None:
+    """Sets the seed of the next template, so that rendering it again draws the same values."""
+    _random_state.seed, _random_state.random = seed, None
 
 
 def _draw(values: Sequence[object]) -> object:
-    if _draws.random is None:
-        _draws.random = random.Random(_draws.seed())
-    return _draws.random.choice(values)
+    if _random_state.random is None:
+        _random_state.random = random.Random(_random_state.seed())
+    return _random_state.random.choice(values)
 
 
-@pass_context  # or Jinja would draw from a constant list once, when it compiles
+@pass_context  # otherwise Jinja would evaluate the filter on a constant list once, at compile time
 def _choice(context: Context, choices: Sequence[object]) -> object:
     return _draw(choices)
 
@@ -69,12 +69,12 @@ def _random(context: Context, values: Sequence[object]) -> object:
 
 
 def _most_frequent(items: Collection[Hashable]) -> list[object] | None:
-    """The items that occur most often, in order of their first occurrence; None of none."""
+    """The most frequent items, in order of first occurrence; None for an empty collection."""
     if not items:
         return None
     counts = Counter(items)
-    most = max(counts.values())
-    return [item for item, count in counts.items() if count == most]
+    max_count = max(counts.values())
+    return [item for item, count in counts.items() if count == max_count]
 
 
 _FILTERS: dict[str, Callable[..., object]] = {name: JINJA[name] for name in _JINJA_FILTERS} | {
@@ -85,8 +85,8 @@ _FILTERS: dict[str, Callable[..., object]] = {name: JINJA[name] for name in _JIN
 
 
 MAX_BITS = 2**14
-"""Bits of a whole number that a template may compute."""
-_NAMES: dict[type, str] = {
+"""Limit on the integers that a template may compute."""
+_METHOD_NAMES: dict[type, str] = {
     str: "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric "
     "isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rstrip split splitlines "
     "startswith strip swapcase title upper",
@@ -94,60 +94,60 @@ _NAMES: dict[type, str] = {
     dict: "clear copy get items keys pop popitem setdefault update values",
     tuple: "count index",
 }
-"""Methods that a template may call. No method of another value may be called: an array's can write files."""
-_METHODS = {owner: frozenset(names.split()) for owner, names in _NAMES.items()}
-_CALLABLE = (Macro, LoopContext, BlockReference, Cycler, Joiner, Undefined)
+"""Methods that a template may call, by type. Methods of other types are not allowed: an array's can write files."""
+_METHODS = {owner: frozenset(names.split()) for owner, names in _METHOD_NAMES.items()}
+_CALLABLE_TYPES = (Macro, LoopContext, BlockReference, Cycler, Joiner, Undefined)
 
 
-class _Names(Namespace):
-    """A namespace that does not print what it holds: it may hold itself."""
+class _Namespace(Namespace):
+    """A namespace that does not print its values, because it may contain itself."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
 
 
 class _Sandbox(SandboxedEnvironment):
-    """PromptSource's environment: Jinja's defaults, and `zip`, `choice` and `most_frequent`."""
+    """PromptSource's environment: Jinja's defaults with `zip`, `choice` and `most_frequent`."""
 
     intercepted_binops = frozenset(("*", "**"))
 
     def __init__(self) -> None:
         super().__init__()
         del self.globals["lipsum"]
-        self.globals |= {"zip": zip, "namespace": _Names}
+        self.globals |= {"zip": zip, "namespace": _Namespace}
         self.filters = dict(_FILTERS)
         self._callables = frozenset(map(id, self.globals.values()))
 
     def is_safe_callable(self, obj: object) -> bool:
-        """Whether it is one of ours, of Jinja's, or a method of a plain value that may be called."""
+        """Whether `obj` is a callable of this module or Jinja, or an allowed method of a plain value."""
         owner = getattr(obj, "__self__", obj)
         if isinstance(obj, BuiltinMethodType):
             return type(owner) in _METHODS and obj.__name__ in _METHODS[type(owner)]
-        return isinstance(owner, _CALLABLE) or id(obj) in self._callables
+        return isinstance(owner, _CALLABLE_TYPES) or id(obj) in self._callables
 
     def wrap_str_format(self, value: object) -> Callable[..., str] | None:
         """None: `format` is not wrapped, because templates may not call it."""
         return None
 
     def unsafe_undefined(self, obj: object, attribute: str) -> Undefined:
-        """Raises SecurityError at once: an undefined value would be printed as nothing."""
+        """Raises SecurityError at once, because an undefined value would be printed as an empty text."""
         raise SecurityError(f"reads {attribute!r} of a {type(obj).__name__}")
 
     def call(__self, __context: Context, __obj: object, *args: object, **kwargs: object) -> object:  # noqa: N805
-        """As Jinja has it; SecurityError for what may not be called."""
+        """Calls an object as Jinja does; SecurityError if it is not allowed."""
         if not __self.is_safe_callable(__obj):
             owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", type(__obj).__name__)
             raise SecurityError(f"calls {name!r} of a {type(owner).__name__}")
         key = kwargs.get("key")
         if callable(key) and isinstance(__obj, BuiltinMethodType) and not __self.is_safe_callable(key):
-            # list.sort would call it, str.format for one, which reads every attribute.
+            # list.sort would call it, even str.format, which can read any attribute.
             raise SecurityError(f"sorts by {getattr(key, '__name__', type(key).__name__)!r}")
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: object, right: object) -> object:
-        """The operator's result; SecurityError for a whole number of too many bits."""
-        powers = operator == "**"
-        if powers and isinstance(left, int) and isinstance(right, int) and _bits(left) * abs(right) > MAX_BITS:
+        """The result of an operator; SecurityError if it is too large an integer."""
+        is_power = operator == "**"
+        if is_power and isinstance(left, int) and isinstance(right, int) and _bits(left) * abs(right) > MAX_BITS:
             raise SecurityError(f"raises a number to the power of {right}")
         result: object = super().call_binop(context, operator, left, right)
         if isinstance(result, int) and result.bit_length() > MAX_BITS:
@@ -162,14 +162,14 @@ def _bits(number: int) -> int:
 _ENVIRONMENT = _Sandbox()
 
 
-_RESTRICTED = "answer_choices"
+_CHOICES_NAME = "answer_choices"
 _SEPARATOR = "|||"
-# Stands for the separator inside values. PromptSource's own: its multi_news templates split their documents at it.
-_PROTECTOR = "3ed2dface8203c4c9dfb1a5dc58e41e0"
+# Replaces the separator inside values. The value is PromptSource's: its multi_news templates split documents at it.
+_ESCAPED_SEPARATOR = "3ed2dface8203c4c9dfb1a5dc58e41e0"
 
 
 class Code(NamedTuple):
-    """A compiled template; `fixed` says that its choices read no field of a row."""
+    """A compiled template; `fixed` means that its choices do not depend on the row."""
 
     text: jinja2.Template
     choices: jinja2.Template | None
@@ -177,13 +177,13 @@ class Code(NamedTuple):
 
 
 class Values(NamedTuple):
-    """A row as templates see it: what cannot be changed, and the lists and mappings, of which each gets a copy."""
+    """The values of a row for templates: immutable ones, and lists and mappings that are copied for each template."""
 
     plain: dict[str, object]
     containers: dict[str, object]
 
     def copy(self) -> dict[str, object]:
-        """The row for one template, in its own order."""
+        """A copy of the row for one template, in the same order."""
         if not self.containers:
             return self.plain.copy()
         copies = {name: _copy(value) for name, value in self.containers.items()}
@@ -191,39 +191,39 @@ class Values(NamedTuple):
 
 
 def load(*source: str) -> tuple[Code, list[str]]:
-    """The compiled template, and the fields of a row that it reads, sorted; `source` is its text and its choices."""
+    """Compiles a template from its text and choices; also returns the fields of a row that it reads, sorted."""
     jinja, answer_choices = source
-    # Every "}}" is taken for the end of an output, and the filters bind to its last operand alone: {{ a + b }} cuts b.
+    # PromptSource's quirk: it replaces every "}}", and the filters bind to the last operand only: {{ a + b }} cuts b.
     text = _compile(jinja.replace("}}", " | string | truncate(2048) }}"))
     choices = _compile(answer_choices) if answer_choices else None
-    of_choices = _names(answer_choices)
-    return Code(text, choices, not of_choices), sorted((_names(jinja) | of_choices) - {_RESTRICTED})
+    choice_fields = _find_variables(answer_choices)
+    return Code(text, choices, not choice_fields), sorted((_find_variables(jinja) | choice_fields) - {_CHOICES_NAME})
 
 
 def prepare(row: Mapping[str, object]) -> Values:
-    """The row with underscores for hyphens in names, and top texts, no inner ones, protected."""
-    named = {name.replace("-", "_"): value for name, value in row.items()}
+    """The row with hyphens in names replaced by underscores, and the separator escaped in top-level texts only."""
+    renamed = {name.replace("-", "_"): value for name, value in row.items()}
     plain = {
-        name: value.replace(_SEPARATOR, _PROTECTOR) if isinstance(value, str) else value
-        for name, value in named.items()
+        name: value.replace(_SEPARATOR, _ESCAPED_SEPARATOR) if isinstance(value, str) else value
+        for name, value in renamed.items()
     }
-    return Values(plain, {name: value for name, value in named.items() if isinstance(value, list | dict | tuple)})
+    return Values(plain, {name: value for name, value in renamed.items() if isinstance(value, list | dict | tuple)})
 
 
 def render(code: Code, values: Values, seed: str | None) -> Sequence[object] | None:
-    """Instruction, target and choices, or None where T0 drops the row; without a seed the choices, if they are fixed.
+    """Instruction, target and choices, or None if T0 drops the row; without a seed only the choices if they are fixed.
 
-    `seed` and the row seed what the template draws.
+    The random numbers of the template depend on `seed` and the row.
     """
     if seed is None:
         return _choices(code.choices, {}) if code.choices and code.fixed else None
-    own = values.copy()
-    _seed_draws(lambda: f"{seed} {sorted(own.items(), key=_name)!r}")
-    choices = _choices(code.choices, own) if code.choices else None
-    # A choice that holds the separator is not protected here, so it makes a part more, and the row is dropped.
-    parts = [_restore(part).strip() for part in code.text.render(own, **{_RESTRICTED: choices}).split(_SEPARATOR)]
-    # T0 drops a row of one part (the template printed nothing) and of three (it was split wrong). From late September
-    # 2021 on it kept a blank target as "<NO LABEL>", for test splits; no response is right there, so it is dropped.
+    row = values.copy()
+    _set_seed(lambda: f"{seed} {sorted(row.items(), key=_item_name)!r}")
+    choices = _choices(code.choices, row) if code.choices else None
+    # A separator in a choice is not escaped here, so it adds a part, and the row is dropped.
+    parts = [_restore(part).strip() for part in code.text.render(row, **{_CHOICES_NAME: choices}).split(_SEPARATOR)]
+    # T0 drops a row with one part (the template printed nothing) or three (a wrong split). From late September 2021 on
+    # it kept a blank target as "<NO LABEL>", for test splits; there is no correct response then, so drop it as well.
     if len(parts) != 2 or not all(parts):
         return None
     return [*parts, choices or []]
@@ -231,7 +231,7 @@ def render(code: Code, values: Values, seed: str | None) -> Sequence[object] | N
 
 def _compile(source: str) -> jinja2.Template:
     template = _ENVIRONMENT.from_string(source)
-    template.globals = dict(template.globals)  # a ChainMap, which is copied at each render, is a third of its time
+    template.globals = dict(template.globals)  # a ChainMap, copied at each render, takes a third of the time
     return template
 
 
@@ -240,7 +240,7 @@ def _choices(template: jinja2.Template, values: Mapping[str, object]) -> list[st
 
 
 def _restore(text: str) -> str:
-    return text.replace(_PROTECTOR, _SEPARATOR)
+    return text.replace(_ESCAPED_SEPARATOR, _SEPARATOR)
 
 
 def _copy(value: object) -> object:
@@ -253,9 +253,9 @@ def _copy(value: object) -> object:
     return value
 
 
-def _names(source: str) -> set[str]:
+def _find_variables(source: str) -> set[str]:
     return meta.find_undeclared_variables(_ENVIRONMENT.parse(source)) if source else set()
 
 
-def _name(item: tuple[str, object]) -> str:
+def _item_name(item: tuple[str, object]) -> str:
     return item[0]

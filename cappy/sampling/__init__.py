@@ -1,4 +1,4 @@
-"""Sampling: candidates for every instance, from one LLM or several."""
+"""The sampling step: draws candidates for every instance from one or several LLMs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 __all__ = ["load_generator"]
 
-_GENERATES = ("ForCausalLM", "LMHeadModel")
+_CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
 
 def load_generator(text: str, config: "EndpointConfig | None" = None, *, work: Path | None = None) -> "Generator":
-    """The generator that a spec names: `sample(instructions, decodings, seed=...)` draws candidates from it.
+    """Loads the generator that a spec names; its `sample(instructions, decodings, seed=...)` draws candidates.
 
-    `config` is an endpoint's, with the folder that keeps its answers; `work` is the folder that keeps what any other
-    generator draws. ConfigError says which specs sample.
+    `config` is for an endpoint and includes the folder of its cached answers. `work` is the folder in which any other
+    generator stores its candidates. Raises ConfigError for a spec that is not a generator.
     """
     spec = parse_spec(text)
     if spec.kind == "openai":
@@ -29,7 +29,7 @@ def load_generator(text: str, config: "EndpointConfig | None" = None, *, work: P
         return Endpoint(spec, config)
     generator = _load_local(text, spec)
     if work is not None:
-        generator.keep_in(work)
+        generator.use_store(work)
     return generator
 
 
@@ -38,7 +38,7 @@ def _load_local(text: str, spec: Spec) -> "LocalGenerator":
 
     if spec.kind == "models":
         raise ConfigError(
-            f"{quote(text)}: the registry holds scorers; a generator is builtin, a folder, hub:, vllm: or openai:"
+            f"{quote(text)}: the registry holds scorers; choose a generator: builtin, a folder, hub:, vllm: or openai:"
         )
     if spec.kind == "vllm":
         from cappy.sampling.vllm_generator import VLLM
@@ -51,23 +51,22 @@ def _load_local(text: str, spec: Spec) -> "LocalGenerator":
         from cappy.builtin import LLM_FOLDER, verify
 
         verify(LLM_FOLDER)
-        return _transformers(text, open_model_folder(LLM_FOLDER, pinned=True))
+        return _load_transformers(text, open_model_folder(LLM_FOLDER, pinned=True))
     if spec.kind == "hub":
-        return _transformers(text, open_model_folder(hub_folder(spec), pinned=True), revision=spec.revision)
-    return _transformers(text, open_model_folder(Path(spec.name)))
+        return _load_transformers(text, open_model_folder(hub_folder(spec), pinned=True), revision=spec.revision)
+    return _load_transformers(text, open_model_folder(Path(spec.name)))
 
 
-def _transformers(name: str, folder: "ModelFolder", revision: str = "") -> "LocalGenerator":
+def _load_transformers(name: str, folder: "ModelFolder", revision: str = "") -> "LocalGenerator":
     config = folder.config()
     if config.is_encoder_decoder:
         from cappy.sampling.architectures import Seq2Seq
 
         return Seq2Seq(name, folder, revision)
-    kinds = config.architectures or []
-    if kinds and not any(kind.endswith(_GENERATES) for kind in kinds):
+    architectures = config.architectures or []
+    if architectures and not any(name.endswith(_CAUSAL_SUFFIXES) for name in architectures):
         raise ConfigError(
-            f"{folder.path}: holds {', '.join(kinds)}, which generates nothing; a generator is an encoder-decoder or a "
-            "causal LLM"
+            f"{folder.path}: {', '.join(architectures)} cannot generate text; choose an encoder-decoder or a causal LLM"
         )
     from cappy.sampling.architectures import Causal
 

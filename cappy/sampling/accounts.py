@@ -1,4 +1,7 @@
-"""What sampling takes: progress while a part is under way, counts part by part, and what a person should know."""
+"""Progress, counts and cautions of a sampling run.
+
+The counts are taken per part, stored with the part, and summed for the manifest.
+"""
 
 import re
 import threading
@@ -12,33 +15,36 @@ from cappy.errors import GeneratorError
 from cappy.progress import Progress, duration
 from cappy.records import Instance
 from cappy.records.instance import STATUSES
-from cappy.sampling.generators import EndpointConfig, Generator, Paid
-from cappy.sampling.strategies import MAX_NEW_TOKENS_LIMIT, Decoding, share
+from cappy.sampling.generators import EndpointConfig, Generator, PaidGenerator
+from cappy.sampling.strategies import MAX_NEW_TOKENS_LIMIT, Decoding, decodings_of
 
 HEARTBEAT_SECONDS = 4.0
-"""The progress is said again at least that often, whatever a generator is busy with."""
+"""Maximum time between two progress reports, even if a generator reports nothing."""
 
 
 class SamplingProgress:
-    """The progress of the step's parts, with the candidates of the part under way counted in.
+    """Progress of the step that includes the candidates of the unfinished part.
 
-    Rates and amounts are of this start alone; what earlier starts paid for stands in the manifest at the end. Within a
-    `with` block a thread says the progress again where a generator is silent for long.
+    Rates and amounts cover this process only; the manifest has the totals of all runs. Inside a `with` block a thread
+    repeats the report every `HEARTBEAT_SECONDS`.
     """
 
     def __init__(self, progress: Progress, generators: Sequence[Generator], decodings: Sequence[Decoding]) -> None:
         self._progress = progress
-        self._paid = [generator for generator in generators if isinstance(generator, Paid)]
-        own = [share(decodings, position) for position in range(len(generators))]
-        self._each = sum(decoding.num_samples for of_one in own for decoding in of_one)
+        self._paid_generators = [generator for generator in generators if isinstance(generator, PaidGenerator)]
+        self._samples_per_instance = sum(
+            decoding.num_samples
+            for position in range(len(generators))
+            for decoding in decodings_of(decodings, position)
+        )
         self._started = time.monotonic()
-        self._candidates = self._within = 0
-        self._begun = 0.0
+        self._candidates = self._part_candidates = 0
+        self._in_progress = 0.0
         self._done = self._resumed = 0
         self._total: int | None = None
         self._lock = threading.Lock()
-        self._over = threading.Event()
-        self._heartbeat = threading.Thread(target=self._beat, daemon=True)
+        self._stop = threading.Event()
+        self._heartbeat = threading.Thread(target=self._run_heartbeat, daemon=True)
 
     def __enter__(self) -> "SamplingProgress":
         self._heartbeat.start()
@@ -47,119 +53,120 @@ class SamplingProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._stop.set()
         self._heartbeat.join()
 
     def __call__(
         self, done: int, total: int | None = None, *, unit: str = "instances", resumed: int = 0, note: str = ""
     ) -> None:
-        """A part is done, as `Progress` says it."""
+        """Reports a finished part; the arguments are those of `Progress`."""
         with self._lock:
             self._done, self._total, self._resumed = done, total, resumed
-            self._within, self._begun = 0, 0.0
-            self._tell()
+            self._part_candidates, self._in_progress = 0, 0.0
+            self._report()
 
-    def add_candidates(self, candidates: int, /, *, begun: float = 0.0) -> None:
-        """So many more candidates have come; those under way are `begun` candidates' worth of work."""
+    def add_candidates(self, candidates: int, /, *, in_progress: float = 0.0) -> None:
+        """Adds finished candidates; `in_progress` is the work done on unfinished ones, in candidates."""
         with self._lock:
             self._candidates += candidates
-            self._within += candidates
-            self._begun = begun
-            self._tell()
+            self._part_candidates += candidates
+            self._in_progress = in_progress
+            self._report()
 
-    def _beat(self) -> None:
-        while not self._over.wait(HEARTBEAT_SECONDS):
+    def _run_heartbeat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
             with self._lock:
                 try:
-                    self._tell()
-                except OSError:  # The step itself meets it with its next candidates.
+                    self._report()
+                except OSError:  # The step gets the same error with its next report.
                     return
 
-    def _tell(self) -> None:
-        within = int(self._work()) if self._each else 0
-        done = self._done + within if self._total is None else min(self._done + within, self._total)
+    def _report(self) -> None:
+        instances = int(self._part_progress()) if self._samples_per_instance else 0
+        done = self._done + instances if self._total is None else min(self._done + instances, self._total)
         self._progress(done, self._total, unit="instances", resumed=self._resumed, note=self._note(done))
 
-    def _work(self) -> float:
-        """Instances' worth of work done of the part under way."""
-        return (self._within + self._begun) / self._each
+    def _part_progress(self) -> float:
+        """Work done on the unfinished part, in instances."""
+        return (self._part_candidates + self._in_progress) / self._samples_per_instance
 
     def _note(self, done: int) -> str:
-        if not self._candidates and not self._begun:
+        if not self._candidates and not self._in_progress:
             return ""
         seconds = max(time.monotonic() - self._started, 1e-9)
         parts = [f"{self._candidates:,} candidates ({self._candidates / seconds:,.3g}/s)"]
-        if done == self._resumed and self._total and self._each and self._work():
-            # Not one instance yet, so that nobody else can tell how long the rest takes.
-            left = seconds / self._work() * (self._total - self._resumed) - seconds
-            parts.append(f"{duration(max(left, 0.0))} left")
-        if self._paid:
-            used = [generator.usage for generator in self._paid]
-            tokens = f"{sum(u.input_tokens for u in used):,} tokens in, {sum(u.output_tokens for u in used):,} out"
-            parts += [tokens, f"{sum(u.errors for u in used):,} errors"]
-            if cost := sum(u.cost for u in used):
+        if done == self._resumed and self._total and self._samples_per_instance and self._part_progress():
+            # `Progress` estimates the remaining time from finished instances, and there is none yet.
+            remaining = seconds / self._part_progress() * (self._total - self._resumed) - seconds
+            parts.append(f"{duration(max(remaining, 0.0))} left")
+        if self._paid_generators:
+            usages = [generator.usage for generator in self._paid_generators]
+            tokens = f"{sum(u.input_tokens for u in usages):,} tokens in, {sum(u.output_tokens for u in usages):,} out"
+            parts += [tokens, f"{sum(u.errors for u in usages):,} errors"]
+            if cost := sum(u.cost for u in usages):
                 parts.append(f"cost {cost:,.4g}")
         return ", ".join(parts)
 
 
-_NOT_ASKED = "not_asked/"
-_UNANSWERED, _DRAWN, _FAILED = "unanswered", "drawn", "failed"
-"""Kinds of counts that belong to a generator: such a count is named kind, generator and words, a line each."""
-MOST_REASONS = 5
-"""Reasons of a generator that are kept: servers may word every refusal differently."""
+_OMITTED = "not_asked/"
+_UNANSWERED, _SAMPLED, _FAILED = "unanswered", "drawn", "failed"
+"""Kinds of counts per generator. The name of such a count has three lines: kind, generator, reason."""
+MAX_REASONS = 5
+"""Limit per generator, because a server may word every refusal differently."""
 
 
 def count_part(part: Sequence[Instance], generators: Sequence[Generator]) -> dict[str, int]:
-    """Counts of a finished part: what the generators tell, candidates by status, how many responses are different.
+    """Counts of a finished part: the generators' own, candidates by status, distinct and duplicate responses.
 
-    `distinct` adds up the effective numbers: for each instance the different responses among its candidates that may
-    be selected; `duplicates` are the others of those. Nothing without a generator.
+    `distinct` sums, over instances, the number of different responses among the selectable candidates; `duplicates`
+    counts the rest of those candidates. Empty if there are no generators.
     """
     if not generators:
         return {}
     names = {generator.name for generator in generators}
-    counted = ("sampled", *(status for status in STATUSES if status != "ok"), "distinct", "duplicates")
-    counts: Counter[str] = Counter(dict.fromkeys(counted, 0))
+    count_names = ("sampled", *(status for status in STATUSES if status != "ok"), "distinct", "duplicates")
+    counts: Counter[str] = Counter(dict.fromkeys(count_names, 0))
     for instance in part:
-        drawn = [candidate for candidate in instance.candidates if candidate.generator in names]
-        counts["sampled"] += len(drawn)
-        counts.update(candidate.status for candidate in drawn if candidate.status != "ok")
-        responses = [candidate.response for candidate in drawn if candidate.selectable]
+        candidates = [candidate for candidate in instance.candidates if candidate.generator in names]
+        counts["sampled"] += len(candidates)
+        counts.update(candidate.status for candidate in candidates if candidate.status != "ok")
+        responses = [candidate.response for candidate in candidates if candidate.selectable]
         counts["distinct"] += len(set(responses))
         counts["duplicates"] += len(responses) - len(set(responses))
     for generator in generators:
-        counts.update(generator.tally())
+        counts.update(generator.take_counts())
     return dict(counts)
 
 
-def failures(part: Sequence[Instance], generators: Sequence[Generator]) -> dict[str, int]:
-    """Counts of a finished part by generator, for `check_failures`: its candidates, and those that failed."""
-    counts = Counter({_key(kind, generator.name): 0 for kind in (_DRAWN, _FAILED) for generator in generators})
+def count_failures(part: Sequence[Instance], generators: Sequence[Generator]) -> dict[str, int]:
+    """Counts of a finished part for `check_failures`: candidates and failed candidates per generator."""
+    counts = Counter({_count_name(kind, generator.name): 0 for kind in (_SAMPLED, _FAILED) for generator in generators})
     for candidate in (candidate for instance in part for candidate in instance.candidates):
-        if (drawn := _key(_DRAWN, candidate.generator)) in counts:
-            counts[drawn] += 1
-            counts[_key(_FAILED, candidate.generator)] += candidate.status == "failed"
+        if (sampled := _count_name(_SAMPLED, candidate.generator)) in counts:
+            counts[sampled] += 1
+            counts[_count_name(_FAILED, candidate.generator)] += candidate.status == "failed"
     return dict(counts)
 
 
-def accounts(counts: Mapping[str, int], config: EndpointConfig) -> tuple[dict[str, float], dict[str, object]]:
-    """Metrics and facts of a manifest: the counts and what they cost; what each generator could not be asked for.
+def manifest_entries(counts: Mapping[str, int], config: EndpointConfig) -> tuple[dict[str, float], dict[str, object]]:
+    """Metrics and facts for the manifest, from the summed counts of all parts.
 
-    `facts["not_asked"]` maps a generator to the parameters that it refused, and that some candidates came without;
-    `facts["unanswered"]` to why candidates were not answered, in the server's words, and how many for each reason.
+    The metrics include `cost` if prices are set. `facts["not_asked"]` maps a generator to the request parameters that
+    its server rejected and that were left out. `facts["unanswered"]` maps a generator to the server's reasons for
+    failed candidates, with a count each.
     """
     metrics: dict[str, float] = {
-        name: count for name, count in counts.items() if not name.startswith(_NOT_ASKED) and "\n" not in name
+        name: count for name, count in counts.items() if not name.startswith(_OMITTED) and "\n" not in name
     }
     if "input_tokens" in counts and (config.price_input or config.price_output):
         metrics["cost"] = config.cost(counts["input_tokens"], counts.get("output_tokens", 0))
     not_asked: dict[str, list[str]] = {}
-    for name in sorted(name for name in counts if name.startswith(_NOT_ASKED)):
-        generator, _, parameter = name.removeprefix(_NOT_ASKED).rpartition("/")
+    for name in sorted(name for name in counts if name.startswith(_OMITTED)):
+        generator, _, parameter = name.removeprefix(_OMITTED).rpartition("/")
         not_asked.setdefault(generator, []).append(parameter)
     unanswered: dict[str, Counter[str]] = {}
-    for generator, words, count in _of_kind(counts, _UNANSWERED):
-        unanswered.setdefault(generator, Counter())[words] += count
+    for generator, reason, count in _counts_of_kind(counts, _UNANSWERED):
+        unanswered.setdefault(generator, Counter())[reason] += count
     facts: dict[str, object] = {"not_asked": not_asked} if not_asked else {}
     if unanswered:
         facts["unanswered"] = {generator: _group_reasons(reasons) for generator, reasons in sorted(unanswered.items())}
@@ -167,65 +174,70 @@ def accounts(counts: Mapping[str, int], config: EndpointConfig) -> tuple[dict[st
 
 
 def unanswered_counts(generator: str, reasons: Mapping[str, int]) -> dict[str, int]:
-    """Counts, for a part, of why this generator did not answer; they come back in `facts["unanswered"]`."""
-    return {_key(_UNANSWERED, generator, words): count for words, count in _group_reasons(reasons).items()}
+    """Counts of a part for the reasons why this generator did not answer; `facts["unanswered"]` shows them."""
+    return {_count_name(_UNANSWERED, generator, reason): count for reason, count in _group_reasons(reasons).items()}
 
 
 def check_failures(
-    counts: Mapping[str, int], max_failed: float, each: Mapping[str, int], instances: int | None = None
+    counts: Mapping[str, int],
+    max_failed: float,
+    samples_per_instance: Mapping[str, int],
+    instances: int | None = None,
 ) -> None:
-    """GeneratorError where more than this share of a generator's candidates failed, in its server's own words.
+    """Raises GeneratorError if more than the share `max_failed` of a generator's candidates failed.
 
-    Those of one instance alone may fail whatever the share, unless it is 0: in a run of five that is no reason to end.
-    `each` are the candidates of an instance by generator. With `instances`, those of the whole run, one that is under
-    way ends as soon as its share cannot be kept; without it the counts are those of the whole run.
+    The candidates of one instance may always fail unless `max_failed` is 0, so that a small run does not end for a
+    single refused instruction. `samples_per_instance` is by generator. Pass `instances`, the total of the run, while
+    the run is unfinished: it then ends as soon as the share can no longer be kept.
     """
-    drawn = {generator: count for generator, _, count in _of_kind(counts, _DRAWN)}
-    for generator, _, failed in _of_kind(counts, _FAILED):
-        total = drawn[generator] if instances is None else each[generator] * instances
-        allowed = max(max_failed * total, each[generator] if max_failed else 0)
+    sampled = {generator: count for generator, _, count in _counts_of_kind(counts, _SAMPLED)}
+    for generator, _, failed in _counts_of_kind(counts, _FAILED):
+        total = sampled[generator] if instances is None else samples_per_instance[generator] * instances
+        allowed = max(max_failed * total, samples_per_instance[generator] if max_failed else 0)
         if failed <= allowed and (failed < total or not failed or max_failed >= 1):
             continue
-        reasons = Counter({words: count for name, words, count in _of_kind(counts, _UNANSWERED) if name == generator})
+        reasons = Counter(
+            {reason: count for name, reason, count in _counts_of_kind(counts, _UNANSWERED) if name == generator}
+        )
         why = f": {next(iter(_group_reasons(reasons)))}" if reasons else ""
         raise GeneratorError(
             f"{generator}: {failed:,} of {total:,} candidates failed, more than --max-failed {max_failed:g} allows"
-            f"{why}; mend that or raise --max-failed, then run the same command again: every answer is kept"
+            f"{why}; fix that or raise --max-failed, then run the same command again: every answer is kept"
         )
 
 
 def _group_reasons(reasons: Mapping[str, int]) -> dict[str, int]:
-    """The most frequent reasons, at most `MOST_REASONS`; those that differ in numbers alone count as one of them."""
+    """The most frequent reasons with their counts, at most `MAX_REASONS`.
+
+    Reasons that differ only in digits are one group.
+    """
     groups: dict[str, Counter[str]] = {}
-    for words, count in reasons.items():
-        groups.setdefault(re.sub("[0-9]+", "0", words), Counter())[words] += count
+    for reason, count in reasons.items():
+        groups.setdefault(re.sub("[0-9]+", "0", reason), Counter())[reason] += count
     totals = {min(group): sum(group.values()) for group in groups.values()}
-    first = sorted(totals, key=lambda words: (-totals[words], words))[:MOST_REASONS]
-    return {words: totals[words] for words in first}
+    first = sorted(totals, key=lambda reason: (-totals[reason], reason))[:MAX_REASONS]
+    return {reason: totals[reason] for reason in first}
 
 
-def _key(kind: str, generator: str, words: str = "") -> str:
-    return "\n".join((kind, generator, words))
+def _count_name(kind: str, generator: str, reason: str = "") -> str:
+    return "\n".join((kind, generator, reason))
 
 
-def _of_kind(counts: Mapping[str, int], kind: str) -> Iterator[tuple[str, str, int]]:
-    """Generator, words and number of each count of this kind."""
+def _counts_of_kind(counts: Mapping[str, int], kind: str) -> Iterator[tuple[str, str, int]]:
+    """Generator, reason and number of each count of this kind."""
     for name, count in counts.items():
         if name.startswith(f"{kind}\n"):
-            _, generator, words = name.split("\n", 2)
-            yield generator, words, count
+            _, generator, reason = name.split("\n", 2)
+            yield generator, reason, count
 
 
-MANY_CUT = 0.05
-"""Share of responses cut at their limit of tokens above which a person reads of it."""
-_ENOUGH_TOKENS = 512
+MAX_TRUNCATED_SHARE = 0.05
+"""Share of truncated responses above which there is a caution."""
+_MIN_SUGGESTED_TOKENS = 512
 
 
 def cautions(metrics: Mapping[str, float], config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
-    """What a person should know about the responses of a sampled folder: sentences that end with what to do.
-
-    The arguments are those of its manifest.
-    """
+    """Cautions about the responses of a sampling run, each with a remedy; the arguments are fields of its manifest."""
     limits = [int(decoding["max_new_tokens"]) for decoding in config.get("decodings", ())]
     return [
         *_truncation_cautions(metrics, max(limits, default=0), facts.get("context")),
@@ -235,33 +247,36 @@ def cautions(metrics: Mapping[str, float], config: Mapping[str, Any], facts: Map
 
 
 def _truncation_cautions(metrics: Mapping[str, float], limit: int, context: int | None) -> Iterator[str]:
-    sampled, cut = metrics.get("sampled", 0), metrics.get("truncated", 0)
-    if not sampled or cut / sampled <= MANY_CUT:
+    sampled, truncated = metrics.get("sampled", 0), metrics.get("truncated", 0)
+    if not sampled or truncated / sampled <= MAX_TRUNCATED_SHARE:
         return
-    longer = min(max(_ENOUGH_TOKENS, 2 * limit), MAX_NEW_TOKENS_LIMIT)
-    # The instruction needs its place too.
-    longer = min(longer, context // 2) if context else longer
-    said = f"{cut:,.0f} of {sampled:,.0f} responses ({100 * cut / sampled:.1f} %) were cut at {limit} new tokens"
-    if longer <= limit:
-        yield f"{said}, {_why_no_more(context)}"
+    suggested = min(max(_MIN_SUGGESTED_TOKENS, 2 * limit), MAX_NEW_TOKENS_LIMIT)
+    # Leave room for the instruction.
+    suggested = min(suggested, context // 2) if context else suggested
+    percentage = f"{100 * truncated / sampled:.1f} %"
+    message = f"{truncated:,.0f} of {sampled:,.0f} responses ({percentage}) were cut at {limit} new tokens"
+    if suggested <= limit:
+        yield f"{message}; {_limit_remedy(context)}"
         return
-    yield (f"{said}; sample with --max-new-tokens {longer} (cappy adapt: --set sampling.max_new_tokens={longer})")
+    yield (
+        f"{message}; sample with --max-new-tokens {suggested} (cappy adapt: --set sampling.max_new_tokens={suggested})"
+    )
 
 
-def _why_no_more(context: int | None) -> str:
+def _limit_remedy(context: int | None) -> str:
     if context:
-        return f"and the LLM's context holds {context} tokens, the instruction's among them; take another LLM"
-    return "which is the most; ask for shorter responses"
+        return f"the LLM's context is {context} tokens, including the instruction; use another LLM"
+    return "this is the maximum; ask for shorter responses"
 
 
 def _unanswered_cautions(metrics: Mapping[str, float], unanswered: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     for generator, reasons in unanswered.items():
-        count, words = max((count, words) for words, count in reasons.items())
+        count, reason = max((count, reason) for reason, count in reasons.items())
         total = sum(reasons.values())
-        each = f": {words}" if total == 1 else f"; {count:,} of them: {words}"
-        yield f"{generator} left {total:,} {'candidate' if total == 1 else 'candidates'} without an answer{each}"
+        most_frequent = f": {reason}" if total == 1 else f"; {count:,} of them: {reason}"
+        yield f"{generator}: {total:,} {'candidate' if total == 1 else 'candidates'} got no answer{most_frequent}"
     if metrics.get("failed"):
-        yield f"failed candidates: {metrics['failed']:,.0f}; cappy sampling asks for them again in its next run"
+        yield f"failed candidates: {metrics['failed']:,.0f}; run cappy sampling again to retry them"
 
 
 def _reasoning_cautions(metrics: Mapping[str, float], *, stripped: bool) -> Iterator[str]:
@@ -269,7 +284,9 @@ def _reasoning_cautions(metrics: Mapping[str, float], *, stripped: bool) -> Iter
         return
     share = f"{metrics['reasoning']:,.0f} of {metrics['sampled']:,.0f} responses"
     if stripped:
-        yield f"reasoning was removed from {share}; where nothing was left raise --max-new-tokens"
+        yield f"reasoning was removed from {share}; if responses are empty now, raise --max-new-tokens"
     else:
-        what = "hold reasoning (<think>...), which is labelled as part of the answer"
-        yield f"{share} {what}; --strip-reasoning removes it"
+        yield (
+            f"{share} hold reasoning (<think>...), which is labelled as part of the answer; "
+            "--strip-reasoning removes it"
+        )

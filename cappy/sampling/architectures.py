@@ -1,4 +1,4 @@
-"""The two builds of LLM that transformers samples from here: causal LLMs and encoder-decoders."""
+"""Causal and encoder-decoder LLMs of transformers as generators."""
 
 import inspect
 from collections.abc import Sequence
@@ -10,45 +10,45 @@ from transformers.modeling_outputs import BaseModelOutput
 from cappy.errors import ConfigError
 from cappy.model_folder import ModelFolder
 from cappy.sampling.drawing import Continuation, prompt_tokens, response_tokens
-from cappy.sampling.generators import OnDrawn
-from cappy.sampling.local import KeyValueCache, LanguageModel, LocalLLM, each_step, pad
+from cappy.sampling.generators import OnCandidates
+from cappy.sampling.local import KeyValueCache, LanguageModel, LocalLLM, pad, progress_criteria
 from cappy.sampling.strategies import Decoding
 
 
 class Causal(LocalLLM):
     """Samples from a folder that `AutoModelForCausalLM` loads.
 
-    The prompt (see `prompt_tokens`) is encoded once, and its keys and values serve all samples of all decodings; beams
-    go through transformers' own search, which encodes it again for every beam.
+    The prompt (see `prompt_tokens`) is encoded once, and its key-value cache is shared by all samples of all decodings.
+    Beam search uses transformers' `generate`, which encodes the prompt again for every beam.
     """
 
     AUTO_MODEL = AutoModelForCausalLM
 
     @property
     def context(self) -> int | None:
-        """Tokens of a prompt and its response together; None where their number has no bound."""
+        """Maximum tokens of prompt and response together; None if the model has no limit."""
         positions = getattr(self.model.config, "max_position_embeddings", None)
         return positions if isinstance(positions, int) and positions > 0 else None
 
     def _prompts(self, instructions: Sequence[str], reserved: int) -> list[list[int]]:
-        longest = self.context - reserved if self.context else None
-        return [self._prompt(text, longest) for text in instructions]
+        max_tokens = self.context - reserved if self.context else None
+        return [self._prompt(text, max_tokens) for text in instructions]
 
-    def _prompt(self, instruction: str, longest: int | None) -> list[int]:
-        ids, cut = prompt_tokens(self.tokenizer, instruction, ends=self.ends.tolist(), longest=longest)
-        self._cut += cut
+    def _prompt(self, instruction: str, max_tokens: int | None) -> list[int]:
+        ids, truncated = prompt_tokens(self.tokenizer, instruction, ends=self.end_ids.tolist(), max_tokens=max_tokens)
+        self._num_truncated += truncated
         return ids
 
     def _response(self, text: str) -> list[int]:
-        return response_tokens(self.tokenizer, text, int(self.ends[0]))
+        return response_tokens(self.tokenizer, text, int(self.end_ids[0]))
 
     def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask, padded on the left."""
-        ids, mask = pad(prompts, self.pad, left=True)
+        ids, mask = pad(prompts, self.pad_id, left=True)
         return ids.to(self.device), mask.to(self.device)
 
     def _begin(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
-        rows = _Prefix(self.model, mask)
+        rows = _CausalContinuation(self.model, mask)
         return rows, rows.start(encoded, copies)
 
     def _beams(
@@ -57,44 +57,44 @@ class Causal(LocalLLM):
         encoded: torch.Tensor,
         mask: torch.Tensor,
         decoding: Decoding,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
         config = self.generation_config(decoding)
         sequences = self.model.generate(
             encoded,
             attention_mask=mask,
             generation_config=config,
-            stopping_criteria=each_step(decoding, len(prompts) * decoding.num_samples, on_drawn),
+            stopping_criteria=progress_criteria(decoding, len(prompts) * decoding.num_samples, on_candidates),
         )[:, encoded.shape[1] :]
-        tokens = self._cut_at_end(sequences)
+        tokens = self._truncate_at_end(sequences)
         return tokens, self._sums([prompt for prompt in prompts for _ in range(decoding.num_samples)], tokens)
 
     def _sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
         both = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-        # Padding on the right: nothing before it sees it, and positions are as in a pass of the row alone.
-        ids, mask = (tensor.to(self.device) for tensor in pad(both, self.pad))
+        # Right padding does not change a causal model's outputs at earlier positions.
+        ids, mask = (tensor.to(self.device) for tensor in pad(both, self.pad_id))
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         chosen = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
-        counted = mask[:, 1:].bool()
+        response_mask = mask[:, 1:].bool()
         for row, prompt in enumerate(prompts):
-            counted[row, : len(prompt) - 1] = False
-        sums: torch.Tensor = (chosen.double() * counted).sum(1)
+            response_mask[row, : len(prompt) - 1] = False
+        sums: torch.Tensor = (chosen.double() * response_mask).sum(1)
         return sums
 
 
-class _Prefix:
-    """Rows that go on after their prompts, whose keys and values are computed once and then copied for each row."""
+class _CausalContinuation:
+    """The `Continuation` of a causal LLM: encodes each prompt once and copies its key-value cache for each row."""
 
     def __init__(self, model: LanguageModel, mask: torch.Tensor) -> None:
         self._model = model
         self._mask = mask
         self._cache: KeyValueCache
-        takes = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in takes
-        self._last_alone = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self._last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
     def start(self, ids: torch.Tensor, copies: int) -> torch.Tensor:
-        """Logits after the prompts (prompts, longest), each `copies` times: (prompts * copies, vocabulary)."""
+        """First token's logits, for `copies` rows per prompt: (prompts, longest) -> (prompts * copies, vocabulary)."""
         positions = (self._mask.cumsum(-1) - 1).clamp_(min=0)
         logits = self._forward(ids, positions, None)
         if copies > 1:
@@ -118,7 +118,7 @@ class _Prefix:
             past_key_values=cache,
             use_cache=True,
             **({"position_ids": positions} if self._takes_positions else {}),
-            **self._last_alone,
+            **self._last_logits_only,
         )
         self._cache = output.past_key_values
         return output.logits[:, -1]
@@ -130,8 +130,8 @@ MAX_INSTRUCTION_TOKENS = 512
 class Seq2Seq(LocalLLM):
     """Samples from a folder that `AutoModelForSeq2SeqLM` loads.
 
-    An instruction's encoder runs once for all decodings; greedy and samples go through one loop, where each step takes
-    one token of all their rows; beams go through transformers' own search.
+    Each instruction is encoded once for all decodings. Greedy decoding and sampling share one loop over all rows; beam
+    search uses transformers' `generate`.
     """
 
     AUTO_MODEL = AutoModelForSeq2SeqLM
@@ -139,7 +139,7 @@ class Seq2Seq(LocalLLM):
     def __init__(self, name: str, folder: ModelFolder, revision: str = "") -> None:
         super().__init__(name, folder, revision)
         if getattr(self.model.config, "decoder_start_token_id", None) is None:
-            raise ConfigError(f"{folder.path}: config.json names no decoder_start_token_id; responses start with it")
+            raise ConfigError(f"{folder.path}: config.json has no decoder_start_token_id; set it to sample from it")
 
     def _prompts(self, instructions: Sequence[str], reserved: int) -> list[list[int]]:
         context = getattr(self.model.config, "max_position_embeddings", None) or MAX_INSTRUCTION_TOKENS
@@ -150,7 +150,7 @@ class Seq2Seq(LocalLLM):
         prompts = whole
         if any(len(prompt) > longest for prompt in whole):
             prompts = self.tokenizer(list(instructions), truncation=True, max_length=longest).input_ids
-        self._cut += sum(len(prompt) > longest for prompt in whole)
+        self._num_truncated += sum(len(prompt) > longest for prompt in whole)
         return prompts
 
     def _response(self, text: str) -> list[int]:
@@ -159,11 +159,11 @@ class Seq2Seq(LocalLLM):
 
     def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """States (rows, longest, hidden) and mask (rows, longest)."""
-        ids, mask = (tensor.to(self.device) for tensor in pad(prompts, self.pad))
+        ids, mask = (tensor.to(self.device) for tensor in pad(prompts, self.pad_id))
         return self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
     def _begin(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
-        rows = _Decoder(self.model, encoded, mask)
+        rows = _Seq2SeqContinuation(self.model, encoded, mask)
         return rows, rows.start(copies)
 
     def _beams(
@@ -172,31 +172,33 @@ class Seq2Seq(LocalLLM):
         encoded: torch.Tensor,
         mask: torch.Tensor,
         decoding: Decoding,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
         sequences = self.model.generate(
             # A copy, because generate() expands the states in place for several beams.
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.clone()),
             attention_mask=mask,
             generation_config=self.generation_config(decoding),
-            stopping_criteria=each_step(decoding, len(prompts) * decoding.num_samples, on_drawn),
+            stopping_criteria=progress_criteria(decoding, len(prompts) * decoding.num_samples, on_candidates),
         )[:, 1:]
-        tokens = self._cut_at_end(sequences)
-        each = decoding.num_samples
-        return tokens, self._target_sums(encoded.repeat_interleave(each, 0), mask.repeat_interleave(each, 0), tokens)
+        tokens = self._truncate_at_end(sequences)
+        num_samples = decoding.num_samples
+        return tokens, self._target_sums(
+            encoded.repeat_interleave(num_samples, 0), mask.repeat_interleave(num_samples, 0), tokens
+        )
 
     def _sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
-        different = list(dict.fromkeys(map(tuple, prompts)))
-        states, mask = self._encode(different)
-        place = {prompt: number for number, prompt in enumerate(different)}
-        rows = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=self.device)
+        distinct_prompts = list(dict.fromkeys(map(tuple, prompts)))
+        states, mask = self._encode(distinct_prompts)
+        index = {prompt: i for i, prompt in enumerate(distinct_prompts)}
+        rows = torch.tensor([index[tuple(prompt)] for prompt in prompts], device=self.device)
         return self._target_sums(states[rows], mask[rows], responses)
 
     def _target_sums(
         self, states: torch.Tensor, mask: torch.Tensor, responses: Sequence[Sequence[int]]
     ) -> torch.Tensor:
-        """Sum of the log-probabilities of each response's tokens: (rows, source, hidden), (rows, source) -> (rows,)."""
-        targets, counted = (tensor.to(self.device) for tensor in pad(responses, self.pad))
+        """Log-probability sum of each response: states (rows, source, hidden), mask (rows, source) -> (rows,)."""
+        targets, response_mask = (tensor.to(self.device) for tensor in pad(responses, self.pad_id))
         start = targets.new_full((len(targets), 1), self.model.config.decoder_start_token_id)
         logits = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
@@ -205,12 +207,12 @@ class Seq2Seq(LocalLLM):
             use_cache=False,
         ).logits.float()
         chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-        sums: torch.Tensor = (chosen.double() * counted).sum(1)
+        sums: torch.Tensor = (chosen.double() * response_mask).sum(1)
         return sums
 
 
-class _Decoder:
-    """The decoder over rows of the same batch; keys and values of the source are computed once per instruction."""
+class _Seq2SeqContinuation:
+    """The `Continuation` of an encoder-decoder: computes the source's key-value cache once per instruction."""
 
     def __init__(self, model: LanguageModel, states: torch.Tensor, mask: torch.Tensor) -> None:
         self._model = model
@@ -219,9 +221,9 @@ class _Decoder:
         self._cache: KeyValueCache
 
     def start(self, copies: int) -> torch.Tensor:
-        """Logits of the first token, each instruction's `copies` times: (instructions * copies, vocabulary)."""
-        begin = self._model.config.decoder_start_token_id
-        logits = self._forward(torch.full((len(self._mask),), begin, device=self._mask.device), None)
+        """First token's logits, for `copies` rows per instruction: (instructions * copies, vocabulary)."""
+        start_id = self._model.config.decoder_start_token_id
+        logits = self._forward(torch.full((len(self._mask),), start_id, device=self._mask.device), None)
         if copies > 1:
             self._cache.batch_repeat_interleave(copies)
             self._mask = self._mask.repeat_interleave(copies, 0)
@@ -235,7 +237,7 @@ class _Decoder:
         self._mask = self._mask[rows]
 
     def _forward(self, tokens: torch.Tensor, cache: KeyValueCache | None) -> torch.Tensor:
-        # Once the cache holds the source's keys and values, the states only lend their shape.
+        # Once the cache holds the source's keys and values, only the shape of the states matters.
         states = self._states if cache is None else self._states[:1].expand(len(tokens), -1, -1)
         output = self._model(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),

@@ -1,4 +1,4 @@
-"""What a run of sampling would take, before the first paid request."""
+"""Estimates requests, tokens, time and cost of a sampling run before its first request (`--estimate`)."""
 
 import math
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from cappy.records import Instance, read, read_manifest
 from cappy.records.work import parse_shard
-from cappy.sampling.generators import CHARACTERS_PER_TOKEN, EndpointConfig, tokens_of
-from cappy.sampling.strategies import Decoding, share
+from cappy.sampling.generators import CHARACTERS_PER_TOKEN, EndpointConfig, estimate_tokens
+from cappy.sampling.strategies import Decoding, decodings_of
 from cappy.specs import parse_spec
 
 if TYPE_CHECKING:
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 SECONDS_PER_REQUEST = 0.5
 TOKENS_PER_SECOND = 50
-"""Guesses of how an endpoint answers, where nothing was measured; the text names them."""
+"""Assumed speed of an endpoint; `describe` prints both values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What one generator is asked for, at most: each response as long as it may be, its own request for each.
+    """Upper bounds for one generator: one request per sample, and every response as long as allowed.
 
-    The `fewest` numbers are those of an endpoint that takes `n`. `answered` candidates came in an earlier run and are
-    not asked for again. `minutes` is the longest of the limits per minute and the guessed speed; a generator on this
-    machine (`paid` false) has no requests, no minutes and no cost.
+    The `fewest_*` values are for an endpoint that supports `n`. `answered` candidates are cached from an earlier run
+    or equal to others, and need no request. `minutes` is the maximum over the assumed speed and the limits per minute.
+    A generator on this machine (`paid` false) has no requests, minutes or cost.
     """
 
     generator: str
@@ -51,11 +51,11 @@ def estimate_requests(
     instances: int,
     candidates: int,
 ) -> Estimate:
-    """The estimate for these samples, those that nobody answered yet, of an endpoint with this config."""
-    tokens = {text: tokens_of(text) for text in {text for text, _ in samples}}
-    questions = set(samples)
+    """The estimate for an endpoint; `samples` are the (instruction, decoding) pairs without a cached answer."""
+    tokens = {text: estimate_tokens(text) for text in {text for text, _ in samples}}
+    distinct_samples = set(samples)
     input_tokens = sum(tokens[text] for text, _ in samples)
-    fewest_input_tokens = sum(tokens[text] for text, _ in questions)
+    fewest_input_tokens = sum(tokens[text] for text, _ in distinct_samples)
     output_tokens = sum(decoding.max_new_tokens for _, decoding in samples)
     guess = (len(samples) * SECONDS_PER_REQUEST + output_tokens / TOKENS_PER_SECOND) / config.concurrency / 60
     rates = ((len(samples), config.requests_per_minute), (input_tokens + output_tokens, config.tokens_per_minute))
@@ -66,7 +66,7 @@ def estimate_requests(
         candidates=candidates,
         answered=candidates - len(samples),
         requests=len(samples),
-        fewest_requests=len(questions),
+        fewest_requests=len(distinct_samples),
         input_tokens=input_tokens,
         fewest_input_tokens=fewest_input_tokens,
         output_tokens=output_tokens,
@@ -77,71 +77,72 @@ def estimate_requests(
 
 
 def estimate(config: "SamplingConfig") -> list[Estimate]:
-    """What the config's run takes of each generator; nothing is asked, no model is loaded.
+    """Estimates the run of this config, per generator, without sending requests or loading a model.
 
-    ConfigError for a decoding that an endpoint cannot do, as the run itself would say it.
+    Raises ConfigError for a decoding that an endpoint does not support, as the run itself would.
     """
     from cappy.sampling.endpoint import Endpoint
-    from cappy.sampling.generators import seed_of
+    from cappy.sampling.generators import generator_seed
     from cappy.sampling.step import endpoint_config, with_fresh_name
 
     manifest = read_manifest(config.source)
     config = with_fresh_name(config, manifest)
     rows = parse_shard(config.shard).rows(manifest.rows)
-    instructions = list(_instructions(read(config.source, rows=rows)))
+    instructions = list(_sampled_instructions(read(config.source, rows=rows)))
     decodings = config.decodings
-    asking = endpoint_config(config, manifest.hash)
+    endpoint_settings = endpoint_config(config, manifest.hash)
     estimates = []
     for position, text in enumerate(config.generator):
-        own = share(decodings, position)
-        candidates = len(instructions) * sum(decoding.num_samples for decoding in own)
+        own_decodings = decodings_of(decodings, position)
+        candidates = len(instructions) * sum(decoding.num_samples for decoding in own_decodings)
         spec = parse_spec(text)
         if spec.kind == "openai":
-            endpoint = Endpoint(spec, asking)
-            endpoint.check(own)
-            samples = endpoint.pending_samples(instructions, own, seed=seed_of(config.seed, text))
+            endpoint = Endpoint(spec, endpoint_settings)
+            endpoint.check(own_decodings)
+            samples = endpoint.pending_samples(instructions, own_decodings, seed=generator_seed(config.seed, text))
             endpoint.close()
             estimates.append(
-                estimate_requests(text, samples, asking, instances=len(instructions), candidates=candidates)
+                estimate_requests(text, samples, endpoint_settings, instances=len(instructions), candidates=candidates)
             )
         else:
             estimates.append(Estimate(generator=text, paid=False, instances=len(instructions), candidates=candidates))
     return estimates
 
 
-def _instructions(instances: Iterator[Instance]) -> Iterator[str]:
-    """Of the instances that need samples; those with choices have their candidates."""
+def _sampled_instructions(instances: Iterator[Instance]) -> Iterator[str]:
+    """The instructions of instances without choices, the only ones that are sampled for."""
     return (instance.instruction for instance in instances if not instance.choices)
 
 
 def describe(estimates: list[Estimate], config: EndpointConfig) -> str:
-    """For a person: each generator with what it takes, a line each."""
-    return "\n".join(line for one in estimates for line in _lines(one, config))
+    """The estimates as text, several lines for each generator."""
+    return "\n".join(line for estimate in estimates for line in _describe_estimate(estimate, config))
 
 
-def _lines(one: Estimate, config: EndpointConfig) -> Iterator[str]:
-    yield f"{one.generator}: {one.candidates:,} candidates for {one.instances:,} instances"
-    if not one.paid:
+def _describe_estimate(estimate: Estimate, config: EndpointConfig) -> Iterator[str]:
+    yield f"{estimate.generator}: {estimate.candidates:,} candidates for {estimate.instances:,} instances"
+    if not estimate.paid:
         yield "  runs here: no requests, no cost"
         return
-    if one.answered:
-        yield f"  answered   {one.answered:,} are answered already, or equal to others, and not asked for again"
-    yield f"  requests   {_at_most(f'{one.requests:,}', f'{one.fewest_requests:,}')}"
+    if estimate.answered:
+        yield f"  answered   {estimate.answered:,} are cached or equal to others and need no request"
+    yield f"  requests   {_format_range(f'{estimate.requests:,}', f'{estimate.fewest_requests:,}')}"
+    input_tokens = _format_range(f"{estimate.input_tokens:,}", f"{estimate.fewest_input_tokens:,}")
     yield (
-        f"  tokens     in {_at_most(f'{one.input_tokens:,}', f'{one.fewest_input_tokens:,}')}, out at most "
-        f"{one.output_tokens:,} ({CHARACTERS_PER_TOKEN} characters a token)"
+        f"  tokens     in {input_tokens}, out at most {estimate.output_tokens:,} "
+        f"({CHARACTERS_PER_TOKEN} characters per token)"
     )
     limits = {"--requests-per-minute": config.requests_per_minute, "--tokens-per-minute": config.tokens_per_minute}
-    stated = " and ".join(f"{name} {limit:,}" for name, limit in limits.items() if limit)
+    limits_text = " and ".join(f"{name} {limit:,}" for name, limit in limits.items() if limit)
     yield (
-        f"  minutes    about {math.ceil(one.minutes):,} at most, by {SECONDS_PER_REQUEST:g} s a request and "
-        f"{TOKENS_PER_SECOND} tokens/s (a guess), {config.concurrency} at a time{stated and f', and {stated}'}"
+        f"  minutes    about {math.ceil(estimate.minutes):,} at most, assuming {SECONDS_PER_REQUEST:g} s per request, "
+        f"{TOKENS_PER_SECOND} tokens/s and {config.concurrency} at a time{limits_text and f', with {limits_text}'}"
     )
     if config.price_input or config.price_output:
-        yield f"  cost       {_at_most(f'{one.cost:,.2f}', f'{one.fewest_cost:,.2f}')}"
+        yield f"  cost       {_format_range(f'{estimate.cost:,.2f}', f'{estimate.fewest_cost:,.2f}')}"
     else:
-        yield "  cost       give --price-input and --price-output, per million tokens, to see it"
+        yield "  cost       unknown; set --price-input and --price-output (per million tokens)"
 
 
-def _at_most(most: str, fewest: str) -> str:
-    return most if most == fewest else f"{most} at most, {fewest} if the endpoint takes n"
+def _format_range(maximum: str, minimum: str) -> str:
+    return maximum if maximum == minimum else f"{maximum} at most, {minimum} if the endpoint supports n"

@@ -1,4 +1,4 @@
-"""What a generator is, how an endpoint among them is asked, and what those that draw here have in common.
+"""The generator interface, the config of endpoints, and the base class of local generators.
 
 Nothing here opens a connection or loads a model.
 """
@@ -15,23 +15,23 @@ from typing import Literal, Protocol, runtime_checkable
 from cappy.errors import ConfigError, quote
 from cappy.records import Candidate
 from cappy.records.instance import Status
-from cappy.sampling.store import DRAWING_VERSION, CandidateStore, Origin, question_key
-from cappy.sampling.strategies import Decoding, share
+from cappy.sampling.store import DRAWING_VERSION, CandidateStore, Origin, sample_key
+from cappy.sampling.strategies import Decoding, decodings_of
 from cappy.specs import parse_spec
 
 Api = Literal["chat", "completions"]
 CHARACTERS_PER_TOKEN = 4
-"""Rule of thumb for English under current tokenizers; other scripts take more tokens."""
+"""Approximate, for English text and current tokenizers; other scripts need more tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointConfig:
-    """How an endpoint is asked and what it may take; 0 means no limit, prices are money per million tokens.
+    """Settings, limits and prices of an endpoint; a limit of 0 is off, prices are per million tokens.
 
-    `folder` keeps the answers (None keeps them in memory alone), `run` names whose budget is spent. `extra` names knobs
-    beyond OpenAI's that the server takes; `logprobs` asks for log-probabilities. An attempt may last `timeout` seconds;
-    a request that fails is sent again `retries` times, first after `first_wait` seconds, then after twice as long each
-    time. With `all_may_fail` refusals of every request end no run.
+    `folder` is the cache of answers (None: in memory only); `run` identifies the run whose budget is spent. `extra`
+    names sampling parameters outside OpenAI's API that the server supports; `logprobs` requests log-probabilities. An
+    attempt may take `timeout` seconds. A failed request is retried `max_retries` times, with exponential backoff from
+    `first_wait` seconds. With `all_may_fail` the run goes on even if every request is refused.
     """
 
     api: Api = "chat"
@@ -53,16 +53,16 @@ class EndpointConfig:
     run: str = ""
 
     def cost(self, input_tokens: int, output_tokens: int) -> float:
-        """What that many tokens cost."""
+        """Price of these tokens."""
         return (input_tokens * self.price_input + output_tokens * self.price_output) / 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What a generator did since it was loaded.
+    """Usage of a generator since it was loaded.
 
-    `requests`, the tokens and `cost` count what was paid for; `cached` candidates came from earlier answers. `errors`
-    are attempts that failed, each followed by another or by the end of the run.
+    `requests`, the tokens and `cost` cover paid requests; `cached` candidates came from stored answers. `errors` counts
+    failed attempts.
     """
 
     candidates: int = 0
@@ -75,41 +75,41 @@ class Usage:
 
 
 @runtime_checkable
-class Paid(Protocol):
-    """A generator whose answers cost money or time elsewhere."""
+class PaidGenerator(Protocol):
+    """A generator that sends requests to a server and counts their usage."""
 
     @property
     def usage(self) -> Usage:
-        """What was used so far."""
+        """The usage so far."""
 
 
-def tokens_of(text: str) -> int:
-    """About how many tokens a text has, by the rule of thumb."""
+def estimate_tokens(text: str) -> int:
+    """Approximate number of tokens of a text, from its length."""
     return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
 
 
-class OnDrawn(Protocol):
-    """Called by a generator as candidates come."""
+class OnCandidates(Protocol):
+    """A progress callback that a generator calls as candidates are completed."""
 
-    def __call__(self, candidates: int, /, *, begun: float = 0.0) -> None:
-        """So many more are complete; those under way are `begun` candidates' worth of work, for an estimate."""
+    def __call__(self, candidates: int, /, *, in_progress: float = 0.0) -> None:
+        """Adds completed candidates; `in_progress` is the work done on unfinished ones, in candidates."""
 
 
-def ignore_progress(candidates: int, /, *, begun: float = 0.0) -> None:
-    """Nobody counts the candidates."""
+def ignore_progress(candidates: int, /, *, in_progress: float = 0.0) -> None:
+    """The callback that does nothing."""
 
 
 class Generator(Protocol):
     """An LLM that samples candidates.
 
-    `name` is its spec and `revision` pins its weights (a hash or a commit; for an endpoint the model's own name).
+    `name` is its spec; `revision` identifies the weights (a hash or commit; for an endpoint the name of the model).
     """
 
     name: str
     revision: str
 
     def check(self, decodings: Sequence[Decoding]) -> None:
-        """ConfigError for a decoding that it cannot do, before anything is drawn."""
+        """Raises ConfigError for a decoding that it does not support."""
 
     def sample(
         self,
@@ -117,29 +117,32 @@ class Generator(Protocol):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        on_drawn: OnDrawn = ignore_progress,
+        on_candidates: OnCandidates = ignore_progress,
     ) -> list[list[Candidate]]:
-        """The candidates of all decodings, in their order, per instruction; `on_drawn` hears of them as they come.
+        """The candidates of each instruction, one decoding after another.
 
-        What is drawn for an instruction depends on the seed, the instruction and the decoding, not on the instructions
-        beside it.
+        The candidates of an instruction depend on the seed, the instruction and the decoding, not on the other
+        instructions. `on_candidates` reports progress.
         """
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]] | None:
-        """(sum of log-probabilities, number of tokens) of each given response, end token included; None if unknown."""
+        """Log-probability sum and token count of the response in each (instruction, response) pair.
 
-    def tally(self) -> Mapping[str, int]:
-        """Counts for the manifest of what the candidates since the last call took; forgets them."""
+        The end token is included. None if the generator cannot compute likelihoods.
+        """
+
+    def take_counts(self) -> Mapping[str, int]:
+        """Returns the counts for the manifest since the last call, and resets them."""
 
     def close(self) -> None:
-        """Lets go of what it holds open; it is not used after that."""
+        """Releases the generator's resources; it cannot be used afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
-    """What is to be drawn of a decoding: `decoding.num_samples` samples from number `first` on.
+class SampleRange:
+    """Samples to draw: `decoding.num_samples` of them, starting with sample number `first`.
 
-    `position` is the place of the whole decoding among those that were asked for.
+    `position` is the index of the decoding in the requested decodings.
     """
 
     decoding: Decoding
@@ -148,11 +151,11 @@ class Samples:
 
 
 class LocalGenerator(ABC):
-    """A generator that draws here and, once `keep_in` was called, draws nothing that it has drawn before.
+    """A generator that runs on this machine; after `use_store` it reuses stored candidates.
 
-    A kept draw is used as it is. What would be drawn anew may differ from it where the batch decides: logits of
-    another batch differ in their last bits, and where two tokens are as good as equal, or a draw falls on the border
-    of two, that turns the choice. Batches follow from what is drawn together: the rows of a part and their decodings.
+    Drawing again may give other candidates than the stored ones: logits differ in their last bits between batches,
+    which can change the choice between two nearly equal tokens. The batches depend on which rows of a part are drawn
+    together.
     """
 
     name: str
@@ -161,25 +164,25 @@ class LocalGenerator(ABC):
     def __init__(self, name: str, revision: str) -> None:
         self.name = name
         self.revision = revision
-        self._cut = 0
+        self._num_truncated = 0
         self._store: CandidateStore | None = None
 
-    def keep_in(self, work: Path) -> None:
-        """Keeps what is drawn under this work folder, and uses what was kept there."""
+    def use_store(self, work: Path) -> None:
+        """Stores candidates under this work folder, and reuses the ones that are there."""
         self._store = CandidateStore(work, Origin(generator=self.name, revision=self.revision, version=DRAWING_VERSION))
 
-    def tally(self) -> Mapping[str, int]:
-        """`cut`: the instructions since the last call that lost their end."""
-        cut, self._cut = self._cut, 0
-        return {"cut": cut}
+    def take_counts(self) -> Mapping[str, int]:
+        """`cut` is the number of truncated instructions since the last call."""
+        num_truncated, self._num_truncated = self._num_truncated, 0
+        return {"cut": num_truncated}
 
     def close(self) -> None:
-        """Closes what is kept."""
+        """Closes the store."""
         if self._store is not None:
             self._store.close()
 
     def check(self, decodings: Sequence[Decoding]) -> None:
-        """No decoding is refused."""
+        """Every decoding is supported."""
         del decodings
 
     def sample(
@@ -188,132 +191,140 @@ class LocalGenerator(ABC):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        on_drawn: OnDrawn = ignore_progress,
+        on_candidates: OnCandidates = ignore_progress,
     ) -> list[list[Candidate]]:
-        """The candidates of all decodings, in their order, per instruction, with likelihoods.
+        """The candidates of each instruction, one decoding after another, with likelihoods.
 
-        Of equal instructions one is drawn for.
+        Equal instructions share their candidates.
         """
         self.check(decodings)
-        prompts = self._prompts(instructions, max((one.max_new_tokens for one in decodings), default=0))
-        keys = [
-            [self._key(question_key(instruction=text, prompt=prompt, seed=seed), decoding) for decoding in decodings]
+        prompts = self._prompts(instructions, max((decoding.max_new_tokens for decoding in decodings), default=0))
+        keys = [  # (instructions, decodings)
+            [self._key(sample_key(instruction=text, prompt=prompt, seed=seed), decoding) for decoding in decodings]
             for text, prompt in zip(instructions, prompts, strict=True)
         ]
-        known = self._store.get(list(dict.fromkeys(itertools.chain(*keys)))) if self._store else {}
-        missing = _missing_samples(keys, decodings, known)
-        drawn_now = sum(len(places) * sum(one.decoding.num_samples for one in own) for own, places in missing.items())
-        if others := len(instructions) * sum(decoding.num_samples for decoding in decodings) - drawn_now:
-            on_drawn(others)
-        for wanted, places in missing.items():
-            texts, rows = [instructions[place] for place in places], [prompts[place] for place in places]
-            for batch in self._draw(texts, rows, wanted, seed=seed, on_drawn=on_drawn):
+        stored = self._store.get(list(dict.fromkeys(itertools.chain(*keys)))) if self._store else {}
+        missing = _missing_samples(keys, decodings, stored)
+        num_missing = sum(
+            len(indices) * sum(samples.decoding.num_samples for samples in ranges)
+            for ranges, indices in missing.items()
+        )
+        if num_stored := len(instructions) * sum(decoding.num_samples for decoding in decodings) - num_missing:
+            on_candidates(num_stored)
+        for ranges, indices in missing.items():
+            texts, rows = [instructions[index] for index in indices], [prompts[index] for index in indices]
+            for batch in self._draw(texts, rows, ranges, seed=seed, on_candidates=on_candidates):
                 sets = {
-                    (key := keys[places[number]][one.position]): (*known.get(key, ()), *candidates)
-                    for number, drawn in batch.items()
-                    for one, candidates in zip(wanted, drawn, strict=True)
+                    (key := keys[indices[row]][samples.position]): (*stored.get(key, ()), *candidates)
+                    for row, row_candidates in batch.items()
+                    for samples, candidates in zip(ranges, row_candidates, strict=True)
                 }
                 if self._store is not None:
                     self._store.put(sets)
-                known |= sets
+                stored |= sets
         return [
             [
                 candidate
-                for key, decoding in zip(own, decodings, strict=True)
-                for candidate in known[key][: decoding.num_samples]
+                for key, decoding in zip(own_keys, decodings, strict=True)
+                for candidate in stored[key][: decoding.num_samples]
             ]
-            for own in keys
+            for own_keys in keys
         ]
 
     @abstractmethod
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]] | None:
-        """As a `Generator`'s."""
+        """See `Generator.likelihoods`."""
 
     @abstractmethod
     def _prompts(self, instructions: Sequence[str], reserved: int) -> list[list[int]]:
-        """Tokens of each instruction as the LLM sees it, cut so that `reserved` more have their place; counts those."""
+        """Prompt tokens of each instruction, truncated to leave room for `reserved` more; counts truncated ones."""
 
     @abstractmethod
     def _draw(
         self,
         instructions: Sequence[str],
         prompts: Sequence[Sequence[int]],
-        wanted: Sequence[Samples],
+        ranges: Sequence[SampleRange],
         *,
         seed: int,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> Iterator[dict[int, list[list[Candidate]]]]:
-        """As they come, places of prompts with their candidates of all that is wanted."""
+        """Yields finished batches: the candidates of each range, by index of the prompt."""
 
     @staticmethod
-    def _grows(decoding: Decoding) -> bool:
-        """Whether more samples of it begin with the same ones, so that the others can be drawn alone."""
+    def _is_extendable(decoding: Decoding) -> bool:
+        """Whether a larger `num_samples` keeps the first samples, so that only the others need to be drawn."""
         del decoding
         return False
 
-    def _key(self, question: str, decoding: Decoding) -> str:
-        knobs = asdict(decoding)
-        # Which of several generators draws it changes nothing.
-        del knobs["generator"]
-        if self._grows(decoding):
-            del knobs["num_samples"]
-        return question_key(question=question, decoding=knobs)
+    def _key(self, instruction_key: str, decoding: Decoding) -> str:
+        parameters = asdict(decoding)
+        # Candidates do not depend on the generator's position.
+        del parameters["generator"]
+        if self._is_extendable(decoding):
+            del parameters["num_samples"]
+        return sample_key(question=instruction_key, decoding=parameters)
 
 
 def _missing_samples(
-    keys: Sequence[Sequence[str]], decodings: Sequence[Decoding], known: Mapping[str, Sequence[Candidate]]
-) -> dict[tuple[Samples, ...], list[int]]:
-    """Which places lack which samples; each key is asked for once."""
-    missing: dict[tuple[Samples, ...], list[int]] = {}
-    asked: set[str] = set()
-    for place, own in enumerate(keys):
-        wanted = []
-        for position, (key, decoding) in enumerate(zip(own, decodings, strict=True)):
-            first = len(known.get(key, ()))
-            if first < decoding.num_samples and key not in asked:
-                asked.add(key)
+    keys: Sequence[Sequence[str]], decodings: Sequence[Decoding], stored: Mapping[str, Sequence[Candidate]]
+) -> dict[tuple[SampleRange, ...], list[int]]:
+    """Indices of instructions, grouped by the samples that they lack; each key is in one group only."""
+    missing: dict[tuple[SampleRange, ...], list[int]] = {}
+    seen: set[str] = set()
+    for index, own_keys in enumerate(keys):
+        ranges = []
+        for position, (key, decoding) in enumerate(zip(own_keys, decodings, strict=True)):
+            first = len(stored.get(key, ()))
+            if first < decoding.num_samples and key not in seen:
+                seen.add(key)
                 rest = replace(decoding, num_samples=decoding.num_samples - first)
-                wanted.append(Samples(rest, first, position))
-        if wanted:
-            missing.setdefault(tuple(wanted), []).append(place)
+                ranges.append(SampleRange(rest, first, position))
+        if ranges:
+            missing.setdefault(tuple(ranges), []).append(index)
     return missing
 
 
-def status_of(text: str, *, ended: bool) -> Status:
-    """The status of a local LLM's response: `ended` says whether the LLM ended it, or the limit of tokens did."""
+def response_status(text: str, *, complete: bool) -> Status:
+    """The status of a local LLM's response: `complete` is false if the token limit ended it."""
     if not text:
         return "empty"
-    return "ok" if ended else "truncated"
+    return "ok" if complete else "truncated"
 
 
 def check_strategy(specs: Sequence[str], decodings: Sequence[Decoding]) -> None:
-    """ConfigError for what can be known to fail before anything is loaded."""
+    """Raises ConfigError if generators and decodings do not fit together; loads nothing."""
     for position, text in enumerate(specs):
         if parse_spec(text).kind == "vllm":
-            refuse_beams(text, share(decodings, position))
-    twice = next((text for text in specs if specs.count(text) > 1), None)
-    if twice:
-        raise ConfigError(f"sampling: --generator {quote(twice)} stands twice, and would draw the same again; drop one")
-    needed = max((decoding.generator + 1 for decoding in decodings if decoding.generator is not None), default=0)
-    idle = next((text for position, text in enumerate(specs) if decodings and not share(decodings, position)), None)
-    if idle and needed <= len(specs):
+            reject_beams(text, decodings_of(decodings, position))
+    duplicate = next((text for text in specs if specs.count(text) > 1), None)
+    if duplicate:
+        raise ConfigError(f"sampling: --generator {quote(duplicate)} is given twice; remove one")
+    num_needed = max((decoding.generator + 1 for decoding in decodings if decoding.generator is not None), default=0)
+    unused = next(
+        (text for position, text in enumerate(specs) if decodings and not decodings_of(decodings, position)), None
+    )
+    if unused and num_needed <= len(specs):
         raise ConfigError(
-            f"sampling: --strategy leaves --generator {quote(idle)} without a decoding; it is for {needed} generators"
+            f"sampling: --strategy has no decoding for --generator {quote(unused)}; it needs {num_needed} generators"
         )
-    if specs and needed > len(specs):
+    if specs and num_needed > len(specs):
         raise ConfigError(
-            f"sampling: --strategy is for {needed} generators, got {len(specs)}; name each with --generator"
+            f"sampling: --strategy needs {num_needed} generators, got {len(specs)}; name each with --generator"
         )
 
 
-def refuse_beams(name: str, decodings: Sequence[Decoding]) -> None:
-    """ConfigError for a decoding by beams, which vLLM does not do here."""
-    beams = next((decoding for decoding in decodings if decoding.num_beams > 1), None)
-    if beams:
-        raise ConfigError(f"{name}: vLLM does no beams here ({beams.name}); choose a --strategy without, as greedy")
+def reject_beams(name: str, decodings: Sequence[Decoding]) -> None:
+    """Raises ConfigError for beam search, which vLLM does not support here."""
+    decoding = next((decoding for decoding in decodings if decoding.num_beams > 1), None)
+    if decoding:
+        raise ConfigError(
+            f"{name}: vLLM does not support beam search here ({decoding.name}); choose a --strategy without beams, "
+            "such as greedy"
+        )
 
 
-def seed_of(seed: int, generator: str) -> int:
-    """The seed of one generator of a run, below 2^31."""
+def generator_seed(seed: int, generator: str) -> int:
+    """The seed of one generator of a run, below 2**31."""
     digest = hashlib.blake2b(repr((seed, generator)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") & 0x7FFF_FFFF

@@ -1,4 +1,4 @@
-"""What the LLMs of transformers that run on this machine share: loading, batches by length, candidates."""
+"""Base class of the transformers LLMs that run on this machine: loading, batching by length, candidates."""
 
 import itertools
 from abc import abstractmethod
@@ -12,27 +12,27 @@ from transformers.utils.logging import disable_progress_bar
 from cappy.errors import FolderError
 from cappy.model_folder import AutoModel, ModelFolder, Module
 from cappy.records import Candidate
-from cappy.sampling.drawing import Continuation, Response, continue_rows, end_tokens, uniforms
-from cappy.sampling.generators import LocalGenerator, OnDrawn, Samples, ignore_progress, status_of
+from cappy.sampling.drawing import Continuation, Response, continue_rows, draw_uniforms, end_tokens
+from cappy.sampling.generators import LocalGenerator, OnCandidates, SampleRange, ignore_progress, response_status
 from cappy.sampling.strategies import Decoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-MOST_LOGITS = 2**26
-"""Logits that one batch of likelihoods may hold, 4 bytes each."""
-CPU_WORK = 2**42
-"""Parameters times tokens of a batch on a CPU: it is done within a minute or so, and larger ones are no faster."""
+MAX_LOGITS = 2**26
+"""Number of float32 logits in one batch of likelihoods."""
+MAX_CPU_WORK = 2**42
+"""Parameters times tokens of a batch on a CPU: about a minute of work. Larger batches are no faster."""
 
 
 class KeyValueCache(Protocol):
-    """Keys and values of what a model has read, a row each; what is used of transformers' caches."""
+    """The part of transformers' key-value caches that is used here; one row per sequence."""
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Makes `repeats` rows of each, one beside the other."""
+        """Repeats each row `repeats` times, copies next to each other."""
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps these rows alone."""
+        """Keeps only these rows."""
 
 
 class _Output(Protocol):
@@ -51,42 +51,41 @@ class _Encoder(Protocol):
 
 
 class LanguageModel(Module, Protocol):
-    """What is used of transformers' models with a head for tokens."""
+    """The part of transformers' language models that is used here."""
 
     config: "PreTrainedConfig"
     generation_config: GenerationConfig
 
     def __call__(self, **inputs: object) -> _Output:
-        """One pass."""
+        """Runs a forward pass."""
 
     def forward(self, **inputs: object) -> _Output:
-        """The same; its signature says which inputs the model takes."""
+        """The forward pass; its signature lists the inputs that the model accepts."""
 
     def generate(self, *ids: torch.Tensor, **inputs: object) -> torch.Tensor:
-        """Tokens of each row: (rows, longest)."""
+        """Generates tokens: (rows, longest)."""
 
     def get_encoder(self) -> _Encoder:
         """The encoder of an encoder-decoder."""
 
     def num_parameters(self) -> int:
-        """How many numbers the weights are."""
+        """Number of parameters."""
 
     def to(self, device: torch.device) -> Self:
-        """Moves the weights."""
+        """Moves the weights to a device."""
 
     def eval(self) -> Self:
-        """Without dropout."""
+        """Switches to evaluation mode."""
 
 
 class LocalLLM(LocalGenerator):
-    """An LLM of transformers in a folder: safetensors alone, no code of the folder's own, float32.
+    """An LLM that transformers loads from a folder: safetensors only, no code from the folder, float32.
 
-    `BATCH_TOKENS` bounds a batch: rows times the longest prompt with its response; on a CPU `CPU_WORK` does too.
-    Instructions longer than the model's context lose their end, and are counted.
+    `BATCH_TOKENS` limits a batch (rows times the longest prompt plus response); on a CPU `MAX_CPU_WORK` does too.
+    Instructions longer than the model's context are truncated and counted.
 
-    What is drawn depends on the seed, the instruction, the decoding's name and the number of the sample, and not on
-    what else is asked for, up to the last bits of its batch. Two instances with the same instruction have the same
-    candidates.
+    A sample depends on the seed, the instruction, the name of the decoding and its own number, not on the rest of the
+    batch except for the last bits of the logits. Two instances with the same instruction have the same candidates.
     """
 
     BATCH_TOKENS = 65_536
@@ -101,21 +100,23 @@ class LocalLLM(LocalGenerator):
         self.model: LanguageModel
         self.model, missing = folder.model(self.AUTO_MODEL, config)
         if missing:
-            raise FolderError(f"{folder.path}: its weights lack {missing[0]}; get the whole model")
+            raise FolderError(f"{folder.path}: the weights lack {missing[0]}; download the whole model")
         self.model.to(self.device).eval()
-        # generate() fills whatever a call leaves open from the model's own configuration; an empty one leaks nothing.
+        # generate() takes unset parameters from the model's own generation config, so replace that by an empty one.
         self.model.generation_config = GenerationConfig()
-        self.ends = torch.tensor(end_tokens(self.tokenizer, config, folder.path), device=self.device)
-        self._end_set = frozenset(self.ends.tolist())
-        self.pad: int = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
+        self.end_ids = torch.tensor(end_tokens(self.tokenizer, config, folder.path), device=self.device)
+        self._end_set = frozenset(self.end_ids.tolist())
+        self.pad_id: int = (
+            self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.end_ids[0])
+        )
 
     @property
     def context(self) -> int | None:
-        """Tokens that a prompt and its response share; None where they share none, or have no bound."""
+        """Maximum tokens of prompt and response together; None if they share no limit."""
         return None
 
     def close(self) -> None:
-        """Lets the weights go."""
+        """Closes the store and frees the weights."""
         super().close()
         vars(self).pop("model", None)
 
@@ -125,40 +126,42 @@ class LocalLLM(LocalGenerator):
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        on_drawn: OnDrawn = ignore_progress,
+        on_candidates: OnCandidates = ignore_progress,
     ) -> list[list[list[Response]]]:
-        """Responses as tokens, all drawn now: of each instruction, for each decoding, its samples."""
+        """Responses as tokens, without the store: one list of samples per instruction and decoding."""
         prompts = self._prompts(instructions, max(decoding.max_new_tokens for decoding in decodings))
-        wanted = [Samples(decoding) for decoding in decodings]
-        drawn: list[list[list[Response]]] = [[] for _ in instructions]
-        for batch in self._respond(instructions, prompts, wanted, seed, on_drawn):
-            for place, responses in batch.items():
-                drawn[place] = responses
-        return drawn
+        ranges = [SampleRange(decoding) for decoding in decodings]
+        responses: list[list[list[Response]]] = [[] for _ in instructions]
+        for batch in self._respond(instructions, prompts, ranges, seed, on_candidates):
+            for index, own_responses in batch.items():
+                responses[index] = own_responses
+        return responses
 
     @torch.inference_mode()
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
-        """(sum of log-probabilities, number of tokens) of each given response, end token included."""
+        """Log-probability sum and token count of each response, end token included."""
         responses = [self._response(response) for _, response in pairs]
         instructions = list(dict.fromkeys(instruction for instruction, _ in pairs))
-        most = max(map(len, responses), default=0)
-        prompts = dict(zip(instructions, self._prompts(instructions, most), strict=True))
-        asked = [(prompts[instruction], response) for (instruction, _), response in zip(pairs, responses, strict=True)]
-        budget = min(self._batch_tokens(), MOST_LOGITS // self.model.config.vocab_size)
-        known = [(0.0, 0)] * len(pairs)
-        for batch in batches([len(prompt) + len(response) for prompt, response in asked], reserved=0, budget=budget):
-            sums = self._sums([asked[i][0] for i in batch], [asked[i][1] for i in batch])
-            for place, total in zip(batch, sums.tolist(), strict=True):
-                known[place] = (total, len(asked[place][1]))
-        return known
+        longest = max(map(len, responses), default=0)
+        prompts = dict(zip(instructions, self._prompts(instructions, longest), strict=True))
+        rows = [(prompts[instruction], response) for (instruction, _), response in zip(pairs, responses, strict=True)]
+        budget = min(self._batch_tokens(), MAX_LOGITS // self.model.config.vocab_size)
+        results = [(0.0, 0)] * len(pairs)
+        for batch in batch_by_length(
+            [len(prompt) + len(response) for prompt, response in rows], reserved=0, budget=budget
+        ):
+            sums = self._sums([rows[i][0] for i in batch], [rows[i][1] for i in batch])
+            for index, total in zip(batch, sums.tolist(), strict=True):
+                results[index] = (total, len(rows[index][1]))
+        return results
 
     def _batch_tokens(self) -> int:
         if self.device.type != "cpu":
             return self.BATCH_TOKENS
-        return min(self.BATCH_TOKENS, CPU_WORK // max(1, self.model.num_parameters()))
+        return min(self.BATCH_TOKENS, MAX_CPU_WORK // max(1, self.model.num_parameters()))
 
     def generation_config(self, decoding: Decoding) -> GenerationConfig:
-        """Every knob of a beam search, stated; the decoding loop of our own needs none."""
+        """All parameters of a beam search; the other decodings do not use `generate`."""
         return GenerationConfig(
             do_sample=False,
             num_beams=decoding.num_beams,
@@ -166,21 +169,21 @@ class LocalLLM(LocalGenerator):
             max_new_tokens=decoding.max_new_tokens,
             min_new_tokens=decoding.min_new_tokens or None,
             decoder_start_token_id=getattr(self.model.config, "decoder_start_token_id", None),
-            eos_token_id=self.ends.tolist(),
-            pad_token_id=self.pad,
+            eos_token_id=self.end_ids.tolist(),
+            pad_token_id=self.pad_id,
         )
 
     @abstractmethod
     def _response(self, text: str) -> list[int]:
-        """Tokens of a given response, end token included."""
+        """Tokens of a response text, end token included."""
 
     @abstractmethod
     def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What all responses to these prompts start from, and its mask (prompts, longest)."""
+        """The padded input for `_begin`, and its mask (prompts, longest)."""
 
     @abstractmethod
     def _begin(self, encoded: torch.Tensor, mask: torch.Tensor, copies: int) -> tuple[Continuation, torch.Tensor]:
-        """Each prompt's `copies` rows, and the logits of their first token: (prompts * copies, vocabulary)."""
+        """Starts `copies` rows per prompt; also the first token's logits (prompts * copies, vocabulary)."""
 
     @abstractmethod
     def _beams(
@@ -189,91 +192,91 @@ class LocalLLM(LocalGenerator):
         encoded: torch.Tensor,
         mask: torch.Tensor,
         decoding: Decoding,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> tuple[list[tuple[int, ...]], torch.Tensor]:
-        """Tokens of each prompt's samples by beam search, one prompt after the other, and their sums (rows,)."""
+        """Beam search: the tokens of each prompt's samples, prompt by prompt, and their log-probabilities (rows,)."""
 
     @abstractmethod
     def _sums(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Sum of the log-probabilities of each response's tokens after its prompt: (rows,)."""
+        """Log-probability sum of each response given its prompt: (rows,)."""
 
     @staticmethod
-    def _grows(decoding: Decoding) -> bool:
-        """Samples have random numbers of their own; the beams of a search are found together."""
+    def _is_extendable(decoding: Decoding) -> bool:
+        """True for sampling, where each sample has its own random numbers; false for a beam search."""
         return decoding.do_sample
 
     def _draw(
         self,
         instructions: Sequence[str],
         prompts: Sequence[Sequence[int]],
-        wanted: Sequence[Samples],
+        ranges: Sequence[SampleRange],
         *,
         seed: int,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> Iterator[dict[int, list[list[Candidate]]]]:
-        for batch in self._respond(instructions, prompts, wanted, seed, on_drawn):
+        for batch in self._respond(instructions, prompts, ranges, seed, on_candidates):
             yield {
-                place: [
-                    [self._candidate(response, one.decoding, seed) for response in responses]
-                    for one, responses in zip(wanted, drawn, strict=True)
+                index: [
+                    [self._candidate(response, samples.decoding, seed) for response in responses]
+                    for samples, responses in zip(ranges, batch_responses, strict=True)
                 ]
-                for place, drawn in batch.items()
+                for index, batch_responses in batch.items()
             }
 
     def _respond(
         self,
         instructions: Sequence[str],
         prompts: Sequence[Sequence[int]],
-        wanted: Sequence[Samples],
+        ranges: Sequence[SampleRange],
         seed: int,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> Iterator[dict[int, list[list[Response]]]]:
-        """For each batch the responses of its places."""
-        reserved = max(one.decoding.max_new_tokens for one in wanted)
-        rows = sum(max(one.decoding.num_samples, one.decoding.num_beams) for one in wanted)
-        for places in batches(
+        """Yields the responses of each batch by index of the prompt."""
+        reserved = max(samples.decoding.max_new_tokens for samples in ranges)
+        rows = sum(max(samples.decoding.num_samples, samples.decoding.num_beams) for samples in ranges)
+        for indices in batch_by_length(
             [len(prompt) for prompt in prompts], reserved=reserved, budget=self._batch_tokens() // rows
         ):
-            texts, own = [instructions[place] for place in places], [prompts[place] for place in places]
-            drawn = self._respond_together(texts, own, wanted, seed, on_drawn)
-            yield dict(zip(places, drawn, strict=True))
+            texts, batch_prompts = [instructions[index] for index in indices], [prompts[index] for index in indices]
+            responses = self._respond_batch(texts, batch_prompts, ranges, seed, on_candidates)
+            yield dict(zip(indices, responses, strict=True))
 
     @torch.inference_mode()
-    def _respond_together(
+    def _respond_batch(
         self,
         instructions: Sequence[str],
         prompts: Sequence[Sequence[int]],
-        wanted: Sequence[Samples],
+        ranges: Sequence[SampleRange],
         seed: int,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> list[list[list[Response]]]:
         """The responses of one batch."""
         encoded, mask = self._encode(prompts)
-        responses: list[list[list[Response]]] = [[[] for _ in wanted] for _ in prompts]
-        for place, one in enumerate(wanted):
-            if one.decoding.num_beams > 1:
-                tokens, sums = self._beams(prompts, encoded, mask, one.decoding, on_drawn)
-                on_drawn(len(tokens))
-                for number, (own, total) in enumerate(zip(tokens, sums.tolist(), strict=True)):
-                    responses[number // one.decoding.num_samples][place].append(Response(own, total))
-        drawn = [(place, one) for place, one in enumerate(wanted) if one.decoding.num_beams == 1]
-        if drawn:
-            places = [place for place, one in drawn for _ in range(one.decoding.num_samples)]
-            rows = [one.decoding for _, one in drawn for _ in range(one.decoding.num_samples)]
-            numbers = [
-                own
+        responses: list[list[list[Response]]] = [[[] for _ in ranges] for _ in prompts]
+        for position, samples in enumerate(ranges):
+            if samples.decoding.num_beams > 1:
+                tokens, sums = self._beams(prompts, encoded, mask, samples.decoding, on_candidates)
+                on_candidates(len(tokens))
+                for row, (row_tokens, total) in enumerate(zip(tokens, sums.tolist(), strict=True)):
+                    responses[row // samples.decoding.num_samples][position].append(Response(row_tokens, total))
+        sampled = [(position, samples) for position, samples in enumerate(ranges) if samples.decoding.num_beams == 1]
+        if sampled:
+            positions = [position for position, samples in sampled for _ in range(samples.decoding.num_samples)]
+            decodings = [samples.decoding for _, samples in sampled for _ in range(samples.decoding.num_samples)]
+            uniforms = [
+                row_uniforms
                 for text in instructions
-                for _, one in drawn
-                for own in uniforms(seed, text, one.decoding, one.first)
+                for _, samples in sampled
+                for row_uniforms in draw_uniforms(seed, text, samples.decoding, samples.first)
             ]
-            model, logits = self._begin(encoded, mask, len(rows))
-            given = continue_rows(model, logits, rows * len(prompts), numbers, self.ends, on_drawn)
-            for number, response in enumerate(given):
-                responses[number // len(rows)][places[number % len(rows)]].append(response)
+            model, logits = self._begin(encoded, mask, len(decodings))
+            continued = continue_rows(model, logits, decodings * len(prompts), uniforms, self.end_ids, on_candidates)
+            for row, response in enumerate(continued):
+                responses[row // len(decodings)][positions[row % len(decodings)]].append(response)
         return responses
 
-    def _cut_at_end(self, sequences: torch.Tensor) -> list[tuple[int, ...]]:
-        """Tokens of each row (rows, length) up to and with its first end token."""
+    def _truncate_at_end(self, sequences: torch.Tensor) -> list[tuple[int, ...]]:
+        """Tokens of each row (rows, length) up to and including its first end token."""
         rows: list[list[int]] = sequences.tolist()
         stops = [next((i + 1 for i, token in enumerate(row) if token in self._end_set), len(row)) for row in rows]
         return [tuple(row[:stop]) for row, stop in zip(rows, stops, strict=True)]
@@ -289,30 +292,30 @@ class LocalLLM(LocalGenerator):
             revision=self.revision,
             decoding=decoding.name,
             seed=seed,
-            status=status_of(text, ended=self._is_end(response.tokens)),
+            status=response_status(text, complete=self._is_end(response.tokens)),
             logprob_sum=response.logprob_sum,
             logprob_mean=response.logprob_sum / max(len(response.tokens), 1),
             num_tokens=len(response.tokens),
         )
 
 
-def each_step(decoding: Decoding, rows: int, on_drawn: OnDrawn) -> StoppingCriteriaList:
-    """For `generate`: stops nothing, and says after each token how much of `rows` responses is done."""
+def progress_criteria(decoding: Decoding, rows: int, on_candidates: OnCandidates) -> StoppingCriteriaList:
+    """A criterion for `generate` that never stops it and reports progress on `rows` responses after each token."""
     steps = itertools.count(1)
 
     def step(ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-        on_drawn(0, begun=rows * min(next(steps) / decoding.max_new_tokens, 1.0))
+        on_candidates(0, in_progress=rows * min(next(steps) / decoding.max_new_tokens, 1.0))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     return StoppingCriteriaList([step])
 
 
-def batches(lengths: Sequence[int], *, reserved: int, budget: int) -> Iterator[list[int]]:
-    """Places of all lengths, longest first, in batches of like lengths.
+def batch_by_length(lengths: Sequence[int], *, reserved: int, budget: int) -> Iterator[list[int]]:
+    """Indices of all lengths, longest first, in batches of similar length.
 
-    A batch holds at most `budget` tokens, padding and `reserved` more for each included, and at least one place.
+    A batch has at most `budget` tokens, including padding and `reserved` tokens per row, and at least one row.
     """
-    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     start = 0
     while start < len(order):
         count = max(1, budget // max(1, lengths[order[start]] + reserved))
@@ -321,11 +324,15 @@ def batches(lengths: Sequence[int], *, reserved: int, budget: int) -> Iterator[l
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, both (rows, longest)."""
+    """Pads rows to equal length: ids and mask, both (rows, longest)."""
     longest = max(map(len, rows))
-    gaps = [longest - len(row) for row in rows]
-    ids = [[fill] * gap + list(row) if left else list(row) + [fill] * gap for row, gap in zip(rows, gaps, strict=True)]
+    paddings = [longest - len(row) for row in rows]
+    ids = [
+        [fill] * padding + list(row) if left else list(row) + [fill] * padding
+        for row, padding in zip(rows, paddings, strict=True)
+    ]
     mask = [
-        [0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in zip(rows, gaps, strict=True)
+        [0] * padding + [1] * len(row) if left else [1] * len(row) + [0] * padding
+        for row, padding in zip(rows, paddings, strict=True)
     ]
     return torch.tensor(ids), torch.tensor(mask)

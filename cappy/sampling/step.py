@@ -1,4 +1,4 @@
-"""The sampling step: candidates for a folder of instances, from one LLM or several."""
+"""The sampling step: draws candidates for a folder of instances from one or several LLMs."""
 
 import itertools
 from collections import Counter
@@ -28,17 +28,32 @@ from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records import Candidate, Instance, Manifest, read_manifest
 from cappy.records.work import ShardOf, parse_shard, refuse_same
 from cappy.sampling import load_generator
-from cappy.sampling.accounts import SamplingProgress, accounts, cautions, check_failures, count_part, failures
-from cappy.sampling.generators import Api, EndpointConfig, Generator, OnDrawn, check_strategy, ignore_progress, seed_of
-from cappy.sampling.store import FRESH_DRAWS
+from cappy.sampling.accounts import (
+    SamplingProgress,
+    cautions,
+    check_failures,
+    count_failures,
+    count_part,
+    manifest_entries,
+)
+from cappy.sampling.generators import (
+    Api,
+    EndpointConfig,
+    Generator,
+    OnCandidates,
+    check_strategy,
+    generator_seed,
+    ignore_progress,
+)
+from cappy.sampling.store import FRESH_FOLDER
 from cappy.sampling.strategies import (
     MAX_NEW_TOKENS_LIMIT,
     Decoding,
     check_decodings,
+    decodings_of,
     default_length,
     default_strategy,
-    share,
-    strategy,
+    parse_strategy,
 )
 from cappy.specs import parse_spec
 from cappy.steps import step_version
@@ -67,8 +82,8 @@ class SamplingConfig:
     strategy: Annotated[
         str,
         Field(
-            description="Which responses to draw: paper17, paper17-leaky, paper-pretrain, sampling8, endpoint8; "
-            "decodings as beam4+topk40x4; or a file of them; left out: endpoint8 for openai: and vllm:, else paper17"
+            description="Decodings to sample with: paper17, paper17-leaky, paper-pretrain, sampling8, endpoint8; "
+            "an expression such as beam4+topk40x4; or a file. Default: endpoint8 for openai: and vllm:, else paper17"
         ),
     ] = ""
     max_new_tokens: Annotated[
@@ -76,32 +91,32 @@ class SamplingConfig:
         Field(
             ge=0,
             le=MAX_NEW_TOKENS_LIMIT,
-            description="Longest response in tokens; 0: what the strategy says, else 512 for openai: and 64 for others",
+            description="Maximum tokens of a response; 0: from the strategy, or 512 for openai: and 64 for others",
         ),
     ] = 0
     strip_reasoning: Annotated[
         bool,
-        Field(
-            description="Keep of each response what follows its reasoning (<think>...</think> and other markup) alone"
-        ),
+        Field(description="Remove the reasoning (<think>...</think> and other markup) from each response"),
     ] = False
-    seed: Annotated[int, Field(description="Seed of the draw")] = 0
+    seed: Annotated[int, Field(description="Seed of the random numbers")] = 0
     part_rows: Annotated[
-        int, ADVANCED, Field(ge=1, description="Instances per part; a killed run continues at a part")
+        int, ADVANCED, Field(ge=1, description="Instances per part; a killed run resumes at the first unfinished part")
     ] = 64
     shard: ShardOf = ""
     work: Work = DEFAULT_WORK
     fresh: Fresh = ""
-    api: Annotated[
-        Api, ADVANCED, Field(description="How an endpoint is asked: chat, or completions for a base model")
-    ] = "chat"
+    api: Annotated[Api, ADVANCED, Field(description="API of the endpoint: chat, or completions for a base model")] = (
+        "chat"
+    )
     extra: Annotated[
         tuple[Literal["top_k", "min_p", "min_tokens"], ...],
         ADVANCED,
-        Field(description="Knobs beyond OpenAI's that the endpoint takes, as vLLM's does: top_k, min_p, min_tokens"),
+        Field(
+            description="Parameters outside OpenAI's API that the endpoint supports (vLLM: top_k, min_p, min_tokens)"
+        ),
     ] = ()
     logprobs: Annotated[
-        bool, ADVANCED, Field(description="Ask an endpoint for log-probabilities, which some of its models refuse")
+        bool, ADVANCED, Field(description="Request log-probabilities from an endpoint; some models refuse them")
     ] = True
     max_failed: Annotated[
         float,
@@ -110,30 +125,28 @@ class SamplingConfig:
         Field(
             ge=0,
             le=1,
-            description="Share of a generator's candidates that may fail, those of one instance always unless it is 0; "
-            "above it the run ends; 1: never",
+            description="Maximum share of a generator's candidates that may fail before the run ends (unless it is 0, "
+            "those of one instance may always fail); 1: no limit",
         ),
     ] = 0.1
-    concurrency: Annotated[int, LOCATION, Field(ge=1, le=1024, description="Requests to an endpoint at a time")] = 8
+    concurrency: Annotated[int, LOCATION, Field(ge=1, le=1024, description="Concurrent requests to an endpoint")] = 8
     requests_per_minute: Annotated[
-        int, LOCATION, ADVANCED, Field(ge=0, description="Most requests a minute; 0: no limit")
+        int, LOCATION, ADVANCED, Field(ge=0, description="Maximum requests per minute; 0: no limit")
     ] = 0
     tokens_per_minute: Annotated[
-        int, LOCATION, ADVANCED, Field(ge=0, description="Most tokens a minute, in and out; 0: no limit")
+        int, LOCATION, ADVANCED, Field(ge=0, description="Maximum tokens per minute, input and output; 0: no limit")
     ] = 0
     max_total_requests: Annotated[
-        int, LOCATION, ADVANCED, Field(ge=0, description="Most requests of this run; 0: no limit")
+        int, LOCATION, ADVANCED, Field(ge=0, description="Maximum requests of this run; 0: no limit")
     ] = 0
     max_total_tokens: Annotated[
-        int, LOCATION, ADVANCED, Field(ge=0, description="Most tokens, in and out; 0: no limit")
+        int, LOCATION, ADVANCED, Field(ge=0, description="Maximum tokens of this run, input and output; 0: no limit")
     ] = 0
-    max_total_cost: Annotated[float, LOCATION, Field(ge=0, description="Most that answers may cost; 0: no limit")] = 0.0
-    price_input: Annotated[float, LOCATION, Field(ge=0, description="Price of a million tokens of instructions")] = 0.0
-    price_output: Annotated[float, LOCATION, Field(ge=0, description="Price of a million tokens of responses")] = 0.0
-    timeout: Annotated[float, LOCATION, ADVANCED, Field(gt=0, description="Seconds that a request may take")] = 120.0
-    max_retries: Annotated[
-        int, LOCATION, ADVANCED, Field(ge=0, le=100, description="Further attempts at a failed request")
-    ] = 8
+    max_total_cost: Annotated[float, LOCATION, Field(ge=0, description="Maximum cost of this run; 0: no limit")] = 0.0
+    price_input: Annotated[float, LOCATION, Field(ge=0, description="Price of a million input tokens")] = 0.0
+    price_output: Annotated[float, LOCATION, Field(ge=0, description="Price of a million output tokens")] = 0.0
+    timeout: Annotated[float, LOCATION, ADVANCED, Field(gt=0, description="Maximum seconds per request")] = 120.0
+    max_retries: Annotated[int, LOCATION, ADVANCED, Field(ge=0, le=100, description="Retries of a failed request")] = 8
 
     def __post_init__(self) -> None:
         check_strategy(self.generator, self.decodings)
@@ -141,28 +154,28 @@ class SamplingConfig:
         if self.max_total_cost and not (self.price_input or self.price_output):
             remedy = "give --price-input and --price-output, per million tokens"
             raise ConfigError(
-                f"sampling: --max-total-cost: {self.max_total_cost:g} cannot be kept without prices; {remedy}"
+                f"sampling: --max-total-cost: {self.max_total_cost:g} cannot be enforced without prices; {remedy}"
             )
 
     @property
     def decodings(self) -> tuple[Decoding, ...]:
-        """What is drawn, with the lengths that were asked for; those of one generator alone name its position."""
+        """The decodings of all generators; those that differ between generators name the generator's position."""
         kinds = [parse_spec(text).kind for text in self.generator] or ["path"]
-        each = [self._decodings_of(kind) for kind in kinds]
-        if all(one == each[0] for one in each):
-            return each[0]
+        by_generator = [self._decodings_of_kind(kind) for kind in kinds]
+        if all(decodings == by_generator[0] for decodings in by_generator):
+            return by_generator[0]
         positioned = [
             replace(decoding, generator=position)
-            for position, one in enumerate(each)
-            for decoding in share(one, position)
+            for position, decodings in enumerate(by_generator)
+            for decoding in decodings_of(decodings, position)
         ]
-        # A strategy that names more positions than there are generators is refused by `check_strategy`.
-        beyond = [one for one in each[0] if one.generator is not None and one.generator >= len(kinds)]
-        return check_decodings([*positioned, *beyond], "sampling: --strategy")
+        # Keep decodings of positions without a generator, so that `check_strategy` raises an error for them.
+        unassigned = [decoding for decoding in by_generator[0] if (decoding.generator or 0) >= len(kinds)]
+        return check_decodings([*positioned, *unassigned], "sampling: --strategy")
 
-    def _decodings_of(self, kind: str) -> tuple[Decoding, ...]:
-        """What a generator of this kind would draw."""
-        decodings = strategy(self.strategy or default_strategy(kind), self.max_new_tokens or default_length(kind))
+    def _decodings_of_kind(self, kind: str) -> tuple[Decoding, ...]:
+        """The decodings for a generator of this kind."""
+        decodings = parse_strategy(self.strategy or default_strategy(kind), self.max_new_tokens or default_length(kind))
         if not self.max_new_tokens:
             return decodings
         longer = [replace(decoding, max_new_tokens=self.max_new_tokens) for decoding in decodings]
@@ -170,7 +183,7 @@ class SamplingConfig:
 
 
 def with_fresh_name(config: SamplingConfig, parent: Manifest) -> SamplingConfig:
-    """The config under the name of the fresh start that its work is of, so that it finds what was drawn and paid."""
+    """The config with the name of the `--fresh` run that its unfinished work belongs to, to reuse its candidates."""
     from cappy.records.work import fresh_name
 
     return replace(
@@ -179,21 +192,21 @@ def with_fresh_name(config: SamplingConfig, parent: Manifest) -> SamplingConfig:
 
 
 def _key_settings(config: SamplingConfig) -> dict[str, Any]:
-    """The settings that the work is named by: the file of decodings may change while its path stays."""
+    """The settings in the work's key, with the decodings: a file of decodings may change while its path stays."""
     return identity(config) | {"decodings": [asdict(decoding) for decoding in config.decodings]}
 
 
-def _draws_folder(config: SamplingConfig) -> Path:
-    """The folder that keeps what is drawn and answered: one of its own for a run that draws again (`--fresh`)."""
-    return config.work / FRESH_DRAWS / config.fresh if config.fresh else config.work
+def _store_folder(config: SamplingConfig) -> Path:
+    """The folder of stored candidates and answers; a `--fresh` run has its own."""
+    return config.work / FRESH_FOLDER / config.fresh if config.fresh else config.work
 
 
 def endpoint_config(config: SamplingConfig, parent: str = "") -> EndpointConfig:
-    """How this config's endpoints are asked; the budget is that of one run over the folder whose hash is `parent`.
+    """The settings of this config's endpoints; `parent` is the hash of the source folder.
 
-    Shards share the budget, and neither they nor the size of parts make another run of it.
+    The budget belongs to a run over that folder: it is shared by all shards and independent of the size of parts.
     """
-    computed = {name: value for name, value in identity(config).items() if name not in ("shard", "part_rows")}
+    run_settings = {name: value for name, value in identity(config).items() if name not in ("shard", "part_rows")}
     return EndpointConfig(
         api=config.api,
         extra=config.extra,
@@ -209,30 +222,30 @@ def endpoint_config(config: SamplingConfig, parent: str = "") -> EndpointConfig:
         price_output=config.price_output,
         timeout=config.timeout,
         max_retries=config.max_retries,
-        folder=_draws_folder(config) / "answers",
-        run=fingerprint("budget", computed, parent)[:24],
+        folder=_store_folder(config) / "answers",
+        run=fingerprint("budget", run_settings, parent)[:24],
     )
 
 
 def run(config: SamplingConfig, progress: Progress = silent) -> Manifest:
-    """Samples for the instances of `source` into `target`; a killed run continues at the first unfinished part.
+    """Draws candidates for the instances of `source` and writes them to `target`.
 
-    Parts with candidates that failed are sampled again by the next run, from answers that are kept where there are any.
-    GeneratorError where more than `max_failed` of a generator's candidates fail.
-
-    Instances with choices need no samples. Without a generator the candidates that came with the instances stand.
+    A killed run resumes at the first unfinished part. The next run samples parts with failed candidates again, and
+    reuses the stored answers. Instances with choices are not sampled for. Without a generator the instances keep the
+    candidates that they have. Raises GeneratorError if more than `max_failed` of a generator's candidates fail.
     """
     refuse_same(config.source, config.target)
     parent = read_manifest(config.source)
     config = with_fresh_name(config, parent)
-    asking = endpoint_config(config, parent.hash)
-    kept = _draws_folder(config)
-    with ExitStack() as opened:
+    endpoint_settings = endpoint_config(config, parent.hash)
+    store_folder = _store_folder(config)
+    with ExitStack() as stack:
         generators = [
-            opened.enter_context(closing(load_generator(spec, asking, work=kept))) for spec in config.generator
+            stack.enter_context(closing(load_generator(spec, endpoint_settings, work=store_folder)))
+            for spec in config.generator
         ]
         for position, generator in enumerate(generators):
-            generator.check(share(config.decodings, position))
+            generator.check(decodings_of(config.decodings, position))
         return _run(config, parent, generators, progress)
 
 
@@ -244,29 +257,34 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], 
     sampling_progress = SamplingProgress(progress, generators, decodings)
 
     reasoning = ReasoningReader(strip=config.strip_reasoning)
-    each = {
-        generator.name: sum(one.num_samples for one in share(decodings, position))
+    samples_per_instance = {
+        generator.name: sum(decoding.num_samples for decoding in decodings_of(decodings, position))
         for position, generator in enumerate(generators)
     }
-    so_far: Counter[str] = Counter()
+    counts_so_far: Counter[str] = Counter()
 
     def transform(part: list[Instance]) -> Iterator[Instance]:
         return sample(
-            part, generators, decodings, seed=config.seed, on_drawn=sampling_progress.add_candidates, read=reasoning
+            part,
+            generators,
+            decodings,
+            seed=config.seed,
+            on_candidates=sampling_progress.add_candidates,
+            read=reasoning,
         )
 
     def count(part: Sequence[Instance]) -> dict[str, int]:
-        counts = count_part(part, generators) | failures(part, generators)
+        counts = count_part(part, generators) | count_failures(part, generators)
         if generators:
             counts["reasoning"] = reasoning.take_count()
-        so_far.update(counts)
-        check_failures(so_far, config.max_failed, each, parent.rows)
+        counts_so_far.update(counts)
+        check_failures(counts_so_far, config.max_failed, samples_per_instance, parent.rows)
         return counts
 
     revisions = {generator.name: generator.revision for generator in generators}
-    stated = _key_settings(config)
+    key_settings = _key_settings(config)
     inputs = [parent.hash, *revisions.values()]
-    with claim(config.work, "sampling", stated, inputs, fresh=config.fresh) as folder, sampling_progress:
+    with claim(config.work, "sampling", key_settings, inputs, fresh=config.fresh) as folder, sampling_progress:
         parts = process_folder(
             config.source,
             folder,
@@ -277,16 +295,16 @@ def _run(config: SamplingConfig, parent: Manifest, generators: list[Generator], 
             count=count,
             again=lambda counts: counts.get("failed", 0) > 0,
         )
-        check_failures(parts.counts, config.max_failed, each)
-        metrics, facts = accounts(parts.counts, endpoint_config(config))
-        if contexts := [tokens for one in generators if (tokens := getattr(one, "context", None))]:
+        check_failures(parts.counts, config.max_failed, samples_per_instance)
+        metrics, facts = manifest_entries(parts.counts, endpoint_config(config))
+        if contexts := [tokens for generator in generators if (tokens := getattr(generator, "context", None))]:
             facts["context"] = min(contexts)
-        if said := cautions(metrics, stated, facts):
-            facts["cautions"] = said
+        if messages := cautions(metrics, key_settings, facts):
+            facts["cautions"] = messages
         manifest = Manifest(
             step="sampling",
             files=parts.files,
-            config=stated,
+            config=key_settings,
             step_version=step_version("sampling"),
             seed=config.seed,
             generators=revisions,
@@ -303,28 +321,30 @@ def sample(
     decodings: Sequence[Decoding],
     *,
     seed: int,
-    on_drawn: OnDrawn = ignore_progress,
+    on_candidates: OnCandidates = ignore_progress,
     read: Callable[[Candidate], Candidate] = lambda candidate: candidate,
 ) -> Iterator[Instance]:
     """The instances with every generator's candidates appended, in order; equal arguments give equal candidates.
 
-    What is drawn for an instance does not depend on the others. Instances with choices keep those as their candidates
-    and learn how likely the first generator that knows finds each. ConfigError for an instance that would have no
-    candidate at all. `read` is applied to each candidate that was drawn.
+    The candidates of an instance do not depend on other instances. Instances with choices keep those as candidates,
+    with likelihoods from the first generator that computes them. `read` is applied to each new candidate. Raises
+    ConfigError for an instance that would have no candidate.
     """
     open_ended = [instance for instance in part if not instance.choices]
-    bare = next((instance for instance in open_ended if not instance.candidates), None)
-    if bare and not generators:
+    without_candidate = next((instance for instance in open_ended if not instance.candidates), None)
+    if without_candidate and not generators:
         remedy = "name an LLM with --generator, or give responses in the file"
-        raise ConfigError(f"sampling: instance {quote(bare.instance_id)} has no candidate; {remedy}")
+        raise ConfigError(f"sampling: instance {quote(without_candidate.instance_id)} has no candidate; {remedy}")
     added: dict[str, list[Candidate]] = {instance.instance_id: [] for instance in open_ended}
     prompts = [instance.instruction for instance in open_ended]
     for position, generator in enumerate(generators):
-        own = share(decodings, position)
-        if not prompts or not own:
+        own_decodings = decodings_of(decodings, position)
+        if not prompts or not own_decodings:
             continue
-        drawn = generator.sample(prompts, own, seed=seed_of(seed, generator.name), on_drawn=on_drawn)
-        for instance, candidates in zip(open_ended, drawn, strict=True):
+        sampled = generator.sample(
+            prompts, own_decodings, seed=generator_seed(seed, generator.name), on_candidates=on_candidates
+        )
+        for instance, candidates in zip(open_ended, sampled, strict=True):
             added[instance.instance_id] += map(read, candidates)
     closed = _with_likelihoods([instance for instance in part if instance.choices], generators)
     for instance in part:
@@ -335,14 +355,14 @@ def sample(
 
 
 class ReasoningReader:
-    """Counts the candidates that hold reasoning, and removes it with `strip`."""
+    """Counts the candidates that contain reasoning, and removes it if `strip` is set."""
 
     def __init__(self, *, strip: bool) -> None:
         self._strip = strip
         self._count = 0
 
     def __call__(self, candidate: Candidate) -> Candidate:
-        """The candidate; with `strip` its answer alone (`empty` if there is none), without the whole's likelihood."""
+        """The candidate; with `strip` without its reasoning and likelihood (status `empty` if nothing is left)."""
         if not has_reasoning(candidate.response):
             return candidate
         self._count += 1
@@ -355,7 +375,7 @@ class ReasoningReader:
         )
 
     def take_count(self) -> int:
-        """How many held reasoning since the last call."""
+        """Returns the number of candidates with reasoning since the last call, and resets it."""
         count, self._count = self._count, 0
         return count
 
@@ -369,11 +389,11 @@ def _with_likelihoods(instances: Sequence[Instance], generators: Sequence[Genera
         return
     likelihoods = iter(first)
     for instance in instances:
-        known = zip(instance.candidates, itertools.islice(likelihoods, len(instance.candidates)), strict=True)
+        own_likelihoods = itertools.islice(likelihoods, len(instance.candidates))
         yield replace(
             instance,
             candidates=tuple(
                 replace(candidate, logprob_sum=total, logprob_mean=total / max(count, 1), num_tokens=count)
-                for candidate, (total, count) in known
+                for candidate, (total, count) in zip(instance.candidates, own_likelihoods, strict=True)
             ),
         )

@@ -1,15 +1,15 @@
-"""What was drawn, kept under the work folder by what was asked for: nothing is drawn or paid for twice.
+"""The store of candidates and answers in the work folder, so that nothing is drawn or paid for twice.
 
-    candidates/<origin>/origin.json     which generator, revision and version of the drawing code
-    candidates/<origin>/*.jsonl         its candidates; each process that draws writes one file, and that one alone
+    candidates/<origin>/origin.json     generator, revision and version of the drawing code
+    candidates/<origin>/*.jsonl         the candidates; each process writes its own file
     answers/                            the answers of endpoints, one file each (`cappy.sampling.endpoint.answers`)
 
-A file grows by blocks: a line with keys and lengths, then a line of candidates for each of them. A block that is not
-whole yet, or that a killed process left, is passed over. Blocks are written once they are drawn, so a kill loses what
-was being drawn. Only keys and places are held in memory, 24 bytes for each set of candidates.
+A file consists of blocks: a line with keys and lengths, then a line of candidates for each key. Incomplete blocks
+of a killed process are skipped. A block is written as soon as it is drawn, so a kill loses only the current block.
+Memory holds keys and locations only, 24 bytes per set of candidates.
 
-Plain files, because work folders lie on network volumes and mounted buckets too, where a database's locks cannot be
-trusted.
+The store uses plain files because work folders may be on network volumes and mounted buckets, where the locks of a
+database are unreliable.
 """
 
 import contextlib
@@ -33,40 +33,40 @@ from cappy.records import Candidate
 from cappy.records.folder import disk_errors, write_bytes
 
 DRAWING_VERSION = 1
-"""Of the code that draws: raised when the same question gets other candidates, so that none of before is used."""
+"""Version of the drawing code: raise it when the same input gives other candidates, so that old ones are not used."""
 CANDIDATES = "candidates"
-FRESH_DRAWS = "fresh"
-"""Folder with a folder for each run that drew again what was kept (`--fresh`)."""
+FRESH_FOLDER = "fresh"
+"""Folder with a subfolder for each `--fresh` run."""
 ANSWERS = "answers"
 _ORIGIN = "origin.json"
 LOCK = ".lock"
 _FORMAT = 1
 _MAX_FILE_BYTES = 64_000_000
-"""A process begins another file after so many bytes: a mounted bucket may send the whole file for each addition."""
-_PLACE = np.dtype([("file", "<u4"), ("size", "<u4"), ("start", "<u8")])
-_FIELDS = ("response", "decoding", "seed", "status", "logprob_sum", "logprob_mean", "num_tokens")
-"""What is kept of a candidate, beside its origin."""
+"""A process then starts another file: a mounted bucket may upload the whole file for each append."""
+_LOCATION = np.dtype([("file", "<u4"), ("size", "<u4"), ("start", "<u8")])
+_STORED_FIELDS = ("response", "decoding", "seed", "status", "logprob_sum", "logprob_mean", "num_tokens")
+"""Fields of a candidate that are stored; the origin has the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Who drew: a generator's spec and revision, and the version of the code that draws."""
+    """The origin of candidates: a generator's spec and revision, and the version of the drawing code."""
 
     generator: str
     revision: str
     version: int
 
 
-def question_key(**asked: object) -> str:
-    """The key of everything that a draw depends on, its origin and the numbers of the samples aside."""
-    return fingerprint("draw", _FORMAT, asked)[:32]
+def sample_key(**inputs: object) -> str:
+    """The key of a set of samples: a hash of all that they depend on except the origin and the sample numbers."""
+    return fingerprint("draw", _FORMAT, inputs)[:32]
 
 
 class CandidateStore:
-    """The candidates of one origin by key; any number of processes may use a folder at once.
+    """The candidates of one origin by key; several processes may use the folder at once.
 
-    A key's candidates are the samples 0, 1, ... of one question. Where several sets have one key, the longest counts,
-    and of equally long ones the first by the file's name.
+    The candidates of a key are its samples 0, 1, ... in order. If several sets have the same key, the longest is used,
+    and of equally long ones the first by file name.
     """
 
     def __init__(self, work: Path, origin: Origin) -> None:
@@ -74,56 +74,62 @@ class CandidateStore:
         values = {"generator": origin.generator, "revision": origin.revision, "version": origin.version}
         self._folder = work / CANDIDATES / fingerprint("origin", _FORMAT, values)[:24]
         self._file: IO[bytes] | None = None
-        self._paths: dict[Path, int] = {}
-        self._read: dict[Path, int] = {}
+        self._file_indices: dict[Path, int] = {}
+        self._read_offsets: dict[Path, int] = {}
         self._keys = np.empty(0, dtype="<u8")
-        self._places = np.empty(0, dtype=_PLACE)
+        self._locations = np.empty(0, dtype=_LOCATION)
         with disk_errors(self._folder):
             make_private(self._folder.parent)
             self._lock = lock_shared(self._folder / LOCK)
             if not (self._folder / _ORIGIN).is_file():
                 write_bytes(self._folder / _ORIGIN, json.dumps(values, indent=1).encode(), private=True)
-        with contextlib.suppress(OSError):  # A mounted bucket may keep no such times.
+        with contextlib.suppress(OSError):  # A mounted bucket may not support modification times.
             os.utime(self._folder / _ORIGIN)
 
     def get(self, keys: Sequence[str]) -> dict[str, tuple[Candidate, ...]]:
-        """The kept candidates of those keys that have any."""
+        """The stored candidates by key; keys without candidates are left out."""
         self._refresh()
-        numbers = np.array([_number(key) for key in keys], dtype="<u8")
-        first, last = (np.searchsorted(self._keys, numbers, side) for side in ("left", "right"))
-        wanted: dict[int, list[tuple[int, int, str]]] = {}
-        for key, begin, end in zip(keys, first.tolist(), last.tolist(), strict=True):
-            for place in self._places[begin:end]:
-                wanted.setdefault(int(place["file"]), []).append((int(place["start"]), int(place["size"]), key))
-        best: dict[str, tuple[Candidate, ...]] = {}
-        paths = list(self._paths)
-        for number in sorted(wanted, key=lambda number: paths[number].name):
-            for key, drawn in self._sets(paths[number], sorted(wanted[number])):
-                if len(drawn) > len(best.get(key, ())):
-                    best[key] = drawn
-        return best
+        numbers = np.array([_key_number(key) for key in keys], dtype="<u8")
+        starts, stops = (np.searchsorted(self._keys, numbers, side) for side in ("left", "right"))
+        by_file: dict[int, list[tuple[int, int, str]]] = {}
+        for key, start, stop in zip(keys, starts.tolist(), stops.tolist(), strict=True):
+            for location in self._locations[start:stop]:
+                by_file.setdefault(int(location["file"]), []).append(
+                    (int(location["start"]), int(location["size"]), key)
+                )
+        sets: dict[str, tuple[Candidate, ...]] = {}
+        paths = list(self._file_indices)
+        for index in sorted(by_file, key=lambda index: paths[index].name):
+            for key, candidates in self._read_sets(paths[index], sorted(by_file[index])):
+                if len(candidates) > len(sets.get(key, ())):
+                    sets[key] = candidates
+        return sets
 
     def put(self, sets: Mapping[str, Sequence[Candidate]]) -> None:
-        """Keeps candidates, all samples of each key from number 0 on; those that failed are not for keeping."""
-        kept = {key: drawn for key, drawn in sets.items() if all(one.status != "failed" for one in drawn)}
-        lines = [_line(key, drawn) for key, drawn in kept.items()]
+        """Stores all samples of each key from number 0 on; a set with a failed candidate is not stored."""
+        storable = {
+            key: candidates
+            for key, candidates in sets.items()
+            if all(candidate.status != "failed" for candidate in candidates)
+        }
+        lines = [_encode_line(key, candidates) for key, candidates in storable.items()]
         if not lines:
             return
-        head = json.dumps([[key, len(line)] for key, line in zip(kept, lines, strict=True)]).encode()
+        header = json.dumps([[key, len(line)] for key, line in zip(storable, lines, strict=True)]).encode()
         with disk_errors(self._folder):
             file = self._file = self._file or self._new_file()
             try:
-                _write_all(file, b"".join((head, b"\n", *lines)))
+                _write_all(file, b"".join((header, b"\n", *lines)))
             except BaseException:
-                # What was written of the block must stay the end of its file.
-                self._end_file()
+                # Nothing may follow an incomplete block.
+                self._close_file()
                 raise
             if file.tell() > _MAX_FILE_BYTES:
-                self._end_file()
+                self._close_file()
 
     def close(self) -> None:
         """Closes the files."""
-        self._end_file()
+        self._close_file()
         self._lock.close()
 
     def __enter__(self) -> "CandidateStore":
@@ -137,61 +143,65 @@ class CandidateStore:
     def _new_file(self) -> IO[bytes]:
         path = self._folder / f"{os.getpid()}-{uuid.uuid4().hex[:12]}.jsonl"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        # Unbuffered: a kill loses no block that `put` has written.
+        # Unbuffered, so that a kill loses no block that `put` has written.
         return os.fdopen(os.open(path, flags, PRIVATE_FILE), "wb", buffering=0)
 
-    def _end_file(self) -> None:
+    def _close_file(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             with contextlib.suppress(OSError):
                 file.close()
 
     def _refresh(self) -> None:
-        """Takes in the blocks that were added since the last call, by other processes too."""
+        """Reads the blocks that were added since the last call, also by other processes."""
         keys: list[int] = []
-        places: list[tuple[int, int, int]] = []
+        locations: list[tuple[int, int, int]] = []
         with disk_errors(self._folder):
             for path in sorted(self._folder.glob("*.jsonl")):
-                number, read = self._paths.setdefault(path, len(self._paths)), self._read.get(path, 0)
-                if path.stat().st_size == read:
+                file_index = self._file_indices.setdefault(path, len(self._file_indices))
+                offset = self._read_offsets.get(path, 0)
+                if path.stat().st_size == offset:
                     continue
-                for key, start, size, end in _blocks(path, read):
-                    keys.append(_number(key))
-                    places.append((number, size, start))
-                    self._read[path] = end
+                for key, start, size, end in _read_blocks(path, offset):
+                    keys.append(_key_number(key))
+                    locations.append((file_index, size, start))
+                    self._read_offsets[path] = end
         if not keys:
             return
         added = np.array(keys, dtype="<u8")
         order = added.argsort(kind="stable")
-        added, new = added[order], np.array(places, dtype=_PLACE)[order]
-        at = self._keys.searchsorted(added, "right")
-        self._keys, self._places = np.insert(self._keys, at, added), np.insert(self._places, at, new)
+        added, added_locations = added[order], np.array(locations, dtype=_LOCATION)[order]
+        indices = self._keys.searchsorted(added, "right")
+        self._keys = np.insert(self._keys, indices, added)
+        self._locations = np.insert(self._locations, indices, added_locations)
 
-    def _sets(self, path: Path, places: Sequence[tuple[int, int, str]]) -> Iterator[tuple[str, tuple[Candidate, ...]]]:
-        """The sets at these places of a file that are under the wanted key; damaged ones are passed over."""
+    def _read_sets(
+        self, path: Path, locations: Sequence[tuple[int, int, str]]
+    ) -> Iterator[tuple[str, tuple[Candidate, ...]]]:
+        """Key and candidates at each (start, size, key) of a file; skips damaged sets and those of another key."""
         origin = self._origin
         with path.open("rb") as file:
-            for start, size, key in places:
+            for start, size, key in locations:
                 file.seek(start)
                 try:
                     values = json.loads(file.read(size))
-                    drawn = tuple(
-                        Candidate(generator=origin.generator, revision=origin.revision, **one)
-                        for one in values["candidates"]
+                    candidates = tuple(
+                        Candidate(generator=origin.generator, revision=origin.revision, **fields)
+                        for fields in values["candidates"]
                     )
-                    same = values["key"] == key
+                    key_matches = values["key"] == key
                 except (ValueError, TypeError, KeyError, RecordError):
                     continue
-                if same:
-                    yield key, drawn
+                if key_matches:
+                    yield key, candidates
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """What lies in a work folder for one origin, or of endpoints' answers in all (`generator` is empty then).
+class StoreEntry:
+    """The stored candidates of one origin, or all stored answers of endpoints (`generator` is empty then).
 
-    `sets` counts questions with their candidates, or answers; `last_used` is in seconds of `time.time`; `fresh` names
-    the fresh start that drew them.
+    `sets` is the number of sets of candidates, or of answers; `last_used` is in seconds of `time.time`; `fresh` is the
+    name of the `--fresh` run that drew them.
     """
 
     kind: Literal["candidates", "answers"]
@@ -205,44 +215,45 @@ class Entry:
     fresh: str = ""
 
 
-def entries(work: Path) -> list[Entry]:
-    """What was drawn and answered for this work folder, one entry for each origin, the least recently used first."""
-    own = _entries(work)
-    for folder in sorted((work / FRESH_DRAWS).glob("*")):
-        own += [replace(entry, fresh=folder.name) for entry in _entries(folder)]
-    return sorted(own, key=lambda entry: entry.last_used)
+def list_entries(work: Path) -> list[StoreEntry]:
+    """Lists the stored candidates and answers of a work folder, the least recently used first."""
+    entries = _list_folder(work)
+    for folder in sorted((work / FRESH_FOLDER).glob("*")):
+        entries += [replace(entry, fresh=folder.name) for entry in _list_folder(folder)]
+    return sorted(entries, key=lambda entry: entry.last_used)
 
 
-def _entries(work: Path) -> list[Entry]:
-    listed = [_entry(path.parent) for path in (work / CANDIDATES).glob(f"*/{_ORIGIN}")]
+def _list_folder(work: Path) -> list[StoreEntry]:
+    entries = [_candidates_entry(path.parent) for path in (work / CANDIDATES).glob(f"*/{_ORIGIN}")]
     answers = [path.stat() for path in (work / ANSWERS).glob("[0-9a-f][0-9a-f]/*.json")]
     if answers:
-        used = [path.stat().st_mtime for path in [work / ANSWERS / LOCK] if path.exists()]
-        size, last = sum(one.st_size for one in answers), max([*(one.st_mtime for one in answers), *used])
-        listed.append(
-            Entry(kind="answers", path=work / ANSWERS, sets=len(answers), size_bytes=size, last_used=last),
+        lock_times = [path.stat().st_mtime for path in [work / ANSWERS / LOCK] if path.exists()]
+        size = sum(stat.st_size for stat in answers)
+        last_used = max([*(stat.st_mtime for stat in answers), *lock_times])
+        entries.append(
+            StoreEntry(kind="answers", path=work / ANSWERS, sets=len(answers), size_bytes=size, last_used=last_used),
         )
-    return listed
+    return entries
 
 
-def unreachable(entry: Entry, fresh: Collection[str] = ()) -> str:
-    """Why no run of this version uses an entry; empty where one can. `fresh` are the fresh starts that work is of."""
+def unreachable_reason(entry: StoreEntry, fresh: Collection[str] = ()) -> str:
+    """Why no run of this version can use an entry, or an empty text; `fresh` are the `--fresh` runs that have work."""
     if entry.path.name.startswith(REMOVED):
         return "left by a removal that was killed"
     if entry.fresh and entry.fresh not in fresh:
-        return "drawn by a run with --fresh, whose work is not there any more"
+        return "drawn by a --fresh run whose work no longer exists"
     if entry.kind == "answers" or entry.version == DRAWING_VERSION:
         return ""
-    return f"drawn by version {entry.version}, drawing has {DRAWING_VERSION}"
+    return f"drawn by version {entry.version} of the drawing code, the current one is {DRAWING_VERSION}"
 
 
-def remove(entry: Entry) -> None:
-    """Deletes what an entry names; FolderError where a run is using it. What endpoints' runs have spent stays known."""
+def remove_entry(entry: StoreEntry) -> None:
+    """Deletes the candidates or answers of an entry, but not the ledgers; FolderError if a run is using them."""
     with disk_errors(entry.path), open_lock(entry.path / LOCK) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FolderError(f"{entry.path}: a run is drawing from it; wait for it, or stop it first") from None
+            raise FolderError(f"{entry.path}: in use by a run; wait for the run to end, or stop it") from None
         if entry.kind == "candidates":
             remove_folder(entry.path)
         else:
@@ -250,58 +261,58 @@ def remove(entry: Entry) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
     if entry.fresh:
         for parent in entry.path.parents[: 2 if entry.kind == "candidates" else 1]:
-            with contextlib.suppress(OSError):  # Something else is in it.
+            with contextlib.suppress(OSError):  # The folder is not empty.
                 parent.rmdir()
 
 
-def _entry(folder: Path) -> Entry:
+def _candidates_entry(folder: Path) -> StoreEntry:
     values = json.loads((folder / _ORIGIN).read_bytes())
     files = list(folder.glob("*.jsonl"))
-    return Entry(
+    return StoreEntry(
         kind="candidates",
         path=folder,
         generator=str(values["generator"]),
         revision=str(values["revision"]),
         version=int(values["version"]),
-        sets=sum(1 for path in files for _ in _blocks(path, 0)),
+        sets=sum(1 for path in files for _ in _read_blocks(path, 0)),
         size_bytes=sum(path.stat().st_size for path in files),
         last_used=max(path.stat().st_mtime for path in (folder / _ORIGIN, *files)),
     )
 
 
 def _write_all(file: IO[bytes], block: bytes) -> None:
-    rest = memoryview(block)
-    while rest:
-        rest = rest[file.write(rest) :]
+    remaining = memoryview(block)
+    while remaining:
+        remaining = remaining[file.write(remaining) :]
 
 
-def _number(key: str) -> int:
+def _key_number(key: str) -> int:
     return int(key[:16], 16)
 
 
-def _line(key: str, drawn: Sequence[Candidate]) -> bytes:
-    values = [{name: getattr(one, name) for name in _FIELDS} for one in drawn]
+def _encode_line(key: str, candidates: Sequence[Candidate]) -> bytes:
+    values = [{name: getattr(candidate, name) for name in _STORED_FIELDS} for candidate in candidates]
     return json.dumps({"key": key, "candidates": values}).encode() + b"\n"
 
 
-def _blocks(path: Path, start: int) -> Iterator[tuple[str, int, int, int]]:
-    """Key, start and size of each set in a file's whole blocks from `start` on, and where its block ends."""
+def _read_blocks(path: Path, start: int) -> Iterator[tuple[str, int, int, int]]:
+    """Key, start and size of each set in the complete blocks from `start` on, and the end of its block."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         while start < size:
             file.seek(start)
-            head = file.readline()
+            header = file.readline()
             try:
-                sets = [(str(key), int(length)) for key, length in json.loads(head)]
+                sets = [(str(key), int(length)) for key, length in json.loads(header)]
                 for key, _ in sets:
-                    _number(key)
+                    _key_number(key)
             except (ValueError, TypeError):
-                return  # The beginning of a block, or damage: nothing behind it can be trusted.
-            place = start + len(head)
-            end = place + sum(length for _, length in sets)
-            if not head.endswith(b"\n") or end > size:
+                return  # An incomplete block, or damage: what follows cannot be trusted.
+            position = start + len(header)
+            end = position + sum(length for _, length in sets)
+            if not header.endswith(b"\n") or end > size:
                 return
             for key, length in sets:
-                yield key, place, length, end
-                place += length
+                yield key, position, length, end
+                position += length
             start = end

@@ -1,7 +1,7 @@
-"""A causal LLM that vLLM runs, by its documented offline interface (`LLM`, `SamplingParams`).
+"""Causal LLMs that run on vLLM, through its documented offline interface (`LLM`, `SamplingParams`).
 
-Never run on a GPU here: vLLM has wheels for CUDA alone, and only the calls are tested, against a stand-in that records
-them. The interface is that of vLLM's public source, `vllm/sampling_params.py` and `vllm/outputs.py`, 2026.
+Not tested with vLLM itself, which needs CUDA: the tests check the calls against a fake that records them. The interface
+is that of vLLM's source (`vllm/sampling_params.py`, `vllm/outputs.py`, 2026).
 """
 
 import importlib
@@ -12,7 +12,7 @@ from cappy.errors import ConfigError, FolderError
 from cappy.model_folder import ModelFolder
 from cappy.records import Candidate
 from cappy.sampling.drawing import draw_seed, end_tokens, prompt_tokens, response_tokens
-from cappy.sampling.generators import LocalGenerator, OnDrawn, Samples, refuse_beams, status_of
+from cappy.sampling.generators import LocalGenerator, OnCandidates, SampleRange, reject_beams, response_status
 from cappy.sampling.strategies import Decoding
 
 if TYPE_CHECKING:
@@ -52,17 +52,17 @@ class _Engine(Protocol):
 
 
 class VLLM(LocalGenerator):
-    """Samples from a folder that vLLM loads; safetensors alone, no code of the folder's own, no beams.
+    """Samples from a folder that vLLM loads: safetensors only, no code from the folder, no beam search.
 
-    Each instruction has a seed of its own, so that what is drawn does not depend on the part; vLLM itself promises the
-    same tokens for a seed only on the same hardware and with the same batching. Instructions longer than the context
-    lose their end, and are counted.
+    Each instruction has its own seed, so its samples do not depend on the part; vLLM itself guarantees equal tokens for
+    a seed only on the same hardware with the same batching. Instructions longer than the context are truncated and
+    counted.
     """
 
     def __init__(self, name: str, folder: ModelFolder, revision: str = "") -> None:
         path, config = folder.path, folder.config()
         if config.is_encoder_decoder:
-            raise ConfigError(f"{name}: is an encoder-decoder, which vLLM does not run; name it without vllm:")
+            raise ConfigError(f"{name}: vLLM does not run encoder-decoders; use the folder without vllm:")
         super().__init__(name, revision or folder.hash[:12])
         try:
             vllm = importlib.import_module("vllm")
@@ -71,7 +71,7 @@ class VLLM(LocalGenerator):
         self._parameters_class: Callable[..., _Parameters] = vllm.SamplingParams
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         try:
-            # generation_config "vllm" keeps the folder's own sampling settings out.
+            # generation_config="vllm" ignores the folder's own sampling settings.
             self._llm: _Engine = vllm.LLM(
                 model=str(path),
                 load_format="safetensors",
@@ -86,16 +86,16 @@ class VLLM(LocalGenerator):
         self._ends = end_tokens(self._tokenizer, config, path)
 
     def check(self, decodings: Sequence[Decoding]) -> None:
-        """ConfigError for beams."""
-        refuse_beams(self.name, decodings)
+        """Raises ConfigError for beam search."""
+        reject_beams(self.name, decodings)
 
     def close(self) -> None:
-        """Lets the engine go."""
+        """Closes the store and frees the engine."""
         super().close()
         vars(self).pop("_llm", None)
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
-        """(sum of log-probabilities, number of tokens) of each given response, end token included."""
+        """Log-probability sum and token count of each response, end token included."""
         responses = [response_tokens(self._tokenizer, response, self._ends[0]) for _, response in pairs]
         reserved = max(map(len, responses), default=0) + 1
         texts = list(dict.fromkeys(instruction for instruction, _ in pairs))
@@ -103,19 +103,19 @@ class VLLM(LocalGenerator):
         parameters = self._parameters_class(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         rows = [(prompts[text], response) for (text, _), response in zip(pairs, responses, strict=True)]
         outputs = self._generate([([*prompt, *response], parameters) for prompt, response in rows])
-        known = []
+        results = []
         for (prompt, response), output in zip(rows, outputs, strict=True):
             logprobs = output.prompt_logprobs[len(prompt) :]
-            total = sum(place[token].logprob for token, place in zip(response, logprobs, strict=True))
-            known.append((float(total), len(response)))
-        return known
+            total = sum(token_logprobs[token].logprob for token, token_logprobs in zip(response, logprobs, strict=True))
+            results.append((float(total), len(response)))
+        return results
 
     def _prompts(self, instructions: Sequence[str], reserved: int) -> list[list[int]]:
-        longest = self.context - reserved if self.context else None
+        max_tokens = self.context - reserved if self.context else None
         prompts = []
         for instruction in instructions:
-            ids, cut = prompt_tokens(self._tokenizer, instruction, ends=self._ends, longest=longest)
-            self._cut += cut
+            ids, truncated = prompt_tokens(self._tokenizer, instruction, ends=self._ends, max_tokens=max_tokens)
+            self._num_truncated += truncated
             prompts.append(ids)
         return prompts
 
@@ -123,28 +123,30 @@ class VLLM(LocalGenerator):
         self,
         instructions: Sequence[str],
         prompts: Sequence[Sequence[int]],
-        wanted: Sequence[Samples],
+        ranges: Sequence[SampleRange],
         *,
         seed: int,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> Iterator[dict[int, list[list[Candidate]]]]:
-        """All in one call, for the engine makes batches by itself."""
-        decodings = [one.decoding for one in wanted]
-        asked = [
+        """Draws everything in one call; the engine does its own batching."""
+        decodings = [samples.decoding for samples in ranges]
+        requests = [
             (list(prompt), self._parameters(decoding, draw_seed(seed, text, decoding)))
             for text, prompt in zip(instructions, prompts, strict=True)
             for decoding in decodings
         ]
-        outputs = iter(self._generate(asked))
-        on_drawn(len(prompts) * sum(decoding.num_samples for decoding in decodings))
+        outputs = iter(self._generate(requests))
+        on_candidates(len(prompts) * sum(decoding.num_samples for decoding in decodings))
         yield {
-            place: [[self._candidate(one, decoding, seed) for one in next(outputs).outputs] for decoding in decodings]
-            for place in range(len(prompts))
+            index: [
+                [self._candidate(output, decoding, seed) for output in next(outputs).outputs] for decoding in decodings
+            ]
+            for index in range(len(prompts))
         }
 
-    def _generate(self, asked: Sequence[tuple[list[int], _Parameters]]) -> Sequence[_Answer]:
-        prompts = [{"prompt_token_ids": ids} for ids, _ in asked]
-        return self._llm.generate(prompts, [parameters for _, parameters in asked], use_tqdm=False)
+    def _generate(self, requests: Sequence[tuple[list[int], _Parameters]]) -> Sequence[_Answer]:
+        prompts = [{"prompt_token_ids": ids} for ids, _ in requests]
+        return self._llm.generate(prompts, [parameters for _, parameters in requests], use_tqdm=False)
 
     def _parameters(self, decoding: Decoding, seed: int) -> _Parameters:
         return self._parameters_class(
@@ -173,7 +175,7 @@ class VLLM(LocalGenerator):
             revision=self.revision,
             decoding=decoding.name,
             seed=seed,
-            status=status_of(text, ended=getattr(output, "finish_reason", None) != "length"),
+            status=response_status(text, complete=getattr(output, "finish_reason", None) != "length"),
             logprob_sum=output.cumulative_logprob,
             logprob_mean=output.cumulative_logprob / max(count, 1),
             num_tokens=count,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cappy.errors import CappyError
-from cappy.sampling.generators import tokens_of
+from cappy.sampling.generators import estimate_tokens
 from serving.gateway.config import Policy, SpendingLimits
 from serving.gateway.errors import GatewayError
 from serving.gateway.policy import EXPECTED_TOKENS, Allowance, Ledger, Limit, Stop, Total, allow, decide
@@ -195,14 +195,14 @@ class _Run:
         ledger, client_max_tokens = self._ledger, self._request.max_tokens
         prompt_tokens = max((_tokens(usage, "prompt_tokens") for usage in ledger.usages), default=0)
         longest_response = max(
-            (candidate.num_tokens or tokens_of(candidate.text) for candidate in self._candidates),
+            (candidate.num_tokens or estimate_tokens(candidate.text) for candidate in self._candidates),
             default=EXPECTED_TOKENS,
         )
         allowance = allow(
             max_count,
             ledger.budgets(),
             llm.llm.prices,
-            prompt_tokens=prompt_tokens or tokens_of(self._request.instruction),
+            prompt_tokens=prompt_tokens or estimate_tokens(self._request.instruction),
             min_tokens=client_max_tokens or longest_response,
             first=first and not self._candidates,
         )

@@ -8,7 +8,7 @@ import httpx2
 from cappy.redaction import one_line, redact
 from cappy.sampling.endpoint.answers import BadAnswerError
 from cappy.sampling.endpoint.client import RefusedAnswerError
-from cappy.sampling.endpoint.faults import read_refusal, stated_refusal, stated_status
+from cappy.sampling.endpoint.faults import embedded_status, read_embedded_error, read_error_body
 
 INVALID_REQUEST = "invalid_request_error"
 _NUMBER = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,6})?")
@@ -59,7 +59,7 @@ def refusal_error(name: str, response: httpx2.Response, keys: Sequence[str]) -> 
     status = response.status_code
     if not 400 <= status <= 599:
         return GatewayError(502, f"{name} answered {status}; check its address", kind="upstream_error")
-    refusal = read_refusal(response.content, keys)
+    refusal = read_error_body(response.content, keys)
     message = _shorten(refusal.message) or f"status {status} without a message"
     note = " (that server needs another key, not this gateway)" if status == 401 else ""
     return GatewayError(
@@ -74,9 +74,9 @@ def refusal_error(name: str, response: httpx2.Response, keys: Sequence[str]) -> 
 
 def answer_error(name: str, error: BadAnswerError, keys: Sequence[str]) -> GatewayError:
     """The error for a response with status 200 and no candidate: the one that it states, else 502."""
-    status = stated_status(error)
+    status = embedded_status(error)
     if status:
-        refusal = stated_refusal(error, keys)
+        refusal = read_embedded_error(error, keys)
         message = _shorten(refusal.message) or f"status {status} without a message"
         kind = _shorten(refusal.kind) or ("upstream_error" if status >= 500 else INVALID_REQUEST)
         return GatewayError(status, f"{name} answered {status}: {message}", kind=kind, may_be_billed=True)

@@ -19,7 +19,7 @@ from cappy.sampling.endpoint.client import (
     Deadlines,
     async_settings,
     max_connections,
-    settings,
+    sync_settings,
 )
 from cappy.scoring.calibration import Calibration, read_calibration
 from cappy.untrusted import read_json
@@ -158,13 +158,13 @@ def _request_once(address: str, headers: Mapping[str, str]) -> tuple[int, bytes]
     connection, deadlines = Connection(), Deadlines()
     connection.max_bytes = MAX_SCORES_BYTES
     try:
-        client_settings = _add_headers(settings(connection), headers)
+        client_settings = _add_headers(sync_settings(connection), headers)
         with (
             httpx2.Client(timeout=REQUEST_SECONDS, **client_settings) as client,
             deadlines.within(REQUEST_SECONDS, connection),
         ):
             answer = client.post(address, json={"pairs": [PROBE]})
-        if connection.late:
+        if connection.timed_out:
             raise ValueError(f"no answer within {REQUEST_SECONDS:g} s")
         return answer.status_code, answer.content
     finally:

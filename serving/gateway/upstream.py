@@ -18,7 +18,7 @@ from cappy.errors import ConfigError, quote
 from cappy.reasoning import has_reasoning, strip_reasoning
 from cappy.records.instance import SELECTABLE, Status
 from cappy.redaction import SHORTEST
-from cappy.sampling.endpoint.answers import BadAnswerError, GivenUpError, model_name, read_choice, read_choices
+from cappy.sampling.endpoint.answers import BadAnswerError, IncompleteChoiceError, model_name, read_choice, read_choices
 from cappy.sampling.endpoint.client import (
     MAX_BYTES,
     NO_KEY,
@@ -30,9 +30,9 @@ from cappy.sampling.endpoint.client import (
     max_connections,
     refuse_secrets,
 )
-from cappy.sampling.endpoint.faults import LENGTH, NEW_LENGTH, Capabilities, refused_parameter
+from cappy.sampling.endpoint.faults import MAX_COMPLETION_TOKENS, MAX_TOKENS, Capabilities, refused_parameter
 from cappy.sampling.endpoint.limits import MAX_LIST_BYTES, answer_bytes
-from cappy.sampling.generators import tokens_of
+from cappy.sampling.generators import estimate_tokens
 from cappy.untrusted import is_utf8, to_utf8
 from serving.gateway.errors import GatewayError, answer_error, network_error, refusal_error, timeout_error, utf8_error
 from serving.gateway.policy import Ledger, Prices, read_usage
@@ -141,10 +141,10 @@ class SamplingCall:
         if self.request.seed is not None:
             payload["seed"] = self.request.seed + first_index
         if self.max_tokens is not None:
-            client_fields = [name for name in (LENGTH, NEW_LENGTH) if payload.get(name)]
+            client_fields = [name for name in (MAX_TOKENS, MAX_COMPLETION_TOKENS) if payload.get(name)]
             max_tokens = min(self.max_tokens, self.request.max_tokens or self.max_tokens)
-            payload |= dict.fromkeys(client_fields or [LENGTH], max_tokens)
-            added |= set() if client_fields else {LENGTH, NEW_LENGTH}
+            payload |= dict.fromkeys(client_fields or [MAX_TOKENS], max_tokens)
+            added |= set() if client_fields else {MAX_TOKENS, MAX_COMPLETION_TOKENS}
         return payload, frozenset(added)
 
 
@@ -177,7 +177,7 @@ class Upstream:
         Uses one call with `n` unless the model refuses or ignores `n`, else one concurrent call per candidate.
         """
         capabilities = self._capabilities_of(self.llm.model or call.request.model)
-        if count > 1 and not capabilities.takes("n"):
+        if count > 1 and not capabilities.supports("n"):
             async with asyncio.TaskGroup() as group:
                 for index in range(count):
                     group.create_task(self.sample(call, result, count=1, first_index=first_index + index))
@@ -189,7 +189,7 @@ class Upstream:
             return
         result.candidates += candidates
         if num_answered < count:
-            capabilities.refuse("n")
+            capabilities.mark_unsupported("n")
             await self.sample(call, result, count=count - num_answered, first_index=first_index + num_answered)
 
     async def models(self, authorization: str) -> bytes:
@@ -219,9 +219,9 @@ class Upstream:
                 return self._read_response(call, _mask_key(_body_as_utf8(response), key), payload, count)
             problem = refusal_error(self._name, response, _secrets(key))
             parameter = refused_parameter(payload, str(problem), problem.error["param"])
-            if response.status_code not in (400, 422) or parameter not in added or not capabilities.takes(parameter):
+            if response.status_code not in (400, 422) or parameter not in added or not capabilities.supports(parameter):
                 raise problem
-            capabilities.refuse(parameter)
+            capabilities.mark_unsupported(parameter)
             call.ledger.withdraw()
             if parameter == "n":
                 return [], 0
@@ -249,7 +249,7 @@ class Upstream:
 
     def _max_cost(self, call: SamplingCall, count: int) -> float:
         tokens = call.max_tokens if call.max_tokens is not None else call.request.max_tokens or 0
-        return self.llm.prices.cost(tokens_of(call.request.instruction), count * tokens)
+        return self.llm.prices.cost(estimate_tokens(call.request.instruction), count * tokens)
 
     def _read_response(
         self, call: SamplingCall, body: bytes, payload: Mapping[str, Any], count: int
@@ -312,7 +312,7 @@ class Upstream:
             call.ledger.usages.append(usage.counts)
             prompt, completion = usage.prompt, usage.completion
         else:
-            prompt, completion = tokens_of(call.request.instruction), sum(map(tokens_of, texts))
+            prompt, completion = estimate_tokens(call.request.instruction), sum(map(estimate_tokens, texts))
             call.ledger.unmetered += 1
         call.ledger.settle(self._max_cost(call, count), prompt, completion, self.llm.prices.cost(prompt, completion))
 
@@ -355,13 +355,13 @@ def _max_bytes(call: SamplingCall, payload: Mapping[str, object], count: int) ->
 
 
 def _read_choices(choices: Sequence[Mapping[str, object]]) -> list[tuple[Mapping[str, object], ReadChoice]]:
-    """Reads the choices that hold a response; raises GivenUpError if all ended with an error."""
+    """Reads the choices that hold a response; raises IncompleteChoiceError if all ended with an error."""
     responses: list[tuple[Mapping[str, object], ReadChoice]] = []
-    fault: GivenUpError | None = None
+    fault: IncompleteChoiceError | None = None
     for choice in choices:
         try:
             responses.append((choice, read_choice(choice)))
-        except GivenUpError as error:
+        except IncompleteChoiceError as error:
             fault = error
     if fault is not None and not responses:
         raise fault

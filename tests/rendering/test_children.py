@@ -14,7 +14,7 @@ from waiting import wait_until
 
 from cappy.rendering import jobs
 from cappy.rendering.jobs import Failure, Job, Source
-from cappy.rendering.process import EndedError, Process
+from cappy.rendering.process import ChildExitError, Process
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc, which Linux alone has")
 HELLO = Source("promptsource", ("Hello {{name}} ||| y", ""))
@@ -64,7 +64,7 @@ def test_a_child_that_is_closed_is_gone_and_no_zombie(child: Process) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(child.pid, 0)
     child.close()
-    with pytest.raises(EndedError):
+    with pytest.raises(ChildExitError):
         child.receive(1)
 
 
@@ -100,7 +100,7 @@ def test_a_child_that_answers_nonsense_costs_the_job_that_it_answered(monkeypatc
 
     monkeypatch.setattr(Process, "receive", receive)
     assert list(jobs.run("promptsource", [hello("b")])) == [
-        [Failure("answers what it was not asked", limited=True)],
+        [Failure("sends an invalid answer", limited=True)],
     ]
 
 

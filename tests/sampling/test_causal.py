@@ -24,7 +24,7 @@ from cappy.errors import ConfigError
 from cappy.model_folder import open_model_folder
 from cappy.sampling import load_generator
 from cappy.sampling.architectures import Causal
-from cappy.sampling.strategies import BEAM4, GREEDY, STRATEGIES, Decoding, strategy
+from cappy.sampling.strategies import BEAM4, GREEDY, STRATEGIES, Decoding, parse_strategy
 
 PROMPTS = ["the cat sat on the mat", "where is the dog", "one two three", "a", "no " * 25]
 CONTEXT = 128
@@ -129,12 +129,12 @@ def test_nothing_of_the_models_generation_config_leaks_in(generator: Causal, fol
     shutil.copytree(folder, tmp_path / "bare")
     (tmp_path / "bare/generation_config.json").unlink()
     bare = Causal("bare", open_model_folder(tmp_path / "bare"))
-    decodings = strategy("paper17+greedy")
+    decodings = parse_strategy("paper17+greedy")
     assert generator.respond(PROMPTS, decodings, seed=2) == bare.respond(PROMPTS, decodings, seed=2)
 
 
 def test_draws_do_not_depend_on_what_else_is_asked_for(generator: Causal) -> None:
-    decodings = strategy("greedy+sampling3+minp0.1x2")
+    decodings = parse_strategy("greedy+sampling3+minp0.1x2")
     together = generator.respond(PROMPTS, decodings, seed=5)
     for number, instruction in enumerate(PROMPTS):
         (alone,) = generator.respond([instruction], decodings[1:2], seed=5)
@@ -146,7 +146,7 @@ def test_a_prompt_is_encoded_once_for_all_its_samples(generator: Causal) -> None
     model: Any = generator.model
     hook = model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"].shape), with_kwargs=True)
     try:
-        generator.sample(PROMPTS[:2], strategy("greedy+sampling4+topk5x3"), seed=0)
+        generator.sample(PROMPTS[:2], parse_strategy("greedy+sampling4+topk5x3"), seed=0)
     finally:
         hook.remove()
     assert seen[0][0] == 2
@@ -169,7 +169,7 @@ def test_a_chat_template_is_used_where_there_is_one_and_never_cut(folder: Path, 
     assert text.startswith("<s>user: where is")
     assert text.endswith("<s>")
     assert len(cut) <= CONTEXT - 64
-    assert generator.tally() == {"cut": 1}
+    assert generator.take_counts() == {"cut": 1}
 
 
 def test_an_instruction_that_is_too_long_loses_its_end_and_is_counted(folder: Path) -> None:
@@ -177,6 +177,6 @@ def test_an_instruction_that_is_too_long_loses_its_end_and_is_counted(folder: Pa
     long = "where is the dog " * 60
     (drawn, _) = generator.sample([long, "who"], [GREEDY], seed=0)
     assert drawn[0].num_tokens
-    assert generator.tally() == {"cut": 1}
+    assert generator.take_counts() == {"cut": 1}
     with pytest.raises(ConfigError, match="0 tokens.*--max-new-tokens"):
         generator.sample([long], [Decoding(name="long", max_new_tokens=CONTEXT)], seed=0)

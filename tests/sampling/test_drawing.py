@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from cappy.sampling.drawing import TRIES, next_tokens, uniforms
+from cappy.sampling.drawing import NUCLEUS_ATTEMPTS, draw_uniforms, next_tokens
 from cappy.sampling.strategies import GREEDY, Decoding
 
 DRAWS = 40_000
@@ -47,7 +47,7 @@ def test_draws_follow_the_librarys_distribution(decoding: Decoding) -> None:
     torch.manual_seed(0)
     logits = 1.5 * torch.randn(1, 50)
     expected = theirs(logits.clone(), decoding)
-    numbers = torch.rand(DRAWS, TRIES + 1, dtype=torch.float64)
+    numbers = torch.rand(DRAWS, NUCLEUS_ATTEMPTS + 1, dtype=torch.float64)
     drawn = next_tokens(logits.expand(DRAWS, -1).clone(), decoding, numbers)
     shares = torch.bincount(drawn, minlength=50) / DRAWS
     assert not shares[expected == 0].any(), "a token outside the filters was drawn"
@@ -58,22 +58,22 @@ def test_draws_follow_the_librarys_distribution(decoding: Decoding) -> None:
 def test_the_ends_of_the_unit_interval_draw_tokens_that_can_be_drawn(number: float) -> None:
     logits = torch.tensor([[-torch.inf, 2.0, 1.0, -torch.inf]])
     for decoding in DECODINGS:
-        numbers = torch.full((1, TRIES + 1), number, dtype=torch.float64)
+        numbers = torch.full((1, NUCLEUS_ATTEMPTS + 1), number, dtype=torch.float64)
         assert next_tokens(logits.clone(), decoding, numbers).item() in (1, 2)
 
 
 def test_uniforms_belong_to_seed_instruction_decoding_and_number() -> None:
     decoding = Decoding(name="a", num_samples=3, max_new_tokens=5)
-    numbers = uniforms(1, "text", decoding)
-    assert numbers.shape == (3, 5, TRIES + 1)
-    assert torch.equal(numbers, uniforms(1, "text", decoding))
-    others = [uniforms(2, "text", decoding), uniforms(1, "texts", decoding)]
-    others.append(uniforms(1, "text", Decoding(name="b", num_samples=3, max_new_tokens=5)))
+    numbers = draw_uniforms(1, "text", decoding)
+    assert numbers.shape == (3, 5, NUCLEUS_ATTEMPTS + 1)
+    assert torch.equal(numbers, draw_uniforms(1, "text", decoding))
+    others = [draw_uniforms(2, "text", decoding), draw_uniforms(1, "texts", decoding)]
+    others.append(draw_uniforms(1, "text", Decoding(name="b", num_samples=3, max_new_tokens=5)))
     rows = [row for block in [numbers, *others] for row in block.flatten(1)]
     assert max(Counter(tuple(row.tolist()) for row in rows).values()) == 1
-    fewer = uniforms(1, "text", Decoding(name="a", num_samples=2, max_new_tokens=5))
+    fewer = draw_uniforms(1, "text", Decoding(name="a", num_samples=2, max_new_tokens=5))
     assert torch.equal(fewer, numbers[:2]), "more samples must begin with the same ones"
 
 
 def test_greedy_takes_the_best() -> None:
-    assert next_tokens(torch.tensor([[1.0, 3.0, 2.0]]), GREEDY, torch.zeros(1, TRIES + 1)).tolist() == [1]
+    assert next_tokens(torch.tensor([[1.0, 3.0, 2.0]]), GREEDY, torch.zeros(1, NUCLEUS_ATTEMPTS + 1)).tolist() == [1]

@@ -14,9 +14,9 @@ from cappy.errors import ConfigError, GeneratorError
 from cappy.records import Candidate, Instance, Manifest, read, write
 from cappy.sampling.accounts import cautions
 from cappy.sampling.endpoint import Endpoint
-from cappy.sampling.endpoint.answers import key_of
+from cappy.sampling.endpoint.answers import answer_key
 from cappy.sampling.endpoint.client import base_address, join_path, key_headers
-from cappy.sampling.endpoint.faults import PROBE, STREAK
+from cappy.sampling.endpoint.faults import PROBE, REFUSALS_PER_PROBE
 from cappy.sampling.generators import EndpointConfig
 from cappy.sampling.step import SamplingConfig, run
 from cappy.sampling.strategies import GREEDY, Decoding
@@ -33,12 +33,12 @@ TOO_LARGE = (
 def sample(
     script: Script, prompts: Sequence[str], decodings: Sequence[Decoding] = (PLAIN,), **terms: Any
 ) -> tuple[list[list[Candidate]], dict[str, int]]:
-    """The candidates of an endpoint with this script, and its tally."""
+    """The candidates of an endpoint with this script, and its take_counts."""
     with scripted(script) as url:
         made = EndpointConfig(**{"first_wait": 0.001, "max_retries": 2, **terms})
         endpoint = Endpoint(parse_spec(f"openai:m@{url}/v1"), made)
         try:
-            return endpoint.sample(prompts, decodings, seed=0), dict(endpoint.tally())
+            return endpoint.sample(prompts, decodings, seed=0), dict(endpoint.take_counts())
         finally:
             endpoint.close()
 
@@ -76,9 +76,9 @@ HALF: dict[str, Callable[[], dict[str, Any]]] = {
 def test_d1_a_response_that_its_server_gave_up_is_a_failed_attempt_and_asked_again(name: str, tmp_path: Path) -> None:
     answers = iter([HALF[name](), HALF[name](), saying("It is Paris.")])
     script = Script(lambda body: (200, next(answers)))
-    ((candidate,),), tally = sample(script, ["capital?"], folder=tmp_path)
+    ((candidate,),), take_counts = sample(script, ["capital?"], folder=tmp_path)
     assert (candidate.response, candidate.status) == ("It is Paris.", "ok")
-    assert (len(script.bodies), tally["errors"]) == (3, 2)
+    assert (len(script.bodies), take_counts["errors"]) == (3, 2)
     kept = [file.read_text() for file in tmp_path.glob("[0-9a-f][0-9a-f]/*.json")]
     assert len(kept) == 1
     assert 'It is Par"' not in kept[0]
@@ -119,9 +119,9 @@ def test_d1_an_instruction_whose_answer_always_breaks_off_fails_alone() -> None:
     def reply(body: dict[str, Any]) -> Reply:
         return 200, saying("half", "error") if "broken" in prompt_of(body) else saying("whole")
 
-    drawn, tally = sample(Script(reply), ["broken", *(f"p{n}" for n in range(30))], concurrency=2, max_retries=1)
+    drawn, take_counts = sample(Script(reply), ["broken", *(f"p{n}" for n in range(30))], concurrency=2, max_retries=1)
     assert [group[0].status for group in drawn] == ["failed", *["ok"] * 30]
-    assert [name for name in tally if "finish_reason: 'error'" in name]
+    assert [name for name in take_counts if "finish_reason: 'error'" in name]
     # Also where it is the last one, and nothing but a plain question is answered beside it.
     ((alone,),), _ = sample(Script(reply), ["broken"], max_retries=1)
     assert alone.status == "failed"
@@ -167,7 +167,7 @@ def test_d1_an_error_under_status_200_is_judged_by_the_code_that_it_states() -> 
 def test_d1_answers_that_an_older_version_kept_are_not_used() -> None:
     from cappy.config import fingerprint
 
-    assert key_of(url="u") != fingerprint("answer", {"url": "u"})
+    assert answer_key(url="u") != fingerprint("answer", {"url": "u"})
 
 
 def test_d1_tokens_of_a_response_that_was_given_up_count_towards_the_budget(tmp_path: Path) -> None:
@@ -235,9 +235,9 @@ def test_d2_a_run_ends_as_soon_as_its_share_of_failures_cannot_be_kept(tmp_path:
 
 def test_d2_many_refusals_in_a_row_and_of_a_plain_question_end_the_run_early(tmp_path: Path) -> None:
     script = Script(lambda body: (400, refusing(TOO_LARGE)))
-    with pytest.raises(GeneratorError, match=f"{STREAK} requests.*400 'max_tokens'"):
+    with pytest.raises(GeneratorError, match=f"{REFUSALS_PER_PROBE} requests.*400 'max_tokens'"):
         sample(script, [f"prompt {n}" for n in range(500)], concurrency=4)
-    assert STREAK < len(script.bodies) < 3 * STREAK
+    assert REFUSALS_PER_PROBE < len(script.bodies) < 3 * REFUSALS_PER_PROBE
     assert PROBE in map(prompt_of, script.bodies)
 
 
@@ -372,7 +372,7 @@ def test_d3_an_outage_of_the_filter_is_tried_again() -> None:
 
 def test_d3_a_key_that_is_taken_back_under_way_ends_the_run() -> None:
     script = Script(lambda body: (200, saying("whole")) if len(script.bodies) <= 5 else (403, refusing("revoked")))
-    with pytest.raises(GeneratorError, match=f"{STREAK} requests.*403 revoked.*OPENAI_API_KEY"):
+    with pytest.raises(GeneratorError, match=f"{REFUSALS_PER_PROBE} requests.*403 revoked.*OPENAI_API_KEY"):
         sample(script, [f"prompt {n}" for n in range(100)], concurrency=1)
 
 
@@ -424,8 +424,8 @@ def test_d4_greedy_is_never_drawn_without_its_temperature(tmp_path: Path) -> Non
 
     with raises_naming(GeneratorError, "temperature 0", "decoding greedy", "400 Unsupported value", "--strategy"):
         sample(Script(reply), ["one", "two"], [GREEDY])
-    _, tally = sample(Script(reply), ["one", "two"], [PLAIN])
-    assert not [name for name in tally if name.startswith("not_asked")]
+    _, take_counts = sample(Script(reply), ["one", "two"], [PLAIN])
+    assert not [name for name in take_counts if name.startswith("not_asked")]
 
 
 @pytest.mark.parametrize("knob", ["top_k", "min_p", "min_tokens"])
@@ -444,11 +444,11 @@ def test_d4_a_knob_beyond_openais_goes_only_where_it_is_off(knob: str) -> None:
 def test_d5_a_model_that_gives_no_logprobs_is_asked_without_them(status: int) -> None:
     words = "You are not allowed to request logprobs from this model" if status != 422 else "no log probabilities here"
     script = Script(lambda body: (status, refusing(words)) if body.get("logprobs") else (200, saying("whole")))
-    drawn, tally = sample(script, ["one", "two"], concurrency=1)
+    drawn, take_counts = sample(script, ["one", "two"], concurrency=1)
     assert [group[0].status for group in drawn] == ["ok", "ok"]
     assert [group[0].logprob_sum for group in drawn] == [None, None]
     assert len(script.bodies) == 3
-    assert [name.rpartition("/")[2] for name in tally if name.startswith("not_asked")] == ["logprobs"]
+    assert [name.rpartition("/")[2] for name in take_counts if name.startswith("not_asked")] == ["logprobs"]
 
 
 @pytest.mark.parametrize("api", ["chat", "completions"])
@@ -588,8 +588,8 @@ LATIN = json.dumps(saying("café"), ensure_ascii=False)
 )
 def test_d9_a_body_that_is_not_utf_8_is_read_in_the_charset_that_its_server_names(charset: str, codec: str) -> None:
     head = {"Content-Type": f"application/json; Charset={charset}"}
-    ((candidate,),), tally = sample(Script(lambda body: (200, LATIN.encode(codec), head)), ["one"])
-    assert (candidate.response, candidate.status, tally["errors"]) == ("café", "ok", 0)
+    ((candidate,),), take_counts = sample(Script(lambda body: (200, LATIN.encode(codec), head)), ["one"])
+    assert (candidate.response, candidate.status, take_counts["errors"]) == ("café", "ok", 0)
 
 
 @pytest.mark.parametrize(
@@ -599,8 +599,8 @@ def test_d9_a_body_that_is_not_utf_8_is_read_in_the_charset_that_its_server_name
 def test_d9_a_body_that_cannot_be_read_is_a_failed_attempt_and_no_other_text(kind: str) -> None:
     head = {"Content-Type": f"application/{kind}"}
     answers = iter([LATIN.encode("latin-1"), LATIN.encode()])
-    ((candidate,),), tally = sample(Script(lambda body: (200, next(answers), head)), ["one"])
-    assert (candidate.response, tally["errors"]) == ("café", 1)
+    ((candidate,),), take_counts = sample(Script(lambda body: (200, next(answers), head)), ["one"])
+    assert (candidate.response, take_counts["errors"]) == ("café", 1)
     with pytest.raises(GeneratorError, match="UTF-8.*charset") as caught:
         sample(Script(lambda body: (200, LATIN.encode("latin-1"), head)), ["one"])
     assert "\n" not in str(caught.value)

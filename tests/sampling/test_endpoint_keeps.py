@@ -24,7 +24,7 @@ from cappy.progress import FileProgress
 from cappy.records import Instance, read, read_manifest, write
 from cappy.sampling.endpoint import Endpoint
 from cappy.sampling.endpoint.faults import retry_after
-from cappy.sampling.endpoint.limits import REFRESH_SECONDS, Budget, Spent, StoppedError
+from cappy.sampling.endpoint.limits import REFRESH_SECONDS, Budget, Spending, StoppedError
 from cappy.sampling.generators import EndpointConfig
 from cappy.sampling.step import SamplingConfig, endpoint_config, run
 from cappy.sampling.strategies import GREEDY, Decoding
@@ -389,12 +389,12 @@ def test_ctrl_c_keeps_what_was_under_way(tmp_path: Path) -> None:
         endpoint.close()
 
 
-ONE = Spent(requests=1, input_tokens=2, output_tokens=3)
+ONE = Spending(requests=1, input_tokens=2, output_tokens=3)
 
 
 def spend(budget: Budget, times: int = 1) -> None:
     for _ in range(times):
-        with budget.hold(ONE, threading.Event()) as spent:
+        with budget.reserve(ONE, threading.Event()) as spent:
             spent.add(ONE)
 
 
@@ -423,7 +423,7 @@ def test_an_earlier_start_counts_and_another_run_does_not(tmp_path: Path) -> Non
 def test_whoever_finds_the_budget_used_up_ends_the_run() -> None:
     budget, stop = Budget("m", EndpointConfig(max_total_requests=1)), threading.Event()
     spend(budget)
-    with pytest.raises(GeneratorError, match="--max-total-requests"), budget.hold(ONE, stop):
+    with pytest.raises(GeneratorError, match="--max-total-requests"), budget.reserve(ONE, stop):
         pass
     assert stop.is_set()
 
@@ -433,11 +433,11 @@ def test_what_is_under_way_is_held_back_and_given_back_if_it_was_not_answered() 
     passed = threading.Event()
 
     def other() -> None:
-        with contextlib.suppress(StoppedError), budget.hold(ONE, stop):
+        with contextlib.suppress(StoppedError), budget.reserve(ONE, stop):
             passed.set()
 
     thread = threading.Thread(target=other, daemon=True)
-    with budget.hold(ONE, stop):
+    with budget.reserve(ONE, stop):
         thread.start()
         assert not passed.wait(0.3)
     thread.join(10)

@@ -10,7 +10,7 @@ from cappy.errors import ConfigError
 from cappy.progress import FileProgress, read_state
 from cappy.records import Instance, write
 from cappy.sampling.estimate import SECONDS_PER_REQUEST, TOKENS_PER_SECOND, describe, estimate
-from cappy.sampling.generators import tokens_of
+from cappy.sampling.generators import estimate_tokens
 from cappy.sampling.step import SamplingConfig, endpoint_config, run
 
 PROMPTS = [f"prompt {i}" for i in range(60)]
@@ -36,7 +36,7 @@ def test_an_estimate_is_what_a_run_takes_at_most(tmp_path: Path) -> None:
         assert model.asked == []
         run(config)
     assert (found.instances, found.candidates, found.requests, found.answered) == (60, 480, 480, 0)
-    assert found.input_tokens == 8 * sum(tokens_of(prompt) for prompt in PROMPTS) == 8 * (10 * 2 + 50 * 3)
+    assert found.input_tokens == 8 * sum(estimate_tokens(prompt) for prompt in PROMPTS) == 8 * (10 * 2 + 50 * 3)
     assert found.fewest_input_tokens == 3 * (10 * 2 + 50 * 3)
     assert found.output_tokens == 480 * 64
     assert found.cost == pytest.approx((found.input_tokens + 2 * found.output_tokens) / 1e6)

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from cappy.errors import GeneratorError
 from cappy.records import Candidate
 from cappy.sampling.endpoint import Endpoint
-from cappy.sampling.endpoint.answers import Answer, BadAnswerError, Cache, read_answers
+from cappy.sampling.endpoint.answers import Answer, AnswerCache, BadAnswerError, read_answers
 from cappy.sampling.endpoint.client import Connection, Deadlines
-from cappy.sampling.endpoint.faults import read_refusal, retry_after
-from cappy.sampling.generators import EndpointConfig, tokens_of
+from cappy.sampling.endpoint.faults import read_error_body, retry_after
+from cappy.sampling.generators import EndpointConfig, estimate_tokens
 from cappy.sampling.strategies import Decoding
 from cappy.specs import parse_spec
 from cappy.untrusted import MAX_DEPTH, read_json
@@ -88,11 +88,11 @@ def test_tokens_beyond_any_count_stop_no_run(foreign: Foreign, url: str, tmp_pat
 
 
 def test_a_server_that_says_it_used_a_lifetime_of_tokens_holds_the_next_up_for_minutes_at_most() -> None:
-    from cappy.sampling.endpoint.limits import LONGEST_CORRECTION, Pace
+    from cappy.sampling.endpoint.limits import MAX_CORRECTION_SECONDS, RateLimiter
 
-    pace = Pace(1)
+    pace = RateLimiter(1)
     pace.correct(2**53)
-    assert pace.turn(1) <= LONGEST_CORRECTION + 60
+    assert pace.reserve(1) <= MAX_CORRECTION_SECONDS + 60
 
 
 @pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 X\r\n", b"HTTP/1.1 200 X\r\n\r\n"])
@@ -118,10 +118,10 @@ def test_a_connection_that_is_in_time_is_left_alone() -> None:
         time.sleep(0.6)
         other.send(b"x")
         assert one.recv(1) == b"x"
-    assert not connection.late
+    assert not connection.timed_out
     with deadlines.within(0.1, connection):
         assert one.recv(1) == b""
-    assert connection.late
+    assert connection.timed_out
     deadlines.close()
     one.close()
     other.close()
@@ -148,7 +148,7 @@ def test_the_key_is_taken_out_before_a_text_is_cut(foreign: Foreign, url: str, m
             endpoint = Endpoint(parse_spec(f"openai:m@{url}"), EndpointConfig(max_retries=1, first_wait=0.001))
             try:
                 endpoint.sample(["say it"], [TWO], seed=1)
-                told = " ".join(endpoint.tally())
+                told = " ".join(endpoint.take_counts())
                 assert "400 " in told
             except GeneratorError as error:
                 told = str(error)
@@ -188,11 +188,11 @@ def test_json_is_refused_before_it_is_built() -> None:
 
 
 def test_a_refusal_is_read_in_every_shape_and_types_of_others_are_texts() -> None:
-    found = read_refusal(b'{"error": {"message": [1, "\\u001b[2Jx"], "type": {}, "param": 5, "code": null}}')
+    found = read_error_body(b'{"error": {"message": [1, "\\u001b[2Jx"], "type": {}, "param": 5, "code": null}}')
     assert (found.message, found.kind, found.param, found.code) == ("[1, '\\x1b[2Jx']", "{}", "5", "")
-    assert read_refusal(b'{"detail": "no"}').message == "no"
-    assert read_refusal(b"<b>\x1b[31mno\n</b>").message == "<b> [31mno </b>"
-    assert read_refusal(b'"no"').message == "no"
+    assert read_error_body(b'{"detail": "no"}').message == "no"
+    assert read_error_body(b"<b>\x1b[31mno\n</b>").message == "<b> [31mno </b>"
+    assert read_error_body(b'"no"').message == "no"
 
 
 HALF = "\ud83d"
@@ -219,7 +219,7 @@ def answers(text: str, count: int = 1) -> list[Answer]:
 def test_half_a_character_becomes_the_replacement_character_and_is_kept(tmp_path: Path, text: str) -> None:
     (answer,) = answers(text)
     assert answer.text == "cut �"
-    cache = Cache(tmp_path)
+    cache = AnswerCache(tmp_path)
     cache.put("abcd", answer)
     assert cache.get("abcd") == answer
     cache.close()
@@ -283,5 +283,5 @@ def test_answers_share_out_what_their_request_took() -> None:
     told = answers(body(*choices, usage={"prompt_tokens": 9, "completion_tokens": 11}), 3)
     assert [(one.requests, one.input_tokens, one.output_tokens) for one in told] == [(1, 9, 4), (0, 0, 4), (0, 0, 3)]
     guessed = answers(body(*choices, usage={"prompt_tokens": -1, "completion_tokens": "many"}), 3)
-    assert sum(one.input_tokens for one in guessed) == tokens_of("say it")
-    assert sum(one.output_tokens for one in guessed) == 3 * tokens_of("response 0")
+    assert sum(one.input_tokens for one in guessed) == estimate_tokens("say it")
+    assert sum(one.output_tokens for one in guessed) == 3 * estimate_tokens("response 0")

@@ -19,7 +19,7 @@ from cappy.sampling.accounts import HEARTBEAT_SECONDS, SamplingProgress
 from cappy.sampling.architectures import Causal, Seq2Seq
 from cappy.sampling.local import LocalLLM
 from cappy.sampling.step import SamplingConfig, run
-from cappy.sampling.strategies import GREEDY, strategy
+from cappy.sampling.strategies import GREEDY, parse_strategy
 
 
 class Records:
@@ -58,17 +58,17 @@ def test_a_local_llm_says_after_each_token_how_far_its_candidates_are(generator:
     """D8c: one batch, and no candidate may be complete for long."""
     heard: list[tuple[int, float]] = []
 
-    def on_drawn(candidates: int, /, *, begun: float = 0.0) -> None:
-        heard.append((candidates, begun))
+    def on_candidates(candidates: int, /, *, in_progress: float = 0.0) -> None:
+        heard.append((candidates, in_progress))
 
-    decodings = [replace(one, max_new_tokens=30) for one in strategy("greedy+beam2+sampling4")]
-    generator.sample(["where is the dog", "the cat"], decodings, seed=0, on_drawn=on_drawn)
+    decodings = [replace(one, max_new_tokens=30) for one in parse_strategy("greedy+beam2+sampling4")]
+    generator.sample(["where is the dog", "the cat"], decodings, seed=0, on_candidates=on_candidates)
     assert sum(candidates for candidates, _ in heard) == 12
     assert len(heard) >= 40
     work, complete = [], 0
-    for candidates, begun in heard:
+    for candidates, in_progress in heard:
         complete += candidates
-        work.append(complete + begun)
+        work.append(complete + in_progress)
     assert all(after >= before - 1e-9 for before, after in pairwise(work))
     assert work[-1] == 12.0
 
@@ -77,10 +77,10 @@ def test_the_time_left_is_known_before_an_instance_is_complete() -> None:
     progress = Records()
     told = made(progress)
     told(0, 440, unit="instances")
-    told.add_candidates(1, begun=0.5)
+    told.add_candidates(1, in_progress=0.5)
     assert progress.lines[-1].startswith("0 of 440 instances, 1 candidates (")
     assert progress.lines[-1].endswith(" left")
-    told.add_candidates(0, begun=39.0)
+    told.add_candidates(0, in_progress=39.0)
     # Ten instances' worth of work: the line says it as for whole ones, and the time left once.
     assert progress.lines[-1].startswith("10 of 440 instances")
     assert_names(progress.lines[-1], "1 instances/s", "7 min 10 s left", "1 candidates (")
@@ -94,7 +94,7 @@ def test_work_under_way_never_counts_beyond_the_total() -> None:
     progress = Records()
     told = made(progress)
     told(0, 3)
-    told.add_candidates(12, begun=9.0)
+    told.add_candidates(12, in_progress=9.0)
     assert progress.dones == [0, 3]
 
 
@@ -175,7 +175,7 @@ def test_a_batch_on_a_cpu_is_bounded_by_the_work_that_it_is(
     monkeypatch.setattr(generator, "device", torch.device("cpu"))
     assert generator._batch_tokens() == generator.BATCH_TOKENS, "a small LLM has whole batches"
     prompts = ["where is the dog", "the cat", "one", "two"]
-    decodings = strategy("greedy+sampling2")
+    decodings = parse_strategy("greedy+sampling2")
     whole = generator.respond(prompts, decodings, seed=0)
     calls: list[int] = []
     encode = generator._encode
@@ -185,7 +185,7 @@ def test_a_batch_on_a_cpu_is_bounded_by_the_work_that_it_is(
         return encode(rows)
 
     monkeypatch.setattr(generator, "_encode", counted)
-    monkeypatch.setattr(local, "CPU_WORK", 1)
+    monkeypatch.setattr(local, "MAX_CPU_WORK", 1)
     alone = generator.respond(prompts, decodings, seed=0)
     assert calls == [1, 1, 1, 1]
     assert [[[one.tokens for one in own] for own in drawn] for drawn in alone] == [

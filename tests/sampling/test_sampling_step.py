@@ -33,10 +33,10 @@ class Echo:
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        on_drawn: Callable[[int], None] = ignore_progress,
+        on_candidates: Callable[[int], None] = ignore_progress,
     ) -> list[list[Candidate]]:
         self.asked += instructions
-        on_drawn(len(instructions) * sum(decoding.num_samples for decoding in decodings))
+        on_candidates(len(instructions) * sum(decoding.num_samples for decoding in decodings))
         return [
             [
                 Candidate(response=f"{text} {decoding.name} {seed} {n}", generator=self.name)
@@ -46,7 +46,7 @@ class Echo:
             for text in instructions
         ]
 
-    def tally(self) -> Mapping[str, int]:
+    def take_counts(self) -> Mapping[str, int]:
         return {}
 
     def close(self) -> None:

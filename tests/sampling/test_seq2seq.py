@@ -17,7 +17,7 @@ from cappy.errors import ConfigError, FolderError
 from cappy.model_folder import open_model_folder
 from cappy.sampling import load_generator
 from cappy.sampling.architectures import Seq2Seq
-from cappy.sampling.local import batches
+from cappy.sampling.local import batch_by_length
 from cappy.sampling.strategies import BEAM4, GREEDY, STRATEGIES, Decoding
 
 PROMPTS = ["the cat sat on the mat", "where is the dog", "one two three"]
@@ -182,14 +182,14 @@ def test_an_instruction_that_loses_its_end_is_counted_once(llm_folder: Path) -> 
     generator = Seq2Seq("tiny", open_model_folder(llm_folder))
     long = "where is the dog " * 300
     generator.sample([long, "who"], [GREEDY, SAMPLING], seed=0)
-    assert generator.tally() == {"cut": 1}
+    assert generator.take_counts() == {"cut": 1}
     generator.likelihoods([(long, "yes"), (long, "no"), ("who", "no")])
-    assert generator.tally() == {"cut": 1}
+    assert generator.take_counts() == {"cut": 1}
 
 
 def test_batches_hold_their_budget_and_every_place_once() -> None:
     lengths = [5, 900, 17, 3, 3, 64, 40]
-    made = list(batches(lengths, reserved=10, budget=200))
+    made = list(batch_by_length(lengths, reserved=10, budget=200))
     assert sorted(place for batch in made for place in batch) == list(range(7))
     assert all(len(batch) == 1 or len(batch) * (max(lengths[i] for i in batch) + 10) <= 200 for batch in made)
 

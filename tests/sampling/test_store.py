@@ -21,11 +21,11 @@ from cappy.model_folder import open_model_folder
 from cappy.records import Candidate, Instance, read, write
 from cappy.sampling import step
 from cappy.sampling.architectures import Seq2Seq
-from cappy.sampling.generators import LocalGenerator, OnDrawn, Samples
+from cappy.sampling.generators import LocalGenerator, OnCandidates, SampleRange
 from cappy.sampling.local import LocalLLM
 from cappy.sampling.step import SamplingConfig, run
-from cappy.sampling.store import CandidateStore, Entry, Origin, entries, question_key, remove
-from cappy.sampling.strategies import GREEDY, Decoding, strategy
+from cappy.sampling.store import CandidateStore, Origin, StoreEntry, list_entries, remove_entry, sample_key
+from cappy.sampling.strategies import GREEDY, Decoding, parse_strategy
 
 ORIGIN = Origin(generator="fake", revision="1", version=1)
 
@@ -43,17 +43,17 @@ class Counting(LocalGenerator):
         return [list(f"{self.system} {instruction}".encode()) for instruction in instructions]
 
     @staticmethod
-    def _grows(decoding: Decoding) -> bool:
+    def _is_extendable(decoding: Decoding) -> bool:
         return decoding.do_sample
 
     def _draw(
         self,
         instructions: Sequence[str],
         prompts: Sequence[Sequence[int]],
-        wanted: Sequence[Samples],
+        wanted: Sequence[SampleRange],
         *,
         seed: int,
-        on_drawn: OnDrawn,
+        on_candidates: OnCandidates,
     ) -> Iterator[dict[int, list[list[Candidate]]]]:
         for start in range(0, len(prompts), 4):
             if self._dies_after and len(self.drawn) >= self._dies_after:
@@ -61,10 +61,10 @@ class Counting(LocalGenerator):
             batch: dict[int, list[list[Candidate]]] = {}
             for place in range(start, min(start + 4, len(prompts))):
                 batch[place] = [self._samples(instructions[place], one, seed) for one in wanted]
-            on_drawn(sum(len(drawn) for own in batch.values() for drawn in own))
+            on_candidates(sum(len(drawn) for own in batch.values() for drawn in own))
             yield batch
 
-    def _samples(self, instruction: str, wanted: Samples, seed: int) -> list[Candidate]:
+    def _samples(self, instruction: str, wanted: SampleRange, seed: int) -> list[Candidate]:
         name = wanted.decoding.name
         numbers = range(wanted.first, wanted.first + wanted.decoding.num_samples)
         self.drawn += [(instruction, name, number) for number in numbers]
@@ -103,7 +103,7 @@ def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sample:
         generator = generator or Counting()
 
         def load(spec: str, terms: object, *, work: Path) -> Counting:
-            generator.keep_in(work)
+            generator.use_store(work)
             return generator
 
         monkeypatch.setattr(step, "load_generator", load)
@@ -201,7 +201,7 @@ def test_every_knob_is_part_of_the_key_and_the_generators_position_is_not(tmp_pa
         {"min_new_tokens": 2}, {"do_sample": False, "top_p": 1.0},
     ]  # fmt: skip
     generator = Counting()
-    generator.keep_in(tmp_path)
+    generator.use_store(tmp_path)
     generator.sample(["one"], [plain], seed=0)
     for changed in ({}, {"generator": 1}, *knobs):
         before = len(generator.drawn)
@@ -213,10 +213,10 @@ def test_every_knob_is_part_of_the_key_and_the_generators_position_is_not(tmp_pa
 def test_equal_instructions_are_drawn_for_once_and_all_are_counted(tmp_path: Path) -> None:
     generator, counts = Counting(), []
 
-    def count(drawn: int, /, *, begun: float = 0.0) -> None:
+    def count(drawn: int, /, *, in_progress: float = 0.0) -> None:
         counts.append(drawn)
 
-    one, two, other = generator.sample(["a", "a", "b"], [replace(GREEDY, name="g")], seed=0, on_drawn=count)
+    one, two, other = generator.sample(["a", "a", "b"], [replace(GREEDY, name="g")], seed=0, on_candidates=count)
     assert one == two != other
     assert len(generator.drawn) == 2
     assert sum(counts) == 3
@@ -227,7 +227,7 @@ import sys
 from pathlib import Path
 from test_store import Counting
 generator = Counting(dies_after=int(sys.argv[2]))
-generator.keep_in(Path(sys.argv[1]))
+generator.use_store(Path(sys.argv[1]))
 from cappy.sampling.strategies import GREEDY
 generator.sample([f"say {n}" for n in range(int(sys.argv[3]), int(sys.argv[4]))], [GREEDY], seed=0)
 """
@@ -243,7 +243,7 @@ def start(work: Path, dies_after: int, first: int, last: int) -> "subprocess.Pop
 def test_after_kill_9_within_a_part_only_what_was_under_way_is_drawn_again(tmp_path: Path) -> None:
     assert start(tmp_path, 20, 0, 60).wait(120) == -signal.SIGKILL
     generator = Counting()
-    generator.keep_in(tmp_path)
+    generator.use_store(tmp_path)
     texts = [f"say {n}" for n in range(60)]
     after = generator.sample(texts, [GREEDY], seed=0)
     assert [text for text, _, _ in generator.drawn] == texts[20:]
@@ -255,7 +255,7 @@ def test_processes_that_draw_at_once_lose_nothing_of_each_other(tmp_path: Path) 
     processes = [start(tmp_path, 0, first, first + 60) for first in (0, 40, 80)]
     assert [process.wait(120) for process in processes] == [0, 0, 0]
     generator = Counting()
-    generator.keep_in(tmp_path)
+    generator.use_store(tmp_path)
     generator.sample([f"say {n}" for n in range(140)], [GREEDY], seed=0)
     assert generator.drawn == []
     generator.close()
@@ -264,7 +264,7 @@ def test_processes_that_draw_at_once_lose_nothing_of_each_other(tmp_path: Path) 
 def test_what_another_process_keeps_is_seen_while_this_one_runs(tmp_path: Path) -> None:
     mine, other = Counting(), Counting()
     for one in (mine, other):
-        one.keep_in(tmp_path)
+        one.use_store(tmp_path)
     mine.sample(["a", "b"], [GREEDY], seed=0)
     assert other.sample(["b", "c"], [GREEDY], seed=0) == Counting().sample(["b", "c"], [GREEDY], seed=0)
     assert [text for text, _, _ in other.drawn] == ["c"]
@@ -275,7 +275,7 @@ def test_what_another_process_keeps_is_seen_while_this_one_runs(tmp_path: Path) 
 
 
 def key(number: int) -> str:
-    return question_key(number=number)
+    return sample_key(number=number)
 
 
 def drawn(number: int, count: int = 2) -> list[Candidate]:
@@ -355,7 +355,7 @@ def test_after_a_write_that_was_broken_off_what_is_kept_next_is_found(
 
 
 def test_keys_that_share_a_place_in_the_index_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cappy.sampling.store._number", lambda key: 7)
+    monkeypatch.setattr("cappy.sampling.store._key_number", lambda key: 7)
     with CandidateStore(tmp_path, ORIGIN) as store:
         store.put({key(number): drawn(number) for number in range(5)})
         store.put({key(6): drawn(6)})
@@ -371,19 +371,19 @@ def test_what_is_kept_is_for_its_owner_alone(tmp_path: Path) -> None:
 
 
 def test_entries_are_listed_with_size_and_last_use_and_are_removed_unless_in_use(tmp_path: Path) -> None:
-    assert entries(tmp_path) == []
+    assert list_entries(tmp_path) == []
     before = time.time() - 1
     with CandidateStore(tmp_path, ORIGIN) as store:
         store.put({key(1): drawn(1), key(2): drawn(2)})
-        (one,) = entries(tmp_path)
+        (one,) = list_entries(tmp_path)
         assert (one.kind, one.generator, one.revision, one.version, one.sets) == ("candidates", "fake", "1", 1, 2)
         assert one.size_bytes == sum(path.stat().st_size for path in one.path.glob("*.jsonl"))
         assert one.last_used >= before
         with raises_naming(FolderError, str(one.path)):
-            remove(one)
+            remove_entry(one)
         assert store.get([key(1)])
-    remove(one)
-    assert entries(tmp_path) == []
+    remove_entry(one)
+    assert list_entries(tmp_path) == []
     with CandidateStore(tmp_path, ORIGIN) as store:
         assert store.get([key(1)]) == {}
         store.put({key(1): drawn(1)})
@@ -395,22 +395,22 @@ def test_a_use_is_noted_though_nothing_is_drawn(tmp_path: Path) -> None:
         store.put({key(1): drawn(1)})
     for path in tmp_path.rglob("*"):
         os.utime(path, (1e9, 1e9))
-    assert [one.last_used for one in entries(tmp_path)] == [1e9]
+    assert [one.last_used for one in list_entries(tmp_path)] == [1e9]
     CandidateStore(tmp_path, ORIGIN).close()
-    assert [one.last_used > 1e9 for one in entries(tmp_path)] == [True]
+    assert [one.last_used > 1e9 for one in list_entries(tmp_path)] == [True]
 
 
 def test_a_real_llm_draws_nothing_twice_and_its_likelihoods_come_back_to_the_last_bit(
     tmp_path: Path, llm_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    inner = LocalLLM._respond_together
+    inner = LocalLLM._respond_batch
 
     def counted(self: LocalLLM, instructions: Sequence[str], *rest: object) -> object:
         calls.append(len(instructions))
         return inner(self, instructions, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(LocalLLM, "_respond_together", counted)
+    monkeypatch.setattr(LocalLLM, "_respond_batch", counted)
     instances(tmp_path / "in", 7)
 
     def drawn_by(**values: object) -> list[Instance]:
@@ -436,10 +436,10 @@ def test_samples_that_are_drawn_later_are_those_that_would_have_been_drawn_at_on
 ) -> None:
     texts = ["where is the dog", "who"]
     generator = Seq2Seq("tiny", open_model_folder(llm_folder))
-    at_once = generator.sample(texts, strategy("greedy+sampling5"), seed=0)
-    generator.keep_in(tmp_path)
-    generator.sample(texts, strategy("sampling2"), seed=0)
-    later = generator.sample(texts, strategy("greedy+sampling5"), seed=0)
+    at_once = generator.sample(texts, parse_strategy("greedy+sampling5"), seed=0)
+    generator.use_store(tmp_path)
+    generator.sample(texts, parse_strategy("sampling2"), seed=0)
+    later = generator.sample(texts, parse_strategy("greedy+sampling5"), seed=0)
     generator.close()
     assert [[one.response for one in own] for own in later] == [[one.response for one in own] for own in at_once]
     for one, other in zip(chain(*later), chain(*at_once), strict=True):
@@ -463,16 +463,16 @@ def test_an_endpoint_is_asked_for_what_is_new_alone(tmp_path: Path) -> None:
         assert paid(url, strategy="greedy+sampling4+topp0.9x2") == 24
         assert paid(url, strategy="greedy+temperature0.7x4") == 48
         assert paid(f"{url}/other") == 60
-    (answers,) = entries(tmp_path / "work")
+    (answers,) = list_entries(tmp_path / "work")
     assert (answers.kind, answers.sets) == ("answers", 60 + 24 + 48 + 60)
     spent = sorted((tmp_path / "work/answers/spent").rglob("*.txt"))
-    remove(answers)
-    assert entries(tmp_path / "work") == []
+    remove_entry(answers)
+    assert list_entries(tmp_path / "work") == []
     assert sorted((tmp_path / "work/answers/spent").rglob("*.txt")) == spent
 
 
 def test_an_entry_says_what_it_is_in_its_folder(tmp_path: Path) -> None:
     CandidateStore(tmp_path, ORIGIN).close()
-    (entry,) = entries(tmp_path)
-    assert isinstance(entry, Entry)
+    (entry,) = list_entries(tmp_path)
+    assert isinstance(entry, StoreEntry)
     assert json.loads((entry.path / "origin.json").read_text()) == {"generator": "fake", "revision": "1", "version": 1}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cappy.errors import ConfigError
-from cappy.sampling.strategies import BEAM4, GREEDY, STRATEGIES, Decoding, strategy
+from cappy.sampling.strategies import BEAM4, GREEDY, STRATEGIES, Decoding, parse_strategy
 
 
 @pytest.mark.parametrize(
@@ -26,11 +26,11 @@ from cappy.sampling.strategies import BEAM4, GREEDY, STRATEGIES, Decoding, strat
     ],
 )  # fmt: skip
 def test_the_grammar_means_what_it_says(text: str, expected: list[Decoding]) -> None:
-    assert list(strategy(text)) == expected
+    assert list(parse_strategy(text)) == expected
 
 
 def test_paper17_can_be_written_in_the_grammar() -> None:
-    assert strategy("beam4+sampling4+temperature0.9x4+topk40x4+topp0.95x4") == STRATEGIES["paper17"]
+    assert parse_strategy("beam4+sampling4+temperature0.9x4+topk40x4+topp0.95x4") == STRATEGIES["paper17"]
 
 
 def test_the_leaky_scheme_differs_by_top_k_50_where_none_was_named_and_by_its_lengths() -> None:
@@ -65,7 +65,7 @@ def test_the_pretraining_scheme_is_five_samples_of_each_of_two_generators() -> N
 )
 def test_what_no_strategy_is_stands_in_one_line(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as error:
-        strategy(text)
+        parse_strategy(text)
     assert "\n" not in str(error.value)
 
 
@@ -76,7 +76,7 @@ def test_a_file_of_decodings_may_be_yaml_or_json(tmp_path: Path) -> None:
     )
     (tmp_path / "s.json").write_text(json.dumps(["greedy", knobs]))
     expected = (GREEDY, Decoding(name="warm", num_samples=3, temperature=2, min_p=0.1, max_new_tokens=9))
-    assert strategy(str(tmp_path / "s.yaml")) == strategy(str(tmp_path / "s.json")) == expected
+    assert parse_strategy(str(tmp_path / "s.yaml")) == parse_strategy(str(tmp_path / "s.json")) == expected
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,6 @@ def test_a_wrong_file_names_itself_the_entry_the_knob_and_the_value(tmp_path: Pa
     path = tmp_path / "s.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=said) as error:
-        strategy(str(path))
+        parse_strategy(str(path))
     assert str(error.value).startswith(str(path))
     assert "\n" not in str(error.value)

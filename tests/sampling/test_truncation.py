@@ -19,10 +19,10 @@ from cappy.model_folder import open_model_folder
 from cappy.records import Candidate, Instance, Manifest, read, write
 from cappy.sampling.architectures import Causal, Seq2Seq
 from cappy.sampling.drawing import Response, end_tokens
-from cappy.sampling.generators import status_of
+from cappy.sampling.generators import response_status
 from cappy.sampling.local import LocalLLM
 from cappy.sampling.step import SamplingConfig, run
-from cappy.sampling.strategies import GREEDY, strategy
+from cappy.sampling.strategies import GREEDY, parse_strategy
 from cappy.sampling.vllm_generator import VLLM
 
 PROMPTS = ["the cat sat on the mat", "where is the dog", "one two three"]
@@ -39,7 +39,7 @@ def generator(request: pytest.FixtureRequest, causal_folder: Path, llm_folder: P
 @pytest.mark.parametrize("limit", [1, 5, 40])
 def test_a_response_is_truncated_exactly_where_no_end_token_came(generator: LocalLLM, limit: int) -> None:
     """D8b: also by beams, and in a batch whose rows end at different lengths."""
-    decodings = [replace(one, max_new_tokens=limit) for one in strategy("greedy+beam2+sampling8")]
+    decodings = [replace(one, max_new_tokens=limit) for one in parse_strategy("greedy+beam2+sampling8")]
     responses = [one for drawn in generator.respond(PROMPTS, decodings, seed=3) for own in drawn for one in own]
     candidates = [one for drawn in generator.sample(PROMPTS, decodings, seed=3) for one in drawn]
     for response, candidate in zip(responses, candidates, strict=True):
@@ -71,7 +71,7 @@ def test_any_of_several_end_tokens_ends_a_response(causal_folder: Path, tmp_path
     generator = Causal("turns", open_model_folder(folder))
     word = generator.tokenizer("cat", add_special_tokens=False).input_ids
     assert generator._candidate(Response((*word, turn), -1.0), GREEDY, seed=0).status == "ok"
-    assert generator._cut_at_end(torch.tensor([[*word, turn, 7, END]])) == [(*word, turn)]
+    assert generator._truncate_at_end(torch.tensor([[*word, turn, 7, END]])) == [(*word, turn)]
 
 
 @pytest.mark.parametrize("values", ["[]", "{}", '{"eos_token_id": null}', '{"eos_token_id": [true, -1, "x", 2.5]}'])
@@ -91,7 +91,7 @@ def test_vllm_says_why_a_response_ended(reason: str | None, status: str) -> None
 
 
 def test_a_blank_response_is_empty_whether_it_ended_or_not() -> None:
-    assert status_of("", ended=False) == status_of("", ended=True) == "empty"
+    assert response_status("", complete=False) == response_status("", complete=True) == "empty"
 
 
 def test_sampling_counts_cut_responses_and_ends_with_the_remedy(tmp_path: Path, causal_folder: Path) -> None:

@@ -14,7 +14,7 @@ from cappy.errors import ConfigError
 from cappy.model_folder import open_model_folder
 from cappy.sampling import load_generator
 from cappy.sampling.step import SamplingConfig
-from cappy.sampling.strategies import BEAM4, GREEDY, Decoding, strategy
+from cappy.sampling.strategies import BEAM4, GREEDY, Decoding, parse_strategy
 from cappy.sampling.vllm_generator import VLLM
 from cappy.specs import parse_spec
 
@@ -70,7 +70,7 @@ def test_every_knob_is_stated_and_candidates_come_back_in_order(folder: Path) ->
     assert made["trust_remote_code"] is False
     assert made["load_format"] == "safetensors"
     assert made["generation_config"] == "vllm"
-    decodings = strategy("greedy+temperature0.7-topp0.9x2+topk40-minp0.1x3")
+    decodings = parse_strategy("greedy+temperature0.7-topp0.9x2+topk40-minp0.1x3")
     drawn = generator.sample(["who", "where is the dog"], decodings, seed=4)
     names = ["greedy", *["temperature0.7-topp0.9"] * 2, *["topk40-minp0.1"] * 3]
     assert [[one.decoding for one in own] for own in drawn] == [names, names]
@@ -85,7 +85,7 @@ def test_every_knob_is_stated_and_candidates_come_back_in_order(folder: Path) ->
 
 def test_a_seed_belongs_to_its_instruction_and_decoding(folder: Path) -> None:
     generator = VLLM("tiny", open_model_folder(folder))
-    decodings = strategy("sampling2+topk4")
+    decodings = parse_strategy("sampling2+topk4")
     generator.sample(["who", "where", "a"], decodings, seed=4)
     seeds = [own.seed for _, own in LLM.asked]
     assert len(set(seeds)) == 6
@@ -107,7 +107,7 @@ def test_likelihoods_come_from_the_prompts_own_tokens(folder: Path) -> None:
 def test_a_long_instruction_is_cut_and_counted(folder: Path) -> None:
     generator = VLLM("tiny", open_model_folder(folder))
     generator.sample(["where is the dog " * 60, "who"], [GREEDY], seed=0)
-    assert generator.tally() == {"cut": 1}
+    assert generator.take_counts() == {"cut": 1}
     assert len(LLM.asked[0][0]) <= 128 - 64
 
 

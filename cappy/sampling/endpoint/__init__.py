@@ -1,4 +1,4 @@
-"""An LLM behind an OpenAI-compatible endpoint as a generator: many requests at once, each answer kept as it comes."""
+"""Generator for OpenAI-compatible endpoints: concurrent requests, and a cache of every answer."""
 
 import hashlib
 import queue
@@ -17,192 +17,196 @@ from cappy.redaction import truncate
 from cappy.sampling.accounts import unanswered_counts
 from cappy.sampling.endpoint.answers import (
     Answer,
+    AnswerCache,
     BadAnswerError,
-    Cache,
-    Question,
-    beyond,
+    GenerationRequest,
+    answer_key,
+    extra_parameters,
     failed_answers,
-    key_of,
     read_answers,
 )
-from cappy.sampling.endpoint.client import NO_KEY, Client, Clients, LateError, base_address, refuse_secrets
+from cappy.sampling.endpoint.client import NO_KEY, Client, Clients, DeadlineExceededError, base_address, refuse_secrets
 from cappy.sampling.endpoint.faults import (
     PROBE,
     Capabilities,
     Fault,
     NeededParameterError,
-    RefusalCounts,
+    RefusalCounter,
     backoff,
-    judge,
+    classify_error,
 )
-from cappy.sampling.endpoint.limits import Budget, Meter, Pace, Spent, StoppedError, answer_bytes, pause
-from cappy.sampling.generators import EndpointConfig, Usage, ignore_progress, tokens_of
+from cappy.sampling.endpoint.limits import Budget, RateLimiter, Spending, StoppedError, UsageMeter, answer_bytes, pause
+from cappy.sampling.generators import EndpointConfig, Usage, estimate_tokens, ignore_progress
 from cappy.sampling.strategies import Decoding
 from cappy.specs import Spec
 from cappy.untrusted import to_utf8
 
-_SHOWN = 200
+_MAX_REASON_CHARACTERS = 200
 
 
-class Asker:
-    """Sends questions for a model, within its config; safe for any number of threads."""
+class RequestSender:
+    """Sends generation requests within the limits of the config, with retries; thread-safe."""
 
     def __init__(self, name: str, model: str, clients: Clients, config: EndpointConfig) -> None:
         self.name = name
         self.capabilities = Capabilities()
-        self.standing = RefusalCounts()
+        self.refusals = RefusalCounter()
         self.budget = Budget(name, config)
-        self.meter = Meter(config)
+        self.meter = UsageMeter(config)
         self._model = model
         self._clients = clients
         self._config = config
-        self._requests = Pace(config.requests_per_minute)
-        self._tokens = Pace(config.tokens_per_minute)
+        self._requests = RateLimiter(config.requests_per_minute)
+        self._tokens = RateLimiter(config.tokens_per_minute)
 
-    def ask(self, question: Question, numbers: list[int], stop: threading.Event) -> list[Answer]:
-        """Answers for the first of these samples, at least one; for all of them where the model takes `n`.
+    def send(self, request: GenerationRequest, numbers: list[int], stop: threading.Event) -> list[Answer]:
+        """Answers for the first of these samples, at least one; for all of them if the model supports `n`.
 
-        GeneratorError, one line, where asking on is of no use or the budget is used up; `stop` is set then, and
-        StoppedError raised in those who were still to ask.
+        Raises GeneratorError if the run cannot continue or the budget is used up. It sets `stop` then, and the other
+        threads raise StoppedError.
         """
-        attempt, began = 0, time.monotonic()
+        attempt, started = 0, time.monotonic()
         while True:
-            answers, fault = self._try(question, numbers, stop)
+            answers, fault = self._attempt(request, numbers, stop)
             if fault is None:
-                self.standing.note_answer()
+                self.refusals.note_answer()
                 return answers
-            if fault.kind == "without":
-                self.capabilities.refuse(*fault.parameters, words=fault.reason, sent=fault.sent)
+            if fault.kind == "drop":
+                self.capabilities.mark_unsupported(*fault.parameters, message=fault.reason, sent=fault.sent)
                 continue
-            if fault.kind == "unanswered" or (fault.unless_answered and self.standing.has_answered):
-                return self._fail_question(question, numbers, fault, stop)
+            if fault.kind == "fail" or (fault.only_if_unanswered and self.refusals.has_answered):
+                return self._fail_or_abort(request, numbers, fault, stop)
             attempt += 1
             self.meter.add(errors=1)
-            if fault.kind == "end":
-                raise self._end(fault, attempt, stop)
+            if fault.kind == "abort":
+                raise self._abort_error(fault, attempt, stop)
             if attempt > self._config.max_retries:
-                # Where others are answered meanwhile it is this instruction that is not.
-                if self.standing.has_answered_since(began) or self._ask_plainly(question, stop) is None:
-                    return self._fail_question(question, numbers, fault, stop)
-                raise self._end(fault, attempt, stop)
+                # If other requests were answered meanwhile, the problem is this instruction.
+                if self.refusals.has_answered_since(started) or self._send_probe(request, stop) is None:
+                    return self._fail_or_abort(request, numbers, fault, stop)
+                raise self._abort_error(fault, attempt, stop)
             wait = backoff(attempt, self._config.first_wait)
-            # Never earlier than it asks for, and not all at once.
+            # Not before the server's Retry-After, plus some jitter.
             pause(wait if fault.wait is None else fault.wait + min(wait, 1.0) / 4, stop)
 
-    def _fail_question(
-        self, question: Question, numbers: list[int], fault: Fault, stop: threading.Event
+    def _fail_or_abort(
+        self, request: GenerationRequest, numbers: list[int], fault: Fault, stop: threading.Event
     ) -> list[Answer]:
-        """Failed answers for a refused question; GeneratorError where a plain question is refused as well."""
-        in_a_row = self.standing.note_refusal(of_one=fault.of_one)
-        if in_a_row and not self._config.all_may_fail:
-            refusal = self._ask_plainly(question, stop)
-            if refusal is not None and refusal.kind in ("unanswered", "end"):
-                many = f"{in_a_row} requests in a row were refused: " if in_a_row > 1 else ""
-                raise self._end(replace(fault, reason=f"{many}{fault.reason}"), 1, stop)
-        return failed_answers(fault.status, len(numbers), truncate(fault.reason, _SHOWN, self._clients.key))
+        """Failed answers for a refused request; GeneratorError if a probe is refused as well."""
+        num_refusals = self.refusals.note_refusal(instruction_only=fault.instruction_only)
+        if num_refusals and not self._config.all_may_fail:
+            probe_fault = self._send_probe(request, stop)
+            if probe_fault is not None and probe_fault.kind in ("fail", "abort"):
+                streak_text = f"{num_refusals} requests in a row were refused: " if num_refusals > 1 else ""
+                raise self._abort_error(replace(fault, reason=f"{streak_text}{fault.reason}"), 1, stop)
+        return failed_answers(
+            fault.status, len(numbers), truncate(fault.reason, _MAX_REASON_CHARACTERS, self._clients.key)
+        )
 
-    def _ask_plainly(self, question: Question, stop: threading.Event) -> Fault | None:
-        """What is wrong with a plain question under the same decoding; None where it is answered."""
-        _, fault = self._try(replace(question, instruction=PROBE), [0], stop)
+    def _send_probe(self, request: GenerationRequest, stop: threading.Event) -> Fault | None:
+        """Sends a harmless instruction with the same decoding; returns its fault, or None if it is answered."""
+        _, fault = self._attempt(replace(request, instruction=PROBE), [0], stop)
         if fault is None:
-            self.standing.note_answer()
+            self.refusals.note_answer()
         return fault
 
-    def _try(self, question: Question, numbers: list[int], stop: threading.Event) -> tuple[list[Answer], Fault | None]:
-        most = Spent(
+    def _attempt(
+        self, request: GenerationRequest, numbers: list[int], stop: threading.Event
+    ) -> tuple[list[Answer], Fault | None]:
+        reservation = Spending(
             requests=1,
-            input_tokens=tokens_of(question.instruction),
-            output_tokens=self._count(numbers) * question.decoding.max_new_tokens,
+            input_tokens=estimate_tokens(request.instruction),
+            output_tokens=self._num_choices(numbers) * request.decoding.max_new_tokens,
         )
-        asked = most.input_tokens + most.output_tokens
-        wanted = question.body(self._model, self._config, count=len(numbers), number=numbers[0])
+        reserved_tokens = reservation.input_tokens + reservation.output_tokens
+        full_body = request.body(self._model, self._config, count=len(numbers), number=numbers[0])
         sent: dict[str, object] = {}
         headers: Mapping[str, str] = {}
         fault: Fault | None = None
         answers: list[Answer] = []
-        with self.budget.hold(most, stop) as spent:
-            pause(max(self._requests.turn(1), self._tokens.turn(asked)), stop)
+        with self.budget.reserve(reservation, stop) as spent:
+            pause(max(self._requests.reserve(1), self._tokens.reserve(reserved_tokens)), stop)
             with self._clients.client(stop) as client:
-                # What others learned in the meantime need not be refused again.
-                count = self._count(numbers)
+                # Other threads may have learned of unsupported parameters meanwhile.
+                count = self._num_choices(numbers)
                 try:
-                    sent, left_out = self.capabilities.trim(wanted)
-                    body, headers = self._send(client, sent, question, count)
-                except (openai.OpenAIError, LateError) as error:
-                    fault = judge(error, sent)
+                    sent, left_out = self.capabilities.trim(full_body)
+                    body, headers = self._send(client, sent, request, count)
+                except (openai.OpenAIError, DeadlineExceededError) as error:
+                    fault = classify_error(error, sent)
                 except NeededParameterError as error:
-                    fault = self._needed_parameter_fault(question, error)
+                    fault = self._needed_parameter_fault(request, error)
                 if fault is not None:
-                    if fault.kind == "end" and not (fault.unless_answered and self.standing.has_answered):
-                        # While the client is still held, so that nobody asks in vain after this.
+                    if fault.kind == "abort" and not (fault.only_if_unanswered and self.refusals.has_answered):
+                        # Before the client is released, so that no other thread sends with it.
                         stop.set()
                     return [], fault
-            seed = question.seed + numbers[0] if "seed" in sent else None
+            seed = request.seed + numbers[0] if "seed" in sent else None
             try:
-                answers, choices = read_answers(body, question.instruction, count=count, seed=seed, left_out=left_out)
+                answers, choices = read_answers(body, request.instruction, count=count, seed=seed, left_out=left_out)
                 for answer in answers:
-                    spent.add(Spent(answer.requests, answer.input_tokens, answer.output_tokens))
+                    spent.add(Spending(answer.requests, answer.input_tokens, answer.output_tokens))
             except BadAnswerError as error:
-                fault = judge(error, sent, headers)
+                fault = classify_error(error, sent, headers)
                 if error.usage is not None:
-                    # The server has worked for it, so it may be on the bill.
-                    spent.add(Spent(1, *error.usage))
+                    # The server generated tokens, so they may be billed.
+                    spent.add(Spending(1, *error.usage))
         if fault is None and choices < count:
-            self.capabilities.refuse("n")
+            self.capabilities.mark_unsupported("n")
         if spent.requests:
-            self._tokens.correct(spent.input_tokens + spent.output_tokens - asked)
+            self._tokens.correct(spent.input_tokens + spent.output_tokens - reserved_tokens)
             self.meter.add(requests=1, input_tokens=spent.input_tokens, output_tokens=spent.output_tokens)
         return answers, fault
 
-    def _needed_parameter_fault(self, question: Question, error: NeededParameterError) -> Fault:
-        name = question.decoding.name
+    def _needed_parameter_fault(self, request: GenerationRequest, error: NeededParameterError) -> Fault:
+        name = request.decoding.name
         return Fault(
-            kind="end",
-            reason=f"the model refuses {error.values}, which decoding {name} needs ({error.words})",
-            remedy="choose a --strategy without, as sampling8",
+            kind="abort",
+            reason=f"the model refuses {error.values}, which decoding {name} needs ({error.message})",
+            remedy="choose a --strategy without it, such as sampling8",
         )
 
-    def _count(self, numbers: list[int]) -> int:
-        return len(numbers) if self.capabilities.takes("n") else 1
+    def _num_choices(self, numbers: list[int]) -> int:
+        return len(numbers) if self.capabilities.supports("n") else 1
 
     def _send(
-        self, client: Client, sent: Mapping[str, object], question: Question, count: int
+        self, client: Client, sent: Mapping[str, object], request: GenerationRequest, count: int
     ) -> tuple[bytes, Mapping[str, str]]:
-        """Body and headers of the response; what the body says is for the reader of answers to find out."""
+        """Posts the request; body and headers of the response."""
         path = "/chat/completions" if self._config.api == "chat" else "/completions"
-        most = answer_bytes(question.decoding.max_new_tokens, count, likelihoods=1)
-        body, headers = client.post(path, sent, max_bytes=most)
+        max_bytes = answer_bytes(request.decoding.max_new_tokens, count, likelihoods=1)
+        body, headers = client.post(path, sent, max_bytes=max_bytes)
         body = to_utf8(body, headers.get("content-type", ""))
-        # A server that repeats what it was sent must not get the key into the records.
-        hidden = body.replace(self._clients.key.encode(), b"***") if self._clients.key != NO_KEY else body
-        return hidden, headers
+        # A server may echo the request headers; keep the key out of the records.
+        redacted_body = body.replace(self._clients.key.encode(), b"***") if self._clients.key != NO_KEY else body
+        return redacted_body, headers
 
-    def _end(self, fault: Fault, attempts: int, stop: threading.Event) -> GeneratorError:
+    def _abort_error(self, fault: Fault, attempts: int, stop: threading.Event) -> GeneratorError:
         stop.set()
-        return GeneratorError(self._last_words(fault, attempts))
+        return GeneratorError(self._abort_message(fault, attempts))
 
-    def _last_words(self, fault: Fault, attempt: int) -> str:
-        reason = truncate(fault.reason, _SHOWN, self._clients.key)
-        tried = f" after {attempt} attempts" if attempt > 1 else ""
+    def _abort_message(self, fault: Fault, attempt: int) -> str:
+        reason = truncate(fault.reason, _MAX_REASON_CHARACTERS, self._clients.key)
+        attempts_text = f" after {attempt} attempts" if attempt > 1 else ""
         remedy = fault.remedy or "check the address and the network"
-        return f"{self.name}: {reason}{tried}; {remedy}, then run the same command again: every answer is kept"
+        return f"{self.name}: {reason}{attempts_text}; {remedy}, then run the same command again: every answer is kept"
 
 
-WRITERS = 16
-"""Threads beyond those whose requests are under way, to write answers down."""
-TELL_SECONDS = 1.0
-"""A person hears of requests under way at least that often."""
-Sample = tuple[Question, int]
-Job = tuple[Question, list[int]]
+EXTRA_THREADS = 16
+"""Maximum threads beyond the concurrent requests, which write answers to disk meanwhile."""
+PROGRESS_SECONDS = 1.0
+"""Maximum time between two calls of `on_candidates` while requests are pending."""
+Sample = tuple[GenerationRequest, int]
+Job = tuple[GenerationRequest, list[int]]
 
 
 class Endpoint:
-    """Samples by chat completions, or by completions where the config says so.
+    """Samples from an endpoint by chat completions, or by completions if the config says so.
 
-    The key comes from the environment (`client.api_key`) and stands in no setting, record, file or log. Samples of one
-    instruction are asked for together (`n`) until the model refuses or ignores that, then one by one. Instances'
-    samples depend on nothing but their instruction, the decoding and the seed: neither another part size nor more
-    instances make an answer be paid for again.
+    The API key comes from the environment (`client.api_key`) and never appears in settings, records, files or logs.
+    The samples of an instruction are requested together (`n`) until the model refuses or ignores that, then one by one.
+    Samples depend only on the instruction, the decoding and the seed, so cached answers stay valid with another part
+    size or more instances.
     """
 
     def __init__(self, spec: Spec, config: EndpointConfig | None = None) -> None:
@@ -213,32 +217,34 @@ class Endpoint:
         self._url = base_address(spec.url)
         self._config = config or EndpointConfig()
         self._clients = Clients(self._url, count=self._config.concurrency, timeout=self._config.timeout)
-        self._asker = Asker(self.name, self._model, self._clients, self._config)
-        self._cache = Cache(self._config.folder)
-        self._tally = _no_tally()
+        self._sender = RequestSender(self.name, self._model, self._clients, self._config)
+        self._cache = AnswerCache(self._config.folder)
+        self._counts = _zero_counts()
         self._reasons: Counter[str] = Counter()
-        self._errors_counted = 0
+        self._reported_errors = 0
 
     @property
     def usage(self) -> Usage:
-        """What was used since this object was made."""
-        return self._asker.meter.usage
+        """The usage since this generator was created."""
+        return self._sender.meter.usage
 
     def close(self) -> None:
-        """Closes the connections, the kept answers and the ledger."""
+        """Closes the connections, the cache and the ledger."""
         self._clients.close()
         self._cache.close()
-        self._asker.budget.close()
+        self._sender.budget.close()
 
     def check(self, decodings: Sequence[Decoding]) -> None:
-        """ConfigError for a decoding that no endpoint can do, or not this one."""
+        """Raises ConfigError for a decoding that endpoints, or this one, do not support."""
         for decoding in decodings:
             if decoding.num_beams > 1:
-                raise ConfigError(f"{self.name}: an endpoint cannot do {decoding.name}; choose --strategy endpoint8")
-            for knob, value in beyond(decoding).items():
-                if value and knob not in self._config.extra:
-                    remedy = f"say --extra {knob} if its server takes it (vLLM does), or choose --strategy endpoint8"
-                    raise ConfigError(f"{self.name}: OpenAI's API has no {knob} for {decoding.name}; {remedy}")
+                raise ConfigError(
+                    f"{self.name}: an endpoint cannot do beam search ({decoding.name}); choose --strategy endpoint8"
+                )
+            for parameter, value in extra_parameters(decoding).items():
+                if value and parameter not in self._config.extra:
+                    remedy = f"set --extra {parameter} if the server supports it (as vLLM), or use --strategy endpoint8"
+                    raise ConfigError(f"{self.name}: OpenAI's API has no {parameter} for {decoding.name}; {remedy}")
 
     def sample(
         self,
@@ -246,143 +252,143 @@ class Endpoint:
         decodings: Sequence[Decoding],
         *,
         seed: int,
-        on_drawn: Callable[[int], None] = ignore_progress,
+        on_candidates: Callable[[int], None] = ignore_progress,
     ) -> list[list[Candidate]]:
-        """Candidates per instruction, decoding by decoding; likelihoods where the endpoint gives them.
+        """The candidates of each instruction, one decoding after another, with likelihoods if returned.
 
-        What is already known is not asked for; of equal instructions one is asked. GeneratorError ends the run, and
-        what was answered before it, or was under way, is kept.
+        Cached answers are reused, and equal instructions share their candidates. After a GeneratorError the answers of
+        finished and pending requests are still in the cache.
         """
         self.check(decodings)
-        self._asker.budget.refresh()
+        self._sender.budget.refresh()
         samples = {instruction: self._samples(instruction, decodings, seed) for instruction in instructions}
-        wanted = dict.fromkeys(sample for of_one in samples.values() for sample in of_one)
-        known = {sample: answer for sample in wanted if (answer := self._cache.get(self._key(*sample))) is not None}
-        self._asker.meter.add(cached=len(known))
-        if known:
-            self._asker.standing.note_answer()
-        on_drawn(len(known))
-        known |= self._ask_all([sample for sample in wanted if sample not in known], on_drawn)
-        on_drawn(sum(map(len, (samples[instruction] for instruction in instructions))) - len(known))
-        for answer in known.values():
-            self._count(answer)
+        distinct = dict.fromkeys(sample for instruction_samples in samples.values() for sample in instruction_samples)
+        answers = {sample: answer for sample in distinct if (answer := self._cache.get(self._key(*sample))) is not None}
+        self._sender.meter.add(cached=len(answers))
+        if answers:
+            self._sender.refusals.note_answer()
+        on_candidates(len(answers))
+        answers |= self._request_all([sample for sample in distinct if sample not in answers], on_candidates)
+        on_candidates(sum(map(len, (samples[instruction] for instruction in instructions))) - len(answers))
+        for answer in answers.values():
+            self._add_counts(answer)
         return [
-            [known[sample].candidate(self.name, self._model, sample[0].decoding) for sample in samples[instruction]]
+            [answers[sample].candidate(self.name, self._model, sample[0].decoding) for sample in samples[instruction]]
             for instruction in instructions
         ]
 
     def pending_samples(
         self, instructions: Sequence[str], decodings: Sequence[Decoding], *, seed: int
     ) -> list[tuple[str, Decoding]]:
-        """What `sample` would ask for: instruction and decoding of each sample that no earlier answer gives."""
-        wanted = (
-            sample
-            for instruction in dict.fromkeys(instructions)
-            for sample in self._samples(instruction, decodings, seed)
-        )
+        """Instruction and decoding of each sample that `sample` would request, those without a cached answer."""
         return [
-            (question.instruction, question.decoding)
-            for question, number in wanted
-            if self._cache.get(self._key(question, number)) is None
+            (request.instruction, request.decoding)
+            for instruction in dict.fromkeys(instructions)
+            for request, number in self._samples(instruction, decodings, seed)
+            if self._cache.get(self._key(request, number)) is None
         ]
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """None: chat endpoints do not tell how likely a given response is."""
+        """None: chat endpoints do not return the likelihood of a given response."""
 
-    def tally(self) -> Mapping[str, int]:
-        """What the answers since the last call took, earlier ones used again included, and how many attempts failed."""
+    def take_counts(self) -> Mapping[str, int]:
+        """Returns the usage of the answers since the last call, cached ones included, and the failed attempts."""
         errors = self.usage.errors
-        counts = {**self._tally, "errors": errors - self._errors_counted}
+        counts = {**self._counts, "errors": errors - self._reported_errors}
         counts |= unanswered_counts(self.name, self._reasons)
-        self._errors_counted = errors
-        self._tally, self._reasons = _no_tally(), Counter()
+        self._reported_errors = errors
+        self._counts, self._reasons = _zero_counts(), Counter()
         return counts
 
     def _samples(self, instruction: str, decodings: Sequence[Decoding], seed: int) -> list[Sample]:
         return [
-            (Question(instruction=instruction, decoding=decoding, seed=_seed(seed, decoding.name, instruction)), number)
+            (
+                GenerationRequest(
+                    instruction=instruction, decoding=decoding, seed=_request_seed(seed, decoding.name, instruction)
+                ),
+                number,
+            )
             for decoding in decodings
             for number in range(decoding.num_samples)
         ]
 
-    def _key(self, question: Question, number: int) -> str:
-        body = question.body(self._model, self._config, count=1, number=0)
-        return key_of(url=self._url, api=self._config.api, number=number, body=body)
+    def _key(self, request: GenerationRequest, number: int) -> str:
+        body = request.body(self._model, self._config, count=1, number=0)
+        return answer_key(url=self._url, api=self._config.api, number=number, body=body)
 
-    def _ask_all(self, samples: Iterable[Sample], on_drawn: Callable[[int], None]) -> dict[Sample, Answer]:
-        """The answers to these samples, each on the disk as soon as it is there; `on_drawn` hears of them at once."""
-        jobs: dict[Question, list[int]] = {}
-        for question, number in samples:
-            jobs.setdefault(question, []).append(number)
+    def _request_all(self, samples: Iterable[Sample], on_candidates: Callable[[int], None]) -> dict[Sample, Answer]:
+        """Requests these samples concurrently; each answer is written to the cache as soon as it arrives."""
+        jobs: dict[GenerationRequest, list[int]] = {}
+        for request, number in samples:
+            jobs.setdefault(request, []).append(number)
         answers: dict[Sample, Answer] = {}
         stop = threading.Event()
-        # Beside the clients' threads some that write: while one writes an answer down, another asks.
-        with ThreadPoolExecutor(self._config.concurrency + min(self._config.concurrency, WRITERS)) as pool:
-            # A queue of what is done: waiting for the first of many futures looks at all of them, every time.
+        # More threads than clients, so that a thread can write an answer while another one sends.
+        with ThreadPoolExecutor(self._config.concurrency + min(self._config.concurrency, EXTRA_THREADS)) as pool:
+            # A queue of finished futures, because `concurrent.futures.wait` checks all futures on every call.
             done: queue.SimpleQueue[Future[list[Job]]] = queue.SimpleQueue()
 
             def submit(job: Job) -> None:
-                pool.submit(self._ask, job, answers, stop).add_done_callback(done.put)
+                pool.submit(self._run_job, job, answers, stop).add_done_callback(done.put)
 
             try:
                 for job in jobs.items():
                     submit(job)
-                pending, counted = len(jobs), 0
+                pending, reported = len(jobs), 0
                 while pending:
-                    left = _next(done)
-                    counted, before = len(answers), counted
-                    on_drawn(counted - before)
-                    for job in left or ():
+                    remaining = _next_result(done)
+                    reported, before = len(answers), reported
+                    on_candidates(reported - before)
+                    for job in remaining or ():
                         submit(job)
-                    pending += len(left) - 1 if left is not None else 0
+                    pending += len(remaining) - 1 if remaining is not None else 0
             except BaseException:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         return answers
 
-    def _ask(self, job: Job, collected: dict[Sample, Answer], stop: threading.Event) -> list[Job]:
-        """Asks for the samples of a job; what is left of it, one by one, where the model answered fewer."""
-        question, numbers = job
-        if len(numbers) > 1 and not self._asker.capabilities.takes("n"):
-            return [(question, [number]) for number in numbers]
+    def _run_job(self, job: Job, results: dict[Sample, Answer], stop: threading.Event) -> list[Job]:
+        """Requests the samples of a job; returns jobs for the samples that the model did not return."""
+        request, numbers = job
+        if len(numbers) > 1 and not self._sender.capabilities.supports("n"):
+            return [(request, [number]) for number in numbers]
         try:
-            answers = self._asker.ask(question, numbers, stop)
+            answers = self._sender.send(request, numbers, stop)
         except StoppedError:
-            # Whoever ended the run says why.
+            # The thread that set `stop` raises the error.
             return []
         for number, answer in zip(numbers, answers, strict=False):
             if answer.kept:
-                self._cache.put(self._key(question, number), answer)
-            collected[question, number] = answer
-        self._asker.meter.add(candidates=len(answers))
-        return [(question, [number]) for number in numbers[len(answers) :]]
+                self._cache.put(self._key(request, number), answer)
+            results[request, number] = answer
+        self._sender.meter.add(candidates=len(answers))
+        return [(request, [number]) for number in numbers[len(answers) :]]
 
-    def _count(self, answer: Answer) -> None:
-        self._tally["requests"] += answer.requests
-        self._tally["input_tokens"] += answer.input_tokens
-        self._tally["output_tokens"] += answer.output_tokens
+    def _add_counts(self, answer: Answer) -> None:
+        self._counts["requests"] += answer.requests
+        self._counts["input_tokens"] += answer.input_tokens
+        self._counts["output_tokens"] += answer.output_tokens
         if answer.reason:
             self._reasons[answer.reason] += 1
         for parameter in answer.left_out:
-            self._tally[f"not_asked/{self.name}/{parameter}"] += 1
+            self._counts[f"not_asked/{self.name}/{parameter}"] += 1
 
 
-def _next(done: queue.SimpleQueue[Future[list[Job]]]) -> list[Job] | None:
-    """What is left of the next job that is done; None if none is for a while."""
+def _next_result(done: queue.SimpleQueue[Future[list[Job]]]) -> list[Job] | None:
+    """The remaining jobs of the next finished one; None if none finishes within `PROGRESS_SECONDS`."""
     try:
-        future = done.get(timeout=TELL_SECONDS)
+        future = done.get(timeout=PROGRESS_SECONDS)
     except queue.Empty:
-        # Nothing may come for long, while errors do.
         return None
     return future.result()
 
 
-def _seed(seed: int, decoding: str, instruction: str) -> int:
+def _request_seed(seed: int, decoding: str, instruction: str) -> int:
     digest = hashlib.blake2b(repr((seed, decoding, instruction)).encode(), digest_size=4).digest()
-    # Room below 2^31 for the numbers of the samples: some servers take 32 bits, signed.
+    # Below 2**30, so that seed plus sample number fits in a signed 32-bit integer, as some servers require.
     return int.from_bytes(digest, "little") & 0x3FFF_FFFF
 
 
-def _no_tally() -> Counter[str]:
+def _zero_counts() -> Counter[str]:
     return Counter(requests=0, input_tokens=0, output_tokens=0)

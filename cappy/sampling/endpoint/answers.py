@@ -1,11 +1,9 @@
-"""What an endpoint is asked and what it answers: requests, answers read without trust, and the answers that are kept.
+"""Requests to endpoints, parsing of their untrusted answers, and the cache of answers.
 
-A body that is not a completion is a fault, not an empty response. A server may begin with status 200 and fail later.
-It then says so by `finish_reason`, or by an `error` object in
-the choice or in the body, and the text is what it had by then. Such a choice is a fault as well. `finish_reason` is
-read by what servers are known to write for a whole response, one at its limit, and one that was withheld; any other
-word is a fault, since half a response that passes for a whole one cannot be found later. A server that says nothing
-(null) without an error is believed.
+A body that is not a completion is an error, not an empty response. A server may fail after it has sent status 200; it
+then reports this by `finish_reason`, or by an `error` object in the choice or the body, with an incomplete text. Such a
+choice is an error as well. Only known values of `finish_reason` (complete, at the limit, withheld) are accepted, since
+an incomplete response cannot be told from a complete one later. A null `finish_reason` without an error is accepted.
 """
 
 import json
@@ -24,22 +22,22 @@ from cappy.files import lock_shared
 from cappy.records import Candidate
 from cappy.records.folder import disk_errors, write_bytes
 from cappy.records.instance import Status
-from cappy.sampling.generators import EndpointConfig, tokens_of
+from cappy.sampling.generators import EndpointConfig, estimate_tokens
 from cappy.sampling.store import LOCK
 from cappy.sampling.strategies import Decoding
 from cappy.untrusted import is_count, read_json, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """An instruction under a decoding; sample `number` of it has the seed `seed + number`."""
+class GenerationRequest:
+    """An instruction with a decoding; sample `number` has the seed `seed + number`."""
 
     instruction: str
     decoding: Decoding
     seed: int
 
     def body(self, model: str, config: EndpointConfig, *, count: int, number: int) -> dict[str, object]:
-        """The request for `count` samples from `number` on; every knob is stated, so that no server's default is."""
+        """The body that requests `count` samples from `number` on; it sets every parameter, so no default applies."""
         decoding = self.decoding
         body: dict[str, object] = {
             "model": model,
@@ -54,25 +52,24 @@ class Question:
             body |= {"prompt": self.instruction}
         if config.logprobs:
             body["logprobs"] = True if config.api == "chat" else 1
-        body |= {knob: value for knob, value in beyond(decoding).items() if knob in config.extra}
+        body |= {name: value for name, value in extra_parameters(decoding).items() if name in config.extra}
         if not body.get("top_k", 1):
             body["top_k"] = -1
         return {**body, "n": count} if count > 1 else body
 
 
-def beyond(decoding: Decoding) -> dict[str, float]:
-    """The knobs that OpenAI's API lacks, by the names that vLLM's server has for them; 0 where they are off."""
+def extra_parameters(decoding: Decoding) -> dict[str, float]:
+    """The parameters that OpenAI's API lacks, by vLLM's names for them; 0 where they are off."""
     return {"top_k": decoding.top_k, "min_p": decoding.min_p, "min_tokens": decoding.min_new_tokens}
 
 
 MAX_CHARACTERS = 1_000_000
-"""Of a response; a server that sends more was asked for less."""
+"""Of a response; no request allows more."""
 MAX_NAME_CHARACTERS = 200
-"""Of a model's name; a longer one is none."""
+"""Of a model's name; a longer one is ignored."""
 
-
-LOG = "the server's log says why"
-"""What helps where a server answers and then fails."""
+SERVER_LOG_REMEDY = "the server's log says why"
+"""Remedy for a server that fails after it has begun to answer."""
 _WHOLE = (
     *("stop", "eos", "eos_token", "end", "end_turn", "stop_sequence", "stop_token", "stop_word", "finish", "finished"),
     *(
@@ -100,52 +97,52 @@ _WITHHELD = (
     *("guardrail", "guardrails", "guardrail_intervened", "error_toxic", "image_safety"),
 )
 _REASONING_PARTS = ("thinking", "reasoning", "redacted_thinking")
-"""Types of the parts of a content that are not the answer."""
+"""Types of content parts that are not the answer."""
 
 
 class BadAnswerError(Exception):
-    """The body is not a completion; the same request may get a better one. `evidence` is what the server sent.
+    """The body is not a completion; a retry may succeed. `evidence` is what the server sent.
 
-    `stated` is the error object that stands in the body, None if there is none. `usage` are the tokens, in and out, of
-    choices that are of no use.
+    `error_object` is the error object in the body, or None. `usage` is the number of input and output tokens of
+    unusable choices.
     """
 
     remedy = "check that the address is that of an OpenAI-compatible API"
 
-    def __init__(self, problem: str, evidence: object, stated: object = None) -> None:
+    def __init__(self, problem: str, evidence: object, error_object: object = None) -> None:
         super().__init__(problem)
         self.problem = problem
         self.evidence = evidence
-        self.stated = stated
+        self.error_object = error_object
         self.usage: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         return self.text()
 
     def text(self, keys: Sequence[str] = ()) -> str:
-        """What is wrong, and the beginning of the evidence without these keys and every secret that is known."""
+        """The problem and the beginning of the evidence, without these keys and all known secrets."""
         return f"{self.problem}: {quote(self.evidence, keys=keys)}"
 
 
 class NotUtf8Error(BadAnswerError):
-    """A body that is neither UTF-8 nor in the charset that its header names."""
+    """The body is neither UTF-8 nor in the charset of its header."""
 
-    remedy = "the server must send UTF-8, or name the charset that it sends"
+    remedy = "the server must send UTF-8, or name its charset in the header"
 
 
-class GivenUpError(BadAnswerError):
-    """A choice that the server began and did not end; what else the body holds may be good."""
+class IncompleteChoiceError(BadAnswerError):
+    """A choice that the server did not complete; other choices of the body may be usable."""
 
-    remedy = LOG
+    remedy = SERVER_LOG_REMEDY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One response, and its share of what its request took.
+    """One response, and its share of the request's usage.
 
     `requests` is 1 for the first choice of a request and 0 for the others. `left_out` names the parameters that the
-    model had refused when it was asked. `kept` is false for what says nothing of the model: it is asked for again.
-    `reason` is why there is no text, in the server's words.
+    request lacked because the model refuses them. An answer with `kept` false is not cached, so it is requested again.
+    `reason` is the server's reason for a missing text.
     """
 
     text: str
@@ -162,8 +159,8 @@ class Answer:
     reason: str = ""
 
     def candidate(self, generator: str, model: str, decoding: Decoding) -> Candidate:
-        """The candidate for the record."""
-        known = self.logprob_sum is not None and self.num_tokens
+        """The candidate of this answer."""
+        has_logprobs = self.logprob_sum is not None and self.num_tokens
         return Candidate(
             response=self.text,
             generator=generator,
@@ -172,37 +169,36 @@ class Answer:
             seed=self.seed,
             status=self.status,
             logprob_sum=self.logprob_sum,
-            logprob_mean=self.logprob_sum / self.num_tokens if known else None,  # type: ignore[operator]
+            logprob_mean=self.logprob_sum / self.num_tokens if has_logprobs else None,  # type: ignore[operator]
             num_tokens=self.num_tokens,
         )
 
 
 def failed_answers(status: Status, count: int, reason: str) -> list[Answer]:
-    """Answers for a request that the endpoint will not take for this instruction, however often it is sent."""
+    """Answers for a request that the endpoint refuses for this instruction."""
     return [Answer(text="", status=status, kept=False, reason=reason)] * count
 
 
 def read_answers(
     body: bytes, instruction: str, *, count: int, seed: int | None, left_out: tuple[str, ...]
 ) -> tuple[list[Answer], int]:
-    """The answers in the body of a completion, at most `count`, at least one, and how many choices it had of those.
+    """The answers in the body of a completion, from 1 to `count`, and the number of choices that they came from.
 
-    BadAnswerError if it is not a completion, or if every choice in it failed; if only some failed, the others are
-    answers. Choices that repeat an index are copies by a server that does not know `n`, and count once. Without a usage
-    in the body, tokens are estimated by the rule of thumb. Tokens of the response are shared out evenly, since only
-    their sum is known.
+    Raises BadAnswerError if the body is not a completion or no choice is complete; incomplete choices are left out if
+    others are complete. Choices that repeat an index are copies from a server without `n`, and count once. Without a
+    usage in the body, tokens are estimated. Only the sum of output tokens is known, so it is divided evenly.
     """
     values, choices = read_choices(body)
     choices = choices[:count]
-    good, fault = _good_choices(choices)
-    used = values.get("usage")
-    usage: Mapping[str, object] = used if isinstance(used, dict) else {}
+    complete, error = _complete_choices(choices)
+    usage_value = values.get("usage")
+    usage: Mapping[str, object] = usage_value if isinstance(usage_value, dict) else {}
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    input_tokens = prompt if is_count(prompt) else tokens_of(instruction)
-    output_tokens = completion if is_count(completion) else sum(tokens_of(text) for text, _, _ in good)
-    if fault is not None and not good:
-        fault.usage = (input_tokens, output_tokens)
-        raise fault
+    input_tokens = prompt if is_count(prompt) else estimate_tokens(instruction)
+    output_tokens = completion if is_count(completion) else sum(estimate_tokens(text) for text, _, _ in complete)
+    if error is not None and not complete:
+        error.usage = (input_tokens, output_tokens)
+        raise error
     model = model_name(values.get("model"))
     answers = [
         Answer(
@@ -212,56 +208,57 @@ def read_answers(
             seed=seed,
             logprob_sum=sum(logprobs) if logprobs else None,
             num_tokens=len(logprobs) or None,
-            requests=int(number == 0),
-            input_tokens=input_tokens if number == 0 else 0,
-            output_tokens=output_tokens // len(good) + int(number < output_tokens % len(good)),
+            requests=int(index == 0),
+            input_tokens=input_tokens if index == 0 else 0,
+            output_tokens=output_tokens // len(complete) + int(index < output_tokens % len(complete)),
             left_out=left_out,
         )
-        for number, (text, status, logprobs) in enumerate(good)
+        for index, (text, status, logprobs) in enumerate(complete)
     ]
     return answers, len(choices)
 
 
-def _good_choices(
+def _complete_choices(
     choices: Sequence[Mapping[str, object]],
 ) -> tuple[list[tuple[str, Status, list[float]]], BadAnswerError | None]:
-    """The choices that hold a response, and what is wrong with the first that the server gave up.
-
-    BadAnswerError for what is not a choice at all.
-    """
-    good, fault = [], None
+    """The complete choices, and the error of the first incomplete one; BadAnswerError if one is not a choice."""
+    complete, first_error = [], None
     for choice in choices:
         try:
-            good.append(read_choice(choice))
-        except GivenUpError as error:
-            fault = fault or error
-    return good, fault
+            complete.append(read_choice(choice))
+        except IncompleteChoiceError as error:
+            first_error = first_error or error
+    return complete, first_error
 
 
 def read_choices(body: bytes) -> tuple[dict[str, object], list[dict[str, object]]]:
-    """The body of a completion and its choices in order, copies of one index left out; BadAnswerError if it is none."""
-    values = _json(body)
-    listed = values.get("choices")
-    if stated := _stated_error(values):
-        raise BadAnswerError("the body holds an error", stated, stated)
-    if not isinstance(listed, list) or not listed or not all(isinstance(choice, dict) for choice in listed):
+    """The body of a completion and its choices by index, without duplicates; BadAnswerError if it is not one."""
+    values = _parse_body(body)
+    choice_list = values.get("choices")
+    if error_object := _error_object(values):
+        raise BadAnswerError("the body holds an error", error_object, error_object)
+    if (
+        not isinstance(choice_list, list)
+        or not choice_list
+        or not all(isinstance(choice, dict) for choice in choice_list)
+    ):
         raise BadAnswerError("the body has no choices", _decode(body))
-    by_index = {str(choice.get("index", number)): choice for number, choice in reversed(list(enumerate(listed)))}
+    by_index = {str(choice.get("index", number)): choice for number, choice in reversed(list(enumerate(choice_list)))}
     return values, [by_index[index] for index in sorted(by_index)]
 
 
-def _stated_error(values: Mapping[str, object]) -> object:
-    """The error object in a body or a choice; None if there is none, or one that says nothing."""
-    stated = values.get("error")
-    return None if not stated or (isinstance(stated, dict) and not any(stated.values())) else stated
+def _error_object(values: Mapping[str, object]) -> object:
+    """The error object in a body or a choice; None if there is none or it is empty."""
+    error = values.get("error")
+    return None if not error or (isinstance(error, dict) and not any(error.values())) else error
 
 
 def model_name(value: object) -> str:
-    """The name of the model that answered, as the server says; empty for what is not a name."""
+    """The name of the model in the server's answer; empty if it is not a name."""
     return whole(value) if isinstance(value, str) and len(value) <= MAX_NAME_CHARACTERS else ""
 
 
-def _json(body: bytes) -> dict[str, object]:
+def _parse_body(body: bytes) -> dict[str, object]:
     try:
         values = read_json(body)
     except UnicodeDecodeError:
@@ -280,12 +277,12 @@ def _decode(body: bytes) -> str:
 
 
 def read_choice(choice: Mapping[str, object]) -> tuple[str, Status, list[float]]:
-    """Text, status and the tokens' log-probabilities of a choice, of chat or of completions; BadAnswerError if none.
+    """Text, status and token log-probabilities of a choice of chat or completions; BadAnswerError if it is not one.
 
-    GivenUpError for one that the server began and did not end.
+    Raises IncompleteChoiceError if the server did not complete it.
     """
-    if stated := _stated_error(choice):
-        raise GivenUpError("a choice holds an error", stated, stated)
+    if error_object := _error_object(choice):
+        raise IncompleteChoiceError("a choice holds an error", error_object, error_object)
     message = choice.get("message")
     if isinstance(message, dict):
         text, refusal = message.get("content"), message.get("refusal")
@@ -308,13 +305,13 @@ def read_choice(choice: Mapping[str, object]) -> tuple[str, Status, list[float]]
     return stripped, _status(choice.get("finish_reason"), stripped), _logprobs(choice.get("logprobs"))
 
 
-def _status(finish: object, text: str) -> Status:
-    """What a `finish_reason` says of a response; GivenUpError for a word that is not known to mean an answer."""
-    if isinstance(finish, dict):  # SGLang's own form
-        finish = finish.get("type") or finish
-    if finish and not isinstance(finish, str):
-        raise GivenUpError("the server gave a response up: finish_reason", finish)
-    word = re.sub("[ -]", "_", str(finish or "").strip().lower())
+def _status(finish_reason: object, text: str) -> Status:
+    """The status for a `finish_reason`; IncompleteChoiceError for an unknown value."""
+    if isinstance(finish_reason, dict):  # SGLang's own form
+        finish_reason = finish_reason.get("type") or finish_reason
+    if finish_reason and not isinstance(finish_reason, str):
+        raise IncompleteChoiceError("the server did not complete a response: finish_reason", finish_reason)
+    word = re.sub("[ -]", "_", str(finish_reason or "").strip().lower())
     if word in _AT_LIMIT:
         return "truncated" if text else "empty"
     if word in _UNSAID or word in _WHOLE:
@@ -323,23 +320,23 @@ def _status(finish: object, text: str) -> Status:
         return "refused"
     if word in _WITHHELD or "filter" in word:
         return "filtered"
-    raise GivenUpError("the server gave a response up: finish_reason", finish)
+    raise IncompleteChoiceError("the server did not complete a response: finish_reason", finish_reason)
 
 
-def _logprobs(stated: object) -> list[float]:
-    if not isinstance(stated, dict):
+def _logprobs(value: object) -> list[float]:
+    if not isinstance(value, dict):
         return []
-    tokens = stated.get("content")
+    tokens = value.get("content")
     values: object = (
         [token.get("logprob") if isinstance(token, dict) else None for token in tokens]
         if isinstance(tokens, list)
-        else stated.get("token_logprobs")
+        else value.get("token_logprobs")
     )
     if not isinstance(values, list):
         return []
-    # JSON of others may hold NaN, Infinity and whole numbers beyond any float.
+    # Foreign JSON may hold NaN, Infinity and integers that no float can represent.
     numbers = [float(v) for v in values if _is_number(v) and abs(v) <= sys.float_info.max]
-    # A likelihood with a gap would be that of another response.
+    # The sum is only valid if no token is missing.
     return numbers if len(numbers) == len(values) and math.isfinite(sum(numbers)) else []
 
 
@@ -348,20 +345,20 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 
 FORMAT = 2
-"""Of what is kept. Answers of 1 include responses that their server had given up (`finish_reason: error`)."""
+"""Version of the cached answers. Format 1 included incomplete responses (`finish_reason: error`)."""
 
 
-class Cache:
-    """Answers by key; without a folder in memory alone."""
+class AnswerCache:
+    """The cache of answers by key; without a folder in memory only."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._memory: dict[str, Answer] = {}
         self._lock: IO[str] | None = None
-        self._locking = threading.Lock()
+        self._lock_guard = threading.Lock()
 
     def get(self, key: str) -> Answer | None:
-        """The answer under this key; None if there is none or its file is damaged."""
+        """The answer for this key; None if there is none or its file is damaged."""
         if self._folder is None:
             return self._memory.get(key)
         if self._folder.is_dir():
@@ -374,7 +371,7 @@ class Cache:
         return answer
 
     def put(self, key: str, answer: Answer) -> None:
-        """Keeps an answer for good; FolderError if the disk will not have it."""
+        """Stores an answer; FolderError if it cannot be written."""
         if self._folder is None:
             self._memory[key] = answer
         else:
@@ -382,20 +379,20 @@ class Cache:
             write_bytes(_path(self._folder, key), json.dumps(asdict(answer), ensure_ascii=False).encode(), private=True)
 
     def close(self) -> None:
-        """Lets go of the folder."""
+        """Releases the folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def _use(self, folder: Path) -> None:
-        """Keeps the folder from being removed until the end; its lock says when it was used last."""
-        with self._locking, disk_errors(folder):
+        """Locks the folder against removal until `close`; the lock's file time is the time of the last use."""
+        with self._lock_guard, disk_errors(folder):
             self._lock = self._lock or lock_shared(folder / LOCK)
 
 
-def key_of(**determining: object) -> str:
-    """The key of what determines an answer: address, model, api, prompt, every knob, seed, number of the sample."""
-    return fingerprint("answer", FORMAT, determining)
+def answer_key(**inputs: object) -> str:
+    """The key of an answer: a hash of address, model, API, prompt, all parameters, seed and sample number."""
+    return fingerprint("answer", FORMAT, inputs)
 
 
 def _path(folder: Path, key: str) -> Path:

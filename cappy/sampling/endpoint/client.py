@@ -1,7 +1,7 @@
-"""HTTP towards endpoints that are not trusted: addresses, the key, clients; answers bounded in size and time.
+"""HTTP clients for untrusted endpoints: addresses, the API key, limits on the size and time of answers.
 
-A body is decoded step by step and the request ended as soon as it is too large, whatever the compression. No redirect
-is followed and no cookie kept: the key and the prompts go to the address that was given, and nowhere else.
+A body is decoded in chunks, and the request is aborted as soon as it is too large, whatever its compression. Redirects
+and cookies are ignored: the key and the prompts only go to the configured address.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from cappy.redaction import has_secret, redact_address, remember
 from cappy.sampling.endpoint.limits import MAX_ANSWER_BYTES, MAX_ERROR_BYTES, pause
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-FILE_VARIABLE = "OPENAI_API_KEY_FILE"
+KEY_FILE_VARIABLE = "OPENAI_API_KEY_FILE"
 NO_KEY = "none"
-"""Sent where no key is set: servers of one's own ask for none, and the client insists on one."""
+"""Sent if no key is set: the client requires one, a local server does not."""
 
 
 def api_key(variable: str = KEY_VARIABLE) -> str:
-    """The key in a variable of the environment or else in the file that `<variable>_FILE` names; `NO_KEY` if neither.
+    """The key from an environment variable, or from the file in `<variable>_FILE`; `NO_KEY` if neither is set.
 
-    ConfigError, without the key, if the file cannot be read or the key could stand in no header.
+    Raises ConfigError, without the key, if the file cannot be read or the key is not valid in a header.
     """
     source, key = variable, os.environ.get(variable, "").strip()
     path = os.environ.get(f"{variable}_FILE", "")
@@ -45,72 +45,70 @@ def api_key(variable: str = KEY_VARIABLE) -> str:
         try:
             key = Path(path).read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or "it is not a text"
-            raise ConfigError(f"{source}: {quote(path)} cannot be read ({why}); mount the key there") from None
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise ConfigError(f"{source}: {quote(path)} cannot be read ({reason}); mount the key there") from None
         if not key:
             raise ConfigError(f"{source}: {quote(path)} is empty; mount the key there")
     if not all(33 <= ord(character) <= 126 for character in key):
-        raise ConfigError(f"{source}: holds white space or characters beyond ASCII inside the key; set the key alone")
+        raise ConfigError(f"{source}: the key contains white space or non-ASCII characters; set only the key")
     remember(key)
     return key or NO_KEY
 
 
 def refuse_secrets(url: str) -> None:
-    """ConfigError, without the secret, where an address carries one: specs stand in manifests and logs."""
+    """Raises ConfigError, without the secret, if an address contains one: specs appear in manifests and logs."""
     if has_secret(url):
         raise ConfigError(
-            f"openai: the address {redact_address(url)} carries a name, a password or a key; "
-            f"take it out of the spec and set {KEY_VARIABLE}"
+            f"openai: the address {redact_address(url)} contains a user name, a password or a key; "
+            f"remove it from the spec and set {KEY_VARIABLE}"
         )
 
 
 _OPERATIONS = ("/chat/completions", "/completions", "/models")
-_BEGINNING_OF_JWT = "eyJ"
-"""A token of Microsoft Entra is a JWT, which goes where OpenAI's keys go."""
+_JWT_PREFIX = "eyJ"
+"""Prefix of a JWT, such as a token of Microsoft Entra, which goes into the Authorization header."""
 
 
 def base_address(url: str) -> str:
-    """The address that paths are joined to: no slash or operation at the end of its path, `/v1` where it has none.
-    Paths go before the query, which every request keeps: https://host/d?v=1 -> https://host/d/chat/completions?v=1.
-    """
+    """The address without a trailing slash or operation, with `/v1` if it has no path; see `join_path`."""
     parts = urlsplit(url.strip())
     path = parts.path.rstrip("/")
-    operation = next((one for one in _OPERATIONS if path.endswith(one)), "")
+    operation = next((suffix for suffix in _OPERATIONS if path.endswith(suffix)), "")
     path = path.removesuffix(operation).rstrip("/") or "/v1"
     return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
 
 
 def join_path(base: str, path: str) -> str:
-    """The address of an operation such as `/models`; a query of `base` stays behind it."""
+    """The address of an operation such as `/models`; keeps a query: host/d?v=1 -> host/d/models?v=1."""
     parts = urlsplit(base)
     return urlunsplit((parts.scheme, parts.netloc, parts.path + path, parts.query, ""))
 
 
 def key_headers(base: str, authorization: str) -> dict[str, str]:
-    """The header that carries an Authorization's credential to this address; none for an empty one.
+    """The header with the credential of an Authorization header; empty for an empty one.
 
-    Azure's API, which addresses with an `api-version` belong to, reads a key from `api-key`.
+    Azure's API, recognized by `api-version` in the address, expects a key in the header `api-key`.
     """
     scheme, _, key = authorization.strip().partition(" ")
-    versioned = any(name.lower() == "api-version" for name, _ in parse_qsl(urlsplit(base).query, True))
-    if versioned and scheme.lower() == "bearer" and not key.strip().startswith(_BEGINNING_OF_JWT):
+    has_version = any(name.lower() == "api-version" for name, _ in parse_qsl(urlsplit(base).query, True))
+    if has_version and scheme.lower() == "bearer" and not key.strip().startswith(_JWT_PREFIX):
         return {"api-key": key.strip()}
     return {"Authorization": authorization} if authorization else {}
 
 
 MAX_BYTES = "cappy.max_bytes"
-"""Extension of a request: how many bytes its answer may have, decoded."""
-TICK_SECONDS = 0.25
-_STEP = 65_536
-_GZIP_OR_ZLIB = 47
+"""Request extension: the maximum size of the decoded answer, in bytes."""
+CHECK_SECONDS = 0.25
+_DECODE_CHUNK = 65_536
+_ZLIB_AUTO_WBITS = 47
 
 
 class RefusedAnswerError(httpx2.DecodingError):
-    """An answer that is not read to its end: too large, or in an encoding that was not requested."""
+    """The answer is too large, or in an encoding that was not requested."""
 
 
 class _NetworkStream(Protocol):
-    """What is used of an open connection of the HTTP client."""
+    """The part of the HTTP client's connections that is used here."""
 
     def get_extra_info(self, info: str) -> object: ...
 
@@ -125,37 +123,37 @@ class ClientSettings(TypedDict):
 
 
 class Connection:
-    """The newest connection of a synchronous client that asks one thing at a time, which can be ended by force.
+    """The current connection of a synchronous client with one request at a time; another thread can abort it.
 
-    The timeouts of HTTP clients begin anew with every byte, so a server that sends one a second is never late.
+    The timeouts of HTTP clients restart with every byte, so they do not limit the total time of a slow server.
     """
 
     def __init__(self) -> None:
         self._stream: _NetworkStream | None = None
         self.max_bytes = MAX_ANSWER_BYTES
-        self.due = float("inf")
-        self.late = False
+        self.deadline = float("inf")
+        self.timed_out = False
 
-    def follow(self, request: httpx2.Request) -> None:
-        """A hook for requests: notes what they open."""
+    def trace(self, request: httpx2.Request) -> None:
+        """A request hook that records the connection that is opened."""
         request.extensions["trace"] = self._trace
 
     def _trace(self, event: str, details: Mapping[str, "_NetworkStream"]) -> None:
         if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
             self._stream = details["return_value"]
 
-    def end(self) -> None:
-        """Ends whatever the client reads or writes now, in any thread."""
-        self.late = True
-        plain = self._stream.get_extra_info("socket") if self._stream is not None else None
-        if isinstance(plain, socket.socket):
+    def abort(self) -> None:
+        """Aborts the client's current read or write; may be called from any thread."""
+        self.timed_out = True
+        raw_socket = self._stream.get_extra_info("socket") if self._stream is not None else None
+        if isinstance(raw_socket, socket.socket):
             with contextlib.suppress(OSError):
-                # The plain one, for that of TLS would first say farewell.
-                socket.socket.shutdown(plain, socket.SHUT_RDWR)
+                # The method of the plain socket, since that of a TLS socket would first send a close message.
+                socket.socket.shutdown(raw_socket, socket.SHUT_RDWR)
 
 
 class Deadlines:
-    """Ends connections whose request takes longer than its time in all; one thread for any number of them."""
+    """Aborts connections whose request exceeds its total time; one thread watches all of them."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -166,9 +164,9 @@ class Deadlines:
 
     @contextlib.contextmanager
     def within(self, seconds: float, connection: Connection) -> Iterator[None]:
-        """Ends the connection where the block takes longer; its `late` says so then."""
-        connection.late = False
-        connection.due = self._clock() + seconds
+        """Aborts the connection, and sets `timed_out`, if the block takes longer than this."""
+        connection.timed_out = False
+        connection.deadline = self._clock() + seconds
         with self._lock:
             self._connections.add(connection)
             if self._thread is None:
@@ -181,52 +179,52 @@ class Deadlines:
                 self._connections.discard(connection)
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._closed.set()
 
     def _watch(self) -> None:
-        while not self._closed.wait(TICK_SECONDS):
+        while not self._closed.wait(CHECK_SECONDS):
             now = self._clock()
             with self._lock:
                 for connection in self._connections:
-                    if connection.due < now:
-                        connection.end()
+                    if connection.deadline < now:
+                        connection.abort()
 
 
-def settings(connection: Connection) -> ClientSettings:
-    """Settings of a synchronous client, which asks one thing at a time, over a connection that can be ended.
+def sync_settings(connection: Connection) -> ClientSettings:
+    """Settings of a synchronous client with one request at a time, over a connection that can be aborted.
 
-    Its answers have at most `connection.max_bytes` bytes, decoded.
+    Its decoded answers are limited to `connection.max_bytes`.
     """
 
     def check_size(response: httpx2.Response) -> None:
-        body = _body(response, connection.max_bytes)
+        body = _body_decoder(response, connection.max_bytes)
         stream = response.stream
         assert isinstance(stream, httpx2.SyncByteStream)  # noqa: S101 (the client is synchronous)
         response.stream = _Stream(stream, body)
 
-    return _settings({"request": [connection.follow], "response": [check_size]})
+    return _common_settings({"request": [connection.trace], "response": [check_size]})
 
 
 def async_settings() -> ClientSettings:
-    """Settings of an asynchronous client; a request says in its extension `MAX_BYTES` how large its answer may be."""
+    """Settings of an asynchronous client; the request extension `MAX_BYTES` limits its decoded answer."""
 
     async def check_size(response: httpx2.Response) -> None:
-        body = _body(response, int(response.request.extensions.get(MAX_BYTES, MAX_ANSWER_BYTES)))
+        body = _body_decoder(response, int(response.request.extensions.get(MAX_BYTES, MAX_ANSWER_BYTES)))
         stream = response.stream
         assert isinstance(stream, httpx2.AsyncByteStream)  # noqa: S101 (the client is asynchronous)
         response.stream = _AsyncStream(stream, body)
 
-    return _settings({"response": [check_size]})
+    return _common_settings({"response": [check_size]})
 
 
 def max_connections() -> int:
-    """How many connections a client may hold: a third of the files that this process may open, 16 to 4096."""
+    """Maximum connections of a client: a third of this process's limit on open files, from 16 to 4096."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 4096 if soft == resource.RLIM_INFINITY else max(16, min(4096, soft // 3))
 
 
-def _settings(hooks: dict[str, list[Callable[..., object]]]) -> ClientSettings:
+def _common_settings(hooks: dict[str, list[Callable[..., object]]]) -> ClientSettings:
     return {
         "follow_redirects": False,
         "cookies": _NoCookies(),
@@ -236,60 +234,60 @@ def _settings(hooks: dict[str, list[Callable[..., object]]]) -> ClientSettings:
 
 
 class _NoCookies(CookieJar):
-    """Keeps no cookies: one caller's session must not be sent with another caller's key."""
+    """A cookie jar that stays empty: one caller's session must not be sent with another caller's key."""
 
     def extract_cookies(self, response: object, request: object) -> None:
-        """Nothing."""
+        """Ignores the cookies."""
 
 
-class _Body:
-    """Counts and decodes the chunks of one body."""
+class _BodyDecoder:
+    """Decodes the chunks of one body and limits its size."""
 
-    def __init__(self, encoding: str, most: int) -> None:
-        self._most = most
+    def __init__(self, encoding: str, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self._received = self._decoded = 0
-        self._inflate = None if encoding in ("", "identity") else zlib.decompressobj(_GZIP_OR_ZLIB)
+        self._inflate = None if encoding in ("", "identity") else zlib.decompressobj(_ZLIB_AUTO_WBITS)
 
     def decode(self, chunk: bytes) -> Iterator[bytes]:
-        """The chunk, decoded in steps; RefusedAnswerError once the body is too large or cannot be decoded."""
-        # Compressed bytes count too: a stream may be endless and decode to nothing.
+        """Yields the decoded chunk in pieces; RefusedAnswerError if the body is too large or cannot be decoded."""
+        # Compressed bytes count too, because an endless stream may decode to nothing.
         self._received += len(chunk)
-        self._refuse_more_than(self._received)
+        self._check_size(self._received)
         if self._inflate is None:
             yield chunk
             return
         while chunk and not self._inflate.eof:
             try:
-                part = self._inflate.decompress(chunk, _STEP)
+                part = self._inflate.decompress(chunk, _DECODE_CHUNK)
             except zlib.error as error:
-                raise RefusedAnswerError(f"its answer cannot be decoded: {error}") from error
+                raise RefusedAnswerError(f"the answer cannot be decoded: {error}") from error
             chunk = self._inflate.unconsumed_tail
             self._decoded += len(part)
-            self._refuse_more_than(self._decoded)
+            self._check_size(self._decoded)
             yield part
 
-    def _refuse_more_than(self, count: int) -> None:
-        if count > self._most:
-            raise RefusedAnswerError(f"its answer has more than {self._most:,} bytes")
+    def _check_size(self, count: int) -> None:
+        if count > self._max_bytes:
+            raise RefusedAnswerError(f"the answer has more than {self._max_bytes:,} bytes")
 
 
-def _body(response: httpx2.Response, most: int) -> _Body:
-    """The reader of a response's body; RefusedAnswerError where its headers say that it will not be read."""
-    most = most if response.status_code == 200 else min(most, MAX_ERROR_BYTES)
+def _body_decoder(response: httpx2.Response, max_bytes: int) -> _BodyDecoder:
+    """The decoder for a response's body; RefusedAnswerError if the headers already show that it is not acceptable."""
+    max_bytes = max_bytes if response.status_code == 200 else min(max_bytes, MAX_ERROR_BYTES)
     encoding = response.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-        raise RefusedAnswerError("its answer has an encoding that was not asked for")
-    announced = response.headers.get("content-length", "")
-    if re.fullmatch(r"[0-9]{1,15}", announced) and int(announced) > most:
-        raise RefusedAnswerError(f"its answer has more than {most:,} bytes")
+        raise RefusedAnswerError("the answer has a content encoding that was not requested")
+    content_length = response.headers.get("content-length", "")
+    if re.fullmatch(r"[0-9]{1,15}", content_length) and int(content_length) > max_bytes:
+        raise RefusedAnswerError(f"the answer has more than {max_bytes:,} bytes")
     response.headers.pop("content-encoding", None)
-    # A charset that the server names may be any codec of Python's, zlib's among them.
+    # The server could name any of Python's codecs as charset, including zlib.
     response.encoding = "utf-8"
-    return _Body(encoding, most)
+    return _BodyDecoder(encoding, max_bytes)
 
 
 class _Stream(httpx2.SyncByteStream):
-    def __init__(self, stream: httpx2.SyncByteStream, body: _Body) -> None:
+    def __init__(self, stream: httpx2.SyncByteStream, body: _BodyDecoder) -> None:
         self._stream = stream
         self._body = body
 
@@ -302,7 +300,7 @@ class _Stream(httpx2.SyncByteStream):
 
 
 class _AsyncStream(httpx2.AsyncByteStream):
-    def __init__(self, stream: httpx2.AsyncByteStream, body: _Body) -> None:
+    def __init__(self, stream: httpx2.AsyncByteStream, body: _BodyDecoder) -> None:
         self._stream = stream
         self._body = body
 
@@ -318,13 +316,13 @@ class _AsyncStream(httpx2.AsyncByteStream):
 CONNECT_SECONDS = 10.0
 
 
-class LateError(Exception):
-    """The server has not answered in time, however little it has sent meanwhile."""
+class DeadlineExceededError(Exception):
+    """The server has not sent a complete answer in time."""
 
 
 @dataclass(frozen=True)
 class Client:
-    """A client with one connection, and the seconds that an attempt may take in all."""
+    """A client with one connection, and the maximum seconds of an attempt."""
 
     inner: openai.OpenAI
     base: str
@@ -333,12 +331,12 @@ class Client:
     seconds: float
 
     def post(self, path: str, body: Mapping[str, object], *, max_bytes: int) -> tuple[bytes, Mapping[str, str]]:
-        """Body (of at most that many bytes) and headers of the answer; openai.OpenAIError or LateError if none."""
+        """Body (at most `max_bytes`) and headers of the answer; openai.OpenAIError or DeadlineExceededError if none."""
         self.connection.max_bytes = max_bytes
-        failed: openai.OpenAIError | None = None
+        api_error: openai.OpenAIError | None = None
         with self.deadlines.within(self.seconds, self.connection):
             try:
-                # Straight to the path: the typed methods spend as long again on reshaping a body that is right.
+                # The typed methods would spend as much time again on transforming a body that is already right.
                 answer = self.inner.post(
                     join_path(self.base, path),
                     body=dict(body),
@@ -346,20 +344,20 @@ class Client:
                     options={"headers": _headers(self.base, self.inner.api_key)},
                 )
             except openai.OpenAIError as error:
-                failed = error
-        if self.connection.late:
-            # Whatever came of it: a body without a length ends where the connection was ended.
-            raise LateError(f"no answer within {self.seconds:g} s") from failed
-        if failed is not None:
-            raise failed
+                api_error = error
+        if self.connection.timed_out:
+            # Even if there is an answer: a body without a length seems complete when its connection is aborted.
+            raise DeadlineExceededError(f"no answer within {self.seconds:g} s") from api_error
+        if api_error is not None:
+            raise api_error
         return answer.content, answer.headers
 
 
 class Clients:
-    """Lends a client to one thread at a time, at most `count` in all; they are made as they are needed.
+    """A pool of at most `count` clients, each used by one thread at a time and created when needed.
 
-    A client with many connections looks through all of them, under one lock, at every request: at 64 at a time that
-    costs as much as the request itself.
+    One client with many connections would search all of them, under one lock, for every request: with 64 concurrent
+    requests that takes as long as the request itself.
     """
 
     def __init__(self, url: str, *, count: int, timeout: float) -> None:
@@ -367,16 +365,16 @@ class Clients:
         self._url = url
         self._seconds = timeout
         self._timeout = openai.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout))
-        # Reading the certificates takes longer than anything else about a client.
+        # Shared, because reading the certificates takes most of the time of creating a client.
         self._certificates = httpx2.create_ssl_context()
         self._free = threading.BoundedSemaphore(count)
         self._idle: queue.LifoQueue[Client] = queue.LifoQueue()
-        self._made: list[Client] = []
+        self._clients: list[Client] = []
         self._deadlines = Deadlines()
 
     @contextlib.contextmanager
     def client(self, stop: threading.Event) -> Iterator[Client]:
-        """A client for one request, once one is free; StoppedError if the run has ended by then."""
+        """Waits for a free client and lends it for one request; StoppedError if the run is stopped by then."""
         with self._free:
             pause(0, stop)
             try:
@@ -391,7 +389,7 @@ class Clients:
     def close(self) -> None:
         """Closes all connections."""
         self._deadlines.close()
-        for client in self._made:
+        for client in self._clients:
             client.inner.close()
 
     def _new(self) -> Client:
@@ -399,18 +397,18 @@ class Clients:
         inner = openai.OpenAI(
             base_url=self._url,
             api_key=self.key,
-            # Attempts are counted, paced and paid for here, so the client makes one at a time.
+            # Retries are made, counted and rate-limited by `RequestSender`.
             max_retries=0,
             timeout=self._timeout,
             http_client=openai.DefaultHttpxClient(
-                verify=self._certificates, timeout=self._timeout, **settings(connection)
+                verify=self._certificates, timeout=self._timeout, **sync_settings(connection)
             ),
         )
         client = Client(inner, self._url, connection, self._deadlines, self._seconds)
-        self._made.append(client)
+        self._clients.append(client)
         return client
 
 
 def _headers(base: str, key: str) -> dict[str, str | openai.Omit]:
-    """The client's own header is left out where the address wants the key in another."""
+    """The header with the key, in place of the client's own Authorization."""
     return {"Authorization": openai.Omit(), **key_headers(base, f"Bearer {key}")}

@@ -1,4 +1,4 @@
-"""How fast an endpoint may be asked, how large an answer may be, how much a run may take, and what was used."""
+"""Rate limits, size limits, the budget of a run, and usage counts for endpoints."""
 
 import contextlib
 import os
@@ -14,212 +14,211 @@ from cappy.records.folder import disk_errors
 from cappy.sampling.generators import EndpointConfig, Usage
 
 REFRESH_SECONDS = 2.0
-"""How long another process's requests may stay unseen; looking costs a listing of a folder that may be far away."""
+"""Time between two reads of the ledgers of other processes, whose folder may be on a slow network volume."""
 
 MAX_ANSWER_BYTES = 32_000_000
-"""Of a body, decoded, whatever was asked for."""
+"""Maximum size of a decoded body."""
 MAX_ERROR_BYTES = 1_000_000
-"""Of a body with a status that is not 200."""
+"""Maximum size of a body with a status other than 200."""
 MAX_LIST_BYTES = 8_000_000
-"""Of a list of models."""
-LEAST_ANSWER_BYTES = 1_000_000
+"""Maximum size of a list of models."""
+MIN_ANSWER_BYTES = 1_000_000
 TOKEN_BYTES = 100
-LIKELY_TOKEN_BYTES = 400
-"""What a token of a response takes in JSON at most, without and with its log-probability."""
+LOGPROB_BYTES = 400
+"""Maximum JSON size of a token, and of each of its log-probabilities."""
 UNKNOWN_TOKENS = 32_768
 """Assumed length of a response where the request sets no limit."""
-LONGEST_CORRECTION = 600.0
-"""Seconds that one answer may hold up the next ones because it took more than it was expected to."""
+MAX_CORRECTION_SECONDS = 600.0
+"""Maximum delay of later requests because one answer used more tokens than estimated."""
 
 
 def answer_bytes(tokens: int | None, count: int, *, likelihoods: int = 0) -> int:
-    """How many bytes an answer may have: `count` responses of `tokens` tokens (None: nobody limits them).
+    """Maximum size of an answer in bytes, for `count` responses of `tokens` tokens (None: no limit).
 
-    `likelihoods` is the number of log-probabilities that come with each token.
+    `likelihoods` is the number of log-probabilities per token.
     """
-    each = TOKEN_BYTES + LIKELY_TOKEN_BYTES * likelihoods
-    return min(MAX_ANSWER_BYTES, LEAST_ANSWER_BYTES + count * (tokens or UNKNOWN_TOKENS) * each)
+    bytes_per_token = TOKEN_BYTES + LOGPROB_BYTES * likelihoods
+    return min(MAX_ANSWER_BYTES, MIN_ANSWER_BYTES + count * (tokens or UNKNOWN_TOKENS) * bytes_per_token)
 
 
 class StoppedError(Exception):
-    """Another request ended the run; this one is not sent."""
+    """The run was stopped by another request; this one is not sent."""
 
 
-class Pace:
-    """Lets `per_minute` units through each minute, evenly and from the first one; 0 lets all through."""
+class RateLimiter:
+    """Limits the rate to `per_minute` units, spread evenly; 0 means no limit."""
 
     def __init__(self, per_minute: int) -> None:
-        self._seconds = 60 / per_minute if per_minute else 0.0
-        self._free = 0.0
+        self._seconds_per_unit = 60 / per_minute if per_minute else 0.0
+        self._next_free = 0.0
         self._lock = threading.Lock()
 
-    def turn(self, units: int) -> float:
-        """Seconds to wait until these units may pass; their place is taken."""
+    def reserve(self, units: int) -> float:
+        """Reserves these units; returns the seconds to wait before using them."""
         with self._lock:
             now = time.monotonic()
-            start = max(now, self._free)
-            self._free = start + units * self._seconds
+            start = max(now, self._next_free)
+            self._next_free = start + units * self._seconds_per_unit
             return start - now
 
     def correct(self, units: int) -> None:
-        """Makes up for units (positive: more, negative: fewer) that a turn took beside what it had asked for.
+        """Corrects a reservation by the difference between used and reserved units.
 
-        A server's word is taken for `LONGEST_CORRECTION` at most: it may say any number.
+        Adds at most `MAX_CORRECTION_SECONDS`, because the server may report any number.
         """
         with self._lock:
-            self._free += min(units * self._seconds, LONGEST_CORRECTION)
+            self._next_free += min(units * self._seconds_per_unit, MAX_CORRECTION_SECONDS)
 
 
 def pause(seconds: float, stop: threading.Event) -> None:
-    """Waits; StoppedError as soon as the run is."""
+    """Waits; raises StoppedError as soon as `stop` is set."""
     if stop.wait(seconds) if seconds > 0 else stop.is_set():
         raise StoppedError
 
 
 @dataclass(slots=True)
-class Spent:
-    """What was used, or may be."""
+class Spending:
+    """Requests and tokens that were or may be used."""
 
     requests: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
 
-    def add(self, other: "Spent", sign: int = 1) -> None:
-        """Adds the other, or takes it away."""
+    def add(self, other: "Spending", sign: int = 1) -> None:
+        """Adds `other`, or subtracts it with `sign` -1."""
         self.requests += sign * other.requests
         self.input_tokens += sign * other.input_tokens
         self.output_tokens += sign * other.output_tokens
 
 
 class Budget:
-    """What a run may spend, over all its starts and processes.
+    """The budget of a run, shared by all its processes and restarts.
 
-    Before a request is sent the most that it may take is held back, so that requests in flight cannot overrun the
-    budget together; other processes' requests are seen within `REFRESH_SECONDS` of their answer. What was answered is
-    written to a ledger, a file per process under the run's name.
+    The maximum usage of a request is reserved before it is sent, so that concurrent requests cannot exceed the budget
+    together. Spending is written to a ledger, one file per process in the run's folder, and other processes see it
+    within `REFRESH_SECONDS`.
     """
 
     def __init__(self, name: str, config: EndpointConfig) -> None:
         self._name = name
         self._config = config
-        self._held = Spent()
-        self._own = Spent()
-        self._others = Spent()
-        self._read: dict[Path, int] = {}
+        self._reserved = Spending()
+        self._own_spending = Spending()
+        self._other_spending = Spending()
+        self._read_offsets: dict[Path, int] = {}
         self._refreshed = 0.0
-        self._change = threading.Condition()
+        self._condition = threading.Condition()
         self._folder = config.folder / "spent" / (config.run or "unnamed") if config.folder else None
-        self._file = self._folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.txt" if self._folder else None
-        self._ledger: int | None = None
+        self._ledger_path = self._folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.txt" if self._folder else None
+        self._ledger_fd: int | None = None
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads what earlier starts and other processes have added to the ledger."""
+        """Reads new ledger lines of earlier and other processes."""
         self._refreshed = time.monotonic()
         for path in sorted(self._folder.glob("*.txt")) if self._folder else ():
-            if path == self._file:
+            if path == self._ledger_path:
                 continue
             with path.open("rb") as file:
-                file.seek(self._read.get(path, 0))
-                whole = file.read().rpartition(b"\n")[0]
-            self._read[path] = self._read.get(path, 0) + len(whole) + bool(whole)
-            for line in whole.splitlines():
-                numbers = [int(number) for number in line.split()]
-                if len(numbers) == 3:
-                    self._others.add(Spent(*numbers))
+                file.seek(self._read_offsets.get(path, 0))
+                complete_lines = file.read().rpartition(b"\n")[0]
+            self._read_offsets[path] = self._read_offsets.get(path, 0) + len(complete_lines) + bool(complete_lines)
+            for line in complete_lines.splitlines():
+                values = [int(number) for number in line.split()]
+                if len(values) == 3:
+                    self._other_spending.add(Spending(*values))
 
     @contextlib.contextmanager
-    def hold(self, most: Spent, stop: threading.Event) -> Iterator[Spent]:
-        """Holds `most` back while the block asks; what the block adds to the value given is spent.
+    def reserve(self, reservation: Spending, stop: threading.Event) -> Iterator[Spending]:
+        """Reserves a maximum for the block; what the block adds to the yielded value is spent.
 
-        Waits while requests in flight may still leave room; where they cannot, `stop` is set and GeneratorError says
-        the remedy.
+        Waits while pending requests may still release budget. If they cannot, sets `stop` and raises GeneratorError.
         """
-        with self._change:
+        with self._condition:
             if time.monotonic() - self._refreshed > REFRESH_SECONDS:
                 self.refresh()
-            while (short := self._short(most)) is not None:
-                if not self._held.requests:
+            while (message := self._exceeded_message(reservation)) is not None:
+                if not self._reserved.requests:
                     stop.set()
-                    raise GeneratorError(short)
-                self._change.wait(0.2)
+                    raise GeneratorError(message)
+                self._condition.wait(0.2)
                 if stop.is_set():
                     raise StoppedError
-            self._held.add(most)
-        spent = Spent()
+            self._reserved.add(reservation)
+        spent = Spending()
         try:
             yield spent
         finally:
-            with self._change:
-                self._held.add(most, -1)
+            with self._condition:
+                self._reserved.add(reservation, -1)
                 if spent.requests:
-                    self._own.add(spent)
-                    self._note(spent)
-                self._change.notify_all()
+                    self._own_spending.add(spent)
+                    self._write_ledger(spent)
+                self._condition.notify_all()
 
-    def _short(self, most: Spent) -> str | None:
-        """What to say where `most` does not fit beside what is spent and held."""
-        spent, after = Spent(), Spent()
-        spent.add(self._own)
-        spent.add(self._others)
-        for part in (spent, self._held, most):
-            after.add(part)
+    def _exceeded_message(self, reservation: Spending) -> str | None:
+        """The error message if `reservation` exceeds the remaining budget, else None."""
+        spent, after = Spending(), Spending()
+        spent.add(self._own_spending)
+        spent.add(self._other_spending)
+        for spending in (spent, self._reserved, reservation):
+            after.add(spending)
         config = self._config
         kinds = (
             ("requests", "requests", config.max_total_requests, spent.requests, after.requests),
             ("tokens", "tokens", config.max_total_tokens, _tokens(spent), _tokens(after)),
-            ("money", "cost", config.max_total_cost, _money(spent, config), _money(after, config)),
+            ("money", "cost", config.max_total_cost, _cost(spent, config), _cost(after, config)),
         )
-        for kind, flag, budget, used, would_be in kinds:
-            if budget and would_be > budget * (1 + 1e-9):
-                left = f"{budget - used:,.6g}"
+        for kind, flag, budget, used, total in kinds:
+            if budget and total > budget * (1 + 1e-9):
+                remaining = f"{budget - used:,.6g}"
                 return (
-                    f"{self._name}: the budget of {budget:,.10g} {kind} is used up ({left} left, less than the next "
-                    f"request may take); raise --max-total-{flag} and run the same command again: every answer is kept"
+                    f"{self._name}: the budget of {budget:,.10g} {kind} is used up ({remaining} left, the next request "
+                    f"may use more); raise --max-total-{flag} and run the same command again: every answer is kept"
                 )
         return None
 
     def close(self) -> None:
         """Closes the ledger."""
-        if self._ledger is not None:
-            os.close(self._ledger)
-            self._ledger = None
+        if self._ledger_fd is not None:
+            os.close(self._ledger_fd)
+            self._ledger_fd = None
 
-    def _note(self, spent: Spent) -> None:
-        if self._file is None:
+    def _write_ledger(self, spent: Spending) -> None:
+        if self._ledger_path is None:
             return
-        with disk_errors(self._file):
-            if self._ledger is None:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self._ledger_path):
+            if self._ledger_fd is None:
+                self._ledger_path.parent.mkdir(parents=True, exist_ok=True)
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-                self._ledger = os.open(self._file, flags, 0o600)
-            os.write(self._ledger, f"{spent.requests} {spent.input_tokens} {spent.output_tokens}\n".encode())
+                self._ledger_fd = os.open(self._ledger_path, flags, 0o600)
+            os.write(self._ledger_fd, f"{spent.requests} {spent.input_tokens} {spent.output_tokens}\n".encode())
 
 
-def _tokens(spent: Spent) -> int:
+def _tokens(spent: Spending) -> int:
     return spent.input_tokens + spent.output_tokens
 
 
-def _money(spent: Spent, config: EndpointConfig) -> float:
+def _cost(spent: Spending, config: EndpointConfig) -> float:
     return config.cost(spent.input_tokens, spent.output_tokens)
 
 
-class Meter:
-    """Counts what is used; several threads may count at once."""
+class UsageMeter:
+    """Counts the usage of an endpoint; thread-safe."""
 
     def __init__(self, config: EndpointConfig) -> None:
         self._config = config
         self._lock = threading.Lock()
         self._usage = Usage()
 
-    def add(self, **more: int) -> None:
-        """Adds to these fields of the usage."""
+    def add(self, **increments: int) -> None:
+        """Adds to these fields of `Usage`."""
         with self._lock:
-            now = {name: getattr(self._usage, name) + value for name, value in more.items()}
-            self._usage = replace(self._usage, **now)
+            totals = {name: getattr(self._usage, name) + value for name, value in increments.items()}
+            self._usage = replace(self._usage, **totals)
 
     @property
     def usage(self) -> Usage:
-        """What was counted so far, with its cost."""
+        """The usage so far, with its cost."""
         usage = self._usage
         return replace(usage, cost=self._config.cost(usage.input_tokens, usage.output_tokens))
