@@ -29,8 +29,8 @@ from cappy.scoring import Scorer
 from cappy.scoring.config import ScorerConfig
 from cappy.training import checkpoint
 from cappy.training.corpus import open_corpora
-from cappy.training.distributed import ALONE
-from cappy.training.feed import batch
+from cappy.training.distributed import SINGLE_RANK
+from cappy.training.feed import draw_batch
 from cappy.training.loop import Run
 from cappy.training.pretraining import PretrainingConfig
 
@@ -132,13 +132,13 @@ def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instan
         corpora = open_corpora(
             config.source, source / "tokens", scorer.tokenizer, scorer.encoder, metric="rougeL", sources=()
         )
-        run = Run(scorer, corpora, config, source / "checkpoints", ALONE)
+        run = Run(scorer, corpora, config, source / "checkpoints", SINGLE_RANK)
         run.update()
         updates = UPDATES.get(name, 2) * (1 + 3 * many)
         drawn = [
             one
             for number in range(1, updates + 1)
-            for one in batch(corpora.train, number, config.batch_instances, config.max_candidates, seed=config.seed)
+            for one in draw_batch(corpora.train, number, config.batch_instances, config.max_candidates, seed=config.seed)
         ]
         lengths = [length for one in drawn for length in corpora.train.tokens(one.index, one.chosen)]
         seconds, _ = bench.time_call(partial(update, run, updates))

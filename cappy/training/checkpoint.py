@@ -23,14 +23,14 @@ from torch import Tensor
 from cappy.errors import FolderError
 from cappy.records.folder import disk_errors, rename_folder, sha256_of
 
-CONTINUES = "run the same command again to continue"
+CONTINUE_REMEDY = "run the same command again to continue"
 """What the error of a run says that lost nothing and has nothing to mend."""
-KEPT = 2
+MAX_GENERATIONS = 2
 """Generations kept: where the newest is damaged, the one before it stands."""
 
 Tensors = dict[str, Tensor]
-_DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
-_SUMS = "sums.json"
+_DAMAGE_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
+_CHECKSUMS = "sums.json"
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Adds a generation to `folder`, whole or not at all, and drops all but the last `KEPT`."""
+    """Adds a generation to `folder`, whole or not at all, and drops all but the last `MAX_GENERATIONS`."""
     generation = folder / f"{checkpoint.state.update:09d}"
     temporary = folder / ".tmp"
     with disk_errors(folder):
@@ -78,12 +78,12 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         save_file(checkpoint.moments, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(asdict(checkpoint.state)))
         sums = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
-        (temporary / _SUMS).write_text(json.dumps(sums, indent=1))
+        (temporary / _CHECKSUMS).write_text(json.dumps(sums, indent=1))
         for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        rename_folder(temporary, generation, last=_SUMS)
-        _flush(folder)
-        for older in _generations(folder)[:-KEPT]:
+            _fsync(path)
+        rename_folder(temporary, generation, last=_CHECKSUMS)
+        _fsync(folder)
+        for older in _generations(folder)[:-MAX_GENERATIONS]:
             shutil.rmtree(older, ignore_errors=True)
 
 
@@ -95,18 +95,18 @@ def load(folder: Path) -> tuple[Checkpoint | None, str]:
     """
     passed: list[Path] = []
     for generation in reversed(_generations(folder)):
-        with contextlib.suppress(*_DAMAGE):
-            checkpoint = _read(generation)
+        with contextlib.suppress(*_DAMAGE_ERRORS):
+            checkpoint = _read_generation(generation)
             for damaged in passed:
                 shutil.rmtree(damaged, ignore_errors=True)
-            return checkpoint, _explain(passed, checkpoint.state.update)
+            return checkpoint, _describe_damage(passed, checkpoint.state.update)
         passed.append(generation)
-    if any((generation / _SUMS).exists() for generation in passed):
+    if any((generation / _CHECKSUMS).exists() for generation in passed):
         raise FolderError(f"{folder}: every checkpoint is damaged; delete this folder to start from update 0")
     return None, ""
 
 
-def newest(folder: Path) -> str:
+def describe_newest(folder: Path) -> str:
     """The newest generation's path as an error names it."""
     generations = _generations(folder)
     return str(generations[-1]) if generations else "none yet"
@@ -169,16 +169,16 @@ class CheckpointClock:
         return due
 
 
-def _explain(passed: list[Path], update: int) -> str:
+def _describe_damage(passed: list[Path], update: int) -> str:
     if not passed:
         return ""
     names = " and ".join(str(int(path.name)) for path in passed)
     return f"the checkpoint of update {names} is damaged, continued from update {update}"
 
 
-def _read(generation: Path) -> Checkpoint:
+def _read_generation(generation: Path) -> Checkpoint:
     """ValueError or OSError where a file is missing or is not what was written."""
-    sums: Mapping[str, str] = json.loads((generation / _SUMS).read_text())
+    sums: Mapping[str, str] = json.loads((generation / _CHECKSUMS).read_text())
     for name, expected in sums.items():
         if sha256_of(generation / name) != expected:
             raise ValueError(name)
@@ -194,7 +194,7 @@ def _generations(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"[0-9]+", path.name)) if folder.is_dir() else []
 
 
-def _flush(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,17 +20,17 @@ from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus
 from cappy.training.distributed import Ranks
-from cappy.training.feed import Drawn, pool
+from cappy.training.feed import Draw, draw_validation
 from cappy.training.losses import LISTWISE_TEMPERATURE
 from cappy.training.settings import TrainingSettings
 
-CANDIDATES = 16
+CHECK_CANDIDATES = 16
 """Responses of a validation instance that a pick is made from, at most: more cost more, and leave less to chance."""
 CHUNK = 64
 """Instances scored at a time: what memory holds, and how long a wish to stop waits."""
-FEWEST = 8
+MIN_INSTANCES = 8
 """Validation instances that a decision takes: of fewer a standard error is itself a guess, and nothing stops early."""
-MARGIN = 0.001
+MIN_DIFFERENCE = 0.001
 """A difference in the expected label, on its scale of 0 to 1, that no one would act on, however sure it is."""
 
 
@@ -65,19 +65,19 @@ def check_scorer(
         if stopped:
             break
         own = numbers[start : start + CHUNK]
-        pools = [pool(validation, index, CANDIDATES, seed=config.seed) for index in own]
-        for index, labels in zip(own, _labels(scorer, validation, pools), strict=True):
+        pools = [draw_validation(validation, index, CHECK_CANDIDATES, seed=config.seed) for index in own]
+        for index, labels in zip(own, _label_pools(scorer, validation, pools), strict=True):
             values[index], values[count + index] = labels
     *values, stops = (ranks.all_reduce if not lockstep else list)([*values, float(stopped)])
     return None if stops else Check(tuple(values[:count]), tuple(values[count:]))
 
 
-def decides(config: TrainingSettings, validation: Corpus) -> bool:
+def stops_early(config: TrainingSettings, validation: Corpus) -> bool:
     """Whether the validation instances decide which weights are kept and when training stops."""
-    return config.keep == "best" and len(validation) >= FEWEST
+    return config.keep == "best" and len(validation) >= MIN_INSTANCES
 
 
-def judge(check: Check | None, state: State, *, deciding: bool, falling: bool) -> bool:
+def record_check(check: Check | None, state: State, *, deciding: bool, falling: bool) -> bool:
     """Notes a check in the state; whether its weights are kept from now on.
 
     They always are where validation instances do not decide (`deciding`), or there are none (None). Checks that are not
@@ -94,7 +94,7 @@ def judge(check: Check | None, state: State, *, deciding: bool, falling: bool) -
         if deciding:
             entry |= {"behind": round(behind, 6), "error": round(error, 6)}
     state.log.append(entry)
-    if deciding and behind > max(error, MARGIN):
+    if deciding and behind > max(error, MIN_DIFFERENCE):
         state.checks_since_best += falling
         return False
     state.best_pick = _mean(check.picks) if check is not None else state.best_pick
@@ -102,7 +102,7 @@ def judge(check: Check | None, state: State, *, deciding: bool, falling: bool) -
     return True
 
 
-def explain(state: State, updates: int, count: int) -> str:
+def explain_kept_weights(state: State, updates: int, count: int) -> str:
     """Why other weights than the last were kept, of `count` validation instances; empty where the last were.
 
     `updates` is how many were planned.
@@ -123,7 +123,7 @@ def explain(state: State, updates: int, count: int) -> str:
 
 
 @torch.no_grad()
-def _labels(scorer: Scorer, validation: Corpus, pools: Sequence[Drawn]) -> list[tuple[float, float]]:
+def _label_pools(scorer: Scorer, validation: Corpus, pools: Sequence[Draw]) -> list[tuple[float, float]]:
     """The label of the pick and the expected label of each pool."""
     encoded = [pair for drawn in pools for pair in validation.pairs(drawn.index, drawn.chosen)]
     scores = [0.0] * len(encoded)

@@ -29,9 +29,9 @@ from cappy.training.settings import Unit
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2
+FORMAT_VERSION = 2
 """Counted up where the arrays change."""
-FILES: Mapping[str, str] = {
+ARRAY_DTYPES: Mapping[str, str] = {
     "tokens": "<u4",  # of each instance: the instruction's, then each response's
     "text_ends": "<u8",  # where each text ends in `tokens`
     "pair_ends": "<u8",  # where each instance ends in `labels`
@@ -46,14 +46,14 @@ _FACTS = "facts.json"
 _HAS_TRAIN = "has_train"
 _PROMPTS = "prompts"
 """The hash of each prompt; the last file to be there, by which a folder is known to be whole."""
-COUNTED = 2**16
+COUNT_CHUNK = 2**16
 """Instances whose lengths are in memory at a time while the cut pairs are counted."""
 CHUNK = 512
 """Instances tokenized at a time: what memory holds."""
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class TrainingInstance:
     """One instance as training sees it: responses, labels, which a selector may pick, and where they came from."""
 
     instruction: str
@@ -63,14 +63,14 @@ class Group:
     sources: tuple[Source, ...]
 
 
-def to_group(instance: Instance, metric: str, sources: Sequence[Source] = ()) -> Group:
+def to_training_instance(instance: Instance, metric: str, sources: Sequence[Source] = ()) -> TrainingInstance:
     """The instance's rows of the regression set, of these sources if any are named.
 
     RecordError where a candidate has no label of this metric.
     """
     rows = [row for row in regression_rows(instance, metric) if not sources or row.source in sources]
     selectable = {candidate.response for candidate in instance.selectable}
-    return Group(
+    return TrainingInstance(
         instruction=instance.instruction,
         responses=tuple(row.response for row in rows),
         labels=tuple(row.label for row in rows),
@@ -79,10 +79,10 @@ def to_group(instance: Instance, metric: str, sources: Sequence[Source] = ()) ->
     )
 
 
-def split_rows(group: Group) -> list[Group]:
+def split_rows(group: TrainingInstance) -> list[TrainingInstance]:
     """One group per response, for training in rows."""
     columns = zip(group.responses, group.labels, group.selectable, group.sources, strict=True)
-    return [Group(group.instruction, (text,), (label,), (may,), (source,)) for text, label, may, source in columns]
+    return [TrainingInstance(group.instruction, (text,), (label,), (may,), (source,)) for text, label, may, source in columns]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ class Facts:
     longest_response: int = 0
     lowest: float = 1.0
     highest: float = 0.0
-    token_type: str = FILES["tokens"]
+    token_type: str = ARRAY_DTYPES["tokens"]
 
 
 class Corpus:
@@ -104,7 +104,7 @@ class Corpus:
     def __init__(self, folder: Path, encoder: PairEncoder) -> None:
         self.facts = Facts(**json.loads((folder / _FACTS).read_text()))
         self._encoder = encoder
-        kinds = {**FILES, "tokens": self.facts.token_type}
+        kinds = {**ARRAY_DTYPES, "tokens": self.facts.token_type}
         arrays = {name: _memmap(folder / name, kind) for name, kind in kinds.items()}
         self._tokens, self._text_ends, self._pair_ends = (arrays[n] for n in ("tokens", "text_ends", "pair_ends"))
         self._labels, self._selectable, self._sources = (arrays[n] for n in ("labels", "selectable", "sources"))
@@ -117,7 +117,7 @@ class Corpus:
         """Responses of an instance."""
         return int(self._pair_ends[index]) - _start(self._pair_ends, index)
 
-    def drawable(self, most: int) -> int:
+    def responses_per_epoch(self, most: int) -> int:
         """Responses that one pass draws, at most `most` of each instance."""
         return int(np.minimum(np.diff(self._pair_ends, prepend=np.uint64(0)), most).sum())
 
@@ -153,7 +153,7 @@ class Corpus:
         around = self._encoder.num_special_tokens + self._length(first)
         return [min(self._encoder.max_length, around + self._length(first + 1 + number)) for number in chosen]
 
-    def longest(self, index: int, chosen: Sequence[int]) -> int:
+    def longest_of(self, index: int, chosen: Sequence[int]) -> int:
         """Tokens of the longest of these pairs."""
         return max(self.tokens(index, chosen))
 
@@ -166,7 +166,7 @@ class Corpus:
     @property
     def cut_pairs(self) -> int:
         """How many pairs have more tokens than the scorer reads."""
-        return sum(self._count_cut(start, min(start + COUNTED, len(self))) for start in range(0, len(self), COUNTED))
+        return sum(self._count_cut(start, min(start + COUNT_CHUNK, len(self))) for start in range(0, len(self), COUNT_CHUNK))
 
     def _count_cut(self, start: int, stop: int) -> int:
         """The same of the instances from `start` to before `stop`."""
@@ -218,11 +218,11 @@ def open_corpora(
     validation split those with a response that a selector may pick. Memory holds `CHUNK` instances, and 8 bytes of
     every instance read.
     """
-    key = fingerprint(FORMAT, read_manifest(source).hash, _tokenizer_hash(tokenizer), metric, list(sources), unit)[:24]
+    key = fingerprint(FORMAT_VERSION, read_manifest(source).hash, _tokenizer_hash(tokenizer), metric, list(sources), unit)[:24]
     folder = cache / key
     with disk_errors(folder), _lock(cache, key):
         if not (folder / _PROMPTS).is_file():
-            _build(source, folder, encoder, len(tokenizer), metric, sources, unit, progress)
+            _write_corpora(source, folder, encoder, len(tokenizer), metric, sources, unit, progress)
     prompts = _memmap(folder / _PROMPTS, "<u8")
     return Corpora(
         train=Corpus(folder / "train", encoder),
@@ -247,8 +247,8 @@ class CorpusWriter:
         folder.mkdir(parents=True)
         self._folder, self._encoder = folder, encoder
         self._facts = Facts(token_type="<u2" if vocabulary <= 2**16 else "<u4")
-        self._kinds = {**FILES, "tokens": self._facts.token_type}
-        self._files: dict[str, IO[bytes]] = {name: (folder / name).open("wb") for name in FILES}
+        self._kinds = {**ARRAY_DTYPES, "tokens": self._facts.token_type}
+        self._files: dict[str, IO[bytes]] = {name: (folder / name).open("wb") for name in ARRAY_DTYPES}
         self._ends = dict.fromkeys(("text_ends", "pair_ends", "name_ends"), 0)
 
     def __enter__(self) -> "CorpusWriter":
@@ -260,7 +260,7 @@ class CorpusWriter:
         if kind is None:
             (self._folder / _FACTS).write_text(json.dumps(asdict(self._facts)))
 
-    def add(self, part: Sequence[tuple[str, Group]]) -> None:
+    def add(self, part: Sequence[tuple[str, TrainingInstance]]) -> None:
         """Tokenizes these instances, each with its id, and appends them."""
         if not part:
             return
@@ -298,7 +298,7 @@ class CorpusWriter:
         self._ends[name] = int(ends[-1])
 
 
-def _build(
+def _write_corpora(
     source: Path,
     folder: Path,
     encoder: PairEncoder,
@@ -319,8 +319,8 @@ def _build(
     ):
         for part in batched(read(source, splits=("train", "validation")), CHUNK):
             prompts.write(np.array([prompt_hash(i.instruction) for i in part], dtype="<u8").tobytes())
-            fitted = [(i.instance_id, to_group(i, metric, sources)) for i in part if i.split == "train"]
-            checked = [(i.instance_id, to_group(i, metric)) for i in part if i.split == "validation"]
+            fitted = [(i.instance_id, to_training_instance(i, metric, sources)) for i in part if i.split == "train"]
+            checked = [(i.instance_id, to_training_instance(i, metric)) for i in part if i.split == "validation"]
             if any(group.responses for _, group in fitted):
                 (temporary / _HAS_TRAIN).touch()
             if unit == "row":

@@ -17,7 +17,7 @@ from cappy.training.settings import TrainingSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WEIGHTS_SHARDED = 3
+WEIGHT_SHARDING_STAGE = 3
 """The stage of ZeRO that shards the weights too."""
 
 
@@ -29,7 +29,7 @@ class _Parameter(Protocol):
     ds_tensor: Tensor
 
 
-class _Passes(nn.Module):
+class _EngineModule(nn.Module):
     """What the engine runs: any computation with the model, so that ours need not be the model's own `forward`."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,13 +55,13 @@ class DeepSpeedStrategy:
         self._gathered = deepspeed.zero.GatheredParameters
         self._model, self._stage, self._ranks = model, config.zero_stage, ranks
         self.engine, *_ = deepspeed.initialize(
-            model=_Passes(model),
+            model=_EngineModule(model),
             optimizer=adamw(model, config),
             config=_engine_config(config),
             dist_init_required=False,
         )
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Drops the gradients."""
         self.engine.optimizer.zero_grad()
 
@@ -81,7 +81,7 @@ class DeepSpeedStrategy:
 
     def weights(self) -> Tensors:
         """A copy of the whole weights, on the CPU; all ranks must ask."""
-        if self._stage < WEIGHTS_SHARDED:
+        if self._stage < WEIGHT_SHARDING_STAGE:
             return copy_tensors(self._model.state_dict())
         with self._gathered(list(self._model.parameters())):
             return copy_tensors(self._model.state_dict())
@@ -104,7 +104,7 @@ class DeepSpeedStrategy:
 
     def restore(self, weights: Tensors, moments: Tensors) -> None:
         """Puts a checkpoint's tensors in place, each rank its share."""
-        with self._gathered(list(self._model.parameters()), modifier_rank=0, enabled=self._stage == WEIGHTS_SHARDED):
+        with self._gathered(list(self._model.parameters()), modifier_rank=0, enabled=self._stage == WEIGHT_SHARDING_STAGE):
             self._model.load_state_dict(weights)
         if self._stage == 0:
             restore_moments(self._model, self.engine.optimizer, moments)
@@ -113,9 +113,9 @@ class DeepSpeedStrategy:
         if steps:
             self._prepare_moments(steps[0])
         for name, parameter in self._model.named_parameters():
-            self._put(parameter, weights[name])
+            self._load_tensor(parameter, weights[name])
             for key in MOMENTS if steps else ():
-                self._put(parameter, moments[f"{name}.{key}"], key)
+                self._load_tensor(parameter, moments[f"{name}.{key}"], key)
 
     def best_model(self, best: Tensors) -> nn.Module:
         """A plain model with the best weights, outside DeepSpeed."""
@@ -126,7 +126,7 @@ class DeepSpeedStrategy:
     def _prepare_moments(self, step: Tensor) -> None:
         """Makes the optimizer's state, which otherwise begins with the first step."""
         sharded = self.engine.optimizer
-        whole = self._stage < WEIGHTS_SHARDED
+        whole = self._stage < WEIGHT_SHARDING_STAGE
         for flat in sharded.single_partition_of_fp32_groups if whole else sharded.fp32_partitioned_groups_flat:
             empty = {key: torch.zeros_like(flat) for key in MOMENTS}
             sharded.optimizer.state[flat] = {"step": step.clone(), **empty}
@@ -137,14 +137,14 @@ class DeepSpeedStrategy:
 
         It links them itself when the first group of parameters has made its first step, and so forgets the other one.
         """
-        if self._stage < WEIGHTS_SHARDED:
+        if self._stage < WEIGHT_SHARDING_STAGE:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _put(self, parameter: _Parameter, value: Tensor, moment: str | None = None) -> None:
+    def _load_tensor(self, parameter: _Parameter, value: Tensor, moment: str | None = None) -> None:
         """Puts this rank's share of a whole tensor in place: of the weights, or of a moment."""
         api, value = self._api, value.to(self.engine.device)
-        if self._stage == WEIGHTS_SHARDED:
+        if self._stage == WEIGHT_SHARDING_STAGE:
             # DeepSpeed's own function for whole tensors fails where the ranks do not divide their size.
             size = parameter.ds_tensor.numel()
             flat = nn.functional.pad(value.reshape(-1), (0, size * self._ranks.count - value.numel()))
@@ -159,7 +159,7 @@ class DeepSpeedStrategy:
             api.safe_set_full_fp32_param(parameter, value)
 
     def _shape(self, parameter: _Parameter) -> torch.Size:
-        return parameter.ds_shape if self._stage == WEIGHTS_SHARDED else parameter.shape
+        return parameter.ds_shape if self._stage == WEIGHT_SHARDING_STAGE else parameter.shape
 
 
 def _engine_config(config: TrainingSettings) -> dict[str, object]:
@@ -174,14 +174,14 @@ def _engine_config(config: TrainingSettings) -> dict[str, object]:
     }
 
 
-def name_accelerator() -> None:
+def set_accelerator() -> None:
     """Tells DeepSpeed what it would find out with a warning on stdout; some of transformers' models import it."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _import_deepspeed() -> ModuleType:
-    name_accelerator()
+    set_accelerator()
     try:
         import deepspeed  # type: ignore[import-untyped]
     except ImportError as error:

@@ -17,9 +17,9 @@ from cappy.training.settings import TrainingSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW remembers of a parameter, beside the number of its steps."""
-BUCKET = 16 * 2**20
+BUCKET_SIZE = 16 * 2**20
 """Numbers per all-reduce: enough to fill a link, few enough to need no second copy of the gradients."""
-PATIENCE = timedelta(hours=2)
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """How long a rank waits for another; whoever started them ends the rest when one of them dies, and sooner."""
 
 
@@ -58,7 +58,7 @@ class Ranks:
         """
         if self.count == 1:
             return
-        buckets = list(_buckets(gradients))
+        buckets = list(_split_buckets(gradients))
         flat = [torch.cat([gradient.reshape(-1) for gradient in bucket]) for bucket in buckets]
         works = [distributed.all_reduce(bucket, async_op=True) for bucket in flat]
         for bucket, sums, work in zip(buckets, flat, works, strict=True):
@@ -92,7 +92,7 @@ class Ranks:
         return received
 
 
-ALONE = Ranks()
+SINGLE_RANK = Ranks()
 
 
 def is_launched() -> bool:
@@ -104,7 +104,7 @@ def is_launched() -> bool:
 def join_ranks() -> Iterator[Ranks]:
     """The ranks that a launcher started, met (nccl where there is a GPU, else gloo); alone where there is none."""
     if not is_launched():
-        yield ALONE
+        yield SINGLE_RANK
         return
     ranks = Ranks(
         rank=int(os.environ["RANK"]),
@@ -114,18 +114,18 @@ def join_ranks() -> Iterator[Ranks]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(ranks.local)
-    distributed.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    distributed.init_process_group("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
     yield ranks
     # Only after success: a rank that failed cannot say good-bye to others that wait for it elsewhere.
     distributed.destroy_process_group()
 
 
 class Strategy(Protocol):
-    """How ranks share an update: `Replicas` says what each of these does."""
+    """How ranks share an update: `ReplicatedStrategy` says what each of these does."""
 
     lockstep: bool
 
-    def forget(self) -> None: ...
+    def zero_grad(self) -> None: ...
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
     def step(self, rate: float) -> float: ...
     def weights(self) -> Tensors: ...
@@ -134,7 +134,7 @@ class Strategy(Protocol):
     def best_model(self, best: Tensors) -> nn.Module: ...
 
 
-class Replicas:
+class ReplicatedStrategy:
     """The strategies `single` and `ddp`: gradients are summed over the ranks once per update, then all do the same."""
 
     lockstep = False
@@ -144,7 +144,7 @@ class Replicas:
         self._model, self._clip, self._ranks = model, config.clip, ranks
         self._optimizer = adamw(model, config)
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Drops the gradients."""
         self._optimizer.zero_grad()
 
@@ -154,7 +154,7 @@ class Replicas:
 
     def step(self, rate: float) -> float:
         """One step at this learning rate; the gradient's norm before clipping. No step where that is not a number."""
-        self._share()
+        self._sum_gradients()
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or math.inf))
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -180,7 +180,7 @@ class Replicas:
         self._model.load_state_dict(best)
         return self._model
 
-    def _share(self) -> None:
+    def _sum_gradients(self) -> None:
         """Sums the gradients over the ranks; a parameter that no rank used keeps none, as on one rank."""
         if self._ranks.count == 1:
             return
@@ -223,11 +223,11 @@ def restore_moments(model: nn.Module, optimizer: torch.optim.AdamW, moments: Ten
                 optimizer.state[parameter][key] = value.to(device, copy=True)
 
 
-def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _split_buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     size = 0
     for gradient in gradients:
-        if bucket and size + gradient.numel() > BUCKET:
+        if bucket and size + gradient.numel() > BUCKET_SIZE:
             yield bucket
             bucket, size = [], 0
         bucket.append(gradient)

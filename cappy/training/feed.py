@@ -18,7 +18,7 @@ _HALF = np.uint64(32)
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class Draw:
     """An instance of a corpus by its number, and the numbers of the responses drawn of it; `width` is the longest
     pair's tokens."""
 
@@ -32,7 +32,7 @@ class Drawn:
         return self.width * len(self.chosen)
 
 
-def batch(corpus: Corpus, update: int, size: int, max_candidates: int, *, seed: int) -> list[Drawn]:
+def draw_batch(corpus: Corpus, update: int, size: int, max_candidates: int, *, seed: int) -> list[Draw]:
     """The `size` instances of an update (0-based), `max_candidates` drawn of each.
 
     Every pass holds every instance once, in an order of its own, and begins where the one before ended, be it in the
@@ -49,25 +49,25 @@ def batch(corpus: Corpus, update: int, size: int, max_candidates: int, *, seed: 
     return drawn
 
 
-def updates_of(corpus: Corpus, config: TrainingSettings) -> int:
+def count_updates(corpus: Corpus, config: TrainingSettings) -> int:
     """Updates that draw `config.train_rows` responses, or `config.epochs` times as many as there are."""
-    drawn = corpus.drawable(config.max_candidates) / len(corpus)
+    drawn = corpus.responses_per_epoch(config.max_candidates) / len(corpus)
     rows = config.train_rows or corpus.facts.pairs * config.epochs
     return max(1, math.ceil(rows / (config.batch_instances * drawn) - 1e-9))
 
 
-def pool(corpus: Corpus, index: int, count: int, *, seed: int) -> Drawn:
+def draw_validation(corpus: Corpus, index: int, count: int, *, seed: int) -> Draw:
     """What a selector would see of a validation instance, at most `count` responses: the same draw at every check."""
     return _draw(corpus, index, corpus.selectable(index), count, random.Random(f"{seed} check {index}"))
 
 
-def micro_batches(batch: Sequence[Drawn], budget: int, parts: int = 1) -> list[list[Drawn]]:
+def micro_batches(batch: Sequence[Draw], budget: int, parts: int = 1) -> list[list[Draw]]:
     """The instances, whole and of similar length together, in passes of at most `budget` padded tokens.
 
     An instance that alone has more tokens passes alone. At least `parts` passes, so that every rank has work, as far
     as there are instances.
     """
-    micros: list[list[Drawn]] = []
+    micros: list[list[Draw]] = []
     pairs = 0
     for drawn in sorted(batch, key=lambda one: -one.width):
         if not micros or (pairs + len(drawn.chosen)) * micros[-1][0].width > budget:
@@ -83,7 +83,7 @@ def micro_batches(batch: Sequence[Drawn], budget: int, parts: int = 1) -> list[l
     return micros
 
 
-def comparable(chosen: Sequence[int], selectable: Sequence[int]) -> list[bool]:
+def comparison_mask(chosen: Sequence[int], selectable: Sequence[int]) -> list[bool]:
     """Which of the responses drawn are compared with each other: those that a selector may pick.
 
     All of them where fewer than two may be picked, as in the published data, which knows references and wrong choices.
@@ -94,12 +94,12 @@ def comparable(chosen: Sequence[int], selectable: Sequence[int]) -> list[bool]:
     return flags if sum(flags) > 1 else [True] * len(chosen)
 
 
-def padded_tokens(micro: Sequence[Drawn]) -> int:
+def padded_tokens(micro: Sequence[Draw]) -> int:
     """Padded tokens of a pass."""
     return sum(len(drawn.chosen) for drawn in micro) * max(drawn.width for drawn in micro)
 
 
-def passes_of(costs: Sequence[int], rank: int, count: int) -> list[int]:
+def assign_passes(costs: Sequence[int], rank: int, count: int) -> list[int]:
     """Numbers of the passes that are this rank's: each, the costliest first, goes to the rank with the least so far."""
     loads, mine = [0] * count, []
     for number in sorted(range(len(costs)), key=lambda one: -costs[one]):
@@ -118,18 +118,18 @@ def permute(positions: NDArray[np.uint64], size: int, key: str) -> NDArray[np.ui
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     keys = np.frombuffer(hashlib.shake_128(key.encode()).digest(8 * _ROUNDS), dtype="<u8")
-    values = _network(positions, half, keys)
+    values = _feistel(positions, half, keys)
     while (outside := values >= size).any():
-        values[outside] = _network(values[outside], half, keys)
+        values[outside] = _feistel(values[outside], half, keys)
     return values
 
 
-def _draw(corpus: Corpus, index: int, numbers: Sequence[int], count: int, rng: random.Random) -> Drawn:
+def _draw(corpus: Corpus, index: int, numbers: Sequence[int], count: int, rng: random.Random) -> Draw:
     chosen = tuple(numbers) if len(numbers) <= count else tuple(sorted(rng.sample(numbers, count)))
-    return Drawn(index, chosen, corpus.longest(index, chosen))
+    return Draw(index, chosen, corpus.longest(index, chosen))
 
 
-def _network(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = values >> bits, values & mask
     for key in keys:

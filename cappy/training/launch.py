@@ -22,17 +22,17 @@ from cappy.config import encode, to_values
 from cappy.errors import ConfigError, TrainingError, quote
 from cappy.progress import Progress
 from cappy.records import Manifest
-from cappy.training.checkpoint import CONTINUES
+from cappy.training.checkpoint import CONTINUE_REMEDY
 from cappy.training.distributed import is_launched
 from cappy.training.settings import TrainingSettings
 
-POOLS = ("workerpool0", "workerpool1")
+TRAINING_POOLS = ("workerpool0", "workerpool1")
 """Vertex AI's pools that train: the first machine, and the others. Pools 2 and 3 are for other servers."""
 REPORT_VARIABLE = "CAPPY_RANK_PIPES"
 """Environment of a rank that we started: descriptor to report to, and descriptor that ends with its parent."""
 VERSION_VARIABLE = "CAPPY_STEP_VERSION"
 """Environment of a job: the version of the step that submitted it, which the job must have too."""
-DEFECT = "a rank failed with a defect, see above"
+UNEXPECTED_ERROR = "a rank failed with a defect, see above"
 NO_REPORT = "the ranks ended without a report"
 GRACE_SECONDS = 10.0
 """How long the other ranks may go on when one has ended badly: time to end by themselves, not to hang."""
@@ -65,7 +65,7 @@ def topology(config: TrainingSettings, environment: Mapping[str, str] | None = N
     variables = os.environ if environment is None else environment
     here = Topology()
     if spec := variables.get("CLUSTER_SPEC"):
-        here = _in_cluster(spec)
+        here = _parse_cluster_spec(spec)
     elif {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= variables.keys() and config.nodes > 1:
         here = Topology(
             int(variables["NODE_RANK"]), config.nodes, variables["MASTER_ADDR"], int(variables["MASTER_PORT"])
@@ -76,10 +76,10 @@ def topology(config: TrainingSettings, environment: Mapping[str, str] | None = N
     return here
 
 
-def starts_ranks(config: TrainingSettings) -> bool:
+def must_launch(config: TrainingSettings) -> bool:
     """Whether this process, being no rank itself, has to start some: several, or the one that DeepSpeed wants."""
     if config.parallelism == "jax":
-        _refuse_several(config)
+        _refuse_several_processes(config)
         return False
     if is_launched():
         return False
@@ -89,7 +89,7 @@ def starts_ranks(config: TrainingSettings) -> bool:
     return count > 1 or config.parallelism == "deepspeed"
 
 
-def _refuse_several(config: TrainingSettings) -> None:
+def _refuse_several_processes(config: TrainingSettings) -> None:
     """ConfigError where several machines or processes are to train with JAX."""
     nodes = config.nodes if config.nodes > 1 else topology(config).nodes
     if nodes > 1:
@@ -99,7 +99,7 @@ def _refuse_several(config: TrainingSettings) -> None:
         raise ConfigError(f"--parallelism jax: one process drives all devices, this is one of several; {remedy}")
 
 
-def spread(step: str, config: TrainingSettings, progress: Progress) -> Manifest:
+def launch_ranks(step: str, config: TrainingSettings, progress: Progress) -> Manifest:
     """Runs the step in `config.devices` processes on this machine and returns the manifest that they agree on.
 
     The error of the rank that failed, or TrainingError. SIGTERM and Ctrl-C are passed on as SIGTERM, which makes the
@@ -115,7 +115,7 @@ def spread(step: str, config: TrainingSettings, progress: Progress) -> Manifest:
     ranks = [
         subprocess.Popen(  # noqa: S603 (our own interpreter and module)
             command,
-            env=_environment(here, config.devices, local, f"{report},{life}"),
+            env=_rank_environment(here, config.devices, local, f"{report},{life}"),
             pass_fds=(report, life),
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
@@ -139,7 +139,7 @@ def _follow(ranks: Sequence["subprocess.Popen[bytes]"], reading: int, progress: 
     """Reads reports until all ranks have ended; the first that ends badly decides what is said."""
     reports = Report()
     deadline = float("inf")
-    for message in _messages(reading, lambda: any(rank.poll() is None for rank in ranks)):
+    for message in _read_reports(reading, lambda: any(rank.poll() is None for rank in ranks)):
         if "progress" in message:
             done, total, unit, resumed, note = message["progress"]
             progress(done, total, unit=unit, resumed=resumed, note=note)
@@ -157,12 +157,12 @@ def _follow(ranks: Sequence["subprocess.Popen[bytes]"], reading: int, progress: 
     killed = [(number, status) for number, status in failed if status is not None and status < 0]
     if killed:
         number, status = killed[0]
-        raise TrainingError(f"rank {number} was ended by signal {-status}; {CONTINUES} at the last checkpoint")
+        raise TrainingError(f"rank {number} was ended by signal {-status}; {CONTINUE_REMEDY} at the last checkpoint")
     sys.stderr.write(reports.get("defect", ""))
-    raise TrainingError(DEFECT if "defect" in reports else NO_REPORT)
+    raise TrainingError(UNEXPECTED_ERROR if "defect" in reports else NO_REPORT)
 
 
-def _messages(reading: int, alive: Callable[[], bool]) -> Iterator[Report]:
+def _read_reports(reading: int, alive: Callable[[], bool]) -> Iterator[Report]:
     """What the ranks report, and an empty message now and then, until they are gone."""
     rest = b""
     with selectors.DefaultSelector() as selector:
@@ -176,7 +176,7 @@ def _messages(reading: int, alive: Callable[[], bool]) -> Iterator[Report]:
             yield Report()
 
 
-def _environment(here: Topology, devices: int, local: int, pipes: str) -> dict[str, str]:
+def _rank_environment(here: Topology, devices: int, local: int, pipes: str) -> dict[str, str]:
     root = str(Path(__file__).parents[2])
     threads = max(1, (os.cpu_count() or 1) // devices)
     return {
@@ -230,14 +230,14 @@ def _forward_signals(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[Non
         signal.signal(signal.SIGTERM, before)
 
 
-def _in_cluster(spec: str) -> Topology:
+def _parse_cluster_spec(spec: str) -> Topology:
     try:
         values = json.loads(spec)
         pools, task = values["cluster"], values["task"]
-        machines = [(pool, index) for pool in POOLS for index in range(len(pools.get(pool, ())))]
+        machines = [(pool, index) for pool in TRAINING_POOLS for index in range(len(pools.get(pool, ())))]
         if len(machines) == 1:
             return Topology()
-        address, _, port = pools[POOLS[0]][0].rpartition(":")
+        address, _, port = pools[TRAINING_POOLS[0]][0].rpartition(":")
         return Topology(machines.index((task["type"], int(task["index"]))), len(machines), address, int(port))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ConfigError(f"CLUSTER_SPEC: {quote(spec)} is not what Vertex AI writes; unset it or mend it") from error

@@ -19,23 +19,23 @@ from cappy.progress import Progress
 from cappy.scoring.forward import has_bf16, keep_heads_exact
 from cappy.scoring.scorer import Scorer
 from cappy.training import checkpoint
-from cappy.training.checkpoint import CONTINUES, Checkpoint, CheckpointClock, Shutdown, State
-from cappy.training.checks import CANDIDATES, check_scorer, decides, explain, judge
+from cappy.training.checkpoint import CONTINUE_REMEDY, Checkpoint, CheckpointClock, Shutdown, State
+from cappy.training.checks import CHECK_CANDIDATES, check_scorer, stops_early, explain_kept_weights, record_check
 from cappy.training.corpus import Corpora, Corpus
-from cappy.training.distributed import Ranks, Replicas, Strategy
-from cappy.training.feed import Drawn, batch, micro_batches, padded_tokens, updates_of
-from cappy.training.meter import Meter, describe, flops_of_pair, layer_weights, peak_of
+from cappy.training.distributed import Ranks, ReplicatedStrategy, Strategy
+from cappy.training.feed import Draw, draw_batch, micro_batches, padded_tokens, count_updates
+from cappy.training.meter import Meter, describe_progress, pair_flops, count_layer_weights, peak_flops
 from cappy.training.settings import TrainingSettings
-from cappy.training.update import DivergedError, default_rate, falls, rate, update
+from cappy.training.update import DivergedError, default_learning_rate, rate_falls, learning_rate, update
 
-NAMED = 16
+MAX_NAMED_INSTANCES = 16
 """Instances that an error names."""
-POINTS = 200
+MAX_CURVE_POINTS = 200
 """Points of a run's curve."""
 TRIAL_UPDATES = 20
-WARM = 2
+UNTIMED_UPDATES = 2
 """First updates of a trial, which also load and allocate: they are not timed."""
-FORWARD = 1 / 3
+FORWARD_COST_SHARE = 1 / 3
 """Cost of scoring a pair, as a share of training on it: the backward pass is twice the forward one."""
 
 
@@ -44,7 +44,7 @@ class Outcome:
     """What training came to: `best_pick` is the mean label of the picks on the validation instances, 0 to 1, of the
     weights that were kept, those of `best_update`; `reason` says why others than the last were, or is empty.
 
-    `log` has an entry per check, `curve` one per `POINTS`th of the run; `events` tells what went otherwise than
+    `log` has an entry per check, `curve` one per `MAX_CURVE_POINTS`th of the run; `events` tells what went otherwise than
     planned, such as a smaller token budget.
     """
 
@@ -65,7 +65,7 @@ def fit(
     Order, draws and dropout depend on the seed and the update's number alone, so a resumed run equals an unbroken one.
     Of several ranks the first alone reads and writes checkpoints, and it alone has the best weights in the end.
     """
-    refuse_unfit(corpora.train, config, ranks)
+    check_trainable(corpora.train, config, ranks)
     run = Run(scorer, corpora, config, checkpoints, ranks)
     state, resumed_at = run.state, run.state.update
     with Shutdown() as shutdown:
@@ -77,7 +77,7 @@ def fit(
             run.update()
             run.save_if_due(shutdown)
             progress(state.update, run.updates, unit="updates", resumed=resumed_at, note=run.summary)
-    reason = explain(state, run.updates, len(run.validation))
+    reason = explain_kept_weights(state, run.updates, len(run.validation))
     progress(state.update, state.update, unit="updates", resumed=resumed_at, note=reason or run.summary)
     if ranks.first:
         scorer.model, scorer.through = run.strategy.best_model(run.best).eval(), None
@@ -101,14 +101,14 @@ class Run:
     ) -> None:
         self.scorer, self.train, self.validation = scorer, corpora.train, corpora.validation
         self.config, self.checkpoints, self.ranks = config, checkpoints, ranks
-        self.updates = updates_of(self.train, config)
+        self.updates = count_updates(self.train, config)
         self.every = max(1, self.updates // config.checks)
-        self.peak = config.learning_rate or default_rate(scorer.model.config.hidden_size)
-        self.layer_weights = layer_weights(scorer.model)
-        scorer.autocast = _in_bf16(config, scorer.device)
+        self.peak = config.learning_rate or default_learning_rate(scorer.model.config.hidden_size)
+        self.layer_weights = count_layer_weights(scorer.model)
+        scorer.autocast = _uses_bf16(config, scorer.device)
         if scorer.autocast:
             keep_heads_exact(scorer.model)
-        self.meter = Meter(peak_of(scorer.device, ranks.count, bf16=scorer.autocast))
+        self.meter = Meter(peak_flops(scorer.device, ranks.count, bf16=scorer.autocast))
         self.strategy = _start_strategy(scorer, config, ranks)
         self.clock = CheckpointClock(config.checkpoint_seconds, config.checkpoint_updates)
         self.state, self.best, self.note = State(budget=config.batch_tokens), dict[str, Tensor](), ""
@@ -129,12 +129,12 @@ class Run:
     def summary(self) -> str:
         """What a person wants to know beside how far it is."""
         now = self.state.update - 1
-        figures = describe(self.state.running_loss, self.rate(now), self.meter.figures()) if now >= 0 else ""
+        figures = describe_progress(self.state.running_loss, self.rate(now), self.meter.figures()) if now >= 0 else ""
         return ", ".join(filter(None, (figures, self.note)))
 
-    def rate(self, update: int) -> float:
+    def learning_rate(self, update: int) -> float:
         """Learning rate of an update (0-based)."""
-        return rate(update, self.updates, self.peak, self.config.warmup, self.config.schedule)
+        return learning_rate(update, self.updates, self.peak, self.config.warmup, self.config.schedule)
 
     @property
     def check_due(self) -> bool:
@@ -157,8 +157,8 @@ class Run:
             )
             if check is None:
                 self._end()
-        falling = falls(state.update, self.updates, config.warmup, config.schedule)
-        if judge(check, state, deciding=decides(config, self.validation), falling=falling):
+        falling = rate_falls(state.update, self.updates, config.warmup, config.schedule)
+        if record_check(check, state, deciding=stops_early(config, self.validation), falling=falling):
             weights = self.strategy.weights()
             self.best = weights if self.ranks.first else {}
         state.stopped = state.checks_since_best >= config.patience
@@ -166,22 +166,22 @@ class Run:
     def update(self) -> None:
         """One step of the optimizer on the next instances; TrainingError where there is nothing to go on with."""
         config, state = self.config, self.state
-        drawn = batch(self.train, state.update, config.batch_instances, config.max_candidates, seed=config.seed)
+        drawn = draw_batch(self.train, state.update, config.batch_instances, config.max_candidates, seed=config.seed)
         now = self.rate(state.update)
         try:
             with self.meter.time_update():
                 loss = update(self.scorer, self.strategy, self.train, drawn, config, state, rate=now, ranks=self.ranks)
         except DivergedError as error:
-            names = ", ".join(self.train.name(one.index) for one in drawn[:NAMED])
-            names += f" and {len(drawn) - NAMED} more" if len(drawn) > NAMED else ""
-            good = f"last good checkpoint: {self.ranks.broadcast_object(checkpoint.newest(self.checkpoints))}"
+            names = ", ".join(self.train.name(one.index) for one in drawn[:MAX_NAMED_INSTANCES])
+            names += f" and {len(drawn) - MAX_NAMED_INSTANCES} more" if len(drawn) > MAX_NAMED_INSTANCES else ""
+            good = f"last good checkpoint: {self.ranks.broadcast_object(checkpoint.describe_newest(self.checkpoints))}"
             remedy = "give a smaller --learning-rate, or look at these instances"
             raise TrainingError(f"update {state.update + 1}: {error}, instances {names}; {good}; {remedy}") from None
         state.running_loss = loss if state.update == 0 else 0.95 * state.running_loss + 0.05 * loss
         state.update += 1
         self._measure(drawn, now)
 
-    def _measure(self, drawn: Sequence[Drawn], rate: float) -> None:
+    def _measure(self, drawn: Sequence[Draw], rate: float) -> None:
         """Notes what the update cost, and a point of the curve now and then."""
         lengths = [length for one in drawn for length in self.train.tokens(one.index, one.chosen)]
         encoder, state = self.scorer.model.config, self.state
@@ -190,9 +190,9 @@ class Run:
             pairs=len(lengths),
             tokens=sum(lengths),
             padded=sum(map(padded_tokens, passes)) if self.scorer.pads else sum(lengths),
-            flops=sum(flops_of_pair(encoder, self.layer_weights, n) for n in lengths) if self.layer_weights else 0.0,
+            flops=sum(pair_flops(encoder, self.layer_weights, n) for n in lengths) if self.layer_weights else 0.0,
         )
-        if state.update % max(1, self.updates // POINTS) == 0 or state.update == self.updates:
+        if state.update % max(1, self.updates // MAX_CURVE_POINTS) == 0 or state.update == self.updates:
             point = {"update": state.update, "loss": round(state.running_loss, 6), "rate": rate}
             state.curve.append({**point, **self.meter.figures()})
 
@@ -217,10 +217,10 @@ class Run:
             None
         )  # A rank that ends takes the others with it: not before the first has written.
         done = f"stopped by SIGTERM after update {self.state.update} of {self.updates}"
-        raise TrainingError(f"{done}; the checkpoint is written, {CONTINUES}")
+        raise TrainingError(f"{done}; the checkpoint is written, {CONTINUE_REMEDY}")
 
 
-def trial(
+def run_trial(
     scorer: Scorer, corpora: Corpora, config: TrainingSettings, ranks: Ranks, progress: Progress
 ) -> dict[str, float]:
     """Trains `TRIAL_UPDATES` updates and forgets them; seconds and bytes, this rank's alone.
@@ -228,29 +228,29 @@ def trial(
     `projected_seconds` are of the whole run on these ranks: every epoch, and the checks, a pair of which is taken to
     cost a third of a pair trained on. Early stopping would make it shorter.
     """
-    refuse_unfit(corpora.train, config, ranks)
+    check_trainable(corpora.train, config, ranks)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(scorer, corpora, config, Path(folder), ranks)
         count = min(TRIAL_UPDATES, run.updates)
         ends = [time.perf_counter()]
         for done in range(1, count + 1):
-            if done == WARM + 1:
-                run.meter.forget()
+            if done == UNTIMED_UPDATES + 1:
+                run.meter.reset()
             run.update()
             ends.append(time.perf_counter())
             progress(done, count, unit="updates of the trial", note=run.summary)
-    warm = min(WARM, count - 1)
+    warm = min(UNTIMED_UPDATES, count - 1)
     per_update = (ends[-1] - ends[warm]) / (count - warm)
     figures = run.meter.figures()
-    checked = sum(min(CANDIDATES, len(run.validation.selectable(index))) for index in range(len(run.validation)))
+    checked = sum(min(CHECK_CANDIDATES, len(run.validation.selectable(index))) for index in range(len(run.validation)))
     checks = len({*range(0, run.updates, run.every), run.updates})
-    checking = FORWARD * checked / max(figures["pairs_per_second"], 1e-9) * checks
+    checking = FORWARD_COST_SHARE * checked / max(figures["pairs_per_second"], 1e-9) * checks
     return {
         "batch_tokens": float(run.state.budget),
         "trial_updates": float(count),
         "seconds_per_update": per_update,
         **figures,
-        "peak_bytes": float(_peak_bytes(scorer.device)),
+        "peak_bytes": float(_peak_memory(scorer.device)),
         "updates": float(run.updates),
         "projected_seconds": per_update * run.updates + checking,
     }
@@ -268,18 +268,18 @@ def _start_strategy(scorer: Scorer, config: TrainingSettings, ranks: Ranks) -> S
         scorer.through = sharded.engine  # It gathers sharded weights for a pass.
         return sharded
     if config.parallelism != "jax":
-        return Replicas(scorer.model, config, ranks)
+        return ReplicatedStrategy(scorer.model, config, ranks)
     if config.precision == "bf16":
         raise ConfigError("--precision bf16: the strategy jax computes in fp32; leave the precision at auto or fp32")
     try:
-        from cappy.training.tpu.strategy import OnDevices
+        from cappy.training.tpu.strategy import JaxStrategy
     except ImportError as error:
         remedy = "pip install 'cappy-scorer[tpu]', or --parallelism single"
         raise ConfigError(f"--parallelism jax: cannot be imported ({error}); {remedy}") from error
-    return OnDevices(scorer, config)
+    return JaxStrategy(scorer, config)
 
 
-def refuse_unfit(train: Corpus, config: TrainingSettings, ranks: Ranks) -> None:
+def check_trainable(train: Corpus, config: TrainingSettings, ranks: Ranks) -> None:
     """ConfigError where these instances cannot be learned from as the settings say."""
     if not len(train):
         raise ConfigError("training: no training instance has two different responses; sample more candidates")
@@ -287,7 +287,7 @@ def refuse_unfit(train: Corpus, config: TrainingSettings, ranks: Ranks) -> None:
     if facts.lowest == facts.highest:
         remedy = "nothing can be learned; choose another --metric or sample more candidates"
         raise ConfigError(f"training: every label {config.metric!r} is {facts.lowest:g}; {remedy}")
-    if config.schedule == "published" and updates_of(train, config) < 2:
+    if config.schedule == "published" and count_updates(train, config) < 2:
         raise ConfigError("--schedule published: begins at rate 0, and this is one update; give more --train-rows")
     if len(train) < ranks.count:
         raise ConfigError(f"training: {len(train)} instances for {ranks.count} ranks; give fewer --devices or --nodes")
@@ -301,12 +301,12 @@ def refuse_unfit(train: Corpus, config: TrainingSettings, ranks: Ranks) -> None:
         )
 
 
-def _in_bf16(config: TrainingSettings, device: torch.device) -> bool:
+def _uses_bf16(config: TrainingSettings, device: torch.device) -> bool:
     """Whether matrix products run in bf16: where asked, and by `auto` on a GPU that has instructions for it."""
     return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda" and has_bf16(device))
 
 
-def _peak_bytes(device: torch.device) -> int:
+def _peak_memory(device: torch.device) -> int:
     """Most memory so far: of the GPU where there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

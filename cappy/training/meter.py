@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-PEAKS: Mapping[str, float] = {
+PEAK_FLOPS: Mapping[str, float] = {
     "B200": 2.25e15,
     "H200": 9.89e14,
     "H100 PCIe": 7.56e14,
@@ -29,10 +29,10 @@ PEAKS: Mapping[str, float] = {
     "L4": 1.21e14,
 }
 """Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that fits counts."""
-RECENT = 20
+WINDOW = 20
 """Updates that the figures of now are means over."""
 TRAINING_LOG = "training.json"
-_LEARNED = ("update", "loss", "rate")
+_LOSS_COLUMNS = ("update", "loss", "rate")
 """What a point tells that a second run would tell again; the rest is speed."""
 
 Point = Mapping[str, float]
@@ -57,7 +57,7 @@ class Meter:
 
     def __init__(self, peak: float | None = None) -> None:
         self._peak = peak
-        self._recent: deque[_Cost] = deque(maxlen=RECENT)
+        self._recent: deque[_Cost] = deque(maxlen=WINDOW)
         self._seconds = 0.0
 
     @contextmanager
@@ -71,7 +71,7 @@ class Meter:
         """Notes what the update just timed has done."""
         self._recent.append(_Cost(pairs=pairs, tokens=tokens, padded=padded, flops=flops, seconds=self._seconds))
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Drops the updates so far."""
         self._recent.clear()
 
@@ -92,17 +92,17 @@ class Meter:
         return {name: float(f"{value:.4g}") for name, value in figures.items()}
 
 
-def peak_of(device: "torch.device", ranks: int, *, bf16: bool) -> float | None:
+def peak_flops(device: "torch.device", ranks: int, *, bf16: bool) -> float | None:
     """FLOP/s that `ranks` such devices reach at best in bf16; None of a CPU, an unknown GPU and another precision."""
     if device.type != "cuda" or not bf16:
         return None
     import torch
 
     name = torch.cuda.get_device_name(device)
-    return next((ranks * peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+    return next((ranks * peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
-def flops_of_pair(config: "PretrainedConfig", weights: int, tokens: int) -> float:
+def pair_flops(config: "PretrainedConfig", weights: int, tokens: int) -> float:
     """FLOPs of a pair, forward and backward: 6 per weight of the layers and token, and attention's two products.
 
     Kaplan et al. 2020 (2.1) count so for the weights; attention is 12 x layers x width x tokens², as PaLM (appendix B)
@@ -112,7 +112,7 @@ def flops_of_pair(config: "PretrainedConfig", weights: int, tokens: int) -> floa
     return flops
 
 
-def layer_weights(model: "PreTrainedModel") -> int:
+def count_layer_weights(model: "PreTrainedModel") -> int:
     """Weights of the matrices in the encoder's layers: neither embeddings nor the head; 0 of an unknown build.
 
     ALBERT passes one layer many times: it counts as unknown.
@@ -126,7 +126,7 @@ def layer_weights(model: "PreTrainedModel") -> int:
     return count
 
 
-def describe(loss: float, rate: float, figures: Mapping[str, float]) -> str:
+def describe_progress(loss: float, rate: float, figures: Mapping[str, float]) -> str:
     """The figures of now as one line shows them."""
     parts = [f"loss {loss:.4f}", f"rate {rate:.2g}"]
     if figures:
@@ -156,14 +156,14 @@ def write_log(folder: Path, checks: Sequence[Point], curve: Sequence[Point], eve
 
     Speed stays out of it: the same run twice is the same scorer.
     """
-    learned = [{name: point[name] for name in _LEARNED} for point in curve]
+    learned = [{name: point[name] for name in _LOSS_COLUMNS} for point in curve]
     log = {"checks": list(checks), "curve": learned, "events": list(events)}
     (folder / TRAINING_LOG).write_text(json.dumps(log, indent=1) + "\n")
 
 
 def write_speed(work: Path, manifest_hash: str, curve: Sequence[Point]) -> None:
     """Writes what the updates cost under `work`, by the hash of the scorer's manifest."""
-    points = [{name: value for name, value in point.items() if name not in _LEARNED[1:]} for point in curve]
+    points = [{name: value for name, value in point.items() if name not in _LOSS_COLUMNS[1:]} for point in curve]
     path = _speed_path(work, manifest_hash)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(points) + "\n")

@@ -33,12 +33,12 @@ Schedule = Literal["linear", "published"]
 Unit = Literal["instance", "row"]
 Launcher = Literal["here", "trainjob", "customjob"]
 
-TRUNCATION: "Truncation" = "longest_first"
+PAPER_TRUNCATION: "Truncation" = "longest_first"
 """How the preset `paper` cuts a pair: the published code's `truncation=True` (cappy_bigbench.py, lines 73 to 79).
 
 The scorer's folder records it, so that it is scored as it was trained.
 """
-PAPER: Mapping[str, object] = {
+PAPER_PRESET: Mapping[str, object] = {
     "unit": "row",
     "batch_instances": 128,
     "train_rows": 102_400,
@@ -262,12 +262,12 @@ class TrainingSettings(LauncherSettings, LossSettings, LoopSettings):
         if not isinstance(given, ArgsKwargs):
             return given
         known = [field.name for field in dataclasses.fields(cls)]
-        return ArgsKwargs((), _with_preset(given.kwargs or {}, known))
+        return ArgsKwargs((), _apply_preset(given.kwargs or {}, known))
 
     def __post_init__(self) -> None:
         _refuse_bad_weights(self)
         _refuse_unlaunchable(self)
-        _refuse_idle(self)
+        _refuse_unused(self)
 
 
 def mount_point(volume: str) -> str:
@@ -275,14 +275,14 @@ def mount_point(volume: str) -> str:
     return volume.rpartition(":")[2]
 
 
-def _with_preset(given: Mapping[str, object], known: Collection[str]) -> dict[str, object]:
+def _apply_preset(given: Mapping[str, object], known: Collection[str]) -> dict[str, object]:
     """The settings that were given, and the preset's for those of `known` that were not.
 
     Whatever is given wins, also where it is a setting's default. `epochs` stand in the place of `train_rows`.
     """
     if given.get("preset") != "paper":
         return dict(given)
-    own = {name: value for name, value in PAPER.items() if name in known}
+    own = {name: value for name, value in PAPER_PRESET.items() if name in known}
     if "epochs" in given:
         own.pop("train_rows", None)
     return {**own, **given}
@@ -304,10 +304,10 @@ def _refuse_bad_weights(config: LoopSettings) -> None:
         raise ConfigError(f"--weights: weighs {idle}, which --sources leaves out; leave one of them out")
 
 
-def _refuse_idle(config: TrainingSettings) -> None:
+def _refuse_unused(config: TrainingSettings) -> None:
     """ConfigError for a setting that is other than its default and has no effect beside the others."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name, why in _idle(config):
+    for name, why in _unused_settings(config):
         if name not in defaults or (value := getattr(config, name)) == defaults[name]:
             continue
         path = name
@@ -316,7 +316,7 @@ def _refuse_idle(config: TrainingSettings) -> None:
         raise ConfigError(f"{flag(path)}: has no effect {why}; leave it out")
 
 
-def _idle(config: TrainingSettings) -> Iterator[tuple[str, str]]:
+def _unused_settings(config: TrainingSettings) -> Iterator[tuple[str, str]]:
     """Each setting that has no effect beside the others, and why, at its default or not."""
     if config.train_rows is not None:
         yield "epochs", "with --train-rows, which says how long training is"
@@ -361,10 +361,10 @@ def _refuse_unlaunchable(config: TrainingSettings) -> None:
     if config.launcher == "customjob" and config.devices > 1 and not own.accelerator and config.parallelism != "jax":
         remedy = "give --customjob.accelerator, or --devices 1"
         raise ConfigError(f"{launcher}: {config.devices} devices and no accelerator; {remedy}")
-    _refuse_out_of_reach(config, launcher)
+    _refuse_unshared_paths(config, launcher)
 
 
-def _refuse_out_of_reach(config: TrainingSettings, launcher: str) -> None:
+def _refuse_unshared_paths(config: TrainingSettings, launcher: str) -> None:
     """The job's machines have another working directory, and see of this one's disks the shared volume alone."""
     starts = {name: str(getattr(config, name)) for name in ("scorer", "encoder") if hasattr(config, name)}
     mounted = mount_point(config.job_volume)

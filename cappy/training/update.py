@@ -12,41 +12,41 @@ from cappy.scoring.scorer import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus
 from cappy.training.distributed import Ranks, Strategy
-from cappy.training.feed import Drawn, comparable, micro_batches, padded_tokens, passes_of
+from cappy.training.feed import Draw, comparison_mask, micro_batches, padded_tokens, assign_passes
 from cappy.training.losses import Pairs, instance_losses
 from cappy.training.settings import Schedule, TrainingSettings
 
-PUBLISHED_MICRO = 16
+PUBLISHED_MICRO_BATCHES = 16
 """Micro-batches of an update in the published finetuning."""
-EXPLODED = 100.0
-"""A loss so many times its running mean, and above `LARGE`, is an explosion: labels lie in 0 to 1."""
-LARGE = 10.0
+EXPLOSION_RATIO = 100.0
+"""A loss so many times its running mean, and above `MIN_EXPLODED_LOSS`, is an explosion: labels lie in 0 to 1."""
+MIN_EXPLODED_LOSS = 10.0
 
 
 class DivergedError(Exception):
     """The loss or the gradient is nothing to go on with; the text says which."""
 
 
-class MemoryShortError(Exception):
+class PassMemoryError(Exception):
     """A pass did not fit the memory of some rank."""
 
 
-def rate(update: int, updates: int, peak: float, warmup: float, schedule: Schedule = "linear") -> float:
+def learning_rate(update: int, updates: int, peak: float, warmup: float, schedule: Schedule = "linear") -> float:
     """Learning rate of an update (0-based): a linear rise over the warm-up share, then a linear fall to zero.
 
-    Counted in updates of the optimizer. The published code planned its schedule in micro-batches, `PUBLISHED_MICRO` per
+    Counted in updates of the optimizer. The published code planned its schedule in micro-batches, `PUBLISHED_MICRO_BATCHES` per
     update, and moved along it once per update: with its warm-up of a tenth the rate rises from 0 to 0.62 of the peak
     and never falls.
     """
     if schedule == "published":
-        return peak * min(1.0, update / max(1.0, warmup * updates * PUBLISHED_MICRO))
+        return peak * min(1.0, update / max(1.0, warmup * updates * PUBLISHED_MICRO_BATCHES))
     rising = _warmup_updates(updates, warmup)
     if update < rising:
         return peak * (update + 1) / rising
     return peak * (updates - update) / max(1, updates - rising)
 
 
-def falls(update: int, updates: int, warmup: float, schedule: Schedule) -> bool:
+def rate_falls(update: int, updates: int, warmup: float, schedule: Schedule) -> bool:
     """Whether the learning rate falls after this many updates; the published one never does."""
     return schedule == "linear" and update >= _warmup_updates(updates, warmup)
 
@@ -55,7 +55,7 @@ def _warmup_updates(updates: int, warmup: float) -> int:
     return max(1, round(updates * warmup))
 
 
-def default_rate(hidden_size: int) -> float:
+def default_learning_rate(hidden_size: int) -> float:
     """Peak learning rate for an encoder of this width: 2e-5 at RoBERTa-large's 1024, growing as it gets narrower."""
     return 2e-5 * (1024 / hidden_size) ** 2
 
@@ -64,7 +64,7 @@ def update(
     scorer: Scorer,
     strategy: Strategy,
     corpus: Corpus,
-    batch: Sequence[Drawn],
+    batch: Sequence[Draw],
     config: TrainingSettings,
     state: State,
     *,
@@ -79,11 +79,11 @@ def update(
     scorer.model.train()
     while True:
         try:
-            loss = _gradients(scorer, strategy, corpus, batch, config, state, ranks)
+            loss = _compute_gradients(scorer, strategy, corpus, batch, config, state, ranks)
             break
-        except MemoryShortError:
-            _halve(state, batch)
-    if not loss < (max(LARGE, EXPLODED * state.running_loss) if state.update else math.inf):
+        except PassMemoryError:
+            _halve_budget(state, batch)
+    if not loss < (max(MIN_EXPLODED_LOSS, EXPLOSION_RATIO * state.running_loss) if state.update else math.inf):
         raise DivergedError(f"the loss is {loss:.4g}")
     norm = strategy.step(rate)
     if not norm < math.inf:
@@ -91,11 +91,11 @@ def update(
     return loss
 
 
-def _gradients(
+def _compute_gradients(
     scorer: Scorer,
     strategy: Strategy,
     corpus: Corpus,
-    batch: Sequence[Drawn],
+    batch: Sequence[Draw],
     config: TrainingSettings,
     state: State,
     ranks: Ranks,
@@ -106,23 +106,23 @@ def _gradients(
     ranks, any number of ranks computes the same ones, dropout included.
     """
     micros = micro_batches(batch, state.budget, ranks.count)
-    mine = passes_of([padded_tokens(micro) for micro in micros], ranks.rank, ranks.count)
+    mine = assign_passes([padded_tokens(micro) for micro in micros], ranks.rank, ranks.count)
     weights = [1.0] * len(mine)
     if strategy.lockstep:
-        most = max(len(passes_of([padded_tokens(m) for m in micros], rank, ranks.count)) for rank in range(ranks.count))
+        most = max(len(assign_passes([padded_tokens(m) for m in micros], rank, ranks.count)) for rank in range(ranks.count))
         # A rank with fewer passes does one again without weight: its gradient is zero, but the others do not wait.
         weights += [0.0] * (most - len(mine))
         mine += [mine[0] if mine else 0] * (most - len(mine))
-    strategy.forget()
+    strategy.zero_grad()
     total, short = 0.0, 0.0
     try:
         for done, (number, weight) in enumerate(zip(mine, weights, strict=True), start=1):
-            torch.manual_seed(_seed(config.seed, state.update, number))
-            loss = _pass(scorer, corpus, micros[number], config) * (weight / len(batch))
+            torch.manual_seed(_pass_seed(config.seed, state.update, number))
+            loss = _run_pass(scorer, corpus, micros[number], config) * (weight / len(batch))
             strategy.backward(loss, last=done == len(mine))
             total += loss.item()
     except (RuntimeError, MemoryError) as error:
-        if not _of_memory(error):
+        if not _is_out_of_memory(error):
             raise
         if strategy.lockstep:
             remedy = "give a smaller --batch-tokens and run the same command again"
@@ -130,48 +130,48 @@ def _gradients(
         short = 1.0
     total, short = ranks.all_reduce([total, short])
     if short:
-        strategy.forget()
-        raise MemoryShortError
+        strategy.zero_grad()
+        raise PassMemoryError
     return total
 
 
-def _pass(scorer: Scorer, corpus: Corpus, micro: Sequence[Drawn], config: TrainingSettings) -> Tensor:
+def _run_pass(scorer: Scorer, corpus: Corpus, micro: Sequence[Draw], config: TrainingSettings) -> Tensor:
     """The sum of the instances' losses."""
     logits = scorer.logits([pair for drawn in micro for pair in corpus.pairs(drawn.index, drawn.chosen)])
     labels = [label for drawn in micro for label in corpus.labels(drawn.index, drawn.chosen)]
     numbers = [number for number, drawn in enumerate(micro) for _ in drawn.chosen]
-    compared = [flag for drawn in micro for flag in comparable(drawn.chosen, corpus.selectable(drawn.index))]
+    compared = [flag for drawn in micro for flag in comparison_mask(drawn.chosen, corpus.selectable(drawn.index))]
     pairs = Pairs(
         logits=logits,
         labels=torch.tensor(labels, device=logits.device),
         groups=torch.tensor(numbers, device=logits.device),
         count=len(micro),
         compared=torch.tensor(compared, device=logits.device),
-        weights=_weights(corpus, micro, config, logits.device) if config.weights else None,
+        weights=_pair_weights(corpus, micro, config, logits.device) if config.weights else None,
     )
     return instance_losses(pairs, scorer.head, config).sum()
 
 
-def _weights(corpus: Corpus, micro: Sequence[Drawn], config: TrainingSettings, device: torch.device) -> Tensor:
+def _pair_weights(corpus: Corpus, micro: Sequence[Draw], config: TrainingSettings, device: torch.device) -> Tensor:
     """The weight of every pair by its source, (pairs,)."""
     by_source = config.source_weights
     sources = (source for drawn in micro for source in corpus.sources(drawn.index, drawn.chosen))
     return torch.tensor([by_source[source] for source in sources], device=device)
 
 
-def _seed(seed: int, update: int, number: int) -> int:
+def _pass_seed(seed: int, update: int, number: int) -> int:
     digest = hashlib.blake2b(f"{seed} {update} {number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def _of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory ran out; torch on a CPU, and JAX, say so by a plain RuntimeError."""
     said = str(error)
     short = "allocate memory" in said or said.startswith("RESOURCE_EXHAUSTED")
     return short or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def _halve(state: State, batch: Sequence[Drawn]) -> None:
+def _halve_budget(state: State, batch: Sequence[Draw]) -> None:
     largest = max(drawn.tokens for drawn in batch)
     if state.budget // 2 < max(drawn.width for drawn in batch):
         remedy = "give a smaller --max-candidates, or pretrain with a smaller --max-length"

@@ -47,7 +47,7 @@ class VertexClient:
         try:
             from google.cloud import aiplatform
 
-            from cappy.vertex import reach
+            from cappy.vertex import check_reachable
         except ModuleNotFoundError as missing:
             raise ConfigError(f"vertex: needs {missing.name}; pip install 'cappy-scorer[gcp]'") from missing
         self._place = place
@@ -57,7 +57,7 @@ class VertexClient:
             aiplatform.init(project=place.project, location=place.region, **_elsewhere(place))
             # Asked for before the network is: who is not logged in reads that, online and offline.
             _ = aiplatform.initializer.global_config.credentials
-            reach(place.region, place.endpoint)
+            check_reachable(place.region, place.endpoint)
         self._sdk = aiplatform
 
     def submit(self, package: Path, arguments: Mapping[str, object], name: str) -> RunState:

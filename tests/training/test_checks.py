@@ -13,10 +13,10 @@ from wording import assert_names
 
 from cappy.records import Candidate, Instance, read_manifest, write
 from cappy.training.checkpoint import State
-from cappy.training.checks import FEWEST, Check, expected_label, explain, judge
+from cappy.training.checks import MIN_INSTANCES, Check, expected_label, explain_kept_weights, record_check
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.train import instances_hash
-from cappy.training.update import falls, rate
+from cappy.training.update import rate_falls, learning_rate
 
 Plan = Callable[..., FinetuningConfig]
 NUMBER = 22
@@ -42,7 +42,7 @@ def judged(checks: list[Check], *, falling: list[bool], deciding: bool = True) -
     state, kept = State(), []
     for update, (check, counts) in enumerate(zip(checks, falling, strict=True)):
         state.update = update
-        kept.append(judge(check, state, deciding=deciding, falling=counts))
+        kept.append(record_check(check, state, deciding=deciding, falling=counts))
     return state, kept
 
 
@@ -68,11 +68,11 @@ def test_patience_counts_once_the_rate_falls() -> None:
     state, _ = judged(checks, falling=[False] * 5 + [True] * 2)
     assert (state.best_update, state.checks_since_best) == (0, 2)
     updates = 61
-    rates = [rate(update, updates, 1.0, 0.06) for update in range(updates)]
-    first = next(update for update in range(updates) if falls(update, updates, 0.06, "linear"))
+    rates = [learning_rate(update, updates, 1.0, 0.06) for update in range(updates)]
+    first = next(update for update in range(updates) if rate_falls(update, updates, 0.06, "linear"))
     assert rates[first] == max(rates)
     assert rates[first:] == sorted(rates[first:], reverse=True)
-    assert not any(falls(update, updates, 0.1, "published") for update in range(updates))
+    assert not any(rate_falls(update, updates, 0.1, "published") for update in range(updates))
 
 
 def test_the_latest_weights_are_kept_where_nothing_decides() -> None:
@@ -169,7 +169,7 @@ def test_the_manifest_names_the_split_that_stopped_the_training(plan: Plan, inst
 def test_a_split_that_decided_nothing_is_not_named(
     plan: Plan, instances: list[Instance], tmp_path: Path, reason: str
 ) -> None:
-    left = {"keep last": 20, "too few": FEWEST - 1, "none": 0}[reason]
+    left = {"keep last": 20, "too few": MIN_INSTANCES - 1, "none": 0}[reason]
     held = [one for one in instances if one.split == "validation"][:left]
     write(tmp_path / "less", [one for one in instances if one.split == "train"] + held)
     more: dict[str, object] = {"keep": "last"} if reason == "keep last" else {"patience": 1}
@@ -182,6 +182,6 @@ def test_a_split_that_decided_nothing_is_not_named(
 def test_an_earlier_check_is_named_with_what_came_nearest() -> None:
     checks = [constant(0.2), constant(0.8), constant(0.5)]
     state, _ = judged(checks, falling=[True] * 3)
-    said = explain(state, updates=9, count=NUMBER)
+    said = explain_kept_weights(state, updates=9, count=NUMBER)
     assert_names(said, "update 2 of 9", "update 1", "22 validation instances")
     assert_names(said.partition("nearest")[2], "update 2", "0.300", "0.000")

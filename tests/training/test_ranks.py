@@ -30,7 +30,7 @@ from cappy.records import read_manifest
 from cappy.records.folder import verify
 from cappy.scoring import Scorer
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.launch import Topology, starts_ranks, topology
+from cappy.training.launch import Topology, must_launch, topology
 
 Plan = Callable[..., FinetuningConfig]
 CURVE = {"checks": 1000, "patience": 1000, "epochs": 1.5, "checkpoint_updates": 6}
@@ -235,7 +235,7 @@ def test_deepspeed_wants_a_rank_where_there_is_one_and_compiles_nothing_on_a_cpu
     plan: Plan, ranks: Ranks, extensions: Path
 ) -> None:
     """A build that is killed leaves a lock that all later runs would wait for."""
-    assert starts_ranks(plan(parallelism="deepspeed"))
+    assert must_launch(plan(parallelism="deepspeed"))
     train(ranks, plan(parallelism="deepspeed", epochs=0.2))
     assert verify(plan().target).metrics["updates"] == 2
     assert not list(extensions.rglob("*"))

@@ -16,7 +16,7 @@ PATIENCE_SECONDS = 600.0
 """How long a platform may give no answer while a job runs: an API server that is being replaced is back by then."""
 CANCEL_SECONDS = 60.0
 """How long a cancelled job is waited for: the usual grace period of 30 seconds, and some to take the machines down."""
-TICK_SECONDS = 0.5
+CANCEL_POLL_SECONDS = 0.5
 """How often a wish to cancel is looked for between two looks at the job."""
 
 
@@ -30,7 +30,7 @@ class Phase(Enum):
     CANCELLED = "was cancelled"
 
 
-OVER = (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
+FINAL_PHASES = (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +112,13 @@ def follow(jobs: Jobs, name: str, limits: Limits, hooks: Hooks) -> None:
 def end_job(jobs: Jobs, name: str, tell: Callable[[str], None]) -> None:
     """Cancels the job if it is still there, and waits until it has ended; TrainingError where it cannot."""
     status = jobs.status(name)
-    if status is not None and status.phase not in OVER:
+    if status is not None and status.phase not in FINAL_PHASES:
         limits = Limits(max_restarts=0, timeout=0.0, poll=0.0)
         hooks = Hooks(checkpoint=lambda: -1, written=lambda: False, cancelled=lambda: "", tell=tell)
         _Follower(jobs, name, limits, hooks).cancel("its work is done again")
 
 
-def why_not_again(status: Status, *, at: int, before: int | None, used: int, max_restarts: int) -> str:
+def reason_not_to_resubmit(status: Status, *, at: int, before: int | None, used: int, max_restarts: int) -> str:
     """Why a failed job is not submitted again, "" where it is: it must have got on since it failed before.
 
     `at` is its checkpoint's update (-1: none), `before` the same when it failed last, `used` the submissions again.
@@ -174,7 +174,7 @@ class _Follower:
         elif status is not None and status.phase not in (Phase.FAILED, Phase.CANCELLED):
             self.hooks.tell(f"{self.name}: {status.phase.value} already; {self.jobs.address(self.name)}")
             return
-        self._refuse_to_go_on()
+        self._raise_if_over()
         self.jobs.submit(self.name)
         self.hooks.tell(f"{self.name}: submitted; {self.jobs.address(self.name)}")
 
@@ -184,7 +184,7 @@ class _Follower:
             status = self.jobs.status(self.name)
             self.answered = self.hooks.clock()
         except UnansweredError as error:
-            self._refuse_to_go_on()
+            self._raise_if_over()
             if self.hooks.clock() - self.answered > PATIENCE_SECONDS:
                 raise
             self._tell_once(f"no answer: {error}")
@@ -198,7 +198,7 @@ class _Follower:
             self._tell_once(f"{status.phase.value}{status.reason and f': {status.reason}'}")
         if status.phase is Phase.SUCCEEDED:
             return True
-        self._refuse_to_go_on()
+        self._raise_if_over()
         if status.hopeless:
             self._cancel()
             raise TrainingError(
@@ -212,14 +212,14 @@ class _Follower:
         """Until the next look, or until this step is to end."""
         end = self.hooks.clock() + self.limits.poll
         while self.hooks.clock() < end and not self.hooks.cancelled():
-            self.hooks.pause(TICK_SECONDS)
+            self.hooks.pause(CANCEL_POLL_SECONDS)
 
     def cancel(self, why: str) -> None:
         """Ends the job and says so."""
         self.hooks.tell(f"{self.name}: {why}, it is being cancelled")
         self._cancel()
 
-    def _refuse_to_go_on(self) -> None:
+    def _raise_if_over(self) -> None:
         if why := self.hooks.cancelled():
             self.cancel(why)
             remedy = "run the same command again to continue at its checkpoint"
@@ -236,7 +236,7 @@ class _Follower:
             self.jobs.cancel(self.name)
             end = self.hooks.clock() + CANCEL_SECONDS
             while self._is_active() and self.hooks.clock() < end:
-                self.hooks.pause(TICK_SECONDS)
+                self.hooks.pause(CANCEL_POLL_SECONDS)
         except CappyError as error:
             address = self.jobs.address(self.name)
             raise TrainingError(f"{self.name}: could not be cancelled ({error}); do it by hand: {address}") from error
@@ -244,7 +244,7 @@ class _Follower:
 
     def _is_active(self) -> bool:
         status = self.jobs.status(self.name)
-        return status is not None and status.phase not in OVER
+        return status is not None and status.phase not in FINAL_PHASES
 
     def _submit_again(self, status: Status) -> None:
         at = self.hooks.checkpoint()
@@ -253,7 +253,7 @@ class _Follower:
         if self.error and not status.preempted:
             raise TrainingError(f"{self.name}: {self.error}")
         rules = {"before": self.failed_at, "used": self.submitted_again, "max_restarts": self.limits.max_restarts}
-        if why := why_not_again(status, at=at, **rules):  # type: ignore[arg-type]
+        if why := reason_not_to_resubmit(status, at=at, **rules):  # type: ignore[arg-type]
             remedy = f"look at its log ({self.jobs.address(self.name)}), then run the same command again"
             raise TrainingError(f"{self.name}: {words}{reason} {why}; {remedy}")
         self.failed_at, self.submitted_again, self.error = at, self.submitted_again + 1, ""

@@ -23,8 +23,8 @@ from cappy.redaction import has_secret, redact
 from cappy.runs import PROGRESS_VARIABLE
 from cappy.steps import step_version
 from cappy.training import checkpoint
-from cappy.training.checkpoint import CONTINUES
-from cappy.training.launch import DEFECT, NO_REPORT, VERSION_VARIABLE
+from cappy.training.checkpoint import CONTINUE_REMEDY
+from cappy.training.launch import UNEXPECTED_ERROR, NO_REPORT, VERSION_VARIABLE
 from cappy.training.remote.following import CANCEL_SECONDS, Hooks, Jobs, Limits, cancellation, end_job, follow
 from cappy.training.settings import LauncherSettings, TrainingSettings
 
@@ -32,7 +32,7 @@ POLL_SECONDS = 5.0
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
-def train_elsewhere(
+def train_remotely(
     step: str, config: TrainingSettings, computed: Mapping[str, object], parents: Sequence[str], progress: Progress
 ) -> Manifest:
     """Trains as a job of `config.launcher`'s platform and publishes the scorer that it wrote; its manifest.
@@ -45,13 +45,13 @@ def train_elsewhere(
     # One that is being cancelled holds the work until its job has ended.
     with lock_folder(config.work / JOBS / name, patience=2 * CANCEL_SECONDS) as folder:
         written, staged = folder / "target", folder / "source"
-        inner = dataclasses.replace(config, **_here(), source=staged, target=written)
+        inner = dataclasses.replace(config, **_local_settings(), source=staged, target=written)
 
         def jobs() -> Jobs:
-            return jobs_of(step, config, inner, _environment(folder, step))
+            return open_jobs(step, config, inner, _job_environment(folder, step))
 
         if starts_anew(folder, key):  # A job of the work before still reads its input, and would be followed.
-            end_job(jobs(), name, lambda text: _tell(step, text))
+            end_job(jobs(), name, lambda text: _log(step, text))
         begin(folder, key)
         if not (written / MANIFEST).is_file():
             _stage(config.source, staged)
@@ -63,12 +63,12 @@ def train_elsewhere(
         return manifest
 
 
-def _here() -> dict[str, Any]:
+def _local_settings() -> dict[str, Any]:
     """The settings of a training that runs in the process that has them."""
     return {field.name: field.default for field in dataclasses.fields(LauncherSettings)}
 
 
-def jobs_of(step: str, config: TrainingSettings, inner: TrainingSettings, environment: Mapping[str, str]) -> Jobs:
+def open_jobs(step: str, config: TrainingSettings, inner: TrainingSettings, environment: Mapping[str, str]) -> Jobs:
     """The jobs of the platform that `config` names, which run `inner`."""
     if config.launcher == "trainjob":
         from cappy.training.remote.kubeflow import TrainJobs
@@ -96,27 +96,27 @@ def _follow(
             checkpoint=lambda: checkpoint.newest_update(config.work / step / key / ".checkpoints"),
             cancelled=cancelled,
             written=(written / MANIFEST).is_file,
-            tell=lambda text: _tell(step, text),
+            tell=lambda text: _log(step, text),
             look=look,
-            said=lambda line: _mendable(step, line),
+            said=lambda line: _user_error(step, line),
         )
         limits = Limits(max_restarts=config.max_restarts, timeout=config.timeout_hours * 3600, poll=POLL_SECONDS)
         follow(jobs, name, limits, hooks)
 
 
-def _tell(step: str, text: str) -> None:
+def _log(step: str, text: str) -> None:
     # Lines of the job's log are among them.
     sys.stderr.write(f"{step}: {redact(text)}\n")
     sys.stderr.flush()
 
 
-def _mendable(step: str, line: str) -> str:
+def _user_error(step: str, line: str) -> str:
     """What a rank said a person has to mend; nothing of one that continues, or that another's end took with it."""
     words = line.partition(f"cappy {step}: ")[2]
-    return "" if CONTINUES in words or words in (DEFECT, NO_REPORT) else words
+    return "" if CONTINUE_REMEDY in words or words in (UNEXPECTED_ERROR, NO_REPORT) else words
 
 
-def _environment(folder: Path, step: str) -> dict[str, str]:
+def _job_environment(folder: Path, step: str) -> dict[str, str]:
     """The environment of a job's processes; an address that holds a password is left out."""
     variables = {VERSION_VARIABLE: str(step_version(step)), PROGRESS_VARIABLE: str(folder)}
     tracking = os.environ.get(TRACKING_VARIABLE, "")

@@ -13,7 +13,7 @@ from typing import Any
 
 from cappy.config import encode, to_values
 from cappy.errors import ConfigError, UnansweredError, quote
-from cappy.training.remote.following import OVER, Phase, Status
+from cappy.training.remote.following import FINAL_PHASES, Phase, Status
 from cappy.training.settings import TrainingSettings
 
 try:
@@ -26,7 +26,7 @@ try:
     from google.rpc.status_pb2 import Status as JobError  # type: ignore[import-untyped]
     from requests.exceptions import RequestException
 
-    from cappy.vertex import hush, translate_errors
+    from cappy.vertex import silence_sdk, translate_errors
 except ModuleNotFoundError as missing:
     raise ConfigError(f"--launcher customjob: needs {missing.name}; pip install 'cappy-scorer[gcp]'") from missing
 
@@ -41,11 +41,11 @@ PHASES = {
     JobState.JOB_STATE_CANCELLING: Phase.RUNNING,
 }
 """What is not here waits: queued, pending, paused, unspecified."""
-TAKEN = (10, 14)
+PREEMPTION_CODES = (10, 14)
 """Codes of a job's error (google.rpc.Code) that tell of its machines: ABORTED, UNAVAILABLE."""
-LOGGING = "https://logging.googleapis.com"
-PAGE = 1000
-NEVER = ("image", "pull")
+LOGGING_URL = "https://logging.googleapis.com"
+PAGE_SIZE = 1000
+IMAGE_ERROR_WORDS = ("image", "pull")
 """Words that tell of an image that cannot be had, where both stand in a job's error."""
 
 
@@ -111,11 +111,11 @@ class CustomJobs:
             volume=self.own.volume,
         )
         self.resource = ""
-        self.logging = LOGGING
+        self.logging = LOGGING_URL
         self._since = "1970-01-01T00:00:00Z"
         self._seen: set[str] = set()
         self._readable = True
-        hush()
+        silence_sdk()
         with self._translate_errors():
             aiplatform.init(project=self.own.project, location=self.own.region, staging_bucket=self.own.bucket)
 
@@ -123,7 +123,7 @@ class CustomJobs:
         """The state of the job of this name that was made last."""
         with self._translate_errors(TooManyRequests):
             job = self._newest(name)
-            return None if job is None else read(job.state, job.error)
+            return None if job is None else read_status(job.state, job.error)
 
     def submit(self, name: str) -> None:
         """Creates the job; those of this name that are over stay in the list, as Vertex AI keeps them."""
@@ -145,7 +145,7 @@ class CustomJobs:
         if not (number and self._readable):
             return
         wanted = f'resource.type="ml_job" AND resource.labels.job_id="{number}" AND timestamp>="{self._since}"'
-        body = {"resourceNames": [f"projects/{self.own.project}"], "filter": wanted, "pageSize": PAGE}
+        body = {"resourceNames": [f"projects/{self.own.project}"], "filter": wanted, "pageSize": PAGE_SIZE}
         for entry in self._entries({**body, "orderBy": "timestamp asc"}):
             if entry["insertId"] in self._seen:
                 continue
@@ -165,7 +165,7 @@ class CustomJobs:
             if answer.status_code in (401, 403):
                 self._readable = False
                 place = "grant the step roles/logging.viewer, or read them where the job is"
-                yield _line(f"its log may not be read ({answer.status_code}); {place}: {self.address('')}")
+                yield _log_entry(f"its log may not be read ({answer.status_code}); {place}: {self.address('')}")
                 return
             if answer.status_code != 200:
                 raise UnansweredError(f"Cloud Logging: answers {answer.status_code}")
@@ -179,7 +179,7 @@ class CustomJobs:
         """Asks Vertex AI to end it; its containers get SIGTERM."""
         with self._translate_errors(TooManyRequests):
             job = self._newest(name)
-            if job is not None and PHASES.get(job.state) not in OVER:
+            if job is not None and PHASES.get(job.state) not in FINAL_PHASES:
                 job.cancel()
 
     def address(self, name: str) -> str:
@@ -213,18 +213,18 @@ class CustomJobs:
                 ) from error
 
 
-def _line(text: str) -> dict[str, Any]:
+def _log_entry(text: str) -> dict[str, Any]:
     """An entry of our own."""
     return {"insertId": text, "timestamp": "", "resource": {"labels": {}}, "textPayload": text}
 
 
-def read(state: JobState, error: JobError | None) -> Status:
+def read_status(state: JobState, error: JobError | None) -> Status:
     """The status of a job in this state, with the error that Vertex AI wrote."""
     phase = PHASES.get(state, Phase.PENDING)
     code, words = (error.code, " ".join(error.message.split())) if error else (0, "")
     if phase is not Phase.FAILED:
         return Status(phase)
-    absent = all(word in words.lower() for word in NEVER)
-    taken = not absent and (code in TAKEN or "preempt" in words.lower())
+    absent = all(word in words.lower() for word in IMAGE_ERROR_WORDS)
+    taken = not absent and (code in PREEMPTION_CODES or "preempt" in words.lower())
     reason = quote(words, 200) if words else state.name
     return Status(phase, reason, preempted=taken, hopeless=absent)

@@ -77,7 +77,7 @@ class EncoderConfig(TypedDict, total=False):
     classifier_dropout: float | None
 
 
-def architecture(name: str, config: EncoderConfig) -> Architecture:
+def parse_architecture(name: str, config: EncoderConfig) -> Architecture:
     """The architecture that a model class and its configuration name; ConfigError if it is none of ours."""
     if name not in ARCHITECTURES:
         raise ConfigError(

@@ -35,7 +35,7 @@ from cappy.training.tpu.encoder import (
     Architecture,
     Arrays,
     Params,
-    architecture,
+    parse_architecture,
     decay_mask,
     forward,
     from_torch,
@@ -44,10 +44,10 @@ from cappy.training.tpu.encoder import (
     unstack,
 )
 
-STEPS = "step"
-SHORTEST = 32
+STEP_KEY = "step"
+MIN_LENGTH = 32
 """Tokens of the shortest shape; lengths double from there up to the scorer's own."""
-PARTS = (1, 2, 4)
+ROW_DIVISORS = (1, 2, 4)
 """The row counts of a length: full, half and a quarter."""
 _AXIS = "rows"
 Pullback = Callable[[Array], tuple[Params]]
@@ -75,17 +75,17 @@ class _TracedTokens(Protocol):
     def lengths(self) -> Array: ...
 
 
-class OnDevices:
-    """JAX's engine behind the methods of `Replicas`; the scorer's model is `Passes` until training has ended."""
+class JaxStrategy:
+    """JAX's engine behind the methods of `Replicas`; the scorer's model is `JaxModel` until training has ended."""
 
     lockstep = False
 
     def __init__(self, scorer: Scorer, config: TrainingSettings) -> None:
         self._model = scorer.model
-        arch = _architecture(scorer)
-        self.engine = Engine(from_torch(self._model.state_dict()), arch, config, devices(config.devices))
+        arch = _scorer_architecture(scorer)
+        self.engine = Engine(from_torch(self._model.state_dict()), arch, config, find_devices(config.devices))
         shapes = Shapes(longest=scorer.encoder.max_length, tokens=config.batch_tokens, devices=config.devices)
-        scorer.model = Passes(self.engine, shapes, self._model.config)
+        scorer.model = JaxModel(self.engine, shapes, self._model.config)
 
     def forget(self) -> None:
         """Drops the gradients."""
@@ -106,7 +106,7 @@ class OnDevices:
     def moments(self) -> Tensors:
         """A copy of the optimizer's state, by parameter and moment."""
         steps, *moments = self.engine.moments()
-        named = {f"{name}.{STEPS}": torch.tensor(float(steps)) for name in moments[0]}
+        named = {f"{name}.{STEP_KEY}": torch.tensor(float(steps)) for name in moments[0]}
         for key, arrays in zip(MOMENTS, moments, strict=True):
             named |= {f"{name}.{key}": tensor for name, tensor in to_torch(arrays).items()}
         return named
@@ -114,7 +114,7 @@ class OnDevices:
     def restore(self, weights: Tensors, moments: Tensors) -> None:
         """Puts a checkpoint's tensors in place."""
         named = [from_torch({name: moments[f"{name}.{key}"] for name in weights}) for key in MOMENTS if moments]
-        steps = {int(tensor) for name, tensor in moments.items() if name.endswith(f".{STEPS}")}
+        steps = {int(tensor) for name, tensor in moments.items() if name.endswith(f".{STEP_KEY}")}
         self.engine.restore(from_torch(weights), (steps.pop(), named[0], named[1]) if moments else None)
 
     def best_model(self, best: Tensors) -> nn.Module:
@@ -124,7 +124,7 @@ class OnDevices:
         return model
 
 
-class Passes(nn.Module):
+class JaxModel(nn.Module):
     """Called as the model is: pads to the engine's shapes, runs there, and lets torch's `backward` find its way."""
 
     def __init__(self, engine: "Engine", shapes: "Shapes", config: PretrainedConfig) -> None:
@@ -159,19 +159,19 @@ class Passes(nn.Module):
         values = [np.asarray(part)[: own.stop - own.start] for part, (own, _, _) in zip(logits, ways, strict=True)]
         return torch.from_numpy(np.concatenate(values)), ways
 
-    def pull(self, ways: list[tuple[slice, int, Pullback]], gradient: NDArray[np.float32]) -> None:
+    def backward(self, ways: list[tuple[slice, int, Pullback]], gradient: NDArray[np.float32]) -> None:
         """Takes the gradient of the logits, (pairs,), back to the engine; padding rows have none."""
         for own, count, pullback in ways:
             padded = np.zeros(count, np.float32)
             padded[: own.stop - own.start] = gradient[own]
-            self._engine.pull(pullback, padded)
+            self._engine.backward(pullback, padded)
 
     def _score(self, rows: Tokens, own: slice, count: int) -> NDArray[np.float32]:
         return np.asarray(self._engine.logits(self._pad(rows, own, count)))[: own.stop - own.start]
 
     def _split(self, rows: Tokens) -> list[tuple[slice, int]]:
         pairs, width = rows.ids.shape
-        return list(self._shapes.pieces(pairs, self._shapes.length_of(width)))
+        return list(self._shapes.chunks(pairs, self._shapes.length_of(width)))
 
     def _pad(self, rows: Tokens, own: slice, count: int) -> Tokens:
         """These pairs in the first of `count` rows; a padding row is one padding token, for its softmax to see."""
@@ -188,7 +188,7 @@ class Passes(nn.Module):
 class _Context(Protocol):
     """What a pass leaves for the way back."""
 
-    passes: Passes
+    passes: JaxModel
     ways: list[tuple[slice, int, Pullback]]
 
 
@@ -196,14 +196,14 @@ class _DevicePass(torch.autograd.Function):
     """A pass on the devices as torch's autograd sees it: the parameters' gradients stay there."""
 
     @staticmethod
-    def forward(context: _Context, way_back: Tensor, passes: Passes, rows: Tokens, seed: int) -> Tensor:
+    def forward(context: _Context, way_back: Tensor, passes: JaxModel, rows: Tokens, seed: int) -> Tensor:
         logits, context.ways = passes.training_forward(rows, seed)
         context.passes = passes
         return logits
 
     @staticmethod
     def backward(context: _Context, *gradients: Tensor) -> tuple[None, ...]:
-        context.passes.pull(context.ways, gradients[0].numpy())
+        context.passes.backward(context.ways, gradients[0].numpy())
         return None, None, None, None
 
 
@@ -213,12 +213,12 @@ class Shapes:
 
     longest: int
     tokens: int
-    devices: int
+    find_devices: int
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Ascending; the last is the longest pair that the scorer reads."""
-        doubled = [SHORTEST]
+        doubled = [MIN_LENGTH]
         while doubled[-1] * 2 < self.longest:
             doubled.append(doubled[-1] * 2)
         return (*(length for length in doubled if length < self.longest), self.longest)
@@ -230,9 +230,9 @@ class Shapes:
     def rows(self, length: int) -> tuple[int, ...]:
         """Row counts for this length, the full one first; each is a multiple of the devices, at least one row each."""
         full = max(1, self.tokens // length)
-        return tuple(-(-full // (part * self.devices)) * self.devices for part in PARTS)
+        return tuple(-(-full // (part * self.devices)) * self.devices for part in ROW_DIVISORS)
 
-    def pieces(self, pairs: int, length: int) -> Iterator[tuple[slice, int]]:
+    def chunks(self, pairs: int, length: int) -> Iterator[tuple[slice, int]]:
         """So many pairs as pieces of the row counts: which pairs, and the rows that they are padded to."""
         counts = self.rows(length)
         for start in range(0, pairs, counts[0]):
@@ -279,7 +279,7 @@ class Engine:
         )
         return passed
 
-    def pull(self, pullback: Pullback, gradient: NDArray[np.float32]) -> None:
+    def backward(self, pullback: Pullback, gradient: NDArray[np.float32]) -> None:
         """Adds the parameters' gradients, given that of a pass's logits, (rows,); returns before they are computed."""
         self.sums = self._pull(self.sums, pullback, jax.device_put(gradient, self._shared))
 
@@ -347,7 +347,7 @@ def _add_gradients(sums: Params, pullback: Pullback, gradient: Array) -> Params:
     return added
 
 
-def devices(count: int) -> list[jax.Device]:
+def find_devices(count: int) -> list[jax.Device]:
     """The first `count` of JAX's devices; ConfigError where there are fewer. A CPU is split into as many.
 
     That can only be done before JAX has computed anything in this process.
@@ -362,10 +362,10 @@ def devices(count: int) -> list[jax.Device]:
     return present[:count]
 
 
-def _architecture(scorer: Scorer) -> Architecture:
+def _scorer_architecture(scorer: Scorer) -> Architecture:
     """The build of the scorer's encoder; ConfigError where it or its length is none of ours."""
     config, length = scorer.model.config, scorer.encoder.max_length
-    arch = architecture(type(scorer.model).__name__, config.to_dict() | {"num_labels": config.num_labels})
+    arch = parse_architecture(type(scorer.model).__name__, config.to_dict() | {"num_labels": config.num_labels})
     if length > arch.positions:
         remedy = f"pretrain with --max-length {arch.positions} or less"
         raise ConfigError(f"--parallelism jax: pairs of {length} tokens in {arch.positions} positions; {remedy}")

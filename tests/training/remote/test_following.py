@@ -15,7 +15,7 @@ from cappy.training.remote.following import (
     Phase,
     Status,
     follow,
-    why_not_again,
+    reason_not_to_resubmit,
 )
 
 NAME = "cappy-finetuning-0"
@@ -146,9 +146,9 @@ def test_a_job_is_submitted_again_as_often_as_asked_for_and_no_more() -> None:
 
 def test_before_a_first_checkpoint_only_a_job_whose_machine_was_taken_is_submitted_again_and_once() -> None:
     lost = {"at": -1, "used": 0, "max_restarts": 5}
-    assert why_not_again(FAILED, before=None, **lost)
-    assert why_not_again(PREEMPTED, before=None, **lost) == ""
-    assert "twice" in why_not_again(PREEMPTED, before=-1, **lost)
+    assert reason_not_to_resubmit(FAILED, before=None, **lost)
+    assert reason_not_to_resubmit(PREEMPTED, before=None, **lost) == ""
+    assert "twice" in reason_not_to_resubmit(PREEMPTED, before=-1, **lost)
 
 
 def test_what_a_rank_said_is_to_be_mended_is_the_error_and_not_tried_again() -> None:

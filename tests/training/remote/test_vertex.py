@@ -299,7 +299,7 @@ def test_a_preempted_job_goes_on_at_its_checkpoint_and_what_it_wrote_is_publishe
     server: Vertex, plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.2)
-    monkeypatch.setattr(vertex, "LOGGING", server.address)
+    monkeypatch.setattr(vertex, "LOGGING_URL", server.address)
     settings = {"epochs": 8.0, "patience": 50}
     here = run(plan("here", **settings))
     told = Told(at=3, do=lambda: server.custom_jobs[0].update(preempt=True))
@@ -315,7 +315,7 @@ def test_a_step_that_is_cancelled_cancels_its_job_and_keeps_the_checkpoint(
     server: Vertex, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.2)
-    monkeypatch.setattr(vertex, "LOGGING", server.address)
+    monkeypatch.setattr(vertex, "LOGGING_URL", server.address)
     told = Told(at=2, do=lambda: os.kill(os.getpid(), 15))
     settings = plan(**CLOUD, epochs=500.0, patience=100)
     with machines(server), raises_naming(TrainingError, "cancelled", "SIGTERM"):
@@ -329,7 +329,7 @@ def test_a_job_that_succeeded_and_left_nothing_where_the_step_looks_is_told_and_
     server: Vertex, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(vertex, "LOGGING", server.address)
+    monkeypatch.setattr(vertex, "LOGGING_URL", server.address)
     settings = plan(**CLOUD)
 
     done = threading.Event()
