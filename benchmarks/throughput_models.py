@@ -140,7 +140,7 @@ def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instan
             for number in range(1, updates + 1)
             for one in draw_batch(corpora.train, number, config.batch_instances, config.max_candidates, seed=config.seed)
         ]
-        lengths = [length for one in drawn for length in corpora.train.tokens(one.index, one.chosen)]
+        lengths = [length for one in drawn for length in corpora.train.tokens(one.index, one.responses)]
         seconds, _ = bench.time_call(partial(update, run, updates))
         flops = sum(SCORERS[name].training_flops(length, length**2) for length in lengths) / seconds
         bench.note(

@@ -108,4 +108,4 @@ def _refuse_without_tokenizer(folder: Path) -> None:
     """Raises FolderError if an encoder's folder has no tokenizer: transformers would make an empty one."""
     if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         remedy = "save the tokenizer beside the weights (tokenizer.save_pretrained)"
-        raise FolderError(f"{folder}: no tokenizer here ({TOKENIZER_FILES[0]} or a vocabulary); {remedy}")
+        raise FolderError(f"{folder}: has no tokenizer ({TOKENIZER_FILES[0]} or a vocabulary); {remedy}")

@@ -14,7 +14,7 @@ from cappy.records import Candidate, Instance, write
 from cappy.records.instance import SOURCES, Split
 from cappy.scoring.encoding import PairEncoder
 from cappy.training.corpus import Corpus, CorpusWriter, TrainingInstance, open_corpora, to_training_instance
-from cappy.training.feed import Draw, draw_batch, micro_batches, padded_tokens, assign_passes, permute, draw_validation
+from cappy.training.feed import Draw, draw_batch, split_batch, padded_tokens, assign_passes, permute, draw_validation
 
 LENGTH = 48
 
@@ -92,19 +92,19 @@ def test_a_pass_holds_every_instance_once_and_differs_from_the_next(corpus: Corp
 
 def test_no_more_candidates_are_drawn_than_asked_for_and_others_in_another_pass(corpus: Corpus) -> None:
     drawn = [draw_batch(corpus, epoch, 23, 3, seed=1) for epoch in range(6)]
-    assert {len(one.chosen) for one in drawn[0]} == {2, 3}
-    assert len({one.chosen for passed in drawn for one in passed if one.index == 4}) > 1
+    assert {len(one.responses) for one in drawn[0]} == {2, 3}
+    assert len({one.responses for passed in drawn for one in passed if one.index == 4}) > 1
 
 
 def test_passes_keep_instances_whole_within_the_budget_and_give_every_rank_work(corpus: Corpus) -> None:
     drawn = draw_batch(corpus, 0, 12, 4, seed=1)
     for budget in (64, 200, 10_000):
-        micros = micro_batches(drawn, budget)
+        micros = split_batch(drawn, budget)
         assert sorted(one.index for micro in micros for one in micro) == sorted(one.index for one in drawn)
         assert all(len(micro) == 1 or padded_tokens(micro) <= budget for micro in micros)
-    assert len(micro_batches(drawn, 10_000)) == 1
-    assert len(micro_batches(drawn, 10_000, parts=5)) == 5
-    assert len(micro_batches(drawn[:3], 10_000, parts=5)) == 3
+    assert len(split_batch(drawn, 10_000)) == 1
+    assert len(split_batch(drawn, 10_000, parts=5)) == 5
+    assert len(split_batch(drawn[:3], 10_000, parts=5)) == 3
 
 
 def test_passes_are_shared_out_once_each_and_evenly() -> None:
@@ -116,7 +116,7 @@ def test_passes_are_shared_out_once_each_and_evenly() -> None:
 
 def test_pools_to_check_hold_what_a_selector_may_pick(corpus: Corpus) -> None:
     drawn = [draw_validation(corpus, index, 3, seed=0) for index in range(len(corpus))]
-    assert all(1 <= len(one.chosen) <= 3 and 0 not in one.chosen for one in drawn)
+    assert all(1 <= len(one.responses) <= 3 and 0 not in one.responses for one in drawn)
     assert drawn == [draw_validation(corpus, index, 3, seed=0) for index in range(len(corpus))]
     assert isinstance(drawn[0], Draw)
 

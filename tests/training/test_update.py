@@ -14,7 +14,7 @@ from cappy.scoring import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus, open_corpora
 from cappy.training.distributed import SINGLE_RANK, Ranks, ReplicatedStrategy
-from cappy.training.feed import Draw, draw_batch, micro_batches, padded_tokens, assign_passes
+from cappy.training.feed import Draw, draw_batch, split_batch, padded_tokens, assign_passes
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.loop import check_trainable
 from cappy.training.losses import LossSettings, Pairs, instance_losses
@@ -61,16 +61,16 @@ def test_gradients_do_not_depend_on_how_the_batch_is_cut(
 ) -> None:
     settings = plan(listwise=0.5)
     whole = gradients(scorer, corpus, settings, 100_000)
-    assert len(micro_batches(draw_batch(corpus, 2, 13, 16, seed=0), budget)) > 1
+    assert len(split_batch(draw_batch(corpus, 2, 13, 16, seed=0), budget)) > 1
     assert (gradients(scorer, corpus, settings, budget) - whole).abs().max() < 1e-6 * max(1.0, float(whole.abs().max()))
 
 
 def loss_of(scorer: Scorer, corpus: Corpus, drawn: Draw, compared: list[bool] | None = None) -> torch.Tensor:
     """The loss of one instance by itself, (1,)."""
     pairs = Pairs(
-        logits=scorer.logits(corpus.pairs(drawn.index, drawn.chosen)),
-        labels=torch.tensor(corpus.labels(drawn.index, drawn.chosen)),
-        groups=torch.zeros(len(drawn.chosen), dtype=torch.long),
+        logits=scorer.logits(corpus.pairs(drawn.index, drawn.responses)),
+        labels=torch.tensor(corpus.labels(drawn.index, drawn.responses)),
+        groups=torch.zeros(len(drawn.responses), dtype=torch.long),
         count=1,
         compared=None if compared is None else torch.tensor(compared),
     )
@@ -89,10 +89,10 @@ def test_gradients_are_those_of_the_mean_over_instances(scorer: Scorer, corpus: 
 
 def test_the_shares_of_the_ranks_add_up_to_the_whole(scorer: Scorer, corpus: Corpus, plan: Plan) -> None:
     drawn = draw_batch(corpus, 2, 13, 16, seed=0)
-    whole = micro_batches(drawn, 300, 1)
+    whole = split_batch(drawn, 300, 1)
     assert len(whole) >= 3, "so that any number of ranks up to three computes the same passes"
     for count in (1, 2, 3):
-        assert micro_batches(drawn, 300, count) == whole
+        assert split_batch(drawn, 300, count) == whole
         shares = [assign_passes([padded_tokens(micro) for micro in whole], rank, count) for rank in range(count)]
         assert sorted(number for share in shares for number in share) == list(range(len(whole)))
 

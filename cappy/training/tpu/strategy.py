@@ -213,7 +213,7 @@ class Shapes:
 
     longest: int
     tokens: int
-    find_devices: int
+    devices: int
 
     @property
     def lengths(self) -> tuple[int, ...]:

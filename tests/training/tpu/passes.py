@@ -19,7 +19,7 @@ from cappy.scoring import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus, CorpusWriter, TrainingInstance
 from cappy.training.distributed import SINGLE_RANK, ReplicatedStrategy
-from cappy.training.feed import Draw, draw_batch, comparison_mask, micro_batches
+from cappy.training.feed import Draw, draw_batch, comparison_mask, split_batch
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.losses import Pairs, instance_losses
 from cappy.training.tpu.encoder import parse_architecture
@@ -111,7 +111,7 @@ def test_first_gradients_are_torchs_and_compare_what_a_selector_may_pick(
 ) -> None:
     scorer, settings = load(), plan(**SETTINGS)
     corpus = corpus_of(scorer)
-    assert len(micro_batches(drawn_of(corpus, settings), settings.batch_tokens)) > 1
+    assert len(split_batch(drawn_of(corpus, settings), settings.batch_tokens)) > 1
     losses = [_by_hand(scorer, corpus, drawn, settings) for drawn in drawn_of(corpus, settings)]
     torch.stack(losses).mean().backward()
     expected = {name: p.grad.numpy() for name, p in scorer.model.named_parameters()}
@@ -130,12 +130,12 @@ def test_first_gradients_are_torchs_and_compare_what_a_selector_may_pick(
 
 def _by_hand(scorer: Scorer, corpus: Corpus, drawn: Draw, settings: FinetuningConfig) -> torch.Tensor:
     """One instance's loss in torch; what a selector may not pick takes no part in the comparisons."""
-    labels = torch.tensor(corpus.labels(drawn.index, drawn.chosen))
-    compared = comparison_mask(drawn.chosen, corpus.selectable(drawn.index))
+    labels = torch.tensor(corpus.labels(drawn.index, drawn.responses))
+    compared = comparison_mask(drawn.responses, corpus.selectable(drawn.index))
     assert not all(compared), "or nothing would be left out"
     scorer.model.eval()
     pairs = Pairs(
-        logits=scorer.logits(corpus.pairs(drawn.index, drawn.chosen)),
+        logits=scorer.logits(corpus.pairs(drawn.index, drawn.responses)),
         labels=labels,
         groups=torch.zeros(len(labels), dtype=torch.long),
         count=1,
