@@ -125,7 +125,7 @@ def permute(positions: NDArray[np.uint64], size: int, key: str) -> NDArray[np.ui
 
 def _draw(corpus: Corpus, index: int, candidates: Sequence[int], count: int, rng: random.Random) -> Draw:
     responses = tuple(candidates) if len(candidates) <= count else tuple(sorted(rng.sample(candidates, count)))
-    return Draw(index, responses, corpus.longest(index, responses))
+    return Draw(index, responses, corpus.max_tokens(index, responses))
 
 
 def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -53,7 +53,7 @@ def test_a_corpus_gives_back_what_the_encoder_would_make_of_the_texts(corpus: Co
         chosen = range(len(one.responses))
         expected = encoder.encode([(one.instruction, response) for response in one.responses])
         assert corpus.pairs(index, chosen) == expected
-        assert corpus.longest(index, chosen) == max(len(pair.ids) for pair in expected) <= corpus.longest_pair
+        assert corpus.max_tokens(index, chosen) == max(len(pair.ids) for pair in expected) <= corpus.longest_pair
         assert corpus.labels(index, chosen) == list(one.labels)
         assert corpus.sources(index, chosen) == [one.sources[i] for i in chosen]
         assert corpus.selectable(index) == [i for i in chosen if one.selectable[i]]
