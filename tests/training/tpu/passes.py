@@ -314,7 +314,7 @@ def test_pieces_hold_every_pair_once_in_few_shapes_within_the_budget(devices: in
         seen = set()
         for pairs in (1, 2, 3, 7, 16, 100, 333):
             covered: list[int] = []
-            for own, count in given.pieces(pairs, length):
+            for own, count in given.chunks(pairs, length):
                 covered += range(own.start, own.stop)
                 assert own.stop - own.start <= count
                 assert count % devices == 0
