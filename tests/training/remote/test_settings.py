@@ -41,7 +41,7 @@ def test_where_a_step_trains_does_not_name_the_work(plan: Plan) -> None:
         ({"launcher": "trainjob", "dry_run": True}, ("dry run", "--launcher here")),
         (
             {"launcher": "trainjob", "parallelism": "jax", "nodes": 2},
-            ("--parallelism jax", "2 were asked for", "--nodes 1"),
+            ("--parallelism jax", "2 were requested", "--nodes 1"),
         ),
         ({**VERTEX, "image": ""}, ("--image", "--customjob.project", "--customjob.bucket gs://")),
         ({**VERTEX, "customjob": {**OWN, "bucket": "s3://b"}}, ("--image", "--customjob.bucket gs://")),

@@ -113,7 +113,7 @@ def test_a_vertex_job_that_cannot_work_is_refused_in_one_line(plan: Plan) -> Non
     tpu: Any
     (tpu,) = worker_pools("finetuning", plan(parallelism="jax", devices=4), **machine)
     assert "accelerator_type" not in tpu["machine_spec"]
-    with raises_naming(ConfigError, "finetuning:", "--parallelism jax", "2 were asked for", "--nodes 1"):
+    with raises_naming(ConfigError, "finetuning:", "--parallelism jax", "2 were requested", "--nodes 1"):
         worker_pools("finetuning", plan(parallelism="jax", nodes=2), **machine)
     with raises_naming(ConfigError, "finetuning:", "--work gs:/bucket/work:", "absolute path", "NFS"):
         worker_pools("finetuning", plan(work=Path("gs://bucket/work")), **machine)
