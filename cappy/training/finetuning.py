@@ -48,7 +48,7 @@ def _load_scorer(config: FinetuningConfig) -> "Scorer":
     scorer = Scorer.load(config.scorer, precision="fp32")
     if config.preset == "paper" and scorer.head != "mse":
         remedy = "start from a scorer pretrained with --head mse, or leave the preset out"
-        raise ConfigError(f"--preset paper: needs a scorer with head mse, this one has head {scorer.head}; {remedy}")
+        raise ConfigError(f"--preset paper: needs head mse, but this scorer's head is {scorer.head}; {remedy}")
     if config.preset == "paper":
         scorer.encoder.truncation = PAPER_TRUNCATION
     return scorer
