@@ -138,7 +138,9 @@ def measure_training(bench: Bench, names: Sequence[str], sample: Sequence[Instan
         drawn = [
             one
             for number in range(1, updates + 1)
-            for one in draw_batch(corpora.train, number, config.batch_instances, config.max_candidates, seed=config.seed)
+            for one in draw_batch(
+                corpora.train, number, config.batch_instances, config.max_candidates, seed=config.seed
+            )
         ]
         lengths = [length for one in drawn for length in corpora.train.tokens(one.index, one.responses)]
         seconds, _ = bench.time_call(partial(update, run, updates))

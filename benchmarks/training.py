@@ -33,7 +33,7 @@ from cappy.training.corpus import Corpora, open_corpora
 from cappy.training.distributed import SINGLE_RANK
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.loop import Run
-from cappy.training.meter import pair_flops, count_layer_weights, peak_flops
+from cappy.training.meter import count_layer_weights, pair_flops, peak_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 8

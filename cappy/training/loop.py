@@ -23,7 +23,7 @@ from cappy.training.checkpoint import CONTINUE_REMEDY, Checkpoint, CheckpointClo
 from cappy.training.checks import CHECK_CANDIDATES, check_scorer, explain_kept_weights, record_check, stops_early
 from cappy.training.corpus import Corpora, Corpus
 from cappy.training.distributed import Ranks, ReplicatedStrategy, Strategy
-from cappy.training.feed import Draw, count_updates, draw_batch, split_batch, padded_tokens
+from cappy.training.feed import Draw, count_updates, draw_batch, padded_tokens, split_batch
 from cappy.training.meter import Meter, count_layer_weights, describe_progress, pair_flops, peak_flops
 from cappy.training.settings import TrainingSettings
 from cappy.training.update import DivergedError, default_learning_rate, learning_rate, rate_falls, update

@@ -83,7 +83,7 @@ def test_shapes_have_the_published_numbers_of_weights() -> None:
 
 def test_operations_are_counted_as_training_counts_them() -> None:
     from cappy.scoring import Scorer
-    from cappy.training.meter import pair_flops, count_layer_weights
+    from cappy.training.meter import count_layer_weights, pair_flops
 
     model, shape = Scorer.load(str(SCORER_FOLDER), precision="fp32").model, SCORERS["builtin"]
     assert shape.layer_weights == count_layer_weights(model)

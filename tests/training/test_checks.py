@@ -16,7 +16,7 @@ from cappy.training.checkpoint import State
 from cappy.training.checks import MIN_INSTANCES, Check, expected_label, explain_kept_weights, record_check
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.train import instances_hash
-from cappy.training.update import rate_falls, learning_rate
+from cappy.training.update import learning_rate, rate_falls
 
 Plan = Callable[..., FinetuningConfig]
 NUMBER = 22

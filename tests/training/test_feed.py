@@ -14,7 +14,7 @@ from cappy.records import Candidate, Instance, write
 from cappy.records.instance import SOURCES, Split
 from cappy.scoring.encoding import PairEncoder
 from cappy.training.corpus import Corpus, CorpusWriter, TrainingInstance, open_corpora, to_training_instance
-from cappy.training.feed import Draw, draw_batch, split_batch, padded_tokens, assign_passes, permute, draw_validation
+from cappy.training.feed import Draw, assign_passes, draw_batch, draw_validation, padded_tokens, permute, split_batch
 
 LENGTH = 48
 

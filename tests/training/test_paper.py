@@ -16,7 +16,7 @@ from cappy.errors import ConfigError
 from cappy.records import Instance, Manifest, write
 from cappy.scoring import Scorer
 from cappy.training.corpus import Corpus, open_corpora
-from cappy.training.feed import draw_batch, count_updates
+from cappy.training.feed import count_updates, draw_batch
 from cappy.training.finetuning import FinetuningConfig, run
 from cappy.training.pretraining import PretrainingConfig
 from cappy.training.pretraining import run as pretraining
@@ -145,7 +145,9 @@ def test_a_run_takes_as_many_rows_as_asked_for_and_keeps_the_last_weights(
     assert manifest.metrics["updates"] == manifest.metrics["best_update"] == 10
     assert Scorer.load(str(folder)).encoder.truncation == "middle"
     assert Scorer.load(str(settings.target)).encoder.truncation == "longest_first", "it is scored as it was trained"
-    assert [point["rate"] for point in log["curve"]] == [learning_rate(u, 10, 1e-2, 0.1, "published") for u in range(10)]
+    assert [point["rate"] for point in log["curve"]] == [
+        learning_rate(u, 10, 1e-2, 0.1, "published") for u in range(10)
+    ]
     whole = untouched(plan(), train_rows=480, batch_instances=8)
     assert count_updates(corpus, whole) == 480 / (8 * 4), "the copy task has four candidates per instance"
 

@@ -17,7 +17,7 @@ from cappy.records import Instance, write
 from cappy.scoring.forward import keep_heads_exact
 from cappy.scoring.scorer import Scorer
 from cappy.training.finetuning import FinetuningConfig, run
-from cappy.training.meter import Meter, describe_progress, pair_flops, count_layer_weights, peak_flops, read_curves
+from cappy.training.meter import Meter, count_layer_weights, describe_progress, pair_flops, peak_flops, read_curves
 from cappy.training.update import learning_rate
 
 Plan = Callable[..., FinetuningConfig]

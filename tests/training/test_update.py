@@ -14,7 +14,7 @@ from cappy.scoring import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus, open_corpora
 from cappy.training.distributed import SINGLE_RANK, Ranks, ReplicatedStrategy
-from cappy.training.feed import Draw, draw_batch, split_batch, padded_tokens, assign_passes
+from cappy.training.feed import Draw, assign_passes, draw_batch, padded_tokens, split_batch
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.loop import check_trainable
 from cappy.training.losses import LossSettings, Pairs, instance_losses

@@ -154,7 +154,7 @@ def test_a_vertex_job_asks_for_the_machines_and_accelerators_of_the_plan(plan: P
         (
             "JOB_STATE_FAILED",
             (14, "failed to pull the image"),
-            Status(Phase.FAILED, "'failed to pull the image'", hopeless=True),
+            Status(Phase.FAILED, "'failed to pull the image'", cannot_start=True),
         ),
     ],
 )

@@ -19,11 +19,11 @@ from cappy.scoring import Scorer
 from cappy.training.checkpoint import State
 from cappy.training.corpus import Corpus, CorpusWriter, TrainingInstance
 from cappy.training.distributed import SINGLE_RANK, ReplicatedStrategy
-from cappy.training.feed import Draw, draw_batch, comparison_mask, split_batch
+from cappy.training.feed import Draw, comparison_mask, draw_batch, split_batch
 from cappy.training.finetuning import FinetuningConfig
 from cappy.training.losses import Pairs, instance_losses
 from cappy.training.tpu.encoder import parse_architecture
-from cappy.training.tpu.strategy import JaxStrategy, JaxModel, Shapes, find_devices
+from cappy.training.tpu.strategy import JaxModel, JaxStrategy, Shapes, find_devices
 from cappy.training.update import _is_out_of_memory, update
 
 Load = Callable[..., Scorer]
@@ -42,7 +42,9 @@ def groups(count: int) -> list[TrainingInstance]:
         responses = tuple(WORDS[(number + place) % 10] for place in range(size))
         labels = tuple(round(((number + 2) * (place + 1) % 7) / 7, 3) for place in range(size - 1))
         sources: list[Source] = ["llm"] * size
-        made.append(TrainingInstance(" ".join(words), responses, (*labels, 0.0), (*[True] * (size - 1), False), tuple(sources)))
+        made.append(
+            TrainingInstance(" ".join(words), responses, (*labels, 0.0), (*[True] * (size - 1), False), tuple(sources))
+        )
     return made
 
 
@@ -212,7 +214,16 @@ def test_the_padding_tokens_vectors_are_not_trained(bert: Load, plan: Plan, tmp_
     scorer, settings = bert(), plan(**SETTINGS)
     pad = scorer.tokenizer.pad_token
     with CorpusWriter(tmp_path / "corpus", scorer.encoder, len(scorer.tokenizer)) as writer:
-        writer.add([("0", TrainingInstance(f"cat {pad} dog", (f"red {pad}", "blue"), (1.0, 0.0), (True, True), ("llm", "llm")))])
+        writer.add(
+            [
+                (
+                    "0",
+                    TrainingInstance(
+                        f"cat {pad} dog", (f"red {pad}", "blue"), (1.0, 0.0), (True, True), ("llm", "llm")
+                    ),
+                )
+            ]
+        )
     strategy = JaxStrategy(scorer, settings)
     updated(scorer, strategy, Corpus(tmp_path / "corpus", scorer.encoder), settings)
     table = next(g for name, g in strategy.engine.gradients().items() if name.endswith("word_embeddings.weight"))
