@@ -30,8 +30,8 @@ from cappy.training.update import DivergedError, default_learning_rate, learning
 
 MAX_NAMED_INSTANCES = 16
 """Instances listed in an error."""
-MAX_CURVE_POINTS = 200
-"""Points of a run's curve at most, about."""
+CURVE_POINTS = 200
+"""Points of a run's curve, approximately."""
 TRIAL_UPDATES = 20
 UNTIMED_UPDATES = 2
 """First updates of a trial that are not timed: they also load and allocate."""
@@ -45,7 +45,7 @@ class Outcome:
 
     `best_pick` is the mean label of the picks on the validation instances, 0 to 1, with the weights that were kept,
     those of `best_update`; `reason` says why these are not the last weights, "" if they are. `log` has an entry per
-    check, `curve` one per `MAX_CURVE_POINTS`th of the run; `events` lists deviations such as a smaller token budget.
+    check, `curve` one per `CURVE_POINTS`th of the run; `events` lists deviations such as a smaller token budget.
     """
 
     updates: int
@@ -195,7 +195,7 @@ class Run:
             padded=sum(map(padded_tokens, passes)) if self.scorer.pads else sum(lengths),
             flops=sum(pair_flops(encoder, self.layer_weights, n) for n in lengths) if self.layer_weights else 0.0,
         )
-        if state.update % max(1, self.updates // MAX_CURVE_POINTS) == 0 or state.update == self.updates:
+        if state.update % max(1, self.updates // CURVE_POINTS) == 0 or state.update == self.updates:
             point = {"update": state.update, "loss": round(state.running_loss, 6), "rate": rate}
             state.curve.append({**point, **self.meter.figures()})
 

@@ -32,7 +32,9 @@ class PretrainingConfig(TrainingSettings):
         Literal["bce", "mse"],
         Field(description="bce: sigmoid with soft labels, scores 0 to 1; mse: the published regression"),
     ] = "bce"
-    max_length: Annotated[int, Field(ge=16, description="Maximum tokens of a pair; longer pairs are cut")] = 512
+    max_length: Annotated[
+        int, Field(ge=16, description="Maximum tokens of a pair; a longer instruction is cut in the middle")
+    ] = 512
     layers: Annotated[int, ADVANCED, Field(ge=1, description="Layers of the built-in encoder")] = 4
     hidden_size: Annotated[
         int, ADVANCED, Field(ge=32, multiple_of=32, description="Width of the built-in encoder, a multiple of 32")

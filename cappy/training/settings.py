@@ -160,7 +160,9 @@ class LoopSettings:
         Field(description="How devices share an update; auto: single with one device, else ddp; jax: for TPUs"),
     ] = "auto"
     devices: Annotated[
-        int, LOCATION, Field(ge=1, description="Ranks per machine, each with its GPU, or on a CPU; with jax: devices")
+        int,
+        LOCATION,
+        Field(ge=1, description="Ranks per machine, one per GPU, or processes on a CPU; with jax: devices"),
     ] = 1
     nodes: Annotated[
         int, LOCATION, Field(ge=1, description="Number of machines; several need torchrun, a TrainJob or a CustomJob")

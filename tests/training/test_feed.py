@@ -103,8 +103,8 @@ def test_passes_keep_instances_whole_within_the_budget_and_give_every_rank_work(
         assert sorted(one.index for micro in micros for one in micro) == sorted(one.index for one in drawn)
         assert all(len(micro) == 1 or padded_tokens(micro) <= budget for micro in micros)
     assert len(split_batch(drawn, 10_000)) == 1
-    assert len(split_batch(drawn, 10_000, parts=5)) == 5
-    assert len(split_batch(drawn[:3], 10_000, parts=5)) == 3
+    assert len(split_batch(drawn, 10_000, min_passes=5)) == 5
+    assert len(split_batch(drawn[:3], 10_000, min_passes=5)) == 3
 
 
 def test_passes_are_shared_out_once_each_and_evenly() -> None:

@@ -338,7 +338,7 @@ def _translate_errors(config: TrainingSettings) -> Iterator[None]:
     except CappyError:
         raise
     except ConfigException as error:
-        remedy = "run it where kubectl has one, or set KUBECONFIG"
+        remedy = "run it where kubectl is configured, or set KUBECONFIG"
         raise ConfigError(f"--launcher trainjob: no cluster is configured ({_one_line(error)}); {remedy}") from error
     except (RuntimeError, ValueError, ApiException, HTTPError, OSError) as error:
         raise _to_cappy_error(error, config) from error

@@ -138,7 +138,9 @@ def ended(status: int, reason: str) -> list[dict[str, Any]]:
     return [{"name": "node", "image": "a:1", "imageID": "", "ready": False, "restartCount": 0, "state": state}]
 
 
-def test_an_image_that_cannot_be_pulled_is_hopeless_and_told(cluster: Cluster, jobs: Callable[..., Any]) -> None:
+def test_an_image_that_cannot_be_pulled_cannot_start_and_is_reported(
+    cluster: Cluster, jobs: Callable[..., Any]
+) -> None:
     found = jobs()
     found.submit(NAME)
     cluster.pod(NAME, 0, "Pending", containerStatuses=waiting("ErrImagePull", "not found"))
