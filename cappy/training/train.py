@@ -122,7 +122,7 @@ def _open_inputs(config: TrainingSettings, make_scorer: MakeScorer, progress: Pr
     if not corpora.has_train:
         with_sources = f" with a response of source {', '.join(config.sources)}" if config.sources else ""
         raise ConfigError(
-            f"{config.source}: no instance in split train{with_sources}; give a folder with a train split"
+            f"{config.source}: has no instance of split train{with_sources}; give a folder that has some"
             f"{', or other --sources' if config.sources else ''}"
         )
     return scorer, corpora
